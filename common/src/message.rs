@@ -1,0 +1,87 @@
+//! The JSON payloads of MQTT: the contract's worker data, and our own hello and applied messages.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::PublicKey;
+
+/// What a router must know to reach a gateway in a domain (contract section 4); retained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct WorkerData {
+    /// Host name or address of the gateway as routers reach it.
+    pub external_address: String,
+    /// The UDP port WireGuard listens on.
+    pub port: u16,
+    /// The public key of the gateway's interface.
+    pub public_key: PublicKey,
+    /// The first address on the gateway's WireGuard interface.
+    pub link_address: String,
+}
+
+/// What a worker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The version of its program.
+    pub version: String,
+    /// Its abilities, by name.
+    pub can: Vec<String>,
+}
+
+impl Hello {
+    /// The ability to say what became of each key, by [`Applied`].
+    pub const CONFIRM: &str = "confirm";
+
+    /// The hello of this program.
+    #[must_use]
+    pub fn ours() -> Self {
+        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![Self::CONFIRM.into()] }
+    }
+
+    /// Whether the worker says what became of each key.
+    #[must_use]
+    pub fn confirms(&self) -> bool {
+        self.can.iter().any(|ability| ability == Self::CONFIRM)
+    }
+}
+
+/// What became of a batch of keys in one domain at one worker, said after the kernel acknowledged it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// The domain's name.
+    pub domain: String,
+    /// Keys whose peer, route and FDB entry stand in the kernel.
+    #[serde(default)]
+    pub installed: Vec<PublicKey>,
+    /// Keys that do not stand there, or not with all three objects, and why, in one word or a short phrase.
+    #[serde(default)]
+    pub failed: BTreeMap<PublicKey, String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn worker_data_is_the_contracts_json() {
+        let data = WorkerData {
+            external_address: "gw04.ext.ffmuc.net".into(),
+            port: 40011,
+            public_key: "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=".parse().unwrap(),
+            link_address: "fe80::27c:16ff:fec0:6c74".into(),
+        };
+        let json = r#"{"ExternalAddress":"gw04.ext.ffmuc.net","Port":40011,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::27c:16ff:fec0:6c74"}"#;
+        assert_eq!(serde_json::to_string(&data).unwrap(), json);
+        assert_eq!(serde_json::from_str::<WorkerData>(json).unwrap(), data);
+    }
+
+    #[test]
+    fn applied_names_each_key_once_and_a_later_version_may_say_more() {
+        let json = r#"{"domain":"d","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{"o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=":"own key"}}"#;
+        let applied: Applied = serde_json::from_str(json).unwrap();
+        assert_eq!(serde_json::to_string(&applied).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Applied>(r#"{"domain":"d","new":1}"#).unwrap().domain, "d");
+        assert!(serde_json::from_str::<Applied>(r#"{"domain":"d","installed":["x"]}"#).is_err());
+    }
+}
