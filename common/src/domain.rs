@@ -2,10 +2,11 @@
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-/// A domain this fleet serves (contract section 2). Cheap to clone; compared and ordered by name.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// A domain this fleet serves (contract section 2). Cheap to clone; compared, ordered and looked up by name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Domain {
     name: Arc<str>,
     rest: usize,
@@ -75,6 +76,12 @@ impl Domain {
     #[must_use]
     pub fn vxlan(&self) -> String {
         format!("vx-{}", self.rest())
+    }
+}
+
+impl Hash for Domain {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
     }
 }
 

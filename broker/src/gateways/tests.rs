@@ -1,0 +1,300 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+
+fn domain(name: &str) -> Domain {
+    Domain::new(name, &["ff_".into()]).unwrap()
+}
+
+fn gateways(weights: &[(&str, f64)]) -> Gateways {
+    Gateways::new(
+        "broker1".into(),
+        ["ff_a", "ff_b"].map(domain).into(),
+        weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect(),
+    )
+}
+
+impl Gateways {
+    /// Hears a message that makes sense, said just now.
+    fn live(&mut self, topic: &str, payload: &str) {
+        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false).unwrap();
+    }
+
+    fn found(&mut self, topic: &str, payload: &str) {
+        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), true).unwrap();
+    }
+
+    /// A worker of ours comes online in domain ff_a.
+    fn arrive(&mut self, worker: &str, peers: u64) {
+        self.live(&format!("wgkex/worker/{worker}/hello"), r#"{"version":"1","can":["confirm"]}"#);
+        self.data(worker, "ff_a");
+        self.live(&format!("wireguard-metrics/ff_a/{worker}/connected_peers"), &peers.to_string());
+        self.live(&format!("wireguard-worker/{worker}/status"), "1");
+    }
+
+    fn data(&mut self, worker: &str, domain: &str) {
+        let data =
+            format!(r#"{{"ExternalAddress":"{worker}.ext","Port":1,"PublicKey":"{KEY}","LinkAddress":"fe80::1"}}"#);
+        self.live(&format!("wireguard-worker/{worker}/{domain}/data"), &data);
+    }
+
+    fn best(&self, domain: &str) -> Option<String> {
+        self.choose(&self::domain(domain), |_, _| true).map(|choice| choice.worker)
+    }
+
+    fn answer(&mut self) -> String {
+        let best = self.best("ff_a").unwrap();
+        self.assigned(&best, &domain("ff_a"));
+        best
+    }
+}
+
+#[test]
+fn the_worker_furthest_below_its_target_is_chosen() {
+    let cases: &[(&[(&str, f64)], &[(&str, u64)], &str)] = &[
+        (&[("a", 1.0), ("b", 1.0)], &[("a", 10), ("b", 9)], "b"),
+        (&[("a", 3.0), ("b", 1.0)], &[("a", 29), ("b", 11)], "a"),
+        (&[("a", 3.0), ("b", 1.0)], &[("a", 31), ("b", 9)], "b"),
+        (&[("a", 84.0), ("b", 42.0)], &[("a", 0), ("b", 0)], "a"),
+        (&[], &[("a", 5), ("b", 4), ("c", 6)], "b"),
+        (&[("a", 1.0), ("gone", 8.0)], &[("a", 5), ("b", 4)], "b"),
+        (&[("a", 0.0)], &[("a", 0), ("b", 900)], "b"),
+    ];
+    for (weights, workers, best) in cases {
+        let mut gateways = gateways(weights);
+        for (worker, peers) in *workers {
+            gateways.arrive(worker, *peers);
+        }
+        assert_eq!(gateways.best("ff_a").as_deref(), Some(*best), "{weights:?} {workers:?}");
+    }
+}
+
+#[test]
+fn peers_of_all_domains_count() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 1);
+    gateways.arrive("b", 2);
+    gateways.live("wireguard-metrics/ff_b/a/connected_peers", "5");
+    assert_eq!(gateways.best("ff_a").unwrap(), "b");
+    assert_eq!(gateways.best("ff_b"), None, "a has no data there");
+    gateways.data("a", "ff_b");
+    assert_eq!(gateways.best("ff_b").unwrap(), "a");
+}
+
+#[test]
+fn a_worker_without_status_data_or_count_is_never_chosen() {
+    for (topic, payload) in [
+        ("wireguard-worker/a/status", "0"),
+        ("wireguard-worker/a/status", ""),
+        ("wireguard-worker/a/ff_a/data", ""),
+        ("wireguard-metrics/ff_a/a/connected_peers", "-1"),
+        ("wireguard-metrics/ff_a/a/connected_peers", ""),
+    ] {
+        let mut gateways = gateways(&[]);
+        gateways.arrive("a", 0);
+        assert_eq!(gateways.best("ff_a").unwrap(), "a");
+        gateways.live(topic, payload);
+        assert_eq!(gateways.best("ff_a"), None, "{topic} {payload:?}");
+    }
+}
+
+#[test]
+fn nonsense_changes_nothing() {
+    for (topic, payload) in [
+        ("wireguard-worker/a/status", "2"),
+        ("wireguard-worker/a/status", "online"),
+        ("wireguard-worker/a/ff_a/data", "{"),
+        ("wireguard-worker/a/ff_a/data", "[]"),
+        ("wireguard-worker/a/ff_a/data", r#"{"Port":"x"}"#),
+        ("wireguard-metrics/ff_a/a/connected_peers", "abc"),
+        ("wireguard-metrics/ff_a/a/connected_peers", "-5"),
+        ("wireguard-metrics/ff_a/a/connected_peers", "1e30"),
+        ("wireguard-metrics/ff_a/a/connected_peers", "1000000000000000000000000000000"),
+        ("wgkex/worker/a/hello", "1"),
+    ] {
+        let mut gateways = gateways(&[]);
+        gateways.arrive("a", 3);
+        let before = gateways.overview();
+        assert!(gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false).is_err(), "{topic} {payload}");
+        assert_eq!(gateways.overview(), before);
+        assert_eq!(gateways.best("ff_a").unwrap(), "a");
+    }
+}
+
+#[test]
+fn domains_of_other_fleets_are_not_remembered() {
+    let mut gateways = gateways(&[]);
+    gateways.live("wireguard-worker/a/other/data", "{");
+    gateways.live("wireguard-metrics/other/a/connected_peers", "7");
+    assert_eq!(gateways.overview(), []);
+}
+
+#[test]
+fn a_bus_full_of_names_is_not_remembered_without_bound() {
+    let mut gateways = gateways(&[]);
+    for number in 0..NAMES_MAX + 10 {
+        let worker = Topic::WorkerStatus { worker: number.to_string() };
+        let _ = gateways.hear(&worker, b"1", false);
+        let _ = gateways.hear(&Topic::BrokerStatus { broker: number.to_string() }, b"1", false);
+    }
+    assert_eq!((gateways.workers.len(), gateways.brokers.len()), (NAMES_MAX, NAMES_MAX));
+}
+
+#[test]
+fn states_are_complete_when_the_own_greeting_comes_back() {
+    let mut gateways = gateways(&[]);
+    gateways.found("wireguard-broker/broker1/status", "1");
+    gateways.live("wireguard-broker/broker2/status", "1");
+    assert!(!gateways.complete());
+    gateways.live("wireguard-broker/broker1/status", "1");
+    assert!(gateways.complete());
+    gateways.forget();
+    assert!(!gateways.complete());
+}
+
+#[test]
+fn each_answer_counts_once_for_every_broker_online() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    gateways.live("wireguard-broker/broker1/status", "1");
+    gateways.answer();
+    assert_eq!(gateways.overview()[0].peers, 1);
+    gateways.live("wireguard-broker/broker2/status", "1");
+    gateways.live("wireguard-broker/broker3/status", "1");
+    gateways.live("wireguard-broker/broker3/status", "0");
+    gateways.answer();
+    assert_eq!(gateways.overview()[0].peers, 3);
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "2");
+    assert_eq!(gateways.overview()[0].peers, 2);
+}
+
+#[test]
+fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    gateways.arrive("b", 50);
+    gateways.silent("a");
+    assert_eq!(gateways.best("ff_a").unwrap(), "b");
+    let only_a = gateways.choose(&domain("ff_a"), |worker, _| worker == "a");
+    assert_eq!(only_a.unwrap().worker, "a");
+    assert!(gateways.heard_from("a"));
+    assert_eq!(gateways.best("ff_a").unwrap(), "a");
+    assert!(!gateways.heard_from("stranger"));
+}
+
+#[test]
+fn only_who_says_hello_before_it_comes_online_is_waited_for() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    let confirms = |gateways: &Gateways| gateways.choose(&domain("ff_a"), |_, _| true).map(|choice| choice.confirms);
+    assert_eq!(confirms(&gateways), Some(true));
+
+    // An original takes the place: no hello of its own.
+    gateways.live("wireguard-worker/a/status", "0");
+    gateways.live("wireguard-worker/a/status", "1");
+    assert_eq!(confirms(&gateways), Some(false));
+
+    // Ours comes back.
+    gateways.live("wireguard-worker/a/status", "0");
+    gateways.arrive("a", 0);
+    assert_eq!(confirms(&gateways), Some(true));
+
+    // A broker that starts finds both, in either order.
+    for hello_first in [true, false] {
+        gateways.forget();
+        gateways.data("a", "ff_a");
+        gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
+        let mut messages =
+            [("wgkex/worker/a/hello", r#"{"version":"1","can":["confirm"]}"#), ("wireguard-worker/a/status", "1")];
+        if !hello_first {
+            messages.reverse();
+        }
+        for (topic, payload) in messages {
+            gateways.found(topic, payload);
+        }
+        assert_eq!(confirms(&gateways), Some(true));
+    }
+
+    // It finds a hello that was left behind, and an original comes online.
+    gateways.forget();
+    gateways.data("a", "ff_a");
+    gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
+    gateways.found("wireguard-worker/a/status", "0");
+    gateways.found("wgkex/worker/a/hello", r#"{"version":"1","can":["confirm"]}"#);
+    gateways.live("wireguard-worker/a/status", "1");
+    assert_eq!(confirms(&gateways), Some(false));
+}
+
+#[test]
+fn an_original_takes_keys_before_it_has_counted_its_peers() {
+    let mut gateways = gateways(&[]);
+    gateways.data("old", "ff_a");
+    gateways.live("wireguard-metrics/ff_a/old/connected_peers", "-1");
+    assert_eq!(gateways.online(&domain("ff_a")), Online::default());
+    gateways.live("wireguard-worker/old/status", "1");
+    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 0, others: 1 });
+    assert_eq!(gateways.best("ff_a"), None);
+    gateways.arrive("new", 0);
+    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 1, others: 1 });
+    gateways.live("wireguard-metrics/ff_a/new/connected_peers", "-1");
+    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 0, others: 1 });
+    assert_eq!(gateways.online(&domain("ff_b")), Online::default());
+}
+
+proptest! {
+    #[test]
+    fn shares_after_many_answers_are_the_weights(weights in prop::collection::vec(1_u32..=100, 1..8)) {
+        let names: Vec<String> = (0..weights.len()).map(|number| format!("gw{number}")).collect();
+        let configured: Vec<_> = names.iter().map(String::as_str).zip(weights.iter().copied().map(f64::from)).collect();
+        let mut gateways = gateways(&configured);
+        for name in &names {
+            gateways.arrive(name, 0);
+        }
+        let mut answers = BTreeMap::new();
+        for _ in 0..10_000 {
+            *answers.entry(gateways.answer()).or_insert(0_u32) += 1;
+        }
+        let sum: u32 = weights.iter().sum();
+        for (name, weight) in names.iter().zip(&weights) {
+            let share = f64::from(answers.get(name).copied().unwrap_or_default()) / 10_000.0;
+            prop_assert!((share - f64::from(*weight) / f64::from(sum)).abs() < 0.01, "{name}: {share}");
+        }
+    }
+
+    #[test]
+    fn no_payload_panics_and_nobody_offline_is_chosen(
+        messages in prop::collection::vec((0_usize..6, 0_usize..3, payload(), any::<bool>()), 0..60),
+    ) {
+        let mut gateways = gateways(&[("w0", 2.0)]);
+        for (kind, worker, payload, retained) in messages {
+            let worker = format!("w{worker}");
+            let topic = match kind {
+                0 => Topic::WorkerStatus { worker },
+                1 => Topic::WorkerData { worker, domain: "ff_a".into() },
+                2 => Topic::ConnectedPeers { domain: "ff_a".into(), worker },
+                3 => Topic::Hello { worker },
+                4 => Topic::BrokerStatus { broker: worker },
+                _ => Topic::Applied { worker },
+            };
+            let _ = gateways.hear(&topic, &payload, retained);
+            if let Some(best) = gateways.best("ff_a") {
+                let worker = &gateways.workers[&best];
+                prop_assert!(worker.online && worker.peers.contains_key(&domain("ff_a")));
+            }
+        }
+    }
+}
+
+fn payload() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        Just(b"0".to_vec()),
+        Just(b"1".to_vec()),
+        Just(b"-1".to_vec()),
+        Just(b"".to_vec()),
+        Just(br#"{"version":"1","can":["confirm"]}"#.to_vec()),
+        Just(format!(r#"{{"ExternalAddress":"x","Port":1,"PublicKey":"{KEY}","LinkAddress":"l"}}"#).into_bytes()),
+        prop::collection::vec(any::<u8>(), 0..20),
+    ]
+}

@@ -1,0 +1,305 @@
+//! The MQTT session under both programs: one task that connects, subscribes, publishes and hands on what
+//! comes, and does so again after every loss.
+//!
+//! rumqttc forgets what was not acknowledged when the server has lost the session, and deadlocks when its own
+//! client is awaited where it is polled. So the session keeps what it publishes in an [`Outbox`] until the server
+//! has acknowledged it, and never awaits anything but `poll` and its orders.
+
+mod options;
+mod outbox;
+
+use std::pin::{Pin, pin};
+use std::time::Duration;
+
+use rumqttc::{
+    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, Publish, QoS, SubAck,
+    SubscribeFilter, SubscribeReasonCode,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep};
+use tracing::{info, warn};
+
+use self::outbox::{Letter, Outbox};
+use crate::Topic;
+use crate::config::Mqtt;
+
+pub use self::options::TlsError;
+
+/// Orders that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
+const ORDERS: usize = 1024;
+/// Publishes under way at once; what rumqttc and rumqttd allow too.
+const INFLIGHT: u16 = 100;
+/// The pause before the second attempt to connect; it doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// The longest pause between two attempts to connect.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// A connection that held this long was a good one: the next attempt after it comes soon.
+const STEADY: Duration = Duration::from_secs(5);
+
+/// A message to publish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    topic: Topic,
+    payload: Vec<u8>,
+    qos: QoS,
+    retain: bool,
+}
+
+impl Message {
+    /// Retained, at least once: what is so until it is said otherwise.
+    pub fn state(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+        Self { topic, payload: payload.into(), qos: QoS::AtLeastOnce, retain: true }
+    }
+
+    /// Retained, at most once: a figure that is soon said again.
+    pub fn figure(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+        Self { qos: QoS::AtMostOnce, ..Self::state(topic, payload) }
+    }
+
+    /// Not retained, at least once: something that happened.
+    pub fn event(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+        Self { retain: false, ..Self::state(topic, payload) }
+    }
+}
+
+/// Who this client is, and what it wants to hear.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Its client id; a second connection with the same id ends the first.
+    pub id: String,
+    /// What the server says in its name when it is gone.
+    pub will: Message,
+    /// Filters heard at most once: states, of which only the newest matters and all retained ones must come
+    /// (a server's queue for acknowledged messages is bounded, and it drops silently).
+    pub states: Vec<String>,
+    /// Filters heard at least once.
+    pub events: Vec<String>,
+}
+
+/// What the session hands on.
+#[derive(Debug)]
+pub enum Event {
+    /// Connected, and every filter is subscribed.
+    Up,
+    /// A message on one of the filters.
+    Message(Publish),
+    /// The connection is lost.
+    Down,
+}
+
+/// Whether the bus can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// Connected and subscribed.
+    Up,
+    /// Not connected, and why, in one line without secrets.
+    Down(String),
+}
+
+/// The message was not acknowledged: the session has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the MQTT session has ended")]
+pub struct SessionEnded;
+
+/// The publishers' side of a session.
+#[derive(Debug, Clone)]
+pub struct Bus {
+    orders: mpsc::Sender<Letter>,
+    link: watch::Receiver<Link>,
+}
+
+impl Bus {
+    /// Publishes and returns when the server has acknowledged, however often the connection is lost meanwhile.
+    /// Dropping the future takes the message back if it is not under way yet.
+    pub async fn publish(&self, message: Message) -> Result<(), SessionEnded> {
+        let (done, acknowledged) = oneshot::channel();
+        let letter = Letter { message, done: Some(done) };
+        self.orders.send(letter).await.map_err(|_| SessionEnded)?;
+        acknowledged.await.map_err(|_| SessionEnded)
+    }
+
+    /// Publishes without waiting, for what is worthless after the connection is lost. False if there was no place.
+    #[must_use]
+    pub fn post(&self, message: Message) -> bool {
+        self.orders.try_send(Letter { message, done: None }).is_ok()
+    }
+
+    /// Whether the bus can be used now, and a way to wait for that to change.
+    #[must_use]
+    pub fn link(&self) -> watch::Receiver<Link> {
+        self.link.clone()
+    }
+}
+
+/// The task behind a [`Bus`].
+pub struct Session {
+    client: AsyncClient,
+    eventloop: EventLoop,
+    orders: mpsc::Receiver<Letter>,
+    outbox: Outbox,
+    link: watch::Sender<Link>,
+    states: Vec<String>,
+    events: Vec<String>,
+    server: String,
+    pause: Duration,
+    since: Option<Instant>,
+}
+
+/// A session with the configured server, not yet connected: [`Session::run`] does that.
+pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
+    let (options, network, server) = options::options(config, &client)?;
+    let (rumqtt, mut eventloop) = AsyncClient::new(options, usize::from(INFLIGHT) + 16);
+    eventloop.set_network_options(network);
+    let (sender, orders) = mpsc::channel(ORDERS);
+    let (link, watched) = watch::channel(Link::Down(format!("not connected to {server} yet")));
+    let session = Session {
+        client: rumqtt,
+        eventloop,
+        orders,
+        outbox: Outbox::default(),
+        link,
+        states: client.states,
+        events: client.events,
+        server,
+        pause: PAUSE_MIN,
+        since: None,
+    };
+    Ok((Bus { orders: sender, link: watched }, session))
+}
+
+impl Session {
+    /// Runs until `stop` returns, then disconnects, so that the server does not publish the will; what must be
+    /// acknowledged before that, its publisher awaits first. `hand_on` is called in this task: it must not block.
+    pub async fn run(mut self, mut hand_on: impl FnMut(Event), stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        while let Some(event) = self.next(stop.as_mut()).await {
+            match event {
+                Ok(event) => self.handle(event, &mut hand_on),
+                Err(error) => {
+                    self.lost(&error, &mut hand_on);
+                    tokio::select! {
+                        () = sleep(self.pause()) => {}
+                        () = &mut stop => return,
+                    }
+                }
+            }
+        }
+        self.disconnect().await;
+    }
+
+    /// The next event of rumqttc, or none when it is time to stop. Orders are taken meanwhile, without ever
+    /// dropping a poll half done.
+    async fn next(
+        &mut self,
+        mut stop: Pin<&mut impl Future<Output = ()>>,
+    ) -> Option<Result<rumqttc::Event, ConnectionError>> {
+        let mut poll = pin!(self.eventloop.poll());
+        let up = *self.link.borrow() == Link::Up;
+        loop {
+            let room = up && self.outbox.under_way() < usize::from(INFLIGHT);
+            if let Some(letter) = room.then(|| self.outbox.next()).flatten() {
+                self.outbox.hand_over(letter, &self.client);
+                continue;
+            }
+            tokio::select! {
+                event = &mut poll => return Some(event),
+                Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
+                () = &mut stop => return None,
+            }
+        }
+    }
+
+    fn handle(&mut self, event: rumqttc::Event, hand_on: &mut impl FnMut(Event)) {
+        match event {
+            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.subscribe(hand_on),
+            rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, hand_on),
+            rumqttc::Event::Incoming(Incoming::Publish(publish)) => hand_on(Event::Message(publish)),
+            rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
+            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid),
+            rumqttc::Event::Incoming(_) | rumqttc::Event::Outgoing(_) => {}
+        }
+    }
+
+    fn filters(&self) -> impl Iterator<Item = (&String, QoS)> {
+        let states = self.states.iter().map(|filter| (filter, QoS::AtMostOnce));
+        states.chain(self.events.iter().map(|filter| (filter, QoS::AtLeastOnce)))
+    }
+
+    fn subscribe(&mut self, hand_on: &mut impl FnMut(Event)) {
+        self.since = Some(Instant::now());
+        let filters: Vec<_> = self.filters().map(|(filter, qos)| SubscribeFilter::new(filter.clone(), qos)).collect();
+        if filters.is_empty() {
+            self.up(hand_on);
+        } else if self.client.try_subscribe_many(filters).is_err() {
+            warn!(server = self.server, "subscription found no place");
+        }
+    }
+
+    fn subscribed(&mut self, ack: &SubAck, hand_on: &mut impl FnMut(Event)) {
+        for ((filter, _), code) in self.filters().zip(&ack.return_codes) {
+            if *code == SubscribeReasonCode::Failure {
+                warn!(server = self.server, filter, "subscription refused by the MQTT server");
+            }
+        }
+        self.up(hand_on);
+    }
+
+    fn up(&mut self, hand_on: &mut impl FnMut(Event)) {
+        info!(server = self.server, "MQTT connected");
+        self.link.send_replace(Link::Up);
+        hand_on(Event::Up);
+    }
+
+    /// What rumqttc still holds is in the outbox too, and is published again from there.
+    fn lost(&mut self, error: &ConnectionError, hand_on: &mut impl FnMut(Event)) {
+        self.eventloop.clean();
+        self.eventloop.pending.clear();
+        self.outbox.lost();
+        let now = Link::Down(format!("{}: {}", self.server, describe(error)));
+        let before = self.link.send_replace(now.clone());
+        if let (Link::Down(reason), true) = (&now, now != before) {
+            warn!(reason, "MQTT not connected");
+        }
+        if before == Link::Up {
+            hand_on(Event::Down);
+        }
+    }
+
+    /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and
+    /// never in step with the other clients of a server that comes back.
+    fn pause(&mut self) -> Duration {
+        if self.since.take().is_some_and(|since| since.elapsed() > STEADY) {
+            self.pause = PAUSE_MIN;
+        }
+        let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        pause
+    }
+
+    async fn disconnect(mut self) {
+        if *self.link.borrow() != Link::Up || self.client.try_disconnect().is_err() {
+            return;
+        }
+        while let Ok(event) = self.eventloop.poll().await {
+            if event == rumqttc::Event::Outgoing(Outgoing::Disconnect) {
+                return;
+            }
+        }
+    }
+}
+
+/// One line on why there is no connection, in an operator's words.
+fn describe(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::ConnectionRefused(
+            ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
+        ) => "the server refuses the user name or password".into(),
+        ConnectionError::ConnectionRefused(code) => format!("the server refuses the connection: {code:?}"),
+        ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => "the server does not answer".into(),
+        ConnectionError::Io(error) => error.to_string(),
+        ConnectionError::Tls(error) => format!("TLS: {error}"),
+        ConnectionError::MqttState(error) => error.to_string(),
+        ConnectionError::NotConnAck(_) => "the server does not speak MQTT 3.1.1".into(),
+        ConnectionError::RequestsDone => "the session has ended".into(),
+    }
+}

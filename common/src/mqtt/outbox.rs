@@ -1,0 +1,185 @@
+//! What is published and not yet acknowledged, so that a lost connection loses nothing that somebody waits for.
+
+use std::collections::VecDeque;
+
+use rumqttc::{AsyncClient, QoS};
+use tokio::sync::oneshot;
+
+use super::Message;
+
+/// A message on its way, and who waits for its acknowledgement.
+#[derive(Debug)]
+pub(super) struct Letter {
+    pub message: Message,
+    pub done: Option<oneshot::Sender<()>>,
+}
+
+impl Letter {
+    /// Nobody waits for it any more, so it need not be published after all.
+    fn forsaken(&self) -> bool {
+        self.done.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+
+    fn complete(self) {
+        if let Some(done) = self.done {
+            // The receiver may have given up; the message went out all the same.
+            let _ = done.send(());
+        }
+    }
+}
+
+/// Letters by how far they are, each list in the order of the orders.
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    /// To be handed over again after a loss.
+    again: VecDeque<Letter>,
+    /// In rumqttc's queue; it takes them in this order and tells the packet id of each.
+    queued: VecDeque<Letter>,
+    /// Sent under a packet id and not acknowledged.
+    sent: VecDeque<(u16, Letter)>,
+}
+
+impl Outbox {
+    /// How many are with rumqttc.
+    pub(super) fn under_way(&self) -> usize {
+        self.queued.len() + self.sent.len()
+    }
+
+    /// The next letter to hand over again.
+    pub(super) fn next(&mut self) -> Option<Letter> {
+        self.again.pop_front()
+    }
+
+    /// Gives the letter to rumqttc, whose queue has a place for every letter under way.
+    pub(super) fn hand_over(&mut self, letter: Letter, client: &AsyncClient) {
+        if letter.forsaken() {
+            return;
+        }
+        let Message { topic, payload, qos, retain } = letter.message.clone();
+        match client.try_publish(topic.to_string(), qos, retain, payload) {
+            Ok(()) => self.queued.push_back(letter),
+            Err(_) => self.again.push_front(letter),
+        }
+    }
+
+    /// rumqttc has written the oldest letter of its queue. At most once means that this is all there is to it.
+    pub(super) fn sent(&mut self, pkid: u16) {
+        match self.queued.pop_front() {
+            Some(letter) if letter.message.qos == QoS::AtMostOnce => letter.complete(),
+            Some(letter) => self.sent.push_back((pkid, letter)),
+            None => {}
+        }
+    }
+
+    /// The server has taken over the letter with this packet id.
+    pub(super) fn acknowledged(&mut self, pkid: u16) {
+        let place = self.sent.iter().position(|(sent, _)| *sent == pkid);
+        if let Some((_, letter)) = place.and_then(|place| self.sent.remove(place)) {
+            letter.complete();
+        }
+    }
+
+    /// The connection is lost: what somebody waits for goes out again, in the old order; the rest is worthless by now.
+    pub(super) fn lost(&mut self) {
+        let sent = self.sent.drain(..).map(|(_, letter)| letter);
+        let mut again: VecDeque<Letter> = sent.chain(self.queued.drain(..)).collect();
+        again.append(&mut self.again);
+        again.retain(|letter| letter.done.is_some() && !letter.forsaken());
+        self.again = again;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rumqttc::{EventLoop, MqttOptions};
+
+    use super::*;
+    use crate::Topic;
+
+    /// A letter told apart by its payload.
+    fn letter(text: &str, waited_for: bool) -> (Letter, oneshot::Receiver<()>) {
+        let (done, acknowledged) = oneshot::channel();
+        let message = Message::event(Topic::Key { domain: "d".into() }, text);
+        (Letter { message, done: waited_for.then_some(done) }, acknowledged)
+    }
+
+    fn client() -> (AsyncClient, EventLoop) {
+        AsyncClient::new(MqttOptions::new("test", "localhost", 1), 10)
+    }
+
+    fn texts(letters: &VecDeque<Letter>) -> Vec<&str> {
+        letters.iter().map(|letter| std::str::from_utf8(&letter.message.payload).unwrap()).collect()
+    }
+
+    #[test]
+    fn an_acknowledgement_reaches_the_publisher_it_belongs_to() {
+        let (client, _eventloop) = client();
+        let mut outbox = Outbox::default();
+        let (first, mut first_done) = letter("1", true);
+        let (second, mut second_done) = letter("2", true);
+        outbox.hand_over(first, &client);
+        outbox.hand_over(second, &client);
+        outbox.sent(7);
+        outbox.sent(8);
+        outbox.acknowledged(8);
+        assert!(second_done.try_recv().is_ok());
+        assert!(first_done.try_recv().is_err());
+        outbox.acknowledged(9);
+        outbox.acknowledged(7);
+        assert!(first_done.try_recv().is_ok());
+        assert_eq!(outbox.under_way(), 0);
+    }
+
+    #[test]
+    fn a_figure_is_done_when_it_is_written() {
+        let (client, _eventloop) = client();
+        let mut outbox = Outbox::default();
+        let (mut figure, mut done) = letter("1", true);
+        figure.message.qos = QoS::AtMostOnce;
+        outbox.hand_over(figure, &client);
+        outbox.sent(0);
+        assert!(done.try_recv().is_ok());
+        assert_eq!(outbox.under_way(), 0);
+    }
+
+    #[test]
+    fn a_loss_keeps_the_order_and_drops_what_nobody_waits_for() {
+        let (client, _eventloop) = client();
+        let mut outbox = Outbox::default();
+        let mut waiting = Vec::new();
+        for (text, waited_for) in [("1", true), ("2", false), ("3", true), ("4", true), ("5", true)] {
+            let (letter, done) = letter(text, waited_for);
+            outbox.hand_over(letter, &client);
+            if text != "4" {
+                waiting.push(done); // the publisher of 4 has given up
+            }
+        }
+        outbox.sent(1);
+        outbox.sent(2);
+        outbox.acknowledged(2);
+        outbox.sent(3);
+        outbox.lost();
+        assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
+        let first = outbox.next().unwrap();
+        outbox.hand_over(first, &client);
+        outbox.lost();
+        assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
+        assert_eq!(outbox.under_way(), 0);
+    }
+
+    #[test]
+    fn a_full_queue_of_the_client_loses_nothing() {
+        let (client, _eventloop) = client();
+        let mut outbox = Outbox::default();
+        let waiting: Vec<_> = (0..12)
+            .map(|number| {
+                let (letter, done) = letter(&number.to_string(), true);
+                outbox.hand_over(letter, &client);
+                done
+            })
+            .collect();
+        assert_eq!(outbox.under_way(), 10);
+        outbox.lost();
+        assert_eq!(outbox.again.len(), waiting.len());
+    }
+}
