@@ -1,14 +1,33 @@
-//! What the config file says, checked once at the start: `config/tree.rs` reads the text, `config/raw.rs` gives it
-//! the types of its keys, `config/check.rs` makes the [`Config`] that both binaries run by.
+//! What the config says, checked once at the start: `yaml.rs` makes text a tree, `keys.rs` knows the keys, `leaf.rs`
+//! and `raw.rs` their types, `check.rs` makes the [`Config`] that both binaries run by; `report.rs` writes the lines
+//! about what is wrong.
+
+mod check;
+mod keys;
+mod leaf;
+mod raw;
+mod report;
+#[cfg(test)]
+mod tests;
+mod variables;
+mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+use std::ffi::OsString;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{env, fmt, fs, io};
 
-use crate::Domain;
+use nix::unistd::gethostname;
+use serde_json::Value;
 pub use tracing::Level;
+
+use self::report::Report;
+use crate::Domain;
+
+/// Where the original has its config.
+const FILE: &str = "/etc/wgkex.yaml";
 
 /// Everything an operator may decide; it can be relied on without another check.
 #[derive(Debug, Clone, PartialEq)]
@@ -158,6 +177,10 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
+    fn one(line: String) -> Self {
+        Self { lines: vec![line] }
+    }
+
     /// The lines, for a log that takes one event each.
     #[must_use]
     pub fn lines(&self) -> &[String] {
@@ -169,18 +192,67 @@ impl Config {
     /// Reads the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; where there is none, the variables of
     /// the container.
     pub fn load() -> Result<Self, ConfigError> {
-        Err(ConfigError { lines: vec!["the config cannot be read by this build".into()] })
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
+        let file = variables.get("WGKEX_CONFIG_FILE").filter(|file| !file.is_empty()).map_or(FILE, String::as_str);
+        let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
+        Self::choose(file, fs::read_to_string(file), &variables, &host_name.to_string_lossy())
     }
 
     /// The config that `yaml` says; `source_name` names it in errors, `host_name` is this machine's.
     pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
-        let _ = (yaml, host_name);
-        Err(ConfigError { lines: vec![format!("{source_name}: cannot be read by this build")] })
+        let mut report = Report::of_file(source_name, yaml);
+        let tree = yaml::parse(yaml, &mut report);
+        Self::from_tree(tree, host_name, report)
     }
 
-    /// The config that a container's variables say (contract section 7).
+    /// The config that a container's variables say (contract section 7); other variables do not count.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
-        let _ = (variables, host_name);
-        Err(ConfigError { lines: vec!["the variables cannot be read by this build".into()] })
+        let report = Report::of_variables(&variables::ALIASES);
+        Self::from_tree(Some(variables::tree(variables)), host_name, report)
+    }
+
+    /// A file counts alone; where there is none, the variables do.
+    fn choose(
+        file: &str,
+        content: io::Result<String>,
+        variables: &BTreeMap<String, String>,
+        host_name: &str,
+    ) -> Result<Self, ConfigError> {
+        let set = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
+        match content {
+            Ok(yaml) => {
+                let mut config = Self::parse(file, &yaml, host_name)?;
+                let ignored: Vec<&str> =
+                    variables::ALIASES.map(|(name, _)| name).into_iter().filter(|name| set(name)).collect();
+                if !ignored.is_empty() {
+                    let names = ignored.join(", ");
+                    config.warnings.push(format!("{file}: counts alone, these variables are ignored: {names}"));
+                }
+                Ok(config)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && set("WGKEX_DOMAINS") => {
+                Self::from_variables(variables, host_name)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::one(format!(
+                "{file}: does not exist; write it (wgkex.yaml.example shows how), name another file in \
+                 WGKEX_CONFIG_FILE, or set WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
+            ))),
+            Err(error) => Err(ConfigError::one(format!("{file}: cannot be read: {error}"))),
+        }
+    }
+
+    fn from_tree(tree: Option<Value>, host_name: &str, mut report: Report) -> Result<Self, ConfigError> {
+        let config = tree.and_then(|mut tree| {
+            report.keep_secret(&tree);
+            keys::settle(&mut tree, &mut report);
+            let raw = check::types(&mut tree, &mut report)?;
+            Some(check::check(raw, host_name, &mut report))
+        });
+        let (lines, warnings) = report.into_lines();
+        match config {
+            Some(config) if lines.is_empty() => Ok(Self { warnings, ..config }),
+            _ => Err(ConfigError { lines }),
+        }
     }
 }
