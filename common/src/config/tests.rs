@@ -289,6 +289,9 @@ fn a_mistake_in_a_variable_names_the_variable() {
         "WGKEX_DOMAIN_PREFIXES: is missing, a list with at least one entry is needed",
     ];
     assert_eq!(error.lines(), expected);
+    let set = variables(&[("MQTT_PASSWORD", "very-secret"), ("MQTT_BROKER_URL", "very-secret/")]);
+    let error = Config::from_variables(&set, "gw1").unwrap_err();
+    assert!(error.lines()[0].starts_with("MQTT_BROKER_URL: the value is not a host"), "{error}");
 }
 
 #[test]

@@ -224,6 +224,7 @@ fn what_is_odd_but_harmless_is_a_warning() {
             "workers: {gw1: {wieght: 2}}",
             &["workers.gw1.wieght: is not a known key and is ignored, did you mean workers.gw1.weight?"],
         ),
+        ("\"two\\nlines\": 1", &["two\\nlines: is not a known key and is ignored"]),
         ("colour: red", &["colour: is not a known key and is ignored"]),
         ("mqtt: {tls: on}", &["mqtt.tls: is not used, as mqtt.broker_url is not set"]),
         ("mqtt: {broker_port: 8883}", &["mqtt.broker_port: is not used, as mqtt.broker_url is not set"]),
@@ -255,6 +256,10 @@ fn a_secret_that_slips_into_another_value_or_key_is_not_shown() {
         ),
         ("workers: {very-secret: 1, very-secret: 2} # password: very-secret", "line 3: a key is given twice"),
         ("mqtt: {password: very-secret, broker_url: 'very-secret/'}", "mqtt.broker_url: the value is not a host"),
+        (
+            "mqtt: {password: \"very\\x2dsecret\", broker_url: 'very-secret/'}",
+            "mqtt.broker_url: the value is not a host",
+        ),
         ("mqtt: {password: 4711, broker_port: 471100}", "mqtt.broker_port: the value is not a port"),
         ("mqtt: {broker_port: {password: very-secret}}", "mqtt.broker_port: a mapping is not a port"),
         (
