@@ -1,11 +1,14 @@
 //! The words that broker and worker share: what a key, a domain, a topic and a message are, what the config
 //! says, and the MQTT session under both.
 
+pub mod config;
 mod domain;
 mod key;
+pub mod log;
 pub mod message;
 mod topic;
 
+pub use config::Config;
 pub use domain::{Domain, DomainError, is_topic_level};
 pub use key::{KeyError, PublicKey};
 pub use topic::Topic;

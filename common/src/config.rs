@@ -1,0 +1,258 @@
+//! What the config says, checked once at the start: `yaml.rs` makes text a tree, `keys.rs` knows the keys, `leaf.rs`
+//! and `raw.rs` their types, `check.rs` makes the [`Config`] that both binaries run by; `report.rs` writes the lines
+//! about what is wrong.
+
+mod check;
+mod keys;
+mod leaf;
+mod raw;
+mod report;
+#[cfg(test)]
+mod tests;
+mod variables;
+mod yaml;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+use std::{env, fmt, fs, io};
+
+use nix::unistd::gethostname;
+use serde_json::Value;
+pub use tracing::Level;
+
+use self::report::Report;
+use crate::Domain;
+
+/// Where the original has its config.
+const FILE: &str = "/etc/wgkex.yaml";
+
+/// Everything an operator may decide; it can be relied on without another check.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The domains served here: those of `domains` that begin with one of `domain_prefixes`.
+    pub domains: BTreeSet<Domain>,
+    /// The host name; what this worker or broker is called on the bus, so it can be a level of a topic.
+    pub name: String,
+    /// What routers are told to connect to (`externalName`, else the host name).
+    pub external_name: String,
+    /// The gateways that the operator gave a place in the balance, by host name.
+    pub workers: BTreeMap<String, Worker>,
+    /// When peers that stay silent go.
+    pub cleanup: Cleanup,
+    /// The bus.
+    pub mqtt: Mqtt,
+    /// Where the broker serves routers.
+    pub broker_listen: Listen,
+    /// Where the worker serves its metrics.
+    pub worker_listen: Listen,
+    /// How long a router's answer may wait for a gateway.
+    pub confirm: Confirm,
+    /// What `wgkex-worker setup` makes for each of `domains`.
+    pub setup: BTreeMap<Domain, Setup>,
+    /// The least important events that are logged.
+    pub log_level: Level,
+    /// What is odd but does no harm, one line each: the caller logs them once logging is up.
+    pub warnings: Vec<String>,
+}
+
+/// A gateway's place in the balance (contract section 6).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Worker {
+    /// Its share of the peers relative to the others'; finite, not negative.
+    pub weight: f64,
+}
+
+/// When peers that stay silent go (contract section 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cleanup {
+    /// How often stale peers are looked for.
+    pub interval: Duration,
+    /// A peer without a handshake for this long is stale.
+    pub stale: Duration,
+    /// How long a new key has for its first handshake.
+    pub grace: Duration,
+}
+
+/// The session with the MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mqtt {
+    /// Which server.
+    pub server: Server,
+    /// Who we are to it; none for one that asks nobody.
+    pub credentials: Option<Credentials>,
+    /// How long the line may be silent; whole seconds, 1 to 65535.
+    pub keepalive: Duration,
+    /// Whether the connection is encrypted.
+    pub tls: bool,
+}
+
+/// The MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Server {
+    /// The one inside the broker, on this loopback address.
+    Embedded(SocketAddr),
+    /// Somebody else's.
+    External {
+        /// Its name or address, without brackets.
+        host: String,
+        /// Its port.
+        port: u16,
+    },
+}
+
+/// A user of the MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// The user's name.
+    pub username: String,
+    /// The user's password.
+    pub password: Secret,
+}
+
+/// A text that neither logs nor errors may show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself, for the one who must send it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// Where a server of ours listens. `Display` gives `host:port`, with brackets around an IPv6 address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listen {
+    /// A name or an address, without brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port } = self;
+        if host.parse::<Ipv6Addr>().is_ok() { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
+/// How long a router's answer may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Confirm {
+    /// For one gateway to say that it has the key.
+    pub timeout: Duration,
+    /// For all gateways tried one after the other; at least `timeout`.
+    pub budget: Duration,
+}
+
+/// The interfaces of a domain, as `wgkex-worker setup` makes them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setup {
+    /// Where the gateway's private key is kept.
+    pub key_file: PathBuf,
+    /// The UDP port of `wg-REST`; no two domains have the same.
+    pub listen_port: u16,
+    /// The network identifier of `vx-REST`, 1 to 16777215.
+    pub vxlan_id: u32,
+    /// The UDP port of `vx-REST`.
+    pub vxlan_port: u16,
+}
+
+/// Why there is no [`Config`]: one line per mistake, each naming the file (or variable), the key, what is wrong and
+/// what is allowed. No line shows a secret.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .lines.join("\n"))]
+pub struct ConfigError {
+    lines: Vec<String>,
+}
+
+impl ConfigError {
+    fn one(line: String) -> Self {
+        Self { lines: vec![line] }
+    }
+
+    /// The lines, for a log that takes one event each.
+    #[must_use]
+    pub fn lines(&self) -> &[String] {
+        &self.lines
+    }
+}
+
+impl Config {
+    /// Reads the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; where there is none, the variables of
+    /// the container.
+    pub fn load() -> Result<Self, ConfigError> {
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
+        let file = variables.get("WGKEX_CONFIG_FILE").filter(|file| !file.is_empty()).map_or(FILE, String::as_str);
+        let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
+        Self::choose(file, fs::read_to_string(file), &variables, &host_name.to_string_lossy())
+    }
+
+    /// The config that `yaml` says; `source_name` names it in errors, `host_name` is this machine's.
+    pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
+        let mut report = Report::of_file(source_name, yaml);
+        let tree = yaml::parse(yaml, &mut report);
+        Self::from_tree(tree, host_name, report)
+    }
+
+    /// The config that a container's variables say (contract section 7); other variables do not count.
+    pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
+        let report = Report::of_variables(&variables::ALIASES);
+        Self::from_tree(Some(variables::tree(variables)), host_name, report)
+    }
+
+    /// A file counts alone; where there is none, the variables do.
+    fn choose(
+        file: &str,
+        content: io::Result<String>,
+        variables: &BTreeMap<String, String>,
+        host_name: &str,
+    ) -> Result<Self, ConfigError> {
+        let set = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
+        match content {
+            Ok(yaml) => {
+                let mut config = Self::parse(file, &yaml, host_name)?;
+                let ignored: Vec<&str> =
+                    variables::ALIASES.map(|(name, _)| name).into_iter().filter(|name| set(name)).collect();
+                if !ignored.is_empty() {
+                    let names = ignored.join(", ");
+                    config.warnings.push(format!("{file}: counts alone, these variables are ignored: {names}"));
+                }
+                Ok(config)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && set("WGKEX_DOMAINS") => {
+                Self::from_variables(variables, host_name)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::one(format!(
+                "{file}: does not exist; write it (wgkex.yaml.example shows how), name another file in \
+                 WGKEX_CONFIG_FILE, or set WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
+            ))),
+            Err(error) => Err(ConfigError::one(format!("{file}: cannot be read: {error}"))),
+        }
+    }
+
+    fn from_tree(tree: Option<Value>, host_name: &str, mut report: Report) -> Result<Self, ConfigError> {
+        let config = tree.and_then(|mut tree| {
+            report.keep_secret(&tree);
+            keys::settle(&mut tree, &mut report);
+            let raw = check::types(&mut tree, &mut report)?;
+            Some(check::check(raw, host_name, &mut report))
+        });
+        let (lines, warnings) = report.into_lines();
+        match config {
+            Some(config) if lines.is_empty() => Ok(Self { warnings, ..config }),
+            _ => Err(ConfigError { lines }),
+        }
+    }
+}

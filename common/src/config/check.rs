@@ -1,0 +1,283 @@
+//! From keys with types to a [`Config`]: defaults, and what several keys have to be together.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path as FilePath;
+use std::time::Duration;
+
+use serde_json::Value;
+use tracing::Level;
+
+use super::leaf::{Flag, LogLevel, Port, Seconds, Text};
+use super::raw::{self, Raw};
+use super::report::{Path, Report};
+use super::{Cleanup, Config, Confirm, Credentials, Listen, Mqtt, Secret, Server, Setup, Worker};
+use crate::{Domain, DomainError, is_topic_level};
+
+/// More mistakes than anybody reads at once.
+const ERRORS_MAX: usize = 50;
+
+/// Gives the keys of a settled `tree` their types. A value of another type is reported and left out, so that all such
+/// mistakes are found at once; none if they are too many to go on.
+pub(super) fn types(tree: &mut Value, report: &mut Report) -> Option<Raw> {
+    for _ in 0..ERRORS_MAX {
+        let error = match serde_path_to_error::deserialize::<_, Raw>(&*tree) {
+            Ok(raw) => return Some(raw),
+            Err(error) => error,
+        };
+        let path = Path::from(error.path());
+        let value = path.find(tree).map(Value::take).unwrap_or_default();
+        report.wrong(&path, &value, &error.inner().to_string());
+    }
+    None
+}
+
+/// The config that `raw` means on the machine `host_name`; it only counts if the report has no mistake.
+pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
+    name(host_name, report);
+    refuse_and_warn(&raw, report);
+    let listed: Vec<Text> = raw.domains.into_iter().flatten().collect();
+    let prefixes: Vec<String> = raw.domain_prefixes.into_iter().flatten().map(|prefix| prefix.0).collect();
+    let domains = domains(&listed, &prefixes, report);
+    let external_name = raw.external_name.map(|name| name.0).filter(|name| !name.is_empty());
+    Config {
+        name: host_name.to_owned(),
+        external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
+        workers: raw.workers.into_iter().map(|(name, raw)| (name, worker(&raw))).collect(),
+        cleanup: cleanup(&raw.cleanup),
+        mqtt: mqtt(raw.mqtt, raw.mqtt_listen, report),
+        broker_listen: listen(raw.broker_listen, 5000),
+        worker_listen: listen(raw.worker_listen, 9586),
+        confirm: confirm(raw.confirm_timeout.as_ref(), raw.confirm_budget.as_ref(), report),
+        setup: setup(&raw.setup, &listed, &domains, report),
+        log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
+        warnings: Vec::new(),
+        domains: domains.into_iter().collect(),
+    }
+}
+
+fn name(host_name: &str, report: &mut Report) {
+    if !is_topic_level(host_name) {
+        report.refuse_all(&format!(
+            "the host name {host_name:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters \
+             are not allowed"
+        ));
+    }
+}
+
+/// What has to be there; and what this version cannot do yet: refused where the fleet would miss it, else a warning.
+fn refuse_and_warn(raw: &Raw, report: &mut Report) {
+    for (key, is_missing) in [("domains", raw.domains.is_empty()), ("domain_prefixes", raw.domain_prefixes.is_empty())]
+    {
+        if is_missing {
+            report.refuse(&Path::of(key), "is missing, a list with at least one entry is needed");
+        }
+    }
+    let is_on = |flag: &Option<Flag>| matches!(flag, Some(Flag(true)));
+    if is_on(&raw.parker.enabled) {
+        report.wrong(
+            &Path::of("parker.enabled"),
+            &Value::Bool(true),
+            "is not supported by this version (routed networks), false is allowed",
+        );
+    }
+    let unused = [
+        ("allowlist.enabled", is_on(&raw.allowlist.enabled)),
+        ("blacklist_file", raw.blacklist_file.is_some()),
+        ("key_whitelist", !raw.key_whitelist.is_empty()),
+    ];
+    for (path, _) in unused.iter().filter(|(_, is_set)| *is_set) {
+        report.warn(&Path::of(path), "is accepted, but this version does not use it");
+    }
+}
+
+/// The domains served, in the order of the file.
+fn domains(listed: &[Text], prefixes: &[String], report: &mut Report) -> Vec<Domain> {
+    let mut served: Vec<Domain> = Vec::new();
+    for (index, Text(name)) in listed.iter().enumerate() {
+        let path = Path::of("domains").index(index);
+        match Domain::new(name, prefixes) {
+            Ok(domain) if served.contains(&domain) => report.warn(&path, "is listed twice"),
+            Ok(domain) => match served.iter().find(|other| other.rest() == domain.rest()) {
+                Some(other) => report.refuse(&path, &same_interfaces(&domain, other)),
+                None => served.push(domain),
+            },
+            Err(_) if prefixes.is_empty() => {}
+            Err(error) => bad_domain(&path, name, &error, report),
+        }
+    }
+    served
+}
+
+fn same_interfaces(domain: &Domain, other: &Domain) -> String {
+    let (name, other, interface) = (domain.name(), other.name(), domain.wireguard());
+    format!("{name:?} would have the interface {interface} of {other:?}, each domain needs its own")
+}
+
+fn bad_domain(path: &Path, name: &str, error: &DomainError, report: &mut Report) {
+    let said = if report.hides(name) { "the value cannot be a domain".to_owned() } else { error.to_string() };
+    match error {
+        DomainError::NoPrefix(_) => report.warn(path, &format!("{said} and is ignored")),
+        DomainError::Interface(..) | DomainError::Topic(_) => report.refuse(path, &said),
+    }
+}
+
+fn worker(raw: &raw::Worker) -> Worker {
+    Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) }
+}
+
+fn cleanup(raw: &raw::Cleanup) -> Cleanup {
+    Cleanup {
+        interval: seconds(raw.interval.as_ref(), 3600),
+        stale: seconds(raw.legacy_stale_timeout.as_ref(), 10800),
+        grace: seconds(raw.initial_handshake_grace.as_ref(), 600),
+    }
+}
+
+fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {
+    raw.map_or(Duration::from_secs(default), |seconds| seconds.0)
+}
+
+fn port(raw: Option<&Port>, default: u16) -> u16 {
+    raw.map_or(default, |port| port.0)
+}
+
+fn listen(raw: raw::Listen, default_port: u16) -> Listen {
+    let host = raw.host.map_or_else(|| Ipv4Addr::LOCALHOST.to_string(), |host| host.0);
+    Listen { host, port: port(raw.port.as_ref(), default_port) }
+}
+
+fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
+    let is_encrypted = raw.tls.is_some_and(|tls| tls.0);
+    let is_external = raw.broker_url.is_some();
+    let unused = [
+        ("mqtt.broker_port", !is_external && port(raw.broker_port.as_ref(), 1883) != 1883),
+        ("mqtt.tls", !is_external && is_encrypted),
+        ("mqtt_listen", is_external && (mqtt_listen.host.is_some() || mqtt_listen.port.is_some())),
+    ];
+    for (path, _) in unused.iter().filter(|(_, is_unused)| *is_unused) {
+        let why = if is_external { "mqtt.broker_url names another server" } else { "mqtt.broker_url is not set" };
+        report.warn(&Path::of(path), &format!("is not used, as {why}"));
+    }
+    Mqtt {
+        credentials: credentials(raw.username, raw.password, report),
+        keepalive: Duration::from_secs(raw.keepalive.map_or(5, |seconds| seconds.0.into())),
+        tls: is_encrypted && is_external,
+        server: match raw.broker_url {
+            Some(host) => Server::External { host: host.0, port: port(raw.broker_port.as_ref(), 1883) },
+            None => Server::Embedded(embedded(&listen(mqtt_listen, 1883), report)),
+        },
+    }
+}
+
+/// Where the embedded server listens: it trusts whoever reaches it, so only this machine may.
+fn embedded(listen: &Listen, report: &mut Report) -> SocketAddr {
+    let host = if listen.host == "localhost" { "127.0.0.1" } else { &listen.host };
+    let address = host.parse().ok().filter(IpAddr::is_loopback);
+    if address.is_none() {
+        report.wrong(
+            &Path::of("mqtt_listen.host"),
+            &Value::from(host),
+            "is not a loopback address, one such as 127.0.0.1 is allowed (the embedded server serves this machine \
+             only; for others run an MQTT server such as Mosquitto and name it in mqtt.broker_url)",
+        );
+    }
+    SocketAddr::new(address.unwrap_or(Ipv4Addr::LOCALHOST.into()), listen.port)
+}
+
+/// A user has both, as in the original.
+fn credentials(username: Option<Text>, password: Option<Text>, report: &mut Report) -> Option<Credentials> {
+    let given = |text: Option<Text>| text.map(|text| text.0).filter(|text| !text.is_empty());
+    match (given(username), given(password)) {
+        (Some(username), Some(password)) => Some(Credentials { username, password: Secret(password) }),
+        (None, None) => None,
+        (Some(_), None) => {
+            report.warn(&Path::of("mqtt.username"), "is not used, as mqtt.password is not set");
+            None
+        }
+        (None, Some(_)) => {
+            report.warn(&Path::of("mqtt.password"), "is not used, as mqtt.username is not set");
+            None
+        }
+    }
+}
+
+fn confirm(timeout: Option<&Seconds>, budget: Option<&Seconds>, report: &mut Report) -> Confirm {
+    let confirm = Confirm { timeout: seconds(timeout, 1), budget: seconds(budget, 3) };
+    if confirm.timeout > confirm.budget {
+        let (timeout, budget) = (confirm.timeout.as_secs_f64(), confirm.budget.as_secs_f64());
+        report.wrong(
+            &Path::of("confirm_timeout"),
+            &Value::from(timeout),
+            &format!("is more than confirm_budget, at most {budget} is allowed"),
+        );
+    }
+    confirm
+}
+
+/// `log_level`, else what the original's logging had.
+fn log_level(own: Option<LogLevel>, logging_config: Option<&Value>, report: &mut Report) -> Level {
+    let foreign = logging_config.and_then(|config| config.pointer("/root/level")).filter(|level| !level.is_null());
+    match (own, foreign) {
+        (Some(level), _) => level.0,
+        (None, None) => Level::INFO,
+        (None, Some(value)) => match serde_json::from_value::<LogLevel>(value.clone()) {
+            Ok(level) => level.0,
+            Err(error) => {
+                report.wrong(&Path::of("logging_config.root.level"), value, &error.to_string());
+                Level::INFO
+            }
+        },
+    }
+}
+
+fn setup(raw: &raw::Setup, listed: &[Text], domains: &[Domain], report: &mut Report) -> BTreeMap<Domain, Setup> {
+    for name in raw.domains.keys().filter(|name| !listed.iter().any(|listed| listed.0 == **name)) {
+        report.refuse(&Path::of("setup.domains").then(name), "is not one of domains, one of them is allowed");
+    }
+    let key_dir = FilePath::new(raw.key_dir.as_ref().map_or("/etc/wgkex", |dir| &dir.0));
+    let first_port = port(raw.listen_port.as_ref(), 51820);
+    let default = raw::SetupDomain::default();
+    let mut interfaces = BTreeMap::new();
+    for (domain, counted) in domains.iter().zip(u32::from(first_port)..) {
+        let own = raw.domains.get(domain.name()).unwrap_or(&default);
+        let vni = own.vxlan_id.as_ref().or(raw.vxlan_id.as_ref());
+        let vxlan_port = own.vxlan_port.as_ref().or(raw.vxlan_port.as_ref());
+        let setup = Setup {
+            key_file: key_dir.join(format!("{}.key", domain.wireguard())),
+            listen_port: own.listen_port.as_ref().map_or_else(|| counted_port(counted, domain, report), |port| port.0),
+            vxlan_id: vni.map_or(99, |id| id.0),
+            vxlan_port: port(vxlan_port, 8472),
+        };
+        interfaces.insert(domain.clone(), setup);
+    }
+    check_udp_ports(domains, &interfaces, report);
+    interfaces
+}
+
+fn counted_port(counted: u32, domain: &Domain, report: &mut Report) -> u16 {
+    u16::try_from(counted).unwrap_or_else(|_| {
+        let complaint = format!("is too high, as it counts up to {counted} for {domain} and 65535 is the last port");
+        report.refuse(&Path::of("setup.listen_port"), &complaint);
+        0
+    })
+}
+
+/// A UDP port serves one WireGuard interface, and none that VXLAN has; VXLANs may share theirs.
+fn check_udp_ports(domains: &[Domain], interfaces: &BTreeMap<Domain, Setup>, report: &mut Report) {
+    let vxlan: BTreeSet<u16> = interfaces.values().map(|setup| setup.vxlan_port).collect();
+    let mut taken: BTreeMap<u16, &Domain> = BTreeMap::new();
+    for (domain, setup) in domains.iter().filter_map(|domain| interfaces.get_key_value(domain)) {
+        let port = setup.listen_port;
+        let path = Path::of("setup.domains").then(domain.name()).then("listen_port");
+        if port == 0 {
+            continue; // reported where it was counted
+        }
+        if vxlan.contains(&port) {
+            report.refuse(&path, &format!("{port} is a vxlan_port, another one is allowed"));
+        }
+        if let Some(other) = taken.insert(port, domain) {
+            report.refuse(&path, &format!("{port} is also that of {other}, another one is allowed"));
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Which keys there are: the tree of a file is brought into the shape of [`Raw::every_key`], and what does not fit is
+//! reported.
+
+use serde_json::{Map, Value};
+
+use super::raw::{ANY, Raw};
+use super::report::{Path, Report};
+
+/// Farther than this from every known key, a guess would only confuse.
+const TYPO_MAX: usize = 2;
+
+/// The paths of all keys; [`ANY`] stands for a name that the operator chooses.
+pub(super) fn paths() -> Vec<Path> {
+    fn walk(path: &Path, known: &Value, found: &mut Vec<Path>) {
+        for (key, below) in known.as_object().into_iter().flatten() {
+            let path = path.then(key);
+            walk(&path, below, found);
+            found.push(path);
+        }
+    }
+    let mut found = Vec::new();
+    walk(&Path::default(), &Raw::every_key(), &mut found);
+    found
+}
+
+/// Makes `tree` a tree in which mappings stand where mappings have to and lists where lists; unknown keys go, with a
+/// warning.
+pub(super) fn settle(tree: &mut Value, report: &mut Report) {
+    settle_at(&Path::default(), &Path::default(), &Raw::every_key(), tree, report);
+}
+
+/// `place` is `path` with [`ANY`] in place of names.
+fn settle_at(path: &Path, place: &Path, known: &Value, value: &mut Value, report: &mut Report) {
+    match known {
+        Value::Object(keys) => settle_mapping(path, place, keys, value, report),
+        Value::Array(_) => settle_list(path, value, report),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn settle_list(path: &Path, value: &mut Value, report: &mut Report) {
+    match value {
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate().filter(|(_, item)| item.is_null()) {
+                report.wrong(&path.index(index), item, "is not an entry, one has to follow \"- \"");
+            }
+        }
+        Value::Null => *value = Value::Array(Vec::new()),
+        Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
+            report.wrong(path, value, "is not a list, lines that begin with \"- \" are allowed");
+            *value = Value::Array(vec![Value::Null]);
+        }
+    }
+}
+
+fn settle_mapping(path: &Path, place: &Path, known: &Map<String, Value>, value: &mut Value, report: &mut Report) {
+    if known.keys().eq(["host", "port"]) {
+        split_host_and_port(value);
+    }
+    let mut keys = match value.take() {
+        Value::Object(keys) => keys,
+        Value::Null => Map::new(),
+        other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
+            let names: Vec<&str> = known.keys().map(|key| if key == ANY { "a name" } else { key }).collect();
+            let complaint = format!("is not a mapping, one with these keys is allowed: {}", names.join(", "));
+            report.wrong(path, &other, &complaint);
+            Map::new()
+        }
+    };
+    merge(&mut keys);
+    for (key, mut value) in keys.clone() {
+        let Some((step, below)) = known.get_key_value(&key).or_else(|| known.get_key_value(ANY)) else {
+            keys.remove(&key);
+            warn_unknown(path, place, &key, report);
+            continue;
+        };
+        settle_at(&path.then(&key), &place.then(step), below, &mut value, report);
+        keys.insert(key, value);
+    }
+    *value = Value::Object(keys);
+}
+
+/// `127.0.0.1:5000`, `[::1]:5000` or `::1` as host and port.
+fn split_host_and_port(value: &mut Value) {
+    let Some(text) = value.as_str() else { return };
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Value::from(port)),
+        _ => (text, Value::Null),
+    };
+    *value = Value::Object(Map::from_iter([("host".into(), host.into()), ("port".into(), port)]));
+}
+
+/// YAML 1.1's `<<`: keys of other mappings where there are none of the own.
+fn merge(keys: &mut Map<String, Value>) {
+    let sources = match keys.remove("<<") {
+        Some(Value::Array(items)) => items,
+        Some(source) => vec![source],
+        None => return,
+    };
+    for source in sources {
+        let Value::Object(source) = source else { continue };
+        for (key, value) in source {
+            keys.entry(key).or_insert(value);
+        }
+    }
+}
+
+fn warn_unknown(path: &Path, place: &Path, key: &str, report: &mut Report) {
+    let near = nearest(path, place, key);
+    let guess = near.map_or_else(String::new, |near| format!(", did you mean {near}?"));
+    report.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
+}
+
+/// The known key that is most like `key`: one of the same mapping, else of the whole file.
+fn nearest(path: &Path, place: &Path, key: &str) -> Option<Path> {
+    let candidates = paths().into_iter().filter_map(|known| {
+        let (name, parent) = known.0.split_last()?;
+        let here = parent == place.0;
+        let typos = strsim::damerau_levenshtein(&name.to_ascii_lowercase(), &key.to_ascii_lowercase());
+        let shown = if here { path.then(name) } else { known.clone() };
+        let fits = typos <= TYPO_MAX.min(name.len() / 3) && !shown.0.iter().any(|step| step == ANY);
+        fits.then_some((typos, !here, shown))
+    });
+    candidates.min_by_key(|(typos, elsewhere, _)| (*typos, *elsewhere)).map(|(_, _, shown)| shown)
+}

@@ -1,0 +1,148 @@
+//! The kinds of values that keys have, each with the sentence that says what is allowed. Quoted numbers are numbers
+//! and YAML 1.1's truth values are truth values, because the original's parser has it so.
+
+use std::net::Ipv6Addr;
+use std::time::Duration;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+use tracing::Level;
+
+use crate::PublicKey;
+
+/// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
+/// null, which `keys.rs` reads as "a value stands here". Without `Debug`, as some of the texts are secrets.
+macro_rules! leaf {
+    ($(#[$doc:meta])* $name:ident($inner:ty), $read:expr, $complaint:expr) => {
+        $(#[$doc])*
+        pub(super) struct $name(pub(super) $inner);
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let value = Value::deserialize(deserializer)?;
+                $read(&value).map(Self).ok_or_else(|| D::Error::custom($complaint))
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_unit()
+            }
+        }
+    };
+}
+
+leaf!(Text(String), text, "is not a text, one is allowed (a number needs quotes around it)");
+leaf!(
+    /// A text, or a number that serves as a name.
+    Label(()),
+    |value: &Value| (value.is_string() || value.is_number()).then_some(()),
+    "is not a name, a text or a number is allowed"
+);
+leaf!(
+    Host(String),
+    |value: &Value| text(value).and_then(|text| host(&text)),
+    "is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)"
+);
+leaf!(
+    Directory(String),
+    |value: &Value| text(value).filter(|text| text.starts_with('/')),
+    "is not a directory, an absolute path is allowed"
+);
+leaf!(Flag(bool), flag, "is not a truth value, true or false is allowed");
+leaf!(Port(u16), |value: &Value| whole(value, 1..=65535), "is not a port, a number from 1 to 65535 is allowed");
+leaf!(
+    Vni(u32),
+    |value: &Value| whole(value, 1..=0x00ff_ffff),
+    "is not a VXLAN id, a number from 1 to 16777215 is allowed"
+);
+leaf!(
+    PrefixLength(()),
+    |value: &Value| whole(value, 0..=128u8).map(drop),
+    "is not a prefix length, a number from 0 to 128 is allowed"
+);
+leaf!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
+leaf!(
+    Keepalive(u16),
+    |value: &Value| whole(value, 1..=65535),
+    "is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"
+);
+leaf!(
+    /// The upper bound keeps every sum with a clock's reading far from an overflow.
+    Seconds(Duration),
+    |value: &Value| {
+        number(value).filter(|seconds| (0.001..=1e9).contains(seconds)).map(Duration::from_secs_f64)
+    },
+    "is not a time, a number of seconds from 0.001 to 1000000000 is allowed"
+);
+leaf!(
+    Share(f64),
+    |value: &Value| number(value).filter(|share| (0.0..=1e9).contains(share)),
+    "is not a share, a number from 0 to 1000000000 is allowed"
+);
+leaf!(LogLevel(Level), level, "is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed");
+leaf!(
+    Ipam(()),
+    |value: &Value| text(value).filter(|name| ["json", "netbox"].contains(&name.as_str())).map(drop),
+    "is not an IPAM, json or netbox is allowed"
+);
+leaf!(
+    Key(()),
+    |value: &Value| text(value)?.parse::<PublicKey>().ok().map(drop),
+    "is not a WireGuard public key, 44 characters of base64 are allowed"
+);
+
+fn text(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
+}
+
+/// The host in `text`, without the brackets that an IPv6 address may wear.
+fn host(text: &str) -> Option<String> {
+    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+    let address = bare.split('%').next().unwrap_or_default();
+    let name = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || ".-_".contains(c));
+    (name || address.parse::<Ipv6Addr>().is_ok()).then(|| bare.to_owned())
+}
+
+/// The truth value that a text stands for in YAML 1.1 as Python reads it.
+pub(super) fn truth(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Some(true),
+        "false" | "no" | "off" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+fn flag(value: &Value) -> Option<bool> {
+    value.as_bool().or_else(|| truth(&scalar(value)?))
+}
+
+fn number(value: &Value) -> Option<f64> {
+    scalar(value)?.parse().ok()
+}
+
+fn whole<T: TryFrom<u64> + PartialOrd>(value: &Value, allowed: std::ops::RangeInclusive<T>) -> Option<T> {
+    let number: u64 = scalar(value)?.parse().ok()?;
+    T::try_from(number).ok().filter(|number| allowed.contains(number))
+}
+
+/// What was written for a number, with or without quotes, without the underscores that YAML 1.1 allows.
+fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::Number(number) => Some(number.to_string()),
+        Value::String(text) => Some(text.trim().replace('_', "")),
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+/// A level by one of Python's names, or by the number behind it.
+fn level(value: &Value) -> Option<Level> {
+    match scalar(value)?.to_ascii_uppercase().as_str() {
+        "DEBUG" | "NOTSET" | "10" | "0" => Some(Level::DEBUG),
+        "INFO" | "20" => Some(Level::INFO),
+        "WARNING" | "WARN" | "30" => Some(Level::WARN),
+        "ERROR" | "CRITICAL" | "FATAL" | "40" | "50" => Some(Level::ERROR),
+        _ => None,
+    }
+}

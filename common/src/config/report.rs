@@ -1,0 +1,200 @@
+//! What is wrong or odd with a config, as lines for the operator. Every line passes here, so that none shows a
+//! secret and each stays one line.
+
+use std::collections::BTreeSet;
+use std::fmt::{self, Write as _};
+
+use serde_json::Value;
+use serde_path_to_error::Segment;
+
+use super::keys;
+
+/// Keys whose values are nobody's business.
+const SECRET_KEYS: [&str; 3] = ["password", "api_key", "broker_signing_key"];
+
+/// Longer values are not shown: they help nobody.
+const SHOWN_MAX: usize = 80;
+
+/// The way to a value: keys, and `[n]` in a list.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Path(pub(super) Vec<String>);
+
+impl Path {
+    /// The way to a key of ours, such as `mqtt.broker_port`.
+    pub fn of(dotted: &str) -> Self {
+        Self(dotted.split('.').map(str::to_owned).collect())
+    }
+
+    pub fn then(&self, step: impl Into<String>) -> Self {
+        let mut steps = self.0.clone();
+        steps.push(step.into());
+        Self(steps)
+    }
+
+    pub fn index(&self, index: usize) -> Self {
+        self.then(format!("[{index}]"))
+    }
+
+    /// The value that it leads to.
+    pub fn find<'a>(&self, tree: &'a mut Value) -> Option<&'a mut Value> {
+        self.0.iter().try_fold(tree, |value, step| match value {
+            Value::Object(keys) => keys.get_mut(step),
+            Value::Array(items) => {
+                let index: usize = step.strip_prefix('[')?.strip_suffix(']')?.parse().ok()?;
+                items.get_mut(index)
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => None,
+        })
+    }
+}
+
+impl From<&serde_path_to_error::Path> for Path {
+    fn from(path: &serde_path_to_error::Path) -> Self {
+        let step = |segment: &Segment| match segment {
+            Segment::Seq { index } => format!("[{index}]"),
+            Segment::Map { key } => key.clone(),
+            Segment::Enum { .. } | Segment::Unknown => "?".to_owned(),
+        };
+        Self(path.iter().map(step).collect())
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, step) in self.0.iter().enumerate() {
+            if position > 0 && !step.starts_with('[') {
+                f.write_char('.')?;
+            }
+            write!(f, "{}", step.escape_debug())?;
+        }
+        Ok(())
+    }
+}
+
+/// The lines so far.
+pub(super) struct Report {
+    source: String,
+    /// Names that stand for a path in the lines; empty for a file.
+    aliases: &'static [(&'static str, &'static str)],
+    /// The names of keys, which are no secret even if somebody's password is the same.
+    known: BTreeSet<String>,
+    secrets: Vec<String>,
+    errors: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Report {
+    /// For a file.
+    pub fn of_file(name: &str, yaml: &str) -> Self {
+        let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key));
+        Self {
+            source: format!("{name}: "),
+            secrets: yaml.lines().flat_map(behind_keys).collect(),
+            ..Self::of_variables(&[])
+        }
+    }
+
+    /// For variables; `aliases` says which variable stands for which path.
+    pub fn of_variables(aliases: &'static [(&'static str, &'static str)]) -> Self {
+        Self {
+            source: String::new(),
+            aliases,
+            known: keys::paths().into_iter().flat_map(|path| path.0).collect(),
+            secrets: Vec::new(),
+            errors: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Keeps what stands at secret keys of `tree` out of all later lines.
+    pub fn keep_secret(&mut self, tree: &Value) {
+        let Some(keys) = tree.as_object() else { return };
+        for (key, value) in keys {
+            if SECRET_KEYS.contains(&key.as_str()) {
+                collect_scalars(value, &mut self.secrets);
+            }
+            self.keep_secret(value);
+        }
+        self.secrets.retain(|secret| !secret.is_empty());
+    }
+
+    /// A mistake: `value` at `path` is not what it has to be.
+    pub fn wrong(&mut self, path: &Path, value: &Value, complaint: &str) {
+        let shown = self.show(path, value);
+        self.refuse(path, &format!("{shown} {complaint}"));
+    }
+
+    /// A mistake told without the value.
+    pub fn refuse(&mut self, path: &Path, complaint: &str) {
+        let line = format!("{}{}: {complaint}", self.source, self.name(path));
+        self.errors.push(line);
+    }
+
+    /// A mistake of the source as a whole.
+    pub fn refuse_all(&mut self, complaint: &str) {
+        self.errors.push(format!("{}{complaint}", self.source));
+    }
+
+    /// Something odd that does no harm.
+    pub fn warn(&mut self, path: &Path, note: &str) {
+        let line = format!("{}{}: {note}", self.source, self.name(path));
+        self.warnings.push(line);
+    }
+
+    /// Whether `text` holds a secret.
+    pub fn hides(&self, text: &str) -> bool {
+        self.secrets.iter().any(|secret| text.contains(secret.as_str()))
+    }
+
+    /// Mistakes and warnings.
+    pub fn into_lines(self) -> (Vec<String>, Vec<String>) {
+        (self.errors, self.warnings)
+    }
+
+    fn show(&self, path: &Path, value: &Value) -> String {
+        let hidden = || "the value".to_owned();
+        if path.0.iter().any(|step| SECRET_KEYS.contains(&step.as_str())) {
+            return hidden();
+        }
+        match value {
+            Value::Null => "nothing".into(),
+            Value::Array(_) => "a list".into(),
+            Value::Object(_) => "a mapping".into(),
+            Value::Bool(flag) => flag.to_string(),
+            Value::Number(number) if self.hides(&number.to_string()) => hidden(),
+            Value::Number(number) => number.to_string(),
+            // An address with a user in it would show that user's password.
+            Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.hides(text) => hidden(),
+            Value::String(text) => format!("{text:?}"),
+        }
+    }
+
+    /// The path as the operator knows it; without a step that holds a secret.
+    fn name(&self, path: &Path) -> String {
+        let unfit = |step: &str| !self.known.contains(step) && (step.len() > SHOWN_MAX || self.hides(step));
+        let step = |step: &String| if unfit(step) { "?".to_owned() } else { step.clone() };
+        let name = Path(path.0.iter().map(step).collect()).to_string();
+        let alias = self.aliases.iter().find_map(|(alias, long)| Some(format!("{alias}{}", name.strip_prefix(long)?)));
+        alias.unwrap_or(name)
+    }
+}
+
+fn collect_scalars(value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::Null | Value::Bool(_) => {}
+        Value::Number(number) => found.push(number.to_string()),
+        Value::String(text) => found.push(text.clone()),
+        Value::Array(items) => items.iter().for_each(|item| collect_scalars(item, found)),
+        Value::Object(keys) => keys.values().for_each(|item| collect_scalars(item, found)),
+    }
+}
+
+/// What stands behind `key:` in a line, however broken the text around it is: all of it, and its first word.
+fn after_key(line: &str, key: &str) -> Vec<String> {
+    let Some((_, rest)) = line.split_once(key) else { return Vec::new() };
+    let Some(rest) = rest.trim_start_matches(['"', '\'', ' ']).strip_prefix(':') else { return Vec::new() };
+    let is_around = |c: char| c.is_whitespace() || "\"',{}[]".contains(c);
+    let rest = rest.trim_matches(is_around);
+    let secrets = [Some(rest), rest.split(is_around).next(), rest.split(" #").next()];
+    secrets.into_iter().flatten().filter(|secret| !secret.is_empty()).map(str::to_owned).collect()
+}

@@ -1,0 +1,391 @@
+//! The config as operators write it, mistakes included.
+
+mod mistakes;
+
+use std::io;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../../wgkex.yaml.example");
+
+/// The least that is a config.
+const LEAST: &str = "domains: [ffmuc_welt, ffmuc_umland]\ndomain_prefixes: [ffmuc_]\n";
+
+/// Every key that the original knows, in the shapes that its users have.
+const ORIGINAL: &str = r#"
+domains:
+  - ffmuc_muc_cty
+  - ffmuc_welt
+  - ffdon_umland
+domain_prefixes:
+  - ffmuc_muc_
+  - ffmuc_
+  - ffdon_
+workers:
+  gw04.in.ffmuc.net:
+    weight: 30
+    id: 1
+    pop: vie
+    location: Vienna
+  gw05.in.ffmuc.net:
+    weight: ~
+  gw06.in.ffmuc.net:
+sticky_worker_tolerance: 10
+externalName: gw04.ext.ffmuc.net
+cleanup:
+  interval: 1800
+  parker_stale_timeout: 300
+  legacy_stale_timeout: 7200
+  initial_handshake_grace: 900
+parker:
+  enabled: no
+  464xlat: True
+  retry_interval: 120
+  wg_keepalive: 25
+  ipam: netbox
+  prefixes:
+    ipv4:
+      length: 22
+      clat_subnet: 10.80.96.0/22
+      netbox_filter: {role: clat}
+    ipv6:
+      length: 63
+      netbox_filter:
+        mask_length: 48
+        custom: [1, two]
+      netbox_additional_data:
+        status: active
+        tenant: {name: ffmuc}
+broker_signing_key: RWRCSwAAAABzaWduaW5nLWtleQ==
+netbox:
+  url: https://netbox.ffmuc.net
+  api_key: very-secret-token
+mqtt:
+  broker_url: mqtt.ffmuc.net
+  broker_port: "8883"
+  username: wgkex
+  password: very-secret-password
+  keepalive: 5
+  tls: True
+broker_listen:
+  host: 0.0.0.0
+  port: 5000
+logging_config:
+  formatters:
+    standard:
+      format: "%(asctime)s,%(msecs)d %(levelname)-8s [%(filename)s:%(lineno)d] %(message)s"
+  handlers:
+    console:
+      class: logging.StreamHandler
+      formatter: standard
+  root:
+    handlers:
+      - console
+    level: DEBUG
+  version: 1
+"#;
+
+fn parse(yaml: &str) -> Result<Config, ConfigError> {
+    Config::parse("/etc/wgkex.yaml", yaml, "gw04.in.ffmuc.net")
+}
+
+fn setup(config: &Config, domain: &str) -> Setup {
+    config.setup[domain].clone()
+}
+
+fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+#[test]
+fn the_originals_file_works_without_a_warning() {
+    let config = parse(ORIGINAL).unwrap();
+    assert_eq!(config.warnings, [""; 0]);
+    let domains: Vec<&str> = config.domains.iter().map(Domain::rest).collect();
+    assert_eq!(domains, ["umland", "cty", "welt"]);
+    assert_eq!(config.external_name, "gw04.ext.ffmuc.net");
+    let weights: Vec<f64> = config.workers.values().map(|worker| worker.weight).collect();
+    assert_eq!(weights, [30.0, 1.0, 1.0]);
+    let seconds = Duration::from_secs;
+    assert_eq!(config.cleanup, Cleanup { interval: seconds(1800), stale: seconds(7200), grace: seconds(900) });
+    assert_eq!(config.mqtt.server, Server::External { host: "mqtt.ffmuc.net".into(), port: 8883 });
+    assert!(config.mqtt.tls);
+    let credentials = config.mqtt.credentials.clone().unwrap();
+    assert_eq!((credentials.username.as_str(), credentials.password.expose()), ("wgkex", "very-secret-password"));
+    assert_eq!(config.broker_listen.to_string(), "0.0.0.0:5000");
+    assert_eq!(config.log_level, Level::DEBUG);
+    assert!(!format!("{config:?}").contains("very-secret"), "{config:?}");
+}
+
+#[test]
+fn what_is_left_out_has_its_default() {
+    let config = parse(LEAST).unwrap();
+    let seconds = Duration::from_secs;
+    let expected = Config {
+        domains: config.domains.clone(),
+        name: "gw04.in.ffmuc.net".into(),
+        external_name: "gw04.in.ffmuc.net".into(),
+        workers: BTreeMap::new(),
+        cleanup: Cleanup { interval: seconds(3600), stale: seconds(10800), grace: seconds(600) },
+        mqtt: Mqtt {
+            server: Server::Embedded("127.0.0.1:1883".parse().unwrap()),
+            credentials: None,
+            keepalive: seconds(5),
+            tls: false,
+        },
+        broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
+        worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
+        confirm: Confirm { timeout: seconds(1), budget: seconds(3) },
+        setup: config.setup.clone(),
+        log_level: Level::INFO,
+        warnings: vec![],
+    };
+    assert_eq!(config, expected);
+    let interfaces = |name: &str, listen_port| Setup {
+        key_file: format!("/etc/wgkex/wg-{name}.key").into(),
+        listen_port,
+        vxlan_id: 99,
+        vxlan_port: 8472,
+    };
+    assert_eq!(setup(&config, "ffmuc_welt"), interfaces("welt", 51820));
+    assert_eq!(setup(&config, "ffmuc_umland"), interfaces("umland", 51821));
+}
+
+#[test]
+fn null_and_an_empty_section_mean_the_default_everywhere() {
+    for path in keys::paths().into_iter().filter(|path| path.0.len() == 1) {
+        let yaml = format!("{LEAST}{path}: ~\n");
+        if yaml.matches(&format!("{path}:")).count() == 1 {
+            assert_eq!(parse(&yaml), parse(LEAST), "{path}");
+        }
+    }
+    assert_eq!(parse(&format!("{LEAST}mqtt: {{broker_url: ~, tls: null}}\nsetup: {{domains: ~}}")), parse(LEAST));
+}
+
+#[test]
+fn truth_values_and_numbers_are_read_as_the_originals_parser_has_them() {
+    let tls = |text: &str| {
+        let yaml = format!("{LEAST}mqtt: {{broker_url: mqtt, tls: {text}}}");
+        parse(&yaml).map(|config| config.mqtt.tls).unwrap()
+    };
+    assert!(["yes", "Yes", "on", "ON", "True", "true", "1", "\"true\""].into_iter().all(tls));
+    assert!(!["no", "No", "off", "OFF", "False", "false", "0", "'no'"].into_iter().any(tls));
+    let interval = |text: &str| {
+        let yaml = format!("{LEAST}cleanup: {{interval: {text}}}");
+        parse(&yaml).map(|config| config.cleanup.interval.as_secs_f64()).unwrap()
+    };
+    let read: Vec<f64> = ["60", "'60'", "6e1", "60.5", "\"0.5\"", "1_000", "0x10"].into_iter().map(interval).collect();
+    assert_eq!(read, [60.0, 60.0, 60.0, 60.5, 0.5, 1000.0, 16.0]);
+}
+
+#[test]
+fn keys_may_be_merged_from_another_mapping() {
+    let yaml = format!(
+        "{LEAST}cleanup: &times {{interval: 60}}\nworkers:\n  gw1: &gw {{weight: 2}}\n  gw2:\n    <<: *gw\n  gw3: {{<<: [*gw], weight: 3}}\n"
+    );
+    let weights: Vec<f64> = parse(&yaml).unwrap().workers.values().map(|worker| worker.weight).collect();
+    assert_eq!(weights, [2.0, 2.0, 3.0]);
+}
+
+#[test]
+fn domains_that_no_router_could_use_are_left_out() {
+    let config =
+        parse("domains: [ffmuc_welt, welt, ffmuc_welt]\ndomain_prefixes: [ffmuc_]\nsetup: {domains: {welt: {}}}");
+    let config = config.unwrap();
+    assert_eq!(config.domains.iter().map(Domain::name).collect::<Vec<_>>(), ["ffmuc_welt"]);
+    let expected = [
+        "/etc/wgkex.yaml: domains[1]: \"welt\" begins with none of domain_prefixes and is ignored",
+        "/etc/wgkex.yaml: domains[2]: is listed twice",
+    ];
+    assert_eq!(config.warnings, expected);
+}
+
+#[test]
+fn listeners_are_given_as_keys_or_as_text() {
+    let shown = |text: &str| parse(&format!("{LEAST}broker_listen: {text}")).unwrap().broker_listen.to_string();
+    assert_eq!(shown("{port: 80}"), "127.0.0.1:80");
+    assert_eq!(shown("{host: '::'}"), "[::]:5000");
+    assert_eq!(shown("{host: '[::1]', port: '80'}"), "[::1]:80");
+    assert_eq!(shown("0.0.0.0:80"), "0.0.0.0:80");
+    assert_eq!(shown("'[::1]:80'"), "[::1]:80");
+    assert_eq!(shown("'::1'"), "[::1]:5000");
+    assert_eq!(shown("localhost"), "localhost:5000");
+    let embedded = |text: &str| parse(&format!("{LEAST}mqtt_listen: {text}")).unwrap().mqtt.server;
+    assert_eq!(embedded("localhost:1884"), Server::Embedded("127.0.0.1:1884".parse().unwrap()));
+    assert_eq!(embedded("'[::1]:1884'"), Server::Embedded("[::1]:1884".parse().unwrap()));
+}
+
+#[test]
+fn a_domains_own_interface_settings_win() {
+    let config = parse(&format!(
+        "{LEAST}setup: {{key_dir: /k, listen_port: 40000, vxlan_id: 7, domains: {{ffmuc_welt: {{listen_port: 40010, vxlan_port: 4789}}}}}}"
+    ));
+    let config = config.unwrap();
+    let expected = Setup { key_file: "/k/wg-welt.key".into(), listen_port: 40010, vxlan_id: 7, vxlan_port: 4789 };
+    assert_eq!(setup(&config, "ffmuc_welt"), expected);
+    assert_eq!(setup(&config, "ffmuc_umland").listen_port, 40001);
+}
+
+#[test]
+fn the_log_level_is_ours_before_the_originals() {
+    let level = |yaml: &str| parse(&format!("{LEAST}{yaml}")).unwrap().log_level;
+    assert_eq!(level("log_level: warning"), Level::WARN);
+    assert_eq!(level("log_level: CRITICAL"), Level::ERROR);
+    assert_eq!(level("log_level: 10"), Level::DEBUG);
+    assert_eq!(level("logging_config: {root: {level: error}}"), Level::ERROR);
+    assert_eq!(level("logging_config: {root: {level: error}}\nlog_level: DEBUG"), Level::DEBUG);
+    assert_eq!(level("logging_config: text"), Level::INFO);
+}
+
+#[test]
+fn a_host_name_that_no_topic_can_have_is_refused() {
+    for name in ["", "a/b", "a+", "#"] {
+        let [line] = &Config::parse("f", LEAST, name).unwrap_err().lines[..] else { panic!("{name}") };
+        assert!(line.starts_with(&format!("f: the host name {name:?} cannot be part of an MQTT topic")), "{line}");
+    }
+}
+
+#[test]
+fn a_containers_variables_are_a_config() {
+    let set = variables(&[
+        ("WGKEX_DOMAINS", "ffmuc_welt, ffmuc_umland,ffmuc_gauting"),
+        ("WGKEX_DOMAIN_PREFIXES", "ffmuc_"),
+        ("WGKEX_DEBUG", "ERROR"),
+        ("MQTT_BROKER_URL", "mqtt"),
+        ("MQTT_BROKER_PORT", "8883"),
+        ("MQTT_USERNAME", "wgkex"),
+        ("MQTT_PASSWORD", "012345"),
+        ("MQTT_KEEPALIVE", "10"),
+        ("MQTT_TLS", "True"),
+        ("HOME", "/root"),
+    ]);
+    let config = Config::from_variables(&set, "gw1").unwrap();
+    assert_eq!(config.domains.len(), 3);
+    let expected = Mqtt {
+        server: Server::External { host: "mqtt".into(), port: 8883 },
+        credentials: Some(Credentials { username: "wgkex".into(), password: Secret("012345".into()) }),
+        keepalive: Duration::from_secs(10),
+        tls: true,
+    };
+    assert_eq!(config.mqtt, expected);
+    assert_eq!(config.log_level, Level::ERROR);
+    assert_eq!(config.warnings, [""; 0]);
+    for (debug, level) in [("1", Level::DEBUG), ("yes", Level::DEBUG), ("False", Level::INFO), ("", Level::INFO)] {
+        let mut set = set.clone();
+        set.insert("WGKEX_DEBUG".into(), debug.into());
+        assert_eq!(Config::from_variables(&set, "gw1").unwrap().log_level, level, "{debug}");
+    }
+}
+
+#[test]
+fn a_mistake_in_a_variable_names_the_variable() {
+    let set = variables(&[("WGKEX_DOMAINS", "ffmuc_1234567890123"), ("MQTT_BROKER_PORT", "abc"), ("WGKEX_DEBUG", "x")]);
+    let error = Config::from_variables(&set, "gw1").unwrap_err();
+    let expected = [
+        "WGKEX_DEBUG: \"x\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed",
+        "MQTT_BROKER_PORT: \"abc\" is not a port, a number from 1 to 65535 is allowed",
+        "WGKEX_DOMAIN_PREFIXES: is missing, a list with at least one entry is needed",
+    ];
+    assert_eq!(error.lines(), expected);
+    let set = variables(&[("MQTT_PASSWORD", "very-secret"), ("MQTT_BROKER_URL", "very-secret/")]);
+    let error = Config::from_variables(&set, "gw1").unwrap_err();
+    assert!(error.lines()[0].starts_with("MQTT_BROKER_URL: the value is not a host"), "{error}");
+}
+
+#[test]
+fn a_file_counts_alone_and_variables_stand_in_for_none() {
+    let set = variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("MQTT_PASSWORD", "hidden")]);
+    let choose = |content, set: &_| Config::choose("/f", content, set, "gw1");
+    let no_file = || Err(io::Error::from(io::ErrorKind::NotFound));
+    let config = choose(Ok(LEAST.to_owned()), &set).unwrap();
+    assert_eq!(config.domains.len(), 2);
+    let warning = "/f: counts alone, these variables are ignored: WGKEX_DOMAIN_PREFIXES, WGKEX_DOMAINS, MQTT_PASSWORD";
+    assert_eq!(config.warnings, [warning]);
+    assert_eq!(choose(no_file(), &set).unwrap().domains.len(), 1);
+    let error = choose(no_file(), &variables(&[("WGKEX_DOMAINS", "")])).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "/f: does not exist; write it (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
+         WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
+    );
+    let denied = Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    assert_eq!(choose(denied, &set).unwrap_err().to_string(), "/f: cannot be read: permission denied");
+}
+
+/// The example with every commented-out key taken in: "#key" is one, "# text" is prose.
+fn everything_of_the_example() -> String {
+    let line = |line: &str| match line.split_once('#') {
+        Some((indent, key)) if indent.trim().is_empty() && !key.starts_with(' ') => format!("{indent}{key}\n"),
+        _ => format!("{line}\n"),
+    };
+    EXAMPLE.lines().map(line).collect()
+}
+
+#[test]
+fn the_example_documents_every_key_with_its_default() {
+    let least = parse(LEAST).unwrap();
+    assert_eq!(parse(EXAMPLE).unwrap(), least);
+
+    let everything = everything_of_the_example();
+    let mut config = parse(&everything).unwrap();
+    assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".into(), Worker { weight: 1.0 })]));
+    config.workers.clear();
+    assert_eq!(config, least);
+
+    let mut tree = yaml::parse(&everything, &mut Report::of_file("", "")).unwrap();
+    for path in keys::paths() {
+        let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
+            (raw::ANY, "workers") => "gw01.example.org".to_owned(),
+            (raw::ANY, _) => "ffmuc_welt".to_owned(),
+            _ => step.clone(),
+        };
+        let path = report::Path(path.0.iter().map(named).collect());
+        assert!(path.find(&mut tree).is_some(), "{path} is not documented");
+    }
+}
+
+/// `text` with some of its characters gone, doubled or replaced, as typing does.
+fn mistyped(text: &'static str) -> impl Strategy<Value = String> {
+    let edit = (any::<prop::sample::Index>(), 0..4usize, "[ \t\n:#'\"{}\\[\\]|>&*!%@,a0-]");
+    prop::collection::vec(edit, 1..6).prop_map(|edits| {
+        let mut chars: Vec<char> = text.chars().collect();
+        for (place, removed, inserted) in edits {
+            let at = place.index(chars.len());
+            let end = (at + removed).min(chars.len());
+            chars.splice(at..end, inserted.chars());
+        }
+        chars.into_iter().collect()
+    })
+}
+
+fn check_lines(result: Result<Config, ConfigError>) -> Result<(), TestCaseError> {
+    let said =
+        format!("{result:?} {}", result.as_ref().map_or_else(ToString::to_string, |config| config.warnings.join("\n")));
+    prop_assert!(!said.contains("very-secret"), "{said}");
+    prop_assert!(!said.contains("WduaW5nLWtleQ"), "{said}");
+    if let Err(error) = result {
+        prop_assert!(!error.lines.is_empty());
+        prop_assert!(error.lines.iter().all(|line| line.starts_with("/etc/wgkex.yaml: ") && !line.contains('\n')));
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_a_config_or_an_error(text in any::<String>()) {
+        check_lines(parse(&text))?;
+    }
+
+    #[test]
+    fn anything_that_looks_like_yaml_is_a_config_or_an_error(text in "([a-z_]{0,3}|[-?:,&*!|>'\"{}\\[\\]# \n]|domains: |mqtt: |0){0,40}") {
+        check_lines(parse(&format!("{LEAST}{text}")))?;
+        check_lines(parse(&text))?;
+    }
+
+    #[test]
+    fn a_mistyped_file_shows_no_secret(text in mistyped(ORIGINAL)) {
+        check_lines(parse(&text))?;
+    }
+}

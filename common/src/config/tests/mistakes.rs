@@ -1,0 +1,307 @@
+//! Tables of what operators get wrong, with the exact lines that tell them.
+
+use super::*;
+
+/// What stands below [`LEAST`], and the lines that it is refused with.
+const MISTAKES: &[(&str, &[&str])] = &[
+    ("mqtt: {broker_port: abc}", &["mqtt.broker_port: \"abc\" is not a port, a number from 1 to 65535 is allowed"]),
+    ("mqtt: {broker_port: 0}", &["mqtt.broker_port: 0 is not a port, a number from 1 to 65535 is allowed"]),
+    ("mqtt: {broker_port: 70000}", &["mqtt.broker_port: 70000 is not a port, a number from 1 to 65535 is allowed"]),
+    ("mqtt: {broker_port: -1}", &["mqtt.broker_port: -1 is not a port, a number from 1 to 65535 is allowed"]),
+    ("mqtt: {broker_port: [1]}", &["mqtt.broker_port: a list is not a port, a number from 1 to 65535 is allowed"]),
+    (
+        "mqtt: {broker_url: 'mqtt://example.org'}",
+        &[
+            "mqtt.broker_url: \"mqtt://example.org\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+        ],
+    ),
+    (
+        "mqtt: {broker_url: 'example.org:1883'}",
+        &[
+            "mqtt.broker_url: \"example.org:1883\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+        ],
+    ),
+    (
+        "mqtt: {broker_url: 'user:pw@example.org'}",
+        &[
+            "mqtt.broker_url: the value is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+        ],
+    ),
+    (
+        "mqtt: {keepalive: 0}",
+        &["mqtt.keepalive: 0 is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"],
+    ),
+    (
+        "mqtt: {keepalive: 70000}",
+        &["mqtt.keepalive: 70000 is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"],
+    ),
+    ("mqtt: {tls: maybe}", &["mqtt.tls: \"maybe\" is not a truth value, true or false is allowed"]),
+    (
+        "mqtt: {password: 12345}",
+        &["mqtt.password: the value is not a text, one is allowed (a number needs quotes around it)"],
+    ),
+    (
+        "mqtt: {password: [secret]}",
+        &["mqtt.password: the value is not a text, one is allowed (a number needs quotes around it)"],
+    ),
+    (
+        "mqtt: mqtt.example.org",
+        &[
+            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, keepalive, password, tls, username",
+        ],
+    ),
+    (
+        "mqtt: [{password: secret}]",
+        &[
+            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, keepalive, password, tls, username",
+        ],
+    ),
+    ("workers: [gw1]", &["workers: a list is not a mapping, one with these keys is allowed: a name"]),
+    (
+        "workers: {gw1: {weight: -1}}",
+        &["workers.gw1.weight: -1 is not a share, a number from 0 to 1000000000 is allowed"],
+    ),
+    (
+        "workers: {gw1.example.org: {weight: 1e999}}",
+        &["workers.gw1.example.org.weight: \"inf\" is not a share, a number from 0 to 1000000000 is allowed"],
+    ),
+    ("workers: {gw1: {id: one}}", &["workers.gw1.id: \"one\" is not an id, a whole number is allowed"]),
+    ("externalName: 12", &["externalName: 12 is not a text, one is allowed (a number needs quotes around it)"]),
+    (
+        "cleanup: {interval: 0}",
+        &["cleanup.interval: 0 is not a time, a number of seconds from 0.001 to 1000000000 is allowed"],
+    ),
+    (
+        "cleanup: {legacy_stale_timeout: 3h}",
+        &[
+            "cleanup.legacy_stale_timeout: \"3h\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
+        ],
+    ),
+    (
+        "parker: {enabled: yes}",
+        &["parker.enabled: true is not supported by this version (routed networks), false is allowed"],
+    ),
+    ("parker: {ipam: excel}", &["parker.ipam: \"excel\" is not an IPAM, json or netbox is allowed"]),
+    (
+        "parker: {prefixes: {ipv6: {length: 129}}}",
+        &["parker.prefixes.ipv6.length: 129 is not a prefix length, a number from 0 to 128 is allowed"],
+    ),
+    (
+        "broker_listen: '127.0.0.1:http'",
+        &["broker_listen.port: \"http\" is not a port, a number from 1 to 65535 is allowed"],
+    ),
+    ("broker_listen: 5000", &["broker_listen: 5000 is not a mapping, one with these keys is allowed: host, port"]),
+    (
+        "worker_listen: {host: 'a b'}",
+        &[
+            "worker_listen.host: \"a b\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+        ],
+    ),
+    (
+        "mqtt_listen: {host: 0.0.0.0}",
+        &[
+            "mqtt_listen.host: \"0.0.0.0\" is not a loopback address, one such as 127.0.0.1 is allowed (the embedded server serves this machine only; for others run an MQTT server such as Mosquitto and name it in mqtt.broker_url)",
+        ],
+    ),
+    (
+        "log_level: LOUD",
+        &["log_level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
+    ),
+    (
+        "logging_config: {root: {level: LOUD}}",
+        &["logging_config.root.level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
+    ),
+    ("confirm_timeout: 5", &["confirm_timeout: 5.0 is more than confirm_budget, at most 3 is allowed"]),
+    (
+        "key_whitelist: [abc]",
+        &["key_whitelist[0]: \"abc\" is not a WireGuard public key, 44 characters of base64 are allowed"],
+    ),
+    ("setup: {key_dir: keys}", &["setup.key_dir: \"keys\" is not a directory, an absolute path is allowed"]),
+    (
+        "setup: {vxlan_id: 16777216}",
+        &["setup.vxlan_id: 16777216 is not a VXLAN id, a number from 1 to 16777215 is allowed"],
+    ),
+    (
+        "setup: {domains: {ffmuc_wlet: {vxlan_id: 5}}}",
+        &["setup.domains.ffmuc_wlet: is not one of domains, one of them is allowed"],
+    ),
+    (
+        "setup: {domains: {ffmuc_umland: {listen_port: 51820}}}",
+        &["setup.domains.ffmuc_umland.listen_port: 51820 is also that of ffmuc_welt, another one is allowed"],
+    ),
+    (
+        "setup: {listen_port: 8471}",
+        &["setup.domains.ffmuc_umland.listen_port: 8472 is a vxlan_port, another one is allowed"],
+    ),
+    (
+        "setup: {listen_port: 65535}",
+        &["setup.listen_port: is too high, as it counts up to 65536 for ffmuc_umland and 65535 is the last port"],
+    ),
+    (
+        "mqtt: {broker_port: abc, tls: maybe}\nconfirm_budget: no",
+        &[
+            "confirm_budget: \"no\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
+            "mqtt.broker_port: \"abc\" is not a port, a number from 1 to 65535 is allowed",
+            "mqtt.tls: \"maybe\" is not a truth value, true or false is allowed",
+        ],
+    ),
+    (
+        "mqtt: {tls: yes}\nlog_level: INFO\nmqtt: {tls: no}",
+        &["line 5: mqtt is given twice in one mapping, once is allowed"],
+    ),
+    (
+        "mqtt:\n  tls: yes\n'mqtt':\n  tls: no\n\n\nlog_level: x",
+        &["line 5: mqtt is given twice in one mapping, once is allowed"],
+    ),
+    ("mqtt:\n\ttls: yes", &["line 4: begins with a tab, spaces are allowed"]),
+    ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
+    (
+        "mqtt: {password: .inf}",
+        &["has a value that is no number and no text, such as .inf or .nan; quotes make it a text"],
+    ),
+    ("? [a, b]\n: c", &["has a key that is a list or a mapping or nothing, a text is allowed"]),
+    ("---\nmqtt: ~", &["has more than one document, one is allowed (no second line \"---\")"]),
+];
+
+#[test]
+fn each_mistake_is_one_line_that_says_what_is_allowed() {
+    for (yaml, expected) in MISTAKES {
+        assert_eq!(mistakes(yaml), *expected, "{yaml}");
+    }
+}
+
+#[test]
+fn a_file_that_lacks_the_domains_is_told_so() {
+    let empty = "is empty, domains and domain_prefixes are needed at least";
+    let no_domains = "domains: is missing, a list with at least one entry is needed";
+    let no_prefixes = "domain_prefixes: is missing, a list with at least one entry is needed";
+    let cases: &[(&str, &[&str])] = &[
+        ("", &[empty]),
+        ("# nothing\n", &[empty]),
+        ("---\n", &[empty]),
+        ("{}", &[empty]),
+        ("wgkex", &["is not a mapping, keys with values such as \"domains:\" are allowed at the top"]),
+        ("- domains\n", &["is not a mapping, keys with values such as \"domains:\" are allowed at the top"]),
+        ("log_level: INFO\n", &[no_domains, no_prefixes]),
+        ("domains: [ffmuc_welt]\n", &[no_prefixes]),
+        ("domains:\ndomain_prefixes: [ffmuc_]\n", &[no_domains]),
+        (
+            "domains: ffmuc_welt\ndomain_prefixes: [ffmuc_]\n",
+            &["domains: \"ffmuc_welt\" is not a list, lines that begin with \"- \" are allowed"],
+        ),
+        (
+            "domains:\n-\ndomain_prefixes: [ffmuc_]\n",
+            &["domains[0]: nothing is not an entry, one has to follow \"- \""],
+        ),
+        (
+            "domains: [12, ffmuc_a]\ndomain_prefixes: [ffmuc_]\n",
+            &["domains[0]: 12 is not a text, one is allowed (a number needs quotes around it)"],
+        ),
+        (
+            "domains: [ffmuc_1234567890123]\ndomain_prefixes: [ffmuc_]\n",
+            &[
+                "domains[0]: \"ffmuc_1234567890123\" gives the interface name \"wg-1234567890123\": 1 to 12 characters without \"/\", \":\" or spaces may follow \"wg-\"",
+            ],
+        ),
+        (
+            "domains: [ffmuc_x, ffdon_x]\ndomain_prefixes: [ffmuc_, ffdon_]\n",
+            &["domains[1]: \"ffdon_x\" would have the interface wg-x of \"ffmuc_x\", each domain needs its own"],
+        ),
+    ];
+    for (yaml, expected) in cases {
+        assert_eq!(lines(parse(yaml).unwrap_err()), *expected, "{yaml}");
+    }
+}
+
+#[test]
+fn what_is_odd_but_harmless_is_a_warning() {
+    let cases: &[(&str, &[&str])] = &[
+        ("broker_listn: 1", &["broker_listn: is not a known key and is ignored, did you mean broker_listen?"]),
+        ("mqtt: {pasword: x}", &["mqtt.pasword: is not a known key and is ignored, did you mean mqtt.password?"]),
+        ("broker_url: x", &["broker_url: is not a known key and is ignored, did you mean mqtt.broker_url?"]),
+        ("external_name: x", &["external_name: is not a known key and is ignored, did you mean externalName?"]),
+        (
+            "workers: {gw1: {wieght: 2}}",
+            &["workers.gw1.wieght: is not a known key and is ignored, did you mean workers.gw1.weight?"],
+        ),
+        ("\"two\\nlines\": 1", &["two\\nlines: is not a known key and is ignored"]),
+        ("colour: red", &["colour: is not a known key and is ignored"]),
+        ("mqtt: {tls: on}", &["mqtt.tls: is not used, as mqtt.broker_url is not set"]),
+        ("mqtt: {broker_port: 8883}", &["mqtt.broker_port: is not used, as mqtt.broker_url is not set"]),
+        (
+            "mqtt: {broker_url: x}\nmqtt_listen: {port: 1}",
+            &["mqtt_listen: is not used, as mqtt.broker_url names another server"],
+        ),
+        ("mqtt: {username: x}", &["mqtt.username: is not used, as mqtt.password is not set"]),
+        ("mqtt: {password: x}", &["mqtt.password: is not used, as mqtt.username is not set"]),
+        ("blacklist_file: /x", &["blacklist_file: is accepted, but this version does not use it"]),
+        ("allowlist: {enabled: on}", &["allowlist.enabled: is accepted, but this version does not use it"]),
+        ("logging_config: {anything: {goes: [here]}}", &[]),
+        ("parker: {prefixes: {ipv4: {netbox_filter: x, netbox_additional_data: {a: {b: 1}}}}}", &[]),
+    ];
+    for (yaml, expected) in cases {
+        let expected: Vec<String> = expected.iter().map(|line| format!("/etc/wgkex.yaml: {line}")).collect();
+        assert_eq!(parse(&format!("{LEAST}{yaml}")).unwrap().warnings, expected, "{yaml}");
+    }
+}
+
+#[test]
+fn a_secret_that_slips_into_another_value_or_key_is_not_shown() {
+    let cases = [
+        ("log_level: \"x\n  password: very-secret\"", "log_level: the value is not a log level"),
+        ("\"x password: very-secret\": {}", "?: is not a known key and is ignored"),
+        (
+            "workers: {very-secret: {weight: x}}\nnetbox: {api_key: very-secret}",
+            "workers.?.weight: \"x\" is not a share",
+        ),
+        ("workers: {very-secret: 1, very-secret: 2} # password: very-secret", "line 3: a key is given twice"),
+        ("mqtt: {password: very-secret, broker_url: 'very-secret/'}", "mqtt.broker_url: the value is not a host"),
+        (
+            "mqtt: {password: \"very\\x2dsecret\", broker_url: 'very-secret/'}",
+            "mqtt.broker_url: the value is not a host",
+        ),
+        ("mqtt: {password: 4711, broker_port: 471100}", "mqtt.broker_port: the value is not a port"),
+        ("mqtt: {broker_port: {password: very-secret}}", "mqtt.broker_port: a mapping is not a port"),
+        (
+            "setup: {domains: {very-secret: {}}}\nbroker_signing_key: very-secret",
+            "setup.domains.?: is not one of domains",
+        ),
+    ];
+    for (yaml, expected) in cases {
+        let result = parse(&format!("{LEAST}{yaml}"));
+        let lines = result.map_or_else(|error| error.lines, |config| config.warnings);
+        assert!(lines.iter().any(|line| line.starts_with(&format!("/etc/wgkex.yaml: {expected}"))), "{lines:?}");
+        assert!(!lines.concat().contains("very-secret"), "{lines:?}");
+    }
+    let yaml = "domains: [very-secret-and-long]\ndomain_prefixes: [very-]\nmqtt: {username: x, password: very-secret}";
+    assert_eq!(lines(parse(yaml).unwrap_err()), ["domains[0]: the value cannot be a domain"]);
+}
+
+#[test]
+fn text_of_any_size_and_depth_is_answered() {
+    let deep = |open: &str, levels| format!("logging_config: {}", open.repeat(levels));
+    let steps = |levels: usize| (0..levels).map(|level| " ".repeat(level) + "a:\n").collect::<String>();
+    for yaml in
+        [deep("[", 100_000), deep("{a: ", 100_000), deep("[a: ", 250), steps(190), steps(1000), "a: ".repeat(9999)]
+    {
+        let _ = parse(&yaml);
+    }
+    assert_eq!(
+        lines(parse(&"- ".repeat(100_000)).unwrap_err()),
+        ["has a line with more than 200 levels, fewer are allowed"]
+    );
+    let long = format!("# {}", "x".repeat(1 << 20));
+    assert_eq!(lines(parse(&long).unwrap_err()), ["has 1048578 bytes, 1048576 are allowed"]);
+    let wrong = format!("domains: [{}]\ndomain_prefixes: [x_]", "1, ".repeat(1000));
+    assert_eq!(parse(&wrong).unwrap_err().lines.len(), 50);
+}
+
+/// The lines that `yaml`, after [`LEAST`], is refused with, without the file's name.
+fn mistakes(yaml: &str) -> Vec<String> {
+    lines(parse(&format!("{LEAST}{yaml}")).unwrap_err())
+}
+
+fn lines(error: ConfigError) -> Vec<String> {
+    let line = |line: String| line.strip_prefix("/etc/wgkex.yaml: ").unwrap().to_owned();
+    error.lines.into_iter().map(line).collect()
+}
