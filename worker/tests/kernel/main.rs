@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::kernel::{Change, Device, Kernel, KernelError};
+use wgkex_worker::kernel::{Change, Device, Errno, Kernel, KernelError};
 
 use lab::{FakeLab, Lab, key};
 use linux::{Linux, WireGuard};
@@ -69,8 +69,11 @@ suite! {
     linux:
         a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses
         a_peer_with_many_addresses_is_read_as_one
-        a_tun_without_wireguard_is_not_taken_for_one;
+        a_tun_without_wireguard_is_not_taken_for_one
+        what_is_refused_is_told_of_its_own_change;
 }
+
+lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other);
 
 fn install(key: PublicKey) -> [Change; 3] {
     let node = key.link_local();
@@ -279,23 +282,23 @@ async fn a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addr
     let (domain, mut kernel, _) = start(lab).await;
     let node = lab.make_node(&domain);
     apply(&mut kernel, &domain, &install(node)).await;
-    lab.wg(&domain, &format!("peer {node} allowed-ips +10.9.0.0/24"));
+    linux::wg(&domain, &format!("peer {node} allowed-ips 10.9.0.0/24,{}/128", node.link_local()));
     lab.shake_hands(&domain, node).await;
 
-    let before = lab.peer(&domain, node);
+    let before = linux::shown_peer(&domain, node);
     let read = kernel.read(&domain).await.unwrap();
     let handshake = read.peers[&node].last_handshake.expect("a handshake");
     assert!(handshake.elapsed().unwrap() < SOON * 2);
     for _ in 0..3 {
         apply(&mut kernel, &domain, &install(node)).await;
     }
-    assert_eq!(lab.peer(&domain, node), before);
+    assert_eq!(linux::shown_peer(&domain, node), before);
     assert_eq!(kernel.read(&domain).await.unwrap(), read);
     assert_eq!(read.peers[&node].allowed_ips.len(), 2);
 
     // The comparison would also hold if WireGuard kept all this for a peer that goes and comes.
     apply(&mut kernel, &domain, &[Change::RemovePeer(node), install(node)[0]]).await;
-    assert_ne!(lab.peer(&domain, node), before);
+    assert_ne!(linux::shown_peer(&domain, node), before);
 }
 
 async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
@@ -304,10 +307,10 @@ async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
     apply(&mut kernel, &domain, &installs).await;
     for (n, key) in keys.iter().enumerate() {
-        let extra: Vec<_> = (0..n % 7).map(|ip| format!("+10.{ip}.{}.{}/32", n / 250, n % 250)).collect();
-        if !extra.is_empty() {
-            lab.wg(&domain, &format!("peer {key} allowed-ips {}", extra.join(",")));
-        }
+        let node = format!("{}/128", key.link_local());
+        let others = (0..n % 7).map(|ip| format!("10.{ip}.{}.{}/32", n / 250, n % 250));
+        let all: Vec<_> = std::iter::once(node).chain(others).collect();
+        linux::wg(&domain, &format!("peer {key} allowed-ips {}", all.join(",")));
     }
     let device = kernel.read(&domain).await.unwrap();
     assert_eq!(device.peers.len(), keys.len());
@@ -329,4 +332,36 @@ async fn a_tun_without_wireguard_is_not_taken_for_one(lab: &Linux) {
     let error = KernelError::Interface { interface, state: "not a WireGuard interface" };
     assert_eq!(kernel.read(&domain).await, Err(error.clone()));
     assert_eq!(kernel.apply(&domain, &install(key(1))).await, vec![Err(error); 3]);
+}
+
+async fn what_is_refused_is_told_of_its_own_change(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    // Room for one MAC address, which is taken: Linux refuses every flood entry.
+    lab.remove_vxlan(&domain);
+    linux::make_vxlan(&domain, "maxaddress 1");
+    linux::run(&format!("bridge fdb append 02:00:00:00:00:01 dst fe80::f dev {}", domain.vxlan()));
+    let keys: Vec<_> = (0..300).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    let full = KernelError::Refused { action: "add flood entry", source: Errno(28) };
+    let expected: Vec<_> = keys.iter().flat_map(|_| [Ok(()), Ok(()), Err(full.clone())]).collect();
+    assert_eq!(kernel.apply(&domain, &installs).await, expected);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (300, 300, 0));
+}
+
+/// wireguard-go has a limit that can be reached. Linux refuses no peer for its own sake.
+async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
+    const LIMIT: u32 = 1 << 16;
+    let (domain, mut kernel, _) = start(lab).await;
+    let set = |n| Change::SetPeer(key(n), key(n).link_local());
+    apply(&mut kernel, &domain, &(0..LIMIT - 1).map(set).collect::<Vec<_>>()).await;
+    let refused = KernelError::Refused { action: "set peer", source: Errno(22) };
+    let moved = Change::SetPeer(key(1), "fe80::1".parse().unwrap());
+    let changes = [set(LIMIT - 1), set(LIMIT), moved, set(LIMIT + 1), Change::RemovePeer(key(0)), set(LIMIT + 2)];
+    let results = kernel.apply(&domain, &changes).await;
+    assert_eq!(results, [Ok(()), Err(refused.clone()), Ok(()), Err(refused), Ok(()), Ok(())]);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers.len(), LIMIT as usize);
+    assert_eq!(device.peers[&key(1)].allowed_ips.len(), 2);
+    assert!(device.peers.contains_key(&key(LIMIT + 2)) && !device.peers.contains_key(&key(LIMIT)));
 }
