@@ -1,0 +1,201 @@
+//! Linux: what a domain's tables say and how they change, by rtnetlink, generic netlink and, for a userspace
+//! WireGuard, wireguard-control.
+
+mod channel;
+mod route;
+mod wireguard;
+
+use std::io;
+use std::time::Duration;
+
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use wgkex_common::Domain;
+
+use self::channel::{Channel, DumpError, EIO, ENODEV};
+use self::route::Link;
+use self::wireguard::{PeerChange, WireGuard};
+use super::{Change, Device, Errno, Kernel, KernelError};
+
+const ENETDOWN: Errno = Errno(100);
+const ENOBUFS: Errno = Errno(105);
+
+/// Before listening again on a socket that fails.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// How often a domain is read anew because its interfaces were replaced meanwhile.
+const READS: usize = 3;
+
+/// Groups of events (linux/rtnetlink.h): links, and the addresses of both families.
+const EVENTS: [u32; 3] = [1, 5, 9];
+
+/// The kernel of the network namespace that the calling thread is in. Each call opens sockets of its own, on a
+/// thread that may block: netlink answers at once or, with its lock held by others, late.
+pub struct Netlink {
+    events: TokioSocket,
+}
+
+impl Netlink {
+    /// Begins to listen for changes of links and addresses. Within a tokio runtime whose threads are in the network
+    /// namespace that is meant.
+    pub fn open() -> io::Result<Self> {
+        let mut events = TokioSocket::new(NETLINK_ROUTE)?;
+        events.socket_mut().bind(&SocketAddr::new(0, 0))?;
+        for group in EVENTS {
+            events.socket_mut().add_membership(group)?;
+        }
+        Ok(Self { events })
+    }
+}
+
+impl Kernel for Netlink {
+    async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
+        let domain = domain.clone();
+        blocking(move || read(&domain)).await?
+    }
+
+    async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
+        let (task_domain, task_changes) = (domain.clone(), changes.to_vec());
+        let count = changes.len();
+        let result =
+            blocking(move || Interfaces::find(&task_domain).map(|mut interfaces| interfaces.apply(&task_changes)))
+                .await;
+        result.and_then(|results| results).unwrap_or_else(|error| vec![Err(error); count])
+    }
+
+    /// What an event says does not matter, nor that some were lost to a full buffer: all is to be looked at anew.
+    async fn changed(&mut self) {
+        let mut event = [0; 4096];
+        if let Err(error) = self.events.recv(&mut &mut event[..]).await
+            && error.raw_os_error() != Some(ENOBUFS.0)
+        {
+            tracing::warn!(%error, "link events unreadable");
+            tokio::time::sleep(PAUSE).await;
+        }
+        while self.events.socket_ref().recv(&mut &mut event[..], 0).is_ok() {}
+    }
+}
+
+/// A thread that may block, of a runtime that may have only one of its own. What was begun is carried through even
+/// if nobody waits any more.
+async fn blocking<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Result<T, KernelError> {
+    let result = tokio::task::spawn_blocking(task).await;
+    result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO })
+}
+
+fn read(domain: &Domain) -> Result<Device, KernelError> {
+    for _ in 0..READS {
+        let mut interfaces = Interfaces::find(domain)?;
+        let device = interfaces.read();
+        if Interfaces::find(domain)?.indexes() == interfaces.indexes() {
+            return device;
+        }
+    }
+    Err(KernelError::Interrupted { interface: domain.wireguard(), times: READS })
+}
+
+/// A domain's interfaces, both there and up, and the sockets to ask for their tables.
+struct Interfaces {
+    domain: Domain,
+    wireguard: Link,
+    vxlan: Link,
+    routes: Channel,
+    peers: WireGuard,
+}
+
+impl Interfaces {
+    fn find(domain: &Domain) -> Result<Self, KernelError> {
+        let (wg, vx) = (domain.wireguard(), domain.vxlan());
+        let opened = Channel::open(NETLINK_ROUTE).and_then(Channel::filtered);
+        let mut routes = opened.map_err(|source| KernelError::Refused { action: "open netlink", source })?;
+        let wireguard = usable(&wg, route::link(&mut routes, &wg))?;
+        let vxlan = usable(&vx, route::link(&mut routes, &vx))?;
+        let peers = if wireguard.wireguard {
+            WireGuard::kernel(wireguard.index).map_err(|error| refused("open WireGuard", &wg, error))?
+        } else {
+            WireGuard::userspace(&wg)
+                .ok_or(KernelError::Interface { interface: wg, state: "not a WireGuard interface" })?
+        };
+        Ok(Self { domain: domain.clone(), wireguard, vxlan, routes, peers })
+    }
+
+    fn indexes(&self) -> (u32, u32) {
+        (self.wireguard.index, self.vxlan.index)
+    }
+
+    fn read(&mut self) -> Result<Device, KernelError> {
+        let (wg, vx) = (self.domain.wireguard(), self.domain.vxlan());
+        let (wireguard, vxlan) = self.indexes();
+        let table = self.peers.read().map_err(|error| unread("read peers", &wg, error))?;
+        let routes = &mut self.routes;
+        Ok(Device {
+            indexes: (wireguard, vxlan),
+            public_key: table.public_key,
+            listen_port: table.listen_port,
+            link_address: route::first_address(routes, wireguard)
+                .map_err(|error| unread("read addresses", &wg, error))?,
+            peers: table.peers,
+            routes: route::routes(routes, wireguard).map_err(|error| unread("read routes", &wg, error))?,
+            fdb: route::flood_list(routes, vxlan, wireguard).map_err(|error| unread("read flood list", &vx, error))?,
+        })
+    }
+
+    /// All peers first, then all else: the tables do not depend on each other, so order matters only within each.
+    fn apply(&mut self, changes: &[Change]) -> Vec<Result<(), KernelError>> {
+        let peers: Vec<PeerChange> = changes.iter().filter_map(peer_change).collect();
+        let (wireguard, vxlan) = self.indexes();
+        let messages = changes.iter().filter_map(|change| route::message(change, wireguard, vxlan));
+        let mut peers = self.peers.write(&peers).into_iter();
+        let mut others = self.routes.order(messages).into_iter();
+        let next = |change: &Change| {
+            let answers = if peer_change(change).is_some() { &mut peers } else { &mut others };
+            let answer = answers.next().unwrap_or(Err(EIO));
+            route::outcome(change, answer).map_err(|error| self.refused(change, error))
+        };
+        changes.iter().map(next).collect()
+    }
+
+    fn refused(&self, change: &Change, error: Errno) -> KernelError {
+        let (wg, vx) = (self.domain.wireguard(), self.domain.vxlan());
+        match change {
+            Change::SetPeer(..) => refused("set peer", &wg, error),
+            Change::SetRoute(_) => refused("set route", &wg, error),
+            Change::AddFdb(_) => refused("add flood entry", &vx, error),
+            Change::RemovePeer(_) => refused("remove peer", &wg, error),
+            Change::RemoveRoute(_) => refused("remove route", &wg, error),
+            Change::RemoveFdb(_) => refused("remove flood entry", &vx, error),
+        }
+    }
+}
+
+fn peer_change(change: &Change) -> Option<PeerChange> {
+    match *change {
+        Change::SetPeer(key, address) => Some(PeerChange::Set(key, address)),
+        Change::RemovePeer(key) => Some(PeerChange::Remove(key)),
+        Change::SetRoute(_) | Change::AddFdb(_) | Change::RemoveRoute(_) | Change::RemoveFdb(_) => None,
+    }
+}
+
+fn usable(interface: &str, link: Result<Link, Errno>) -> Result<Link, KernelError> {
+    match link {
+        Ok(link) if link.up => Ok(link),
+        Ok(_) => Err(KernelError::Interface { interface: interface.into(), state: "down" }),
+        Err(error) => Err(refused("find interface", interface, error)),
+    }
+}
+
+/// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
+fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
+    match error {
+        ENODEV => KernelError::Interface { interface: interface.into(), state: "missing" },
+        ENETDOWN => KernelError::Interface { interface: interface.into(), state: "down" },
+        source => KernelError::Refused { action, source },
+    }
+}
+
+fn unread(action: &'static str, interface: &str, error: DumpError) -> KernelError {
+    match error {
+        DumpError::Interrupted(times) => KernelError::Interrupted { interface: interface.into(), times },
+        DumpError::Refused(error) => refused(action, interface, error),
+    }
+}

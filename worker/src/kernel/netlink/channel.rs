@@ -1,0 +1,206 @@
+//! A blocking netlink socket for the length of one call: questions, whole dumps, and orders by the hundred.
+
+#![expect(clippy::wildcard_enum_match_arm, reason = "netlink may say more than is asked")]
+
+use std::io;
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload,
+    NetlinkSerializable,
+};
+use netlink_sys::{Socket, SocketAddr};
+
+use crate::kernel::Errno;
+
+/// More than any datagram of a dump: the kernel makes none over 32 KiB (`netlink_dump` in net/netlink).
+const RECEIVE_BYTES: usize = 64 * 1024;
+
+/// Orders sent at once. Even if each is refused, the answers fit the socket's default receive buffer.
+const ORDERS_AT_ONCE: usize = 64;
+
+/// How often a dump is tried before it counts as impossible.
+const DUMPS: usize = 10;
+
+pub(super) const ENOENT: Errno = Errno(2);
+pub(super) const EIO: Errno = Errno(5);
+pub(super) const ENODEV: Errno = Errno(19);
+
+/// Why a dump has no result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DumpError {
+    /// Other changes got into each of so many tries.
+    Interrupted(usize),
+    Refused(Errno),
+}
+
+pub(super) struct Channel {
+    socket: Socket,
+    received: Vec<u8>,
+    sequence: u32,
+}
+
+type Message<I> = NetlinkMessage<I>;
+
+impl Channel {
+    /// Opens a socket of `protocol` (linux/netlink.h) in the network namespace of the calling thread.
+    pub(super) fn open(protocol: isize) -> Result<Self, Errno> {
+        let socket = Socket::new(protocol).map_err(errno)?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(errno)?;
+        // A refusal repeats the order unless it is asked not to.
+        socket.set_cap_ack(true).map_err(errno)?;
+        Ok(Self { socket, received: vec![0; RECEIVE_BYTES], sequence: 0 })
+    }
+
+    /// Has the kernel heed the filters of a dump (Linux 4.20), so that only a domain's part crosses over.
+    pub(super) fn filtered(self) -> Result<Self, Errno> {
+        self.socket.set_netlink_get_strict_chk(true).map_err(errno)?;
+        Ok(self)
+    }
+
+    /// Asks for one thing.
+    pub(super) fn get<I>(&mut self, question: I) -> Result<I, Errno>
+    where
+        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
+    {
+        self.send([(question, 0)])?;
+        loop {
+            for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(answer) => return Ok(answer),
+                    NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Asks for all of a table: as it was at one time, or not at all.
+    pub(super) fn dump<I>(&mut self, question: &I) -> Result<Vec<I>, DumpError>
+    where
+        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>> + Clone,
+    {
+        for _ in 0..DUMPS {
+            if let Some(table) = self.dump_once(question.clone()).map_err(DumpError::Refused)? {
+                return Ok(table);
+            }
+        }
+        Err(DumpError::Interrupted(DUMPS))
+    }
+
+    /// `None` if the table changed meanwhile. Reads on to the end then, too: what is left would be taken for the
+    /// answer to the next question.
+    fn dump_once<I>(&mut self, question: I) -> Result<Option<Vec<I>>, Errno>
+    where
+        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
+    {
+        self.send([(question, NLM_F_DUMP)])?;
+        let (mut table, mut whole) = (Vec::new(), true);
+        loop {
+            for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
+                whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(entry) => table.push(entry),
+                    NetlinkPayload::Done(done) if done.code == 0 => return Ok(whole.then_some(table)),
+                    NetlinkPayload::Done(done) => return Err(Errno(done.code.saturating_neg())),
+                    NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Gives orders, each with its flags, in their order, and says of each what the kernel answered.
+    pub(super) fn order<I>(&mut self, orders: impl IntoIterator<Item = (I, u16)>) -> Vec<Result<(), Errno>>
+    where
+        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
+    {
+        let mut orders = orders.into_iter();
+        let mut results = Vec::new();
+        loop {
+            let chunk: Vec<_> = orders.by_ref().take(ORDERS_AT_ONCE).collect();
+            if chunk.is_empty() {
+                return results;
+            }
+            let count = chunk.len();
+            results.extend(self.order_chunk(chunk).unwrap_or_else(|error| vec![Err(error); count]));
+        }
+    }
+
+    /// The kernel carries out all orders of one send before it returns, and always answers a refused one; so the
+    /// acknowledgement of the last stands for all that were not refused.
+    fn order_chunk<I>(&mut self, mut orders: Vec<(I, u16)>) -> Result<Vec<Result<(), Errno>>, Errno>
+    where
+        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
+    {
+        let mut results = vec![Ok(()); orders.len()];
+        if let Some((_, flags)) = orders.last_mut() {
+            *flags |= NLM_F_ACK;
+        }
+        let first = self.send(orders)?;
+        loop {
+            for answer in self.receive::<I>()? {
+                let index = answer.header.sequence_number.wrapping_sub(first) as usize;
+                let (NetlinkPayload::Error(error), Some(result)) = (&answer.payload, results.get_mut(index)) else {
+                    continue;
+                };
+                if error.code.is_some() {
+                    *result = Err(Errno(error.raw_code().saturating_neg()));
+                }
+                if self.is_current(&answer) {
+                    return Ok(results);
+                }
+            }
+        }
+    }
+
+    /// Sends messages as one datagram and gives the sequence number of the first; the last has `self.sequence`.
+    fn send<I>(&mut self, messages: impl IntoIterator<Item = (I, u16)>) -> Result<u32, Errno>
+    where
+        I: NetlinkSerializable + Into<NetlinkPayload<I>>,
+    {
+        let first = self.sequence.wrapping_add(1);
+        let mut datagram = Vec::new();
+        for (message, flags) in messages {
+            self.sequence = self.sequence.wrapping_add(1);
+            let mut message = Message::new(netlink_packet_core::NetlinkHeader::default(), message.into());
+            message.header.flags = NLM_F_REQUEST | flags;
+            message.header.sequence_number = self.sequence;
+            message.finalize();
+            let start = datagram.len();
+            datagram.resize(start + message.buffer_len().next_multiple_of(4), 0);
+            message.serialize(&mut datagram[start..]);
+        }
+        self.socket.send(&datagram, 0).map_err(errno)?;
+        Ok(first)
+    }
+
+    fn receive<I: NetlinkDeserializable>(&mut self) -> Result<Vec<Message<I>>, Errno> {
+        let length = loop {
+            match self.socket.recv(&mut &mut self.received[..], 0) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result.map_err(errno)?,
+            }
+        };
+        let mut rest = self.received.get(..length).ok_or(EIO)?;
+        let mut messages = Vec::new();
+        while !rest.is_empty() {
+            let message = Message::deserialize(rest).map_err(|error| {
+                tracing::warn!(%error, "netlink answer unreadable");
+                EIO
+            })?;
+            let length = (message.header.length as usize).next_multiple_of(4);
+            rest = rest.get(length..).unwrap_or_default();
+            messages.push(message);
+        }
+        Ok(messages)
+    }
+
+    fn is_current<I>(&self, answer: &Message<I>) -> bool {
+        answer.header.sequence_number == self.sequence
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+pub(super) fn errno(error: io::Error) -> Errno {
+    error.raw_os_error().map_or(EIO, Errno)
+}

@@ -1,0 +1,208 @@
+//! The kernel's links, addresses, routes and flood lists (rtnetlink): which messages ask for them and change
+//! them, and what the answers mean.
+
+#![expect(clippy::wildcard_enum_match_arm, reason = "netlink has more attributes than matter, and new ones come")]
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv6Addr};
+
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
+
+use super::channel::{Channel, DumpError, EIO, ENOENT};
+use crate::kernel::{Change, Errno};
+
+const ESRCH: Errno = Errno(3);
+const EEXIST: Errno = Errno(17);
+
+/// The MAC address whose destinations get what is for nobody in particular.
+const FLOOD: [u8; 6] = [0; 6];
+
+/// What is to be known of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) up: bool,
+    /// Whether it is the kernel's own WireGuard.
+    pub(super) wireguard: bool,
+}
+
+/// Looks a link up by its name: `ENODEV` if there is none.
+pub(super) fn link(channel: &mut Channel, name: &str) -> Result<Link, Errno> {
+    let mut question = LinkMessage::default();
+    question.attributes =
+        vec![LinkAttribute::IfName(name.into()), LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
+    match channel.get(Message::GetLink(question))? {
+        Message::NewLink(link) => Ok(Link {
+            index: link.header.index,
+            up: link.header.flags.contains(LinkFlags::Up),
+            wireguard: is_wireguard(&link),
+        }),
+        _ => Err(EIO),
+    }
+}
+
+fn is_wireguard(link: &LinkMessage) -> bool {
+    link.attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(info) => info.contains(&LinkInfo::Kind(InfoKind::Wireguard)),
+        _ => false,
+    })
+}
+
+/// The first address of a link, in the order that `ip address` shows.
+pub(super) fn first_address(channel: &mut Channel, index: u32) -> Result<Option<IpAddr>, DumpError> {
+    let mut question = AddressMessage::default();
+    question.header.index = index;
+    let answers = channel.dump(&Message::GetAddress(question))?;
+    Ok(answers.into_iter().find_map(|answer| match answer {
+        Message::NewAddress(address) if address.header.index == index => local(&address),
+        _ => None,
+    }))
+}
+
+/// An address of a point-to-point link comes with that of the other end, which only `IFA_LOCAL` is not.
+fn local(message: &AddressMessage) -> Option<IpAddr> {
+    let attributes = &message.attributes;
+    let local = attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    local.or_else(|| {
+        attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })
+}
+
+/// The /128 routes of protocol static in the main table that leave by `wireguard`.
+pub(super) fn routes(channel: &mut Channel, wireguard: u32) -> Result<BTreeSet<Ipv6Addr>, DumpError> {
+    let mut question = static_routes();
+    question.header.kind = RouteType::Unspec;
+    question.attributes = vec![RouteAttribute::Oif(wireguard)];
+    let answers = channel.dump(&Message::GetRoute(question))?;
+    Ok(answers
+        .iter()
+        .filter_map(|answer| match answer {
+            Message::NewRoute(route) => host_route(route, wireguard),
+            _ => None,
+        })
+        .collect())
+}
+
+fn host_route(route: &RouteMessage, wireguard: u32) -> Option<Ipv6Addr> {
+    let header = &route.header;
+    let ours = header.table == RouteHeader::RT_TABLE_MAIN
+        && header.protocol == RouteProtocol::Static
+        && header.destination_prefix_length == 128
+        && route.attributes.contains(&RouteAttribute::Oif(wireguard));
+    route.attributes.iter().filter(|_| ours).find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet6(destination)) => Some(*destination),
+        _ => None,
+    })
+}
+
+/// The destinations of `vxlan`'s flood list that leave by `wireguard`, on its own port and network.
+pub(super) fn flood_list(channel: &mut Channel, vxlan: u32, wireguard: u32) -> Result<BTreeSet<Ipv6Addr>, DumpError> {
+    let mut question = NeighbourMessage::default();
+    question.header.family = AddressFamily::Bridge;
+    question.header.ifindex = vxlan;
+    let answers = channel.dump(&Message::GetNeighbour(question))?;
+    Ok(answers
+        .iter()
+        .filter_map(|answer| match answer {
+            Message::NewNeighbour(entry) if entry.header.ifindex == vxlan => flood_destination(entry, wireguard),
+            _ => None,
+        })
+        .collect())
+}
+
+fn flood_destination(entry: &NeighbourMessage, wireguard: u32) -> Option<Ipv6Addr> {
+    let (mut flood, mut by, mut destination) = (false, false, None);
+    for attribute in &entry.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(mac) => flood = mac[..] == FLOOD,
+            NeighbourAttribute::IfIndex(index) => by = *index == wireguard,
+            NeighbourAttribute::Destination(address) => destination = ipv6(address),
+            // Named only where it is not the interface's own: not the entry that ours would be.
+            NeighbourAttribute::Port(_) | NeighbourAttribute::Vni(_) => return None,
+            _ => {}
+        }
+    }
+    destination.filter(|_| flood && by)
+}
+
+/// The address of an entry of a bridge has no family of its own: 16 bytes are IPv6.
+fn ipv6(address: &NeighbourAddress) -> Option<Ipv6Addr> {
+    match address {
+        NeighbourAddress::Inet6(address) => Some(*address),
+        NeighbourAddress::Other(bytes) => <[u8; 16]>::try_from(bytes.as_slice()).ok().map(Ipv6Addr::from),
+        _ => None,
+    }
+}
+
+/// The message and its flags that make a change so; `None` for peers, which are not rtnetlink's.
+///
+/// A route is appended, not replaced: "replace" takes any route to the destination, also another domain's by
+/// another interface, as the same key may be in two domains. A flood entry is deleted by its whole name: without
+/// the destination Linux deletes them all.
+pub(super) fn message(change: &Change, wireguard: u32, vxlan: u32) -> Option<(Message, u16)> {
+    const ADD: u16 = NLM_F_CREATE | NLM_F_APPEND;
+    match *change {
+        Change::SetRoute(to) => Some((Message::NewRoute(route(to, wireguard)), ADD)),
+        Change::RemoveRoute(to) => Some((Message::DelRoute(route(to, wireguard)), 0)),
+        Change::AddFdb(to) => Some((Message::NewNeighbour(flood_entry(to, wireguard, vxlan)), ADD)),
+        Change::RemoveFdb(to) => Some((Message::DelNeighbour(flood_entry(to, wireguard, vxlan)), 0)),
+        Change::SetPeer(..) | Change::RemovePeer(_) => None,
+    }
+}
+
+/// What the kernel's answer means for a change: "already there" and "already gone" are as good as done.
+pub(super) fn outcome(change: &Change, answer: Result<(), Errno>) -> Result<(), Errno> {
+    match (change, answer) {
+        (Change::SetRoute(_) | Change::AddFdb(_), Err(EEXIST))
+        | (Change::RemoveRoute(_) | Change::RemoveFdb(_), Err(ENOENT | ESRCH)) => Ok(()),
+        (_, answer) => answer,
+    }
+}
+
+fn route(destination: Ipv6Addr, wireguard: u32) -> RouteMessage {
+    let mut route = static_routes();
+    route.header.destination_prefix_length = 128;
+    route.attributes =
+        vec![RouteAttribute::Destination(RouteAddress::Inet6(destination)), RouteAttribute::Oif(wireguard)];
+    route
+}
+
+fn static_routes() -> RouteMessage {
+    let mut route = RouteMessage::default();
+    route.header.address_family = AddressFamily::Inet6;
+    route.header.table = RouteHeader::RT_TABLE_MAIN;
+    route.header.protocol = RouteProtocol::Static;
+    route.header.scope = RouteScope::Universe;
+    route.header.kind = RouteType::Unicast;
+    route
+}
+
+/// `NeighbourFlags::Own` is `NTF_SELF`: the entry is the VXLAN's, not that of a bridge above it.
+fn flood_entry(destination: Ipv6Addr, wireguard: u32, vxlan: u32) -> NeighbourMessage {
+    let mut entry = NeighbourMessage::default();
+    entry.header.family = AddressFamily::Bridge;
+    entry.header.ifindex = vxlan;
+    entry.header.state = NeighbourState::Permanent;
+    entry.header.flags = NeighbourFlags::Own;
+    entry.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(FLOOD.to_vec()),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(destination)),
+        NeighbourAttribute::IfIndex(wireguard),
+    ];
+    entry
+}

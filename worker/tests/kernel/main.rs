@@ -1,0 +1,367 @@
+//! One suite for every kernel: in memory (`fake`), Linux with a userspace WireGuard (`netns`), Linux with its own
+//! (`vm`). The Linux lanes look at the tables with wg, ip and bridge as well as with the code under test.
+
+#![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
+
+mod lab;
+mod linux;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use wgkex_common::{Domain, PublicKey};
+use wgkex_worker::kernel::{Change, Device, Errno, Kernel, KernelError};
+
+use lab::{FakeLab, Lab, key};
+use linux::{Linux, WireGuard};
+
+/// For what must happen, on the slowest machine.
+const SOON: Duration = Duration::from_secs(30);
+
+/// For what must not happen.
+const A_WHILE: Duration = Duration::from_millis(500);
+
+macro_rules! lane {
+    ($lane:ident, $wireguard:expr, $($scenario:ident)*) => {
+        mod $lane {
+            use super::*;
+            $(
+                #[test]
+                #[ignore = "needs root: cargo test -p wgkex-worker --test kernel -- --ignored netns (vm: in tests/vm/run)"]
+                fn $scenario() {
+                    Linux::run($wireguard, async |lab| super::$scenario(&lab).await);
+                }
+            )*
+        }
+    };
+}
+
+macro_rules! suite {
+    (every kernel: $($scenario:ident)* ; linux: $($of_linux:ident)* ;) => {
+        mod fake {
+            use super::*;
+            $(
+                #[tokio::test]
+                async fn $scenario() {
+                    super::$scenario(&FakeLab::default()).await;
+                }
+            )*
+        }
+        lane!(netns, WireGuard::Userspace, $($scenario)* $($of_linux)*);
+        lane!(vm, WireGuard::Kernel, $($scenario)* $($of_linux)*);
+    };
+}
+
+suite! {
+    every kernel:
+        a_key_has_its_peer_route_and_flood_entry
+        applying_twice_is_as_good_as_once
+        removing_leaves_nothing_and_may_be_repeated
+        what_others_made_stays_as_it_is
+        a_missing_or_downed_interface_is_named_and_nothing_is_applied
+        an_interface_made_anew_has_other_indexes_and_is_noticed
+        own_changes_are_no_event
+        the_own_key_is_no_peer
+        an_address_moves_to_the_peer_that_has_it_last
+        one_key_may_be_in_two_domains
+        twenty_thousand_keys_go_in_at_once;
+    linux:
+        a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses
+        a_peer_with_many_addresses_is_read_as_one
+        a_tun_without_wireguard_is_not_taken_for_one
+        what_is_refused_is_told_of_its_own_change;
+}
+
+lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other);
+
+fn install(key: PublicKey) -> [Change; 3] {
+    let node = key.link_local();
+    [Change::SetPeer(key, node), Change::SetRoute(node), Change::AddFdb(node)]
+}
+
+fn uninstall(key: PublicKey) -> [Change; 3] {
+    let node = key.link_local();
+    [Change::RemovePeer(key), Change::RemoveRoute(node), Change::RemoveFdb(node)]
+}
+
+async fn apply(kernel: &mut impl Kernel, domain: &Domain, changes: &[Change]) {
+    let results = kernel.apply(domain, changes).await;
+    assert_eq!(results.len(), changes.len());
+    for (change, result) in changes.iter().zip(results) {
+        assert_eq!(result, Ok(()), "{change:?}");
+    }
+}
+
+/// A domain with its interfaces, a kernel, and its tables as they are read.
+async fn start<L: Lab>(lab: &L) -> (Domain, L::Kernel, Device) {
+    let domain = lab.domain("a");
+    lab.make(&domain);
+    let mut kernel = lab.kernel();
+    let device = kernel.read(&domain).await.unwrap();
+    (domain, kernel, device)
+}
+
+async fn a_key_has_its_peer_route_and_flood_entry<L: Lab>(lab: &L) {
+    let (domain, mut kernel, empty) = start(lab).await;
+    assert!(empty.peers.is_empty() && empty.routes.is_empty() && empty.fdb.is_empty(), "{empty:?}");
+    assert_eq!((empty.public_key, empty.listen_port, empty.link_address), lab.own(&domain));
+
+    let keys = [key(1), key(2), key(3)];
+    apply(&mut kernel, &domain, &keys.map(install).concat()).await;
+
+    let nodes: BTreeSet<_> = keys.iter().map(PublicKey::link_local).collect();
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!((&device.routes, &device.fdb, device.indexes), (&nodes, &nodes, empty.indexes));
+    assert_eq!(device.peers.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(keys));
+    for key in keys {
+        assert_eq!(device.peers[&key].allowed_ips, [(key.link_local().into(), 128)]);
+        assert_eq!(device.peers[&key].last_handshake, None);
+    }
+    let shown = lab.shown(&domain);
+    assert_eq!((shown.peers.len(), shown.routes.len(), shown.fdb.len()), (3, 3, 3), "{shown:?}");
+    for (key, node) in keys.iter().map(|key| (key, key.link_local())) {
+        assert!(shown.peers.contains(&format!("{key}\t{node}/128")), "{shown:?}");
+        assert!(shown.routes.contains(&format!("{node} proto static metric 1024 pref medium")), "{shown:?}");
+        let entry = format!("00:00:00:00:00:00 dst {node} via {} self permanent", domain.wireguard());
+        assert!(shown.fdb.contains(&entry), "{shown:?}");
+    }
+}
+
+async fn applying_twice_is_as_good_as_once<L: Lab>(lab: &L) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let changes = [key(1), key(2)].map(install).concat();
+    apply(&mut kernel, &domain, &changes).await;
+    let (once, tables) = (kernel.read(&domain).await.unwrap(), lab.tables(&domain));
+    apply(&mut kernel, &domain, &changes).await;
+    apply(&mut kernel, &domain, &[changes.clone(), changes].concat()).await;
+    assert_eq!(kernel.read(&domain).await.unwrap(), once);
+    assert_eq!(lab.tables(&domain), tables);
+}
+
+async fn removing_leaves_nothing_and_may_be_repeated<L: Lab>(lab: &L) {
+    let (domain, mut kernel, empty) = start(lab).await;
+    let tables = lab.tables(&domain);
+    apply(&mut kernel, &domain, &uninstall(key(1))).await;
+    apply(&mut kernel, &domain, &[key(1), key(2)].map(install).concat()).await;
+    apply(&mut kernel, &domain, &uninstall(key(1))).await;
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers.keys().copied().collect::<Vec<_>>(), [key(2)]);
+    assert_eq!((device.routes.len(), device.fdb.len()), (1, 1));
+    apply(&mut kernel, &domain, &[key(1), key(2), key(2), key(1)].map(uninstall).concat()).await;
+    assert_eq!(kernel.read(&domain).await.unwrap(), empty);
+    assert_eq!(lab.tables(&domain), tables);
+}
+
+async fn what_others_made_stays_as_it_is<L: Lab>(lab: &L) {
+    let (domain, mut kernel, _) = start(lab).await;
+    lab.add_foreign(&domain);
+    let (before, tables) = (kernel.read(&domain).await.unwrap(), lab.tables(&domain));
+    let keys: Vec<_> = (1..=500).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    apply(&mut kernel, &domain, &installs).await;
+    assert_eq!(kernel.read(&domain).await.unwrap().peers.len(), before.peers.len() + 500);
+    assert_ne!(lab.tables(&domain), tables);
+    let uninstalls: Vec<_> = keys.iter().copied().flat_map(uninstall).collect();
+    apply(&mut kernel, &domain, &uninstalls).await;
+    assert_eq!(lab.tables(&domain), tables);
+    assert_eq!(kernel.read(&domain).await.unwrap(), before);
+}
+
+async fn a_missing_or_downed_interface_is_named_and_nothing_is_applied<L: Lab>(lab: &L) {
+    async fn expect(kernel: &mut impl Kernel, domain: &Domain, interface: String, state: &'static str) {
+        let error = KernelError::Interface { interface, state };
+        assert_eq!(kernel.read(domain).await, Err(error.clone()));
+        assert_eq!(kernel.apply(domain, &install(key(1))).await, vec![Err(error); 3]);
+    }
+    let (domain, mut kernel, _) = start(lab).await;
+    let (wg, vx) = (domain.wireguard(), domain.vxlan());
+
+    lab.set_up(&domain, false);
+    expect(&mut kernel, &domain, wg.clone(), "down").await;
+    lab.set_up(&domain, true);
+    let device = kernel.read(&domain).await.unwrap();
+    assert!(device.peers.is_empty() && device.routes.is_empty() && device.fdb.is_empty(), "{device:?}");
+
+    lab.remove_vxlan(&domain);
+    expect(&mut kernel, &domain, vx.clone(), "missing").await;
+    lab.remove(&domain);
+    expect(&mut kernel, &domain, wg.clone(), "missing").await;
+    lab.assert_absent(&domain);
+}
+
+/// Waits for the end of what making interfaces brings with it, such as the check for duplicate addresses.
+async fn settle(kernel: &mut impl Kernel) {
+    while timeout(A_WHILE * 4, kernel.changed()).await.is_ok() {}
+}
+
+async fn an_interface_made_anew_has_other_indexes_and_is_noticed<L: Lab>(lab: &L) {
+    let (domain, mut kernel, before) = start(lab).await;
+    apply(&mut kernel, &domain, &install(key(1))).await;
+    settle(&mut kernel).await;
+
+    lab.make(&domain);
+    timeout(SOON, kernel.changed()).await.expect("an event");
+    let after = kernel.read(&domain).await.unwrap();
+    assert_ne!(after.indexes.0, before.indexes.0);
+    assert_ne!(after.indexes.1, before.indexes.1);
+    assert!(after.peers.is_empty() && after.routes.is_empty() && after.fdb.is_empty(), "{after:?}");
+
+    settle(&mut kernel).await;
+    lab.remove(&domain);
+    timeout(SOON, kernel.changed()).await.expect("an event");
+}
+
+async fn own_changes_are_no_event<L: Lab>(lab: &L) {
+    let (domain, mut kernel, _) = start(lab).await;
+    settle(&mut kernel).await;
+    apply(&mut kernel, &domain, &install(key(1))).await;
+    kernel.read(&domain).await.unwrap();
+    apply(&mut kernel, &domain, &uninstall(key(1))).await;
+    assert!(timeout(A_WHILE, kernel.changed()).await.is_err());
+}
+
+async fn the_own_key_is_no_peer<L: Lab>(lab: &L) {
+    let (domain, mut kernel, device) = start(lab).await;
+    let own = device.public_key.expect("a key");
+    apply(&mut kernel, &domain, &[Change::SetPeer(own, own.link_local()), install(key(1))[0]]).await;
+    assert_eq!(kernel.read(&domain).await.unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+}
+
+async fn an_address_moves_to_the_peer_that_has_it_last<L: Lab>(lab: &L) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let node = key(1).link_local();
+    let set = |n| Change::SetPeer(key(n), node);
+    apply(&mut kernel, &domain, &[set(1), set(2), set(3), set(2)]).await;
+    let device = kernel.read(&domain).await.unwrap();
+    let owned = |n| device.peers[&key(n)].allowed_ips.clone();
+    assert_eq!([owned(1), owned(2), owned(3)], [vec![], vec![(node.into(), 128)], vec![]]);
+    assert!(lab.shown(&domain).peers.contains(&format!("{}\t(none)", key(1))));
+
+    apply(&mut kernel, &domain, &[Change::RemovePeer(key(2)), set(1)]).await;
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers[&key(1)].allowed_ips, [(node.into(), 128)]);
+}
+
+async fn one_key_may_be_in_two_domains<L: Lab>(lab: &L) {
+    let (one, mut kernel, _) = start(lab).await;
+    let two = lab.domain("b");
+    lab.make(&two);
+    for domain in [&one, &two, &one] {
+        apply(&mut kernel, domain, &install(key(1))).await;
+    }
+    for domain in [&one, &two] {
+        let device = kernel.read(domain).await.unwrap();
+        assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (1, 1, 1), "{domain}");
+    }
+    let tables = lab.tables(&one);
+    apply(&mut kernel, &two, &uninstall(key(1))).await;
+    assert_eq!(lab.tables(&one), tables);
+    assert!(kernel.read(&two).await.unwrap().routes.is_empty());
+}
+
+async fn twenty_thousand_keys_go_in_at_once<L: Lab>(lab: &L) {
+    let (domain, mut kernel, empty) = start(lab).await;
+    let keys: Vec<_> = (0..20_000).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    apply(&mut kernel, &domain, &installs).await;
+    let device = kernel.read(&domain).await.unwrap();
+    let nodes: BTreeSet<_> = keys.iter().map(PublicKey::link_local).collect();
+    assert_eq!((device.peers.len(), nodes.len()), (20_000, 20_000));
+    assert!(device.routes == nodes && device.fdb == nodes);
+    assert!(keys.iter().all(|key| device.peers[key].allowed_ips == [(key.link_local().into(), 128)]));
+    let shown = lab.shown(&domain);
+    assert_eq!((shown.peers.len(), shown.routes.len(), shown.fdb.len()), (20_000, 20_000, 20_000));
+
+    let uninstalls: Vec<_> = keys.iter().copied().flat_map(uninstall).collect();
+    apply(&mut kernel, &domain, &uninstalls).await;
+    assert_eq!(kernel.read(&domain).await.unwrap(), empty);
+}
+
+async fn a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let node = lab.make_node(&domain);
+    apply(&mut kernel, &domain, &install(node)).await;
+    linux::wg(&domain, &format!("peer {node} allowed-ips 10.9.0.0/24,{}/128", node.link_local()));
+    lab.shake_hands(&domain, node).await;
+
+    let before = linux::shown_peer(&domain, node);
+    let read = kernel.read(&domain).await.unwrap();
+    let handshake = read.peers[&node].last_handshake.expect("a handshake");
+    assert!(handshake.elapsed().unwrap() < SOON * 2);
+    for _ in 0..3 {
+        apply(&mut kernel, &domain, &install(node)).await;
+    }
+    assert_eq!(linux::shown_peer(&domain, node), before);
+    assert_eq!(kernel.read(&domain).await.unwrap(), read);
+    assert_eq!(read.peers[&node].allowed_ips.len(), 2);
+
+    // The comparison would also hold if WireGuard kept all this for a peer that goes and comes.
+    apply(&mut kernel, &domain, &[Change::RemovePeer(node), install(node)[0]]).await;
+    assert_ne!(linux::shown_peer(&domain, node), before);
+}
+
+async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let keys: Vec<_> = (0..1500).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    apply(&mut kernel, &domain, &installs).await;
+    for (n, key) in keys.iter().enumerate() {
+        let node = format!("{}/128", key.link_local());
+        let others = (0..n % 7).map(|ip| format!("10.{ip}.{}.{}/32", n / 250, n % 250));
+        let all: Vec<_> = std::iter::once(node).chain(others).collect();
+        linux::wg(&domain, &format!("peer {key} allowed-ips {}", all.join(",")));
+    }
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers.len(), keys.len());
+    for (n, key) in keys.iter().enumerate() {
+        assert_eq!(device.peers[key].allowed_ips.len(), 1 + n % 7, "{n}");
+    }
+}
+
+async fn a_tun_without_wireguard_is_not_taken_for_one(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    lab.remove(&domain);
+    let interface = domain.wireguard();
+    linux::run(&format!("ip tuntap add {interface} mode tun"));
+    linux::run(&format!("ip link set {interface} up"));
+    linux::run(&format!(
+        "ip link add {} up type vxlan id 1 local fe80::1 dev {interface} dstport 8472",
+        domain.vxlan()
+    ));
+    let error = KernelError::Interface { interface, state: "not a WireGuard interface" };
+    assert_eq!(kernel.read(&domain).await, Err(error.clone()));
+    assert_eq!(kernel.apply(&domain, &install(key(1))).await, vec![Err(error); 3]);
+}
+
+async fn what_is_refused_is_told_of_its_own_change(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    // Room for one MAC address, which is taken: Linux refuses every flood entry.
+    lab.remove_vxlan(&domain);
+    linux::make_vxlan(&domain, "maxaddress 1");
+    linux::run(&format!("bridge fdb append 02:00:00:00:00:01 dst fe80::f dev {}", domain.vxlan()));
+    let keys: Vec<_> = (0..300).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    let full = KernelError::Refused { action: "add flood entry", source: Errno(28) };
+    let expected: Vec<_> = keys.iter().flat_map(|_| [Ok(()), Ok(()), Err(full.clone())]).collect();
+    assert_eq!(kernel.apply(&domain, &installs).await, expected);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (300, 300, 0));
+}
+
+/// wireguard-go has a limit that can be reached. Linux refuses no peer for its own sake.
+async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
+    const LIMIT: u32 = 1 << 16;
+    let (domain, mut kernel, _) = start(lab).await;
+    let set = |n| Change::SetPeer(key(n), key(n).link_local());
+    apply(&mut kernel, &domain, &(0..LIMIT - 1).map(set).collect::<Vec<_>>()).await;
+    let refused = KernelError::Refused { action: "set peer", source: Errno(22) };
+    let moved = Change::SetPeer(key(1), "fe80::1".parse().unwrap());
+    let changes = [set(LIMIT - 1), set(LIMIT), moved, set(LIMIT + 1), Change::RemovePeer(key(0)), set(LIMIT + 2)];
+    let results = kernel.apply(&domain, &changes).await;
+    assert_eq!(results, [Ok(()), Err(refused.clone()), Ok(()), Err(refused), Ok(()), Ok(())]);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers.len(), LIMIT as usize);
+    assert_eq!(device.peers[&key(1)].allowed_ips.len(), 2);
+    assert!(device.peers.contains_key(&key(LIMIT + 2)) && !device.peers.contains_key(&key(LIMIT)));
+}
