@@ -9,11 +9,12 @@ mod served;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::future::ready;
+use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use futures_util::FutureExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::message::Applied;
@@ -41,6 +42,8 @@ pub struct Installer<K> {
     domains: BTreeMap<Domain, Served>,
     keys: mpsc::Receiver<(Domain, PublicKey)>,
     batch: Vec<(Domain, PublicKey)>,
+    /// The last event was a batch of keys.
+    yields: bool,
     refresh: Arc<Notify>,
     outbox: Outbox,
 }
@@ -86,6 +89,7 @@ impl<K: Kernel> Installer<K> {
             domains: domains.into_iter().map(served).collect(),
             keys,
             batch: Vec::new(),
+            yields: false,
             refresh: refresh.clone(),
             outbox: Outbox::new(applied, state, metrics.clone()),
         };
@@ -113,18 +117,28 @@ impl<K: Kernel> Installer<K> {
         }
     }
 
-    /// Waits for the next event. Of several it takes any: none of them can starve another.
+    /// Waits for the next event. After each batch of keys other work that is due has its turn, so that neither
+    /// starves the other and a key never waits for more than one read or one slice of what is owed.
     async fn next(&mut self) -> Option<Event> {
-        let due = self.domains.values().min_by_key(|served| served.due()).map(|served| (served.due(), served.domain()));
-        let owed = self.domains.values().find(|served| served.has_backlog()).map(Served::domain);
+        let owed =
+            self.domains.values().find(|served| served.has_backlog()).map(|served| Event::Spare(served.domain()));
+        let due = self.domains.values().min_by_key(|served| served.due());
+        let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
+        let mut other = pin!(other(due, owed));
+        if std::mem::take(&mut self.yields)
+            && let Some(event) = other.as_mut().now_or_never()
+        {
+            return Some(event);
+        }
         tokio::select! {
-            count = self.keys.recv_many(&mut self.batch, BATCH) => {
-                (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
-            }
+            biased;
             () = self.kernel.changed() => Some(Event::Doubt),
             () = self.refresh.notified() => Some(Event::Doubt),
-            Some(domain) = at(due) => Some(Event::Due(domain)),
-            Some(domain) = ready(owed) => Some(Event::Spare(domain)),
+            count = self.keys.recv_many(&mut self.batch, BATCH) => {
+                self.yields = true;
+                (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
+            }
+            event = other => Some(event),
         }
     }
 
@@ -188,8 +202,15 @@ fn clocks() -> Now {
     Now { monotonic: Instant::now().into_std(), wall: SystemTime::now() }
 }
 
-async fn at<T>(due: Option<(std::time::Instant, T)>) -> Option<T> {
-    let (time, what) = due?;
-    tokio::time::sleep_until(Instant::from_std(time)).await;
-    Some(what)
+/// What is due at its time, else what is owed, at once.
+async fn other(due: Option<(Instant, Event)>, owed: Option<Event>) -> Event {
+    match (due, owed) {
+        (Some((time, event)), _) if time <= Instant::now() => event,
+        (_, Some(event)) => event,
+        (Some((time, event)), None) => {
+            tokio::time::sleep_until(time).await;
+            event
+        }
+        (None, None) => pending().await,
+    }
 }

@@ -126,9 +126,6 @@ impl Ledger {
         if self.last_read.is_some() && self.indexes != Some(device.indexes) {
             self.owe_vanished(device);
         }
-        if let Some(own) = &device.public_key {
-            self.waiting.remove(own);
-        }
         self.peers.retain(|key, _| device.peers.contains_key(key));
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
         for (key, peer) in &device.peers {
@@ -152,15 +149,34 @@ impl Ledger {
         self.indexes = None;
     }
 
-    /// What is to be set: keys that wait, in full and in order of arrival, and what peers of ours lack.
-    #[must_use]
-    pub fn owed(&self, device: &Device) -> Vec<Step> {
-        let mut waiting: Vec<_> = self.waiting.iter().map(|(key, waiting)| (waiting.arrived, *key)).collect();
-        waiting.sort_unstable();
+    /// What is to be set: keys that wait, in full and in order of arrival, and what peers of ours lack. Keys that
+    /// would not stand, or would take the address of a key that came later, wait no longer.
+    pub fn owed(&mut self, device: &Device) -> Vec<Step> {
+        self.drop_outlived(device);
+        let plan::Install { mut steps, refused } = plan::install(self.oldest_first(), device.public_key);
+        for (key, _) in refused {
+            self.waiting.remove(&key);
+        }
         let standing = self.peers.iter().filter(|(key, entry)| entry.ours && !self.waiting.contains_key(key));
-        let mut steps: Vec<_> = waiting.into_iter().map(|(_, key)| Step::install(key)).collect();
         steps.extend(plan::repair(device, standing.map(|(key, _)| *key)));
         steps
+    }
+
+    fn drop_outlived(&mut self, device: &Device) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let (peers, holders) = (&self.peers, plan::holders(device));
+        self.waiting.retain(|key, waiting| {
+            let holder = holders.get(&key.link_local()).filter(|holder| *holder != key);
+            holder.and_then(|holder| peers.get(holder)).is_none_or(|holder| holder.arrived <= waiting.arrived)
+        });
+    }
+
+    fn oldest_first(&self) -> Vec<PublicKey> {
+        let mut waiting: Vec<_> = self.waiting.iter().map(|(key, waiting)| (waiting.arrived, *key)).collect();
+        waiting.sort_unstable();
+        waiting.into_iter().map(|(_, key)| key).collect()
     }
 
     /// The peers of ours that are stale, judged by the last read.
@@ -185,12 +201,6 @@ impl Ledger {
         counts
     }
 
-    /// Whether keys wait for another try.
-    #[must_use]
-    pub fn is_owing(&self) -> bool {
-        !self.waiting.is_empty()
-    }
-
     /// Whether `key` waits, its earlier arrival not having come to stand whole.
     #[must_use]
     pub fn waits(&self, key: &PublicKey) -> bool {
@@ -213,11 +223,8 @@ impl Ledger {
 
     /// A sixteenth at once, so that a flood does not cost a search per key.
     fn drop_oldest(&mut self) -> usize {
-        let mut ages: Vec<_> = self.waiting.iter().map(|(key, waiting)| (waiting.arrived, *key)).collect();
-        let surplus = (ages.len() - self.policy.waiting + self.policy.waiting / 16).min(ages.len());
-        ages.sort_unstable();
-        ages.truncate(surplus);
-        ages.iter().filter(|(_, key)| self.waiting.remove(key).is_some()).count()
+        let surplus = self.waiting.len() - self.policy.waiting + self.policy.waiting / 16;
+        self.oldest_first().iter().take(surplus).filter(|key| self.waiting.remove(key).is_some()).count()
     }
 
     /// The kernel refused `key` once more; too often, and it is given up.
@@ -232,18 +239,6 @@ impl Ledger {
     /// `key` was removed from the kernel.
     pub fn removed(&mut self, key: &PublicKey) {
         self.peers.remove(key);
-    }
-
-    /// How many peers and keys are remembered.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.peers.len() + self.waiting.len()
-    }
-
-    /// Whether nothing is.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 

@@ -7,12 +7,10 @@ use prometheus::{
 use wgkex_common::Domain;
 
 use crate::ledger::Counts;
+use crate::plan::{ADDRESS_TAKEN, OWN_KEY};
 
 /// Why a key did not come to stand; also what a confirmation says of it.
-pub const FAILURES: [&str; 4] = [OWN_KEY, "interface", "interrupted", "kernel"];
-
-/// The key is that of the gateway's own interface.
-pub const OWN_KEY: &str = "own key";
+pub const FAILURES: [&str; 5] = [OWN_KEY, ADDRESS_TAKEN, "interface", "interrupted", "kernel"];
 
 /// The worker's metrics. Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -196,6 +194,7 @@ mod tests {
             r#"keys_refreshed_total{domain="ffmuc_welt"} 0"#,
             r#"keys_restored_total{domain="ffmuc_welt"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="own key"} 0"#,
+            r#"keys_failed_total{domain="ffmuc_welt",reason="address taken"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="interface"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="interrupted"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="kernel"} 0"#,

@@ -2,7 +2,7 @@
 //! [`crate::install`] asks, [`crate::kernel`] does it.
 
 use std::cell::LazyCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 use wgkex_common::PublicKey;
@@ -11,6 +11,12 @@ use crate::kernel::{Change, Device, Errno, KernelError, Peer};
 
 /// `EIO` (errno.h): what is made of an answer that did not come.
 const NO_ANSWER: KernelError = KernelError::Refused { action: "apply a change", source: Errno(5) };
+
+/// Why a key is refused that is the interface's own.
+pub const OWN_KEY: &str = "own key";
+
+/// Why a key is refused when a later one of the same batch has its address.
+pub const ADDRESS_TAKEN: &str = "address taken";
 
 /// What to do about one key: up to three changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,23 +63,28 @@ pub enum Shape {
 /// The steps for keys that arrived, and what was kept from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Install {
-    /// Every key once, all three objects of each.
+    /// Every other key once, all three objects of each.
     pub steps: Vec<Step>,
-    /// The interface's own key, if it was among them: the kernel would take it and do nothing.
-    pub refused: Option<PublicKey>,
+    /// Keys that would not stand if they were applied, and why: [`OWN_KEY`] or [`ADDRESS_TAKEN`].
+    pub refused: Vec<(PublicKey, &'static str)>,
 }
 
 /// Installs `keys` in order of arrival on the interface whose own key is `own`.
 ///
-/// Of a key that came twice the last counts, so that the tables end as if each had been applied alone: of two
-/// keys with one address the one that came last has it.
+/// Of a key that came twice the last counts, so that the tables end as if each had been applied alone. Of two
+/// keys with one address only the later is applied: it would take the address from the other, which then would
+/// be said to stand and does not. The interface's own key the kernel would take and do nothing.
 #[must_use]
 pub fn install(keys: impl IntoIterator<Item = PublicKey>, own: Option<PublicKey>) -> Install {
-    let mut keys = merged(keys);
-    let all = keys.len();
-    keys.retain(|key| Some(*key) != own);
-    let refused = own.filter(|_| keys.len() < all);
-    Install { steps: keys.into_iter().map(Step::install).collect(), refused }
+    let steps: Vec<_> = merged(keys).into_iter().map(Step::install).collect();
+    let last: BTreeMap<Ipv6Addr, PublicKey> = steps.iter().map(|step| (step.address, step.key)).collect();
+    let refusal = |step: &Step| match step.key {
+        key if Some(key) == own => Some(OWN_KEY),
+        key if last.get(&step.address) != Some(&key) => Some(ADDRESS_TAKEN),
+        _ => None,
+    };
+    let refused = steps.iter().filter_map(|step| Some((step.key, refusal(step)?))).collect();
+    Install { steps: steps.into_iter().filter(|step| refusal(step).is_none()).collect(), refused }
 }
 
 /// Every key once, in the order of their last arrivals.
@@ -93,13 +104,13 @@ pub fn merged(keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
 /// to give it back would take it from that one.
 #[must_use]
 pub fn repair(device: &Device, ours: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
-    let held = LazyCell::new(|| allowed_addresses(device).collect::<BTreeSet<_>>());
+    let held = LazyCell::new(|| holders(device));
     let missing = |key: PublicKey| {
         let peer = device.peers.get(&key)?;
         let address = key.link_local();
         let peer = match shape_at(address, peer) {
             Shape::Ours => false,
-            Shape::Bare if !held.contains(&address) => true,
+            Shape::Bare if !held.contains_key(&address) => true,
             Shape::Bare | Shape::Foreign => return None,
         };
         let objects = Objects { peer, route: !device.routes.contains(&address), fdb: !device.fdb.contains(&address) };
@@ -146,6 +157,13 @@ pub fn outcomes(
     })
 }
 
+/// Which peer has which address as an allowed-ip of its own.
+#[must_use]
+pub fn holders(device: &Device) -> BTreeMap<Ipv6Addr, PublicKey> {
+    let peers = device.peers.iter();
+    peers.flat_map(|(key, peer)| addresses_of(peer).map(|address| (address, *key))).collect()
+}
+
 /// Whose the peer of `key` is.
 #[must_use]
 pub fn shape(key: &PublicKey, peer: &Peer) -> Shape {
@@ -162,10 +180,6 @@ fn shape_at(address: Ipv6Addr, peer: &Peer) -> Shape {
         [(IpAddr::V6(only), 128)] if only == address => Shape::Ours,
         _ => Shape::Foreign,
     }
-}
-
-fn allowed_addresses(device: &Device) -> impl Iterator<Item = Ipv6Addr> {
-    device.peers.values().flat_map(addresses_of)
 }
 
 fn addresses_of(peer: &Peer) -> impl Iterator<Item = Ipv6Addr> {
@@ -239,11 +253,13 @@ mod tests {
     }
 
     #[test]
-    fn the_interfaces_own_key_is_refused_and_holds_up_no_other() {
-        let install = install([key(1), key(2), key(1), key(3)], Some(key(1)));
-        assert_eq!(install.refused, Some(key(1)));
-        assert_eq!(install.steps, [Step::install(key(2)), Step::install(key(3))]);
-        assert_eq!(super::install([key(2)], Some(key(1))).refused, None);
+    fn keys_that_would_not_stand_are_refused_and_hold_up_no_other() {
+        let (first, second) = collision();
+        let keys = [key(1), first, key(2), second, key(1), key(3)];
+        let install = install(keys, Some(key(1)));
+        assert_eq!(install.refused, [(first, ADDRESS_TAKEN), (key(1), OWN_KEY)]);
+        assert_eq!(install.steps, [key(2), second, key(3)].map(Step::install));
+        assert_eq!(super::install([second, first, second], None).steps, [Step::install(second)]);
     }
 
     #[test]
@@ -322,8 +338,8 @@ mod tests {
             apply(&fake, &install(keys.clone(), None).steps);
             prop_assert_eq!(&fake.device(&domain()), &once);
 
-            let single = Fake::with(&[domain()]);
-            keys.into_iter().for_each(|key| apply(&single, &install([key], None).steps));
+            let single = one_by_one(&keys);
+            single.alter(&domain(), |device| device.peers.retain(|key, peer| shape(key, peer) == Shape::Ours));
             prop_assert_eq!(single.device(&domain()), once);
         }
 
@@ -354,8 +370,7 @@ mod tests {
             keys in btree_set(any_key(), 0..12),
             stale in btree_set(any_key(), 0..12),
         ) {
-            let fake = Fake::with(&[domain()]);
-            apply(&fake, &install(keys.clone(), None).steps);
+            let fake = one_by_one(&keys.iter().copied().collect::<Vec<_>>());
             let before = fake.device(&domain()).unwrap();
             let steps = sweep(&before, &stale);
             apply(&fake, &steps);
@@ -376,9 +391,13 @@ mod tests {
     }
 
     fn device(keys: &[PublicKey]) -> Device {
+        one_by_one(keys).device(&domain()).unwrap()
+    }
+
+    fn one_by_one(keys: &[PublicKey]) -> Fake {
         let fake = Fake::with(&[domain()]);
-        apply(&fake, &install(keys.iter().copied(), None).steps);
-        fake.device(&domain()).unwrap()
+        keys.iter().for_each(|key| apply(&fake, &[Step::install(*key)]));
+        fake
     }
 
     fn peer(device: &mut Device, n: u32) -> &mut Peer {

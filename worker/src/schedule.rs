@@ -72,7 +72,7 @@ impl Schedule {
     /// A read or a change failed: reads again soon, later and later while that goes on, but as often as it counts.
     pub fn failed(&mut self, now: Instant) {
         let pause = RETRY * 2_u32.pow(self.failures.min(6));
-        self.failures += 1;
+        self.failures = self.failures.saturating_add(1);
         self.read_at = self.read_at.min(now + pause);
     }
 

@@ -10,7 +10,7 @@ use wgkex_common::{Domain, PublicKey};
 use super::outbox::{Outbox, Report};
 use crate::kernel::{Device, Kernel, KernelError};
 use crate::ledger::{Ledger, Now, Policy};
-use crate::metrics::{Metrics, OWN_KEY};
+use crate::metrics::Metrics;
 use crate::plan::{self, Install, Step};
 use crate::schedule::Schedule;
 
@@ -62,28 +62,23 @@ impl Served {
 
     /// Puts keys that arrived into the kernel and says what became of each.
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
-        let report = match self.own {
-            Err(reason) => plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect(),
-            Ok(own) => self.apply_new(kernel, outbox, plan::install(keys, own), now.monotonic).await,
+        let (mut report, refused) = match self.own {
+            Err(reason) => (plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect(), Vec::new()),
+            Ok(own) => {
+                let Install { steps, refused } = plan::install(keys, own);
+                self.supersede(&steps);
+                let outcomes = self.apply(kernel, outbox, &steps, now.monotonic).await;
+                (told(outcomes), refused)
+            }
         };
         for (key, outcome) in &report {
             self.settle(*key, *outcome, now.monotonic);
         }
+        for (key, reason) in refused {
+            self.count_failed(reason);
+            report.push((key, Err(reason)));
+        }
         outbox.confirm(&self.domain, &report);
-    }
-
-    async fn apply_new<K: Kernel>(
-        &mut self,
-        kernel: &mut K,
-        outbox: &mut Outbox,
-        install: Install,
-        now: Instant,
-    ) -> Report {
-        self.supersede(&install.steps);
-        let outcomes = self.apply(kernel, outbox, &install.steps, now).await;
-        let refused = install.refused.map(|key| (key, Err(OWN_KEY)));
-        let told = outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| error.reason())));
-        told.chain(refused).collect()
     }
 
     /// What came now says more of its addresses than what was owed before.
@@ -100,13 +95,15 @@ impl Served {
             Ok(()) if self.ledger.stands(key, now) => self.metrics.keys_installed.with_label_values(&[domain]).inc(),
             Ok(()) => self.metrics.keys_refreshed.with_label_values(&[domain]).inc(),
             Err(reason) => {
-                self.metrics.keys_failed.with_label_values(&[domain, reason]).inc();
-                if reason != OWN_KEY {
-                    let dropped = self.ledger.wants(key, now) as u64;
-                    self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
-                }
+                self.count_failed(reason);
+                let dropped = self.ledger.wants(key, now) as u64;
+                self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
             }
         }
+    }
+
+    fn count_failed(&self, reason: &str) {
+        self.metrics.keys_failed.with_label_values(&[self.domain.name(), reason]).inc();
     }
 
     /// Does a part of what is owed.
@@ -227,4 +224,8 @@ impl Served {
             warn!(domain = %self.domain, ?key, %error, failed = errors().count(), "changes failed");
         }
     }
+}
+
+fn told(outcomes: Vec<(PublicKey, Result<(), KernelError>)>) -> Report {
+    outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| error.reason()))).collect()
 }
