@@ -174,16 +174,14 @@ impl<K: Kernel> Installer<K> {
 }
 
 impl Handle {
-    /// Hands over a key that arrived for `domain`, without waiting. Says whether there was room for it.
-    pub fn offer(&self, domain: Domain, key: PublicKey) -> bool {
+    /// Hands over a key that arrived for `domain`, without waiting. One too many is dropped and counted.
+    pub fn offer(&self, domain: Domain, key: PublicKey) {
         self.metrics.keys_received.with_label_values(&[domain.name()]).inc();
-        let taken = self.keys.try_send((domain, key)).is_ok();
-        if !taken {
+        if self.keys.try_send((domain, key)).is_err() {
             self.metrics.keys_dropped.with_label_values(&["queue"]).inc();
         }
         let length = self.keys.max_capacity() - self.keys.capacity();
         self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
-        taken
     }
 
     /// Asks for all tables to be read anew, soon; what comes of it is in the state.

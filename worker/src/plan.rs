@@ -262,12 +262,14 @@ mod tests {
         assert_eq!(super::install([second, first, second], None).steps, [Step::install(second)]);
     }
 
+    type Damage = fn(&mut Device, Ipv6Addr);
+
     #[test]
     fn a_repair_sets_only_what_is_missing() {
         let whole = device(&[key(1)]);
         assert_eq!(repair(&whole, [key(1), key(2)]), []);
         let address = key(1).link_local();
-        let cases: [(fn(&mut Device, Ipv6Addr), Change); 3] = [
+        let cases: [(Damage, Change); 3] = [
             (|device, address| assert!(device.routes.remove(&address)), Change::SetRoute(address)),
             (|device, address| assert!(device.fdb.remove(&address)), Change::AddFdb(address)),
             (|device, _| peer(device, 1).allowed_ips.clear(), Change::SetPeer(key(1), address)),
@@ -396,7 +398,9 @@ mod tests {
 
     fn one_by_one(keys: &[PublicKey]) -> Fake {
         let fake = Fake::with(&[domain()]);
-        keys.iter().for_each(|key| apply(&fake, &[Step::install(*key)]));
+        for key in keys {
+            apply(&fake, &[Step::install(*key)]);
+        }
         fake
     }
 

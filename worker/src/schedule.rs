@@ -139,7 +139,7 @@ mod tests {
         good_read(&mut schedule, start + 60 * SECOND, Duration::ZERO);
         let due = start + 90 * SECOND;
         assert_eq!(schedule.read_at(), due);
-        assert!(schedule.is_sweep_due(due) && !schedule.is_sweep_due(due - SECOND));
+        assert!(schedule.is_sweep_due(due) && !schedule.is_sweep_due(start + 89 * SECOND));
 
         schedule.read(due, Duration::ZERO);
         schedule.failed(due);

