@@ -1,3 +1,10 @@
-//! x
+//! The gateway's side of wgkex: announced keys in over MQTT, peers, routes and FDB entries out to the kernel.
 
+pub mod install;
 pub mod kernel;
+pub mod ledger;
+pub mod metrics;
+pub mod plan;
+pub mod schedule;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,214 @@
+//! The one task that owns the kernel: what arrived goes in as one batch, and while the kernel is busy the next
+//! batch gathers. It also reads the tables, counts peers, restores what is lost and sweeps what is stale.
+//!
+//! Nothing that it hands out can block it: states go into a `watch`, confirmations into a bounded queue.
+
+mod outbox;
+mod served;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures_util::FutureExt as _;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::Instant;
+use wgkex_common::message::Applied;
+use wgkex_common::{Domain, PublicKey};
+
+use crate::kernel::Kernel;
+use crate::ledger::{Now, Policy};
+use crate::metrics::Metrics;
+use outbox::Outbox;
+pub use outbox::{DomainState, State};
+use served::Served;
+
+/// Keys that wait at most for a batch; a full retained fleet fits.
+const QUEUE: usize = 65_536;
+
+/// Keys in a batch at most.
+const BATCH: usize = 4_096;
+
+/// Confirmations that wait at most for MQTT.
+const CONFIRMATIONS: usize = 256;
+
+/// Owns the kernel of a gateway; made with the ends that others hold.
+pub struct Installer<K> {
+    kernel: K,
+    domains: BTreeMap<Domain, Served>,
+    keys: mpsc::Receiver<(Domain, PublicKey)>,
+    batch: Vec<(Domain, PublicKey)>,
+    /// The last event was a batch of keys.
+    yields: bool,
+    refresh: Arc<Notify>,
+    outbox: Outbox,
+}
+
+/// By which others reach the [`Installer`]. It ends when all of them are gone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    keys: mpsc::Sender<(Domain, PublicKey)>,
+    refresh: Arc<Notify>,
+    state: watch::Receiver<State>,
+    metrics: Metrics,
+}
+
+/// What can happen to an installer.
+#[derive(Debug)]
+enum Event {
+    /// Keys arrived, in this order.
+    Keys(Vec<(Domain, PublicKey)>),
+    /// Links or addresses may have changed, or somebody wants to know.
+    Doubt,
+    /// It is time to read this domain.
+    Due(Domain),
+    /// This domain is owed something, and there is nothing better to do.
+    Spare(Domain),
+}
+
+impl<K: Kernel> Installer<K> {
+    /// An installer for `domains`, which may be read from now on; and what it says of the keys it was given.
+    pub fn new(
+        kernel: K,
+        domains: impl IntoIterator<Item = Domain>,
+        policy: &Policy,
+        metrics: &Metrics,
+    ) -> (Self, Handle, mpsc::Receiver<Applied>) {
+        let (key_sender, keys) = mpsc::channel(QUEUE);
+        let (applied, applied_receiver) = mpsc::channel(CONFIRMATIONS);
+        let (state, state_receiver) = watch::channel(State::new());
+        let refresh = Arc::new(Notify::new());
+        let now = Instant::now().into_std();
+        let served = |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, metrics.clone()));
+        let installer = Self {
+            kernel,
+            domains: domains.into_iter().map(served).collect(),
+            keys,
+            batch: Vec::new(),
+            yields: false,
+            refresh: refresh.clone(),
+            outbox: Outbox::new(applied, state, metrics.clone()),
+        };
+        let handle = Handle { keys: key_sender, refresh, state: state_receiver, metrics: metrics.clone() };
+        (installer, handle, applied_receiver)
+    }
+
+    /// Works until `stop`, or until every [`Handle`] is gone. What the kernel is doing at that moment is not
+    /// waited for: it can be repeated without harm.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut work = pin!(self.work());
+        tokio::select! {
+            () = &mut stop => {}
+            () = &mut work => {}
+        }
+    }
+
+    async fn work(mut self) {
+        for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
+            self.handle(Event::Due(domain), clocks()).await;
+        }
+        while let Some(event) = self.next().await {
+            self.handle(event, clocks()).await;
+        }
+    }
+
+    /// Waits for the next event. After each batch of keys other work that is due has its turn, so that neither
+    /// starves the other and a key never waits for more than one read or one slice of what is owed.
+    async fn next(&mut self) -> Option<Event> {
+        let owed =
+            self.domains.values().find(|served| served.has_backlog()).map(|served| Event::Spare(served.domain()));
+        let due = self.domains.values().min_by_key(|served| served.due());
+        let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
+        let mut other = pin!(other(due, owed));
+        if std::mem::take(&mut self.yields)
+            && let Some(event) = other.as_mut().now_or_never()
+        {
+            return Some(event);
+        }
+        tokio::select! {
+            biased;
+            () = self.kernel.changed() => Some(Event::Doubt),
+            () = self.refresh.notified() => Some(Event::Doubt),
+            count = self.keys.recv_many(&mut self.batch, BATCH) => {
+                self.yields = true;
+                (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
+            }
+            event = other => Some(event),
+        }
+    }
+
+    async fn handle(&mut self, event: Event, now: Now) {
+        match event {
+            Event::Keys(keys) => self.install(keys, now).await,
+            Event::Doubt => self.domains.values_mut().for_each(|served| served.hurry(now.monotonic)),
+            Event::Due(domain) => {
+                if let Some(served) = self.domains.get_mut(&domain) {
+                    served.read(&mut self.kernel, &mut self.outbox, now).await;
+                }
+            }
+            Event::Spare(domain) => {
+                if let Some(served) = self.domains.get_mut(&domain) {
+                    served.catch_up(&mut self.kernel, &mut self.outbox, now).await;
+                }
+            }
+        }
+    }
+
+    async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Now) {
+        self.outbox.set_queue(self.keys.len());
+        let mut by_domain = BTreeMap::<Domain, Vec<PublicKey>>::new();
+        for (domain, key) in keys {
+            by_domain.entry(domain).or_default().push(key);
+        }
+        for (domain, keys) in by_domain {
+            if let Some(served) = self.domains.get_mut(&domain) {
+                served.install(&mut self.kernel, &mut self.outbox, keys, now).await;
+            }
+        }
+    }
+}
+
+impl Handle {
+    /// Hands over a key that arrived for `domain`, without waiting. One too many is dropped and counted.
+    pub fn offer(&self, domain: Domain, key: PublicKey) {
+        self.metrics.keys_received.with_label_values(&[domain.name()]).inc();
+        if self.keys.try_send((domain, key)).is_err() {
+            self.metrics.keys_dropped.with_label_values(&["queue"]).inc();
+        }
+        let length = self.keys.max_capacity() - self.keys.capacity();
+        self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+    }
+
+    /// Asks for all tables to be read anew, soon; what comes of it is in the state.
+    pub fn refresh(&self) {
+        self.refresh.notify_one();
+    }
+
+    /// The state of every domain, now and whenever it changes.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+}
+
+fn clocks() -> Now {
+    Now { monotonic: Instant::now().into_std(), wall: SystemTime::now() }
+}
+
+/// What is due at its time, else what is owed, at once.
+async fn other(due: Option<(Instant, Event)>, owed: Option<Event>) -> Event {
+    match (due, owed) {
+        (Some((time, event)), _) if time <= Instant::now() => event,
+        (_, Some(event)) => event,
+        (Some((time, event)), None) => {
+            tokio::time::sleep_until(time).await;
+            event
+        }
+        (None, None) => pending().await,
+    }
+}

@@ -1,0 +1,233 @@
+//! One domain at the kernel: what is known of it, and each thing that is done with it.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::Ipv6Addr;
+use std::time::Instant;
+
+use tracing::{info, warn};
+use wgkex_common::{Domain, PublicKey};
+
+use super::outbox::{Outbox, Report};
+use crate::kernel::{Device, Kernel, KernelError};
+use crate::ledger::{Ledger, Now, Policy};
+use crate::metrics::Metrics;
+use crate::plan::{self, Install, Step};
+use crate::schedule::Schedule;
+
+/// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
+const SLICE: usize = 512;
+
+pub(super) struct Served {
+    domain: Domain,
+    ledger: Ledger,
+    schedule: Schedule,
+    /// The interface's own key, or why there are no tables to apply anything to.
+    own: Result<Option<PublicKey>, &'static str>,
+    /// What the last read showed to be owed, as far as it is not done.
+    backlog: VecDeque<Step>,
+    /// Reads fail for another reason than a missing interface, and that has been said.
+    unreadable: bool,
+    metrics: Metrics,
+}
+
+impl Served {
+    pub fn new(domain: Domain, policy: Policy, now: Instant, metrics: Metrics) -> Self {
+        Self {
+            domain,
+            ledger: Ledger::new(policy),
+            schedule: Schedule::new(&policy, now),
+            own: Err("interface"),
+            backlog: VecDeque::new(),
+            unreadable: false,
+            metrics,
+        }
+    }
+
+    pub fn domain(&self) -> Domain {
+        self.domain.clone()
+    }
+
+    /// When it is to be read.
+    pub fn due(&self) -> Instant {
+        self.schedule.read_at()
+    }
+
+    pub fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
+    pub fn hurry(&mut self, now: Instant) {
+        self.schedule.hurry(now);
+    }
+
+    /// Puts keys that arrived into the kernel and says what became of each.
+    pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
+        let (mut report, refused) = match self.own {
+            Err(reason) => (plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect(), Vec::new()),
+            Ok(own) => {
+                let Install { steps, refused } = plan::install(keys, own);
+                self.supersede(&steps);
+                let outcomes = self.apply(kernel, outbox, &steps, now.monotonic).await;
+                (told(outcomes), refused)
+            }
+        };
+        for (key, outcome) in &report {
+            self.settle(*key, *outcome, now.monotonic);
+        }
+        for (key, reason) in refused {
+            self.count_failed(reason);
+            report.push((key, Err(reason)));
+        }
+        outbox.confirm(&self.domain, &report);
+    }
+
+    /// What came now says more of its addresses than what was owed before.
+    fn supersede(&mut self, steps: &[Step]) {
+        if !self.backlog.is_empty() {
+            let addresses: BTreeSet<Ipv6Addr> = steps.iter().map(|step| step.address).collect();
+            self.backlog.retain(|step| !addresses.contains(&step.address));
+        }
+    }
+
+    fn settle(&mut self, key: PublicKey, outcome: Result<(), &'static str>, now: Instant) {
+        let domain = self.domain.name();
+        match outcome {
+            Ok(()) if self.ledger.stands(key, now) => self.metrics.keys_installed.with_label_values(&[domain]).inc(),
+            Ok(()) => self.metrics.keys_refreshed.with_label_values(&[domain]).inc(),
+            Err(reason) => {
+                self.count_failed(reason);
+                let dropped = self.ledger.wants(key, now) as u64;
+                self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
+            }
+        }
+    }
+
+    fn count_failed(&self, reason: &str) {
+        self.metrics.keys_failed.with_label_values(&[self.domain.name(), reason]).inc();
+    }
+
+    /// Does a part of what is owed.
+    pub async fn catch_up<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+        let steps: Vec<_> = self.backlog.drain(..SLICE.min(self.backlog.len())).collect();
+        let mut report = Report::new();
+        for (key, outcome) in self.apply(kernel, outbox, &steps, now.monotonic).await {
+            match outcome {
+                Ok(()) if self.ledger.waits(&key) => {
+                    self.settle(key, Ok(()), now.monotonic);
+                    report.push((key, Ok(())));
+                }
+                Ok(()) => self.metrics.keys_restored.with_label_values(&[self.domain.name()]).inc(),
+                Err(KernelError::Interface { .. }) => {}
+                Err(KernelError::Interrupted { .. } | KernelError::Refused { .. }) => self.ledger.refused(&key),
+            }
+        }
+        outbox.confirm(&self.domain, &report);
+    }
+
+    /// Reads the tables and draws every conclusion from them.
+    pub async fn read<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+        let begun = tokio::time::Instant::now();
+        let read = kernel.read(&self.domain).await;
+        self.schedule.read(now.monotonic, begun.elapsed());
+        match read {
+            Ok(device) => self.observe(kernel, outbox, &device, now).await,
+            Err(error) => {
+                self.metrics.read_failures.with_label_values(&[self.domain.name()]).inc();
+                self.unread(outbox, &error, now.monotonic);
+            }
+        }
+    }
+
+    async fn observe<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Now) {
+        if std::mem::take(&mut self.unreadable) {
+            info!(domain = %self.domain, "tables can be read again");
+        }
+        self.own = Ok(device.public_key);
+        self.ledger.observe(device, now);
+        if self.schedule.is_sweep_due(now.monotonic) {
+            self.sweep(kernel, outbox, device, now.monotonic).await;
+        }
+        if self.own.is_ok() {
+            self.backlog = self.ledger.owed(device).into();
+            if self.backlog.is_empty() {
+                self.schedule.recovered();
+            }
+            self.schedule.good();
+            outbox.set_tables(&self.domain, device, self.ledger.counts(now.monotonic));
+        }
+    }
+
+    /// Only ever right after a read: nothing is decided against a peer by what was so before.
+    async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
+        let mut stale = self.ledger.stale(now);
+        let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
+        let outcomes = self.apply(kernel, outbox, &plan::sweep(device, &stale), now).await;
+        self.schedule.swept(now, more && outcomes.iter().all(|(_, outcome)| outcome.is_ok()));
+        let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| key).collect();
+        for key in &removed {
+            self.ledger.removed(key);
+        }
+        self.metrics.sweeps.with_label_values(&[self.domain.name()]).inc();
+        self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed.len() as u64);
+        if !removed.is_empty() {
+            info!(domain = %self.domain, removed = removed.len(), "stale peers are removed");
+        }
+    }
+
+    fn unread(&mut self, outbox: &mut Outbox, error: &KernelError, now: Instant) {
+        if let KernelError::Interface { .. } = error {
+            self.lose(outbox, error);
+            return;
+        }
+        if !std::mem::replace(&mut self.unreadable, true) {
+            warn!(domain = %self.domain, %error, "tables cannot be read");
+        }
+        if self.own.is_err() {
+            self.own = Err(error.reason());
+        }
+        self.schedule.failed(now);
+    }
+
+    fn lose(&mut self, outbox: &mut Outbox, error: &KernelError) {
+        self.own = Err(error.reason());
+        self.ledger.lost();
+        self.backlog.clear();
+        outbox.set_lost(&self.domain, error);
+    }
+
+    async fn apply<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        steps: &[Step],
+        now: Instant,
+    ) -> Vec<(PublicKey, Result<(), KernelError>)> {
+        if steps.is_empty() {
+            return Vec::new();
+        }
+        let begun = tokio::time::Instant::now();
+        let results = kernel.apply(&self.domain, &plan::changes(steps)).await;
+        #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
+        self.metrics.batch_keys.observe(steps.len() as f64);
+        self.metrics.batch_duration.observe(begun.elapsed().as_secs_f64());
+        let outcomes: Vec<_> = plan::outcomes(steps, results).collect();
+        self.judge(outbox, &outcomes, now);
+        outcomes
+    }
+
+    fn judge(&mut self, outbox: &mut Outbox, outcomes: &[(PublicKey, Result<(), KernelError>)], now: Instant) {
+        let errors = || outcomes.iter().filter_map(|(key, outcome)| Some((key, outcome.as_ref().err()?)));
+        if errors().next().is_some() {
+            self.schedule.failed(now);
+        }
+        if let Some((_, error)) = errors().find(|(_, error)| matches!(error, KernelError::Interface { .. })) {
+            self.lose(outbox, error);
+        } else if let Some((key, error)) = errors().next() {
+            warn!(domain = %self.domain, ?key, %error, failed = errors().count(), "changes failed");
+        }
+    }
+}
+
+fn told(outcomes: Vec<(PublicKey, Result<(), KernelError>)>) -> Report {
+    outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| error.reason()))).collect()
+}

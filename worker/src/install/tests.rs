@@ -1,0 +1,564 @@
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::kernel::fake::{Delays, Fake};
+use crate::kernel::{Change, Device, Errno, KernelError};
+use crate::plan;
+use crate::testing::{collision, domain, key};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
+
+#[tokio::test(start_paused = true)]
+async fn a_key_is_confirmed_when_all_three_objects_stand() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1]);
+    assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+    assert!(gateway.stands(key(1)));
+    assert_eq!(gateway.applies(), [plan::changes(&plan::install([key(1)], None).steps)]);
+    assert_eq!(gateway.metrics.keys_installed.with_label_values(&["ffmuc_welt"]).get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    gateway.fake.delay(Delays { apply: Duration::from_secs(1), ..Delays::default() });
+    gateway.offer([0]);
+    sleep(Duration::from_millis(500)).await;
+    for n in (1..=100).chain([7, 7]) {
+        gateway.offer([n]);
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(gateway.confirmed().await.installed, [key(0)]);
+    let wanted: Vec<_> = (1..=6).chain(8..=100).chain([7]).map(key).collect();
+    assert_eq!(gateway.confirmed().await.installed, wanted);
+    let batches: Vec<_> = gateway.applies().iter().map(Vec::len).collect();
+    assert_eq!(batches, [3, 300]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    gateway.fake.refuse(Change::SetRoute(key(2).link_local()));
+    gateway.offer([1, 2, 3]);
+    let applied = gateway.confirmed().await;
+    assert_eq!(applied.installed, [key(1), key(3)]);
+    assert_eq!(applied.failed, [(key(2), "kernel".to_owned())].into());
+
+    gateway.fake.refuse_nothing();
+    assert_eq!(gateway.confirmed().await.installed, [key(2)]);
+    assert!(gateway.all_stand(1..=3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_always_refused_is_given_up() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    gateway.fake.refuse(Change::SetPeer(key(2), key(2).link_local()));
+    gateway.offer([2]);
+    assert_eq!(gateway.confirmed().await.failed.len(), 1);
+    sleep(HOUR).await;
+    gateway.applies();
+    sleep(HOUR).await;
+    assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
+    let mut gateway = Gateway::start();
+    let own = gateway.device().public_key.unwrap();
+    gateway.handle.offer(domain(), own);
+    assert_eq!(gateway.confirmed().await.failed, [(own, "own key".to_owned())].into());
+    assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
+    assert_eq!(gateway.metrics.keys_failed.with_label_values(&["ffmuc_welt", "own key"]).get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
+    let mut gateway = Gateway::start();
+    for _ in 0..2 {
+        gateway.offer([1]);
+        assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+        assert!(gateway.stands(key(1)));
+        gateway.fake.alter(&domain(), |device| device.routes.clear());
+    }
+    assert_eq!(gateway.metrics.keys_refreshed.with_label_values(&["ffmuc_welt"]).get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_that_came_before_their_interface_are_installed_when_it_comes() {
+    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    gateway.offer([1, 2]);
+    let wanted = [(key(1), "interface".to_owned()), (key(2), "interface".to_owned())].into();
+    assert_eq!(gateway.confirmed().await.failed, wanted);
+    assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is missing".into() }));
+
+    gateway.fake.add(&domain());
+    assert_eq!(gateway.confirmed().await.installed, [key(1), key(2)]);
+    assert!(gateway.stands(key(1)) && gateway.stands(key(2)));
+    let device = gateway.device();
+    let (port, public_key) = (device.listen_port, device.public_key.unwrap());
+    let link_address = device.link_address.unwrap();
+    assert_eq!(gateway.state(), Some(DomainState::Up { port, public_key, link_address, connected: 0 }));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interface_made_anew_is_full_again() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..3_000);
+    gateway.settle().await;
+    gateway.fake.remove(&domain());
+    gateway.settle().await;
+    assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
+    gateway.fake.add(&domain());
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..3_000));
+
+    gateway.fake.add(&domain());
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..3_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_what_went_with_the_vxlan_is_restored() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2]);
+    gateway.confirmed().await;
+    gateway.fake.remove_vxlan(&domain());
+    gateway.settle().await;
+    assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
+    gateway.applies();
+    gateway.fake.add_vxlan(&domain());
+    gateway.settle().await;
+    let changes = [key(1), key(2)].map(|key| Change::AddFdb(key.link_local()));
+    assert_eq!(gateway.applies(), [changes]);
+    assert_eq!(gateway.metrics.keys_restored.with_label_values(&["ffmuc_welt"]).get(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn routes_lost_with_a_link_that_went_down_are_restored_when_it_is_up() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1]);
+    gateway.confirmed().await;
+    gateway.fake.set_down(&domain());
+    gateway.settle().await;
+    assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is down".into() }));
+    gateway.fake.set_up(&domain());
+    gateway.settle().await;
+    assert!(gateway.stands(key(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interface_that_goes_in_the_middle_of_a_storm_loses_no_key() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    gateway.fake.delay(Delays {
+        read: Duration::from_millis(50),
+        apply: Duration::from_millis(5),
+        ..Delays::default()
+    });
+    for n in 0..2_000 {
+        gateway.offer([n]);
+        match n {
+            500 => gateway.fake.remove(&domain()),
+            700 | 1_500 => gateway.fake.add(&domain()),
+            _ => {}
+        }
+        sleep(Duration::from_millis(1)).await;
+    }
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..2_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_same() {
+    for (lack, reason) in [
+        ((|device| device.public_key = None) as fn(&mut Device), "interface wg-welt has no private key"),
+        (|device| device.link_address = None, "interface wg-welt has no address"),
+        (|device| device.listen_port = 0, "interface wg-welt has no listen port"),
+    ] {
+        let mut gateway = Gateway::start();
+        gateway.fake.alter(&domain(), lack);
+        gateway.handle.refresh();
+        gateway.settle().await;
+        assert_eq!(gateway.state(), Some(DomainState::Down { reason: reason.into() }));
+        gateway.offer([1]);
+        assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
+    let gateway = Gateway::start();
+    sleep(55 * MINUTE).await;
+    gateway.offer([1]);
+    sleep(10 * MINUTE).await;
+    assert!(gateway.stands(key(1)));
+    sleep(HOUR).await;
+    assert!(!gateway.device().peers.contains_key(&key(1)));
+    assert_eq!(gateway.device().routes.len() + gateway.device().fdb.len(), 0);
+    assert_eq!(gateway.metrics.sweeps.with_label_values(&["ffmuc_welt"]).get(), 2);
+    assert_eq!(gateway.metrics.peers_removed.with_label_values(&["ffmuc_welt"]).get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_sweep_goes_in_parts_and_ends() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..2_000);
+    gateway.settle().await;
+    gateway.applies();
+    sleep(HOUR + MINUTE).await;
+    assert_eq!(gateway.device().peers.len(), 0);
+    assert!(gateway.applies().iter().all(|changes| changes.len() <= 3 * 512));
+}
+
+#[tokio::test(start_paused = true)]
+async fn removals_that_fail_are_left_to_the_next_sweep() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..600);
+    gateway.settle().await;
+    (0..600).for_each(|n| gateway.fake.refuse(Change::RemovePeer(key(n))));
+    sleep(HOUR).await;
+    let reads = gateway.fake.reads();
+    sleep(10 * MINUTE).await;
+    assert!(gateway.fake.reads() - reads < 20, "{}", gateway.fake.reads() - reads);
+    gateway.fake.refuse_nothing();
+    sleep(HOUR).await;
+    assert_eq!(gateway.device().peers.len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_later_of_two_keys_with_one_address_keeps_it_through_reads_and_sweeps() {
+    let (first, second) = collision();
+    let mut gateway = Gateway::start();
+    for key in [first, second] {
+        gateway.handle.offer(domain(), key);
+        assert_eq!(gateway.confirmed().await.installed, [key]);
+    }
+    sleep(9 * MINUTE).await;
+    assert!(gateway.stands(second));
+    assert!(gateway.device().peers[&first].allowed_ips.is_empty());
+    sleep(50 * MINUTE).await;
+    gateway.handle.offer(domain(), second);
+    sleep(2 * MINUTE).await;
+    assert!(gateway.stands(second));
+    assert!(!gateway.device().peers.contains_key(&first));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_keys_with_one_address_in_one_batch_only_the_later_is_said_to_stand() {
+    let (first, second) = collision();
+    let mut gateway = Gateway::start();
+    gateway.handle.offer(domain(), first);
+    gateway.handle.offer(domain(), second);
+    let applied = gateway.confirmed().await;
+    assert_eq!(applied.installed, [second]);
+    assert_eq!(applied.failed, [(first, "address taken".to_owned())].into());
+    sleep(10 * MINUTE).await;
+    assert!(gateway.stands(second));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clock_did() {
+    let mut gateway = Still::start();
+    let foreign = [("10.1.0.0", 16), ("fd00::1", 128)].map(|(ip, prefix)| (ip.parse().unwrap(), prefix));
+    gateway.keys([1, 2, 3]).await;
+    gateway.fake.alter(&domain(), |device| {
+        let mut peer = device.peers[&key(1)].clone();
+        peer.allowed_ips.extend(foreign);
+        device.peers.insert(key(8), peer.clone());
+        peer.allowed_ips.clear();
+        device.peers.insert(key(9), peer);
+        device.routes.insert("fe80::9".parse().unwrap());
+    });
+    let before = gateway.fake.device(&domain()).unwrap();
+    for minute in 0..24 * 60 {
+        match minute {
+            200 | 900 => gateway.now.wall += HOUR,
+            400 => gateway.now.wall -= 2 * HOUR,
+            600 => gateway.now.wall += 365 * 24 * HOUR,
+            1_200 => gateway.now.wall -= 730 * 24 * HOUR,
+            _ => {}
+        }
+        if minute % 2 == 0 {
+            gateway.fake.handshake(&domain(), key(1), gateway.now.wall);
+        }
+        gateway.minute().await;
+    }
+    let mut after = gateway.fake.device(&domain()).unwrap();
+    for key in [key(8), key(9)] {
+        assert_eq!(after.peers[&key], before.peers[&key]);
+    }
+    assert_eq!(after.peers.keys().copied().collect::<Vec<_>>(), [key(1), key(8), key(9)]);
+    assert!(after.routes.remove(&"fe80::9".parse().unwrap()));
+    assert_eq!(after.routes, [key(1).link_local()].into());
+    assert_eq!(after.fdb, after.routes);
+}
+
+#[tokio::test(start_paused = true)]
+async fn foreign_peers_count_as_connected_too() {
+    let mut gateway = Still::start();
+    gateway.keys([1, 2]).await;
+    gateway.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
+    gateway.fake.handshake(&domain(), key(1), gateway.now.wall);
+    gateway.minute().await;
+    let text = String::from_utf8(gateway.metrics.text().unwrap()).unwrap();
+    for series in [r#"state="connected"} 1"#, r#"state="pending"} 1"#, r#"state="idle"} 0"#] {
+        assert!(text.contains(series), "{series}: {text}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_removed_by_hand_stays_away() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2]);
+    gateway.confirmed().await;
+    gateway.settle().await;
+    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
+    sleep(10 * MINUTE).await;
+    assert!(!gateway.device().peers.contains_key(&key(1)) && gateway.stands(key(2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more_rarely() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    let (state, reads) = (gateway.state(), gateway.fake.reads());
+    gateway.fake.fail_reads(Some(KernelError::Interrupted { interface: "wg-welt".into(), times: 5 }));
+    sleep(20 * MINUTE).await;
+    assert!((20..35).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
+    assert_eq!(gateway.state(), state);
+    gateway.offer([1]);
+    assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
+    let fake = Fake::with(&[domain()]);
+    fake.fail_reads(Some(KernelError::Refused { action: "read", source: Errno(1) }));
+    let mut gateway = Gateway::on(fake, Policy::default());
+    gateway.offer([1]);
+    assert_eq!(gateway.confirmed().await.failed, [(key(1), "kernel".to_owned())].into());
+    assert_eq!(gateway.state(), None);
+    gateway.fake.fail_reads(None);
+    assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_of_link_events_costs_few_reads() {
+    let gateway = Gateway::start();
+    gateway.up().await;
+    let reads = gateway.fake.reads();
+    for _ in 0..1_000 {
+        gateway.fake.trigger();
+        sleep(Duration::from_millis(1)).await;
+    }
+    let reads = gateway.fake.reads() - reads;
+    assert!((5..=12).contains(&reads), "{reads}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_key_does_not_wait_for_a_large_backlog() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..20_000);
+    gateway.settle().await;
+    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.fake.add(&domain());
+    sleep(Duration::from_secs(2)).await;
+    while gateway.applied.try_recv().is_ok() {}
+    gateway.offer([50_000]);
+    let asked = Instant::now();
+    while !gateway.stands(key(50_000)) {
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    assert!(gateway.device().peers.len() < 20_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..2_000);
+    gateway.settle().await;
+    gateway.fake.delay(Delays { apply: Duration::from_millis(10), ..Delays::default() });
+    gateway.fake.add(&domain());
+    let reads = gateway.fake.reads();
+    for n in 0..30_000 {
+        gateway.offer([100_000 + n % 100]);
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(gateway.all_stand(0..2_000));
+    assert!((3..10).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
+}
+
+#[tokio::test(start_paused = true)]
+async fn confirmations_are_of_bounded_size_and_never_block() {
+    let mut gateway = Gateway::start();
+    gateway.up().await;
+    gateway.offer(0..4_096);
+    let sizes = [gateway.confirmed().await, gateway.confirmed().await, gateway.confirmed().await];
+    assert_eq!(sizes.map(|applied| applied.installed.len()), [2_000, 2_000, 96]);
+
+    for n in 0..500 {
+        gateway.offer([n]);
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert!(gateway.stands(key(499)));
+    assert_eq!(gateway.metrics.confirmations_dropped.get(), 500 - 256);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_works() {
+    let mut gateway = Gateway::on(Fake::default(), Policy { waiting: 1_000, ..Policy::default() });
+    for chunk in 0..100 {
+        gateway.offer(chunk * 1_000..(chunk + 1) * 1_000);
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert!(gateway.metrics.keys_dropped.with_label_values(&["waiting"]).get() >= 99_000);
+    gateway.fake.add(&domain());
+    gateway.settle().await;
+    assert!((900..=1_000).contains(&gateway.device().peers.len()));
+    assert!(gateway.stands(key(99_999)));
+
+    let (_installer, handle, _applied) = installer(Fake::default(), &Policy::default());
+    for n in 0..=65_536 {
+        handle.offer(domain(), key(n));
+    }
+    assert_eq!(handle.metrics.keys_dropped.with_label_values(&["queue"]).get(), 1);
+    assert_eq!(handle.metrics.queue_length.get(), 65_536);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stopping_does_not_wait_for_a_slow_kernel() {
+    let gateway = Gateway::start();
+    gateway.up().await;
+    gateway.fake.delay(Delays { read: 10 * MINUTE, ..Delays::default() });
+    gateway.handle.refresh();
+    sleep(Duration::from_secs(1)).await;
+    let asked = Instant::now();
+    gateway.stop.send(()).unwrap();
+    gateway.task.await.unwrap();
+    assert!(asked.elapsed() < Duration::from_millis(10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn it_ends_when_nobody_holds_a_handle() {
+    let gateway = Gateway::start();
+    gateway.up().await;
+    drop(gateway.handle);
+    timeout(MINUTE, gateway.task).await.unwrap().unwrap();
+}
+
+/// An installer at work on a fake kernel.
+struct Gateway {
+    fake: Fake,
+    handle: Handle,
+    applied: mpsc::Receiver<Applied>,
+    metrics: Metrics,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Gateway {
+    fn start() -> Self {
+        Self::on(Fake::with(&[domain()]), Policy::default())
+    }
+
+    fn on(fake: Fake, policy: Policy) -> Self {
+        let (installer, handle, applied) = installer(fake.clone(), &policy);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(installer.run(async { drop(stopped.await) }));
+        Self { fake, metrics: handle.metrics.clone(), handle, applied, stop, task }
+    }
+
+    fn offer(&self, keys: impl IntoIterator<Item = u32>) {
+        for n in keys {
+            self.handle.offer(domain(), key(n));
+        }
+    }
+
+    async fn confirmed(&mut self) -> Applied {
+        timeout(10 * MINUTE, self.applied.recv()).await.unwrap().unwrap()
+    }
+
+    async fn up(&self) {
+        let is_up = |state: &State| matches!(state.get(&domain()), Some(DomainState::Up { .. }));
+        timeout(MINUTE, self.handle.state().wait_for(is_up)).await.unwrap().unwrap();
+    }
+
+    /// Time enough for all that follows from what was just done, and less than until the next count.
+    async fn settle(&mut self) {
+        sleep(Duration::from_secs(20)).await;
+        while self.applied.try_recv().is_ok() {}
+    }
+
+    fn state(&self) -> Option<DomainState> {
+        self.handle.state().borrow().get(&domain()).cloned()
+    }
+
+    fn device(&self) -> Device {
+        self.fake.device(&domain()).unwrap()
+    }
+
+    fn stands(&self, key: PublicKey) -> bool {
+        stands_in(&self.device(), key)
+    }
+
+    fn all_stand(&self, keys: impl IntoIterator<Item = u32>) -> bool {
+        let device = self.device();
+        keys.into_iter().all(|n| stands_in(&device, key(n)))
+    }
+
+    fn applies(&self) -> Vec<Vec<Change>> {
+        self.fake.take_applies().into_iter().map(|(_, changes)| changes).collect()
+    }
+}
+
+/// An installer that is handed its events and both clocks.
+struct Still {
+    fake: Fake,
+    installer: Installer<Fake>,
+    metrics: Metrics,
+    now: Now,
+    _others: (Handle, mpsc::Receiver<Applied>),
+}
+
+impl Still {
+    fn start() -> Self {
+        let fake = Fake::with(&[domain()]);
+        let (installer, handle, applied) = installer(fake.clone(), &Policy::default());
+        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), _others: (handle, applied) }
+    }
+
+    async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
+        self.minute().await;
+        let keys = keys.into_iter().map(|n| (domain(), key(n))).collect();
+        self.installer.handle(Event::Keys(keys), self.now).await;
+    }
+
+    /// A minute passes and all is done that is due after it.
+    async fn minute(&mut self) {
+        self.now.monotonic += MINUTE;
+        self.now.wall += MINUTE;
+        self.installer.handle(Event::Due(domain()), self.now).await;
+        while self.installer.domains[&domain()].has_backlog() {
+            self.installer.handle(Event::Spare(domain()), self.now).await;
+        }
+    }
+}
+
+fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, mpsc::Receiver<Applied>) {
+    Installer::new(fake, [domain()], policy, &Metrics::new([&domain()]).unwrap())
+}
+
+fn stands_in(device: &Device, key: PublicKey) -> bool {
+    let address = key.link_local();
+    let peer = device.peers.get(&key).is_some_and(|peer| peer.allowed_ips == [(address.into(), 128)]);
+    peer && device.routes.contains(&address) && device.fdb.contains(&address)
+}

@@ -1,0 +1,285 @@
+//! What is remembered of a domain's peers from one read of its tables to the next: when their keys came, how
+//! long they have been quiet by the monotonic clock, and which keys are still owed to the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant, SystemTime};
+
+use wgkex_common::PublicKey;
+
+use crate::kernel::{Device, Peer};
+use crate::plan::{self, Shape, Step};
+
+/// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
+const TRIES: u8 = 8;
+
+/// The two clocks at one instant.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For every duration.
+    pub monotonic: Instant,
+    /// For the age of a handshake at its first sight, and nothing else: it may jump.
+    pub wall: SystemTime,
+}
+
+/// When peers are stale, and how often that is looked for (contract sections 4 and 7).
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// A peer is stale without a handshake for this long.
+    pub stale: Duration,
+    /// It is not stale this long after its key came, or was found in the kernel, or was put back into it.
+    pub grace: Duration,
+    /// Stale peers are looked for this often.
+    pub interval: Duration,
+    /// A peer is connected if its last handshake is younger than this.
+    pub connected: Duration,
+    /// Peers are counted, and what is missing is restored, this often.
+    pub count: Duration,
+    /// So many keys wait at most for their interfaces; the oldest go first.
+    pub waiting: usize,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            stale: Duration::from_secs(10_800),
+            grace: Duration::from_secs(600),
+            interval: Duration::from_secs(3_600),
+            connected: Duration::from_secs(180),
+            count: Duration::from_secs(60),
+            waiting: 200_000,
+        }
+    }
+}
+
+/// What a peer does. Every peer is in one of these states, also those that wgkex did not make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PeerState {
+    /// It shook hands in the last [`Policy::connected`].
+    Connected,
+    /// It shook hands, longer ago than that, but within [`Policy::stale`].
+    Idle,
+    /// It did not, but is within its grace.
+    Pending,
+    /// It did not, and its grace is over: if wgkex made it, the next sweep takes it.
+    Stale,
+}
+
+/// How many peers of an interface are in each state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// In [`PeerState::Connected`].
+    pub connected: u64,
+    /// In [`PeerState::Idle`].
+    pub idle: u64,
+    /// In [`PeerState::Pending`].
+    pub pending: u64,
+    /// In [`PeerState::Stale`].
+    pub stale: u64,
+}
+
+/// The memory of one domain. At most 300 bytes per peer, the tables of a read included.
+#[derive(Debug)]
+pub struct Ledger {
+    policy: Policy,
+    /// Of the last read; `None` while an interface is missing, and before the first read.
+    indexes: Option<(u32, u32)>,
+    last_read: Option<Instant>,
+    /// The peers of the interface, as last read and with what was applied since.
+    peers: BTreeMap<PublicKey, Entry>,
+    /// Keys that came and do not stand whole. One may be in `peers` too.
+    waiting: BTreeMap<PublicKey, Waiting>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    arrived: Instant,
+    handshake: Option<Handshake>,
+    ours: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Handshake {
+    /// As the kernel says it; only ever compared with what it said before.
+    at: SystemTime,
+    /// When that was by the monotonic clock.
+    quiet_since: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    arrived: Instant,
+    tries: u8,
+}
+
+impl Ledger {
+    /// Remembers nothing yet.
+    #[must_use]
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, indexes: None, last_read: None, peers: BTreeMap::new(), waiting: BTreeMap::new() }
+    }
+
+    /// Takes in a read of the tables.
+    ///
+    /// A peer of ours that vanished from an interface that is still the same was removed by hand and is
+    /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again.
+    pub fn observe(&mut self, device: &Device, now: Now) {
+        if self.last_read.is_some() && self.indexes != Some(device.indexes) {
+            self.owe_vanished(device);
+        }
+        self.peers.retain(|key, _| device.peers.contains_key(key));
+        let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
+        for (key, peer) in &device.peers {
+            let entry = self.peers.entry(*key).or_insert_with(|| Entry::new(now.monotonic, false));
+            entry.observe(key, peer, now, since_last_read);
+        }
+        self.indexes = Some(device.indexes);
+        self.last_read = Some(now.monotonic);
+    }
+
+    fn owe_vanished(&mut self, device: &Device) {
+        for (key, entry) in &self.peers {
+            if entry.ours && !device.peers.contains_key(key) {
+                self.waiting.entry(*key).or_insert(Waiting { arrived: entry.arrived, tries: 0 });
+            }
+        }
+    }
+
+    /// An interface is missing, so that nothing known of the tables holds.
+    pub fn lost(&mut self) {
+        self.indexes = None;
+    }
+
+    /// What is to be set: keys that wait, in full and in order of arrival, and what peers of ours lack. Keys that
+    /// would not stand, or would take the address of a key that came later, wait no longer.
+    pub fn owed(&mut self, device: &Device) -> Vec<Step> {
+        self.drop_outlived(device);
+        let plan::Install { mut steps, refused } = plan::install(self.oldest_first(), device.public_key);
+        for (key, _) in refused {
+            self.waiting.remove(&key);
+        }
+        let standing = self.peers.iter().filter(|(key, entry)| entry.ours && !self.waiting.contains_key(key));
+        steps.extend(plan::repair(device, standing.map(|(key, _)| *key)));
+        steps
+    }
+
+    fn drop_outlived(&mut self, device: &Device) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let (peers, holders) = (&self.peers, plan::holders(device));
+        self.waiting.retain(|key, waiting| {
+            let holder = holders.get(&key.link_local()).filter(|holder| *holder != key);
+            holder.and_then(|holder| peers.get(holder)).is_none_or(|holder| holder.arrived <= waiting.arrived)
+        });
+    }
+
+    fn oldest_first(&self) -> Vec<PublicKey> {
+        let mut waiting: Vec<_> = self.waiting.iter().map(|(key, waiting)| (waiting.arrived, *key)).collect();
+        waiting.sort_unstable();
+        waiting.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// The peers of ours that are stale, judged by the last read.
+    #[must_use]
+    pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
+        let stale = |entry: &Entry| entry.ours && entry.state(&self.policy, now) == PeerState::Stale;
+        self.peers.iter().filter(|(_, entry)| stale(entry)).map(|(key, _)| *key).collect()
+    }
+
+    /// How many peers are in which state, judged by the last read.
+    #[must_use]
+    pub fn counts(&self, now: Instant) -> Counts {
+        let mut counts = Counts::default();
+        for entry in self.peers.values() {
+            *match entry.state(&self.policy, now) {
+                PeerState::Connected => &mut counts.connected,
+                PeerState::Idle => &mut counts.idle,
+                PeerState::Pending => &mut counts.pending,
+                PeerState::Stale => &mut counts.stale,
+            } += 1;
+        }
+        counts
+    }
+
+    /// Whether `key` waits, its earlier arrival not having come to stand whole.
+    #[must_use]
+    pub fn waits(&self, key: &PublicKey) -> bool {
+        self.waiting.contains_key(key)
+    }
+
+    /// `key` stands whole in the kernel and has its grace from `now`. Says whether it is new there.
+    pub fn stands(&mut self, key: PublicKey, now: Instant) -> bool {
+        let waited = self.waiting.remove(&key).is_some();
+        let known = self.peers.contains_key(&key);
+        self.peers.entry(key).or_insert_with(|| Entry::new(now, true)).arrived = now;
+        waited || !known
+    }
+
+    /// `key` came and does not stand whole: it is owed. Says how many older ones that made too many.
+    pub fn wants(&mut self, key: PublicKey, now: Instant) -> usize {
+        self.waiting.insert(key, Waiting { arrived: now, tries: 0 });
+        if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
+    }
+
+    /// A sixteenth at once, so that a flood does not cost a search per key.
+    fn drop_oldest(&mut self) -> usize {
+        let surplus = self.waiting.len() - self.policy.waiting + self.policy.waiting / 16;
+        self.oldest_first().iter().take(surplus).filter(|key| self.waiting.remove(key).is_some()).count()
+    }
+
+    /// The kernel refused `key` once more; too often, and it is given up.
+    pub fn refused(&mut self, key: &PublicKey) {
+        let Some(waiting) = self.waiting.get_mut(key) else { return };
+        waiting.tries += 1;
+        if waiting.tries >= TRIES {
+            self.waiting.remove(key);
+        }
+    }
+
+    /// `key` was removed from the kernel.
+    pub fn removed(&mut self, key: &PublicKey) {
+        self.peers.remove(key);
+    }
+}
+
+impl Entry {
+    fn new(arrived: Instant, ours: bool) -> Self {
+        Self { arrived, handshake: None, ours }
+    }
+
+    fn observe(&mut self, key: &PublicKey, peer: &Peer, now: Now, since_last_read: Option<Duration>) {
+        self.ours = match plan::shape(key, peer) {
+            Shape::Ours => true,
+            Shape::Bare => self.ours,
+            Shape::Foreign => false,
+        };
+        match (peer.last_handshake, self.handshake) {
+            (Some(at), Some(known)) if at == known.at => {}
+            (Some(at), _) => self.handshake = Some(Handshake::first_seen(at, now, since_last_read)),
+            (None, Some(_)) => *self = Self::new(now.monotonic, self.ours),
+            (None, None) => {}
+        }
+    }
+
+    fn state(&self, policy: &Policy, now: Instant) -> PeerState {
+        let idle = self.handshake.map(|handshake| now.saturating_duration_since(handshake.quiet_since));
+        match idle {
+            Some(idle) if idle < policy.connected => PeerState::Connected,
+            Some(idle) if idle < policy.stale => PeerState::Idle,
+            _ if now.saturating_duration_since(self.arrived) < policy.grace => PeerState::Pending,
+            _ => PeerState::Stale,
+        }
+    }
+}
+
+impl Handshake {
+    /// A handshake that the last read did not show is no older than that read, whatever the wall clock says.
+    fn first_seen(at: SystemTime, now: Now, since_last_read: Option<Duration>) -> Self {
+        let by_wall = now.wall.duration_since(at).unwrap_or_default();
+        let ago = since_last_read.map_or(by_wall, |longest| by_wall.min(longest));
+        Self { at, quiet_since: now.monotonic.checked_sub(ago).unwrap_or(now.monotonic) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,415 @@
+//! What a domain's tables must be told, from what they are and what is wanted: no IO, no clock, no log.
+//! [`crate::install`] asks, [`crate::kernel`] does it.
+
+use std::cell::LazyCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr};
+
+use wgkex_common::PublicKey;
+
+use crate::kernel::{Change, Device, Errno, KernelError, Peer};
+
+/// `EIO` (errno.h): what is made of an answer that did not come.
+const NO_ANSWER: KernelError = KernelError::Refused { action: "apply a change", source: Errno(5) };
+
+/// Why a key is refused that is the interface's own.
+pub const OWN_KEY: &str = "own key";
+
+/// Why a key is refused when a later one of the same batch has its address.
+pub const ADDRESS_TAKEN: &str = "address taken";
+
+/// What to do about one key: up to three changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    /// The key it is about.
+    pub key: PublicKey,
+    /// The address derived from it.
+    pub address: Ipv6Addr,
+    /// Which of its three objects are set, or removed.
+    pub action: Action,
+}
+
+/// Setting or removing some of a key's three objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// They are to be there.
+    Set(Objects),
+    /// They are to be gone.
+    Remove(Objects),
+}
+
+/// Some of the three things that a key is in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Objects {
+    /// The peer with its allowed-ip.
+    pub peer: bool,
+    /// The route.
+    pub route: bool,
+    /// The entry in the flood list.
+    pub fdb: bool,
+}
+
+/// Whose a peer is, by its allowed-ips alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// Exactly the derived address: wgkex made it.
+    Ours,
+    /// None at all: one of ours whose address a later key took, or one that somebody is still making.
+    Bare,
+    /// Anything else: somebody else made or altered it.
+    Foreign,
+}
+
+/// The steps for keys that arrived, and what was kept from the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Install {
+    /// Every other key once, all three objects of each.
+    pub steps: Vec<Step>,
+    /// Keys that would not stand if they were applied, and why: [`OWN_KEY`] or [`ADDRESS_TAKEN`].
+    pub refused: Vec<(PublicKey, &'static str)>,
+}
+
+/// Installs `keys` in order of arrival on the interface whose own key is `own`.
+///
+/// Of a key that came twice the last counts, so that the tables end as if each had been applied alone. Of two
+/// keys with one address only the later is applied: it would take the address from the other, which then would
+/// be said to stand and does not. The interface's own key the kernel would take and do nothing.
+#[must_use]
+pub fn install(keys: impl IntoIterator<Item = PublicKey>, own: Option<PublicKey>) -> Install {
+    let steps: Vec<_> = merged(keys).into_iter().map(Step::install).collect();
+    let last: BTreeMap<Ipv6Addr, PublicKey> = steps.iter().map(|step| (step.address, step.key)).collect();
+    let refusal = |step: &Step| match step.key {
+        key if Some(key) == own => Some(OWN_KEY),
+        key if last.get(&step.address) != Some(&key) => Some(ADDRESS_TAKEN),
+        _ => None,
+    };
+    let refused = steps.iter().filter_map(|step| Some((step.key, refusal(step)?))).collect();
+    Install { steps: steps.into_iter().filter(|step| refusal(step).is_none()).collect(), refused }
+}
+
+/// Every key once, in the order of their last arrivals.
+#[must_use]
+pub fn merged(keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
+    let mut keys: Vec<_> = keys.into_iter().collect();
+    let mut seen = BTreeSet::new();
+    keys.reverse();
+    keys.retain(|key| seen.insert(*key));
+    keys.reverse();
+    keys
+}
+
+/// Sets what is missing of the three objects of `ours`, keys that have a peer in `device`.
+///
+/// A peer to which somebody gave other allowed-ips is left alone, and so is one whose address a later key has:
+/// to give it back would take it from that one.
+#[must_use]
+pub fn repair(device: &Device, ours: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
+    let held = LazyCell::new(|| holders(device));
+    let missing = |key: PublicKey| {
+        let peer = device.peers.get(&key)?;
+        let address = key.link_local();
+        let peer = match shape_at(address, peer) {
+            Shape::Ours => false,
+            Shape::Bare if !held.contains_key(&address) => true,
+            Shape::Bare | Shape::Foreign => return None,
+        };
+        let objects = Objects { peer, route: !device.routes.contains(&address), fdb: !device.fdb.contains(&address) };
+        (objects != Objects::NONE).then_some(Step { key, address, action: Action::Set(objects) })
+    };
+    ours.into_iter().filter_map(missing).collect()
+}
+
+/// Removes the peers `stale` with their routes and flood entries. Route and entry stay while one of the peers
+/// that stay lives at the same address.
+#[must_use]
+pub fn sweep(device: &Device, stale: &BTreeSet<PublicKey>) -> Vec<Step> {
+    if stale.is_empty() {
+        return Vec::new();
+    }
+    let staying = || device.peers.iter().filter(|(key, _)| !stale.contains(key));
+    let derived = staying().map(|(key, _)| key.link_local());
+    let allowed = staying().flat_map(|(_, peer)| addresses_of(peer));
+    let in_use: BTreeSet<Ipv6Addr> = derived.chain(allowed).collect();
+    let remove = |key: &PublicKey| {
+        let address = key.link_local();
+        let alone = !in_use.contains(&address);
+        Step { key: *key, address, action: Action::Remove(Objects { peer: true, route: alone, fdb: alone }) }
+    };
+    stale.iter().filter(|key| device.peers.contains_key(key)).map(remove).collect()
+}
+
+/// All changes of `steps`, in their order.
+#[must_use]
+pub fn changes(steps: &[Step]) -> Vec<Change> {
+    steps.iter().flat_map(Step::changes).collect()
+}
+
+/// What became of each key of `steps`, given what the kernel said of their [`changes`]: done only if all of it
+/// was done, else the first error.
+pub fn outcomes(
+    steps: &[Step],
+    results: Vec<Result<(), KernelError>>,
+) -> impl Iterator<Item = (PublicKey, Result<(), KernelError>)> {
+    let mut results = results.into_iter();
+    steps.iter().map(move |step| {
+        let answers: Vec<_> = step.changes().map(|_| results.next().unwrap_or(Err(NO_ANSWER))).collect();
+        (step.key, answers.into_iter().collect())
+    })
+}
+
+/// Which peer has which address as an allowed-ip of its own.
+#[must_use]
+pub fn holders(device: &Device) -> BTreeMap<Ipv6Addr, PublicKey> {
+    let peers = device.peers.iter();
+    peers.flat_map(|(key, peer)| addresses_of(peer).map(|address| (address, *key))).collect()
+}
+
+/// Whose the peer of `key` is.
+#[must_use]
+pub fn shape(key: &PublicKey, peer: &Peer) -> Shape {
+    match peer.allowed_ips[..] {
+        [] => Shape::Bare,
+        [(IpAddr::V6(_), 128)] => shape_at(key.link_local(), peer),
+        _ => Shape::Foreign,
+    }
+}
+
+fn shape_at(address: Ipv6Addr, peer: &Peer) -> Shape {
+    match peer.allowed_ips[..] {
+        [] => Shape::Bare,
+        [(IpAddr::V6(only), 128)] if only == address => Shape::Ours,
+        _ => Shape::Foreign,
+    }
+}
+
+fn addresses_of(peer: &Peer) -> impl Iterator<Item = Ipv6Addr> {
+    peer.allowed_ips.iter().filter_map(|allowed| match *allowed {
+        (IpAddr::V6(address), 128) => Some(address),
+        _ => None,
+    })
+}
+
+impl Step {
+    /// Installs `key` in full, whatever is there.
+    #[must_use]
+    pub fn install(key: PublicKey) -> Self {
+        Self { key, address: key.link_local(), action: Action::Set(Objects::ALL) }
+    }
+
+    /// Its changes. The peer comes first and goes last: what a crash leaves half done still has its peer, by
+    /// which it is found again.
+    pub fn changes(&self) -> impl Iterator<Item = Change> + use<> {
+        let Self { key, address, action } = *self;
+        let pairs = match action {
+            Action::Set(objects) => [
+                (objects.peer, Change::SetPeer(key, address)),
+                (objects.route, Change::SetRoute(address)),
+                (objects.fdb, Change::AddFdb(address)),
+            ],
+            Action::Remove(objects) => [
+                (objects.route, Change::RemoveRoute(address)),
+                (objects.fdb, Change::RemoveFdb(address)),
+                (objects.peer, Change::RemovePeer(key)),
+            ],
+        };
+        pairs.into_iter().filter_map(|(asked, change)| asked.then_some(change))
+    }
+}
+
+impl Objects {
+    /// All three.
+    pub const ALL: Self = Self { peer: true, route: true, fdb: true };
+    /// None of them.
+    pub const NONE: Self = Self { peer: false, route: false, fdb: false };
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::{btree_set, vec};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernel::Kernel as _;
+    use crate::kernel::fake::Fake;
+    use crate::testing::{collision, domain, key, now};
+
+    #[test]
+    fn a_key_is_a_peer_a_route_and_a_flood_entry() {
+        let key: PublicKey = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=".parse().unwrap();
+        let address: Ipv6Addr = "fe80::2a6:8fff:fe21:5465".parse().unwrap();
+        let wanted = [Change::SetPeer(key, address), Change::SetRoute(address), Change::AddFdb(address)];
+        assert_eq!(changes(&install([key], None).steps), wanted);
+    }
+
+    #[test]
+    fn keys_keep_their_order_and_are_merged() {
+        for (keys, wanted) in [(vec![3, 1, 2], vec![3, 1, 2]), (vec![1, 2, 1], vec![2, 1]), (vec![], vec![])] {
+            let steps = install(keys.into_iter().map(key), None).steps;
+            assert_eq!(
+                steps.iter().map(|step| step.key).collect::<Vec<_>>(),
+                wanted.into_iter().map(key).collect::<Vec<_>>()
+            );
+        }
+    }
+
+    #[test]
+    fn keys_that_would_not_stand_are_refused_and_hold_up_no_other() {
+        let (first, second) = collision();
+        let keys = [key(1), first, key(2), second, key(1), key(3)];
+        let install = install(keys, Some(key(1)));
+        assert_eq!(install.refused, [(first, ADDRESS_TAKEN), (key(1), OWN_KEY)]);
+        assert_eq!(install.steps, [key(2), second, key(3)].map(Step::install));
+        assert_eq!(super::install([second, first, second], None).steps, [Step::install(second)]);
+    }
+
+    type Damage = fn(&mut Device, Ipv6Addr);
+
+    #[test]
+    fn a_repair_sets_only_what_is_missing() {
+        let whole = device(&[key(1)]);
+        assert_eq!(repair(&whole, [key(1), key(2)]), []);
+        let address = key(1).link_local();
+        let cases: [(Damage, Change); 3] = [
+            (|device, address| assert!(device.routes.remove(&address)), Change::SetRoute(address)),
+            (|device, address| assert!(device.fdb.remove(&address)), Change::AddFdb(address)),
+            (|device, _| peer(device, 1).allowed_ips.clear(), Change::SetPeer(key(1), address)),
+        ];
+        for (damage, change) in cases {
+            let mut device = whole.clone();
+            damage(&mut device, address);
+            assert_eq!(changes(&repair(&device, [key(1)])), [change]);
+        }
+    }
+
+    #[test]
+    fn a_repair_leaves_alone_what_somebody_else_altered() {
+        let mut device = device(&[key(1), key(2)]);
+        peer(&mut device, 1).allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+        peer(&mut device, 2).allowed_ips = vec![("fe80::1".parse().unwrap(), 128)];
+        device.routes.clear();
+        assert_eq!(repair(&device, [key(1), key(2)]), []);
+    }
+
+    #[test]
+    fn a_repair_does_not_take_an_address_from_the_key_that_came_later() {
+        let (first, second) = collision();
+        let mut device = device(&[first, second]);
+        assert_eq!(shape(&first, &device.peers[&first]), Shape::Bare);
+        device.routes.clear();
+        assert_eq!(changes(&repair(&device, [first, second])), [Change::SetRoute(second.link_local())]);
+        device.peers.remove(&second);
+        assert_eq!(changes(&repair(&device, [first]))[0], Change::SetPeer(first, first.link_local()));
+    }
+
+    #[test]
+    fn a_sweep_removes_all_three_and_the_peer_last() {
+        let (device, address) = (device(&[key(1), key(2)]), key(1).link_local());
+        let wanted = [Change::RemoveRoute(address), Change::RemoveFdb(address), Change::RemovePeer(key(1))];
+        assert_eq!(changes(&sweep(&device, &[key(1), key(9)].into())), wanted);
+    }
+
+    #[test]
+    fn route_and_flood_entry_stay_while_another_peer_lives_at_the_address() {
+        let (first, second) = collision();
+        let both = device(&[first, second]);
+        assert_eq!(changes(&sweep(&both, &[first].into())), [Change::RemovePeer(first)]);
+        assert_eq!(changes(&sweep(&both, &[second].into())), [Change::RemovePeer(second)]);
+        assert_eq!(changes(&sweep(&both, &[first, second].into())).len(), 6);
+
+        let mut moved = device(&[key(1), key(2)]);
+        peer(&mut moved, 2).allowed_ips.push((key(1).link_local().into(), 128));
+        assert_eq!(changes(&sweep(&moved, &[key(1)].into())), [Change::RemovePeer(key(1))]);
+    }
+
+    #[test]
+    fn a_key_is_done_only_if_all_of_it_is() {
+        let bad = KernelError::Refused { action: "x", source: Errno(22) };
+        let steps = install([key(1), key(2), key(3)], None).steps;
+        let mut results = vec![Ok(()); 7];
+        results[4] = Err(bad.clone());
+        let outcomes: Vec<_> = outcomes(&steps, results).collect();
+        assert_eq!(outcomes, [(key(1), Ok(())), (key(2), Err(bad)), (key(3), Err(NO_ANSWER))]);
+    }
+
+    proptest! {
+        #[test]
+        fn installing_twice_equals_once_and_together_equals_one_by_one(keys in vec(any_key(), 0..12)) {
+            let fake = Fake::with(&[domain()]);
+            apply(&fake, &install(keys.clone(), None).steps);
+            let once = fake.device(&domain());
+            apply(&fake, &install(keys.clone(), None).steps);
+            prop_assert_eq!(&fake.device(&domain()), &once);
+
+            let single = one_by_one(&keys);
+            single.alter(&domain(), |device| device.peers.retain(|key, peer| shape(key, peer) == Shape::Ours));
+            prop_assert_eq!(single.device(&domain()), once);
+        }
+
+        #[test]
+        fn a_repair_leaves_nothing_to_repair(
+            keys in btree_set(any_key(), 0..12),
+            damage in vec((any_key(), 0..3), 0..12),
+        ) {
+            let fake = Fake::with(&[domain()]);
+            apply(&fake, &install(keys.clone(), None).steps);
+            for (key, what) in damage {
+                fake.alter(&domain(), |device| match (what, device.peers.get_mut(&key)) {
+                    (0, Some(peer)) => peer.allowed_ips.clear(),
+                    (1, _) => drop(device.routes.remove(&key.link_local())),
+                    _ => drop(device.fdb.remove(&key.link_local())),
+                });
+            }
+            apply(&fake, &repair(&fake.device(&domain()).unwrap(), keys.clone()));
+            let device = fake.device(&domain()).unwrap();
+            prop_assert_eq!(repair(&device, keys.clone()), []);
+            for key in keys {
+                prop_assert!(device.routes.contains(&key.link_local()) && device.fdb.contains(&key.link_local()));
+            }
+        }
+
+        #[test]
+        fn a_sweep_twice_equals_once_and_leaves_the_others_whole(
+            keys in btree_set(any_key(), 0..12),
+            stale in btree_set(any_key(), 0..12),
+        ) {
+            let fake = one_by_one(&keys.iter().copied().collect::<Vec<_>>());
+            let before = fake.device(&domain()).unwrap();
+            let steps = sweep(&before, &stale);
+            apply(&fake, &steps);
+            let once = fake.device(&domain()).unwrap();
+            apply(&fake, &steps);
+            prop_assert_eq!(&fake.device(&domain()).unwrap(), &once);
+            prop_assert_eq!(sweep(&once, &stale), []);
+            for key in keys.difference(&stale) {
+                prop_assert_eq!(&once.peers[key], &before.peers[key]);
+                prop_assert!(once.routes.contains(&key.link_local()) && once.fdb.contains(&key.link_local()));
+            }
+        }
+    }
+
+    fn any_key() -> impl Strategy<Value = PublicKey> {
+        let (first, second) = collision();
+        prop_oneof![4 => (1..9_u32).prop_map(key), 1 => Just(first), 1 => Just(second)]
+    }
+
+    fn device(keys: &[PublicKey]) -> Device {
+        one_by_one(keys).device(&domain()).unwrap()
+    }
+
+    fn one_by_one(keys: &[PublicKey]) -> Fake {
+        let fake = Fake::with(&[domain()]);
+        for key in keys {
+            apply(&fake, &[Step::install(*key)]);
+        }
+        fake
+    }
+
+    fn peer(device: &mut Device, n: u32) -> &mut Peer {
+        device.peers.get_mut(&key(n)).unwrap()
+    }
+
+    fn apply(fake: &Fake, steps: &[Step]) {
+        let results = now(fake.clone().apply(&domain(), &changes(steps)));
+        assert!(results.iter().all(Result::is_ok));
+    }
+}
