@@ -6,6 +6,7 @@ mod domain;
 mod key;
 pub mod log;
 pub mod message;
+pub mod mqtt;
 mod topic;
 
 pub use config::Config;

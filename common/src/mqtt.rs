@@ -12,8 +12,8 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use rumqttc::{
-    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, Publish, QoS, SubAck,
-    SubscribeFilter, SubscribeReasonCode,
+    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, SubAck, SubscribeFilter,
+    SubscribeReasonCode,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
@@ -24,6 +24,7 @@ use crate::Topic;
 use crate::config::Mqtt;
 
 pub use self::options::TlsError;
+pub use rumqttc::{Publish, QoS};
 
 /// Orders that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
 const ORDERS: usize = 1024;

@@ -1,1 +1,90 @@
-fn main() {}
+//! `wgkex-worker`: serves a gateway, or sets its interfaces up.
+
+mod capability;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, warn};
+use wgkex_common::config::Level;
+use wgkex_common::{Config, log};
+use wgkex_worker::kernel::netlink::Netlink;
+use wgkex_worker::setup::{self, Flavour};
+
+/// Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel.
+///
+/// Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and no other privilege.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes wg-REST and vx-REST for every configured domain, or completes them; repeating it is harmless
+    Setup {
+        /// Take the interfaces down instead; the private keys stay
+        #[arg(long)]
+        remove: bool,
+        /// Use wireguard-go even where the kernel has WireGuard
+        #[arg(long, conflicts_with = "remove")]
+        userspace: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let config = match Config::load() {
+        Ok(config) => config,
+        Err(wrong) => {
+            log::init(Level::INFO);
+            wrong.lines().iter().for_each(|line| error!("{line}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    log::init(config.log_level);
+    config.warnings.iter().for_each(|line| warn!("{line}"));
+    match try_main(args, config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn try_main(args: Args, config: Config) -> anyhow::Result<()> {
+    let runtime = Runtime::new().context("the runtime does not start")?;
+    let result = runtime.block_on(async {
+        match args.command {
+            None => serve(config).await,
+            Some(Command::Setup { remove: true, .. }) => Ok(setup::remove(&config.setup).await?),
+            Some(Command::Setup { userspace, .. }) => {
+                let flavour = if userspace { Flavour::Userspace } else { Flavour::Kernel };
+                Ok(setup::setup(&config.setup, flavour).await?)
+            }
+        }
+    });
+    // A kernel that does not answer must not keep the process from its end.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    capability::check(&std::fs::read_to_string("/proc/self/status")?)?;
+    let kernel = Netlink::open().context("netlink")?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    wgkex_worker::run(config, kernel, stop).await
+}

@@ -1,0 +1,253 @@
+//! What the worker hears and says on the bus (contract section 4): keys in, to `install`; from there states,
+//! peer counts and what became of keys, out.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use tracing::debug;
+use wgkex_common::message::{Applied, Hello, WorkerData};
+use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
+use wgkex_common::{Config, Domain, PublicKey, Topic};
+
+use crate::install::{DomainState, Handle, State};
+use crate::metrics::Metrics;
+
+/// How often the number of connected peers is said, whether it has changed or not.
+const COUNT: Duration = Duration::from_secs(60);
+
+/// Who this worker is to the MQTT server, and which keys it wants to hear.
+pub fn client(config: &Config) -> Client {
+    Client {
+        id: config.name.clone(),
+        will: Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0"),
+        states: Vec::new(),
+        events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
+    }
+}
+
+/// Hands keys that come to the installer; everything else is counted and left.
+pub fn hand_on(domains: BTreeSet<Domain>, handle: Handle, metrics: Metrics) -> impl FnMut(Event) {
+    move |event| match event {
+        Event::Up => metrics.mqtt_connected.set(1),
+        Event::Down => metrics.mqtt_connected.set(0),
+        Event::Message(publish) => match key(&domains, &publish) {
+            Ok((domain, key)) => handle.offer(domain, key),
+            Err(reason) => {
+                debug!(reason, topic = publish.topic, "message ignored");
+                metrics.messages_ignored.with_label_values(&[reason]).inc();
+            }
+        },
+    }
+}
+
+/// The key that a message brings, or in one word why it brings none.
+fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicKey), &'static str> {
+    let Some(Topic::Key { domain }) = Topic::parse(&publish.topic) else { return Err("topic") };
+    let domain = domains.get(domain.as_str()).ok_or("domain")?;
+    let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
+    Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
+}
+
+/// Says on the bus what the installer says of the kernel.
+pub struct Announcer {
+    worker: String,
+    external_name: String,
+    bus: Bus,
+    link: watch::Receiver<Link>,
+    state: watch::Receiver<State>,
+    applied: mpsc::Receiver<Applied>,
+    count: Interval,
+    said: State,
+    metrics: Metrics,
+}
+
+/// What gives an announcer something to say.
+enum Cause {
+    /// The bus came or went.
+    Link,
+    /// A domain is not as it was said.
+    State,
+    /// A batch of keys is done.
+    Applied(Applied),
+    /// It is time to say how many peers there are.
+    Count,
+    /// The installer has ended.
+    End,
+}
+
+impl Announcer {
+    /// An announcer of this worker on `bus`, with nothing said yet.
+    pub fn new(
+        config: &Config,
+        bus: Bus,
+        state: watch::Receiver<State>,
+        applied: mpsc::Receiver<Applied>,
+        metrics: Metrics,
+    ) -> Self {
+        let mut count = interval(COUNT);
+        count.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (worker, external_name) = (config.name.clone(), config.external_name.clone());
+        let link = bus.link();
+        Self { worker, external_name, bus, link, state, applied, count, said: State::new(), metrics }
+    }
+
+    /// Announces until the installer ends.
+    pub async fn run(&mut self) {
+        loop {
+            match self.next().await {
+                Cause::Link if self.is_up() => self.greet(),
+                Cause::Link => {}
+                Cause::State => self.say_changes(),
+                Cause::Applied(applied) => self.say_applied(&applied),
+                Cause::Count => self.say_counts(),
+                Cause::End => return,
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Cause {
+        tokio::select! {
+            biased;
+            changed = self.link.changed() => if changed.is_ok() { Cause::Link } else { Cause::End },
+            applied = self.applied.recv() => applied.map_or(Cause::End, Cause::Applied),
+            changed = self.state.changed() => if changed.is_ok() { Cause::State } else { Cause::End },
+            _ = self.count.tick() => Cause::Count,
+        }
+    }
+
+    fn is_up(&mut self) -> bool {
+        *self.link.borrow_and_update() == Link::Up
+    }
+
+    /// On every connection: first what this worker is and has, then that it is online, so that whoever hears the
+    /// last knows the rest.
+    fn greet(&mut self) {
+        self.post_json(Topic::Hello { worker: self.worker.clone() }, &Hello::ours(), Message::state);
+        self.said.clear();
+        self.say_changes();
+        self.post(Message::state(self.status(), "1"));
+    }
+
+    /// Says the domains that are not as they were said. Without a bus nothing is said, and all is said again later.
+    fn say_changes(&mut self) {
+        let now = self.state.borrow_and_update().clone();
+        if *self.link.borrow() != Link::Up {
+            return;
+        }
+        let before = std::mem::replace(&mut self.said, now.clone());
+        for (domain, state) in &now {
+            let before = before.get(domain);
+            if let Some(data) = self.data(state)
+                && before.and_then(|before| self.data(before)).as_ref() != Some(&data)
+            {
+                let topic = Topic::WorkerData { worker: self.worker.clone(), domain: domain.name().into() };
+                self.post_json(topic, &data, Message::state);
+            }
+            if before.map(connected) != Some(connected(state)) {
+                self.say_count(domain, connected(state));
+            }
+        }
+    }
+
+    fn data(&self, state: &DomainState) -> Option<WorkerData> {
+        match state {
+            DomainState::Up { port, public_key, link_address, connected: _ } => Some(WorkerData {
+                external_address: self.external_name.clone(),
+                port: *port,
+                public_key: *public_key,
+                link_address: link_address.to_string(),
+            }),
+            DomainState::Down { .. } => None,
+        }
+    }
+
+    fn say_applied(&self, applied: &Applied) {
+        if *self.link.borrow() == Link::Up {
+            self.post_json(Topic::Applied { worker: self.worker.clone() }, applied, Message::event);
+        }
+    }
+
+    fn say_counts(&self) {
+        if *self.link.borrow() == Link::Up {
+            for (domain, state) in &self.said {
+                self.say_count(domain, connected(state));
+            }
+        }
+    }
+
+    fn say_count(&self, domain: &Domain, peers: i64) {
+        self.post(Message::figure(self.peers(domain), peers.to_string()));
+    }
+
+    /// Says that no domain is served here, then that the worker is gone, and waits until the server has heard it.
+    pub async fn farewell(&self) {
+        if *self.link.borrow() != Link::Up {
+            return;
+        }
+        let offline = self.said.keys().map(|domain| Message::state(self.peers(domain), "-1"));
+        let gone = Message::state(self.status(), "0");
+        let hello = Message::state(Topic::Hello { worker: self.worker.clone() }, "");
+        for message in offline {
+            self.post(message);
+        }
+        self.post(hello);
+        // An error means that the session has ended, and then its last will says it.
+        let _ = self.bus.publish(gone).await;
+    }
+
+    fn post_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, message: fn(Topic, Vec<u8>) -> Message) {
+        match serde_json::to_vec(payload) {
+            Ok(payload) => self.post(message(topic, payload)),
+            Err(_) => self.metrics.mqtt_publish_failures.inc(),
+        }
+    }
+
+    fn post(&self, message: Message) {
+        if !self.bus.post(message) {
+            self.metrics.mqtt_publish_failures.inc();
+        }
+    }
+
+    fn peers(&self, domain: &Domain) -> Topic {
+        Topic::ConnectedPeers { domain: domain.name().into(), worker: self.worker.clone() }
+    }
+
+    fn status(&self) -> Topic {
+        Topic::WorkerStatus { worker: self.worker.clone() }
+    }
+}
+
+/// The payload of a domain's peer count (contract section 4).
+fn connected(state: &DomainState) -> i64 {
+    match state {
+        DomainState::Up { connected, .. } => i64::try_from(*connected).unwrap_or(i64::MAX),
+        DomainState::Down { .. } => -1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wgkex_common::mqtt::QoS;
+
+    use super::*;
+
+    #[test]
+    fn only_a_key_on_a_topic_of_a_served_domain_is_taken() {
+        let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
+        let text = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+        let heard = |topic: &str, payload: &[u8]| {
+            key(&domains, &Publish::new(topic, QoS::AtMostOnce, payload)).map(|(domain, key)| (domain, key.to_string()))
+        };
+        for topic in ["wireguard/ff_a/all", "wireguard/ff_a/gw04", "wireguard/ff_a/x"] {
+            let domain = domains.first().unwrap().clone();
+            assert_eq!(heard(topic, text.as_bytes()), Ok((domain, text.to_owned())));
+        }
+        assert_eq!(heard("wireguard/ff_b/all", text.as_bytes()), Err("domain"));
+        assert_eq!(heard("wireguard-worker/a/status", b"1"), Err("topic"));
+        for payload in [b"".as_slice(), b"x", b"\xff\xfe", &text.as_bytes()[1..], format!("{text}\n").as_bytes()] {
+            assert_eq!(heard("wireguard/ff_a/all", payload), Err("payload"));
+        }
+    }
+}
