@@ -1,7 +1,7 @@
 //! Linux in a network namespace of the test's own, handled by the C tools. What is missing fails the test.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -62,11 +62,6 @@ impl Linux {
         }
     }
 
-    /// `wg set` on a domain's interface.
-    pub fn wg(&self, domain: &Domain, arguments: &str) {
-        run(&format!("wg set {} {arguments}", domain.wireguard()));
-    }
-
     /// Makes a node beside the gateway that knows it as a peer, and gives its key. It does not call yet.
     pub fn make_node(&self, domain: &Domain) -> PublicKey {
         let gateway = public_key(GATEWAY);
@@ -82,26 +77,16 @@ impl Linux {
         let gateway = public_key(GATEWAY);
         run(&format!("wg set wg-node peer {gateway} persistent-keepalive 1"));
         let deadline = Instant::now() + SOON;
-        while self.received(domain, node) == 0 {
+        while received(domain, node) == 0 {
             assert!(Instant::now() < deadline, "no handshake");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         run(&format!("wg set wg-node peer {gateway} persistent-keepalive 0"));
         let mut before = String::new();
-        while before != self.peer(domain, node) {
-            before = self.peer(domain, node);
+        while before != shown_peer(domain, node) {
+            before = shown_peer(domain, node);
             tokio::time::sleep(Duration::from_millis(1500)).await;
         }
-    }
-
-    fn received(&self, domain: &Domain, node: PublicKey) -> u64 {
-        self.peer(domain, node).split('\t').nth(5).unwrap().parse().unwrap()
-    }
-
-    /// A peer with all that WireGuard tells of it.
-    pub fn peer(&self, domain: &Domain, peer: PublicKey) -> String {
-        let dump = run(&format!("wg show {} dump", domain.wireguard()));
-        dump.lines().find(|line| line.starts_with(&peer.to_string())).expect("the peer").to_owned()
     }
 
     fn make_wireguard(&self, name: &str, private_key: &str) {
@@ -128,15 +113,13 @@ impl Lab for Linux {
 
     fn make(&self, domain: &Domain) {
         self.remove(domain);
-        let (wg, vx, gateway) = (domain.wireguard(), domain.vxlan(), public_key(GATEWAY).link_local());
-        // Each domain its own port and network.
-        let offset = u16::from(domain.rest().as_bytes()[0] - b'a');
-        let (port, network) = (PORT + offset, 99 + offset);
+        let wg = domain.wireguard();
         self.make_wireguard(&wg, GATEWAY);
-        run(&format!("wg set {wg} listen-port {port}"));
-        run(&format!("ip address add {gateway}/64 dev {wg}"));
-        run(&format!("ip link set {wg} addrgenmode none up"));
-        run(&format!("ip link add {vx} up type vxlan id {network} local {gateway} dev {wg} dstport 8472"));
+        run(&format!("wg set {wg} listen-port {}", PORT + number(domain)));
+        run(&format!("ip link set {wg} addrgenmode none"));
+        run(&format!("ip address add {}/64 dev {wg} nodad", public_key(GATEWAY).link_local()));
+        run(&format!("ip link set {wg} up"));
+        make_vxlan(domain, "");
     }
 
     fn remove(&self, domain: &Domain) {
@@ -179,6 +162,7 @@ impl Lab for Linux {
         }
         for entry in [
             format!("02:00:00:00:00:01 dst fe80::f via {wg}"),
+            format!("00:00:00:00:00:00 dst fe80::f via {wg}"),
             format!("00:00:00:00:00:00 dst {of_own_key} via {wg} port 9999"),
             "00:00:00:00:00:00 dst fe80::e via lo".into(),
         ] {
@@ -200,10 +184,23 @@ impl Lab for Linux {
 
     fn tables(&self, domain: &Domain) -> String {
         let (wg, vx) = (domain.wireguard(), domain.vxlan());
-        let peers = run(&format!("wg showconf {wg}"));
+        let config = run(&format!("wg showconf {wg}"));
+        // wireguard-go names its peers in any order.
+        let peers: BTreeSet<_> = config.trim().split("\n\n").collect();
         let routes = run(&format!("ip -6 -d route show table all dev {wg}"));
-        format!("{peers}\n{routes}\n{}", run(&format!("bridge -d fdb show dev {vx}")))
+        format!("{peers:#?}\n{routes}\n{}", run(&format!("bridge -d fdb show dev {vx}")))
     }
+}
+
+pub fn make_vxlan(domain: &Domain, more: &str) {
+    let (wg, vx, network) = (domain.wireguard(), domain.vxlan(), 99 + number(domain));
+    let local = public_key(GATEWAY).link_local();
+    run(&format!("ip link add {vx} up type vxlan id {network} local {local} dev {wg} dstport 8472 {more}"));
+}
+
+/// Each domain has its own port and network.
+fn number(domain: &Domain) -> u16 {
+    u16::from(domain.rest().as_bytes()[0] - b'a')
 }
 
 /// Starts a process that ends with this thread, and waits until it answers.
@@ -225,6 +222,26 @@ fn start_userspace(name: &str) -> Process {
 
 fn public_key(private_key: &str) -> PublicKey {
     run_with("wg pubkey", private_key).trim().parse().unwrap()
+}
+
+/// `wg set` on a domain's interface.
+pub fn wg(domain: &Domain, arguments: &str) {
+    run(&format!("wg set {} {arguments}", domain.wireguard()));
+}
+
+/// `wg addconf` on a domain's interface.
+pub fn add_config(domain: &Domain, config: &str) {
+    run_with(&format!("wg addconf {} /dev/stdin", domain.wireguard()), config);
+}
+
+fn received(domain: &Domain, node: PublicKey) -> u64 {
+    shown_peer(domain, node).split('\t').nth(5).unwrap().parse().unwrap()
+}
+
+/// A peer with all that WireGuard tells of it.
+pub fn shown_peer(domain: &Domain, peer: PublicKey) -> String {
+    let dump = run(&format!("wg show {} dump", domain.wireguard()));
+    dump.lines().find(|line| line.starts_with(&peer.to_string())).expect("the peer").to_owned()
 }
 
 /// Runs a command that must succeed, and gives what it prints.

@@ -7,11 +7,13 @@ mod lab;
 mod linux;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::timeout;
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::kernel::{Change, Device, Kernel, KernelError};
+use wgkex_worker::kernel::{Change, Device, Errno, Kernel, KernelError};
 
 use lab::{FakeLab, Lab, key};
 use linux::{Linux, WireGuard};
@@ -69,8 +71,12 @@ suite! {
     linux:
         a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses
         a_peer_with_many_addresses_is_read_as_one
-        a_tun_without_wireguard_is_not_taken_for_one;
+        a_tun_without_wireguard_is_not_taken_for_one
+        what_is_refused_is_told_of_its_own_change
+        a_dump_among_changes_is_whole_or_none;
 }
+
+lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other);
 
 fn install(key: PublicKey) -> [Change; 3] {
     let node = key.link_local();
@@ -154,6 +160,9 @@ async fn what_others_made_stays_as_it_is<L: Lab>(lab: &L) {
     let (domain, mut kernel, _) = start(lab).await;
     lab.add_foreign(&domain);
     let (before, tables) = (kernel.read(&domain).await.unwrap(), lab.tables(&domain));
+    assert_eq!(before.peers.keys().copied().collect::<Vec<_>>(), [key(u32::MAX)]);
+    assert_eq!(before.routes, BTreeSet::from(["2001:db8::1".parse().unwrap()]));
+    assert_eq!(before.fdb, BTreeSet::from(["fe80::f".parse().unwrap()]));
     let keys: Vec<_> = (1..=500).map(key).collect();
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
     apply(&mut kernel, &domain, &installs).await;
@@ -279,23 +288,23 @@ async fn a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addr
     let (domain, mut kernel, _) = start(lab).await;
     let node = lab.make_node(&domain);
     apply(&mut kernel, &domain, &install(node)).await;
-    lab.wg(&domain, &format!("peer {node} allowed-ips +10.9.0.0/24"));
+    linux::wg(&domain, &format!("peer {node} allowed-ips 10.9.0.0/24,{}/128", node.link_local()));
     lab.shake_hands(&domain, node).await;
 
-    let before = lab.peer(&domain, node);
+    let before = linux::shown_peer(&domain, node);
     let read = kernel.read(&domain).await.unwrap();
     let handshake = read.peers[&node].last_handshake.expect("a handshake");
     assert!(handshake.elapsed().unwrap() < SOON * 2);
     for _ in 0..3 {
         apply(&mut kernel, &domain, &install(node)).await;
     }
-    assert_eq!(lab.peer(&domain, node), before);
+    assert_eq!(linux::shown_peer(&domain, node), before);
     assert_eq!(kernel.read(&domain).await.unwrap(), read);
     assert_eq!(read.peers[&node].allowed_ips.len(), 2);
 
     // The comparison would also hold if WireGuard kept all this for a peer that goes and comes.
     apply(&mut kernel, &domain, &[Change::RemovePeer(node), install(node)[0]]).await;
-    assert_ne!(lab.peer(&domain, node), before);
+    assert_ne!(linux::shown_peer(&domain, node), before);
 }
 
 async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
@@ -303,12 +312,11 @@ async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
     let keys: Vec<_> = (0..1500).map(key).collect();
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
     apply(&mut kernel, &domain, &installs).await;
-    for (n, key) in keys.iter().enumerate() {
-        let extra: Vec<_> = (0..n % 7).map(|ip| format!("+10.{ip}.{}.{}/32", n / 250, n % 250)).collect();
-        if !extra.is_empty() {
-            lab.wg(&domain, &format!("peer {key} allowed-ips {}", extra.join(",")));
-        }
-    }
+    let peer = |(n, key): (usize, &PublicKey)| {
+        let others: Vec<_> = (0..n % 7).map(|ip| format!(",10.{ip}.{}.{}/32", n / 250, n % 250)).collect();
+        format!("[Peer]\nPublicKey = {key}\nAllowedIPs = {}/128{}\n", key.link_local(), others.concat())
+    };
+    linux::add_config(&domain, &keys.iter().enumerate().map(peer).collect::<String>());
     let device = kernel.read(&domain).await.unwrap();
     assert_eq!(device.peers.len(), keys.len());
     for (n, key) in keys.iter().enumerate() {
@@ -329,4 +337,62 @@ async fn a_tun_without_wireguard_is_not_taken_for_one(lab: &Linux) {
     let error = KernelError::Interface { interface, state: "not a WireGuard interface" };
     assert_eq!(kernel.read(&domain).await, Err(error.clone()));
     assert_eq!(kernel.apply(&domain, &install(key(1))).await, vec![Err(error); 3]);
+}
+
+async fn what_is_refused_is_told_of_its_own_change(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    // Room for one MAC address, which is taken: Linux refuses every flood entry.
+    lab.remove_vxlan(&domain);
+    linux::make_vxlan(&domain, "maxaddress 1");
+    linux::run(&format!("bridge fdb append 02:00:00:00:00:01 dst fe80::f dev {}", domain.vxlan()));
+    let keys: Vec<_> = (0..300).map(key).collect();
+    let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
+    let full = KernelError::Refused { action: "add flood entry", source: Errno(28) };
+    let expected: Vec<_> = keys.iter().flat_map(|_| [Ok(()), Ok(()), Err(full.clone())]).collect();
+    assert_eq!(kernel.apply(&domain, &installs).await, expected);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (300, 300, 0));
+}
+
+/// wireguard-go has a limit that can be reached. Linux refuses no peer for its own sake.
+async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
+    const LIMIT: u32 = 1 << 16;
+    let (domain, mut kernel, _) = start(lab).await;
+    let set = |n| Change::SetPeer(key(n), key(n).link_local());
+    apply(&mut kernel, &domain, &(0..LIMIT - 1).map(set).collect::<Vec<_>>()).await;
+    let refused = KernelError::Refused { action: "set peer", source: Errno(22) };
+    let moved = Change::SetPeer(key(1), "fe80::1".parse().unwrap());
+    let changes = [set(LIMIT - 1), set(LIMIT), moved, set(LIMIT + 1), Change::RemovePeer(key(0)), set(LIMIT + 2)];
+    let results = kernel.apply(&domain, &changes).await;
+    assert_eq!(results, [Ok(()), Err(refused.clone()), Ok(()), Err(refused), Ok(()), Ok(())]);
+    let device = kernel.read(&domain).await.unwrap();
+    assert_eq!(device.peers.len(), LIMIT as usize);
+    assert_eq!(device.peers[&key(1)].allowed_ips.len(), 2);
+    assert!(device.peers.contains_key(&key(LIMIT + 2)) && !device.peers.contains_key(&key(LIMIT)));
+}
+
+async fn a_dump_among_changes_is_whole_or_none(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let set = |key: PublicKey| Change::SetPeer(key, key.link_local());
+    apply(&mut kernel, &domain, &(0..1000).map(|n| set(key(n))).collect::<Vec<_>>()).await;
+
+    let done = Arc::new(AtomicBool::new(false));
+    let (mut other, others_domain, others_done) = (lab.kernel(), domain.clone(), Arc::clone(&done));
+    // Every second peer comes and goes, among them those at which a dump is to be continued.
+    let task = tokio::spawn(async move {
+        let keys = || (0..1000).step_by(2).map(key);
+        while !others_done.load(Ordering::Relaxed) {
+            apply(&mut other, &others_domain, &keys().map(Change::RemovePeer).collect::<Vec<_>>()).await;
+            apply(&mut other, &others_domain, &keys().map(set).collect::<Vec<_>>()).await;
+        }
+    });
+    for _ in 0..20 {
+        match kernel.read(&domain).await {
+            Ok(device) => assert!((1..1000).step_by(2).all(|n| device.peers.contains_key(&key(n)))),
+            Err(error) => assert_eq!(error, KernelError::Interrupted { interface: domain.wireguard(), times: 10 }),
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    task.await.unwrap();
+    assert_eq!(kernel.read(&domain).await.unwrap().peers.len(), 1000);
 }
