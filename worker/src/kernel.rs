@@ -107,8 +107,10 @@ pub trait Kernel: Send + 'static {
     /// Reads the tables of a domain, whole: an interrupted dump is repeated, never returned.
     fn read(&mut self, domain: &Domain) -> impl Future<Output = Result<Device, KernelError>> + Send;
 
-    /// Applies `changes` in their order and says of each, in the same order, what became of it. One that fails
-    /// does not hold up the others. An error of [`KernelError::Interface`] means that none was applied.
+    /// Applies `changes` and says of each, in the same order, what became of it. Their order holds within each of
+    /// the three tables, which do not depend on one another. One that fails does not hold up the others. An error
+    /// of [`KernelError::Interface`] means that nothing asked of that interface is there: it was not usable, or it
+    /// went away meanwhile with all that was in it.
     fn apply(
         &mut self,
         domain: &Domain,

@@ -307,3 +307,63 @@ impl Interfaces {
 fn owners(peers: &BTreeMap<PublicKey, Peer>) -> HashMap<(IpAddr, u8), PublicKey> {
     peers.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|ip| (*ip, *key))).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start() -> (Fake, Fake, Domain, [PublicKey; 2]) {
+        let domain = Domain::new("d", &[String::new()]).unwrap();
+        let fake = Fake::with(std::slice::from_ref(&domain));
+        let keys = [7, 8].map(|n| PublicKey::from_bytes([n; 32]).unwrap());
+        (fake.clone(), fake, domain, keys)
+    }
+
+    #[tokio::test]
+    async fn exactly_what_a_test_refuses_is_refused_until_it_is_taken_back() {
+        let (fake, mut kernel, domain, keys) = start();
+        let changes = keys.map(|key| Change::SetPeer(key, key.link_local()));
+        fake.refuse(changes[0]);
+        let refused = KernelError::Refused { action: "refused by the test", source: EINVAL };
+        assert_eq!(kernel.apply(&domain, &changes).await, [Err(refused), Ok(())]);
+        fake.refuse_nothing();
+        assert_eq!(kernel.apply(&domain, &changes).await, [Ok(()), Ok(())]);
+        assert_eq!(fake.take_applies(), vec![(domain.clone(), changes.to_vec()); 2]);
+        assert_eq!(fake.take_applies(), []);
+    }
+
+    #[tokio::test]
+    async fn a_test_sets_what_reads_give_and_counts_them() {
+        let (fake, mut kernel, domain, [key, _]) = start();
+        let interrupted = KernelError::Interrupted { interface: domain.wireguard(), times: 3 };
+        fake.fail_reads(Some(interrupted.clone()));
+        assert_eq!(kernel.read(&domain).await, Err(interrupted));
+        fake.fail_reads(None);
+        kernel.apply(&domain, &[Change::SetPeer(key, key.link_local())]).await;
+        fake.handshake(&domain, key, SystemTime::UNIX_EPOCH);
+        let device = kernel.read(&domain).await.unwrap();
+        assert_eq!(device.peers[&key].last_handshake, Some(SystemTime::UNIX_EPOCH));
+        assert_eq!((fake.reads(), fake.device(&domain)), (2, Some(device)));
+    }
+
+    #[tokio::test]
+    async fn an_event_between_two_waits_is_not_lost() {
+        let (fake, mut kernel, domain, _) = start();
+        kernel.changed().await; // its making
+        fake.trigger();
+        fake.remove_vxlan(&domain);
+        kernel.changed().await;
+        assert!(tokio::time::timeout(Duration::from_millis(20), kernel.changed()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn it_takes_the_time_it_is_told_to() {
+        let (fake, mut kernel, domain, keys) = start();
+        let [read, apply, change] = [10, 20, 30].map(Duration::from_millis);
+        fake.delay(Delays { read, apply, change });
+        let begin = std::time::Instant::now();
+        kernel.read(&domain).await.unwrap();
+        kernel.apply(&domain, &keys.map(Change::RemovePeer)).await;
+        assert!(begin.elapsed() >= Duration::from_millis(10 + 20 + 2 * 30));
+    }
+}

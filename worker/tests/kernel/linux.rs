@@ -162,6 +162,7 @@ impl Lab for Linux {
         }
         for entry in [
             format!("02:00:00:00:00:01 dst fe80::f via {wg}"),
+            format!("00:00:00:00:00:00 dst fe80::f via {wg}"),
             format!("00:00:00:00:00:00 dst {of_own_key} via {wg} port 9999"),
             "00:00:00:00:00:00 dst fe80::e via lo".into(),
         ] {
@@ -226,6 +227,11 @@ fn public_key(private_key: &str) -> PublicKey {
 /// `wg set` on a domain's interface.
 pub fn wg(domain: &Domain, arguments: &str) {
     run(&format!("wg set {} {arguments}", domain.wireguard()));
+}
+
+/// `wg addconf` on a domain's interface.
+pub fn add_config(domain: &Domain, config: &str) {
+    run_with(&format!("wg addconf {} /dev/stdin", domain.wireguard()), config);
 }
 
 fn received(domain: &Domain, node: PublicKey) -> u64 {

@@ -7,6 +7,8 @@ mod lab;
 mod linux;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -70,7 +72,8 @@ suite! {
         a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses
         a_peer_with_many_addresses_is_read_as_one
         a_tun_without_wireguard_is_not_taken_for_one
-        what_is_refused_is_told_of_its_own_change;
+        what_is_refused_is_told_of_its_own_change
+        a_dump_among_changes_is_whole_or_none;
 }
 
 lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other);
@@ -157,6 +160,9 @@ async fn what_others_made_stays_as_it_is<L: Lab>(lab: &L) {
     let (domain, mut kernel, _) = start(lab).await;
     lab.add_foreign(&domain);
     let (before, tables) = (kernel.read(&domain).await.unwrap(), lab.tables(&domain));
+    assert_eq!(before.peers.keys().copied().collect::<Vec<_>>(), [key(u32::MAX)]);
+    assert_eq!(before.routes, BTreeSet::from(["2001:db8::1".parse().unwrap()]));
+    assert_eq!(before.fdb, BTreeSet::from(["fe80::f".parse().unwrap()]));
     let keys: Vec<_> = (1..=500).map(key).collect();
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
     apply(&mut kernel, &domain, &installs).await;
@@ -306,12 +312,11 @@ async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
     let keys: Vec<_> = (0..1500).map(key).collect();
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
     apply(&mut kernel, &domain, &installs).await;
-    for (n, key) in keys.iter().enumerate() {
-        let node = format!("{}/128", key.link_local());
-        let others = (0..n % 7).map(|ip| format!("10.{ip}.{}.{}/32", n / 250, n % 250));
-        let all: Vec<_> = std::iter::once(node).chain(others).collect();
-        linux::wg(&domain, &format!("peer {key} allowed-ips {}", all.join(",")));
-    }
+    let peer = |(n, key): (usize, &PublicKey)| {
+        let others: Vec<_> = (0..n % 7).map(|ip| format!(",10.{ip}.{}.{}/32", n / 250, n % 250)).collect();
+        format!("[Peer]\nPublicKey = {key}\nAllowedIPs = {}/128{}\n", key.link_local(), others.concat())
+    };
+    linux::add_config(&domain, &keys.iter().enumerate().map(peer).collect::<String>());
     let device = kernel.read(&domain).await.unwrap();
     assert_eq!(device.peers.len(), keys.len());
     for (n, key) in keys.iter().enumerate() {
@@ -364,4 +369,30 @@ async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
     assert_eq!(device.peers.len(), LIMIT as usize);
     assert_eq!(device.peers[&key(1)].allowed_ips.len(), 2);
     assert!(device.peers.contains_key(&key(LIMIT + 2)) && !device.peers.contains_key(&key(LIMIT)));
+}
+
+async fn a_dump_among_changes_is_whole_or_none(lab: &Linux) {
+    let (domain, mut kernel, _) = start(lab).await;
+    let set = |key: PublicKey| Change::SetPeer(key, key.link_local());
+    apply(&mut kernel, &domain, &(0..1000).map(|n| set(key(n))).collect::<Vec<_>>()).await;
+
+    let done = Arc::new(AtomicBool::new(false));
+    let (mut other, others_domain, others_done) = (lab.kernel(), domain.clone(), Arc::clone(&done));
+    // Every second peer comes and goes, among them those at which a dump is to be continued.
+    let task = tokio::spawn(async move {
+        let keys = || (0..1000).step_by(2).map(key);
+        while !others_done.load(Ordering::Relaxed) {
+            apply(&mut other, &others_domain, &keys().map(Change::RemovePeer).collect::<Vec<_>>()).await;
+            apply(&mut other, &others_domain, &keys().map(set).collect::<Vec<_>>()).await;
+        }
+    });
+    for _ in 0..20 {
+        match kernel.read(&domain).await {
+            Ok(device) => assert!((1..1000).step_by(2).all(|n| device.peers.contains_key(&key(n)))),
+            Err(error) => assert_eq!(error, KernelError::Interrupted { interface: domain.wireguard(), times: 10 }),
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    task.await.unwrap();
+    assert_eq!(kernel.read(&domain).await.unwrap().peers.len(), 1000);
 }
