@@ -152,6 +152,17 @@ fn a_peer_put_back_has_its_grace_again() {
 }
 
 #[test]
+fn a_peer_made_anew_by_hand_has_its_grace_again() {
+    let mut world = World::with(&[key(1)]);
+    world.handshake(key(1));
+    world.read();
+    world.pass(4 * HOUR);
+    world.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().last_handshake = None);
+    world.read();
+    assert_eq!(world.states(), [PeerState::Pending]);
+}
+
+#[test]
 fn the_other_of_two_keys_with_one_address_comes_back_when_the_later_one_goes() {
     let (first, second) = collision();
     let mut world = World::with(&[first]);
@@ -186,6 +197,7 @@ fn waiting_keys_are_owed_in_order_of_arrival_and_the_own_key_is_not() {
     }
     world.read();
     assert_eq!(world.owed(), [Step::install(key(2)), Step::install(key(1))]);
+    assert!(!world.ledger.waits(&own));
 }
 
 #[test]
@@ -295,12 +307,14 @@ struct World {
     fake: Fake,
     ledger: Ledger,
     now: Now,
+    handshakes: Duration,
 }
 
 impl World {
     fn with(keys: &[PublicKey]) -> Self {
         let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
-        let world = Self { fake: Fake::with(&[domain()]), ledger: Ledger::new(Policy::default()), now };
+        let (fake, ledger) = (Fake::with(&[domain()]), Ledger::new(Policy::default()));
+        let world = Self { fake, ledger, now, handshakes: Duration::ZERO };
         world.apply(&install(keys.iter().copied(), None).steps);
         world
     }
@@ -318,8 +332,10 @@ impl World {
         self.now.wall = if ahead { self.now.wall + step } else { self.now.wall - step };
     }
 
-    fn handshake(&self, key: PublicKey) {
-        self.handshake_at(key, self.now.wall);
+    /// No two at the same nanosecond, also if the wall clock was set back in between.
+    fn handshake(&mut self, key: PublicKey) {
+        self.handshakes += Duration::from_nanos(1);
+        self.handshake_at(key, self.now.wall + self.handshakes);
     }
 
     fn handshake_at(&self, key: PublicKey, at: SystemTime) {
