@@ -1,2 +1,85 @@
-//! stub
+//! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their word back into the answer.
+//!
+//! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
+//! best, [`waiters`] brings what [`mqtt`] hears of it.
+
+mod embedded;
+pub mod exchange;
 pub mod gateways;
+mod http;
+mod metrics;
+mod mqtt;
+mod page;
+pub mod waiters;
+
+use std::future::pending;
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tracing::info;
+use wgkex_common::Config;
+use wgkex_common::config::{Listen, Server};
+
+use crate::exchange::Exchange;
+use crate::gateways::Gateways;
+use crate::http::App;
+use crate::metrics::Metrics;
+use crate::waiters::Waiters;
+
+/// How long the bus may take to hear that this broker goes.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let listener = listen(&config.broker_listen)?;
+    let metrics = Metrics::new().context("metrics")?;
+    let gateways = Arc::new(Mutex::new(gateways(&config)));
+    let waiters = Waiters::default();
+    let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
+    let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), metrics.clone());
+    let exchange = Exchange::new(gateways.clone(), waiters, bus.clone(), config.confirm, metrics.clone());
+    let (over, mut stopped) = watch::channel(false);
+
+    let embedded = serve_embedded(&config.mqtt.server);
+    let session = tokio::spawn(session.run(hand_on, async move {
+        // A sender that is gone means that it is over, too.
+        let _ = stopped.wait_for(|over| *over).await;
+    }));
+    tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
+    let app = App { domains: config.domains.clone(), exchange, link: bus.link(), metrics };
+    let server = http::server(listener, app)?;
+    let handle = server.handle();
+    info!(version = env!("CARGO_PKG_VERSION"), broker = config.name, broker_listen = %config.broker_listen, "broker started");
+
+    let result = tokio::select! {
+        error = embedded => Err(error),
+        served = server => served.context("HTTP"),
+        () = stop => Ok(()),
+    };
+    info!("broker stops");
+    let _ = timeout(FAREWELL, bus.publish(mqtt::status(&config.name, "0"))).await;
+    over.send_replace(true);
+    let _ = timeout(FAREWELL, async { tokio::join!(session, handle.stop(true)) }).await;
+    result
+}
+
+fn listen(listen: &Listen) -> anyhow::Result<TcpListener> {
+    TcpListener::bind((listen.host.as_str(), listen.port)).with_context(|| format!("broker_listen {listen}"))
+}
+
+fn gateways(config: &Config) -> Gateways {
+    let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
+    Gateways::new(config.name.clone(), config.domains.clone(), weights)
+}
+
+/// Serves the bus, if it is this broker that does; else waits for ever.
+async fn serve_embedded(server: &Server) -> anyhow::Error {
+    match server {
+        Server::Embedded(listen) => embedded::serve(*listen).await,
+        Server::External { .. } => pending().await,
+    }
+}

@@ -244,6 +244,8 @@ fn an_original_takes_keys_before_it_has_counted_its_peers() {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
     #[test]
     fn shares_after_many_answers_are_the_weights(weights in prop::collection::vec(1_u32..=100, 1..8)) {
         let names: Vec<String> = (0..weights.len()).map(|number| format!("gw{number}")).collect();
@@ -263,6 +265,9 @@ proptest! {
         }
     }
 
+}
+
+proptest! {
     #[test]
     fn no_payload_panics_and_nobody_offline_is_chosen(
         messages in prop::collection::vec((0_usize..6, 0_usize..3, payload(), any::<bool>()), 0..60),

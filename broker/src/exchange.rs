@@ -1,0 +1,315 @@
+//! The road of one key through the broker: checked, published, and answered when a gateway has it.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, warn};
+use wgkex_common::config::Confirm;
+use wgkex_common::message::WorkerData;
+use wgkex_common::mqtt::{Bus, Message};
+use wgkex_common::{Domain, PublicKey, Topic};
+
+use crate::gateways::{Choice, Gateways};
+use crate::metrics::Metrics;
+use crate::waiters::{Waiters, Waiting};
+
+/// A key that a router may exchange.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ask {
+    /// Where the router is.
+    pub domain: Domain,
+    /// Its key.
+    pub key: PublicKey,
+}
+
+/// Why a router's request is not met. The text is for the router's owner and shows nothing that was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The body is not what it should be.
+    #[error("{0}")]
+    Body(&'static str),
+    /// The body is larger than any request can be.
+    #[error("the body is too large: at most 4096 bytes are allowed")]
+    TooLarge,
+    /// The body did not arrive in time.
+    #[error("the body did not arrive in time")]
+    Slow,
+    /// The domain is not served.
+    #[error("domain: this is not a domain that is served here")]
+    Domain,
+    /// The key cannot be used.
+    #[error("public_key: {0}")]
+    Key(wgkex_common::KeyError),
+    /// This broker cannot serve now; the reason is its state.
+    #[error("no connection to the gateways at the moment, try again later")]
+    NotReady,
+    /// No gateway of the domain is online.
+    #[error("no gateway of this domain is online, try again later")]
+    NoGateway,
+    /// MQTT did not take the key in time.
+    #[error("the key could not be passed on in time, try again later")]
+    NotPublished,
+    /// No gateway said in time that it has the key.
+    #[error("no gateway confirmed the key in time, try again later")]
+    NotConfirmed,
+}
+
+impl Refusal {
+    /// Every reason that metrics name.
+    pub const REASONS: [&str; 9] =
+        ["body", "too_large", "slow", "domain", "key", "not_ready", "no_gateway", "not_published", "not_confirmed"];
+
+    /// One word for metrics, from [`Refusal::REASONS`].
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        let index = match self {
+            Self::Body(_) => 0,
+            Self::TooLarge => 1,
+            Self::Slow => 2,
+            Self::Domain => 3,
+            Self::Key(_) => 4,
+            Self::NotReady => 5,
+            Self::NoGateway => 6,
+            Self::NotPublished => 7,
+            Self::NotConfirmed => 8,
+        };
+        Self::REASONS[index]
+    }
+}
+
+impl Ask {
+    /// Reads a router's request (contract section 1): JSON, whatever else it has.
+    pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<Self, Refusal> {
+        let json: serde_json::Value =
+            serde_json::from_slice(body).map_err(|_| Refusal::Body("the body is not valid JSON"))?;
+        let object = json.as_object().ok_or(Refusal::Body("the body is not a JSON object"))?;
+        let text = |name, missing| object.get(name).and_then(|value| value.as_str()).ok_or(Refusal::Body(missing));
+        let domain = text("domain", "domain: a text is expected")?;
+        let key = text("public_key", "public_key: a text is expected")?;
+        let domain = domains.get(domain).cloned().ok_or(Refusal::Domain)?;
+        Ok(Self { domain, key: key.parse().map_err(Refusal::Key)? })
+    }
+}
+
+/// What it takes to answer a router. Clones share it.
+#[derive(Clone)]
+pub struct Exchange {
+    gateways: Arc<Mutex<Gateways>>,
+    waiters: Waiters,
+    bus: Bus,
+    confirm: Confirm,
+    metrics: Metrics,
+}
+
+impl Exchange {
+    /// An exchange over `bus`, which somebody lets `gateways` and `waiters` hear.
+    #[must_use]
+    pub fn new(gateways: Arc<Mutex<Gateways>>, waiters: Waiters, bus: Bus, confirm: Confirm, metrics: Metrics) -> Self {
+        Self { gateways, waiters, bus, confirm, metrics }
+    }
+
+    /// The gateways, for as short as it takes to ask one question.
+    pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
+        self.gateways.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Version 1: the router chooses its gateway itself. Returns when one that confirms has the key; where none
+    /// does, when MQTT has taken it.
+    pub async fn announce(&self, ask: &Ask) -> Result<(), Refusal> {
+        let begun = Begun::now(self.confirm);
+        self.ready()?;
+        let online = self.gateways().online(&ask.domain);
+        if online.confirming + online.others == 0 {
+            return Err(Refusal::NoGateway);
+        }
+        let mut waiting = self.publish(ask, begun).await?;
+        if online.confirming == 0 {
+            return Ok(());
+        }
+        // Originals have the key by now, too: with them about, an error would help nobody.
+        let until = if online.others > 0 { begun.timeout } else { begun.budget };
+        let mut refused = BTreeSet::new();
+        while refused.len() < online.confirming {
+            match self.verdict(&mut waiting, until).await {
+                Some((_, Ok(()))) => {
+                    self.confirmed(begun);
+                    return Ok(());
+                }
+                Some((worker, Err(_))) => {
+                    refused.insert(worker);
+                }
+                None => break,
+            }
+        }
+        if online.others > 0 { Ok(()) } else { Err(Refusal::NotConfirmed) }
+    }
+
+    /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
+    pub async fn assign(&self, ask: &Ask) -> Result<WorkerData, Refusal> {
+        let begun = Begun::now(self.confirm);
+        self.ready()?;
+        let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
+        let mut waiting = self.publish(ask, begun).await?;
+        let mut heard = Heard::default();
+        let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, begun).await {
+            first
+        } else {
+            self.next_best(ask, &mut waiting, &mut heard, begun).await?
+        };
+        if choice.confirms {
+            self.confirmed(begun);
+        }
+        Ok(choice.data)
+    }
+
+    /// Whether the best gateway takes the key within its time.
+    async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, begun: Begun) -> bool {
+        while !heard.took.contains(&first.worker) && !heard.refused.contains(&first.worker) {
+            let Some((worker, outcome)) = self.verdict(waiting, begun.timeout).await else {
+                warn!(worker = first.worker, "gateway did not confirm in time");
+                self.metrics.confirmations_missed.inc();
+                self.gateways().silent(&first.worker);
+                return false;
+            };
+            heard.note(worker, outcome);
+        }
+        heard.took.contains(&first.worker)
+    }
+
+    /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
+    async fn next_best(
+        &self,
+        ask: &Ask,
+        waiting: &mut Waiting,
+        heard: &mut Heard,
+        begun: Begun,
+    ) -> Result<Choice, Refusal> {
+        loop {
+            if let Some(next) = self.choose(ask, |worker, confirms| !confirms || heard.took.contains(worker)) {
+                return Ok(next);
+            }
+            if heard.refused.len() >= self.gateways().online(&ask.domain).confirming {
+                return Err(Refusal::NotConfirmed);
+            }
+            let (worker, outcome) = self.verdict(waiting, begun.budget).await.ok_or(Refusal::NotConfirmed)?;
+            heard.note(worker, outcome);
+        }
+    }
+
+    fn ready(&self) -> Result<(), Refusal> {
+        if self.gateways().complete() { Ok(()) } else { Err(Refusal::NotReady) }
+    }
+
+    /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
+    /// comes to nothing, the gateway's own next count sets that right.
+    fn choose(&self, ask: &Ask, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
+        let mut gateways = self.gateways();
+        let choice = gateways.choose(&ask.domain, fits)?;
+        gateways.assigned(&choice.worker, &ask.domain);
+        Some(choice)
+    }
+
+    /// Publishes the key; whoever waits for it does so from before that.
+    async fn publish(&self, ask: &Ask, begun: Begun) -> Result<Waiting, Refusal> {
+        let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
+        let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
+        match timeout_at(begun.budget, self.bus.publish(key)).await {
+            Ok(Ok(())) => Ok(waiting),
+            Ok(Err(_)) | Err(_) => {
+                self.metrics.publish_failures.inc();
+                Err(Refusal::NotPublished)
+            }
+        }
+    }
+
+    /// The next word, by `until`, of a gateway whose word counts.
+    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<(String, Result<(), String>)> {
+        loop {
+            let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
+            if self.gateways().heard_from(&verdict.worker) {
+                if let Err(reason) = &verdict.outcome {
+                    debug!(worker = verdict.worker, reason, "gateway did not take a key");
+                }
+                return Some((verdict.worker, verdict.outcome));
+            }
+        }
+    }
+
+    fn confirmed(&self, begun: Begun) {
+        self.metrics.confirmation.observe(begun.at.elapsed().as_secs_f64());
+    }
+}
+
+/// When a request came, and how long it may wait.
+#[derive(Debug, Clone, Copy)]
+struct Begun {
+    at: Instant,
+    timeout: Instant,
+    budget: Instant,
+}
+
+impl Begun {
+    fn now(confirm: Confirm) -> Self {
+        let at = Instant::now();
+        Self { at, timeout: at + confirm.timeout, budget: at + confirm.budget }
+    }
+}
+
+/// What gateways have said of one key so far.
+#[derive(Debug, Default)]
+struct Heard {
+    took: BTreeSet<String>,
+    refused: BTreeSet<String>,
+}
+
+impl Heard {
+    fn note(&mut self, worker: String, outcome: Result<(), String>) {
+        match outcome {
+            Ok(()) => self.took.insert(worker),
+            Err(_) => self.refused.insert(worker),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+
+    #[test]
+    fn a_routers_request_is_read_as_the_original_reads_it() {
+        let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
+        let parse = |body: &str| Ask::parse(body.as_bytes(), &domains);
+        let ask = Ask { domain: domains.first().unwrap().clone(), key: KEY.parse().unwrap() };
+        for body in [
+            format!(r#"{{"domain":"ff_a","public_key":"{KEY}"}}"#),
+            format!(r#" {{ "public_key" : "{KEY}" , "domain" : "ff_a" , "location": null }} "#),
+            format!(r#"{{"domain":"x","domain":"ff_a","public_key":"{KEY}"}}"#),
+            format!(r#"{{"domain":"ff\u005fa","public_key":"{KEY}"}}"#),
+        ] {
+            assert_eq!(parse(&body), Ok(ask.clone()), "{body}");
+        }
+        for (body, reason) in [
+            (String::new(), "body"),
+            ("x".into(), "body"),
+            ("null".into(), "body"),
+            ("[]".into(), "body"),
+            ("{}".into(), "body"),
+            (format!("domain=ff_a&public_key={KEY}"), "body"),
+            (format!(r#"{{"domain":1,"public_key":"{KEY}"}}"#), "body"),
+            (r#"{"domain":"ff_a","public_key":null}"#.into(), "body"),
+            (format!(r#"{{"domain":"ff_b","public_key":"{KEY}"}}"#), "domain"),
+            (format!(r#"{{"domain":"","public_key":"{KEY}"}}"#), "domain"),
+            (r#"{"domain":"ff_a","public_key":""}"#.into(), "key"),
+            (format!(r#"{{"domain":"ff_a","public_key":"{KEY}\n"}}"#), "key"),
+            (r#"{"domain":"ff_a","public_key":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}"#.into(), "key"),
+            ("[".repeat(4096), "body"),
+        ] {
+            let refusal = parse(&body).unwrap_err();
+            assert_eq!(refusal.reason(), reason, "{body}");
+            assert!(!refusal.to_string().contains("ff_b"), "what was sent is not echoed");
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The broker's HTTP side (contract section 1): one short handler per route, and refusals as JSON.
+
+use std::collections::BTreeSet;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use actix_web::dev::{Server, Service as _, ServiceRequest};
+use actix_web::http::header::{ALLOW, ContentType, RETRY_AFTER};
+use actix_web::http::{Method, StatusCode};
+use actix_web::web::{self, Bytes, Data, Payload, ServiceConfig};
+use actix_web::{HttpResponse, HttpServer, Resource, ResponseError};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use wgkex_common::Domain;
+use wgkex_common::mqtt::Link;
+
+use crate::exchange::{Ask, Exchange, Refusal};
+use crate::metrics::Metrics;
+use crate::page;
+
+/// The largest body of a request; a router's has about 100 bytes.
+const BODY_MAX: usize = 4096;
+/// What of a body that is too large is still read, so that its sender gets to see the answer.
+const BODY_DRAIN: usize = 1 << 20;
+/// How long the head, and then the body, of a request may take.
+const REQUEST: Duration = Duration::from_secs(5);
+/// Seconds after which a router may ask again. Routers try every minute anyway.
+const RETRY_SECONDS: u32 = 10;
+
+const V1: &str = "/api/v1/wg/key/exchange";
+const V2: &str = "/api/v2/wg/key/exchange";
+
+/// What every handler needs.
+#[derive(Clone)]
+pub struct App {
+    /// The domains that are served.
+    pub domains: BTreeSet<Domain>,
+    /// The road of a key.
+    pub exchange: Exchange,
+    /// Whether the bus can be used.
+    pub link: watch::Receiver<Link>,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// The HTTP server on `listener`; it runs when awaited.
+pub fn server(listener: TcpListener, app: App) -> std::io::Result<Server> {
+    let server = HttpServer::new(move || {
+        let metrics = app.metrics.clone();
+        actix_web::App::new().configure(routes(&app)).wrap_fn(move |request, service| {
+            let (begun, metrics, route) = (Instant::now(), metrics.clone(), route(&request));
+            let response = service.call(request);
+            async move {
+                let response = response.await?;
+                let duration = metrics.http_duration.with_label_values(&[route, response.status().as_str()]);
+                duration.observe(begun.elapsed().as_secs_f64());
+                Ok(response)
+            }
+        })
+    });
+    let server = server.disable_signals().shutdown_timeout(1).client_request_timeout(REQUEST).keep_alive(REQUEST * 15);
+    Ok(server.listen(listener)?.run())
+}
+
+fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
+    let app = Data::new(app.clone());
+    move |config| {
+        config
+            .app_data(app)
+            .service(only(V1, Method::POST).route(web::post().to(v1)))
+            .service(only(V2, Method::POST).route(web::post().to(v2)))
+            .service(readable("/", index))
+            .service(readable("/healthz", healthz))
+            .service(readable("/readyz", readyz))
+            .service(readable("/metrics", metrics))
+            .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
+    }
+}
+
+fn readable<F, Fut>(path: &str, handler: F) -> Resource
+where
+    F: Fn(Data<App>) -> Fut + Copy + 'static,
+    Fut: Future<Output = HttpResponse> + 'static,
+{
+    only(path, Method::GET).route(web::get().to(handler)).route(web::head().to(handler))
+}
+
+/// A resource that tells which method it wants.
+fn only(path: &str, method: Method) -> Resource {
+    web::resource(path).default_service(web::to(move || {
+        let mut response = error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here");
+        if let Ok(method) = method.as_str().parse() {
+            response.headers_mut().insert(ALLOW, method);
+        }
+        async { response }
+    }))
+}
+
+async fn v1(app: Data<App>, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.announce(&ask(&app, body).await?).await };
+    let result = app.counted("v1", result.await);
+    result.map(|()| HttpResponse::Ok().json(json!({ "Message": "OK" })))
+}
+
+async fn v2(app: Data<App>, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.assign(&ask(&app, body).await?).await };
+    let gateway = app.counted("v2", result.await)?;
+    Ok(HttpResponse::Ok().json(Answer::from(gateway)))
+}
+
+async fn ask(app: &App, body: Payload) -> Result<Ask, Refusal> {
+    Ask::parse(&read(body).await?, &app.domains)
+}
+
+/// The body, whatever its type is said to be.
+async fn read(body: Payload) -> Result<Bytes, Refusal> {
+    let body = timeout(REQUEST, body.to_bytes_limited(BODY_DRAIN)).await.map_err(|_| Refusal::Slow)?;
+    let body = body.map_err(|_| Refusal::TooLarge)?.map_err(|_| Refusal::Body("the body is not complete"))?;
+    if body.len() > BODY_MAX { Err(Refusal::TooLarge) } else { Ok(body) }
+}
+
+impl App {
+    fn counted<T>(&self, api: &str, result: Result<T, Refusal>) -> Result<T, Refusal> {
+        match &result {
+            Ok(_) => self.metrics.keys_accepted.with_label_values(&[api]).inc(),
+            Err(refusal) => self.metrics.keys_refused.with_label_values(&[api, refusal.reason()]).inc(),
+        }
+        result
+    }
+
+    /// Why this broker cannot serve routers now.
+    fn unready(&self) -> Option<String> {
+        match &*self.link.borrow() {
+            Link::Down(reason) => Some(format!("MQTT is not connected: {reason}")),
+            Link::Up if !self.exchange.gateways().complete() => Some("what is retained is not heard yet".into()),
+            Link::Up => None,
+        }
+    }
+}
+
+async fn index(app: Data<App>) -> HttpResponse {
+    let overview = app.exchange.gateways().overview();
+    let page = page::render(&overview, app.unready().as_deref(), &app.metrics);
+    HttpResponse::Ok()
+        .content_type(ContentType::html())
+        .insert_header(("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"))
+        .insert_header(("Cache-Control", "no-store"))
+        .body(page)
+}
+
+async fn healthz(_: Data<App>) -> HttpResponse {
+    HttpResponse::Ok().content_type(ContentType::plaintext()).body("ok\n")
+}
+
+async fn readyz(app: Data<App>) -> HttpResponse {
+    let (status, text) = match app.unready() {
+        None => (StatusCode::OK, "ready\n".into()),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+    };
+    HttpResponse::build(status).content_type(ContentType::plaintext()).body(text)
+}
+
+async fn metrics(app: Data<App>) -> HttpResponse {
+    app.metrics.set_gateways(&app.exchange.gateways().overview());
+    match app.metrics.text() {
+        Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
+        Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),
+    }
+}
+
+/// The answer of version 2; the port is a text.
+#[derive(serde::Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Answer {
+    endpoint: Endpoint,
+}
+
+#[derive(serde::Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Endpoint {
+    address: String,
+    port: String,
+    #[serde(rename = "AllowedIPs")]
+    allowed_ips: [String; 1],
+    public_key: String,
+}
+
+impl From<wgkex_common::message::WorkerData> for Answer {
+    fn from(data: wgkex_common::message::WorkerData) -> Self {
+        let wgkex_common::message::WorkerData { external_address, port, public_key, link_address } = data;
+        Self {
+            endpoint: Endpoint {
+                address: external_address,
+                port: port.to_string(),
+                allowed_ips: [link_address],
+                public_key: public_key.to_string(),
+            },
+        }
+    }
+}
+
+impl ResponseError for Refusal {
+    fn status_code(&self) -> StatusCode {
+        match self {
+            Self::Body(_) | Self::Domain | Self::Key(_) => StatusCode::BAD_REQUEST,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Slow => StatusCode::REQUEST_TIMEOUT,
+            Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        error(self.status_code(), &self.to_string())
+    }
+}
+
+fn error(status: StatusCode, message: &str) -> HttpResponse {
+    let mut response = HttpResponse::build(status);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response.insert_header((RETRY_AFTER, RETRY_SECONDS));
+    }
+    response.json(json!({ "error": { "message": message } }))
+}
+
+/// The route as a label, from a fixed set.
+fn route(request: &ServiceRequest) -> &'static str {
+    [V1, V2, "/", "/healthz", "/readyz", "/metrics"]
+        .into_iter()
+        .find(|route| *route == request.path())
+        .unwrap_or("other")
+}

@@ -1,0 +1,149 @@
+//! What the broker counts, in Prometheus's text format: base units, no key and no address in a label.
+
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder, core::Collector,
+};
+
+use crate::exchange::Refusal;
+use crate::gateways::Overview;
+
+/// The ways a key can come.
+pub const APIS: [&str; 2] = ["v1", "v2"];
+
+/// Why an MQTT message is ignored: its topic is none of ours, or its payload means nothing there.
+pub const IGNORED: [&str; 2] = ["topic", "payload"];
+
+/// Seconds, from what a local gateway takes to more than the longest budget in use.
+const SECONDS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// The broker's metrics. Clones count into the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// Keys that were answered with 200, by API.
+    pub keys_accepted: IntCounterVec,
+    /// Keys that were not, by API and reason, one of [`Refusal::REASONS`].
+    pub keys_refused: IntCounterVec,
+    /// Seconds from a request's arrival to its answer, by route and status.
+    pub http_duration: HistogramVec,
+    /// Seconds from a key's arrival to a gateway's confirmation of it.
+    pub confirmation: Histogram,
+    /// Gateways that did not confirm a key in their time.
+    pub confirmations_missed: IntCounter,
+    /// Keys that MQTT did not acknowledge in time.
+    pub publish_failures: IntCounter,
+    /// MQTT messages that mean nothing, by reason, one of [`IGNORED`].
+    pub messages_ignored: IntCounterVec,
+    /// Whether MQTT is connected.
+    pub mqtt_connected: IntGauge,
+    gateways: IntGaugeVec,
+}
+
+impl Metrics {
+    /// All metrics, there and at 0.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            register(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
+        };
+        let version = IntGaugeVec::new(Opts::new("wgkex_broker_build_info", "1, with the version"), &["version"])?;
+        register(&registry, version)?.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let metrics = Self {
+            keys_accepted: counter("wgkex_broker_keys_accepted_total", "Keys answered with 200", &["api"])?,
+            keys_refused: counter("wgkex_broker_keys_refused_total", "Keys refused", &["api", "reason"])?,
+            http_duration: register(
+                &registry,
+                HistogramVec::new(
+                    HistogramOpts::new("wgkex_broker_http_request_duration_seconds", "Time to answer a request")
+                        .buckets(SECONDS.into()),
+                    &["route", "status"],
+                )?,
+            )?,
+            confirmation: register(
+                &registry,
+                Histogram::with_opts(
+                    HistogramOpts::new("wgkex_broker_confirmation_seconds", "Time from a key to its confirmation")
+                        .buckets(SECONDS.into()),
+                )?,
+            )?,
+            confirmations_missed: register(
+                &registry,
+                IntCounter::new("wgkex_broker_confirmations_missed_total", "Gateways that did not confirm in time")?,
+            )?,
+            publish_failures: register(
+                &registry,
+                IntCounter::new("wgkex_broker_publish_failures_total", "Keys that MQTT did not acknowledge in time")?,
+            )?,
+            messages_ignored: counter(
+                "wgkex_broker_mqtt_messages_ignored_total",
+                "MQTT messages that mean nothing",
+                &["reason"],
+            )?,
+            mqtt_connected: register(
+                &registry,
+                IntGauge::new("wgkex_broker_mqtt_connected", "1 while MQTT is connected")?,
+            )?,
+            gateways: register(
+                &registry,
+                IntGaugeVec::new(Opts::new("wgkex_broker_gateways", "Gateways by state"), &["state"])?,
+            )?,
+            registry,
+        };
+        metrics.begin();
+        Ok(metrics)
+    }
+
+    fn begin(&self) {
+        for api in APIS {
+            self.keys_accepted.with_label_values(&[api]);
+            for reason in Refusal::REASONS {
+                self.keys_refused.with_label_values(&[api, reason]);
+            }
+        }
+        for reason in IGNORED {
+            self.messages_ignored.with_label_values(&[reason]);
+        }
+        self.set_gateways(&[]);
+    }
+
+    /// Takes over how many gateways are in which state.
+    pub fn set_gateways(&self, gateways: &[Overview]) {
+        let online = gateways.iter().filter(|gateway| gateway.online).count();
+        for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
+            self.gateways.with_label_values(&[state]).set(i64::try_from(number).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn text(&self) -> Result<Vec<u8>, prometheus::Error> {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: C) -> Result<C, prometheus::Error> {
+    registry.register(Box::new(collector.clone()))?;
+    Ok(collector)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_is_there_from_the_start() {
+        let text = String::from_utf8(Metrics::new().unwrap().text().unwrap()).unwrap();
+        for line in [
+            r#"wgkex_broker_keys_accepted_total{api="v2"} 0"#,
+            r#"wgkex_broker_keys_refused_total{api="v1",reason="not_confirmed"} 0"#,
+            r#"wgkex_broker_gateways{state="online"} 0"#,
+            "wgkex_broker_confirmation_seconds_count 0",
+            "wgkex_broker_publish_failures_total 0",
+            "wgkex_broker_mqtt_connected 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+        }
+    }
+}
