@@ -6,5 +6,6 @@ pub mod ledger;
 pub mod metrics;
 pub mod plan;
 pub mod schedule;
+pub mod setup;
 #[cfg(test)]
 mod testing;

@@ -1,0 +1,290 @@
+//! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and takes them down. The worker serves what
+//! stands here.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
+
+use netlink_packet_route::link::InfoKind;
+use tracing::info;
+use wgkex_common::config::Setup;
+use wgkex_common::{Domain, KeyError, PublicKey};
+use wireguard_control::{Backend, Key};
+
+use self::key_file::KeyFileError;
+use self::links::{Link, Links};
+use self::plan::{Found, Step, VXLAN_ADDRESS, Vxlan, Wanted, Wireguard, differences};
+
+mod key_file;
+mod links;
+mod plan;
+mod wireguard;
+
+/// Whose WireGuard a new interface gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// The kernel's; where it has none, wireguard-go.
+    Kernel,
+    /// wireguard-go, whatever the kernel has.
+    Userspace,
+}
+
+/// What stood in the way. Each is one line that names the interface or the file.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// This process may not change interfaces.
+    #[error("{0}: CAP_NET_ADMIN is missing: run as root or with this capability")]
+    Capability(String),
+    /// IPv6 is off, so there is no link-local address.
+    #[error("{0}: IPv6 is off for this interface: it needs net.ipv6.conf.{0}.disable_ipv6 = 0")]
+    Ipv6(String),
+    /// Somebody else's interface has the name.
+    #[error("{interface} is {kind} and not {wanted}: left as it is")]
+    OtherKind {
+        /// Its name.
+        interface: String,
+        /// What it is.
+        kind: String,
+        /// What was looked for.
+        wanted: &'static str,
+    },
+    /// A VXLAN interface that would have to be made anew.
+    #[error("{interface} has {unfit}: left as it is; `wgkex-worker setup --remove` first, then it is made anew")]
+    Unfit {
+        /// Its name.
+        interface: String,
+        /// What is not as the config says.
+        unfit: String,
+    },
+    /// Neither the kernel nor a program gives WireGuard.
+    #[error("{0}: the kernel has no WireGuard and there is no wireguard-go: apt-get install wireguard-go")]
+    NoWireguard(String),
+    /// The control socket belongs to an interface of another network namespace.
+    #[error("{0}: a userspace WireGuard of this name runs in another network namespace (it listens at {1})")]
+    Elsewhere(String, PathBuf),
+    /// The key file could not be used.
+    #[error("{0}: {1}")]
+    KeyFile(String, KeyFileError),
+    /// The key in the file belongs to no usable public key.
+    #[error("{0}: {1}")]
+    Key(String, KeyError),
+    /// The kernel, or the userspace WireGuard, answered with an error.
+    #[error("{interface}: {action}: {source}")]
+    Refused {
+        /// Its name.
+        interface: String,
+        /// What was asked.
+        action: String,
+        /// The answer.
+        source: io::Error,
+    },
+}
+
+/// Makes the interfaces of each domain, or completes them. What is there already stays, its peers included; only
+/// what differs is set. Nothing is changed as long as one of the domains cannot be set up as the config says.
+pub async fn setup(domains: &BTreeMap<Domain, Setup>, flavour: Flavour) -> Result<(), Error> {
+    let links = open(domains)?;
+    let mut plans = Vec::new();
+    for (domain, setup) in domains {
+        let site = Site { links: &links, domain, flavour };
+        let (key, steps) = site.plan(setup).await?;
+        plans.push((site, key, steps));
+    }
+    for (site, key, steps) in plans {
+        for step in &steps {
+            site.apply(*step, &key).await?;
+            info!(interface = site.name_for(*step), %step, "interface changed");
+        }
+        info!(domain = %site.domain, changes = steps.len(), "domain is set up");
+    }
+    Ok(())
+}
+
+/// Deletes the interfaces of each domain. What is gone already is no error; the key files stay. Nothing is
+/// deleted as long as one of the names belongs to an interface of another kind.
+pub async fn remove(domains: &BTreeMap<Domain, Setup>) -> Result<(), Error> {
+    let links = open(domains)?;
+    let mut doomed = Vec::new();
+    for domain in domains.keys() {
+        let site = Site { links: &links, domain, flavour: Flavour::Kernel };
+        doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
+        doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
+    }
+    for (interface, backend) in doomed {
+        links.delete(&interface).await.map_err(|error| refused(&interface, "delete it", error))?;
+        if backend == Some(Backend::Userspace) {
+            wireguard::ended(&interface).await.map_err(|error| refused(&interface, "end wireguard-go", error))?;
+        }
+        info!(interface, "interface deleted");
+    }
+    Ok(())
+}
+
+fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
+    let first = domains.keys().next().map(Domain::wireguard).unwrap_or_default();
+    if !may_administer() {
+        return Err(Error::Capability(first));
+    }
+    Links::open().map_err(|error| refused(&first, "open netlink", error))
+}
+
+/// Whether this thread has `CAP_NET_ADMIN` (bit 12, linux/capability.h); true where /proc does not tell.
+fn may_administer() -> bool {
+    let Ok(status) = fs::read_to_string("/proc/thread-self/status") else { return true };
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    effective.is_none_or(|bits| bits & 1 << 12 != 0)
+}
+
+/// A domain on this machine.
+struct Site<'a> {
+    links: &'a Links,
+    domain: &'a Domain,
+    flavour: Flavour,
+}
+
+impl Site<'_> {
+    async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<Step>), Error> {
+        let (found, current) = self.find().await?;
+        let interface = self.domain.wireguard();
+        let key = key_file::load_or_make(&setup.key_file, current.as_ref())
+            .map_err(|error| Error::KeyFile(interface.clone(), error))?;
+        let wanted = Wanted {
+            public_key: PublicKey::from_bytes(key.get_public().0).map_err(|error| Error::Key(interface, error))?,
+            listen_port: setup.listen_port,
+            vxlan_id: setup.vxlan_id,
+            vxlan_port: setup.vxlan_port,
+        };
+        let steps = differences(&found, &wanted)
+            .map_err(|unfit| Error::Unfit { interface: self.domain.vxlan(), unfit: unfit.0 })?;
+        Ok((key, steps))
+    }
+
+    /// What stands, and the private key of `wg-REST` if it has one.
+    async fn find(&self) -> Result<(Found, Option<Key>), Error> {
+        let mut found = Found::default();
+        let mut current = None;
+        let wireguard = self.wireguard().await?;
+        let index = wireguard.as_ref().map(|(link, _)| link.index);
+        if let Some((link, backend)) = wireguard {
+            let name = self.domain.wireguard();
+            let device = wireguard::get(&name, backend).await.map_err(|error| refused(&name, "read it", error))?;
+            current = device.private_key.filter(|key| *key != Key::zero());
+            found.wireguard = Some(Wireguard {
+                public_key: device.public_key.and_then(|key| PublicKey::from_bytes(key.0).ok()),
+                listen_port: device.listen_port.unwrap_or(0),
+                addresses: link.addresses,
+                auto_address: link.auto_address,
+                up: link.up,
+            });
+        }
+        if let Some(link) = self.vxlan().await? {
+            found.vxlan = Some(Vxlan { shape: link.shape(index), addresses: link.addresses, up: link.up });
+        }
+        Ok((found, current))
+    }
+
+    /// `wg-REST`, if it is there.
+    async fn wireguard(&self) -> Result<Option<(Link, Backend)>, Error> {
+        let name = self.domain.wireguard();
+        let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
+        match link {
+            Some(link) if link.kind == Some(InfoKind::Wireguard) => Ok(Some((link, Backend::Kernel))),
+            Some(link) if link.kind == Some(InfoKind::Tun) && wireguard::listens(&name) => {
+                Ok(Some((link, Backend::Userspace)))
+            }
+            Some(link) => Err(other_kind(name, &link, "a WireGuard interface")),
+            None => Ok(None),
+        }
+    }
+
+    /// `vx-REST`, if it is there.
+    async fn vxlan(&self) -> Result<Option<Link>, Error> {
+        let name = self.domain.vxlan();
+        let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
+        match link {
+            Some(link) if link.kind != Some(InfoKind::Vxlan) => Err(other_kind(name, &link, "a VXLAN interface")),
+            link => Ok(link),
+        }
+    }
+
+    async fn apply(&self, step: Step, key: &Key) -> Result<(), Error> {
+        let (links, wg, vx) = (self.links, &self.domain.wireguard(), &self.domain.vxlan());
+        let done = match step {
+            Step::AddWireguard => return self.add_wireguard(wg).await,
+            Step::NoAutoAddress => links.no_auto_address(wg).await,
+            Step::SetKey => wireguard::set_key(wg, self.backend().await?, key.clone()).await,
+            Step::SetPort(port) => wireguard::set_port(wg, self.backend().await?, port).await,
+            Step::AddAddress(address) => links.add_address(wg, address, 128).await,
+            Step::UpWireguard => links.up(wg).await,
+            Step::AddVxlan { id, port, local } => links.add_vxlan(vx, id, port, local, wg).await,
+            Step::AddVxlanAddress => links.add_address(vx, VXLAN_ADDRESS, 64).await,
+            Step::UpVxlan => links.up(vx).await,
+        };
+        done.map_err(|error| refused_step(&self.name_for(step), step, error))
+    }
+
+    async fn add_wireguard(&self, interface: &str) -> Result<(), Error> {
+        if self.flavour == Flavour::Kernel {
+            match self.links.add_wireguard(interface).await {
+                Err(error) if error.kind() == ErrorKind::Unsupported => {}
+                made => return made.map_err(|error| refused_step(interface, Step::AddWireguard, error)),
+            }
+        }
+        if wireguard::listens(interface) {
+            return Err(Error::Elsewhere(interface.into(), wireguard::socket(interface)));
+        }
+        let started = wireguard::start_userspace(interface).await;
+        started.map_err(|error| {
+            if error.kind() == ErrorKind::NotFound {
+                Error::NoWireguard(interface.into())
+            } else {
+                refused_step(interface, Step::AddWireguard, error)
+            }
+        })
+    }
+
+    async fn backend(&self) -> Result<Backend, Error> {
+        let missing = || refused(&self.domain.wireguard(), "look it up", ErrorKind::NotFound.into());
+        Ok(self.wireguard().await?.ok_or_else(missing)?.1)
+    }
+
+    fn name_for(&self, step: Step) -> String {
+        match step {
+            Step::AddVxlan { .. } | Step::AddVxlanAddress | Step::UpVxlan => self.domain.vxlan(),
+            Step::AddWireguard
+            | Step::NoAutoAddress
+            | Step::SetKey
+            | Step::SetPort(_)
+            | Step::AddAddress(_)
+            | Step::UpWireguard => self.domain.wireguard(),
+        }
+    }
+}
+
+fn other_kind(interface: String, link: &Link, wanted: &'static str) -> Error {
+    let kind = match &link.kind {
+        Some(InfoKind::Tun) => "a TUN device without a WireGuard behind it".into(),
+        Some(kind) => format!("of kind {kind}"),
+        None => "a device of no kind".into(),
+    };
+    Error::OtherKind { interface, kind, wanted }
+}
+
+fn refused_step(interface: &str, step: Step, error: io::Error) -> Error {
+    // The kernel's answers where IPv6 is off for the interface, and where it is off altogether.
+    let ipv6_is_off = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
+        && matches!(step, Step::NoAutoAddress | Step::AddAddress(_) | Step::AddVxlanAddress)
+        && error.raw_os_error() != Some(EPERM);
+    if ipv6_is_off { Error::Ipv6(interface.into()) } else { refused(interface, &step.to_string(), error) }
+}
+
+const EPERM: i32 = 1;
+
+fn refused(interface: &str, action: &str, source: io::Error) -> Error {
+    if source.raw_os_error() == Some(EPERM) {
+        return Error::Capability(interface.into());
+    }
+    Error::Refused { interface: interface.into(), action: action.into(), source }
+}

@@ -1,0 +1,182 @@
+//! Interfaces by rtnetlink: look one up, make it, change it, delete it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+
+use futures_util::TryStreamExt as _;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
+};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
+
+use super::plan::Shape;
+
+/// The interfaces of the network namespace in which it was opened.
+pub struct Links(Handle);
+
+/// An interface as rtnetlink tells it.
+pub struct Link {
+    /// Its index.
+    pub index: u32,
+    /// What made it; `None` for physical ones.
+    pub kind: Option<InfoKind>,
+    /// Whether the kernel gives it a link-local address when it comes up.
+    pub auto_address: bool,
+    /// Whether it is set up.
+    pub up: bool,
+    /// Its IPv6 addresses.
+    pub addresses: BTreeSet<Ipv6Addr>,
+    vxlan: Vec<InfoVxlan>,
+}
+
+impl Links {
+    /// Opens a netlink socket. Must be called within a tokio runtime.
+    pub fn open() -> io::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self(handle))
+    }
+
+    /// The interface of that name, if there is one.
+    pub async fn find(&self, name: &str) -> io::Result<Option<Link>> {
+        const ENODEV: i32 = 19;
+        match self.0.link().get().match_name(name).execute().try_next().await.map_err(plain) {
+            Ok(Some(message)) => {
+                let addresses = self.addresses(message.header.index).await?;
+                Ok(Some(Link::new(&message, addresses)))
+            }
+            Ok(None) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn addresses(&self, index: u32) -> io::Result<BTreeSet<Ipv6Addr>> {
+        let mut request = self.0.address().get().set_link_index_filter(index);
+        request.message_mut().header.family = AddressFamily::Inet6;
+        let messages: Vec<_> = request.execute().try_collect().await.map_err(plain)?;
+        let attributes = messages.into_iter().flat_map(|message| message.attributes);
+        Ok(attributes.filter_map(|attribute| ipv6_address(&attribute)).collect())
+    }
+
+    /// Makes an interface of the kernel's WireGuard.
+    pub async fn add_wireguard(&self, name: &str) -> io::Result<()> {
+        self.0.link().add(LinkWireguard::new(name).build()).execute().await.map_err(plain)
+    }
+
+    /// Makes a VXLAN interface over the interface `under`.
+    pub async fn add_vxlan(&self, name: &str, id: u32, port: u16, local: Ipv6Addr, under: &str) -> io::Result<()> {
+        let under = self.index(under).await?;
+        let message = LinkVxlan::new(name, id).port(port).local6(local).dev(under).build();
+        self.0.link().add(message).execute().await.map_err(plain)
+    }
+
+    /// Keeps the kernel from giving the interface addresses of its own.
+    pub async fn no_auto_address(&self, name: &str) -> io::Result<()> {
+        let mode = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        let message = LinkUnspec::new_with_name(name);
+        self.change(message.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![mode]))).await
+    }
+
+    /// Sets the interface up.
+    pub async fn up(&self, name: &str) -> io::Result<()> {
+        self.change(LinkUnspec::new_with_name(name).up()).await
+    }
+
+    async fn change(&self, message: LinkMessageBuilder<LinkUnspec>) -> io::Result<()> {
+        self.0.link().change(message.build()).execute().await.map_err(plain)
+    }
+
+    /// Gives the interface an address.
+    pub async fn add_address(&self, name: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+        let index = self.index(name).await?;
+        self.0.address().add(index, address.into(), prefix).execute().await.map_err(plain)
+    }
+
+    /// Deletes the interface; what is gone already is no error.
+    pub async fn delete(&self, name: &str) -> io::Result<()> {
+        match self.find(name).await? {
+            Some(link) => self.0.link().del(link.index).execute().await.map_err(plain),
+            None => Ok(()),
+        }
+    }
+
+    async fn index(&self, name: &str) -> io::Result<u32> {
+        let link = self.find(name).await?;
+        link.map(|link| link.index).ok_or_else(|| io::Error::other(format!("{name} is missing")))
+    }
+}
+
+impl Link {
+    fn new(message: &LinkMessage, addresses: BTreeSet<Ipv6Addr>) -> Self {
+        let mut link = Self {
+            index: message.header.index,
+            kind: None,
+            auto_address: false,
+            up: message.header.flags.contains(LinkFlags::Up),
+            addresses,
+            vxlan: Vec::new(),
+        };
+        for attribute in &message.attributes {
+            if let LinkAttribute::LinkInfo(infos) = attribute {
+                link.learn_kind(infos);
+            } else if let LinkAttribute::AfSpecUnspec(specs) = attribute {
+                link.auto_address = specs.iter().any(gives_addresses);
+            }
+        }
+        link
+    }
+
+    fn learn_kind(&mut self, infos: &[LinkInfo]) {
+        for info in infos {
+            if let LinkInfo::Kind(kind) = info {
+                self.kind = Some(kind.clone());
+            } else if let LinkInfo::Data(InfoData::Vxlan(vxlan)) = info {
+                self.vxlan.clone_from(vxlan);
+            }
+        }
+    }
+
+    /// What a VXLAN interface is like, seen from the interface of index `wireguard`.
+    pub fn shape(&self, wireguard: Option<u32>) -> Shape {
+        let mut shape = Shape { id: 0, port: 0, local: None, over_wireguard: false };
+        for info in &self.vxlan {
+            if let InfoVxlan::Id(id) = info {
+                shape.id = *id;
+            } else if let InfoVxlan::Port(port) = info {
+                shape.port = *port;
+            } else if let InfoVxlan::Local(local) = info {
+                shape.local = Some((*local).into());
+            } else if let InfoVxlan::Local6(local) = info {
+                shape.local = Some((*local).into());
+            } else if let InfoVxlan::Link(under) = info {
+                shape.over_wireguard = Some(*under) == wireguard;
+            }
+        }
+        shape
+    }
+}
+
+fn ipv6_address(attribute: &AddressAttribute) -> Option<Ipv6Addr> {
+    if let AddressAttribute::Address(IpAddr::V6(address)) = attribute { Some(*address) } else { None }
+}
+
+fn gives_addresses(spec: &AfSpecUnspec) -> bool {
+    let AfSpecUnspec::Inet6(attributes) = spec else { return false };
+    attributes
+        .iter()
+        .any(|attribute| matches!(attribute, AfSpecInet6::AddrGenMode(mode) if *mode != In6AddrGenMode::None))
+}
+
+/// The error number that came over netlink, as the standard library has it.
+fn plain(error: rtnetlink::Error) -> io::Error {
+    if let rtnetlink::Error::NetlinkError(answer) = error {
+        answer.to_io()
+    } else {
+        io::Error::other(error.to_string())
+    }
+}
