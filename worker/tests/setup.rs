@@ -176,6 +176,8 @@ async fn taken_port(place: &Place) {
     let refusal = place.setup().await.unwrap_err().to_string();
     assert!(refusal.starts_with("wg-welt: ") && refusal.contains("Address already in use"), "{refusal}");
     drop(taken);
+    // Another test's child has the socket too until it becomes another program.
+    wait_until("the port stays taken", || UdpSocket::bind("[::]:40011").is_ok());
     makes(place).await;
 }
 
@@ -261,14 +263,17 @@ fn add_peer() {
 
 /// All of both interfaces that a repeat must leave as it is: indexes, addresses, configuration, peers.
 fn state() -> String {
-    // A new address is tentative for a second.
-    let until = Instant::now() + Duration::from_secs(10);
-    while !run("ip -6 addr show tentative").is_empty() {
-        assert!(Instant::now() < until, "an address stays tentative");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_until("an address stays tentative", || run("ip -6 addr show tentative").is_empty());
     let addresses = run("ip -o -6 addr show | sort -k 4");
     run("wg showconf wg-welt") + &run("ip -d link show wg-welt") + &run("ip -d link show vx-welt") + &addresses
+}
+
+fn wait_until(failure: &str, condition: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < until, "{failure}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn addresses(interface: &str) -> Vec<String> {
