@@ -7,6 +7,7 @@ mod key;
 pub mod log;
 pub mod message;
 pub mod mqtt;
+pub mod process;
 mod topic;
 
 pub use config::Config;

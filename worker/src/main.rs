@@ -7,10 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
-use tracing::{error, warn};
-use wgkex_common::config::Level;
-use wgkex_common::{Config, log};
+use wgkex_common::{Config, process};
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::setup::{self, Flavour};
 
@@ -39,23 +36,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let config = match Config::load() {
-        Ok(config) => config,
-        Err(wrong) => {
-            log::init(Level::INFO);
-            wrong.lines().iter().for_each(|line| error!("{line}"));
-            return ExitCode::FAILURE;
-        }
-    };
-    log::init(config.log_level);
-    config.warnings.iter().for_each(|line| warn!("{line}"));
-    match try_main(args, config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    process::config().map_or(ExitCode::FAILURE, |config| process::exit(try_main(args, config)))
 }
 
 fn try_main(args: Args, config: Config) -> anyhow::Result<()> {
@@ -78,13 +59,5 @@ fn try_main(args: Args, config: Config) -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     capability::check(&std::fs::read_to_string("/proc/self/status")?)?;
     let kernel = Netlink::open().context("netlink")?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let stop = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    wgkex_worker::run(config, kernel, stop).await
+    wgkex_worker::run(config, kernel, process::stop()?).await
 }
