@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use wgkex_common::Domain;
+use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
 
 use crate::exchange::{Ask, Exchange, Refusal};
@@ -25,6 +26,8 @@ const BODY_MAX: usize = 4096;
 const BODY_DRAIN: usize = 1 << 20;
 /// How long the head, and then the body, of a request may take.
 const REQUEST: Duration = Duration::from_secs(5);
+/// How long a connection may be idle between two requests.
+const IDLE: Duration = Duration::from_secs(75);
 /// Seconds after which a router may ask again. Routers try every minute anyway.
 const RETRY_SECONDS: u32 = 10;
 
@@ -44,8 +47,8 @@ pub struct App {
     pub metrics: Metrics,
 }
 
-/// The HTTP server on `listener`; it runs when awaited.
-pub fn server(listener: TcpListener, app: App) -> std::io::Result<Server> {
+/// The HTTP server on `listener`; it runs when awaited. When it is stopped, requests under way have `drain` to end.
+pub fn server(listener: TcpListener, app: App, drain: Duration) -> std::io::Result<Server> {
     let server = HttpServer::new(move || {
         let metrics = app.metrics.clone();
         actix_web::App::new().configure(routes(&app)).wrap_fn(move |request, service| {
@@ -59,8 +62,8 @@ pub fn server(listener: TcpListener, app: App) -> std::io::Result<Server> {
             }
         })
     });
-    let server = server.disable_signals().shutdown_timeout(1).client_request_timeout(REQUEST).keep_alive(REQUEST * 15);
-    Ok(server.listen(listener)?.run())
+    let server = server.disable_signals().shutdown_timeout(drain.as_secs() + 1);
+    Ok(server.client_request_timeout(REQUEST).keep_alive(IDLE).listen(listener)?.run())
 }
 
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
@@ -186,9 +189,9 @@ struct Endpoint {
     public_key: String,
 }
 
-impl From<wgkex_common::message::WorkerData> for Answer {
-    fn from(data: wgkex_common::message::WorkerData) -> Self {
-        let wgkex_common::message::WorkerData { external_address, port, public_key, link_address } = data;
+impl From<WorkerData> for Answer {
+    fn from(data: WorkerData) -> Self {
+        let WorkerData { external_address, port, public_key, link_address } = data;
         Self {
             endpoint: Endpoint {
                 address: external_address,

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::Config;
 use wgkex_common::config::{Listen, Server};
@@ -32,6 +32,8 @@ use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often the embedded MQTT server is looked for while it starts.
+const PROBE: Duration = Duration::from_millis(10);
 
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
@@ -45,25 +47,31 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (over, mut stopped) = watch::channel(false);
 
     let embedded = serve_embedded(&config.mqtt.server);
-    let session = tokio::spawn(session.run(hand_on, async move {
+    let server_is_up = embedded_listens(config.mqtt.server.clone());
+    let session = tokio::spawn(async move {
+        server_is_up.await;
         // A sender that is gone means that it is over, too.
-        let _ = stopped.wait_for(|over| *over).await;
-    }));
+        session.run(hand_on, async move { _ = stopped.wait_for(|over| *over).await }).await;
+    });
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app = App { domains: config.domains.clone(), exchange, link: bus.link(), metrics };
-    let server = http::server(listener, app)?;
+    let server = http::server(listener, app, config.confirm.budget)?;
     let handle = server.handle();
-    info!(version = env!("CARGO_PKG_VERSION"), broker = config.name, broker_listen = %config.broker_listen, "broker started");
+    let mut server = tokio::spawn(server);
+    let Config { name: broker, broker_listen, .. } = &config;
+    info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
     let result = tokio::select! {
         error = embedded => Err(error),
-        served = server => served.context("HTTP"),
+        served = &mut server => served.context("HTTP")?.context("HTTP"),
         () = stop => Ok(()),
     };
     info!("broker stops");
+    // Requests under way still need the bus.
+    handle.stop(true).await;
     let _ = timeout(FAREWELL, bus.publish(mqtt::status(&config.name, "0"))).await;
     over.send_replace(true);
-    let _ = timeout(FAREWELL, async { tokio::join!(session, handle.stop(true)) }).await;
+    let _ = timeout(FAREWELL, session).await;
     result
 }
 
@@ -81,5 +89,14 @@ async fn serve_embedded(server: &Server) -> anyhow::Error {
     match server {
         Server::Embedded(listen) => embedded::serve(*listen).await,
         Server::External { .. } => pending().await,
+    }
+}
+
+/// Returns when this broker's own MQTT server can be connected to, so that no attempt fails before that.
+async fn embedded_listens(server: Server) {
+    if let Server::Embedded(listen) = server {
+        while tokio::net::TcpStream::connect(listen).await.is_err() {
+            sleep(PROBE).await;
+        }
     }
 }

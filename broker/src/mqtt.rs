@@ -56,12 +56,17 @@ fn hear(gateways: &Mutex<Gateways>, waiters: &Waiters, publish: &Publish) -> Res
         return Ok(());
     }
     let mut gateways = gateways.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = gateways.is_online(&topic);
+    let (was_online, was_complete) = (gateways.is_online(&topic), gateways.complete());
     gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
-    if let (Topic::WorkerStatus { worker }, after) = (&topic, gateways.is_online(&topic))
-        && after != before
+    let (online, complete) = (gateways.is_online(&topic), gateways.complete());
+    drop(gateways);
+    if let Topic::WorkerStatus { worker } = &topic
+        && online != was_online
     {
-        info!(worker, online = after, "gateway");
+        info!(worker, online, "gateway");
+    }
+    if complete && !was_complete {
+        info!("ready: all retained states are heard");
     }
     Ok(())
 }

@@ -84,7 +84,7 @@ pub enum Event {
     Up,
     /// A message on one of the filters.
     Message(Publish),
-    /// The connection is lost.
+    /// The connection is lost, or an attempt to connect failed.
     Down,
 }
 
@@ -261,9 +261,7 @@ impl Session {
         if let (Link::Down(reason), true) = (&now, now != before) {
             warn!(reason, "MQTT not connected");
         }
-        if before == Link::Up {
-            hand_on(Event::Down);
-        }
+        hand_on(Event::Down);
     }
 
     /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and
