@@ -269,7 +269,8 @@ fn output(command: &str, input: &str) -> (bool, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{command}: {error}"));
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    // A command that fails before it has read all says why.
+    drop(child.stdin.take().unwrap().write_all(input.as_bytes()));
     let output = child.wait_with_output().unwrap();
     let text = if output.status.success() { output.stdout } else { output.stderr };
     (output.status.success(), String::from_utf8(text).unwrap())
