@@ -1,1 +1,40 @@
-//! x
+//! The system as a whole, from outside: the real programs, a real MQTT server, and scripts that play the parts of
+//! programs that already exist. The tests themselves are in `tests/`.
+#![expect(clippy::missing_panics_doc, reason = "a helper that finds something wrong fails the test that uses it")]
+
+use std::time::{Duration, Instant};
+
+pub mod gateway;
+pub mod http;
+pub mod probe;
+pub mod process;
+pub mod stack;
+
+/// How long a test waits for what must happen; long enough for a machine that is busy with other things.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`.
+pub fn wait_until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(begun.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The `n`th key of a test: valid, and of no other number.
+#[must_use]
+pub fn key(n: u32) -> String {
+    let mut bytes = [0x42; 32];
+    bytes[..4].copy_from_slice(&n.to_be_bytes());
+    wgkex_common::PublicKey::from_bytes(bytes).expect("a valid key").to_string()
+}
+
+/// What this machine's programs are called on the bus.
+#[must_use]
+pub fn host_name() -> String {
+    nix::unistd::gethostname().expect("a host name").to_string_lossy().into_owned()
+}

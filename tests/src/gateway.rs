@@ -1,0 +1,284 @@
+//! A lab for the programs with a real kernel: hosts in namespaces of their own on this machine, with real WireGuard
+//! interfaces in them, and the C tools as witnesses. Needs root. Everything in a host ends with it.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use wgkex_common::PublicKey;
+
+use crate::http::{Http, Response, ask};
+use crate::process::{Process, binary};
+
+/// What every host's config begins with: two domains, `wg-a` on port 51820 and `wg-b` on 51821.
+const CONFIG: &str = "\
+domains: [test_a, test_b]
+domain_prefixes: [test_]
+broker_listen: {host: 0.0.0.0, port: 5000}
+setup: {key_dir: /run/wgkex}
+";
+
+/// The first process of a host: its own /run (the config, the keys, the control sockets of a userspace WireGuard),
+/// its own name, and its process id as others see it.
+const HOLD: &str = r#"mount -t tmpfs -o mode=755 none /run && mkdir /run/wireguard /run/wgkex && hostname "$0" &&
+    ip link set lo up && read -r pid _ </proc/self/stat && echo "host $pid" && exec sleep infinity"#;
+
+/// Whose WireGuard a host's interfaces have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// wireguard-go, on any kernel.
+    Userspace,
+    /// The kernel's, which must have it.
+    Kernel,
+}
+
+/// A host: network, mounts, host name and processes of its own.
+#[derive(Debug)]
+pub struct Host {
+    name: String,
+    pid: u32,
+    lane: Lane,
+    _holder: Process,
+}
+
+/// What the C tools show of a domain, line by line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tables {
+    /// `wg show allowed-ips`.
+    pub peers: BTreeSet<String>,
+    /// `ip -6 route`, protocol static.
+    pub routes: BTreeSet<String>,
+    /// `bridge fdb`, the all-zeros entries.
+    pub fdb: BTreeSet<String>,
+    interface: String,
+}
+
+impl Host {
+    /// A host of this name, with nothing but a loopback interface. Its processes die with the thread that makes it.
+    #[must_use]
+    pub fn new(name: &str, lane: Lane) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "this test needs root");
+        let mut hold = Command::new("setpriv");
+        hold.args(["--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"]);
+        let holder = Process::start(name, hold.args(["sh", "-c", HOLD, name]));
+        let line = holder.wait_for_log("host ");
+        let pid = line.trim_start_matches("host ").parse().expect("a process id");
+        let host = Self { name: name.into(), pid, lane, _holder: holder };
+        if lane == Lane::Kernel {
+            host.run("ip link add probe type wireguard && ip link del probe");
+        }
+        host.configure("");
+        host
+    }
+
+    /// Its name, and so that of its worker.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where one of its files is to be found from outside. Only what is below `/run` is its own.
+    #[must_use]
+    pub fn path(&self, inside: &str) -> PathBuf {
+        format!("/proc/{}/root{inside}", self.pid).into()
+    }
+
+    /// Writes the config of its programs: the domains, and what `more` says.
+    pub fn configure(&self, more: &str) {
+        fs::write(self.path("/run/wgkex.yaml"), format!("{CONFIG}{more}")).expect("write the config");
+    }
+
+    /// Lays a cable to `other`; returns the addresses at this end and at the other.
+    pub fn connect(&self, other: &Self, network: u8) -> (Ipv4Addr, Ipv4Addr) {
+        let (here, there) = (Ipv4Addr::new(198, 18, network, 1), Ipv4Addr::new(198, 18, network, 2));
+        let cable = format!("cable{network}");
+        // The process id means something only to who sees all processes.
+        let add = format!("ip link add {cable} type veth peer name {cable} netns {}", other.pid);
+        succeed(&add, self.enter_by_command().args(["sh", "-c", &add]));
+        for (host, address) in [(self, here), (other, there)] {
+            host.run(&format!("ip addr add {address}/24 dev {cable} && ip link set {cable} up"));
+        }
+        (here, there)
+    }
+
+    /// Runs a shell command in it, which must succeed; returns what it says, without the last newline.
+    pub fn run(&self, command: &str) -> String {
+        succeed(command, self.shell(command).env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml"))
+    }
+
+    /// Runs a shell command in it, come what may.
+    pub fn try_run(&self, command: &str) -> Output {
+        self.shell(command).output().expect("nsenter runs")
+    }
+
+    /// A shell whose children stay in the host when they go to the background.
+    fn shell(&self, command: &str) -> Command {
+        let mut shell = self.enter_by_command();
+        shell.args(["--pid", "sh", "-c", command]);
+        shell
+    }
+
+    fn enter_by_command(&self) -> Command {
+        let mut enter = Command::new("nsenter");
+        enter.args(["--target", &self.pid.to_string(), "--net", "--mount", "--uts"]);
+        enter
+    }
+
+    /// Makes the interfaces of both domains, by `wgkex-worker setup`.
+    pub fn setup(&self) {
+        let userspace = if self.lane == Lane::Userspace { " --userspace" } else { "" };
+        self.run(&format!("{} setup{userspace}", binary("wgkex-worker").display()));
+        let kind = if self.lane == Lane::Userspace { "tun" } else { "wireguard" };
+        assert!(self.run("ip -d link show wg-a").contains(kind), "wg-a is a {kind} interface");
+    }
+
+    /// Takes the interfaces down again, by `wgkex-worker setup --remove`.
+    pub fn remove(&self) {
+        self.run(&format!("{} setup --remove", binary("wgkex-worker").display()));
+    }
+
+    /// Starts a worker.
+    #[must_use]
+    pub fn start_worker(&self) -> Process {
+        self.start("worker", &binary("wgkex-worker"), &[], &[])
+    }
+
+    /// Starts a broker.
+    #[must_use]
+    pub fn start_broker(&self) -> Process {
+        self.start("broker", &binary("wgkex-broker"), &[], &[])
+    }
+
+    /// Starts Mosquitto on port 1883 of all addresses. What is retained does not outlive it.
+    #[must_use]
+    pub fn start_mosquitto(&self) -> Process {
+        let config = "listener 1883 0.0.0.0\nallow_anonymous true\npersistence false\nuser root\n";
+        fs::write(self.path("/run/mosquitto.conf"), config).expect("write Mosquitto's config");
+        let mosquitto =
+            self.start("mosquitto", Path::new("/usr/sbin/mosquitto"), &["-c", "/run/mosquitto.conf", "-v"], &[]);
+        mosquitto.wait_for_log(" running");
+        mosquitto
+    }
+
+    /// Starts a program in it; `privileges` are options of `setpriv` that take some away.
+    #[must_use]
+    pub fn start(&self, name: &str, program: &Path, args: &[&str], privileges: &[&str]) -> Process {
+        let mut command = self.enter_by_command();
+        command.args(["setpriv", "--pdeathsig", "KILL"]).args(privileges).arg("--").arg(program).args(args);
+        command.env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml");
+        Process::start(&format!("{}/{name}", self.name), &mut command)
+    }
+
+    /// Does `work` on a thread that is in the host; sockets it makes, and threads, are the host's for good.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                self.enter();
+                work()
+            });
+            inside.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+
+    fn enter(&self) {
+        unshare(CloneFlags::CLONE_FS).expect("a working directory of its own");
+        for (file, kind) in [("net", CloneFlags::CLONE_NEWNET), ("mnt", CloneFlags::CLONE_NEWNS)] {
+            let namespace = File::open(format!("/proc/{}/ns/{file}", self.pid)).expect("the namespace of a host");
+            setns(namespace, kind).unwrap_or_else(|error| panic!("enter {}: {error}", self.name));
+        }
+    }
+
+    /// POSTs a key of domain `test_a` as a router does, to the broker on this host. Version 1 or 2.
+    #[must_use]
+    pub fn post(&self, version: u8, key: &str) -> Response {
+        self.http(5000).expect("the broker listens").post(&path(version), &ask("test_a", key))
+    }
+
+    /// The same, with a client that takes any end; `None` if there was no answer.
+    #[must_use]
+    pub fn try_post(&self, version: u8, key: &str) -> Option<u16> {
+        let url = format!("http://127.0.0.1:5000{}", path(version));
+        let body = ask("test_a", key);
+        let status = self.try_run(&format!("curl -s -m 20 -o /dev/null -w '%{{http_code}}' -d '{body}' {url}"));
+        String::from_utf8_lossy(&status.stdout).parse().ok().filter(|status| *status != 0)
+    }
+
+    /// Asks a program on this host for a page.
+    #[must_use]
+    pub fn get(&self, port: u16, path: &str) -> Option<Response> {
+        Some(self.http(port).ok()?.get(path))
+    }
+
+    fn http(&self, port: u16) -> io::Result<Http> {
+        self.inside(|| Http::try_connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))))
+    }
+
+    /// What is in the kernel for domain `test_{rest}`, as the C tools say.
+    #[must_use]
+    pub fn tables(&self, rest: &str) -> Tables {
+        let command = format!(
+            "wg show wg-{rest} allowed-ips && echo -- && ip -6 route show proto static dev wg-{rest} && echo -- && \
+             bridge fdb show dev vx-{rest}"
+        );
+        let said = succeed(&command, self.enter_by_command().args(["sh", "-c", &command]));
+        let mut parts = said.split("--\n").map(|part| part.lines().map(|line| line.trim().to_owned()).collect());
+        let mut next = || -> BTreeSet<String> { parts.next().unwrap_or_default() };
+        let (peers, routes, mut fdb) = (next(), next(), next());
+        fdb.retain(|line| line.starts_with("00:00:00:00:00:00 "));
+        Tables { peers, routes, fdb, interface: format!("wg-{rest}") }
+    }
+
+    /// Everything that `wg` knows of the interface: keys, endpoints, handshakes, counters.
+    #[must_use]
+    pub fn wireguard(&self, interface: &str) -> BTreeSet<String> {
+        self.run(&format!("wg show {interface} dump")).lines().map(str::to_owned).collect()
+    }
+
+    /// One of the figures of `/metrics` on this port, if it is there.
+    #[must_use]
+    pub fn metric(&self, port: u16, series: &str) -> Option<String> {
+        let metrics = self.get(port, "/metrics")?;
+        metrics.body.lines().find_map(|line| Some(line.strip_prefix(series)?.trim().to_owned()))
+    }
+}
+
+impl Tables {
+    /// What of the three objects that a key means is not there.
+    #[must_use]
+    pub fn missing(&self, key: &str) -> Vec<String> {
+        let node = link_local(key);
+        let peer = format!("{key}\t{node}/128");
+        let route = format!("{node} metric 1024 pref medium");
+        let entry = format!("00:00:00:00:00:00 dst {node} via {} self permanent", self.interface);
+        let wanted = [(peer, &self.peers), (route, &self.routes), (entry, &self.fdb)];
+        wanted.into_iter().filter_map(|(line, table)| (!table.contains(&line)).then_some(line)).collect()
+    }
+
+    /// How many entries each table has: peers, routes, flood list.
+    #[must_use]
+    pub fn lengths(&self) -> [usize; 3] {
+        [self.peers.len(), self.routes.len(), self.fdb.len()]
+    }
+}
+
+/// The address that a key's node has.
+#[must_use]
+pub fn link_local(key: &str) -> String {
+    key.parse::<PublicKey>().expect("a key").link_local().to_string()
+}
+
+fn path(version: u8) -> String {
+    format!("/api/v{version}/wg/key/exchange")
+}
+
+fn succeed(said: &str, command: &mut Command) -> String {
+    let output = command.output().expect("nsenter runs");
+    assert!(output.status.success(), "{said}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text").trim_end_matches('\n').to_owned()
+}

@@ -1,0 +1,331 @@
+//! A client on the bus that says what a test tells it and remembers all it hears: a witness, or an actor who plays a
+//! worker or a broker.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, QoS, SubscribeFilter};
+use tokio::runtime;
+use tokio::sync::oneshot;
+
+use crate::DEADLINE;
+
+/// The largest packet: any there is.
+const PACKET_MAX: usize = 268_435_455;
+
+/// A message as it was heard, or is to be said.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Said {
+    /// Its topic.
+    pub topic: String,
+    /// Its payload.
+    pub payload: Vec<u8>,
+    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription.
+    pub qos: u8,
+    /// When heard: it was found on the bus. When said: it stays there.
+    pub retain: bool,
+}
+
+/// A message to say, or to compare with one that was heard.
+#[must_use]
+pub fn said(topic: impl Into<String>, payload: impl Into<Vec<u8>>, qos: u8, retain: bool) -> Said {
+    Said { topic: topic.into(), payload: payload.into(), qos, retain }
+}
+
+impl Said {
+    /// The payload, as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.payload).into_owned()
+    }
+}
+
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kept = if self.retain { " retained" } else { "" };
+        let start = self.payload.get(..200).unwrap_or(&self.payload);
+        write!(f, "{} = {:?} (QoS {}{kept})", self.topic, String::from_utf8_lossy(start), self.qos)
+    }
+}
+
+/// What an actor says when it hears a message.
+pub type Answer = Box<dyn FnMut(&Said) -> Vec<Said> + Send>;
+
+/// Who a probe is.
+pub struct Role {
+    id: String,
+    filters: Vec<String>,
+    will: Option<Said>,
+    credentials: Option<(String, String)>,
+    answer: Option<Answer>,
+}
+
+impl Role {
+    /// A client of this id that hears what matches one of `filters`.
+    #[must_use]
+    pub fn new(id: &str, filters: &[&str]) -> Self {
+        let filters = filters.iter().map(|&filter| filter.to_owned()).collect();
+        Self { id: id.into(), filters, will: None, credentials: None, answer: None }
+    }
+
+    /// With a last will.
+    #[must_use]
+    pub fn will(self, will: Said) -> Self {
+        Self { will: Some(will), ..self }
+    }
+
+    /// With user name and password.
+    #[must_use]
+    pub fn credentials(self, user: &str, password: &str) -> Self {
+        Self { credentials: Some((user.into(), password.into())), ..self }
+    }
+
+    /// Answers by itself, from the moment a message is heard.
+    #[must_use]
+    pub fn answer(self, answer: impl FnMut(&Said) -> Vec<Said> + Send + 'static) -> Self {
+        Self { answer: Some(Box::new(answer)), ..self }
+    }
+
+    fn options(&self, server: SocketAddr) -> MqttOptions {
+        let mut options = MqttOptions::new(&self.id, server.ip().to_string(), server.port());
+        options.set_max_packet_size(PACKET_MAX, PACKET_MAX).set_keep_alive(Duration::from_secs(30));
+        if let Some(will) = &self.will {
+            options.set_last_will(LastWill::new(&will.topic, will.payload.clone(), qos(will.qos), will.retain));
+        }
+        if let Some((user, password)) = &self.credentials {
+            options.set_credentials(user, password);
+        }
+        options
+    }
+}
+
+/// A client on the bus. It connects again by itself; dropping it disconnects, without a last will.
+pub struct Probe {
+    id: String,
+    client: AsyncClient,
+    shared: Arc<Shared>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    heard: Vec<Said>,
+    unread: VecDeque<Said>,
+    sessions: usize,
+    /// How many messages went to rumqttc, and how many of them it wrote.
+    handed_over: usize,
+    written: usize,
+    /// How many of them the server has to acknowledge, and how many of these it did.
+    to_acknowledge: usize,
+    acknowledged: usize,
+    closed: bool,
+}
+
+impl Probe {
+    /// A witness of everything on the bus.
+    #[must_use]
+    pub fn witness(server: SocketAddr) -> Self {
+        Self::connect(server, Role::new("witness", &["#"]))
+    }
+
+    /// Connects, and returns when all filters are subscribed.
+    #[must_use]
+    pub fn connect(server: SocketAddr, role: Role) -> Self {
+        let (client, eventloop) = AsyncClient::new(role.options(server), 100_000);
+        let shared = Arc::new(Shared::default());
+        let (stop, stopped) = oneshot::channel();
+        let id = role.id.clone();
+        let actor = Actor { client: client.clone(), role, shared: shared.clone() };
+        let thread = thread::spawn(move || {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            runtime.block_on(actor.run(eventloop, stopped));
+        });
+        let probe = Self { id, client, shared, stop: Some(stop), thread: Some(thread) };
+        probe.wait_for_session(1);
+        probe
+    }
+
+    /// Says something, and returns when the server has it.
+    pub fn say(&self, said: Said) {
+        self.say_all([said]);
+    }
+
+    /// Says all of this, and returns when the server has it.
+    pub fn say_all(&self, all: impl IntoIterator<Item = Said>) {
+        let mut state = self.shared.lock();
+        for said in all {
+            state.hand_over(&self.client, said);
+        }
+        let (handed_over, to_acknowledge) = (state.handed_over, state.to_acknowledge);
+        drop(state);
+        self.wait("the server takes what is said", |state| {
+            (state.written >= handed_over && state.acknowledged >= to_acknowledge).then_some(())
+        });
+    }
+
+    /// Everything heard so far.
+    #[must_use]
+    pub fn heard(&self) -> Vec<Said> {
+        self.shared.lock().heard.clone()
+    }
+
+    /// The next message that `wanted` takes; it will not be returned again. Others before it stay for later.
+    pub fn next(&self, what: &str, mut wanted: impl FnMut(&Said) -> bool) -> Said {
+        self.wait(what, |state| {
+            let place = state.unread.iter().position(&mut wanted)?;
+            state.unread.remove(place)
+        })
+    }
+
+    /// The next message on `topic`.
+    pub fn next_on(&self, topic: &str) -> Said {
+        self.next(&format!("a message on {topic}"), |said| said.topic == topic)
+    }
+
+    /// Waits until the probe has connected and subscribed `number` times.
+    pub fn wait_for_session(&self, number: usize) {
+        self.wait("connected and subscribed", |state| (state.sessions >= number).then_some(()));
+    }
+
+    /// How often it has connected and subscribed.
+    #[must_use]
+    pub fn sessions(&self) -> usize {
+        self.shared.lock().sessions
+    }
+
+    /// Goes without a word, so that the server publishes the last will.
+    pub fn die(mut self) {
+        self.stop = None;
+        self.join();
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // What made it panic is on the output already.
+            let _ = thread.join();
+        }
+    }
+
+    fn wait<T>(&self, what: &str, mut found: impl FnMut(&mut State) -> Option<T>) -> T {
+        let begun = Instant::now();
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(found) = found(&mut state) {
+                return found;
+            }
+            let left = DEADLINE.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                let (id, heard) = (&self.id, &state.heard);
+                let last = &heard[heard.len().saturating_sub(50)..];
+                panic!("{id}: {what}: not within {DEADLINE:?}; heard {} messages, the last: {last:#?}", heard.len());
+            }
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = self.client.try_disconnect();
+            let begun = Instant::now();
+            let mut state = self.shared.lock();
+            while !state.closed && begun.elapsed() < Duration::from_secs(2) {
+                let left = Duration::from_millis(100);
+                state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+            drop(state);
+            drop(stop);
+        }
+        self.join();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn hand_over(&mut self, client: &AsyncClient, said: Said) {
+        let Said { topic, payload, qos: level, retain } = said;
+        client.try_publish(topic, qos(level), retain, payload).expect("room for a message");
+        self.handed_over += 1;
+        self.to_acknowledge += usize::from(level > 0);
+    }
+}
+
+/// The side of a probe that runs by itself.
+struct Actor {
+    client: AsyncClient,
+    role: Role,
+    shared: Arc<Shared>,
+}
+
+impl Actor {
+    async fn run(mut self, mut eventloop: EventLoop, mut stopped: oneshot::Receiver<()>) {
+        loop {
+            let event = tokio::select! {
+                event = eventloop.poll() => event,
+                _ = &mut stopped => return,
+            };
+            match event {
+                Ok(rumqttc::Event::Incoming(incoming)) => self.incoming(incoming),
+                Ok(rumqttc::Event::Outgoing(outgoing)) => self.outgoing(&outgoing),
+                Err(_) if self.shared.lock().closed => return,
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+            self.shared.changed.notify_all();
+        }
+    }
+
+    #[expect(clippy::wildcard_enum_match_arm, reason = "a client hears only a few of the packets there are")]
+    fn incoming(&mut self, incoming: Incoming) {
+        match incoming {
+            Incoming::ConnAck(_) if self.role.filters.is_empty() => self.shared.lock().sessions += 1,
+            Incoming::ConnAck(_) => {
+                let filters = self.role.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), qos(1)));
+                self.client.try_subscribe_many(filters.collect::<Vec<_>>()).expect("room for a subscription");
+            }
+            Incoming::SubAck(_) => self.shared.lock().sessions += 1,
+            Incoming::PubAck(_) => self.shared.lock().acknowledged += 1,
+            Incoming::Publish(publish) => self.hear(&publish),
+            _ => {}
+        }
+    }
+
+    fn outgoing(&mut self, outgoing: &rumqttc::Outgoing) {
+        if let rumqttc::Outgoing::Publish(_) = outgoing {
+            self.shared.lock().written += 1;
+        } else if *outgoing == rumqttc::Outgoing::Disconnect {
+            self.shared.lock().closed = true;
+        }
+    }
+
+    fn hear(&mut self, publish: &rumqttc::Publish) {
+        let said = said(&publish.topic, publish.payload.as_ref(), publish.qos as u8, publish.retain);
+        let answers = self.role.answer.as_mut().map(|answer| answer(&said)).unwrap_or_default();
+        let mut state = self.shared.lock();
+        for answer in answers {
+            state.hand_over(&self.client, answer);
+        }
+        state.heard.push(said.clone());
+        state.unread.push_back(said);
+    }
+}
+
+fn qos(level: u8) -> QoS {
+    if level == 0 { QoS::AtMostOnce } else { QoS::AtLeastOnce }
+}

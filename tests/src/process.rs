@@ -1,0 +1,123 @@
+//! A program under test, or one that it needs: started with its log captured, and gone when the test is over.
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::wait_until;
+
+/// A running program. Dropping it kills it; if the test fails, its log is printed then.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: Arc<Mutex<String>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+/// The program `name` of this workspace, built beside the test that runs.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the path of this test");
+    let profile = test.ancestors().nth(2).expect("a test runs in target/PROFILE/deps");
+    let binary = profile.join(name);
+    assert!(binary.exists(), "{} is not built: run `cargo build --workspace` first", binary.display());
+    binary
+}
+
+impl Process {
+    /// Starts `command`, which the output calls `name`.
+    #[must_use]
+    pub fn start(name: &str, command: &mut Command) -> Self {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error} ({command:?})"));
+        let log = Arc::new(Mutex::new(String::new()));
+        let out = child.stdout.take().map(|out| read_into(out, log.clone()));
+        let err = child.stderr.take().map(|err| read_into(err, log.clone()));
+        Self { name: name.into(), child, log, readers: out.into_iter().chain(err).collect() }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal: `SIGTERM` to end, `SIGKILL` to die, `SIGSTOP` to freeze, `SIGCONT` to thaw.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id().try_into().expect("a process id"));
+        kill(pid, signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
+    }
+
+    /// Waits for its end, and for the last of its log.
+    #[must_use]
+    pub fn wait(&mut self) -> ExitStatus {
+        let what = format!("{} ends", self.name);
+        let status = wait_until(&what, || self.child.try_wait().expect("wait for a child"));
+        self.readers.drain(..).for_each(|reader| reader.join().expect("a log is read"));
+        status
+    }
+
+    /// Sends `signal` and waits for its end.
+    pub fn end_by(&mut self, signal: Signal) -> ExitStatus {
+        self.signal(signal);
+        self.wait()
+    }
+
+    /// Whether it still runs.
+    #[must_use]
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("wait for a child").is_none()
+    }
+
+    /// What it has written so far, to both its outputs.
+    #[must_use]
+    pub fn log(&self) -> String {
+        lock(&self.log).clone()
+    }
+
+    /// Waits for a line of its log that contains `text`.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        wait_until(&format!("{text:?} in the log of {}", self.name), || {
+            self.log().lines().find(|line| line.contains(text)).map(str::to_owned)
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            self.print_log();
+        }
+    }
+}
+
+impl Process {
+    #[expect(clippy::print_stderr, reason = "the test runner shows it with the failed test")]
+    fn print_log(&self) {
+        eprintln!("---- log of {} ----\n{}", self.name, self.log());
+    }
+}
+
+fn read_into(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) -> JoinHandle<()> {
+    thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        while pipe.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+            lock(&log).push_str(&String::from_utf8_lossy(&line));
+            line.clear();
+        }
+    })
+}
+
+fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {
+    log.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,330 @@
+//! The broker on its bus, each on a free port of loopback: started, ready, and gone when the test is over. Both
+//! kinds of bus serve every test that the bus matters to.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use crate::http::{Http, Response, ask};
+use crate::probe::{Probe, Role};
+use crate::process::{Process, binary};
+use crate::wait_until;
+
+/// The API that routers use first.
+pub const V2: &str = "/api/v2/wg/key/exchange";
+/// The API that they fall back to.
+pub const V1: &str = "/api/v1/wg/key/exchange";
+/// The domain that a stack serves unless told otherwise.
+pub const DOMAIN: &str = "ffx_a";
+
+/// Where the bus is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bus {
+    /// The broker is the MQTT server.
+    Embedded,
+    /// Debian's Mosquitto is.
+    Mosquitto,
+}
+
+/// What a stack is to be like.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Where the bus is.
+    pub bus: Bus,
+    /// The domains; all begin with `ffx_`.
+    pub domains: Vec<String>,
+    /// More of the config, as YAML.
+    pub config: String,
+    /// More of the environment.
+    pub variables: Vec<(String, String)>,
+    /// What is put before every program, as `ip netns exec NAME`; nothing if empty.
+    pub wrapper: Vec<String>,
+    /// User and password that Mosquitto asks for, if it asks.
+    pub credentials: Option<(String, String)>,
+}
+
+impl Plan {
+    /// One domain, [`DOMAIN`], on `bus`, and everything else by default.
+    #[must_use]
+    pub fn new(bus: Bus) -> Self {
+        Self {
+            bus,
+            domains: vec![DOMAIN.into()],
+            config: String::new(),
+            variables: Vec::new(),
+            wrapper: Vec::new(),
+            credentials: None,
+        }
+    }
+
+    /// With these domains.
+    #[must_use]
+    pub fn domains(self, domains: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self { domains: domains.into_iter().map(Into::into).collect(), ..self }
+    }
+
+    /// With these lines of YAML, too.
+    #[must_use]
+    pub fn config(mut self, yaml: &str) -> Self {
+        self.config += yaml;
+        self.config += "\n";
+        self
+    }
+
+    /// With this variable.
+    #[must_use]
+    pub fn variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.push((name.into(), value.into()));
+        self
+    }
+
+    /// The command that starts `program` under this plan.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let mut words = self.wrapper.iter().map(String::as_str);
+        let mut command = match words.next() {
+            Some(first) => {
+                let mut command = Command::new(first);
+                command.args(words).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command
+    }
+}
+
+/// A broker and its bus.
+pub struct Stack {
+    /// What it was made by.
+    pub plan: Plan,
+    /// Where the broker serves routers.
+    pub http: SocketAddr,
+    /// Where the MQTT server is.
+    pub mqtt: SocketAddr,
+    dir: TempDir,
+    broker: Option<Process>,
+    mosquitto: Option<Process>,
+}
+
+impl Stack {
+    /// A stack that is ready for routers.
+    #[must_use]
+    pub fn start(plan: Plan) -> Self {
+        let mut stack = Self::prepare(plan);
+        if stack.plan.bus == Bus::Mosquitto {
+            stack.start_mosquitto();
+        }
+        stack.start_broker();
+        stack.wait_until_ready();
+        stack
+    }
+
+    /// Ports and files, and nothing that runs.
+    #[must_use]
+    pub fn prepare(plan: Plan) -> Self {
+        let dir = tempfile::Builder::new().prefix("wgkex-test-").tempdir().expect("a temporary directory");
+        let mut stack = Self { plan, http: free_address(), mqtt: free_address(), dir, broker: None, mosquitto: None };
+        stack.write_config();
+        stack
+    }
+
+    /// The config file, which serves a worker, too.
+    #[must_use]
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.path().join("wgkex.yaml")
+    }
+
+    /// A directory that is gone after the test.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Writes the config again, after something of the plan or the addresses was changed.
+    pub fn write_config(&mut self) {
+        let (http, mqtt) = (self.http, self.mqtt);
+        let domains = self.plan.domains.join(", ");
+        let mut yaml = format!("domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\n");
+        match self.plan.bus {
+            Bus::Embedded => yaml += &format!("mqtt_listen: {{host: \"{}\", port: {}}}\n", mqtt.ip(), mqtt.port()),
+            Bus::Mosquitto => {
+                yaml += &format!("mqtt:\n  broker_url: \"{}\"\n  broker_port: {}\n", mqtt.ip(), mqtt.port());
+                if let Some((user, password)) = &self.plan.credentials {
+                    yaml += &format!("  username: \"{user}\"\n  password: \"{password}\"\n");
+                }
+            }
+        }
+        yaml += &self.plan.config;
+        fs::write(self.config_file(), yaml).expect("write the config");
+    }
+
+    /// Starts Mosquitto, and waits until it serves.
+    pub fn start_mosquitto(&mut self) {
+        self.mosquitto = Some(self.mosquitto_process());
+        let what = format!("Mosquitto serves on {}", self.mqtt);
+        wait_until(&what, || {
+            let mosquitto = self.mosquitto.as_mut()?;
+            assert!(mosquitto.is_running(), "Mosquitto ended: {}", mosquitto.log());
+            std::net::TcpStream::connect(self.mqtt).ok()
+        });
+    }
+
+    fn mosquitto_process(&self) -> Process {
+        let program = ["/usr/sbin/mosquitto", "/usr/bin/mosquitto", "/usr/local/sbin/mosquitto"];
+        let program = program.into_iter().map(Path::new).find(|path| path.exists());
+        let program = program.expect("Mosquitto is missing: apt-get install mosquitto");
+        let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
+        let mut config = format!("listener {port} {ip}\nuser root\npersistence false\nlog_dest stderr\n");
+        match &self.plan.credentials {
+            None => config += "allow_anonymous true\n",
+            Some((user, password)) => {
+                let file = self.dir.path().join("passwords");
+                fs::write(&file, "").expect("write a password file");
+                let made = Command::new("mosquitto_passwd").arg("-b").arg(&file).args([user, password]).status();
+                assert!(made.expect("mosquitto_passwd runs").success(), "mosquitto_passwd fails");
+                config += &format!("allow_anonymous false\npassword_file {}\n", file.display());
+            }
+        }
+        let file = self.dir.path().join("mosquitto.conf");
+        fs::write(&file, config).expect("write Mosquitto's config");
+        Process::start("mosquitto", self.plan.command(program).arg("-c").arg(file))
+    }
+
+    /// Starts the broker, and does not wait.
+    pub fn start_broker(&mut self) {
+        self.broker = Some(self.program("wgkex-broker", &[]));
+    }
+
+    /// Starts a program of this workspace with this stack's config.
+    #[must_use]
+    pub fn program(&self, name: &str, arguments: &[&str]) -> Process {
+        let mut command = self.plan.command(&binary(name));
+        Process::start(name, command.args(arguments).env("WGKEX_CONFIG_FILE", self.config_file()))
+    }
+
+    /// Waits until the broker says that it is ready.
+    pub fn wait_until_ready(&mut self) {
+        let http = self.http;
+        let broker = self.broker.as_mut().expect("a broker that runs");
+        wait_until("the broker is ready", || {
+            assert!(broker.is_running(), "the broker ended:\n{}", broker.log());
+            let response = Http::try_connect(http).ok()?.get("/readyz");
+            (response.status == 200).then_some(())
+        });
+    }
+
+    /// The broker that runs.
+    #[must_use]
+    pub fn broker(&mut self) -> &mut Process {
+        self.broker.as_mut().expect("a broker that runs")
+    }
+
+    /// The Mosquitto that runs.
+    #[must_use]
+    pub fn mosquitto(&mut self) -> &mut Process {
+        self.mosquitto.as_mut().expect("a Mosquitto that runs")
+    }
+
+    /// Ends the program whose end takes the bus along, at once, and starts it again.
+    pub fn kill_and_restart_bus(&mut self) {
+        match self.plan.bus {
+            Bus::Embedded => {
+                let _ = self.broker().end_by(Signal::SIGKILL);
+                self.start_broker();
+            }
+            Bus::Mosquitto => {
+                let _ = self.mosquitto().end_by(Signal::SIGKILL);
+                self.start_mosquitto();
+            }
+        }
+    }
+
+    /// Stops the broker as systemd does.
+    pub fn stop_broker(&mut self) -> ExitStatus {
+        self.broker().end_by(Signal::SIGTERM)
+    }
+
+    /// A new connection to the broker.
+    #[must_use]
+    pub fn connect(&self) -> Http {
+        Http::connect(self.http)
+    }
+
+    /// What the broker says to `GET path`.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Response {
+        self.connect().get(path)
+    }
+
+    /// What a router hears that asks with this key, as an older firmware does.
+    #[must_use]
+    pub fn v1(&self, domain: &str, key: &str) -> Response {
+        self.connect().post(V1, &ask(domain, key))
+    }
+
+    /// What a router hears that asks with this key.
+    #[must_use]
+    pub fn v2(&self, domain: &str, key: &str) -> Response {
+        self.connect().post(V2, &ask(domain, key))
+    }
+
+    /// The value of a series of the broker's metrics, named as it stands there.
+    #[must_use]
+    pub fn metric(&self, series: &str) -> Option<f64> {
+        let metrics = self.get("/metrics").body;
+        metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
+    }
+
+    /// Waits until a series of the broker's metrics has this value.
+    pub fn wait_for_metric(&self, series: &str, value: f64) {
+        wait_until(&format!("{series} is {value}"), || {
+            self.metric(series).filter(|now| (now - value).abs() < f64::EPSILON)
+        });
+    }
+
+    /// Waits until so many gateways are online for the broker.
+    pub fn wait_for_gateways(&self, online: u32) {
+        self.wait_for_metric("wgkex_broker_gateways{state=\"online\"}", f64::from(online));
+    }
+
+    /// A client on the bus.
+    #[must_use]
+    pub fn probe(&self, role: Role) -> Probe {
+        let role = match &self.plan.credentials {
+            Some((user, password)) => role.credentials(user, password),
+            None => role,
+        };
+        Probe::connect(self.mqtt, role)
+    }
+
+    /// A witness of everything on the bus.
+    #[must_use]
+    pub fn witness(&self) -> Probe {
+        self.probe(Role::new("witness", &["#"]))
+    }
+}
+
+/// An address of loopback that nobody has, and that no other test of this process gets. The ports lie below those
+/// that Linux gives to outgoing connections, so that they are still free when the program binds them.
+#[must_use]
+pub fn free_address() -> SocketAddr {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let begin = std::process::id() % 1_000_000 * 50;
+    let address = (0..12_000)
+        .map(|n| u16::try_from(20_000 + (begin + n) % 12_000).expect("a port"))
+        .filter(|port| !given.contains(port))
+        .map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
+        .find(|address| TcpListener::bind(address).is_ok())
+        .expect("a free port");
+    given.insert(address.port());
+    address
+}
