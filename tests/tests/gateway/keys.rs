@@ -1,0 +1,116 @@
+//! One gateway and its answers.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::http::ask;
+use wgkex_tests::process::Process;
+use wgkex_tests::{key, wait_until};
+
+use crate::Single;
+
+/// From the contract: the key, and its node's address.
+const NODE: (&str, &str) = ("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "fe80::27c:16ff:fec0:6c74");
+
+pub fn a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects(lane: Lane) {
+    let single = Single::new(lane, "externalName: gw.example.org\n");
+    let host = &single.host;
+    let public_key = host.run("wg show wg-a public-key");
+    let port = host.run("wg show wg-a listen-port");
+    let address = host.run("ip -6 -o addr show dev wg-a | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'");
+    let v1 = r#"{"Message":"OK"}"#.to_owned();
+    let v2 = format!(
+        r#"{{"Endpoint":{{"Address":"gw.example.org","Port":"{port}","AllowedIPs":["{address}"],"PublicKey":"{public_key}"}}}}"#
+    );
+
+    let wget = |body: &str, url: &str| format!("wget -q -O- --post-data='{body}' {url}");
+    let curl = |body: &str, url: &str| format!("curl -sf -H 'Content-Type: application/json' -d '{body}' {url}");
+    let untyped = |body: &str, url: &str| format!("curl -sf -H 'Content-Type:' -d '{body}' {url}");
+    let clients: [&dyn Fn(&str, &str) -> String; 3] = [&wget, &curl, &untyped];
+    for (client, n) in clients.iter().zip(0..) {
+        for (version, answer, n) in [("v1", &v1, 2 * n), ("v2", &v2, 2 * n + 1)] {
+            let key = key(n);
+            let command = client(&ask("test_a", &key), &format!("http://127.0.0.1:5000/api/{version}/wg/key/exchange"));
+            assert_eq!(&host.run(&command), answer, "{command}");
+            assert_eq!(host.tables("a").missing(&key), Vec::<String>::new(), "{command}");
+        }
+    }
+
+    let (key, node) = NODE;
+    assert_eq!(host.post(2, key).body, v2);
+    let tables = host.tables("a");
+    let entry = format!("00:00:00:00:00:00 dst {node} via wg-a self permanent");
+    assert!(tables.peers.contains(&format!("{key}\t{node}/128")), "{tables:#?}");
+    assert!(tables.routes.contains(&format!("{node} metric 1024 pref medium")), "{tables:#?}");
+    assert!(tables.fdb.contains(&entry), "{tables:#?}");
+    // Only the key that asked for service there.
+    assert_eq!(host.tables("b").lengths(), [1; 3]);
+    watched_over(host);
+}
+
+fn watched_over(host: &Host) {
+    assert_eq!(host.get(9586, "/healthz").unwrap().status, 200);
+    assert_eq!(host.get(5000, "/healthz").unwrap().status, 200);
+    assert_eq!(host.get(5000, "/readyz").unwrap().status, 200);
+    for domain in ["test_a", "test_b"] {
+        let up = format!(r#"wgkex_worker_domain_up{{domain="{domain}"}}"#);
+        assert_eq!(host.metric(9586, &up).as_deref(), Some("1"));
+    }
+    // 3 clients x 2 versions, the contract's key, and the one that asked for service.
+    let received = r#"wgkex_worker_keys_received_total{domain="test_a"}"#;
+    wait_until("8 keys are counted", || (host.metric(9586, received)? == "8").then_some(()));
+}
+
+pub fn each_of_1000_keys_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
+    const KEYS: u32 = 1_000;
+    let single = Single::new(lane, "");
+    let host = &single.host;
+    let instant = Instant { worker: &single.worker, looking: Mutex::new(0) };
+    let next = AtomicU32::new(0);
+    let never_posted = key(KEYS);
+    let lacking = |n: u32| {
+        let key = key(n);
+        let answer = host.post(1 + u8::from(n % 2 == 0), &key);
+        let tables = instant.look(|| host.tables("a"));
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(tables.missing(&never_posted).len(), 3, "what was not POSTed is not there");
+        (!tables.missing(&key).is_empty()).then(|| (n, tables.missing(&key)))
+    };
+    let untrue: Vec<_> = thread::scope(|scope| {
+        let client = || {
+            let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|n| *n < KEYS));
+            numbers.filter_map(lacking).collect::<Vec<_>>()
+        };
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    assert!(untrue.is_empty(), "{} of {KEYS} answers came too early: {untrue:?}", untrue.len());
+    assert_eq!(host.tables("a").lengths(), [KEYS as usize + 1; 3]);
+}
+
+/// Keeps the kernel as it is while somebody looks, by freezing the one who changes it.
+struct Instant<'a> {
+    worker: &'a Process,
+    looking: Mutex<u32>,
+}
+
+impl Instant<'_> {
+    fn look<T>(&self, look: impl FnOnce() -> T) -> T {
+        let mut looking = self.looking.lock().unwrap();
+        if *looking == 0 {
+            self.worker.signal(Signal::SIGSTOP);
+        }
+        *looking += 1;
+        drop(looking);
+        let seen = look();
+        let mut looking = self.looking.lock().unwrap();
+        *looking -= 1;
+        if *looking == 0 {
+            self.worker.signal(Signal::SIGCONT);
+        }
+        seen
+    }
+}

@@ -1,0 +1,124 @@
+//! How a worker ends, and what it may do while it lives.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::probe::Probe;
+use wgkex_tests::process::{Process, binary};
+use wgkex_tests::{key, wait_until};
+
+use crate::{end, serves};
+
+pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane: Lane) {
+    let (host, _mosquitto, _broker) = with_mosquitto(lane);
+    for (signal, n) in [(Signal::SIGTERM, 0), (Signal::SIGINT, 1)] {
+        let mut worker = host.start_worker();
+        serves(&host);
+        assert_eq!(host.post(2, &key(n)).status, 200);
+        let (peers, tables) = (host.wireguard("wg-a"), host.tables("a"));
+
+        let witness = witness(&host);
+        witness.next("the worker is online", |said| said.topic == STATUS && said.text() == "1");
+        let before = witness.heard().len();
+        end(&mut worker, signal);
+        witness.next("the worker is offline", |said| said.topic == STATUS && said.text() == "0");
+        assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
+
+        // Another one hears it from the server, which has kept it.
+        let kept = self::witness(&host);
+        let state = |topic: &str| kept.next(topic, |said| said.topic == topic && said.retain).text();
+        assert_eq!(state(STATUS), "0");
+        for rest in ["a", "b"] {
+            assert_eq!(state(&peers_topic(rest)), "-1");
+        }
+        let heard = witness.heard().split_off(before);
+        let said: Vec<_> = heard.iter().map(|said| (said.topic.as_str(), said.text())).collect();
+        let place = |topic: &str| said.iter().position(|(heard, text)| *heard == topic && *text == "-1");
+        let offline = said.iter().position(|(topic, text)| *topic == STATUS && text == "0");
+        for rest in ["a", "b"] {
+            assert!(place(&peers_topic(rest)).is_some() && place(&peers_topic(rest)) < offline, "{said:?}");
+        }
+        assert_eq!(said.iter().filter(|(topic, _)| *topic == STATUS).count(), 1, "and no last will: {said:?}");
+    }
+}
+
+pub fn a_worker_ends_in_time_although_mqtt_does_not_answer(lane: Lane) {
+    let (host, mut mosquitto, _broker) = with_mosquitto(lane);
+    for (fault, signal) in [(Signal::SIGSTOP, Signal::SIGTERM), (Signal::SIGKILL, Signal::SIGINT)] {
+        let mut worker = host.start_worker();
+        serves(&host);
+        let (peers, tables) = (host.wireguard("wg-a"), host.tables("a"));
+        mosquitto.signal(fault);
+        if fault == Signal::SIGKILL {
+            let connected = || host.metric(9586, "wgkex_worker_mqtt_connected");
+            wait_until("the worker sees that the bus is gone", || (connected()? == "0").then_some(()));
+        }
+        end(&mut worker, signal);
+        assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
+        mosquitto = mosquitto_again(mosquitto, &host);
+    }
+    // One that has never reached it ends as fast.
+    drop(mosquitto);
+    let mut worker = host.start_worker();
+    worker.wait_for_log("MQTT not connected");
+    end(&mut worker, Signal::SIGTERM);
+}
+
+fn mosquitto_again(mosquitto: Process, host: &Host) -> Process {
+    drop(mosquitto);
+    host.start_mosquitto()
+}
+
+pub fn cap_net_admin_is_enough_and_without_it_the_worker_says_so(lane: Lane) {
+    let (host, _mosquitto, _broker) = with_mosquitto(lane);
+    // Where nobody may read it, wherever the tests were built.
+    let program = Path::new("/run/wgkex/wgkex-worker");
+    fs::copy(binary("wgkex-worker"), host.path("/run/wgkex/wgkex-worker")).unwrap();
+    let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+    let net_admin = ["--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--bounding-set=-all,+net_admin"];
+    if lane == Lane::Userspace {
+        // The kernel has no such thing in the way.
+        host.run("chown 65534 /run/wireguard/*.sock");
+    }
+
+    let mut worker = host.start("worker", program, &[], &[&nobody[..], &net_admin].concat());
+    serves(&host);
+    let status = fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
+    for line in ["Uid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000001000", "CapBnd:\t0000000000001000"] {
+        assert!(status.contains(line), "{line} is not in {status}");
+    }
+    assert_eq!(host.post(2, &key(0)).status, 200);
+    assert_eq!(host.tables("a").missing(&key(0)), Vec::<String>::new());
+    end(&mut worker, Signal::SIGTERM);
+
+    let none = ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"];
+    let all_but_one = ["--inh-caps=-net_admin", "--ambient-caps=-all", "--bounding-set=-net_admin"];
+    for privileges in [&[&nobody[..], &none].concat()[..], &all_but_one] {
+        let mut worker = host.start("worker", program, &[], privileges);
+        assert_eq!(worker.wait().code(), Some(1));
+        assert!(worker.log().contains("CAP_NET_ADMIN is missing"), "{}", worker.log());
+    }
+}
+
+const STATUS: &str = "wireguard-worker/gateway/status";
+
+fn peers_topic(rest: &str) -> String {
+    format!("wireguard-metrics/test_{rest}/gateway/connected_peers")
+}
+
+/// A gateway with its interfaces, a Mosquitto and a broker, but without a worker.
+fn with_mosquitto(lane: Lane) -> (Host, Process, Process) {
+    let host = Host::new("gateway", lane);
+    host.configure("mqtt: {broker_url: 127.0.0.1}\n");
+    host.setup();
+    let mosquitto = host.start_mosquitto();
+    let broker = host.start_broker();
+    (host, mosquitto, broker)
+}
+
+fn witness(host: &Host) -> Probe {
+    host.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))))
+}

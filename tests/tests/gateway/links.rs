@@ -1,0 +1,85 @@
+//! Interfaces that are missing, go and come back.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::probe::{Probe, said};
+use wgkex_tests::process::Process;
+use wgkex_tests::{key, wait_until};
+
+use crate::serves;
+
+pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
+    let host = Host::new("gateway", lane);
+    let _broker = host.start_broker();
+    let mut worker = host.start_worker();
+    wait_until("the broker is ready", || (host.get(5000, "/readyz")?.status == 200).then_some(()));
+    let witness = host.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))));
+    for rest in ["a", "b"] {
+        is_down(&host, &witness, rest);
+        assert_eq!(downs(&worker, rest), 1, "{}", worker.log());
+    }
+    for version in [1, 2] {
+        assert_eq!(host.post(version, &key(0)).status, 503);
+    }
+    let mut keys = vec![key(1), key(2)];
+    announce(&witness, &keys);
+    let received = || host.metric(9586, r#"wgkex_worker_keys_received_total{domain="test_a"}"#);
+    wait_until("both keys are received", || (received()? == "2").then_some(()));
+    assert_eq!(downs(&worker, "a"), 1, "{}", worker.log());
+
+    host.setup();
+    all_are_there(&host, &keys);
+    serves(&host);
+    keys.push(key(3));
+    assert_eq!(host.post(2, &key(3)).status, 200);
+    let before = downs(&worker, "b");
+
+    // The second takes only the flood list with it; it is one of the three all the same.
+    for (command, n) in [("ip link del wg-a", 10), ("ip link del vx-a", 11)] {
+        let downs_before = downs(&worker, "a");
+        host.run(command);
+        is_down(&host, &witness, "a");
+        assert_eq!(host.metric(9586, r#"wgkex_worker_domain_up{domain="test_b"}"#).as_deref(), Some("1"));
+        announce(&witness, &[key(n)]);
+        let failed = r#"wgkex_worker_keys_failed_total{domain="test_a",reason="interface"}"#;
+        wait_until("a key failed", || (host.metric(9586, failed)?.parse::<u32>().unwrap() >= n - 7).then_some(()));
+        assert_eq!(downs(&worker, "a"), downs_before + 1, "after {command}: {}", worker.log());
+        keys.push(key(n));
+
+        wait_until("the name is free", || {
+            (!host.try_run("ip link show wg-a").status.success() || n == 11).then_some(())
+        });
+        host.setup();
+        all_are_there(&host, &keys);
+        serves(&host);
+        assert_eq!(host.post(2, &key(3)).status, 200);
+    }
+    assert_eq!(downs(&worker, "b"), before, "{}", worker.log());
+    assert!(worker.is_running());
+}
+
+/// The worker has said everywhere that it does not serve this domain.
+fn is_down(host: &Host, witness: &Probe, rest: &str) {
+    let up = || host.metric(9586, &format!(r#"wgkex_worker_domain_up{{domain="test_{rest}"}}"#));
+    wait_until("the metric says it", || (up()? == "0").then_some(()));
+    let peers = format!("wireguard-metrics/test_{rest}/gateway/connected_peers");
+    witness.next("the domain is offline", |said| said.topic == peers && said.text() == "-1");
+}
+
+fn downs(worker: &Process, rest: &str) -> usize {
+    let domain = format!("test_{rest}");
+    worker.log().lines().filter(|line| line.contains("domain is down") && line.contains(&domain)).count()
+}
+
+/// Publishes keys as any broker of the fleet does.
+fn announce(witness: &Probe, keys: &[String]) {
+    witness.say_all(keys.iter().map(|key| said("wireguard/test_a/all", key.as_str(), 0, false)));
+}
+
+fn all_are_there(host: &Host, keys: &[String]) {
+    wait_until("all keys are there", || {
+        let tables = host.tables("a");
+        keys.iter().all(|key| tables.missing(key).is_empty()).then_some(())
+    });
+}

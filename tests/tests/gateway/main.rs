@@ -1,0 +1,96 @@
+//! The whole on real kernels: the real programs on hosts of their own, a real WireGuard, and the C tools as witnesses.
+//! Each scenario is a test in two lanes: `netns` with wireguard-go, `vm` with the kernel's WireGuard.
+
+mod bus;
+mod keys;
+mod life;
+mod links;
+mod peers;
+mod several;
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::process::Process;
+use wgkex_tests::wait_until;
+
+macro_rules! lanes {
+    ($($file:ident: $scenario:ident;)*) => {
+        mod netns {
+            $(#[test]
+            #[ignore = "needs root: tests/run netns"]
+            fn $scenario() {
+                crate::$file::$scenario(wgkex_tests::gateway::Lane::Userspace);
+            })*
+        }
+        mod vm {
+            $(#[test]
+            #[ignore = "needs WireGuard in the kernel: tests/run vm"]
+            fn $scenario() {
+                crate::$file::$scenario(wgkex_tests::gateway::Lane::Kernel);
+            })*
+        }
+    };
+}
+
+lanes! {
+    keys: a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects;
+    keys: each_of_1000_keys_is_in_the_kernel_at_the_instant_of_its_200;
+    several: four_gateways_share_the_routers_by_weight_and_all_have_every_key;
+    several: a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws;
+    bus: a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back;
+    bus: an_mqtt_server_that_goes_leaves_the_peers_alone_and_hears_the_worker_again_when_it_is_back;
+    life: a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is;
+    life: a_worker_ends_in_time_although_mqtt_does_not_answer;
+    life: cap_net_admin_is_enough_and_without_it_the_worker_says_so;
+    links: interfaces_may_be_missing_and_come_and_go;
+    peers: a_key_that_comes_again_keeps_its_handshake;
+    peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
+}
+
+/// How long a program may take to end.
+const END: Duration = Duration::from_secs(2);
+
+/// A gateway on its own: the broker with its embedded MQTT server, and the worker.
+struct Single {
+    broker: Process,
+    worker: Process,
+    host: Host,
+}
+
+impl Single {
+    fn new(lane: Lane, config: &str) -> Self {
+        let host = Host::new("gateway", lane);
+        host.configure(config);
+        host.setup();
+        let broker = host.start_broker();
+        let worker = host.start_worker();
+        serves(&host);
+        Self { broker, worker, host }
+    }
+}
+
+/// Waits until both domains can be used through the broker on `host`; returns the status of the last answer before.
+fn serves(host: &Host) {
+    for domain in ["test_a", "test_b"] {
+        wait_until(&format!("{domain} is served"), || {
+            let body = wgkex_tests::http::ask(domain, SPARE);
+            let url = "http://127.0.0.1:5000/api/v1/wg/key/exchange";
+            let answer = host.try_run(&format!("curl -sf -d '{body}' {url}"));
+            answer.status.success().then_some(())
+        });
+    }
+}
+
+/// The key that asks whether there is service.
+const SPARE: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
+
+/// Ends a program as an init system does, and checks that it obeys in time and is content.
+fn end(process: &mut Process, signal: Signal) {
+    let begun = Instant::now();
+    let status = process.end_by(signal);
+    let took = begun.elapsed();
+    assert!(status.success(), "{signal}: {status}");
+    assert!(took < END, "{signal}: ended after {took:?}");
+}

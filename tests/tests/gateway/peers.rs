@@ -1,0 +1,103 @@
+//! Peers that talk, and peers that do not.
+
+use std::time::{Duration, Instant};
+
+use wgkex_tests::gateway::{Host, Lane, link_local};
+use wgkex_tests::{key, wait_until};
+
+use crate::Single;
+
+pub fn a_key_that_comes_again_keeps_its_handshake(lane: Lane) {
+    let single = Single::new(lane, "");
+    let host = &single.host;
+    let (router, key) = router(host, lane);
+    let before = peer(host, &key);
+    assert!(before.handshake > 0 && before.received > 0 && before.sent > 0, "{before:?}");
+    for version in [1, 2, 1, 2] {
+        assert_eq!(host.post(version, &key).status, 200);
+        let after = peer(host, &key);
+        assert_eq!((&after.endpoint, after.handshake), (&before.endpoint, before.handshake));
+        assert!(after.received >= before.received && after.sent >= before.sent, "{before:?}, then {after:?}");
+    }
+    let installed = r#"wgkex_worker_keys_refreshed_total{domain="test_a"}"#;
+    wait_until("they are counted", || (host.metric(9586, installed)?.parse::<u32>().unwrap() >= 4).then_some(()));
+    ping(&router, host);
+    assert_eq!(peer(host, &key).handshake, before.handshake, "it still uses the session it had");
+}
+
+pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
+    const GRACE: Duration = Duration::from_secs(4);
+    let cleanup = "cleanup: {interval: 1, initial_handshake_grace: 4, legacy_stale_timeout: 60}\n";
+    let single = Single::new(lane, cleanup);
+    let host = &single.host;
+    let (_router, talks) = router(host, lane);
+    // Not made by wgkex: other allowed-ips, or others beside its own.
+    let (foreign, extended, silent) = (key(1), key(2), key(3));
+    host.run(&format!("wg set wg-a peer {foreign} allowed-ips 10.9.0.0/24"));
+    host.run(&format!("wg set wg-a peer {extended} allowed-ips {}/128,10.9.1.0/24", link_local(&extended)));
+    host.run("ip -6 route add 2001:db8::1/128 dev wg-a proto static");
+
+    let begun = Instant::now();
+    assert_eq!(host.post(2, &silent).status, 200);
+    assert_eq!(host.tables("a").missing(&silent), Vec::<String>::new());
+    wait_until("the silent peer is gone, all of it", || (host.tables("a").missing(&silent).len() == 3).then_some(()));
+    assert!(begun.elapsed() > GRACE.mul_f64(0.9), "it had no grace: gone after {:?}", begun.elapsed());
+
+    let sweeps = || host.metric(9586, r#"wgkex_worker_sweeps_total{domain="test_a"}"#)?.parse::<u32>().ok();
+    let so_far = sweeps().unwrap();
+    wait_until("three more sweeps", || (sweeps()? >= so_far + 3).then_some(()));
+    assert_eq!(host.tables("a").missing(&talks), Vec::<String>::new());
+    let tables = host.tables("a");
+    let has = |peer: &str| tables.peers.iter().any(|line| line.starts_with(peer));
+    assert!(has(&foreign) && has(&extended) && !has(&silent), "{tables:#?}");
+    assert!(tables.routes.iter().any(|route| route.starts_with("2001:db8::1 ")), "{tables:#?}");
+    assert!(tables.fdb.iter().all(|entry| !entry.contains(&link_local(&silent))), "{tables:#?}");
+
+    assert_eq!(host.post(2, &silent).status, 200);
+    assert_eq!(host.tables("a").missing(&silent), Vec::<String>::new());
+}
+
+/// A router that has asked and shaken hands; returns its key, too.
+fn router(gateway: &Host, lane: Lane) -> (Host, String) {
+    let router = Host::new("router", lane);
+    let (address, _) = gateway.connect(&router, 1);
+    let key = router.run("umask 077 && wg genkey > /run/key && wg pubkey < /run/key");
+    assert_eq!(gateway.post(2, &key).status, 200);
+    router.run(match lane {
+        Lane::Userspace => "wireguard-go wg-router >/dev/null 2>&1",
+        Lane::Kernel => "ip link add wg-router type wireguard",
+    });
+    let (public_key, port) = (gateway.run("wg show wg-a public-key"), gateway.run("wg show wg-a listen-port"));
+    let remote = link_local(&public_key);
+    router.run(&format!(
+        "wg set wg-router private-key /run/key peer {public_key} endpoint {address}:{port} allowed-ips {remote}/128 &&
+         ip addr add {}/128 dev wg-router && ip link set wg-router up && ip route add {remote}/128 dev wg-router",
+        link_local(&key)
+    ));
+    ping(&router, gateway);
+    wait_until("hands are shaken", || (peer(gateway, &key).handshake > 0).then_some(()));
+    (router, key)
+}
+
+fn ping(router: &Host, gateway: &Host) {
+    let remote = link_local(&gateway.run("wg show wg-a public-key"));
+    let ping = format!("ping -c 1 -W 1 {remote}%wg-router");
+    wait_until(&ping, || router.try_run(&ping).status.success().then_some(()));
+}
+
+/// What `wg` shows of a peer.
+#[derive(Debug)]
+struct Peer {
+    endpoint: String,
+    handshake: u64,
+    received: u64,
+    sent: u64,
+}
+
+fn peer(host: &Host, key: &str) -> Peer {
+    let dump = host.wireguard("wg-a");
+    let line = dump.iter().find(|line| line.starts_with(key)).expect("the peer is there");
+    let fields: Vec<_> = line.split('\t').collect();
+    let figure = |index: usize| fields[index].parse().expect("a figure");
+    Peer { endpoint: fields[2].into(), handshake: figure(4), received: figure(5), sent: figure(6) }
+}
