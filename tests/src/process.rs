@@ -20,14 +20,13 @@ pub struct Process {
     readers: Vec<JoinHandle<()>>,
 }
 
-/// The program `name` of this workspace, built beside the test that runs.
+/// The program `name` of this workspace, built in the same profile as the one that runs.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("the path of this test");
-    let profile = test.ancestors().nth(2).expect("a test runs in target/PROFILE/deps");
-    let binary = profile.join(name);
-    assert!(binary.exists(), "{} is not built: run `cargo build --workspace` first", binary.display());
-    binary
+    let this = std::env::current_exe().expect("the path of this program");
+    // target/PROFILE for a program, target/PROFILE/deps for a test.
+    let built = this.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.exists());
+    built.unwrap_or_else(|| panic!("{name} is not built beside {}: run `cargo build --workspace`", this.display()))
 }
 
 impl Process {
