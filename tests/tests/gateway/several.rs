@@ -24,8 +24,8 @@ struct Gateway {
 
 struct Fleet {
     gateways: Vec<Gateway>,
-    broker: Process,
-    mosquitto: Process,
+    _broker: Process,
+    _mosquitto: Process,
     hub: Host,
 }
 
@@ -38,7 +38,7 @@ impl Fleet {
         let weights = (1..).zip(weights).map(|(n, weight)| format!("gw{n}: {{weight: {weight}}}"));
         let weights = weights.collect::<Vec<_>>().join(", ");
         hub.configure(&format!("mqtt: {{broker_url: 127.0.0.1}}\nworkers: {{{weights}}}\n"));
-        let fleet = Self { broker: hub.start_broker(), gateways, mosquitto, hub };
+        let fleet = Self { _broker: hub.start_broker(), gateways, _mosquitto: mosquitto, hub };
         fleet.wait_for_all();
         fleet
     }
