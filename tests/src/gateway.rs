@@ -44,7 +44,7 @@ pub struct Host {
     name: String,
     pid: u32,
     lane: Lane,
-    _holder: Process,
+    _first: Process,
 }
 
 /// What the C tools show of a domain, line by line.
@@ -60,27 +60,31 @@ pub struct Tables {
 }
 
 impl Host {
-    /// A host of this name, with nothing but a loopback interface. Its processes die with the thread that makes it.
+    /// A host of this name, which is its worker's, with nothing but a loopback interface. Its processes die with the thread that makes it.
     #[must_use]
     pub fn new(name: &str, lane: Lane) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "this test needs root");
-        let mut hold = Command::new("setpriv");
-        hold.args(["--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child"]);
-        let holder = Process::start(name, hold.args(["sh", "-c", HOLD, name]));
-        let line = holder.wait_for_log("host ");
-        let pid = line.trim_start_matches("host ").parse().expect("a process id");
-        let host = Self { name: name.into(), pid, lane, _holder: holder };
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--net",
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--kill-child",
+        ]);
+        let first = Process::start(name, command.args(["sh", "-c", HOLD, name]));
+        let said = first.wait_for_log("host ");
+        let pid = said.trim_start_matches("host ").parse().expect("a process id");
+        let host = Self { name: name.into(), pid, lane, _first: first };
         if lane == Lane::Kernel {
             host.run("ip link add probe type wireguard && ip link del probe");
         }
         host.configure("");
         host
-    }
-
-    /// Its name, and so that of its worker.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
     }
 
     /// Where one of its files is to be found from outside. Only what is below `/run` is its own.
@@ -95,6 +99,7 @@ impl Host {
     }
 
     /// Lays a cable to `other`; returns the addresses at this end and at the other.
+    #[must_use]
     pub fn connect(&self, other: &Self, network: u8) -> (Ipv4Addr, Ipv4Addr) {
         let (here, there) = (Ipv4Addr::new(198, 18, network, 1), Ipv4Addr::new(198, 18, network, 2));
         let cable = format!("cable{network}");
@@ -108,11 +113,13 @@ impl Host {
     }
 
     /// Runs a shell command in it, which must succeed; returns what it says, without the last newline.
+    #[expect(clippy::must_use_candidate, reason = "mostly it is run for what it does")]
     pub fn run(&self, command: &str) -> String {
         succeed(command, self.shell(command).env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml"))
     }
 
     /// Runs a shell command in it, come what may.
+    #[must_use]
     pub fn try_run(&self, command: &str) -> Output {
         self.shell(command).output().expect("nsenter runs")
     }

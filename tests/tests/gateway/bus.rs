@@ -12,7 +12,7 @@ use wgkex_tests::{DEADLINE, key, wait_until};
 
 use crate::{Single, end, serves};
 
-/// After a restart there is service again this soon: both sides have paused before they connect again.
+/// After a restart there is service again this soon: both sides pause for a second at most before they connect again.
 const BACK: Duration = Duration::from_secs(10);
 
 pub fn a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back(lane: Lane) {
@@ -75,7 +75,7 @@ fn while_routers_ask(host: &Host, n: u32, fault: impl FnOnce()) {
     let router = || {
         for n in n.. {
             let mended = is_mended.load(Ordering::SeqCst);
-            match host.try_post(1 + u8::from(n % 2 == 0), &key(n)) {
+            match host.try_post(1 + u8::from(n.is_multiple_of(2)), &key(n)) {
                 Some(200) => {
                     assert_eq!(host.tables("a").missing(&key(n)), Vec::<String>::new(), "an answer is not true");
                     is_served.store(mended, Ordering::SeqCst);

@@ -35,21 +35,21 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     assert_eq!(host.post(2, &key(3)).status, 200);
     let before = downs(&worker, "b");
 
-    // The second takes only the flood list with it; it is one of the three all the same.
+    let failed = || host.metric(9586, r#"wgkex_worker_keys_failed_total{domain="test_a",reason="interface"}"#);
+    // With the second only the flood list goes; it is one of the three all the same.
     for (command, n) in [("ip link del wg-a", 10), ("ip link del vx-a", 11)] {
-        let downs_before = downs(&worker, "a");
+        let (downs_before, failed_before) = (downs(&worker, "a"), failed());
         host.run(command);
         is_down(&host, &witness, "a");
         assert_eq!(host.metric(9586, r#"wgkex_worker_domain_up{domain="test_b"}"#).as_deref(), Some("1"));
         announce(&witness, &[key(n)]);
-        let failed = r#"wgkex_worker_keys_failed_total{domain="test_a",reason="interface"}"#;
-        wait_until("a key failed", || (host.metric(9586, failed)?.parse::<u32>().unwrap() >= n - 7).then_some(()));
+        wait_until("the key fails", || (failed()? != *failed_before.as_ref()?).then_some(()));
         assert_eq!(downs(&worker, "a"), downs_before + 1, "after {command}: {}", worker.log());
         keys.push(key(n));
 
-        wait_until("the name is free", || {
-            (!host.try_run("ip link show wg-a").status.success() || n == 11).then_some(())
-        });
+        // A userspace WireGuard takes its time to end, and until then its name is taken.
+        let free = "ip link show wg-a || ! test -e /run/wireguard/wg-a.sock";
+        wait_until("the name is free", || host.try_run(free).status.success().then_some(()));
         host.setup();
         all_are_there(&host, &keys);
         serves(&host);

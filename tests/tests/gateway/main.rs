@@ -1,6 +1,8 @@
 //! The whole on real kernels: the real programs on hosts of their own, a real WireGuard, and the C tools as witnesses.
 //! Each scenario is a test in two lanes: `netns` with wireguard-go, `vm` with the kernel's WireGuard.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
 mod bus;
 mod keys;
 mod life;
@@ -12,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::http::ask;
 use wgkex_tests::process::Process;
 use wgkex_tests::wait_until;
 
@@ -71,13 +74,12 @@ impl Single {
     }
 }
 
-/// Waits until both domains can be used through the broker on `host`; returns the status of the last answer before.
+/// Waits until both domains are served by the broker on `host` and some gateway.
 fn serves(host: &Host) {
     for domain in ["test_a", "test_b"] {
         wait_until(&format!("{domain} is served"), || {
-            let body = wgkex_tests::http::ask(domain, SPARE);
             let url = "http://127.0.0.1:5000/api/v1/wg/key/exchange";
-            let answer = host.try_run(&format!("curl -sf -d '{body}' {url}"));
+            let answer = host.try_run(&format!("curl -sf -d '{}' {url}", ask(domain, SPARE)));
             answer.status.success().then_some(())
         });
     }

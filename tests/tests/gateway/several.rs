@@ -13,7 +13,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::{END, serves};
 
-/// An answer with a frozen gateway about: confirm_budget, and some patience with a busy machine.
+/// An answer with a frozen gateway about: `confirm_budget`, and some patience with a busy machine.
 const ANSWER: Duration = Duration::from_secs(5);
 
 struct Gateway {
