@@ -8,6 +8,7 @@ pub mod gateway;
 pub mod http;
 pub mod probe;
 pub mod process;
+pub mod scripted;
 pub mod stack;
 
 /// How long a test waits for what must happen; long enough for a machine that is busy with other things.

@@ -24,7 +24,8 @@ pub struct Said {
     pub topic: String,
     /// Its payload.
     pub payload: Vec<u8>,
-    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription.
+    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription; with rumqttd always
+    /// the subscription's.
     pub qos: u8,
     /// When heard: it was found on the bus. When said: it stays there.
     pub retain: bool,
@@ -59,8 +60,10 @@ pub type Answer = Box<dyn FnMut(&Said) -> Vec<Said> + Send>;
 pub struct Role {
     id: String,
     filters: Vec<String>,
+    qos: u8,
     will: Option<Said>,
     credentials: Option<(String, String)>,
+    greeting: Vec<Said>,
     answer: Option<Answer>,
 }
 
@@ -69,7 +72,13 @@ impl Role {
     #[must_use]
     pub fn new(id: &str, filters: &[&str]) -> Self {
         let filters = filters.iter().map(|&filter| filter.to_owned()).collect();
-        Self { id: id.into(), filters, will: None, credentials: None, answer: None }
+        Self { id: id.into(), filters, qos: 1, will: None, credentials: None, greeting: Vec::new(), answer: None }
+    }
+
+    /// Hears at most once. rumqttd gives nobody else more than 100 of what is retained.
+    #[must_use]
+    pub fn at_most_once(self) -> Self {
+        Self { qos: 0, ..self }
     }
 
     /// With a last will.
@@ -82,6 +91,12 @@ impl Role {
     #[must_use]
     pub fn credentials(self, user: &str, password: &str) -> Self {
         Self { credentials: Some((user.into(), password.into())), ..self }
+    }
+
+    /// Says this on every connection, once it is subscribed.
+    #[must_use]
+    pub fn greeting(self, greeting: Vec<Said>) -> Self {
+        Self { greeting, ..self }
     }
 
     /// Answers by itself, from the moment a message is heard.
@@ -139,7 +154,7 @@ impl Probe {
         Self::connect(server, Role::new("witness", &["#"]))
     }
 
-    /// Connects, and returns when all filters are subscribed.
+    /// Connects, and returns when all filters are subscribed and the server has the greeting.
     #[must_use]
     pub fn connect(server: SocketAddr, role: Role) -> Self {
         let (client, eventloop) = AsyncClient::new(role.options(server), 100_000);
@@ -153,6 +168,7 @@ impl Probe {
         });
         let probe = Self { id, client, shared, stop: Some(stop), thread: Some(thread) };
         probe.wait_for_session(1);
+        probe.say_all([]);
         probe
     }
 
@@ -294,16 +310,25 @@ impl Actor {
     #[expect(clippy::wildcard_enum_match_arm, reason = "a client hears only a few of the packets there are")]
     fn incoming(&mut self, incoming: Incoming) {
         match incoming {
-            Incoming::ConnAck(_) if self.role.filters.is_empty() => self.shared.lock().sessions += 1,
+            Incoming::ConnAck(_) if self.role.filters.is_empty() => self.greet(),
             Incoming::ConnAck(_) => {
-                let filters = self.role.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), qos(1)));
+                let filters =
+                    self.role.filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), qos(self.role.qos)));
                 self.client.try_subscribe_many(filters.collect::<Vec<_>>()).expect("room for a subscription");
             }
-            Incoming::SubAck(_) => self.shared.lock().sessions += 1,
+            Incoming::SubAck(_) => self.greet(),
             Incoming::PubAck(_) => self.shared.lock().acknowledged += 1,
             Incoming::Publish(publish) => self.hear(&publish),
             _ => {}
         }
+    }
+
+    fn greet(&mut self) {
+        let mut state = self.shared.lock();
+        for said in &self.role.greeting {
+            state.hand_over(&self.client, said.clone());
+        }
+        state.sessions += 1;
     }
 
     fn outgoing(&mut self, outgoing: &rumqttc::Outgoing) {

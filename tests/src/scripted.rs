@@ -1,0 +1,129 @@
+//! Workers played by a probe, with exactly the bytes of the contract: the original, which says nothing of a key, and
+//! one that confirms.
+
+use serde_json::json;
+
+use crate::key;
+use crate::probe::{Probe, Role, Said, said};
+use crate::stack::Stack;
+
+/// What a worker does when it hears a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// An original: takes it and says nothing, because it knows nothing else.
+    Original,
+    /// Says that it has it.
+    Confirms,
+    /// Says that it does not take it.
+    Refuses,
+    /// Is one that confirms, and says nothing.
+    Silent,
+}
+
+/// A worker that is online in all domains of a stack.
+pub struct Worker {
+    /// Its name.
+    pub name: String,
+    /// Its place on the bus.
+    pub probe: Probe,
+}
+
+impl Worker {
+    /// Comes online with `peers` connected peers in each domain; and again whenever the bus was lost.
+    #[must_use]
+    pub fn start(stack: &Stack, name: &str, manner: Manner, peers: u64) -> Self {
+        let domains = stack.plan.domains.clone();
+        let filters: Vec<_> = domains.iter().map(|domain| format!("wireguard/{domain}/+")).collect();
+        let filters: Vec<_> = filters.iter().map(String::as_str).collect();
+        let (worker, greeting) = (name.to_owned(), greeting(name, &domains, manner, peers));
+        let role = Role::new(name, &filters).will(status(name, "0")).greeting(greeting).answer(move |heard| {
+            let domain = heard.topic.split('/').nth(1).unwrap_or_default();
+            match manner {
+                _ if heard.payload.len() != 44 => Vec::new(),
+                Manner::Confirms => vec![applied(&worker, domain, &heard.text())],
+                Manner::Refuses => vec![failed(&worker, domain, &heard.text())],
+                Manner::Original | Manner::Silent => Vec::new(),
+            }
+        });
+        Self { name: name.into(), probe: stack.probe(role) }
+    }
+}
+
+/// What a worker says on every connection. The status comes last, so that whoever hears it knows the rest.
+fn greeting(name: &str, domains: &[String], manner: Manner, peers: u64) -> Vec<Said> {
+    let hello = (manner != Manner::Original).then(|| hello(name));
+    let data = domains.iter().map(|domain| data(name, domain));
+    let counts = domains.iter().map(|domain| peers_of(name, domain, &peers.to_string()));
+    hello.into_iter().chain(data).chain(counts).chain([status(name, "1")]).collect()
+}
+
+/// The topic of a domain's keys.
+#[must_use]
+pub fn key_topic(domain: &str) -> String {
+    format!("wireguard/{domain}/all")
+}
+
+/// A key, as the broker says it.
+#[must_use]
+pub fn key_for(domain: &str, key: &str) -> Said {
+    said(key_topic(domain), key, 1, false)
+}
+
+/// A worker's status.
+#[must_use]
+pub fn status(worker: &str, status: &str) -> Said {
+    said(format!("wireguard-worker/{worker}/status"), status, 1, true)
+}
+
+/// How many peers a worker says it has.
+#[must_use]
+pub fn peers_of(worker: &str, domain: &str, peers: &str) -> Said {
+    said(format!("wireguard-metrics/{domain}/{worker}/connected_peers"), peers, 0, true)
+}
+
+/// A worker's data, as the original writes it: Python puts a space after a comma and a colon.
+#[must_use]
+pub fn data(worker: &str, domain: &str) -> Said {
+    let public_key = gateway_key(worker);
+    let data = format!(
+        r#"{{"ExternalAddress": "{worker}.example", "Port": 40011, "PublicKey": "{public_key}", "LinkAddress": "fe80::27c:16ff:fec0:6c74"}}"#
+    );
+    said(format!("wireguard-worker/{worker}/{domain}/data"), data, 1, true)
+}
+
+/// A scripted worker's own key.
+#[must_use]
+pub fn gateway_key(worker: &str) -> String {
+    key(u32::MAX - worker.bytes().fold(0, |sum: u32, byte| (sum * 31 + u32::from(byte)) % 1_000_000))
+}
+
+/// What the router hears that is given this worker.
+#[must_use]
+pub fn endpoint(worker: &str) -> serde_json::Value {
+    json!({ "Endpoint": {
+        "Address": format!("{worker}.example"),
+        "Port": "40011",
+        "AllowedIPs": ["fe80::27c:16ff:fec0:6c74"],
+        "PublicKey": gateway_key(worker),
+    } })
+}
+
+/// What a worker says that confirms.
+#[must_use]
+pub fn hello(worker: &str) -> Said {
+    said(format!("wgkex/worker/{worker}/hello"), r#"{"version":"0.1.0","can":["confirm"]}"#, 1, true)
+}
+
+/// A worker's word that it has a key.
+#[must_use]
+pub fn applied(worker: &str, domain: &str, key: &str) -> Said {
+    let payload = format!(r#"{{"domain":"{domain}","installed":["{key}"],"failed":{{}}}}"#);
+    said(format!("wgkex/worker/{worker}/applied"), payload, 1, false)
+}
+
+/// A worker's word that it does not take a key.
+#[must_use]
+pub fn failed(worker: &str, domain: &str, key: &str) -> Said {
+    let payload = format!(r#"{{"domain":"{domain}","installed":[],"failed":{{"{key}":"refused"}}}}"#);
+    said(format!("wgkex/worker/{worker}/applied"), payload, 1, false)
+}

@@ -1,0 +1,229 @@
+//! When a router is answered, and with which gateway, by what the gateways say of its key.
+
+use std::time::Duration;
+
+use wgkex_tests::key;
+use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, failed, hello, key_for, key_topic, peers_of, status};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::wait_until;
+
+use super::{AT_ONCE, LONG, Router, SHORT, assert_unavailable, on_both};
+
+on_both!(
+    an_original_is_not_waited_for,
+    a_gateway_that_is_offline_serves_nobody,
+    the_answer_comes_only_after_the_gateway_has_the_key,
+    a_silent_gateway_is_followed_by_the_next_best_after_the_timeout,
+    a_gateway_that_refuses_is_followed_by_the_next_best_at_once,
+    words_that_do_not_count_are_ignored,
+    a_word_that_comes_late_or_twice_counts_for_nobody_else,
+    all_silent_is_503_when_the_budget_is_spent,
+    all_refusing_is_503_at_once,
+    an_original_is_the_way_out_when_the_others_are_silent,
+    version_1_is_answered_when_any_gateway_has_the_key,
+    version_1_falls_back_to_originals,
+    version_1_with_nobody_is_503,
+);
+
+fn stack(bus: Bus, config: &str) -> Stack {
+    Stack::start(Plan::new(bus).config(config))
+}
+
+fn an_original_is_not_waited_for(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let witness = stack.witness();
+    let _worker = Worker::start(&stack, "gw1", Manner::Original, 3);
+    stack.wait_for_gateways(1);
+    let (v2, took) = Router::v2(&stack, &key(1)).answer();
+    assert_eq!((v2.status, v2.json()), (200, endpoint("gw1")));
+    assert!(v2.body.contains(r#""Port":"40011""#), "{v2:?}");
+    assert!(took < AT_ONCE, "{took:?}");
+    let (v1, took) = Router::v1(&stack, &key(2)).answer();
+    assert_eq!((v1.status, v1.body.as_str()), (200, r#"{"Message":"OK"}"#));
+    assert!(took < AT_ONCE, "{took:?}");
+    for key in [key(1), key(2)] {
+        assert_eq!(key.len(), 44);
+        assert_eq!(witness.next_on(&key_topic(DOMAIN)), key_for(DOMAIN, &key));
+    }
+}
+
+fn a_gateway_that_is_offline_serves_nobody(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let worker = Worker::start(&stack, "gw1", Manner::Original, 3);
+    stack.wait_for_gateways(1);
+    let serves = || stack.v2(DOMAIN, &key(1)).status == 200;
+    assert!(serves());
+    worker.probe.say(peers_of("gw1", DOMAIN, "-1"));
+    wait_until("-1 is heard", || (!serves()).then_some(()));
+    assert_unavailable(&stack.v2(DOMAIN, &key(1)));
+    worker.probe.say(peers_of("gw1", DOMAIN, "0"));
+    wait_until("0 is heard", || serves().then_some(()));
+    worker.probe.say(status("gw1", "0"));
+    stack.wait_for_gateways(0);
+    assert_unavailable(&stack.v2(DOMAIN, &key(1)));
+    worker.probe.say(status("gw1", "1"));
+    stack.wait_for_gateways(1);
+    assert!(serves());
+    worker.probe.die();
+    stack.wait_for_gateways(0);
+    assert_unavailable(&stack.v2(DOMAIN, &key(1)));
+    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+}
+
+fn the_answer_comes_only_after_the_gateway_has_the_key(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    stack.wait_for_gateways(1);
+    for n in 0..3 {
+        let router = Router::v2(&stack, &key(n));
+        assert_eq!(worker.probe.next_on(&key_topic(DOMAIN)).text(), key(n));
+        router.assert_waits();
+        worker.probe.say(applied("gw1", DOMAIN, &key(n)));
+        let (response, _) = router.answer();
+        assert_eq!((response.status, response.json()), (200, endpoint("gw1")));
+    }
+}
+
+fn a_silent_gateway_is_followed_by_the_next_best_after_the_timeout(bus: Bus) {
+    let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
+    let _best = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let _next = Worker::start(&stack, "gw2", Manner::Confirms, 100);
+    let _last = Worker::start(&stack, "gw3", Manner::Confirms, 1000);
+    stack.wait_for_gateways(3);
+    let (response, took) = Router::v2(&stack, &key(1)).answer();
+    assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
+    assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
+    // A gateway that was silent is not tried first again, so that the next router does not wait.
+    let (response, _) = Router::v2(&stack, &key(2)).answer();
+    assert_eq!(response.json(), endpoint("gw2"));
+    assert_eq!(stack.metric("wgkex_broker_confirmations_missed_total"), Some(1.0));
+}
+
+fn a_gateway_that_refuses_is_followed_by_the_next_best_at_once(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let _best = Worker::start(&stack, "gw1", Manner::Refuses, 0);
+    let _next = Worker::start(&stack, "gw2", Manner::Confirms, 100);
+    stack.wait_for_gateways(2);
+    let (response, took) = Router::v2(&stack, &key(1)).answer();
+    assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
+    assert!(took < AT_ONCE, "{took:?}");
+}
+
+fn words_that_do_not_count_are_ignored(bus: Bus) {
+    let plan = Plan::new(bus).config(SHORT).domains([DOMAIN, "ffx_b"]);
+    let stack = Stack::start(plan);
+    let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let gone = Worker::start(&stack, "gone", Manner::Silent, 0);
+    gone.probe.say(status("gone", "0"));
+    stack.wait_for_gateways(1);
+    let original = stack.witness();
+    original.say(applied("gw1", DOMAIN, &key(1)));
+    let router = Router::v2(&stack, &key(1));
+    let _ = worker.probe.next_on(&key_topic(DOMAIN));
+    let malformed = |payload: &str| wgkex_tests::probe::said("wgkex/worker/gw1/applied", payload, 1, false);
+    original.say_all([
+        applied("stranger", DOMAIN, &key(1)),
+        applied("gone", DOMAIN, &key(1)),
+        applied("gw1", "ffx_b", &key(1)),
+        applied("gw1", "ffx_none", &key(1)),
+        applied("gw1", DOMAIN, &key(2)),
+        failed("stranger", DOMAIN, &key(1)),
+        malformed(&key(1)),
+        malformed(&format!(r#"["{}"]"#, key(1))),
+        malformed(&format!(r#"{{"domain":"{DOMAIN}","installed":"{}"}}"#, key(1))),
+        malformed(""),
+    ]);
+    let (response, took) = router.answer();
+    assert_unavailable(&response);
+    assert!(took >= Duration::from_secs(2), "{took:?}");
+    // The same key, from the right one, counts.
+    let router = Router::v2(&stack, &key(1));
+    let _ = worker.probe.next_on(&key_topic(DOMAIN));
+    worker.probe.say(applied("gw1", DOMAIN, &key(1)));
+    assert_eq!(router.answer().0.json(), endpoint("gw1"));
+}
+
+fn a_word_that_comes_late_or_twice_counts_for_nobody_else(bus: Bus) {
+    let stack = stack(bus, SHORT);
+    let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    stack.wait_for_gateways(1);
+    assert_unavailable(&Router::v2(&stack, &key(1)).answer().0);
+    worker.probe.say(applied("gw1", DOMAIN, &key(1)));
+    let router = Router::v2(&stack, &key(2));
+    worker.probe.say_all([applied("gw1", DOMAIN, &key(1)), applied("gw1", DOMAIN, &key(1))]);
+    assert_unavailable(&router.answer().0);
+    assert_unavailable(&Router::v2(&stack, &key(1)).answer().0);
+    let router = Router::v2(&stack, &key(3));
+    worker.probe.next("the third key", |said| said.text() == key(3));
+    worker.probe.say_all((0..3).map(|_| applied("gw1", DOMAIN, &key(3))));
+    assert_eq!(router.answer().0.status, 200);
+    assert_unavailable(&Router::v2(&stack, &key(4)).answer().0);
+}
+
+fn all_silent_is_503_when_the_budget_is_spent(bus: Bus) {
+    let stack = stack(bus, SHORT);
+    let _first = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let _second = Worker::start(&stack, "gw2", Manner::Silent, 0);
+    stack.wait_for_gateways(2);
+    for router in [Router::v2(&stack, &key(1)), Router::v1(&stack, &key(2))] {
+        let (response, took) = router.answer();
+        assert_unavailable(&response);
+        assert!(took >= Duration::from_secs(2) && took < AT_ONCE, "{took:?}");
+    }
+}
+
+fn all_refusing_is_503_at_once(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let _first = Worker::start(&stack, "gw1", Manner::Refuses, 0);
+    let _second = Worker::start(&stack, "gw2", Manner::Refuses, 0);
+    stack.wait_for_gateways(2);
+    for router in [Router::v2(&stack, &key(1)), Router::v1(&stack, &key(2))] {
+        let (response, took) = router.answer();
+        assert_unavailable(&response);
+        assert!(took < AT_ONCE, "{took:?}");
+    }
+}
+
+fn an_original_is_the_way_out_when_the_others_are_silent(bus: Bus) {
+    let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
+    let _ours = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let _original = Worker::start(&stack, "gw2", Manner::Original, 1000);
+    stack.wait_for_gateways(2);
+    let (response, took) = Router::v2(&stack, &key(1)).answer();
+    assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
+    assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
+}
+
+fn version_1_is_answered_when_any_gateway_has_the_key(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let first = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let second = Worker::start(&stack, "gw2", Manner::Silent, 1000);
+    stack.wait_for_gateways(2);
+    let router = Router::v1(&stack, &key(1));
+    for worker in [&first, &second] {
+        assert_eq!(worker.probe.next_on(&key_topic(DOMAIN)), key_for(DOMAIN, &key(1)));
+    }
+    router.assert_waits();
+    second.probe.say(applied("gw2", DOMAIN, &key(1)));
+    let (response, _) = router.answer();
+    assert_eq!((response.status, response.body.as_str()), (200, r#"{"Message":"OK"}"#));
+}
+
+fn version_1_falls_back_to_originals(bus: Bus) {
+    let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
+    let _ours = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let _original = Worker::start(&stack, "gw2", Manner::Original, 0);
+    stack.wait_for_gateways(2);
+    let (response, took) = Router::v1(&stack, &key(1)).answer();
+    assert_eq!(response.status, 200);
+    assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
+}
+
+fn version_1_with_nobody_is_503(bus: Bus) {
+    let stack = Stack::start(Plan::new(bus).config(LONG).domains([DOMAIN, "ffx_b"]));
+    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+    let worker = stack.probe(wgkex_tests::probe::Role::new("gw1", &[]));
+    worker.say_all([hello("gw1"), peers_of("gw1", "ffx_b", "0"), status("gw1", "1")]);
+    stack.wait_for_gateways(1);
+    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+}

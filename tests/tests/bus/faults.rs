@@ -1,0 +1,150 @@
+//! What must not happen: a payload that ends the broker, and an answer that is not true.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use wgkex_tests::http::{Http, ask};
+use wgkex_tests::probe::{Role, Said, said};
+use wgkex_tests::scripted::{Manner, Worker, endpoint};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V1, V2};
+use wgkex_tests::{host_name, key, wait_until};
+
+use super::on_both;
+
+on_both!(a_broker_survives_any_payload, an_answer_is_true_when_the_mqtt_server_dies);
+
+fn topics() -> Vec<String> {
+    let host = host_name();
+    [
+        "wireguard/ffx_a/all",
+        "wireguard/ffx_none/all",
+        "wireguard-metrics/ffx_a/gw9/connected_peers",
+        "wireguard-metrics/ffx_none/gw9/connected_peers",
+        "wireguard-metrics/ffx_a//connected_peers",
+        "wireguard-worker/gw9/status",
+        "wireguard-worker/gw9/ffx_a/data",
+        "wireguard-worker/gw9/ffx_none/data",
+        "wireguard-worker//ffx_a/data",
+        "wireguard-broker/other/status",
+        "wgkex/worker/gw9/hello",
+        "wgkex/worker/gw9/applied",
+        "wgkex/worker/gw1/applied",
+        "wgkex/nobody/gw9/knows",
+    ]
+    .map(str::to_owned)
+    .into_iter()
+    .chain([format!("wireguard-broker/{host}/status/more")])
+    .collect()
+}
+
+fn payloads() -> Vec<Vec<u8>> {
+    let texts: [&[u8]; 22] = [
+        b"",
+        b"x",
+        b"-2",
+        b"1e9",
+        b"99999999999999999999999999",
+        b"NaN",
+        b" 1 ",
+        b"\x00",
+        b"\xff\xfe\x80",
+        b"null",
+        b"{}",
+        b"[]",
+        b"{",
+        br#"{"ExternalAddress": 1, "Port": "x", "PublicKey": [], "LinkAddress": null}"#,
+        br#"{"ExternalAddress": "a", "Port": -1, "PublicKey": "x", "LinkAddress": "y"}"#,
+        br#"{"ExternalAddress": "a", "Port": 99999, "PublicKey": "x", "LinkAddress": "y"}"#,
+        br#"{"version": 1, "can": "confirm"}"#,
+        br#"{"version": "1", "can": [1, null, {}]}"#,
+        br#"{"domain": 1, "installed": {}, "failed": []}"#,
+        br#"{"domain": "ffx_a", "installed": ["x"], "failed": {"y": 1}}"#,
+        br#"{"domain": "ffx_none"}"#,
+        b"<script>alert(1)</script>",
+    ];
+    let deep = [b"[".repeat(100_000), b"{\"a\":".repeat(50_000)];
+    // A little less than a packet of the embedded server may have.
+    let large = [b"9".repeat(1 << 20), b"\xff".repeat(1 << 20)].map(|mut large| {
+        large.truncate(large.len() - 100);
+        large
+    });
+    texts.into_iter().map(<[u8]>::to_vec).chain(deep).chain(large).collect()
+}
+
+fn a_broker_survives_any_payload(bus: Bus) {
+    let mut stack = Stack::start(Plan::new(bus));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let stranger = stack.probe(Role::new("stranger", &[]));
+    for topic in topics() {
+        for payload in payloads() {
+            stranger.say_all([said(&topic, payload.clone(), 0, false), said(&topic, payload, 1, true)]);
+        }
+        let response = stack.v2(DOMAIN, &key(1));
+        assert_eq!((response.status, response.json()), (200, endpoint("gw1")), "after {topic}");
+    }
+    assert!(stack.broker().is_running());
+    assert_eq!(stack.get("/readyz").status, 200);
+    assert!(!stack.get("/").body.contains("<script"), "a stranger's text is only text");
+    if bus == Bus::Mosquitto {
+        let _ = stack.stop_broker();
+        stack.start_broker();
+        stack.wait_until_ready();
+        assert_eq!(stack.v2(DOMAIN, &key(2)).json(), endpoint("gw1"));
+    }
+}
+
+/// Routers ask without a pause while the bus dies and comes back. Who got a 200 has its key at the gateway.
+fn an_answer_is_true_when_the_mqtt_server_dies(bus: Bus) {
+    let mut stack = Stack::start(Plan::new(bus));
+    let gateway = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+    let routers: Vec<_> = (0..4)
+        .map(|router| {
+            let (stop, answered, http) = (stop.clone(), answered.clone(), stack.http);
+            thread::spawn(move || ask_until(&stop, http, router * 1_000_000, &answered))
+        })
+        .collect();
+    let accepted = |answered: &Mutex<Vec<(String, u16)>>| {
+        answered.lock().unwrap().iter().filter(|(_, status)| *status == 200).count()
+    };
+    for round in 1..=3 {
+        wait_until("routers are served", || (accepted(&answered) >= round * 50).then_some(()));
+        stack.kill_and_restart_bus();
+        let before = accepted(&answered);
+        wait_until("routers are served again", || (accepted(&answered) > before + 10).then_some(()));
+    }
+    stop.store(true, Ordering::Relaxed);
+    routers.into_iter().for_each(|router| router.join().unwrap());
+    let at_gateway: BTreeSet<_> = gateway.probe.heard().iter().map(Said::text).collect();
+    for (key, status) in &*answered.lock().unwrap() {
+        assert!([200, 503].contains(status), "{status}");
+        assert!(*status != 200 || at_gateway.contains(key), "{key} got a 200 and is not there");
+    }
+}
+
+fn ask_until(stop: &AtomicBool, http: std::net::SocketAddr, first: u32, answered: &Mutex<Vec<(String, u16)>>) {
+    for n in first.. {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let (key, path) = (key(n), if n % 2 == 0 { V1 } else { V2 });
+        // With the embedded server the broker itself is gone for a while.
+        let response = Http::try_connect(http).and_then(|mut http| {
+            http.send(request(path, &ask(DOMAIN, &key)).as_bytes());
+            http.try_response("POST")
+        });
+        match response {
+            Ok(response) => answered.lock().unwrap().push((key, response.status)),
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+fn request(path: &str, body: &str) -> String {
+    format!("POST {path} HTTP/1.1\r\nHost: broker\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}

@@ -1,0 +1,81 @@
+//! What the broker says and hears on the bus (contract sections 4 and 6), with scripted workers: every test runs with
+//! the embedded MQTT server and with Mosquitto.
+
+mod choice;
+mod confirm;
+mod faults;
+mod session;
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use wgkex_tests::DEADLINE;
+use wgkex_tests::http::{Http, Response, ask};
+use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
+
+/// Runs each test on both kinds of bus.
+macro_rules! on_both {
+    ($($test:ident),* $(,)?) => {
+        mod embedded {
+            $(#[test] fn $test() { super::$test(wgkex_tests::stack::Bus::Embedded); })*
+        }
+        mod mosquitto {
+            $(#[test] fn $test() { super::$test(wgkex_tests::stack::Bus::Mosquitto); })*
+        }
+    };
+}
+use on_both;
+
+/// Waiting that no test's machine is slow enough for: an answer before that did not wait for it.
+const LONG: &str = "confirm_timeout: 20\nconfirm_budget: 25";
+/// Less than [`LONG`].
+const AT_ONCE: Duration = Duration::from_secs(10);
+/// Waiting that a test can watch.
+const SHORT: &str = "confirm_timeout: 1\nconfirm_budget: 2";
+
+/// A router that waits for its answer.
+struct Router {
+    answer: Receiver<(Response, Duration)>,
+}
+
+impl Router {
+    fn v1(stack: &Stack, key: &str) -> Self {
+        Self::ask(stack, V1, key)
+    }
+
+    fn v2(stack: &Stack, key: &str) -> Self {
+        Self::ask(stack, V2, key)
+    }
+
+    fn ask(stack: &Stack, path: &'static str, key: &str) -> Self {
+        let (sender, answer) = channel();
+        let (server, body) = (stack.http, ask(DOMAIN, key));
+        thread::spawn(move || {
+            let begun = Instant::now();
+            let response = Http::connect(server).post(path, &body);
+            // The test may have failed meanwhile.
+            let _ = sender.send((response, begun.elapsed()));
+        });
+        Self { answer }
+    }
+
+    /// The answer, and how long it took.
+    fn answer(self) -> (Response, Duration) {
+        self.answer.recv_timeout(DEADLINE).expect("an answer")
+    }
+
+    /// Fails if there is an answer already.
+    fn assert_waits(&self) {
+        let early = self.answer.recv_timeout(Duration::from_millis(300));
+        assert_eq!(early, Err(RecvTimeoutError::Timeout), "an answer before its time");
+    }
+}
+
+/// Checks that a router is told to come again later.
+fn assert_unavailable(response: &Response) {
+    assert_eq!(response.status, 503, "{response:?}");
+    let after: u32 = response.header("retry-after").expect("Retry-After").parse().expect("seconds");
+    assert!((1..=60).contains(&after), "{response:?}");
+    assert!(response.json()["error"]["message"].is_string(), "{response:?}");
+}

@@ -1,0 +1,109 @@
+//! A broker's session from its start to its end, to the byte.
+
+use nix::sys::signal::Signal;
+use wgkex_tests::probe::{Probe, Said, said};
+use wgkex_tests::scripted::{Manner, Worker, data, endpoint, key_for, peers_of, status};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{host_name, key, wait_until};
+
+use super::{LONG, on_both};
+
+on_both!(a_session_is_the_contracts_to_the_byte);
+
+fn own_status(payload: &str) -> Said {
+    said(format!("wireguard-broker/{}/status", host_name()), payload, 1, true)
+}
+
+/// As someone hears it who was there before: as news, and not as something found.
+fn live(said: Said) -> Said {
+    Said { retain: false, ..said }
+}
+
+fn assert_heard(witness: &Probe, expected: &[Said]) {
+    wait_until("the whole session", || (witness.heard().len() >= expected.len()).then_some(()));
+    assert_eq!(witness.heard(), expected);
+}
+
+/// With the embedded server the witness comes after the greeting, goes with the server, and hears everything with the
+/// quality it subscribed with.
+fn a_session_is_the_contracts_to_the_byte(bus: Bus) {
+    let mut stack = Stack::prepare(Plan::new(bus).config(LONG));
+    let witness = match bus {
+        Bus::Mosquitto => {
+            stack.start_mosquitto();
+            let witness = stack.witness();
+            stack.start_broker();
+            stack.wait_until_ready();
+            witness
+        }
+        Bus::Embedded => {
+            stack.start_broker();
+            stack.wait_until_ready();
+            let witness = stack.witness();
+            wait_until("the greeting", || (!witness.heard().is_empty()).then_some(()));
+            witness
+        }
+    };
+    let worker = Worker::start(&stack, "gw1", Manner::Original, 3);
+    stack.wait_for_gateways(1);
+    assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
+    assert_eq!(stack.v1(DOMAIN, &key(2)).status, 200);
+    assert_eq!(stack.v2("ffx_none", &key(3)).status, 400);
+    worker.probe.say(status("gw1", "0"));
+    stack.wait_for_gateways(0);
+    assert!(stack.stop_broker().success());
+    let greeting = if bus == Bus::Embedded { own_status("1") } else { live(own_status("1")) };
+    let expected = [
+        greeting,
+        live(data("gw1", DOMAIN)),
+        live(peers_of("gw1", DOMAIN, "3")),
+        live(status("gw1", "1")),
+        key_for(DOMAIN, &key(1)),
+        key_for(DOMAIN, &key(2)),
+        live(status("gw1", "0")),
+        live(own_status("0")),
+    ];
+    match bus {
+        Bus::Mosquitto => {
+            assert_heard(&witness, &expected);
+            let late: Vec<_> = found(&stack);
+            assert_eq!(late.len(), 4, "{late:?}");
+            for state in [data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "0"), own_status("0")] {
+                assert!(late.contains(&state), "{state:?} in {late:?}");
+            }
+        }
+        // The last word of a broker that takes the bus along may be lost with it.
+        Bus::Embedded => {
+            let expected = expected.map(|said| Said { qos: 1, ..said });
+            assert_eq!(witness.heard()[..7], expected[..7]);
+        }
+    }
+}
+
+/// What is retained. A message of the newcomer's own marks the end of it.
+fn found(stack: &Stack) -> Vec<Said> {
+    let late = stack.probe(wgkex_tests::probe::Role::new("late", &["#"]));
+    late.say(said("test/end", "", 1, false));
+    let _ = late.next_on("test/end");
+    late.heard().into_iter().filter(|said| said.retain).collect()
+}
+
+#[test]
+fn the_server_says_it_when_a_broker_is_killed_and_a_greeting_follows_every_connection() {
+    let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
+    let topic = own_status("1").topic;
+    let witness = stack.witness();
+    assert_eq!(witness.next_on(&topic), own_status("1"));
+    let _ = stack.broker().end_by(Signal::SIGKILL);
+    assert_eq!(witness.next_on(&topic), live(own_status("0")));
+    stack.start_broker();
+    assert_eq!(witness.next_on(&topic), live(own_status("1")));
+    stack.wait_until_ready();
+    stack.kill_and_restart_bus();
+    witness.wait_for_session(2);
+    assert_eq!(witness.next_on(&topic).payload, b"1");
+    stack.wait_until_ready();
+    assert!(found(&stack).contains(&own_status("1")));
+    assert!(stack.stop_broker().success());
+    assert_eq!(witness.next("the farewell", |said| said.topic == topic && said.payload == b"0").qos, 1);
+}
