@@ -1,0 +1,155 @@
+//! The real worker beside an original broker, which is played to the byte (contract section 4). Needs root.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::probe::{Probe, Role, Said, said};
+use wgkex_tests::process::Process;
+use wgkex_tests::{key, wait_until};
+
+const NAME: &str = "gateway";
+
+/// A gateway at a Mosquitto without a broker of ours, and an original broker that hears everything.
+struct Scene {
+    host: Host,
+    _mosquitto: Process,
+    broker: Probe,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let host = Host::new(NAME, Lane::Userspace);
+        host.configure("mqtt: {broker_url: 127.0.0.1}\n");
+        host.setup();
+        let mosquitto = host.start_mosquitto();
+        let will = said("wireguard-broker/old/status", "0", 1, true);
+        let role = Role::new("old", &["wireguard-worker/#", "wireguard-metrics/#", "wgkex/#"]).will(will);
+        let broker = connect(&host, role);
+        broker.say(said("wireguard-broker/old/status", "1", 1, true));
+        Self { host, _mosquitto: mosquitto, broker }
+    }
+
+    fn connect(&self, role: Role) -> Probe {
+        connect(&self.host, role)
+    }
+
+    /// Waits until the broker has heard so many messages from `first` on, and returns them.
+    fn heard(&self, first: usize, number: usize) -> Vec<Said> {
+        let mut heard = Vec::new();
+        wait_until(&format!("{number} messages from {first} on"), || {
+            heard = self.broker.heard();
+            (heard.len() >= first + number).then_some(())
+        });
+        heard.drain(first..first + number).collect()
+    }
+
+    fn data(&self, rest: &str, port: u16) -> Said {
+        let public_key = self.host.run(&format!("wg show wg-{rest} public-key"));
+        let address =
+            self.host.run(&format!("ip -6 -o addr show dev wg-{rest} | awk '{{sub(\"/.*\", \"\", $4); print $4}}'"));
+        let data = format!(
+            r#"{{"ExternalAddress":"{NAME}","Port":{port},"PublicKey":"{public_key}","LinkAddress":"{address}"}}"#
+        );
+        said(format!("wireguard-worker/{NAME}/test_{rest}/data"), data, 1, false)
+    }
+}
+
+fn connect(host: &Host, role: Role) -> Probe {
+    host.inside(|| Probe::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883)), role))
+}
+
+fn status(status: &str) -> Said {
+    said(format!("wireguard-worker/{NAME}/status"), status, 1, false)
+}
+
+fn peers(rest: &str, peers: &str, qos: u8) -> Said {
+    said(format!("wireguard-metrics/test_{rest}/{NAME}/connected_peers"), peers, qos, false)
+}
+
+fn hello(payload: &str) -> Said {
+    said(format!("wgkex/worker/{NAME}/hello"), payload, 1, false)
+}
+
+fn applied(domain: &str, keys: &[String]) -> Said {
+    let keys = serde_json::to_string(keys).unwrap();
+    let payload = format!(r#"{{"domain":"{domain}","installed":{keys},"failed":{{}}}}"#);
+    said(format!("wgkex/worker/{NAME}/applied"), payload, 1, false)
+}
+
+/// What a worker says on every connection: what it is and has, then that it is online.
+fn greeting(scene: &Scene) -> [Said; 6] {
+    [
+        hello(r#"{"version":"0.1.0","can":["confirm"]}"#),
+        scene.data("a", 51820),
+        peers("a", "0", 0),
+        scene.data("b", 51821),
+        peers("b", "0", 0),
+        status("1"),
+    ]
+}
+
+/// At its start a worker may be online before it has read its kernel; the rest keeps its order.
+fn assert_greets(scene: &Scene, first: usize) {
+    let mut heard = scene.heard(first, 6);
+    let place = heard.iter().position(|said| *said == status("1")).unwrap_or_else(|| panic!("not online: {heard:?}"));
+    assert!(place > 0, "hello comes before the status: {heard:?}");
+    let online = heard.remove(place);
+    heard.push(online);
+    assert_eq!(heard, greeting(scene));
+}
+
+#[test]
+#[ignore = "needs root: tests/run"]
+fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
+    let scene = Scene::new();
+    let mut worker = scene.host.start_worker();
+    assert_greets(&scene, 0);
+
+    // The original publishes at most once; a community's own tool may name one gateway instead of all.
+    let mut so_far = 6;
+    for (n, (topic, domain)) in (0..).zip([("all", "test_a"), ("gw", "test_a"), ("all", "test_b")]) {
+        let key = key(n);
+        scene.broker.say(said(format!("wireguard/{domain}/{topic}"), key.as_str(), 0, false));
+        assert_eq!(scene.heard(so_far, 1), [applied(domain, std::slice::from_ref(&key))]);
+        let rest = domain.trim_start_matches("test_");
+        assert_eq!(scene.host.tables(rest).missing(&key), Vec::<String>::new());
+        so_far += 1;
+    }
+
+    // Another client of its name ends its connection; it greets again on the next.
+    scene.connect(Role::new(NAME, &[])).die();
+    assert_eq!(scene.heard(so_far, 1), [status("0")]);
+    assert_eq!(scene.heard(so_far + 1, 6), greeting(&scene));
+    so_far += 7;
+
+    assert!(worker.end_by(Signal::SIGTERM).success());
+    let farewell = [peers("a", "-1", 1), peers("b", "-1", 1), hello(""), status("0")];
+    assert_eq!(scene.heard(so_far, 4), farewell);
+    so_far += 4;
+
+    let mut worker = scene.host.start_worker();
+    assert_greets(&scene, so_far);
+    so_far += 6;
+    let _ = worker.end_by(Signal::SIGKILL);
+    assert_eq!(scene.heard(so_far, 1), [status("0")]);
+    assert_eq!(scene.broker.heard().len(), so_far + 1, "and nothing else");
+}
+
+#[test]
+#[ignore = "needs root: tests/run"]
+fn what_a_worker_says_of_itself_is_there_for_an_original_broker_that_comes_later() {
+    let scene = Scene::new();
+    let mut worker = scene.host.start_worker();
+    let _ = scene.heard(0, 6);
+    let assert_found = |states: [Said; 5]| {
+        let late = scene.connect(Role::new("late", &["#"]));
+        for state in states {
+            assert_eq!(late.next_on(&state.topic), Said { retain: true, ..state });
+        }
+    };
+    let (a, b) = (scene.data("a", 51820), scene.data("b", 51821));
+    assert_found([a.clone(), peers("a", "0", 0), b.clone(), peers("b", "0", 0), status("1")]);
+    assert!(worker.end_by(Signal::SIGTERM).success());
+    assert_found([a, peers("a", "-1", 1), b, peers("b", "-1", 1), status("0")]);
+}
