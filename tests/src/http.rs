@@ -42,14 +42,11 @@ impl Http {
     /// Sends a request and reads the answer. `headers` are whole lines; host and length are added.
     #[must_use]
     pub fn request(&mut self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> Response {
-        let mut request = format!("{method} {path} HTTP/1.1\r\nHost: broker\r\n");
-        if !body.is_empty() || method == "POST" {
-            request += &format!("Content-Length: {}\r\n", body.len());
-        }
-        for header in headers {
-            request += &format!("{header}\r\n");
-        }
-        request += "\r\n";
+        let length = format!("Content-Length: {}", body.len());
+        let length = (!body.is_empty() || method == "POST").then_some(length.as_str());
+        let first = format!("{method} {path} HTTP/1.1");
+        let lines = [first.as_str(), "Host: broker"].into_iter().chain(length).chain(headers.iter().copied());
+        let request = lines.chain(["", ""]).collect::<Vec<_>>().join("\r\n");
         self.send(&[request.as_bytes(), body].concat());
         self.response(method)
     }

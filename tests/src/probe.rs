@@ -205,6 +205,7 @@ impl Probe {
     }
 
     /// The next message on `topic`.
+    #[expect(clippy::must_use_candidate, reason = "mostly it is awaited, and not looked at")]
     pub fn next_on(&self, topic: &str) -> Said {
         self.next(&format!("a message on {topic}"), |said| said.topic == topic)
     }

@@ -81,6 +81,7 @@ impl Process {
     }
 
     /// Waits for a line of its log that contains `text`.
+    #[expect(clippy::must_use_candidate, reason = "mostly it is awaited, and not looked at")]
     pub fn wait_for_log(&self, text: &str) -> String {
         wait_until(&format!("{text:?} in the log of {}", self.name), || {
             self.log().lines().find(|line| line.contains(text)).map(str::to_owned)

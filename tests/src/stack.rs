@@ -150,20 +150,21 @@ impl Stack {
 
     /// Writes the config again, after something of the plan or the addresses was changed.
     pub fn write_config(&mut self) {
-        let (http, mqtt) = (self.http, self.mqtt);
         let domains = self.plan.domains.join(", ");
-        let mut yaml = format!("domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\n");
-        match self.plan.bus {
-            Bus::Embedded => yaml += &format!("mqtt_listen: {{host: \"{}\", port: {}}}\n", mqtt.ip(), mqtt.port()),
-            Bus::Mosquitto => {
-                yaml += &format!("mqtt:\n  broker_url: \"{}\"\n  broker_port: {}\n", mqtt.ip(), mqtt.port());
-                if let Some((user, password)) = &self.plan.credentials {
-                    yaml += &format!("  username: \"{user}\"\n  password: \"{password}\"\n");
-                }
-            }
-        }
-        yaml += &self.plan.config;
+        let (http, bus, more) = (self.http, self.bus_config(), &self.plan.config);
+        let yaml = format!("domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\n{bus}\n{more}");
         fs::write(self.config_file(), yaml).expect("write the config");
+    }
+
+    fn bus_config(&self) -> String {
+        let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
+        match (self.plan.bus, &self.plan.credentials) {
+            (Bus::Embedded, _) => format!("mqtt_listen: \"{ip}:{port}\""),
+            (Bus::Mosquitto, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}}}"),
+            (Bus::Mosquitto, Some((user, password))) => format!(
+                "mqtt: {{broker_url: \"{ip}\", broker_port: {port}, username: \"{user}\", password: \"{password}\"}}"
+            ),
+        }
     }
 
     /// Starts Mosquitto, and waits until it serves.
@@ -182,20 +183,22 @@ impl Stack {
         let program = program.into_iter().map(Path::new).find(|path| path.exists());
         let program = program.expect("Mosquitto is missing: apt-get install mosquitto");
         let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
-        let mut config = format!("listener {port} {ip}\nuser root\npersistence false\nlog_dest stderr\n");
-        match &self.plan.credentials {
-            None => config += "allow_anonymous true\n",
-            Some((user, password)) => {
-                let file = self.dir.path().join("passwords");
-                fs::write(&file, "").expect("write a password file");
-                let made = Command::new("mosquitto_passwd").arg("-b").arg(&file).args([user, password]).status();
-                assert!(made.expect("mosquitto_passwd runs").success(), "mosquitto_passwd fails");
-                config += &format!("allow_anonymous false\npassword_file {}\n", file.display());
-            }
-        }
+        let access = match &self.plan.credentials {
+            None => "allow_anonymous true".into(),
+            Some((user, password)) => format!("password_file {}", self.password_file(user, password).display()),
+        };
+        let config = format!("listener {port} {ip}\nuser root\npersistence false\nlog_dest stderr\n{access}\n");
         let file = self.dir.path().join("mosquitto.conf");
         fs::write(&file, config).expect("write Mosquitto's config");
         Process::start("mosquitto", self.plan.command(program).arg("-c").arg(file))
+    }
+
+    fn password_file(&self, user: &str, password: &str) -> PathBuf {
+        let file = self.dir.path().join("passwords");
+        fs::write(&file, "").expect("write a password file");
+        let made = Command::new("mosquitto_passwd").arg("-b").arg(&file).args([user, password]).status();
+        assert!(made.expect("mosquitto_passwd runs").success(), "mosquitto_passwd fails");
+        file
     }
 
     /// Starts the broker, and does not wait.

@@ -123,8 +123,8 @@ fn a_body_over_4096_bytes_is_refused_and_its_sender_hears_it() {
 fn chunked(stack: &Stack, body: &str) -> Response {
     let mut request = format!("POST {V2} HTTP/1.1\r\nHost: broker\r\nTransfer-Encoding: chunked\r\n\r\n");
     for chunk in body.as_bytes().chunks(1000) {
-        let chunk = std::str::from_utf8(chunk).unwrap();
-        write!(request, "{:x}\r\n{chunk}\r\n", chunk.len()).unwrap();
+        let chunk = std::str::from_utf8(chunk).expect("text");
+        write!(request, "{:x}\r\n{chunk}\r\n", chunk.len()).expect("room");
     }
     request += "0\r\n\r\n";
     let mut http = stack.connect();

@@ -72,7 +72,7 @@ fn hello(payload: &str) -> Said {
 }
 
 fn applied(domain: &str, keys: &[String]) -> Said {
-    let keys = serde_json::to_string(keys).unwrap();
+    let keys = serde_json::to_string(keys).expect("JSON");
     let payload = format!(r#"{{"domain":"{domain}","installed":{keys},"failed":{{}}}}"#);
     said(format!("wgkex/worker/{NAME}/applied"), payload, 1, false)
 }

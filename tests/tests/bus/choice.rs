@@ -37,7 +37,7 @@ fn next(shares: &[Share]) -> usize {
     let all: f64 = shares.iter().map(|share| share.peers).sum();
     let excess = |share: &Share| share.peers - share.weight.unwrap_or(1.0) / configured * all;
     let places = 0..shares.len();
-    places.min_by(|&a, &b| excess(&shares[a]).total_cmp(&excess(&shares[b]))).unwrap()
+    places.min_by(|&a, &b| excess(&shares[a]).total_cmp(&excess(&shares[b]))).expect("a gateway")
 }
 
 fn a_thousand_answers_follow_the_formula(bus: Bus) {
@@ -59,9 +59,9 @@ fn a_thousand_answers_follow_the_formula(bus: Bus) {
     drop(workers);
 }
 
-const WORKERS: u64 = 50;
+const WORKERS: u32 = 50;
 
-fn name(n: u64) -> String {
+fn name(n: u32) -> String {
     format!("gw{n:02}.example.org")
 }
 
@@ -95,7 +95,7 @@ fn ten_domains(bus: Bus) -> Plan {
 
 /// Waits until the page shows each gateway with all its domains and peers.
 fn wait_for_all_states(stack: &Stack) {
-    let row = |n: u64| {
+    let row = |n: u32| {
         let domains: Vec<_> = stack.plan.domains.iter().map(|domain| format!("{domain} ({})", WORKERS - n)).collect();
         (name(n), domains.join(", "))
     };
@@ -112,10 +112,10 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
     wait_for_all_states(&stack);
     // A client that comes later finds all of it.
     let late = stack.probe(Role::new("late", &["#"]).at_most_once());
-    let per_worker = 2 + 2 * stack.plan.domains.len();
+    let expected = WORKERS as usize * (2 + 2 * stack.plan.domains.len());
     wait_until("everything retained", || {
         let retained = late.heard().iter().filter(|said| said.retain && said.topic.contains("example.org")).count();
-        (retained == usize::try_from(WORKERS).unwrap() * per_worker).then_some(())
+        (retained == expected).then_some(())
     });
     if bus == Bus::Mosquitto {
         let _ = stack.stop_broker();

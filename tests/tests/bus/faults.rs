@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -97,6 +97,13 @@ fn a_broker_survives_any_payload(bus: Bus) {
     }
 }
 
+/// Keys, and what their routers were answered.
+type Answers = Mutex<Vec<(String, u16)>>;
+
+fn lock(answers: &Answers) -> MutexGuard<'_, Vec<(String, u16)>> {
+    answers.lock().expect("nobody fails with the lock")
+}
+
 /// Routers ask without a pause while the bus dies and comes back. Who got a 200 has its key at the gateway.
 fn an_answer_is_true_when_the_mqtt_server_dies(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
@@ -109,9 +116,7 @@ fn an_answer_is_true_when_the_mqtt_server_dies(bus: Bus) {
             thread::spawn(move || ask_until(&stop, http, router * 1_000_000, &answered))
         })
         .collect();
-    let accepted = |answered: &Mutex<Vec<(String, u16)>>| {
-        answered.lock().unwrap().iter().filter(|(_, status)| *status == 200).count()
-    };
+    let accepted = |answered: &Answers| lock(answered).iter().filter(|(_, status)| *status == 200).count();
     for round in 1..=3 {
         wait_until("routers are served", || (accepted(&answered) >= round * 50).then_some(()));
         stack.kill_and_restart_bus();
@@ -119,15 +124,17 @@ fn an_answer_is_true_when_the_mqtt_server_dies(bus: Bus) {
         wait_until("routers are served again", || (accepted(&answered) > before + 10).then_some(()));
     }
     stop.store(true, Ordering::Relaxed);
-    routers.into_iter().for_each(|router| router.join().unwrap());
+    for router in routers {
+        router.join().expect("a router that always gets an answer");
+    }
     let at_gateway: BTreeSet<_> = gateway.probe.heard().iter().map(Said::text).collect();
-    for (key, status) in &*answered.lock().unwrap() {
+    for (key, status) in &*lock(&answered) {
         assert!([200, 503].contains(status), "{status}");
         assert!(*status != 200 || at_gateway.contains(key), "{key} got a 200 and is not there");
     }
 }
 
-fn ask_until(stop: &AtomicBool, http: std::net::SocketAddr, first: u32, answered: &Mutex<Vec<(String, u16)>>) {
+fn ask_until(stop: &AtomicBool, http: std::net::SocketAddr, first: u32, answered: &Answers) {
     for n in first.. {
         if stop.load(Ordering::Relaxed) {
             return;
@@ -139,7 +146,7 @@ fn ask_until(stop: &AtomicBool, http: std::net::SocketAddr, first: u32, answered
             http.try_response("POST")
         });
         match response {
-            Ok(response) => answered.lock().unwrap().push((key, response.status)),
+            Ok(response) => lock(answered).push((key, response.status)),
             Err(_) => thread::sleep(Duration::from_millis(20)),
         }
     }
