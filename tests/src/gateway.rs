@@ -229,16 +229,19 @@ impl Host {
     /// What is in the kernel for domain `test_{rest}`, as the C tools say.
     #[must_use]
     pub fn tables(&self, rest: &str) -> Tables {
-        let command = format!(
-            "wg show wg-{rest} allowed-ips && echo -- && ip -6 route show proto static dev wg-{rest} && echo -- && \
-             bridge fdb show dev vx-{rest}"
-        );
-        let said = succeed(&command, self.enter_by_command().args(["sh", "-c", &command]));
-        let mut parts = said.split("--\n").map(|part| part.lines().map(|line| line.trim().to_owned()).collect());
-        let mut next = || -> BTreeSet<String> { parts.next().unwrap_or_default() };
-        let (peers, routes, mut fdb) = (next(), next(), next());
+        let interface = format!("wg-{rest}");
+        let lines = |command: String| -> BTreeSet<String> {
+            let mut words = command.split(' ');
+            let said = succeed(&command, Command::new(words.next().unwrap_or_default()).args(words));
+            said.lines().map(|line| line.trim().to_owned()).collect()
+        };
+        let (peers, routes, mut fdb) = self.inside(|| {
+            let peers = lines(format!("wg show {interface} allowed-ips"));
+            let routes = lines(format!("ip -6 route show proto static dev {interface}"));
+            (peers, routes, lines(format!("bridge fdb show dev vx-{rest}")))
+        });
         fdb.retain(|line| line.starts_with("00:00:00:00:00:00 "));
-        Tables { peers, routes, fdb, interface: format!("wg-{rest}") }
+        Tables { peers, routes, fdb, interface }
     }
 
     /// Everything that `wg` knows of the interface: keys, endpoints, handshakes, counters.

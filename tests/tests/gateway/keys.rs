@@ -64,13 +64,14 @@ fn watched_over(host: &Host) {
     wait_until("8 keys are counted", || (host.metric(9586, received)? == "8").then_some(()));
 }
 
-pub fn each_of_1000_keys_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
-    const KEYS: u32 = 1_000;
+pub fn each_key_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
+    // A virtual machine takes its time to start the witnesses.
+    let keys = if lane == Lane::Kernel { 200 } else { 1_000 };
     let single = Single::new(lane, "");
     let host = &single.host;
     let instant = Instant { worker: &single.worker, looking: Mutex::new(0) };
     let next = AtomicU32::new(0);
-    let never_posted = key(KEYS);
+    let never_posted = key(keys);
     let lacking = |n: u32| {
         let key = key(n);
         let answer = host.post(1 + u8::from(n.is_multiple_of(2)), &key);
@@ -81,14 +82,14 @@ pub fn each_of_1000_keys_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) 
     };
     let untrue: Vec<_> = thread::scope(|scope| {
         let client = || {
-            let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|n| *n < KEYS));
+            let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Ordering::Relaxed)).filter(|n| *n < keys));
             numbers.filter_map(lacking).collect::<Vec<_>>()
         };
         let clients: Vec<_> = (0..4).map(|_| scope.spawn(client)).collect();
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
     });
-    assert!(untrue.is_empty(), "{} of {KEYS} answers came too early: {untrue:?}", untrue.len());
-    assert_eq!(host.tables("a").lengths(), [KEYS as usize + 1; 3]);
+    assert!(untrue.is_empty(), "{} of {keys} answers came too early: {untrue:?}", untrue.len());
+    assert_eq!(host.tables("a").lengths(), [keys as usize + 1; 3]);
 }
 
 /// Keeps the kernel as it is while somebody looks, by freezing the one who changes it.

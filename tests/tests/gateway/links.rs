@@ -26,6 +26,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     announce(&witness, &keys);
     let received = || host.metric(9586, r#"wgkex_worker_keys_received_total{domain="test_a"}"#);
     wait_until("both keys are received", || (received()? == "2").then_some(()));
+    look_again(&host);
     assert_eq!(downs(&worker, "a"), 1, "{}", worker.log());
 
     host.setup();
@@ -44,6 +45,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
         assert_eq!(host.metric(9586, r#"wgkex_worker_domain_up{domain="test_b"}"#).as_deref(), Some("1"));
         announce(&witness, &[key(n)]);
         wait_until("the key fails", || (failed()? != *failed_before.as_ref()?).then_some(()));
+        look_again(&host);
         assert_eq!(downs(&worker, "a"), downs_before + 1, "after {command}: {}", worker.log());
         keys.push(key(n));
 
@@ -65,6 +67,14 @@ fn is_down(host: &Host, witness: &Probe, rest: &str) {
     wait_until("the metric says it", || (up()? == "0").then_some(()));
     let peers = format!("wireguard-metrics/test_{rest}/gateway/connected_peers");
     witness.next("the domain is offline", |said| said.topic == peers && said.text() == "-1");
+}
+
+/// Changes some other link, so that the worker looks for its own again.
+fn look_again(host: &Host) {
+    let failures = || host.metric(9586, r#"wgkex_worker_read_failures_total{domain="test_a"}"#);
+    let before = failures();
+    host.run("ip link add other type veth peer name another && ip link del other");
+    wait_until("the worker looks again", || (failures()? != *before.as_ref()?).then_some(()));
 }
 
 fn downs(worker: &Process, rest: &str) -> usize {

@@ -39,7 +39,7 @@ macro_rules! lanes {
 
 lanes! {
     keys: a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects;
-    keys: each_of_1000_keys_is_in_the_kernel_at_the_instant_of_its_200;
+    keys: each_key_is_in_the_kernel_at_the_instant_of_its_200;
     several: four_gateways_share_the_routers_by_weight_and_all_have_every_key;
     several: a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws;
     bus: a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back;
