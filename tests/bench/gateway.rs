@@ -29,7 +29,9 @@ pub struct Gateway {
 impl Gateway {
     /// Interfaces without peers on a bus of this kind; nothing else runs.
     pub fn new(bus: Bus) -> Self {
-        let config = format!("setup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"");
+        // Slowness is to be measured, not to be answered 503.
+        let patience = "confirm_timeout: 20\nconfirm_budget: 20";
+        let config = format!("{patience}\nsetup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"");
         let stack = Stack::prepare(Plan::new(bus).domains([DOMAIN]).config(&config));
         let gateway = Self { stack, worker: None };
         gateway.clear();
