@@ -40,10 +40,10 @@ impl Gateway {
 
     /// Takes all peers, routes and flood entries away.
     pub fn clear(&self) {
-        for arguments in [&["setup", "--remove"][..], &["setup"]] {
-            let mut setup = self.stack.program("wgkex-worker", arguments);
-            assert!(setup.wait().success(), "{}", setup.log());
-        }
+        // With many entries this takes the kernel long.
+        run("for link in vx-mesh wg-mesh; do ip link del $link 2>/dev/null || true; done");
+        let mut setup = self.stack.program("wgkex-worker", &["setup"]);
+        assert!(setup.wait().success(), "{}", setup.log());
     }
 
     /// Starts the worker, and waits until it hears keys and has read its tables.
@@ -55,14 +55,19 @@ impl Gateway {
         wait_until("the worker has read its tables", || (metric("domain_up") == Some(1)).then_some(()));
     }
 
-    /// Ends the worker, and gives the CPU time that it has used since `start_worker`.
-    pub fn stop_worker(&mut self) -> Duration {
-        let mut worker = self.worker.take().expect("a worker that runs");
+    /// The CPU time that the worker has used so far.
+    pub fn worker_cpu(&self) -> Duration {
+        let worker = self.worker.as_ref().expect("a worker that runs");
         let stat = fs::read_to_string(format!("/proc/{}/stat", worker.pid())).unwrap();
+        // In user space and in the kernel, in hundredths of a second.
         let ticks = stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2);
-        let ticks: u64 = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
+    }
+
+    /// Ends the worker.
+    pub fn stop_worker(&mut self) {
+        let mut worker = self.worker.take().expect("a worker that runs");
         assert!(worker.end_by(Signal::SIGTERM).success(), "{}", worker.log());
-        Duration::from_millis(ticks * 10)
     }
 
     /// Has the C tools put keys in, and gives what each of them took.
