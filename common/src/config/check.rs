@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{Flag, LogLevel, Port, Seconds, Text};
+use super::leaf::{Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
 use super::{Cleanup, Config, Confirm, Credentials, Listen, Mqtt, Secret, Server, Setup, Worker};
@@ -39,6 +39,10 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     let listed: Vec<Text> = raw.domains.into_iter().flatten().collect();
     let prefixes: Vec<String> = raw.domain_prefixes.into_iter().flatten().map(|prefix| prefix.0).collect();
     let domains = domains(&listed, &prefixes, report);
+    let fits = |Text(name): &Text| prefixes.iter().any(|prefix| name.starts_with(prefix));
+    if !listed.is_empty() && !prefixes.is_empty() && !listed.iter().any(fits) {
+        report.refuse(&Path::of("domains"), "none can be served, at least one must begin with one of domain_prefixes");
+    }
     let external_name = raw.external_name.map(|name| name.0).filter(|name| !name.is_empty());
     Config {
         name: host_name.to_owned(),
@@ -63,6 +67,11 @@ fn name(host_name: &str, report: &mut Report) {
              are not allowed"
         ));
     }
+}
+
+/// rumqttc takes no silence for ever; the longest there is comes close.
+fn keepalive(seconds: u16) -> u64 {
+    if seconds == 0 { u16::MAX.into() } else { seconds.into() }
 }
 
 /// What has to be there; and what this version cannot do yet: refused where the fleet would miss it, else a warning.
@@ -161,7 +170,7 @@ fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
     }
     Mqtt {
         credentials: credentials(raw.username, raw.password, report),
-        keepalive: Duration::from_secs(raw.keepalive.map_or(5, |seconds| seconds.0.into())),
+        keepalive: Duration::from_secs(raw.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
         tls: is_encrypted && is_external,
         server: match raw.broker_url {
             Some(host) => Server::External { host: host.0, port: port(raw.broker_port.as_ref(), 1883) },

@@ -64,9 +64,10 @@ leaf!(
 );
 leaf!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
 leaf!(
+    /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
-    |value: &Value| whole(value, 1..=65535),
-    "is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"
+    |value: &Value| whole(value, 0..=65535),
+    "is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"
 );
 leaf!(
     /// The upper bound keeps every sum with a clock's reading far from an overflow.

@@ -190,6 +190,13 @@ fn keys_may_be_merged_from_another_mapping() {
 }
 
 #[test]
+fn a_line_that_may_be_silent_for_ever_may_be_so_for_long() {
+    let keepalive = |yaml: &str| parse(&format!("{LEAST}mqtt: {{keepalive: {yaml}}}")).unwrap().mqtt.keepalive;
+    assert_eq!(keepalive("0"), Duration::from_secs(65535));
+    assert_eq!(keepalive("7"), Duration::from_secs(7));
+}
+
+#[test]
 fn domains_that_no_router_could_use_are_left_out() {
     let config =
         parse("domains: [ffmuc_welt, welt, ffmuc_welt]\ndomain_prefixes: [ffmuc_]\nsetup: {domains: {welt: {}}}");

@@ -28,12 +28,12 @@ const MISTAKES: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "mqtt: {keepalive: 0}",
-        &["mqtt.keepalive: 0 is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"],
+        "mqtt: {keepalive: -1}",
+        &["mqtt.keepalive: -1 is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"],
     ),
     (
         "mqtt: {keepalive: 70000}",
-        &["mqtt.keepalive: 70000 is not a keepalive, a whole number of seconds from 1 to 65535 is allowed"],
+        &["mqtt.keepalive: 70000 is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"],
     ),
     ("mqtt: {tls: maybe}", &["mqtt.tls: \"maybe\" is not a truth value, true or false is allowed"]),
     (
@@ -202,6 +202,10 @@ fn a_file_that_lacks_the_domains_is_told_so() {
             &[
                 "domains[0]: \"ffmuc_1234567890123\" gives the interface name \"wg-1234567890123\": 1 to 12 characters without \"/\", \":\" or spaces may follow \"wg-\"",
             ],
+        ),
+        (
+            "domains: [ffmuc_x, welt]\ndomain_prefixes: [ffmcu_]\n",
+            &["domains: none can be served, at least one must begin with one of domain_prefixes"],
         ),
         (
             "domains: [ffmuc_x, ffdon_x]\ndomain_prefixes: [ffmuc_, ffdon_]\n",
