@@ -5,11 +5,15 @@ mod channel;
 mod route;
 mod wireguard;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use wgkex_common::Domain;
 
 use self::channel::{Channel, DumpError, EIO, ENODEV};
@@ -19,6 +23,10 @@ use super::{Change, Device, Errno, Kernel, KernelError};
 
 const ENETDOWN: Errno = Errno(100);
 const ENOBUFS: Errno = Errno(105);
+
+/// A large table takes seconds; what takes this long hangs, as the process of a userspace WireGuard may, and the other
+/// domains must not wait for it.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Before listening again on a socket that fails.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -33,6 +41,9 @@ const EVENTS: [u32; 3] = [1, 5, 9];
 /// thread that may block: netlink answers at once or, with its lock held by others, late.
 pub struct Netlink {
     events: TokioSocket,
+    /// Calls that took longer than `patience` and have not ended.
+    stuck: BTreeMap<Domain, JoinHandle<()>>,
+    patience: Duration,
 }
 
 impl Netlink {
@@ -44,22 +55,30 @@ impl Netlink {
         for group in EVENTS {
             events.socket_mut().add_membership(group)?;
         }
-        Ok(Self { events })
+        Ok(Self { events, stuck: BTreeMap::new(), patience: PATIENCE })
+    }
+
+    /// Waits only this long for an answer; what takes longer counts as an interface that is gone.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
     }
 }
 
 impl Kernel for Netlink {
     async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
-        let domain = domain.clone();
-        blocking(move || read(&domain)).await?
+        let task_domain = domain.clone();
+        self.blocking(domain, move || read(&task_domain)).await?
     }
 
     async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
         let (task_domain, task_changes) = (domain.clone(), changes.to_vec());
         let count = changes.len();
-        let result =
-            blocking(move || Interfaces::find(&task_domain).map(|mut interfaces| interfaces.apply(&task_changes)))
-                .await;
+        let result = self
+            .blocking(domain, move || {
+                Interfaces::find(&task_domain).map(|mut interfaces| interfaces.apply(&task_changes))
+            })
+            .await;
         result.and_then(|results| results).unwrap_or_else(|error| vec![Err(error); count])
     }
 
@@ -76,11 +95,32 @@ impl Kernel for Netlink {
     }
 }
 
-/// A thread that may block, of a runtime that may have only one of its own. What was begun is carried through even
-/// if nobody waits any more.
-async fn blocking<T: Send + 'static>(task: impl FnOnce() -> T + Send + 'static) -> Result<T, KernelError> {
-    let result = tokio::task::spawn_blocking(task).await;
-    result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO })
+impl Netlink {
+    /// Runs `task` for `domain` on a thread that may block, of a runtime that may have only one of its own. What was
+    /// begun is carried through even if nobody waits any more; until it is, nothing else is begun for that domain.
+    async fn blocking<T: Send + 'static>(
+        &mut self,
+        domain: &Domain,
+        task: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, KernelError> {
+        let silent = || KernelError::Interface { interface: domain.wireguard(), state: "not answering" };
+        if self.stuck.get(domain).is_some_and(|stuck| !stuck.is_finished()) {
+            return Err(silent());
+        }
+        self.stuck.remove(domain);
+        let (done, result) = oneshot::channel();
+        let thread = tokio::task::spawn_blocking(move || {
+            // Whoever asked may have given up.
+            let _ = done.send(task());
+        });
+        match timeout(self.patience, result).await {
+            Ok(result) => result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO }),
+            Err(_) => {
+                self.stuck.insert(domain.clone(), thread);
+                Err(silent())
+            }
+        }
+    }
 }
 
 fn read(domain: &Domain) -> Result<Device, KernelError> {
@@ -113,8 +153,7 @@ impl Interfaces {
         let peers = if wireguard.wireguard {
             WireGuard::kernel(wireguard.index).map_err(|error| refused("open WireGuard", &wg, error))?
         } else {
-            WireGuard::userspace(&wg)
-                .ok_or(KernelError::Interface { interface: wg, state: "not a WireGuard interface" })?
+            WireGuard::userspace(&wg).map_err(|state| KernelError::Interface { interface: wg, state })?
         };
         Ok(Self { domain: domain.clone(), wireguard, vxlan, routes, peers })
     }

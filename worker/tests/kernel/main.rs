@@ -76,7 +76,7 @@ suite! {
         a_dump_among_changes_is_whole_or_none;
 }
 
-lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other);
+lane!(netns_alone, WireGuard::Userspace, one_peer_too_many_holds_up_no_other a_process_that_hangs_holds_up_no_other_domain);
 
 fn install(key: PublicKey) -> [Change; 3] {
     let node = key.link_local();
@@ -371,6 +371,27 @@ async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
     assert_eq!(device.peers.len(), LIMIT as usize);
     assert_eq!(device.peers[&key(1)].allowed_ips.len(), 2);
     assert!(device.peers.contains_key(&key(LIMIT + 2)) && !device.peers.contains_key(&key(LIMIT)));
+}
+
+async fn a_process_that_hangs_holds_up_no_other_domain(lab: &Linux) {
+    let (hanging, well) = (lab.domain("k1"), lab.domain("k2"));
+    lab.make(&hanging);
+    lab.make(&well);
+    let mut kernel = lab.kernel().with_patience(A_WHILE);
+    lab.freeze(&hanging, true);
+    let silent = KernelError::Interface { interface: hanging.wireguard(), state: "not answering" };
+    assert_eq!(kernel.read(&hanging).await, Err(silent.clone()));
+    let change = Change::SetPeer(key(1), key(1).link_local());
+    assert_eq!(timeout(A_WHILE / 2, kernel.apply(&hanging, &[change])).await.unwrap(), [Err(silent)]);
+    apply(&mut kernel, &well, &[change]).await;
+    lab.freeze(&hanging, false);
+    timeout(SOON, async {
+        while kernel.read(&hanging).await.is_err() {
+            tokio::time::sleep(A_WHILE / 10).await;
+        }
+    })
+    .await
+    .unwrap();
 }
 
 async fn a_dump_among_changes_is_whole_or_none(lab: &Linux) {

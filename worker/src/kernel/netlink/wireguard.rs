@@ -4,7 +4,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink has more attributes than matter, and new ones come")]
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};
@@ -69,11 +69,17 @@ impl WireGuard {
         Ok(Self::Kernel { channel, family: family.ok_or(EIO)?, index })
     }
 
-    /// `None` if no process serves an interface of this name.
-    pub(super) fn userspace(name: &str) -> Option<Self> {
+    /// An error that says what the interface is instead, if no process that may be asked serves it.
+    pub(super) fn userspace(name: &str) -> Result<Self, &'static str> {
+        const OTHER: &str = "not a WireGuard interface";
         // wireguard-control starts a process of its own where it finds none.
-        UnixStream::connect(format!("/var/run/wireguard/{name}.sock")).ok()?;
-        Some(Self::Userspace(name.parse().ok()?))
+        match UnixStream::connect(format!("/var/run/wireguard/{name}.sock")) {
+            Ok(_) => name.parse().map(Self::Userspace).map_err(|_| OTHER),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                Err("served by a userspace WireGuard whose control socket this user may not open")
+            }
+            Err(_) => Err(OTHER),
+        }
     }
 
     pub(super) fn read(&mut self) -> Result<Table, DumpError> {
