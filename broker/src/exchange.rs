@@ -97,16 +97,22 @@ impl Ask {
 pub struct Exchange {
     gateways: Arc<Mutex<Gateways>>,
     waiters: Waiters,
-    bus: Bus,
+    keys: Bus,
     confirm: Confirm,
     metrics: Metrics,
 }
 
 impl Exchange {
-    /// An exchange over `bus`, which somebody lets `gateways` and `waiters` hear.
+    /// An exchange that publishes on `keys`; what comes back, somebody lets `gateways` and `waiters` hear.
     #[must_use]
-    pub fn new(gateways: Arc<Mutex<Gateways>>, waiters: Waiters, bus: Bus, confirm: Confirm, metrics: Metrics) -> Self {
-        Self { gateways, waiters, bus, confirm, metrics }
+    pub fn new(
+        gateways: Arc<Mutex<Gateways>>,
+        waiters: Waiters,
+        keys: Bus,
+        confirm: Confirm,
+        metrics: Metrics,
+    ) -> Self {
+        Self { gateways, waiters, keys, confirm, metrics }
     }
 
     /// The gateways, for as short as it takes to ask one question.
@@ -212,14 +218,18 @@ impl Exchange {
 
     /// Publishes the key; whoever waits for it does so from before that.
     async fn publish(&self, ask: &Ask, begun: Begun) -> Result<Waiting, Refusal> {
-        let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
+        let mut waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
-        match timeout_at(begun.budget, self.bus.publish(key)).await {
-            Ok(Ok(())) => Ok(waiting),
-            Ok(Err(_)) | Err(_) => {
-                self.metrics.publish_failures.inc();
-                Err(Refusal::NotPublished)
-            }
+        tokio::select! {
+            acknowledged = timeout_at(begun.budget, self.keys.publish(key)) => match acknowledged {
+                Ok(Ok(())) => Ok(waiting),
+                Ok(Err(_)) | Err(_) => {
+                    self.metrics.publish_failures.inc();
+                    Err(Refusal::NotPublished)
+                }
+            },
+            // A gateway may be faster than the server's acknowledgement, and says more.
+            () = waiting.word() => Ok(waiting),
         }
     }
 

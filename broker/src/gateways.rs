@@ -107,10 +107,28 @@ impl Gateways {
     /// 3.3.1.3). Topics of unknown domains, and those that say nothing about gateways, change nothing.
     pub fn hear(&mut self, topic: &Topic, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
         match topic {
-            Topic::WorkerStatus { worker } => self.worker(worker)?.hear_status(payload, retained),
-            Topic::WorkerData { worker, domain } => self.hear_in(worker, domain, payload, Worker::hear_data),
-            Topic::ConnectedPeers { domain, worker } => self.hear_in(worker, domain, payload, Worker::hear_peers),
-            Topic::Hello { worker } => self.worker(worker)?.hear_hello(payload, retained),
+            Topic::WorkerStatus { worker } => {
+                let online = status(payload)?;
+                self.worker(worker)?.hear_status(online, retained);
+                Ok(())
+            }
+            Topic::WorkerData { worker, domain } => {
+                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+                let data = parse_unless_empty(payload, "worker data")?;
+                self.worker(worker)?.hear_data(domain, data);
+                Ok(())
+            }
+            Topic::ConnectedPeers { domain, worker } => {
+                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+                let peers = peers(payload)?;
+                self.worker(worker)?.hear_peers(domain, peers);
+                Ok(())
+            }
+            Topic::Hello { worker } => {
+                let hello = parse_unless_empty(payload, "hello")?;
+                self.worker(worker)?.hear_hello(hello, retained);
+                Ok(())
+            }
             Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained),
             Topic::Key { .. } | Topic::Applied { .. } => Ok(()),
         }
@@ -121,17 +139,6 @@ impl Gateways {
             return Err(Nonsense("worker's name"));
         }
         Ok(self.workers.entry(name.to_owned()).or_default())
-    }
-
-    fn hear_in(
-        &mut self,
-        worker: &str,
-        domain: &str,
-        payload: &[u8],
-        hear: fn(&mut Worker, &Domain, &[u8]) -> Result<(), Nonsense>,
-    ) -> Result<(), Nonsense> {
-        let Some(domain) = self.domains.get(domain).cloned() else { return Ok(()) };
-        hear(self.worker(worker)?, &domain, payload)
     }
 
     fn hear_broker(&mut self, broker: &str, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
@@ -212,7 +219,7 @@ impl Gateways {
         let mut online = Online::default();
         for worker in self.workers.values().filter(|worker| worker.online) {
             if worker.confirms() {
-                online.confirming += usize::from(worker.peers.contains_key(domain));
+                online.confirming += usize::from(worker.has_online(domain));
             } else {
                 online.others += usize::from(worker.data.contains_key(domain) || worker.peers.contains_key(domain));
             }
@@ -232,6 +239,7 @@ impl Gateways {
                 .data
                 .keys()
                 .chain(worker.peers.keys())
+                .filter(|domain| worker.may_serve(domain))
                 .map(|domain| (domain.clone(), worker.peers.get(domain).copied()))
                 .collect(),
             peers: worker.count(),
@@ -265,7 +273,17 @@ impl Worker {
 
     /// What a router is told, if this worker can serve it now.
     fn serves(&self, domain: &Domain) -> Option<&WorkerData> {
-        (self.online && self.peers.contains_key(domain)).then(|| self.data.get(domain)).flatten()
+        self.has_online(domain).then(|| self.data.get(domain)).flatten()
+    }
+
+    /// Whether it is online, and the domain there.
+    fn has_online(&self, domain: &Domain) -> bool {
+        self.online && self.peers.contains_key(domain) && self.may_serve(domain)
+    }
+
+    /// False for a domain that is retained of a worker which says that it serves others.
+    fn may_serve(&self, domain: &Domain) -> bool {
+        self.hello.as_ref().is_none_or(|hello| hello.serves(domain.name()))
     }
 
     fn count(&self) -> u64 {
@@ -274,49 +292,45 @@ impl Worker {
 
     /// A worker of ours says hello before it says that it is online. One that comes online without is another
     /// program under the same name, and a hello found on the bus is not its own.
-    fn hear_status(&mut self, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
-        self.online = status(payload)?;
+    fn hear_status(&mut self, online: bool, retained: bool) {
+        self.online = online;
         self.silent = false;
-        if !self.online {
+        if !online {
             self.hello_is_live = false;
-            if !retained {
-                self.hello = None;
-            }
-        } else if !retained && !self.hello_is_live {
+        }
+        if !retained && !self.hello_is_live {
             self.hello = None;
         }
-        Ok(())
     }
 
-    fn hear_hello(&mut self, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
-        self.hello = parse_unless_empty(payload, "hello")?;
-        self.hello_is_live = self.hello.is_some() && !retained;
-        Ok(())
+    fn hear_hello(&mut self, hello: Option<Hello>, retained: bool) {
+        self.hello_is_live = hello.is_some() && !retained;
+        self.hello = hello;
     }
 
-    fn hear_data(&mut self, domain: &Domain, payload: &[u8]) -> Result<(), Nonsense> {
-        match parse_unless_empty(payload, "worker data")? {
-            Some(data) => self.data.insert(domain.clone(), data),
-            None => self.data.remove(domain),
+    fn hear_data(&mut self, domain: Domain, data: Option<WorkerData>) {
+        match data {
+            Some(data) => self.data.insert(domain, data),
+            None => self.data.remove(&domain),
         };
-        Ok(())
     }
 
-    fn hear_peers(&mut self, domain: &Domain, payload: &[u8]) -> Result<(), Nonsense> {
+    fn hear_peers(&mut self, domain: Domain, peers: Option<u64>) {
         self.silent = false;
-        let peers = match payload {
-            b"" | b"-1" => None,
-            number => {
-                let number = std::str::from_utf8(number).ok().and_then(|text| text.trim().parse().ok());
-                Some(number.filter(|number| *number <= PEERS_MAX).ok_or(Nonsense("number of peers"))?)
-            }
-        };
         match peers {
-            Some(peers) => self.peers.insert(domain.clone(), peers),
-            None => self.peers.remove(domain),
+            Some(peers) => self.peers.insert(domain, peers),
+            None => self.peers.remove(&domain),
         };
-        Ok(())
     }
+}
+
+/// The peers of a domain, or none while the domain is offline.
+fn peers(payload: &[u8]) -> Result<Option<u64>, Nonsense> {
+    if payload.is_empty() || payload == b"-1" {
+        return Ok(None);
+    }
+    let peers = std::str::from_utf8(payload).ok().and_then(|text| text.trim().parse().ok());
+    peers.filter(|peers| *peers <= PEERS_MAX).map(Some).ok_or(Nonsense("number of peers"))
 }
 
 fn status(payload: &[u8]) -> Result<bool, Nonsense> {

@@ -41,8 +41,8 @@ pub struct App {
     pub domains: BTreeSet<Domain>,
     /// The road of a key.
     pub exchange: Exchange,
-    /// Whether the bus can be used.
-    pub link: watch::Receiver<Link>,
+    /// Whether the bus can be used, to hear and to publish.
+    pub links: [watch::Receiver<Link>; 2],
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -134,11 +134,13 @@ impl App {
 
     /// Why this broker cannot serve routers now.
     fn unready(&self) -> Option<String> {
-        match &*self.link.borrow() {
-            Link::Down(reason) => Some(format!("MQTT is not connected: {reason}")),
-            Link::Up if !self.exchange.gateways().complete() => Some("what is retained is not heard yet".into()),
-            Link::Up => None,
+        for link in &self.links {
+            if let Link::Down(reason) = &*link.borrow() {
+                return Some(format!("MQTT is not connected: {reason}"));
+            }
         }
+        let complete = self.exchange.gateways().complete();
+        (!complete).then(|| "what is retained is not heard yet".into())
     }
 }
 

@@ -22,7 +22,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::Config;
-use wgkex_common::config::{Listen, Server};
+use wgkex_common::config::Server;
 
 use crate::exchange::Exchange;
 use crate::gateways::Gateways;
@@ -37,24 +37,29 @@ const PROBE: Duration = Duration::from_millis(10);
 
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let listener = listen(&config.broker_listen)?;
+    let listener = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
+    if let Server::Embedded(listen_mqtt) = config.mqtt.server {
+        // Taken, it is somebody else's server, which must not be spoken to.
+        listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
+    }
     let metrics = Metrics::new().context("metrics")?;
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let waiters = Waiters::default();
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
+    let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::publisher(&config))?;
+    let links = [bus.link(), keys.link()];
     let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), metrics.clone());
-    let exchange = Exchange::new(gateways.clone(), waiters, bus.clone(), config.confirm, metrics.clone());
-    let (over, mut stopped) = watch::channel(false);
+    let exchange = Exchange::new(gateways.clone(), waiters, keys, config.confirm, metrics.clone());
+    let (over, stopped) = watch::channel(false);
 
     let embedded = serve_embedded(&config.mqtt.server);
     let server_is_up = embedded_listens(config.mqtt.server.clone());
-    let session = tokio::spawn(async move {
+    let sessions = tokio::spawn(async move {
         server_is_up.await;
-        // A sender that is gone means that it is over, too.
-        session.run(hand_on, async move { _ = stopped.wait_for(|over| *over).await }).await;
+        tokio::join!(session.run(hand_on, stopping(stopped.clone())), publishing.run(drop, stopping(stopped)))
     });
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
-    let app = App { domains: config.domains.clone(), exchange, link: bus.link(), metrics };
+    let app = App { domains: config.domains.clone(), exchange, links, metrics };
     let server = http::server(listener, app, config.confirm.budget)?;
     let handle = server.handle();
     let mut server = tokio::spawn(server);
@@ -71,12 +76,17 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     handle.stop(true).await;
     let _ = timeout(FAREWELL, bus.publish(mqtt::status(&config.name, "0"))).await;
     over.send_replace(true);
-    let _ = timeout(FAREWELL, session).await;
+    let _ = timeout(FAREWELL, sessions).await;
     result
 }
 
-fn listen(listen: &Listen) -> anyhow::Result<TcpListener> {
-    TcpListener::bind((listen.host.as_str(), listen.port)).with_context(|| format!("broker_listen {listen}"))
+async fn stopping(mut over: watch::Receiver<bool>) {
+    // A sender that is gone means that it is over, too.
+    let _ = over.wait_for(|over| *over).await;
+}
+
+fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
+    TcpListener::bind((host, port)).with_context(|| format!("{key} {host}:{port}"))
 }
 
 fn gateways(config: &Config) -> Gateways {

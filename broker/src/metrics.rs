@@ -63,8 +63,11 @@ impl Metrics {
             confirmation: register(
                 &registry,
                 Histogram::with_opts(
-                    HistogramOpts::new("wgkex_broker_confirmation_seconds", "Time from a key to its confirmation")
-                        .buckets(SECONDS.into()),
+                    HistogramOpts::new(
+                        "wgkex_broker_confirmation_seconds",
+                        "Time from publishing a key to its confirmation",
+                    )
+                    .buckets(SECONDS.into()),
                 )?,
             )?,
             confirmations_missed: register(

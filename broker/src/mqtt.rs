@@ -21,10 +21,15 @@ const ECHO: Duration = Duration::from_secs(2);
 pub fn client(config: &Config) -> Client {
     Client {
         id: format!("wgkex-broker-{}", config.name),
-        will: status(&config.name, "0"),
+        will: Some(status(&config.name, "0")),
         states: Topic::states().into(),
         events: vec![Topic::applied()],
     }
+}
+
+/// The connection by which this broker publishes keys.
+pub fn publisher(config: &Config) -> Client {
+    Client::publisher(format!("wgkex-broker-{}-keys", config.name))
 }
 
 /// What this broker says of itself (contract section 4).

@@ -27,16 +27,26 @@ pub struct Hello {
     pub version: String,
     /// Its abilities, by name.
     pub can: Vec<String>,
+    /// The domains that it serves, by name; what is retained of others is left from an earlier config. None if it
+    /// does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domains: Option<Vec<String>>,
 }
 
 impl Hello {
     /// The ability to say what became of each key, by [`Applied`].
     pub const CONFIRM: &str = "confirm";
 
-    /// The hello of this program.
+    /// The hello of this program, for the domains with these names.
     #[must_use]
-    pub fn ours() -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![Self::CONFIRM.into()] }
+    pub fn ours(domains: Vec<String>) -> Self {
+        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![Self::CONFIRM.into()], domains: Some(domains) }
+    }
+
+    /// Whether the worker may serve the domain with this name.
+    #[must_use]
+    pub fn serves(&self, domain: &str) -> bool {
+        self.domains.as_ref().is_none_or(|domains| domains.iter().any(|served| served == domain))
     }
 
     /// Whether the worker says what became of each key.

@@ -69,12 +69,21 @@ pub struct Client {
     /// Its client id; a second connection with the same id ends the first.
     pub id: String,
     /// What the server says in its name when it is gone.
-    pub will: Message,
+    pub will: Option<Message>,
     /// Filters heard at most once: states, of which only the newest matters and all retained ones must come
     /// (a server's queue for acknowledged messages is bounded, and it drops silently).
     pub states: Vec<String>,
     /// Filters heard at least once.
     pub events: Vec<String>,
+}
+
+impl Client {
+    /// A client that only publishes. What it publishes is acknowledged on a connection of its own: where a server
+    /// leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be heard.
+    #[must_use]
+    pub fn publisher(id: String) -> Self {
+        Self { id, will: None, states: Vec::new(), events: Vec::new() }
+    }
 }
 
 /// What the session hands on.
@@ -141,6 +150,9 @@ pub struct Session {
     link: watch::Sender<Link>,
     states: Vec<String>,
     events: Vec<String>,
+    id: String,
+    /// It is the one that the log tells of; a publisher beside it has the same troubles.
+    is_main: bool,
     server: String,
     pause: Duration,
     since: Option<Instant>,
@@ -161,6 +173,8 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         link,
         states: client.states,
         events: client.events,
+        id: client.id,
+        is_main: client.will.is_some(),
         server,
         pause: PAUSE_MIN,
         since: None,
@@ -246,7 +260,9 @@ impl Session {
     }
 
     fn up(&mut self, hand_on: &mut impl FnMut(Event)) {
-        info!(server = self.server, "MQTT connected");
+        if self.is_main {
+            info!(server = self.server, client = self.id, "MQTT connected");
+        }
         self.link.send_replace(Link::Up);
         hand_on(Event::Up);
     }
@@ -258,8 +274,8 @@ impl Session {
         self.outbox.lost();
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
-        if let (Link::Down(reason), true) = (&now, now != before) {
-            warn!(reason, "MQTT not connected");
+        if let (Link::Down(reason), true) = (&now, now != before && self.is_main) {
+            warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);
     }

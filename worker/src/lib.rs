@@ -42,12 +42,14 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let (installer, handle, applied) =
         Installer::new(kernel, config.domains.clone(), &policy(config.cleanup), &metrics);
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
+    let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::publisher(&config))?;
     let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), metrics.clone());
-    let mut announcer = Announcer::new(&config, bus, handle.state(), applied, metrics.clone());
+    let mut announcer = Announcer::new(&config, (bus, confirmations), handle.state(), applied, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
     let installing = tokio::spawn(installer.run(stopping(stopped.clone())));
-    let mut session = tokio::spawn(session.run(hand_on, stopping(stopped)));
+    let mut session = tokio::spawn(session.run(hand_on, stopping(stopped.clone())));
+    tokio::spawn(confirming.run(drop, stopping(stopped)));
     tokio::spawn(http::serve(config.worker_listen.clone(), metrics));
     info!(version = env!("CARGO_PKG_VERSION"), worker = config.name, domains = config.domains.len(), "worker started");
 

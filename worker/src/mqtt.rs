@@ -21,10 +21,15 @@ const COUNT: Duration = Duration::from_secs(60);
 pub fn client(config: &Config) -> Client {
     Client {
         id: config.name.clone(),
-        will: Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0"),
+        will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
         states: Vec::new(),
         events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
     }
+}
+
+/// The connection by which this worker says what became of keys.
+pub fn publisher(config: &Config) -> Client {
+    Client::publisher(format!("{}-applied", config.name))
 }
 
 /// Hands keys that come to the installer; everything else is counted and left.
@@ -54,7 +59,9 @@ fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicK
 pub struct Announcer {
     worker: String,
     external_name: String,
+    domains: BTreeSet<Domain>,
     bus: Bus,
+    confirmations: Bus,
     link: watch::Receiver<Link>,
     state: watch::Receiver<State>,
     applied: mpsc::Receiver<Applied>,
@@ -78,10 +85,10 @@ enum Cause {
 }
 
 impl Announcer {
-    /// An announcer of this worker on `bus`, with nothing said yet.
+    /// An announcer of this worker on `bus`, and of what became of keys on `confirmations`, with nothing said yet.
     pub fn new(
         config: &Config,
-        bus: Bus,
+        (bus, confirmations): (Bus, Bus),
         state: watch::Receiver<State>,
         applied: mpsc::Receiver<Applied>,
         metrics: Metrics,
@@ -89,8 +96,9 @@ impl Announcer {
         let mut count = interval(COUNT);
         count.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
-        let link = bus.link();
-        Self { worker, external_name, bus, link, state, applied, count, said: State::new(), metrics }
+        let (domains, link) = (config.domains.clone(), bus.link());
+        let said = State::new();
+        Self { worker, external_name, domains, bus, confirmations, link, state, applied, count, said, metrics }
     }
 
     /// Announces until the installer ends.
@@ -122,12 +130,19 @@ impl Announcer {
     }
 
     /// On every connection: first what this worker is and has, then that it is online, so that whoever hears the
-    /// last knows the rest.
+    /// last knows the rest. A broker that subscribes in between hears the status alone, and takes the worker for an
+    /// original: for that one the hello comes again.
     fn greet(&mut self) {
-        self.post_json(Topic::Hello { worker: self.worker.clone() }, &Hello::ours(), Message::state);
+        self.say_hello();
         self.said.clear();
         self.say_changes();
         self.post(Message::state(self.status(), "1"));
+        self.say_hello();
+    }
+
+    fn say_hello(&self) {
+        let hello = Hello::ours(self.domains.iter().map(ToString::to_string).collect());
+        self.post_json(Topic::Hello { worker: self.worker.clone() }, &hello, Message::state);
     }
 
     /// Says the domains that are not as they were said. Without a bus nothing is said, and all is said again later.
@@ -164,8 +179,11 @@ impl Announcer {
     }
 
     fn say_applied(&self, applied: &Applied) {
-        if *self.link.borrow() == Link::Up {
-            self.post_json(Topic::Applied { worker: self.worker.clone() }, applied, Message::event);
+        let topic = Topic::Applied { worker: self.worker.clone() };
+        let payload = serde_json::to_vec(applied).unwrap_or_default();
+        let up = *self.confirmations.link().borrow() == Link::Up;
+        if !up || !self.confirmations.post(Message::event(topic, payload)) {
+            self.metrics.confirmations_dropped.inc();
         }
     }
 
@@ -186,7 +204,7 @@ impl Announcer {
         if *self.link.borrow() != Link::Up {
             return;
         }
-        let offline = self.said.keys().map(|domain| Message::state(self.peers(domain), "-1"));
+        let offline = self.domains.iter().map(|domain| Message::state(self.peers(domain), "-1"));
         let gone = Message::state(self.status(), "0");
         let hello = Message::state(Topic::Hello { worker: self.worker.clone() }, "");
         for message in offline {

@@ -124,6 +124,15 @@ fn nonsense_changes_nothing() {
 }
 
 #[test]
+fn nonsense_of_a_stranger_makes_no_gateway() {
+    let mut gateways = gateways(&[]);
+    for topic in ["wireguard-worker/x/status", "wgkex/worker/x/hello", "wireguard-metrics/ff_a/x/connected_peers"] {
+        assert!(gateways.hear(&Topic::parse(topic).unwrap(), b"nonsense", false).is_err());
+    }
+    assert_eq!(gateways.overview(), []);
+}
+
+#[test]
 fn domains_of_other_fleets_are_not_remembered() {
     let mut gateways = gateways(&[]);
     gateways.live("wireguard-worker/a/other/data", "{");
@@ -225,6 +234,32 @@ fn only_who_says_hello_before_it_comes_online_is_waited_for() {
     gateways.found("wgkex/worker/a/hello", r#"{"version":"1","can":["confirm"]}"#);
     gateways.live("wireguard-worker/a/status", "1");
     assert_eq!(confirms(&gateways), Some(false));
+}
+
+#[test]
+fn a_broker_that_subscribes_between_hello_and_status_learns_of_it_by_the_next_hello() {
+    let mut gateways = gateways(&[]);
+    let hello = r#"{"version":"1","can":["confirm"]}"#;
+    gateways.found("wgkex/worker/a/hello", hello);
+    gateways.data("a", "ff_a");
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
+    gateways.live("wireguard-worker/a/status", "1");
+    gateways.live("wgkex/worker/a/hello", hello);
+    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 1, others: 0 });
+}
+
+#[test]
+fn what_is_retained_of_a_domain_that_a_worker_no_longer_names_does_not_count() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    gateways.data("a", "ff_b");
+    gateways.live("wireguard-metrics/ff_b/a/connected_peers", "0");
+    assert_eq!(gateways.best("ff_b").unwrap(), "a");
+    gateways.live("wgkex/worker/a/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a"]}"#);
+    assert_eq!(gateways.best("ff_b"), None);
+    assert_eq!(gateways.online(&domain("ff_b")), Online::default());
+    assert_eq!(gateways.best("ff_a").unwrap(), "a");
+    assert_eq!(gateways.overview()[0].domains.len(), 1);
 }
 
 #[test]

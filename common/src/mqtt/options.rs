@@ -6,7 +6,7 @@ use rumqttc::{LastWill, MqttOptions, NetworkOptions, TlsConfiguration, Transport
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use super::{Client, INFLIGHT};
+use super::{Client, INFLIGHT, Message};
 use crate::config::{Mqtt, Server};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
@@ -27,13 +27,14 @@ pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, Ne
         Server::External { host, port } => (host.clone(), *port),
     };
     let mut options = MqttOptions::new(&client.id, &host, port);
-    let will = &client.will;
     options
         .set_clean_session(true)
         .set_keep_alive(config.keepalive)
         .set_inflight(INFLIGHT)
-        .set_max_packet_size(PACKET_MAX, PACKET_MAX)
-        .set_last_will(LastWill::new(will.topic.to_string(), will.payload.clone(), will.qos, will.retain));
+        .set_max_packet_size(PACKET_MAX, PACKET_MAX);
+    if let Some(Message { topic, payload, qos, retain }) = &client.will {
+        options.set_last_will(LastWill::new(topic.to_string(), payload.clone(), *qos, *retain));
+    }
     if let Some(credentials) = &config.credentials {
         options.set_credentials(&credentials.username, credentials.password.expose());
     }
