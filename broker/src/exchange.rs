@@ -138,11 +138,11 @@ impl Exchange {
         let mut refused = BTreeSet::new();
         while refused.len() < online.confirming {
             match self.verdict(&mut waiting, until).await {
-                Some((_, Ok(()))) => {
+                Some((_, true)) => {
                     self.confirmed(begun);
                     return Ok(());
                 }
-                Some((worker, Err(_))) => {
+                Some((worker, false)) => {
                     refused.insert(worker);
                 }
                 None => break,
@@ -172,13 +172,13 @@ impl Exchange {
     /// Whether the best gateway takes the key within its time.
     async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, begun: Begun) -> bool {
         while !heard.took.contains(&first.worker) && !heard.refused.contains(&first.worker) {
-            let Some((worker, outcome)) = self.verdict(waiting, begun.timeout).await else {
+            let Some((worker, took)) = self.verdict(waiting, begun.timeout).await else {
                 warn!(worker = first.worker, "gateway did not confirm in time");
                 self.metrics.confirmations_missed.inc();
                 self.gateways().silent(&first.worker);
                 return false;
             };
-            heard.note(worker, outcome);
+            heard.note(worker, took);
         }
         heard.took.contains(&first.worker)
     }
@@ -198,8 +198,8 @@ impl Exchange {
             if heard.refused.len() >= self.gateways().online(&ask.domain).confirming {
                 return Err(Refusal::NotConfirmed);
             }
-            let (worker, outcome) = self.verdict(waiting, begun.budget).await.ok_or(Refusal::NotConfirmed)?;
-            heard.note(worker, outcome);
+            let (worker, took) = self.verdict(waiting, begun.budget).await.ok_or(Refusal::NotConfirmed)?;
+            heard.note(worker, took);
         }
     }
 
@@ -221,27 +221,27 @@ impl Exchange {
         let mut waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
         tokio::select! {
-            acknowledged = timeout_at(begun.budget, self.keys.publish(key)) => match acknowledged {
-                Ok(Ok(())) => Ok(waiting),
-                Ok(Err(_)) | Err(_) => {
-                    self.metrics.publish_failures.inc();
-                    Err(Refusal::NotPublished)
+            acknowledged = timeout_at(begun.budget, self.keys.publish(key)) => {
+                if let Ok(Ok(())) = acknowledged {
+                    return Ok(waiting);
                 }
-            },
+                self.metrics.publish_failures.inc();
+                Err(Refusal::NotPublished)
+            }
             // A gateway may be faster than the server's acknowledgement, and says more.
             () = waiting.word() => Ok(waiting),
         }
     }
 
-    /// The next word, by `until`, of a gateway whose word counts.
-    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<(String, Result<(), String>)> {
+    /// The next word, by `until`, of a gateway whose word counts: whether it took the key.
+    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<(String, bool)> {
         loop {
             let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
             if self.gateways().heard_from(&verdict.worker) {
                 if let Err(reason) = &verdict.outcome {
                     debug!(worker = verdict.worker, reason, "gateway did not take a key");
                 }
-                return Some((verdict.worker, verdict.outcome));
+                return Some((verdict.worker, verdict.outcome.is_ok()));
             }
         }
     }
@@ -274,11 +274,12 @@ struct Heard {
 }
 
 impl Heard {
-    fn note(&mut self, worker: String, outcome: Result<(), String>) {
-        match outcome {
-            Ok(()) => self.took.insert(worker),
-            Err(_) => self.refused.insert(worker),
-        };
+    fn note(&mut self, worker: String, took: bool) {
+        if took {
+            self.took.insert(worker);
+        } else {
+            self.refused.insert(worker);
+        }
     }
 }
 

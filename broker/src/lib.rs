@@ -68,7 +68,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let result = tokio::select! {
         error = embedded => Err(error),
-        served = &mut server => served.context("HTTP")?.context("HTTP"),
+        ended = &mut server => ended.context("HTTP")?.context("HTTP"),
         () = stop => Ok(()),
     };
     info!("broker stops");

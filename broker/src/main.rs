@@ -6,12 +6,12 @@ use clap::Parser;
 use tokio::runtime::Runtime;
 use wgkex_common::{Config, process};
 
-/// Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT.
-///
-/// Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, the broker is the
-/// MQTT server too, on mqtt_listen.
+const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
+const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
+                          the broker is the MQTT server too, on mqtt_listen.";
+
 #[derive(Parser)]
-#[command(version)]
+#[command(version, about = ABOUT, after_help = AFTER_HELP)]
 struct Args {}
 
 fn main() -> ExitCode {

@@ -62,7 +62,7 @@ fn round(gateway: &mut Gateway, keys: &[PublicKey]) -> Table {
         assert!(began.elapsed() < Duration::from_secs(300), "keys are missing");
         std::thread::sleep(LOOK);
     }
-    let (worker, worker_cpu) = (began.elapsed(), gateway.worker_cpu() - cpu_before);
+    let (worker, worker_cpu) = (began.elapsed(), gateway.worker_cpu().saturating_sub(cpu_before));
     assert!(publisher.wait().unwrap().success());
     assert_holds(keys.len());
     gateway.stop_worker();

@@ -72,7 +72,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 
 fn policy(cleanup: Cleanup) -> Policy {
     let Cleanup { interval, stale, grace } = cleanup;
-    Policy { interval, stale, grace, ..Policy::default() }
+    Policy { stale, grace, interval, ..Policy::default() }
 }
 
 async fn stopping(mut over: watch::Receiver<bool>) {

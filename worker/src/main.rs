@@ -11,11 +11,12 @@ use wgkex_common::{Config, process};
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::setup::{self, Flavour};
 
-/// Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel.
-///
-/// Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and no other privilege.
+const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
+const AFTER_HELP: &str =
+    "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and no other privilege.";
+
 #[derive(Parser)]
-#[command(version)]
+#[command(version, about = ABOUT, after_help = AFTER_HELP)]
 struct Args {
     #[command(subcommand)]
     command: Option<Command>,
@@ -36,17 +37,17 @@ enum Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    process::config().map_or(ExitCode::FAILURE, |config| process::exit(try_main(args, config)))
+    process::config().map_or(ExitCode::FAILURE, |config| process::exit(try_main(&args, config)))
 }
 
-fn try_main(args: Args, config: Config) -> anyhow::Result<()> {
+fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
     let runtime = Runtime::new().context("the runtime does not start")?;
     let result = runtime.block_on(async {
-        match args.command {
+        match &args.command {
             None => serve(config).await,
             Some(Command::Setup { remove: true, .. }) => Ok(setup::remove(&config.setup).await?),
             Some(Command::Setup { userspace, .. }) => {
-                let flavour = if userspace { Flavour::Userspace } else { Flavour::Kernel };
+                let flavour = if *userspace { Flavour::Userspace } else { Flavour::Kernel };
                 Ok(setup::setup(&config.setup, flavour).await?)
             }
         }

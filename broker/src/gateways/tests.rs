@@ -26,7 +26,7 @@ impl Gateways {
         self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), true).unwrap();
     }
 
-    /// A worker of ours comes online in domain ff_a.
+    /// A worker of ours comes online in domain `ff_a`.
     fn arrive(&mut self, worker: &str, peers: u64) {
         self.live(&format!("wgkex/worker/{worker}/hello"), r#"{"version":"1","can":["confirm"]}"#);
         self.data(worker, "ff_a");
@@ -53,7 +53,8 @@ impl Gateways {
 
 #[test]
 fn the_worker_furthest_below_its_target_is_chosen() {
-    let cases: &[(&[(&str, f64)], &[(&str, u64)], &str)] = &[
+    type Case<'a> = (&'a [(&'a str, f64)], &'a [(&'a str, u64)], &'a str);
+    let cases: &[Case] = &[
         (&[("a", 1.0), ("b", 1.0)], &[("a", 10), ("b", 9)], "b"),
         (&[("a", 3.0), ("b", 1.0)], &[("a", 29), ("b", 11)], "a"),
         (&[("a", 3.0), ("b", 1.0)], &[("a", 31), ("b", 9)], "b"),

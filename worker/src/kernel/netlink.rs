@@ -113,13 +113,11 @@ impl Netlink {
             // Whoever asked may have given up.
             let _ = done.send(task());
         });
-        match timeout(self.patience, result).await {
-            Ok(result) => result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO }),
-            Err(_) => {
-                self.stuck.insert(domain.clone(), thread);
-                Err(silent())
-            }
-        }
+        let Ok(result) = timeout(self.patience, result).await else {
+            self.stuck.insert(domain.clone(), thread);
+            return Err(silent());
+        };
+        result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO })
     }
 }
 
