@@ -374,7 +374,7 @@ async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
 }
 
 async fn a_process_that_hangs_holds_up_no_other_domain(lab: &Linux) {
-    let (hanging, well) = (lab.domain("k1"), lab.domain("k2"));
+    let (hanging, well) = (lab.domain("k"), lab.domain("l"));
     lab.make(&hanging);
     lab.make(&well);
     let mut kernel = lab.kernel().with_patience(A_WHILE);
