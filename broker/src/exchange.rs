@@ -218,19 +218,13 @@ impl Exchange {
 
     /// Publishes the key; whoever waits for it does so from before that.
     async fn publish(&self, ask: &Ask, begun: Begun) -> Result<Waiting, Refusal> {
-        let mut waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
+        let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
-        tokio::select! {
-            acknowledged = timeout_at(begun.budget, self.keys.publish(key)) => {
-                if let Ok(Ok(())) = acknowledged {
-                    return Ok(waiting);
-                }
-                self.metrics.publish_failures.inc();
-                Err(Refusal::NotPublished)
-            }
-            // A gateway may be faster than the server's acknowledgement, and says more.
-            () = waiting.word() => Ok(waiting),
+        if let Ok(Ok(())) = timeout_at(begun.budget, self.keys.publish(key)).await {
+            return Ok(waiting);
         }
+        self.metrics.publish_failures.inc();
+        Err(Refusal::NotPublished)
     }
 
     /// The next word, by `until`, of a gateway whose word counts: whether it took the key.

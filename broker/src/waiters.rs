@@ -41,8 +41,6 @@ pub struct Waiting {
     subject: Subject,
     id: u64,
     verdicts: mpsc::Receiver<Verdict>,
-    /// A verdict that has come and is not read.
-    first: Option<Verdict>,
 }
 
 impl Waiters {
@@ -56,7 +54,7 @@ impl Waiters {
         let id = table.last;
         table.by_subject.entry(subject.clone()).or_default().insert(id, sender);
         drop(table);
-        Waiting { waiters: self.clone(), subject, id, verdicts, first: None }
+        Waiting { waiters: self.clone(), subject, id, verdicts }
     }
 
     /// Passes on what `worker` said of a batch of keys. Nobody waits for most of them.
@@ -81,17 +79,7 @@ impl Waiters {
 impl Waiting {
     /// The next verdict on the key, from any gateway.
     pub async fn verdict(&mut self) -> Option<Verdict> {
-        match self.first.take() {
-            Some(verdict) => Some(verdict),
-            None => self.verdicts.recv().await,
-        }
-    }
-
-    /// Returns when there is a verdict to read.
-    pub async fn word(&mut self) {
-        if self.first.is_none() {
-            self.first = self.verdicts.recv().await;
-        }
+        self.verdicts.recv().await
     }
 }
 
