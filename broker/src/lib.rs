@@ -21,7 +21,7 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::info;
-use wgkex_common::Config;
+use wgkex_common::{Config, process};
 use wgkex_common::config::Server;
 
 use crate::exchange::Exchange;
@@ -56,7 +56,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let server_is_up = embedded_listens(config.mqtt.server.clone());
     let sessions = tokio::spawn(async move {
         server_is_up.await;
-        tokio::join!(session.run(hand_on, stopping(stopped.clone())), publishing.run(drop, stopping(stopped)))
+        tokio::join!(session.run(hand_on, process::over(stopped.clone())), publishing.run(drop, process::over(stopped)))
     });
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app = App { domains: config.domains.clone(), exchange, links, metrics };
@@ -78,11 +78,6 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     over.send_replace(true);
     let _ = timeout(FAREWELL, sessions).await;
     result
-}
-
-async fn stopping(mut over: watch::Receiver<bool>) {
-    // A sender that is gone means that it is over, too.
-    let _ = over.wait_for(|over| *over).await;
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {

@@ -22,7 +22,7 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
-use wgkex_common::Config;
+use wgkex_common::{Config, process};
 use wgkex_common::config::Cleanup;
 
 use crate::install::Installer;
@@ -47,9 +47,9 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let mut announcer = Announcer::new(&config, (bus, confirmations), handle.state(), applied, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
-    let installing = tokio::spawn(installer.run(stopping(stopped.clone())));
-    let mut session = tokio::spawn(session.run(hand_on, stopping(stopped.clone())));
-    tokio::spawn(confirming.run(drop, stopping(stopped)));
+    let installing = tokio::spawn(installer.run(process::over(stopped.clone())));
+    let mut session = tokio::spawn(session.run(hand_on, process::over(stopped.clone())));
+    tokio::spawn(confirming.run(drop, process::over(stopped)));
     tokio::spawn(http::serve(config.worker_listen.clone(), metrics));
     info!(version = env!("CARGO_PKG_VERSION"), worker = config.name, domains = config.domains.len(), "worker started");
 
@@ -73,9 +73,4 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 fn policy(cleanup: Cleanup) -> Policy {
     let Cleanup { interval, stale, grace } = cleanup;
     Policy { stale, grace, interval, ..Policy::default() }
-}
-
-async fn stopping(mut over: watch::Receiver<bool>) {
-    // A sender that is gone means that it is over, too.
-    let _ = over.wait_for(|over| *over).await;
 }

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
 use nix::sys::signal::Signal;
-use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::probe::Probe;
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until};
@@ -124,4 +124,29 @@ fn with_mosquitto(lane: Lane) -> (Host, Process, Process) {
 
 fn witness(host: &Host) -> Probe {
     host.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))))
+}
+
+pub fn a_worker_ends_in_time_with_twenty_thousand_peers(lane: Lane) {
+    let (host, _mosquitto, _broker) = with_mosquitto(lane);
+    fill(&host, 20_000);
+    let tables = host.tables("a");
+    // While it reads the tables for the first time, and when it has nothing to do.
+    for ready in [r#"wgkex_worker_mqtt_connected "#, r#"wgkex_worker_domain_up{domain="test_a"} "#] {
+        let mut worker = host.start_worker();
+        wait_until(ready, || host.metric(9586, ready).filter(|value| value == "1"));
+        end(&mut worker, Signal::SIGTERM);
+    }
+    assert_eq!(host.tables("a"), tables);
+}
+
+/// Has the C tools put so many keys into `test_a`.
+fn fill(host: &Host, keys: u32) {
+    let file = |name: &str, line: &dyn Fn(&str, &str) -> String| {
+        let lines: Vec<_> = (0..keys).map(key).map(|key| line(&key, &link_local(&key))).collect();
+        fs::write(host.path("/run").join(name), lines.concat()).unwrap();
+    };
+    file("peers", &|key, address| format!("[Peer]\nPublicKey = {key}\nAllowedIPs = {address}/128\n"));
+    file("routes", &|_, address| format!("route add {address}/128 dev wg-a proto static\n"));
+    file("fdb", &|_, address| format!("fdb append 00:00:00:00:00:00 dst {address} via wg-a dev vx-a\n"));
+    host.run("wg addconf wg-a /run/peers && ip -6 -batch /run/routes && bridge -batch /run/fdb");
 }

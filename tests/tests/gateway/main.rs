@@ -46,6 +46,7 @@ lanes! {
     bus: an_mqtt_server_that_goes_leaves_the_peers_alone_and_hears_the_worker_again_when_it_is_back;
     life: a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is;
     life: a_worker_ends_in_time_although_mqtt_does_not_answer;
+    life: a_worker_ends_in_time_with_twenty_thousand_peers;
     life: cap_net_admin_is_enough_and_without_it_the_worker_says_so;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;

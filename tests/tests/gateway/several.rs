@@ -16,6 +16,9 @@ use crate::{END, serves};
 /// An answer with a frozen gateway about: `confirm_budget`, and some patience with a busy machine.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// For a test of the shares: a machine that is busy must not make a gateway look silent.
+const PATIENT: &str = "confirm_timeout: 20\nconfirm_budget: 25";
+
 struct Gateway {
     worker: Process,
     public_key: String,
@@ -30,14 +33,14 @@ struct Fleet {
 }
 
 impl Fleet {
-    /// Gateways `gw1`, `gw2`... of these weights, all of them online.
-    fn new(lane: Lane, weights: &[u32]) -> Self {
+    /// Gateways `gw1`, `gw2`... of these weights, all of them online, and a broker with `more` in its config.
+    fn new(lane: Lane, weights: &[u32], more: &str) -> Self {
         let hub = Host::new("hub", lane);
         let mosquitto = hub.start_mosquitto();
         let gateways: Vec<_> = (1..).zip(weights).map(|(n, _)| Gateway::new(&hub, lane, n)).collect();
         let weights = (1..).zip(weights).map(|(n, weight)| format!("gw{n}: {{weight: {weight}}}"));
         let weights = weights.collect::<Vec<_>>().join(", ");
-        hub.configure(&format!("mqtt: {{broker_url: 127.0.0.1}}\nworkers: {{{weights}}}\n"));
+        hub.configure(&format!("mqtt: {{broker_url: 127.0.0.1}}\nworkers: {{{weights}}}\n{more}\n"));
         let fleet = Self { _broker: hub.start_broker(), gateways, _mosquitto: mosquitto, hub };
         fleet.wait_for_all();
         fleet
@@ -70,7 +73,8 @@ impl Gateway {
     fn new(hub: &Host, lane: Lane, n: u8) -> Self {
         let host = Host::new(&format!("gw{n}"), lane);
         let (server, address) = hub.connect(&host, n);
-        host.configure(&format!("mqtt: {{broker_url: {server}}}\nexternalName: {address}\n"));
+        // A frozen worker keeps its session, and with it what it is sent.
+        host.configure(&format!("mqtt: {{broker_url: {server}, keepalive: 60}}\nexternalName: {address}\n"));
         host.setup();
         Self { worker: host.start_worker(), public_key: host.run("wg show wg-a public-key"), host }
     }
@@ -83,7 +87,7 @@ impl Gateway {
 pub fn four_gateways_share_the_routers_by_weight_and_all_have_every_key(lane: Lane) {
     const ANSWERS: u32 = 420;
     let weights = [84, 42, 21, 21];
-    let fleet = Fleet::new(lane, &weights);
+    let fleet = Fleet::new(lane, &weights, PATIENT);
     let named = (0..ANSWERS).map(|n| {
         let answer = fleet.hub.post(2, &key(n));
         assert_eq!(answer.status, 200, "{answer:?}");
@@ -104,7 +108,7 @@ pub fn four_gateways_share_the_routers_by_weight_and_all_have_every_key(lane: La
 
 pub fn a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws(lane: Lane) {
     // The heavy one would be named by two of three answers.
-    let fleet = Fleet::new(lane, &[2, 1]);
+    let fleet = Fleet::new(lane, &[2, 1], "");
     let [frozen, other] = &fleet.gateways[..] else { panic!("two gateways") };
     let keys = frozen_while_routers_ask(&fleet);
 
