@@ -1,7 +1,7 @@
 //! The road of one key through the broker: checked, published, and answered when a gateway has it.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
@@ -11,6 +11,8 @@ use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::gateways::{Choice, Gateways};
+use crate::live::LiveKeys;
+use crate::lock;
 use crate::metrics::Metrics;
 use crate::waiters::{Waiters, Waiting};
 
@@ -98,6 +100,7 @@ pub struct Exchange {
     gateways: Arc<Mutex<Gateways>>,
     waiters: Waiters,
     keys: Bus,
+    live: Arc<Mutex<LiveKeys>>,
     confirm: Confirm,
     metrics: Metrics,
 }
@@ -109,15 +112,21 @@ impl Exchange {
         gateways: Arc<Mutex<Gateways>>,
         waiters: Waiters,
         keys: Bus,
+        live: Arc<Mutex<LiveKeys>>,
         confirm: Confirm,
         metrics: Metrics,
     ) -> Self {
-        Self { gateways, waiters, keys, confirm, metrics }
+        Self { gateways, waiters, keys, live, confirm, metrics }
     }
 
     /// The gateways, for as short as it takes to ask one question.
     pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
-        self.gateways.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.gateways)
+    }
+
+    /// The live keys, as shortly.
+    pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
+        lock(&self.live)
     }
 
     /// Version 1: the router chooses its gateway itself. Returns when one that confirms has the key; where none
@@ -221,6 +230,7 @@ impl Exchange {
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
         if let Ok(Ok(())) = timeout_at(begun.budget, self.keys.publish(key)).await {
+            self.live().admit(ask.domain.name(), ask.key, Instant::now().into_std());
             return Ok(waiting);
         }
         self.metrics.publish_failures.inc();

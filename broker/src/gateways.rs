@@ -130,7 +130,13 @@ impl Gateways {
                 Ok(())
             }
             Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained),
-            Topic::Key { .. } | Topic::Applied { .. } => Ok(()),
+            Topic::Key { .. }
+            | Topic::Applied { .. }
+            | Topic::Seen { .. }
+            | Topic::WorkerPages { .. }
+            | Topic::BrokerHello { .. }
+            | Topic::Questions { .. }
+            | Topic::BrokerPages { .. } => Ok(()),
         }
     }
 
@@ -208,7 +214,12 @@ impl Gateways {
             | Topic::WorkerData { .. }
             | Topic::BrokerStatus { .. }
             | Topic::Hello { .. }
-            | Topic::Applied { .. } => false,
+            | Topic::Applied { .. }
+            | Topic::Seen { .. }
+            | Topic::WorkerPages { .. }
+            | Topic::BrokerHello { .. }
+            | Topic::Questions { .. }
+            | Topic::BrokerPages { .. } => false,
         }
     }
 

@@ -168,6 +168,7 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 
 async fn metrics(app: Data<App>) -> HttpResponse {
     app.metrics.set_gateways(&app.exchange.gateways().overview());
+    app.metrics.set_live(app.exchange.live().counts());
     match app.metrics.text() {
         Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
         Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),

@@ -1,12 +1,13 @@
 //! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their word back into the answer.
 //!
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
-//! best, [`waiters`] brings what [`mqtt`] hears of it.
+//! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later.
 
 mod embedded;
 pub mod exchange;
 pub mod gateways;
 mod http;
+pub mod live;
 mod metrics;
 mod mqtt;
 mod page;
@@ -14,19 +15,23 @@ pub mod waiters;
 
 use std::future::pending;
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::info;
-use wgkex_common::{Config, process};
 use wgkex_common::config::Server;
+use wgkex_common::message::{Page, Party};
+use wgkex_common::store::{Now, Store};
+use wgkex_common::sync::{self, Asker, Manner};
+use wgkex_common::{Config, Domain, process};
 
 use crate::exchange::Exchange;
 use crate::gateways::Gateways;
 use crate::http::App;
+use crate::live::LiveKeys;
 use crate::metrics::Metrics;
 use crate::waiters::Waiters;
 
@@ -34,6 +39,8 @@ use crate::waiters::Waiters;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often the embedded MQTT server is looked for while it starts.
 const PROBE: Duration = Duration::from_millis(10);
+/// How often the live keys are searched for those whose time is over.
+const EXPIRE: Duration = Duration::from_secs(10);
 
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
@@ -46,18 +53,28 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let waiters = Waiters::default();
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
-    let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::publisher(&config))?;
+    let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config))?;
+    let (live, store) = live_keys(&config);
+    let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
-    let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), metrics.clone());
-    let exchange = Exchange::new(gateways.clone(), waiters, keys, config.confirm, metrics.clone());
+    let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), live.clone(), metrics.clone());
+    let hand_on_keys = mqtt::hand_on_keys(&config, keys.clone(), live.clone(), ears, metrics.clone());
+    let exchange =
+        Exchange::new(gateways.clone(), waiters, keys.clone(), live.clone(), config.confirm, metrics.clone());
+    let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
     let embedded = serve_embedded(&config.mqtt.server);
     let server_is_up = embedded_listens(config.mqtt.server.clone());
+    let kept = metrics.state_kept.clone();
+    let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
         server_is_up.await;
-        tokio::join!(session.run(hand_on, process::over(stopped.clone())), publishing.run(drop, process::over(stopped)))
+        let stop = || process::over(stopped.clone());
+        tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
+    tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone())));
+    tokio::spawn(expire(live));
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app = App { domains: config.domains.clone(), exchange, links, metrics };
     let server = http::server(listener, app, config.confirm.budget)?;
@@ -74,10 +91,45 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     info!("broker stops");
     // Requests under way still need the bus.
     handle.stop(true).await;
-    let _ = timeout(FAREWELL, bus.publish(mqtt::status(&config.name, "0"))).await;
+    let gone = [(&keys, mqtt::hello(&config.name, Vec::new())), (&bus, mqtt::status(&config.name, "0"))];
+    for (bus, message) in gone {
+        let _ = timeout(FAREWELL, bus.publish(message)).await;
+    }
     over.send_replace(true);
-    let _ = timeout(FAREWELL, sessions).await;
+    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
     result
+}
+
+/// The live keys, as this broker knew them when it ended, and what keeps them.
+fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
+    let ttl = Some(config.live_keys.ttl);
+    let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read());
+    let live = LiveKeys::new(config.name.clone(), config.live_keys, config.domains.clone(), known, journal);
+    info!(keys = live.len(), "live keys");
+    (Arc::new(Mutex::new(live)), store)
+}
+
+/// Takes in what other brokers know.
+fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, Page) -> std::future::Ready<()> {
+    move |_, page| {
+        lock(&live).learn(&page, Instant::now());
+        std::future::ready(())
+    }
+}
+
+async fn expire(live: Arc<Mutex<LiveKeys>>) {
+    loop {
+        sleep(EXPIRE).await;
+        let expired = lock(&live).expire(Instant::now());
+        if expired > 0 {
+            info!(expired, "live keys are forgotten");
+        }
+    }
+}
+
+/// Nothing that panics holds a lock, and panics end the process.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {

@@ -4,9 +4,11 @@ use prometheus::{
     Encoder as _, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder, core::Collector,
 };
+use wgkex_common::Domain;
 
 use crate::exchange::Refusal;
 use crate::gateways::Overview;
+use crate::live::Counts;
 
 /// The ways a key can come.
 pub const APIS: [&str; 2] = ["v1", "v2"];
@@ -35,8 +37,13 @@ pub struct Metrics {
     pub publish_failures: IntCounter,
     /// MQTT messages that mean nothing, by reason, one of [`IGNORED`].
     pub messages_ignored: IntCounterVec,
+    /// Live keys given to gateways and brokers that asked.
+    pub keys_given: IntCounter,
+    /// Whether the live keys are kept on disk.
+    pub state_kept: IntGauge,
     /// Whether MQTT is connected.
     pub mqtt_connected: IntGauge,
+    live: IntGaugeVec,
     gateways: IntGaugeVec,
 }
 
@@ -83,6 +90,18 @@ impl Metrics {
                 "MQTT messages that mean nothing",
                 &["reason"],
             )?,
+            keys_given: register(
+                &registry,
+                IntCounter::new("wgkex_broker_keys_given_total", "Live keys given to whoever asked for them")?,
+            )?,
+            state_kept: register(
+                &registry,
+                IntGauge::new("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
+            )?,
+            live: register(
+                &registry,
+                IntGaugeVec::new(Opts::new("wgkex_broker_live_keys", "Live keys by state"), &["domain", "state"])?,
+            )?,
             mqtt_connected: register(
                 &registry,
                 IntGauge::new("wgkex_broker_mqtt_connected", "1 while MQTT is connected")?,
@@ -115,6 +134,15 @@ impl Metrics {
         let online = gateways.iter().filter(|gateway| gateway.online).count();
         for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
             self.gateways.with_label_values(&[state]).set(i64::try_from(number).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Takes over how many live keys there are.
+    pub fn set_live<'a>(&self, counts: impl Iterator<Item = (&'a Domain, Counts)>) {
+        for (domain, Counts { proven, unproven }) in counts {
+            for (state, number) in [("proven", proven), ("unproven", unproven)] {
+                self.live.with_label_values(&[domain.name(), state]).set(i64::try_from(number).unwrap_or(i64::MAX));
+            }
         }
     }
 

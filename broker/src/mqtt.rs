@@ -1,15 +1,22 @@
 //! What the broker hears on the bus, and the greeting that tells when it has heard everything retained.
+//!
+//! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
+//! hears those of other brokers, and questions for keys.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
+use wgkex_common::message::{Applied, Hello, Question, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
-use wgkex_common::{Config, Topic};
+use wgkex_common::sync::{Ears, Heard};
+use wgkex_common::{Config, Domain, PublicKey, Topic, is_topic_level};
 
 use crate::gateways::Gateways;
+use crate::live::LiveKeys;
+use crate::lock;
 use crate::metrics::Metrics;
 use crate::waiters::Waiters;
 
@@ -23,13 +30,27 @@ pub fn client(config: &Config) -> Client {
         id: format!("wgkex-broker-{}", config.name),
         will: Some(status(&config.name, "0")),
         states: Topic::states().into(),
-        events: vec![Topic::applied()],
+        events: vec![Topic::applied(), Topic::seen()],
+        is_second: false,
     }
 }
 
-/// The connection by which this broker publishes keys.
-pub fn publisher(config: &Config) -> Client {
-    Client::publisher(format!("wgkex-broker-{}-keys", config.name))
+/// The connection by which this broker publishes keys, and hears of them.
+pub fn keys_client(config: &Config) -> Client {
+    let own = || config.name.clone();
+    let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
+    let asked = [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }];
+    Client {
+        will: Some(hello(&config.name, Vec::new())),
+        states: vec![Topic::broker_hellos()],
+        events: keys.chain(asked.map(|topic| topic.to_string())).collect(),
+        ..Client::second(format!("wgkex-broker-{}-keys", config.name))
+    }
+}
+
+/// What this broker can do; an empty payload takes it back.
+pub fn hello(broker: &str, payload: Vec<u8>) -> Message {
+    Message::state(Topic::BrokerHello { broker: broker.into() }, payload)
 }
 
 /// What this broker says of itself (contract section 4).
@@ -37,30 +58,54 @@ pub fn status(broker: &str, status: &str) -> Message {
     Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
-/// Lets `gateways` and `waiters` hear what comes.
-pub fn hand_on(gateways: Arc<Mutex<Gateways>>, waiters: Waiters, metrics: Metrics) -> impl FnMut(Event) {
+/// Lets `gateways`, `waiters` and `live` hear what workers say.
+pub fn hand_on(
+    gateways: Arc<Mutex<Gateways>>,
+    waiters: Waiters,
+    live: Arc<Mutex<LiveKeys>>,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => metrics.mqtt_connected.set(1),
         Event::Down => {
             metrics.mqtt_connected.set(0);
-            gateways.lock().unwrap_or_else(PoisonError::into_inner).forget();
+            lock(&gateways).forget();
         }
         Event::Message(publish) => {
-            if let Err(reason) = hear(&gateways, &waiters, &publish) {
-                debug!(reason, topic = publish.topic, "message ignored");
-                metrics.messages_ignored.with_label_values(&[reason]).inc();
-            }
+            ignored(&metrics, &publish, hear(&gateways, &waiters, &live, &publish));
         }
     }
 }
 
-fn hear(gateways: &Mutex<Gateways>, waiters: &Waiters, publish: &Publish) -> Result<(), &'static str> {
+fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static str>) {
+    if let Err(reason) = outcome {
+        debug!(reason, topic = publish.topic, "message ignored");
+        metrics.messages_ignored.with_label_values(&[reason]).inc();
+    }
+}
+
+fn hear(
+    gateways: &Mutex<Gateways>,
+    waiters: &Waiters,
+    live: &Mutex<LiveKeys>,
+    publish: &Publish,
+) -> Result<(), &'static str> {
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
     if let Topic::Applied { worker } = &topic {
-        waiters.resolve(worker, serde_json::from_slice(&publish.payload).map_err(|_| "payload")?);
+        let applied: Applied = json(publish)?;
+        let (now, mut live) = (Instant::now(), lock(live));
+        applied.installed.iter().for_each(|key| live.witness(&applied.domain, *key, now));
+        drop(live);
+        waiters.resolve(worker, applied);
         return Ok(());
     }
-    let mut gateways = gateways.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Topic::Seen { .. } = &topic {
+        let seen: Seen = json(publish)?;
+        let (now, mut live) = (Instant::now(), lock(live));
+        seen.keys.iter().for_each(|key| live.prove(&seen.domain, *key, now));
+        return Ok(());
+    }
+    let mut gateways = lock(gateways);
     let (was_online, was_complete) = (gateways.is_online(&topic), gateways.complete());
     gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
     let (online, complete) = (gateways.is_online(&topic), gateways.complete());
@@ -72,6 +117,79 @@ fn hear(gateways: &Mutex<Gateways>, waiters: &Waiters, publish: &Publish) -> Res
     }
     if complete && !was_complete {
         info!("ready: all retained states are heard");
+    }
+    Ok(())
+}
+
+fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static str> {
+    serde_json::from_slice(&publish.payload).map_err(|_| "payload")
+}
+
+/// Lets `live` hear the keys on the bus, and answers questions on `bus`; `ears` hear what other brokers say.
+pub fn hand_on_keys(
+    config: &Config,
+    bus: Bus,
+    live: Arc<Mutex<LiveKeys>>,
+    ears: Ears,
+    metrics: Metrics,
+) -> impl FnMut(Event) + use<> {
+    let name = config.name.clone();
+    let domains = config.domains.iter().map(Domain::to_string).collect();
+    let own_hello = serde_json::to_vec(&Hello::broker(domains)).unwrap_or_default();
+    move |event| match event {
+        Event::Up => {
+            if !bus.post(hello(&name, own_hello.clone())) {
+                warn!("hello found no place: no worker will ask this broker for keys");
+            }
+        }
+        Event::Down => {}
+        Event::Message(publish) => {
+            ignored(&metrics, &publish, hear_of_keys(&bus, &live, &ears, &metrics, &publish));
+        }
+    }
+}
+
+fn hear_of_keys(
+    bus: &Bus,
+    live: &Mutex<LiveKeys>,
+    ears: &Ears,
+    metrics: &Metrics,
+    publish: &Publish,
+) -> Result<(), &'static str> {
+    let now = Instant::now();
+    match Topic::parse(&publish.topic).ok_or("topic")? {
+        Topic::Key { domain } => {
+            let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
+            let key: PublicKey = text.parse().map_err(|_| "payload")?;
+            lock(live).admit(&domain, key, now);
+        }
+        Topic::BrokerHello { broker } => {
+            let answers = !publish.payload.is_empty() && json::<Hello>(publish)?.answers();
+            // What does not fit is said again, or is asked for again.
+            let _ = ears.try_send(Heard::Broker(broker, answers));
+        }
+        Topic::BrokerPages { .. } => {
+            let _ = ears.try_send(Heard::Page(json(publish)?));
+        }
+        Topic::Questions { .. } => {
+            let question: Question = json(publish)?;
+            if !is_topic_level(question.from.name()) {
+                return Err("payload");
+            }
+            let page = lock(live).answer(&question, now).ok_or("domain")?;
+            metrics.keys_given.inc_by(page.keys.len() as u64);
+            let payload = serde_json::to_vec(&page).map_err(|_| "payload")?;
+            // An asker that gets no answer asks again.
+            let _ = bus.post(Message::event(question.from.pages(), payload));
+        }
+        Topic::ConnectedPeers { .. }
+        | Topic::WorkerStatus { .. }
+        | Topic::WorkerData { .. }
+        | Topic::BrokerStatus { .. }
+        | Topic::Hello { .. }
+        | Topic::Applied { .. }
+        | Topic::Seen { .. }
+        | Topic::WorkerPages { .. } => return Err("topic"),
     }
     Ok(())
 }
@@ -99,7 +217,7 @@ async fn up(link: &mut watch::Receiver<Link>) -> bool {
 }
 
 fn assume_complete(gateways: &Mutex<Gateways>) {
-    let mut gateways = gateways.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut gateways = lock(gateways);
     if !gateways.complete() {
         warn!("own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status");
         gateways.assume_complete();

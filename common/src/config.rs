@@ -50,6 +50,10 @@ pub struct Config {
     pub worker_listen: Listen,
     /// How long a router's answer may wait for a gateway.
     pub confirm: Confirm,
+    /// Where both programs keep what they must know again after a restart.
+    pub state_dir: PathBuf,
+    /// Which keys a gateway gets back.
+    pub live_keys: LiveKeys,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
@@ -153,6 +157,15 @@ pub struct Confirm {
     pub timeout: Duration,
     /// For all gateways tried one after the other; at least `timeout`.
     pub budget: Duration,
+}
+
+/// The keys that the brokers remember, for gateways that lack them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveKeys {
+    /// So many at most; at least 1.
+    pub max: usize,
+    /// A key is forgotten this long after a router last sent it, or a gateway last reported a handshake.
+    pub ttl: Duration,
 }
 
 /// The interfaces of a domain, as `wgkex-worker setup` makes them.

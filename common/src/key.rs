@@ -88,6 +88,13 @@ impl PublicKey {
     }
 }
 
+/// Whether `address` has the shape of those that keys have, so that it may be a node's.
+#[must_use]
+pub fn is_derived(address: Ipv6Addr) -> bool {
+    let bytes = address.octets();
+    bytes[..9] == [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x02] && bytes[11..13] == [0xff, 0xfe]
+}
+
 impl FromStr for PublicKey {
     type Err = KeyError;
 

@@ -8,9 +8,11 @@ pub mod log;
 pub mod message;
 pub mod mqtt;
 pub mod process;
+pub mod store;
+pub mod sync;
 mod topic;
 
 pub use config::Config;
 pub use domain::{Domain, DomainError, is_topic_level};
-pub use key::{KeyError, PublicKey};
+pub use key::{KeyError, PublicKey, is_derived};
 pub use topic::Topic;

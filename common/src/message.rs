@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::PublicKey;
+use crate::{PublicKey, Topic};
 
 /// What a router must know to reach a gateway in a domain (contract section 4); retained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ pub struct WorkerData {
     pub link_address: String,
 }
 
-/// What a worker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
+/// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The version of its program.
@@ -37,10 +37,23 @@ impl Hello {
     /// The ability to say what became of each key, by [`Applied`].
     pub const CONFIRM: &str = "confirm";
 
-    /// The hello of this program, for the domains with these names.
+    /// The ability to answer each [`Question`].
+    pub const ANSWER: &str = "answer";
+
+    /// The hello of this worker, for the domains with these names.
     #[must_use]
-    pub fn ours(domains: Vec<String>) -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![Self::CONFIRM.into()], domains: Some(domains) }
+    pub fn worker(domains: Vec<String>) -> Self {
+        Self::new(Self::CONFIRM, domains)
+    }
+
+    /// The hello of this broker, for the domains with these names.
+    #[must_use]
+    pub fn broker(domains: Vec<String>) -> Self {
+        Self::new(Self::ANSWER, domains)
+    }
+
+    fn new(ability: &str, domains: Vec<String>) -> Self {
+        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![ability.into()], domains: Some(domains) }
     }
 
     /// Whether the worker may serve the domain with this name.
@@ -52,7 +65,17 @@ impl Hello {
     /// Whether the worker says what became of each key.
     #[must_use]
     pub fn confirms(&self) -> bool {
-        self.can.iter().any(|ability| ability == Self::CONFIRM)
+        self.can(Self::CONFIRM)
+    }
+
+    /// Whether the broker answers questions.
+    #[must_use]
+    pub fn answers(&self) -> bool {
+        self.can(Self::ANSWER)
+    }
+
+    fn can(&self, wanted: &str) -> bool {
+        self.can.iter().any(|ability| ability == wanted)
     }
 }
 
@@ -68,6 +91,77 @@ pub struct Applied {
     #[serde(default)]
     pub failed: BTreeMap<PublicKey, String>,
 }
+
+/// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// The domain's name.
+    pub domain: String,
+    /// The keys.
+    pub keys: Vec<PublicKey>,
+}
+
+/// One of those that share the keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Party {
+    /// The worker of this name.
+    Worker(String),
+    /// The broker of this name.
+    Broker(String),
+}
+
+impl Party {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Worker(name) | Self::Broker(name) => name,
+        }
+    }
+
+    /// Where it hears the answers to its questions.
+    #[must_use]
+    pub fn pages(&self) -> Topic {
+        match self {
+            Self::Worker(worker) => Topic::WorkerPages { worker: worker.clone() },
+            Self::Broker(broker) => Topic::BrokerPages { broker: broker.clone() },
+        }
+    }
+}
+
+/// Asks a broker for live keys of a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Question {
+    /// Who asks.
+    pub from: Party,
+    /// The domain's name.
+    pub domain: String,
+    /// Keys beyond this one in the order of their bytes; none for the first page.
+    pub after: Option<PublicKey>,
+    /// Only keys that the broker heard of in the last so many seconds; none for all.
+    pub younger_than: Option<u64>,
+}
+
+/// The answer to a [`Question`]: the first live keys, in the order of their bytes, that it asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// Who answers.
+    pub broker: String,
+    /// As asked.
+    pub domain: String,
+    /// As asked.
+    pub after: Option<PublicKey>,
+    /// Each key with its ages.
+    pub keys: BTreeMap<PublicKey, Ages>,
+    /// Whether there are more keys after these.
+    pub more: bool,
+}
+
+/// How long ago a live key first came, and last came or shook hands, in seconds; and whether it ever shook hands. In
+/// JSON a list of these three.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ages(pub u64, pub u64, pub bool);
 
 #[cfg(test)]
 mod tests {

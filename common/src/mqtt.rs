@@ -75,14 +75,17 @@ pub struct Client {
     pub states: Vec<String>,
     /// Filters heard at least once.
     pub events: Vec<String>,
+    /// It is the second connection of a program: the log tells of the troubles of the first, which are the same.
+    pub is_second: bool,
 }
 
 impl Client {
-    /// A client that only publishes. What it publishes is acknowledged on a connection of its own: where a server
-    /// leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be heard.
+    /// The second connection of a program, by which it publishes. What it publishes is acknowledged there: where a
+    /// server leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be heard
+    /// on the first.
     #[must_use]
-    pub fn publisher(id: String) -> Self {
-        Self { id, will: None, states: Vec::new(), events: Vec::new() }
+    pub fn second(id: String) -> Self {
+        Self { id, will: None, states: Vec::new(), events: Vec::new(), is_second: true }
     }
 }
 
@@ -151,8 +154,7 @@ pub struct Session {
     states: Vec<String>,
     events: Vec<String>,
     id: String,
-    /// It is the one that the log tells of; a publisher beside it has the same troubles.
-    is_main: bool,
+    is_second: bool,
     server: String,
     pause: Duration,
     since: Option<Instant>,
@@ -174,7 +176,7 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         states: client.states,
         events: client.events,
         id: client.id,
-        is_main: client.will.is_some(),
+        is_second: client.is_second,
         server,
         pause: PAUSE_MIN,
         since: None,
@@ -260,7 +262,7 @@ impl Session {
     }
 
     fn up(&mut self, hand_on: &mut impl FnMut(Event)) {
-        if self.is_main {
+        if !self.is_second {
             info!(server = self.server, client = self.id, "MQTT connected");
         }
         self.link.send_replace(Link::Up);
@@ -274,7 +276,7 @@ impl Session {
         self.outbox.lost();
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
-        if let (Link::Down(reason), true) = (&now, now != before && self.is_main) {
+        if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);

@@ -46,6 +46,31 @@ pub enum Topic {
         /// The worker's name.
         worker: String,
     },
+    /// Keys that a worker sees handshakes of. Ours.
+    Seen {
+        /// The worker's name.
+        worker: String,
+    },
+    /// Live keys for a worker that asked. Ours.
+    WorkerPages {
+        /// The worker's name.
+        worker: String,
+    },
+    /// What a broker can do beyond the contract. Ours, retained.
+    BrokerHello {
+        /// The broker's name.
+        broker: String,
+    },
+    /// Questions to a broker for live keys. Ours.
+    Questions {
+        /// The broker's name.
+        broker: String,
+    },
+    /// Live keys for a broker that asked. Ours.
+    BrokerPages {
+        /// The broker's name.
+        broker: String,
+    },
 }
 
 impl Topic {
@@ -69,6 +94,11 @@ impl Topic {
             ["wireguard-broker", broker, "status"] => Some(Self::BrokerStatus { broker: name(broker) }),
             ["wgkex", "worker", worker, "hello"] => Some(Self::Hello { worker: name(worker) }),
             ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
+            ["wgkex", "worker", worker, "seen"] => Some(Self::Seen { worker: name(worker) }),
+            ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerPages { worker: name(worker) }),
+            ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: name(broker) }),
+            ["wgkex", "broker", broker, "questions"] => Some(Self::Questions { broker: name(broker) }),
+            ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerPages { broker: name(broker) }),
             _ => None,
         }
     }
@@ -98,6 +128,18 @@ impl Topic {
     pub fn applied() -> String {
         Self::Applied { worker: "+".into() }.to_string()
     }
+
+    /// The filter for the keys that workers see handshakes of.
+    #[must_use]
+    pub fn seen() -> String {
+        Self::Seen { worker: "+".into() }.to_string()
+    }
+
+    /// The filter for what brokers can do.
+    #[must_use]
+    pub fn broker_hellos() -> String {
+        Self::BrokerHello { broker: "+".into() }.to_string()
+    }
 }
 
 impl fmt::Display for Topic {
@@ -112,6 +154,11 @@ impl fmt::Display for Topic {
             Self::BrokerStatus { broker } => write!(f, "wireguard-broker/{broker}/status"),
             Self::Hello { worker } => write!(f, "wgkex/worker/{worker}/hello"),
             Self::Applied { worker } => write!(f, "wgkex/worker/{worker}/applied"),
+            Self::Seen { worker } => write!(f, "wgkex/worker/{worker}/seen"),
+            Self::WorkerPages { worker } => write!(f, "wgkex/worker/{worker}/pages"),
+            Self::BrokerHello { broker } => write!(f, "wgkex/broker/{broker}/hello"),
+            Self::Questions { broker } => write!(f, "wgkex/broker/{broker}/questions"),
+            Self::BrokerPages { broker } => write!(f, "wgkex/broker/{broker}/pages"),
         }
     }
 }
@@ -137,7 +184,12 @@ mod tests {
             ),
             (Topic::BrokerStatus { broker: "broker1".into() }, "wireguard-broker/broker1/status"),
             (Topic::Hello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
-            (Topic::Applied { worker }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
+            (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
+            (Topic::Seen { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
+            (Topic::WorkerPages { worker }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
+            (Topic::BrokerHello { broker: "broker1".into() }, "wgkex/broker/broker1/hello"),
+            (Topic::Questions { broker: "broker1".into() }, "wgkex/broker/broker1/questions"),
+            (Topic::BrokerPages { broker: "broker1".into() }, "wgkex/broker/broker1/pages"),
         ]
     }
 

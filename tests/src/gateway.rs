@@ -22,6 +22,7 @@ domains: [test_a, test_b]
 domain_prefixes: [test_]
 broker_listen: {host: 0.0.0.0, port: 5000}
 setup: {key_dir: /run/wgkex}
+state_dir: /run/wgkex/state
 ";
 
 /// The first process of a host: its own /run (the config, the keys, the control sockets of a userspace WireGuard),

@@ -142,6 +142,12 @@ impl Stack {
         self.dir.path().join("wgkex.yaml")
     }
 
+    /// Where the programs keep their state.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
     /// A directory that is gone after the test.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -152,7 +158,11 @@ impl Stack {
     pub fn write_config(&mut self) {
         let domains = self.plan.domains.join(", ");
         let (http, bus, more) = (self.http, self.bus_config(), &self.plan.config);
-        let yaml = format!("domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\n{bus}\n{more}");
+        let state = self.state_dir();
+        let state = state.display();
+        let yaml = format!(
+            "domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\nstate_dir: {state}\n{bus}\n{more}"
+        );
         fs::write(self.config_file(), yaml).expect("write the config");
     }
 

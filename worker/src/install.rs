@@ -17,14 +17,14 @@ use std::time::SystemTime;
 use futures_util::FutureExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
-use wgkex_common::message::Applied;
+use wgkex_common::store::{Journal, Keys};
 use wgkex_common::{Domain, PublicKey};
 
 use crate::kernel::Kernel;
 use crate::ledger::{Now, Policy};
 use crate::metrics::Metrics;
 use outbox::Outbox;
-pub use outbox::{DomainState, State};
+pub use outbox::{DomainState, Said, State};
 use served::Served;
 
 /// Keys that wait at most for a batch; a full retained fleet fits.
@@ -33,8 +33,8 @@ const QUEUE: usize = 65_536;
 /// Keys in a batch at most.
 const BATCH: usize = 4_096;
 
-/// Confirmations that wait at most for MQTT.
-const CONFIRMATIONS: usize = 256;
+/// While more than this is owed, live keys that may be lacking are not looked at: they wait with who sent them.
+const OWED: usize = 2_048;
 
 /// Owns the kernel of a gateway; made with the ends that others hold.
 pub struct Installer<K> {
@@ -42,6 +42,8 @@ pub struct Installer<K> {
     domains: BTreeMap<Domain, Served>,
     keys: mpsc::Receiver<(Domain, PublicKey)>,
     batch: Vec<(Domain, PublicKey)>,
+    live: mpsc::Receiver<(Domain, Vec<PublicKey>)>,
+    reconnected: Arc<Notify>,
     /// The last event was a batch of keys.
     yields: bool,
     refresh: Arc<Notify>,
@@ -52,6 +54,8 @@ pub struct Installer<K> {
 #[derive(Debug, Clone)]
 pub struct Handle {
     keys: mpsc::Sender<(Domain, PublicKey)>,
+    live: mpsc::Sender<(Domain, Vec<PublicKey>)>,
+    reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<State>,
     metrics: Metrics,
@@ -62,6 +66,10 @@ pub struct Handle {
 enum Event {
     /// Keys arrived, in this order.
     Keys(Vec<(Domain, PublicKey)>),
+    /// These keys are live, and this gateway may lack some of them.
+    Live(Domain, Vec<PublicKey>),
+    /// What was said before may not have been heard.
+    Reconnected,
     /// Links or addresses may have changed, or somebody wants to know.
     Doubt,
     /// It is time to read this domain.
@@ -71,30 +79,42 @@ enum Event {
 }
 
 impl<K: Kernel> Installer<K> {
-    /// An installer for `domains`, which may be read from now on; and what it says of the keys it was given.
+    /// An installer for `domains`, which may be read from now on, and what it says of keys. It owes the kernel the keys
+    /// that are `remembered`, and has the journal written.
     pub fn new(
         kernel: K,
         domains: impl IntoIterator<Item = Domain>,
         policy: &Policy,
+        (journal, remembered): (Journal, Keys),
         metrics: &Metrics,
-    ) -> (Self, Handle, mpsc::Receiver<Applied>) {
+    ) -> (Self, Handle, Said) {
         let (key_sender, keys) = mpsc::channel(QUEUE);
-        let (applied, applied_receiver) = mpsc::channel(CONFIRMATIONS);
+        let (live_sender, live) = mpsc::channel(1);
+        let (refresh, reconnected) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let (state, state_receiver) = watch::channel(State::new());
-        let refresh = Arc::new(Notify::new());
         let now = Instant::now().into_std();
-        let served = |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, metrics.clone()));
+        let served =
+            |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, journal.clone(), metrics.clone()));
+        let mut domains: BTreeMap<_, _> = domains.into_iter().map(served).collect();
+        for ((domain, key), kept) in remembered {
+            if let Some(served) = domains.get_mut(&domain) {
+                served.remember(key, kept);
+            }
+        }
+        let (outbox, said) = Outbox::new(state, metrics.clone());
         let installer = Self {
             kernel,
-            domains: domains.into_iter().map(served).collect(),
+            domains,
             keys,
             batch: Vec::new(),
+            live,
+            reconnected: reconnected.clone(),
             yields: false,
             refresh: refresh.clone(),
-            outbox: Outbox::new(applied, state, metrics.clone()),
+            outbox,
         };
-        let handle = Handle { keys: key_sender, refresh, state: state_receiver, metrics: metrics.clone() };
-        (installer, handle, applied_receiver)
+        let (keys, live, metrics) = (key_sender, live_sender, metrics.clone());
+        (installer, Handle { keys, live, reconnected, refresh, state: state_receiver, metrics }, said)
     }
 
     /// Works until `stop`, or until every [`Handle`] is gone. What the kernel is doing at that moment is not
@@ -124,6 +144,7 @@ impl<K: Kernel> Installer<K> {
             self.domains.values().find(|served| served.has_backlog()).map(|served| Event::Spare(served.domain()));
         let due = self.domains.values().min_by_key(|served| served.due());
         let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
+        let has_room = self.domains.values().map(Served::backlog).sum::<usize>() < OWED;
         let mut other = pin!(other(due, owed));
         if std::mem::take(&mut self.yields)
             && let Some(event) = other.as_mut().now_or_never()
@@ -134,10 +155,12 @@ impl<K: Kernel> Installer<K> {
             biased;
             () = self.kernel.changed() => Some(Event::Doubt),
             () = self.refresh.notified() => Some(Event::Doubt),
+            () = self.reconnected.notified() => Some(Event::Reconnected),
             count = self.keys.recv_many(&mut self.batch, BATCH) => {
                 self.yields = true;
                 (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
             }
+            Some((domain, keys)) = self.live.recv(), if has_room => Some(Event::Live(domain, keys)),
             event = other => Some(event),
         }
     }
@@ -145,6 +168,12 @@ impl<K: Kernel> Installer<K> {
     async fn handle(&mut self, event: Event, now: Now) {
         match event {
             Event::Keys(keys) => self.install(keys, now).await,
+            Event::Live(domain, keys) => {
+                if let Some(served) = self.domains.get_mut(&domain) {
+                    served.learn(keys, now.monotonic);
+                }
+            }
+            Event::Reconnected => self.domains.values_mut().for_each(Served::report_all),
             Event::Doubt => self.domains.values_mut().for_each(|served| served.hurry(now.monotonic)),
             Event::Due(domain) => {
                 if let Some(served) = self.domains.get_mut(&domain) {
@@ -157,6 +186,7 @@ impl<K: Kernel> Installer<K> {
                 }
             }
         }
+        self.domains.values_mut().for_each(Served::note_changes);
     }
 
     async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Now) {
@@ -182,6 +212,17 @@ impl Handle {
         }
         let length = self.keys.max_capacity() - self.keys.capacity();
         self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+    }
+
+    /// Hands over live keys that this gateway may lack; waits while it has enough to do.
+    pub async fn learn(&self, domain: Domain, keys: Vec<PublicKey>) {
+        // An installer that has ended needs none.
+        let _ = self.live.send((domain, keys)).await;
+    }
+
+    /// The bus was lost, and what was reported on it may not have been heard.
+    pub fn reconnected(&self) {
+        self.reconnected.notify_one();
     }
 
     /// Asks for all tables to be read anew, soon; what comes of it is in the state.

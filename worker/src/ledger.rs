@@ -2,15 +2,20 @@
 //! long they have been quiet by the monotonic clock, and which keys are still owed to the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv6Addr;
 use std::time::{Duration, Instant, SystemTime};
 
 use wgkex_common::PublicKey;
+use wgkex_common::store::Kept;
 
-use crate::kernel::{Device, Peer};
+use crate::kernel::{Change, Device, Peer};
 use crate::plan::{self, Shape, Step};
 
 /// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
 const TRIES: u8 = 8;
+
+/// What has no peer goes when it had none for this long: somebody may be making one.
+const ORPHANED: Duration = Duration::from_secs(30);
 
 /// The two clocks at one instant.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +39,8 @@ pub struct Policy {
     pub connected: Duration,
     /// Peers are counted, and what is missing is restored, this often.
     pub count: Duration,
+    /// The handshakes of a peer are reported again after this long.
+    pub report: Duration,
     /// So many keys wait at most for their interfaces; the oldest go first.
     pub waiting: usize,
 }
@@ -46,6 +53,7 @@ impl Default for Policy {
             interval: Duration::from_secs(3_600),
             connected: Duration::from_secs(180),
             count: Duration::from_secs(60),
+            report: Duration::from_secs(21_600),
             waiting: 200_000,
         }
     }
@@ -88,12 +96,17 @@ pub struct Ledger {
     peers: BTreeMap<PublicKey, Entry>,
     /// Keys that came and do not stand whole. One may be in `peers` too.
     waiting: BTreeMap<PublicKey, Waiting>,
+    /// Since when an address has a route or a flood entry without a peer.
+    orphans: BTreeMap<Ipv6Addr, Instant>,
+    /// Keys that are not as they were when this was last asked for.
+    changed: BTreeSet<PublicKey>,
 }
 
 #[derive(Debug)]
 struct Entry {
     arrived: Instant,
     handshake: Option<Handshake>,
+    reported: Option<Instant>,
     ours: bool,
 }
 
@@ -115,7 +128,20 @@ impl Ledger {
     /// Remembers nothing yet.
     #[must_use]
     pub fn new(policy: Policy) -> Self {
-        Self { policy, indexes: None, last_read: None, peers: BTreeMap::new(), waiting: BTreeMap::new() }
+        Self {
+            policy,
+            indexes: None,
+            last_read: None,
+            peers: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            orphans: BTreeMap::new(),
+            changed: BTreeSet::new(),
+        }
+    }
+
+    /// Remembers, before the first read, a key that stood when the last worker ended: if the kernel lacks it, it is owed.
+    pub fn remember(&mut self, key: PublicKey, kept: Kept) {
+        self.waiting.insert(key, Waiting { arrived: kept.last, tries: 0 });
     }
 
     /// Takes in a read of the tables.
@@ -123,10 +149,21 @@ impl Ledger {
     /// A peer of ours that vanished from an interface that is still the same was removed by hand and is
     /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again.
     pub fn observe(&mut self, device: &Device, now: Now) {
-        if self.last_read.is_some() && self.indexes != Some(device.indexes) {
+        if self.last_read.is_none() {
+            let stands =
+                |key: &PublicKey| device.peers.get(key).is_some_and(|peer| plan::shape(key, peer) == Shape::Ours);
+            self.waiting.retain(|key, _| !stands(key));
+        } else if self.indexes != Some(device.indexes) {
             self.owe_vanished(device);
         }
-        self.peers.retain(|key, _| device.peers.contains_key(key));
+        let changed = &mut self.changed;
+        self.peers.retain(|key, _| {
+            let stays = device.peers.contains_key(key);
+            if !stays {
+                changed.insert(*key);
+            }
+            stays
+        });
         if self.peers.is_empty() {
             // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
             self.peers = device.peers.keys().map(|key| (*key, Entry::new(now.monotonic, false))).collect();
@@ -134,7 +171,16 @@ impl Ledger {
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
         for (key, peer) in &device.peers {
             let entry = self.peers.entry(*key).or_insert_with(|| Entry::new(now.monotonic, false));
+            let before = (entry.ours, entry.handshake.is_some());
             entry.observe(key, peer, now, since_last_read);
+            if before != (entry.ours, entry.handshake.is_some()) {
+                self.changed.insert(*key);
+            }
+        }
+        let orphans = plan::orphans(device);
+        self.orphans.retain(|address, _| orphans.contains(address));
+        for address in orphans {
+            self.orphans.entry(address).or_insert(now.monotonic);
         }
         self.indexes = Some(device.indexes);
         self.last_read = Some(now.monotonic);
@@ -159,7 +205,7 @@ impl Ledger {
         self.drop_outlived(device);
         let plan::Install { mut steps, refused } = plan::install(self.oldest_first(), device.public_key);
         for (key, _) in refused {
-            self.waiting.remove(&key);
+            self.forget_waiting(&key);
         }
         let standing = self.peers.iter().filter(|(key, entry)| entry.ours && !self.waiting.contains_key(key));
         steps.extend(plan::repair(device, standing.map(|(key, _)| *key)));
@@ -171,16 +217,80 @@ impl Ledger {
             return;
         }
         let (peers, holders) = (&self.peers, plan::holders(device));
-        self.waiting.retain(|key, waiting| {
+        let outlived = |key: &PublicKey, waiting: &Waiting| {
             let holder = holders.get(&key.link_local()).filter(|holder| *holder != key);
-            holder.and_then(|holder| peers.get(holder)).is_none_or(|holder| holder.arrived <= waiting.arrived)
-        });
+            holder.and_then(|holder| peers.get(holder)).is_some_and(|holder| holder.arrived > waiting.arrived)
+        };
+        let outlived: Vec<_> =
+            self.waiting.iter().filter(|(key, waiting)| outlived(key, waiting)).map(|(key, _)| *key).collect();
+        for key in &outlived {
+            self.forget_waiting(key);
+        }
+    }
+
+    fn forget_waiting(&mut self, key: &PublicKey) {
+        self.waiting.remove(key);
+        self.changed.insert(*key);
     }
 
     fn oldest_first(&self) -> Vec<PublicKey> {
         let mut waiting: Vec<_> = self.waiting.iter().map(|(key, waiting)| (waiting.arrived, *key)).collect();
         waiting.sort_unstable();
         waiting.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// Removes what has had no peer for a while.
+    #[must_use]
+    pub fn orphaned(&self, device: &Device, now: Instant) -> Vec<Change> {
+        let old = self.orphans.iter().filter(|(_, since)| now.saturating_duration_since(**since) >= ORPHANED);
+        plan::clear(device, &old.map(|(address, _)| *address).collect())
+    }
+
+    /// Which of `keys` have no peer here, wait for none, and would take no address from a peer.
+    #[must_use]
+    pub fn lacking(&self, keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
+        let unknown = |key: &PublicKey| !self.peers.contains_key(key) && !self.waiting.contains_key(key);
+        let lacking: BTreeMap<_, _> = keys.into_iter().filter(unknown).map(|key| (key.link_local(), key)).collect();
+        if lacking.is_empty() {
+            return Vec::new();
+        }
+        let taken: BTreeSet<_> =
+            self.peers.keys().map(PublicKey::link_local).filter(|address| lacking.contains_key(address)).collect();
+        lacking.into_iter().filter(|(address, _)| !taken.contains(address)).map(|(_, key)| key).collect()
+    }
+
+    /// The peers of ours that shook hands and were not reported for [`Policy::report`], or since [`Self::report_all`].
+    /// They count as reported from now on.
+    pub fn unreported(&mut self, now: Instant) -> Vec<PublicKey> {
+        let policy = self.policy;
+        let due = |entry: &Entry| {
+            let long_ago = |at: Instant| now.saturating_duration_since(at) >= policy.report;
+            entry.ours && entry.reported.is_none_or(long_ago) && entry.state(&policy, now) == PeerState::Connected
+        };
+        let due = self.peers.iter_mut().filter(|(_, entry)| due(entry));
+        due.map(|(key, entry)| {
+            entry.reported = Some(now);
+            *key
+        })
+        .collect()
+    }
+
+    /// What was reported may not have been heard.
+    pub fn report_all(&mut self) {
+        self.peers.values_mut().for_each(|entry| entry.reported = None);
+    }
+
+    /// The keys that are not as they were when this was last called, and what to remember of each; none if it is gone.
+    pub fn take_changed(&mut self) -> Vec<(PublicKey, Option<Kept>)> {
+        let changed = std::mem::take(&mut self.changed);
+        changed.into_iter().map(|key| (key, self.kept(&key))).collect()
+    }
+
+    fn kept(&self, key: &PublicKey) -> Option<Kept> {
+        let standing = self.peers.get(key).filter(|entry| entry.ours);
+        let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(self.waiting.get(key)?.arrived))?;
+        let proven = standing.is_some_and(|entry| entry.handshake.is_some());
+        Some(Kept { first: arrived, last: arrived, proven })
     }
 
     /// The peers of ours that are stale, judged by the last read.
@@ -215,6 +325,7 @@ impl Ledger {
     pub fn stands(&mut self, key: PublicKey, now: Instant) -> bool {
         let waited = self.waiting.remove(&key).is_some();
         let known = self.peers.contains_key(&key);
+        self.changed.insert(key);
         self.peers.entry(key).or_insert_with(|| Entry::new(now, true)).arrived = now;
         waited || !known
     }
@@ -222,13 +333,16 @@ impl Ledger {
     /// `key` came and does not stand whole: it is owed. Says how many older ones that made too many.
     pub fn wants(&mut self, key: PublicKey, now: Instant) -> usize {
         self.waiting.insert(key, Waiting { arrived: now, tries: 0 });
+        self.changed.insert(key);
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }
 
     /// A sixteenth at once, so that a flood does not cost a search per key.
     fn drop_oldest(&mut self) -> usize {
         let surplus = self.waiting.len() - self.policy.waiting + self.policy.waiting / 16;
-        self.oldest_first().iter().take(surplus).filter(|key| self.waiting.remove(key).is_some()).count()
+        let oldest = self.oldest_first();
+        oldest.iter().take(surplus).for_each(|key| self.forget_waiting(key));
+        surplus.min(oldest.len())
     }
 
     /// The kernel refused `key` once more; too often, and it is given up.
@@ -236,19 +350,20 @@ impl Ledger {
         let Some(waiting) = self.waiting.get_mut(key) else { return };
         waiting.tries += 1;
         if waiting.tries >= TRIES {
-            self.waiting.remove(key);
+            self.forget_waiting(key);
         }
     }
 
     /// `key` was removed from the kernel.
     pub fn removed(&mut self, key: &PublicKey) {
         self.peers.remove(key);
+        self.changed.insert(*key);
     }
 }
 
 impl Entry {
     fn new(arrived: Instant, ours: bool) -> Self {
-        Self { arrived, handshake: None, ours }
+        Self { arrived, handshake: None, reported: None, ours }
     }
 
     fn observe(&mut self, key: &PublicKey, peer: &Peer, now: Now, since_last_read: Option<Duration>) {

@@ -22,10 +22,13 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
-use wgkex_common::{Config, process};
 use wgkex_common::config::Cleanup;
+use wgkex_common::message::{Page, Party};
+use wgkex_common::store::{Now, Store};
+use wgkex_common::sync::{self, Asker, Manner};
+use wgkex_common::{Config, Domain, process};
 
-use crate::install::Installer;
+use crate::install::{Handle, Installer};
 use crate::kernel::Kernel;
 use crate::ledger::Policy;
 use crate::metrics::Metrics;
@@ -39,17 +42,28 @@ const DISCONNECT: Duration = Duration::from_millis(500);
 /// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    let (installer, handle, applied) =
-        Installer::new(kernel, config.domains.clone(), &policy(config.cleanup), &metrics);
+    let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
+    info!(keys = remembered.len(), "keys remembered");
+    let (installer, handle, said) =
+        Installer::new(kernel, config.domains.clone(), &policy(&config), (journal, remembered), &metrics);
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
-    let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::publisher(&config))?;
+    let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
+    let (ears, heard) = sync::ears();
     let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), metrics.clone());
-    let mut announcer = Announcer::new(&config, (bus, confirmations), handle.state(), applied, metrics.clone());
+    let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, metrics.clone());
+    let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
+    let state = handle.state();
+    let asking =
+        sync::run(asker, confirmations.clone(), heard, move |domain, page| learn(handle.clone(), domain, page));
+    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
     let installing = tokio::spawn(installer.run(process::over(stopped.clone())));
     let mut session = tokio::spawn(session.run(hand_on, process::over(stopped.clone())));
-    tokio::spawn(confirming.run(drop, process::over(stopped)));
+    tokio::spawn(confirming.run(hand_on_pages, process::over(stopped.clone())));
+    let kept = metrics.state_kept.clone();
+    let mut storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped)));
+    tokio::spawn(asking);
     tokio::spawn(http::serve(config.worker_listen.clone(), metrics));
     info!(version = env!("CARGO_PKG_VERSION"), worker = config.name, domains = config.domains.len(), "worker started");
 
@@ -66,11 +80,20 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     if timeout(DISCONNECT, &mut session).await.is_err() {
         session.abort();
     }
+    if timeout(DISCONNECT, &mut storing).await.is_err() {
+        warn!("the disk did not take the last state in time");
+    }
     installing.abort();
     Ok(())
 }
 
-fn policy(cleanup: Cleanup) -> Policy {
-    let Cleanup { interval, stale, grace } = cleanup;
-    Policy { stale, grace, interval, ..Policy::default() }
+fn policy(config: &Config) -> Policy {
+    let Cleanup { interval, stale, grace } = config.cleanup;
+    // A router that is connected all the time must stay among the live keys.
+    Policy { stale, grace, interval, report: config.live_keys.ttl / 4, ..Policy::default() }
+}
+
+/// Has the installer look at the keys of a page.
+async fn learn(handle: Handle, domain: Domain, page: Page) {
+    handle.learn(domain, page.keys.into_keys().collect()).await;
 }

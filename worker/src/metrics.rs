@@ -39,6 +39,12 @@ pub struct Metrics {
     peers: IntGaugeVec,
     /// Keys whose lost peer, route or flood entry was set again, by domain.
     pub keys_restored: IntCounterVec,
+    /// Live keys that brokers know and this gateway lacked, by domain.
+    pub keys_learnt: IntCounterVec,
+    /// Routes and flood entries without a peer that were removed, by domain.
+    pub orphans_removed: IntCounterVec,
+    /// Whether the keys are kept on disk.
+    pub state_kept: IntGauge,
     /// Looks for stale peers, by domain.
     pub sweeps: IntCounterVec,
     /// Stale peers removed, by domain.
@@ -98,6 +104,14 @@ impl Metrics {
             queue_length: gauge(r, "queue_length", "Keys that wait for a batch.")?,
             peers: gauges(r, "peers", "Peers, each in one state.", &["domain", "state"])?,
             keys_restored: counters(r, "keys_restored", "Keys of which something lost was restored.", &["domain"])?,
+            keys_learnt: counters(r, "keys_learnt", "Live keys from a broker that were lacking.", &["domain"])?,
+            orphans_removed: counters(
+                r,
+                "orphans_removed",
+                "Routes and flood entries without a peer that were removed.",
+                &["domain"],
+            )?,
+            state_kept: gauge(r, "state_kept", "1 while the keys are kept on disk.")?,
             sweeps: counters(r, "sweeps", "Looks for stale peers.", &["domain"])?,
             peers_removed: counters(r, "peers_removed", "Stale peers removed.", &["domain"])?,
             read_failures: counters(r, "read_failures", "Failed reads of the tables.", &["domain"])?,
@@ -114,6 +128,8 @@ impl Metrics {
             &self.keys_installed,
             &self.keys_refreshed,
             &self.keys_restored,
+            &self.keys_learnt,
+            &self.orphans_removed,
             &self.sweeps,
             &self.peers_removed,
             &self.read_failures,

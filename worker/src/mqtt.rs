@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::debug;
-use wgkex_common::message::{Applied, Hello, WorkerData};
+use wgkex_common::message::{Applied, Hello, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
+use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Topic};
 
-use crate::install::{DomainState, Handle, State};
+use crate::install::{DomainState, Handle, Said, State};
 use crate::metrics::Metrics;
 
 /// How often the number of connected peers is said, whether it has changed or not.
@@ -24,12 +25,17 @@ pub fn client(config: &Config) -> Client {
         will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
         states: Vec::new(),
         events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
+        is_second: false,
     }
 }
 
-/// The connection by which this worker says what became of keys.
-pub fn publisher(config: &Config) -> Client {
-    Client::publisher(format!("{}-applied", config.name))
+/// The connection by which this worker says what became of keys, and asks for those it may lack.
+pub fn second(config: &Config) -> Client {
+    Client {
+        states: vec![Topic::broker_hellos()],
+        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string()],
+        ..Client::second(format!("{}-applied", config.name))
+    }
 }
 
 /// Hands keys that come to the installer; everything else is counted and left.
@@ -39,12 +45,27 @@ pub fn hand_on(domains: BTreeSet<Domain>, handle: Handle, metrics: Metrics) -> i
         Event::Down => metrics.mqtt_connected.set(0),
         Event::Message(publish) => match key(&domains, &publish) {
             Ok((domain, key)) => handle.offer(domain, key),
-            Err(reason) => {
-                debug!(reason, topic = publish.topic, "message ignored");
-                metrics.messages_ignored.with_label_values(&[reason]).inc();
-            }
+            Err(reason) => ignore(&metrics, &publish, reason),
         },
     }
+}
+
+/// Lets `ears` hear what brokers say of themselves, and the live keys that they send.
+pub fn hand_on_pages(handle: Handle, ears: Ears, metrics: Metrics) -> impl FnMut(Event) {
+    move |event| match event {
+        Event::Up => handle.reconnected(),
+        Event::Down => {}
+        // What finds no place is asked for again.
+        Event::Message(publish) => match heard(&publish) {
+            Ok(heard) => drop(ears.try_send(heard)),
+            Err(reason) => ignore(&metrics, &publish, reason),
+        },
+    }
+}
+
+fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
+    debug!(reason, topic = publish.topic, "message ignored");
+    metrics.messages_ignored.with_label_values(&[reason]).inc();
 }
 
 /// The key that a message brings, or in one word why it brings none.
@@ -53,6 +74,21 @@ fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicK
     let domain = domains.get(domain.as_str()).ok_or("domain")?;
     let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
     Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
+}
+
+/// What a broker says, or in one word why it says nothing.
+fn heard(publish: &Publish) -> Result<Heard, &'static str> {
+    match Topic::parse(&publish.topic) {
+        Some(Topic::BrokerHello { broker }) if publish.payload.is_empty() => Ok(Heard::Broker(broker, false)),
+        Some(Topic::BrokerHello { broker }) => {
+            let hello: Hello = serde_json::from_slice(&publish.payload).map_err(|_| "payload")?;
+            Ok(Heard::Broker(broker, hello.answers()))
+        }
+        Some(Topic::WorkerPages { .. }) => {
+            serde_json::from_slice(&publish.payload).map(Heard::Page).map_err(|_| "payload")
+        }
+        _ => Err("topic"),
+    }
 }
 
 /// Says on the bus what the installer says of the kernel.
@@ -64,7 +100,7 @@ pub struct Announcer {
     confirmations: Bus,
     link: watch::Receiver<Link>,
     state: watch::Receiver<State>,
-    applied: mpsc::Receiver<Applied>,
+    installer: Said,
     count: Interval,
     said: State,
     metrics: Metrics,
@@ -78,6 +114,8 @@ enum Cause {
     State,
     /// A batch of keys is done.
     Applied(Applied),
+    /// Keys shake hands.
+    Seen(Seen),
     /// It is time to say how many peers there are.
     Count,
     /// The installer has ended.
@@ -90,7 +128,7 @@ impl Announcer {
         config: &Config,
         (bus, confirmations): (Bus, Bus),
         state: watch::Receiver<State>,
-        applied: mpsc::Receiver<Applied>,
+        installer: Said,
         metrics: Metrics,
     ) -> Self {
         let mut count = interval(COUNT);
@@ -98,7 +136,7 @@ impl Announcer {
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
         let (domains, link) = (config.domains.clone(), bus.link());
         let said = State::new();
-        Self { worker, external_name, domains, bus, confirmations, link, state, applied, count, said, metrics }
+        Self { worker, external_name, domains, bus, confirmations, link, state, installer, count, said, metrics }
     }
 
     /// Announces until the installer ends.
@@ -109,6 +147,7 @@ impl Announcer {
                 Cause::Link => {}
                 Cause::State => self.say_changes(),
                 Cause::Applied(applied) => self.say_applied(&applied),
+                Cause::Seen(seen) => self.say_seen(&seen),
                 Cause::Count => self.say_counts(),
                 Cause::End => return,
             }
@@ -119,7 +158,8 @@ impl Announcer {
         tokio::select! {
             biased;
             changed = self.link.changed() => if changed.is_ok() { Cause::Link } else { Cause::End },
-            applied = self.applied.recv() => applied.map_or(Cause::End, Cause::Applied),
+            applied = self.installer.applied.recv() => applied.map_or(Cause::End, Cause::Applied),
+            seen = self.installer.seen.recv() => seen.map_or(Cause::End, Cause::Seen),
             changed = self.state.changed() => if changed.is_ok() { Cause::State } else { Cause::End },
             _ = self.count.tick() => Cause::Count,
         }
@@ -141,7 +181,7 @@ impl Announcer {
     }
 
     fn say_hello(&self) {
-        let hello = Hello::ours(self.domains.iter().map(ToString::to_string).collect());
+        let hello = Hello::worker(self.domains.iter().map(ToString::to_string).collect());
         self.post_json(Topic::Hello { worker: self.worker.clone() }, &hello, Message::state);
     }
 
@@ -185,6 +225,12 @@ impl Announcer {
         if !up || !self.confirmations.post(Message::event(topic, payload)) {
             self.metrics.confirmations_dropped.inc();
         }
+    }
+
+    /// What is not heard is said again when the bus is back.
+    fn say_seen(&self, seen: &Seen) {
+        let topic = Topic::Seen { worker: self.worker.clone() };
+        let _ = self.confirmations.post(Message::event(topic, serde_json::to_vec(seen).unwrap_or_default()));
     }
 
     fn say_counts(&self) {

@@ -5,7 +5,7 @@ use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
-use wgkex_common::PublicKey;
+use wgkex_common::{PublicKey, is_derived};
 
 use crate::kernel::{Change, Device, Errno, KernelError, Peer};
 
@@ -136,6 +136,24 @@ pub fn sweep(device: &Device, stale: &BTreeSet<PublicKey>) -> Vec<Step> {
         Step { key: *key, address, action: Action::Remove(Objects { peer: true, route: alone, fdb: alone }) }
     };
     stale.iter().filter(|key| device.peers.contains_key(key)).map(remove).collect()
+}
+
+/// Addresses that have a route or a flood entry, and no peer: what a crash, or somebody who removed only the peer,
+/// left behind. Addresses that no key can have are somebody else's.
+#[must_use]
+pub fn orphans(device: &Device) -> BTreeSet<Ipv6Addr> {
+    let derived = device.peers.keys().map(PublicKey::link_local);
+    let in_use: BTreeSet<Ipv6Addr> = derived.chain(device.peers.values().flat_map(addresses_of)).collect();
+    let entries = device.routes.union(&device.fdb).copied();
+    entries.filter(|address| is_derived(*address) && !in_use.contains(address)).collect()
+}
+
+/// Removes the routes and flood entries of `orphans`.
+#[must_use]
+pub fn clear(device: &Device, orphans: &BTreeSet<Ipv6Addr>) -> Vec<Change> {
+    let routes = orphans.intersection(&device.routes).map(|address| Change::RemoveRoute(*address));
+    let fdb = orphans.intersection(&device.fdb).map(|address| Change::RemoveFdb(*address));
+    routes.chain(fdb).collect()
 }
 
 /// All changes of `steps`, in their order.
@@ -319,6 +337,26 @@ mod tests {
         let mut moved = device(&[key(1), key(2)]);
         peer(&mut moved, 2).allowed_ips.push((key(1).link_local().into(), 128));
         assert_eq!(changes(&sweep(&moved, &[key(1)].into())), [Change::RemovePeer(key(1))]);
+    }
+
+    #[test]
+    fn what_has_no_peer_is_an_orphan_unless_no_key_can_have_its_address() {
+        let mut device = device(&[key(1), key(2)]);
+        peer(&mut device, 2).allowed_ips = vec![(key(3).link_local().into(), 128)];
+        let foreign: Ipv6Addr = "fe80::1".parse().unwrap();
+        device.routes.extend([key(3).link_local(), key(4).link_local(), foreign]);
+        device.fdb.extend([key(4).link_local(), key(5).link_local(), foreign]);
+        let orphans = orphans(&device);
+        assert_eq!(orphans, [key(4).link_local(), key(5).link_local()].into());
+        let mut removed = clear(&device, &orphans);
+        removed.sort_unstable();
+        let mut wanted = [
+            Change::RemoveRoute(key(4).link_local()),
+            Change::RemoveFdb(key(4).link_local()),
+            Change::RemoveFdb(key(5).link_local()),
+        ];
+        wanted.sort_unstable();
+        assert_eq!(removed, wanted);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tracing::Level;
 use super::leaf::{Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{Cleanup, Config, Confirm, Credentials, Listen, Mqtt, Secret, Server, Setup, Worker};
+use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Worker};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -53,6 +53,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         broker_listen: listen(raw.broker_listen, 5000),
         worker_listen: listen(raw.worker_listen, 9586),
         confirm: confirm(raw.confirm_timeout.as_ref(), raw.confirm_budget.as_ref(), report),
+        state_dir: raw.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
+        live_keys: live_keys(&raw.live_keys),
         setup: setup(&raw.setup, &listed, &domains, report),
         log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
         warnings: Vec::new(),
@@ -141,6 +143,10 @@ fn cleanup(raw: &raw::Cleanup) -> Cleanup {
         stale: seconds(raw.legacy_stale_timeout.as_ref(), 10800),
         grace: seconds(raw.initial_handshake_grace.as_ref(), 600),
     }
+}
+
+fn live_keys(raw: &raw::LiveKeys) -> LiveKeys {
+    LiveKeys { max: raw.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(raw.ttl.as_ref(), 86_400) }
 }
 
 fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {

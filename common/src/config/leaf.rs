@@ -64,6 +64,12 @@ leaf!(
 );
 leaf!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
 leaf!(
+    /// Enough for any fleet, and few enough to fit into memory.
+    Count(usize),
+    |value: &Value| whole::<u32>(value, 1..=100_000_000).and_then(|count| usize::try_from(count).ok()),
+    "is not a number of keys, a whole number from 1 to 100000000 is allowed"
+);
+leaf!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
     |value: &Value| whole(value, 0..=65535),

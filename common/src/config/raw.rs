@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Directory, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share, Text, Vni,
+    Count, Directory, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share, Text,
+    Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -37,6 +38,8 @@ pub(super) struct Raw {
     pub worker_listen: Listen,
     pub confirm_timeout: Option<Seconds>,
     pub confirm_budget: Option<Seconds>,
+    pub state_dir: Option<Directory>,
+    pub live_keys: LiveKeys,
     pub setup: Setup,
 }
 
@@ -125,6 +128,13 @@ pub(super) struct Allowlist {
     pub enabled: Option<Flag>,
     pub file: Option<Text>,
     pub refresh_interval: Option<Seconds>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct LiveKeys {
+    pub max: Option<Count>,
+    pub ttl: Option<Seconds>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

@@ -137,6 +137,8 @@ fn what_is_left_out_has_its_default() {
         },
         broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
+        state_dir: "/var/lib/wgkex".into(),
+        live_keys: LiveKeys { max: 200_000, ttl: Duration::from_secs(86_400) },
         confirm: Confirm { timeout: seconds(1), budget: seconds(3) },
         setup: config.setup.clone(),
         log_level: Level::INFO,

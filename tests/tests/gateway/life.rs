@@ -131,7 +131,7 @@ pub fn a_worker_ends_in_time_with_twenty_thousand_peers(lane: Lane) {
     fill(&host, 20_000);
     let tables = host.tables("a");
     // While it reads the tables for the first time, and when it has nothing to do.
-    for ready in [r#"wgkex_worker_mqtt_connected "#, r#"wgkex_worker_domain_up{domain="test_a"} "#] {
+    for ready in ["wgkex_worker_mqtt_connected ", r#"wgkex_worker_domain_up{domain="test_a"} "#] {
         let mut worker = host.start_worker();
         wait_until(ready, || host.metric(9586, ready).filter(|value| value == "1"));
         end(&mut worker, Signal::SIGTERM);

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
-use wgkex_common::message::Applied;
+use wgkex_common::message::{Applied, Seen};
 use wgkex_common::{Domain, PublicKey};
 
 use crate::kernel::{Device, KernelError};
@@ -14,6 +14,9 @@ use crate::metrics::Metrics;
 
 /// Keys in one confirmation at most: about 100 kB of JSON.
 const KEYS_PER_MESSAGE: usize = 2_000;
+
+/// Messages of each kind that wait at most for MQTT.
+const MESSAGES: usize = 256;
 
 /// The state of every domain that was read so far.
 pub type State = BTreeMap<Domain, DomainState>;
@@ -54,15 +57,26 @@ impl DomainState {
 /// What became of each key of a batch: it stands, or the reason why not.
 pub(super) type Report = Vec<(PublicKey, Result<(), &'static str>)>;
 
+/// The ends by which others hear of keys.
+pub struct Said {
+    /// What became of keys that came.
+    pub applied: mpsc::Receiver<Applied>,
+    /// Which keys shake hands.
+    pub seen: mpsc::Receiver<Seen>,
+}
+
 pub(super) struct Outbox {
     applied: mpsc::Sender<Applied>,
+    seen: mpsc::Sender<Seen>,
     state: watch::Sender<State>,
     metrics: Metrics,
 }
 
 impl Outbox {
-    pub fn new(applied: mpsc::Sender<Applied>, state: watch::Sender<State>, metrics: Metrics) -> Self {
-        Self { applied, state, metrics }
+    pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Said) {
+        let (applied, applied_receiver) = mpsc::channel(MESSAGES);
+        let (seen, seen_receiver) = mpsc::channel(MESSAGES);
+        (Self { applied, seen, state, metrics }, Said { applied: applied_receiver, seen: seen_receiver })
     }
 
     /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.
@@ -71,6 +85,13 @@ impl Outbox {
             if self.applied.try_send(applied(domain, part)).is_err() {
                 self.metrics.confirmations_dropped.inc();
             }
+        }
+    }
+
+    /// Reports keys that shake hands. What MQTT cannot take is reported again when it is back.
+    pub fn report(&self, domain: &Domain, keys: &[PublicKey]) {
+        for part in keys.chunks(KEYS_PER_MESSAGE) {
+            let _ = self.seen.try_send(Seen { domain: domain.name().to_owned(), keys: part.to_vec() });
         }
     }
 

@@ -5,6 +5,7 @@ use std::net::Ipv6Addr;
 use std::time::Instant;
 
 use tracing::{info, warn};
+use wgkex_common::store::{Journal, Kept};
 use wgkex_common::{Domain, PublicKey};
 
 use super::outbox::{Outbox, Report};
@@ -25,16 +26,18 @@ pub(super) struct Served {
     own: Result<Option<PublicKey>, &'static str>,
     /// What the last read showed to be owed, as far as it is not done.
     backlog: VecDeque<Step>,
+    journal: Journal,
     /// Reads fail for another reason than a missing interface, and that has been said.
     unreadable: bool,
     metrics: Metrics,
 }
 
 impl Served {
-    pub fn new(domain: Domain, policy: Policy, now: Instant, metrics: Metrics) -> Self {
+    pub fn new(domain: Domain, policy: Policy, now: Instant, journal: Journal, metrics: Metrics) -> Self {
         Self {
             domain,
             ledger: Ledger::new(policy),
+            journal,
             schedule: Schedule::new(&policy, now),
             own: Err("interface"),
             backlog: VecDeque::new(),
@@ -45,6 +48,45 @@ impl Served {
 
     pub fn domain(&self) -> Domain {
         self.domain.clone()
+    }
+
+    /// Remembers, before the first read, a key that stood when the last worker ended.
+    pub fn remember(&mut self, key: PublicKey, kept: Kept) {
+        self.ledger.remember(key, kept);
+    }
+
+    /// Has what changed written down.
+    pub fn note_changes(&mut self) {
+        for (key, kept) in self.ledger.take_changed() {
+            match kept {
+                Some(kept) => self.journal.put(&self.domain, key, kept),
+                None => self.journal.remove(&self.domain, key),
+            }
+        }
+    }
+
+    /// What was reported of handshakes may not have been heard.
+    pub fn report_all(&mut self) {
+        self.ledger.report_all();
+    }
+
+    /// How much is owed.
+    pub fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
+    /// Keys are live that this gateway may lack: those that it does are owed from now on.
+    pub fn learn(&mut self, keys: Vec<PublicKey>, now: Instant) {
+        let own = self.own.ok().flatten();
+        let lacking = self.ledger.lacking(keys.into_iter().filter(|key| Some(*key) != own));
+        self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(lacking.len() as u64);
+        for key in lacking {
+            let dropped = self.ledger.wants(key, now) as u64;
+            self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
+            if self.own.is_ok() {
+                self.backlog.push_back(Step::install(key));
+            }
+        }
     }
 
     /// When it is to be read.
@@ -148,6 +190,8 @@ impl Served {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
         if self.own.is_ok() {
+            self.clear(kernel, device, now.monotonic).await;
+            outbox.report(&self.domain, &self.ledger.unreported(now.monotonic));
             self.backlog = self.ledger.owed(device).into();
             if self.backlog.is_empty() {
                 self.schedule.recovered();
@@ -171,6 +215,21 @@ impl Served {
         self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed.len() as u64);
         if !removed.is_empty() {
             info!(domain = %self.domain, removed = removed.len(), "stale peers are removed");
+        }
+    }
+
+    /// Removes routes and flood entries that have no peer.
+    async fn clear<K: Kernel>(&mut self, kernel: &mut K, device: &Device, now: Instant) {
+        let orphaned = self.ledger.orphaned(device, now);
+        if orphaned.is_empty() {
+            return;
+        }
+        let results = kernel.apply(&self.domain, &orphaned).await;
+        let removed = results.iter().filter(|result| result.is_ok()).count() as u64;
+        self.metrics.orphans_removed.with_label_values(&[self.domain.name()]).inc_by(removed);
+        match results.into_iter().find_map(Result::err) {
+            None => info!(domain = %self.domain, removed, "routes and flood entries without a peer are removed"),
+            Some(error) => warn!(domain = %self.domain, removed, %error, "routes or flood entries without a peer stay"),
         }
     }
 

@@ -4,6 +4,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use wgkex_common::message::Applied;
+
 use super::*;
 use crate::kernel::fake::{Delays, Fake};
 use crate::kernel::{Change, Device, Errno, KernelError};
@@ -377,7 +379,7 @@ async fn a_new_key_does_not_wait_for_a_large_backlog() {
     gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     gateway.fake.add(&domain());
     sleep(Duration::from_secs(2)).await;
-    while gateway.applied.try_recv().is_ok() {}
+    while gateway.said.applied.try_recv().is_ok() {}
     gateway.offer([50_000]);
     let asked = Instant::now();
     while !gateway.stands(key(50_000)) {
@@ -448,12 +450,102 @@ async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_wo
     assert!((900..=1_000).contains(&gateway.device().peers.len()));
     assert!(gateway.stands(key(99_999)));
 
-    let (_installer, handle, _applied) = installer(Fake::default(), &Policy::default());
+    let (_installer, handle, _said) = installer(Fake::default(), &Policy::default());
     for n in 0..=65_536 {
         handle.offer(domain(), key(n));
     }
     assert_eq!(handle.metrics.keys_dropped.with_label_values(&["queue"]).get(), 1);
     assert_eq!(handle.metrics.queue_length.get(), 65_536);
+}
+
+#[tokio::test(start_paused = true)]
+async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..100);
+    gateway.settle().await;
+    gateway.applies();
+    gateway.handle.learn(domain(), (50..150).map(key).collect()).await;
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..150));
+    let changes: usize = gateway.applies().iter().map(Vec::len).sum();
+    assert_eq!(changes, 3 * 50, "what stands is not touched");
+    assert_eq!(gateway.metrics.keys_learnt.with_label_values(&["ffmuc_welt"]).get(), 50);
+
+    // Its own key is none that it lacks.
+    let own = gateway.device().public_key.unwrap();
+    gateway.handle.learn(domain(), vec![own]).await;
+    gateway.settle().await;
+    assert_eq!(gateway.applies(), Vec::<Vec<Change>>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
+    let mut gateway = Gateway::start();
+    gateway.settle().await;
+    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    let handle = gateway.handle.clone();
+    let learning = tokio::spawn(async move {
+        for page in 0..20 {
+            handle.learn(domain(), (page * 1_000..(page + 1) * 1_000).map(key).collect()).await;
+        }
+    });
+    sleep(Duration::from_secs(5)).await;
+    assert!(!learning.is_finished());
+    gateway.offer([50_000]);
+    let asked = Instant::now();
+    while !gateway.stands(key(50_000)) {
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    learning.await.unwrap();
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..20_000));
+}
+
+#[tokio::test(start_paused = true)]
+async fn live_keys_wait_for_their_interface() {
+    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    gateway.settle().await;
+    gateway.handle.learn(domain(), (0..10).map(key).collect()).await;
+    gateway.settle().await;
+    gateway.fake.add(&domain());
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..3_000);
+    gateway.settle().await;
+    for n in 0..3_000 {
+        gateway.fake.handshake(&domain(), key(n), SystemTime::now());
+    }
+    for _ in 0..2 {
+        gateway.handle.reconnected();
+        sleep(MINUTE).await;
+        let reports = [gateway.said.seen.recv().await.unwrap(), gateway.said.seen.recv().await.unwrap()];
+        assert_eq!(
+            reports
+                .map(|seen| (seen.domain, seen.keys.len()))
+                .each_ref()
+                .map(|(domain, keys)| (domain.as_str(), *keys)),
+            [("ffmuc_welt", 2_000), ("ffmuc_welt", 1_000)]
+        );
+        assert!(gateway.said.seen.try_recv().is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2]);
+    gateway.settle().await;
+    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
+    sleep(3 * MINUTE).await;
+    let device = gateway.device();
+    assert_eq!((device.routes, device.fdb), ([key(2).link_local()].into(), [key(2).link_local()].into()));
+    assert_eq!(gateway.metrics.orphans_removed.with_label_values(&["ffmuc_welt"]).get(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -481,7 +573,7 @@ async fn it_ends_when_nobody_holds_a_handle() {
 struct Gateway {
     fake: Fake,
     handle: Handle,
-    applied: mpsc::Receiver<Applied>,
+    said: Said,
     metrics: Metrics,
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
@@ -493,10 +585,10 @@ impl Gateway {
     }
 
     fn on(fake: Fake, policy: Policy) -> Self {
-        let (installer, handle, applied) = installer(fake.clone(), &policy);
+        let (installer, handle, said) = installer(fake.clone(), &policy);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(installer.run(async { drop(stopped.await) }));
-        Self { fake, metrics: handle.metrics.clone(), handle, applied, stop, task }
+        Self { fake, metrics: handle.metrics.clone(), handle, said, stop, task }
     }
 
     fn offer(&self, keys: impl IntoIterator<Item = u32>) {
@@ -506,7 +598,7 @@ impl Gateway {
     }
 
     async fn confirmed(&mut self) -> Applied {
-        timeout(10 * MINUTE, self.applied.recv()).await.unwrap().unwrap()
+        timeout(10 * MINUTE, self.said.applied.recv()).await.unwrap().unwrap()
     }
 
     async fn up(&self) {
@@ -517,7 +609,7 @@ impl Gateway {
     /// Time enough for all that follows from what was just done, and less than until the next count.
     async fn settle(&mut self) {
         sleep(Duration::from_secs(20)).await;
-        while self.applied.try_recv().is_ok() {}
+        while self.said.applied.try_recv().is_ok() {}
     }
 
     fn state(&self) -> Option<DomainState> {
@@ -548,14 +640,14 @@ struct Still {
     installer: Installer<Fake>,
     metrics: Metrics,
     now: Now,
-    _others: (Handle, mpsc::Receiver<Applied>),
+    _others: (Handle, Said),
 }
 
 impl Still {
     fn start() -> Self {
         let fake = Fake::with(&[domain()]);
-        let (installer, handle, applied) = installer(fake.clone(), &Policy::default());
-        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), _others: (handle, applied) }
+        let (installer, handle, said) = installer(fake.clone(), &Policy::default());
+        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), _others: (handle, said) }
     }
 
     async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
@@ -575,8 +667,8 @@ impl Still {
     }
 }
 
-fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, mpsc::Receiver<Applied>) {
-    Installer::new(fake, [domain()], policy, &Metrics::new([&domain()]).unwrap())
+fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
+    Installer::new(fake, [domain()], policy, Default::default(), &Metrics::new([&domain()]).unwrap())
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {

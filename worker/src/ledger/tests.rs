@@ -220,6 +220,112 @@ fn a_waiting_key_does_not_take_an_address_from_one_that_came_later() {
 }
 
 #[test]
+fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
+    let (first, second) = collision();
+    let mut world = World::with(&[key(1), key(2), second]);
+    let begun = world.now.monotonic;
+    let kept = |ago| Kept { first: begun, last: begun.checked_sub(ago).unwrap(), proven: true };
+    for (key, kept) in [(key(1), kept(HOUR)), (key(3), kept(HOUR)), (first, kept(HOUR)), (second, kept(MINUTE))] {
+        world.ledger.remember(key, kept);
+    }
+    world.read();
+    assert_eq!(world.owed(), [Step::install(key(3))], "and none that lost its address to another");
+    let noted: Vec<_> = world.ledger.take_changed().into_iter().map(|(key, kept)| (key, kept.is_some())).collect();
+    let mut wanted = vec![(key(1), true), (key(2), true), (first, false), (second, true)];
+    wanted.sort_unstable();
+    assert_eq!(noted, wanted);
+}
+
+#[test]
+fn keys_are_lacking_that_have_no_peer_and_would_take_no_address() {
+    let (first, second) = collision();
+    let mut world = World::with(&[key(1), second]);
+    world.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
+    world.read();
+    world.ledger.wants(key(2), world.now.monotonic);
+    let mut lacking = world.ledger.lacking([key(1), key(2), first, second, key(3), key(4)]);
+    lacking.sort_unstable();
+    assert_eq!(lacking, [key(3), key(4)]);
+}
+
+#[test]
+fn handshakes_are_reported_once_and_again_after_a_while() {
+    let mut world = World::with(&[key(1), key(2), key(3)]);
+    world.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(3)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+    });
+    let mut reports = Vec::new();
+    for minute in 0..=730 {
+        if minute >= 2 {
+            world.handshake(key(1));
+            world.handshake(key(3));
+        }
+        world.read();
+        if minute == 10 {
+            world.ledger.report_all();
+        }
+        let reported = world.ledger.unreported(world.now.monotonic);
+        reports.extend(reported.into_iter().map(|key| (minute, key)));
+        world.pass(MINUTE);
+    }
+    assert_eq!(reports, [2, 10, 370, 730].map(|minute| (minute, key(1))));
+}
+
+#[test]
+fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
+    let mut world = World::with(&[key(1)]);
+    let orphan = key(2).link_local();
+    let add = |device: &mut Device| assert!(device.routes.insert(orphan) && device.fdb.insert(orphan));
+    world.fake.alter(&domain(), add);
+    let orphaned = |world: &World| {
+        let device = world.fake.device(&domain()).unwrap();
+        world.ledger.orphaned(&device, world.now.monotonic)
+    };
+    world.read();
+    assert_eq!(orphaned(&world), []);
+    world.pass(ORPHANED);
+    world.read();
+    assert_eq!(orphaned(&world), [Change::RemoveRoute(orphan), Change::RemoveFdb(orphan)]);
+    world.install(&[key(2)]);
+    world.read();
+    assert_eq!(orphaned(&world), []);
+    // What loses its peer later has its while from then on.
+    world.fake.alter(&domain(), |device| drop(device.peers.remove(&key(2))));
+    world.read();
+    assert_eq!(orphaned(&world), []);
+}
+
+#[test]
+fn what_changes_is_told_once() {
+    let mut world = World::with(&[key(1)]);
+    let changed = |world: &mut World| -> Vec<_> {
+        let changed = world.ledger.take_changed().into_iter();
+        changed.map(|(key, kept)| (key, kept.map(|kept| (kept.last, kept.proven)))).collect()
+    };
+    world.read();
+    let begun = world.now.monotonic;
+    assert_eq!(changed(&mut world), [(key(1), Some((begun, false)))]);
+    world.pass(MINUTE);
+    world.read();
+    assert_eq!(changed(&mut world), []);
+    world.handshake(key(1));
+    world.read();
+    assert_eq!(changed(&mut world), [(key(1), Some((begun, true)))]);
+    world.ledger.wants(key(2), begun);
+    world.install(&[key(1)]);
+    let now = world.now.monotonic;
+    assert_eq!(changed(&mut world), [(key(1), Some((now, true))), (key(2), Some((begun, false)))]);
+    world.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+    });
+    world.read();
+    assert_eq!(changed(&mut world), [(key(1), None)], "somebody else's is not ours to restore");
+    world.ledger.removed(&key(2));
+    (0..TRIES).for_each(|_| world.ledger.refused(&key(2)));
+    assert_eq!(changed(&mut world), [(key(2), None)]);
+}
+
+#[test]
 fn a_flood_of_waiting_keys_crowds_out_the_oldest() {
     let mut ledger = Ledger::new(Policy { waiting: 160, ..Policy::default() });
     let start = Instant::now();

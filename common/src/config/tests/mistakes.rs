@@ -111,6 +111,14 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "logging_config: {root: {level: LOUD}}",
         &["logging_config.root.level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
     ),
+    ("state_dir: state", &["state_dir: \"state\" is not a directory, an absolute path is allowed"]),
+    (
+        "live_keys: {max: 0, ttl: never}",
+        &[
+            "live_keys.max: 0 is not a number of keys, a whole number from 1 to 100000000 is allowed",
+            "live_keys.ttl: \"never\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
+        ],
+    ),
     ("confirm_timeout: 5", &["confirm_timeout: 5.0 is more than confirm_budget, at most 3 is allowed"]),
     (
         "key_whitelist: [abc]",

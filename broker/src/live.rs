@@ -1,0 +1,203 @@
+//! The live keys: those that gateways get back when they lack them. No IO, no clock.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use wgkex_common::config;
+use wgkex_common::message::{Ages, Page, Question};
+use wgkex_common::store::{Journal, Kept, Keys};
+use wgkex_common::sync::PAGE;
+use wgkex_common::{Domain, PublicKey};
+
+/// Every key that is alive, and when it was heard of.
+#[derive(Debug)]
+pub struct LiveKeys {
+    own_name: String,
+    max: usize,
+    ttl: Duration,
+    domains: BTreeMap<Domain, BTreeMap<PublicKey, Live>>,
+    journal: Journal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Live {
+    kept: Kept,
+    /// When this broker last heard of it, from whomever: an asker may lack it from then on.
+    heard: Instant,
+}
+
+/// How many live keys there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Those that shook hands at some gateway.
+    pub proven: usize,
+    /// Those that never did.
+    pub unproven: usize,
+}
+
+impl LiveKeys {
+    /// The keys of `domains` that `known` has. Changes go into `journal`.
+    #[must_use]
+    pub fn new(
+        own_name: String,
+        config: config::LiveKeys,
+        domains: impl IntoIterator<Item = Domain>,
+        known: Keys,
+        journal: Journal,
+    ) -> Self {
+        let config::LiveKeys { max, ttl } = config;
+        let domains = domains.into_iter().map(|domain| (domain, BTreeMap::new())).collect();
+        let mut live = Self { own_name, max, ttl, domains, journal };
+        for ((domain, key), kept) in known {
+            if let Some(keys) = live.domains.get_mut(&domain) {
+                keys.insert(key, Live { kept, heard: kept.last });
+            }
+        }
+        live.make_room();
+        live
+    }
+
+    /// A key came, by a router or on the bus.
+    pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
+        self.merge(domain, key, Kept { first: now, last: now, proven: false }, now);
+    }
+
+    /// A gateway sees handshakes of the key.
+    pub fn prove(&mut self, domain: &str, key: PublicKey, now: Instant) {
+        self.merge(domain, key, Kept { first: now, last: now, proven: true }, now);
+    }
+
+    /// A gateway has the key; who knows it already learns nothing by that.
+    pub fn witness(&mut self, domain: &str, key: PublicKey, now: Instant) {
+        if self.domains.get(domain).is_some_and(|keys| !keys.contains_key(&key)) {
+            self.admit(domain, key, now);
+        }
+    }
+
+    /// Another broker knows these keys.
+    pub fn learn(&mut self, page: &Page, now: Instant) {
+        let ago = |age| now.checked_sub(Duration::from_secs(age)).unwrap_or(now);
+        for (key, Ages(first, last, proven)) in &page.keys {
+            if Duration::from_secs(*last) < self.ttl {
+                let kept = Kept { first: ago(*first), last: ago(*last), proven: *proven };
+                self.merge(&page.domain, *key, kept, now);
+            }
+        }
+    }
+
+    /// Unites what was known of the key with `news`. It counts as heard of only if the news are new: two brokers
+    /// that told one another the same for ever would keep every asker busy.
+    fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, now: Instant) {
+        let Some((domain, keys)) = self.domains.get_key_value(domain) else { return };
+        let domain = domain.clone();
+        let before = keys.get(&key).map(|live| live.kept);
+        let kept = before.map_or(news, |before| Kept {
+            first: before.first.min(news.first),
+            last: before.last.max(news.last),
+            proven: before.proven || news.proven,
+        });
+        let is_news = before.is_none_or(|before| {
+            kept.proven != before.proven || kept.last.saturating_duration_since(before.last) > SAME
+        });
+        if !is_news {
+            return;
+        }
+        if let Some(keys) = self.domains.get_mut(&domain) {
+            keys.insert(key, Live { kept, heard: now });
+        }
+        self.journal.put(&domain, key, kept);
+        if before.is_none() {
+            self.make_room();
+        }
+    }
+
+    /// Drops the oldest of those that never shook hands, or of all if there are no others: a sixteenth at once, so
+    /// that a flood does not cost a search per key.
+    fn make_room(&mut self) {
+        let total = self.len();
+        if total <= self.max {
+            return;
+        }
+        let surplus = total - self.max + self.max / 16;
+        let all =
+            self.domains.iter().flat_map(|(domain, keys)| keys.iter().map(move |(key, live)| (domain, key, live)));
+        let mut ranked: Vec<_> =
+            all.map(|(domain, key, live)| (live.kept.proven, live.kept.last, domain.clone(), *key)).collect();
+        ranked.select_nth_unstable(surplus.min(total) - 1);
+        ranked.truncate(surplus);
+        for (_, _, domain, key) in ranked {
+            self.remove(&domain, key);
+        }
+    }
+
+    fn remove(&mut self, domain: &Domain, key: PublicKey) {
+        if let Some(keys) = self.domains.get_mut(domain) {
+            keys.remove(&key);
+        }
+        self.journal.remove(domain, key);
+    }
+
+    /// Forgets the keys whose time is over, and says how many.
+    pub fn expire(&mut self, now: Instant) -> usize {
+        let ttl = self.ttl;
+        let over = |live: &Live| now.saturating_duration_since(live.kept.last) >= ttl;
+        let mut expired = 0;
+        for (domain, keys) in &mut self.domains {
+            keys.retain(|key, live| {
+                let is_over = over(live);
+                if is_over {
+                    self.journal.remove(domain, *key);
+                    expired += 1;
+                }
+                !is_over
+            });
+        }
+        expired
+    }
+
+    /// The answer to `question`; none for a domain that is not served here.
+    #[must_use]
+    pub fn answer(&self, question: &Question, now: Instant) -> Option<Page> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let keys = self.domains.get(question.domain.as_str())?;
+        let start = question.after.map_or(Unbounded, Excluded);
+        let age = |since: Instant| now.saturating_duration_since(since);
+        let asked = |live: &Live| {
+            age(live.kept.last) < self.ttl
+                && question.younger_than.is_none_or(|younger| age(live.heard).as_secs() < younger)
+        };
+        let mut wanted = keys.range((start, Unbounded)).filter(|(_, live)| asked(live));
+        let page = wanted.by_ref().take(PAGE).map(|(key, live)| {
+            (*key, Ages(age(live.kept.first).as_secs(), age(live.kept.last).as_secs(), live.kept.proven))
+        });
+        let keys = page.collect();
+        let (broker, domain, after) = (self.own_name.clone(), question.domain.clone(), question.after);
+        Some(Page { broker, domain, after, keys, more: wanted.next().is_some() })
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.domains.values().map(BTreeMap::len).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.domains.values().all(BTreeMap::is_empty)
+    }
+
+    /// How many there are in each domain.
+    pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
+        self.domains.iter().map(|(domain, keys)| {
+            let proven = keys.values().filter(|live| live.kept.proven).count();
+            (domain, Counts { proven, unproven: keys.len() - proven })
+        })
+    }
+}
+
+/// Ages on the bus are whole seconds, and take their time; what differs by less is the same.
+const SAME: Duration = Duration::from_secs(3);
+
+#[cfg(test)]
+mod tests;

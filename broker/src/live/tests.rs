@@ -1,0 +1,176 @@
+use proptest::collection::vec;
+use proptest::prelude::*;
+use wgkex_common::message::Party;
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(86_400);
+
+fn domain() -> Domain {
+    Domain::new("ff_a", &["ff_".into()]).unwrap()
+}
+
+fn key(n: u32) -> PublicKey {
+    let mut bytes = [0x42; 32];
+    bytes[..4].copy_from_slice(&n.to_be_bytes());
+    PublicKey::from_bytes(bytes).unwrap()
+}
+
+fn live(max: usize) -> (LiveKeys, Instant) {
+    let config = config::LiveKeys { max, ttl: DAY };
+    (LiveKeys::new("b1".into(), config, [domain()], Keys::new(), Journal::default()), Instant::now())
+}
+
+fn question() -> Question {
+    Question { from: Party::Worker("gw".into()), domain: "ff_a".into(), after: None, younger_than: None }
+}
+
+fn page_of_none() -> Page {
+    Page { broker: "b2".into(), domain: "ff_a".into(), after: None, keys: BTreeMap::new(), more: false }
+}
+
+/// The keys that an asker gets in the end.
+fn all(live: &LiveKeys, mut question: Question, now: Instant) -> Vec<PublicKey> {
+    let mut keys = Vec::new();
+    loop {
+        let page = live.answer(&question, now).unwrap();
+        assert!(page.keys.len() <= PAGE);
+        keys.extend(page.keys.into_keys());
+        question.after = keys.last().copied();
+        if !page.more {
+            return keys;
+        }
+    }
+}
+
+#[test]
+fn an_asker_gets_every_key_once_in_pages() {
+    let (mut live, now) = live(10_000);
+    for n in (0..2_500).rev() {
+        live.admit("ff_a", key(n), now);
+    }
+    live.admit("ff_none", key(9_999), now);
+    assert_eq!(all(&live, question(), now), (0..2_500).map(key).collect::<Vec<_>>());
+    let page = live.answer(&question(), now).unwrap();
+    assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (PAGE, true, "b1"));
+    assert_eq!(live.answer(&Question { domain: "ff_none".into(), ..question() }, now), None);
+}
+
+#[test]
+fn a_key_lives_for_its_time_after_the_last_word_of_it() {
+    let (mut live, now) = live(10);
+    live.admit("ff_a", key(1), now);
+    live.admit("ff_a", key(2), now);
+    live.prove("ff_a", key(2), now + HOUR);
+    live.admit("ff_a", key(3), now);
+    live.admit("ff_a", key(3), now + 2 * HOUR);
+    for (at, left) in [(23 * HOUR, &[1, 2, 3][..]), (DAY, &[2, 3]), (DAY + HOUR, &[3]), (DAY + 2 * HOUR, &[])] {
+        let left: Vec<_> = left.iter().copied().map(key).collect();
+        assert_eq!(all(&live, question(), now + at), left, "nobody is given what is over");
+        live.expire(now + at);
+        assert_eq!(live.len(), left.len());
+    }
+}
+
+#[test]
+fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
+    let (mut live, now) = live(10);
+    let young = |live: &LiveKeys, now| all(live, Question { younger_than: Some(20), ..question() }, now);
+    live.admit("ff_a", key(1), now);
+    live.admit("ff_a", key(2), now);
+    live.admit("ff_a", key(3), now + HOUR);
+    assert_eq!(young(&live, now + HOUR), [key(3)]);
+    // Another broker knew it all the time, and this one hears of it only now.
+    let later = now + HOUR + 60 * SECOND;
+    let page = Page {
+        keys: [(key(4), Ages(7_200, 3_600, true)), (key(2), Ages(3_660, 3_660, false))].into(),
+        ..page_of_none()
+    };
+    live.learn(&page, later);
+    assert_eq!(young(&live, later), [key(4)], "what it knew is no news");
+    let given = live.answer(&Question { after: Some(key(3)), ..question() }, later).unwrap();
+    assert_eq!(given.keys, [(key(4), Ages(7_200, 3_600, true))].into());
+    let older =
+        page.keys.into_iter().map(|(key, Ages(first, last, proven))| (key, Ages(first + 19, last + 19, proven)));
+    live.learn(&Page { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
+    assert_eq!(young(&live, later + 20 * SECOND), [], "nor is what it is told again");
+}
+
+#[test]
+fn what_another_broker_lets_expire_is_not_learnt() {
+    let (mut live, now) = live(10);
+    let keys = [(key(1), Ages(u64::MAX, u64::MAX, true)), (key(2), Ages(u64::MAX, 86_400, true))].into();
+    live.learn(&Page { keys, ..page_of_none() }, now);
+    assert!(live.is_empty());
+}
+
+#[test]
+fn a_gateways_word_makes_known_what_was_not() {
+    let (mut live, now) = live(10);
+    live.witness("ff_a", key(1), now);
+    live.witness("ff_a", key(1), now + HOUR);
+    assert_eq!(live.answer(&question(), now + HOUR).unwrap().keys[&key(1)], Ages(3_600, 3_600, false));
+    live.prove("ff_a", key(2), now + HOUR);
+    assert_eq!(live.answer(&question(), now + HOUR).unwrap().keys[&key(2)], Ages(0, 0, true));
+    let counts: Vec<_> = live.counts().map(|(_, counts)| counts).collect();
+    assert_eq!(counts, [Counts { proven: 1, unproven: 1 }]);
+}
+
+#[test]
+fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
+    let (mut live, now) = live(160);
+    for n in 0..100 {
+        live.admit("ff_a", key(n), now + n * SECOND);
+        if n % 2 == 0 {
+            live.prove("ff_a", key(n), now + n * SECOND);
+        }
+    }
+    for n in 1_000..11_000 {
+        live.admit("ff_a", key(n), now + n * SECOND);
+        assert!(live.len() <= 160);
+    }
+    let left = all(&live, question(), now + 11_000 * SECOND);
+    assert!((0..100).step_by(2).all(|n| left.contains(&key(n))), "the proven ones stay");
+    assert!((10_950..11_000).all(|n| left.contains(&key(n))), "and the newest");
+    for n in 20_000..20_200 {
+        live.prove("ff_a", key(n), now + n * SECOND);
+    }
+    assert!(live.len() <= 160);
+    assert!(all(&live, question(), now + 20_200 * SECOND).contains(&key(20_199)));
+}
+
+#[test]
+fn what_it_knew_before_it_started_is_bounded_too() {
+    let now = Instant::now();
+    let kept = Kept { first: now, last: now, proven: false };
+    let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
+    let config = config::LiveKeys { max: 10, ttl: DAY };
+    let live = LiveKeys::new("b1".into(), config, [domain()], known, Journal::default());
+    assert_eq!(live.len(), 10);
+}
+
+proptest! {
+    #[test]
+    fn brokers_that_tell_each_other_all_know_the_same(
+        first in vec((0..40_u32, 0..100_u64, any::<bool>()), 0..60),
+        second in vec((0..40_u32, 0..100_u64, any::<bool>()), 0..60),
+    ) {
+        let (mut one, now) = live(1_000);
+        let mut other = live(1_000).0;
+        for (live, words) in [(&mut one, &first), (&mut other, &second)] {
+            for (n, at, proves) in words {
+                let at = now + Duration::from_secs(*at);
+                if *proves { live.prove("ff_a", key(*n), at) } else { live.admit("ff_a", key(*n), at) }
+            }
+        }
+        let now = now + HOUR;
+        other.learn(&one.answer(&question(), now).unwrap(), now);
+        one.learn(&other.answer(&question(), now).unwrap(), now);
+        let known = |live: &LiveKeys| -> Vec<_> {
+            live.answer(&question(), now).unwrap().keys.into_iter().map(|(key, ages)| (key, ages.2)).collect()
+        };
+        prop_assert_eq!(known(&one), known(&other));
+    }
+}

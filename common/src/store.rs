@@ -1,0 +1,395 @@
+//! Keys on disk: what a program knows survives its restart. A [`Journal`] collects what changed, a [`Store`] writes it
+//! behind to an SQLite database.
+//!
+//! Ages count, not dates: the database keeps a clock of its own, which the machine's wall clock moves on only while
+//! the program is down, and only by a plausible time. A stepped clock makes no key older.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::{Domain, PublicKey};
+
+/// How often what changed is written. With the time of a write it stays below the second that is promised.
+const FLUSH: Duration = Duration::from_millis(500);
+/// Changes that wait at most, while the disk takes none: more than any bound on live keys in use.
+const CHANGES: usize = 1_000_000;
+/// A program is hardly ever down for longer; a clock that says so was stepped.
+const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// The layout below; another number is another program's.
+const LAYOUT: i64 = 1;
+
+const SCHEMA: &str = "
+    CREATE TABLE keys (
+        domain TEXT NOT NULL,
+        key BLOB NOT NULL,
+        first INTEGER NOT NULL,
+        last INTEGER NOT NULL,
+        proven INTEGER NOT NULL,
+        PRIMARY KEY (domain, key)
+    ) WITHOUT ROWID;
+    CREATE TABLE clock (running INTEGER NOT NULL, wall INTEGER NOT NULL);
+    INSERT INTO clock VALUES (0, 0);
+";
+
+/// What is remembered of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// When it first came.
+    pub first: Instant,
+    /// When it last came, or last shook hands.
+    pub last: Instant,
+    /// Whether a handshake with it was ever seen.
+    pub proven: bool,
+}
+
+/// Each key with what is remembered of it.
+pub type Keys = BTreeMap<(Domain, PublicKey), Kept>;
+
+/// What changed and is not on disk yet; the last state of each key. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Journal {
+    changes: Arc<Mutex<Changes>>,
+}
+
+/// What each key is now; none if it is gone.
+type Changes = BTreeMap<(Domain, PublicKey), Option<Kept>>;
+
+impl Journal {
+    /// The key is to be on disk like this.
+    pub fn put(&self, domain: &Domain, key: PublicKey, kept: Kept) {
+        self.note(domain, key, Some(kept));
+    }
+
+    /// The key is to be gone from disk.
+    pub fn remove(&self, domain: &Domain, key: PublicKey) {
+        self.note(domain, key, None);
+    }
+
+    /// One too many is left out: on disk the key then stays as it was.
+    fn note(&self, domain: &Domain, key: PublicKey, kept: Option<Kept>) {
+        let mut changes = self.lock();
+        if changes.len() < CHANGES || changes.contains_key(&(domain.clone(), key)) {
+            changes.insert((domain.clone(), key), kept);
+        }
+    }
+
+    fn take(&self) -> Changes {
+        std::mem::take(&mut *self.lock())
+    }
+
+    /// Takes back what could not be written; what came meanwhile is newer.
+    fn give_back(&self, unwritten: Changes) {
+        let mut changes = self.lock();
+        let newer = std::mem::replace(&mut *changes, unwritten);
+        changes.extend(newer);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Changes> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The two clocks at one instant.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For every age.
+    pub monotonic: Instant,
+    /// For how long the program was down, and nothing else.
+    pub wall: SystemTime,
+}
+
+impl Now {
+    /// As the system has them.
+    #[must_use]
+    pub fn read() -> Self {
+        Self { monotonic: Instant::now(), wall: SystemTime::now() }
+    }
+}
+
+/// The database of one program.
+pub struct Store {
+    file: PathBuf,
+    journal: Journal,
+    /// None while it cannot be opened.
+    database: Option<Database>,
+    /// That it cannot be written has been said.
+    failing: bool,
+}
+
+struct Database {
+    connection: Connection,
+    /// What the database's clock says, in seconds, at `opened`.
+    running: i64,
+    opened: Instant,
+}
+
+impl Store {
+    /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
+    /// than `ttl`. A damaged file is set aside; one that cannot be opened is tried again. Neither keeps anybody from
+    /// starting.
+    #[must_use]
+    pub fn open(
+        dir: &Path,
+        name: &str,
+        domains: &BTreeSet<Domain>,
+        ttl: Option<Duration>,
+        now: Now,
+    ) -> (Self, Journal, Keys) {
+        let file = dir.join(format!("{name}.sqlite"));
+        let journal = Journal::default();
+        let mut store = Self { file, journal: journal.clone(), database: None, failing: false };
+        let keys = match store.reopen(domains, ttl, now) {
+            Ok(keys) => keys,
+            Err(error) => {
+                store.fail(&error);
+                Keys::new()
+            }
+        };
+        (store, journal, keys)
+    }
+
+    fn reopen(&mut self, domains: &BTreeSet<Domain>, ttl: Option<Duration>, now: Now) -> Result<Keys, Failure> {
+        let mut opened = Database::open(&self.file, domains, ttl, now);
+        if let Err(Failure::Damaged(reason)) = &opened {
+            let aside = set_aside(&self.file, now.wall)?;
+            warn!(file = %self.file.display(), set_aside = %aside.display(), reason, "state file is damaged");
+            opened = Database::open(&self.file, domains, ttl, now);
+        }
+        let (database, keys) = opened?;
+        self.database = Some(database);
+        Ok(keys)
+    }
+
+    /// Writes behind until `stop` returns, and then what is left. Tells `kept` each time whether that succeeds.
+    pub async fn run(mut self, mut kept: impl FnMut(bool), stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut over = false;
+        while !over {
+            tokio::select! {
+                () = sleep(FLUSH) => {}
+                () = &mut stop => over = true,
+            }
+            // An error means that the runtime ends.
+            let Ok(store) = spawn_blocking(move || self.flush(Now::read())).await else { return };
+            self = store;
+            kept(!self.failing);
+        }
+    }
+
+    /// Writes what changed. What cannot be written is kept for the next time.
+    #[must_use]
+    pub fn flush(mut self, now: Now) -> Self {
+        if self.database.is_none() && self.reopen(&BTreeSet::new(), None, now).is_err() {
+            return self;
+        }
+        let changes = self.journal.take();
+        let Some(database) = self.database.as_mut().filter(|_| !changes.is_empty() || self.failing) else {
+            return self;
+        };
+        match database.write(&changes, now) {
+            Ok(()) => {
+                if std::mem::take(&mut self.failing) {
+                    info!(file = %self.file.display(), "state is kept again");
+                }
+            }
+            Err(failure) => {
+                self.journal.give_back(changes);
+                if matches!(failure, Failure::Damaged(_)) {
+                    self.database = None;
+                }
+                self.fail(&failure);
+            }
+        }
+        self
+    }
+
+    fn fail(&mut self, failure: &Failure) {
+        if !std::mem::replace(&mut self.failing, true) {
+            warn!(file = %self.file.display(), %failure, "state cannot be kept, a restart would lose it");
+        }
+    }
+}
+
+/// Why the database does not serve.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// It is not a database, or not a whole one, or not ours.
+    #[error("{0}")]
+    Damaged(String),
+    /// The disk is full, the directory cannot be written, another process has it.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase | ErrorCode::Unknown) => {
+                Self::Damaged(error.to_string())
+            }
+            Some(ErrorCode::DatabaseBusy) => Self::Refused("another process has it".into()),
+            _ => Self::Refused(error.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Refused(error.to_string())
+    }
+}
+
+impl Database {
+    fn open(file: &Path, domains: &BTreeSet<Domain>, ttl: Option<Duration>, now: Now) -> Result<(Self, Keys), Failure> {
+        if let Some(dir) = file.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        // SQLite would make it readable for everybody.
+        OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
+        let mut connection = Connection::open(file)?;
+        connection.busy_timeout(Duration::from_secs(1))?;
+        // One process has it; what it said was written is on the disk even if the power fails.
+        connection.execute_batch(
+            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+             PRAGMA journal_size_limit = 4194304;",
+        )?;
+        check(&mut connection)?;
+        let running = connection.query_row("SELECT running, wall FROM clock", [], |row| {
+            Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
+        });
+        let mut database = Self { connection, running: damaged_if_none(running)?, opened: now.monotonic };
+        if let Some(ttl) = ttl {
+            let oldest = database.running - seconds(ttl);
+            database.connection.execute("DELETE FROM keys WHERE last <= ?1", [oldest])?;
+        }
+        let keys = database.read(domains)?;
+        database.write(&Changes::new(), now)?;
+        Ok((database, keys))
+    }
+
+    fn read(&self, domains: &BTreeSet<Domain>) -> Result<Keys, Failure> {
+        let mut statement = self.connection.prepare("SELECT domain, key, first, last, proven FROM keys")?;
+        let mut rows = statement.query([])?;
+        let mut keys = Keys::new();
+        while let Some(row) = rows.next()? {
+            let damaged = |error: rusqlite::Error| Failure::Damaged(error.to_string());
+            let name: String = row.get(0).map_err(damaged)?;
+            let key: [u8; 32] = row.get(1).map_err(damaged)?;
+            let key = PublicKey::from_bytes(key).map_err(|error| Failure::Damaged(error.to_string()))?;
+            let (first, last) = (row.get(2).map_err(damaged)?, row.get(3).map_err(damaged)?);
+            let kept =
+                Kept { first: self.instant(first), last: self.instant(last), proven: row.get(4).map_err(damaged)? };
+            if let Some(domain) = domains.get(name.as_str()) {
+                keys.insert((domain.clone(), key), kept);
+            }
+        }
+        Ok(keys)
+    }
+
+    fn write(&mut self, changes: &Changes, now: Now) -> Result<(), Failure> {
+        let running = self.seconds(now.monotonic);
+        let (opened, base) = (self.opened, self.running);
+        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        {
+            let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5)")?;
+            let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
+            for ((domain, key), kept) in changes {
+                match kept {
+                    Some(Kept { first, last, proven }) => {
+                        let (first, last) = (at(base, opened, *first), at(base, opened, *last));
+                        put.execute(params![domain.name(), key.as_bytes(), first, last, proven])?
+                    }
+                    None => remove.execute(params![domain.name(), key.as_bytes()])?,
+                };
+            }
+            let wall = now.wall.duration_since(UNIX_EPOCH).map_or(0, seconds);
+            transaction.execute("UPDATE clock SET running = ?1, wall = ?2", [running, wall])?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    fn seconds(&self, instant: Instant) -> i64 {
+        at(self.running, self.opened, instant)
+    }
+
+    /// The time that the database's clock showed `second`; never in the future.
+    fn instant(&self, second: i64) -> Instant {
+        let age = u64::try_from(self.running.saturating_sub(second)).unwrap_or_default();
+        self.opened.checked_sub(Duration::from_secs(age)).unwrap_or(self.opened)
+    }
+}
+
+/// What a clock that showed `base` at `opened` shows at `instant`.
+fn at(base: i64, opened: Instant, instant: Instant) -> i64 {
+    match instant.checked_duration_since(opened) {
+        Some(after) => base.saturating_add(seconds(after)),
+        None => base.saturating_sub(seconds(opened.duration_since(instant))),
+    }
+}
+
+fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// How long the program was down, having last seen the wall clock show `then`.
+fn seconds_down(then: i64, now: SystemTime) -> i64 {
+    let now = now.duration_since(UNIX_EPOCH).map_or(0, seconds);
+    let down = now.saturating_sub(then);
+    if (0..=seconds(DOWN_MAX)).contains(&down) { down } else { 0 }
+}
+
+/// Makes a new database ours, and sees whether an old one is, and whole.
+fn check(connection: &mut Connection) -> Result<(), Failure> {
+    let layout: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    if (layout, tables) == (0, 0) {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        transaction.execute_batch(SCHEMA)?;
+        transaction.pragma_update(None, "user_version", LAYOUT)?;
+        transaction.commit()?;
+        return Ok(());
+    }
+    if layout != LAYOUT {
+        return Err(Failure::Damaged(format!("its layout is number {layout}, this program's is {LAYOUT}")));
+    }
+    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if verdict == "ok" { Ok(()) } else { Err(Failure::Damaged(verdict)) }
+}
+
+fn damaged_if_none<T>(result: rusqlite::Result<T>) -> Result<T, Failure> {
+    result.optional()?.ok_or_else(|| Failure::Damaged("it has no clock".into()))
+}
+
+/// Moves the file away, for somebody to look at, with what SQLite has beside it.
+fn set_aside(file: &Path, now: SystemTime) -> Result<PathBuf, Failure> {
+    let beside = |name: &Path, suffix: &str| {
+        let mut name = name.as_os_str().to_owned();
+        name.push(suffix);
+        PathBuf::from(name)
+    };
+    let stamp = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let aside = beside(file, &format!(".damaged-{stamp}"));
+    std::fs::rename(file, &aside)?;
+    for suffix in ["-wal", "-shm"] {
+        match std::fs::rename(beside(file, suffix), beside(&aside, suffix)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Ok(aside)
+}
+
+#[cfg(test)]
+mod tests;
