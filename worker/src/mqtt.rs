@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tracing::debug;
 use wgkex_common::message::{Applied, Hello, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
@@ -131,7 +131,7 @@ impl Announcer {
         installer: Said,
         metrics: Metrics,
     ) -> Self {
-        let mut count = interval(COUNT);
+        let mut count = interval_at(Instant::now() + COUNT, COUNT);
         count.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
         let (domains, link) = (config.domains.clone(), bus.link());
