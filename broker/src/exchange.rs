@@ -132,23 +132,23 @@ impl Exchange {
     /// Version 1: the router chooses its gateway itself. Returns when one that confirms has the key; where none
     /// does, when MQTT has taken it.
     pub async fn announce(&self, ask: &Ask) -> Result<(), Refusal> {
-        let begun = Begun::now(self.confirm);
+        let deadlines = Deadlines::now(self.confirm);
         self.ready()?;
         let online = self.gateways().online(&ask.domain);
         if online.confirming + online.others == 0 {
             return Err(Refusal::NoGateway);
         }
-        let mut waiting = self.publish(ask, begun).await?;
+        let (published, mut waiting) = self.publish(ask, deadlines).await?;
         if online.confirming == 0 {
             return Ok(());
         }
         // Originals have the key by now, too: with them about, an error would help nobody.
-        let until = if online.others > 0 { begun.timeout } else { begun.budget };
+        let until = if online.others > 0 { deadlines.timeout } else { deadlines.budget };
         let mut refused = BTreeSet::new();
         while refused.len() < online.confirming {
             match self.verdict(&mut waiting, until).await {
                 Some((_, true)) => {
-                    self.confirmed(begun);
+                    self.confirmed(published);
                     return Ok(());
                 }
                 Some((worker, false)) => {
@@ -162,26 +162,26 @@ impl Exchange {
 
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
     pub async fn assign(&self, ask: &Ask) -> Result<WorkerData, Refusal> {
-        let begun = Begun::now(self.confirm);
+        let deadlines = Deadlines::now(self.confirm);
         self.ready()?;
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let mut waiting = self.publish(ask, begun).await?;
+        let (published, mut waiting) = self.publish(ask, deadlines).await?;
         let mut heard = Heard::default();
-        let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, begun).await {
+        let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, deadlines).await {
             first
         } else {
-            self.next_best(ask, &mut waiting, &mut heard, begun).await?
+            self.next_best(ask, &mut waiting, &mut heard, deadlines).await?
         };
         if choice.confirms {
-            self.confirmed(begun);
+            self.confirmed(published);
         }
         Ok(choice.data)
     }
 
     /// Whether the best gateway takes the key within its time.
-    async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, begun: Begun) -> bool {
+    async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, deadlines: Deadlines) -> bool {
         while !heard.took.contains(&first.worker) && !heard.refused.contains(&first.worker) {
-            let Some((worker, took)) = self.verdict(waiting, begun.timeout).await else {
+            let Some((worker, took)) = self.verdict(waiting, deadlines.timeout).await else {
                 warn!(worker = first.worker, "gateway did not confirm in time");
                 self.metrics.confirmations_missed.inc();
                 self.gateways().silent(&first.worker);
@@ -198,7 +198,7 @@ impl Exchange {
         ask: &Ask,
         waiting: &mut Waiting,
         heard: &mut Heard,
-        begun: Begun,
+        deadlines: Deadlines,
     ) -> Result<Choice, Refusal> {
         loop {
             if let Some(next) = self.choose(ask, |worker, confirms| !confirms || heard.took.contains(worker)) {
@@ -207,7 +207,7 @@ impl Exchange {
             if heard.refused.len() >= self.gateways().online(&ask.domain).confirming {
                 return Err(Refusal::NotConfirmed);
             }
-            let (worker, took) = self.verdict(waiting, begun.budget).await.ok_or(Refusal::NotConfirmed)?;
+            let (worker, took) = self.verdict(waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
             heard.note(worker, took);
         }
     }
@@ -225,13 +225,14 @@ impl Exchange {
         Some(choice)
     }
 
-    /// Publishes the key; whoever waits for it does so from before that.
-    async fn publish(&self, ask: &Ask, begun: Begun) -> Result<Waiting, Refusal> {
+    /// Publishes the key, and says when that was; whoever waits for it does so from before that.
+    async fn publish(&self, ask: &Ask, deadlines: Deadlines) -> Result<(Instant, Waiting), Refusal> {
+        let published = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
-        if let Ok(Ok(())) = timeout_at(begun.budget, self.keys.publish(key)).await {
+        if let Ok(Ok(())) = timeout_at(deadlines.budget, self.keys.publish(key)).await {
             self.live().admit(ask.domain.name(), ask.key, Instant::now().into_std());
-            return Ok(waiting);
+            return Ok((published, waiting));
         }
         self.metrics.publish_failures.inc();
         Err(Refusal::NotPublished)
@@ -250,23 +251,22 @@ impl Exchange {
         }
     }
 
-    fn confirmed(&self, begun: Begun) {
-        self.metrics.confirmation.observe(begun.at.elapsed().as_secs_f64());
+    fn confirmed(&self, published: Instant) {
+        self.metrics.confirmation.observe(published.elapsed().as_secs_f64());
     }
 }
 
-/// When a request came, and how long it may wait.
+/// How long a request may wait.
 #[derive(Debug, Clone, Copy)]
-struct Begun {
-    at: Instant,
+struct Deadlines {
     timeout: Instant,
     budget: Instant,
 }
 
-impl Begun {
+impl Deadlines {
     fn now(confirm: Confirm) -> Self {
         let at = Instant::now();
-        Self { at, timeout: at + confirm.timeout, budget: at + confirm.budget }
+        Self { timeout: at + confirm.timeout, budget: at + confirm.budget }
     }
 }
 

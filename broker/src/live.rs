@@ -155,24 +155,25 @@ impl LiveKeys {
         expired
     }
 
-    /// The answer to `question`; none for a domain that is not served here.
+    /// The answer to `question`. Of a domain that is not served here no key is known.
     #[must_use]
-    pub fn answer(&self, question: &Question, now: Instant) -> Option<Page> {
+    pub fn answer(&self, question: &Question, now: Instant) -> Page {
         use std::ops::Bound::{Excluded, Unbounded};
-        let keys = self.domains.get(question.domain.as_str())?;
+        let keys = self.domains.get(question.domain.as_str());
         let start = question.after.map_or(Unbounded, Excluded);
         let age = |since: Instant| now.saturating_duration_since(since);
         let asked = |live: &Live| {
             age(live.kept.last) < self.ttl
                 && question.younger_than.is_none_or(|younger| age(live.heard).as_secs() < younger)
         };
-        let mut wanted = keys.range((start, Unbounded)).filter(|(_, live)| asked(live));
+        let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
+        let mut wanted = keys.filter(|(_, live)| asked(live));
         let page = wanted.by_ref().take(PAGE).map(|(key, live)| {
             (*key, Ages(age(live.kept.first).as_secs(), age(live.kept.last).as_secs(), live.kept.proven))
         });
         let keys = page.collect();
         let (broker, domain, after) = (self.own_name.clone(), question.domain.clone(), question.after);
-        Some(Page { broker, domain, after, keys, more: wanted.next().is_some() })
+        Page { broker, domain, after, keys, more: wanted.next().is_some() }
     }
 
     /// How many there are.

@@ -29,7 +29,7 @@ pub struct Metrics {
     pub keys_refused: IntCounterVec,
     /// Seconds from a request's arrival to its answer, by route and status.
     pub http_duration: HistogramVec,
-    /// Seconds from a key's arrival to a gateway's confirmation of it.
+    /// Seconds from publishing a key to a gateway's confirmation of it.
     pub confirmation: Histogram,
     /// Gateways that did not confirm a key in their time.
     pub confirmations_missed: IntCounter,

@@ -22,8 +22,8 @@ use crate::{Domain, PublicKey};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.
 const FLUSH: Duration = Duration::from_millis(500);
-/// Changes that wait at most, while the disk takes none: more than any bound on live keys in use.
-const CHANGES: usize = 1_000_000;
+/// Changes that wait at most, while the disk takes none: about 50 MB.
+const CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; a clock that says so was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
 /// The layout below; another number is another program's.
