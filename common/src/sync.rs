@@ -47,6 +47,9 @@ pub struct Asker {
     /// Every broker that answers questions.
     brokers: BTreeMap<String, Broker>,
     state: State,
+    /// The question that found no answer in time. On a slow line it may still come, and is welcome while nobody
+    /// else is asked: put again, it would take as long.
+    overdue: Option<(Round, Question)>,
 }
 
 #[derive(Debug, Default)]
@@ -83,7 +86,7 @@ impl Asker {
     #[must_use]
     pub fn new(own: Party, manner: Manner, domains: impl IntoIterator<Item = Domain>) -> Self {
         let domains = domains.into_iter().collect();
-        Self { own, manner, domains, brokers: BTreeMap::new(), state: State::Offline }
+        Self { own, manner, domains, brokers: BTreeMap::new(), state: State::Offline, overdue: None }
     }
 
     /// A broker says that it answers questions, or that it no longer does.
@@ -112,6 +115,7 @@ impl Asker {
     /// The bus is lost, and with it whatever was asked.
     pub fn offline(&mut self) {
         self.state = State::Offline;
+        self.overdue = None;
     }
 
     /// When there is something to do next, if nothing is heard until then.
@@ -127,10 +131,11 @@ impl Asker {
 
     /// The question to put now, and to whom.
     pub fn ask(&mut self, now: Instant) -> Option<(String, Question)> {
-        if let State::Asking { round, since, .. } = &self.state
+        if let State::Asking { round, question, since } = &self.state
             && now >= *since + PATIENCE
         {
             let broker = round.broker.clone();
+            self.overdue = Some((round.clone(), question.clone()));
             debug!(broker, "broker does not answer a question for keys");
             self.brokers.entry(broker).or_default().silent = Some(now);
             self.state = State::Resting { until: now };
@@ -188,7 +193,12 @@ impl Asker {
 
     /// Whether `page` answers the question that is out. If so the next one is due, once its keys are taken.
     pub fn hear(&mut self, page: &Page) -> bool {
-        let State::Asking { round, question, .. } = &self.state else { return false };
+        let (round, question) = match (&self.state, &self.overdue) {
+            (State::Asking { round, question, .. }, _) | (State::Resting { .. }, Some((round, question))) => {
+                (round, question)
+            }
+            _ => return false,
+        };
         let fits = page.broker == round.broker && page.domain == question.domain && page.after == question.after;
         if !fits || page.keys.len() > PAGE {
             return false;
@@ -202,6 +212,10 @@ impl Asker {
         if round.domain >= self.domains.len() {
             self.brokers.entry(round.broker.clone()).or_default().asked = Some(round.begun);
         }
+        if let Some(broker) = self.brokers.get_mut(&round.broker) {
+            broker.silent = None;
+        }
+        self.overdue = None;
         self.state = self.go_on(round, after);
         true
     }

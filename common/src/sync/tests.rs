@@ -110,6 +110,28 @@ fn one_that_does_not_answer_is_passed_over_for_a_while() {
 }
 
 #[test]
+fn on_a_slow_line_late_answers_count_until_another_broker_is_asked() {
+    let mut world = World::worker(&["b1"]);
+    for (keys, more) in [(&[1, 2][..], true), (&[7], false), (&[3], false)] {
+        let (broker, question) = world.ask().unwrap();
+        world.pass(PATIENCE);
+        assert_eq!(world.ask(), None, "there is no other");
+        world.pass(SECOND);
+        let page = page(&broker, &question, keys, more);
+        assert!(world.asker.hear(&page));
+        assert!(!world.asker.hear(&page), "once");
+    }
+    assert!(world.ask().unwrap().1.younger_than.is_some(), "it has all");
+
+    let mut world = World::worker(&["b1", "b2"]);
+    let (first, question) = world.ask().unwrap();
+    world.pass(PATIENCE);
+    let (second, _) = world.ask().unwrap();
+    assert_ne!(first, second);
+    assert!(!world.asker.hear(&page(&first, &question, &[1], false)));
+}
+
+#[test]
 fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
     let mut world = World::new(Party::Broker("b2".into()), Manner::Each, &["b1", "b2", "b3"]);
     let mut asked = Vec::new();
