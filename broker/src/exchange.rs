@@ -97,28 +97,21 @@ impl Ask {
 /// What it takes to answer a router. Clones share it.
 #[derive(Clone)]
 pub struct Exchange {
-    gateways: Arc<Mutex<Gateways>>,
-    waiters: Waiters,
-    keys: Bus,
-    live: Arc<Mutex<LiveKeys>>,
-    confirm: Confirm,
-    metrics: Metrics,
+    /// Who could have the key.
+    pub gateways: Arc<Mutex<Gateways>>,
+    /// By which gateways' words on it come.
+    pub waiters: Waiters,
+    /// Where keys are published.
+    pub keys: Bus,
+    /// Where they are remembered.
+    pub live: Arc<Mutex<LiveKeys>>,
+    /// How long an answer may wait.
+    pub confirm: Confirm,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl Exchange {
-    /// An exchange that publishes on `keys`; what comes back, somebody lets `gateways` and `waiters` hear.
-    #[must_use]
-    pub fn new(
-        gateways: Arc<Mutex<Gateways>>,
-        waiters: Waiters,
-        keys: Bus,
-        live: Arc<Mutex<LiveKeys>>,
-        confirm: Confirm,
-        metrics: Metrics,
-    ) -> Self {
-        Self { gateways, waiters, keys, live, confirm, metrics }
-    }
-
     /// The gateways, for as short as it takes to ask one question.
     pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
         lock(&self.gateways)

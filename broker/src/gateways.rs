@@ -204,23 +204,10 @@ impl Gateways {
         })
     }
 
-    /// Whether the worker that `topic` is about is online.
+    /// Whether this worker is online.
     #[must_use]
-    pub fn is_online(&self, topic: &Topic) -> bool {
-        match topic {
-            Topic::WorkerStatus { worker } => self.workers.get(worker).is_some_and(|worker| worker.online),
-            Topic::Key { .. }
-            | Topic::ConnectedPeers { .. }
-            | Topic::WorkerData { .. }
-            | Topic::BrokerStatus { .. }
-            | Topic::Hello { .. }
-            | Topic::Applied { .. }
-            | Topic::Seen { .. }
-            | Topic::WorkerPages { .. }
-            | Topic::BrokerHello { .. }
-            | Topic::Questions { .. }
-            | Topic::BrokerPages { .. } => false,
-        }
+    pub fn is_online(&self, worker: &str) -> bool {
+        self.workers.get(worker).is_some_and(|worker| worker.online)
     }
 
     /// Who could take a key of `domain`. An original that has just started says how many peers it has only after a

@@ -59,8 +59,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let links = [bus.link(), keys.link()];
     let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), live.clone(), metrics.clone());
     let hand_on_keys = mqtt::hand_on_keys(&config, keys.clone(), live.clone(), ears, metrics.clone());
-    let exchange =
-        Exchange::new(gateways.clone(), waiters, keys.clone(), live.clone(), config.confirm, metrics.clone());
+    let exchange = Exchange {
+        gateways: gateways.clone(),
+        waiters,
+        keys: keys.clone(),
+        live: live.clone(),
+        confirm: config.confirm,
+        metrics: metrics.clone(),
+    };
     let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 

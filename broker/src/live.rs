@@ -118,23 +118,20 @@ impl LiveKeys {
         if total <= self.max {
             return;
         }
-        let surplus = total - self.max + self.max / 16;
-        let all =
-            self.domains.iter().flat_map(|(domain, keys)| keys.iter().map(move |(key, live)| (domain, key, live)));
-        let mut ranked: Vec<_> =
-            all.map(|(domain, key, live)| (live.kept.proven, live.kept.last, domain.clone(), *key)).collect();
-        ranked.select_nth_unstable(surplus.min(total) - 1);
-        ranked.truncate(surplus);
-        for (_, _, domain, key) in ranked {
-            self.remove(&domain, key);
+        let mut surplus = total - self.max + self.max / 16;
+        let rank = |live: &Live| (live.kept.proven, live.kept.last);
+        let mut ranks: Vec<_> = self.domains.values().flat_map(BTreeMap::values).map(rank).collect();
+        let (_, &mut last, _) = ranks.select_nth_unstable(surplus.min(total) - 1);
+        for (domain, keys) in &mut self.domains {
+            keys.retain(|key, live| {
+                let stays = surplus == 0 || rank(live) > last;
+                if !stays {
+                    surplus -= 1;
+                    self.journal.remove(domain, *key);
+                }
+                stays
+            });
         }
-    }
-
-    fn remove(&mut self, domain: &Domain, key: PublicKey) {
-        if let Some(keys) = self.domains.get_mut(domain) {
-            keys.remove(&key);
-        }
-        self.journal.remove(domain, key);
     }
 
     /// Forgets the keys whose time is over, and says how many.

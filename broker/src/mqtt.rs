@@ -106,15 +106,19 @@ fn hear(
         return Ok(());
     }
     let mut gateways = lock(gateways);
-    let (was_online, was_complete) = (gateways.is_online(&topic), gateways.complete());
-    gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
-    let (online, complete) = (gateways.is_online(&topic), gateways.complete());
-    drop(gateways);
-    if let Topic::WorkerStatus { worker } = &topic
-        && online != was_online
-    {
-        info!(worker, online, "gateway");
+    let was_complete = gateways.complete();
+    if let Topic::WorkerStatus { worker } = &topic {
+        let was_online = gateways.is_online(worker);
+        gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
+        let online = gateways.is_online(worker);
+        if online != was_online {
+            info!(worker, online, "gateway");
+        }
+    } else {
+        gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
     }
+    let complete = gateways.complete();
+    drop(gateways);
     if complete && !was_complete {
         info!("ready: all retained states are heard");
     }
