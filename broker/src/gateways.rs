@@ -204,6 +204,12 @@ impl Gateways {
         })
     }
 
+    /// Whether this worker is online and says what became of keys.
+    #[must_use]
+    pub fn confirms(&self, worker: &str) -> bool {
+        self.workers.get(worker).is_some_and(|worker| worker.online && worker.confirms())
+    }
+
     /// Whether this worker is online.
     #[must_use]
     pub fn is_online(&self, worker: &str) -> bool {

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::config::Server;
@@ -39,6 +39,8 @@ use crate::waiters::Waiters;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How often the embedded MQTT server is looked for while it starts.
 const PROBE: Duration = Duration::from_millis(10);
+/// Questions that wait at most for their answers; who gets none asks again.
+const QUESTIONS: usize = 1024;
 /// How often the live keys are searched for those whose time is over.
 const EXPIRE: Duration = Duration::from_secs(10);
 
@@ -58,7 +60,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
     let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), live.clone(), metrics.clone());
-    let hand_on_keys = mqtt::hand_on_keys(&config, keys.clone(), live.clone(), ears, metrics.clone());
+    let (question_sender, questions) = mpsc::channel(QUESTIONS);
+    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, question_sender, metrics.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters,
@@ -79,7 +82,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
-    tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone())));
+    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone()));
+    tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
+    tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tokio::spawn(expire(live));
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app = App { domains: config.domains.clone(), exchange, links, metrics };
@@ -97,10 +102,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     info!("broker stops");
     // Requests under way still need the bus.
     handle.stop(true).await;
-    let gone = [(&keys, mqtt::hello(&config.name, Vec::new())), (&bus, mqtt::status(&config.name, "0"))];
-    for (bus, message) in gone {
-        let _ = timeout(FAREWELL, bus.publish(message)).await;
-    }
+    let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
+    let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
     let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
     result
@@ -110,7 +113,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
     let ttl = Some(config.live_keys.ttl);
     let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read());
-    let live = LiveKeys::new(config.name.clone(), config.live_keys, config.domains.clone(), known, journal);
+    let domains = config.domains.clone();
+    let live = LiveKeys::new(config.name.clone(), config.live_keys, domains, (journal, known), Instant::now());
     info!(keys = live.len(), "live keys");
     (Arc::new(Mutex::new(live)), store)
 }

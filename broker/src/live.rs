@@ -4,10 +4,16 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use wgkex_common::config;
-use wgkex_common::message::{Ages, Page, Question};
+use wgkex_common::message::{Age, Page, Question};
 use wgkex_common::store::{Journal, Kept, Keys};
 use wgkex_common::sync::PAGE;
 use wgkex_common::{Domain, PublicKey};
+
+/// What is said twice in this time, by a router and on the bus, is said once.
+const AT_ONCE: Duration = Duration::from_secs(3);
+/// Ages that another broker tells are whole seconds, and pages are long on their way. If less than this were news, two
+/// brokers would tell each other the same for ever.
+const TOLD: Duration = Duration::from_secs(60);
 
 /// Every key that is alive, and when it was heard of.
 #[derive(Debug)]
@@ -36,21 +42,22 @@ pub struct Counts {
 }
 
 impl LiveKeys {
-    /// The keys of `domains` that `known` has. Changes go into `journal`.
+    /// The keys of `domains` that are known. Changes go into the journal.
     #[must_use]
     pub fn new(
         own_name: String,
         config: config::LiveKeys,
         domains: impl IntoIterator<Item = Domain>,
-        known: Keys,
-        journal: Journal,
+        (journal, known): (Journal, Keys),
+        now: Instant,
     ) -> Self {
         let config::LiveKeys { max, ttl } = config;
         let domains = domains.into_iter().map(|domain| (domain, BTreeMap::new())).collect();
         let mut live = Self { own_name, max, ttl, domains, journal };
         for ((domain, key), kept) in known {
             if let Some(keys) = live.domains.get_mut(&domain) {
-                keys.insert(key, Live { kept, heard: kept.last });
+                // Who asked the last run of this program may have missed what that heard of last.
+                keys.insert(key, Live { kept, heard: now });
             }
         }
         live.make_room();
@@ -59,12 +66,12 @@ impl LiveKeys {
 
     /// A key came, by a router or on the bus.
     pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, Kept { first: now, last: now, proven: false }, now);
+        self.merge(domain, key, Kept { last: now, proven: false }, AT_ONCE, now);
     }
 
     /// A gateway sees handshakes of the key.
     pub fn prove(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, Kept { first: now, last: now, proven: true }, now);
+        self.merge(domain, key, Kept { last: now, proven: true }, AT_ONCE, now);
     }
 
     /// A gateway has the key; who knows it already learns nothing by that.
@@ -76,35 +83,29 @@ impl LiveKeys {
 
     /// Another broker knows these keys.
     pub fn learn(&mut self, page: &Page, now: Instant) {
-        let ago = |age| now.checked_sub(Duration::from_secs(age)).unwrap_or(now);
-        for (key, Ages(first, last, proven)) in &page.keys {
-            if Duration::from_secs(*last) < self.ttl {
-                let kept = Kept { first: ago(*first), last: ago(*last), proven: *proven };
-                self.merge(&page.domain, *key, kept, now);
+        for (key, Age(age, proven)) in &page.keys {
+            let age = Duration::from_secs(*age);
+            if age < self.ttl {
+                let kept = Kept { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
+                self.merge(&page.domain, *key, kept, TOLD, now);
             }
         }
     }
 
-    /// Unites what was known of the key with `news`. It counts as heard of only if the news are new: two brokers
-    /// that told one another the same for ever would keep every asker busy.
-    fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, now: Instant) {
-        let Some((domain, keys)) = self.domains.get_key_value(domain) else { return };
+    /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
+    fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, same: Duration, now: Instant) {
+        let Some((domain, _)) = self.domains.get_key_value(domain) else { return };
         let domain = domain.clone();
+        let keys = self.domains.entry(domain.clone()).or_default();
         let before = keys.get(&key).map(|live| live.kept);
-        let kept = before.map_or(news, |before| Kept {
-            first: before.first.min(news.first),
-            last: before.last.max(news.last),
-            proven: before.proven || news.proven,
-        });
-        let is_news = before.is_none_or(|before| {
-            kept.proven != before.proven || kept.last.saturating_duration_since(before.last) > SAME
-        });
-        if !is_news {
+        let kept = before
+            .map_or(news, |before| Kept { last: before.last.max(news.last), proven: before.proven || news.proven });
+        let is_same =
+            |before: Kept| kept.proven == before.proven && kept.last.saturating_duration_since(before.last) <= same;
+        if before.is_some_and(is_same) {
             return;
         }
-        if let Some(keys) = self.domains.get_mut(&domain) {
-            keys.insert(key, Live { kept, heard: now });
-        }
+        keys.insert(key, Live { kept, heard: now });
         self.journal.put(&domain, key, kept);
         if before.is_none() {
             self.make_room();
@@ -134,8 +135,9 @@ impl LiveKeys {
         }
     }
 
-    /// Forgets the keys whose time is over, and says how many.
+    /// Forgets the keys whose time is over, and says how many. A journal that begins anew gets the others.
     pub fn expire(&mut self, now: Instant) -> usize {
+        let anew = self.journal.begins_anew();
         let ttl = self.ttl;
         let over = |live: &Live| now.saturating_duration_since(live.kept.last) >= ttl;
         let mut expired = 0;
@@ -145,6 +147,8 @@ impl LiveKeys {
                 if is_over {
                     self.journal.remove(domain, *key);
                     expired += 1;
+                } else if anew {
+                    self.journal.put(domain, *key, live.kept);
                 }
                 !is_over
             });
@@ -165,9 +169,8 @@ impl LiveKeys {
         };
         let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
         let mut wanted = keys.filter(|(_, live)| asked(live));
-        let page = wanted.by_ref().take(PAGE).map(|(key, live)| {
-            (*key, Ages(age(live.kept.first).as_secs(), age(live.kept.last).as_secs(), live.kept.proven))
-        });
+        let page =
+            wanted.by_ref().take(PAGE).map(|(key, live)| (*key, Age(age(live.kept.last).as_secs(), live.kept.proven)));
         let keys = page.collect();
         let (broker, domain, after) = (self.own_name.clone(), question.domain.clone(), question.after);
         Page { broker, domain, after, keys, more: wanted.next().is_some() }
@@ -193,9 +196,6 @@ impl LiveKeys {
         })
     }
 }
-
-/// Ages on the bus are whole seconds, and take their time; what differs by less is the same.
-const SAME: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests;

@@ -20,5 +20,9 @@ fn main() -> ExitCode {
 }
 
 fn try_main(config: Config) -> anyhow::Result<()> {
-    Runtime::new()?.block_on(async { wgkex_broker::run(config, process::stop()?).await })
+    let runtime = Runtime::new()?;
+    let result = runtime.block_on(async { wgkex_broker::run(config, process::stop()?).await });
+    // A disk that does not answer must not keep the process from its end.
+    runtime.shutdown_background();
+    result
 }

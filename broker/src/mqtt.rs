@@ -3,10 +3,11 @@
 //! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
 //! hears those of other brokers, and questions for keys.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 use wgkex_common::message::{Applied, Hello, Question, Seen};
@@ -93,16 +94,24 @@ fn hear(
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
     if let Topic::Applied { worker } = &topic {
         let applied: Applied = json(publish)?;
-        let (now, mut live) = (Instant::now(), lock(live));
-        applied.installed.iter().for_each(|key| live.witness(&applied.domain, *key, now));
-        drop(live);
+        let (domain, installed) = (applied.domain.clone(), applied.installed.clone());
         waiters.resolve(worker, applied);
+        if lock(gateways).confirms(worker) {
+            let (now, mut live) = (Instant::now(), lock(live));
+            for key in installed {
+                live.witness(&domain, key, now);
+            }
+        }
         return Ok(());
     }
-    if let Topic::Seen { .. } = &topic {
+    if let Topic::Seen { worker } = &topic {
         let seen: Seen = json(publish)?;
-        let (now, mut live) = (Instant::now(), lock(live));
-        seen.keys.iter().for_each(|key| live.prove(&seen.domain, *key, now));
+        if lock(gateways).confirms(worker) {
+            let (now, mut live) = (Instant::now(), lock(live));
+            for key in seen.keys {
+                live.prove(&seen.domain, key, now);
+            }
+        }
         return Ok(());
     }
     let mut gateways = lock(gateways);
@@ -129,48 +138,36 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
     serde_json::from_slice(&publish.payload).map_err(|_| "payload")
 }
 
-/// Lets `live` hear the keys on the bus, and answers questions on `bus`; `ears` hear what other brokers say.
+/// Lets `live` hear the keys on the bus, and `ears` what other brokers say; `questions` takes those that are asked.
 pub fn hand_on_keys(
-    config: &Config,
-    bus: Bus,
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
+    questions: mpsc::Sender<Question>,
     metrics: Metrics,
-) -> impl FnMut(Event) + use<> {
-    let name = config.name.clone();
-    let domains = config.domains.iter().map(Domain::to_string).collect();
-    let own_hello = serde_json::to_vec(&Hello::broker(domains)).unwrap_or_default();
-    move |event| match event {
-        Event::Up => {
-            if !bus.post(hello(&name, own_hello.clone())) {
-                warn!("hello found no place: no worker will ask this broker for keys");
-            }
-        }
-        Event::Down => {}
-        Event::Message(publish) => {
-            ignored(&metrics, &publish, hear_of_keys(&bus, &live, &ears, &metrics, &publish));
+) -> impl FnMut(Event) {
+    move |event| {
+        if let Event::Message(publish) = event {
+            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &questions, &publish));
         }
     }
 }
 
 fn hear_of_keys(
-    bus: &Bus,
     live: &Mutex<LiveKeys>,
     ears: &Ears,
-    metrics: &Metrics,
+    questions: &mpsc::Sender<Question>,
     publish: &Publish,
 ) -> Result<(), &'static str> {
-    let now = Instant::now();
+    // What finds no place among the ears or the questions is asked again.
     match Topic::parse(&publish.topic).ok_or("topic")? {
         Topic::Key { domain } => {
             let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
-            lock(live).admit(&domain, key, now);
+            lock(live).admit(&domain, key, Instant::now());
         }
         Topic::BrokerHello { broker } => {
-            let answers = !publish.payload.is_empty() && json::<Hello>(publish)?.answers();
-            // What does not fit is said again, or is asked for again.
-            let _ = ears.try_send(Heard::Broker(broker, answers));
+            let hello = if publish.payload.is_empty() { None } else { Some(json(publish)?) };
+            let _ = ears.try_send(Heard::Broker(broker, hello));
         }
         Topic::BrokerPages { .. } => {
             let _ = ears.try_send(Heard::Page(json(publish)?));
@@ -180,11 +177,7 @@ fn hear_of_keys(
             if !is_topic_level(question.from.name()) {
                 return Err("payload");
             }
-            let page = lock(live).answer(&question, now);
-            metrics.keys_given.inc_by(page.keys.len() as u64);
-            let payload = serde_json::to_vec(&page).map_err(|_| "payload")?;
-            // An asker that gets no answer asks again.
-            let _ = bus.post(Message::event(question.from.pages(), payload));
+            let _ = questions.try_send(question);
         }
         Topic::ConnectedPeers { .. }
         | Topic::WorkerStatus { .. }
@@ -196,6 +189,30 @@ fn hear_of_keys(
         | Topic::WorkerPages { .. } => return Err("topic"),
     }
     Ok(())
+}
+
+/// Answers one question after the other, so that never more than one page stands in the way of new keys.
+pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::Receiver<Question>, metrics: Metrics) {
+    while let Some(question) = questions.recv().await {
+        let page = lock(&live).answer(&question, Instant::now());
+        metrics.keys_given.inc_by(page.keys.len() as u64);
+        let payload = serde_json::to_vec(&page).unwrap_or_default();
+        if bus.publish(Message::event(question.from.pages(), payload)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Says on every connection what this broker can do, until the session ends.
+pub async fn say_hello(broker: String, domains: BTreeSet<Domain>, bus: Bus) {
+    let names = domains.iter().map(Domain::to_string).collect();
+    let payload = serde_json::to_vec(&Hello::broker(names, fastrand::u64(..))).unwrap_or_default();
+    let mut link = bus.link();
+    while up(&mut link).await && bus.publish(hello(&broker, payload.clone())).await.is_ok() {
+        if link.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Greets on every connection. The greeting comes back after everything retained, since the server keeps the order.

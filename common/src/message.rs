@@ -1,4 +1,4 @@
-//! The JSON payloads of MQTT: the contract's worker data, and our own hello and applied messages.
+//! The JSON payloads of MQTT: the contract's worker data, and those of our own topics.
 
 use std::collections::BTreeMap;
 
@@ -31,6 +31,9 @@ pub struct Hello {
     /// does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domains: Option<Vec<String>>,
+    /// Which run of the program it is: another number means that it was started anew. None if it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<u64>,
 }
 
 impl Hello {
@@ -43,17 +46,18 @@ impl Hello {
     /// The hello of this worker, for the domains with these names.
     #[must_use]
     pub fn worker(domains: Vec<String>) -> Self {
-        Self::new(Self::CONFIRM, domains)
+        Self::new(Self::CONFIRM, domains, None)
     }
 
-    /// The hello of this broker, for the domains with these names.
+    /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
     #[must_use]
-    pub fn broker(domains: Vec<String>) -> Self {
-        Self::new(Self::ANSWER, domains)
+    pub fn broker(domains: Vec<String>, instance: u64) -> Self {
+        Self::new(Self::ANSWER, domains, Some(instance))
     }
 
-    fn new(ability: &str, domains: Vec<String>) -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").into(), can: vec![ability.into()], domains: Some(domains) }
+    fn new(ability: &str, domains: Vec<String>, instance: Option<u64>) -> Self {
+        let version = env!("CARGO_PKG_VERSION").into();
+        Self { version, can: vec![ability.into()], domains: Some(domains), instance }
     }
 
     /// Whether the worker may serve the domain with this name.
@@ -152,16 +156,16 @@ pub struct Page {
     pub domain: String,
     /// As asked.
     pub after: Option<PublicKey>,
-    /// Each key with its ages.
-    pub keys: BTreeMap<PublicKey, Ages>,
+    /// Each key with its age.
+    pub keys: BTreeMap<PublicKey, Age>,
     /// Whether there are more keys after these.
     pub more: bool,
 }
 
-/// How long ago a live key first came, and last came or shook hands, in seconds; and whether it ever shook hands. In
-/// JSON a list of these three.
+/// How long ago a live key last came or shook hands, in seconds, and whether it ever shook hands. In JSON a list of
+/// both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ages(pub u64, pub u64, pub bool);
+pub struct Age(pub u64, pub bool);
 
 #[cfg(test)]
 mod tests {

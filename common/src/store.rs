@@ -1,8 +1,9 @@
 //! Keys on disk: what a program knows survives its restart. A [`Journal`] collects what changed, a [`Store`] writes it
 //! behind to an SQLite database.
 //!
-//! Ages count, not dates: the database keeps a clock of its own, which the machine's wall clock moves on only while
-//! the program is down, and only by a plausible time. A stepped clock makes no key older.
+//! Ages count, not dates: the database keeps a clock of its own, which runs by the monotonic one. Only for the time that
+//! the program is down the wall clock is asked, and believed if that is plausible. A step of it while the program runs
+//! makes no key older.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirBuilder, OpenOptions};
@@ -10,10 +11,11 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
@@ -22,6 +24,8 @@ use crate::{Domain, PublicKey};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.
 const FLUSH: Duration = Duration::from_millis(500);
+/// How often the database's clock is written when nothing changes.
+const CLOCK: Duration = Duration::from_secs(60);
 /// Changes that wait at most, while the disk takes none: about 50 MB.
 const CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; a clock that says so was stepped.
@@ -33,7 +37,6 @@ const SCHEMA: &str = "
     CREATE TABLE keys (
         domain TEXT NOT NULL,
         key BLOB NOT NULL,
-        first INTEGER NOT NULL,
         last INTEGER NOT NULL,
         proven INTEGER NOT NULL,
         PRIMARY KEY (domain, key)
@@ -45,8 +48,6 @@ const SCHEMA: &str = "
 /// What is remembered of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kept {
-    /// When it first came.
-    pub first: Instant,
     /// When it last came, or last shook hands.
     pub last: Instant,
     /// Whether a handshake with it was ever seen.
@@ -60,6 +61,8 @@ pub type Keys = BTreeMap<(Domain, PublicKey), Kept>;
 #[derive(Debug, Clone, Default)]
 pub struct Journal {
     changes: Arc<Mutex<Changes>>,
+    /// The database was lost, and a new one is to have all keys.
+    anew: Arc<AtomicBool>,
 }
 
 /// What each key is now; none if it is gone.
@@ -84,6 +87,12 @@ impl Journal {
         }
     }
 
+    /// Whether all keys are to be put again; true once.
+    #[must_use]
+    pub fn begins_anew(&self) -> bool {
+        self.anew.swap(false, Ordering::SeqCst)
+    }
+
     fn take(&self) -> Changes {
         std::mem::take(&mut *self.lock())
     }
@@ -91,8 +100,12 @@ impl Journal {
     /// Takes back what could not be written; what came meanwhile is newer.
     fn give_back(&self, unwritten: Changes) {
         let mut changes = self.lock();
-        let newer = std::mem::replace(&mut *changes, unwritten);
-        changes.extend(newer);
+        for (subject, kept) in unwritten {
+            if changes.len() >= CHANGES {
+                return;
+            }
+            changes.entry(subject).or_insert(kept);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Changes> {
@@ -132,12 +145,14 @@ struct Database {
     /// What the database's clock says, in seconds, at `opened`.
     running: i64,
     opened: Instant,
+    /// When its clock was last written.
+    written: Instant,
 }
 
 impl Store {
     /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
-    /// than `ttl`. A damaged file is set aside; one that cannot be opened is tried again. Neither keeps anybody from
-    /// starting.
+    /// than `ttl`. A damaged file is set aside; one that cannot be written is read all the same, and tried again
+    /// later. Neither keeps anybody from starting.
     #[must_use]
     pub fn open(
         dir: &Path,
@@ -149,26 +164,51 @@ impl Store {
         let file = dir.join(format!("{name}.sqlite"));
         let journal = Journal::default();
         let mut store = Self { file, journal: journal.clone(), database: None, failing: false };
-        let keys = match store.reopen(domains, ttl, now) {
-            Ok(keys) => keys,
-            Err(error) => {
-                store.fail(&error);
-                Keys::new()
+        let oldest = ttl.map_or(i64::MAX, seconds);
+        let mut opened = Database::open(&store.file, now).and_then(|database| database.with_keys(domains, oldest));
+        if let Err(Failure::Damaged(reason)) = &opened {
+            opened = store.set_aside(reason).and_then(|()| Ok((Database::open(&store.file, now)?, Keys::new())));
+        }
+        let (written, keys) = match opened {
+            Ok((mut database, keys)) => {
+                let written = database.forget(oldest, now);
+                store.database = Some(database);
+                (written, keys)
+            }
+            Err(failure) => {
+                let readable = Database::open_to_read(&store.file, now);
+                let keys = readable.and_then(|database| database.with_keys(domains, oldest));
+                (Err(failure), keys.map_or_else(|_| Keys::new(), |(_, keys)| keys))
             }
         };
+        if let Err(failure) = written {
+            store.fail(&failure);
+        }
         (store, journal, keys)
     }
 
-    fn reopen(&mut self, domains: &BTreeSet<Domain>, ttl: Option<Duration>, now: Now) -> Result<Keys, Failure> {
-        let mut opened = Database::open(&self.file, domains, ttl, now);
-        if let Err(Failure::Damaged(reason)) = &opened {
-            let aside = set_aside(&self.file, now.wall)?;
-            warn!(file = %self.file.display(), set_aside = %aside.display(), reason, "state file is damaged");
-            opened = Database::open(&self.file, domains, ttl, now);
+    fn set_aside(&self, reason: &str) -> Result<(), Failure> {
+        let aside = beside(&self.file, ".damaged");
+        std::fs::rename(&self.file, &aside)?;
+        for suffix in ["-wal", "-shm"] {
+            match std::fs::rename(beside(&self.file, suffix), beside(&aside, suffix)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
         }
-        let (database, keys) = opened?;
-        self.database = Some(database);
-        Ok(keys)
+        warn!(file = %self.file.display(), set_aside = %aside.display(), reason, "state file is damaged");
+        self.journal.anew.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn reopen(&mut self, now: Now) -> Result<(), Failure> {
+        let mut opened = Database::open(&self.file, now);
+        if let Err(Failure::Damaged(reason)) = &opened {
+            self.set_aside(reason)?;
+            opened = Database::open(&self.file, now);
+        }
+        self.database = Some(opened?);
+        Ok(())
     }
 
     /// Writes behind until `stop` returns, and then what is left. Tells `kept` each time whether that succeeds.
@@ -190,13 +230,17 @@ impl Store {
     /// Writes what changed. What cannot be written is kept for the next time.
     #[must_use]
     pub fn flush(mut self, now: Now) -> Self {
-        if self.database.is_none() && self.reopen(&BTreeSet::new(), None, now).is_err() {
+        if self.database.is_none()
+            && let Err(failure) = self.reopen(now)
+        {
+            self.fail(&failure);
             return self;
         }
         let changes = self.journal.take();
-        let Some(database) = self.database.as_mut().filter(|_| !changes.is_empty() || self.failing) else {
+        let Some(database) = &mut self.database else { return self };
+        if changes.is_empty() && !self.failing && now.monotonic.saturating_duration_since(database.written) < CLOCK {
             return self;
-        };
+        }
         match database.write(&changes, now) {
             Ok(()) => {
                 if std::mem::take(&mut self.failing) {
@@ -251,7 +295,7 @@ impl From<io::Error> for Failure {
 }
 
 impl Database {
-    fn open(file: &Path, domains: &BTreeSet<Domain>, ttl: Option<Duration>, now: Now) -> Result<(Self, Keys), Failure> {
+    fn open(file: &Path, now: Now) -> Result<Self, Failure> {
         if let Some(dir) = file.parent() {
             DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
@@ -265,36 +309,50 @@ impl Database {
              PRAGMA journal_size_limit = 4194304;",
         )?;
         check(&mut connection)?;
-        let running = connection.query_row("SELECT running, wall FROM clock", [], |row| {
-            Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
-        });
-        let mut database = Self { connection, running: damaged_if_none(running)?, opened: now.monotonic };
-        if let Some(ttl) = ttl {
-            let oldest = database.running - seconds(ttl);
-            database.connection.execute("DELETE FROM keys WHERE last <= ?1", [oldest])?;
-        }
-        let keys = database.read(domains)?;
-        database.write(&Changes::new(), now)?;
-        Ok((database, keys))
+        Self::with_clock(connection, now)
     }
 
-    fn read(&self, domains: &BTreeSet<Domain>) -> Result<Keys, Failure> {
-        let mut statement = self.connection.prepare("SELECT domain, key, first, last, proven FROM keys")?;
-        let mut rows = statement.query([])?;
+    /// One that cannot be written, perhaps without the last changes to it.
+    fn open_to_read(file: &Path, now: Now) -> Result<Self, Failure> {
+        let uri = format!("file:{}?immutable=1", file.display());
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+        Self::with_clock(Connection::open_with_flags(uri, flags)?, now)
+    }
+
+    fn with_clock(connection: Connection, now: Now) -> Result<Self, Failure> {
+        let clock = connection.query_row("SELECT running, wall FROM clock", [], |row| {
+            Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
+        });
+        let running = clock.optional()?.ok_or_else(|| Failure::Damaged("it has no clock".into()))?;
+        Ok(Self { connection, running, opened: now.monotonic, written: now.monotonic })
+    }
+
+    /// The database, and its keys of `domains` that are younger than `oldest` seconds.
+    fn with_keys(self, domains: &BTreeSet<Domain>, oldest: i64) -> Result<(Self, Keys), Failure> {
+        let damaged = |error: rusqlite::Error| Failure::Damaged(error.to_string());
         let mut keys = Keys::new();
-        while let Some(row) = rows.next()? {
-            let damaged = |error: rusqlite::Error| Failure::Damaged(error.to_string());
-            let name: String = row.get(0).map_err(damaged)?;
-            let key: [u8; 32] = row.get(1).map_err(damaged)?;
-            let key = PublicKey::from_bytes(key).map_err(|error| Failure::Damaged(error.to_string()))?;
-            let (first, last) = (row.get(2).map_err(damaged)?, row.get(3).map_err(damaged)?);
-            let kept =
-                Kept { first: self.instant(first), last: self.instant(last), proven: row.get(4).map_err(damaged)? };
-            if let Some(domain) = domains.get(name.as_str()) {
-                keys.insert((domain.clone(), key), kept);
+        {
+            let mut statement = self.connection.prepare("SELECT domain, key, last, proven FROM keys")?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                let name: String = row.get(0).map_err(damaged)?;
+                let key: [u8; 32] = row.get(1).map_err(damaged)?;
+                let key = PublicKey::from_bytes(key).map_err(|error| Failure::Damaged(error.to_string()))?;
+                let (last, proven) = (row.get(2).map_err(damaged)?, row.get(3).map_err(damaged)?);
+                if let Some(domain) = domains.get(name.as_str()).filter(|_| self.running.saturating_sub(last) < oldest)
+                {
+                    keys.insert((domain.clone(), key), Kept { last: self.instant(last), proven });
+                }
             }
         }
-        Ok(keys)
+        Ok((self, keys))
+    }
+
+    /// Removes the keys that are not younger than `oldest` seconds.
+    fn forget(&mut self, oldest: i64, now: Now) -> Result<(), Failure> {
+        let before = self.running.saturating_sub(oldest);
+        self.connection.execute("DELETE FROM keys WHERE last <= ?1", [before])?;
+        self.write(&Changes::new(), now)
     }
 
     fn write(&mut self, changes: &Changes, now: Now) -> Result<(), Failure> {
@@ -302,13 +360,13 @@ impl Database {
         let (opened, base) = (self.opened, self.running);
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         {
-            let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4, ?5)")?;
+            let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4)")?;
             let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
             for ((domain, key), kept) in changes {
                 match kept {
-                    Some(Kept { first, last, proven }) => {
-                        let (first, last) = (at(base, opened, *first), at(base, opened, *last));
-                        put.execute(params![domain.name(), key.as_bytes(), first, last, proven])?
+                    Some(Kept { last, proven }) => {
+                        let last = at(base, opened, *last);
+                        put.execute(params![domain.name(), key.as_bytes(), last, proven])?
                     }
                     None => remove.execute(params![domain.name(), key.as_bytes()])?,
                 };
@@ -317,6 +375,7 @@ impl Database {
             transaction.execute("UPDATE clock SET running = ?1, wall = ?2", [running, wall])?;
         }
         transaction.commit()?;
+        self.written = now.monotonic;
         Ok(())
     }
 
@@ -368,27 +427,10 @@ fn check(connection: &mut Connection) -> Result<(), Failure> {
     if verdict == "ok" { Ok(()) } else { Err(Failure::Damaged(verdict)) }
 }
 
-fn damaged_if_none<T>(result: rusqlite::Result<T>) -> Result<T, Failure> {
-    result.optional()?.ok_or_else(|| Failure::Damaged("it has no clock".into()))
-}
-
-/// Moves the file away, for somebody to look at, with what SQLite has beside it.
-fn set_aside(file: &Path, now: SystemTime) -> Result<PathBuf, Failure> {
-    let beside = |name: &Path, suffix: &str| {
-        let mut name = name.as_os_str().to_owned();
-        name.push(suffix);
-        PathBuf::from(name)
-    };
-    let stamp = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let aside = beside(file, &format!(".damaged-{stamp}"));
-    std::fs::rename(file, &aside)?;
-    for suffix in ["-wal", "-shm"] {
-        match std::fs::rename(beside(file, suffix), beside(&aside, suffix)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-    }
-    Ok(aside)
+fn beside(name: &Path, suffix: &str) -> PathBuf {
+    let mut name = name.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }
 
 #[cfg(test)]

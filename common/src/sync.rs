@@ -1,9 +1,10 @@
 //! Catching up: who may lack keys asks a broker for them, page by page. Pages are answers to questions that say
-//! where to go on, so a broker keeps nothing of them, and another one can go on where the first one died.
+//! where to go on, so a broker keeps nothing of them, and another one goes on where the first one died.
 //!
 //! Nobody trusts the MQTT server to have delivered everything: each asks again all the time, for what came since it
 //! last asked; after a fault, and in a quiet fleet, it is the same question.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, info};
 
-use crate::message::{Page, Party, Question};
+use crate::message::{Hello, Page, Party, Question};
 use crate::mqtt::{Bus, Link, Message};
 use crate::{Domain, PublicKey, Topic};
 
@@ -19,10 +20,18 @@ use crate::{Domain, PublicKey, Topic};
 pub const PAGE: usize = 1000;
 /// How often to ask for what came meanwhile.
 const PERIOD: Duration = Duration::from_secs(10);
-/// How long a page may take before another broker is asked.
+/// How often to ask for all keys: what nobody heard of in time is found then.
+const FULL_PERIOD: Duration = Duration::from_secs(3600);
+/// How long a page may take before its question is put again; doubled each time, for slow lines.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How often a question is put before another broker is asked.
+const TRIES: u32 = 3;
+/// How long a broker that did not answer is passed over.
+const PASSED_OVER: Duration = Duration::from_secs(30);
 /// What came shortly before the last round began is asked for again: it may have been under way.
 const OVERLAP: Duration = Duration::from_secs(10);
+/// Askers that come back at once, when their MQTT server does, spread over this time.
+const SPREAD: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
 const BROKERS: usize = 4096;
 /// Events that wait for the asker at most; more of them are asked for again.
@@ -47,15 +56,19 @@ pub struct Asker {
     /// Every broker that answers questions.
     brokers: BTreeMap<String, Broker>,
     state: State,
-    /// The question that found no answer in time. On a slow line it may still come, and is welcome while nobody
-    /// else is asked: put again, it would take as long.
-    overdue: Option<(Round, Question)>,
 }
 
 #[derive(Debug, Default)]
 struct Broker {
-    /// When the last round with it began that came to its end.
+    /// Which run of its program it is.
+    instance: Option<u64>,
+    /// How many of the domains it does not serve.
+    lacks: usize,
+    /// When the last round with it began.
+    tried: Option<Instant>,
+    /// When the last round with it began that came to its end, and the last such for all keys.
     asked: Option<Instant>,
+    asked_for_all: Option<Instant>,
     /// When it failed to answer.
     silent: Option<Instant>,
 }
@@ -65,20 +78,25 @@ enum State {
     /// Without a bus nobody is asked.
     Offline,
     /// The next round begins then.
-    Resting { until: Instant },
-    /// A question is out.
-    Asking { round: Round, question: Question, since: Instant },
-    /// The next question of this round is to be put.
-    Ready { round: Round, question: Question },
+    Resting {
+        until: Instant,
+    },
+    Asking(Round),
 }
 
+/// One way through all pages of all domains.
 #[derive(Debug, Clone)]
 struct Round {
     broker: String,
     begun: Instant,
-    younger_than: Option<u64>,
+    /// Only keys that were heard of since; none for all.
+    since: Option<Instant>,
     /// Index of the domain that is asked for.
     domain: usize,
+    after: Option<PublicKey>,
+    /// When the question was put, and how often.
+    put: Option<Instant>,
+    tries: u32,
 }
 
 impl Asker {
@@ -86,36 +104,46 @@ impl Asker {
     #[must_use]
     pub fn new(own: Party, manner: Manner, domains: impl IntoIterator<Item = Domain>) -> Self {
         let domains = domains.into_iter().collect();
-        Self { own, manner, domains, brokers: BTreeMap::new(), state: State::Offline, overdue: None }
+        Self { own, manner, domains, brokers: BTreeMap::new(), state: State::Offline }
     }
 
-    /// A broker says that it answers questions, or that it no longer does.
-    pub fn broker(&mut self, name: &str, answers: bool, now: Instant) {
-        if matches!(&self.own, Party::Broker(own) if own == name) {
-            return;
+    /// A broker says what it can do, or that it goes. True if it is a new one, or was started anew.
+    pub fn broker(&mut self, name: &str, hello: Option<&Hello>, now: Instant) -> bool {
+        let Some(hello) = hello.filter(|hello| hello.answers()) else {
+            self.brokers.remove(name);
+            return false;
+        };
+        let is_own = matches!(&self.own, Party::Broker(own) if own == name);
+        if is_own || (self.brokers.len() >= BROKERS && !self.brokers.contains_key(name) && !self.drop_mute()) {
+            return false;
         }
-        if answers && (self.brokers.len() < BROKERS || self.brokers.contains_key(name)) {
-            let broker = self.brokers.entry(name.to_owned()).or_default();
-            broker.silent = None;
-            if broker.asked.is_none()
-                && let State::Resting { until } = &mut self.state
-            {
-                *until = now;
-            }
-        } else if let Some(broker) = self.brokers.get_mut(name) {
-            broker.silent = Some(now);
+        let lacks = self.domains.iter().filter(|domain| !hello.serves(domain.name())).count();
+        let known = self.brokers.contains_key(name);
+        let broker = self.brokers.entry(name.to_owned()).or_default();
+        let is_new = !known || broker.instance != hello.instance;
+        *broker = Broker { instance: hello.instance, lacks, silent: None, ..std::mem::take(broker) };
+        if broker.asked.is_none()
+            && let State::Resting { until } = &mut self.state
+        {
+            *until = (*until).min(now + SPREAD);
         }
+        is_new
     }
 
-    /// The bus can be used: what was missed meanwhile is asked for at once.
-    pub fn online(&mut self, now: Instant) {
-        self.state = State::Resting { until: now };
+    /// Forgets a broker that never answered, for one that may.
+    fn drop_mute(&mut self) -> bool {
+        let mute = self.brokers.iter().find(|(_, broker)| broker.asked.is_none()).map(|(name, _)| name.clone());
+        mute.is_some_and(|name| self.brokers.remove(&name).is_some())
+    }
+
+    /// The bus can be used: what was missed meanwhile is asked for after `pause`.
+    pub fn online(&mut self, now: Instant, pause: Duration) {
+        self.state = State::Resting { until: now + pause };
     }
 
     /// The bus is lost, and with it whatever was asked.
     pub fn offline(&mut self) {
         self.state = State::Offline;
-        self.overdue = None;
     }
 
     /// When there is something to do next, if nothing is heard until then.
@@ -123,106 +151,105 @@ impl Asker {
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
             State::Offline => None,
-            State::Ready { round, .. } => Some(round.begun),
             State::Resting { until } => Some(*until),
-            State::Asking { since, .. } => Some(*since + PATIENCE),
+            State::Asking(round) => Some(round.put.map_or(round.begun, |put| put + round.patience())),
         }
     }
 
     /// The question to put now, and to whom.
     pub fn ask(&mut self, now: Instant) -> Option<(String, Question)> {
-        if let State::Asking { round, question, since } = &self.state
-            && now >= *since + PATIENCE
-        {
-            let broker = round.broker.clone();
-            self.overdue = Some((round.clone(), question.clone()));
-            debug!(broker, "broker does not answer a question for keys");
-            self.brokers.entry(broker).or_default().silent = Some(now);
-            self.state = State::Resting { until: now };
+        if self.due().is_none_or(|due| due > now) {
+            return None;
         }
-        if let State::Resting { until } = self.state
-            && now >= until
-        {
-            self.state = match self.next_broker(now) {
-                Some(broker) => self.begin(broker, now),
-                None => State::Resting { until: now + PERIOD },
-            };
-        }
-        if let State::Ready { round, question } = &self.state {
-            let (broker, question) = (round.broker.clone(), question.clone());
-            self.state = State::Asking { round: round.clone(), question: question.clone(), since: now };
-            return Some((broker, question));
-        }
-        None
-    }
-
-    /// The broker for the next round: one that answers, else the one whose silence is longest ago.
-    fn next_broker(&self, now: Instant) -> Option<String> {
-        let forgiven = |silent: Instant| now.saturating_duration_since(silent) > 3 * PERIOD;
-        let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(forgiven));
-        let rank = |name: &str, broker: &Broker| match self.manner {
-            // The one it knows best is the one that it asked last.
-            Manner::One => (
-                broker.asked.map_or(u128::MAX, |asked| now.duration_since(asked).as_nanos()),
-                spread(name, self.own.name()),
-            ),
-            Manner::Each => (broker.asked.map_or(0, |asked| u128::MAX - now.duration_since(asked).as_nanos()), 0),
+        self.state = match std::mem::replace(&mut self.state, State::Offline) {
+            State::Asking(round) if round.tries < TRIES => State::Asking(round),
+            State::Asking(round) => {
+                debug!(broker = round.broker, "broker does not answer questions for keys");
+                if let Some(broker) = self.brokers.get_mut(&round.broker) {
+                    broker.silent = Some(now);
+                }
+                self.begin(now, Some(round))
+            }
+            State::Resting { .. } | State::Offline => self.begin(now, None),
         };
-        candidates.min_by_key(|(name, broker)| rank(name, broker)).map(|(name, _)| name.clone())
-    }
-
-    fn begin(&self, broker: String, now: Instant) -> State {
-        let asked = self.brokers.get(&broker).and_then(|broker| broker.asked);
-        let younger_than = asked.map(|asked| (now.saturating_duration_since(asked) + OVERLAP).as_secs() + 1);
-        self.go_on(Round { broker, begun: now, younger_than, domain: 0 }, None)
-    }
-
-    /// The next question of a round, or its end.
-    fn go_on(&self, round: Round, after: Option<PublicKey>) -> State {
-        let Some(domain) = self.domains.get(round.domain) else {
-            return State::Resting { until: round.begun + PERIOD };
-        };
+        let State::Asking(round) = &mut self.state else { return None };
+        round.put = Some(now);
+        round.tries += 1;
+        let younger = |since: Instant| (now.saturating_duration_since(since) + OVERLAP).as_secs() + 1;
         let question = Question {
             from: self.own.clone(),
-            domain: domain.name().to_owned(),
-            after,
-            younger_than: round.younger_than,
+            domain: self.domains.get(round.domain)?.name().to_owned(),
+            after: round.after,
+            younger_than: round.since.map(younger),
         };
-        State::Ready { round, question }
+        Some((round.broker.clone(), question))
+    }
+
+    /// A round with the next broker. For all keys, it goes on where the last one was `left`.
+    fn begin(&mut self, now: Instant, left: Option<Round>) -> State {
+        let Some(name) = self.next_broker(now) else { return State::Resting { until: now + PERIOD } };
+        let broker = self.brokers.entry(name.clone()).or_default();
+        broker.tried = Some(now);
+        let lately = |at: Instant| now.saturating_duration_since(at) < FULL_PERIOD;
+        let since = broker.asked.filter(|_| broker.asked_for_all.is_some_and(lately));
+        let fresh = Round { broker: name, begun: now, since, domain: 0, after: None, put: None, tries: 0 };
+        State::Asking(match left {
+            Some(left) if left.since.is_none() && since.is_none() => {
+                Round { broker: fresh.broker, put: None, tries: 0, ..left }
+            }
+            _ => fresh,
+        })
+    }
+
+    /// The broker for the next round, among those that did not fail to answer lately.
+    fn next_broker(&self, now: Instant) -> Option<String> {
+        let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= PASSED_OVER;
+        let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(long_ago));
+        match self.manner {
+            // It stays with the one that it asked last, which has the least to tell.
+            Manner::One => candidates
+                .min_by_key(|(name, broker)| (broker.lacks, Reverse(broker.asked), spread(name, self.own.name()))),
+            Manner::Each => candidates.min_by_key(|(_, broker)| broker.tried),
+        }
+        .map(|(name, _)| name.clone())
     }
 
     /// Whether `page` answers the question that is out. If so the next one is due, once its keys are taken.
     pub fn hear(&mut self, page: &Page) -> bool {
-        let (round, question) = match (&self.state, &self.overdue) {
-            (State::Asking { round, question, .. }, _) | (State::Resting { .. }, Some((round, question))) => {
-                (round, question)
-            }
-            _ => return false,
-        };
-        let fits = page.broker == round.broker && page.domain == question.domain && page.after == question.after;
+        let State::Asking(round) = &mut self.state else { return false };
+        let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == page.domain);
+        let fits = is_asked && round.put.is_some() && page.broker == round.broker && page.after == round.after;
         if !fits || page.keys.len() > PAGE {
             return false;
         }
-        let mut round = round.clone();
+        // One that leads back would be followed for ever.
         let last = page.keys.keys().next_back().copied();
-        let after = last.filter(|last| page.more && question.after.is_none_or(|after| after < *last));
+        let after = last.filter(|last| page.more && round.after.is_none_or(|after| after < *last));
+        (round.after, round.put, round.tries) = (after, None, 0);
         if after.is_none() {
             round.domain += 1;
         }
-        if round.domain >= self.domains.len() {
-            self.brokers.entry(round.broker.clone()).or_default().asked = Some(round.begun);
+        if round.domain == self.domains.len() {
+            if let Some(broker) = self.brokers.get_mut(&round.broker) {
+                broker.asked = Some(round.begun);
+                if round.since.is_none() {
+                    broker.asked_for_all = Some(round.begun);
+                }
+            }
+            self.state = State::Resting { until: round.begun + PERIOD };
         }
-        if let Some(broker) = self.brokers.get_mut(&round.broker) {
-            broker.silent = None;
-        }
-        self.overdue = None;
-        self.state = self.go_on(round, after);
         true
     }
 
     /// The domain with this name, if it is one of those asked for.
     fn domain(&self, name: &str) -> Option<&Domain> {
         self.domains.iter().find(|domain| domain.name() == name)
+    }
+}
+
+impl Round {
+    fn patience(&self) -> Duration {
+        PATIENCE * 2_u32.pow(self.tries.saturating_sub(1).min(TRIES))
     }
 }
 
@@ -235,8 +262,8 @@ fn spread(broker: &str, asker: &str) -> u64 {
 /// What an asker hears on the bus.
 #[derive(Debug)]
 pub enum Heard {
-    /// A broker answers questions, or no longer does.
-    Broker(String, bool),
+    /// What a broker can do; none if it goes.
+    Broker(String, Option<Hello>),
     /// An answer.
     Page(Page),
 }
@@ -250,12 +277,14 @@ pub fn ears() -> (Ears, mpsc::Receiver<Heard>) {
     mpsc::channel(EVENTS)
 }
 
-/// Asks on `bus` as `asker` decides, and has the keys of each page taken before it asks for the next one. Ends with the bus.
+/// Asks on `bus` as `asker` decides, and has the keys of each page taken before it asks for the next one; says when a
+/// broker is `new`, who may know nothing yet. Ends with the bus.
 pub async fn run<F: Future<Output = ()>>(
     mut asker: Asker,
     bus: Bus,
     mut heard: mpsc::Receiver<Heard>,
     mut take: impl FnMut(Domain, Page) -> F,
+    mut new: impl FnMut(),
 ) {
     let mut link = bus.link();
     loop {
@@ -268,17 +297,21 @@ pub async fn run<F: Future<Output = ()>>(
             // One that is lost is put again.
             let _ = bus.post(Message::event(Topic::Questions { broker }, payload));
         }
-        let due = asker.due();
+        let due = asker.due().unwrap_or_else(|| now + PERIOD);
         tokio::select! {
             changed = link.changed() => {
                 if changed.is_err() {
                     return;
                 }
                 let up = *link.borrow_and_update() == Link::Up;
-                if up { asker.online(Instant::now()) } else { asker.offline() }
+                if up { asker.online(Instant::now(), SPREAD.mul_f64(fastrand::f64())) } else { asker.offline() }
             }
             event = heard.recv() => match event {
-                Some(Heard::Broker(name, answers)) => asker.broker(&name, answers, Instant::now()),
+                Some(Heard::Broker(name, hello)) => {
+                    if asker.broker(&name, hello.as_ref(), Instant::now()) {
+                        new();
+                    }
+                }
                 Some(Heard::Page(page)) => {
                     if asker.hear(&page) && let Some(domain) = asker.domain(&page.domain).cloned() {
                         take(domain, page).await;
@@ -286,7 +319,7 @@ pub async fn run<F: Future<Output = ()>>(
                 }
                 None => return,
             },
-            () = sleep_until(due.unwrap_or_else(|| now + PERIOD).into()) => {}
+            () = sleep_until(due.into()) => {}
         }
     }
 }

@@ -1,18 +1,24 @@
-//! A gateway to measure: its namespaces, its interfaces, its worker, and the C tools on the same interfaces.
+//! A gateway to measure: its network, its interfaces, its worker, and the C tools on the same interfaces.
 
-use std::fs::{self, File};
+use std::fs;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
-use wgkex_common::PublicKey;
+use wgkex_common::{Domain, PublicKey};
 use wgkex_tests::http::Http;
 use wgkex_tests::probe::Role;
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::{host_name, wait_until};
+
+use crate::bus;
+use crate::measure::{self, Cost, children};
 
 /// The domain that is served.
 pub const DOMAIN: &str = "ffx_mesh";
@@ -23,45 +29,68 @@ const METRICS: &str = "127.0.0.1:9586";
 pub struct Gateway {
     /// The bus, and the broker if it runs.
     pub stack: Stack,
+    mosquitto: Option<Process>,
     worker: Option<Process>,
 }
 
 impl Gateway {
-    /// Interfaces without peers on a bus of this kind; nothing else runs.
+    /// Interfaces without peers in a network of their own; nothing else runs.
     pub fn new(bus: Bus) -> Self {
         // Slowness is to be measured, not to be answered 503.
         let patience = "confirm_timeout: 20\nconfirm_budget: 20";
         let config = format!("{patience}\nsetup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"");
         let stack = Stack::prepare(Plan::new(bus).domains([DOMAIN]).config(&config));
-        let gateway = Self { stack, worker: None };
-        gateway.clear();
+        let mut gateway = Self { stack, mosquitto: None, worker: None };
+        gateway.renew();
         gateway
     }
 
-    /// Takes all peers, routes and flood entries away.
-    pub fn clear(&self) {
-        // With many entries this takes the kernel long.
-        run("for link in vx-mesh wg-mesh; do ip link del $link 2>/dev/null || true; done");
+    /// A new network and new interfaces in it, without peers; nothing runs, and nothing is remembered. The old ones
+    /// stay as they are: taking many peers away costs the kernel minutes, and what is measured next.
+    pub fn renew(&mut self) {
+        // There is none at first.
+        let _ = fs::remove_dir_all(self.stack.state_dir());
+        self.reboot();
+    }
+
+    /// The same, with what the programs keep on disk.
+    pub fn reboot(&mut self) {
+        (self.mosquitto, self.worker) = (None, None);
+        enter_new_network();
         let mut setup = self.stack.program("wgkex-worker", &["setup"]);
         assert!(setup.wait().success(), "{}", setup.log());
+    }
+
+    /// Starts Mosquitto, if it is the bus.
+    pub fn start_bus(&mut self) {
+        if self.stack.plan.bus == Bus::Mosquitto {
+            self.mosquitto = Some(bus::start_mosquitto(&self.stack));
+        }
+    }
+
+    /// Starts the broker, and waits until it is ready.
+    pub fn start_broker(&mut self) {
+        self.stack.start_broker();
+        self.stack.wait_until_ready();
     }
 
     /// Starts the worker, and waits until it hears keys and has read its tables.
     pub fn start_worker(&mut self) {
         let (status, online) = (format!("wireguard-worker/{}/status", host_name()), b"1");
         let probe = self.stack.probe(Role::new("bench", &[&status]));
-        self.worker = Some(self.stack.program("wgkex-worker", &[]));
+        self.launch_worker();
         probe.next("the worker is online", |said| said.topic == status && said.payload == online);
         wait_until("the worker has read its tables", || (metric("domain_up") == Some(1)).then_some(()));
     }
 
-    /// The CPU time that the worker has used so far.
-    pub fn worker_cpu(&self) -> Duration {
-        let worker = self.worker.as_ref().expect("a worker that runs");
-        let stat = fs::read_to_string(format!("/proc/{}/stat", worker.pid())).unwrap();
-        // In user space and in the kernel, in hundredths of a second.
-        let ticks = stat.rsplit(')').next().unwrap().split_whitespace().skip(11).take(2);
-        Duration::from_millis(ticks.map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum())
+    /// Starts the worker, and does not wait.
+    pub fn launch_worker(&mut self) {
+        self.worker = Some(self.stack.program("wgkex-worker", &[]));
+    }
+
+    /// The worker's process id.
+    pub fn worker(&self) -> u32 {
+        self.worker.as_ref().expect("a worker that runs").pid()
     }
 
     /// Ends the worker.
@@ -70,43 +99,78 @@ impl Gateway {
         assert!(worker.end_by(Signal::SIGTERM).success(), "{}", worker.log());
     }
 
-    /// Has the C tools put keys in, and gives what each of them took.
-    pub fn by_c_tools(&self, keys: &[PublicKey]) -> [(&'static str, Duration); 3] {
+    /// Has the C tools put keys in, all of a kind at once, and gives what each of them took.
+    pub fn by_c_tools(&self, keys: &[PublicKey]) -> [(&'static str, Cost); 3] {
         let file = |name: &str, line: &dyn Fn(&PublicKey) -> String| {
             let path = self.stack.dir().join(name);
             write(&path, keys, line);
             path.display().to_string()
         };
         let peers = file("peers", &|key| format!("[Peer]\nPublicKey = {key}\nAllowedIPs = {}/128\n", key.link_local()));
-        let routes = file("routes", &|key| format!("route add {}/128 dev wg-mesh proto static\n", key.link_local()));
-        let fdb = file("fdb", &|key| {
-            format!("fdb append 00:00:00:00:00:00 dst {} via wg-mesh dev vx-mesh\n", key.link_local())
-        });
+        let routes = file("routes", &|key| format!("{}\n", route(key)));
+        let fdb = file("fdb", &|key| format!("{}\n", flood_entry(key)));
         [
-            ("wg addconf", timed(&format!("wg addconf wg-mesh {peers}"))),
-            ("ip -batch", timed(&format!("ip -6 -batch {routes}"))),
-            ("bridge -batch", timed(&format!("bridge -batch {fdb}"))),
+            ("wg addconf", cost(&format!("wg addconf wg-mesh {peers}"))),
+            ("ip -batch", cost(&format!("ip -6 -batch {routes}"))),
+            ("bridge -batch", cost(&format!("bridge -batch {fdb}"))),
         ]
     }
 }
 
+/// Has the C tools put one key in, each called for it alone.
+pub fn one_by_c_tools(key: &PublicKey) -> Cost {
+    let peer = format!("wg set wg-mesh peer {key} allowed-ips {}/128", key.link_local());
+    cost(&format!("{peer} && ip -6 {} && bridge {}", route(key), flood_entry(key)))
+}
+
+fn route(key: &PublicKey) -> String {
+    format!("route add {}/128 dev wg-mesh proto static", key.link_local())
+}
+
+fn flood_entry(key: &PublicKey) -> String {
+    format!("fdb append 00:00:00:00:00:00 dst {} via wg-mesh dev vx-mesh", key.link_local())
+}
+
+/// The commands by which the C tools show the three tables.
+pub const SHOW: [&str; 3] =
+    ["wg show wg-mesh dump", "ip -6 route show dev wg-mesh proto static", "bridge fdb show dev vx-mesh"];
+
 /// A number of the worker's for the domain.
-pub fn metric(name: &str) -> Option<usize> {
-    let text = Http::try_connect(METRICS.parse().unwrap()).ok()?.get("/metrics").body;
+pub fn metric(name: &str) -> Option<u32> {
+    let server: SocketAddr = METRICS.parse().ok()?;
+    let text = Http::try_connect(server).ok()?.get("/metrics").body;
     let series = format!("wgkex_worker_{name}{{domain=\"{DOMAIN}\"}} ");
     text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok())
 }
 
+/// Waits until the worker says that so many keys are newly in.
+pub fn wait_for_keys(keys: u32, every: Duration) {
+    let found = || metric("keys_installed_total").filter(|installed| *installed >= keys);
+    let all = measure::look(every, Duration::from_secs(900), found);
+    assert!(all.is_some(), "keys are missing: {:?} of {keys}", metric("keys_installed_total"));
+}
+
 /// Fails unless peers, routes and flood entries are so many each.
-pub fn assert_holds(keys: usize) {
-    for table in ["wg show wg-mesh peers", "ip -6 route show dev wg-mesh proto static", "bridge fdb show dev vx-mesh"] {
-        assert_eq!(run(table).lines().count(), keys, "{table}");
+pub fn assert_holds(keys: u32) {
+    for table in ["wg show wg-mesh peers", SHOW[1], SHOW[2]] {
+        assert_eq!(run(table).lines().count(), keys as usize, "{table}");
     }
 }
 
-/// The first keys of many.
-pub fn keys(number: u32) -> Vec<PublicKey> {
-    (0..number).map(|n| wgkex_tests::key(n).parse().unwrap()).collect()
+/// The domain that is served, as the worker knows it.
+pub fn domain() -> Domain {
+    Domain::new(DOMAIN, &["ffx_".into()]).unwrap()
+}
+
+/// These of very many keys, no two the same, in no order.
+pub fn keys(numbers: Range<u32>) -> Vec<PublicKey> {
+    numbers.map(key).collect()
+}
+
+/// One of very many keys.
+pub fn key(number: u32) -> PublicKey {
+    // An odd factor maps no two numbers to one.
+    wgkex_tests::key(number.wrapping_mul(0x9E37_79B1)).parse().unwrap()
 }
 
 /// Writes a line, or more, for each key.
@@ -114,17 +178,25 @@ pub fn write(path: &Path, keys: &[PublicKey], line: impl Fn(&PublicKey) -> Strin
     fs::write(path, keys.iter().map(line).collect::<Vec<_>>().concat()).unwrap();
 }
 
-/// Network and files of this process's own.
-pub fn make_namespaces() {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("needs root");
-    run("mount --make-rprivate / && mount -t tmpfs none /run && ip link set lo up");
+/// Has this thread, and what it starts from now on, be in a network with only a loopback interface, and a `/run` of
+/// its own for the control sockets of a userspace WireGuard.
+pub fn enter_new_network() {
+    unshare(CloneFlags::CLONE_NEWNET).expect("needs root");
+    run("mount -t tmpfs none /run && mkdir -p /run/wireguard && ip link set lo up");
+    keep_network();
+}
+
+/// Has the network of this thread outlive this process, so that its end, slow with many peers, disturbs nobody.
+#[expect(clippy::zombie_processes, reason = "it never ends while this process runs")]
+pub fn keep_network() {
+    let mut sleep = Command::new("sleep");
+    sleep.arg("infinity").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    sleep.process_group(0).spawn().expect("sleep runs");
 }
 
 /// What a command takes that must succeed.
-pub fn timed(command: &str) -> Duration {
-    let began = Instant::now();
-    run(command);
-    began.elapsed()
+pub fn cost(command: &str) -> Cost {
+    children(|| drop(run(command)))
 }
 
 /// The output of a command that must succeed, trimmed.
@@ -132,19 +204,4 @@ pub fn run(command: &str) -> String {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-/// Publishes the lines of a file as keys.
-pub fn publish(stack: &Stack, lines: &Path) -> Command {
-    let mut command = mosquitto("pub", stack);
-    command.args(["-t", &format!("wireguard/{DOMAIN}/all"), "-q", "1", "-l"]).stdin(File::open(lines).unwrap());
-    command
-}
-
-/// One of Mosquitto's clients.
-pub fn mosquitto(client: &str, stack: &Stack) -> Command {
-    let mut command = Command::new(format!("mosquitto_{client}"));
-    command.args(["-h", &stack.mqtt.ip().to_string(), "-p", &stack.mqtt.port().to_string()]);
-    command.stdin(Stdio::null());
-    command
 }

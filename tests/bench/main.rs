@@ -1,46 +1,162 @@
-//! Measures on a real kernel, beside the C tools: how long a POST takes until its key is in the kernel (`post`), and
-//! how fast many keys go in (`bulk`). Started by `tests/bench/run`, in a virtual machine.
+//! Measures wgkex beside what it stands next to, and prints a table. `tests/bench/run` builds and starts it.
 
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 #![expect(clippy::unwrap_used, reason = "what fails ends the measurement")]
 
+mod answers;
 mod bulk;
+mod bus;
+mod counted;
+mod dump;
+mod fleet;
 mod gateway;
+mod load;
+mod measure;
+mod memory;
+mod play;
 mod post;
+mod rebuild;
+mod storm;
+mod table;
 
-use std::time::Duration;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode};
 
-fn main() {
-    let wanted: Vec<_> = std::env::args().skip(1).collect();
-    let wanted = |part: &str| wanted.is_empty() || wanted.iter().any(|name| name == part);
-    gateway::make_namespaces();
-    println!("{}, {} CPUs", gateway::run("uname -srvm"), std::thread::available_parallelism().unwrap());
-    if wanted("bulk") {
-        print_bulk();
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use crate::table::{Place, Report};
+
+/// One of the things that are measured.
+struct Row {
+    name: &'static str,
+    about: &'static str,
+    /// What its number is, and the number unless it is divided.
+    scale: (&'static str, u32),
+    places: &'static [Place],
+    measure: fn(Report, u32),
+}
+
+const BOTH: &[Place] = &[Place::Native, Place::Vm];
+
+/// The storm comes last in the virtual machine: its kernels' end disturbs whatever follows.
+const ROWS: [Row; 8] = [
+    row("post", "a POST until its key is in the kernel", ("peers there", 20_000), BOTH, post::measure),
+    row("bulk", "many keys through MQTT into the kernel", ("keys", 20_000), BOTH, bulk::measure),
+    row("answers", "answers per second", ("seconds each", 10), &[Place::Native], answers::measure),
+    row("dump", "reading and classifying all peers", ("peers", 20_000), BOTH, dump::measure),
+    row("rebuild", "a gateway that lost all its peers", ("keys", 20_000), BOTH, rebuild::measure),
+    row("memory", "memory per live key and per peer", ("peers", 20_000), &[Place::Native], memory::measure),
+    row("fleet", "50 workers, 5 brokers, one Mosquitto", ("keys", 1_000_000), &[Place::Native], fleet::measure),
+    row("storm", "thousands of routers in 10 s, 4 gateways", ("routers", 3_300), BOTH, storm::measure),
+];
+
+const fn row(
+    name: &'static str,
+    about: &'static str,
+    scale: (&'static str, u32),
+    places: &'static [Place],
+    measure: fn(Report, u32),
+) -> Row {
+    Row { name, about, scale, places, measure }
+}
+
+fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let texts: Vec<_> = words.iter().map(String::as_str).collect();
+    match texts[..] {
+        ["play", ..] => play::play(&words[1..]),
+        ["head"] => table::print_head(),
+        ["places", ref wanted @ ..] => return print_places(wanted),
+        ["row", place, wanted] => measure_row(place, wanted),
+        ["native", ref wanted @ ..] => return measure_all(Place::Native, wanted),
+        ["vm", ref wanted @ ..] => return measure_all(Place::Vm, wanted),
+        _ => print_help(),
     }
-    if wanted("post") {
-        print_post();
+    ExitCode::SUCCESS
+}
+
+fn print_help() {
+    println!("usage: tests/bench/run [native|vm] [ROW[:DIVISOR]...]\n");
+    println!("Measures all rows, or those named, with their numbers divided. It needs root.\n");
+    for Row { name, about, scale: (what, number), places, .. } in ROWS {
+        let places: Vec<_> = places.iter().map(|place| place.name()).collect();
+        println!("  {name:8} {about} ({number} {what}); {}", places.join(" and "));
     }
 }
 
-fn print_bulk() {
-    println!("\nbulk, from the first message to the last flood entry; s (median of {})", bulk::ROUNDS);
-    for keys in [1_000, 20_000] {
-        println!("{keys} keys\n{}", bulk::measure(keys));
+/// Says in which places the wanted rows are measured.
+fn print_places(wanted: &[&str]) -> ExitCode {
+    for place in BOTH {
+        match rows(*place, wanted) {
+            Err(unknown) => {
+                println!("no such row: {unknown}");
+                return ExitCode::FAILURE;
+            }
+            Ok(rows) if !rows.is_empty() => println!("{}", place.name()),
+            Ok(_) => {}
+        }
     }
+    ExitCode::SUCCESS
 }
 
-fn print_post() {
-    println!("\nPOST to kernel, v2, one after the other; ms        p50     p90     p99     max");
-    for peers in [0, 20_000] {
-        let mut times = post::measure(peers, 1_000);
-        times.sort();
-        let at = |share: usize| milliseconds(times[(times.len() * share / 100).min(times.len() - 1)]);
-        let row = [at(50), at(90), at(99), at(100)].map(|time| format!("{time:8.2}")).concat();
-        println!("{:44}{row}", format!("{peers} peers there"));
+/// The wanted rows of a place, all if none is named, as words of [`measure_row`].
+fn rows(place: Place, wanted: &[&str]) -> Result<Vec<String>, String> {
+    if let Some(unknown) = wanted.iter().find(|word| find(word).is_none()) {
+        return Err((*unknown).to_owned());
     }
+    let here = ROWS.iter().filter(|row| row.places.contains(&place));
+    if wanted.is_empty() {
+        return Ok(here.map(|row| row.name.to_owned()).collect());
+    }
+    let named = |row: &Row| wanted.iter().find(|word| find(word).is_some_and(|(found, _)| found.name == row.name));
+    Ok(here.filter_map(|row| Some((*named(row)?).to_owned())).collect())
 }
 
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
+/// The row that a word names, and its number.
+fn find(word: &str) -> Option<(&'static Row, u32)> {
+    let (name, divisor) = word.split_once(':').unwrap_or((word, "1"));
+    let row = ROWS.iter().find(|row| row.name == name)?;
+    let divisor: u32 = divisor.parse().ok().filter(|divisor| *divisor > 0)?;
+    Some((row, row.scale.1 / divisor))
+}
+
+/// Measures each row in a process of its own, so that none disturbs, or ends, another.
+fn measure_all(place: Place, wanted: &[&str]) -> ExitCode {
+    let mut failed = false;
+    for word in rows(place, wanted).expect("rows that there are") {
+        let mut command = isolated(place);
+        command.arg(std::env::current_exe().unwrap()).args(["row", place.name(), &word]);
+        let mut child = command.process_group(0).spawn().expect("unshare runs");
+        let group = Pid::from_raw(child.id().try_into().unwrap());
+        let good = child.wait().is_ok_and(|status| status.success());
+        // What it left behind. There may be nothing.
+        let _ = killpg(group, Signal::SIGKILL);
+        if !good {
+            println!("| {word} | {} | failed: see above | | | | | NO |", place.name());
+            failed = true;
+        }
+    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Here all processes of a row end with it. In the virtual machine some hold its networks beyond that, as
+/// [`gateway::keep_network`] says.
+fn isolated(place: Place) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--net"]);
+    if place == Place::Native {
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+    }
+    command
+}
+
+fn measure_row(place: &str, word: &str) {
+    let place = if place == Place::Vm.name() { Place::Vm } else { Place::Native };
+    let (row, number) = find(word).expect("a row that there is");
+    unshare(CloneFlags::CLONE_NEWNS).expect("needs root");
+    gateway::run("mount --make-rprivate /");
+    gateway::enter_new_network();
+    (row.measure)(Report { row: row.name, place }, number);
 }

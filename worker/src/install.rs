@@ -17,6 +17,7 @@ use std::time::SystemTime;
 use futures_util::FutureExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
+use wgkex_common::message::Age;
 use wgkex_common::store::{Journal, Keys};
 use wgkex_common::{Domain, PublicKey};
 
@@ -36,14 +37,18 @@ const BATCH: usize = 4_096;
 /// While more than this is owed, live keys that may be lacking are not looked at: they wait with who sent them.
 const OWED: usize = 2_048;
 
+/// Live keys with their ages.
+type Live = BTreeMap<PublicKey, Age>;
+
 /// Owns the kernel of a gateway; made with the ends that others hold.
 pub struct Installer<K> {
     kernel: K,
     domains: BTreeMap<Domain, Served>,
     keys: mpsc::Receiver<(Domain, PublicKey)>,
     batch: Vec<(Domain, PublicKey)>,
-    live: mpsc::Receiver<(Domain, Vec<PublicKey>)>,
+    live: mpsc::Receiver<(Domain, Live)>,
     reconnected: Arc<Notify>,
+    journal: Journal,
     /// The last event was a batch of keys.
     yields: bool,
     refresh: Arc<Notify>,
@@ -54,7 +59,7 @@ pub struct Installer<K> {
 #[derive(Debug, Clone)]
 pub struct Handle {
     keys: mpsc::Sender<(Domain, PublicKey)>,
-    live: mpsc::Sender<(Domain, Vec<PublicKey>)>,
+    live: mpsc::Sender<(Domain, Live)>,
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<State>,
@@ -67,7 +72,7 @@ enum Event {
     /// Keys arrived, in this order.
     Keys(Vec<(Domain, PublicKey)>),
     /// These keys are live, and this gateway may lack some of them.
-    Live(Domain, Vec<PublicKey>),
+    Live(Domain, Live),
     /// What was said before may not have been heard.
     Reconnected,
     /// Links or addresses may have changed, or somebody wants to know.
@@ -109,6 +114,7 @@ impl<K: Kernel> Installer<K> {
             batch: Vec::new(),
             live,
             reconnected: reconnected.clone(),
+            journal: journal.clone(),
             yields: false,
             refresh: refresh.clone(),
             outbox,
@@ -146,10 +152,13 @@ impl<K: Kernel> Installer<K> {
         let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
         let has_room = self.domains.values().map(Served::backlog).sum::<usize>() < OWED;
         let mut other = pin!(other(due, owed));
-        if std::mem::take(&mut self.yields)
-            && let Some(event) = other.as_mut().now_or_never()
-        {
-            return Some(event);
+        if std::mem::take(&mut self.yields) {
+            if let Some(event) = other.as_mut().now_or_never() {
+                return Some(event);
+            }
+            if has_room && let Ok((domain, keys)) = self.live.try_recv() {
+                return Some(Event::Live(domain, keys));
+            }
         }
         tokio::select! {
             biased;
@@ -186,7 +195,8 @@ impl<K: Kernel> Installer<K> {
                 }
             }
         }
-        self.domains.values_mut().for_each(Served::note_changes);
+        let anew = self.journal.begins_anew();
+        self.domains.values_mut().for_each(|served| served.note_changes(anew));
     }
 
     async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Now) {
@@ -215,12 +225,12 @@ impl Handle {
     }
 
     /// Hands over live keys that this gateway may lack; waits while it has enough to do.
-    pub async fn learn(&self, domain: Domain, keys: Vec<PublicKey>) {
+    pub async fn learn(&self, domain: Domain, keys: BTreeMap<PublicKey, Age>) {
         // An installer that has ended needs none.
         let _ = self.live.send((domain, keys)).await;
     }
 
-    /// The bus was lost, and what was reported on it may not have been heard.
+    /// The bus was lost, or a broker is new, and what was reported may not have been heard.
     pub fn reconnected(&self) {
         self.reconnected.notify_one();
     }

@@ -6,7 +6,9 @@ use std::net::Ipv6Addr;
 use std::time::{Duration, Instant, SystemTime};
 
 use wgkex_common::PublicKey;
+use wgkex_common::message::Age;
 use wgkex_common::store::Kept;
+pub use wgkex_common::store::Now;
 
 use crate::kernel::{Change, Device, Peer};
 use crate::plan::{self, Shape, Step};
@@ -16,15 +18,6 @@ const TRIES: u8 = 8;
 
 /// What has no peer goes when it had none for this long: somebody may be making one.
 const ORPHANED: Duration = Duration::from_secs(30);
-
-/// The two clocks at one instant.
-#[derive(Debug, Clone, Copy)]
-pub struct Now {
-    /// For every duration.
-    pub monotonic: Instant,
-    /// For the age of a handshake at its first sight, and nothing else: it may jump.
-    pub wall: SystemTime,
-}
 
 /// When peers are stale, and how often that is looked for (contract sections 4 and 7).
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +89,8 @@ pub struct Ledger {
     peers: BTreeMap<PublicKey, Entry>,
     /// Keys that came and do not stand whole. One may be in `peers` too.
     waiting: BTreeMap<PublicKey, Waiting>,
+    /// Addresses that peers have which others made.
+    foreign: BTreeSet<Ipv6Addr>,
     /// Since when an address has a route or a flood entry without a peer.
     orphans: BTreeMap<Ipv6Addr, Instant>,
     /// Keys that are not as they were when this was last asked for.
@@ -122,6 +117,8 @@ struct Handshake {
 struct Waiting {
     arrived: Instant,
     tries: u8,
+    /// It came as a key of its own, and not from the last run of this program, or as one that is live elsewhere.
+    announced: bool,
 }
 
 impl Ledger {
@@ -134,14 +131,15 @@ impl Ledger {
             last_read: None,
             peers: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            foreign: BTreeSet::new(),
             orphans: BTreeMap::new(),
             changed: BTreeSet::new(),
         }
     }
 
-    /// Remembers, before the first read, a key that stood when the last worker ended: if the kernel lacks it, it is owed.
+    /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
     pub fn remember(&mut self, key: PublicKey, kept: Kept) {
-        self.waiting.insert(key, Waiting { arrived: kept.last, tries: 0 });
+        self.waiting.insert(key, Waiting { arrived: kept.last, tries: 0, announced: false });
     }
 
     /// Takes in a read of the tables.
@@ -149,13 +147,14 @@ impl Ledger {
     /// A peer of ours that vanished from an interface that is still the same was removed by hand and is
     /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again.
     pub fn observe(&mut self, device: &Device, now: Now) {
-        if self.last_read.is_none() {
-            let stands =
-                |key: &PublicKey| device.peers.get(key).is_some_and(|peer| plan::shape(key, peer) == Shape::Ours);
-            self.waiting.retain(|key, _| !stands(key));
-        } else if self.indexes != Some(device.indexes) {
+        if self.last_read.is_some() && self.indexes != Some(device.indexes) {
             self.owe_vanished(device);
         }
+        // A peer that stands, or that somebody altered meanwhile, is not what an old word of it is about.
+        self.waiting.retain(|key, waiting| {
+            let shape = || device.peers.get(key).map(|peer| plan::shape(key, peer));
+            waiting.announced || matches!(shape(), None | Some(Shape::Bare))
+        });
         let changed = &mut self.changed;
         self.peers.retain(|key, _| {
             let stays = device.peers.contains_key(key);
@@ -177,6 +176,7 @@ impl Ledger {
                 self.changed.insert(*key);
             }
         }
+        self.foreign = plan::foreign(device);
         let orphans = plan::orphans(device);
         self.orphans.retain(|address, _| orphans.contains(address));
         for address in orphans {
@@ -189,7 +189,8 @@ impl Ledger {
     fn owe_vanished(&mut self, device: &Device) {
         for (key, entry) in &self.peers {
             if entry.ours && !device.peers.contains_key(key) {
-                self.waiting.entry(*key).or_insert(Waiting { arrived: entry.arrived, tries: 0 });
+                let waiting = Waiting { arrived: entry.arrived, tries: 0, announced: false };
+                self.waiting.entry(*key).or_insert(waiting);
             }
         }
     }
@@ -246,17 +247,38 @@ impl Ledger {
         plan::clear(device, &old.map(|(address, _)| *address).collect())
     }
 
-    /// Which of `keys` have no peer here, wait for none, and would take no address from a peer.
-    #[must_use]
-    pub fn lacking(&self, keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
+    /// Which of the live `keys` have no peer here, do not wait for one, would take no address from a peer, and would not be
+    /// stale at once. They are owed from now on, the oldest first.
+    pub fn learn(&mut self, keys: impl IntoIterator<Item = (PublicKey, Age)>, now: Instant) -> Vec<PublicKey> {
+        let policy = &self.policy;
+        let dead = |Age(age, proven): Age| {
+            // What shakes hands is reported every so often.
+            let quiet = if proven { policy.report + policy.stale } else { policy.stale.max(policy.grace) };
+            Duration::from_secs(age) >= quiet
+        };
         let unknown = |key: &PublicKey| !self.peers.contains_key(key) && !self.waiting.contains_key(key);
-        let lacking: BTreeMap<_, _> = keys.into_iter().filter(unknown).map(|key| (key.link_local(), key)).collect();
+        let mut lacking: Vec<_> =
+            keys.into_iter().filter(|(key, age)| unknown(key) && !dead(*age)).map(|(key, age)| (age.0, key)).collect();
         if lacking.is_empty() {
             return Vec::new();
         }
+        let addresses: BTreeSet<_> = lacking.iter().map(|(_, key)| key.link_local()).collect();
+        let derived = self.peers.keys().chain(self.waiting.keys()).map(PublicKey::link_local);
         let taken: BTreeSet<_> =
-            self.peers.keys().map(PublicKey::link_local).filter(|address| lacking.contains_key(address)).collect();
-        lacking.into_iter().filter(|(address, _)| !taken.contains(address)).map(|(_, key)| key).collect()
+            derived.chain(self.foreign.iter().copied()).filter(|address| addresses.contains(address)).collect();
+        lacking.retain(|(_, key)| !taken.contains(&key.link_local()));
+        lacking.sort_unstable_by(|a, b| b.cmp(a));
+        for (age, key) in &lacking {
+            let arrived = now.checked_sub(Duration::from_secs(*age)).unwrap_or(now);
+            self.waiting.insert(*key, Waiting { arrived, tries: 0, announced: false });
+            self.changed.insert(*key);
+        }
+        lacking.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// All keys, as if each had changed.
+    pub fn change_all(&mut self) {
+        self.changed.extend(self.peers.keys().chain(self.waiting.keys()));
     }
 
     /// The peers of ours that shook hands and were not reported for [`Policy::report`], or since [`Self::report_all`].
@@ -290,7 +312,7 @@ impl Ledger {
         let standing = self.peers.get(key).filter(|entry| entry.ours);
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(self.waiting.get(key)?.arrived))?;
         let proven = standing.is_some_and(|entry| entry.handshake.is_some());
-        Some(Kept { first: arrived, last: arrived, proven })
+        Some(Kept { last: arrived, proven })
     }
 
     /// The peers of ours that are stale, judged by the last read.
@@ -321,6 +343,12 @@ impl Ledger {
         self.waiting.contains_key(key)
     }
 
+    /// Whether somebody may wait for a word on `key`, which came and did not come to stand.
+    #[must_use]
+    pub fn is_announced(&self, key: &PublicKey) -> bool {
+        self.waiting.get(key).is_some_and(|waiting| waiting.announced)
+    }
+
     /// `key` stands whole in the kernel and has its grace from `now`. Says whether it is new there.
     pub fn stands(&mut self, key: PublicKey, now: Instant) -> bool {
         let waited = self.waiting.remove(&key).is_some();
@@ -332,7 +360,7 @@ impl Ledger {
 
     /// `key` came and does not stand whole: it is owed. Says how many older ones that made too many.
     pub fn wants(&mut self, key: PublicKey, now: Instant) -> usize {
-        self.waiting.insert(key, Waiting { arrived: now, tries: 0 });
+        self.waiting.insert(key, Waiting { arrived: now, tries: 0, announced: true });
         self.changed.insert(key);
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }

@@ -53,8 +53,9 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
     let state = handle.state();
-    let asking =
-        sync::run(asker, confirmations.clone(), heard, move |domain, page| learn(handle.clone(), domain, page));
+    let (told, greeted) = (handle.clone(), handle);
+    let learn = move |domain, page: Page| learn(told.clone(), domain, page);
+    let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
     let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
@@ -95,5 +96,5 @@ fn policy(config: &Config) -> Policy {
 
 /// Has the installer look at the keys of a page.
 async fn learn(handle: Handle, domain: Domain, page: Page) {
-    handle.learn(domain, page.keys.into_keys().collect()).await;
+    handle.learn(domain, page.keys).await;
 }

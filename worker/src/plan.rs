@@ -139,13 +139,29 @@ pub fn sweep(device: &Device, stale: &BTreeSet<PublicKey>) -> Vec<Step> {
 }
 
 /// Addresses that have a route or a flood entry, and no peer: what a crash, or somebody who removed only the peer,
-/// left behind. Addresses that no key can have are somebody else's.
+/// left behind. Addresses that no key can have are somebody else's, and so are those that some peer may send from.
 #[must_use]
 pub fn orphans(device: &Device) -> BTreeSet<Ipv6Addr> {
     let derived = device.peers.keys().map(PublicKey::link_local);
     let in_use: BTreeSet<Ipv6Addr> = derived.chain(device.peers.values().flat_map(addresses_of)).collect();
+    let allowed = device.peers.values().flat_map(|peer| &peer.allowed_ips);
+    let networks: BTreeSet<_> = allowed.filter(|(_, length)| *length < 128).collect();
+    let in_network = |address| networks.iter().any(|(network, length)| covers(*network, *length, address));
     let entries = device.routes.union(&device.fdb).copied();
-    entries.filter(|address| is_derived(*address) && !in_use.contains(address)).collect()
+    entries.filter(|address| is_derived(*address) && !in_use.contains(address) && !in_network(*address)).collect()
+}
+
+fn covers(network: IpAddr, length: u8, address: Ipv6Addr) -> bool {
+    let IpAddr::V6(network) = network else { return false };
+    let differ = network.to_bits() ^ address.to_bits();
+    differ.leading_zeros() >= u32::from(length)
+}
+
+/// Addresses that are allowed-ips of peers which somebody else made.
+#[must_use]
+pub fn foreign(device: &Device) -> BTreeSet<Ipv6Addr> {
+    let foreign = device.peers.iter().filter(|(key, peer)| shape(key, peer) == Shape::Foreign);
+    foreign.flat_map(|(_, peer)| addresses_of(peer)).collect()
 }
 
 /// Removes the routes and flood entries of `orphans`.
@@ -343,6 +359,10 @@ mod tests {
     fn what_has_no_peer_is_an_orphan_unless_no_key_can_have_its_address() {
         let mut device = device(&[key(1), key(2)]);
         peer(&mut device, 2).allowed_ips = vec![(key(3).link_local().into(), 128)];
+        let network = ("fe80::2ff:0:0:0".parse().unwrap(), 80);
+        peer(&mut device, 2).allowed_ips.push(network);
+        let in_network: Ipv6Addr = "fe80::2ff:ff:fe00:1".parse().unwrap();
+        device.routes.insert(in_network);
         let foreign: Ipv6Addr = "fe80::1".parse().unwrap();
         device.routes.extend([key(3).link_local(), key(4).link_local(), foreign]);
         device.fdb.extend([key(4).link_local(), key(5).link_local(), foreign]);

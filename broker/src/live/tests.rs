@@ -20,7 +20,7 @@ fn key(n: u32) -> PublicKey {
 
 fn live(max: usize) -> (LiveKeys, Instant) {
     let config = config::LiveKeys { max, ttl: DAY };
-    (LiveKeys::new("b1".into(), config, [domain()], Keys::new(), Journal::default()), Instant::now())
+    (LiveKeys::new("b1".into(), config, [domain()], Default::default(), Instant::now()), Instant::now())
 }
 
 fn question() -> Question {
@@ -85,24 +85,46 @@ fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
     assert_eq!(young(&live, now + HOUR), [key(3)]);
     // Another broker knew it all the time, and this one hears of it only now.
     let later = now + HOUR + 60 * SECOND;
-    let page = Page {
-        keys: [(key(4), Ages(7_200, 3_600, true)), (key(2), Ages(3_660, 3_660, false))].into(),
-        ..page_of_none()
-    };
+    let page = Page { keys: [(key(4), Age(3_600, true)), (key(2), Age(3_660, false))].into(), ..page_of_none() };
     live.learn(&page, later);
     assert_eq!(young(&live, later), [key(4)], "what it knew is no news");
     let given = live.answer(&Question { after: Some(key(3)), ..question() }, later);
-    assert_eq!(given.keys, [(key(4), Ages(7_200, 3_600, true))].into());
-    let older =
-        page.keys.into_iter().map(|(key, Ages(first, last, proven))| (key, Ages(first + 19, last + 19, proven)));
+    assert_eq!(given.keys, [(key(4), Age(3_600, true))].into());
+    let older = page.keys.into_iter().map(|(key, Age(age, proven))| (key, Age(age + 19, proven)));
     live.learn(&Page { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
     assert_eq!(young(&live, later + 20 * SECOND), [], "nor is what it is told again");
 }
 
 #[test]
+fn pages_that_are_long_on_their_way_bring_no_news() {
+    let (mut one, now) = live(10);
+    let mut other = live(10).0;
+    one.admit("ff_a", key(1), now);
+    let mut now = now;
+    for _ in 0..100 {
+        let page = one.answer(&question(), now);
+        now += 5 * SECOND;
+        other.learn(&page, now);
+        std::mem::swap(&mut one, &mut other);
+    }
+    let young = Question { younger_than: Some(400), ..question() };
+    assert!(one.answer(&young, now).keys.is_empty() && other.answer(&young, now).keys.is_empty());
+}
+
+#[test]
+fn after_a_restart_everything_is_news() {
+    let now = Instant::now();
+    let known: Keys = [((domain(), key(1)), Kept { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
+    let config = config::LiveKeys { max: 10, ttl: DAY };
+    let live = LiveKeys::new("b1".into(), config, [domain()], (Journal::default(), known), now);
+    let young = live.answer(&Question { younger_than: Some(20), ..question() }, now + SECOND);
+    assert_eq!(young.keys, [(key(1), Age(3_601, true))].into());
+}
+
+#[test]
 fn what_another_broker_lets_expire_is_not_learnt() {
     let (mut live, now) = live(10);
-    let keys = [(key(1), Ages(u64::MAX, u64::MAX, true)), (key(2), Ages(u64::MAX, 86_400, true))].into();
+    let keys = [(key(1), Age(u64::MAX, true)), (key(2), Age(86_400, true))].into();
     live.learn(&Page { keys, ..page_of_none() }, now);
     assert!(live.is_empty());
 }
@@ -112,9 +134,9 @@ fn a_gateways_word_makes_known_what_was_not() {
     let (mut live, now) = live(10);
     live.witness("ff_a", key(1), now);
     live.witness("ff_a", key(1), now + HOUR);
-    assert_eq!(live.answer(&question(), now + HOUR).keys[&key(1)], Ages(3_600, 3_600, false));
+    assert_eq!(live.answer(&question(), now + HOUR).keys[&key(1)], Age(3_600, false));
     live.prove("ff_a", key(2), now + HOUR);
-    assert_eq!(live.answer(&question(), now + HOUR).keys[&key(2)], Ages(0, 0, true));
+    assert_eq!(live.answer(&question(), now + HOUR).keys[&key(2)], Age(0, true));
     let counts: Vec<_> = live.counts().map(|(_, counts)| counts).collect();
     assert_eq!(counts, [Counts { proven: 1, unproven: 1 }]);
 }
@@ -145,10 +167,10 @@ fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
 #[test]
 fn what_it_knew_before_it_started_is_bounded_too() {
     let now = Instant::now();
-    let kept = Kept { first: now, last: now, proven: false };
+    let kept = Kept { last: now, proven: false };
     let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), config, [domain()], known, Journal::default());
+    let live = LiveKeys::new("b1".into(), config, [domain()], (Journal::default(), known), now);
     assert_eq!(live.len(), 10);
 }
 
@@ -170,7 +192,7 @@ proptest! {
         other.learn(&one.answer(&question(), now), now);
         one.learn(&other.answer(&question(), now), now);
         let known = |live: &LiveKeys| -> Vec<_> {
-            live.answer(&question(), now).keys.into_iter().map(|(key, ages)| (key, ages.2)).collect()
+            live.answer(&question(), now).keys.into_iter().map(|(key, age)| (key, age.1)).collect()
         };
         prop_assert_eq!(known(&one), known(&other));
     }

@@ -30,7 +30,7 @@ fn later(now: Now, by: Duration) -> Now {
 }
 
 fn kept(at: Instant) -> Kept {
-    Kept { first: at, last: at, proven: false }
+    Kept { last: at, proven: false }
 }
 
 /// The age of each key by the monotonic clock, in seconds.
@@ -134,7 +134,7 @@ fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
         let (store, journal, keys) = open(&dir, now);
         assert!(keys.is_empty(), "damage {n}");
         let names = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        assert!(names.into_iter().any(|name| name.starts_with("test.sqlite.damaged-")), "damage {n}");
+        assert!(names.into_iter().any(|name| name.starts_with("test.sqlite.damaged")), "damage {n}");
         journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
         drop(store.flush(now));
         assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_a1", 0)], "damage {n}");
@@ -147,7 +147,7 @@ fn another_layout_or_an_impossible_row_is_damage_too() {
         "PRAGMA user_version = 2",
         "DROP TABLE clock",
         "DELETE FROM clock",
-        "INSERT INTO keys VALUES ('ff_a', 'x', 0, 0, 0)",
+        "INSERT INTO keys VALUES ('ff_a', 'x', 0, 0)",
     ] {
         let (dir, now) = (tempdir().unwrap(), Now::read());
         drop(open(&dir, now));
@@ -178,6 +178,65 @@ fn what_cannot_be_written_is_kept_until_it_can() {
     fs::write(dir.path().join("file"), "").unwrap();
     assert!(Store::open(dir.path(), "taken", &domains(), TTL, now).0.failing);
     assert!(Store::open(&dir.path().join("file"), "test", &domains(), TTL, now).0.failing);
+}
+
+#[test]
+fn what_cannot_be_written_is_read_all_the_same() {
+    let (dir, now) = (tempdir().unwrap(), Now::read());
+    let (store, journal, _) = open(&dir, now);
+    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    drop(store.flush(now));
+    let path = dir.path().join("test.sqlite");
+    // As on a read-only file system, also for root: nothing can be made beside it, and it is not opened for writing.
+    let database = Database::open_to_read(&path, now).unwrap();
+    let (mut database, keys) = database.with_keys(&domains(), i64::MAX).unwrap();
+    assert_eq!(keys.len(), 1);
+    assert!(matches!(database.write(&Changes::new(), now), Err(Failure::Refused(_))));
+}
+
+#[test]
+fn a_database_that_is_damaged_later_gets_everything_again() {
+    let (dir, now) = (tempdir().unwrap(), Now::read());
+    let (store, journal, _) = open(&dir, now);
+    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let mut store = store.flush(now);
+    assert!(!journal.begins_anew());
+    store.database = None;
+    fs::write(dir.path().join("test.sqlite"), "no database").unwrap();
+    let store = store.flush(now);
+    assert!(journal.begins_anew() && !journal.begins_anew());
+    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    drop(store.flush(now));
+    assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_a1", 0)]);
+}
+
+#[test]
+fn the_clock_is_written_although_nothing_changes() {
+    let (dir, now) = (tempdir().unwrap(), Now::read());
+    let (store, journal, _) = open(&dir, now);
+    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let store = store.flush(now);
+    // The wall clock was days behind when the program started.
+    let stepped = Now { monotonic: now.monotonic + HOUR, wall: now.wall + 12 * DAY };
+    drop(store.flush(stepped));
+    assert_eq!(ages(&open(&dir, stepped).2, stepped), [aged("ff_a1", 3600)]);
+}
+
+#[test]
+fn no_more_changes_wait_than_their_bound() {
+    let (journal, now) = (Journal::default(), Instant::now());
+    let key = |n: usize| {
+        let mut bytes = [0x42; 32];
+        bytes[..8].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    };
+    let domain = domain("ff_a");
+    (0..CHANGES).for_each(|n| journal.put(&domain, key(n), kept(now)));
+    let taken = journal.take();
+    (CHANGES..CHANGES + 10).for_each(|n| journal.put(&domain, key(n), kept(now)));
+    journal.give_back(taken);
+    journal.put(&domain, key(CHANGES + 99), kept(now));
+    assert_eq!(journal.take().len(), CHANGES);
 }
 
 #[test]

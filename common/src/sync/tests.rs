@@ -1,4 +1,4 @@
-use crate::message::Ages;
+use crate::message::Age;
 
 use super::*;
 
@@ -12,8 +12,12 @@ fn key(n: u8) -> PublicKey {
     PublicKey::from_bytes([n; 32]).unwrap()
 }
 
+fn hello() -> Hello {
+    Hello::broker(vec!["ff_a".into(), "ff_b".into()], 1)
+}
+
 fn page(broker: &str, question: &Question, keys: &[u8], more: bool) -> Page {
-    let keys = keys.iter().map(|n| (key(*n), Ages(1, 1, false))).collect();
+    let keys = keys.iter().map(|n| (key(*n), Age(1, false))).collect();
     Page { broker: broker.into(), domain: question.domain.clone(), after: question.after, keys, more }
 }
 
@@ -27,9 +31,9 @@ impl World {
     fn new(own: Party, manner: Manner, brokers: &[&str]) -> Self {
         let (mut asker, now) = (Asker::new(own, manner, [domain("ff_a"), domain("ff_b")]), Instant::now());
         for broker in brokers {
-            asker.broker(broker, true, now);
+            asker.broker(broker, Some(&hello()), now);
         }
-        asker.online(now);
+        asker.online(now, Duration::ZERO);
         Self { asker, now }
     }
 
@@ -84,51 +88,112 @@ fn then_it_asks_for_what_came_since() {
     world.asker.offline();
     world.pass(600 * SECOND);
     assert_eq!((world.ask(), world.asker.due()), (None, None));
-    world.asker.online(world.now);
+    world.asker.online(world.now, Duration::ZERO);
     let (_, question) = world.ask().unwrap();
     assert_eq!(question.younger_than, Some(621), "a round that did not come to its end does not count");
 }
 
+/// Lets so much time pass, second by second, and gives what is asked meanwhile.
+fn asked_within(world: &mut World, time: Duration) -> Vec<(String, Question)> {
+    let end = world.now + time;
+    let mut asked = Vec::new();
+    while world.now < end {
+        world.pass(SECOND);
+        asked.extend(world.ask());
+    }
+    asked
+}
+
 #[test]
-fn one_that_does_not_answer_is_passed_over_for_a_while() {
+fn one_that_does_not_answer_is_asked_again_and_then_passed_over_for_a_while() {
     let mut world = World::worker(&["b1", "b2"]);
     let first = world.round().unwrap();
     world.pass(PERIOD);
     assert_eq!(world.round().as_ref(), Some(&first), "it stays with one that answers");
     world.pass(PERIOD);
     assert_eq!(world.ask().unwrap().0, first);
-    world.pass(PATIENCE);
-    let (second, question) = world.ask().unwrap();
-    assert_ne!(second, first);
+    let asked = asked_within(&mut world, 7 * PATIENCE);
+    let [(again, _), (once_more, _), (second, question)] = &asked[..] else { panic!("{asked:?}") };
+    assert!(*again == first && *once_more == first && *second != first);
     assert_eq!(question.younger_than, None, "the other one is asked for all");
-    world.asker.broker(&second, false, world.now);
-    world.pass(PATIENCE);
-    assert_eq!(world.ask(), None, "nobody is left");
-    world.asker.broker(&first, true, world.now);
-    world.pass(PERIOD);
-    assert_eq!(world.ask().unwrap().0, first);
+    world.asker.broker(second, None, world.now);
+    assert!(asked_within(&mut world, 6 * PATIENCE).iter().all(|(broker, _)| broker == second));
+    assert_eq!(asked_within(&mut world, PASSED_OVER)[0].0, first, "its time is over");
 }
 
 #[test]
-fn on_a_slow_line_late_answers_count_until_another_broker_is_asked() {
-    let mut world = World::worker(&["b1"]);
-    for (keys, more) in [(&[1, 2][..], true), (&[7], false), (&[3], false)] {
-        let (broker, question) = world.ask().unwrap();
-        world.pass(PATIENCE);
-        assert_eq!(world.ask(), None, "there is no other");
-        world.pass(SECOND);
-        let page = page(&broker, &question, keys, more);
-        assert!(world.asker.hear(&page));
-        assert!(!world.asker.hear(&page), "once");
-    }
-    assert!(world.ask().unwrap().1.younger_than.is_some(), "it has all");
-
+fn another_broker_goes_on_where_the_first_one_died() {
     let mut world = World::worker(&["b1", "b2"]);
     let (first, question) = world.ask().unwrap();
-    world.pass(PATIENCE);
-    let (second, _) = world.ask().unwrap();
-    assert_ne!(first, second);
-    assert!(!world.asker.hear(&page(&first, &question, &[1], false)));
+    assert!(world.asker.hear(&page(&first, &question, &[1, 2], true)));
+    assert_eq!(world.ask().unwrap().1.after, Some(key(2)));
+    let asked = asked_within(&mut world, 7 * PATIENCE);
+    let (second, question) = asked.last().unwrap();
+    assert_ne!(*second, first);
+    assert_eq!((question.domain.as_str(), question.after), ("ff_a", Some(key(2))));
+}
+
+#[test]
+fn on_a_slow_line_a_page_may_come_late() {
+    let mut world = World::worker(&["b1", "b2"]);
+    let (broker, question) = world.ask().unwrap();
+    let asked = asked_within(&mut world, 2 * PATIENCE);
+    assert_eq!(asked, [(broker.clone(), question.clone())]);
+    let page = page(&broker, &question, &[1, 2], true);
+    assert!(world.asker.hear(&page));
+    assert!(!world.asker.hear(&page), "the answer to the repetition is not wanted any more");
+    assert_eq!(world.ask().unwrap().1.after, Some(key(2)));
+    assert!(!world.asker.hear(&page));
+}
+
+#[test]
+fn a_long_round_asks_until_its_end_for_what_came_since_the_last_one_began() {
+    let mut world = World::worker(&["b1"]);
+    world.round();
+    world.pass(300 * SECOND);
+    let (broker, question) = world.ask().unwrap();
+    assert_eq!(question.younger_than, Some(311));
+    world.pass(2 * SECOND);
+    assert!(world.asker.hear(&page(&broker, &question, &[], false)));
+    // The keys of that page take long to go in.
+    world.pass(60 * SECOND);
+    assert_eq!(world.ask().unwrap().1.younger_than, Some(373));
+}
+
+#[test]
+fn all_keys_are_asked_for_again_after_an_hour() {
+    let mut world = World::worker(&["b1"]);
+    let mut all = 0;
+    for _ in 0..2 * FULL_PERIOD.as_secs() / PERIOD.as_secs() + 1 {
+        let (broker, question) = world.ask().unwrap();
+        all += u32::from(question.younger_than.is_none());
+        assert!(world.asker.hear(&page(&broker, &question, &[], false)));
+        world.round();
+        world.pass(PERIOD);
+    }
+    assert_eq!(all, 3);
+}
+
+#[test]
+fn a_broker_that_serves_more_of_the_domains_is_asked_first() {
+    for half in ["a", "z"] {
+        let mut world = World::worker(&[]);
+        world.asker.broker(half, Some(&Hello::broker(vec!["ff_b".into()], 1)), world.now);
+        world.asker.broker("m", Some(&hello()), world.now);
+        assert_eq!(world.round().as_deref(), Some("m"));
+    }
+}
+
+#[test]
+fn a_broker_is_new_when_it_comes_and_when_it_was_started_anew() {
+    let mut world = World::worker(&[]);
+    let domains = || vec!["ff_a".to_owned()];
+    for (instance, is_new) in [(1, true), (1, false), (2, true), (2, false)] {
+        assert_eq!(world.asker.broker("b1", Some(&Hello::broker(domains(), instance)), world.now), is_new);
+    }
+    assert!(!world.asker.broker("b1", None, world.now));
+    assert!(world.asker.broker("b1", Some(&Hello::broker(domains(), 2)), world.now));
+    assert!(!world.asker.broker("w", Some(&Hello::worker(domains())), world.now), "it does not answer");
 }
 
 #[test]
@@ -146,8 +211,8 @@ fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
 fn a_new_broker_is_asked_soon() {
     let mut world = World::worker(&[]);
     assert_eq!(world.ask(), None);
-    world.asker.broker("b1", true, world.now);
-    assert_eq!(world.asker.due(), Some(world.now));
+    world.asker.broker("b1", Some(&hello()), world.now);
+    world.pass(SPREAD);
     assert!(world.ask().is_some());
 }
 
@@ -170,7 +235,7 @@ fn only_the_answer_to_its_question_counts() {
                 .map(|n| {
                     let mut bytes = [big[0]; 32];
                     bytes[..8].copy_from_slice(&n.to_be_bytes());
-                    (PublicKey::from_bytes(bytes).unwrap(), Ages(0, 0, false))
+                    (PublicKey::from_bytes(bytes).unwrap(), Age(0, false))
                 })
                 .collect(),
             ..right.clone()
@@ -189,7 +254,8 @@ fn only_the_answer_to_its_question_counts() {
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
     for n in 0..BROKERS + 10 {
-        world.asker.broker(&n.to_string(), true, world.now);
+        world.asker.broker(&n.to_string(), Some(&hello()), world.now);
     }
     assert_eq!(world.asker.brokers.len(), BROKERS);
+    assert!(world.asker.brokers.contains_key(&(BROKERS + 9).to_string()), "those that never answered give way");
 }

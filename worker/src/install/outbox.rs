@@ -88,11 +88,10 @@ impl Outbox {
         }
     }
 
-    /// Reports keys that shake hands. What MQTT cannot take is reported again when it is back.
-    pub fn report(&self, domain: &Domain, keys: &[PublicKey]) {
-        for part in keys.chunks(KEYS_PER_MESSAGE) {
-            let _ = self.seen.try_send(Seen { domain: domain.name().to_owned(), keys: part.to_vec() });
-        }
+    /// Reports keys that shake hands; false if there was no place for all.
+    pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
+        let seen = |part: &[PublicKey]| Seen { domain: domain.name().to_owned(), keys: part.to_vec() };
+        keys.chunks(KEYS_PER_MESSAGE).all(|part| self.seen.try_send(seen(part)).is_ok())
     }
 
     pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: Counts) {

@@ -1,10 +1,11 @@
 //! One domain at the kernel: what is known of it, and each thing that is done with it.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv6Addr;
 use std::time::Instant;
 
 use tracing::{info, warn};
+use wgkex_common::message::Age;
 use wgkex_common::store::{Journal, Kept};
 use wgkex_common::{Domain, PublicKey};
 
@@ -55,8 +56,11 @@ impl Served {
         self.ledger.remember(key, kept);
     }
 
-    /// Has what changed written down.
-    pub fn note_changes(&mut self) {
+    /// Has what changed written down, or everything `anew`.
+    pub fn note_changes(&mut self, anew: bool) {
+        if anew {
+            self.ledger.change_all();
+        }
         for (key, kept) in self.ledger.take_changed() {
             match kept {
                 Some(kept) => self.journal.put(&self.domain, key, kept),
@@ -76,16 +80,12 @@ impl Served {
     }
 
     /// Keys are live that this gateway may lack: those that it does are owed from now on.
-    pub fn learn(&mut self, keys: Vec<PublicKey>, now: Instant) {
+    pub fn learn(&mut self, keys: BTreeMap<PublicKey, Age>, now: Instant) {
         let own = self.own.ok().flatten();
-        let lacking = self.ledger.lacking(keys.into_iter().filter(|key| Some(*key) != own));
+        let lacking = self.ledger.learn(keys.into_iter().filter(|(key, _)| Some(*key) != own), now);
         self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(lacking.len() as u64);
-        for key in lacking {
-            let dropped = self.ledger.wants(key, now) as u64;
-            self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
-            if self.own.is_ok() {
-                self.backlog.push_back(Step::install(key));
-            }
+        if self.own.is_ok() {
+            self.backlog.extend(lacking.into_iter().map(Step::install));
         }
     }
 
@@ -155,8 +155,10 @@ impl Served {
         for (key, outcome) in self.apply(kernel, outbox, &steps, now.monotonic).await {
             match outcome {
                 Ok(()) if self.ledger.waits(&key) => {
+                    if self.ledger.is_announced(&key) {
+                        report.push((key, Ok(())));
+                    }
                     self.settle(key, Ok(()), now.monotonic);
-                    report.push((key, Ok(())));
                 }
                 Ok(()) => self.metrics.keys_restored.with_label_values(&[self.domain.name()]).inc(),
                 Err(KernelError::Interface { .. }) => {}
@@ -191,7 +193,9 @@ impl Served {
         }
         if self.own.is_ok() {
             self.clear(kernel, device, now.monotonic).await;
-            outbox.report(&self.domain, &self.ledger.unreported(now.monotonic));
+            if !outbox.report(&self.domain, &self.ledger.unreported(now.monotonic)) {
+                self.ledger.report_all();
+            }
             self.backlog = self.ledger.owed(device).into();
             if self.backlog.is_empty() {
                 self.schedule.recovered();
@@ -220,9 +224,13 @@ impl Served {
 
     /// Removes routes and flood entries that have no peer.
     async fn clear<K: Kernel>(&mut self, kernel: &mut K, device: &Device, now: Instant) {
-        let orphaned = self.ledger.orphaned(device, now);
+        let mut orphaned = self.ledger.orphaned(device, now);
         if orphaned.is_empty() {
             return;
+        }
+        if orphaned.len() > SLICE {
+            orphaned.truncate(SLICE);
+            self.schedule.hurry(now);
         }
         let results = kernel.apply(&self.domain, &orphaned).await;
         let removed = results.iter().filter(|result| result.is_ok()).count() as u64;

@@ -464,16 +464,17 @@ async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() 
     gateway.offer(0..100);
     gateway.settle().await;
     gateway.applies();
-    gateway.handle.learn(domain(), (50..150).map(key).collect()).await;
-    gateway.settle().await;
+    gateway.handle.learn(domain(), live(50..150)).await;
+    sleep(MINUTE).await;
     assert!(gateway.all_stand(0..150));
     let changes: usize = gateway.applies().iter().map(Vec::len).sum();
     assert_eq!(changes, 3 * 50, "what stands is not touched");
     assert_eq!(gateway.metrics.keys_learnt.with_label_values(&["ffmuc_welt"]).get(), 50);
+    assert!(gateway.said.applied.try_recv().is_err(), "nobody waits for a word on them");
 
     // Its own key is none that it lacks.
     let own = gateway.device().public_key.unwrap();
-    gateway.handle.learn(domain(), vec![own]).await;
+    gateway.handle.learn(domain(), [(own, Age(0, false))].into()).await;
     gateway.settle().await;
     assert_eq!(gateway.applies(), Vec::<Vec<Change>>::new());
 }
@@ -486,7 +487,7 @@ async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
     let handle = gateway.handle.clone();
     let learning = tokio::spawn(async move {
         for page in 0..20 {
-            handle.learn(domain(), (page * 1_000..(page + 1) * 1_000).map(key).collect()).await;
+            handle.learn(domain(), live(page * 1_000..(page + 1) * 1_000)).await;
         }
     });
     sleep(Duration::from_secs(5)).await;
@@ -506,7 +507,7 @@ async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
 async fn live_keys_wait_for_their_interface() {
     let mut gateway = Gateway::on(Fake::default(), Policy::default());
     gateway.settle().await;
-    gateway.handle.learn(domain(), (0..10).map(key).collect()).await;
+    gateway.handle.learn(domain(), live(0..10)).await;
     gateway.settle().await;
     gateway.fake.add(&domain());
     gateway.settle().await;
@@ -665,6 +666,10 @@ impl Still {
             self.installer.handle(Event::Spare(domain()), self.now).await;
         }
     }
+}
+
+fn live(keys: std::ops::Range<u32>) -> Live {
+    keys.map(|n| (key(n), Age(60, false))).collect()
 }
 
 fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {

@@ -224,7 +224,7 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), key(2), second]);
     let begun = world.now.monotonic;
-    let kept = |ago| Kept { first: begun, last: begun.checked_sub(ago).unwrap(), proven: true };
+    let kept = |ago| Kept { last: begun.checked_sub(ago).unwrap(), proven: true };
     for (key, kept) in [(key(1), kept(HOUR)), (key(3), kept(HOUR)), (first, kept(HOUR)), (second, kept(MINUTE))] {
         world.ledger.remember(key, kept);
     }
@@ -237,15 +237,42 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
 }
 
 #[test]
-fn keys_are_lacking_that_have_no_peer_and_would_take_no_address() {
+fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
+    let mut world = World::with(&[key(1)]);
+    world.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips = vec![("10.0.0.0".parse().unwrap(), 8)];
+    });
+    world.ledger.remember(key(1), Kept { last: world.now.monotonic, proven: true });
+    world.read();
+    assert_eq!(world.owed(), []);
+}
+
+#[test]
+fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
     let (first, second) = collision();
-    let mut world = World::with(&[key(1), second]);
-    world.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
+    let mut world = World::with(&[key(1), second, key(6)]);
+    world.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear();
+        device.peers.get_mut(&key(6)).unwrap().allowed_ips = vec![(key(5).link_local().into(), 128)];
+    });
     world.read();
     world.ledger.wants(key(2), world.now.monotonic);
-    let mut lacking = world.ledger.lacking([key(1), key(2), first, second, key(3), key(4)]);
-    lacking.sort_unstable();
-    assert_eq!(lacking, [key(3), key(4)]);
+    let hours = |hours: u64, proven| Age(hours * 3_600, proven);
+    let keys = [
+        (key(1), hours(0, false)),
+        (key(2), hours(0, false)),
+        (first, hours(0, false)),
+        (second, hours(0, false)),
+        (key(3), hours(2, false)),
+        (key(4), hours(8, true)),
+        (key(5), hours(0, true)),
+        (key(7), hours(3, false)),
+        (key(8), hours(9, true)),
+    ];
+    let now = world.now.monotonic;
+    assert_eq!(world.ledger.learn(keys, now), [key(4), key(3)], "the oldest first");
+    assert!(world.ledger.waits(&key(3)) && !world.ledger.is_announced(&key(3)));
+    assert!(world.ledger.learn(keys, now).is_empty(), "they wait already");
 }
 
 #[test]

@@ -1,0 +1,54 @@
+//! A kernel in memory that takes the time it is told to, and counts the keys that are whole in it.
+
+use std::collections::HashSet;
+use std::net::Ipv6Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use wgkex_common::Domain;
+use wgkex_worker::kernel::fake::{Delays, Fake};
+use wgkex_worker::kernel::{Change, Device, Kernel, KernelError};
+
+/// The in-memory kernel of `wgkex-worker`, watched.
+pub struct Counted {
+    fake: Fake,
+    flooded: HashSet<(Domain, Ipv6Addr)>,
+    count: Arc<AtomicU32>,
+}
+
+impl Counted {
+    /// Empty interfaces of `domains`.
+    pub fn new(domains: &[Domain], delays: Delays) -> Self {
+        let fake = Fake::with(domains);
+        fake.delay(delays);
+        Self { fake, flooded: HashSet::new(), count: Arc::default() }
+    }
+
+    /// How many entries the flood lists have; they are what a worker sets last of a key.
+    pub fn count(&self) -> Arc<AtomicU32> {
+        self.count.clone()
+    }
+}
+
+impl Kernel for Counted {
+    async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
+        self.fake.read(domain).await
+    }
+
+    async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
+        let results = self.fake.apply(domain, changes).await;
+        // It would remember them all.
+        let _ = self.fake.take_applies();
+        for (change, result) in changes.iter().zip(&results) {
+            if let (Change::AddFdb(address), Ok(())) = (change, result) {
+                self.flooded.insert((domain.clone(), *address));
+            }
+        }
+        self.count.store(u32::try_from(self.flooded.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        results
+    }
+
+    async fn changed(&mut self) {
+        self.fake.changed().await;
+    }
+}

@@ -1,0 +1,114 @@
+//! Row `dump`: what it costs to read and to classify all peers: the plan alone on tables in memory, and with the real
+//! kernel's tables beside the C tools that show the same.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::runtime::Runtime;
+use wgkex_tests::stack::Bus;
+use wgkex_worker::kernel::fake::Fake;
+use wgkex_worker::kernel::netlink::Netlink;
+use wgkex_worker::kernel::{Device, Kernel as _};
+use wgkex_worker::ledger::{Ledger, Now, Policy};
+use wgkex_worker::plan;
+
+use crate::gateway::{Gateway, SHOW, cost, domain, keys};
+use crate::measure::{Cost, median};
+use crate::table::{Place, Report, milliseconds, ratio};
+
+/// How often each is measured.
+const TIMES: usize = 5;
+
+/// Measures with up to `peers` of the kernel's, and up to five times as many in memory.
+pub fn measure(report: Report, peers: u32) {
+    let runtime = Runtime::new().unwrap();
+    if report.place == Place::Native {
+        let sizes = [1, 10, 20, 50, 100].map(|size| peers / 20 * size);
+        print(report, "classified in memory", &sizes.map(|size| (size, in_memory(&runtime, size), None)));
+    }
+    let gateway = Gateway::new(Bus::Mosquitto);
+    // Its threads are to be in the gateway's network.
+    let runtime = Runtime::new().unwrap();
+    let mut filled = 0;
+    let kernel = [peers / 20, peers / 2, peers].map(|size| {
+        gateway.by_c_tools(&keys(filled..size));
+        filled = size;
+        let shown: Cost = SHOW.iter().map(|command| median((0..TIMES).map(|_| cost(command)))).sum();
+        (size, real(&runtime), Some(shown.time))
+    });
+    print(report, "read and classified", &kernel);
+}
+
+fn print(report: Report, what: &str, sizes: &[(u32, Duration, Option<Duration>)]) {
+    for (size, time, shown) in sizes {
+        let per_peer = time.as_secs_f64() * 1e6 / f64::from(*size);
+        let line =
+            report.line(format!("{size} peers {what}"), format!("{}, {per_peer:.2} us each", milliseconds(*time)));
+        let line = match shown {
+            Some(shown) => {
+                line.against(format!("`wg`, `ip`, `bridge` show: {}", milliseconds(*shown)), ratio(*time, *shown))
+            }
+            None => line,
+        };
+        let holds = *time < Duration::from_millis(300);
+        let is_asked = *size == 20_000 && report.place == Place::Native;
+        if is_asked { line.wanted("< 300 ms", holds) } else { line }.print();
+    }
+    for (size, time, _) in sizes {
+        let Some((_, tenth, _)) = sizes.iter().find(|(other, ..)| other * 10 == *size) else { continue };
+        let ratio = ratio(*time, *tenth);
+        report
+            .line(format!("{size} peers {what}, ten times as many"), milliseconds(*time))
+            .against(format!("a tenth of them: {}", milliseconds(*tenth)), ratio)
+            .wanted("<= 12", ratio <= 12.0)
+            .print();
+    }
+}
+
+/// What the plan takes for tables of so many peers, again and again read as a worker does that runs.
+fn in_memory(runtime: &Runtime, peers: u32) -> Duration {
+    let (domain, keys) = (domain(), keys(0..peers));
+    let mut fake = Fake::with(std::slice::from_ref(&domain));
+    let changes = plan::changes(&plan::install(keys, None).steps);
+    runtime.block_on(fake.apply(&domain, &changes));
+    fake.alter(&domain, |device| {
+        let ages = (0..).map(Duration::from_secs);
+        for (peer, age) in device.peers.values_mut().zip(ages) {
+            peer.last_handshake = SystemTime::now().checked_sub(age);
+        }
+    });
+    let device = fake.device(&domain).unwrap();
+    let mut ledger = Ledger::new(Policy::default());
+    classify(&mut ledger, &device);
+    median((0..TIMES).map(|_| timed(|| classify(&mut ledger, &device))))
+}
+
+/// What a read of the kernel's tables and the plan take.
+fn real(runtime: &Runtime) -> Duration {
+    let (domain, mut ledger) = (domain(), Ledger::new(Policy::default()));
+    runtime.block_on(async {
+        let mut kernel = Netlink::open().unwrap();
+        let mut times = Vec::new();
+        for _ in 0..TIMES {
+            let began = Instant::now();
+            let device = kernel.read(&domain).await.unwrap();
+            classify(&mut ledger, &device);
+            times.push(began.elapsed());
+        }
+        median(times)
+    })
+}
+
+/// Everything that is concluded from one read.
+fn classify(ledger: &mut Ledger, device: &Device) {
+    let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
+    ledger.observe(device, now);
+    let owed = ledger.owed(device);
+    let _ = (ledger.stale(now.monotonic), ledger.orphaned(device, now.monotonic), ledger.counts(now.monotonic));
+    assert!(owed.is_empty(), "whole tables lack nothing");
+}
+
+fn timed(work: impl FnOnce()) -> Duration {
+    let began = Instant::now();
+    work();
+    began.elapsed()
+}

@@ -1,0 +1,96 @@
+//! Row `memory`: what the broker needs for each live key, and the worker for each peer; and that a flood of random keys
+//! does not make the broker grow.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use wgkex_tests::stack::{Bus, Plan, Stack};
+
+use crate::bus::{announce, start_mosquitto};
+use crate::gateway::{DOMAIN, Gateway, keys, wait_for_keys};
+use crate::measure::{look, memory};
+use crate::table::{Report, mebibytes};
+
+/// Live keys that a broker remembers at most by default.
+const MAX: u32 = 200_000;
+/// What is under way comes to rest.
+const REST: Duration = Duration::from_secs(5);
+/// A worker reads all tables once a minute, and needs the most memory then.
+const READ: Duration = Duration::from_secs(65);
+/// How long the broker may take for all keys.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Measures with up to so many peers of a worker, and ten times as many live keys of a broker.
+pub fn measure(report: Report, peers: u32) {
+    broker(report, peers * 10);
+    worker(report, peers);
+}
+
+fn broker(report: Report, most: u32) {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
+    let _mosquitto = start_mosquitto(&stack);
+    stack.start_broker();
+    stack.wait_until_ready();
+    let pid = stack.broker().pid();
+    let mut sent = 0;
+    let mut full = 0;
+    for live in [0, most / 4, most.min(MAX)] {
+        announce(&stack, DOMAIN, keys(sent..live));
+        sent = live;
+        wait_for(&stack, |known| known >= f64::from(live));
+        full = print(report, "broker", "live keys", pid, live, 30);
+    }
+    let flood = most * 5;
+    for part in 0..10 {
+        announce(&stack, DOMAIN, keys(sent + flood / 10 * part..sent + flood / 10 * (part + 1)));
+    }
+    sleep(REST);
+    let [after, peak] = memory(pid);
+    let grown = f64::from(after) / f64::from(full);
+    report
+        .line(
+            format!("broker, after {flood} random keys more"),
+            format!("{} (peak {})", mebibytes(after), mebibytes(peak)),
+        )
+        .against(format!("before them {}", mebibytes(full)), grown)
+        .wanted("<= 1.25", grown <= 1.25)
+        .print();
+}
+
+fn wait_for(stack: &Stack, enough: impl Fn(f64) -> bool) {
+    let series = format!("wgkex_broker_live_keys{{domain=\"{DOMAIN}\",state=\"unproven\"}}");
+    let found = look(Duration::from_millis(200), LIMIT, || stack.metric(&series).filter(|known| enough(*known)));
+    assert!(found.is_some(), "the broker lacks keys: {:?}", stack.metric(&series));
+}
+
+fn worker(report: Report, most: u32) {
+    let mut gateway = Gateway::new(Bus::Mosquitto);
+    gateway.start_bus();
+    gateway.start_worker();
+    let mut sent = 0;
+    for peers in [0, most / 20, most] {
+        announce(&gateway.stack, DOMAIN, keys(sent..peers));
+        sent = peers;
+        wait_for_keys(peers, Duration::from_millis(200));
+        sleep(if peers == most { READ } else { REST });
+        print(report, "worker", "peers", gateway.worker(), peers, 20);
+    }
+    gateway.stop_worker();
+    gateway.start_worker();
+    sleep(REST);
+    print(report, "worker, started anew", "peers", gateway.worker(), most, 20);
+}
+
+/// Prints the memory of a process that may have so many megabytes and 300 bytes for each; returns it, in KiB.
+fn print(report: Report, who: &str, what: &str, pid: u32, number: u32, base: u32) -> u32 {
+    sleep(REST);
+    let [now, peak] = memory(pid);
+    let allowed = base * 1_000_000 / 1024 + u32::try_from(u64::from(number) * 300 / 1024).unwrap_or(u32::MAX);
+    let ratio = f64::from(now) / f64::from(allowed);
+    report
+        .line(format!("{who}, {number} {what}"), format!("{} (peak {})", mebibytes(now), mebibytes(peak)))
+        .against(format!("{base} MB + 300 B each: {}", mebibytes(allowed)), ratio)
+        .wanted("<= 1.00", ratio <= 1.0)
+        .print();
+    now
+}

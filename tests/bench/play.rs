@@ -1,0 +1,166 @@
+//! The parts that this program itself plays, each in a process of its own: a bare HTTP server, a worker that has no
+//! kernel, and real workers on kernels in memory.
+
+use std::fs;
+use std::future::pending;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use actix_web::web::{self, Json};
+use actix_web::{App, HttpResponse, HttpServer};
+use serde::Deserialize;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use wgkex_common::config::Level;
+use wgkex_common::mqtt::{self, Bus, Client, Event, Message, Publish};
+use wgkex_common::{Config, Topic, log};
+use wgkex_tests::probe::Said;
+use wgkex_tests::process::Process;
+use wgkex_tests::scripted;
+use wgkex_tests::stack::V1;
+use wgkex_worker::kernel::fake::Delays;
+
+use crate::counted::Counted;
+
+/// Keys of one word of a worker that has no kernel.
+const BATCH: usize = 1_000;
+
+/// How often workers look how far they are.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// This program in another part, with these words.
+pub fn start(part: &str, words: &[&str]) -> Process {
+    let this = std::env::current_exe().expect("the path of this program");
+    Process::start(part, Command::new(this).args(["play", part]).args(words))
+}
+
+/// Plays the part that `words` name, for ever.
+pub fn play(words: &[String]) {
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        ["bare", address] => bare(address),
+        ["confirming", file, name] => Runtime::new().unwrap().block_on(worker(file, name, true)),
+        ["original", file, name] => Runtime::new().unwrap().block_on(worker(file, name, false)),
+        ["workers", file, wanted, delays, first, ref names @ ..] => {
+            log::init(Level::WARN);
+            let first = first.parse().expect("a port");
+            Runtime::new().unwrap().block_on(workers(
+                file,
+                wanted.parse().expect("a number"),
+                parse(delays),
+                first,
+                names,
+            ));
+        }
+        _ => panic!("not a part: {words:?}"),
+    }
+}
+
+/// What a router asks.
+#[derive(Deserialize)]
+struct Ask {
+    domain: String,
+    public_key: String,
+}
+
+/// An HTTP server that parses what a router asks, and answers.
+fn bare(address: &str) {
+    let answer = |ask: Json<Ask>| async move {
+        assert!(!ask.domain.is_empty() && ask.public_key.len() == 44);
+        HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" }))
+    };
+    let server = HttpServer::new(move || App::new().route(V1, web::post().to(answer))).bind(address);
+    let server = server.expect("a free port").run();
+    actix_web::rt::System::new().block_on(server).expect("it serves");
+}
+
+/// A worker that has every key at once, and says so if it is one that confirms.
+async fn worker(file: &str, name: &str, confirms: bool) {
+    let config = Config::parse(file, &fs::read_to_string(file).unwrap(), name).unwrap();
+    let domain = config.domains.first().expect("a domain").name().to_owned();
+    let ears =
+        Client { id: name.into(), will: None, states: vec![], events: vec![Topic::keys(&domain)], is_second: false };
+    let (bus, session) = mqtt::open(&config.mqtt, ears).unwrap();
+    let (confirmations, confirming) = mqtt::open(&config.mqtt, Client::second(format!("{name}-applied"))).unwrap();
+    let (sender, mut keys) = mpsc::unbounded_channel();
+    let hand_on = move |event| {
+        if let Event::Message(publish) = event {
+            // Once nobody takes them, the process ends.
+            let _ = sender.send(publish);
+        }
+    };
+    tokio::spawn(session.run(hand_on, pending()));
+    tokio::spawn(confirming.run(|_| {}, pending()));
+    let hello = confirms.then(|| scripted::hello(name));
+    let states = [scripted::data(name, &domain), scripted::peers_of(name, &domain, "0"), scripted::status(name, "1")];
+    for said in hello.into_iter().chain(states) {
+        say(&bus, said).await;
+    }
+    let mut batch = Vec::new();
+    while keys.recv_many(&mut batch, BATCH).await > 0 {
+        let applied = applied(&domain, &batch);
+        batch.clear();
+        if confirms {
+            let message = Message::event(Topic::Applied { worker: name.into() }, applied);
+            confirmations.publish(message).await.unwrap();
+        }
+    }
+}
+
+async fn say(bus: &Bus, said: Said) {
+    let topic = Topic::parse(&said.topic).expect("a topic of the contract");
+    bus.publish(Message::state(topic, said.payload)).await.unwrap();
+}
+
+fn applied(domain: &str, keys: &[Publish]) -> String {
+    let keys: Vec<_> = keys.iter().map(|key| format!("\"{}\"", String::from_utf8_lossy(&key.payload))).collect();
+    format!(r#"{{"domain":"{domain}","installed":[{}],"failed":{{}}}}"#, keys.join(","))
+}
+
+/// Real workers of these names, each with a kernel in memory. Says how far the last of them is whenever that changes,
+/// and `full` once all have all the keys that are wanted. In the config file `@name@` and `@port@` are each worker's own.
+async fn workers(file: &str, wanted: u32, delays: Delays, first: u16, names: &[&str]) {
+    let yaml = fs::read_to_string(file).unwrap();
+    let mut counts = Vec::new();
+    for (name, port) in names.iter().zip(first..) {
+        let own = yaml.replace("@name@", name).replace("@port@", &port.to_string());
+        let config = Config::parse(file, &own, name).unwrap();
+        let domains: Vec<_> = config.domains.iter().cloned().collect();
+        let kernel = Counted::new(&domains, delays);
+        counts.push(kernel.count());
+        tokio::spawn(async { wgkex_worker::run(config, kernel, pending()).await.expect("a worker that runs") });
+    }
+    let least = |counts: &[Arc<AtomicU32>]| counts.iter().map(|count| count.load(Ordering::Relaxed)).min();
+    let mut said = 0;
+    loop {
+        let least = least(&counts).unwrap_or_default();
+        if least != said {
+            println!("{}", if least >= wanted { "full".into() } else { format!("has {least}") });
+            said = least;
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// Delays as a word.
+pub fn word(delays: Delays) -> String {
+    [delays.read, delays.apply, delays.change].map(|delay| delay.as_micros().to_string()).join(",")
+}
+
+fn parse(word: &str) -> Delays {
+    let delays: Vec<_> = word.split(',').map(|delay| Duration::from_micros(delay.parse().expect("a delay"))).collect();
+    Delays { read: delays[0], apply: delays[1], change: delays[2] }
+}
+
+/// How many keys the last of the workers of a process has that plays `workers`; all of them is the most there is.
+pub fn has(workers: &Process) -> u32 {
+    let log = workers.log();
+    let last = log.lines().rev().find_map(|line| match line.strip_prefix("has ") {
+        Some(number) => number.parse().ok(),
+        None => (line == "full").then_some(u32::MAX),
+    });
+    last.unwrap_or_default()
+}

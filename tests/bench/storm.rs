@@ -1,0 +1,179 @@
+//! Row `storm`: thousands of routers ask within seconds, as after a power cut, and four gateways take them all. Here
+//! with kernels in memory that take the time of a real one, in the virtual machine with four real ones.
+
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Runtime;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::process::Process;
+use wgkex_tests::stack::{Bus, Plan, Stack, V2};
+use wgkex_worker::kernel::Kernel as _;
+use wgkex_worker::kernel::fake::Delays;
+use wgkex_worker::kernel::netlink::Netlink;
+use wgkex_worker::plan;
+
+use crate::bus::{start_mosquitto, wait_for_domain};
+use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, keep_network, keys};
+use crate::load::{Answers, Target, open};
+use crate::measure::{look, median, percentile};
+use crate::play;
+use crate::table::{Place, Report, milliseconds, ratio, seconds};
+
+/// How long the routers take to ask.
+const LASTS: Duration = Duration::from_secs(10);
+/// How long the gateways may take, from the first POST.
+const WANTED: Duration = Duration::from_secs(15);
+/// How long is waited for them.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How often to look whether a gateway has all.
+const LOOK: Duration = Duration::from_millis(50);
+/// The gateways.
+const GATEWAYS: u16 = 4;
+
+/// Measures with so many routers.
+pub fn measure(report: Report, routers: u32) {
+    match report.place {
+        Place::Native => in_memory(report, routers),
+        Place::Vm => real(report, routers),
+    }
+}
+
+fn in_memory(report: Report, routers: u32) {
+    let delays = cost_of_a_kernel();
+    let shown = [delays.read, delays.apply, delays.change].map(milliseconds).join(", ");
+    report.line("a kernel's time for a read of 1000 peers, a call, a change", shown).print();
+
+    enter_new_network();
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
+    let _mosquitto = start_mosquitto(&stack);
+    stack.start_broker();
+    stack.wait_until_ready();
+    let file = worker_config(&stack, &[DOMAIN], "workers.yaml");
+    let start = |n: u16| {
+        let (name, port) = (format!("gw{n}"), (10_000 + n).to_string());
+        play::start("workers", &[&file, &routers.to_string(), &play::word(delays), &port, &name])
+    };
+    let workers: Vec<_> = (0..GATEWAYS).map(start).collect();
+    wait_for_domain(stack.mqtt, DOMAIN, GATEWAYS.into());
+    let target = Target { server: stack.http, path: V2, domain: DOMAIN };
+    let has = || workers.iter().map(play::has).min().unwrap_or_default();
+    let (time, answers) = storm(routers, has, move || open(target, 0..routers, LASTS));
+    print(report, "kernels in memory", routers, time, has(), answers);
+}
+
+/// A config for [`play`]'s workers on the bus of `stack`.
+pub fn worker_config(stack: &Stack, domains: &[&str], name: &str) -> String {
+    let (ip, port, state) = (stack.mqtt.ip(), stack.mqtt.port(), stack.dir().join("@name@"));
+    let yaml = format!(
+        "domains: [{}]\ndomain_prefixes: [ffx_]\nmqtt: {{broker_url: \"{ip}\", broker_port: {port}}}\n\
+         worker_listen: \"127.0.0.1:@port@\"\nstate_dir: {}\n",
+        domains.join(", "),
+        state.display(),
+    );
+    let file = stack.dir().join(name);
+    fs::write(&file, yaml).unwrap();
+    file.display().to_string()
+}
+
+/// What this machine's kernel takes, by netlink as the worker speaks it.
+fn cost_of_a_kernel() -> Delays {
+    let _gateway = Gateway::new(Bus::Mosquitto);
+    let (domain, mut keys) = (domain(), keys(0..1_200));
+    let many = keys.split_off(200);
+    Runtime::new().unwrap().block_on(async {
+        let mut kernel = Netlink::open().unwrap();
+        let mut singles = Vec::new();
+        for key in keys {
+            let began = Instant::now();
+            kernel.apply(&domain, &plan::changes(&plan::install([key], None).steps)).await;
+            singles.push(began.elapsed());
+        }
+        let changes = plan::changes(&plan::install(many, None).steps);
+        let began = Instant::now();
+        kernel.apply(&domain, &changes).await;
+        let change = began.elapsed() / u32::try_from(changes.len()).unwrap();
+        let began = Instant::now();
+        kernel.read(&domain).await.unwrap();
+        Delays { read: began.elapsed(), apply: median(singles).saturating_sub(change * 3), change }
+    })
+}
+
+fn real(report: Report, routers: u32) {
+    let hub = Host::new("hub", Lane::Kernel);
+    hub.inside(keep_network);
+    hub.configure("mqtt: {broker_url: 127.0.0.1}\n");
+    let config = "listener 1883 0.0.0.0\nallow_anonymous true\nuser root\nmax_queued_messages 0\n";
+    fs::write(hub.path("/run/mosquitto.conf"), config).unwrap();
+    let mosquitto = hub.start("mosquitto", Path::new("/usr/sbin/mosquitto"), &["-c", "/run/mosquitto.conf"], &[]);
+    mosquitto.wait_for_log(" running");
+    let _broker = hub.start_broker();
+    let gateways: Vec<_> = (1..=GATEWAYS).map(|n| gateway(&hub, u8::try_from(n).unwrap())).collect();
+    hub.inside(|| wait_for_domain("127.0.0.1:1883".parse().unwrap(), "test_a", GATEWAYS.into()));
+
+    let server = "127.0.0.1:5000".parse().unwrap();
+    let target = Target { server, path: V2, domain: "test_a" };
+    let (time, answers) = thread::scope(|scope| {
+        let (hub, gateways) = (&hub, &gateways);
+        let (done, answers) = mpsc::channel();
+        let began = Instant::now();
+        scope.spawn(move || done.send(hub.inside(|| open(target, 0..routers, LASTS))));
+        let time = look(LOOK, LIMIT, || (least(gateways) >= routers).then(|| began.elapsed()));
+        (time, answers.recv().unwrap())
+    });
+    print(report, "real kernels", routers, time, least(&gateways), answers);
+    for (gateway, _) in &gateways {
+        let lengths = gateway.tables("a").lengths();
+        assert!(time.is_none() || lengths == [routers as usize; 3], "{lengths:?}");
+    }
+}
+
+fn gateway(hub: &Host, n: u8) -> (Host, Process) {
+    let gateway = Host::new(&format!("gw{n}"), Lane::Kernel);
+    gateway.inside(keep_network);
+    let (there, _) = hub.connect(&gateway, n);
+    gateway.configure(&format!("mqtt: {{broker_url: {there}}}\n"));
+    gateway.setup();
+    let worker = gateway.start_worker();
+    (gateway, worker)
+}
+
+/// How many keys the gateway has that has the fewest.
+fn least(gateways: &[(Host, Process)]) -> u32 {
+    let installed = "wgkex_worker_keys_installed_total{domain=\"test_a\"}";
+    let number = |gateway: &Host| gateway.metric(9586, installed)?.parse().ok();
+    gateways.iter().map(|(gateway, _)| number(gateway).unwrap_or_default()).min().unwrap_or_default()
+}
+
+/// Has the routers ask, and waits for the gateways.
+fn storm(
+    routers: u32,
+    has: impl Fn() -> u32,
+    ask: impl FnOnce() -> Answers + Send + 'static,
+) -> (Option<Duration>, Answers) {
+    let began = Instant::now();
+    let asking = thread::spawn(ask);
+    let time = look(LOOK, LIMIT, || (has() >= routers).then(|| began.elapsed()));
+    (time, asking.join().unwrap())
+}
+
+fn print(report: Report, what: &str, routers: u32, time: Option<Duration>, least: u32, mut answers: Answers) {
+    let Answers { good, bad, .. } = answers;
+    let measured = time.map_or(format!("{} of {routers} keys after {}", least.min(routers), seconds(LIMIT)), seconds);
+    report
+        .line(format!("{routers} routers, {GATEWAYS} gateways, {what}: all have all"), measured)
+        .against(format!("the routers take {}", seconds(LASTS)), ratio(time.unwrap_or(LIMIT), LASTS))
+        .wanted("< 15 s", time.is_some_and(|time| time < WANTED))
+        .print();
+    let times = [50, 99, 100].map(|share| milliseconds(percentile(&mut answers.times, share))).join(", ");
+    report
+        .line(
+            format!("{what}: POSTs answered 200; all answers' p50, p99, max"),
+            format!("{good}, {bad} others; {times}"),
+        )
+        .wanted("all 200", bad == 0)
+        .print();
+}
