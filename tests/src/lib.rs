@@ -8,6 +8,7 @@ pub mod gateway;
 pub mod http;
 pub mod probe;
 pub mod process;
+pub mod proxy;
 pub mod scripted;
 pub mod stack;
 

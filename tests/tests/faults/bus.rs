@@ -1,0 +1,111 @@
+//! The MQTT server stands still, goes and comes; the line to it is slow, or loses messages.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::Lane;
+use wgkex_tests::proxy::{Manner, Proxy};
+
+use crate::lab::{Fleet, Node, Pace, Role, Routers, pass};
+
+/// So that a fault can be watched, and a slow machine does not look like one.
+const BUDGET: &str = "confirm_timeout: 0.5\nconfirm_budget: 1";
+/// An answer takes no longer than the budget above and this.
+const ANSWER: Duration = Duration::from_secs(1 + 2);
+/// 5,000 routers, of whom 3,300 come in the half minute.
+const ROUTERS: Pace = Pace { every: Duration::from_millis(9), at_most: 5_000 };
+const HALF_A_MINUTE: Duration = Duration::from_secs(30);
+
+pub fn an_mqtt_server_that_is_frozen_for_half_a_minute_makes_no_answer_untrue(lane: Lane) {
+    without_mqtt(lane, |fleet, wait| {
+        fleet.mosquitto.signal(Signal::SIGSTOP);
+        wait();
+        fleet.mosquitto.signal(Signal::SIGCONT);
+    });
+}
+
+pub fn an_mqtt_server_that_is_gone_for_half_a_minute_makes_no_answer_untrue(lane: Lane) {
+    without_mqtt(lane, |fleet, wait| {
+        let _ = fleet.mosquitto.end_by(Signal::SIGKILL);
+        wait();
+        fleet.mosquitto = fleet.hub.start_mosquitto();
+    });
+}
+
+fn without_mqtt(lane: Lane, fault: impl FnOnce(&mut Fleet, &dyn Fn())) {
+    let mut fleet = Fleet::new(lane, 1, 2, BUDGET);
+    let routers = Routers::new();
+    routers.ask_during(&fleet.doors(), ROUTERS, || {
+        pass(Duration::from_secs(5));
+        fault(&mut fleet, &|| {
+            // What is under way finds its end.
+            pass(ANSWER);
+            let before = routers.answers().accepted.len();
+            pass(HALF_A_MINUTE - ANSWER);
+            assert_eq!(routers.answers().accepted.len(), before, "accepted while nobody could hear of it");
+        });
+    });
+    let answers = routers.answers().clone();
+    assert_eq!((answers.asked.len(), answers.silent), (5_000, 0));
+    assert!(answers.refused.len() > 1_000 && answers.accepted.len() > 1_000, "{}", answers.refused.len());
+    let slowest = answers.refused.iter().max().unwrap();
+    assert!(*slowest < ANSWER, "a router waited {slowest:?} for a 503");
+    fleet.caught_up(&routers);
+}
+
+pub fn an_mqtt_server_that_is_killed_and_forgets_everything_loses_no_key(lane: Lane) {
+    let mut fleet = Fleet::new(lane, 1, 2, "");
+    let routers = Routers::new();
+    routers.ask_during(&fleet.doors(), Pace::per_second(100), || {
+        for up in [3_000, 1_500, 4_000] {
+            pass(Duration::from_millis(up));
+            let _ = fleet.mosquitto.end_by(Signal::SIGKILL);
+            fleet.mosquitto = fleet.hub.start_mosquitto();
+        }
+        let served = routers.answers().accepted.len();
+        crate::lab::within("routers are served again", crate::lab::CAUGHT_UP, || {
+            (routers.answers().accepted.len() > served + 100).then_some(())
+        });
+    });
+    fleet.caught_up(&routers);
+}
+
+pub fn a_slow_line_brings_every_key(lane: Lane) {
+    let manner = Manner::Slow { delay: Duration::from_millis(100), rate: 20_000 };
+    let (mut fleet, _proxy) = behind(lane, manner);
+    let routers = Routers::new();
+    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(10), at_most: 2_500 }, || {});
+    fleet.caught_up(&routers);
+    // All at once, by the slow line.
+    let far = &mut fleet.gateways[1];
+    far.kill();
+    far.forget();
+    far.host.remove();
+    far.host.setup();
+    far.start_again();
+    fleet.caught_up(&routers);
+}
+
+pub fn a_line_that_drops_keys_silently_brings_them_late(lane: Lane) {
+    let (fleet, proxy) = behind(lane, Manner::Dropping(10));
+    let routers = Routers::new();
+    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(5), at_most: 2_000 }, || {});
+    assert!(proxy.dropped() >= 190, "{} keys are dropped", proxy.dropped());
+    fleet.caught_up(&routers);
+    let learnt = fleet.gateways[1].figure(r#"wgkex_worker_keys_learnt_total{domain="test_a"} "#).unwrap();
+    assert!(learnt >= 100, "{learnt} keys came from the broker, of {} dropped", proxy.dropped());
+}
+
+/// A gateway with a good line, and one with this.
+fn behind(lane: Lane, manner: Manner) -> (Fleet, Proxy) {
+    let mut fleet = Fleet::new(lane, 1, 1, "");
+    let (host, server) = fleet.host("gw2");
+    let line = SocketAddr::from((Ipv4Addr::LOCALHOST, 1884));
+    let proxy = host.inside(|| Proxy::start(line, SocketAddr::from((server, 1883)), manner));
+    host.configure("mqtt: {broker_url: 127.0.0.1, broker_port: 1884}\n");
+    host.setup();
+    fleet.gateways.push(Node::start(host, Role::Gateway));
+    fleet.is_complete();
+    (fleet, proxy)
+}

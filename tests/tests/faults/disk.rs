@@ -1,0 +1,129 @@
+//! The disk is full, read-only, or has damaged what was written.
+
+use std::fs;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use wgkex_tests::gateway::Lane;
+
+use crate::lab::{CAUGHT_UP, Fleet, Node, Pace, Routers, caught_up, pass, within};
+
+const STATE: &str = "/run/wgkex/state";
+
+pub fn with_a_full_disk_both_serve_and_they_write_when_there_is_room(lane: Lane) {
+    let mut fleet = Fleet::new(lane, 1, 1, "");
+    let routers = Routers::new();
+    for_each(&mut fleet, |node| {
+        node.kill();
+        node.host.run(&format!("mount -t tmpfs -o size=512k none {STATE}"));
+        node.start_again();
+    });
+    fleet.is_complete();
+    routers.ask(&fleet.doors(), 100);
+    for_each(&mut fleet, |node| {
+        is_kept(node, true);
+        // The last blocks, too.
+        let _ = node.host.try_run(&format!("dd if=/dev/zero of={STATE}/filler bs=4k; cat /dev/zero >> {STATE}/filler"));
+    });
+    let keys_after = 5_000;
+    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(3), at_most: keys_after }, || {});
+    assert!(routers.answers().accepted.len() > 5_000, "{} accepted", routers.answers().accepted.len());
+    for_each(&mut fleet, |node| {
+        is_kept(node, false);
+        assert_eq!(warnings(node), 1, "{}", node.process.log());
+        node.host.run(&format!("rm {STATE}/filler && mount -o remount,size=16m {STATE}"));
+        is_kept(node, true);
+    });
+    knows_all(&mut fleet, &routers);
+}
+
+pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane) {
+    let mut fleet = Fleet::new(lane, 1, 1, "");
+    let routers = Routers::new();
+    for_each(&mut fleet, |node| {
+        node.kill();
+        node.host.run(&format!("mount -t tmpfs none {STATE} && mount -o remount,ro {STATE}"));
+        node.start_again();
+    });
+    fleet.is_complete();
+    routers.ask(&fleet.doors(), 200);
+    assert_eq!(routers.answers().accepted.len(), 200);
+    for_each(&mut fleet, |node| {
+        is_kept(node, false);
+        assert_eq!(warnings(node), 1, "{}", node.process.log());
+        node.host.run(&format!("mount -o remount,rw {STATE}"));
+        is_kept(node, true);
+    });
+    knows_all(&mut fleet, &routers);
+}
+
+pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
+    let mut fleet = Fleet::new(lane, 1, 1, "");
+    let routers = Routers::new();
+    routers.ask(&fleet.doors(), 200);
+    // Written, and cut or scribbled over after that.
+    let damages: [fn(Vec<u8>) -> Vec<u8>; 4] = [
+        |_| b"this is no database, but it is longer than a header of one, which has a hundred bytes: ".repeat(3),
+        |file| file[..file.len() / 2].to_vec(),
+        |mut file| {
+            let middle = file.len() / 3;
+            file[middle..].fill(0x55);
+            file
+        },
+        |file| file.iter().map(|byte| !byte).collect(),
+    ];
+    for damage in damages {
+        pass(Duration::from_secs(2));
+        for_each(&mut fleet, |node| {
+            // It puts everything into one file as it ends.
+            let _ = node.process.end_by(Signal::SIGTERM);
+            let file = node.host.path(&format!("{STATE}/{}.sqlite", name(node)));
+            fs::write(&file, damage(fs::read(&file).unwrap())).unwrap();
+            node.host.run(&format!("rm -f {STATE}/*-wal"));
+            node.start_again();
+            node.process.wait_for_log("state file is damaged");
+            let aside = node.host.run(&format!("ls {STATE} | grep -c 'sqlite.damaged-[0-9]*$' || true"));
+            assert_ne!(aside, "0");
+            is_kept(node, true);
+        });
+        fleet.is_complete();
+        routers.ask(&fleet.doors(), 50);
+        fleet.caught_up(&routers);
+    }
+}
+
+fn for_each(fleet: &mut Fleet, work: impl FnMut(&mut Node)) {
+    fleet.brokers.iter_mut().chain(&mut fleet.gateways).for_each(work);
+}
+
+fn name(node: &Node) -> &'static str {
+    if node.is_broker() { "broker" } else { "worker" }
+}
+
+fn is_kept(node: &Node, wanted: bool) {
+    let series = format!("wgkex_{}_state_kept ", name(node));
+    within(&format!("state is kept: {wanted}"), CAUGHT_UP, || {
+        (node.figure(&series)? == u64::from(wanted)).then_some(())
+    });
+}
+
+fn warnings(node: &Node) -> usize {
+    node.process.log().lines().filter(|line| line.contains("state cannot be kept")).count()
+}
+
+/// Both know all after a restart, though nobody tells them: the gateway's interfaces are new, its broker is gone.
+fn knows_all(fleet: &mut Fleet, routers: &Routers) {
+    let accepted = routers.answers().accepted.len() as u64;
+    pass(Duration::from_secs(2));
+    let (broker, gateway) = (&mut fleet.brokers[0], &mut fleet.gateways[0]);
+    broker.kill();
+    gateway.kill();
+    gateway.host.remove();
+    gateway.host.setup();
+    gateway.start_again();
+    caught_up(&gateway.host, routers);
+    gateway.kill();
+    broker.start_again();
+    let live = within("the broker serves", CAUGHT_UP, || broker.live());
+    assert!(live >= accepted, "{live} of {accepted}");
+}

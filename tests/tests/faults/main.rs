@@ -1,0 +1,55 @@
+//! What goes wrong in the field, made to happen to the real programs. Each test ends with the kernels of the gateways
+//! equal to the reference: every key that got a 200 is there, whole, and none that nobody asked with.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
+mod brokers;
+mod bus;
+mod clock;
+mod disk;
+mod kernel;
+mod lab;
+mod random;
+mod slow;
+mod workers;
+
+macro_rules! lane {
+    ($name:ident, $lane:ident, $why:literal: $($file:ident::$scenario:ident),* $(,)?) => {
+        mod $name {
+            $(#[test]
+            #[ignore = $why]
+            fn $scenario() {
+                crate::$file::$scenario(wgkex_tests::gateway::Lane::$lane);
+            })*
+        }
+    };
+}
+
+lane! { netns, Userspace, "needs root: tests/run netns":
+    brokers::a_broker_killed_between_publish_and_answer_leaves_nothing_half_done,
+    brokers::a_broker_killed_while_it_writes_knows_what_it_accepted_a_second_before,
+    brokers::brokers_that_forgot_everything_learn_the_proven_keys_from_the_gateways,
+    brokers::either_of_two_brokers_may_die,
+    bus::a_line_that_drops_keys_silently_brings_them_late,
+    bus::a_slow_line_brings_every_key,
+    bus::an_mqtt_server_that_is_frozen_for_half_a_minute_makes_no_answer_untrue,
+    bus::an_mqtt_server_that_is_gone_for_half_a_minute_makes_no_answer_untrue,
+    bus::an_mqtt_server_that_is_killed_and_forgets_everything_loses_no_key,
+    disk::damaged_state_is_set_aside_and_nobody_is_kept_from_starting,
+    disk::with_a_full_disk_both_serve_and_they_write_when_there_is_room,
+    disk::with_a_read_only_disk_both_serve_and_they_write_when_they_may,
+    kernel::a_worker_that_missed_what_netlink_said_notices_and_catches_up,
+    kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,
+    kernel::what_is_lost_is_repaired_what_is_left_over_goes_and_what_is_foreign_stays,
+    random::a_hundred_random_faults_lose_no_key_and_leak_nothing,
+    workers::a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk,
+    workers::a_worker_killed_in_the_middle_of_a_batch_goes_on,
+    workers::a_worker_that_finds_an_intact_kernel_touches_nothing,
+}
+
+// Where the kernel's own WireGuard matters, and its clock.
+lane! { vm, Kernel, "needs WireGuard in the kernel: tests/run vm":
+    clock::a_clock_that_is_stepped_costs_no_peer_and_no_key,
+    kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,
+    workers::a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk,
+}
