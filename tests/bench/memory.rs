@@ -11,8 +11,6 @@ use crate::gateway::{DOMAIN, Gateway, keys, wait_for_keys};
 use crate::measure::{look, memory};
 use crate::table::{Report, mebibytes};
 
-/// Live keys that a broker remembers at most by default.
-const MAX: u32 = 200_000;
 /// What is under way comes to rest.
 const REST: Duration = Duration::from_secs(5);
 /// A worker reads all tables once a minute, and needs the most memory then.
@@ -20,21 +18,23 @@ const READ: Duration = Duration::from_secs(65);
 /// How long the broker may take for all keys.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// Measures with up to so many peers of a worker, and ten times as many live keys of a broker.
+/// Measures with up to so many peers of a worker, and ten times as many live keys of a broker,
+/// which is what it remembers at most by default.
 pub fn measure(report: Report, peers: u32) {
     broker(report, peers * 10);
     worker(report, peers);
 }
 
 fn broker(report: Report, most: u32) {
-    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
+    let max = format!("live_keys: {{max: {most}}}");
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]).config(&max));
     let _mosquitto = start_mosquitto(&stack);
     stack.start_broker();
     stack.wait_until_ready();
     let pid = stack.broker().pid();
     let mut sent = 0;
     let mut full = 0;
-    for live in [0, most / 4, most.min(MAX)] {
+    for live in [0, most / 4, most] {
         announce(&stack, DOMAIN, keys(sent..live));
         sent = live;
         wait_for(&stack, |known| known >= f64::from(live));
