@@ -49,17 +49,16 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
     let monitor = |args: &[&str]| host.start("monitor", args[0].as_ref(), &args[1..], &[]);
     let monitors =
         [monitor(&["/usr/bin/ip", "-6", "monitor", "route"]), monitor(&["/usr/sbin/bridge", "monitor", "fdb"])];
-    // They see what happens.
-    host.run(
-        "ip -6 route add fe80::77/128 dev wg-a && bridge fdb append 00:00:00:00:00:00 dst fe80::77 via wg-a dev vx-a",
-    );
-    monitors.iter().for_each(|monitor| drop(monitor.wait_for_log("fe80::77")));
-    host.run(
-        "ip -6 route del fe80::77/128 dev wg-a && bridge fdb del 00:00:00:00:00:00 dst fe80::77 via wg-a dev vx-a",
-    );
-    monitors.iter().for_each(|monitor| drop(monitor.wait_for_log("eleted")));
+    // They see what happens, once they have begun to look.
+    let flood = "00:00:00:00:00:00 dst fe80::77 via wg-a dev vx-a";
+    within("the monitors look", CAUGHT_UP, || {
+        host.run(&format!("ip -6 route add fe80::77/128 dev wg-a && bridge fdb append {flood}"));
+        host.run(&format!("ip -6 route del fe80::77/128 dev wg-a && bridge fdb del {flood}"));
+        monitors.iter().all(|monitor| monitor.log().contains("Deleted")).then_some(())
+    });
+    pass(Duration::from_secs(1));
     let lines = |monitor: &Process| monitor.log().lines().count();
-    let before = (monitors.each_ref().map(lines), host.run("wg show wg-a dump"), host.tables("a"));
+    let before = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
     let _ = gateway.process.end_by(signal);
     gateway.start_again();
     gateway.process.wait_for_log("asking for all live keys");
@@ -69,7 +68,7 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
     // All pages come, and what they bring is looked at.
     pass(Duration::from_secs(5));
     let host = &gateway.host;
-    let after = (monitors.each_ref().map(lines), host.run("wg show wg-a dump"), host.tables("a"));
+    let after = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
     assert!(before == after, "{signal}: the restart changed the kernel: {}, {}", monitors[0].log(), monitors[1].log());
     assert!(!gateway.process.log().contains("peers are removed"), "{}", gateway.process.log());
 }
