@@ -104,11 +104,14 @@ pub fn brokers_that_forgot_everything_learn_the_proven_keys_from_the_gateways(la
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 50);
+    let witness = fleet.witness();
     let (router, talking) = router(&fleet, lane);
     routers.note([talking.clone()]);
     let proven = r#"wgkex_broker_live_keys{domain="test_a",state="proven"} "#;
     let limit = Duration::from_secs(150);
     within("the broker hears of the handshake", limit, || (fleet.brokers[0].figure(proven)? == 1).then_some(()));
+    let seen = witness.next_on("wgkex/worker/gw1/seen").text();
+    assert!(seen.contains(&talking) && !seen.contains("198.18."), "the key, and no address: {seen}");
 
     fleet.brokers[0].kill();
     fleet.brokers[0].forget();

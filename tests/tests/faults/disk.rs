@@ -55,6 +55,24 @@ pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane)
         is_kept(node, true);
     });
     knows_all(&mut fleet, &routers);
+
+    // What was there when they were asked to end can be read all the same.
+    fleet.gateways[0].start_again();
+    fleet.is_complete();
+    let (broker, gateway) = (&mut fleet.brokers[0], &mut fleet.gateways[0]);
+    for node in [&mut *broker, &mut *gateway] {
+        let _ = node.process.end_by(Signal::SIGTERM);
+        node.host.run(&format!("mount -o remount,ro {STATE}"));
+    }
+    gateway.host.remove();
+    gateway.host.setup();
+    gateway.start_again();
+    caught_up(&gateway.host, &routers);
+    broker.start_again();
+    let accepted = routers.answers().accepted.len() as u64;
+    within("the broker serves", CAUGHT_UP, || (broker.live()? >= accepted).then_some(()));
+    is_kept(broker, false);
+    is_kept(gateway, false);
 }
 
 pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {

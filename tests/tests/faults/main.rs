@@ -9,6 +9,7 @@ mod clock;
 mod disk;
 mod kernel;
 mod lab;
+mod live;
 mod random;
 mod slow;
 mod workers;

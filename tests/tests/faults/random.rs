@@ -14,7 +14,7 @@ use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
 const WARM_UP: u32 = 50;
 const ROUNDS: u32 = 100;
 /// What a survivor may use beside what its keys need: allocators keep some.
-const SLACK_KB: u64 = 24 * 1024;
+const SLACK_KB: u64 = 8 * 1024;
 /// Threads and descriptors that come and go.
 const SLACK: u64 = 8;
 

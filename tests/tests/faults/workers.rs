@@ -79,8 +79,13 @@ pub fn a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk(lan
     let routers = Routers::new();
     announce(&fleet, &routers, keys);
 
-    // A gateway that knows nothing, as after a reboot with a new disk.
+    // A gateway that knows nothing, as after a reboot with a new disk. It serves before it has everything.
     fleet.add_gateway("");
+    fleet.is_complete();
+    routers.ask(&fleet.doors(), 20);
+    let so_far = fleet.gateways[0].host.tables("a").peers.len();
+    assert!(routers.answers().accepted.len() == keys as usize + 20, "all are served at once");
+    assert!(so_far < keys as usize, "it was faster than the routers: nothing can be seen");
     fleet.caught_up(&routers);
     // The rest is written.
     pass(Duration::from_secs(2));
