@@ -12,7 +12,7 @@ use wgkex_worker::ledger::{Ledger, Now, Policy};
 use wgkex_worker::plan;
 
 use crate::gateway::{Gateway, SHOW, cost, domain, keys};
-use crate::measure::{Cost, median};
+use crate::measure::{Cost, median, thread_cpu};
 use crate::table::{Place, Report, milliseconds, ratio};
 
 /// How often each is measured.
@@ -64,7 +64,7 @@ fn print(report: Report, what: &str, sizes: &[(u32, Duration, Option<Duration>)]
     }
 }
 
-/// What the plan takes for tables of so many peers, again and again read as a worker does that runs.
+/// The CPU time of the plan for tables of so many peers, again and again read as a worker does that runs.
 fn in_memory(runtime: &Runtime, peers: u32) -> Duration {
     let (domain, keys) = (domain(), keys(0..peers));
     let mut fake = Fake::with(std::slice::from_ref(&domain));
@@ -79,7 +79,7 @@ fn in_memory(runtime: &Runtime, peers: u32) -> Duration {
     let device = fake.device(&domain).unwrap();
     let mut ledger = Ledger::new(Policy::default());
     classify(&mut ledger, &device);
-    median((0..TIMES).map(|_| timed(|| classify(&mut ledger, &device))))
+    median((0..TIMES).map(|_| thread_cpu(|| classify(&mut ledger, &device))))
 }
 
 /// What a read of the kernel's tables and the plan take.
@@ -105,10 +105,4 @@ fn classify(ledger: &mut Ledger, device: &Device) {
     let owed = ledger.owed(device);
     let _ = (ledger.stale(now.monotonic), ledger.orphaned(device, now.monotonic), ledger.counts(now.monotonic));
     assert!(owed.is_empty(), "whole tables lack nothing");
-}
-
-fn timed(work: impl FnOnce()) -> Duration {
-    let began = Instant::now();
-    work();
-    began.elapsed()
 }

@@ -37,9 +37,20 @@ pub fn children(work: impl FnOnce()) -> Cost {
     Cost { time: began.elapsed(), cpu: children_cpu().saturating_sub(cpu) }
 }
 
+/// The CPU time that `work` took on this thread, whatever else the machine does.
+pub fn thread_cpu(work: impl FnOnce()) -> Duration {
+    let before = used(UsageWho::RUSAGE_THREAD);
+    work();
+    used(UsageWho::RUSAGE_THREAD).saturating_sub(before)
+}
+
 /// The CPU time of all children that ended and were awaited.
 fn children_cpu() -> Duration {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("what the children used");
+    used(UsageWho::RUSAGE_CHILDREN)
+}
+
+fn used(who: UsageWho) -> Duration {
+    let usage = getrusage(who).expect("what was used");
     let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
     Duration::from_micros(microseconds.unsigned_abs())
 }
