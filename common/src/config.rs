@@ -89,8 +89,17 @@ pub struct Mqtt {
     pub credentials: Option<Credentials>,
     /// How long the line may be silent; whole seconds, 1 to 65535.
     pub keepalive: Duration,
-    /// Whether the connection is encrypted.
-    pub tls: bool,
+    /// How the connection is encrypted; none if it is not.
+    pub tls: Option<Tls>,
+}
+
+/// What makes an encrypted connection one that both sides trust.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// The certificates, as PEM, by one of which the server's must be signed; none for the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The own certificate and its private key, as PEM, for a server that asks for them.
+    pub own: Option<(PathBuf, PathBuf)>,
 }
 
 /// The MQTT server.

@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path as FilePath;
+use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{Flag, Keepalive, LogLevel, Port, Seconds, Text};
+use super::leaf::{File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Worker};
+use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Tls, Worker};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -165,24 +165,42 @@ fn listen(raw: raw::Listen, default_port: u16) -> Listen {
 fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
     let is_encrypted = raw.tls.is_some_and(|tls| tls.0);
     let is_external = raw.broker_url.is_some();
+    let (another, none, plain) =
+        ("mqtt.broker_url names another server", "mqtt.broker_url is not set", "mqtt.tls is not true");
     let unused = [
-        ("mqtt.broker_port", !is_external && port(raw.broker_port.as_ref(), 1883) != 1883),
-        ("mqtt.tls", !is_external && is_encrypted),
-        ("mqtt_listen", is_external && (mqtt_listen.host.is_some() || mqtt_listen.port.is_some())),
+        ("mqtt.broker_port", !is_external && port(raw.broker_port.as_ref(), 1883) != 1883, none),
+        ("mqtt.tls", !is_external && is_encrypted, none),
+        ("mqtt.ca_file", !is_encrypted && raw.ca_file.is_some(), plain),
+        ("mqtt.cert_file", !is_encrypted && raw.cert_file.is_some(), plain),
+        ("mqtt.key_file", !is_encrypted && raw.key_file.is_some(), plain),
+        ("mqtt_listen", is_external && (mqtt_listen.host.is_some() || mqtt_listen.port.is_some()), another),
     ];
-    for (path, _) in unused.iter().filter(|(_, is_unused)| *is_unused) {
-        let why = if is_external { "mqtt.broker_url names another server" } else { "mqtt.broker_url is not set" };
+    for (path, _, why) in unused.iter().filter(|(_, is_unused, _)| *is_unused) {
         report.warn(&Path::of(path), &format!("is not used, as {why}"));
     }
+    let tls = tls(raw.ca_file, raw.cert_file, raw.key_file, report);
     Mqtt {
         credentials: credentials(raw.username, raw.password, report),
         keepalive: Duration::from_secs(raw.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
-        tls: is_encrypted && is_external,
+        tls: (is_encrypted && is_external).then_some(tls),
         server: match raw.broker_url {
             Some(host) => Server::External { host: host.0, port: port(raw.broker_port.as_ref(), 1883) },
             None => Server::Embedded(embedded(&listen(mqtt_listen, 1883), report)),
         },
     }
+}
+
+fn tls(ca: Option<File>, certificate: Option<File>, key: Option<File>, report: &mut Report) -> Tls {
+    let path = |file: File| PathBuf::from(file.0);
+    for (has, lacks, is_alone) in [
+        ("mqtt.cert_file", "mqtt.key_file", certificate.is_some() && key.is_none()),
+        ("mqtt.key_file", "mqtt.cert_file", key.is_some() && certificate.is_none()),
+    ] {
+        if is_alone {
+            report.refuse(&Path::of(lacks), &format!("is missing, as {has} is set, a file is needed"));
+        }
+    }
+    Tls { ca_file: ca.map(path), own: certificate.map(path).zip(key.map(path)) }
 }
 
 /// Where the embedded server listens: it trusts whoever reaches it, so only this machine may.

@@ -50,6 +50,11 @@ leaf!(
     |value: &Value| text(value).filter(|text| text.starts_with('/')),
     "is not a directory, an absolute path is allowed"
 );
+leaf!(
+    File(String),
+    |value: &Value| text(value).filter(|text| text.starts_with('/')),
+    "is not a file, an absolute path is allowed"
+);
 leaf!(Flag(bool), flag, "is not a truth value, true or false is allowed");
 leaf!(Port(u16), |value: &Value| whole(value, 1..=65535), "is not a port, a number from 1 to 65535 is allowed");
 leaf!(

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Count, Directory, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share, Text,
-    Vni,
+    Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share,
+    Text, Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -113,6 +113,9 @@ pub(super) struct Mqtt {
     pub password: Option<Text>,
     pub keepalive: Option<Keepalive>,
     pub tls: Option<Flag>,
+    pub ca_file: Option<File>,
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

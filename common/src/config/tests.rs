@@ -111,7 +111,7 @@ fn the_originals_file_works_without_a_warning() {
     let seconds = Duration::from_secs;
     assert_eq!(config.cleanup, Cleanup { interval: seconds(1800), stale: seconds(7200), grace: seconds(900) });
     assert_eq!(config.mqtt.server, Server::External { host: "mqtt.ffmuc.net".into(), port: 8883 });
-    assert!(config.mqtt.tls);
+    assert_eq!(config.mqtt.tls, Some(Tls::default()));
     let credentials = config.mqtt.credentials.clone().unwrap();
     assert_eq!((credentials.username.as_str(), credentials.password.expose()), ("wgkex", "very-secret-password"));
     assert_eq!(config.broker_listen.to_string(), "0.0.0.0:5000");
@@ -133,7 +133,7 @@ fn what_is_left_out_has_its_default() {
             server: Server::Embedded("127.0.0.1:1883".parse().unwrap()),
             credentials: None,
             keepalive: seconds(5),
-            tls: false,
+            tls: None,
         },
         broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
@@ -170,7 +170,7 @@ fn null_and_an_empty_section_mean_the_default_everywhere() {
 fn truth_values_and_numbers_are_read_as_the_originals_parser_has_them() {
     let tls = |text: &str| {
         let yaml = format!("{LEAST}mqtt: {{broker_url: mqtt, tls: {text}}}");
-        parse(&yaml).map(|config| config.mqtt.tls).unwrap()
+        parse(&yaml).map(|config| config.mqtt.tls.is_some()).unwrap()
     };
     assert!(["yes", "Yes", "on", "ON", "True", "true", "1", "\"true\""].into_iter().all(tls));
     assert!(!["no", "No", "off", "OFF", "False", "false", "0", "'no'"].into_iter().any(tls));
@@ -276,7 +276,7 @@ fn a_containers_variables_are_a_config() {
         server: Server::External { host: "mqtt".into(), port: 8883 },
         credentials: Some(Credentials { username: "wgkex".into(), password: Secret("012345".into()) }),
         keepalive: Duration::from_secs(10),
-        tls: true,
+        tls: Some(Tls::default()),
     };
     assert_eq!(config.mqtt, expected);
     assert_eq!(config.log_level, Level::ERROR);

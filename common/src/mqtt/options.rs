@@ -1,13 +1,17 @@
 //! From our config to rumqttc's options; nothing else of the program sees rumqttc's builder.
 
+use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use rumqttc::{LastWill, MqttOptions, NetworkOptions, TlsConfiguration, Transport};
 use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::{Client, INFLIGHT, Message};
-use crate::config::{Mqtt, Server};
+use crate::config::{Mqtt, Server, Tls};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
 /// stranger into a loop of reconnects.
@@ -15,9 +19,9 @@ const PACKET_MAX: usize = 268_435_455;
 /// Seconds to wait for a connection, and for one write to it.
 const CONNECT_SECONDS: u64 = 5;
 
-/// The roots of the system cannot be used for TLS.
+/// TLS cannot be used as the config says; the text names the key and the file.
 #[derive(Debug, thiserror::Error)]
-#[error("mqtt.tls: {0}")]
+#[error("{0}")]
 pub struct TlsError(String);
 
 /// The options, and the server's name for the log.
@@ -38,8 +42,8 @@ pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, Ne
     if let Some(credentials) = &config.credentials {
         options.set_credentials(&credentials.username, credentials.password.expose());
     }
-    if config.tls {
-        options.set_transport(Transport::Tls(TlsConfiguration::Rustls(Arc::new(system_roots()?))));
+    if let Some(tls) = &config.tls {
+        options.set_transport(Transport::Tls(TlsConfiguration::Rustls(Arc::new(client_config(tls)?))));
     }
     let mut network = NetworkOptions::new();
     network.set_tcp_nodelay(true);
@@ -47,14 +51,43 @@ pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, Ne
     Ok((options, network, format!("{host}:{port}")))
 }
 
-fn system_roots() -> Result<ClientConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    let (usable, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if usable == 0 {
-        return Err(TlsError("no usable root certificate on this system; install ca-certificates".into()));
-    }
+fn client_config(tls: &Tls) -> Result<ClientConfig, TlsError> {
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
-        .map_err(|error| TlsError(error.to_string()))?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+        .map_err(|error| TlsError(format!("mqtt.tls: {error}")))?
+        .with_root_certificates(roots(tls.ca_file.as_deref())?);
+    let Some((certificate_file, key_file)) = &tls.own else { return Ok(config.with_no_client_auth()) };
+    let chain = certificates("mqtt.cert_file", certificate_file)?;
+    let key = PrivateKeyDer::from_pem_file(key_file).map_err(|error| in_file("mqtt.key_file", key_file, &error))?;
+    config.with_client_auth_cert(chain, key).map_err(|error| in_file("mqtt.key_file", key_file, &error))
+}
+
+fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    let Some(file) = ca_file else {
+        let (usable, _) = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if usable == 0 {
+            let lack =
+                "no usable root certificate on this system: install ca-certificates, or name a file in mqtt.ca_file";
+            return Err(TlsError(format!("mqtt.tls: {lack}")));
+        }
+        return Ok(roots);
+    };
+    for certificate in certificates("mqtt.ca_file", file)? {
+        roots.add(certificate).map_err(|error| in_file("mqtt.ca_file", file, &error))?;
+    }
+    Ok(roots)
+}
+
+fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
+    let certificates = certificates.map_err(|error| in_file(key, file, &error))?;
+    if certificates.is_empty() {
+        return Err(in_file(key, file, &"no certificate in it, PEM is expected"));
+    }
+    Ok(certificates)
+}
+
+fn in_file(key: &str, file: &Path, error: &dyn fmt::Display) -> TlsError {
+    TlsError(format!("{key} {}: {error}", file.display()))
 }

@@ -35,6 +35,11 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "mqtt: {keepalive: 70000}",
         &["mqtt.keepalive: 70000 is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"],
     ),
+    (
+        "mqtt: {broker_url: a, tls: on, cert_file: /a}",
+        &["mqtt.key_file: is missing, as mqtt.cert_file is set, a file is needed"],
+    ),
+    ("mqtt: {ca_file: ca.pem}", &["mqtt.ca_file: \"ca.pem\" is not a file, an absolute path is allowed"]),
     ("mqtt: {tls: maybe}", &["mqtt.tls: \"maybe\" is not a truth value, true or false is allowed"]),
     (
         "mqtt: {password: 12345}",
@@ -47,13 +52,13 @@ const MISTAKES: &[(&str, &[&str])] = &[
     (
         "mqtt: mqtt.example.org",
         &[
-            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, keepalive, password, tls, username",
+            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, tls, username",
         ],
     ),
     (
         "mqtt: [{password: secret}]",
         &[
-            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, keepalive, password, tls, username",
+            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, tls, username",
         ],
     ),
     ("workers: [gw1]", &["workers: a list is not a mapping, one with these keys is allowed: a name"]),
@@ -239,6 +244,7 @@ fn what_is_odd_but_harmless_is_a_warning() {
         ("\"two\\nlines\": 1", &["two\\nlines: is not a known key and is ignored"]),
         ("colour: red", &["colour: is not a known key and is ignored"]),
         ("mqtt: {tls: on}", &["mqtt.tls: is not used, as mqtt.broker_url is not set"]),
+        ("mqtt: {broker_url: a, ca_file: /ca}", &["mqtt.ca_file: is not used, as mqtt.tls is not true"]),
         ("mqtt: {broker_port: 8883}", &["mqtt.broker_port: is not used, as mqtt.broker_url is not set"]),
         (
             "mqtt: {broker_url: x}\nmqtt_listen: {port: 1}",
