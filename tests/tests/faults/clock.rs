@@ -10,6 +10,7 @@ use crate::brokers::router;
 use crate::lab::{CAUGHT_UP, Fleet, Routers, pass, within};
 
 const HOUR: i64 = 3_600;
+const YEAR: i64 = 365 * 24 * HOUR;
 
 pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
     assert!(Path::new("/run/vm/command").exists(), "this steps the clock: only in the virtual machine");
@@ -25,11 +26,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
     assert_eq!(live, 51);
 
     let clock = Clock::now();
-    let mut offset = 0;
-    for (step, restarts) in
-        [(HOUR, false), (-HOUR, false), (-HOUR, true), (HOUR, true), (365 * 24 * HOUR, true), (-365 * 24 * HOUR, true)]
-    {
-        offset += step;
+    for (offset, restarts) in [(HOUR, false), (-HOUR, true), (YEAR, true), (0, false)] {
         clock.set(offset);
         let sweeps = |fleet: &Fleet| fleet.gateways[0].figure(r#"wgkex_worker_sweeps_total{domain="test_a"} "#);
         if restarts {
@@ -46,7 +43,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
         // The broker looks for those whose time is over every 10 s.
         pass(Duration::from_secs(2));
         fleet.caught_up(&routers);
-        assert_eq!(fleet.brokers[0].live(), Some(live), "after a step of {step} s");
+        assert_eq!(fleet.brokers[0].live(), Some(live), "{offset} s off");
     }
     routers.ask(&fleet.doors(), 20);
     fleet.caught_up(&routers);

@@ -20,8 +20,8 @@ pub fn a_worker_that_missed_what_netlink_said_notices_and_catches_up(lane: Lane)
     let host = &gateway.host;
     gateway.process.signal(Signal::SIGSTOP);
     host.run("ip link add other type veth peer name another");
-    let line = |n: u32, what: &str| format!("address {what} 10.77.{}.{}/32 dev other\n", n / 250, n % 250);
-    let lines: Vec<_> = (0..5_000).flat_map(|n| [line(n, "add"), line(n, "del")]).collect();
+    let order = |n: u32, what: &str| format!("address {what} 10.77.{}.{}/32 dev other\n", n / 250, n % 250);
+    let lines: Vec<_> = (0..5_000).flat_map(|n| [order(n, "add"), order(n, "del")]).collect();
     fs::write(host.path("/run/batch"), lines.concat()).unwrap();
     host.run("ip -batch /run/batch");
     make_anew(host);
