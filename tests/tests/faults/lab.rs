@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, Tables, link_local};
 use wgkex_tests::http::{Http, Response, ask};
 use wgkex_tests::key;
-use wgkex_tests::probe::Probe;
+use wgkex_tests::probe::{self, Probe};
 use wgkex_tests::process::Process;
 
 /// How long what was lost may take to be back: several rounds of asking for it, on a slow machine.
@@ -150,9 +150,14 @@ impl Fleet {
         }
     }
 
-    /// A client on the bus.
+    /// A client that hears everything on the bus.
     pub fn witness(&self) -> Probe {
-        self.hub.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))))
+        self.probe(probe::Role::new("witness", &["#"]))
+    }
+
+    /// A client on the bus.
+    pub fn probe(&self, role: probe::Role) -> Probe {
+        self.hub.inside(|| Probe::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883)), role))
     }
 
     /// Waits until each gateway's kernel has what it should.
