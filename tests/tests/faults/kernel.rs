@@ -83,19 +83,16 @@ pub fn what_is_lost_is_repaired_what_is_left_over_goes_and_what_is_foreign_stays
     // Left over, as by a crash.
     host.run(&format!("ip -6 route add {orphan}/128 dev wg-a proto static"));
     host.run(&format!("bridge fdb append 00:00:00:00:00:00 dst {orphan} via wg-a dev vx-a"));
-    let is_there = || host.tables("a").routes.iter().any(|route| route.starts_with(&orphan));
     lose_something(host);
-    assert_eq!(gateway.figure(RESTORED).unwrap_or_default(), 0);
 
-    // Nobody tells the worker: it looks every minute.
+    // Nobody tells the worker: it looks every minute, and may be about to.
     let repaired = || {
         let all = (1..=20).all(|n| host.tables("a").missing(&key(n)).is_empty());
         all.then_some(())
     };
     within("what was lost is back", 2 * CAUGHT_UP, repaired);
     within("and counted", CAUGHT_UP, || (gateway.figure(RESTORED)? == 3).then_some(()));
-    assert!(is_there(), "it may be about to get its peer");
-    // Whatever changes about the links makes it look sooner.
+    // What is left over may be about to get its peer. Then whatever changes about the links makes the worker look.
     pass(Duration::from_secs(32));
     lose_something(host);
     host.run("ip link add other type veth peer name another");
@@ -115,6 +112,4 @@ fn lose_something(host: &Host) {
     host.run(&format!("ip -6 route del {}/128 dev wg-a", node(1)));
     host.run(&format!("bridge fdb del 00:00:00:00:00:00 dst {} via wg-a dev vx-a", node(2)));
     host.run(&format!("wg set wg-a peer {} allowed-ips ''", key(3)));
-    let tables = host.tables("a");
-    assert!((1..=3).all(|n| tables.missing(&key(n)).len() == 1), "{tables:#?}");
 }
