@@ -128,7 +128,7 @@ fn measure_all(place: Place, wanted: &[&str]) -> ExitCode {
     for word in rows(place, wanted).expect("rows that there are") {
         let mut command = isolated(place);
         command.arg(std::env::current_exe().unwrap()).args(["row", place.name(), &word]);
-        let mut child = command.process_group(0).spawn().expect("unshare runs");
+        let mut child = command.process_group(0).spawn().expect("setpriv runs");
         let group = Pid::from_raw(child.id().try_into().unwrap());
         let good = child.wait().is_ok_and(|status| status.success());
         // What it left behind. There may be nothing.
@@ -144,8 +144,8 @@ fn measure_all(place: Place, wanted: &[&str]) -> ExitCode {
 /// Here all processes of a row end with it. In the virtual machine some hold its networks beyond that, as
 /// [`gateway::keep_network`] says.
 fn isolated(place: Place) -> Command {
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--net"]);
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--net"]);
     if place == Place::Native {
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
     }
