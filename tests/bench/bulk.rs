@@ -10,7 +10,7 @@ use wgkex_common::PublicKey;
 use wgkex_tests::stack::{Bus, Stack};
 
 use crate::bus::{client, publish};
-use crate::gateway::{DOMAIN, Gateway, assert_holds, keys, run, wait_for_keys, write};
+use crate::gateway::{DOMAIN, Gateway, assert_holds, keys, run, write};
 use crate::measure::{Cost, children, cpu, median};
 use crate::table::{Place, Report, ratio, seconds};
 
@@ -79,7 +79,7 @@ fn round(gateway: &mut Gateway, keys: &[PublicKey]) -> Round {
     gateway.start_worker();
     let (began, cpu_before) = (Instant::now(), cpu(gateway.worker()));
     let mut publisher = publish(&gateway.stack, DOMAIN, &lines(&gateway.stack)).spawn().unwrap();
-    wait_for_keys(number, LOOK);
+    gateway.wait_for_keys(number, LOOK);
     let worker = Cost { time: began.elapsed(), cpu: cpu(gateway.worker()).saturating_sub(cpu_before) };
     assert!(publisher.wait().unwrap().success());
     assert_holds(number);

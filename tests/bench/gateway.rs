@@ -88,6 +88,14 @@ impl Gateway {
         self.worker = Some(self.stack.program("wgkex-worker", &[]));
     }
 
+    /// Waits until the worker says that so many keys are newly in.
+    pub fn wait_for_keys(&self, keys: u32, every: Duration) {
+        let found = || metric("keys_installed_total").filter(|installed| *installed >= keys);
+        let all = measure::look(every, Duration::from_secs(300), found);
+        let log = || self.worker.as_ref().map(Process::log).unwrap_or_default();
+        assert!(all.is_some(), "keys are missing: {:?} of {keys}\n{}", metric("keys_installed_total"), log());
+    }
+
     /// The worker's process id.
     pub fn worker(&self) -> u32 {
         self.worker.as_ref().expect("a worker that runs").pid()
@@ -141,13 +149,6 @@ pub fn metric(name: &str) -> Option<u32> {
     let text = Http::try_connect(server).ok()?.get("/metrics").body;
     let series = format!("wgkex_worker_{name}{{domain=\"{DOMAIN}\"}} ");
     text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok())
-}
-
-/// Waits until the worker says that so many keys are newly in.
-pub fn wait_for_keys(keys: u32, every: Duration) {
-    let found = || metric("keys_installed_total").filter(|installed| *installed >= keys);
-    let all = measure::look(every, Duration::from_secs(900), found);
-    assert!(all.is_some(), "keys are missing: {:?} of {keys}", metric("keys_installed_total"));
 }
 
 /// Fails unless peers, routes and flood entries are so many each.

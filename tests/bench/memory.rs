@@ -7,7 +7,7 @@ use std::time::Duration;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
 use crate::bus::{announce, start_mosquitto};
-use crate::gateway::{DOMAIN, Gateway, keys, wait_for_keys};
+use crate::gateway::{DOMAIN, Gateway, keys};
 use crate::measure::{look, memory};
 use crate::table::{Report, mebibytes};
 
@@ -75,7 +75,7 @@ fn worker(report: Report, most: u32) {
     for peers in [0, most / 20, most] {
         announce(&gateway.stack, DOMAIN, keys(sent..peers));
         sent = peers;
-        wait_for_keys(peers, Duration::from_millis(200));
+        gateway.wait_for_keys(peers, Duration::from_millis(200));
         sleep(if peers == most { READ } else { REST });
         print(report, "worker", "peers", gateway.worker(), peers, 20);
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use wgkex_tests::stack::Bus;
 
 use crate::bus::announce;
-use crate::gateway::{DOMAIN, Gateway, assert_holds, keys, wait_for_keys};
+use crate::gateway::{DOMAIN, Gateway, assert_holds, keys};
 use crate::measure::{Cost, cpu, look};
 use crate::table::{Place, Report, ratio, seconds};
 
@@ -38,7 +38,7 @@ pub fn measure(report: Report, number: u32) {
 fn fill(gateway: &mut Gateway, number: u32) -> Cost {
     let began = Instant::now();
     gateway.launch_worker();
-    wait_for_keys(number, LOOK);
+    gateway.wait_for_keys(number, LOOK);
     let cost = Cost { time: began.elapsed(), cpu: cpu(gateway.worker()) };
     assert_holds(number);
     cost
