@@ -252,8 +252,8 @@ impl Ledger {
     pub fn learn(&mut self, keys: impl IntoIterator<Item = (PublicKey, Age)>, now: Instant) -> Vec<PublicKey> {
         let policy = &self.policy;
         let dead = |Age(age, proven): Age| {
-            // What shakes hands is reported every so often.
-            let quiet = if proven { policy.report + policy.stale } else { policy.stale.max(policy.grace) };
+            // What shakes hands is reported every so often; what never did has its grace alone.
+            let quiet = if proven { policy.report + policy.stale } else { policy.grace };
             Duration::from_secs(age) >= quiet
         };
         let unknown = |key: &PublicKey| !self.peers.contains_key(key) && !self.waiting.contains_key(key);

@@ -263,10 +263,10 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
         (key(2), hours(0, false)),
         (first, hours(0, false)),
         (second, hours(0, false)),
-        (key(3), hours(2, false)),
+        (key(3), Age(599, false)),
         (key(4), hours(8, true)),
         (key(5), hours(0, true)),
-        (key(7), hours(3, false)),
+        (key(7), Age(600, false)),
         (key(8), hours(9, true)),
     ];
     let now = world.now.monotonic;
