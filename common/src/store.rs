@@ -306,7 +306,7 @@ impl Database {
         // One process has it; what it said was written is on the disk even if the power fails.
         connection.execute_batch(
             "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-             PRAGMA journal_size_limit = 4194304;",
+             PRAGMA journal_size_limit = 4194304; PRAGMA cache_size = -512;",
         )?;
         check(&mut connection)?;
         Self::with_clock(connection, now)

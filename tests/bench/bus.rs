@@ -1,7 +1,7 @@
 //! Mosquitto and its clients.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -46,10 +46,12 @@ pub fn wait_for_domain(mqtt: SocketAddr, domain: &str, gateways: usize) {
     sleep(HEARD);
 }
 
-/// What publishes the lines of a file as keys of `domain`.
+/// What publishes the lines of a file as keys of `domain`. Given more at once, `mosquitto_pub -l` loses some of them.
 pub fn publish(stack: &Stack, domain: &str, lines: &Path) -> Command {
-    let mut command = client("pub", stack);
-    command.args(["-t", &format!("wireguard/{domain}/all"), "-q", "1", "-l"]).stdin(File::open(lines).unwrap());
+    let (host, port) = (stack.mqtt.ip(), stack.mqtt.port());
+    let publish = format!("mosquitto_pub -h {host} -p {port} -t wireguard/{domain}/all -q 1 -l");
+    let mut command = Command::new("split");
+    command.args(["-l", "5000", &format!("--filter={publish}")]).arg(lines).stdin(Stdio::null());
     command
 }
 
