@@ -198,10 +198,10 @@ impl Gateways {
 
     /// `worker` said what became of a key: true if it is one whose word counts.
     pub fn heard_from(&mut self, worker: &str) -> bool {
-        self.workers.get_mut(worker).is_some_and(|worker| {
+        if let Some(worker) = self.workers.get_mut(worker) {
             worker.silent = false;
-            worker.online && worker.confirms()
-        })
+        }
+        self.confirms(worker)
     }
 
     /// Whether this worker is online and says what became of keys.

@@ -115,19 +115,15 @@ fn hear(
         return Ok(());
     }
     let mut gateways = lock(gateways);
-    let was_complete = gateways.complete();
-    if let Topic::WorkerStatus { worker } = &topic {
-        let was_online = gateways.is_online(worker);
-        gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
-        let online = gateways.is_online(worker);
-        if online != was_online {
-            info!(worker, online, "gateway");
-        }
-    } else {
-        gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
-    }
-    let complete = gateways.complete();
+    let worker = if let Topic::WorkerStatus { worker } = &topic { Some(worker) } else { None };
+    let state = |gateways: &Gateways| (worker.is_some_and(|worker| gateways.is_online(worker)), gateways.complete());
+    let (was_online, was_complete) = state(&gateways);
+    gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
+    let (online, complete) = state(&gateways);
     drop(gateways);
+    if let Some(worker) = worker.filter(|_| online != was_online) {
+        info!(worker, online, "gateway");
+    }
     if complete && !was_complete {
         info!("ready: all retained states are heard");
     }
@@ -165,12 +161,8 @@ fn hear_of_keys(
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
             lock(live).admit(&domain, key, Instant::now());
         }
-        Topic::BrokerHello { broker } => {
-            let hello = if publish.payload.is_empty() { None } else { Some(json(publish)?) };
-            let _ = ears.try_send(Heard::Broker(broker, hello));
-        }
-        Topic::BrokerPages { .. } => {
-            let _ = ears.try_send(Heard::Page(json(publish)?));
+        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
+            let _ = ears.try_send(Heard::read(topic, &publish.payload)?);
         }
         Topic::Questions { .. } => {
             let question: Question = json(publish)?;

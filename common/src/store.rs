@@ -165,11 +165,7 @@ impl Store {
         let journal = Journal::default();
         let mut store = Self { file, journal: journal.clone(), database: None, failing: false };
         let oldest = ttl.map_or(i64::MAX, seconds);
-        let mut opened = Database::open(&store.file, now).and_then(|database| database.with_keys(domains, oldest));
-        if let Err(Failure::Damaged(reason)) = &opened {
-            opened = store.set_aside(reason).and_then(|()| Ok((Database::open(&store.file, now)?, Keys::new())));
-        }
-        let (written, keys) = match opened {
+        let (written, keys) = match store.whole(now, |database| database.with_keys(domains, oldest)) {
             Ok((mut database, keys)) => {
                 let written = database.forget(oldest, now);
                 store.database = Some(database);
@@ -201,14 +197,16 @@ impl Store {
         Ok(())
     }
 
-    fn reopen(&mut self, now: Now) -> Result<(), Failure> {
-        let mut opened = Database::open(&self.file, now);
-        if let Err(Failure::Damaged(reason)) = &opened {
-            self.set_aside(reason)?;
-            opened = Database::open(&self.file, now);
+    /// What `read` makes of the database; of a new one, if it is damaged.
+    fn whole<T>(&self, now: Now, read: impl Fn(Database) -> Result<T, Failure>) -> Result<T, Failure> {
+        let open = || Database::open(&self.file, now).and_then(&read);
+        match open() {
+            Err(Failure::Damaged(reason)) => {
+                self.set_aside(&reason)?;
+                open()
+            }
+            opened => opened,
         }
-        self.database = Some(opened?);
-        Ok(())
     }
 
     /// Writes behind until `stop` returns, and then what is left. Tells `kept` each time whether that succeeds.
@@ -230,11 +228,14 @@ impl Store {
     /// Writes what changed. What cannot be written is kept for the next time.
     #[must_use]
     pub fn flush(mut self, now: Now) -> Self {
-        if self.database.is_none()
-            && let Err(failure) = self.reopen(now)
-        {
-            self.fail(&failure);
-            return self;
+        if self.database.is_none() {
+            match self.whole(now, Ok) {
+                Ok(database) => self.database = Some(database),
+                Err(failure) => {
+                    self.fail(&failure);
+                    return self;
+                }
+            }
         }
         let changes = self.journal.take();
         let Some(database) = &mut self.database else { return self };

@@ -121,7 +121,7 @@ impl Asker {
         let known = self.brokers.contains_key(name);
         let broker = self.brokers.entry(name.to_owned()).or_default();
         let is_new = !known || broker.instance != hello.instance;
-        *broker = Broker { instance: hello.instance, lacks, silent: None, ..std::mem::take(broker) };
+        (broker.instance, broker.lacks, broker.silent) = (hello.instance, lacks, None);
         if broker.asked.is_none()
             && let State::Resting { until } = &mut self.state
         {
@@ -266,6 +266,31 @@ pub enum Heard {
     Broker(String, Option<Hello>),
     /// An answer.
     Page(Page),
+}
+
+impl Heard {
+    /// What a message says to an asker; else in one word why it says nothing: `topic` or `payload`.
+    pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
+        let json = |_| "payload";
+        match topic {
+            Topic::BrokerHello { broker } if payload.is_empty() => Ok(Self::Broker(broker, None)),
+            Topic::BrokerHello { broker } => {
+                Ok(Self::Broker(broker, Some(serde_json::from_slice(payload).map_err(json)?)))
+            }
+            Topic::WorkerPages { .. } | Topic::BrokerPages { .. } => {
+                serde_json::from_slice(payload).map(Self::Page).map_err(json)
+            }
+            Topic::Key { .. }
+            | Topic::ConnectedPeers { .. }
+            | Topic::WorkerStatus { .. }
+            | Topic::WorkerData { .. }
+            | Topic::BrokerStatus { .. }
+            | Topic::Hello { .. }
+            | Topic::Applied { .. }
+            | Topic::Seen { .. }
+            | Topic::Questions { .. } => Err("topic"),
+        }
+    }
 }
 
 /// A way to let an asker hear; one too many is dropped.

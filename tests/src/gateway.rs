@@ -174,6 +174,23 @@ impl Host {
         mosquitto
     }
 
+    /// Makes it a router: a tunnel `wg-router`, with the private key in `/run/key`, to domain `test_a` of `gateway` at
+    /// this address. Returns the gateway's address in it.
+    #[must_use]
+    pub fn tunnel_to(&self, gateway: &Self, address: Ipv4Addr) -> String {
+        self.run(match self.lane {
+            Lane::Userspace => "wireguard-go wg-router >/dev/null 2>&1",
+            Lane::Kernel => "ip link add wg-router type wireguard",
+        });
+        let (public_key, port) = (gateway.run("wg show wg-a public-key"), gateway.run("wg show wg-a listen-port"));
+        let (own, remote) = (link_local(&self.run("wg pubkey < /run/key")), link_local(&public_key));
+        self.run(&format!(
+            "wg set wg-router private-key /run/key peer {public_key} endpoint {address}:{port} allowed-ips {remote}/128 &&
+             ip addr add {own}/128 dev wg-router && ip link set wg-router up && ip route add {remote}/128 dev wg-router"
+        ));
+        remote
+    }
+
     /// Starts a program in it; `privileges` are options of `setpriv` that take some away.
     #[must_use]
     pub fn start(&self, name: &str, program: &Path, args: &[&str], privileges: &[&str]) -> Process {

@@ -78,17 +78,7 @@ fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicK
 
 /// What a broker says, or in one word why it says nothing.
 fn heard(publish: &Publish) -> Result<Heard, &'static str> {
-    match Topic::parse(&publish.topic) {
-        Some(Topic::BrokerHello { broker }) if publish.payload.is_empty() => Ok(Heard::Broker(broker, None)),
-        Some(Topic::BrokerHello { broker }) => {
-            let hello: Hello = serde_json::from_slice(&publish.payload).map_err(|_| "payload")?;
-            Ok(Heard::Broker(broker, Some(hello)))
-        }
-        Some(Topic::WorkerPages { .. }) => {
-            serde_json::from_slice(&publish.payload).map(Heard::Page).map_err(|_| "payload")
-        }
-        _ => Err("topic"),
-    }
+    Heard::read(Topic::parse(&publish.topic).ok_or("topic")?, &publish.payload)
 }
 
 /// Says on the bus what the installer says of the kernel.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use wgkex_tests::gateway::{Host, Lane, link_local};
+use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::{key, wait_until};
 
 use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, caught_up, pass, within};
@@ -131,17 +131,7 @@ pub fn router(fleet: &Fleet, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);
     let (address, _) = gateway.connect(&router, 200);
     let key = router.run("umask 077 && wg genkey > /run/key && wg pubkey < /run/key");
-    router.run(match lane {
-        Lane::Userspace => "wireguard-go wg-router >/dev/null 2>&1",
-        Lane::Kernel => "ip link add wg-router type wireguard",
-    });
-    let (public_key, port) = (gateway.run("wg show wg-a public-key"), gateway.run("wg show wg-a listen-port"));
-    let remote = link_local(&public_key);
-    router.run(&format!(
-        "wg set wg-router private-key /run/key peer {public_key} endpoint {address}:{port} allowed-ips {remote}/128 &&
-         ip addr add {}/128 dev wg-router && ip link set wg-router up && ip route add {remote}/128 dev wg-router",
-        link_local(&key)
-    ));
+    let remote = router.tunnel_to(gateway, address);
     wait_until("the router gets through", || {
         let ping = format!("ping -c 1 -W 1 {remote}%wg-router");
         (broker.post(2, &key).status == 200 && router.try_run(&ping).status.success()).then_some(())

@@ -63,17 +63,7 @@ fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let (address, _) = gateway.connect(&router, 1);
     let key = router.run("umask 077 && wg genkey > /run/key && wg pubkey < /run/key");
     assert_eq!(gateway.post(2, &key).status, 200);
-    router.run(match lane {
-        Lane::Userspace => "wireguard-go wg-router >/dev/null 2>&1",
-        Lane::Kernel => "ip link add wg-router type wireguard",
-    });
-    let (public_key, port) = (gateway.run("wg show wg-a public-key"), gateway.run("wg show wg-a listen-port"));
-    let remote = link_local(&public_key);
-    router.run(&format!(
-        "wg set wg-router private-key /run/key peer {public_key} endpoint {address}:{port} allowed-ips {remote}/128 &&
-         ip addr add {}/128 dev wg-router && ip link set wg-router up && ip route add {remote}/128 dev wg-router",
-        link_local(&key)
-    ));
+    let _ = router.tunnel_to(gateway, address);
     // As routers do: a key that got no handshake in its grace may be gone again.
     wait_until("the router gets through", || {
         (gateway.post(2, &key).status == 200 && ping(&router, gateway)).then_some(())
