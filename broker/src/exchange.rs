@@ -1,12 +1,12 @@
 //! The road of one key through the broker: checked, published, and answered when a gateway has it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
-use wgkex_common::message::WorkerData;
+use wgkex_common::message::{Applied, WorkerData};
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
@@ -14,7 +14,7 @@ use crate::gateways::{Choice, Gateways};
 use crate::live::LiveKeys;
 use crate::lock;
 use crate::metrics::Metrics;
-use crate::waiters::{Waiters, Waiting};
+use crate::waiters::{Verdict, Waiters, Waiting};
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +43,12 @@ pub enum Refusal {
     /// The key cannot be used.
     #[error("public_key: {0}")]
     Key(wgkex_common::KeyError),
+    /// The key is a gateway's, or derives a gateway's address.
+    #[error("public_key: this key is not accepted, it or its address is a gateway's")]
+    Reserved,
+    /// Another key has the address that this one derives.
+    #[error("public_key: the address of this key is another's at the moment")]
+    AddressTaken,
     /// This broker cannot serve now; the reason is its state.
     #[error("no connection to the gateways at the moment, try again later")]
     NotReady,
@@ -59,8 +65,19 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every reason that metrics name.
-    pub const REASONS: [&str; 9] =
-        ["body", "too_large", "slow", "domain", "key", "not_ready", "no_gateway", "not_published", "not_confirmed"];
+    pub const REASONS: [&str; 11] = [
+        "body",
+        "too_large",
+        "slow",
+        "domain",
+        "key",
+        "reserved",
+        "address_taken",
+        "not_ready",
+        "no_gateway",
+        "not_published",
+        "not_confirmed",
+    ];
 
     /// One word for metrics, from [`Refusal::REASONS`].
     #[must_use]
@@ -71,10 +88,12 @@ impl Refusal {
             Self::Slow => 2,
             Self::Domain => 3,
             Self::Key(_) => 4,
-            Self::NotReady => 5,
-            Self::NoGateway => 6,
-            Self::NotPublished => 7,
-            Self::NotConfirmed => 8,
+            Self::Reserved => 5,
+            Self::AddressTaken => 6,
+            Self::NotReady => 7,
+            Self::NoGateway => 8,
+            Self::NotPublished => 9,
+            Self::NotConfirmed => 10,
         };
         Self::REASONS[index]
     }
@@ -126,7 +145,7 @@ impl Exchange {
     /// does, when MQTT has taken it.
     pub async fn announce(&self, ask: &Ask) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        self.ready()?;
+        self.admit(ask)?;
         let online = self.gateways().online(&ask.domain);
         if online.confirming + online.others == 0 {
             return Err(Refusal::NoGateway);
@@ -137,26 +156,24 @@ impl Exchange {
         }
         // Originals have the key by now, too: with them about, an error would help nobody.
         let until = if online.others > 0 { deadlines.timeout } else { deadlines.budget };
-        let mut refused = BTreeSet::new();
-        while refused.len() < online.confirming {
+        let mut heard = Heard::default();
+        while heard.refused.len() < online.confirming {
             match self.verdict(&mut waiting, until).await {
-                Some((_, true)) => {
+                Some(Verdict { outcome: Ok(()), .. }) => {
                     self.confirmed(published);
                     return Ok(());
                 }
-                Some((worker, false)) => {
-                    refused.insert(worker);
-                }
+                Some(refused) => heard.note(refused),
                 None => break,
             }
         }
-        if online.others > 0 { Ok(()) } else { Err(Refusal::NotConfirmed) }
+        if online.others > 0 { Ok(()) } else { Err(heard.refusal()) }
     }
 
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
     pub async fn assign(&self, ask: &Ask) -> Result<WorkerData, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        self.ready()?;
+        self.admit(ask)?;
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, deadlines).await?;
         let mut heard = Heard::default();
@@ -173,14 +190,14 @@ impl Exchange {
 
     /// Whether the best gateway takes the key within its time.
     async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, deadlines: Deadlines) -> bool {
-        while !heard.took.contains(&first.worker) && !heard.refused.contains(&first.worker) {
-            let Some((worker, took)) = self.verdict(waiting, deadlines.timeout).await else {
+        while !heard.took.contains(&first.worker) && !heard.refused.contains_key(&first.worker) {
+            let Some(verdict) = self.verdict(waiting, deadlines.timeout).await else {
                 warn!(worker = first.worker, "gateway did not confirm in time");
                 self.metrics.confirmations_missed.inc();
                 self.gateways().silent(&first.worker);
                 return false;
             };
-            heard.note(worker, took);
+            heard.note(verdict);
         }
         heard.took.contains(&first.worker)
     }
@@ -198,15 +215,29 @@ impl Exchange {
                 return Ok(next);
             }
             if heard.refused.len() >= self.gateways().online(&ask.domain).confirming {
-                return Err(Refusal::NotConfirmed);
+                return Err(heard.refusal());
             }
-            let (worker, took) = self.verdict(waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
-            heard.note(worker, took);
+            let verdict = self.verdict(waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
+            heard.note(verdict);
         }
     }
 
-    fn ready(&self) -> Result<(), Refusal> {
-        if self.gateways().complete() { Ok(()) } else { Err(Refusal::NotReady) }
+    /// Whether the key may be announced now.
+    fn admit(&self, ask: &Ask) -> Result<(), Refusal> {
+        let gateways = self.gateways();
+        if !gateways.complete() {
+            return Err(Refusal::NotReady);
+        }
+        if gateways.forbids(&ask.key) {
+            warn!(domain = %ask.domain, key = ?ask.key, "a gateway's key or address was sent as a router's");
+            return Err(Refusal::Reserved);
+        }
+        drop(gateways);
+        if self.live().is_taken(ask.domain.name(), ask.key, Instant::now().into_std()) {
+            warn!(domain = %ask.domain, key = ?ask.key, "a key was sent whose address is another's");
+            return Err(Refusal::AddressTaken);
+        }
+        Ok(())
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
@@ -231,15 +262,15 @@ impl Exchange {
         Err(Refusal::NotPublished)
     }
 
-    /// The next word, by `until`, of a gateway whose word counts: whether it took the key.
-    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<(String, bool)> {
+    /// The next word, by `until`, of a gateway whose word counts.
+    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
         loop {
             let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
             if self.gateways().heard_from(&verdict.worker) {
                 if let Err(reason) = &verdict.outcome {
                     debug!(worker = verdict.worker, reason, "gateway did not take a key");
                 }
-                return Some((verdict.worker, verdict.outcome.is_ok()));
+                return Some(verdict);
             }
         }
     }
@@ -267,15 +298,25 @@ impl Deadlines {
 #[derive(Debug, Default)]
 struct Heard {
     took: BTreeSet<String>,
-    refused: BTreeSet<String>,
+    /// By worker, with its reason.
+    refused: BTreeMap<String, String>,
 }
 
 impl Heard {
-    fn note(&mut self, worker: String, took: bool) {
-        if took {
-            self.took.insert(worker);
-        } else {
-            self.refused.insert(worker);
+    fn note(&mut self, Verdict { worker, outcome }: Verdict) {
+        match outcome {
+            Ok(()) => drop(self.took.insert(worker)),
+            Err(reason) => drop(self.refused.insert(worker, reason)),
+        }
+    }
+
+    /// Why nobody took the key. What all gateways refuse for good is not to be tried again soon.
+    fn refusal(&self) -> Refusal {
+        let all = |reason: &str| !self.refused.is_empty() && self.refused.values().all(|other| other == reason);
+        match () {
+            () if all(Applied::ADDRESS_TAKEN) => Refusal::AddressTaken,
+            () if all(Applied::RESERVED) => Refusal::Reserved,
+            () => Refusal::NotConfirmed,
         }
     }
 }

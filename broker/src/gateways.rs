@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use wgkex_common::message::{Hello, WorkerData};
-use wgkex_common::{Domain, Topic, is_topic_level};
+use wgkex_common::{Domain, PublicKey, Reserved, Topic, is_topic_level};
 
 /// The most peers a WireGuard interface can have (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
@@ -19,6 +19,8 @@ pub struct Gateways {
     weights: BTreeMap<String, f64>,
     workers: BTreeMap<String, Worker>,
     brokers: BTreeSet<String>,
+    /// Gateways' keys, also of domains that are not served here. The bus may be lost: they stay.
+    reserved: Reserved,
     complete: bool,
 }
 
@@ -81,8 +83,20 @@ pub struct Nonsense(pub &'static str);
 impl Gateways {
     /// Nothing heard yet. Workers that `weights` does not name weigh 1.
     #[must_use]
-    pub fn new(own_name: String, domains: BTreeSet<Domain>, weights: BTreeMap<String, f64>) -> Self {
-        Self { own_name, domains, weights, workers: BTreeMap::new(), brokers: BTreeSet::new(), complete: false }
+    pub fn new(
+        own_name: String,
+        domains: BTreeSet<Domain>,
+        weights: BTreeMap<String, f64>,
+        reserved: Reserved,
+    ) -> Self {
+        let (workers, brokers) = (BTreeMap::new(), BTreeSet::new());
+        Self { own_name, domains, weights, workers, brokers, reserved, complete: false }
+    }
+
+    /// Whether no router may have `key`, as it is a gateway's or has a gateway's address.
+    #[must_use]
+    pub fn forbids(&self, key: &PublicKey) -> bool {
+        self.reserved.forbids(key)
     }
 
     /// The bus is lost, and what was heard on it may change unheard.
@@ -113,8 +127,9 @@ impl Gateways {
                 Ok(())
             }
             Topic::WorkerData { worker, domain } => {
+                let data = WorkerData::parse(payload).map_err(|_| Nonsense("worker data"))?;
+                self.reserved.hear(worker, domain, data.as_ref());
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                let data = parse_unless_empty(payload, "worker data")?;
                 self.worker(worker)?.hear_data(domain, data);
                 Ok(())
             }
@@ -125,7 +140,7 @@ impl Gateways {
                 Ok(())
             }
             Topic::Hello { worker } => {
-                let hello = parse_unless_empty(payload, "hello")?;
+                let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
                 self.worker(worker)?.hear_hello(hello, retained);
                 Ok(())
             }
@@ -343,17 +358,6 @@ fn status(payload: &[u8]) -> Result<bool, Nonsense> {
         b"0" | b"" => Ok(false),
         _ => Err(Nonsense("status")),
     }
-}
-
-/// An empty payload takes back what was retained (MQTT 3.1.1 section 3.3.1.3).
-fn parse_unless_empty<T: serde::de::DeserializeOwned>(
-    payload: &[u8],
-    what: &'static str,
-) -> Result<Option<T>, Nonsense> {
-    if payload.is_empty() {
-        return Ok(None);
-    }
-    serde_json::from_slice(payload).map(Some).map_err(|_| Nonsense(what))
 }
 
 #[cfg(test)]

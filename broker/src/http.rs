@@ -210,6 +210,8 @@ impl ResponseError for Refusal {
     fn status_code(&self) -> StatusCode {
         match self {
             Self::Body(_) | Self::Domain | Self::Key(_) => StatusCode::BAD_REQUEST,
+            Self::Reserved => StatusCode::FORBIDDEN,
+            Self::AddressTaken => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
             Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {

@@ -9,7 +9,7 @@ pub mod gateways;
 mod http;
 pub mod live;
 mod metrics;
-mod mqtt;
+pub mod mqtt;
 mod page;
 pub mod waiters;
 
@@ -26,7 +26,7 @@ use wgkex_common::config::Server;
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::{Config, Domain, process};
+use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::exchange::Exchange;
 use crate::gateways::Gateways;
@@ -114,7 +114,7 @@ fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
     let ttl = Some(config.live_keys.ttl);
     let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read());
     let domains = config.domains.clone();
-    let live = LiveKeys::new(config.name.clone(), config.live_keys, domains, (journal, known), Instant::now());
+    let live = LiveKeys::new(config.name.clone(), (config.live_keys, config.cleanup), domains, (journal, known), Instant::now());
     info!(keys = live.len(), "live keys");
     (Arc::new(Mutex::new(live)), store)
 }
@@ -148,7 +148,8 @@ fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
 
 fn gateways(config: &Config) -> Gateways {
     let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
-    Gateways::new(config.name.clone(), config.domains.clone(), weights)
+    let reserved = Reserved::new(config.protected_keys.clone());
+    Gateways::new(config.name.clone(), config.domains.clone(), weights, reserved)
 }
 
 /// Serves the bus, if it is this broker that does; else waits for ever.

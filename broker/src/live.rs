@@ -1,9 +1,11 @@
 //! The live keys: those that gateways get back when they lack them. No IO, no clock.
 
 use std::collections::BTreeMap;
+use std::net::Ipv6Addr;
 use std::time::{Duration, Instant};
 
-use wgkex_common::config;
+use wgkex_common::claim::{self, Claim, Standing};
+use wgkex_common::config::{self, Cleanup};
 use wgkex_common::message::{Age, Page, Question};
 use wgkex_common::store::{Journal, Kept, Keys};
 use wgkex_common::sync::PAGE;
@@ -21,13 +23,25 @@ pub struct LiveKeys {
     own_name: String,
     max: usize,
     ttl: Duration,
-    domains: BTreeMap<Domain, BTreeMap<PublicKey, Live>>,
+    /// How long a key has for its first handshake, and how long it is proven by one that was heard of.
+    grace: Duration,
+    proven: Duration,
+    domains: BTreeMap<Domain, Served>,
     journal: Journal,
+}
+
+/// The live keys of a domain. No two have the same address.
+#[derive(Debug, Default)]
+struct Served {
+    keys: BTreeMap<PublicKey, Live>,
+    owners: BTreeMap<Ipv6Addr, PublicKey>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Live {
     kept: Kept,
+    /// When this run of the program first heard of it.
+    first: Instant,
     /// When this broker last heard of it, from whomever: an asker may lack it from then on.
     heard: Instant,
 }
@@ -46,22 +60,60 @@ impl LiveKeys {
     #[must_use]
     pub fn new(
         own_name: String,
-        config: config::LiveKeys,
+        (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }): (config::LiveKeys, Cleanup),
         domains: impl IntoIterator<Item = Domain>,
         (journal, known): (Journal, Keys),
         now: Instant,
     ) -> Self {
-        let config::LiveKeys { max, ttl } = config;
-        let domains = domains.into_iter().map(|domain| (domain, BTreeMap::new())).collect();
-        let mut live = Self { own_name, max, ttl, domains, journal };
+        let proven = stale + claim::report(ttl, stale);
+        let domains = domains.into_iter().map(|domain| (domain, Served::default())).collect();
+        let mut live = Self { own_name, max, ttl, grace, proven, domains, journal };
         for ((domain, key), kept) in known {
-            if let Some(keys) = live.domains.get_mut(&domain) {
-                // Who asked the last run of this program may have missed what that heard of last.
-                keys.insert(key, Live { kept, heard: now });
-            }
+            // Who asked the last run of this program may have missed what that heard of last.
+            live.insert(&domain, key, Live { kept, first: kept.last, heard: now }, now);
         }
         live.make_room();
         live
+    }
+
+    /// Whether the address of `key` is another's, so that a router may not have it now.
+    #[must_use]
+    pub fn is_taken(&self, domain: &str, key: PublicKey, now: Instant) -> bool {
+        let Some(served) = self.domains.get(domain) else { return false };
+        let owner = served.owners.get(&key.link_local()).filter(|owner| **owner != key);
+        let live = owner.and_then(|owner| served.keys.get(owner));
+        live.is_some_and(|live| self.standing(live, now) != Standing::Lapsed)
+    }
+
+    fn standing(&self, live: &Live, now: Instant) -> Standing {
+        let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
+        if live.kept.proven && within(live.kept.last, self.proven) {
+            Standing::Proven
+        } else if !live.kept.proven && within(live.first, self.grace) {
+            Standing::Fresh
+        } else {
+            Standing::Lapsed
+        }
+    }
+
+    /// Remembers the key, unless another has the better claim to its address: then that one alone is live.
+    fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) {
+        let claim = |key: PublicKey, live: &Live| Claim { key, standing: self.standing(live, now), first: live.first };
+        let Some(served) = self.domains.get(domain) else { return };
+        let address = key.link_local();
+        let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);
+        let rival = owner.and_then(|owner| Some((owner, served.keys.get(&owner)?)));
+        if rival.is_some_and(|(owner, other)| !claim(key, &live).beats(&claim(owner, other))) {
+            return;
+        }
+        let Some(served) = self.domains.get_mut(domain) else { return };
+        if let Some(owner) = owner {
+            served.keys.remove(&owner);
+            self.journal.remove(domain, owner);
+        }
+        served.owners.insert(address, key);
+        served.keys.insert(key, live);
+        self.journal.put(domain, key, live.kept);
     }
 
     /// A key came, by a router or on the bus.
@@ -76,7 +128,7 @@ impl LiveKeys {
 
     /// A gateway has the key; who knows it already learns nothing by that.
     pub fn witness(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        if self.domains.get(domain).is_some_and(|keys| !keys.contains_key(&key)) {
+        if self.domains.get(domain).is_some_and(|served| !served.keys.contains_key(&key)) {
             self.admit(domain, key, now);
         }
     }
@@ -94,10 +146,11 @@ impl LiveKeys {
 
     /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
     fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, same: Duration, now: Instant) {
-        let Some((domain, _)) = self.domains.get_key_value(domain) else { return };
+        let Some((domain, served)) = self.domains.get_key_value(domain) else { return };
         let domain = domain.clone();
-        let keys = self.domains.entry(domain.clone()).or_default();
-        let before = keys.get(&key).map(|live| live.kept);
+        let before = served.keys.get(&key).copied();
+        let first = before.map_or(news.last, |before| before.first.min(news.last));
+        let before = before.map(|before| before.kept);
         let kept = before
             .map_or(news, |before| Kept { last: before.last.max(news.last), proven: before.proven || news.proven });
         let is_same =
@@ -105,8 +158,7 @@ impl LiveKeys {
         if before.is_some_and(is_same) {
             return;
         }
-        keys.insert(key, Live { kept, heard: now });
-        self.journal.put(&domain, key, kept);
+        self.insert(&domain, key, Live { kept, first, heard: now }, now);
         if before.is_none() {
             self.make_room();
         }
@@ -121,10 +173,10 @@ impl LiveKeys {
         }
         let mut surplus = total - self.max + self.max / 16;
         let rank = |live: &Live| (live.kept.proven, live.kept.last);
-        let mut ranks: Vec<_> = self.domains.values().flat_map(BTreeMap::values).map(rank).collect();
+        let mut ranks: Vec<_> = self.domains.values().flat_map(|served| served.keys.values()).map(rank).collect();
         let (_, &mut last, _) = ranks.select_nth_unstable(surplus.min(total) - 1);
-        for (domain, keys) in &mut self.domains {
-            keys.retain(|key, live| {
+        for (domain, served) in &mut self.domains {
+            served.retain(|key, live| {
                 let stays = surplus == 0 || rank(live) > last;
                 if !stays {
                     surplus -= 1;
@@ -141,8 +193,8 @@ impl LiveKeys {
         let ttl = self.ttl;
         let over = |live: &Live| now.saturating_duration_since(live.kept.last) >= ttl;
         let mut expired = 0;
-        for (domain, keys) in &mut self.domains {
-            keys.retain(|key, live| {
+        for (domain, served) in &mut self.domains {
+            served.retain(|key, live| {
                 let is_over = over(live);
                 if is_over {
                     self.journal.remove(domain, *key);
@@ -160,7 +212,7 @@ impl LiveKeys {
     #[must_use]
     pub fn answer(&self, question: &Question, now: Instant) -> Page {
         use std::ops::Bound::{Excluded, Unbounded};
-        let keys = self.domains.get(question.domain.as_str());
+        let keys = self.domains.get(question.domain.as_str()).map(|served| &served.keys);
         let start = question.after.map_or(Unbounded, Excluded);
         let age = |since: Instant| now.saturating_duration_since(since);
         let asked = |live: &Live| {
@@ -179,21 +231,35 @@ impl LiveKeys {
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.domains.values().map(BTreeMap::len).sum()
+        self.domains.values().map(|served| served.keys.len()).sum()
     }
 
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.domains.values().all(BTreeMap::is_empty)
+        self.domains.values().all(|served| served.keys.is_empty())
     }
 
     /// How many there are in each domain.
     pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
-        self.domains.iter().map(|(domain, keys)| {
+        self.domains.iter().map(|(domain, Served { keys, .. })| {
             let proven = keys.values().filter(|live| live.kept.proven).count();
             (domain, Counts { proven, unproven: keys.len() - proven })
         })
+    }
+}
+
+impl Served {
+    /// Keeps the keys that `stays` is true for.
+    fn retain(&mut self, mut stays: impl FnMut(&PublicKey, &Live) -> bool) {
+        let Self { keys, owners } = self;
+        keys.retain(|key, live| {
+            let stays = stays(key, live);
+            if !stays {
+                owners.remove(&key.link_local());
+            }
+            stays
+        });
     }
 }
 

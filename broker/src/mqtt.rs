@@ -236,3 +236,89 @@ fn assume_complete(gateways: &Mutex<Gateways>) {
         gateways.assume_complete();
     }
 }
+
+/// Hears a message of anybody's making as both connections do, for whoever makes them up: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
+    use std::collections::BTreeMap;
+
+    use wgkex_common::config::{self, Cleanup};
+    use wgkex_common::mqtt::QoS;
+    use wgkex_common::{Reserved, sync};
+
+    let hour = Duration::from_secs(3600);
+    let (domains, metrics) = (Domain::new("ff_a", &["ff_".into()]).into_iter().collect::<BTreeSet<_>>(), Metrics::new());
+    let Ok(metrics) = metrics else { return };
+    let limits = (config::LiveKeys { max: 10, ttl: hour }, Cleanup { interval: hour, stale: hour, grace: hour });
+    let live = LiveKeys::new("b".into(), limits, domains.clone(), Default::default(), Instant::now());
+    let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
+    let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
+    let ((ears, _heard), (questions, _asked)) = (sync::ears(), mpsc::channel(1));
+    let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
+    publish.retain = retained;
+    hand_on(gateways, Waiters::default(), live.clone(), metrics.clone())(Event::Message(publish.clone()));
+    hand_on_keys(live.clone(), ears, questions, metrics)(Event::Message(publish));
+    assert!(lock(&live).len() <= 10);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Payloads that are nearly right find more than any bytes do.
+    const PAYLOADS: [&str; 8] = [
+        r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
+        r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
+        r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
+        r#"{"broker":"b","domain":"ff_a","after":null,"keys":{},"more":true}"#,
+        r#"{"from":{"worker":"a/b"},"domain":"ff_a","after":null,"younger_than":18446744073709551615}"#,
+        r#"{"version":"1","can":["confirm","answer"],"domains":["ff_a"],"instance":1}"#,
+        "18446744073709551615",
+        "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=",
+    ];
+
+    proptest! {
+        #[test]
+        fn whatever_is_said_on_whatever_topic_ends_nobody(
+            topic in prop_oneof![
+                4 => prop::sample::select(topics()),
+                1 => "[a-z+#/\u{0}\u{fc}]{0,30}",
+            ],
+            payload in prop_oneof![
+                prop::sample::select(&PAYLOADS[..]).prop_map(|text| text.as_bytes().to_vec()),
+                (prop::sample::select(&PAYLOADS[..]), any::<prop::sample::Index>(), any::<u8>()).prop_map(|(text, at, byte)| {
+                    let mut bytes = text.as_bytes().to_vec();
+                    let at = at.index(bytes.len());
+                    bytes[at] = byte;
+                    bytes
+                }),
+                vec(any::<u8>(), 0..100),
+            ],
+            retained in any::<bool>(),
+        ) {
+            hear_anything(&topic, &payload, retained);
+        }
+    }
+
+    fn topics() -> Vec<String> {
+        [
+            "wireguard/ff_a/all",
+            "wireguard-metrics/ff_a/w/connected_peers",
+            "wireguard-worker/w/status",
+            "wireguard-worker/w/ff_a/data",
+            "wireguard-broker/b/status",
+            "wgkex/worker/w/hello",
+            "wgkex/worker/w/applied",
+            "wgkex/worker/w/seen",
+            "wgkex/worker/w/pages",
+            "wgkex/broker/b/hello",
+            "wgkex/broker/b/questions",
+            "wgkex/broker/b/pages",
+        ]
+        .map(str::to_owned)
+        .into()
+    }
+}

@@ -24,7 +24,7 @@ use serde_json::Value;
 pub use tracing::Level;
 
 use self::report::Report;
-use crate::Domain;
+use crate::{Domain, PublicKey};
 
 /// Where the original has its config.
 const FILE: &str = "/etc/wgkex.yaml";
@@ -48,12 +48,20 @@ pub struct Config {
     pub broker_listen: Listen,
     /// Where the worker serves its metrics.
     pub worker_listen: Listen,
+    /// As which user the worker serves, if it is started as root; none for root itself.
+    pub worker_user: Option<String>,
     /// How long a router's answer may wait for a gateway.
     pub confirm: Confirm,
     /// Where both programs keep what they must know again after a restart.
     pub state_dir: PathBuf,
     /// Which keys a gateway gets back.
     pub live_keys: LiveKeys,
+    /// How many peers a gateway's interface may have.
+    pub peers: Peers,
+    /// After how long a silent peer's endpoint is forgotten; none never.
+    pub forget_idle_after: Option<Duration>,
+    /// Keys that no router may have: `protected_keys` and `key_whitelist`.
+    pub protected_keys: BTreeSet<PublicKey>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
@@ -175,6 +183,15 @@ pub struct LiveKeys {
     pub max: usize,
     /// A key is forgotten this long after a router last sent it, or a gateway last reported a handshake.
     pub ttl: Duration,
+}
+
+/// How many peers a domain has at a gateway at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peers {
+    /// In all, whoever made them; at least 1.
+    pub max: usize,
+    /// Of those that never shook hands; at least 1.
+    pub unproven: usize,
 }
 
 /// The interfaces of a domain, as `wgkex-worker setup` makes them.

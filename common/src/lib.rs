@@ -1,6 +1,7 @@
 //! The words that broker and worker share: what a key, a domain, a topic and a message are, what the config
 //! says, and the MQTT session under both.
 
+pub mod claim;
 pub mod config;
 mod domain;
 mod key;
@@ -8,6 +9,7 @@ pub mod log;
 pub mod message;
 pub mod mqtt;
 pub mod process;
+mod reserved;
 pub mod store;
 pub mod sync;
 mod topic;
@@ -15,4 +17,5 @@ mod topic;
 pub use config::Config;
 pub use domain::{Domain, DomainError, is_topic_level};
 pub use key::{KeyError, PublicKey, is_derived};
+pub use reserved::Reserved;
 pub use topic::Topic;

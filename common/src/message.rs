@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::{PublicKey, Topic};
@@ -18,6 +19,18 @@ pub struct WorkerData {
     pub public_key: PublicKey,
     /// The first address on the gateway's WireGuard interface.
     pub link_address: String,
+}
+
+/// What is retained with this payload; none if it is empty, which takes back what was (MQTT 3.1.1 section 3.3.1.3).
+fn retained<T: DeserializeOwned>(payload: &[u8]) -> Result<Option<T>, serde_json::Error> {
+    if payload.is_empty() { Ok(None) } else { serde_json::from_slice(payload).map(Some) }
+}
+
+impl WorkerData {
+    /// What a worker says of itself by this payload; none if it takes that back.
+    pub fn parse(payload: &[u8]) -> Result<Option<Self>, serde_json::Error> {
+        retained(payload)
+    }
 }
 
 /// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
@@ -42,6 +55,11 @@ impl Hello {
 
     /// The ability to answer each [`Question`].
     pub const ANSWER: &str = "answer";
+
+    /// What a worker or a broker says of itself by this payload; none if it takes that back.
+    pub fn parse(payload: &[u8]) -> Result<Option<Self>, serde_json::Error> {
+        retained(payload)
+    }
 
     /// The hello of this worker, for the domains with these names.
     #[must_use]
@@ -94,6 +112,14 @@ pub struct Applied {
     /// Keys that do not stand there, or not with all three objects, and why, in one word or a short phrase.
     #[serde(default)]
     pub failed: BTreeMap<PublicKey, String>,
+}
+
+impl Applied {
+    /// Why a key failed that a gateway has, or whose address a gateway has.
+    pub const RESERVED: &str = "reserved";
+
+    /// Why a key failed whose address another key has.
+    pub const ADDRESS_TAKEN: &str = "address taken";
 }
 
 /// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.

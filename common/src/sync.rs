@@ -273,10 +273,7 @@ impl Heard {
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
         let json = |_| "payload";
         match topic {
-            Topic::BrokerHello { broker } if payload.is_empty() => Ok(Self::Broker(broker, None)),
-            Topic::BrokerHello { broker } => {
-                Ok(Self::Broker(broker, Some(serde_json::from_slice(payload).map_err(json)?)))
-            }
+            Topic::BrokerHello { broker } => Ok(Self::Broker(broker, Hello::parse(payload).map_err(json)?)),
             Topic::WorkerPages { .. } | Topic::BrokerPages { .. } => {
                 serde_json::from_slice(payload).map(Self::Page).map_err(json)
             }

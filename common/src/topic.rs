@@ -123,6 +123,12 @@ impl Topic {
         .map(|topic| topic.to_string())
     }
 
+    /// The filter for what every worker says of itself in every domain.
+    #[must_use]
+    pub fn worker_data() -> String {
+        Self::WorkerData { worker: "+".into(), domain: "+".into() }.to_string()
+    }
+
     /// The filter for what became of keys, at every worker.
     #[must_use]
     pub fn applied() -> String {

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Runtime;
+use wgkex_common::Reserved;
 use wgkex_tests::stack::Bus;
 use wgkex_worker::kernel::fake::Fake;
 use wgkex_worker::kernel::netlink::Netlink;
@@ -68,7 +69,7 @@ fn print(report: Report, what: &str, sizes: &[(u32, Duration, Option<Duration>)]
 fn in_memory(runtime: &Runtime, peers: u32) -> Duration {
     let (domain, keys) = (domain(), keys(0..peers));
     let mut fake = Fake::with(std::slice::from_ref(&domain));
-    let changes = plan::changes(&plan::install(keys, None).steps);
+    let changes = plan::changes(&plan::install(keys));
     runtime.block_on(fake.apply(&domain, &changes));
     fake.alter(&domain, |device| {
         let ages = (0..).map(Duration::from_secs);
@@ -101,8 +102,9 @@ fn real(runtime: &Runtime) -> Duration {
 /// Everything that is concluded from one read.
 fn classify(ledger: &mut Ledger, device: &Device) {
     let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
-    ledger.observe(device, now);
-    let owed = ledger.owed(device);
+    let reserved = Reserved::default();
+    ledger.observe(device, &reserved, now);
+    let owed = ledger.owed(device, &reserved);
     let _ = (ledger.stale(now.monotonic), ledger.orphaned(device, now.monotonic), ledger.counts(now.monotonic));
     assert!(owed.is_empty(), "whole tables lack nothing");
 }

@@ -89,10 +89,10 @@ fn cost_of_a_kernel() -> Delays {
         let mut singles = Vec::new();
         for key in keys {
             let began = Instant::now();
-            kernel.apply(&domain, &plan::changes(&plan::install([key], None).steps)).await;
+            kernel.apply(&domain, &plan::changes(&plan::install([key]))).await;
             singles.push(began.elapsed());
         }
-        let changes = plan::changes(&plan::install(many, None).steps);
+        let changes = plan::changes(&plan::install(many));
         let began = Instant::now();
         kernel.apply(&domain, &changes).await;
         let change = began.elapsed() / u32::try_from(changes.len()).unwrap();

@@ -1,32 +1,60 @@
-//! What the worker may do, said before it tries.
+//! What the worker may do: said before it tries, and everything else given up.
 
 use anyhow::{Context as _, ensure};
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::prctl;
+use nix::unistd::{Gid, Uid, User, getresgid, getresuid, setgid, setgroups, setuid};
 
-/// The bit of `CAP_NET_ADMIN` (linux/capability.h).
-const NET_ADMIN: u32 = 12;
+/// The one privilege that netlink asks for (capabilities(7)).
+const NEEDED: Capability = Capability::CAP_NET_ADMIN;
 
-/// An error that names the capability if `status`, the text of `/proc/self/status`, does not have it in effect.
-pub fn check(status: &str) -> anyhow::Result<()> {
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).map(str::trim);
-    let effective =
-        effective.and_then(|hex| u64::from_str_radix(hex, 16).ok()).context("no CapEff in /proc/self/status")?;
+/// Leaves the process with `CAP_NET_ADMIN` and no other privilege, as `user` if one is named. Before it has any other
+/// thread: privileges are each thread's own.
+pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
+    let (uid, gid) = (getresuid().context("user")?, getresgid().context("group")?);
     ensure!(
-        effective & 1 << NET_ADMIN != 0,
+        uid.real == uid.effective && gid.real == gid.effective,
+        "started setuid or setgid, which would lend its privileges to whoever starts it: take those bits off the file"
+    );
+    ensure!(
+        caps::has_cap(None, CapSet::Effective, NEEDED).context("capabilities")?,
         "CAP_NET_ADMIN is missing: run as root, or with AmbientCapabilities=CAP_NET_ADMIN in the systemd unit"
     );
+    drop_bounding().context("bounding capabilities")?;
+    if let Some(name) = user {
+        become_user(name).with_context(|| format!("worker_user {name}"))?;
+    }
+    drop_others().context("capabilities")?;
+    prctl::set_no_new_privs().context("no_new_privs")
+}
+
+/// What no program started from here may get back. Only who may set capabilities may take them from there.
+fn drop_bounding() -> Result<(), caps::errors::CapsError> {
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)?.into_iter().filter(|capability| *capability != NEEDED) {
+            caps::drop(None, CapSet::Bounding, capability)?;
+        }
+    }
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_missing_capability_is_named() {
-        assert!(check("Name:\tx\nCapEff:\t0000000000001000\n").is_ok());
-        assert!(check("CapEff:\t000001ffffffffff\n").is_ok());
-        let error = check("CapEff:\t000001ffffffefff\n").unwrap_err().to_string();
-        assert!(error.contains("CAP_NET_ADMIN"), "{error}");
-        assert!(check("").is_err());
+fn become_user(name: &str) -> anyhow::Result<()> {
+    let user = User::from_name(name)?.context("there is no such user on this system")?;
+    let User { uid, gid, .. } = user;
+    if (uid, gid) == (Uid::effective(), Gid::effective()) {
+        return Ok(());
     }
+    ensure!(Uid::effective().is_root(), "only root can become another user: start it as root, or as that user");
+    prctl::set_keepcaps(true)?;
+    setgroups(&[])?;
+    setgid(gid)?;
+    Ok(setuid(uid)?)
+}
+
+fn drop_others() -> Result<(), caps::errors::CapsError> {
+    let needed = CapsHashSet::from([NEEDED]);
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &needed)?;
+    caps::set(None, CapSet::Permitted, &needed)
 }

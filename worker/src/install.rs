@@ -19,7 +19,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::message::Age;
 use wgkex_common::store::{Journal, Keys};
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, PublicKey, Reserved};
 
 use crate::kernel::Kernel;
 use crate::ledger::{Now, Policy};
@@ -85,12 +85,13 @@ enum Event {
 
 impl<K: Kernel> Installer<K> {
     /// An installer for `domains`, which may be read from now on, and what it says of keys. It owes the kernel the keys
-    /// that are `remembered`, and has the journal written.
+    /// that are `remembered`, and has the journal written; what is `reserved` it leaves alone.
     pub fn new(
         kernel: K,
         domains: impl IntoIterator<Item = Domain>,
         policy: &Policy,
         (journal, remembered): (Journal, Keys),
+        reserved: &watch::Receiver<Reserved>,
         metrics: &Metrics,
     ) -> (Self, Handle, Said) {
         let (key_sender, keys) = mpsc::channel(QUEUE);
@@ -98,8 +99,8 @@ impl<K: Kernel> Installer<K> {
         let (refresh, reconnected) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let (state, state_receiver) = watch::channel(State::new());
         let now = Instant::now().into_std();
-        let served =
-            |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, journal.clone(), metrics.clone()));
+        let shared = || (reserved.clone(), journal.clone(), metrics.clone());
+        let served = |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, shared()));
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(served).collect();
         for ((domain, key), kept) in remembered {
             if let Some(served) = domains.get_mut(&domain) {

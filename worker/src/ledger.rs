@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 use std::time::{Duration, Instant, SystemTime};
 
-use wgkex_common::PublicKey;
+use wgkex_common::claim::{Claim, Standing};
 use wgkex_common::message::Age;
 use wgkex_common::store::Kept;
 pub use wgkex_common::store::Now;
+use wgkex_common::{PublicKey, Reserved};
 
 use crate::kernel::{Change, Device, Peer};
-use crate::plan::{self, Shape, Step};
+use crate::plan::{self, ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED, Shape, Step};
 
 /// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
 const TRIES: u8 = 8;
@@ -36,6 +37,19 @@ pub struct Policy {
     pub report: Duration,
     /// So many keys wait at most for their interfaces; the oldest go first.
     pub waiting: usize,
+    /// So many peers that never shook hands an interface has at most; the oldest go first.
+    pub unproven: usize,
+    /// A peer that was silent for this long forgets where its router was; none never do.
+    pub forget: Option<Duration>,
+    /// So many peers of any kind an interface has at most; no new one is set beyond.
+    pub peers: usize,
+}
+
+impl Policy {
+    /// How long a handshake at another gateway counts: what shakes hands there is reported every so often.
+    fn vouched(&self) -> Duration {
+        self.report + self.stale
+    }
 }
 
 impl Default for Policy {
@@ -48,6 +62,9 @@ impl Default for Policy {
             count: Duration::from_secs(60),
             report: Duration::from_secs(21_600),
             waiting: 200_000,
+            forget: None,
+            unproven: 30_000,
+            peers: 100_000,
         }
     }
 }
@@ -89,8 +106,16 @@ pub struct Ledger {
     peers: BTreeMap<PublicKey, Entry>,
     /// Keys that came and do not stand whole. One may be in `peers` too.
     waiting: BTreeMap<PublicKey, Waiting>,
-    /// Addresses that peers have which others made.
-    foreign: BTreeSet<Ipv6Addr>,
+    /// Which of those two has each address.
+    owners: BTreeMap<Ipv6Addr, PublicKey>,
+    /// Peers of ours whose address another key has: the next read takes them.
+    ousted: BTreeSet<PublicKey>,
+    /// Peers of ours that never shook hands, as far as is known between two reads.
+    unproven: usize,
+    /// Keys that wait and have a place.
+    promised: usize,
+    /// Addresses that peers have which others made, and which peers.
+    foreign: BTreeMap<Ipv6Addr, PublicKey>,
     /// Since when an address has a route or a flood entry without a peer.
     orphans: BTreeMap<Ipv6Addr, Instant>,
     /// Keys that are not as they were when this was last asked for.
@@ -99,9 +124,15 @@ pub struct Ledger {
 
 #[derive(Debug)]
 struct Entry {
+    /// When the key came, and when it first did.
     arrived: Instant,
+    first: Instant,
     handshake: Option<Handshake>,
+    /// When it shook hands at another gateway, by a broker's word.
+    vouched: Option<Instant>,
     reported: Option<Instant>,
+    /// The kernel does not know of the handshake any more: the peer was made anew here.
+    forgotten: bool,
     ours: bool,
 }
 
@@ -116,9 +147,56 @@ struct Handshake {
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
     arrived: Instant,
+    /// When it first came.
+    first: Instant,
     tries: u8,
     /// It came as a key of its own, and not from the last run of this program, or as one that is live elsewhere.
     announced: bool,
+    /// When it shook hands at another gateway, by a broker's word.
+    vouched: Option<Instant>,
+    /// A place is kept for its peer.
+    promised: bool,
+}
+
+/// Live keys that a gateway lacks.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Learnt {
+    /// How many.
+    pub number: usize,
+    /// Those that can be set before the next read, the oldest first.
+    pub next: Vec<PublicKey>,
+}
+
+/// For how many more peers there is room.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    unproven: usize,
+    all: usize,
+}
+
+impl Room {
+    /// Takes the place of a peer, if there is one; what is `vouched` for has its own.
+    fn take(&mut self, vouched: bool) -> bool {
+        let has_place = self.all > 0 && (vouched || self.unproven > 0);
+        if has_place {
+            self.all -= 1;
+            self.unproven -= usize::from(!vouched);
+        }
+        has_place
+    }
+}
+
+/// What becomes of keys that came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// They have peers, and are to be set again.
+    pub known: Vec<PublicKey>,
+    /// They are to be set, in this order.
+    pub new: Vec<PublicKey>,
+    /// There is no room for them before the next read.
+    pub deferred: Vec<PublicKey>,
+    /// They are not to be set, and why: one of [`plan::REFUSALS`].
+    pub refused: Vec<(PublicKey, &'static str)>,
 }
 
 impl Ledger {
@@ -131,7 +209,11 @@ impl Ledger {
             last_read: None,
             peers: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            foreign: BTreeSet::new(),
+            owners: BTreeMap::new(),
+            ousted: BTreeSet::new(),
+            unproven: 0,
+            promised: 0,
+            foreign: BTreeMap::new(),
             orphans: BTreeMap::new(),
             changed: BTreeSet::new(),
         }
@@ -139,14 +221,17 @@ impl Ledger {
 
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
     pub fn remember(&mut self, key: PublicKey, kept: Kept) {
-        self.waiting.insert(key, Waiting { arrived: kept.last, tries: 0, announced: false });
+        let vouched = kept.proven.then_some(kept.last);
+        let waiting = Waiting { arrived: kept.last, first: kept.last, tries: 0, announced: false, vouched, promised: false };
+        self.waiting.insert(key, waiting);
     }
 
     /// Takes in a read of the tables.
     ///
     /// A peer of ours that vanished from an interface that is still the same was removed by hand and is
-    /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again.
-    pub fn observe(&mut self, device: &Device, now: Now) {
+    /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again. What is `reserved` is
+    /// never ours.
+    pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Now) {
         if self.last_read.is_some() && self.indexes != Some(device.indexes) {
             self.owe_vanished(device);
         }
@@ -171,13 +256,24 @@ impl Ledger {
         for (key, peer) in &device.peers {
             let entry = self.peers.entry(*key).or_insert_with(|| Entry::new(now.monotonic, false));
             let before = (entry.ours, entry.handshake.is_some());
-            entry.observe(key, peer, now, since_last_read);
+            entry.observe(peer, now, since_last_read);
+            let address = key.link_local();
+            entry.ours = match plan::shape_at(address, peer) {
+                Shape::Ours => !reserved.has_key(key) && !reserved.has_address(&address),
+                Shape::Bare => entry.ours,
+                Shape::Foreign => false,
+            };
             if before != (entry.ours, entry.handshake.is_some()) {
                 self.changed.insert(*key);
             }
         }
         self.foreign = plan::foreign(device);
-        let orphans = plan::orphans(device);
+        self.settle_owners(now.monotonic);
+        self.waiting.values_mut().for_each(|waiting| waiting.promised = false);
+        self.promised = 0;
+        self.unproven = self.peers.values().filter(|entry| entry.is_unproven()).count();
+        let mut orphans = plan::orphans(device);
+        orphans.retain(|address| !reserved.has_address(address));
         self.orphans.retain(|address, _| orphans.contains(address));
         for address in orphans {
             self.orphans.entry(address).or_insert(now.monotonic);
@@ -189,7 +285,8 @@ impl Ledger {
     fn owe_vanished(&mut self, device: &Device) {
         for (key, entry) in &self.peers {
             if entry.ours && !device.peers.contains_key(key) {
-                let waiting = Waiting { arrived: entry.arrived, tries: 0, announced: false };
+                let Entry { arrived, first, vouched, .. } = *entry;
+                let waiting = Waiting { arrived, first, tries: 0, announced: false, vouched, promised: false };
                 self.waiting.entry(*key).or_insert(waiting);
             }
         }
@@ -200,38 +297,195 @@ impl Ledger {
         self.indexes = None;
     }
 
-    /// What is to be set: keys that wait, in full and in order of arrival, and what peers of ours lack. Keys that
-    /// would not stand, or would take the address of a key that came later, wait no longer.
-    pub fn owed(&mut self, device: &Device) -> Vec<Step> {
-        self.drop_outlived(device);
-        let plan::Install { mut steps, refused } = plan::install(self.oldest_first(), device.public_key);
-        for (key, _) in refused {
+    /// Which key has which address, with all that the last read showed.
+    fn settle_owners(&mut self, now: Instant) {
+        self.owners.clear();
+        self.ousted.clear();
+        let ours = self.peers.iter().filter(|(_, entry)| entry.ours).map(|(key, _)| *key);
+        let claimants: Vec<_> = ours.chain(self.waiting.keys().copied()).collect();
+        for key in claimants {
+            self.claim(key, now);
+        }
+    }
+
+    /// `key` has its address from now on, unless another has the better claim.
+    fn claim(&mut self, key: PublicKey, now: Instant) -> bool {
+        let address = key.link_local();
+        let owner = self.owners.get(&address).copied().filter(|owner| *owner != key);
+        if let Some(owner) = owner {
+            let loses = !self.claim_of(key, now).beats(&self.claim_of(owner, now));
+            self.yield_address(if loses { key } else { owner });
+            if loses {
+                return false;
+            }
+        }
+        self.owners.insert(address, key);
+        self.ousted.remove(&key);
+        true
+    }
+
+    /// `key` has lost its address.
+    fn yield_address(&mut self, key: PublicKey) {
+        if self.waiting.contains_key(&key) {
             self.forget_waiting(&key);
         }
-        let standing = self.peers.iter().filter(|(key, entry)| entry.ours && !self.waiting.contains_key(key));
-        steps.extend(plan::repair(device, standing.map(|(key, _)| *key)));
+        if self.peers.get(&key).is_some_and(|entry| entry.ours) {
+            self.ousted.insert(key);
+        }
+    }
+
+    fn claim_of(&self, key: PublicKey, now: Instant) -> Claim {
+        let (peer, waiting) = (self.peers.get(&key), self.waiting.get(&key));
+        let first = peer.map(|entry| entry.first).into_iter().chain(waiting.map(|waiting| waiting.first)).min();
+        let first = first.unwrap_or(now);
+        let younger_than = |limit| move |since: Instant| now.saturating_duration_since(since) < limit;
+        let proven = peer.and_then(|entry| entry.handshake).map(|handshake| handshake.quiet_since);
+        let vouched = peer.and_then(|entry| entry.vouched).or_else(|| waiting?.vouched);
+        let standing = if proven.is_some_and(younger_than(self.policy.stale))
+            || vouched.is_some_and(younger_than(self.policy.vouched()))
+        {
+            Standing::Proven
+        } else if younger_than(self.policy.grace)(first) {
+            Standing::Fresh
+        } else {
+            Standing::Lapsed
+        };
+        Claim { key, standing, first }
+    }
+
+    /// What is to be set: keys that wait, in full and in order of arrival, as far as there is room, and what peers of
+    /// ours lack. Keys that may not be set wait no longer.
+    pub fn owed(&mut self, device: &Device, reserved: &Reserved) -> Vec<Step> {
+        let mut room = self.room();
+        let mut steps = Vec::new();
+        for key in self.oldest_first() {
+            if self.objection(&key, device.public_key, reserved).is_some() {
+                self.forget_waiting(&key);
+            } else if self.peers.contains_key(&key) || room.take(self.is_vouched(&key)) {
+                self.promise(&key);
+                steps.push(Step::install(key));
+            }
+        }
+        let stands = |key: &PublicKey| self.peers.get(key).is_some_and(|entry| entry.ours);
+        let owners = self.owners.iter().filter(|(address, key)| {
+            stands(key) && !self.waiting.contains_key(key) && !reserved.has_key(key) && !reserved.has_address(address)
+        });
+        steps.extend(plan::repair(device, owners.map(|(address, key)| (*key, *address))));
         steps
     }
 
-    fn drop_outlived(&mut self, device: &Device) {
-        if self.waiting.is_empty() {
-            return;
+    /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
+    ///
+    /// What is known is set again whatever else comes. Others have room up to [`Policy::unproven`] and
+    /// [`Policy::peers`]; beyond that they wait for the next read, which makes room among those that never shook hands.
+    pub fn admit(
+        &mut self,
+        keys: impl IntoIterator<Item = PublicKey>,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        now: Instant,
+    ) -> Admission {
+        let mut room = self.room();
+        let mut admission = Admission::default();
+        for key in plan::merged(keys) {
+            if let Some(reason) = self.objection(&key, own, reserved) {
+                admission.refused.push((key, reason));
+            } else if !self.claim(key, now) {
+                admission.refused.push((key, ADDRESS_TAKEN));
+            } else if self.peers.contains_key(&key) {
+                admission.known.push(key);
+            } else if room.take(self.is_vouched(&key)) {
+                admission.new.push(key);
+            } else if self.unproven == 0 {
+                self.owners.remove(&key.link_local());
+                admission.refused.push((key, FULL));
+            } else {
+                admission.deferred.push(key);
+            }
         }
-        let (peers, holders) = (&self.peers, plan::holders(device));
-        let outlived = |key: &PublicKey, waiting: &Waiting| {
-            let holder = holders.get(&key.link_local()).filter(|holder| *holder != key);
-            holder.and_then(|holder| peers.get(holder)).is_some_and(|holder| holder.arrived > waiting.arrived)
-        };
-        let outlived: Vec<_> =
-            self.waiting.iter().filter(|(key, waiting)| outlived(key, waiting)).map(|(key, _)| *key).collect();
-        for key in &outlived {
-            self.forget_waiting(key);
+        // Of two that came at once the first was admitted before the second took its address.
+        let (owners, refused) = (&self.owners, &mut admission.refused);
+        for list in [&mut admission.known, &mut admission.new, &mut admission.deferred] {
+            list.retain(|key| {
+                let stays = owners.get(&key.link_local()) == Some(key);
+                if !stays {
+                    refused.push((*key, ADDRESS_TAKEN));
+                }
+                stays
+            });
+        }
+        admission
+    }
+
+    /// Why `key` may not be set, whoever has its address.
+    fn objection(&self, key: &PublicKey, own: Option<PublicKey>, reserved: &Reserved) -> Option<&'static str> {
+        let holder = self.foreign.get(&key.link_local());
+        match key {
+            key if Some(*key) == own => Some(OWN_KEY),
+            key if reserved.forbids(key) => Some(RESERVED),
+            key if holder.is_some_and(|holder| holder != key) => Some(ADDRESS_TAKEN),
+            _ => None,
         }
     }
 
+    fn room(&self) -> Room {
+        let Policy { unproven, peers, .. } = self.policy;
+        let (known, all) = (self.unproven + self.promised, self.peers.len() + self.promised);
+        Room { unproven: unproven.saturating_sub(known), all: peers.saturating_sub(all) }
+    }
+
+    /// Keeps a place for the peer of `key`, which waits, until the next read.
+    pub fn promise(&mut self, key: &PublicKey) {
+        let is_new = !self.peers.contains_key(key);
+        if let Some(waiting) = self.waiting.get_mut(key).filter(|waiting| is_new && !waiting.promised) {
+            waiting.promised = true;
+            self.promised += 1;
+        }
+    }
+
+    /// What `key` waited for, if it does.
+    fn stop_waiting(&mut self, key: &PublicKey) -> Option<Waiting> {
+        let waiting = self.waiting.remove(key);
+        self.promised -= usize::from(waiting.is_some_and(|waiting| waiting.promised));
+        waiting
+    }
+
+    /// Whether there is a peer whose address another key has.
+    #[must_use]
+    pub fn ousts(&self) -> bool {
+        !self.ousted.is_empty()
+    }
+
+    /// Peers of ours that are to go so that others have room: those that lost their address, and of those that never
+    /// shook hands the oldest. At most `most` of them. Judged by the last read.
+    #[must_use]
+    pub fn surplus(&self, most: usize) -> BTreeSet<PublicKey> {
+        let mut surplus: BTreeSet<_> = self.ousted.iter().copied().take(most).collect();
+        let mut room = self.room();
+        let new = self.waiting.keys().filter(|key| !self.peers.contains_key(key));
+        let lacking = new.filter(|key| !room.take(self.is_vouched(key))).count();
+        let lacking = lacking.min(most - surplus.len());
+        if lacking > 0 {
+            let unproven = self.peers.iter().filter(|(_, entry)| entry.is_unproven());
+            let mut oldest: Vec<_> = unproven.map(|(key, entry)| (entry.arrived, *key)).collect();
+            oldest.sort_unstable();
+            surplus.extend(oldest.into_iter().take(lacking).map(|(_, key)| key));
+        }
+        surplus
+    }
+
     fn forget_waiting(&mut self, key: &PublicKey) {
-        self.waiting.remove(key);
+        self.stop_waiting(key);
+        self.disown(key);
+    }
+
+    /// `key` is not what it was, and has no address any more unless it has a peer.
+    fn disown(&mut self, key: &PublicKey) {
         self.changed.insert(*key);
+        let address = key.link_local();
+        if !self.peers.contains_key(key) && self.owners.get(&address) == Some(key) {
+            self.owners.remove(&address);
+        }
     }
 
     fn oldest_first(&self) -> Vec<PublicKey> {
@@ -247,33 +501,64 @@ impl Ledger {
         plan::clear(device, &old.map(|(address, _)| *address).collect())
     }
 
-    /// Which of the live `keys` have no peer here, do not wait for one, would take no address from a peer, and would not be
-    /// stale at once. They are owed from now on, the oldest first.
-    pub fn learn(&mut self, keys: impl IntoIterator<Item = (PublicKey, Age)>, now: Instant) -> Vec<PublicKey> {
-        let policy = &self.policy;
-        let dead = |Age(age, proven): Age| {
+    /// Which of the live `keys` have no peer here, do not wait for one, may be set, and would not be stale at once. They
+    /// are owed from now on; those for which there is room are returned, the oldest first.
+    pub fn learn(
+        &mut self,
+        keys: impl IntoIterator<Item = (PublicKey, Age)>,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        now: Instant,
+    ) -> Learnt {
+        let mut lacking = Vec::new();
+        for (key, Age(age, proven)) in keys {
+            let age = Duration::from_secs(age);
             // What shakes hands is reported every so often; what never did has its grace alone.
-            let quiet = if proven { policy.report + policy.stale } else { policy.grace };
-            Duration::from_secs(age) >= quiet
-        };
-        let unknown = |key: &PublicKey| !self.peers.contains_key(key) && !self.waiting.contains_key(key);
-        let mut lacking: Vec<_> =
-            keys.into_iter().filter(|(key, age)| unknown(key) && !dead(*age)).map(|(key, age)| (age.0, key)).collect();
-        if lacking.is_empty() {
-            return Vec::new();
+            let lives = if proven { self.policy.vouched() } else { self.policy.grace };
+            if age >= lives {
+                continue;
+            }
+            let heard = now.checked_sub(age).unwrap_or(now);
+            let vouched = proven.then_some(heard);
+            if let Some(known) = self.vouched_mut(&key) {
+                *known = (*known).max(vouched);
+            } else if self.objection(&key, own, reserved).is_none() {
+                let waiting = Waiting { arrived: heard, first: heard, tries: 0, announced: false, vouched, promised: false };
+                self.waiting.insert(key, waiting);
+                self.changed.insert(key);
+                lacking.push((heard, key));
+            }
         }
-        let addresses: BTreeSet<_> = lacking.iter().map(|(_, key)| key.link_local()).collect();
-        let derived = self.peers.keys().chain(self.waiting.keys()).map(PublicKey::link_local);
-        let taken: BTreeSet<_> =
-            derived.chain(self.foreign.iter().copied()).filter(|address| addresses.contains(address)).collect();
-        lacking.retain(|(_, key)| !taken.contains(&key.link_local()));
-        lacking.sort_unstable_by(|a, b| b.cmp(a));
-        for (age, key) in &lacking {
-            let arrived = now.checked_sub(Duration::from_secs(*age)).unwrap_or(now);
-            self.waiting.insert(*key, Waiting { arrived, tries: 0, announced: false });
-            self.changed.insert(*key);
+        lacking.retain(|(_, key)| self.outranks(*key, now) && self.claim(*key, now));
+        lacking.retain(|(_, key)| self.waiting.contains_key(key));
+        lacking.sort_unstable();
+        let (mut room, number) = (self.room(), lacking.len());
+        lacking.retain(|(_, key)| room.take(self.is_vouched(key)));
+        lacking.iter().for_each(|(_, key)| self.promise(key));
+        Learnt { number, next: lacking.into_iter().map(|(_, key)| key).collect() }
+    }
+
+    /// Whether nobody has the address of `key`, which waits, with as good a claim. If somebody has, it waits no longer:
+    /// how old a claim is nobody can say who was not there.
+    fn outranks(&mut self, key: PublicKey, now: Instant) -> bool {
+        let owner = self.owners.get(&key.link_local()).copied().filter(|owner| *owner != key);
+        let standing = |key| self.claim_of(key, now).standing;
+        let outranks = owner.is_none_or(|owner| standing(key) > standing(owner));
+        if !outranks {
+            self.forget_waiting(&key);
         }
-        lacking.into_iter().map(|(_, key)| key).collect()
+        outranks
+    }
+
+    fn vouched_mut(&mut self, key: &PublicKey) -> Option<&mut Option<Instant>> {
+        match self.peers.get_mut(key) {
+            Some(entry) => Some(&mut entry.vouched),
+            None => self.waiting.get_mut(key).map(|waiting| &mut waiting.vouched),
+        }
+    }
+
+    fn is_vouched(&self, key: &PublicKey) -> bool {
+        self.waiting.get(key).is_some_and(|waiting| waiting.vouched.is_some())
     }
 
     /// All keys, as if each had changed.
@@ -315,6 +600,22 @@ impl Ledger {
         Some(Kept { last: arrived, proven })
     }
 
+    /// At most so many of the peers of ours that are silent for longer than the kernel is to know of them.
+    #[must_use]
+    pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
+        let Some(forget) = self.policy.forget else { return Vec::new() };
+        let silent = |handshake: Handshake| now.saturating_duration_since(handshake.quiet_since) >= forget;
+        let idle = |entry: &Entry| entry.ours && !entry.forgotten && entry.handshake.is_some_and(silent);
+        self.peers.iter().filter(|(_, entry)| idle(entry)).map(|(key, _)| *key).take(most).collect()
+    }
+
+    /// The kernel does not know any more of the handshakes of `key`; here they count on.
+    pub fn forgotten(&mut self, key: &PublicKey) {
+        if let Some(entry) = self.peers.get_mut(key) {
+            entry.forgotten = true;
+        }
+    }
+
     /// The peers of ours that are stale, judged by the last read.
     #[must_use]
     pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
@@ -351,16 +652,25 @@ impl Ledger {
 
     /// `key` stands whole in the kernel and has its grace from `now`. Says whether it is new there.
     pub fn stands(&mut self, key: PublicKey, now: Instant) -> bool {
-        let waited = self.waiting.remove(&key).is_some();
+        let waited = self.stop_waiting(&key);
         let known = self.peers.contains_key(&key);
         self.changed.insert(key);
-        self.peers.entry(key).or_insert_with(|| Entry::new(now, true)).arrived = now;
-        waited || !known
+        let new = Entry { first: waited.map_or(now, |waited| waited.first), ..Entry::new(now, true) };
+        let entry = self.peers.entry(key).or_insert(new);
+        entry.arrived = now;
+        entry.vouched = entry.vouched.max(waited.and_then(|waited| waited.vouched));
+        if !known && entry.is_unproven() {
+            self.unproven += 1;
+        }
+        waited.is_some() || !known
     }
 
     /// `key` came and does not stand whole: it is owed. Says how many older ones that made too many.
     pub fn wants(&mut self, key: PublicKey, now: Instant) -> usize {
-        self.waiting.insert(key, Waiting { arrived: now, tries: 0, announced: true });
+        let before = self.waiting.get(&key);
+        let (first, vouched, promised) =
+            before.map_or((now, None, false), |before| (before.first, before.vouched, before.promised));
+        self.waiting.insert(key, Waiting { arrived: now, first, tries: 0, announced: true, vouched, promised });
         self.changed.insert(key);
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }
@@ -384,25 +694,31 @@ impl Ledger {
 
     /// `key` was removed from the kernel.
     pub fn removed(&mut self, key: &PublicKey) {
-        self.peers.remove(key);
-        self.changed.insert(*key);
+        let unproven = self.peers.remove(key).is_some_and(|entry| entry.is_unproven());
+        self.unproven = self.unproven.saturating_sub(usize::from(unproven));
+        self.ousted.remove(key);
+        self.disown(key);
     }
 }
 
 impl Entry {
     fn new(arrived: Instant, ours: bool) -> Self {
-        Self { arrived, handshake: None, reported: None, ours }
+        Self { arrived, first: arrived, handshake: None, vouched: None, reported: None, forgotten: false, ours }
     }
 
-    fn observe(&mut self, key: &PublicKey, peer: &Peer, now: Now, since_last_read: Option<Duration>) {
-        self.ours = match plan::shape(key, peer) {
-            Shape::Ours => true,
-            Shape::Bare => self.ours,
-            Shape::Foreign => false,
-        };
+    /// Neither here nor elsewhere.
+    fn is_unproven(&self) -> bool {
+        self.ours && self.handshake.is_none() && self.vouched.is_none()
+    }
+
+    fn observe(&mut self, peer: &Peer, now: Now, since_last_read: Option<Duration>) {
         match (peer.last_handshake, self.handshake) {
             (Some(at), Some(known)) if at == known.at => {}
-            (Some(at), _) => self.handshake = Some(Handshake::first_seen(at, now, since_last_read)),
+            (Some(at), _) => {
+                self.handshake = Some(Handshake::first_seen(at, now, since_last_read));
+                self.forgotten = false;
+            }
+            (None, Some(_)) if self.forgotten => {}
             (None, Some(_)) => *self = Self::new(now.monotonic, self.ours),
             (None, None) => {}
         }

@@ -8,7 +8,7 @@ pub mod install;
 pub mod kernel;
 pub mod ledger;
 pub mod metrics;
-mod mqtt;
+pub mod mqtt;
 pub mod plan;
 pub mod schedule;
 pub mod setup;
@@ -22,11 +22,11 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
-use wgkex_common::config::Cleanup;
+use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::{Config, Domain, process};
+use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::install::{Handle, Installer};
 use crate::kernel::Kernel;
@@ -44,12 +44,14 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let metrics = Metrics::new(&config.domains).context("metrics")?;
     let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
     info!(keys = remembered.len(), "keys remembered");
+    let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone()));
+    let known = (journal, remembered);
     let (installer, handle, said) =
-        Installer::new(kernel, config.domains.clone(), &policy(&config), (journal, remembered), &metrics);
+        Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
     let (ears, heard) = sync::ears();
-    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), metrics.clone());
+    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, metrics.clone());
     let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
     let state = handle.state();
@@ -90,8 +92,10 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 
 fn policy(config: &Config) -> Policy {
     let Cleanup { interval, stale, grace } = config.cleanup;
-    // A router that is connected all the time must stay among the live keys.
-    Policy { stale, grace, interval, report: config.live_keys.ttl / 4, ..Policy::default() }
+    let Peers { max: peers, unproven } = config.peers;
+    let report = wgkex_common::claim::report(config.live_keys.ttl, stale);
+    let forget = config.forget_idle_after;
+    Policy { stale, grace, interval, report, peers, unproven, forget, ..Policy::default() }
 }
 
 /// Has the installer look at the keys of a page.

@@ -13,7 +13,7 @@ use wgkex_worker::setup::{self, Flavour};
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
 const AFTER_HELP: &str =
-    "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and no other privilege.";
+    "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
 }
 
 fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
+    if args.command.is_none() {
+        capability::keep_only_needed(config.worker_user.as_deref())?;
+    }
     let runtime = Runtime::new().context("the runtime does not start")?;
     let result = runtime.block_on(async {
         match &args.command {
@@ -58,7 +61,6 @@ fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
-    capability::check(&std::fs::read_to_string("/proc/self/status")?)?;
     let kernel = Netlink::open().context("netlink")?;
     wgkex_worker::run(config, kernel, process::stop()?).await
 }

@@ -7,10 +7,10 @@ use prometheus::{
 use wgkex_common::Domain;
 
 use crate::ledger::Counts;
-use crate::plan::{ADDRESS_TAKEN, OWN_KEY};
+use crate::plan::{ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED};
 
 /// Why a key did not come to stand; also what a confirmation says of it.
-pub const FAILURES: [&str; 5] = [OWN_KEY, ADDRESS_TAKEN, "interface", "interrupted", "kernel"];
+pub const FAILURES: [&str; 7] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, "interface", "interrupted", "kernel"];
 
 /// The worker's metrics. Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -49,6 +49,10 @@ pub struct Metrics {
     pub sweeps: IntCounterVec,
     /// Stale peers removed, by domain.
     pub peers_removed: IntCounterVec,
+    /// Peers removed because others needed their place or have their address, by domain.
+    pub peers_ousted: IntCounterVec,
+    /// Silent peers whose endpoint the kernel was made to forget, by domain.
+    pub peers_forgotten: IntCounterVec,
     /// Failed reads of the tables, by domain.
     pub read_failures: IntCounterVec,
     /// Whether a domain's interfaces are there and fit for routers, by domain.
@@ -114,6 +118,8 @@ impl Metrics {
             state_kept: gauge(r, "state_kept", "1 while the keys are kept on disk.")?,
             sweeps: counters(r, "sweeps", "Looks for stale peers.", &["domain"])?,
             peers_removed: counters(r, "peers_removed", "Stale peers removed.", &["domain"])?,
+            peers_ousted: counters(r, "peers_ousted", "Peers that others took the place of.", &["domain"])?,
+            peers_forgotten: counters(r, "peers_forgotten", "Silent peers whose endpoint is forgotten.", &["domain"])?,
             read_failures: counters(r, "read_failures", "Failed reads of the tables.", &["domain"])?,
             domain_up: gauges(r, "domain_up", "1 if routers can use the domain here.", &["domain"])?,
             mqtt_connected: gauge(r, "mqtt_connected", "1 while MQTT is connected.")?,

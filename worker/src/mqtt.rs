@@ -10,7 +10,7 @@ use tracing::debug;
 use wgkex_common::message::{Applied, Hello, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::{Config, Domain, PublicKey, Topic};
+use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
 
 use crate::install::{DomainState, Handle, Said, State};
 use crate::metrics::Metrics;
@@ -23,7 +23,7 @@ pub fn client(config: &Config) -> Client {
     Client {
         id: config.name.clone(),
         will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
-        states: Vec::new(),
+        states: vec![Topic::worker_data()],
         events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
         is_second: false,
     }
@@ -38,16 +38,38 @@ pub fn second(config: &Config) -> Client {
     }
 }
 
-/// Hands keys that come to the installer; everything else is counted and left.
-pub fn hand_on(domains: BTreeSet<Domain>, handle: Handle, metrics: Metrics) -> impl FnMut(Event) {
+/// Hands keys that come to the installer, and what gateways say of themselves to `reserved`; everything else is counted
+/// and left.
+pub fn hand_on(
+    domains: BTreeSet<Domain>,
+    handle: Handle,
+    reserved: watch::Sender<Reserved>,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => metrics.mqtt_connected.set(1),
         Event::Down => metrics.mqtt_connected.set(0),
-        Event::Message(publish) => match key(&domains, &publish) {
-            Ok((domain, key)) => handle.offer(domain, key),
-            Err(reason) => ignore(&metrics, &publish, reason),
-        },
+        Event::Message(publish) => {
+            let outcome = match Topic::parse(&publish.topic) {
+                Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
+                _ => key(&domains, &publish).map(|(domain, key)| handle.offer(domain, key)),
+            };
+            if let Err(reason) = outcome {
+                ignore(&metrics, &publish, reason);
+            }
+        }
     }
+}
+
+fn reserve(
+    reserved: &watch::Sender<Reserved>,
+    worker: &str,
+    domain: &str,
+    payload: &[u8],
+) -> Result<(), &'static str> {
+    let data = WorkerData::parse(payload).map_err(|_| "payload")?;
+    reserved.send_modify(|reserved| reserved.hear(worker, domain, data.as_ref()));
+    Ok(())
 }
 
 /// Lets `ears` hear what brokers say of themselves, and the live keys that they send.
@@ -279,6 +301,18 @@ fn connected(state: &DomainState) -> i64 {
         DomainState::Up { connected, .. } => i64::try_from(*connected).unwrap_or(i64::MAX),
         DomainState::Down { .. } => -1,
     }
+}
+
+/// Hears a message of anybody's making as both connections do, for whoever makes them up: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn hear_anything(topic: &str, payload: &[u8]) {
+    let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
+    let domains = Domain::new("ff_a", &["ff_".into()]).into_iter().collect();
+    let reserved = watch::Sender::new(Reserved::default());
+    if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
+        let _ = reserve(&reserved, &worker, &domain, payload);
+    }
+    let _ = (key(&domains, &publish), heard(&publish));
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
+use wgkex_common::message::Applied;
 use wgkex_common::{PublicKey, is_derived};
 
 use crate::kernel::{Change, Device, Errno, KernelError, Peer};
@@ -15,8 +16,17 @@ const NO_ANSWER: KernelError = KernelError::Refused { action: "apply a change", 
 /// Why a key is refused that is the interface's own.
 pub const OWN_KEY: &str = "own key";
 
-/// Why a key is refused when a later one of the same batch has its address.
-pub const ADDRESS_TAKEN: &str = "address taken";
+/// Why a key is refused that a gateway has, or whose address a gateway has.
+pub const RESERVED: &str = Applied::RESERVED;
+
+/// Why a key is refused whose address another has.
+pub const ADDRESS_TAKEN: &str = Applied::ADDRESS_TAKEN;
+
+/// Why a key is refused for which there is no room.
+pub const FULL: &str = "full";
+
+/// Why keys are refused that the kernel would take.
+pub const REFUSALS: [&str; 4] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL];
 
 /// What to do about one key: up to three changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +46,8 @@ pub enum Action {
     Set(Objects),
     /// They are to be gone.
     Remove(Objects),
+    /// The peer is to be as one that has just come: without endpoint, handshake and counters.
+    Renew,
 }
 
 /// Some of the three things that a key is in the kernel.
@@ -60,31 +72,11 @@ pub enum Shape {
     Foreign,
 }
 
-/// The steps for keys that arrived, and what was kept from the kernel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Install {
-    /// Every other key once, all three objects of each.
-    pub steps: Vec<Step>,
-    /// Keys that would not stand if they were applied, and why: [`OWN_KEY`] or [`ADDRESS_TAKEN`].
-    pub refused: Vec<(PublicKey, &'static str)>,
-}
-
-/// Installs `keys` in order of arrival on the interface whose own key is `own`.
-///
-/// Of a key that came twice the last counts, so that the tables end as if each had been applied alone. Of two
-/// keys with one address only the later is applied: it would take the address from the other, which then would
-/// be said to stand and does not. The interface's own key the kernel would take and do nothing.
+/// Installs `keys` in order of arrival. Of a key that came twice the last counts, so that the tables end as if each
+/// had been applied alone.
 #[must_use]
-pub fn install(keys: impl IntoIterator<Item = PublicKey>, own: Option<PublicKey>) -> Install {
-    let steps: Vec<_> = merged(keys).into_iter().map(Step::install).collect();
-    let last: BTreeMap<Ipv6Addr, PublicKey> = steps.iter().map(|step| (step.address, step.key)).collect();
-    let refusal = |step: &Step| match step.key {
-        key if Some(key) == own => Some(OWN_KEY),
-        key if last.get(&step.address) != Some(&key) => Some(ADDRESS_TAKEN),
-        _ => None,
-    };
-    let refused = steps.iter().filter_map(|step| Some((step.key, refusal(step)?))).collect();
-    Install { steps: steps.into_iter().filter(|step| refusal(step).is_none()).collect(), refused }
+pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
+    merged(keys).into_iter().map(Step::install).collect()
 }
 
 /// Every key once, in the order of their last arrivals.
@@ -98,16 +90,15 @@ pub fn merged(keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
     keys
 }
 
-/// Sets what is missing of the three objects of `ours`, keys that have a peer in `device`.
+/// Sets what is missing of the three objects of `ours`, keys that have a peer in `device`, with their addresses.
 ///
-/// A peer to which somebody gave other allowed-ips is left alone, and so is one whose address a later key has:
-/// to give it back would take it from that one.
+/// A peer to which somebody gave other allowed-ips is left alone, and so is one whose address another peer has: to give
+/// it back would take it from that one.
 #[must_use]
-pub fn repair(device: &Device, ours: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
+pub fn repair(device: &Device, ours: impl IntoIterator<Item = (PublicKey, Ipv6Addr)>) -> Vec<Step> {
     let held = LazyCell::new(|| holders(device));
-    let missing = |key: PublicKey| {
+    let missing = |(key, address): (PublicKey, Ipv6Addr)| {
         let peer = device.peers.get(&key)?;
-        let address = key.link_local();
         let peer = match shape_at(address, peer) {
             Shape::Ours => false,
             Shape::Bare if !held.contains_key(&address) => true,
@@ -157,11 +148,11 @@ fn covers(network: IpAddr, length: u8, address: Ipv6Addr) -> bool {
     differ.leading_zeros() >= u32::from(length)
 }
 
-/// Addresses that are allowed-ips of peers which somebody else made.
+/// Addresses that are allowed-ips of peers which somebody else made, and of which.
 #[must_use]
-pub fn foreign(device: &Device) -> BTreeSet<Ipv6Addr> {
+pub fn foreign(device: &Device) -> BTreeMap<Ipv6Addr, PublicKey> {
     let foreign = device.peers.iter().filter(|(key, peer)| shape(key, peer) == Shape::Foreign);
-    foreign.flat_map(|(_, peer)| addresses_of(peer)).collect()
+    foreign.flat_map(|(key, peer)| addresses_of(peer).map(|address| (address, *key))).collect()
 }
 
 /// Removes the routes and flood entries of `orphans`.
@@ -208,7 +199,9 @@ pub fn shape(key: &PublicKey, peer: &Peer) -> Shape {
     }
 }
 
-fn shape_at(address: Ipv6Addr, peer: &Peer) -> Shape {
+/// The same, for the peer whose key derives `address`.
+#[must_use]
+pub fn shape_at(address: Ipv6Addr, peer: &Peer) -> Shape {
     match peer.allowed_ips[..] {
         [] => Shape::Bare,
         [(IpAddr::V6(only), 128)] if only == address => Shape::Ours,
@@ -230,6 +223,12 @@ impl Step {
         Self { key, address: key.link_local(), action: Action::Set(Objects::ALL) }
     }
 
+    /// Makes the peer of `key` forget where its router was.
+    #[must_use]
+    pub fn renew(key: PublicKey) -> Self {
+        Self { key, address: key.link_local(), action: Action::Renew }
+    }
+
     /// Its changes. The peer comes first and goes last: what a crash leaves half done still has its peer, by
     /// which it is found again.
     pub fn changes(&self) -> impl Iterator<Item = Change> + use<> {
@@ -245,6 +244,9 @@ impl Step {
                 (objects.fdb, Change::RemoveFdb(address)),
                 (objects.peer, Change::RemovePeer(key)),
             ],
+            Action::Renew => {
+                [(true, Change::RemovePeer(key)), (true, Change::SetPeer(key, address)), (false, Change::RemovePeer(key))]
+            }
         };
         pairs.into_iter().filter_map(|(asked, change)| asked.then_some(change))
     }
@@ -272,13 +274,13 @@ mod tests {
         let key: PublicKey = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=".parse().unwrap();
         let address: Ipv6Addr = "fe80::2a6:8fff:fe21:5465".parse().unwrap();
         let wanted = [Change::SetPeer(key, address), Change::SetRoute(address), Change::AddFdb(address)];
-        assert_eq!(changes(&install([key], None).steps), wanted);
+        assert_eq!(changes(&install([key])), wanted);
     }
 
     #[test]
     fn keys_keep_their_order_and_are_merged() {
         for (keys, wanted) in [(vec![3, 1, 2], vec![3, 1, 2]), (vec![1, 2, 1], vec![2, 1]), (vec![], vec![])] {
-            let steps = install(keys.into_iter().map(key), None).steps;
+            let steps = install(keys.into_iter().map(key));
             assert_eq!(
                 steps.iter().map(|step| step.key).collect::<Vec<_>>(),
                 wanted.into_iter().map(key).collect::<Vec<_>>()
@@ -286,22 +288,12 @@ mod tests {
         }
     }
 
-    #[test]
-    fn keys_that_would_not_stand_are_refused_and_hold_up_no_other() {
-        let (first, second) = collision();
-        let keys = [key(1), first, key(2), second, key(1), key(3)];
-        let install = install(keys, Some(key(1)));
-        assert_eq!(install.refused, [(first, ADDRESS_TAKEN), (key(1), OWN_KEY)]);
-        assert_eq!(install.steps, [key(2), second, key(3)].map(Step::install));
-        assert_eq!(super::install([second, first, second], None).steps, [Step::install(second)]);
-    }
-
     type Damage = fn(&mut Device, Ipv6Addr);
 
     #[test]
     fn a_repair_sets_only_what_is_missing() {
         let whole = device(&[key(1)]);
-        assert_eq!(repair(&whole, [key(1), key(2)]), []);
+        assert_eq!(repair(&whole, owned([key(1), key(2)])), []);
         let address = key(1).link_local();
         let cases: [(Damage, Change); 3] = [
             (|device, address| assert!(device.routes.remove(&address)), Change::SetRoute(address)),
@@ -311,7 +303,7 @@ mod tests {
         for (damage, change) in cases {
             let mut device = whole.clone();
             damage(&mut device, address);
-            assert_eq!(changes(&repair(&device, [key(1)])), [change]);
+            assert_eq!(changes(&repair(&device, owned([key(1)]))), [change]);
         }
     }
 
@@ -321,18 +313,18 @@ mod tests {
         peer(&mut device, 1).allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
         peer(&mut device, 2).allowed_ips = vec![("fe80::1".parse().unwrap(), 128)];
         device.routes.clear();
-        assert_eq!(repair(&device, [key(1), key(2)]), []);
+        assert_eq!(repair(&device, owned([key(1), key(2)])), []);
     }
 
     #[test]
-    fn a_repair_does_not_take_an_address_from_the_key_that_came_later() {
+    fn a_repair_does_not_take_an_address_from_another_peer() {
         let (first, second) = collision();
         let mut device = device(&[first, second]);
         assert_eq!(shape(&first, &device.peers[&first]), Shape::Bare);
         device.routes.clear();
-        assert_eq!(changes(&repair(&device, [first, second])), [Change::SetRoute(second.link_local())]);
+        assert_eq!(changes(&repair(&device, owned([first, second]))), [Change::SetRoute(second.link_local())]);
         device.peers.remove(&second);
-        assert_eq!(changes(&repair(&device, [first]))[0], Change::SetPeer(first, first.link_local()));
+        assert_eq!(changes(&repair(&device, owned([first])))[0], Change::SetPeer(first, first.link_local()));
     }
 
     #[test]
@@ -382,7 +374,7 @@ mod tests {
     #[test]
     fn a_key_is_done_only_if_all_of_it_is() {
         let bad = KernelError::Refused { action: "x", source: Errno(22) };
-        let steps = install([key(1), key(2), key(3)], None).steps;
+        let steps = install([key(1), key(2), key(3)]);
         let mut results = vec![Ok(()); 7];
         results[4] = Err(bad.clone());
         let outcomes: Vec<_> = outcomes(&steps, results).collect();
@@ -393,13 +385,12 @@ mod tests {
         #[test]
         fn installing_twice_equals_once_and_together_equals_one_by_one(keys in vec(any_key(), 0..12)) {
             let fake = Fake::with(&[domain()]);
-            apply(&fake, &install(keys.clone(), None).steps);
+            apply(&fake, &install(keys.clone()));
             let once = fake.device(&domain());
-            apply(&fake, &install(keys.clone(), None).steps);
+            apply(&fake, &install(keys.clone()));
             prop_assert_eq!(&fake.device(&domain()), &once);
 
             let single = one_by_one(&keys);
-            single.alter(&domain(), |device| device.peers.retain(|key, peer| shape(key, peer) == Shape::Ours));
             prop_assert_eq!(single.device(&domain()), once);
         }
 
@@ -409,7 +400,7 @@ mod tests {
             damage in vec((any_key(), 0..3), 0..12),
         ) {
             let fake = Fake::with(&[domain()]);
-            apply(&fake, &install(keys.clone(), None).steps);
+            apply(&fake, &install(keys.clone()));
             for (key, what) in damage {
                 fake.alter(&domain(), |device| match (what, device.peers.get_mut(&key)) {
                     (0, Some(peer)) => peer.allowed_ips.clear(),
@@ -417,9 +408,9 @@ mod tests {
                     _ => drop(device.fdb.remove(&key.link_local())),
                 });
             }
-            apply(&fake, &repair(&fake.device(&domain()).unwrap(), keys.clone()));
+            apply(&fake, &repair(&fake.device(&domain()).unwrap(), owned(keys.clone())));
             let device = fake.device(&domain()).unwrap();
-            prop_assert_eq!(repair(&device, keys.clone()), []);
+            prop_assert_eq!(repair(&device, owned(keys.clone())), []);
             for key in keys {
                 prop_assert!(device.routes.contains(&key.link_local()) && device.fdb.contains(&key.link_local()));
             }
@@ -460,6 +451,10 @@ mod tests {
             apply(&fake, &[Step::install(*key)]);
         }
         fake
+    }
+
+    fn owned(keys: impl IntoIterator<Item = PublicKey>) -> impl Iterator<Item = (PublicKey, Ipv6Addr)> {
+        keys.into_iter().map(|key| (key, key.link_local()))
     }
 
     fn peer(device: &mut Device, n: u32) -> &mut Peer {

@@ -13,7 +13,20 @@ fn gateways(weights: &[(&str, f64)]) -> Gateways {
         "broker1".into(),
         ["ff_a", "ff_b"].map(domain).into(),
         weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect(),
+        Reserved::default(),
     )
+}
+
+#[test]
+fn a_gateways_key_and_address_are_nobody_elses_whatever_domain_it_serves_and_also_when_the_bus_is_lost() {
+    let mut gateways = gateways(&[]);
+    let key: PublicKey = KEY.parse().unwrap();
+    assert!(!gateways.forbids(&key));
+    gateways.data("gw1", "ff_none");
+    gateways.forget();
+    assert!(gateways.forbids(&key));
+    gateways.live("wireguard-worker/gw1/ff_none/data", "");
+    assert!(!gateways.forbids(&key));
 }
 
 impl Gateways {

@@ -8,6 +8,9 @@ const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 
+const CLEANUP: Cleanup =
+    Cleanup { interval: HOUR, stale: Duration::from_secs(3 * 3600), grace: Duration::from_secs(600) };
+
 fn domain() -> Domain {
     Domain::new("ff_a", &["ff_".into()]).unwrap()
 }
@@ -20,7 +23,7 @@ fn key(n: u32) -> PublicKey {
 
 fn live(max: usize) -> (LiveKeys, Instant) {
     let config = config::LiveKeys { max, ttl: DAY };
-    (LiveKeys::new("b1".into(), config, [domain()], Default::default(), Instant::now()), Instant::now())
+    (LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], Default::default(), Instant::now()), Instant::now())
 }
 
 fn question() -> Question {
@@ -116,7 +119,7 @@ fn after_a_restart_everything_is_news() {
     let now = Instant::now();
     let known: Keys = [((domain(), key(1)), Kept { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), config, [domain()], (Journal::default(), known), now);
+    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (Journal::default(), known), now);
     let young = live.answer(&Question { younger_than: Some(20), ..question() }, now + SECOND);
     assert_eq!(young.keys, [(key(1), Age(3_601, true))].into());
 }
@@ -164,13 +167,57 @@ fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
     assert!(all(&live, question(), now + 20_200 * SECOND).contains(&key(20_199)));
 }
 
+/// The contract's two keys with one address (section 3); the first is the smaller.
+fn collision() -> (PublicKey, PublicKey) {
+    let parse = |text: &str| text.parse().unwrap();
+    (parse("fAKaBGbh8TB6KaToe27fkEi9ghZwYGi6sOvHDXG2PLI="), parse("3c+xZQV94mSS+WVbTdDrC58V7h9hA3uIECwx0uu1kpg="))
+}
+
+#[test]
+fn an_address_is_taken_while_its_owner_is_in_its_grace_or_proven() {
+    let (first, second) = collision();
+    let taken = |live: &LiveKeys, key, at| live.is_taken("ff_a", key, at);
+    let (mut live, now) = live(10);
+    assert!(!taken(&live, second, now));
+    live.admit("ff_a", second, now);
+    live.admit("ff_a", second, now + 500 * SECOND);
+    let end = now + CLEANUP.grace;
+    assert!(taken(&live, first, end - SECOND) && !taken(&live, first, end), "a repeat does not make it longer");
+    assert!(!taken(&live, second, now) && !live.is_taken("ff_none", first, now));
+    live.prove("ff_a", second, end);
+    // The word of a handshake is at most as old as the time between two of them.
+    let end = end + 2 * CLEANUP.stale;
+    assert!(taken(&live, first, end - SECOND) && !taken(&live, first, end));
+}
+
+#[test]
+fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
+    let (first, second) = collision();
+    let known = |live: &LiveKeys, at| all(live, question(), at);
+    let (mut live, now) = live(10);
+    live.admit("ff_a", second, now);
+    live.admit("ff_a", first, now + 10 * SECOND);
+    assert_eq!(known(&live, now + 10 * SECOND), [second], "the older");
+    live.prove("ff_a", first, now + 20 * SECOND);
+    assert_eq!(known(&live, now + 20 * SECOND), [first], "the proven one");
+    live.prove("ff_a", second, now + 30 * SECOND);
+    assert_eq!(known(&live, now + 30 * SECOND), [first]);
+    assert_eq!(live.expire(now + 2 * DAY), 1);
+    assert!(!live.is_taken("ff_a", second, now + 2 * DAY));
+    for order in [[first, second], [second, first]] {
+        let (mut live, now) = self::live(10);
+        order.map(|key| live.admit("ff_a", key, now));
+        assert_eq!(known(&live, now), [first], "of two at once the same at every broker");
+    }
+}
+
 #[test]
 fn what_it_knew_before_it_started_is_bounded_too() {
     let now = Instant::now();
     let kept = Kept { last: now, proven: false };
     let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), config, [domain()], (Journal::default(), known), now);
+    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (Journal::default(), known), now);
     assert_eq!(live.len(), 10);
 }
 

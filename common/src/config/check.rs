@@ -8,10 +8,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
+use super::leaf::{Count, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Tls, Worker};
+use super::{
+    Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Peers, Secret, Server, Setup, Tls, Worker,
+};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -52,9 +54,13 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         mqtt: mqtt(raw.mqtt, raw.mqtt_listen, report),
         broker_listen: listen(raw.broker_listen, 5000),
         worker_listen: listen(raw.worker_listen, 9586),
+        worker_user: raw.worker_user.map(|user| user.0).filter(|user| !user.is_empty()),
         confirm: confirm(raw.confirm_timeout.as_ref(), raw.confirm_budget.as_ref(), report),
         state_dir: raw.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
         live_keys: live_keys(&raw.live_keys),
+        peers: peers(&raw.peers),
+        forget_idle_after: raw.forget_idle_after.map(|after| after.0),
+        protected_keys: raw.protected_keys.into_iter().chain(raw.key_whitelist).flatten().map(|key| key.0).collect(),
         setup: setup(&raw.setup, &listed, &domains, report),
         log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
         warnings: Vec::new(),
@@ -95,7 +101,6 @@ fn refuse_and_warn(raw: &Raw, report: &mut Report) {
     let unused = [
         ("allowlist.enabled", is_on(&raw.allowlist.enabled)),
         ("blacklist_file", raw.blacklist_file.is_some()),
-        ("key_whitelist", !raw.key_whitelist.is_empty()),
     ];
     for (path, _) in unused.iter().filter(|(_, is_set)| *is_set) {
         report.warn(&Path::of(path), "is accepted, but this version does not use it");
@@ -147,6 +152,11 @@ fn cleanup(raw: &raw::Cleanup) -> Cleanup {
 
 fn live_keys(raw: &raw::LiveKeys) -> LiveKeys {
     LiveKeys { max: raw.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(raw.ttl.as_ref(), 86_400) }
+}
+
+fn peers(raw: &raw::Peers) -> Peers {
+    let count = |raw: &Option<Count>, default| raw.as_ref().map_or(default, |count| count.0);
+    Peers { max: count(&raw.max, 100_000), unproven: count(&raw.unproven, 30_000) }
 }
 
 fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {

@@ -100,8 +100,8 @@ leaf!(
     "is not an IPAM, json or netbox is allowed"
 );
 leaf!(
-    Key(()),
-    |value: &Value| text(value)?.parse::<PublicKey>().ok().map(drop),
+    Key(PublicKey),
+    |value: &Value| text(value)?.parse().ok(),
     "is not a WireGuard public key, 44 characters of base64 are allowed"
 );
 

@@ -34,12 +34,16 @@ pub(super) struct Raw {
     pub allowlist: Allowlist,
     pub blacklist_file: Option<Text>,
     pub key_whitelist: Vec<Option<Key>>,
+    pub protected_keys: Vec<Option<Key>>,
     pub mqtt_listen: Listen,
     pub worker_listen: Listen,
+    pub worker_user: Option<Text>,
     pub confirm_timeout: Option<Seconds>,
     pub confirm_budget: Option<Seconds>,
     pub state_dir: Option<Directory>,
     pub live_keys: LiveKeys,
+    pub peers: Peers,
+    pub forget_idle_after: Option<Seconds>,
     pub setup: Setup,
 }
 
@@ -142,6 +146,13 @@ pub(super) struct LiveKeys {
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
+pub(super) struct Peers {
+    pub max: Option<Count>,
+    pub unproven: Option<Count>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
 pub(super) struct Setup {
     pub key_dir: Option<Directory>,
     pub listen_port: Option<Port>,
@@ -166,6 +177,7 @@ impl Raw {
             domains: vec![None],
             domain_prefixes: vec![None],
             key_whitelist: vec![None],
+            protected_keys: vec![None],
             workers: BTreeMap::from([(ANY.to_owned(), Worker::default())]),
             setup: Setup { domains: BTreeMap::from([(ANY.to_owned(), SetupDomain::default())]), ..Setup::default() },
             ..Self::default()

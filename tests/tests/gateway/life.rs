@@ -106,6 +106,36 @@ pub fn cap_net_admin_is_enough_and_without_it_the_worker_says_so(lane: Lane) {
     }
 }
 
+pub fn a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid(lane: Lane) {
+    let host = Host::new("gateway", lane);
+    host.setup();
+    let program = Path::new("/run/wgkex/wgkex-worker");
+    fs::copy(binary("wgkex-worker"), host.path("/run/wgkex/wgkex-worker")).unwrap();
+    // wireguard-go answers only its own user.
+    let users = if lane == Lane::Userspace { vec![("root", 0)] } else { vec![("root", 0), ("nobody", 65534)] };
+    for (user, uid) in users {
+        host.configure(&format!("worker_user: {user}\n"));
+        host.run(&format!("rm -rf /run/wgkex/state && install -d -o {user} /run/wgkex/state"));
+        let _broker = host.start_broker();
+        let mut worker = host.start_worker();
+        serves(&host);
+        let status = fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
+        let ids = format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}");
+        let only = ["CapInh:\t0000000000000000", "CapPrm:\t0000000000001000", "CapEff:\t0000000000001000"];
+        for line in [&ids[..], "CapBnd:\t0000000000001000", "NoNewPrivs:\t1"].into_iter().chain(only) {
+            assert!(status.contains(line), "{line} is not in {status}");
+        }
+        wait_until("its keys are kept", || {
+            (host.metric(9586, "wgkex_worker_state_kept")? == "1").then_some(())
+        });
+        end(&mut worker, Signal::SIGTERM);
+    }
+    host.run("chmod u+s /run/wgkex/wgkex-worker");
+    let mut worker = host.start("worker", program, &[], &["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    assert_eq!(worker.wait().code(), Some(1));
+    assert!(worker.log().contains("setuid"), "{}", worker.log());
+}
+
 const STATUS: &str = "wireguard-worker/gateway/status";
 
 fn peers_topic(rest: &str) -> String {

@@ -7,7 +7,9 @@ mod bus;
 mod keys;
 mod life;
 mod links;
+mod owners;
 mod peers;
+mod privacy;
 mod several;
 
 use std::time::{Duration, Instant};
@@ -48,9 +50,15 @@ lanes! {
     life: a_worker_ends_in_time_although_mqtt_does_not_answer;
     life: a_worker_ends_in_time_with_twenty_thousand_peers;
     life: cap_net_admin_is_enough_and_without_it_the_worker_says_so;
+    life: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
+    peers: an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again;
+    privacy: no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_messages;
+    owners: a_gateways_key_is_no_routers_and_its_peer_stays;
+    owners: an_address_stays_with_the_router_that_has_it_until_that_is_gone;
+    owners: two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same;
 }
 
 /// How long a program may take to end.

@@ -57,6 +57,19 @@ pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
     assert_eq!(host.tables("a").missing(&silent), Vec::<String>::new());
 }
 
+pub fn an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again(lane: Lane) {
+    let config = "cleanup: {interval: 1}\nforget_idle_after: 3\n";
+    let single = Single::new(lane, config);
+    let host = &single.host;
+    let (router, key) = router(host, lane);
+    assert_ne!(peer(host, &key).endpoint, "(none)");
+    wait_until("its endpoint is forgotten", || (peer(host, &key).endpoint == "(none)").then_some(()));
+    assert_eq!(host.tables("a").missing(&key), Vec::<String>::new());
+    // A tunnel notices within seconds that the other side does not know it any more.
+    wait_until("it gets through again", || ping(&router, host).then_some(()));
+    assert_ne!(peer(host, &key).endpoint, "(none)");
+}
+
 /// A router that has asked and shaken hands; returns its key, too.
 fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);
@@ -72,7 +85,7 @@ fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     (router, key)
 }
 
-fn ping(router: &Host, gateway: &Host) -> bool {
+pub fn ping(router: &Host, gateway: &Host) -> bool {
     let remote = link_local(&gateway.run("wg show wg-a public-key"));
     router.try_run(&format!("ping -c 1 -W 1 {remote}%wg-router")).status.success()
 }

@@ -19,25 +19,25 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// For a test of the shares: a machine that is busy must not make a gateway look silent.
 const PATIENT: &str = "confirm_timeout: 20\nconfirm_budget: 25";
 
-struct Gateway {
+pub struct Gateway {
     worker: Process,
-    public_key: String,
-    host: Host,
+    pub public_key: String,
+    pub host: Host,
 }
 
-struct Fleet {
-    gateways: Vec<Gateway>,
+pub struct Fleet {
+    pub gateways: Vec<Gateway>,
     _broker: Process,
     _mosquitto: Process,
-    hub: Host,
+    pub hub: Host,
 }
 
 impl Fleet {
-    /// Gateways `gw1`, `gw2`... of these weights, all of them online, and a broker with `more` in its config.
-    fn new(lane: Lane, weights: &[u32], more: &str) -> Self {
+    /// Gateways `gw1`, `gw2`... of these weights, all of them online, and a broker, all with `more` in their config.
+    pub fn new(lane: Lane, weights: &[u32], more: &str) -> Self {
         let hub = Host::new("hub", lane);
         let mosquitto = hub.start_mosquitto();
-        let gateways: Vec<_> = (1..).zip(weights).map(|(n, _)| Gateway::new(&hub, lane, n)).collect();
+        let gateways: Vec<_> = (1..).zip(weights).map(|(n, _)| Gateway::new(&hub, lane, n, more)).collect();
         let weights = (1..).zip(weights).map(|(n, weight)| format!("gw{n}: {{weight: {weight}}}"));
         let weights = weights.collect::<Vec<_>>().join(", ");
         hub.configure(&format!("mqtt: {{broker_url: 127.0.0.1}}\nworkers: {{{weights}}}\n{more}\n"));
@@ -70,16 +70,16 @@ impl Fleet {
 }
 
 impl Gateway {
-    fn new(hub: &Host, lane: Lane, n: u8) -> Self {
+    fn new(hub: &Host, lane: Lane, n: u8, more: &str) -> Self {
         let host = Host::new(&format!("gw{n}"), lane);
         let (server, address) = hub.connect(&host, n);
         // A frozen worker keeps its session, and with it what it is sent.
-        host.configure(&format!("mqtt: {{broker_url: {server}, keepalive: 60}}\nexternalName: {address}\n"));
+        host.configure(&format!("mqtt: {{broker_url: {server}, keepalive: 60}}\nexternalName: {address}\n{more}\n"));
         host.setup();
         Self { worker: host.start_worker(), public_key: host.run("wg show wg-a public-key"), host }
     }
 
-    fn has(&self, key: &str) -> bool {
+    pub fn has(&self, key: &str) -> bool {
         self.host.tables("a").missing(key).is_empty()
     }
 }

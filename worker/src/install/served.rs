@@ -4,20 +4,24 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv6Addr;
 use std::time::Instant;
 
-use tracing::{info, warn};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
 use wgkex_common::message::Age;
 use wgkex_common::store::{Journal, Kept};
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, PublicKey, Reserved};
 
 use super::outbox::{Outbox, Report};
 use crate::kernel::{Device, Kernel, KernelError};
-use crate::ledger::{Ledger, Now, Policy};
+use crate::ledger::{Admission, Ledger, Now, Policy};
 use crate::metrics::Metrics;
-use crate::plan::{self, Install, Step};
+use crate::plan::{self, Step};
 use crate::schedule::Schedule;
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
 const SLICE: usize = 512;
+
+/// Peers that make room for others at once. Linux waits for every CPU once for each peer that it removes.
+const ROOM: usize = 64;
 
 pub(super) struct Served {
     domain: Domain,
@@ -27,6 +31,7 @@ pub(super) struct Served {
     own: Result<Option<PublicKey>, &'static str>,
     /// What the last read showed to be owed, as far as it is not done.
     backlog: VecDeque<Step>,
+    reserved: watch::Receiver<Reserved>,
     journal: Journal,
     /// Reads fail for another reason than a missing interface, and that has been said.
     unreadable: bool,
@@ -34,10 +39,16 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub fn new(domain: Domain, policy: Policy, now: Instant, journal: Journal, metrics: Metrics) -> Self {
+    pub fn new(
+        domain: Domain,
+        policy: Policy,
+        now: Instant,
+        (reserved, journal, metrics): (watch::Receiver<Reserved>, Journal, Metrics),
+    ) -> Self {
         Self {
             domain,
             ledger: Ledger::new(policy),
+            reserved,
             journal,
             schedule: Schedule::new(&policy, now),
             own: Err("interface"),
@@ -82,10 +93,18 @@ impl Served {
     /// Keys are live that this gateway may lack: those that it does are owed from now on.
     pub fn learn(&mut self, keys: BTreeMap<PublicKey, Age>, now: Instant) {
         let own = self.own.ok().flatten();
-        let lacking = self.ledger.learn(keys.into_iter().filter(|(key, _)| Some(*key) != own), now);
-        self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(lacking.len() as u64);
+        let learnt = self.ledger.learn(keys, own, &self.reserved.borrow(), now);
+        self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(learnt.number as u64);
         if self.own.is_ok() {
-            self.backlog.extend(lacking.into_iter().map(Step::install));
+            self.make_room(learnt.number - learnt.next.len(), now);
+            self.backlog.extend(learnt.next.into_iter().map(Step::install));
+        }
+    }
+
+    /// The next read finds places for keys that have none, and takes away what is in the way of others.
+    fn make_room(&mut self, without: usize, now: Instant) {
+        if without > 0 || self.ledger.ousts() {
+            self.schedule.hurry(now);
         }
     }
 
@@ -104,23 +123,54 @@ impl Served {
 
     /// Puts keys that arrived into the kernel and says what became of each.
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
-        let (mut report, refused) = match self.own {
-            Err(reason) => (plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect(), Vec::new()),
-            Ok(own) => {
-                let Install { steps, refused } = plan::install(keys, own);
-                self.supersede(&steps);
-                let outcomes = self.apply(kernel, outbox, &steps, now.monotonic).await;
-                (told(outcomes), refused)
+        let own = match self.own {
+            Ok(own) => own,
+            Err(reason) => {
+                let report: Report = plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect();
+                report.iter().for_each(|(key, outcome)| self.settle(*key, *outcome, now.monotonic));
+                outbox.confirm(&self.domain, &report);
+                return;
             }
         };
+        let admission = self.ledger.admit(keys, own, &self.reserved.borrow(), now.monotonic);
+        let Admission { known, mut new, deferred, refused } = admission;
+        self.refuse(outbox, refused);
+        // What is known never waits for what is not.
+        let later = new.split_off(SLICE.min(new.len()));
+        for keys in [known, new] {
+            self.install_part(kernel, outbox, keys, now).await;
+        }
+        self.make_room(deferred.len(), now.monotonic);
+        for key in later.iter().chain(&deferred) {
+            self.want(*key, now.monotonic);
+        }
+        later.iter().for_each(|key| self.ledger.promise(key));
+        self.backlog.extend(later.into_iter().map(Step::install));
+    }
+
+    async fn install_part<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        keys: Vec<PublicKey>,
+        now: Now,
+    ) {
+        let steps: Vec<_> = keys.into_iter().map(Step::install).collect();
+        self.supersede(&steps);
+        let report = told(self.apply(kernel, outbox, &steps, now.monotonic).await);
         for (key, outcome) in &report {
             self.settle(*key, *outcome, now.monotonic);
         }
-        for (key, reason) in refused {
-            self.count_failed(reason);
-            report.push((key, Err(reason)));
-        }
         outbox.confirm(&self.domain, &report);
+    }
+
+    fn refuse(&self, outbox: &Outbox, refused: Vec<(PublicKey, &'static str)>) {
+        let refusal = |(key, reason): (PublicKey, &'static str)| {
+            debug!(domain = %self.domain, ?key, reason, "key refused");
+            self.count_failed(reason);
+            (key, Err(reason))
+        };
+        outbox.confirm(&self.domain, &refused.into_iter().map(refusal).collect());
     }
 
     /// What came now says more of its addresses than what was owed before.
@@ -138,10 +188,14 @@ impl Served {
             Ok(()) => self.metrics.keys_refreshed.with_label_values(&[domain]).inc(),
             Err(reason) => {
                 self.count_failed(reason);
-                let dropped = self.ledger.wants(key, now) as u64;
-                self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
+                self.want(key, now);
             }
         }
+    }
+
+    fn want(&mut self, key: PublicKey, now: Instant) {
+        let dropped = self.ledger.wants(key, now) as u64;
+        self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
     }
 
     fn count_failed(&self, reason: &str) {
@@ -187,16 +241,18 @@ impl Served {
             info!(domain = %self.domain, "tables can be read again");
         }
         self.own = Ok(device.public_key);
-        self.ledger.observe(device, now);
+        self.ledger.observe(device, &self.reserved.borrow(), now);
         if self.schedule.is_sweep_due(now.monotonic) {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
+        self.oust(kernel, outbox, device, now.monotonic).await;
+        self.forget(kernel, outbox, now.monotonic).await;
         if self.own.is_ok() {
             self.clear(kernel, device, now.monotonic).await;
             if !outbox.report(&self.domain, &self.ledger.unreported(now.monotonic)) {
                 self.ledger.report_all();
             }
-            self.backlog = self.ledger.owed(device).into();
+            self.backlog = self.ledger.owed(device, &self.reserved.borrow()).into();
             if self.backlog.is_empty() {
                 self.schedule.recovered();
             }
@@ -209,17 +265,52 @@ impl Served {
     async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
         let mut stale = self.ledger.stale(now);
         let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
-        let outcomes = self.apply(kernel, outbox, &plan::sweep(device, &stale), now).await;
-        self.schedule.swept(now, more && outcomes.iter().all(|(_, outcome)| outcome.is_ok()));
-        let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| key).collect();
-        for key in &removed {
-            self.ledger.removed(key);
-        }
+        let removed = self.remove(kernel, outbox, device, &stale, now).await;
+        self.schedule.swept(now, more && removed == stale.len());
         self.metrics.sweeps.with_label_values(&[self.domain.name()]).inc();
-        self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed.len() as u64);
-        if !removed.is_empty() {
-            info!(domain = %self.domain, removed = removed.len(), "stale peers are removed");
+        self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
+        if removed > 0 {
+            info!(domain = %self.domain, removed, "stale peers are removed");
         }
+    }
+
+    /// Removes peers that are in the way of others, a few at a time: keys wait meanwhile.
+    async fn oust<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
+        let surplus = self.ledger.surplus(ROOM);
+        let removed = self.remove(kernel, outbox, device, &surplus, now).await;
+        if removed == ROOM {
+            self.schedule.hurry(now);
+        }
+        self.metrics.peers_ousted.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
+        if removed > 0 {
+            info!(domain = %self.domain, removed, "peers without a handshake make room for others");
+        }
+    }
+
+    /// Makes silent peers forget where their routers were, a few at a time.
+    async fn forget<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Instant) {
+        let idle: Vec<_> = self.ledger.idle(ROOM, now).into_iter().map(Step::renew).collect();
+        let outcomes = self.apply(kernel, outbox, &idle, now).await;
+        let renewed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
+        let renewed = renewed.map(|(key, _)| self.ledger.forgotten(&key)).count();
+        if renewed == ROOM {
+            self.schedule.hurry(now);
+        }
+        self.metrics.peers_forgotten.with_label_values(&[self.domain.name()]).inc_by(renewed as u64);
+    }
+
+    /// Removes these peers and says how many went.
+    async fn remove<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        device: &Device,
+        peers: &BTreeSet<PublicKey>,
+        now: Instant,
+    ) -> usize {
+        let outcomes = self.apply(kernel, outbox, &plan::sweep(device, peers), now).await;
+        let removed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
+        removed.map(|(key, _)| self.ledger.removed(&key)).count()
     }
 
     /// Removes routes and flood entries that have no peer.

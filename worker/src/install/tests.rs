@@ -21,7 +21,7 @@ async fn a_key_is_confirmed_when_all_three_objects_stand() {
     gateway.offer([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
     assert!(gateway.stands(key(1)));
-    assert_eq!(gateway.applies(), [plan::changes(&plan::install([key(1)], None).steps)]);
+    assert_eq!(gateway.applies(), [plan::changes(&plan::install([key(1)]))]);
     assert_eq!(gateway.metrics.keys_installed.with_label_values(&["ffmuc_welt"]).get(), 1);
 }
 
@@ -142,7 +142,7 @@ async fn only_what_went_with_the_vxlan_is_restored() {
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     gateway.fake.add_vxlan(&domain());
     gateway.settle().await;
-    let mut changes = plan::changes(&plan::install([key(2)], None).steps);
+    let mut changes = plan::changes(&plan::install([key(2)]));
     changes.push(Change::AddFdb(key(1).link_local()));
     assert_eq!(gateway.applies(), [changes]);
     assert_eq!(gateway.metrics.keys_restored.with_label_values(&["ffmuc_welt"]).get(), 1);
@@ -242,34 +242,55 @@ async fn removals_that_fail_are_left_to_the_next_sweep() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_later_of_two_keys_with_one_address_keeps_it_through_reads_and_sweeps() {
+async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    for key in [first, second] {
-        gateway.handle.offer(domain(), key);
-        assert_eq!(gateway.confirmed().await.installed, [key]);
-    }
-    sleep(9 * MINUTE).await;
-    assert!(gateway.stands(second));
-    assert!(gateway.device().peers[&first].allowed_ips.is_empty());
-    sleep(50 * MINUTE).await;
     gateway.handle.offer(domain(), second);
-    sleep(2 * MINUTE).await;
+    assert_eq!(gateway.confirmed().await.installed, [second]);
+    sleep(9 * MINUTE).await;
+    gateway.handle.offer(domain(), first);
+    assert_eq!(gateway.confirmed().await.failed, [(first, "address taken".to_owned())].into());
     assert!(gateway.stands(second));
-    assert!(!gateway.device().peers.contains_key(&first));
+    sleep(2 * MINUTE).await;
+    gateway.handle.offer(domain(), first);
+    assert_eq!(gateway.confirmed().await.installed, [first]);
+    sleep(2 * MINUTE).await;
+    assert!(gateway.stands(first) && !gateway.device().peers.contains_key(&second));
+    assert_eq!(gateway.metrics.peers_ousted.with_label_values(&["ffmuc_welt"]).get(), 1);
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_two_keys_with_one_address_in_one_batch_only_the_later_is_said_to_stand() {
+async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_stand() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.handle.offer(domain(), first);
     gateway.handle.offer(domain(), second);
-    let applied = gateway.confirmed().await;
-    assert_eq!(applied.installed, [second]);
-    assert_eq!(applied.failed, [(first, "address taken".to_owned())].into());
+    gateway.handle.offer(domain(), first);
+    assert_eq!(gateway.confirmed().await.failed, [(second, "address taken".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.installed, [first]);
     sleep(10 * MINUTE).await;
-    assert!(gateway.stands(second));
+    assert!(gateway.stands(first));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and_holds_up_no_known_key() {
+    let policy = Policy { unproven: 1_000, ..Policy::default() };
+    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    gateway.offer(0..100);
+    gateway.settle().await;
+    (0..100).for_each(|n| gateway.fake.handshake(&domain(), key(n), SystemTime::now()));
+    sleep(2 * MINUTE).await;
+    gateway.fake.delay(Delays { change: Duration::from_micros(100), ..Delays::default() });
+    for part in 0..20 {
+        gateway.offer(1_000 + part * 1_000..2_000 + part * 1_000);
+        let asked = Instant::now();
+        gateway.offer([part]);
+        gateway.confirmed_of(key(part)).await;
+        assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+        assert!(gateway.device().peers.len() <= 1_100, "{}", gateway.device().peers.len());
+    }
+    assert!(gateway.all_stand(0..100));
+    sleep(MINUTE).await;
+    assert!(gateway.all_stand(0..100) && gateway.device().peers.len() <= 1_100);
 }
 
 #[tokio::test(start_paused = true)]
@@ -390,7 +411,7 @@ async fn a_new_key_does_not_wait_for_a_large_backlog() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_owed_does_not_take_an_address_from_a_key_that_came_meanwhile() {
+async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_meanwhile() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
     gateway.offer(0..2_000);
@@ -402,7 +423,7 @@ async fn what_is_owed_does_not_take_an_address_from_a_key_that_came_meanwhile() 
     sleep(Duration::from_secs(1)).await;
     gateway.handle.offer(domain(), second);
     gateway.settle().await;
-    assert!(gateway.all_stand(0..2_000) && gateway.stands(second));
+    assert!(gateway.all_stand(0..2_000) && gateway.stands(first));
 }
 
 #[tokio::test(start_paused = true)]
@@ -425,6 +446,10 @@ async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() 
 async fn confirmations_are_of_bounded_size_and_never_block() {
     let mut gateway = Gateway::start();
     gateway.up().await;
+    gateway.offer(0..4_096);
+    for _ in 0..4_096 / 512 {
+        assert_eq!(gateway.confirmed().await.installed.len(), 512, "what is new comes in parts");
+    }
     gateway.offer(0..4_096);
     let sizes = [gateway.confirmed().await, gateway.confirmed().await, gateway.confirmed().await];
     assert_eq!(sizes.map(|applied| applied.installed.len()), [2_000, 2_000, 96]);
@@ -602,6 +627,11 @@ impl Gateway {
         timeout(10 * MINUTE, self.said.applied.recv()).await.unwrap().unwrap()
     }
 
+    /// Returns when it is said that `key` stands.
+    async fn confirmed_of(&mut self, key: PublicKey) {
+        while !self.confirmed().await.installed.contains(&key) {}
+    }
+
     async fn up(&self) {
         let is_up = |state: &State| matches!(state.get(&domain()), Some(DomainState::Up { .. }));
         timeout(MINUTE, self.handle.state().wait_for(is_up)).await.unwrap().unwrap();
@@ -673,7 +703,8 @@ fn live(keys: std::ops::Range<u32>) -> Live {
 }
 
 fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
-    Installer::new(fake, [domain()], policy, Default::default(), &Metrics::new([&domain()]).unwrap())
+    let (_, reserved) = watch::channel(Reserved::default());
+    Installer::new(fake, [domain()], policy, Default::default(), &reserved, &Metrics::new([&domain()]).unwrap())
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {

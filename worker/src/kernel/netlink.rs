@@ -221,6 +221,37 @@ fn usable(interface: &str, link: Result<Link, Errno>) -> Result<Link, KernelErro
     }
 }
 
+/// Reads a datagram as the answer to each question that is asked, for whoever makes datagrams up: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn read_answer(datagram: &[u8]) {
+    use netlink_packet_generic::GenlMessage;
+    use netlink_packet_route::RouteNetlinkMessage;
+    use netlink_packet_wireguard::WireguardMessage;
+
+    let (mut address, mut routes, mut list) = Default::default();
+    let answers = channel::messages::<RouteNetlinkMessage>(datagram).unwrap_or_default();
+    for answer in answers.iter().filter_map(payload) {
+        drop(route::link_of(answer));
+        route::find_address(&mut address, answer, 1);
+        route::add_route(&mut routes, answer, 1);
+        route::add_destination(&mut list, answer, 1, 1);
+    }
+    let mut table = wireguard::Table::default();
+    for answer in channel::messages::<GenlMessage<WireguardMessage>>(datagram).unwrap_or_default() {
+        if let netlink_packet_core::NetlinkPayload::InnerMessage(answer) = answer.payload {
+            table.add_answer(answer);
+        }
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+fn payload<I>(message: &channel::Message<I>) -> Option<&I> {
+    match &message.payload {
+        netlink_packet_core::NetlinkPayload::InnerMessage(inner) => Some(inner),
+        _ => None,
+    }
+}
+
 /// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
 fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
     match error {
@@ -234,5 +265,33 @@ fn unread(action: &'static str, interface: &str, error: DumpError) -> KernelErro
     match error {
         DumpError::Interrupted(times) => KernelError::Interrupted { interface: interface.into(), times },
         DumpError::Refused(error) => refused(action, interface, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn whatever_comes_as_an_answer_is_read_to_its_end(
+            kind in prop_oneof![Just(16_u16), Just(20), Just(24), Just(28), any::<u16>()],
+            flags in any::<u16>(),
+            mut payload in vec(any::<u8>(), 0..300),
+            cut in 0..20_usize,
+        ) {
+            let length = u32::try_from(payload.len() + 16 - cut.min(payload.len())).unwrap();
+            let mut datagram = Vec::new();
+            datagram.extend(length.to_ne_bytes());
+            datagram.extend(kind.to_ne_bytes());
+            datagram.extend(flags.to_ne_bytes());
+            datagram.extend([0; 8]);
+            datagram.append(&mut payload);
+            read_answer(&datagram);
+            read_answer(&datagram[..datagram.len() - cut.min(datagram.len())]);
+        }
     }
 }

@@ -1,5 +1,6 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
+use wgkex_common::message::WorkerData;
 
 use super::*;
 use crate::kernel::Kernel as _;
@@ -163,28 +164,190 @@ fn a_peer_made_anew_by_hand_has_its_grace_again() {
 }
 
 #[test]
-fn the_other_of_two_keys_with_one_address_comes_back_when_the_later_one_goes() {
+fn a_key_is_refused_while_the_owner_of_its_address_is_in_its_grace_or_proven() {
     let (first, second) = collision();
-    let mut world = World::with(&[first]);
-    world.read();
-    world.install(&[second]);
-    world.read();
-    assert_eq!(world.owed(), []);
-    world.fake.alter(&domain(), |device| drop(device.peers.remove(&second)));
-    world.read();
-    assert_eq!(changes(&world.owed()), [crate::kernel::Change::SetPeer(first, first.link_local())]);
+    for (owner, other) in [(first, second), (second, first)] {
+        let mut world = World::with(&[]);
+        world.read();
+        assert_eq!(world.come(&[owner]), []);
+        world.pass(MINUTE);
+        assert_eq!(world.come(&[other]), [(other, ADDRESS_TAKEN)]);
+        world.handshake(owner);
+        world.read();
+        world.pass(3 * HOUR - MINUTE);
+        world.read();
+        assert_eq!(world.come(&[other, key(1)]), [(other, ADDRESS_TAKEN)], "and holds up no other");
+        assert_eq!(world.come(&[owner]), []);
+        world.read();
+        assert_eq!(world.peers(), [owner, key(1)].into());
+        assert_eq!(world.ledger.surplus(10), [].into());
+    }
 }
 
 #[test]
-fn one_of_ours_that_lost_its_address_to_another_key_still_goes_stale() {
+fn when_the_owner_of_an_address_is_gone_the_other_has_it_and_what_is_left_of_the_owner_goes() {
     let (first, second) = collision();
-    let mut world = World::with(&[first]);
+    for quiet in [10 * MINUTE, 3 * HOUR] {
+        let mut world = World::with(&[]);
+        world.read();
+        world.come(&[first]);
+        if quiet > HOUR {
+            world.handshake(first);
+        }
+        world.read();
+        world.pass(quiet);
+        world.come(&[first]);
+        assert_eq!(world.come(&[second]), [], "asking for an address does not keep it");
+        world.read();
+        assert_eq!(world.ledger.surplus(10), [first].into());
+        assert_eq!(world.come(&[first]), [(first, ADDRESS_TAKEN)]);
+        world.make_room();
+        assert_eq!(world.peers(), [second].into());
+        let device = world.fake.device(&domain()).unwrap();
+        assert_eq!(plan::shape(&second, &device.peers[&second]), Shape::Ours);
+        assert!(device.routes.contains(&second.link_local()) && device.fdb.contains(&second.link_local()));
+    }
+}
+
+#[test]
+fn of_two_that_come_at_once_the_same_one_has_the_address_everywhere() {
+    let (first, second) = collision();
+    let orders: [&[&[PublicKey]]; 4] =
+        [&[&[first, second]], &[&[second, first]], &[&[first], &[second]], &[&[second], &[first]]];
+    for order in orders {
+        let mut world = World::with(&[]);
+        world.read();
+        for keys in order {
+            world.come(keys);
+            world.pass(Duration::from_secs(4));
+        }
+        world.read();
+        world.make_room();
+        world.read();
+        world.apply_owed();
+        assert_eq!(world.peers(), [first.min(second)].into(), "{order:?}");
+        assert_eq!(world.come(&[first.max(second)]), [(first.max(second), ADDRESS_TAKEN)]);
+        let device = world.fake.device(&domain()).unwrap();
+        assert_eq!((device.routes.len(), device.fdb.len()), (1, 1));
+    }
+}
+
+#[test]
+fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
+    let (first, second) = collision();
+    let mut world = World::with(&[]);
     world.read();
-    world.install(&[second]);
-    world.handshake(second);
-    world.read();
+    world.come(&[first]);
     world.pass(HOUR);
-    assert_eq!(world.stale(), [first]);
+    world.learn(&[(first, Age(60, true))]);
+    assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)]);
+    world.pass(9 * HOUR);
+    assert_eq!(world.come(&[second]), []);
+}
+
+#[test]
+fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
+    let (first, second) = collision();
+    let gateway = WorkerData {
+        external_address: "gw".into(),
+        port: 1,
+        public_key: first,
+        link_address: key(3).link_local().to_string(),
+    };
+    let mut world = World::with(&[first, key(2)]);
+    world.reserved = Reserved::new([key(2)].into());
+    world.reserved.hear("gw", "d", Some(&gateway));
+    world.fake.alter(&domain(), |device| {
+        device.routes.clear();
+        device.fdb.insert(key(3).link_local());
+    });
+    world.read();
+    let reserved = [first, second, key(2), key(3)];
+    assert_eq!(world.come(&reserved), reserved.map(|key| (key, RESERVED)));
+    world.learn(&reserved.map(|key| (key, Age(0, true))));
+    world.ledger.wants(key(3), world.now.monotonic);
+    world.pass(4 * HOUR);
+    world.read();
+    assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
+    assert_eq!(world.ledger.orphaned(&world.fake.device(&domain()).unwrap(), world.now.monotonic), []);
+    world.reserved.hear("gw", "d", None);
+    world.read();
+    assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
+}
+
+#[test]
+fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
+    let mut world = World::with(&[key(1), key(2)]);
+    world.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push((key(3).link_local().into(), 128));
+    });
+    world.read();
+    assert_eq!(world.come(&[key(3), key(1)]), [(key(3), ADDRESS_TAKEN)], "its own peer is set again all the same");
+}
+
+#[test]
+fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
+    let mut world = World::with(&[]);
+    world.ledger.policy = Policy { unproven: 20, ..Policy::default() };
+    world.read();
+    let proven: Vec<_> = (0..5).map(key).collect();
+    world.come(&proven);
+    proven.iter().for_each(|key| world.handshake(*key));
+    for n in 100..200 {
+        world.read();
+        world.make_room();
+        world.apply_owed();
+        assert_eq!(world.come(&[key(n)]), []);
+        assert_eq!(world.come(&proven), [], "what is known needs no room");
+        world.pass(Duration::from_secs(1));
+        assert!(world.peers().len() <= 25, "{}", world.peers().len());
+    }
+    world.read();
+    world.make_room();
+    world.apply_owed();
+    let newest = (180..200).map(key);
+    assert_eq!(world.peers(), proven.into_iter().chain(newest).collect());
+}
+
+#[test]
+fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
+    let mut world = World::with(&[key(1), key(2), key(3)]);
+    world.ledger.policy = Policy { forget: Some(10 * MINUTE), ..Policy::default() };
+    world.handshake(key(1));
+    world.read();
+    world.pass(10 * MINUTE - Duration::from_secs(1));
+    world.handshake(key(2));
+    world.read();
+    assert_eq!(world.ledger.idle(10, world.now.monotonic), []);
+    world.pass(MINUTE);
+    assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(1)]);
+    world.apply(&[Step::renew(key(1))]);
+    world.ledger.forgotten(&key(1));
+    let device = world.fake.device(&domain()).unwrap();
+    assert_eq!((plan::shape(&key(1), &device.peers[&key(1)]), device.peers[&key(1)].last_handshake), (Shape::Ours, None));
+    world.pass(2 * HOUR);
+    world.read();
+    assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(2)], "and not again");
+    assert!(!world.stale().contains(&key(1)));
+    world.handshake(key(1));
+    world.read();
+    world.pass(3 * HOUR);
+    world.read();
+    assert_eq!(world.stale(), [key(1), key(2), key(3)]);
+}
+
+#[test]
+fn a_full_interface_takes_no_new_key() {
+    let mut world = World::with(&[key(1), key(2)]);
+    world.ledger.policy = Policy { peers: 3, ..Policy::default() };
+    world.handshake(key(1));
+    world.handshake(key(2));
+    world.read();
+    assert_eq!(world.come(&[key(3)]), []);
+    world.handshake(key(3));
+    world.read();
+    assert_eq!(world.come(&[key(4), key(1)]), [(key(4), FULL)]);
+    assert_eq!(world.peers().len(), 3);
 }
 
 #[test]
@@ -201,31 +364,17 @@ fn waiting_keys_are_owed_in_order_of_arrival_and_the_own_key_is_not() {
 }
 
 #[test]
-fn a_waiting_key_does_not_take_an_address_from_one_that_came_later() {
-    let (first, second) = collision();
-    for waiting in [vec![first], vec![first, second], vec![second, first, second]] {
-        let mut world = World::with(&[]);
-        world.read();
-        for key in waiting {
-            world.ledger.wants(key, world.now.monotonic);
-            world.pass(MINUTE);
-        }
-        world.install(&[second]);
-        world.read();
-        world.apply_owed();
-        world.read();
-        assert_eq!(world.fake.device(&domain()).unwrap().peers.keys().collect::<Vec<_>>(), [&second]);
-        assert!(world.ledger.waiting.is_empty());
-    }
-}
-
-#[test]
 fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), key(2), second]);
     let begun = world.now.monotonic;
-    let kept = |ago| Kept { last: begun.checked_sub(ago).unwrap(), proven: true };
-    for (key, kept) in [(key(1), kept(HOUR)), (key(3), kept(HOUR)), (first, kept(HOUR)), (second, kept(MINUTE))] {
+    let kept = |ago, proven| Kept { last: begun.checked_sub(ago).unwrap(), proven };
+    for (key, kept) in [
+        (key(1), kept(HOUR, true)),
+        (key(3), kept(HOUR, true)),
+        (first, kept(HOUR, false)),
+        (second, kept(MINUTE, true)),
+    ] {
         world.ledger.remember(key, kept);
     }
     world.read();
@@ -269,10 +418,9 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
         (key(7), Age(600, false)),
         (key(8), hours(9, true)),
     ];
-    let now = world.now.monotonic;
-    assert_eq!(world.ledger.learn(keys, now), [key(4), key(3)], "the oldest first");
+    assert_eq!(world.learn(&keys), [key(4), key(3)], "the oldest first");
     assert!(world.ledger.waits(&key(3)) && !world.ledger.is_announced(&key(3)));
-    assert!(world.ledger.learn(keys, now).is_empty(), "they wait already");
+    assert_eq!(world.learn(&keys), [], "they wait already");
 }
 
 #[test]
@@ -439,6 +587,7 @@ fn act() -> impl Strategy<Value = Act> {
 struct World {
     fake: Fake,
     ledger: Ledger,
+    reserved: Reserved,
     now: Now,
     handshakes: Duration,
 }
@@ -447,13 +596,38 @@ impl World {
     fn with(keys: &[PublicKey]) -> Self {
         let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
         let (fake, ledger) = (Fake::with(&[domain()]), Ledger::new(Policy::default()));
-        let world = Self { fake, ledger, now, handshakes: Duration::ZERO };
-        world.apply(&install(keys.iter().copied(), None).steps);
+        let world = Self { fake, ledger, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
+        world.apply(&install(keys.iter().copied()));
         world
     }
 
     fn read(&mut self) {
-        self.ledger.observe(&self.fake.device(&domain()).unwrap(), self.now);
+        self.ledger.observe(&self.fake.device(&domain()).unwrap(), &self.reserved, self.now);
+    }
+
+    /// Keys come and are installed as far as they may; says which may not.
+    fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, &'static str)> {
+        let own = self.fake.device(&domain()).unwrap().public_key;
+        let admission = self.ledger.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
+        self.install(&[admission.known, admission.new].concat());
+        for key in admission.deferred {
+            self.ledger.wants(key, self.now.monotonic);
+        }
+        admission.refused
+    }
+
+    fn learn(&mut self, keys: &[(PublicKey, Age)]) -> Vec<PublicKey> {
+        self.ledger.learn(keys.iter().copied(), None, &self.reserved, self.now.monotonic).next
+    }
+
+    fn make_room(&mut self) {
+        let surplus = self.ledger.surplus(usize::MAX);
+        self.apply(&plan::sweep(&self.fake.device(&domain()).unwrap(), &surplus));
+        surplus.iter().for_each(|key| self.ledger.removed(key));
+    }
+
+    fn peers(&self) -> BTreeSet<PublicKey> {
+        self.fake.device(&domain()).unwrap().peers.into_keys().collect()
     }
 
     fn pass(&mut self, passes: Duration) {
@@ -476,7 +650,7 @@ impl World {
     }
 
     fn install(&mut self, keys: &[PublicKey]) {
-        self.apply(&install(keys.iter().copied(), None).steps);
+        self.apply(&install(keys.iter().copied()));
         for key in keys {
             self.ledger.stands(*key, self.now.monotonic);
         }
@@ -495,7 +669,7 @@ impl World {
     }
 
     fn owed(&mut self) -> Vec<Step> {
-        self.ledger.owed(&self.fake.device(&domain()).unwrap())
+        self.ledger.owed(&self.fake.device(&domain()).unwrap(), &self.reserved)
     }
 
     fn stale(&self) -> Vec<PublicKey> {

@@ -39,7 +39,7 @@ pub(super) struct Channel {
     sequence: u32,
 }
 
-type Message<I> = NetlinkMessage<I>;
+pub(super) type Message<I> = NetlinkMessage<I>;
 
 impl Channel {
     /// Opens a socket of `protocol` (linux/netlink.h) in the network namespace of the calling thread.
@@ -74,13 +74,14 @@ impl Channel {
         }
     }
 
-    /// Asks for all of a table: as it was at one time, or not at all.
-    pub(super) fn dump<I>(&mut self, question: &I) -> Result<Vec<I>, DumpError>
+    /// Asks for all of a table, and has `take` put each of its entries into the result as it comes: the entries
+    /// themselves are ten times as large. The table is as it was at one time, or there is none.
+    pub(super) fn dump<I, T: Default>(&mut self, question: &I, take: impl Fn(&mut T, I)) -> Result<T, DumpError>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>> + Clone,
     {
         for _ in 0..DUMPS {
-            if let Some(table) = self.dump_once(question.clone()).map_err(DumpError::Refused)? {
+            if let Some(table) = self.dump_once(question.clone(), &take).map_err(DumpError::Refused)? {
                 return Ok(table);
             }
         }
@@ -89,17 +90,17 @@ impl Channel {
 
     /// `None` if the table changed meanwhile. Reads on to the end then, too: what is left would be taken for the
     /// answer to the next question.
-    fn dump_once<I>(&mut self, question: I) -> Result<Option<Vec<I>>, Errno>
+    fn dump_once<I, T: Default>(&mut self, question: I, take: impl Fn(&mut T, I)) -> Result<Option<T>, Errno>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
     {
         self.send([(question, NLM_F_DUMP)])?;
-        let (mut table, mut whole) = (Vec::new(), true);
+        let (mut table, mut whole) = (T::default(), true);
         loop {
             for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
                 whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
-                    NetlinkPayload::InnerMessage(entry) => table.push(entry),
+                    NetlinkPayload::InnerMessage(entry) => take(&mut table, entry),
                     NetlinkPayload::Done(done) if done.code == 0 => return Ok(whole.then_some(table)),
                     NetlinkPayload::Done(done) => return Err(Errno(done.code.saturating_neg())),
                     NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),
@@ -181,23 +182,27 @@ impl Channel {
                 result => break result.map_err(errno)?,
             }
         };
-        let mut rest = self.received.get(..length).ok_or(EIO)?;
-        let mut messages = Vec::new();
-        while !rest.is_empty() {
-            let message = Message::deserialize(rest).map_err(|error| {
-                tracing::warn!(%error, "netlink answer unreadable");
-                EIO
-            })?;
-            let length = (message.header.length as usize).next_multiple_of(4);
-            rest = rest.get(length..).unwrap_or_default();
-            messages.push(message);
-        }
-        Ok(messages)
+        messages(self.received.get(..length).ok_or(EIO)?)
     }
 
     fn is_current<I>(&self, answer: &Message<I>) -> bool {
         answer.header.sequence_number == self.sequence
     }
+}
+
+/// The messages of a datagram.
+pub(super) fn messages<I: NetlinkDeserializable>(mut datagram: &[u8]) -> Result<Vec<Message<I>>, Errno> {
+    let mut messages = Vec::new();
+    while !datagram.is_empty() {
+        let message = Message::deserialize(datagram).map_err(|error| {
+            tracing::warn!(%error, "netlink answer unreadable");
+            EIO
+        })?;
+        let length = (message.header.length as usize).next_multiple_of(4);
+        datagram = datagram.get(length..).unwrap_or_default();
+        messages.push(message);
+    }
+    Ok(messages)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]

@@ -40,11 +40,15 @@ pub(super) fn link(channel: &mut Channel, name: &str) -> Result<Link, Errno> {
     let mut question = LinkMessage::default();
     question.attributes =
         vec![LinkAttribute::IfName(name.into()), LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
-    match channel.get(Message::GetLink(question))? {
+    link_of(&channel.get(Message::GetLink(question))?)
+}
+
+pub(super) fn link_of(answer: &Message) -> Result<Link, Errno> {
+    match answer {
         Message::NewLink(link) => Ok(Link {
             index: link.header.index,
             up: link.header.flags.contains(LinkFlags::Up),
-            wireguard: is_wireguard(&link),
+            wireguard: is_wireguard(link),
         }),
         _ => Err(EIO),
     }
@@ -61,11 +65,15 @@ fn is_wireguard(link: &LinkMessage) -> bool {
 pub(super) fn first_address(channel: &mut Channel, index: u32) -> Result<Option<IpAddr>, DumpError> {
     let mut question = AddressMessage::default();
     question.header.index = index;
-    let answers = channel.dump(&Message::GetAddress(question))?;
-    Ok(answers.into_iter().find_map(|answer| match answer {
-        Message::NewAddress(address) if address.header.index == index => local(&address),
-        _ => None,
-    }))
+    channel.dump(&Message::GetAddress(question), |first, answer| find_address(first, &answer, index))
+}
+
+pub(super) fn find_address(first: &mut Option<IpAddr>, answer: &Message, index: u32) {
+    if let Message::NewAddress(address) = answer
+        && address.header.index == index
+    {
+        *first = first.or_else(|| local(address));
+    }
 }
 
 /// An address of a point-to-point link comes with that of the other end, which only `IFA_LOCAL` is not.
@@ -88,14 +96,13 @@ pub(super) fn routes(channel: &mut Channel, wireguard: u32) -> Result<BTreeSet<I
     let mut question = static_routes();
     question.header.kind = RouteType::Unspec;
     question.attributes = vec![RouteAttribute::Oif(wireguard)];
-    let answers = channel.dump(&Message::GetRoute(question))?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            Message::NewRoute(route) => host_route(route, wireguard),
-            _ => None,
-        })
-        .collect())
+    channel.dump(&Message::GetRoute(question), |routes, answer| add_route(routes, &answer, wireguard))
+}
+
+pub(super) fn add_route(routes: &mut BTreeSet<Ipv6Addr>, answer: &Message, wireguard: u32) {
+    if let Message::NewRoute(route) = answer {
+        routes.extend(host_route(route, wireguard));
+    }
 }
 
 fn host_route(route: &RouteMessage, wireguard: u32) -> Option<Ipv6Addr> {
@@ -115,14 +122,15 @@ pub(super) fn flood_list(channel: &mut Channel, vxlan: u32, wireguard: u32) -> R
     let mut question = NeighbourMessage::default();
     question.header.family = AddressFamily::Bridge;
     question.header.ifindex = vxlan;
-    let answers = channel.dump(&Message::GetNeighbour(question))?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            Message::NewNeighbour(entry) if entry.header.ifindex == vxlan => flood_destination(entry, wireguard),
-            _ => None,
-        })
-        .collect())
+    channel.dump(&Message::GetNeighbour(question), |list, answer| add_destination(list, &answer, vxlan, wireguard))
+}
+
+pub(super) fn add_destination(list: &mut BTreeSet<Ipv6Addr>, answer: &Message, vxlan: u32, wireguard: u32) {
+    if let Message::NewNeighbour(entry) = answer
+        && entry.header.ifindex == vxlan
+    {
+        list.extend(flood_destination(entry, wireguard));
+    }
 }
 
 fn flood_destination(entry: &NeighbourMessage, wireguard: u32) -> Option<Ipv6Addr> {

@@ -1,0 +1,94 @@
+//! Who has an address that several keys derive: only 40 bits of a hash are in it (contract section 3), and a key for
+//! a known address is found in a minute. No IO, no clock.
+
+use std::cmp::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::PublicKey;
+
+/// Two brokers that admit a key each at the same time must come to the same end at every gateway, in whatever order
+/// these hear of them. Keys that first came within this time of one another came at once.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// How often a gateway reports the handshakes of a peer, so that a router that is connected all the time stays among the
+/// live keys, and keeps its address at gateways that it is not connected to.
+#[must_use]
+pub fn report(ttl: Duration, stale: Duration) -> Duration {
+    (ttl / 4).min(stale)
+}
+
+/// What a key has to show for its address; the greater has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// It never shook hands and had its grace, or it shook hands too long ago.
+    Lapsed,
+    /// It never shook hands, and first came less than its grace ago.
+    Fresh,
+    /// It shook hands, not longer ago than a peer may be silent.
+    Proven,
+}
+
+/// A key's claim to the address it derives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The key.
+    pub key: PublicKey,
+    /// How well founded the claim is.
+    pub standing: Standing,
+    /// When the key first came. A repeat does not make it younger: an address cannot be kept by asking for it.
+    pub first: Instant,
+}
+
+impl Claim {
+    /// Whether the address goes from `owner` to this key: to the better founded claim; of two that are alike to the
+    /// older; of two that came at once to the smaller key.
+    #[must_use]
+    pub fn beats(&self, owner: &Self) -> bool {
+        let apart = self.first.saturating_duration_since(owner.first) + owner.first.saturating_duration_since(self.first);
+        match self.standing.cmp(&owner.standing) {
+            Ordering::Equal if apart <= AT_ONCE => self.key < owner.key,
+            Ordering::Equal => self.first < owner.first,
+            order => order.is_gt(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(key: u8, standing: Standing, first: Instant) -> Claim {
+        Claim { key: PublicKey::from_bytes([key; 32]).unwrap(), standing, first }
+    }
+
+    #[test]
+    fn the_better_founded_claim_has_the_address_then_the_older_one_then_the_smaller_key() {
+        use Standing::{Fresh, Lapsed, Proven};
+        let early = Instant::now();
+        let (soon, late) = (early + AT_ONCE, early + AT_ONCE + Duration::from_millis(1));
+        for (challenger, owner, beats) in [
+            (claim(1, Fresh, early), claim(2, Proven, late), false),
+            (claim(1, Lapsed, early), claim(2, Fresh, late), false),
+            (claim(2, Proven, late), claim(1, Fresh, early), true),
+            (claim(2, Fresh, late), claim(1, Lapsed, early), true),
+            (claim(1, Fresh, late), claim(2, Fresh, early), false),
+            (claim(2, Fresh, early), claim(1, Fresh, late), true),
+            (claim(1, Fresh, soon), claim(2, Fresh, early), true),
+            (claim(2, Fresh, early), claim(1, Fresh, soon), false),
+            (claim(1, Proven, late), claim(2, Proven, early), false),
+        ] {
+            assert_eq!(challenger.beats(&owner), beats, "{challenger:?} against {owner:?}");
+        }
+    }
+
+    #[test]
+    fn whoever_comes_in_which_order_the_same_one_of_two_that_come_at_once_ends_with_the_address() {
+        let start = Instant::now();
+        for (first, second) in [(1, 2), (2, 1)] {
+            let (owner, challenger) =
+                (claim(first, Standing::Fresh, start), claim(second, Standing::Fresh, start + AT_ONCE));
+            let winner = if challenger.beats(&owner) { challenger } else { owner };
+            assert_eq!(winner.key, PublicKey::from_bytes([1; 32]).unwrap());
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! A config file.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use wgkex_common::Config;
+
+fuzz_target!(|yaml: &str| {
+    if let Err(error) = Config::parse("fuzz.yaml", yaml, "host") {
+        assert!(error.lines().iter().all(|line| !line.contains('\n')));
+    }
+});

@@ -1,0 +1,6 @@
+//! What the kernel answers.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|answer: &[u8]| wgkex_worker::kernel::netlink::read_answer(answer));

@@ -1,0 +1,19 @@
+//! A state file, whatever is in it: it is read or set aside.
+#![no_main]
+
+use std::fs;
+
+use libfuzzer_sys::fuzz_target;
+use wgkex_common::Domain;
+use wgkex_common::store::{Now, Store};
+
+fuzz_target!(|content: &[u8]| {
+    let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
+    fs::write(dir.path().join("worker.sqlite"), content).expect("a file");
+    let domains = Domain::new("ff_a", &["ff_".into()]).into_iter().collect();
+    let (store, journal, keys) = Store::open(dir.path(), "worker", &domains, None, Now::read());
+    for ((domain, key), kept) in keys {
+        journal.put(&domain, key, kept);
+    }
+    drop(store.flush(Now::read()));
+});
