@@ -127,10 +127,12 @@ impl Gateways {
                 Ok(())
             }
             Topic::WorkerData { worker, domain } => {
-                let data = WorkerData::parse(payload).map_err(|_| Nonsense("worker data"))?;
-                self.reserved.hear(worker, domain, data.as_ref());
+                let data = WorkerData::parse(payload);
+                if let Ok(data) = &data {
+                    self.reserved.hear(worker, domain, data.as_ref());
+                }
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                self.worker(worker)?.hear_data(domain, data);
+                self.worker(worker)?.hear_data(domain, data.map_err(|_| Nonsense("worker data"))?);
                 Ok(())
             }
             Topic::ConnectedPeers { domain, worker } => {

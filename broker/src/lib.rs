@@ -114,7 +114,13 @@ fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
     let ttl = Some(config.live_keys.ttl);
     let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read());
     let domains = config.domains.clone();
-    let live = LiveKeys::new(config.name.clone(), (config.live_keys, config.cleanup), domains, (journal, known), Instant::now());
+    let live = LiveKeys::new(
+        config.name.clone(),
+        (config.live_keys, config.cleanup),
+        domains,
+        (journal, known),
+        Instant::now(),
+    );
     info!(keys = live.len(), "live keys");
     (Arc::new(Mutex::new(live)), store)
 }

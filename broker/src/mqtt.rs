@@ -247,7 +247,8 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::{Reserved, sync};
 
     let hour = Duration::from_secs(3600);
-    let (domains, metrics) = (Domain::new("ff_a", &["ff_".into()]).into_iter().collect::<BTreeSet<_>>(), Metrics::new());
+    let (domains, metrics) =
+        (Domain::new("ff_a", &["ff_".into()]).into_iter().collect::<BTreeSet<_>>(), Metrics::new());
     let Ok(metrics) = metrics else { return };
     let limits = (config::LiveKeys { max: 10, ttl: hour }, Cleanup { interval: hour, stale: hour, grace: hour });
     let live = LiveKeys::new("b".into(), limits, domains.clone(), Default::default(), Instant::now());

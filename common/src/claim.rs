@@ -44,7 +44,8 @@ impl Claim {
     /// older; of two that came at once to the smaller key.
     #[must_use]
     pub fn beats(&self, owner: &Self) -> bool {
-        let apart = self.first.saturating_duration_since(owner.first) + owner.first.saturating_duration_since(self.first);
+        let apart =
+            self.first.saturating_duration_since(owner.first) + owner.first.saturating_duration_since(self.first);
         match self.standing.cmp(&owner.standing) {
             Ordering::Equal if apart <= AT_ONCE => self.key < owner.key,
             Ordering::Equal => self.first < owner.first,

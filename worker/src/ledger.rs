@@ -222,7 +222,8 @@ impl Ledger {
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
     pub fn remember(&mut self, key: PublicKey, kept: Kept) {
         let vouched = kept.proven.then_some(kept.last);
-        let waiting = Waiting { arrived: kept.last, first: kept.last, tries: 0, announced: false, vouched, promised: false };
+        let waiting =
+            Waiting { arrived: kept.last, first: kept.last, tries: 0, announced: false, vouched, promised: false };
         self.waiting.insert(key, waiting);
     }
 
@@ -523,7 +524,8 @@ impl Ledger {
             if let Some(known) = self.vouched_mut(&key) {
                 *known = (*known).max(vouched);
             } else if self.objection(&key, own, reserved).is_none() {
-                let waiting = Waiting { arrived: heard, first: heard, tries: 0, announced: false, vouched, promised: false };
+                let waiting =
+                    Waiting { arrived: heard, first: heard, tries: 0, announced: false, vouched, promised: false };
                 self.waiting.insert(key, waiting);
                 self.changed.insert(key);
                 lacking.push((heard, key));

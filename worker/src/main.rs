@@ -12,8 +12,7 @@ use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::setup::{self, Flavour};
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
-const AFTER_HELP: &str =
-    "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
+const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]

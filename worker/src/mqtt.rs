@@ -61,12 +61,7 @@ pub fn hand_on(
     }
 }
 
-fn reserve(
-    reserved: &watch::Sender<Reserved>,
-    worker: &str,
-    domain: &str,
-    payload: &[u8],
-) -> Result<(), &'static str> {
+fn reserve(reserved: &watch::Sender<Reserved>, worker: &str, domain: &str, payload: &[u8]) -> Result<(), &'static str> {
     let data = WorkerData::parse(payload).map_err(|_| "payload")?;
     reserved.send_modify(|reserved| reserved.hear(worker, domain, data.as_ref()));
     Ok(())

@@ -244,9 +244,11 @@ impl Step {
                 (objects.fdb, Change::RemoveFdb(address)),
                 (objects.peer, Change::RemovePeer(key)),
             ],
-            Action::Renew => {
-                [(true, Change::RemovePeer(key)), (true, Change::SetPeer(key, address)), (false, Change::RemovePeer(key))]
-            }
+            Action::Renew => [
+                (true, Change::RemovePeer(key)),
+                (true, Change::SetPeer(key, address)),
+                (false, Change::RemovePeer(key)),
+            ],
         };
         pairs.into_iter().filter_map(|(asked, change)| asked.then_some(change))
     }

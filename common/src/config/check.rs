@@ -11,9 +11,7 @@ use tracing::Level;
 use super::leaf::{Count, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{
-    Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Peers, Secret, Server, Setup, Tls, Worker,
-};
+use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Peers, Secret, Server, Setup, Tls, Worker};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -98,10 +96,8 @@ fn refuse_and_warn(raw: &Raw, report: &mut Report) {
             "is not supported by this version (routed networks), false is allowed",
         );
     }
-    let unused = [
-        ("allowlist.enabled", is_on(&raw.allowlist.enabled)),
-        ("blacklist_file", raw.blacklist_file.is_some()),
-    ];
+    let unused =
+        [("allowlist.enabled", is_on(&raw.allowlist.enabled)), ("blacklist_file", raw.blacklist_file.is_some())];
     for (path, _) in unused.iter().filter(|(_, is_set)| *is_set) {
         report.warn(&Path::of(path), "is accepted, but this version does not use it");
     }

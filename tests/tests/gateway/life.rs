@@ -125,9 +125,7 @@ pub fn a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_
         for line in [&ids[..], "CapBnd:\t0000000000001000", "NoNewPrivs:\t1"].into_iter().chain(only) {
             assert!(status.contains(line), "{line} is not in {status}");
         }
-        wait_until("its keys are kept", || {
-            (host.metric(9586, "wgkex_worker_state_kept")? == "1").then_some(())
-        });
+        wait_until("its keys are kept", || (host.metric(9586, "wgkex_worker_state_kept")? == "1").then_some(()));
         end(&mut worker, Signal::SIGTERM);
     }
     host.run("chmod u+s /run/wgkex/wgkex-worker");

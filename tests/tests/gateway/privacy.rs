@@ -16,8 +16,12 @@ pub fn no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_message
     let refused = [host.run("wg show wg-a public-key"), "x".repeat(44)];
     let bodies = (0..KEYS).map(key).chain(refused.clone()).map(|key| ask("test_a", &key));
     let version = |n: usize| if n.is_multiple_of(2) { "v1" } else { "v2" };
-    let request =
-        |(n, body)| format!("url = \"http://{here}:5000/api/{}/wg/key/exchange\"\ndata = {body:?}\noutput = /dev/null\n", version(n));
+    let request = |(n, body)| {
+        format!(
+            "url = \"http://{here}:5000/api/{}/wg/key/exchange\"\ndata = {body:?}\noutput = /dev/null\n",
+            version(n)
+        )
+    };
     let requests: Vec<_> = bodies.enumerate().map(request).collect();
     std::fs::write(router.path("/run/requests"), requests.join("next\n")).unwrap();
     router.run("curl -s --no-progress-meter -K /run/requests");

@@ -148,13 +148,7 @@ impl Served {
         self.backlog.extend(later.into_iter().map(Step::install));
     }
 
-    async fn install_part<K: Kernel>(
-        &mut self,
-        kernel: &mut K,
-        outbox: &mut Outbox,
-        keys: Vec<PublicKey>,
-        now: Now,
-    ) {
+    async fn install_part<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
         let steps: Vec<_> = keys.into_iter().map(Step::install).collect();
         self.supersede(&steps);
         let report = told(self.apply(kernel, outbox, &steps, now.monotonic).await);

@@ -324,7 +324,10 @@ fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
     world.apply(&[Step::renew(key(1))]);
     world.ledger.forgotten(&key(1));
     let device = world.fake.device(&domain()).unwrap();
-    assert_eq!((plan::shape(&key(1), &device.peers[&key(1)]), device.peers[&key(1)].last_handshake), (Shape::Ours, None));
+    assert_eq!(
+        (plan::shape(&key(1), &device.peers[&key(1)]), device.peers[&key(1)].last_handshake),
+        (Shape::Ours, None)
+    );
     world.pass(2 * HOUR);
     world.read();
     assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(2)], "and not again");
