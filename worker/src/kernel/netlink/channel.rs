@@ -74,13 +74,14 @@ impl Channel {
         }
     }
 
-    /// Asks for all of a table: as it was at one time, or not at all.
-    pub(super) fn dump<I>(&mut self, question: &I) -> Result<Vec<I>, DumpError>
+    /// Asks for all of a table, and has `take` put each of its entries into the result as it comes: the entries
+    /// themselves are ten times as large. The table is as it was at one time, or there is none.
+    pub(super) fn dump<I, T: Default>(&mut self, question: &I, take: impl Fn(&mut T, I)) -> Result<T, DumpError>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>> + Clone,
     {
         for _ in 0..DUMPS {
-            if let Some(table) = self.dump_once(question.clone()).map_err(DumpError::Refused)? {
+            if let Some(table) = self.dump_once(question.clone(), &take).map_err(DumpError::Refused)? {
                 return Ok(table);
             }
         }
@@ -89,17 +90,17 @@ impl Channel {
 
     /// `None` if the table changed meanwhile. Reads on to the end then, too: what is left would be taken for the
     /// answer to the next question.
-    fn dump_once<I>(&mut self, question: I) -> Result<Option<Vec<I>>, Errno>
+    fn dump_once<I, T: Default>(&mut self, question: I, take: impl Fn(&mut T, I)) -> Result<Option<T>, Errno>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
     {
         self.send([(question, NLM_F_DUMP)])?;
-        let (mut table, mut whole) = (Vec::new(), true);
+        let (mut table, mut whole) = (T::default(), true);
         loop {
             for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
                 whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
-                    NetlinkPayload::InnerMessage(entry) => table.push(entry),
+                    NetlinkPayload::InnerMessage(entry) => take(&mut table, entry),
                     NetlinkPayload::Done(done) if done.code == 0 => return Ok(whole.then_some(table)),
                     NetlinkPayload::Done(done) => return Err(Errno(done.code.saturating_neg())),
                     NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),

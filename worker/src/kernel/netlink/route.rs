@@ -61,11 +61,10 @@ fn is_wireguard(link: &LinkMessage) -> bool {
 pub(super) fn first_address(channel: &mut Channel, index: u32) -> Result<Option<IpAddr>, DumpError> {
     let mut question = AddressMessage::default();
     question.header.index = index;
-    let answers = channel.dump(&Message::GetAddress(question))?;
-    Ok(answers.into_iter().find_map(|answer| match answer {
-        Message::NewAddress(address) if address.header.index == index => local(&address),
-        _ => None,
-    }))
+    channel.dump(&Message::GetAddress(question), |first: &mut Option<IpAddr>, answer| match answer {
+        Message::NewAddress(address) if address.header.index == index => *first = first.or_else(|| local(&address)),
+        _ => {}
+    })
 }
 
 /// An address of a point-to-point link comes with that of the other end, which only `IFA_LOCAL` is not.
@@ -88,14 +87,10 @@ pub(super) fn routes(channel: &mut Channel, wireguard: u32) -> Result<BTreeSet<I
     let mut question = static_routes();
     question.header.kind = RouteType::Unspec;
     question.attributes = vec![RouteAttribute::Oif(wireguard)];
-    let answers = channel.dump(&Message::GetRoute(question))?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            Message::NewRoute(route) => host_route(route, wireguard),
-            _ => None,
-        })
-        .collect())
+    channel.dump(&Message::GetRoute(question), |routes: &mut BTreeSet<_>, answer| match answer {
+        Message::NewRoute(route) => routes.extend(host_route(&route, wireguard)),
+        _ => {}
+    })
 }
 
 fn host_route(route: &RouteMessage, wireguard: u32) -> Option<Ipv6Addr> {
@@ -115,14 +110,12 @@ pub(super) fn flood_list(channel: &mut Channel, vxlan: u32, wireguard: u32) -> R
     let mut question = NeighbourMessage::default();
     question.header.family = AddressFamily::Bridge;
     question.header.ifindex = vxlan;
-    let answers = channel.dump(&Message::GetNeighbour(question))?;
-    Ok(answers
-        .iter()
-        .filter_map(|answer| match answer {
-            Message::NewNeighbour(entry) if entry.header.ifindex == vxlan => flood_destination(entry, wireguard),
-            _ => None,
-        })
-        .collect())
+    channel.dump(&Message::GetNeighbour(question), |destinations: &mut BTreeSet<_>, answer| match answer {
+        Message::NewNeighbour(entry) if entry.header.ifindex == vxlan => {
+            destinations.extend(flood_destination(&entry, wireguard));
+        }
+        _ => {}
+    })
 }
 
 fn flood_destination(entry: &NeighbourMessage, wireguard: u32) -> Option<Ipv6Addr> {

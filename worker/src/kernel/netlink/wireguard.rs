@@ -86,7 +86,7 @@ impl WireGuard {
         match self {
             Self::Kernel { channel, family, index } => {
                 let question = message(*family, WireguardCmd::GetDevice, vec![WireguardAttribute::IfIndex(*index)]);
-                Ok(Table::of_kernel(channel.dump(&question)?))
+                channel.dump(&question, Table::add_answer)
             }
             Self::Userspace(name) => Device::get(name, Backend::Userspace)
                 .map(Table::of_userspace)
@@ -198,17 +198,16 @@ impl Table {
         table
     }
 
-    fn of_kernel(answers: Vec<GenlMessage<WireguardMessage>>) -> Self {
-        let mut table = Self::default();
-        for attribute in answers.into_iter().flat_map(|answer| answer.payload.attributes) {
+    /// The kernel answers in parts, of which only the first tells of the interface itself.
+    fn add_answer(&mut self, answer: GenlMessage<WireguardMessage>) {
+        for attribute in answer.payload.attributes {
             match attribute {
-                WireguardAttribute::PublicKey(key) => table.public_key = PublicKey::from_bytes(key).ok(),
-                WireguardAttribute::ListenPort(port) => table.listen_port = port,
-                WireguardAttribute::Peers(peers) => peers.iter().for_each(|peer| table.add_of_kernel(peer)),
+                WireguardAttribute::PublicKey(key) => self.public_key = PublicKey::from_bytes(key).ok(),
+                WireguardAttribute::ListenPort(port) => self.listen_port = port,
+                WireguardAttribute::Peers(peers) => peers.iter().for_each(|peer| self.add_of_kernel(peer)),
                 _ => {}
             }
         }
-        table
     }
 
     fn add_of_kernel(&mut self, peer: &WireguardPeer) {
