@@ -33,6 +33,9 @@ pub fn measure(report: Report, seconds: u32) {
     let time = Duration::from_secs(seconds.into());
     let bare = bare(time);
     report.line("bare handler", show(&bare)).print();
+    let publishing = publishing(time);
+    let line = report.line("bare handler that publishes, Mosquitto", show(&publishing));
+    line.against(format!("bare handler {:.0}/CPU s", bare.cpu), publishing.cpu / bare.cpu).print();
     for bus in [Bus::Mosquitto, Bus::Embedded] {
         for (what, path, worker, wanted) in [
             ("v1, an original worker", V1, "original", 0.5),
@@ -44,6 +47,11 @@ pub fn measure(report: Report, seconds: u32) {
             let line = report.line(format!("{what}, {bus:?}"), show(&rate));
             let line = line.against(format!("bare handler {:.0}/CPU s", bare.cpu), ratio);
             line.wanted(format!(">= {wanted:.2}"), ratio >= wanted && rate.bad == 0).print();
+            if bus == Bus::Mosquitto {
+                let line = report.line(format!("{what}, {bus:?}, beside publishing"), format!("{:.0}/CPU s", rate.cpu));
+                let reference = format!("bare handler that publishes {:.0}/CPU s", publishing.cpu);
+                line.against(reference, rate.cpu / publishing.cpu).print();
+            }
         }
     }
 }
@@ -57,6 +65,16 @@ fn bare(time: Duration) -> Rate {
     let address = free_address();
     let server = play::start("bare", &[&address.to_string()]);
     wait_until("the bare handler listens", || TcpStream::connect(address).ok());
+    rate(address, V1, &server, time)
+}
+
+/// What an answer costs at least that waits for the MQTT server.
+fn publishing(time: Duration) -> Rate {
+    let stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
+    let _mosquitto = start_mosquitto(&stack);
+    let address = free_address();
+    let server = play::start("publishing", &[&address.to_string(), &stack.mqtt.to_string()]);
+    wait_until("the publishing handler listens", || TcpStream::connect(address).ok());
     rate(address, V1, &server, time)
 }
 

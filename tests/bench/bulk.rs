@@ -18,7 +18,7 @@ use crate::table::{Place, Report, ratio, seconds};
 const ROUNDS: usize = 3;
 
 /// How often to look whether the keys are in. Looking costs the worker CPU time.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK: Duration = Duration::from_millis(10);
 
 struct Round {
     c_tools: Vec<(&'static str, Cost)>,

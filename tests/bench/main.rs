@@ -23,6 +23,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
 
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -63,6 +64,9 @@ const fn row(
 }
 
 fn main() -> ExitCode {
+    // Thousands of routers are as many connections, and their descriptors are inherited by who serves them.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit of open files");
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("as many open files as are allowed");
     let words: Vec<_> = std::env::args().skip(1).collect();
     let texts: Vec<_> = words.iter().map(String::as_str).collect();
     match texts[..] {

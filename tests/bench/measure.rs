@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
+use nix::time::{ClockId, clock_gettime};
 
 /// What something took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,18 +40,15 @@ pub fn children(work: impl FnOnce()) -> Cost {
 
 /// The CPU time that `work` took on this thread, whatever else the machine does.
 pub fn thread_cpu(work: impl FnOnce()) -> Duration {
-    let before = used(UsageWho::RUSAGE_THREAD);
+    let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread"));
+    let before = now();
     work();
-    used(UsageWho::RUSAGE_THREAD).saturating_sub(before)
+    now().saturating_sub(before)
 }
 
 /// The CPU time of all children that ended and were awaited.
 fn children_cpu() -> Duration {
-    used(UsageWho::RUSAGE_CHILDREN)
-}
-
-fn used(who: UsageWho) -> Duration {
-    let usage = getrusage(who).expect("what was used");
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).expect("what was used");
     let microseconds = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
     Duration::from_micros(microseconds.unsigned_abs())
 }

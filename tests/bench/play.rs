@@ -1,18 +1,22 @@
 //! The parts that this program itself plays, each in a process of its own: a bare HTTP server, a worker that has no
 //! kernel, and real workers on kernels in memory.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::future::pending;
+use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use actix_web::web::{self, Json};
 use actix_web::{App, HttpResponse, HttpServer};
+use rumqttc::Event::Incoming;
+use rumqttc::{AsyncClient, MqttOptions, NetworkOptions, Packet, QoS};
 use serde::Deserialize;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use wgkex_common::config::Level;
 use wgkex_common::mqtt::{self, Bus, Client, Event, Message, Publish};
@@ -42,6 +46,7 @@ pub fn play(words: &[String]) {
     let words: Vec<_> = words.iter().map(String::as_str).collect();
     match words[..] {
         ["bare", address] => bare(address),
+        ["publishing", address, server] => publishing(address, server),
         ["confirming", file, name] => Runtime::new().unwrap().block_on(worker(file, name, true)),
         ["original", file, name] => Runtime::new().unwrap().block_on(worker(file, name, false)),
         ["workers", file, wanted, delays, first, ref names @ ..] => {
@@ -72,9 +77,53 @@ fn bare(address: &str) {
         assert!(!ask.domain.is_empty() && ask.public_key.len() == 44);
         HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" }))
     };
-    let server = HttpServer::new(move || App::new().route(V1, web::post().to(answer))).bind(address);
+    serve(address, answer);
+}
+
+fn serve<F, A>(address: &str, answer: F)
+where
+    F: Fn(Json<Ask>) -> A + Clone + Send + 'static,
+    A: Future<Output = HttpResponse> + 'static,
+{
+    let server = HttpServer::new(move || App::new().route(V1, web::post().to(answer.clone()))).bind(address);
     let server = server.expect("a free port").run();
     actix_web::rt::System::new().block_on(server).expect("it serves");
+}
+
+/// The same, whose answer waits until the MQTT server has acknowledged the key: rumqttc as it comes, and nothing else.
+fn publishing(address: &str, server: &str) {
+    let server: SocketAddr = server.parse().expect("an address");
+    let mut options = MqttOptions::new("publishing", server.ip().to_string(), server.port());
+    options.set_inflight(100);
+    let (client, mut eventloop) = AsyncClient::new(options, 200);
+    let mut network = NetworkOptions::new();
+    network.set_tcp_nodelay(true);
+    eventloop.set_network_options(network);
+    let waiting = Arc::new(Mutex::new(VecDeque::<oneshot::Sender<()>>::new()));
+    let acknowledged = waiting.clone();
+    std::thread::spawn(move || {
+        Runtime::new().unwrap().block_on(async {
+            loop {
+                if let Incoming(Packet::PubAck(_)) = eventloop.poll().await.expect("an MQTT server") {
+                    let first = acknowledged.lock().unwrap().pop_front().expect("a publish");
+                    first.send(()).expect("a request that waits");
+                }
+            }
+        });
+    });
+    let answer = move |ask: Json<Ask>| {
+        let (done, published) = oneshot::channel();
+        let mut waiting = waiting.lock().unwrap();
+        waiting.push_back(done);
+        let Ask { domain, public_key } = ask.into_inner();
+        let sent = client.try_publish(format!("wireguard/{domain}/all"), QoS::AtLeastOnce, false, public_key);
+        sent.expect("room for a publish");
+        async {
+            published.await.expect("an acknowledgement");
+            HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" }))
+        }
+    };
+    serve(address, answer);
 }
 
 /// A worker that has every key at once, and says so if it is one that confirms.
