@@ -10,6 +10,7 @@ pub mod mqtt;
 pub mod process;
 pub mod store;
 pub mod sync;
+pub mod tls;
 mod topic;
 
 pub use config::Config;
