@@ -65,7 +65,7 @@ mod tests {
         let (mut answers, now) = (Answers::default(), Instant::now());
         answers.keep(&a, key(1), Some("gw1".into()), now);
         answers.keep(&a, key(2), None, now);
-        let soon = now + FRESH - Duration::from_millis(1);
+        let soon = now + FRESH.mul_f64(0.99);
         assert_eq!(answers.last(&a, key(1), soon), Some(&Told { since: now, worker: Some("gw1".into()) }));
         assert_eq!(answers.last(&a, key(2), soon), Some(&Told { since: now, worker: None }));
         assert_eq!(answers.last(&b, key(1), soon), None);

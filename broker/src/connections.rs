@@ -318,12 +318,17 @@ fn since(began: Instant) -> u64 {
 mod tests {
     use super::*;
 
-    fn client(n: u8) -> Option<Client> {
-        Some(IpAddr::from([192, 0, 2, n]).into())
+    fn client(n: u8) -> Client {
+        IpAddr::from([192, 0, 2, n]).into()
     }
 
-    fn admit(table: &mut Table<u64>, client: Option<Client>, socket: u64, now: u64) -> Option<Admitted<u64>> {
-        table.admit(client, socket, now).ok()
+    fn admit(
+        table: &mut Table<u64>,
+        client: impl Into<Option<Client>>,
+        socket: u64,
+        now: u64,
+    ) -> Option<Admitted<u64>> {
+        table.admit(client.into(), socket, now).ok()
     }
 
     #[test]
@@ -332,7 +337,7 @@ mod tests {
         let open = u64::try_from(MOST_OF_CLIENT).unwrap();
         let first = admit(&mut table, client(1), 0, 0).unwrap().id;
         assert!((1..open).all(|socket| admit(&mut table, client(1), socket, 0).is_some()));
-        let refused = table.admit(client(1), 7, 0).err();
+        let refused = table.admit(Some(client(1)), 7, 0).err();
         assert_eq!(refused, Some((Closed::Client, 7)));
         assert!(admit(&mut table, client(2), 8, 0).is_some());
         assert!((0..=open).all(|socket| admit(&mut table, None, socket, 0).is_some()));
@@ -361,7 +366,7 @@ mod tests {
         }
         assert!(admit(&mut table, client(100), 100, 1000).is_some());
         table.open.values().for_each(|open| open.idle.store(BUSY, Ordering::Relaxed));
-        assert_eq!(table.admit(client(101), 101, 1000).err(), Some((Closed::Full, 101)));
+        assert_eq!(table.admit(Some(client(101)), 101, 1000).err(), Some((Closed::Full, 101)));
     }
 
     #[test]
@@ -383,6 +388,14 @@ mod tests {
         assert_eq!(table.expire(idle + crowded + 1), [3]);
         assert_eq!(table.expire(2 * idle - 1), [0; 0], "a proxy keeps its connections");
         assert_eq!(table.expire(2 * idle), [4]);
+    }
+
+    #[test]
+    fn a_fleet_that_comes_at_once_finds_a_place_to_wait() {
+        let listener = lengthen_queue(TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        let (server, patience) = (listener.local_addr().unwrap(), Duration::from_secs(5));
+        let waiting: Vec<_> = (0..400).map(|_| std::net::TcpStream::connect_timeout(&server, patience)).collect();
+        assert!(waiting.iter().all(Result::is_ok), "nobody accepts yet");
     }
 
     #[test]

@@ -80,8 +80,8 @@ pub async fn watch(certificate: Arc<Certificate>) {
         // Files may be slow, and requests are not to wait for them.
         let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
         if changes.settled(now) {
-            let changed = certificate.clone();
-            let _ = spawn_blocking(move || changed.renew()).await;
+            let stale = certificate.clone();
+            let _ = spawn_blocking(move || stale.renew()).await;
         }
     }
 }

@@ -151,7 +151,7 @@ mod tests {
     }
 
     fn quota(burst: u32, per_second: f64) -> Option<config::Quota> {
-        Some(config::Quota { burst: NonZeroU32::new(burst).unwrap(), per_second })
+        Some(config::Quota { burst: NonZeroU32::new(burst)?, per_second })
     }
 
     const NONE: config::Limits = config::Limits { per_key: None, per_client: None, per_domain: None, global: None };
