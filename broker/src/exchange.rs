@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
@@ -10,11 +11,18 @@ use wgkex_common::message::{Applied, WorkerData};
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
-use crate::gateways::{Choice, Gateways};
+use crate::answers::{Answers, Told};
+use crate::client::Client;
+use crate::gateways::{Choice, Gateways, Online};
+use crate::limits::{Limit, Limited, Limits};
 use crate::live::LiveKeys;
 use crate::lock;
 use crate::metrics::Metrics;
 use crate::waiters::{Verdict, Waiters, Waiting};
+
+/// Unknown keys that are on their way to the MQTT server at most, of the 100 messages that may be: so known ones never
+/// wait behind a queue of them.
+pub const UNKNOWN_UNDER_WAY: usize = 64;
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +57,9 @@ pub enum Refusal {
     /// Another key has the address that this one derives.
     #[error("public_key: the address of this key is another's at the moment")]
     AddressTaken,
+    /// The key is not known, and came too often or with too many others.
+    #[error("{}, try again later", too_many(.0.limit))]
+    Limited(Limited),
     /// This broker cannot serve now; the reason is its state.
     #[error("no connection to the gateways at the moment, try again later")]
     NotReady,
@@ -65,7 +76,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every reason that metrics name.
-    pub const REASONS: [&str; 11] = [
+    pub const REASONS: [&str; 15] = [
         "body",
         "too_large",
         "slow",
@@ -77,6 +88,10 @@ impl Refusal {
         "no_gateway",
         "not_published",
         "not_confirmed",
+        "limit_key",
+        "limit_client",
+        "limit_domain",
+        "limit_global",
     ];
 
     /// One word for metrics, from [`Refusal::REASONS`].
@@ -94,9 +109,33 @@ impl Refusal {
             Self::NoGateway => 8,
             Self::NotPublished => 9,
             Self::NotConfirmed => 10,
+            Self::Limited(Limited { limit: Limit::Key, .. }) => 11,
+            Self::Limited(Limited { limit: Limit::Client, .. }) => 12,
+            Self::Limited(Limited { limit: Limit::Domain, .. }) => 13,
+            Self::Limited(Limited { limit: Limit::Global, .. }) => 14,
         };
         Self::REASONS[index]
     }
+}
+
+fn too_many(limit: Limit) -> &'static str {
+    match limit {
+        Limit::Key => "this key came too often",
+        Limit::Client => "too many new keys from this address",
+        Limit::Domain => "too many new keys of this domain",
+        Limit::Global => "too many new keys at the moment",
+    }
+}
+
+/// How a key stands with this broker when it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// It was never heard of, or forgotten.
+    Unknown,
+    /// It was sent before, or shook hands at a gateway.
+    Known,
+    /// It is known, and comes oftener than a router needs.
+    Hasty,
 }
 
 impl Ask {
@@ -124,6 +163,12 @@ pub struct Exchange {
     pub keys: Bus,
     /// Where they are remembered.
     pub live: Arc<Mutex<LiveKeys>>,
+    /// How often unknown keys may come.
+    pub limits: Arc<Limits>,
+    /// What was told to keys that come too often.
+    pub answers: Arc<Mutex<Answers>>,
+    /// Places of [`UNKNOWN_UNDER_WAY`].
+    pub unknown: Arc<Semaphore>,
     /// How long an answer may wait.
     pub confirm: Confirm,
     /// What is counted.
@@ -143,14 +188,71 @@ impl Exchange {
 
     /// Version 1: the router chooses its gateway itself. Returns when one that confirms has the key; where none
     /// does, when MQTT has taken it.
-    pub async fn announce(&self, ask: &Ask) -> Result<(), Refusal> {
-        let deadlines = Deadlines::now(self.confirm);
-        self.admit(ask)?;
-        let online = self.gateways().online(&ask.domain);
-        if online.confirming + online.others == 0 {
-            return Err(Refusal::NoGateway);
+    pub async fn announce(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<(), Refusal> {
+        let online = self.ready(ask)?;
+        let standing = self.standing(ask, client)?;
+        if standing == Standing::Hasty && self.told(ask).is_some() {
+            return Ok(());
         }
-        let (published, mut waiting) = self.publish(ask, deadlines).await?;
+        self.announce_anew(ask, standing, online).await?;
+        self.keep(ask, standing, None);
+        Ok(())
+    }
+
+    /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
+    pub async fn assign(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
+        self.ready(ask)?;
+        let standing = self.standing(ask, client)?;
+        if standing == Standing::Hasty
+            && let Some(Told { worker: Some(worker), .. }) = self.told(ask)
+            && let Some(choice) = self.gateways().choose(&ask.domain, |name, _| name == worker)
+        {
+            return Ok(choice.data);
+        }
+        let choice = self.assign_anew(ask, standing).await?;
+        self.keep(ask, standing, Some(choice.worker));
+        Ok(choice.data)
+    }
+
+    /// How the key stands, if it may come now.
+    fn standing(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<Standing, Refusal> {
+        let is_known = self.live().contains(&ask.domain, &ask.key);
+        if !is_known {
+            self.limits.admit(&ask.key, client, ask.domain.name()).map_err(Refusal::Limited)?;
+        }
+        self.admit(ask)?;
+        if !is_known {
+            return Ok(Standing::Unknown);
+        }
+        Ok(if self.limits.repeat(&ask.key).is_ok() { Standing::Known } else { Standing::Hasty })
+    }
+
+    /// Whether the key may be a router's, and its address is nobody else's.
+    fn admit(&self, ask: &Ask) -> Result<(), Refusal> {
+        let refusal = if self.gateways().forbids(&ask.key) {
+            Refusal::Reserved
+        } else if self.live().is_taken(ask.domain.name(), ask.key, Instant::now().into_std()) {
+            Refusal::AddressTaken
+        } else {
+            return Ok(());
+        };
+        warn!(domain = %ask.domain, key = ?ask.key, reason = refusal.reason(), "key refused");
+        Err(refusal)
+    }
+
+    fn told(&self, ask: &Ask) -> Option<Told> {
+        lock(&self.answers).last(&ask.domain, ask.key, Instant::now().into_std()).cloned()
+    }
+
+    fn keep(&self, ask: &Ask, standing: Standing, worker: Option<String>) {
+        if standing == Standing::Hasty {
+            lock(&self.answers).keep(&ask.domain, ask.key, worker, Instant::now().into_std());
+        }
+    }
+
+    async fn announce_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<(), Refusal> {
+        let deadlines = Deadlines::now(self.confirm);
+        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         if online.confirming == 0 {
             return Ok(());
         }
@@ -170,12 +272,10 @@ impl Exchange {
         if online.others > 0 { Ok(()) } else { Err(heard.refusal()) }
     }
 
-    /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
-    pub async fn assign(&self, ask: &Ask) -> Result<WorkerData, Refusal> {
+    async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        self.admit(ask)?;
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let (published, mut waiting) = self.publish(ask, deadlines).await?;
+        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         let mut heard = Heard::default();
         let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, deadlines).await {
             first
@@ -185,7 +285,7 @@ impl Exchange {
         if choice.confirms {
             self.confirmed(published);
         }
-        Ok(choice.data)
+        Ok(choice)
     }
 
     /// Whether the best gateway takes the key within its time.
@@ -222,22 +322,14 @@ impl Exchange {
         }
     }
 
-    /// Whether the key may be announced now.
-    fn admit(&self, ask: &Ask) -> Result<(), Refusal> {
+    /// The gateways that are online for the key, of which there is one at least.
+    fn ready(&self, ask: &Ask) -> Result<Online, Refusal> {
         let gateways = self.gateways();
         if !gateways.complete() {
             return Err(Refusal::NotReady);
         }
-        if gateways.forbids(&ask.key) {
-            warn!(domain = %ask.domain, key = ?ask.key, "a gateway's key or address was sent as a router's");
-            return Err(Refusal::Reserved);
-        }
-        drop(gateways);
-        if self.live().is_taken(ask.domain.name(), ask.key, Instant::now().into_std()) {
-            warn!(domain = %ask.domain, key = ?ask.key, "a key was sent whose address is another's");
-            return Err(Refusal::AddressTaken);
-        }
-        Ok(())
+        let online = gateways.online(&ask.domain);
+        if online.confirming + online.others == 0 { Err(Refusal::NoGateway) } else { Ok(online) }
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
@@ -250,11 +342,21 @@ impl Exchange {
     }
 
     /// Publishes the key, and says when that was; whoever waits for it does so from before that.
-    async fn publish(&self, ask: &Ask, deadlines: Deadlines) -> Result<(Instant, Waiting), Refusal> {
+    async fn publish(
+        &self,
+        ask: &Ask,
+        standing: Standing,
+        deadlines: Deadlines,
+    ) -> Result<(Instant, Waiting), Refusal> {
         let published = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
-        if let Ok(Ok(())) = timeout_at(deadlines.budget, self.keys.publish(key)).await {
+        let publishing = async {
+            let is_unknown = standing == Standing::Unknown;
+            let _place = if is_unknown { Some(self.unknown.acquire().await) } else { None };
+            self.keys.publish(key).await
+        };
+        if let Ok(Ok(())) = timeout_at(deadlines.budget, publishing).await {
             self.live().admit(ask.domain.name(), ask.key, Instant::now().into_std());
             return Ok((published, waiting));
         }

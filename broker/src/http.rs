@@ -1,21 +1,27 @@
 //! The broker's HTTP side (contract section 1): one short handler per route, and refusals as JSON.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use actix_web::dev::{Server, Service as _, ServiceRequest};
-use actix_web::http::header::{ALLOW, ContentType, RETRY_AFTER};
+pub use actix_web::dev::Server;
+use actix_web::dev::{Service as _, ServiceRequest};
+use actix_web::http::header::{ALLOW, ContentType, FORWARDED, HeaderName, RETRY_AFTER, X_FORWARDED_FOR};
 use actix_web::http::{Method, StatusCode};
-use actix_web::web::{self, Bytes, Data, Payload, ServiceConfig};
-use actix_web::{HttpResponse, HttpServer, Resource, ResponseError};
+use actix_web::web::{self, BytesMut, Data, Payload, ServiceConfig};
+use actix_web::{HttpRequest, HttpResponse, HttpServer, Resource, ResponseError};
+use futures_util::StreamExt as _;
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use wgkex_common::Domain;
 use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
+use wgkex_common::tls::rustls::ServerConfig;
 
+use crate::client::{Client, origin};
+use crate::connections::{Connection, Connections, IDLE};
 use crate::exchange::{Ask, Exchange, Refusal};
 use crate::metrics::Metrics;
 use crate::page;
@@ -26,8 +32,8 @@ const BODY_MAX: usize = 4096;
 const BODY_DRAIN: usize = 1 << 20;
 /// How long the head, and then the body, of a request may take.
 const REQUEST: Duration = Duration::from_secs(5);
-/// How long a connection may be idle between two requests.
-const IDLE: Duration = Duration::from_secs(75);
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Seconds after which a router may ask again. Routers try every minute anyway.
 const RETRY_SECONDS: u32 = 10;
 
@@ -43,27 +49,52 @@ pub struct App {
     pub exchange: Exchange,
     /// Whether the bus can be used, to hear and to publish.
     pub links: [watch::Receiver<Link>; 2],
+    /// The connections that are open.
+    pub connections: Connections,
     /// What is counted.
     pub metrics: Metrics,
 }
 
-/// The HTTP server on `listener`; it runs when awaited. When it is stopped, requests under way have `drain` to end.
-pub fn server(listener: TcpListener, app: App, drain: Duration) -> std::io::Result<Server> {
+/// The server on `listener`, with `tls` for HTTPS; it runs when awaited. When it is stopped, requests under way have
+/// `drain` to end. Each has threads of its own, so that handshakes that hang do not keep plain requests waiting.
+pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain: Duration) -> std::io::Result<Server> {
+    let connections = app.connections.clone();
     let server = HttpServer::new(move || {
         let metrics = app.metrics.clone();
         actix_web::App::new().configure(routes(&app)).wrap_fn(move |request, service| {
             let (begun, metrics, route) = (Instant::now(), metrics.clone(), route(&request));
+            let busy = request.conn_data::<Connection>().map(Connection::busy);
             let response = service.call(request);
             async move {
                 let response = response.await?;
+                drop(busy);
                 let duration = metrics.http_duration.with_label_values(&[route, response.status().as_str()]);
                 duration.observe(begun.elapsed().as_secs_f64());
                 Ok(response)
             }
         })
     });
-    let server = server.disable_signals().shutdown_timeout(drain.as_secs() + 1);
-    Ok(server.client_request_timeout(REQUEST).keep_alive(IDLE).listen(listener)?.run())
+    let threads = available_parallelism()?.get();
+    let room = connections.capacity();
+    // Full, it would accept no more; the table makes room before that.
+    let each = (room.open + room.arriving).div_ceil(threads);
+    let server = server
+        .workers(threads)
+        .max_connections(if tls.is_none() { each } else { each.div_ceil(4) })
+        .max_connection_rate(each)
+        .client_request_timeout(REQUEST)
+        .tls_handshake_timeout(HANDSHAKE)
+        .keep_alive(IDLE)
+        .on_connect(move |stream, data| {
+            data.insert(connections.opened(stream));
+        })
+        .disable_signals()
+        .shutdown_timeout(drain.as_secs() + 1);
+    let server = match tls {
+        None => server.listen(listener)?,
+        Some(tls) => server.listen_rustls_0_23(listener, tls)?,
+    };
+    Ok(server.run())
 }
 
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
@@ -100,14 +131,14 @@ fn only(path: &str, method: Method) -> Resource {
     }))
 }
 
-async fn v1(app: Data<App>, body: Payload) -> Result<HttpResponse, Refusal> {
-    let result = async { app.exchange.announce(&ask(&app, body).await?).await };
+async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.announce(&ask(&app, body).await?, || app.client(&request)).await };
     let result = app.counted("v1", result.await);
     result.map(|()| HttpResponse::Ok().json(json!({ "Message": "OK" })))
 }
 
-async fn v2(app: Data<App>, body: Payload) -> Result<HttpResponse, Refusal> {
-    let result = async { app.exchange.assign(&ask(&app, body).await?).await };
+async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.assign(&ask(&app, body).await?, || app.client(&request)).await };
     let gateway = app.counted("v2", result.await)?;
     Ok(HttpResponse::Ok().json(Answer::from(gateway)))
 }
@@ -117,10 +148,22 @@ async fn ask(app: &App, body: Payload) -> Result<Ask, Refusal> {
 }
 
 /// The body, whatever its type is said to be.
-async fn read(body: Payload) -> Result<Bytes, Refusal> {
-    let body = timeout(REQUEST, body.to_bytes_limited(BODY_DRAIN)).await.map_err(|_| Refusal::Slow)?;
-    let body = body.map_err(|_| Refusal::TooLarge)?.map_err(|_| Refusal::Body("the body is not complete"))?;
-    if body.len() > BODY_MAX { Err(Refusal::TooLarge) } else { Ok(body) }
+async fn read(body: Payload) -> Result<BytesMut, Refusal> {
+    timeout(REQUEST, collect(body)).await.unwrap_or(Err(Refusal::Slow))
+}
+
+async fn collect(mut body: Payload) -> Result<BytesMut, Refusal> {
+    let (mut taken, mut size) = (BytesMut::new(), 0);
+    while let Some(part) = body.next().await {
+        let part = part.map_err(|_| Refusal::Body("the body is not complete"))?;
+        size += part.len();
+        if size <= BODY_MAX {
+            taken.extend_from_slice(&part);
+        } else if size > BODY_DRAIN {
+            break;
+        }
+    }
+    if size > BODY_MAX { Err(Refusal::TooLarge) } else { Ok(taken) }
 }
 
 impl App {
@@ -130,6 +173,15 @@ impl App {
             Err(refusal) => self.metrics.keys_refused.with_label_values(&[api, refusal.reason()]).inc(),
         }
         result
+    }
+
+    /// Whose request it is.
+    fn client(&self, request: &HttpRequest) -> Client {
+        let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
+        // What is not even text is as good as nonsense.
+        let values = |name: HeaderName| request.headers().get_all(name).map(|value| value.to_str().unwrap_or_default());
+        let origin: IpAddr = origin(peer, self.connections.trusted(), values(FORWARDED), values(X_FORWARDED_FOR));
+        origin.into()
     }
 
     /// Why this broker cannot serve routers now.
@@ -168,6 +220,7 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 
 async fn metrics(app: Data<App>) -> HttpResponse {
     app.metrics.set_gateways(&app.exchange.gateways().overview());
+    app.metrics.set_connections(app.connections.open());
     app.metrics.set_live(app.exchange.live().counts());
     match app.metrics.text() {
         Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
@@ -214,6 +267,7 @@ impl ResponseError for Refusal {
             Self::AddressTaken => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
+            Self::Limited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -221,7 +275,11 @@ impl ResponseError for Refusal {
     }
 
     fn error_response(&self) -> HttpResponse {
-        error(self.status_code(), &self.to_string())
+        let mut response = error(self.status_code(), &self.to_string());
+        if let Self::Limited(limited) = self {
+            response.headers_mut().insert(RETRY_AFTER, limited.seconds.into());
+        }
+        response
     }
 }
 

@@ -1,12 +1,18 @@
 //! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their word back into the answer.
 //!
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
-//! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later.
+//! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later. What a
+//! flood must not do [`connections`], [`limits`] and [`client`] know.
 
+pub mod answers;
+pub mod client;
+pub mod connections;
 mod embedded;
 pub mod exchange;
 pub mod gateways;
 mod http;
+mod https;
+pub mod limits;
 pub mod live;
 mod metrics;
 pub mod mqtt;
@@ -19,18 +25,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::{mpsc, watch};
+use futures_util::future::{join_all, try_join_all};
+use governor::clock::MonotonicClock;
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
-use wgkex_common::config::Server;
+use wgkex_common::config::{Https, Server};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, Reserved, process};
 
-use crate::exchange::Exchange;
+use crate::connections::Connections;
+use crate::exchange::{Exchange, UNKNOWN_UNDER_WAY};
 use crate::gateways::Gateways;
 use crate::http::App;
+use crate::https::Certificate;
+use crate::limits::Limits;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
 use crate::waiters::Waiters;
@@ -41,8 +52,10 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const PROBE: Duration = Duration::from_millis(10);
 /// Questions that wait at most for their answers; who gets none asks again.
 const QUESTIONS: usize = 1024;
-/// How often the live keys are searched for those whose time is over.
+/// How often the live keys are searched for those whose time is over, and the limits for what is used no more.
 const EXPIRE: Duration = Duration::from_secs(10);
+/// How often the connections are searched for idle ones.
+const TIDY: Duration = Duration::from_secs(1);
 
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
@@ -52,6 +65,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
     }
     let metrics = Metrics::new().context("metrics")?;
+    let secure = config.https.clone().map(open_https).transpose()?;
+    let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
+    let connections = Connections::new(&config.trusted_proxies, metrics.clone());
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let waiters = Waiters::default();
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
@@ -67,6 +83,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         waiters,
         keys: keys.clone(),
         live: live.clone(),
+        limits: limits.clone(),
+        answers: Arc::default(),
+        unknown: Arc::new(Semaphore::new(UNKNOWN_UNDER_WAY)),
         confirm: config.confirm,
         metrics: metrics.clone(),
     };
@@ -85,28 +104,39 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone()));
     tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
     tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
-    tokio::spawn(expire(live));
+    tokio::spawn(expire(live, limits));
+    tokio::spawn(tidy(connections.clone()));
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
-    let app = App { domains: config.domains.clone(), exchange, links, metrics };
-    let server = http::server(listener, app, config.confirm.budget)?;
-    let handle = server.handle();
-    let mut server = tokio::spawn(server);
+    let app = App { domains: config.domains.clone(), exchange, links, connections, metrics };
+    let mut servers = vec![http::server(listener, None, app.clone(), config.confirm.budget)?];
+    if let Some((listener, certificate)) = secure {
+        servers.push(http::server(listener, Some(https::server(certificate.clone())?), app, config.confirm.budget)?);
+        tokio::spawn(https::watch(certificate));
+    }
+    let handles: Vec<_> = servers.iter().map(http::Server::handle).collect();
+    let mut servers = tokio::spawn(try_join_all(servers));
     let Config { name: broker, broker_listen, .. } = &config;
     info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
     let result = tokio::select! {
         error = embedded => Err(error),
-        ended = &mut server => ended.context("HTTP")?.context("HTTP"),
+        ended = &mut servers => ended.context("HTTP")?.context("HTTP").map(drop),
         () = stop => Ok(()),
     };
     info!("broker stops");
     // Requests under way still need the bus.
-    handle.stop(true).await;
+    join_all(handles.iter().map(|handle| handle.stop(true))).await;
     let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
     let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
     result
+}
+
+/// The listener for HTTPS, and its certificate.
+fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
+    let listener = listen("broker_listen.tls", &https.listen.host, https.listen.port)?;
+    Ok((listener, Arc::new(Certificate::open(https)?)))
 }
 
 /// The live keys, as this broker knew them when it ended, and what keeps them.
@@ -133,9 +163,17 @@ fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, Page) -> std::future:
     }
 }
 
-async fn expire(live: Arc<Mutex<LiveKeys>>) {
+async fn tidy(connections: Connections) {
+    loop {
+        sleep(TIDY).await;
+        connections.tidy();
+    }
+}
+
+async fn expire(live: Arc<Mutex<LiveKeys>>, limits: Arc<Limits>) {
     loop {
         sleep(EXPIRE).await;
+        limits.tidy();
         let expired = lock(&live).expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");
@@ -149,7 +187,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    TcpListener::bind((host, port)).with_context(|| format!("{key} {host}:{port}"))
+    let bound = TcpListener::bind((host, port));
+    bound.and_then(connections::lengthen_queue).with_context(|| format!("{key} {host}:{port}"))
 }
 
 fn gateways(config: &Config) -> Gateways {

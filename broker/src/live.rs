@@ -116,6 +116,12 @@ impl LiveKeys {
         self.journal.put(domain, key, live.kept);
     }
 
+    /// Whether the key is known in this domain.
+    #[must_use]
+    pub fn contains(&self, domain: &Domain, key: &PublicKey) -> bool {
+        self.domains.get(domain).is_some_and(|served| served.keys.contains_key(key))
+    }
+
     /// A key came, by a router or on the bus.
     pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
         self.merge(domain, key, Kept { last: now, proven: false }, AT_ONCE, now);

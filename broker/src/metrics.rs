@@ -6,6 +6,7 @@ use prometheus::{
 };
 use wgkex_common::Domain;
 
+use crate::connections::Closed;
 use crate::exchange::Refusal;
 use crate::gateways::Overview;
 use crate::live::Counts;
@@ -29,6 +30,8 @@ pub struct Metrics {
     pub keys_refused: IntCounterVec,
     /// Seconds from a request's arrival to its answer, by route and status.
     pub http_duration: HistogramVec,
+    /// Connections that were closed before their time, by reason, one of [`Closed::REASONS`].
+    pub connections_closed: IntCounterVec,
     /// Seconds from publishing a key to a gateway's confirmation of it.
     pub confirmation: Histogram,
     /// Gateways that did not confirm a key in their time.
@@ -43,6 +46,7 @@ pub struct Metrics {
     pub state_kept: IntGauge,
     /// Whether MQTT is connected.
     pub mqtt_connected: IntGauge,
+    connections: IntGauge,
     live: IntGaugeVec,
     gateways: IntGaugeVec,
 }
@@ -66,6 +70,15 @@ impl Metrics {
                         .buckets(SECONDS.into()),
                     &["route", "status"],
                 )?,
+            )?,
+            connections: register(
+                &registry,
+                IntGauge::new("wgkex_broker_http_connections", "Connections that are open")?,
+            )?,
+            connections_closed: counter(
+                "wgkex_broker_http_connections_closed_total",
+                "Connections closed before their time",
+                &["reason"],
             )?,
             confirmation: register(
                 &registry,
@@ -126,6 +139,9 @@ impl Metrics {
         for reason in IGNORED {
             self.messages_ignored.with_label_values(&[reason]);
         }
+        for reason in Closed::REASONS {
+            self.connections_closed.with_label_values(&[reason]);
+        }
         self.set_gateways(&[]);
     }
 
@@ -135,6 +151,11 @@ impl Metrics {
         for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
             self.gateways.with_label_values(&[state]).set(i64::try_from(number).unwrap_or(i64::MAX));
         }
+    }
+
+    /// Takes over how many connections there are.
+    pub fn set_connections(&self, open: usize) {
+        self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
     /// Takes over how many live keys there are.
@@ -169,6 +190,8 @@ mod tests {
         for line in [
             r#"wgkex_broker_keys_accepted_total{api="v2"} 0"#,
             r#"wgkex_broker_keys_refused_total{api="v1",reason="not_confirmed"} 0"#,
+            r#"wgkex_broker_keys_refused_total{api="v2",reason="limit_client"} 0"#,
+            r#"wgkex_broker_http_connections_closed_total{reason="idle"} 0"#,
             r#"wgkex_broker_gateways{state="online"} 0"#,
             "wgkex_broker_confirmation_seconds_count 0",
             "wgkex_broker_publish_failures_total 0",

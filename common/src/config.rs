@@ -15,10 +15,12 @@ mod yaml;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, fmt, fs, io};
 
+use ipnet::IpNet;
 use nix::unistd::gethostname;
 use serde_json::Value;
 pub use tracing::Level;
@@ -46,6 +48,8 @@ pub struct Config {
     pub mqtt: Mqtt,
     /// Where the broker serves routers.
     pub broker_listen: Listen,
+    /// Where the broker serves routers by HTTPS, beside that; none if it does not.
+    pub https: Option<Https>,
     /// Where the worker serves its metrics.
     pub worker_listen: Listen,
     /// As which user the worker serves, if it is started as root; none for root itself.
@@ -62,6 +66,10 @@ pub struct Config {
     pub forget_idle_after: Option<Duration>,
     /// Keys that no router may have: `protected_keys` and `key_whitelist`.
     pub protected_keys: BTreeSet<PublicKey>,
+    /// The networks of proxies whose word counts on where a request comes from.
+    pub trusted_proxies: Vec<IpNet>,
+    /// How often keys may come that the broker does not know.
+    pub limits: Limits,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
@@ -165,6 +173,39 @@ impl fmt::Display for Listen {
         let Self { host, port } = self;
         if host.parse::<Ipv6Addr>().is_ok() { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
     }
+}
+
+/// A server for HTTPS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Https {
+    /// Where it listens.
+    pub listen: Listen,
+    /// Its certificate, and those between it and the root, as PEM.
+    pub cert_file: PathBuf,
+    /// The private key of the certificate, as PEM.
+    pub key_file: PathBuf,
+}
+
+/// How often a key may come to be taken in; where none is set, there is no limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// The same key.
+    pub per_key: Option<Quota>,
+    /// Unknown keys from one address (IPv4) or network (IPv6, /56).
+    pub per_client: Option<Quota>,
+    /// Unknown keys of one domain.
+    pub per_domain: Option<Quota>,
+    /// Unknown keys in all.
+    pub global: Option<Quota>,
+}
+
+/// So many at once, and so many a second from then on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quota {
+    /// What may come at once; at most 1000000.
+    pub burst: NonZeroU32,
+    /// By how many a second that fills again; 0.001 to 1000000.
+    pub per_second: f64,
 }
 
 /// How long a router's answer may wait.

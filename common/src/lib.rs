@@ -12,6 +12,7 @@ pub mod process;
 mod reserved;
 pub mod store;
 pub mod sync;
+pub mod tls;
 mod topic;
 
 pub use config::Config;

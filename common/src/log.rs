@@ -25,11 +25,14 @@ pub fn init(level: Level) {
     }
 }
 
-/// What is logged at `level`. Nothing of rumqttc and rumqttd, not even errors: they print packets whole (`Invalid
+/// What is logged at `level`. Nothing of actix-http: it has an error for every request that is none, so that a stranger
+/// could fill the log. Nothing of rumqttc and rumqttd, not even errors: they print packets whole (`Invalid
 /// incoming packet`, `NotConnectPacket`), and with them keys and passwords, and an error for every message to a client
 /// that has just left. What matters of it the MQTT session and the embedded server say themselves.
 fn directives(level: Level) -> String {
-    format!("warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},rumqttc=off,rumqttd=off")
+    format!(
+        "warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},actix_http=off,rumqttc=off,rumqttd=off"
+    )
 }
 
 /// Keeps each event, which comes as one write, on one line, whatever text from outside it shows.
@@ -107,11 +110,12 @@ mod tests {
     }
 
     #[test]
-    fn what_may_print_packets_is_not_logged_by_default() {
+    fn what_may_print_packets_or_fill_the_log_is_not_logged_by_default() {
         let lines = logged(Level::DEBUG, || {
             error!(target: "rumqttc::state", "Invalid incoming packet = {:?}", "password");
             error!(target: "rumqttd::server::broker", error = "NotConnectPacket(Publish)");
             error!(target: "rumqttd::link::remote", error = "Login");
+            error!(target: "actix_http::h1::dispatcher", "stream error: request parse error");
             warn!(target: "rumqttd::router::routing", packet = "Login", "Unexpected packet received");
             error!(target: "wgkex_broker", "shown");
         });

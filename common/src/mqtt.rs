@@ -23,7 +23,7 @@ use self::outbox::{Letter, Outbox};
 use crate::Topic;
 use crate::config::Mqtt;
 
-pub use self::options::TlsError;
+pub use crate::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
 /// Orders that may wait for the session; a publisher waits for a place, and its own deadline bounds that.

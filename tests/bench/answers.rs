@@ -79,8 +79,9 @@ fn publishing(time: Duration) -> Rate {
 }
 
 fn broker(bus: Bus, path: &'static str, worker: &str, time: Duration) -> Rate {
-    // Slowness is to be measured, not to be answered 503.
-    let plan = Plan::new(bus).domains([DOMAIN]).config("confirm_timeout: 20\nconfirm_budget: 20");
+    // Slowness is to be measured, not to be answered 503, nor haste with 429.
+    let limits = "limits: {per_client: {burst: 0}, per_domain: {burst: 0}, global: {burst: 0}}";
+    let plan = Plan::new(bus).domains([DOMAIN]).config("confirm_timeout: 20\nconfirm_budget: 20").config(limits);
     let mut stack = Stack::prepare(plan);
     let _mosquitto = (bus == Bus::Mosquitto).then(|| start_mosquitto(&stack));
     stack.start_broker();

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 use wgkex_tests::http::ask;
+use wgkex_tests::swarm;
 
 use crate::gateway::key;
 
@@ -111,28 +111,5 @@ async fn connect(server: SocketAddr) -> std::io::Result<TcpStream> {
 
 /// POSTs a key; returns the status when the answer is read.
 async fn post(stream: &mut TcpStream, target: Target, number: u32) -> std::io::Result<u16> {
-    let body = ask(target.domain, &key(number).to_string());
-    let (path, length) = (target.path, body.len());
-    let head = format!("POST {path} HTTP/1.1\r\nHost: broker\r\nContent-Type: application/json\r\n");
-    stream.write_all(format!("{head}Content-Length: {length}\r\n\r\n{body}").as_bytes()).await?;
-    let mut answer = Vec::with_capacity(1024);
-    loop {
-        if stream.read_buf(&mut answer).await? == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        if let Some(status) = status(&answer) {
-            return Ok(status);
-        }
-    }
-}
-
-/// The status of an answer that is there whole.
-fn status(answer: &[u8]) -> Option<u16> {
-    let text = str::from_utf8(answer).ok()?;
-    let (head, body) = text.split_once("\r\n\r\n")?;
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
-    })?;
-    if body.len() < length { None } else { head.get(9..12)?.parse().ok() }
+    swarm::post(stream, target.path, "", &ask(target.domain, &key(number).to_string())).await
 }

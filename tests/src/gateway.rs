@@ -16,11 +16,13 @@ use wgkex_common::PublicKey;
 use crate::http::{Http, Response, ask};
 use crate::process::{Process, binary};
 
-/// What every host's config begins with: two domains, `wg-a` on port 51820 and `wg-b` on 51821.
+/// What every host's config begins with: two domains, `wg-a` on port 51820 and `wg-b` on 51821; and all routers of a
+/// test ask from one address.
 const CONFIG: &str = "\
 domains: [test_a, test_b]
 domain_prefixes: [test_]
 broker_listen: {host: 0.0.0.0, port: 5000}
+limits: {per_client: {burst: 0}}
 setup: {key_dir: /run/wgkex}
 state_dir: /run/wgkex/state
 ";

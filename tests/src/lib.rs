@@ -11,6 +11,7 @@ pub mod process;
 pub mod proxy;
 pub mod scripted;
 pub mod stack;
+pub mod swarm;
 
 /// How long a test waits for what must happen; long enough for a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(30);

@@ -20,6 +20,8 @@ use crate::wait_until;
 pub const V2: &str = "/api/v2/wg/key/exchange";
 /// The API that they fall back to.
 pub const V1: &str = "/api/v1/wg/key/exchange";
+/// What lets many routers ask from one address, as those of a test do; the limits of all together are the default.
+pub const ONE_ADDRESS: &str = "limits: {per_client: {burst: 0}}";
 /// The domain that a stack serves unless told otherwise.
 pub const DOMAIN: &str = "ffx_a";
 
@@ -39,7 +41,7 @@ pub struct Plan {
     pub bus: Bus,
     /// The domains; all begin with `ffx_`.
     pub domains: Vec<String>,
-    /// More of the config, as YAML.
+    /// More of the config, as YAML. Without `limits` in it those are [`ONE_ADDRESS`].
     pub config: String,
     /// More of the environment.
     pub variables: Vec<(String, String)>,
@@ -160,8 +162,12 @@ impl Stack {
         let (http, bus, more) = (self.http, self.bus_config(), &self.plan.config);
         let state = self.state_dir();
         let state = state.display();
+        let (listen, limits) = ("broker_listen:", "limits:");
+        let unless = |key, line: String| if more.contains(key) { String::new() } else { line };
+        let listen = unless(listen, format!("broker_listen: \"{http}\""));
+        let limits = unless(limits, ONE_ADDRESS.into());
         let yaml = format!(
-            "domains: [{domains}]\ndomain_prefixes: [ffx_]\nbroker_listen: \"{http}\"\nstate_dir: {state}\n{bus}\n{more}"
+            "domains: [{domains}]\ndomain_prefixes: [ffx_]\n{listen}\nstate_dir: {state}\n{bus}\n{limits}\n{more}"
         );
         fs::write(self.config_file(), yaml).expect("write the config");
     }

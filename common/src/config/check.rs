@@ -2,16 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::Value;
 use tracing::Level;
 
 use super::leaf::{Count, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Peers, Secret, Server, Setup, Tls, Worker};
+use super::{
+    Cleanup, Config, Confirm, Credentials, Https, Limits, Listen, LiveKeys, Mqtt, Peers, Quota, Secret, Server, Setup,
+    Tls, Worker,
+};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -43,6 +48,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     if !listed.is_empty() && !prefixes.is_empty() && !listed.iter().any(fits) {
         report.refuse(&Path::of("domains"), "none can be served, at least one must begin with one of domain_prefixes");
     }
+    let raw::BrokerListen { host, port, tls } = raw.broker_listen;
+    let broker_listen = listen(raw::Listen { host, port }, 5000);
     let external_name = raw.external_name.map(|name| name.0).filter(|name| !name.is_empty());
     Config {
         name: host_name.to_owned(),
@@ -50,7 +57,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         workers: raw.workers.into_iter().map(|(name, raw)| (name, worker(&raw))).collect(),
         cleanup: cleanup(&raw.cleanup),
         mqtt: mqtt(raw.mqtt, raw.mqtt_listen, report),
-        broker_listen: listen(raw.broker_listen, 5000),
+        https: https(tls, &broker_listen, report),
+        broker_listen,
         worker_listen: listen(raw.worker_listen, 9586),
         worker_user: raw.worker_user.map(|user| user.0).filter(|user| !user.is_empty()),
         confirm: confirm(raw.confirm_timeout.as_ref(), raw.confirm_budget.as_ref(), report),
@@ -59,6 +67,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         peers: peers(&raw.peers),
         forget_idle_after: raw.forget_idle_after.map(|after| after.0),
         protected_keys: raw.protected_keys.into_iter().chain(raw.key_whitelist).flatten().map(|key| key.0).collect(),
+        trusted_proxies: raw.trusted_proxies.into_iter().flatten().map(|net| IpNet::trunc(&net.0)).collect(),
+        limits: limits(&raw.limits),
         setup: setup(&raw.setup, &listed, &domains, report),
         log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
         warnings: Vec::new(),
@@ -155,6 +165,23 @@ fn peers(raw: &raw::Peers) -> Peers {
     Peers { max: count(&raw.max, 100_000), unproven: count(&raw.unproven, 30_000) }
 }
 
+/// Loose for a client, behind which thousands of routers may be, since a router that is refused costs a household a
+/// minute; what bounds a flood is the rate of all together.
+fn limits(raw: &raw::Limits) -> Limits {
+    Limits {
+        per_key: quota(&raw.per_key, 10, 1.0),
+        per_client: quota(&raw.per_client, 1_000, 20.0),
+        per_domain: quota(&raw.per_domain, 25_000, 250.0),
+        global: quota(&raw.global, 50_000, 500.0),
+    }
+}
+
+fn quota(raw: &raw::Limit, burst: u32, per_second: f64) -> Option<Quota> {
+    let burst = raw.burst.as_ref().map_or(burst, |burst| burst.0);
+    let per_second = raw.per_second.as_ref().map_or(per_second, |rate| rate.0);
+    NonZeroU32::new(burst).map(|burst| Quota { burst, per_second })
+}
+
 fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {
     raw.map_or(Duration::from_secs(default), |seconds| seconds.0)
 }
@@ -166,6 +193,21 @@ fn port(raw: Option<&Port>, default: u16) -> u16 {
 fn listen(raw: raw::Listen, default_port: u16) -> Listen {
     let host = raw.host.map_or_else(|| Ipv4Addr::LOCALHOST.to_string(), |host| host.0);
     Listen { host, port: port(raw.port.as_ref(), default_port) }
+}
+
+fn https(raw: raw::ListenTls, http: &Listen, report: &mut Report) -> Option<Https> {
+    const TLS: &str = "broker_listen.tls";
+    let port = port(raw.port.as_ref(), 5443);
+    let Some((cert_file, key_file)) = pair(TLS, raw.cert_file, raw.key_file, report) else {
+        if port != 5443 {
+            report.warn(&Path::of(TLS).then("port"), "is not used, as broker_listen.tls.cert_file is not set");
+        }
+        return None;
+    };
+    if port == http.port {
+        report.wrong(&Path::of(TLS).then("port"), &Value::from(port), "is that of broker_listen, another is allowed");
+    }
+    Some(Https { listen: Listen { host: http.host.clone(), port }, cert_file, key_file })
 }
 
 fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
@@ -197,16 +239,27 @@ fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
 }
 
 fn tls(ca: Option<File>, certificate: Option<File>, key: Option<File>, report: &mut Report) -> Tls {
-    let path = |file: File| PathBuf::from(file.0);
-    for (has, lacks, is_alone) in [
-        ("mqtt.cert_file", "mqtt.key_file", certificate.is_some() && key.is_none()),
-        ("mqtt.key_file", "mqtt.cert_file", key.is_some() && certificate.is_none()),
-    ] {
-        if is_alone {
-            report.refuse(&Path::of(lacks), &format!("is missing, as {has} is set, a file is needed"));
-        }
+    Tls { ca_file: ca.map(|file| PathBuf::from(file.0)), own: pair("mqtt", certificate, key, report) }
+}
+
+/// A certificate and its key, below `section`: both or none.
+fn pair(
+    section: &str,
+    certificate: Option<File>,
+    key: Option<File>,
+    report: &mut Report,
+) -> Option<(PathBuf, PathBuf)> {
+    let mut lacks = |lacks: &str, has: &str| {
+        let complaint = format!("is missing, as {section}.{has} is set, a file is needed");
+        report.refuse(&Path::of(section).then(lacks), &complaint);
+        None
+    };
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => Some((certificate.0.into(), key.0.into())),
+        (Some(_), None) => lacks("key_file", "cert_file"),
+        (None, Some(_)) => lacks("cert_file", "key_file"),
+        (None, None) => None,
     }
-    Tls { ca_file: ca.map(path), own: certificate.map(path).zip(key.map(path)) }
 }
 
 /// Where the embedded server listens: it trusts whoever reaches it, so only this machine may.

@@ -1,9 +1,10 @@
 //! The kinds of values that keys have, each with the sentence that says what is allowed. Quoted numbers are numbers
 //! and YAML 1.1's truth values are truth values, because the original's parser has it so.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
@@ -73,6 +74,27 @@ leaf!(
     Count(usize),
     |value: &Value| whole::<u32>(value, 1..=100_000_000).and_then(|count| usize::try_from(count).ok()),
     "is not a number of keys, a whole number from 1 to 100000000 is allowed"
+);
+leaf!(
+    /// 0 means that there is no limit. The highest, at the lowest [`Rate`], still fits into 64 bits of nanoseconds.
+    Burst(u32),
+    |value: &Value| whole(value, 0..=1_000_000),
+    "is not a burst, a whole number from 0 (no limit) to 1000000 is allowed"
+);
+leaf!(
+    Rate(f64),
+    |value: &Value| number(value).filter(|rate| (0.001..=1e6).contains(rate)),
+    "is not a rate, a number from 0.001 to 1000000 is allowed"
+);
+leaf!(
+    /// The addresses of a network, or a single one. An IPv4 address is one, however it is written.
+    Net(IpNet),
+    |value: &Value| {
+        let text = text(value)?;
+        let single = || text.parse::<IpAddr>().map(|address| IpNet::from(address.to_canonical()));
+        text.parse().or_else(|_| single()).ok()
+    },
+    "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
 leaf!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).

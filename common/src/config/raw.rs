@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share,
-    Text, Vni,
+    Burst, Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net, Port, PrefixLength,
+    Rate, Seconds, Share, Text, Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -28,7 +28,7 @@ pub(super) struct Raw {
     pub broker_signing_key: Option<Text>,
     pub netbox: Netbox,
     pub mqtt: Mqtt,
-    pub broker_listen: Listen,
+    pub broker_listen: BrokerListen,
     pub logging_config: Option<Value>,
     pub log_level: Option<LogLevel>,
     pub allowlist: Allowlist,
@@ -44,6 +44,8 @@ pub(super) struct Raw {
     pub live_keys: LiveKeys,
     pub peers: Peers,
     pub forget_idle_after: Option<Seconds>,
+    pub trusted_proxies: Vec<Option<Net>>,
+    pub limits: Limits,
     pub setup: Setup,
 }
 
@@ -131,6 +133,38 @@ pub(super) struct Listen {
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
+pub(super) struct BrokerListen {
+    pub host: Option<Host>,
+    pub port: Option<Port>,
+    pub tls: ListenTls,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct ListenTls {
+    pub port: Option<Port>,
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct Limits {
+    pub per_key: Limit,
+    pub per_client: Limit,
+    pub per_domain: Limit,
+    pub global: Limit,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct Limit {
+    pub burst: Option<Burst>,
+    pub per_second: Option<Rate>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
 pub(super) struct Allowlist {
     pub enabled: Option<Flag>,
     pub file: Option<Text>,
@@ -178,6 +212,7 @@ impl Raw {
             domain_prefixes: vec![None],
             key_whitelist: vec![None],
             protected_keys: vec![None],
+            trusted_proxies: vec![None],
             workers: BTreeMap::from([(ANY.to_owned(), Worker::default())]),
             setup: Setup { domains: BTreeMap::from([(ANY.to_owned(), SetupDomain::default())]), ..Setup::default() },
             ..Self::default()

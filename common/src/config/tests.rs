@@ -91,6 +91,10 @@ fn parse(yaml: &str) -> Result<Config, ConfigError> {
     Config::parse("/etc/wgkex.yaml", yaml, "gw04.in.ffmuc.net")
 }
 
+fn quota(burst: u32, per_second: f64) -> Option<Quota> {
+    Some(Quota { burst: NonZeroU32::new(burst)?, per_second })
+}
+
 fn setup(config: &Config, domain: &str) -> Setup {
     config.setup[domain].clone()
 }
@@ -136,6 +140,7 @@ fn what_is_left_out_has_its_default() {
             tls: None,
         },
         broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
+        https: None,
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
         state_dir: "/var/lib/wgkex".into(),
         live_keys: LiveKeys { max: 200_000, ttl: Duration::from_secs(86_400) },
@@ -143,6 +148,13 @@ fn what_is_left_out_has_its_default() {
         forget_idle_after: None,
         peers: Peers { max: 100_000, unproven: 30_000 },
         protected_keys: BTreeSet::new(),
+        trusted_proxies: vec![],
+        limits: Limits {
+            per_key: quota(10, 1.0),
+            per_client: quota(1_000, 20.0),
+            per_domain: quota(25_000, 250.0),
+            global: quota(50_000, 500.0),
+        },
         confirm: Confirm { timeout: seconds(1), budget: seconds(3) },
         setup: config.setup.clone(),
         log_level: Level::INFO,
@@ -228,6 +240,37 @@ fn listeners_are_given_as_keys_or_as_text() {
     let embedded = |text: &str| parse(&format!("{LEAST}mqtt_listen: {text}")).unwrap().mqtt.server;
     assert_eq!(embedded("localhost:1884"), Server::Embedded("127.0.0.1:1884".parse().unwrap()));
     assert_eq!(embedded("'[::1]:1884'"), Server::Embedded("[::1]:1884".parse().unwrap()));
+}
+
+#[test]
+fn https_has_the_host_of_plain_http_and_a_port_of_its_own() {
+    let https = |text: &str| parse(&format!("{LEAST}broker_listen: {text}")).unwrap().https;
+    let files = "cert_file: /c.pem, key_file: /k.pem";
+    let expected = |host: &str, port| Https {
+        listen: Listen { host: host.into(), port },
+        cert_file: "/c.pem".into(),
+        key_file: "/k.pem".into(),
+    };
+    assert_eq!(https(&format!("{{host: '::', tls: {{{files}}}}}")), Some(expected("::", 5443)));
+    assert_eq!(https(&format!("{{tls: {{port: 443, {files}}}}}")), Some(expected("127.0.0.1", 443)));
+    assert_eq!(https("{tls: {cert_file: ~}}"), None);
+    assert_eq!(https("0.0.0.0:80"), None);
+}
+
+#[test]
+fn limits_are_set_one_by_one_and_a_burst_of_0_is_none() {
+    let limits = |text: &str| parse(&format!("{LEAST}limits: {text}")).unwrap().limits;
+    let default = limits("~");
+    let set = limits("{per_key: {burst: 0}, per_client: {burst: 5, per_second: 0.5}, global: {per_second: 7}}");
+    assert_eq!((set.per_key, set.per_client), (None, quota(5, 0.5)));
+    assert_eq!((set.per_domain, set.global), (default.per_domain, quota(20_000, 7.0)));
+}
+
+#[test]
+fn proxies_are_networks_or_single_addresses() {
+    let config = parse(&format!("{LEAST}trusted_proxies: [192.0.2.77/24, '::1', '2001:db8::/32', 10.0.0.1]")).unwrap();
+    let shown: Vec<_> = config.trusted_proxies.iter().map(ToString::to_string).collect();
+    assert_eq!(shown, ["192.0.2.0/24", "::1/128", "2001:db8::/32", "10.0.0.1/32"]);
 }
 
 #[test]

@@ -1,28 +1,20 @@
 //! From our config to rumqttc's options; nothing else of the program sees rumqttc's builder.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rumqttc::{LastWill, MqttOptions, NetworkOptions, TlsConfiguration, Transport};
-use tokio_rustls::rustls::crypto::ring;
-use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::{Client, INFLIGHT, Message};
 use crate::config::{Mqtt, Server, Tls};
+use crate::tls::{TlsError, certificates, private_key, provider};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
 /// stranger into a loop of reconnects.
 const PACKET_MAX: usize = 268_435_455;
 /// Seconds to wait for a connection, and for one write to it.
 const CONNECT_SECONDS: u64 = 5;
-
-/// TLS cannot be used as the config says; the text names the key and the file.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct TlsError(String);
 
 /// The options, and the server's name for the log.
 pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, NetworkOptions, String), TlsError> {
@@ -52,14 +44,14 @@ pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, Ne
 }
 
 fn client_config(tls: &Tls) -> Result<ClientConfig, TlsError> {
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|error| TlsError(format!("mqtt.tls: {error}")))?
         .with_root_certificates(roots(tls.ca_file.as_deref())?);
     let Some((certificate_file, key_file)) = &tls.own else { return Ok(config.with_no_client_auth()) };
     let chain = certificates("mqtt.cert_file", certificate_file)?;
-    let key = PrivateKeyDer::from_pem_file(key_file).map_err(|error| in_file("mqtt.key_file", key_file, &error))?;
-    config.with_client_auth_cert(chain, key).map_err(|error| in_file("mqtt.key_file", key_file, &error))
+    let key = private_key("mqtt.key_file", key_file)?;
+    config.with_client_auth_cert(chain, key).map_err(|error| TlsError::in_file("mqtt.key_file", key_file, &error))
 }
 
 fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
@@ -74,20 +66,7 @@ fn roots(ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
         return Ok(roots);
     };
     for certificate in certificates("mqtt.ca_file", file)? {
-        roots.add(certificate).map_err(|error| in_file("mqtt.ca_file", file, &error))?;
+        roots.add(certificate).map_err(|error| TlsError::in_file("mqtt.ca_file", file, &error))?;
     }
     Ok(roots)
-}
-
-fn certificates(key: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
-    let certificates = certificates.map_err(|error| in_file(key, file, &error))?;
-    if certificates.is_empty() {
-        return Err(in_file(key, file, &"no certificate in it, PEM is expected"));
-    }
-    Ok(certificates)
-}
-
-fn in_file(key: &str, file: &Path, error: &dyn fmt::Display) -> TlsError {
-    TlsError(format!("{key} {}: {error}", file.display()))
 }

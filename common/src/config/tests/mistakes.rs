@@ -95,7 +95,7 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "broker_listen: '127.0.0.1:http'",
         &["broker_listen.port: \"http\" is not a port, a number from 1 to 65535 is allowed"],
     ),
-    ("broker_listen: 5000", &["broker_listen: 5000 is not a mapping, one with these keys is allowed: host, port"]),
+    ("broker_listen: 5000", &["broker_listen: 5000 is not a mapping, one with these keys is allowed: host, port, tls"]),
     (
         "worker_listen: {host: 'a b'}",
         &[
@@ -115,6 +115,31 @@ const MISTAKES: &[(&str, &[&str])] = &[
     (
         "logging_config: {root: {level: LOUD}}",
         &["logging_config.root.level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
+    ),
+    (
+        "broker_listen: {tls: {cert_file: /c}}",
+        &["broker_listen.tls.key_file: is missing, as broker_listen.tls.cert_file is set, a file is needed"],
+    ),
+    (
+        "broker_listen: {tls: {port: 5000, cert_file: /c, key_file: /k}}",
+        &["broker_listen.tls.port: 5000 is that of broker_listen, another is allowed"],
+    ),
+    (
+        "trusted_proxies: [proxy.example.org]",
+        &[
+            "trusted_proxies[0]: \"proxy.example.org\" is not a network, an address or one such as 192.0.2.0/24 is allowed",
+        ],
+    ),
+    (
+        "limits: {per_client: {burst: -1, per_second: 0}}",
+        &[
+            "limits.per_client.burst: -1 is not a burst, a whole number from 0 (no limit) to 1000000 is allowed",
+            "limits.per_client.per_second: 0 is not a rate, a number from 0.001 to 1000000 is allowed",
+        ],
+    ),
+    (
+        "limits: {global: 500}",
+        &["limits.global: 500 is not a mapping, one with these keys is allowed: burst, per_second"],
     ),
     ("state_dir: state", &["state_dir: \"state\" is not a directory, an absolute path is allowed"]),
     (
@@ -249,6 +274,10 @@ fn what_is_odd_but_harmless_is_a_warning() {
         (
             "mqtt: {broker_url: x}\nmqtt_listen: {port: 1}",
             &["mqtt_listen: is not used, as mqtt.broker_url names another server"],
+        ),
+        (
+            "broker_listen: {tls: {port: 443}}",
+            &["broker_listen.tls.port: is not used, as broker_listen.tls.cert_file is not set"],
         ),
         ("mqtt: {username: x}", &["mqtt.username: is not used, as mqtt.password is not set"]),
         ("mqtt: {password: x}", &["mqtt.password: is not used, as mqtt.username is not set"]),

@@ -1,0 +1,285 @@
+//! Floods of keys, and the limits that keep them from the bus.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
+use wgkex_tests::http::{Response, ask};
+use wgkex_tests::probe::said;
+use wgkex_tests::scripted::key_topic;
+use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
+use wgkex_tests::swarm::{address, connect_from, post};
+use wgkex_tests::{key, wait_until};
+
+use super::{alone, memory, plan, stack_with};
+
+/// Routers that the broker knows.
+const KNOWN: u32 = 500;
+/// Random keys of a flood.
+const FLOOD: u32 = 100_000;
+/// Connections that a flood uses at the same time.
+const CONNECTIONS: u32 = 64;
+/// A proxy that the broker trusts in these tests.
+const PROXY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+/// How many KiB the broker may grow by: what the keys that pass take, and what an allocator keeps.
+const GROWTH: u32 = 40 * 1024;
+/// The address of what floods directly.
+const FLOODER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
+
+fn limited(response: &Response) -> u32 {
+    assert_eq!(response.status, 429, "{response:?}");
+    let message = response.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("too") && message.contains("try again later"), "{message}");
+    let seconds = response.header("retry-after").unwrap().parse().unwrap();
+    assert!(seconds >= 1);
+    seconds
+}
+
+fn refused(stack: &Stack, reason: &str) -> f64 {
+    ["v1", "v2"]
+        .into_iter()
+        .filter_map(|api| stack.metric(&format!(r#"wgkex_broker_keys_refused_total{{api="{api}",reason="{reason}"}}"#)))
+        .sum()
+}
+
+#[test]
+fn unknown_keys_over_a_limit_hear_429_and_known_ones_never() {
+    for (limit, reason) in [("per_client", "limit_client"), ("per_domain", "limit_domain"), ("global", "limit_global")]
+    {
+        let config = format!("limits: {{{limit}: {{burst: 2, per_second: 0.02}}}}");
+        let (stack, worker) = stack_with(plan(&config));
+        assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(2)).status), (200, 200));
+        assert!(limited(&stack.v1(DOMAIN, &key(3))) <= 50);
+        assert!(limited(&stack.v2(DOMAIN, &key(3))) <= 50);
+        for _ in 0..5 {
+            assert_eq!((stack.v1(DOMAIN, &key(2)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
+        }
+        // A mistake is told as one, and takes nothing.
+        assert_eq!(stack.v2("ffx_none", &key(3)).status, 400);
+        assert!((refused(&stack, reason) - 2.0).abs() < 0.1, "{reason}");
+        assert!(worker.probe.heard().iter().all(|said| said.text() != key(3)), "what is refused is not published");
+        // What another broker, or a gateway, tells of is known as well.
+        worker.probe.say(said(key_topic(DOMAIN), key(4), 1, false));
+        wait_until("the key is known", || (stack.v2(DOMAIN, &key(4)).status == 200).then_some(()));
+    }
+}
+
+#[test]
+fn a_key_that_comes_without_end_is_answered_always_and_published_seldom() {
+    let (stack, worker) = stack_with(plan("limits: {per_key: {burst: 3, per_second: 0.02}, global: {burst: 1}}"));
+    let begun = Instant::now();
+    let mut http = stack.connect();
+    let first = http.post(V2, &ask(DOMAIN, &key(1)));
+    for n in 0..500 {
+        let path = if n % 2 == 0 { V2 } else { V1 };
+        let response = http.post(path, &ask(DOMAIN, &key(1)));
+        assert_eq!(response.status, 200, "{response:?}");
+        assert!(path == V1 || response.body == first.body, "{response:?}");
+    }
+    let published = worker.probe.heard().iter().filter(|said| said.text() == key(1)).count();
+    // Three by the limit; then once for each version in 3 s.
+    let allowed = 3 + 2 * (1 + begun.elapsed().as_secs() / 3);
+    assert!(published as u64 <= allowed, "{published} in {:?}", begun.elapsed());
+}
+
+#[test]
+fn only_a_trusted_proxy_says_whose_a_key_is() {
+    let config = format!("trusted_proxies: [{PROXY}]\nlimits: {{per_client: {{burst: 1, per_second: 0.02}}}}");
+    let (stack, _worker) = stack_with(plan(&config));
+    let runtime = Runtime::new().unwrap();
+    let mut n = 0;
+    let mut ask_from = |source, headers: &str| {
+        n += 1;
+        let body = ask(DOMAIN, &key(n));
+        runtime.block_on(async { post(&mut connect_from(source, stack.http).await.unwrap(), V2, headers, &body).await })
+    };
+    let mut statuses = |source, headers: &[&str]| -> Vec<u16> {
+        headers.iter().map(|headers| ask_from(source, headers).unwrap()).collect()
+    };
+    let forged = ["X-Forwarded-For: 10.0.0.1\r\n", "X-Forwarded-For: 10.0.0.2\r\n", "Forwarded: for=10.0.0.3\r\n"];
+    assert_eq!(statuses(FLOODER, &forged), [200, 429, 429]);
+    let clients = ["X-Forwarded-For: 10.0.0.4\r\n", "X-Forwarded-For: 10.0.0.5\r\n", "Forwarded: for=10.0.0.6\r\n"];
+    assert_eq!(statuses(PROXY, &clients), [200, 200, 200]);
+    let same = ["X-Forwarded-For: 10.0.0.99, 10.0.0.4\r\n", "Forwarded: for=10.0.0.98, for=10.0.0.4\r\n"];
+    assert_eq!(statuses(PROXY, &same), [429, 429]);
+    let networks = ["X-Forwarded-For: 2001:db8::1\r\n", "X-Forwarded-For: 2001:db8:0:ff::1\r\n"];
+    assert_eq!(statuses(PROXY, &networks), [200, 429]);
+}
+
+#[test]
+fn three_hundred_routers_behind_one_address_at_once_are_all_served_by_the_defaults() {
+    let _alone = alone();
+    let (stack, _worker) = stack_with(plan("limits: {}"));
+    let runtime = Runtime::new().unwrap();
+    // And again, as those do that heard nothing the first time.
+    for _ in 0..2 {
+        let statuses = runtime.block_on(async {
+            let mut routers = JoinSet::new();
+            for n in 0..300 {
+                let server = stack.http;
+                routers.spawn(async move {
+                    let mut stream = connect_from(FLOODER, server).await?;
+                    post(&mut stream, V2, "", &ask(DOMAIN, &key(n))).await
+                });
+            }
+            routers.join_all().await
+        });
+        assert!(statuses.iter().all(|status| *status.as_ref().unwrap() == 200), "{statuses:?}");
+    }
+}
+
+#[test]
+fn known_routers_are_served_while_one_address_floods() {
+    let accepted = under_flood("", |_| (FLOODER, String::new()), "limit_client");
+    assert!(accepted.passed <= 1_000.0 + 20.0 * (accepted.took.as_secs_f64() + 1.0), "{accepted:?}");
+}
+
+#[test]
+fn known_routers_are_served_while_five_thousand_addresses_flood() {
+    let proxy = format!("trusted_proxies: [{PROXY}]");
+    let accepted = under_flood(
+        &proxy,
+        |n| (PROXY, format!("X-Forwarded-For: 10.77.{}.{}\r\n", n % 5_000 / 250, n % 250)),
+        "limit_domain",
+    );
+    assert!(accepted.passed <= 25_000.0 + 250.0 * (accepted.took.as_secs_f64() + 1.0), "{accepted:?}");
+}
+
+/// What a flood came to.
+#[derive(Debug)]
+struct Flood {
+    passed: f64,
+    took: Duration,
+}
+
+/// Posts [`FLOOD`] keys to a broker with the default limits while the routers that it knows come back, each from an
+/// address of its own, again and again. `sender` says from where the `n`th key comes, and with which headers.
+fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str) -> Flood {
+    let _alone = alone();
+    let (mut stack, worker) = stack_with(plan(&format!("limits: {{}}\n{config}")));
+    let known = known(&stack);
+    // Half of them have shaken hands, too.
+    let seen: Vec<_> = known.iter().step_by(2).map(|key| format!("\"{key}\"")).collect();
+    let seen = format!(r#"{{"domain":"{DOMAIN}","keys":[{}]}}"#, seen.join(","));
+    worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
+    let proven = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#);
+    stack.wait_for_metric(&proven, f64::from(KNOWN / 2));
+    let before = memory(&mut stack);
+
+    let over = Arc::new(AtomicBool::new(false));
+    let flooding = {
+        let (over, server) = (over.clone(), stack.http);
+        std::thread::spawn(move || {
+            let took = Runtime::new().unwrap().block_on(flood(server, sender));
+            over.store(true, Ordering::Relaxed);
+            took
+        })
+    };
+    let mut times = reconnect(&stack, &known, &over);
+    let took = flooding.join().unwrap();
+    times.sort_unstable();
+    let p99 = times[times.len() * 99 / 100];
+    let after = memory(&mut stack);
+    let passed = stack.metric(r#"wgkex_broker_keys_accepted_total{api="v1"}"#).unwrap();
+    println!(
+        "{FLOOD} keys in {took:.1?}, {passed} of them passed; {} known: p50 {:.1?}, p99 {p99:.1?}, max {:.1?}; \
+         memory {before} KiB, {after} KiB after",
+        times.len(),
+        times[times.len() / 2],
+        times.last().unwrap()
+    );
+    assert!(p99 < Duration::from_secs(1), "{p99:?}");
+    assert!(after < before + GROWTH, "{before} {after}");
+    assert!(refused(&stack, reason) > 0.0);
+    Flood { passed, took }
+}
+
+/// Lets routers become known, each from its own address.
+fn known(stack: &Stack) -> Vec<String> {
+    let keys: Vec<_> = (0..KNOWN).map(key).collect();
+    Runtime::new().unwrap().block_on(async {
+        let mut routers = JoinSet::new();
+        for (n, key) in (0..).zip(&keys) {
+            let (server, body) = (stack.http, ask(DOMAIN, key));
+            routers.spawn(async move { post(&mut connect_from(address(n), server).await?, V2, "", &body).await });
+        }
+        assert!(routers.join_all().await.into_iter().all(|status| status.unwrap() == 200));
+    });
+    keys
+}
+
+/// Has the known routers come back one after the other until it is `over`; says how long each took. All are served.
+fn reconnect(stack: &Stack, known: &[String], over: &AtomicBool) -> Vec<Duration> {
+    let server = stack.http;
+    Runtime::new().unwrap().block_on(async {
+        let mut routers = JoinSet::new();
+        let mut next = tokio::time::Instant::now();
+        for (n, key) in (0..KNOWN).zip(known).cycle() {
+            if n == 0 && over.load(Ordering::Relaxed) {
+                break;
+            }
+            let body = ask(DOMAIN, key);
+            routers.spawn(async move {
+                let begun = Instant::now();
+                let mut stream = connect_from(address(n), server).await.unwrap();
+                assert_eq!(post(&mut stream, V2, "", &body).await.unwrap(), 200, "a known router");
+                begun.elapsed()
+            });
+            next += Duration::from_millis(10);
+            sleep_until(next).await;
+        }
+        routers.join_all().await
+    })
+}
+
+/// Posts random keys, none twice, as fast as the broker answers.
+async fn flood(server: SocketAddr, sender: fn(u32) -> (Ipv4Addr, String)) -> Duration {
+    let (begun, next) = (Instant::now(), Arc::new(AtomicU32::new(0)));
+    let mut flooders = JoinSet::new();
+    for _ in 0..CONNECTIONS {
+        let next = next.clone();
+        flooders.spawn(async move {
+            let mut stream = connect_from(sender(0).0, server).await.unwrap();
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                if n >= FLOOD {
+                    return;
+                }
+                let body = ask(DOMAIN, &key(1_000_000 + n));
+                let status = post(&mut stream, V1, &sender(n).1, &body).await.unwrap();
+                assert!(status == 200 || status == 429, "{status}");
+            }
+        });
+    }
+    flooders.join_all().await;
+    begun.elapsed()
+}
+
+#[test]
+fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
+    let _alone = alone();
+    let (mut stack, worker) = stack_with(plan("limits: {}"));
+    assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
+    let send = |stack: &Stack, n| {
+        let (mut http, body) = (stack.connect(), ask(DOMAIN, &key(n)));
+        http.send(format!("POST {V1} HTTP/1.1\r\nHost: b\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
+        http
+    };
+    stack.mosquitto().signal(Signal::SIGSTOP);
+    let mut routers: Vec<_> = (0..300).map(|n| send(&stack, 1_000 + n)).collect();
+    wait_until("all are there", || stack.metric("wgkex_broker_http_connections").filter(|open| *open >= 300.0));
+    routers.push(send(&stack, 1));
+    wait_until("the known one, too", || stack.metric("wgkex_broker_http_connections").filter(|open| *open >= 301.0));
+    stack.mosquitto().signal(Signal::SIGCONT);
+    let statuses: Vec<_> = routers.iter_mut().map(|http| http.response("POST").status).collect();
+    assert_eq!(statuses.last(), Some(&200));
+    // The first time it was the first.
+    let heard = worker.probe.heard();
+    let place = heard.iter().skip(1).position(|said| said.text() == key(1));
+    assert!(place.is_some_and(|place| place < 100), "{place:?} of {}", heard.len());
+}

@@ -1,0 +1,38 @@
+//! The broker's HTTP side when too much comes: keys, connections, bytes, or none of them.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+#![expect(clippy::print_stdout, reason = "what was measured, for who wants to see it")]
+
+mod connections;
+mod keys;
+
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::stack::{Bus, Plan, Stack};
+
+/// What measures times, or needs most of the files that there may be, runs by itself.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A broker and a gateway that confirms, with this in the config.
+fn stack_with(plan: Plan) -> (Stack, Worker) {
+    let stack = Stack::start(plan);
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    (stack, worker)
+}
+
+fn plan(config: &str) -> Plan {
+    Plan::new(Bus::Mosquitto).config(config)
+}
+
+/// The memory that the broker has of the machine's, in KiB.
+fn memory(stack: &mut Stack) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{}/status", stack.broker().pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+}
