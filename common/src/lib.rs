@@ -4,6 +4,7 @@
 pub mod config;
 mod domain;
 mod key;
+pub mod lists;
 pub mod log;
 pub mod message;
 pub mod mqtt;

@@ -25,11 +25,14 @@ pub fn init(level: Level) {
     }
 }
 
+/// The target of lines that say what operators did, which are logged at every level.
+pub const AUDIT: &str = "wgkex_audit";
+
 /// What is logged at `level`. Nothing of rumqttc and rumqttd, not even errors: they print packets whole (`Invalid
 /// incoming packet`, `NotConnectPacket`), and with them keys and passwords, and an error for every message to a client
 /// that has just left. What matters of it the MQTT session and the embedded server say themselves.
 fn directives(level: Level) -> String {
-    format!("warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},rumqttc=off,rumqttd=off")
+    format!("warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},{AUDIT}=info,rumqttc=off,rumqttd=off")
 }
 
 /// Keeps each event, which comes as one write, on one line, whatever text from outside it shows.

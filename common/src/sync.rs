@@ -288,6 +288,8 @@ impl Heard {
             | Topic::Hello { .. }
             | Topic::Applied { .. }
             | Topic::Seen { .. }
+            | Topic::Revoked { .. }
+            | Topic::Revocations
             | Topic::Questions { .. } => Err("topic"),
         }
     }

@@ -8,10 +8,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
+use super::leaf::{Directory, File, Flag, Keepalive, Key, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
-use super::{Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Tls, Worker};
+use super::{
+    Allow, Cleanup, Config, Confirm, Credentials, KeyLists, Listen, LiveKeys, Mqtt, Secret, Server, Setup, Tls, Worker,
+};
 use crate::{Domain, DomainError, is_topic_level};
 
 /// More mistakes than anybody reads at once.
@@ -55,6 +57,9 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         confirm: confirm(raw.confirm_timeout.as_ref(), raw.confirm_budget.as_ref(), report),
         state_dir: raw.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
         live_keys: live_keys(&raw.live_keys),
+        key_lists: key_lists(raw.blacklist_file, raw.allowlist, raw.key_whitelist, raw.key_lists, report),
+        admin_listen: listen(raw.admin_listen, 5001),
+        admin_token_hash: raw.admin_token_hash.map(|hash| Secret(hash.0)),
         setup: setup(&raw.setup, &listed, &domains, report),
         log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
         warnings: Vec::new(),
@@ -91,14 +96,6 @@ fn refuse_and_warn(raw: &Raw, report: &mut Report) {
             &Value::Bool(true),
             "is not supported by this version (routed networks), false is allowed",
         );
-    }
-    let unused = [
-        ("allowlist.enabled", is_on(&raw.allowlist.enabled)),
-        ("blacklist_file", raw.blacklist_file.is_some()),
-        ("key_whitelist", !raw.key_whitelist.is_empty()),
-    ];
-    for (path, _) in unused.iter().filter(|(_, is_set)| *is_set) {
-        report.warn(&Path::of(path), "is accepted, but this version does not use it");
     }
 }
 
@@ -147,6 +144,38 @@ fn cleanup(raw: &raw::Cleanup) -> Cleanup {
 
 fn live_keys(raw: &raw::LiveKeys) -> LiveKeys {
     LiveKeys { max: raw.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(raw.ttl.as_ref(), 86_400) }
+}
+
+fn key_lists(
+    deny: Option<Text>,
+    allow: raw::Allowlist,
+    trusted: Vec<Option<Key>>,
+    dirs: raw::KeyLists,
+    report: &mut Report,
+) -> KeyLists {
+    let path = |text: Text| PathBuf::from(text.0);
+    let dir = |dir: Directory| PathBuf::from(dir.0);
+    let raw::KeyLists { deny_dir, allow_dir, trusted_dir } = dirs;
+    let (is_enabled, file, allow_dir) =
+        (allow.enabled.is_some_and(|flag| flag.0), allow.file.map(path), allow_dir.map(dir));
+    for (key, is_set) in [("allowlist.file", file.is_some()), ("key_lists.allow_dir", allow_dir.is_some())] {
+        if is_set && !is_enabled {
+            report.warn(&Path::of(key), "is not used, as allowlist.enabled is not true");
+        }
+    }
+    if is_enabled && file.is_none() && allow_dir.is_none() {
+        let note = "is true, but neither allowlist.file nor key_lists.allow_dir is set: only keys that are allowed by \
+                    an admin call may come";
+        report.warn(&Path::of("allowlist.enabled"), note);
+    }
+    KeyLists {
+        deny_file: deny.map(path),
+        deny_dir: deny_dir.map(dir),
+        allow: is_enabled.then_some(Allow { file, dir: allow_dir }),
+        trusted: trusted.into_iter().flatten().map(|key| key.0).collect(),
+        trusted_dir: trusted_dir.map(dir),
+        refresh: seconds(allow.refresh_interval.as_ref(), 5),
+    }
 }
 
 fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {

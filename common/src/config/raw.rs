@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share,
-    Text, Vni,
+    Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds,
+    Share, Text, Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -41,6 +41,9 @@ pub(super) struct Raw {
     pub state_dir: Option<Directory>,
     pub live_keys: LiveKeys,
     pub setup: Setup,
+    pub key_lists: KeyLists,
+    pub admin_listen: Listen,
+    pub admin_token_hash: Option<Hash>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -131,6 +134,14 @@ pub(super) struct Allowlist {
     pub enabled: Option<Flag>,
     pub file: Option<Text>,
     pub refresh_interval: Option<Seconds>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct KeyLists {
+    pub deny_dir: Option<Directory>,
+    pub allow_dir: Option<Directory>,
+    pub trusted_dir: Option<Directory>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
