@@ -382,6 +382,19 @@ impl Ledger {
         }
     }
 
+    /// Forgets the keys that wait and that `expels` names; returns the peers that it names, and whether each is ours.
+    pub fn expel(&mut self, expels: impl Fn(&PublicKey) -> bool) -> BTreeMap<PublicKey, bool> {
+        let waiting: Vec<_> = self.waiting.keys().filter(|key| expels(key)).copied().collect();
+        waiting.iter().for_each(|key| self.forget_waiting(key));
+        self.peers.iter().filter(|(key, _)| expels(key)).map(|(key, entry)| (*key, entry.ours)).collect()
+    }
+
+    /// Whether `key` has a peer of ours, as last read, or waits for one.
+    #[must_use]
+    pub fn knows(&self, key: &PublicKey) -> bool {
+        self.waiting.contains_key(key) || self.peers.get(key).is_some_and(|entry| entry.ours)
+    }
+
     /// `key` was removed from the kernel.
     pub fn removed(&mut self, key: &PublicKey) {
         self.peers.remove(key);

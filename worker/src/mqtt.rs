@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tracing::debug;
-use wgkex_common::message::{Applied, Hello, Seen, WorkerData};
+use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
+use wgkex_common::message::{Applied, Hello, Revoked, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Topic};
@@ -33,15 +34,24 @@ pub fn client(config: &Config) -> Client {
 pub fn second(config: &Config) -> Client {
     Client {
         states: vec![Topic::broker_hellos()],
-        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string()],
+        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string(), Topic::Revocations.to_string()],
         ..Client::second(format!("{}-applied", config.name))
     }
 }
 
-/// Hands keys that come to the installer; everything else is counted and left.
-pub fn hand_on(domains: BTreeSet<Domain>, handle: Handle, metrics: Metrics) -> impl FnMut(Event) {
+/// Hands keys that come to the installer; everything else is counted and left. On each connection they wait for what
+/// brokers say of `lists`.
+pub fn hand_on(
+    domains: BTreeSet<Domain>,
+    handle: Handle,
+    lists: keeper::Handle,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
     move |event| match event {
-        Event::Up => metrics.mqtt_connected.set(1),
+        Event::Up => {
+            lists.hold();
+            metrics.mqtt_connected.set(1);
+        }
         Event::Down => metrics.mqtt_connected.set(0),
         Event::Message(publish) => match key(&domains, &publish) {
             Ok((domain, key)) => handle.offer(domain, key),
@@ -50,16 +60,21 @@ pub fn hand_on(domains: BTreeSet<Domain>, handle: Handle, metrics: Metrics) -> i
     }
 }
 
-/// Lets `ears` hear what brokers say of themselves, and the live keys that they send.
-pub fn hand_on_pages(handle: Handle, ears: Ears, metrics: Metrics) -> impl FnMut(Event) {
+/// Lets `ears` hear what brokers say of themselves, and the live keys that they send; and `lists` the former, and the
+/// records that they share.
+pub fn hand_on_pages(handle: Handle, ears: Ears, lists: keeper::Handle, metrics: Metrics) -> impl FnMut(Event) {
     move |event| match event {
-        Event::Up => handle.reconnected(),
-        Event::Down => {}
+        Event::Up => {
+            handle.reconnected();
+            lists.heard(HeardOfLists::Up);
+        }
+        Event::Down => lists.heard(HeardOfLists::Down),
         // What finds no place is asked for again.
-        Event::Message(publish) => match heard(&publish) {
-            Ok(heard) => drop(ears.try_send(heard)),
-            Err(reason) => ignore(&metrics, &publish, reason),
-        },
+        Event::Message(publish) => {
+            if let Err(reason) = hear(&ears, &lists, &publish) {
+                ignore(&metrics, &publish, reason);
+            }
+        }
     }
 }
 
@@ -76,9 +91,19 @@ fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicK
     Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
 }
 
-/// What a broker says, or in one word why it says nothing.
-fn heard(publish: &Publish) -> Result<Heard, &'static str> {
-    Heard::read(Topic::parse(&publish.topic).ok_or("topic")?, &publish.payload)
+/// Hears what a broker says, or tells in one word why it says nothing.
+fn hear(ears: &Ears, lists: &keeper::Handle, publish: &Publish) -> Result<(), &'static str> {
+    let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    if topic == Topic::Revocations {
+        lists.heard(HeardOfLists::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
+        return Ok(());
+    }
+    let heard = Heard::read(topic, &publish.payload)?;
+    if let Heard::Broker(name, hello) = &heard {
+        lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+    }
+    let _ = ears.try_send(heard);
+    Ok(())
 }
 
 /// Says on the bus what the installer says of the kernel.
@@ -106,6 +131,8 @@ enum Cause {
     Applied(Applied),
     /// Keys shake hands.
     Seen(Seen),
+    /// Denied keys are taken out.
+    Revoked(Revoked),
     /// It is time to say how many peers there are.
     Count,
     /// The installer has ended.
@@ -138,6 +165,7 @@ impl Announcer {
                 Cause::State => self.say_changes(),
                 Cause::Applied(applied) => self.say_applied(&applied),
                 Cause::Seen(seen) => self.say_seen(&seen),
+                Cause::Revoked(revoked) => self.say_revoked(&revoked),
                 Cause::Count => self.say_counts(),
                 Cause::End => return,
             }
@@ -150,6 +178,7 @@ impl Announcer {
             changed = self.link.changed() => if changed.is_ok() { Cause::Link } else { Cause::End },
             applied = self.installer.applied.recv() => applied.map_or(Cause::End, Cause::Applied),
             seen = self.installer.seen.recv() => seen.map_or(Cause::End, Cause::Seen),
+            revoked = self.installer.revoked.recv() => revoked.map_or(Cause::End, Cause::Revoked),
             changed = self.state.changed() => if changed.is_ok() { Cause::State } else { Cause::End },
             _ = self.count.tick() => Cause::Count,
         }
@@ -221,6 +250,14 @@ impl Announcer {
     fn say_seen(&self, seen: &Seen) {
         let topic = Topic::Seen { worker: self.worker.clone() };
         let _ = self.confirmations.post(Message::event(topic, serde_json::to_vec(seen).unwrap_or_default()));
+    }
+
+    /// Who made the record asks nobody else when he does not hear it.
+    fn say_revoked(&self, revoked: &Revoked) {
+        let topic = Topic::Revoked { worker: self.worker.clone() };
+        if !self.confirmations.post(Message::event(topic, serde_json::to_vec(revoked).unwrap_or_default())) {
+            self.metrics.confirmations_dropped.inc();
+        }
     }
 
     fn say_counts(&self) {
