@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
+use wgkex_common::lists::keeper::View;
 use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
@@ -43,6 +45,9 @@ pub enum Refusal {
     /// The key cannot be used.
     #[error("public_key: {0}")]
     Key(wgkex_common::KeyError),
+    /// The lists do not let the key come; which one, and why, is not for its owner.
+    #[error("this key is not accepted here")]
+    Denied,
     /// This broker cannot serve now; the reason is its state.
     #[error("no connection to the gateways at the moment, try again later")]
     NotReady,
@@ -59,8 +64,18 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every reason that metrics name.
-    pub const REASONS: [&str; 9] =
-        ["body", "too_large", "slow", "domain", "key", "not_ready", "no_gateway", "not_published", "not_confirmed"];
+    pub const REASONS: [&str; 10] = [
+        "body",
+        "too_large",
+        "slow",
+        "domain",
+        "key",
+        "not_ready",
+        "no_gateway",
+        "not_published",
+        "not_confirmed",
+        "denied",
+    ];
 
     /// One word for metrics, from [`Refusal::REASONS`].
     #[must_use]
@@ -75,6 +90,7 @@ impl Refusal {
             Self::NoGateway => 6,
             Self::NotPublished => 7,
             Self::NotConfirmed => 8,
+            Self::Denied => 9,
         };
         Self::REASONS[index]
     }
@@ -105,6 +121,8 @@ pub struct Exchange {
     pub keys: Bus,
     /// Where they are remembered.
     pub live: Arc<Mutex<LiveKeys>>,
+    /// Who may come.
+    pub lists: watch::Receiver<View>,
     /// How long an answer may wait.
     pub confirm: Confirm,
     /// What is counted.
@@ -126,6 +144,7 @@ impl Exchange {
     /// does, when MQTT has taken it.
     pub async fn announce(&self, ask: &Ask) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
+        self.admits(ask)?;
         self.ready()?;
         let online = self.gateways().online(&ask.domain);
         if online.confirming + online.others == 0 {
@@ -156,6 +175,7 @@ impl Exchange {
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
     pub async fn assign(&self, ask: &Ask) -> Result<WorkerData, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
+        self.admits(ask)?;
         self.ready()?;
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, deadlines).await?;
@@ -203,6 +223,11 @@ impl Exchange {
             let (worker, took) = self.verdict(waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
             heard.note(worker, took);
         }
+    }
+
+    fn admits(&self, ask: &Ask) -> Result<(), Refusal> {
+        let is_refused = self.lists.borrow().admission.refuses(ask.domain.name(), &ask.key);
+        if is_refused { Err(Refusal::Denied) } else { Ok(()) }
     }
 
     fn ready(&self) -> Result<(), Refusal> {

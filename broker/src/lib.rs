@@ -2,7 +2,11 @@
 //!
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
 //! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later.
+//!
+//! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
 
+pub mod admin;
+pub mod cli;
 mod embedded;
 pub mod exchange;
 pub mod gateways;
@@ -11,6 +15,7 @@ pub mod live;
 mod metrics;
 mod mqtt;
 mod page;
+pub mod revoke;
 pub mod waiters;
 
 use std::future::pending;
@@ -23,16 +28,19 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::config::Server;
+use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, process};
 
+use crate::admin::Admin;
 use crate::exchange::Exchange;
 use crate::gateways::Gateways;
 use crate::http::App;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
+use crate::revoke::Answers;
 use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
@@ -51,22 +59,32 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         // Taken, it is somebody else's server, which must not be spoken to.
         listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
     }
+    let admin_listen = &config.admin_listen;
+    let admin_listener = config
+        .admin_token_hash
+        .clone()
+        .map(|hash| listen("admin_listen", &admin_listen.host, admin_listen.port).map(|listener| (listener, hash)));
+    let admin_listener = admin_listener.transpose()?;
     let metrics = Metrics::new().context("metrics")?;
+    let (keeper, lists) = Keeper::open(&config, Party::Broker(config.name.clone()));
     let gateways = Arc::new(Mutex::new(gateways(&config)));
-    let waiters = Waiters::default();
+    let (waiters, answers) = (Waiters::default(), Answers::default());
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config))?;
     let (live, store) = live_keys(&config);
+    lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
-    let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), live.clone(), metrics.clone());
+    let waiting = (waiters.clone(), answers.clone());
+    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, question_sender, metrics.clone());
+    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, metrics.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters,
         keys: keys.clone(),
         live: live.clone(),
+        lists: lists.view(),
         confirm: config.confirm,
         metrics: metrics.clone(),
     };
@@ -77,12 +95,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let server_is_up = embedded_listens(config.mqtt.server.clone());
     let kept = metrics.state_kept.clone();
     let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
+    let tell = tell(live.clone(), metrics.clone());
+    let keeping = tokio::spawn(keeper.run(keys.clone(), tell, process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
         server_is_up.await;
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
-    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone()));
+    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone(), lists.view()));
+    if let Some((listener, token_hash)) = admin_listener {
+        let (gateways, bus) = (gateways.clone(), keys.clone());
+        let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
+        tokio::spawn(admin::server(listener, admin)?);
+        info!(admin_listen = %config.admin_listen, "admin calls are taken");
+    }
     tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
     tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tokio::spawn(expire(live));
@@ -105,7 +131,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
-    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
+    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing, keeping) }).await;
     result
 }
 
@@ -124,6 +150,14 @@ fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, Page) -> std::future:
     move |_, page| {
         lock(&live).learn(&page, Instant::now());
         std::future::ready(())
+    }
+}
+
+/// Tells the live keys who may come.
+fn tell(live: Arc<Mutex<LiveKeys>>, metrics: Metrics) -> impl FnMut(News<'_>) {
+    move |news| {
+        metrics.set_lists(&news);
+        lock(&live).obey(news.admission.clone());
     }
 }
 

@@ -1,9 +1,11 @@
 //! The live keys: those that gateways get back when they lack them. No IO, no clock.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wgkex_common::config;
+use wgkex_common::lists::Admission;
 use wgkex_common::message::{Age, Page, Question};
 use wgkex_common::store::{Journal, Kept, Keys};
 use wgkex_common::sync::PAGE;
@@ -23,6 +25,7 @@ pub struct LiveKeys {
     ttl: Duration,
     domains: BTreeMap<Domain, BTreeMap<PublicKey, Live>>,
     journal: Journal,
+    admission: Arc<Admission>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +56,7 @@ impl LiveKeys {
     ) -> Self {
         let config::LiveKeys { max, ttl } = config;
         let domains = domains.into_iter().map(|domain| (domain, BTreeMap::new())).collect();
-        let mut live = Self { own_name, max, ttl, domains, journal };
+        let mut live = Self { own_name, max, ttl, domains, journal, admission: Arc::default() };
         for ((domain, key), kept) in known {
             if let Some(keys) = live.domains.get_mut(&domain) {
                 // Who asked the last run of this program may have missed what that heard of last.
@@ -62,6 +65,24 @@ impl LiveKeys {
         }
         live.make_room();
         live
+    }
+
+    /// Takes over who may come from now on, and forgets the keys that have to go.
+    pub fn obey(&mut self, admission: Arc<Admission>) {
+        self.admission = admission;
+        if self.admission.expels_nobody() {
+            return;
+        }
+        let (admission, journal) = (&self.admission, &self.journal);
+        for (domain, keys) in &mut self.domains {
+            keys.retain(|key, _| {
+                let stays = !admission.expels(domain.name(), key);
+                if !stays {
+                    journal.remove(domain, *key);
+                }
+                stays
+            });
+        }
     }
 
     /// A key came, by a router or on the bus.
@@ -95,6 +116,9 @@ impl LiveKeys {
     /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
     fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, same: Duration, now: Instant) {
         let Some((domain, _)) = self.domains.get_key_value(domain) else { return };
+        if self.admission.refuses(domain.name(), &key) {
+            return;
+        }
         let domain = domain.clone();
         let keys = self.domains.entry(domain.clone()).or_default();
         let before = keys.get(&key).map(|live| live.kept);
