@@ -148,6 +148,7 @@ pub fn brokers_that_were_apart_come_to_revoke_the_same(lane: Lane) {
     within("b2 serves", CAUGHT_UP, || (fleet.brokers[1].host.try_post(2, &key(2))? == 200).then_some(()));
     revoke(&fleet.brokers[1], 2);
     fleet.brokers[0].start_again();
+    fleet.is_complete();
     for broker in &fleet.brokers {
         for n in [1, 2] {
             refuses(broker, n);
