@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 use wgkex_common::config::Secret;
 use wgkex_common::lists::keeper::{BY_CALL, Changed, Handle, Shown};
-use wgkex_common::lists::{Entry, List, parse, unix};
+use wgkex_common::lists::{Entry, List, hex, parse, unix};
 use wgkex_common::log::AUDIT;
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
@@ -61,7 +61,7 @@ struct Wrong(StatusCode, String);
 /// The SHA-256 of a token as the config has it.
 #[must_use]
 pub fn token_hash(token: &str) -> String {
-    Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(token))
 }
 
 /// The server of admin calls on `listener`; it runs when awaited, and ends with the program.

@@ -10,6 +10,7 @@ pub mod records;
 mod share;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,16 @@ impl Entry {
 #[must_use]
 pub fn unix(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Bytes as hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Whether only listed keys may come.
@@ -224,12 +235,12 @@ mod tests {
 
     #[test]
     fn only_listed_keys_come_where_there_is_an_allow_list_each_in_its_domain() {
+        use Verdict::{Allowed, Unlisted};
         let entries = [allowed_in("a", 3), entry(List::Allow, 4)];
         let verdicts = |allow_list| {
             let admission = Admission::of(&entries, allow_list, 0);
             [("a", 3), ("b", 3), ("a", 4), ("b", 4), ("a", 5)].map(|(domain, n)| admission.verdict(domain, &key(n)))
         };
-        use Verdict::{Allowed, Unlisted};
         assert_eq!(verdicts(AllowList::Off), [Allowed; 5]);
         for allow_list in [AllowList::Read, AllowList::Unread] {
             assert_eq!(verdicts(allow_list), [Allowed, Unlisted, Allowed, Allowed, Unlisted]);

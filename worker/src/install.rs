@@ -323,7 +323,7 @@ fn lock(orders: &Mutex<Orders>) -> std::sync::MutexGuard<'_, Orders> {
 /// Returns when keys have to wait from now on, or no longer.
 async fn changed(held: &mut watch::Receiver<Option<std::time::Instant>>) {
     if held.changed().await.is_err() {
-        pending().await
+        pending::<()>().await;
     }
 }
 

@@ -385,7 +385,9 @@ impl Ledger {
     /// Forgets the keys that wait and that `expels` names; returns the peers that it names, and whether each is ours.
     pub fn expel(&mut self, expels: impl Fn(&PublicKey) -> bool) -> BTreeMap<PublicKey, bool> {
         let waiting: Vec<_> = self.waiting.keys().filter(|key| expels(key)).copied().collect();
-        waiting.iter().for_each(|key| self.forget_waiting(key));
+        for key in &waiting {
+            self.forget_waiting(key);
+        }
         self.peers.iter().filter(|(key, _)| expels(key)).map(|(key, entry)| (*key, entry.ours)).collect()
     }
 

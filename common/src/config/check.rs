@@ -155,9 +155,8 @@ fn key_lists(
 ) -> KeyLists {
     let path = |text: Text| PathBuf::from(text.0);
     let dir = |dir: Directory| PathBuf::from(dir.0);
-    let raw::KeyLists { deny_dir, allow_dir, trusted_dir } = dirs;
     let (is_enabled, file, allow_dir) =
-        (allow.enabled.is_some_and(|flag| flag.0), allow.file.map(path), allow_dir.map(dir));
+        (allow.enabled.is_some_and(|flag| flag.0), allow.file.map(path), dirs.allow.map(dir));
     for (key, is_set) in [("allowlist.file", file.is_some()), ("key_lists.allow_dir", allow_dir.is_some())] {
         if is_set && !is_enabled {
             report.warn(&Path::of(key), "is not used, as allowlist.enabled is not true");
@@ -170,10 +169,10 @@ fn key_lists(
     }
     KeyLists {
         deny_file: deny.map(path),
-        deny_dir: deny_dir.map(dir),
+        deny_dir: dirs.deny.map(dir),
         allow: is_enabled.then_some(Allow { file, dir: allow_dir }),
         trusted: trusted.into_iter().flatten().map(|key| key.0).collect(),
-        trusted_dir: trusted_dir.map(dir),
+        trusted_dir: dirs.trusted.map(dir),
         refresh: seconds(allow.refresh_interval.as_ref(), 5),
     }
 }

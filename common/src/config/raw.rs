@@ -139,9 +139,12 @@ pub(super) struct Allowlist {
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(super) struct KeyLists {
-    pub deny_dir: Option<Directory>,
-    pub allow_dir: Option<Directory>,
-    pub trusted_dir: Option<Directory>,
+    #[serde(rename = "deny_dir")]
+    pub deny: Option<Directory>,
+    #[serde(rename = "allow_dir")]
+    pub allow: Option<Directory>,
+    #[serde(rename = "trusted_dir")]
+    pub trusted: Option<Directory>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

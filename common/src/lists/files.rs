@@ -82,7 +82,11 @@ impl Files {
 
     /// Reads what changed, or all if `anew`; true if the lists are other ones now.
     pub fn read(&mut self, anew: bool) -> bool {
-        self.sources.iter_mut().fold(false, |changed, source| source.read(anew) || changed)
+        let mut changed = false;
+        for source in &mut self.sources {
+            changed |= source.read(anew);
+        }
+        changed
     }
 
     /// Every entry, with the key of the config that it comes by.

@@ -2,13 +2,12 @@
 //! counts, so that whoever has heard the same records, in whatever order, has the same map. No IO, no clock.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::parse::TEXT_MAX;
-use super::{Entry, List};
+use super::{Entry, List, hex};
 use crate::{PublicKey, is_topic_level};
 
 /// An operator makes so many at most.
@@ -140,10 +139,7 @@ impl Records {
             hash.update(domain.as_deref().unwrap_or_default());
             hash.update([0]);
         }
-        hash.finalize().iter().take(16).fold(String::new(), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+        hex(&hash.finalize()[..16])
     }
 }
 

@@ -287,7 +287,9 @@ impl Served {
         let ours = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
         let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
         let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
-        removed.iter().for_each(|key| self.ledger.removed(key));
+        for key in &removed {
+            self.ledger.removed(key);
+        }
         if !removed.is_empty() {
             self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed.len() as u64);
             info!(%domain, removed = removed.len(), "peers of keys that may not be here are removed");

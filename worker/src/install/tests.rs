@@ -641,11 +641,11 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
 #[tokio::test(start_paused = true)]
 async fn keys_wait_while_they_are_held_and_what_is_owed_does_not() {
     let fake = Fake::with(&[domain()]);
-    let (hold, held) = watch::channel(None);
+    let (gate, held) = watch::channel(None);
     let (installer, handle, mut said) = installer(fake.clone(), &Policy::default());
     tokio::spawn(installer.held_by(held).run(pending()));
     sleep(MINUTE).await;
-    hold.send_replace(Some(std::time::Instant::now()));
+    gate.send_replace(Some(std::time::Instant::now()));
     handle.offer(domain(), key(1));
     let learning = tokio::spawn({
         let handle = handle.clone();
@@ -658,7 +658,7 @@ async fn keys_wait_while_they_are_held_and_what_is_owed_does_not() {
     sleep(HOUR).await;
     assert!(fake.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
     handle.admit(denying([1, 2]), []);
-    hold.send_replace(None);
+    gate.send_replace(None);
     assert_eq!(said.applied.recv().await.unwrap().failed.len(), 1);
     sleep(MINUTE).await;
     assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
