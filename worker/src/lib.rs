@@ -24,9 +24,9 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 use wgkex_common::config::Cleanup;
 use wgkex_common::lists::keeper::{Keeper, News};
-use wgkex_common::lists::{Admission, List, Verdict};
+use wgkex_common::lists::{List, Verdict};
 use wgkex_common::message::{Page, Party};
-use wgkex_common::store::{Journal, Keys, Now, Store};
+use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, process};
 
@@ -44,14 +44,13 @@ const DISCONNECT: Duration = Duration::from_millis(500);
 /// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    // Before anything else: what may not be here is not put back.
     let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()));
-    let (store, journal, mut remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
-    forget_expelled(&mut remembered, &journal, &lists.admission());
+    let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
     info!(keys = remembered.len(), "keys remembered");
     let (installer, handle, said) =
         Installer::new(kernel, config.domains.clone(), &policy(&config), (journal, remembered), &metrics);
     let installer = installer.held_by(lists.held());
+    // Before it does anything: what may not be here is not put back.
     handle.admit(lists.admission(), []);
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
@@ -103,17 +102,6 @@ fn policy(config: &Config) -> Policy {
     let Cleanup { interval, stale, grace } = config.cleanup;
     // A router that is connected all the time must stay among the live keys.
     Policy { stale, grace, interval, report: config.live_keys.ttl / 4, ..Policy::default() }
-}
-
-/// Forgets keys of the last run that may not be here any more.
-fn forget_expelled(remembered: &mut Keys, journal: &Journal, admission: &Admission) {
-    remembered.retain(|(domain, key), _| {
-        let stays = !admission.expels(domain.name(), key);
-        if !stays {
-            journal.remove(domain, *key);
-        }
-        stays
-    });
 }
 
 /// Tells the installer who may come, and which keys were denied just now.

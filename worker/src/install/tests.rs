@@ -6,6 +6,7 @@ use tokio::time::{sleep, timeout};
 
 use wgkex_common::lists::{AllowList, Entry, List};
 use wgkex_common::message::Applied;
+use wgkex_common::store::Kept;
 
 use super::*;
 use crate::kernel::fake::{Delays, Fake};
@@ -541,6 +542,23 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     gateway.handle.admit(denying([]), []);
     gateway.offer([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_remembered_and_denied_is_not_put_back() {
+    let fake = Fake::with(&[domain()]);
+    let kept = Kept { last: std::time::Instant::now(), proven: true };
+    let remembered: Keys = (1..4).map(|n| ((domain(), key(n)), kept)).collect();
+    let journal = Journal::default();
+    let metrics = Metrics::new([&domain()]).unwrap();
+    let (installer, handle, _said) =
+        Installer::new(fake.clone(), [domain()], &Policy::default(), (journal, remembered), &metrics);
+    handle.admit(denying([1]), []);
+    tokio::spawn(installer.run(pending()));
+    sleep(MINUTE).await;
+    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
+    let applied = fake.take_applies().into_iter().flat_map(|(_, changes)| changes);
+    assert_eq!(applied.filter(|change| matches!(change, Change::SetPeer(..))).count(), 2, "not even for a moment");
 }
 
 #[tokio::test(start_paused = true)]
