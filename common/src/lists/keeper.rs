@@ -191,7 +191,7 @@ impl Keeper {
             let look = if self.held.borrow().is_some() { LOOK_HELD } else { LOOK.min(self.refresh) };
             tokio::select! {
                 order = self.orders.recv() => match order {
-                    Some(order) => self.obey(order),
+                    Some(order) => self.obey_all(order),
                     None => break,
                 },
                 files = done(&mut reading) => {
@@ -225,6 +225,15 @@ impl Keeper {
         if let Some(files) = files {
             self.is_stale |= files.differ(&self.files);
             self.files = files;
+        }
+    }
+
+    /// Obeys what has come so far, so that many orders are told of at once.
+    fn obey_all(&mut self, first: Order) {
+        self.obey(first);
+        for _ in 0..ORDERS {
+            let Ok(order) = self.orders.try_recv() else { return };
+            self.obey(order);
         }
     }
 
