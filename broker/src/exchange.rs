@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
+use wgkex_common::lists::keeper::View;
 use wgkex_common::message::{Applied, WorkerData};
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
@@ -60,6 +61,9 @@ pub enum Refusal {
     /// The key is not known, and came too often or with too many others.
     #[error("{}, try again later", too_many(.0.limit))]
     Limited(Limited),
+    /// The lists do not let the key come; which one, and why, is not for its owner.
+    #[error("this key is not accepted here")]
+    Denied,
     /// This broker cannot serve now; the reason is its state.
     #[error("no connection to the gateways at the moment, try again later")]
     NotReady,
@@ -76,7 +80,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every reason that metrics name.
-    pub const REASONS: [&str; 15] = [
+    pub const REASONS: [&str; 16] = [
         "body",
         "too_large",
         "slow",
@@ -92,6 +96,7 @@ impl Refusal {
         "limit_client",
         "limit_domain",
         "limit_global",
+        "denied",
     ];
 
     /// One word for metrics, from [`Refusal::REASONS`].
@@ -113,6 +118,7 @@ impl Refusal {
             Self::Limited(Limited { limit: Limit::Client, .. }) => 12,
             Self::Limited(Limited { limit: Limit::Domain, .. }) => 13,
             Self::Limited(Limited { limit: Limit::Global, .. }) => 14,
+            Self::Denied => 15,
         };
         Self::REASONS[index]
     }
@@ -169,6 +175,8 @@ pub struct Exchange {
     pub answers: Arc<Mutex<Answers>>,
     /// Places of [`UNKNOWN_UNDER_WAY`].
     pub unknown: Arc<Semaphore>,
+    /// Who may come.
+    pub lists: watch::Receiver<View>,
     /// How long an answer may wait.
     pub confirm: Confirm,
     /// What is counted.
@@ -324,6 +332,9 @@ impl Exchange {
 
     /// The gateways that are online for the key, of which there is one at least.
     fn ready(&self, ask: &Ask) -> Result<Online, Refusal> {
+        if self.lists.borrow().admission.refuses(ask.domain.name(), &ask.key) {
+            return Err(Refusal::Denied);
+        }
         let gateways = self.gateways();
         if !gateways.complete() {
             return Err(Refusal::NotReady);
@@ -418,6 +429,7 @@ impl Heard {
         match () {
             () if all(Applied::ADDRESS_TAKEN) => Refusal::AddressTaken,
             () if all(Applied::RESERVED) => Refusal::Reserved,
+            () if all(Applied::DENIED) => Refusal::Denied,
             () => Refusal::NotConfirmed,
         }
     }

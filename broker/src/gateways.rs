@@ -56,6 +56,17 @@ pub struct Online {
     pub others: usize,
 }
 
+/// Whether a gateway hears at once that a key is denied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// It does, and says what became of it.
+    Online,
+    /// It does when it is back.
+    Offline,
+    /// It does not: an original, or an old version of ours.
+    Cannot,
+}
+
 /// A gateway as the status page and the metrics show it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Overview {
@@ -150,6 +161,8 @@ impl Gateways {
             Topic::Key { .. }
             | Topic::Applied { .. }
             | Topic::Seen { .. }
+            | Topic::Revoked { .. }
+            | Topic::Revocations
             | Topic::WorkerPages { .. }
             | Topic::BrokerHello { .. }
             | Topic::Questions { .. }
@@ -227,6 +240,22 @@ impl Gateways {
         self.workers.get(worker).is_some_and(|worker| worker.online && worker.confirms())
     }
 
+    /// Whether each gateway hears that a key is denied: those heard of, and those that the operator named.
+    #[must_use]
+    pub fn reach(&self) -> BTreeMap<String, Reach> {
+        let named = self.weights.keys().map(|name| (name.clone(), Reach::Offline));
+        let heard_of = self.workers.iter().filter(|(_, worker)| worker.is_somebody()).map(|(name, worker)| {
+            let revokes = worker.hello.as_ref().is_some_and(Hello::revokes);
+            let reach = match (worker.online, revokes) {
+                (false, _) => Reach::Offline,
+                (true, true) => Reach::Online,
+                (true, false) => Reach::Cannot,
+            };
+            (name.clone(), reach)
+        });
+        named.chain(heard_of).collect()
+    }
+
     /// Whether this worker is online.
     #[must_use]
     pub fn is_online(&self, worker: &str) -> bool {
@@ -288,6 +317,11 @@ impl Gateways {
 }
 
 impl Worker {
+    /// Whether it ever served somebody, as far as the bus remembers.
+    fn is_somebody(&self) -> bool {
+        self.online || self.hello.is_some() || !self.data.is_empty() || !self.peers.is_empty()
+    }
+
     fn confirms(&self) -> bool {
         self.hello.as_ref().is_some_and(Hello::confirms)
     }

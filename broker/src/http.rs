@@ -121,7 +121,7 @@ where
 }
 
 /// A resource that tells which method it wants.
-fn only(path: &str, method: Method) -> Resource {
+pub(crate) fn only(path: &str, method: Method) -> Resource {
     web::resource(path).default_service(web::to(move || {
         let mut response = error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here");
         if let Ok(method) = method.as_str().parse() {
@@ -263,7 +263,7 @@ impl ResponseError for Refusal {
     fn status_code(&self) -> StatusCode {
         match self {
             Self::Body(_) | Self::Domain | Self::Key(_) => StatusCode::BAD_REQUEST,
-            Self::Reserved => StatusCode::FORBIDDEN,
+            Self::Reserved | Self::Denied => StatusCode::FORBIDDEN,
             Self::AddressTaken => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
@@ -283,7 +283,8 @@ impl ResponseError for Refusal {
     }
 }
 
-fn error(status: StatusCode, message: &str) -> HttpResponse {
+/// A refusal as routers and operators get it.
+pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
     let mut response = HttpResponse::build(status);
     if status == StatusCode::SERVICE_UNAVAILABLE {
         response.insert_header((RETRY_AFTER, RETRY_SECONDS));

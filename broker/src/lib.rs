@@ -3,8 +3,12 @@
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
 //! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later. What a
 //! flood must not do [`connections`], [`limits`] and [`client`] know.
+//!
+//! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
 
+pub mod admin;
 pub mod answers;
+pub mod cli;
 pub mod client;
 pub mod connections;
 mod embedded;
@@ -17,6 +21,7 @@ pub mod live;
 mod metrics;
 pub mod mqtt;
 mod page;
+pub mod revoke;
 pub mod waiters;
 
 use std::future::pending;
@@ -31,11 +36,13 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::config::{Https, Server};
+use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, Reserved, process};
 
+use crate::admin::Admin;
 use crate::connections::Connections;
 use crate::exchange::{Exchange, UNKNOWN_UNDER_WAY};
 use crate::gateways::Gateways;
@@ -44,6 +51,7 @@ use crate::https::Certificate;
 use crate::limits::Limits;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
+use crate::revoke::Answers;
 use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
@@ -64,20 +72,29 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         // Taken, it is somebody else's server, which must not be spoken to.
         listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
     }
+    let admin_listen = &config.admin_listen;
+    let admin_listener = config
+        .admin_token_hash
+        .clone()
+        .map(|hash| listen("admin_listen", &admin_listen.host, admin_listen.port).map(|listener| (listener, hash)));
+    let admin_listener = admin_listener.transpose()?;
     let metrics = Metrics::new().context("metrics")?;
     let secure = config.https.clone().map(open_https).transpose()?;
     let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
     let connections = Connections::new(&config.trusted_proxies, metrics.clone());
+    let (keeper, lists) = Keeper::open(&config, Party::Broker(config.name.clone()));
     let gateways = Arc::new(Mutex::new(gateways(&config)));
-    let waiters = Waiters::default();
+    let (waiters, answers) = (Waiters::default(), Answers::default());
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config))?;
     let (live, store) = live_keys(&config);
+    lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
-    let hand_on = mqtt::hand_on(gateways.clone(), waiters.clone(), live.clone(), metrics.clone());
+    let waiting = (waiters.clone(), answers.clone());
+    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, question_sender, metrics.clone());
+    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, metrics.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters,
@@ -86,6 +103,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         limits: limits.clone(),
         answers: Arc::default(),
         unknown: Arc::new(Semaphore::new(UNKNOWN_UNDER_WAY)),
+        lists: lists.view(),
         confirm: config.confirm,
         metrics: metrics.clone(),
     };
@@ -96,12 +114,20 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let server_is_up = embedded_listens(config.mqtt.server.clone());
     let kept = metrics.state_kept.clone();
     let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
+    let tell = tell(live.clone(), metrics.clone());
+    let keeping = tokio::spawn(keeper.run(keys.clone(), tell, process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
         server_is_up.await;
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
-    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone()));
+    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone(), lists.view()));
+    if let Some((listener, token_hash)) = admin_listener {
+        let (gateways, bus) = (gateways.clone(), keys.clone());
+        let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
+        tokio::spawn(admin::server(listener, admin)?);
+        info!(admin_listen = %config.admin_listen, "admin calls are taken");
+    }
     tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
     tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tokio::spawn(expire(live, limits));
@@ -129,7 +155,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
-    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
+    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing, keeping) }).await;
     result
 }
 
@@ -167,6 +193,14 @@ async fn tidy(connections: Connections) {
     loop {
         sleep(TIDY).await;
         connections.tidy();
+    }
+}
+
+/// Tells the live keys who may come.
+fn tell(live: Arc<Mutex<LiveKeys>>, metrics: Metrics) -> impl FnMut(News<'_>) {
+    move |news| {
+        metrics.set_lists(&news);
+        lock(&live).obey(news.admission.clone());
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wgkex_common::claim::{self, Claim, Standing};
 use wgkex_common::config::{self, Cleanup};
+use wgkex_common::lists::Admission;
 use wgkex_common::message::{Age, Page, Question};
 use wgkex_common::store::{Journal, Kept, Keys};
 use wgkex_common::sync::PAGE;
@@ -28,6 +30,7 @@ pub struct LiveKeys {
     proven: Duration,
     domains: BTreeMap<Domain, Served>,
     journal: Journal,
+    admission: Arc<Admission>,
 }
 
 /// The live keys of a domain. No two have the same address.
@@ -67,7 +70,7 @@ impl LiveKeys {
     ) -> Self {
         let proven = stale + claim::report(ttl, stale);
         let domains = domains.into_iter().map(|domain| (domain, Served::default())).collect();
-        let mut live = Self { own_name, max, ttl, grace, proven, domains, journal };
+        let mut live = Self { own_name, max, ttl, grace, proven, domains, journal, admission: Arc::default() };
         for ((domain, key), kept) in known {
             // Who asked the last run of this program may have missed what that heard of last.
             live.insert(&domain, key, Live { kept, first: kept.last, heard: now }, now);
@@ -122,6 +125,24 @@ impl LiveKeys {
         self.domains.get(domain).is_some_and(|served| served.keys.contains_key(key))
     }
 
+    /// Takes over who may come from now on, and forgets the keys that have to go.
+    pub fn obey(&mut self, admission: Arc<Admission>) {
+        self.admission = admission;
+        if self.admission.expels_nobody() {
+            return;
+        }
+        let (admission, journal) = (&self.admission, &self.journal);
+        for (domain, served) in &mut self.domains {
+            served.retain(|key, _| {
+                let stays = !admission.expels(domain.name(), key);
+                if !stays {
+                    journal.remove(domain, *key);
+                }
+                stays
+            });
+        }
+    }
+
     /// A key came, by a router or on the bus.
     pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
         self.merge(domain, key, Kept { last: now, proven: false }, AT_ONCE, now);
@@ -153,6 +174,9 @@ impl LiveKeys {
     /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
     fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, same: Duration, now: Instant) {
         let Some((domain, served)) = self.domains.get_key_value(domain) else { return };
+        if self.admission.refuses(domain.name(), &key) {
+            return;
+        }
         let domain = domain.clone();
         let before = served.keys.get(&key).copied();
         let first = before.map_or(news.last, |before| before.first.min(news.last));

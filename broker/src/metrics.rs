@@ -5,6 +5,8 @@ use prometheus::{
     Registry, TextEncoder, core::Collector,
 };
 use wgkex_common::Domain;
+use wgkex_common::lists::keeper::News;
+use wgkex_common::lists::{List, files};
 
 use crate::connections::Closed;
 use crate::exchange::Refusal;
@@ -49,6 +51,9 @@ pub struct Metrics {
     connections: IntGauge,
     live: IntGaugeVec,
     gateways: IntGaugeVec,
+    lists_damaged: IntGaugeVec,
+    list_keys: IntGaugeVec,
+    lists_kept: IntGauge,
 }
 
 impl Metrics {
@@ -119,6 +124,18 @@ impl Metrics {
                 &registry,
                 IntGauge::new("wgkex_broker_mqtt_connected", "1 while MQTT is connected")?,
             )?,
+            lists_damaged: register(
+                &registry,
+                IntGaugeVec::new(Opts::new("wgkex_broker_lists_damaged", "1 while a list cannot be read"), &["list"])?,
+            )?,
+            list_keys: register(
+                &registry,
+                IntGaugeVec::new(Opts::new("wgkex_broker_list_keys", "Keys on each list"), &["list"])?,
+            )?,
+            lists_kept: register(
+                &registry,
+                IntGauge::new("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
+            )?,
             gateways: register(
                 &registry,
                 IntGaugeVec::new(Opts::new("wgkex_broker_gateways", "Gateways by state"), &["state"])?,
@@ -156,6 +173,18 @@ impl Metrics {
     /// Takes over how many connections there are.
     pub fn set_connections(&self, open: usize) {
         self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
+    }
+
+    /// Takes over how the lists are.
+    pub fn set_lists(&self, news: &News<'_>) {
+        for list in files::SOURCES {
+            self.lists_damaged.with_label_values(&[list]).set(i64::from(news.damaged.contains(&list)));
+        }
+        for list in List::ALL {
+            let keys = i64::try_from(news.admission.len(list)).unwrap_or(i64::MAX);
+            self.list_keys.with_label_values(&[list.name()]).set(keys);
+        }
+        self.lists_kept.set(i64::from(news.is_kept));
     }
 
     /// Takes over how many live keys there are.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
-use wgkex_common::message::{Applied, Hello, Question, Seen};
+use wgkex_common::lists::keeper::{self, Heard as HeardOfLists, View};
+use wgkex_common::message::{Applied, Asked, Hello, Question, Revoked, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Topic, is_topic_level};
@@ -19,8 +20,11 @@ use crate::gateways::Gateways;
 use crate::live::LiveKeys;
 use crate::lock;
 use crate::metrics::Metrics;
+use crate::revoke::Answers;
 use crate::waiters::Waiters;
 
+/// Changes of the lists that come within this time are one to those who hear of them.
+const AT_ONCE: Duration = Duration::from_millis(200);
 /// How long the own greeting may take to come back.
 const ECHO: Duration = Duration::from_secs(2);
 
@@ -31,7 +35,7 @@ pub fn client(config: &Config) -> Client {
         id: format!("wgkex-broker-{}", config.name),
         will: Some(status(&config.name, "0")),
         states: Topic::states().into(),
-        events: vec![Topic::applied(), Topic::seen()],
+        events: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
         is_second: false,
     }
 }
@@ -44,7 +48,7 @@ pub fn keys_client(config: &Config) -> Client {
     Client {
         will: Some(hello(&config.name, Vec::new())),
         states: vec![Topic::broker_hellos()],
-        events: keys.chain(asked.map(|topic| topic.to_string())).collect(),
+        events: keys.chain(asked.map(|topic| topic.to_string())).chain([Topic::Revocations.to_string()]).collect(),
         ..Client::second(format!("wgkex-broker-{}-keys", config.name))
     }
 }
@@ -59,10 +63,10 @@ pub fn status(broker: &str, status: &str) -> Message {
     Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
-/// Lets `gateways`, `waiters` and `live` hear what workers say.
+/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
-    waiters: Waiters,
+    (waiters, answers): (Waiters, Answers),
     live: Arc<Mutex<LiveKeys>>,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
@@ -73,7 +77,7 @@ pub fn hand_on(
             lock(&gateways).forget();
         }
         Event::Message(publish) => {
-            ignored(&metrics, &publish, hear(&gateways, &waiters, &live, &publish));
+            ignored(&metrics, &publish, hear(&gateways, (&waiters, &answers), &live, &publish));
         }
     }
 }
@@ -87,11 +91,16 @@ fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static st
 
 fn hear(
     gateways: &Mutex<Gateways>,
-    waiters: &Waiters,
+    (waiters, answers): (&Waiters, &Answers),
     live: &Mutex<LiveKeys>,
     publish: &Publish,
 ) -> Result<(), &'static str> {
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    if let Topic::Revoked { worker } = &topic {
+        let revoked: Revoked = json(publish)?;
+        answers.resolve(worker, revoked);
+        return Ok(());
+    }
     if let Topic::Applied { worker } = &topic {
         let applied: Applied = json(publish)?;
         let (domain, installed) = (applied.domain.clone(), applied.installed.clone());
@@ -134,16 +143,19 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
     serde_json::from_slice(&publish.payload).map_err(|_| "payload")
 }
 
-/// Lets `live` hear the keys on the bus, and `ears` what other brokers say; `questions` takes those that are asked.
+/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
+    lists: keeper::Handle,
     questions: mpsc::Sender<Question>,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
-    move |event| {
-        if let Event::Message(publish) = event {
-            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &questions, &publish));
+    move |event| match event {
+        Event::Up => lists.heard(HeardOfLists::Up),
+        Event::Down => lists.heard(HeardOfLists::Down),
+        Event::Message(publish) => {
+            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &lists, &questions, &publish));
         }
     }
 }
@@ -151,6 +163,7 @@ pub fn hand_on_keys(
 fn hear_of_keys(
     live: &Mutex<LiveKeys>,
     ears: &Ears,
+    lists: &keeper::Handle,
     questions: &mpsc::Sender<Question>,
     publish: &Publish,
 ) -> Result<(), &'static str> {
@@ -162,15 +175,18 @@ fn hear_of_keys(
             lock(live).admit(&domain, key, Instant::now());
         }
         topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
-            let _ = ears.try_send(Heard::read(topic, &publish.payload)?);
-        }
-        Topic::Questions { .. } => {
-            let question: Question = json(publish)?;
-            if !is_topic_level(question.from.name()) {
-                return Err("payload");
+            let heard = Heard::read(topic, &publish.payload)?;
+            if let Heard::Broker(name, hello) = &heard {
+                lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
             }
-            let _ = questions.try_send(question);
+            let _ = ears.try_send(heard);
         }
+        Topic::Questions { .. } => match json(publish)? {
+            Asked::Records(_) => lists.heard(HeardOfLists::Asked),
+            Asked::Keys(question) if is_topic_level(question.from.name()) => drop(questions.try_send(question)),
+            Asked::Keys(_) => return Err("payload"),
+        },
+        Topic::Revocations => lists.heard(HeardOfLists::Records(json(publish)?)),
         Topic::ConnectedPeers { .. }
         | Topic::WorkerStatus { .. }
         | Topic::WorkerData { .. }
@@ -178,6 +194,7 @@ fn hear_of_keys(
         | Topic::Hello { .. }
         | Topic::Applied { .. }
         | Topic::Seen { .. }
+        | Topic::Revoked { .. }
         | Topic::WorkerPages { .. } => return Err("topic"),
     }
     Ok(())
@@ -195,16 +212,34 @@ pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::R
     }
 }
 
-/// Says on every connection what this broker can do, until the session ends.
-pub async fn say_hello(broker: String, domains: BTreeSet<Domain>, bus: Bus) {
-    let names = domains.iter().map(Domain::to_string).collect();
-    let payload = serde_json::to_vec(&Hello::broker(names, fastrand::u64(..))).unwrap_or_default();
+/// Says on every connection, and whenever the records that it shares are other ones, what this broker can do, until the
+/// session ends.
+pub async fn say_hello(broker: String, domains: BTreeSet<Domain>, bus: Bus, mut lists: watch::Receiver<View>) {
+    let names: Vec<_> = domains.iter().map(Domain::to_string).collect();
+    let instance = fastrand::u64(..);
     let mut link = bus.link();
-    while up(&mut link).await && bus.publish(hello(&broker, payload.clone())).await.is_ok() {
-        if link.changed().await.is_err() {
+    while up(&mut link).await {
+        let digest = lists.borrow_and_update().digest.clone();
+        let greeting = Hello { records: Some(digest.clone()), ..Hello::broker(names.clone(), instance) };
+        let payload = serde_json::to_vec(&greeting).unwrap_or_default();
+        if bus.publish(hello(&broker, payload)).await.is_err() {
             return;
         }
+        tokio::select! {
+            changed = link.changed() => if changed.is_err() { return },
+            is_over = other_than(&mut lists, &digest) => {
+                if is_over {
+                    return;
+                }
+                sleep(AT_ONCE).await;
+            }
+        }
     }
+}
+
+/// Waits for another digest; true when there will be none.
+async fn other_than(lists: &mut watch::Receiver<View>, digest: &str) -> bool {
+    lists.wait_for(|view| view.digest != digest).await.is_err()
 }
 
 /// Greets on every connection. The greeting comes back after everything retained, since the server keeps the order.
@@ -242,23 +277,25 @@ fn assume_complete(gateways: &Mutex<Gateways>) {
 pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     use std::collections::BTreeMap;
 
-    use wgkex_common::config::{self, Cleanup};
+    use wgkex_common::lists::keeper::Keeper;
+    use wgkex_common::message::Party;
     use wgkex_common::mqtt::QoS;
     use wgkex_common::{Reserved, sync};
 
-    let hour = Duration::from_secs(3600);
-    let (domains, metrics) =
-        (Domain::new("ff_a", &["ff_".into()]).into_iter().collect::<BTreeSet<_>>(), Metrics::new());
-    let Ok(metrics) = metrics else { return };
-    let limits = (config::LiveKeys { max: 10, ttl: hour }, Cleanup { interval: hour, stale: hour, grace: hour });
-    let live = LiveKeys::new("b".into(), limits, domains.clone(), Default::default(), Instant::now());
+    let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
+    let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
+    let (_keeper, lists) = Keeper::open(&config, Party::Broker("b".into()));
+    let Config { domains, live_keys, cleanup, .. } = config;
+    let live =
+        LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
     let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
     let ((ears, _heard), (questions, _asked)) = (sync::ears(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
-    hand_on(gateways, Waiters::default(), live.clone(), metrics.clone())(Event::Message(publish.clone()));
-    hand_on_keys(live.clone(), ears, questions, metrics)(Event::Message(publish));
+    let words = (Waiters::default(), Answers::default());
+    hand_on(gateways, words, live.clone(), metrics.clone())(Event::Message(publish.clone()));
+    hand_on_keys(live.clone(), ears, lists, questions, metrics)(Event::Message(publish));
     assert!(lock(&live).len() <= 10);
 }
 
@@ -270,13 +307,15 @@ mod tests {
     use super::*;
 
     /// Payloads that are nearly right find more than any bytes do.
-    const PAYLOADS: [&str; 8] = [
+    const PAYLOADS: [&str; 10] = [
         r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
         r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
         r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
         r#"{"broker":"b","domain":"ff_a","after":null,"keys":{},"more":true}"#,
         r#"{"from":{"worker":"a/b"},"domain":"ff_a","after":null,"younger_than":18446744073709551615}"#,
         r#"{"version":"1","can":["confirm","answer"],"domains":["ff_a"],"instance":1}"#,
+        r#"[{"key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","list":"deny","at":1,"on":true}]"#,
+        r#"{"domain":"ff_a","at":{},"keys":{"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=":"removed"}}"#,
         "18446744073709551615",
         "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=",
     ];
@@ -318,6 +357,8 @@ mod tests {
             "wgkex/broker/b/hello",
             "wgkex/broker/b/questions",
             "wgkex/broker/b/pages",
+            "wgkex/worker/w/revoked",
+            "wgkex/revocations",
         ]
         .map(str::to_owned)
         .into()

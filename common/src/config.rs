@@ -70,6 +70,12 @@ pub struct Config {
     pub trusted_proxies: Vec<IpNet>,
     /// How often keys may come that the broker does not know.
     pub limits: Limits,
+    /// Which keys may come, and stay.
+    pub key_lists: KeyLists,
+    /// Where the broker takes admin calls.
+    pub admin_listen: Listen,
+    /// The SHA-256 of the token that admin calls need, 64 hexadecimal digits in lower case; without it there are none.
+    pub admin_token_hash: Option<Secret>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
@@ -235,6 +241,32 @@ pub struct Peers {
     pub unproven: usize,
 }
 
+/// Files and directories of keys on this machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KeyLists {
+    /// The file of denied keys.
+    pub deny_file: Option<PathBuf>,
+    /// The directory of denied keys.
+    pub deny_dir: Option<PathBuf>,
+    /// Where allowed keys stand; none if every key may come that is not denied.
+    pub allow: Option<Allow>,
+    /// Keys whose peers are never swept.
+    pub trusted: BTreeSet<PublicKey>,
+    /// The directory of such keys.
+    pub trusted_dir: Option<PathBuf>,
+    /// How often to look whether files changed.
+    pub refresh: Duration,
+}
+
+/// Where allowed keys stand.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Allow {
+    /// The file.
+    pub file: Option<PathBuf>,
+    /// The directory.
+    pub dir: Option<PathBuf>,
+}
+
 /// The interfaces of a domain, as `wgkex-worker setup` makes them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setup {
@@ -266,6 +298,11 @@ impl ConfigError {
     pub fn lines(&self) -> &[String] {
         &self.lines
     }
+}
+
+/// What `text` says, YAML or JSON of up to `max` bytes with whatever at its top; else one line that shows nothing of it.
+pub(crate) fn tree(text: &str, max: usize) -> Result<Value, String> {
+    yaml::any(text, max)
 }
 
 impl Config {

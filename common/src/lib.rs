@@ -5,6 +5,7 @@ pub mod claim;
 pub mod config;
 mod domain;
 mod key;
+pub mod lists;
 pub mod log;
 pub mod message;
 pub mod mqtt;

@@ -47,11 +47,18 @@ pub struct Hello {
     /// Which run of the program it is: another number means that it was started anew. None if it does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
+    /// A broker's digest of the records that it shares; who has another one lacks some, or has more. None if it shares
+    /// none.
+    #[serde(default, rename = "revocations", skip_serializing_if = "Option::is_none")]
+    pub records: Option<String>,
 }
 
 impl Hello {
     /// The ability to say what became of each key, by [`Applied`].
     pub const CONFIRM: &str = "confirm";
+
+    /// The ability to take keys out of the kernel that are denied, and to say so by [`Revoked`].
+    pub const REVOKE: &str = "revoke";
 
     /// The ability to answer each [`Question`].
     pub const ANSWER: &str = "answer";
@@ -64,18 +71,19 @@ impl Hello {
     /// The hello of this worker, for the domains with these names.
     #[must_use]
     pub fn worker(domains: Vec<String>) -> Self {
-        Self::new(Self::CONFIRM, domains, None)
+        Self::new(&[Self::CONFIRM, Self::REVOKE], domains, None)
     }
 
     /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
-        Self::new(Self::ANSWER, domains, Some(instance))
+        Self::new(&[Self::ANSWER], domains, Some(instance))
     }
 
-    fn new(ability: &str, domains: Vec<String>, instance: Option<u64>) -> Self {
+    fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
-        Self { version, can: vec![ability.into()], domains: Some(domains), instance }
+        let can = abilities.iter().map(|&ability| ability.to_owned()).collect();
+        Self { version, can, domains: Some(domains), instance, records: None }
     }
 
     /// Whether the worker may serve the domain with this name.
@@ -88,6 +96,12 @@ impl Hello {
     #[must_use]
     pub fn confirms(&self) -> bool {
         self.can(Self::CONFIRM)
+    }
+
+    /// Whether the worker takes denied keys out of its kernel.
+    #[must_use]
+    pub fn revokes(&self) -> bool {
+        self.can(Self::REVOKE)
     }
 
     /// Whether the broker answers questions.
@@ -118,6 +132,9 @@ impl Applied {
     /// Why a key failed that a gateway has, or whose address a gateway has.
     pub const RESERVED: &str = "reserved";
 
+    /// Why a key failed that a list does not let come.
+    pub const DENIED: &str = "denied";
+
     /// Why a key failed whose address another key has.
     pub const ADDRESS_TAKEN: &str = "address taken";
 }
@@ -129,6 +146,22 @@ pub struct Seen {
     pub domain: String,
     /// The keys.
     pub keys: Vec<PublicKey>,
+}
+
+/// What became at a worker of keys that a record denied, said after the kernel acknowledged it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoked {
+    /// When the record was made, as it says itself.
+    pub at: u64,
+    /// Each key with [`Revoked::REMOVED`], [`Revoked::ABSENT`], or the reason why it is still there.
+    pub keys: BTreeMap<PublicKey, String>,
+}
+
+impl Revoked {
+    /// Peer, route and FDB entry were there, and are gone.
+    pub const REMOVED: &str = "removed";
+    /// There was nothing of it.
+    pub const ABSENT: &str = "absent";
 }
 
 /// One of those that share the keys.
@@ -173,6 +206,25 @@ pub struct Question {
     pub younger_than: Option<u64>,
 }
 
+/// Asks a broker for all its records, which it then says to everybody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordsQuestion {
+    /// Who asks.
+    pub from: Party,
+    /// True: it tells this question from a [`Question`].
+    pub revocations: bool,
+}
+
+/// What a broker is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Asked {
+    /// For all records.
+    Records(RecordsQuestion),
+    /// For live keys.
+    Keys(Question),
+}
+
 /// The answer to a [`Question`]: the first live keys, in the order of their bytes, that it asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Page {
@@ -208,6 +260,16 @@ mod tests {
         let json = r#"{"ExternalAddress":"gw04.ext.ffmuc.net","Port":40011,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::27c:16ff:fec0:6c74"}"#;
         assert_eq!(serde_json::to_string(&data).unwrap(), json);
         assert_eq!(serde_json::from_str::<WorkerData>(json).unwrap(), data);
+    }
+
+    #[test]
+    fn a_question_for_records_is_told_from_one_for_keys() {
+        let asked = |json: &str| serde_json::from_str::<Asked>(json);
+        let records = asked(r#"{"from":{"worker":"gw1"},"revocations":true}"#).unwrap();
+        assert_eq!(records, Asked::Records(RecordsQuestion { from: Party::Worker("gw1".into()), revocations: true }));
+        let keys = r#"{"from":{"broker":"b1"},"domain":"d","after":null,"younger_than":20}"#;
+        assert!(matches!(asked(keys).unwrap(), Asked::Keys(question) if question.domain == "d"));
+        assert!(asked(r#"{"from":{"broker":"b1"}}"#).is_err());
     }
 
     #[test]

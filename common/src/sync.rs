@@ -285,6 +285,8 @@ impl Heard {
             | Topic::Hello { .. }
             | Topic::Applied { .. }
             | Topic::Seen { .. }
+            | Topic::Revoked { .. }
+            | Topic::Revocations
             | Topic::Questions { .. } => Err("topic"),
         }
     }

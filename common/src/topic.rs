@@ -56,6 +56,13 @@ pub enum Topic {
         /// The worker's name.
         worker: String,
     },
+    /// What became of denied keys at a worker. Ours.
+    Revoked {
+        /// The worker's name.
+        worker: String,
+    },
+    /// Entries of the lists that brokers share, for everybody. Ours.
+    Revocations,
     /// What a broker can do beyond the contract. Ours, retained.
     BrokerHello {
         /// The broker's name.
@@ -96,6 +103,8 @@ impl Topic {
             ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
             ["wgkex", "worker", worker, "seen"] => Some(Self::Seen { worker: name(worker) }),
             ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerPages { worker: name(worker) }),
+            ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: name(worker) }),
+            ["wgkex", "revocations"] => Some(Self::Revocations),
             ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: name(broker) }),
             ["wgkex", "broker", broker, "questions"] => Some(Self::Questions { broker: name(broker) }),
             ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerPages { broker: name(broker) }),
@@ -141,6 +150,12 @@ impl Topic {
         Self::Seen { worker: "+".into() }.to_string()
     }
 
+    /// The filter for what became of denied keys, at every worker.
+    #[must_use]
+    pub fn revoked() -> String {
+        Self::Revoked { worker: "+".into() }.to_string()
+    }
+
     /// The filter for what brokers can do.
     #[must_use]
     pub fn broker_hellos() -> String {
@@ -162,6 +177,8 @@ impl fmt::Display for Topic {
             Self::Applied { worker } => write!(f, "wgkex/worker/{worker}/applied"),
             Self::Seen { worker } => write!(f, "wgkex/worker/{worker}/seen"),
             Self::WorkerPages { worker } => write!(f, "wgkex/worker/{worker}/pages"),
+            Self::Revoked { worker } => write!(f, "wgkex/worker/{worker}/revoked"),
+            Self::Revocations => f.write_str("wgkex/revocations"),
             Self::BrokerHello { broker } => write!(f, "wgkex/broker/{broker}/hello"),
             Self::Questions { broker } => write!(f, "wgkex/broker/{broker}/questions"),
             Self::BrokerPages { broker } => write!(f, "wgkex/broker/{broker}/pages"),
@@ -192,7 +209,9 @@ mod tests {
             (Topic::Hello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
             (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
             (Topic::Seen { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
-            (Topic::WorkerPages { worker }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
+            (Topic::WorkerPages { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
+            (Topic::Revoked { worker }, "wgkex/worker/gw04.in.ffmuc.net/revoked"),
+            (Topic::Revocations, "wgkex/revocations"),
             (Topic::BrokerHello { broker: "broker1".into() }, "wgkex/broker/broker1/hello"),
             (Topic::Questions { broker: "broker1".into() }, "wgkex/broker/broker1/questions"),
             (Topic::BrokerPages { broker: "broker1".into() }, "wgkex/broker/broker1/pages"),

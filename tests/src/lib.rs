@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+pub mod admin;
 pub mod gateway;
 pub mod http;
 pub mod probe;

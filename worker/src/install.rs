@@ -8,16 +8,17 @@ mod served;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use futures_util::FutureExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
-use wgkex_common::message::Age;
+use wgkex_common::lists::Admission;
+use wgkex_common::message::{Age, Revoked};
 use wgkex_common::store::{Journal, Keys};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
@@ -40,6 +41,13 @@ const OWED: usize = 2_048;
 /// Live keys with their ages.
 type Live = BTreeMap<PublicKey, Age>;
 
+/// Who may come from now on, and which keys were denied just now, by which records.
+#[derive(Debug, Default)]
+struct Orders {
+    admission: Option<Arc<Admission>>,
+    denied: BTreeMap<PublicKey, u64>,
+}
+
 /// Owns the kernel of a gateway; made with the ends that others hold.
 pub struct Installer<K> {
     kernel: K,
@@ -47,6 +55,10 @@ pub struct Installer<K> {
     keys: mpsc::Receiver<(Domain, PublicKey)>,
     batch: Vec<(Domain, PublicKey)>,
     live: mpsc::Receiver<(Domain, Live)>,
+    orders: Arc<Mutex<Orders>>,
+    ordered: Arc<Notify>,
+    /// Since when keys have to wait, if they have to.
+    held: watch::Receiver<Option<std::time::Instant>>,
     reconnected: Arc<Notify>,
     journal: Journal,
     /// The last event was a batch of keys.
@@ -60,6 +72,8 @@ pub struct Installer<K> {
 pub struct Handle {
     keys: mpsc::Sender<(Domain, PublicKey)>,
     live: mpsc::Sender<(Domain, Live)>,
+    orders: Arc<Mutex<Orders>>,
+    ordered: Arc<Notify>,
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<State>,
@@ -75,6 +89,10 @@ enum Event {
     Live(Domain, Live),
     /// What was said before may not have been heard.
     Reconnected,
+    /// Others may come than before.
+    Ordered,
+    /// Keys have to wait from now on, or no longer.
+    Held,
     /// Links or addresses may have changed, or somebody wants to know.
     Doubt,
     /// It is time to read this domain.
@@ -97,6 +115,7 @@ impl<K: Kernel> Installer<K> {
         let (key_sender, keys) = mpsc::channel(QUEUE);
         let (live_sender, live) = mpsc::channel(1);
         let (refresh, reconnected) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (orders, ordered) = (Arc::<Mutex<Orders>>::default(), Arc::new(Notify::new()));
         let (state, state_receiver) = watch::channel(State::new());
         let now = Instant::now().into_std();
         let shared = || (reserved.clone(), journal.clone(), metrics.clone());
@@ -114,6 +133,9 @@ impl<K: Kernel> Installer<K> {
             keys,
             batch: Vec::new(),
             live,
+            orders: orders.clone(),
+            ordered: ordered.clone(),
+            held: watch::channel(None).1,
             reconnected: reconnected.clone(),
             journal: journal.clone(),
             yields: false,
@@ -121,7 +143,14 @@ impl<K: Kernel> Installer<K> {
             outbox,
         };
         let (keys, live, metrics) = (key_sender, live_sender, metrics.clone());
-        (installer, Handle { keys, live, reconnected, refresh, state: state_receiver, metrics }, said)
+        let state = state_receiver;
+        (installer, Handle { keys, live, orders, ordered, reconnected, refresh, state, metrics }, said)
+    }
+
+    /// Lets keys wait for as long as `held` says since when.
+    #[must_use]
+    pub fn held_by(self, held: watch::Receiver<Option<std::time::Instant>>) -> Self {
+        Self { held, ..self }
     }
 
     /// Works until `stop`, or until every [`Handle`] is gone. What the kernel is doing at that moment is not
@@ -136,6 +165,7 @@ impl<K: Kernel> Installer<K> {
     }
 
     async fn work(mut self) {
+        self.obey(clocks()).await;
         for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
             self.handle(Event::Due(domain), clocks()).await;
         }
@@ -151,7 +181,8 @@ impl<K: Kernel> Installer<K> {
             self.domains.values().find(|served| served.has_backlog()).map(|served| Event::Spare(served.domain()));
         let due = self.domains.values().min_by_key(|served| served.due());
         let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
-        let has_room = self.domains.values().map(Served::backlog).sum::<usize>() < OWED;
+        let is_held = self.held.borrow_and_update().is_some();
+        let has_room = !is_held && self.domains.values().map(Served::backlog).sum::<usize>() < OWED;
         let mut other = pin!(other(due, owed));
         if std::mem::take(&mut self.yields) {
             if let Some(event) = other.as_mut().now_or_never() {
@@ -163,10 +194,12 @@ impl<K: Kernel> Installer<K> {
         }
         tokio::select! {
             biased;
+            () = self.ordered.notified() => Some(Event::Ordered),
+            () = changed(&mut self.held) => Some(Event::Held),
             () = self.kernel.changed() => Some(Event::Doubt),
             () = self.refresh.notified() => Some(Event::Doubt),
             () = self.reconnected.notified() => Some(Event::Reconnected),
-            count = self.keys.recv_many(&mut self.batch, BATCH) => {
+            count = self.keys.recv_many(&mut self.batch, BATCH), if !is_held => {
                 self.yields = true;
                 (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
             }
@@ -184,6 +217,8 @@ impl<K: Kernel> Installer<K> {
                 }
             }
             Event::Reconnected => self.domains.values_mut().for_each(Served::report_all),
+            Event::Ordered => self.obey(now).await,
+            Event::Held => {}
             Event::Doubt => self.domains.values_mut().for_each(|served| served.hurry(now.monotonic)),
             Event::Due(domain) => {
                 if let Some(served) = self.domains.get_mut(&domain) {
@@ -198,6 +233,30 @@ impl<K: Kernel> Installer<K> {
         }
         let anew = self.journal.begins_anew();
         self.domains.values_mut().for_each(|served| served.note_changes(anew));
+    }
+
+    /// Takes over who may come, removes who may not be here, and says what became of keys that were denied just now.
+    async fn obey(&mut self, now: Now) {
+        let Orders { admission, denied } = std::mem::take(&mut *lock(&self.orders));
+        let Some(admission) = admission else { return };
+        let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
+        let mut said = BTreeMap::<PublicKey, &'static str>::new();
+        for served in self.domains.values_mut() {
+            served.admit(admission.clone());
+            if keys.is_empty() && !served.has_to_expel() {
+                continue;
+            }
+            for (key, outcome) in served.revoke(&mut self.kernel, &mut self.outbox, &keys, now).await {
+                let worst = said.entry(key).or_insert(outcome);
+                if *worst == Revoked::REMOVED {
+                    *worst = outcome;
+                }
+            }
+        }
+        self.outbox.revoked(denied.into_iter().map(|(key, at)| {
+            let outcome = said.get(&key).copied().unwrap_or(Revoked::ABSENT);
+            (at, key, outcome)
+        }));
     }
 
     async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Now) {
@@ -231,6 +290,16 @@ impl Handle {
         let _ = self.live.send((domain, keys)).await;
     }
 
+    /// Who may come from now on, and the keys that were denied just now, each with the time of its record: what became
+    /// of these is said. Never waits.
+    pub fn admit(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
+        let mut orders = lock(&self.orders);
+        orders.admission = Some(admission);
+        orders.denied.extend(denied);
+        drop(orders);
+        self.ordered.notify_one();
+    }
+
     /// The bus was lost, or a broker is new, and what was reported may not have been heard.
     pub fn reconnected(&self) {
         self.reconnected.notify_one();
@@ -245,6 +314,17 @@ impl Handle {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
+    }
+}
+
+fn lock(orders: &Mutex<Orders>) -> std::sync::MutexGuard<'_, Orders> {
+    orders.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns when keys have to wait from now on, or no longer.
+async fn changed(held: &mut watch::Receiver<Option<std::time::Instant>>) {
+    if held.changed().await.is_err() {
+        pending::<()>().await;
     }
 }
 

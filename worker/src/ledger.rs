@@ -188,7 +188,7 @@ impl Room {
 
 /// What becomes of keys that came.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Admission {
+pub struct Admitted {
     /// They have peers, and are to be set again.
     pub known: Vec<PublicKey>,
     /// They are to be set, in this order.
@@ -385,9 +385,9 @@ impl Ledger {
         own: Option<PublicKey>,
         reserved: &Reserved,
         now: Instant,
-    ) -> Admission {
+    ) -> Admitted {
         let mut room = self.room();
-        let mut admission = Admission::default();
+        let mut admission = Admitted::default();
         for key in plan::merged(keys) {
             if let Some(reason) = self.objection(&key, own, reserved) {
                 admission.refused.push((key, reason));
@@ -692,6 +692,21 @@ impl Ledger {
         if waiting.tries >= TRIES {
             self.forget_waiting(key);
         }
+    }
+
+    /// Forgets the keys that wait and that `expels` names; returns the peers that it names, and whether each is ours.
+    pub fn expel(&mut self, expels: impl Fn(&PublicKey) -> bool) -> BTreeMap<PublicKey, bool> {
+        let waiting: Vec<_> = self.waiting.keys().filter(|key| expels(key)).copied().collect();
+        for key in &waiting {
+            self.forget_waiting(key);
+        }
+        self.peers.iter().filter(|(key, _)| expels(key)).map(|(key, entry)| (*key, entry.ours)).collect()
+    }
+
+    /// Whether `key` has a peer of ours, as last read, or waits for one.
+    #[must_use]
+    pub fn knows(&self, key: &PublicKey) -> bool {
+        self.waiting.contains_key(key) || self.peers.get(key).is_some_and(|entry| entry.ours)
     }
 
     /// `key` was removed from the kernel.

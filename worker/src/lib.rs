@@ -23,6 +23,8 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
 use wgkex_common::config::{Cleanup, Peers};
+use wgkex_common::lists::keeper::{Keeper, News};
+use wgkex_common::lists::{List, Verdict};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
@@ -42,20 +44,26 @@ const DISCONNECT: Duration = Duration::from_millis(500);
 /// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
+    let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()));
     let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
     info!(keys = remembered.len(), "keys remembered");
     let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone()));
     let known = (journal, remembered);
     let (installer, handle, said) =
         Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
+    let installer = installer.held_by(lists.held());
+    // Before it does anything: what may not be here is not put back.
+    handle.admit(lists.admission(), []);
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
     let (ears, heard) = sync::ears();
-    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, metrics.clone());
-    let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, metrics.clone());
+    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), metrics.clone());
+    let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
+    let tell = tell(handle.clone(), metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
     let state = handle.state();
     let (told, greeted) = (handle.clone(), handle);
+    let list_bus = confirmations.clone();
     let learn = move |domain, page: Page| learn(told.clone(), domain, page);
     let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
     let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, metrics.clone());
@@ -65,6 +73,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let mut session = tokio::spawn(session.run(hand_on, process::over(stopped.clone())));
     tokio::spawn(confirming.run(hand_on_pages, process::over(stopped.clone())));
     let kept = metrics.state_kept.clone();
+    let keeping = tokio::spawn(keeper.run(list_bus, tell, process::over(stopped.clone())));
     let mut storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped)));
     tokio::spawn(asking);
     tokio::spawn(http::serve(config.worker_listen.clone(), metrics));
@@ -83,7 +92,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     if timeout(DISCONNECT, &mut session).await.is_err() {
         session.abort();
     }
-    if timeout(DISCONNECT, &mut storing).await.is_err() {
+    let stored = async { tokio::join!(&mut storing, keeping) };
+    if timeout(DISCONNECT, stored).await.is_err() {
         warn!("the disk did not take the last state in time");
     }
     installing.abort();
@@ -96,6 +106,17 @@ fn policy(config: &Config) -> Policy {
     let report = wgkex_common::claim::report(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
     Policy { stale, grace, interval, report, peers, unproven, forget, ..Policy::default() }
+}
+
+/// Tells the installer who may come, and which keys were denied just now.
+fn tell(handle: Handle, metrics: Metrics) -> impl FnMut(News<'_>) {
+    move |news| {
+        metrics.set_lists(&news);
+        let is_denied = |key| news.admission.verdict("", key) == Verdict::Denied;
+        let denied = news.records.iter().filter(|record| record.entry.list == List::Deny);
+        let denied = denied.filter(|record| record.on && is_denied(&record.entry.key));
+        handle.admit(news.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
+    }
 }
 
 /// Has the installer look at the keys of a page.

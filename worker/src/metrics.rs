@@ -5,12 +5,14 @@ use prometheus::{
     TextEncoder, core::Collector, exponential_buckets,
 };
 use wgkex_common::Domain;
+use wgkex_common::lists::keeper::News;
+use wgkex_common::lists::{List, files};
 
 use crate::ledger::Counts;
-use crate::plan::{ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED};
+use crate::plan::{ADDRESS_TAKEN, DENIED, FULL, OWN_KEY, RESERVED};
 
 /// Why a key did not come to stand; also what a confirmation says of it.
-pub const FAILURES: [&str; 7] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, "interface", "interrupted", "kernel"];
+pub const FAILURES: [&str; 8] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, DENIED, "interface", "interrupted", "kernel"];
 
 /// The worker's metrics. Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -45,6 +47,11 @@ pub struct Metrics {
     pub orphans_removed: IntCounterVec,
     /// Whether the keys are kept on disk.
     pub state_kept: IntGauge,
+    /// Peers removed because their keys may not be here, by domain.
+    pub peers_revoked: IntCounterVec,
+    lists_damaged: IntGaugeVec,
+    list_keys: IntGaugeVec,
+    lists_kept: IntGauge,
     /// Looks for stale peers, by domain.
     pub sweeps: IntCounterVec,
     /// Stale peers removed, by domain.
@@ -116,6 +123,10 @@ impl Metrics {
                 &["domain"],
             )?,
             state_kept: gauge(r, "state_kept", "1 while the keys are kept on disk.")?,
+            peers_revoked: counters(r, "peers_revoked", "Peers of keys that may not be here, removed.", &["domain"])?,
+            lists_damaged: gauges(r, "lists_damaged", "1 while a list cannot be read.", &["list"])?,
+            list_keys: gauges(r, "list_keys", "Keys on each list.", &["list"])?,
+            lists_kept: gauge(r, "lists_kept", "1 while entries made by admin calls are kept on disk.")?,
             sweeps: counters(r, "sweeps", "Looks for stale peers.", &["domain"])?,
             peers_removed: counters(r, "peers_removed", "Stale peers removed.", &["domain"])?,
             peers_ousted: counters(r, "peers_ousted", "Peers that others took the place of.", &["domain"])?,
@@ -136,6 +147,7 @@ impl Metrics {
             &self.keys_restored,
             &self.keys_learnt,
             &self.orphans_removed,
+            &self.peers_revoked,
             &self.sweeps,
             &self.peers_removed,
             &self.read_failures,
@@ -148,6 +160,18 @@ impl Metrics {
         }
         self.domain_up.with_label_values(&[domain]);
         self.set_peers(domain, Counts::default());
+    }
+
+    /// Takes over how the lists are.
+    pub fn set_lists(&self, news: &News<'_>) {
+        for list in files::SOURCES {
+            self.lists_damaged.with_label_values(&[list]).set(i64::from(news.damaged.contains(&list)));
+        }
+        for list in List::ALL {
+            let keys = i64::try_from(news.admission.len(list)).unwrap_or(i64::MAX);
+            self.list_keys.with_label_values(&[list.name()]).set(keys);
+        }
+        self.lists_kept.set(i64::from(news.is_kept));
     }
 
     /// Sets how many peers of `domain` are in which state.
@@ -217,6 +241,7 @@ mod tests {
             r#"keys_restored_total{domain="ffmuc_welt"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="own key"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="address taken"} 0"#,
+            r#"keys_failed_total{domain="ffmuc_welt",reason="denied"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="interface"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="interrupted"} 0"#,
             r#"keys_failed_total{domain="ffmuc_welt",reason="kernel"} 0"#,

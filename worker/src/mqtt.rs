@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tracing::debug;
-use wgkex_common::message::{Applied, Hello, Seen, WorkerData};
+use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
+use wgkex_common::message::{Applied, Hello, Revoked, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
@@ -33,21 +34,25 @@ pub fn client(config: &Config) -> Client {
 pub fn second(config: &Config) -> Client {
     Client {
         states: vec![Topic::broker_hellos()],
-        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string()],
+        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string(), Topic::Revocations.to_string()],
         ..Client::second(format!("{}-applied", config.name))
     }
 }
 
 /// Hands keys that come to the installer, and what gateways say of themselves to `reserved`; everything else is counted
-/// and left.
+/// and left. On each connection keys wait for what brokers say of `lists`.
 pub fn hand_on(
     domains: BTreeSet<Domain>,
     handle: Handle,
     reserved: watch::Sender<Reserved>,
+    lists: keeper::Handle,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
-        Event::Up => metrics.mqtt_connected.set(1),
+        Event::Up => {
+            lists.hold();
+            metrics.mqtt_connected.set(1);
+        }
         Event::Down => metrics.mqtt_connected.set(0),
         Event::Message(publish) => {
             let outcome = match Topic::parse(&publish.topic) {
@@ -67,16 +72,21 @@ fn reserve(reserved: &watch::Sender<Reserved>, worker: &str, domain: &str, paylo
     Ok(())
 }
 
-/// Lets `ears` hear what brokers say of themselves, and the live keys that they send.
-pub fn hand_on_pages(handle: Handle, ears: Ears, metrics: Metrics) -> impl FnMut(Event) {
+/// Lets `ears` hear what brokers say of themselves, and the live keys that they send; and `lists` the former, and the
+/// records that they share.
+pub fn hand_on_pages(handle: Handle, ears: Ears, lists: keeper::Handle, metrics: Metrics) -> impl FnMut(Event) {
     move |event| match event {
-        Event::Up => handle.reconnected(),
-        Event::Down => {}
+        Event::Up => {
+            handle.reconnected();
+            lists.heard(HeardOfLists::Up);
+        }
+        Event::Down => lists.heard(HeardOfLists::Down),
         // What finds no place is asked for again.
-        Event::Message(publish) => match heard(&publish) {
-            Ok(heard) => drop(ears.try_send(heard)),
-            Err(reason) => ignore(&metrics, &publish, reason),
-        },
+        Event::Message(publish) => {
+            if let Err(reason) = hear(&ears, &lists, &publish) {
+                ignore(&metrics, &publish, reason);
+            }
+        }
     }
 }
 
@@ -93,9 +103,19 @@ fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicK
     Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
 }
 
-/// What a broker says, or in one word why it says nothing.
-fn heard(publish: &Publish) -> Result<Heard, &'static str> {
-    Heard::read(Topic::parse(&publish.topic).ok_or("topic")?, &publish.payload)
+/// Hears what a broker says, or tells in one word why it says nothing.
+fn hear(ears: &Ears, lists: &keeper::Handle, publish: &Publish) -> Result<(), &'static str> {
+    let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    if topic == Topic::Revocations {
+        lists.heard(HeardOfLists::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
+        return Ok(());
+    }
+    let heard = Heard::read(topic, &publish.payload)?;
+    if let Heard::Broker(name, hello) = &heard {
+        lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+    }
+    let _ = ears.try_send(heard);
+    Ok(())
 }
 
 /// Says on the bus what the installer says of the kernel.
@@ -123,6 +143,8 @@ enum Cause {
     Applied(Applied),
     /// Keys shake hands.
     Seen(Seen),
+    /// Denied keys are taken out.
+    Revoked(Revoked),
     /// It is time to say how many peers there are.
     Count,
     /// The installer has ended.
@@ -155,6 +177,7 @@ impl Announcer {
                 Cause::State => self.say_changes(),
                 Cause::Applied(applied) => self.say_applied(&applied),
                 Cause::Seen(seen) => self.say_seen(&seen),
+                Cause::Revoked(revoked) => self.say_revoked(&revoked),
                 Cause::Count => self.say_counts(),
                 Cause::End => return,
             }
@@ -167,6 +190,7 @@ impl Announcer {
             changed = self.link.changed() => if changed.is_ok() { Cause::Link } else { Cause::End },
             applied = self.installer.applied.recv() => applied.map_or(Cause::End, Cause::Applied),
             seen = self.installer.seen.recv() => seen.map_or(Cause::End, Cause::Seen),
+            revoked = self.installer.revoked.recv() => revoked.map_or(Cause::End, Cause::Revoked),
             changed = self.state.changed() => if changed.is_ok() { Cause::State } else { Cause::End },
             _ = self.count.tick() => Cause::Count,
         }
@@ -240,6 +264,14 @@ impl Announcer {
         let _ = self.confirmations.post(Message::event(topic, serde_json::to_vec(seen).unwrap_or_default()));
     }
 
+    /// Who made the record asks nobody else when he does not hear it.
+    fn say_revoked(&self, revoked: &Revoked) {
+        let topic = Topic::Revoked { worker: self.worker.clone() };
+        if !self.confirmations.post(Message::event(topic, serde_json::to_vec(revoked).unwrap_or_default())) {
+            self.metrics.confirmations_dropped.inc();
+        }
+    }
+
     fn say_counts(&self) {
         if *self.link.borrow() == Link::Up {
             for (domain, state) in &self.said {
@@ -302,12 +334,15 @@ fn connected(state: &DomainState) -> i64 {
 #[cfg(any(test, fuzzing))]
 pub fn hear_anything(topic: &str, payload: &[u8]) {
     let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
-    let domains = Domain::new("ff_a", &["ff_".into()]).into_iter().collect();
+    let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
+    let Ok(config) = Config::parse("", yaml, "w") else { return };
+    let (_keeper, lists) = keeper::Keeper::open(&config, wgkex_common::message::Party::Worker("w".into()));
+    let (ears, _heard) = wgkex_common::sync::ears();
     let reserved = watch::Sender::new(Reserved::default());
     if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
         let _ = reserve(&reserved, &worker, &domain, payload);
     }
-    let _ = (key(&domains, &publish), heard(&publish));
+    let _ = (key(&config.domains, &publish), hear(&ears, &lists, &publish));
 }
 
 #[cfg(test)]

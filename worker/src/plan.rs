@@ -25,8 +25,14 @@ pub const ADDRESS_TAKEN: &str = Applied::ADDRESS_TAKEN;
 /// Why a key is refused for which there is no room.
 pub const FULL: &str = "full";
 
+/// Why a key is refused that the lists do not let come.
+pub const DENIED: &str = Applied::DENIED;
+
 /// Why keys are refused that the kernel would take.
-pub const REFUSALS: [&str; 4] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL];
+pub const REFUSALS: [&str; 5] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, DENIED];
+
+/// Why the peer of a denied key stays.
+pub const ALTERED: &str = "altered by somebody else";
 
 /// What to do about one key: up to three changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,6 +133,21 @@ pub fn sweep(device: &Device, stale: &BTreeSet<PublicKey>) -> Vec<Step> {
         Step { key: *key, address, action: Action::Remove(Objects { peer: true, route: alone, fdb: alone }) }
     };
     stale.iter().filter(|key| device.peers.contains_key(key)).map(remove).collect()
+}
+
+/// Removes the peers `expelled` as [`sweep`] does, and of the keys `denied` also what is left without a peer.
+#[must_use]
+pub fn expel(device: &Device, expelled: &BTreeSet<PublicKey>, denied: &BTreeSet<PublicKey>) -> Vec<Step> {
+    let mut steps = sweep(device, expelled);
+    let absent: Vec<_> = denied.iter().filter(|key| !device.peers.contains_key(key)).collect();
+    if !absent.is_empty() {
+        let orphans = orphans(device);
+        let left = absent.into_iter().map(|key| (*key, key.link_local()));
+        let left = left.filter(|(_, address)| orphans.contains(address));
+        let rest = Objects { peer: false, ..Objects::ALL };
+        steps.extend(left.map(|(key, address)| Step { key, address, action: Action::Remove(rest) }));
+    }
+    steps
 }
 
 /// Addresses that have a route or a flood entry, and no peer: what a crash, or somebody who removed only the peer,
@@ -347,6 +368,24 @@ mod tests {
         let mut moved = device(&[key(1), key(2)]);
         peer(&mut moved, 2).allowed_ips.push((key(1).link_local().into(), 128));
         assert_eq!(changes(&sweep(&moved, &[key(1)].into())), [Change::RemovePeer(key(1))]);
+    }
+
+    #[test]
+    fn a_denied_key_goes_with_all_that_is_left_of_it_and_nothing_of_others() {
+        let mut device = device(&[key(1), key(2), key(3)]);
+        let [one, two] = [1, 2].map(|n| key(n).link_local());
+        device.peers.remove(&key(2));
+        let denied = [key(1), key(2), key(9)].into();
+        let wanted = [
+            Change::RemoveRoute(one),
+            Change::RemoveFdb(one),
+            Change::RemovePeer(key(1)),
+            Change::RemoveRoute(two),
+            Change::RemoveFdb(two),
+        ];
+        assert_eq!(changes(&expel(&device, &[key(1)].into(), &denied)), wanted);
+        peer(&mut device, 3).allowed_ips.push((two.into(), 128));
+        assert_eq!(changes(&expel(&device, &[].into(), &denied)), [], "somebody else has the address now");
     }
 
     #[test]

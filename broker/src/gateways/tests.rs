@@ -352,3 +352,26 @@ fn payload() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..20),
     ]
 }
+
+#[test]
+fn a_denied_key_reaches_those_who_are_online_and_know_what_to_do() {
+    let mut gateways = gateways(&[("named", 1.0)]);
+    let hello = |can: &str| format!(r#"{{"version":"1","can":[{can}]}}"#);
+    for (worker, can) in [("new", r#""confirm","revoke""#), ("old", r#""confirm""#)] {
+        gateways.live(&format!("wgkex/worker/{worker}/hello"), &hello(can));
+        gateways.live(&format!("wireguard-worker/{worker}/status"), "1");
+    }
+    gateways.live("wireguard-worker/original/status", "1");
+    gateways.found("wireguard-worker/nobody/status", "0");
+    gateways.data("away", "ff_a");
+    gateways.found("wireguard-worker/away/status", "0");
+    let reach: Vec<_> = gateways.reach().into_iter().collect();
+    let expected = [
+        ("away", Reach::Offline),
+        ("named", Reach::Offline),
+        ("new", Reach::Online),
+        ("old", Reach::Cannot),
+        ("original", Reach::Cannot),
+    ];
+    assert_eq!(reach, expected.map(|(name, reach)| (name.to_owned(), reach)));
+}

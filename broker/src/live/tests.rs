@@ -206,7 +206,7 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     assert!(!live.is_taken("ff_a", second, now + 2 * DAY));
     for order in [[first, second], [second, first]] {
         let (mut live, now) = self::live(10);
-        order.map(|key| live.admit("ff_a", key, now));
+        order.into_iter().for_each(|key| live.admit("ff_a", key, now));
         assert_eq!(known(&live, now), [first], "of two at once the same at every broker");
     }
 }
@@ -243,4 +243,23 @@ proptest! {
         };
         prop_assert_eq!(known(&one), known(&other));
     }
+}
+
+#[test]
+fn denied_keys_are_forgotten_and_come_by_no_way() {
+    use wgkex_common::lists::{AllowList, Entry, List};
+    let (mut live, now) = live(10);
+    live.admit("ff_a", key(1), now);
+    live.admit("ff_a", key(2), now);
+    let denied = [Entry::new(List::Deny, key(1))];
+    live.obey(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
+    assert_eq!(all(&live, question(), now), [key(2)]);
+    live.admit("ff_a", key(1), now);
+    live.prove("ff_a", key(1), now);
+    live.witness("ff_a", key(1), now);
+    live.learn(&Page { keys: [(key(1), Age(0, true)), (key(3), Age(0, true))].into(), ..page_of_none() }, now);
+    assert_eq!(all(&live, question(), now), [key(2), key(3)]);
+    live.obey(Arc::default());
+    live.admit("ff_a", key(1), now);
+    assert_eq!(live.len(), 3);
 }

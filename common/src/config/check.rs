@@ -10,14 +10,14 @@ use ipnet::IpNet;
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{Count, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
+use super::leaf::{Count, Directory, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
 use super::{
-    Cleanup, Config, Confirm, Credentials, Https, Limits, Listen, LiveKeys, Mqtt, Peers, Quota, Secret, Server, Setup,
-    Tls, Worker,
+    Allow, Cleanup, Config, Confirm, Credentials, Https, KeyLists, Limits, Listen, LiveKeys, Mqtt, Peers, Quota, Secret,
+    Server, Setup, Tls, Worker,
 };
-use crate::{Domain, DomainError, is_topic_level};
+use crate::{Domain, DomainError, PublicKey, is_topic_level};
 
 /// More mistakes than anybody reads at once.
 const ERRORS_MAX: usize = 50;
@@ -51,6 +51,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     let raw::BrokerListen { host, port, tls } = raw.broker_listen;
     let broker_listen = listen(raw::Listen { host, port }, 5000);
     let external_name = raw.external_name.map(|name| name.0).filter(|name| !name.is_empty());
+    let whitelist: BTreeSet<PublicKey> = raw.key_whitelist.into_iter().flatten().map(|key| key.0).collect();
+    let protected_keys = raw.protected_keys.into_iter().flatten().map(|key| key.0);
     Config {
         name: host_name.to_owned(),
         external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
@@ -66,9 +68,12 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         live_keys: live_keys(&raw.live_keys),
         peers: peers(&raw.peers),
         forget_idle_after: raw.forget_idle_after.map(|after| after.0),
-        protected_keys: raw.protected_keys.into_iter().chain(raw.key_whitelist).flatten().map(|key| key.0).collect(),
+        protected_keys: protected_keys.chain(whitelist.clone()).collect(),
         trusted_proxies: raw.trusted_proxies.into_iter().flatten().map(|net| IpNet::trunc(&net.0)).collect(),
         limits: limits(&raw.limits),
+        key_lists: key_lists(raw.blacklist_file, raw.allowlist, whitelist, raw.key_lists, report),
+        admin_listen: listen(raw.admin_listen, 5001),
+        admin_token_hash: raw.admin_token_hash.map(|hash| Secret(hash.0)),
         setup: setup(&raw.setup, &listed, &domains, report),
         log_level: log_level(raw.log_level, raw.logging_config.as_ref(), report),
         warnings: Vec::new(),
@@ -105,11 +110,6 @@ fn refuse_and_warn(raw: &Raw, report: &mut Report) {
             &Value::Bool(true),
             "is not supported by this version (routed networks), false is allowed",
         );
-    }
-    let unused =
-        [("allowlist.enabled", is_on(&raw.allowlist.enabled)), ("blacklist_file", raw.blacklist_file.is_some())];
-    for (path, _) in unused.iter().filter(|(_, is_set)| *is_set) {
-        report.warn(&Path::of(path), "is accepted, but this version does not use it");
     }
 }
 
@@ -180,6 +180,37 @@ fn quota(raw: &raw::Limit, burst: u32, per_second: f64) -> Option<Quota> {
     let burst = raw.burst.as_ref().map_or(burst, |burst| burst.0);
     let per_second = raw.per_second.as_ref().map_or(per_second, |rate| rate.0);
     NonZeroU32::new(burst).map(|burst| Quota { burst, per_second })
+}
+
+fn key_lists(
+    deny: Option<Text>,
+    allow: raw::Allowlist,
+    trusted: BTreeSet<PublicKey>,
+    dirs: raw::KeyLists,
+    report: &mut Report,
+) -> KeyLists {
+    let path = |text: Text| PathBuf::from(text.0);
+    let dir = |dir: Directory| PathBuf::from(dir.0);
+    let (is_enabled, file, allow_dir) =
+        (allow.enabled.is_some_and(|flag| flag.0), allow.file.map(path), dirs.allow.map(dir));
+    for (key, is_set) in [("allowlist.file", file.is_some()), ("key_lists.allow_dir", allow_dir.is_some())] {
+        if is_set && !is_enabled {
+            report.warn(&Path::of(key), "is not used, as allowlist.enabled is not true");
+        }
+    }
+    if is_enabled && file.is_none() && allow_dir.is_none() {
+        let note = "is true, but neither allowlist.file nor key_lists.allow_dir is set: only keys that are allowed by \
+                    an admin call may come";
+        report.warn(&Path::of("allowlist.enabled"), note);
+    }
+    KeyLists {
+        deny_file: deny.map(path),
+        deny_dir: dirs.deny.map(dir),
+        allow: is_enabled.then_some(Allow { file, dir: allow_dir }),
+        trusted,
+        trusted_dir: dirs.trusted.map(dir),
+        refresh: seconds(allow.refresh_interval.as_ref(), 5),
+    }
 }
 
 fn seconds(raw: Option<&Seconds>, default: u64) -> Duration {

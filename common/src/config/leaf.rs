@@ -122,8 +122,17 @@ leaf!(
     "is not an IPAM, json or netbox is allowed"
 );
 leaf!(
+    /// In lower case.
+    Hash(String),
+    |value: &Value| {
+        let is_hash = |text: &String| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        text(value).filter(is_hash).map(|text| text.to_ascii_lowercase())
+    },
+    "is not a SHA-256 hash, 64 hexadecimal digits are allowed (\"wgkex-broker admin-token\" makes a token and its hash)"
+);
+leaf!(
     Key(PublicKey),
-    |value: &Value| text(value)?.parse().ok(),
+    |value: &Value| text(value)?.parse::<PublicKey>().ok(),
     "is not a WireGuard public key, 44 characters of base64 are allowed"
 );
 

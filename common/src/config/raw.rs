@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Burst, Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net, Port, PrefixLength,
+    Burst, Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net, Port, PrefixLength,
     Rate, Seconds, Share, Text, Vni,
 };
 
@@ -47,6 +47,9 @@ pub(super) struct Raw {
     pub trusted_proxies: Vec<Option<Net>>,
     pub limits: Limits,
     pub setup: Setup,
+    pub key_lists: KeyLists,
+    pub admin_listen: Listen,
+    pub admin_token_hash: Option<Hash>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -169,6 +172,17 @@ pub(super) struct Allowlist {
     pub enabled: Option<Flag>,
     pub file: Option<Text>,
     pub refresh_interval: Option<Seconds>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct KeyLists {
+    #[serde(rename = "deny_dir")]
+    pub deny: Option<Directory>,
+    #[serde(rename = "allow_dir")]
+    pub allow: Option<Directory>,
+    #[serde(rename = "trusted_dir")]
+    pub trusted: Option<Directory>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

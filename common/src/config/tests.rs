@@ -156,6 +156,9 @@ fn what_is_left_out_has_its_default() {
             global: quota(50_000, 500.0),
         },
         confirm: Confirm { timeout: seconds(1), budget: seconds(3) },
+        key_lists: KeyLists { refresh: seconds(5), ..KeyLists::default() },
+        admin_listen: Listen { host: "127.0.0.1".into(), port: 5001 },
+        admin_token_hash: None,
         setup: config.setup.clone(),
         log_level: Level::INFO,
         warnings: vec![],
@@ -282,6 +285,30 @@ fn a_domains_own_interface_settings_win() {
     let expected = Setup { key_file: "/k/wg-welt.key".into(), listen_port: 40010, vxlan_id: 7, vxlan_port: 4789 };
     assert_eq!(setup(&config, "ffmuc_welt"), expected);
     assert_eq!(setup(&config, "ffmuc_umland").listen_port, 40001);
+}
+
+#[test]
+fn lists_and_the_token_are_taken_as_they_stand() {
+    let key = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
+    let hash = "AB".repeat(32);
+    let config = parse(&format!(
+        "{LEAST}blacklist_file: deny.yaml\nallowlist: {{enabled: yes, file: /allow, refresh_interval: 60}}\n\
+         key_whitelist: [{key}]\nkey_lists: {{deny_dir: /d, allow_dir: /a, trusted_dir: /t}}\n\
+         admin_listen: \"[::1]:81\"\nadmin_token_hash: {hash}\n"
+    ));
+    let config = config.unwrap();
+    let expected = KeyLists {
+        deny_file: Some("deny.yaml".into()),
+        deny_dir: Some("/d".into()),
+        allow: Some(Allow { file: Some("/allow".into()), dir: Some("/a".into()) }),
+        trusted: [key.parse().unwrap()].into(),
+        trusted_dir: Some("/t".into()),
+        refresh: Duration::from_secs(60),
+    };
+    assert_eq!((config.key_lists.clone(), config.admin_listen.to_string()), (expected, "[::1]:81".into()));
+    assert_eq!(config.admin_token_hash.as_ref().unwrap().expose(), hash.to_lowercase());
+    assert!(!format!("{config:?}").contains(&hash.to_lowercase()));
+    assert_eq!(parse(&format!("{LEAST}allowlist: {{file: /a}}")).unwrap().key_lists.allow, None);
 }
 
 #[test]

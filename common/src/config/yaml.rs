@@ -11,6 +11,9 @@ const SIZE_MAX: usize = 1 << 20;
 /// The parser descends once per level, on a stack that ends.
 const DEPTH_MAX: usize = 200;
 
+/// What [`any`] puts above a text.
+const TOP: &str = "top";
+
 const EMPTY: &str = "is empty, domains and domain_prefixes are needed at least";
 
 /// The mapping that `yaml` says; without one the report has the reason.
@@ -29,6 +32,40 @@ pub(super) fn parse(yaml: &str, report: &mut Report) -> Option<Value> {
     };
     report.refuse_all(&reason);
     None
+}
+
+/// Whatever stands at the top of `text`, which is YAML or JSON; else why it is neither, without a word of it.
+pub(super) fn any(text: &str, max: usize) -> Result<Value, String> {
+    let text = text.trim_start_matches('\u{feff}');
+    if text.len() > max {
+        return Err(format!("has {} bytes, {max} are allowed", text.len()));
+    }
+    if let Ok(value) = serde_json::from_str(text) {
+        return Ok(value);
+    }
+    if text.lines().any(|line| depth(line) > DEPTH_MAX) {
+        return Err(format!("has a line with more than {DEPTH_MAX} levels, fewer are allowed"));
+    }
+    let indent = |text: &str| text.len() - text.trim_start().len();
+    if let Some(number) = text.lines().position(|line| line[..indent(line)].contains('\t')) {
+        return Err(format!("line {}: begins with a tab, spaces are allowed", number + 1));
+    }
+    // The parser wants a mapping at the top.
+    let below: String =
+        text.lines().map(|line| if line == "---" { "\n".into() } else { format!(" {line}\n") }).collect();
+    match File::from_str(&format!("{TOP}:\n{below}"), FileFormat::Yaml).collect() {
+        Ok(mut keys) if keys.len() == 1 => Ok(keys.remove(TOP).map_or(Value::Null, |top| convert(top.kind))),
+        Ok(_) => Err("is not YAML".into()),
+        Err(error) => Err(match scan_error(&error.to_string()) {
+            Some((reason, line)) if reason.ends_with(": duplicated key in mapping") => {
+                format!("line {}: a key is given twice in one mapping, once is allowed", line.saturating_sub(1))
+            }
+            Some((_, line)) => {
+                format!("line {}: is not YAML", line.saturating_sub(1).clamp(1, text.lines().count().max(1)))
+            }
+            None => "is not YAML".into(),
+        }),
+    }
 }
 
 /// An upper bound of the levels that a line opens in block style (the parser itself bounds those in brackets).

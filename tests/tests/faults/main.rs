@@ -9,6 +9,7 @@ mod clock;
 mod disk;
 mod kernel;
 mod lab;
+mod lists;
 mod live;
 mod random;
 mod slow;
@@ -42,6 +43,10 @@ lane! { netns, Userspace, "needs root: tests/run netns":
     kernel::a_worker_that_missed_what_netlink_said_notices_and_catches_up,
     kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,
     kernel::what_is_lost_is_repaired_what_is_left_over_goes_and_what_is_foreign_stays,
+    lists::a_gateway_obeys_the_lists_of_its_own_machine,
+    lists::a_gateway_that_was_away_lacks_what_was_revoked_meanwhile,
+    lists::a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away,
+    lists::brokers_that_were_apart_come_to_revoke_the_same,
     random::a_hundred_random_faults_lose_no_key_and_leak_nothing,
     workers::a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk,
     workers::a_worker_killed_in_the_middle_of_a_batch_goes_on,
@@ -52,5 +57,6 @@ lane! { netns, Userspace, "needs root: tests/run netns":
 lane! { vm, Kernel, "needs WireGuard in the kernel: tests/run vm":
     clock::a_clock_that_is_stepped_costs_no_peer_and_no_key,
     kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,
+    lists::a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away,
     workers::a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk,
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
-use wgkex_common::message::{Applied, Seen};
+use wgkex_common::message::{Applied, Revoked, Seen};
 use wgkex_common::{Domain, PublicKey};
 
 use crate::kernel::{Device, KernelError};
@@ -63,11 +63,14 @@ pub struct Said {
     pub applied: mpsc::Receiver<Applied>,
     /// Which keys shake hands.
     pub seen: mpsc::Receiver<Seen>,
+    /// What became of keys that were denied.
+    pub revoked: mpsc::Receiver<Revoked>,
 }
 
 pub(super) struct Outbox {
     applied: mpsc::Sender<Applied>,
     seen: mpsc::Sender<Seen>,
+    revoked: mpsc::Sender<Revoked>,
     state: watch::Sender<State>,
     metrics: Metrics,
 }
@@ -76,7 +79,9 @@ impl Outbox {
     pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Said) {
         let (applied, applied_receiver) = mpsc::channel(MESSAGES);
         let (seen, seen_receiver) = mpsc::channel(MESSAGES);
-        (Self { applied, seen, state, metrics }, Said { applied: applied_receiver, seen: seen_receiver })
+        let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
+        let said = Said { applied: applied_receiver, seen: seen_receiver, revoked: revoked_receiver };
+        (Self { applied, seen, revoked, state, metrics }, said)
     }
 
     /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.
@@ -92,6 +97,19 @@ impl Outbox {
     pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
         let seen = |part: &[PublicKey]| Seen { domain: domain.name().to_owned(), keys: part.to_vec() };
         keys.chunks(KEYS_PER_MESSAGE).all(|part| self.seen.try_send(seen(part)).is_ok())
+    }
+
+    /// Says what became of denied keys, each with the time of its record. What MQTT cannot take is dropped.
+    pub fn revoked(&self, outcomes: impl IntoIterator<Item = (u64, PublicKey, &'static str)>) {
+        let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, String>>::new();
+        for (at, key, outcome) in outcomes {
+            by_record.entry(at).or_default().insert(key, outcome.to_owned());
+        }
+        for (at, keys) in by_record {
+            if self.revoked.try_send(Revoked { at, keys }).is_err() {
+                self.metrics.confirmations_dropped.inc();
+            }
+        }
     }
 
     pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: Counts) {

@@ -2,19 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv6Addr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
-use wgkex_common::message::Age;
+use wgkex_common::lists::Admission;
+use wgkex_common::message::{Age, Revoked};
 use wgkex_common::store::{Journal, Kept};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
 use super::outbox::{Outbox, Report};
 use crate::kernel::{Device, Kernel, KernelError};
-use crate::ledger::{Admission, Ledger, Now, Policy};
+use crate::ledger::{Admitted, Ledger, Now, Policy};
 use crate::metrics::Metrics;
-use crate::plan::{self, Step};
+use crate::plan::{self, ALTERED, DENIED, Step};
 use crate::schedule::Schedule;
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
@@ -32,6 +34,7 @@ pub(super) struct Served {
     /// What the last read showed to be owed, as far as it is not done.
     backlog: VecDeque<Step>,
     reserved: watch::Receiver<Reserved>,
+    admission: Arc<Admission>,
     journal: Journal,
     /// Reads fail for another reason than a missing interface, and that has been said.
     unreadable: bool,
@@ -53,6 +56,7 @@ impl Served {
             schedule: Schedule::new(&policy, now),
             own: Err("interface"),
             backlog: VecDeque::new(),
+            admission: Arc::default(),
             unreadable: false,
             metrics,
         }
@@ -80,6 +84,17 @@ impl Served {
         }
     }
 
+    /// Takes over who may come; those who are here and may not go at the next read.
+    pub fn admit(&mut self, admission: Arc<Admission>) {
+        self.admission = admission;
+    }
+
+    /// Forgets keys that wait and may not come; true if some stand in the kernel that may not.
+    pub fn has_to_expel(&mut self) -> bool {
+        let (admission, domain) = (&self.admission, self.domain.name());
+        !admission.expels_nobody() && !self.ledger.expel(|key| admission.expels(domain, key)).is_empty()
+    }
+
     /// What was reported of handshakes may not have been heard.
     pub fn report_all(&mut self) {
         self.ledger.report_all();
@@ -93,6 +108,8 @@ impl Served {
     /// Keys are live that this gateway may lack: those that it does are owed from now on.
     pub fn learn(&mut self, keys: BTreeMap<PublicKey, Age>, now: Instant) {
         let own = self.own.ok().flatten();
+        let (admission, domain) = (&self.admission, self.domain.name());
+        let keys = keys.into_iter().filter(|(key, _)| !admission.refuses(domain, key));
         let learnt = self.ledger.learn(keys, own, &self.reserved.borrow(), now);
         self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(learnt.number as u64);
         if self.own.is_ok() {
@@ -123,6 +140,9 @@ impl Served {
 
     /// Puts keys that arrived into the kernel and says what became of each.
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
+        let (admission, domain) = (&self.admission, self.domain.name());
+        let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.refuses(domain, key));
+        self.refuse(outbox, plan::merged(denied).into_iter().map(|key| (key, DENIED)).collect());
         let own = match self.own {
             Ok(own) => own,
             Err(reason) => {
@@ -132,8 +152,8 @@ impl Served {
                 return;
             }
         };
-        let admission = self.ledger.admit(keys, own, &self.reserved.borrow(), now.monotonic);
-        let Admission { known, mut new, deferred, refused } = admission;
+        let admitted = self.ledger.admit(keys, own, &self.reserved.borrow(), now.monotonic);
+        let Admitted { known, mut new, deferred, refused } = admitted;
         self.refuse(outbox, refused);
         // What is known never waits for what is not.
         let later = new.split_off(SLICE.min(new.len()));
@@ -216,26 +236,66 @@ impl Served {
         outbox.confirm(&self.domain, &report);
     }
 
+    /// Takes the keys `denied` out of the kernel, and says of each what became of it.
+    pub async fn revoke<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        denied: &BTreeSet<PublicKey>,
+        now: Now,
+    ) -> BTreeMap<PublicKey, &'static str> {
+        let known: Vec<_> = denied.iter().filter(|key| self.ledger.knows(key)).copied().collect();
+        match self.read_and_expel(kernel, outbox, denied, now).await {
+            Ok(outcomes) => {
+                let said = |outcome: Result<(), _>| outcome.err().unwrap_or(Revoked::REMOVED);
+                outcomes.into_iter().map(|(key, outcome)| (key, said(outcome))).collect()
+            }
+            // What cannot be read now is looked at when it can.
+            Err(reason) => known.into_iter().map(|key| (key, reason)).collect(),
+        }
+    }
+
     /// Reads the tables and draws every conclusion from them.
     pub async fn read<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+        // What it could not do is done at the next read.
+        let _ = self.read_and_expel(kernel, outbox, &BTreeSet::new(), now).await;
+    }
+
+    async fn read_and_expel<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        denied: &BTreeSet<PublicKey>,
+        now: Now,
+    ) -> Result<Report, &'static str> {
         let begun = tokio::time::Instant::now();
         let read = kernel.read(&self.domain).await;
         self.schedule.read(now.monotonic, begun.elapsed());
         match read {
-            Ok(device) => self.observe(kernel, outbox, &device, now).await,
+            Ok(device) => Ok(self.observe(kernel, outbox, &device, denied, now).await),
             Err(error) => {
                 self.metrics.read_failures.with_label_values(&[self.domain.name()]).inc();
                 self.unread(outbox, &error, now.monotonic);
+                Err(error.reason())
             }
         }
     }
 
-    async fn observe<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Now) {
+    /// Returns what became of keys that may not be here.
+    async fn observe<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        device: &Device,
+        denied: &BTreeSet<PublicKey>,
+        now: Now,
+    ) -> Report {
         if std::mem::take(&mut self.unreadable) {
             info!(domain = %self.domain, "tables can be read again");
         }
         self.own = Ok(device.public_key);
         self.ledger.observe(device, &self.reserved.borrow(), now);
+        let expelled = self.expel(kernel, outbox, device, denied, now.monotonic).await;
         if self.schedule.is_sweep_due(now.monotonic) {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
@@ -253,11 +313,44 @@ impl Served {
             self.schedule.good();
             outbox.set_tables(&self.domain, device, self.ledger.counts(now.monotonic));
         }
+        expelled
+    }
+
+    /// Removes the peers of keys that may not be here, and what else there is of those just `denied`. What others made
+    /// or altered stays.
+    async fn expel<K: Kernel>(
+        &mut self,
+        kernel: &mut K,
+        outbox: &mut Outbox,
+        device: &Device,
+        denied: &BTreeSet<PublicKey>,
+        now: Instant,
+    ) -> Report {
+        let (admission, domain) = (self.admission.clone(), self.domain.clone());
+        let is_expelled = |key: &PublicKey| admission.expels(domain.name(), key);
+        if admission.expels_nobody() {
+            return Report::new();
+        }
+        self.backlog.retain(|step| !is_expelled(&step.key));
+        let peers = self.ledger.expel(is_expelled);
+        let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
+        let ours = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
+        let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
+        for key in &removed {
+            self.ledger.removed(key);
+        }
+        if !removed.is_empty() {
+            self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed.len() as u64);
+            info!(%domain, removed = removed.len(), "peers of keys that may not be here are removed");
+        }
+        [altered, told(outcomes)].concat()
     }
 
     /// Only ever right after a read: nothing is decided against a peer by what was so before.
     async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
         let mut stale = self.ledger.stale(now);
+        stale.retain(|key| !self.admission.trusts(key));
         let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
         let removed = self.remove(kernel, outbox, device, &stale, now).await;
         self.schedule.swept(now, more && removed == stale.len());
@@ -270,7 +363,8 @@ impl Served {
 
     /// Removes peers that are in the way of others, a few at a time: keys wait meanwhile.
     async fn oust<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
-        let surplus = self.ledger.surplus(ROOM);
+        let mut surplus = self.ledger.surplus(ROOM);
+        surplus.retain(|key| !self.admission.trusts(key));
         let removed = self.remove(kernel, outbox, device, &surplus, now).await;
         if removed == ROOM {
             self.schedule.hurry(now);

@@ -4,7 +4,9 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use wgkex_common::lists::{AllowList, Entry, List};
 use wgkex_common::message::Applied;
+use wgkex_common::store::Kept;
 
 use super::*;
 use crate::kernel::fake::{Delays, Fake};
@@ -540,6 +542,173 @@ async fn live_keys_wait_for_their_interface() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..10);
+    gateway.settle().await;
+    gateway.handle.admit(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
+    let said = gateway.said.revoked.recv().await.unwrap();
+    assert_eq!(said, Revoked { at: 7, keys: [(key(1), "removed".into()), (key(50), "absent".into())].into() });
+    assert_eq!(gateway.metrics.peers_revoked.with_label_values(&["ffmuc_welt"]).get(), 2);
+    gateway.offer([1, 20]);
+    let said = gateway.confirmed().await;
+    assert_eq!((said.installed, said.failed), (vec![key(20)], [(key(1), "denied".to_owned())].into()));
+    gateway.handle.learn(domain(), live(0..3)).await;
+    sleep(10 * MINUTE).await;
+    let device = gateway.device();
+    for n in [1, 2] {
+        let address = key(n).link_local();
+        assert!(
+            !device.peers.contains_key(&key(n)) && !device.routes.contains(&address) && !device.fdb.contains(&address)
+        );
+    }
+    assert!(gateway.all_stand([0].into_iter().chain(3..10)));
+
+    gateway.handle.admit(denying([]), []);
+    gateway.offer([1]);
+    assert_eq!(gateway.confirmed().await.installed, [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_remembered_and_denied_is_not_put_back() {
+    let fake = Fake::with(&[domain()]);
+    let kept = Kept { last: std::time::Instant::now(), proven: true };
+    let remembered: Keys = (1..4).map(|n| ((domain(), key(n)), kept)).collect();
+    let journal = Journal::default();
+    let metrics = Metrics::new([&domain()]).unwrap();
+    let (_, reserved) = watch::channel(Reserved::default());
+    let (installer, handle, _said) =
+        Installer::new(fake.clone(), [domain()], &Policy::default(), (journal, remembered), &reserved, &metrics);
+    handle.admit(denying([1]), []);
+    tokio::spawn(installer.run(pending()));
+    sleep(MINUTE).await;
+    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
+    let applied = fake.take_applies().into_iter().flat_map(|(_, changes)| changes);
+    assert_eq!(applied.filter(|change| matches!(change, Change::SetPeer(..))).count(), 2, "not even for a moment");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2]);
+    gateway.settle().await;
+    gateway.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+    });
+    let before = gateway.device();
+    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    let said = gateway.said.revoked.recv().await.unwrap();
+    assert_eq!(said.keys, [(key(1), plan::ALTERED.to_owned())].into());
+    sleep(10 * MINUTE).await;
+    assert_eq!(gateway.device(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_removed_now_is_when_it_can() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2, 3]);
+    gateway.settle().await;
+    gateway.fake.refuse(Change::RemovePeer(key(1)));
+    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "kernel".to_owned())].into());
+    gateway.fake.refuse_nothing();
+    sleep(2 * MINUTE).await;
+    assert!(!gateway.device().peers.contains_key(&key(1)));
+
+    // An interface that is gone and comes back has no place for it either.
+    gateway.fake.remove(&domain());
+    sleep(MINUTE).await;
+    gateway.handle.admit(denying([1, 2]), [(key(2), 8)]);
+    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(2), "interface".to_owned())].into());
+    gateway.fake.add(&domain());
+    sleep(2 * MINUTE).await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_a_denied_key_goes_at_once() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1]);
+    gateway.settle().await;
+    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
+    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "removed".to_owned())].into());
+    let device = gateway.device();
+    assert!(device.routes.is_empty() && device.fdb.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_that_wait_for_their_interface_are_denied_too() {
+    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    gateway.offer([1, 2]);
+    gateway.settle().await;
+    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys.len(), 1);
+    gateway.fake.add(&domain());
+    gateway.settle().await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(2)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
+    let mut gateway = Gateway::start();
+    gateway.offer([1, 2]);
+    gateway.settle().await;
+    let allowing = |allow_list| Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], allow_list, 0));
+    gateway.handle.admit(allowing(AllowList::Unread), []);
+    gateway.offer([3]);
+    assert_eq!(gateway.confirmed().await.failed, [(key(3), "denied".to_owned())].into());
+    gateway.settle().await;
+    assert!(gateway.all_stand([1, 2]), "nobody goes because of a list that could not be read");
+    gateway.handle.admit(allowing(AllowList::Read), []);
+    gateway.settle().await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
+    let mut gateway = Still::start();
+    gateway.keys([1, 2]).await;
+    let trusted = Entry::new(List::Trusted, key(1));
+    let trusting = |denied: &[Entry]| Arc::new(Admission::of(denied.iter().chain([&trusted]), AllowList::Off, 0));
+    gateway.handle().admit(trusting(&[]), []);
+    gateway.installer.handle(Event::Ordered, gateway.now).await;
+    for _ in 0..5 * 60 {
+        gateway.minute().await;
+    }
+    assert_eq!(gateway.fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+    gateway.handle().admit(trusting(&[Entry::new(List::Deny, key(1))]), []);
+    gateway.installer.handle(Event::Ordered, gateway.now).await;
+    assert!(gateway.fake.device(&domain()).unwrap().peers.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_wait_while_they_are_held_and_what_is_owed_does_not() {
+    let fake = Fake::with(&[domain()]);
+    let (gate, held) = watch::channel(None);
+    let (installer, handle, mut said) = installer(fake.clone(), &Policy::default());
+    tokio::spawn(installer.held_by(held).run(pending()));
+    sleep(MINUTE).await;
+    gate.send_replace(Some(std::time::Instant::now()));
+    handle.offer(domain(), key(1));
+    let learning = tokio::spawn({
+        let handle = handle.clone();
+        async move {
+            for _ in 0..3 {
+                handle.learn(domain(), live(2..4)).await;
+            }
+        }
+    });
+    sleep(HOUR).await;
+    assert!(fake.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
+    handle.admit(denying([1, 2]), []);
+    gate.send_replace(None);
+    assert_eq!(said.applied.recv().await.unwrap().failed.len(), 1);
+    sleep(MINUTE).await;
+    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
     let mut gateway = Gateway::start();
     gateway.offer(0..3_000);
@@ -671,14 +840,18 @@ struct Still {
     installer: Installer<Fake>,
     metrics: Metrics,
     now: Now,
-    _others: (Handle, Said),
+    others: (Handle, Said),
 }
 
 impl Still {
     fn start() -> Self {
         let fake = Fake::with(&[domain()]);
         let (installer, handle, said) = installer(fake.clone(), &Policy::default());
-        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), _others: (handle, said) }
+        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
+    }
+
+    fn handle(&self) -> &Handle {
+        &self.others.0
     }
 
     async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
@@ -696,6 +869,11 @@ impl Still {
             self.installer.handle(Event::Spare(domain()), self.now).await;
         }
     }
+}
+
+fn denying(keys: impl IntoIterator<Item = u32>) -> Arc<Admission> {
+    let entries: Vec<_> = keys.into_iter().map(|n| Entry::new(List::Deny, key(n))).collect();
+    Arc::new(Admission::of(&entries, AllowList::Off, 0))
 }
 
 fn live(keys: std::ops::Range<u32>) -> Live {

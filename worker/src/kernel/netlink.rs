@@ -231,7 +231,7 @@ pub fn read_answer(datagram: &[u8]) {
     let (mut address, mut routes, mut list) = Default::default();
     let answers = channel::messages::<RouteNetlinkMessage>(datagram).unwrap_or_default();
     for answer in answers.iter().filter_map(payload) {
-        drop(route::link_of(answer));
+        let _ = route::link_of(answer);
         route::find_address(&mut address, answer, 1);
         route::add_route(&mut routes, answer, 1);
         route::add_destination(&mut list, answer, 1, 1);

@@ -154,6 +154,13 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "key_whitelist: [abc]",
         &["key_whitelist[0]: \"abc\" is not a WireGuard public key, 44 characters of base64 are allowed"],
     ),
+    ("key_lists: {deny_dir: keys}", &["key_lists.deny_dir: \"keys\" is not a directory, an absolute path is allowed"]),
+    (
+        "admin_token_hash: abc",
+        &[
+            "admin_token_hash: the value is not a SHA-256 hash, 64 hexadecimal digits are allowed (\"wgkex-broker admin-token\" makes a token and its hash)",
+        ],
+    ),
     ("setup: {key_dir: keys}", &["setup.key_dir: \"keys\" is not a directory, an absolute path is allowed"]),
     (
         "setup: {vxlan_id: 16777216}",
@@ -281,8 +288,15 @@ fn what_is_odd_but_harmless_is_a_warning() {
         ),
         ("mqtt: {username: x}", &["mqtt.username: is not used, as mqtt.password is not set"]),
         ("mqtt: {password: x}", &["mqtt.password: is not used, as mqtt.username is not set"]),
-        ("blacklist_file: /x", &["blacklist_file: is accepted, but this version does not use it"]),
-        ("allowlist: {enabled: on}", &["allowlist.enabled: is accepted, but this version does not use it"]),
+        (
+            "allowlist: {enabled: on}",
+            &[
+                "allowlist.enabled: is true, but neither allowlist.file nor key_lists.allow_dir is set: only keys that are allowed by an admin call may come",
+            ],
+        ),
+        ("allowlist: {file: x}", &["allowlist.file: is not used, as allowlist.enabled is not true"]),
+        ("key_lists: {allow_dir: /x}", &["key_lists.allow_dir: is not used, as allowlist.enabled is not true"]),
+        ("allowlist: {enabled: on, file: x}\nblacklist_file: y\nkey_lists: {deny_dir: /x, trusted_dir: /y}", &[]),
         ("logging_config: {anything: {goes: [here]}}", &[]),
         ("parker: {prefixes: {ipv4: {netbox_filter: x, netbox_additional_data: {a: {b: 1}}}}}", &[]),
     ];
