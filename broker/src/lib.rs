@@ -3,17 +3,18 @@
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
 //! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later.
 
-mod embedded;
+pub mod access;
 pub mod exchange;
 pub mod gateways;
 mod http;
 pub mod live;
 mod metrics;
 mod mqtt;
+pub mod mqttd;
 mod page;
+pub mod password;
 pub mod waiters;
 
-use std::future::pending;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,7 +23,6 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
-use wgkex_common::config::Server;
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
@@ -33,12 +33,11 @@ use crate::gateways::Gateways;
 use crate::http::App;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
+use crate::mqttd::Mqttd;
 use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How often the embedded MQTT server is looked for while it starts.
-const PROBE: Duration = Duration::from_millis(10);
 /// Questions that wait at most for their answers; who gets none asks again.
 const QUESTIONS: usize = 1024;
 /// How often the live keys are searched for those whose time is over.
@@ -47,15 +46,14 @@ const EXPIRE: Duration = Duration::from_secs(10);
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let listener = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
-    if let Server::Embedded(listen_mqtt) = config.mqtt.server {
-        // Taken, it is somebody else's server, which must not be spoken to.
-        listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
-    }
     let metrics = Metrics::new().context("metrics")?;
+    let embedded = config.mqtt_listen.as_ref();
+    let embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let waiters = Waiters::default();
-    let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
-    let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config))?;
+    let (bus, session) = wgkex_common::mqtt::open(&server, mqtt::client(&config))?;
+    let (keys, publishing) = wgkex_common::mqtt::open(&server, mqtt::keys_client(&config))?;
     let (live, store) = live_keys(&config);
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
@@ -73,12 +71,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
-    let embedded = serve_embedded(&config.mqtt.server);
-    let server_is_up = embedded_listens(config.mqtt.server.clone());
     let kept = metrics.state_kept.clone();
     let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
-        server_is_up.await;
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
@@ -95,7 +90,6 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
     let result = tokio::select! {
-        error = embedded => Err(error),
         ended = &mut server => ended.context("HTTP")?.context("HTTP"),
         () = stop => Ok(()),
     };
@@ -106,6 +100,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
     let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing) }).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
     result
 }
 
@@ -149,21 +146,4 @@ fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
 fn gateways(config: &Config) -> Gateways {
     let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
     Gateways::new(config.name.clone(), config.domains.clone(), weights)
-}
-
-/// Serves the bus, if it is this broker that does; else waits for ever.
-async fn serve_embedded(server: &Server) -> anyhow::Error {
-    match server {
-        Server::Embedded(listen) => embedded::serve(*listen).await,
-        Server::External { .. } => pending().await,
-    }
-}
-
-/// Returns when this broker's own MQTT server can be connected to, so that no attempt fails before that.
-async fn embedded_listens(server: Server) {
-    if let Server::Embedded(listen) = server {
-        while tokio::net::TcpStream::connect(listen).await.is_err() {
-            sleep(PROBE).await;
-        }
-    }
 }

@@ -2,6 +2,7 @@
 //! says, and the MQTT session under both.
 
 pub mod config;
+pub mod database;
 mod domain;
 mod key;
 pub mod log;

@@ -54,7 +54,7 @@ fn settle_list(path: &Path, value: &mut Value, report: &mut Report) {
 }
 
 fn settle_mapping(path: &Path, place: &Path, known: &Map<String, Value>, value: &mut Value, report: &mut Report) {
-    if known.keys().eq(["host", "port"]) {
+    if known.contains_key("host") && known.contains_key("port") {
         split_host_and_port(value);
     }
     let mut keys = match value.take() {

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Port, PrefixLength, Seconds, Share,
-    Text, Vni,
+    Connections, Count, Directory, File, Flag, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, PasswordHash, Port,
+    PrefixLength, Seconds, Share, Text, UserRole, Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -34,7 +34,7 @@ pub(super) struct Raw {
     pub allowlist: Allowlist,
     pub blacklist_file: Option<Text>,
     pub key_whitelist: Vec<Option<Key>>,
-    pub mqtt_listen: Listen,
+    pub mqtt_listen: MqttListen,
     pub worker_listen: Listen,
     pub confirm_timeout: Option<Seconds>,
     pub confirm_budget: Option<Seconds>,
@@ -127,6 +127,38 @@ pub(super) struct Listen {
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
+pub(super) struct MqttListen {
+    pub host: Option<Host>,
+    pub port: Option<Port>,
+    pub tls: MqttListenTls,
+    pub users: BTreeMap<String, MqttUser>,
+    pub max_connections: Option<Connections>,
+}
+
+impl MqttListen {
+    /// Whether any of it stands in the file.
+    pub fn is_set(&self) -> bool {
+        let tls = self.tls.cert_file.is_some() || self.tls.key_file.is_some();
+        self.host.is_some() || self.port.is_some() || self.max_connections.is_some() || tls || !self.users.is_empty()
+    }
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct MqttListenTls {
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct MqttUser {
+    pub password_hash: Option<PasswordHash>,
+    pub role: Option<UserRole>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
 pub(super) struct Allowlist {
     pub enabled: Option<Flag>,
     pub file: Option<Text>,
@@ -167,6 +199,10 @@ impl Raw {
             domain_prefixes: vec![None],
             key_whitelist: vec![None],
             workers: BTreeMap::from([(ANY.to_owned(), Worker::default())]),
+            mqtt_listen: MqttListen {
+                users: BTreeMap::from([(ANY.to_owned(), MqttUser::default())]),
+                ..MqttListen::default()
+            },
             setup: Setup { domains: BTreeMap::from([(ANY.to_owned(), SetupDomain::default())]), ..Setup::default() },
             ..Self::default()
         };

@@ -10,7 +10,7 @@ use serde_path_to_error::Segment;
 use super::keys;
 
 /// Keys whose values are nobody's business.
-const SECRET_KEYS: [&str; 3] = ["password", "api_key", "broker_signing_key"];
+const SECRET_KEYS: [&str; 4] = ["password", "password_hash", "api_key", "broker_signing_key"];
 
 /// Longer values are not shown: they help nobody.
 const SHOWN_MAX: usize = 80;

@@ -135,6 +135,12 @@ fn what_is_left_out_has_its_default() {
             keepalive: seconds(5),
             tls: None,
         },
+        mqtt_listen: Some(MqttListen {
+            address: "127.0.0.1:1883".parse().unwrap(),
+            tls: None,
+            users: BTreeMap::new(),
+            max_connections: 10_000,
+        }),
         broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
         state_dir: "/var/lib/wgkex".into(),
@@ -224,6 +230,29 @@ fn listeners_are_given_as_keys_or_as_text() {
     let embedded = |text: &str| parse(&format!("{LEAST}mqtt_listen: {text}")).unwrap().mqtt.server;
     assert_eq!(embedded("localhost:1884"), Server::Embedded("127.0.0.1:1884".parse().unwrap()));
     assert_eq!(embedded("'[::1]:1884'"), Server::Embedded("[::1]:1884".parse().unwrap()));
+}
+
+#[test]
+fn the_embedded_server_has_users_and_tls() {
+    let listen = "mqtt_listen: {host: '::', tls: {cert_file: /c, key_file: /k}, max_connections: 50, users: {\
+                  gw1: {password_hash: '$argon2id$1'}, b: {password_hash: '$argon2id$2', role: broker}}}";
+    let config = parse(&format!("{LEAST}{listen}")).unwrap();
+    assert_eq!(config.warnings, [""; 0]);
+    assert_eq!(config.mqtt.server, Server::Embedded("[::1]:1883".parse().unwrap()), "what a worker beside it connects to");
+    let user = |hash: &str, role| MqttUser { password_hash: Secret(hash.into()), role };
+    let expected = MqttListen {
+        address: "[::]:1883".parse().unwrap(),
+        tls: Some(("/c".into(), "/k".into())),
+        users: BTreeMap::from([
+            ("gw1".into(), user("$argon2id$1", Role::Worker)),
+            ("b".into(), user("$argon2id$2", Role::Broker)),
+        ]),
+        max_connections: 50,
+    };
+    assert!(!format!("{config:?}").contains("argon2id"));
+    assert_eq!(config.mqtt_listen, Some(expected));
+    let external = parse(&format!("{LEAST}mqtt: {{broker_url: mqtt}}")).unwrap();
+    assert_eq!(external.mqtt_listen, None);
 }
 
 #[test]

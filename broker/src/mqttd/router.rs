@@ -1,0 +1,136 @@
+//! rumqttd's router, as a log that everybody who listens reads at a pace of their own.
+//!
+//! The router breaks on client ids, topics, filters, acknowledgements and endings of connections that it does not
+//! expect. So it sees nothing of what clients send: everything is said by one link, on one topic, and each [`Ear`] hears
+//! all of it and picks what it wants. An ear that is too slow loses the oldest, as the log is bounded.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use rumqttd::local::{LinkBuilder, LinkError, LinkRx, LinkTx};
+use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
+use rumqttd::{Notification, RouterConfig};
+use tokio::task::yield_now;
+use tokio::time::sleep;
+
+/// What everything is said on.
+const TOPIC: &str = "bus";
+/// Has one message, which an ear that ends asks for.
+const BARRIER: &str = "barrier";
+/// The log is kept in segments until these are full, read or not.
+const SEGMENT: usize = 1 << 20;
+/// How many segments there are: 4 MiB hold 20,000 keys several times.
+const SEGMENTS: usize = 4;
+/// So much is handed to an ear at once, beside the 200 messages that its link holds.
+const AT_ONCE: u64 = 100;
+/// How long to wait for a place in the router's queue.
+const PAUSE: Duration = Duration::from_millis(1);
+
+type Dial = dyn Fn(&str) -> Result<(LinkTx, LinkRx, Notification), LinkError> + Send + Sync;
+
+/// The router, on a thread of its own that ends with the process.
+pub struct Router {
+    /// The type of the router's queue has no name outside of rumqttd.
+    dial: Box<Dial>,
+    /// The names of links that ended: the router remembers each name for ever.
+    names: Mutex<Names>,
+}
+
+#[derive(Default)]
+struct Names {
+    free: Vec<usize>,
+    given: usize,
+}
+
+/// The one who says everything.
+pub struct Mouth {
+    link: LinkTx,
+    _replies: LinkRx,
+}
+
+impl Router {
+    /// A router for so many ears.
+    pub fn start(ears: usize) -> Result<(Self, Mouth), LinkError> {
+        let config = RouterConfig {
+            max_connections: ears + 10,
+            max_outgoing_packet_count: AT_ONCE,
+            max_segment_size: SEGMENT,
+            max_segment_count: SEGMENTS,
+            initialized_filters: Some(vec![TOPIC.into(), BARRIER.into()]),
+            ..RouterConfig::default()
+        };
+        let queue = rumqttd::Router::new(0, config).spawn();
+        let dial = Box::new(move |name: &str| LinkBuilder::new(name, queue.clone()).build());
+        let (mut link, replies, _) = dial("mouth")?;
+        link.publish(BARRIER, Bytes::from_static(b"!"))?;
+        Ok((Self { dial, names: Mutex::default() }, Mouth { link, _replies: replies }))
+    }
+
+    /// An ear that hears what is said from now on. It has to be closed.
+    pub fn listen(&self) -> Result<Ear, LinkError> {
+        let name = self.names(|names| {
+            names.free.pop().unwrap_or_else(|| {
+                names.given += 1;
+                names.given
+            })
+        });
+        let (mut link, heard, _) = (self.dial)(&name.to_string())?;
+        link.subscribe(TOPIC)?;
+        Ok(Ear { name, link, heard })
+    }
+
+    /// Ends an ear. The router breaks on words from a link that it has forgotten, so these must not be: behind the
+    /// answer to the barrier nothing is under way, and the farewell is the last.
+    pub async fn close(&self, ear: Ear) {
+        let Ear { name, mut link, mut heard } = ear;
+        while link.shadow(BARRIER).is_err() {
+            sleep(PAUSE).await;
+        }
+        while !matches!(heard.next().await, Ok(Some(Notification::Shadow(_))) | Err(_)) {}
+        let farewell = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
+        if link.send(Packet::Disconnect(farewell, None)).await.is_ok() {
+            while heard.next().await.is_ok() {}
+            self.names(|names| names.free.push(name));
+        }
+    }
+
+    fn names<T>(&self, change: impl FnOnce(&mut Names) -> T) -> T {
+        change(&mut self.names.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Mouth {
+    /// Says it to all ears. Blocks while the router has more to do than it may queue.
+    pub fn say(&mut self, said: Bytes) {
+        // Without a router there is no process either.
+        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), said);
+    }
+}
+
+/// One who listens.
+pub struct Ear {
+    name: usize,
+    link: LinkTx,
+    heard: LinkRx,
+}
+
+impl Ear {
+    /// What is said next that `wanted` wants. Dropping the future loses nothing.
+    pub async fn next(&mut self, wanted: impl Fn(&Bytes) -> bool) -> Bytes {
+        loop {
+            match self.heard.next().await {
+                Ok(Some(Notification::Forward(forward))) if wanted(&forward.publish.payload) => {
+                    return forward.publish.payload;
+                }
+                // The router waits until its last portion is taken.
+                Ok(Some(Notification::Unschedule)) => {
+                    let _ = self.heard.ready();
+                    yield_now().await;
+                }
+                Ok(_) => {}
+                Err(_) => std::future::pending().await,
+            }
+        }
+    }
+}
