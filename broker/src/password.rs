@@ -1,7 +1,8 @@
 //! Passwords as Argon2id hashes, in the PHC string format.
 
 use argon2::Argon2;
-use argon2::password_hash::{PasswordHash, PasswordHasher as _, PasswordVerifier as _, SaltString};
+use argon2::password_hash::phc::PasswordHash;
+use argon2::password_hash::{PasswordHasher, PasswordVerifier as _};
 use ring::rand::{SecureRandom as _, SystemRandom};
 
 /// No hash can be made or read; the text says why.
@@ -13,10 +14,9 @@ pub struct PasswordError(String);
 pub fn hash(password: &str) -> Result<String, PasswordError> {
     let mut salt = [0; 16];
     SystemRandom::new().fill(&mut salt).map_err(|_| PasswordError("the system gives no random numbers".into()))?;
-    let failed = |error: argon2::password_hash::Error| PasswordError(error.to_string());
-    let salt = SaltString::encode_b64(&salt).map_err(failed)?;
-    let hash = Argon2::default().hash_password(password.as_bytes(), &salt).map_err(failed)?;
-    Ok(hash.to_string())
+    let hasher: &dyn PasswordHasher<PasswordHash> = &Argon2::default();
+    let hash = hasher.hash_password_with_salt(password.as_bytes(), &salt);
+    hash.map(|hash| hash.to_string()).map_err(|error| PasswordError(error.to_string()))
 }
 
 /// Whether `phc` is a hash at all.
@@ -27,7 +27,7 @@ pub fn check(phc: &str) -> Result<(), PasswordError> {
 /// Whether `phc` is a hash of `password`. It takes tens of milliseconds and 19 MiB, on purpose.
 #[must_use]
 pub fn verify(phc: &str, password: &str) -> bool {
-    let verified = |hash: PasswordHash<'_>| Argon2::default().verify_password(password.as_bytes(), &hash).is_ok();
+    let verified = |hash| Argon2::default().verify_password(password.as_bytes(), &hash).is_ok();
     PasswordHash::new(phc).is_ok_and(verified)
 }
 

@@ -75,8 +75,9 @@ mod tests {
         fn what_is_encoded_is_decoded(topic in "\\PC{1,40}", payload: Vec<u8>, level in 0..2u8) {
             let qos = qos(level).unwrap();
             let message = Message { topic, payload: payload.into(), qos, retain: false };
-            prop_assert_eq!(Message::topic_of(&message.encode()), Some(message.topic.as_str()));
-            prop_assert_eq!(Message::decode(&message.encode()), Some(message));
+            let encoded = message.encode();
+            prop_assert_eq!(Message::topic_of(&encoded), Some(message.topic.as_str()));
+            prop_assert_eq!(Message::decode(&encoded), Some(message));
         }
 
         #[test]

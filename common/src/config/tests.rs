@@ -370,12 +370,14 @@ fn the_example_documents_every_key_with_its_default() {
     let mut config = parse(&everything).unwrap();
     assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".into(), Worker { weight: 1.0 })]));
     config.workers.clear();
+    let users = &mut config.mqtt_listen.as_mut().unwrap().users;
+    assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
     assert_eq!(config, least);
 
     let mut tree = yaml::parse(&everything, &mut Report::of_file("", "")).unwrap();
     for path in keys::paths() {
         let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
-            (raw::ANY, "workers") => "gw01.example.org".to_owned(),
+            (raw::ANY, "workers" | "mqtt_listen") => "gw01.example.org".to_owned(),
             (raw::ANY, _) => "ffmuc_welt".to_owned(),
             _ => step.clone(),
         };
