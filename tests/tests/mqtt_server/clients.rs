@@ -50,11 +50,11 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
     assert_stands(&mut stack);
 }
 
-/// What `paho.py` does, it does in both generations of the library; it names what is wrong.
+/// What `with_paho.py` does, it does in both generations of the library; it names what is wrong.
 #[test]
 fn the_originals_library_does_all_that_it_can() {
     let mut stack = stack();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mqtt_server/paho.py");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mqtt_server/with_paho.py");
     let output = Command::new("/usr/bin/python3").args([script, &stack.mqtt.port().to_string()]).output().unwrap();
     let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.ends_with("all is well\n"), "{said}{wrong}(apt-get install python3-paho-mqtt)");

@@ -113,28 +113,21 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     assert!(matches!(left.read(), Some(Packet::PubAck(_))));
     // Its last will is taken back by its farewell.
     left.send(&Packet::Disconnect);
+    left.wait_for_end();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        wait_until("it is on disk", || {
-            let wal = std::fs::read(stack.state_dir().join("mqtt-retained.sqlite-wal")).unwrap_or_default();
-            let file = std::fs::read(stack.state_dir().join("mqtt-retained.sqlite")).unwrap_or_default();
-            let has = |topic: &str| [&wal, &file].iter().any(|bytes| bytes.windows(topic.len()).any(|at| at == topic.as_bytes()));
-            (has("kept") && has(&status("gw2", "0").topic) && has(&peers_of("gw1", DOMAIN, "3").topic)).then_some(())
-        });
-        // Two flushes later everything said before is on disk.
+        wait_until_written(&stack, signal.as_str());
         let sessions = stays.probe.sessions();
         let _ = stack.broker().end_by(signal);
         stack.start_broker();
         stays.probe.wait_for_session(sessions + 1);
         stack.wait_until_ready();
-        let mut finder = Raw::connect(stack.mqtt, "finder");
-        assert_eq!(found(&mut finder, "kept", QoS::AtMostOnce).len(), 1, "after {signal}");
-        assert_eq!(found(&mut finder, &peers_of("gw1", DOMAIN, "3").topic, QoS::AtMostOnce).len(), 1);
+        for topic in ["kept", &peers_of("gw1", DOMAIN, "3").topic] {
+            let mut finder = Raw::connect(stack.mqtt, "finder");
+            assert_eq!(found(&mut finder, topic, QoS::AtMostOnce).len(), 1, "{topic} after {signal}");
+        }
+        stack.wait_for_gateways(2);
     }
-    // It is there again, too; now the server ends and it never returns.
-    stack.wait_for_gateways(2);
-    goes.probe.say(status("gw2", "1"));
-    let wait_on_disk = std::time::Duration::from_secs(2);
-    std::thread::sleep(wait_on_disk);
+    wait_until_written(&stack, "end");
     let _ = stack.broker().end_by(Signal::SIGKILL);
     goes.probe.die();
     stack.start_broker();
@@ -145,4 +138,17 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     stack.wait_for_gateways(1);
     assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
     drop(stays);
+}
+
+/// Waits until what was said so far is on disk: something that is said now is, and what came before is written with it.
+fn wait_until_written(stack: &Stack, name: &str) {
+    let topic = format!("written/{name}");
+    let mut raw = Raw::connect(stack.mqtt, "raw");
+    raw.publish(&topic, "1", 1, true);
+    assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
+    wait_until("it is written", || {
+        let files = ["mqtt-retained.sqlite", "mqtt-retained.sqlite-wal"].map(|name| stack.state_dir().join(name));
+        let has = |bytes: Vec<u8>| bytes.windows(topic.len()).any(|part| part == topic.as_bytes());
+        files.iter().any(|file| std::fs::read(file).is_ok_and(has)).then_some(())
+    });
 }
