@@ -34,7 +34,7 @@ use tracing::{debug, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::process;
 
-use self::admit::{Client, Door, PATIENCE};
+use self::admit::{BUSY, Client, Door, FULL, PATIENCE, Stream};
 use self::bus::Bus;
 use self::connection::{Connection, End};
 use self::file::File;
@@ -47,8 +47,8 @@ pub use self::admit::Refusal;
 
 /// So many connections may wait at a door to be let in.
 const WAITING: usize = 256;
-/// This broker has two connections.
-const OWN: usize = 10;
+/// This broker's own connections, two of which may be about to end.
+const OWN: usize = 4;
 /// The threads that serve all clients. One may have to wait for the router.
 const THREADS: usize = 2;
 /// How long to wait when the system has no more descriptors.
@@ -71,13 +71,13 @@ impl Mqttd {
         let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
         let address = own.local_addr().context("mqtt_listen")?;
         let (own_users, credentials) = Users::own()?;
-        let room = |places| Arc::new(Semaphore::new(places));
         let tls = config.tls.clone().map(Tls::open).transpose()?;
-        let door = Door { users: Users::new(&config.users)?, tls, room: room(config.max_connections) };
-        let own_door = Door { users: own_users, tls: None, room: room(OWN) };
+        let room = config.max_connections + 2;
+        let door = Door { users: Users::new(&config.users)?, tls, room };
+        let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
         let (file, retained) = File::open(dir);
-        let bus = Bus::open(retained, config.max_connections + OWN, metrics.clone()).context("mqtt_listen")?;
+        let bus = Bus::open(retained, room + OWN, metrics.clone()).context("mqtt_listen")?;
         let (server, (over, stop)) = (Serving { bus: Arc::new(bus), metrics: metrics.clone() }, watch::channel(false));
         let (end, ended) = oneshot::channel();
         let runtime = runtime::Builder::new_multi_thread()
@@ -163,9 +163,11 @@ impl Serving {
             Ok(admitted) => admitted,
             Err(refusal) => return self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc(),
         };
-        let Client { name, access, will, silence, place } = client;
-        let Ok(seat) = timeout(PATIENCE, self.bus.enter(&name)).await else {
-            return Refusal::tell_busy(stream).await;
+        let Client { name, access, will, silence } = client;
+        let seat = match timeout(PATIENCE, self.bus.enter(&name, door.room)).await {
+            Ok(Some(seat)) => seat,
+            Ok(None) => return self.refuse(FULL, stream).await,
+            Err(_) => return self.refuse(BUSY, stream).await,
         };
         drop(turn);
         if let Some(will) = will {
@@ -177,10 +179,11 @@ impl Serving {
         let connection = Connection::new(stream, (input, output), Session::new(access), silence, shared);
         let (end, ear) = connection.run(&seat).await;
         debug!(client = %seat, ?end, "MQTT client is gone");
-        self.bus.leave(seat, end != End::Farewell);
-        if let Some(ear) = ear {
-            self.bus.close(ear).await;
-        }
-        drop(place);
+        self.bus.leave(seat, end != End::Farewell, ear).await;
+    }
+
+    async fn refuse(&self, refusal: Refusal, stream: Box<dyn Stream>) {
+        self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
+        refusal.tell(stream).await;
     }
 }

@@ -1,14 +1,12 @@
 //! From a new TCP connection to a client that is let in, or hears why it is not.
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use rumqttc::{ConnAck, Connect, ConnectReturnCode, Login, Packet, mqttbytes};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
@@ -41,8 +39,8 @@ pub struct Door {
     pub users: Users,
     /// What who comes from another machine has to speak, if there is any.
     pub tls: Option<Tls>,
-    /// For how many there is room.
-    pub room: Arc<Semaphore>,
+    /// For how many clients there is room, these and those of other doors.
+    pub room: usize,
 }
 
 /// A client that may come in.
@@ -55,8 +53,6 @@ pub struct Client {
     pub will: Option<Message>,
     /// How long it may be silent.
     pub silence: Option<Duration>,
-    /// Its place among all that there is room for.
-    pub place: OwnedSemaphorePermit,
 }
 
 /// Why a client is not let in: what it hears, if it can hear anything, and what is counted.
@@ -70,8 +66,8 @@ const CLIENT_ID: Refusal = Refusal(Some(ConnectReturnCode::BadClientId), "client
 const PASSWORD: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "password");
 const WILL: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "will");
 /// It was not its turn in time.
-const BUSY: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "slow");
-const FULL: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "full");
+pub const BUSY: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "slow");
+pub const FULL: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "full");
 
 impl Refusal {
     /// The reasons that are counted.
@@ -127,15 +123,14 @@ impl Door {
             warn!(user = name, "a last will that this user may not say");
             return Err(WILL);
         }
-        let place = self.room.clone().try_acquire_owned().map_err(|_| FULL)?;
         let silence = (keep_alive > 0).then(|| Duration::from_secs(keep_alive.into()).mul_f32(1.5));
-        Ok(Client { name: client, access, will, silence, place })
+        Ok(Client { name: client, access, will, silence })
     }
 }
 
 impl Refusal {
     /// Says it, and waits until it was read: what is still to be read here would drop it on the way.
-    async fn tell(self, mut stream: Box<dyn Stream>) {
+    pub async fn tell(self, mut stream: Box<dyn Stream>) {
         let Some(code) = self.0 else { return };
         let _ = timeout(FAREWELL, async {
             let mut output = BytesMut::new();
@@ -147,11 +142,6 @@ impl Refusal {
             io::Result::Ok(())
         })
         .await;
-    }
-
-    /// There was no time for it.
-    pub async fn tell_busy(stream: Box<dyn Stream>) {
-        BUSY.tell(stream).await;
     }
 }
 

@@ -81,22 +81,21 @@ impl Bus {
         self.router.listen()
     }
 
-    /// Ends what [`Bus::listen`] began.
-    pub async fn close(&self, ear: Ear) {
-        self.router.close(ear).await;
-    }
-
-    /// Gives `client` its seat. If it has one already, that connection is asked to go and awaited.
-    pub async fn enter(&self, client: &str) -> Seat {
+    /// Gives `client` its seat, if fewer than `room` are taken. If it has one already, that connection is asked to go and
+    /// awaited.
+    pub async fn enter(&self, client: &str, room: usize) -> Option<Seat> {
         loop {
             let mut gone = {
                 let mut seats = lock(&self.seats);
                 let Some(place) = seats.get(client) else {
+                    if seats.len() >= room {
+                        return None;
+                    }
                     let (leave, (sender, gone)) = (Arc::new(Notify::new()), watch::channel(()));
                     seats.insert(client.to_owned(), Place { leave: leave.clone(), gone });
                     self.metrics.mqtt_clients.set(i64::try_from(seats.len()).unwrap_or(i64::MAX));
                     let seats = self.seats.clone();
-                    return Seat { client: client.to_owned(), seats, leave, _gone: sender };
+                    return Some(Seat { client: client.to_owned(), seats, leave, _gone: sender });
                 };
                 place.leave.notify_one();
                 place.gone.clone()
@@ -111,11 +110,14 @@ impl Bus {
         lock(&self.said).retained.promise(&seat.client, will);
     }
 
-    /// The connection has ended: says its will if it is due.
-    pub fn leave(&self, seat: Seat, will_is_due: bool) {
+    /// The connection has ended: says its will if it is due, and ends what it listened with.
+    pub async fn leave(&self, seat: Seat, will_is_due: bool, ear: Option<Ear>) {
         let will = lock(&self.said).retained.release(&seat.client);
         if let Some(will) = will.filter(|_| will_is_due) {
             self.say(&will);
+        }
+        if let Some(ear) = ear {
+            self.router.close(ear).await;
         }
         drop(seat);
         self.metrics.mqtt_clients.set(i64::try_from(lock(&self.seats).len()).unwrap_or(i64::MAX));

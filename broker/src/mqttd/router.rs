@@ -22,8 +22,8 @@ const BARRIER: &str = "barrier";
 const SEGMENT: usize = 1 << 20;
 /// How many segments there are: 4 MiB hold 20,000 keys several times.
 const SEGMENTS: usize = 4;
-/// So much is handed to an ear at once, beside the 200 messages that its link holds.
-const AT_ONCE: u64 = 100;
+/// So many messages are added to an ear's at once; beyond 200, it gets no more before it has taken these.
+const AT_ONCE: u64 = 10;
 /// How long to wait for a place in the router's queue.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -80,10 +80,24 @@ impl Router {
         Ok(Ear { name, link, heard })
     }
 
-    /// Ends an ear. The router breaks on words from a link that it has forgotten, so these must not be: behind the
-    /// answer to the barrier nothing is under way, and the farewell is the last.
+    /// Ends an ear. The router must have nothing to do for a link that it forgets, or others wait for that, and breaks on
+    /// words from one that it has forgotten. So the subscription ends first, then nothing may be under way any more, as
+    /// the answer to the barrier shows, and the farewell is the last word.
     pub async fn close(&self, ear: Ear) {
         let Ear { name, mut link, mut heard } = ear;
+        let _ = link.unsubscribe(TOPIC);
+        loop {
+            match heard.next().await {
+                Ok(Some(Notification::Unschedule)) => drop(heard.ready()),
+                Ok(Some(notification)) => {
+                    if let Some(Packet::UnsubAck(..)) = notification.into() {
+                        break;
+                    }
+                }
+                Ok(None) => {}
+                Err(_) => break,
+            }
+        }
         while link.shadow(BARRIER).is_err() {
             sleep(PAUSE).await;
         }
