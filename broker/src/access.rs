@@ -8,7 +8,7 @@ use crate::mqttd::filter::{covers, matches};
 
 /// What is done with a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verb {
+pub(crate) enum Verb {
     /// To publish on it.
     Say,
     /// To subscribe to it.
@@ -61,7 +61,7 @@ const TABLE: [(Role, Verb, &str); 24] = [
 
 /// What one user may say and hear.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Access {
+pub(crate) struct Access {
     say: Vec<String>,
     hear: Vec<String>,
 }
@@ -109,7 +109,8 @@ pub fn mosquitto<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
 
 /// EMQX's `acl.conf` for these users.
 pub fn emqx<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
-    let mut text = String::from("%% Made by wgkex-broker mqtt-acl. For EMQX: the file of the authorization source \"file\".\n");
+    let mut text =
+        String::from("%% Made by wgkex-broker mqtt-acl. For EMQX: the file of the authorization source \"file\".\n");
     for (name, role) in users {
         for verb in Verb::ALL {
             let (word, filters) = (verb.word(), filters(role, verb, name));
@@ -201,10 +202,16 @@ mod tests {
         let list = mosquitto(users());
         let of_worker = list.split("\nuser ").find(|part| part.starts_with("gw1\n")).unwrap();
         assert!(of_worker.contains("\ntopic write wireguard-metrics/+/gw1/connected_peers\n"), "{list}");
-        assert!(of_worker.contains("\ntopic read wireguard/+/+\n") && !of_worker.contains("write wireguard/"), "{list}");
+        assert!(
+            of_worker.contains("\ntopic read wireguard/+/+\n") && !of_worker.contains("write wireguard/"),
+            "{list}"
+        );
         assert_eq!(list.lines().filter(|line| line.starts_with("topic ")).count(), TABLE.len());
         let list = emqx(users());
-        assert!(list.contains(r#"{allow, {user, "gw1"}, publish, ["wireguard-metrics/+/gw1/connected_peers", "#), "{list}");
+        assert!(
+            list.contains(r#"{allow, {user, "gw1"}, publish, ["wireguard-metrics/+/gw1/connected_peers", "#),
+            "{list}"
+        );
         assert!(list.ends_with("{deny, all}.\n"), "{list}");
     }
 }

@@ -10,7 +10,7 @@ mod http;
 pub mod live;
 mod metrics;
 mod mqtt;
-pub mod mqttd;
+mod mqttd;
 mod page;
 pub mod password;
 pub mod waiters;

@@ -23,7 +23,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Reads a password from the first line of stdin and prints its hash, for mqtt_listen.users.NAME.password_hash
+    /// Reads a password from the first line of stdin and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may say only what is its own
@@ -39,9 +39,9 @@ enum Command {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Format {
-    /// An acl_file of Mosquitto
+    /// The file named by `acl_file` in mosquitto.conf
     Mosquitto,
-    /// An acl.conf of EMQX
+    /// The file acl.conf of EMQX
     Emqx,
 }
 

@@ -77,7 +77,7 @@ impl Mqttd {
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
         let (file, retained) = File::open(dir);
-        let bus = Bus::open(retained, room + OWN, metrics.clone()).context("mqtt_listen")?;
+        let bus = Bus::open(retained, room + OWN, metrics.clone())?;
         let (server, (over, stop)) = (Serving { bus: Arc::new(bus), metrics: metrics.clone() }, watch::channel(false));
         let (end, ended) = oneshot::channel();
         let runtime = runtime::Builder::new_multi_thread()

@@ -87,7 +87,6 @@ impl Raw {
     }
 
     /// The next packet; none if the connection has ended.
-    #[expect(clippy::must_use_candidate, reason = "mostly it is awaited, and not looked at")]
     pub fn read(&mut self) -> Option<Packet> {
         loop {
             match Packet::read(&mut self.input, usize::MAX) {
@@ -95,7 +94,7 @@ impl Raw {
                 Err(rumqttc::mqttbytes::Error::InsufficientBytes(_)) => {}
                 Err(error) => panic!("the server sends nonsense: {error}"),
             }
-            let mut bytes = [0; 65536];
+            let mut bytes = [0; 16384];
             match self.stream.read(&mut bytes) {
                 Ok(0) => return None,
                 Ok(length) => self.input.extend_from_slice(&bytes[..length]),

@@ -1,6 +1,7 @@
 //! From a new TCP connection to a client that is let in, or hears why it is not.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -100,10 +101,9 @@ impl Door {
         let Some(tls) = &self.tls else { return Ok(Box::new(stream)) };
         let mut first = [0];
         stream.peek(&mut first).await?;
-        let (peer, own) = (stream.peer_addr()?.ip().to_canonical(), stream.local_addr()?.ip().to_canonical());
         match first[0] {
             TLS => Ok(Box::new(tls.acceptor().accept(stream).await?)),
-            _ if peer.is_loopback() || peer == own => Ok(Box::new(stream)),
+            _ if is_near(stream.peer_addr()?.ip(), stream.local_addr()?.ip()) => Ok(Box::new(stream)),
             _ => Err(io::ErrorKind::PermissionDenied.into()),
         }
     }
@@ -143,6 +143,11 @@ impl Refusal {
         })
         .await;
     }
+}
+
+/// Whether a connection does not leave this machine.
+fn is_near(peer: IpAddr, own: IpAddr) -> bool {
+    peer.to_canonical().is_loopback() || peer.to_canonical() == own.to_canonical()
 }
 
 async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMut) -> Result<Connect, Refusal> {
@@ -200,8 +205,25 @@ mod tests {
             assert_eq!(read(&connect).err(), Some(VERSION));
         }
         assert_eq!(read(b"\x10\x0c\0\x06MQIsdp\x03\x02\0\x3c").err(), Some(VERSION));
-        for bytes in [&b"\xc0\0"[..], b"\x10\0", b"\x10\x04\0\x04MQ", b"GET / HTTP/1.1\r\n", b"\x10\x07\0\x04MQTT\x04"] {
+        for bytes in [&b"\xc0\0"[..], b"\x10\0", b"\x10\x04\0\x04MQ", b"GET / HTTP/1.1\r\n", b"\x10\x07\0\x04MQTT\x04"]
+        {
             assert_eq!(read(bytes).err(), Some(PROTOCOL), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn who_is_on_another_machine_is_not_near() {
+        for (peer, own, near) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("::1", "::1", true),
+            ("::ffff:127.0.0.1", "::ffff:127.0.0.1", true),
+            ("192.0.2.1", "192.0.2.1", true),
+            ("::ffff:192.0.2.1", "::ffff:192.0.2.1", true),
+            ("192.0.2.2", "192.0.2.1", false),
+            ("::ffff:192.0.2.2", "::ffff:192.0.2.1", false),
+            ("2001:db8::2", "2001:db8::1", false),
+        ] {
+            assert_eq!(is_near(peer.parse().unwrap(), own.parse().unwrap()), near, "{peer} to {own}");
         }
     }
 

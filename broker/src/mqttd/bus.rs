@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use rumqttd::local::LinkError;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
 
@@ -49,7 +48,7 @@ pub struct Seat {
 
 impl Bus {
     /// A bus for so many connections, on which this is kept.
-    pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> Result<Self, LinkError> {
+    pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (router, mouth) = Router::start(connections)?;
         let said = Mutex::new(Said { mouth, retained, full: false });
         Ok(Self { router, said, seats: Arc::default(), metrics })
@@ -77,7 +76,7 @@ impl Bus {
     }
 
     /// Hears what is said from now on.
-    pub fn listen(&self) -> Result<Ear, LinkError> {
+    pub fn listen(&self) -> anyhow::Result<Ear> {
         self.router.listen()
     }
 

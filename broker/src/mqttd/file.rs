@@ -137,14 +137,15 @@ fn read(database: &Connection) -> Result<Retained, Failure> {
         let (topic, payload, qos): (String, Vec<u8>, u8) = (row.get(0)?, row.get(1)?, row.get(2)?);
         Ok((topic, Kept { payload: Bytes::from(payload), qos: quality(qos) }))
     };
-    let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(damaged)?;
+    let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
     let will = |row: &rusqlite::Row<'_>| {
         let (payload, qos): (Vec<u8>, u8) = (row.get(2)?, row.get(3)?);
         let will = Message { topic: row.get(1)?, payload: payload.into(), qos: quality(qos), retain: row.get(4)? };
         Ok((row.get(0)?, will))
     };
-    let wills: BTreeMap<_, _> = statement.query_map([], will)?.collect::<Result<_, _>>().map_err(damaged)?;
+    let wills: BTreeMap<_, _> =
+        statement.query_map([], will)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
     Ok(Retained::restored(messages, wills))
 }
 
@@ -153,7 +154,7 @@ fn quality(level: u8) -> QoS {
 }
 
 /// A value of another type than was written.
-fn damaged(error: rusqlite::Error) -> Failure {
+fn damaged(error: &rusqlite::Error) -> Failure {
     Failure::Damaged(error.to_string())
 }
 

@@ -203,12 +203,7 @@ mod tests {
     use super::*;
 
     fn message(topic: &str, payload: &str) -> Message {
-        Message {
-            topic: topic.into(),
-            payload: payload.to_owned().into(),
-            qos: QoS::AtLeastOnce,
-            retain: true,
-        }
+        Message { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
     }
 
     fn all(retained: &Retained, filter: &str, max: usize) -> Vec<(String, String)> {

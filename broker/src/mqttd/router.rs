@@ -7,8 +7,9 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::{Context as _, anyhow};
 use bytes::Bytes;
-use rumqttd::local::{LinkBuilder, LinkError, LinkRx, LinkTx};
+use rumqttd::local::{LinkBuilder, LinkRx, LinkTx};
 use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
 use rumqttd::{Notification, RouterConfig};
 use tokio::task::yield_now;
@@ -27,7 +28,7 @@ const AT_ONCE: u64 = 10;
 /// How long to wait for a place in the router's queue.
 const PAUSE: Duration = Duration::from_millis(1);
 
-type Dial = dyn Fn(&str) -> Result<(LinkTx, LinkRx, Notification), LinkError> + Send + Sync;
+type Dial = dyn Fn(&str) -> anyhow::Result<(LinkTx, LinkRx)> + Send + Sync;
 
 /// The router, on a thread of its own that ends with the process.
 pub struct Router {
@@ -51,7 +52,7 @@ pub struct Mouth {
 
 impl Router {
     /// A router for so many ears.
-    pub fn start(ears: usize) -> Result<(Self, Mouth), LinkError> {
+    pub fn start(ears: usize) -> anyhow::Result<(Self, Mouth)> {
         let config = RouterConfig {
             max_connections: ears + 10,
             max_outgoing_packet_count: AT_ONCE,
@@ -61,22 +62,25 @@ impl Router {
             ..RouterConfig::default()
         };
         let queue = rumqttd::Router::new(0, config).spawn();
-        let dial = Box::new(move |name: &str| LinkBuilder::new(name, queue.clone()).build());
-        let (mut link, replies, _) = dial("mouth")?;
-        link.publish(BARRIER, Bytes::from_static(b"!"))?;
+        let dial = Box::new(move |name: &str| match LinkBuilder::new(name, queue.clone()).build() {
+            Ok((link, heard, _)) => Ok((link, heard)),
+            Err(error) => Err(anyhow!("the MQTT router: {error}")),
+        });
+        let (mut link, replies) = dial("mouth")?;
+        link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
         Ok((Self { dial, names: Mutex::default() }, Mouth { link, _replies: replies }))
     }
 
     /// An ear that hears what is said from now on. It has to be closed.
-    pub fn listen(&self) -> Result<Ear, LinkError> {
+    pub fn listen(&self) -> anyhow::Result<Ear> {
         let name = self.names(|names| {
             names.free.pop().unwrap_or_else(|| {
                 names.given += 1;
                 names.given
             })
         });
-        let (mut link, heard, _) = (self.dial)(&name.to_string())?;
-        link.subscribe(TOPIC)?;
+        let (mut link, heard) = (self.dial)(&name.to_string())?;
+        link.subscribe(TOPIC).context("the MQTT router")?;
         Ok(Ear { name, link, heard })
     }
 

@@ -95,7 +95,7 @@ impl Session {
                 self.inflight.remove(&pkid);
                 Ok(Vec::new())
             }
-            Packet::Subscribe(subscribe) => self.subscribe(subscribe, output),
+            Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, output)),
             Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
                 self.filters.retain(|filter, _| !topics.contains(filter));
                 self.backlog.retain(|backlog| !topics.contains(&backlog.filter));
@@ -139,7 +139,7 @@ impl Session {
         Ok(is_new.then(|| Deed::Say(publish.into())).into_iter().collect())
     }
 
-    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Result<Vec<Deed>, Violation> {
+    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Deed> {
         let mut deeds = vec![Deed::Listen];
         let mut codes = Vec::with_capacity(subscribe.filters.len());
         for filter in subscribe.filters {
@@ -158,7 +158,7 @@ impl Session {
             }
         }
         put(&Packet::SubAck(SubAck::new(subscribe.pkid, codes)), output);
-        Ok(deeds)
+        deeds
     }
 
     fn forbid(&mut self, verb: Verb, topic: String) -> Deed {

@@ -33,7 +33,7 @@ pub enum User {
 
 /// Who may connect.
 pub struct Users {
-    users: BTreeMap<String, Known>,
+    known: BTreeMap<String, Known>,
     verifying: Arc<Semaphore>,
     /// What a password that was right is remembered by, so that only strangers wait for the slow way.
     tags: hmac::Key,
@@ -92,7 +92,7 @@ impl Users {
         };
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new());
         Ok(Self {
-            users: users.iter().map(|(name, user)| (name.clone(), known(user))).collect(),
+            known: users.iter().map(|(name, user)| (name.clone(), known(user))).collect(),
             verifying: Arc::new(Semaphore::new(AT_ONCE)),
             tags: tags.map_err(|_| anyhow!("{NO_RANDOM}"))?,
         })
@@ -102,21 +102,21 @@ impl Users {
     pub fn own() -> anyhow::Result<(Self, Credentials)> {
         let mut random = [0; 32];
         SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("{NO_RANDOM}"))?;
-        let password: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         let mut users = Self::new(&BTreeMap::new())?;
         let tag = Mutex::new(Some(hmac::sign(&users.tags, password.as_bytes())));
         let (hash, role, was_wrong) = (Secret::new(String::new()), Role::Broker, Mutex::default());
-        users.users.insert(OWN.into(), Known { hash, role, tag, was_wrong });
+        users.known.insert(OWN.into(), Known { hash, role, tag, was_wrong });
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
     }
 
     /// Who it is that logs in so; none if the password is wrong, or there is no such user.
     pub async fn admit(&self, login: Option<Login>) -> Option<User> {
-        if self.users.is_empty() {
+        if self.known.is_empty() {
             return Some(User::Anyone);
         }
         let Login { username, password } = login?;
-        let known = self.users.get(&username)?;
+        let known = self.known.get(&username)?;
         let is_right = self.remembers(known, &password) || self.verify(known, &password).await;
         if !std::mem::replace(&mut *lock(&known.was_wrong), !is_right) && !is_right {
             warn!(user = username, "wrong password for the MQTT server");
@@ -148,6 +148,7 @@ impl Users {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::time::Duration;
 
     use super::*;
 
@@ -157,19 +158,20 @@ mod tests {
         Users::new(&users.into()).unwrap()
     }
 
-    fn login(name: &str, password: &str) -> Option<Login> {
-        Some(Login::new(name, password))
+    fn login(name: &str, password: &str) -> Login {
+        Login::new(name, password)
     }
 
     #[tokio::test]
     async fn only_the_right_password_is_let_in_however_often() {
         let users = users();
         for _ in 0..2 {
-            for wrong in [login("gw1", "wrong"), login("gw1", ""), login("gw2", "right"), login("", "right"), None] {
+            let wrong = [("gw1", "wrong"), ("gw1", ""), ("gw2", "right"), ("", "right")];
+            for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
                 assert_eq!(users.admit(wrong.clone()).await, None, "{wrong:?}");
             }
             let worker = User::Named("gw1".into(), Role::Worker);
-            assert_eq!(users.admit(login("gw1", "right")).await, Some(worker));
+            assert_eq!(users.admit(Some(login("gw1", "right"))).await, Some(worker));
         }
     }
 
@@ -177,15 +179,17 @@ mod tests {
     async fn without_users_everybody_is_let_in() {
         let users = Users::new(&BTreeMap::new()).unwrap();
         assert_eq!(users.admit(None).await, Some(User::Anyone));
-        assert_eq!(users.admit(login("x", "y")).await, Some(User::Anyone));
+        assert_eq!(users.admit(Some(login("x", "y"))).await, Some(User::Anyone));
     }
 
     #[tokio::test]
     async fn a_password_that_was_right_waits_for_nobody() {
         let users = users();
-        assert!(users.admit(login("gw1", "right")).await.is_some());
+        assert!(users.admit(Some(login("gw1", "right"))).await.is_some());
         let _all = users.verifying.acquire_many(2).await.unwrap();
-        assert!(users.admit(login("gw1", "right")).await.is_some());
+        assert!(users.admit(Some(login("gw1", "right"))).await.is_some());
+        let waits = tokio::time::timeout(Duration::from_millis(100), users.admit(Some(login("gw1", "wrong")))).await;
+        assert!(waits.is_err(), "strangers wait for their turn");
     }
 
     #[test]
@@ -208,8 +212,9 @@ mod tests {
     async fn the_brokers_own_password_is_right_and_no_other() {
         let (users, credentials) = Users::own().unwrap();
         let own = User::Named(OWN.into(), Role::Broker);
-        assert_eq!(users.admit(login(OWN, credentials.password.expose())).await, Some(own));
-        for wrong in [login(OWN, ""), login(OWN, "right"), login("", credentials.password.expose()), None] {
+        assert_eq!(users.admit(Some(login(OWN, credentials.password.expose()))).await, Some(own));
+        let wrong = [(OWN, ""), (OWN, "right"), ("", credentials.password.expose())];
+        for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
             assert_eq!(users.admit(wrong).await, None);
         }
         assert_ne!(Users::own().unwrap().1, credentials);

@@ -12,8 +12,8 @@ use super::leaf::{File, Flag, Host, Keepalive, LogLevel, Port, Seconds, Text, Us
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
 use super::{
-    Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, MqttListen, MqttUser, Role, Secret, Server, Setup, Tls,
-    Worker,
+    Cleanup, Config, Confirm, Credentials, Listen, LiveKeys, Mqtt, MqttListen, MqttUser, Role, Secret, Server, Setup,
+    Tls, Worker,
 };
 use crate::{Domain, DomainError, is_topic_level};
 
@@ -222,12 +222,8 @@ fn file_and_key(
 
 /// Where a program on the same machine reaches a server that listens on `address`.
 fn reachable(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, address.port())
+    let loopback: IpAddr = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    SocketAddr::new(if address.ip().is_unspecified() { loopback } else { address.ip() }, address.port())
 }
 
 fn mqtt_listen(raw: raw::MqttListen, report: &mut Report) -> MqttListen {

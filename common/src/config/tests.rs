@@ -238,7 +238,11 @@ fn the_embedded_server_has_users_and_tls() {
                   gw1: {password_hash: '$argon2id$1'}, b: {password_hash: '$argon2id$2', role: broker}}}";
     let config = parse(&format!("{LEAST}{listen}")).unwrap();
     assert_eq!(config.warnings, [""; 0]);
-    assert_eq!(config.mqtt.server, Server::Embedded("[::1]:1883".parse().unwrap()), "what a worker beside it connects to");
+    assert_eq!(
+        config.mqtt.server,
+        Server::Embedded("[::1]:1883".parse().unwrap()),
+        "what a worker beside it connects to"
+    );
     let user = |hash: &str, role| MqttUser { password_hash: Secret(hash.into()), role };
     let expected = MqttListen {
         address: "[::]:1883".parse().unwrap(),

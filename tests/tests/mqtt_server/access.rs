@@ -16,8 +16,10 @@ use crate::hash;
 
 /// A server with these users, and the one whose name and password is `gw1` for all probes.
 fn stack(users: &[(&str, &str)]) -> Stack {
-    let users: Vec<_> =
-        users.iter().map(|(name, role)| format!("{name}: {{password_hash: \"{}\", role: {role}}}", hash(name))).collect();
+    let users: Vec<_> = users
+        .iter()
+        .map(|(name, role)| format!("{name}: {{password_hash: \"{}\", role: {role}}}", hash(name)))
+        .collect();
     let mut plan = Plan::new(Bus::Embedded).listen(&format!("users: {{{}}}", users.join(", ")));
     plan.credentials = Some(("gw1".into(), "gw1".into()));
     Stack::start(plan)
@@ -65,7 +67,9 @@ fn a_crowd_with_wrong_passwords_keeps_nobody_out_who_was_in_before() {
     let _ = join(&stack, "gw1", "gw1");
     let mut crowd: Vec<_> = (0..200).map(|_| Raw::dial(stack.mqtt)).collect();
     let wrong = Connect { login: Some(Login::new("gw1", "wrong")), ..connect("gw1") };
-    crowd.iter_mut().for_each(|stranger| stranger.send(&Packet::Connect(wrong.clone())));
+    for stranger in &mut crowd {
+        stranger.send(&Packet::Connect(wrong.clone()));
+    }
     let _ = join(&stack, "gw1", "gw1");
     for stranger in &mut crowd {
         match stranger.read() {
@@ -93,7 +97,9 @@ fn a_worker_does_its_job_and_can_do_no_other() {
     }
     witness.subscribe(&[("wireguard/#", QoS::AtMostOnce), ("wireguard-metrics/#", QoS::AtMostOnce)]);
     while witness.hear().topic != peers_of("gw1", DOMAIN, "").topic {}
-    for said in [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), said("other", "x", 1, true)] {
+    for said in
+        [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), said("other", "x", 1, true)]
+    {
         rogue.publish(&said.topic, said.payload, 1, said.retain);
         assert!(matches!(rogue.read(), Some(Packet::PubAck(_))), "{}", said.topic);
     }

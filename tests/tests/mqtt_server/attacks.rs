@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rumqttc::{Connect, ConnectReturnCode, Packet, Protocol, PubAck, PubRec, QoS, SubscribeReasonCode, Unsubscribe};
 use wgkex_tests::raw::{Raw, connect};
 use wgkex_tests::stack::{Bus, Plan, Stack};
-use wgkex_tests::{DEADLINE, wait_until};
+use wgkex_tests::wait_until;
 
 use crate::{assert_stands, pair, stack};
 
@@ -14,11 +14,11 @@ use crate::{assert_stands, pair, stack};
 fn a_topic_whose_first_character_is_not_ascii_is_a_topic() {
     let mut stack = stack();
     let (mut hearer, mut sayer) = pair(stack.mqtt, "#");
-    for topic in ["ü/x", "ü", "😀/+".trim_end_matches("/+"), "/", "a//b"] {
+    for topic in ["ü/x", "ü", "😀", "/", "a//b"] {
         sayer.publish(topic, "1", 1, false);
         let heard = loop {
             let heard = hearer.hear();
-            if !heard.topic.starts_with("w") {
+            if !heard.topic.starts_with('w') {
                 break heard;
             }
         };
@@ -91,7 +91,9 @@ fn slow_subscribers_that_leave_in_a_flood_harm_nobody() {
     };
     let floods = [flood("flood-1"), flood("flood-2")];
     let churns: Vec<_> = (0..4).map(|n| thread::spawn(move || churn(server, n, end))).collect();
-    floods.into_iter().for_each(|flood| flood.join().unwrap());
+    for flood in floods {
+        flood.join().unwrap();
+    }
     let rounds: u32 = churns.into_iter().map(|churn| churn.join().unwrap()).sum();
     assert!(rounds > 50, "only {rounds} subscribers came and went");
     assert_stands(&mut stack);
@@ -211,6 +213,5 @@ fn what_was_not_subscribed_to_can_be_left() {
     hearer.subscribe(&[("c", QoS::AtMostOnce)]);
     sayer.publish("c", "3", 0, false);
     assert_eq!(hearer.hear().topic, "c");
-    assert!(Instant::now().elapsed() < DEADLINE);
     assert_stands(&mut stack);
 }

@@ -21,7 +21,11 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
         let output = client(&stack, "mosquitto_pub", &["-q", level, "-r", "-t", "kept/x", "-m", payload]);
         assert!(output.status.success(), "{output:?}");
         for wanted in ["0", "1", "2"] {
-            let output = client(&stack, "mosquitto_sub", &["-q", wanted, "-t", "kept/#", "-C", "1", "-W", "20", "-F", "%t %p %r"]);
+            let output = client(
+                &stack,
+                "mosquitto_sub",
+                &["-q", wanted, "-t", "kept/#", "-C", "1", "-W", "20", "-F", "%t %p %r"],
+            );
             assert_eq!(String::from_utf8_lossy(&output.stdout), format!("kept/x {payload} 1\n"));
         }
     }
@@ -34,7 +38,7 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
     let output = client(&stack, "mosquitto_sub", &["-V", "mqttv5", "-t", "#", "-W", "20"]);
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("rotocol"), "{output:?}");
     // A line of many messages.
-    let lines: String = (0..1000).map(|n| format!("{n}\n")).collect();
+    let lines: Vec<_> = (0..1000).map(|n| n.to_string()).collect();
     let mut raw = Raw::connect(stack.mqtt, "raw");
     raw.subscribe(&[("lines", QoS::AtLeastOnce)]);
     let mut child = Command::new("mosquitto_pub")
@@ -42,9 +46,9 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
         .stdin(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.as_bytes()).unwrap();
-    for n in 0..1000 {
-        assert_eq!(raw.hear().payload, n.to_string());
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.join("\n").as_bytes()).unwrap();
+    for line in lines {
+        assert_eq!(raw.hear().payload, line);
     }
     assert!(child.wait().unwrap().success());
     assert_stands(&mut stack);
@@ -57,6 +61,9 @@ fn the_originals_library_does_all_that_it_can() {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mqtt_server/with_paho.py");
     let output = Command::new("/usr/bin/python3").args([script, &stack.mqtt.port().to_string()]).output().unwrap();
     let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && said.ends_with("all is well\n"), "{said}{wrong}(apt-get install python3-paho-mqtt)");
+    assert!(
+        output.status.success() && said.ends_with("all is well\n"),
+        "{said}{wrong}(apt-get install python3-paho-mqtt)"
+    );
     assert_stands(&mut stack);
 }

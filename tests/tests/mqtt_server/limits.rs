@@ -19,7 +19,9 @@ fn who_does_not_say_who_it_is_is_cut_off_and_makes_room() {
     for (n, stranger) in strangers.iter_mut().enumerate() {
         stranger.send_bytes(&b"\x10\x0d\0\x04MQTT\x04\x02"[..n % 10]);
     }
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 44.0);
     strangers.iter_mut().for_each(Raw::wait_for_end);
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="slow"}"#, 256.0);
     assert_stands(&mut stack);
 }
 
@@ -94,7 +96,9 @@ fn a_client_that_asks_and_never_reads_takes_no_memory_with_time() {
     Packet::PingReq.write(&mut subscribe, usize::MAX).unwrap();
     let many = subscribe.repeat(20);
     for _ in 0..100 {
-        greedy.iter_mut().for_each(|greedy| greedy.send_if_taken(&many));
+        for greedy in &mut greedy {
+            greedy.send_if_taken(&many);
+        }
     }
     let after = memory(&mut stack);
     assert!(after < before + MUCH, "{before} bytes before, {after} after many subscriptions of who reads nothing");
