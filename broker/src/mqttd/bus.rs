@@ -70,9 +70,9 @@ impl Bus {
         said.mouth.say(message.encode());
     }
 
-    /// What is kept for `filter` behind the topic `after`: at most `max`, and behind which topic to go on.
-    pub fn find(&self, filter: &str, after: Option<&str>, max: usize) -> (Vec<Message>, Option<String>) {
-        lock(&self.said).retained.find(filter, after, max)
+    /// What is kept for `filter` behind the topic `after`, see [`Retained::find`].
+    pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> (Vec<Message>, Option<String>) {
+        lock(&self.said).retained.find(filter, after, most)
     }
 
     /// Hears what is said from now on.

@@ -102,11 +102,16 @@ impl Connection {
         let has_place = self.output.len() < OUTPUT;
         let may_hear = has_place && self.session.backlog().is_none() && self.session.room() > 0;
         let has_written = !self.output.is_empty() || self.unflushed;
-        self.input.reserve(INPUT);
+        self.make_room();
         tokio::select! {
             biased;
             () = seat.wanted() => return Err(End::Lost("taken over")),
-            now = tick.tick() => self.judge(now, has_written)?,
+            now = tick.tick() => {
+                if !has_written {
+                    self.taken = now;
+                }
+                overdue(now, self.silence.map(|silence| (self.heard, silence)), self.taken).map_or(Ok(()), Err)?;
+            }
             said = next(&mut self.ear, &self.session), if may_hear => {
                 if let Some(message) = Message::decode(&said) {
                     self.session.deliver(message, &mut self.output);
@@ -125,22 +130,19 @@ impl Connection {
         Ok(())
     }
 
-    fn judge(&mut self, now: Instant, has_written: bool) -> Result<(), End> {
-        if !has_written {
-            self.taken = now;
+    /// Makes room to read, and gives back what large packets took.
+    fn make_room(&mut self) {
+        for buffer in [&mut self.input, &mut self.output] {
+            if buffer.is_empty() && buffer.capacity() > OUTPUT {
+                *buffer = BytesMut::new();
+            }
         }
-        if self.silence.is_some_and(|silence| now.saturating_duration_since(self.heard) > silence) {
-            return Err(End::Lost("silent"));
-        }
-        if now.saturating_duration_since(self.taken) > STALLED {
-            return Err(End::Lost("reads nothing"));
-        }
-        Ok(())
+        self.input.reserve(INPUT);
     }
 
-    /// Takes the packets that have come, and sends what is kept, as far as there is place for the answers.
+    /// Takes the packets that have come, and sends what is kept, as far as there is place for it.
     fn work_off(&mut self, seat: &Seat) -> Result<(), End> {
-        while self.output.len() < OUTPUT {
+        loop {
             match Packet::read(&mut self.input, PACKET_MAX) {
                 Ok(packet) => {
                     let deeds = self.session.take(packet, &mut self.output);
@@ -154,10 +156,11 @@ impl Connection {
             }
         }
         while let Some(backlog) = self.session.backlog()
+            && let Some(place) = OUTPUT.checked_sub(self.output.len())
             && self.session.room() > 0
-            && self.output.len() < OUTPUT
         {
-            let (messages, after) = self.bus.find(&backlog.filter, backlog.after.as_deref(), self.session.room());
+            let most = (self.session.room(), place);
+            let (messages, after) = self.bus.find(&backlog.filter, backlog.after.as_deref(), most);
             for message in messages {
                 self.session.deliver(message, &mut self.output);
             }
@@ -186,6 +189,15 @@ impl Connection {
     }
 }
 
+/// Why a client is as good as gone: it was `heard` too long ago, if its silence is limited, or has `taken` nothing that is
+/// to be written.
+fn overdue(now: Instant, heard: Option<(Instant, Duration)>, taken: Instant) -> Option<End> {
+    if heard.is_some_and(|(heard, silence)| now.saturating_duration_since(heard) > silence) {
+        return Some(End::Lost("silent"));
+    }
+    (now.saturating_duration_since(taken) > STALLED).then_some(End::Lost("reads nothing"))
+}
+
 async fn next(ear: &mut Option<Ear>, session: &Session) -> Bytes {
     match ear {
         Some(ear) => ear.next(|said| session.wants(Bus::topic(said))).await,
@@ -207,4 +219,25 @@ async fn write(
     let written = writer.write_buf(output).await?;
     *unflushed = true;
     if written == 0 { Err(std::io::ErrorKind::WriteZero.into()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_gone_when_it_is_silent_or_reads_nothing_for_too_long() {
+        let now = Instant::now() + Duration::from_secs(1000);
+        let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).unwrap();
+        let limit = Duration::from_secs(7);
+        for (heard, taken, expected) in [
+            (Some((ago(7), limit)), ago(30), None),
+            (Some((ago(8), limit)), ago(0), Some(End::Lost("silent"))),
+            (None, ago(30), None),
+            (None, ago(31), Some(End::Lost("reads nothing"))),
+            (Some((now + limit, limit)), now + limit, None),
+        ] {
+            assert_eq!(overdue(now, heard, taken), expected);
+        }
+    }
 }

@@ -198,7 +198,7 @@ mod tests {
     }
 
     fn topics(retained: &Retained) -> Vec<(String, Bytes)> {
-        let (messages, _) = retained.find("#", None, 100);
+        let (messages, _) = retained.find("#", None, (100, 1_000_000));
         messages.into_iter().map(|message| (message.topic, message.payload)).collect()
     }
 

@@ -109,19 +109,25 @@ impl Retained {
         Ok(())
     }
 
-    /// The next messages of `filter` behind the topic `after`, at most `max`; and behind which topic to go on, if there
-    /// may be more.
-    pub fn find(&self, filter: &str, after: Option<&str>, max: usize) -> (Vec<Message>, Option<String>) {
+    /// The next messages of `filter` behind the topic `after`, at most so many, and as many as have so many bytes; and
+    /// behind which topic to go on, if there may be more.
+    pub fn find(
+        &self,
+        filter: &str,
+        after: Option<&str>,
+        (most, most_bytes): (usize, usize),
+    ) -> (Vec<Message>, Option<String>) {
         let begin = prefix(filter);
         let from = after.map_or(Bound::Included(begin), Bound::Excluded);
-        let mut found = Vec::new();
+        let (mut found, mut bytes) = (Vec::new(), 0);
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
         for (place, (topic, kept)) in range.take_while(|(topic, _)| topic.starts_with(begin)).enumerate() {
             if matches(filter, topic) {
                 let Kept { payload, qos } = kept.clone();
+                bytes += topic.len() + payload.len();
                 found.push(Message { topic: topic.clone(), payload, qos, retain: true });
             }
-            if found.len() >= max || place + 1 >= LOOKED_AT {
+            if found.len() >= most || bytes >= most_bytes || place + 1 >= LOOKED_AT {
                 return (found, Some(topic.clone()));
             }
         }
@@ -209,7 +215,7 @@ mod tests {
     fn all(retained: &Retained, filter: &str, max: usize) -> Vec<(String, String)> {
         let (mut found, mut after) = (Vec::new(), None);
         loop {
-            let (some, next) = retained.find(filter, after.as_deref(), max);
+            let (some, next) = retained.find(filter, after.as_deref(), (max, 1_000_000));
             assert!(some.len() <= max && some.iter().all(|message| message.retain));
             let text = |message: Message| (message.topic, String::from_utf8(message.payload.to_vec()).unwrap());
             found.extend(some.into_iter().map(text));
@@ -242,6 +248,8 @@ mod tests {
         }
         assert_eq!(all(&retained, "t/+/y", 100).len(), 5000);
         assert_eq!(all(&retained, "t/+/z", 100).len(), 0);
+        let (found, after) = retained.find("t/#", None, (100, 20));
+        assert_eq!((found.len(), after.as_deref()), (3, Some("t/0001/x")), "no more than 20 bytes and one message");
     }
 
     #[test]

@@ -131,6 +131,10 @@ impl Users {
 
     async fn verify(&self, known: &Known, password: &str) -> bool {
         let Ok(turn) = self.verifying.clone().acquire_owned().await else { return false };
+        // Another connection of the same user may have had its turn.
+        if self.remembers(known, password) {
+            return true;
+        }
         let (hash, tried) = (known.hash.clone(), password.to_owned());
         let verified = spawn_blocking(move || {
             // Who gives up waiting does not free the turn.
