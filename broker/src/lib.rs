@@ -6,12 +6,12 @@
 //!
 //! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
 
+pub mod access;
 pub mod admin;
 pub mod answers;
 pub mod cli;
 pub mod client;
 pub mod connections;
-mod embedded;
 pub mod exchange;
 pub mod gateways;
 mod http;
@@ -20,11 +20,12 @@ pub mod limits;
 pub mod live;
 mod metrics;
 pub mod mqtt;
+mod mqttd;
 mod page;
+pub mod password;
 pub mod revoke;
 pub mod waiters;
 
-use std::future::pending;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ use governor::clock::MonotonicClock;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
-use wgkex_common::config::{Https, Server};
+use wgkex_common::config::Https;
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
@@ -51,13 +52,12 @@ use crate::https::Certificate;
 use crate::limits::Limits;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
+use crate::mqttd::Mqttd;
 use crate::revoke::Answers;
 use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How often the embedded MQTT server is looked for while it starts.
-const PROBE: Duration = Duration::from_millis(10);
 /// Questions that wait at most for their answers; who gets none asks again.
 const QUESTIONS: usize = 1024;
 /// How often the live keys are searched for those whose time is over, and the limits for what is used no more.
@@ -68,10 +68,6 @@ const TIDY: Duration = Duration::from_secs(1);
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let listener = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
-    if let Server::Embedded(listen_mqtt) = config.mqtt.server {
-        // Taken, it is somebody else's server, which must not be spoken to.
-        listen("mqtt_listen", &listen_mqtt.ip().to_string(), listen_mqtt.port())?;
-    }
     let admin_listen = &config.admin_listen;
     let admin_listener = config
         .admin_token_hash
@@ -85,8 +81,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (keeper, lists) = Keeper::open(&config, Party::Broker(config.name.clone()));
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let (waiters, answers) = (Waiters::default(), Answers::default());
-    let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
-    let (keys, publishing) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config))?;
+    let embedded = config.mqtt_listen.as_ref();
+    let embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
+    let (bus, session) = wgkex_common::mqtt::open(&server, mqtt::client(&config))?;
+    let (keys, publishing) = wgkex_common::mqtt::open(&server, mqtt::keys_client(&config))?;
     let (live, store) = live_keys(&config);
     lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();
@@ -110,14 +109,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
-    let embedded = serve_embedded(&config.mqtt.server);
-    let server_is_up = embedded_listens(config.mqtt.server.clone());
     let kept = metrics.state_kept.clone();
     let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
     let tell = tell(live.clone(), metrics.clone());
     let keeping = tokio::spawn(keeper.run(keys.clone(), tell, process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
-        server_is_up.await;
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
@@ -145,7 +141,6 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
     let result = tokio::select! {
-        error = embedded => Err(error),
         ended = &mut servers => ended.context("HTTP")?.context("HTTP").map(drop),
         () = stop => Ok(()),
     };
@@ -156,6 +151,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
     let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing, keeping) }).await;
+    if let Some(embedded) = embedded {
+        embedded.stop().await;
+    }
     result
 }
 
@@ -229,21 +227,4 @@ fn gateways(config: &Config) -> Gateways {
     let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
     let reserved = Reserved::new(config.protected_keys.clone());
     Gateways::new(config.name.clone(), config.domains.clone(), weights, reserved)
-}
-
-/// Serves the bus, if it is this broker that does; else waits for ever.
-async fn serve_embedded(server: &Server) -> anyhow::Error {
-    match server {
-        Server::Embedded(listen) => embedded::serve(*listen).await,
-        Server::External { .. } => pending().await,
-    }
-}
-
-/// Returns when this broker's own MQTT server can be connected to, so that no attempt fails before that.
-async fn embedded_listens(server: Server) {
-    if let Server::Embedded(listen) = server {
-        while tokio::net::TcpStream::connect(listen).await.is_err() {
-            sleep(PROBE).await;
-        }
-    }
 }

@@ -8,10 +8,12 @@ use wgkex_common::Domain;
 use wgkex_common::lists::keeper::News;
 use wgkex_common::lists::{List, files};
 
+use crate::access::Verb;
 use crate::connections::Closed;
 use crate::exchange::Refusal;
 use crate::gateways::Overview;
 use crate::live::Counts;
+use crate::mqttd;
 
 /// The ways a key can come.
 pub const APIS: [&str; 2] = ["v1", "v2"];
@@ -49,6 +51,16 @@ pub struct Metrics {
     /// Whether MQTT is connected.
     pub mqtt_connected: IntGauge,
     connections: IntGauge,
+    /// Clients of the embedded MQTT server.
+    pub mqtt_clients: IntGauge,
+    /// Connections that it did not let in, by reason, one of [`mqttd::Refusal::REASONS`].
+    pub mqtt_refused: IntCounterVec,
+    /// What its users wanted and may not, by verb.
+    pub mqtt_forbidden: IntCounterVec,
+    /// Topics of which it keeps a message.
+    pub mqtt_retained: IntGauge,
+    /// Messages that it had no room to keep.
+    pub mqtt_retained_refused: IntCounter,
     live: IntGaugeVec,
     gateways: IntGaugeVec,
     lists_damaged: IntGaugeVec,
@@ -136,6 +148,31 @@ impl Metrics {
                 &registry,
                 IntGauge::new("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
             )?,
+            mqtt_clients: register(
+                &registry,
+                IntGauge::new("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
+            )?,
+            mqtt_refused: counter(
+                "wgkex_broker_mqtt_refused_total",
+                "Connections that the embedded MQTT server did not let in",
+                &["reason"],
+            )?,
+            mqtt_forbidden: counter(
+                "wgkex_broker_mqtt_forbidden_total",
+                "What users of the embedded MQTT server wanted to do and may not",
+                &["verb"],
+            )?,
+            mqtt_retained: register(
+                &registry,
+                IntGauge::new("wgkex_broker_mqtt_retained", "Topics with a message kept by the embedded MQTT server")?,
+            )?,
+            mqtt_retained_refused: register(
+                &registry,
+                IntCounter::new(
+                    "wgkex_broker_mqtt_retained_refused_total",
+                    "Messages that the embedded MQTT server had no room to keep",
+                )?,
+            )?,
             gateways: register(
                 &registry,
                 IntGaugeVec::new(Opts::new("wgkex_broker_gateways", "Gateways by state"), &["state"])?,
@@ -158,6 +195,12 @@ impl Metrics {
         }
         for reason in Closed::REASONS {
             self.connections_closed.with_label_values(&[reason]);
+        }
+        for reason in mqttd::Refusal::REASONS {
+            self.mqtt_refused.with_label_values(&[reason]);
+        }
+        for verb in Verb::ALL {
+            self.mqtt_forbidden.with_label_values(&[verb.word()]);
         }
         self.set_gateways(&[]);
     }

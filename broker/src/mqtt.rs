@@ -286,8 +286,7 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
     let (_keeper, lists) = Keeper::open(&config, Party::Broker("b".into()));
     let Config { domains, live_keys, cleanup, .. } = config;
-    let live =
-        LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
+    let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
     let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
     let ((ears, _heard), (questions, _asked)) = (sync::ears(), mpsc::channel(1));

@@ -46,6 +46,8 @@ pub struct Config {
     pub cleanup: Cleanup,
     /// The bus.
     pub mqtt: Mqtt,
+    /// The MQTT server inside the broker, if no other is named.
+    pub mqtt_listen: Option<MqttListen>,
     /// Where the broker serves routers.
     pub broker_listen: Listen,
     /// Where the broker serves routers by HTTPS, beside that; none if it does not.
@@ -127,7 +129,7 @@ pub struct Tls {
 /// The MQTT server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Server {
-    /// The one inside the broker, on this loopback address.
+    /// The one inside the broker, which a program on the same machine reaches at this address.
     Embedded(SocketAddr),
     /// Somebody else's.
     External {
@@ -136,6 +138,37 @@ pub enum Server {
         /// Its port.
         port: u16,
     },
+}
+
+/// The MQTT server inside the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttListen {
+    /// Where it listens; a loopback address if there are no users.
+    pub address: SocketAddr,
+    /// The certificates and the private key that it shows, as PEM; none if connections are not encrypted.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Who may connect, by name; if there is nobody, everybody may, and do everything.
+    pub users: BTreeMap<String, MqttUser>,
+    /// So many connections at most.
+    pub max_connections: usize,
+}
+
+/// Who may connect to the MQTT server inside the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttUser {
+    /// The Argon2id hash of the password, as a PHC string.
+    pub password_hash: Secret,
+    /// What the user may do.
+    pub role: Role,
+}
+
+/// What a user of the bus is to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// The worker of which the user's name is the name.
+    Worker,
+    /// Any broker.
+    Broker,
 }
 
 /// A user of the MQTT server.
@@ -152,6 +185,12 @@ pub struct Credentials {
 pub struct Secret(String);
 
 impl Secret {
+    /// A secret that was made here and not read.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
     /// The text itself, for the one who must send it.
     #[must_use]
     pub fn expose(&self) -> &str {

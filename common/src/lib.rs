@@ -3,6 +3,7 @@
 
 pub mod claim;
 pub mod config;
+pub mod database;
 mod domain;
 mod key;
 pub mod lists;

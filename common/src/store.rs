@@ -6,20 +6,18 @@
 //! makes no key older.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{DirBuilder, OpenOptions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension as _, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
 
+use crate::database::{self, Failure, Layout};
 use crate::{Domain, PublicKey};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.
@@ -30,8 +28,7 @@ const CLOCK: Duration = Duration::from_secs(60);
 const CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; a clock that says so was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
-/// The layout below; another number is another program's.
-const LAYOUT: i64 = 1;
+const LAYOUT: Layout = Layout { number: 1, schema: SCHEMA };
 
 const SCHEMA: &str = "
     CREATE TABLE keys (
@@ -183,26 +180,13 @@ impl Store {
         (store, journal, keys)
     }
 
-    fn set_aside(&self, reason: &str) -> Result<(), Failure> {
-        let aside = beside(&self.file, ".damaged");
-        std::fs::rename(&self.file, &aside)?;
-        for suffix in ["-wal", "-shm"] {
-            match std::fs::rename(beside(&self.file, suffix), beside(&aside, suffix)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-                _ => {}
-            }
-        }
-        warn!(file = %self.file.display(), set_aside = %aside.display(), reason, "state file is damaged");
-        self.journal.anew.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-
     /// What `read` makes of the database; of a new one, if it is damaged.
     fn whole<T>(&self, now: Now, read: impl Fn(Database) -> Result<T, Failure>) -> Result<T, Failure> {
         let open = || Database::open(&self.file, now).and_then(&read);
         match open() {
             Err(Failure::Damaged(reason)) => {
-                self.set_aside(&reason)?;
+                database::set_aside(&self.file, &reason)?;
+                self.journal.anew.store(true, Ordering::SeqCst);
                 open()
             }
             opened => opened,
@@ -266,51 +250,9 @@ impl Store {
     }
 }
 
-/// Why the database does not serve.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    /// It is not a database, or not a whole one, or not ours.
-    #[error("{0}")]
-    Damaged(String),
-    /// The disk is full, the directory cannot be written, another process has it.
-    #[error("{0}")]
-    Refused(String),
-}
-
-impl From<rusqlite::Error> for Failure {
-    fn from(error: rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase | ErrorCode::Unknown) => {
-                Self::Damaged(error.to_string())
-            }
-            Some(ErrorCode::DatabaseBusy) => Self::Refused("another process has it".into()),
-            _ => Self::Refused(error.to_string()),
-        }
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Refused(error.to_string())
-    }
-}
-
 impl Database {
     fn open(file: &Path, now: Now) -> Result<Self, Failure> {
-        if let Some(dir) = file.parent() {
-            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        }
-        // SQLite would make it readable for everybody.
-        OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
-        let mut connection = Connection::open(file)?;
-        connection.busy_timeout(Duration::from_secs(1))?;
-        // One process has it; what it said was written is on the disk even if the power fails.
-        connection.execute_batch(
-            "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-             PRAGMA journal_size_limit = 4194304; PRAGMA cache_size = -512;",
-        )?;
-        check(&mut connection)?;
-        Self::with_clock(connection, now)
+        Self::with_clock(database::open(file, LAYOUT)?, now)
     }
 
     /// One that cannot be written, perhaps without the last changes to it.
@@ -408,30 +350,6 @@ fn seconds_down(then: i64, now: SystemTime) -> i64 {
     let now = now.duration_since(UNIX_EPOCH).map_or(0, seconds);
     let down = now.saturating_sub(then);
     if (0..=seconds(DOWN_MAX)).contains(&down) { down } else { 0 }
-}
-
-/// Makes a new database ours, and sees whether an old one is, and whole.
-fn check(connection: &mut Connection) -> Result<(), Failure> {
-    let layout: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
-    if (layout, tables) == (0, 0) {
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        transaction.execute_batch(SCHEMA)?;
-        transaction.pragma_update(None, "user_version", LAYOUT)?;
-        transaction.commit()?;
-        return Ok(());
-    }
-    if layout != LAYOUT {
-        return Err(Failure::Damaged(format!("its layout is number {layout}, this program's is {LAYOUT}")));
-    }
-    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-    if verdict == "ok" { Ok(()) } else { Err(Failure::Damaged(verdict)) }
-}
-
-fn beside(name: &Path, suffix: &str) -> PathBuf {
-    let mut name = name.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod http;
 pub mod probe;
 pub mod process;
 pub mod proxy;
+pub mod raw;
 pub mod scripted;
 pub mod stack;
 pub mod swarm;

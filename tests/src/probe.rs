@@ -24,8 +24,7 @@ pub struct Said {
     pub topic: String,
     /// Its payload.
     pub payload: Vec<u8>,
-    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription; with rumqttd always
-    /// the subscription's.
+    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription.
     pub qos: u8,
     /// When heard: it was found on the bus. When said: it stays there.
     pub retain: bool,
@@ -75,7 +74,7 @@ impl Role {
         Self { id: id.into(), filters, qos: 1, will: None, credentials: None, greeting: Vec::new(), answer: None }
     }
 
-    /// Hears at most once. rumqttd gives nobody else more than 100 of what is retained.
+    /// Hears at most once.
     #[must_use]
     pub fn at_most_once(self) -> Self {
         Self { qos: 0, ..self }

@@ -47,8 +47,10 @@ pub struct Plan {
     pub variables: Vec<(String, String)>,
     /// What is put before every program, as `ip netns exec NAME`; nothing if empty.
     pub wrapper: Vec<String>,
-    /// User and password that Mosquitto asks for, if it asks.
+    /// User and password of all programs and probes, if the MQTT server asks.
     pub credentials: Option<(String, String)>,
+    /// More of `mqtt_listen`, as keys of a YAML mapping; nothing if empty.
+    pub listen: String,
 }
 
 impl Plan {
@@ -62,6 +64,7 @@ impl Plan {
             variables: Vec::new(),
             wrapper: Vec::new(),
             credentials: None,
+            listen: String::new(),
         }
     }
 
@@ -77,6 +80,12 @@ impl Plan {
         self.config += yaml;
         self.config += "\n";
         self
+    }
+
+    /// With this in `mqtt_listen`, too: keys of a YAML mapping.
+    #[must_use]
+    pub fn listen(self, keys: &str) -> Self {
+        Self { listen: keys.into(), ..self }
     }
 
     /// With this variable.
@@ -175,6 +184,9 @@ impl Stack {
     fn bus_config(&self) -> String {
         let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
         match (self.plan.bus, &self.plan.credentials) {
+            (Bus::Embedded, _) if !self.plan.listen.is_empty() => {
+                format!("mqtt_listen: {{host: \"{ip}\", port: {port}, {}}}", self.plan.listen)
+            }
             (Bus::Embedded, _) => format!("mqtt_listen: \"{ip}:{port}\""),
             (Bus::Mosquitto, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}}}"),
             (Bus::Mosquitto, Some((user, password))) => format!(

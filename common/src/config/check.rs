@@ -1,7 +1,7 @@
 //! From keys with types to a [`Config`]: defaults, and what several keys have to be together.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
@@ -10,17 +10,20 @@ use ipnet::IpNet;
 use serde_json::Value;
 use tracing::Level;
 
-use super::leaf::{Count, Directory, File, Flag, Keepalive, LogLevel, Port, Seconds, Text};
+use super::leaf::{Count, Directory, File, Flag, Host, Keepalive, LogLevel, Port, Seconds, Text, UserRole};
 use super::raw::{self, Raw};
 use super::report::{Path, Report};
 use super::{
-    Allow, Cleanup, Config, Confirm, Credentials, Https, KeyLists, Limits, Listen, LiveKeys, Mqtt, Peers, Quota, Secret,
-    Server, Setup, Tls, Worker,
+    Allow, Cleanup, Config, Confirm, Credentials, Https, KeyLists, Limits, Listen, LiveKeys, Mqtt, MqttListen,
+    MqttUser, Peers, Quota, Role, Secret, Server, Setup, Tls, Worker,
 };
 use crate::{Domain, DomainError, PublicKey, is_topic_level};
 
 /// More mistakes than anybody reads at once.
 const ERRORS_MAX: usize = 50;
+
+/// Where the embedded MQTT server listens unless told otherwise.
+const MQTT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1883);
 
 /// Gives the keys of a settled `tree` their types. A value of another type is reported and left out, so that all such
 /// mistakes are found at once; none if they are too many to go on.
@@ -50,6 +53,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     }
     let raw::BrokerListen { host, port, tls } = raw.broker_listen;
     let broker_listen = listen(raw::Listen { host, port }, 5000);
+    let is_listen_set = raw.mqtt_listen.is_set();
+    let mqtt_listen = raw.mqtt.broker_url.is_none().then(|| mqtt_listen(raw.mqtt_listen, report));
     let external_name = raw.external_name.map(|name| name.0).filter(|name| !name.is_empty());
     let whitelist: BTreeSet<PublicKey> = raw.key_whitelist.into_iter().flatten().map(|key| key.0).collect();
     let protected_keys = raw.protected_keys.into_iter().flatten().map(|key| key.0);
@@ -58,7 +63,8 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
         workers: raw.workers.into_iter().map(|(name, raw)| (name, worker(&raw))).collect(),
         cleanup: cleanup(&raw.cleanup),
-        mqtt: mqtt(raw.mqtt, raw.mqtt_listen, report),
+        mqtt: mqtt(raw.mqtt, mqtt_listen.as_ref(), is_listen_set, report),
+        mqtt_listen,
         https: https(tls, &broker_listen, report),
         broker_listen,
         worker_listen: listen(raw.worker_listen, 9586),
@@ -241,9 +247,9 @@ fn https(raw: raw::ListenTls, http: &Listen, report: &mut Report) -> Option<Http
     Some(Https { listen: Listen { host: http.host.clone(), port }, cert_file, key_file })
 }
 
-fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
+fn mqtt(raw: raw::Mqtt, own: Option<&MqttListen>, is_listen_set: bool, report: &mut Report) -> Mqtt {
     let is_encrypted = raw.tls.is_some_and(|tls| tls.0);
-    let is_external = raw.broker_url.is_some();
+    let is_external = own.is_none();
     let (another, none, plain) =
         ("mqtt.broker_url names another server", "mqtt.broker_url is not set", "mqtt.tls is not true");
     let unused = [
@@ -252,25 +258,23 @@ fn mqtt(raw: raw::Mqtt, mqtt_listen: raw::Listen, report: &mut Report) -> Mqtt {
         ("mqtt.ca_file", !is_encrypted && raw.ca_file.is_some(), plain),
         ("mqtt.cert_file", !is_encrypted && raw.cert_file.is_some(), plain),
         ("mqtt.key_file", !is_encrypted && raw.key_file.is_some(), plain),
-        ("mqtt_listen", is_external && (mqtt_listen.host.is_some() || mqtt_listen.port.is_some()), another),
+        ("mqtt_listen", is_external && is_listen_set, another),
     ];
     for (path, _, why) in unused.iter().filter(|(_, is_unused, _)| *is_unused) {
         report.warn(&Path::of(path), &format!("is not used, as {why}"));
     }
-    let tls = tls(raw.ca_file, raw.cert_file, raw.key_file, report);
+    let own_files = pair("mqtt", raw.cert_file, raw.key_file, report);
+    let tls = Tls { ca_file: raw.ca_file.map(|file| file.0.into()), own: own_files };
+    let external = |host: Host| Server::External { host: host.0, port: port(raw.broker_port.as_ref(), 1883) };
     Mqtt {
         credentials: credentials(raw.username, raw.password, report),
         keepalive: Duration::from_secs(raw.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
         tls: (is_encrypted && is_external).then_some(tls),
-        server: match raw.broker_url {
-            Some(host) => Server::External { host: host.0, port: port(raw.broker_port.as_ref(), 1883) },
-            None => Server::Embedded(embedded(&listen(mqtt_listen, 1883), report)),
+        server: match (raw.broker_url, own) {
+            (Some(host), _) => external(host),
+            (None, own) => Server::Embedded(reachable(own.map_or(MQTT, |own| own.address))),
         },
     }
-}
-
-fn tls(ca: Option<File>, certificate: Option<File>, key: Option<File>, report: &mut Report) -> Tls {
-    Tls { ca_file: ca.map(|file| PathBuf::from(file.0)), own: pair("mqtt", certificate, key, report) }
 }
 
 /// A certificate and its key, below `section`: both or none.
@@ -293,19 +297,55 @@ fn pair(
     }
 }
 
-/// Where the embedded server listens: it trusts whoever reaches it, so only this machine may.
-fn embedded(listen: &Listen, report: &mut Report) -> SocketAddr {
-    let host = if listen.host == "localhost" { "127.0.0.1" } else { &listen.host };
-    let address = host.parse().ok().filter(IpAddr::is_loopback);
-    if address.is_none() {
-        report.wrong(
-            &Path::of("mqtt_listen.host"),
-            &Value::from(host),
-            "is not a loopback address, one such as 127.0.0.1 is allowed (the embedded server serves this machine \
-             only; for others run an MQTT server such as Mosquitto and name it in mqtt.broker_url)",
-        );
+/// Where a program on the same machine reaches a server that listens on `address`.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let loopback: IpAddr = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    SocketAddr::new(if address.ip().is_unspecified() { loopback } else { address.ip() }, address.port())
+}
+
+fn mqtt_listen(raw: raw::MqttListen, report: &mut Report) -> MqttListen {
+    let has_users = !raw.users.is_empty();
+    let users = raw.users.into_iter().filter_map(|(name, raw)| mqtt_user(name, raw, report)).collect();
+    let tls = pair("mqtt_listen.tls", raw.tls.cert_file, raw.tls.key_file, report);
+    let host = raw.host.map_or_else(|| MQTT.ip().to_string(), |host| host.0);
+    let ip = mqtt_ip(&host, has_users, report);
+    if !ip.is_loopback() && tls.is_none() {
+        report.warn(&Path::of("mqtt_listen"), "passwords and keys are not encrypted, as mqtt_listen.tls is not set");
     }
-    SocketAddr::new(address.unwrap_or(Ipv4Addr::LOCALHOST.into()), listen.port)
+    MqttListen {
+        address: SocketAddr::new(ip, port(raw.port.as_ref(), MQTT.port())),
+        tls,
+        users,
+        max_connections: raw.max_connections.map_or(10_000, |max| max.0),
+    }
+}
+
+/// Where the embedded server listens: only users make others than this machine's programs strangers.
+fn mqtt_ip(host: &str, has_users: bool, report: &mut Report) -> IpAddr {
+    let address = if host == "localhost" { "127.0.0.1" } else { host }.parse().ok();
+    let complaint = match address {
+        Some(ip) if has_users || IpAddr::is_loopback(&ip) => return ip,
+        Some(_) => {
+            "is not a loopback address, one such as 127.0.0.1 is allowed (another only with mqtt_listen.users, as \
+             without them everybody may say everything)"
+        }
+        None => "is not an address, one such as 127.0.0.1 or \"::\" is allowed",
+    };
+    report.wrong(&Path::of("mqtt_listen.host"), &Value::from(host), complaint);
+    MQTT.ip()
+}
+
+fn mqtt_user(name: String, raw: raw::MqttUser, report: &mut Report) -> Option<(String, MqttUser)> {
+    let path = Path::of("mqtt_listen.users").then(&name);
+    if !is_topic_level(&name) {
+        report.refuse(&path, "is not a user's name, one without \"/\", \"+\" and \"#\" is allowed");
+    }
+    let Some(hash) = raw.password_hash else {
+        report.refuse(&path.then("password_hash"), "is missing, what \"wgkex-broker hash-password\" prints is needed");
+        return None;
+    };
+    let role = raw.role.map_or(Role::Worker, |UserRole(role)| role);
+    Some((name, MqttUser { password_hash: Secret(hash.0), role }))
 }
 
 /// A user has both, as in the original.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use tracing::Level;
 
+use super::Role;
 use crate::PublicKey;
 
 /// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
@@ -97,6 +98,19 @@ leaf!(
     "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
 leaf!(
+    /// As many as a process may have files open at the very most.
+    Connections(usize),
+    |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
+    "is not a number of connections, a whole number from 10 to 1000000 is allowed"
+);
+leaf!(
+    /// Whether it is whole, the one who verifies passwords sees.
+    PasswordHash(String),
+    |value: &Value| text(value).filter(|text| text.starts_with("$argon2id$")),
+    "is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed"
+);
+leaf!(UserRole(Role), role, "is not a role, worker or broker is allowed");
+leaf!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
     |value: &Value| whole(value, 0..=65535),
@@ -176,6 +190,14 @@ fn scalar(value: &Value) -> Option<String> {
         Value::Number(number) => Some(number.to_string()),
         Value::String(text) => Some(text.trim().replace('_', "")),
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
+    }
+}
+
+fn role(value: &Value) -> Option<Role> {
+    match text(value)?.as_str() {
+        "worker" => Some(Role::Worker),
+        "broker" => Some(Role::Broker),
+        _ => None,
     }
 }
 

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::leaf::{
-    Burst, Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net, Port, PrefixLength,
-    Rate, Seconds, Share, Text, Vni,
+    Burst, Connections, Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net,
+    PasswordHash, Port, PrefixLength, Rate, Seconds, Share, Text, UserRole, Vni,
 };
 
 /// Stands for any name in [`Raw::every_key`].
@@ -35,7 +35,7 @@ pub(super) struct Raw {
     pub blacklist_file: Option<Text>,
     pub key_whitelist: Vec<Option<Key>>,
     pub protected_keys: Vec<Option<Key>>,
-    pub mqtt_listen: Listen,
+    pub mqtt_listen: MqttListen,
     pub worker_listen: Listen,
     pub worker_user: Option<Text>,
     pub confirm_timeout: Option<Seconds>,
@@ -144,8 +144,33 @@ pub(super) struct BrokerListen {
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
+pub(super) struct MqttListen {
+    pub host: Option<Host>,
+    pub port: Option<Port>,
+    pub tls: MqttListenTls,
+    pub users: BTreeMap<String, MqttUser>,
+    pub max_connections: Option<Connections>,
+}
+
+impl MqttListen {
+    /// Whether any of it stands in the file.
+    pub fn is_set(&self) -> bool {
+        let tls = self.tls.cert_file.is_some() || self.tls.key_file.is_some();
+        self.host.is_some() || self.port.is_some() || self.max_connections.is_some() || tls || !self.users.is_empty()
+    }
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
 pub(super) struct ListenTls {
     pub port: Option<Port>,
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct MqttListenTls {
     pub cert_file: Option<File>,
     pub key_file: Option<File>,
 }
@@ -164,6 +189,13 @@ pub(super) struct Limits {
 pub(super) struct Limit {
     pub burst: Option<Burst>,
     pub per_second: Option<Rate>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct MqttUser {
+    pub password_hash: Option<PasswordHash>,
+    pub role: Option<UserRole>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -228,6 +260,10 @@ impl Raw {
             protected_keys: vec![None],
             trusted_proxies: vec![None],
             workers: BTreeMap::from([(ANY.to_owned(), Worker::default())]),
+            mqtt_listen: MqttListen {
+                users: BTreeMap::from([(ANY.to_owned(), MqttUser::default())]),
+                ..MqttListen::default()
+            },
             setup: Setup { domains: BTreeMap::from([(ANY.to_owned(), SetupDomain::default())]), ..Setup::default() },
             ..Self::default()
         };

@@ -10,7 +10,7 @@ use serde_path_to_error::Segment;
 use super::keys;
 
 /// Keys whose values are nobody's business.
-const SECRET_KEYS: [&str; 4] = ["password", "api_key", "broker_signing_key", "admin_token_hash"];
+const SECRET_KEYS: [&str; 5] = ["password", "password_hash", "api_key", "broker_signing_key", "admin_token_hash"];
 
 /// Longer values are not shown: they help nobody.
 const SHOWN_MAX: usize = 80;

@@ -139,6 +139,12 @@ fn what_is_left_out_has_its_default() {
             keepalive: seconds(5),
             tls: None,
         },
+        mqtt_listen: Some(MqttListen {
+            address: "127.0.0.1:1883".parse().unwrap(),
+            tls: None,
+            users: BTreeMap::new(),
+            max_connections: 10_000,
+        }),
         broker_listen: Listen { host: "127.0.0.1".into(), port: 5000 },
         https: None,
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
@@ -266,7 +272,7 @@ fn limits_are_set_one_by_one_and_a_burst_of_0_is_none() {
     let default = limits("~");
     let set = limits("{per_key: {burst: 0}, per_client: {burst: 5, per_second: 0.5}, global: {per_second: 7}}");
     assert_eq!((set.per_key, set.per_client), (None, quota(5, 0.5)));
-    assert_eq!((set.per_domain, set.global), (default.per_domain, quota(20_000, 7.0)));
+    assert_eq!((set.per_domain, set.global), (default.per_domain, quota(50_000, 7.0)));
 }
 
 #[test]
@@ -274,6 +280,33 @@ fn proxies_are_networks_or_single_addresses() {
     let config = parse(&format!("{LEAST}trusted_proxies: [192.0.2.77/24, '::1', '2001:db8::/32', 10.0.0.1]")).unwrap();
     let shown: Vec<_> = config.trusted_proxies.iter().map(ToString::to_string).collect();
     assert_eq!(shown, ["192.0.2.0/24", "::1/128", "2001:db8::/32", "10.0.0.1/32"]);
+}
+
+#[test]
+fn the_embedded_server_has_users_and_tls() {
+    let listen = "mqtt_listen: {host: '::', tls: {cert_file: /c, key_file: /k}, max_connections: 50, users: {\
+                  gw1: {password_hash: '$argon2id$1'}, b: {password_hash: '$argon2id$2', role: broker}}}";
+    let config = parse(&format!("{LEAST}{listen}")).unwrap();
+    assert_eq!(config.warnings, [""; 0]);
+    assert_eq!(
+        config.mqtt.server,
+        Server::Embedded("[::1]:1883".parse().unwrap()),
+        "what a worker beside it connects to"
+    );
+    let user = |hash: &str, role| MqttUser { password_hash: Secret(hash.into()), role };
+    let expected = MqttListen {
+        address: "[::]:1883".parse().unwrap(),
+        tls: Some(("/c".into(), "/k".into())),
+        users: BTreeMap::from([
+            ("gw1".into(), user("$argon2id$1", Role::Worker)),
+            ("b".into(), user("$argon2id$2", Role::Broker)),
+        ]),
+        max_connections: 50,
+    };
+    assert!(!format!("{config:?}").contains("argon2id"));
+    assert_eq!(config.mqtt_listen, Some(expected));
+    let external = parse(&format!("{LEAST}mqtt: {{broker_url: mqtt}}")).unwrap();
+    assert_eq!(external.mqtt_listen, None);
 }
 
 #[test]
@@ -415,12 +448,14 @@ fn the_example_documents_every_key_with_its_default() {
     let mut config = parse(&everything).unwrap();
     assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".into(), Worker { weight: 1.0 })]));
     config.workers.clear();
+    let users = &mut config.mqtt_listen.as_mut().unwrap().users;
+    assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
     assert_eq!(config, least);
 
     let mut tree = yaml::parse(&everything, &mut Report::of_file("", "")).unwrap();
     for path in keys::paths() {
         let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
-            (raw::ANY, "workers") => "gw01.example.org".to_owned(),
+            (raw::ANY, "workers" | "mqtt_listen") => "gw01.example.org".to_owned(),
             (raw::ANY, _) => "ffmuc_welt".to_owned(),
             _ => step.clone(),
         };

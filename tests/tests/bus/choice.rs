@@ -117,18 +117,16 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
         let retained = late.heard().iter().filter(|said| said.retain && said.topic.contains("example.org")).count();
         (retained == expected).then_some(())
     });
-    if bus == Bus::Mosquitto {
-        let _ = stack.stop_broker();
-        stack.start_broker();
-        stack.wait_until_ready();
-        // Ready means that it knows everything: the first answer is right, in each domain.
-        for domain in &stack.plan.domains {
-            assert_eq!(stack.v2(domain, &key(1)).json(), endpoint(&name(WORKERS - 1)), "{domain}");
-        }
+    let _ = stack.stop_broker();
+    stack.start_broker();
+    stack.wait_until_ready();
+    // Ready means that it knows everything: the first answer is right, in each domain.
+    for domain in &stack.plan.domains {
+        assert_eq!(stack.v2(domain, &key(1)).json(), endpoint(&name(WORKERS - 1)), "{domain}");
     }
 }
 
-/// With Mosquitto the states are there before the broker; with the embedded server nobody can be.
+/// Both servers kept the states; nobody left a last will.
 fn a_broker_that_has_just_started_answers_nobody_wrongly(bus: Bus) {
     let mut stack = Stack::start(ten_domains(bus));
     say_states(&stack);
@@ -147,9 +145,6 @@ fn a_broker_that_has_just_started_answers_nobody_wrongly(bus: Bus) {
             }
             assert_unavailable(&response);
         };
-        match bus {
-            Bus::Mosquitto => assert_eq!(first.json(), endpoint(&name(WORKERS - 1)), "{first:?}"),
-            Bus::Embedded => assert_unavailable(&first),
-        }
+        assert_eq!(first.json(), endpoint(&name(WORKERS - 1)), "{first:?}");
     }
 }

@@ -105,7 +105,25 @@ const MISTAKES: &[(&str, &[&str])] = &[
     (
         "mqtt_listen: {host: 0.0.0.0}",
         &[
-            "mqtt_listen.host: \"0.0.0.0\" is not a loopback address, one such as 127.0.0.1 is allowed (the embedded server serves this machine only; for others run an MQTT server such as Mosquitto and name it in mqtt.broker_url)",
+            "mqtt_listen.host: \"0.0.0.0\" is not a loopback address, one such as 127.0.0.1 is allowed (another only with mqtt_listen.users, as without them everybody may say everything)",
+        ],
+    ),
+    (
+        "mqtt_listen: {host: mqtt.example.org, tls: {cert_file: /c}, max_connections: 1}",
+        &[
+            "mqtt_listen.max_connections: 1 is not a number of connections, a whole number from 10 to 1000000 is allowed",
+            "mqtt_listen.tls.key_file: is missing, as mqtt_listen.tls.cert_file is set, a file is needed",
+            "mqtt_listen.host: \"mqtt.example.org\" is not an address, one such as 127.0.0.1 or \"::\" is allowed",
+        ],
+    ),
+    (
+        "mqtt_listen: {users: {gw1: {role: worker}, gw2: {password_hash: very-secret}, gw3: {password_hash: $argon2id$x, role: root}, a/b: {password_hash: $argon2id$x}}}",
+        &[
+            "mqtt_listen.users.gw2.password_hash: the value is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed",
+            "mqtt_listen.users.gw3.role: \"root\" is not a role, worker or broker is allowed",
+            "mqtt_listen.users.a/b: is not a user's name, one without \"/\", \"+\" and \"#\" is allowed",
+            "mqtt_listen.users.gw1.password_hash: is missing, what \"wgkex-broker hash-password\" prints is needed",
+            "mqtt_listen.users.gw2.password_hash: is missing, what \"wgkex-broker hash-password\" prints is needed",
         ],
     ),
     (
@@ -285,6 +303,10 @@ fn what_is_odd_but_harmless_is_a_warning() {
         (
             "broker_listen: {tls: {port: 443}}",
             &["broker_listen.tls.port: is not used, as broker_listen.tls.cert_file is not set"],
+        ),
+        (
+            "mqtt_listen: {host: '::', users: {gw1: {password_hash: $argon2id$x}}}",
+            &["mqtt_listen: passwords and keys are not encrypted, as mqtt_listen.tls is not set"],
         ),
         ("mqtt: {username: x}", &["mqtt.username: is not used, as mqtt.password is not set"]),
         ("mqtt: {password: x}", &["mqtt.password: is not used, as mqtt.username is not set"]),

@@ -1,0 +1,189 @@
+//! The MQTT 3.1.1 server inside the broker: our own listener, sessions and retained messages, around rumqttd's router.
+//!
+//! Follow a client: [`admit`] lets it in, [`connection`] runs its [`session`], which says and hears what it may on the
+//! [`bus`]. Behind that, [`router`] carries what is said to all who listen, and [`retained`] keeps what is to be kept,
+//! on disk by [`file`].
+
+mod admit;
+mod bus;
+mod connection;
+mod file;
+pub mod filter;
+mod message;
+mod retained;
+mod router;
+mod session;
+mod tls;
+mod users;
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::BytesMut;
+use rumqttc::{ConnAck, ConnectReturnCode, Packet};
+use tokio::net::TcpStream;
+use tokio::runtime;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
+use wgkex_common::process;
+
+use self::admit::{BUSY, Client, Door, FULL, PATIENCE, Stream};
+use self::bus::Bus;
+use self::connection::{Connection, End};
+use self::file::File;
+use self::session::Session;
+use self::tls::Tls;
+use self::users::Users;
+use crate::metrics::Metrics;
+
+pub use self::admit::Refusal;
+
+/// So many connections may wait at a door to be let in.
+const WAITING: usize = 256;
+/// This broker's own connections, two of which may be about to end.
+const OWN: usize = 4;
+/// The threads that serve all clients. One may have to wait for the router.
+const THREADS: usize = 2;
+/// How long to wait when the system has no more descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+/// How long the end of the server may take.
+const END: Duration = Duration::from_secs(1);
+
+/// The server, on threads of its own.
+pub struct Mqttd {
+    own: SocketAddr,
+    credentials: Credentials,
+    over: watch::Sender<bool>,
+    ended: oneshot::Receiver<()>,
+}
+
+impl Mqttd {
+    /// Starts to serve; what was kept in `dir` is there again. The error names the key that has to be changed.
+    pub fn start(config: &MqttListen, dir: &Path, metrics: &Metrics) -> anyhow::Result<Self> {
+        let public = bind(config.address)?;
+        let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
+        let address = own.local_addr().context("mqtt_listen")?;
+        let (own_users, credentials) = Users::own()?;
+        let tls = config.tls.clone().map(Tls::open).transpose()?;
+        let room = config.max_connections + 2;
+        let door = Door { users: Users::new(&config.users)?, tls, room };
+        let own_door = Door { users: own_users, tls: None, room: room + OWN };
+
+        let (file, retained) = File::open(dir);
+        let bus = Bus::open(retained, room + OWN, metrics.clone())?;
+        let (server, (over, stop)) = (Serving { bus: Arc::new(bus), metrics: metrics.clone() }, watch::channel(false));
+        let (end, ended) = oneshot::channel();
+        let runtime = runtime::Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_name("mqtt")
+            .enable_all()
+            .build()
+            .context("the threads of the MQTT server do not start")?;
+        let doors = [(public, door), (own, own_door)];
+        thread::Builder::new().name("mqttd".into()).spawn(move || {
+            runtime.block_on(server.run(doors, file, stop));
+            runtime.shutdown_background();
+            // The one who waits for it may have gone first.
+            let _ = end.send(());
+        })?;
+        Ok(Self { own: address, credentials, over, ended })
+    }
+
+    /// How this broker itself connects: by a door of its own, which neither TLS nor a crowd stand in the way of.
+    pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
+        Mqtt { server: Server::Embedded(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
+    }
+
+    /// Ends it: the ports are free, all connections closed, and what is kept is on disk. No last will is said: those who
+    /// are there come back to the next server, and for who does not, it is due then.
+    pub async fn stop(self) {
+        self.over.send_replace(true);
+        let _ = timeout(END, self.ended).await;
+    }
+}
+
+fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bind = || {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        io::Result::Ok(listener)
+    };
+    bind().with_context(|| format!("mqtt_listen {address}"))
+}
+
+/// What every connection needs.
+#[derive(Clone)]
+struct Serving {
+    bus: Arc<Bus>,
+    metrics: Metrics,
+}
+
+impl Serving {
+    async fn run(self, doors: [(TcpListener, Door); 2], file: File, stop: watch::Receiver<bool>) {
+        for (listener, door) in doors {
+            tokio::spawn(self.clone().attend(listener, Arc::new(door), stop.clone()));
+        }
+        file.run(self.bus, process::over(stop)).await;
+    }
+
+    /// Lets clients in at one door until it is over; their connections end with the runtime.
+    async fn attend(self, listener: TcpListener, door: Arc<Door>, stop: watch::Receiver<bool>) {
+        let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+        let waiting = Arc::new(Semaphore::new(WAITING));
+        let accept = async {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => match waiting.clone().try_acquire_owned() {
+                        Ok(turn) => drop(tokio::spawn(self.clone().serve(stream, door.clone(), turn))),
+                        Err(_) => self.metrics.mqtt_refused.with_label_values(&["full"]).inc(),
+                    },
+                    Err(error) => {
+                        warn!(%error, "the MQTT server cannot take a connection");
+                        sleep(PAUSE).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            () = process::over(stop) => {}
+        }
+    }
+
+    /// One connection, from its first byte to its last.
+    async fn serve(self, stream: TcpStream, door: Arc<Door>, turn: OwnedSemaphorePermit) {
+        let (stream, input, client) = match door.admit(stream).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc(),
+        };
+        let Client { name, access, will, silence } = client;
+        let seat = match timeout(PATIENCE, self.bus.enter(&name, door.room)).await {
+            Ok(Some(seat)) => seat,
+            Ok(None) => return self.refuse(FULL, stream).await,
+            Err(_) => return self.refuse(BUSY, stream).await,
+        };
+        drop(turn);
+        if let Some(will) = will {
+            self.bus.promise(&seat, will);
+        }
+        let mut output = BytesMut::new();
+        let _ = Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false)).write(&mut output, usize::MAX);
+        let shared = (self.bus.clone(), self.metrics.clone());
+        let connection = Connection::new(stream, (input, output), Session::new(access), silence, shared);
+        let (end, ear) = connection.run(&seat).await;
+        debug!(client = %seat, ?end, "MQTT client is gone");
+        self.bus.leave(seat, end != End::Farewell, ear).await;
+    }
+
+    async fn refuse(&self, refusal: Refusal, stream: Box<dyn Stream>) {
+        self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
+        refusal.tell(stream).await;
+    }
+}

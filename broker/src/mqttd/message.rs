@@ -1,0 +1,88 @@
+//! A message on its way through the server.
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use rumqttc::{LastWill, Publish, QoS, qos};
+
+/// What somebody said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// Its topic, a valid one.
+    pub topic: String,
+    /// Its payload, in memory of its own.
+    pub payload: Bytes,
+    /// The quality of service that it was said with; the server does not keep more than 1.
+    pub qos: QoS,
+    /// When said: it is to be kept. When heard: it was kept.
+    pub retain: bool,
+}
+
+impl Message {
+    /// As the router's log has it: quality, length of the topic, topic, payload.
+    pub fn encode(&self) -> Bytes {
+        let length = u16::try_from(self.topic.len()).unwrap_or(u16::MAX);
+        let topic = &self.topic.as_bytes()[..length.into()];
+        let mut bytes = BytesMut::with_capacity(3 + topic.len() + self.payload.len());
+        bytes.put_u8(self.qos as u8);
+        bytes.put_u16(length);
+        bytes.put_slice(topic);
+        bytes.put_slice(&self.payload);
+        bytes.freeze()
+    }
+
+    /// The topic of an encoded message.
+    pub fn topic_of(bytes: &Bytes) -> Option<&str> {
+        let length = u16::from_be_bytes(bytes.get(1..3)?.try_into().ok()?);
+        std::str::from_utf8(bytes.get(3..3 + usize::from(length))?).ok()
+    }
+
+    /// What was encoded; not one to be kept any more.
+    pub fn decode(bytes: &Bytes) -> Option<Self> {
+        let topic = Self::topic_of(bytes)?.to_owned();
+        let qos = qos(*bytes.first()?).ok()?;
+        let payload = bytes.slice(3 + topic.len()..);
+        Some(Self { topic, payload, qos, retain: false })
+    }
+}
+
+impl From<Publish> for Message {
+    fn from(publish: Publish) -> Self {
+        let Publish { topic, payload, qos, retain, .. } = publish;
+        // The payload is a part of what was read together, which must not stay because of it.
+        Self { topic, payload: Bytes::copy_from_slice(&payload), qos: lower(qos, QoS::AtLeastOnce), retain }
+    }
+}
+
+impl From<LastWill> for Message {
+    fn from(will: LastWill) -> Self {
+        let LastWill { topic, message, qos, retain } = will;
+        Self { topic, payload: Bytes::copy_from_slice(&message), qos: lower(qos, QoS::AtLeastOnce), retain }
+    }
+}
+
+/// The lower one of two qualities.
+pub fn lower(one: QoS, other: QoS) -> QoS {
+    if one < other { one } else { other }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(topic in "\\PC{1,40}", payload: Vec<u8>, level in 0..2u8) {
+            let qos = qos(level).unwrap();
+            let message = Message { topic, payload: payload.into(), qos, retain: false };
+            let encoded = message.encode();
+            prop_assert_eq!(Message::topic_of(&encoded), Some(message.topic.as_str()));
+            prop_assert_eq!(Message::decode(&encoded), Some(message));
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>) {
+            let _ = Message::decode(&bytes.into());
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! rumqttd's router, as a log that everybody who listens reads at a pace of their own.
+//!
+//! The router breaks on client ids, topics, filters, acknowledgements and endings of connections that it does not
+//! expect. So it sees nothing of what clients send: everything is said by one link, on one topic, and each [`Ear`] hears
+//! all of it and picks what it wants. An ear that is too slow loses the oldest, as the log is bounded.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use bytes::Bytes;
+use rumqttd::local::{LinkBuilder, LinkRx, LinkTx};
+use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
+use rumqttd::{Notification, RouterConfig};
+use tokio::task::yield_now;
+use tokio::time::sleep;
+
+/// What everything is said on.
+const TOPIC: &str = "bus";
+/// Has one message, which an ear that ends asks for.
+const BARRIER: &str = "barrier";
+/// The log is kept in segments until these are full, read or not.
+const SEGMENT: usize = 1 << 20;
+/// How many segments there are: 4 MiB hold 20,000 keys several times.
+const SEGMENTS: usize = 4;
+/// So many messages are added to an ear's at once; beyond 200, it gets no more before it has taken these.
+const AT_ONCE: u64 = 10;
+/// How long to wait for a place in the router's queue.
+const PAUSE: Duration = Duration::from_millis(1);
+
+type Dial = dyn Fn(&str) -> anyhow::Result<(LinkTx, LinkRx)> + Send + Sync;
+
+/// The router, on a thread of its own that ends with the process.
+pub struct Router {
+    /// The type of the router's queue has no name outside of rumqttd.
+    dial: Box<Dial>,
+    /// The names of links that ended: the router remembers each name for ever.
+    names: Mutex<Names>,
+}
+
+#[derive(Default)]
+struct Names {
+    free: Vec<usize>,
+    given: usize,
+}
+
+/// The one who says everything.
+pub struct Mouth {
+    link: LinkTx,
+    _replies: LinkRx,
+}
+
+impl Router {
+    /// A router for so many ears.
+    pub fn start(ears: usize) -> anyhow::Result<(Self, Mouth)> {
+        let config = RouterConfig {
+            max_connections: ears + 10,
+            max_outgoing_packet_count: AT_ONCE,
+            max_segment_size: SEGMENT,
+            max_segment_count: SEGMENTS,
+            initialized_filters: Some(vec![TOPIC.into(), BARRIER.into()]),
+            ..RouterConfig::default()
+        };
+        let queue = rumqttd::Router::new(0, config).spawn();
+        let dial = Box::new(move |name: &str| match LinkBuilder::new(name, queue.clone()).build() {
+            Ok((link, heard, _)) => Ok((link, heard)),
+            Err(error) => Err(anyhow!("the MQTT router: {error}")),
+        });
+        let (mut link, replies) = dial("mouth")?;
+        link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
+        Ok((Self { dial, names: Mutex::default() }, Mouth { link, _replies: replies }))
+    }
+
+    /// An ear that hears what is said from now on. It has to be closed.
+    pub fn listen(&self) -> anyhow::Result<Ear> {
+        let name = self.names(|names| {
+            names.free.pop().unwrap_or_else(|| {
+                names.given += 1;
+                names.given
+            })
+        });
+        let (mut link, heard) = (self.dial)(&name.to_string())?;
+        link.subscribe(TOPIC).context("the MQTT router")?;
+        Ok(Ear { name, link, heard })
+    }
+
+    /// Ends an ear. The router must have nothing to do for a link that it forgets, or others wait for that, and breaks on
+    /// words from one that it has forgotten. So the subscription ends first, then nothing may be under way any more, as
+    /// the answer to the barrier shows, and the farewell is the last word.
+    pub async fn close(&self, ear: Ear) {
+        let Ear { name, mut link, mut heard } = ear;
+        let _ = link.unsubscribe(TOPIC);
+        loop {
+            match heard.next().await {
+                Ok(Some(Notification::Unschedule)) => drop(heard.ready()),
+                Ok(Some(notification)) => {
+                    if let Some(Packet::UnsubAck(..)) = notification.into() {
+                        break;
+                    }
+                }
+                Ok(None) => {}
+                Err(_) => break,
+            }
+        }
+        while link.shadow(BARRIER).is_err() {
+            sleep(PAUSE).await;
+        }
+        while !matches!(heard.next().await, Ok(Some(Notification::Shadow(_))) | Err(_)) {}
+        let farewell = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
+        if link.send(Packet::Disconnect(farewell, None)).await.is_ok() {
+            while heard.next().await.is_ok() {}
+            self.names(|names| names.free.push(name));
+        }
+    }
+
+    fn names<T>(&self, change: impl FnOnce(&mut Names) -> T) -> T {
+        change(&mut self.names.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Mouth {
+    /// Says it to all ears. Blocks while the router has more to do than it may queue.
+    pub fn say(&mut self, said: Bytes) {
+        // Without a router there is no process either.
+        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), said);
+    }
+}
+
+/// One who listens.
+pub struct Ear {
+    name: usize,
+    link: LinkTx,
+    heard: LinkRx,
+}
+
+impl Ear {
+    /// What is said next that `wanted` wants. Dropping the future loses nothing.
+    pub async fn next(&mut self, wanted: impl Fn(&Bytes) -> bool) -> Bytes {
+        loop {
+            match self.heard.next().await {
+                Ok(Some(Notification::Forward(forward))) if wanted(&forward.publish.payload) => {
+                    return forward.publish.payload;
+                }
+                // The router waits until its last portion is taken.
+                Ok(Some(Notification::Unschedule)) => {
+                    let _ = self.heard.ready();
+                    yield_now().await;
+                }
+                Ok(_) => {}
+                Err(_) => std::future::pending().await,
+            }
+        }
+    }
+}

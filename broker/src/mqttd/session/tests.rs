@@ -1,0 +1,183 @@
+//! A client's packets, and what they bring about.
+
+use proptest::prelude::*;
+use rumqttc::SubscribeFilter;
+use wgkex_common::config::Role;
+
+use super::*;
+
+fn session() -> Session {
+    Session::new(Access::everything())
+}
+
+fn publish(topic: &str, qos: QoS, pkid: u16) -> Packet {
+    Packet::Publish(Publish { pkid, ..Publish::new(topic, qos, "x") })
+}
+
+fn subscribe(filters: &[(&str, QoS)]) -> Packet {
+    let filters = filters.iter().map(|(path, qos)| SubscribeFilter::new((*path).into(), *qos));
+    Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) })
+}
+
+fn message(topic: &str, qos: QoS) -> Message {
+    Message { topic: topic.into(), payload: "x".into(), qos, retain: false }
+}
+
+/// What the session does, and what it answers.
+fn take(session: &mut Session, packet: Packet) -> (Vec<Deed>, Vec<Packet>) {
+    let mut output = BytesMut::new();
+    let deeds = session.take(packet, &mut output).unwrap();
+    (deeds, packets(output))
+}
+
+fn packets(mut output: BytesMut) -> Vec<Packet> {
+    std::iter::from_fn(|| Packet::read(&mut output, usize::MAX).ok()).collect()
+}
+
+fn delivered(session: &mut Session, message: Message) -> Vec<Publish> {
+    let mut output = BytesMut::new();
+    session.deliver(message, &mut output);
+    let publish = |packet| if let Packet::Publish(publish) = packet { publish } else { panic!("{packet:?}") };
+    packets(output).into_iter().map(publish).collect()
+}
+
+#[test]
+fn each_quality_has_its_answer_and_is_said_once() {
+    let (mut session, said) = (session(), |qos| vec![Deed::Say(message("a", qos))]);
+    let (zero, one, two) = (QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce);
+    assert_eq!(take(&mut session, publish("a", zero, 0)), (said(zero), vec![]));
+    assert_eq!(take(&mut session, publish("a", one, 7)), (said(one), vec![Packet::PubAck(PubAck { pkid: 7 })]));
+    let received = vec![Packet::PubRec(PubRec { pkid: 7 })];
+    assert_eq!(take(&mut session, publish("a", two, 7)), (said(one), received.clone()));
+    assert_eq!(take(&mut session, publish("a", two, 7)), (vec![], received.clone()), "it came again");
+    let released = Packet::PubRel(PubRel { pkid: 7 });
+    assert_eq!(take(&mut session, released), (vec![], vec![Packet::PubComp(PubComp { pkid: 7 })]));
+    assert_eq!(take(&mut session, publish("a", two, 7)), (said(one), received));
+}
+
+#[test]
+fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
+    use SubscribeReasonCode::{Failure, Success};
+    let mut session = Session::new(Access::of(Role::Worker, "gw1"));
+    let filters = [
+        ("wireguard/a/+", QoS::ExactlyOnce),
+        ("a#/b", QoS::AtMostOnce),
+        ("#", QoS::AtMostOnce),
+        ("wgkex/worker/gw1/pages", QoS::AtMostOnce),
+    ];
+    let (deeds, answers) = take(&mut session, subscribe(&filters));
+    let forbidden = Deed::Forbid { verb: Verb::Hear, topic: "#".into(), is_first: true };
+    assert_eq!(deeds, [Deed::Listen, forbidden]);
+    let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
+    assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
+    assert!(session.wants("wireguard/a/all") && !session.wants("wireguard-worker/gw1/status"));
+}
+
+#[test]
+fn what_is_forbidden_is_acknowledged_and_not_said() {
+    let mut session = Session::new(Access::of(Role::Worker, "gw1"));
+    for is_first in [true, false] {
+        let (deeds, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
+        assert_eq!(deeds, [Deed::Forbid { verb: Verb::Say, topic: "wireguard/ffx_a/all".into(), is_first }]);
+        assert_eq!(answers, [Packet::PubAck(PubAck { pkid: 3 })]);
+    }
+}
+
+#[test]
+fn what_no_client_may_ends_the_connection() {
+    let connect = Packet::Connect(rumqttc::Connect::new("x"));
+    for packet in [publish("a/+", QoS::AtMostOnce, 0), publish("", QoS::AtMostOnce, 0), connect, Packet::PingResp] {
+        assert!(session().take(packet.clone(), &mut BytesMut::new()).is_err(), "{packet:?}");
+    }
+}
+
+#[test]
+fn a_message_comes_with_the_lower_quality_until_its_subscription_ends() {
+    let mut session = session();
+    let _ = take(&mut session, subscribe(&[("a/+", QoS::AtLeastOnce), ("b", QoS::AtMostOnce), ("#", QoS::AtMostOnce)]));
+    for (topic, said, heard) in [("a/x", 1, 1), ("a/x", 0, 0), ("b", 1, 0), ("c", 1, 0)] {
+        let said = rumqttc::qos(said).unwrap();
+        let [publish] = &delivered(&mut session, message(topic, said))[..] else { panic!("{topic}") };
+        assert_eq!((publish.qos as u8, publish.pkid != 0), (heard, heard == 1), "{topic}");
+    }
+    let unsubscribe = |topics: &[&str]| {
+        let topics = topics.iter().map(|&topic| topic.to_owned()).collect();
+        Packet::Unsubscribe(Unsubscribe { pkid: 4, topics })
+    };
+    let answer = vec![Packet::UnsubAck(UnsubAck { pkid: 4 })];
+    assert_eq!(take(&mut session, unsubscribe(&["#", "never/had"])), (vec![], answer));
+    assert!(delivered(&mut session, message("c", QoS::AtMostOnce)).is_empty());
+    assert_eq!(delivered(&mut session, message("a/x", QoS::AtMostOnce)).len(), 1);
+}
+
+#[test]
+fn acknowledgements_make_room_in_any_order() {
+    let mut session = session();
+    let _ = take(&mut session, subscribe(&[("#", QoS::AtLeastOnce)]));
+    let mut identifiers: Vec<u16> = Vec::new();
+    while session.room() > 0 {
+        identifiers.extend(delivered(&mut session, message("a", QoS::AtLeastOnce)).iter().map(|publish| publish.pkid));
+    }
+    assert_eq!(identifiers.iter().collect::<BTreeSet<_>>().len(), INFLIGHT);
+    for pkid in identifiers.into_iter().rev().chain([9999]) {
+        let _ = take(&mut session, Packet::PubAck(PubAck { pkid }));
+    }
+    assert_eq!(session.room(), INFLIGHT);
+}
+
+#[test]
+fn an_identifier_under_way_is_not_given_again() {
+    let mut session = session();
+    let _ = take(&mut session, subscribe(&[("#", QoS::AtLeastOnce)]));
+    let first = delivered(&mut session, message("a", QoS::AtLeastOnce))[0].pkid;
+    for _ in 0..=u16::MAX {
+        let pkid = delivered(&mut session, message("a", QoS::AtLeastOnce))[0].pkid;
+        assert!(pkid != first && pkid != 0);
+        let _ = take(&mut session, Packet::PubAck(PubAck { pkid }));
+    }
+}
+
+#[test]
+fn each_subscription_brings_what_is_kept_again_and_only_once_at_a_time() {
+    let mut session = session();
+    let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce), ("b", QoS::AtLeastOnce)]));
+    session.went_on(Some("a".into()));
+    for _ in 0..1000 {
+        let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
+    }
+    let backlog = |filter: &str| Backlog { filter: filter.into(), after: None };
+    assert_eq!(session.backlog, [backlog("b"), backlog("a")]);
+    session.went_on(None);
+    assert_eq!(session.backlog(), Some(&backlog("a")));
+}
+
+#[test]
+fn subscriptions_are_bounded() {
+    let mut session = session();
+    for n in 0..FILTERS + 10 {
+        let _ = take(&mut session, subscribe(&[(n.to_string().as_str(), QoS::AtMostOnce)]));
+    }
+    let (_, answers) = take(&mut session, subscribe(&[("one more", QoS::AtMostOnce), ("1", QoS::AtMostOnce)]));
+    let codes = vec![SubscribeReasonCode::Failure, SubscribeReasonCode::Success(QoS::AtMostOnce)];
+    assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
+    assert_eq!((session.filters.len(), session.backlog.len()), (FILTERS, FILTERS));
+}
+
+proptest! {
+    /// The codec is rumqttc's; strangers speak to it here.
+    #[test]
+    fn no_bytes_make_it_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..64),
+        kind in 0..16u8,
+        flags in 0..16u8,
+    ) {
+        let mut session = session();
+        let mut framed = BytesMut::from(&[kind << 4 | flags, u8::try_from(bytes.len()).unwrap()][..]);
+        framed.extend_from_slice(&bytes);
+        for mut input in [framed, BytesMut::from(&bytes[..])] {
+            while let Ok(packet) = Packet::read(&mut input, 1 << 20) {
+                let _ = session.take(packet, &mut BytesMut::new());
+            }
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Users, and what they may.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::process::Command;
+
+use rumqttc::{Connect, ConnectReturnCode, Login, Packet, QoS, SubscribeReasonCode};
+use wgkex_tests::probe::{Probe, Role, said};
+use wgkex_tests::process::{Process, binary};
+use wgkex_tests::raw::{Raw, connect, connect_with_will};
+use wgkex_tests::scripted::{Manner, Worker, endpoint, key_for, peers_of, status};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{key, wait_until};
+
+use crate::hash;
+
+/// A server with these users, and the one whose name and password is `gw1` for all probes.
+fn stack(users: &[(&str, &str)]) -> Stack {
+    let users: Vec<_> = users
+        .iter()
+        .map(|(name, role)| format!("{name}: {{password_hash: \"{}\", role: {role}}}", hash(name)))
+        .collect();
+    let mut plan = Plan::new(Bus::Embedded).listen(&format!("users: {{{}}}", users.join(", ")));
+    plan.credentials = Some(("gw1".into(), "gw1".into()));
+    Stack::start(plan)
+}
+
+fn as_user(name: &str, id: &str) -> Connect {
+    Connect { login: Some(Login::new(name, name)), ..connect(id) }
+}
+
+fn join(stack: &Stack, name: &str, id: &str) -> Raw {
+    let (raw, code) = Raw::try_connect(stack.mqtt, &as_user(name, id));
+    assert_eq!(code, Some(ConnectReturnCode::Success), "{name} as {id}");
+    raw
+}
+
+const TWO: [(&str, &str); 3] = [("gw1", "worker"), ("gw2", "worker"), ("b", "broker")];
+
+#[test]
+fn a_wrong_password_is_told_and_the_right_one_is_let_in() {
+    let mut stack = stack(&TWO);
+    let wrong = |login: Option<Login>| Connect { login, ..connect("gw1") };
+    for login in [
+        None,
+        Some(Login::new("gw1", "wrong")),
+        Some(Login::new("gw1", "gw2")),
+        Some(Login::new("gw1", "")),
+        Some(Login::new("gw3", "gw1")),
+        Some(Login::new("/", "gw1")),
+    ] {
+        let (mut raw, code) = Raw::try_connect(stack.mqtt, &wrong(login.clone()));
+        assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "{login:?}");
+        raw.wait_for_end();
+    }
+    assert_eq!(stack.metric(r#"wgkex_broker_mqtt_refused_total{reason="password"}"#), Some(6.0));
+    let warnings = stack.broker().log().lines().filter(|line| line.contains("wrong password")).count();
+    assert_eq!(warnings, 1, "{}", stack.broker().log());
+    assert!(!stack.broker().log().contains("argon2id"));
+    let _ = join(&stack, "gw1", "gw1");
+}
+
+/// Passwords are verified two at a time; those who wait longer than they may hear that, too.
+#[test]
+fn a_crowd_with_wrong_passwords_keeps_nobody_out_who_was_in_before() {
+    let stack = stack(&TWO);
+    let _ = join(&stack, "gw1", "gw1");
+    let mut crowd: Vec<_> = (0..200).map(|_| Raw::dial(stack.mqtt)).collect();
+    let wrong = Connect { login: Some(Login::new("gw1", "wrong")), ..connect("gw1") };
+    for stranger in &mut crowd {
+        stranger.send(&Packet::Connect(wrong.clone()));
+    }
+    let _ = join(&stack, "gw1", "gw1");
+    for stranger in &mut crowd {
+        match stranger.read() {
+            Some(Packet::ConnAck(ack)) => assert!(
+                [ConnectReturnCode::NotAuthorized, ConnectReturnCode::ServiceUnavailable].contains(&ack.code),
+                "{ack:?}"
+            ),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_worker_does_its_job_and_can_do_no_other() {
+    let mut stack = stack(&TWO);
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 3);
+    stack.wait_for_gateways(1);
+    assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
+    assert_eq!(worker.probe.next_on(&key_for(DOMAIN, "").topic).text(), key(1));
+
+    let (mut witness, mut rogue) = (join(&stack, "b", "witness"), join(&stack, "gw2", "gw2-rogue"));
+    let refused = [SubscribeReasonCode::Failure];
+    for filter in ["#", "wireguard/#", "wgkex/worker/gw1/pages", "wireguard-metrics/+/+/connected_peers", "wgkex/#"] {
+        assert_eq!(rogue.subscribe(&[(filter, QoS::AtMostOnce)]), refused, "{filter}");
+    }
+    witness.subscribe(&[("wireguard/#", QoS::AtMostOnce), ("wireguard-metrics/#", QoS::AtMostOnce)]);
+    while witness.hear().topic != peers_of("gw1", DOMAIN, "").topic {}
+    for said in
+        [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), said("other", "x", 1, true)]
+    {
+        rogue.publish(&said.topic, said.payload, 1, said.retain);
+        assert!(matches!(rogue.read(), Some(Packet::PubAck(_))), "{}", said.topic);
+    }
+    let own = peers_of("gw2", DOMAIN, "7");
+    rogue.publish(&own.topic, own.payload, 1, true);
+    assert_eq!(witness.hear().topic, own.topic, "nothing of the rest is heard");
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="publish"}"#, 4.0);
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="subscribe"}"#, 5.0);
+    let warnings: Vec<_> = {
+        let log = stack.broker().log();
+        log.lines().filter(|line| line.contains("not allowed")).map(str::to_owned).collect()
+    };
+    assert!(warnings.len() == 1 && warnings[0].contains("gw2"), "{warnings:?}");
+    stack.wait_for_gateways(1);
+    let (_, code) = Raw::try_connect(
+        stack.mqtt,
+        &Connect { login: Some(Login::new("gw2", "gw2")), ..connect_with_will("gw2", &status("gw1", "").topic, "0") },
+    );
+    assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "a will for another worker");
+}
+
+#[test]
+fn a_worker_cannot_take_anothers_connection_over() {
+    let stack = stack(&[("gw1", "worker"), ("gw2", "worker"), ("gw1-applied", "worker"), ("b", "broker")]);
+    let (mut first, mut second) = (join(&stack, "gw1", "gw1"), join(&stack, "gw1", "gw1-applied"));
+    for id in ["gw1", "gw1-applied", "gw", "gw22"] {
+        let (_, code) = Raw::try_connect(stack.mqtt, &as_user("gw2", id));
+        assert_eq!(code, Some(ConnectReturnCode::BadClientId), "{id}");
+    }
+    // These may be called so; they are others all the same.
+    let (mut same, mut broker) = (join(&stack, "gw1-applied", "gw1-applied"), join(&stack, "b", "gw1"));
+    for raw in [&mut first, &mut second, &mut same, &mut broker] {
+        raw.send(&Packet::PingReq);
+        assert_eq!(raw.read(), Some(Packet::PingResp));
+    }
+    let _again = join(&stack, "gw1", "gw1");
+    first.wait_for_end();
+}
+
+#[test]
+fn users_are_what_lets_the_server_listen_to_other_machines() {
+    let users = format!("users: {{gw1: {{password_hash: \"{}\"}}}}", hash("gw1"));
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded).listen(&users));
+    stack.plan.credentials = Some(("gw1".into(), "gw1".into()));
+    let loopback = stack.mqtt;
+    stack.mqtt.set_ip([0, 0, 0, 0].into());
+    stack.write_config();
+    stack.start_broker();
+    stack.wait_until_ready();
+    let line = stack.broker().wait_for_log("not encrypted");
+    assert!(line.contains("WARN") && line.contains("mqtt_listen.tls"), "{line}");
+    let (_, code) = Raw::try_connect(loopback, &as_user("gw1", "gw1"));
+    assert_eq!(code, Some(ConnectReturnCode::Success));
+}
+
+/// Mosquitto with a password and an access list for each user of the config.
+fn mosquitto_with_acl(stack: &Stack, users: &[&str]) -> Process {
+    let (list, passwords) = (stack.dir().join("acl"), stack.dir().join("passwords"));
+    let mut command = Command::new(binary("wgkex-broker"));
+    let output = command.arg("mqtt-acl").env("WGKEX_CONFIG_FILE", stack.config_file()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    fs::write(&list, output.stdout).unwrap();
+    fs::write(&passwords, "").unwrap();
+    for name in users {
+        let made = Command::new("mosquitto_passwd").arg("-b").arg(&passwords).args([name, name]).status().unwrap();
+        assert!(made.success());
+    }
+    let mut config = format!("listener {} 127.0.0.1\nuser root\npersistence false\n", stack.mqtt.port());
+    let _ = write!(config, "password_file {}\nacl_file {}\n", passwords.display(), list.display());
+    fs::write(stack.dir().join("acl.conf"), config).unwrap();
+    let mosquitto = Process::start("mosquitto", Command::new("mosquitto").arg("-c").arg(stack.dir().join("acl.conf")));
+    wait_until("Mosquitto serves", || std::net::TcpStream::connect(stack.mqtt).ok());
+    mosquitto
+}
+
+#[test]
+fn the_printed_access_list_does_the_same_in_mosquitto() {
+    let mut plan = Plan::new(Bus::Mosquitto).config("workers: {gw1: {weight: 1}, gw2: {weight: 1}}");
+    plan.credentials = Some(("wgkex-broker".into(), "wgkex-broker".into()));
+    let mut stack = Stack::prepare(plan);
+    let _mosquitto = mosquitto_with_acl(&stack, &["wgkex-broker", "gw1", "gw2"]);
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack.plan.credentials = Some(("gw1".into(), "gw1".into()));
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 3);
+    stack.wait_for_gateways(1);
+    assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"), "it can do its job");
+
+    let user = |name: &str, role: Role| Probe::connect(stack.mqtt, role.credentials(name, name));
+    let rogue = user("gw2", Role::new("gw2", &["#"]));
+    let witness = user("wgkex-broker", Role::new("witness", &["wireguard/#", "wireguard-metrics/#", "wgkex/#"]));
+    rogue.say_all([key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0")]);
+    rogue.say(peers_of("gw2", DOMAIN, "7"));
+    assert_eq!(witness.next_on(&peers_of("gw2", DOMAIN, "7").topic).text(), "7");
+    let heard = witness.heard();
+    assert!(!heard.iter().any(|said| said.payload == b"999" || said.text() == key(2)), "{heard:?}");
+    stack.wait_for_gateways(1);
+    assert!(!worker.probe.heard().iter().any(|said| said.text() == key(2)));
+}

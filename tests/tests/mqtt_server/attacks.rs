@@ -1,0 +1,217 @@
+//! What ends rumqttd's own server, or damages what it keeps, done to ours.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rumqttc::{Connect, ConnectReturnCode, Packet, Protocol, PubAck, PubRec, QoS, SubscribeReasonCode, Unsubscribe};
+use wgkex_tests::raw::{Raw, connect};
+use wgkex_tests::stack::{Bus, Plan, Stack};
+use wgkex_tests::wait_until;
+
+use crate::{assert_stands, pair, stack};
+
+#[test]
+fn a_topic_whose_first_character_is_not_ascii_is_a_topic() {
+    let mut stack = stack();
+    let (mut hearer, mut sayer) = pair(stack.mqtt, "#");
+    for topic in ["ü/x", "ü", "😀", "/", "a//b"] {
+        sayer.publish(topic, "1", 1, false);
+        let heard = loop {
+            let heard = hearer.hear();
+            if !heard.topic.starts_with('w') {
+                break heard;
+            }
+        };
+        assert_eq!(heard.topic, topic);
+    }
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn any_client_id_may_connect_twice() {
+    let mut stack = stack();
+    for id in ["a+b", "$SYS", "#", "a/b", "ü", "+$#/"] {
+        let mut first = Raw::connect(stack.mqtt, id);
+        let _second = Raw::connect(stack.mqtt, id);
+        first.wait_for_end();
+    }
+    for id in ["a\nb", "a\0b"] {
+        let (_, code) = Raw::try_connect(stack.mqtt, &connect(id));
+        assert!(matches!(code, None | Some(ConnectReturnCode::BadClientId)), "{id:?}: {code:?}");
+    }
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn a_full_server_says_so_however_often_it_is_asked_and_has_room_again() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).listen("max_connections: 10"));
+    let mut clients: Vec<_> = (0..10).map(|n| Raw::connect(stack.mqtt, &format!("client-{n}"))).collect();
+    for _ in 0..50 {
+        let (_, code) = Raw::try_connect(stack.mqtt, &connect("one more"));
+        assert_eq!(code, Some(ConnectReturnCode::ServiceUnavailable));
+    }
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 50.0);
+    clients.truncate(5);
+    wait_until("there is room", || {
+        let (_, code) = Raw::try_connect(stack.mqtt, &connect("one more"));
+        (code == Some(ConnectReturnCode::Success)).then_some(())
+    });
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn another_version_of_mqtt_is_refused_with_the_reason() {
+    let mut stack = stack();
+    let mut five = connect("five");
+    five.protocol = Protocol::V5;
+    assert_eq!(Raw::try_connect(stack.mqtt, &five).1, Some(ConnectReturnCode::RefusedProtocolVersion));
+    // With a property, and a PUBLISH with properties right behind it.
+    let mut raw = Raw::dial(stack.mqtt);
+    raw.send_bytes(b"\x10\x15\0\x04MQTT\x05\x02\0\x3c\x05\x11\0\0\0\x0a\0\x03abc\x30\x0a\0\x01a\x05\x02\0\0\0\x01x");
+    assert!(matches!(raw.read(), Some(Packet::ConnAck(ack)) if ack.code == ConnectReturnCode::RefusedProtocolVersion));
+    raw.wait_for_end();
+    assert_stands(&mut stack);
+}
+
+/// Subscribers that read nothing come and go in every way there is, while two publishers say all they can.
+#[test]
+fn slow_subscribers_that_leave_in_a_flood_harm_nobody() {
+    let mut stack = stack();
+    let server = stack.mqtt;
+    let end = Instant::now() + Duration::from_secs(20);
+    let flood = |name: &'static str| {
+        thread::spawn(move || {
+            let mut sayer = Raw::connect(server, name);
+            while Instant::now() < end {
+                for _ in 0..100 {
+                    sayer.publish("flood/x", vec![b'x'; 1000], 0, false);
+                }
+            }
+        })
+    };
+    let floods = [flood("flood-1"), flood("flood-2")];
+    let churns: Vec<_> = (0..4).map(|n| thread::spawn(move || churn(server, n, end))).collect();
+    for flood in floods {
+        flood.join().unwrap();
+    }
+    let rounds: u32 = churns.into_iter().map(|churn| churn.join().unwrap()).sum();
+    assert!(rounds > 50, "only {rounds} subscribers came and went");
+    assert_stands(&mut stack);
+}
+
+fn churn(server: std::net::SocketAddr, n: u32, end: Instant) -> u32 {
+    let mut round = 0;
+    while Instant::now() < end {
+        round += 1;
+        let mut raw = Raw::connect(server, &format!("churn-{n}"));
+        let level = if round % 2 == 0 { QoS::AtMostOnce } else { QoS::AtLeastOnce };
+        raw.subscribe(&[("flood/#", level), ("#", level)]);
+        thread::sleep(Duration::from_millis(u64::from(round % 7)));
+        match round % 4 {
+            0 => raw.send(&Packet::Disconnect),
+            1 => raw.hang_up(),
+            // The next one takes its place.
+            2 => drop(Raw::connect(server, &format!("churn-{n}"))),
+            _ => raw.send(&Packet::Unsubscribe(Unsubscribe { pkid: 5, topics: vec!["#".into(), "never".into()] })),
+        }
+    }
+    round
+}
+
+#[test]
+fn a_bad_filter_is_refused_and_the_good_ones_beside_it_are_not() {
+    let mut stack = stack();
+    let mut raw = Raw::connect(stack.mqtt, "raw");
+    let (zero, good) = (QoS::AtMostOnce, SubscribeReasonCode::Success(QoS::AtMostOnce));
+    for bad in ["a#/b", "#/a", "a+", "", "$SYS/#", "$share/g/a"] {
+        assert_eq!(raw.subscribe(&[("x", zero), (bad, zero), ("y", zero)]), [good, SubscribeReasonCode::Failure, good]);
+    }
+    raw.publish("x", "1", 0, false);
+    assert_eq!(raw.hear().topic, "x");
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn acknowledgements_come_in_any_order_and_for_nothing() {
+    let mut stack = stack();
+    let (mut hearer, mut sayer) = pair(stack.mqtt, "a");
+    let mut identifiers = Vec::new();
+    for _ in 0..100 {
+        sayer.publish("a", "1", 1, false);
+        let Some(Packet::Publish(publish)) = hearer.read() else { panic!("no message") };
+        identifiers.push(publish.pkid);
+    }
+    for pkid in identifiers.into_iter().rev().chain([1, 1, 4711]) {
+        hearer.send(&Packet::PubAck(PubAck { pkid }));
+    }
+    for _ in 0..200 {
+        sayer.publish("a", "2", 1, false);
+        assert_eq!(&hearer.hear().payload[..], b"2");
+    }
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn an_empty_message_that_is_not_to_be_kept_takes_nothing_away() {
+    let mut stack = stack();
+    let mut sayer = Raw::connect(stack.mqtt, "sayer");
+    sayer.publish("kept", "1", 1, true);
+    sayer.publish("kept", "", 1, false);
+    for _ in 0..2 {
+        let _ = sayer.read();
+    }
+    sayer.subscribe(&[("kept", QoS::AtMostOnce)]);
+    let heard = sayer.hear();
+    assert!(heard.retain && &heard.payload[..] == b"1", "{heard:?}");
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn nonsense_ends_the_connection_and_nothing_else() {
+    let mut stack = stack();
+    let cases: [&[u8]; 9] = [
+        b"\xff\xff\xff\xff\xff\xff",
+        b"\x30\x05\0\xffabc",
+        b"\x30\x03\0\x01+",
+        b"\x30\x02\0\0",
+        b"\x36\x05\0\x01a\0\x01",
+        b"\x32\x05\0\x01a\0\0",
+        b"\x82\x00",
+        b"\x20\x02\0\0",
+        b"\x30\x04\0\x02\xff\xfe",
+    ];
+    for bytes in cases {
+        let mut raw = Raw::connect(stack.mqtt, "raw");
+        raw.send_bytes(bytes);
+        raw.wait_for_end();
+    }
+    let mut raw = Raw::connect(stack.mqtt, "raw");
+    raw.send(&Packet::Connect(Connect::new("raw")));
+    raw.wait_for_end();
+    let mut raw = Raw::connect(stack.mqtt, "raw");
+    raw.send(&Packet::PubRec(PubRec { pkid: 1 }));
+    raw.wait_for_end();
+    for first in [&b"\xc0\0"[..], b"\x30\x03\0\x01a", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\0\xa5"] {
+        let mut raw = Raw::dial(stack.mqtt);
+        raw.send_bytes(first);
+        raw.wait_for_end();
+    }
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn what_was_not_subscribed_to_can_be_left() {
+    let mut stack = stack();
+    let (mut hearer, mut sayer) = pair(stack.mqtt, "a/#");
+    hearer.send(&Packet::Unsubscribe(Unsubscribe { pkid: 7, topics: vec!["b".into(), "a/b".into()] }));
+    assert!(matches!(hearer.read(), Some(Packet::UnsubAck(ack)) if ack.pkid == 7));
+    sayer.publish("a/b", "1", 0, false);
+    assert_eq!(hearer.hear().topic, "a/b");
+    hearer.send(&Packet::Unsubscribe(Unsubscribe { pkid: 8, topics: vec!["a/#".into()] }));
+    assert!(matches!(hearer.read(), Some(Packet::UnsubAck(ack)) if ack.pkid == 8));
+    sayer.publish("a/b", "2", 0, false);
+    hearer.subscribe(&[("c", QoS::AtMostOnce)]);
+    sayer.publish("c", "3", 0, false);
+    assert_eq!(hearer.hear().topic, "c");
+    assert_stands(&mut stack);
+}

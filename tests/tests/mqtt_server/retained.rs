@@ -1,0 +1,154 @@
+//! What is kept, and last wills.
+
+use std::collections::BTreeSet;
+
+use nix::sys::signal::Signal;
+use rumqttc::{ConnectReturnCode, Packet, Publish, QoS};
+use wgkex_tests::raw::{Raw, connect, connect_with_will};
+use wgkex_tests::scripted::{Manner, Worker, endpoint, peers_of, status};
+use wgkex_tests::stack::{DOMAIN, Stack};
+use wgkex_tests::{key, wait_until};
+
+use crate::{assert_stands, pair, stack};
+
+const MANY: usize = 10_000;
+
+/// Keeps a message on each of `kept/0` to `kept/9999`.
+fn keep_many(stack: &Stack) {
+    let mut sayer = Raw::connect(stack.mqtt, "sayer");
+    for n in 0..MANY {
+        sayer.publish(&format!("kept/{n}"), "1", 1, true);
+        assert!(matches!(sayer.read(), Some(Packet::PubAck(_))));
+    }
+}
+
+/// What is found on `filter`: until a message of the finder's own comes, which is not kept.
+fn found(raw: &mut Raw, filter: &str, qos: QoS) -> Vec<Publish> {
+    raw.subscribe(&[(filter, qos), ("end", QoS::AtMostOnce)]);
+    raw.publish("end", "", 0, false);
+    std::iter::from_fn(|| Some(raw.hear()).filter(|heard| heard.topic != "end")).collect()
+}
+
+#[test]
+fn ten_thousand_messages_are_found_by_each_subscription_at_each_quality() {
+    let mut stack = stack();
+    keep_many(&stack);
+    let mut finder = Raw::connect(stack.mqtt, "finder");
+    for qos in [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::AtLeastOnce] {
+        let found = found(&mut finder, "kept/+", qos);
+        assert!(found.iter().all(|message| message.retain && message.qos == qos));
+        assert_eq!(found.iter().map(|message| &message.topic).collect::<BTreeSet<_>>().len(), MANY);
+        assert_eq!(found.len(), MANY);
+    }
+    assert_eq!(found(&mut finder, "kept/77", QoS::AtMostOnce).len(), 1);
+    stack.wait_until_ready();
+    assert!(stack.metric("wgkex_broker_mqtt_retained").is_some_and(|kept| kept >= 10_000.0));
+}
+
+#[test]
+fn who_is_there_hears_it_as_news_and_an_empty_message_takes_it_away() {
+    let mut stack = stack();
+    let (mut hearer, mut sayer) = pair(stack.mqtt, "kept");
+    for payload in ["1", "2", ""] {
+        sayer.publish("kept", payload, 1, true);
+        let heard = hearer.hear();
+        assert_eq!((heard.retain, &heard.payload[..]), (false, payload.as_bytes()));
+        let kept: Vec<_> = found(&mut hearer, "kept", QoS::AtLeastOnce).into_iter().map(|kept| kept.payload).collect();
+        assert_eq!(kept, if payload.is_empty() { vec![] } else { vec![payload] });
+    }
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn a_last_will_is_said_for_every_end_but_a_farewell() {
+    let mut stack = stack();
+    let mut witness = Raw::connect(stack.mqtt, "witness");
+    witness.subscribe(&[("will/+", QoS::AtLeastOnce)]);
+    let join = |n: u32| {
+        let (raw, code) = Raw::try_connect(stack.mqtt, &connect_with_will("mortal", &format!("will/{n}"), "gone"));
+        assert_eq!(code, Some(ConnectReturnCode::Success));
+        raw
+    };
+    join(1).hang_up();
+    assert_eq!(witness.hear().topic, "will/1");
+    let mut taken_over = join(2);
+    let mut nonsense = join(3);
+    assert_eq!(witness.hear().topic, "will/2");
+    taken_over.wait_for_end();
+    nonsense.send_bytes(b"\xff\xff\xff\xff\xff\xff");
+    assert_eq!(witness.hear().topic, "will/3");
+    let mut polite = join(4);
+    polite.send(&Packet::Disconnect);
+    polite.wait_for_end();
+    join(5).hang_up();
+    let heard = witness.hear();
+    assert_eq!((heard.topic.as_str(), heard.retain), ("will/5", false), "no will after a farewell");
+    let found: Vec<_> = found(&mut witness, "will/+", QoS::AtMostOnce).into_iter().map(|kept| kept.topic).collect();
+    assert_eq!(found, ["will/1", "will/2", "will/3", "will/5"]);
+    assert_stands(&mut stack);
+}
+
+#[test]
+fn what_comes_after_a_take_over_counts_and_not_the_last_will() {
+    let stack = stack();
+    for n in 0..50 {
+        let (mut raw, _) = Raw::try_connect(stack.mqtt, &connect_with_will("gw1", "gw1/status", "0"));
+        raw.publish("gw1/status", format!("1 {n}"), 1, true);
+        assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
+        let kept = found(&mut raw, "gw1/status", QoS::AtMostOnce);
+        assert_eq!(kept.last().map(|kept| kept.payload.to_vec()), Some(format!("1 {n}").into_bytes()));
+        std::mem::forget(raw);
+    }
+}
+
+/// Who comes back says it again; for who does not, the last will is due when the server starts again.
+#[test]
+fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
+    let mut stack = stack();
+    let stays = Worker::start(&stack, "gw1", Manner::Confirms, 3);
+    let goes = Worker::start(&stack, "gw2", Manner::Confirms, 0);
+    stack.wait_for_gateways(2);
+    let (mut left, _) = Raw::try_connect(stack.mqtt, &connect("left"));
+    left.publish("kept", "1", 1, true);
+    assert!(matches!(left.read(), Some(Packet::PubAck(_))));
+    // Its last will is taken back by its farewell.
+    left.send(&Packet::Disconnect);
+    left.wait_for_end();
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        wait_until_written(&stack, signal.as_str());
+        let sessions = stays.probe.sessions();
+        let _ = stack.broker().end_by(signal);
+        stack.start_broker();
+        stays.probe.wait_for_session(sessions + 1);
+        stack.wait_until_ready();
+        for topic in ["kept", &peers_of("gw1", DOMAIN, "3").topic] {
+            let mut finder = Raw::connect(stack.mqtt, "finder");
+            assert_eq!(found(&mut finder, topic, QoS::AtMostOnce).len(), 1, "{topic} after {signal}");
+        }
+        stack.wait_for_gateways(2);
+    }
+    wait_until_written(&stack, "end");
+    let _ = stack.broker().end_by(Signal::SIGKILL);
+    goes.probe.die();
+    stack.start_broker();
+    stack.wait_until_ready();
+    let mut finder = Raw::connect(stack.mqtt, "finder");
+    let kept = found(&mut finder, &status("gw2", "0").topic, QoS::AtMostOnce);
+    assert_eq!(kept.iter().map(|kept| &kept.payload[..]).collect::<Vec<_>>(), [b"0"]);
+    stack.wait_for_gateways(1);
+    assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
+    drop(stays);
+}
+
+/// Waits until what was said so far is on disk: something that is said now is, and what came before is written with it.
+fn wait_until_written(stack: &Stack, name: &str) {
+    let topic = format!("written/{name}");
+    let mut raw = Raw::connect(stack.mqtt, "raw");
+    raw.publish(&topic, "1", 1, true);
+    assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
+    wait_until("it is written", || {
+        let files = ["mqtt-retained.sqlite", "mqtt-retained.sqlite-wal"].map(|name| stack.state_dir().join(name));
+        let has = |bytes: Vec<u8>| bytes.windows(topic.len()).any(|part| part == topic.as_bytes());
+        files.iter().any(|file| std::fs::read(file).is_ok_and(has)).then_some(())
+    });
+}
