@@ -9,13 +9,13 @@
 pub mod access;
 pub mod admin;
 pub mod answers;
+mod certificate;
 pub mod cli;
 pub mod client;
 pub mod connections;
 pub mod exchange;
 pub mod gateways;
 mod http;
-mod https;
 pub mod limits;
 pub mod live;
 mod metrics;
@@ -44,11 +44,11 @@ use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::admin::Admin;
+use crate::certificate::Certificate;
 use crate::connections::Connections;
 use crate::exchange::{Exchange, UNKNOWN_UNDER_WAY};
 use crate::gateways::Gateways;
 use crate::http::App;
-use crate::https::Certificate;
 use crate::limits::Limits;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
@@ -132,8 +132,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let app = App { domains: config.domains.clone(), exchange, links, connections, metrics };
     let mut servers = vec![http::server(listener, None, app.clone(), config.confirm.budget)?];
     if let Some((listener, certificate)) = secure {
-        servers.push(http::server(listener, Some(https::server(certificate.clone())?), app, config.confirm.budget)?);
-        tokio::spawn(https::watch(certificate));
+        servers.push(http::server(listener, Some(certificate.server()?), app, config.confirm.budget)?);
+        tokio::spawn(certificate.watch());
     }
     let handles: Vec<_> = servers.iter().map(http::Server::handle).collect();
     let mut servers = tokio::spawn(try_join_all(servers));
@@ -160,7 +160,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 /// The listener for HTTPS, and its certificate.
 fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
     let listener = listen("broker_listen.tls", &https.listen.host, https.listen.port)?;
-    Ok((listener, Arc::new(Certificate::open(https)?)))
+    Ok((listener, Certificate::open("broker_listen.tls", (https.cert_file, https.key_file))?))
 }
 
 /// The live keys, as this broker knew them when it ended, and what keeps them.

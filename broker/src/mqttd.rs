@@ -13,12 +13,11 @@ mod message;
 mod retained;
 mod router;
 mod session;
-mod tls;
 mod users;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -30,17 +29,19 @@ use tokio::net::TcpStream;
 use tokio::runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tracing::{debug, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::process;
+use wgkex_common::tls::TlsError;
 
 use self::admit::{BUSY, Client, Door, FULL, PATIENCE, Stream};
 use self::bus::Bus;
 use self::connection::{Connection, End};
 use self::file::File;
 use self::session::Session;
-use self::tls::Tls;
 use self::users::Users;
+use crate::certificate::Certificate;
 use crate::metrics::Metrics;
 
 pub use self::admit::Refusal;
@@ -71,7 +72,7 @@ impl Mqttd {
         let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
         let address = own.local_addr().context("mqtt_listen")?;
         let (own_users, credentials) = Users::own()?;
-        let tls = config.tls.clone().map(Tls::open).transpose()?;
+        let tls = config.tls.clone().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
         let door = Door { users: Users::new(&config.users)?, tls, room };
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
@@ -107,6 +108,14 @@ impl Mqttd {
         self.over.send_replace(true);
         let _ = timeout(END, self.ended).await;
     }
+}
+
+/// What meets clients with the certificate of these files, which is renewed from now on.
+fn acceptor(files: (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
+    let certificate = Certificate::open("mqtt_listen.tls", files)?;
+    let acceptor = TlsAcceptor::from(Arc::new(certificate.server()?));
+    tokio::spawn(certificate.watch());
+    Ok(acceptor)
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {

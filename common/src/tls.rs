@@ -16,6 +16,11 @@ pub use tokio_rustls::rustls;
 pub struct TlsError(pub(crate) String);
 
 impl TlsError {
+    /// What the config's `key` asks for is impossible because of `error`.
+    pub fn of(key: &str, error: &dyn fmt::Display) -> Self {
+        Self(format!("{key}: {error}"))
+    }
+
     /// `file`, which the config's `key` names, cannot be used because of `error`.
     pub fn in_file(key: &str, file: &Path, error: &dyn fmt::Display) -> Self {
         Self(format!("{key} {}: {error}", file.display()))

@@ -9,11 +9,11 @@ use rumqttc::{ConnAck, Connect, ConnectReturnCode, Login, Packet, mqttbytes};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
 use super::filter::is_topic;
 use super::message::Message;
-use super::tls::Tls;
 use super::users::Users;
 use crate::access::Access;
 
@@ -39,7 +39,7 @@ pub struct Door {
     /// Who may come in.
     pub users: Users,
     /// What who comes from another machine has to speak, if there is any.
-    pub tls: Option<Tls>,
+    pub tls: Option<TlsAcceptor>,
     /// For how many clients there is room, these and those of other doors.
     pub room: usize,
 }
@@ -102,7 +102,7 @@ impl Door {
         let mut first = [0];
         stream.peek(&mut first).await?;
         match first[0] {
-            TLS => Ok(Box::new(tls.acceptor().accept(stream).await?)),
+            TLS => Ok(Box::new(tls.accept(stream).await?)),
             _ if is_near(stream.peer_addr()?.ip(), stream.local_addr()?.ip()) => Ok(Box::new(stream)),
             _ => Err(io::ErrorKind::PermissionDenied.into()),
         }

@@ -1,15 +1,14 @@
-//! The certificate of the HTTPS server, which is read again when its files change.
+//! A server's certificate, which is read again when its files change.
 
 use std::fs::{Metadata, metadata};
 use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use anyhow::Context as _;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
-use wgkex_common::config::Https;
 use wgkex_common::tls::rustls::ServerConfig;
 use wgkex_common::tls::rustls::server::{ClientHello, ResolvesServerCert};
 use wgkex_common::tls::rustls::sign::CertifiedKey;
@@ -17,13 +16,12 @@ use wgkex_common::tls::{TlsError, certificates, private_key, provider};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// The keys of the config that name the files.
-const CERT_FILE: &str = "broker_listen.tls.cert_file";
-const KEY_FILE: &str = "broker_listen.tls.key_file";
-
 /// The certificate that is in use.
 pub struct Certificate {
-    files: Https,
+    /// The part of the config that names the files.
+    section: &'static str,
+    cert_file: PathBuf,
+    key_file: PathBuf,
     current: RwLock<Arc<CertifiedKey>>,
 }
 
@@ -31,24 +29,47 @@ pub struct Certificate {
 type Version = [Option<(i64, i64, u64, u64)>; 2];
 
 impl Certificate {
-    /// Reads the files.
-    pub fn open(files: Https) -> Result<Self, TlsError> {
-        let current = RwLock::new(Arc::new(read(&files)?));
-        Ok(Self { files, current })
+    /// Reads the files of the certificate and of its key, which `section` of the config names.
+    pub fn open(section: &'static str, (cert_file, key_file): (PathBuf, PathBuf)) -> Result<Arc<Self>, TlsError> {
+        let current = RwLock::new(Arc::new(read(section, &cert_file, &key_file)?));
+        Ok(Arc::new(Self { section, cert_file, key_file, current }))
+    }
+
+    /// TLS 1.2 and 1.3, with whatever certificate is the current one.
+    pub fn server(self: &Arc<Self>) -> Result<ServerConfig, TlsError> {
+        let config = ServerConfig::builder_with_provider(provider());
+        let config =
+            config.with_safe_default_protocol_versions().map_err(|error| TlsError::of(self.section, &error))?;
+        Ok(config.with_no_client_auth().with_cert_resolver(self.clone()))
+    }
+
+    /// Looks for new files, for ever.
+    pub async fn watch(self: Arc<Self>) {
+        let mut changes = Changes::new(self.version());
+        loop {
+            sleep(LOOK).await;
+            let seen = self.clone();
+            // Files may be slow, and requests are not to wait for them.
+            let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
+            if changes.settled(now) {
+                let stale = self.clone();
+                let _ = spawn_blocking(move || stale.renew()).await;
+            }
+        }
     }
 
     fn renew(&self) {
-        match read(&self.files) {
+        match read(self.section, &self.cert_file, &self.key_file) {
             Ok(new) => {
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
-                info!("the certificate of HTTPS is renewed");
+                info!(of = self.section, "certificate is renewed");
             }
-            Err(error) => warn!(%error, "the certificate of HTTPS stays the old one"),
+            Err(error) => warn!(%error, "the old certificate stays in use"),
         }
     }
 
     fn version(&self) -> Version {
-        [&self.files.cert_file, &self.files.key_file].map(|file| metadata(file).as_ref().map(version).ok())
+        [&self.cert_file, &self.key_file].map(|file| metadata(file).as_ref().map(version).ok())
     }
 }
 
@@ -61,28 +82,6 @@ impl std::fmt::Debug for Certificate {
 impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.current.read().unwrap_or_else(PoisonError::into_inner).clone())
-    }
-}
-
-/// TLS 1.2 and 1.3, with whatever certificate is the current one.
-pub fn server(certificate: Arc<Certificate>) -> anyhow::Result<ServerConfig> {
-    let config = ServerConfig::builder_with_provider(provider());
-    let config = config.with_safe_default_protocol_versions().context("broker_listen.tls")?;
-    Ok(config.with_no_client_auth().with_cert_resolver(certificate))
-}
-
-/// Looks for new files, for ever.
-pub async fn watch(certificate: Arc<Certificate>) {
-    let mut changes = Changes::new(certificate.version());
-    loop {
-        sleep(LOOK).await;
-        let seen = certificate.clone();
-        // Files may be slow, and requests are not to wait for them.
-        let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
-        if changes.settled(now) {
-            let stale = certificate.clone();
-            let _ = spawn_blocking(move || stale.renew()).await;
-        }
     }
 }
 
@@ -108,10 +107,11 @@ fn version(file: &Metadata) -> (i64, i64, u64, u64) {
     (file.mtime(), file.mtime_nsec(), file.len(), file.ino())
 }
 
-fn read(Https { cert_file, key_file, .. }: &Https) -> Result<CertifiedKey, TlsError> {
-    let chain = certificates(CERT_FILE, cert_file)?;
-    let key = private_key(KEY_FILE, key_file)?;
-    CertifiedKey::from_der(chain, key, &provider()).map_err(|error| TlsError::in_file(KEY_FILE, key_file, &error))
+fn read(section: &str, cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, TlsError> {
+    let chain = certificates(&format!("{section}.cert_file"), cert_file)?;
+    let key_name = format!("{section}.key_file");
+    let key = private_key(&key_name, key_file)?;
+    CertifiedKey::from_der(chain, key, &provider()).map_err(|error| TlsError::in_file(&key_name, key_file, &error))
 }
 
 #[cfg(test)]
