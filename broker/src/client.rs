@@ -40,6 +40,15 @@ pub fn is_in(networks: &[IpNet], address: IpAddr) -> bool {
     networks.iter().any(|network| network.contains(&address))
 }
 
+/// Whether `address` is this machine's, or of a network that is not the internet: where an operator's own proxy is.
+#[must_use]
+pub fn is_near(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.is_loopback() || address.is_private(),
+        IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
+    }
+}
+
 /// Who sent a request that `peer` brought, by the values of its headers in their order. A proxy adds at the right
 /// what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
 /// or the two headers differ, one of them may come from the sender, and `peer` counts.
@@ -227,6 +236,13 @@ mod tests {
         assert_eq!(said(PROXY, &["for=1.1.1.1"], &["198.51.100.1"]), PROXY);
         assert_eq!(said(PROXY, &["for=198.51.100.1"], &["1.1.1.1"]), PROXY);
         assert_eq!(said(PROXY, &["nonsense"], &["198.51.100.1"]), PROXY);
+    }
+
+    #[test]
+    fn what_is_near_is_not_the_internet() {
+        let near = |text: &str| is_near(text.parse().unwrap());
+        assert!(["127.0.0.9", "10.1.2.3", "192.168.1.1", "::1", "fd00::1", "::ffff:10.0.0.1"].into_iter().all(near));
+        assert!(!["203.0.113.9", "2001:db8::1", "0.0.0.0"].into_iter().any(near));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::client::{Client, is_in};
 use crate::lock;
 use crate::metrics::Metrics;
 
-/// Open connections at most: what 3,300 routers need twice over, and each takes about 20 KiB.
+/// Open connections at most: what 3,300 routers need twice over, and an idle one takes about 12 KiB.
 const MOST: usize = 8_192;
 /// Of them, those of one client: more than routers behind one address have at the same time.
 const MOST_OF_CLIENT: usize = 1_024;

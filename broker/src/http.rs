@@ -1,7 +1,9 @@
 //! The broker's HTTP side (contract section 1): one short handler per route, and refusals as JSON.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
@@ -15,12 +17,13 @@ use futures_util::StreamExt as _;
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::timeout;
+use tracing::warn;
 use wgkex_common::Domain;
 use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
 use wgkex_common::tls::rustls::ServerConfig;
 
-use crate::client::{Client, origin};
+use crate::client::{Client, is_in, is_near, origin};
 use crate::connections::{Connection, Connections, IDLE};
 use crate::exchange::{Ask, Exchange, Refusal};
 use crate::metrics::Metrics;
@@ -51,6 +54,8 @@ pub struct App {
     pub links: [watch::Receiver<Link>; 2],
     /// The connections that are open.
     pub connections: Connections,
+    /// Whether it was said that a proxy may have been forgotten.
+    pub proxy_missed: Arc<AtomicBool>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -180,8 +185,15 @@ impl App {
         let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
         // What is not even text is as good as nonsense.
         let values = |name: HeaderName| request.headers().get_all(name).map(|value| value.to_str().unwrap_or_default());
-        let origin: IpAddr = origin(peer, self.connections.trusted(), values(FORWARDED), values(X_FORWARDED_FOR));
-        origin.into()
+        let trusted = self.connections.trusted();
+        if values(X_FORWARDED_FOR).chain(values(FORWARDED)).next().is_some()
+            && is_near(peer)
+            && !is_in(trusted, peer)
+            && !self.proxy_missed.swap(true, Ordering::Relaxed)
+        {
+            warn!("a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
+        }
+        origin(peer, trusted, values(FORWARDED), values(X_FORWARDED_FOR)).into()
     }
 
     /// Why this broker cannot serve routers now.

@@ -129,7 +129,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     tokio::spawn(expire(live, limits));
     tokio::spawn(tidy(connections.clone()));
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
-    let app = App { domains: config.domains.clone(), exchange, links, connections, metrics };
+    let app =
+        App { domains: config.domains.clone(), exchange, links, connections, proxy_missed: Arc::default(), metrics };
     let mut servers = vec![http::server(listener, None, app.clone(), config.confirm.budget)?];
     if let Some((listener, certificate)) = secure {
         servers.push(http::server(listener, Some(certificate.server()?), app, config.confirm.budget)?);

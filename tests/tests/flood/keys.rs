@@ -90,13 +90,14 @@ fn a_key_that_comes_without_end_is_answered_always_and_published_seldom() {
 #[test]
 fn only_a_trusted_proxy_says_whose_a_key_is() {
     let config = format!("trusted_proxies: [{PROXY}]\nlimits: {{per_client: {{burst: 1, per_second: 0.02}}}}");
-    let (stack, _worker) = stack_with(plan(&config));
+    let (mut stack, _worker) = stack_with(plan(&config));
+    let server = stack.http;
     let runtime = Runtime::new().unwrap();
     let mut n = 0;
     let mut ask_from = |source, headers: &str| {
         n += 1;
         let body = ask(DOMAIN, &key(n));
-        runtime.block_on(async { post(&mut connect_from(source, stack.http).await.unwrap(), V2, headers, &body).await })
+        runtime.block_on(async { post(&mut connect_from(source, server).await.unwrap(), V2, headers, &body).await })
     };
     let mut statuses = |source, headers: &[&str]| -> Vec<u16> {
         headers.iter().map(|headers| ask_from(source, headers).unwrap()).collect()
@@ -109,6 +110,8 @@ fn only_a_trusted_proxy_says_whose_a_key_is() {
     assert_eq!(statuses(PROXY, &same), [429, 429]);
     let networks = ["X-Forwarded-For: 2001:db8::1\r\n", "X-Forwarded-For: 2001:db8:0:ff::1\r\n"];
     assert_eq!(statuses(PROXY, &networks), [200, 429]);
+    let log = stack.broker().log();
+    assert_eq!(log.matches("not in trusted_proxies").count(), 1, "{log}");
 }
 
 #[test]
