@@ -75,6 +75,7 @@ impl Served {
 
     /// Takes over who may come; those who are here and may not go at the next read.
     pub fn admit(&mut self, admission: Arc<Admission>) {
+        self.backlog.retain(|step| !admission.expels(self.domain.name(), &step.key));
         self.admission = admission;
     }
 
@@ -281,7 +282,6 @@ impl Served {
         if admission.expels_nobody() {
             return Report::new();
         }
-        self.backlog.retain(|step| !is_expelled(&step.key));
         let peers = self.ledger.expel(is_expelled);
         let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
         let ours = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
