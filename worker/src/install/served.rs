@@ -284,7 +284,11 @@ impl Served {
         }
         let peers = self.ledger.expel(is_expelled);
         let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
-        let ours = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
+            ours.retain(|key| *key < first || denied.contains(key));
+            self.schedule.hurry(now);
+        }
         let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
         let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
         for key in &removed {

@@ -656,6 +656,19 @@ async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn many_who_have_to_go_do_so_in_slices() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..2_000);
+    gateway.settle().await;
+    gateway.applies();
+    gateway.handle.admit(Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], AllowList::Read, 0)), []);
+    gateway.settle().await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+    let sizes: Vec<_> = gateway.applies().iter().map(Vec::len).collect();
+    assert!(sizes.iter().all(|size| *size <= 3 * 512), "{sizes:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
     let mut gateway = Still::start();
     gateway.keys([1, 2]).await;
