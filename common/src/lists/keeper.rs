@@ -18,7 +18,7 @@ use tracing::{debug, info, warn};
 use super::files::Files;
 use super::records::{Full, Record, Records};
 use super::share::{Late, Sharer};
-use super::{Admission, Entry, kept, unix};
+use super::{Admission, Entry, List, kept, unix};
 use crate::message::{Hello, Party, RecordsQuestion};
 use crate::mqtt::{Bus, Message};
 use crate::{Config, Topic};
@@ -305,6 +305,10 @@ impl Keeper {
         self.is_stale = false;
         let (view, damaged) = (look(&self.files, &self.records, wall), self.files.damaged());
         let (records, is_kept) = (mem::take(&mut self.news), self.disk.failed.is_none());
+        if !records.is_empty() {
+            let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
+            info!(new = records.len(), denied, allowed, trusted, "list entries changed");
+        }
         tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept });
         self.view.send_replace(view);
     }
