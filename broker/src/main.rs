@@ -12,8 +12,8 @@ use wgkex_common::{Config, process};
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
-                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; the others \
-                          call a broker that does, on admin_listen.";
+                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; revoke, \
+                          unrevoke, allow, trust and list call the one that does, on admin_listen.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]

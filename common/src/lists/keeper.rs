@@ -2,11 +2,10 @@
 //! and tells what they come to. Everybody else has a [`Handle`].
 
 use std::future::pending;
-use std::path::PathBuf;
+use std::mem;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{io, mem};
 
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,9 +15,10 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::files::Files;
+use super::kept::{self, Disk};
 use super::records::{Full, Record, Records};
 use super::share::{Late, Sharer};
-use super::{Admission, Entry, kept, unix};
+use super::{Admission, Entry, List, unix};
 use crate::message::{Hello, Party, RecordsQuestion};
 use crate::mqtt::{Bus, Message};
 use crate::{Config, Topic};
@@ -31,8 +31,6 @@ pub const PER_MESSAGE: usize = 500;
 const LOOK: Duration = Duration::from_secs(1);
 /// The same while keys are held.
 const LOOK_HELD: Duration = Duration::from_millis(20);
-/// How long to wait before a write that failed is tried again.
-const RETRY: Duration = Duration::from_secs(5);
 /// The files are looked at no more often than this.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
 /// How long the last write may take at the end.
@@ -122,7 +120,6 @@ pub struct Keeper {
     own: Party,
     files: Files,
     refresh: Duration,
-    file: PathBuf,
     records: Records,
     sharer: Sharer,
     orders: mpsc::Receiver<Order>,
@@ -133,16 +130,6 @@ pub struct Keeper {
     /// Something is not as the view says.
     is_stale: bool,
     disk: Disk,
-}
-
-/// How far the records are on their way to the disk. Each change has a number.
-#[derive(Debug, Default)]
-struct Disk {
-    changed: u64,
-    written: u64,
-    writing: Option<(u64, JoinHandle<io::Result<()>>)>,
-    failed: Option<Instant>,
-    waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 impl Keeper {
@@ -163,7 +150,6 @@ impl Keeper {
             own,
             files,
             refresh: config.key_lists.refresh.max(REFRESH_MIN),
-            file,
             records,
             sharer,
             orders,
@@ -171,7 +157,7 @@ impl Keeper {
             held: held.clone(),
             news: Vec::new(),
             is_stale: true,
-            disk: Disk::default(),
+            disk: Disk::new(file),
         };
         (keeper, Handle { orders: sender, view: viewed, held })
     }
@@ -198,7 +184,7 @@ impl Keeper {
                     (reading, read_at) = (None, Instant::now() + self.refresh);
                     self.take_files(files);
                 }
-                written = self.disk.done() => self.written(written),
+                written = self.disk.done() => self.is_stale |= self.disk.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
                 _ = held.changed() => {}
                 () = sleep(look) => {}
@@ -256,9 +242,7 @@ impl Keeper {
         let ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let record = self.records.change(entry, on, u64::try_from(ms).unwrap_or(u64::MAX))?;
         self.note(record.clone());
-        let (sender, kept) = oneshot::channel();
-        self.disk.waiting.push((self.disk.changed, sender));
-        Ok(Changed { record, was_on, kept })
+        Ok(Changed { record, was_on, kept: self.disk.kept() })
     }
 
     fn merge(&mut self, records: Vec<Record>) {
@@ -273,7 +257,7 @@ impl Keeper {
     fn note(&mut self, record: Record) {
         self.news.push(record);
         self.is_stale = true;
-        self.disk.changed += 1;
+        self.disk.changed();
     }
 
     fn show(&self) -> Vec<Shown> {
@@ -292,9 +276,9 @@ impl Keeper {
     fn settle(&mut self, bus: &Bus, tell: &mut impl FnMut(News<'_>)) {
         let (now, wall) = (Instant::now(), unix(SystemTime::now()));
         if self.records.forget(wall) {
-            self.disk.changed += 1;
+            self.disk.changed();
         }
-        self.disk.begin(&self.file, &self.records, now);
+        self.disk.begin(&self.records, now);
         if self.is_stale || self.view.borrow().admission.is_over(wall) {
             self.tell(wall, tell);
         }
@@ -304,7 +288,11 @@ impl Keeper {
     fn tell(&mut self, wall: u64, tell: &mut impl FnMut(News<'_>)) {
         self.is_stale = false;
         let (view, damaged) = (look(&self.files, &self.records, wall), self.files.damaged());
-        let (records, is_kept) = (mem::take(&mut self.news), self.disk.failed.is_none());
+        let (records, is_kept) = (mem::take(&mut self.news), !self.disk.is_failing());
+        if !records.is_empty() {
+            let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
+            info!(new = records.len(), denied, allowed, trusted, "list entries changed");
+        }
         tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept });
         self.view.send_replace(view);
     }
@@ -334,65 +322,15 @@ impl Keeper {
         }
     }
 
-    fn written(&mut self, (number, result): (u64, io::Result<()>)) {
-        match result {
-            Ok(()) => {
-                self.disk.written = number;
-                let waiting = mem::take(&mut self.disk.waiting).into_iter();
-                let (kept, waiting): (Vec<_>, Vec<_>) = waiting.partition(|(change, _)| *change <= number);
-                self.disk.waiting = waiting;
-                for (_, sender) in kept {
-                    // Who asked may be gone.
-                    let _ = sender.send(());
-                }
-                if self.disk.failed.take().is_some() {
-                    info!(file = %self.file.display(), "list entries are kept again");
-                    self.is_stale = true;
-                }
-            }
-            Err(error) => {
-                self.disk.waiting.clear();
-                if self.disk.failed.replace(Instant::now()).is_none() {
-                    let file = self.file.display();
-                    warn!(%file, %error, "list entries cannot be kept, a restart would lose them");
-                    self.is_stale = true;
-                }
-            }
-        }
-    }
-
     async fn write_last(mut self) {
         let write = async {
-            while self.disk.written < self.disk.changed && self.disk.failed.is_none() {
-                self.disk.begin(&self.file, &self.records, Instant::now());
+            while self.disk.is_behind() {
+                self.disk.begin(&self.records, Instant::now());
                 let written = self.disk.done().await;
-                self.written(written);
+                self.disk.written(written);
             }
         };
         let _ = tokio::time::timeout(LAST_WRITE, write).await;
-    }
-}
-
-impl Disk {
-    /// Begins to write what changed, unless that is under way, or failed a moment ago.
-    fn begin(&mut self, file: &std::path::Path, records: &Records, now: Instant) {
-        let just_failed = self.failed.is_some_and(|failed| now.saturating_duration_since(failed) < RETRY);
-        if self.writing.is_some() || self.written == self.changed || just_failed {
-            if just_failed {
-                self.waiting.clear();
-            }
-            return;
-        }
-        let (file, records) = (file.to_owned(), records.clone());
-        self.writing = Some((self.changed, spawn_blocking(move || kept::write(&file, &records))));
-    }
-
-    /// The end of the write that is under way.
-    async fn done(&mut self) -> (u64, io::Result<()>) {
-        let Some((number, task)) = &mut self.writing else { return pending().await };
-        let (number, result) = (*number, task.await);
-        self.writing = None;
-        (number, result.unwrap_or_else(|error| Err(io::Error::other(error))))
     }
 }
 

@@ -86,6 +86,7 @@ impl Served {
 
     /// Takes over who may come; those who are here and may not go at the next read.
     pub fn admit(&mut self, admission: Arc<Admission>) {
+        self.backlog.retain(|step| !admission.expels(self.domain.name(), &step.key));
         self.admission = admission;
     }
 
@@ -331,10 +332,13 @@ impl Served {
         if admission.expels_nobody() {
             return Report::new();
         }
-        self.backlog.retain(|step| !is_expelled(&step.key));
         let peers = self.ledger.expel(is_expelled);
         let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
-        let ours = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
+            ours.retain(|key| *key < first || denied.contains(key));
+            self.schedule.hurry(now);
+        }
         let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
         let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
         for key in &removed {

@@ -650,6 +650,22 @@ async fn keys_that_wait_for_their_interface_are_denied_too() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn keys_that_are_owed_are_denied_too() {
+    let mut gateway = Gateway::start();
+    gateway.settle().await;
+    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.handle.learn(domain(), live(0..1_500)).await;
+    sleep(Duration::from_millis(100)).await;
+    assert!(gateway.device().peers.is_empty(), "the first slice is under way");
+    // Those of the last slice: the oldest, and then the last keys, go first.
+    gateway.handle.admit(denying(0..100), []);
+    gateway.settle().await;
+    assert!(gateway.all_stand(100..1_500));
+    let applied: Vec<_> = gateway.applies().into_iter().flatten().collect();
+    assert!((0..100).all(|n| !applied.contains(&Change::SetPeer(key(n), key(n).link_local()))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
     let mut gateway = Gateway::start();
     gateway.offer([1, 2]);
@@ -663,6 +679,19 @@ async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
     gateway.handle.admit(allowing(AllowList::Read), []);
     gateway.settle().await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_who_have_to_go_do_so_in_slices() {
+    let mut gateway = Gateway::start();
+    gateway.offer(0..2_000);
+    gateway.settle().await;
+    gateway.applies();
+    gateway.handle.admit(Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], AllowList::Read, 0)), []);
+    gateway.settle().await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+    let sizes: Vec<_> = gateway.applies().iter().map(Vec::len).collect();
+    assert!(sizes.iter().all(|size| *size <= 3 * 512), "{sizes:?}");
 }
 
 #[tokio::test(start_paused = true)]
