@@ -152,3 +152,56 @@ impl Ear {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// The router serves 100 links and then looks whether there is more to do. It must not find one there that it forgot:
+    /// it would take that for "no", and the rest would wait until something else is said.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_ear_that_ends_keeps_no_other_waiting() {
+        let (router, mut mouth) = Router::start(300).unwrap();
+        let router = Arc::new(router);
+        let mut ears: Vec<Ear> = (0..250).map(|_| router.listen().unwrap()).collect();
+        for round in 0..300 {
+            let ear = ears.remove(100);
+            let closing = tokio::spawn({
+                let router = router.clone();
+                async move { router.close(ear).await }
+            });
+            // At any moment of the ending: a timer is too coarse for that.
+            let moment = Instant::now() + Duration::from_micros(fastrand::u64(..300));
+            while Instant::now() < moment {}
+            mouth.say(Bytes::from_static(b"x"));
+            for ear in &mut ears {
+                let heard = timeout(Duration::from_secs(5), ear.next(|_| true)).await;
+                assert!(heard.is_ok(), "somebody waits in round {round}");
+            }
+            closing.await.unwrap();
+            ears.push(router.listen().unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn an_ear_hears_what_is_said_after_it_listens_in_order_and_names_are_used_again() {
+        let (router, mut mouth) = Router::start(10).unwrap();
+        for _ in 0..100 {
+            mouth.say(Bytes::from_static(b"before"));
+            let mut ear = router.listen().unwrap();
+            for n in 0..1000u16 {
+                mouth.say(Bytes::copy_from_slice(&n.to_be_bytes()));
+            }
+            for n in 0..1000u16 {
+                assert_eq!(ear.next(|_| true).await, &n.to_be_bytes()[..]);
+            }
+            router.close(ear).await;
+        }
+        assert_eq!(router.names(|names| names.given), 1);
+    }
+}
