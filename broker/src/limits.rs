@@ -150,7 +150,7 @@ mod tests {
     }
 
     fn client(n: u32) -> Client {
-        IpAddr::V6(Ipv6Addr::from_bits(u128::from(n) << 72)).into()
+        IpAddr::V6(Ipv6Addr::from_bits((0x2001_0db8 << 96) | (u128::from(n) << 72))).into()
     }
 
     fn quota(burst: u32, per_second: f64) -> Option<config::Quota> {

@@ -143,24 +143,30 @@ impl Served {
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
         let (admission, domain) = (&self.admission, self.domain.name());
         let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.refuses(domain, key));
-        self.refuse(outbox, plan::merged(denied).into_iter().map(|key| (key, DENIED)).collect());
+        let mut refused: Vec<_> = plan::merged(denied).into_iter().map(|key| (key, DENIED)).collect();
         let own = match self.own {
             Ok(own) => own,
             Err(reason) => {
-                let report: Report = plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect();
-                report.iter().for_each(|(key, outcome)| self.settle(*key, *outcome, now.monotonic));
-                outbox.confirm(&self.domain, &report);
+                let report = plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect();
+                self.settle_all(outbox, self.refuse(refused), report, now.monotonic);
                 return;
             }
         };
         let admitted = self.ledger.admit(keys, own, &self.reserved.borrow(), now.monotonic);
-        let Admitted { known, mut new, deferred, refused } = admitted;
-        self.refuse(outbox, refused);
+        let Admitted { known, mut new, deferred, refused: others } = admitted;
+        refused.extend(others);
+        let mut refused = self.refuse(refused);
         // What is known never waits for what is not.
         let later = new.split_off(SLICE.min(new.len()));
         for keys in [known, new] {
-            self.install_part(kernel, outbox, keys, now).await;
+            let steps: Vec<_> = keys.into_iter().map(Step::install).collect();
+            self.supersede(&steps);
+            let report = told(self.apply(kernel, outbox, &steps, now.monotonic).await);
+            if !report.is_empty() {
+                self.settle_all(outbox, std::mem::take(&mut refused), report, now.monotonic);
+            }
         }
+        outbox.confirm(&self.domain, &refused);
         self.make_room(deferred.len(), now.monotonic);
         for key in later.iter().chain(&deferred) {
             self.want(*key, now.monotonic);
@@ -169,23 +175,21 @@ impl Served {
         self.backlog.extend(later.into_iter().map(Step::install));
     }
 
-    async fn install_part<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
-        let steps: Vec<_> = keys.into_iter().map(Step::install).collect();
-        self.supersede(&steps);
-        let report = told(self.apply(kernel, outbox, &steps, now.monotonic).await);
-        for (key, outcome) in &report {
-            self.settle(*key, *outcome, now.monotonic);
-        }
-        outbox.confirm(&self.domain, &report);
-    }
-
-    fn refuse(&self, outbox: &Outbox, refused: Vec<(PublicKey, &'static str)>) {
+    fn refuse(&self, refused: Vec<(PublicKey, &'static str)>) -> Report {
         let refusal = |(key, reason): (PublicKey, &'static str)| {
             debug!(domain = %self.domain, ?key, reason, "key refused");
             self.count_failed(reason);
             (key, Err(reason))
         };
-        outbox.confirm(&self.domain, &refused.into_iter().map(refusal).collect());
+        refused.into_iter().map(refusal).collect()
+    }
+
+    /// Remembers what became of the keys of `report`, and says it, and what was `refused`, in one message.
+    fn settle_all(&mut self, outbox: &Outbox, refused: Report, report: Report, now: Instant) {
+        for (key, outcome) in &report {
+            self.settle(*key, *outcome, now);
+        }
+        outbox.confirm(&self.domain, &[report, refused].concat());
     }
 
     /// What came now says more of its addresses than what was owed before.
