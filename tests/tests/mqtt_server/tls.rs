@@ -67,7 +67,7 @@ fn a_new_certificate_counts_without_a_restart_and_a_damaged_one_does_not() {
     fs::write(stack.dir().join("server.crt"), "no certificate").unwrap();
     let output = publish(&stack, "first", &[]);
     assert!(output.status.success(), "the one before counts: {output:?}");
-    let line = stack.broker().wait_for_log("certificate before is kept");
+    let line = stack.broker().wait_for_log("stays in use");
     assert!(line.contains("WARN") && line.contains("mqtt_listen.tls.cert_file"), "{line}");
     issue(stack.dir(), "second");
     wait_until("the new certificate counts", || publish(&stack, "second", &[]).status.success().then_some(()));
