@@ -2,6 +2,7 @@
 //!
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
 //! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later.
+//! Unless another one is named, [`mqttd`] is the MQTT server for all of that.
 
 pub mod access;
 pub mod exchange;
