@@ -5,6 +5,7 @@
 //! flood must not do [`connections`], [`limits`] and [`client`] know.
 //!
 //! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
+//! Unless another one is named, [`mqttd`] is the MQTT server for all of that.
 
 pub mod access;
 pub mod admin;

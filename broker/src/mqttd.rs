@@ -30,7 +30,7 @@ use tokio::runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::process;
 use wgkex_common::tls::TlsError;
@@ -78,22 +78,11 @@ impl Mqttd {
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
         let (file, retained) = File::open(dir);
-        let bus = Bus::open(retained, room + OWN, metrics.clone())?;
-        let (server, (over, stop)) = (Serving { bus: Arc::new(bus), metrics: metrics.clone() }, watch::channel(false));
-        let (end, ended) = oneshot::channel();
-        let runtime = runtime::Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_name("mqtt")
-            .enable_all()
-            .build()
-            .context("the threads of the MQTT server do not start")?;
-        let doors = [(public, door), (own, own_door)];
-        thread::Builder::new().name("mqttd".into()).spawn(move || {
-            runtime.block_on(server.run(doors, file, stop));
-            runtime.shutdown_background();
-            // The one who waits for it may have gone first.
-            let _ = end.send(());
-        })?;
+        let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
+        let bus = Arc::new(Bus::open(retained, room + OWN, metrics.clone())?);
+        let server = Serving { bus, metrics: metrics.clone() };
+        let (over, ended) = server.start([(public, door), (own, own_door)], file)?;
+        info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
         Ok(Self { own: address, credentials, over, ended })
     }
 
@@ -135,6 +124,25 @@ struct Serving {
 }
 
 impl Serving {
+    /// Runs on threads of its own, until it is told that it is over; says when it has ended.
+    fn start(
+        self,
+        doors: [(TcpListener, Door); 2],
+        file: File,
+    ) -> anyhow::Result<(watch::Sender<bool>, oneshot::Receiver<()>)> {
+        let ((over, stop), (end, ended)) = (watch::channel(false), oneshot::channel());
+        let mut runtime = runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(THREADS).thread_name("mqtt").enable_all().build();
+        let runtime = runtime.context("the threads of the MQTT server do not start")?;
+        thread::Builder::new().name("mqttd".into()).spawn(move || {
+            runtime.block_on(self.run(doors, file, stop));
+            runtime.shutdown_background();
+            // The one who waits for it may have gone first.
+            let _ = end.send(());
+        })?;
+        Ok((over, ended))
+    }
+
     async fn run(self, doors: [(TcpListener, Door); 2], file: File, stop: watch::Receiver<bool>) {
         for (listener, door) in doors {
             tokio::spawn(self.clone().attend(listener, Arc::new(door), stop.clone()));

@@ -1,6 +1,6 @@
 //! A program under test, or one that it needs: started with its log captured, and gone when the test is over.
 
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +27,20 @@ pub fn binary(name: &str) -> PathBuf {
     // target/PROFILE for a program, target/PROFILE/deps for a test.
     let built = this.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.exists());
     built.unwrap_or_else(|| panic!("{name} is not built beside {}: run `cargo build --workspace`", this.display()))
+}
+
+/// The hash of a password, as the broker's command makes it.
+#[must_use]
+pub fn hash(password: &str) -> String {
+    let mut command = Command::new(binary("wgkex-broker"));
+    let command = command.arg("hash-password").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("the broker's program");
+    let mut input = child.stdin.take().expect("its input");
+    input.write_all(format!("{password}\nsomething else").as_bytes()).expect("it reads");
+    drop(input);
+    let output = child.wait_with_output().expect("its end");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text").trim_end().to_owned()
 }
 
 impl Process {

@@ -79,7 +79,7 @@ fn applied(domain: &str, keys: &[String]) -> Said {
 
 /// What a worker says on every connection: what it is and has, then that it is online, and again what it is.
 fn greeting(scene: &Scene) -> [Said; 7] {
-    let hello = || hello(r#"{"version":"0.1.0","can":["confirm"],"domains":["test_a","test_b"]}"#);
+    let hello = || hello(r#"{"version":"0.1.0","can":["confirm","revoke"],"domains":["test_a","test_b"]}"#);
     [
         hello(),
         scene.data("a", 51820),

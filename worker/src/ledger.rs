@@ -744,7 +744,7 @@ impl Entry {
     fn state(&self, policy: &Policy, now: Instant) -> PeerState {
         let idle = self.handshake.map(|handshake| now.saturating_duration_since(handshake.quiet_since));
         match idle {
-            Some(idle) if idle < policy.connected => PeerState::Connected,
+            Some(idle) if idle < policy.stale.min(policy.connected) => PeerState::Connected,
             Some(idle) if idle < policy.stale => PeerState::Idle,
             _ if now.saturating_duration_since(self.arrived) < policy.grace => PeerState::Pending,
             _ => PeerState::Stale,

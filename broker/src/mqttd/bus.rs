@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
 
@@ -56,18 +55,7 @@ impl Bus {
 
     /// Says a message to all who want it, and keeps it if it is to be kept.
     pub fn say(&self, message: &Message) {
-        let mut said = lock(&self.said);
-        if message.retain {
-            let kept = said.retained.keep(message);
-            self.metrics.mqtt_retained.set(i64::try_from(said.retained.len()).unwrap_or(i64::MAX));
-            if let Err(Full) = kept {
-                self.metrics.mqtt_retained_refused.inc();
-            }
-            if !std::mem::replace(&mut said.full, kept.is_err()) && kept.is_err() {
-                warn!("too many retained messages: more are not kept");
-            }
-        }
-        said.mouth.say(message.encode());
+        lock(&self.said).say(message, &self.metrics);
     }
 
     /// What is kept for `filter` behind the topic `after`, see [`Retained::find`].
@@ -111,15 +99,20 @@ impl Bus {
 
     /// The connection has ended: says its will if it is due, and ends what it listened with.
     pub async fn leave(&self, seat: Seat, will_is_due: bool, ear: Option<Ear>) {
-        let will = lock(&self.said).retained.release(&seat.client);
-        if let Some(will) = will.filter(|_| will_is_due) {
-            self.say(&will);
-        }
+        self.settle(&seat, will_is_due);
         if let Some(ear) = ear {
             self.router.close(ear).await;
         }
         drop(seat);
         self.metrics.mqtt_clients.set(i64::try_from(lock(&self.seats).len()).unwrap_or(i64::MAX));
+    }
+
+    /// In one go, lest the disk should have neither the promise nor the will.
+    fn settle(&self, seat: &Seat, will_is_due: bool) {
+        let mut said = lock(&self.said);
+        if let Some(will) = said.retained.release(&seat.client).filter(|_| will_is_due) {
+            said.say(&will, &self.metrics);
+        }
     }
 
     /// What is to be written to disk.
@@ -136,10 +129,21 @@ impl Bus {
     pub fn begin_anew(&self) {
         lock(&self.said).retained.begin_anew();
     }
+}
 
-    /// Whether an ear's owner wants this.
-    pub fn topic(said: &Bytes) -> &str {
-        Message::topic_of(said).unwrap_or_default()
+impl Said {
+    fn say(&mut self, message: &Message, metrics: &Metrics) {
+        if message.retain {
+            let kept = self.retained.keep(message);
+            metrics.mqtt_retained.set(i64::try_from(self.retained.len()).unwrap_or(i64::MAX));
+            if let Err(Full) = kept {
+                metrics.mqtt_retained_refused.inc();
+            }
+            if !std::mem::replace(&mut self.full, kept.is_err()) && kept.is_err() {
+                warn!("too many retained messages: more are not kept");
+            }
+        }
+        self.mouth.say(message.encode());
     }
 }
 

@@ -200,7 +200,7 @@ fn overdue(now: Instant, heard: Option<(Instant, Duration)>, taken: Instant) -> 
 
 async fn next(ear: &mut Option<Ear>, session: &Session) -> Bytes {
     match ear {
-        Some(ear) => ear.next(|said| session.wants(Bus::topic(said))).await,
+        Some(ear) => ear.next(|said| session.wants(Message::topic_of(said).unwrap_or_default())).await,
         None => std::future::pending().await,
     }
 }

@@ -1,6 +1,7 @@
 //! Who may connect, and as whom.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, anyhow};
@@ -44,7 +45,7 @@ struct Known {
     role: Role,
     tag: Mutex<Option<hmac::Tag>>,
     /// That the password was wrong has been said.
-    was_wrong: Mutex<bool>,
+    was_wrong: AtomicBool,
 }
 
 impl User {
@@ -88,7 +89,7 @@ impl Users {
             hash: user.password_hash.clone(),
             role: user.role,
             tag: Mutex::default(),
-            was_wrong: Mutex::default(),
+            was_wrong: AtomicBool::default(),
         };
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new());
         Ok(Self {
@@ -105,7 +106,7 @@ impl Users {
         let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         let mut users = Self::new(&BTreeMap::new())?;
         let tag = Mutex::new(Some(hmac::sign(&users.tags, password.as_bytes())));
-        let (hash, role, was_wrong) = (Secret::new(String::new()), Role::Broker, Mutex::default());
+        let (hash, role, was_wrong) = (Secret::new(String::new()), Role::Broker, AtomicBool::default());
         users.known.insert(OWN.into(), Known { hash, role, tag, was_wrong });
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
     }
@@ -118,7 +119,7 @@ impl Users {
         let Login { username, password } = login?;
         let known = self.known.get(&username)?;
         let is_right = self.remembers(known, &password) || self.verify(known, &password).await;
-        if !std::mem::replace(&mut *lock(&known.was_wrong), !is_right) && !is_right {
+        if !known.was_wrong.swap(!is_right, Ordering::Relaxed) && !is_right {
             warn!(user = username, "wrong password for the MQTT server");
         }
         is_right.then_some(User::Named(username, known.role))

@@ -7,6 +7,7 @@ mod bus;
 mod keys;
 mod life;
 mod links;
+mod own_server;
 mod owners;
 mod peers;
 mod privacy;
@@ -44,6 +45,7 @@ lanes! {
     keys: each_key_is_in_the_kernel_at_the_instant_of_its_200;
     several: four_gateways_share_the_routers_by_weight_and_all_have_every_key;
     several: a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws;
+    own_server: gateways_on_other_machines_do_their_work_by_tls_and_no_other;
     bus: a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back;
     bus: an_mqtt_server_that_goes_leaves_the_peers_alone_and_hears_the_worker_again_when_it_is_back;
     life: a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is;

@@ -6,13 +6,11 @@ use std::process::Command;
 
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet, QoS, SubscribeReasonCode};
 use wgkex_tests::probe::{Probe, Role, said};
-use wgkex_tests::process::{Process, binary};
+use wgkex_tests::process::{Process, binary, hash};
 use wgkex_tests::raw::{Raw, connect, connect_with_will};
 use wgkex_tests::scripted::{Manner, Worker, endpoint, key_for, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
-
-use crate::hash;
 
 /// A server with these users, and the one whose name and password is `gw1` for all probes.
 fn stack(users: &[(&str, &str)]) -> Stack {

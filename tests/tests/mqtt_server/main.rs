@@ -9,12 +9,9 @@ mod limits;
 mod retained;
 mod tls;
 
-use std::io::Write as _;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
 
 use rumqttc::QoS;
-use wgkex_tests::process::binary;
 use wgkex_tests::raw::Raw;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
@@ -42,16 +39,6 @@ fn pair(server: SocketAddr, filter: &str) -> (Raw, Raw) {
     let mut hearer = Raw::connect(server, "hearer");
     hearer.subscribe(&[(filter, QoS::AtLeastOnce)]);
     (hearer, Raw::connect(server, "sayer"))
-}
-
-/// The hash that the broker's command makes of a password.
-fn hash(password: &str) -> String {
-    let mut command = Command::new(binary("wgkex-broker"));
-    let mut child = command.arg("hash-password").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(format!("{password}\nmore").as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
 }
 
 /// What the broker has in memory, in bytes.

@@ -43,6 +43,18 @@ fn a_peer_is_connected_for_three_minutes_and_stale_after_three_hours() {
 }
 
 #[test]
+fn a_peer_is_stale_as_soon_as_the_operator_says_even_if_it_was_connected_just_now() {
+    let mut world = World::with(&[key(1)]);
+    world.ledger.policy = Policy { stale: MINUTE, grace: MINUTE, ..Policy::default() };
+    world.handshake(key(1));
+    world.read();
+    world.pass(MINUTE - Duration::from_millis(1));
+    assert_eq!(world.states(), [PeerState::Connected]);
+    world.pass(Duration::from_millis(1));
+    assert_eq!(world.stale(), [key(1)]);
+}
+
+#[test]
 fn at_the_first_read_the_age_of_a_handshake_is_the_wall_clocks() {
     let mut world = World::with(&[key(1), key(2)]);
     world.handshake_at(key(1), world.now.wall - 4 * HOUR);

@@ -1,0 +1,70 @@
+//! Gateways on other machines, on the broker's own MQTT server.
+
+use std::fs;
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::process::hash;
+use wgkex_tests::{key, wait_until};
+
+use crate::serves;
+
+/// Each has a line of its own to the broker, by TLS, and a password of its own.
+pub fn gateways_on_other_machines_do_their_work_by_tls_and_no_other(lane: Lane) {
+    let (hub, gw1, gw2) = (Host::new("hub", lane), Host::new("gw1", lane), Host::new("gw2", lane));
+    let lines = [(&gw1, hub.connect(&gw1, 1)), (&gw2, hub.connect(&gw2, 2))];
+    let ca = certify(&hub, lines.map(|(_, (server, _))| server.to_string()));
+    let users = ["gw1", "gw2"].map(|name| format!("{name}: {{password_hash: \"{}\"}}", hash(name))).join(", ");
+    hub.configure(&format!(
+        "mqtt_listen: {{host: 0.0.0.0, tls: {{cert_file: /run/server.crt, key_file: /run/server.key}}, users: {{{users}}}}}\n"
+    ));
+    let _broker = hub.start_broker();
+    let mut workers = Vec::new();
+    for (name, (host, (server, address))) in ["gw1", "gw2"].into_iter().zip(lines) {
+        fs::write(host.path("/run/ca.crt"), &ca).unwrap();
+        host.configure(&format!(
+            "mqtt: {{broker_url: {server}, tls: true, ca_file: /run/ca.crt, username: {name}, password: {name}}}\n\
+             externalName: {address}\n"
+        ));
+        host.setup();
+        workers.push(host.start_worker());
+    }
+    serves(&hub);
+    wait_until("both gateways are online", || {
+        (hub.metric(5000, r#"wgkex_broker_gateways{state="online"}"#)? == "2").then_some(())
+    });
+
+    // Without TLS nobody on another machine is heard; with it, a worker is no broker.
+    let ((_, (server, _)), rogue) = (lines[1], key(666));
+    let say = |more: &str| {
+        gw2.try_run(&format!(
+            "mosquitto_pub -h {server} -p 1883 {more} -u gw2 -P gw2 -i gw2-rogue -q 1 -t wireguard/test_a/all -m {rogue}"
+        ))
+    };
+    assert!(!say("").status.success());
+    let said = say("--cafile /run/ca.crt");
+    assert!(said.status.success(), "{said:?}");
+    for n in 0..10 {
+        assert_eq!(hub.post(2, &key(n)).status, 200);
+    }
+    for host in [&gw1, &gw2] {
+        let holds = |key: &str| host.tables("a").missing(key).is_empty();
+        wait_until("the gateway has all keys", || (0..10).all(|n| holds(&key(n))).then_some(()));
+        assert!(!host.wireguard("wg-a").contains(&rogue) && !holds(&rogue));
+    }
+    assert_eq!(hub.metric(5000, r#"wgkex_broker_mqtt_forbidden_total{verb="publish"}"#).as_deref(), Some("1"));
+    assert_eq!(hub.metric(5000, r#"wgkex_broker_mqtt_forbidden_total{verb="subscribe"}"#).as_deref(), Some("0"));
+}
+
+/// Gives the host a certificate for these addresses; returns that of its issuer.
+fn certify(host: &Host, addresses: [String; 2]) -> String {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "issuer");
+    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(addresses).unwrap().signed_by(&key, &ca).unwrap();
+    fs::write(host.path("/run/server.crt"), certificate.pem()).unwrap();
+    fs::write(host.path("/run/server.key"), key.serialize_pem()).unwrap();
+    ca.pem()
+}
