@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Shutdown, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use actix_tls::accept::rustls_0_23::TlsStream;
 use actix_web::rt::net::TcpStream;
 use ipnet::IpNet;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::socket::{self, Backlog, listen, shutdown};
 use tracing::warn;
 
 use crate::client::{Client, is_in};
@@ -216,8 +216,11 @@ impl Connections {
         let socket = stream.as_fd().try_clone_to_owned().map(|socket| Socket(socket.into()));
         let place = match (peer, socket) {
             (Ok(peer), Ok(socket)) => self.admit(peer, socket),
-            // It is over already, or there is no file left for it: it ends as soon as it does nothing.
-            (Err(_), _) | (_, Err(_)) => None,
+            (Err(_), _) | (_, Err(_)) => {
+                // It is over already, or there is no file left for it.
+                let _ = shutdown(stream.as_raw_fd(), socket::Shutdown::Both);
+                None
+            }
         };
         Connection { connections: self.clone(), place }
     }
