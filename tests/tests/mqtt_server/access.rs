@@ -51,7 +51,7 @@ fn a_wrong_password_is_told_and_the_right_one_is_let_in() {
         assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "{login:?}");
         raw.wait_for_end();
     }
-    assert_eq!(stack.metric(r#"wgkex_broker_mqtt_refused_total{reason="password"}"#), Some(6.0));
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="password"}"#, 6.0);
     let warnings = stack.broker().log().lines().filter(|line| line.contains("wrong password")).count();
     assert_eq!(warnings, 1, "{}", stack.broker().log());
     assert!(!stack.broker().log().contains("argon2id"));
