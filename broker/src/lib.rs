@@ -20,7 +20,7 @@ mod http;
 pub mod limits;
 pub mod live;
 mod metrics;
-pub mod mqtt;
+mod mqtt;
 mod mqttd;
 mod page;
 pub mod password;
@@ -53,6 +53,8 @@ use crate::http::App;
 use crate::limits::Limits;
 use crate::live::LiveKeys;
 use crate::metrics::Metrics;
+#[cfg(fuzzing)]
+pub use crate::mqtt::hear_anything;
 use crate::mqttd::Mqttd;
 use crate::revoke::Answers;
 use crate::waiters::Waiters;

@@ -72,14 +72,17 @@ impl Metrics {
     /// All metrics, there and at 0.
     pub fn new() -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
-        let counter = |name: &str, help: &str, labels: &[&str]| {
-            register(&registry, IntCounterVec::new(Opts::new(name, help), labels)?)
-        };
-        let version = IntGaugeVec::new(Opts::new("wgkex_broker_build_info", "1, with the version"), &["version"])?;
-        register(&registry, version)?.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let counter = |name, help| register(&registry, IntCounter::new(name, help)?);
+        let counters =
+            |name, help, labels: &[&str]| register(&registry, IntCounterVec::new(Opts::new(name, help), labels)?);
+        let gauge = |name, help| register(&registry, IntGauge::new(name, help)?);
+        let gauges =
+            |name, help, labels: &[&str]| register(&registry, IntGaugeVec::new(Opts::new(name, help), labels)?);
+        let version = gauges("wgkex_broker_build_info", "1, with the version", &["version"])?;
+        version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let metrics = Self {
-            keys_accepted: counter("wgkex_broker_keys_accepted_total", "Keys answered with 200", &["api"])?,
-            keys_refused: counter("wgkex_broker_keys_refused_total", "Keys refused", &["api", "reason"])?,
+            keys_accepted: counters("wgkex_broker_keys_accepted_total", "Keys answered with 200", &["api"])?,
+            keys_refused: counters("wgkex_broker_keys_refused_total", "Keys refused", &["api", "reason"])?,
             http_duration: register(
                 &registry,
                 HistogramVec::new(
@@ -88,11 +91,8 @@ impl Metrics {
                     &["route", "status"],
                 )?,
             )?,
-            connections: register(
-                &registry,
-                IntGauge::new("wgkex_broker_http_connections", "Connections that are open")?,
-            )?,
-            connections_closed: counter(
+            connections: gauge("wgkex_broker_http_connections", "Connections that are open")?,
+            connections_closed: counters(
                 "wgkex_broker_http_connections_closed_total",
                 "Connections closed before their time",
                 &["reason"],
@@ -107,76 +107,46 @@ impl Metrics {
                     .buckets(SECONDS.into()),
                 )?,
             )?,
-            confirmations_missed: register(
-                &registry,
-                IntCounter::new("wgkex_broker_confirmations_missed_total", "Gateways that did not confirm in time")?,
+            confirmations_missed: counter(
+                "wgkex_broker_confirmations_missed_total",
+                "Gateways that did not confirm in time",
             )?,
-            publish_failures: register(
-                &registry,
-                IntCounter::new("wgkex_broker_publish_failures_total", "Keys that MQTT did not acknowledge in time")?,
+            publish_failures: counter(
+                "wgkex_broker_publish_failures_total",
+                "Keys that MQTT did not acknowledge in time",
             )?,
-            messages_ignored: counter(
+            messages_ignored: counters(
                 "wgkex_broker_mqtt_messages_ignored_total",
                 "MQTT messages that mean nothing",
                 &["reason"],
             )?,
-            keys_given: register(
-                &registry,
-                IntCounter::new("wgkex_broker_keys_given_total", "Live keys given to whoever asked for them")?,
-            )?,
-            state_kept: register(
-                &registry,
-                IntGauge::new("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
-            )?,
-            live: register(
-                &registry,
-                IntGaugeVec::new(Opts::new("wgkex_broker_live_keys", "Live keys by state"), &["domain", "state"])?,
-            )?,
-            mqtt_connected: register(
-                &registry,
-                IntGauge::new("wgkex_broker_mqtt_connected", "1 while MQTT is connected")?,
-            )?,
-            lists_damaged: register(
-                &registry,
-                IntGaugeVec::new(Opts::new("wgkex_broker_lists_damaged", "1 while a list cannot be read"), &["list"])?,
-            )?,
-            list_keys: register(
-                &registry,
-                IntGaugeVec::new(Opts::new("wgkex_broker_list_keys", "Keys on each list"), &["list"])?,
-            )?,
-            lists_kept: register(
-                &registry,
-                IntGauge::new("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
-            )?,
-            mqtt_clients: register(
-                &registry,
-                IntGauge::new("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
-            )?,
-            mqtt_refused: counter(
+            keys_given: counter("wgkex_broker_keys_given_total", "Live keys given to whoever asked for them")?,
+            state_kept: gauge("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
+            live: gauges("wgkex_broker_live_keys", "Live keys by state", &["domain", "state"])?,
+            mqtt_connected: gauge("wgkex_broker_mqtt_connected", "1 while MQTT is connected")?,
+            lists_damaged: gauges("wgkex_broker_lists_damaged", "1 while a list cannot be read", &["list"])?,
+            list_keys: gauges("wgkex_broker_list_keys", "Keys on each list", &["list"])?,
+            lists_kept: gauge("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
+            mqtt_clients: gauge("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
+            mqtt_refused: counters(
                 "wgkex_broker_mqtt_refused_total",
                 "Connections that the embedded MQTT server did not let in",
                 &["reason"],
             )?,
-            mqtt_forbidden: counter(
+            mqtt_forbidden: counters(
                 "wgkex_broker_mqtt_forbidden_total",
                 "What users of the embedded MQTT server wanted to do and may not",
                 &["verb"],
             )?,
-            mqtt_retained: register(
-                &registry,
-                IntGauge::new("wgkex_broker_mqtt_retained", "Topics with a message kept by the embedded MQTT server")?,
+            mqtt_retained: gauge(
+                "wgkex_broker_mqtt_retained",
+                "Topics with a message kept by the embedded MQTT server",
             )?,
-            mqtt_retained_refused: register(
-                &registry,
-                IntCounter::new(
-                    "wgkex_broker_mqtt_retained_refused_total",
-                    "Messages that the embedded MQTT server had no room to keep",
-                )?,
+            mqtt_retained_refused: counter(
+                "wgkex_broker_mqtt_retained_refused_total",
+                "Messages that the embedded MQTT server had no room to keep",
             )?,
-            gateways: register(
-                &registry,
-                IntGaugeVec::new(Opts::new("wgkex_broker_gateways", "Gateways by state"), &["state"])?,
-            )?,
+            gateways: gauges("wgkex_broker_gateways", "Gateways by state", &["state"])?,
             registry,
         };
         metrics.begin();

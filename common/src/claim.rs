@@ -49,7 +49,8 @@ impl Claim {
         match self.standing.cmp(&owner.standing) {
             Ordering::Equal if apart <= AT_ONCE => self.key < owner.key,
             Ordering::Equal => self.first < owner.first,
-            order => order.is_gt(),
+            Ordering::Greater => true,
+            Ordering::Less => false,
         }
     }
 }

@@ -536,7 +536,9 @@ impl Ledger {
         lacking.sort_unstable();
         let (mut room, number) = (self.room(), lacking.len());
         lacking.retain(|(_, key)| room.take(self.is_vouched(key)));
-        lacking.iter().for_each(|(_, key)| self.promise(key));
+        for (_, key) in &lacking {
+            self.promise(key);
+        }
         Learnt { number, next: lacking.into_iter().map(|(_, key)| key).collect() }
     }
 

@@ -8,7 +8,7 @@ pub mod install;
 pub mod kernel;
 pub mod ledger;
 pub mod metrics;
-pub mod mqtt;
+mod mqtt;
 pub mod plan;
 pub mod schedule;
 pub mod setup;
@@ -35,6 +35,8 @@ use crate::kernel::Kernel;
 use crate::ledger::Policy;
 use crate::metrics::Metrics;
 use crate::mqtt::Announcer;
+#[cfg(fuzzing)]
+pub use crate::mqtt::hear_anything;
 
 /// How long the bus may take to hear that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -105,7 +107,7 @@ fn policy(config: &Config) -> Policy {
     let Peers { max: peers, unproven } = config.peers;
     let report = wgkex_common::claim::report(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
-    Policy { stale, grace, interval, report, peers, unproven, forget, ..Policy::default() }
+    Policy { stale, grace, interval, report, unproven, forget, peers, ..Policy::default() }
 }
 
 /// Tells the installer who may come, and which keys were denied just now.

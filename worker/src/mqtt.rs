@@ -347,9 +347,28 @@ pub fn hear_anything(topic: &str, payload: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use wgkex_common::mqtt::QoS;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn whatever_is_said_on_whatever_topic_ends_nobody(
+            topic in prop_oneof![
+                Just("wireguard/ff_a/all".to_owned()),
+                Just("wireguard-worker/w/ff_a/data".to_owned()),
+                Just("wgkex/worker/w/pages".to_owned()),
+                Just("wgkex/broker/b/hello".to_owned()),
+                Just("wgkex/revocations".to_owned()),
+                "[a-z+#/\\u{0}\\u{fc}]{0,30}",
+            ],
+            payload in prop_oneof![vec(any::<u8>(), 0..100), "[\\[{\"a-z:0-9,}\\]]{0,60}".prop_map(String::into_bytes)],
+        ) {
+            hear_anything(&topic, &payload);
+        }
+    }
 
     #[test]
     fn only_a_key_on_a_topic_of_a_served_domain_is_taken() {

@@ -171,7 +171,9 @@ impl Served {
         for key in later.iter().chain(&deferred) {
             self.want(*key, now.monotonic);
         }
-        later.iter().for_each(|key| self.ledger.promise(key));
+        for key in &later {
+            self.ledger.promise(key);
+        }
         self.backlog.extend(later.into_iter().map(Step::install));
     }
 

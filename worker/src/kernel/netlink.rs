@@ -246,10 +246,7 @@ pub fn read_answer(datagram: &[u8]) {
 
 #[cfg(any(test, fuzzing))]
 fn payload<I>(message: &channel::Message<I>) -> Option<&I> {
-    match &message.payload {
-        netlink_packet_core::NetlinkPayload::InnerMessage(inner) => Some(inner),
-        _ => None,
-    }
+    if let netlink_packet_core::NetlinkPayload::InnerMessage(inner) = &message.payload { Some(inner) } else { None }
 }
 
 /// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
