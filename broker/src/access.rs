@@ -32,12 +32,18 @@ impl Verb {
 const NAME: &str = "%u";
 
 /// What each role may do. A worker says what is its own, and what it asks brokers; keys it only hears.
-const TABLE: [(Role, Verb, &str); 24] = [
+const TABLE: [(Role, Verb, &str); 33] = [
     (Role::Worker, Verb::Say, "wireguard-metrics/+/%u/connected_peers"),
     (Role::Worker, Verb::Say, "wireguard-worker/%u/status"),
     (Role::Worker, Verb::Say, "wireguard-worker/%u/+/data"),
     (Role::Worker, Verb::Say, "wgkex/worker/%u/+"),
     (Role::Worker, Verb::Say, "wgkex/broker/+/questions"),
+    (Role::Worker, Verb::Say, "parker/wireguard-metrics/%u/connected_peers"),
+    (Role::Worker, Verb::Say, "parker/wireguard-worker/%u/status"),
+    (Role::Worker, Verb::Say, "parker/wireguard-worker/%u/data"),
+    (Role::Worker, Verb::Hear, "parker/wireguard/+"),
+    (Role::Worker, Verb::Hear, "parker/wireguard-worker/+/data"),
+    (Role::Worker, Verb::Hear, "parker/wireguard-broker/+/status"),
     (Role::Worker, Verb::Hear, "wireguard/+/+"),
     (Role::Worker, Verb::Hear, "wireguard-worker/+/status"),
     (Role::Worker, Verb::Hear, "wireguard-worker/+/+/data"),
@@ -52,6 +58,9 @@ const TABLE: [(Role, Verb, &str); 24] = [
     (Role::Broker, Verb::Say, "wgkex/broker/+/pages"),
     (Role::Broker, Verb::Say, "wgkex/worker/+/pages"),
     (Role::Broker, Verb::Say, "wgkex/revocations"),
+    (Role::Broker, Verb::Say, "parker/wireguard/+"),
+    (Role::Broker, Verb::Say, "parker/wireguard-broker/+/status"),
+    (Role::Broker, Verb::Hear, "parker/#"),
     (Role::Broker, Verb::Hear, "wireguard/#"),
     (Role::Broker, Verb::Hear, "wireguard-metrics/#"),
     (Role::Broker, Verb::Hear, "wireguard-worker/#"),

@@ -179,7 +179,10 @@ impl Admin {
             .map_err(|full| Wrong(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
         let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
         let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
-        let reach = lock(&self.gateways).reach();
+        let (reach, is_complete) = {
+            let gateways = lock(&self.gateways);
+            (gateways.reach(), gateways.complete())
+        };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();
         let published = timeout_at(until, self.bus.publish(Message::event(Topic::Revocations, payload)));
         let is_published = published.await.is_ok_and(|published| published.is_ok());
@@ -189,7 +192,8 @@ impl Admin {
         });
         if let Some(waiting) = waiting {
             let results = waiting.results(reach, until).await;
-            let is_done = is_kept && is_published && results.values().all(|result| revoke::is_done(result));
+            // Before what is retained is heard, nobody knows which gateways there are.
+            let is_done = is_complete && is_kept && is_published && results.values().all(|result| revoke::is_done(result));
             answer["done"] = is_done.into();
             answer["gateways"] = json!(results);
         }

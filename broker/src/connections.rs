@@ -226,7 +226,8 @@ impl Connections {
     }
 
     fn admit(&self, peer: IpAddr, socket: Socket) -> Option<(u64, Arc<AtomicU64>)> {
-        let client = (!is_in(&self.trusted, peer)).then(|| peer.into());
+        let client = (!is_in(&self.trusted, peer)).then(|| Client::from(peer));
+        let client = client.filter(|client| !client.is_this_machine());
         let admitted = lock(&self.table).admit(client, socket, self.now());
         match admitted {
             Ok(Admitted { id, idle, gone }) => {

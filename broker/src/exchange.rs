@@ -138,7 +138,9 @@ fn too_many(limit: Limit) -> &'static str {
 enum Standing {
     /// It was never heard of, or forgotten.
     Unknown,
-    /// It was sent before, or shook hands at a gateway.
+    /// It was sent before, and never shook hands.
+    Unproven,
+    /// It shook hands at a gateway.
     Known,
     /// It is known, and comes oftener than a router needs.
     Hasty,
@@ -224,15 +226,17 @@ impl Exchange {
 
     /// How the key stands, if it may come now.
     fn standing(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<Standing, Refusal> {
-        let is_known = self.live().contains(&ask.domain, &ask.key);
-        if !is_known {
+        let proven = self.live().is_proven(&ask.domain, &ask.key);
+        if proven.is_none() {
             self.limits.admit(&ask.key, client, ask.domain.name()).map_err(Refusal::Limited)?;
         }
         self.admit(ask)?;
-        if !is_known {
-            return Ok(Standing::Unknown);
-        }
-        Ok(if self.limits.repeat(&ask.key).is_ok() { Standing::Known } else { Standing::Hasty })
+        Ok(match proven {
+            None => Standing::Unknown,
+            Some(_) if self.limits.repeat(&ask.key).is_err() => Standing::Hasty,
+            Some(true) => Standing::Known,
+            Some(false) => Standing::Unproven,
+        })
     }
 
     /// Whether the key may be a router's, and its address is nobody else's.
@@ -363,7 +367,7 @@ impl Exchange {
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
         let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
         let publishing = async {
-            let is_unknown = standing == Standing::Unknown;
+            let is_unknown = matches!(standing, Standing::Unknown | Standing::Unproven);
             let _place = if is_unknown { Some(self.unknown.acquire().await) } else { None };
             self.keys.publish(key).await
         };

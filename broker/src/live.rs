@@ -45,6 +45,8 @@ struct Live {
     kept: Kept,
     /// When this run of the program first heard of it.
     first: Instant,
+    /// When it last shook hands, as far as a gateway or a broker said so.
+    shaken: Option<Instant>,
     /// When this broker last heard of it, from whomever: an asker may lack it from then on.
     heard: Instant,
 }
@@ -73,7 +75,8 @@ impl LiveKeys {
         let mut live = Self { own_name, max, ttl, grace, proven, domains, journal, admission: Arc::default() };
         for ((domain, key), kept) in known {
             // Who asked the last run of this program may have missed what that heard of last.
-            live.insert(&domain, key, Live { kept, first: kept.last, heard: now }, now);
+            let shaken = kept.proven.then_some(kept.last);
+            live.insert(&domain, key, Live { kept, first: kept.last, shaken, heard: now }, now);
         }
         live.make_room();
         live
@@ -84,13 +87,13 @@ impl LiveKeys {
     pub fn is_taken(&self, domain: &str, key: PublicKey, now: Instant) -> bool {
         let Some(served) = self.domains.get(domain) else { return false };
         let owner = served.owners.get(&key.link_local()).filter(|owner| **owner != key);
-        let live = owner.and_then(|owner| served.keys.get(owner));
-        live.is_some_and(|live| self.standing(live, now) != Standing::Lapsed)
+        let live = owner.and_then(|owner| Some((owner, served.keys.get(owner)?)));
+        live.is_some_and(|(owner, live)| self.standing(owner, live, now) != Standing::Lapsed)
     }
 
-    fn standing(&self, live: &Live, now: Instant) -> Standing {
+    fn standing(&self, key: &PublicKey, live: &Live, now: Instant) -> Standing {
         let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
-        if live.kept.proven && within(live.kept.last, self.proven) {
+        if self.admission.trusts(key) || live.shaken.is_some_and(|shaken| within(shaken, self.proven)) {
             Standing::Proven
         } else if !live.kept.proven && within(live.first, self.grace) {
             Standing::Fresh
@@ -101,7 +104,7 @@ impl LiveKeys {
 
     /// Remembers the key, unless another has the better claim to its address: then that one alone is live.
     fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) {
-        let claim = |key: PublicKey, live: &Live| Claim { key, standing: self.standing(live, now), first: live.first };
+        let claim = |key: PublicKey, live: &Live| Claim { key, standing: self.standing(&key, live, now), first: live.first };
         let Some(served) = self.domains.get(domain) else { return };
         let address = key.link_local();
         let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);
@@ -119,10 +122,10 @@ impl LiveKeys {
         self.journal.put(domain, key, live.kept);
     }
 
-    /// Whether the key is known in this domain.
+    /// Whether the key ever shook hands; none if it is not known in this domain.
     #[must_use]
-    pub fn contains(&self, domain: &Domain, key: &PublicKey) -> bool {
-        self.domains.get(domain).is_some_and(|served| served.keys.contains_key(key))
+    pub fn is_proven(&self, domain: &Domain, key: &PublicKey) -> Option<bool> {
+        Some(self.domains.get(domain)?.keys.get(key)?.kept.proven)
     }
 
     /// Takes over who may come from now on, and forgets the keys that have to go.
@@ -180,6 +183,7 @@ impl LiveKeys {
         let domain = domain.clone();
         let before = served.keys.get(&key).copied();
         let first = before.map_or(news.last, |before| before.first.min(news.last));
+        let shaken = news.proven.then_some(news.last).max(before.and_then(|before| before.shaken));
         let before = before.map(|before| before.kept);
         let kept = before
             .map_or(news, |before| Kept { last: before.last.max(news.last), proven: before.proven || news.proven });
@@ -188,7 +192,7 @@ impl LiveKeys {
         if before.is_some_and(is_same) {
             return;
         }
-        self.insert(&domain, key, Live { kept, first, heard: now }, now);
+        self.insert(&domain, key, Live { kept, first, shaken, heard: now }, now);
         if before.is_none() {
             self.make_room();
         }

@@ -15,10 +15,11 @@ mod router;
 mod session;
 mod users;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ use bytes::BytesMut;
 use rumqttc::{ConnAck, ConnectReturnCode, Packet};
 use tokio::net::TcpStream;
 use tokio::runtime;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
@@ -42,12 +43,15 @@ use self::file::File;
 use self::session::Session;
 use self::users::Users;
 use crate::certificate::Certificate;
+use crate::{client, lock};
 use crate::metrics::Metrics;
 
 pub use self::admit::Refusal;
 
-/// So many connections may wait at a door to be let in.
-const WAITING: usize = 256;
+/// So many connections may wait at a door to be let in,
+const WAITING: usize = 1_024;
+/// and so many of one client: it cannot keep others out.
+const WAITING_OF_CLIENT: usize = 128;
 /// This broker's own connections, two of which may be about to end.
 const OWN: usize = 4;
 /// The threads that serve all clients. One may have to wait for the router.
@@ -153,13 +157,13 @@ impl Serving {
     /// Lets clients in at one door until it is over; their connections end with the runtime.
     async fn attend(self, listener: TcpListener, door: Arc<Door>, stop: watch::Receiver<bool>) {
         let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-        let waiting = Arc::new(Semaphore::new(WAITING));
+        let waiting = Waiting::default();
         let accept = async {
             loop {
                 match listener.accept().await {
-                    Ok((stream, _)) => match waiting.clone().try_acquire_owned() {
-                        Ok(turn) => drop(tokio::spawn(self.clone().serve(stream, door.clone(), turn))),
-                        Err(_) => self.metrics.mqtt_refused.with_label_values(&["full"]).inc(),
+                    Ok((stream, address)) => match waiting.turn(address.ip().into()) {
+                        Some(turn) => drop(tokio::spawn(self.clone().serve(stream, door.clone(), turn))),
+                        None => self.metrics.mqtt_refused.with_label_values(&["full"]).inc(),
                     },
                     Err(error) => {
                         warn!(%error, "the MQTT server cannot take a connection");
@@ -175,7 +179,7 @@ impl Serving {
     }
 
     /// One connection, from its first byte to its last.
-    async fn serve(self, stream: TcpStream, door: Arc<Door>, turn: OwnedSemaphorePermit) {
+    async fn serve(self, stream: TcpStream, door: Arc<Door>, turn: Turn) {
         let (stream, input, client) = match door.admit(stream).await {
             Ok(admitted) => admitted,
             Err(refusal) => return self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc(),
@@ -202,5 +206,59 @@ impl Serving {
     async fn refuse(&self, refusal: Refusal, stream: Box<dyn Stream>) {
         self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
         refusal.tell(stream).await;
+    }
+}
+
+/// How many connections of each client wait at a door.
+#[derive(Clone, Default)]
+struct Waiting(Arc<Mutex<BTreeMap<client::Client, usize>>>);
+
+/// A place among those who wait.
+struct Turn(Waiting, client::Client);
+
+impl Waiting {
+    /// A place for one more connection of `client`, if there is one.
+    fn turn(&self, client: client::Client) -> Option<Turn> {
+        let mut waiting = lock(&self.0);
+        let all: usize = waiting.values().sum();
+        let own = waiting.entry(client).or_default();
+        let has_place = all < WAITING && *own < WAITING_OF_CLIENT;
+        *own += usize::from(has_place);
+        if *own == 0 {
+            waiting.remove(&client);
+        }
+        has_place.then(|| Turn(self.clone(), client))
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let Self(Waiting(waiting), client) = self;
+        let mut waiting = lock(waiting);
+        match waiting.get_mut(client) {
+            Some(own) if *own > 1 => *own -= 1,
+            _ => drop(waiting.remove(client)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    #[test]
+    fn one_client_that_waits_leaves_places_for_others() {
+        let waiting = Waiting::default();
+        let client = |n: u8| IpAddr::from([192, 0, 2, n]).into();
+        let turns: Vec<_> = (0..1_000).map_while(|_| waiting.turn(client(1))).collect();
+        assert_eq!(turns.len(), WAITING_OF_CLIENT);
+        let others: Vec<_> = (2..).map_while(|n| waiting.turn(client(n))).take(100).collect();
+        assert_eq!(others.len(), 100);
+        drop(turns);
+        assert!(waiting.turn(client(1)).is_some());
+        drop(others);
+        assert!(lock(&waiting.0).is_empty());
     }
 }

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
-use crate::PublicKey;
 use crate::message::WorkerData;
+use crate::{PublicKey, is_derived};
 
-/// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense.
+/// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense,
 const GATEWAYS_MAX: usize = 4_096;
+/// and so are more domains of one.
+const DOMAINS_MAX: usize = 64;
 
 /// What is reserved: what the operator lists, and what gateways say of themselves on the bus.
 #[derive(Debug, Clone, Default)]
@@ -31,17 +33,21 @@ impl Reserved {
     /// What a worker says of itself in a domain; none if it took that back.
     pub fn hear(&mut self, worker: &str, domain: &str, data: Option<&WorkerData>) {
         let gateway = (worker.to_owned(), domain.to_owned());
-        let said = data.map(|data| (data.public_key, data.link_address.parse().ok()));
+        let said = data.map(|data| (data.public_key, own_address(data)));
         let before = match said {
-            Some(said) if self.gateways.len() < GATEWAYS_MAX || self.gateways.contains_key(&gateway) => {
-                self.gateways.insert(gateway, said)
-            }
+            Some(said) if self.has_place(&gateway) => self.gateways.insert(gateway, said),
             Some(_) => return,
             None => self.gateways.remove(&gateway),
         };
         if before != said {
             self.count();
         }
+    }
+
+    fn has_place(&self, gateway: &(String, String)) -> bool {
+        let domains = self.gateways.range((gateway.0.clone(), String::new())..);
+        let domains = domains.take_while(|((worker, _), _)| *worker == gateway.0).count();
+        self.gateways.contains_key(gateway) || (self.gateways.len() < GATEWAYS_MAX && domains < DOMAINS_MAX)
     }
 
     fn count(&mut self) {
@@ -70,6 +76,12 @@ impl Reserved {
     }
 }
 
+/// The link address that a gateway says it has, unless it is one that another key derives: no gateway takes a router's.
+fn own_address(data: &WorkerData) -> Option<Ipv6Addr> {
+    let address = data.link_address.parse().ok()?;
+    (!is_derived(address) || address == data.public_key.link_local()).then_some(address)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,16 +97,30 @@ mod tests {
     #[test]
     fn what_a_gateway_says_of_itself_is_reserved_until_it_says_otherwise() {
         let mut reserved = Reserved::new([key(9)].into());
-        let taken = key(3).link_local();
+        let routers = key(3).link_local();
         assert!(reserved.forbids(&key(9)) && !reserved.forbids(&key(1)));
-        reserved.hear("gw", "d", Some(&data(key(1), &taken.to_string())));
-        assert!(reserved.has_key(&key(1)) && reserved.has_address(&taken));
-        assert!(reserved.forbids(&key(3)) && !reserved.has_key(&key(3)), "its address is a gateway's");
+        reserved.hear("gw", "d", Some(&data(key(1), &routers.to_string())));
+        assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()));
+        assert!(!reserved.forbids(&key(3)), "no gateway takes a router's address");
+        reserved.hear("gw", "d", Some(&data(key(1), "fe80::1")));
+        assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
         reserved.hear("gw", "d", Some(&data(key(2), "no address")));
         assert!(reserved.forbids(&key(2)) && !reserved.forbids(&key(1)) && !reserved.forbids(&key(3)));
         reserved.hear("gw", "other", Some(&data(key(1), "fe80::1")));
         reserved.hear("gw", "d", None);
         assert!(reserved.forbids(&key(1)) && !reserved.forbids(&key(2)) && reserved.forbids(&key(9)));
+    }
+
+    #[test]
+    fn one_gateway_has_only_so_many_domains() {
+        let mut reserved = Reserved::default();
+        for n in 0..=DOMAINS_MAX {
+            let other = PublicKey::from_bytes([u8::try_from(n + 10).unwrap(); 32]).unwrap();
+            reserved.hear("gw", &n.to_string(), Some(&data(other, "fe80::1")));
+            assert_eq!(reserved.forbids(&other), n < DOMAINS_MAX);
+        }
+        reserved.hear("gw2", "d", Some(&data(key(1), "fe80::1")));
+        assert!(reserved.forbids(&key(1)));
     }
 
     #[test]

@@ -3,9 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use wgkex_common::claim::{Claim, Standing};
+use wgkex_common::lists::Admission;
 use wgkex_common::message::Age;
 use wgkex_common::store::Kept;
 pub use wgkex_common::store::Now;
@@ -116,6 +118,8 @@ pub struct Ledger {
     promised: usize,
     /// Addresses that peers have which others made, and which peers.
     foreign: BTreeMap<Ipv6Addr, PublicKey>,
+    /// Who may come; here it counts whom the operators trust.
+    admission: Arc<Admission>,
     /// Since when an address has a route or a flood entry without a peer.
     orphans: BTreeMap<Ipv6Addr, Instant>,
     /// Keys that are not as they were when this was last asked for.
@@ -214,9 +218,15 @@ impl Ledger {
             unproven: 0,
             promised: 0,
             foreign: BTreeMap::new(),
+            admission: Arc::default(),
             orphans: BTreeMap::new(),
             changed: BTreeSet::new(),
         }
+    }
+
+    /// Takes over whom the operators trust: such a key keeps its peer and its address however long it is silent.
+    pub fn obey(&mut self, admission: Arc<Admission>) {
+        self.admission = admission;
     }
 
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
@@ -342,7 +352,8 @@ impl Ledger {
         let younger_than = |limit| move |since: Instant| now.saturating_duration_since(since) < limit;
         let proven = peer.and_then(|entry| entry.handshake).map(|handshake| handshake.quiet_since);
         let vouched = peer.and_then(|entry| entry.vouched).or_else(|| waiting?.vouched);
-        let standing = if proven.is_some_and(younger_than(self.policy.stale))
+        let standing = if self.admission.trusts(&key)
+            || proven.is_some_and(younger_than(self.policy.stale))
             || vouched.is_some_and(younger_than(self.policy.vouched()))
         {
             Standing::Proven
@@ -467,7 +478,8 @@ impl Ledger {
         let lacking = new.filter(|key| !room.take(self.is_vouched(key))).count();
         let lacking = lacking.min(most - surplus.len());
         if lacking > 0 {
-            let unproven = self.peers.iter().filter(|(_, entry)| entry.is_unproven());
+            let may_go = |key, entry: &Entry| entry.is_unproven() && !self.admission.trusts(key);
+            let unproven = self.peers.iter().filter(|(key, entry)| may_go(key, entry));
             let mut oldest: Vec<_> = unproven.map(|(key, entry)| (entry.arrived, *key)).collect();
             oldest.sort_unstable();
             surplus.extend(oldest.into_iter().take(lacking).map(|(_, key)| key));
@@ -599,8 +611,10 @@ impl Ledger {
 
     fn kept(&self, key: &PublicKey) -> Option<Kept> {
         let standing = self.peers.get(key).filter(|entry| entry.ours);
-        let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(self.waiting.get(key)?.arrived))?;
-        let proven = standing.is_some_and(|entry| entry.handshake.is_some());
+        let waiting = self.waiting.get(key);
+        let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(waiting?.arrived))?;
+        let proven = standing.is_some_and(|entry| entry.handshake.is_some() || entry.vouched.is_some())
+            || waiting.is_some_and(|waiting| waiting.vouched.is_some());
         Some(Kept { last: arrived, proven })
     }
 
@@ -624,7 +638,8 @@ impl Ledger {
     #[must_use]
     pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
         let stale = |entry: &Entry| entry.ours && entry.state(&self.policy, now) == PeerState::Stale;
-        self.peers.iter().filter(|(_, entry)| stale(entry)).map(|(key, _)| *key).collect()
+        let stale = self.peers.iter().filter(|(key, entry)| stale(entry) && !self.admission.trusts(key));
+        stale.map(|(key, _)| *key).collect()
     }
 
     /// How many peers are in which state, judged by the last read.

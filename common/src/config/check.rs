@@ -73,7 +73,7 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
         state_dir: raw.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
         live_keys: live_keys(&raw.live_keys),
         peers: peers(&raw.peers),
-        forget_idle_after: raw.forget_idle_after.map(|after| after.0),
+        forget_idle_after: forget_idle_after(raw.forget_idle_after.as_ref(), report),
         protected_keys: protected_keys.chain(whitelist.clone()).collect(),
         trusted_proxies: raw.trusted_proxies.into_iter().flatten().map(|net| IpNet::trunc(&net.0)).collect(),
         limits: limits(&raw.limits),
@@ -164,6 +164,14 @@ fn cleanup(raw: &raw::Cleanup) -> Cleanup {
 
 fn live_keys(raw: &raw::LiveKeys) -> LiveKeys {
     LiveKeys { max: raw.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(raw.ttl.as_ref(), 86_400) }
+}
+
+fn forget_idle_after(raw: Option<&Seconds>, report: &mut Report) -> Option<Duration> {
+    // WireGuard shakes hands anew after 120 s at the earliest, and takes nothing after 180 s (REJECT_AFTER_TIME).
+    if raw.is_some_and(|after| after.0 < Duration::from_secs(180)) {
+        report.warn(&Path::of("forget_idle_after"), "cuts tunnels that are in use, at least 180 is what is idle");
+    }
+    raw.map(|after| after.0)
 }
 
 fn peers(raw: &raw::Peers) -> Peers {

@@ -227,6 +227,9 @@ fn children(dir: &Path) -> Result<Vec<PathBuf>, String> {
 
 fn look(file: &Path) -> Result<Look, String> {
     let data = fs::metadata(file).map_err(|error| cannot(file, &error))?;
+    if !data.is_file() {
+        return Err(format!("{} is not a regular file", file.display()));
+    }
     let times = [data.mtime(), data.mtime_nsec(), data.ctime(), data.ctime_nsec()];
     Ok((file.to_owned(), data.ino(), data.size(), times))
 }

@@ -19,9 +19,9 @@ fn who_does_not_say_who_it_is_is_cut_off_and_makes_room() {
     for (n, stranger) in strangers.iter_mut().enumerate() {
         stranger.send_bytes(&b"\x10\x0d\0\x04MQTT\x04\x02"[..n % 10]);
     }
-    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 44.0);
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 172.0);
     strangers.iter_mut().for_each(Raw::wait_for_end);
-    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="slow"}"#, 256.0);
+    stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="slow"}"#, 128.0);
     assert_stands(&mut stack);
 }
 

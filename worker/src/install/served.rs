@@ -16,7 +16,7 @@ use super::outbox::{Outbox, Report};
 use crate::kernel::{Device, Kernel, KernelError};
 use crate::ledger::{Admitted, Ledger, Now, Policy};
 use crate::metrics::Metrics;
-use crate::plan::{self, ALTERED, DENIED, Step};
+use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, RESERVED, Shape, Step};
 use crate::schedule::Schedule;
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
@@ -87,6 +87,7 @@ impl Served {
     /// Takes over who may come; those who are here and may not go at the next read.
     pub fn admit(&mut self, admission: Arc<Admission>) {
         self.backlog.retain(|step| !admission.expels(self.domain.name(), &step.key));
+        self.ledger.obey(admission.clone());
         self.admission = admission;
     }
 
@@ -177,7 +178,14 @@ impl Served {
         self.backlog.extend(later.into_iter().map(Step::install));
     }
 
+    /// Counts what is refused. What a broker of ours would not have let pass is told, once for a batch.
     fn refuse(&self, refused: Vec<(PublicKey, &'static str)>) -> Report {
+        for wrong in [RESERVED, ADDRESS_TAKEN] {
+            let mut keys = refused.iter().filter(|(_, reason)| *reason == wrong).map(|(key, _)| key);
+            if let Some(key) = keys.next() {
+                warn!(domain = %self.domain, ?key, others = keys.count(), reason = wrong, "key refused");
+            }
+        }
         let refusal = |(key, reason): (PublicKey, &'static str)| {
             debug!(domain = %self.domain, ?key, reason, "key refused");
             self.count_failed(reason);
@@ -307,7 +315,7 @@ impl Served {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
         self.oust(kernel, outbox, device, now.monotonic).await;
-        self.forget(kernel, outbox, now.monotonic).await;
+        self.forget(kernel, outbox, device, now.monotonic).await;
         if self.own.is_ok() {
             self.clear(kernel, device, now.monotonic).await;
             if !outbox.report(&self.domain, &self.ledger.unreported(now.monotonic)) {
@@ -360,7 +368,6 @@ impl Served {
     /// Only ever right after a read: nothing is decided against a peer by what was so before.
     async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
         let mut stale = self.ledger.stale(now);
-        stale.retain(|key| !self.admission.trusts(key));
         let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
         let removed = self.remove(kernel, outbox, device, &stale, now).await;
         self.schedule.swept(now, more && removed == stale.len());
@@ -373,8 +380,7 @@ impl Served {
 
     /// Removes peers that are in the way of others, a few at a time: keys wait meanwhile.
     async fn oust<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
-        let mut surplus = self.ledger.surplus(ROOM);
-        surplus.retain(|key| !self.admission.trusts(key));
+        let surplus = self.ledger.surplus(ROOM);
         let removed = self.remove(kernel, outbox, device, &surplus, now).await;
         if removed == ROOM {
             self.schedule.hurry(now);
@@ -386,11 +392,21 @@ impl Served {
     }
 
     /// Makes silent peers forget where their routers were, a few at a time.
-    async fn forget<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Instant) {
-        let idle: Vec<_> = self.ledger.idle(ROOM, now).into_iter().map(Step::renew).collect();
-        let outcomes = self.apply(kernel, outbox, &idle, now).await;
-        let renewed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
-        let renewed = renewed.map(|(key, _)| self.ledger.forgotten(&key)).count();
+    async fn forget<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
+        let mut idle = self.ledger.idle(ROOM, now);
+        // One whose address somebody gave to another would take it back.
+        idle.retain(|key| device.peers.get(key).is_some_and(|peer| plan::shape(key, peer) == Shape::Ours));
+        let steps: Vec<_> = idle.into_iter().map(Step::renew).collect();
+        let mut renewed = 0;
+        for (key, outcome) in self.apply(kernel, outbox, &steps, now).await {
+            if outcome.is_ok() {
+                self.ledger.forgotten(&key);
+                renewed += 1;
+            } else {
+                // It may be gone, and not be back.
+                self.want(key, now);
+            }
+        }
         if renewed == ROOM {
             self.schedule.hurry(now);
         }
