@@ -193,7 +193,8 @@ impl Admin {
         if let Some(waiting) = waiting {
             let results = waiting.results(reach, until).await;
             // Before what is retained is heard, nobody knows which gateways there are.
-            let is_done = is_complete && is_kept && is_published && results.values().all(|result| revoke::is_done(result));
+            let is_done =
+                is_complete && is_kept && is_published && results.values().all(|result| revoke::is_done(result));
             answer["done"] = is_done.into();
             answer["gateways"] = json!(results);
         }

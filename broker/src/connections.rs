@@ -92,7 +92,8 @@ impl<S> Table<S> {
     /// Takes in a connection at `now`. In a full table the longest idle ones go: a sixteenth at once, so that a flood
     /// does not cost a search each.
     fn admit(&mut self, client: Option<Client>, socket: S, now: u64) -> Result<Admitted<S>, (Closed, S)> {
-        if client.is_some_and(|client| self.clients.get(&client).is_some_and(|open| *open >= MOST_OF_CLIENT)) {
+        let has_many = |client| self.clients.get(&client).is_some_and(|open| *open >= MOST_OF_CLIENT);
+        if client.is_some_and(|client| !client.is_this_machine() && has_many(client)) {
             return Err((Closed::Client, socket));
         }
         let gone = if self.open.len() < self.most { Vec::new() } else { self.make_room() };
@@ -226,8 +227,7 @@ impl Connections {
     }
 
     fn admit(&self, peer: IpAddr, socket: Socket) -> Option<(u64, Arc<AtomicU64>)> {
-        let client = (!is_in(&self.trusted, peer)).then(|| Client::from(peer));
-        let client = client.filter(|client| !client.is_this_machine());
+        let client = (!is_in(&self.trusted, peer)).then(|| peer.into());
         let admitted = lock(&self.table).admit(client, socket, self.now());
         match admitted {
             Ok(Admitted { id, idle, gone }) => {

@@ -104,7 +104,8 @@ impl LiveKeys {
 
     /// Remembers the key, unless another has the better claim to its address: then that one alone is live.
     fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) {
-        let claim = |key: PublicKey, live: &Live| Claim { key, standing: self.standing(&key, live, now), first: live.first };
+        let claim =
+            |key: PublicKey, live: &Live| Claim { key, standing: self.standing(&key, live, now), first: live.first };
         let Some(served) = self.domains.get(domain) else { return };
         let address = key.link_local();
         let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);

@@ -43,15 +43,15 @@ use self::file::File;
 use self::session::Session;
 use self::users::Users;
 use crate::certificate::Certificate;
-use crate::{client, lock};
 use crate::metrics::Metrics;
+use crate::{client, lock};
 
 pub use self::admit::Refusal;
 
 /// So many connections may wait at a door to be let in,
-const WAITING: usize = 1_024;
-/// and so many of one client: it cannot keep others out.
-const WAITING_OF_CLIENT: usize = 128;
+const WAITING: usize = 512;
+/// and so many of one client that is not this machine: it cannot keep others out.
+const WAITING_OF_CLIENT: usize = 64;
 /// This broker's own connections, two of which may be about to end.
 const OWN: usize = 4;
 /// The threads that serve all clients. One may have to wait for the router.
@@ -222,7 +222,7 @@ impl Waiting {
         let mut waiting = lock(&self.0);
         let all: usize = waiting.values().sum();
         let own = waiting.entry(client).or_default();
-        let has_place = all < WAITING && *own < WAITING_OF_CLIENT;
+        let has_place = all < WAITING && (*own < WAITING_OF_CLIENT || client.is_this_machine());
         *own += usize::from(has_place);
         if *own == 0 {
             waiting.remove(&client);

@@ -143,7 +143,7 @@ impl Said {
                 warn!("too many retained messages: more are not kept");
             }
         }
-        self.mouth.say(message.encode());
+        self.mouth.say(&message.encode());
     }
 }
 

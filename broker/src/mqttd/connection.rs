@@ -12,7 +12,7 @@ use tracing::warn;
 use super::admit::Stream;
 use super::bus::{Bus, Seat};
 use super::message::Message;
-use super::router::Ear;
+use super::router::{Ear, Missed};
 use super::session::{Deed, Session};
 use crate::metrics::Metrics;
 
@@ -112,11 +112,12 @@ impl Connection {
                 }
                 overdue(now, self.silence.map(|silence| (self.heard, silence)), self.taken).map_or(Ok(()), Err)?;
             }
-            said = next(&mut self.ear, &self.session), if may_hear => {
-                if let Some(message) = Message::decode(&said) {
-                    self.session.deliver(message, &mut self.output);
-                }
-            }
+            said = next(&mut self.ear, &self.session), if may_hear => match said.map(|said| Message::decode(&said)) {
+                Ok(Some(message)) => self.session.deliver(message, &mut self.output),
+                Ok(None) => {}
+                // When it is back it hears what is kept, and asks for what is not.
+                Err(Missed) => return Err(End::Lost("too slow")),
+            },
             read = self.reader.read_buf(&mut self.input), if has_place => match read {
                 Ok(0) => return Err(End::Lost("closed")),
                 Ok(_) => self.heard = Instant::now(),
@@ -198,7 +199,7 @@ fn overdue(now: Instant, heard: Option<(Instant, Duration)>, taken: Instant) -> 
     (now.saturating_duration_since(taken) > STALLED).then_some(End::Lost("reads nothing"))
 }
 
-async fn next(ear: &mut Option<Ear>, session: &Session) -> Bytes {
+async fn next(ear: &mut Option<Ear>, session: &Session) -> Result<Bytes, Missed> {
     match ear {
         Some(ear) => ear.next(|said| session.wants(Message::topic_of(said).unwrap_or_default())).await,
         None => std::future::pending().await,

@@ -2,13 +2,14 @@
 //!
 //! The router breaks on client ids, topics, filters, acknowledgements and endings of connections that it does not
 //! expect. So it sees nothing of what clients send: everything is said by one link, on one topic, and each [`Ear`] hears
-//! all of it and picks what it wants. An ear that is too slow loses the oldest, as the log is bounded.
+//! all of it and picks what it wants. The log is bounded, and an ear that is too slow misses the oldest. What is said is
+//! numbered, so that it notices.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use rumqttd::local::{LinkBuilder, LinkRx, LinkTx};
 use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
 use rumqttd::{Notification, RouterConfig};
@@ -25,6 +26,8 @@ const SEGMENT: usize = 1 << 20;
 const SEGMENTS: usize = 4;
 /// So many messages are added to an ear's at once; beyond 200, it gets no more before it has taken these.
 const AT_ONCE: u64 = 10;
+/// The bytes of a number.
+const NUMBER: usize = size_of::<u64>();
 /// How long to wait for a place in the router's queue.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -46,6 +49,7 @@ struct Names {
 
 /// The one who says everything.
 pub struct Mouth {
+    said: u64,
     link: LinkTx,
     _replies: LinkRx,
 }
@@ -68,7 +72,7 @@ impl Router {
         });
         let (mut link, replies) = dial("mouth")?;
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
-        Ok((Self { dial, names: Mutex::default() }, Mouth { link, _replies: replies }))
+        Ok((Self { dial, names: Mutex::default() }, Mouth { said: 0, link, _replies: replies }))
     }
 
     /// An ear that hears what is said from now on. It has to be closed.
@@ -81,14 +85,14 @@ impl Router {
         });
         let (mut link, heard) = (self.dial)(&name.to_string())?;
         link.subscribe(TOPIC).context("the MQTT router")?;
-        Ok(Ear { name, link, heard })
+        Ok(Ear { name, link, heard, last: None })
     }
 
     /// Ends an ear. The router must have nothing to do for a link that it forgets, or others wait for that, and breaks on
     /// words from one that it has forgotten. So the subscription ends first, then nothing may be under way any more, as
     /// the answer to the barrier shows, and the farewell is the last word.
     pub async fn close(&self, ear: Ear) {
-        let Ear { name, mut link, mut heard } = ear;
+        let Ear { name, mut link, mut heard, .. } = ear;
         let _ = link.unsubscribe(TOPIC);
         loop {
             match heard.next().await {
@@ -120,9 +124,13 @@ impl Router {
 
 impl Mouth {
     /// Says it to all ears. Blocks while the router has more to do than it may queue.
-    pub fn say(&mut self, said: Bytes) {
+    pub fn say(&mut self, said: &[u8]) {
+        self.said += 1;
+        let mut numbered = BytesMut::with_capacity(NUMBER + said.len());
+        numbered.put_u64(self.said);
+        numbered.put_slice(said);
         // Without a router there is no process either.
-        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), said);
+        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), numbered.freeze());
     }
 }
 
@@ -131,15 +139,24 @@ pub struct Ear {
     name: usize,
     link: LinkTx,
     heard: LinkRx,
+    /// The number of what was heard last.
+    last: Option<u64>,
 }
+
+/// Some of what was said was too long ago.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Missed;
 
 impl Ear {
     /// What is said next that `wanted` wants. Dropping the future loses nothing.
-    pub async fn next(&mut self, wanted: impl Fn(&Bytes) -> bool) -> Bytes {
+    pub async fn next(&mut self, wanted: impl Fn(&Bytes) -> bool) -> Result<Bytes, Missed> {
         loop {
             match self.heard.next().await {
-                Ok(Some(Notification::Forward(forward))) if wanted(&forward.publish.payload) => {
-                    return forward.publish.payload;
+                Ok(Some(Notification::Forward(forward))) => {
+                    let said = self.follow(forward.publish.payload)?;
+                    if wanted(&said) {
+                        return Ok(said);
+                    }
                 }
                 // The router waits until its last portion is taken.
                 Ok(Some(Notification::Unschedule)) => {
@@ -150,6 +167,15 @@ impl Ear {
                 Err(_) => std::future::pending().await,
             }
         }
+    }
+
+    /// What is said without its number, which has to be the next.
+    fn follow(&mut self, mut numbered: Bytes) -> Result<Bytes, Missed> {
+        let said = numbered.split_off(NUMBER.min(numbered.len()));
+        let number = numbered[..].try_into().map(u64::from_be_bytes).map_err(|_| Missed)?;
+        let follows = self.last.is_none_or(|last| number == last + 1);
+        self.last = Some(number);
+        if follows { Ok(said) } else { Err(Missed) }
     }
 }
 
@@ -178,7 +204,7 @@ mod tests {
             // At any moment of the ending: a timer is too coarse for that.
             let moment = Instant::now() + Duration::from_micros(fastrand::u64(..300));
             while Instant::now() < moment {}
-            mouth.say(Bytes::from_static(b"x"));
+            mouth.say(b"x");
             for ear in &mut ears {
                 let heard = timeout(Duration::from_secs(5), ear.next(|_| true)).await;
                 assert!(heard.is_ok(), "somebody waits in round {round}");
@@ -189,16 +215,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_ear_that_is_too_slow_notices_that_it_missed_something() {
+        let (router, mut mouth) = Router::start(10).unwrap();
+        let mut ear = router.listen().unwrap();
+        let large = vec![0; 1 << 16];
+        (0..1_000).for_each(|_| mouth.say(&large));
+        let mut heard = 0;
+        let missed = loop {
+            match timeout(Duration::from_secs(5), ear.next(|_| true)).await.unwrap() {
+                Ok(_) => heard += 1,
+                Err(missed) => break missed,
+            }
+            mouth.say(&large);
+        };
+        assert!(missed == Missed && heard < 1_000, "{heard}");
+        router.close(ear).await;
+    }
+
+    #[tokio::test]
     async fn an_ear_hears_what_is_said_after_it_listens_in_order_and_names_are_used_again() {
         let (router, mut mouth) = Router::start(10).unwrap();
         for _ in 0..100 {
-            mouth.say(Bytes::from_static(b"before"));
+            mouth.say(b"before");
             let mut ear = router.listen().unwrap();
             for n in 0..1000u16 {
-                mouth.say(Bytes::copy_from_slice(&n.to_be_bytes()));
+                mouth.say(&n.to_be_bytes());
             }
             for n in 0..1000u16 {
-                assert_eq!(ear.next(|_| true).await, &n.to_be_bytes()[..]);
+                assert_eq!(ear.next(|_| true).await.unwrap(), &n.to_be_bytes()[..]);
             }
             router.close(ear).await;
         }

@@ -267,6 +267,9 @@ fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
     let _alone = alone();
     let (mut stack, worker) = stack_with(plan("limits: {}"));
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
+    let seen = format!(r#"{{"domain":"{DOMAIN}","keys":["{}"]}}"#, key(1));
+    worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
+    stack.wait_for_metric(&format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#), 1.0);
     let send = |stack: &Stack, n| {
         let (mut http, body) = (stack.connect(), ask(DOMAIN, &key(n)));
         http.send(format!("POST {V1} HTTP/1.1\r\nHost: b\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());

@@ -260,15 +260,12 @@ fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
 #[test]
 fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     let (first, second) = collision();
-    let gateway = WorkerData {
-        external_address: "gw".into(),
-        port: 1,
-        public_key: first,
-        link_address: key(3).link_local().to_string(),
-    };
+    let gateway =
+        |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
     let mut world = World::with(&[first, key(2)]);
     world.reserved = Reserved::new([key(2)].into());
-    world.reserved.hear("gw", "d", Some(&gateway));
+    world.reserved.hear("gw", "d", Some(&gateway(first)));
+    world.reserved.hear("gw2", "d", Some(&gateway(key(3))));
     world.fake.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
