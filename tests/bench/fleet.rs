@@ -74,7 +74,8 @@ pub fn measure(report: Report, number: u32) {
 impl Fleet {
     fn start(number: u32, each: u32) -> Self {
         // Room for those that POST meanwhile.
-        let config = format!("live_keys: {{max: {}}}", number + number / 10);
+        let most = number + number / 10;
+        let config = format!("live_keys: {{max: {most}}}\npeers: {{max: {most}, unproven: {most}}}");
         let plan = |n: usize| {
             let mut plan = Plan::new(Bus::Mosquitto).domains(DOMAINS).config(&config);
             // A broker is called what its machine is called.
