@@ -1,5 +1,9 @@
 //! Who may come, by files and by admin calls: the real broker with scripted gateways, and a worker on the kernel in memory
 //! with a scripted broker.
+//!
+//! Each guard was taken out once, and a test here, in `faults/lists.rs` or beside the code failed: the token, the order of the
+//! lists, ends of entries, damaged files, digests, the wait for what is revoked, refusals at broker and worker, removals, what
+//! waits or is owed, and what is kept on disk.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 

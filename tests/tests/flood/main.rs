@@ -1,4 +1,8 @@
 //! The broker's HTTP side when too much comes: keys, connections, bytes, or none of them.
+//!
+//! Each attack was seen to succeed by taking its guard out of the program, one at a time: the share of the queue, the last
+//! answer, the order of limits, the watchdog of connections, the room in a full table, the cap of a client, the limit of open
+//! files, the backlog, the trusted proxies, the time for a body, the filter of the log.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 #![expect(clippy::print_stdout, reason = "what was measured, for who wants to see it")]
