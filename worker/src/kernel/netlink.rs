@@ -226,7 +226,6 @@ fn usable(interface: &str, link: Result<Link, Errno>) -> Result<Link, KernelErro
 pub fn read_answer(datagram: &[u8]) {
     use netlink_packet_generic::GenlMessage;
     use netlink_packet_route::RouteNetlinkMessage;
-    use netlink_packet_wireguard::WireguardMessage;
 
     let (mut address, mut routes, mut list) = Default::default();
     let answers = channel::messages::<RouteNetlinkMessage>(datagram).unwrap_or_default();
@@ -237,7 +236,7 @@ pub fn read_answer(datagram: &[u8]) {
         route::add_destination(&mut list, answer, 1, 1);
     }
     let mut table = wireguard::Table::default();
-    for answer in channel::messages::<GenlMessage<WireguardMessage>>(datagram).unwrap_or_default() {
+    for answer in channel::messages::<GenlMessage<wireguard::Answer>>(datagram).unwrap_or_default() {
         if let netlink_packet_core::NetlinkPayload::InnerMessage(answer) = answer.payload {
             table.add_answer(answer);
         }

@@ -89,9 +89,9 @@ impl Linux {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         run(&format!("wg set wg-node peer {gateway} persistent-keepalive 0"));
-        let mut before = String::new();
-        while before != shown_peer(domain, node) {
-            before = shown_peer(domain, node);
+        let mut before = None;
+        while before != Some(shown_peer(domain, node)) {
+            before = Some(shown_peer(domain, node));
             tokio::time::sleep(Duration::from_millis(1500)).await;
         }
     }
@@ -242,13 +242,25 @@ pub fn add_config(domain: &Domain, config: &str) {
 }
 
 fn received(domain: &Domain, node: PublicKey) -> u64 {
-    shown_peer(domain, node).split('\t').nth(5).unwrap().parse().unwrap()
+    shown_peer(domain, node).counters[0]
+}
+
+/// A peer as `wg show dump` has it (wg(8)).
+#[derive(Debug, PartialEq, Eq)]
+pub struct ShownPeer {
+    /// The bytes received and sent.
+    pub counters: Vec<u64>,
+    /// Everything else.
+    pub rest: Vec<String>,
 }
 
 /// A peer with all that WireGuard tells of it.
-pub fn shown_peer(domain: &Domain, peer: PublicKey) -> String {
+pub fn shown_peer(domain: &Domain, peer: PublicKey) -> ShownPeer {
     let dump = run(&format!("wg show {} dump", domain.wireguard()));
-    dump.lines().find(|line| line.starts_with(&peer.to_string())).expect("the peer").to_owned()
+    let line = dump.lines().find(|line| line.starts_with(&peer.to_string())).expect("the peer");
+    let mut rest: Vec<_> = line.split('\t').map(str::to_owned).collect();
+    let counters = rest.drain(5..7).map(|bytes| bytes.parse().expect("a number of bytes")).collect();
+    ShownPeer { counters, rest }
 }
 
 /// Runs a command that must succeed, and gives what it prints.

@@ -76,9 +76,10 @@ impl Channel {
 
     /// Asks for all of a table, and has `take` put each of its entries into the result as it comes: the entries
     /// themselves are ten times as large. The table is as it was at one time, or there is none.
-    pub(super) fn dump<I, T: Default>(&mut self, question: &I, take: impl Fn(&mut T, I)) -> Result<T, DumpError>
+    pub(super) fn dump<Q, A, T: Default>(&mut self, question: &Q, take: impl Fn(&mut T, A)) -> Result<T, DumpError>
     where
-        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>> + Clone,
+        Q: NetlinkSerializable + Into<NetlinkPayload<Q>> + Clone,
+        A: NetlinkDeserializable,
     {
         for _ in 0..DUMPS {
             if let Some(table) = self.dump_once(question.clone(), &take).map_err(DumpError::Refused)? {
@@ -90,14 +91,15 @@ impl Channel {
 
     /// `None` if the table changed meanwhile. Reads on to the end then, too: what is left would be taken for the
     /// answer to the next question.
-    fn dump_once<I, T: Default>(&mut self, question: I, take: impl Fn(&mut T, I)) -> Result<Option<T>, Errno>
+    fn dump_once<Q, A, T: Default>(&mut self, question: Q, take: impl Fn(&mut T, A)) -> Result<Option<T>, Errno>
     where
-        I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
+        Q: NetlinkSerializable + Into<NetlinkPayload<Q>>,
+        A: NetlinkDeserializable,
     {
         self.send([(question, NLM_F_DUMP)])?;
         let (mut table, mut whole) = (T::default(), true);
         loop {
-            for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
+            for answer in self.receive::<A>()?.into_iter().filter(|answer| self.is_current(answer)) {
                 whole &= answer.header.flags & NLM_F_DUMP_INTR == 0;
                 match answer.payload {
                     NetlinkPayload::InnerMessage(entry) => take(&mut table, entry),

@@ -9,12 +9,13 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};
 
-use netlink_packet_generic::GenlMessage;
+use netlink_packet_core::{DecodeError, NlasIterator, ParseableParametrized, parse_i64, parse_ip, parse_u8, parse_u16};
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
+use netlink_packet_generic::{GenlHeader, GenlMessage};
 use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAttribute, WireguardCmd,
-    WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags, WireguardTimeSpec,
+    WireguardMessage, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
 };
 use netlink_sys::protocols::NETLINK_GENERIC;
 use wgkex_common::PublicKey;
@@ -22,6 +23,16 @@ use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key, PeerC
 
 use super::channel::{Channel, DumpError, EIO, ENODEV, ENOENT, errno};
 use crate::kernel::{Errno, Peer};
+
+// linux/wireguard.h: enum wgdevice_attribute, wgpeer_attribute, wgallowedip_attribute.
+const WGDEVICE_A_PUBLIC_KEY: u16 = 4;
+const WGDEVICE_A_LISTEN_PORT: u16 = 6;
+const WGDEVICE_A_PEERS: u16 = 8;
+const WGPEER_A_PUBLIC_KEY: u16 = 1;
+const WGPEER_A_LAST_HANDSHAKE_TIME: u16 = 6;
+const WGPEER_A_ALLOWEDIPS: u16 = 9;
+const WGALLOWEDIP_A_IPADDR: u16 = 2;
+const WGALLOWEDIP_A_CIDR_MASK: u16 = 3;
 
 const EPERM: Errno = Errno(1);
 const EINVAL: Errno = Errno(22);
@@ -55,6 +66,23 @@ pub(super) struct Table {
     pub(super) public_key: Option<PublicKey>,
     pub(super) listen_port: u16,
     pub(super) peers: BTreeMap<PublicKey, Peer>,
+}
+
+/// One message of the kernel about an interface, as far as it matters here. The library's own reading of it panics
+/// where the length of a prefix is missing.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    public_key: Option<[u8; 32]>,
+    listen_port: Option<u16>,
+    peers: Vec<Part>,
+}
+
+/// A peer, or what of it did not fit the message before.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Part {
+    key: [u8; 32],
+    allowed_ips: Vec<(IpAddr, u8)>,
+    handshake: Option<SystemTime>,
 }
 
 impl WireGuard {
@@ -172,17 +200,12 @@ fn userspace_errno(error: io::Error) -> Errno {
 
 impl Table {
     /// Both dumps split a peer that does not fit one message; only its first part has the handshake.
-    fn add(
-        &mut self,
-        key: [u8; 32],
-        allowed_ips: impl IntoIterator<Item = (IpAddr, u8)>,
-        handshake: Option<SystemTime>,
-    ) {
+    fn add(&mut self, part: Part) {
         // A peer whose key is no key cannot shake hands, and nobody asks for it by name.
-        let Ok(key) = PublicKey::from_bytes(key) else { return };
+        let Ok(key) = PublicKey::from_bytes(part.key) else { return };
         let peer = self.peers.entry(key).or_insert_with(|| Peer { allowed_ips: Vec::new(), last_handshake: None });
-        peer.allowed_ips.extend(allowed_ips);
-        peer.last_handshake = peer.last_handshake.or(handshake);
+        peer.allowed_ips.extend(part.allowed_ips);
+        peer.last_handshake = peer.last_handshake.or(part.handshake);
     }
 
     fn of_userspace(device: Device) -> Self {
@@ -192,55 +215,91 @@ impl Table {
             peers: BTreeMap::new(),
         };
         for peer in device.peers {
-            let allowed_ips = peer.config.allowed_ips.iter().map(|ip| (ip.address, ip.cidr));
-            table.add(peer.config.public_key.0, allowed_ips, peer.stats.last_handshake_time);
+            let allowed_ips = peer.config.allowed_ips.iter().map(|ip| (ip.address, ip.cidr)).collect();
+            let handshake = peer.stats.last_handshake_time;
+            table.add(Part { key: peer.config.public_key.0, allowed_ips, handshake });
         }
         table
     }
 
     /// The kernel answers in parts, of which only the first tells of the interface itself.
-    pub(super) fn add_answer(&mut self, answer: GenlMessage<WireguardMessage>) {
-        for attribute in answer.payload.attributes {
-            match attribute {
-                WireguardAttribute::PublicKey(key) => self.public_key = PublicKey::from_bytes(key).ok(),
-                WireguardAttribute::ListenPort(port) => self.listen_port = port,
-                WireguardAttribute::Peers(peers) => peers.iter().for_each(|peer| self.add_of_kernel(peer)),
-                _ => {}
-            }
+    pub(super) fn add_answer(&mut self, answer: GenlMessage<Answer>) {
+        let Answer { public_key, listen_port, peers } = answer.payload;
+        if let Some(key) = public_key {
+            self.public_key = PublicKey::from_bytes(key).ok();
         }
-    }
-
-    fn add_of_kernel(&mut self, peer: &WireguardPeer) {
-        let (mut key, mut allowed_ips, mut handshake) = ([0; 32], &[][..], None);
-        for attribute in &peer.0 {
-            match attribute {
-                WireguardPeerAttribute::PublicKey(bytes) => key = *bytes,
-                WireguardPeerAttribute::AllowedIps(ips) => allowed_ips = ips,
-                WireguardPeerAttribute::LastHandshake(time) => handshake = wall_clock(*time),
-                _ => {}
-            }
+        self.listen_port = listen_port.unwrap_or(self.listen_port);
+        for part in peers {
+            self.add(part);
         }
-        self.add(key, allowed_ips.iter().filter_map(prefix), handshake);
     }
 }
 
-fn prefix(allowed_ip: &WireguardAllowedIp) -> Option<(IpAddr, u8)> {
+impl ParseableParametrized<[u8], GenlHeader> for Answer {
+    fn parse_with_param(attributes: &[u8], _: GenlHeader) -> Result<Self, DecodeError> {
+        let mut answer = Self::default();
+        for attribute in NlasIterator::new(attributes) {
+            let attribute = attribute?;
+            match attribute.kind() {
+                WGDEVICE_A_PUBLIC_KEY => answer.public_key = Some(key(attribute.value())?),
+                WGDEVICE_A_LISTEN_PORT => answer.listen_port = Some(parse_u16(attribute.value())?),
+                WGDEVICE_A_PEERS => {
+                    for peer in NlasIterator::new(attribute.value()) {
+                        answer.peers.push(Part::parse(peer?.value())?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(answer)
+    }
+}
+
+impl Part {
+    fn parse(attributes: &[u8]) -> Result<Self, DecodeError> {
+        let mut part = Self::default();
+        for attribute in NlasIterator::new(attributes) {
+            let attribute = attribute?;
+            match attribute.kind() {
+                WGPEER_A_PUBLIC_KEY => part.key = key(attribute.value())?,
+                WGPEER_A_LAST_HANDSHAKE_TIME => part.handshake = wall_clock(attribute.value())?,
+                WGPEER_A_ALLOWEDIPS => {
+                    for allowed_ip in NlasIterator::new(attribute.value()) {
+                        part.allowed_ips.extend(prefix(allowed_ip?.value())?);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(part)
+    }
+}
+
+fn prefix(attributes: &[u8]) -> Result<Option<(IpAddr, u8)>, DecodeError> {
     let (mut address, mut length) = (None, None);
-    for attribute in &allowed_ip.0 {
-        match attribute {
-            WireguardAllowedIpAttr::IpAddr(ip) => address = Some(*ip),
-            WireguardAllowedIpAttr::Cidr(cidr) => length = Some(*cidr),
+    for attribute in NlasIterator::new(attributes) {
+        let attribute = attribute?;
+        match attribute.kind() {
+            WGALLOWEDIP_A_IPADDR => address = Some(parse_ip(attribute.value())?),
+            WGALLOWEDIP_A_CIDR_MASK => length = Some(parse_u8(attribute.value())?),
             _ => {}
         }
     }
-    address.zip(length)
+    Ok(address.zip(length))
 }
 
-/// The time of no handshake is zero.
-fn wall_clock(time: WireguardTimeSpec) -> Option<SystemTime> {
-    let (seconds, nanos) = (u64::try_from(time.seconds).ok()?, u32::try_from(time.nano_seconds).ok()?);
-    let since_epoch = Duration::new(seconds, nanos);
-    (!since_epoch.is_zero()).then(|| SystemTime::UNIX_EPOCH.checked_add(since_epoch)).flatten()
+fn key(value: &[u8]) -> Result<[u8; 32], DecodeError> {
+    value.try_into().map_err(|_| format!("a key of {} bytes, not 32", value.len()).into())
+}
+
+/// A `__kernel_timespec`: seconds and nanoseconds. The time of no handshake is zero.
+fn wall_clock(value: &[u8]) -> Result<Option<SystemTime>, DecodeError> {
+    let (seconds, nanos) = value.split_at_checked(8).ok_or("a time of less than 8 bytes")?;
+    let (seconds, nanos) = (u64::try_from(parse_i64(seconds)?), u32::try_from(parse_i64(nanos)?));
+    let (Ok(seconds), Ok(nanos)) = (seconds, nanos) else { return Ok(None) };
+    let since_epoch = Duration::from_secs(seconds).checked_add(Duration::from_nanos(nanos.into()));
+    let since_epoch = since_epoch.filter(|since_epoch| !since_epoch.is_zero());
+    Ok(since_epoch.and_then(|since_epoch| SystemTime::UNIX_EPOCH.checked_add(since_epoch)))
 }
 
 #[cfg(test)]
@@ -284,22 +343,80 @@ mod tests {
         assert_eq!((calls, results), (1, vec![Err(ENODEV); 500]));
     }
 
+    /// An attribute, filled up to the next multiple of four bytes.
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(value.len() + 4).unwrap();
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn time(seconds: i64, nanos: i64) -> Vec<u8> {
+        [seconds.to_ne_bytes(), nanos.to_ne_bytes()].concat()
+    }
+
+    fn told(attributes: &[u8]) -> Result<Table, DecodeError> {
+        let mut table = Table::default();
+        let header = GenlHeader { cmd: 0, version: 1 };
+        table.add_answer(GenlMessage::from_parts(header, Answer::parse_with_param(attributes, header)?));
+        Ok(table)
+    }
+
+    /// An interface whose only peer has this key, last handshake and allowed-ip.
+    fn device(key: &[u8], handshake: &[u8], address: &[u8], length: &[u8]) -> Vec<u8> {
+        let nested = 1 << 15;
+        let ip = [attribute(1, &[10, 0]), attribute(2, address), attribute(3, length)].concat();
+        let ips = attribute(nested | 9, &attribute(nested, &ip));
+        let peer = [attribute(1, key), attribute(4, &[0; 28]), attribute(6, handshake), ips].concat();
+        let peers = attribute(nested | 8, &attribute(nested, &peer));
+        [attribute(2, b"wg-welt\0"), attribute(4, &[9; 32]), attribute(6, &[0x39, 0x30]), peers].concat()
+    }
+
+    #[test]
+    fn an_answer_is_read_and_one_with_a_value_of_another_size_is_an_error() {
+        let address = Ipv6Addr::LOCALHOST;
+        let read = told(&device(&[7; 32], &time(9, 5), &address.octets(), &[128])).unwrap();
+        let at = SystemTime::UNIX_EPOCH + Duration::new(9, 5);
+        let peer = Peer { allowed_ips: vec![(address.into(), 128)], last_handshake: Some(at) };
+        assert_eq!(read.public_key.map(|key| *key.as_bytes()), Some([9; 32]));
+        assert_eq!(read.listen_port, u16::from_ne_bytes([0x39, 0x30]));
+        assert_eq!(read.peers, BTreeMap::from([(PublicKey::from_bytes([7; 32]).unwrap(), peer)]));
+        let v4 = told(&device(&[7; 32], &time(0, 0), &[10, 1, 2, 0], &[24])).unwrap();
+        assert_eq!(v4.peers.into_values().next().unwrap().allowed_ips, [("10.1.2.0".parse().unwrap(), 24)]);
+
+        for (key, time, address, length) in [
+            (&[7; 31][..], &time(9, 5)[..], &address.octets()[..], &[128][..]),
+            (&[7; 32], &[0; 7], &address.octets(), &[128]),
+            (&[7; 32], &[0; 12], &address.octets(), &[128]),
+            (&[7; 32], &time(9, 5), &[0; 5], &[128]),
+            (&[7; 32], &time(9, 5), &address.octets(), &[]),
+        ] {
+            assert!(told(&device(key, time, address, length)).is_err(), "{key:?} {time:?} {address:?} {length:?}");
+        }
+        let whole = device(&[7; 32], &time(9, 5), &address.octets(), &[128]);
+        for end in 0..whole.len() {
+            drop(told(&whole[..end]));
+        }
+    }
+
     #[test]
     fn a_peer_that_comes_in_parts_is_one_with_the_handshake_of_its_first() {
         let (key, at) = ([7; 32], SystemTime::UNIX_EPOCH + Duration::from_secs(9));
         let ips: Vec<(IpAddr, u8)> = vec![("fe80::1".parse().unwrap(), 128), ("10.0.0.0".parse().unwrap(), 8)];
         let mut table = Table::default();
-        table.add(key, ips[..1].to_vec(), Some(at));
-        table.add(key, ips[1..].to_vec(), None);
-        table.add([0; 32], [], None);
+        table.add(Part { key, allowed_ips: ips[..1].to_vec(), handshake: Some(at) });
+        table.add(Part { key, allowed_ips: ips[1..].to_vec(), handshake: None });
+        table.add(Part::default());
         let peer = Peer { allowed_ips: ips, last_handshake: Some(at) };
         assert_eq!(table.peers, BTreeMap::from([(PublicKey::from_bytes(key).unwrap(), peer)]));
     }
 
     #[test]
-    fn no_handshake_is_none_and_a_time_before_the_epoch_too() {
-        let time = |seconds, nano_seconds| wall_clock(WireguardTimeSpec { seconds, nano_seconds });
-        assert_eq!((time(0, 0), time(-1, 0)), (None, None));
-        assert_eq!(time(1, 5), Some(SystemTime::UNIX_EPOCH + Duration::new(1, 5)));
+    fn no_handshake_is_none_and_a_time_that_is_none_too() {
+        for (seconds, nanos) in [(0, 0), (-1, 0), (1, -1), (i64::MAX, i64::from(u32::MAX))] {
+            assert_eq!(wall_clock(&time(seconds, nanos)).unwrap(), None, "{seconds} {nanos}");
+        }
+        assert_eq!(wall_clock(&time(1, 5)).unwrap(), Some(SystemTime::UNIX_EPOCH + Duration::new(1, 5)));
     }
 }
