@@ -73,26 +73,41 @@ impl PublicKey {
     /// newline, shaped like an EUI-64 address under `fe80::/64`.
     #[must_use]
     pub fn link_local(&self) -> Ipv6Addr {
+        self.derived().into()
+    }
+
+    /// The part of [`Self::link_local`] that is its own.
+    #[must_use]
+    pub fn derived(&self) -> Derived {
         let digest = Md5::digest(format!("{self}\n"));
-        let pair = |high: u8, low: u8| u16::from_be_bytes([high, low]);
-        Ipv6Addr::new(
-            0xfe80,
-            0,
-            0,
-            0,
-            pair(0x02, digest[0]),
-            pair(digest[1], 0xff),
-            pair(0xfe, digest[2]),
-            pair(digest[3], digest[4]),
-        )
+        Derived([digest[0], digest[1], digest[2], digest[3], digest[4]])
+    }
+}
+
+/// What tells an address that is derived from a key from the others that are. Ordered as the addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Derived([u8; 5]);
+
+impl Derived {
+    /// None of an address that no key derives.
+    #[must_use]
+    pub fn of(address: Ipv6Addr) -> Option<Self> {
+        let bytes = address.octets();
+        let is_derived = bytes[..9] == [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x02] && bytes[11..13] == [0xff, 0xfe];
+        is_derived.then(|| Self([bytes[9], bytes[10], bytes[13], bytes[14], bytes[15]]))
+    }
+}
+
+impl From<Derived> for Ipv6Addr {
+    fn from(Derived(own): Derived) -> Self {
+        Self::from([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x02, own[0], own[1], 0xff, 0xfe, own[2], own[3], own[4]])
     }
 }
 
 /// Whether `address` has the shape of those that keys have, so that it may be a node's.
 #[must_use]
 pub fn is_derived(address: Ipv6Addr) -> bool {
-    let bytes = address.octets();
-    bytes[..9] == [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x02] && bytes[11..13] == [0xff, 0xfe]
+    Derived::of(address).is_some()
 }
 
 impl FromStr for PublicKey {

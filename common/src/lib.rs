@@ -19,6 +19,6 @@ mod topic;
 
 pub use config::Config;
 pub use domain::{Domain, DomainError, is_topic_level};
-pub use key::{KeyError, PublicKey, is_derived};
+pub use key::{Derived, KeyError, PublicKey, is_derived};
 pub use reserved::Reserved;
 pub use topic::Topic;

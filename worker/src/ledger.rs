@@ -1,6 +1,8 @@
 //! What is remembered of a domain's peers from one read of its tables to the next: when their keys came, how
 //! long they have been quiet by the monotonic clock, and which keys are still owed to the kernel.
 
+mod stamp;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -11,8 +13,9 @@ use wgkex_common::lists::Admission;
 use wgkex_common::message::Age;
 use wgkex_common::store::Kept;
 pub use wgkex_common::store::Now;
-use wgkex_common::{PublicKey, Reserved};
+use wgkex_common::{Derived, PublicKey, Reserved};
 
+use self::stamp::Stamp;
 use crate::kernel::{Change, Device, Peer};
 use crate::plan::{self, ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED, Shape, Step};
 
@@ -109,7 +112,7 @@ pub struct Ledger {
     /// Keys that came and do not stand whole. One may be in `peers` too.
     waiting: BTreeMap<PublicKey, Waiting>,
     /// Which of those two has each address.
-    owners: BTreeMap<Ipv6Addr, PublicKey>,
+    owners: BTreeMap<Derived, PublicKey>,
     /// Peers of ours whose address another key has: the next read takes them.
     ousted: BTreeSet<PublicKey>,
     /// Peers of ours that never shook hands, as far as is known between two reads.
@@ -128,13 +131,15 @@ pub struct Ledger {
 
 #[derive(Debug)]
 struct Entry {
+    /// The address that the key derives.
+    address: Derived,
     /// When the key came, and when it first did.
-    arrived: Instant,
-    first: Instant,
+    arrived: Stamp,
+    first: Stamp,
     handshake: Option<Handshake>,
     /// When it shook hands at another gateway, by a broker's word.
-    vouched: Option<Instant>,
-    reported: Option<Instant>,
+    vouched: Option<Stamp>,
+    reported: Option<Stamp>,
     /// The kernel does not know of the handshake any more: the peer was made anew here.
     forgotten: bool,
     ours: bool,
@@ -142,22 +147,22 @@ struct Entry {
 
 #[derive(Debug, Clone, Copy)]
 struct Handshake {
-    /// As the kernel says it; only ever compared with what it said before.
-    at: SystemTime,
+    /// As the kernel says it, in nanoseconds of its clock; only ever compared with what it said before.
+    at: u64,
     /// When that was by the monotonic clock.
-    quiet_since: Instant,
+    quiet_since: Stamp,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
-    arrived: Instant,
+    arrived: Stamp,
     /// When it first came.
-    first: Instant,
+    first: Stamp,
     tries: u8,
     /// It came as a key of its own, and not from the last run of this program, or as one that is live elsewhere.
     announced: bool,
     /// When it shook hands at another gateway, by a broker's word.
-    vouched: Option<Instant>,
+    vouched: Option<Stamp>,
     /// A place is kept for its peer.
     promised: bool,
 }
@@ -231,10 +236,7 @@ impl Ledger {
 
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
     pub fn remember(&mut self, key: PublicKey, kept: Kept) {
-        let vouched = kept.proven.then_some(kept.last);
-        let waiting =
-            Waiting { arrived: kept.last, first: kept.last, tries: 0, announced: false, vouched, promised: false };
-        self.waiting.insert(key, waiting);
+        self.waiting.insert(key, Waiting::heard_of(kept.last.into(), kept.proven));
     }
 
     /// Takes in a read of the tables.
@@ -252,8 +254,9 @@ impl Ledger {
             waiting.announced || matches!(shape(), None | Some(Shape::Bare))
         });
         let changed = &mut self.changed;
+        let mut there = plan::Among::new(device.peers.keys());
         self.peers.retain(|key, _| {
-            let stays = device.peers.contains_key(key);
+            let stays = there.has(key);
             if !stays {
                 changed.insert(*key);
             }
@@ -261,29 +264,39 @@ impl Ledger {
         });
         if self.peers.is_empty() {
             // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
-            self.peers = device.peers.keys().map(|key| (*key, Entry::new(now.monotonic, false))).collect();
+            self.peers = device.peers.keys().map(|key| (*key, Entry::new(key, now.monotonic, false))).collect();
+        } else if self.peers.len() < device.peers.len() {
+            for key in device.peers.keys() {
+                self.peers.entry(*key).or_insert_with(|| Entry::new(key, now.monotonic, false));
+            }
         }
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
-        for (key, peer) in &device.peers {
-            let entry = self.peers.entry(*key).or_insert_with(|| Entry::new(now.monotonic, false));
+        let mut derived = Vec::with_capacity(device.peers.len());
+        self.foreign.clear();
+        // Both have the same keys now.
+        for ((key, peer), entry) in device.peers.iter().zip(self.peers.values_mut()) {
             let before = (entry.ours, entry.handshake.is_some());
             entry.observe(peer, now, since_last_read);
-            let address = key.link_local();
+            derived.push(entry.address);
+            let address = entry.address.into();
             entry.ours = match plan::shape_at(address, peer) {
                 Shape::Ours => !reserved.has_key(key) && !reserved.has_address(&address),
                 Shape::Bare => entry.ours,
-                Shape::Foreign => false,
+                Shape::Foreign => {
+                    self.foreign.extend(plan::addresses_of(peer).map(|address| (address, *key)));
+                    false
+                }
             };
             if before != (entry.ours, entry.handshake.is_some()) {
                 self.changed.insert(*key);
             }
         }
-        self.foreign = plan::foreign(device);
         self.settle_owners(now.monotonic);
         self.waiting.values_mut().for_each(|waiting| waiting.promised = false);
         self.promised = 0;
         self.unproven = self.peers.values().filter(|entry| entry.is_unproven()).count();
-        let mut orphans = plan::orphans(device);
+        derived.sort_unstable();
+        let mut orphans = plan::orphans(device, &derived);
         orphans.retain(|address| !reserved.has_address(address));
         self.orphans.retain(|address, _| orphans.contains(address));
         for address in orphans {
@@ -310,18 +323,21 @@ impl Ledger {
 
     /// Which key has which address, with all that the last read showed.
     fn settle_owners(&mut self, now: Instant) {
-        self.owners.clear();
         self.ousted.clear();
-        let ours = self.peers.iter().filter(|(_, entry)| entry.ours).map(|(key, _)| *key);
-        let claimants: Vec<_> = ours.chain(self.waiting.keys().copied()).collect();
-        for key in claimants {
-            self.claim(key, now);
+        let ours = self.peers.iter().filter(|(_, entry)| entry.ours).map(|(key, entry)| (entry.address, *key));
+        let waiting = self.waiting.keys().map(|key| (key.derived(), *key));
+        let mut claimants: Vec<_> = ours.chain(waiting).collect();
+        claimants.sort_by_key(|(address, _)| *address);
+        let rivals = || claimants.chunk_by(|one, other| one.0 == other.0);
+        self.owners = rivals().map(|rivals| rivals[0]).collect();
+        for (_, key) in rivals().flat_map(|rivals| &rivals[1..]) {
+            self.claim(*key, now);
         }
     }
 
     /// `key` has its address from now on, unless another has the better claim.
     fn claim(&mut self, key: PublicKey, now: Instant) -> bool {
-        let address = key.link_local();
+        let address = key.derived();
         let owner = self.owners.get(&address).copied().filter(|owner| *owner != key);
         if let Some(owner) = owner {
             let loses = !self.claim_of(key, now).beats(&self.claim_of(owner, now));
@@ -348,8 +364,8 @@ impl Ledger {
     fn claim_of(&self, key: PublicKey, now: Instant) -> Claim {
         let (peer, waiting) = (self.peers.get(&key), self.waiting.get(&key));
         let first = peer.map(|entry| entry.first).into_iter().chain(waiting.map(|waiting| waiting.first)).min();
-        let first = first.unwrap_or(now);
-        let younger_than = |limit| move |since: Instant| now.saturating_duration_since(since) < limit;
+        let first = first.unwrap_or(now.into());
+        let younger_than = |limit| move |since: Stamp| since.age(now) < limit;
         let proven = peer.and_then(|entry| entry.handshake).map(|handshake| handshake.quiet_since);
         let vouched = peer.and_then(|entry| entry.vouched).or_else(|| waiting?.vouched);
         let standing = if self.admission.trusts(&key)
@@ -362,7 +378,7 @@ impl Ledger {
         } else {
             Standing::Lapsed
         };
-        Claim { key, standing, first }
+        Claim { key, standing, first: first.into() }
     }
 
     /// What is to be set: keys that wait, in full and in order of arrival, as far as there is room, and what peers of
@@ -379,11 +395,24 @@ impl Ledger {
             }
         }
         let stands = |key: &PublicKey| self.peers.get(key).is_some_and(|entry| entry.ours);
-        let owners = self.owners.iter().filter(|(address, key)| {
-            stands(key) && !self.waiting.contains_key(key) && !reserved.has_key(key) && !reserved.has_address(address)
+        let damaged = self.damaged(device).into_iter().filter(|(key, address)| {
+            let is_reserved = || reserved.has_key(key) || reserved.has_address(address);
+            stands(key) && !self.waiting.contains_key(key) && !is_reserved()
         });
-        steps.extend(plan::repair(device, owners.map(|(address, key)| (*key, *address))));
+        steps.extend(plan::repair(device, damaged));
         steps
+    }
+
+    /// Who has an address without a route or a flood entry, or a peer without one: few of them all, so they are found
+    /// in one go through the tables, which have the same order.
+    fn damaged(&self, device: &Device) -> BTreeMap<PublicKey, Ipv6Addr> {
+        let (mut routes, mut fdb) = (plan::Among::new(&device.routes), plan::Among::new(&device.fdb));
+        let owners = self.owners.iter().map(|(address, key)| (*key, Ipv6Addr::from(*address)));
+        let lack = owners.filter(|(_, address)| !(routes.has(address) & fdb.has(address)));
+        let bare = device.peers.iter().filter(|(_, peer)| peer.allowed_ips.is_empty());
+        let bare = bare.map(|(key, _)| (*key, key.link_local()));
+        let bare = bare.filter(|(key, address)| Derived::of(*address).and_then(|at| self.owners.get(&at)) == Some(key));
+        lack.chain(bare).collect()
     }
 
     /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
@@ -409,7 +438,7 @@ impl Ledger {
             } else if room.take(self.is_vouched(&key)) {
                 admission.new.push(key);
             } else if self.unproven == 0 {
-                self.owners.remove(&key.link_local());
+                self.owners.remove(&key.derived());
                 admission.refused.push((key, FULL));
             } else {
                 admission.deferred.push(key);
@@ -419,7 +448,7 @@ impl Ledger {
         let (owners, refused) = (&self.owners, &mut admission.refused);
         for list in [&mut admission.known, &mut admission.new, &mut admission.deferred] {
             list.retain(|key| {
-                let stays = owners.get(&key.link_local()) == Some(key);
+                let stays = owners.get(&key.derived()) == Some(key);
                 if !stays {
                     refused.push((*key, ADDRESS_TAKEN));
                 }
@@ -495,7 +524,7 @@ impl Ledger {
     /// `key` is not what it was, and has no address any more unless it has a peer.
     fn disown(&mut self, key: &PublicKey) {
         self.changed.insert(*key);
-        let address = key.link_local();
+        let address = key.derived();
         if !self.peers.contains_key(key) && self.owners.get(&address) == Some(key) {
             self.owners.remove(&address);
         }
@@ -532,12 +561,10 @@ impl Ledger {
                 continue;
             }
             let heard = now.checked_sub(age).unwrap_or(now);
-            let vouched = proven.then_some(heard);
+            let waiting = Waiting::heard_of(heard.into(), proven);
             if let Some(known) = self.vouched_mut(&key) {
-                *known = (*known).max(vouched);
+                *known = (*known).max(waiting.vouched);
             } else if self.objection(&key, own, reserved).is_none() {
-                let waiting =
-                    Waiting { arrived: heard, first: heard, tries: 0, announced: false, vouched, promised: false };
                 self.waiting.insert(key, waiting);
                 self.changed.insert(key);
                 lacking.push((heard, key));
@@ -557,7 +584,7 @@ impl Ledger {
     /// Whether nobody has the address of `key`, which waits, with as good a claim. If somebody has, it waits no longer:
     /// how old a claim is nobody can say who was not there.
     fn outranks(&mut self, key: PublicKey, now: Instant) -> bool {
-        let owner = self.owners.get(&key.link_local()).copied().filter(|owner| *owner != key);
+        let owner = self.owners.get(&key.derived()).copied().filter(|owner| *owner != key);
         let standing = |key| self.claim_of(key, now).standing;
         let outranks = owner.is_none_or(|owner| standing(key) > standing(owner));
         if !outranks {
@@ -566,7 +593,7 @@ impl Ledger {
         outranks
     }
 
-    fn vouched_mut(&mut self, key: &PublicKey) -> Option<&mut Option<Instant>> {
+    fn vouched_mut(&mut self, key: &PublicKey) -> Option<&mut Option<Stamp>> {
         match self.peers.get_mut(key) {
             Some(entry) => Some(&mut entry.vouched),
             None => self.waiting.get_mut(key).map(|waiting| &mut waiting.vouched),
@@ -587,12 +614,12 @@ impl Ledger {
     pub fn unreported(&mut self, now: Instant) -> Vec<PublicKey> {
         let policy = self.policy;
         let due = |entry: &Entry| {
-            let long_ago = |at: Instant| now.saturating_duration_since(at) >= policy.report;
+            let long_ago = |at: Stamp| at.age(now) >= policy.report;
             entry.ours && entry.reported.is_none_or(long_ago) && entry.state(&policy, now) == PeerState::Connected
         };
         let due = self.peers.iter_mut().filter(|(_, entry)| due(entry));
         due.map(|(key, entry)| {
-            entry.reported = Some(now);
+            entry.reported = Some(now.into());
             *key
         })
         .collect()
@@ -615,14 +642,14 @@ impl Ledger {
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(waiting?.arrived))?;
         let proven = standing.is_some_and(|entry| entry.handshake.is_some() || entry.vouched.is_some())
             || waiting.is_some_and(|waiting| waiting.vouched.is_some());
-        Some(Kept { last: arrived, proven })
+        Some(Kept { last: arrived.into(), proven })
     }
 
     /// At most so many of the peers of ours that are silent for longer than the kernel is to know of them.
     #[must_use]
     pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
         let Some(forget) = self.policy.forget else { return Vec::new() };
-        let silent = |handshake: Handshake| now.saturating_duration_since(handshake.quiet_since) >= forget;
+        let silent = |handshake: Handshake| handshake.quiet_since.age(now) >= forget;
         let idle = |entry: &Entry| entry.ours && !entry.forgotten && entry.handshake.is_some_and(silent);
         self.peers.iter().filter(|(_, entry)| idle(entry)).map(|(key, _)| *key).take(most).collect()
     }
@@ -674,9 +701,11 @@ impl Ledger {
         let waited = self.stop_waiting(&key);
         let known = self.peers.contains_key(&key);
         self.changed.insert(key);
-        let new = Entry { first: waited.map_or(now, |waited| waited.first), ..Entry::new(now, true) };
-        let entry = self.peers.entry(key).or_insert(new);
-        entry.arrived = now;
+        let entry = self.peers.entry(key).or_insert_with(|| {
+            let new = Entry::new(&key, now, true);
+            Entry { first: waited.map_or(new.first, |waited| waited.first), ..new }
+        });
+        entry.arrived = now.into();
         entry.vouched = entry.vouched.max(waited.and_then(|waited| waited.vouched));
         if !known && entry.is_unproven() {
             self.unproven += 1;
@@ -688,8 +717,8 @@ impl Ledger {
     pub fn wants(&mut self, key: PublicKey, now: Instant) -> usize {
         let before = self.waiting.get(&key);
         let (first, vouched, promised) =
-            before.map_or((now, None, false), |before| (before.first, before.vouched, before.promised));
-        self.waiting.insert(key, Waiting { arrived: now, first, tries: 0, announced: true, vouched, promised });
+            before.map_or((now.into(), None, false), |before| (before.first, before.vouched, before.promised));
+        self.waiting.insert(key, Waiting { arrived: now.into(), first, tries: 0, announced: true, vouched, promised });
         self.changed.insert(key);
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }
@@ -736,8 +765,13 @@ impl Ledger {
 }
 
 impl Entry {
-    fn new(arrived: Instant, ours: bool) -> Self {
-        Self { arrived, first: arrived, handshake: None, vouched: None, reported: None, forgotten: false, ours }
+    fn new(key: &PublicKey, arrived: Instant, ours: bool) -> Self {
+        Self::at(key.derived(), arrived, ours)
+    }
+
+    fn at(address: Derived, arrived: Instant, ours: bool) -> Self {
+        let (arrived, first) = (arrived.into(), arrived.into());
+        Self { address, arrived, first, handshake: None, vouched: None, reported: None, forgotten: false, ours }
     }
 
     /// Neither here nor elsewhere.
@@ -747,23 +781,23 @@ impl Entry {
 
     fn observe(&mut self, peer: &Peer, now: Now, since_last_read: Option<Duration>) {
         match (peer.last_handshake, self.handshake) {
-            (Some(at), Some(known)) if at == known.at => {}
+            (Some(at), Some(known)) if nanoseconds(at) == known.at => {}
             (Some(at), _) => {
                 self.handshake = Some(Handshake::first_seen(at, now, since_last_read));
                 self.forgotten = false;
             }
             (None, Some(_)) if self.forgotten => {}
-            (None, Some(_)) => *self = Self::new(now.monotonic, self.ours),
+            (None, Some(_)) => *self = Self::at(self.address, now.monotonic, self.ours),
             (None, None) => {}
         }
     }
 
     fn state(&self, policy: &Policy, now: Instant) -> PeerState {
-        let idle = self.handshake.map(|handshake| now.saturating_duration_since(handshake.quiet_since));
+        let idle = self.handshake.map(|handshake| handshake.quiet_since.age(now));
         match idle {
             Some(idle) if idle < policy.stale.min(policy.connected) => PeerState::Connected,
             Some(idle) if idle < policy.stale => PeerState::Idle,
-            _ if now.saturating_duration_since(self.arrived) < policy.grace => PeerState::Pending,
+            _ if self.arrived.age(now) < policy.grace => PeerState::Pending,
             _ => PeerState::Stale,
         }
     }
@@ -774,7 +808,22 @@ impl Handshake {
     fn first_seen(at: SystemTime, now: Now, since_last_read: Option<Duration>) -> Self {
         let by_wall = now.wall.duration_since(at).unwrap_or_default();
         let ago = since_last_read.map_or(by_wall, |longest| by_wall.min(longest));
-        Self { at, quiet_since: now.monotonic.checked_sub(ago).unwrap_or(now.monotonic) }
+        let quiet_since = now.monotonic.checked_sub(ago).unwrap_or(now.monotonic).into();
+        Self { at: nanoseconds(at), quiet_since }
+    }
+}
+
+/// A time of the kernel's, whose seconds are 64 bits and whose years before 1970 are none.
+fn nanoseconds(at: SystemTime) -> u64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    since.as_secs().wrapping_mul(1_000_000_000).wrapping_add(since.subsec_nanos().into())
+}
+
+impl Waiting {
+    /// Of a key that this program did not hear of itself.
+    fn heard_of(arrived: Stamp, proven: bool) -> Self {
+        let vouched = proven.then_some(arrived);
+        Self { arrived, first: arrived, tries: 0, announced: false, vouched, promised: false }
     }
 }
 

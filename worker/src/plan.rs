@@ -3,10 +3,11 @@
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter::Peekable;
 use std::net::{IpAddr, Ipv6Addr};
 
 use wgkex_common::message::Applied;
-use wgkex_common::{PublicKey, is_derived};
+use wgkex_common::{Derived, PublicKey};
 
 use crate::kernel::{Change, Device, Errno, KernelError, Peer};
 
@@ -23,7 +24,7 @@ pub const RESERVED: &str = Applied::RESERVED;
 pub const ADDRESS_TAKEN: &str = Applied::ADDRESS_TAKEN;
 
 /// Why a key is refused for which there is no room.
-pub const FULL: &str = "full";
+pub const FULL: &str = Applied::FULL;
 
 /// Why a key is refused that the lists do not let come.
 pub const DENIED: &str = Applied::DENIED;
@@ -141,7 +142,7 @@ pub fn expel(device: &Device, expelled: &BTreeSet<PublicKey>, denied: &BTreeSet<
     let mut steps = sweep(device, expelled);
     let absent: Vec<_> = denied.iter().filter(|key| !device.peers.contains_key(key)).collect();
     if !absent.is_empty() {
-        let orphans = orphans(device);
+        let orphans = orphans(device, &derived(device));
         let left = absent.into_iter().map(|key| (*key, key.link_local()));
         let left = left.filter(|(_, address)| orphans.contains(address));
         let rest = Objects { peer: false, ..Objects::ALL };
@@ -152,28 +153,50 @@ pub fn expel(device: &Device, expelled: &BTreeSet<PublicKey>, denied: &BTreeSet<
 
 /// Addresses that have a route or a flood entry, and no peer: what a crash, or somebody who removed only the peer,
 /// left behind. Addresses that no key can have are somebody else's, and so are those that some peer may send from.
+/// `derived` are the addresses that the peers' keys derive, in order.
 #[must_use]
-pub fn orphans(device: &Device) -> BTreeSet<Ipv6Addr> {
-    let derived = device.peers.keys().map(PublicKey::link_local);
-    let in_use: BTreeSet<Ipv6Addr> = derived.chain(device.peers.values().flat_map(addresses_of)).collect();
-    let allowed = device.peers.values().flat_map(|peer| &peer.allowed_ips);
-    let networks: BTreeSet<_> = allowed.filter(|(_, length)| *length < 128).collect();
-    let in_network = |address| networks.iter().any(|(network, length)| covers(*network, *length, address));
-    let entries = device.routes.union(&device.fdb).copied();
-    entries.filter(|address| is_derived(*address) && !in_use.contains(address) && !in_network(*address)).collect()
+pub fn orphans(device: &Device, derived: &[Derived]) -> BTreeSet<Ipv6Addr> {
+    let mut derived = Among::new(derived);
+    let entries = device.routes.union(&device.fdb).filter_map(|address| Derived::of(*address));
+    let without = entries.filter(|address| !derived.has(address));
+    let mut orphans: BTreeSet<Ipv6Addr> = without.map(Ipv6Addr::from).collect();
+    if !orphans.is_empty() {
+        let in_use: BTreeSet<Ipv6Addr> = device.peers.values().flat_map(addresses_of).collect();
+        let allowed = device.peers.values().flat_map(|peer| &peer.allowed_ips);
+        let networks: BTreeSet<_> = allowed.filter(|(_, length)| *length < 128).collect();
+        let in_network = |address| networks.iter().any(|(network, length)| covers(*network, *length, address));
+        orphans.retain(|address| !in_use.contains(address) && !in_network(*address));
+    }
+    orphans
+}
+
+/// Asks which of many things are among others, both in the same order: in one go through them.
+pub struct Among<'a, T: 'a, I: Iterator<Item = &'a T>>(Peekable<I>);
+
+impl<'a, T: Ord + 'a, I: Iterator<Item = &'a T>> Among<'a, T, I> {
+    /// Asks among these, which are in order.
+    pub fn new(items: impl IntoIterator<IntoIter = I>) -> Self {
+        Self(items.into_iter().peekable())
+    }
+
+    /// Whether `item` is among them; no item comes before the one that was asked for last.
+    pub fn has(&mut self, item: &T) -> bool {
+        while self.0.next_if(|other| *other < item).is_some() {}
+        self.0.peek().is_some_and(|other| *other == item)
+    }
+}
+
+/// The addresses that the keys of the peers derive, in order.
+fn derived(device: &Device) -> Vec<Derived> {
+    let mut derived: Vec<_> = device.peers.keys().map(PublicKey::derived).collect();
+    derived.sort_unstable();
+    derived
 }
 
 fn covers(network: IpAddr, length: u8, address: Ipv6Addr) -> bool {
     let IpAddr::V6(network) = network else { return false };
     let differ = network.to_bits() ^ address.to_bits();
     differ.leading_zeros() >= u32::from(length)
-}
-
-/// Addresses that are allowed-ips of peers which somebody else made, and of which.
-#[must_use]
-pub fn foreign(device: &Device) -> BTreeMap<Ipv6Addr, PublicKey> {
-    let foreign = device.peers.iter().filter(|(key, peer)| shape(key, peer) == Shape::Foreign);
-    foreign.flat_map(|(key, peer)| addresses_of(peer).map(|address| (address, *key))).collect()
 }
 
 /// Removes the routes and flood entries of `orphans`.
@@ -230,7 +253,8 @@ pub fn shape_at(address: Ipv6Addr, peer: &Peer) -> Shape {
     }
 }
 
-fn addresses_of(peer: &Peer) -> impl Iterator<Item = Ipv6Addr> {
+/// The addresses that a peer has as allowed-ips of its own.
+pub fn addresses_of(peer: &Peer) -> impl Iterator<Item = Ipv6Addr> {
     peer.allowed_ips.iter().filter_map(|allowed| match *allowed {
         (IpAddr::V6(address), 128) => Some(address),
         _ => None,
@@ -399,7 +423,7 @@ mod tests {
         let foreign: Ipv6Addr = "fe80::1".parse().unwrap();
         device.routes.extend([key(3).link_local(), key(4).link_local(), foreign]);
         device.fdb.extend([key(4).link_local(), key(5).link_local(), foreign]);
-        let orphans = orphans(&device);
+        let orphans = orphans(&device, &derived(&device));
         assert_eq!(orphans, [key(4).link_local(), key(5).link_local()].into());
         let mut removed = clear(&device, &orphans);
         removed.sort_unstable();
