@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
 use tokio::sync::{Notify, mpsc, watch};
@@ -34,6 +34,14 @@ const QUEUE: usize = 65_536;
 
 /// Keys in a batch at most.
 const BATCH: usize = 4_096;
+
+/// After a batch that took longer than this, keys gather as long as it took: where a batch is slow, each key of a storm
+/// must cost less than one alone;
+const SLOW: Duration = Duration::from_millis(3);
+/// at most this long,
+const GATHER: Duration = Duration::from_millis(50);
+/// and not when so many are there by then.
+const GATHERED: usize = 64;
 
 /// While more than this is owed, live keys that may be lacking are not looked at: they wait with who sent them.
 const OWED: usize = 2_048;
@@ -63,6 +71,8 @@ pub struct Installer<K> {
     journal: Journal,
     /// The last event was a batch of keys.
     yields: bool,
+    /// The next batch gathers until then.
+    gathers: Option<Instant>,
     refresh: Arc<Notify>,
     outbox: Outbox,
 }
@@ -139,6 +149,7 @@ impl<K: Kernel> Installer<K> {
             reconnected: reconnected.clone(),
             journal: journal.clone(),
             yields: false,
+            gathers: None,
             refresh: refresh.clone(),
             outbox,
         };
@@ -147,7 +158,7 @@ impl<K: Kernel> Installer<K> {
         (installer, Handle { keys, live, orders, ordered, reconnected, refresh, state, metrics }, said)
     }
 
-    /// Lets keys wait for as long as `held` says since when.
+    /// Lets keys wait for as long as `held` says since when, those that came and those that are owed.
     #[must_use]
     pub fn held_by(self, held: watch::Receiver<Option<std::time::Instant>>) -> Self {
         Self { held, ..self }
@@ -177,11 +188,11 @@ impl<K: Kernel> Installer<K> {
     /// Waits for the next event. After each batch of keys other work that is due has its turn, so that neither
     /// starves the other and a key never waits for more than one read or one slice of what is owed.
     async fn next(&mut self) -> Option<Event> {
-        let owed =
-            self.domains.values().find(|served| served.has_backlog()).map(|served| Event::Spare(served.domain()));
+        let is_held = self.held.borrow_and_update().is_some();
+        let owed = self.domains.values().find(|served| served.has_backlog() && !is_held);
+        let owed = owed.map(|served| Event::Spare(served.domain()));
         let due = self.domains.values().min_by_key(|served| served.due());
         let due = due.map(|served| (Instant::from_std(served.due()), Event::Due(served.domain())));
-        let is_held = self.held.borrow_and_update().is_some();
         let has_room = !is_held && self.domains.values().map(Served::backlog).sum::<usize>() < OWED;
         let mut other = pin!(other(due, owed));
         if std::mem::take(&mut self.yields) {
@@ -199,7 +210,7 @@ impl<K: Kernel> Installer<K> {
             () = self.kernel.changed() => Some(Event::Doubt),
             () = self.refresh.notified() => Some(Event::Doubt),
             () = self.reconnected.notified() => Some(Event::Reconnected),
-            count = self.keys.recv_many(&mut self.batch, BATCH), if !is_held => {
+            count = gather(self.gathers, &mut self.keys, &mut self.batch), if !is_held => {
                 self.yields = true;
                 (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
             }
@@ -210,7 +221,13 @@ impl<K: Kernel> Installer<K> {
 
     async fn handle(&mut self, event: Event, now: Now) {
         match event {
-            Event::Keys(keys) => self.install(keys, now).await,
+            Event::Keys(keys) => {
+                let begun = Instant::now();
+                self.install(keys, now).await;
+                let took = begun.elapsed();
+                let gathers = took > SLOW && self.keys.len() < GATHERED;
+                self.gathers = gathers.then(|| Instant::now() + took.min(GATHER));
+            }
             Event::Live(domain, keys) => {
                 if let Some(served) = self.domains.get_mut(&domain) {
                     served.learn(keys, now.monotonic);
@@ -319,6 +336,18 @@ impl Handle {
 
 fn lock(orders: &Mutex<Orders>) -> std::sync::MutexGuard<'_, Orders> {
     orders.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes the keys that wait, and that come until then; how many there are, none if no more will come. Cancel-safe.
+async fn gather(
+    until: Option<Instant>,
+    keys: &mut mpsc::Receiver<(Domain, PublicKey)>,
+    batch: &mut Vec<(Domain, PublicKey)>,
+) -> usize {
+    if let Some(until) = until {
+        tokio::time::sleep_until(until).await;
+    }
+    keys.recv_many(batch, BATCH).await
 }
 
 /// Returns when keys have to wait from now on, or no longer.

@@ -54,8 +54,9 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let (installer, handle, said) =
         Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
     let installer = installer.held_by(lists.held());
-    // Before it does anything: what may not be here is not put back.
+    // Before it does anything: what may not be here is not put back, also if that was said while nobody listened here.
     handle.admit(lists.admission(), []);
+    lists.hold();
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
     let (ears, heard) = sync::ears();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use tokio::runtime::Runtime;
+use tokio::runtime::Builder;
 use wgkex_common::{Config, process};
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::setup::{self, Flavour};
@@ -43,7 +43,7 @@ fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
     if args.command.is_none() {
         capability::keep_only_needed(config.worker_user.as_deref())?;
     }
-    let runtime = Runtime::new().context("the runtime does not start")?;
+    let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let result = runtime.block_on(async {
         match &args.command {
             None => serve(config).await,

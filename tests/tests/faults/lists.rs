@@ -1,20 +1,23 @@
 //! Keys are revoked while gateways and brokers come and go.
 
 use std::fs;
+use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use wgkex_tests::admin::{printed, token};
-use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::key;
 use wgkex_tests::probe::said;
 use wgkex_tests::process::binary;
 
 use crate::lab::{CAUGHT_UP, Fleet, Node, Routers, pass, within};
 
-/// A revocation is done on every gateway in this time.
+/// A revocation is done on every gateway in this time, from the operator's command to its end.
 const REVOKED: Duration = Duration::from_secs(2);
+/// How much slower an emulated machine is, with everything on two CPUs that others use, too.
+const EMULATED: u32 = 5;
 /// What the programs learn is on disk after this time.
 const WRITTEN: Duration = Duration::from_secs(2);
 
@@ -58,7 +61,8 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
         assert!(is_gone(&gateway.host, 1), "{}", printed(&revoked));
         assert!(is_whole(&gateway.host, 2));
     }
-    assert!(took < REVOKED, "{took:?}: {}", printed(&revoked));
+    let limit = if lane == Lane::Kernel { REVOKED * EMULATED } else { REVOKED };
+    assert!(took < limit, "{took:?}: {}", printed(&revoked));
     assert!(revoked.status.success(), "{}", printed(&revoked));
     assert_eq!(printed(&revoked), "revoked\ngw1: removed\ngw2: removed\n");
 
@@ -123,6 +127,8 @@ pub fn a_gateway_that_was_away_lacks_what_was_revoked_meanwhile(lane: Lane) {
     assert_eq!(revoked.status.code(), Some(2), "{}", printed(&revoked));
     fleet.gateways[1].host.remove();
     fleet.gateways[1].host.setup();
+    let monitor = ["-6", "monitor", "route"];
+    let mut routes = fleet.gateways[1].host.start("ip-monitor", Path::new("/usr/sbin/ip"), &monitor, &[]);
     fleet.gateways[1].start_again();
     let probe = fleet.witness();
     let joined = Instant::now();
@@ -133,8 +139,12 @@ pub fn a_gateway_that_was_away_lacks_what_was_revoked_meanwhile(lane: Lane) {
     let host = &fleet.gateways[1].host;
     within("the others are back", CAUGHT_UP, || (3..20).all(|n| is_whole(host, n)).then_some(()));
     within("what was revoked is not", CAUGHT_UP, || (is_gone(host, 1) && is_gone(host, 2)).then_some(()));
-    let installed = fleet.gateways[1].process.log();
-    assert!(!installed.contains("keys are taken without them"), "{installed}");
+    let log = fleet.gateways[1].process.log();
+    assert!(!log.contains("keys are taken without them"), "{log}");
+    // They were not there for a moment either.
+    routes.end_by(Signal::SIGTERM);
+    let added = |n| routes.log().contains(&link_local(&key(n)));
+    assert_eq!([1, 2, 3].map(added), [false, false, true], "{}", routes.log());
 }
 
 pub fn brokers_that_were_apart_come_to_revoke_the_same(lane: Lane) {

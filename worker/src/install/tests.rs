@@ -46,6 +46,33 @@ async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn keys_of_a_storm_gather_and_one_alone_never_waits() {
+    let gateway = Gateway::start();
+    gateway.up().await;
+    let (call, gap) = (Duration::from_millis(10), Duration::from_millis(6));
+    gateway.fake.delay(Delays { apply: call, ..Delays::default() });
+    for n in 0..100 {
+        gateway.offer([n]);
+        sleep(gap).await;
+    }
+    sleep(MINUTE / 2).await;
+    assert!(gateway.all_stand(0..100));
+    // One by one would take a second for 100; they come in 600 ms.
+    let batches = gateway.applies().len();
+    assert!((25..=35).contains(&batches), "{batches}");
+
+    for n in 100..103 {
+        sleep(call).await;
+        let begun = Instant::now();
+        gateway.offer([n]);
+        while !gateway.stands(key(n)) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        assert!(begun.elapsed() <= call + Duration::from_millis(1), "{:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
     let mut gateway = Gateway::start();
     gateway.settle().await;
@@ -572,13 +599,7 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
 #[tokio::test(start_paused = true)]
 async fn what_is_remembered_and_denied_is_not_put_back() {
     let fake = Fake::with(&[domain()]);
-    let kept = Kept { last: std::time::Instant::now(), proven: true };
-    let remembered: Keys = (1..4).map(|n| ((domain(), key(n)), kept)).collect();
-    let journal = Journal::default();
-    let metrics = Metrics::new([&domain()]).unwrap();
-    let (_, reserved) = watch::channel(Reserved::default());
-    let (installer, handle, _said) =
-        Installer::new(fake.clone(), [domain()], &Policy::default(), (journal, remembered), &reserved, &metrics);
+    let (installer, handle, _said) = remembering(fake.clone(), 1..4);
     handle.admit(denying([1]), []);
     tokio::spawn(installer.run(pending()));
     sleep(MINUTE).await;
@@ -712,13 +733,11 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_wait_while_they_are_held_and_what_is_owed_does_not() {
+async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_remembered() {
     let fake = Fake::with(&[domain()]);
-    let (gate, held) = watch::channel(None);
-    let (installer, handle, mut said) = installer(fake.clone(), &Policy::default());
+    let (gate, held) = watch::channel(Some(std::time::Instant::now()));
+    let (installer, handle, mut said) = remembering(fake.clone(), 4..7);
     tokio::spawn(installer.held_by(held).run(pending()));
-    sleep(MINUTE).await;
-    gate.send_replace(Some(std::time::Instant::now()));
     handle.offer(domain(), key(1));
     let learning = tokio::spawn({
         let handle = handle.clone();
@@ -730,11 +749,13 @@ async fn keys_wait_while_they_are_held_and_what_is_owed_does_not() {
     });
     sleep(HOUR).await;
     assert!(fake.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
-    handle.admit(denying([1, 2]), []);
+    handle.admit(denying([1, 2, 4]), []);
     gate.send_replace(None);
     assert_eq!(said.applied.recv().await.unwrap().failed.len(), 1);
     sleep(MINUTE).await;
-    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
+    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3), key(5), key(6)]);
+    let applied = fake.take_applies().into_iter().flat_map(|(_, changes)| changes);
+    assert_eq!(applied.filter(|change| matches!(change, Change::SetPeer(..))).count(), 3, "not even for a moment");
 }
 
 #[tokio::test(start_paused = true)]
@@ -912,6 +933,15 @@ fn live(keys: std::ops::Range<u32>) -> Live {
 fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
     let (_, reserved) = watch::channel(Reserved::default());
     Installer::new(fake, [domain()], policy, Default::default(), &reserved, &Metrics::new([&domain()]).unwrap())
+}
+
+/// An installer that remembers proven keys.
+fn remembering(fake: Fake, keys: std::ops::Range<u32>) -> (Installer<Fake>, Handle, Said) {
+    let kept = Kept { last: std::time::Instant::now(), proven: true };
+    let remembered: Keys = keys.map(|n| ((domain(), key(n)), kept)).collect();
+    let (_, reserved) = watch::channel(Reserved::default());
+    let metrics = Metrics::new([&domain()]).unwrap();
+    Installer::new(fake, [domain()], &Policy::default(), (Journal::default(), remembered), &reserved, &metrics)
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {
