@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
 use wgkex_common::lists::keeper::View;
 use wgkex_common::message::{Applied, WorkerData};
-use wgkex_common::mqtt::{Bus, Message};
+use wgkex_common::mqtt::{Bus, Message, SessionEnded};
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::answers::{Answers, Told};
@@ -24,6 +25,8 @@ use crate::waiters::{Verdict, Waiters, Waiting};
 /// Unknown keys that are on their way to the MQTT server at most, of the 100 messages that may be: so known ones never
 /// wait behind a queue of them.
 pub const UNKNOWN_UNDER_WAY: usize = 64;
+/// Keys that wait for their turn at most, known ones and unknown ones each; of more there is no use in a storm.
+pub const QUEUED: usize = 8_192;
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +64,9 @@ pub enum Refusal {
     /// The key is not known, and came too often or with too many others.
     #[error("{}, try again later", too_many(.0.limit))]
     Limited(Limited),
+    /// No gateway has room for a new key.
+    #[error("the gateways have no room for new keys at the moment, try again later")]
+    Full,
     /// The lists do not let the key come; which one, and why, is not for its owner.
     #[error("this key is not accepted here")]
     Denied,
@@ -80,7 +86,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Every reason that metrics name.
-    pub const REASONS: [&str; 16] = [
+    pub const REASONS: [&str; 17] = [
         "body",
         "too_large",
         "slow",
@@ -97,6 +103,7 @@ impl Refusal {
         "limit_domain",
         "limit_global",
         "denied",
+        "full",
     ];
 
     /// One word for metrics, from [`Refusal::REASONS`].
@@ -119,6 +126,7 @@ impl Refusal {
             Self::Limited(Limited { limit: Limit::Domain, .. }) => 13,
             Self::Limited(Limited { limit: Limit::Global, .. }) => 14,
             Self::Denied => 15,
+            Self::Full => 16,
         };
         Self::REASONS[index]
     }
@@ -177,6 +185,8 @@ pub struct Exchange {
     pub answers: Arc<Mutex<Answers>>,
     /// Places of [`UNKNOWN_UNDER_WAY`].
     pub unknown: Arc<Semaphore>,
+    /// Places of [`QUEUED`], for unknown keys and for known ones.
+    pub queues: [Arc<Semaphore>; 2],
     /// Who may come.
     pub lists: watch::Receiver<View>,
     /// How long an answer may wait.
@@ -264,6 +274,9 @@ impl Exchange {
 
     async fn announce_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
+        if self.took(ask).iter().any(|worker| self.gateways().confirms(worker)) {
+            return Ok(());
+        }
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         if online.confirming == 0 {
             return Ok(());
@@ -281,23 +294,36 @@ impl Exchange {
                 None => break,
             }
         }
-        if online.others > 0 { Ok(()) } else { Err(heard.refusal()) }
+        if online.others > 0 { Ok(()) } else { Err(refused(waiting, heard.refusal())) }
     }
 
     async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
+        let took = self.took(ask);
+        if !took.is_empty()
+            && let Some(choice) = self.choose(ask, |worker, confirms| confirms && took.contains(worker))
+        {
+            return Ok(choice);
+        }
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         let mut heard = Heard::default();
         let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, deadlines).await {
-            first
+            Ok(first)
         } else {
-            self.next_best(ask, &mut waiting, &mut heard, deadlines).await?
+            self.next_best(ask, &mut waiting, &mut heard, deadlines).await
         };
+        let choice = choice.map_err(|refusal| refused(waiting, refusal))?;
         if choice.confirms {
             self.confirmed(published);
         }
         Ok(choice)
+    }
+
+    /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
+    /// published anew it would be late again.
+    fn took(&self, ask: &Ask) -> BTreeSet<String> {
+        self.waiters.took(ask.domain.name(), ask.key, Instant::now().into_std())
     }
 
     /// Whether the best gateway takes the key within its time.
@@ -365,18 +391,29 @@ impl Exchange {
     ) -> Result<(Instant, Waiting), Refusal> {
         let published = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        let key = Message::event(Topic::Key { domain: ask.domain.name().into() }, ask.key.to_string());
-        let publishing = async {
-            let is_unknown = matches!(standing, Standing::Unknown | Standing::Unproven);
-            let _place = if is_unknown { Some(self.unknown.acquire().await) } else { None };
-            self.keys.publish(key).await
-        };
-        if let Ok(Ok(())) = timeout_at(deadlines.budget, publishing).await {
-            self.live().admit(ask.domain.name(), ask.key, Instant::now().into_std());
+        if let Some(publishing) = self.publish_in_turn(ask, standing)
+            && let Ok(Ok(Ok(()))) = timeout_at(deadlines.budget, publishing).await
+        {
             return Ok((published, waiting));
         }
         self.metrics.publish_failures.inc();
-        Err(Refusal::NotPublished)
+        Err(refused(waiting, Refusal::NotPublished))
+    }
+
+    /// Has the key published in its turn, although its router may be told meanwhile to come again: by then it is there.
+    /// None if too many others wait.
+    fn publish_in_turn(&self, ask: &Ask, standing: Standing) -> Option<JoinHandle<Result<(), SessionEnded>>> {
+        let unknown = matches!(standing, Standing::Unknown | Standing::Unproven).then(|| self.unknown.clone());
+        let queue = self.queues[usize::from(unknown.is_some())].clone();
+        let queued = queue.try_acquire_owned().ok()?;
+        let (Ask { domain, key }, keys, live) = (ask.clone(), self.keys.clone(), self.live.clone());
+        Some(tokio::spawn(async move {
+            let _queued = queued;
+            let _place = if let Some(unknown) = &unknown { Some(unknown.acquire().await) } else { None };
+            keys.publish(Message::event(Topic::Key { domain: domain.name().into() }, key.to_string())).await?;
+            lock(&live).admit(domain.name(), key, Instant::now().into_std());
+            Ok(())
+        }))
     }
 
     /// The next word, by `until`, of a gateway whose word counts.
@@ -395,6 +432,14 @@ impl Exchange {
     fn confirmed(&self, published: Instant) {
         self.metrics.confirmation.observe(published.elapsed().as_secs_f64());
     }
+}
+
+/// Why a request is not met; if that is for want of time, what comes later is kept for the router's next one.
+fn refused(waiting: Waiting, refusal: Refusal) -> Refusal {
+    if matches!(refusal, Refusal::NotPublished | Refusal::NotConfirmed) {
+        waiting.leave(Instant::now().into_std());
+    }
+    refusal
 }
 
 /// How long a request may wait.
@@ -427,13 +472,14 @@ impl Heard {
         }
     }
 
-    /// Why nobody took the key. What all gateways refuse for good is not to be tried again soon.
+    /// Why nobody took the key: what all gateways say, if they say the same.
     fn refusal(&self) -> Refusal {
         let all = |reason: &str| !self.refused.is_empty() && self.refused.values().all(|other| other == reason);
         match () {
             () if all(Applied::ADDRESS_TAKEN) => Refusal::AddressTaken,
             () if all(Applied::RESERVED) => Refusal::Reserved,
             () if all(Applied::DENIED) => Refusal::Denied,
+            () if all(Applied::FULL) => Refusal::Full,
             () => Refusal::NotConfirmed,
         }
     }

@@ -262,6 +262,13 @@ impl Gateways {
         self.workers.get(worker).is_some_and(|worker| worker.online)
     }
 
+    /// Whether this worker is online, and the domain there.
+    #[must_use]
+    pub fn has_online(&self, worker: &str, domain: &str) -> bool {
+        let (worker, domain) = (self.workers.get(worker), self.domains.get(domain));
+        worker.zip(domain).is_some_and(|(worker, domain)| worker.has_online(domain))
+    }
+
     /// Who could take a key of `domain`. An original that has just started says how many peers it has only after a
     /// minute; it takes keys before that.
     #[must_use]

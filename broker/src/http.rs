@@ -39,6 +39,8 @@ const REQUEST: Duration = Duration::from_secs(5);
 const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Seconds after which a router may ask again. Routers try every minute anyway.
 const RETRY_SECONDS: u32 = 10;
+/// When a router is told to come again that no gateway has room for: when the next peers may have left.
+const ROOM_SECONDS: u32 = 60;
 
 const V1: &str = "/api/v1/wg/key/exchange";
 const V2: &str = "/api/v2/wg/key/exchange";
@@ -279,7 +281,7 @@ impl ResponseError for Refusal {
             Self::AddressTaken => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
-            Self::Limited(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::Limited(_) | Self::Full => StatusCode::TOO_MANY_REQUESTS,
             Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -290,6 +292,8 @@ impl ResponseError for Refusal {
         let mut response = error(self.status_code(), &self.to_string());
         if let Self::Limited(limited) = self {
             response.headers_mut().insert(RETRY_AFTER, limited.seconds.into());
+        } else if *self == Self::Full {
+            response.headers_mut().insert(RETRY_AFTER, ROOM_SECONDS.into());
         }
         response
     }

@@ -47,7 +47,7 @@ use wgkex_common::{Config, Domain, Reserved, process};
 use crate::admin::Admin;
 use crate::certificate::Certificate;
 use crate::connections::Connections;
-use crate::exchange::{Exchange, UNKNOWN_UNDER_WAY};
+use crate::exchange::{Exchange, QUEUED, UNKNOWN_UNDER_WAY};
 use crate::gateways::Gateways;
 use crate::http::App;
 use crate::limits::Limits;
@@ -99,12 +99,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, metrics.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
-        waiters,
+        waiters: waiters.clone(),
         keys: keys.clone(),
         live: live.clone(),
         limits: limits.clone(),
         answers: Arc::default(),
         unknown: Arc::new(Semaphore::new(UNKNOWN_UNDER_WAY)),
+        queues: [QUEUED, QUEUED].map(|places| Arc::new(Semaphore::new(places))),
         lists: lists.view(),
         confirm: config.confirm,
         metrics: metrics.clone(),
@@ -114,7 +115,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let kept = metrics.state_kept.clone();
     let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
-    let tell = tell(live.clone(), metrics.clone());
+    let tell = tell(live.clone(), waiters.clone(), metrics.clone());
     let keeping = tokio::spawn(keeper.run(keys.clone(), tell, process::over(stopped.clone())));
     let sessions = tokio::spawn(async move {
         let stop = || process::over(stopped.clone());
@@ -129,7 +130,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     }
     tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
     tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
-    tokio::spawn(expire(live, limits));
+    tokio::spawn(expire(live, limits, waiters));
     tokio::spawn(tidy(connections.clone()));
     tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app =
@@ -198,18 +199,20 @@ async fn tidy(connections: Connections) {
     }
 }
 
-/// Tells the live keys who may come.
-fn tell(live: Arc<Mutex<LiveKeys>>, metrics: Metrics) -> impl FnMut(News<'_>) {
+/// Tells the live keys who may come. What gateways said before may be about a key that was denied meanwhile.
+fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, metrics: Metrics) -> impl FnMut(News<'_>) {
     move |news| {
         metrics.set_lists(&news);
+        waiters.forget_all();
         lock(&live).obey(news.admission.clone());
     }
 }
 
-async fn expire(live: Arc<Mutex<LiveKeys>>, limits: Arc<Limits>) {
+async fn expire(live: Arc<Mutex<LiveKeys>>, limits: Arc<Limits>, waiters: Waiters) {
     loop {
         sleep(EXPIRE).await;
         limits.tidy();
+        waiters.tidy(Instant::now());
         let expired = lock(&live).expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");

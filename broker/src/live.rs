@@ -38,6 +38,8 @@ pub struct LiveKeys {
 struct Served {
     keys: BTreeMap<PublicKey, Live>,
     owners: BTreeMap<Ipv6Addr, PublicKey>,
+    /// How many of them are proven.
+    proven: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,11 +117,10 @@ impl LiveKeys {
         }
         let Some(served) = self.domains.get_mut(domain) else { return };
         if let Some(owner) = owner {
-            served.keys.remove(&owner);
+            served.remove(&owner);
             self.journal.remove(domain, owner);
         }
-        served.owners.insert(address, key);
-        served.keys.insert(key, live);
+        served.put(address, key, live);
         self.journal.put(domain, key, live.kept);
     }
 
@@ -277,21 +278,35 @@ impl LiveKeys {
 
     /// How many there are in each domain.
     pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
-        self.domains.iter().map(|(domain, Served { keys, .. })| {
-            let proven = keys.values().filter(|live| live.kept.proven).count();
-            (domain, Counts { proven, unproven: keys.len() - proven })
-        })
+        let of = |served: &Served| Counts { proven: served.proven, unproven: served.keys.len() - served.proven };
+        self.domains.iter().map(move |(domain, served)| (domain, of(served)))
     }
 }
 
 impl Served {
+    /// `address` is that of the key.
+    fn put(&mut self, address: Ipv6Addr, key: PublicKey, live: Live) {
+        self.owners.insert(address, key);
+        let before = self.keys.insert(key, live);
+        self.proven += usize::from(live.kept.proven);
+        self.proven -= usize::from(before.is_some_and(|before| before.kept.proven));
+    }
+
+    fn remove(&mut self, key: &PublicKey) {
+        if let Some(live) = self.keys.remove(key) {
+            self.owners.remove(&key.link_local());
+            self.proven -= usize::from(live.kept.proven);
+        }
+    }
+
     /// Keeps the keys that `stays` is true for.
     fn retain(&mut self, mut stays: impl FnMut(&PublicKey, &Live) -> bool) {
-        let Self { keys, owners } = self;
+        let Self { keys, owners, proven } = self;
         keys.retain(|key, live| {
             let stays = stays(key, live);
             if !stays {
                 owners.remove(&key.link_local());
+                *proven -= usize::from(live.kept.proven);
             }
             stays
         });

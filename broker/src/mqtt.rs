@@ -75,6 +75,7 @@ pub fn hand_on(
         Event::Down => {
             metrics.mqtt_connected.set(0);
             lock(&gateways).forget();
+            waiters.forget_all();
         }
         Event::Message(publish) => {
             ignored(&metrics, &publish, hear(&gateways, (&waiters, &answers), &live, &publish));
@@ -129,7 +130,15 @@ fn hear(
     let (was_online, was_complete) = state(&gateways);
     gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
     let (online, complete) = state(&gateways);
+    if let Topic::ConnectedPeers { domain, worker } = &topic
+        && !gateways.has_online(worker, domain)
+    {
+        waiters.forget(worker, Some(domain));
+    }
     drop(gateways);
+    if let Some(worker) = worker.filter(|_| !online) {
+        waiters.forget(worker, None);
+    }
     if let Some(worker) = worker.filter(|_| online != was_online) {
         info!(worker, online, "gateway");
     }

@@ -1,14 +1,22 @@
-//! Requests that wait for gateways to say what became of a key, and the word that reaches them.
+//! Requests that wait for gateways to say what became of a key, and the word that reaches them. What comes too late for
+//! a request is kept for the router's next one: where much is under way at once, every word is late.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use wgkex_common::PublicKey;
 use wgkex_common::message::Applied;
 
+use crate::lock;
+
 /// Verdicts that one request may leave unread: more than any fleet has gateways.
 const UNREAD: usize = 256;
+/// How long a router has to come again: it does so every minute.
+const AGAIN: Duration = Duration::from_secs(120);
+/// Keys of which words are kept at most.
+const KEPT: usize = 32_768;
 
 /// What a request waits for: a key in a domain.
 type Subject = (String, PublicKey);
@@ -32,6 +40,22 @@ pub struct Waiters {
 struct Table {
     last: u64,
     by_subject: HashMap<Subject, BTreeMap<u64, mpsc::Sender<Verdict>>>,
+    /// What nobody was left to hear.
+    late: HashMap<Subject, Late>,
+}
+
+/// What gateways said of a key after its router was told to come again.
+#[derive(Debug)]
+struct Late {
+    since: Instant,
+    /// Those that have it.
+    took: BTreeSet<String>,
+}
+
+impl Late {
+    fn is_over(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= AGAIN
+    }
 }
 
 /// One request that waits; it no longer does when this is dropped.
@@ -49,7 +73,7 @@ impl Waiters {
     pub fn wait_for(&self, domain: &str, key: PublicKey) -> Waiting {
         let (sender, verdicts) = mpsc::channel(UNREAD);
         let subject = (domain.to_owned(), key);
-        let mut table = self.table();
+        let mut table = lock(&self.waiting);
         table.last += 1;
         let id = table.last;
         table.by_subject.entry(subject.clone()).or_default().insert(id, sender);
@@ -62,17 +86,47 @@ impl Waiters {
         let Applied { domain, installed, failed } = applied;
         let installed = installed.into_iter().map(|key| (key, Ok(())));
         let failed = failed.into_iter().map(|(key, reason)| (key, Err(reason)));
-        let table = self.table();
+        let mut table = lock(&self.waiting);
         for (key, outcome) in installed.chain(failed) {
-            for sender in table.by_subject.get(&(domain.clone(), key)).into_iter().flat_map(BTreeMap::values) {
+            let subject = (domain.clone(), key);
+            for sender in table.by_subject.get(&subject).into_iter().flat_map(BTreeMap::values) {
                 // One that reads nothing any more is about to leave.
                 let _ = sender.try_send(Verdict { worker: worker.to_owned(), outcome: outcome.clone() });
+            }
+            if let Some(late) = table.late.get_mut(&subject) {
+                match outcome {
+                    Ok(()) => late.took.insert(worker.to_owned()),
+                    Err(_) => late.took.remove(worker),
+                };
             }
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The gateways that said that they have `key` since its router was told to come again.
+    #[must_use]
+    pub fn took(&self, domain: &str, key: PublicKey, now: Instant) -> BTreeSet<String> {
+        let table = lock(&self.waiting);
+        let late = table.late.get(&(domain.to_owned(), key)).filter(|late| !late.is_over(now));
+        late.map(|late| late.took.clone()).unwrap_or_default()
+    }
+
+    /// What `worker` said may not be so any more, in this domain or in all.
+    pub fn forget(&self, worker: &str, domain: Option<&str>) {
+        for (_, late) in
+            lock(&self.waiting).late.iter_mut().filter(|(subject, _)| domain.is_none_or(|domain| domain == subject.0))
+        {
+            late.took.remove(worker);
+        }
+    }
+
+    /// What anybody said may not be so any more.
+    pub fn forget_all(&self) {
+        lock(&self.waiting).late.clear();
+    }
+
+    /// Drops what was kept for routers that did not come again.
+    pub fn tidy(&self, now: Instant) {
+        lock(&self.waiting).late.retain(|_, late| !late.is_over(now));
     }
 }
 
@@ -81,11 +135,23 @@ impl Waiting {
     pub async fn verdict(&mut self) -> Option<Verdict> {
         self.verdicts.recv().await
     }
+
+    /// The router is told to come again: what is said from now on is kept until then, if there is room.
+    pub fn leave(mut self, now: Instant) {
+        let mut table = lock(&self.waiters.waiting);
+        if table.late.len() < KEPT {
+            let late = table.late.entry(self.subject.clone()).or_insert(Late { since: now, took: BTreeSet::new() });
+            late.since = now;
+            let unread = std::iter::from_fn(|| self.verdicts.try_recv().ok());
+            late.took.extend(unread.filter(|verdict| verdict.outcome.is_ok()).map(|verdict| verdict.worker));
+        }
+        drop(table);
+    }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut table = self.waiters.table();
+        let mut table = lock(&self.waiters.waiting);
         if let Some(waiting) = table.by_subject.get_mut(&self.subject) {
             waiting.remove(&self.id);
             if waiting.is_empty() {
@@ -128,6 +194,56 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_too_late_is_kept_for_the_routers_next_request() {
+        let (ours, other) =
+            (key("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="), key("o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg="));
+        let waiters = Waiters::default();
+        let said = |domain: &str, key| Applied { domain: domain.into(), installed: vec![key], failed: BTreeMap::new() };
+        let failed = |key| Applied { failed: [(key, "full".into())].into(), ..said("a", other) };
+        let now = Instant::now();
+        let took = |domain: &str, key| Vec::from_iter(waiters.took(domain, key, now));
+        waiters.resolve("early", said("a", ours));
+        let waiting = waiters.wait_for("a", ours);
+        waiters.resolve("unread", said("a", ours));
+        waiting.leave(now);
+        assert_eq!(took("a", ours), ["unread"]);
+        for worker in ["gw1", "gw2", "gw3"] {
+            waiters.resolve(worker, said("a", ours));
+        }
+        waiters.resolve("gw2", failed(ours));
+        waiters.resolve("gw1", said("b", ours));
+        waiters.resolve("gw1", said("a", other));
+        assert_eq!(took("a", ours), ["gw1", "gw3", "unread"]);
+        assert_eq!((took("b", ours), took("a", other)), (vec![], vec![]));
+        waiters.forget("gw1", Some("b"));
+        assert_eq!(took("a", ours), ["gw1", "gw3", "unread"]);
+        waiters.forget("gw1", Some("a"));
+        waiters.forget("unread", None);
+        assert_eq!(took("a", ours), ["gw3"]);
+        let again = now + AGAIN / 2;
+        waiters.wait_for("a", ours).leave(again);
+        assert_eq!(waiters.took("a", ours, now + AGAIN).len(), 1, "it came again meanwhile");
+        let until = again + AGAIN;
+        assert!(waiters.took("a", ours, until).is_empty());
+        waiters.tidy(until);
+        assert!(lock(&waiters.waiting).late.is_empty());
+    }
+
+    #[test]
+    fn a_flood_of_keys_that_nobody_takes_keeps_only_so_many() {
+        let (waiters, now) = (Waiters::default(), Instant::now());
+        let most = u32::try_from(KEPT).unwrap();
+        for n in 0..most + 10 {
+            let mut bytes = [0x42; 32];
+            bytes[..4].copy_from_slice(&n.to_be_bytes());
+            waiters.wait_for("a", PublicKey::from_bytes(bytes).unwrap()).leave(now);
+        }
+        assert_eq!(lock(&waiters.waiting).late.len(), KEPT);
+        waiters.forget_all();
+        assert!(lock(&waiters.waiting).late.is_empty());
+    }
+
+    #[test]
     fn who_leaves_leaves_nothing_behind_and_who_never_reads_is_bounded() {
         let key = key("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=");
         let waiters = Waiters::default();
@@ -138,8 +254,8 @@ mod tests {
         assert_eq!(waiting.verdicts.len(), UNREAD);
         let another = waiters.wait_for("a", key);
         drop(waiting);
-        assert_eq!(waiters.table().by_subject.len(), 1);
+        assert_eq!(lock(&waiters.waiting).by_subject.len(), 1);
         drop(another);
-        assert!(waiters.table().by_subject.is_empty());
+        assert!(lock(&waiters.waiting).by_subject.is_empty());
     }
 }

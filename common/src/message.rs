@@ -137,6 +137,9 @@ impl Applied {
 
     /// Why a key failed whose address another key has.
     pub const ADDRESS_TAKEN: &str = "address taken";
+
+    /// Why a key failed for which there is no room.
+    pub const FULL: &str = "full";
 }
 
 /// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.

@@ -16,6 +16,8 @@ pub enum Manner {
     Confirms,
     /// Says that it does not take it.
     Refuses,
+    /// Says that it has no room for it.
+    Full,
     /// Is one that confirms, and says nothing.
     Silent,
 }
@@ -41,7 +43,8 @@ impl Worker {
             match manner {
                 _ if heard.payload.len() != 44 => Vec::new(),
                 Manner::Confirms => vec![applied(&worker, domain, &heard.text())],
-                Manner::Refuses => vec![failed(&worker, domain, &heard.text())],
+                Manner::Refuses => vec![failed(&worker, domain, &heard.text(), "refused")],
+                Manner::Full => vec![failed(&worker, domain, &heard.text(), "full")],
                 Manner::Original | Manner::Silent => Vec::new(),
             }
         });
@@ -121,9 +124,9 @@ pub fn applied(worker: &str, domain: &str, key: &str) -> Said {
     said(format!("wgkex/worker/{worker}/applied"), payload, 1, false)
 }
 
-/// A worker's word that it does not take a key.
+/// A worker's word that it does not take a key, and why.
 #[must_use]
-pub fn failed(worker: &str, domain: &str, key: &str) -> Said {
-    let payload = format!(r#"{{"domain":"{domain}","installed":[],"failed":{{"{key}":"refused"}}}}"#);
+pub fn failed(worker: &str, domain: &str, key: &str, reason: &str) -> Said {
+    let payload = format!(r#"{{"domain":"{domain}","installed":[],"failed":{{"{key}":"{reason}"}}}}"#);
     said(format!("wgkex/worker/{worker}/applied"), payload, 1, false)
 }

@@ -244,6 +244,12 @@ proptest! {
             live.answer(&question(), now).keys.into_iter().map(|(key, age)| (key, age.1)).collect()
         };
         prop_assert_eq!(known(&one), known(&other));
+        one.expire(now + DAY.saturating_sub(Duration::from_secs(3_550)));
+        for live in [&one, &other] {
+            let proven = known(live).iter().filter(|(_, proven)| *proven).count();
+            let counts = Counts { proven, unproven: live.len() - proven };
+            prop_assert_eq!(live.counts().map(|(_, counts)| counts).collect::<Vec<_>>(), [counts]);
+        }
     }
 }
 

@@ -1,8 +1,12 @@
 //! When a router is answered, and with which gateway, by what the gateways say of its key.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+use wgkex_tests::http::Response;
 use wgkex_tests::key;
+use wgkex_tests::probe::Said;
 use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, failed, hello, key_for, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::wait_until;
@@ -17,8 +21,11 @@ on_both!(
     a_gateway_that_refuses_is_followed_by_the_next_best_at_once,
     words_that_do_not_count_are_ignored,
     a_word_that_comes_late_or_twice_counts_for_nobody_else,
+    a_word_that_comes_late_answers_the_routers_next_request_at_once,
+    a_late_word_does_not_count_when_it_may_not_be_true_any_more,
     all_silent_is_503_when_the_budget_is_spent,
     all_refusing_is_503_at_once,
+    all_full_is_429_at_once_and_one_with_room_is_enough,
     an_original_is_the_way_out_when_the_others_are_silent,
     version_1_is_answered_when_any_gateway_has_the_key,
     version_1_falls_back_to_originals,
@@ -127,7 +134,7 @@ fn words_that_do_not_count_are_ignored(bus: Bus) {
         applied("gw1", "ffx_b", &key(1)),
         applied("gw1", "ffx_none", &key(1)),
         applied("gw1", DOMAIN, &key(2)),
-        failed("stranger", DOMAIN, &key(1)),
+        failed("stranger", DOMAIN, &key(1), "refused"),
         malformed(&key(1)),
         malformed(&format!(r#"["{}"]"#, key(1))),
         malformed(&format!(r#"{{"domain":"{DOMAIN}","installed":"{}"}}"#, key(1))),
@@ -152,12 +159,83 @@ fn a_word_that_comes_late_or_twice_counts_for_nobody_else(bus: Bus) {
     let router = Router::v2(&stack, &key(2));
     worker.probe.say_all([applied("gw1", DOMAIN, &key(1)), applied("gw1", DOMAIN, &key(1))]);
     assert_unavailable(&router.answer().0);
-    assert_unavailable(&Router::v2(&stack, &key(1)).answer().0);
     let router = Router::v2(&stack, &key(3));
     worker.probe.next("the third key", |said| said.text() == key(3));
     worker.probe.say_all((0..3).map(|_| applied("gw1", DOMAIN, &key(3))));
     assert_eq!(router.answer().0.status, 200);
     assert_unavailable(&Router::v2(&stack, &key(4)).answer().0);
+}
+
+fn a_word_that_comes_late_answers_the_routers_next_request_at_once(bus: Bus) {
+    let stack = stack(bus, SHORT);
+    let _best = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let next = Worker::start(&stack, "gw2", Manner::Silent, 1000);
+    stack.wait_for_gateways(2);
+    let witness = stack.witness();
+    for (n, ask) in [(1, Stack::v1), (2, Stack::v2)] as [(u32, fn(&Stack, &str, &str) -> Response); 2] {
+        assert_unavailable(&ask(&stack, DOMAIN, &key(n)));
+        say(&stack, &next, applied("gw2", DOMAIN, &key(n)));
+        let response = ask(&stack, DOMAIN, &key(n));
+        assert_eq!(response.status, 200);
+        assert!(n == 1 || response.json() == endpoint("gw2"), "{response:?}");
+    }
+    // Nobody had to hear the keys twice for that.
+    for n in 1..=3 {
+        assert_eq!(witness.next_on(&key_topic(DOMAIN)).text(), key(n));
+        if n == 2 {
+            assert_unavailable(&stack.v2(DOMAIN, &key(3)));
+        }
+    }
+}
+
+fn a_late_word_does_not_count_when_it_may_not_be_true_any_more(bus: Bus) {
+    let stack = stack(bus, SHORT);
+    let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    stack.wait_for_gateways(1);
+    let peers = |peers| peers_of("gw1", DOMAIN, peers);
+    let changes: [&[Said]; 3] = [
+        &[peers("-1"), peers("0")],
+        &[status("gw1", "0"), hello("gw1"), status("gw1", "1")],
+        &[failed("gw1", DOMAIN, &key(3), "refused")],
+    ];
+    for (n, change) in (1..).zip(changes) {
+        assert_unavailable(&stack.v2(DOMAIN, &key(n)));
+        worker.probe.say(applied("gw1", DOMAIN, &key(n)));
+        for said in change {
+            say(&stack, &worker, said.clone());
+        }
+        assert_unavailable(&stack.v2(DOMAIN, &key(n)));
+        assert_unavailable(&stack.v1(DOMAIN, &key(n)));
+    }
+}
+
+/// Says it, and returns when the broker has heard it.
+fn say(stack: &Stack, worker: &Worker, said: Said) {
+    let ignored = || stack.metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}").unwrap_or_default();
+    let before = ignored();
+    worker
+        .probe
+        .say_all([said, wgkex_tests::probe::said(format!("wgkex/worker/{}/applied", worker.name), "", 1, false)]);
+    wait_until("the broker has heard a worker", || (ignored() > before).then_some(()));
+}
+
+/// More unknown keys than may be under way: the others wait for their turn, which comes when the server is there again.
+#[test]
+fn keys_whose_turn_comes_late_are_published_although_their_routers_are_told_to_come_again() {
+    let mut stack = stack(Bus::Mosquitto, SHORT);
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let witness = stack.witness();
+    stack.mosquitto().signal(Signal::SIGSTOP);
+    let routers: Vec<_> = (0..150).map(|n| Router::v2(&stack, &key(n))).collect();
+    for router in routers {
+        assert_unavailable(&router.answer().0);
+    }
+    stack.mosquitto().signal(Signal::SIGCONT);
+    let mut missing: BTreeSet<_> = (0..150).map(key).collect();
+    while !missing.is_empty() {
+        missing.remove(&witness.next_on(&key_topic(DOMAIN)).text());
+    }
 }
 
 fn all_silent_is_503_when_the_budget_is_spent(bus: Bus) {
@@ -182,6 +260,25 @@ fn all_refusing_is_503_at_once(bus: Bus) {
         assert_unavailable(&response);
         assert!(took < AT_ONCE, "{took:?}");
     }
+}
+
+fn all_full_is_429_at_once_and_one_with_room_is_enough(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let _first = Worker::start(&stack, "gw1", Manner::Full, 0);
+    let _second = Worker::start(&stack, "gw2", Manner::Full, 0);
+    stack.wait_for_gateways(2);
+    for (api, router) in [("v2", Router::v2(&stack, &key(1))), ("v1", Router::v1(&stack, &key(2)))] {
+        let (response, took) = router.answer();
+        assert_eq!((response.status, response.header("retry-after")), (429, Some("60")), "{response:?}");
+        assert!(response.json()["error"]["message"].is_string(), "{response:?}");
+        assert!(took < AT_ONCE, "{took:?}");
+        let refused = format!(r#"wgkex_broker_keys_refused_total{{api="{api}",reason="full"}}"#);
+        assert_eq!(stack.metric(&refused), Some(1.0));
+    }
+    let _with_room = Worker::start(&stack, "gw3", Manner::Confirms, 100);
+    stack.wait_for_gateways(3);
+    let (response, _) = Router::v2(&stack, &key(1)).answer();
+    assert_eq!((response.status, response.json()), (200, endpoint("gw3")));
 }
 
 fn an_original_is_the_way_out_when_the_others_are_silent(bus: Bus) {
