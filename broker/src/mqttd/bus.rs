@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 use tracing::warn;
@@ -12,6 +13,9 @@ use super::retained::{Full, Retained, Snapshot};
 use super::router::{Ear, Mouth, Router};
 use crate::lock;
 use crate::metrics::Metrics;
+
+/// That there is no room is said once in this time.
+const WARN: Duration = Duration::from_secs(60);
 
 /// The bus of the embedded server.
 pub struct Bus {
@@ -25,8 +29,8 @@ pub struct Bus {
 struct Said {
     mouth: Mouth,
     retained: Retained,
-    /// That there is no room has been said.
-    full: bool,
+    /// When it was said last that there is no room.
+    warned: Option<Instant>,
 }
 
 /// A client that is there.
@@ -49,13 +53,13 @@ impl Bus {
     /// A bus for so many connections, on which this is kept.
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (router, mouth) = Router::start(connections)?;
-        let said = Mutex::new(Said { mouth, retained, full: false });
+        let said = Mutex::new(Said { mouth, retained, warned: None });
         Ok(Self { router, said, seats: Arc::default(), metrics })
     }
 
     /// Says a message to all who want it, and keeps it if it is to be kept.
-    pub fn say(&self, message: &Message) {
-        lock(&self.said).say(message, &self.metrics);
+    pub fn say(&self, seat: &Seat, message: &Message) {
+        lock(&self.said).say(message, seat.user(), &self.metrics);
     }
 
     /// What is kept for `filter` behind the topic `after`, see [`Retained::find`].
@@ -111,7 +115,7 @@ impl Bus {
     fn settle(&self, seat: &Seat, will_is_due: bool) {
         let mut said = lock(&self.said);
         if let Some(will) = said.retained.release(&seat.client).filter(|_| will_is_due) {
-            said.say(&will, &self.metrics);
+            said.say(&will, seat.user(), &self.metrics);
         }
     }
 
@@ -132,15 +136,16 @@ impl Bus {
 }
 
 impl Said {
-    fn say(&mut self, message: &Message, metrics: &Metrics) {
+    fn say(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
         if message.retain {
-            let kept = self.retained.keep(message);
+            let kept = self.retained.keep(message, by);
             metrics.mqtt_retained.set(i64::try_from(self.retained.len()).unwrap_or(i64::MAX));
             if let Err(Full) = kept {
                 metrics.mqtt_retained_refused.inc();
-            }
-            if !std::mem::replace(&mut self.full, kept.is_err()) && kept.is_err() {
-                warn!("too many retained messages: more are not kept");
+                if self.warned.is_none_or(|warned| warned.elapsed() >= WARN) {
+                    self.warned = Some(Instant::now());
+                    warn!(user = by, "too many retained messages: more are not kept");
+                }
             }
         }
         self.mouth.say(&message.encode());
@@ -148,6 +153,11 @@ impl Said {
 }
 
 impl Seat {
+    /// The user who has it; none where there are no users.
+    fn user(&self) -> Option<&str> {
+        self.client.split('\n').next().filter(|user| !user.is_empty())
+    }
+
     /// Returns when another connection wants the seat.
     pub async fn wanted(&self) {
         self.leave.notified().await;

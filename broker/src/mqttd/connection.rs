@@ -172,7 +172,7 @@ impl Connection {
 
     fn do_it(&mut self, deed: Deed, seat: &Seat) -> Result<(), End> {
         match deed {
-            Deed::Say(message) => self.bus.say(&message),
+            Deed::Say(message) => self.bus.say(seat, &message),
             Deed::Listen if self.ear.is_none() => {
                 self.ear = Some(self.bus.listen().map_err(|_| End::Lost("no place to listen"))?);
             }

@@ -135,7 +135,7 @@ fn read(database: &Connection) -> Result<Retained, Failure> {
     let mut statement = database.prepare("SELECT topic, payload, qos FROM messages")?;
     let kept = |row: &rusqlite::Row<'_>| {
         let (topic, payload, qos): (String, Vec<u8>, u8) = (row.get(0)?, row.get(1)?, row.get(2)?);
-        Ok((topic, Kept { payload: Bytes::from(payload), qos: quality(qos) }))
+        Ok((topic, Kept { payload: Bytes::from(payload), qos: quality(qos), by: None }))
     };
     let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
@@ -168,7 +168,7 @@ fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> 
         let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
         for (topic, kept) in &snapshot.messages {
             match kept {
-                Some(Kept { payload, qos }) => put.execute(params![topic, &payload[..], *qos as u8])?,
+                Some(Kept { payload, qos, .. }) => put.execute(params![topic, &payload[..], *qos as u8])?,
                 None => remove.execute([topic])?,
             };
         }
@@ -212,7 +212,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path());
         for (topic, payload) in [("a", "1"), ("b", "1"), ("c", "1")] {
-            retained.keep(&message(topic, payload)).unwrap();
+            retained.keep(&message(topic, payload), None).unwrap();
         }
         retained.promise("left", message("b", "0"));
         retained.promise("there", message("c", "0"));
@@ -233,7 +233,7 @@ mod tests {
         fs::write(&path, "this is no database at all").unwrap();
         let (file, mut retained) = File::open(dir.path());
         assert!(topics(&retained).is_empty() && dir.path().join("mqtt-retained.sqlite.damaged").exists());
-        retained.keep(&message("a", "1")).unwrap();
+        retained.keep(&message("a", "1"), None).unwrap();
         close(file, &mut retained);
         assert_eq!(topics(&File::open(dir.path()).1).len(), 1);
     }

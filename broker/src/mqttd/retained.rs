@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rumqttc::QoS;
@@ -15,6 +16,8 @@ use super::message::Message;
 const TOPICS: usize = 100_000;
 /// So many bytes of topics and payloads are kept at most.
 const BYTES: usize = 64 << 20;
+/// One user has this part of both at most, so that nobody keeps another's messages out.
+const SHARE: usize = 20;
 /// So many topics are looked at in one go, lest others wait.
 const LOOKED_AT: usize = 2_000;
 /// Beyond so many changes that could not be written, everything is to be written again.
@@ -27,6 +30,8 @@ pub struct Kept {
     pub payload: Bytes,
     /// How it was said.
     pub qos: QoS,
+    /// Which user said it, if that is known.
+    pub by: Option<Arc<str>>,
 }
 
 /// Why a message is not kept.
@@ -37,9 +42,17 @@ pub struct Full;
 #[derive(Debug, Default)]
 pub struct Retained {
     messages: BTreeMap<String, Kept>,
-    bytes: usize,
+    all: Size,
+    of_users: BTreeMap<Arc<str>, Size>,
     wills: BTreeMap<String, Message>,
     changes: Changes,
+}
+
+/// How much is kept.
+#[derive(Debug, Default, Clone, Copy)]
+struct Size {
+    topics: usize,
+    bytes: usize,
 }
 
 /// What is not on disk yet.
@@ -73,7 +86,7 @@ impl Retained {
         }
         retained.changes = Changes { clients: wills.keys().cloned().collect(), ..Changes::default() };
         for will in wills.into_values().filter(|will| will.retain) {
-            let _ = retained.keep(&will);
+            let _ = retained.keep(&will, None);
         }
         retained
     }
@@ -84,29 +97,54 @@ impl Retained {
     }
 
     /// Keeps a message in place of the one on its topic; an empty one takes that away.
-    pub fn keep(&mut self, message: &Message) -> Result<(), Full> {
+    pub fn keep(&mut self, message: &Message, by: Option<&str>) -> Result<(), Full> {
         if message.payload.is_empty() {
-            if let Some(kept) = self.messages.remove(&message.topic) {
-                self.bytes -= message.topic.len() + kept.payload.len();
+            if self.take(&message.topic).is_some() {
                 self.changed(|changes| changes.topics.insert(message.topic.clone()));
             }
             return Ok(());
         }
-        self.put(message.topic.clone(), Kept { payload: message.payload.clone(), qos: message.qos })?;
+        let by = by.map(|user| self.of_users.get_key_value(user).map_or_else(|| user.into(), |(user, _)| user.clone()));
+        self.put(message.topic.clone(), Kept { payload: message.payload.clone(), qos: message.qos, by })?;
         self.changed(|changes| changes.topics.insert(message.topic.clone()));
         Ok(())
     }
 
     fn put(&mut self, topic: String, kept: Kept) -> Result<(), Full> {
-        let before = self.messages.get(&topic).map(|before| topic.len() + before.payload.len());
-        let topics = self.messages.len() + usize::from(before.is_none());
-        let bytes = self.bytes - before.unwrap_or_default() + topic.len() + kept.payload.len();
-        if topics > TOPICS || bytes > BYTES {
-            return Err(Full);
+        let before = self.take(&topic);
+        let size = topic.len() + kept.payload.len();
+        let of_user = kept.by.as_ref().and_then(|user| self.of_users.get(user)).copied().unwrap_or_default();
+        let fits = self.all.has_room(size, 1) && (kept.by.is_none() || of_user.has_room(size, SHARE));
+        match (fits, before) {
+            (true, _) => self.place(topic, kept),
+            (false, Some(before)) => self.place(topic, before),
+            (false, None) => {}
         }
-        self.bytes = bytes;
+        if fits { Ok(()) } else { Err(Full) }
+    }
+
+    fn place(&mut self, topic: String, kept: Kept) {
+        let size = topic.len() + kept.payload.len();
+        self.all.add(size);
+        if let Some(user) = &kept.by {
+            self.of_users.entry(user.clone()).or_default().add(size);
+        }
         self.messages.insert(topic, kept);
-        Ok(())
+    }
+
+    fn take(&mut self, topic: &str) -> Option<Kept> {
+        let kept = self.messages.remove(topic)?;
+        let size = topic.len() + kept.payload.len();
+        self.all.remove(size);
+        if let Some(user) = &kept.by
+            && let Some(of_user) = self.of_users.get_mut(user)
+        {
+            of_user.remove(size);
+            if of_user.topics == 0 {
+                self.of_users.remove(user);
+            }
+        }
+        Some(kept)
     }
 
     /// The next messages of `filter` behind the topic `after`, at most so many, and as many as have so many bytes; and
@@ -123,7 +161,7 @@ impl Retained {
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
         for (place, (topic, kept)) in range.take_while(|(topic, _)| topic.starts_with(begin)).enumerate() {
             if matches(filter, topic) {
-                let Kept { payload, qos } = kept.clone();
+                let Kept { payload, qos, .. } = kept.clone();
                 bytes += topic.len() + payload.len();
                 found.push(Message { topic: topic.clone(), payload, qos, retain: true });
             }
@@ -195,6 +233,23 @@ impl Retained {
     }
 }
 
+impl Size {
+    /// Whether another topic with so many bytes fits that part of everything.
+    fn has_room(self, bytes: usize, part: usize) -> bool {
+        self.topics < TOPICS / part && self.bytes + bytes <= BYTES / part
+    }
+
+    fn add(&mut self, bytes: usize) {
+        self.topics += 1;
+        self.bytes += bytes;
+    }
+
+    fn remove(&mut self, bytes: usize) {
+        self.topics -= 1;
+        self.bytes -= bytes;
+    }
+}
+
 impl Snapshot {
     /// Nothing is to be written.
     pub fn is_empty(&self) -> bool {
@@ -230,7 +285,7 @@ mod tests {
     fn the_last_message_of_a_topic_is_kept_and_an_empty_one_takes_it_away() {
         let mut retained = Retained::default();
         for (topic, payload) in [("a/b", "1"), ("a", "2"), ("ab", "3"), ("a/b", "4"), ("a/c", "5"), ("a/c", "")] {
-            retained.keep(&message(topic, payload)).unwrap();
+            retained.keep(&message(topic, payload), None).unwrap();
         }
         let text = |pairs: &[(&str, &str)]| -> Vec<_> { pairs.iter().map(|&(a, b)| (a.into(), b.into())).collect() };
         assert_eq!(all(&retained, "a/#", 1), text(&[("a", "2"), ("a/b", "4")]));
@@ -243,8 +298,8 @@ mod tests {
     fn thousands_are_found_in_parts() {
         let mut retained = Retained::default();
         for n in 0..5000 {
-            retained.keep(&message(&format!("t/{n:04}/x"), "1")).unwrap();
-            retained.keep(&message(&format!("t/{n:04}/y"), "1")).unwrap();
+            retained.keep(&message(&format!("t/{n:04}/x"), "1"), None).unwrap();
+            retained.keep(&message(&format!("t/{n:04}/y"), "1"), None).unwrap();
         }
         assert_eq!(all(&retained, "t/+/y", 100).len(), 5000);
         assert_eq!(all(&retained, "t/+/z", 100).len(), 0);
@@ -256,22 +311,39 @@ mod tests {
     fn what_is_beyond_the_bounds_is_refused_and_what_is_there_may_still_change() {
         let mut retained = Retained::default();
         for n in 0..TOPICS {
-            retained.keep(&message(&n.to_string(), "1")).unwrap();
+            retained.keep(&message(&n.to_string(), "1"), None).unwrap();
         }
-        assert_eq!(retained.keep(&message("one more", "1")), Err(Full));
-        retained.keep(&message("7", "2")).unwrap();
-        retained.keep(&message("8", "")).unwrap();
-        retained.keep(&message("one more", "1")).unwrap();
+        assert_eq!(retained.keep(&message("one more", "1"), None), Err(Full));
+        retained.keep(&message("7", "2"), None).unwrap();
+        retained.keep(&message("8", ""), None).unwrap();
+        retained.keep(&message("one more", "1"), None).unwrap();
         let large = "x".repeat(BYTES);
-        assert_eq!(retained.keep(&message("7", &large)), Err(Full));
+        assert_eq!(retained.keep(&message("7", &large), None), Err(Full));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
+    }
+
+    #[test]
+    fn a_user_that_keeps_all_it_can_keeps_nobody_else_out() {
+        let mut retained = Retained::default();
+        let kept = (0..TOPICS).filter(|n| retained.keep(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
+        assert_eq!(kept.count(), TOPICS / SHARE);
+        retained.keep(&message("gw2/status", "1"), Some("gw2")).unwrap();
+        retained.keep(&message("gw1/0", "2"), Some("gw1")).unwrap();
+        retained.keep(&message("gw1/1", ""), Some("gw1")).unwrap();
+        retained.keep(&message("gw1/more", "1"), Some("gw1")).unwrap();
+        assert_eq!(retained.keep(&message("gw1/one more", "1"), Some("gw1")), Err(Full));
+        retained.keep(&message("gw1/2", "1"), Some("b1")).unwrap();
+        retained.keep(&message("gw1/one more", "1"), Some("gw1")).unwrap();
+        let large = "x".repeat(BYTES / SHARE);
+        assert_eq!(retained.keep(&message("gw2/status", &large), Some("gw2")), Err(Full));
+        assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
 
     #[test]
     fn a_will_found_at_the_start_is_due() {
         let mut before = Retained::default();
-        before.keep(&message("gw1/status", "1")).unwrap();
-        before.keep(&message("gw2/status", "1")).unwrap();
+        before.keep(&message("gw1/status", "1"), None).unwrap();
+        before.keep(&message("gw2/status", "1"), None).unwrap();
         before.promise("gw1", message("gw1/status", "0"));
         before.promise("gw2", message("gw2/status", "0"));
         assert_eq!(before.release("gw2"), Some(message("gw2/status", "0")));
@@ -290,8 +362,8 @@ mod tests {
     fn what_cannot_be_written_is_bounded() {
         let mut retained = Retained::default();
         for n in 0..=CHANGES {
-            retained.keep(&message(&n.to_string(), "1")).unwrap_or_default();
-            retained.keep(&message(&n.to_string(), "")).unwrap();
+            retained.keep(&message(&n.to_string(), "1"), None).unwrap_or_default();
+            retained.keep(&message(&n.to_string(), ""), None).unwrap();
         }
         assert_eq!(retained.changes, Changes { anew: true, ..Changes::default() });
         assert!(retained.snapshot().anew && retained.snapshot().is_empty());
@@ -304,7 +376,7 @@ mod tests {
         ) {
             let (mut retained, mut written) = (Retained::default(), BTreeMap::new());
             for (topic, payload, writes, fails) in steps {
-                retained.keep(&message(&topic, &payload)).unwrap();
+                retained.keep(&message(&topic, &payload), None).unwrap();
                 if writes {
                     let snapshot = retained.snapshot();
                     if fails {

@@ -119,6 +119,32 @@ fn a_worker_does_its_job_and_can_do_no_other() {
     assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "a will for another worker");
 }
 
+/// Seen to fail without the share of a user.
+#[test]
+fn a_worker_that_has_all_kept_that_it_can_keeps_no_other_out() {
+    let mut stack = stack(&TWO);
+    let mut greedy = join(&stack, "gw1", "gw1");
+    let mut keep = |n: u32| {
+        greedy.publish(&format!("wireguard-worker/gw1/{n}/data"), "{}", 1, true);
+        assert!(matches!(greedy.read(), Some(Packet::PubAck(_))));
+    };
+    (0..5_000).for_each(&mut keep);
+    let refused = "wgkex_broker_mqtt_retained_refused_total";
+    stack.wait_for_metric(refused, 0.0);
+    (5_000..5_100).for_each(&mut keep);
+    stack.wait_for_metric(refused, 100.0);
+    let log = stack.broker().log();
+    assert_eq!(log.matches("too many retained messages").count(), 1, "{log}");
+
+    let mut modest = join(&stack, "gw2", "gw2");
+    modest.publish("wireguard-worker/gw2/status", "1", 1, true);
+    assert!(matches!(modest.read(), Some(Packet::PubAck(_))));
+    let mut finder = join(&stack, "b", "finder");
+    finder.subscribe(&[("wireguard-worker/gw2/status", QoS::AtLeastOnce)]);
+    assert!(finder.hear().retain);
+    stack.wait_for_metric(refused, 100.0);
+}
+
 #[test]
 fn a_worker_cannot_take_anothers_connection_over() {
     let stack = stack(&[("gw1", "worker"), ("gw2", "worker"), ("gw1-applied", "worker"), ("b", "broker")]);
