@@ -56,6 +56,7 @@ lanes! {
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
+    peers: a_flood_on_the_bus_pushes_out_only_its_like;
     peers: an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again;
     privacy: no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_messages;
     owners: a_gateways_key_is_no_routers_and_its_peer_stays;

@@ -1,4 +1,7 @@
 //! Gateways on other machines, on the broker's own MQTT server.
+//!
+//! Seen to fail with a worker that may write on every topic (the key was in the kernels), and with a door that lets in
+//! without TLS who comes from another machine.
 
 use std::fs;
 

@@ -1,5 +1,6 @@
 //! Peers that talk, and peers that do not.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use wgkex_tests::gateway::{Host, Lane, link_local};
@@ -55,6 +56,35 @@ pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
 
     assert_eq!(host.post(2, &silent).status, 200);
     assert_eq!(host.tables("a").missing(&silent), Vec::<String>::new());
+}
+
+/// Seen to fail without the bound of unproven peers (42 there at once), and where proven ones make room like others.
+pub fn a_flood_on_the_bus_pushes_out_only_its_like(lane: Lane) {
+    const UNPROVEN: usize = 30;
+    let single = Single::new(lane, "cleanup: {interval: 1}\npeers: {unproven: 30}\n");
+    let host = &single.host;
+    let (router, talks) = router(host, lane);
+    let seen = r#"wgkex_broker_live_keys{domain="test_a",state="proven"}"#;
+    wait_until("the handshake is noticed", || (host.metric(5000, seen)? == "1").then_some(()));
+
+    let flood: Vec<_> = (0..120).map(key).collect();
+    fs::write(host.path("/run/flood"), flood.join("\n") + "\n").unwrap();
+    host.run("mosquitto_pub -q 1 -l -t wireguard/test_a/all < /run/flood > /run/flood.log 2>&1 &");
+    let tables = || {
+        let tables = host.tables("a");
+        assert!(tables.peers.len() <= UNPROVEN + 1, "{} peers", tables.peers.len());
+        assert_eq!(tables.missing(&talks), Vec::<String>::new());
+        tables
+    };
+    // With the key by which the broker was seen to serve.
+    let heard = r#"wgkex_broker_live_keys{domain="test_a",state="unproven"}"#;
+    wait_until("the flood is over", || {
+        tables();
+        (host.metric(5000, heard)? == "121").then_some(())
+    });
+    wait_until("nothing is left of those that had to go", || (tables().lengths() == [UNPROVEN + 1; 3]).then_some(()));
+    assert!(ping(&router, host), "the tunnel still stands");
+    assert_eq!(host.post(2, &talks).status, 200);
 }
 
 pub fn an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again(lane: Lane) {
