@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use wgkex_common::PublicKey;
 use wgkex_tests::stack::{Bus, Stack};
 
-use crate::bus::{client, publish};
-use crate::gateway::{DOMAIN, Gateway, assert_holds, keys, run, write};
+use crate::bus::{announce, client, publish};
+use crate::gateway::{DOMAIN, Gateway, assert_holds, key, keys, run, write};
 use crate::measure::{Cost, children, cpu, median};
 use crate::table::{Place, Report, ratio, seconds};
 
@@ -77,6 +77,10 @@ fn round(gateway: &mut Gateway, keys: &[PublicKey]) -> Round {
     gateway.renew();
     gateway.start_bus();
     gateway.start_worker();
+    // On a new connection it first waits for what brokers say of lists.
+    announce(&gateway.stack, DOMAIN, [key(u32::MAX)]);
+    gateway.wait_for_keys(1, LOOK);
+    let number = number + 1;
     let (began, cpu_before) = (Instant::now(), cpu(gateway.worker()));
     let mut publisher = publish(&gateway.stack, DOMAIN, &lines(&gateway.stack)).spawn().unwrap();
     gateway.wait_for_keys(number, LOOK);

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::mpsc;
-use std::thread;
+use std::thread::{self, available_parallelism};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
@@ -19,7 +19,7 @@ use wgkex_worker::plan;
 use crate::bus::{start_mosquitto, wait_for_domain};
 use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, keep_network, keys};
 use crate::load::{Answers, Target, open};
-use crate::measure::{look, median, percentile};
+use crate::measure::{cpu, look, median, percentile};
 use crate::play;
 use crate::table::{Place, Report, milliseconds, ratio, seconds};
 
@@ -27,10 +27,12 @@ use crate::table::{Place, Report, milliseconds, ratio, seconds};
 const LASTS: Duration = Duration::from_secs(10);
 /// How long the gateways may take, from the first POST.
 const WANTED: Duration = Duration::from_secs(15);
-/// How long is waited for them.
-const LIMIT: Duration = Duration::from_secs(120);
+/// How long is waited for them: until the routers have come again, and then again.
+const LIMIT: Duration = Duration::from_secs(180);
 /// How often to look whether a gateway has all.
 const LOOK: Duration = Duration::from_millis(50);
+/// The same in the virtual machine, where a look costs as much as some keys.
+const LOOK_INSIDE: Duration = Duration::from_millis(500);
 /// The gateways.
 const GATEWAYS: u16 = 4;
 
@@ -110,20 +112,36 @@ fn real(report: Report, routers: u32) {
     fs::write(hub.path("/run/mosquitto.conf"), config).unwrap();
     let mosquitto = hub.start("mosquitto", Path::new("/usr/sbin/mosquitto"), &["-c", "/run/mosquitto.conf"], &[]);
     mosquitto.wait_for_log(" running");
-    let _broker = hub.start_broker();
+    let broker = hub.start_broker();
     let gateways: Vec<_> = (1..=GATEWAYS).map(|n| gateway(&hub, u8::try_from(n).unwrap())).collect();
     hub.inside(|| wait_for_domain("127.0.0.1:1883".parse().unwrap(), "test_a", GATEWAYS.into()));
 
     let server = "127.0.0.1:5000".parse().unwrap();
     let target = Target { server, path: V2, domain: "test_a" };
-    let (time, answers) = thread::scope(|scope| {
+    let used = || {
+        let gateways = gateways.iter().map(|(_, worker)| cpu(worker.pid())).sum();
+        [cpu(mosquitto.pid()), cpu(broker.pid()), gateways, cpu(std::process::id())]
+    };
+    let before = used();
+    let (time, took, answers) = thread::scope(|scope| {
         let (hub, gateways) = (&hub, &gateways);
         let (done, answers) = mpsc::channel();
         let began = Instant::now();
         scope.spawn(move || done.send(hub.inside(|| open(target, 0..routers, LASTS))));
-        let time = look(LOOK, LIMIT, || (least(gateways) >= routers).then(|| began.elapsed()));
-        (time, answers.recv().unwrap())
+        let time = look(LOOK_INSIDE, LIMIT, || (least(gateways) >= routers).then(|| began.elapsed()));
+        let took = used();
+        (time, took, answers.recv().unwrap())
     });
+    let took: Vec<_> = took.into_iter().zip(before).map(|(took, before)| took.saturating_sub(before)).collect();
+    let all: Duration = took.iter().sum();
+    let least_time = all / u32::try_from(available_parallelism().unwrap().get()).unwrap();
+    report
+        .line(
+            "real kernels, CPU time: Mosquitto, broker, gateways, routers",
+            took.into_iter().map(seconds).collect::<Vec<_>>().join(", "),
+        )
+        .against(format!("all CPUs busy for {}", seconds(least_time)), ratio(time.unwrap_or(LIMIT), least_time))
+        .print();
     print(report, "real kernels", routers, time, least(&gateways), answers);
     for (gateway, _) in &gateways {
         let lengths = gateway.tables("a").lengths();
@@ -161,7 +179,7 @@ fn storm(
 }
 
 fn print(report: Report, what: &str, routers: u32, time: Option<Duration>, least: u32, mut answers: Answers) {
-    let Answers { good, bad, .. } = answers;
+    let Answers { good, later, bad, .. } = answers;
     let measured = time.map_or(format!("{} of {routers} keys after {}", least.min(routers), seconds(LIMIT)), seconds);
     report
         .line(format!("{routers} routers, {GATEWAYS} gateways, {what}: all have all"), measured)
@@ -171,9 +189,9 @@ fn print(report: Report, what: &str, routers: u32, time: Option<Duration>, least
     let times = [50, 99, 100].map(|share| milliseconds(percentile(&mut answers.times, share))).join(", ");
     report
         .line(
-            format!("{what}: POSTs answered 200; all answers' p50, p99, max"),
-            format!("{good}, {bad} others; {times}"),
+            format!("{what}: routers answered 200 at once, a minute or two later, never; first answers' p50, p99, max"),
+            format!("{good}, {later}, {bad}; {times}"),
         )
-        .wanted("all 200", bad == 0)
+        .wanted("all at once", later + bad == 0)
         .print();
 }
