@@ -275,7 +275,7 @@ impl Exchange {
     async fn announce_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
         if self.took(ask).iter().any(|worker| self.gateways().confirms(worker)) {
-            return Ok(());
+            return self.publish_again(ask, standing);
         }
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         if online.confirming == 0 {
@@ -303,7 +303,7 @@ impl Exchange {
         if !took.is_empty()
             && let Some(choice) = self.choose(ask, |worker, confirms| confirms && took.contains(worker))
         {
-            return Ok(choice);
+            return self.publish_again(ask, standing).map(|()| choice);
         }
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
@@ -321,7 +321,7 @@ impl Exchange {
     }
 
     /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
-    /// published anew it would be late again.
+    /// their words on it as it is published again would be late again.
     fn took(&self, ask: &Ask) -> BTreeSet<String> {
         self.waiters.took(ask.domain.name(), ask.key, Instant::now().into_std())
     }
@@ -398,6 +398,11 @@ impl Exchange {
         }
         self.metrics.publish_failures.inc();
         Err(refused(waiting, Refusal::NotPublished))
+    }
+
+    /// Has a key published that a gateway has, for those that may not have it yet, or not any more.
+    fn publish_again(&self, ask: &Ask, standing: Standing) -> Result<(), Refusal> {
+        self.publish_in_turn(ask, standing).map(drop).ok_or(Refusal::NotPublished)
     }
 
     /// Has the key published in its turn, although its router may be told meanwhile to come again: by then it is there.

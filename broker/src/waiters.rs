@@ -81,7 +81,8 @@ impl Waiters {
         Waiting { waiters: self.clone(), subject, id, verdicts }
     }
 
-    /// Passes on what `worker` said of a batch of keys. Nobody waits for most of them.
+    /// Passes on what `worker` said of a batch of keys. Nobody waits for most of them. That a peer was removed is no word
+    /// on a key that is under way.
     pub fn resolve(&self, worker: &str, applied: Applied) {
         let Applied { domain, installed, failed } = applied;
         let installed = installed.into_iter().map(|key| (key, Ok(())));
@@ -89,7 +90,9 @@ impl Waiters {
         let mut table = lock(&self.waiting);
         for (key, outcome) in installed.chain(failed) {
             let subject = (domain.clone(), key);
-            for sender in table.by_subject.get(&subject).into_iter().flat_map(BTreeMap::values) {
+            let was_removed = outcome.as_ref().is_err_and(|reason| reason == Applied::REMOVED);
+            let waiting = table.by_subject.get(&subject).filter(|_| !was_removed);
+            for sender in waiting.into_iter().flat_map(BTreeMap::values) {
                 // One that reads nothing any more is about to leave.
                 let _ = sender.try_send(Verdict { worker: worker.to_owned(), outcome: outcome.clone() });
             }
@@ -199,7 +202,7 @@ mod tests {
             (key("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="), key("o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg="));
         let waiters = Waiters::default();
         let said = |domain: &str, key| Applied { domain: domain.into(), installed: vec![key], failed: BTreeMap::new() };
-        let failed = |key| Applied { failed: [(key, "full".into())].into(), ..said("a", other) };
+        let failed = |key, why: &str| Applied { failed: [(key, why.into())].into(), ..said("a", other) };
         let now = Instant::now();
         let took = |domain: &str, key| Vec::from_iter(waiters.took(domain, key, now));
         waiters.resolve("early", said("a", ours));
@@ -210,7 +213,11 @@ mod tests {
         for worker in ["gw1", "gw2", "gw3"] {
             waiters.resolve(worker, said("a", ours));
         }
-        waiters.resolve("gw2", failed(ours));
+        waiters.resolve("gw2", failed(ours, "full"));
+        waiters.resolve("gw4", said("a", ours));
+        let mut meanwhile = waiters.wait_for("a", ours);
+        waiters.resolve("gw4", failed(ours, Applied::REMOVED));
+        assert_eq!(verdicts(&mut meanwhile), [], "what goes before a key comes again says nothing of that");
         waiters.resolve("gw1", said("b", ours));
         waiters.resolve("gw1", said("a", other));
         assert_eq!(took("a", ours), ["gw1", "gw3", "unread"]);

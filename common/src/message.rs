@@ -123,7 +123,7 @@ pub struct Applied {
     /// Keys whose peer, route and FDB entry stand in the kernel.
     #[serde(default)]
     pub installed: Vec<PublicKey>,
-    /// Keys that do not stand there, or not with all three objects, and why, in one word or a short phrase.
+    /// Keys that do not stand there, or not with all three objects, or no longer, and why, in one word or a short phrase.
     #[serde(default)]
     pub failed: BTreeMap<PublicKey, String>,
 }
@@ -140,6 +140,9 @@ impl Applied {
 
     /// Why a key failed for which there is no room.
     pub const FULL: &str = "full";
+
+    /// Why a key no longer stands that did: it made room for another, or was swept.
+    pub const REMOVED: &str = "removed";
 }
 
 /// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.

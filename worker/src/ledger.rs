@@ -507,13 +507,17 @@ impl Ledger {
         let lacking = new.filter(|key| !room.take(self.is_vouched(key))).count();
         let lacking = lacking.min(most - surplus.len());
         if lacking > 0 {
-            let may_go = |key, entry: &Entry| entry.is_unproven() && !self.admission.trusts(key);
-            let unproven = self.peers.iter().filter(|(key, entry)| may_go(key, entry));
-            let mut oldest: Vec<_> = unproven.map(|(key, entry)| (entry.arrived, *key)).collect();
+            let mut oldest: Vec<_> = self.may_go().collect();
             oldest.sort_unstable();
             surplus.extend(oldest.into_iter().take(lacking).map(|(_, key)| key));
         }
         surplus
+    }
+
+    /// Peers that may make room for others, and when each key came.
+    fn may_go(&self) -> impl Iterator<Item = (Stamp, PublicKey)> {
+        let may_go = |key, entry: &Entry| entry.is_unproven() && !self.admission.trusts(key);
+        self.peers.iter().filter(move |(key, entry)| may_go(key, entry)).map(|(key, entry)| (entry.arrived, *key))
     }
 
     fn forget_waiting(&mut self, key: &PublicKey) {
@@ -543,8 +547,8 @@ impl Ledger {
         plan::clear(device, &old.map(|(address, _)| *address).collect())
     }
 
-    /// Which of the live `keys` have no peer here, do not wait for one, may be set, and would not be stale at once. They
-    /// are owed from now on; those for which there is room are returned, the oldest first.
+    /// Which of the live `keys` have no peer here, do not wait for one, may be set, and would neither be stale at once
+    /// nor the next to make room: a flood's keys would push each other out for ever. They are owed from now on; those for which there is room are returned, the oldest first.
     pub fn learn(
         &mut self,
         keys: impl IntoIterator<Item = (PublicKey, Age)>,
@@ -553,6 +557,7 @@ impl Ledger {
         now: Instant,
     ) -> Learnt {
         let mut lacking = Vec::new();
+        let eldest = self.next_to_go();
         for (key, Age(age, proven)) in keys {
             let age = Duration::from_secs(age);
             // What shakes hands is reported every so often; what never did has its grace alone.
@@ -562,9 +567,12 @@ impl Ledger {
             }
             let heard = now.checked_sub(age).unwrap_or(now);
             let waiting = Waiting::heard_of(heard.into(), proven);
+            // An age is in whole seconds.
+            let is_older = |eldest: Stamp| heard <= Instant::from(eldest) + Duration::from_secs(1);
+            let would_go = !proven && !self.admission.trusts(&key) && eldest.is_some_and(is_older);
             if let Some(known) = self.vouched_mut(&key) {
                 *known = (*known).max(waiting.vouched);
-            } else if self.objection(&key, own, reserved).is_none() {
+            } else if !would_go && self.objection(&key, own, reserved).is_none() {
                 self.waiting.insert(key, waiting);
                 self.changed.insert(key);
                 lacking.push((heard, key));
@@ -579,6 +587,12 @@ impl Ledger {
             self.promise(key);
         }
         Learnt { number, next: lacking.into_iter().map(|(_, key)| key).collect() }
+    }
+
+    /// When that peer came which goes first if another without a handshake comes; none while there is room.
+    fn next_to_go(&self) -> Option<Stamp> {
+        let Room { unproven, all } = self.room();
+        if unproven.min(all) > 0 { None } else { self.may_go().map(|(arrived, _)| arrived).min() }
     }
 
     /// Whether nobody has the address of `key`, which waits, with as good a claim. If somebody has, it waits no longer:

@@ -29,6 +29,9 @@ pub const FULL: &str = Applied::FULL;
 /// Why a key is refused that the lists do not let come.
 pub const DENIED: &str = Applied::DENIED;
 
+/// Why a key no longer stands that did.
+pub const REMOVED: &str = Applied::REMOVED;
+
 /// Why keys are refused that the kernel would take.
 pub const REFUSALS: [&str; 5] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, DENIED];
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tracing::{debug, info, warn};
 use wgkex_common::lists::Admission;
 use wgkex_common::message::{Age, Revoked};
@@ -16,7 +17,7 @@ use super::outbox::{Outbox, Report};
 use crate::kernel::{Device, Kernel, KernelError};
 use crate::ledger::{Admitted, Ledger, Now, Policy};
 use crate::metrics::Metrics;
-use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, RESERVED, Shape, Step};
+use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Shape, Step};
 use crate::schedule::Schedule;
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
@@ -296,7 +297,8 @@ impl Served {
         }
     }
 
-    /// Returns what became of keys that may not be here.
+    /// Returns what became of keys that may not be here. With many peers every part of this takes long; between them
+    /// the bus, and who ends the worker, have their turn.
     async fn observe<K: Kernel>(
         &mut self,
         kernel: &mut K,
@@ -309,13 +311,16 @@ impl Served {
             info!(domain = %self.domain, "tables can be read again");
         }
         self.own = Ok(device.public_key);
+        yield_now().await;
         self.ledger.observe(device, &self.reserved.borrow(), now);
+        yield_now().await;
         let expelled = self.expel(kernel, outbox, device, denied, now.monotonic).await;
         if self.schedule.is_sweep_due(now.monotonic) {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
         self.oust(kernel, outbox, device, now.monotonic).await;
         self.forget(kernel, outbox, device, now.monotonic).await;
+        yield_now().await;
         if self.own.is_ok() {
             self.clear(kernel, device, now.monotonic).await;
             if !outbox.report(&self.domain, &self.ledger.unreported(now.monotonic)) {
@@ -328,6 +333,7 @@ impl Served {
             self.schedule.good();
             outbox.set_tables(&self.domain, device, self.ledger.counts(now.monotonic));
         }
+        yield_now().await;
         expelled
     }
 
@@ -413,7 +419,7 @@ impl Served {
         self.metrics.peers_forgotten.with_label_values(&[self.domain.name()]).inc_by(renewed as u64);
     }
 
-    /// Removes these peers and says how many went.
+    /// Removes these peers, says so to whoever was told that they stand, and returns how many went.
     async fn remove<K: Kernel>(
         &mut self,
         kernel: &mut K,
@@ -423,8 +429,13 @@ impl Served {
         now: Instant,
     ) -> usize {
         let outcomes = self.apply(kernel, outbox, &plan::sweep(device, peers), now).await;
-        let removed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
-        removed.map(|(key, _)| self.ledger.removed(&key)).count()
+        let removed: Report =
+            outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| (key, Err(REMOVED))).collect();
+        for (key, _) in &removed {
+            self.ledger.removed(key);
+        }
+        outbox.confirm(&self.domain, &removed);
+        removed.len()
     }
 
     /// Removes routes and flood entries that have no peer.

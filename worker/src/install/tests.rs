@@ -232,13 +232,15 @@ async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_sam
 
 #[tokio::test(start_paused = true)]
 async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
-    let gateway = Gateway::start();
+    let mut gateway = Gateway::start();
     sleep(55 * MINUTE).await;
     gateway.offer([1]);
     sleep(10 * MINUTE).await;
     assert!(gateway.stands(key(1)));
+    gateway.settle().await;
     sleep(HOUR).await;
     assert!(!gateway.device().peers.contains_key(&key(1)));
+    assert_eq!(gateway.confirmed().await.failed, [(key(1), "removed".to_owned())].into());
     assert_eq!(gateway.device().routes.len() + gateway.device().fdb.len(), 0);
     assert_eq!(gateway.metrics.sweeps.with_label_values(&["ffmuc_welt"]).get(), 2);
     assert_eq!(gateway.metrics.peers_removed.with_label_values(&["ffmuc_welt"]).get(), 1);
@@ -304,22 +306,33 @@ async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_s
 async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and_holds_up_no_known_key() {
     let policy = Policy { unproven: 1_000, ..Policy::default() };
     let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let mut said = BTreeSet::new();
     gateway.offer(0..100);
-    gateway.settle().await;
+    sleep(Duration::from_secs(20)).await;
     (0..100).for_each(|n| gateway.fake.handshake(&domain(), key(n), SystemTime::now()));
     sleep(2 * MINUTE).await;
     gateway.fake.delay(Delays { change: Duration::from_micros(100), ..Delays::default() });
-    for part in 0..20 {
+    for part in 0..10 {
         gateway.offer(1_000 + part * 1_000..2_000 + part * 1_000);
         let asked = Instant::now();
         gateway.offer([part]);
-        gateway.confirmed_of(key(part)).await;
+        while !hear(&mut said, gateway.confirmed().await).contains(&key(part)) {}
         assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
         assert!(gateway.device().peers.len() <= 1_100, "{}", gateway.device().peers.len());
     }
     assert!(gateway.all_stand(0..100));
-    sleep(MINUTE).await;
+    while let Ok(Some(applied)) = timeout(MINUTE, gateway.said.applied.recv()).await {
+        hear(&mut said, applied);
+    }
     assert!(gateway.all_stand(0..100) && gateway.device().peers.len() <= 1_100);
+    assert!(said.iter().eq(gateway.device().peers.keys()), "whoever was told that it stands was told when it went");
+}
+
+/// Notes which keys stand by what is said of them, and returns those that do from now on.
+fn hear(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: Applied) -> BTreeSet<PublicKey> {
+    standing.retain(|key| !failed.contains_key(key));
+    standing.extend(&installed);
+    installed.into_iter().collect()
 }
 
 #[tokio::test(start_paused = true)]
@@ -844,11 +857,6 @@ impl Gateway {
 
     async fn confirmed(&mut self) -> Applied {
         timeout(10 * MINUTE, self.said.applied.recv()).await.unwrap().unwrap()
-    }
-
-    /// Returns when it is said that `key` stands.
-    async fn confirmed_of(&mut self, key: PublicKey) {
-        while !self.confirmed().await.installed.contains(&key) {}
     }
 
     async fn up(&self) {

@@ -438,6 +438,26 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
 }
 
 #[test]
+fn a_live_key_without_a_handshake_pushes_out_none_that_came_after_it() {
+    let mut world = World::with(&[]);
+    world.ledger.policy = Policy { unproven: 3, ..Policy::default() };
+    world.read();
+    for n in 0..3 {
+        world.install(&[key(n)]);
+        world.pass(MINUTE);
+    }
+    world.read();
+    let live =
+        [(key(3), Age(240, false)), (key(4), Age(180, false)), (key(5), Age(240, true)), (key(6), Age(60, false))];
+    assert_eq!(world.learn(&live), [key(5)], "who shook hands has a place");
+    assert!([3, 4].iter().all(|n| !world.ledger.waits(&key(*n))));
+    assert!(world.ledger.waits(&key(6)));
+    assert_eq!(world.ledger.surplus(usize::MAX), [key(0)].into());
+    world.ledger.policy.unproven = 5;
+    assert_eq!(world.learn(&live), [key(3)], "there is room for one");
+}
+
+#[test]
 fn handshakes_are_reported_once_and_again_after_a_while() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
     world.fake.alter(&domain(), |device| {
