@@ -3,15 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::config::Confirm;
 use wgkex_common::lists::keeper::View;
 use wgkex_common::message::{Applied, WorkerData};
-use wgkex_common::mqtt::{Bus, Message, SessionEnded};
-use wgkex_common::{Domain, PublicKey, Topic};
+use wgkex_common::{Domain, PublicKey};
 
 use crate::answers::{Answers, Told};
 use crate::client::Client;
@@ -20,13 +18,8 @@ use crate::limits::{Limit, Limited, Limits};
 use crate::live::LiveKeys;
 use crate::lock;
 use crate::metrics::Metrics;
+use crate::turns::Turns;
 use crate::waiters::{Verdict, Waiters, Waiting};
-
-/// Unknown keys that are on their way to the MQTT server at most, of the 100 messages that may be: so known ones never
-/// wait behind a queue of them.
-pub const UNKNOWN_UNDER_WAY: usize = 64;
-/// Keys that wait for their turn at most, known ones and unknown ones each; of more there is no use in a storm.
-pub const QUEUED: usize = 8_192;
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,16 +135,12 @@ fn too_many(limit: Limit) -> &'static str {
 }
 
 /// How a key stands with this broker when it comes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Standing {
-    /// It was never heard of, or forgotten.
-    Unknown,
-    /// It was sent before, and never shook hands.
-    Unproven,
+#[derive(Debug, Clone, Copy)]
+struct Standing {
     /// It shook hands at a gateway.
-    Known,
-    /// It is known, and comes oftener than a router needs.
-    Hasty,
+    is_proven: bool,
+    /// It was sent before, and comes oftener than a router needs.
+    is_hasty: bool,
 }
 
 impl Ask {
@@ -175,18 +164,14 @@ pub struct Exchange {
     pub gateways: Arc<Mutex<Gateways>>,
     /// By which gateways' words on it come.
     pub waiters: Waiters,
-    /// Where keys are published.
-    pub keys: Bus,
+    /// By which keys are published.
+    pub turns: Turns,
     /// Where they are remembered.
     pub live: Arc<Mutex<LiveKeys>>,
     /// How often unknown keys may come.
     pub limits: Arc<Limits>,
     /// What was told to keys that come too often.
     pub answers: Arc<Mutex<Answers>>,
-    /// Places of [`UNKNOWN_UNDER_WAY`].
-    pub unknown: Arc<Semaphore>,
-    /// Places of [`QUEUED`], for unknown keys and for known ones.
-    pub queues: [Arc<Semaphore>; 2],
     /// Who may come.
     pub lists: watch::Receiver<View>,
     /// How long an answer may wait.
@@ -211,7 +196,7 @@ impl Exchange {
     pub async fn announce(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<(), Refusal> {
         let online = self.ready(ask)?;
         let standing = self.standing(ask, client)?;
-        if standing == Standing::Hasty && self.told(ask).is_some() {
+        if standing.is_hasty && self.told(ask).is_some() {
             return Ok(());
         }
         self.announce_anew(ask, standing, online).await?;
@@ -223,7 +208,7 @@ impl Exchange {
     pub async fn assign(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
         self.ready(ask)?;
         let standing = self.standing(ask, client)?;
-        if standing == Standing::Hasty
+        if standing.is_hasty
             && let Some(Told { worker: Some(worker), .. }) = self.told(ask)
             && let Some(choice) = self.gateways().choose(&ask.domain, |name, _| name == worker)
         {
@@ -241,12 +226,8 @@ impl Exchange {
             self.limits.admit(&ask.key, client, ask.domain.name()).map_err(Refusal::Limited)?;
         }
         self.admit(ask)?;
-        Ok(match proven {
-            None => Standing::Unknown,
-            Some(_) if self.limits.repeat(&ask.key).is_err() => Standing::Hasty,
-            Some(true) => Standing::Known,
-            Some(false) => Standing::Unproven,
-        })
+        let is_hasty = proven.is_some() && self.limits.repeat(&ask.key).is_err();
+        Ok(Standing { is_proven: proven == Some(true), is_hasty })
     }
 
     /// Whether the key may be a router's, and its address is nobody else's.
@@ -267,7 +248,7 @@ impl Exchange {
     }
 
     fn keep(&self, ask: &Ask, standing: Standing, worker: Option<String>) {
-        if standing == Standing::Hasty {
+        if standing.is_hasty {
             lock(&self.answers).keep(&ask.domain, ask.key, worker, Instant::now().into_std());
         }
     }
@@ -275,7 +256,8 @@ impl Exchange {
     async fn announce_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
         if self.took(ask).iter().any(|worker| self.gateways().confirms(worker)) {
-            return self.publish_again(ask, standing);
+            self.publish_again(ask, standing);
+            return Ok(());
         }
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         if online.confirming == 0 {
@@ -294,7 +276,7 @@ impl Exchange {
                 None => break,
             }
         }
-        if online.others > 0 { Ok(()) } else { Err(refused(waiting, heard.refusal())) }
+        if online.others > 0 { Ok(()) } else { Err(refused(waiting, standing, heard.refusal())) }
     }
 
     async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
@@ -303,7 +285,8 @@ impl Exchange {
         if !took.is_empty()
             && let Some(choice) = self.choose(ask, |worker, confirms| confirms && took.contains(worker))
         {
-            return self.publish_again(ask, standing).map(|()| choice);
+            self.publish_again(ask, standing);
+            return Ok(choice);
         }
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
@@ -313,7 +296,7 @@ impl Exchange {
         } else {
             self.next_best(ask, &mut waiting, &mut heard, deadlines).await
         };
-        let choice = choice.map_err(|refusal| refused(waiting, refusal))?;
+        let choice = choice.map_err(|refusal| refused(waiting, standing, refusal))?;
         if choice.confirms {
             self.confirmed(published);
         }
@@ -323,7 +306,7 @@ impl Exchange {
     /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
     /// their words on it as it is published again would be late again.
     fn took(&self, ask: &Ask) -> BTreeSet<String> {
-        self.waiters.took(ask.domain.name(), ask.key, Instant::now().into_std())
+        self.waiters.take(ask.domain.name(), ask.key, Instant::now().into_std())
     }
 
     /// Whether the best gateway takes the key within its time.
@@ -391,34 +374,19 @@ impl Exchange {
     ) -> Result<(Instant, Waiting), Refusal> {
         let published = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        if let Some(publishing) = self.publish_in_turn(ask, standing)
-            && let Ok(Ok(Ok(()))) = timeout_at(deadlines.budget, publishing).await
+        if let Some(mut turn) = self.turns.take(&ask.domain, ask.key, standing.is_proven)
+            && let Ok(Ok(_)) = timeout_at(deadlines.budget, turn.wait_for(|published| *published)).await
         {
             return Ok((published, waiting));
         }
         self.metrics.publish_failures.inc();
-        Err(refused(waiting, Refusal::NotPublished))
+        Err(refused(waiting, standing, Refusal::NotPublished))
     }
 
-    /// Has a key published that a gateway has, for those that may not have it yet, or not any more.
-    fn publish_again(&self, ask: &Ask, standing: Standing) -> Result<(), Refusal> {
-        self.publish_in_turn(ask, standing).map(drop).ok_or(Refusal::NotPublished)
-    }
-
-    /// Has the key published in its turn, although its router may be told meanwhile to come again: by then it is there.
-    /// None if too many others wait.
-    fn publish_in_turn(&self, ask: &Ask, standing: Standing) -> Option<JoinHandle<Result<(), SessionEnded>>> {
-        let unknown = matches!(standing, Standing::Unknown | Standing::Unproven).then(|| self.unknown.clone());
-        let queue = self.queues[usize::from(unknown.is_some())].clone();
-        let queued = queue.try_acquire_owned().ok()?;
-        let (Ask { domain, key }, keys, live) = (ask.clone(), self.keys.clone(), self.live.clone());
-        Some(tokio::spawn(async move {
-            let _queued = queued;
-            let _place = if let Some(unknown) = &unknown { Some(unknown.acquire().await) } else { None };
-            keys.publish(Message::event(Topic::Key { domain: domain.name().into() }, key.to_string())).await?;
-            lock(&live).admit(domain.name(), key, Instant::now().into_std());
-            Ok(())
-        }))
+    /// Has a key published that a gateway said it has, for the others and in case it is not there any more. If there is
+    /// no place for that the gateway's word holds all the same.
+    fn publish_again(&self, ask: &Ask, standing: Standing) {
+        let _ = self.turns.take(&ask.domain, ask.key, standing.is_proven);
     }
 
     /// The next word, by `until`, of a gateway whose word counts.
@@ -440,9 +408,9 @@ impl Exchange {
 }
 
 /// Why a request is not met; if that is for want of time, what comes later is kept for the router's next one.
-fn refused(waiting: Waiting, refusal: Refusal) -> Refusal {
+fn refused(waiting: Waiting, standing: Standing, refusal: Refusal) -> Refusal {
     if matches!(refusal, Refusal::NotPublished | Refusal::NotConfirmed) {
-        waiting.leave(Instant::now().into_std());
+        waiting.leave(standing.is_proven, Instant::now().into_std());
     }
     refusal
 }
@@ -470,9 +438,13 @@ struct Heard {
 }
 
 impl Heard {
+    /// The last word of each counts. A key that was removed may be under way once more.
     fn note(&mut self, Verdict { worker, outcome }: Verdict) {
+        self.took.remove(&worker);
+        self.refused.remove(&worker);
         match outcome {
             Ok(()) => drop(self.took.insert(worker)),
+            Err(reason) if reason == Applied::REMOVED => {}
             Err(reason) => drop(self.refused.insert(worker, reason)),
         }
     }

@@ -25,6 +25,7 @@ mod mqttd;
 mod page;
 pub mod password;
 pub mod revoke;
+pub mod turns;
 pub mod waiters;
 
 use std::net::TcpListener;
@@ -34,7 +35,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use futures_util::future::{join_all, try_join_all};
 use governor::clock::MonotonicClock;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::info;
 use wgkex_common::config::Https;
@@ -47,7 +48,7 @@ use wgkex_common::{Config, Domain, Reserved, process};
 use crate::admin::Admin;
 use crate::certificate::Certificate;
 use crate::connections::Connections;
-use crate::exchange::{Exchange, QUEUED, UNKNOWN_UNDER_WAY};
+use crate::exchange::Exchange;
 use crate::gateways::Gateways;
 use crate::http::App;
 use crate::limits::Limits;
@@ -57,6 +58,7 @@ use crate::metrics::Metrics;
 pub use crate::mqtt::hear_anything;
 use crate::mqttd::Mqttd;
 use crate::revoke::Answers;
+use crate::turns::Turns;
 use crate::waiters::Waiters;
 
 /// How long the bus may take to hear that this broker goes.
@@ -100,12 +102,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters: waiters.clone(),
-        keys: keys.clone(),
+        turns: Turns::new(keys.clone(), live.clone(), lists.view()),
         live: live.clone(),
         limits: limits.clone(),
         answers: Arc::default(),
-        unknown: Arc::new(Semaphore::new(UNKNOWN_UNDER_WAY)),
-        queues: [QUEUED, QUEUED].map(|places| Arc::new(Semaphore::new(places))),
         lists: lists.view(),
         confirm: config.confirm,
         metrics: metrics.clone(),

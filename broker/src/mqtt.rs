@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists, View};
-use wgkex_common::message::{Applied, Asked, Hello, Question, Revoked, Seen};
+use wgkex_common::message::{Applied, Asked, Hello, Question, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Topic, is_topic_level};
@@ -98,46 +98,59 @@ fn hear(
 ) -> Result<(), &'static str> {
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
     if let Topic::Revoked { worker } = &topic {
-        let revoked: Revoked = json(publish)?;
-        answers.resolve(worker, revoked);
-        return Ok(());
-    }
-    if let Topic::Applied { worker } = &topic {
+        answers.resolve(worker, json(publish)?);
+    } else if let Topic::Applied { worker } = &topic {
         let applied: Applied = json(publish)?;
-        let (domain, installed) = (applied.domain.clone(), applied.installed.clone());
-        waiters.resolve(worker, applied);
         if lock(gateways).confirms(worker) {
-            let (now, mut live) = (Instant::now(), lock(live));
-            for key in installed {
-                live.witness(&domain, key, now);
-            }
+            witness(live, &applied);
+            waiters.resolve(worker, applied);
         }
-        return Ok(());
-    }
-    if let Topic::Seen { worker } = &topic {
+    } else if let Topic::Seen { worker } = &topic {
         let seen: Seen = json(publish)?;
         if lock(gateways).confirms(worker) {
-            let (now, mut live) = (Instant::now(), lock(live));
-            for key in seen.keys {
-                live.prove(&seen.domain, key, now);
-            }
+            prove(live, &seen);
         }
-        return Ok(());
+    } else {
+        hear_state(gateways, waiters, &topic, publish)?;
     }
+    Ok(())
+}
+
+fn witness(live: &Mutex<LiveKeys>, applied: &Applied) {
+    let (now, mut live) = (Instant::now(), lock(live));
+    for key in &applied.installed {
+        live.witness(&applied.domain, *key, now);
+    }
+}
+
+fn prove(live: &Mutex<LiveKeys>, seen: &Seen) {
+    let (now, mut live) = (Instant::now(), lock(live));
+    for key in &seen.keys {
+        live.prove(&seen.domain, *key, now);
+    }
+}
+
+/// What a gateway is. What it said of keys may not be so any more if it is gone, or has just come.
+fn hear_state(
+    gateways: &Mutex<Gateways>,
+    waiters: &Waiters,
+    topic: &Topic,
+    publish: &Publish,
+) -> Result<(), &'static str> {
     let mut gateways = lock(gateways);
-    let worker = if let Topic::WorkerStatus { worker } = &topic { Some(worker) } else { None };
+    let worker = if let Topic::WorkerStatus { worker } = topic { Some(worker) } else { None };
     let state = |gateways: &Gateways| (worker.is_some_and(|worker| gateways.is_online(worker)), gateways.complete());
     let (was_online, was_complete) = state(&gateways);
-    gateways.hear(&topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
+    gateways.hear(topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
     let (online, complete) = state(&gateways);
-    if let Topic::ConnectedPeers { domain, worker } = &topic
-        && !gateways.has_online(worker, domain)
-    {
-        waiters.forget(worker, Some(domain));
-    }
+    let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
+        (!gateways.has_online(worker, domain)).then_some((worker, Some(domain.as_str())))
+    } else {
+        worker.filter(|_| !publish.retain).map(|worker| (worker, None))
+    };
     drop(gateways);
-    if let Some(worker) = worker.filter(|_| !online) {
-        waiters.forget(worker, None);
+    if let Some((worker, domain)) = gone {
+        waiters.forget(worker, domain);
     }
     if let Some(worker) = worker.filter(|_| online != was_online) {
         info!(worker, online, "gateway");

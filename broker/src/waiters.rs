@@ -81,8 +81,7 @@ impl Waiters {
         Waiting { waiters: self.clone(), subject, id, verdicts }
     }
 
-    /// Passes on what `worker` said of a batch of keys. Nobody waits for most of them. That a peer was removed is no word
-    /// on a key that is under way.
+    /// Passes on what `worker` said of a batch of keys. Nobody waits for most of them.
     pub fn resolve(&self, worker: &str, applied: Applied) {
         let Applied { domain, installed, failed } = applied;
         let installed = installed.into_iter().map(|key| (key, Ok(())));
@@ -90,12 +89,7 @@ impl Waiters {
         let mut table = lock(&self.waiting);
         for (key, outcome) in installed.chain(failed) {
             let subject = (domain.clone(), key);
-            let was_removed = outcome.as_ref().is_err_and(|reason| reason == Applied::REMOVED);
-            let waiting = table.by_subject.get(&subject).filter(|_| !was_removed);
-            for sender in waiting.into_iter().flat_map(BTreeMap::values) {
-                // One that reads nothing any more is about to leave.
-                let _ = sender.try_send(Verdict { worker: worker.to_owned(), outcome: outcome.clone() });
-            }
+            table.tell(&subject, worker, &outcome);
             if let Some(late) = table.late.get_mut(&subject) {
                 match outcome {
                     Ok(()) => late.took.insert(worker.to_owned()),
@@ -105,24 +99,26 @@ impl Waiters {
         }
     }
 
-    /// The gateways that said that they have `key` since its router was told to come again.
+    /// The gateways that said that they have `key` since its router was told to come again; once.
     #[must_use]
-    pub fn took(&self, domain: &str, key: PublicKey, now: Instant) -> BTreeSet<String> {
-        let table = lock(&self.waiting);
-        let late = table.late.get(&(domain.to_owned(), key)).filter(|late| !late.is_over(now));
-        late.map(|late| late.took.clone()).unwrap_or_default()
+    pub fn take(&self, domain: &str, key: PublicKey, now: Instant) -> BTreeSet<String> {
+        let late = lock(&self.waiting).late.remove(&(domain.to_owned(), key));
+        late.filter(|late| !late.is_over(now)).map(|late| late.took).unwrap_or_default()
     }
 
     /// What `worker` said may not be so any more, in this domain or in all.
     pub fn forget(&self, worker: &str, domain: Option<&str>) {
-        for (_, late) in
-            lock(&self.waiting).late.iter_mut().filter(|(subject, _)| domain.is_none_or(|domain| domain == subject.0))
-        {
+        let mut table = lock(&self.waiting);
+        let concerns = |subject: &Subject| domain.is_none_or(|domain| domain == subject.0);
+        for (_, late) in table.late.iter_mut().filter(|(subject, _)| concerns(subject)) {
             late.took.remove(worker);
+        }
+        for subject in table.by_subject.keys().filter(|subject| concerns(subject)) {
+            table.tell(subject, worker, &Err(Applied::REMOVED.to_owned()));
         }
     }
 
-    /// What anybody said may not be so any more.
+    /// What anybody said to those who were told to come again may not be so any more.
     pub fn forget_all(&self) {
         lock(&self.waiting).late.clear();
     }
@@ -133,20 +129,29 @@ impl Waiters {
     }
 }
 
+impl Table {
+    /// Tells everyone who waits for the key.
+    fn tell(&self, subject: &Subject, worker: &str, outcome: &Result<(), String>) {
+        for sender in self.by_subject.get(subject).into_iter().flat_map(BTreeMap::values) {
+            // One that reads nothing any more is about to leave.
+            let _ = sender.try_send(Verdict { worker: worker.to_owned(), outcome: outcome.clone() });
+        }
+    }
+}
+
 impl Waiting {
     /// The next verdict on the key, from any gateway.
     pub async fn verdict(&mut self) -> Option<Verdict> {
         self.verdicts.recv().await
     }
 
-    /// The router is told to come again: what is said from now on is kept until then, if there is room.
-    pub fn leave(mut self, now: Instant) {
+    /// The router is told to come again: what is said from now on is kept until then, if there is room. Half of it is for
+    /// keys that are proven.
+    pub fn leave(self, is_proven: bool, now: Instant) {
         let mut table = lock(&self.waiters.waiting);
-        if table.late.len() < KEPT {
-            let late = table.late.entry(self.subject.clone()).or_insert(Late { since: now, took: BTreeSet::new() });
-            late.since = now;
-            let unread = std::iter::from_fn(|| self.verdicts.try_recv().ok());
-            late.took.extend(unread.filter(|verdict| verdict.outcome.is_ok()).map(|verdict| verdict.worker));
+        let most = if is_proven { KEPT } else { KEPT / 2 };
+        if table.late.len() < most {
+            table.late.insert(self.subject.clone(), Late { since: now, took: BTreeSet::new() });
         }
         drop(table);
     }
@@ -204,47 +209,57 @@ mod tests {
         let said = |domain: &str, key| Applied { domain: domain.into(), installed: vec![key], failed: BTreeMap::new() };
         let failed = |key, why: &str| Applied { failed: [(key, why.into())].into(), ..said("a", other) };
         let now = Instant::now();
-        let took = |domain: &str, key| Vec::from_iter(waiters.took(domain, key, now));
+        let kept =
+            || lock(&waiters.waiting).late.get(&("a".to_owned(), ours)).map(|late| Vec::from_iter(late.took.clone()));
         waiters.resolve("early", said("a", ours));
         let waiting = waiters.wait_for("a", ours);
         waiters.resolve("unread", said("a", ours));
-        waiting.leave(now);
-        assert_eq!(took("a", ours), ["unread"]);
-        for worker in ["gw1", "gw2", "gw3"] {
+        waiting.leave(true, now);
+        for worker in ["gw1", "gw2", "gw3", "gw4"] {
             waiters.resolve(worker, said("a", ours));
         }
         waiters.resolve("gw2", failed(ours, "full"));
-        waiters.resolve("gw4", said("a", ours));
-        let mut meanwhile = waiters.wait_for("a", ours);
         waiters.resolve("gw4", failed(ours, Applied::REMOVED));
-        assert_eq!(verdicts(&mut meanwhile), [], "what goes before a key comes again says nothing of that");
         waiters.resolve("gw1", said("b", ours));
         waiters.resolve("gw1", said("a", other));
-        assert_eq!(took("a", ours), ["gw1", "gw3", "unread"]);
-        assert_eq!((took("b", ours), took("a", other)), (vec![], vec![]));
+        assert_eq!((waiters.take("b", ours, now), waiters.take("a", other, now)), (BTreeSet::new(), BTreeSet::new()));
         waiters.forget("gw1", Some("b"));
-        assert_eq!(took("a", ours), ["gw1", "gw3", "unread"]);
+        assert_eq!(kept(), Some(vec!["gw1".to_owned(), "gw3".to_owned()]));
         waiters.forget("gw1", Some("a"));
-        waiters.forget("unread", None);
-        assert_eq!(took("a", ours), ["gw3"]);
-        let again = now + AGAIN / 2;
-        waiters.wait_for("a", ours).leave(again);
-        assert_eq!(waiters.took("a", ours, now + AGAIN).len(), 1, "it came again meanwhile");
-        let until = again + AGAIN;
-        assert!(waiters.took("a", ours, until).is_empty());
-        waiters.tidy(until);
+        assert_eq!(Vec::from_iter(waiters.take("a", ours, now)), ["gw3"]);
+        assert_eq!(kept(), None, "the next request has to ask");
+        waiters.wait_for("a", ours).leave(true, now);
+        waiters.resolve("gw1", said("a", ours));
+        assert!(waiters.take("a", ours, now + AGAIN).is_empty(), "it is too long ago");
+        waiters.wait_for("a", ours).leave(true, now);
+        waiters.tidy(now + AGAIN);
         assert!(lock(&waiters.waiting).late.is_empty());
+    }
+
+    #[test]
+    fn who_waits_hears_that_a_gateway_may_not_have_the_key_any_more() {
+        let ours = key("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=");
+        let waiters = Waiters::default();
+        let (mut here, mut elsewhere) = (waiters.wait_for("a", ours), waiters.wait_for("b", ours));
+        waiters.forget("gw1", Some("a"));
+        let removed = |worker: &str| (worker.to_owned(), Err(Applied::REMOVED.to_owned()));
+        assert_eq!((verdicts(&mut here), verdicts(&mut elsewhere)), (vec![removed("gw1")], vec![]));
+        waiters.forget("gw2", None);
+        assert_eq!((verdicts(&mut here), verdicts(&mut elsewhere)), (vec![removed("gw2")], vec![removed("gw2")]));
     }
 
     #[test]
     fn a_flood_of_keys_that_nobody_takes_keeps_only_so_many() {
         let (waiters, now) = (Waiters::default(), Instant::now());
         let most = u32::try_from(KEPT).unwrap();
-        for n in 0..most + 10 {
+        let leave = |n: u32, is_proven| {
             let mut bytes = [0x42; 32];
             bytes[..4].copy_from_slice(&n.to_be_bytes());
-            waiters.wait_for("a", PublicKey::from_bytes(bytes).unwrap()).leave(now);
-        }
+            waiters.wait_for("a", PublicKey::from_bytes(bytes).unwrap()).leave(is_proven, now);
+        };
+        (0..most).for_each(|n| leave(n, false));
+        assert_eq!(lock(&waiters.waiting).late.len(), KEPT / 2, "routers that are known have places all the same");
+        (0..2 * most).for_each(|n| leave(n, true));
         assert_eq!(lock(&waiters.waiting).late.len(), KEPT);
         waiters.forget_all();
         assert!(lock(&waiters.waiting).late.is_empty());

@@ -35,12 +35,14 @@ const QUEUE: usize = 65_536;
 /// Keys in a batch at most.
 const BATCH: usize = 4_096;
 
-/// After a batch that took longer than this, keys gather as long as it took: where a batch is slow, each key of a storm
-/// must cost less than one alone;
+/// After a batch that took longer than this, keys gather for as long as it took: where a batch is slow, each key of a
+/// storm must cost less than one alone.
 const SLOW: Duration = Duration::from_millis(3);
-/// at most this long,
+
+/// The longest that keys gather.
 const GATHER: Duration = Duration::from_millis(50);
-/// and not when so many are there by then.
+
+/// Where so many keys wait after a batch, the next one gathers no more.
 const GATHERED: usize = 64;
 
 /// While more than this is owed, live keys that may be lacking are not looked at: they wait with who sent them.

@@ -408,11 +408,10 @@ impl Ledger {
     fn damaged(&self, device: &Device) -> BTreeMap<PublicKey, Ipv6Addr> {
         let (mut routes, mut fdb) = (plan::Among::new(&device.routes), plan::Among::new(&device.fdb));
         let owners = self.owners.iter().map(|(address, key)| (*key, Ipv6Addr::from(*address)));
-        let lack = owners.filter(|(_, address)| !(routes.has(address) & fdb.has(address)));
+        let lack = owners.filter(|(_, address)| !(routes.has(address) && fdb.has(address)));
         let bare = device.peers.iter().filter(|(_, peer)| peer.allowed_ips.is_empty());
-        let bare = bare.map(|(key, _)| (*key, key.link_local()));
-        let bare = bare.filter(|(key, address)| Derived::of(*address).and_then(|at| self.owners.get(&at)) == Some(key));
-        lack.chain(bare).collect()
+        let bare = bare.map(|(key, _)| (*key, key.derived())).filter(|(key, at)| self.owners.get(at) == Some(key));
+        lack.chain(bare.map(|(key, at)| (key, at.into()))).collect()
     }
 
     /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
@@ -435,7 +434,7 @@ impl Ledger {
                 admission.refused.push((key, ADDRESS_TAKEN));
             } else if self.peers.contains_key(&key) {
                 admission.known.push(key);
-            } else if room.take(self.is_vouched(&key)) {
+            } else if self.has_place(&key) || room.take(self.is_vouched(&key)) {
                 admission.new.push(key);
             } else if self.unproven == 0 {
                 self.owners.remove(&key.derived());
@@ -547,8 +546,8 @@ impl Ledger {
         plan::clear(device, &old.map(|(address, _)| *address).collect())
     }
 
-    /// Which of the live `keys` have no peer here, do not wait for one, may be set, and would neither be stale at once
-    /// nor the next to make room: a flood's keys would push each other out for ever. They are owed from now on; those for which there is room are returned, the oldest first.
+    /// Which of the live `keys` have no peer here, do not wait for one, may be set, and would not be stale at once. They
+    /// are owed from now on; those for which there is room are returned, the oldest first.
     pub fn learn(
         &mut self,
         keys: impl IntoIterator<Item = (PublicKey, Age)>,
@@ -557,7 +556,6 @@ impl Ledger {
         now: Instant,
     ) -> Learnt {
         let mut lacking = Vec::new();
-        let eldest = self.next_to_go();
         for (key, Age(age, proven)) in keys {
             let age = Duration::from_secs(age);
             // What shakes hands is reported every so often; what never did has its grace alone.
@@ -567,12 +565,9 @@ impl Ledger {
             }
             let heard = now.checked_sub(age).unwrap_or(now);
             let waiting = Waiting::heard_of(heard.into(), proven);
-            // An age is in whole seconds.
-            let is_older = |eldest: Stamp| heard <= Instant::from(eldest) + Duration::from_secs(1);
-            let would_go = !proven && !self.admission.trusts(&key) && eldest.is_some_and(is_older);
             if let Some(known) = self.vouched_mut(&key) {
                 *known = (*known).max(waiting.vouched);
-            } else if !would_go && self.objection(&key, own, reserved).is_none() {
+            } else if self.objection(&key, own, reserved).is_none() {
                 self.waiting.insert(key, waiting);
                 self.changed.insert(key);
                 lacking.push((heard, key));
@@ -581,18 +576,37 @@ impl Ledger {
         lacking.retain(|(_, key)| self.outranks(*key, now) && self.claim(*key, now));
         lacking.retain(|(_, key)| self.waiting.contains_key(key));
         lacking.sort_unstable();
-        let (mut room, number) = (self.room(), lacking.len());
-        lacking.retain(|(_, key)| room.take(self.is_vouched(key)));
-        for (_, key) in &lacking {
+        let mut room = self.room();
+        let (next, others): (Vec<_>, Vec<_>) =
+            lacking.into_iter().partition(|(_, key)| room.take(self.is_vouched(key)));
+        for (_, key) in &next {
             self.promise(key);
         }
-        Learnt { number, next: lacking.into_iter().map(|(_, key)| key).collect() }
+        let number = next.len() + self.wait_for_room(others);
+        if self.waiting.len() > self.policy.waiting {
+            self.drop_oldest();
+        }
+        Learnt { number, next: next.into_iter().map(|(_, key)| key).collect() }
     }
 
-    /// When that peer came which goes first if another without a handshake comes; none while there is room.
-    fn next_to_go(&self) -> Option<Stamp> {
-        let Room { unproven, all } = self.room();
-        if unproven.min(all) > 0 { None } else { self.may_go().map(|(arrived, _)| arrived).min() }
+    /// Lets those of `keys`, given with when they came, wait whom the next read makes room for, and says how many: none
+    /// that never shook hands pushes out one that came after it. A flood's keys would do so to each other for ever.
+    fn wait_for_room(&mut self, keys: Vec<(Instant, PublicKey)>) -> usize {
+        if keys.is_empty() {
+            return 0;
+        }
+        let may_always = |key: &PublicKey| self.is_vouched(key) || self.admission.trusts(key);
+        let (always, mut others): (Vec<_>, Vec<_>) = keys.into_iter().partition(|(_, key)| may_always(key));
+        others.reverse();
+        let mut oldest: Vec<_> = self.may_go().map(|(arrived, _)| Instant::from(arrived)).collect();
+        oldest.sort_unstable();
+        let pairs = others.iter().zip(oldest.into_iter().skip(always.len()));
+        // Ages are in whole seconds.
+        let newer = pairs.take_while(|((heard, _), oldest)| *heard > *oldest + Duration::from_secs(1)).count();
+        for (_, key) in &others[newer..] {
+            self.forget_waiting(key);
+        }
+        always.len() + newer
     }
 
     /// Whether nobody has the address of `key`, which waits, with as good a claim. If somebody has, it waits no longer:
@@ -612,6 +626,10 @@ impl Ledger {
             Some(entry) => Some(&mut entry.vouched),
             None => self.waiting.get_mut(key).map(|waiting| &mut waiting.vouched),
         }
+    }
+
+    fn has_place(&self, key: &PublicKey) -> bool {
+        self.waiting.get(key).is_some_and(|waiting| waiting.promised)
     }
 
     fn is_vouched(&self, key: &PublicKey) -> bool {

@@ -6,7 +6,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use rumqttc::{QoS, qos};
 use rusqlite::{Connection, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
@@ -22,9 +21,14 @@ use super::retained::{Kept, Retained, Snapshot};
 const FLUSH: Duration = Duration::from_millis(500);
 
 const LAYOUT: Layout = Layout {
-    number: 1,
+    number: 2,
     schema: "
-        CREATE TABLE messages (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, qos INTEGER NOT NULL) WITHOUT ROWID;
+        CREATE TABLE messages (
+            topic TEXT PRIMARY KEY,
+            payload BLOB NOT NULL,
+            qos INTEGER NOT NULL,
+            user TEXT
+        ) WITHOUT ROWID;
         CREATE TABLE wills (
             client TEXT PRIMARY KEY,
             topic TEXT NOT NULL,
@@ -132,10 +136,10 @@ fn whole<T>(path: &Path, read: impl Fn(Connection) -> Result<T, Failure>) -> Res
 }
 
 fn read(database: &Connection) -> Result<Retained, Failure> {
-    let mut statement = database.prepare("SELECT topic, payload, qos FROM messages")?;
+    let mut statement = database.prepare("SELECT topic, payload, qos, user FROM messages")?;
     let kept = |row: &rusqlite::Row<'_>| {
-        let (topic, payload, qos): (String, Vec<u8>, u8) = (row.get(0)?, row.get(1)?, row.get(2)?);
-        Ok((topic, Kept { payload: Bytes::from(payload), qos: quality(qos), by: None }))
+        let (payload, qos, user): (Vec<u8>, u8, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
+        Ok((row.get(0)?, Kept { payload: payload.into(), qos: quality(qos), by: user.map(Arc::from) }))
     };
     let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
@@ -164,11 +168,13 @@ fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> 
         transaction.execute_batch("DELETE FROM messages; DELETE FROM wills;")?;
     }
     {
-        let mut put = transaction.prepare("REPLACE INTO messages VALUES (?1, ?2, ?3)")?;
+        let mut put = transaction.prepare("REPLACE INTO messages VALUES (?1, ?2, ?3, ?4)")?;
         let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
         for (topic, kept) in &snapshot.messages {
             match kept {
-                Some(Kept { payload, qos, .. }) => put.execute(params![topic, &payload[..], *qos as u8])?,
+                Some(Kept { payload, qos, by }) => {
+                    put.execute(params![topic, &payload[..], *qos as u8, by.as_deref()])?
+                }
                 None => remove.execute([topic])?,
             };
         }
@@ -191,6 +197,9 @@ fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> 
 mod tests {
     use std::fs;
 
+    use bytes::Bytes;
+
+    use super::super::retained::{SHARE, TOPICS};
     use super::*;
 
     fn message(topic: &str, payload: &str) -> Message {
@@ -224,6 +233,22 @@ mod tests {
             assert_eq!(topics(&retained), expected);
             close(file, &mut retained);
         }
+    }
+
+    #[test]
+    fn who_has_all_of_a_users_part_has_it_after_a_restart_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, mut retained) = File::open(dir.path());
+        for n in 0..TOPICS / SHARE {
+            retained.keep(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
+        }
+        retained.promise("gw1", message("0", "0"));
+        close(file, &mut retained);
+        let (_file, mut retained) = File::open(dir.path());
+        retained.keep(&message("another's", "1"), Some("gw2")).unwrap();
+        assert!(retained.keep(&message("one more", "1"), Some("gw1")).is_err());
+        retained.keep(&message("0", ""), Some("gw1")).unwrap();
+        retained.keep(&message("one more", "1"), Some("gw1")).unwrap();
     }
 
     #[test]

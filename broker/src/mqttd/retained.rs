@@ -13,11 +13,11 @@ use super::filter::{matches, prefix};
 use super::message::Message;
 
 /// So many topics have a message kept at most.
-const TOPICS: usize = 100_000;
+pub(super) const TOPICS: usize = 100_000;
 /// So many bytes of topics and payloads are kept at most.
 const BYTES: usize = 64 << 20;
 /// One user has this part of both at most, so that nobody keeps another's messages out.
-const SHARE: usize = 20;
+pub(super) const SHARE: usize = 20;
 /// So many topics are looked at in one go, lest others wait.
 const LOOKED_AT: usize = 2_000;
 /// Beyond so many changes that could not be written, everything is to be written again.
@@ -77,6 +77,12 @@ pub struct Snapshot {
     pub anew: bool,
 }
 
+impl Kept {
+    fn size(&self, topic: &str) -> usize {
+        topic.len() + self.payload.len()
+    }
+}
+
 impl Retained {
     /// As it was when the server ended, with the wills that are due.
     pub fn restored(messages: impl IntoIterator<Item = (String, Kept)>, wills: BTreeMap<String, Message>) -> Self {
@@ -86,7 +92,8 @@ impl Retained {
         }
         retained.changes = Changes { clients: wills.keys().cloned().collect(), ..Changes::default() };
         for will in wills.into_values().filter(|will| will.retain) {
-            let _ = retained.keep(&will, None);
+            let by = retained.messages.get(&will.topic).and_then(|before| before.by.clone());
+            let _ = retained.keep(&will, by.as_deref());
         }
         retained
     }
@@ -112,7 +119,7 @@ impl Retained {
 
     fn put(&mut self, topic: String, kept: Kept) -> Result<(), Full> {
         let before = self.take(&topic);
-        let size = topic.len() + kept.payload.len();
+        let size = kept.size(&topic);
         let of_user = kept.by.as_ref().and_then(|user| self.of_users.get(user)).copied().unwrap_or_default();
         let fits = self.all.has_room(size, 1) && (kept.by.is_none() || of_user.has_room(size, SHARE));
         match (fits, before) {
@@ -124,7 +131,7 @@ impl Retained {
     }
 
     fn place(&mut self, topic: String, kept: Kept) {
-        let size = topic.len() + kept.payload.len();
+        let size = kept.size(&topic);
         self.all.add(size);
         if let Some(user) = &kept.by {
             self.of_users.entry(user.clone()).or_default().add(size);
@@ -134,7 +141,7 @@ impl Retained {
 
     fn take(&mut self, topic: &str) -> Option<Kept> {
         let kept = self.messages.remove(topic)?;
-        let size = topic.len() + kept.payload.len();
+        let size = kept.size(topic);
         self.all.remove(size);
         if let Some(user) = &kept.by
             && let Some(of_user) = self.of_users.get_mut(user)
@@ -161,8 +168,8 @@ impl Retained {
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
         for (place, (topic, kept)) in range.take_while(|(topic, _)| topic.starts_with(begin)).enumerate() {
             if matches(filter, topic) {
+                bytes += kept.size(topic);
                 let Kept { payload, qos, .. } = kept.clone();
-                bytes += topic.len() + payload.len();
                 found.push(Message { topic: topic.clone(), payload, qos, retain: true });
             }
             if found.len() >= most || bytes >= most_bytes || place + 1 >= LOOKED_AT {

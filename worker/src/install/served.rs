@@ -176,7 +176,9 @@ impl Served {
         for key in &later {
             self.ledger.promise(key);
         }
-        self.backlog.extend(later.into_iter().map(Step::install));
+        let later: Vec<_> = later.into_iter().map(Step::install).collect();
+        self.supersede(&later);
+        self.backlog.extend(later);
     }
 
     /// Counts what is refused. What a broker of ours would not have let pass is told, once for a batch.
@@ -360,13 +362,13 @@ impl Served {
             self.schedule.hurry(now);
         }
         let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
-        let removed: Vec<_> = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
-        for key in &removed {
-            self.ledger.removed(key);
-        }
-        if !removed.is_empty() {
-            self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed.len() as u64);
-            info!(%domain, removed = removed.len(), "peers of keys that may not be here are removed");
+        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(DENIED))).collect();
+        outbox.confirm(&domain, &said);
+        let removed = outcomes.iter().filter(|(_, outcome)| outcome.is_ok());
+        let removed = removed.map(|(key, _)| self.ledger.removed(key)).count();
+        if removed > 0 {
+            self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed as u64);
+            info!(%domain, removed, "peers of keys that may not be here are removed");
         }
         [altered, told(outcomes)].concat()
     }
@@ -419,7 +421,8 @@ impl Served {
         self.metrics.peers_forgotten.with_label_values(&[self.domain.name()]).inc_by(renewed as u64);
     }
 
-    /// Removes these peers, says so to whoever was told that they stand, and returns how many went.
+    /// Removes these peers and returns how many went. Says that they do not stand any more, also of those that could not
+    /// be removed whole.
     async fn remove<K: Kernel>(
         &mut self,
         kernel: &mut K,
@@ -429,13 +432,10 @@ impl Served {
         now: Instant,
     ) -> usize {
         let outcomes = self.apply(kernel, outbox, &plan::sweep(device, peers), now).await;
-        let removed: Report =
-            outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| (key, Err(REMOVED))).collect();
-        for (key, _) in &removed {
-            self.ledger.removed(key);
-        }
-        outbox.confirm(&self.domain, &removed);
-        removed.len()
+        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(REMOVED))).collect();
+        outbox.confirm(&self.domain, &said);
+        let removed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
+        removed.map(|(key, _)| self.ledger.removed(&key)).count()
     }
 
     /// Removes routes and flood entries that have no peer.

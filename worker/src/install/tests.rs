@@ -46,7 +46,7 @@ async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_of_a_storm_gather_and_one_alone_never_waits() {
+async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
     let gateway = Gateway::start();
     gateway.up().await;
     let (call, gap) = (Duration::from_millis(10), Duration::from_millis(6));
@@ -590,6 +590,8 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     let said = gateway.said.revoked.recv().await.unwrap();
     assert_eq!(said, Revoked { at: 7, keys: [(key(1), "removed".into()), (key(50), "absent".into())].into() });
     assert_eq!(gateway.metrics.peers_revoked.with_label_values(&["ffmuc_welt"]).get(), 2);
+    let said = gateway.confirmed().await;
+    assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), "denied".to_owned())).into()));
     gateway.offer([1, 20]);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![key(20)], [(key(1), "denied".to_owned())].into()));

@@ -458,6 +458,51 @@ fn a_live_key_without_a_handshake_pushes_out_none_that_came_after_it() {
 }
 
 #[test]
+fn of_many_live_keys_as_many_wait_as_are_newer_than_the_peers_that_go_for_them() {
+    let mut world = World::with(&[]);
+    world.ledger.policy = Policy { unproven: 4, ..Policy::default() };
+    world.read();
+    // They came 200, 100, 100 and 100 s ago.
+    world.install(&[key(0)]);
+    world.pass(Duration::from_secs(100));
+    world.install(&[key(1), key(2), key(3)]);
+    world.pass(Duration::from_secs(100));
+    world.read();
+    let live: Vec<_> = (10..30).map(|n| (key(n), Age(150, false))).collect();
+    assert_eq!(world.learn(&live), []);
+    assert_eq!((10..30).filter(|n| world.ledger.waits(&key(*n))).count(), 1);
+    assert_eq!(world.ledger.surplus(usize::MAX), [key(0)].into());
+}
+
+#[test]
+fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
+    let mut world = World::with(&[]);
+    world.ledger.policy = Policy { peers: 2, waiting: 8, ..Policy::default() };
+    world.read();
+    world.install(&[key(0), key(1)]);
+    world.handshake(key(0));
+    world.handshake(key(1));
+    world.read();
+    assert_eq!(world.come(&[key(2)]), [(key(2), plan::FULL)]);
+    assert_eq!(world.learn(&[(key(2), Age(0, false))]), []);
+    assert!(!world.ledger.waits(&key(2)));
+    let proven: Vec<_> = (10..30).map(|n| (key(n), Age(0, true))).collect();
+    assert_eq!(world.learn(&proven), []);
+    assert!((10..30).filter(|n| world.ledger.waits(&key(*n))).count() <= 8, "and of others only so many");
+}
+
+#[test]
+fn a_key_that_waits_and_has_a_place_does_not_take_another() {
+    let mut world = World::with(&[]);
+    world.ledger.policy = Policy { peers: 1, ..Policy::default() };
+    world.read();
+    world.ledger.wants(key(0), world.now.monotonic);
+    world.ledger.promise(&key(0));
+    assert_eq!(world.come(&[key(0)]), []);
+    assert_eq!(world.peers(), [key(0)].into());
+}
+
+#[test]
 fn handshakes_are_reported_once_and_again_after_a_while() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
     world.fake.alter(&domain(), |device| {
