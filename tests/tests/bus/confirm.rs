@@ -1,6 +1,7 @@
 //! When a router is answered, and with which gateway, by what the gateways say of its key.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -205,6 +206,26 @@ fn a_late_word_does_not_count_when_it_may_not_be_true_any_more(bus: Bus) {
         assert_unavailable(&stack.v2(DOMAIN, &key(n)));
         assert_unavailable(&stack.v1(DOMAIN, &key(n)));
     }
+}
+
+#[test]
+fn a_late_word_does_not_count_when_the_lists_changed_since() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("deny.yaml");
+    fs::write(&file, "[]").unwrap();
+    let lists = format!("blacklist_file: {}\nallowlist: {{refresh_interval: 0.1}}", file.display());
+    let stack = stack(Bus::Embedded, &format!("{SHORT}\n{lists}"));
+    let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    stack.wait_for_gateways(1);
+    assert_unavailable(&stack.v2(DOMAIN, &key(1)));
+    say(&stack, &worker, applied("gw1", DOMAIN, &key(1)));
+    // Denied for a moment: no gateway that obeys has it now.
+    for (text, denied) in [(format!("- {}\n", key(1)), 1.0), ("[]".to_owned(), 0.0)] {
+        fs::write(&file, text).unwrap();
+        let heard = || (stack.metric(r#"wgkex_broker_list_keys{list="deny"}"#)? == denied).then_some(());
+        wait_until("the list is read", heard);
+    }
+    assert_unavailable(&stack.v2(DOMAIN, &key(1)));
 }
 
 /// Says it, and returns when the broker has heard it.
