@@ -227,6 +227,10 @@ impl Session {
     }
 
     fn handle(&mut self, event: rumqttc::Event, hand_on: &mut impl FnMut(Event)) {
+        if matches!(event, rumqttc::Event::Incoming(_)) {
+            // Behind a long queue a pong comes late. rumqttc would take a server for dead that is heard all the time.
+            self.eventloop.state.await_pingresp = false;
+        }
         match event {
             rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.subscribe(hand_on),
             rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, hand_on),
@@ -318,5 +322,59 @@ fn describe(error: &ConnectionError) -> String {
         ConnectionError::MqttState(error) => error.to_string(),
         ConnectionError::NotConnAck(_) => "the server does not speak MQTT 3.1.1".into(),
         ConnectionError::RequestsDone => "the session has ended".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+    use crate::Config;
+
+    /// A server that answers no ping, and says something all the time if it is `talkative`, until its client goes.
+    fn start_deaf_server(talkative: bool) -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            let mut packet = [0; 512];
+            let _connect = client.read(&mut packet).unwrap();
+            client.write_all(&[0x20, 2, 0, 0]).unwrap();
+            let _subscribe = client.read(&mut packet).unwrap();
+            client.write_all(&[0x90, 3, packet[2], packet[3], 0]).unwrap();
+            let publish = [0x30, 4, 0, 1, b'a', b'x'];
+            while client.write_all(if talkative { &publish } else { &[] }).is_ok() {
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        port
+    }
+
+    /// How often the connection to such a server was lost after some keep-alives.
+    async fn losses(talkative: bool) -> usize {
+        let port = start_deaf_server(talkative);
+        let yaml = format!(
+            "domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}, keepalive: 1}}"
+        );
+        let config = Config::parse("", &yaml, "w").unwrap();
+        let client = Client { states: vec!["a".into()], ..Client::second("w".into()) };
+        let (_bus, session) = open(&config.mqtt, client).unwrap();
+        let (lost, counted) = mpsc::unbounded_channel();
+        let hand_on = move |event| {
+            if matches!(event, Event::Down) {
+                lost.send(()).unwrap();
+            }
+        };
+        session.run(hand_on, sleep(Duration::from_secs(5))).await;
+        counted.len()
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_heard_is_not_dead_although_its_pongs_are_late() {
+        let (talkative, silent) = tokio::join!(losses(true), losses(false));
+        assert_eq!((talkative, silent > 0), (0, true), "{silent}");
     }
 }
