@@ -18,7 +18,7 @@ use crate::limits::{Limit, Limited, Limits};
 use crate::live::LiveKeys;
 use crate::lock;
 use crate::metrics::Metrics;
-use crate::turns::Turns;
+use crate::turns::{Turn, Turns};
 use crate::waiters::{Verdict, Waiters, Waiting};
 
 /// A key that a router may exchange.
@@ -206,7 +206,7 @@ impl Exchange {
 
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
     pub async fn assign(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
-        self.ready(ask)?;
+        let online = self.ready(ask)?;
         let standing = self.standing(ask, client)?;
         if standing.is_hasty
             && let Some(Told { worker: Some(worker), .. }) = self.told(ask)
@@ -214,7 +214,7 @@ impl Exchange {
         {
             return Ok(choice.data);
         }
-        let choice = self.assign_anew(ask, standing).await?;
+        let choice = self.assign_anew(ask, standing, online).await?;
         self.keep(ask, standing, Some(choice.worker));
         Ok(choice.data)
     }
@@ -259,7 +259,7 @@ impl Exchange {
             self.publish_again(ask, standing);
             return Ok(());
         }
-        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
+        let (published, mut waiting) = self.publish(ask, standing, online, deadlines).await?;
         if online.confirming == 0 {
             return Ok(());
         }
@@ -279,7 +279,7 @@ impl Exchange {
         if online.others > 0 { Ok(()) } else { Err(refused(waiting, standing, heard.refusal())) }
     }
 
-    async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
+    async fn assign_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<Choice, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
         let took = self.took(ask);
         if !took.is_empty()
@@ -289,7 +289,7 @@ impl Exchange {
             return Ok(choice);
         }
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
+        let (published, mut waiting) = self.publish(ask, standing, online, deadlines).await?;
         let mut heard = Heard::default();
         let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, deadlines).await {
             Ok(first)
@@ -365,19 +365,24 @@ impl Exchange {
         Some(choice)
     }
 
-    /// Publishes the key, and says when that was; whoever waits for it does so from before that.
+    /// Publishes the key, and says when that began; whoever waits for it does so from before that. Where every gateway
+    /// confirms, their words tell of a key that waits for its turn already.
     async fn publish(
         &self,
         ask: &Ask,
         standing: Standing,
+        online: Online,
         deadlines: Deadlines,
     ) -> Result<(Instant, Waiting), Refusal> {
-        let published = Instant::now();
+        let begun = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        if let Some(mut turn) = self.turns.take(&ask.domain, ask.key, standing.is_proven)
-            && let Ok(Ok(_)) = timeout_at(deadlines.budget, turn.wait_for(|published| *published)).await
-        {
-            return Ok((published, waiting));
+        let is_published = match self.turns.take(&ask.domain, ask.key, standing.is_proven, online.others == 0) {
+            Turn::Taken(published) => matches!(timeout_at(deadlines.budget, published).await, Ok(Ok(true))),
+            Turn::Waits => true,
+            Turn::None => false,
+        };
+        if is_published {
+            return Ok((begun, waiting));
         }
         self.metrics.publish_failures.inc();
         Err(refused(waiting, standing, Refusal::NotPublished))
@@ -386,7 +391,7 @@ impl Exchange {
     /// Has a key published that a gateway said it has, for the others and in case it is not there any more. If there is
     /// no place for that the gateway's word holds all the same.
     fn publish_again(&self, ask: &Ask, standing: Standing) {
-        let _ = self.turns.take(&ask.domain, ask.key, standing.is_proven);
+        let _ = self.turns.take(&ask.domain, ask.key, standing.is_proven, true);
     }
 
     /// The next word, by `until`, of a gateway whose word counts.

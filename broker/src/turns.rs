@@ -1,12 +1,13 @@
 //! Keys that wait for their turn to be published. Their routers may be told meanwhile to come again: by then the key is
 //! there. No key waits twice, and what never shook hands does not hold up what did.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use wgkex_common::lists::keeper::View;
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
@@ -18,11 +19,19 @@ use crate::lock;
 const UNPROVEN_UNDER_WAY: usize = 64;
 /// Keys that wait at most, those that shook hands and the others each; of more there is no use in a storm.
 const QUEUED: usize = 8_192;
-/// No key waits longer: its router comes again sooner.
+/// No key waits longer for its turn: its router comes again sooner.
 const LONGEST: Duration = Duration::from_secs(120);
 
-/// Becomes true when the key is published, and ends without if it is not to be.
-pub type Turn = watch::Receiver<bool>;
+/// What becomes of a key that is to be published.
+#[derive(Debug)]
+pub enum Turn {
+    /// It waits; says in the end whether it was published.
+    Taken(JoinHandle<bool>),
+    /// It waits already.
+    Waits,
+    /// Too many others wait.
+    None,
+}
 
 type Subject = (Domain, PublicKey);
 
@@ -34,7 +43,7 @@ pub struct Turns {
     lists: watch::Receiver<View>,
     under_way: Arc<Semaphore>,
     places: [Arc<Semaphore>; 2],
-    waiting: Arc<Mutex<HashMap<Subject, Turn>>>,
+    waiting: Arc<Mutex<HashSet<Subject>>>,
 }
 
 impl Turns {
@@ -46,32 +55,31 @@ impl Turns {
         Self { bus, live, lists, under_way, places, waiting: Arc::default() }
     }
 
-    /// Has `key` published in its turn, whoever waits for that; none if too many others wait.
+    /// Has `key` published in its turn, whoever waits for that; once more if it waits already, unless that is `enough`.
     #[must_use]
-    pub fn take(&self, domain: &Domain, key: PublicKey, is_proven: bool) -> Option<Turn> {
+    pub fn take(&self, domain: &Domain, key: PublicKey, is_proven: bool, enough: bool) -> Turn {
         let subject = (domain.clone(), key);
         let mut waiting = lock(&self.waiting);
-        if let Some(turn) = waiting.get(&subject) {
-            return Some(turn.clone());
+        if enough && waiting.contains(&subject) {
+            return Turn::Waits;
         }
-        let place = self.places[usize::from(is_proven)].clone().try_acquire_owned().ok()?;
-        let (published, turn) = watch::channel(false);
-        waiting.insert(subject.clone(), turn.clone());
+        let Ok(place) = self.places[usize::from(is_proven)].clone().try_acquire_owned() else { return Turn::None };
+        waiting.insert(subject.clone());
         drop(waiting);
         let turns = self.clone();
-        tokio::spawn(async move {
+        Turn::Taken(tokio::spawn(async move {
             let _place = place;
-            let is_published = timeout(LONGEST, turns.publish(&subject, is_proven)).await == Ok(true);
+            let is_published = turns.publish(&subject, is_proven).await;
             lock(&turns.waiting).remove(&subject);
-            published.send_if_modified(|published| std::mem::replace(published, is_published) != is_published);
-        });
-        Some(turn)
+            is_published
+        }))
     }
 
     async fn publish(&self, (domain, key): &Subject, is_proven: bool) -> bool {
+        let since = Instant::now();
         let _place = if is_proven { None } else { Some(self.under_way.acquire().await) };
         // It may have been revoked while it waited.
-        if self.lists.borrow().admission.refuses(domain.name(), key) {
+        if since.elapsed() > LONGEST || self.lists.borrow().admission.refuses(domain.name(), key) {
             return false;
         }
         let message = Message::event(Topic::Key { domain: domain.name().into() }, key.to_string());
@@ -85,6 +93,7 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::sleep;
     use wgkex_common::Config;
     use wgkex_common::lists::keeper::Keeper;
     use wgkex_common::message::Party;
@@ -110,26 +119,29 @@ mod tests {
         (Turns::new(bus, Arc::new(Mutex::new(live)), lists.view()), domain, (keeper, session))
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_queue_has_so_many_places_and_no_key_takes_two() {
         let (turns, domain, _bus) = turns();
-        for _ in 0..2 {
-            assert!((0..QUEUED).all(|n| turns.take(&domain, key(n), false).is_some()));
+        for n in 1..QUEUED {
+            assert!(matches!(turns.take(&domain, key(n), false, true), Turn::Taken(_)));
+            assert!(matches!(turns.take(&domain, key(n), false, true), Turn::Waits));
         }
-        assert!(turns.take(&domain, key(QUEUED), false).is_none());
-        assert!(turns.take(&domain, key(QUEUED), true).is_some(), "who shook hands has a queue of his own");
+        assert!(matches!(turns.take(&domain, key(1), false, false), Turn::Taken(_)), "unless it has to know");
+        assert!(matches!(turns.take(&domain, key(QUEUED), false, true), Turn::None));
+        assert!(
+            matches!(turns.take(&domain, key(QUEUED), true, true), Turn::Taken(_)),
+            "who shook hands has a queue of his own"
+        );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_key_that_waits_too_long_is_not_published_any_more_and_may_come_again() {
+    async fn a_key_whose_turn_comes_too_late_is_not_published_and_may_come_again() {
         let (turns, domain, _bus) = turns();
-        let mut waiting: Vec<_> = (0..QUEUED).map(|n| turns.take(&domain, key(n), false).unwrap()).collect();
-        let begun = Instant::now();
-        for turn in &mut waiting {
-            assert!(turn.wait_for(|published| *published).await.is_err());
-        }
-        assert_eq!(begun.elapsed().as_secs(), LONGEST.as_secs());
-        assert!(lock(&turns.waiting).is_empty());
-        assert!(turns.take(&domain, key(0), false).is_some());
+        let others = turns.under_way.clone().acquire_many_owned(u32::try_from(UNPROVEN_UNDER_WAY).unwrap()).await;
+        let Turn::Taken(late) = turns.take(&domain, key(0), false, true) else { panic!("there is a place") };
+        sleep(LONGEST + Duration::from_secs(1)).await;
+        drop(others);
+        assert!(!late.await.unwrap());
+        assert!(matches!(turns.take(&domain, key(0), false, true), Turn::Taken(_)));
     }
 }

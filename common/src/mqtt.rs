@@ -17,7 +17,7 @@ use rumqttc::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::outbox::{Letter, Outbox};
 use crate::Topic;
@@ -280,8 +280,12 @@ impl Session {
         self.outbox.lost();
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
-        if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
-            warn!(reason, client = self.id, "MQTT not connected");
+        match &now {
+            Link::Down(reason) if now != before && !self.is_second => {
+                warn!(reason, client = self.id, "MQTT not connected");
+            }
+            Link::Down(reason) => debug!(reason, client = self.id, "MQTT not connected"),
+            Link::Up => {}
         }
         hand_on(Event::Down);
     }

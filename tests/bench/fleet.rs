@@ -75,7 +75,8 @@ impl Fleet {
     fn start(number: u32, each: u32) -> Self {
         // Room for those that POST meanwhile.
         let most = number + number / 10;
-        let config = format!("live_keys: {{max: {most}}}\npeers: {{max: {most}, unproven: {most}}}");
+        let config = format!("live_keys: {{max: {most}}}");
+        let room = format!("peers: {{max: {most}, unproven: {most}}}");
         let plan = |n: usize| {
             let mut plan = Plan::new(Bus::Mosquitto).domains(DOMAINS).config(&config);
             // A broker is called what its machine is called.
@@ -93,7 +94,7 @@ impl Fleet {
         }
         brokers.iter_mut().for_each(Stack::wait_until_ready);
         let start = |(domain, first): (&&str, u16)| {
-            let file = worker_config(&brokers[0], &[*domain], &format!("{domain}.yaml"));
+            let file = worker_config(&brokers[0], &[*domain], &room, &format!("{domain}.yaml"));
             let names: Vec<_> = (0..WORKERS).map(|n| format!("{}-{n}", domain.replace('_', "-"))).collect();
             let (wanted, delays, port) = (each.to_string(), play::word(Delays::default()), first.to_string());
             let words = [file.as_str(), &wanted, &delays, &port].into_iter().chain(names.iter().map(String::as_str));

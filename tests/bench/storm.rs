@@ -54,7 +54,7 @@ fn in_memory(report: Report, routers: u32) {
     let _mosquitto = start_mosquitto(&stack);
     stack.start_broker();
     stack.wait_until_ready();
-    let file = worker_config(&stack, &[DOMAIN], "workers.yaml");
+    let file = worker_config(&stack, &[DOMAIN], "", "workers.yaml");
     let start = |n: u16| {
         let (name, port) = (format!("gw{n}"), (10_000 + n).to_string());
         play::start("workers", &[&file, &routers.to_string(), &play::word(delays), &port, &name])
@@ -68,11 +68,11 @@ fn in_memory(report: Report, routers: u32) {
 }
 
 /// A config for [`play`]'s workers on the bus of `stack`.
-pub fn worker_config(stack: &Stack, domains: &[&str], name: &str) -> String {
+pub fn worker_config(stack: &Stack, domains: &[&str], more: &str, name: &str) -> String {
     let (ip, port, state) = (stack.mqtt.ip(), stack.mqtt.port(), stack.dir().join("@name@"));
     let yaml = format!(
         "domains: [{}]\ndomain_prefixes: [ffx_]\nmqtt: {{broker_url: \"{ip}\", broker_port: {port}}}\n\
-         worker_listen: \"127.0.0.1:@port@\"\nstate_dir: {}\n",
+         worker_listen: \"127.0.0.1:@port@\"\nstate_dir: {}\n{more}\n",
         domains.join(", "),
         state.display(),
     );

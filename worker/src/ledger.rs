@@ -253,6 +253,19 @@ impl Ledger {
             let shape = || device.peers.get(key).map(|peer| plan::shape(key, peer));
             waiting.announced || matches!(shape(), None | Some(Shape::Bare))
         });
+        self.take_over(device, now.monotonic);
+        self.observe_peers(device, reserved, now);
+        self.settle_owners(now.monotonic);
+        self.waiting.values_mut().for_each(|waiting| waiting.promised = false);
+        self.promised = 0;
+        self.unproven = self.peers.values().filter(|entry| entry.is_unproven()).count();
+        self.observe_orphans(device, reserved, now.monotonic);
+        self.indexes = Some(device.indexes);
+        self.last_read = Some(now.monotonic);
+    }
+
+    /// Has an entry for each peer that is there, and for no other.
+    fn take_over(&mut self, device: &Device, now: Instant) {
         let changed = &mut self.changed;
         let mut there = plan::Among::new(device.peers.keys());
         self.peers.retain(|key, _| {
@@ -264,20 +277,21 @@ impl Ledger {
         });
         if self.peers.is_empty() {
             // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
-            self.peers = device.peers.keys().map(|key| (*key, Entry::new(key, now.monotonic, false))).collect();
+            self.peers = device.peers.keys().map(|key| (*key, Entry::new(key, now, false))).collect();
         } else if self.peers.len() < device.peers.len() {
             for key in device.peers.keys() {
-                self.peers.entry(*key).or_insert_with(|| Entry::new(key, now.monotonic, false));
+                self.peers.entry(*key).or_insert_with(|| Entry::new(key, now, false));
             }
         }
+    }
+
+    /// Which peers are ours, and which of them shook hands; the entries are those of the same keys.
+    fn observe_peers(&mut self, device: &Device, reserved: &Reserved, now: Now) {
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
-        let mut derived = Vec::with_capacity(device.peers.len());
         self.foreign.clear();
-        // Both have the same keys now.
         for ((key, peer), entry) in device.peers.iter().zip(self.peers.values_mut()) {
             let before = (entry.ours, entry.handshake.is_some());
             entry.observe(peer, now, since_last_read);
-            derived.push(entry.address);
             let address = entry.address.into();
             entry.ours = match plan::shape_at(address, peer) {
                 Shape::Ours => !reserved.has_key(key) && !reserved.has_address(&address),
@@ -291,19 +305,17 @@ impl Ledger {
                 self.changed.insert(*key);
             }
         }
-        self.settle_owners(now.monotonic);
-        self.waiting.values_mut().for_each(|waiting| waiting.promised = false);
-        self.promised = 0;
-        self.unproven = self.peers.values().filter(|entry| entry.is_unproven()).count();
+    }
+
+    fn observe_orphans(&mut self, device: &Device, reserved: &Reserved, now: Instant) {
+        let mut derived: Vec<_> = self.peers.values().map(|entry| entry.address).collect();
         derived.sort_unstable();
         let mut orphans = plan::orphans(device, &derived);
         orphans.retain(|address| !reserved.has_address(address));
         self.orphans.retain(|address, _| orphans.contains(address));
         for address in orphans {
-            self.orphans.entry(address).or_insert(now.monotonic);
+            self.orphans.entry(address).or_insert(now);
         }
-        self.indexes = Some(device.indexes);
-        self.last_read = Some(now.monotonic);
     }
 
     fn owe_vanished(&mut self, device: &Device) {
