@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use wgkex_common::lists::keeper::View;
@@ -43,6 +43,7 @@ pub struct Turns {
     lists: watch::Receiver<View>,
     under_way: Arc<Semaphore>,
     places: [Arc<Semaphore>; 2],
+    /// Those that wait for a turn.
     waiting: Arc<Mutex<HashSet<Subject>>>,
 }
 
@@ -58,34 +59,37 @@ impl Turns {
     /// Has `key` published in its turn, whoever waits for that; once more if it waits already, unless that is `enough`.
     #[must_use]
     pub fn take(&self, domain: &Domain, key: PublicKey, is_proven: bool, enough: bool) -> Turn {
+        let Ok(place) = self.places[usize::from(is_proven)].clone().try_acquire_owned() else { return Turn::None };
         let subject = (domain.clone(), key);
-        let mut waiting = lock(&self.waiting);
-        if enough && waiting.contains(&subject) {
+        let turn = if is_proven { Some(None) } else { self.under_way.clone().try_acquire_owned().ok().map(Some) };
+        if turn.is_none() && !lock(&self.waiting).insert(subject.clone()) && enough {
             return Turn::Waits;
         }
-        let Ok(place) = self.places[usize::from(is_proven)].clone().try_acquire_owned() else { return Turn::None };
-        waiting.insert(subject.clone());
-        drop(waiting);
         let turns = self.clone();
         Turn::Taken(tokio::spawn(async move {
             let _place = place;
-            let is_published = turns.publish(&subject, is_proven).await;
-            lock(&turns.waiting).remove(&subject);
-            is_published
+            let turn = match turn {
+                Some(turn) => Some(turn),
+                None => turns.wait(&subject).await.map(Some),
+            };
+            turn.is_some() && turns.publish(subject).await
         }))
     }
 
-    async fn publish(&self, (domain, key): &Subject, is_proven: bool) -> bool {
+    /// Waits for a turn; none if it came too late, or the key was revoked meanwhile.
+    async fn wait(&self, subject: &Subject) -> Option<OwnedSemaphorePermit> {
         let since = Instant::now();
-        let _place = if is_proven { None } else { Some(self.under_way.acquire().await) };
-        // It may have been revoked while it waited.
-        if since.elapsed() > LONGEST || self.lists.borrow().admission.refuses(domain.name(), key) {
-            return false;
-        }
+        let turn = self.under_way.clone().acquire_owned().await.ok()?;
+        lock(&self.waiting).remove(subject);
+        let is_refused = self.lists.borrow().admission.refuses(subject.0.name(), &subject.1);
+        (since.elapsed() <= LONGEST && !is_refused).then_some(turn)
+    }
+
+    async fn publish(&self, (domain, key): Subject) -> bool {
         let message = Message::event(Topic::Key { domain: domain.name().into() }, key.to_string());
         let is_published = self.bus.publish(message).await.is_ok();
         if is_published {
-            lock(&self.live).admit(domain.name(), *key, Instant::now().into_std());
+            lock(&self.live).admit(domain.name(), key, Instant::now().into_std());
         }
         is_published
     }
@@ -119,25 +123,40 @@ mod tests {
         (Turns::new(bus, Arc::new(Mutex::new(live)), lists.view()), domain, (keeper, session))
     }
 
+    /// Takes all turns that there are, until it is dropped.
+    async fn hold(turns: &Turns) -> impl Sized + use<> {
+        turns.under_way.clone().acquire_many_owned(u32::try_from(UNPROVEN_UNDER_WAY).unwrap()).await
+    }
+
     #[tokio::test]
     async fn a_queue_has_so_many_places_and_no_key_takes_two() {
         let (turns, domain, _bus) = turns();
+        let _others = hold(&turns).await;
         for n in 1..QUEUED {
             assert!(matches!(turns.take(&domain, key(n), false, true), Turn::Taken(_)));
             assert!(matches!(turns.take(&domain, key(n), false, true), Turn::Waits));
         }
         assert!(matches!(turns.take(&domain, key(1), false, false), Turn::Taken(_)), "unless it has to know");
         assert!(matches!(turns.take(&domain, key(QUEUED), false, true), Turn::None));
-        assert!(
-            matches!(turns.take(&domain, key(QUEUED), true, true), Turn::Taken(_)),
-            "who shook hands has a queue of his own"
-        );
+        assert!(matches!(turns.take(&domain, key(QUEUED), true, true), Turn::Taken(_)), "the proven have their own");
+    }
+
+    #[tokio::test]
+    async fn only_so_many_that_never_shook_hands_are_under_way_at_once() {
+        let (turns, domain, _bus) = turns();
+        for n in 0..UNPROVEN_UNDER_WAY {
+            assert!(matches!(turns.take(&domain, key(n), false, true), Turn::Taken(_)));
+        }
+        assert_eq!(turns.under_way.available_permits(), 0);
+        assert!(matches!(turns.take(&domain, key(0), true, true), Turn::Taken(_)));
+        assert!(matches!(turns.take(&domain, key(100), false, true), Turn::Taken(_)));
+        assert_eq!(lock(&turns.waiting).len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_key_whose_turn_comes_too_late_is_not_published_and_may_come_again() {
         let (turns, domain, _bus) = turns();
-        let others = turns.under_way.clone().acquire_many_owned(u32::try_from(UNPROVEN_UNDER_WAY).unwrap()).await;
+        let others = hold(&turns).await;
         let Turn::Taken(late) = turns.take(&domain, key(0), false, true) else { panic!("there is a place") };
         sleep(LONGEST + Duration::from_secs(1)).await;
         drop(others);
