@@ -17,7 +17,7 @@ use rumqttc::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use self::outbox::{Letter, Outbox};
 use crate::Topic;
@@ -280,12 +280,8 @@ impl Session {
         self.outbox.lost();
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
-        match &now {
-            Link::Down(reason) if now != before && !self.is_second => {
-                warn!(reason, client = self.id, "MQTT not connected");
-            }
-            Link::Down(reason) => debug!(reason, client = self.id, "MQTT not connected"),
-            Link::Up => {}
+        if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
+            warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);
     }

@@ -106,10 +106,11 @@ fn a_worker_does_its_job_and_can_do_no_other() {
     assert_eq!(witness.hear().topic, own.topic, "nothing of the rest is heard");
     stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="publish"}"#, 4.0);
     stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="subscribe"}"#, 5.0);
-    let warnings: Vec<_> = {
+    let warnings = wait_until("a warning", || {
         let log = stack.broker().log();
-        log.lines().filter(|line| line.contains("not allowed")).map(str::to_owned).collect()
-    };
+        let warnings: Vec<_> = log.lines().filter(|line| line.contains("not allowed")).map(str::to_owned).collect();
+        (!warnings.is_empty()).then_some(warnings)
+    });
     assert!(warnings.len() == 1 && warnings[0].contains("gw2"), "{warnings:?}");
     stack.wait_for_gateways(1);
     let (_, code) = Raw::try_connect(
