@@ -1,4 +1,4 @@
-//! How a worker ends, and what it may do while it lives.
+//! How a worker ends, and what it may do while it lives: seen to fail for a worker that gives nothing up.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
