@@ -172,6 +172,8 @@ pub struct Exchange {
     pub limits: Arc<Limits>,
     /// What was told to keys that come too often.
     pub answers: Arc<Mutex<Answers>>,
+    /// The domains of which it was said that no gateway ever published its state.
+    pub unwitnessed: Arc<Mutex<BTreeSet<Domain>>>,
     /// Who may come.
     pub lists: watch::Receiver<View>,
     /// How long an answer may wait.
@@ -191,22 +193,22 @@ impl Exchange {
         lock(&self.live)
     }
 
-    /// Version 1: the router chooses its gateway itself. Returns when one that confirms has the key; where none
-    /// does, when MQTT has taken it.
+    /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
+    /// one that confirms has the key; where none does, when MQTT has taken it.
     pub async fn announce(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<(), Refusal> {
-        let online = self.ready(ask)?;
+        self.ready(ask)?;
         let standing = self.standing(ask, client)?;
         if standing.is_hasty && self.told(ask).is_some() {
             return Ok(());
         }
-        self.announce_anew(ask, standing, online).await?;
+        self.announce_anew(ask, standing).await?;
         self.keep(ask, standing, None);
         Ok(())
     }
 
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
     pub async fn assign(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
-        let online = self.ready(ask)?;
+        self.ready(ask)?;
         let standing = self.standing(ask, client)?;
         if standing.is_hasty
             && let Some(Told { worker: Some(worker), .. }) = self.told(ask)
@@ -214,7 +216,7 @@ impl Exchange {
         {
             return Ok(choice.data);
         }
-        let choice = self.assign_anew(ask, standing, online).await?;
+        let choice = self.assign_anew(ask, standing).await?;
         self.keep(ask, standing, Some(choice.worker));
         Ok(choice.data)
     }
@@ -253,21 +255,25 @@ impl Exchange {
         }
     }
 
-    async fn announce_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<(), Refusal> {
+    async fn announce_anew(&self, ask: &Ask, standing: Standing) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        if self.took(ask).iter().any(|worker| self.gateways().confirms(worker)) {
+        if self.took(ask).iter().any(|worker| self.can_take(ask, worker)) {
             self.publish_again(ask, standing);
             return Ok(());
         }
-        let (published, mut waiting) = self.publish(ask, standing, online, deadlines).await?;
-        if online.confirming == 0 {
+        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
+        let online = self.gateways().online(&ask.domain);
+        if online.is_empty() {
+            return self.unserved(ask);
+        }
+        if online.confirming.is_empty() {
             return Ok(());
         }
         // Originals have the key by now, too: with them about, an error would help nobody.
-        let until = if online.others > 0 { deadlines.timeout } else { deadlines.budget };
+        let until = if online.others.is_empty() { deadlines.budget } else { deadlines.timeout };
         let mut heard = Heard::default();
-        while heard.refused.len() < online.confirming {
-            match self.verdict(&mut waiting, until).await {
+        while !heard.is_refused_by_all(&self.gateways().online(&ask.domain)) {
+            match self.verdict(ask, &mut waiting, until).await {
                 Some(Verdict { outcome: Ok(()), .. }) => {
                     self.confirmed(published);
                     return Ok(());
@@ -276,10 +282,27 @@ impl Exchange {
                 None => break,
             }
         }
-        if online.others > 0 { Ok(()) } else { Err(refused(waiting, standing, heard.refusal())) }
+        if !online.others.is_empty() {
+            return Ok(());
+        }
+        let refusal = heard.refusal(&self.gateways().online(&ask.domain));
+        Err(refused(waiting, standing, refusal))
     }
 
-    async fn assign_anew(&self, ask: &Ask, standing: Standing, online: Online) -> Result<Choice, Refusal> {
+    /// The key is published, and no gateway of its domain is online. Workers that only subscribe say nothing of themselves:
+    /// where none ever did, there may be some.
+    fn unserved(&self, ask: &Ask) -> Result<(), Refusal> {
+        if self.gateways().is_known(&ask.domain) {
+            return Err(Refusal::NoGateway);
+        }
+        if lock(&self.unwitnessed).insert(ask.domain.clone()) {
+            warn!(domain = %ask.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
+        }
+        self.metrics.keys_unwitnessed.inc();
+        Ok(())
+    }
+
+    async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
         let took = self.took(ask);
         if !took.is_empty()
@@ -288,10 +311,14 @@ impl Exchange {
             self.publish_again(ask, standing);
             return Ok(choice);
         }
-        let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let (published, mut waiting) = self.publish(ask, standing, online, deadlines).await?;
+        let Some(first) = self.choose(ask, |_, _| true) else {
+            // A gateway that is taken for offline and is not shows it by confirming the key.
+            self.publish_again(ask, standing);
+            return Err(Refusal::NoGateway);
+        };
+        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         let mut heard = Heard::default();
-        let choice = if !first.confirms || self.takes(&first, &mut waiting, &mut heard, deadlines).await {
+        let choice = if !first.confirms || self.takes(ask, &first, &mut waiting, &mut heard, deadlines).await {
             Ok(first)
         } else {
             self.next_best(ask, &mut waiting, &mut heard, deadlines).await
@@ -310,9 +337,16 @@ impl Exchange {
     }
 
     /// Whether the best gateway takes the key within its time.
-    async fn takes(&self, first: &Choice, waiting: &mut Waiting, heard: &mut Heard, deadlines: Deadlines) -> bool {
+    async fn takes(
+        &self,
+        ask: &Ask,
+        first: &Choice,
+        waiting: &mut Waiting,
+        heard: &mut Heard,
+        deadlines: Deadlines,
+    ) -> bool {
         while !heard.took.contains(&first.worker) && !heard.refused.contains_key(&first.worker) {
-            let Some(verdict) = self.verdict(waiting, deadlines.timeout).await else {
+            let Some(verdict) = self.verdict(ask, waiting, deadlines.timeout).await else {
                 warn!(worker = first.worker, "gateway did not confirm in time");
                 self.metrics.confirmations_missed.inc();
                 self.gateways().silent(&first.worker);
@@ -335,25 +369,26 @@ impl Exchange {
             if let Some(next) = self.choose(ask, |worker, confirms| !confirms || heard.took.contains(worker)) {
                 return Ok(next);
             }
-            if heard.refused.len() >= self.gateways().online(&ask.domain).confirming {
-                return Err(heard.refusal());
+            let online = self.gateways().online(&ask.domain);
+            if heard.is_refused_by_all(&online) {
+                return Err(heard.refusal(&online));
             }
-            let verdict = self.verdict(waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
+            let verdict = self.verdict(ask, waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
             heard.note(verdict);
         }
     }
 
-    /// The gateways that are online for the key, of which there is one at least.
-    fn ready(&self, ask: &Ask) -> Result<Online, Refusal> {
+    /// Whether this broker can take the key now: it has heard the retained states, and the lists let the key come.
+    fn ready(&self, ask: &Ask) -> Result<(), Refusal> {
         if self.lists.borrow().admission.refuses(ask.domain.name(), &ask.key) {
             return Err(Refusal::Denied);
         }
-        let gateways = self.gateways();
-        if !gateways.complete() {
-            return Err(Refusal::NotReady);
-        }
-        let online = gateways.online(&ask.domain);
-        if online.confirming + online.others == 0 { Err(Refusal::NoGateway) } else { Ok(online) }
+        if self.gateways().complete() { Ok(()) } else { Err(Refusal::NotReady) }
+    }
+
+    /// Whether `worker` is waited for, and its word on the key counts.
+    fn can_take(&self, ask: &Ask, worker: &str) -> bool {
+        self.gateways().can_take(worker, ask.domain.name())
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
@@ -371,12 +406,15 @@ impl Exchange {
         &self,
         ask: &Ask,
         standing: Standing,
-        online: Online,
         deadlines: Deadlines,
     ) -> Result<(Instant, Waiting), Refusal> {
         let begun = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        let is_published = match self.turns.take(&ask.domain, ask.key, standing.is_proven, online.others == 0) {
+        let all_confirm = {
+            let online = self.gateways().online(&ask.domain);
+            online.others.is_empty() && !online.confirming.is_empty()
+        };
+        let is_published = match self.turns.take(&ask.domain, ask.key, standing.is_proven, all_confirm) {
             Turn::Taken(published) => matches!(timeout_at(deadlines.budget, published).await, Ok(Ok(true))),
             Turn::Waits => true,
             Turn::None => false,
@@ -394,17 +432,13 @@ impl Exchange {
         let _ = self.turns.take(&ask.domain, ask.key, standing.is_proven, true);
     }
 
-    /// The next word, by `until`, of a gateway whose word counts.
-    async fn verdict(&self, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
-        loop {
-            let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
-            if self.gateways().heard_from(&verdict.worker) {
-                if let Err(reason) = &verdict.outcome {
-                    debug!(worker = verdict.worker, reason, "gateway did not take a key");
-                }
-                return Some(verdict);
-            }
+    /// The next word, by `until`, of a gateway on the key.
+    async fn verdict(&self, ask: &Ask, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
+        let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
+        if let Err(reason) = &verdict.outcome {
+            debug!(worker = verdict.worker, domain = %ask.domain, reason, "gateway did not take a key");
         }
+        Some(verdict)
     }
 
     fn confirmed(&self, published: Instant) {
@@ -454,9 +488,18 @@ impl Heard {
         }
     }
 
-    /// Why nobody took the key: what all gateways say, if they say the same.
-    fn refusal(&self) -> Refusal {
-        let all = |reason: &str| !self.refused.is_empty() && self.refused.values().all(|other| other == reason);
+    /// Whether each of those that can confirm the key has rejected it. A gateway that cannot serve the domain is neither
+    /// waited for nor does its rejection count.
+    fn is_refused_by_all(&self, online: &Online) -> bool {
+        let mut confirming = online.confirming.iter().peekable();
+        confirming.peek().is_some() && confirming.all(|worker| self.refused.contains_key(worker))
+    }
+
+    /// Why nobody took the key: what all gateways say that can confirm it, if they say the same.
+    fn refusal(&self, online: &Online) -> Refusal {
+        let is_refused_by_all = self.is_refused_by_all(online);
+        let reasons = || online.confirming.iter().filter_map(|worker| self.refused.get(worker));
+        let all = |reason: &str| is_refused_by_all && reasons().all(|other| other == reason);
         match () {
             () if all(Applied::ADDRESS_TAKEN) => Refusal::AddressTaken,
             () if all(Applied::RESERVED) => Refusal::Reserved,

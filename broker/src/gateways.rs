@@ -1,6 +1,8 @@
 //! What workers say of themselves, and which gateway that makes the best for the next router. No IO, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::{Duration, Instant};
 
 use wgkex_common::message::{Hello, WorkerData};
 use wgkex_common::{Domain, PublicKey, Reserved, Topic, is_topic_level};
@@ -10,8 +12,20 @@ const PEERS_MAX: u64 = 1 << 20;
 /// More workers or brokers than this on one bus are somebody's nonsense, and not remembered.
 const NAMES_MAX: usize = 4096;
 
+/// How long a status alone counts, as it is found on the bus, and how long a count or a confirmation alone, after a last
+/// will that came late: a little more than the minute after which every worker publishes its counts again.
+const UNSUPPORTED: Duration = Duration::from_secs(65);
+/// How long a worker that says it is online may publish nothing. The original leaves a count out when its dump was
+/// interrupted.
+const LIVENESS: Duration = Duration::from_secs(150);
+/// How long nothing retained may have come before the retained states count as complete: a server keeps the order of
+/// messages of one topic only (MQTT 3.1.1 section 4.6).
+const QUIET: Duration = Duration::from_millis(250);
+/// How long after the own status came back retained messages may keep the broker from being complete.
+const QUIET_MAX: Duration = Duration::from_secs(10);
+
 /// Every gateway and broker heard of on the bus. It forgets all when the bus is lost, and is complete once the
-/// broker has heard its own greeting come back, because what is retained comes before that.
+/// broker has heard its own status come back and nothing retained for a moment.
 #[derive(Debug)]
 pub struct Gateways {
     own_name: String,
@@ -21,19 +35,33 @@ pub struct Gateways {
     brokers: BTreeSet<String>,
     /// Gateways' keys, also of domains that are not served here. The bus may be lost: they stay.
     reserved: Reserved,
+    /// Domains of which some worker has ever said something; also when the bus was lost since.
+    known: BTreeSet<Domain>,
+    /// When the own status came back.
+    echoed: Option<Instant>,
+    /// When the last retained message came.
+    found: Option<Instant>,
     complete: bool,
 }
 
 #[derive(Debug, Default)]
 struct Worker {
+    /// Whether it is taken to be alive: [`Worker::believed_until`] is not over.
     online: bool,
+    /// When its status was last said, and which.
+    status: Option<(Instant, bool)>,
+    /// When it last published something of itself, since it was last said to be offline.
+    sign: Option<Instant>,
+    /// When it last published a count or a confirmation, since it was last said to be offline.
+    proof: Option<Instant>,
     hello: Option<Hello>,
     /// The hello was heard since the worker was last offline, not found on the bus.
     hello_is_live: bool,
     /// It did not answer in time, and has not been heard since.
     silent: bool,
     data: BTreeMap<Domain, WorkerData>,
-    peers: BTreeMap<Domain, u64>,
+    /// Connected peers of each domain of which it said so; none where it said that it is offline.
+    peers: BTreeMap<Domain, Option<u64>>,
 }
 
 /// A gateway for a router.
@@ -47,13 +75,30 @@ pub struct Choice {
     pub data: WorkerData,
 }
 
-/// Which kinds of worker are online in a domain.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// The workers that can take a key of a domain now, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Online {
-    /// How many that confirm.
-    pub confirming: usize,
-    /// How many that do not: originals.
-    pub others: usize,
+    /// Those that confirm.
+    pub confirming: BTreeSet<String>,
+    /// Those that do not: originals.
+    pub others: BTreeSet<String>,
+}
+
+impl Online {
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.confirming.is_empty() && self.others.is_empty()
+    }
+}
+
+/// A domain that no gateway serves now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unserved {
+    /// The domain.
+    pub domain: Domain,
+    /// Whether a gateway has ever said something of itself there. Workers before v0.2.0 say nothing.
+    pub is_known: bool,
 }
 
 /// Whether a gateway hears at once that a key is denied.
@@ -91,6 +136,17 @@ pub struct Overview {
 #[error("not a {0}")]
 pub struct Nonsense(pub &'static str);
 
+impl fmt::Display for Unserved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let why = if self.is_known {
+            "no gateway is online"
+        } else {
+            "no gateway has published its state; v1 keys are answered once MQTT took them"
+        };
+        write!(f, "domain {}: {why}", self.domain)
+    }
+}
+
 impl Gateways {
     /// Nothing heard yet. Workers that `weights` does not name weigh 1.
     #[must_use]
@@ -100,8 +156,18 @@ impl Gateways {
         weights: BTreeMap<String, f64>,
         reserved: Reserved,
     ) -> Self {
-        let (workers, brokers) = (BTreeMap::new(), BTreeSet::new());
-        Self { own_name, domains, weights, workers, brokers, reserved, complete: false }
+        Self {
+            own_name,
+            domains,
+            weights,
+            workers: BTreeMap::new(),
+            brokers: BTreeSet::new(),
+            reserved,
+            known: BTreeSet::new(),
+            echoed: None,
+            found: None,
+            complete: false,
+        }
     }
 
     /// Whether no router may have `key`, as it is a gateway's or has a gateway's address.
@@ -114,7 +180,7 @@ impl Gateways {
     pub fn forget(&mut self) {
         self.workers.clear();
         self.brokers.clear();
-        self.complete = false;
+        (self.echoed, self.found, self.complete) = (None, None, false);
     }
 
     /// Whether all retained states have been heard.
@@ -123,18 +189,45 @@ impl Gateways {
         self.complete
     }
 
-    /// Calls it complete although the greeting did not come back: the server may not let this broker read it.
-    pub fn assume_complete(&mut self) {
-        self.complete = true;
+    /// Whether the own status has come back since the bus was last lost.
+    #[must_use]
+    pub fn has_echo(&self) -> bool {
+        self.echoed.is_some()
     }
 
-    /// Takes in one message; `retained` if it was found on the bus rather than said just now (MQTT 3.1.1 section
+    /// Takes the own status for come back although it did not: the server may not let this broker read it.
+    pub fn assume_echo(&mut self, now: Instant) {
+        self.echoed.get_or_insert(now);
+    }
+
+    /// Whether the retained states became complete just now.
+    pub fn settle(&mut self, now: Instant) -> bool {
+        let Some(echoed) = self.echoed.filter(|_| !self.complete) else { return false };
+        let age = |since: Instant| now.saturating_duration_since(since);
+        self.complete = age(self.found.unwrap_or(echoed).max(echoed)) >= QUIET || age(echoed) >= QUIET_MAX;
+        self.complete
+    }
+
+    /// Takes those for offline that published nothing for too long, and returns their names.
+    pub fn expire(&mut self, now: Instant) -> Vec<String> {
+        let expired = self.workers.iter_mut().filter(|(_, worker)| worker.online && !worker.is_believed(now));
+        let expired = expired.map(|(name, worker)| {
+            worker.online = false;
+            name.clone()
+        });
+        expired.collect()
+    }
+
+    /// Takes in one message; `retained` if it was found on the bus rather than published just now (MQTT 3.1.1 section
     /// 3.3.1.3). Topics of unknown domains, and those that say nothing about gateways, change nothing.
-    pub fn hear(&mut self, topic: &Topic, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
+    pub fn hear(&mut self, topic: &Topic, payload: &[u8], retained: bool, now: Instant) -> Result<(), Nonsense> {
+        if retained {
+            self.found = Some(now);
+        }
         match topic {
             Topic::WorkerStatus { worker } => {
                 let online = status(payload)?;
-                self.worker(worker)?.hear_status(online, retained);
+                self.worker(worker)?.hear_status(online, retained, now);
                 Ok(())
             }
             Topic::WorkerData { worker, domain } => {
@@ -143,21 +236,24 @@ impl Gateways {
                     self.reserved.hear(worker, domain, data.as_ref());
                 }
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                self.worker(worker)?.hear_data(domain, data.map_err(|_| Nonsense("worker data"))?);
+                let data = data.map_err(|_| Nonsense("worker data"))?;
+                self.worker(worker)?.hear_data(domain.clone(), data, retained, now);
+                self.known.insert(domain);
                 Ok(())
             }
             Topic::ConnectedPeers { domain, worker } => {
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
                 let peers = peers(payload)?;
-                self.worker(worker)?.hear_peers(domain, peers);
+                self.worker(worker)?.hear_peers(domain.clone(), peers, retained, now);
+                self.known.insert(domain);
                 Ok(())
             }
             Topic::Hello { worker } => {
                 let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
-                self.worker(worker)?.hear_hello(hello, retained);
+                self.worker(worker)?.hear_hello(hello, retained, now);
                 Ok(())
             }
-            Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained),
+            Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained, now),
             Topic::Key { .. }
             | Topic::Applied { .. }
             | Topic::Seen { .. }
@@ -177,13 +273,13 @@ impl Gateways {
         Ok(self.workers.entry(name.to_owned()).or_default())
     }
 
-    fn hear_broker(&mut self, broker: &str, payload: &[u8], retained: bool) -> Result<(), Nonsense> {
+    fn hear_broker(&mut self, broker: &str, payload: &[u8], retained: bool, now: Instant) -> Result<(), Nonsense> {
         if !status(payload)? {
             self.brokers.remove(broker);
             return Ok(());
         }
         if broker == self.own_name && !retained {
-            self.complete = true;
+            self.echoed.get_or_insert(now);
         }
         if self.brokers.len() < NAMES_MAX {
             self.brokers.insert(broker.to_owned());
@@ -214,7 +310,7 @@ impl Gateways {
     /// taken to give as many answers as this one.
     pub fn assigned(&mut self, worker: &str, domain: &Domain) {
         let brokers = self.brokers.len().max(1) as u64;
-        if let Some(peers) = self.workers.get_mut(worker).and_then(|worker| worker.peers.get_mut(domain)) {
+        if let Some(Some(peers)) = self.workers.get_mut(worker).and_then(|worker| worker.peers.get_mut(domain)) {
             *peers = (*peers + brokers).min(PEERS_MAX);
         }
     }
@@ -226,18 +322,20 @@ impl Gateways {
         }
     }
 
-    /// `worker` said what became of a key: true if it is one whose word counts.
-    pub fn heard_from(&mut self, worker: &str) -> bool {
-        if let Some(worker) = self.workers.get_mut(worker) {
-            worker.silent = false;
-        }
-        self.confirms(worker)
+    /// `worker` confirmed keys or reported handshakes, which only one that is alive does. True if it is one that says what
+    /// became of keys; whether its word counts is for [`Gateways::can_take`] to say, as of before this.
+    pub fn confirmed(&mut self, worker: &str, now: Instant) -> bool {
+        let Some(worker) = self.workers.get_mut(worker).filter(|worker| worker.confirms()) else { return false };
+        worker.silent = false;
+        worker.heard(true, now);
+        true
     }
 
-    /// Whether this worker is online and says what became of keys.
+    /// Whether this worker is one that confirms and can take a key of `domain` now: whether it is waited for, and its
+    /// word on a key counts.
     #[must_use]
-    pub fn confirms(&self, worker: &str) -> bool {
-        self.workers.get(worker).is_some_and(|worker| worker.online && worker.confirms())
+    pub fn can_take(&self, worker: &str, domain: &str) -> bool {
+        self.has_online(worker, domain) && self.workers.get(worker).is_some_and(Worker::confirms)
     }
 
     /// Whether each gateway hears that a key is denied: those heard of, and those that the operator named.
@@ -269,19 +367,30 @@ impl Gateways {
         worker.zip(domain).is_some_and(|(worker, domain)| worker.has_online(domain))
     }
 
-    /// Who could take a key of `domain`. An original that has just started says how many peers it has only after a
-    /// minute; it takes keys before that.
+    /// Who can take a key of `domain`. An original that has just started says how many peers it has only after a
+    /// while; it takes keys before that.
     #[must_use]
     pub fn online(&self, domain: &Domain) -> Online {
         let mut online = Online::default();
-        for worker in self.workers.values().filter(|worker| worker.online) {
-            if worker.confirms() {
-                online.confirming += usize::from(worker.has_online(domain));
-            } else {
-                online.others += usize::from(worker.data.contains_key(domain) || worker.peers.contains_key(domain));
-            }
+        for (name, worker) in self.workers.iter().filter(|(_, worker)| worker.can_take(domain)) {
+            let names = if worker.confirms() { &mut online.confirming } else { &mut online.others };
+            names.insert(name.clone());
         }
         online
+    }
+
+    /// Whether any worker has ever said something of itself in `domain`.
+    #[must_use]
+    pub fn is_known(&self, domain: &Domain) -> bool {
+        self.known.contains(domain)
+    }
+
+    /// The domains that no gateway serves now.
+    #[must_use]
+    pub fn unserved(&self) -> Vec<Unserved> {
+        let is_served = |domain: &Domain| self.workers.values().any(|worker| worker.can_take(domain));
+        let unserved = self.domains.iter().filter(|domain| !is_served(domain));
+        unserved.map(|domain| Unserved { domain: domain.clone(), is_known: self.is_known(domain) }).collect()
     }
 
     /// Every worker heard of, by name.
@@ -297,7 +406,7 @@ impl Gateways {
                 .keys()
                 .chain(worker.peers.keys())
                 .filter(|domain| worker.may_serve(domain))
-                .map(|domain| (domain.clone(), worker.peers.get(domain).copied()))
+                .map(|domain| (domain.clone(), worker.peers.get(domain).copied().flatten()))
                 .collect(),
             peers: worker.count(),
             weight: self.weight(name),
@@ -340,7 +449,14 @@ impl Worker {
 
     /// Whether it is online, and the domain there.
     fn has_online(&self, domain: &Domain) -> bool {
-        self.online && self.peers.contains_key(domain) && self.may_serve(domain)
+        self.online && self.peers.get(domain).is_some_and(Option::is_some) && self.may_serve(domain)
+    }
+
+    /// Whether it is online, and the domain there as far as it said so. One that does not confirm and has not counted its
+    /// peers yet takes keys if it has data.
+    fn can_take(&self, domain: &Domain) -> bool {
+        let has_begun = || !self.confirms() && !self.peers.contains_key(domain) && self.data.contains_key(domain);
+        self.has_online(domain) || (self.online && has_begun())
     }
 
     /// False for a domain that is retained of a worker which says that it serves others.
@@ -349,50 +465,98 @@ impl Worker {
     }
 
     fn count(&self) -> u64 {
-        self.peers.values().sum()
+        self.peers.values().flatten().sum()
+    }
+
+    /// Until when it is taken to be alive. A status that nothing supports counts as long as a count without a status: either
+    /// may be what somebody else wrote, or what a last will said that came late.
+    fn believed_until(&self) -> Option<Instant> {
+        match (self.status, self.sign, self.proof) {
+            (Some((_, true)), Some(sign), _) => Some(sign + LIVENESS),
+            (Some((since, true)), None, _) => Some(since + UNSUPPORTED),
+            (Some((_, false)) | None, _, proof) => proof.map(|proof| proof + UNSUPPORTED),
+        }
+    }
+
+    fn is_believed(&self, now: Instant) -> bool {
+        self.believed_until().is_some_and(|until| now < until)
+    }
+
+    /// It published something just now, `proof` if that is what only one that serves does.
+    fn heard(&mut self, is_proof: bool, now: Instant) {
+        self.sign = Some(now);
+        if is_proof {
+            self.proof = Some(now);
+        }
+        self.online = self.is_believed(now);
     }
 
     /// A worker of ours says hello before it says that it is online. One that comes online without is another
     /// program under the same name, and a hello found on the bus is not its own.
-    fn hear_status(&mut self, online: bool, retained: bool) {
-        self.online = online;
+    fn hear_status(&mut self, online: bool, retained: bool, now: Instant) {
+        self.status = Some((now, online));
         self.silent = false;
         if !online {
-            self.hello_is_live = false;
+            (self.sign, self.proof, self.hello_is_live) = (None, None, false);
         }
-        if !retained && !self.hello_is_live {
+        if online && !retained && !self.hello_is_live {
             self.hello = None;
         }
+        self.online = self.is_believed(now);
     }
 
-    fn hear_hello(&mut self, hello: Option<Hello>, retained: bool) {
+    fn hear_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
         self.hello_is_live = hello.is_some() && !retained;
         self.hello = hello;
+        if self.hello_is_live {
+            self.heard(false, now);
+        }
     }
 
-    fn hear_data(&mut self, domain: Domain, data: Option<WorkerData>) {
+    fn hear_data(&mut self, domain: Domain, data: Option<WorkerData>, retained: bool, now: Instant) {
+        if data.is_some() && !retained {
+            self.heard(false, now);
+        }
         match data {
             Some(data) => self.data.insert(domain, data),
             None => self.data.remove(&domain),
         };
     }
 
-    fn hear_peers(&mut self, domain: Domain, peers: Option<u64>) {
+    fn hear_peers(&mut self, domain: Domain, peers: Peers, retained: bool, now: Instant) {
         self.silent = false;
+        if !retained && peers != Peers::Unsaid {
+            self.heard(matches!(peers, Peers::Connected(_)), now);
+        }
         match peers {
-            Some(peers) => self.peers.insert(domain, peers),
-            None => self.peers.remove(&domain),
+            Peers::Connected(peers) => self.peers.insert(domain, Some(peers)),
+            Peers::Offline => self.peers.insert(domain, None),
+            Peers::Unsaid => self.peers.remove(&domain),
         };
     }
 }
 
-/// The peers of a domain, or none while the domain is offline.
-fn peers(payload: &[u8]) -> Result<Option<u64>, Nonsense> {
-    if payload.is_empty() || payload == b"-1" {
-        return Ok(None);
+/// What a worker says of its peers in a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peers {
+    /// So many are connected.
+    Connected(u64),
+    /// The domain is offline there.
+    Offline,
+    /// What was said is taken back.
+    Unsaid,
+}
+
+fn peers(payload: &[u8]) -> Result<Peers, Nonsense> {
+    if payload.is_empty() {
+        return Ok(Peers::Unsaid);
     }
-    let peers = std::str::from_utf8(payload).ok().and_then(|text| text.trim().parse().ok());
-    peers.filter(|peers| *peers <= PEERS_MAX).map(Some).ok_or(Nonsense("number of peers"))
+    let text = std::str::from_utf8(payload).map_err(|_| Nonsense("number of peers"))?.trim();
+    if text == "-1" {
+        return Ok(Peers::Offline);
+    }
+    let peers = text.parse().ok().filter(|peers| *peers <= PEERS_MAX);
+    peers.map(Peers::Connected).ok_or(Nonsense("number of peers"))
 }
 
 fn status(payload: &[u8]) -> Result<bool, Nonsense> {

@@ -211,8 +211,11 @@ impl App {
 }
 
 async fn index(app: Data<App>) -> HttpResponse {
-    let overview = app.exchange.gateways().overview();
-    let page = page::render(&overview, app.unready().as_deref(), &app.metrics);
+    let (overview, unserved) = {
+        let gateways = app.exchange.gateways();
+        (gateways.overview(), gateways.unserved())
+    };
+    let page = page::render(&overview, &unserved, app.unready().as_deref(), &app.metrics);
     HttpResponse::Ok()
         .content_type(ContentType::html())
         .insert_header(("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"))
@@ -226,7 +229,10 @@ async fn healthz(_: Data<App>) -> HttpResponse {
 
 async fn readyz(app: Data<App>) -> HttpResponse {
     let (status, text) = match app.unready() {
-        None => (StatusCode::OK, "ready\n".into()),
+        None => {
+            let unserved = app.exchange.gateways().unserved();
+            (StatusCode::OK, unserved.iter().fold("ready\n".to_owned(), |text, unserved| format!("{text}{unserved}\n")))
+        }
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
     };
     HttpResponse::build(status).content_type(ContentType::plaintext()).body(text)

@@ -9,6 +9,7 @@
 
 pub mod access;
 pub mod admin;
+mod announcer;
 pub mod answers;
 mod certificate;
 pub mod cli;
@@ -46,6 +47,7 @@ use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::admin::Admin;
+use crate::announcer::Announcer;
 use crate::certificate::Certificate;
 use crate::connections::Connections;
 use crate::exchange::Exchange;
@@ -96,9 +98,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
     let waiting = (waiters.clone(), answers.clone());
-    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), metrics.clone());
+    let (presence, presence_heard) = announcer::ears();
+    let own = (presence, Party::Broker(config.name.clone()));
+    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), own.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, metrics.clone());
+    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, own, metrics.clone());
+    let buses = [bus.clone(), keys.clone()];
+    let announcer = Announcer::new(&config, buses, presence_heard, lists.view(), gateways.clone(), waiters.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters: waiters.clone(),
@@ -106,6 +112,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         live: live.clone(),
         limits: limits.clone(),
         answers: Arc::default(),
+        unwitnessed: Arc::default(),
         lists: lists.view(),
         confirm: config.confirm,
         metrics: metrics.clone(),
@@ -121,7 +128,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         let stop = || process::over(stopped.clone());
         tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
     });
-    tokio::spawn(mqtt::say_hello(config.name.clone(), config.domains.clone(), keys.clone(), lists.view()));
+    let announcing = tokio::spawn(announcer.run());
     if let Some((listener, token_hash)) = admin_listener {
         let (gateways, bus) = (gateways.clone(), keys.clone());
         let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
@@ -132,7 +139,6 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tokio::spawn(expire(live, limits, waiters));
     tokio::spawn(tidy(connections.clone()));
-    tokio::spawn(mqtt::greet(config.name.clone(), bus.clone(), gateways));
     let app =
         App { domains: config.domains.clone(), exchange, links, connections, proxy_missed: Arc::default(), metrics };
     let mut servers = vec![http::server(listener, None, app.clone(), config.confirm.budget)?];
@@ -152,6 +158,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     info!("broker stops");
     // Requests under way still need the bus.
     join_all(handles.iter().map(|handle| handle.stop(true))).await;
+    // It would publish again what the goodbye takes back.
+    announcing.abort();
     let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);

@@ -40,6 +40,8 @@ pub struct Metrics {
     pub confirmation: Histogram,
     /// Gateways that did not confirm a key in their time.
     pub confirmations_missed: IntCounter,
+    /// Keys of version 1 for a domain of which no gateway has ever published its state.
+    pub keys_unwitnessed: IntCounter,
     /// Keys that MQTT did not acknowledge in time.
     pub publish_failures: IntCounter,
     /// MQTT messages that mean nothing, by reason, one of [`IGNORED`].
@@ -110,6 +112,10 @@ impl Metrics {
             confirmations_missed: counter(
                 "wgkex_broker_confirmations_missed_total",
                 "Gateways that did not confirm in time",
+            )?,
+            keys_unwitnessed: counter(
+                "wgkex_broker_keys_unwitnessed_total",
+                "Keys of v1 answered with 200 for domains of which no gateway has ever published its state",
             )?,
             publish_failures: counter(
                 "wgkex_broker_publish_failures_total",

@@ -1,32 +1,25 @@
-//! What the broker hears on the bus, and the greeting that tells when it has heard everything retained.
+//! What the broker hears on the bus. What it publishes of itself is for [`crate::announcer`].
 //!
 //! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
 //! hears those of other brokers, and questions for keys.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::sync::{mpsc, watch};
-use tokio::time::sleep;
-use tracing::{debug, info, warn};
-use wgkex_common::lists::keeper::{self, Heard as HeardOfLists, View};
-use wgkex_common::message::{Applied, Asked, Hello, Question, Seen};
-use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
+use tokio::sync::mpsc;
+use tracing::{debug, info};
+use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
+use wgkex_common::message::{Applied, Asked, Party, Question, Seen};
+use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::{Config, Domain, PublicKey, Topic, is_topic_level};
+use wgkex_common::{Config, PublicKey, Topic, is_topic_level, presence};
 
 use crate::gateways::Gateways;
 use crate::live::LiveKeys;
-use crate::lock;
 use crate::metrics::Metrics;
 use crate::revoke::Answers;
 use crate::waiters::Waiters;
-
-/// Changes of the lists that come within this time are one to those who hear of them.
-const AT_ONCE: Duration = Duration::from_millis(200);
-/// How long the own greeting may take to come back.
-const ECHO: Duration = Duration::from_secs(2);
+use crate::{announcer, lock};
 
 /// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
 /// as its client id, so the broker's must be another.
@@ -63,11 +56,12 @@ pub fn status(broker: &str, status: &str) -> Message {
     Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
-/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say.
+/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the `announcer` who is there.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
     (waiters, answers): (Waiters, Answers),
     live: Arc<Mutex<LiveKeys>>,
+    (announcer, own): (announcer::Ears, Party),
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -79,8 +73,17 @@ pub fn hand_on(
         }
         Event::Message(publish) => {
             ignored(&metrics, &publish, hear(&gateways, (&waiters, &answers), &live, &publish));
+            announce(&announcer, &own, &publish);
         }
     }
+}
+
+/// Passes on what `publish` says of who is there to the announcer of the broker `own`.
+fn announce(announcer: &announcer::Ears, own: &Party, publish: &Publish) {
+    let topic = Topic::parse(&publish.topic);
+    let heard = topic.and_then(|topic| presence::Heard::read(&topic, &publish.payload, publish.retain, own));
+    // What finds no place is made up for within a minute.
+    heard.map(|heard| announcer.try_send(heard));
 }
 
 fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static str>) {
@@ -96,24 +99,38 @@ fn hear(
     live: &Mutex<LiveKeys>,
     publish: &Publish,
 ) -> Result<(), &'static str> {
-    let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    let (topic, now) = (Topic::parse(&publish.topic).ok_or("topic")?, Instant::now());
     if let Topic::Revoked { worker } = &topic {
         answers.resolve(worker, json(publish)?);
     } else if let Topic::Applied { worker } = &topic {
         let applied: Applied = json(publish)?;
-        if lock(gateways).confirms(worker) {
+        let can_take = lock(gateways).can_take(worker, &applied.domain);
+        if heard_from(gateways, worker, now) {
             witness(live, &applied);
+        }
+        if can_take {
             waiters.resolve(worker, applied);
         }
     } else if let Topic::Seen { worker } = &topic {
         let seen: Seen = json(publish)?;
-        if lock(gateways).confirms(worker) {
+        if heard_from(gateways, worker, now) {
             prove(live, &seen);
         }
     } else {
-        hear_state(gateways, waiters, &topic, publish)?;
+        hear_state(gateways, waiters, &topic, publish, now)?;
     }
     Ok(())
+}
+
+/// Takes what `worker` said of keys for a sign of life; true if it is one that says what becomes of keys.
+fn heard_from(gateways: &Mutex<Gateways>, worker: &str, now: Instant) -> bool {
+    let mut gateways = lock(gateways);
+    let was_online = gateways.is_online(worker);
+    let confirms = gateways.confirmed(worker, now);
+    if confirms && !was_online {
+        info!(worker, online = true, "gateway");
+    }
+    confirms
 }
 
 fn witness(live: &Mutex<LiveKeys>, applied: &Applied) {
@@ -136,17 +153,18 @@ fn hear_state(
     waiters: &Waiters,
     topic: &Topic,
     publish: &Publish,
+    now: Instant,
 ) -> Result<(), &'static str> {
+    let worker = topic.worker();
     let mut gateways = lock(gateways);
-    let worker = if let Topic::WorkerStatus { worker } = topic { Some(worker) } else { None };
-    let state = |gateways: &Gateways| (worker.is_some_and(|worker| gateways.is_online(worker)), gateways.complete());
-    let (was_online, was_complete) = state(&gateways);
-    gateways.hear(topic, &publish.payload, publish.retain).map_err(|_| "payload")?;
-    let (online, complete) = state(&gateways);
+    let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
+    let was_online = is_online(&gateways);
+    gateways.hear(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
+    let online = is_online(&gateways);
     let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
-        (!gateways.has_online(worker, domain)).then_some((worker, Some(domain.as_str())))
+        (!gateways.has_online(worker, domain)).then_some((worker.as_str(), Some(domain.as_str())))
     } else {
-        worker.filter(|_| !publish.retain).map(|worker| (worker, None))
+        worker.filter(|_| online != was_online).map(|worker| (worker, None))
     };
     drop(gateways);
     if let Some((worker, domain)) = gone {
@@ -155,9 +173,6 @@ fn hear_state(
     if let Some(worker) = worker.filter(|_| online != was_online) {
         info!(worker, online, "gateway");
     }
-    if complete && !was_complete {
-        info!("ready: all retained states are heard");
-    }
     Ok(())
 }
 
@@ -165,12 +180,14 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
     serde_json::from_slice(&publish.payload).map_err(|_| "payload")
 }
 
-/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys.
+/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys, and
+/// the `announcer` what stands there as the hello of the broker `own`.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
     lists: keeper::Handle,
     questions: mpsc::Sender<Question>,
+    (announcer, own): (announcer::Ears, Party),
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -178,6 +195,7 @@ pub fn hand_on_keys(
         Event::Down => lists.heard(HeardOfLists::Down),
         Event::Message(publish) => {
             ignored(&metrics, &publish, hear_of_keys(&live, &ears, &lists, &questions, &publish));
+            announce(&announcer, &own, &publish);
         }
     }
 }
@@ -234,73 +252,12 @@ pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::R
     }
 }
 
-/// Says on every connection, and whenever the records that it shares are other ones, what this broker can do, until the
-/// session ends.
-pub async fn say_hello(broker: String, domains: BTreeSet<Domain>, bus: Bus, mut lists: watch::Receiver<View>) {
-    let names: Vec<_> = domains.iter().map(Domain::to_string).collect();
-    let instance = fastrand::u64(..);
-    let mut link = bus.link();
-    while up(&mut link).await {
-        let digest = lists.borrow_and_update().digest.clone();
-        let greeting = Hello { records: Some(digest.clone()), ..Hello::broker(names.clone(), instance) };
-        let payload = serde_json::to_vec(&greeting).unwrap_or_default();
-        if bus.publish(hello(&broker, payload)).await.is_err() {
-            return;
-        }
-        tokio::select! {
-            changed = link.changed() => if changed.is_err() { return },
-            is_over = other_than(&mut lists, &digest) => {
-                if is_over {
-                    return;
-                }
-                sleep(AT_ONCE).await;
-            }
-        }
-    }
-}
-
-/// Waits for another digest; true when there will be none.
-async fn other_than(lists: &mut watch::Receiver<View>, digest: &str) -> bool {
-    lists.wait_for(|view| view.digest != digest).await.is_err()
-}
-
-/// Greets on every connection. The greeting comes back after everything retained, since the server keeps the order.
-pub async fn greet(broker: String, bus: Bus, gateways: Arc<Mutex<Gateways>>) {
-    let mut link = bus.link();
-    while up(&mut link).await {
-        if bus.publish(status(&broker, "1")).await.is_err() {
-            return;
-        }
-        tokio::select! {
-            () = sleep(ECHO) => assume_complete(&gateways),
-            _ = link.changed() => continue,
-        }
-        if link.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Waits until the bus can be used; false when the session has ended.
-async fn up(link: &mut watch::Receiver<Link>) -> bool {
-    link.wait_for(|link| *link == Link::Up).await.is_ok()
-}
-
-fn assume_complete(gateways: &Mutex<Gateways>) {
-    let mut gateways = lock(gateways);
-    if !gateways.complete() {
-        warn!("own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status");
-        gateways.assume_complete();
-    }
-}
-
 /// Hears a message of anybody's making as both connections do, for whoever makes them up: it must come to an end.
 #[cfg(any(test, fuzzing))]
 pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     use std::collections::BTreeMap;
 
     use wgkex_common::lists::keeper::Keeper;
-    use wgkex_common::message::Party;
     use wgkex_common::mqtt::QoS;
     use wgkex_common::{Reserved, sync};
 
@@ -315,8 +272,11 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let words = (Waiters::default(), Answers::default());
-    hand_on(gateways, words, live.clone(), metrics.clone())(Event::Message(publish.clone()));
-    hand_on_keys(live.clone(), ears, lists, questions, metrics)(Event::Message(publish));
+    let (announcer, _announced) = announcer::ears();
+    let own = || (announcer.clone(), Party::Broker("b".into()));
+    hand_on(gateways, words, live.clone(), own(), metrics.clone())(Event::Message(publish.clone()));
+    let own = own();
+    hand_on_keys(live.clone(), ears, lists, questions, own, metrics)(Event::Message(publish));
     assert!(lock(&live).len() <= 10);
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::exchange::Refusal;
-use crate::gateways::Overview;
+use crate::gateways::{Overview, Unserved};
 use crate::metrics::{APIS, Metrics};
 
 const HEAD: &str = "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
@@ -13,7 +13,7 @@ table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #cc
 td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}</style>";
 
 /// The whole page. `unready` is why this broker cannot serve routers now.
-pub fn render(gateways: &[Overview], unready: Option<&str>, metrics: &Metrics) -> String {
+pub fn render(gateways: &[Overview], unserved: &[Unserved], unready: Option<&str>, metrics: &Metrics) -> String {
     let mut page = String::from(HEAD);
     let version = env!("CARGO_PKG_VERSION");
     let state = unready.map_or_else(
@@ -22,6 +22,9 @@ pub fn render(gateways: &[Overview], unready: Option<&str>, metrics: &Metrics) -
     );
     // Writing to a String does not fail.
     let _ = write!(page, "<h1>wgkex</h1><p>Broker {version}: {state}</p><h2>Gateways</h2>");
+    for unserved in unserved {
+        let _ = write!(page, "<p class=\"bad\">{}</p>", escape(&unserved.to_string()));
+    }
     write_gateways(&mut page, gateways);
     write_keys(&mut page, metrics);
     page
@@ -106,10 +109,19 @@ mod tests {
         };
         let metrics = Metrics::new().unwrap();
         metrics.keys_accepted.with_label_values(&["v2"]).inc_by(41);
-        let page = render(&[gateway], Some("<b>"), &metrics);
-        for part in
-            ["&lt;script&gt;", "online", "original", "ff_a (7)", ">84<", ">9.5<", ">41<", "not ready: &lt;b&gt;"]
-        {
+        let unserved = Unserved { domain: Domain::new("ff_b", &["ff_".into()]).unwrap(), is_known: true };
+        let page = render(&[gateway], &[unserved], Some("<b>"), &metrics);
+        for part in [
+            "&lt;script&gt;",
+            "online",
+            "original",
+            "ff_a (7)",
+            ">84<",
+            ">9.5<",
+            ">41<",
+            "not ready: &lt;b&gt;",
+            "domain ff_b: no gateway",
+        ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }
         assert!(!page.contains("<script"));

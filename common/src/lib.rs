@@ -10,6 +10,7 @@ pub mod lists;
 pub mod log;
 pub mod message;
 pub mod mqtt;
+pub mod presence;
 pub mod process;
 mod reserved;
 pub mod store;

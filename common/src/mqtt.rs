@@ -61,6 +61,12 @@ impl Message {
     pub fn event(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { retain: false, ..Self::state(topic, payload) }
     }
+
+    /// The same, not retained.
+    #[must_use]
+    pub fn transient(self) -> Self {
+        Self { retain: false, ..self }
+    }
 }
 
 /// Who this client is, and what it wants to hear.

@@ -112,6 +112,27 @@ impl Topic {
         }
     }
 
+    /// The worker whose state it is, or that publishes on it.
+    #[must_use]
+    pub fn worker(&self) -> Option<&str> {
+        match self {
+            Self::ConnectedPeers { worker, .. }
+            | Self::WorkerStatus { worker }
+            | Self::WorkerData { worker, .. }
+            | Self::Hello { worker }
+            | Self::Applied { worker }
+            | Self::Seen { worker }
+            | Self::Revoked { worker } => Some(worker),
+            Self::Key { .. }
+            | Self::BrokerStatus { .. }
+            | Self::WorkerPages { .. }
+            | Self::Revocations
+            | Self::BrokerHello { .. }
+            | Self::Questions { .. }
+            | Self::BrokerPages { .. } => None,
+        }
+    }
+
     /// The filter for every key of a domain, whatever its last level.
     #[must_use]
     pub fn keys(domain: &str) -> String {
@@ -130,6 +151,18 @@ impl Topic {
             Self::BrokerStatus { broker: any() },
         ]
         .map(|topic| topic.to_string())
+    }
+
+    /// The filter for whether each worker is online.
+    #[must_use]
+    pub fn worker_statuses() -> String {
+        Self::WorkerStatus { worker: "+".into() }.to_string()
+    }
+
+    /// The filter for whether each broker is online.
+    #[must_use]
+    pub fn broker_statuses() -> String {
+        Self::BrokerStatus { broker: "+".into() }.to_string()
     }
 
     /// The filter for what every worker says of itself in every domain.

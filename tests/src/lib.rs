@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 pub mod admin;
 pub mod gateway;
 pub mod http;
+pub mod in_memory;
 pub mod probe;
 pub mod process;
 pub mod proxy;

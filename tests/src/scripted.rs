@@ -1,6 +1,9 @@
 //! Workers played by a probe, with exactly the bytes of the contract: the original, which says nothing of a key, and
 //! one that confirms.
 
+use std::thread;
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::key;
@@ -20,7 +23,34 @@ pub enum Manner {
     Full,
     /// Is one that confirms, and says nothing.
     Silent,
+    /// Says that it has it, a while later.
+    Slow,
+    /// Its interface is missing: it says that the domain is offline, and rejects each key for that.
+    Down,
+    /// Says that it is offline, and confirms all the same.
+    OfflineButConfirms,
+    /// Says that it is offline, and rejects.
+    OfflineButRefuses,
+    /// An original whose domain is offline, with the data that is retained from before.
+    OriginalDown,
 }
+
+impl Manner {
+    fn is_original(self) -> bool {
+        matches!(self, Self::Original | Self::OriginalDown)
+    }
+
+    fn is_domain_down(self) -> bool {
+        matches!(self, Self::Down | Self::OriginalDown)
+    }
+
+    fn is_offline(self) -> bool {
+        matches!(self, Self::OfflineButConfirms | Self::OfflineButRefuses)
+    }
+}
+
+/// How long one that is slow takes.
+const SLOW: Duration = Duration::from_millis(200);
 
 /// A worker that is online in all domains of a stack.
 pub struct Worker {
@@ -42,10 +72,15 @@ impl Worker {
             let domain = heard.topic.split('/').nth(1).unwrap_or_default();
             match manner {
                 _ if heard.payload.len() != 44 => Vec::new(),
-                Manner::Confirms => vec![applied(&worker, domain, &heard.text())],
-                Manner::Refuses => vec![failed(&worker, domain, &heard.text(), "refused")],
+                Manner::Slow => {
+                    thread::sleep(SLOW);
+                    vec![applied(&worker, domain, &heard.text())]
+                }
+                Manner::Confirms | Manner::OfflineButConfirms => vec![applied(&worker, domain, &heard.text())],
+                Manner::Down => vec![failed(&worker, domain, &heard.text(), "interface")],
+                Manner::Refuses | Manner::OfflineButRefuses => vec![failed(&worker, domain, &heard.text(), "refused")],
                 Manner::Full => vec![failed(&worker, domain, &heard.text(), "full")],
-                Manner::Original | Manner::Silent => Vec::new(),
+                Manner::Original | Manner::OriginalDown | Manner::Silent => Vec::new(),
             }
         });
         Self { name: name.into(), probe: stack.probe(role) }
@@ -54,10 +89,12 @@ impl Worker {
 
 /// What a worker says on every connection. The status comes last, so that whoever hears it knows the rest.
 fn greeting(name: &str, domains: &[String], manner: Manner, peers: u64) -> Vec<Said> {
-    let hello = (manner != Manner::Original).then(|| hello(name));
+    let hello = (!manner.is_original()).then(|| hello(name));
+    let peers = if manner.is_domain_down() { "-1".into() } else { peers.to_string() };
+    let online = if manner.is_offline() { "0" } else { "1" };
     let data = domains.iter().map(|domain| data(name, domain));
-    let counts = domains.iter().map(|domain| peers_of(name, domain, &peers.to_string()));
-    hello.into_iter().chain(data).chain(counts).chain([status(name, "1")]).collect()
+    let counts = domains.iter().map(|domain| peers_of(name, domain, &peers));
+    hello.into_iter().chain(data).chain(counts).chain([status(name, online)]).collect()
 }
 
 /// The topic of a domain's keys.

@@ -13,19 +13,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tokio::runtime;
-use tokio::sync::oneshot;
 use wgkex_common::lists::records::Records;
 use wgkex_common::lists::{Entry, List, unix};
-use wgkex_common::{Config, PublicKey};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, Response};
+use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::scripted::{Manner, Worker, data, key_for, key_topic, status};
-use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key, wait_until};
-use wgkex_worker::kernel::Change;
-use wgkex_worker::kernel::fake::Fake;
 
 /// A broker with `config` and one gateway that confirms, and its operator.
 fn scene(config: &str) -> (Stack, Worker, Operator) {
@@ -410,42 +406,6 @@ fn entries_are_shown_with_where_they_come_from() {
     assert_eq!(statuses(&stack, &key(1)), [403, 403]);
 }
 
-/// A worker `gw1` on a kernel in memory, until this is dropped.
-struct InMemory {
-    kernel: Fake,
-    _stop: oneshot::Sender<()>,
-}
-
-impl InMemory {
-    fn start(stack: &Stack) -> Self {
-        let yaml = format!(
-            "domains: [{DOMAIN}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\
-             mqtt: {{broker_url: {}, broker_port: {}}}\n",
-            stack.dir().join("worker").display(),
-            free_address(),
-            stack.mqtt.ip(),
-            stack.mqtt.port(),
-        );
-        let config = Config::parse("test", &yaml, "gw1").unwrap();
-        let kernel = Fake::with(&config.domains.iter().cloned().collect::<Vec<_>>());
-        let (stop, stopped) = oneshot::channel::<()>();
-        let worker = kernel.clone();
-        thread::spawn(move || {
-            let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-            let _ = runtime.block_on(wgkex_worker::run(config, worker, async {
-                let _ = stopped.await;
-            }));
-        });
-        Self { kernel, _stop: stop }
-    }
-
-    /// Whether the kernel was ever asked to take this key.
-    fn took(applied: &[Change], n: u32) -> bool {
-        let key: PublicKey = key(n).parse().unwrap();
-        applied.contains(&Change::SetPeer(key, key.link_local()))
-    }
-}
-
 /// A broker `b1` that says this digest, and hears what `gw1` says and asks.
 fn scripted_broker(stack: &Stack, digest: &str) -> Probe {
     let hello = json!({ "version": "9", "can": ["answer"], "domains": [DOMAIN], "revocations": digest }).to_string();
@@ -466,7 +426,7 @@ fn a_worker_takes_no_key_before_it_knows_what_is_revoked() {
     let mut records = Records::default();
     let record = records.change(Entry::new(List::Deny, key(1).parse().unwrap()), true, now * 1000).unwrap();
     let broker = scripted_broker(&stack, &records.digest(now));
-    let worker = InMemory::start(&stack);
+    let worker = InMemory::start(&stack, "gw1");
     broker.next("the worker is online", |heard| *heard == Said { retain: heard.retain, ..status("gw1", "1") });
     broker.say_all([key_for(DOMAIN, &key(1)), key_for(DOMAIN, &key(2))]);
     broker.next("the worker asks for records", asks_for_records);
@@ -476,7 +436,7 @@ fn a_worker_takes_no_key_before_it_knows_what_is_revoked() {
     let applied: Value = serde_json::from_slice(&broker.next_on("wgkex/worker/gw1/applied").payload).unwrap();
     assert_eq!(applied, json!({ "domain": DOMAIN, "installed": [key(2)], "failed": { key(1): "denied" } }));
     let changes: Vec<_> = worker.kernel.take_applies().into_iter().flat_map(|(_, changes)| changes).collect();
-    assert!(InMemory::took(&changes, 2) && !InMemory::took(&changes, 1));
+    assert!(InMemory::took(&changes, &key(2)) && !InMemory::took(&changes, &key(1)));
 }
 
 #[test]
@@ -484,7 +444,7 @@ fn a_worker_waits_no_longer_than_three_seconds_for_what_is_revoked() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     stack.start_mosquitto();
     let broker = scripted_broker(&stack, "of records that never come");
-    let _worker = InMemory::start(&stack);
+    let _worker = InMemory::start(&stack, "gw1");
     broker.next("the worker is online", |heard| *heard == Said { retain: heard.retain, ..status("gw1", "1") });
     let online = Instant::now();
     broker.say(key_for(DOMAIN, &key(1)));

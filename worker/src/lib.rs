@@ -60,7 +60,9 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
     let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
     let (ears, heard) = sync::ears();
-    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), metrics.clone());
+    let (presence, presence_heard) = mqtt::presence_ears();
+    let own = (presence, Party::Worker(config.name.clone()));
+    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), own, metrics.clone());
     let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
     let tell = tell(handle.clone(), metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
@@ -69,7 +71,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let list_bus = confirmations.clone();
     let learn = move |domain, page: Page| learn(told.clone(), domain, page);
     let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
-    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, metrics.clone());
+    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_heard, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
     let installing = tokio::spawn(installer.run(process::over(stopped.clone())));

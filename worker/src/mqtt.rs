@@ -2,29 +2,30 @@
 //! peer counts and what became of keys, out.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::Instant;
 
-use tokio::sync::watch;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep_until;
 use tracing::debug;
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
-use wgkex_common::message::{Applied, Hello, Revoked, Seen, WorkerData};
+use wgkex_common::message::{Applied, Hello, Party, Revoked, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
+use wgkex_common::presence::{self, Announcement, Presence};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
 
 use crate::install::{DomainState, Handle, Said, State};
 use crate::metrics::Metrics;
 
-/// How often the number of connected peers is said, whether it has changed or not.
-const COUNT: Duration = Duration::from_secs(60);
+/// Messages about who is there that wait for the announcer at most; what finds no place is made up for within a minute.
+const HEARD_MAX: usize = 1024;
 
 /// Who this worker is to the MQTT server, and which keys it wants to hear.
 pub fn client(config: &Config) -> Client {
     Client {
         id: config.name.clone(),
         will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
-        states: vec![Topic::worker_data()],
+        states: vec![Topic::worker_data(), Topic::worker_statuses(), Topic::broker_statuses()],
         events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
         is_second: false,
     }
@@ -39,13 +40,23 @@ pub fn second(config: &Config) -> Client {
     }
 }
 
-/// Hands keys that come to the installer, and what gateways say of themselves to `reserved`; everything else is counted
-/// and left. On each connection keys wait for what brokers say of `lists`.
+/// The way from the connection to the announcer: what is heard of who is there, and under the own name.
+pub type PresenceEars = mpsc::Sender<presence::Heard>;
+
+/// That way, and its end.
+pub fn presence_ears() -> (PresenceEars, mpsc::Receiver<presence::Heard>) {
+    mpsc::channel(HEARD_MAX)
+}
+
+/// Hands keys that come to the installer, what gateways say of themselves to `reserved`, and who is there to the
+/// `announcer` of the worker `own`; everything else is counted and left. On each connection keys wait for what brokers say
+/// of `lists`.
 pub fn hand_on(
     domains: BTreeSet<Domain>,
     handle: Handle,
     reserved: watch::Sender<Reserved>,
     lists: keeper::Handle,
+    (announcer, own): (PresenceEars, Party),
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -55,10 +66,17 @@ pub fn hand_on(
         }
         Event::Down => metrics.mqtt_connected.set(0),
         Event::Message(publish) => {
-            let outcome = match Topic::parse(&publish.topic) {
+            let topic = Topic::parse(&publish.topic);
+            let heard =
+                topic.as_ref().and_then(|topic| presence::Heard::read(topic, &publish.payload, publish.retain, &own));
+            let outcome = match topic {
                 Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
-                _ => key(&domains, &publish).map(|(domain, key)| handle.offer(domain, key)),
+                Some(Topic::WorkerStatus { .. } | Topic::BrokerStatus { .. }) => Ok(()),
+                _ if heard.is_some() => Ok(()),
+                topic => key(&domains, topic, &publish).map(|(domain, key)| handle.offer(domain, key)),
             };
+            // What finds no place is made up for within a minute.
+            heard.map(|heard| announcer.try_send(heard));
             if let Err(reason) = outcome {
                 ignore(&metrics, &publish, reason);
             }
@@ -96,8 +114,12 @@ fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
 }
 
 /// The key that a message brings, or in one word why it brings none.
-fn key(domains: &BTreeSet<Domain>, publish: &Publish) -> Result<(Domain, PublicKey), &'static str> {
-    let Some(Topic::Key { domain }) = Topic::parse(&publish.topic) else { return Err("topic") };
+fn key(
+    domains: &BTreeSet<Domain>,
+    topic: Option<Topic>,
+    publish: &Publish,
+) -> Result<(Domain, PublicKey), &'static str> {
+    let Some(Topic::Key { domain }) = topic else { return Err("topic") };
     let domain = domains.get(domain.as_str()).ok_or("domain")?;
     let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
     Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
@@ -128,7 +150,8 @@ pub struct Announcer {
     link: watch::Receiver<Link>,
     state: watch::Receiver<State>,
     installer: Said,
-    count: Interval,
+    heard: mpsc::Receiver<presence::Heard>,
+    presence: Presence,
     said: State,
     metrics: Metrics,
 }
@@ -145,8 +168,10 @@ enum Cause {
     Seen(Seen),
     /// Denied keys are taken out.
     Revoked(Revoked),
-    /// It is time to say how many peers there are.
-    Count,
+    /// A message of the bus is about who is there.
+    Heard(presence::Heard),
+    /// It is time to say everything again.
+    Due,
     /// The installer has ended.
     End,
 }
@@ -158,33 +183,50 @@ impl Announcer {
         (bus, confirmations): (Bus, Bus),
         state: watch::Receiver<State>,
         installer: Said,
+        heard: mpsc::Receiver<presence::Heard>,
         metrics: Metrics,
     ) -> Self {
-        let mut count = interval_at(Instant::now() + COUNT, COUNT);
-        count.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
         let (domains, link) = (config.domains.clone(), bus.link());
-        let said = State::new();
-        Self { worker, external_name, domains, bus, confirmations, link, state, installer, count, said, metrics }
+        let (said, presence) = (State::new(), Presence::default());
+        Self {
+            worker,
+            external_name,
+            domains,
+            bus,
+            confirmations,
+            link,
+            state,
+            installer,
+            heard,
+            presence,
+            said,
+            metrics,
+        }
     }
 
     /// Announces until the installer ends.
     pub async fn run(&mut self) {
         loop {
             match self.next().await {
-                Cause::Link if self.is_up() => self.greet(),
-                Cause::Link => {}
+                Cause::Link if self.is_up() => {
+                    self.presence.connected(Instant::now());
+                    self.greet();
+                }
+                Cause::Link => self.presence.disconnected(),
                 Cause::State => self.say_changes(),
                 Cause::Applied(applied) => self.say_applied(&applied),
                 Cause::Seen(seen) => self.say_seen(&seen),
                 Cause::Revoked(revoked) => self.say_revoked(&revoked),
-                Cause::Count => self.say_counts(),
+                Cause::Heard(heard) => self.hear(heard, Instant::now()),
+                Cause::Due => self.say_again(Instant::now()),
                 Cause::End => return,
             }
         }
     }
 
     async fn next(&mut self) -> Cause {
+        let due = self.presence.due();
         tokio::select! {
             biased;
             changed = self.link.changed() => if changed.is_ok() { Cause::Link } else { Cause::End },
@@ -192,7 +234,8 @@ impl Announcer {
             seen = self.installer.seen.recv() => seen.map_or(Cause::End, Cause::Seen),
             revoked = self.installer.revoked.recv() => revoked.map_or(Cause::End, Cause::Revoked),
             changed = self.state.changed() => if changed.is_ok() { Cause::State } else { Cause::End },
-            _ = self.count.tick() => Cause::Count,
+            heard = self.heard.recv() => heard.map_or(Cause::End, Cause::Heard),
+            () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => Cause::Due,
         }
     }
 
@@ -204,16 +247,75 @@ impl Announcer {
     /// last knows the rest. A broker that subscribes in between hears the status alone, and takes the worker for an
     /// original: for that one the hello comes again.
     fn greet(&mut self) {
-        self.say_hello();
+        self.say_hello(Announcement::Retained);
         self.said.clear();
         self.say_changes();
-        self.post(Message::state(self.status(), "1"));
-        self.say_hello();
+        self.say(Message::state(self.status(), "1"));
+        self.say_hello(Announcement::Retained);
     }
 
-    fn say_hello(&self) {
-        let hello = Hello::worker(self.domains.iter().map(ToString::to_string).collect());
-        self.post_json(Topic::Hello { worker: self.worker.clone() }, &hello, Message::state);
+    /// The same for those who may have been told otherwise, or not have been given it.
+    fn say_again(&mut self, now: Instant) {
+        let Some(announcement) = self.presence.next(now) else { return };
+        if *self.link.borrow() != Link::Up {
+            return;
+        }
+        self.say_hello(announcement);
+        for (domain, state) in &self.said {
+            if let Some(data) = self.data(state) {
+                self.say_data(domain, &data, announcement);
+            }
+            self.say(announcement.of(self.count(domain, state)));
+        }
+        self.say(announcement.of(Message::state(self.status(), "1")));
+        self.say_hello(announcement);
+    }
+
+    fn hear(&mut self, heard: presence::Heard, now: Instant) {
+        match heard {
+            presence::Heard::Status { party, online, retained } => {
+                self.presence.status(party, online, retained, now, fastrand::f64());
+            }
+            presence::Heard::Own(topic, payload) => {
+                if self.expected(&topic).is_some_and(|expected| expected != payload) {
+                    self.presence.contradicted(now);
+                }
+            }
+        }
+    }
+
+    /// What stands on a topic of this worker, if it has published anything there on this connection.
+    fn expected(&self, topic: &Topic) -> Option<Vec<u8>> {
+        let said = |domain: &str| self.said.iter().find(|(said, _)| said.name() == domain).map(|(_, state)| state);
+        match topic {
+            Topic::WorkerStatus { .. } => Some(b"1".to_vec()),
+            Topic::Hello { .. } => serde_json::to_vec(&self.hello()).ok(),
+            Topic::WorkerData { domain, .. } => serde_json::to_vec(&self.data(said(domain)?)?).ok(),
+            Topic::ConnectedPeers { domain, .. } => Some(connected(said(domain)?).to_string().into_bytes()),
+            Topic::Key { .. }
+            | Topic::BrokerStatus { .. }
+            | Topic::Applied { .. }
+            | Topic::Seen { .. }
+            | Topic::Revoked { .. }
+            | Topic::Revocations
+            | Topic::WorkerPages { .. }
+            | Topic::BrokerHello { .. }
+            | Topic::Questions { .. }
+            | Topic::BrokerPages { .. } => None,
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello::worker(self.domains.iter().map(ToString::to_string).collect())
+    }
+
+    fn say_hello(&self, announcement: Announcement) {
+        self.say_json(Topic::Hello { worker: self.worker.clone() }, &self.hello(), announcement);
+    }
+
+    fn say_data(&self, domain: &Domain, data: &WorkerData, announcement: Announcement) {
+        let topic = Topic::WorkerData { worker: self.worker.clone(), domain: domain.name().into() };
+        self.say_json(topic, data, announcement);
     }
 
     /// Says the domains that are not as they were said. Without a bus nothing is said, and all is said again later.
@@ -228,11 +330,10 @@ impl Announcer {
             if let Some(data) = self.data(state)
                 && before.and_then(|before| self.data(before)).as_ref() != Some(&data)
             {
-                let topic = Topic::WorkerData { worker: self.worker.clone(), domain: domain.name().into() };
-                self.post_json(topic, &data, Message::state);
+                self.say_data(domain, &data, Announcement::Retained);
             }
             if before.map(connected) != Some(connected(state)) {
-                self.say_count(domain, connected(state));
+                self.say(self.count(domain, state));
             }
         }
     }
@@ -272,16 +373,8 @@ impl Announcer {
         }
     }
 
-    fn say_counts(&self) {
-        if *self.link.borrow() == Link::Up {
-            for (domain, state) in &self.said {
-                self.say_count(domain, connected(state));
-            }
-        }
-    }
-
-    fn say_count(&self, domain: &Domain, peers: i64) {
-        self.post(Message::figure(self.peers(domain), peers.to_string()));
+    fn count(&self, domain: &Domain, state: &DomainState) -> Message {
+        Message::figure(self.peers(domain), connected(state).to_string())
     }
 
     /// Says that no domain is served here, then that the worker is gone, and waits until the server has heard it.
@@ -293,21 +386,21 @@ impl Announcer {
         let gone = Message::state(self.status(), "0");
         let hello = Message::state(Topic::Hello { worker: self.worker.clone() }, "");
         for message in offline {
-            self.post(message);
+            self.say(message);
         }
-        self.post(hello);
+        self.say(hello);
         // An error means that the session has ended, and then its last will says it.
         let _ = self.bus.publish(gone).await;
     }
 
-    fn post_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, message: fn(Topic, Vec<u8>) -> Message) {
+    fn say_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, announcement: Announcement) {
         match serde_json::to_vec(payload) {
-            Ok(payload) => self.post(message(topic, payload)),
+            Ok(payload) => self.say(announcement.of(Message::state(topic, payload))),
             Err(_) => self.metrics.mqtt_publish_failures.inc(),
         }
     }
 
-    fn post(&self, message: Message) {
+    fn say(&self, message: Message) {
         if !self.bus.post(message) {
             self.metrics.mqtt_publish_failures.inc();
         }
@@ -342,7 +435,7 @@ pub fn hear_anything(topic: &str, payload: &[u8]) {
     if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
         let _ = reserve(&reserved, &worker, &domain, payload);
     }
-    let _ = (key(&config.domains, &publish), hear(&ears, &lists, &publish));
+    let _ = (key(&config.domains, Topic::parse(topic), &publish), hear(&ears, &lists, &publish));
 }
 
 #[cfg(test)]
@@ -375,7 +468,8 @@ mod tests {
         let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
         let text = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
         let heard = |topic: &str, payload: &[u8]| {
-            key(&domains, &Publish::new(topic, QoS::AtMostOnce, payload)).map(|(domain, key)| (domain, key.to_string()))
+            let publish = Publish::new(topic, QoS::AtMostOnce, payload);
+            key(&domains, Topic::parse(topic), &publish).map(|(domain, key)| (domain, key.to_string()))
         };
         for topic in ["wireguard/ff_a/all", "wireguard/ff_a/gw04", "wireguard/ff_a/x"] {
             let domain = domains.first().unwrap().clone();

@@ -29,14 +29,19 @@ fn a_gateways_key_and_address_are_nobody_elses_whatever_domain_it_serves_and_als
     assert!(!gateways.forbids(&key));
 }
 
+fn online(confirming: &[&str], others: &[&str]) -> Online {
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+    Online { confirming: names(confirming), others: names(others) }
+}
+
 impl Gateways {
     /// Hears a message that makes sense, said just now.
     fn live(&mut self, topic: &str, payload: &str) {
-        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false).unwrap();
+        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).unwrap();
     }
 
     fn found(&mut self, topic: &str, payload: &str) {
-        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), true).unwrap();
+        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), true, Instant::now()).unwrap();
     }
 
     /// A worker of ours comes online in domain `ff_a`.
@@ -131,7 +136,10 @@ fn nonsense_changes_nothing() {
         let mut gateways = gateways(&[]);
         gateways.arrive("a", 3);
         let before = gateways.overview();
-        assert!(gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false).is_err(), "{topic} {payload}");
+        assert!(
+            gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).is_err(),
+            "{topic} {payload}"
+        );
         assert_eq!(gateways.overview(), before);
         assert_eq!(gateways.best("ff_a").unwrap(), "a");
     }
@@ -141,7 +149,7 @@ fn nonsense_changes_nothing() {
 fn nonsense_of_a_stranger_makes_no_gateway() {
     let mut gateways = gateways(&[]);
     for topic in ["wireguard-worker/x/status", "wgkex/worker/x/hello", "wireguard-metrics/ff_a/x/connected_peers"] {
-        assert!(gateways.hear(&Topic::parse(topic).unwrap(), b"nonsense", false).is_err());
+        assert!(gateways.hear(&Topic::parse(topic).unwrap(), b"nonsense", false, Instant::now()).is_err());
     }
     assert_eq!(gateways.overview(), []);
 }
@@ -159,8 +167,8 @@ fn a_bus_full_of_names_is_not_remembered_without_bound() {
     let mut gateways = gateways(&[]);
     for number in 0..NAMES_MAX + 10 {
         let worker = Topic::WorkerStatus { worker: number.to_string() };
-        let _ = gateways.hear(&worker, b"1", false);
-        let _ = gateways.hear(&Topic::BrokerStatus { broker: number.to_string() }, b"1", false);
+        let _ = gateways.hear(&worker, b"1", false, Instant::now());
+        let _ = gateways.hear(&Topic::BrokerStatus { broker: number.to_string() }, b"1", false, Instant::now());
     }
     assert_eq!((gateways.workers.len(), gateways.brokers.len()), (NAMES_MAX, NAMES_MAX));
 }
@@ -171,10 +179,31 @@ fn states_are_complete_when_the_own_greeting_comes_back() {
     gateways.found("wireguard-broker/broker1/status", "1");
     gateways.live("wireguard-broker/broker2/status", "1");
     assert!(!gateways.complete());
+    let now = Instant::now();
+    assert!(!gateways.settle(now + QUIET_MAX));
     gateways.live("wireguard-broker/broker1/status", "1");
-    assert!(gateways.complete());
+    assert!(!gateways.settle(now), "servers do not order different topics");
+    gateways.found("wireguard-worker/a/status", "1");
+    let found = gateways.found.unwrap();
+    assert!(!gateways.settle(found + QUIET / 2));
+    assert!(gateways.settle(found + QUIET) && gateways.complete());
+    assert!(!gateways.settle(found + QUIET), "only once");
     gateways.forget();
     assert!(!gateways.complete());
+}
+
+#[test]
+fn retained_messages_without_end_do_not_keep_a_broker_from_its_routers() {
+    let mut gateways = gateways(&[]);
+    let now = Instant::now();
+    gateways.assume_echo(now);
+    let topic = Topic::WorkerStatus { worker: "a".into() };
+    for tenths in 0..100 {
+        let at = now + Duration::from_millis(100) * tenths;
+        gateways.hear(&topic, b"1", true, at).unwrap();
+        assert!(!gateways.settle(at));
+    }
+    assert!(gateways.settle(now + QUIET_MAX));
 }
 
 #[test]
@@ -202,9 +231,9 @@ fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
     assert_eq!(gateways.best("ff_a").unwrap(), "b");
     let only_a = gateways.choose(&domain("ff_a"), |worker, _| worker == "a");
     assert_eq!(only_a.unwrap().worker, "a");
-    assert!(gateways.heard_from("a"));
+    assert!(gateways.confirmed("a", Instant::now()));
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
-    assert!(!gateways.heard_from("stranger"));
+    assert!(!gateways.confirmed("stranger", Instant::now()));
 }
 
 #[test]
@@ -259,7 +288,7 @@ fn a_broker_that_subscribes_between_hello_and_status_learns_of_it_by_the_next_he
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
     gateways.live("wireguard-worker/a/status", "1");
     gateways.live("wgkex/worker/a/hello", hello);
-    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 1, others: 0 });
+    assert_eq!(gateways.online(&domain("ff_a")), online(&["a"], &[]));
 }
 
 #[test]
@@ -280,16 +309,88 @@ fn what_is_retained_of_a_domain_that_a_worker_no_longer_names_does_not_count() {
 fn an_original_takes_keys_before_it_has_counted_its_peers() {
     let mut gateways = gateways(&[]);
     gateways.data("old", "ff_a");
-    gateways.live("wireguard-metrics/ff_a/old/connected_peers", "-1");
     assert_eq!(gateways.online(&domain("ff_a")), Online::default());
     gateways.live("wireguard-worker/old/status", "1");
-    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 0, others: 1 });
+    assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["old"]));
     assert_eq!(gateways.best("ff_a"), None);
     gateways.arrive("new", 0);
-    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 1, others: 1 });
+    assert_eq!(gateways.online(&domain("ff_a")), online(&["new"], &["old"]));
     gateways.live("wireguard-metrics/ff_a/new/connected_peers", "-1");
-    assert_eq!(gateways.online(&domain("ff_a")), Online { confirming: 0, others: 1 });
+    assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["old"]));
+    gateways.live("wireguard-metrics/ff_a/old/connected_peers", "-1");
+    assert_eq!(gateways.online(&domain("ff_a")), Online::default(), "it said that the domain is offline there");
+    gateways.live("wireguard-metrics/ff_a/old/connected_peers", "");
+    assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["old"]), "not said any more");
     assert_eq!(gateways.online(&domain("ff_b")), Online::default());
+}
+
+/// What is heard of one worker, and whether it is taken to be alive so many seconds after the last message.
+#[test]
+fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
+    type Message = (&'static str, &'static str, bool);
+    const LIVE: bool = false;
+    const FOUND: bool = true;
+    let (status, count, hello) =
+        ("wireguard-worker/a/status", "wireguard-metrics/ff_a/a/connected_peers", "wgkex/worker/a/hello");
+    let can = r#"{"version":"1","can":["confirm"]}"#;
+    let cases: &[(&[Message], u64)] = &[
+        (&[(status, "1", LIVE), (count, "3", LIVE)], 150),
+        (&[(count, "3", LIVE), (status, "1", LIVE)], 150),
+        (&[(hello, can, LIVE), (status, "1", LIVE)], 150),
+        // Found on the bus, or written by hand.
+        (&[(status, "1", FOUND), (count, "3", FOUND), (hello, can, FOUND)], 65),
+        (&[(status, "1", LIVE)], 65),
+        // A last will that came late, or zero that was written by hand.
+        (&[(status, "1", LIVE), (count, "3", LIVE), (status, "0", LIVE)], 0),
+        (&[(status, "0", FOUND), (count, "3", FOUND)], 0),
+        (&[(status, "0", FOUND), (count, "3", LIVE)], 65),
+        (&[(status, "0", LIVE), (count, "-1", LIVE)], 0),
+        (&[(status, "0", LIVE), (hello, can, LIVE)], 0),
+        (&[(count, "3", LIVE)], 65),
+        (&[(count, "3", FOUND)], 0),
+    ];
+    for (messages, seconds) in cases {
+        let (mut gateways, now) = (gateways(&[]), Instant::now());
+        for (topic, payload, retained) in *messages {
+            gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), *retained, now).unwrap();
+        }
+        assert_eq!(gateways.is_online("a"), *seconds > 0, "{messages:?}");
+        let until = now + Duration::from_secs(*seconds);
+        if *seconds > 0 {
+            assert!(gateways.expire(until.checked_sub(Duration::from_secs(1)).unwrap()).is_empty(), "{messages:?}");
+            assert_eq!(gateways.expire(until), ["a"], "{messages:?}");
+        }
+        assert!(!gateways.is_online("a") && gateways.expire(until).is_empty());
+    }
+}
+
+#[test]
+fn a_confirmation_is_a_sign_of_life_and_counts_only_from_one_that_can_take_the_key() {
+    let (mut gateways, now) = (gateways(&[]), Instant::now());
+    gateways.arrive("a", 0);
+    assert!(gateways.can_take("a", "ff_a") && !gateways.can_take("a", "ff_b"));
+    gateways.live("wireguard-worker/a/status", "0");
+    assert!(!gateways.can_take("a", "ff_a"));
+    assert!(gateways.confirmed("a", now));
+    assert!(gateways.can_take("a", "ff_a"));
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
+    assert!(gateways.confirmed("a", now) && !gateways.can_take("a", "ff_a"), "its interface is missing");
+    gateways.live("wireguard-worker/original/status", "1");
+    assert!(!gateways.confirmed("original", now), "it cannot know what it says");
+}
+
+#[test]
+fn which_domains_nobody_serves_and_whether_anybody_ever_did() {
+    let mut gateways = gateways(&[]);
+    let unserved = |gateways: &Gateways| -> Vec<_> {
+        gateways.unserved().into_iter().map(|unserved| (unserved.domain.to_string(), unserved.is_known)).collect()
+    };
+    assert_eq!(unserved(&gateways), [("ff_a".into(), false), ("ff_b".into(), false)]);
+    gateways.arrive("a", 0);
+    assert_eq!(unserved(&gateways), [("ff_b".into(), false)]);
+    gateways.live("wireguard-worker/a/status", "0");
+    gateways.forget();
+    assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), false)]);
 }
 
 proptest! {
@@ -332,10 +433,10 @@ proptest! {
                 4 => Topic::BrokerStatus { broker: worker },
                 _ => Topic::Applied { worker },
             };
-            let _ = gateways.hear(&topic, &payload, retained);
+            let _ = gateways.hear(&topic, &payload, retained, Instant::now());
             if let Some(best) = gateways.best("ff_a") {
                 let worker = &gateways.workers[&best];
-                prop_assert!(worker.online && worker.peers.contains_key(&domain("ff_a")));
+                prop_assert!(worker.online && worker.peers[&domain("ff_a")].is_some());
             }
         }
     }

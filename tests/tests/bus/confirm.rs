@@ -30,7 +30,11 @@ on_both!(
     an_original_is_the_way_out_when_the_others_are_silent,
     version_1_is_answered_when_any_gateway_has_the_key,
     version_1_falls_back_to_originals,
-    version_1_with_nobody_is_503,
+    version_1_is_published_and_503_where_all_gateways_are_offline,
+    version_1_is_answered_where_no_gateway_ever_published_its_state,
+    one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting,
+    a_second_best_that_is_slow_is_waited_for_although_another_is_broken,
+    a_gateway_whose_domain_is_offline_there_serves_nobody,
 );
 
 fn stack(bus: Bus, config: &str) -> Stack {
@@ -335,11 +339,107 @@ fn version_1_falls_back_to_originals(bus: Bus) {
     assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
 }
 
-fn version_1_with_nobody_is_503(bus: Bus) {
+/// Failed before v1 was published whatever is known: nothing came on the key's topic.
+fn version_1_is_published_and_503_where_all_gateways_are_offline(bus: Bus) {
     let stack = Stack::start(Plan::new(bus).config(LONG).domains([DOMAIN, "ffx_b"]));
-    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+    let witness = stack.witness();
     let worker = stack.probe(wgkex_tests::probe::Role::new("gw1", &[]));
-    worker.say_all([hello("gw1"), peers_of("gw1", "ffx_b", "0"), status("gw1", "1")]);
+    worker.say_all([hello("gw1"), peers_of("gw1", DOMAIN, "-1"), peers_of("gw1", "ffx_b", "0"), status("gw1", "1")]);
     stack.wait_for_gateways(1);
-    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+    let text = format!("ready\ndomain {DOMAIN}: no gateway is online\n");
+    assert_eq!((stack.get("/readyz").status, stack.get("/readyz").body), (200, text));
+    assert!(stack.get("/").body.contains(&format!("domain {DOMAIN}: no gateway is online")));
+    for (n, ask) in [(1, Stack::v1), (2, Stack::v2)] as [(u32, fn(&Stack, &str, &str) -> Response); 2] {
+        assert_unavailable(&ask(&stack, DOMAIN, &key(n)));
+        assert_eq!(witness.next_on(&key_topic(DOMAIN)), key_for(DOMAIN, &key(n)));
+    }
+    let live = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="unproven"}}"#);
+    stack.wait_for_metric(&live, 2.0);
+    assert_eq!(stack.v2("ffx_b", &key(3)).status, 503, "online, and no data");
+}
+
+/// Failed before as 503.
+fn version_1_is_answered_where_no_gateway_ever_published_its_state(bus: Bus) {
+    let mut stack = stack(bus, LONG);
+    let witness = stack.witness();
+    let text = "no gateway has published its state; v1 keys are answered once MQTT took them";
+    assert!(stack.get("/readyz").body.contains(text) && stack.get("/").body.contains(text));
+    for n in [1, 2] {
+        let (response, took) = Router::v1(&stack, &key(n)).answer();
+        assert_eq!((response.status, response.body.as_str()), (200, r#"{"Message":"OK"}"#));
+        assert!(took < AT_ONCE, "{took:?}");
+        assert_eq!(witness.next_on(&key_topic(DOMAIN)), key_for(DOMAIN, &key(n)));
+    }
+    assert_eq!(stack.metric("wgkex_broker_keys_unwitnessed_total"), Some(2.0));
+    let warned = stack.broker().wait_for_log("no gateway has ever published its state");
+    assert!(warned.contains("WARN"), "{warned}");
+    assert_eq!(stack.broker().log().matches("no gateway has ever published its state").count(), 1, "once");
+    assert_unavailable(&stack.v2(DOMAIN, &key(3)));
+    // From its first word on it is a gateway like any other.
+    let worker = Worker::start(&stack, "gw1", Manner::Original, 0);
+    stack.wait_for_gateways(1);
+    worker.probe.say(status("gw1", "0"));
+    stack.wait_for_gateways(0);
+    assert_unavailable(&stack.v1(DOMAIN, &key(4)));
+}
+
+/// Failed before with `Down` (v1: 503 in most requests) and with the two that are offline (v1 the same).
+fn one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting(bus: Bus) {
+    let stack = stack(bus, LONG);
+    let _healthy = Worker::start(&stack, "healthy", Manner::Slow, 1000);
+    let broken = [
+        ("down", Manner::Down),
+        ("full", Manner::Full),
+        ("refuses", Manner::Refuses),
+        ("offline1", Manner::OfflineButRefuses),
+        ("offline2", Manner::OfflineButConfirms),
+        ("original", Manner::OriginalDown),
+    ];
+    for (place, (name, manner)) in (1..).zip(broken) {
+        let broken = Worker::start(&stack, name, manner, 0);
+        wait_until("the broker knows it", || stack.get("/").body.contains(name).then_some(()));
+        for n in 0..3 {
+            let n = place * 100 + n * 2;
+            let (v1, took) = Router::v1(&stack, &key(n)).answer();
+            assert_eq!(v1.status, 200, "{name}: {v1:?}");
+            assert!(took < AT_ONCE, "{name}: {took:?}");
+            let (v2, took) = Router::v2(&stack, &key(n + 1)).answer();
+            let is_true = v2.json() == endpoint("healthy")
+                || (manner == Manner::OfflineButConfirms && v2.json() == endpoint(name));
+            assert!(is_true && took < AT_ONCE, "{name}: {v2:?} after {took:?}");
+        }
+        // What it says of the last key may come after this.
+        wait_until("it is offline", || {
+            broken.probe.say(status(name, "0"));
+            (stack.metric("wgkex_broker_gateways{state=\"online\"}") == Some(1.0)).then_some(())
+        });
+    }
+}
+
+/// Failed before: v2 gave up when the broken one had rejected the key and the best one's time was over.
+fn a_second_best_that_is_slow_is_waited_for_although_another_is_broken(bus: Bus) {
+    let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
+    let _best = Worker::start(&stack, "gw1", Manner::Silent, 0);
+    let slow = Worker::start(&stack, "gw2", Manner::Silent, 100);
+    let _down = Worker::start(&stack, "gw3", Manner::Down, 0);
+    stack.wait_for_gateways(3);
+    let router = Router::v2(&stack, &key(1));
+    assert_eq!(slow.probe.next_on(&key_topic(DOMAIN)).text(), key(1));
+    stack.wait_for_metric("wgkex_broker_confirmations_missed_total", 1.0);
+    router.assert_waits();
+    slow.probe.say(applied("gw2", DOMAIN, &key(1)));
+    let (response, _) = router.answer();
+    assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
+}
+
+/// Failed before for the original in v1: what was retained of its data made it online.
+fn a_gateway_whose_domain_is_offline_there_serves_nobody(bus: Bus) {
+    let stack = stack(bus, SHORT);
+    let mut workers = Vec::new();
+    for (online, manner) in (1..).zip([Manner::OriginalDown, Manner::Down]) {
+        workers.push(Worker::start(&stack, &format!("gw{online}"), manner, 0));
+        stack.wait_for_gateways(online);
+        assert_unavailable(&stack.v1(DOMAIN, &key(1)));
+        assert_unavailable(&stack.v2(DOMAIN, &key(2)));
+    }
 }

@@ -4,6 +4,7 @@
 mod choice;
 mod confirm;
 mod faults;
+mod presence;
 mod session;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};

@@ -1,0 +1,66 @@
+//! A real worker in this process, on a kernel in memory.
+
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+
+use tokio::runtime;
+use tokio::sync::oneshot;
+use wgkex_common::{Config, PublicKey};
+use wgkex_worker::kernel::Change;
+use wgkex_worker::kernel::fake::Fake;
+
+use crate::stack::{Stack, free_address};
+
+/// A worker that runs until this is dropped.
+pub struct InMemory {
+    /// Its kernel.
+    pub kernel: Fake,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl InMemory {
+    /// Starts the worker `name` on the bus of `stack`, for all its domains.
+    #[must_use]
+    pub fn start(stack: &Stack, name: &str) -> Self {
+        let yaml = format!(
+            "domains: [{}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\
+             mqtt: {{broker_url: {}, broker_port: {}}}\n",
+            stack.plan.domains.join(", "),
+            stack.dir().join(name).display(),
+            free_address(),
+            stack.mqtt.ip(),
+            stack.mqtt.port(),
+        );
+        let config = Config::parse("test", &yaml, name).expect("a config");
+        let kernel = Fake::with(&config.domains.iter().cloned().collect::<Vec<_>>());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let worker = kernel.clone();
+        let thread = thread::spawn(move || {
+            let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+            let _ = runtime.expect("a runtime").block_on(wgkex_worker::run(config, worker, async {
+                let _ = stopped.await;
+            }));
+        });
+        Self { kernel, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Whether these changes ask the kernel to take this key.
+    #[must_use]
+    pub fn took(applied: &[Change], key: &str) -> bool {
+        let key: PublicKey = key.parse().expect("a key");
+        applied.contains(&Change::SetPeer(key, key.link_local()))
+    }
+}
+
+impl Drop for InMemory {
+    fn drop(&mut self) {
+        self.stop = None;
+        // It says that it goes, if there is still somebody to hear it.
+        let (joined, is_joined) = mpsc::channel();
+        if let Some(thread) = self.thread.take() {
+            thread::spawn(move || joined.send(thread.join().is_ok()));
+            let _ = is_joined.recv_timeout(crate::DEADLINE);
+        }
+    }
+}
