@@ -32,7 +32,7 @@ impl Verb {
 const NAME: &str = "%u";
 
 /// What each role may do. A worker says what is its own, and what it asks brokers; keys it only hears.
-const TABLE: [(Role, Verb, &str); 33] = [
+const TABLE: [(Role, Verb, &str); 37] = [
     (Role::Worker, Verb::Say, "wireguard-metrics/+/%u/connected_peers"),
     (Role::Worker, Verb::Say, "wireguard-worker/%u/status"),
     (Role::Worker, Verb::Say, "wireguard-worker/%u/+/data"),
@@ -50,12 +50,16 @@ const TABLE: [(Role, Verb, &str); 33] = [
     (Role::Worker, Verb::Hear, "wireguard-broker/+/status"),
     (Role::Worker, Verb::Hear, "wgkex/broker/+/hello"),
     (Role::Worker, Verb::Hear, "wgkex/worker/%u/pages"),
+    (Role::Worker, Verb::Hear, "wgkex/worker/%u/hello"),
+    (Role::Worker, Verb::Hear, "wgkex/worker/%u/echo"),
+    (Role::Worker, Verb::Hear, "wireguard-metrics/+/%u/connected_peers"),
     (Role::Worker, Verb::Hear, "wgkex/revocations"),
     (Role::Broker, Verb::Say, "wireguard/+/+"),
     (Role::Broker, Verb::Say, "wireguard-broker/+/status"),
     (Role::Broker, Verb::Say, "wgkex/broker/+/hello"),
     (Role::Broker, Verb::Say, "wgkex/broker/+/questions"),
     (Role::Broker, Verb::Say, "wgkex/broker/+/pages"),
+    (Role::Broker, Verb::Say, "wgkex/broker/+/echo"),
     (Role::Broker, Verb::Say, "wgkex/worker/+/pages"),
     (Role::Broker, Verb::Say, "wgkex/revocations"),
     (Role::Broker, Verb::Say, "parker/wireguard/+"),
@@ -151,11 +155,13 @@ mod tests {
         let (domain, broker) = (|| "ffx_a".to_owned(), || "b1".to_owned());
         vec![
             (Topic::Key { domain: domain() }, [false, true, true, true]),
-            (Topic::ConnectedPeers { domain: domain(), worker: name() }, [own, false, false, true]),
+            (Topic::ConnectedPeers { domain: domain(), worker: name() }, [own, false, own, true]),
             (Topic::WorkerStatus { worker: name() }, [own, false, true, true]),
             (Topic::WorkerData { worker: name(), domain: domain() }, [own, false, true, true]),
             (Topic::BrokerStatus { broker: broker() }, [false, true, true, true]),
-            (Topic::Hello { worker: name() }, [own, false, false, true]),
+            (Topic::Hello { worker: name() }, [own, false, own, true]),
+            (Topic::WorkerEcho { worker: name() }, [own, false, own, true]),
+            (Topic::BrokerEcho { broker: broker() }, [false, true, false, true]),
             (Topic::Applied { worker: name() }, [own, false, false, true]),
             (Topic::Seen { worker: name() }, [own, false, false, true]),
             (Topic::WorkerPages { worker: name() }, [own, true, own, true]),

@@ -35,7 +35,7 @@ pub struct Gateways {
     brokers: BTreeSet<String>,
     /// Gateways' keys, also of domains that are not served here. The bus may be lost: they stay.
     reserved: Reserved,
-    /// Domains of which some worker has ever said something; also when the bus was lost since.
+    /// Domains for which some worker has ever published its state or hello; also when the bus was lost since.
     known: BTreeSet<Domain>,
     /// When the own status came back.
     echoed: Option<Instant>,
@@ -250,7 +250,10 @@ impl Gateways {
             }
             Topic::Hello { worker } => {
                 let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
+                let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
+                let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
                 self.worker(worker)?.hear_hello(hello, retained, now);
+                self.known.extend(served);
                 Ok(())
             }
             Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained, now),
@@ -258,6 +261,8 @@ impl Gateways {
             | Topic::Applied { .. }
             | Topic::Seen { .. }
             | Topic::Revoked { .. }
+            | Topic::WorkerEcho { .. }
+            | Topic::BrokerEcho { .. }
             | Topic::Revocations
             | Topic::WorkerPages { .. }
             | Topic::BrokerHello { .. }

@@ -29,6 +29,8 @@ pub fn client(config: &Config) -> Client {
         will: Some(status(&config.name, "0")),
         states: Topic::states().into(),
         events: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
+        optional: Vec::new(),
+        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
         is_second: false,
     }
 }
@@ -41,6 +43,7 @@ pub fn keys_client(config: &Config) -> Client {
     Client {
         will: Some(hello(&config.name, Vec::new())),
         states: vec![Topic::broker_hellos()],
+        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
         events: keys.chain(asked.map(|topic| topic.to_string())).chain([Topic::Revocations.to_string()]).collect(),
         ..Client::second(format!("wgkex-broker-{}-keys", config.name))
     }
@@ -235,6 +238,8 @@ fn hear_of_keys(
         | Topic::Applied { .. }
         | Topic::Seen { .. }
         | Topic::Revoked { .. }
+        | Topic::WorkerEcho { .. }
+        | Topic::BrokerEcho { .. }
         | Topic::WorkerPages { .. } => return Err("topic"),
     }
     Ok(())

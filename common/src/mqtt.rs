@@ -5,21 +5,22 @@
 //! client is awaited where it is polled. So the session keeps what it publishes in an [`Outbox`] until the server
 //! has acknowledged it, and never awaits anything but `poll` and its orders.
 
+mod echo;
 mod options;
 mod outbox;
+mod subscriptions;
 
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use rumqttc::{
-    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, SubAck, SubscribeFilter,
-    SubscribeReasonCode,
-};
+use rumqttc::{AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, SubAck, valid_topic};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
+use self::echo::Echo;
 use self::outbox::{Letter, Outbox};
+use self::subscriptions::Subscriptions;
 use crate::Topic;
 use crate::config::Mqtt;
 
@@ -34,6 +35,8 @@ const INFLIGHT: u16 = 100;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts to connect.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The longest topic there can be (MQTT 3.1.1 section 1.5.3).
+const TOPIC_MAX: usize = 65_535;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
 const STEADY: Duration = Duration::from_secs(5);
 
@@ -67,6 +70,12 @@ impl Message {
     pub fn transient(self) -> Self {
         Self { retain: false, ..self }
     }
+
+    /// Whether rumqttc can write it. It says no other way that a topic is not one.
+    fn is_sendable(&self) -> bool {
+        let topic = self.topic.to_string();
+        valid_topic(&topic) && !topic.is_empty() && topic.len() <= TOPIC_MAX
+    }
 }
 
 /// Who this client is, and what it wants to hear.
@@ -81,6 +90,10 @@ pub struct Client {
     pub states: Vec<String>,
     /// Filters heard at least once.
     pub events: Vec<String>,
+    /// Filters heard at most once that the program can do without, where an access list does not allow them.
+    pub optional: Vec<String>,
+    /// Where it publishes to itself, to notice that a server has forgotten its subscriptions.
+    pub echo: Option<Topic>,
     /// It is the second connection of a program: the log tells of the troubles of the first, which are the same.
     pub is_second: bool,
 }
@@ -91,7 +104,16 @@ impl Client {
     /// on the first.
     #[must_use]
     pub fn second(id: String) -> Self {
-        Self { id, will: None, states: Vec::new(), events: Vec::new(), is_second: true }
+        let (states, events, optional) = (Vec::new(), Vec::new(), Vec::new());
+        Self { id, will: None, states, events, optional, echo: None, is_second: true }
+    }
+
+    /// All filters, each with its quality of service and whether it is required.
+    fn filters(&self) -> impl Iterator<Item = (String, QoS, bool)> {
+        let states = self.states.iter().map(|filter| (filter.clone(), QoS::AtMostOnce, true));
+        let events = self.events.iter().map(|filter| (filter.clone(), QoS::AtLeastOnce, true));
+        let optional = self.optional.iter().cloned().chain(self.echo.as_ref().map(Topic::to_string));
+        states.chain(events).chain(optional.map(|filter| (filter, QoS::AtMostOnce, false)))
     }
 }
 
@@ -115,10 +137,16 @@ pub enum Link {
     Down(String),
 }
 
-/// The message was not acknowledged: the session has ended.
+/// Why a message was not acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the MQTT session has ended")]
-pub struct SessionEnded;
+pub enum PublishError {
+    /// The session has ended.
+    #[error("the MQTT session has ended")]
+    SessionEnded,
+    /// No server can take it: its topic has wildcards or is too long, or connections were lost over it again and again.
+    #[error("the message cannot be published")]
+    Unsendable,
+}
 
 /// The publishers' side of a session.
 #[derive(Debug, Clone)]
@@ -130,17 +158,20 @@ pub struct Bus {
 impl Bus {
     /// Publishes and returns when the server has acknowledged, however often the connection is lost meanwhile.
     /// Dropping the future takes the message back if it is not under way yet.
-    pub async fn publish(&self, message: Message) -> Result<(), SessionEnded> {
+    pub async fn publish(&self, message: Message) -> Result<(), PublishError> {
+        if !message.is_sendable() {
+            return Err(PublishError::Unsendable);
+        }
         let (done, acknowledged) = oneshot::channel();
-        let letter = Letter { message, done: Some(done) };
-        self.orders.send(letter).await.map_err(|_| SessionEnded)?;
-        acknowledged.await.map_err(|_| SessionEnded)
+        self.orders.send(Letter::new(message, Some(done))).await.map_err(|_| PublishError::SessionEnded)?;
+        acknowledged.await.unwrap_or(Err(PublishError::SessionEnded))
     }
 
-    /// Publishes without waiting, for what is worthless after the connection is lost. False if there was no place.
+    /// Publishes without waiting, for what is worthless after the connection is lost. False if there was no place, or no
+    /// server can take it.
     #[must_use]
     pub fn post(&self, message: Message) -> bool {
-        self.orders.try_send(Letter { message, done: None }).is_ok()
+        message.is_sendable() && self.orders.try_send(Letter::new(message, None)).is_ok()
     }
 
     /// Whether the bus can be used now, and a way to wait for that to change.
@@ -157,8 +188,11 @@ pub struct Session {
     orders: mpsc::Receiver<Letter>,
     outbox: Outbox,
     link: watch::Sender<Link>,
-    states: Vec<String>,
-    events: Vec<String>,
+    subscriptions: Subscriptions,
+    /// Where it publishes to itself, as a topic and as text, and what it knows of that.
+    echo_topic: Option<(Topic, String)>,
+    echo: Echo,
+    is_connected: bool,
     id: String,
     is_second: bool,
     server: String,
@@ -179,8 +213,10 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         orders,
         outbox: Outbox::default(),
         link,
-        states: client.states,
-        events: client.events,
+        subscriptions: Subscriptions::new(client.filters()),
+        echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
+        echo: Echo::default(),
+        is_connected: false,
         id: client.id,
         is_second: client.is_second,
         server,
@@ -211,7 +247,7 @@ impl Session {
     }
 
     /// The next event of rumqttc, or none when it is time to stop. Orders are taken meanwhile, without ever
-    /// dropping a poll half done.
+    /// dropping a poll half done on a connection that goes on.
     async fn next(
         &mut self,
         mut stop: Pin<&mut impl Future<Output = ()>>,
@@ -219,15 +255,34 @@ impl Session {
         let mut poll = pin!(self.eventloop.poll());
         let up = *self.link.borrow() == Link::Up;
         loop {
+            let now = Instant::now();
+            if self.is_connected && (self.subscriptions.is_overdue(now) || self.echo.is_lost(now)) {
+                return Some(Err(ConnectionError::NetworkTimeout));
+            }
+            if let Some(filters) = self.is_connected.then(|| self.subscriptions.next(now)).flatten()
+                && self.client.try_subscribe_many(filters).is_err()
+            {
+                warn!(server = self.server, "subscription found no place");
+            }
             let room = up && self.outbox.under_way() < usize::from(INFLIGHT);
             if let Some(letter) = room.then(|| self.outbox.next()).flatten() {
                 self.outbox.hand_over(letter, &self.client);
                 continue;
             }
+            if room
+                && let Some((topic, _)) = &self.echo_topic
+                && self.echo.is_due(now)
+            {
+                let echo = Message { qos: QoS::AtMostOnce, ..Message::event(topic.clone(), self.id.clone()) };
+                self.outbox.hand_over(Letter::new(echo, None), &self.client);
+                continue;
+            }
+            let due = self.subscriptions.due().into_iter().chain(self.echo.next()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
                 () = &mut stop => return None,
+                () = sleep_until(due.unwrap_or(now)), if self.is_connected && due.is_some() => {}
             }
         }
     }
@@ -238,8 +293,9 @@ impl Session {
             self.eventloop.state.await_pingresp = false;
         }
         match event {
-            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.subscribe(hand_on),
+            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.connected(hand_on),
             rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, hand_on),
+            rumqttc::Event::Incoming(Incoming::Publish(publish)) if self.is_echo(&publish) => self.echo_came(&publish),
             rumqttc::Event::Incoming(Incoming::Publish(publish)) => hand_on(Event::Message(publish)),
             rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
             rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid),
@@ -247,33 +303,54 @@ impl Session {
         }
     }
 
-    fn filters(&self) -> impl Iterator<Item = (&String, QoS)> {
-        let states = self.states.iter().map(|filter| (filter, QoS::AtMostOnce));
-        states.chain(self.events.iter().map(|filter| (filter, QoS::AtLeastOnce)))
-    }
-
-    fn subscribe(&mut self, hand_on: &mut impl FnMut(Event)) {
-        self.since = Some(Instant::now());
-        let filters: Vec<_> = self.filters().map(|(filter, qos)| SubscribeFilter::new(filter.clone(), qos)).collect();
-        if filters.is_empty() {
+    fn connected(&mut self, hand_on: &mut impl FnMut(Event)) {
+        (self.is_connected, self.since) = (true, Some(Instant::now()));
+        self.subscriptions.reset();
+        if self.subscriptions.is_complete() {
             self.up(hand_on);
-        } else if self.client.try_subscribe_many(filters).is_err() {
-            warn!(server = self.server, "subscription found no place");
         }
     }
 
     fn subscribed(&mut self, ack: &SubAck, hand_on: &mut impl FnMut(Event)) {
-        for ((filter, _), code) in self.filters().zip(&ack.return_codes) {
-            if *code == SubscribeReasonCode::Failure {
-                warn!(server = self.server, filter, "subscription refused by the MQTT server");
-            }
+        for filter in self.subscriptions.answered(&ack.return_codes, Instant::now()) {
+            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server");
         }
-        self.up(hand_on);
+        if *self.link.borrow() == Link::Up {
+            return;
+        }
+        if self.subscriptions.is_complete() {
+            self.up(hand_on);
+        } else if let Some(filter) = self.subscriptions.refused() {
+            let reason = format!("{}: the server refuses the subscription to {filter}", self.server);
+            self.link.send_replace(Link::Down(reason));
+        }
+    }
+
+    fn is_echo(&self, publish: &Publish) -> bool {
+        self.echo_topic.as_ref().is_some_and(|(_, topic)| *topic == publish.topic)
+    }
+
+    /// The other connection of this program has the same topic.
+    fn echo_came(&mut self, publish: &Publish) {
+        if publish.payload == self.id.as_bytes() {
+            self.echo.heard();
+        }
     }
 
     fn up(&mut self, hand_on: &mut impl FnMut(Event)) {
         if !self.is_second {
             info!(server = self.server, client = self.id, "MQTT connected");
+        }
+        if self.echo.is_given_up() {
+            let server = &self.server;
+            warn!(
+                server,
+                client = self.id,
+                "nothing comes back of what this program publishes to itself: may it do that?"
+            );
+        }
+        if self.echo_topic.as_ref().is_some_and(|(_, topic)| self.subscriptions.is_granted(topic)) {
+            self.echo.up(Instant::now());
         }
         self.link.send_replace(Link::Up);
         hand_on(Event::Up);
@@ -284,6 +361,9 @@ impl Session {
         self.eventloop.clean();
         self.eventloop.pending.clear();
         self.outbox.lost();
+        self.is_connected = false;
+        self.subscriptions.reset();
+        self.echo.down();
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
         if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {

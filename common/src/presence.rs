@@ -76,6 +76,8 @@ impl Heard {
             | Topic::Applied { .. }
             | Topic::Seen { .. }
             | Topic::Revoked { .. }
+            | Topic::WorkerEcho { .. }
+            | Topic::BrokerEcho { .. }
             | Topic::Revocations
             | Topic::WorkerPages { .. }
             | Topic::Questions { .. }
@@ -227,7 +229,9 @@ mod tests {
             assert_eq!(read(topic, b"0", false), Some(heard));
             assert_eq!(read(topic, b"0", true), None, "it is from before");
         }
-        let Some(Heard::Own(_, start)) = read("wgkex/worker/own/hello", &b"x".repeat(1 << 20), false) else { panic!("own") };
+        let Some(Heard::Own(_, start)) = read("wgkex/worker/own/hello", &b"x".repeat(1 << 20), false) else {
+            panic!("own")
+        };
         assert_eq!(start.len(), OWN_MAX);
         for topic in ["wireguard-worker/a/d/data", "wireguard/d/all", "wgkex/worker/own/applied"] {
             assert_eq!(read(topic, b"1", false), None);

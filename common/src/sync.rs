@@ -286,6 +286,8 @@ impl Heard {
             | Topic::Applied { .. }
             | Topic::Seen { .. }
             | Topic::Revoked { .. }
+            | Topic::WorkerEcho { .. }
+            | Topic::BrokerEcho { .. }
             | Topic::Revocations
             | Topic::Questions { .. } => Err("topic"),
         }

@@ -61,6 +61,11 @@ pub enum Topic {
         /// The worker's name.
         worker: String,
     },
+    /// What a worker publishes to itself. Ours.
+    WorkerEcho {
+        /// The worker's name.
+        worker: String,
+    },
     /// Entries of the lists that brokers share, for everybody. Ours.
     Revocations,
     /// What a broker can do beyond the contract. Ours, retained.
@@ -75,6 +80,11 @@ pub enum Topic {
     },
     /// Live keys for a broker that asked. Ours.
     BrokerPages {
+        /// The broker's name.
+        broker: String,
+    },
+    /// What a broker publishes to itself. Ours.
+    BrokerEcho {
         /// The broker's name.
         broker: String,
     },
@@ -103,6 +113,8 @@ impl Topic {
             ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
             ["wgkex", "worker", worker, "seen"] => Some(Self::Seen { worker: name(worker) }),
             ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerPages { worker: name(worker) }),
+            ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: name(worker) }),
+            ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: name(broker) }),
             ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: name(worker) }),
             ["wgkex", "revocations"] => Some(Self::Revocations),
             ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: name(broker) }),
@@ -129,7 +141,9 @@ impl Topic {
             | Self::Revocations
             | Self::BrokerHello { .. }
             | Self::Questions { .. }
-            | Self::BrokerPages { .. } => None,
+            | Self::BrokerPages { .. }
+            | Self::WorkerEcho { .. }
+            | Self::BrokerEcho { .. } => None,
         }
     }
 
@@ -211,6 +225,8 @@ impl fmt::Display for Topic {
             Self::Seen { worker } => write!(f, "wgkex/worker/{worker}/seen"),
             Self::WorkerPages { worker } => write!(f, "wgkex/worker/{worker}/pages"),
             Self::Revoked { worker } => write!(f, "wgkex/worker/{worker}/revoked"),
+            Self::WorkerEcho { worker } => write!(f, "wgkex/worker/{worker}/echo"),
+            Self::BrokerEcho { broker } => write!(f, "wgkex/broker/{broker}/echo"),
             Self::Revocations => f.write_str("wgkex/revocations"),
             Self::BrokerHello { broker } => write!(f, "wgkex/broker/{broker}/hello"),
             Self::Questions { broker } => write!(f, "wgkex/broker/{broker}/questions"),
@@ -243,6 +259,8 @@ mod tests {
             (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
             (Topic::Seen { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
             (Topic::WorkerPages { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
+            (Topic::WorkerEcho { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/echo"),
+            (Topic::BrokerEcho { broker: "broker1".into() }, "wgkex/broker/broker1/echo"),
             (Topic::Revoked { worker }, "wgkex/worker/gw04.in.ffmuc.net/revoked"),
             (Topic::Revocations, "wgkex/revocations"),
             (Topic::BrokerHello { broker: "broker1".into() }, "wgkex/broker/broker1/hello"),

@@ -130,8 +130,7 @@ fn publishing(address: &str, server: &str) {
 async fn worker(file: &str, name: &str, confirms: bool) {
     let config = Config::parse(file, &fs::read_to_string(file).unwrap(), name).unwrap();
     let domain = config.domains.first().expect("a domain").name().to_owned();
-    let ears =
-        Client { id: name.into(), will: None, states: vec![], events: vec![Topic::keys(&domain)], is_second: false };
+    let ears = Client { events: vec![Topic::keys(&domain)], is_second: false, ..Client::second(name.into()) };
     let (bus, session) = mqtt::open(&config.mqtt, ears).unwrap();
     let (confirmations, confirming) = mqtt::open(&config.mqtt, Client::second(format!("{name}-applied"))).unwrap();
     let (sender, mut keys) = mpsc::unbounded_channel();

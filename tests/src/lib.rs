@@ -13,6 +13,7 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod scripted;
+pub mod scripted_server;
 pub mod stack;
 pub mod swarm;
 

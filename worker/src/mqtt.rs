@@ -25,8 +25,15 @@ pub fn client(config: &Config) -> Client {
     Client {
         id: config.name.clone(),
         will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
-        states: vec![Topic::worker_data(), Topic::worker_statuses(), Topic::broker_statuses()],
+        states: vec![Topic::worker_data()],
         events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
+        optional: vec![
+            Topic::worker_statuses(),
+            Topic::broker_statuses(),
+            Topic::ConnectedPeers { domain: "+".into(), worker: config.name.clone() }.to_string(),
+            Topic::Hello { worker: config.name.clone() }.to_string(),
+        ],
+        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
         is_second: false,
     }
 }
@@ -36,6 +43,7 @@ pub fn second(config: &Config) -> Client {
     Client {
         states: vec![Topic::broker_hellos()],
         events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string(), Topic::Revocations.to_string()],
+        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
         ..Client::second(format!("{}-applied", config.name))
     }
 }
@@ -297,6 +305,8 @@ impl Announcer {
             | Topic::Applied { .. }
             | Topic::Seen { .. }
             | Topic::Revoked { .. }
+            | Topic::WorkerEcho { .. }
+            | Topic::BrokerEcho { .. }
             | Topic::Revocations
             | Topic::WorkerPages { .. }
             | Topic::BrokerHello { .. }

@@ -386,11 +386,15 @@ fn which_domains_nobody_serves_and_whether_anybody_ever_did() {
         gateways.unserved().into_iter().map(|unserved| (unserved.domain.to_string(), unserved.is_known)).collect()
     };
     assert_eq!(unserved(&gateways), [("ff_a".into(), false), ("ff_b".into(), false)]);
-    gateways.arrive("a", 0);
+    gateways.live("wgkex/worker/a/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a"]}"#);
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
+    gateways.live("wireguard-worker/a/status", "1");
     assert_eq!(unserved(&gateways), [("ff_b".into(), false)]);
     gateways.live("wireguard-worker/a/status", "0");
     gateways.forget();
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), false)]);
+    gateways.live("wgkex/worker/b/hello", r#"{"version":"1","can":["confirm"]}"#);
+    assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), true)], "it may serve any");
 }
 
 proptest! {

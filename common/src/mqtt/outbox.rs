@@ -4,26 +4,44 @@ use std::collections::VecDeque;
 
 use rumqttc::{AsyncClient, QoS};
 use tokio::sync::oneshot;
+use tracing::error;
 
-use super::Message;
+use super::{Message, PublishError};
+
+/// Connections that may be lost while the server has a message and does not acknowledge it: it may be the message over
+/// which it goes, as one that is larger than it allows.
+const LOSSES_MAX: u32 = 8;
+
+/// Says what became of a message.
+pub(super) type Done = oneshot::Sender<Result<(), PublishError>>;
 
 /// A message on its way, and who waits for its acknowledgement.
 #[derive(Debug)]
 pub(super) struct Letter {
-    pub message: Message,
-    pub done: Option<oneshot::Sender<()>>,
+    message: Message,
+    done: Option<Done>,
+    /// Connections that were lost while the server had it.
+    losses: u32,
 }
 
 impl Letter {
+    pub(super) fn new(message: Message, done: Option<Done>) -> Self {
+        Self { message, done, losses: 0 }
+    }
+
     /// Nobody waits for it any more, so it need not be published after all.
     fn forsaken(&self) -> bool {
         self.done.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
     fn complete(self) {
+        self.end(Ok(()));
+    }
+
+    fn end(self, result: Result<(), PublishError>) {
         if let Some(done) = self.done {
             // The receiver may have given up; the message went out all the same.
-            let _ = done.send(());
+            let _ = done.send(result);
         }
     }
 }
@@ -81,7 +99,18 @@ impl Outbox {
 
     /// The connection is lost: what somebody waits for goes out again, in the old order; the rest is worthless by now.
     pub(super) fn lost(&mut self) {
-        let sent = self.sent.drain(..).map(|(_, letter)| letter);
+        let mut kept = Vec::with_capacity(self.sent.len());
+        for (_, mut letter) in self.sent.drain(..) {
+            letter.losses += 1;
+            if letter.losses < LOSSES_MAX {
+                kept.push(letter);
+            } else {
+                error!(topic = %letter.message.topic, bytes = letter.message.payload.len(), "message given up: the MQTT \
+                    server does not acknowledge it, and the connection is lost each time");
+                letter.end(Err(PublishError::Unsendable));
+            }
+        }
+        let sent = kept.into_iter();
         let mut again: VecDeque<Letter> = sent.chain(self.queued.drain(..)).collect();
         again.append(&mut self.again);
         again.retain(|letter| letter.done.is_some() && !letter.forsaken());
@@ -97,10 +126,10 @@ mod tests {
     use crate::Topic;
 
     /// A letter told apart by its payload.
-    fn letter(text: &str, waited_for: bool) -> (Letter, oneshot::Receiver<()>) {
+    fn letter(text: &str, waited_for: bool) -> (Letter, oneshot::Receiver<Result<(), PublishError>>) {
         let (done, acknowledged) = oneshot::channel();
         let message = Message::event(Topic::Key { domain: "d".into() }, text);
-        (Letter { message, done: waited_for.then_some(done) }, acknowledged)
+        (Letter::new(message, waited_for.then_some(done)), acknowledged)
     }
 
     fn client() -> (AsyncClient, EventLoop) {
@@ -165,6 +194,23 @@ mod tests {
         outbox.lost();
         assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
         assert_eq!(outbox.under_way(), 0);
+    }
+
+    #[test]
+    fn a_message_over_which_connections_are_lost_again_and_again_is_given_up() {
+        let (client, _eventloop) = client();
+        let mut outbox = Outbox::default();
+        let (letter, mut done) = letter("1", true);
+        outbox.hand_over(letter, &client);
+        for loss in 1..=LOSSES_MAX {
+            outbox.sent(1);
+            outbox.lost();
+            let given_up = done.try_recv().is_ok_and(|result| result == Err(PublishError::Unsendable));
+            assert_eq!(given_up, loss == LOSSES_MAX);
+            if let Some(letter) = outbox.next() {
+                outbox.queued.push_back(letter);
+            }
+        }
     }
 
     #[test]

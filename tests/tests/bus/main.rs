@@ -5,6 +5,7 @@ mod choice;
 mod confirm;
 mod faults;
 mod presence;
+mod server;
 mod session;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};

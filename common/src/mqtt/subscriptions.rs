@@ -1,0 +1,168 @@
+//! Which filters the server has granted, and when those that it refused are asked for again. No IO, no clock.
+
+use std::time::Duration;
+
+use rumqttc::{QoS, SubscribeFilter, SubscribeReasonCode};
+use tokio::time::Instant;
+
+/// How long the server may take to answer a SUBSCRIBE.
+const ANSWER: Duration = Duration::from_secs(10);
+/// The pause before what was refused is asked for again; it doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// The longest pause.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// The filters of a session.
+#[derive(Debug)]
+pub(super) struct Subscriptions {
+    filters: Vec<Filter>,
+    /// Those that the server has not answered yet, by index, and since when.
+    asked: Option<(Vec<usize>, Instant)>,
+    /// When those that were refused are asked for again.
+    retry: Option<Instant>,
+    pause: Duration,
+}
+
+#[derive(Debug)]
+struct Filter {
+    /// As MQTT writes it.
+    text: String,
+    qos: QoS,
+    /// The session cannot be used without it.
+    is_required: bool,
+    is_granted: bool,
+    /// It was refused, and the log says so.
+    is_reported: bool,
+}
+
+impl Subscriptions {
+    /// Filters, each with its quality of service and whether the session cannot be used without it.
+    pub(super) fn new(filters: impl IntoIterator<Item = (String, QoS, bool)>) -> Self {
+        let filters = filters.into_iter().map(|(text, qos, is_required)| Filter {
+            text,
+            qos,
+            is_required,
+            is_granted: false,
+            is_reported: false,
+        });
+        Self { filters: filters.collect(), asked: None, retry: None, pause: PAUSE_MIN }
+    }
+
+    /// A connection begins, or ends: the server knows of no subscription.
+    pub(super) fn reset(&mut self) {
+        (self.asked, self.retry, self.pause) = (None, None, PAUSE_MIN);
+        self.filters.iter_mut().for_each(|filter| filter.is_granted = false);
+    }
+
+    /// What to ask for now, if anything.
+    pub(super) fn next(&mut self, now: Instant) -> Option<Vec<SubscribeFilter>> {
+        if self.asked.is_some() || self.retry.is_some_and(|retry| now < retry) {
+            return None;
+        }
+        let missing = self.filters.iter().enumerate().filter(|(_, filter)| !filter.is_granted);
+        let missing: Vec<_> = missing.map(|(index, _)| index).collect();
+        if missing.is_empty() {
+            return None;
+        }
+        let filters = missing.iter().map(|&index| &self.filters[index]);
+        let filters = filters.map(|filter| SubscribeFilter::new(filter.text.clone(), filter.qos)).collect();
+        self.asked = Some((missing, now));
+        Some(filters)
+    }
+
+    /// The server's answer. Returns the filters that it refuses and did not refuse before.
+    pub(super) fn answered(&mut self, codes: &[SubscribeReasonCode], now: Instant) -> Vec<String> {
+        let Some((asked, _)) = self.asked.take() else { return Vec::new() };
+        let mut newly_refused = Vec::new();
+        for (place, index) in asked.into_iter().enumerate() {
+            let filter = &mut self.filters[index];
+            filter.is_granted = matches!(codes.get(place), Some(SubscribeReasonCode::Success(_)));
+            if !filter.is_granted && !filter.is_reported {
+                newly_refused.push(filter.text.clone());
+            }
+            filter.is_reported = !filter.is_granted;
+        }
+        let are_all_granted = self.filters.iter().all(|filter| filter.is_granted);
+        self.retry = (!are_all_granted).then(|| now + self.pause);
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        newly_refused
+    }
+
+    /// Whether all filters are granted without which the session cannot be used.
+    pub(super) fn is_complete(&self) -> bool {
+        self.filters.iter().all(|filter| filter.is_granted || !filter.is_required)
+    }
+
+    /// Whether this filter is granted.
+    pub(super) fn is_granted(&self, wanted: &str) -> bool {
+        self.filters.iter().any(|filter| filter.is_granted && filter.text == wanted)
+    }
+
+    /// A required filter that is refused.
+    pub(super) fn refused(&self) -> Option<&str> {
+        let refused = self.filters.iter().find(|filter| filter.is_required && !filter.is_granted && filter.is_reported);
+        refused.map(|filter| filter.text.as_str())
+    }
+
+    /// Whether the server has not answered for too long.
+    pub(super) fn is_overdue(&self, now: Instant) -> bool {
+        self.asked.as_ref().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= ANSWER)
+    }
+
+    /// When there is something to ask for, or the answer is overdue.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.asked.as_ref().map(|(_, since)| *since + ANSWER).or(self.retry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANTED: SubscribeReasonCode = SubscribeReasonCode::Success(QoS::AtMostOnce);
+    const REFUSED: SubscribeReasonCode = SubscribeReasonCode::Failure;
+
+    fn subscriptions() -> Subscriptions {
+        let required = |filter: &str, is_required| (filter.to_owned(), QoS::AtMostOnce, is_required);
+        Subscriptions::new([required("a", true), required("b", true), required("c", false)])
+    }
+
+    fn asked(subscriptions: &mut Subscriptions, now: Instant) -> Vec<String> {
+        subscriptions.next(now).into_iter().flatten().map(|filter| filter.path).collect()
+    }
+
+    #[test]
+    fn only_what_was_refused_is_asked_for_again_later_and_later() {
+        let (mut subscriptions, now) = (subscriptions(), Instant::now());
+        assert_eq!(asked(&mut subscriptions, now), ["a", "b", "c"]);
+        assert_eq!(asked(&mut subscriptions, now), [""; 0], "one SUBSCRIBE at a time");
+        assert_eq!(subscriptions.answered(&[GRANTED, REFUSED, REFUSED], now), ["b", "c"]);
+        assert_eq!((subscriptions.is_complete(), subscriptions.refused()), (false, Some("b")));
+        let (mut now, mut pauses) = (now, Vec::new());
+        for _ in 0..8 {
+            let due = subscriptions.due().unwrap();
+            pauses.push(due.duration_since(now).as_secs());
+            now = due;
+            assert_eq!(asked(&mut subscriptions, now), ["b", "c"]);
+            assert_eq!(subscriptions.answered(&[REFUSED, REFUSED], now), [""; 0], "the log says it once");
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(asked(&mut subscriptions, now + PAUSE_MAX), ["b", "c"]);
+        subscriptions.answered(&[GRANTED, REFUSED], now);
+        assert!(subscriptions.is_complete() && !subscriptions.is_granted("c"), "it does without c");
+        assert_eq!(asked(&mut subscriptions, now + 2 * PAUSE_MAX), ["c"], "and still asks for it");
+        subscriptions.reset();
+        assert_eq!(asked(&mut subscriptions, now), ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn an_answer_that_is_too_short_refuses_and_one_that_does_not_come_is_overdue() {
+        let (mut subscriptions, now) = (subscriptions(), Instant::now());
+        subscriptions.next(now);
+        assert!(!subscriptions.is_overdue(now) && subscriptions.is_overdue(now + ANSWER));
+        assert_eq!(subscriptions.due(), Some(now + ANSWER));
+        assert_eq!(subscriptions.answered(&[GRANTED], now), ["b", "c"]);
+        assert_eq!(subscriptions.answered(&[GRANTED; 3], now), [""; 0], "nobody asked");
+        assert!(!subscriptions.is_complete());
+    }
+}

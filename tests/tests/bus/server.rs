@@ -1,0 +1,96 @@
+//! MQTT servers that refuse, do not answer, forget or come late: the program says so, and tries again.
+
+use std::time::Duration;
+
+use wgkex_tests::in_memory::InMemory;
+use wgkex_tests::scripted::{data, endpoint, peers_of, status};
+use wgkex_tests::scripted_server::{Behaviour, ScriptedServer};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{host_name, key, wait_until};
+
+/// A broker on such a server.
+fn broker_on(server: &ScriptedServer) -> Stack {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    stack.mqtt = server.address;
+    stack.write_config();
+    stack.start_broker();
+    wait_until("the broker serves", || wgkex_tests::http::Http::try_connect(stack.http).ok());
+    stack
+}
+
+fn refusing(filter: &str) -> Behaviour {
+    Behaviour { refuses: vec![filter.into()], ..Behaviour::default() }
+}
+
+/// Waits until the broker says that it is not ready, and why.
+fn wait_until_unready(stack: &Stack, why: &str) {
+    wait_until(&format!("not ready: {why}"), || {
+        let ready = stack.get("/readyz");
+        (ready.status == 503 && ready.body.contains(why) && stack.get("/").body.contains(why)).then_some(())
+    });
+}
+
+/// Failed before: it was a warning, and the broker said that it was ready, and heard nothing.
+#[test]
+fn a_refused_subscription_keeps_a_broker_from_being_ready_until_it_is_granted() {
+    for filter in ["wgkex/worker/+/applied", "wgkex/revocations"] {
+        let server = ScriptedServer::start(refusing(filter));
+        let mut stack = broker_on(&server);
+        wait_until_unready(&stack, &format!("the server refuses the subscription to {filter}"));
+        wait_until("it asks again", || (server.subscriptions(filter) >= 3).then_some(()));
+        assert_eq!(server.subscriptions("wireguard-worker/+/status"), 1, "only for what was refused");
+        assert_eq!(stack.broker().log().matches("subscription refused").count(), 1, "the log says it once");
+        server.behave(Behaviour::default());
+        stack.wait_until_ready();
+        assert_eq!(server.connections().len(), 2, "on the same connections");
+    }
+}
+
+/// Failed before: it waited for ever.
+#[test]
+fn a_subscription_that_is_not_answered_is_asked_for_on_a_new_connection() {
+    let server = ScriptedServer::start(Behaviour { is_silent: true, ..Behaviour::default() });
+    let mut stack = broker_on(&server);
+    wait_until("it connects anew", || (server.connections().len() > 2).then_some(()));
+    wait_until_unready(&stack, "the server does not answer");
+    server.behave(Behaviour::default());
+    stack.wait_until_ready();
+}
+
+/// Failed before for the first: a server's subscriptions may be gone although it answers pings.
+#[test]
+fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo_is_left_alone() {
+    let server = ScriptedServer::start(Behaviour { swallows: Some("/echo".into()), ..Behaviour::default() });
+    let no_echo = ScriptedServer::start(refusing("/echo"));
+    let (mut stack, mut other) = (broker_on(&server), broker_on(&no_echo));
+    let worker = InMemory::start(&stack, "gw1");
+    other.wait_until_ready();
+    stack.wait_until_ready();
+    let connections = |id: &str| server.connections().iter().filter(|connected| *connected == id).count();
+    let host = host_name();
+    let ids = [format!("wgkex-broker-{host}"), format!("wgkex-broker-{host}-keys"), "gw1".into(), "gw1-applied".into()];
+    let begun = std::time::Instant::now();
+    while !ids.iter().all(|id| connections(id) >= 2) {
+        assert!(begun.elapsed() < Duration::from_secs(90), "{:?}", server.connections());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(begun.elapsed() > Duration::from_secs(25), "{:?}", begun.elapsed());
+    server.behave(Behaviour::default());
+    stack.wait_until_ready();
+    assert_eq!(no_echo.connections().len(), 2, "where an access list does not know of the echo");
+    drop(worker);
+}
+
+/// Failed before: the broker was ready as soon as its own status came back, and answered 503 with a gateway there.
+#[test]
+fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_was_sooner() {
+    let retained = vec![data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "1")];
+    let late = Behaviour { retained: (Duration::from_millis(150), retained), ..Behaviour::default() };
+    let server = ScriptedServer::start(late);
+    for n in 0..5 {
+        let mut stack = broker_on(&server);
+        stack.wait_until_ready();
+        assert_eq!(stack.v2(DOMAIN, &key(n)).json(), endpoint("gw1"));
+        let _ = stack.stop_broker();
+    }
+}
