@@ -91,8 +91,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let embedded = config.mqtt_listen.as_ref();
     let embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
-    let (bus, session) = wgkex_common::mqtt::open(&server, mqtt::client(&config))?;
-    let (keys, publishing) = wgkex_common::mqtt::open(&server, mqtt::keys_client(&config))?;
+    let [(bus, session), (keys, publishing)] =
+        wgkex_common::mqtt::open_pair(&server, mqtt::client(&config), mqtt::keys_client(&config))?;
     let (live, store) = live_keys(&config);
     lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();

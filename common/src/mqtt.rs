@@ -8,6 +8,7 @@
 mod echo;
 mod options;
 mod outbox;
+mod pair;
 mod subscriptions;
 
 use std::pin::{Pin, pin};
@@ -20,6 +21,7 @@ use tracing::{info, warn};
 
 use self::echo::Echo;
 use self::outbox::{Letter, Outbox};
+use self::pair::{Guest, Joining, Pair};
 use self::subscriptions::Subscriptions;
 use crate::Topic;
 use crate::config::Mqtt;
@@ -37,6 +39,10 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The longest topic there can be (MQTT 3.1.1 section 1.5.3).
 const TOPIC_MAX: usize = 65_535;
+/// The longest pause where the server closes each connection as soon as it stands.
+const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
+/// After so many of these the log says what may be the cause.
+const THROWN_OUT: u32 = 5;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
 const STEADY: Duration = Duration::from_secs(5);
 
@@ -198,6 +204,23 @@ pub struct Session {
     server: String,
     pause: Duration,
     since: Option<Instant>,
+    /// Connections in a row that the server closed soon after they stood.
+    thrown_out: u32,
+    /// What it has of the program's other session.
+    pair: Option<Pair>,
+    /// The other session, if that publishes and subscribes through this one.
+    guest: Option<Guest>,
+    /// Its own filters, for that.
+    filters: Vec<(String, QoS, bool)>,
+}
+
+/// The two sessions of a program, `second` made by [`Client::second`]. Where the server lets a program have one connection
+/// only, the second goes through the first.
+pub fn open_pair(config: &Mqtt, first: Client, second: Client) -> Result<[(Bus, Session); 2], TlsError> {
+    let (mut first, mut second) = (open(config, first)?, open(config, second)?);
+    let [of_first, of_second] = Pair::new(first.0.orders.clone());
+    (first.1.pair, second.1.pair) = (Some(of_first), Some(of_second));
+    Ok([first, second])
 }
 
 /// A session with the configured server, not yet connected: [`Session::run`] does that.
@@ -214,6 +237,7 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         outbox: Outbox::default(),
         link,
         subscriptions: Subscriptions::new(client.filters()),
+        filters: client.filters().collect(),
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: Echo::default(),
         is_connected: false,
@@ -222,6 +246,9 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         server,
         pause: PAUSE_MIN,
         since: None,
+        thrown_out: 0,
+        pair: None,
+        guest: None,
     };
     Ok((Bus { orders: sender, link: watched }, session))
 }
@@ -236,6 +263,9 @@ impl Session {
                 Ok(event) => self.handle(event, &mut hand_on),
                 Err(error) => {
                     self.lost(&error, &mut hand_on);
+                    if self.pair.as_ref().is_some_and(Pair::has_to_join) {
+                        return self.join(&mut hand_on, stop).await;
+                    }
                     tokio::select! {
                         () = sleep(self.pause()) => {}
                         () = &mut stop => return,
@@ -244,6 +274,39 @@ impl Session {
             }
         }
         self.disconnect().await;
+    }
+
+    /// Goes on through the program's first session, until `stop` returns.
+    async fn join(self, hand_on: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
+        let Self { client, eventloop, mut orders, link, filters, server, pair, .. } = self;
+        drop((client, eventloop));
+        let Some(Pair { joining: Joining::Second { guests, orders: first }, .. }) = pair else { return };
+        warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
+        let (guest, mut events) = Guest::new(filters);
+        if guests.send(guest).await.is_err() {
+            return;
+        }
+        let mut next: Option<Letter> = None;
+        loop {
+            let up = *link.borrow() == Link::Up;
+            tokio::select! {
+                event = events.recv() => {
+                    let Some(event) = event else { return };
+                    match &event {
+                        Event::Up => drop(link.send_replace(Link::Up)),
+                        Event::Down => drop(link.send_replace(Link::Down(format!("{server}: connection lost")))),
+                        Event::Message(_) => {}
+                    }
+                    hand_on(event);
+                }
+                letter = orders.recv(), if up && next.is_none() => next = letter,
+                permit = first.reserve(), if next.is_some() => {
+                    let (Ok(permit), Some(letter)) = (permit, next.take()) else { return };
+                    permit.send(letter);
+                }
+                () = &mut stop => return,
+            }
+        }
     }
 
     /// The next event of rumqttc, or none when it is time to stop. Orders are taken meanwhile, without ever
@@ -281,6 +344,13 @@ impl Session {
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
+                Some(guest) = joined(&mut self.pair), if self.guest.is_none() => {
+                    // The next connection is one for both.
+                    let filters = self.filters.iter().chain(&guest.filters).cloned();
+                    self.subscriptions = Subscriptions::new(filters);
+                    self.guest = Some(guest);
+                    return Some(Err(ConnectionError::NetworkTimeout));
+                }
                 () = &mut stop => return None,
                 () = sleep_until(due.unwrap_or(now)), if self.is_connected && due.is_some() => {}
             }
@@ -296,7 +366,10 @@ impl Session {
             rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.connected(hand_on),
             rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, hand_on),
             rumqttc::Event::Incoming(Incoming::Publish(publish)) if self.is_echo(&publish) => self.echo_came(&publish),
-            rumqttc::Event::Incoming(Incoming::Publish(publish)) => hand_on(Event::Message(publish)),
+            rumqttc::Event::Incoming(Incoming::Publish(publish)) => match &self.guest {
+                Some(guest) if guest.wants(&publish) => guest.hand_on(Event::Message(publish)),
+                _ => hand_on(Event::Message(publish)),
+            },
             rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
             rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid),
             rumqttc::Event::Incoming(_) | rumqttc::Event::Outgoing(_) => {}
@@ -304,7 +377,11 @@ impl Session {
     }
 
     fn connected(&mut self, hand_on: &mut impl FnMut(Event)) {
-        (self.is_connected, self.since) = (true, Some(Instant::now()));
+        let now = Instant::now();
+        (self.is_connected, self.since) = (true, Some(now));
+        if let Some(pair) = &self.pair {
+            pair.connected(now);
+        }
         self.subscriptions.reset();
         if self.subscriptions.is_complete() {
             self.up(hand_on);
@@ -354,6 +431,9 @@ impl Session {
         }
         self.link.send_replace(Link::Up);
         hand_on(Event::Up);
+        if let Some(guest) = &self.guest {
+            guest.hand_on(Event::Up);
+        }
     }
 
     /// What rumqttc still holds is in the outbox too, and is published again from there.
@@ -361,15 +441,40 @@ impl Session {
         self.eventloop.clean();
         self.eventloop.pending.clear();
         self.outbox.lost();
+        if let Some(pair) = &self.pair {
+            pair.lost(Instant::now());
+        }
         self.is_connected = false;
         self.subscriptions.reset();
         self.echo.down();
+        self.count_thrown_out(error);
         let now = Link::Down(format!("{}: {}", self.server, describe(error)));
         let before = self.link.send_replace(now.clone());
         if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);
+        if let Some(guest) = &self.guest {
+            guest.hand_on(Event::Down);
+        }
+    }
+
+    /// MQTT 3.1.1 has no way to say that another client of the same id has connected: the server closes the connection.
+    fn count_thrown_out(&mut self, error: &ConnectionError) {
+        let is_closed = matches!(error, ConnectionError::Io(_) | ConnectionError::MqttState(_));
+        match self.since {
+            Some(since) if is_closed && since.elapsed() < STEADY => self.thrown_out += 1,
+            Some(_) => self.thrown_out = 0,
+            None => {}
+        }
+        if self.thrown_out == THROWN_OUT {
+            warn!(
+                server = self.server,
+                client = self.id,
+                "the MQTT server closes each connection as soon as it stands: another program may use this name as its \
+                 client id, or the server refuses something that this program subscribes to or publishes"
+            );
+        }
     }
 
     /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and
@@ -379,7 +484,8 @@ impl Session {
             self.pause = PAUSE_MIN;
         }
         let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        let longest = if self.thrown_out > THROWN_OUT { PAUSE_THROWN_OUT } else { PAUSE_MAX };
+        self.pause = (self.pause * 2).min(longest);
         pause
     }
 
@@ -392,6 +498,14 @@ impl Session {
                 return;
             }
         }
+    }
+}
+
+/// The other session of a program, when it joins the first one's connection.
+async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
+    match pair {
+        Some(Pair { joining: Joining::First(joining), .. }) => joining.recv().await,
+        _ => None,
     }
 }
 

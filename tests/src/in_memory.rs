@@ -23,9 +23,15 @@ impl InMemory {
     /// Starts the worker `name` on the bus of `stack`, for all its domains.
     #[must_use]
     pub fn start(stack: &Stack, name: &str) -> Self {
+        Self::start_as(stack, name, "")
+    }
+
+    /// The same with more in `mqtt`, as keys of a YAML mapping that begin with a comma.
+    #[must_use]
+    pub fn start_as(stack: &Stack, name: &str, mqtt: &str) -> Self {
         let yaml = format!(
             "domains: [{}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\
-             mqtt: {{broker_url: {}, broker_port: {}}}\n",
+             mqtt: {{broker_url: {}, broker_port: {}{mqtt}}}\n",
             stack.plan.domains.join(", "),
             stack.dir().join(name).display(),
             free_address(),

@@ -51,6 +51,8 @@ pub struct Plan {
     pub credentials: Option<(String, String)>,
     /// More of `mqtt_listen`, as keys of a YAML mapping; nothing if empty.
     pub listen: String,
+    /// More lines of Mosquitto's config.
+    pub mosquitto: String,
 }
 
 impl Plan {
@@ -65,6 +67,7 @@ impl Plan {
             wrapper: Vec::new(),
             credentials: None,
             listen: String::new(),
+            mosquitto: String::new(),
         }
     }
 
@@ -195,9 +198,22 @@ impl Stack {
         }
     }
 
+    /// Starts Mosquitto with the users of a password file of its own, and waits until it serves.
+    pub fn start_mosquitto_with_users(&mut self, passwords: &Path) {
+        self.start_mosquitto_by(&format!("password_file {}", passwords.display()));
+    }
+
     /// Starts Mosquitto, and waits until it serves.
     pub fn start_mosquitto(&mut self) {
-        self.mosquitto = Some(self.mosquitto_process());
+        let access = match &self.plan.credentials {
+            None => "allow_anonymous true".into(),
+            Some((user, password)) => format!("password_file {}", self.password_file(user, password).display()),
+        };
+        self.start_mosquitto_by(&access);
+    }
+
+    fn start_mosquitto_by(&mut self, access: &str) {
+        self.mosquitto = Some(self.mosquitto_process(access));
         let what = format!("Mosquitto serves on {}", self.mqtt);
         wait_until(&what, || {
             let mosquitto = self.mosquitto.as_mut()?;
@@ -206,16 +222,13 @@ impl Stack {
         });
     }
 
-    fn mosquitto_process(&self) -> Process {
+    fn mosquitto_process(&self, access: &str) -> Process {
         let program = ["/usr/sbin/mosquitto", "/usr/bin/mosquitto", "/usr/local/sbin/mosquitto"];
         let program = program.into_iter().map(Path::new).find(|path| path.exists());
         let program = program.expect("Mosquitto is missing: apt-get install mosquitto");
         let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
-        let access = match &self.plan.credentials {
-            None => "allow_anonymous true".into(),
-            Some((user, password)) => format!("password_file {}", self.password_file(user, password).display()),
-        };
-        let config = format!("listener {port} {ip}\nuser root\npersistence false\nlog_dest stderr\n{access}\n");
+        let more = &self.plan.mosquitto;
+        let config = format!("listener {port} {ip}\nuser root\npersistence false\nlog_dest stderr\n{access}\n{more}\n");
         let file = self.dir.path().join("mosquitto.conf");
         fs::write(&file, config).expect("write Mosquitto's config");
         Process::start("mosquitto", self.plan.command(program).arg("-c").arg(file))

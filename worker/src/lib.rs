@@ -57,8 +57,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     // Before it does anything: what may not be here is not put back, also if that was said while nobody listened here.
     handle.admit(lists.admission(), []);
     lists.hold();
-    let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::client(&config))?;
-    let (confirmations, confirming) = wgkex_common::mqtt::open(&config.mqtt, mqtt::second(&config))?;
+    let [(bus, session), (confirmations, confirming)] =
+        wgkex_common::mqtt::open_pair(&config.mqtt, mqtt::client(&config), mqtt::second(&config))?;
     let (ears, heard) = sync::ears();
     let (presence, presence_heard) = mqtt::presence_ears();
     let own = (presence, Party::Worker(config.name.clone()));

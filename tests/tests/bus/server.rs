@@ -94,3 +94,53 @@ fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_
         let _ = stack.stop_broker();
     }
 }
+
+/// Failed before: each connection of a program threw out the other, without end.
+#[test]
+fn a_server_that_takes_the_user_name_for_the_client_id_has_one_connection_of_each_program() {
+    let users = tempfile::tempdir().unwrap();
+    let file = users.path().join("users");
+    std::fs::write(&file, "").unwrap();
+    for user in ["broker", "gw1"] {
+        let made = std::process::Command::new("mosquitto_passwd").arg("-b").arg(&file).args([user, "word"]).status();
+        assert!(made.unwrap().success());
+    }
+    let plan = Plan { mosquitto: "use_username_as_clientid true".into(), ..Plan::new(Bus::Mosquitto) };
+    let mut stack = Stack::prepare(Plan { credentials: Some(("broker".into(), "word".into())), ..plan });
+    stack.start_mosquitto_with_users(&file);
+    stack.start_broker();
+    let worker = InMemory::start_as(&stack, "gw1", ", username: gw1, password: word");
+    let one = "lets this program have one connection only";
+    stack.broker().wait_for_log(one);
+    stack.wait_until_ready();
+    stack.wait_for_gateways(1);
+    for n in 0..50 {
+        let answer = stack.v2(DOMAIN, &key(n));
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let public: wgkex_common::PublicKey = key(n).parse().unwrap();
+        let domain = wgkex_common::Domain::new(DOMAIN, &["ffx_".into()]).unwrap();
+        let device = worker.kernel.device(&domain).unwrap();
+        assert!(device.peers.contains_key(&public), "{n}");
+    }
+    assert_eq!(stack.broker().log().matches(one).count(), 1, "once");
+    let connected = stack.mosquitto().log().matches("New client connected").count();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(stack.mosquitto().log().matches("New client connected").count(), connected, "it is quiet");
+}
+
+/// Failed before: nothing in the log said why.
+#[test]
+fn a_name_in_use_by_two_programs_is_said_to_be_that() {
+    let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
+    let first = InMemory::start(&stack, "gw1");
+    stack.wait_for_gateways(1);
+    let mut twin = Stack::prepare(Plan::new(Bus::Mosquitto));
+    twin.mqtt = stack.mqtt;
+    twin.write_config();
+    twin.start_broker();
+    let said = "another program may use this name";
+    wait_until("one of them says it", || {
+        (stack.broker().log().contains(said) || twin.broker().log().contains(said)).then_some(())
+    });
+    drop(first);
+}
