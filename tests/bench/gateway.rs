@@ -36,9 +36,14 @@ pub struct Gateway {
 impl Gateway {
     /// Interfaces without peers in a network of their own; nothing else runs.
     pub fn new(bus: Bus) -> Self {
+        Self::with(bus, "")
+    }
+
+    /// The same, with more in the config.
+    pub fn with(bus: Bus, more: &str) -> Self {
         // Slowness is to be measured, not to be answered 503.
         let patience = "confirm_timeout: 20\nconfirm_budget: 20";
-        let config = format!("{patience}\nsetup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"");
+        let config = format!("{patience}\nsetup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"\n{more}");
         let stack = Stack::prepare(Plan::new(bus).domains([DOMAIN]).config(&config));
         let mut gateway = Self { stack, mosquitto: None, worker: None };
         gateway.renew();

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "what fails ends the measurement")]
 
 mod answers;
+mod bound;
 mod bulk;
 mod bus;
 mod counted;
@@ -42,8 +43,9 @@ struct Row {
 const BOTH: &[Place] = &[Place::Native, Place::Vm];
 
 /// The storm comes last in the virtual machine: its kernels' end disturbs whatever follows.
-const ROWS: [Row; 8] = [
+const ROWS: [Row; 9] = [
     row("post", "a POST until its key is in the kernel", ("peers there", 20_000), BOTH, post::measure),
+    row("bound", "a POST where no more peers may be", ("peers without a handshake", 30_000), BOTH, bound::measure),
     row("bulk", "many keys through MQTT into the kernel", ("keys", 20_000), BOTH, bulk::measure),
     row("answers", "answers per second", ("seconds each", 10), &[Place::Native], answers::measure),
     row("dump", "reading and classifying all peers", ("peers", 20_000), BOTH, dump::measure),

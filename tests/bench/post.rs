@@ -34,7 +34,7 @@ fn measure_one(report: Report, bus: Bus, peers: u32) {
     gateway.start_worker();
     wait_for_domain(gateway.stack.mqtt, DOMAIN, 1);
 
-    let mut times = post(&gateway, peers + BY_C_TOOLS);
+    let mut times = post(&gateway, peers + BY_C_TOOLS, POSTS);
     assert_holds(peers + BY_C_TOOLS + POSTS);
     let _ = gateway.stack.stop_broker();
     let [p50, p90, p99, max] = [50, 90, 99, 100].map(|share| percentile(&mut times, share));
@@ -47,7 +47,8 @@ fn measure_one(report: Report, bus: Bus, peers: u32) {
     line.print();
 }
 
-fn post(gateway: &Gateway, first: u32) -> Vec<Duration> {
+/// How long each answer took to so many keys from this one on, POSTed one after the other over one connection.
+pub fn post(gateway: &Gateway, first: u32, number: u32) -> Vec<Duration> {
     let mut router = gateway.stack.connect();
     let post = |key: wgkex_common::PublicKey| {
         let body = ask(DOMAIN, &key.to_string());
@@ -57,5 +58,5 @@ fn post(gateway: &Gateway, first: u32) -> Vec<Duration> {
         assert_eq!(response.status, 200, "{response:?}");
         time
     };
-    keys(first..first + POSTS).into_iter().map(post).collect()
+    keys(first..first + number).into_iter().map(post).collect()
 }

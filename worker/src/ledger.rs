@@ -22,6 +22,16 @@ use crate::plan::{self, ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED, Shape, Step};
 /// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
 const TRIES: u8 = 8;
 
+/// Where one of the peers that never shook hands has to go for a new key, this part of them goes with it: the keys that
+/// come next have room at once, without a read for each.
+const PORTION: usize = 16;
+
+/// Where this part is fewer than these, none goes with it.
+const PORTION_MIN: usize = 4;
+
+/// For so many keys that wait, or for as many as that part is, others go at once.
+const AT_ONCE: usize = 64;
+
 /// What has no peer goes when it had none for this long: somebody may be making one.
 const ORPHANED: Duration = Duration::from_secs(30);
 
@@ -36,7 +46,7 @@ pub struct Policy {
     pub interval: Duration,
     /// A peer is connected if its last handshake is younger than this.
     pub connected: Duration,
-    /// Peers are counted, and what is missing is restored, this often.
+    /// Tables are read, peers counted, and what is missing is restored, this often.
     pub count: Duration,
     /// The handshakes of a peer are reported again after this long.
     pub report: Duration,
@@ -64,7 +74,8 @@ impl Default for Policy {
             grace: Duration::from_secs(600),
             interval: Duration::from_secs(3_600),
             connected: Duration::from_secs(180),
-            count: Duration::from_secs(60),
+            // What vanished is to be back within a minute, and takes seconds with very many peers.
+            count: Duration::from_secs(45),
             report: Duration::from_secs(21_600),
             waiting: 200_000,
             forget: None,
@@ -111,7 +122,9 @@ pub struct Ledger {
     peers: BTreeMap<PublicKey, Entry>,
     /// Keys that came and do not stand whole. One may be in `peers` too.
     waiting: BTreeMap<PublicKey, Waiting>,
-    /// Which of those two has each address.
+    /// What was known of peers of ours that vanished. Their keys wait.
+    vanished: BTreeMap<PublicKey, Entry>,
+    /// Which key, of a peer or waiting, has each address.
     owners: BTreeMap<Derived, PublicKey>,
     /// Peers of ours whose address another key has: the next read takes them.
     ousted: BTreeSet<PublicKey>,
@@ -129,7 +142,7 @@ pub struct Ledger {
     changed: BTreeSet<PublicKey>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Entry {
     /// The address that the key derives.
     address: Derived,
@@ -140,8 +153,8 @@ struct Entry {
     /// When it shook hands at another gateway, by a broker's word.
     vouched: Option<Stamp>,
     reported: Option<Stamp>,
-    /// The kernel does not know of the handshake any more: the peer was made anew here.
-    forgotten: bool,
+    /// The peer was made anew since it last shook hands, if it did: the kernel does not know of that handshake.
+    renewed: bool,
     ours: bool,
 }
 
@@ -218,6 +231,7 @@ impl Ledger {
             last_read: None,
             peers: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            vanished: BTreeMap::new(),
             owners: BTreeMap::new(),
             ousted: BTreeSet::new(),
             unproven: 0,
@@ -239,21 +253,18 @@ impl Ledger {
         self.waiting.insert(key, Waiting::heard_of(kept.last.into(), kept.proven));
     }
 
-    /// Takes in a read of the tables.
+    /// Takes in a read of the tables. Says how many peers of ours vanished from an interface that stayed.
     ///
-    /// A peer of ours that vanished from an interface that is still the same was removed by hand and is
-    /// forgotten; if the interface was made anew, or was missing meanwhile, its key is owed again. What is `reserved` is
-    /// never ours.
-    pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Now) {
-        if self.last_read.is_some() && self.indexes != Some(device.indexes) {
-            self.owe_vanished(device);
-        }
+    /// Whatever made a peer of ours vanish, its key is owed again: only what is [`removed`](Self::removed) is gone. What
+    /// is `reserved` is never ours.
+    pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Now) -> usize {
+        let stayed = self.indexes == Some(device.indexes);
+        let vanished = self.take_over(device, now.monotonic);
         // A peer that stands, or that somebody altered meanwhile, is not what an old word of it is about.
         self.waiting.retain(|key, waiting| {
             let shape = || device.peers.get(key).map(|peer| plan::shape(key, peer));
             waiting.announced || matches!(shape(), None | Some(Shape::Bare))
         });
-        self.take_over(device, now.monotonic);
         self.observe_peers(device, reserved, now);
         self.settle_owners(now.monotonic);
         self.waiting.values_mut().for_each(|waiting| waiting.promised = false);
@@ -262,27 +273,43 @@ impl Ledger {
         self.observe_orphans(device, reserved, now.monotonic);
         self.indexes = Some(device.indexes);
         self.last_read = Some(now.monotonic);
+        if stayed { vanished } else { 0 }
     }
 
-    /// Has an entry for each peer that is there, and for no other.
-    fn take_over(&mut self, device: &Device, now: Instant) {
-        let changed = &mut self.changed;
+    /// Has an entry for each peer that is there, and for no other. The keys of those that were ours and are not there
+    /// wait; says how many.
+    fn take_over(&mut self, device: &Device, now: Instant) -> usize {
+        let Self { peers, waiting, vanished, changed, .. } = self;
         let mut there = plan::Among::new(device.peers.keys());
-        self.peers.retain(|key, _| {
+        let before = vanished.len();
+        peers.retain(|key, entry| {
             let stays = there.has(key);
             if !stays {
                 changed.insert(*key);
             }
+            if !stays && entry.ours {
+                waiting.entry(*key).or_insert(Waiting::again(entry));
+                vanished.insert(*key, *entry);
+            }
             stays
         });
-        if self.peers.is_empty() {
+        let gone = vanished.len() - before;
+        let mut found = |key: &PublicKey| match (vanished.remove(key), waiting.get(key)) {
+            (Some(entry), _) => entry.made_anew(now),
+            (None, Some(Waiting { first, vouched, .. })) => {
+                Entry { first: *first, vouched: *vouched, ..Entry::new(key, now, false) }
+            }
+            (None, None) => Entry::new(key, now, false),
+        };
+        if peers.is_empty() {
             // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
-            self.peers = device.peers.keys().map(|key| (*key, Entry::new(key, now, false))).collect();
-        } else if self.peers.len() < device.peers.len() {
+            *peers = device.peers.keys().map(|key| (*key, found(key))).collect();
+        } else if peers.len() < device.peers.len() {
             for key in device.peers.keys() {
-                self.peers.entry(*key).or_insert_with(|| Entry::new(key, now, false));
+                peers.entry(*key).or_insert_with(|| found(key));
             }
         }
+        gone
     }
 
     /// Which peers are ours, and which of them shook hands; the entries are those of the same keys.
@@ -308,23 +335,14 @@ impl Ledger {
     }
 
     fn observe_orphans(&mut self, device: &Device, reserved: &Reserved, now: Instant) {
-        let mut derived: Vec<_> = self.peers.values().map(|entry| entry.address).collect();
+        let entries = self.peers.values().chain(self.vanished.values());
+        let mut derived: Vec<_> = entries.map(|entry| entry.address).collect();
         derived.sort_unstable();
         let mut orphans = plan::orphans(device, &derived);
         orphans.retain(|address| !reserved.has_address(address));
         self.orphans.retain(|address, _| orphans.contains(address));
         for address in orphans {
             self.orphans.entry(address).or_insert(now);
-        }
-    }
-
-    fn owe_vanished(&mut self, device: &Device) {
-        for (key, entry) in &self.peers {
-            if entry.ours && !device.peers.contains_key(key) {
-                let Entry { arrived, first, vouched, .. } = *entry;
-                let waiting = Waiting { arrived, first, tries: 0, announced: false, vouched, promised: false };
-                self.waiting.entry(*key).or_insert(waiting);
-            }
         }
     }
 
@@ -374,7 +392,7 @@ impl Ledger {
     }
 
     fn claim_of(&self, key: PublicKey, now: Instant) -> Claim {
-        let (peer, waiting) = (self.peers.get(&key), self.waiting.get(&key));
+        let (peer, waiting) = (self.entry(&key), self.waiting.get(&key));
         let first = peer.map(|entry| entry.first).into_iter().chain(waiting.map(|waiting| waiting.first)).min();
         let first = first.unwrap_or(now.into());
         let younger_than = |limit| move |since: Stamp| since.age(now) < limit;
@@ -393,25 +411,39 @@ impl Ledger {
         Claim { key, standing, first: first.into() }
     }
 
-    /// What is to be set: keys that wait, in full and in order of arrival, as far as there is room, and what peers of
-    /// ours lack. Keys that may not be set wait no longer.
+    /// What is known of the peer of `key`, also if it vanished.
+    fn entry(&self, key: &PublicKey) -> Option<&Entry> {
+        self.peers.get(key).or_else(|| self.vanished.get(key))
+    }
+
+    /// What is to be set: keys that wait, in full, as far as there is room, and what peers of ours lack. Keys that may
+    /// not be set wait no longer.
     pub fn owed(&mut self, device: &Device, reserved: &Reserved) -> Vec<Step> {
-        let mut room = self.room();
-        let mut steps = Vec::new();
-        for key in self.oldest_first() {
-            if self.objection(&key, device.public_key, reserved).is_some() {
-                self.forget_waiting(&key);
-            } else if self.peers.contains_key(&key) || room.take(self.is_vouched(&key)) {
-                self.promise(&key);
-                steps.push(Step::install(key));
-            }
-        }
+        let mut steps = self.give_places(device.public_key, reserved);
+        let again = self.waiting.keys().filter(|key| self.peers.contains_key(key));
+        steps.extend(again.map(|key| Step::install(*key)));
         let stands = |key: &PublicKey| self.peers.get(key).is_some_and(|entry| entry.ours);
         let damaged = self.damaged(device).into_iter().filter(|(key, address)| {
             let is_reserved = || reserved.has_key(key) || reserved.has_address(address);
             stands(key) && !self.waiting.contains_key(key) && !is_reserved()
         });
         steps.extend(plan::repair(device, damaged));
+        steps
+    }
+
+    /// Keys that wait without a peer, in order of arrival, as far as there is room: each keeps its place from now on. Those
+    /// that may not be set wait no longer.
+    pub fn give_places(&mut self, own: Option<PublicKey>, reserved: &Reserved) -> Vec<Step> {
+        let mut room = self.room();
+        let mut steps = Vec::new();
+        for key in self.oldest_first() {
+            if self.objection(&key, own, reserved).is_some() {
+                self.forget_waiting(&key);
+            } else if self.lacks_place(&key) && room.take(self.has_own_place(&key)) {
+                self.promise(&key);
+                steps.push(Step::install(key));
+            }
+        }
         steps
     }
 
@@ -446,7 +478,7 @@ impl Ledger {
                 admission.refused.push((key, ADDRESS_TAKEN));
             } else if self.peers.contains_key(&key) {
                 admission.known.push(key);
-            } else if self.has_place(&key) || room.take(self.is_vouched(&key)) {
+            } else if self.has_place(&key) || room.take(self.has_own_place(&key)) {
                 admission.new.push(key);
             } else if self.unproven == 0 {
                 self.owners.remove(&key.derived());
@@ -508,21 +540,36 @@ impl Ledger {
         !self.ousted.is_empty()
     }
 
-    /// Peers of ours that are to go so that others have room: those that lost their address, and of those that never
-    /// shook hands the oldest. At most `most` of them. Judged by the last read.
+    /// Peers of ours that are to go so that others have room: those that lost their address, and, where keys wait for
+    /// room, of those that never shook hands the oldest, and more of them than that. Judged by the last read.
     #[must_use]
-    pub fn surplus(&self, most: usize) -> BTreeSet<PublicKey> {
-        let mut surplus: BTreeSet<_> = self.ousted.iter().copied().take(most).collect();
+    pub fn surplus(&self) -> BTreeSet<PublicKey> {
+        let mut surplus = self.ousted.clone();
         let mut room = self.room();
-        let new = self.waiting.keys().filter(|key| !self.peers.contains_key(key));
-        let lacking = new.filter(|key| !room.take(self.is_vouched(key))).count();
-        let lacking = lacking.min(most - surplus.len());
+        let new = self.waiting.keys().filter(|key| self.lacks_place(key));
+        let lacking = new.filter(|key| !room.take(self.has_own_place(key))).count();
         if lacking > 0 {
+            let beyond = self.unproven.saturating_sub(self.policy.unproven);
+            let portion = Some(self.unproven / PORTION).filter(|portion| *portion >= PORTION_MIN).unwrap_or_default();
+            let number = beyond + portion + lacking.min(portion.max(AT_ONCE));
             let mut oldest: Vec<_> = self.may_go().collect();
             oldest.sort_unstable();
-            surplus.extend(oldest.into_iter().take(lacking).map(|(_, key)| key));
+            surplus.extend(oldest.into_iter().take(number).map(|(_, key)| key));
         }
         surplus
+    }
+
+    /// Whether keys wait for which there is no room.
+    #[must_use]
+    pub fn lacks_room(&self) -> bool {
+        self.waiting.keys().any(|key| self.lacks_place(key))
+    }
+
+    /// Whether the peer of `key`, which was among the [`surplus`](Self::surplus), is still to go.
+    #[must_use]
+    pub fn is_surplus(&self, key: &PublicKey) -> bool {
+        let may_go = |entry: &Entry| entry.is_unproven() && !self.admission.trusts(key);
+        self.ousted.contains(key) || self.peers.get(key).is_some_and(may_go)
     }
 
     /// Peers that may make room for others, and when each key came.
@@ -533,6 +580,7 @@ impl Ledger {
 
     fn forget_waiting(&mut self, key: &PublicKey) {
         self.stop_waiting(key);
+        self.vanished.remove(key);
         self.disown(key);
     }
 
@@ -590,7 +638,7 @@ impl Ledger {
         lacking.sort_unstable();
         let mut room = self.room();
         let (next, others): (Vec<_>, Vec<_>) =
-            lacking.into_iter().partition(|(_, key)| room.take(self.is_vouched(key)));
+            lacking.into_iter().partition(|(_, key)| room.take(self.has_own_place(key)));
         for (_, key) in &next {
             self.promise(key);
         }
@@ -607,7 +655,7 @@ impl Ledger {
         if keys.is_empty() {
             return 0;
         }
-        let may_always = |key: &PublicKey| self.is_vouched(key) || self.admission.trusts(key);
+        let may_always = |key: &PublicKey| self.has_own_place(key) || self.admission.trusts(key);
         let (always, mut others): (Vec<_>, Vec<_>) = keys.into_iter().partition(|(_, key)| may_always(key));
         others.reverse();
         let mut oldest: Vec<_> = self.may_go().map(|(arrived, _)| Instant::from(arrived)).collect();
@@ -644,8 +692,15 @@ impl Ledger {
         self.waiting.get(key).is_some_and(|waiting| waiting.promised)
     }
 
-    fn is_vouched(&self, key: &PublicKey) -> bool {
+    /// `key` waits, and neither has a peer nor a place for one.
+    fn lacks_place(&self, key: &PublicKey) -> bool {
+        !self.has_place(key) && !self.peers.contains_key(key)
+    }
+
+    /// Whether `key`, which waits, takes no place of those that never shook hands.
+    fn has_own_place(&self, key: &PublicKey) -> bool {
         self.waiting.get(key).is_some_and(|waiting| waiting.vouched.is_some())
+            || self.vanished.get(key).is_some_and(|entry| !entry.is_unproven())
     }
 
     /// All keys, as if each had changed.
@@ -671,7 +726,7 @@ impl Ledger {
 
     /// What was reported may not have been heard.
     pub fn report_all(&mut self) {
-        self.peers.values_mut().for_each(|entry| entry.reported = None);
+        self.peers.values_mut().chain(self.vanished.values_mut()).for_each(|entry| entry.reported = None);
     }
 
     /// The keys that are not as they were when this was last called, and what to remember of each; none if it is gone.
@@ -681,7 +736,7 @@ impl Ledger {
     }
 
     fn kept(&self, key: &PublicKey) -> Option<Kept> {
-        let standing = self.peers.get(key).filter(|entry| entry.ours);
+        let standing = self.entry(key).filter(|entry| entry.ours);
         let waiting = self.waiting.get(key);
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(waiting?.arrived))?;
         let proven = standing.is_some_and(|entry| entry.handshake.is_some() || entry.vouched.is_some())
@@ -694,14 +749,14 @@ impl Ledger {
     pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
         let Some(forget) = self.policy.forget else { return Vec::new() };
         let silent = |handshake: Handshake| handshake.quiet_since.age(now) >= forget;
-        let idle = |entry: &Entry| entry.ours && !entry.forgotten && entry.handshake.is_some_and(silent);
+        let idle = |entry: &Entry| entry.ours && !entry.renewed && entry.handshake.is_some_and(silent);
         self.peers.iter().filter(|(_, entry)| idle(entry)).map(|(key, _)| *key).take(most).collect()
     }
 
     /// The kernel does not know any more of the handshakes of `key`; here they count on.
     pub fn forgotten(&mut self, key: &PublicKey) {
         if let Some(entry) = self.peers.get_mut(key) {
-            entry.forgotten = true;
+            entry.renewed = true;
         }
     }
 
@@ -711,6 +766,17 @@ impl Ledger {
         let stale = |entry: &Entry| entry.ours && entry.state(&self.policy, now) == PeerState::Stale;
         let stale = self.peers.iter().filter(|(key, entry)| stale(entry) && !self.admission.trusts(key));
         stale.map(|(key, _)| *key).collect()
+    }
+
+    /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.
+    pub fn forget_stale(&mut self, now: Instant) {
+        let stale = |entry: &Entry| entry.renewed && entry.state(&self.policy, now) == PeerState::Stale;
+        let stale = self.vanished.iter().filter(|(key, entry)| {
+            stale(entry) && !self.is_announced(key) && !self.admission.trusts(key)
+        });
+        for key in stale.map(|(key, _)| *key).collect::<Vec<_>>() {
+            self.forget_waiting(&key);
+        }
     }
 
     /// How many peers are in which state, judged by the last read.
@@ -740,21 +806,38 @@ impl Ledger {
         self.waiting.get(key).is_some_and(|waiting| waiting.announced)
     }
 
-    /// `key` stands whole in the kernel and has its grace from `now`. Says whether it is new there.
+    /// `key` came and stands whole in the kernel; it has its grace from `now`. Says whether it is new there.
     pub fn stands(&mut self, key: PublicKey, now: Instant) -> bool {
+        let (entry, is_new) = self.seat(key, now);
+        entry.arrived = now.into();
+        is_new
+    }
+
+    /// Whether the peer of `key` vanished, which did not come since.
+    #[must_use]
+    pub fn has_vanished(&self, key: &PublicKey) -> bool {
+        self.vanished.contains_key(key) && !self.is_announced(key)
+    }
+
+    /// The peer of `key`, which vanished, stands whole in the kernel again.
+    pub fn put_back(&mut self, key: PublicKey, now: Instant) {
+        self.seat(key, now);
+    }
+
+    fn seat(&mut self, key: PublicKey, now: Instant) -> (&mut Entry, bool) {
         let waited = self.stop_waiting(&key);
+        let vanished = self.vanished.remove(&key).map(|entry| entry.made_anew(now));
         let known = self.peers.contains_key(&key);
         self.changed.insert(key);
         let entry = self.peers.entry(key).or_insert_with(|| {
             let new = Entry::new(&key, now, true);
-            Entry { first: waited.map_or(new.first, |waited| waited.first), ..new }
+            vanished.unwrap_or(Entry { first: waited.map_or(new.first, |waited| waited.first), ..new })
         });
-        entry.arrived = now.into();
         entry.vouched = entry.vouched.max(waited.and_then(|waited| waited.vouched));
         if !known && entry.is_unproven() {
             self.unproven += 1;
         }
-        waited.is_some() || !known
+        (entry, waited.is_some() || !known)
     }
 
     /// `key` came and does not stand whole: it is owed. Says how many older ones that made too many.
@@ -767,10 +850,11 @@ impl Ledger {
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }
 
-    /// A sixteenth at once, so that a flood does not cost a search per key.
+    /// A sixteenth at once, so that a flood does not cost a search per key. Those that shook hands go last.
     fn drop_oldest(&mut self) -> usize {
         let surplus = self.waiting.len() - self.policy.waiting + self.policy.waiting / 16;
-        let oldest = self.oldest_first();
+        let mut oldest = self.oldest_first();
+        oldest.sort_by_key(|key| self.has_own_place(key));
         oldest.iter().take(surplus).for_each(|key| self.forget_waiting(key));
         surplus.min(oldest.len())
     }
@@ -799,6 +883,14 @@ impl Ledger {
         self.waiting.contains_key(key) || self.peers.get(key).is_some_and(|entry| entry.ours)
     }
 
+    /// The peer of `key` could not be removed whole. If the next read does not show it, it is gone.
+    pub fn unwanted(&mut self, key: &PublicKey) {
+        if let Some(entry) = self.peers.get_mut(key) {
+            entry.ours = false;
+            self.changed.insert(*key);
+        }
+    }
+
     /// `key` was removed from the kernel.
     pub fn removed(&mut self, key: &PublicKey) {
         let unproven = self.peers.remove(key).is_some_and(|entry| entry.is_unproven());
@@ -810,12 +902,17 @@ impl Ledger {
 
 impl Entry {
     fn new(key: &PublicKey, arrived: Instant, ours: bool) -> Self {
-        Self::at(key.derived(), arrived, ours)
+        let (address, arrived, first) = (key.derived(), arrived.into(), arrived.into());
+        Self { address, arrived, first, handshake: None, vouched: None, reported: None, renewed: false, ours }
     }
 
-    fn at(address: Derived, arrived: Instant, ours: bool) -> Self {
-        let (arrived, first) = (arrived.into(), arrived.into());
-        Self { address, arrived, first, handshake: None, vouched: None, reported: None, forgotten: false, ours }
+    /// Its peer is another one than before. Once for each handshake it has its grace again for that: what is taken away
+    /// again and again does not stay for ever.
+    fn made_anew(mut self, now: Instant) -> Self {
+        if !std::mem::replace(&mut self.renewed, true) {
+            self.arrived = now.into();
+        }
+        self
     }
 
     /// Neither here nor elsewhere.
@@ -828,10 +925,9 @@ impl Entry {
             (Some(at), Some(known)) if nanoseconds(at) == known.at => {}
             (Some(at), _) => {
                 self.handshake = Some(Handshake::first_seen(at, now, since_last_read));
-                self.forgotten = false;
+                self.renewed = false;
             }
-            (None, Some(_)) if self.forgotten => {}
-            (None, Some(_)) => *self = Self::at(self.address, now.monotonic, self.ours),
+            (None, Some(_)) => *self = self.made_anew(now.monotonic),
             (None, None) => {}
         }
     }
@@ -864,6 +960,11 @@ fn nanoseconds(at: SystemTime) -> u64 {
 }
 
 impl Waiting {
+    /// For a peer that vanished.
+    fn again(&Entry { arrived, first, vouched, .. }: &Entry) -> Self {
+        Self { arrived, first, tries: 0, announced: false, vouched, promised: false }
+    }
+
     /// Of a key that this program did not hear of itself.
     fn heard_of(arrived: Stamp, proven: bool) -> Self {
         let vouched = proven.then_some(arrived);

@@ -58,6 +58,7 @@ lanes! {
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
     peers: a_flood_on_the_bus_pushes_out_only_its_like;
     peers: an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again;
+    peers: peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_not;
     privacy: no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_messages;
     owners: a_gateways_key_is_no_routers_and_its_peer_stays;
     owners: an_address_stays_with_the_router_that_has_it_until_that_is_gone;

@@ -100,6 +100,42 @@ pub fn an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again(lane: Lan
     assert_ne!(peer(host, &key).endpoint, "(none)");
 }
 
+/// Seen to fail where a peer that vanished was taken for one that somebody removed on purpose: none came back.
+pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_not(lane: Lane) {
+    const KEYS: u32 = 60;
+    let single = Single::new(lane, "cleanup: {interval: 1}\nblacklist_file: /run/denied\n");
+    let host = &single.host;
+    let (router, talks) = router(host, lane);
+    for n in 0..KEYS {
+        assert_eq!(host.post(2, &key(n)).status, 200);
+    }
+    let all_but = |gone: &[u32]| {
+        let tables = host.tables("a");
+        let stands = |n: u32| tables.missing(&key(n)).is_empty();
+        let is_so = (0..KEYS).all(|n| stands(n) != gone.contains(&n)) && tables.missing(&talks).is_empty();
+        is_so.then_some(())
+    };
+    let empty = "umask 077 && { echo '[Interface]' && wg showconf wg-a | grep -E 'ListenPort|PrivateKey'; } > /run/conf";
+    host.run(empty);
+    let remove = |keys: &[u32]| -> String {
+        keys.iter().map(|n| format!("wg set wg-a peer {} remove\n", key(*n))).collect()
+    };
+    let odd: Vec<_> = (1..KEYS).step_by(2).collect();
+    // Another manager of the interface is reloaded; somebody's script; one peer by hand.
+    for vanish in ["wg syncconf wg-a /run/conf", "wg setconf wg-a /run/conf", &remove(&odd), &remove(&[7])] {
+        host.run(vanish);
+        wait_until(&format!("all are back after {vanish:.20}"), || all_but(&[]));
+        wait_until("the router gets through", || ping(&router, host).then_some(()));
+    }
+    // So a person has to say that a key is to go.
+    fs::write(host.path("/run/denied"), format!("[{:?}]\n", key(7))).unwrap();
+    wait_until("the denied one is gone, all of it", || (host.tables("a").missing(&key(7)).len() == 3).then_some(()));
+    host.run("wg syncconf wg-a /run/conf");
+    wait_until("all others are back", || all_but(&[7]));
+    let tables = host.tables("a");
+    assert!(tables.peers.iter().all(|peer| !peer.starts_with(&key(7))), "{tables:#?}");
+}
+
 /// A router that has asked and shaken hands; returns its key, too.
 fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);

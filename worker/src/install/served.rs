@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::yield_now;
@@ -26,6 +26,19 @@ const SLICE: usize = 512;
 /// Peers that make room for others at once. Linux waits for every CPU once for each peer that it removes.
 const ROOM: usize = 64;
 
+/// For how long what a read showed counts against peers: one may shake hands meanwhile.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// Peers that make room for others, as far as they are still there.
+#[derive(Default)]
+struct Leaving {
+    steps: VecDeque<Step>,
+    /// How many are gone already.
+    removed: usize,
+    /// When somebody has to look again whether they may go.
+    until: Option<tokio::time::Instant>,
+}
+
 pub(super) struct Served {
     domain: Domain,
     ledger: Ledger,
@@ -34,6 +47,7 @@ pub(super) struct Served {
     own: Result<Option<PublicKey>, &'static str>,
     /// What the last read showed to be owed, as far as it is not done.
     backlog: VecDeque<Step>,
+    leaving: Leaving,
     reserved: watch::Receiver<Reserved>,
     admission: Arc<Admission>,
     journal: Journal,
@@ -57,6 +71,7 @@ impl Served {
             schedule: Schedule::new(&policy, now),
             own: Err("interface"),
             backlog: VecDeque::new(),
+            leaving: Leaving::default(),
             admission: Arc::default(),
             unreadable: false,
             metrics,
@@ -134,7 +149,7 @@ impl Served {
     }
 
     pub fn has_backlog(&self) -> bool {
-        !self.backlog.is_empty()
+        !self.backlog.is_empty() || !self.leaving.steps.is_empty()
     }
 
     pub fn hurry(&mut self, now: Instant) {
@@ -207,9 +222,10 @@ impl Served {
 
     /// What came now says more of its addresses than what was owed before.
     fn supersede(&mut self, steps: &[Step]) {
-        if !self.backlog.is_empty() {
+        if self.has_backlog() {
             let addresses: BTreeSet<Ipv6Addr> = steps.iter().map(|step| step.address).collect();
             self.backlog.retain(|step| !addresses.contains(&step.address));
+            self.leaving.steps.retain(|step| !addresses.contains(&step.address));
         }
     }
 
@@ -234,12 +250,24 @@ impl Served {
         self.metrics.keys_failed.with_label_values(&[self.domain.name(), reason]).inc();
     }
 
-    /// Does a part of what is owed.
+    /// Does a part of what is owed; if nothing is, of what makes room.
     pub async fn catch_up<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+        if self.backlog.is_empty() {
+            self.oust(kernel, outbox, now.monotonic).await;
+            if let (Ok(own), true) = (self.own, self.leaving.steps.is_empty()) {
+                self.backlog.extend(self.ledger.give_places(own, &self.reserved.borrow()));
+                self.make_more_room(now.monotonic);
+            }
+            return;
+        }
         let steps: Vec<_> = self.backlog.drain(..SLICE.min(self.backlog.len())).collect();
         let mut report = Report::new();
         for (key, outcome) in self.apply(kernel, outbox, &steps, now.monotonic).await {
             match outcome {
+                Ok(()) if self.ledger.has_vanished(&key) => {
+                    self.ledger.put_back(key, now.monotonic);
+                    self.metrics.keys_restored.with_label_values(&[self.domain.name()]).inc();
+                }
                 Ok(()) if self.ledger.waits(&key) => {
                     if self.ledger.is_announced(&key) {
                         report.push((key, Ok(())));
@@ -314,13 +342,17 @@ impl Served {
         }
         self.own = Ok(device.public_key);
         yield_now().await;
-        self.ledger.observe(device, &self.reserved.borrow(), now);
+        let vanished = self.ledger.observe(device, &self.reserved.borrow(), now);
+        if vanished > 0 {
+            warn!(domain = %self.domain, peers = vanished, "peers vanished that nobody revoked; they are put back");
+        }
         yield_now().await;
         let expelled = self.expel(kernel, outbox, device, denied, now.monotonic).await;
         if self.schedule.is_sweep_due(now.monotonic) {
             self.sweep(kernel, outbox, device, now.monotonic).await;
         }
-        self.oust(kernel, outbox, device, now.monotonic).await;
+        self.make_leave(device);
+        self.oust(kernel, outbox, now.monotonic).await;
         self.forget(kernel, outbox, device, now.monotonic).await;
         yield_now().await;
         if self.own.is_ok() {
@@ -329,6 +361,7 @@ impl Served {
                 self.ledger.report_all();
             }
             self.backlog = self.ledger.owed(device, &self.reserved.borrow()).into();
+            self.make_more_room(now.monotonic);
             if self.backlog.is_empty() {
                 self.schedule.recovered();
             }
@@ -377,7 +410,8 @@ impl Served {
     async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
         let mut stale = self.ledger.stale(now);
         let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
-        let removed = self.remove(kernel, outbox, device, &stale, now).await;
+        let removed = self.remove(kernel, outbox, &plan::sweep(device, &stale), now).await;
+        self.ledger.forget_stale(now);
         self.schedule.swept(now, more && removed == stale.len());
         self.metrics.sweeps.with_label_values(&[self.domain.name()]).inc();
         self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
@@ -386,16 +420,35 @@ impl Served {
         }
     }
 
-    /// Removes peers that are in the way of others, a few at a time: keys wait meanwhile.
-    async fn oust<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
-        let surplus = self.ledger.surplus(ROOM);
-        let removed = self.remove(kernel, outbox, device, &surplus, now).await;
-        if removed == ROOM {
-            self.schedule.hurry(now);
+    /// Peers that are in the way of others are to go. Only ever right after a read.
+    fn make_leave(&mut self, device: &Device) {
+        let steps = plan::sweep(device, &self.ledger.surplus()).into();
+        self.leaving = Leaving { steps, removed: 0, until: Some(tokio::time::Instant::now() + FRESH) };
+    }
+
+    /// Removes some of the peers that are in the way of others: keys wait meanwhile.
+    async fn oust<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Instant) {
+        if self.leaving.steps.is_empty() {
+            return;
         }
+        if self.leaving.until.is_none_or(|until| until <= tokio::time::Instant::now()) {
+            self.leaving.steps.clear();
+        }
+        let some = ROOM.min(self.leaving.steps.len());
+        let mut steps: Vec<_> = self.leaving.steps.drain(..some).collect();
+        steps.retain(|step| self.ledger.is_surplus(&step.key));
+        let removed = self.remove(kernel, outbox, &steps, now).await;
         self.metrics.peers_ousted.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
-        if removed > 0 {
-            info!(domain = %self.domain, removed, "peers without a handshake make room for others");
+        self.leaving.removed += removed;
+        if self.leaving.steps.is_empty() && self.leaving.removed > 0 {
+            info!(domain = %self.domain, removed = self.leaving.removed, "peers without a handshake make room for others");
+        }
+    }
+
+    /// The next read makes more room, if what left was not enough.
+    fn make_more_room(&mut self, now: Instant) {
+        if self.leaving.steps.is_empty() && self.leaving.removed > 0 && self.ledger.lacks_room() {
+            self.schedule.hurry(now);
         }
     }
 
@@ -427,15 +480,19 @@ impl Served {
         &mut self,
         kernel: &mut K,
         outbox: &mut Outbox,
-        device: &Device,
-        peers: &BTreeSet<PublicKey>,
+        steps: &[Step],
         now: Instant,
     ) -> usize {
-        let outcomes = self.apply(kernel, outbox, &plan::sweep(device, peers), now).await;
+        let outcomes = self.apply(kernel, outbox, steps, now).await;
         let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(REMOVED))).collect();
         outbox.confirm(&self.domain, &said);
-        let removed = outcomes.into_iter().filter(|(_, outcome)| outcome.is_ok());
-        removed.map(|(key, _)| self.ledger.removed(&key)).count()
+        for (key, outcome) in &outcomes {
+            match outcome {
+                Ok(()) => self.ledger.removed(key),
+                Err(_) => self.ledger.unwanted(key),
+            }
+        }
+        outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count()
     }
 
     /// Removes routes and flood entries that have no peer.
@@ -475,6 +532,7 @@ impl Served {
         self.own = Err(error.reason());
         self.ledger.lost();
         self.backlog.clear();
+        self.leaving = Leaving::default();
         outbox.set_lost(&self.domain, error);
     }
 

@@ -328,6 +328,53 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
     assert!(said.iter().eq(gateway.device().peers.keys()), "whoever was told that it stands was told when it went");
 }
 
+/// Seen to fail where room was made for one key at a time, with a read for each.
+#[tokio::test(start_paused = true)]
+async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() {
+    let policy = Policy { unproven: 1_600, ..Policy::default() };
+    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    gateway.offer(0..1_600);
+    gateway.settle().await;
+    assert!(gateway.all_stand(0..1_600), "nobody goes before somebody needs the place");
+    (0..10).for_each(|n| gateway.fake.handshake(&domain(), key(n), SystemTime::now()));
+    let (reads, mut said) = (gateway.fake.reads(), BTreeSet::new());
+    let mut waited = 0;
+    for n in 10_000..11_000 {
+        let asked = Instant::now();
+        gateway.offer([n]);
+        while !hear(&mut said, gateway.confirmed().await).contains(&key(n)) {}
+        waited += usize::from(!asked.elapsed().is_zero());
+        assert!(gateway.device().peers.len() <= 1_610, "{}", gateway.device().peers.len());
+        sleep(Duration::from_millis(1)).await;
+    }
+    let reads = gateway.fake.reads() - reads;
+    assert!(reads <= 15 && waited <= 15, "{reads} reads, {waited} keys waited for one");
+    assert!(gateway.all_stand((0..10).chain(10_000..11_000)), "who shook hands meanwhile stays, and the newest");
+}
+
+/// Seen to fail without an end to how long what a read showed is used against peers.
+#[tokio::test(start_paused = true)]
+async fn who_shakes_hands_while_a_slow_kernel_makes_room_stays() {
+    let policy = Policy { unproven: 8_000, ..Policy::default() };
+    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    gateway.offer(0..8_000);
+    gateway.settle().await;
+    gateway.fake.delay(Delays { change: Duration::from_millis(2), ..Delays::default() });
+    gateway.offer([10_000]);
+    while gateway.device().peers.contains_key(&key(0)) {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let stay: Vec<_> = gateway.device().peers.into_keys().filter(|key| *key < self::key(500)).collect();
+    assert!(stay.len() > 300, "a portion takes many calls");
+    sleep(Duration::from_millis(1_500)).await;
+    let stay: Vec<_> = stay.into_iter().filter(|key| gateway.stands(*key)).collect();
+    stay.iter().for_each(|key| gateway.fake.handshake(&domain(), *key, SystemTime::now()));
+    assert!(!stay.is_empty());
+    sleep(MINUTE).await;
+    assert!(stay.iter().all(|key| gateway.stands(*key)));
+    assert!(gateway.stands(key(10_000)));
+}
+
 /// Notes which keys stand by what is said of them, and returns those that do from now on.
 fn hear(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: Applied) -> BTreeSet<PublicKey> {
     standing.retain(|key| !failed.contains_key(key));
@@ -385,15 +432,114 @@ async fn foreign_peers_count_as_connected_too() {
     }
 }
 
+/// Seen to fail where a peer that vanished from an interface that stays was forgotten.
 #[tokio::test(start_paused = true)]
-async fn a_peer_removed_by_hand_stays_away() {
+async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_and_flood_entry() {
+    let vanishing: [fn(&mut Device); 5] = [
+        |device| drop(device.peers.remove(&key(1))),
+        |device| device.peers.retain(|key, _| key.link_local().segments()[7] % 2 == 0),
+        |device| device.peers.clear(),
+        |device| {
+            device.peers.clear();
+            device.routes.clear();
+            device.fdb.clear();
+        },
+        |device| {
+            device.peers.clear();
+            device.public_key = Some(key(5_000));
+        },
+    ];
+    let mut gateway = Gateway::start();
+    gateway.offer(0..1_000);
+    gateway.settle().await;
+    for vanish in vanishing {
+        gateway.fake.alter(&domain(), vanish);
+        assert!(!gateway.all_stand(0..1_000));
+        sleep(MINUTE).await;
+        assert!(gateway.all_stand(0..1_000));
+    }
+    assert_eq!(gateway.metrics.keys_installed.with_label_values(&["ffmuc_welt"]).get(), 1_000);
+    assert!(gateway.metrics.keys_restored.with_label_values(&["ffmuc_welt"]).get() > 3_000);
+    assert_eq!(gateway.metrics.orphans_removed.with_label_values(&["ffmuc_welt"]).get(), 0);
+    assert!(gateway.said.applied.try_recv().is_err(), "nobody waits for a word on them");
+}
+
+#[tokio::test(start_paused = true)]
+async fn peers_that_were_adopted_or_remembered_come_back_as_well() {
+    let fake = Fake::with(&[domain()]);
+    fake.clone().apply(&domain(), &plan::changes(&plan::install([key(1), key(3)]))).await;
+    let (installer, _handle, _said) = remembering(fake.clone(), 2..4);
+    tokio::spawn(installer.run(pending()));
+    sleep(MINUTE).await;
+    fake.alter(&domain(), |device| device.peers.clear());
+    sleep(MINUTE).await;
+    let device = fake.device(&domain()).unwrap();
+    assert!((1..=3).all(|n| stands_in(&device, key(n))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
+    let policy = Policy { unproven: 20, ..Policy::default() };
+    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let peers = |gateway: &Gateway| gateway.device().peers.into_keys().collect::<Vec<_>>();
+    gateway.offer(0..20);
+    gateway.settle().await;
+    gateway.offer([20]);
+    sleep(MINUTE).await;
+    assert_eq!(peers(&gateway), (1..=20).map(key).collect::<Vec<_>>(), "the oldest made room");
+    gateway.handle.admit(denying([1]), []);
+    gateway.settle().await;
+    gateway.fake.alter(&domain(), |device| {
+        device.peers.get_mut(&key(2)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+    });
+    sleep(MINUTE).await;
+    gateway.fake.alter(&domain(), |device| device.peers.clear());
+    gateway.handle.admit(denying([1, 3]), []);
+    sleep(MINUTE).await;
+    assert_eq!(peers(&gateway), (4..=20).map(key).collect::<Vec<_>>());
+    sleep(HOUR).await;
+    assert_eq!(peers(&gateway), [], "all are stale");
+    sleep(HOUR).await;
+    assert_eq!(peers(&gateway), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_was_swept_stays_away_although_something_of_it_could_not_be_removed() {
     let mut gateway = Gateway::start();
     gateway.offer([1, 2]);
-    gateway.confirmed().await;
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
-    sleep(10 * MINUTE).await;
-    assert!(!gateway.device().peers.contains_key(&key(1)) && gateway.stands(key(2)));
+    gateway.fake.refuse(Change::RemoveFdb(key(1).link_local()));
+    gateway.fake.refuse(Change::RemovePeer(key(2)));
+    sleep(HOUR).await;
+    assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(2)]);
+    gateway.fake.refuse_nothing();
+    sleep(HOUR).await;
+    let device = gateway.device();
+    assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_interface_that_is_emptied_again_and_again_keeps_who_shakes_hands_and_no_other() {
+    let mut gateway = Still::start();
+    gateway.keys(0..4).await;
+    for n in 0..2 {
+        gateway.fake.handshake(&domain(), key(n), gateway.now.wall);
+    }
+    for minute in 0..5 * 60 {
+        gateway.minute().await;
+        gateway.fake.handshake(&domain(), key(0), gateway.now.wall);
+        if minute == 60 {
+            let device = gateway.fake.device(&domain()).unwrap();
+            assert!(stands_in(&device, key(0)) && stands_in(&device, key(1)), "it shook hands not two hours ago");
+        }
+        if minute % 3 > 0 {
+            gateway.minute().await;
+        }
+        gateway.fake.alter(&domain(), |device| device.peers.clear());
+    }
+    gateway.minute().await;
+    let device = gateway.fake.device(&domain()).unwrap();
+    assert_eq!(device.peers.keys().collect::<Vec<_>>(), [&key(0)]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -403,7 +549,7 @@ async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more
     let (state, reads) = (gateway.state(), gateway.fake.reads());
     gateway.fake.fail_reads(Some(KernelError::Interrupted { interface: "wg-welt".into(), times: 5 }));
     sleep(20 * MINUTE).await;
-    assert!((24..32).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
+    assert!((24..40).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
     assert_eq!(gateway.state(), state);
     gateway.offer([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
@@ -799,9 +945,12 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
 #[tokio::test(start_paused = true)]
 async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2]);
+    gateway.offer([2]);
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
+    gateway.fake.alter(&domain(), |device| {
+        device.routes.insert(key(1).link_local());
+        device.fdb.insert(key(1).link_local());
+    });
     sleep(3 * MINUTE).await;
     let device = gateway.device();
     assert_eq!((device.routes, device.fdb), ([key(2).link_local()].into(), [key(2).link_local()].into()));
