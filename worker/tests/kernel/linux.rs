@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_worker::kernel::netlink::Netlink;
 
@@ -44,15 +46,16 @@ const GATEWAY: &str = "EBESExQVFhcYGRobHB0eHyAhIiMkJSYnKCkqKywtLm8=";
 const NODE: &str = "MDEyMzQ1Njc4OTo7PD0+P0BBQkNERUZHSElKS0xNTk8=";
 
 impl Linux {
-    /// Runs a scenario on a thread of its own in fresh namespaces: no other test and nothing of the host is there.
-    /// `/run` is its own too, as the sockets of a userspace WireGuard are found by the interface's name alone.
     /// Lets the userspace process of a domain hang, or go on.
     pub fn freeze(&self, domain: &Domain, frozen: bool) {
         let processes = self.processes.borrow();
         let Process(child) = &processes[&domain.wireguard()];
-        run(&format!("kill -{} {}", if frozen { "STOP" } else { "CONT" }, child.id()));
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
     }
 
+    /// Runs a scenario on a thread of its own in fresh namespaces: no other test and nothing of the host is there.
+    /// `/run` is its own too, as the sockets of a userspace WireGuard are found by the interface's name alone.
     pub fn run(wireguard: WireGuard, scenario: impl AsyncFnOnce(Linux) + Send + 'static) {
         let thread = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root may unshare");
