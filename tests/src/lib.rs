@@ -11,6 +11,7 @@ pub mod in_memory;
 pub mod probe;
 pub mod process;
 pub mod proxy;
+pub mod rabbitmq;
 pub mod raw;
 pub mod scripted;
 pub mod scripted_server;
@@ -21,13 +22,18 @@ pub mod swarm;
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`.
-pub fn wait_until<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn wait_until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
+    wait_within(DEADLINE, what, found)
+}
+
+/// The same with a limit of its own.
+pub fn wait_within<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
         if let Some(found) = found() {
             return found;
         }
-        assert!(begun.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
+        assert!(begun.elapsed() < limit, "{what}: not within {limit:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

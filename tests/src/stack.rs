@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::http::{Http, Response, ask};
 use crate::probe::{Probe, Role};
 use crate::process::{Process, binary};
+use crate::rabbitmq::RabbitMq;
 use crate::wait_until;
 
 /// The API that routers use first.
@@ -32,6 +33,8 @@ pub enum Bus {
     Embedded,
     /// Debian's Mosquitto is.
     Mosquitto,
+    /// Debian's RabbitMQ is.
+    RabbitMq,
 }
 
 /// What a stack is to be like.
@@ -126,6 +129,7 @@ pub struct Stack {
     dir: TempDir,
     broker: Option<Process>,
     mosquitto: Option<Process>,
+    rabbitmq: Option<RabbitMq>,
 }
 
 impl Stack {
@@ -133,8 +137,10 @@ impl Stack {
     #[must_use]
     pub fn start(plan: Plan) -> Self {
         let mut stack = Self::prepare(plan);
-        if stack.plan.bus == Bus::Mosquitto {
-            stack.start_mosquitto();
+        match stack.plan.bus {
+            Bus::Embedded => {}
+            Bus::Mosquitto => stack.start_mosquitto(),
+            Bus::RabbitMq => stack.start_rabbitmq(),
         }
         stack.start_broker();
         stack.wait_until_ready();
@@ -145,7 +151,8 @@ impl Stack {
     #[must_use]
     pub fn prepare(plan: Plan) -> Self {
         let dir = tempfile::Builder::new().prefix("wgkex-test-").tempdir().expect("a temporary directory");
-        let mut stack = Self { plan, http: free_address(), mqtt: free_address(), dir, broker: None, mosquitto: None };
+        let (http, mqtt) = (free_address(), free_address());
+        let mut stack = Self { plan, http, mqtt, dir, broker: None, mosquitto: None, rabbitmq: None };
         stack.write_config();
         stack
     }
@@ -191,8 +198,8 @@ impl Stack {
                 format!("mqtt_listen: {{host: \"{ip}\", port: {port}, {}}}", self.plan.listen)
             }
             (Bus::Embedded, _) => format!("mqtt_listen: \"{ip}:{port}\""),
-            (Bus::Mosquitto, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}}}"),
-            (Bus::Mosquitto, Some((user, password))) => format!(
+            (_, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}}}"),
+            (_, Some((user, password))) => format!(
                 "mqtt: {{broker_url: \"{ip}\", broker_port: {port}, username: \"{user}\", password: \"{password}\"}}"
             ),
         }
@@ -242,6 +249,11 @@ impl Stack {
         file
     }
 
+    /// Starts RabbitMQ, and waits until it serves.
+    pub fn start_rabbitmq(&mut self) {
+        self.rabbitmq = Some(RabbitMq::start(&self.plan, self.mqtt, self.dir.path()));
+    }
+
     /// Starts the broker, and does not wait.
     pub fn start_broker(&mut self) {
         self.broker = Some(self.program("wgkex-broker", &[]));
@@ -288,6 +300,7 @@ impl Stack {
                 let _ = self.mosquitto().end_by(Signal::SIGKILL);
                 self.start_mosquitto();
             }
+            Bus::RabbitMq => self.rabbitmq.as_mut().expect("a RabbitMQ that runs").kill_and_restart(),
         }
     }
 

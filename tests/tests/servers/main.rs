@@ -1,0 +1,4 @@
+//! MQTT servers that others run, with what they do and do not do.
+
+mod mosquitto;
+mod rabbitmq;
