@@ -11,10 +11,10 @@ use crate::process::Process;
 use crate::stack::{Plan, free_address};
 use crate::wait_within;
 
-/// What the package's own commands start; those would become another user and write to the machine's directories.
+/// What the package's own command starts; that would change to another user and write to the machine's directories.
 const PROGRAM: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 
-/// It takes its time to start: 6 s to look for other nodes, and as much for the rest on a quiet machine.
+/// It starts slowly: for 6 s it only waits for other nodes.
 const START: Duration = Duration::from_secs(180);
 
 /// A RabbitMQ that serves MQTT, without passwords.
@@ -71,7 +71,8 @@ fn server(plan: &Plan, dir: &Path, epmd_port: u16, node_port: u16) -> Process {
         // Its script becomes the server instead of watching it.
         .env("RUNNING_UNDER_SYSTEMD", "true")
         .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
-        .env("RABBITMQ_NODENAME", format!("test{node_port}@localhost"))
+        .env("RABBITMQ_NODENAME", format!("test{node_port}@127.0.0.1"))
+        .env("RABBITMQ_USE_LONGNAME", "true")
         .env("RABBITMQ_DIST_PORT", node_port.to_string())
         .env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}")
         .env("RABBITMQ_CONFIG_FILE", dir.join("rabbitmq.conf"))
