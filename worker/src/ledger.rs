@@ -771,9 +771,10 @@ impl Ledger {
     /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.
     pub fn forget_stale(&mut self, now: Instant) {
         let stale = |entry: &Entry| entry.renewed && entry.state(&self.policy, now) == PeerState::Stale;
-        let stale = self.vanished.iter().filter(|(key, entry)| {
-            stale(entry) && !self.is_announced(key) && !self.admission.trusts(key)
-        });
+        let stale = self
+            .vanished
+            .iter()
+            .filter(|(key, entry)| stale(entry) && !self.is_announced(key) && !self.admission.trusts(key));
         for key in stale.map(|(key, _)| *key).collect::<Vec<_>>() {
             self.forget_waiting(&key);
         }

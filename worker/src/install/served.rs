@@ -476,13 +476,7 @@ impl Served {
 
     /// Removes these peers and returns how many went. Says that they do not stand any more, also of those that could not
     /// be removed whole.
-    async fn remove<K: Kernel>(
-        &mut self,
-        kernel: &mut K,
-        outbox: &mut Outbox,
-        steps: &[Step],
-        now: Instant,
-    ) -> usize {
+    async fn remove<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, steps: &[Step], now: Instant) -> usize {
         let outcomes = self.apply(kernel, outbox, steps, now).await;
         let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(REMOVED))).collect();
         outbox.confirm(&self.domain, &said);

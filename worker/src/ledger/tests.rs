@@ -246,7 +246,10 @@ fn a_vanished_peer_that_somebody_else_puts_back_has_its_past() {
     world.read();
     world.apply(&[Step::install(key(1))]);
     world.read();
-    assert_eq!((world.states(), world.owed(), world.ledger.waits(&key(1))), (vec![PeerState::Connected], vec![], false));
+    assert_eq!(
+        (world.states(), world.owed(), world.ledger.waits(&key(1))),
+        (vec![PeerState::Connected], vec![], false)
+    );
     assert!(world.ledger.vanished.is_empty());
 }
 
