@@ -1,6 +1,5 @@
-//! Mosquitto gives a subscriber about a thousand of the retained messages, and drops the rest.
-//!
-//! Failed while a broker knew only what it was given on its subscription, and workers published their states but once.
+//! Mosquitto gives a subscription of QoS 1 about a thousand of the retained messages, and drops the rest. Brokers subscribe to
+//! states with QoS 0, and gateways publish theirs again: either is enough, so this held on the code before as well.
 
 use std::collections::BTreeSet;
 use std::iter;
