@@ -47,7 +47,7 @@ fn measure_one(report: Report, bus: Bus, peers: u32) {
     line.print();
 }
 
-/// How long each answer took to so many keys from this one on, POSTed one after the other over one connection.
+/// How long each answer took to so many keys from this one on, sent one after the other over one connection.
 pub fn post(gateway: &Gateway, first: u32, number: u32) -> Vec<Duration> {
     let mut router = gateway.stack.connect();
     let post = |key: wgkex_common::PublicKey| {
