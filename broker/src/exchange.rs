@@ -228,13 +228,14 @@ impl Exchange {
             self.limits.admit(&ask.key, client, ask.domain.name()).map_err(Refusal::Limited)?;
         }
         self.admit(ask)?;
-        let is_hasty = proven.is_some() && self.limits.repeat(&ask.key).is_err();
+        let is_hasty = proven.is_some() && self.limits.repeat(&ask.key, ask.domain.name()).is_err();
         Ok(Standing { is_proven: proven == Some(true), is_hasty })
     }
 
     /// Whether the key may be a router's, and its address is nobody else's.
     fn admit(&self, ask: &Ask) -> Result<(), Refusal> {
-        let refusal = if self.gateways().forbids(&ask.key) {
+        let is_routers = self.live().is_routers(&ask.key);
+        let refusal = if self.gateways().forbids(&ask.key, is_routers) {
             Refusal::Reserved
         } else if self.live().is_taken(ask.domain.name(), ask.key, Instant::now().into_std()) {
             Refusal::AddressTaken
@@ -434,7 +435,7 @@ impl Exchange {
 
     /// The next word, by `until`, of a gateway on the key.
     async fn verdict(&self, ask: &Ask, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
-        let verdict = timeout_at(until, waiting.verdict()).await.ok().flatten()?;
+        let verdict = timeout_at(until, waiting.verdict()).await.ok()?;
         if let Err(reason) = &verdict.outcome {
             debug!(worker = verdict.worker, domain = %ask.domain, reason, "gateway did not take a key");
         }

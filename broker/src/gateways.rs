@@ -33,7 +33,7 @@ pub struct Gateways {
     weights: BTreeMap<String, f64>,
     workers: BTreeMap<String, Worker>,
     brokers: BTreeSet<String>,
-    /// Gateways' keys, also of domains that are not served here. The bus may be lost: they stay.
+    /// Gateways' keys. The bus may be lost: they stay.
     reserved: Reserved,
     /// Domains for which some worker has ever published its state or hello; also when the bus was lost since.
     known: BTreeSet<Domain>,
@@ -170,10 +170,16 @@ impl Gateways {
         }
     }
 
-    /// Whether no router may have `key`, as it is a gateway's or has a gateway's address.
+    /// Whether no router may have `key`, as it is a gateway's or has a gateway's address; one that `is_routers` already
+    /// only if the operator says so.
     #[must_use]
-    pub fn forbids(&self, key: &PublicKey) -> bool {
-        self.reserved.forbids(key)
+    pub fn forbids(&self, key: &PublicKey, is_routers: bool) -> bool {
+        if is_routers { self.reserved.lists(key) } else { self.reserved.forbids(key) }
+    }
+
+    /// Lets ten seconds pass.
+    pub fn tick(&mut self) {
+        self.reserved.tick();
     }
 
     /// The bus is lost, and what was heard on it may change unheard.
@@ -343,6 +349,13 @@ impl Gateways {
         self.has_online(worker, domain) && self.workers.get(worker).is_some_and(Worker::confirms)
     }
 
+    /// Whether the word of this worker on keys of `domain` counts: it is one that confirms, and may serve the domain.
+    #[must_use]
+    pub fn speaks_for(&self, worker: &str, domain: &str) -> bool {
+        let domain = self.domains.get(domain).zip(self.workers.get(worker));
+        domain.is_some_and(|(domain, worker)| worker.online && worker.confirms() && worker.may_serve(domain))
+    }
+
     /// Whether each gateway hears that a key is denied: those heard of, and those that the operator named.
     #[must_use]
     pub fn reach(&self) -> BTreeMap<String, Reach> {
@@ -357,6 +370,12 @@ impl Gateways {
             (name.clone(), reach)
         });
         named.chain(heard_of).collect()
+    }
+
+    /// Whether the domain is one of those that are served here.
+    #[must_use]
+    pub fn is_served(&self, domain: &str) -> bool {
+        self.domains.contains(domain)
     }
 
     /// Whether this worker is online.

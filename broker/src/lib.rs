@@ -12,6 +12,7 @@ pub mod admin;
 mod announcer;
 pub mod answers;
 mod certificate;
+mod claimed;
 pub mod cli;
 pub mod client;
 pub mod connections;
@@ -29,21 +30,23 @@ pub mod revoke;
 pub mod turns;
 pub mod waiters;
 
+use std::future::pending;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::join_all;
 use governor::clock::MonotonicClock;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
-use tracing::info;
+use tracing::{error, info};
 use wgkex_common::config::Https;
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
+use wgkex_common::tasks::{Ended, Tasks};
 use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::admin::Admin;
@@ -89,7 +92,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let (waiters, answers) = (Waiters::default(), Answers::default());
     let embedded = config.mqtt_listen.as_ref();
-    let embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let mut embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, publishing)] =
         wgkex_common::mqtt::open_pair(&server, mqtt::client(&config), mqtt::keys_client(&config))?;
@@ -108,7 +111,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters: waiters.clone(),
-        turns: Turns::new(keys.clone(), live.clone(), lists.view()),
+        turns: Turns::new(keys.clone(), live.clone(), lists.admission()),
         live: live.clone(),
         limits: limits.clone(),
         answers: Arc::default(),
@@ -120,54 +123,79 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
+    let (mut tasks, mut sessions, mut disk) = (Tasks::default(), Tasks::default(), Tasks::default());
     let kept = metrics.state_kept.clone();
-    let storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone())));
-    let tell = tell(live.clone(), waiters.clone(), metrics.clone());
-    let keeping = tokio::spawn(keeper.run(keys.clone(), tell, process::over(stopped.clone())));
-    let sessions = tokio::spawn(async move {
-        let stop = || process::over(stopped.clone());
-        tokio::join!(session.run(hand_on, stop()), publishing.run(hand_on_keys, stop()))
-    });
-    let announcing = tokio::spawn(announcer.run());
+    let storing = store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone()));
+    disk.spawn("the state file", storing);
+    let tell = tell(live.clone(), waiters.clone(), exchange.turns.clone(), metrics.clone());
+    disk.spawn("the keeper of the lists", keeper.run(keys.clone(), tell, process::over(stopped.clone())));
+    sessions.spawn("the MQTT session that hears workers", session.run(hand_on, process::over(stopped.clone())));
+    sessions.spawn("the MQTT session of the keys", publishing.run(hand_on_keys, process::over(stopped)));
+    let mut announcing = Tasks::default();
+    announcing.spawn("the announcer", announcer.run());
     if let Some((listener, token_hash)) = admin_listener {
         let (gateways, bus) = (gateways.clone(), keys.clone());
         let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
-        tokio::spawn(admin::server(listener, admin)?);
+        tasks.spawn("admin_listen", serve("admin_listen", admin::server(listener, admin)?));
         info!(admin_listen = %config.admin_listen, "admin calls are taken");
     }
-    tokio::spawn(mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
-    tokio::spawn(sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
-    tokio::spawn(expire(live, limits, waiters));
-    tokio::spawn(tidy(connections.clone()));
+    tasks.spawn("what answers questions", mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
+    tasks.spawn("what asks other brokers", sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
+    tasks.spawn("the look for what is over", expire(exchange.clone()));
+    tasks.spawn("the look for idle connections", tidy(connections.clone()));
     let app =
         App { domains: config.domains.clone(), exchange, links, connections, proxy_missed: Arc::default(), metrics };
-    let mut servers = vec![http::server(listener, None, app.clone(), config.confirm.budget)?];
+    let plain = http::server(listener, None, app.clone(), config.confirm.budget)?;
+    let mut handles = vec![plain.handle()];
+    tasks.spawn("broker_listen", serve("broker_listen", plain));
     if let Some((listener, certificate)) = secure {
-        servers.push(http::server(listener, Some(certificate.server()?), app, config.confirm.budget)?);
-        tokio::spawn(certificate.watch());
+        let server = http::server(listener, Some(certificate.server()?), app, config.confirm.budget)?;
+        handles.push(server.handle());
+        tasks.spawn("broker_listen.tls", serve("broker_listen.tls", server));
+        tasks.spawn("the look at certificates", certificate.watch());
     }
-    let handles: Vec<_> = servers.iter().map(http::Server::handle).collect();
-    let mut servers = tokio::spawn(try_join_all(servers));
     let Config { name: broker, broker_listen, .. } = &config;
     info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
-    let result = tokio::select! {
-        ended = &mut servers => ended.context("HTTP")?.context("HTTP").map(drop),
+    let result: anyhow::Result<()> = tokio::select! {
+        ended = tasks.ended() => Err(ended.into()),
+        ended = sessions.ended() => Err(ended.into()),
+        ended = disk.ended() => Err(ended.into()),
+        ended = announcing.ended() => Err(ended.into()),
+        ended = server_ended(embedded.as_mut()) => Err(ended.into()),
         () = stop => Ok(()),
     };
     info!("broker stops");
     // Requests under way still need the bus.
     join_all(handles.iter().map(|handle| handle.stop(true))).await;
     // It would publish again what the goodbye takes back.
-    announcing.abort();
+    drop(announcing);
     let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
-    let _ = timeout(FAREWELL, async { tokio::join!(sessions, storing, keeping) }).await;
+    let (_, unwritten) = tokio::join!(sessions.finish(FAREWELL), disk.finish(FAREWELL));
+    for task in unwritten {
+        error!(task, "the disk did not take the last state in time");
+    }
     if let Some(embedded) = embedded {
         embedded.stop().await;
     }
     result
+}
+
+/// Returns when a listener ends; why, the log says.
+async fn serve(listener: &'static str, server: http::Server) {
+    if let Err(error) = server.await {
+        error!(listener, %error, "listener failed");
+    }
+}
+
+/// Returns when the MQTT server ends, if there is one.
+async fn server_ended(server: Option<&mut Mqttd>) -> Ended {
+    match server {
+        Some(server) => server.ended().await,
+        None => pending().await,
+    }
 }
 
 /// The listener for HTTPS, and its certificate.
@@ -208,20 +236,23 @@ async fn tidy(connections: Connections) {
 }
 
 /// Tells the live keys who may come. What gateways said before may be about a key that was denied meanwhile.
-fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, metrics: Metrics) -> impl FnMut(News<'_>) {
+fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Metrics) -> impl FnMut(News<'_>) {
     move |news| {
         metrics.set_lists(&news);
         waiters.forget_all();
+        turns.obey(news.admission.clone());
         lock(&live).obey(news.admission.clone());
     }
 }
 
-async fn expire(live: Arc<Mutex<LiveKeys>>, limits: Arc<Limits>, waiters: Waiters) {
+async fn expire(exchange: Exchange) {
     loop {
         sleep(EXPIRE).await;
-        limits.tidy();
-        waiters.tidy(Instant::now());
-        let expired = lock(&live).expire(Instant::now());
+        exchange.gateways().tick();
+        exchange.limits.tidy();
+        exchange.waiters.tidy(Instant::now());
+        exchange.turns.look();
+        let expired = exchange.live().expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");
         }
@@ -240,6 +271,6 @@ fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
 
 fn gateways(config: &Config) -> Gateways {
     let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
-    let reserved = Reserved::new(config.protected_keys.clone());
+    let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
     Gateways::new(config.name.clone(), config.domains.clone(), weights, reserved)
 }

@@ -44,7 +44,7 @@ type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
 /// The limits, and how far each is used.
 pub struct Limits<C: Clock = MonotonicClock> {
     clock: C,
-    keys: Option<Keyed<PublicKey, C>>,
+    keys: Option<Keyed<(String, PublicKey), C>>,
     clients: Option<Keyed<Place, C>>,
     domains: Option<Keyed<String, C>>,
     global: Option<RateLimiter<NotKeyed, InMemoryState, C, Nothing<C>>>,
@@ -88,13 +88,14 @@ impl<C: Clock + Clone> Limits<C> {
         if let Some(global) = &self.global {
             self.limited(Limit::Global, global.check())?;
         }
-        self.repeat(key)
+        self.repeat(key, domain)
     }
 
-    /// Whether a key comes no oftener than one may, known or not.
-    pub fn repeat(&self, key: &PublicKey) -> Result<(), Limited> {
+    /// Whether a key comes no oftener than one may, known or not. What is sent with it for one domain takes nothing from
+    /// it in another: everybody knows every router's key.
+    pub fn repeat(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.len() < PLACES => self.limited(Limit::Key, keys.check_key(key)),
+            Some(keys) if keys.len() < PLACES => self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key))),
             _ => Ok(()),
         }
     }
@@ -180,12 +181,18 @@ mod tests {
             let (limits, clock) = limits(config);
             let ask = |k, c, d| limits.admit(&key(k), || client(c), d);
             for n in 1..=2 {
-                let (k, c, d) =
-                    (if by_key { 0 } else { n }, if by_client { 0 } else { n }, if by_domain { "a" } else { "b" });
+                let (k, c, d) = (
+                    if by_key { 0 } else { n },
+                    if by_client { 0 } else { n },
+                    if by_domain || by_key { "a" } else { "b" },
+                );
                 assert_eq!(ask(k, c, d), Ok(()), "{limit:?}");
             }
-            let (k, c, d) =
-                (if by_key { 0 } else { 9 }, if by_client { 0 } else { 9 }, if by_domain { "a" } else { "c" });
+            let (k, c, d) = (
+                if by_key { 0 } else { 9 },
+                if by_client { 0 } else { 9 },
+                if by_domain || by_key { "a" } else { "c" },
+            );
             assert_eq!(ask(k, c, d), limited(limit, 3));
             clock.advance(SECOND);
             assert_eq!(ask(k, c, d), limited(limit, 2));

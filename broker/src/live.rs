@@ -1,4 +1,5 @@
-//! The live keys: those that gateways get back when they lack them. No IO, no clock.
+//! The live keys: those that gateways get back when they lack them. A key becomes one when a router sends it here or to
+//! another broker; what a worker alone speaks of is [`claimed`](crate::claimed). No IO, no clock.
 
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
@@ -13,11 +14,15 @@ use wgkex_common::store::{Journal, Kept, Keys};
 use wgkex_common::sync::PAGE;
 use wgkex_common::{Domain, PublicKey};
 
+use crate::claimed::Claimed;
+
 /// What is said twice in this time, by a router and on the bus, is said once.
 const AT_ONCE: Duration = Duration::from_secs(3);
 /// Ages that another broker tells are whole seconds, and pages are long on their way. If less than this were news, two
 /// brokers would tell each other the same for ever.
 const TOLD: Duration = Duration::from_secs(60);
+/// Which part of all keys may be those that lost their address while they were silent.
+const ABSENT: usize = 16;
 
 /// Every key that is alive, and when it was heard of.
 #[derive(Debug)]
@@ -29,6 +34,7 @@ pub struct LiveKeys {
     grace: Duration,
     proven: Duration,
     domains: BTreeMap<Domain, Served>,
+    claimed: Claimed,
     journal: Journal,
     admission: Arc<Admission>,
 }
@@ -40,6 +46,8 @@ struct Served {
     owners: BTreeMap<Ipv6Addr, PublicKey>,
     /// How many of them are proven.
     proven: usize,
+    /// Keys that shook hands, and lost their address while they were silent: it is theirs again when they come back.
+    absent: BTreeMap<PublicKey, Live>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +57,8 @@ struct Live {
     first: Instant,
     /// When it last shook hands, as far as a gateway or a broker said so.
     shaken: Option<Instant>,
+    /// When it last came back after that was too long ago to be proven by.
+    returned: Option<Instant>,
     /// When this broker last heard of it, from whomever: an asker may lack it from then on.
     heard: Instant,
 }
@@ -60,6 +70,8 @@ pub struct Counts {
     pub proven: usize,
     /// Those that never did.
     pub unproven: usize,
+    /// Those that are not live, and shook hands by the word of some worker.
+    pub claimed: usize,
 }
 
 impl LiveKeys {
@@ -74,11 +86,14 @@ impl LiveKeys {
     ) -> Self {
         let proven = stale + claim::report(ttl, stale);
         let domains = domains.into_iter().map(|domain| (domain, Served::default())).collect();
-        let mut live = Self { own_name, max, ttl, grace, proven, domains, journal, admission: Arc::default() };
+        let (claimed, admission) = (Claimed::new(max), Arc::default());
+        let mut live = Self { own_name, max, ttl, grace, proven, domains, claimed, journal, admission };
         for ((domain, key), kept) in known {
             // Who asked the last run of this program may have missed what that heard of last.
             let shaken = kept.proven.then_some(kept.last);
-            live.insert(&domain, key, Live { kept, first: kept.last, shaken, heard: now }, now);
+            if !live.insert(&domain, key, Live { kept, first: kept.last, shaken, returned: None, heard: now }, now) {
+                live.journal.remove(&domain, key);
+            }
         }
         live.make_room();
         live
@@ -90,44 +105,66 @@ impl LiveKeys {
         let Some(served) = self.domains.get(domain) else { return false };
         let owner = served.owners.get(&key.link_local()).filter(|owner| **owner != key);
         let live = owner.and_then(|owner| Some((owner, served.keys.get(owner)?)));
-        live.is_some_and(|(owner, live)| self.standing(owner, live, now) != Standing::Lapsed)
+        let comes_back = served.absent.get(&key).is_some_and(|live| self.is_remembered(live, now));
+        let wanted = if comes_back { Standing::Returned } else { Standing::Fresh };
+        let standing = live.map_or(Standing::Lapsed, |(owner, live)| self.standing(owner, live, now));
+        standing >= wanted
     }
 
     fn standing(&self, key: &PublicKey, live: &Live, now: Instant) -> Standing {
         let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
         if self.admission.trusts(key) || live.shaken.is_some_and(|shaken| within(shaken, self.proven)) {
             Standing::Proven
-        } else if !live.kept.proven && within(live.first, self.grace) {
+        } else if live.kept.proven {
+            let has_grace = live.returned.is_some_and(|returned| within(returned, self.grace));
+            if has_grace && self.is_remembered(live, now) { Standing::Returned } else { Standing::Lapsed }
+        } else if within(live.first, self.grace) {
             Standing::Fresh
         } else {
             Standing::Lapsed
         }
     }
 
-    /// Remembers the key, unless another has the better claim to its address: then that one alone is live.
-    fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) {
+    /// Whether it shook hands so lately that coming back is worth something: asking alone does not keep an address.
+    fn is_remembered(&self, live: &Live, now: Instant) -> bool {
+        live.shaken.is_some_and(|shaken| now.saturating_duration_since(shaken) < self.ttl.max(self.proven))
+    }
+
+    /// Remembers the key, unless another has the better claim to its address: then that one alone is live. Says whether
+    /// it is remembered.
+    fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) -> bool {
         let claim =
             |key: PublicKey, live: &Live| Claim { key, standing: self.standing(&key, live, now), first: live.first };
-        let Some(served) = self.domains.get(domain) else { return };
+        let Some(served) = self.domains.get(domain) else { return false };
         let address = key.link_local();
         let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);
         let rival = owner.and_then(|owner| Some((owner, served.keys.get(&owner)?)));
         if rival.is_some_and(|(owner, other)| !claim(key, &live).beats(&claim(owner, other))) {
-            return;
+            return false;
         }
-        let Some(served) = self.domains.get_mut(domain) else { return };
+        let Some(served) = self.domains.get_mut(domain) else { return false };
         if let Some(owner) = owner {
-            served.remove(&owner);
+            let silent = served.remove(&owner).filter(|live| live.kept.proven);
+            if let Some(silent) = silent.filter(|_| served.absent.len() < self.max / ABSENT) {
+                served.absent.insert(owner, silent);
+            }
             self.journal.remove(domain, owner);
         }
+        served.absent.remove(&key);
         served.put(address, key, live);
-        self.journal.put(domain, key, live.kept);
+        true
     }
 
     /// Whether the key ever shook hands; none if it is not known in this domain.
     #[must_use]
     pub fn is_proven(&self, domain: &Domain, key: &PublicKey) -> Option<bool> {
-        Some(self.domains.get(domain)?.keys.get(key)?.kept.proven)
+        Some(self.domains.get(domain)?.known(key)?.kept.proven)
+    }
+
+    /// Whether the key is one of a router that shook hands, in whatever domain.
+    #[must_use]
+    pub fn is_routers(&self, key: &PublicKey) -> bool {
+        self.domains.values().any(|served| served.known(key).is_some_and(|live| live.kept.proven))
     }
 
     /// Takes over who may come from now on, and forgets the keys that have to go.
@@ -145,6 +182,7 @@ impl LiveKeys {
                 }
                 stays
             });
+            served.absent.retain(|key, _| !admission.expels(domain.name(), key));
         }
     }
 
@@ -153,15 +191,14 @@ impl LiveKeys {
         self.merge(domain, key, Kept { last: now, proven: false }, AT_ONCE, now);
     }
 
-    /// A gateway sees handshakes of the key.
-    pub fn prove(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, Kept { last: now, proven: true }, AT_ONCE, now);
-    }
-
-    /// A gateway has the key; who knows it already learns nothing by that.
-    pub fn witness(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        if self.domains.get(domain).is_some_and(|served| !served.keys.contains_key(&key)) {
-            self.admit(domain, key, now);
+    /// `worker` sees handshakes of the key. Of one that no router sent that is only kept, for when one does.
+    pub fn prove(&mut self, worker: &str, domain: &str, key: PublicKey, now: Instant) {
+        match self.domains.get_key_value(domain) {
+            Some((_, served)) if served.keys.contains_key(&key) => {
+                self.merge(domain, key, Kept { last: now, proven: true }, AT_ONCE, now);
+            }
+            Some((domain, _)) => self.claimed.note(worker, domain, key, now),
+            None => {}
         }
     }
 
@@ -182,20 +219,27 @@ impl LiveKeys {
         if self.admission.refuses(domain.name(), &key) {
             return;
         }
-        let domain = domain.clone();
-        let before = served.keys.get(&key).copied();
-        let first = before.map_or(news.last, |before| before.first.min(news.last));
-        let shaken = news.proven.then_some(news.last).max(before.and_then(|before| before.shaken));
-        let before = before.map(|before| before.kept);
-        let kept = before
-            .map_or(news, |before| Kept { last: before.last.max(news.last), proven: before.proven || news.proven });
-        let is_same =
-            |before: Kept| kept.proven == before.proven && kept.last.saturating_duration_since(before.last) <= same;
-        if before.is_some_and(is_same) {
+        let (domain, is_new) = (domain.clone(), !served.keys.contains_key(&key));
+        let before = served.known(&key).copied();
+        let mut live = united(before.as_ref(), news, now);
+        if let Some(before) = &before {
+            if !news.proven && before.kept.proven && self.standing(&key, before, now) == Standing::Lapsed {
+                live.returned = Some(now);
+            }
+            let is_same = live.kept.proven == before.kept.proven
+                && live.kept.last.saturating_duration_since(before.kept.last) <= same;
+            if is_same && !is_new {
+                return;
+            }
+        }
+        if !self.insert(&domain, key, live, now) {
             return;
         }
-        self.insert(&domain, key, Live { kept, first, shaken, heard: now }, now);
-        if before.is_none() {
+        self.journal.put(&domain, key, live.kept);
+        if is_new {
+            if let Some(at) = self.claimed.take(&domain, &key) {
+                self.merge(domain.name(), key, Kept { last: at, proven: true }, AT_ONCE, now);
+            }
             self.make_room();
         }
     }
@@ -240,7 +284,9 @@ impl LiveKeys {
                 }
                 !is_over
             });
+            served.absent.retain(|_, live| !over(live));
         }
+        self.claimed.expire(now, self.proven);
         expired
     }
 
@@ -278,8 +324,10 @@ impl LiveKeys {
 
     /// How many there are in each domain.
     pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
-        let of = |served: &Served| Counts { proven: served.proven, unproven: served.keys.len() - served.proven };
-        self.domains.iter().map(move |(domain, served)| (domain, of(served)))
+        self.domains.iter().map(|(domain, served)| {
+            let (proven, claimed) = (served.proven, self.claimed.len(domain));
+            (domain, Counts { proven, unproven: served.keys.len() - proven, claimed })
+        })
     }
 }
 
@@ -292,16 +340,21 @@ impl Served {
         self.proven -= usize::from(before.is_some_and(|before| before.kept.proven));
     }
 
-    fn remove(&mut self, key: &PublicKey) {
-        if let Some(live) = self.keys.remove(key) {
-            self.owners.remove(&key.link_local());
-            self.proven -= usize::from(live.kept.proven);
-        }
+    fn remove(&mut self, key: &PublicKey) -> Option<Live> {
+        let live = self.keys.remove(key)?;
+        self.owners.remove(&key.link_local());
+        self.proven -= usize::from(live.kept.proven);
+        Some(live)
+    }
+
+    /// What is known of the key, live or not.
+    fn known(&self, key: &PublicKey) -> Option<&Live> {
+        self.keys.get(key).or_else(|| self.absent.get(key))
     }
 
     /// Keeps the keys that `stays` is true for.
     fn retain(&mut self, mut stays: impl FnMut(&PublicKey, &Live) -> bool) {
-        let Self { keys, owners, proven } = self;
+        let Self { keys, owners, proven, absent: _ } = self;
         keys.retain(|key, live| {
             let stays = stays(key, live);
             if !stays {
@@ -311,6 +364,17 @@ impl Served {
             stays
         });
     }
+}
+
+/// What is known of a key with `news` of it.
+fn united(before: Option<&Live>, news: Kept, now: Instant) -> Live {
+    let shaken = news.proven.then_some(news.last);
+    let Some(before) = before else {
+        return Live { kept: news, first: news.last, shaken, returned: None, heard: now };
+    };
+    let kept = Kept { last: before.kept.last.max(news.last), proven: before.kept.proven || news.proven };
+    let (first, shaken) = (before.first.min(news.last), shaken.max(before.shaken));
+    Live { kept, first, shaken, returned: before.returned, heard: now }
 }
 
 #[cfg(test)]

@@ -208,8 +208,8 @@ impl Metrics {
 
     /// Takes over how many live keys there are.
     pub fn set_live<'a>(&self, counts: impl Iterator<Item = (&'a Domain, Counts)>) {
-        for (domain, Counts { proven, unproven }) in counts {
-            for (state, number) in [("proven", proven), ("unproven", unproven)] {
+        for (domain, Counts { proven, unproven, claimed }) in counts {
+            for (state, number) in [("proven", proven), ("unproven", unproven), ("claimed", claimed)] {
                 self.live.with_label_values(&[domain.name(), state]).set(i64::try_from(number).unwrap_or(i64::MAX));
             }
         }

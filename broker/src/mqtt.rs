@@ -3,13 +3,14 @@
 //! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
 //! hears those of other brokers, and questions for keys.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
-use wgkex_common::message::{Applied, Asked, Party, Question, Seen};
+use wgkex_common::message::{Applied, Asked, Party, Question, Revoked, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, PublicKey, Topic, is_topic_level, presence};
@@ -20,6 +21,9 @@ use crate::metrics::Metrics;
 use crate::revoke::Answers;
 use crate::waiters::Waiters;
 use crate::{announcer, lock};
+
+/// Keys in one word of a worker at most: twice what one of ours says at once.
+const WORDS: usize = 4_096;
 
 /// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
 /// as its client id, so the broker's must be another.
@@ -104,20 +108,23 @@ fn hear(
 ) -> Result<(), &'static str> {
     let (topic, now) = (Topic::parse(&publish.topic).ok_or("topic")?, Instant::now());
     if let Topic::Revoked { worker } = &topic {
-        answers.resolve(worker, json(publish)?);
+        let revoked: Revoked = json(publish)?;
+        if lock(gateways).is_online(worker) {
+            answers.resolve(worker, revoked);
+        }
     } else if let Topic::Applied { worker } = &topic {
         let applied: Applied = json(publish)?;
+        few(applied.installed.len() + applied.failed.len())?;
         let can_take = lock(gateways).can_take(worker, &applied.domain);
-        if heard_from(gateways, worker, now) {
-            witness(live, &applied);
-        }
+        heard_from(gateways, worker, now);
         if can_take {
             waiters.resolve(worker, applied);
         }
     } else if let Topic::Seen { worker } = &topic {
         let seen: Seen = json(publish)?;
+        few(seen.keys.len())?;
         if heard_from(gateways, worker, now) {
-            prove(live, &seen);
+            prove(gateways, live, worker, &seen);
         }
     } else {
         hear_state(gateways, waiters, &topic, publish, now)?;
@@ -136,17 +143,24 @@ fn heard_from(gateways: &Mutex<Gateways>, worker: &str, now: Instant) -> bool {
     confirms
 }
 
-fn witness(live: &Mutex<LiveKeys>, applied: &Applied) {
-    let (now, mut live) = (Instant::now(), lock(live));
-    for key in &applied.installed {
-        live.witness(&applied.domain, *key, now);
-    }
+/// What one worker says at once must not keep the others waiting.
+fn few(keys: usize) -> Result<(), &'static str> {
+    if keys <= WORDS { Ok(()) } else { Err("payload") }
 }
 
-fn prove(live: &Mutex<LiveKeys>, seen: &Seen) {
+/// A gateway's key does not become a router's by a worker's word.
+fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Seen) {
+    let gateways = lock(gateways);
+    if !gateways.speaks_for(worker, &seen.domain) {
+        return;
+    }
+    let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.forbids(key, false)).collect();
+    drop(gateways);
     let (now, mut live) = (Instant::now(), lock(live));
     for key in &seen.keys {
-        live.prove(&seen.domain, *key, now);
+        if !reserved.contains(key) || live.is_routers(key) {
+            live.prove(worker, &seen.domain, *key, now);
+        }
     }
 }
 
@@ -165,7 +179,8 @@ fn hear_state(
     gateways.hear(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
     let online = is_online(&gateways);
     let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
-        (!gateways.has_online(worker, domain)).then_some((worker.as_str(), Some(domain.as_str())))
+        let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
+        is_down.then_some((worker.as_str(), Some(domain.as_str())))
     } else {
         worker.filter(|_| online != was_online).map(|worker| (worker, None))
     };

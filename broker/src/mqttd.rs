@@ -34,6 +34,7 @@ use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::process;
+use wgkex_common::tasks::Ended;
 use wgkex_common::tls::TlsError;
 
 use self::admit::{BUSY, Client, Door, FULL, PATIENCE, Stream};
@@ -66,7 +67,8 @@ pub struct Mqttd {
     own: SocketAddr,
     credentials: Credentials,
     over: watch::Sender<bool>,
-    ended: oneshot::Receiver<()>,
+    /// Says so once.
+    ended: Option<oneshot::Receiver<()>>,
 }
 
 impl Mqttd {
@@ -87,7 +89,16 @@ impl Mqttd {
         let server = Serving { bus, metrics: metrics.clone() };
         let (over, ended) = server.start([(public, door), (own, own_door)], file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, over, ended })
+        Ok(Self { own: address, credentials, over, ended: Some(ended) })
+    }
+
+    /// Returns when it ends, which it should not do of itself.
+    pub async fn ended(&mut self) -> Ended {
+        if let Some(ended) = &mut self.ended {
+            let _ = ended.await;
+        }
+        self.ended = None;
+        Ended("the MQTT server")
     }
 
     /// How this broker itself connects: by a door of its own, which neither TLS nor a crowd stand in the way of.
@@ -99,7 +110,9 @@ impl Mqttd {
     /// are there come back to the next server, and for who does not, it is due then.
     pub async fn stop(self) {
         self.over.send_replace(true);
-        let _ = timeout(END, self.ended).await;
+        if let Some(ended) = self.ended {
+            let _ = timeout(END, ended).await;
+        }
     }
 }
 
@@ -138,6 +151,11 @@ impl Serving {
         let mut runtime = runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(THREADS).thread_name("mqtt").enable_all().build();
         let runtime = runtime.context("the threads of the MQTT server do not start")?;
+        let entered = runtime.enter();
+        let [public, own] = doors;
+        let listen = |(listener, door)| Ok((tokio::net::TcpListener::from_std(listener)?, door));
+        let doors = [listen(public), listen(own)].into_iter().collect::<io::Result<Vec<_>>>().context("mqtt_listen")?;
+        drop(entered);
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             runtime.block_on(self.run(doors, file, stop));
             runtime.shutdown_background();
@@ -147,7 +165,7 @@ impl Serving {
         Ok((over, ended))
     }
 
-    async fn run(self, doors: [(TcpListener, Door); 2], file: File, stop: watch::Receiver<bool>) {
+    async fn run(self, doors: Vec<(tokio::net::TcpListener, Door)>, file: File, stop: watch::Receiver<bool>) {
         for (listener, door) in doors {
             tokio::spawn(self.clone().attend(listener, Arc::new(door), stop.clone()));
         }
@@ -155,8 +173,7 @@ impl Serving {
     }
 
     /// Lets clients in at one door until it is over; their connections end with the runtime.
-    async fn attend(self, listener: TcpListener, door: Arc<Door>, stop: watch::Receiver<bool>) {
-        let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
+    async fn attend(self, listener: tokio::net::TcpListener, door: Arc<Door>, stop: watch::Receiver<bool>) {
         let waiting = Waiting::default();
         let accept = async {
             loop {

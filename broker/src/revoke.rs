@@ -13,8 +13,8 @@ use crate::gateways::Reach;
 
 /// How long an admin call waits for all gateways together.
 pub const PATIENCE: Duration = Duration::from_secs(2);
-/// Words that one call may leave unread: more than any fleet has gateways.
-const UNREAD: usize = 4096;
+/// Gateways whose words one call hears: more than any fleet has.
+const GATEWAYS: usize = 4096;
 /// What a gateway says is shown no longer than this, in characters.
 const SHOWN_MAX: usize = 80;
 
@@ -26,7 +26,14 @@ type Word = (String, String);
 /// Everyone who waits. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Answers {
-    waiting: Arc<Mutex<HashMap<Subject, mpsc::Sender<Word>>>>,
+    waiting: Arc<Mutex<HashMap<Subject, Call>>>,
+}
+
+/// Where the words for one call go, and whose have come: the first of each counts.
+#[derive(Debug)]
+struct Call {
+    words: mpsc::Sender<Word>,
+    heard: BTreeSet<String>,
 }
 
 /// One admin call that waits; it no longer does when this is dropped.
@@ -58,23 +65,26 @@ impl Answers {
     /// Waits for what gateways say of the record that was made of `key` at `at`.
     #[must_use]
     pub fn wait_for(&self, key: PublicKey, at: u64) -> Waiting {
-        let (sender, words) = mpsc::channel(UNREAD);
+        let (sender, words) = mpsc::channel(GATEWAYS);
         let subject = (key, at);
-        self.table().insert(subject, sender);
+        self.table().insert(subject, Call { words: sender, heard: BTreeSet::new() });
         Waiting { answers: self.clone(), subject, words }
     }
 
     /// Passes on what `worker` said. Nobody waits for what it applies on its return.
     pub fn resolve(&self, worker: &str, revoked: Revoked) {
-        let table = self.table();
+        let mut table = self.table();
         for (key, outcome) in revoked.keys {
-            if let Some(sender) = table.get(&(key, revoked.at)) {
-                let _ = sender.try_send((worker.to_owned(), outcome));
+            if let Some(call) = table.get_mut(&(key, revoked.at))
+                && call.heard.len() < GATEWAYS
+                && call.heard.insert(worker.to_owned())
+            {
+                let _ = call.words.try_send((worker.to_owned(), outcome));
             }
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<Subject, mpsc::Sender<Word>>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<Subject, Call>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -160,6 +170,19 @@ mod tests {
         assert_eq!(results, wanted.map(|(name, result)| (name.to_owned(), result.to_owned())).into());
         assert_eq!(begun.elapsed(), Duration::ZERO, "nobody is waited for in vain");
         assert!(answers.table().is_empty());
+    }
+
+    /// Seen to fail where every word is queued: there was no place for the other gateway's.
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
+        let answers = Answers::default();
+        let waiting = answers.wait_for(key(3), 7);
+        for _ in 0..2 * GATEWAYS {
+            answers.resolve("gw1", said(7, 3, "failed"));
+        }
+        answers.resolve("gw2", said(7, 3, "removed"));
+        let results = waiting.results(reach(), Instant::now() + PATIENCE).await;
+        assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), ("failed: failed", REMOVED));
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,13 +2,14 @@
 //! there. No key waits twice, and what never shook hands does not hold up what did.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use wgkex_common::lists::keeper::View;
+use wgkex_common::lists::Admission;
 use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
@@ -19,7 +20,7 @@ use crate::lock;
 const UNPROVEN_UNDER_WAY: usize = 64;
 /// Keys that wait at most, those that shook hands and the others each; of more there is no use in a storm.
 const QUEUED: usize = 8_192;
-/// No key waits longer for its turn: its router comes again sooner.
+/// No key waits longer to be published: its router comes again sooner.
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// What becomes of a key that is to be published.
@@ -40,20 +41,22 @@ type Subject = (Domain, PublicKey);
 pub struct Turns {
     bus: Bus,
     live: Arc<Mutex<LiveKeys>>,
-    lists: watch::Receiver<View>,
+    admission: Arc<Mutex<Arc<Admission>>>,
     under_way: Arc<Semaphore>,
     places: [Arc<Semaphore>; 2],
     /// Those that wait for a turn.
     waiting: Arc<Mutex<HashSet<Subject>>>,
+    look: Arc<Notify>,
 }
 
 impl Turns {
     /// Nobody waits yet. What is published on `bus` is `live` from then on.
     #[must_use]
-    pub fn new(bus: Bus, live: Arc<Mutex<LiveKeys>>, lists: watch::Receiver<View>) -> Self {
+    pub fn new(bus: Bus, live: Arc<Mutex<LiveKeys>>, admission: Arc<Admission>) -> Self {
         let places = [QUEUED, QUEUED].map(|places| Arc::new(Semaphore::new(places)));
         let under_way = Arc::new(Semaphore::new(UNPROVEN_UNDER_WAY));
-        Self { bus, live, lists, under_way, places, waiting: Arc::default() }
+        let admission = Arc::new(Mutex::new(admission));
+        Self { bus, live, admission, under_way, places, waiting: Arc::default(), look: Arc::default() }
     }
 
     /// Has `key` published in its turn, whoever waits for that; once more if it waits already, unless that is `enough`.
@@ -65,33 +68,75 @@ impl Turns {
         if turn.is_none() && !lock(&self.waiting).insert(subject.clone()) && enough {
             return Turn::Waits;
         }
-        let turns = self.clone();
+        let waits = turn.is_none().then(|| Waits { turns: self.clone(), subject: subject.clone() });
+        let (turns, since) = (self.clone(), Instant::now());
         Turn::Taken(tokio::spawn(async move {
             let _place = place;
-            let turn = match turn {
-                Some(turn) => Some(turn),
-                None => turns.wait(&subject).await.map(Some),
-            };
-            turn.is_some() && turns.publish(subject).await
+            let mut published = pin!(turns.publish(turn, waits, &subject, since));
+            loop {
+                let looked = turns.look.notified();
+                if turns.is_over(&subject, since) {
+                    return false;
+                }
+                tokio::select! {
+                    biased;
+                    is_published = &mut published => return is_published,
+                    () = looked => {}
+                }
+            }
         }))
     }
 
-    /// Waits for a turn; none if it came too late, or the key was revoked meanwhile.
-    async fn wait(&self, subject: &Subject) -> Option<OwnedSemaphorePermit> {
-        let since = Instant::now();
-        let turn = self.under_way.clone().acquire_owned().await.ok()?;
-        lock(&self.waiting).remove(subject);
-        let is_refused = self.lists.borrow().admission.refuses(subject.0.name(), &subject.1);
-        (since.elapsed() <= LONGEST && !is_refused).then_some(turn)
+    /// Takes over who may come, and takes back what may not.
+    pub fn obey(&self, admission: Arc<Admission>) {
+        *lock(&self.admission) = admission;
+        self.look();
     }
 
-    async fn publish(&self, (domain, key): Subject) -> bool {
+    /// Takes back what waits for too long.
+    pub fn look(&self) {
+        self.look.notify_waiters();
+    }
+
+    fn is_over(&self, (domain, key): &Subject, since: Instant) -> bool {
+        since.elapsed() > LONGEST || lock(&self.admission).refuses(domain.name(), key)
+    }
+
+    /// Publishes the key in its turn. Dropped before the message is under way this takes it back.
+    async fn publish(
+        &self,
+        turn: Option<Option<OwnedSemaphorePermit>>,
+        waits: Option<Waits>,
+        subject: &Subject,
+        since: Instant,
+    ) -> bool {
+        let _turn = match turn {
+            Some(turn) => turn,
+            None => self.under_way.clone().acquire_owned().await.ok(),
+        };
+        drop(waits);
+        if self.is_over(subject, since) {
+            return false;
+        }
+        let (domain, key) = subject;
         let message = Message::event(Topic::Key { domain: domain.name().into() }, key.to_string());
         let is_published = self.bus.publish(message).await.is_ok();
         if is_published {
-            lock(&self.live).admit(domain.name(), key, Instant::now().into_std());
+            lock(&self.live).admit(domain.name(), *key, Instant::now().into_std());
         }
         is_published
+    }
+}
+
+/// A key that waits for a turn, until this is dropped.
+struct Waits {
+    turns: Turns,
+    subject: Subject,
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        lock(&self.turns.waiting).remove(&self.subject);
     }
 }
 
@@ -99,8 +144,7 @@ impl Turns {
 mod tests {
     use tokio::time::sleep;
     use wgkex_common::Config;
-    use wgkex_common::lists::keeper::Keeper;
-    use wgkex_common::message::Party;
+    use wgkex_common::lists::{AllowList, Entry, List};
 
     use super::*;
     use crate::mqtt;
@@ -115,12 +159,11 @@ mod tests {
     fn turns() -> (Turns, Domain, impl Sized) {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
         let config = Config::parse("", yaml, "b").unwrap();
-        let (keeper, lists) = Keeper::open(&config, Party::Broker("b".into()));
         let (bus, session) = wgkex_common::mqtt::open(&config.mqtt, mqtt::keys_client(&config)).unwrap();
         let (live_keys, domain) = ((config.live_keys, config.cleanup), config.domains.first().unwrap().clone());
         let now = Instant::now().into_std();
         let live = LiveKeys::new("b".into(), live_keys, config.domains.clone(), Default::default(), now);
-        (Turns::new(bus, Arc::new(Mutex::new(live)), lists.view()), domain, (keeper, session))
+        (Turns::new(bus, Arc::new(Mutex::new(live)), Arc::default()), domain, session)
     }
 
     /// Takes all turns that there are, until it is dropped.
@@ -162,5 +205,30 @@ mod tests {
         drop(others);
         assert!(!late.await.unwrap());
         assert!(matches!(turns.take(&domain, key(0), false, true), Turn::Taken(_)));
+    }
+
+    /// Seen to fail where only those that wait for a turn are looked at: what shook hands waited for the bus for ever.
+    #[tokio::test(start_paused = true)]
+    async fn what_the_bus_does_not_take_is_taken_back_after_the_longest_time() {
+        let (turns, domain, _bus) = turns();
+        let take = |n, is_proven| match turns.take(&domain, key(n), is_proven, true) {
+            Turn::Taken(published) => published,
+            Turn::Waits | Turn::None => panic!("there is a place"),
+        };
+        let late: Vec<_> = (0..100).flat_map(|n| [take(n, true), take(1_000 + n, false)]).collect();
+        sleep(LONGEST - Duration::from_secs(1)).await;
+        turns.look();
+        let last = take(2_000, true);
+        sleep(Duration::from_secs(2)).await;
+        assert!(late.iter().all(|published| !published.is_finished()));
+        turns.look();
+        for published in late {
+            assert!(!published.await.unwrap());
+        }
+        assert!(!last.is_finished() && turns.places[0].available_permits() == QUEUED);
+        assert!(lock(&turns.waiting).is_empty());
+        let denied = [Entry::new(List::Deny, key(2_000))];
+        turns.obey(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
+        assert!(!last.await.unwrap(), "nor does what is denied meanwhile wait any longer");
     }
 }

@@ -24,6 +24,8 @@ pub enum Standing {
     Lapsed,
     /// It never shook hands, and first came less than its grace ago.
     Fresh,
+    /// It shook hands, longer ago than that, and has come back less than its grace ago. Only brokers know.
+    Returned,
     /// It shook hands, not longer ago than a peer may be silent.
     Proven,
 }
@@ -65,7 +67,7 @@ mod tests {
 
     #[test]
     fn the_better_founded_claim_has_the_address_then_the_older_one_then_the_smaller_key() {
-        use Standing::{Fresh, Lapsed, Proven};
+        use Standing::{Fresh, Lapsed, Proven, Returned};
         let early = Instant::now();
         let (soon, late) = (early + AT_ONCE, early + AT_ONCE + Duration::from_millis(1));
         for (challenger, owner, beats) in [
@@ -78,6 +80,8 @@ mod tests {
             (claim(1, Fresh, soon), claim(2, Fresh, early), true),
             (claim(2, Fresh, early), claim(1, Fresh, soon), false),
             (claim(1, Proven, late), claim(2, Proven, early), false),
+            (claim(2, Returned, late), claim(1, Fresh, early), true),
+            (claim(1, Returned, early), claim(2, Proven, late), false),
         ] {
             assert_eq!(challenger.beats(&owner), beats, "{challenger:?} against {owner:?}");
         }

@@ -15,6 +15,7 @@ pub mod process;
 mod reserved;
 pub mod store;
 pub mod sync;
+pub mod tasks;
 pub mod tls;
 mod topic;
 

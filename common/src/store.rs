@@ -90,6 +90,18 @@ impl Journal {
         self.anew.swap(false, Ordering::SeqCst)
     }
 
+    /// How many changes are not on disk yet.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     fn take(&self) -> Changes {
         std::mem::take(&mut *self.lock())
     }

@@ -156,6 +156,8 @@ struct Entry {
     /// The peer was made anew since it last shook hands, if it did: the kernel does not know of that handshake.
     renewed: bool,
     ours: bool,
+    /// A broker let it come since this program started.
+    came: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -178,6 +180,8 @@ struct Waiting {
     vouched: Option<Stamp>,
     /// A place is kept for its peer.
     promised: bool,
+    /// A broker let it come since this program started.
+    came: bool,
 }
 
 /// Live keys that a gateway lacks.
@@ -321,7 +325,10 @@ impl Ledger {
             entry.observe(peer, now, since_last_read);
             let address = entry.address.into();
             entry.ours = match plan::shape_at(address, peer) {
-                Shape::Ours => !reserved.has_key(key) && !reserved.has_address(&address),
+                Shape::Ours => {
+                    let is_free = !reserved.has_key(key) && !reserved.has_address(&address);
+                    is_free || (entry.is_routers() && !reserved.lists(key))
+                }
                 Shape::Bare => entry.ours,
                 Shape::Foreign => {
                     self.foreign.extend(plan::addresses_of(peer).map(|address| (address, *key)));
@@ -425,7 +432,8 @@ impl Ledger {
         let stands = |key: &PublicKey| self.peers.get(key).is_some_and(|entry| entry.ours);
         let damaged = self.damaged(device).into_iter().filter(|(key, address)| {
             let is_reserved = || reserved.has_key(key) || reserved.has_address(address);
-            stands(key) && !self.waiting.contains_key(key) && !is_reserved()
+            let is_free = || !is_reserved() || (self.is_routers(key) && !reserved.lists(key));
+            stands(key) && !self.waiting.contains_key(key) && is_free()
         });
         steps.extend(plan::repair(device, damaged));
         steps
@@ -437,7 +445,7 @@ impl Ledger {
         let mut room = self.room();
         let mut steps = Vec::new();
         for key in self.oldest_first() {
-            if self.objection(&key, own, reserved).is_some() {
+            if self.objection(&key, own, reserved, self.is_routers(&key)).is_some() {
                 self.forget_waiting(&key);
             } else if self.lacks_place(&key) && room.take(self.has_own_place(&key)) {
                 self.promise(&key);
@@ -472,7 +480,7 @@ impl Ledger {
         let mut room = self.room();
         let mut admission = Admitted::default();
         for key in plan::merged(keys) {
-            if let Some(reason) = self.objection(&key, own, reserved) {
+            if let Some(reason) = self.objection(&key, own, reserved, self.is_routers(&key)) {
                 admission.refused.push((key, reason));
             } else if !self.claim(key, now) {
                 admission.refused.push((key, ADDRESS_TAKEN));
@@ -502,11 +510,17 @@ impl Ledger {
     }
 
     /// Why `key` may not be set, whoever has its address.
-    fn objection(&self, key: &PublicKey, own: Option<PublicKey>, reserved: &Reserved) -> Option<&'static str> {
+    fn objection(
+        &self,
+        key: &PublicKey,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        is_routers: bool,
+    ) -> Option<&'static str> {
         let holder = self.foreign.get(&key.link_local());
         match key {
             key if Some(*key) == own => Some(OWN_KEY),
-            key if reserved.forbids(key) => Some(RESERVED),
+            key if reserved.lists(key) || (reserved.forbids(key) && !is_routers) => Some(RESERVED),
             key if holder.is_some_and(|holder| holder != key) => Some(ADDRESS_TAKEN),
             _ => None,
         }
@@ -624,10 +638,11 @@ impl Ledger {
                 continue;
             }
             let heard = now.checked_sub(age).unwrap_or(now);
-            let waiting = Waiting::heard_of(heard.into(), proven);
-            if let Some(known) = self.vouched_mut(&key) {
-                *known = (*known).max(waiting.vouched);
-            } else if self.objection(&key, own, reserved).is_none() {
+            let waiting = Waiting { came: proven, ..Waiting::heard_of(heard.into(), proven) };
+            if self.vouch(&key, waiting.vouched) {
+                continue;
+            }
+            if self.objection(&key, own, reserved, proven).is_none() {
                 self.waiting.insert(key, waiting);
                 self.changed.insert(key);
                 lacking.push((heard, key));
@@ -681,11 +696,22 @@ impl Ledger {
         outranks
     }
 
-    fn vouched_mut(&mut self, key: &PublicKey) -> Option<&mut Option<Stamp>> {
-        match self.peers.get_mut(key) {
-            Some(entry) => Some(&mut entry.vouched),
-            None => self.waiting.get_mut(key).map(|waiting| &mut waiting.vouched),
-        }
+    /// A broker says of a key, if it is known, when it shook hands elsewhere.
+    fn vouch(&mut self, key: &PublicKey, shaken: Option<Stamp>) -> bool {
+        let known = match self.peers.get_mut(key) {
+            Some(entry) => Some((&mut entry.vouched, &mut entry.came)),
+            None => self.waiting.get_mut(key).map(|waiting| (&mut waiting.vouched, &mut waiting.came)),
+        };
+        let Some((vouched, came)) = known else { return false };
+        *vouched = (*vouched).max(shaken);
+        *came |= shaken.is_some();
+        true
+    }
+
+    /// Whether the key is one of a router that shook hands: then no word of another gateway makes it that one's.
+    fn is_routers(&self, key: &PublicKey) -> bool {
+        let waits = |key| self.waiting.get(key).is_some_and(|waiting| waiting.came && waiting.vouched.is_some());
+        self.entry(key).is_some_and(Entry::is_routers) || waits(key)
     }
 
     fn has_place(&self, key: &PublicKey) -> bool {
@@ -835,6 +861,7 @@ impl Ledger {
             vanished.unwrap_or(Entry { first: waited.map_or(new.first, |waited| waited.first), ..new })
         });
         entry.vouched = entry.vouched.max(waited.and_then(|waited| waited.vouched));
+        entry.came |= waited.is_none_or(|waited| waited.came);
         if !known && entry.is_unproven() {
             self.unproven += 1;
         }
@@ -846,7 +873,8 @@ impl Ledger {
         let before = self.waiting.get(&key);
         let (first, vouched, promised) =
             before.map_or((now.into(), None, false), |before| (before.first, before.vouched, before.promised));
-        self.waiting.insert(key, Waiting { arrived: now.into(), first, tries: 0, announced: true, vouched, promised });
+        let arrived = now.into();
+        self.waiting.insert(key, Waiting { arrived, first, tries: 0, announced: true, vouched, promised, came: true });
         self.changed.insert(key);
         if self.waiting.len() <= self.policy.waiting { 0 } else { self.drop_oldest() }
     }
@@ -904,7 +932,8 @@ impl Ledger {
 impl Entry {
     fn new(key: &PublicKey, arrived: Instant, ours: bool) -> Self {
         let (address, arrived, first) = (key.derived(), arrived.into(), arrived.into());
-        Self { address, arrived, first, handshake: None, vouched: None, reported: None, renewed: false, ours }
+        let (handshake, vouched, reported) = (None, None, None);
+        Self { address, arrived, first, handshake, vouched, reported, renewed: false, ours, came: false }
     }
 
     /// Its peer is another one than before. Once for each handshake it has its grace again for that: what is taken away
@@ -914,6 +943,11 @@ impl Entry {
             self.arrived = now.into();
         }
         self
+    }
+
+    /// It shook hands, and is no peer that somebody else made.
+    fn is_routers(&self) -> bool {
+        self.came && (self.handshake.is_some() || self.vouched.is_some())
     }
 
     /// Neither here nor elsewhere.
@@ -962,14 +996,14 @@ fn nanoseconds(at: SystemTime) -> u64 {
 
 impl Waiting {
     /// For a peer that vanished.
-    fn again(&Entry { arrived, first, vouched, .. }: &Entry) -> Self {
-        Self { arrived, first, tries: 0, announced: false, vouched, promised: false }
+    fn again(&Entry { arrived, first, vouched, came, .. }: &Entry) -> Self {
+        Self { arrived, first, tries: 0, announced: false, vouched, promised: false, came }
     }
 
     /// Of a key that this program did not hear of itself.
     fn heard_of(arrived: Stamp, proven: bool) -> Self {
         let vouched = proven.then_some(arrived);
-        Self { arrived, first: arrived, tries: 0, announced: false, vouched, promised: false }
+        Self { arrived, first: arrived, tries: 0, announced: false, vouched, promised: false, came: false }
     }
 }
 

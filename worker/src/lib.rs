@@ -20,14 +20,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::watch;
-use tokio::time::timeout;
-use tracing::{info, warn};
+use tokio::time::{sleep, timeout};
+use tracing::{error, info, warn};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::lists::{List, Verdict};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
+use wgkex_common::tasks::{Ended, Tasks};
 use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::install::{Handle, Installer};
@@ -40,6 +41,8 @@ pub use crate::mqtt::hear_anything;
 
 /// How long the bus may take to hear that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How often it is looked which words of gateways have stood for long enough.
+const TICK: Duration = Duration::from_secs(10);
 /// How long the session may take to disconnect after that.
 const DISCONNECT: Duration = Duration::from_millis(500);
 
@@ -49,8 +52,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()));
     let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read());
     info!(keys = remembered.len(), "keys remembered");
-    let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone()));
-    let known = (journal, remembered);
+    let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
+    let (known, ticking) = ((journal, remembered), reserving.clone());
     let (installer, handle, said) =
         Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
     let installer = installer.held_by(lists.held());
@@ -74,35 +77,45 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_heard, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
-    let installing = tokio::spawn(installer.run(process::over(stopped.clone())));
-    let mut session = tokio::spawn(session.run(hand_on, process::over(stopped.clone())));
-    tokio::spawn(confirming.run(hand_on_pages, process::over(stopped.clone())));
+    let (mut tasks, mut sessions, mut disk) = (Tasks::default(), Tasks::default(), Tasks::default());
+    tasks.spawn("what owns the kernel", installer.run(process::over(stopped.clone())));
+    sessions.spawn("the MQTT session", session.run(hand_on, process::over(stopped.clone())));
+    tasks.spawn("the MQTT session of confirmations", confirming.run(hand_on_pages, process::over(stopped.clone())));
     let kept = metrics.state_kept.clone();
-    let keeping = tokio::spawn(keeper.run(list_bus, tell, process::over(stopped.clone())));
-    let mut storing = tokio::spawn(store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped)));
-    tokio::spawn(asking);
-    tokio::spawn(http::serve(config.worker_listen.clone(), metrics));
+    disk.spawn("the keeper of the lists", keeper.run(list_bus, tell, process::over(stopped.clone())));
+    disk.spawn("the state file", store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped)));
+    tasks.spawn("what asks brokers", asking);
+    tasks.spawn("the look for words that stand", tick(ticking));
+    tasks.spawn("worker_listen", http::serve(config.worker_listen.clone(), metrics));
     info!(version = env!("CARGO_PKG_VERSION"), worker = config.name, domains = config.domains.len(), "worker started");
 
     let mut stop = pin!(stop);
-    tokio::select! {
-        () = announcer.run() => {}
-        () = &mut stop => {}
-    }
+    let result: anyhow::Result<()> = tokio::select! {
+        biased;
+        ended = tasks.ended() => Err(ended.into()),
+        ended = sessions.ended() => Err(ended.into()),
+        ended = disk.ended() => Err(ended.into()),
+        () = announcer.run() => Err(Ended("the announcer").into()),
+        () = &mut stop => Ok(()),
+    };
     info!("worker stops");
     if timeout(FAREWELL, announcer.farewell()).await.is_err() {
         warn!("MQTT did not hear that this worker goes; its last will says so");
     }
     over.send_replace(true);
-    if timeout(DISCONNECT, &mut session).await.is_err() {
-        session.abort();
+    let _ = sessions.finish(DISCONNECT).await;
+    for task in disk.finish(DISCONNECT).await {
+        error!(task, "the disk did not take the last state in time");
     }
-    let stored = async { tokio::join!(&mut storing, keeping) };
-    if timeout(DISCONNECT, stored).await.is_err() {
-        warn!("the disk did not take the last state in time");
+    result
+}
+
+/// Lets what gateways say of themselves grow old.
+async fn tick(reserved: watch::Sender<Reserved>) {
+    loop {
+        sleep(TICK).await;
+        reserved.send_modify(Reserved::tick);
     }
-    installing.abort();
-    Ok(())
 }
 
 fn policy(config: &Config) -> Policy {

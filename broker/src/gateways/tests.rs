@@ -13,20 +13,36 @@ fn gateways(weights: &[(&str, f64)]) -> Gateways {
         "broker1".into(),
         ["ff_a", "ff_b"].map(domain).into(),
         weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect(),
-        Reserved::default(),
+        Reserved::new([].into(), ["ff_a", "ff_b"].map(domain).into()),
     )
 }
 
 #[test]
-fn a_gateways_key_and_address_are_nobody_elses_whatever_domain_it_serves_and_also_when_the_bus_is_lost() {
+fn a_gateways_key_and_address_are_no_new_routers_also_when_the_bus_is_lost() {
     let mut gateways = gateways(&[]);
     let key: PublicKey = KEY.parse().unwrap();
-    assert!(!gateways.forbids(&key));
+    assert!(!gateways.forbids(&key, false));
     gateways.data("gw1", "ff_none");
+    assert!(!gateways.forbids(&key, false), "a domain that is not served counts for nothing");
+    gateways.data("gw1", "ff_b");
     gateways.forget();
-    assert!(gateways.forbids(&key));
-    gateways.live("wireguard-worker/gw1/ff_none/data", "");
-    assert!(!gateways.forbids(&key));
+    assert!(gateways.forbids(&key, false) && !gateways.forbids(&key, true));
+    gateways.live("wireguard-worker/gw1/ff_b/data", "");
+    assert!(!gateways.forbids(&key, false));
+}
+
+#[test]
+fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("gw1", 0);
+    gateways.live("wgkex/worker/gw2/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a","ff_none"]}"#);
+    let speak =
+        |gateways: &Gateways, worker| ["ff_a", "ff_b", "ff_none"].map(|domain| gateways.speaks_for(worker, domain));
+    assert_eq!(speak(&gateways, "gw2"), [false; 3], "it is not online");
+    gateways.live("wireguard-worker/gw2/status", "1");
+    assert_eq!(speak(&gateways, "gw1"), [true, true, false], "it does not say which");
+    assert_eq!(speak(&gateways, "gw2"), [true, false, false]);
+    assert_eq!(speak(&gateways, "gw3"), [false; 3]);
 }
 
 fn online(confirming: &[&str], others: &[&str]) -> Online {

@@ -100,25 +100,32 @@ pub fn either_of_two_brokers_may_die(lane: Lane) {
     fleet.caught_up(&routers);
 }
 
-pub fn brokers_that_forgot_everything_learn_the_proven_keys_from_the_gateways(lane: Lane) {
+/// What only a worker says is given to no other gateway; what a router sends then is proven at once.
+pub fn brokers_that_forgot_everything_know_again_what_routers_send(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 50);
     let witness = fleet.witness();
     let (router, talking) = router(&fleet, lane);
     routers.note([talking.clone()]);
-    let proven = r#"wgkex_broker_live_keys{domain="test_a",state="proven"} "#;
+    let live = |state| format!(r#"wgkex_broker_live_keys{{domain="test_a",state="{state}"}} "#);
     let limit = Duration::from_secs(150);
-    within("the broker hears of the handshake", limit, || (fleet.brokers[0].figure(proven)? == 1).then_some(()));
+    within("the broker hears of the handshake", limit, || {
+        (fleet.brokers[0].figure(&live("proven"))? == 1).then_some(())
+    });
     let seen = witness.next_on("wgkex/worker/gw1/seen").text();
     assert!(seen.contains(&talking) && !seen.contains("198.18."), "the key, and no address: {seen}");
 
     fleet.brokers[0].kill();
     fleet.brokers[0].forget();
     fleet.brokers[0].start_again();
-    within("the broker hears of it again", limit, || (fleet.brokers[0].figure(proven)? == 1).then_some(()));
+    within("the broker hears of it again", limit, || (fleet.brokers[0].figure(&live("claimed"))? == 1).then_some(()));
+    assert_eq!(fleet.brokers[0].live(), Some(0));
     fleet.caught_up(&routers);
     fleet.add_gateway("");
+    fleet.is_complete();
+    assert_eq!(fleet.brokers[0].host.post(2, &talking).status, 200);
+    assert_eq!(fleet.brokers[0].figure(&live("proven")), Some(1));
     within("a new gateway has it", CAUGHT_UP, || {
         fleet.gateways[1].host.tables("a").missing(&talking).is_empty().then_some(())
     });

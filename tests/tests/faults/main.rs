@@ -30,7 +30,7 @@ macro_rules! lane {
 lane! { netns, Userspace, "needs root: tests/run netns":
     brokers::a_broker_killed_between_publish_and_answer_leaves_nothing_half_done,
     brokers::a_broker_killed_while_it_writes_knows_what_it_accepted_a_second_before,
-    brokers::brokers_that_forgot_everything_learn_the_proven_keys_from_the_gateways,
+    brokers::brokers_that_forgot_everything_know_again_what_routers_send,
     brokers::either_of_two_brokers_may_die,
     bus::a_line_that_drops_keys_silently_brings_them_late,
     bus::a_slow_line_brings_every_key,

@@ -9,6 +9,7 @@
 
 mod connections;
 mod keys;
+mod known;
 
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -5,6 +5,7 @@
 use std::thread;
 
 use wgkex_tests::gateway::{Host, Lane, link_local};
+use wgkex_tests::http::ask;
 use wgkex_tests::{key, wait_until};
 
 use crate::peers::ping;
@@ -100,6 +101,71 @@ pub fn an_address_stays_with_the_router_that_has_it_until_that_is_gone(lane: Lan
     wait_until("the other may come", || (host.post(2, other).status == 200).then_some(()));
     assert_eq!(host.tables("a").missing(other), Vec::<String>::new());
     assert_eq!(host.post(2, SPARE).status, 200);
+}
+
+/// Seen to fail where a worker's word reserves whatever it names: the router got 403, and its peer was nobody's any more.
+pub fn what_others_do_with_a_routers_key_leaves_its_peer_alone(lane: Lane) {
+    let (private, owner, other) = ROUTER;
+    let single = Single::new(lane, "cleanup: {interval: 1}");
+    let host = &single.host;
+    let router = Host::new("router", lane);
+    let (address, _) = host.connect(&router, 1);
+    router.run(&format!("umask 077; echo {private} > /run/key"));
+    let _ = router.tunnel_to(host, address);
+    wait_until("the router is connected", || (host.post(2, owner).status == 200 && ping(&router, host)).then_some(()));
+    let seen = r#"wgkex_broker_live_keys{domain="test_a",state="proven"}"#;
+    wait_until("the broker knows", || (host.metric(5000, seen)? == "1").then_some(()));
+    let handshake = || host.run(&format!("wg show wg-a latest-handshakes | grep {owner}"));
+    let before = handshake();
+
+    // In another domain, where it is no router's; and as a gateway's own, in both.
+    for (domain, key, status) in [("test_b", owner, "200"), ("test_b", other, "409"), ("test_a", other, "409")] {
+        assert_eq!(post_to(host, domain, key), status);
+    }
+    for key in [owner, other] {
+        for domain in ["test_a", "test_b"] {
+            let data = format!(r#"{{"ExternalAddress":"gw","Port":1,"PublicKey":"{key}","LinkAddress":"fe80::1"}}"#);
+            host.run(&format!("mosquitto_pub -r -t wireguard-worker/thief/{domain}/data -m '{data}'"));
+        }
+        let sweeps = || host.metric(9586, r#"wgkex_worker_sweeps_total{domain="test_a"}"#)?.parse::<u32>().ok();
+        let so_far = sweeps().unwrap();
+        wait_until("two more sweeps", || (sweeps()? >= so_far + 2).then_some(()));
+        thread::scope(|scope| {
+            for n in 0..40 {
+                scope.spawn(move || assert_eq!(host.post(1 + n % 2, owner).status, 200));
+            }
+        });
+    }
+    assert_eq!((failed(host, "reserved").as_deref(), handshake()), (Some("0"), before));
+    host.run(&format!("ip -6 route del {}/128 dev wg-a", link_local(owner)));
+    wait_until("what is lost is restored", || host.tables("a").missing(owner).is_empty().then_some(()));
+    assert!(ping(&router, host), "the tunnel still stands");
+}
+
+/// Seen to fail where a router that was silent for some hours has no better claim than a key that never shook hands.
+pub fn a_router_that_comes_back_has_its_address_again(lane: Lane) {
+    let (private, owner, other) = ROUTER;
+    let single = Single::new(lane, "cleanup: {interval: 1, initial_handshake_grace: 600, legacy_stale_timeout: 3}");
+    let host = &single.host;
+    let router = Host::new("router", lane);
+    let (address, _) = host.connect(&router, 1);
+    router.run(&format!("umask 077; echo {private} > /run/key"));
+    let _ = router.tunnel_to(host, address);
+    wait_until("the router is connected", || (host.post(2, owner).status == 200 && ping(&router, host)).then_some(()));
+    let seen = r#"wgkex_broker_live_keys{domain="test_a",state="proven"}"#;
+    wait_until("the broker knows", || (host.metric(5000, seen)? == "1").then_some(()));
+    router.run("ip link set wg-router down");
+    wait_until("the owner is gone, and another has its address", || (host.post(2, other).status == 200).then_some(()));
+
+    wait_until("the router is back", || (host.post(2, owner).status == 200).then_some(()));
+    let tables = host.tables("a");
+    assert_eq!(tables.missing(owner), Vec::<String>::new());
+    assert_eq!((host.post(1, other).status, host.post(1, owner).status), (409, 200));
+}
+
+fn post_to(host: &Host, domain: &str, key: &str) -> String {
+    let url = "http://127.0.0.1:5000/api/v1/wg/key/exchange";
+    host.run(&format!("curl -s -o /dev/null -w '%{{http_code}}' -d '{}' {url}", ask(domain, key)))
 }
 
 pub fn two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same(lane: Lane) {

@@ -11,6 +11,7 @@ mod attacks;
 mod clients;
 mod limits;
 mod retained;
+mod stolen;
 mod tls;
 
 use std::net::SocketAddr;

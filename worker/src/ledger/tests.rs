@@ -394,9 +394,9 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     let gateway =
         |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
     let mut world = World::with(&[first, key(2)]);
-    world.reserved = Reserved::new([key(2)].into());
-    world.reserved.hear("gw", "d", Some(&gateway(first)));
-    world.reserved.hear("gw2", "d", Some(&gateway(key(3))));
+    world.reserved = Reserved::new([key(2)].into(), [domain()].into());
+    world.reserved.hear("gw", domain().name(), Some(&gateway(first)));
+    world.reserved.hear("gw2", domain().name(), Some(&gateway(key(3))));
     world.fake.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
@@ -404,15 +404,34 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     world.read();
     let reserved = [first, second, key(2), key(3)];
     assert_eq!(world.come(&reserved), reserved.map(|key| (key, RESERVED)));
-    world.learn(&reserved.map(|key| (key, Age(0, true))));
+    world.learn(&reserved.map(|key| (key, Age(0, false))));
     world.ledger.wants(key(3), world.now.monotonic);
     world.pass(4 * HOUR);
     world.read();
     assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
     assert_eq!(world.ledger.orphaned(&world.fake.device(&domain()).unwrap(), world.now.monotonic), []);
-    world.reserved.hear("gw", "d", None);
+    world.reserved.hear("gw", domain().name(), None);
     world.read();
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
+}
+
+/// Seen to fail where a worker's word reserves whatever it names.
+#[test]
+fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
+    let (first, second) = collision();
+    let mut world = World::with(&[]);
+    world.reserved = Reserved::new([].into(), [domain()].into());
+    world.come(&[first]);
+    world.learn(&[(first, Age(0, true))]);
+    for claimed in [first, second] {
+        let data =
+            WorkerData { external_address: "gw".into(), port: 1, public_key: claimed, link_address: "fe80::1".into() };
+        world.reserved.hear(&claimed.to_string(), domain().name(), Some(&data));
+        world.read();
+        assert!(world.reserved.forbids(&first));
+        assert_eq!(world.come(&[first]), []);
+    }
+    assert_eq!(world.come(&[second]), [(second, RESERVED)]);
 }
 
 #[test]

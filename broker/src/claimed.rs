@@ -1,0 +1,162 @@
+//! Handshakes that workers report of keys which no router has sent, as far as this broker knows: it was not told, it has
+//! forgotten, or the worker lies. They are kept apart: nobody is given these keys, they let none past a limit, and take
+//! nobody's place or address. When a router sends such a key, it has shaken hands already. No IO, no clock.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wgkex_common::{Domain, PublicKey};
+
+/// How much of the room one worker may fill.
+const SHARE: usize = 8;
+
+/// The reports, by domain and key; of each key the last.
+#[derive(Debug, Default)]
+pub struct Claimed {
+    most: usize,
+    domains: BTreeMap<Domain, BTreeMap<PublicKey, Report>>,
+    /// How many of them are whose.
+    by_worker: BTreeMap<Arc<str>, usize>,
+}
+
+#[derive(Debug, Clone)]
+struct Report {
+    worker: Arc<str>,
+    at: Instant,
+}
+
+impl Claimed {
+    /// None yet, and never more than `most`.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Self { most, ..Self::default() }
+    }
+
+    /// `worker` says that `key` shakes hands. What it has no room for is left out.
+    pub fn note(&mut self, worker: &str, domain: &Domain, key: PublicKey, now: Instant) {
+        let (worker, reports) =
+            self.by_worker.get_key_value(worker).map_or((worker.into(), 0), |(name, n)| (name.clone(), *n));
+        let keys = self.domains.entry(domain.clone()).or_default();
+        let before = keys.get_mut(&key);
+        if before.as_ref().is_some_and(|before| before.worker == worker) || reports >= (self.most / SHARE).max(1) {
+            // Whoever's it is, it is not worth less for what another says.
+            before.into_iter().for_each(|before| before.at = now);
+            return;
+        }
+        let all: usize = self.by_worker.values().sum();
+        if before.is_none() && all >= self.most {
+            return;
+        }
+        let before = keys.insert(key, Report { worker: worker.clone(), at: now });
+        self.release(before);
+        *self.by_worker.entry(worker).or_default() += 1;
+    }
+
+    /// When `key` was last said to shake hands, if it was; from now on that is kept elsewhere.
+    pub fn take(&mut self, domain: &Domain, key: &PublicKey) -> Option<Instant> {
+        let report = self.domains.get_mut(domain)?.remove(key)?;
+        let at = report.at;
+        self.release(Some(report));
+        Some(at)
+    }
+
+    /// Forgets what was said longer ago than `limit`.
+    pub fn expire(&mut self, now: Instant, limit: Duration) {
+        let mut over = Vec::new();
+        for keys in self.domains.values_mut() {
+            keys.retain(|_, report| {
+                let stays = now.saturating_duration_since(report.at) < limit;
+                if !stays {
+                    over.push(report.clone());
+                }
+                stays
+            });
+        }
+        for report in over {
+            self.release(Some(report));
+        }
+    }
+
+    /// How many keys of `domain` there are.
+    #[must_use]
+    pub fn len(&self, domain: &Domain) -> usize {
+        self.domains.get(domain).map_or(0, BTreeMap::len)
+    }
+
+    fn release(&mut self, report: Option<Report>) {
+        if let Some(Report { worker, .. }) = report
+            && let Some(reports) = self.by_worker.get_mut(&worker)
+        {
+            *reports -= 1;
+            if *reports == 0 {
+                self.by_worker.remove(&worker);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn key(n: u32) -> PublicKey {
+        let mut bytes = [0x42; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    }
+
+    fn domain(name: &str) -> Domain {
+        Domain::new(name, &["ff_".into()]).unwrap()
+    }
+
+    #[test]
+    fn one_worker_fills_its_share_and_another_has_its_own() {
+        let (mut claimed, now, domain) = (Claimed::new(80), Instant::now(), domain("ff_a"));
+        for n in 0..1_000 {
+            claimed.note("thief", &domain, key(n), now);
+        }
+        assert_eq!(claimed.len(&domain), 10);
+        claimed.note("gw", &domain, key(5_000), now);
+        claimed.note("gw", &domain, key(1), now + LIMIT);
+        assert_eq!((claimed.by_worker["thief"], claimed.by_worker["gw"]), (9, 2), "what both say is the last one's");
+        claimed.note("thief", &domain, key(5_000), now);
+        claimed.note("thief", &domain, key(1), now + 2 * LIMIT);
+        assert_eq!(claimed.take(&domain, &key(1)), Some(now + 2 * LIMIT));
+        assert_eq!(claimed.take(&domain, &key(1)), None);
+        for n in 0..1_000 {
+            claimed.note(&n.to_string(), &domain, key(10_000 + n), now);
+        }
+        assert_eq!(claimed.len(&domain), 80);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_counted_is_what_is_kept(
+            words in prop::collection::vec((0..5_u32, any::<bool>(), 0..30_u32, 0..4_u64, any::<bool>()), 0..200),
+        ) {
+            let (mut claimed, mut now) = (Claimed::new(32), Instant::now());
+            for (worker, is_first, n, seconds, takes) in words {
+                now += Duration::from_secs(seconds);
+                let domain = domain(if is_first { "ff_a" } else { "ff_b" });
+                if takes {
+                    let _ = claimed.take(&domain, &key(n));
+                } else {
+                    claimed.note(&worker.to_string(), &domain, key(n), now);
+                }
+                claimed.expire(now, LIMIT);
+                let mut by_worker = BTreeMap::<Arc<str>, usize>::new();
+                for report in claimed.domains.values().flat_map(BTreeMap::values) {
+                    prop_assert!(now - report.at < LIMIT);
+                    *by_worker.entry(report.worker.clone()).or_default() += 1;
+                }
+                prop_assert!(by_worker.values().all(|reports| *reports <= 32 / SHARE));
+                prop_assert_eq!(&claimed.by_worker, &by_worker);
+            }
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! One stolen password: what a worker says harms nobody but its own gateway.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use serde_json::{Value, json};
+use wgkex_tests::probe::{Probe, Role, Said, said};
+use wgkex_tests::process::hash;
+use wgkex_tests::scripted::{Manner, Worker, applied, key_topic, peers_of, status};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{host_name, key};
+
+/// The contract's two keys with one address.
+const TWINS: [&str; 2] =
+    ["fAKaBGbh8TB6KaToe27fkEi9ghZwYGi6sOvHDXG2PLI=", "3c+xZQV94mSS+WVbTdDrC58V7h9hA3uIECwx0uu1kpg="];
+
+/// A server with two workers as users.
+fn stack(config: &str) -> Stack {
+    let users = ["gw1", "gw2"].map(|name| format!("{name}: {{password_hash: \"{}\"}}", hash(name)));
+    Stack::start(Plan::new(Bus::Embedded).config(config).listen(&format!("users: {{{}}}", users.join(", "))))
+}
+
+/// Who says something from now on.
+fn log_in(stack: &mut Stack, name: &str) {
+    stack.plan.credentials = Some((name.into(), name.into()));
+}
+
+fn gateway(stack: &mut Stack, name: &str, manner: Manner) -> Worker {
+    log_in(stack, name);
+    Worker::start(stack, name, manner, 0)
+}
+
+fn keys(numbers: Range<u32>) -> Vec<String> {
+    numbers.map(key).collect()
+}
+
+fn seen(worker: &str, keys: &[String]) -> Said {
+    let payload = json!({ "domain": DOMAIN, "keys": keys });
+    said(format!("wgkex/worker/{worker}/seen"), payload.to_string(), 1, false)
+}
+
+fn installed(worker: &str, keys: &[String]) -> Said {
+    let payload = json!({ "domain": DOMAIN, "installed": keys, "failed": {} });
+    said(format!("wgkex/worker/{worker}/applied"), payload.to_string(), 1, false)
+}
+
+/// What a worker says of itself, with any key.
+fn data(worker: &str, domain: &str, key: &str) -> Said {
+    let data = json!({ "ExternalAddress": "gw", "Port": 1, "PublicKey": key, "LinkAddress": "fe80::1" });
+    said(format!("wireguard-worker/{worker}/{domain}/data"), data.to_string(), 1, true)
+}
+
+fn proven() -> String {
+    format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#)
+}
+
+/// Waits until the broker has heard all that a worker said before. The key `n` must be new.
+fn is_heard(stack: &Stack, worker: &Worker, n: u32) {
+    let before = stack.metric(&proven()).unwrap();
+    assert_eq!(stack.v1(DOMAIN, &key(n)).status, 200);
+    worker.probe.say(seen(&worker.name, &[key(n)]));
+    stack.wait_for_metric(&proven(), before + 1.0);
+}
+
+/// All live keys, as a gateway gets them that lacks them all.
+fn live_keys(stack: &Stack, worker: &str) -> BTreeSet<String> {
+    let pages = format!("wgkex/worker/{worker}/pages");
+    let asker = Probe::connect(stack.mqtt, Role::new(&format!("{worker}-asks"), &[&pages]).credentials(worker, worker));
+    let mut all = BTreeSet::new();
+    loop {
+        let after = all.last();
+        let question = json!({ "from": { "worker": worker }, "domain": DOMAIN, "after": after, "younger_than": null });
+        let questions = format!("wgkex/broker/{}/questions", host_name());
+        asker.say(said(questions, question.to_string(), 1, false));
+        let page: Value = serde_json::from_slice(&asker.next_on(&pages).payload).unwrap();
+        let keys = page["keys"].as_object().unwrap().keys().cloned();
+        all.extend(keys);
+        if page["more"] == false {
+            return all;
+        }
+    }
+}
+
+/// Seen to fail on the program that took a worker's word for a router's: 320 keys of the thief's were live, those of
+/// routers that shook hands were not, and none of the thief's had a limit.
+#[test]
+fn keys_that_only_one_worker_speaks_of_reach_nobody_and_take_nobodys_place() {
+    let mut stack = stack("live_keys: {max: 320}\nlimits: {per_domain: {burst: 202, per_second: 0.001}}");
+    let honest = gateway(&mut stack, "gw1", Manner::Confirms);
+    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    stack.wait_for_gateways(2);
+    for key in keys(0..200) {
+        assert_eq!(stack.v1(DOMAIN, &key).status, 200);
+    }
+    honest.probe.say(seen("gw1", &keys(0..200)));
+    stack.wait_for_metric(&proven(), 200.0);
+
+    for begin in (1_000..11_000).step_by(1_000) {
+        let spoken_of = keys(begin..begin + 1_000);
+        thief.probe.say_all([installed("gw2", &spoken_of), seen("gw2", &spoken_of)]);
+    }
+    is_heard(&stack, &thief, 200);
+    let live = |state| stack.metric(&format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="{state}"}}"#));
+    assert_eq!((live("proven"), live("unproven")), (Some(201.0), Some(0.0)));
+    assert!(live("claimed").unwrap() <= 320.0, "what it says is bounded");
+    assert_eq!(live_keys(&stack, "gw1"), keys(0..201).into_iter().collect());
+
+    // One that a router sends has shaken hands already; that a worker spoke of it lets none past a limit.
+    assert_eq!(stack.v1(DOMAIN, &key(1_000)).status, 200);
+    stack.wait_for_metric(&proven(), 202.0);
+    assert_eq!(stack.v1(DOMAIN, &key(1_001)).status, 429);
+}
+
+/// Seen to fail where whatever a worker says is reserved: the routers of 64 made-up domains got 403, and so did the one
+/// that was connected, and the one whose address another key derives.
+#[test]
+fn a_worker_reserves_no_routers_key() {
+    let mut stack = stack("");
+    let honest = gateway(&mut stack, "gw1", Manner::Confirms);
+    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    stack.wait_for_gateways(2);
+    let routers = [key(1), TWINS[0].to_owned()];
+    for router in &routers {
+        assert_eq!(stack.v2(DOMAIN, router).status, 200);
+    }
+    honest.probe.say(seen("gw1", &routers));
+    stack.wait_for_metric(&proven(), 2.0);
+
+    thief.probe.say_all((100..200).map(|n| data("gw2", &format!("ffx_made_up_{n}"), &key(n))));
+    for (n, own) in [(201, key(1)), (202, TWINS[1].to_owned())] {
+        thief.probe.say(data("gw2", DOMAIN, &own));
+        is_heard(&stack, &thief, n);
+        for router in &routers {
+            assert_eq!((stack.v1(DOMAIN, router).status, stack.v2(DOMAIN, router).status), (200, 200), "{n}");
+        }
+    }
+    let refused: Vec<_> = (100..200).filter(|n| stack.v1(DOMAIN, &key(*n)).status != 200).collect();
+    assert!(refused.is_empty(), "made-up domains count: {refused:?}");
+
+    // A word that changes all the time is good for one key at most.
+    thief.probe.say_all((300..340).map(|n| data("gw2", DOMAIN, &key(n))));
+    is_heard(&stack, &thief, 203);
+    let refused: Vec<_> = (300..340).filter(|n| stack.v1(DOMAIN, &key(*n)).status != 200).collect();
+    assert!(refused.len() <= 1, "{refused:?}");
+    assert_eq!(stack.v1(DOMAIN, &wgkex_tests::scripted::gateway_key("gw1")).status, 403, "a gateway's own stays so");
+}
+
+/// Seen to fail where the word of any worker that confirms counted in any domain.
+#[test]
+fn a_worker_confirms_nothing_in_a_domain_that_it_does_not_serve() {
+    let mut stack = stack("confirm_timeout: 1\nconfirm_budget: 1");
+    let _silent = gateway(&mut stack, "gw1", Manner::Silent);
+    log_in(&mut stack, "gw2");
+    let hello = r#"{"version":"1","can":["confirm"],"domains":["ffx_b"]}"#;
+    let greeting = [said("wgkex/worker/gw2/hello", hello, 1, true), peers_of("gw2", "ffx_b", "0"), status("gw2", "1")];
+    let role = Role::new("gw2", &["wireguard/+/+"]).greeting(greeting.into());
+    let _other = stack.probe(role.answer(|heard| match &heard.topic {
+        topic if *topic == key_topic(DOMAIN) => vec![applied("gw2", DOMAIN, &heard.text())],
+        _ => Vec::new(),
+    }));
+    stack.wait_for_gateways(2);
+    assert_eq!(stack.v1(DOMAIN, &key(1)).status, 503);
+}
