@@ -226,8 +226,12 @@ impl LiveKeys {
             if !news.proven && before.kept.proven && self.standing(&key, before, now) == Standing::Lapsed {
                 live.returned = Some(now);
             }
+            let is_close = |now: Instant, before: Instant| now.saturating_duration_since(before) <= same;
+            let shakes_as_before =
+                live.shaken.is_none_or(|now| before.shaken.is_some_and(|before| is_close(now, before)));
             let is_same = live.kept.proven == before.kept.proven
-                && live.kept.last.saturating_duration_since(before.kept.last) <= same;
+                && is_close(live.kept.last, before.kept.last)
+                && shakes_as_before;
             if is_same && !is_new {
                 return;
             }
