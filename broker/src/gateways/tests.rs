@@ -362,7 +362,8 @@ fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
         (&[(status, "0", FOUND), (count, "3", LIVE)], 65),
         (&[(status, "0", LIVE), (count, "-1", LIVE)], 0),
         (&[(status, "0", LIVE), (hello, can, LIVE)], 0),
-        (&[(count, "3", LIVE)], 65),
+        (&[(count, "3", LIVE)], 0),
+        (&[(count, "3", LIVE), (count, "3", LIVE)], 65),
         (&[(count, "3", FOUND)], 0),
     ];
     for (messages, seconds) in cases {
