@@ -41,7 +41,9 @@ impl Claimed {
         let before = keys.get_mut(&key);
         if before.as_ref().is_some_and(|before| before.worker == worker) || reports >= (self.most / SHARE).max(1) {
             // Whoever's it is, it is not worth less for what another says.
-            before.into_iter().for_each(|before| before.at = now);
+            if let Some(before) = before {
+                before.at = now;
+            }
             return;
         }
         let all: usize = self.by_worker.values().sum();

@@ -54,8 +54,8 @@ struct Worker {
     sign: Option<Instant>,
     /// When it last published a count or a confirmation, since it was last said to be offline.
     proof: Option<Instant>,
-    /// It did so more than once.
-    is_proven: bool,
+    /// When it did so before that.
+    earlier_proof: Option<Instant>,
     hello: Option<Hello>,
     /// The hello was heard since the worker was last offline, not found on the bus.
     hello_is_live: bool,
@@ -502,7 +502,7 @@ impl Worker {
             (Some((since, true)), None, _) => Some(since + UNSUPPORTED),
             (Some((_, false)), _, proof) => proof.map(|proof| proof + UNSUPPORTED),
             // A server that hands out no retained status: one count may be anybody's.
-            (None, _, proof) => proof.filter(|_| self.is_proven).map(|proof| proof + UNSUPPORTED),
+            (None, _, proof) => self.earlier_proof.and(proof).map(|proof| proof + UNSUPPORTED),
         }
     }
 
@@ -514,7 +514,7 @@ impl Worker {
     fn heard(&mut self, is_proof: bool, now: Instant) {
         self.sign = Some(now);
         if is_proof {
-            self.is_proven = self.proof.replace(now).is_some();
+            self.earlier_proof = self.proof.replace(now);
         }
         self.online = self.is_believed(now);
     }
@@ -525,7 +525,7 @@ impl Worker {
         self.status = Some((now, online));
         self.silent = false;
         if !online {
-            (self.sign, self.proof, self.is_proven, self.hello_is_live) = (None, None, false, false);
+            (self.sign, self.proof, self.earlier_proof, self.hello_is_live) = (None, None, None, false);
         }
         if online && !retained && !self.hello_is_live {
             self.hello = None;

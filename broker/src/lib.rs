@@ -41,7 +41,7 @@ use governor::clock::MonotonicClock;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
-use wgkex_common::config::Https;
+use wgkex_common::config::{Https, Secret};
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::store::{Now, Store};
@@ -78,12 +78,7 @@ const TIDY: Duration = Duration::from_secs(1);
 /// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let listener = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
-    let admin_listen = &config.admin_listen;
-    let admin_listener = config
-        .admin_token_hash
-        .clone()
-        .map(|hash| listen("admin_listen", &admin_listen.host, admin_listen.port).map(|listener| (listener, hash)));
-    let admin_listener = admin_listener.transpose()?;
+    let admin_listener = listen_for_admin(&config)?;
     let metrics = Metrics::new().context("metrics")?;
     let secure = config.https.clone().map(open_https).transpose()?;
     let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
@@ -123,15 +118,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
-    let (mut tasks, mut sessions, mut disk) = (Tasks::default(), Tasks::default(), Tasks::default());
+    let [mut tasks, mut sessions, mut disk, mut announcing] = [(); 4].map(|()| Tasks::default());
     let kept = metrics.state_kept.clone();
-    let storing = store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped.clone()));
-    disk.spawn("the state file", storing);
+    let kept = move |is_kept| kept.set(i64::from(is_kept));
+    disk.spawn("the state file", store.run(kept, process::over(stopped.clone())));
     let tell = tell(live.clone(), waiters.clone(), exchange.turns.clone(), metrics.clone());
     disk.spawn("the keeper of the lists", keeper.run(keys.clone(), tell, process::over(stopped.clone())));
     sessions.spawn("the MQTT session that hears workers", session.run(hand_on, process::over(stopped.clone())));
     sessions.spawn("the MQTT session of the keys", publishing.run(hand_on_keys, process::over(stopped)));
-    let mut announcing = Tasks::default();
     announcing.spawn("the announcer", announcer.run());
     if let Some((listener, token_hash)) = admin_listener {
         let (gateways, bus) = (gateways.clone(), keys.clone());
@@ -157,12 +151,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let Config { name: broker, broker_listen, .. } = &config;
     info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
 
-    let result: anyhow::Result<()> = tokio::select! {
-        ended = tasks.ended() => Err(ended.into()),
-        ended = sessions.ended() => Err(ended.into()),
-        ended = disk.ended() => Err(ended.into()),
-        ended = announcing.ended() => Err(ended.into()),
-        ended = server_ended(embedded.as_mut()) => Err(ended.into()),
+    let ended = tokio::select! {
+        ended = tasks.ended() => Err(ended),
+        ended = sessions.ended() => Err(ended),
+        ended = disk.ended() => Err(ended),
+        ended = announcing.ended() => Err(ended),
+        ended = server_ended(embedded.as_mut()) => Err(ended),
         () = stop => Ok(()),
     };
     info!("broker stops");
@@ -180,7 +174,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(embedded) = embedded {
         embedded.stop().await;
     }
-    result
+    Ok(ended?)
 }
 
 /// Returns when a listener ends; why, the log says.
@@ -196,6 +190,13 @@ async fn server_ended(server: Option<&mut Mqttd>) -> Ended {
         Some(server) => server.ended().await,
         None => pending().await,
     }
+}
+
+/// The listener for admin calls, and the hash of the token that they need, if there is one.
+fn listen_for_admin(config: &Config) -> anyhow::Result<Option<(TcpListener, Secret)>> {
+    let Config { admin_listen, admin_token_hash, .. } = config;
+    let listener = |hash| Ok((listen("admin_listen", &admin_listen.host, admin_listen.port)?, hash));
+    admin_token_hash.clone().map(listener).transpose()
 }
 
 /// The listener for HTTPS, and its certificate.

@@ -64,15 +64,20 @@ impl Turns {
     pub fn take(&self, domain: &Domain, key: PublicKey, is_proven: bool, enough: bool) -> Turn {
         let Ok(place) = self.places[usize::from(is_proven)].clone().try_acquire_owned() else { return Turn::None };
         let subject = (domain.clone(), key);
-        let turn = if is_proven { Some(None) } else { self.under_way.clone().try_acquire_owned().ok().map(Some) };
-        if turn.is_none() && !lock(&self.waiting).insert(subject.clone()) && enough {
+        let permit = match self.under_way.clone().try_acquire_owned() {
+            _ if is_proven => Permit::Unneeded,
+            Ok(permit) => Permit::Had(permit),
+            Err(_) => Permit::Awaited,
+        };
+        let is_awaited = matches!(permit, Permit::Awaited);
+        if is_awaited && !lock(&self.waiting).insert(subject.clone()) && enough {
             return Turn::Waits;
         }
-        let waits = turn.is_none().then(|| Waits { turns: self.clone(), subject: subject.clone() });
+        let waits = is_awaited.then(|| Waits { turns: self.clone(), subject: subject.clone() });
         let (turns, since) = (self.clone(), Instant::now());
         Turn::Taken(tokio::spawn(async move {
             let _place = place;
-            let mut published = pin!(turns.publish(turn, waits, &subject, since));
+            let mut published = pin!(turns.publish(permit, waits, &subject, since));
             loop {
                 let looked = turns.look.notified();
                 if turns.is_over(&subject, since) {
@@ -103,16 +108,11 @@ impl Turns {
     }
 
     /// Publishes the key in its turn. Dropped before the message is under way this takes it back.
-    async fn publish(
-        &self,
-        turn: Option<Option<OwnedSemaphorePermit>>,
-        waits: Option<Waits>,
-        subject: &Subject,
-        since: Instant,
-    ) -> bool {
-        let _turn = match turn {
-            Some(turn) => turn,
-            None => self.under_way.clone().acquire_owned().await.ok(),
+    async fn publish(&self, permit: Permit, waits: Option<Waits>, subject: &Subject, since: Instant) -> bool {
+        let _permit = match permit {
+            Permit::Unneeded => None,
+            Permit::Had(permit) => Some(permit),
+            Permit::Awaited => self.under_way.clone().acquire_owned().await.ok(),
         };
         drop(waits);
         if self.is_over(subject, since) {
@@ -126,6 +126,16 @@ impl Turns {
         }
         is_published
     }
+}
+
+/// What a key needs to be under way to the MQTT server.
+enum Permit {
+    /// It shook hands.
+    Unneeded,
+    /// There was one for it.
+    Had(OwnedSemaphorePermit),
+    /// It waits for one.
+    Awaited,
 }
 
 /// A key that waits for a turn, until this is dropped.
@@ -216,7 +226,7 @@ mod tests {
             Turn::Waits | Turn::None => panic!("there is a place"),
         };
         let late: Vec<_> = (0..100).flat_map(|n| [take(n, true), take(1_000 + n, false)]).collect();
-        sleep(LONGEST - Duration::from_secs(1)).await;
+        sleep(LONGEST.mul_f64(0.99)).await;
         turns.look();
         let last = take(2_000, true);
         sleep(Duration::from_secs(2)).await;

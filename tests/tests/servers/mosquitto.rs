@@ -1,5 +1,5 @@
-//! Mosquitto gives a subscription of QoS 1 about a thousand of the retained messages, and drops the rest. Brokers subscribe to
-//! states with QoS 0, and gateways publish theirs again: either is enough, so this held on the code before as well.
+//! Mosquitto gives a subscription of quality of service 1 about a thousand of the retained messages, and drops the rest. Brokers subscribe to
+//! states with quality of service 0, and gateways publish theirs again: either is enough, so this held on the code before as well.
 
 use std::collections::BTreeSet;
 use std::iter;
