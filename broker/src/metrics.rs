@@ -57,6 +57,8 @@ pub struct Metrics {
     pub mqtt_clients: IntGauge,
     /// Connections that it did not let in, by reason, one of [`mqttd::Refusal::REASONS`].
     pub mqtt_refused: IntCounterVec,
+    /// How often it read nothing from a client for a while, by reason, one of [`mqttd::Slowed::REASONS`].
+    pub mqtt_slowed: IntCounterVec,
     /// What its users wanted and may not, by verb.
     pub mqtt_forbidden: IntCounterVec,
     /// Topics of which it keeps a message.
@@ -139,6 +141,11 @@ impl Metrics {
                 "Connections that the embedded MQTT server did not let in",
                 &["reason"],
             )?,
+            mqtt_slowed: counters(
+                "wgkex_broker_mqtt_slowed_total",
+                "Times that the embedded MQTT server read nothing from a client for a while",
+                &["reason"],
+            )?,
             mqtt_forbidden: counters(
                 "wgkex_broker_mqtt_forbidden_total",
                 "What users of the embedded MQTT server wanted to do and may not",
@@ -174,6 +181,9 @@ impl Metrics {
         }
         for reason in mqttd::Refusal::REASONS {
             self.mqtt_refused.with_label_values(&[reason]);
+        }
+        for reason in mqttd::Slowed::REASONS {
+            self.mqtt_slowed.with_label_values(&[reason]);
         }
         for verb in Verb::ALL {
             self.mqtt_forbidden.with_label_values(&[verb.word()]);

@@ -1,25 +1,33 @@
 //! The MQTT 3.1.1 server inside the broker: our own listener, sessions and retained messages, around rumqttd's router.
 //!
-//! Follow a client: [`admit`] lets it in, [`connection`] runs its [`session`], which says and hears what it may on the
-//! [`bus`]. Behind that, [`router`] carries what is said to all who listen, and [`retained`] keeps what is to be kept,
-//! on disk by [`file`].
+//! Follow a client: [`pending`] has a place for it, [`admit`] lets it in, [`connection`] runs its [`session`], which says
+//! and hears what it may on the [`bus`]. Behind that, [`router`] carries what is said to all who listen, and [`retained`]
+//! keeps what is to be kept, on disk by [`file`]. [`quota`] is what one user may take, and [`guesses`] how often a
+//! password may be wrong.
+//!
+//! Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up, and the
+//! router's.
 
 mod admit;
 mod bus;
 mod connection;
 mod file;
 pub mod filter;
+mod guesses;
 mod message;
+mod pending;
+mod quota;
 mod retained;
 mod router;
 mod session;
+mod subscriptions;
 mod users;
 
-use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -27,9 +35,10 @@ use anyhow::Context as _;
 use bytes::BytesMut;
 use rumqttc::{ConnAck, ConnectReturnCode, Packet};
 use tokio::net::TcpStream;
-use tokio::runtime;
+use tokio::runtime::{self, Runtime};
 use tokio::sync::{oneshot, watch};
-use tokio::time::{sleep, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
@@ -37,26 +46,28 @@ use wgkex_common::process;
 use wgkex_common::tasks::Ended;
 use wgkex_common::tls::TlsError;
 
-use self::admit::{BUSY, Client, Door, FULL, PATIENCE, Stream};
-use self::bus::Bus;
+use self::admit::{BUSY, Client, Door, EVICTED, FULL, PATIENCE, Stream};
+use self::bus::{Bus, Seat};
 use self::connection::{Connection, End};
 use self::file::File;
+use self::message::Message;
+use self::pending::{Pending, Place};
+use self::quota::{Cost, LOGIN, Rarely};
 use self::session::Session;
-use self::users::Users;
+use self::users::{Origin, Users};
 use crate::certificate::Certificate;
+use crate::connections::lengthen_queue;
 use crate::metrics::Metrics;
-use crate::{client, lock};
 
 pub use self::admit::Refusal;
+pub use self::connection::Slowed;
 
-/// So many connections may wait at a door to be let in,
-const WAITING: usize = 512;
-/// and so many of one client that is not this machine: it cannot keep others out.
-const WAITING_OF_CLIENT: usize = 64;
 /// This broker's own connections, two of which may be about to end.
 const OWN: usize = 4;
-/// The threads that serve all clients. One may have to wait for the router.
+/// The threads that serve all clients but this broker itself. One may have to wait for the router.
 const THREADS: usize = 2;
+/// How often it is said that no connection can be taken.
+const WARN: Duration = Duration::from_secs(60);
 /// How long to wait when the system has no more descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long the end of the server may take.
@@ -80,14 +91,14 @@ impl Mqttd {
         let (own_users, credentials) = Users::own()?;
         let tls = config.tls.clone().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
-        let door = Door { users: Users::new(&config.users)?, tls, room };
+        let door = Door { users: Users::new(config)?, tls, room };
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
         let (file, retained) = File::open(dir);
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let bus = Arc::new(Bus::open(retained, room + OWN, metrics.clone())?);
         let server = Serving { bus, metrics: metrics.clone() };
-        let (over, ended) = server.start([(public, door), (own, own_door)], file)?;
+        let (over, ended) = server.start((public, door), (own, own_door), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
         Ok(Self { own: address, credentials, over, ended: Some(ended) })
     }
@@ -126,7 +137,7 @@ fn acceptor(files: (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let bind = || {
-        let listener = TcpListener::bind(address)?;
+        let listener = lengthen_queue(TcpListener::bind(address)?)?;
         listener.set_nonblocking(true)?;
         io::Result::Ok(listener)
     };
@@ -144,138 +155,154 @@ impl Serving {
     /// Runs on threads of its own, until it is told that it is over; says when it has ended.
     fn start(
         self,
-        doors: [(TcpListener, Door); 2],
+        public: (TcpListener, Door),
+        own: (TcpListener, Door),
         file: File,
     ) -> anyhow::Result<(watch::Sender<bool>, oneshot::Receiver<()>)> {
         let ((over, stop), (end, ended)) = (watch::channel(false), oneshot::channel());
-        let mut runtime = runtime::Builder::new_multi_thread();
-        let runtime = runtime.worker_threads(THREADS).thread_name("mqtt").enable_all().build();
-        let runtime = runtime.context("the threads of the MQTT server do not start")?;
-        let entered = runtime.enter();
-        let [public, own] = doors;
-        let listen = |(listener, door)| Ok((tokio::net::TcpListener::from_std(listener)?, door));
-        let doors = [listen(public), listen(own)].into_iter().collect::<io::Result<Vec<_>>>().context("mqtt_listen")?;
-        drop(entered);
+        let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
-            runtime.block_on(self.run(doors, file, stop));
-            runtime.shutdown_background();
+            match self.open(public, own) {
+                Ok((runtime, own_runtime, attending)) => {
+                    let _ = starts.send(Ok(()));
+                    runtime.block_on(self.run(attending, file, stop));
+                    runtime.shutdown_background();
+                    own_runtime.shutdown_background();
+                }
+                Err(error) => drop(starts.send(Err(error))),
+            }
             // The one who waits for it may have gone first.
             let _ = end.send(());
         })?;
+        started.recv().context("the MQTT server does not start")??;
         Ok((over, ended))
     }
 
-    async fn run(self, doors: Vec<(tokio::net::TcpListener, Door)>, file: File, stop: watch::Receiver<bool>) {
-        for (listener, door) in doors {
-            tokio::spawn(self.clone().attend(listener, Arc::new(door), stop.clone()));
-        }
-        file.run(self.bus, process::over(stop)).await;
+    /// Lets clients in at both doors from now on.
+    fn open(
+        &self,
+        public: (TcpListener, Door),
+        own: (TcpListener, Door),
+    ) -> anyhow::Result<(Runtime, Runtime, [JoinHandle<Infallible>; 2])> {
+        let (runtime, own_runtime) = (threads("mqtt", THREADS)?, threads("mqtt-own", 1)?);
+        let open = |runtime: &Runtime, (listener, door)| {
+            let _entered = runtime.enter();
+            let listener = tokio::net::TcpListener::from_std(listener).context("mqtt_listen: nothing can be accepted");
+            anyhow::Ok(runtime.spawn(self.clone().attend(listener?, Arc::new(door))))
+        };
+        let attending = [open(&runtime, public)?, open(&own_runtime, own)?];
+        Ok((runtime, own_runtime, attending))
     }
 
-    /// Lets clients in at one door until it is over; their connections end with the runtime.
-    async fn attend(self, listener: tokio::net::TcpListener, door: Arc<Door>, stop: watch::Receiver<bool>) {
-        let waiting = Waiting::default();
-        let accept = async {
-            loop {
-                match listener.accept().await {
-                    Ok((stream, address)) => match waiting.turn(address.ip().into()) {
-                        Some(turn) => drop(tokio::spawn(self.clone().serve(stream, door.clone(), turn))),
-                        None => self.metrics.mqtt_refused.with_label_values(&["full"]).inc(),
-                    },
-                    Err(error) => {
+    async fn run(self, attending: [JoinHandle<Infallible>; 2], file: File, stop: watch::Receiver<bool>) {
+        let close = async {
+            process::over(stop).await;
+            attending.iter().for_each(JoinHandle::abort);
+        };
+        file.run(self.bus, close).await;
+    }
+
+    /// Lets clients in; their connections end with the runtime.
+    async fn attend(self, listener: tokio::net::TcpListener, door: Arc<Door>) -> Infallible {
+        let (pending, warned) = (Pending::default(), Rarely::default());
+        loop {
+            match listener.accept().await {
+                Ok((stream, address)) => {
+                    let place = pending.enter(address.ip());
+                    tokio::spawn(self.clone().serve(stream, door.clone(), place));
+                }
+                Err(error) => {
+                    if warned.is_due(WARN) {
                         warn!(%error, "the MQTT server cannot take a connection");
-                        sleep(PAUSE).await;
                     }
+                    sleep(PAUSE).await;
                 }
             }
-        };
-        tokio::select! {
-            () = accept => {}
-            () = process::over(stop) => {}
         }
     }
 
     /// One connection, from its first byte to its last.
-    async fn serve(self, stream: TcpStream, door: Arc<Door>, turn: Turn) {
-        let (stream, input, client) = match door.admit(stream).await {
-            Ok(admitted) => admitted,
-            Err(refusal) => return self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc(),
+    async fn serve(self, stream: TcpStream, door: Arc<Door>, place: Place) {
+        let entered = tokio::select! {
+            entered = self.enter(stream, &door, &place) => entered,
+            () = place.evicted() => return self.count(EVICTED),
         };
-        let Client { name, access, will, silence } = client;
-        let seat = match timeout(PATIENCE, self.bus.enter(&name, door.room)).await {
-            Ok(Some(seat)) => seat,
-            Ok(None) => return self.refuse(FULL, stream).await,
-            Err(_) => return self.refuse(BUSY, stream).await,
-        };
-        drop(turn);
+        drop(place);
+        let Some((stream, input, client, seat)) = entered else { return };
+        let Client { access, account, will, silence, .. } = client;
         if let Some(will) = will {
             self.bus.promise(&seat, will);
         }
         let mut output = BytesMut::new();
         let _ = Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false)).write(&mut output, usize::MAX);
         let shared = (self.bus.clone(), self.metrics.clone());
-        let connection = Connection::new(stream, (input, output), Session::new(access), silence, shared);
+        let session = Session::new(access, account.is_own);
+        let connection = Connection::new(stream, (input, output), (session, account), silence, shared);
         let (end, ear) = connection.run(&seat).await;
         debug!(client = %seat, ?end, "MQTT client is gone");
         self.bus.leave(seat, end != End::Farewell, ear).await;
     }
 
-    async fn refuse(&self, refusal: Refusal, stream: Box<dyn Stream>) {
-        self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
+    /// Lets a client in and gives it a seat, or tells it why not.
+    async fn enter(
+        &self,
+        stream: TcpStream,
+        door: &Door,
+        place: &Place,
+    ) -> Option<(Box<dyn Stream>, BytesMut, Client, Seat)> {
+        let origin = Origin { client: place.client(), is_known: place.is_known() };
+        let (stream, input, client) = match door.admit(stream, origin).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                self.count(refusal);
+                return None;
+            }
+        };
+        place.logged_in(&client.user);
+        let bytes = client.will.as_ref().map_or(0, Message::size) as u64;
+        let wait = client.account.charge(Cost { work: LOGIN, bytes }, Instant::now());
+        let seat = timeout(PATIENCE, async {
+            sleep(wait).await;
+            self.bus.enter(&client.name, &client.account, door.room).await
+        });
+        let refusal = match seat.await {
+            Ok(Some(seat)) => return Some((stream, input, client, seat)),
+            Ok(None) => FULL,
+            Err(_) => BUSY,
+        };
+        self.count(refusal);
         refusal.tell(stream).await;
+        None
+    }
+
+    fn count(&self, refusal: Refusal) {
+        self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
     }
 }
 
-/// How many connections of each client wait at a door.
-#[derive(Clone, Default)]
-struct Waiting(Arc<Mutex<BTreeMap<client::Client, usize>>>);
-
-/// A place among those who wait.
-struct Turn(Waiting, client::Client);
-
-impl Waiting {
-    /// A place for one more connection of `client`, if there is one.
-    fn turn(&self, client: client::Client) -> Option<Turn> {
-        let mut waiting = lock(&self.0);
-        let all: usize = waiting.values().sum();
-        let own = waiting.entry(client).or_default();
-        let has_place = all < WAITING && (*own < WAITING_OF_CLIENT || client.is_this_machine());
-        *own += usize::from(has_place);
-        if *own == 0 {
-            waiting.remove(&client);
-        }
-        has_place.then(|| Turn(self.clone(), client))
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let Self(Waiting(waiting), client) = self;
-        let mut waiting = lock(waiting);
-        match waiting.get_mut(client) {
-            Some(own) if *own > 1 => *own -= 1,
-            _ => drop(waiting.remove(client)),
-        }
-    }
+fn threads(name: &str, count: usize) -> anyhow::Result<Runtime> {
+    let mut runtime = runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(count).thread_name(name).enable_all().build();
+    runtime.context("the threads of the MQTT server do not start")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::os::fd::OwnedFd;
 
     use super::*;
 
+    /// It was seen to start all the same, and to let nobody in.
     #[test]
-    fn one_client_that_waits_leaves_places_for_others() {
-        let waiting = Waiting::default();
-        let client = |n: u8| IpAddr::from([192, 0, 2, n]).into();
-        let turns: Vec<_> = (0..1_000).map_while(|_| waiting.turn(client(1))).collect();
-        assert_eq!(turns.len(), WAITING_OF_CLIENT);
-        let others: Vec<_> = (2..).map_while(|n| waiting.turn(client(n))).take(100).collect();
-        assert_eq!(others.len(), 100);
-        drop(turns);
-        assert!(waiting.turn(client(1)).is_some());
-        drop(others);
-        assert!(lock(&waiting.0).is_empty());
+    fn a_listener_that_cannot_be_served_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = std::fs::File::create(dir.path().join("no socket")).unwrap();
+        let metrics = Metrics::new().unwrap();
+        let bus = Arc::new(Bus::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
+        let door = || Door { users: Users::own().unwrap().0, tls: None, room: 10 };
+        let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
+        public.set_nonblocking(true).unwrap();
+        let started = Serving { bus, metrics }.start((public, door()), (own, door()), File::open(dir.path()).0);
+        assert!(started.err().is_some_and(|error| error.to_string().contains("mqtt_listen")));
     }
 }

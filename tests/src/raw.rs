@@ -1,10 +1,12 @@
 //! A client that sends what it is told, byte by byte if need be, and answers nothing by itself.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream};
 
 use bytes::BytesMut;
 use rumqttc::{Connect, ConnectReturnCode, LastWill, Packet, Publish, QoS, Subscribe, SubscribeFilter};
+use tokio::net::TcpSocket;
+use tokio::runtime;
 
 use crate::DEADLINE;
 
@@ -19,7 +21,24 @@ impl Raw {
     /// A TCP connection on which nothing is said yet.
     #[must_use]
     pub fn dial(server: SocketAddr) -> Self {
-        let stream = TcpStream::connect(server).expect("the server takes a connection");
+        Self::of(TcpStream::connect(server).expect("the server takes a connection"))
+    }
+
+    /// The same, from this address of loopback: for the server another client than one from 127.0.0.1.
+    #[must_use]
+    pub fn dial_from(address: Ipv4Addr, server: SocketAddr) -> Self {
+        let runtime = runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
+        let stream = runtime.block_on(async {
+            let socket = TcpSocket::new_v4()?;
+            socket.bind(SocketAddrV4::new(address, 0).into())?;
+            socket.connect(server).await?.into_std()
+        });
+        let stream = stream.expect("the server takes a connection");
+        stream.set_nonblocking(false).expect("an option");
+        Self::of(stream)
+    }
+
+    fn of(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
         stream.set_nodelay(true).expect("an option");
         Self { stream, input: BytesMut::new(), unsent: Vec::new() }
@@ -37,13 +56,26 @@ impl Raw {
     #[must_use]
     pub fn try_connect(server: SocketAddr, connect: &Connect) -> (Self, Option<ConnectReturnCode>) {
         let mut raw = Self::dial(server);
-        raw.send(&Packet::Connect(connect.clone()));
-        let answer = raw.read();
-        match answer {
-            Some(Packet::ConnAck(answer)) => (raw, Some(answer.code)),
-            None => (raw, None),
+        let code = raw.log_in(connect);
+        (raw, code)
+    }
+
+    /// Sends a CONNECT, and says what the server answers; nothing if the connection just ends.
+    pub fn log_in(&mut self, connect: &Connect) -> Option<ConnectReturnCode> {
+        self.send(&Packet::Connect(connect.clone()));
+        match self.read() {
+            Some(Packet::ConnAck(answer)) => Some(answer.code),
+            None => None,
             Some(other) => panic!("{other:?} instead of a CONNACK"),
         }
+    }
+
+    /// Whether the server has closed the connection. What it sent before that is lost.
+    pub fn has_ended(&mut self) -> bool {
+        self.stream.set_nonblocking(true).expect("an option");
+        let read = self.stream.read(&mut [0; 1024]);
+        self.stream.set_nonblocking(false).expect("an option");
+        !read.map_or_else(|error| error.kind() == ErrorKind::WouldBlock, |length| length > 0)
     }
 
     /// Sends a packet. That nobody takes it is no failure.
@@ -67,6 +99,12 @@ impl Raw {
         let taken = self.stream.write(&self.unsent).unwrap_or(0);
         self.stream.set_nonblocking(false).expect("an option");
         self.unsent.drain(..taken);
+    }
+
+    /// The same connection once more, to send on it while this one is read.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self::of(self.stream.try_clone().expect("a descriptor"))
     }
 
     /// Says something.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use rumqttc::{ConnAck, Connect, ConnectReturnCode, Login, Packet, mqttbytes};
+use rumqttc::{ConnAck, Connect, ConnectReturnCode, Packet, mqttbytes};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -14,7 +14,8 @@ use tracing::warn;
 
 use super::filter::is_topic;
 use super::message::Message;
-use super::users::Users;
+use super::quota::{Account, Offence};
+use super::users::{Denied, Origin, Users};
 use crate::access::Access;
 
 /// How long a client may take to be let in.
@@ -50,6 +51,10 @@ pub struct Client {
     pub name: String,
     /// What it may do.
     pub access: Access,
+    /// What it shares with other connections of its user.
+    pub account: Account,
+    /// The user's name; empty where there are no users.
+    pub user: String,
     /// What is to be said when it is lost.
     pub will: Option<Message>,
     /// How long it may be silent.
@@ -66,24 +71,32 @@ const VERSION: Refusal = Refusal(Some(ConnectReturnCode::RefusedProtocolVersion)
 const CLIENT_ID: Refusal = Refusal(Some(ConnectReturnCode::BadClientId), "client_id");
 const PASSWORD: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "password");
 const WILL: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "will");
+/// There were too many wrong passwords to look at this one now.
+const GUESSES: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "guesses");
 /// It was not its turn in time.
 pub const BUSY: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "slow");
 pub const FULL: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "full");
+/// Another connection took its place while it was not let in yet.
+pub const EVICTED: Refusal = Refusal(None, "full");
 
 impl Refusal {
     /// The reasons that are counted.
-    pub const REASONS: [&str; 7] = ["protocol", "slow", "version", "client_id", "password", "will", "full"];
+    pub const REASONS: [&str; 8] = ["protocol", "slow", "version", "client_id", "password", "guesses", "will", "full"];
 }
 
 impl Door {
     /// Lets a client in that says in time who it is, with what it sent behind that. It is not told yet.
-    pub async fn admit(&self, stream: TcpStream) -> Result<(Box<dyn Stream>, BytesMut, Client), Refusal> {
+    pub async fn admit(
+        &self,
+        stream: TcpStream,
+        origin: Origin,
+    ) -> Result<(Box<dyn Stream>, BytesMut, Client), Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let met = timeout_at(deadline, self.meet(stream)).await.map_err(|_| SILENT)?;
         let (mut stream, mut input) = (met.map_err(|_| PROTOCOL)?, BytesMut::new());
         let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(SILENT));
         let known = match read {
-            Ok(connect) => timeout_at(deadline, self.know(connect)).await.unwrap_or(Err(BUSY)),
+            Ok(connect) => timeout_at(deadline, self.know(connect, origin)).await.unwrap_or(Err(BUSY)),
             Err(refusal) => Err(refusal),
         };
         match known {
@@ -108,23 +121,28 @@ impl Door {
         }
     }
 
-    async fn know(&self, connect: Connect) -> Result<Client, Refusal> {
+    async fn know(&self, connect: Connect, origin: Origin) -> Result<Client, Refusal> {
         let Connect { keep_alive, client_id, clean_session, last_will, login, .. } = connect;
-        let name = login.as_ref().map(|Login { username, .. }| username.clone());
-        let user = self.users.admit(login).await.ok_or(PASSWORD)?;
+        let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
+            Denied::Wrong => PASSWORD,
+            Denied::TooOften => GUESSES,
+        })?;
         let id = match client_id.as_str() {
             "" if clean_session => user.new_id(),
             id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => return Err(CLIENT_ID),
             id => id.to_owned(),
         };
-        let (client, access) = (user.client(&id).ok_or(CLIENT_ID)?, user.access());
+        let (name, access, user) = (user.client(&id).ok_or(CLIENT_ID)?, user.access(), user.into_name());
         let will = last_will.map(Message::from);
         if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.may_say(&will.topic)) {
-            warn!(user = name, "a last will that this user may not say");
+            if account.may_warn(Offence::Will) {
+                warn!(user, "a last will that this user may not say");
+            }
             return Err(WILL);
         }
-        let silence = (keep_alive > 0).then(|| Duration::from_secs(keep_alive.into()).mul_f32(1.5));
-        Ok(Client { name: client, access, will, silence })
+        // This broker itself is not lost as long as it runs.
+        let silence = (keep_alive > 0 && !account.is_own).then(|| Duration::from_secs(keep_alive.into()).mul_f32(1.5));
+        Ok(Client { name, access, account, user, will, silence })
     }
 }
 

@@ -207,8 +207,8 @@ mod tests {
     }
 
     fn topics(retained: &Retained) -> Vec<(String, Bytes)> {
-        let (messages, _) = retained.find("#", None, (100, 1_000_000));
-        messages.into_iter().map(|message| (message.topic, message.payload)).collect()
+        let found = retained.find("#", None, (100, 1_000_000));
+        found.messages.into_iter().map(|message| (message.topic, message.payload)).collect()
     }
 
     /// Writes what changed, and lets go of the file.

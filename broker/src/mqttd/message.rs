@@ -17,6 +17,11 @@ pub struct Message {
 }
 
 impl Message {
+    /// How many bytes topic and payload have.
+    pub fn size(&self) -> usize {
+        self.topic.len() + self.payload.len()
+    }
+
     /// As the router's log has it: quality, length of the topic, topic, payload.
     pub fn encode(&self) -> Bytes {
         let length = u16::try_from(self.topic.len()).unwrap_or(u16::MAX);

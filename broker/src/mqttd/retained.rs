@@ -19,7 +19,7 @@ const BYTES: usize = 64 << 20;
 /// One user has this part of both at most, so that nobody keeps another's messages out.
 pub(super) const SHARE: usize = 20;
 /// So many topics are looked at in one go, lest others wait.
-const LOOKED_AT: usize = 2_000;
+const LOOKED_AT: u64 = 2_000;
 /// Beyond so many changes that could not be written, everything is to be written again.
 const CHANGES: usize = 200_000;
 
@@ -37,6 +37,19 @@ pub struct Kept {
 /// Why a message is not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full;
+
+/// Some of what is kept for a filter.
+#[derive(Debug)]
+pub struct Found {
+    /// The messages.
+    pub messages: Vec<Message>,
+    /// Behind which topic to go on, if there may be more.
+    pub after: Option<String>,
+    /// How many topics were looked at for that.
+    pub looked_at: u64,
+    /// The bytes of the messages' topics and payloads.
+    pub bytes: usize,
+}
 
 /// Everything kept.
 #[derive(Debug, Default)]
@@ -154,29 +167,25 @@ impl Retained {
         Some(kept)
     }
 
-    /// The next messages of `filter` behind the topic `after`, at most so many, and as many as have so many bytes; and
-    /// behind which topic to go on, if there may be more.
-    pub fn find(
-        &self,
-        filter: &str,
-        after: Option<&str>,
-        (most, most_bytes): (usize, usize),
-    ) -> (Vec<Message>, Option<String>) {
+    /// The next messages of `filter` behind the topic `after`, at most so many, and as many as have so many bytes.
+    pub fn find(&self, filter: &str, after: Option<&str>, (most, most_bytes): (usize, usize)) -> Found {
         let begin = prefix(filter);
         let from = after.map_or(Bound::Included(begin), Bound::Excluded);
-        let (mut found, mut bytes) = (Vec::new(), 0);
+        let mut found = Found { messages: Vec::new(), after: None, looked_at: 1, bytes: 0 };
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
-        for (place, (topic, kept)) in range.take_while(|(topic, _)| topic.starts_with(begin)).enumerate() {
+        for (topic, kept) in range.take_while(|(topic, _)| topic.starts_with(begin)) {
             if matches(filter, topic) {
-                bytes += kept.size(topic);
+                found.bytes += kept.size(topic);
                 let Kept { payload, qos, .. } = kept.clone();
-                found.push(Message { topic: topic.clone(), payload, qos, retain: true });
+                found.messages.push(Message { topic: topic.clone(), payload, qos, retain: true });
             }
-            if found.len() >= most || bytes >= most_bytes || place + 1 >= LOOKED_AT {
-                return (found, Some(topic.clone()));
+            found.looked_at += 1;
+            if found.messages.len() >= most || found.bytes >= most_bytes || found.looked_at > LOOKED_AT {
+                found.after = Some(topic.clone());
+                break;
             }
         }
-        (found, None)
+        found
     }
 
     /// What is to be said when the connection of `client` is lost.
@@ -277,7 +286,7 @@ mod tests {
     fn all(retained: &Retained, filter: &str, max: usize) -> Vec<(String, String)> {
         let (mut found, mut after) = (Vec::new(), None);
         loop {
-            let (some, next) = retained.find(filter, after.as_deref(), (max, 1_000_000));
+            let Found { messages: some, after: next, .. } = retained.find(filter, after.as_deref(), (max, 1_000_000));
             assert!(some.len() <= max && some.iter().all(|message| message.retain));
             let text = |message: Message| (message.topic, String::from_utf8(message.payload.to_vec()).unwrap());
             found.extend(some.into_iter().map(text));
@@ -310,8 +319,9 @@ mod tests {
         }
         assert_eq!(all(&retained, "t/+/y", 100).len(), 5000);
         assert_eq!(all(&retained, "t/+/z", 100).len(), 0);
-        let (found, after) = retained.find("t/#", None, (100, 20));
-        assert_eq!((found.len(), after.as_deref()), (3, Some("t/0001/x")), "no more than 20 bytes and one message");
+        let found = retained.find("t/#", None, (100, 20));
+        assert_eq!(found.messages.len(), 3, "no more than 20 bytes and one message");
+        assert_eq!((found.after.as_deref(), found.looked_at, found.bytes), (Some("t/0001/x"), 4, 27));
     }
 
     #[test]

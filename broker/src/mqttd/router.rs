@@ -2,10 +2,11 @@
 //!
 //! The router breaks on client ids, topics, filters, acknowledgements and endings of connections that it does not
 //! expect. So it sees nothing of what clients send: everything is said by one link, on one topic, and each [`Ear`] hears
-//! all of it and picks what it wants. The log is bounded, and an ear that is too slow misses the oldest. What is said is
-//! numbered, so that it notices.
+//! all of it and picks what it wants. The log is bounded, and an ear that is too slow misses the oldest. Everything has
+//! its position in the log with it, so that it notices.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -22,12 +23,18 @@ const TOPIC: &str = "bus";
 const BARRIER: &str = "barrier";
 /// The log is kept in segments until these are full, read or not.
 const SEGMENT: usize = 1 << 20;
-/// How many segments there are: 4 MiB hold 20,000 keys several times.
-const SEGMENTS: usize = 4;
+/// How many segments there are: 8 MiB hold 20,000 keys several times.
+const SEGMENTS: usize = 8;
+/// An ear that must miss nothing is behind when so much was said that it has not heard,
+const BEHIND: u64 = 4 << 20;
+/// and is not any more when it is less than this.
+const CLOSE: u64 = 2 << 20;
 /// So many messages are added to an ear's at once; beyond 200, it gets no more before it has taken these.
 const AT_ONCE: u64 = 10;
-/// The bytes of a number.
-const NUMBER: usize = size_of::<u64>();
+/// The bytes of a position.
+const POSITION: usize = size_of::<u64>();
+/// What the log counts for a message beside its payload.
+const FRAME: usize = 4 + TOPIC.len();
 /// How long to wait for a place in the router's queue.
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -49,9 +56,13 @@ struct Names {
 
 /// The one who says everything.
 pub struct Mouth {
+    /// The position behind all that was said.
     said: u64,
     link: LinkTx,
     _replies: LinkRx,
+    /// Where those ears are that must miss nothing.
+    followers: Vec<Weak<AtomicU64>>,
+    is_behind: bool,
 }
 
 impl Router {
@@ -72,7 +83,8 @@ impl Router {
         });
         let (mut link, replies) = dial("mouth")?;
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
-        Ok((Self { dial, names: Mutex::default() }, Mouth { said: 0, link, _replies: replies }))
+        let mouth = Mouth { said: 0, link, _replies: replies, followers: Vec::new(), is_behind: false };
+        Ok((Self { dial, names: Mutex::default() }, mouth))
     }
 
     /// An ear that hears what is said from now on. It has to be closed.
@@ -85,7 +97,7 @@ impl Router {
         });
         let (mut link, heard) = (self.dial)(&name.to_string())?;
         link.subscribe(TOPIC).context("the MQTT router")?;
-        Ok(Ear { name, link, heard, last: None })
+        Ok(Ear { name, link, heard, next: None, place: None })
     }
 
     /// Ends an ear. The router must have nothing to do for a link that it forgets, or others wait for that, and breaks on
@@ -125,13 +137,34 @@ impl Router {
 impl Mouth {
     /// Says it to all ears. Blocks while the router has more to do than it may queue.
     pub fn say(&mut self, said: &[u8]) {
-        self.said += 1;
-        let mut numbered = BytesMut::with_capacity(NUMBER + said.len());
-        numbered.put_u64(self.said);
-        numbered.put_slice(said);
+        let mut placed = BytesMut::with_capacity(POSITION + said.len());
+        placed.put_u64(self.said);
+        placed.put_slice(said);
+        self.said = behind(self.said, placed.len());
         // Without a router there is no process either.
-        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), numbered.freeze());
+        let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), placed.freeze());
     }
+
+    /// This ear must miss nothing: [`Self::is_behind`] says when nobody should say more.
+    pub fn accompany(&mut self, ear: &mut Ear) {
+        let place = Arc::new(AtomicU64::new(u64::MAX));
+        self.followers.retain(|follower| follower.strong_count() > 0);
+        self.followers.push(Arc::downgrade(&place));
+        ear.place = Some(place);
+    }
+
+    /// Whether one of the ears that must miss nothing is far behind, or was and has not caught up yet.
+    pub fn is_behind(&mut self) -> bool {
+        let places = self.followers.iter().filter_map(Weak::upgrade).map(|place| place.load(Ordering::Relaxed));
+        let lag = self.said.saturating_sub(places.min().unwrap_or(u64::MAX));
+        self.is_behind = lag > if self.is_behind { CLOSE } else { BEHIND };
+        self.is_behind
+    }
+}
+
+/// The position behind a message of so many bytes at `position`.
+fn behind(position: u64, bytes: usize) -> u64 {
+    position + (bytes + FRAME) as u64
 }
 
 /// One who listens.
@@ -139,8 +172,10 @@ pub struct Ear {
     name: usize,
     link: LinkTx,
     heard: LinkRx,
-    /// The number of what was heard last.
-    last: Option<u64>,
+    /// The position of what is to be heard next.
+    next: Option<u64>,
+    /// The same for the [`Mouth`], if this ear must miss nothing. As long as it has heard nothing, it is not behind.
+    place: Option<Arc<AtomicU64>>,
 }
 
 /// Some of what was said was too long ago.
@@ -169,12 +204,17 @@ impl Ear {
         }
     }
 
-    /// What is said without its number, which has to be the next.
-    fn follow(&mut self, mut numbered: Bytes) -> Result<Bytes, Missed> {
-        let said = numbered.split_off(NUMBER.min(numbered.len()));
-        let number = numbered[..].try_into().map(u64::from_be_bytes).map_err(|_| Missed)?;
-        let follows = self.last.is_none_or(|last| number == last + 1);
-        self.last = Some(number);
+    /// What is said without its position, which has to be the next.
+    fn follow(&mut self, mut placed: Bytes) -> Result<Bytes, Missed> {
+        let bytes = placed.len();
+        let said = placed.split_off(POSITION.min(bytes));
+        let position = placed[..].try_into().map(u64::from_be_bytes).map_err(|_| Missed)?;
+        let follows = self.next.is_none_or(|next| position == next);
+        let next = behind(position, bytes);
+        self.next = Some(next);
+        if let Some(place) = &self.place {
+            place.store(next, Ordering::Relaxed);
+        }
         if follows { Ok(said) } else { Err(Missed) }
     }
 }
@@ -230,6 +270,32 @@ mod tests {
         };
         assert!(missed == Missed && heard < 1_000, "{heard}");
         router.close(ear).await;
+    }
+
+    /// Twice as much as the log holds is said. It was seen to miss some with a log of 4 MiB.
+    #[tokio::test]
+    async fn an_ear_that_must_miss_nothing_holds_up_those_who_look() {
+        let (router, mut mouth) = Router::start(10).unwrap();
+        let mut ear = router.listen().unwrap();
+        mouth.accompany(&mut ear);
+        mouth.say(b"first");
+        assert!(ear.next(|_| true).await.is_ok() && !mouth.is_behind());
+        let large = vec![0; 1 << 20];
+        for _ in 0..16 {
+            while mouth.is_behind() {
+                assert!(timeout(Duration::from_secs(5), ear.next(|_| true)).await.unwrap().is_ok());
+            }
+            mouth.say(&large);
+        }
+        assert!(mouth.is_behind());
+        for _ in 0..3 {
+            ear.next(|_| true).await.unwrap();
+        }
+        assert!(!mouth.is_behind(), "it is close again");
+        (0..4).for_each(|_| mouth.say(&large));
+        assert!(mouth.is_behind());
+        router.close(ear).await;
+        assert!(!mouth.is_behind(), "nobody is behind who is gone");
     }
 
     #[tokio::test]

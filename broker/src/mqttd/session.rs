@@ -2,7 +2,7 @@
 //!
 //! Every session is a clean one: who comes back subscribes again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, VecDeque};
 
 use bytes::BytesMut;
 use rumqttc::{
@@ -10,13 +10,17 @@ use rumqttc::{
     Unsubscribe,
 };
 
-use super::filter::{is_filter, is_topic, matches};
+use super::filter::{is_filter, is_topic};
 use super::message::{Message, lower};
+use super::quota::PACKET;
+use super::subscriptions::{LEVELS, Subscriptions};
 use crate::access::{Access, Verb};
 
 /// So many messages are under way to a client at most; the next one waits for an acknowledgement.
 const INFLIGHT: usize = 100;
-/// So many subscriptions a client has at most.
+/// The same for this broker's own connections, which must not be behind.
+const INFLIGHT_OWN: usize = 10_000;
+/// So many subscriptions a client has at most, and so many topics a packet names.
 const FILTERS: usize = 1_000;
 /// The longest filter, in bytes.
 const FILTER_MAX: usize = 1_000;
@@ -45,6 +49,8 @@ pub enum Deed {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Violation(pub &'static str);
 
+const TOO_MANY: Violation = Violation("names too many topics in one packet");
+
 /// Kept messages that a client still gets: those of `filter` behind `after`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backlog {
@@ -58,10 +64,11 @@ pub struct Backlog {
 #[derive(Debug)]
 pub struct Session {
     access: Access,
-    filters: BTreeMap<String, QoS>,
-    backlog: Vec<Backlog>,
-    /// What it has not acknowledged yet, and the identifier given last.
+    subscriptions: Subscriptions,
+    backlog: VecDeque<Backlog>,
+    /// What it has not acknowledged yet, how much that may be, and the identifier given last.
     inflight: BTreeSet<u16>,
+    most: usize,
     last: u16,
     /// What it said exactly once, and has not let go yet.
     exactly_once: BTreeSet<u16>,
@@ -69,17 +76,31 @@ pub struct Session {
 }
 
 impl Session {
-    /// A client that may do this.
-    pub fn new(access: Access) -> Self {
+    /// A client that may do this, one of this broker itself or not.
+    pub fn new(access: Access, is_own: bool) -> Self {
         Self {
             access,
-            filters: BTreeMap::new(),
-            backlog: Vec::new(),
+            subscriptions: Subscriptions::default(),
+            backlog: VecDeque::new(),
             inflight: BTreeSet::new(),
+            most: if is_own { INFLIGHT_OWN } else { INFLIGHT },
             last: 0,
             exactly_once: BTreeSet::new(),
             was_forbidden: false,
         }
+    }
+
+    /// What a packet takes of the server's time. An acknowledgement that is due was paid by who said the message.
+    pub fn work(&self, packet: &Packet) -> u64 {
+        let topics = if let Packet::Subscribe(Subscribe { filters, .. }) = packet {
+            filters.len()
+        } else if let Packet::Unsubscribe(Unsubscribe { topics, .. }) = packet {
+            topics.len()
+        } else {
+            0
+        };
+        let is_due = matches!(packet, Packet::PubAck(PubAck { pkid }) if self.inflight.contains(pkid));
+        if is_due { 0 } else { PACKET * (1 + topics as u64) }
     }
 
     /// Takes a packet, and answers it at the end of `output`.
@@ -95,10 +116,14 @@ impl Session {
                 self.inflight.remove(&pkid);
                 Ok(Vec::new())
             }
+            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > FILTERS => Err(TOO_MANY),
+            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > FILTERS => Err(TOO_MANY),
             Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, output)),
             Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
-                self.filters.retain(|filter, _| !topics.contains(filter));
-                self.backlog.retain(|backlog| !topics.contains(&backlog.filter));
+                for topic in &topics {
+                    self.subscriptions.remove(topic);
+                }
+                self.end_backlog(&topics.iter().map(String::as_str).collect());
                 put(&Packet::UnsubAck(UnsubAck { pkid }), output);
                 Ok(Vec::new())
             }
@@ -142,23 +167,41 @@ impl Session {
     fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Deed> {
         let mut deeds = vec![Deed::Listen];
         let mut codes = Vec::with_capacity(subscribe.filters.len());
+        let mut granted = Vec::new();
         for filter in subscribe.filters {
             let (path, qos) = (filter.path, lower(filter.qos, QoS::AtLeastOnce));
-            let has_place = self.filters.contains_key(&path) || self.filters.len() < FILTERS;
-            if is_filter(&path) && path.len() <= FILTER_MAX && !self.access.may_hear(&path) {
+            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS).is_none();
+            let has_place = self.subscriptions.len() < FILTERS || self.subscriptions.contains(&path);
+            if is_sound && !self.access.may_hear(&path) {
                 deeds.push(self.forbid(Verb::Hear, path));
                 codes.push(SubscribeReasonCode::Failure);
-            } else if is_filter(&path) && path.len() <= FILTER_MAX && has_place {
-                self.backlog.retain(|backlog| backlog.filter != path);
-                self.backlog.push(Backlog { filter: path.clone(), after: None });
-                self.filters.insert(path, qos);
+            } else if is_sound && has_place {
+                self.subscriptions.insert(&path, qos);
+                granted.push(path);
                 codes.push(SubscribeReasonCode::Success(qos));
             } else {
                 codes.push(SubscribeReasonCode::Failure);
             }
         }
+        self.begin_backlog(&granted);
         put(&Packet::SubAck(SubAck::new(subscribe.pkid, codes)), output);
         deeds
+    }
+
+    /// What is kept for these filters is sent, each once, behind what is sent already; from its beginning if that was
+    /// under way.
+    fn begin_backlog(&mut self, filters: &[String]) {
+        let mut begun = BTreeSet::new();
+        self.end_backlog(&filters.iter().map(String::as_str).collect());
+        for filter in filters {
+            if begun.insert(filter.as_str()) {
+                self.backlog.push_back(Backlog { filter: filter.clone(), after: None });
+            }
+        }
+    }
+
+    fn end_backlog(&mut self, filters: &BTreeSet<&str>) {
+        self.backlog.retain(|backlog| !filters.contains(backlog.filter.as_str()));
     }
 
     fn forbid(&mut self, verb: Verb, topic: String) -> Deed {
@@ -167,32 +210,31 @@ impl Session {
 
     /// Whether it subscribed to a filter that has `topic`.
     pub fn wants(&self, topic: &str) -> bool {
-        self.filters.keys().any(|filter| matches(filter, topic))
+        self.subscriptions.granted(topic).is_some()
     }
 
     /// How many messages may be sent to it now.
     pub fn room(&self) -> usize {
-        INFLIGHT - self.inflight.len()
+        self.most - self.inflight.len()
     }
 
     /// What it gets before anything else.
     pub fn backlog(&self) -> Option<&Backlog> {
-        self.backlog.first()
+        self.backlog.front()
     }
 
     /// It got the backlog's messages up to `after`; all of them if there is none.
     pub fn went_on(&mut self, after: Option<String>) {
         if after.is_none() && !self.backlog.is_empty() {
-            self.backlog.remove(0);
-        } else if let Some(backlog) = self.backlog.first_mut() {
+            self.backlog.pop_front();
+        } else if let Some(backlog) = self.backlog.front_mut() {
             backlog.after = after;
         }
     }
 
     /// Sends it a message, with the lower quality of those that it was said with and subscribed to, if it wants it.
     pub fn deliver(&mut self, message: Message, output: &mut BytesMut) {
-        let fitting = self.filters.iter().filter(|(filter, _)| matches(filter, &message.topic));
-        let Some(granted) = fitting.map(|(_, qos)| *qos).reduce(higher) else { return };
+        let Some(granted) = self.subscriptions.granted(&message.topic) else { return };
         let qos = lower(granted, message.qos);
         let pkid = if qos == QoS::AtMostOnce { 0 } else { self.next_identifier() };
         let Message { topic, payload, retain, .. } = message;
@@ -207,10 +249,6 @@ impl Session {
             }
         }
     }
-}
-
-fn higher(one: QoS, other: QoS) -> QoS {
-    if one > other { one } else { other }
 }
 
 /// Only packets that are too large cannot be written, and no one is as large as may be.

@@ -1,8 +1,8 @@
 //! Who may connect, and as whom.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
 use ring::hmac::{self, HMAC_SHA256};
@@ -11,13 +11,14 @@ use rumqttc::Login;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tracing::warn;
-use wgkex_common::config::{Credentials, MqttUser, Role, Secret};
+use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
+use super::guesses::Guesses;
+use super::quota::{Account, Offence};
 use crate::access::Access;
+use crate::client::Client;
 use crate::{lock, password};
 
-/// So many passwords are verified at once; each takes a core for a while, and 19 MiB.
-const AT_ONCE: usize = 2;
 const NO_RANDOM: &str = "the system gives no random numbers";
 
 /// What this broker itself is called, as no user of the config can be.
@@ -34,8 +35,14 @@ pub enum User {
 
 /// Who may connect.
 pub struct Users {
-    known: BTreeMap<String, Known>,
+    known: BTreeMap<String, Arc<Known>>,
+    /// What everybody shares where there are no users.
+    anyone: Account,
+    /// One password is verified at once: it takes a core for a while, and 19 MiB.
     verifying: Arc<Semaphore>,
+    /// One of those from where nobody logged in before waits for that beside the others, so that these come next.
+    unknown: Semaphore,
+    guesses: Arc<Mutex<Guesses>>,
     /// What a password that was right is remembered by, so that only strangers wait for the slow way.
     tags: hmac::Key,
 }
@@ -44,8 +51,25 @@ struct Known {
     hash: Secret,
     role: Role,
     tag: Mutex<Option<hmac::Tag>>,
-    /// That the password was wrong has been said.
-    was_wrong: AtomicBool,
+    account: Account,
+}
+
+/// From where somebody logs in.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin {
+    /// Which client it is.
+    pub client: Client,
+    /// A user logged in from there before.
+    pub is_known: bool,
+}
+
+/// Why nobody is let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Denied {
+    /// The password is wrong, or there is no such user.
+    Wrong,
+    /// It was wrong too often to look at another one now.
+    TooOften,
 }
 
 impl User {
@@ -54,6 +78,14 @@ impl User {
         match self {
             Self::Anyone => Access::everything(),
             Self::Named(name, role) => Access::of(*role, name),
+        }
+    }
+
+    /// Its name; empty if it has none.
+    pub fn into_name(self) -> String {
+        match self {
+            Self::Anyone => String::new(),
+            Self::Named(name, _) => name,
         }
     }
 
@@ -80,21 +112,26 @@ impl User {
 
 impl Users {
     /// The users of the config.
-    pub fn new(users: &BTreeMap<String, MqttUser>) -> anyhow::Result<Self> {
-        for (name, user) in users {
-            password::check(user.password_hash.expose())
+    pub fn new(config: &MqttListen) -> anyhow::Result<Self> {
+        let mut users = Self::none()?;
+        for (name, MqttUser { password_hash, role }) in &config.users {
+            password::check(password_hash.expose())
                 .with_context(|| format!("mqtt_listen.users.{name}.password_hash"))?;
+            let account = Account::of(*role, config.users.len(), config.max_connections);
+            let known = Known { hash: password_hash.clone(), role: *role, tag: Mutex::default(), account };
+            users.known.insert(name.clone(), Arc::new(known));
         }
-        let known = |user: &MqttUser| Known {
-            hash: user.password_hash.clone(),
-            role: user.role,
-            tag: Mutex::default(),
-            was_wrong: AtomicBool::default(),
-        };
+        Ok(users)
+    }
+
+    fn none() -> anyhow::Result<Self> {
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new());
         Ok(Self {
-            known: users.iter().map(|(name, user)| (name.clone(), known(user))).collect(),
-            verifying: Arc::new(Semaphore::new(AT_ONCE)),
+            known: BTreeMap::new(),
+            anyone: Account::of_anyone(),
+            verifying: Arc::new(Semaphore::new(1)),
+            unknown: Semaphore::new(1),
+            guesses: Arc::default(),
             tags: tags.map_err(|_| anyhow!("{NO_RANDOM}"))?,
         })
     }
@@ -104,25 +141,45 @@ impl Users {
         let mut random = [0; 32];
         SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("{NO_RANDOM}"))?;
         let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
-        let mut users = Self::new(&BTreeMap::new())?;
+        let mut users = Self::none()?;
         let tag = Mutex::new(Some(hmac::sign(&users.tags, password.as_bytes())));
-        let (hash, role, was_wrong) = (Secret::new(String::new()), Role::Broker, AtomicBool::default());
-        users.known.insert(OWN.into(), Known { hash, role, tag, was_wrong });
+        let known = Known { hash: Secret::new(String::new()), role: Role::Broker, tag, account: Account::own() };
+        users.known.insert(OWN.into(), Arc::new(known));
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
     }
 
-    /// Who it is that logs in so; none if the password is wrong, or there is no such user.
-    pub async fn admit(&self, login: Option<Login>) -> Option<User> {
+    /// Who it is that logs in so, and what this user shares with its other connections. A name that no user has takes as
+    /// long as a wrong password.
+    pub async fn admit(&self, login: Option<Login>, origin: Origin) -> Result<(User, Account), Denied> {
         if self.known.is_empty() {
-            return Some(User::Anyone);
+            return Ok((User::Anyone, self.anyone.with_new_rate()));
         }
-        let Login { username, password } = login?;
-        let known = self.known.get(&username)?;
-        let is_right = self.remembers(known, &password) || self.verify(known, &password).await;
-        if !known.was_wrong.swap(!is_right, Ordering::Relaxed) && !is_right {
-            warn!(user = username, "wrong password for the MQTT server");
+        let Login { username, password } = login.ok_or(Denied::Wrong)?;
+        let number = self.number(&username);
+        let user = self.known.get(&username);
+        let Some(verified) = user.or_else(|| self.stand_in(number)) else { return Err(Denied::Wrong) };
+        let is_remembered = user.is_some_and(|user| self.remembers(user, &password));
+        let is_right = is_remembered || self.verify(verified, &password, (origin, number)).await?;
+        match user {
+            Some(user) if is_right => Ok((User::Named(username, user.role), user.account.clone())),
+            Some(user) if user.account.may_warn(Offence::Password) => {
+                warn!(user = username, "wrong password for the MQTT server");
+                Err(Denied::Wrong)
+            }
+            Some(_) | None => Err(Denied::Wrong),
         }
-        is_right.then_some(User::Named(username, known.role))
+    }
+
+    /// Stands for a name, which may be any text.
+    fn number(&self, name: &str) -> u64 {
+        let tag = hmac::sign(&self.tags, name.as_bytes());
+        tag.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
+    /// The user whose password is verified in place of that of one who does not exist: always the same for a name.
+    fn stand_in(&self, number: u64) -> Option<&Arc<Known>> {
+        let place = number.checked_rem(self.known.len() as u64)?;
+        self.known.values().nth(usize::try_from(place).ok()?)
     }
 
     fn remembers(&self, known: &Known, password: &str) -> bool {
@@ -130,37 +187,69 @@ impl Users {
         tag.is_some_and(|tag| hmac::verify(&self.tags, password.as_bytes(), tag.as_ref()).is_ok())
     }
 
-    async fn verify(&self, known: &Known, password: &str) -> bool {
-        let Ok(turn) = self.verifying.clone().acquire_owned().await else { return false };
-        // Another connection of the same user may have had its turn.
+    async fn verify(
+        &self,
+        known: &Arc<Known>,
+        password: &str,
+        (origin, number): (Origin, u64),
+    ) -> Result<bool, Denied> {
+        self.may_guess(origin, number)?;
+        let _turn_of_unknown = if origin.is_known { None } else { self.unknown.acquire().await.ok() };
+        let Ok(turn) = self.verifying.clone().acquire_owned().await else { return Ok(false) };
+        // Another connection of the same user may have had its turn, or one of the same client been wrong.
         if self.remembers(known, password) {
-            return true;
+            return Ok(true);
         }
-        let (hash, tried) = (known.hash.clone(), password.to_owned());
+        self.may_guess(origin, number)?;
+        let (known, guesses) = (known.clone(), self.guesses.clone());
+        let (tag, tried) = (hmac::sign(&self.tags, password.as_bytes()), password.to_owned());
         let verified = spawn_blocking(move || {
-            // Who gives up waiting does not free the turn.
+            // Who gives up waiting does not free the turn, and what was found out counts all the same.
             let _turn = turn;
-            password::verify(hash.expose(), &tried)
+            let is_right = password::verify(known.hash.expose(), &tried);
+            if is_right {
+                *lock(&known.tag) = Some(tag);
+            } else {
+                lock(&guesses).was_wrong(origin.client, number, Instant::now());
+            }
+            is_right
         });
-        let is_right = verified.await.unwrap_or(false);
-        if is_right {
-            *lock(&known.tag) = Some(hmac::sign(&self.tags, password.as_bytes()));
-        }
-        is_right
+        Ok(verified.await.unwrap_or(false))
+    }
+
+    fn may_guess(&self, Origin { client, .. }: Origin, number: u64) -> Result<(), Denied> {
+        let may_try = lock(&self.guesses).may_try(client, number, Instant::now());
+        if may_try { Ok(()) } else { Err(Denied::TooOften) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::net::IpAddr;
     use std::time::Duration;
+
+    use tokio::time::timeout;
 
     use super::*;
 
     fn users() -> Users {
         let user = |role| MqttUser { password_hash: Secret::new(password::hash("right").unwrap()), role };
         let users = [("gw1", Role::Worker), ("b", Role::Broker)].map(|(name, role)| (name.to_owned(), user(role)));
-        Users::new(&users.into()).unwrap()
+        Users::new(&listen(users.into())).unwrap()
+    }
+
+    fn listen(users: BTreeMap<String, MqttUser>) -> MqttListen {
+        MqttListen { address: ([127, 0, 0, 1], 0).into(), tls: None, users, max_connections: 10 }
+    }
+
+    /// From where nobody logged in before: the `n`th of such.
+    fn from(n: u8) -> Origin {
+        Origin { client: IpAddr::from([192, 0, 2, n]).into(), is_known: false }
+    }
+
+    async fn admit(users: &Users, login: Option<Login>) -> Result<User, Denied> {
+        users.admit(login, from(1)).await.map(|(user, _)| user)
     }
 
     fn login(name: &str, password: &str) -> Login {
@@ -173,28 +262,55 @@ mod tests {
         for _ in 0..2 {
             let wrong = [("gw1", "wrong"), ("gw1", ""), ("gw2", "right"), ("", "right")];
             for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
-                assert_eq!(users.admit(wrong.clone()).await, None, "{wrong:?}");
+                assert_eq!(admit(&users, wrong.clone()).await, Err(Denied::Wrong), "{wrong:?}");
             }
             let worker = User::Named("gw1".into(), Role::Worker);
-            assert_eq!(users.admit(Some(login("gw1", "right"))).await, Some(worker));
+            assert_eq!(admit(&users, Some(login("gw1", "right"))).await, Ok(worker));
         }
     }
 
     #[tokio::test]
     async fn without_users_everybody_is_let_in() {
-        let users = Users::new(&BTreeMap::new()).unwrap();
-        assert_eq!(users.admit(None).await, Some(User::Anyone));
-        assert_eq!(users.admit(Some(login("x", "y"))).await, Some(User::Anyone));
+        let users = Users::new(&listen(BTreeMap::new())).unwrap();
+        assert_eq!(admit(&users, None).await, Ok(User::Anyone));
+        assert_eq!(admit(&users, Some(login("x", "y"))).await, Ok(User::Anyone));
     }
 
     #[tokio::test]
     async fn a_password_that_was_right_waits_for_nobody() {
         let users = users();
-        assert!(users.admit(Some(login("gw1", "right"))).await.is_some());
-        let _all = users.verifying.acquire_many(2).await.unwrap();
-        assert!(users.admit(Some(login("gw1", "right"))).await.is_some());
-        let waits = tokio::time::timeout(Duration::from_millis(100), users.admit(Some(login("gw1", "wrong")))).await;
+        assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok());
+        let _all = users.verifying.acquire().await.unwrap();
+        assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok());
+        let waits = timeout(Duration::from_millis(100), admit(&users, Some(login("gw1", "wrong")))).await;
         assert!(waits.is_err(), "strangers wait for their turn");
+    }
+
+    #[tokio::test]
+    async fn strangers_wait_for_each_other_and_who_logged_in_before_does_not() {
+        let users = users();
+        let _stranger = users.unknown.acquire().await.unwrap();
+        let known = Origin { is_known: true, ..from(1) };
+        assert_eq!(users.admit(Some(login("gw1", "wrong")), known).await.unwrap_err(), Denied::Wrong);
+        let waits = timeout(Duration::from_millis(100), admit(&users, Some(login("gw1", "right")))).await;
+        assert!(waits.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_guesser_is_stopped_and_others_are_not() {
+        let users = users();
+        // A name that no user has is no other to the guesser.
+        for name in ["gw1", "none"] {
+            assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(Denied::Wrong), "{name}");
+            let (client, number, now) = (from(1).client, users.number(name), Instant::now());
+            assert!(lock(&users.guesses).may_try(client, number, now));
+            // More than are forgotten while the machine is busy with other tests.
+            (0..15).for_each(|_| lock(&users.guesses).was_wrong(client, number, now));
+            assert_eq!(admit(&users, Some(login(name, "right"))).await, Err(Denied::TooOften), "{name}");
+        }
+        assert!(admit(&users, Some(login("b", "right"))).await.is_ok(), "another user");
+        assert!(users.admit(Some(login("gw1", "right")), from(2)).await.is_ok(), "from elsewhere");
+        assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok(), "it is known by now");
     }
 
     #[test]
@@ -217,10 +333,10 @@ mod tests {
     async fn the_brokers_own_password_is_right_and_no_other() {
         let (users, credentials) = Users::own().unwrap();
         let own = User::Named(OWN.into(), Role::Broker);
-        assert_eq!(users.admit(Some(login(OWN, credentials.password.expose()))).await, Some(own));
+        assert_eq!(admit(&users, Some(login(OWN, credentials.password.expose()))).await, Ok(own));
         let wrong = [(OWN, ""), (OWN, "right"), ("", credentials.password.expose())];
         for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
-            assert_eq!(users.admit(wrong).await, None);
+            assert_eq!(admit(&users, wrong).await, Err(Denied::Wrong));
         }
         assert_ne!(Users::own().unwrap().1, credentials);
     }
@@ -228,7 +344,7 @@ mod tests {
     #[test]
     fn what_is_no_hash_is_refused_with_its_key() {
         let user = MqttUser { password_hash: Secret::new("$argon2id$".into()), role: Role::Worker };
-        let error = Users::new(&BTreeMap::from([("gw1".to_owned(), user)])).err().unwrap();
+        let error = Users::new(&listen([("gw1".to_owned(), user)].into())).err().unwrap();
         assert!(error.to_string().contains("mqtt_listen.users.gw1.password_hash"), "{error:#}");
     }
 }

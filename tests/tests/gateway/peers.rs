@@ -118,8 +118,9 @@ pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_no
     let empty =
         "umask 077 && { echo '[Interface]' && wg showconf wg-a | grep -E 'ListenPort|PrivateKey'; } > /run/conf";
     host.run(empty);
-    let remove =
-        |keys: &[u32]| -> String { keys.iter().map(|n| format!("wg set wg-a peer {} remove\n", key(*n))).collect() };
+    let remove = |keys: &[u32]| {
+        keys.iter().fold(String::new(), |script, n| format!("{script}wg set wg-a peer {} remove\n", key(*n)))
+    };
     let odd: Vec<_> = (1..KEYS).step_by(2).collect();
     // Another manager of the interface is reloaded; somebody's script; one peer by hand.
     for vanish in ["wg syncconf wg-a /run/conf", "wg setconf wg-a /run/conf", &remove(&odd), &remove(&[7])] {

@@ -13,27 +13,35 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
 
 /// A server with these users, and the one whose name and password is `gw1` for all probes.
-fn stack(users: &[(&str, &str)]) -> Stack {
+pub fn stack(users: &[(&str, &str)]) -> Stack {
+    Stack::start(plan(users, ""))
+}
+
+/// The plan of such a server, with more keys of `mqtt_listen`.
+pub fn plan(users: &[(&str, &str)], more: &str) -> Plan {
     let users: Vec<_> = users
         .iter()
         .map(|(name, role)| format!("{name}: {{password_hash: \"{}\", role: {role}}}", hash(name)))
         .collect();
-    let mut plan = Plan::new(Bus::Embedded).listen(&format!("users: {{{}}}", users.join(", ")));
+    let mut plan = Plan::new(Bus::Embedded).listen(&format!("users: {{{}}}{more}", users.join(", ")));
     plan.credentials = Some(("gw1".into(), "gw1".into()));
-    Stack::start(plan)
+    plan
 }
 
-fn as_user(name: &str, id: &str) -> Connect {
+/// The CONNECT of a user whose password is its name.
+pub fn as_user(name: &str, id: &str) -> Connect {
     Connect { login: Some(Login::new(name, name)), ..connect(id) }
 }
 
-fn join(stack: &Stack, name: &str, id: &str) -> Raw {
+/// Such a user that is let in.
+pub fn join(stack: &Stack, name: &str, id: &str) -> Raw {
     let (raw, code) = Raw::try_connect(stack.mqtt, &as_user(name, id));
     assert_eq!(code, Some(ConnectReturnCode::Success), "{name} as {id}");
     raw
 }
 
-const TWO: [(&str, &str); 3] = [("gw1", "worker"), ("gw2", "worker"), ("b", "broker")];
+/// Two gateways and a broker.
+pub const TWO: [(&str, &str); 3] = [("gw1", "worker"), ("gw2", "worker"), ("b", "broker")];
 
 #[test]
 fn a_wrong_password_is_told_and_the_right_one_is_let_in() {

@@ -11,7 +11,9 @@ mod attacks;
 mod clients;
 mod limits;
 mod retained;
+mod shares;
 mod stolen;
+mod strangers;
 mod tls;
 
 use std::net::SocketAddr;

@@ -7,7 +7,7 @@ use wgkex_common::config::Role;
 use super::*;
 
 fn session() -> Session {
-    Session::new(Access::everything())
+    Session::new(Access::everything(), false)
 }
 
 fn publish(topic: &str, qos: QoS, pkid: u16) -> Packet {
@@ -58,7 +58,7 @@ fn each_quality_has_its_answer_and_is_said_once() {
 #[test]
 fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
     use SubscribeReasonCode::{Failure, Success};
-    let mut session = Session::new(Access::of(Role::Worker, "gw1"));
+    let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
     let filters = [
         ("wireguard/a/+", QoS::ExactlyOnce),
         ("a#/b", QoS::AtMostOnce),
@@ -75,7 +75,7 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
 
 #[test]
 fn what_is_forbidden_is_acknowledged_and_not_said() {
-    let mut session = Session::new(Access::of(Role::Worker, "gw1"));
+    let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
         let (deeds, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
         assert_eq!(deeds, [Deed::Forbid { verb: Verb::Say, topic: "wireguard/ffx_a/all".into(), is_first }]);
@@ -160,7 +160,31 @@ fn subscriptions_are_bounded() {
     let (_, answers) = take(&mut session, subscribe(&[("one more", QoS::AtMostOnce), ("1", QoS::AtMostOnce)]));
     let codes = vec![SubscribeReasonCode::Failure, SubscribeReasonCode::Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
-    assert_eq!((session.filters.len(), session.backlog.len()), (FILTERS, FILTERS));
+    assert_eq!((session.subscriptions.len(), session.backlog.len()), (FILTERS, FILTERS));
+    let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(LEVELS), QoS::AtMostOnce)]));
+    assert_eq!(answers, [Packet::SubAck(SubAck::new(9, vec![SubscribeReasonCode::Failure]))]);
+}
+
+#[test]
+fn a_packet_names_only_so_many_topics() {
+    let topics: Vec<_> = (0..=FILTERS).map(|n| n.to_string()).collect();
+    let filters = topics.iter().map(|topic| SubscribeFilter::new(topic.clone(), QoS::AtMostOnce));
+    let many = Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) });
+    assert!(session().take(many, &mut BytesMut::new()).is_err());
+    let unsubscribe = |count| Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: topics[..count].to_vec() });
+    assert!(session().take(unsubscribe(FILTERS + 1), &mut BytesMut::new()).is_err());
+    assert!(session().take(unsubscribe(FILTERS), &mut BytesMut::new()).is_ok());
+}
+
+#[test]
+fn a_packet_costs_what_it_names_and_an_acknowledgement_that_is_due_nothing() {
+    let mut session = session();
+    let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
+    let pkid = delivered(&mut session, message("a", QoS::AtLeastOnce))[0].pkid;
+    let acknowledgement = |pkid| session.work(&Packet::PubAck(PubAck { pkid }));
+    assert_eq!((acknowledgement(pkid), acknowledgement(4711)), (0, PACKET));
+    let unsubscribe = Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: vec!["a".into(), "b".into()] });
+    assert_eq!((session.work(&unsubscribe), session.work(&Packet::PingReq)), (3 * PACKET, PACKET));
 }
 
 proptest! {

@@ -1,0 +1,281 @@
+//! What one user may take of the server beside others: seats, packets and bytes over time, and memory for packets that
+//! are not whole yet. All connections of a user share it.
+//!
+//! Who takes more is slowed down: nothing more is read from it for a while. What it sent stays in its own buffers then,
+//! so nothing that was acknowledged is lost.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use wgkex_common::config::Role;
+
+use crate::lock;
+
+/// The most seats of one user, however many there are. A worker and a broker have two each.
+const SEATS: usize = 32;
+/// The least, however few there are.
+const SEATS_MIN: usize = 4;
+/// So many bytes of packets that are not whole yet a user has at most; larger packets wait for their turn.
+const UNFINISHED: usize = 4 << 20;
+/// The same where there are no users, for all together.
+const UNFINISHED_OF_ALL: usize = 64 << 20;
+/// How often it is said that a user does what it should not.
+const WARN: Duration = Duration::from_secs(60);
+
+/// What a packet costs, beside its bytes.
+pub const PACKET: u64 = 100;
+/// What each topic costs that is looked at among the retained ones.
+pub const LOOK: u64 = 5;
+/// What each retained message costs that is sent.
+pub const DELIVERY: u64 = 50;
+/// What a new connection costs: tasks, a seat, and what becomes of its will.
+pub const LOGIN: u64 = 5_000;
+
+/// What something costs the server.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// Its time, in hundredths of what a small packet takes.
+    pub work: u64,
+    /// What is moved.
+    pub bytes: u64,
+}
+
+/// What may be taken all the time, and how much more at once.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    per_second: u64,
+    burst: u64,
+}
+
+/// A worker says a batch of 2,000 keys in 100 kB. In the worst case it says each key alone: 20,000 keys are half of what
+/// it may say at once.
+const WORKER: (Pace, Pace) =
+    (Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET }, Pace { per_second: 512 << 10, burst: 16 << 20 });
+/// A broker of another machine says as many keys as routers ask it for, and sends all live keys to each gateway that
+/// asks. It is trusted with more than this; the bound is for what went wrong.
+const BROKER: (Pace, Pace) =
+    (Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET }, Pace { per_second: 64 << 20, burst: 256 << 20 });
+
+/// What all connections of a user share, or those of everybody where there are no users.
+#[derive(Debug, Clone)]
+pub struct Account {
+    /// How many connections there may be at once.
+    pub seats: usize,
+    /// Whether it is this broker's own, which nothing may hold up.
+    pub is_own: bool,
+    rate: Option<Arc<Rate>>,
+    unfinished: Arc<Share>,
+    warned: Arc<[Rarely; 4]>,
+}
+
+/// What a user does that is said in the log, each once in a while.
+#[derive(Debug, Clone, Copy)]
+pub enum Offence {
+    /// It logs in with a wrong password.
+    Password,
+    /// It has a last will that it may not say.
+    Will,
+    /// It says or hears what it may not.
+    Forbidden,
+    /// It takes more than it may.
+    Excess,
+}
+
+impl Account {
+    /// A user's of `users` that share `seats`.
+    pub fn of(role: Role, users: usize, seats: usize) -> Self {
+        let seats = (seats / users.max(1)).clamp(SEATS_MIN, SEATS);
+        Self { seats, ..Self::with(Some(rate(role)), UNFINISHED) }
+    }
+
+    /// Everybody's, where there are no users.
+    pub fn of_anyone() -> Self {
+        Self::with(Some(rate(Role::Broker)), UNFINISHED_OF_ALL)
+    }
+
+    /// This broker's own.
+    pub fn own() -> Self {
+        Self { is_own: true, ..Self::with(None, usize::MAX) }
+    }
+
+    fn with(rate: Option<Rate>, unfinished: usize) -> Self {
+        let unfinished = Arc::new(Share { taken: AtomicUsize::new(0), most: unfinished });
+        Self { seats: usize::MAX, is_own: false, rate: rate.map(Arc::new), unfinished, warned: Arc::default() }
+    }
+
+    /// The same with a rate of its own, for one of many programs that are not told apart.
+    pub fn with_new_rate(&self) -> Self {
+        Self { rate: Some(Arc::new(rate(Role::Broker))), ..self.clone() }
+    }
+
+    /// Takes `cost`, and says how long to wait until more may be taken.
+    pub fn charge(&self, cost: Cost, now: Instant) -> Duration {
+        self.rate.as_ref().map_or(Duration::ZERO, |rate| rate.charge(cost, now))
+    }
+
+    /// Memory for a packet of so many bytes that is not whole yet, until it is dropped; none if too much is taken.
+    pub fn hold(&self, bytes: usize) -> Option<Held> {
+        self.unfinished.take(bytes)
+    }
+
+    /// Whether this is to be said in the log, as it was not for a while.
+    pub fn may_warn(&self, offence: Offence) -> bool {
+        self.warned[offence as usize].is_due(WARN)
+    }
+}
+
+fn rate(role: Role) -> Rate {
+    let (work, bytes) = match role {
+        Role::Worker => WORKER,
+        Role::Broker => BROKER,
+    };
+    Rate { began: Instant::now(), work: Meter::new(work), bytes: Meter::new(bytes) }
+}
+
+/// What was taken over time.
+#[derive(Debug)]
+struct Rate {
+    began: Instant,
+    work: Meter,
+    bytes: Meter,
+}
+
+impl Rate {
+    fn charge(&self, cost: Cost, now: Instant) -> Duration {
+        let now = u64::try_from(now.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX);
+        self.work.charge(cost.work, now).max(self.bytes.charge(cost.bytes, now))
+    }
+}
+
+/// One kind of what is taken, in nanoseconds of the pace at which it may be: no lock, many connections count here.
+#[derive(Debug)]
+struct Meter {
+    /// When all that was taken is paid.
+    paid: AtomicU64,
+    price: u64,
+    burst: u64,
+}
+
+impl Meter {
+    fn new(pace: Pace) -> Self {
+        let price = 1_000_000_000 / pace.per_second;
+        Self { paid: AtomicU64::new(0), price, burst: price * pace.burst }
+    }
+
+    fn charge(&self, amount: u64, now: u64) -> Duration {
+        let after = |paid: u64| paid.max(now).saturating_add(amount.saturating_mul(self.price));
+        let before = self.paid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |paid| Some(after(paid)));
+        let paid = after(before.unwrap_or_default());
+        Duration::from_nanos(paid.saturating_sub(now).saturating_sub(self.burst))
+    }
+}
+
+/// An amount of memory.
+#[derive(Debug)]
+struct Share {
+    taken: AtomicUsize,
+    most: usize,
+}
+
+/// A part of a [`Share`], until it is dropped.
+#[derive(Debug)]
+pub struct Held(Arc<Share>, usize);
+
+impl Share {
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<Held> {
+        let after = |taken: usize| taken.checked_add(bytes).filter(|taken| *taken <= self.most);
+        let is_taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after).is_ok();
+        is_taken.then(|| Held(self.clone(), bytes))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.taken.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+/// What is said once in a while, however often it happens.
+#[derive(Debug, Default)]
+pub struct Rarely(Mutex<Option<Instant>>);
+
+impl Rarely {
+    /// Whether it was not due for `pause`.
+    pub fn is_due(&self, pause: Duration) -> bool {
+        let mut last = lock(&self.0);
+        let is_due = last.is_none_or(|last| last.elapsed() >= pause);
+        if is_due {
+            *last = Some(Instant::now());
+        }
+        is_due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(rate: &Rate, millis: u64) -> Instant {
+        rate.began + Duration::from_millis(millis)
+    }
+
+    /// How many packets of so many bytes may be sent at once.
+    fn burst(rate: &Rate, bytes: u64, now: Instant) -> u32 {
+        let mut sent = 0;
+        while rate.charge(Cost { work: PACKET, bytes }, now).is_zero() {
+            sent += 1;
+        }
+        sent
+    }
+
+    #[test]
+    fn who_takes_too_much_waits_as_long_as_it_takes_to_pay() {
+        let rate = rate(Role::Worker);
+        assert_eq!(burst(&rate, 10, after(&rate, 0)), 40_000);
+        let wait = rate.charge(Cost { work: 2_000 * PACKET, bytes: 0 }, after(&rate, 0));
+        assert!((1_000..1_002).contains(&wait.as_millis()), "{wait:?}");
+        assert_eq!(burst(&rate, 10, after(&rate, 2_001)), 2_001);
+        assert_eq!(burst(&rate, 10, after(&rate, 1_000_000)), 40_000, "no more is saved up");
+        assert_eq!(burst(&rate, 100_000, after(&rate, 2_000_000)), 167, "16 MiB");
+    }
+
+    #[test]
+    fn a_worker_says_20_000_keys_at_once_each_alone_and_a_broker_more() {
+        let (worker, broker) = (rate(Role::Worker), rate(Role::Broker));
+        assert!(burst(&worker, 200, after(&worker, 0)) > 2 * 20_000 - 1);
+        assert!(burst(&broker, 200, after(&broker, 0)) >= 100_000);
+        assert_eq!(Account::own().charge(Cost { work: u64::MAX, bytes: u64::MAX }, Instant::now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn connections_of_a_user_share_and_those_of_programs_without_one_do_not() {
+        let (user, now) = (Account::of(Role::Worker, 1, 100), Instant::now());
+        let much = Cost { work: 80_000 * PACKET, bytes: 0 };
+        assert!(!user.clone().charge(much, now).is_zero() && !user.charge(Cost::default(), now).is_zero());
+        let anyone = Account::of_anyone();
+        let flood = Cost { work: 200_000 * PACKET, bytes: 0 };
+        assert!(!anyone.with_new_rate().charge(flood, now).is_zero());
+        assert!(anyone.with_new_rate().charge(Cost::default(), now).is_zero());
+        let held: Vec<_> = (0..10).map_while(|_| user.clone().hold(1 << 20)).collect();
+        assert_eq!(held.len(), 4);
+        drop(held);
+        assert!(user.hold(1 << 20).is_some());
+    }
+
+    #[test]
+    fn seats_are_for_all_users() {
+        let seats = |users, all| Account::of(Role::Worker, users, all).seats;
+        assert_eq!([seats(3, 10), seats(1, 10), seats(10, 100), seats(3, 10_000)], [4, 10, 10, 32]);
+        assert_eq!(Account::of_anyone().seats, usize::MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_happens_often_is_said_rarely() {
+        let rarely = Rarely::default();
+        assert!(rarely.is_due(WARN) && !rarely.is_due(WARN));
+        tokio::time::advance(WARN).await;
+        assert!(rarely.is_due(WARN));
+    }
+}

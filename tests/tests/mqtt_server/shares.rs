@@ -1,0 +1,247 @@
+//! What one user may take of the server beside others: seats, memory, and its time.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use rumqttc::{Connect, Login, Packet, Publish, QoS, Subscribe, SubscribeFilter, Unsubscribe};
+use wgkex_tests::key;
+use wgkex_tests::raw::{Raw, connect_with_will};
+use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, key_for};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+
+use crate::access::{TWO, join, plan, stack};
+use crate::{assert_stands, memory};
+
+/// What is said when a program's connection is lost, the broker's own, too.
+const LOST: &str = "MQTT not connected";
+
+fn slowed(stack: &Stack, reason: &str) -> f64 {
+    stack.metric(&format!("wgkex_broker_mqtt_slowed_total{{reason=\"{reason}\"}}")).unwrap_or_default()
+}
+
+fn written(packet: &Packet) -> BytesMut {
+    let mut bytes = BytesMut::new();
+    packet.write(&mut bytes, usize::MAX).unwrap();
+    bytes
+}
+
+fn ping(raw: &mut Raw) {
+    raw.send(&Packet::PingReq);
+    assert_eq!(raw.read(), Some(Packet::PingResp));
+}
+
+/// On the server before, the ninth connection of gw1 took the last place, and gw2 heard that the server is full.
+#[test]
+fn a_worker_with_many_names_takes_no_other_ones_seat_and_keeps_those_that_it_uses() {
+    let mut stack = Stack::start(plan(&TWO, ", max_connections: 10"));
+    let mut used = join(&stack, "gw1", "gw1");
+    let mut unused = Vec::new();
+    for n in 0..20 {
+        unused.push(join(&stack, "gw1", &format!("gw1-x{n}")));
+        ping(&mut used);
+    }
+    // Those that were silent for longest made room: four are left, with the one that is used.
+    unused[..17].iter_mut().for_each(Raw::wait_for_end);
+    unused[17..].iter_mut().for_each(ping);
+    let mut others: Vec<_> = ["gw2", "gw2-applied"].map(|id| join(&stack, "gw2", id)).into();
+    others.extend(["b", "b-keys"].map(|id| join(&stack, "b", id)));
+    others.iter_mut().for_each(ping);
+    stack.wait_until_ready();
+}
+
+/// On the server before, 30 MB were in memory.
+#[test]
+fn packets_that_do_not_end_take_little_memory_and_none_is_lost() {
+    const SIZE: usize = 1_000_000;
+    let mut stack = stack(&TWO);
+    // What it may not say is acknowledged, and goes nowhere.
+    let packet = written(&Packet::Publish(Publish { pkid: 1, ..Publish::new("x", QoS::AtLeastOnce, vec![0; SIZE]) }));
+    let (most, rest) = packet.split_at(SIZE * 9 / 10);
+    let mut raws: Vec<_> = (0..30).map(|n| join(&stack, "gw1", &format!("gw1-{n}"))).collect();
+    let (before, may_end) = (memory(&mut stack), AtomicBool::new(false));
+    let most_memory = thread::scope(|scope| {
+        let may_end = &may_end;
+        let sending: Vec<_> = raws
+            .iter_mut()
+            .map(|raw| {
+                scope.spawn(move || {
+                    raw.send_bytes(most);
+                    while !may_end.load(Ordering::Relaxed) {
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                    raw.send_bytes(rest);
+                    assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
+                })
+            })
+            .collect();
+        let begun = Instant::now();
+        let mut most_memory = before;
+        while !sending.iter().all(thread::ScopedJoinHandle::is_finished) {
+            most_memory = most_memory.max(memory(&mut stack));
+            may_end.fetch_or(begun.elapsed() > Duration::from_secs(1), Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(5));
+        }
+        most_memory
+    });
+    assert!(most_memory < before + (16 << 20), "{before} bytes before, {most_memory} with unfinished packets");
+    assert!(slowed(&stack, "unfinished") > 0.0);
+}
+
+/// On the server before, it was compared with each subscription, and answered.
+#[test]
+fn a_packet_of_too_many_topics_ends_the_connection() {
+    let mut stack = stack(&TWO);
+    let topics = |count: u32| (0..count).map(|n| format!("wireguard/{n:06}/+"));
+    let subscribe = |count| Subscribe::new_many(topics(count).map(|path| SubscribeFilter::new(path, QoS::AtMostOnce)));
+    let mut raw = join(&stack, "gw1", "gw1");
+    raw.send(&Packet::Subscribe(Subscribe { pkid: 1, ..subscribe(1_000) }));
+    assert!(matches!(raw.read(), Some(Packet::SubAck(ack)) if ack.return_codes.len() == 1_000));
+    raw.send(&Packet::Unsubscribe(Unsubscribe { pkid: 2, topics: topics(1_000).skip(500).collect() }));
+    assert!(matches!(raw.read(), Some(Packet::UnsubAck(_))));
+    for many in [
+        Packet::Unsubscribe(Unsubscribe { pkid: 2, topics: topics(52_000).collect() }),
+        Packet::Subscribe(Subscribe { pkid: 2, ..subscribe(45_000) }),
+    ] {
+        let mut raw = join(&stack, "gw1", "gw1");
+        raw.send(&many);
+        assert_eq!(raw.read(), None);
+    }
+    let _ = join(&stack, "gw2", "gw2");
+    stack.wait_until_ready();
+}
+
+/// Ends what goes on in the background, also when a test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// As a worker with a stolen password would: all that costs the server more than the sender, over and over.
+fn flood(stack: &Stack, over: &AtomicBool) {
+    let say = |topic: &str, payload: &[u8], retain| {
+        written(&Packet::Publish(Publish { retain, ..Publish::new(topic, QoS::AtMostOnce, payload) }))
+    };
+    let again =
+        |filter: &str| written(&Packet::Subscribe(Subscribe { pkid: 1, ..Subscribe::new(filter, QoS::AtMostOnce) }));
+    let mut setup = join(stack, "gw1", "gw1-setup");
+    (0..2_000).for_each(|n| setup.send_bytes(&say(&format!("wireguard-worker/gw1/{n}/data"), b"{}", true)));
+    let manners = [
+        say("wgkex/worker/gw1/x", b"", false),
+        say("wgkex/worker/gw1/applied", b"nonsense", false),
+        written(&Packet::PingReq),
+        again("wireguard-worker/+/+/data"),
+        again("wireguard-worker/+/+/data"),
+    ];
+    thread::scope(|scope| {
+        for (n, packet) in manners.into_iter().enumerate() {
+            let mut raw = join(stack, "gw1", &format!("gw1-{n}"));
+            let many = packet.repeat((64 << 10) / packet.len());
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    raw.send_if_taken(&many);
+                    let _ = raw.has_ended();
+                }
+            });
+        }
+        // Another one that comes and goes, with a will each time.
+        scope.spawn(move || {
+            let login = Some(Login::new("gw1", "gw1"));
+            let connect = Connect { login, ..connect_with_will("gw1-again", "wireguard-worker/gw1/status", "0") };
+            while !over.load(Ordering::Relaxed) {
+                let _ = Raw::dial(stack.mqtt).log_in(&connect);
+            }
+        });
+    });
+}
+
+/// On the server before, the broker and gw2 were thrown out as too slow, and routers heard 503.
+#[test]
+fn a_worker_that_floods_slows_itself_down_and_nobody_else() {
+    let plan = plan(&TWO, "").config("confirm_timeout: 20\nconfirm_budget: 20");
+    let mut stack = Stack::start(plan);
+    stack.plan.credentials = Some(("gw2".into(), "gw2".into()));
+    let worker = Worker::start(&stack, "gw2", Manner::Confirms, 3);
+    stack.wait_for_gateways(1);
+    let (over, begun) = (AtomicBool::new(false), Instant::now());
+    thread::scope(|scope| {
+        let _end = End(&over);
+        scope.spawn(|| flood(&stack, &over));
+        while slowed(&stack, "rate") < 100.0 && begun.elapsed() < Duration::from_secs(10) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        for n in 0..50 {
+            let answer = stack.v2(DOMAIN, &key(n));
+            assert_eq!((answer.status, answer.json()), (200, endpoint("gw2")), "key {n}");
+        }
+    });
+    assert!(slowed(&stack, "rate") >= 100.0);
+    assert_eq!(worker.probe.sessions(), 1, "gw2 stayed connected");
+    let log = stack.broker().log();
+    assert!(!log.contains(LOST), "{log}");
+    let warnings = log.lines().filter(|line| line.contains("slowed down")).count();
+    assert!((1..=2).contains(&warnings), "once a minute: {log}");
+    stack.wait_until_ready();
+}
+
+/// Says `messages` as fast as it can, and waits until all are acknowledged.
+fn say_all(raw: &mut Raw, messages: impl Iterator<Item = (String, Vec<u8>)>) {
+    let publish = |(topic, payload)| Publish { pkid: 7, ..Publish::new(topic, QoS::AtLeastOnce, payload) };
+    let (mut bytes, mut count) = (BytesMut::new(), 0);
+    for message in messages {
+        Packet::Publish(publish(message)).write(&mut bytes, usize::MAX).unwrap();
+        count += 1;
+    }
+    thread::scope(|scope| {
+        let mut sender = raw.share();
+        scope.spawn(move || sender.send_bytes(&bytes));
+        (0..count).for_each(|n| assert!(matches!(raw.read(), Some(Packet::PubAck(_))), "message {n}"));
+    });
+}
+
+/// Keys as from another broker, and a worker's word of each, alone. With a rate of 1,000 a second and nothing at once, or
+/// with messages dropped beyond it, this was seen to fail.
+#[test]
+fn who_does_its_job_is_never_slowed_down_and_what_is_acknowledged_is_said() {
+    const KEYS: u32 = 20_000;
+    const MANY: u32 = 50_000;
+    let stack = stack(&TWO);
+    let (mut broker, mut worker) = (join(&stack, "b", "b"), join(&stack, "gw1", "gw1-applied"));
+    say_all(&mut broker, (0..KEYS).map(|n| key_for(DOMAIN, &key(n))).map(|said| (said.topic, said.payload)));
+    say_all(&mut worker, (0..KEYS).map(|n| applied("gw1", DOMAIN, &key(n))).map(|said| (said.topic, said.payload)));
+    assert!(slowed(&stack, "rate") < 1.0, "{}", slowed(&stack, "rate"));
+
+    let mut hearer = join(&stack, "b", "hearer");
+    hearer.subscribe(&[("wgkex/worker/gw1/x", QoS::AtLeastOnce)]);
+    thread::scope(|scope| {
+        scope.spawn(|| say_all(&mut worker, (0..MANY).map(|n| ("wgkex/worker/gw1/x".into(), n.to_string().into()))));
+        (0..MANY).for_each(|n| assert_eq!(hearer.hear().payload, n.to_string()));
+    });
+}
+
+/// Without users everybody may do everything, at any pace that the broker keeps up with. On the server before, its own
+/// connections were thrown out as too slow.
+#[test]
+fn the_broker_is_never_thrown_out_of_its_own_server() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+    let many = written(&Packet::Publish(Publish::new("wgkex/worker/gw1/applied", QoS::AtMostOnce, vec![b'{'; 1_000])));
+    let many = many.repeat(100);
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for n in 0..4 {
+            let mut raw = Raw::connect(stack.mqtt, &format!("flood-{n}"));
+            let many = &many;
+            scope.spawn(move || {
+                while begun.elapsed() < Duration::from_secs(3) {
+                    raw.send_bytes(many);
+                }
+            });
+        }
+    });
+    assert!(!stack.broker().log().contains(LOST), "{}", stack.broker().log());
+    assert_stands(&mut stack);
+}

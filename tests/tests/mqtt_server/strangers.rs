@@ -1,0 +1,151 @@
+//! Clients that have not logged in: those that say nothing, and those that guess passwords.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rumqttc::{Connect, ConnectReturnCode, Login, Packet};
+use wgkex_tests::raw::{Raw, connect};
+use wgkex_tests::stack::Stack;
+use wgkex_tests::wait_until;
+
+use crate::access::{TWO, as_user, join, stack};
+use crate::assert_stands;
+
+/// Something that goes on in the background until it is dropped.
+struct Ongoing {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ongoing {
+    fn start(mut step: impl FnMut() + Send + 'static) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let over = over.clone();
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    step();
+                }
+            }
+        });
+        Self { over, thread: Some(thread) }
+    }
+}
+
+impl Drop for Ongoing {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn address(last: u8) -> Ipv4Addr {
+    [127, 0, 0, last].into()
+}
+
+/// Sixty silent connections from each of ten addresses. Some of those that are closed are replaced.
+fn silent_crowd(server: SocketAddr) -> Ongoing {
+    let dial = move |last| Raw::dial_from(address(last), server);
+    let mut crowd: Vec<_> = (2..12).flat_map(|last| (0..60).map(move |_| (last, dial(last)))).collect();
+    Ongoing::start(move || {
+        for (last, raw) in crowd.iter_mut().filter_map(|(last, raw)| raw.has_ended().then_some((last, raw))).take(5) {
+            *raw = dial(*last);
+        }
+        thread::sleep(Duration::from_millis(50));
+    })
+}
+
+fn metric(stack: &Stack, reason: &str) -> f64 {
+    stack.metric(&format!("wgkex_broker_mqtt_refused_total{{reason=\"{reason}\"}}")).unwrap_or_default()
+}
+
+/// On the server before, the first gateway found all places taken.
+#[test]
+fn a_crowd_that_says_nothing_keeps_no_gateway_out() {
+    let mut stack = stack(&TWO);
+    let _ = join(&stack, "gw1", "gw1");
+    let crowd = silent_crowd(stack.mqtt);
+    wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
+    for round in 0..10 {
+        // An address that logged in before, one that never did, and one that has many of the crowd.
+        for last in [1, 100 + round, 2] {
+            let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user("gw1", "gw1"));
+            assert_eq!(code, Some(ConnectReturnCode::Success), "round {round} from 127.0.0.{last}");
+        }
+    }
+    drop(crowd);
+    assert_stands_with_users(&mut stack);
+}
+
+fn assert_stands_with_users(stack: &mut Stack) {
+    let mut raw = join(stack, "gw1", "gw1");
+    raw.send(&Packet::PingReq);
+    assert_eq!(raw.read(), Some(Packet::PingResp));
+    stack.wait_until_ready();
+}
+
+fn guess(user: &str, password: &str) -> Connect {
+    Connect { login: Some(Login::new(user, password)), ..connect(user) }
+}
+
+/// On the server before, all guesses were verified.
+#[test]
+fn guesses_from_one_address_are_few_and_keep_nobody_out() {
+    let mut stack = stack(&TWO);
+    let (server, begun) = (stack.mqtt, Instant::now());
+    let mut number = 0;
+    let guesses = Ongoing::start(move || {
+        let mut guessers: Vec<_> = (0..30).map(|_| Raw::dial_from(address(2), server)).collect();
+        for guesser in &mut guessers {
+            number += 1;
+            guesser.send(&Packet::Connect(guess("gw2", &number.to_string())));
+        }
+        for guesser in &mut guessers {
+            let code = guesser.read();
+            assert!(!matches!(code, Some(Packet::ConnAck(ack)) if ack.code == ConnectReturnCode::Success));
+        }
+    });
+    let answered = || metric(&stack, "guesses") + metric(&stack, "password");
+    wait_until("many guesses are answered", || (answered() >= 100.0).then_some(()));
+    // Each for the first time: a password that was right is known without a look.
+    for (last, user) in [(3, "gw1"), (2, "b")] {
+        let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user(user, user));
+        assert_eq!(code, Some(ConnectReturnCode::Success), "{user} from 127.0.0.{last}");
+    }
+    let (looked_at, seconds) = (metric(&stack, "password"), begun.elapsed().as_secs_f64());
+    assert!(looked_at <= 6.0 + seconds, "{looked_at} guesses in {seconds} s");
+    drop(guesses);
+    assert_stands_with_users(&mut stack);
+}
+
+/// On the server before, a name that no user has was refused in a hundredth of the time.
+#[test]
+fn a_wrong_name_takes_as_long_as_a_wrong_password() {
+    let stack = stack(&TWO);
+    let least = |user: &str| {
+        let durations = (0..3).map(|_| {
+            let mut raw = Raw::dial(stack.mqtt);
+            let begun = Instant::now();
+            assert_eq!(raw.log_in(&guess(user, "wrong")), Some(ConnectReturnCode::NotAuthorized));
+            begun.elapsed()
+        });
+        durations.min().unwrap()
+    };
+    let (known, unknown) = (least("gw1"), least("gw3"));
+    assert!(unknown > known / 3, "{unknown:?} for a wrong name, {known:?} for a wrong password");
+}
+
+/// A stop does not wait for those who say nothing, and who comes after that finds a place at once.
+#[test]
+fn a_crowd_without_users_keeps_nobody_out_either() {
+    let mut stack = crate::stack();
+    let crowd = silent_crowd(stack.mqtt);
+    wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
+    assert_stands(&mut stack);
+    drop(crowd);
+}
