@@ -292,7 +292,7 @@ mod tests {
 
     use super::*;
 
-    /// It was seen to start all the same, and to let nobody in.
+    /// Such a server would start and let nobody in.
     #[test]
     fn a_listener_that_cannot_be_served_is_an_error() {
         let dir = tempfile::tempdir().unwrap();

@@ -172,7 +172,7 @@ mod tests {
         assert!(answers.table().is_empty());
     }
 
-    /// Seen to fail where every word is queued: there was no place for the other gateway's.
+    /// Fails where every word is queued: there was no place for the other gateway's.
     #[tokio::test(start_paused = true)]
     async fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
         let answers = Answers::default();

@@ -217,7 +217,7 @@ mod tests {
         assert!(matches!(turns.take(&domain, key(0), false, true), Turn::Taken(_)));
     }
 
-    /// Seen to fail where only those that wait for a turn are looked at: what shook hands waited for the bus for ever.
+    /// Fails where only those that wait for a turn are looked at: what shook hands waited for the bus for ever.
     #[tokio::test(start_paused = true)]
     async fn what_the_bus_does_not_take_is_taken_back_after_the_longest_time() {
         let (turns, domain, _bus) = turns();

@@ -305,7 +305,7 @@ mod tests {
         assert!(lock(&waiters.waiting).late.is_empty());
     }
 
-    /// Seen to fail where every word is queued: there was no place for the second gateway's.
+    /// Fails where every word is queued: there was no place for the second gateway's.
     #[test]
     fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
         let (waiters, now) = (Waiters::default(), Instant::now());

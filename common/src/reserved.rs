@@ -222,7 +222,7 @@ mod tests {
         assert!(reserved.forbids(&key(1)) && !reserved.forbids(&key(2)) && reserved.forbids(&key(9)));
     }
 
-    /// Seen to fail where a word counts in whatever domain.
+    /// Fails where a word counts in whatever domain.
     #[test]
     fn gateways_of_domains_that_are_not_served_reserve_nothing() {
         let mut reserved = reserved(&[]);
@@ -233,7 +233,7 @@ mod tests {
         assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
     }
 
-    /// Seen to fail where each word counts at once: the last key was reserved however often that changed.
+    /// Fails where each word counts at once: the last key was reserved however often that changed.
     #[test]
     fn a_word_that_changes_all_the_time_reserves_nothing_until_it_stands() {
         let mut reserved = reserved(&[]);

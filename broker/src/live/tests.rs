@@ -138,7 +138,7 @@ fn what_another_broker_lets_expire_is_not_learnt() {
     assert!(live.is_empty());
 }
 
-/// Seen to fail where a worker's word makes a key live: it was given to who asked, and pushed out what shook hands.
+/// Fails where a worker's word makes a key live: it was given to who asked, and pushed out what shook hands.
 #[test]
 fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
     let (mut live, now) = live(16);
@@ -237,7 +237,7 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     }
 }
 
-/// Seen to fail where whoever never had a handshake, and came less than its grace ago, had the better claim than a router
+/// Fails where whoever never had a handshake, and came less than its grace ago, had the better claim than a router
 /// that was silent for some hours: key after key kept that out for as long as somebody liked.
 #[test]
 fn a_router_that_comes_back_has_its_address_again_from_any_that_never_shook_hands() {
@@ -296,7 +296,7 @@ fn only_so_many_that_lost_their_address_are_remembered() {
     assert_eq!(live.is_proven(&domain(), &router), None, "there is no room for one in so few");
 }
 
-/// Seen to fail where a start puts every key into the journal: all of them were written again.
+/// Fails where a start puts every key into the journal: all of them were written again.
 #[test]
 fn a_start_writes_nothing_of_what_is_on_disk() {
     let now = Instant::now();

@@ -203,8 +203,8 @@ fn say_all(raw: &mut Raw, messages: impl Iterator<Item = (String, Vec<u8>)>) {
     });
 }
 
-/// Keys as from another broker, and a worker's word of each, alone. With a rate of 1,000 a second and nothing at once, or
-/// with messages dropped beyond it, this was seen to fail.
+/// Keys as from another broker, and a worker's word of each, alone. It fails with a rate of 1,000 a
+/// second and nothing at once, or with messages dropped beyond it.
 #[test]
 fn who_does_its_job_is_never_slowed_down_and_what_is_acknowledged_is_said() {
     const KEYS: u32 = 20_000;

@@ -415,7 +415,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
 }
 
-/// Seen to fail where a worker's word reserves whatever it names.
+/// Fails where a worker's word reserves whatever it names.
 #[test]
 fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
     let (first, second) = collision();
