@@ -14,6 +14,7 @@ pub mod raw;
 pub mod scripted;
 pub mod stack;
 pub mod swarm;
+pub mod unread;
 
 /// How long a test waits for what must happen; long enough for a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(30);

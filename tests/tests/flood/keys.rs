@@ -113,6 +113,29 @@ fn only_a_trusted_proxy_says_whose_a_key_is() {
     assert_eq!(log.matches("not in trusted_proxies").count(), 1, "{log}");
 }
 
+/// Seen to fail with the proxy itself in the place of a sender who is not known: 127.0.0.1 has no limit.
+#[test]
+fn who_cannot_be_told_apart_behind_a_proxy_on_this_machine_shares_one_limited_place() {
+    let local = Ipv4Addr::LOCALHOST;
+    let nonsense = ["X-Forwarded-For: x\r\n", "Forwarded: for=unknown\r\n", "Via: 1.1 proxy\r\n"];
+    for (trusted, directly) in [(format!("{PROXY}"), [200, 200]), (format!("{PROXY}, {local}"), [429, 429])] {
+        let config = format!("trusted_proxies: [{trusted}]\nlimits: {{per_client: {{burst: 1, per_second: 0.02}}}}");
+        let (stack, _worker) = stack_with(plan(&config));
+        let runtime = Runtime::new().unwrap();
+        let mut n = 0;
+        let mut ask_from = |source, headers: &str| {
+            n += 1;
+            let body = ask(DOMAIN, &key(n));
+            let answer = async { post(&mut connect_from(source, stack.http).await?, V2, headers, &body).await };
+            runtime.block_on(answer).unwrap()
+        };
+        assert_eq!(nonsense.map(|headers| ask_from(local, headers)), [200, 429, 429], "{trusted}");
+        assert_eq!(nonsense.map(|headers| ask_from(PROXY, headers)), [429, 429, 429], "{trusted}");
+        assert_eq!([ask_from(local, ""), ask_from(local, "")], directly, "{trusted}");
+        assert_eq!(ask_from(PROXY, "X-Forwarded-For: 10.0.0.1\r\n"), 200, "who is named has a place of his own");
+    }
+}
+
 #[test]
 fn three_hundred_routers_behind_one_address_at_once_are_all_served_by_the_defaults() {
     let _alone = alone();
