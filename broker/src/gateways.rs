@@ -163,6 +163,7 @@ impl Gateways {
             | Topic::Seen { .. }
             | Topic::Revoked { .. }
             | Topic::Revocations
+            | Topic::WorkerQuestions { .. }
             | Topic::WorkerPages { .. }
             | Topic::BrokerHello { .. }
             | Topic::Questions { .. }

@@ -14,8 +14,10 @@ use wgkex_common::lists::keeper::{self, Heard as HeardOfLists, View};
 use wgkex_common::message::{Applied, Asked, Hello, Question, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
 use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::{Config, Domain, PublicKey, Topic, is_topic_level};
+use wgkex_common::{Config, Domain, PublicKey, Topic};
 
+use crate::askers::Askers;
+use crate::complaints::Complaints;
 use crate::gateways::Gateways;
 use crate::live::LiveKeys;
 use crate::lock;
@@ -44,11 +46,13 @@ pub fn client(config: &Config) -> Client {
 pub fn keys_client(config: &Config) -> Client {
     let own = || config.name.clone();
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
-    let asked = [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }];
+    let asked =
+        [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }].map(|topic| topic.to_string());
+    let asked = asked.into_iter().chain([Topic::worker_questions()]);
     Client {
         will: Some(hello(&config.name, Vec::new())),
         states: vec![Topic::broker_hellos()],
-        events: keys.chain(asked.map(|topic| topic.to_string())).chain([Topic::Revocations.to_string()]).collect(),
+        events: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
         ..Client::second(format!("wgkex-broker-{}-keys", config.name))
     }
 }
@@ -70,6 +74,7 @@ pub fn hand_on(
     live: Arc<Mutex<LiveKeys>>,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
+    let mut complaints = Complaints::default();
     move |event| match event {
         Event::Up => metrics.mqtt_connected.set(1),
         Event::Down => {
@@ -78,7 +83,9 @@ pub fn hand_on(
             waiters.forget_all();
         }
         Event::Message(publish) => {
-            ignored(&metrics, &publish, hear(&gateways, (&waiters, &answers), &live, &publish));
+            let outcome = hear(&gateways, (&waiters, &answers), &live, &publish);
+            complaints.hear(&publish.topic, &publish.payload, outcome.is_ok(), Instant::now());
+            ignored(&metrics, &publish, outcome);
         }
     }
 }
@@ -165,19 +172,19 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
     serde_json::from_slice(&publish.payload).map_err(|_| "payload")
 }
 
-/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys.
+/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `askers` takes questions for keys.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
     lists: keeper::Handle,
-    questions: mpsc::Sender<Question>,
+    mut askers: Askers,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => lists.heard(HeardOfLists::Up),
         Event::Down => lists.heard(HeardOfLists::Down),
         Event::Message(publish) => {
-            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &lists, &questions, &publish));
+            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &lists, &mut askers, &publish));
         }
     }
 }
@@ -186,7 +193,7 @@ fn hear_of_keys(
     live: &Mutex<LiveKeys>,
     ears: &Ears,
     lists: &keeper::Handle,
-    questions: &mpsc::Sender<Question>,
+    askers: &mut Askers,
     publish: &Publish,
 ) -> Result<(), &'static str> {
     // What finds no place among the ears or the questions is asked again.
@@ -196,17 +203,20 @@ fn hear_of_keys(
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
             lock(live).admit(&domain, key, Instant::now());
         }
-        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
-            let heard = Heard::read(topic, &publish.payload)?;
-            if let Heard::Broker(name, hello) = &heard {
-                lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => match Heard::read(topic, &publish.payload) {
+            Ok(heard) => {
+                if let Heard::Broker(name, hello) = &heard {
+                    lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+                    askers.broker(name, hello.as_ref());
+                }
+                let _ = ears.try_send(heard);
             }
-            let _ = ears.try_send(heard);
-        }
+            Err(_) => askers.by_broker(json(publish)?)?,
+        },
+        Topic::WorkerQuestions { worker } => askers.by_worker(&worker, json(publish)?)?,
         Topic::Questions { .. } => match json(publish)? {
             Asked::Records(_) => lists.heard(HeardOfLists::Asked),
-            Asked::Keys(question) if is_topic_level(question.from.name()) => drop(questions.try_send(question)),
-            Asked::Keys(_) => return Err("payload"),
+            Asked::Keys(question) => askers.by_anybody(question)?,
         },
         Topic::Revocations => lists.heard(HeardOfLists::Records(json(publish)?)),
         Topic::ConnectedPeers { .. }
@@ -316,7 +326,8 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     publish.retain = retained;
     let words = (Waiters::default(), Answers::default());
     hand_on(gateways, words, live.clone(), metrics.clone())(Event::Message(publish.clone()));
-    hand_on_keys(live.clone(), ears, lists, questions, metrics)(Event::Message(publish));
+    let askers = Askers::new("b".into(), questions);
+    hand_on_keys(live.clone(), ears, lists, askers, metrics)(Event::Message(publish));
     assert!(lock(&live).len() <= 10);
 }
 
@@ -328,12 +339,13 @@ mod tests {
     use super::*;
 
     /// Payloads that are nearly right find more than any bytes do.
-    const PAYLOADS: [&str; 10] = [
+    const PAYLOADS: [&str; 11] = [
         r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
         r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
         r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
         r#"{"broker":"b","domain":"ff_a","after":null,"keys":{},"more":true}"#,
         r#"{"from":{"worker":"a/b"},"domain":"ff_a","after":null,"younger_than":18446744073709551615}"#,
+        r#"{"from":{"worker":"a"},"to":"b","domain":"ff_a","after":null,"younger_than":0}"#,
         r#"{"version":"1","can":["confirm","answer"],"domains":["ff_a"],"instance":1}"#,
         r#"[{"key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","list":"deny","at":1,"on":true}]"#,
         r#"{"domain":"ff_a","at":{},"keys":{"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=":"removed"}}"#,
@@ -374,6 +386,7 @@ mod tests {
             "wgkex/worker/w/hello",
             "wgkex/worker/w/applied",
             "wgkex/worker/w/seen",
+            "wgkex/worker/a/questions",
             "wgkex/worker/w/pages",
             "wgkex/broker/b/hello",
             "wgkex/broker/b/questions",

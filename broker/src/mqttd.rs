@@ -81,7 +81,7 @@ impl Mqttd {
         let door = Door { users: Users::new(&config.users)?, tls, room };
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
-        let (file, retained) = File::open(dir);
+        let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let bus = Arc::new(Bus::open(retained, room + OWN, metrics.clone())?);
         let server = Serving { bus, metrics: metrics.clone() };

@@ -12,6 +12,7 @@ pub mod message;
 pub mod mqtt;
 pub mod process;
 mod reserved;
+mod state_file;
 pub mod store;
 pub mod sync;
 pub mod tls;

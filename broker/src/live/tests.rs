@@ -27,7 +27,7 @@ fn live(max: usize) -> (LiveKeys, Instant) {
 }
 
 fn question() -> Question {
-    Question { from: Party::Worker("gw".into()), domain: "ff_a".into(), after: None, younger_than: None }
+    Question { from: Party::Worker("gw".into()), to: None, domain: "ff_a".into(), after: None, younger_than: None }
 }
 
 fn page_of_none() -> Page {

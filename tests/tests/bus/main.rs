@@ -3,7 +3,9 @@
 
 mod choice;
 mod confirm;
+mod data;
 mod faults;
+mod questions;
 mod session;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
