@@ -18,6 +18,8 @@ const UNSUPPORTED: Duration = Duration::from_secs(65);
 /// How long a worker that says it is online may publish nothing. The original leaves a count out when its dump was
 /// interrupted.
 const LIVENESS: Duration = Duration::from_secs(150);
+/// The same count again within this time is a repetition, and no count anew: those come every minute.
+const REPEATED: Duration = Duration::from_secs(50);
 /// How long nothing retained may have come before the retained states count as complete: a server keeps the order of
 /// messages of one topic only (MQTT 3.1.1 section 4.6).
 const QUIET: Duration = Duration::from_millis(250);
@@ -64,6 +66,8 @@ struct Worker {
     data: BTreeMap<Domain, WorkerData>,
     /// Connected peers of each domain of which it said so; none where it said that it is offline.
     peers: BTreeMap<Domain, Option<u64>>,
+    /// The last count of each domain, and when it came.
+    counts: BTreeMap<Domain, (u64, Instant)>,
 }
 
 /// A gateway for a router.
@@ -551,13 +555,23 @@ impl Worker {
         };
     }
 
+    /// A count that is published once more for a newcomer says nothing of the answers given since.
+    fn is_repeated(&self, domain: &Domain, peers: u64, now: Instant) -> bool {
+        let is_same = |(count, at): &(u64, Instant)| *count == peers && now.saturating_duration_since(*at) < REPEATED;
+        self.peers.get(domain).is_some_and(Option::is_some) && self.counts.get(domain).is_some_and(is_same)
+    }
+
     fn hear_peers(&mut self, domain: Domain, peers: Peers, retained: bool, now: Instant) {
         self.silent = false;
         if !retained && peers != Peers::Unsaid {
             self.heard(matches!(peers, Peers::Connected(_)), now);
         }
         match peers {
-            Peers::Connected(peers) => self.peers.insert(domain, Some(peers)),
+            Peers::Connected(peers) if self.is_repeated(&domain, peers, now) => None,
+            Peers::Connected(peers) => {
+                self.counts.insert(domain.clone(), (peers, now));
+                self.peers.insert(domain, Some(peers))
+            }
             Peers::Offline => self.peers.insert(domain, None),
             Peers::Unsaid => self.peers.remove(&domain),
         };

@@ -239,6 +239,21 @@ fn each_answer_counts_once_for_every_broker_online() {
 }
 
 #[test]
+fn a_count_that_is_published_again_for_a_newcomer_does_not_take_back_answers() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    gateways.answer();
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
+    assert_eq!(gateways.overview()[0].peers, 1);
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "5");
+    assert_eq!(gateways.overview()[0].peers, 5);
+    let topic = Topic::parse("wireguard-metrics/ff_a/a/connected_peers").unwrap();
+    gateways.answer();
+    gateways.hear(&topic, b"5", false, Instant::now() + REPEATED).unwrap();
+    assert_eq!(gateways.overview()[0].peers, 5);
+}
+
+#[test]
 fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
