@@ -312,11 +312,7 @@ impl Exchange {
             self.publish_again(ask, standing);
             return Ok(choice);
         }
-        let Some(first) = self.choose(ask, |_, _| true) else {
-            // A gateway that is taken for offline and is not shows it by confirming the key.
-            self.publish_again(ask, standing);
-            return Err(Refusal::NoGateway);
-        };
+        let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
         let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
         let mut heard = Heard::default();
         let choice = if !first.confirms || self.takes(ask, &first, &mut waiting, &mut heard, deadlines).await {
