@@ -11,10 +11,13 @@ mod outbox;
 mod pair;
 mod subscriptions;
 
+use std::mem::take;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use rumqttc::{AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, SubAck, valid_topic};
+use rumqttc::{
+    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, MqttState, Outgoing, SubAck, valid_topic,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -278,7 +281,7 @@ impl Session {
 
     /// Goes on through the program's first session, until `stop` returns.
     async fn join(self, hand_on: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        let Self { client, eventloop, mut orders, link, filters, server, pair, .. } = self;
+        let Self { client, eventloop, mut orders, mut outbox, link, filters, server, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, orders: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
@@ -289,6 +292,9 @@ impl Session {
         let mut next: Option<Letter> = None;
         loop {
             let up = *link.borrow() == Link::Up;
+            if up && next.is_none() {
+                next = outbox.next();
+            }
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return };
@@ -319,7 +325,8 @@ impl Session {
         let up = *self.link.borrow() == Link::Up;
         loop {
             let now = Instant::now();
-            if self.is_connected && (self.subscriptions.is_overdue(now) || self.echo.is_lost(now)) {
+            let is_overdue = self.subscriptions.is_overdue(now) || self.outbox.is_overdue(now);
+            if self.is_connected && (is_overdue || self.echo.is_lost(now)) {
                 return Some(Err(ConnectionError::NetworkTimeout));
             }
             if let Some(filters) = self.is_connected.then(|| self.subscriptions.next(now)).flatten()
@@ -340,7 +347,7 @@ impl Session {
                 self.outbox.hand_over(Letter::new(echo, None), &self.client);
                 continue;
             }
-            let due = self.subscriptions.due().into_iter().chain(self.echo.next()).min();
+            let due = self.subscriptions.due().into_iter().chain(self.echo.next()).chain(self.outbox.due()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
@@ -371,7 +378,7 @@ impl Session {
                 _ => hand_on(Event::Message(publish)),
             },
             rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
-            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid),
+            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid, Instant::now()),
             rumqttc::Event::Incoming(_) | rumqttc::Event::Outgoing(_) => {}
         }
     }
@@ -436,10 +443,18 @@ impl Session {
         }
     }
 
-    /// What rumqttc still holds is in the outbox too, and is published again from there.
+    /// What rumqttc still holds to be sent is in the outbox too, and is published again from there. What it has received is
+    /// handed on; it would do so on the next connection, and take the answer to a SUBSCRIBE of this one for that of the next.
     fn lost(&mut self, error: &ConnectionError, hand_on: &mut impl FnMut(Event)) {
         self.eventloop.clean();
         self.eventloop.pending.clear();
+        let received = take(&mut self.eventloop.state.events);
+        self.eventloop.state = MqttState::new(INFLIGHT, false);
+        for event in received {
+            if !matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) {
+                self.handle(event, hand_on);
+            }
+        }
         self.outbox.lost();
         if let Some(pair) = &self.pair {
             pair.lost(Instant::now());
@@ -570,6 +585,53 @@ mod tests {
         };
         session.run(hand_on, sleep(Duration::from_secs(5))).await;
         counted.len()
+    }
+
+    /// A server that delivers a message, grants a subscription and breaks the connection, all at once; then it lets the
+    /// client in, and answers no more.
+    fn start_leaving_server() -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        thread::spawn(move || {
+            let mut packet = [0; 512];
+            let (mut client, _) = listener.accept().unwrap();
+            let _connect = client.read(&mut packet).unwrap();
+            client.write_all(&[0x20, 2, 0, 0]).unwrap();
+            let _subscribe = client.read(&mut packet).unwrap();
+            let (publish, granted) = ([0x30, 4, 0, 1, b'a', b'x'], [0x90, 3, packet[2], packet[3], 0]);
+            // There is no packet of type 0: with it the connection is over for the client.
+            client.write_all(&[&publish[..], &granted, &[0, 0]].concat()).unwrap();
+            let (mut again, _) = listener.accept().unwrap();
+            let _connect = again.read(&mut packet).unwrap();
+            again.write_all(&[0x20, 2, 0, 0]).unwrap();
+            while again.read(&mut packet).is_ok_and(|length| length > 0) {}
+        });
+        port
+    }
+
+    /// rumqttc keeps what it has read when a connection breaks, and returns it on the next one.
+    #[tokio::test]
+    async fn what_came_with_a_loss_is_handed_on_and_is_none_of_the_next_connection() {
+        let port = start_leaving_server();
+        let yaml =
+            format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}}}");
+        let config = Config::parse("", &yaml, "w").unwrap();
+        let client = Client { states: vec!["a".into()], ..Client::second("w".into()) };
+        let (_bus, session) = open(&config.mqtt, client).unwrap();
+        let (events, mut handed_on) = mpsc::unbounded_channel();
+        let hand_on = move |event| {
+            let _ = events.send(match event {
+                Event::Up => "up",
+                Event::Down => "down",
+                Event::Message(_) => "message",
+            });
+        };
+        session.run(hand_on, sleep(Duration::from_secs(2))).await;
+        let mut all = Vec::new();
+        while let Ok(event) = handed_on.try_recv() {
+            all.push(event);
+        }
+        assert_eq!(all, ["message", "down"]);
     }
 
     #[tokio::test]
