@@ -16,7 +16,8 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use rumqttc::{
-    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, MqttState, Outgoing, SubAck, valid_topic,
+    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, MqttState, Outgoing, StateError, SubAck,
+    valid_topic,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -44,6 +45,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const TOPIC_MAX: usize = 65_535;
 /// The longest pause where the server closes each connection as soon as it stands.
 const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
+/// After so many connections in a row that the server closed before it had granted every subscription, it may not like a name.
+const CLOSED_EARLY: u32 = 3;
 /// After so many of these the log says what may be the cause.
 const THROWN_OUT: u32 = 5;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
@@ -123,6 +126,13 @@ impl Client {
         let events = self.events.iter().map(|filter| (filter.clone(), QoS::AtLeastOnce, true));
         let optional = self.optional.iter().cloned().chain(self.echo.as_ref().map(Topic::to_string));
         states.chain(events).chain(optional.map(|filter| (filter, QoS::AtMostOnce, false)))
+    }
+
+    /// A name in its filters or its will that has a dot.
+    fn dotted(&self) -> Option<String> {
+        let will = self.will.as_ref().map(|will| will.topic.to_string());
+        let mut topics = will.into_iter().chain(self.filters().map(|(filter, ..)| filter));
+        topics.find_map(|topic| dotted(&topic).map(str::to_owned))
     }
 }
 
@@ -209,6 +219,10 @@ pub struct Session {
     since: Option<Instant>,
     /// Connections in a row that the server closed soon after they stood.
     thrown_out: u32,
+    /// Connections in a row that the server closed before it had granted every subscription.
+    closed_early: u32,
+    /// A name in its topics with a dot.
+    dotted: Option<String>,
     /// What it has of the program's other session.
     pair: Option<Pair>,
     /// The other session, if that publishes and subscribes through this one.
@@ -241,6 +255,8 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         link,
         subscriptions: Subscriptions::new(client.filters()),
         filters: client.filters().collect(),
+        dotted: client.dotted(),
+        closed_early: 0,
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: Echo::default(),
         is_connected: false,
@@ -397,7 +413,8 @@ impl Session {
 
     fn subscribed(&mut self, ack: &SubAck, hand_on: &mut impl FnMut(Event)) {
         for filter in self.subscriptions.answered(&ack.return_codes, Instant::now()) {
-            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server");
+            let hint = dot_hint(&filter);
+            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server{hint}");
         }
         if *self.link.borrow() == Link::Up {
             return;
@@ -405,7 +422,8 @@ impl Session {
         if self.subscriptions.is_complete() {
             self.up(hand_on);
         } else if let Some(filter) = self.subscriptions.refused() {
-            let reason = format!("{}: the server refuses the subscription to {filter}", self.server);
+            let hint = dot_hint(filter);
+            let reason = format!("{}: the server refuses the subscription to {filter}{hint}", self.server);
             self.link.send_replace(Link::Down(reason));
         }
     }
@@ -463,15 +481,31 @@ impl Session {
         self.subscriptions.reset();
         self.echo.down();
         self.count_thrown_out(error);
-        let now = Link::Down(format!("{}: {}", self.server, describe(error)));
+        self.count_closed_early(error);
+        let hint = self.dotted.as_ref().filter(|_| self.closed_early >= CLOSED_EARLY).map(|name| dot_hint(name));
+        let now = Link::Down(format!("{}: {}{}", self.server, describe(error), hint.as_deref().unwrap_or_default()));
         let before = self.link.send_replace(now.clone());
-        if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
+        // The name may be in filters of the second alone.
+        let is_new = hint.is_some() && self.closed_early == CLOSED_EARLY;
+        if let (Link::Down(reason), true) = (&now, now != before && (!self.is_second || is_new)) {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);
         if let Some(guest) = &self.guest {
             guest.hand_on(Event::Down);
         }
+    }
+
+    /// Nor has it a way to refuse a name.
+    fn count_closed_early(&mut self, error: &ConnectionError) {
+        let is_closed = matches!(
+            error,
+            ConnectionError::MqttState(
+                StateError::ConnectionAborted | StateError::Io(_) | StateError::Deserialization(_)
+            )
+        );
+        let was_up = *self.link.borrow() == Link::Up;
+        self.closed_early = if is_closed && !was_up { self.closed_early.saturating_add(1) } else { 0 };
     }
 
     /// MQTT 3.1.1 has no way to say that another client of the same id has connected: the server closes the connection.
@@ -522,6 +556,17 @@ async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
         Some(Pair { joining: Joining::First(joining), .. }) => joining.recv().await,
         _ => None,
     }
+}
+
+/// The first level of a topic or filter that has a dot.
+fn dotted(topic: &str) -> Option<&str> {
+    topic.split('/').find(|level| level.contains('.'))
+}
+
+/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
+fn dot_hint(topic: &str) -> String {
+    let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
+    dotted(topic).map(hint).unwrap_or_default()
 }
 
 /// One line on why there is no connection, in an operator's words.

@@ -1,4 +1,4 @@
-//! NATS: a cluster of three nodes that lose one another.
+//! NATS: a cluster of three nodes that lose one another, and a server that takes no name with a dot.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -41,6 +41,18 @@ fn nothing_is_missing_when_nodes_die_and_come_back() {
         });
     }
     stack.wait_until_ready();
+}
+
+/// Failed before: the reason was that the server refuses the subscription, and not what it may be that it does not take.
+#[test]
+fn a_name_with_a_dot_is_said_to_be_what_the_server_does_not_take() {
+    let (_server, mut stack) = start(1, Plan::new(Bus::Mosquitto).domains(["ffx_a.b"]));
+    let reason = "NATS before 2.10, and ffx_a.b has one";
+    wait_within(COMPLETE, "the reason", || {
+        let ready = Http::try_connect(stack.http).ok()?.get("/readyz");
+        (ready.status == 503 && ready.body.contains(reason)).then_some(())
+    });
+    stack.broker().wait_for_log(reason);
 }
 
 /// A cluster of so many nodes, and a broker that was told of it.
