@@ -199,7 +199,8 @@ impl Exchange {
         self.ready(ask)?;
         let standing = self.standing(ask, client)?;
         if standing.is_hasty && self.told(ask).is_some() {
-            return Ok(());
+            // What was true then may not be so any more.
+            return if self.gateways().are_offline(&ask.domain) { Err(Refusal::NoGateway) } else { Ok(()) };
         }
         self.announce_anew(ask, standing).await?;
         self.keep(ask, standing, None);
@@ -273,14 +274,14 @@ impl Exchange {
         // Originals have the key by now, too: with them about, an error would help nobody.
         let until = if online.others.is_empty() { deadlines.budget } else { deadlines.timeout };
         let mut heard = Heard::default();
-        while !heard.is_refused_by_all(&self.gateways().online(&ask.domain)) {
-            match self.verdict(ask, &mut waiting, until).await {
-                Some(Verdict { outcome: Ok(()), .. }) => {
-                    self.confirmed(published);
-                    return Ok(());
-                }
-                Some(refused) => heard.note(refused),
-                None => break,
+        while let Some(verdict) = self.verdict(ask, &mut waiting, until).await {
+            if verdict.outcome.is_ok() {
+                self.confirmed(published);
+                return Ok(());
+            }
+            heard.note(verdict);
+            if heard.is_refused_by_all(&self.gateways().online(&ask.domain)) {
+                break;
             }
         }
         if !online.others.is_empty() {
@@ -407,10 +408,7 @@ impl Exchange {
     ) -> Result<(Instant, Waiting), Refusal> {
         let begun = Instant::now();
         let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        let all_confirm = {
-            let online = self.gateways().online(&ask.domain);
-            online.others.is_empty() && !online.confirming.is_empty()
-        };
+        let all_confirm = self.gateways().all_confirm(&ask.domain);
         let is_published = match self.turns.take(&ask.domain, ask.key, standing.is_proven, all_confirm) {
             Turn::Taken(published) => matches!(timeout_at(deadlines.budget, published).await, Ok(Ok(true))),
             Turn::Waits => true,

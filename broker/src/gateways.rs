@@ -308,11 +308,11 @@ impl Gateways {
     /// section 6). One that was silent last time, or that weighs nothing, is taken only when there is no other.
     #[must_use]
     pub fn choose(&self, domain: &Domain, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
-        let all = self.peers_of_all();
+        let all = self.all();
         let rank = |name: &str, worker: &Worker| {
             let last_resort = worker.silent || self.weight(name) == 0.0;
             #[expect(clippy::cast_precision_loss, reason = "counts of peers stay far below 2^52")]
-            let excess = worker.count() as f64 - self.target(name, all);
+            let excess = worker.count() as f64 - self.target(name, &all);
             (last_resort, excess)
         };
         let candidates = self.workers.iter().filter_map(|(name, worker)| {
@@ -409,24 +409,40 @@ impl Gateways {
         online
     }
 
-    /// Whether any worker has ever said something of itself in `domain`.
+    /// Whether some worker can take a key of `domain`, and all that can say what becomes of it.
+    #[must_use]
+    pub fn all_confirm(&self, domain: &Domain) -> bool {
+        let mut can_take = self.workers.values().filter(|worker| worker.can_take(domain)).peekable();
+        can_take.peek().is_some() && can_take.all(Worker::confirms)
+    }
+
+    /// Whether any worker has ever published something of itself in `domain`.
     #[must_use]
     pub fn is_known(&self, domain: &Domain) -> bool {
         self.known.contains(domain)
     }
 
+    /// Whether gateways of `domain` are known, and none can take a key.
+    #[must_use]
+    pub fn are_offline(&self, domain: &Domain) -> bool {
+        self.is_known(domain) && !self.can_any_take(domain)
+    }
+
+    fn can_any_take(&self, domain: &Domain) -> bool {
+        self.workers.values().any(|worker| worker.can_take(domain))
+    }
+
     /// The domains that no gateway serves now.
     #[must_use]
     pub fn unserved(&self) -> Vec<Unserved> {
-        let is_served = |domain: &Domain| self.workers.values().any(|worker| worker.can_take(domain));
-        let unserved = self.domains.iter().filter(|domain| !is_served(domain));
+        let unserved = self.domains.iter().filter(|domain| !self.can_any_take(domain));
         unserved.map(|domain| Unserved { domain: domain.clone(), is_known: self.is_known(domain) }).collect()
     }
 
     /// Every worker heard of, by name.
     #[must_use]
     pub fn overview(&self) -> Vec<Overview> {
-        let all = self.peers_of_all();
+        let all = self.all();
         let overview = |(name, worker): (&String, &Worker)| Overview {
             worker: name.clone(),
             online: worker.online,
@@ -440,7 +456,7 @@ impl Gateways {
                 .collect(),
             peers: worker.count(),
             weight: self.weight(name),
-            target: self.target(name, all),
+            target: self.target(name, &all),
         };
         self.workers.iter().map(overview).collect()
     }
@@ -449,17 +465,24 @@ impl Gateways {
         self.weights.get(worker).copied().unwrap_or(1.0)
     }
 
-    fn target(&self, worker: &str, peers_of_all: u64) -> f64 {
-        let configured: f64 = self.weights.values().sum();
-        let online = || self.workers.values().filter(|worker| worker.online).count() as u64;
-        #[expect(clippy::cast_precision_loss, reason = "counts of peers and workers stay far below 2^52")]
-        let (peers, all) = (peers_of_all as f64, if configured > 0.0 { configured } else { online().max(1) as f64 });
-        self.weight(worker) / all * peers
+    fn target(&self, worker: &str, all: &All) -> f64 {
+        self.weight(worker) / all.weights * all.peers
     }
 
-    fn peers_of_all(&self) -> u64 {
-        self.workers.values().filter(|worker| worker.online).map(Worker::count).sum()
+    fn all(&self) -> All {
+        let online = || self.workers.values().filter(|worker| worker.online);
+        let (configured, peers): (f64, u64) = (self.weights.values().sum(), online().map(Worker::count).sum());
+        #[expect(clippy::cast_precision_loss, reason = "counts of peers and workers stay far below 2^52")]
+        let (weights, peers) =
+            (if configured > 0.0 { configured } else { online().count().max(1) as f64 }, peers as f64);
+        All { weights, peers }
     }
+}
+
+/// What all gateways weigh, and how many peers those have that are online: the same for each gateway's target.
+struct All {
+    weights: f64,
+    peers: f64,
 }
 
 impl Worker {

@@ -31,6 +31,7 @@ on_both!(
     version_1_is_answered_when_any_gateway_has_the_key,
     version_1_falls_back_to_originals,
     version_1_is_published_and_503_where_all_gateways_are_offline,
+    version_1_is_not_answered_from_memory_when_all_gateways_are_offline,
     version_1_is_answered_where_no_gateway_ever_published_its_state,
     one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting,
     a_second_best_that_is_slow_is_waited_for_although_another_is_broken,
@@ -358,6 +359,18 @@ fn version_1_is_published_and_503_where_all_gateways_are_offline(bus: Bus) {
     let live = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="unproven"}}"#);
     stack.wait_for_metric(&live, 2.0);
     assert_eq!(stack.v2("ffx_b", &key(3)).status, 503, "online, and no data");
+}
+
+/// Seen to fail where the last answer was given again whatever is known of gateways.
+fn version_1_is_not_answered_from_memory_when_all_gateways_are_offline(bus: Bus) {
+    let often = "limits: {per_client: {burst: 0}, per_key: {burst: 1, per_second: 0.001}}";
+    let stack = stack(bus, &format!("{LONG}\n{often}"));
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    assert_eq!([1, 1, 1, 1].map(|n| stack.v1(DOMAIN, &key(n)).status), [200; 4]);
+    worker.probe.say(status("gw1", "0"));
+    stack.wait_for_gateways(0);
+    assert_unavailable(&stack.v1(DOMAIN, &key(1)));
 }
 
 /// Failed before as 503.
