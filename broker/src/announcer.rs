@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use wgkex_common::lists::keeper::View;
 use wgkex_common::message::Hello;
 use wgkex_common::mqtt::{Bus, Link};
-use wgkex_common::presence::{Announcement, Heard, Presence};
+use wgkex_common::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::{Config, Domain, Topic};
 
 use crate::gateways::Gateways;
@@ -26,16 +26,6 @@ const ECHO: Duration = Duration::from_secs(2);
 const SETTLE: Duration = Duration::from_millis(50);
 /// and after that, whether gateways have been silent for too long.
 const LIVENESS: Duration = Duration::from_secs(1);
-/// Messages that wait for this task at most; what finds no place is made up for within a minute.
-const HEARD_MAX: usize = 1024;
-
-/// The way from the connections to the task.
-pub type Ears = mpsc::Sender<Heard>;
-
-/// The way from the connections to the task, and its end.
-pub fn ears() -> (Ears, mpsc::Receiver<Heard>) {
-    mpsc::channel(HEARD_MAX)
-}
 
 /// The task's state.
 pub struct Announcer {
@@ -45,7 +35,7 @@ pub struct Announcer {
     bus: Bus,
     keys: Bus,
     links: [watch::Receiver<Link>; 2],
-    heard: mpsc::Receiver<Heard>,
+    heard: mpsc::Receiver<PresenceEvent>,
     lists: watch::Receiver<View>,
     gateways: Arc<Mutex<Gateways>>,
     waiters: Waiters,
@@ -61,7 +51,7 @@ enum Cause {
     Bus,
     Keys,
     Lists,
-    Heard(Heard),
+    Heard(PresenceEvent),
     Due,
     End,
 }
@@ -71,7 +61,7 @@ impl Announcer {
     pub fn new(
         config: &Config,
         [bus, keys]: [Bus; 2],
-        heard: mpsc::Receiver<Heard>,
+        heard: mpsc::Receiver<PresenceEvent>,
         lists: watch::Receiver<View>,
         gateways: Arc<Mutex<Gateways>>,
         waiters: Waiters,
@@ -157,12 +147,12 @@ impl Announcer {
         }
     }
 
-    fn hear(&mut self, heard: Heard, now: Instant) {
+    fn hear(&mut self, heard: PresenceEvent, now: Instant) {
         match heard {
-            Heard::Status { party, online, retained } => {
+            PresenceEvent::Status { party, online, retained } => {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
-            Heard::Own(topic, payload) => {
+            PresenceEvent::Own(topic, payload) => {
                 let is_hello = matches!(topic, Topic::BrokerHello { .. });
                 let expected = if is_hello { self.said.as_ref().map(|(_, said)| &said[..]) } else { Some(&b"1"[..]) };
                 if expected.is_some_and(|expected| expected != payload) {

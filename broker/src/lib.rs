@@ -44,6 +44,7 @@ use tracing::{error, info};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
+use wgkex_common::presence::Reporter;
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::tasks::{Ended, Tasks};
@@ -96,13 +97,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
     let waiting = (waiters.clone(), answers.clone());
-    let (presence, presence_heard) = announcer::ears();
-    let own = (presence, Party::Broker(config.name.clone()));
-    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), own.clone(), metrics.clone());
+    let (reporter, presence_events) = Reporter::new(Party::Broker(config.name.clone()));
+    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, own, metrics.clone());
+    let hand_on_keys =
+        mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, reporter, metrics.clone());
     let buses = [bus.clone(), keys.clone()];
-    let announcer = Announcer::new(&config, buses, presence_heard, lists.view(), gateways.clone(), waiters.clone());
+    let announcer = Announcer::new(&config, buses, presence_events, lists.view(), gateways.clone(), waiters.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters: waiters.clone(),

@@ -12,15 +12,16 @@ use tracing::{debug, info};
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
 use wgkex_common::message::{Applied, Asked, Party, Question, Revoked, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish};
+use wgkex_common::presence::Reporter;
 use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::{Config, PublicKey, Topic, is_topic_level, presence};
+use wgkex_common::{Config, PublicKey, Topic, is_topic_level};
 
 use crate::gateways::Gateways;
 use crate::live::LiveKeys;
+use crate::lock;
 use crate::metrics::Metrics;
 use crate::revoke::Answers;
 use crate::waiters::Waiters;
-use crate::{announcer, lock};
 
 /// Keys in one word of a worker at most: twice what one of ours says at once.
 const WORDS: usize = 4_096;
@@ -63,12 +64,12 @@ pub fn status(broker: &str, status: &str) -> Message {
     Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
-/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the `announcer` who is there.
+/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
     (waiters, answers): (Waiters, Answers),
     live: Arc<Mutex<LiveKeys>>,
-    (announcer, own): (announcer::Ears, Party),
+    reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -79,18 +80,17 @@ pub fn hand_on(
             waiters.forget_all();
         }
         Event::Message(publish) => {
-            ignored(&metrics, &publish, hear(&gateways, (&waiters, &answers), &live, &publish));
-            announce(&announcer, &own, &publish);
+            let outcome = parsed(&publish).and_then(|topic| {
+                reporter.report(&topic, &publish);
+                hear(&gateways, (&waiters, &answers), &live, &topic, &publish)
+            });
+            ignored(&metrics, &publish, outcome);
         }
     }
 }
 
-/// Passes on what `publish` says of who is there to the announcer of the broker `own`.
-fn announce(announcer: &announcer::Ears, own: &Party, publish: &Publish) {
-    let topic = Topic::parse(&publish.topic);
-    let heard = topic.and_then(|topic| presence::Heard::read(&topic, &publish.payload, publish.retain, own));
-    // What finds no place is made up for within a minute.
-    heard.map(|heard| announcer.try_send(heard));
+fn parsed(publish: &Publish) -> Result<Topic, &'static str> {
+    Topic::parse(&publish.topic).ok_or("topic")
 }
 
 fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static str>) {
@@ -104,15 +104,16 @@ fn hear(
     gateways: &Mutex<Gateways>,
     (waiters, answers): (&Waiters, &Answers),
     live: &Mutex<LiveKeys>,
+    topic: &Topic,
     publish: &Publish,
 ) -> Result<(), &'static str> {
-    let (topic, now) = (Topic::parse(&publish.topic).ok_or("topic")?, Instant::now());
-    if let Topic::Revoked { worker } = &topic {
+    let now = Instant::now();
+    if let Topic::Revoked { worker } = topic {
         let revoked: Revoked = json(publish)?;
         if lock(gateways).is_online(worker) {
             answers.resolve(worker, revoked);
         }
-    } else if let Topic::Applied { worker } = &topic {
+    } else if let Topic::Applied { worker } = topic {
         let applied: Applied = json(publish)?;
         few(applied.installed.len() + applied.failed.len())?;
         let can_take = lock(gateways).can_take(worker, &applied.domain);
@@ -120,14 +121,14 @@ fn hear(
         if can_take {
             waiters.resolve(worker, applied);
         }
-    } else if let Topic::Seen { worker } = &topic {
+    } else if let Topic::Seen { worker } = topic {
         let seen: Seen = json(publish)?;
         few(seen.keys.len())?;
         if heard_from(gateways, worker, now) {
             prove(gateways, live, worker, &seen);
         }
     } else {
-        hear_state(gateways, waiters, &topic, publish, now)?;
+        hear_state(gateways, waiters, topic, publish, now)?;
     }
     Ok(())
 }
@@ -172,7 +173,8 @@ fn hear_state(
     publish: &Publish,
     now: Instant,
 ) -> Result<(), &'static str> {
-    let worker = topic.worker();
+    let state_of = topic.state_of();
+    let worker = if let Some(Party::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
     let mut gateways = lock(gateways);
     let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
     let was_online = is_online(&gateways);
@@ -199,21 +201,24 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
 }
 
 /// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys, and
-/// the `announcer` what stands there as the hello of the broker `own`.
+/// the announcer, by `reporter`, what stands there as this broker's hello.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
     lists: keeper::Handle,
     questions: mpsc::Sender<Question>,
-    (announcer, own): (announcer::Ears, Party),
+    reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => lists.heard(HeardOfLists::Up),
         Event::Down => lists.heard(HeardOfLists::Down),
         Event::Message(publish) => {
-            ignored(&metrics, &publish, hear_of_keys(&live, &ears, &lists, &questions, &publish));
-            announce(&announcer, &own, &publish);
+            let outcome = parsed(&publish).and_then(|topic| {
+                reporter.report(&topic, &publish);
+                hear_of_keys(&live, &ears, &lists, &questions, topic, &publish)
+            });
+            ignored(&metrics, &publish, outcome);
         }
     }
 }
@@ -223,10 +228,11 @@ fn hear_of_keys(
     ears: &Ears,
     lists: &keeper::Handle,
     questions: &mpsc::Sender<Question>,
+    topic: Topic,
     publish: &Publish,
 ) -> Result<(), &'static str> {
     // What finds no place among the ears or the questions is asked again.
-    match Topic::parse(&publish.topic).ok_or("topic")? {
+    match topic {
         Topic::Key { domain } => {
             let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
@@ -292,11 +298,9 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let words = (Waiters::default(), Answers::default());
-    let (announcer, _announced) = announcer::ears();
-    let own = || (announcer.clone(), Party::Broker("b".into()));
-    hand_on(gateways, words, live.clone(), own(), metrics.clone())(Event::Message(publish.clone()));
-    let own = own();
-    hand_on_keys(live.clone(), ears, lists, questions, own, metrics)(Event::Message(publish));
+    let (reporter, _reported) = Reporter::new(Party::Broker("b".into()));
+    hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
+    hand_on_keys(live.clone(), ears, lists, questions, reporter, metrics)(Event::Message(publish));
     assert!(lock(&live).len() <= 10);
 }
 

@@ -64,10 +64,10 @@ impl Turns {
     pub fn take(&self, domain: &Domain, key: PublicKey, is_proven: bool, enough: bool) -> Turn {
         let Ok(place) = self.places[usize::from(is_proven)].clone().try_acquire_owned() else { return Turn::None };
         let subject = (domain.clone(), key);
-        let permit = match self.under_way.clone().try_acquire_owned() {
-            _ if is_proven => Permit::Unneeded,
-            Ok(permit) => Permit::Had(permit),
-            Err(_) => Permit::Awaited,
+        let permit = if is_proven {
+            Permit::Unneeded
+        } else {
+            self.under_way.clone().try_acquire_owned().map_or(Permit::Awaited, Permit::Had)
         };
         let is_awaited = matches!(permit, Permit::Awaited);
         if is_awaited && !lock(&self.waiting).insert(subject.clone()) && enough {

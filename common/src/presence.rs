@@ -6,9 +6,11 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
+
 use crate::Topic;
 use crate::message::Party;
-use crate::mqtt::Message;
+use crate::mqtt::{Message, Publish};
 
 /// How often the states are published again whatever happens.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -22,6 +24,8 @@ const CORRECTION: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_secs(10);
 /// Brokers and workers that are remembered at most.
 const NAMES_MAX: usize = 8192;
+/// Messages that wait for a program's announcer at most; what finds no place is made up for within a minute.
+const EVENTS_MAX: usize = 1024;
 /// Bytes of a message under the own name that are looked at: more than any state has.
 const OWN_MAX: usize = 1 << 16;
 
@@ -47,7 +51,7 @@ impl Announcement {
 
 /// A message of the bus that says who is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Heard {
+pub enum PresenceEvent {
     /// The status of another broker or worker.
     Status {
         /// Whose it is.
@@ -61,28 +65,12 @@ pub enum Heard {
     Own(Topic, Vec<u8>),
 }
 
-impl Heard {
+impl PresenceEvent {
     /// What a message says of who is there to the program `own`. What is found on the bus under its own name is from before
     /// it published its states on this connection.
     #[must_use]
     pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Party) -> Option<Self> {
-        let owner = match topic {
-            Topic::BrokerStatus { broker } | Topic::BrokerHello { broker } => Party::Broker(broker.clone()),
-            Topic::WorkerStatus { worker }
-            | Topic::ConnectedPeers { worker, .. }
-            | Topic::WorkerData { worker, .. }
-            | Topic::Hello { worker } => Party::Worker(worker.clone()),
-            Topic::Key { .. }
-            | Topic::Applied { .. }
-            | Topic::Seen { .. }
-            | Topic::Revoked { .. }
-            | Topic::WorkerEcho { .. }
-            | Topic::BrokerEcho { .. }
-            | Topic::Revocations
-            | Topic::WorkerPages { .. }
-            | Topic::Questions { .. }
-            | Topic::BrokerPages { .. } => return None,
-        };
+        let owner = topic.state_of()?;
         let is_status = matches!(topic, Topic::BrokerStatus { .. } | Topic::WorkerStatus { .. });
         if owner == *own {
             let start = &payload[..payload.len().min(OWN_MAX)];
@@ -90,6 +78,28 @@ impl Heard {
         } else {
             is_status.then(|| Self::Status { party: owner, online: payload == b"1", retained })
         }
+    }
+}
+
+/// The way from a program's connections to its announcer.
+#[derive(Debug, Clone)]
+pub struct Reporter {
+    own: Party,
+    events: mpsc::Sender<PresenceEvent>,
+}
+
+impl Reporter {
+    /// The reporter of the program `own`, and what its announcer receives.
+    #[must_use]
+    pub fn new(own: Party) -> (Self, mpsc::Receiver<PresenceEvent>) {
+        let (events, received) = mpsc::channel(EVENTS_MAX);
+        (Self { own, events }, received)
+    }
+
+    /// Passes on what a message says of who is there; false if it says nothing of that.
+    pub fn report(&self, topic: &Topic, publish: &Publish) -> bool {
+        let event = PresenceEvent::read(topic, &publish.payload, publish.retain, &self.own);
+        event.map(|event| self.events.try_send(event)).is_some()
     }
 }
 
@@ -219,17 +229,18 @@ mod tests {
     #[test]
     fn a_message_under_the_own_name_is_told_from_a_status_of_another() {
         let own = worker("own");
-        let read =
-            |topic: &str, payload: &[u8], retained| Heard::read(&Topic::parse(topic).unwrap(), payload, retained, &own);
-        let status = |party, online, retained| Some(Heard::Status { party, online, retained });
+        let read = |topic: &str, payload: &[u8], retained| {
+            PresenceEvent::read(&Topic::parse(topic).unwrap(), payload, retained, &own)
+        };
+        let status = |party, online, retained| Some(PresenceEvent::Status { party, online, retained });
         assert_eq!(read("wireguard-worker/a/status", b"1", true), status(worker("a"), true, true));
         assert_eq!(read("wireguard-broker/own/status", b"", false), status(Party::Broker("own".into()), false, false));
         for topic in ["wireguard-worker/own/status", "wireguard-worker/own/d/data", "wgkex/worker/own/hello"] {
-            let heard = Heard::Own(Topic::parse(topic).unwrap(), b"0".to_vec());
+            let heard = PresenceEvent::Own(Topic::parse(topic).unwrap(), b"0".to_vec());
             assert_eq!(read(topic, b"0", false), Some(heard));
             assert_eq!(read(topic, b"0", true), None, "it is from before");
         }
-        let Some(Heard::Own(_, start)) = read("wgkex/worker/own/hello", &b"x".repeat(1 << 20), false) else {
+        let Some(PresenceEvent::Own(_, start)) = read("wgkex/worker/own/hello", &b"x".repeat(1 << 20), false) else {
             panic!("own")
         };
         assert_eq!(start.len(), OWN_MAX);

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::message::Party;
+
 /// A topic of the contract's section 4, or one of our own below `wgkex/`.
 ///
 /// Names are those of the wire, unchecked against the config: what came over MQTT may be anybody's.
@@ -124,25 +126,24 @@ impl Topic {
         }
     }
 
-    /// The worker whose state it is, or that publishes on it.
+    /// The broker or worker whose state stands on it; none if it is no topic of states.
     #[must_use]
-    pub fn worker(&self) -> Option<&str> {
+    pub fn state_of(&self) -> Option<Party> {
         match self {
             Self::ConnectedPeers { worker, .. }
             | Self::WorkerStatus { worker }
             | Self::WorkerData { worker, .. }
-            | Self::Hello { worker }
-            | Self::Applied { worker }
-            | Self::Seen { worker }
-            | Self::Revoked { worker } => Some(worker),
+            | Self::Hello { worker } => Some(Party::Worker(worker.clone())),
+            Self::BrokerStatus { broker } | Self::BrokerHello { broker } => Some(Party::Broker(broker.clone())),
             Self::Key { .. }
-            | Self::BrokerStatus { .. }
+            | Self::Applied { .. }
+            | Self::Seen { .. }
+            | Self::Revoked { .. }
             | Self::WorkerPages { .. }
+            | Self::WorkerEcho { .. }
             | Self::Revocations
-            | Self::BrokerHello { .. }
             | Self::Questions { .. }
             | Self::BrokerPages { .. }
-            | Self::WorkerEcho { .. }
             | Self::BrokerEcho { .. } => None,
         }
     }

@@ -26,6 +26,7 @@ use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::lists::{List, Verdict};
 use wgkex_common::message::{Page, Party};
+use wgkex_common::presence::Reporter;
 use wgkex_common::store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
 use wgkex_common::tasks::{Ended, Tasks};
@@ -63,9 +64,9 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let [(bus, session), (confirmations, confirming)] =
         wgkex_common::mqtt::open_pair(&config.mqtt, mqtt::client(&config), mqtt::second(&config))?;
     let (ears, heard) = sync::ears();
-    let (presence, presence_heard) = mqtt::presence_ears();
-    let own = (presence, Party::Worker(config.name.clone()));
-    let hand_on = mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), own, metrics.clone());
+    let (reporter, presence_events) = Reporter::new(Party::Worker(config.name.clone()));
+    let hand_on =
+        mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), reporter, metrics.clone());
     let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
     let tell = tell(handle.clone(), metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
@@ -74,7 +75,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let list_bus = confirmations.clone();
     let learn = move |domain, page: Page| learn(told.clone(), domain, page);
     let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
-    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_heard, metrics.clone());
+    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_events, metrics.clone());
     let (over, stopped) = watch::channel(false);
 
     let (mut tasks, mut sessions, mut disk) = (Tasks::default(), Tasks::default(), Tasks::default());

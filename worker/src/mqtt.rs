@@ -8,17 +8,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::debug;
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
-use wgkex_common::message::{Applied, Hello, Party, Revoked, Seen, WorkerData};
+use wgkex_common::message::{Applied, Hello, Revoked, Seen, WorkerData};
 use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
-use wgkex_common::presence::{self, Announcement, Presence};
+use wgkex_common::presence::{Announcement, Presence, PresenceEvent, Reporter};
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
 
 use crate::install::{DomainState, Handle, Said, State};
 use crate::metrics::Metrics;
-
-/// Messages about who is there that wait for the announcer at most; what finds no place is made up for within a minute.
-const HEARD_MAX: usize = 1024;
 
 /// Who this worker is to the MQTT server, and which keys it wants to hear.
 pub fn client(config: &Config) -> Client {
@@ -48,23 +45,15 @@ pub fn second(config: &Config) -> Client {
     }
 }
 
-/// The way from the connection to the announcer: what is heard of who is there, and under the own name.
-pub type PresenceEars = mpsc::Sender<presence::Heard>;
-
-/// That way, and its end.
-pub fn presence_ears() -> (PresenceEars, mpsc::Receiver<presence::Heard>) {
-    mpsc::channel(HEARD_MAX)
-}
-
 /// Hands keys that come to the installer, what gateways say of themselves to `reserved`, and who is there to the
-/// `announcer` of the worker `own`; everything else is counted and left. On each connection keys wait for what brokers say
+/// announcer, by `reporter`; everything else is counted and left. On each connection keys wait for what brokers say
 /// of `lists`.
 pub fn hand_on(
     domains: BTreeSet<Domain>,
     handle: Handle,
     reserved: watch::Sender<Reserved>,
     lists: keeper::Handle,
-    (announcer, own): (PresenceEars, Party),
+    reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -75,16 +64,13 @@ pub fn hand_on(
         Event::Down => metrics.mqtt_connected.set(0),
         Event::Message(publish) => {
             let topic = Topic::parse(&publish.topic);
-            let heard =
-                topic.as_ref().and_then(|topic| presence::Heard::read(topic, &publish.payload, publish.retain, &own));
+            let is_state = topic.as_ref().is_some_and(|topic| reporter.report(topic, &publish));
             let outcome = match topic {
                 Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
                 Some(Topic::WorkerStatus { .. } | Topic::BrokerStatus { .. }) => Ok(()),
-                _ if heard.is_some() => Ok(()),
+                _ if is_state => Ok(()),
                 topic => key(&domains, topic, &publish).map(|(domain, key)| handle.offer(domain, key)),
             };
-            // What finds no place is made up for within a minute.
-            heard.map(|heard| announcer.try_send(heard));
             if let Err(reason) = outcome {
                 ignore(&metrics, &publish, reason);
             }
@@ -158,7 +144,7 @@ pub struct Announcer {
     link: watch::Receiver<Link>,
     state: watch::Receiver<State>,
     installer: Said,
-    heard: mpsc::Receiver<presence::Heard>,
+    heard: mpsc::Receiver<PresenceEvent>,
     presence: Presence,
     said: State,
     metrics: Metrics,
@@ -177,7 +163,7 @@ enum Cause {
     /// Denied keys are taken out.
     Revoked(Revoked),
     /// A message of the bus is about who is there.
-    Heard(presence::Heard),
+    Heard(PresenceEvent),
     /// It is time to say everything again.
     Due,
     /// The installer has ended.
@@ -191,7 +177,7 @@ impl Announcer {
         (bus, confirmations): (Bus, Bus),
         state: watch::Receiver<State>,
         installer: Said,
-        heard: mpsc::Receiver<presence::Heard>,
+        heard: mpsc::Receiver<PresenceEvent>,
         metrics: Metrics,
     ) -> Self {
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
@@ -279,12 +265,12 @@ impl Announcer {
         self.say_hello(announcement);
     }
 
-    fn hear(&mut self, heard: presence::Heard, now: Instant) {
+    fn hear(&mut self, heard: PresenceEvent, now: Instant) {
         match heard {
-            presence::Heard::Status { party, online, retained } => {
+            PresenceEvent::Status { party, online, retained } => {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
-            presence::Heard::Own(topic, payload) => {
+            PresenceEvent::Own(topic, payload) => {
                 if self.expected(&topic).is_some_and(|expected| expected != payload) {
                     self.presence.contradicted(now);
                 }
@@ -292,26 +278,17 @@ impl Announcer {
         }
     }
 
-    /// What stands on a topic of this worker, if it has published anything there on this connection.
+    /// What stands on a topic of this worker's state, if it has published anything there on this connection.
     fn expected(&self, topic: &Topic) -> Option<Vec<u8>> {
         let said = |domain: &str| self.said.iter().find(|(said, _)| said.name() == domain).map(|(_, state)| state);
-        match topic {
-            Topic::WorkerStatus { .. } => Some(b"1".to_vec()),
-            Topic::Hello { .. } => serde_json::to_vec(&self.hello()).ok(),
-            Topic::WorkerData { domain, .. } => serde_json::to_vec(&self.data(said(domain)?)?).ok(),
-            Topic::ConnectedPeers { domain, .. } => Some(connected(said(domain)?).to_string().into_bytes()),
-            Topic::Key { .. }
-            | Topic::BrokerStatus { .. }
-            | Topic::Applied { .. }
-            | Topic::Seen { .. }
-            | Topic::Revoked { .. }
-            | Topic::WorkerEcho { .. }
-            | Topic::BrokerEcho { .. }
-            | Topic::Revocations
-            | Topic::WorkerPages { .. }
-            | Topic::BrokerHello { .. }
-            | Topic::Questions { .. }
-            | Topic::BrokerPages { .. } => None,
+        if let Topic::Hello { .. } = topic {
+            serde_json::to_vec(&self.hello()).ok()
+        } else if let Topic::WorkerData { domain, .. } = topic {
+            serde_json::to_vec(&self.data(said(domain)?)?).ok()
+        } else if let Topic::ConnectedPeers { domain, .. } = topic {
+            Some(connected(said(domain)?).to_string().into_bytes())
+        } else {
+            Some(b"1".to_vec())
         }
     }
 

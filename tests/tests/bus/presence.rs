@@ -6,7 +6,7 @@ use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::scripted::{applied, data, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
-use wgkex_tests::{host_name, key};
+use wgkex_tests::{host_name, key, wait_within};
 
 use super::on_both;
 
@@ -23,10 +23,7 @@ const HEALED: Duration = Duration::from_secs(90);
 /// Waits for `is_so`, and returns how long that took.
 fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
     let begun = Instant::now();
-    while !is_so() {
-        assert!(begun.elapsed() < HEALED, "{what}: not within {HEALED:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_within(HEALED, what, || is_so().then_some(()));
     begun.elapsed()
 }
 

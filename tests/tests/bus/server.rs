@@ -6,7 +6,7 @@ use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::scripted::{data, endpoint, peers_of, status};
 use wgkex_tests::scripted_server::{Behaviour, ScriptedServer};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
-use wgkex_tests::{host_name, key, wait_until};
+use wgkex_tests::{host_name, key, wait_until, wait_within};
 
 /// A broker on such a server.
 fn broker_on(server: &ScriptedServer) -> Stack {
@@ -70,10 +70,9 @@ fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo
     let host = host_name();
     let ids = [format!("wgkex-broker-{host}"), format!("wgkex-broker-{host}-keys"), "gw1".into(), "gw1-applied".into()];
     let begun = std::time::Instant::now();
-    while !ids.iter().all(|id| connections(id) >= 2) {
-        assert!(begun.elapsed() < Duration::from_secs(90), "{:?}", server.connections());
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_within(Duration::from_secs(90), "each has connected anew", || {
+        ids.iter().all(|id| connections(id) >= 2).then_some(())
+    });
     assert!(begun.elapsed() > Duration::from_secs(25), "{:?}", begun.elapsed());
     server.behave(Behaviour::default());
     stack.wait_until_ready();
