@@ -11,10 +11,14 @@ mod outbox;
 mod pair;
 mod subscriptions;
 
+use std::mem::take;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use rumqttc::{AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, Outgoing, SubAck, valid_topic};
+use rumqttc::{
+    AsyncClient, ConnectReturnCode, ConnectionError, EventLoop, Incoming, MqttState, Outgoing, StateError, SubAck,
+    valid_topic,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -41,6 +45,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const TOPIC_MAX: usize = 65_535;
 /// The longest pause where the server closes each connection as soon as it stands.
 const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
+/// After so many connections in a row that the server closed before it had granted every subscription, it may not like a name.
+const CLOSED_EARLY: u32 = 3;
 /// After so many of these the log says what may be the cause.
 const THROWN_OUT: u32 = 5;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
@@ -120,6 +126,13 @@ impl Client {
         let events = self.events.iter().map(|filter| (filter.clone(), QoS::AtLeastOnce, true));
         let optional = self.optional.iter().cloned().chain(self.echo.as_ref().map(Topic::to_string));
         states.chain(events).chain(optional.map(|filter| (filter, QoS::AtMostOnce, false)))
+    }
+
+    /// A name in its filters or its will that has a dot.
+    fn dotted(&self) -> Option<String> {
+        let will = self.will.as_ref().map(|will| will.topic.to_string());
+        let mut topics = will.into_iter().chain(self.filters().map(|(filter, ..)| filter));
+        topics.find_map(|topic| dotted(&topic).map(str::to_owned))
     }
 }
 
@@ -206,6 +219,10 @@ pub struct Session {
     since: Option<Instant>,
     /// Connections in a row that the server closed soon after they stood.
     thrown_out: u32,
+    /// Connections in a row that the server closed before it had granted every subscription.
+    closed_early: u32,
+    /// A name in its topics with a dot.
+    dotted: Option<String>,
     /// What it has of the program's other session.
     pair: Option<Pair>,
     /// The other session, if that publishes and subscribes through this one.
@@ -238,6 +255,8 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         link,
         subscriptions: Subscriptions::new(client.filters()),
         filters: client.filters().collect(),
+        dotted: client.dotted(),
+        closed_early: 0,
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: Echo::default(),
         is_connected: false,
@@ -278,7 +297,7 @@ impl Session {
 
     /// Goes on through the program's first session, until `stop` returns.
     async fn join(self, hand_on: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        let Self { client, eventloop, mut orders, link, filters, server, pair, .. } = self;
+        let Self { client, eventloop, mut orders, mut outbox, link, filters, server, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, orders: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
@@ -289,6 +308,9 @@ impl Session {
         let mut next: Option<Letter> = None;
         loop {
             let up = *link.borrow() == Link::Up;
+            if up && next.is_none() {
+                next = outbox.next();
+            }
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return };
@@ -319,7 +341,8 @@ impl Session {
         let up = *self.link.borrow() == Link::Up;
         loop {
             let now = Instant::now();
-            if self.is_connected && (self.subscriptions.is_overdue(now) || self.echo.is_lost(now)) {
+            let is_overdue = self.subscriptions.is_overdue(now) || self.outbox.is_overdue(now);
+            if self.is_connected && (is_overdue || self.echo.is_lost(now)) {
                 return Some(Err(ConnectionError::NetworkTimeout));
             }
             if let Some(filters) = self.is_connected.then(|| self.subscriptions.next(now)).flatten()
@@ -340,7 +363,7 @@ impl Session {
                 self.outbox.hand_over(Letter::new(echo, None), &self.client);
                 continue;
             }
-            let due = self.subscriptions.due().into_iter().chain(self.echo.next()).min();
+            let due = self.subscriptions.due().into_iter().chain(self.echo.next()).chain(self.outbox.due()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
@@ -371,7 +394,7 @@ impl Session {
                 _ => hand_on(Event::Message(publish)),
             },
             rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
-            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid),
+            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid, Instant::now()),
             rumqttc::Event::Incoming(_) | rumqttc::Event::Outgoing(_) => {}
         }
     }
@@ -390,7 +413,8 @@ impl Session {
 
     fn subscribed(&mut self, ack: &SubAck, hand_on: &mut impl FnMut(Event)) {
         for filter in self.subscriptions.answered(&ack.return_codes, Instant::now()) {
-            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server");
+            let hint = dot_hint(&filter);
+            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server{hint}");
         }
         if *self.link.borrow() == Link::Up {
             return;
@@ -398,7 +422,8 @@ impl Session {
         if self.subscriptions.is_complete() {
             self.up(hand_on);
         } else if let Some(filter) = self.subscriptions.refused() {
-            let reason = format!("{}: the server refuses the subscription to {filter}", self.server);
+            let hint = dot_hint(filter);
+            let reason = format!("{}: the server refuses the subscription to {filter}{hint}", self.server);
             self.link.send_replace(Link::Down(reason));
         }
     }
@@ -436,10 +461,18 @@ impl Session {
         }
     }
 
-    /// What rumqttc still holds is in the outbox too, and is published again from there.
+    /// What rumqttc still holds to be sent is in the outbox too, and is published again from there. What it has received is
+    /// handed on; it would do so on the next connection, and take the answer to a SUBSCRIBE of this one for that of the next.
     fn lost(&mut self, error: &ConnectionError, hand_on: &mut impl FnMut(Event)) {
         self.eventloop.clean();
         self.eventloop.pending.clear();
+        let received = take(&mut self.eventloop.state.events);
+        self.eventloop.state = MqttState::new(INFLIGHT, false);
+        for event in received {
+            if !matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) {
+                self.handle(event, hand_on);
+            }
+        }
         self.outbox.lost();
         if let Some(pair) = &self.pair {
             pair.lost(Instant::now());
@@ -448,15 +481,31 @@ impl Session {
         self.subscriptions.reset();
         self.echo.down();
         self.count_thrown_out(error);
-        let now = Link::Down(format!("{}: {}", self.server, describe(error)));
+        self.count_closed_early(error);
+        let hint = self.dotted.as_ref().filter(|_| self.closed_early >= CLOSED_EARLY).map(|name| dot_hint(name));
+        let now = Link::Down(format!("{}: {}{}", self.server, describe(error), hint.as_deref().unwrap_or_default()));
         let before = self.link.send_replace(now.clone());
-        if let (Link::Down(reason), true) = (&now, now != before && !self.is_second) {
+        // The name may be in filters of the second alone.
+        let is_new = hint.is_some() && self.closed_early == CLOSED_EARLY;
+        if let (Link::Down(reason), true) = (&now, now != before && (!self.is_second || is_new)) {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         hand_on(Event::Down);
         if let Some(guest) = &self.guest {
             guest.hand_on(Event::Down);
         }
+    }
+
+    /// Nor has it a way to refuse a name.
+    fn count_closed_early(&mut self, error: &ConnectionError) {
+        let is_closed = matches!(
+            error,
+            ConnectionError::MqttState(
+                StateError::ConnectionAborted | StateError::Io(_) | StateError::Deserialization(_)
+            )
+        );
+        let was_up = *self.link.borrow() == Link::Up;
+        self.closed_early = if is_closed && !was_up { self.closed_early.saturating_add(1) } else { 0 };
     }
 
     /// MQTT 3.1.1 has no way to say that another client of the same id has connected: the server closes the connection.
@@ -507,6 +556,17 @@ async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
         Some(Pair { joining: Joining::First(joining), .. }) => joining.recv().await,
         _ => None,
     }
+}
+
+/// The first level of a topic or filter that has a dot.
+fn dotted(topic: &str) -> Option<&str> {
+    topic.split('/').find(|level| level.contains('.'))
+}
+
+/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
+fn dot_hint(topic: &str) -> String {
+    let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
+    dotted(topic).map(hint).unwrap_or_default()
 }
 
 /// One line on why there is no connection, in an operator's words.
@@ -570,6 +630,53 @@ mod tests {
         };
         session.run(hand_on, sleep(Duration::from_secs(5))).await;
         counted.len()
+    }
+
+    /// A server that delivers a message, grants a subscription and breaks the connection, all at once; then it lets the
+    /// client in, and answers no more.
+    fn start_leaving_server() -> u16 {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        thread::spawn(move || {
+            let mut packet = [0; 512];
+            let (mut client, _) = listener.accept().unwrap();
+            let _connect = client.read(&mut packet).unwrap();
+            client.write_all(&[0x20, 2, 0, 0]).unwrap();
+            let _subscribe = client.read(&mut packet).unwrap();
+            let (publish, granted) = ([0x30, 4, 0, 1, b'a', b'x'], [0x90, 3, packet[2], packet[3], 0]);
+            // There is no packet of type 0: with it the connection is over for the client.
+            client.write_all(&[&publish[..], &granted, &[0, 0]].concat()).unwrap();
+            let (mut again, _) = listener.accept().unwrap();
+            let _connect = again.read(&mut packet).unwrap();
+            again.write_all(&[0x20, 2, 0, 0]).unwrap();
+            while again.read(&mut packet).is_ok_and(|length| length > 0) {}
+        });
+        port
+    }
+
+    /// rumqttc keeps what it has read when a connection breaks, and returns it on the next one.
+    #[tokio::test]
+    async fn what_came_with_a_loss_is_handed_on_and_is_none_of_the_next_connection() {
+        let port = start_leaving_server();
+        let yaml =
+            format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}}}");
+        let config = Config::parse("", &yaml, "w").unwrap();
+        let client = Client { states: vec!["a".into()], ..Client::second("w".into()) };
+        let (_bus, session) = open(&config.mqtt, client).unwrap();
+        let (events, mut handed_on) = mpsc::unbounded_channel();
+        let hand_on = move |event| {
+            let _ = events.send(match event {
+                Event::Up => "up",
+                Event::Down => "down",
+                Event::Message(_) => "message",
+            });
+        };
+        session.run(hand_on, sleep(Duration::from_secs(2))).await;
+        let mut all = Vec::new();
+        while let Ok(event) = handed_on.try_recv() {
+            all.push(event);
+        }
+        assert_eq!(all, ["message", "down"]);
     }
 
     #[tokio::test]

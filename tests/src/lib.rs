@@ -8,6 +8,7 @@ pub mod admin;
 pub mod gateway;
 pub mod http;
 pub mod in_memory;
+pub mod nats;
 pub mod probe;
 pub mod process;
 pub mod proxy;

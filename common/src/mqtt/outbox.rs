@@ -1,9 +1,11 @@
 //! What is published and not yet acknowledged, so that a lost connection loses nothing that somebody waits for.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use rumqttc::{AsyncClient, QoS};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tracing::error;
 
 use super::{Message, PublishError};
@@ -11,6 +13,10 @@ use super::{Message, PublishError};
 /// Connections that may be lost while the server has a message and does not acknowledge it: it may be the message over
 /// which it goes, as one that is larger than it allows.
 const LOSSES_MAX: u32 = 8;
+
+/// How long the server may take to acknowledge a message. One that it forgot would be waited for as long as the connection
+/// holds.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// Says what became of a message.
 pub(super) type Done = oneshot::Sender<Result<(), PublishError>>;
@@ -22,11 +28,13 @@ pub(super) struct Letter {
     done: Option<Done>,
     /// Connections that were lost while the server had it.
     losses: u32,
+    /// When it was sent last.
+    sent: Option<Instant>,
 }
 
 impl Letter {
     pub(super) fn new(message: Message, done: Option<Done>) -> Self {
-        Self { message, done, losses: 0 }
+        Self { message, done, losses: 0, sent: None }
     }
 
     /// Nobody waits for it any more, so it need not be published after all.
@@ -81,10 +89,10 @@ impl Outbox {
     }
 
     /// rumqttc has written the oldest letter of its queue. At most once means that this is all there is to it.
-    pub(super) fn sent(&mut self, pkid: u16) {
+    pub(super) fn sent(&mut self, pkid: u16, now: Instant) {
         match self.queued.pop_front() {
             Some(letter) if letter.message.qos == QoS::AtMostOnce => letter.complete(),
-            Some(letter) => self.sent.push_back((pkid, letter)),
+            Some(letter) => self.sent.push_back((pkid, Letter { sent: Some(now), ..letter })),
             None => {}
         }
     }
@@ -95,6 +103,16 @@ impl Outbox {
         if let Some((_, letter)) = place.and_then(|place| self.sent.remove(place)) {
             letter.complete();
         }
+    }
+
+    /// When the server has to have acknowledged the oldest that is sent.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.sent.front().and_then(|(_, letter)| letter.sent).map(|sent| sent + ANSWER)
+    }
+
+    /// Whether the server has not done so.
+    pub(super) fn is_overdue(&self, now: Instant) -> bool {
+        self.due().is_some_and(|due| due <= now)
     }
 
     /// The connection is lost: what somebody waits for goes out again, in the old order; the rest is worthless by now.
@@ -148,8 +166,8 @@ mod tests {
         let (second, mut second_done) = letter("2", true);
         outbox.hand_over(first, &client);
         outbox.hand_over(second, &client);
-        outbox.sent(7);
-        outbox.sent(8);
+        outbox.sent(7, Instant::now());
+        outbox.sent(8, Instant::now());
         outbox.acknowledged(8);
         assert!(second_done.try_recv().is_ok());
         assert!(first_done.try_recv().is_err());
@@ -160,13 +178,32 @@ mod tests {
     }
 
     #[test]
+    fn an_acknowledgement_is_overdue_by_the_message_that_waits_the_longest() {
+        let ((client, _eventloop), now) = (client(), Instant::now());
+        let mut outbox = Outbox::default();
+        let _done = ["1", "2"].map(|text| {
+            let (letter, done) = letter(text, true);
+            outbox.hand_over(letter, &client);
+            done
+        });
+        assert_eq!(outbox.due(), None);
+        outbox.sent(1, now);
+        outbox.sent(2, now + ANSWER / 2);
+        assert!(!outbox.is_overdue(now + ANSWER / 2) && outbox.is_overdue(now + ANSWER));
+        outbox.acknowledged(1);
+        assert_eq!(outbox.due(), Some(now + ANSWER / 2 + ANSWER));
+        outbox.lost();
+        assert_eq!(outbox.due(), None, "it is sent again");
+    }
+
+    #[test]
     fn a_figure_is_done_when_it_is_written() {
         let (client, _eventloop) = client();
         let mut outbox = Outbox::default();
         let (mut figure, mut done) = letter("1", true);
         figure.message.qos = QoS::AtMostOnce;
         outbox.hand_over(figure, &client);
-        outbox.sent(0);
+        outbox.sent(0, Instant::now());
         assert!(done.try_recv().is_ok());
         assert_eq!(outbox.under_way(), 0);
     }
@@ -183,10 +220,10 @@ mod tests {
                 waiting.push(done); // the publisher of 4 has given up
             }
         }
-        outbox.sent(1);
-        outbox.sent(2);
+        outbox.sent(1, Instant::now());
+        outbox.sent(2, Instant::now());
         outbox.acknowledged(2);
-        outbox.sent(3);
+        outbox.sent(3, Instant::now());
         outbox.lost();
         assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
         let first = outbox.next().unwrap();
@@ -203,7 +240,7 @@ mod tests {
         let (letter, mut done) = letter("1", true);
         outbox.hand_over(letter, &client);
         for loss in 1..=LOSSES_MAX {
-            outbox.sent(1);
+            outbox.sent(1, Instant::now());
             outbox.lost();
             let given_up = done.try_recv().is_ok_and(|result| result == Err(PublishError::Unsendable));
             assert_eq!(given_up, loss == LOSSES_MAX);

@@ -1,0 +1,161 @@
+//! Debian's NATS server, alone or as a cluster that keeps MQTT's messages on all nodes, and the one address by which programs
+//! reach it: as a name with several addresses does, it leads to the first node that takes connections.
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rumqttc::{Connect, ConnectReturnCode, Packet, QoS, Subscribe, SubscribeReasonCode};
+
+use crate::process::Process;
+use crate::raw::Raw;
+use crate::stack::free_address;
+use crate::wait_within;
+
+/// How long nodes may take to agree, on a machine that does other things.
+const AGREED: Duration = Duration::from_secs(120);
+/// A cluster that runs.
+pub struct Cluster {
+    nodes: Vec<Node>,
+    entrance: Entrance,
+}
+
+struct Node {
+    mqtt: SocketAddr,
+    config: PathBuf,
+    process: Process,
+}
+
+impl Cluster {
+    /// Starts one of so many nodes with their files below `dir`, and waits until each serves.
+    #[must_use]
+    pub fn start(dir: &Path, nodes: usize) -> Self {
+        let routes: Vec<_> = (0..nodes).map(|_| free_address()).collect();
+        let nodes: Vec<_> = (0..nodes).map(|n| Node::start(dir, n, &routes)).collect();
+        let entrance = Entrance::open(nodes.iter().map(|node| node.mqtt).collect());
+        let cluster = Self { nodes, entrance };
+        cluster.wait_until_it_serves();
+        cluster
+    }
+
+    /// Where programs reach it.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.entrance.address
+    }
+
+    /// Ends a node at once.
+    pub fn kill(&mut self, node: usize) {
+        let _ = self.nodes[node].process.end_by(Signal::SIGKILL);
+    }
+
+    /// Starts a node again that was killed, with what it has on disk. Does not wait.
+    pub fn start_again(&mut self, node: usize) {
+        self.nodes[node].process = start(node, &self.nodes[node].config);
+    }
+
+    /// Waits until every node serves.
+    pub fn wait_until_it_serves(&self) {
+        for (n, node) in self.nodes.iter().enumerate() {
+            wait_within(AGREED, &format!("node {n} serves"), || serves(node.mqtt, n).then_some(()));
+        }
+    }
+}
+
+impl Node {
+    fn start(dir: &Path, n: usize, routes: &[SocketAddr]) -> Self {
+        let (mqtt, dir) = (free_address(), dir.join(format!("nats{n}")));
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let others: Vec<_> = routes.iter().map(|route| format!("\"nats://{route}\"")).collect();
+        let mut text = format!(
+            "server_name: n{n}\nlisten: \"{}\"\njetstream {{store_dir: \"{}\"}}\n\
+             mqtt {{listen: \"{mqtt}\", stream_replicas: {}}}\n",
+            free_address(),
+            dir.display(),
+            routes.len(),
+        );
+        if let [_, _, ..] = routes {
+            text += &format!("cluster {{name: test, listen: \"{}\", routes: [{}]}}\n", routes[n], others.join(", "));
+        }
+        let config = dir.join("nats.conf");
+        std::fs::write(&config, text).expect("write its config");
+        let process = start(n, &config);
+        Self { mqtt, config, process }
+    }
+}
+
+fn start(node: usize, config: &Path) -> Process {
+    let program = ["/usr/sbin/nats-server", "/usr/bin/nats-server"].map(Path::new);
+    let program = program.into_iter().find(|path| path.exists());
+    let program = program.expect("NATS is missing: apt-get install nats-server");
+    // It ends with the test, also when that is killed.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program).arg("-c").arg(config);
+    Process::start(&format!("nats{node}"), &mut command)
+}
+
+/// Whether a client is let in there, and its subscription granted. A node that has not found the others says no.
+fn serves(node: SocketAddr, n: usize) -> bool {
+    if TcpStream::connect(node).is_err() {
+        return false;
+    }
+    let connect = Connect { clean_session: true, ..Connect::new(format!("test{n}")) };
+    let (mut raw, code) = Raw::try_connect(node, &connect);
+    raw.send(&Packet::Subscribe(Subscribe { pkid: 1, ..Subscribe::new("test/+", QoS::AtLeastOnce) }));
+    let granted = [SubscribeReasonCode::Success(QoS::AtLeastOnce)];
+    code == Some(ConnectReturnCode::Success)
+        && matches!(raw.read(), Some(Packet::SubAck(ack)) if ack.return_codes == granted)
+}
+
+/// Leads each connection to the first node that takes it.
+struct Entrance {
+    address: SocketAddr,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Entrance {
+    fn open(nodes: Vec<SocketAddr>) -> Self {
+        let address = free_address();
+        let listener = TcpListener::bind(address).expect("a free port");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = is_over.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                if over.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Some(node) = nodes.iter().find_map(|node| TcpStream::connect(node).ok()) {
+                    // A client that is gone already needs no node.
+                    let _ = join(&client, &node);
+                }
+            }
+        });
+        Self { address, is_over }
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        // It waits for one more.
+        drop(TcpStream::connect(self.address));
+    }
+}
+
+fn join(client: &TcpStream, node: &TcpStream) -> io::Result<()> {
+    for (from, to) in [(client, node), (node, client)] {
+        from.set_nodelay(true)?;
+        let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
+        thread::spawn(move || {
+            let _ = io::copy(&mut from, &mut to);
+            let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+        });
+    }
+    Ok(())
+}
