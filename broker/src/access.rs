@@ -164,6 +164,7 @@ mod tests {
             (Topic::BrokerEcho { broker: broker() }, [false, true, false, true]),
             (Topic::Applied { worker: name() }, [own, false, false, true]),
             (Topic::Seen { worker: name() }, [own, false, false, true]),
+            (Topic::WorkerQuestions { worker: name() }, [own, false, false, true]),
             (Topic::WorkerPages { worker: name() }, [own, true, own, true]),
             (Topic::BrokerHello { broker: broker() }, [false, true, true, true]),
             (Topic::Questions { broker: broker() }, [true, true, false, true]),

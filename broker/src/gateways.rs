@@ -276,6 +276,7 @@ impl Gateways {
             | Topic::WorkerEcho { .. }
             | Topic::BrokerEcho { .. }
             | Topic::Revocations
+            | Topic::WorkerQuestions { .. }
             | Topic::WorkerPages { .. }
             | Topic::BrokerHello { .. }
             | Topic::Questions { .. }

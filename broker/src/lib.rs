@@ -11,15 +11,18 @@ pub mod access;
 pub mod admin;
 mod announcer;
 pub mod answers;
+mod askers;
 mod certificate;
 mod claimed;
 pub mod cli;
 pub mod client;
+mod complaints;
 pub mod connections;
 pub mod exchange;
 pub mod gateways;
 mod http;
 pub mod limits;
+mod listen;
 pub mod live;
 mod metrics;
 mod mqtt;
@@ -52,6 +55,7 @@ use wgkex_common::{Config, Domain, Reserved, process};
 
 use crate::admin::Admin;
 use crate::announcer::Announcer;
+use crate::askers::Askers;
 use crate::certificate::Certificate;
 use crate::connections::Connections;
 use crate::exchange::Exchange;
@@ -92,7 +96,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, publishing)] =
         wgkex_common::mqtt::open_pair(&server, mqtt::client(&config), mqtt::keys_client(&config))?;
-    let (live, store) = live_keys(&config);
+    let (live, store) = live_keys(&config)?;
     lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
@@ -100,8 +104,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (reporter, presence_events) = Reporter::new(Party::Broker(config.name.clone()));
     let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let hand_on_keys =
-        mqtt::hand_on_keys(live.clone(), ears, lists.clone(), question_sender, reporter, metrics.clone());
+    let askers = Askers::new(config.name.clone(), question_sender);
+    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), askers, reporter, metrics.clone());
     let buses = [bus.clone(), keys.clone()];
     let announcer = Announcer::new(&config, buses, presence_events, lists.view(), gateways.clone(), waiters.clone());
     let exchange = Exchange {
@@ -207,9 +211,9 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
 }
 
 /// The live keys, as this broker knew them when it ended, and what keeps them.
-fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
+fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, Store)> {
     let ttl = Some(config.live_keys.ttl);
-    let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read());
+    let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read())?;
     let domains = config.domains.clone();
     let live = LiveKeys::new(
         config.name.clone(),
@@ -219,7 +223,7 @@ fn live_keys(config: &Config) -> (Arc<Mutex<LiveKeys>>, Store) {
         Instant::now(),
     );
     info!(keys = live.len(), "live keys");
-    (Arc::new(Mutex::new(live)), store)
+    Ok((Arc::new(Mutex::new(live)), store))
 }
 
 /// Takes in what other brokers know.
@@ -267,7 +271,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bound = TcpListener::bind((host, port));
+    let bound = listen::open(host, port);
     bound.and_then(connections::lengthen_queue).with_context(|| format!("{key} {host}:{port}"))
 }
 

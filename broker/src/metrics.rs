@@ -6,6 +6,7 @@ use prometheus::{
 };
 use wgkex_common::Domain;
 use wgkex_common::lists::keeper::News;
+use wgkex_common::lists::records::Refused;
 use wgkex_common::lists::{List, files};
 
 use crate::access::Verb;
@@ -70,6 +71,7 @@ pub struct Metrics {
     lists_damaged: IntGaugeVec,
     list_keys: IntGaugeVec,
     lists_kept: IntGauge,
+    list_entries_refused: IntCounterVec,
 }
 
 impl Metrics {
@@ -135,6 +137,11 @@ impl Metrics {
             lists_damaged: gauges("wgkex_broker_lists_damaged", "1 while a list cannot be read", &["list"])?,
             list_keys: gauges("wgkex_broker_list_keys", "Keys on each list", &["list"])?,
             lists_kept: gauge("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
+            list_entries_refused: counters(
+                "wgkex_broker_list_entries_refused_total",
+                "List entries of other brokers that were not taken in",
+                &["reason"],
+            )?,
             mqtt_clients: gauge("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
             mqtt_refused: counters(
                 "wgkex_broker_mqtt_refused_total",
@@ -214,6 +221,11 @@ impl Metrics {
             self.list_keys.with_label_values(&[list.name()]).set(keys);
         }
         self.lists_kept.set(i64::from(news.is_kept));
+        let Refused { unsound, future, full } = news.refused;
+        for (reason, number) in [("unsound", unsound), ("future", future), ("full", full)] {
+            let refused = self.list_entries_refused.with_label_values(&[reason]);
+            refused.inc_by(number.saturating_sub(refused.get()));
+        }
     }
 
     /// Takes over how many live keys there are.

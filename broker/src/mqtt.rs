@@ -14,8 +14,10 @@ use wgkex_common::message::{Applied, Asked, Party, Question, Revoked, Seen};
 use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish};
 use wgkex_common::presence::Reporter;
 use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::{Config, PublicKey, Topic, is_topic_level};
+use wgkex_common::{Config, PublicKey, Topic};
 
+use crate::askers::Askers;
+use crate::complaints::Complaints;
 use crate::gateways::Gateways;
 use crate::live::LiveKeys;
 use crate::lock;
@@ -44,12 +46,14 @@ pub fn client(config: &Config) -> Client {
 pub fn keys_client(config: &Config) -> Client {
     let own = || config.name.clone();
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
-    let asked = [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }];
+    let asked =
+        [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }].map(|topic| topic.to_string());
+    let asked = asked.into_iter().chain([Topic::worker_questions()]);
     Client {
         will: Some(hello(&config.name, Vec::new())),
         states: vec![Topic::broker_hellos()],
         echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
-        events: keys.chain(asked.map(|topic| topic.to_string())).chain([Topic::Revocations.to_string()]).collect(),
+        events: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
         ..Client::second(format!("wgkex-broker-{}-keys", config.name))
     }
 }
@@ -72,6 +76,7 @@ pub fn hand_on(
     reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
+    let mut complaints = Complaints::default();
     move |event| match event {
         Event::Up => metrics.mqtt_connected.set(1),
         Event::Down => {
@@ -82,7 +87,9 @@ pub fn hand_on(
         Event::Message(publish) => {
             let outcome = parsed(&publish).and_then(|topic| {
                 reporter.report(&topic, &publish);
-                hear(&gateways, (&waiters, &answers), &live, &topic, &publish)
+                let outcome = hear(&gateways, (&waiters, &answers), &live, &topic, &publish);
+                complaints.hear(&topic, &publish.payload, outcome.is_ok(), Instant::now());
+                outcome
             });
             ignored(&metrics, &publish, outcome);
         }
@@ -200,13 +207,13 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
     serde_json::from_slice(&publish.payload).map_err(|_| "payload")
 }
 
-/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `questions` takes those for keys, and
+/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `askers` takes questions for keys, and
 /// the announcer, by `reporter`, what stands there as this broker's hello.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
     ears: Ears,
     lists: keeper::Handle,
-    questions: mpsc::Sender<Question>,
+    mut askers: Askers,
     reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
@@ -216,7 +223,7 @@ pub fn hand_on_keys(
         Event::Message(publish) => {
             let outcome = parsed(&publish).and_then(|topic| {
                 reporter.report(&topic, &publish);
-                hear_of_keys(&live, &ears, &lists, &questions, topic, &publish)
+                hear_of_keys(&live, &ears, &lists, &mut askers, topic, &publish)
             });
             ignored(&metrics, &publish, outcome);
         }
@@ -227,7 +234,7 @@ fn hear_of_keys(
     live: &Mutex<LiveKeys>,
     ears: &Ears,
     lists: &keeper::Handle,
-    questions: &mpsc::Sender<Question>,
+    askers: &mut Askers,
     topic: Topic,
     publish: &Publish,
 ) -> Result<(), &'static str> {
@@ -238,17 +245,20 @@ fn hear_of_keys(
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
             lock(live).admit(&domain, key, Instant::now());
         }
-        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
-            let heard = Heard::read(topic, &publish.payload)?;
-            if let Heard::Broker(name, hello) = &heard {
-                lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => match Heard::read(topic, &publish.payload) {
+            Ok(heard) => {
+                if let Heard::Broker(name, hello) = &heard {
+                    lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+                    askers.broker(name, hello.as_ref());
+                }
+                let _ = ears.try_send(heard);
             }
-            let _ = ears.try_send(heard);
-        }
+            Err(_) => askers.by_broker(json(publish)?)?,
+        },
+        Topic::WorkerQuestions { worker } => askers.by_worker(&worker, json(publish)?)?,
         Topic::Questions { .. } => match json(publish)? {
             Asked::Records(_) => lists.heard(HeardOfLists::Asked),
-            Asked::Keys(question) if is_topic_level(question.from.name()) => drop(questions.try_send(question)),
-            Asked::Keys(_) => return Err("payload"),
+            Asked::Keys(question) => askers.by_anybody(question)?,
         },
         Topic::Revocations => lists.heard(HeardOfLists::Records(json(publish)?)),
         Topic::ConnectedPeers { .. }
@@ -300,7 +310,8 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let words = (Waiters::default(), Answers::default());
     let (reporter, _reported) = Reporter::new(Party::Broker("b".into()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
-    hand_on_keys(live.clone(), ears, lists, questions, reporter, metrics)(Event::Message(publish));
+    let askers = Askers::new("b".into(), questions);
+    hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));
     assert!(lock(&live).len() <= 10);
 }
 
@@ -312,12 +323,13 @@ mod tests {
     use super::*;
 
     /// Payloads that are nearly right find more than any bytes do.
-    const PAYLOADS: [&str; 10] = [
+    const PAYLOADS: [&str; 11] = [
         r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
         r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
         r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
         r#"{"broker":"b","domain":"ff_a","after":null,"keys":{},"more":true}"#,
         r#"{"from":{"worker":"a/b"},"domain":"ff_a","after":null,"younger_than":18446744073709551615}"#,
+        r#"{"from":{"worker":"a"},"to":"b","domain":"ff_a","after":null,"younger_than":0}"#,
         r#"{"version":"1","can":["confirm","answer"],"domains":["ff_a"],"instance":1}"#,
         r#"[{"key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","list":"deny","at":1,"on":true}]"#,
         r#"{"domain":"ff_a","at":{},"keys":{"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=":"removed"}}"#,
@@ -358,6 +370,7 @@ mod tests {
             "wgkex/worker/w/hello",
             "wgkex/worker/w/applied",
             "wgkex/worker/w/seen",
+            "wgkex/worker/a/questions",
             "wgkex/worker/w/pages",
             "wgkex/broker/b/hello",
             "wgkex/broker/b/questions",

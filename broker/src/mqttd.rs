@@ -94,7 +94,7 @@ impl Mqttd {
         let door = Door { users: Users::new(config)?, tls, room };
         let own_door = Door { users: own_users, tls: None, room: room + OWN };
 
-        let (file, retained) = File::open(dir);
+        let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let bus = Arc::new(Bus::open(retained, room + OWN, metrics.clone())?);
         let server = Serving { bus, metrics: metrics.clone() };
@@ -302,7 +302,8 @@ mod tests {
         let door = || Door { users: Users::own().unwrap().0, tls: None, room: 10 };
         let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
         public.set_nonblocking(true).unwrap();
-        let started = Serving { bus, metrics }.start((public, door()), (own, door()), File::open(dir.path()).0);
+        let started =
+            Serving { bus, metrics }.start((public, door()), (own, door()), File::open(dir.path()).unwrap().0);
         assert!(started.err().is_some_and(|error| error.to_string().contains("mqtt_listen")));
     }
 }

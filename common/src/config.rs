@@ -26,6 +26,7 @@ use serde_json::Value;
 pub use tracing::Level;
 
 use self::report::Report;
+pub(crate) use self::yaml::Tree;
 use crate::{Domain, PublicKey};
 
 /// Where the original has its config.
@@ -340,7 +341,7 @@ impl ConfigError {
 }
 
 /// What `text` says, YAML or JSON of up to `max` bytes with whatever at its top; else one line that shows nothing of it.
-pub(crate) fn tree(text: &str, max: usize) -> Result<Value, String> {
+pub(crate) fn tree(text: &str, max: usize) -> Result<Tree, String> {
     yaml::any(text, max)
 }
 
@@ -350,7 +351,7 @@ impl Config {
     pub fn load() -> Result<Self, ConfigError> {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
-        let file = variables.get("WGKEX_CONFIG_FILE").filter(|file| !file.is_empty()).map_or(FILE, String::as_str);
+        let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
         let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
         Self::choose(file, fs::read_to_string(file), &variables, &host_name.to_string_lossy())
     }
@@ -375,7 +376,7 @@ impl Config {
         variables: &BTreeMap<String, String>,
         host_name: &str,
     ) -> Result<Self, ConfigError> {
-        let set = |name: &str| variables.get(name).is_some_and(|value| !value.is_empty());
+        let set = |name: &str| variables::value(variables, name).is_some();
         match content {
             Ok(yaml) => {
                 let mut config = Self::parse(file, &yaml, host_name)?;

@@ -13,6 +13,7 @@ pub mod mqtt;
 pub mod presence;
 pub mod process;
 mod reserved;
+mod state_file;
 pub mod store;
 pub mod sync;
 pub mod tasks;

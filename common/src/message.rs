@@ -2,13 +2,40 @@
 
 use std::collections::BTreeMap;
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::{PublicKey, Topic};
 
+/// The longest payload by which a program says what it is.
+const STATE_MAX: usize = 64 << 10;
+/// The longest name or address.
+const NAME_MAX: usize = 255;
+/// The longest version, ability or digest.
+const WORD_MAX: usize = 64;
+/// So many abilities at most, and so many domains.
+const ABILITIES_MAX: usize = 64;
+const DOMAINS_MAX: usize = 1024;
+
+/// What is wrong with a payload, as a log says it: nothing of the payload is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// It is longer than any that a program of the fleet sends.
+    #[error("has more than {STATE_MAX} bytes")]
+    Long,
+    /// It is not an object of JSON.
+    #[error("is not a JSON object")]
+    Json,
+    /// A field is not there.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    /// A field has another type, or a value that cannot be.
+    #[error("{0} is not {1}")]
+    Field(&'static str, &'static str),
+}
+
 /// What a router must know to reach a gateway in a domain (contract section 4); retained.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct WorkerData {
     /// Host name or address of the gateway as routers reach it.
@@ -21,20 +48,75 @@ pub struct WorkerData {
     pub link_address: String,
 }
 
-/// What is retained with this payload; none if it is empty, which takes back what was (MQTT 3.1.1 section 3.3.1.3).
-fn retained<T: DeserializeOwned>(payload: &[u8]) -> Result<Option<T>, serde_json::Error> {
-    if payload.is_empty() { Ok(None) } else { serde_json::from_slice(payload).map(Some) }
-}
-
 impl WorkerData {
-    /// What a worker says of itself by this payload; none if it takes that back.
-    pub fn parse(payload: &[u8]) -> Result<Option<Self>, serde_json::Error> {
-        retained(payload)
+    /// What a worker says of itself by this payload; none if it takes that back. The original's broker passes on
+    /// whatever stands there as text, so a port may be one.
+    pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
+        let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
+        Ok(Some(Self {
+            external_address: fields.text("ExternalAddress", NAME_MAX)?,
+            port: fields.port("Port")?,
+            public_key: fields.key("PublicKey")?,
+            link_address: fields.text("LinkAddress", NAME_MAX)?,
+        }))
     }
 }
 
+/// The fields of what is retained, by name.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// None if the payload is empty, which takes back what was retained (MQTT 3.1.1 section 3.3.1.3).
+    fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
+        match payload.len() {
+            0 => Ok(None),
+            1..=STATE_MAX => {
+                serde_json::from_slice(payload).map(|fields| Some(Self(fields))).map_err(|_| Malformed::Json)
+            }
+            _ => Err(Malformed::Long),
+        }
+    }
+
+    /// A field that says something.
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    fn needed(&self, name: &'static str) -> Result<&Value, Malformed> {
+        self.get(name).ok_or(Malformed::Missing(name))
+    }
+
+    fn text(&self, name: &'static str, max: usize) -> Result<String, Malformed> {
+        text(self.needed(name)?, max).ok_or(Malformed::Field(name, "a short text"))
+    }
+
+    fn texts(&self, name: &'static str, (number, max): (usize, usize)) -> Result<Vec<String>, Malformed> {
+        let items = self.needed(name)?.as_array().filter(|items| items.len() <= number);
+        let texts = items.and_then(|items| items.iter().map(|item| text(item, max)).collect());
+        texts.ok_or(Malformed::Field(name, "a list of a few short texts"))
+    }
+
+    fn port(&self, name: &'static str) -> Result<u16, Malformed> {
+        let port = match self.needed(name)? {
+            Value::Number(number) => number.as_u64().and_then(|port| port.try_into().ok()),
+            Value::String(text) => text.trim().parse().ok(),
+            Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
+        };
+        port.filter(|port| *port > 0).ok_or(Malformed::Field(name, "a port from 1 to 65535"))
+    }
+
+    fn key(&self, name: &'static str) -> Result<PublicKey, Malformed> {
+        let key = self.needed(name)?.as_str().and_then(|text| text.parse().ok());
+        key.ok_or(Malformed::Field(name, "a WireGuard public key"))
+    }
+}
+
+fn text(value: &Value, max: usize) -> Option<String> {
+    value.as_str().filter(|text| text.len() <= max).map(str::to_owned)
+}
+
 /// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Hello {
     /// The version of its program.
     pub version: String,
@@ -42,14 +124,14 @@ pub struct Hello {
     pub can: Vec<String>,
     /// The domains that it serves, by name; what is retained of others is left from an earlier config. None if it
     /// does not say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub domains: Option<Vec<String>>,
     /// Which run of the program it is: another number means that it was started anew. None if it does not say.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
     /// A broker's digest of the records that it shares; who has another one lacks some, or has more. None if it shares
     /// none.
-    #[serde(default, rename = "revocations", skip_serializing_if = "Option::is_none")]
+    #[serde(rename = "revocations", skip_serializing_if = "Option::is_none")]
     pub records: Option<String>,
 }
 
@@ -63,9 +145,21 @@ impl Hello {
     /// The ability to answer each [`Question`].
     pub const ANSWER: &str = "answer";
 
+    /// A broker's ability to hear questions on topics that only who asks may publish on, where it asks itself, too.
+    pub const NAMED_QUESTIONS: &str = "named questions";
+
     /// What a worker or a broker says of itself by this payload; none if it takes that back.
-    pub fn parse(payload: &[u8]) -> Result<Option<Self>, serde_json::Error> {
-        retained(payload)
+    pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
+        let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
+        let number = |value: &Value| value.as_u64().ok_or(Malformed::Field("instance", "a whole number"));
+        let said = |name| fields.get(name).is_some();
+        Ok(Some(Self {
+            version: fields.text("version", WORD_MAX)?,
+            can: fields.texts("can", (ABILITIES_MAX, WORD_MAX))?,
+            domains: said("domains").then(|| fields.texts("domains", (DOMAINS_MAX, NAME_MAX))).transpose()?,
+            instance: fields.get("instance").map(number).transpose()?,
+            records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
+        }))
     }
 
     /// The hello of this worker, for the domains with these names.
@@ -77,7 +171,7 @@ impl Hello {
     /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
-        Self::new(&[Self::ANSWER], domains, Some(instance))
+        Self::new(&[Self::ANSWER, Self::NAMED_QUESTIONS], domains, Some(instance))
     }
 
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
@@ -108,6 +202,12 @@ impl Hello {
     #[must_use]
     pub fn answers(&self) -> bool {
         self.can(Self::ANSWER)
+    }
+
+    /// Whether the broker hears, and asks, questions on topics that only who asks may publish on.
+    #[must_use]
+    pub fn names_questions(&self) -> bool {
+        self.can(Self::NAMED_QUESTIONS)
     }
 
     fn can(&self, wanted: &str) -> bool {
@@ -189,6 +289,16 @@ impl Party {
         }
     }
 
+    /// Where it asks `broker`, and nobody else can in its name: only a worker itself may publish there, and only brokers on
+    /// what brokers hear pages on.
+    #[must_use]
+    pub fn questions(&self, broker: &str) -> Topic {
+        match self {
+            Self::Worker(worker) => Topic::WorkerQuestions { worker: worker.clone() },
+            Self::Broker(_) => Topic::BrokerPages { broker: broker.to_owned() },
+        }
+    }
+
     /// Where it hears the answers to its questions.
     #[must_use]
     pub fn pages(&self) -> Topic {
@@ -204,6 +314,9 @@ impl Party {
 pub struct Question {
     /// Who asks.
     pub from: Party,
+    /// Which broker is asked, where the topic does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
     /// The domain's name.
     pub domain: String,
     /// Keys beyond this one in the order of their bytes; none for the first page.
@@ -265,7 +378,68 @@ mod tests {
         };
         let json = r#"{"ExternalAddress":"gw04.ext.ffmuc.net","Port":40011,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::27c:16ff:fec0:6c74"}"#;
         assert_eq!(serde_json::to_string(&data).unwrap(), json);
-        assert_eq!(serde_json::from_str::<WorkerData>(json).unwrap(), data);
+        assert_eq!(WorkerData::parse(json.as_bytes()), Ok(Some(data.clone())));
+        // As another program may write it, and the original's broker takes it.
+        for port in ["\"40011\"", "\" 40011 \"", "40011"] {
+            let text = json.replace("40011", port).replace(',', ", \"new\": [1], ");
+            assert_eq!(WorkerData::parse(text.as_bytes()), Ok(Some(data.clone())), "{text}");
+        }
+        assert_eq!(WorkerData::parse(b""), Ok(None));
+    }
+
+    #[test]
+    fn what_is_wrong_with_worker_data_is_named_and_not_shown() {
+        let json = r#"{"ExternalAddress":"gw","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::1"}"#;
+        let with = |from: &str, to: &str| WorkerData::parse(json.replace(from, to).as_bytes()).unwrap_err().to_string();
+        for (from, to, said) in [
+            (json, "[]", "is not a JSON object"),
+            (json, "{", "is not a JSON object"),
+            (json, "\u{0}", "is not a JSON object"),
+            (json, &" ".repeat(STATE_MAX + 1), "has more than 65536 bytes"),
+            ("\"Port\":1,", "", "Port is missing"),
+            ("\"Port\":1,", "\"Port\":null,", "Port is missing"),
+            ("\"Port\":1,", "\"Port\":0,", "Port is not a port from 1 to 65535"),
+            ("\"Port\":1,", "\"Port\":65536,", "Port is not a port from 1 to 65535"),
+            ("\"Port\":1,", "\"Port\":1.5,", "Port is not a port from 1 to 65535"),
+            ("\"Port\":1,", "\"Port\":\"http\",", "Port is not a port from 1 to 65535"),
+            ("TszFS3oF", "secret", "PublicKey is not a WireGuard public key"),
+            ("\"gw\"", "7", "ExternalAddress is not a short text"),
+            ("fe80::1", &"x".repeat(256), "LinkAddress is not a short text"),
+        ] {
+            assert_eq!(with(from, to), said, "{to:.40}");
+        }
+    }
+
+    #[test]
+    fn a_hello_is_bounded() {
+        let hello = |json: &str| Hello::parse(json.as_bytes());
+        let least = hello(r#"{"version":"9","can":["confirm"],"new":{}}"#).unwrap().unwrap();
+        assert!(least.confirms() && least.domains.is_none() && !least.names_questions());
+        let made = Hello { records: Some("0".repeat(32)), ..Hello::broker(vec!["d".into()], u64::MAX) };
+        assert_eq!(Hello::parse(&serde_json::to_vec(&made).unwrap()), Ok(Some(made)));
+        assert_eq!(Hello::parse(b""), Ok(None));
+        let list = |number, length| serde_json::to_string(&vec!["x".repeat(length); number]).unwrap();
+        let with = |field: &str, value: &str| {
+            let rest = if field == "can" { r#""version":"1""#.to_owned() } else { r#""can":[]"#.to_owned() };
+            let rest = if ["can", "version"].contains(&field) { rest } else { format!(r#""version":"1",{rest}"#) };
+            hello(&format!("{{{rest},\"{field}\":{value}}}")).map(drop)
+        };
+        assert_eq!(with("version", &format!("{:?}", "x".repeat(65))), Err(Malformed::Field("version", "a short text")));
+        for (field, value) in [
+            ("can", list(65, 1)),
+            ("can", list(1, 65)),
+            ("can", "\"confirm\"".into()),
+            ("can", "[1]".into()),
+            ("domains", list(1025, 1)),
+            ("domains", list(1, 256)),
+        ] {
+            assert_eq!(
+                with(field, &value).unwrap_err().to_string(),
+                format!("{field} is not a list of a few short texts")
+            );
+        }
+        assert!(with("domains", &list(1024, 40)).is_ok() && with("instance", "-1").is_err());
+        assert_eq!(hello(r#"{"version":"1"}"#), Err(Malformed::Missing("can")));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension as _, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
@@ -28,7 +28,7 @@ const CLOCK: Duration = Duration::from_secs(60);
 const CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; a clock that says so was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
-const LAYOUT: Layout = Layout { number: 1, schema: SCHEMA };
+const LAYOUT: Layout = Layout { number: 1, schema: SCHEMA, upgrades: &[] };
 
 const SCHEMA: &str = "
     CREATE TABLE keys (
@@ -161,15 +161,14 @@ struct Database {
 impl Store {
     /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
     /// than `ttl`. A damaged file is set aside; one that cannot be written is read all the same, and tried again
-    /// later. Neither keeps anybody from starting.
-    #[must_use]
+    /// later. Neither keeps anybody from starting; the error is that the file has a layout which is not known here.
     pub fn open(
         dir: &Path,
         name: &str,
         domains: &BTreeSet<Domain>,
         ttl: Option<Duration>,
         now: Now,
-    ) -> (Self, Journal, Keys) {
+    ) -> Result<(Self, Journal, Keys), Failure> {
         let file = dir.join(format!("{name}.sqlite"));
         let journal = Journal::default();
         let mut store = Self { file, journal: journal.clone(), database: None, failing: false };
@@ -180,16 +179,19 @@ impl Store {
                 store.database = Some(database);
                 (written, keys)
             }
+            Err(failure @ Failure::Unknown(_)) => return Err(failure),
             Err(failure) => {
                 let readable = Database::open_to_read(&store.file, now);
-                let keys = readable.and_then(|database| database.with_keys(domains, oldest));
-                (Err(failure), keys.map_or_else(|_| Keys::new(), |(_, keys)| keys))
+                match readable.and_then(|database| database.with_keys(domains, oldest)) {
+                    Err(failure @ Failure::Unknown(_)) => return Err(failure),
+                    keys => (Err(failure), keys.map_or_else(|_| Keys::new(), |(_, keys)| keys)),
+                }
             }
         };
         if let Err(failure) = written {
             store.fail(&failure);
         }
-        (store, journal, keys)
+        Ok((store, journal, keys))
     }
 
     /// What `read` makes of the database; of a new one, if it is damaged.
@@ -269,9 +271,7 @@ impl Database {
 
     /// One that cannot be written, perhaps without the last changes to it.
     fn open_to_read(file: &Path, now: Now) -> Result<Self, Failure> {
-        let uri = format!("file:{}?immutable=1", file.display());
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
-        Self::with_clock(Connection::open_with_flags(uri, flags)?, now)
+        Self::with_clock(database::open_to_read(file, LAYOUT)?, now)
     }
 
     fn with_clock(connection: Connection, now: Now) -> Result<Self, Failure> {

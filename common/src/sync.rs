@@ -64,6 +64,8 @@ struct Broker {
     instance: Option<u64>,
     /// How many of the domains it does not serve.
     lacks: usize,
+    /// It hears questions on topics that only who asks may publish on.
+    names_questions: bool,
     /// When the last round with it began.
     tried: Option<Instant>,
     /// When the last round with it began that came to its end, and the last such for all keys.
@@ -122,6 +124,7 @@ impl Asker {
         let broker = self.brokers.entry(name.to_owned()).or_default();
         let is_new = !known || broker.instance != hello.instance;
         (broker.instance, broker.lacks, broker.silent) = (hello.instance, lacks, None);
+        broker.names_questions = hello.names_questions();
         if broker.asked.is_none()
             && let State::Resting { until } = &mut self.state
         {
@@ -156,6 +159,16 @@ impl Asker {
         }
     }
 
+    /// The topic on which `broker` hears questions of this asker: one of its own, unless the broker is of a version that
+    /// does not hear those.
+    fn topic(&self, broker: &str) -> Topic {
+        if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
+            self.own.questions(broker)
+        } else {
+            Topic::Questions { broker: broker.to_owned() }
+        }
+    }
+
     /// The question to put now, and to whom.
     pub fn ask(&mut self, now: Instant) -> Option<(String, Question)> {
         if self.due().is_none_or(|due| due > now) {
@@ -178,6 +191,7 @@ impl Asker {
         let younger = |since: Instant| (now.saturating_duration_since(since) + OVERLAP).as_secs() + 1;
         let question = Question {
             from: self.own.clone(),
+            to: Some(round.broker.clone()),
             domain: self.domains.get(round.domain)?.name().to_owned(),
             after: round.after,
             younger_than: round.since.map(younger),
@@ -271,11 +285,10 @@ pub enum Heard {
 impl Heard {
     /// What a message says to an asker; else in one word why it says nothing: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
-        let json = |_| "payload";
         match topic {
-            Topic::BrokerHello { broker } => Ok(Self::Broker(broker, Hello::parse(payload).map_err(json)?)),
+            Topic::BrokerHello { broker } => Ok(Self::Broker(broker, Hello::parse(payload).map_err(|_| "payload")?)),
             Topic::WorkerPages { .. } | Topic::BrokerPages { .. } => {
-                serde_json::from_slice(payload).map(Self::Page).map_err(json)
+                serde_json::from_slice(payload).map(Self::Page).map_err(|_| "payload")
             }
             Topic::Key { .. }
             | Topic::ConnectedPeers { .. }
@@ -289,6 +302,7 @@ impl Heard {
             | Topic::WorkerEcho { .. }
             | Topic::BrokerEcho { .. }
             | Topic::Revocations
+            | Topic::WorkerQuestions { .. }
             | Topic::Questions { .. } => Err("topic"),
         }
     }
@@ -321,7 +335,7 @@ pub async fn run<F: Future<Output = ()>>(
             }
             let payload = serde_json::to_vec(&question).unwrap_or_default();
             // One that is lost is put again.
-            let _ = bus.post(Message::event(Topic::Questions { broker }, payload));
+            let _ = bus.post(Message::event(asker.topic(&broker), payload));
         }
         let due = asker.due().unwrap_or_else(|| now + PERIOD);
         tokio::select! {

@@ -4,6 +4,9 @@ use std::fmt;
 
 use crate::message::Party;
 
+/// No name of a program or a domain is longer, and whoever keeps one keeps no more.
+const LEVEL_MAX: usize = 255;
+
 /// A topic of the contract's section 4, or one of our own below `wgkex/`.
 ///
 /// Names are those of the wire, unchecked against the config: what came over MQTT may be anybody's.
@@ -53,6 +56,11 @@ pub enum Topic {
         /// The worker's name.
         worker: String,
     },
+    /// A worker's questions for live keys, to a broker that they name. Ours.
+    WorkerQuestions {
+        /// The worker's name.
+        worker: String,
+    },
     /// Live keys for a worker that asked. Ours.
     WorkerPages {
         /// The worker's name.
@@ -75,12 +83,12 @@ pub enum Topic {
         /// The broker's name.
         broker: String,
     },
-    /// Questions to a broker for live keys. Ours.
+    /// Questions to a broker for live keys, of those that ask there, and for entries of the lists. Ours.
     Questions {
         /// The broker's name.
         broker: String,
     },
-    /// Live keys for a broker that asked. Ours.
+    /// Live keys for a broker that asked; or another broker's question, as only brokers publish there. Ours.
     BrokerPages {
         /// The broker's name.
         broker: String,
@@ -97,7 +105,7 @@ impl Topic {
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let levels: Vec<&str> = text.split('/').collect();
-        if levels.contains(&"") {
+        if levels.iter().any(|level| level.is_empty() || level.len() > LEVEL_MAX) {
             return None;
         }
         let name = str::to_owned;
@@ -114,6 +122,7 @@ impl Topic {
             ["wgkex", "worker", worker, "hello"] => Some(Self::Hello { worker: name(worker) }),
             ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
             ["wgkex", "worker", worker, "seen"] => Some(Self::Seen { worker: name(worker) }),
+            ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerQuestions { worker: name(worker) }),
             ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerPages { worker: name(worker) }),
             ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: name(worker) }),
             ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: name(broker) }),
@@ -139,6 +148,7 @@ impl Topic {
             | Self::Applied { .. }
             | Self::Seen { .. }
             | Self::Revoked { .. }
+            | Self::WorkerQuestions { .. }
             | Self::WorkerPages { .. }
             | Self::WorkerEcho { .. }
             | Self::Revocations
@@ -204,6 +214,12 @@ impl Topic {
         Self::Revoked { worker: "+".into() }.to_string()
     }
 
+    /// The filter for the questions of all workers.
+    #[must_use]
+    pub fn worker_questions() -> String {
+        Self::WorkerQuestions { worker: "+".into() }.to_string()
+    }
+
     /// The filter for what brokers can do.
     #[must_use]
     pub fn broker_hellos() -> String {
@@ -224,6 +240,7 @@ impl fmt::Display for Topic {
             Self::Hello { worker } => write!(f, "wgkex/worker/{worker}/hello"),
             Self::Applied { worker } => write!(f, "wgkex/worker/{worker}/applied"),
             Self::Seen { worker } => write!(f, "wgkex/worker/{worker}/seen"),
+            Self::WorkerQuestions { worker } => write!(f, "wgkex/worker/{worker}/questions"),
             Self::WorkerPages { worker } => write!(f, "wgkex/worker/{worker}/pages"),
             Self::Revoked { worker } => write!(f, "wgkex/worker/{worker}/revoked"),
             Self::WorkerEcho { worker } => write!(f, "wgkex/worker/{worker}/echo"),
@@ -259,6 +276,7 @@ mod tests {
             (Topic::Hello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
             (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
             (Topic::Seen { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
+            (Topic::WorkerQuestions { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/questions"),
             (Topic::WorkerPages { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
             (Topic::WorkerEcho { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/echo"),
             (Topic::BrokerEcho { broker: "broker1".into() }, "wgkex/broker/broker1/echo"),
@@ -304,6 +322,8 @@ mod tests {
         ] {
             assert_eq!(Topic::parse(text), None, "{text:?}");
         }
+        let hello = |length| Topic::parse(&format!("wgkex/worker/{}/hello", "x".repeat(length)));
+        assert!(hello(255).is_some() && hello(256).is_none());
     }
 
     proptest! {

@@ -20,6 +20,7 @@ use crate::wait_within;
 
 /// How long nodes may take to agree, on a machine that does other things.
 const AGREED: Duration = Duration::from_secs(120);
+
 /// A cluster that runs.
 pub struct Cluster {
     nodes: Vec<Node>,
@@ -73,16 +74,18 @@ impl Node {
         let (mqtt, dir) = (free_address(), dir.join(format!("nats{n}")));
         std::fs::create_dir_all(&dir).expect("a directory");
         let others: Vec<_> = routes.iter().map(|route| format!("\"nats://{route}\"")).collect();
-        let mut text = format!(
+        let cluster = if others.len() > 1 {
+            format!("cluster {{name: test, listen: \"{}\", routes: [{}]}}\n", routes[n], others.join(", "))
+        } else {
+            String::new()
+        };
+        let text = format!(
             "server_name: n{n}\nlisten: \"{}\"\njetstream {{store_dir: \"{}\"}}\n\
-             mqtt {{listen: \"{mqtt}\", stream_replicas: {}}}\n",
+             mqtt {{listen: \"{mqtt}\", stream_replicas: {}}}\n{cluster}",
             free_address(),
             dir.display(),
             routes.len(),
         );
-        if let [_, _, ..] = routes {
-            text += &format!("cluster {{name: test, listen: \"{}\", routes: [{}]}}\n", routes[n], others.join(", "));
-        }
         let config = dir.join("nats.conf");
         std::fs::write(&config, text).expect("write its config");
         let process = start(n, &config);

@@ -116,6 +116,8 @@ fn sighup_reads_the_lists_again_and_ends_nothing() {
     fs::write(&file, "").unwrap();
     let config = format!("blacklist_file: {}\nallowlist: {{refresh_interval: 86400}}", file.display());
     let (mut stack, _worker, _) = scene(&config);
+    // A file that was being written at the start is looked at a second time soon after.
+    std::thread::sleep(Duration::from_secs(2));
     fs::write(&file, format!("- {}\n", key(1))).unwrap();
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(statuses(&stack, &key(1)), [200, 200], "nobody looked");
@@ -264,15 +266,50 @@ fn records_of_another_broker_count_and_nonsense_does_not() {
     for nonsense in ["", "x", "[]", "{}", r#"[{"list":"x"}]"#, r#"[{"list":"deny","key":"x","at":1,"on":true}]"#] {
         publish(nonsense.to_owned());
     }
-    publish(json!([deny(1, u64::MAX, true)]).to_string());
+    // By a clock that is far ahead, or is none.
+    let ms = 1000 * unix(SystemTime::now());
+    publish(
+        json!([deny(1, u64::MAX, true), deny(1, 4_000_000_000_000, true), deny(4, ms + 7_200_000, true)]).to_string(),
+    );
     // In the wrong order: the later one counts.
-    let now = 4_000_000_000_000;
+    let now = ms + 1_800_000;
     publish(json!([deny(2, now + 1, false), deny(2, now, true), deny(3, now, true)]).to_string());
     wait_for_status(&stack, &key(3), 403);
-    assert_eq!([1, 2].map(|n| statuses(&stack, &key(n))), [[200; 2]; 2]);
+    assert_eq!([1, 2, 4].map(|n| statuses(&stack, &key(n))), [[200; 2]; 3]);
+    stack.wait_for_metric("wgkex_broker_list_entries_refused_total{reason=\"future\"}", 2.0);
+    stack.wait_for_metric("wgkex_broker_list_entries_refused_total{reason=\"unsound\"}", 1.0);
     // Its maker's clock is ahead, and yet an operator here can lift it.
     assert!(operator.run(&stack, &["unrevoke", &key(3)]).status.success());
     assert_eq!(statuses(&stack, &key(3)), [200; 2]);
+}
+
+/// On the code before it a revocation was refused with 507 as soon as there were 10,000 entries; and what came after the
+/// 20,000th was dropped without a word.
+#[test]
+fn a_full_list_lets_an_operator_revoke_and_what_does_not_fit_is_said() {
+    let (mut stack, worker, operator) = scene("");
+    let now = 1000 * unix(SystemTime::now());
+    let fill = |range: std::ops::Range<u32>| {
+        let records: Vec<_> = range.map(|n| json!({ "list": "deny", "key": key(n), "at": now, "on": true })).collect();
+        let payloads = records.chunks(500).map(|records| serde_json::to_string(records).unwrap());
+        worker.probe.say_all(payloads.map(|payload| said("wgkex/revocations", payload, 1, false)));
+    };
+    fill(1_000..11_000);
+    stack.wait_for_metric("wgkex_broker_list_keys{list=\"deny\"}", 10_000.0);
+    let revoke = |n: u32| operator.call("POST", "/v1/revoke", &json!({ "key": key(n) }));
+    assert_eq!((revoke(1).status, statuses(&stack, &key(1))), (200, [403, 403]));
+    let trusted = operator.call("POST", "/v1/lists/trusted", &json!({ "key": key(2) }));
+    assert_refused(&trusted, 507, "what is taken off a list makes room");
+    fill(11_000..21_100);
+    stack.wait_for_metric("wgkex_broker_list_keys{list=\"deny\"}", 20_000.0);
+    wait_until("what does not fit is counted", || {
+        stack.metric("wgkex_broker_list_entries_refused_total{reason=\"full\"}").filter(|refused| *refused > 0.0)
+    });
+    stack.broker().wait_for_log("list entries of other brokers are not taken in");
+    assert_eq!(statuses(&stack, &key(1)), [403, 403], "it is the newest");
+    assert_refused(&revoke(3), 507, "what is taken off a list makes room");
+    assert_eq!(operator.call("POST", "/v1/unrevoke", &json!({ "key": key(15_000) })).status, 200);
+    assert_eq!(revoke(3).status, 200);
 }
 
 fn assert_refused(response: &Response, status: u16, named: &str) {

@@ -6,6 +6,7 @@ use prometheus::{
 };
 use wgkex_common::Domain;
 use wgkex_common::lists::keeper::News;
+use wgkex_common::lists::records::Refused;
 use wgkex_common::lists::{List, files};
 
 use crate::ledger::Counts;
@@ -52,6 +53,7 @@ pub struct Metrics {
     lists_damaged: IntGaugeVec,
     list_keys: IntGaugeVec,
     lists_kept: IntGauge,
+    list_entries_refused: IntCounterVec,
     /// Looks for stale peers, by domain.
     pub sweeps: IntCounterVec,
     /// Stale peers removed, by domain.
@@ -127,6 +129,12 @@ impl Metrics {
             lists_damaged: gauges(r, "lists_damaged", "1 while a list cannot be read.", &["list"])?,
             list_keys: gauges(r, "list_keys", "Keys on each list.", &["list"])?,
             lists_kept: gauge(r, "lists_kept", "1 while entries made by admin calls are kept on disk.")?,
+            list_entries_refused: counters(
+                r,
+                "list_entries_refused",
+                "List entries of brokers that were not taken in.",
+                &["reason"],
+            )?,
             sweeps: counters(r, "sweeps", "Looks for stale peers.", &["domain"])?,
             peers_removed: counters(r, "peers_removed", "Stale peers removed.", &["domain"])?,
             peers_ousted: counters(r, "peers_ousted", "Peers that others took the place of.", &["domain"])?,
@@ -172,6 +180,11 @@ impl Metrics {
             self.list_keys.with_label_values(&[list.name()]).set(keys);
         }
         self.lists_kept.set(i64::from(news.is_kept));
+        let Refused { unsound, future, full } = news.refused;
+        for (reason, number) in [("unsound", unsound), ("future", future), ("full", full)] {
+            let refused = self.list_entries_refused.with_label_values(&[reason]);
+            refused.inc_by(number.saturating_sub(refused.get()));
+        }
     }
 
     /// Sets how many peers of `domain` are in which state.

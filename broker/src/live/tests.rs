@@ -33,7 +33,7 @@ fn prove(live: &mut LiveKeys, key: PublicKey, now: Instant) {
 }
 
 fn question() -> Question {
-    Question { from: Party::Worker("gw".into()), domain: "ff_a".into(), after: None, younger_than: None }
+    Question { from: Party::Worker("gw".into()), to: None, domain: "ff_a".into(), after: None, younger_than: None }
 }
 
 fn page_of_none() -> Page {

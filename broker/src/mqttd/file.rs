@@ -37,6 +37,7 @@ const LAYOUT: Layout = Layout {
             retain INTEGER NOT NULL
         ) WITHOUT ROWID;
     ",
+    upgrades: &["ALTER TABLE messages ADD COLUMN user TEXT"],
 };
 
 /// The file, and whether it can be written.
@@ -50,17 +51,18 @@ pub struct File {
 
 impl File {
     /// Opens the file in `dir`, and gives what was kept. A damaged one is set aside; one that cannot be written is tried
-    /// again later. Neither keeps anybody from starting.
-    pub fn open(dir: &Path) -> (Self, Retained) {
+    /// again later. Neither keeps anybody from starting; the error is that it has a layout which is not known here.
+    pub fn open(dir: &Path) -> Result<(Self, Retained), Failure> {
         let mut file = Self { path: dir.join("mqtt-retained.sqlite"), database: None, failing: false };
         match whole(&file.path, |database| read(&database).map(|retained| (database, retained))) {
             Ok((database, retained)) => {
                 file.database = Some(database);
-                (file, retained)
+                Ok((file, retained))
             }
+            Err(failure @ Failure::Unknown(_)) => Err(failure),
             Err(failure) => {
                 file.fail(&failure);
-                (file, Retained::default())
+                Ok((file, Retained::default()))
             }
         }
     }
@@ -219,7 +221,7 @@ mod tests {
     #[test]
     fn what_is_kept_is_there_after_a_restart_and_wills_are_due() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, mut retained) = File::open(dir.path());
+        let (file, mut retained) = File::open(dir.path()).unwrap();
         for (topic, payload) in [("a", "1"), ("b", "1"), ("c", "1")] {
             retained.keep(&message(topic, payload), None).unwrap();
         }
@@ -229,7 +231,7 @@ mod tests {
         close(file, &mut retained);
         let expected = [("a", "1"), ("b", "1"), ("c", "0")].map(|(topic, payload)| (topic.into(), payload.into()));
         for _ in 0..2 {
-            let (file, mut retained) = File::open(dir.path());
+            let (file, mut retained) = File::open(dir.path()).unwrap();
             assert_eq!(topics(&retained), expected);
             close(file, &mut retained);
         }
@@ -238,13 +240,13 @@ mod tests {
     #[test]
     fn who_has_all_of_a_users_part_has_it_after_a_restart_too() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, mut retained) = File::open(dir.path());
+        let (file, mut retained) = File::open(dir.path()).unwrap();
         for n in 0..TOPICS / SHARE {
             retained.keep(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
         retained.promise("gw1", message("0", "0"));
         close(file, &mut retained);
-        let (_file, mut retained) = File::open(dir.path());
+        let (_file, mut retained) = File::open(dir.path()).unwrap();
         retained.keep(&message("another's", "1"), Some("gw2")).unwrap();
         assert!(retained.keep(&message("one more", "1"), Some("gw1")).is_err());
         retained.keep(&message("0", ""), Some("gw1")).unwrap();
@@ -256,18 +258,45 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mqtt-retained.sqlite");
         fs::write(&path, "this is no database at all").unwrap();
-        let (file, mut retained) = File::open(dir.path());
+        let (file, mut retained) = File::open(dir.path()).unwrap();
         assert!(topics(&retained).is_empty() && dir.path().join("mqtt-retained.sqlite.damaged").exists());
         retained.keep(&message("a", "1"), None).unwrap();
         close(file, &mut retained);
-        assert_eq!(topics(&File::open(dir.path()).1).len(), 1);
+        assert_eq!(topics(&File::open(dir.path()).unwrap().1).len(), 1);
+    }
+
+    /// It was taken for damage, and all was forgotten.
+    #[test]
+    fn a_file_of_the_first_layout_is_brought_to_todays() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = "
+            CREATE TABLE messages (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, qos INTEGER NOT NULL) WITHOUT ROWID;
+            CREATE TABLE wills (
+                client TEXT PRIMARY KEY,
+                topic TEXT NOT NULL,
+                payload BLOB NOT NULL,
+                qos INTEGER NOT NULL,
+                retain INTEGER NOT NULL
+            ) WITHOUT ROWID;
+            INSERT INTO messages VALUES ('a', X'31', 1);
+            PRAGMA user_version = 1;
+        ";
+        Connection::open(dir.path().join("mqtt-retained.sqlite")).unwrap().execute_batch(first).unwrap();
+        for topic in ["b", "c"] {
+            let (file, mut retained) = File::open(dir.path()).unwrap();
+            retained.keep(&message(topic, "1"), Some("gw1")).unwrap();
+            close(file, &mut retained);
+        }
+        let kept = topics(&File::open(dir.path()).unwrap().1);
+        assert_eq!(kept.into_iter().map(|(topic, _)| topic).collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is set aside");
     }
 
     #[test]
     fn a_directory_that_cannot_be_made_is_no_reason_not_to_start() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
-        let (file, retained) = File::open(&dir.path().join("file"));
+        let (file, retained) = File::open(&dir.path().join("file")).unwrap();
         assert!(file.database.is_none() && file.failing && topics(&retained).is_empty());
     }
 }

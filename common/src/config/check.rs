@@ -46,6 +46,9 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     refuse_and_warn(&raw, report);
     let listed: Vec<Text> = raw.domains.into_iter().flatten().collect();
     let prefixes: Vec<String> = raw.domain_prefixes.into_iter().flatten().map(|prefix| prefix.0).collect();
+    for (index, _) in prefixes.iter().enumerate().filter(|(_, prefix)| has_quote(prefix)) {
+        report.refuse(&Path::of("domain_prefixes").index(index), QUOTED);
+    }
     let domains = domains(&listed, &prefixes, report);
     let fits = |Text(name): &Text| prefixes.iter().any(|prefix| name.starts_with(prefix));
     if !listed.is_empty() && !prefixes.is_empty() && !listed.iter().any(fits) {
@@ -61,7 +64,7 @@ pub(super) fn check(raw: Raw, host_name: &str, report: &mut Report) -> Config {
     Config {
         name: host_name.to_owned(),
         external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
-        workers: raw.workers.into_iter().map(|(name, raw)| (name, worker(&raw))).collect(),
+        workers: workers(&raw.workers, report),
         cleanup: cleanup(&raw.cleanup),
         mqtt: mqtt(raw.mqtt, mqtt_listen.as_ref(), is_listen_set, report),
         mqtt_listen,
@@ -125,6 +128,7 @@ fn domains(listed: &[Text], prefixes: &[String], report: &mut Report) -> Vec<Dom
     for (index, Text(name)) in listed.iter().enumerate() {
         let path = Path::of("domains").index(index);
         match Domain::new(name, prefixes) {
+            _ if has_quote(name) => report.refuse(&path, QUOTED),
             Ok(domain) if served.contains(&domain) => report.warn(&path, "is listed twice"),
             Ok(domain) => match served.iter().find(|other| other.rest() == domain.rest()) {
                 Some(other) => report.refuse(&path, &same_interfaces(&domain, other)),
@@ -135,6 +139,13 @@ fn domains(listed: &[Text], prefixes: &[String], report: &mut Report) -> Vec<Dom
         }
     }
     served
+}
+
+/// What is left of a quote too many, or of one that YAML or a shell did not take off.
+const QUOTED: &str = "has a quote in it, a name without quotes is allowed";
+
+fn has_quote(name: &str) -> bool {
+    name.contains(['"', '\''])
 }
 
 fn same_interfaces(domain: &Domain, other: &Domain) -> String {
@@ -150,8 +161,14 @@ fn bad_domain(path: &Path, name: &str, error: &DomainError, report: &mut Report)
     }
 }
 
-fn worker(raw: &raw::Worker) -> Worker {
-    Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) }
+/// Each is called by its host name, which is a level of topics: what is more would give its user others' rights.
+fn workers(raw: &BTreeMap<String, raw::Worker>, report: &mut Report) -> BTreeMap<String, Worker> {
+    for name in raw.keys().filter(|name| !is_topic_level(name)) {
+        let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
+        report.refuse(&Path::of("workers").then(name), complaint);
+    }
+    let worker = |raw: &raw::Worker| Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) };
+    raw.iter().map(|(name, raw)| (name.clone(), worker(raw))).collect()
 }
 
 fn cleanup(raw: &raw::Cleanup) -> Cleanup {

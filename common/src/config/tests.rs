@@ -217,6 +217,13 @@ fn keys_may_be_merged_from_another_mapping() {
 }
 
 #[test]
+fn of_a_key_given_twice_the_last_counts() {
+    let config =
+        parse(&format!("{LEAST}cleanup: {{interval: 1, interval: 2}}\nlog_level: DEBUG\nlog_level: ERROR")).unwrap();
+    assert_eq!((config.cleanup.interval, config.log_level), (Duration::from_secs(2), Level::ERROR));
+}
+
+#[test]
 fn a_line_that_may_be_silent_for_ever_may_be_so_for_long() {
     let keepalive = |yaml: &str| parse(&format!("{LEAST}mqtt: {{keepalive: {yaml}}}")).unwrap().mqtt.keepalive;
     assert_eq!(keepalive("0"), Duration::from_secs(65535));
@@ -388,11 +395,46 @@ fn a_containers_variables_are_a_config() {
     assert_eq!(config.mqtt, expected);
     assert_eq!(config.log_level, Level::ERROR);
     assert_eq!(config.warnings, [""; 0]);
+    assert_eq!(config.broker_listen.to_string(), "[::]:5000");
     for (debug, level) in [("1", Level::DEBUG), ("yes", Level::DEBUG), ("False", Level::INFO), ("", Level::INFO)] {
         let mut set = set.clone();
         set.insert("WGKEX_DEBUG".into(), debug.into());
         assert_eq!(Config::from_variables(&set, "gw1").unwrap().log_level, level, "{debug}");
     }
+}
+
+/// A file of variables leaves quotes where a shell takes them off.
+#[test]
+fn one_pair_of_quotes_around_a_variable_is_taken_off() {
+    for quoted in [
+        ["\"x_a, x_b\"", "\"x_\"", "\"very 'secret'\"", "\"0.0.0.0:80\""],
+        ["'x_a,x_b'", "'x_'", "'very 'secret''", "'0.0.0.0:80'"],
+        ["\"x_a\",\"x_b\"", "x_", "\"very 'secret'\"", "0.0.0.0:80"],
+    ] {
+        let [domains, prefixes, password, listen] = quoted;
+        let set = variables(&[
+            ("WGKEX_DOMAINS", domains),
+            ("WGKEX_DOMAIN_PREFIXES", prefixes),
+            ("MQTT_BROKER_PORT", "\"8883\""),
+            ("MQTT_BROKER_URL", "'mqtt'"),
+            ("MQTT_USERNAME", "\"wgkex\""),
+            ("MQTT_PASSWORD", password),
+            ("WGKEX_BROKER_LISTEN", listen),
+            ("WGKEX_DEBUG", "\"\""),
+        ]);
+        let config = Config::from_variables(&set, "gw1").unwrap();
+        assert_eq!(config.domains.iter().map(Domain::name).collect::<Vec<_>>(), ["x_a", "x_b"]);
+        assert_eq!(config.mqtt.server, Server::External { host: "mqtt".into(), port: 8883 });
+        assert_eq!(config.mqtt.credentials.clone().unwrap().password.expose(), "very 'secret'");
+        assert_eq!(config.broker_listen.to_string(), "0.0.0.0:80");
+    }
+    let set = variables(&[("WGKEX_DOMAINS", "\"x_a,x_b"), ("WGKEX_DOMAIN_PREFIXES", "\"x_")]);
+    let quoted = "has a quote in it, a name without quotes is allowed";
+    let expected = [format!("WGKEX_DOMAIN_PREFIXES[0]: {quoted}"), format!("WGKEX_DOMAINS[0]: {quoted}")];
+    let error = Config::from_variables(&set, "gw1").unwrap_err();
+    assert_eq!(error.lines()[..2], expected);
+    let error = parse("domains: [\"'ffmuc_a'\", ffmuc_b]\ndomain_prefixes: [ffmuc_]").unwrap_err();
+    assert_eq!(error.lines(), [format!("/etc/wgkex.yaml: domains[0]: {quoted}")]);
 }
 
 #[test]

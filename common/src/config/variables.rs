@@ -7,10 +7,11 @@ use serde_json::{Map, Value};
 use super::leaf::truth;
 
 /// Each variable with the key that it stands for.
-pub(super) const ALIASES: [(&str, &str); 9] = [
+pub(super) const ALIASES: [(&str, &str); 10] = [
     ("WGKEX_DOMAIN_PREFIXES", "domain_prefixes"),
     ("WGKEX_DOMAINS", "domains"),
     ("WGKEX_DEBUG", "log_level"),
+    ("WGKEX_BROKER_LISTEN", "broker_listen"),
     ("MQTT_BROKER_URL", "mqtt.broker_url"),
     ("MQTT_BROKER_PORT", "mqtt.broker_port"),
     ("MQTT_USERNAME", "mqtt.username"),
@@ -19,23 +20,43 @@ pub(super) const ALIASES: [(&str, &str); 9] = [
     ("MQTT_TLS", "mqtt.tls"),
 ];
 
-/// The tree that a file with the same content would give. An empty variable is one that is not set.
+/// All addresses: nobody reaches what listens on a container's loopback.
+const EVERYWHERE: &str = "::";
+
+/// The tree that a file with the same content would give.
 pub(super) fn tree(variables: &BTreeMap<String, String>) -> Value {
     let (mut top, mut mqtt) = (Map::new(), Map::new());
-    let set = ALIASES.iter().filter_map(|(name, path)| Some((*path, variables.get(*name)?)));
-    for (path, text) in set.filter(|(_, text)| !text.is_empty()) {
+    top.insert("broker_listen".into(), EVERYWHERE.into());
+    for (name, path) in ALIASES {
+        let Some(text) = value(variables, name) else { continue };
         match path.strip_prefix("mqtt.") {
-            Some(key) => mqtt.insert(key.into(), text.as_str().into()),
+            Some(key) => mqtt.insert(key.into(), text.into()),
             None if path == "log_level" => top.insert(path.into(), level(text).into()),
-            None => top.insert(path.into(), names(text)),
+            None if path == "broker_listen" => top.insert(path.into(), text.into()),
+            None => top.insert(path.into(), names(&variables[name])),
         };
     }
     top.insert("mqtt".into(), mqtt.into());
     top.into()
 }
 
-fn names(text: &str) -> Value {
-    text.split([',', ' ']).filter(|name| !name.is_empty()).collect()
+/// What a variable says, without the quotes that a file of variables leaves around it. An empty one is one that is not
+/// set.
+pub(super) fn value<'a>(variables: &'a BTreeMap<String, String>, name: &str) -> Option<&'a str> {
+    variables.get(name).map(|text| unquoted(text)).filter(|text| !text.is_empty())
+}
+
+/// The text without one pair of quotes around it.
+fn unquoted(text: &str) -> &str {
+    let inside = |quote| text.strip_prefix(quote)?.strip_suffix(quote);
+    inside('"').or_else(|| inside('\'')).unwrap_or(text)
+}
+
+/// Names in one text; it may have quotes around it, or each of them.
+fn names(quoted: &str) -> Value {
+    let text = unquoted(quoted);
+    let text = if text.contains(['"', '\'']) { quoted } else { text };
+    text.split([',', ' ']).map(unquoted).filter(|name| !name.is_empty()).collect()
 }
 
 /// `WGKEX_DEBUG` is a level, or whether there is to be one.

@@ -1,76 +1,352 @@
-//! YAML text to a tree of values, by the `config` crate; its complaints become ours.
+//! YAML text to a tree of values, by the `config` crate with a format of our own: the crate's refuses a key that is given
+//! twice, and copies what aliases stand for without bound.
 
-use config::{File, FileFormat, Source as _, ValueKind};
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::str::Chars;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use config::{ConfigError, File, FileStoredFormat, Format, Map, Source as _, ValueKind};
 use serde_json::{Number, Value};
+use yaml_rust2::parser::{Event, Parser, Tag};
+use yaml_rust2::scanner::{ScanError, TScalarStyle};
+use yaml_rust2::yaml::Yaml;
 
-use super::report::Report;
+use super::report::{Path, Report};
 
 /// No config comes near this, and what does would only cost memory.
 const SIZE_MAX: usize = 1 << 20;
-
-/// The parser descends once per level, on a stack that ends.
+/// Whoever reads a tree descends once per level, on a stack that ends.
 const DEPTH_MAX: usize = 200;
-
-/// What [`any`] puts above a text.
-const TOP: &str = "top";
+/// What aliases stand for may be so many times as large as the largest text.
+const COPIES: usize = 4;
+/// What a value takes beside its text, roughly.
+const VALUE: usize = 100;
+/// More keys that are given twice than anybody reads.
+const TWICE_MAX: usize = 50;
 
 const EMPTY: &str = "is empty, domains and domain_prefixes are needed at least";
+const NO_MAPPING: &str = "is not a mapping, keys with values such as \"domains:\" are allowed at the top";
 
-/// The mapping that `yaml` says; without one the report has the reason.
+/// What a text says.
+pub(crate) struct Tree {
+    /// What stands at its top.
+    pub(crate) value: Value,
+    /// The lines of keys that are given once more in the same mapping, the first [`TWICE_MAX`] of them.
+    pub(crate) twice: Vec<usize>,
+}
+
+/// The mapping that `yaml` says; without one the report has the reason. Of a key that is given twice the last one
+/// counts, as for the original's parser.
 pub(super) fn parse(yaml: &str, report: &mut Report) -> Option<Value> {
-    let text = yaml.trim_start_matches('\u{feff}');
-    let reason = if text.len() > SIZE_MAX {
-        format!("has {} bytes, {SIZE_MAX} are allowed", text.len())
-    } else if text.lines().any(|line| depth(line) > DEPTH_MAX) {
-        format!("has a line with more than {DEPTH_MAX} levels, fewer are allowed")
-    } else {
-        match File::from_str(text, FileFormat::Yaml).collect() {
-            Ok(keys) if keys.is_empty() => EMPTY.to_owned(),
-            Ok(keys) => return Some(convert(ValueKind::Table(keys))),
-            Err(error) => explain(&error.to_string(), text, report),
+    let format = Ours::default();
+    let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
+        Ok(keys) => {
+            for Twice { path, line } in format.twice() {
+                report.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
+            }
+            return Some(convert(ValueKind::Table(keys)));
         }
+        Err(ConfigError::FileParse { cause, .. }) => cause.to_string(),
+        Err(_) => "is not YAML".to_owned(),
     };
     report.refuse_all(&reason);
     None
 }
 
 /// Whatever stands at the top of `text`, which is YAML or JSON; else why it is neither, without a word of it.
-pub(super) fn any(text: &str, max: usize) -> Result<Value, String> {
+pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
-    if text.len() > max {
-        return Err(format!("has {} bytes, {max} are allowed", text.len()));
-    }
-    if let Ok(value) = serde_json::from_str(text) {
-        return Ok(value);
-    }
-    if text.lines().any(|line| depth(line) > DEPTH_MAX) {
-        return Err(format!("has a line with more than {DEPTH_MAX} levels, fewer are allowed"));
-    }
-    let indent = |text: &str| text.len() - text.trim_start().len();
-    if let Some(number) = text.lines().position(|line| line[..indent(line)].contains('\t')) {
-        return Err(format!("line {}: begins with a tab, spaces are allowed", number + 1));
-    }
-    // The parser wants a mapping at the top.
-    let below: String =
-        text.lines().map(|line| if line == "---" { "\n".into() } else { format!(" {line}\n") }).collect();
-    match File::from_str(&format!("{TOP}:\n{below}"), FileFormat::Yaml).collect() {
-        Ok(mut keys) if keys.len() == 1 => Ok(keys.remove(TOP).map_or(Value::Null, |top| convert(top.kind))),
-        Ok(_) => Err("is not YAML".into()),
-        Err(error) => Err(match scan_error(&error.to_string()) {
-            Some((reason, line)) if reason.ends_with(": duplicated key in mapping") => {
-                format!("line {}: a key is given twice in one mapping, once is allowed", line.saturating_sub(1))
-            }
-            Some((_, line)) => {
-                format!("line {}: is not YAML", line.saturating_sub(1).clamp(1, text.lines().count().max(1)))
-            }
-            None => "is not YAML".into(),
-        }),
+    match read(text, max) {
+        Ok(Document { top, twice }) => {
+            Ok(Tree { value: convert(top), twice: twice.into_iter().map(|twice| twice.line).collect() })
+        }
+        // JSON with tabs is no YAML.
+        Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
+            Ok(value) => Ok(Tree { value, twice: Vec::new() }),
+            Err(_) => Err(if let Mistake::Yaml { line, .. } = mistake {
+                format!("line {}: is not YAML", line.clamp(1, text.lines().count().max(1)))
+            } else {
+                mistake.to_string()
+            }),
+        },
+        Err(mistake) => Err(mistake.to_string()),
     }
 }
 
-/// An upper bound of the levels that a line opens in block style (the parser itself bounds those in brackets).
-fn depth(line: &str) -> usize {
-    line.chars().take_while(|c| " \t-?:".contains(*c)).count()
+/// YAML for the `config` crate. The keys that are given twice come by a way of their own, as the trait has none for them.
+#[derive(Debug, Clone, Default)]
+struct Ours(Arc<Mutex<Vec<Twice>>>);
+
+impl Ours {
+    fn twice(&self) -> Vec<Twice> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Format for Ours {
+    fn parse(
+        &self,
+        _: Option<&String>,
+        text: &str,
+    ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
+        let Document { top, twice } = read(text, SIZE_MAX)?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = twice;
+        match top {
+            ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
+            ValueKind::Table(_) | ValueKind::Nil => Err(EMPTY.into()),
+            ValueKind::Boolean(_)
+            | ValueKind::I64(_)
+            | ValueKind::I128(_)
+            | ValueKind::U64(_)
+            | ValueKind::U128(_)
+            | ValueKind::Float(_)
+            | ValueKind::String(_)
+            | ValueKind::Array(_) => Err(NO_MAPPING.into()),
+        }
+    }
+}
+
+impl FileStoredFormat for Ours {
+    fn file_extensions(&self) -> &'static [&'static str] {
+        &["yaml"]
+    }
+}
+
+/// Why a text is refused. No line shows a word of it.
+#[derive(Debug, thiserror::Error)]
+enum Mistake {
+    #[error("has {0} bytes, {1} are allowed")]
+    Long(usize, usize),
+    #[error("line {0}: has a NUL byte, as in a file that was not wholly written")]
+    Nul(usize),
+    #[error("line {0}: opens more than {DEPTH_MAX} levels, fewer are allowed")]
+    Deep(usize),
+    #[error("line {0}: its aliases stand for more than {1} bytes, fewer are allowed")]
+    Copies(usize, usize),
+    #[error("line {0}: has an alias for what it stands in itself")]
+    Circle(usize),
+    #[error("has more than one document, one is allowed (no second line \"---\")")]
+    Documents,
+    #[error("has a value that is no number and no text, such as .inf or .nan; quotes make it a text")]
+    Number,
+    #[error("has a key that is a list or a mapping or nothing, a text is allowed")]
+    Key,
+    #[error("line {0}: begins with a tab, spaces are allowed")]
+    Tab(usize),
+    #[error("line {line}: is not YAML: {reason}")]
+    Yaml { line: usize, reason: String },
+}
+
+impl Mistake {
+    fn of(error: &ScanError, text: &str) -> Self {
+        let line = error.marker().line();
+        let indent = |text: &str| text.len() - text.trim_start().len();
+        match text.lines().take(line + 1).position(|text| text[..indent(text)].contains('\t')) {
+            Some(tab) => Self::Tab(tab + 1),
+            None => Self::Yaml { line, reason: error.info().to_owned() },
+        }
+    }
+}
+
+/// A text as it was read.
+struct Document {
+    top: ValueKind,
+    twice: Vec<Twice>,
+}
+
+/// A key that is given once more.
+#[derive(Debug)]
+struct Twice {
+    path: Path,
+    line: usize,
+}
+
+fn read(text: &str, max: usize) -> Result<Document, Mistake> {
+    if text.len() > max {
+        return Err(Mistake::Long(text.len(), max));
+    }
+    // The parser would take it for the end.
+    if let Some(line) = text.lines().position(|line| line.contains('\0')) {
+        return Err(Mistake::Nul(line + 1));
+    }
+    Reader::new(text, COPIES * max).document(text)
+}
+
+/// Makes values of the parser's events.
+struct Reader<'a> {
+    parser: Parser<Chars<'a>>,
+    top: ValueKind,
+    /// The lists and mappings that the next value stands in, from the top.
+    open: Vec<Open>,
+    /// What aliases stand for; it has been counted as a copy.
+    anchors: BTreeMap<usize, Finished>,
+    copies_max: usize,
+    copied: usize,
+    twice: Vec<Twice>,
+}
+
+/// A list or a mapping that is not at its end.
+struct Open {
+    anchor: usize,
+    content: Content,
+    size: usize,
+    height: usize,
+}
+
+enum Content {
+    List(Vec<config::Value>),
+    /// The key, and its line, whose value is next.
+    Mapping(Map<String, config::Value>, Option<(String, usize)>),
+}
+
+/// A whole value, what it takes, and how many levels it has.
+#[derive(Clone)]
+struct Finished {
+    value: ValueKind,
+    size: usize,
+    height: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn new(text: &'a str, copies_max: usize) -> Self {
+        let (parser, anchors) = (Parser::new_from_str(text), BTreeMap::new());
+        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, twice: Vec::new() }
+    }
+
+    fn document(mut self, text: &str) -> Result<Document, Mistake> {
+        let mut documents = 0;
+        loop {
+            let (event, mark) = self.parser.next_token().map_err(|error| Mistake::of(&error, text))?;
+            let line = mark.line();
+            match event {
+                Event::StreamEnd => return Ok(Document { top: self.top, twice: self.twice }),
+                Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
+                Event::DocumentStart => documents += 1,
+                Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
+                Event::SequenceStart(anchor, _) => self.begin(anchor, Content::List(Vec::new()), line)?,
+                Event::MappingStart(anchor, _) => self.begin(anchor, Content::Mapping(Map::new(), None), line)?,
+                Event::SequenceEnd | Event::MappingEnd => self.end(line)?,
+                Event::Scalar(text, style, anchor, tag) => self.scalar(scalar(text, style, tag), anchor, line)?,
+                Event::Alias(anchor) => self.alias(anchor, line)?,
+            }
+        }
+    }
+
+    fn begin(&mut self, anchor: usize, content: Content, line: usize) -> Result<(), Mistake> {
+        if self.open.len() >= DEPTH_MAX {
+            return Err(Mistake::Deep(line));
+        }
+        self.open.push(Open { anchor, content, size: VALUE, height: 1 });
+        Ok(())
+    }
+
+    fn end(&mut self, line: usize) -> Result<(), Mistake> {
+        let Some(Open { anchor, content, size, height }) = self.open.pop() else { return Ok(()) };
+        let value = match content {
+            Content::List(items) => ValueKind::Array(items),
+            Content::Mapping(keys, _) => ValueKind::Table(keys),
+        };
+        self.finish(Finished { value, size, height }, anchor, line)
+    }
+
+    fn scalar(&mut self, scalar: Yaml, anchor: usize, line: usize) -> Result<(), Mistake> {
+        let wants_key = matches!(self.open.last(), Some(Open { content: Content::Mapping(_, None), .. }));
+        let value = match scalar {
+            Yaml::String(text) => ValueKind::String(text),
+            Yaml::Integer(number) => ValueKind::I64(number),
+            Yaml::Boolean(flag) => ValueKind::Boolean(flag),
+            // As it is written.
+            Yaml::Real(text) if wants_key => ValueKind::String(text),
+            Yaml::Real(text) => ValueKind::Float(text.parse().map_err(|_| Mistake::Number)?),
+            Yaml::Null | Yaml::BadValue | Yaml::Array(_) | Yaml::Hash(_) | Yaml::Alias(_) => ValueKind::Nil,
+        };
+        let length = if let ValueKind::String(text) = &value { text.len() } else { 0 };
+        self.finish(Finished { value, size: VALUE + length, height: 0 }, anchor, line)
+    }
+
+    fn alias(&mut self, anchor: usize, line: usize) -> Result<(), Mistake> {
+        let copied = self.anchors.get(&anchor).ok_or(Mistake::Circle(line))?;
+        if self.open.len() + copied.height > DEPTH_MAX {
+            return Err(Mistake::Deep(line));
+        }
+        let size = copied.size;
+        self.count_copy(size, line)?;
+        let copy = self.anchors.get(&anchor).cloned().ok_or(Mistake::Circle(line))?;
+        self.finish(copy, 0, line)
+    }
+
+    fn count_copy(&mut self, size: usize, line: usize) -> Result<(), Mistake> {
+        self.copied = self.copied.saturating_add(size);
+        if self.copied > self.copies_max { Err(Mistake::Copies(line, self.copies_max)) } else { Ok(()) }
+    }
+
+    /// Puts a whole value where it stands.
+    fn finish(&mut self, finished: Finished, anchor: usize, line: usize) -> Result<(), Mistake> {
+        if anchor > 0 {
+            self.count_copy(finished.size, line)?;
+            self.anchors.insert(anchor, finished.clone());
+        }
+        let Finished { value, size, height } = finished;
+        let Some(open) = self.open.last_mut() else {
+            self.top = value;
+            return Ok(());
+        };
+        open.size += size;
+        open.height = open.height.max(height + 1);
+        match &mut open.content {
+            Content::List(items) => items.push(config::Value::new(None, value)),
+            Content::Mapping(_, key @ None) => *key = Some((name(value)?, line)),
+            Content::Mapping(keys, key) => {
+                let (name, line) = key.take().unwrap_or_default();
+                if keys.insert(name.clone(), config::Value::new(None, value)).is_some() {
+                    self.note_twice(&name, line);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn note_twice(&mut self, name: &str, line: usize) {
+        if self.twice.len() < TWICE_MAX {
+            let within = self.open.iter().take(self.open.len() - 1);
+            let path = within.fold(Path::default(), |path, open| match &open.content {
+                Content::List(items) => path.index(items.len()),
+                Content::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
+            });
+            self.twice.push(Twice { path: path.then(name), line });
+        }
+    }
+}
+
+/// What a scalar is, as the parser's own loader has it.
+fn scalar(text: String, style: TScalarStyle, tag: Option<Tag>) -> Yaml {
+    match tag {
+        _ if style != TScalarStyle::Plain => Yaml::String(text),
+        None => Yaml::from_str(&text),
+        Some(tag) if tag.handle != "tag:yaml.org,2002:" => Yaml::String(text),
+        Some(tag) => match (tag.suffix.as_str(), Yaml::from_str(&text)) {
+            ("bool", flag @ Yaml::Boolean(_)) => flag,
+            ("int", number @ Yaml::Integer(_)) => number,
+            ("float", Yaml::Integer(_) | Yaml::Real(_)) => Yaml::Real(text),
+            ("bool" | "int" | "float" | "null", _) => Yaml::Null,
+            _ => Yaml::String(text),
+        },
+    }
+}
+
+/// A key as a text.
+fn name(key: ValueKind) -> Result<String, Mistake> {
+    match key {
+        ValueKind::String(text) => Ok(text),
+        ValueKind::I64(number) => Ok(number.to_string()),
+        ValueKind::Boolean(flag) => Ok(flag.to_string()),
+        ValueKind::Float(number) => Ok(number.to_string()),
+        ValueKind::I128(number) => Ok(number.to_string()),
+        ValueKind::U64(number) => Ok(number.to_string()),
+        ValueKind::U128(number) => Ok(number.to_string()),
+        ValueKind::Nil | ValueKind::Array(_) | ValueKind::Table(_) => Err(Mistake::Key),
+    }
 }
 
 fn convert(kind: ValueKind) -> Value {
@@ -87,55 +363,4 @@ fn convert(kind: ValueKind) -> Value {
         ValueKind::Array(items) => items.into_iter().map(|item| convert(item.kind)).collect(),
         ValueKind::Table(keys) => keys.into_iter().map(|(key, value)| (key, convert(value.kind))).collect(),
     }
-}
-
-/// The parser's complaint in the operator's words. It is read as text, as its types are not the `config` crate's to
-/// give; of the text itself only a key that is given twice is repeated.
-fn explain(complaint: &str, yaml: &str, report: &Report) -> String {
-    if let Some((reason, line)) = scan_error(complaint) {
-        return explain_scan(reason, line, yaml, report);
-    }
-    let known = [
-        ("invalid type: unit", EMPTY),
-        ("invalid type", "is not a mapping, keys with values such as \"domains:\" are allowed at the top"),
-        ("Got ", "has more than one document, one is allowed (no second line \"---\")"),
-        ("Parsing ", "has a value that is no number and no text, such as .inf or .nan; quotes make it a text"),
-        ("Cannot parse ", "has a key that is a list or a mapping or nothing, a text is allowed"),
-    ];
-    let found = known.iter().find(|(start, _)| complaint.starts_with(start));
-    found.map_or("is not YAML", |(_, reason)| reason).to_owned()
-}
-
-/// Splits `REASON at byte B line L column C`.
-fn scan_error(complaint: &str) -> Option<(&str, usize)> {
-    let (reason, place) = complaint.rsplit_once(" at byte ")?;
-    let (_, place) = place.split_once(" line ")?;
-    let (line, _) = place.split_once(' ')?;
-    Some((reason, line.parse().ok()?))
-}
-
-fn explain_scan(reason: &str, line: usize, yaml: &str, report: &Report) -> String {
-    let indent = |text: &str| text.len() - text.trim_start().len();
-    if let Some(number) = yaml.lines().take(line).position(|text| text[..indent(text)].contains('\t')) {
-        return format!("line {}: begins with a tab, spaces are allowed", number + 1);
-    }
-    match reason.strip_suffix(": duplicated key in mapping") {
-        Some(key) => {
-            let key = key.trim_start_matches("String(").trim_end_matches(')').trim_matches('"');
-            let name = if report.hides(key) || key.len() > 80 { "a key" } else { key };
-            let line = line_of_key(key, line, yaml);
-            format!("line {line}: {name} is given twice in one mapping, once is allowed")
-        }
-        None => format!("line {line}: is not YAML: {reason}"),
-    }
-}
-
-/// Where `key` last stands up to `end`: the parser names the end of the value instead.
-fn line_of_key(key: &str, end: usize, yaml: &str) -> usize {
-    let is_here = |text: &&str| {
-        let text = text.trim_start_matches([' ', '-', '{', '"', '\'']);
-        text.strip_prefix(key).is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
-    };
-    let lines: Vec<&str> = yaml.lines().take(end).collect();
-    lines.iter().rposition(is_here).map_or(end, |index| index + 1)
 }

@@ -1,6 +1,10 @@
-//! The lists that stand in files of this machine: read when they change. One that is damaged, or gone, keeps what was
-//! last read of it.
+//! The lists that stand in files of this machine: read when they change. One that is damaged, half-written or gone keeps
+//! what was last read of it.
+//!
+//! What changes may be changing still, so it is read when it looks the same at two looks. At the start there is no time for
+//! that: what stands there counts at once, and nobody goes for not being on an allow list until it looked the same again.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -9,7 +13,8 @@ use std::sync::Arc;
 
 use tracing::{info, warn};
 
-use super::{AllowList, Entry, List, parse};
+use super::parse::{self, Listed};
+use super::{AllowList, Entry, List};
 use crate::config::KeyLists;
 
 /// A directory has no more files than this.
@@ -38,8 +43,12 @@ struct Source {
     name: &'static str,
     path: PathBuf,
     kind: Kind,
-    /// The files when they were last read; another look means that they changed.
-    seen: Vec<Look>,
+    /// At the last look.
+    seen: Option<Looks>,
+    /// When it was last read.
+    read: Option<Looks>,
+    /// It looked the same before and after it was read, or once more after that.
+    is_settled: bool,
     /// What was last read of it without a mistake.
     good: Option<Arc<[Entry]>>,
     /// What is wrong with it now.
@@ -54,6 +63,8 @@ enum Kind {
     Dir(List),
 }
 
+/// How its files look, or why they cannot be looked at.
+type Looks = Result<Vec<Look>, String>;
 /// How a file looks from outside: its name, inode, size and times.
 type Look = (PathBuf, u64, u64, [i64; 4]);
 
@@ -70,23 +81,30 @@ impl Files {
             (allow_dir, allow.and_then(|allow| allow.dir.as_ref()), Kind::Dir(List::Allow)),
             (trusted_dir, config.trusted_dir.as_ref(), Kind::Dir(List::Trusted)),
         ];
-        let source = |(name, path, kind): (_, Option<&PathBuf>, _)| {
-            Some(Source { name, path: path?.clone(), kind, seen: Vec::new(), good: None, damage: None })
-        };
         Self {
-            sources: sources.into_iter().filter_map(source).collect(),
+            sources: sources
+                .into_iter()
+                .filter_map(|(name, path, kind)| Some(Source::new(name, path?, kind)))
+                .collect(),
             in_config: config.trusted.iter().map(|key| Entry::new(List::Trusted, *key)).collect(),
             only_allowed: allow.is_some(),
         }
     }
 
-    /// Reads what changed, or all if `anew`; true if the lists are other ones now.
+    /// Looks at all, and reads what is due: what changed and looks the same as at the last look, or all of that if
+    /// `anew`. True if the lists are other ones now.
     pub fn read(&mut self, anew: bool) -> bool {
         let mut changed = false;
         for source in &mut self.sources {
-            changed |= source.read(anew);
+            changed |= source.look_and_read(anew);
         }
         changed
+    }
+
+    /// Whether the next look should be soon: something changed, or was only seen once.
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        self.sources.iter().any(|source| !source.is_settled || source.seen != source.read)
     }
 
     /// Every entry, with the key of the config that it comes by.
@@ -102,14 +120,14 @@ impl Files {
     #[must_use]
     pub fn differ(&self, other: &Self) -> bool {
         let state = |source: &Source| (source.good.clone(), source.damage.is_some());
-        !self.sources.iter().map(state).eq(other.sources.iter().map(state))
+        let states = |files: &Self| files.sources.iter().map(state).collect::<Vec<_>>();
+        self.allow_list() != other.allow_list() || states(self) != states(other)
     }
 
     /// Whether only listed keys may come.
     #[must_use]
     pub fn allow_list(&self) -> AllowList {
-        let is_unread =
-            |source: &Source| matches!(source.kind, Kind::Domains | Kind::Dir(List::Allow)) && source.good.is_none();
+        let is_unread = |source: &Source| source.kind.allows() && (source.good.is_none() || !source.is_settled);
         if !self.only_allowed {
             AllowList::Off
         } else if self.sources.iter().any(is_unread) {
@@ -126,42 +144,75 @@ impl Files {
     }
 }
 
+impl Kind {
+    /// Whether who is not on it may not come.
+    fn allows(self) -> bool {
+        matches!(self, Self::Domains | Self::Dir(List::Allow))
+    }
+}
+
 impl Source {
-    fn read(&mut self, anew: bool) -> bool {
-        // What is seen is older than what is read: a change in between is found at the next look.
+    fn new(name: &'static str, path: &Path, kind: Kind) -> Self {
+        let path = path.to_owned();
+        Self { name, path, kind, seen: None, read: None, is_settled: false, good: None, damage: None }
+    }
+
+    /// True if it says something else now, or who is not on it may go from now on.
+    fn look_and_read(&mut self, anew: bool) -> bool {
         let looks = self.look();
-        let is_same = looks.as_ref().is_ok_and(|looks| *looks == self.seen) && self.damage.is_none();
-        if is_same && !anew && self.good.is_some() {
+        let (is_first, is_same) = (self.read.is_none(), self.seen.as_ref() == Some(&looks));
+        let is_read = self.read.as_ref() == Some(&looks);
+        self.seen = Some(looks);
+        if !is_first && !is_same {
             return false;
         }
-        let entries = looks.and_then(|looks| {
-            self.seen = looks;
-            self.entries()
-        });
-        match entries {
-            Ok(entries) => self.take(entries),
+        let was_settled = std::mem::replace(&mut self.is_settled, is_same);
+        let may_read = anew || !is_read || self.damage.is_some();
+        (may_read && self.read_now()) || (self.kind.allows() && !was_settled && self.is_settled)
+    }
+
+    /// Reads what was seen just now, unless it changes meanwhile: then it looks another way the next time.
+    fn read_now(&mut self) -> bool {
+        let listed = match &self.seen {
+            Some(Err(reason)) => Err(reason.clone()),
+            _ => self.listed(),
+        };
+        if self.read.is_some() && self.seen.as_ref() != Some(&self.look()) {
+            return false;
+        }
+        self.read.clone_from(&self.seen);
+        match listed {
+            Ok(listed) => self.take(listed),
             Err(reason) => {
-                if self.damage.as_ref() != Some(&reason) {
-                    let (list, path) = (self.name, self.path.display());
-                    warn!(list, %path, reason, "list is damaged, what was last read of it counts");
-                    self.damage = Some(reason);
-                }
+                self.spurn(reason);
                 false
             }
         }
     }
 
-    fn take(&mut self, entries: Vec<Entry>) -> bool {
+    fn take(&mut self, Listed { entries, twice }: Listed) -> bool {
         let is_new = self.good.as_deref() != Some(&entries[..]);
+        let path = self.path.display();
         if is_new || self.damage.is_some() {
-            info!(list = self.name, path = %self.path.display(), keys = entries.len(), "list is read");
+            info!(list = self.name, %path, keys = entries.len(), "list is read");
+            for line in twice {
+                warn!(list = self.name, %path, line, "a key is given twice in one mapping, the last one counts");
+            }
         }
         self.damage = None;
         self.good = Some(entries.into());
         is_new
     }
 
-    fn look(&self) -> Result<Vec<Look>, String> {
+    fn spurn(&mut self, reason: String) {
+        if self.damage.as_ref() != Some(&reason) {
+            let (list, path) = (self.name, self.path.display());
+            warn!(list, %path, reason, "list is damaged, what was last read of it counts");
+            self.damage = Some(reason);
+        }
+    }
+
+    fn look(&self) -> Looks {
         match self.kind {
             Kind::File(_) | Kind::Domains => Ok(vec![look(&self.path)?]),
             Kind::Dir(list) => {
@@ -171,16 +222,40 @@ impl Source {
         }
     }
 
-    fn entries(&self) -> Result<Vec<Entry>, String> {
+    fn listed(&self) -> Result<Listed, String> {
         match self.kind {
-            Kind::File(list) => parse::keys(&text(&self.path, FILE_MAX)?, list),
-            Kind::Domains => parse::keys_by_domain(&text(&self.path, FILE_MAX)?),
+            Kind::File(list) => self.whole(|text| parse::keys(text, list)),
+            Kind::Domains => self.whole(parse::keys_by_domain),
             Kind::Dir(list) => {
                 let files = key_files(&self.path, list)?;
-                files.into_iter().map(|(domain, file)| key_file(list, domain, &file)).collect()
+                if list == List::Allow && files.is_empty() {
+                    return Err("has no file with a key, at least one is needed".into());
+                }
+                let entries = files.into_iter().map(|(domain, file)| key_file(list, domain, &file));
+                Ok(Listed { entries: entries.collect::<Result<_, _>>()?, twice: Vec::new() })
             }
         }
     }
+
+    /// What `parse` makes of the text of the file, if that is not what a copy that broke off leaves.
+    fn whole(&self, parse: impl FnOnce(&str) -> Result<Listed, String>) -> Result<Listed, String> {
+        let text = text(&self.path, FILE_MAX)?;
+        let had = self.good.as_deref().unwrap_or_default();
+        if parse::is_blank(&text) && (self.kind.allows() || !had.is_empty()) {
+            return Err("says nothing, an empty list is written []".into());
+        }
+        let listed = parse(&text)?;
+        if parse::may_be_cut_off(&text) && lacks(&listed.entries, had) {
+            return Err("lacks keys that it had, and its last line has no end: it may be cut off".into());
+        }
+        Ok(listed)
+    }
+}
+
+/// Whether a key of `had` is not in `entries`.
+fn lacks(entries: &[Entry], had: &[Entry]) -> bool {
+    let keys: BTreeSet<_> = entries.iter().map(|entry| entry.key).collect();
+    had.iter().any(|entry| !keys.contains(&entry.key))
 }
 
 /// The entry of a file that has one key and is named after its node.
@@ -241,6 +316,9 @@ fn text(file: &Path, max: u64) -> Result<String, String> {
     if text.len() as u64 > max {
         return Err(format!("has more than {max} bytes, fewer are allowed"));
     }
+    if text.contains(&0) {
+        return Err("has NUL bytes, as a file that was not wholly written".into());
+    }
     String::from_utf8(text).map_err(|_| "is not UTF-8".into())
 }
 
@@ -266,6 +344,12 @@ mod tests {
         files.entries().map(|(source, entry)| (source, entry.key.to_string(), entry.name.as_deref())).collect()
     }
 
+    /// A change that is over is read at the second look.
+    fn twice(files: &mut Files) -> bool {
+        let first = files.read(false);
+        files.read(false) || first
+    }
+
     #[test]
     fn a_file_is_read_again_when_it_changes_and_a_damaged_one_keeps_what_was_good() {
         let dir = dir();
@@ -274,22 +358,62 @@ mod tests {
         assert!(!files.read(false));
         assert_eq!(files.damaged(), ["blacklist_file"], "it is missing");
         fs::write(&file, format!("- {A}")).unwrap();
-        assert!(files.read(false) && files.damaged().is_empty());
+        assert!(twice(&mut files) && files.damaged().is_empty());
         assert!(!files.read(false) && !files.read(true), "nothing changed");
-        for damage in [b"- x".as_slice(), b"\xff", b"- [", A.as_bytes()] {
+        let zeros = [0; 100];
+        for damage in [b"- x".as_slice(), b"\xff", b"- [", A.as_bytes(), &zeros, b"", b"\n", b"# none\n", b"---\n"] {
             fs::write(&file, damage).unwrap();
-            assert!(!files.read(false));
+            assert!(!twice(&mut files));
             assert_eq!(files.damaged(), ["blacklist_file"]);
             assert_eq!(names(&files), [("blacklist_file", A.to_owned(), None)]);
         }
         fs::remove_file(&file).unwrap();
-        assert!(!files.read(false));
+        assert!(!twice(&mut files));
         assert_eq!(names(&files).len(), 1, "a list that is gone is a damaged one");
         fs::write(&file, format!("- {B}")).unwrap();
-        assert!(files.read(false) && files.damaged().is_empty());
+        assert!(twice(&mut files) && files.damaged().is_empty());
         assert_eq!(names(&files), [("blacklist_file", B.to_owned(), None)]);
-        fs::write(&file, "").unwrap();
-        assert!(files.read(false) && names(&files).is_empty());
+        fs::write(&file, format!("{A}: some rea")).unwrap();
+        assert!(!twice(&mut files) && files.damaged() == ["blacklist_file"], "it may be cut off");
+        fs::write(&file, format!("{B}: new\n{A}: some rea")).unwrap();
+        assert!(twice(&mut files) && names(&files).len() == 2, "an editor that ends no line");
+        fs::write(&file, "[]").unwrap();
+        assert!(twice(&mut files) && names(&files).is_empty() && files.damaged().is_empty());
+        fs::write(&file, "# nobody yet\n").unwrap();
+        assert!(!twice(&mut files) && files.damaged().is_empty(), "it was empty before");
+    }
+
+    /// Before, a part of a file that was being written counted as the list.
+    #[test]
+    fn what_is_being_written_is_read_when_it_looks_the_same_twice() {
+        let dir = dir();
+        let [deny, allow] = ["deny.yaml", "allow.yaml"].map(|name| dir.path().join(name));
+        fs::write(&deny, format!("- {A}\n- {B}\n")).unwrap();
+        fs::write(&allow, format!("ff_a: [\"{A}\"]\n")).unwrap();
+        let both = Allow { file: Some(allow.clone()), dir: None };
+        let config = KeyLists { deny_file: Some(deny.clone()), allow: Some(both), ..KeyLists::default() };
+        let mut files = Files::new(&config);
+        // At the start there is no time for a second look, but nobody goes before it.
+        assert!(files.read(true) && files.is_unsettled());
+        assert_eq!((names(&files).len(), files.allow_list()), (3, AllowList::Unread));
+        let first = files.clone();
+        assert!(files.read(false) && files.differ(&first) && !files.is_unsettled());
+        assert_eq!(files.allow_list(), AllowList::Read);
+        for part in ["", "- ", &format!("- {A}\n"), &format!("- {A}\n- {B}")] {
+            fs::write(&deny, part).unwrap();
+            assert!(!files.read(false) && files.is_unsettled(), "{part:?}");
+            assert!(files.damaged().is_empty() && names(&files).len() == 3, "{part:?}");
+        }
+        assert!(!files.read(true) && !files.is_unsettled(), "it says the same");
+        // The file that is read at the start may be half of one.
+        fs::write(&deny, format!("- {A}\n")).unwrap();
+        let mut files = Files::new(&config);
+        files.read(true);
+        fs::write(&deny, format!("- {A}\n- {B}\n")).unwrap();
+        fs::write(&allow, format!("ff_a: [\"{A}\", \"{B}\"]\n")).unwrap();
+        assert!(!files.read(false) && files.allow_list() == AllowList::Unread);
+        assert!(files.read(false) && files.allow_list() == AllowList::Read);
+        assert_eq!(names(&files).len(), 4);
     }
 
     #[test]
@@ -303,16 +427,20 @@ mod tests {
         fs::create_dir(at("sub")).unwrap();
         assert!(files.read(false) && files.damaged().is_empty());
         assert_eq!(names(&files), [("key_lists.trusted_dir", A.to_owned(), Some("attic"))]);
-        fs::write(at("cellar"), "x").unwrap();
-        assert!(!files.read(false));
-        assert_eq!(files.damaged(), ["key_lists.trusted_dir"]);
-        assert_eq!(names(&files).len(), 1);
+        for half in ["x", "", &B[..40], "\0\0\0\0"] {
+            fs::write(at("cellar"), half).unwrap();
+            assert!(!twice(&mut files));
+            assert_eq!(files.damaged(), ["key_lists.trusted_dir"]);
+            assert_eq!(names(&files).len(), 1);
+        }
         fs::write(at("cellar"), B).unwrap();
-        assert!(files.read(false));
+        assert!(twice(&mut files));
         assert_eq!(names(&files).len(), 2);
         fs::remove_file(at("attic")).unwrap();
-        assert!(files.read(false));
+        assert!(twice(&mut files));
         assert_eq!(names(&files), [("key_lists.trusted_dir", B.to_owned(), Some("cellar"))]);
+        fs::remove_file(at("cellar")).unwrap();
+        assert!(twice(&mut files) && names(&files).is_empty() && files.damaged().is_empty());
     }
 
     #[test]
@@ -324,22 +452,37 @@ mod tests {
         let allow = Allow { file: None, dir: Some(dir.path().into()) };
         let mut files = Files::new(&KeyLists { allow: Some(allow), ..KeyLists::default() });
         assert_eq!(files.allow_list(), AllowList::Unread);
-        assert!(files.read(false));
+        assert!(twice(&mut files));
         assert_eq!(files.allow_list(), AllowList::Read);
-        let domains: Vec<_> = files.entries().map(|(_, entry)| entry.domain.as_deref()).collect();
-        assert_eq!(domains, [None, Some("ff_a")]);
+        let domains: Vec<_> = files.entries().map(|(_, entry)| entry.domain.clone()).collect();
+        assert_eq!(domains, [None, Some("ff_a".into())]);
+        // A disk that is not mounted, or a copy that has not begun.
+        fs::remove_file(dir.path().join("everywhere")).unwrap();
+        fs::remove_file(dir.path().join("ff_a/only-here")).unwrap();
+        assert!(!twice(&mut files) && files.damaged() == ["key_lists.allow_dir"]);
+        assert_eq!(names(&files).len(), 2);
     }
 
     #[test]
     fn without_a_file_of_allowed_keys_only_those_of_admin_calls_may_come() {
-        let allow = |file: Option<&str>| {
-            let allow = Allow { file: file.map(PathBuf::from), dir: None };
+        let dir = dir();
+        let allow = |text: Option<&str>| {
+            let file = dir.path().join("allow.yaml");
+            let _ = text.map(|text| fs::write(&file, text).unwrap());
+            let allow = Allow { file: text.map(|_| file), dir: None };
             let mut files = Files::new(&KeyLists { allow: Some(allow), ..KeyLists::default() });
-            files.read(false);
+            twice(&mut files);
             files.allow_list()
         };
         assert_eq!(allow(None), AllowList::Read);
-        assert_eq!(allow(Some("/nowhere/allow.yaml")), AllowList::Unread);
+        assert_eq!((allow(Some("{}")), allow(Some("[]"))), (AllowList::Read, AllowList::Unread));
+        for says_nothing in ["", "# none\n", "\0"] {
+            assert_eq!(allow(Some(says_nothing)), AllowList::Unread);
+        }
+        let allow = Allow { file: Some("/nowhere/allow.yaml".into()), dir: None };
+        let mut files = Files::new(&KeyLists { allow: Some(allow), ..KeyLists::default() });
+        twice(&mut files);
+        assert_eq!(files.allow_list(), AllowList::Unread);
         assert_eq!(Files::new(&KeyLists::default()).allow_list(), AllowList::Off);
     }
 }

@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use super::files::Files;
 use super::kept::{self, Disk};
-use super::records::{Full, Record, Records};
+use super::records::{Full, Merged, Record, Records, Refused};
 use super::share::{Late, Sharer};
 use super::{Admission, Entry, List, unix};
 use crate::message::{Hello, Party, RecordsQuestion};
@@ -33,6 +33,10 @@ const LOOK: Duration = Duration::from_secs(1);
 const LOOK_HELD: Duration = Duration::from_millis(20);
 /// The files are looked at no more often than this.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
+/// What changed is looked at again after this time, or after that between two looks if it is shorter.
+const SETTLE: Duration = Duration::from_secs(1);
+/// That records are refused is said no more often than this.
+const SAY_REFUSED: Duration = Duration::from_secs(60);
 /// How long the last write may take at the end.
 const LAST_WRITE: Duration = Duration::from_secs(1);
 
@@ -56,6 +60,8 @@ pub struct News<'a> {
     pub damaged: &'a [&'static str],
     /// Whether all records are on the disk, or about to be.
     pub is_kept: bool,
+    /// Records of others that were not taken in since the start; up to a minute behind.
+    pub refused: Refused,
 }
 
 /// What is heard on the bus.
@@ -130,6 +136,9 @@ pub struct Keeper {
     /// Something is not as the view says.
     is_stale: bool,
     disk: Disk,
+    refused: Refused,
+    /// What was last said of that, and when.
+    said_refused: (Refused, Option<Instant>),
 }
 
 impl Keeper {
@@ -158,6 +167,8 @@ impl Keeper {
             news: Vec::new(),
             is_stale: true,
             disk: Disk::new(file),
+            refused: Refused::default(),
+            said_refused: (Refused::default(), None),
         };
         (keeper, Handle { orders: sender, view: viewed, held })
     }
@@ -167,7 +178,7 @@ impl Keeper {
         let mut stop = pin!(stop);
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut reading: Option<JoinHandle<Files>> = None;
-        let mut read_at = Instant::now() + self.refresh;
+        let mut read_at = Instant::now() + self.pause();
         let (mut held, mut is_hurried) = (self.held.subscribe(), false);
         loop {
             self.settle(&bus, &mut tell);
@@ -181,8 +192,8 @@ impl Keeper {
                     None => break,
                 },
                 files = done(&mut reading) => {
-                    (reading, read_at) = (None, Instant::now() + self.refresh);
                     self.take_files(files);
+                    (reading, read_at) = (None, Instant::now() + self.pause());
                 }
                 written = self.disk.done() => self.is_stale |= self.disk.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
@@ -192,6 +203,11 @@ impl Keeper {
             }
         }
         self.write_last().await;
+    }
+
+    /// How long until the files are looked at again.
+    fn pause(&self) -> Duration {
+        if self.files.is_unsettled() { SETTLE.min(self.refresh) } else { self.refresh }
     }
 
     /// Reads the files, on a thread that may wait for them.
@@ -246,11 +262,26 @@ impl Keeper {
     }
 
     fn merge(&mut self, records: Vec<Record>) {
-        let now = unix(SystemTime::now());
-        for record in records {
-            if self.records.merge(record.clone(), now) {
-                self.note(record);
-            }
+        let Merged { taken, refused } = self.records.merge(records, unix(SystemTime::now()));
+        for record in taken {
+            self.note(record);
+        }
+        self.refused += refused;
+    }
+
+    fn say_refused(&mut self, now: Instant) {
+        let (said, at) = self.said_refused;
+        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= SAY_REFUSED);
+        if is_due && said != self.refused {
+            let Refused { unsound, future, full } = self.refused;
+            warn!(
+                unsound,
+                future,
+                full,
+                "list entries of other brokers are not taken in: nobody makes such, a clock is wrong, or they are too many"
+            );
+            self.said_refused = (self.refused, Some(now));
+            self.is_stale = true;
         }
     }
 
@@ -279,6 +310,7 @@ impl Keeper {
             self.disk.changed();
         }
         self.disk.begin(&self.records, now);
+        self.say_refused(now);
         if self.is_stale || self.view.borrow().admission.is_over(wall) {
             self.tell(wall, tell);
         }
@@ -293,7 +325,8 @@ impl Keeper {
             let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
             info!(new = records.len(), denied, allowed, trusted, "list entries changed");
         }
-        tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept });
+        let refused = self.refused;
+        tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
         self.view.send_replace(view);
     }
 
@@ -307,7 +340,7 @@ impl Keeper {
             let _ = bus.post(Message::event(Topic::Questions { broker }, payload));
         }
         if self.sharer.says(now) {
-            let records: Vec<_> = self.records.iter().collect();
+            let records: Vec<_> = self.records.shared(unix(SystemTime::now())).collect();
             for part in records.chunks(PER_MESSAGE) {
                 let payload = serde_json::to_vec(part).unwrap_or_default();
                 let _ = bus.post(Message::event(Topic::Revocations, payload));

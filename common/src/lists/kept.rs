@@ -1,11 +1,10 @@
 //! The records on disk, in a file of their own: written whole, beside the old one, and then put in its place, so that
 //! there is always one that is whole.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::future::pending;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::mem;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::{info, warn};
 
 use super::records::{Record, Records};
+use crate::state_file;
 
 /// How long to wait before a write that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
@@ -117,47 +117,45 @@ struct Content {
 
 /// Reads the records that still matter at `now`, in seconds of Unix time. A damaged file is set aside.
 pub(super) fn read(file: &Path, now: u64) -> Records {
-    let content = match fs::read(file) {
-        Ok(json) => serde_json::from_slice::<Content>(&json).map_err(|error| error.to_string()),
+    let mut json = Vec::new();
+    let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
+    let content = match read {
+        Ok(_) => serde_json::from_slice::<Content>(&json).map_err(|error| error.to_string()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Records::default(),
         Err(error) => Err(error.to_string()),
     };
-    let mut records = Records::default();
     match content {
-        Ok(content) => {
-            for record in content.records {
-                records.merge(record, now);
-            }
-        }
+        Ok(content) => Records::restored(content.records, now),
         Err(reason) => {
-            let aside = beside(file, ".damaged");
-            let is_aside = fs::rename(file, &aside).is_ok();
-            warn!(file = %file.display(), reason, is_aside, "file of shared list entries is damaged");
+            let aside = state_file::set_aside(file).ok();
+            warn!(file = %file.display(), set_aside = ?aside, reason, "file of shared list entries is damaged");
+            Records::default()
         }
     }
-    records
 }
 
 /// Writes the records, and returns when they are on the disk.
 fn write(file: &Path, records: &Records) -> io::Result<()> {
     let content = Content { records: records.iter().cloned().collect() };
     let json = serde_json::to_vec(&content).map_err(io::Error::other)?;
-    let dir = file.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let new = beside(file, ".new");
-    let mut options = OpenOptions::new();
-    let mut written = options.write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    let file = state_file::place(file)?;
+    let new = new(&file);
+    // What a write that was broken off left, or somebody put there: it is not written through.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut written = state_file::open(&new, OpenOptions::new().write(true).create_new(true))?;
     written.write_all(&json)?;
     written.sync_all()?;
-    fs::rename(&new, file)?;
+    fs::rename(&new, &file)?;
     // The name, too.
-    File::open(dir)?.sync_all()
+    File::open(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
 }
 
-fn beside(file: &Path, suffix: &str) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
+/// What is written, until it is whole.
+fn new(file: &Path) -> PathBuf {
+    state_file::beside(file, ".new".as_ref())
 }
 
 #[cfg(test)]
@@ -204,7 +202,7 @@ mod tests {
         assert!(first.await.is_ok() && second.try_recv() == Err(oneshot::error::TryRecvError::Empty));
         assert_eq!(read(&file, 0), early);
 
-        fs::create_dir(beside(&file, ".new")).unwrap();
+        fs::create_dir(new(&file)).unwrap();
         disk.begin(&records, begun);
         let written = disk.done().await;
         assert!(disk.written(written) && disk.is_failing());
@@ -212,7 +210,7 @@ mod tests {
         let third = disk.kept();
         disk.begin(&records, Instant::now());
         assert!(third.await.is_err(), "nobody waits for the next try");
-        fs::remove_dir(beside(&file, ".new")).unwrap();
+        fs::remove_dir(new(&file)).unwrap();
         disk.begin(&records, Instant::now() + RETRY);
         let written = disk.done().await;
         assert!(disk.written(written) && !disk.is_failing() && !disk.is_behind());
@@ -224,7 +222,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("broker.lists.json");
         write(&file, &Records::default()).unwrap();
-        fs::create_dir(beside(&file, ".new")).unwrap();
+        fs::create_dir(new(&file)).unwrap();
         assert!(write(&file, &Records::default()).is_err());
         assert!(file.exists());
     }

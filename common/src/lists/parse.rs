@@ -4,7 +4,8 @@
 use serde_json::{Map, Value};
 
 use super::{Entry, List};
-use crate::{PublicKey, config};
+use crate::PublicKey;
+use crate::config::{self, Tree};
 
 /// A longer text is no list of keys: this one has 100,000.
 const SIZE_MAX: usize = 16 << 20;
@@ -17,15 +18,26 @@ const UNTIL_MIN: u64 = 1_000_000_000;
 /// Ten years, in seconds: what lasts longer is for good.
 const FOR_MAX: u64 = 10 * 366 * 86_400;
 
+/// What a text lists.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// The entries, in the order of the text or of the keys.
+    pub entries: Vec<Entry>,
+    /// Lines of keys that are given once more in the same mapping: the last one counts.
+    pub twice: Vec<usize>,
+}
+
 /// The keys of a file: a list of them, or `key: {reason, name, until}`, or `key: reason`. YAML or JSON; an empty text is an
 /// empty list.
-pub fn keys(text: &str, list: List) -> Result<Vec<Entry>, String> {
-    entries(&config::tree(text, SIZE_MAX)?, list)
+pub fn keys(text: &str, list: List) -> Result<Listed, String> {
+    let Tree { value, twice } = config::tree(text, SIZE_MAX)?;
+    Ok(Listed { entries: entries(&value, list)?, twice })
 }
 
 /// The allowed keys of a file, `domain: KEYS` with KEYS as [`keys`] has them.
-pub fn keys_by_domain(text: &str) -> Result<Vec<Entry>, String> {
-    let domains = match config::tree(text, SIZE_MAX)? {
+pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
+    let Tree { value, twice } = config::tree(text, SIZE_MAX)?;
+    let domains = match value {
         Value::Object(domains) => domains,
         Value::Null => Map::new(),
         Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
@@ -37,7 +49,20 @@ pub fn keys_by_domain(text: &str) -> Result<Vec<Entry>, String> {
         let keys = entries(&keys, List::Allow).map_err(|wrong| format!("{}: {wrong}", shown(&domain)))?;
         all.extend(keys.into_iter().map(|entry| Entry { domain: Some(domain.clone()), ..entry }));
     }
-    Ok(all)
+    Ok(Listed { entries: all, twice })
+}
+
+/// Whether a text says nothing at all, not even that a list is empty.
+#[must_use]
+pub fn is_blank(text: &str) -> bool {
+    let says_nothing = |line: &str| line.is_empty() || line.starts_with('#') || ["---", "..."].contains(&line);
+    text.trim_start_matches('\u{feff}').lines().map(str::trim).all(says_nothing)
+}
+
+/// Whether a text may go on behind its end: its last line has none, and neither a key nor a bracket or quote closes it.
+#[must_use]
+pub fn may_be_cut_off(text: &str) -> bool {
+    !text.ends_with(['\n', '=', ']', '}', '"', '\''])
 }
 
 /// The key of a file that has but one, among empty lines and lines that begin with `#`.
@@ -222,7 +247,7 @@ mod tests {
             (format!("{A}: {{reason: spam, name: attic, until: 1924905600}}"), vec![all.clone()]),
             (format!("{A}: {{reason: spam, name: attic, until: 2030-12-31T00:00:00Z}}"), vec![all]),
         ] {
-            assert_eq!(keys(&text, List::Deny), Ok(wanted), "{text}");
+            assert_eq!(keys(&text, List::Deny).map(|listed| listed.entries), Ok(wanted), "{text}");
         }
     }
 
@@ -249,8 +274,8 @@ mod tests {
                 "\"o52Ge+Rp\": until: is not a time, one as 2030-12-31 or 2030-12-31T23:59:59Z (UTC), or seconds of Unix time, is allowed",
             ),
             (format!("- {A}\n\t- {B}"), "line 2: begins with a tab, spaces are allowed"),
-            (format!("{A}: x\n{A}: y"), "line 2: a key is given twice in one mapping, once is allowed"),
             ("[".into(), "line 1: is not YAML"),
+            (format!("- {A}\n- \0\0"), "line 2: has a NUL byte"),
         ] {
             let wrong = keys(&text, List::Deny).unwrap_err();
             assert!(wrong.starts_with(said), "{text}: {wrong}");
@@ -265,10 +290,54 @@ mod tests {
             ..Entry::new(List::Allow, text.parse().unwrap())
         };
         let text = format!("ff_a: [{A}]\nff_b:\n  - {A}\n  - {B}\nff_c:\n");
-        assert_eq!(keys_by_domain(&text), Ok(vec![allowed("ff_a", A), allowed("ff_b", A), allowed("ff_b", B)]));
-        assert_eq!(keys_by_domain(""), Ok(vec![]));
+        let wanted = vec![allowed("ff_a", A), allowed("ff_b", A), allowed("ff_b", B)];
+        assert_eq!(keys_by_domain(&text).map(|listed| listed.entries), Ok(wanted));
+        assert_eq!(keys_by_domain(""), Ok(Listed::default()));
         assert!(keys_by_domain(&format!("- {A}")).unwrap_err().starts_with("is not a mapping of domains"));
         assert!(keys_by_domain("ff_a: [x]").unwrap_err().starts_with("\"ff_a\": entry 1: not a WireGuard"));
+    }
+
+    #[test]
+    fn of_a_key_given_twice_the_last_counts_in_yaml_and_json() {
+        for text in
+            [format!("{A}: x\n{B}:\n{A}: spam\n"), format!("{{\"{A}\": \"x\",\n\"{B}\": null,\n\"{A}\": \"spam\"}}")]
+        {
+            let wanted = Listed { entries: vec![entry(B), because("spam")], twice: vec![3] };
+            assert_eq!(keys(&text, List::Deny), Ok(wanted), "{text}");
+        }
+    }
+
+    /// Lists that a copy which broke off left: every beginning of these texts is refused, or is whole lines.
+    #[test]
+    fn what_is_cut_off_is_refused_where_that_can_be_known() {
+        let json = format!("{{\"ff_a\": [\"{A}\", \"{B}\"],\n\"ff_b\": [\"{B}\"]}}\n");
+        let end = json.rfind('}').unwrap();
+        for cut in 1..=end {
+            assert!(keys_by_domain(&json[..cut]).is_err(), "{}", &json[..cut]);
+        }
+        let yaml = format!("- {A}\n- {B}\n- {A}\n");
+        let line = yaml.len() / 3;
+        for cut in 1..yaml.len() {
+            let is_whole = (cut + 1) % line == 0 || cut % line == 0;
+            assert_eq!(keys(&yaml[..cut], List::Deny).is_ok(), is_whole, "{}", &yaml[..cut]);
+        }
+        assert!(may_be_cut_off(&format!("{A}: {{until: 2030-01-01}}\n{B}: some rea")));
+        for whole in [yaml.trim_end(), &yaml, json.trim_end(), "a: \"b\""] {
+            assert!(!may_be_cut_off(whole), "{whole}");
+        }
+        for blank in ["", "\n \n", "# nobody\n", "---\n# x\n...\n", "\u{feff}"] {
+            assert!(is_blank(blank), "{blank:?}");
+        }
+        assert!(!is_blank("[]") && !is_blank("a") && !is_blank("~"));
+    }
+
+    #[test]
+    fn a_large_list_is_read() {
+        let one_line = format!("[{}]", vec![format!("\"{A}\""); 100_000].join(","));
+        let lines = format!("- {A}\n").repeat(100_000);
+        for text in [one_line, lines] {
+            assert_eq!(keys(&text, List::Deny).unwrap().entries.len(), 100_000);
+        }
     }
 
     #[test]

@@ -22,7 +22,7 @@ fn key(n: u8) -> PublicKey {
 }
 
 fn open(dir: &TempDir, now: Now) -> (Store, Journal, Keys) {
-    Store::open(dir.path(), "test", &domains(), TTL, now)
+    Store::open(dir.path(), "test", &domains(), TTL, now).unwrap()
 }
 
 fn later(now: Now, by: Duration) -> Now {
@@ -72,7 +72,7 @@ fn a_key_that_nobody_serves_any_more_waits_for_its_domain() {
     journal.put(&domain("ff_b"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     let only_a = [domain("ff_a")].into();
-    assert!(Store::open(dir.path(), "test", &only_a, TTL, now).2.is_empty());
+    assert!(Store::open(dir.path(), "test", &only_a, TTL, now).unwrap().2.is_empty());
     assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_b1", 0)]);
 }
 
@@ -142,18 +142,35 @@ fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
 }
 
 #[test]
-fn another_layout_or_an_impossible_row_is_damage_too() {
-    for damage in [
-        "PRAGMA user_version = 2",
-        "DROP TABLE clock",
-        "DELETE FROM clock",
-        "INSERT INTO keys VALUES ('ff_a', 'x', 0, 0)",
-    ] {
+fn an_impossible_row_is_damage_too() {
+    for damage in ["DROP TABLE clock", "DELETE FROM clock", "INSERT INTO keys VALUES ('ff_a', 'x', 0, 0)"] {
         let (dir, now) = (tempdir().unwrap(), Now::read());
         drop(open(&dir, now));
         Connection::open(dir.path().join("test.sqlite")).unwrap().execute_batch(damage).unwrap();
         let (store, _, keys) = open(&dir, now);
         assert!(keys.is_empty() && !store.failing, "{damage}");
+    }
+}
+
+/// It was taken for damage, and all keys were forgotten.
+#[test]
+fn another_layout_is_no_damage() {
+    for change in ["PRAGMA user_version = 2", "PRAGMA user_version = 0", "PRAGMA user_version = -1"] {
+        let (dir, now) = (tempdir().unwrap(), Now::read());
+        let (store, journal, _) = open(&dir, now);
+        journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+        drop(store.flush(now));
+        let file = dir.path().join("test.sqlite");
+        let run = |text: &str| Connection::open(&file).unwrap().execute_batch(text).unwrap();
+        run(change);
+        let content = || (fs::read(&file).unwrap(), fs::read_dir(&dir).unwrap().count());
+        let before = content();
+        let failure = Store::open(dir.path(), "test", &domains(), TTL, now).map(drop).unwrap_err();
+        assert!(matches!(&failure, Failure::Unknown(text) if text.contains("test.sqlite")), "{failure:?}");
+        assert!(matches!(database::open_to_read(&file, LAYOUT), Err(Failure::Unknown(_))));
+        assert_eq!(content(), before, "{change}");
+        run("PRAGMA user_version = 1");
+        assert_eq!(open(&dir, now).2.len(), 1);
     }
 }
 
@@ -176,8 +193,8 @@ fn what_cannot_be_written_is_kept_until_it_can() {
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
-    assert!(Store::open(dir.path(), "taken", &domains(), TTL, now).0.failing);
-    assert!(Store::open(&dir.path().join("file"), "test", &domains(), TTL, now).0.failing);
+    assert!(Store::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.failing);
+    assert!(Store::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.failing);
 }
 
 #[test]

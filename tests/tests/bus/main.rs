@@ -3,8 +3,10 @@
 
 mod choice;
 mod confirm;
+mod data;
 mod faults;
 mod presence;
+mod questions;
 mod server;
 mod session;
 

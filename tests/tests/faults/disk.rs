@@ -90,7 +90,9 @@ pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
         },
         |file| file.iter().map(|byte| !byte).collect(),
     ];
-    for damage in damages {
+    for (n, damage) in damages.into_iter().enumerate() {
+        // None of them is written over.
+        let suffix = if n == 0 { String::new() } else { format!("-{}", n + 1) };
         pass(Duration::from_secs(2));
         for_each(&mut fleet, |node| {
             // It puts everything into one file as it ends.
@@ -101,7 +103,7 @@ pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
             node.host.run(&format!("rm -f {STATE}/*-wal"));
             node.start_again();
             node.process.wait_for_log("state file is damaged");
-            let aside = node.host.path(&format!("{STATE}/{}.sqlite.damaged", name(node)));
+            let aside = node.host.path(&format!("{STATE}/{}.sqlite.damaged{suffix}", name(node)));
             assert!(fs::read(aside).unwrap() == spoilt, "it is not what was set aside");
             is_kept(node, true);
         });

@@ -31,9 +31,13 @@ fn nothing_is_missing_when_nodes_die_and_come_back() {
         let before = routers.accepted().len();
         routers.ask_during(&stack, || {
             wait_within(COMPLETE, "routers are served", || (routers.accepted().len() > before + 20).then_some(()));
-            dead.iter().for_each(|node| cluster.kill(*node));
+            for node in dead {
+                cluster.kill(*node);
+            }
             thread::sleep(WHILE);
-            dead.iter().for_each(|node| cluster.start_again(*node));
+            for node in dead {
+                cluster.start_again(*node);
+            }
             thread::sleep(WHILE);
         });
         wait_within(COMPLETE, "every gateway has every key that got a 200", || {

@@ -209,13 +209,15 @@ const MISTAKES: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "mqtt: {tls: yes}\nlog_level: INFO\nmqtt: {tls: no}",
-        &["line 5: mqtt is given twice in one mapping, once is allowed"],
+        "workers: {'+': {}, a/b: ~, '': {weight: 1}, gw1: {}}",
+        &[
+            "workers.: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
+            "workers.+: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
+            "workers.a/b: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
+        ],
     ),
-    (
-        "mqtt:\n  tls: yes\n'mqtt':\n  tls: no\n\n\nlog_level: x",
-        &["line 5: mqtt is given twice in one mapping, once is allowed"],
-    ),
+    ("log_level: INFO\n\0\0\0", &["line 4: has a NUL byte, as in a file that was not wholly written"]),
+    ("logging_config: &a {a: *a}", &["line 3: has an alias for what it stands in itself"]),
     ("mqtt:\n\ttls: yes", &["line 4: begins with a tab, spaces are allowed"]),
     ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
     (
@@ -320,6 +322,17 @@ fn what_is_odd_but_harmless_is_a_warning() {
         ("key_lists: {allow_dir: /x}", &["key_lists.allow_dir: is not used, as allowlist.enabled is not true"]),
         ("allowlist: {enabled: on, file: x}\nblacklist_file: y\nkey_lists: {deny_dir: /x, trusted_dir: /y}", &[]),
         ("logging_config: {anything: {goes: [here]}}", &[]),
+        (
+            "mqtt: {tls: yes}\nlog_level: INFO\n'mqtt':\n  tls: no\n",
+            &["mqtt: is given twice in one mapping (line 5), the last one counts"],
+        ),
+        (
+            "logging_config: {a: [0, {b: {c: 1, \"c\": 2, c: 3}}]}",
+            &[
+                "logging_config.a[1].b.c: is given twice in one mapping (line 3), the last one counts",
+                "logging_config.a[1].b.c: is given twice in one mapping (line 3), the last one counts",
+            ],
+        ),
         ("parker: {prefixes: {ipv4: {netbox_filter: x, netbox_additional_data: {a: {b: 1}}}}}", &[]),
     ];
     for (yaml, expected) in cases {
@@ -337,7 +350,10 @@ fn a_secret_that_slips_into_another_value_or_key_is_not_shown() {
             "workers: {very-secret: {weight: x}}\nnetbox: {api_key: very-secret}",
             "workers.?.weight: \"x\" is not a share",
         ),
-        ("workers: {very-secret: 1, very-secret: 2} # password: very-secret", "line 3: a key is given twice"),
+        (
+            "workers: {very-secret: {}, very-secret: {}} # password: very-secret",
+            "workers.?: is given twice in one mapping (line 3)",
+        ),
         ("mqtt: {password: very-secret, broker_url: 'very-secret/'}", "mqtt.broker_url: the value is not a host"),
         (
             "mqtt: {password: \"very\\x2dsecret\", broker_url: 'very-secret/'}",
@@ -369,10 +385,16 @@ fn text_of_any_size_and_depth_is_answered() {
     {
         let _ = parse(&yaml);
     }
-    assert_eq!(
-        lines(parse(&"- ".repeat(100_000)).unwrap_err()),
-        ["has a line with more than 200 levels, fewer are allowed"]
-    );
+    for (text, levels) in [("- ".repeat(100_000), 200), (format!("a: {}", "[".repeat(201)), 200)] {
+        let said = format!("line 1: opens more than {levels} levels, fewer are allowed");
+        assert_eq!(lines(parse(&text).unwrap_err()), [said]);
+    }
+    let nested: Vec<_> = (1..150).map(|n| format!("a{n}: &a{n} [[*a{}]]", n - 1)).collect();
+    let nested = lines(parse(&format!("a0: &a0 []\n{}", nested.join("\n"))).unwrap_err());
+    assert!(nested[0].ends_with("opens more than 200 levels, fewer are allowed"), "{nested:?}");
+    let wide: Vec<_> = (1..9).map(|n| format!("b{n}: &b{n} [{}]", vec![format!("*b{}", n - 1); 9].join(","))).collect();
+    let wide = lines(parse(&format!("b0: &b0 [x,x,x,x,x,x,x,x,x]\n{}", wide.join("\n"))).unwrap_err());
+    assert_eq!(wide, ["line 5: its aliases stand for more than 4194304 bytes, fewer are allowed"]);
     let long = format!("# {}", "x".repeat(1 << 20));
     assert_eq!(lines(parse(&long).unwrap_err()), ["has 1048578 bytes, 1048576 are allowed"]);
     let wrong = format!("domains: [{}]\ndomain_prefixes: [x_]", "1, ".repeat(1000));

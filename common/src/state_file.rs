@@ -1,0 +1,120 @@
+//! Files that the programs keep in `state_dir`: never reached by a link, and set aside without writing over another.
+
+use std::ffi::OsStr;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+
+/// What SQLite has beside a database, and the database itself.
+const PARTS: [&str; 4] = ["", "-wal", "-shm", "-journal"];
+
+/// Where `file` is, with its directory made if that is missing. The directory may be reached by links, as systemd's
+/// `DynamicUser` makes one; the file itself may not be one.
+pub(crate) fn place(file: &Path) -> io::Result<PathBuf> {
+    let (Some(dir), Some(name)) = (file.parent(), file.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    Ok(dir.canonicalize()?.join(name))
+}
+
+/// Opens a regular file as `options` say, for its owner alone if it is made, and not through a link.
+pub(crate) fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    // A pipe would keep the program waiting for its other end.
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let opened = options.mode(0o600).custom_flags(flags.bits()).open(file).map_err(|error| {
+        let is_link = error.raw_os_error() == Some(Errno::ELOOP as i32);
+        if is_link { io::Error::other("it is a link, which is not followed") } else { error }
+    })?;
+    if opened.metadata()?.is_file() { Ok(opened) } else { Err(io::Error::other("it is not a regular file")) }
+}
+
+/// Gives a damaged file, with what SQLite has beside it, a name that no file has yet, and says which.
+pub(crate) fn set_aside(file: &Path) -> io::Result<PathBuf> {
+    let names = (1_u32..).map(|n| if n == 1 { ".damaged".to_owned() } else { format!(".damaged-{n}") });
+    let mut aside = None;
+    for name in names.map(|suffix| beside(file, suffix.as_ref())) {
+        if is_free(&name)? {
+            aside = Some(name);
+            break;
+        }
+    }
+    let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
+    for part in PARTS {
+        let renamed = std::fs::rename(beside(file, part.as_ref()), beside(&aside, part.as_ref()));
+        match renamed {
+            Err(error) if part.is_empty() || error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(aside)
+}
+
+/// Whether there is no file of this name, nor one that SQLite would have beside it. An error means that nobody can tell, as
+/// where the directory is none.
+fn is_free(name: &Path) -> io::Result<bool> {
+    for part in PARTS {
+        match beside(name, part.as_ref()).symlink_metadata() {
+            Ok(_) => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+/// `name` with `suffix` behind it.
+pub(crate) fn beside(name: &Path, suffix: &OsStr) -> PathBuf {
+    let mut name = name.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_opened_where_it_is_and_not_where_a_link_leads() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("victim"), "x").unwrap();
+        symlink(at("victim"), at("link")).unwrap();
+        symlink(at("nothing"), at("dangling")).unwrap();
+        for name in ["link", "dangling"] {
+            for options in [OpenOptions::new().read(true), OpenOptions::new().append(true).create(true)] {
+                let refused = open(&at(name), options).unwrap_err();
+                assert_eq!(refused.to_string(), "it is a link, which is not followed");
+            }
+        }
+        assert!(!at("nothing").exists());
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(open(&at("pipe"), OpenOptions::new().read(true)).is_err());
+        symlink(dir.path(), at("dir")).unwrap();
+        assert!(open(&place(&at("dir/victim")).unwrap(), OpenOptions::new().read(true)).is_ok());
+    }
+
+    #[test]
+    fn what_is_set_aside_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("f.damaged-2-wal"), "somebody's").unwrap();
+        for (n, expected) in ["f.damaged", "f.damaged-3", "f.damaged-4"].into_iter().enumerate() {
+            fs::write(at("f"), n.to_string()).unwrap();
+            fs::write(at("f-wal"), n.to_string()).unwrap();
+            assert_eq!(set_aside(&at("f")).unwrap(), at(expected));
+            assert_eq!(fs::read_to_string(at(&format!("{expected}-wal"))).unwrap(), n.to_string());
+        }
+        assert!(set_aside(&at("f")).is_err());
+        assert_eq!(fs::read_to_string(at("f.damaged")).unwrap(), "0");
+        // It looked for a free name for ever.
+        assert!(set_aside(&at("f.damaged/g")).is_err(), "its directory is a file");
+    }
+}

@@ -1,0 +1,63 @@
+//! Live keys, asked for page by page: who gets the pages.
+
+use serde_json::{Value, json};
+use wgkex_tests::probe::{Probe, Role, Said, said};
+use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{host_name, key};
+
+use super::on_both;
+
+on_both!(pages_go_to_who_asked_and_to_nobody_in_whose_name_another_asks);
+
+/// A question in the name of `from`, of the broker `to`; `n` tells it from others.
+fn question(topic: &str, from: &Value, to: &str, n: u32) -> Said {
+    let question = json!({ "from": from, "to": to, "domain": DOMAIN, "after": key(n), "younger_than": null });
+    said(topic, question.to_string(), 1, false)
+}
+
+/// The number of the question that the next page on `topic` answers.
+fn answered(witness: &Probe, topic: &str) -> u32 {
+    let page =
+        witness.next(&format!("a page on {topic}"), |said| said.topic == topic && said.text().contains("\"keys\""));
+    let page: Value = serde_json::from_slice(&page.payload).expect("JSON");
+    (1..100).find(|n| page["after"] == key(*n)).expect("a question of this test")
+}
+
+/// On the code before it nobody heard a worker's own topic, and whoever asked in another's name had pages sent to that one.
+fn pages_go_to_who_asked_and_to_nobody_in_whose_name_another_asks(bus: Bus) {
+    let stack = Stack::start(Plan::new(bus));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let own = host_name();
+    let [shared, inbox] = ["questions", "pages"].map(|kind| format!("wgkex/broker/{own}/{kind}"));
+    let witness = stack.probe(Role::new("witness", &["wgkex/worker/+/pages", "wgkex/broker/+/pages"]));
+    let [old, new] = ["old", "new"].map(|name| json!({ "worker": name }));
+
+    // A worker of an older version asks where anybody may.
+    witness.say(question(&shared, &old, &own, 1));
+    assert_eq!(answered(&witness, "wgkex/worker/old/pages"), 1);
+    // One of this version asks where nobody else may; so do brokers.
+    witness.say(question("wgkex/worker/new/questions", &new, &own, 2));
+    assert_eq!(answered(&witness, "wgkex/worker/new/pages"), 2);
+    let hello = r#"{"version":"9","can":["answer","named questions"],"domains":[],"instance":1}"#;
+    witness.say(said("wgkex/broker/b2/hello", hello, 1, true));
+    let asked = witness.next("this broker asks b2", |said| said.topic == "wgkex/broker/b2/pages");
+    assert!(asked.text().contains(&format!(r#""from":{{"broker":"{own}"}}"#)), "{asked:?}");
+    let b2 = json!({ "broker": "b2" });
+    witness.say(question(&inbox, &b2, &own, 3));
+    assert_eq!(answered(&witness, "wgkex/broker/b2/pages"), 3);
+
+    // Others in their names, and one that asks another broker.
+    witness.say_all([
+        question(&shared, &new, &own, 4),
+        question("wgkex/worker/old/questions", &new, &own, 5),
+        question("wgkex/worker/new/questions", &new, "another", 6),
+        question(&shared, &b2, &own, 7),
+        question(&inbox, &new, &own, 8),
+        question("wgkex/worker/new/questions", &new, &own, 9),
+        question(&inbox, &b2, &own, 10),
+    ]);
+    assert_eq!(answered(&witness, "wgkex/worker/new/pages"), 9);
+    assert_eq!(answered(&witness, "wgkex/broker/b2/pages"), 10);
+}

@@ -1,0 +1,300 @@
+//! Files as editors, copies and full disks leave them, and a container's variables: the real broker, from outside.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use wgkex_tests::admin::{Operator, printed};
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::http::Http;
+use wgkex_tests::process::binary;
+use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
+use wgkex_tests::{key, wait_until};
+
+fn status(stack: &Stack, n: u32) -> u16 {
+    stack.v2(DOMAIN, &key(n)).status
+}
+
+/// Text that is not whole, in each of the ways that a copy, a full disk or a crash leaves it.
+const HALVES: [fn(&[u8]) -> Vec<u8>; 5] = [
+    |whole| vec![0; whole.len()],
+    |whole| [&whole[..whole.len() / 2], &vec![0; whole.len()]].concat(),
+    |whole| whole[..whole.len() - 10].to_vec(),
+    |_| Vec::new(),
+    |_| b"\n\n".to_vec(),
+];
+
+/// On the code before it, a file of NUL bytes and an empty one were empty lists: no metric, and the denied key got 200.
+#[test]
+fn a_half_written_list_keeps_what_was_last_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let [deny, allow, denied] = ["deny.yaml", "allow.yaml", "denied"].map(|name| dir.path().join(name));
+    fs::create_dir(&denied).unwrap();
+    let lines = |keys: [u32; 3]| keys.map(|n| format!("  - {}\n", key(n))).concat();
+    let good = [
+        (deny.clone(), lines([9, 8, 1])),
+        (allow.clone(), format!("{DOMAIN}:\n{}", lines([1, 2, 3]))),
+        (denied.join("node-2"), key(2)),
+    ];
+    let write_all = |change: fn(&[u8]) -> Vec<u8>| {
+        for (file, text) in &good {
+            fs::write(file, change(text.as_bytes())).unwrap();
+        }
+    };
+    write_all(<[u8]>::to_vec);
+    let stack = Stack::start(Plan::new(Bus::Embedded).config(&format!(
+        "blacklist_file: {}\nallowlist: {{enabled: true, file: {}, refresh_interval: 0.1}}\nkey_lists: {{deny_dir: {}}}",
+        deny.display(),
+        allow.display(),
+        denied.display()
+    )));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let statuses = || [1, 2, 3].map(|n| status(&stack, n));
+    assert_eq!(statuses(), [403, 403, 200]);
+    let wait_for_damage = |value| {
+        for list in ["blacklist_file", "allowlist.file", "key_lists.deny_dir"] {
+            stack.wait_for_metric(&format!("wgkex_broker_lists_damaged{{list=\"{list}\"}}"), value);
+        }
+    };
+    for half in HALVES {
+        write_all(half);
+        wait_for_damage(1.0);
+        assert_eq!(statuses(), [403, 403, 200]);
+        write_all(<[u8]>::to_vec);
+        wait_for_damage(0.0);
+    }
+    // A list that says that it is empty is.
+    fs::write(&deny, "[]\n").unwrap();
+    wait_until("the list is empty", || (status(&stack, 1) == 200).then_some(()));
+}
+
+/// Nine levels of nine aliases each: 387 million values.
+fn bomb() -> String {
+    let level = |n: u8| {
+        let (name, below) = (char::from(b'a' + n), char::from(b'a' + n - 1));
+        format!("{name}: &{name} [{}]\n", vec![format!("*{below}"); 9].join(","))
+    };
+    format!("a: &a [{}]\n", ["x"; 9].join(",")) + &(1..9).map(level).collect::<String>()
+}
+
+/// A plan in which programs get no more memory than a few of them need.
+fn limited(plan: Plan) -> Plan {
+    let wrapper = ["sh", "-c", "ulimit -v 3000000; exec \"$@\"", "limited"];
+    Plan { wrapper: wrapper.map(str::to_owned).into(), ..plan }
+}
+
+/// On the code before it, both ended by "memory allocation failed".
+#[test]
+fn aliases_cannot_fill_the_memory() {
+    let mut stack = Stack::prepare(limited(Plan::new(Bus::Embedded).config(&bomb())));
+    stack.start_broker();
+    assert_eq!(stack.broker().wait().code(), Some(1), "{}", stack.broker().log());
+    stack.broker().wait_for_log("aliases stand for more than");
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("deny.yaml");
+    fs::write(&file, format!("- {}\n", key(1))).unwrap();
+    let config = format!("blacklist_file: {}\nallowlist: {{refresh_interval: 0.1}}", file.display());
+    let mut stack = Stack::start(limited(Plan::new(Bus::Embedded).config(&config)));
+    fs::write(&file, bomb()).unwrap();
+    stack.wait_for_metric("wgkex_broker_lists_damaged{list=\"blacklist_file\"}", 1.0);
+    assert!(stack.broker().is_running());
+    assert_eq!(status(&stack, 1), 403);
+}
+
+/// On the code before it the broker did not start: a key given twice was a mistake.
+#[test]
+fn of_a_key_given_twice_the_last_counts_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("deny.yaml");
+    fs::write(&file, format!("{0}: one\n{0}: {{reason: two}}\n", key(1))).unwrap();
+    let (operator, admin) = Operator::new();
+    let config = format!(
+        "log_level: ERROR\nlimits:\n  per_client: {{burst: 1, burst: 0}}\nblacklist_file: {}\nlog_level: INFO\n{admin}",
+        file.display()
+    );
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&config));
+    for named in ["log_level: is given twice", "limits.per_client.burst: is given twice"] {
+        let line = stack.broker().wait_for_log(named);
+        assert!(line.contains("WARN") && line.contains("the last one counts"), "{line}");
+    }
+    let line = stack.broker().wait_for_log("a key is given twice");
+    assert!(line.contains("WARN") && line.contains("line=2") && !line.contains(&key(1)), "{line}");
+    let shown = printed(&operator.run(&stack, &["list"]));
+    assert!(shown.contains("reason: two") && !shown.contains("one"), "{shown}");
+}
+
+/// On the code before it `mqtt-acl` printed `topic write wireguard-worker/+/status`.
+#[test]
+fn a_gateway_is_not_called_by_a_wildcard() {
+    for name in ["+", "#", "a/b", ""] {
+        let plan = Plan::new(Bus::Embedded).config(&format!("workers: {{\"{name}\": {{weight: 1}}}}"));
+        let stack = Stack::prepare(plan);
+        let mut refused = stack.program("wgkex-broker", &["mqtt-acl"]);
+        assert_eq!(refused.wait().code(), Some(1), "{name}");
+        assert!(refused.log().contains("is not a gateway's name"), "{}", refused.log());
+        assert!(!refused.log().contains("topic write"), "{}", refused.log());
+    }
+}
+
+/// A container is configured by these variables.
+const VARIABLES: [&str; 4] = [
+    "WGKEX_CONFIG_FILE=\"/run/none.yaml\"",
+    "WGKEX_DOMAINS=\"ffx_a, ffx_b\"",
+    "WGKEX_DOMAIN_PREFIXES='ffx_'",
+    "WGKEX_DEBUG=\"INFO\"",
+];
+
+/// On the code before it the broker listened on 127.0.0.1 alone, and took quotes for a part of the domains' names.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn variables_alone_make_a_broker_that_all_can_reach() {
+    let host = Host::new("container", Lane::Userspace);
+    host.run("mount -t tmpfs none /var/lib && ip addr add 192.0.2.1/32 dev lo && ip addr add 2001:db8::1/128 dev lo");
+    let (v4, v6) = (Ipv4Addr::new(192, 0, 2, 1), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+    let start = |more: &[&str]| {
+        let program = binary("wgkex-broker");
+        let words = [&VARIABLES, more, &[program.to_str().unwrap()]].concat();
+        host.start("broker", Path::new("/usr/bin/env"), &words, &[])
+    };
+    let reaches = |address: SocketAddr| {
+        host.inside(|| Http::try_connect(address)).is_ok_and(|mut http| http.get("/healthz").status == 200)
+    };
+    // Also where the system gives IPv6 sockets no IPv4.
+    for system in ["true", "echo 1 > /proc/sys/net/ipv6/bindv6only"] {
+        host.run(system);
+        let mut broker = start(&[]);
+        broker.wait_for_log("broker started");
+        assert!(reaches((v4, 5000).into()) && reaches((v6, 5000).into()), "{system}");
+        assert!(broker.end_by(Signal::SIGTERM).success());
+    }
+    let mut broker = start(&["WGKEX_BROKER_LISTEN='192.0.2.1:5080'"]);
+    broker.wait_for_log("broker started");
+    assert!(reaches((v4, 5080).into()) && !reaches((v6, 5080).into()) && !reaches((v4, 5000).into()));
+    assert!(broker.end_by(Signal::SIGTERM).success());
+    let mut broker = start(&["WGKEX_DOMAINS=ffx_a,\"ffx_b"]);
+    assert!(!broker.wait().success());
+    assert!(broker.log().contains("WGKEX_DOMAINS[1]: has a quote in it"), "{}", broker.log());
+}
+
+fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+/// On the code before it the file was taken for damaged: it got another name, and all keys were forgotten.
+#[test]
+fn a_newer_layout_stops_the_start_and_nothing_is_touched() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    assert_eq!(status(&stack, 1), 200);
+    // It puts everything into one file as it ends.
+    assert!(stack.stop_broker().success());
+    for name in ["mqtt-retained.sqlite", "broker.sqlite"] {
+        let file = stack.state_dir().join(name);
+        let ours = fs::read(&file).unwrap();
+        let mut newer = ours.clone();
+        // The number of the layout, in the header of every SQLite file.
+        newer[60..64].copy_from_slice(&99_u32.to_be_bytes());
+        fs::write(&file, &newer).unwrap();
+        let state = stack.state_dir();
+        let of_file = || {
+            let all = content(&state).into_iter();
+            all.filter(|(path, _)| path.to_string_lossy().contains(name)).collect::<BTreeMap<_, _>>()
+        };
+        let before = of_file();
+        stack.start_broker();
+        assert_eq!(stack.broker().wait().code(), Some(1), "{}", stack.broker().log());
+        let line = stack.broker().wait_for_log("number 99");
+        assert!(line.contains("ERROR") && line.contains(name) && line.contains("newer"), "{line}");
+        assert_eq!(of_file(), before, "{name}");
+        fs::write(&file, ours).unwrap();
+    }
+    stack.start_broker();
+    stack.wait_until_ready();
+    assert_eq!(stack.metric("wgkex_broker_live_keys{domain=\"ffx_a\",state=\"unproven\"}"), Some(1.0));
+}
+
+/// On the code before it each had overwritten the one before.
+#[test]
+fn what_was_set_aside_is_never_overwritten() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
+    fs::create_dir(stack.state_dir()).unwrap();
+    let names = ["broker.sqlite", "mqtt-retained.sqlite", "broker.lists.json"];
+    for n in 1..=3 {
+        for name in names {
+            fs::write(stack.state_dir().join(name), format!("damaged for the {n}. time")).unwrap();
+        }
+        stack.start_broker();
+        stack.wait_until_ready();
+        assert!(stack.stop_broker().success());
+    }
+    for name in names {
+        let aside = content(&stack.state_dir()).into_iter().filter(|(path, _)| {
+            let file = path.file_name().unwrap().to_str().unwrap();
+            file.starts_with(&format!("{name}.damaged"))
+        });
+        let texts: Vec<_> = aside.map(|(_, text)| String::from_utf8(text).unwrap()).collect();
+        assert_eq!(texts, [1, 2, 3].map(|n| format!("damaged for the {n}. time")), "{name}");
+    }
+}
+
+/// On the code before it the files that the links named were made, or written over.
+#[test]
+fn state_is_not_written_through_links() {
+    let (operator, admin) = Operator::new();
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded).config(&admin));
+    let victims = stack.dir().join("victims");
+    let state = stack.dir().join("elsewhere");
+    for dir in [&victims, &state] {
+        fs::create_dir(dir).unwrap();
+    }
+    // The directory itself may be a link, as systemd's DynamicUser makes it one.
+    symlink(&state, stack.state_dir()).unwrap();
+    for name in ["broker.sqlite", "mqtt-retained.sqlite", "broker.lists.json.new"] {
+        symlink(victims.join(name), state.join(name)).unwrap();
+    }
+    fs::write(victims.join("broker.lists.json.new"), "precious").unwrap();
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack.wait_for_metric("wgkex_broker_state_kept", 0.0);
+    let revoked = operator.call("POST", "/v1/revoke", &serde_json::json!({ "key": key(1) })).json();
+    assert_eq!(revoked["kept"], true, "{revoked}");
+    let untouched = BTreeMap::from([(victims.join("broker.lists.json.new"), b"precious".to_vec())]);
+    assert_eq!(content(&victims), untouched);
+    // Without links in the way, all is kept there.
+    for name in ["broker.sqlite", "mqtt-retained.sqlite"] {
+        fs::remove_file(state.join(name)).unwrap();
+    }
+    stack.wait_for_metric("wgkex_broker_state_kept", 1.0);
+    wait_until("both files are there", || {
+        ["broker.sqlite", "mqtt-retained.sqlite"].iter().all(|name| state.join(name).exists()).then_some(())
+    });
+}
+
+/// The worker has the same storage; on the code before it, it put its file aside.
+#[test]
+fn a_worker_stops_at_a_newer_layout_too() {
+    let stack = Stack::prepare(Plan::new(Bus::Embedded).config(&format!("worker_listen: \"{}\"", free_address())));
+    fs::create_dir(stack.state_dir()).unwrap();
+    let file = stack.state_dir().join("worker.sqlite");
+    let made = Command::new("/usr/bin/python3")
+        .args(["-c", "import sqlite3, sys; sqlite3.connect(sys.argv[1]).executescript('CREATE TABLE new (x); PRAGMA user_version = 7')"])
+        .arg(&file)
+        .status();
+    assert!(made.unwrap().success());
+    let before = content(&stack.state_dir());
+    let mut worker = stack.program("wgkex-worker", &[]);
+    assert_eq!(worker.wait().code(), Some(1), "{}", worker.log());
+    worker.wait_for_log("number 7");
+    assert_eq!(content(&stack.state_dir()), before);
+}
