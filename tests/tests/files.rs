@@ -22,8 +22,11 @@ fn status(stack: &Stack, n: u32) -> u16 {
     stack.v2(DOMAIN, &key(n)).status
 }
 
+/// What becomes of a whole text.
+type Change = fn(&[u8]) -> Vec<u8>;
+
 /// Text that is not whole, in each of the ways that a copy, a full disk or a crash leaves it.
-const HALVES: [fn(&[u8]) -> Vec<u8>; 5] = [
+const HALVES: [Change; 5] = [
     |whole| vec![0; whole.len()],
     |whole| [&whole[..whole.len() / 2], &vec![0; whole.len()]].concat(),
     |whole| whole[..whole.len() - 10].to_vec(),
@@ -43,7 +46,7 @@ fn a_half_written_list_keeps_what_was_last_read() {
         (allow.clone(), format!("{DOMAIN}:\n{}", lines([1, 2, 3]))),
         (denied.join("node-2"), key(2)),
     ];
-    let write_all = |change: fn(&[u8]) -> Vec<u8>| {
+    let write_all = |change: Change| {
         for (file, text) in &good {
             fs::write(file, change(text.as_bytes())).unwrap();
         }
