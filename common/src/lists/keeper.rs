@@ -37,8 +37,6 @@ const REFRESH_MIN: Duration = Duration::from_millis(100);
 const SETTLE: Duration = Duration::from_secs(1);
 /// That records are refused is said no more often than this.
 const SAY_REFUSED: Duration = Duration::from_secs(60);
-/// How long the last write may take at the end.
-const LAST_WRITE: Duration = Duration::from_secs(1);
 
 /// What the lists are now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -356,14 +354,11 @@ impl Keeper {
     }
 
     async fn write_last(mut self) {
-        let write = async {
-            while self.disk.is_behind() {
-                self.disk.begin(&self.records, Instant::now());
-                let written = self.disk.done().await;
-                self.disk.written(written);
-            }
-        };
-        let _ = tokio::time::timeout(LAST_WRITE, write).await;
+        while self.disk.is_behind() {
+            self.disk.begin(&self.records, Instant::now());
+            let written = self.disk.done().await;
+            self.disk.written(written);
+        }
     }
 }
 

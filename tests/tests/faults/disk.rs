@@ -1,10 +1,11 @@
 //! The disk is full, read-only, or has damaged what was written.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use wgkex_tests::gateway::Lane;
+use wgkex_tests::gateway::{Host, Lane};
 
 use crate::lab::{CAUGHT_UP, Fleet, Node, Pace, Routers, caught_up, pass, within};
 
@@ -110,6 +111,45 @@ pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
         fleet.is_complete();
         routers.ask(&fleet.doors(), 50);
         fleet.caught_up(&routers);
+    }
+}
+
+pub fn a_last_write_that_does_not_finish_is_said(lane: Lane) {
+    let mut fleet = Fleet::new(lane, 1, 1, "");
+    for_each(&mut fleet, |node| {
+        node.kill();
+        node.host.run(&format!(
+            "truncate -s 16M /run/wgkex/disk && mkfs.ext4 -q /run/wgkex/disk && mount -o loop /run/wgkex/disk {STATE}"
+        ));
+        node.start_again();
+    });
+    fleet.is_complete();
+    let frozen: Vec<_> = fleet.brokers.iter().chain(&fleet.gateways).map(|node| Frozen::new(&node.host)).collect();
+    let routers = Routers::new();
+    routers.ask(&fleet.doors(), 20);
+    assert_eq!(routers.answers().accepted.len(), 20);
+    for_each(&mut fleet, |node| {
+        node.process.signal(Signal::SIGTERM);
+        let line = node.process.wait_for_log("the disk did not take the last state in time");
+        assert!(line.contains("ERROR") && line.contains("the state file"), "{line}");
+    });
+    drop(frozen);
+    for_each(&mut fleet, |node| assert!(node.process.wait().success()));
+}
+
+/// A disk that takes nothing, until this is dropped.
+struct Frozen(Arc<Host>);
+
+impl Frozen {
+    fn new(host: &Arc<Host>) -> Self {
+        host.run(&format!("fsfreeze --freeze {STATE}"));
+        Self(host.clone())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.0.run(&format!("fsfreeze --unfreeze {STATE}"));
     }
 }
 

@@ -37,6 +37,7 @@ lane! { netns, Userspace, "needs root: tests/run netns":
     bus::an_mqtt_server_that_is_frozen_for_half_a_minute_makes_no_answer_untrue,
     bus::an_mqtt_server_that_is_gone_for_half_a_minute_makes_no_answer_untrue,
     bus::an_mqtt_server_that_is_killed_and_forgets_everything_loses_no_key,
+    disk::a_last_write_that_does_not_finish_is_said,
     disk::damaged_state_is_set_aside_and_nobody_is_kept_from_starting,
     disk::with_a_full_disk_both_serve_and_they_write_when_there_is_room,
     disk::with_a_read_only_disk_both_serve_and_they_write_when_they_may,
