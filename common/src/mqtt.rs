@@ -26,7 +26,7 @@ use tracing::{info, warn};
 use self::echo::Echo;
 use self::outbox::{Letter, Outbox};
 use self::pair::{Guest, Joining, Pair};
-use self::subscriptions::Subscriptions;
+use self::subscriptions::{Filter, Subscriptions};
 use crate::Topic;
 use crate::config::Mqtt;
 
@@ -120,18 +120,19 @@ impl Client {
         Self { id, will: None, states, events, optional, echo: None, is_second: true }
     }
 
-    /// All filters, each with its quality of service and whether it is required.
-    fn filters(&self) -> impl Iterator<Item = (String, QoS, bool)> {
-        let states = self.states.iter().map(|filter| (filter.clone(), QoS::AtMostOnce, true));
-        let events = self.events.iter().map(|filter| (filter.clone(), QoS::AtLeastOnce, true));
+    fn filters(&self) -> impl Iterator<Item = Filter> {
+        let required = |text: &String, qos| Filter { text: text.clone(), qos, is_required: true };
+        let states = self.states.iter().map(move |text| required(text, QoS::AtMostOnce));
+        let events = self.events.iter().map(move |text| required(text, QoS::AtLeastOnce));
         let optional = self.optional.iter().cloned().chain(self.echo.as_ref().map(Topic::to_string));
-        states.chain(events).chain(optional.map(|filter| (filter, QoS::AtMostOnce, false)))
+        let optional = optional.map(|text| Filter { text, qos: QoS::AtMostOnce, is_required: false });
+        states.chain(events).chain(optional)
     }
 
     /// A name in its filters or its will that has a dot.
     fn dotted(&self) -> Option<String> {
         let will = self.will.as_ref().map(|will| will.topic.to_string());
-        let mut topics = will.into_iter().chain(self.filters().map(|(filter, ..)| filter));
+        let mut topics = will.into_iter().chain(self.filters().map(|filter| filter.text));
         topics.find_map(|topic| dotted(&topic).map(str::to_owned))
     }
 }
@@ -227,8 +228,6 @@ pub struct Session {
     pair: Option<Pair>,
     /// The other session, if that publishes and subscribes through this one.
     guest: Option<Guest>,
-    /// Its own filters, for that.
-    filters: Vec<(String, QoS, bool)>,
 }
 
 /// The two sessions of a program, `second` made by [`Client::second`]. Where the server lets a program have one connection
@@ -254,7 +253,6 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         outbox: Outbox::default(),
         link,
         subscriptions: Subscriptions::new(client.filters()),
-        filters: client.filters().collect(),
         dotted: client.dotted(),
         closed_early: 0,
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
@@ -297,11 +295,11 @@ impl Session {
 
     /// Goes on through the program's first session, until `stop` returns.
     async fn join(self, hand_on: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        let Self { client, eventloop, mut orders, mut outbox, link, filters, server, pair, .. } = self;
+        let Self { client, eventloop, mut orders, mut outbox, link, subscriptions, server, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, orders: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
-        let (guest, mut events) = Guest::new(filters);
+        let (guest, mut events) = Guest::new(subscriptions.filters().cloned().collect());
         if guests.send(guest).await.is_err() {
             return;
         }
@@ -369,7 +367,7 @@ impl Session {
                 Some(letter) = self.orders.recv(), if room => self.outbox.hand_over(letter, &self.client),
                 Some(guest) = joined(&mut self.pair), if self.guest.is_none() => {
                     // The next connection is one for both.
-                    let filters = self.filters.iter().chain(&guest.filters).cloned();
+                    let filters = self.subscriptions.filters().chain(&guest.filters).cloned();
                     self.subscriptions = Subscriptions::new(filters);
                     self.guest = Some(guest);
                     return Some(Err(ConnectionError::NetworkTimeout));

@@ -9,7 +9,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::outbox::Letter;
-use super::{Event, Publish, QoS};
+use super::subscriptions::Filter;
+use super::{Event, Publish};
 
 /// One connection is thrown out by the other at the latest so long after that has connected.
 const TAKEOVER: Duration = Duration::from_secs(2);
@@ -99,7 +100,7 @@ pub(super) enum Joining {
 /// The second session, as the first has it on its own connection.
 #[derive(Debug)]
 pub(super) struct Guest {
-    pub filters: Vec<(String, QoS, bool)>,
+    pub filters: Vec<Filter>,
     events: mpsc::Sender<Event>,
 }
 
@@ -130,14 +131,14 @@ impl Pair {
 }
 
 impl Guest {
-    pub(super) fn new(filters: Vec<(String, QoS, bool)>) -> (Self, mpsc::Receiver<Event>) {
+    pub(super) fn new(filters: Vec<Filter>) -> (Self, mpsc::Receiver<Event>) {
         let (events, received) = mpsc::channel(EVENTS);
         (Self { filters, events }, received)
     }
 
     /// Whether a message is for one of its filters.
     pub(super) fn wants(&self, publish: &Publish) -> bool {
-        self.filters.iter().any(|(filter, ..)| rumqttc::matches(&publish.topic, filter))
+        self.filters.iter().any(|filter| rumqttc::matches(&publish.topic, &filter.text))
     }
 
     /// Passes an event on. One too many is dropped, as servers do it.

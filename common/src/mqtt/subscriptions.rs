@@ -15,7 +15,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// The filters of a session.
 #[derive(Debug)]
 pub(super) struct Subscriptions {
-    filters: Vec<Filter>,
+    all: Vec<Subscription>,
     /// Those that the server has not answered yet, by index, and since when.
     asked: Option<(Vec<usize>, Instant)>,
     /// When those that were refused are asked for again.
@@ -23,35 +23,39 @@ pub(super) struct Subscriptions {
     pause: Duration,
 }
 
-#[derive(Debug)]
-struct Filter {
+/// What a session wants to hear.
+#[derive(Debug, Clone)]
+pub(super) struct Filter {
     /// As MQTT writes it.
-    text: String,
-    qos: QoS,
+    pub text: String,
+    pub qos: QoS,
     /// The session cannot be used without it.
-    is_required: bool,
+    pub is_required: bool,
+}
+
+#[derive(Debug)]
+struct Subscription {
+    filter: Filter,
     is_granted: bool,
     /// It was refused, and the log says so.
     is_reported: bool,
 }
 
 impl Subscriptions {
-    /// Filters, each with its quality of service and whether the session cannot be used without it.
-    pub(super) fn new(filters: impl IntoIterator<Item = (String, QoS, bool)>) -> Self {
-        let filters = filters.into_iter().map(|(text, qos, is_required)| Filter {
-            text,
-            qos,
-            is_required,
-            is_granted: false,
-            is_reported: false,
-        });
-        Self { filters: filters.collect(), asked: None, retry: None, pause: PAUSE_MIN }
+    /// None of them is granted yet.
+    pub(super) fn new(filters: impl IntoIterator<Item = Filter>) -> Self {
+        let all = filters.into_iter().map(|filter| Subscription { filter, is_granted: false, is_reported: false });
+        Self { all: all.collect(), asked: None, retry: None, pause: PAUSE_MIN }
+    }
+
+    pub(super) fn filters(&self) -> impl Iterator<Item = &Filter> {
+        self.all.iter().map(|subscription| &subscription.filter)
     }
 
     /// A connection begins, or ends: the server knows of no subscription.
     pub(super) fn reset(&mut self) {
         (self.asked, self.retry, self.pause) = (None, None, PAUSE_MIN);
-        self.filters.iter_mut().for_each(|filter| filter.is_granted = false);
+        self.all.iter_mut().for_each(|subscription| subscription.is_granted = false);
     }
 
     /// What to ask for now, if anything.
@@ -59,12 +63,12 @@ impl Subscriptions {
         if self.asked.is_some() || self.retry.is_some_and(|retry| now < retry) {
             return None;
         }
-        let missing = self.filters.iter().enumerate().filter(|(_, filter)| !filter.is_granted);
+        let missing = self.all.iter().enumerate().filter(|(_, subscription)| !subscription.is_granted);
         let missing: Vec<_> = missing.map(|(index, _)| index).collect();
         if missing.is_empty() {
             return None;
         }
-        let filters = missing.iter().map(|&index| &self.filters[index]);
+        let filters = missing.iter().map(|&index| &self.all[index].filter);
         let filters = filters.map(|filter| SubscribeFilter::new(filter.text.clone(), filter.qos)).collect();
         self.asked = Some((missing, now));
         Some(filters)
@@ -75,14 +79,14 @@ impl Subscriptions {
         let Some((asked, _)) = self.asked.take() else { return Vec::new() };
         let mut newly_refused = Vec::new();
         for (place, index) in asked.into_iter().enumerate() {
-            let filter = &mut self.filters[index];
-            filter.is_granted = matches!(codes.get(place), Some(SubscribeReasonCode::Success(_)));
-            if !filter.is_granted && !filter.is_reported {
-                newly_refused.push(filter.text.clone());
+            let subscription = &mut self.all[index];
+            subscription.is_granted = matches!(codes.get(place), Some(SubscribeReasonCode::Success(_)));
+            if !subscription.is_granted && !subscription.is_reported {
+                newly_refused.push(subscription.filter.text.clone());
             }
-            filter.is_reported = !filter.is_granted;
+            subscription.is_reported = !subscription.is_granted;
         }
-        let are_all_granted = self.filters.iter().all(|filter| filter.is_granted);
+        let are_all_granted = self.all.iter().all(|subscription| subscription.is_granted);
         self.retry = (!are_all_granted).then(|| now + self.pause);
         self.pause = (self.pause * 2).min(PAUSE_MAX);
         newly_refused
@@ -90,18 +94,18 @@ impl Subscriptions {
 
     /// Whether all filters are granted without which the session cannot be used.
     pub(super) fn is_complete(&self) -> bool {
-        self.filters.iter().all(|filter| filter.is_granted || !filter.is_required)
+        self.all.iter().all(|subscription| subscription.is_granted || !subscription.filter.is_required)
     }
 
     /// Whether this filter is granted.
     pub(super) fn is_granted(&self, wanted: &str) -> bool {
-        self.filters.iter().any(|filter| filter.is_granted && filter.text == wanted)
+        self.all.iter().any(|subscription| subscription.is_granted && subscription.filter.text == wanted)
     }
 
     /// A required filter that is refused.
     pub(super) fn refused(&self) -> Option<&str> {
-        let refused = self.filters.iter().find(|filter| filter.is_required && !filter.is_granted && filter.is_reported);
-        refused.map(|filter| filter.text.as_str())
+        let mut refused = self.all.iter().filter(|subscription| !subscription.is_granted && subscription.is_reported);
+        refused.find_map(|Subscription { filter, .. }| filter.is_required.then_some(filter.text.as_str()))
     }
 
     /// Whether the server has not answered for too long.
@@ -123,8 +127,9 @@ mod tests {
     const REFUSED: SubscribeReasonCode = SubscribeReasonCode::Failure;
 
     fn subscriptions() -> Subscriptions {
-        let required = |filter: &str, is_required| (filter.to_owned(), QoS::AtMostOnce, is_required);
-        Subscriptions::new([required("a", true), required("b", true), required("c", false)])
+        let all = [("a", true), ("b", true), ("c", false)];
+        let filter = |(text, is_required): (&str, _)| Filter { text: text.into(), qos: QoS::AtMostOnce, is_required };
+        Subscriptions::new(all.map(filter))
     }
 
     fn asked(subscriptions: &mut Subscriptions, now: Instant) -> Vec<String> {

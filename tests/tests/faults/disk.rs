@@ -130,8 +130,8 @@ pub fn a_last_write_that_does_not_finish_is_said(lane: Lane) {
     assert_eq!(routers.answers().accepted.len(), 20);
     for_each(&mut fleet, |node| {
         node.process.signal(Signal::SIGTERM);
-        let line = node.process.wait_for_log("the disk did not take the last state in time");
-        assert!(line.contains("ERROR") && line.contains("the state file"), "{line}");
+        let said = node.process.wait_for_log("the disk did not take the last state in time");
+        assert!(said.contains("ERROR") && said.contains("the state file"), "{said}");
     });
     drop(frozen);
     for_each(&mut fleet, |node| assert!(node.process.wait().success()));
