@@ -1,22 +1,24 @@
 //! Admin calls: what an operator does by HTTP on a listener of its own, with a token. Each leaves a line in the log,
-//! whatever comes of it.
+//! whatever comes of it; of those without the token only some do.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use actix_web::dev::{Server, Service as _, ServiceRequest};
-use actix_web::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
-use actix_web::http::{Method, StatusCode};
+use actix_web::dev::{Service as _, ServiceRequest};
+use actix_web::http::StatusCode;
+use actix_web::http::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
 use actix_web::web::{self, Data, Path, Payload, Query, ServiceConfig};
-use actix_web::{HttpResponse, HttpServer};
+use actix_web::{App as Routes, HttpResponse};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 use wgkex_common::config::Secret;
+use wgkex_common::http::connections::Connections;
+use wgkex_common::http::{Server, Settings, resource};
 use wgkex_common::lists::keeper::{BY_CALL, Changed, Handle, Shown};
 use wgkex_common::lists::{Entry, List, hex, parse, unix};
 use wgkex_common::log::AUDIT;
@@ -24,7 +26,7 @@ use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::gateways::Gateways;
-use crate::http::{error, only};
+use crate::http::error;
 use crate::lock;
 use crate::revoke::{self, Answers};
 
@@ -34,6 +36,10 @@ const BODY_MAX: usize = 64 << 10;
 const REQUEST: Duration = Duration::from_secs(5);
 /// How long the disk may take before an answer says that it did not.
 const KEPT: Duration = Duration::from_secs(1);
+/// How long the log waits for the next refusal, once some have come at once.
+const REFUSAL_EACH: Duration = Duration::from_secs(10);
+/// How many these are.
+const REFUSALS_AT_ONCE: u32 = 10;
 /// The fields of a call that changes a list.
 const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
 
@@ -54,6 +60,14 @@ pub struct Admin {
     pub token_hash: Secret,
 }
 
+/// Lets a few refusals at once into the log, then one in [`REFUSAL_EACH`], and counts the others.
+#[derive(Debug, Default)]
+struct Refusals {
+    /// When the log may be as quiet again as if none had ever been.
+    quiet: Option<Instant>,
+    unlogged: u64,
+}
+
 /// A call that is refused: the status, and a sentence for the caller.
 #[derive(Debug)]
 struct Wrong(StatusCode, String);
@@ -66,13 +80,15 @@ pub fn token_hash(token: &str) -> String {
 
 /// The server of admin calls on `listener`; it runs when awaited, and ends with the program.
 pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
-    let server = HttpServer::new(move || {
-        let guard = admin.clone();
-        actix_web::App::new().configure(routes(&admin)).wrap_fn(move |request, service| {
+    let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
+    let refusals = Arc::new(Mutex::new(Refusals::default()));
+    wgkex_common::http::server(listener, settings, &Connections::few(), move || {
+        let (guard, refusals) = (admin.clone(), refusals.clone());
+        Routes::new().configure(routes(&admin)).wrap_fn(move |request, service| {
             let call = if guard.knows(&request) {
                 Ok(service.call(request))
             } else {
-                Err(request.into_response(unauthorized()))
+                Err(request.into_response(unauthorized(&refusals)))
             };
             async {
                 match call {
@@ -81,31 +97,29 @@ pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
                 }
             }
         })
-    });
-    Ok(server.workers(1).disable_signals().client_request_timeout(REQUEST).listen(listener)?.run())
+    })
 }
 
 fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
     let admin = Data::new(admin.clone());
     move |config| {
-        let lists =
-            web::resource("/v1/lists/{list}").route(web::post().to(put)).route(web::delete().to(take)).default_service(
-                web::to(|| async { error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here") }),
-            );
+        let lists = resource("/v1/lists/{list}", "POST, DELETE, OPTIONS");
         config
             .app_data(admin)
-            .service(only("/v1/revoke", Method::POST).route(web::post().to(revoke)))
-            .service(only("/v1/unrevoke", Method::POST).route(web::post().to(unrevoke)))
-            .service(only("/v1/keys", Method::GET).route(web::get().to(keys)))
-            .service(lists)
+            .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
+            .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
+            .service(resource("/v1/keys", "GET, HEAD, OPTIONS").route(web::get().to(keys)).route(web::head().to(keys)))
+            .service(lists.route(web::post().to(put)).route(web::delete().to(take)))
             .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
 }
 
-fn unauthorized() -> HttpResponse {
-    warn!(target: AUDIT, outcome = "unauthorized", "admin call");
+fn unauthorized(refusals: &Mutex<Refusals>) -> HttpResponse {
+    if let Some(unlogged) = lock(refusals).log(Instant::now()) {
+        warn!(target: AUDIT, outcome = "unauthorized", unlogged, "admin call");
+    }
     let mut response = error(StatusCode::UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN");
-    response.headers_mut().insert(WWW_AUTHENTICATE, actix_web::http::header::HeaderValue::from_static("Bearer"));
+    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     response
 }
 
@@ -134,6 +148,19 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
             HttpResponse::Ok().json(json!({ "keys": keys }))
         }
         Err(Wrong(status, message)) => error(status, &message),
+    }
+}
+
+impl Refusals {
+    /// One more comes; if it is logged, how many before it were not.
+    fn log(&mut self, now: Instant) -> Option<u64> {
+        let quiet = self.quiet.map_or(now, |quiet| quiet.max(now));
+        if quiet - now > REFUSAL_EACH * (REFUSALS_AT_ONCE - 1) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.quiet = Some(quiet + REFUSAL_EACH);
+        Some(std::mem::take(&mut self.unlogged))
     }
 }
 
@@ -376,6 +403,19 @@ mod tests {
         assert_eq!(found(&[("q", "ATTIC")]), Ok(vec![0, 2]));
         assert_eq!(found(&[("q", "TszFS3oF"), ("list", "revoked")]), Ok(vec![0]));
         assert!(found(&[("list", "x")]).is_err() && found(&[("x", "y")]).is_err());
+    }
+
+    #[test]
+    fn refusals_are_logged_at_a_bounded_rate_and_none_goes_uncounted() {
+        let (mut refusals, begun) = (Refusals::default(), Instant::now());
+        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(begun)).collect();
+        assert_eq!(logged, [0; 10]);
+        assert_eq!(refusals.log(begun + REFUSAL_EACH - Duration::from_secs(1)), None);
+        assert_eq!(refusals.log(begun + REFUSAL_EACH), Some(21));
+        assert_eq!(refusals.log(begun + REFUSAL_EACH), None);
+        let later = begun + REFUSAL_EACH * 100;
+        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(later)).collect();
+        assert_eq!(logged, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -5,10 +5,18 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use wgkex_common::http::connections::Seat;
 
-/// What counts as one client: an IPv4 address, or the /56 that a household or a server gets of IPv6.
+/// What counts as one client.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Client(IpAddr);
+pub enum Client {
+    /// This machine's operator: who connects from loopback, and is no proxy.
+    Local,
+    /// An IPv4 address, or the /56 that a household or a server gets of IPv6.
+    Address(IpAddr),
+    /// All whom a proxy brings without saying who they are.
+    Unnamed,
+}
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -17,19 +25,44 @@ impl fmt::Debug for Client {
 }
 
 impl Client {
-    /// Whether it is this machine: its operator, or a proxy that is not named in the config.
+    /// Whether it is this machine's operator.
     #[must_use]
     pub fn is_this_machine(self) -> bool {
-        self == Self::from(IpAddr::from(Ipv4Addr::LOCALHOST)) || self == Self::from(IpAddr::from(Ipv6Addr::LOCALHOST))
+        self == Self::Local
     }
 }
 
 impl From<IpAddr> for Client {
+    /// Who connects from this address.
     fn from(address: IpAddr) -> Self {
-        match address.to_canonical() {
-            IpAddr::V6(address) => Self(Ipv6Addr::from_bits(address.to_bits() >> 72 << 72).into()),
-            address @ IpAddr::V4(_) => Self(address),
-        }
+        if is_local(address) { Self::Local } else { Self::Address(whole(address)) }
+    }
+}
+
+/// The address that stands for all of one client.
+fn whole(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 72 << 72).into(),
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
+/// Whether it is the address that this machine's own programs have for each other.
+fn is_local(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    address == IpAddr::V4(Ipv4Addr::LOCALHOST) || address == IpAddr::V6(Ipv6Addr::LOCALHOST)
+}
+
+/// Whose a connection is, before anything came on it. `is_proxied` says whether somebody at this machine's address was
+/// heard to be a proxy that is not trusted: then nobody there goes without a limit.
+#[must_use]
+pub fn seat(peer: IpAddr, trusted: &[IpNet], is_proxied: bool) -> Seat {
+    if is_in(trusted, peer) {
+        Seat::Proxy
+    } else if is_local(peer) && !is_proxied {
+        Seat::Local
+    } else {
+        Seat::Client(whole(peer))
     }
 }
 
@@ -51,16 +84,17 @@ pub fn is_near(address: IpAddr) -> bool {
 
 /// Who sent a request that `peer` brought, by the values of its headers in their order. A proxy adds at the right
 /// what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
-/// or the two headers differ, one of them may come from the sender, and `peer` counts.
+/// or the two headers differ, one of them may come from the sender, and nobody knows who that is; nor where a proxy on
+/// this machine is not trusted. `is_proxied` says whether any header is a proxy's.
 pub fn origin<'a>(
     peer: IpAddr,
     trusted: &[IpNet],
+    is_proxied: bool,
     forwarded: impl Iterator<Item = &'a str>,
     x_forwarded_for: impl Iterator<Item = &'a str>,
-) -> IpAddr {
-    let peer = peer.to_canonical();
+) -> Client {
     if !is_in(trusted, peer) {
-        return peer;
+        return if is_local(peer) && is_proxied { Client::Unnamed } else { peer.into() };
     }
     let named: Vec<_> = forwarded.flat_map(|value| elements(value).unwrap_or_else(|| vec![None])).collect();
     let listed: Vec<_> = x_forwarded_for.flat_map(|value| value.split(',').map(node)).collect();
@@ -68,7 +102,7 @@ pub fn origin<'a>(
         (hops, []) | ([], hops) => stranger(hops, trusted),
         (named, listed) => stranger(named, trusted).filter(|found| stranger(listed, trusted) == Some(*found)),
     };
-    found.unwrap_or(peer)
+    found.map_or(Client::Unnamed, |address| Client::Address(whole(address)))
 }
 
 /// The last of the hops that is no trusted proxy, or the first of all.
@@ -151,25 +185,70 @@ mod tests {
     use super::*;
 
     const PROXY: &str = "192.0.2.1";
+    const UNNAMED: &str = "unnamed";
+    const LOCAL: &str = "local";
 
     fn trusted() -> Vec<IpNet> {
         ["192.0.2.0/24", "2001:db8:ffff::/48"].map(|network| network.parse().unwrap()).to_vec()
     }
 
+    /// What a request with these headers is taken for: an address, [`UNNAMED`] or [`LOCAL`].
     fn said(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
+        let is_proxied = !forwarded.is_empty() || !x_forwarded_for.is_empty();
         let (forwarded, listed) = (forwarded.iter().copied(), x_forwarded_for.iter().copied());
-        origin(peer.parse().unwrap(), &trusted(), forwarded, listed).to_string()
+        match origin(peer.parse().unwrap(), &trusted(), is_proxied, forwarded, listed) {
+            Client::Address(address) => address.to_string(),
+            Client::Unnamed => UNNAMED.into(),
+            Client::Local => LOCAL.into(),
+        }
     }
 
     #[test]
     fn only_a_trusted_proxy_is_believed() {
-        for peer in ["203.0.113.9", "2001:db8::9"] {
+        for peer in ["203.0.113.9", "2001:db8::"] {
             assert_eq!(said(peer, &["for=198.51.100.1"], &["198.51.100.1"]), peer);
         }
         for peer in [PROXY, "::ffff:192.0.2.1", "2001:db8:ffff::1"] {
             assert_eq!(said(peer, &["for=198.51.100.1"], &[]), "198.51.100.1");
         }
-        assert_eq!(said(PROXY, &[], &[]), PROXY);
+        assert_eq!(said(PROXY, &[], &[]), UNNAMED);
+    }
+
+    /// Seen to fail with the proxy itself in the place of a sender who is not known: on loopback it had no limit.
+    #[test]
+    fn without_a_limit_is_only_who_connects_from_loopback_and_is_no_proxy() {
+        for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            assert_eq!(said(peer, &[], &[]), LOCAL, "{peer}");
+            for value in ["", "nonsense", "for=unknown", "198.51.100.1", "127.0.0.1"] {
+                assert_eq!(said(peer, &[value], &[]), UNNAMED, "{peer} {value}");
+                assert_eq!(said(peer, &[], &[value]), UNNAMED, "{peer} {value}");
+            }
+        }
+        let trusted: [IpNet; 2] = ["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
+        for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            let peer = peer.parse().unwrap();
+            let said = |forwarded: Option<&'static str>, listed: Option<&'static str>| {
+                origin(peer, &trusted, true, forwarded.into_iter(), listed.into_iter())
+            };
+            assert!(said(None, None) == Client::Unnamed && said(Some("x"), None) == Client::Unnamed);
+            assert!(said(Some("for=1.1.1.1"), Some("2.2.2.2")) == Client::Unnamed);
+            assert!(said(None, Some("127.0.0.1")) == Client::Address(Ipv4Addr::LOCALHOST.into()));
+        }
+    }
+
+    #[test]
+    fn connections_of_this_machine_have_a_limit_once_a_proxy_was_heard_there() {
+        let (local, proxy): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), PROXY.parse().unwrap());
+        let router = IpAddr::from([198, 51, 100, 1]);
+        for (peer, is_proxied, expected) in [
+            (local, false, Seat::Local),
+            (local, true, Seat::Client(local)),
+            (proxy, false, Seat::Proxy),
+            (proxy, true, Seat::Proxy),
+            (router, false, Seat::Client(router)),
+        ] {
+            assert_eq!(seat(peer, &trusted(), is_proxied), expected);
+        }
     }
 
     #[test]
@@ -178,8 +257,8 @@ mod tests {
             (&["for=198.51.100.1"][..], "198.51.100.1"),
             (&["For=\"198.51.100.1:4711\""], "198.51.100.1"),
             (&["for=198.51.100.1:_port"], "198.51.100.1"),
-            (&["for=\"[2001:db8::17]\""], "2001:db8::17"),
-            (&["for=\"[2001:db8::17]:4711\";proto=http;by=203.0.113.43"], "2001:db8::17"),
+            (&["for=\"[2001:db8::17]\""], "2001:db8::"),
+            (&["for=\"[2001:db8::17]:4711\";proto=http;by=203.0.113.43"], "2001:db8::"),
             (&["proto=https; for=\"\\1\\9\\8.51.100.1\""], "198.51.100.1"),
             (&["for=\"[::ffff:198.51.100.1]\""], "198.51.100.1"),
             // What the sender wrote stands at the left.
@@ -190,23 +269,23 @@ mod tests {
             (&["for=1.1.1.1, for=198.51.100.1, for=192.0.2.7, for=\"[2001:db8:ffff::2]\""], "198.51.100.1"),
             (&["for=192.0.2.8, for=192.0.2.7"], "192.0.2.8"),
             // No address, or no sense.
-            (&["for=unknown"], PROXY),
-            (&["for=_hidden"], PROXY),
-            (&["for=\"_gazonk\""], PROXY),
-            (&["for=198.51.100.1, for=unknown"], PROXY),
-            (&["for=198.51.100.1, proto=https"], PROXY),
-            (&["for=198.51.100.1;for=198.51.100.2"], PROXY),
-            (&[""], PROXY),
-            (&["198.51.100.1"], PROXY),
-            (&["for="], PROXY),
-            (&["for=[2001:db8::17"], PROXY),
-            (&["for=\"[198.51.100.1]\""], PROXY),
-            (&["for=\"198.51.100.1:\""], PROXY),
-            (&["for=\"fe80::1%eth0\""], PROXY),
+            (&["for=unknown"], UNNAMED),
+            (&["for=_hidden"], UNNAMED),
+            (&["for=\"_gazonk\""], UNNAMED),
+            (&["for=198.51.100.1, for=unknown"], UNNAMED),
+            (&["for=198.51.100.1, proto=https"], UNNAMED),
+            (&["for=198.51.100.1;for=198.51.100.2"], UNNAMED),
+            (&[""], UNNAMED),
+            (&["198.51.100.1"], UNNAMED),
+            (&["for="], UNNAMED),
+            (&["for=[2001:db8::17"], UNNAMED),
+            (&["for=\"[198.51.100.1]\""], UNNAMED),
+            (&["for=\"198.51.100.1:\""], UNNAMED),
+            (&["for=\"fe80::1%eth0\""], UNNAMED),
             // A quote left open must not swallow what the proxy added.
-            (&["for=1.1.1.1;x=\", for=198.51.100.1"], PROXY),
-            (&["for=1.1.1.1;x=\", for=\"[2001:db8::17]\""], PROXY),
-            (&["for=1.1.1.1;x=\", for=198.51.100.1;proto=\"https\""], PROXY),
+            (&["for=1.1.1.1;x=\", for=198.51.100.1"], UNNAMED),
+            (&["for=1.1.1.1;x=\", for=\"[2001:db8::17]\""], UNNAMED),
+            (&["for=1.1.1.1;x=\", for=198.51.100.1;proto=\"https\""], UNNAMED),
             (&["for=1.1.1.1;x=\"", "for=198.51.100.1"], "198.51.100.1"),
         ] {
             assert_eq!(said(PROXY, values, &[]), client, "{values:?}");
@@ -218,13 +297,13 @@ mod tests {
         for (values, client) in [
             (&["198.51.100.1"][..], "198.51.100.1"),
             (&[" 1.1.1.1 ,198.51.100.1 "], "198.51.100.1"),
-            (&["1.1.1.1", "2001:db8::17"], "2001:db8::17"),
+            (&["1.1.1.1", "2001:db8::17"], "2001:db8::"),
             (&["nonsense, 198.51.100.1:4711, 192.0.2.7"], "198.51.100.1"),
-            (&["[2001:db8::17]:4711"], "2001:db8::17"),
+            (&["[2001:db8::17]:4711"], "2001:db8::"),
             (&["192.0.2.7"], "192.0.2.7"),
-            (&["198.51.100.1, unknown"], PROXY),
-            (&["198.51.100.1,"], PROXY),
-            (&[""], PROXY),
+            (&["198.51.100.1, unknown"], UNNAMED),
+            (&["198.51.100.1,"], UNNAMED),
+            (&[""], UNNAMED),
         ] {
             assert_eq!(said(PROXY, &[], values), client, "{values:?}");
         }
@@ -233,9 +312,9 @@ mod tests {
     #[test]
     fn two_headers_count_only_if_they_agree() {
         assert_eq!(said(PROXY, &["for=198.51.100.1"], &["198.51.100.1"]), "198.51.100.1");
-        assert_eq!(said(PROXY, &["for=1.1.1.1"], &["198.51.100.1"]), PROXY);
-        assert_eq!(said(PROXY, &["for=198.51.100.1"], &["1.1.1.1"]), PROXY);
-        assert_eq!(said(PROXY, &["nonsense"], &["198.51.100.1"]), PROXY);
+        assert_eq!(said(PROXY, &["for=1.1.1.1"], &["198.51.100.1"]), UNNAMED);
+        assert_eq!(said(PROXY, &["for=198.51.100.1"], &["1.1.1.1"]), UNNAMED);
+        assert_eq!(said(PROXY, &["nonsense"], &["198.51.100.1"]), UNNAMED);
     }
 
     #[test]
@@ -265,7 +344,7 @@ mod tests {
         fn whatever_the_sender_writes_what_the_proxy_adds_counts(
             text in "[ -~]{0,40}|(for=|\"|;|,|\\\\|[0-9.]{1,3}|proto=x){0,12}",
         ) {
-            let is_proxys = |found: &str| found == "198.51.100.1" || found == PROXY;
+            let is_proxys = |found: &str| found == "198.51.100.1" || found == UNNAMED;
             for added in ["for=198.51.100.1", "for=\"198.51.100.1:4711\"", "for=198.51.100.1;proto=\"https\";by=\"_x\""] {
                 let found = said(PROXY, &[&format!("{text}, {added}")], &[]);
                 prop_assert!(is_proxys(&found), "{text} {found}");

@@ -7,24 +7,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-pub use actix_web::dev::Server;
 use actix_web::dev::{Service as _, ServiceRequest};
-use actix_web::http::header::{ALLOW, ContentType, FORWARDED, HeaderName, RETRY_AFTER, X_FORWARDED_FOR};
-use actix_web::http::{Method, StatusCode};
+use actix_web::guard::{Guard, GuardContext};
+use actix_web::http::StatusCode;
+use actix_web::http::header::{
+    CONTENT_LENGTH, ContentType, FORWARDED, HeaderName, RETRY_AFTER, TRANSFER_ENCODING, VIA, X_FORWARDED_FOR,
+    X_FORWARDED_HOST, X_FORWARDED_PROTO,
+};
 use actix_web::web::{self, BytesMut, Data, Payload, ServiceConfig};
-use actix_web::{HttpRequest, HttpResponse, HttpServer, Resource, ResponseError};
+use actix_web::{App as Routes, HttpRequest, HttpResponse, Resource, ResponseError};
 use futures_util::StreamExt as _;
-use serde_json::json;
+use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::warn;
 use wgkex_common::Domain;
+pub use wgkex_common::http::Server;
+use wgkex_common::http::connections::Connections;
+use wgkex_common::http::{Settings, refusal, resource};
 use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
 use wgkex_common::tls::rustls::ServerConfig;
 
+use crate::body;
 use crate::client::{Client, is_in, is_near, origin};
-use crate::connections::{Connection, Connections, IDLE};
 use crate::exchange::{Ask, Exchange, Refusal};
 use crate::metrics::Metrics;
 use crate::page;
@@ -33,10 +39,8 @@ use crate::page;
 const BODY_MAX: usize = 4096;
 /// What of a body that is too large is still read, so that its sender gets to see the answer.
 const BODY_DRAIN: usize = 1 << 20;
-/// How long the head, and then the body, of a request may take.
+/// How long the body of a request may take.
 const REQUEST: Duration = Duration::from_secs(5);
-/// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(3);
 /// Seconds after which a router may ask again. Routers try every minute anyway.
 const RETRY_SECONDS: u32 = 10;
 /// When a router is told to come again that no gateway has room for: when the next peers may have left.
@@ -44,6 +48,10 @@ const ROOM_SECONDS: u32 = 60;
 
 const V1: &str = "/api/v1/wg/key/exchange";
 const V2: &str = "/api/v2/wg/key/exchange";
+
+/// What only proxies write into a head.
+const PROXIED: [HeaderName; 6] =
+    [FORWARDED, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, VIA, HeaderName::from_static("x-real-ip")];
 
 /// What every handler needs.
 #[derive(Clone)]
@@ -56,52 +64,32 @@ pub struct App {
     pub links: [watch::Receiver<Link>; 2],
     /// The connections that are open.
     pub connections: Connections,
-    /// Whether it was said that a proxy may have been forgotten.
+    /// The networks of the trusted proxies.
+    pub trusted: Arc<[IpNet]>,
+    /// Whether somebody was heard nearby who is a proxy and not trusted.
     pub proxy_missed: Arc<AtomicBool>,
     /// What is counted.
     pub metrics: Metrics,
 }
 
 /// The server on `listener`, with `tls` for HTTPS; it runs when awaited. When it is stopped, requests under way have
-/// `drain` to end. Each has threads of its own, so that handshakes that hang do not keep plain requests waiting.
+/// `drain` to end.
 pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain: Duration) -> std::io::Result<Server> {
+    let settings = Settings { threads: available_parallelism()?.get(), tls, drain };
     let connections = app.connections.clone();
-    let server = HttpServer::new(move || {
+    wgkex_common::http::server(listener, settings, &connections, move || {
         let metrics = app.metrics.clone();
-        actix_web::App::new().configure(routes(&app)).wrap_fn(move |request, service| {
+        Routes::new().configure(routes(&app)).wrap_fn(move |request, service| {
             let (begun, metrics, route) = (Instant::now(), metrics.clone(), route(&request));
-            let busy = request.conn_data::<Connection>().map(Connection::busy);
             let response = service.call(request);
             async move {
                 let response = response.await?;
-                drop(busy);
                 let duration = metrics.http_duration.with_label_values(&[route, response.status().as_str()]);
                 duration.observe(begun.elapsed().as_secs_f64());
                 Ok(response)
             }
         })
-    });
-    let threads = available_parallelism()?.get();
-    let room = connections.capacity();
-    // Full, it would accept no more; the table makes room before that.
-    let each = (room.open + room.arriving).div_ceil(threads);
-    let server = server
-        .workers(threads)
-        .max_connections(if tls.is_none() { each } else { each.div_ceil(4) })
-        .max_connection_rate(each)
-        .client_request_timeout(REQUEST)
-        .tls_handshake_timeout(HANDSHAKE)
-        .keep_alive(IDLE)
-        .on_connect(move |stream, data| {
-            data.insert(connections.opened(stream));
-        })
-        .disable_signals()
-        .shutdown_timeout(drain.as_secs() + 1);
-    let server = match tls {
-        None => server.listen(listener)?,
-        Some(tls) => server.listen_rustls_0_23(listener, tls)?,
-    };
-    Ok(server.run())
+    })
 }
 
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
@@ -109,8 +97,8 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     move |config| {
         config
             .app_data(app)
-            .service(only(V1, Method::POST).route(web::post().to(v1)))
-            .service(only(V2, Method::POST).route(web::post().to(v2)))
+            .service(exchange(V1).route(web::post().to(v1)).route(web::get().guard(HasBody).to(v1)))
+            .service(exchange(V2).route(web::post().to(v2)).route(web::get().guard(HasBody).to(v2)))
             .service(readable("/", index))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
@@ -119,29 +107,33 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     }
 }
 
+fn exchange(path: &str) -> Resource {
+    resource(path, "POST, OPTIONS")
+}
+
 fn readable<F, Fut>(path: &str, handler: F) -> Resource
 where
     F: Fn(Data<App>) -> Fut + Copy + 'static,
     Fut: Future<Output = HttpResponse> + 'static,
 {
-    only(path, Method::GET).route(web::get().to(handler)).route(web::head().to(handler))
+    resource(path, "GET, HEAD, OPTIONS").route(web::get().to(handler)).route(web::head().to(handler))
 }
 
-/// A resource that tells which method it wants.
-pub(crate) fn only(path: &str, method: Method) -> Resource {
-    web::resource(path).default_service(web::to(move || {
-        let mut response = error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here");
-        if let Ok(method) = method.as_str().parse() {
-            response.headers_mut().insert(ALLOW, method);
-        }
-        async { response }
-    }))
+/// A GET that brings a key, as the example of the original's README does; without a body it is a mistake.
+struct HasBody;
+
+impl Guard for HasBody {
+    fn check(&self, context: &GuardContext<'_>) -> bool {
+        let headers = &context.head().headers;
+        headers.contains_key(TRANSFER_ENCODING)
+            || headers.get(CONTENT_LENGTH).is_some_and(|length| length.as_bytes() != b"0")
+    }
 }
 
 async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
     let result = async { app.exchange.announce(&ask(&app, body).await?, || app.client(&request)).await };
     let result = app.counted("v1", result.await);
-    result.map(|()| HttpResponse::Ok().json(json!({ "Message": "OK" })))
+    result.map(|()| HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" })))
 }
 
 async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
@@ -151,7 +143,9 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 }
 
 async fn ask(app: &App, body: Payload) -> Result<Ask, Refusal> {
-    Ask::parse(&read(body).await?, &app.domains)
+    let body = read(body).await?;
+    let text = body::text(&body).ok_or(Refusal::Body("the body is not valid JSON"))?;
+    Ask::parse(text.as_bytes(), &app.domains)
 }
 
 /// The body, whatever its type is said to be.
@@ -185,17 +179,18 @@ impl App {
     /// Whose request it is.
     fn client(&self, request: &HttpRequest) -> Client {
         let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
+        let headers = request.headers();
         // What is not even text is as good as nonsense.
-        let values = |name: HeaderName| request.headers().get_all(name).map(|value| value.to_str().unwrap_or_default());
-        let trusted = self.connections.trusted();
-        if values(X_FORWARDED_FOR).chain(values(FORWARDED)).next().is_some()
+        let values = |name: HeaderName| headers.get_all(name).map(|value| value.to_str().unwrap_or_default());
+        let is_proxied = PROXIED.iter().any(|name| headers.contains_key(name));
+        if is_proxied
             && is_near(peer)
-            && !is_in(trusted, peer)
+            && !is_in(&self.trusted, peer)
             && !self.proxy_missed.swap(true, Ordering::Relaxed)
         {
             warn!("a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
         }
-        origin(peer, trusted, values(FORWARDED), values(X_FORWARDED_FOR)).into()
+        origin(peer, &self.trusted, is_proxied, values(FORWARDED), values(X_FORWARDED_FOR))
     }
 
     /// Why this broker cannot serve routers now.
@@ -307,11 +302,11 @@ impl ResponseError for Refusal {
 
 /// A refusal as routers and operators get it.
 pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
-    let mut response = HttpResponse::build(status);
+    let mut response = refusal(status, message);
     if status == StatusCode::SERVICE_UNAVAILABLE {
-        response.insert_header((RETRY_AFTER, RETRY_SECONDS));
+        response.headers_mut().insert(RETRY_AFTER, RETRY_SECONDS.into());
     }
-    response.json(json!({ "error": { "message": message } }))
+    response
 }
 
 /// The route as a label, from a fixed set.

@@ -2,7 +2,7 @@
 //!
 //! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
 //! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later. What a
-//! flood must not do [`connections`], [`limits`] and [`client`] know.
+//! flood must not do [`limits`], [`client`] and [`wgkex_common::http`] know.
 //!
 //! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
 //! Unless another one is named, [`mqttd`] is the MQTT server for all of that.
@@ -12,12 +12,12 @@ pub mod admin;
 mod announcer;
 pub mod answers;
 mod askers;
+mod body;
 mod certificate;
 mod claimed;
 pub mod cli;
 pub mod client;
 mod complaints;
-pub mod connections;
 pub mod exchange;
 pub mod gateways;
 mod http;
@@ -35,16 +35,19 @@ pub mod waiters;
 
 use std::future::pending;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use governor::clock::MonotonicClock;
+use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::config::{Https, Secret};
+use wgkex_common::http::connections::{Capacity, Closed, Connections, prepare};
 use wgkex_common::lists::keeper::{Keeper, News};
 use wgkex_common::message::{Page, Party};
 use wgkex_common::presence::Reporter;
@@ -57,7 +60,6 @@ use crate::admin::Admin;
 use crate::announcer::Announcer;
 use crate::askers::Askers;
 use crate::certificate::Certificate;
-use crate::connections::Connections;
 use crate::exchange::Exchange;
 use crate::gateways::Gateways;
 use crate::http::App;
@@ -87,7 +89,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let metrics = Metrics::new().context("metrics")?;
     let secure = config.https.clone().map(open_https).transpose()?;
     let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
-    let connections = Connections::new(&config.trusted_proxies, metrics.clone());
+    let (trusted, proxy_missed) = (Arc::from(config.trusted_proxies.clone()), Arc::default());
+    let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
     let (keeper, lists) = Keeper::open(&config, Party::Broker(config.name.clone()));
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let (waiters, answers) = (Waiters::default(), Answers::default());
@@ -142,8 +145,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     tasks.spawn("what asks other brokers", sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tasks.spawn("the look for what is over", expire(exchange.clone()));
     tasks.spawn("the look for idle connections", tidy(connections.clone()));
-    let app =
-        App { domains: config.domains.clone(), exchange, links, connections, proxy_missed: Arc::default(), metrics };
+    let app = App { domains: config.domains.clone(), exchange, links, connections, trusted, proxy_missed, metrics };
     let plain = http::server(listener, None, app.clone(), config.confirm.budget)?;
     let mut handles = vec![plain.handle()];
     tasks.spawn("broker_listen", serve("broker_listen", plain));
@@ -241,6 +243,13 @@ async fn tidy(connections: Connections) {
     }
 }
 
+/// The connections of routers, none of which is open yet.
+fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: Metrics) -> Connections {
+    let seat = move |peer| client::seat(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
+    let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
+    Connections::new(Capacity::of_fleet(), seat, closed)
+}
+
 /// Tells the live keys who may come. What gateways said before may be about a key that was denied meanwhile.
 fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Metrics) -> impl FnMut(News<'_>) {
     move |news| {
@@ -272,7 +281,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
     let bound = listen::open(host, port);
-    bound.and_then(connections::lengthen_queue).with_context(|| format!("{key} {host}:{port}"))
+    bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
 }
 
 fn gateways(config: &Config) -> Gateways {

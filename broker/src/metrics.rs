@@ -5,12 +5,12 @@ use prometheus::{
     Registry, TextEncoder, core::Collector,
 };
 use wgkex_common::Domain;
+use wgkex_common::http::connections::Closed;
 use wgkex_common::lists::keeper::News;
 use wgkex_common::lists::records::Refused;
 use wgkex_common::lists::{List, files};
 
 use crate::access::Verb;
-use crate::connections::Closed;
 use crate::exchange::Refusal;
 use crate::gateways::Overview;
 use crate::live::Counts;

@@ -42,6 +42,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tracing::{debug, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
+use wgkex_common::http::connections::prepare;
 use wgkex_common::process;
 use wgkex_common::tasks::Ended;
 use wgkex_common::tls::TlsError;
@@ -56,7 +57,6 @@ use self::quota::{Cost, LOGIN, Rarely};
 use self::session::Session;
 use self::users::{Origin, Users};
 use crate::certificate::Certificate;
-use crate::connections::lengthen_queue;
 use crate::metrics::Metrics;
 
 pub use self::admit::Refusal;
@@ -137,7 +137,7 @@ fn acceptor(files: (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let bind = || {
-        let listener = lengthen_queue(TcpListener::bind(address)?)?;
+        let listener = prepare(TcpListener::bind(address)?)?;
         listener.set_nonblocking(true)?;
         io::Result::Ok(listener)
     };

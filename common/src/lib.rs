@@ -5,6 +5,7 @@ pub mod claim;
 pub mod config;
 pub mod database;
 mod domain;
+pub mod http;
 mod key;
 pub mod lists;
 pub mod log;

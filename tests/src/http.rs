@@ -110,6 +110,12 @@ impl Http {
         String::from_utf8(body).map_err(std::io::Error::other)
     }
 
+    /// Reads the first line of an answer that may be of any version.
+    #[must_use]
+    pub fn first_line(&mut self) -> String {
+        self.line().unwrap_or_else(|error| panic!("read an answer: {error}"))
+    }
+
     fn line(&mut self) -> std::io::Result<String> {
         let mut line = String::new();
         if self.stream.read_line(&mut line)? == 0 {

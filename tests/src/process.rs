@@ -29,6 +29,14 @@ pub fn binary(name: &str) -> PathBuf {
     built.unwrap_or_else(|| panic!("{name} is not built beside {}: run `cargo build --workspace`", this.display()))
 }
 
+/// The memory that a process has of the machine's, in KiB.
+#[must_use]
+pub fn memory(pid: u32) -> u32 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).expect("its memory")
+}
+
 /// The hash of a password, as the broker's command makes it.
 #[must_use]
 pub fn hash(password: &str) -> String {

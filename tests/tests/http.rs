@@ -136,7 +136,7 @@ fn chunked(stack: &Stack, body: &str) -> Response {
 fn what_is_not_there_or_not_allowed_is_said_in_json() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
     let mut http = stack.connect();
-    for path in ["/nothing", "/api/v1/wg/key/exchange/", "/api/v3/wg/key/exchange", "/config", "//", "/%00"] {
+    for path in ["/nothing", "/api/v1/wg/key/exchange/", "/api/v3/wg/key/exchange", "/config", "//nothing", "/%00"] {
         refusal(&http.get(path), 404);
         refusal(&stack.connect().post(path, "{}"), 404);
     }
@@ -169,6 +169,44 @@ fn one_connection_serves_many_requests() {
     let two = format!("GET /healthz HTTP/1.1\r\nHost: b\r\n\r\n{}", "GET /readyz HTTP/1.1\r\nHost: b\r\n\r\n");
     http.send(two.as_bytes());
     assert_eq!((http.response("GET").body, http.response("GET").body), ("ok\n".into(), "ready\n".into()));
+}
+
+/// Seen to fail with the code before it: 404 for the slashes, 405 for OPTIONS and GET, 400 for the encodings.
+#[test]
+fn the_forms_of_requests_are_served_that_the_originals_web_server_takes() {
+    let (stack, _worker) = stack_with_gateway();
+    let mut http = stack.connect();
+    let body = ask(DOMAIN, &key(1));
+    for (path, query) in [("/", V1), ("//", V1), ("/", "/"), ("//", "/healthz?x=//y"), ("/", "/readyz")] {
+        let path = format!("{path}{query}");
+        let response = if query == V1 { http.post(&path, &body) } else { http.get(&path) };
+        assert_eq!(response.status, 200, "{path}: {response:?}");
+    }
+    for (path, allowed) in
+        [(V1, "POST"), (V2, "POST"), ("/", "GET"), ("/healthz", "GET"), ("/readyz", "GET"), ("/metrics", "HEAD")]
+    {
+        let response = http.request("OPTIONS", path, &[], b"");
+        assert_eq!((response.status, response.body.as_str()), (200, ""), "{path}");
+        let allow: Vec<_> = response.header("allow").unwrap().split(", ").collect();
+        assert!(allow.contains(&allowed) && allow.contains(&"OPTIONS"), "{path}: {allow:?}");
+    }
+    // As HAProxy asks whether a server is there.
+    let mut check = stack.connect();
+    check.send(b"OPTIONS / HTTP/1.0\r\n\r\n");
+    assert!(check.first_line().contains("200"));
+    refusal(&http.request("OPTIONS", "/nothing", &[], b""), 404);
+    let marked = format!("\u{feff}{body}");
+    let wide: Vec<u8> = marked.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let wider: Vec<u8> = body.chars().flat_map(|char| u32::from(char).to_be_bytes()).collect();
+    for path in [V1, V2] {
+        for body in [marked.as_bytes(), &wide, &wider] {
+            assert_eq!(http.request("POST", path, &[], body).status, 200, "{path} {body:?}");
+        }
+        // As the Python example of the original's README does.
+        let got = http.request("GET", path, &["Content-Type: application/json"], body.as_bytes());
+        assert_eq!(got.body, http.post(path, &body).body);
+        assert_eq!(stack.connect().request("HEAD", path, &[], b"").status, 405);
+    }
 }
 
 #[test]

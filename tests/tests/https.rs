@@ -17,10 +17,18 @@ use wgkex_common::tls::rustls::pki_types::{CertificateDer, ServerName};
 use wgkex_common::tls::rustls::version::{TLS12, TLS13};
 use wgkex_common::tls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
 use wgkex_tests::http::ask;
+use wgkex_tests::process::memory;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
+use wgkex_tests::unread::{pile_up, pipelined};
 use wgkex_tests::{key, wait_until};
 
+/// Clients that do not read.
+const CLIENTS: usize = 60;
+/// What each sends, in bytes: what it can without waiting, so that it needs not read meanwhile.
+const SENT: usize = 32 << 10;
+/// How many KiB the broker may grow by for them.
+const GROWTH: u32 = 24 * 1024;
 const BOTH: &[&SupportedProtocolVersion] = &[&TLS12, &TLS13];
 
 /// A stack that is not started, whose broker is to serve HTTPS at the returned address with `cert.pem` and `key.pem`.
@@ -56,12 +64,12 @@ fn started() -> (Stack, SocketAddr, Worker) {
     (stack, https, worker)
 }
 
-/// What a router hears by HTTPS that trusts just `certificate`.
-fn post(
+/// A connection by HTTPS of a client that trusts just `certificate`.
+fn connect(
     https: SocketAddr,
     certificate: &str,
     versions: &[&'static SupportedProtocolVersion],
-) -> std::io::Result<String> {
+) -> std::io::Result<StreamOwned<ClientConnection, TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()).unwrap();
     let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(versions).unwrap();
@@ -69,7 +77,16 @@ fn post(
     let name = ServerName::from(std::net::IpAddr::from(Ipv4Addr::LOCALHOST));
     let stream = TcpStream::connect(https)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let mut stream = StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream);
+    Ok(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
+}
+
+/// What a router hears by HTTPS that trusts just `certificate`.
+fn post(
+    https: SocketAddr,
+    certificate: &str,
+    versions: &[&'static SupportedProtocolVersion],
+) -> std::io::Result<String> {
+    let mut stream = connect(https, certificate, versions)?;
     let body = ask(DOMAIN, &key(1));
     let head = format!("POST {V2} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all((head + &body).as_bytes())?;
@@ -94,6 +111,25 @@ fn https_and_http_serve_side_by_side() {
         assert_eq!(stack.v2(DOMAIN, &key(1)).status, 200);
     }
     assert!(stack.stop_broker().success());
+}
+
+#[test]
+fn answers_that_nobody_reads_take_bounded_memory() {
+    let (mut stack, https, _worker) = started();
+    let (certificate, requests) = (certificate(&stack), pipelined("/metrics"));
+    let before = memory(stack.broker().pid());
+    let ask = |_| {
+        let mut stream = connect(https, &certificate, BOTH).unwrap();
+        stream.conn.complete_io(&mut stream.sock).unwrap();
+        pile_up(&mut stream, |stream| &stream.sock, &requests[..SENT]);
+        stream
+    };
+    let unread: Vec<_> = (0..CLIENTS).map(ask).collect();
+    let after = memory(stack.broker().pid());
+    println!("{CLIENTS} clients by HTTPS: {before} KiB before, {after} KiB with them");
+    assert!(after < before + GROWTH, "{before} {after}");
+    assert!(post(https, &certificate, BOTH).unwrap().starts_with("HTTP/1.1 200 OK"));
+    drop(unread);
 }
 
 #[test]

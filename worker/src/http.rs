@@ -1,15 +1,18 @@
 //! `/metrics` and `/healthz` for those who watch over a gateway.
 
 use std::io;
+use std::net::{TcpListener, ToSocketAddrs as _};
 use std::time::Duration;
 
-use actix_web::dev::Server;
 use actix_web::http::header::ContentType;
 use actix_web::web::{self, Data};
-use actix_web::{App, HttpResponse, HttpServer};
+use actix_web::{App, HttpResponse};
+use futures_util::future::try_join_all;
 use tokio::time::sleep;
 use tracing::{error, info};
 use wgkex_common::config::Listen;
+use wgkex_common::http::connections::{Connections, prepare};
+use wgkex_common::http::{Server, Settings, resource};
 
 use crate::metrics::Metrics;
 
@@ -20,11 +23,11 @@ const RETRY: Duration = Duration::from_secs(10);
 pub async fn serve(listen: Listen, metrics: Metrics) {
     let mut said = false;
     loop {
-        match bind(&listen, metrics.clone()) {
-            Ok(server) => {
+        match bind(&listen, &metrics) {
+            Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
                 said = false;
-                if let Err(error) = server.await {
+                if let Err(error) = try_join_all(servers).await {
                     error!(worker_listen = %listen, %error, "metrics are not served any more");
                 }
             }
@@ -38,15 +41,29 @@ pub async fn serve(listen: Listen, metrics: Metrics) {
     }
 }
 
-fn bind(listen: &Listen, metrics: Metrics) -> io::Result<Server> {
-    let app = move || {
+/// A server on each address of the host that can be had.
+fn bind(listen: &Listen, metrics: &Metrics) -> io::Result<Vec<Server>> {
+    let addresses = (listen.host.as_str(), listen.port).to_socket_addrs()?;
+    let (listeners, failed): (Vec<_>, Vec<_>) = addresses.map(TcpListener::bind).partition(Result::is_ok);
+    match failed.into_iter().find_map(Result::err) {
+        Some(error) if listeners.is_empty() => Err(error),
+        _ => listeners.into_iter().flatten().map(|listener| server(prepare(listener)?, metrics.clone())).collect(),
+    }
+}
+
+fn server(listener: TcpListener, metrics: Metrics) -> io::Result<Server> {
+    let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
+    wgkex_common::http::server(listener, settings, &Connections::few(), move || {
+        let readable = |path| resource(path, "GET, HEAD, OPTIONS");
         App::new()
             .app_data(Data::new(metrics.clone()))
-            .route("/metrics", web::get().to(text))
-            .route("/healthz", web::get().to(|| async { HttpResponse::Ok().body("ok\n") }))
-    };
-    let server = HttpServer::new(app).workers(1).disable_signals();
-    Ok(server.bind((listen.host.as_str(), listen.port))?.run())
+            .service(readable("/metrics").route(web::get().to(text)).route(web::head().to(text)))
+            .service(readable("/healthz").route(web::get().to(healthz)).route(web::head().to(healthz)))
+    })
+}
+
+async fn healthz() -> HttpResponse {
+    HttpResponse::Ok().body("ok\n")
 }
 
 async fn text(metrics: Data<Metrics>) -> HttpResponse {

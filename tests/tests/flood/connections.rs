@@ -151,6 +151,24 @@ fn more_connections_than_there_is_room_for_make_room_for_routers() {
     assert!(stack.metric(r#"wgkex_broker_http_connections_closed_total{reason="full"}"#).unwrap() >= 300.0);
 }
 
+/// Seen to fail with connections that are busy from the head of a request on: none was free, and the router was refused.
+#[test]
+fn bodies_that_never_come_keep_no_router_out() {
+    let (stack, _worker) = stack_with(few_files());
+    let mut unfinished = Vec::new();
+    for n in 0..600 {
+        let mut stream = connect(stack.http);
+        // It may have had to go already.
+        let _ = stream.write_all(request("Content-Length: 100\r\n\r\n{").as_bytes());
+        unfinished.push(stream);
+        if n % 50 == 0 {
+            assert_serves(&stack, n);
+        }
+    }
+    assert_serves(&stack, 600);
+    assert!(stack.metric(r#"wgkex_broker_http_connections_closed_total{reason="full"}"#).unwrap() > 0.0);
+}
+
 #[test]
 fn one_client_has_only_so_many_connections() {
     let _alone = alone();

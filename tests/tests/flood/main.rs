@@ -10,8 +10,8 @@
 mod connections;
 mod keys;
 mod known;
+mod unread;
 
-use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use wgkex_tests::scripted::{Manner, Worker};
@@ -37,7 +37,5 @@ fn plan(config: &str) -> Plan {
 
 /// The memory that the broker has of the machine's, in KiB.
 fn memory(stack: &mut Stack) -> u32 {
-    let status = fs::read_to_string(format!("/proc/{}/status", stack.broker().pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).unwrap()
+    wgkex_tests::process::memory(stack.broker().pid())
 }

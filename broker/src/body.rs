@@ -1,0 +1,96 @@
+//! The text of a request's body, in whichever encoding JSON comes in: what Python's `json.loads` takes, and so the
+//! original. No IO.
+
+use std::borrow::Cow;
+use std::str;
+
+/// How the text is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Utf8,
+    Utf16 { is_big: bool },
+    Utf32 { is_big: bool },
+}
+
+/// The text without its byte order mark; none if it is none.
+pub fn text(body: &[u8]) -> Option<Cow<'_, str>> {
+    let (encoding, mark) = encoding(body);
+    let bytes = &body[mark..];
+    match encoding {
+        Encoding::Utf8 => str::from_utf8(bytes).ok().map(Cow::Borrowed),
+        Encoding::Utf16 { is_big } => {
+            let (units, []) = bytes.as_chunks() else { return None };
+            let units =
+                units.iter().map(|unit| if is_big { u16::from_be_bytes(*unit) } else { u16::from_le_bytes(*unit) });
+            char::decode_utf16(units).collect::<Result<_, _>>().ok().map(Cow::Owned)
+        }
+        Encoding::Utf32 { is_big } => {
+            let (units, []) = bytes.as_chunks() else { return None };
+            let units =
+                units.iter().map(|unit| if is_big { u32::from_be_bytes(*unit) } else { u32::from_le_bytes(*unit) });
+            units.map(char::from_u32).collect::<Option<_>>().map(Cow::Owned)
+        }
+    }
+}
+
+/// The encoding, and how long the mark is that says it. Without one, the zeros of the first characters tell, since JSON
+/// begins with ASCII.
+fn encoding(body: &[u8]) -> (Encoding, usize) {
+    match *body {
+        [0, 0, 0xfe, 0xff, ..] => (Encoding::Utf32 { is_big: true }, 4),
+        [0xff, 0xfe, 0, 0, ..] => (Encoding::Utf32 { is_big: false }, 4),
+        [0xfe, 0xff, ..] => (Encoding::Utf16 { is_big: true }, 2),
+        [0xff, 0xfe, ..] => (Encoding::Utf16 { is_big: false }, 2),
+        [0xef, 0xbb, 0xbf, ..] => (Encoding::Utf8, 3),
+        [0, 0, _, _, ..] => (Encoding::Utf32 { is_big: true }, 0),
+        [0, _, _, _, ..] => (Encoding::Utf16 { is_big: true }, 0),
+        [_, 0, 0, 0, ..] => (Encoding::Utf32 { is_big: false }, 0),
+        [_, 0, _, _, ..] => (Encoding::Utf16 { is_big: false }, 0),
+        _ => (Encoding::Utf8, 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_read_by_its_mark_or_by_its_zeros() {
+        let json = "{\"a\": \"ü𝄞\"}";
+        let marked = format!("\u{feff}{json}");
+        let encode16 = |text: &str, bytes: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(bytes).collect::<Vec<_>>();
+        let encode32 = |text: &str, bytes: fn(u32) -> [u8; 4]| {
+            text.chars().flat_map(|char| bytes(u32::from(char))).collect::<Vec<_>>()
+        };
+        for text in [json, &marked] {
+            for body in [
+                text.as_bytes().to_vec(),
+                encode16(text, u16::to_be_bytes),
+                encode16(text, u16::to_le_bytes),
+                encode32(text, u32::to_be_bytes),
+                encode32(text, u32::to_le_bytes),
+            ] {
+                assert_eq!(super::text(&body).as_deref(), Some(json), "{body:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_is_none() {
+        let bodies: [&[u8]; 5] =
+            [b"{\"a\": \"\xff\"}", b"\xff\xfe{", b"\xff\xfe\0\xd8", b"\xff\xfe\0\0{\0\0", b"\0\0\xfe\xff\0\x11\0\0"];
+        for body in bodies {
+            assert_eq!(text(body), None, "{body:?}");
+        }
+        assert_eq!(text(b"").as_deref(), Some(""));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_text_or_none(body in prop::collection::vec(any::<u8>(), 0..40)) {
+            let _ = text(&body);
+        }
+    }
+}

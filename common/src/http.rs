@@ -1,0 +1,213 @@
+//! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and however
+//! little they read. actix-http decodes at once all requests that a client sends ahead, 6 KiB each; [`paced`] hands it one
+//! after the other. [`connections`] knows all that are open, and which of them go when there are too many.
+
+pub mod connections;
+mod paced;
+
+use std::future::ready;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use actix_http::error::DispatchError;
+use actix_http::{Extensions, HttpService};
+use actix_server::{GracefulShutdownSignal, ServerBuilder};
+use actix_service::{IntoServiceFactory as _, ServiceFactory, ServiceFactoryExt as _, fn_service, map_config};
+use actix_tls::accept::rustls_0_23::{Acceptor, TlsStream};
+use actix_tls::accept::{TlsError, max_concurrent_tls_connect};
+use actix_web::body::MessageBody;
+pub use actix_web::dev::Server;
+use actix_web::dev::{AppConfig, Payload, Service as _, ServiceRequest, ServiceResponse};
+use actix_web::error::PayloadError;
+use actix_web::http::header::{ALLOW, HeaderValue};
+use actix_web::http::{Method, StatusCode, Uri};
+use actix_web::web::{self, Bytes};
+use actix_web::{App, Error, HttpMessage as _, HttpResponse, Resource};
+use futures_util::Stream;
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+use self::connections::{Busy, Connections, Flow, IDLE};
+use self::paced::Paced;
+use crate::tls::rustls::ServerConfig;
+
+/// How long the head of a first request may take.
+const HEAD: Duration = Duration::from_secs(5);
+/// How long a TLS handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+/// How long a client has to see the answer to a request of which not everything was read.
+const LINGER: Duration = Duration::from_secs(1);
+/// What of an answer may be encrypted before it is sent, in bytes.
+const ENCRYPTED: usize = 16 << 10;
+
+/// What a server is to be like.
+pub struct Settings {
+    /// Threads that serve.
+    pub threads: usize,
+    /// For HTTPS.
+    pub tls: Option<ServerConfig>,
+    /// When the server is stopped, requests under way have so long to end.
+    pub drain: Duration,
+}
+
+/// The server on `listener`, with the app that `factory` makes for each of its threads; it runs when awaited. It shares
+/// its threads with no other server, so that TLS handshakes that hang keep no plain request waiting.
+pub fn server<T, B>(
+    listener: TcpListener,
+    settings: Settings,
+    connections: &Connections,
+    factory: impl Fn() -> App<T> + Clone + Send + 'static,
+) -> io::Result<Server>
+where
+    T: ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<B>, Error = Error, InitError = ()>
+        + 'static,
+    B: MessageBody + 'static,
+{
+    let Settings { threads, tls, drain } = settings;
+    let (connections, room) = (connections.clone(), connections.capacity());
+    // Full, it would accept no more; the table makes room before that.
+    let each = (room.open + room.arriving).div_ceil(threads);
+    let builder = ServerBuilder::new()
+        .workers(threads)
+        .max_concurrent_connections(if tls.is_none() { each } else { each.div_ceil(4) })
+        .disable_signals()
+        .shutdown_timeout(drain.as_secs() + 1);
+    let stopped = builder.graceful_shutdown_signal();
+    let builder = match tls {
+        None => builder.listen("http", listener, move || {
+            let connections = connections.clone();
+            let open = move |stream: TcpStream| ready(Ok(paced(stream, |stream| stream, &connections)));
+            fn_service(open).and_then(http(factory(), stopped.clone()))
+        })?,
+        Some(tls) => {
+            max_concurrent_tls_connect(each);
+            builder.listen("https", listener, move || {
+                let connections = connections.clone();
+                let open = move |mut stream: TlsStream<TcpStream>| {
+                    stream.get_mut().1.set_buffer_limit(Some(ENCRYPTED));
+                    paced(stream, |stream| stream.get_ref().0, &connections)
+                };
+                let mut acceptor = Acceptor::new(tls.clone());
+                acceptor.set_handshake_timeout(HANDSHAKE);
+                let accepted = acceptor.map_err(TlsError::into_service_error).map(open);
+                accepted.and_then(http(factory(), stopped.clone()).map_err(TlsError::Service))
+            })?
+        }
+    };
+    Ok(builder.run())
+}
+
+/// A connection that has its place in the table, and its client's address.
+fn paced<S>(stream: S, socket: impl Fn(&S) -> &TcpStream, open: &Connections) -> (Paced<S>, Option<SocketAddr>) {
+    let (place, peer) = (open.opened(socket(&stream)), socket(&stream).peer_addr().ok());
+    (Paced::new(stream, place), peer)
+}
+
+/// What serves the connections of one thread.
+fn http<S, T, B>(
+    app: App<T>,
+    stopped: GracefulShutdownSignal,
+) -> impl ServiceFactory<(Paced<S>, Option<SocketAddr>), Config = (), Response = (), Error = DispatchError, InitError = ()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    T: ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<B>, Error = Error, InitError = ()>
+        + 'static,
+    B: MessageBody + 'static,
+{
+    let app = app.wrap_fn(|mut request, service| {
+        merge_slashes(&mut request);
+        let busy = begin(&mut request);
+        let response = service.call(request);
+        async move {
+            let response = response.await;
+            drop(busy);
+            response
+        }
+    });
+    let app = app.into_factory().map_err(|error: Error| error.error_response());
+    HttpService::build()
+        .graceful_shutdown_signal(move || {
+            let stopped = stopped.clone();
+            async move { stopped.notified().await }
+        })
+        .keep_alive(IDLE)
+        .client_request_timeout(HEAD)
+        .client_disconnect_timeout(LINGER)
+        .on_connect_ext(|stream: &Paced<S>, data: &mut Extensions| {
+            data.insert(stream.flow());
+        })
+        .h1(map_config(app, |()| AppConfig::default()))
+}
+
+/// Several slashes at the beginning of a path count as one, as for the original's web server.
+fn merge_slashes(request: &mut ServiceRequest) {
+    let path = request.uri().path_and_query().map_or("", |path| path.as_str());
+    if !path.starts_with("//") {
+        return;
+    }
+    let path = format!("/{}", path.trim_start_matches('/'));
+    let mut parts = request.uri().clone().into_parts();
+    parts.path_and_query = path.parse().ok();
+    if let Ok(uri) = Uri::from_parts(parts) {
+        request.match_info_mut().get_mut().update(&uri);
+        request.head_mut().uri = uri;
+    }
+}
+
+/// A request is under way from now on, except while its body is waited for.
+fn begin(request: &mut ServiceRequest) -> Option<Busy> {
+    let flow = request.conn_data::<Arc<Flow>>()?.clone();
+    let busy = flow.begin();
+    match request.take_payload() {
+        Payload::None => {}
+        payload @ (Payload::H1 { .. } | Payload::Stream { .. }) => {
+            let body = Body { payload, since: busy.since(), flow };
+            request.set_payload(Payload::Stream { payload: Box::pin(body) });
+        }
+    }
+    Some(busy)
+}
+
+/// The body of a request that began at `since`.
+struct Body {
+    payload: Payload,
+    since: u64,
+    flow: Arc<Flow>,
+}
+
+impl Stream for Body {
+    type Item = Result<Bytes, PayloadError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = Pin::new(&mut self.payload).poll_next(cx);
+        match &next {
+            Poll::Pending => self.flow.wait_for_client(self.since),
+            Poll::Ready(_) => self.flow.go_on(),
+        }
+        next
+    }
+}
+
+/// A resource for which routes are still to be named, of the methods that `allow` lists.
+#[must_use]
+pub fn resource(path: &str, allow: &'static str) -> Resource {
+    web::resource(path).default_service(web::to(move |method: Method| async move {
+        let mut response = match method {
+            Method::OPTIONS => HttpResponse::Ok().finish(),
+            _ => refusal(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here"),
+        };
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+        response
+    }))
+}
+
+/// A refusal, and the reason in one sentence.
+#[must_use]
+pub fn refusal(status: StatusCode, message: &str) -> HttpResponse {
+    HttpResponse::build(status).json(json!({ "error": { "message": message } }))
+}

@@ -1,0 +1,289 @@
+//! A connection's stream as the HTTP server sees it: the requests of a client that sends many without waiting come one
+//! after the other, and none before the answer to the one before is out. What is held for the client is counted.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::connections::{Flow, Place};
+
+/// What is read at once, and so the most that waits here.
+const PIECE: usize = 4096;
+/// Heads that are handed on before the server has decoded them. Two, so that a request and its body come at once.
+const HEADS: usize = 2;
+/// What a connection may hold without being counted: what it takes when nothing happens.
+const FREE: usize = 8 << 10;
+/// The largest head that the server takes; more than that it keeps of no client.
+const HEAD_MAX: usize = 128 << 10;
+
+/// The stream of a connection that has a place in the table.
+pub struct Paced<S> {
+    stream: S,
+    place: Place,
+    /// Read, and not handed on.
+    ahead: Vec<u8>,
+    ends: Ends,
+    /// Heads that were handed on since the server last had to wait, which is when it decodes them.
+    handed: usize,
+    /// What was handed on since the last head ended; it may be the beginning of a head, which the server keeps.
+    input: usize,
+    /// The most of it so far, since the server keeps the room for it.
+    most_input: usize,
+    /// What of the answer the client has not taken.
+    unread: usize,
+    /// The most of it so far: the server keeps the room for an answer until all of it is out.
+    most_unread: usize,
+    is_flushing: bool,
+}
+
+impl<S> Paced<S> {
+    pub(super) fn new(stream: S, place: Place) -> Self {
+        let (ahead, ends) = (Vec::new(), Ends::default());
+        let (handed, input, most_input, unread, most_unread) = (0, 0, 0, 0, 0);
+        Self { stream, place, ahead, ends, handed, input, most_input, unread, most_unread, is_flushing: false }
+    }
+
+    pub(super) fn flow(&self) -> Arc<Flow> {
+        self.place.flow().clone()
+    }
+
+    /// Whether the next request has to wait: one is under way, or its answer is not out.
+    fn must_wait(&self) -> bool {
+        self.unread > 0 || self.is_flushing || self.place.flow().is_busy()
+    }
+
+    /// Hands on what may be decoded now.
+    fn hand_on(&mut self, buf: &mut ReadBuf<'_>) {
+        let most = self.ahead.len().min(buf.remaining());
+        let mut length = 0;
+        while length < most && self.handed < HEADS {
+            let byte = self.ahead[length];
+            length += 1;
+            self.input += 1;
+            if self.ends.is_end(byte) {
+                self.handed += 1;
+                self.input = 0;
+            }
+        }
+        buf.put_slice(&self.ahead[..length]);
+        if length == self.ahead.len() {
+            self.ahead = Vec::new();
+        } else {
+            self.ahead.drain(..length);
+        }
+        self.most_input = self.most_input.max(self.input.min(HEAD_MAX));
+        self.count();
+    }
+
+    fn count(&self) {
+        self.place.hold(self.most_input.saturating_sub(FREE) + self.most_unread.saturating_sub(FREE));
+    }
+
+    /// The next request comes, if it had to wait for this only.
+    fn wake(&self) {
+        if !self.must_wait() {
+            self.place.flow().wake();
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Paced<S> {
+    fn read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.handed >= HEADS {
+            // They are decoded first.
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if self.ahead.is_empty() {
+            let mut piece = [0; PIECE];
+            let mut piece = ReadBuf::new(&mut piece);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
+            if piece.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            self.ahead.extend_from_slice(piece.filled());
+        }
+        if self.must_wait() {
+            self.place.flow().register(cx.waker());
+            return Poll::Pending;
+        }
+        self.hand_on(buf);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let read = this.read(cx, buf);
+        if read.is_pending() {
+            this.handed = 0;
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write(cx, buf);
+        this.unread = match &written {
+            Poll::Ready(Ok(length)) => buf.len() - length,
+            Poll::Ready(Err(_)) => 0,
+            Poll::Pending => buf.len(),
+        };
+        this.most_unread = if this.unread == 0 { 0 } else { this.most_unread.max(buf.len()) };
+        this.count();
+        this.wake();
+        written
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let flushed = Pin::new(&mut this.stream).poll_flush(cx);
+        this.is_flushing = flushed.is_pending();
+        this.wake();
+        flushed
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
+
+/// Finds the ends of heads: a line end and an empty line. In bodies there may be what looks like one.
+#[derive(Default)]
+enum Ends {
+    #[default]
+    Within,
+    /// Behind the end of a line.
+    Line,
+    /// Behind that and a carriage return.
+    Return,
+}
+
+impl Ends {
+    fn is_end(&mut self, byte: u8) -> bool {
+        let (next, is_end) = match (&self, byte) {
+            (Self::Line | Self::Return, b'\n') => (Self::Within, true),
+            (Self::Within, b'\n') => (Self::Line, false),
+            (Self::Line, b'\r') => (Self::Return, false),
+            (Self::Within | Self::Line | Self::Return, _) => (Self::Within, false),
+        };
+        *self = next;
+        is_end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use proptest::prelude::*;
+    use tokio::io::{DuplexStream, duplex};
+
+    use super::super::connections::Connections;
+    use super::*;
+
+    const GET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+    fn paced(room: usize) -> (Paced<DuplexStream>, DuplexStream) {
+        let (server, client) = duplex(room);
+        (Paced::new(server, Connections::few().place()), client)
+    }
+
+    /// What comes, nothing at the end; none if there is nothing now.
+    fn read(stream: &mut (impl AsyncRead + Unpin), room: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; room];
+        let mut buf = ReadBuf::new(&mut bytes);
+        match Pin::new(stream).poll_read(&mut Context::from_waker(Waker::noop()), &mut buf) {
+            Poll::Ready(read) => read.map(|()| buf.filled().to_vec()).ok(),
+            Poll::Pending => None,
+        }
+    }
+
+    /// How much was taken; none if nothing is now.
+    fn write(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Option<usize> {
+        match Pin::new(stream).poll_write(&mut Context::from_waker(Waker::noop()), bytes) {
+            Poll::Ready(written) => written.ok(),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn requests_come_two_at_most_before_they_are_decoded_and_none_while_one_is_under_way() {
+        let (mut server, mut client) = paced(256);
+        let (flow, two) = (server.flow(), Some(GET.repeat(2)));
+        assert_eq!(write(&mut client, &GET.repeat(7)), Some(GET.len() * 7));
+        assert_eq!(read(&mut server, 8192), two);
+        assert_eq!(read(&mut server, 8192), None, "they are decoded first");
+        let busy = flow.begin();
+        assert_eq!(read(&mut server, 8192), None);
+        flow.wait_for_client(busy.since());
+        assert_eq!(read(&mut server, 8192), two, "it waits for its body");
+        assert_eq!(read(&mut server, 8192), None);
+        flow.go_on();
+        assert_eq!(read(&mut server, 8192), None);
+        drop(busy);
+        assert_eq!(write(&mut server, &[0; 300]), Some(256));
+        assert_eq!(read(&mut server, 8192), None, "its answer is not out");
+        assert_eq!(write(&mut server, &[0; 44]), None);
+        assert_eq!(read(&mut server, 8192), None);
+        assert_eq!(read(&mut client, 256).map(|bytes| bytes.len()), Some(256));
+        assert_eq!(write(&mut server, &[0; 44]), Some(44));
+        assert_eq!(read(&mut server, 8192), two);
+        drop(client);
+        assert_eq!(read(&mut server, 8192), None);
+        assert_eq!(read(&mut server, 8192).as_deref(), Some(GET));
+        assert_eq!(read(&mut server, 8192).as_deref(), Some(&b""[..]));
+    }
+
+    /// Seen to fail with a count of what is not taken yet: 120 clients of a large page held twice what they may.
+    #[test]
+    fn an_answer_is_held_whole_until_all_of_it_is_out() {
+        let (mut server, mut client) = paced(64 << 10);
+        let flow = server.flow();
+        let answer = vec![0; 100 << 10];
+        assert_eq!(write(&mut server, &answer), Some(64 << 10));
+        assert_eq!(write(&mut server, &answer[64 << 10..]), None);
+        assert_eq!(flow.held(), (100 << 10) - FREE);
+        assert!(read(&mut client, 64 << 10).is_some());
+        assert_eq!(write(&mut server, &answer[64 << 10..]), Some(36 << 10));
+        assert_eq!(flow.held(), 0);
+    }
+
+    /// The ends of heads in a text, as the server finds them that decodes it whole.
+    fn heads(text: &[u8]) -> usize {
+        let text = String::from_utf8_lossy(text).replace('\r', "");
+        text.match_indices("\n\n").count()
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_arrives_whole_and_few_heads_at_once(
+            parts in prop::collection::vec(prop_oneof!["GET / HTTP/1.1\r\n", "\r\n", "\n", "[a-z:]{1,9}"], 1..200),
+            room in 1usize..200,
+        ) {
+            let sent = parts.concat().into_bytes();
+            let (mut server, mut client) = paced(1 << 16);
+            prop_assert_eq!(write(&mut client, &sent), Some(sent.len()));
+            drop(client);
+            let (mut came, mut at_once) = (Vec::<u8>::new(), Vec::<u8>::new());
+            loop {
+                match read(&mut server, room) {
+                    Some(end) if end.is_empty() => break,
+                    Some(part) => {
+                        came.extend(&part);
+                        at_once.extend(&part);
+                        prop_assert!(heads(&at_once) <= HEADS);
+                    }
+                    None => at_once.clear(),
+                }
+            }
+            prop_assert_eq!(came, sent);
+        }
+    }
+}

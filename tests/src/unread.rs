@@ -1,0 +1,27 @@
+//! Clients that ask, and do not read what they are answered.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+
+use crate::DEADLINE;
+
+/// How many requests such a client sends without waiting for an answer.
+pub const PIPELINED: usize = 4_000;
+
+/// [`PIPELINED`] requests for `path`, one behind the other.
+#[must_use]
+pub fn pipelined(path: &str) -> Vec<u8> {
+    format!("GET {path} HTTP/1.1\r\nHost: broker\r\n\r\n").repeat(PIPELINED).into_bytes()
+}
+
+/// Sends of `requests` what is taken without waiting, and reads one byte of the first answer: then the server has
+/// begun with what came. `socket` is that of the stream.
+pub fn pile_up<S: Read + Write>(stream: &mut S, socket: impl Fn(&S) -> &TcpStream, requests: &[u8]) {
+    socket(stream).set_nonblocking(true).expect("an option");
+    if let Err(error) = stream.write_all(requests) {
+        assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}");
+    }
+    socket(stream).set_nonblocking(false).expect("an option");
+    socket(stream).set_read_timeout(Some(DEADLINE)).expect("an option");
+    stream.read_exact(&mut [0]).expect("the beginning of an answer");
+}
