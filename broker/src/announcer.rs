@@ -20,8 +20,11 @@ use crate::waiters::Waiters;
 
 /// Changes of the lists that come within this time make one hello.
 const AT_ONCE: Duration = Duration::from_millis(200);
-/// How long the own status may take to come back.
+/// How long the own status may take to come back,
 const ECHO: Duration = Duration::from_secs(2);
+/// and how long if it came back on an earlier connection: then it is rather the server that hands nothing out, and the
+/// session connects anew before that.
+const ECHO_AGAIN: Duration = Duration::from_secs(60);
 /// How often it is looked whether the retained states are complete, until they are,
 const SETTLE: Duration = Duration::from_millis(50);
 /// and after that, whether gateways have been silent for too long.
@@ -42,6 +45,10 @@ pub struct Announcer {
     presence: Presence,
     /// When the status was published on this connection; none without one.
     greeted: Option<Instant>,
+    /// It did not come back on this connection, and was taken for come back.
+    is_assumed: bool,
+    /// It has come back on some connection.
+    has_echoed: bool,
     hello_due: Option<Instant>,
     /// The last hello, and when it was published.
     said: Option<(Instant, Vec<u8>)>,
@@ -79,6 +86,8 @@ impl Announcer {
             waiters,
             presence: Presence::default(),
             greeted: None,
+            is_assumed: false,
+            has_echoed: false,
             hello_due: None,
             said: None,
         }
@@ -123,7 +132,7 @@ impl Announcer {
     fn bus_changed(&mut self) {
         let now = Instant::now();
         if *self.links[0].borrow_and_update() == Link::Up {
-            self.greeted = Some(now);
+            (self.greeted, self.is_assumed) = (Some(now), false);
             self.presence.connected(now);
             self.publish_status(Announcement::Retained);
         } else {
@@ -171,11 +180,16 @@ impl Announcer {
             self.publish_status(announcement);
         }
         let mut gateways = lock(&self.gateways);
-        if self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= ECHO) && !gateways.has_echo() {
+        let patience = if self.has_echoed { ECHO_AGAIN } else { ECHO };
+        let is_late = self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= patience);
+        if gateways.has_echo() {
+            self.has_echoed |= !self.is_assumed;
+        } else if is_late {
             warn!(
                 "own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
             gateways.assume_echo(now);
+            self.is_assumed = true;
         }
         if gateways.settle(now) {
             info!("ready: all retained states are heard");

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info};
 use wgkex_common::lists::keeper::{self, Heard as HeardOfLists};
 use wgkex_common::message::{Applied, Asked, Party, Question, Revoked, Seen};
-use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish};
+use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish, PublishError};
 use wgkex_common::presence::Reporter;
 use wgkex_common::sync::{Ears, Heard};
 use wgkex_common::{Config, PublicKey, Topic};
@@ -282,7 +282,7 @@ pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::R
         let page = lock(&live).answer(&question, Instant::now());
         metrics.keys_given.inc_by(page.keys.len() as u64);
         let payload = serde_json::to_vec(&page).unwrap_or_default();
-        if bus.publish(Message::event(question.from.pages(), payload)).await.is_err() {
+        if bus.publish(Message::event(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
             return;
         }
     }
@@ -299,7 +299,7 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
-    let (_keeper, lists) = Keeper::open(&config, Party::Broker("b".into()));
+    let Ok((_keeper, lists)) = Keeper::open(&config, Party::Broker("b".into())) else { return };
     let Config { domains, live_keys, cleanup, .. } = config;
     let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
     let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());

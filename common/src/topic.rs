@@ -214,6 +214,12 @@ impl Topic {
         Self::Revoked { worker: "+".into() }.to_string()
     }
 
+    /// Whether it is one of our own, which the contract does not have.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        self.to_string().starts_with("wgkex/")
+    }
+
     /// The filter for the questions of all workers.
     #[must_use]
     pub fn worker_questions() -> String {

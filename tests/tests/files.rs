@@ -74,6 +74,10 @@ fn a_half_written_list_keeps_what_was_last_read() {
         write_all(<[u8]>::to_vec);
         wait_for_damage(0.0);
     }
+    // It was an empty list, and expelled everybody.
+    fs::write(&allow, format!("{DOMAIN}:\n")).unwrap();
+    stack.wait_for_metric("wgkex_broker_lists_damaged{list=\"allowlist.file\"}", 1.0);
+    assert_eq!(statuses(), [403, 403, 200]);
     // A list that says that it is empty is.
     fs::write(&deny, "[]\n").unwrap();
     wait_until("the list is empty", || (status(&stack, 1) == 200).then_some(()));
@@ -282,6 +286,36 @@ fn state_is_not_written_through_links() {
     wait_until("both files are there", || {
         ["broker.sqlite", "mqtt-retained.sqlite"].iter().all(|name| state.join(name).exists()).then_some(())
     });
+}
+
+/// On the code before it the link was set aside as damaged, and the revoked key got 200.
+#[test]
+fn list_entries_that_cannot_be_read_are_left_alone_and_read_when_they_can_be() {
+    let (operator, admin) = Operator::new();
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&admin));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    assert_eq!(operator.call("POST", "/v1/revoke", &serde_json::json!({ "key": key(1) })).status, 200);
+    assert!(stack.stop_broker().success());
+    let (file, elsewhere) = (stack.state_dir().join("broker.lists.json"), stack.dir().join("elsewhere"));
+    fs::rename(&file, &elsewhere).unwrap();
+    symlink(&elsewhere, &file).unwrap();
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack.wait_for_metric("wgkex_broker_lists_kept", 0.0);
+    let line = stack.broker().wait_for_log("list entries cannot be read");
+    assert!(line.contains("WARN") && line.contains("it is a link"), "{line}");
+    fs::rename(&elsewhere, &file).unwrap();
+    wait_until("the key is denied", || (status(&stack, 1) == 403).then_some(()));
+    stack.wait_for_metric("wgkex_broker_lists_kept", 1.0);
+
+    assert!(stack.stop_broker().success());
+    fs::write(&file, r#"{"layout":9,"records":{}}"#).unwrap();
+    let before = fs::read(&file).unwrap();
+    stack.start_broker();
+    assert_eq!(stack.broker().wait().code(), Some(1), "{}", stack.broker().log());
+    assert!(stack.broker().wait_for_log("number 9").contains("ERROR"));
+    assert_eq!(fs::read(&file).unwrap(), before);
 }
 
 /// The worker has the same storage; on the code before it, it put its file aside.

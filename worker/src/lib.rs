@@ -50,7 +50,7 @@ const DISCONNECT: Duration = Duration::from_millis(500);
 /// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()));
+    let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()))?;
     let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone(), config.domains.clone()));

@@ -416,7 +416,8 @@ pub fn hear_anything(topic: &str, payload: &[u8]) {
     let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let Ok(config) = Config::parse("", yaml, "w") else { return };
-    let (_keeper, lists) = keeper::Keeper::open(&config, wgkex_common::message::Party::Worker("w".into()));
+    let opened = keeper::Keeper::open(&config, wgkex_common::message::Party::Worker("w".into()));
+    let Ok((_keeper, lists)) = opened else { return };
     let (ears, _heard) = wgkex_common::sync::ears();
     let reserved = watch::Sender::new(Reserved::default());
     if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {

@@ -428,6 +428,9 @@ fn one_pair_of_quotes_around_a_variable_is_taken_off() {
         assert_eq!(config.mqtt.credentials.clone().unwrap().password.expose(), "very 'secret'");
         assert_eq!(config.broker_listen.to_string(), "0.0.0.0:80");
     }
+    let of_port =
+        variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("WGKEX_BROKER_LISTEN", "5009")]);
+    assert_eq!(Config::from_variables(&of_port, "gw1").unwrap().broker_listen.to_string(), "[::]:5009");
     let set = variables(&[("WGKEX_DOMAINS", "\"x_a,x_b"), ("WGKEX_DOMAIN_PREFIXES", "\"x_")]);
     let quoted = "has a quote in it, a name without quotes is allowed";
     let expected = [format!("WGKEX_DOMAIN_PREFIXES[0]: {quoted}"), format!("WGKEX_DOMAINS[0]: {quoted}")];

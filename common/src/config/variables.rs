@@ -32,12 +32,17 @@ pub(super) fn tree(variables: &BTreeMap<String, String>) -> Value {
         match path.strip_prefix("mqtt.") {
             Some(key) => mqtt.insert(key.into(), text.into()),
             None if path == "log_level" => top.insert(path.into(), level(text).into()),
-            None if path == "broker_listen" => top.insert(path.into(), text.into()),
+            None if path == "broker_listen" => top.insert(path.into(), address(text).into()),
             None => top.insert(path.into(), names(&variables[name])),
         };
     }
     top.insert("mqtt".into(), mqtt.into());
     top.into()
+}
+
+/// Where to listen: a port alone is that of all addresses.
+fn address(text: &str) -> String {
+    if text.parse::<u16>().is_ok() { format!("[{EVERYWHERE}]:{text}") } else { text.into() }
 }
 
 /// What a variable says, without the quotes that a file of variables leaves around it. An empty one is one that is not

@@ -190,7 +190,7 @@ impl Source {
         }
     }
 
-    fn take(&mut self, Listed { entries, twice }: Listed) -> bool {
+    fn take(&mut self, Listed { entries, twice, .. }: Listed) -> bool {
         let is_new = self.good.as_deref() != Some(&entries[..]);
         let path = self.path.display();
         if is_new || self.damage.is_some() {
@@ -232,7 +232,7 @@ impl Source {
                     return Err("has no file with a key, at least one is needed".into());
                 }
                 let entries = files.into_iter().map(|(domain, file)| key_file(list, domain, &file));
-                Ok(Listed { entries: entries.collect::<Result<_, _>>()?, twice: Vec::new() })
+                Ok(Listed { entries: entries.collect::<Result<_, _>>()?, ..Listed::default() })
             }
         }
     }
@@ -241,12 +241,17 @@ impl Source {
     fn whole(&self, parse: impl FnOnce(&str) -> Result<Listed, String>) -> Result<Listed, String> {
         let text = text(&self.path, FILE_MAX)?;
         let had = self.good.as_deref().unwrap_or_default();
-        if parse::is_blank(&text) && (self.kind.allows() || !had.is_empty()) {
+        // A file without a byte is what a power cut leaves; one of comments may be one that nobody has added to yet.
+        let must_speak = self.kind.allows() || !had.is_empty() || text.trim().is_empty();
+        if parse::is_blank(&text) && must_speak {
             return Err("says nothing, an empty list is written []".into());
         }
         let listed = parse(&text)?;
-        if parse::may_be_cut_off(&text) && lacks(&listed.entries, had) {
-            return Err("lacks keys that it had, and its last line has no end: it may be cut off".into());
+        if let Some(domain) = listed.blank_domain.as_ref().filter(|_| listed.entries.is_empty()) {
+            return Err(format!("{domain}: says nothing, an empty list is written []"));
+        }
+        if (parse::may_be_cut_off(&text) || listed.blank_domain.is_some()) && lacks(&listed.entries, had) {
+            return Err("lacks keys that it had, and its last line, or a domain, has no end: it may be cut off".into());
         }
         Ok(listed)
     }
@@ -381,6 +386,8 @@ mod tests {
         assert!(twice(&mut files) && names(&files).is_empty() && files.damaged().is_empty());
         fs::write(&file, "# nobody yet\n").unwrap();
         assert!(!twice(&mut files) && files.damaged().is_empty(), "it was empty before");
+        fs::write(&file, "\n").unwrap();
+        assert!(!twice(&mut files) && files.damaged() == ["blacklist_file"]);
     }
 
     /// Before, a part of a file that was being written counted as the list.
@@ -476,6 +483,8 @@ mod tests {
         };
         assert_eq!(allow(None), AllowList::Read);
         assert_eq!((allow(Some("{}")), allow(Some("[]"))), (AllowList::Read, AllowList::Unread));
+        // Cut off behind the name; it was an empty list, which expelled everybody.
+        assert_eq!((allow(Some("ff_a:\n")), allow(Some("ff_a: []\n"))), (AllowList::Unread, AllowList::Read));
         for says_nothing in ["", "# none\n", "\0"] {
             assert_eq!(allow(Some(says_nothing)), AllowList::Unread);
         }

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::files::Files;
-use super::kept::{self, Disk};
+use super::kept::{Disk, Unread, Written};
 use super::records::{Full, Merged, Record, Records, Refused};
 use super::share::{Late, Sharer};
 use super::{Admission, Entry, List, unix};
@@ -141,14 +141,14 @@ pub struct Keeper {
 
 impl Keeper {
     /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
-    #[must_use]
-    pub fn open(config: &Config, own: Party) -> (Self, Handle) {
+    pub fn open(config: &Config, own: Party) -> Result<(Self, Handle), Unread> {
         let program = if matches!(own, Party::Broker(_)) { "broker" } else { "worker" };
         let file = config.state_dir.join(format!("{program}.lists.json"));
         let now = unix(SystemTime::now());
         let mut files = Files::new(&config.key_lists);
         files.read(true);
-        let records = kept::read(&file, now);
+        let (disk, kept) = Disk::open(file)?;
+        let records = Records::restored(kept, now);
         let (sender, orders) = mpsc::channel(ORDERS);
         let (view, viewed) = watch::channel(look(&files, &records, now));
         let held = Arc::new(watch::channel(None).0);
@@ -164,11 +164,11 @@ impl Keeper {
             held: held.clone(),
             news: Vec::new(),
             is_stale: true,
-            disk: Disk::new(file),
+            disk,
             refused: Refused::default(),
             said_refused: (Refused::default(), None),
         };
-        (keeper, Handle { orders: sender, view: viewed, held })
+        Ok((keeper, Handle { orders: sender, view: viewed, held }))
     }
 
     /// Works until `stop`; asks and answers on `bus`, and tells what is new.
@@ -193,7 +193,7 @@ impl Keeper {
                     self.take_files(files);
                     (reading, read_at) = (None, Instant::now() + self.pause());
                 }
-                written = self.disk.done() => self.is_stale |= self.disk.written(written),
+                written = self.disk.done() => self.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
                 _ = held.changed() => {}
                 () = sleep(look) => {}
@@ -257,6 +257,15 @@ impl Keeper {
         let record = self.records.change(entry, on, u64::try_from(ms).unwrap_or(u64::MAX))?;
         self.note(record.clone());
         Ok(Changed { record, was_on, kept: self.disk.kept() })
+    }
+
+    fn written(&mut self, written: Written) {
+        let was_failing = self.disk.is_failing();
+        if let Some(records) = self.disk.written(written) {
+            self.merge(records);
+            self.disk.changed();
+        }
+        self.is_stale |= was_failing != self.disk.is_failing();
     }
 
     fn merge(&mut self, records: Vec<Record>) {
@@ -357,7 +366,7 @@ impl Keeper {
         while self.disk.is_behind() {
             self.disk.begin(&self.records, Instant::now());
             let written = self.disk.done().await;
-            self.disk.written(written);
+            self.written(written);
         }
     }
 }

@@ -25,13 +25,15 @@ pub struct Listed {
     pub entries: Vec<Entry>,
     /// Lines of keys that are given once more in the same mapping: the last one counts.
     pub twice: Vec<usize>,
+    /// A domain that has nothing behind it, not even that its list is empty.
+    pub blank_domain: Option<String>,
 }
 
 /// The keys of a file: a list of them, or `key: {reason, name, until}`, or `key: reason`. YAML or JSON; an empty text is an
 /// empty list.
 pub fn keys(text: &str, list: List) -> Result<Listed, String> {
     let Tree { value, twice } = config::tree(text, SIZE_MAX)?;
-    Ok(Listed { entries: entries(&value, list)?, twice })
+    Ok(Listed { entries: entries(&value, list)?, twice, blank_domain: None })
 }
 
 /// The allowed keys of a file, `domain: KEYS` with KEYS as [`keys`] has them.
@@ -44,12 +46,13 @@ pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
             return Err("is not a mapping of domains, lines \"domain:\" with a list of keys below are allowed".into());
         }
     };
+    let blank_domain = domains.iter().find_map(|(domain, keys)| keys.is_null().then(|| shown(domain)));
     let mut all = Vec::new();
     for (domain, keys) in domains {
         let keys = entries(&keys, List::Allow).map_err(|wrong| format!("{}: {wrong}", shown(&domain)))?;
         all.extend(keys.into_iter().map(|entry| Entry { domain: Some(domain.clone()), ..entry }));
     }
-    Ok(Listed { entries: all, twice })
+    Ok(Listed { entries: all, twice, blank_domain })
 }
 
 /// Whether a text says nothing at all, not even that a list is empty.
@@ -291,7 +294,8 @@ mod tests {
         };
         let text = format!("ff_a: [{A}]\nff_b:\n  - {A}\n  - {B}\nff_c:\n");
         let wanted = vec![allowed("ff_a", A), allowed("ff_b", A), allowed("ff_b", B)];
-        assert_eq!(keys_by_domain(&text).map(|listed| listed.entries), Ok(wanted));
+        let listed = keys_by_domain(&text).unwrap();
+        assert_eq!((listed.entries, listed.blank_domain.as_deref()), (wanted, Some("\"ff_c\"")));
         assert_eq!(keys_by_domain(""), Ok(Listed::default()));
         assert!(keys_by_domain(&format!("- {A}")).unwrap_err().starts_with("is not a mapping of domains"));
         assert!(keys_by_domain("ff_a: [x]").unwrap_err().starts_with("\"ff_a\": entry 1: not a WireGuard"));
@@ -302,7 +306,7 @@ mod tests {
         for text in
             [format!("{A}: x\n{B}:\n{A}: spam\n"), format!("{{\"{A}\": \"x\",\n\"{B}\": null,\n\"{A}\": \"spam\"}}")]
         {
-            let wanted = Listed { entries: vec![entry(B), because("spam")], twice: vec![3] };
+            let wanted = Listed { entries: vec![entry(B), because("spam")], twice: vec![3], blank_domain: None };
             assert_eq!(keys(&text, List::Deny), Ok(wanted), "{text}");
         }
     }

@@ -1,5 +1,9 @@
 //! Whether a session still receives what it subscribed to: it publishes to itself and waits for that to come back. A server
 //! that answers pings may have forgotten the subscriptions, as after the failure of a node of its cluster. No IO, no clock.
+//!
+//! The first echo of a connection is published before anything else. Mosquitto 2.0.11 with `max_queued_messages 0` ends the
+//! connection of a client that publishes what its access list does not allow; an access list of the original's knows
+//! nothing of `wgkex/`. Where the connection ends over the echo, nothing else is published there either.
 
 use std::time::Duration;
 
@@ -9,29 +13,56 @@ use tokio::time::Instant;
 const PERIOD: Duration = Duration::from_secs(10);
 /// How long nothing of that may come back.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// On so many connections in a row at most nothing comes back: it may be that the server does not let it.
+/// How long the first echo of a connection keeps the rest waiting.
+const FIRST: Duration = Duration::from_secs(2);
+/// On so many connections in a row at most nothing comes back, although other messages do: it may be that the server does
+/// not let it.
 const TRIES: u32 = 3;
+/// The same where no echo has ever come back, and no other message comes.
+const SILENCE: Duration = Duration::from_secs(300);
+/// After so many connections in a row that the server closed over the echo nothing more is published below `wgkex/`,
+const CLOSED: u32 = 2;
+/// for so long.
+const FORBIDDEN: Duration = Duration::from_secs(600);
 
 /// The echo of a session.
 #[derive(Debug, Default)]
 pub(super) struct Echo {
-    /// When the next one is published; none while there is no connection.
+    /// When the next one is published; none while there is no connection, or the server does not allow it.
     due: Option<Instant>,
     /// When the first one was published that has not come back.
     unanswered: Option<Instant>,
+    /// None has come back on this connection.
+    is_first: bool,
+    /// One has come back on some connection.
+    has_come: bool,
+    /// Since when no message has come on this connection, apart from retained ones.
+    silent: Option<Instant>,
     /// Connections in a row on which nothing came back in time.
     losses: u32,
+    /// Connections in a row that the server closed over the first echo.
+    closed: u32,
+    forbidden: Option<Instant>,
 }
 
 impl Echo {
     /// The session is subscribed.
     pub(super) fn up(&mut self, now: Instant) {
-        (self.due, self.unanswered) = (Some(now + PERIOD), None);
+        let due = (!self.is_forbidden(now)).then_some(now);
+        (self.due, self.unanswered, self.is_first, self.silent) = (due, None, true, Some(now));
     }
 
-    /// The connection is lost.
-    pub(super) fn down(&mut self) {
-        (self.due, self.unanswered) = (None, None);
+    /// The connection is lost. True if the server closed it over the first echo.
+    pub(super) fn down(&mut self, is_closed: bool, now: Instant) -> bool {
+        let is_over_echo = is_closed && self.must_wait(now);
+        if is_over_echo {
+            self.closed += 1;
+            if self.closed >= CLOSED {
+                self.forbidden = Some(now + FORBIDDEN);
+            }
+        }
+        (self.due, self.unanswered, self.silent) = (None, None, None);
+        is_over_echo
     }
 
     /// Whether one is to be published now.
@@ -44,18 +75,38 @@ impl Echo {
         is_due
     }
 
+    /// Whether the rest waits for the first one.
+    pub(super) fn must_wait(&self, now: Instant) -> bool {
+        self.is_first && self.unanswered.is_some_and(|since| now < since + FIRST)
+    }
+
     /// One came back.
-    pub(super) fn heard(&mut self) {
-        (self.unanswered, self.losses) = (None, 0);
+    pub(super) fn heard(&mut self, now: Instant) {
+        (self.unanswered, self.is_first, self.has_come) = (None, false, true);
+        (self.losses, self.closed) = (0, 0);
+        self.message(now);
+    }
+
+    /// A message came that is not a retained one: the server knows of some subscription.
+    pub(super) fn message(&mut self, now: Instant) {
+        self.silent = Some(now);
     }
 
     /// Whether nothing came back for too long, so that the session is to connect anew. After [`TRIES`] connections in a row
-    /// it is not asked for any more until one comes back.
+    /// it does so only where nothing else comes either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
-        let late = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= PATIENCE);
-        let is_lost = late && self.losses < TRIES;
-        self.losses += u32::from(is_lost);
+        let is_lost = self.lost_at().is_some_and(|at| at <= now);
+        self.losses += u32::from(is_lost && self.losses < TRIES);
         is_lost
+    }
+
+    fn lost_at(&self) -> Option<Instant> {
+        let unanswered = self.unanswered.map(|since| since + PATIENCE);
+        if self.losses < TRIES {
+            return unanswered;
+        }
+        let silence = if self.has_come { PATIENCE } else { SILENCE };
+        unanswered.max(self.silent.map(|since| since + silence)).filter(|_| unanswered.is_some())
     }
 
     /// Whether nothing came back for so long that it is not expected any more.
@@ -63,10 +114,15 @@ impl Echo {
         self.losses >= TRIES
     }
 
+    /// Whether the server ends the connection when this program publishes to itself.
+    pub(super) fn is_forbidden(&self, now: Instant) -> bool {
+        self.forbidden.is_some_and(|until| now < until)
+    }
+
     /// When there is something to do.
-    pub(super) fn next(&self) -> Option<Instant> {
-        let lost = self.unanswered.filter(|_| !self.is_given_up()).map(|since| since + PATIENCE);
-        self.due.into_iter().chain(lost).min()
+    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        let first = self.unanswered.filter(|_| self.must_wait(now)).map(|since| since + FIRST);
+        self.due.into_iter().chain(self.lost_at()).chain(first).min()
     }
 }
 
@@ -74,24 +130,61 @@ impl Echo {
 mod tests {
     use super::*;
 
+    /// Connects, publishes an echo, and gets nothing for so long; whether the session is to connect anew then.
+    fn is_lost_after(echo: &mut Echo, now: &mut Instant, wait: Duration, others: bool) -> bool {
+        echo.up(*now);
+        assert!(echo.is_due(*now) && !echo.is_due(*now) && echo.must_wait(*now) && !echo.must_wait(*now + FIRST));
+        *now += wait;
+        if others {
+            echo.message(*now);
+        }
+        let is_lost = echo.is_lost(*now);
+        assert!(!echo.down(false, *now));
+        is_lost
+    }
+
     #[test]
-    fn a_session_to_which_nothing_comes_back_connects_anew_and_not_for_ever() {
+    fn a_session_to_which_nothing_comes_back_connects_anew_and_not_for_ever_where_others_come() {
         let (mut echo, mut now) = (Echo::default(), Instant::now());
-        for is_lost in [true, true, true, false] {
-            echo.up(now);
-            assert!(!echo.is_due(now));
-            now += PERIOD;
-            assert!(echo.is_due(now) && !echo.is_due(now));
-            now += PATIENCE;
-            assert_eq!((echo.next().is_some(), echo.is_lost(now)), (true, is_lost));
-            echo.down();
-            assert_eq!(echo.next(), None);
+        for is_lost in [true, true, true, false, false] {
+            assert_eq!(is_lost_after(&mut echo, &mut now, PATIENCE, true), is_lost);
         }
         assert!(echo.is_given_up());
+        assert!(!is_lost_after(&mut echo, &mut now, PATIENCE, false), "it has never come: an access list may be why");
+        assert!(is_lost_after(&mut echo, &mut now, SILENCE, false));
         echo.up(now);
-        assert!(echo.is_due(now + PERIOD));
-        echo.heard();
-        assert!(!echo.is_given_up() && !echo.is_lost(now + PERIOD + PATIENCE));
-        assert_eq!(echo.next(), Some(now + 2 * PERIOD));
+        assert!(echo.is_due(now));
+        echo.heard(now);
+        assert!(!echo.is_given_up() && !echo.is_lost(now + PATIENCE) && !echo.must_wait(now));
+        assert_eq!(echo.next(now), Some(now + PERIOD));
+    }
+
+    /// It gave up for ever, and the session stayed deaf.
+    #[test]
+    fn where_it_came_before_it_is_looked_for_as_long_as_nothing_comes() {
+        let (mut echo, mut now) = (Echo::default(), Instant::now());
+        echo.up(now);
+        assert!(echo.is_due(now));
+        echo.heard(now);
+        assert!(!echo.down(true, now), "not over the first one");
+        for _ in 0..10 {
+            assert!(is_lost_after(&mut echo, &mut now, PATIENCE, false));
+        }
+        assert!(!is_lost_after(&mut echo, &mut now, PATIENCE, true), "it is not allowed any more, and the rest comes");
+    }
+
+    #[test]
+    fn where_the_connection_ends_over_the_first_one_nothing_of_ours_is_published_for_a_while() {
+        let (mut echo, now) = (Echo::default(), Instant::now());
+        for is_forbidden in [false, true] {
+            echo.up(now);
+            assert!(echo.is_due(now) && echo.down(true, now));
+            assert_eq!(echo.is_forbidden(now), is_forbidden);
+        }
+        echo.up(now);
+        assert!(!echo.is_due(now) && !echo.must_wait(now) && !echo.down(true, now));
+        assert_eq!(echo.next(now), None);
+        echo.up(now + FORBIDDEN);
+        assert!(!echo.is_forbidden(now + FORBIDDEN) && echo.is_due(now + FORBIDDEN));
     }
 }

@@ -46,7 +46,12 @@ impl Letter {
         self.end(Ok(()));
     }
 
-    fn end(self, result: Result<(), PublishError>) {
+    /// Whether its topic is one that the contract does not have.
+    pub(super) fn is_ours(&self) -> bool {
+        self.message.topic.is_ours()
+    }
+
+    pub(super) fn end(self, result: Result<(), PublishError>) {
         if let Some(done) = self.done {
             // The receiver may have given up; the message went out all the same.
             let _ = done.send(result);

@@ -116,8 +116,15 @@ impl Pair {
         self.lock().connected(self.side, now);
     }
 
-    pub(super) fn lost(&self, now: Instant) {
-        self.lock().lost(self.side, now);
+    /// A connection is lost, `perhaps` to the other one.
+    pub(super) fn lost(&self, perhaps: bool, now: Instant) {
+        let mut rivalry = self.lock();
+        if perhaps {
+            rivalry.lost(self.side, now);
+        } else {
+            *rivalry = Rivalry { connected: rivalry.connected, ..Rivalry::default() };
+            rivalry.connected[self.side as usize] = None;
+        }
     }
 
     /// Whether the server lets the program have one connection only, and this is the one that goes.

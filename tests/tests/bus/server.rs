@@ -80,6 +80,23 @@ fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo
     drop(worker);
 }
 
+/// Failed before: it was ready again two seconds after it had connected anew, and heard nothing.
+#[test]
+fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() {
+    let server = ScriptedServer::start(Behaviour::default());
+    let mut stack = broker_on(&server);
+    stack.wait_until_ready();
+    server.behave(Behaviour { swallows: Some(String::new()), ..Behaviour::default() });
+    let own = format!("wgkex-broker-{}", host_name());
+    let connections = || server.connections().iter().filter(|connected| **connected == own).count();
+    wait_within(Duration::from_secs(90), "it has connected anew", || (connections() >= 2).then_some(()));
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(stack.get("/readyz").status, 503, "{}", stack.broker().log());
+    server.behave(Behaviour::default());
+    let is_ready = || (stack.get("/readyz").status == 200).then_some(());
+    wait_within(Duration::from_secs(90), "it is ready on the next connection", is_ready);
+}
+
 /// Failed before: the broker was ready as soon as its own status came back, and answered 503 with a gateway there.
 #[test]
 fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_was_sooner() {

@@ -9,8 +9,9 @@ use tokio::runtime;
 use tokio::sync::oneshot;
 use wgkex_common::Config;
 use wgkex_tests::http::{Http, ask};
-use wgkex_tests::key;
+
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
+use wgkex_tests::{key, wait_until};
 use wgkex_worker::kernel::fake::{Delays, Fake};
 
 /// A dump takes this long, and a line that is silent for half of it counts as dead.
@@ -43,7 +44,7 @@ fn a_kernel_slower_than_the_keep_alive_costs_no_connection_and_no_confirmation()
             }))
         })
     };
-    stack.wait_for_gateways(1);
+    wait_until("the domain is served", || (stack.v2(DOMAIN, &key(0)).status == 200).then_some(()));
     kernel.delay(Delays { read: DUMP, ..Delays::default() });
 
     let begun = Instant::now();

@@ -2,15 +2,18 @@
 //! states with quality of service 0, and gateways publish theirs again: either is enough, so this held on the code before as well.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::iter;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use wgkex_common::Domain;
 use wgkex_tests::http::Http;
 use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::scripted::{data, peers_of, status};
-use wgkex_tests::stack::{Bus, Plan, Stack};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{key, wait_until};
 
 /// With them each gateway has eight retained messages.
 const DOMAINS: [&str; 3] = ["ffx_a", "ffx_b", "ffx_c"];
@@ -41,6 +44,33 @@ fn a_broker_knows_more_gateways_than_the_server_gives_it_retained() {
     stack.start_broker();
     let mut missing = Missing::all();
     played.live_until(|| missing.find(&stack));
+}
+
+/// Debian's Mosquitto with this setting ends the connection of a client that publishes what its access list does not allow.
+/// Before, none stood: no router was served, and the log said that the server lets a program have one connection only.
+#[test]
+fn with_an_access_list_of_the_originals_routers_are_served_and_the_log_says_what_is_missing() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    let list = stack.dir().join("access");
+    let trees = ["wireguard", "wireguard-worker", "wireguard-broker", "wireguard-metrics"];
+    fs::write(&list, trees.map(|tree| format!("topic readwrite {tree}/#\n")).concat()).unwrap();
+    stack.plan.mosquitto = format!("max_queued_messages 0\nacl_file {}", list.display());
+    stack.start_mosquitto();
+    let gateway = InMemory::start(&stack, "gw1");
+    stack.start_broker();
+    stack.wait_until_ready();
+    wait_until("routers are served", || {
+        (stack.v1(DOMAIN, &key(1)).status == 200 && stack.v2(DOMAIN, &key(1)).status == 200).then_some(())
+    });
+    let domain = Domain::new(DOMAIN, &["ffx_".into()]).unwrap();
+    wait_until("the gateway has the key", || {
+        gateway.kernel.device(&domain)?.peers.contains_key(&key(1).parse().unwrap()).then_some(())
+    });
+    let line = stack.broker().wait_for_log("ends the connection when this program publishes below wgkex/");
+    assert!(line.contains("WARN") && line.contains("access list"), "{line}");
+    let log = stack.broker().log();
+    assert!(!log.contains("one connection only"), "{log}");
+    assert!(log.matches("MQTT connected").count() <= 4, "{log}");
 }
 
 /// Gateways on one connection, which publish their states again as real ones do.
