@@ -48,13 +48,15 @@ pub(super) struct Disk {
     is_unread: bool,
     changed: u64,
     written: u64,
-    working: Option<(u64, JoinHandle<Result<Option<Vec<Record>>, Unread>>)>,
+    working: Option<(u64, JoinHandle<Outcome>)>,
     failed: Option<Instant>,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
-/// A write that has ended, or a reading: the last change in it, and the records if it was a reading.
-pub(super) type Written = (u64, Result<Option<Vec<Record>>, Unread>);
+/// Of a write, or of a reading and then with the records.
+type Outcome = Result<Option<Vec<Record>>, Unread>;
+/// A write or reading that has ended: the last change in it, and what became of it.
+pub(super) type Written = (u64, Outcome);
 
 impl Disk {
     /// The records of `file`, and where they are kept from now on. A damaged file is set aside; one that cannot be read is
