@@ -12,8 +12,9 @@ const PEERS_MAX: u64 = 1 << 20;
 /// More workers or brokers than this on one bus are somebody's nonsense, and not remembered.
 const NAMES_MAX: usize = 4096;
 
-/// How long a status alone counts, as it is found on the bus, and how long a count or a confirmation alone, after a last
-/// will that came late: a little more than the minute after which every worker publishes its counts again.
+/// How long a status alone counts, as it is found on the bus; how long a count or a confirmation alone, after a last will
+/// that came late; and how long a hello that is neither repeated nor followed by confirmations: a little more than the
+/// minute after which every worker publishes its counts again, and those of ours their hello.
 const UNSUPPORTED: Duration = Duration::from_secs(65);
 /// How long a worker that says it is online may publish nothing. The original leaves a count out when its dump was
 /// interrupted.
@@ -56,18 +57,24 @@ struct Worker {
     sign: Option<Instant>,
     /// When it last published a count or a confirmation, since it was last said to be offline.
     proof: Option<Instant>,
-    /// When it did so before that.
-    earlier_proof: Option<Instant>,
     hello: Option<Hello>,
+    /// A hello that did not count any longer when it was old; it counts again if the worker confirms something.
+    lapsed: Option<Hello>,
+    /// When it last said hello or confirmed something.
+    spoke: Option<Instant>,
     /// The hello was heard since the worker was last offline, not found on the bus.
     hello_is_live: bool,
     /// It did not answer in time, and has not been heard since.
     silent: bool,
     data: BTreeMap<Domain, WorkerData>,
+    /// Domains whose data was removed, while the worker went on counting there.
+    removed: BTreeSet<Domain>,
     /// Connected peers of each domain of which it said so; none where it said that it is offline.
     peers: BTreeMap<Domain, Option<u64>>,
     /// The last count of each domain, and when it came.
     counts: BTreeMap<Domain, (u64, Instant)>,
+    /// When any count of each domain came last.
+    counted: BTreeMap<Domain, Instant>,
 }
 
 /// A gateway for a router.
@@ -190,6 +197,11 @@ impl Gateways {
 
     /// The bus is lost, and what was heard on it may change unheard.
     pub fn forget(&mut self) {
+        for (name, worker) in &self.workers {
+            for domain in &worker.removed {
+                self.reserved.hear(name, domain.name(), None);
+            }
+        }
         self.workers.clear();
         self.brokers.clear();
         (self.echoed, self.found, self.complete) = (None, None, false);
@@ -220,8 +232,15 @@ impl Gateways {
         self.complete
     }
 
-    /// Takes those for offline that published nothing for too long, and returns their names.
+    /// Takes those for offline that published nothing for too long, and returns their names. What others of them have said
+    /// may be over, too.
     pub fn expire(&mut self, now: Instant) -> Vec<String> {
+        for (name, worker) in &mut self.workers {
+            worker.expire_hello(now);
+            for domain in worker.expire_data(now) {
+                self.reserved.hear(name, domain.name(), None);
+            }
+        }
         let expired = self.workers.iter_mut().filter(|(_, worker)| worker.online && !worker.is_believed(now));
         let expired = expired.map(|(name, worker)| {
             worker.online = false;
@@ -237,6 +256,12 @@ impl Gateways {
             self.found = Some(now);
         }
         match topic {
+            Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::Hello { worker }
+                if payload.is_empty() && !self.workers.contains_key(worker) =>
+            {
+                // Somebody clears away what is left of a gateway that is gone.
+                Ok(())
+            }
             Topic::WorkerStatus { worker } => {
                 let online = status(payload)?;
                 self.worker(worker)?.hear_status(online, retained, now);
@@ -244,20 +269,20 @@ impl Gateways {
             }
             Topic::WorkerData { worker, domain } => {
                 let data = WorkerData::parse(payload);
-                if let Ok(data) = &data {
-                    self.reserved.hear(worker, domain, data.as_ref());
-                }
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                let data = data.map_err(|_| Nonsense("worker data"))?;
-                self.worker(worker)?.hear_data(domain.clone(), data, retained, now);
-                self.known.insert(domain);
+                if let Some(data) = data.map_err(|_| Nonsense("worker data"))? {
+                    return self.hear_data(worker, domain, data, retained, now);
+                }
+                self.hear_no_data(worker, &domain, now);
                 Ok(())
             }
             Topic::ConnectedPeers { domain, worker } => {
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
                 let peers = peers(payload)?;
                 self.worker(worker)?.hear_peers(domain.clone(), peers, retained, now);
-                self.known.insert(domain);
+                if peers != Peers::Unsaid {
+                    self.known.insert(domain);
+                }
                 Ok(())
             }
             Topic::Hello { worker } => {
@@ -289,6 +314,27 @@ impl Gateways {
             return Err(Nonsense("worker's name"));
         }
         Ok(self.workers.entry(name.to_owned()).or_default())
+    }
+
+    fn hear_data(
+        &mut self,
+        worker: &str,
+        domain: Domain,
+        data: WorkerData,
+        retained: bool,
+        now: Instant,
+    ) -> Result<(), Nonsense> {
+        self.reserved.hear(worker, domain.name(), Some(&data));
+        self.worker(worker)?.hear_data(domain.clone(), data, retained, now);
+        self.known.insert(domain);
+        Ok(())
+    }
+
+    /// An original publishes its data when it connects, and not again: while it counts its peers, it has not gone.
+    fn hear_no_data(&mut self, worker: &str, domain: &Domain, now: Instant) {
+        if !self.workers.get_mut(worker).is_some_and(|worker| worker.keeps_data(domain, now)) {
+            self.reserved.hear(worker, domain.name(), None);
+        }
     }
 
     fn hear_broker(&mut self, broker: &str, payload: &[u8], retained: bool, now: Instant) -> Result<(), Nonsense> {
@@ -343,10 +389,7 @@ impl Gateways {
     /// `worker` confirmed keys or reported handshakes, which only one that is alive does. True if it is one that says what
     /// became of keys; whether its word counts is for [`Gateways::can_take`] to say, as of before this.
     pub fn confirmed(&mut self, worker: &str, now: Instant) -> bool {
-        let Some(worker) = self.workers.get_mut(worker).filter(|worker| worker.confirms()) else { return false };
-        worker.silent = false;
-        worker.heard(true, now);
-        true
+        self.workers.get_mut(worker).is_some_and(|worker| worker.hear_confirmation(now))
     }
 
     /// Whether this worker is one that confirms and can take a key of `domain` now: whether it is waited for, and its
@@ -489,7 +532,7 @@ struct All {
 impl Worker {
     /// Whether it ever served somebody, as far as the bus remembers.
     fn is_somebody(&self) -> bool {
-        self.online || self.hello.is_some() || !self.data.is_empty() || !self.peers.is_empty()
+        self.online || self.hello.is_some() || self.lapsed.is_some() || !self.data.is_empty() || !self.peers.is_empty()
     }
 
     fn confirms(&self) -> bool {
@@ -528,9 +571,8 @@ impl Worker {
         match (self.status, self.sign, self.proof) {
             (Some((_, true)), Some(sign), _) => Some(sign + LIVENESS),
             (Some((since, true)), None, _) => Some(since + UNSUPPORTED),
-            (Some((_, false)), _, proof) => proof.map(|proof| proof + UNSUPPORTED),
-            // A server that hands out no retained status: one count may be anybody's.
-            (None, _, proof) => self.earlier_proof.and(proof).map(|proof| proof + UNSUPPORTED),
+            // Said to be offline, or no status received: a server that hands out none, or somebody removed it.
+            (Some((_, false)) | None, _, proof) => proof.map(|proof| proof + UNSUPPORTED),
         }
     }
 
@@ -542,7 +584,7 @@ impl Worker {
     fn heard(&mut self, is_proof: bool, now: Instant) {
         self.sign = Some(now);
         if is_proof {
-            self.earlier_proof = self.proof.replace(now);
+            self.proof = Some(now);
         }
         self.online = self.is_believed(now);
     }
@@ -553,30 +595,76 @@ impl Worker {
         self.status = Some((now, online));
         self.silent = false;
         if !online {
-            (self.sign, self.proof, self.earlier_proof, self.hello_is_live) = (None, None, None, false);
+            (self.sign, self.proof, self.hello_is_live) = (None, None, false);
         }
         if online && !retained && !self.hello_is_live {
-            self.hello = None;
+            (self.hello, self.lapsed) = (None, None);
         }
         self.online = self.is_believed(now);
     }
 
     fn hear_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
         self.hello_is_live = hello.is_some() && !retained;
-        self.hello = hello;
+        (self.hello, self.lapsed, self.spoke) = (hello, None, Some(now));
         if self.hello_is_live {
             self.heard(false, now);
         }
     }
 
-    fn hear_data(&mut self, domain: Domain, data: Option<WorkerData>, retained: bool, now: Instant) {
-        if data.is_some() && !retained {
+    /// Takes in that it said what became of a key, or which keys shake hands; false if it is not one that does.
+    fn hear_confirmation(&mut self, now: Instant) -> bool {
+        let lapsed = self.lapsed.take_if(|hello| hello.confirms());
+        self.hello = self.hello.take().or(lapsed);
+        if !self.confirms() {
+            return false;
+        }
+        (self.silent, self.spoke) = (false, Some(now));
+        self.heard(true, now);
+        true
+    }
+
+    /// A hello that is neither repeated nor borne out may be somebody else's, or left from a worker of ours in whose place
+    /// there is an original.
+    fn expire_hello(&mut self, now: Instant) {
+        if self.online && self.spoke.is_some_and(|spoke| now.saturating_duration_since(spoke) >= UNSUPPORTED) {
+            self.lapsed = self.hello.take().or_else(|| self.lapsed.take());
+        }
+    }
+
+    fn hear_data(&mut self, domain: Domain, data: WorkerData, retained: bool, now: Instant) {
+        if !retained {
             self.heard(false, now);
         }
-        match data {
-            Some(data) => self.data.insert(domain, data),
-            None => self.data.remove(&domain),
-        };
+        self.removed.remove(&domain);
+        self.data.insert(domain, data);
+    }
+
+    /// Its data in this domain was removed: whether it stays all the same, which it does as long as it counts there.
+    fn keeps_data(&mut self, domain: &Domain, now: Instant) -> bool {
+        let keeps = self.data.contains_key(domain) && self.counts_in(domain, now);
+        if keeps {
+            self.removed.insert(domain.clone());
+        } else {
+            self.data.remove(domain);
+        }
+        keeps
+    }
+
+    /// Drops data that was removed and does not stay any longer, and returns its domains.
+    fn expire_data(&mut self, now: Instant) -> Vec<Domain> {
+        let over: Vec<_> = self.removed.iter().filter(|domain| !self.counts_in(domain, now)).cloned().collect();
+        for domain in &over {
+            self.removed.remove(domain);
+            self.data.remove(domain);
+        }
+        over
+    }
+
+    /// Whether it has counted its peers in this domain lately, or came online only lately.
+    fn counts_in(&self, domain: &Domain, now: Instant) -> bool {
+        let came = self.status.and_then(|(at, online)| online.then_some(at));
+        let last = self.counted.get(domain).copied().max(came);
+        last.is_some_and(|last| now.saturating_duration_since(last) < LIVENESS)
     }
 
     /// A count that is published once more for a newcomer says nothing of the answers given since.
@@ -589,6 +677,9 @@ impl Worker {
         self.silent = false;
         if !retained && peers != Peers::Unsaid {
             self.heard(matches!(peers, Peers::Connected(_)), now);
+        }
+        if matches!(peers, Peers::Connected(_)) {
+            self.counted.insert(domain.clone(), now);
         }
         match peers {
             Peers::Connected(peers) if self.is_repeated(&domain, peers, now) => None,

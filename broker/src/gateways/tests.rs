@@ -123,7 +123,6 @@ fn a_worker_without_status_data_or_count_is_never_chosen() {
     for (topic, payload) in [
         ("wireguard-worker/a/status", "0"),
         ("wireguard-worker/a/status", ""),
-        ("wireguard-worker/a/ff_a/data", ""),
         ("wireguard-metrics/ff_a/a/connected_peers", "-1"),
         ("wireguard-metrics/ff_a/a/connected_peers", ""),
     ] {
@@ -377,9 +376,12 @@ fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
         (&[(status, "0", FOUND), (count, "3", LIVE)], 65),
         (&[(status, "0", LIVE), (count, "-1", LIVE)], 0),
         (&[(status, "0", LIVE), (hello, can, LIVE)], 0),
-        (&[(count, "3", LIVE)], 0),
+        // No status, as somebody removed it, or the server hands out none.
+        (&[(count, "3", LIVE)], 65),
         (&[(count, "3", LIVE), (count, "3", LIVE)], 65),
+        (&[(count, "3", FOUND), (status, "", LIVE), (count, "3", LIVE)], 65),
         (&[(count, "3", FOUND)], 0),
+        (&[(hello, can, LIVE)], 0),
     ];
     for (messages, seconds) in cases {
         let (mut gateways, now) = (gateways(&[]), Instant::now());
@@ -393,6 +395,108 @@ fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
             assert_eq!(gateways.expire(until), ["a"], "{messages:?}");
         }
         assert!(!gateways.is_online("a") && gateways.expire(until).is_empty());
+    }
+}
+
+/// What may stand as an original's hello, written by hand or left from a worker of ours.
+#[test]
+fn a_hello_counts_as_long_as_it_is_repeated_or_the_worker_confirms() {
+    let hellos = [
+        r#"{"version":"9","can":["confirm"],"domains":["ff_a"]}"#,
+        r#"{"version":"9","can":["confirm"],"domains":[]}"#,
+        r#"{"version":"9","can":[]}"#,
+    ];
+    let topic = Topic::parse("wgkex/worker/a/hello").unwrap();
+    for (hello, retained) in hellos.into_iter().flat_map(|hello| [(hello, false), (hello, true)]) {
+        let (mut gateways, now) = (gateways(&[]), Instant::now());
+        let seconds = |seconds| now + Duration::from_secs(seconds);
+        let ours = Hello::parse(hello.as_bytes()).unwrap().unwrap();
+        let counts = |gateways: &Gateways| gateways.workers["a"].hello.is_some();
+        gateways.arrive("a", 3);
+        gateways.hear(&topic, b"", false, now).unwrap();
+        gateways.hear(&topic, hello.as_bytes(), retained, now).unwrap();
+        gateways.expire(seconds(60));
+        gateways.hear(&topic, hello.as_bytes(), false, seconds(60)).unwrap();
+        gateways.expire(seconds(124));
+        assert!(counts(&gateways), "{hello}");
+        assert_eq!(gateways.best("ff_a").is_some(), ours.serves("ff_a"), "{hello}");
+        let confirms = gateways.confirmed("a", seconds(124));
+        assert_eq!(confirms, ours.confirms(), "{hello}");
+        gateways.expire(seconds(125));
+        assert_eq!(counts(&gateways), confirms, "{hello}");
+        gateways
+            .hear(&Topic::ConnectedPeers { domain: "ff_a".into(), worker: "a".into() }, b"4", false, seconds(180))
+            .unwrap();
+        gateways.expire(seconds(189));
+        assert!(!counts(&gateways), "{hello}");
+        assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["a"]), "{hello}");
+        assert_eq!(gateways.choose(&domain("ff_a"), |_, _| true).map(|choice| choice.confirms), Some(false), "{hello}");
+        assert_eq!(gateways.confirmed("a", seconds(190)), ours.confirms(), "{hello}: one of ours confirms again");
+        assert_eq!(counts(&gateways), ours.confirms(), "{hello}");
+    }
+}
+
+#[test]
+fn data_that_is_removed_stays_as_long_as_the_gateway_counts_there() {
+    let (data, count) = ("wireguard-worker/old/ff_a/data", "wireguard-metrics/ff_a/old/connected_peers");
+    let (data, count) = (Topic::parse(data).unwrap(), Topic::parse(count).unwrap());
+    let key: PublicKey = KEY.parse().unwrap();
+    for removed in [false, true] {
+        let (mut gateways, now) = (gateways(&[]), Instant::now());
+        let seconds = |seconds| now + Duration::from_secs(seconds);
+        gateways.data("old", "ff_a");
+        gateways.live("wireguard-worker/old/status", "1");
+        gateways.hear(&data, b"", removed, now).unwrap();
+        assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["old"]), "it came just now");
+        for at in [60, 120, 180, 240] {
+            gateways.hear(&count, b"3", false, seconds(at)).unwrap();
+            gateways.hear(&data, b"", removed, seconds(at)).unwrap();
+            gateways.expire(seconds(at + 59));
+            assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
+        }
+        // Somebody says that it is offline, and it counts again.
+        gateways.hear(&Topic::WorkerStatus { worker: "old".into() }, b"0", false, seconds(299)).unwrap();
+        assert_eq!(gateways.best("ff_a"), None);
+        gateways.hear(&count, b"3", false, seconds(300)).unwrap();
+        assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
+        assert!(gateways.forbids(&key, false));
+        // It does not any longer.
+        gateways.expire(seconds(449));
+        assert!(gateways.workers["old"].data.contains_key("ff_a"));
+        gateways.expire(seconds(450));
+        assert!(gateways.workers["old"].data.is_empty() && !gateways.forbids(&key, false));
+    }
+}
+
+#[test]
+fn data_that_was_removed_does_not_outlive_the_bus_and_is_good_when_it_comes_again() {
+    let key: PublicKey = KEY.parse().unwrap();
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 0);
+    gateways.live("wireguard-worker/a/ff_a/data", "");
+    gateways.data("a", "ff_a");
+    gateways.forget();
+    assert!(gateways.forbids(&key, false));
+    gateways.arrive("a", 0);
+    gateways.live("wireguard-worker/a/ff_a/data", "");
+    gateways.forget();
+    assert!(!gateways.forbids(&key, false));
+}
+
+#[test]
+fn what_is_cleared_away_says_nothing_of_anybody() {
+    for topic in [
+        "wireguard-worker/gone/status",
+        "wireguard-worker/gone/ff_a/data",
+        "wireguard-metrics/ff_a/gone/connected_peers",
+        "wgkex/worker/gone/hello",
+    ] {
+        let mut gateways = gateways(&[]);
+        gateways.live(topic, "");
+        gateways.found(topic, "");
+        assert!(!gateways.is_known(&domain("ff_a")), "{topic}");
+        assert_eq!(gateways.overview(), [], "{topic}");
+        assert!(gateways.reach().is_empty(), "{topic}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! What stands on the bus, and what living programs are: whoever makes them differ, they are the same again within a minute.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use wgkex_tests::in_memory::InMemory;
@@ -8,12 +9,14 @@ use wgkex_tests::scripted::{applied, data, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key, wait_within};
 
-use super::on_both;
+use super::{SHORT, on_both};
 
 on_both!(
     a_living_gateways_states_heal_whoever_disturbs_them,
     a_living_brokers_states_heal_whoever_disturbs_them,
     an_original_is_alive_as_long_as_it_counts,
+    an_originals_states_heal_although_it_publishes_them_once,
+    what_is_cleared_away_says_nothing_of_anybody,
     what_nobody_retains_is_published_for_who_comes_up,
 );
 
@@ -34,6 +37,14 @@ fn retained(stack: &Stack, topic: &str) -> Option<Said> {
     newcomer.heard().into_iter().find(|said| said.retain)
 }
 
+fn empty(said: Said) -> Said {
+    Said { payload: Vec::new(), ..said }
+}
+
+fn with(said: Said, payload: &str) -> Said {
+    Said { payload: payload.into(), ..said }
+}
+
 /// Failed before for each but the count.
 fn a_living_gateways_states_heal_whoever_disturbs_them(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
@@ -41,7 +52,6 @@ fn a_living_gateways_states_heal_whoever_disturbs_them(bus: Bus) {
     stack.wait_for_gateways(1);
     assert_eq!(stack.v2(DOMAIN, &key(0)).status, 200);
     let stranger = stack.probe(Role::new("stranger", &[]));
-    let empty = |said: Said| Said { payload: Vec::new(), ..said };
     let disturbances = [
         // A last will that is published late.
         status("gw1", "0"),
@@ -95,6 +105,95 @@ fn an_original_is_alive_as_long_as_it_counts(bus: Bus) {
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(2)).status), (200, 200));
 }
 
+/// Failed before for the hellos and where data was removed. Each gateway is an original, alone in a domain of its own.
+fn an_originals_states_heal_although_it_publishes_them_once(bus: Bus) {
+    type Disturb<'a> = &'a dyn Fn(&str, &str) -> Said;
+    let transient = |said: Said| Said { retain: false, ..said };
+    let serves = |domain: &str| format!(r#"{{"version":"9","can":["confirm"],"domains":[{domain}]}}"#);
+    let disturbances: &[(&str, Disturb)] = &[
+        ("ffx_a", &|gateway, domain| with(hello(gateway), &serves(&format!("{domain:?}")))),
+        ("ffx_b", &|gateway, _| with(hello(gateway), &serves(""))),
+        ("ffx_c", &|gateway, domain| empty(data(gateway, domain))),
+        ("ffx_d", &|gateway, domain| transient(empty(data(gateway, domain)))),
+        ("ffx_e", &|gateway, domain| with(data(gateway, domain), "garbage")),
+        ("ffx_f", &|gateway, domain| with(data(gateway, domain), "{}")),
+        ("ffx_g", &|gateway, _| empty(status(gateway, ""))),
+        ("ffx_h", &|gateway, _| status(gateway, "garbage")),
+        ("ffx_i", &|gateway, domain| empty(peers_of(gateway, domain, ""))),
+        ("ffx_k", &|gateway, domain| peers_of(gateway, domain, "-1")),
+    ];
+    let domains: Vec<_> = disturbances.iter().map(|(domain, _)| *domain).collect();
+    let gateway = |domain: &str| format!("gw-{domain}");
+    let stack = Stack::start(Plan::new(bus).config(SHORT).domains(domains.clone()));
+    let originals = stack.probe(Role::new("originals", &[]));
+    for domain in &domains {
+        let gateway = gateway(domain);
+        originals.say_all([data(&gateway, domain), status(&gateway, "1"), peers_of(&gateway, domain, "3")]);
+    }
+    stack.wait_for_gateways(10);
+    let stranger = stack.probe(Role::new("stranger", &[]));
+    for (domain, disturb) in disturbances {
+        stranger.say(disturb(&gateway(domain), domain));
+    }
+    let mut counted = Instant::now();
+    let mut ask = |domain: &str| {
+        if counted.elapsed() > Duration::from_secs(30) {
+            originals.say_all(domains.iter().map(|domain| peers_of(&gateway(domain), domain, "4")));
+            counted = Instant::now();
+        }
+        (stack.v1(domain, &key(1)).status, stack.v2(domain, &key(2)).status)
+    };
+    let begun = Instant::now();
+    let mut ill = domains.clone();
+    while !ill.is_empty() {
+        assert!(begun.elapsed() < HEALED, "not healed: {ill:?}");
+        ill.retain(|domain| ask(domain) != (200, 200));
+        thread::sleep(Duration::from_millis(500));
+    }
+    assert!(domains.iter().all(|domain| ask(domain) == (200, 200)), "it lasts");
+}
+
+/// Failed before: a second count was waited for.
+#[test]
+fn an_original_whose_status_was_lost_while_no_broker_was_there_is_alive_at_its_next_count() {
+    let mut stack = Stack::start(Plan::new(Bus::Mosquitto).domains(["ffx_a", "ffx_b", "ffx_c"]));
+    let originals = stack.probe(Role::new("originals", &[]));
+    let gateways = [("gw1", "ffx_a"), ("gw2", "ffx_b"), ("gw3", "ffx_c")];
+    for (gateway, domain) in gateways {
+        originals.say_all([data(gateway, domain), status(gateway, "1"), peers_of(gateway, domain, "3")]);
+    }
+    stack.wait_for_gateways(3);
+    assert!(stack.stop_broker().success());
+    originals.say_all([status("gw1", "garbage"), empty(status("gw2", ""))]);
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack.wait_for_gateways(1);
+    for (gateway, domain) in &gateways[..2] {
+        assert_eq!(stack.v2(domain, &key(1)).status, 503);
+        originals.say(peers_of(gateway, domain, "3"));
+    }
+    stack.wait_for_gateways(3);
+    for (_, domain) in gateways {
+        assert_eq!((stack.v1(domain, &key(1)).status, stack.v2(domain, &key(2)).status), (200, 200));
+    }
+}
+
+/// Failed before as 503, and for good: gateways were taken to be known there.
+fn what_is_cleared_away_says_nothing_of_anybody(bus: Bus) {
+    let stack = Stack::start(Plan::new(bus));
+    let operator = stack.probe(Role::new("operator", &[]));
+    let left = [data("gone", DOMAIN), peers_of("gone", DOMAIN, ""), status("gone", ""), hello("gone")];
+    operator.say_all(left.map(empty));
+    // It serves no domain, and what was said before it has been heard.
+    operator.say(status("marker", "1"));
+    stack.wait_for_gateways(1);
+    assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
+    let ready = stack.get("/readyz").body;
+    assert!(ready.contains("no gateway has published its state"), "{ready}");
+    let page = stack.get("/").body;
+    assert!(page.contains("marker") && !page.contains("gone"), "{page}");
+}
+
 /// Failed before: what was written decided for good.
 #[test]
 fn a_dead_gateway_that_is_said_to_be_alive_is_dead_again_within_a_minute() {
@@ -107,7 +206,9 @@ fn a_dead_gateway_that_is_said_to_be_alive_is_dead_again_within_a_minute() {
     stack.wait_for_gateways(0);
     stranger.say(status("dead1", "1"));
     stranger.say(peers_of("dead2", DOMAIN, "0"));
-    stack.wait_for_gateways(2);
+    // Of this one no status was ever received.
+    stranger.say(peers_of("dead3", DOMAIN, "0"));
+    stack.wait_for_gateways(3);
     let online = "wgkex_broker_gateways{state=\"online\"}";
     let took = within_a_minute("they are taken for offline", || stack.metric(online) == Some(0.0));
     assert!(took > Duration::from_secs(30), "an original counts once a minute: {took:?}");
