@@ -2,14 +2,15 @@
 //!
 //! Follow a client: [`pending`] has a place for it, [`admit`] lets it in, [`connection`] runs its [`session`], which says
 //! and hears what it may on the [`bus`]. Behind that, [`router`] carries what is said to all who listen, and [`retained`]
-//! keeps what is to be kept, on disk by [`file`]. [`quota`] is what one user may take, and [`guesses`] how often a
-//! password may be wrong.
+//! keeps what is to be kept, on disk by [`file`]. [`quota`] is what one user may take, [`checks`] whose password is
+//! verified next, and [`guesses`] how often one may be wrong.
 //!
-//! Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up, and the
-//! router's.
+//! Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up, one at
+//! each door that verifies passwords, and the router's.
 
 mod admit;
 mod bus;
+mod checks;
 mod connection;
 mod file;
 pub mod filter;
@@ -55,7 +56,7 @@ use self::message::Message;
 use self::pending::{Pending, Place};
 use self::quota::{Cost, LOGIN, Rarely};
 use self::session::Session;
-use self::users::{Origin, Users};
+use self::users::Users;
 use crate::certificate::Certificate;
 use crate::metrics::Metrics;
 
@@ -222,10 +223,11 @@ impl Serving {
     }
 
     /// One connection, from its first byte to its last.
-    async fn serve(self, stream: TcpStream, door: Arc<Door>, place: Place) {
+    async fn serve(self, stream: TcpStream, door: Arc<Door>, mut place: Place) {
+        let evicted = place.evicted();
         let entered = tokio::select! {
-            entered = self.enter(stream, &door, &place) => entered,
-            () = place.evicted() => return self.count(EVICTED),
+            entered = self.enter(stream, &door, &mut place) => entered,
+            () = evicted.notified() => return self.count(EVICTED),
         };
         drop(place);
         let Some((stream, input, client, seat)) = entered else { return };
@@ -248,10 +250,9 @@ impl Serving {
         &self,
         stream: TcpStream,
         door: &Door,
-        place: &Place,
+        place: &mut Place,
     ) -> Option<(Box<dyn Stream>, BytesMut, Client, Seat)> {
-        let origin = Origin { client: place.client(), is_known: place.is_known() };
-        let (stream, input, client) = match door.admit(stream, origin).await {
+        let (stream, input, client) = match door.admit(stream, place).await {
             Ok(admitted) => admitted,
             Err(refusal) => {
                 self.count(refusal);

@@ -1,9 +1,14 @@
 //! Passwords as Argon2id hashes, in the PHC string format.
 
-use argon2::Argon2;
-use argon2::password_hash::phc::PasswordHash;
-use argon2::password_hash::{PasswordHasher, PasswordVerifier as _};
+use std::fmt::Display;
+
+use argon2::password_hash::PasswordHasher;
+use argon2::password_hash::phc::{Output, PasswordHash, Salt};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 use ring::rand::{SecureRandom as _, SystemRandom};
+
+/// The memory that a hash may take, in KiB: whoever connects makes this program take it.
+const MEMORY_MAX: u32 = 256 << 10;
 
 /// No hash can be made or read; the text says why.
 #[derive(Debug, thiserror::Error)]
@@ -19,21 +24,94 @@ pub fn hash(password: &str) -> Result<String, PasswordError> {
     hash.map(|hash| hash.to_string()).map_err(|error| PasswordError(error.to_string()))
 }
 
-/// Whether `phc` is a hash at all.
+/// Whether `phc` is a hash at all, and one that does not take too much memory.
 pub fn check(phc: &str) -> Result<(), PasswordError> {
-    PasswordHash::new(phc).map(drop).map_err(|error| PasswordError(format!("is not a password's hash: {error}")))
+    Parsed::new(phc).map(drop)
 }
 
-/// Whether `phc` is a hash of `password`. It takes tens of milliseconds and 19 MiB, on purpose.
-#[must_use]
-pub fn verify(phc: &str, password: &str) -> bool {
-    let verified = |hash| Argon2::default().verify_password(password.as_bytes(), &hash).is_ok();
-    PasswordHash::new(phc).is_ok_and(verified)
+/// Verifies one password after the other, always in the same memory: what is given back to the allocator each time stays
+/// in pieces with the program.
+#[derive(Default)]
+pub struct Verifier {
+    memory: Vec<Block>,
+}
+
+impl Verifier {
+    /// Whether `phc` is a hash of `password`. It takes tens of milliseconds and 19 MiB, on purpose.
+    #[must_use]
+    pub fn verify(&mut self, phc: &str, password: &str) -> bool {
+        let Ok(Parsed { argon2, salt, output }) = Parsed::new(phc) else { return false };
+        let blocks = argon2.params().block_count();
+        if self.memory.len() < blocks {
+            self.memory = Vec::new();
+            self.memory.resize(blocks, Block::new());
+        }
+        let mut found = [0; Output::MAX_LENGTH];
+        let found = &mut found[..output.len()];
+        let hashed = argon2.hash_password_into_with_memory(password.as_bytes(), salt.as_ref(), found, &mut self.memory);
+        // Outputs are compared in constant time.
+        hashed.is_ok() && Output::new(found) == Ok(output)
+    }
+}
+
+/// What a hash says.
+struct Parsed {
+    argon2: Argon2<'static>,
+    salt: Salt,
+    output: Output,
+}
+
+impl Parsed {
+    fn new(phc: &str) -> Result<Self, PasswordError> {
+        let hash = PasswordHash::new(phc).map_err(no_hash)?;
+        let (Some(salt), Some(output)) = (hash.salt, hash.hash) else { return Err(no_hash("it is not whole")) };
+        let algorithm = Algorithm::try_from(hash.algorithm.as_str()).map_err(no_hash)?;
+        let version = hash.version.map(Version::try_from).transpose().map_err(no_hash)?;
+        let params = Params::try_from(&hash).map_err(no_hash)?;
+        if params.m_cost() > MEMORY_MAX {
+            return Err(PasswordError(format!("takes more than {} MiB", MEMORY_MAX >> 10)));
+        }
+        Ok(Self { argon2: Argon2::new(algorithm, version.unwrap_or_default(), params), salt, output })
+    }
+}
+
+fn no_hash(error: impl Display) -> PasswordError {
+    PasswordError(format!("is not a password's hash: {error}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn verify(phc: &str, password: &str) -> bool {
+        Verifier::default().verify(phc, password)
+    }
+
+    #[test]
+    fn hashes_of_all_kinds_are_verified_in_the_same_memory() {
+        let mut verifier = Verifier::default();
+        for (algorithm, version, (m, t, p)) in [
+            (Algorithm::Argon2id, Version::V0x13, (19_456, 2, 1)),
+            (Algorithm::Argon2i, Version::V0x10, (64, 3, 2)),
+            (Algorithm::Argon2d, Version::V0x13, (30_000, 1, 4)),
+            (Algorithm::Argon2id, Version::V0x13, (19_456, 2, 1)),
+        ] {
+            let hasher = Argon2::new(algorithm, version, Params::new(m, t, p, Some(24)).unwrap());
+            let phc: PasswordHash = hasher.hash_password_with_salt(b"right", b"some salt").unwrap();
+            let phc = phc.to_string();
+            assert!(check(&phc).is_ok());
+            assert!(verifier.verify(&phc, "right") && !verifier.verify(&phc, "wrong"), "{phc}");
+        }
+    }
+
+    #[test]
+    fn a_hash_that_takes_much_memory_is_refused() {
+        let phc = |memory| {
+            format!("$argon2id$v=19$m={memory},t=2,p=1$c29tZXNhbHQ$9sTbSlTio3Biev89thdrlKKiCaYsjjYVJxGAL3swxpQ")
+        };
+        assert!(check(&phc(262_144)).is_ok());
+        assert_eq!(check(&phc(262_145)).unwrap_err().to_string(), "takes more than 256 MiB");
+    }
 
     #[test]
     fn a_password_fits_its_own_hash_only() {

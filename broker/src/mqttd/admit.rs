@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::filter::is_topic;
 use super::message::Message;
+use super::pending::Place;
 use super::quota::{Account, Offence};
 use super::users::{Denied, Origin, Users};
 use crate::access::Access;
@@ -89,14 +90,21 @@ impl Door {
     pub async fn admit(
         &self,
         stream: TcpStream,
-        origin: Origin,
+        place: &mut Place,
     ) -> Result<(Box<dyn Stream>, BytesMut, Client), Refusal> {
         let deadline = Instant::now() + PATIENCE;
         let met = timeout_at(deadline, self.meet(stream)).await.map_err(|_| SILENT)?;
         let (mut stream, mut input) = (met.map_err(|_| PROTOCOL)?, BytesMut::new());
         let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(SILENT));
         let known = match read {
-            Ok(connect) => timeout_at(deadline, self.know(connect, origin)).await.unwrap_or(Err(BUSY)),
+            Ok(connect) => {
+                let origin = Origin { client: place.client(), is_known: place.is_known() };
+                // Who waits until its password is verified has a place there, which newcomers do not take.
+                place.leave();
+                let known = timeout_at(deadline, self.know(connect, origin)).await.unwrap_or(Err(BUSY));
+                place.come_back();
+                known
+            }
             Err(refusal) => Err(refusal),
         };
         match known {
@@ -126,6 +134,7 @@ impl Door {
         let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
             Denied::Wrong => PASSWORD,
             Denied::TooOften => GUESSES,
+            Denied::Crowded => FULL,
         })?;
         let id = match client_id.as_str() {
             "" if clean_session => user.new_id(),

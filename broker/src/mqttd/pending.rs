@@ -43,10 +43,7 @@ impl Pending {
         let (client, evicted) = (Client::from(address), Arc::new(Notify::new()));
         let mut places = lock(&self.0);
         let is_known = places.logins.is_known(client);
-        let (id, evicts) = places.table(is_known).admit(client, evicted.clone());
-        if let Some(evicts) = evicts {
-            evicts.notify_one();
-        }
+        let id = places.admit(is_known, client, evicted.clone());
         Place { pending: self.clone(), id, client, is_known, evicted }
     }
 }
@@ -62,9 +59,20 @@ impl Place {
         self.is_known
     }
 
-    /// Returns when another connection took the place.
-    pub async fn evicted(&self) {
-        self.evicted.notified().await;
+    /// Tells when another connection took the place.
+    pub fn evicted(&self) -> Arc<Notify> {
+        self.evicted.clone()
+    }
+
+    /// Leaves it to others: the connection has said who it is, and waits elsewhere.
+    pub fn leave(&mut self) {
+        lock(&self.pending.0).table(self.is_known).remove(self.id);
+    }
+
+    /// Takes one again, as who comes last.
+    pub fn come_back(&mut self) {
+        let mut places = lock(&self.pending.0);
+        self.id = places.admit(self.is_known, self.client, self.evicted.clone());
     }
 
     /// `user` logged in from there.
@@ -80,6 +88,14 @@ impl Drop for Place {
 }
 
 impl Places {
+    fn admit(&mut self, is_known: bool, client: Client, evicted: Arc<Notify>) -> u64 {
+        let (id, evicts) = self.table(is_known).admit(client, evicted);
+        if let Some(evicts) = evicts {
+            evicts.notify_one();
+        }
+        id
+    }
+
     fn table(&mut self, is_known: bool) -> &mut Table<Arc<Notify>> {
         if is_known { &mut self.known } else { &mut self.unknown }
     }
@@ -208,10 +224,25 @@ mod tests {
         assert!(gateway.is_known());
         let crowd: Vec<_> = (0..2 * PLACES).map(|n| pending.enter(address(n))).collect();
         for place in &crowd[..PLACES] {
-            place.evicted().await;
+            place.evicted().notified().await;
         }
-        let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted()).await;
+        let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted().notified()).await;
         assert!(waits.is_err());
+    }
+
+    #[tokio::test]
+    async fn who_said_who_it_is_gives_way_to_nobody_until_it_is_back() {
+        let pending = Pending::default();
+        let crowd = || (0..PLACES).map(|n| pending.enter([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let mut place = pending.enter([192, 0, 2, 1].into());
+        let evicted = place.evicted();
+        let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;
+        place.leave();
+        drop(crowd().collect::<Vec<_>>());
+        assert!(waits().await.is_err());
+        place.come_back();
+        let _crowd: Vec<_> = crowd().collect();
+        assert!(waits().await.is_ok());
     }
 
     #[test]

@@ -1,23 +1,26 @@
 //! Who may connect, and as whom.
 
 use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
 use ring::hmac::{self, HMAC_SHA256};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use rumqttc::Login;
-use tokio::sync::Semaphore;
-use tokio::task::spawn_blocking;
+use tokio::sync::oneshot;
 use tracing::warn;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
+use super::checks::Queue;
 use super::guesses::Guesses;
 use super::quota::{Account, Offence};
 use crate::access::Access;
 use crate::client::Client;
-use crate::{lock, password};
+use crate::lock;
+use crate::password::{self, Verifier};
 
 const NO_RANDOM: &str = "the system gives no random numbers";
 
@@ -38,13 +41,28 @@ pub struct Users {
     known: BTreeMap<String, Arc<Known>>,
     /// What everybody shares where there are no users.
     anyone: Account,
-    /// One password is verified at once: it takes a core for a while, and 19 MiB.
-    verifying: Arc<Semaphore>,
-    /// One of those from where nobody logged in before waits for that beside the others, so that these come next.
-    unknown: Semaphore,
-    guesses: Arc<Mutex<Guesses>>,
+    passwords: Arc<Passwords>,
+    /// Says to the thread that verifies passwords that one waits; it ends without this.
+    wake: SyncSender<()>,
+}
+
+/// What is known of passwords, and those that are to be verified: by one thread, one after the other. Each takes a core
+/// for a while, and 19 MiB.
+struct Passwords {
+    queue: Mutex<Queue<Check>>,
+    guesses: Mutex<Guesses>,
     /// What a password that was right is remembered by, so that only strangers wait for the slow way.
     tags: hmac::Key,
+}
+
+/// A password that is to be verified.
+struct Check {
+    known: Arc<Known>,
+    password: String,
+    client: Client,
+    /// Stands for the user's name.
+    number: u64,
+    answer: oneshot::Sender<Result<bool, Denied>>,
 }
 
 struct Known {
@@ -70,6 +88,8 @@ pub enum Denied {
     Wrong,
     /// It was wrong too often to look at another one now.
     TooOften,
+    /// Too many others wait until somebody looks at theirs.
+    Crowded,
 }
 
 impl User {
@@ -125,15 +145,13 @@ impl Users {
     }
 
     fn none() -> anyhow::Result<Self> {
-        let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new());
-        Ok(Self {
-            known: BTreeMap::new(),
-            anyone: Account::of_anyone(),
-            verifying: Arc::new(Semaphore::new(1)),
-            unknown: Semaphore::new(1),
-            guesses: Arc::default(),
-            tags: tags.map_err(|_| anyhow!("{NO_RANDOM}"))?,
-        })
+        let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new()).map_err(|_| anyhow!("{NO_RANDOM}"))?;
+        let passwords = Arc::new(Passwords { queue: Mutex::default(), guesses: Mutex::default(), tags });
+        let (wake, woken) = sync_channel(1);
+        let verifying = passwords.clone();
+        let thread = thread::Builder::new().name("mqtt-passwords".into());
+        thread.spawn(move || verifying.verify_all(&woken)).context("the thread for passwords does not start")?;
+        Ok(Self { known: BTreeMap::new(), anyone: Account::of_anyone(), passwords, wake })
     }
 
     /// This broker itself, and how it logs in: with a password that nobody else ever sees.
@@ -142,7 +160,7 @@ impl Users {
         SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("{NO_RANDOM}"))?;
         let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         let mut users = Self::none()?;
-        let tag = Mutex::new(Some(hmac::sign(&users.tags, password.as_bytes())));
+        let tag = Mutex::new(Some(users.passwords.tag(&password)));
         let known = Known { hash: Secret::new(String::new()), role: Role::Broker, tag, account: Account::own() };
         users.known.insert(OWN.into(), Arc::new(known));
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
@@ -158,8 +176,8 @@ impl Users {
         let number = self.number(&username);
         let user = self.known.get(&username);
         let Some(verified) = user.or_else(|| self.stand_in(number)) else { return Err(Denied::Wrong) };
-        let is_remembered = user.is_some_and(|user| self.remembers(user, &password));
-        let is_right = is_remembered || self.verify(verified, &password, (origin, number)).await?;
+        let is_remembered = user.is_some_and(|user| self.passwords.remembers(user, &password));
+        let is_right = is_remembered || self.verify(verified, password, (origin, number)).await?;
         match user {
             Some(user) if is_right => Ok((User::Named(username, user.role), user.account.clone())),
             Some(user) if user.account.may_warn(Offence::Password) => {
@@ -172,7 +190,7 @@ impl Users {
 
     /// Stands for a name, which may be any text.
     fn number(&self, name: &str) -> u64 {
-        let tag = hmac::sign(&self.tags, name.as_bytes());
+        let tag = self.passwords.tag(name);
         tag.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
@@ -182,44 +200,82 @@ impl Users {
         self.known.values().nth(usize::try_from(place).ok()?)
     }
 
+    async fn verify(
+        &self,
+        known: &Arc<Known>,
+        password: String,
+        (Origin { client, is_known }, number): (Origin, u64),
+    ) -> Result<bool, Denied> {
+        let (answer, answered) = oneshot::channel();
+        let check = Check { known: known.clone(), password, client, number, answer };
+        if let Some(verdict) = self.passwords.verdict(&check, Instant::now()) {
+            return verdict;
+        }
+        let goes = lock(&self.passwords.queue).push(Origin { client, is_known }, check);
+        if let Some(goes) = goes {
+            goes.answer(Err(Denied::Crowded));
+        }
+        // If it is full, it is said already.
+        let _ = self.wake.try_send(());
+        answered.await.unwrap_or(Err(Denied::Crowded))
+    }
+}
+
+impl Passwords {
+    fn verify_all(&self, woken: &Receiver<()>) {
+        let mut verifier = Verifier::default();
+        while woken.recv().is_ok() {
+            while let Some(check) = self.next() {
+                let is_right = verifier.verify(check.known.hash.expose(), &check.password);
+                if is_right {
+                    *lock(&check.known.tag) = Some(self.tag(&check.password));
+                } else {
+                    lock(&self.guesses).was_wrong(check.client, check.number, Instant::now());
+                }
+                check.answer(Ok(is_right));
+            }
+        }
+    }
+
+    /// The next one to verify. What is known by now of the password, the user or the client answers others who wait.
+    fn next(&self) -> Option<Check> {
+        let (now, mut queue) = (Instant::now(), lock(&self.queue));
+        for check in queue.settle(|check| self.verdict(check, now).is_some()) {
+            if let Some(verdict) = self.verdict(&check, now) {
+                check.answer(verdict);
+            }
+        }
+        queue.next()
+    }
+
+    /// What the answer is if the password need not be verified.
+    fn verdict(&self, check: &Check, now: Instant) -> Option<Result<bool, Denied>> {
+        let Check { known, password, client, number, answer } = check;
+        if answer.is_closed() {
+            Some(Ok(false))
+        } else if self.remembers(known, password) {
+            Some(Ok(true))
+        } else if lock(&self.guesses).may_try(*client, *number, now) {
+            None
+        } else {
+            Some(Err(Denied::TooOften))
+        }
+    }
+
     fn remembers(&self, known: &Known, password: &str) -> bool {
         let tag = *lock(&known.tag);
         tag.is_some_and(|tag| hmac::verify(&self.tags, password.as_bytes(), tag.as_ref()).is_ok())
     }
 
-    async fn verify(
-        &self,
-        known: &Arc<Known>,
-        password: &str,
-        (origin, number): (Origin, u64),
-    ) -> Result<bool, Denied> {
-        self.may_guess(origin, number)?;
-        let _turn_of_unknown = if origin.is_known { None } else { self.unknown.acquire().await.ok() };
-        let Ok(turn) = self.verifying.clone().acquire_owned().await else { return Ok(false) };
-        // Another connection of the same user may have had its turn, or one of the same client been wrong.
-        if self.remembers(known, password) {
-            return Ok(true);
-        }
-        self.may_guess(origin, number)?;
-        let (known, guesses) = (known.clone(), self.guesses.clone());
-        let (tag, tried) = (hmac::sign(&self.tags, password.as_bytes()), password.to_owned());
-        let verified = spawn_blocking(move || {
-            // Who gives up waiting does not free the turn, and what was found out counts all the same.
-            let _turn = turn;
-            let is_right = password::verify(known.hash.expose(), &tried);
-            if is_right {
-                *lock(&known.tag) = Some(tag);
-            } else {
-                lock(&guesses).was_wrong(origin.client, number, Instant::now());
-            }
-            is_right
-        });
-        Ok(verified.await.unwrap_or(false))
+    fn tag(&self, text: &str) -> hmac::Tag {
+        hmac::sign(&self.tags, text.as_bytes())
     }
+}
 
-    fn may_guess(&self, Origin { client, .. }: Origin, number: u64) -> Result<(), Denied> {
-        let may_try = lock(&self.guesses).may_try(client, number, Instant::now());
-        if may_try { Ok(()) } else { Err(Denied::TooOften) }
+impl Check {
+    /// Says it to who waits for it, unless it gave up.
+    fn answer(self, verdict: Result<bool, Denied>) {
+        let _ = self.answer.send(verdict);
     }
 }
 
@@ -229,8 +285,10 @@ mod tests {
     use std::net::IpAddr;
     use std::time::Duration;
 
+    use futures_util::future::select_all;
     use tokio::time::timeout;
 
+    use super::super::checks::PLACES;
     use super::*;
 
     fn users() -> Users {
@@ -276,24 +334,52 @@ mod tests {
         assert_eq!(admit(&users, Some(login("x", "y"))).await, Ok(User::Anyone));
     }
 
+    /// Nobody verifies passwords of these any longer.
+    fn asleep(mut users: Users) -> Users {
+        users.wake = sync_channel(1).0;
+        while Arc::strong_count(&users.passwords) > 1 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        users
+    }
+
     #[tokio::test]
     async fn a_password_that_was_right_waits_for_nobody() {
         let users = users();
         assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok());
-        let _all = users.verifying.acquire().await.unwrap();
+        let users = asleep(users);
         assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok());
         let waits = timeout(Duration::from_millis(100), admit(&users, Some(login("gw1", "wrong")))).await;
         assert!(waits.is_err(), "strangers wait for their turn");
     }
 
     #[tokio::test]
-    async fn strangers_wait_for_each_other_and_who_logged_in_before_does_not() {
-        let users = users();
-        let _stranger = users.unknown.acquire().await.unwrap();
-        let known = Origin { is_known: true, ..from(1) };
-        assert_eq!(users.admit(Some(login("gw1", "wrong")), known).await.unwrap_err(), Denied::Wrong);
-        let waits = timeout(Duration::from_millis(100), admit(&users, Some(login("gw1", "right")))).await;
-        assert!(waits.is_err());
+    async fn who_gave_up_and_who_is_answered_by_anothers_check_is_not_verified() {
+        let users = asleep(users());
+        let gives_up = timeout(Duration::from_millis(10), admit(&users, Some(login("gw2", "wrong")))).await;
+        assert!(gives_up.is_err());
+        let right = || admit(&users, Some(login("gw1", "right")));
+        let wrong = || admit(&users, Some(login("b", "wrong")));
+        let verifies = async {
+            let check = users.passwords.next().unwrap();
+            assert_eq!((&check.password[..], check.number), ("right", users.number("gw1")));
+            *lock(&check.known.tag) = Some(users.passwords.tag("right"));
+            let client = from(1).client;
+            (0..15).for_each(|_| lock(&users.passwords.guesses).was_wrong(client, users.number("b"), Instant::now()));
+            assert!(users.passwords.next().is_none());
+            check.answer(Ok(true));
+        };
+        let (first, second, third, ()) = tokio::join!(right(), right(), wrong(), verifies);
+        assert!(first.is_ok() && second.is_ok(), "{first:?} {second:?}");
+        assert_eq!(third, Err(Denied::TooOften));
+    }
+
+    #[tokio::test]
+    async fn who_has_no_place_in_the_queue_is_told() {
+        let users = asleep(users());
+        let waiting = (0..=PLACES).map(|_| Box::pin(admit(&users, Some(login("gw1", "wrong")))));
+        let (told, ..) = timeout(Duration::from_secs(5), select_all(waiting)).await.unwrap();
+        assert_eq!(told, Err(Denied::Crowded));
     }
 
     #[tokio::test]
@@ -303,9 +389,9 @@ mod tests {
         for name in ["gw1", "none"] {
             assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(Denied::Wrong), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());
-            assert!(lock(&users.guesses).may_try(client, number, now));
+            assert!(lock(&users.passwords.guesses).may_try(client, number, now));
             // More than are forgotten while the machine is busy with other tests.
-            (0..15).for_each(|_| lock(&users.guesses).was_wrong(client, number, now));
+            (0..15).for_each(|_| lock(&users.passwords.guesses).was_wrong(client, number, now));
             assert_eq!(admit(&users, Some(login(name, "right"))).await, Err(Denied::TooOften), "{name}");
         }
         assert!(admit(&users, Some(login("b", "right"))).await.is_ok(), "another user");

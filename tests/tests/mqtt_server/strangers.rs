@@ -7,9 +7,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet};
+use wgkex_tests::process::memory;
 use wgkex_tests::raw::{Raw, connect};
 use wgkex_tests::stack::Stack;
-use wgkex_tests::wait_until;
+use wgkex_tests::{wait_until, wait_within};
 
 use crate::access::{TWO, as_user, join, stack};
 use crate::assert_stands;
@@ -120,6 +121,65 @@ fn guesses_from_one_address_are_few_and_keep_nobody_out() {
     let (looked_at, seconds) = (metric(&stack, "password"), begun.elapsed().as_secs_f64());
     assert!(looked_at <= 6.0 + seconds, "{looked_at} guesses in {seconds} s");
     drop(guesses);
+    assert_stands_with_users(&mut stack);
+}
+
+/// Thirty-two connections from each of sixteen addresses, each with a wrong password. Some of those that are
+/// closed are replaced.
+fn guessing_crowd(server: SocketAddr) -> Vec<Ongoing> {
+    let of_address = |last| {
+        let mut number = 0;
+        let mut dial = move || {
+            let mut raw = Raw::dial_from(address(last), server);
+            number += 1;
+            raw.send(&Packet::Connect(guess(&format!("u{number}"), "wrong")));
+            raw
+        };
+        let mut crowd: Vec<_> = (0..32).map(|_| dial()).collect();
+        Ongoing::start(move || {
+            crowd.iter_mut().filter_map(|raw| raw.has_ended().then_some(raw)).take(3).for_each(|raw| *raw = dial());
+            thread::sleep(Duration::from_millis(50));
+        })
+    };
+    (2..18).map(of_address).collect()
+}
+
+/// On the server before, each was closed at once, unanswered, as long as others came.
+#[test]
+fn guesses_from_many_addresses_keep_no_gateway_out() {
+    let mut stack = stack(&TWO);
+    let crowd = guessing_crowd(stack.mqtt);
+    wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
+    // Each for the first time, from where nobody was before.
+    for (last, user) in [(101, "gw1"), (102, "gw2"), (103, "b")] {
+        wait_within(Duration::from_secs(10), &format!("{user} is let in from 127.0.0.{last}"), || {
+            let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user(user, user));
+            (code == Some(ConnectReturnCode::Success)).then_some(())
+        });
+    }
+    drop(crowd);
+    assert_stands_with_users(&mut stack);
+}
+
+/// On the server before, it was 19 MiB for each of many threads.
+#[test]
+fn guesses_take_the_memory_of_one() {
+    let mut stack = stack(&TWO);
+    let server = stack.mqtt;
+    let before = memory(stack.broker().pid());
+    let guess_from = |last| {
+        let is_wrong = move |n: usize| {
+            let code = Raw::dial_from(address(last), server).log_in(&guess(&format!("u{n}"), "wrong"));
+            code == Some(ConnectReturnCode::NotAuthorized)
+        };
+        // Some may not have their turn in time.
+        thread::spawn(move || (0..1_000).filter(|n| is_wrong(*n)).take(13).count())
+    };
+    let guessers: Vec<_> = (2..18).map(guess_from).collect();
+    let wrong: usize = guessers.into_iter().map(|guesser| guesser.join().unwrap()).sum();
+    let after = memory(stack.broker().pid());
+    assert!(wrong >= 200, "{wrong}");
+    assert!(after < before + (64 << 10), "{after} KiB, {before} KiB before {wrong} guesses");
     assert_stands_with_users(&mut stack);
 }
 
