@@ -185,10 +185,10 @@ fn a_word_that_comes_late_answers_the_routers_next_request_at_once(bus: Bus) {
         assert_eq!(response.status, 200);
         assert!(n == 1 || response.json() == endpoint("gw2"), "{response:?}");
     }
-    // Every request is heard on the bus all the same.
-    for n in [1, 1, 2, 2] {
-        assert_eq!(witness.next_on(&key_topic(DOMAIN)).text(), key(n));
-    }
+    // Every request is heard on the bus all the same; what is answered at once is published beside the next request.
+    let mut heard = [(); 4].map(|()| witness.next_on(&key_topic(DOMAIN)).text());
+    heard.sort();
+    assert_eq!(heard, [1, 1, 2, 2].map(key));
 }
 
 fn a_late_word_does_not_count_when_it_may_not_be_true_any_more(bus: Bus) {
