@@ -713,6 +713,29 @@ mod tests {
         assert_eq!(all, ["message", "down"]);
     }
 
+    /// Quick restarts of the server were taken for another program of the same name, and cost up to 30 s each.
+    #[tokio::test]
+    async fn a_server_where_nobody_listens_between_two_losses_was_restarted() {
+        let config = Config::parse("", "domains: [ff_a]\ndomain_prefixes: [ff_]", "w").unwrap();
+        let (_bus, mut session) = open(&config.mqtt, Client::second("w".into())).unwrap();
+        let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
+        let refused = ConnectionError::Io(std::io::ErrorKind::ConnectionRefused.into());
+        let mut longest = |is_restarted: bool| {
+            let pauses = (0..2 * THROWN_OUT).map(|_| {
+                session.since = Some(Instant::now());
+                session.count_thrown_out(&closed);
+                let pause = session.pause();
+                if is_restarted {
+                    session.count_thrown_out(&refused);
+                }
+                pause
+            });
+            pauses.max().unwrap()
+        };
+        assert!(longest(true) <= PAUSE_MAX);
+        assert!(longest(false) > PAUSE_MAX);
+    }
+
     #[tokio::test]
     async fn a_server_that_is_heard_is_not_dead_although_its_pongs_are_late() {
         let (talkative, silent) = tokio::join!(losses(true), losses(false));
