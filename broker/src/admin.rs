@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 use wgkex_common::config::Secret;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::{Server, Settings, resource};
+use wgkex_common::http::{Server, Settings, readable, resource};
 use wgkex_common::lists::keeper::{BY_CALL, Changed, Handle, Shown};
 use wgkex_common::lists::{Entry, List, hex, parse, unix};
 use wgkex_common::log::AUDIT;
@@ -108,7 +108,7 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
             .app_data(admin)
             .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
             .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
-            .service(resource("/v1/keys", "GET, HEAD, OPTIONS").route(web::get().to(keys)).route(web::head().to(keys)))
+            .service(readable("/v1/keys", keys))
             .service(lists.route(web::post().to(put)).route(web::delete().to(take)))
             .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }

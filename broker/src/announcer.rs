@@ -45,10 +45,6 @@ pub struct Announcer {
     presence: Presence,
     /// When the status was published on this connection; none without one.
     greeted: Option<Instant>,
-    /// It did not come back on this connection, and was taken for come back.
-    is_assumed: bool,
-    /// It has come back on some connection.
-    has_echoed: bool,
     hello_due: Option<Instant>,
     /// The last hello, and when it was published.
     said: Option<(Instant, Vec<u8>)>,
@@ -86,8 +82,6 @@ impl Announcer {
             waiters,
             presence: Presence::default(),
             greeted: None,
-            is_assumed: false,
-            has_echoed: false,
             hello_due: None,
             said: None,
         }
@@ -132,7 +126,7 @@ impl Announcer {
     fn bus_changed(&mut self) {
         let now = Instant::now();
         if *self.links[0].borrow_and_update() == Link::Up {
-            (self.greeted, self.is_assumed) = (Some(now), false);
+            self.greeted = Some(now);
             self.presence.connected(now);
             self.publish_status(Announcement::Retained);
         } else {
@@ -180,16 +174,13 @@ impl Announcer {
             self.publish_status(announcement);
         }
         let mut gateways = lock(&self.gateways);
-        let patience = if self.has_echoed { ECHO_AGAIN } else { ECHO };
+        let patience = if gateways.has_heard_itself() { ECHO_AGAIN } else { ECHO };
         let is_late = self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= patience);
-        if gateways.has_echo() {
-            self.has_echoed |= !self.is_assumed;
-        } else if is_late {
+        if is_late && !gateways.has_echo() {
             warn!(
                 "own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
             gateways.assume_echo(now);
-            self.is_assumed = true;
         }
         if gateways.settle(now) {
             info!("ready: all retained states are heard");

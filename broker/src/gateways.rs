@@ -42,6 +42,8 @@ pub struct Gateways {
     known: BTreeSet<Domain>,
     /// When the own status came back.
     echoed: Option<Instant>,
+    /// It has come back on this connection or an earlier one.
+    has_heard_itself: bool,
     /// When the last retained message came.
     found: Option<Instant>,
     complete: bool,
@@ -178,6 +180,7 @@ impl Gateways {
             reserved,
             known: BTreeSet::new(),
             echoed: None,
+            has_heard_itself: false,
             found: None,
             complete: false,
         }
@@ -217,6 +220,12 @@ impl Gateways {
     #[must_use]
     pub fn has_echo(&self) -> bool {
         self.echoed.is_some()
+    }
+
+    /// Whether the own status has come back on this connection or an earlier one.
+    #[must_use]
+    pub fn has_heard_itself(&self) -> bool {
+        self.has_heard_itself
     }
 
     /// Takes the own status for come back although it did not: the server may not let this broker read it.
@@ -344,6 +353,7 @@ impl Gateways {
         }
         if broker == self.own_name && !retained {
             self.echoed.get_or_insert(now);
+            self.has_heard_itself = true;
         }
         if self.brokers.len() < NAMES_MAX {
             self.brokers.insert(broker.to_owned());

@@ -24,7 +24,7 @@ use tracing::warn;
 use wgkex_common::Domain;
 pub use wgkex_common::http::Server;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::{Settings, refusal, resource};
+use wgkex_common::http::{Settings, readable, refusal, resource};
 use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
 use wgkex_common::tls::rustls::ServerConfig;
@@ -109,14 +109,6 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
 
 fn exchange(path: &str) -> Resource {
     resource(path, "POST, OPTIONS")
-}
-
-fn readable<F, Fut>(path: &str, handler: F) -> Resource
-where
-    F: Fn(Data<App>) -> Fut + Copy + 'static,
-    Fut: Future<Output = HttpResponse> + 'static,
-{
-    resource(path, "GET, HEAD, OPTIONS").route(web::get().to(handler)).route(web::head().to(handler))
 }
 
 /// A GET that brings a key, as the example of the original's README does; without a body it is a mistake.

@@ -7,7 +7,6 @@ use prometheus::{
 use wgkex_common::Domain;
 use wgkex_common::http::connections::Closed;
 use wgkex_common::lists::keeper::News;
-use wgkex_common::lists::records::Refused;
 use wgkex_common::lists::{List, files};
 
 use crate::access::Verb;
@@ -221,8 +220,7 @@ impl Metrics {
             self.list_keys.with_label_values(&[list.name()]).set(keys);
         }
         self.lists_kept.set(i64::from(news.is_kept));
-        let Refused { unsound, future, full } = news.refused;
-        for (reason, number) in [("unsound", unsound), ("future", future), ("full", full)] {
+        for (reason, number) in news.refused.by_reason() {
             let refused = self.list_entries_refused.with_label_values(&[reason]);
             refused.inc_by(number.saturating_sub(refused.get()));
         }

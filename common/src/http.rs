@@ -26,7 +26,7 @@ use actix_web::error::PayloadError;
 use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::http::{Method, StatusCode, Uri};
 use actix_web::web::{self, Bytes};
-use actix_web::{App, Error, HttpMessage as _, HttpResponse, Resource};
+use actix_web::{App, Error, FromRequest, Handler, HttpMessage as _, HttpResponse, Resource, Responder};
 use futures_util::Stream;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -204,6 +204,16 @@ pub fn resource(path: &str, allow: &'static str) -> Resource {
         response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
         response
     }))
+}
+
+/// A resource to read, with HEAD as well as GET.
+pub fn readable<F, Args>(path: &str, handler: F) -> Resource
+where
+    F: Handler<Args>,
+    Args: FromRequest + 'static,
+    F::Output: Responder + 'static,
+{
+    resource(path, "GET, HEAD, OPTIONS").route(web::get().to(handler.clone())).route(web::head().to(handler))
 }
 
 /// A refusal, and the reason in one sentence.

@@ -1,19 +1,16 @@
 //! Debian's NATS server, alone or as a cluster that keeps MQTT's messages on all nodes, and the one address by which programs
 //! reach it: as a name with several addresses does, it leads to the first node that takes connections.
 
-use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rumqttc::{Connect, ConnectReturnCode, Packet, QoS, Subscribe, SubscribeReasonCode};
 
 use crate::process::Process;
+use crate::proxy::{Manner, Proxy};
 use crate::raw::Raw;
 use crate::stack::free_address;
 use crate::wait_within;
@@ -24,7 +21,9 @@ const AGREED: Duration = Duration::from_secs(120);
 /// A cluster that runs.
 pub struct Cluster {
     nodes: Vec<Node>,
-    entrance: Entrance,
+    /// Where programs reach it.
+    address: SocketAddr,
+    _entrance: Proxy,
 }
 
 struct Node {
@@ -39,8 +38,8 @@ impl Cluster {
     pub fn start(dir: &Path, nodes: usize) -> Self {
         let routes: Vec<_> = (0..nodes).map(|_| free_address()).collect();
         let nodes: Vec<_> = (0..nodes).map(|n| Node::start(dir, n, &routes)).collect();
-        let entrance = Entrance::open(nodes.iter().map(|node| node.mqtt).collect());
-        let cluster = Self { nodes, entrance };
+        let (address, servers) = (free_address(), nodes.iter().map(|node| node.mqtt).collect());
+        let cluster = Self { nodes, address, _entrance: Proxy::start(address, servers, Manner::Good) };
         cluster.wait_until_it_serves();
         cluster
     }
@@ -48,7 +47,7 @@ impl Cluster {
     /// Where programs reach it.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        self.entrance.address
+        self.address
     }
 
     /// Ends a node at once.
@@ -114,51 +113,4 @@ fn serves(node: SocketAddr, n: usize) -> bool {
     let granted = [SubscribeReasonCode::Success(QoS::AtLeastOnce)];
     code == Some(ConnectReturnCode::Success)
         && matches!(raw.read(), Some(Packet::SubAck(ack)) if ack.return_codes == granted)
-}
-
-/// Leads each connection to the first node that takes it.
-struct Entrance {
-    address: SocketAddr,
-    is_over: Arc<AtomicBool>,
-}
-
-impl Entrance {
-    fn open(nodes: Vec<SocketAddr>) -> Self {
-        let address = free_address();
-        let listener = TcpListener::bind(address).expect("a free port");
-        let is_over = Arc::new(AtomicBool::new(false));
-        let over = is_over.clone();
-        thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                if over.load(Ordering::Relaxed) {
-                    return;
-                }
-                if let Some(node) = nodes.iter().find_map(|node| TcpStream::connect(node).ok()) {
-                    // A client that is gone already needs no node.
-                    let _ = join(&client, &node);
-                }
-            }
-        });
-        Self { address, is_over }
-    }
-}
-
-impl Drop for Entrance {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-        // It waits for one more.
-        drop(TcpStream::connect(self.address));
-    }
-}
-
-fn join(client: &TcpStream, node: &TcpStream) -> io::Result<()> {
-    for (from, to) in [(client, node), (node, client)] {
-        from.set_nodelay(true)?;
-        let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
-        thread::spawn(move || {
-            let _ = io::copy(&mut from, &mut to);
-            let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
-        });
-    }
-    Ok(())
 }

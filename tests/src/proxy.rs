@@ -1,4 +1,5 @@
-//! A bad line between a program and the MQTT server: slow, or one that loses messages without a trace.
+//! A line between a program and the MQTT server: slow, one that loses messages without a trace, or one that leads to the
+//! first of several servers that takes connections, as a name with several addresses does.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -13,9 +14,11 @@ const UNDER_WAY: usize = 16;
 /// Their size at most.
 const PIECE: usize = 1024;
 
-/// What is wrong with the line.
+/// How the line is.
 #[derive(Debug, Clone, Copy)]
 pub enum Manner {
+    /// Nothing is wrong with it.
+    Good,
     /// Each connection is slow, in both directions.
     Slow {
         /// How long each byte is under way at least.
@@ -42,9 +45,10 @@ struct Shared {
 }
 
 impl Proxy {
-    /// A line from `listen` to `server`, in the network namespace of the calling thread.
+    /// A line from `listen` to the first of the servers that takes a connection, in the network namespace of the calling
+    /// thread.
     #[must_use]
-    pub fn start(listen: SocketAddr, server: SocketAddr, manner: Manner) -> Self {
+    pub fn start(listen: SocketAddr, servers: Vec<SocketAddr>, manner: Manner) -> Self {
         let listener = TcpListener::bind(listen).unwrap_or_else(|error| panic!("listen on {listen}: {error}"));
         listener.set_nonblocking(true).expect("a listener that does not block");
         let (keys, dropped, is_over) = Default::default();
@@ -53,7 +57,7 @@ impl Proxy {
         thread::spawn(move || {
             while !shared.is_over.load(Ordering::Relaxed) {
                 match listener.accept() {
-                    Ok((client, _)) => drop(connect(client, server, &shared)),
+                    Ok((client, _)) => drop(connect(client, &servers, &shared)),
                     Err(_) => thread::sleep(Duration::from_millis(10)),
                 }
             }
@@ -75,13 +79,20 @@ impl Drop for Proxy {
 }
 
 /// Joins both ends until one of them is closed.
-fn connect(client: TcpStream, server: SocketAddr, shared: &Arc<Shared>) -> io::Result<()> {
+fn connect(client: TcpStream, servers: &[SocketAddr], shared: &Arc<Shared>) -> io::Result<()> {
     client.set_nonblocking(false)?;
-    let server = TcpStream::connect_timeout(&server, Duration::from_secs(5))?;
+    let mut reached =
+        servers.iter().filter_map(|server| TcpStream::connect_timeout(server, Duration::from_secs(5)).ok());
+    let server = reached.next().ok_or(io::ErrorKind::ConnectionRefused)?;
     for end in [&client, &server] {
         end.set_nodelay(true)?;
     }
     match shared.manner {
+        Manner::Good => {
+            for (from, to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
+                thread::spawn(move || copy(from, to));
+            }
+        }
         Manner::Slow { delay, rate } => {
             for (from, to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
                 thread::spawn(move || slowly(from, to, delay, rate));
@@ -100,6 +111,11 @@ fn connect(client: TcpStream, server: SocketAddr, shared: &Arc<Shared>) -> io::R
         }
     }
     Ok(())
+}
+
+fn copy(mut from: TcpStream, mut to: TcpStream) {
+    let _ = io::copy(&mut from, &mut to);
+    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }
 
 fn slowly(mut from: TcpStream, mut to: TcpStream, delay: Duration, rate: u32) {

@@ -5,14 +5,14 @@ use std::net::{TcpListener, ToSocketAddrs as _};
 use std::time::Duration;
 
 use actix_web::http::header::ContentType;
-use actix_web::web::{self, Data};
+use actix_web::web::Data;
 use actix_web::{App, HttpResponse};
 use futures_util::future::try_join_all;
 use tokio::time::sleep;
 use tracing::{error, info};
 use wgkex_common::config::Listen;
 use wgkex_common::http::connections::{Connections, prepare};
-use wgkex_common::http::{Server, Settings, resource};
+use wgkex_common::http::{Server, Settings, readable};
 
 use crate::metrics::Metrics;
 
@@ -54,11 +54,10 @@ fn bind(listen: &Listen, metrics: &Metrics) -> io::Result<Vec<Server>> {
 fn server(listener: TcpListener, metrics: Metrics) -> io::Result<Server> {
     let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
     wgkex_common::http::server(listener, settings, &Connections::few(), move || {
-        let readable = |path| resource(path, "GET, HEAD, OPTIONS");
         App::new()
             .app_data(Data::new(metrics.clone()))
-            .service(readable("/metrics").route(web::get().to(text)).route(web::head().to(text)))
-            .service(readable("/healthz").route(web::get().to(healthz)).route(web::head().to(healthz)))
+            .service(readable("/metrics", text))
+            .service(readable("/healthz", healthz))
     })
 }
 

@@ -57,10 +57,10 @@ impl<T> Queue<T> {
         Some(item)
     }
 
-    /// Takes those out who need not wait any longer.
-    pub fn settle(&mut self, mut is_settled: impl FnMut(&T) -> bool) -> Vec<T> {
-        let mut settled = self.known.settle(&mut is_settled);
-        settled.extend(self.unknown.settle(is_settled));
+    /// Takes those out for whom there is a verdict.
+    pub fn settle<V>(&mut self, mut verdict: impl FnMut(&T) -> Option<V>) -> Vec<(T, V)> {
+        let mut settled = self.known.settle(&mut verdict);
+        settled.extend(self.unknown.settle(verdict));
         settled
     }
 }
@@ -97,12 +97,15 @@ impl<T> Lane<T> {
         item
     }
 
-    fn settle(&mut self, mut is_settled: impl FnMut(&T) -> bool) -> Vec<T> {
+    fn settle<V>(&mut self, mut verdict: impl FnMut(&T) -> Option<V>) -> Vec<(T, V)> {
         let mut settled = Vec::new();
         for items in self.of_clients.values_mut() {
-            let (out, left): (VecDeque<_>, _) = mem::take(items).into_iter().partition(&mut is_settled);
-            settled.extend(out);
-            *items = left;
+            for item in mem::take(items) {
+                match verdict(&item) {
+                    Some(verdict) => settled.push((item, verdict)),
+                    None => items.push_back(item),
+                }
+            }
         }
         self.of_clients.retain(|_, items| !items.is_empty());
         self.turns.retain(|client| self.of_clients.contains_key(client));
@@ -183,7 +186,7 @@ mod tests {
     fn who_need_not_wait_is_gone() {
         let (a, b, c) = (stranger(1), stranger(2), known(3));
         let mut queue = queue(&[(a, 1), (a, 2), (b, 4), (c, 6), (a, 3)]);
-        assert_eq!(queue.settle(|item| item % 2 == 0), [6, 2, 4]);
+        assert_eq!(queue.settle(|item| (item % 2 == 0).then_some(())), [6, 2, 4].map(|item| (item, ())));
         assert_eq!(queue.push(b, 8), None);
         assert_eq!(turns(queue), [1, 8, 3]);
     }

@@ -240,10 +240,8 @@ impl Passwords {
     /// The next one to verify. What is known by now of the password, the user or the client answers others who wait.
     fn next(&self) -> Option<Check> {
         let (now, mut queue) = (Instant::now(), lock(&self.queue));
-        for check in queue.settle(|check| self.verdict(check, now).is_some()) {
-            if let Some(verdict) = self.verdict(&check, now) {
-                check.answer(verdict);
-            }
+        for (check, verdict) in queue.settle(|check| self.verdict(check, now)) {
+            check.answer(verdict);
         }
         queue.next()
     }

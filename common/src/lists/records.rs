@@ -60,6 +60,14 @@ pub struct Refused {
     pub full: u64,
 }
 
+impl Refused {
+    /// How many of each reason, by the word that metrics have for it.
+    #[must_use]
+    pub fn by_reason(self) -> [(&'static str, u64); 3] {
+        [("unsound", self.unsound), ("future", self.future), ("full", self.full)]
+    }
+}
+
 impl std::ops::AddAssign for Refused {
     fn add_assign(&mut self, more: Self) {
         self.unsound += more.unsound;

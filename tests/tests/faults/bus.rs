@@ -102,7 +102,7 @@ fn behind(lane: Lane, manner: Manner) -> (Fleet, Proxy) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let (host, server) = fleet.host("gw2");
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 1884));
-    let proxy = host.inside(|| Proxy::start(listen, SocketAddr::from((server, 1883)), manner));
+    let proxy = host.inside(|| Proxy::start(listen, vec![SocketAddr::from((server, 1883))], manner));
     host.configure("mqtt: {broker_url: 127.0.0.1, broker_port: 1884}\n");
     host.setup();
     fleet.gateways.push(Node::start(host, Role::Gateway));
