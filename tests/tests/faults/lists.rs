@@ -184,8 +184,10 @@ pub fn a_gateway_obeys_the_lists_of_its_own_machine(lane: Lane) {
     fs::write(host.path("/run/wgkex/trusted/cellar"), key(4)).unwrap();
     fleet.is_complete();
     reload();
+    // The worker may have read the directory when it started, before the file was there.
     within("the lists are read", CAUGHT_UP, || {
-        (gateway.figure(r#"wgkex_worker_list_keys{list="trusted"} "#)? == 2).then_some(())
+        let keys = |list| gateway.figure(&format!(r#"wgkex_worker_list_keys{{list="{list}"}} "#));
+        (keys("deny")? == 1 && keys("trusted")? == 2).then_some(())
     });
     let broker = &fleet.brokers[0].host;
     let answers = [1, 2, 3, 4].map(|n| broker.post(2, &key(n)).status);
