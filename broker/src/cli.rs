@@ -12,11 +12,11 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use wgkex_common::Config;
+use wgkex_common::access_lists::{hex, parse};
 use wgkex_common::config::Listen;
-use wgkex_common::lists::{hex, parse};
 
-use crate::admin::token_hash;
-use crate::revoke;
+use crate::fleet::revocation;
+use crate::http::admin::token_hash;
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
@@ -304,8 +304,8 @@ fn outcome(answer: &Value) -> String {
 
 fn explained(result: &str) -> String {
     match result {
-        revoke::OFFLINE => format!("{result} (applies it when it is back, before it takes keys)"),
-        revoke::CANNOT => format!("{result} (an original, or an old version)"),
+        revocation::OFFLINE => format!("{result} (applies it when it is back, before it takes keys)"),
+        revocation::CANNOT => format!("{result} (an original, or an old version)"),
         _ => result.to_owned(),
     }
 }

@@ -1,25 +1,30 @@
 //! The road of one key through the broker: checked, published, and answered when a gateway has it.
 
+pub mod answers;
+pub mod rate_limit;
+pub mod turns;
+pub mod waiters;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
+use wgkex_common::access_lists::service::View;
 use wgkex_common::config::Confirm;
-use wgkex_common::lists::keeper::View;
-use wgkex_common::message::{Applied, WorkerData};
+use wgkex_common::wire::message::{Applied, WorkerData};
 use wgkex_common::{Domain, PublicKey};
 
-use crate::answers::{Answers, Told};
-use crate::client::Client;
-use crate::gateways::{Choice, Gateways, Online};
-use crate::limits::{Limit, Limited, Limits};
-use crate::live::LiveKeys;
+use crate::exchange::answers::{Answers, Told};
+use crate::exchange::rate_limit::{Limit, Limited, Limits};
+use crate::exchange::turns::{Turn, Turns};
+use crate::exchange::waiters::{Verdict, Waiters, Waiting};
+use crate::fleet::gateways::{Choice, Gateways, Online};
+use crate::fleet::live_keys::LiveKeys;
+use crate::http::client_ip::Client;
 use crate::lock;
 use crate::metrics::Metrics;
-use crate::turns::{Turn, Turns};
-use crate::waiters::{Verdict, Waiters, Waiting};
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,5 +1,11 @@
 //! The broker's HTTP side (contract section 1): one short handler per route, and refusals as JSON.
 
+pub mod admin;
+mod body;
+pub mod client_ip;
+pub mod listen;
+mod status_page;
+
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener};
 use std::sync::Arc;
@@ -25,15 +31,13 @@ use wgkex_common::Domain;
 pub use wgkex_common::http::Server;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Settings, readable, refusal, resource};
-use wgkex_common::message::WorkerData;
 use wgkex_common::mqtt::Link;
-use wgkex_common::tls::rustls::ServerConfig;
+use wgkex_common::runtime::tls::rustls::ServerConfig;
+use wgkex_common::wire::message::WorkerData;
 
-use crate::body;
-use crate::client::{Client, is_in, is_near, origin};
 use crate::exchange::{Ask, Exchange, Refusal};
+use crate::http::client_ip::{Client, is_in, is_near, origin};
 use crate::metrics::Metrics;
-use crate::page;
 
 /// The largest body of a request; a router's has about 100 bytes.
 const BODY_MAX: usize = 4096;
@@ -202,7 +206,7 @@ async fn index(app: Data<App>) -> HttpResponse {
         let gateways = app.exchange.gateways();
         (gateways.overview(), gateways.unserved())
     };
-    let page = page::render(&overview, &unserved, app.unready().as_deref(), &app.metrics);
+    let page = status_page::render(&overview, &unserved, app.unready().as_deref(), &app.metrics);
     HttpResponse::Ok()
         .content_type(ContentType::html())
         .insert_header(("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"))

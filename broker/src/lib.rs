@@ -1,37 +1,19 @@
 //! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their word back into the answer.
 //!
-//! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`gateways`] says which gateway is the
-//! best, [`waiters`] brings what [`mqtt`] hears of it. [`live`] remembers it, for gateways that lack it later. What a
-//! flood must not do [`limits`], [`client`] and [`wgkex_common::http`] know.
+//! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`fleet`] knows which gateway is the best
+//! and keeps the key for gateways that lack it later, [`bus`] receives what became of it.
 //!
-//! Who may come is for `wgkex_common::lists` to say; operators change that by [`admin`] calls, which [`cli`] makes.
-//! Unless another one is named, [`mqttd`] is the MQTT server for all of that.
+//! `wgkex_common::access_lists` says which keys may come; operators change that by the calls that [`cli`] makes. Unless
+//! another one is named, [`mqtt_server`] is the MQTT server for all of that.
 
-pub mod access;
-pub mod admin;
-mod announcer;
-pub mod answers;
-mod askers;
-mod body;
-mod certificate;
-mod claimed;
+mod bus;
 pub mod cli;
-pub mod client;
-mod complaints;
 pub mod exchange;
-pub mod gateways;
+pub mod fleet;
 mod http;
-pub mod limits;
-mod listen;
-pub mod live;
 mod metrics;
-mod mqtt;
-mod mqttd;
-mod page;
-pub mod password;
-pub mod revoke;
-pub mod turns;
-pub mod waiters;
+pub mod mqtt_server;
+mod tls;
 
 use std::future::pending;
 use std::net::TcpListener;
@@ -46,32 +28,35 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
+use wgkex_common::access_lists::service::{Keeper, News};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::http::connections::{Capacity, Closed, Connections, prepare};
-use wgkex_common::lists::keeper::{Keeper, News};
-use wgkex_common::message::{Page, Party};
-use wgkex_common::presence::Reporter;
-use wgkex_common::store::{Now, Store};
+use wgkex_common::mqtt::presence::Reporter;
+use wgkex_common::runtime::process;
+use wgkex_common::runtime::tasks::{Ended, Tasks};
+use wgkex_common::storage::key_store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::tasks::{Ended, Tasks};
-use wgkex_common::{Config, Domain, Reserved, process};
+use wgkex_common::wire::message::{Page, Party};
+use wgkex_common::{Config, Domain, Reserved};
 
-use crate::admin::Admin;
-use crate::announcer::Announcer;
-use crate::askers::Askers;
-use crate::certificate::Certificate;
-use crate::exchange::Exchange;
-use crate::gateways::Gateways;
-use crate::http::App;
-use crate::limits::Limits;
-use crate::live::LiveKeys;
-use crate::metrics::Metrics;
+use crate::bus::announcer::Announcer;
+use crate::bus::askers::Askers;
+use crate::bus::subscriber;
 #[cfg(fuzzing)]
-pub use crate::mqtt::hear_anything;
-use crate::mqttd::Mqttd;
-use crate::revoke::Answers;
-use crate::turns::Turns;
-use crate::waiters::Waiters;
+pub use crate::bus::subscriber::hear_anything;
+use crate::exchange::Exchange;
+use crate::exchange::rate_limit::Limits;
+use crate::exchange::turns::Turns;
+use crate::exchange::waiters::Waiters;
+use crate::fleet::gateways::Gateways;
+use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::revocation::Answers;
+use crate::http::App;
+use crate::http::admin::Admin;
+use crate::http::client_ip;
+use crate::metrics::Metrics;
+use crate::mqtt_server::Mqttd;
+use crate::tls::Certificate;
 
 /// How long the bus may take to hear that this broker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -98,17 +83,17 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let mut embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, publishing)] =
-        wgkex_common::mqtt::open_pair(&server, mqtt::client(&config), mqtt::keys_client(&config))?;
+        wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config)?;
     lock(&live).obey(lists.admission());
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
     let waiting = (waiters.clone(), answers.clone());
     let (reporter, presence_events) = Reporter::new(Party::Broker(config.name.clone()));
-    let hand_on = mqtt::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
+    let hand_on = subscriber::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
     let askers = Askers::new(config.name.clone(), question_sender);
-    let hand_on_keys = mqtt::hand_on_keys(live.clone(), ears, lists.clone(), askers, reporter, metrics.clone());
+    let hand_on_keys = subscriber::hand_on_keys(live.clone(), ears, lists.clone(), askers, reporter, metrics.clone());
     let buses = [bus.clone(), keys.clone()];
     let announcer = Announcer::new(&config, buses, presence_events, lists.view(), gateways.clone(), waiters.clone());
     let exchange = Exchange {
@@ -138,10 +123,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some((listener, token_hash)) = admin_listener {
         let (gateways, bus) = (gateways.clone(), keys.clone());
         let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
-        tasks.spawn("admin_listen", serve("admin_listen", admin::server(listener, admin)?));
+        tasks.spawn("admin_listen", serve("admin_listen", http::admin::server(listener, admin)?));
         info!(admin_listen = %config.admin_listen, "admin calls are taken");
     }
-    tasks.spawn("what answers questions", mqtt::answer(keys.clone(), live.clone(), questions, metrics.clone()));
+    tasks.spawn("what answers questions", subscriber::answer(keys.clone(), live.clone(), questions, metrics.clone()));
     tasks.spawn("what asks other brokers", sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
     tasks.spawn("the look for what is over", expire(exchange.clone()));
     tasks.spawn("the look for idle connections", tidy(connections.clone()));
@@ -171,7 +156,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     join_all(handles.iter().map(|handle| handle.stop(true))).await;
     // It would publish again what the goodbye takes back.
     drop(announcing);
-    let (hello, status) = (mqtt::hello(&config.name, Vec::new()), mqtt::status(&config.name, "0"));
+    let (hello, status) = (subscriber::hello(&config.name, Vec::new()), subscriber::status(&config.name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
     over.send_replace(true);
     let (_, unwritten) = tokio::join!(sessions.finish(FAREWELL), disk.finish(FAREWELL));
@@ -245,7 +230,7 @@ async fn tidy(connections: Connections) {
 
 /// The connections of routers, none of which is open yet.
 fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: Metrics) -> Connections {
-    let seat = move |peer| client::seat(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
+    let seat = move |peer| client_ip::seat(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
     let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
     Connections::new(Capacity::of_fleet(), seat, closed)
 }
@@ -280,7 +265,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bound = listen::open(host, port);
+    let bound = http::listen::open(host, port);
     bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
 }
 

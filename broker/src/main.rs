@@ -6,9 +6,11 @@ use std::process::ExitCode;
 use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use tokio::runtime::Runtime;
-use wgkex_broker::{access, cli, password};
+use wgkex_broker::cli;
+use wgkex_broker::mqtt_server::{acl, password};
+use wgkex_common::Config;
 use wgkex_common::config::Role;
-use wgkex_common::{Config, process};
+use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
@@ -81,8 +83,8 @@ fn mqtt_acl(config: &Config, format: Format, broker: &str) -> anyhow::Result<()>
     let workers = config.workers.keys().map(|name| (name.as_str(), Role::Worker));
     let users = workers.chain([(broker, Role::Broker)]);
     print(&match format {
-        Format::Mosquitto => access::mosquitto(users),
-        Format::Emqx => access::emqx(users),
+        Format::Mosquitto => acl::mosquitto(users),
+        Format::Emqx => acl::emqx(users),
     })
 }
 

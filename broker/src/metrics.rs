@@ -5,15 +5,15 @@ use prometheus::{
     Registry, TextEncoder, core::Collector,
 };
 use wgkex_common::Domain;
+use wgkex_common::access_lists::service::News;
+use wgkex_common::access_lists::{List, files};
 use wgkex_common::http::connections::Closed;
-use wgkex_common::lists::keeper::News;
-use wgkex_common::lists::{List, files};
 
-use crate::access::Verb;
 use crate::exchange::Refusal;
-use crate::gateways::Overview;
-use crate::live::Counts;
-use crate::mqttd;
+use crate::fleet::gateways::Overview;
+use crate::fleet::live_keys::Counts;
+use crate::mqtt_server;
+use crate::mqtt_server::acl::Verb;
 
 /// The ways a key can come.
 pub const APIS: [&str; 2] = ["v1", "v2"];
@@ -55,9 +55,9 @@ pub struct Metrics {
     connections: IntGauge,
     /// Clients of the embedded MQTT server.
     pub mqtt_clients: IntGauge,
-    /// Connections that it did not let in, by reason, one of [`mqttd::Refusal::REASONS`].
+    /// Connections that it did not let in, by reason, one of [`mqtt_server::Refusal::REASONS`].
     pub mqtt_refused: IntCounterVec,
-    /// How often it read nothing from a client for a while, by reason, one of [`mqttd::Slowed::REASONS`].
+    /// How often it read nothing from a client for a while, by reason, one of [`mqtt_server::Slowed::REASONS`].
     pub mqtt_slowed: IntCounterVec,
     /// What its users wanted and may not, by verb.
     pub mqtt_forbidden: IntCounterVec,
@@ -185,10 +185,10 @@ impl Metrics {
         for reason in Closed::REASONS {
             self.connections_closed.with_label_values(&[reason]);
         }
-        for reason in mqttd::Refusal::REASONS {
+        for reason in mqtt_server::Refusal::REASONS {
             self.mqtt_refused.with_label_values(&[reason]);
         }
-        for reason in mqttd::Slowed::REASONS {
+        for reason in mqtt_server::Slowed::REASONS {
             self.mqtt_slowed.with_label_values(&[reason]);
         }
         for verb in Verb::ALL {

@@ -34,7 +34,7 @@ use tokio::net::TcpStream;
 
 use self::connections::{Busy, Connections, Flow, IDLE};
 use self::paced::Paced;
-use crate::tls::rustls::ServerConfig;
+use crate::runtime::tls::rustls::ServerConfig;
 
 /// How long the head of a first request may take.
 const HEAD: Duration = Duration::from_secs(5);

@@ -9,6 +9,7 @@ mod echo;
 mod options;
 mod outbox;
 mod pair;
+pub mod presence;
 mod subscriptions;
 
 use std::mem::take;
@@ -30,7 +31,7 @@ use self::subscriptions::{Filter, Subscriptions};
 use crate::Topic;
 use crate::config::Mqtt;
 
-pub use crate::tls::TlsError;
+pub use crate::runtime::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
 /// Orders that may wait for the session; a publisher waits for a place, and its own deadline bounds that.

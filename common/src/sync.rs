@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, info};
 
-use crate::message::{Hello, Page, Party, Question};
 use crate::mqtt::{Bus, Link, Message};
+use crate::wire::message::{Hello, Page, Party, Question};
 use crate::{Domain, PublicKey, Topic};
 
 /// Keys of a page at most: about 70 kB of JSON.

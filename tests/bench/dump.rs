@@ -9,7 +9,7 @@ use wgkex_tests::stack::Bus;
 use wgkex_worker::kernel::fake::Fake;
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::kernel::{Device, Kernel as _};
-use wgkex_worker::ledger::{Ledger, Now, Policy};
+use wgkex_worker::peers::{Ledger, Now, Policy};
 use wgkex_worker::plan;
 
 use crate::gateway::{Gateway, SHOW, cost, domain, keys};

@@ -5,7 +5,7 @@ use std::fs;
 
 use libfuzzer_sys::fuzz_target;
 use wgkex_common::Domain;
-use wgkex_common::store::{Now, Store};
+use wgkex_common::storage::key_store::{Now, Store};
 
 fuzz_target!(|content: &[u8]| {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");

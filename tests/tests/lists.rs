@@ -13,8 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use wgkex_common::lists::records::Records;
-use wgkex_common::lists::{Entry, List, unix};
+use wgkex_common::access_lists::records::Records;
+use wgkex_common::access_lists::{Entry, List, unix};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, Response};
 use wgkex_tests::in_memory::InMemory;

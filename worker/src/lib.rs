@@ -1,16 +1,15 @@
 //! The gateway's side of wgkex: announced keys in over MQTT, peers, routes and FDB entries out to the kernel.
 //!
-//! Follow a key: [`mqtt`] hears it and hands it to [`install`], which asks [`plan`] what it means and tells the
-//! [`kernel`]; what became of it goes back by [`mqtt`].
+//! Follow a key: [`bus`] receives it and hands it to the [`reconciler`], which asks [`plan`] what it means and has the
+//! [`kernel`] do that; what became of it goes back by [`bus`].
 
+mod bus;
 mod http;
-pub mod install;
 pub mod kernel;
-pub mod ledger;
 pub mod metrics;
-mod mqtt;
+pub mod peers;
 pub mod plan;
-pub mod schedule;
+pub mod reconciler;
 pub mod setup;
 #[cfg(test)]
 mod testing;
@@ -22,23 +21,24 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
+use wgkex_common::access_lists::service::{Keeper, News};
+use wgkex_common::access_lists::{List, Verdict};
 use wgkex_common::config::{Cleanup, Peers};
-use wgkex_common::lists::keeper::{Keeper, News};
-use wgkex_common::lists::{List, Verdict};
-use wgkex_common::message::{Page, Party};
-use wgkex_common::presence::Reporter;
-use wgkex_common::store::{Now, Store};
+use wgkex_common::mqtt::presence::Reporter;
+use wgkex_common::runtime::process;
+use wgkex_common::runtime::tasks::{Ended, Tasks};
+use wgkex_common::storage::key_store::{Now, Store};
 use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::tasks::{Ended, Tasks};
-use wgkex_common::{Config, Domain, Reserved, process};
+use wgkex_common::wire::message::{Page, Party};
+use wgkex_common::{Config, Domain, Reserved};
 
-use crate::install::{Handle, Installer};
-use crate::kernel::Kernel;
-use crate::ledger::Policy;
-use crate::metrics::Metrics;
-use crate::mqtt::Announcer;
+use crate::bus::Announcer;
 #[cfg(fuzzing)]
-pub use crate::mqtt::hear_anything;
+pub use crate::bus::hear_anything;
+use crate::kernel::Kernel;
+use crate::metrics::Metrics;
+use crate::peers::Policy;
+use crate::reconciler::{Handle, Installer};
 
 /// How long the bus may take to hear that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -62,12 +62,12 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     handle.admit(lists.admission(), []);
     lists.hold();
     let [(bus, session), (confirmations, confirming)] =
-        wgkex_common::mqtt::open_pair(&config.mqtt, mqtt::client(&config), mqtt::second(&config))?;
+        wgkex_common::mqtt::open_pair(&config.mqtt, bus::client(&config), bus::second(&config))?;
     let (ears, heard) = sync::ears();
     let (reporter, presence_events) = Reporter::new(Party::Worker(config.name.clone()));
     let hand_on =
-        mqtt::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), reporter, metrics.clone());
-    let hand_on_pages = mqtt::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
+        bus::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), reporter, metrics.clone());
+    let hand_on_pages = bus::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
     let tell = tell(handle.clone(), metrics.clone());
     let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
     let state = handle.state();
@@ -122,7 +122,7 @@ async fn tick(reserved: watch::Sender<Reserved>) {
 fn policy(config: &Config) -> Policy {
     let Cleanup { interval, stale, grace } = config.cleanup;
     let Peers { max: peers, unproven } = config.peers;
-    let report = wgkex_common::claim::report(config.live_keys.ttl, stale);
+    let report = wgkex_common::address::claim::report(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
     Policy { stale, grace, interval, report, unproven, forget, peers, ..Policy::default() }
 }

@@ -1,13 +1,14 @@
 //! `wgkex-worker`: serves a gateway, or sets its interfaces up.
 
-mod capability;
+mod privileges;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::runtime::Builder;
-use wgkex_common::{Config, process};
+use wgkex_common::Config;
+use wgkex_common::runtime::process;
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::setup::{self, Flavour};
 
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
 
 fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
     if args.command.is_none() {
-        capability::keep_only_needed(config.worker_user.as_deref())?;
+        privileges::keep_only_needed(config.worker_user.as_deref())?;
     }
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let result = runtime.block_on(async {

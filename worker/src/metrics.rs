@@ -5,10 +5,10 @@ use prometheus::{
     TextEncoder, core::Collector, exponential_buckets,
 };
 use wgkex_common::Domain;
-use wgkex_common::lists::keeper::News;
-use wgkex_common::lists::{List, files};
+use wgkex_common::access_lists::service::News;
+use wgkex_common::access_lists::{List, files};
 
-use crate::ledger::Counts;
+use crate::peers::Counts;
 use crate::plan::{ADDRESS_TAKEN, DENIED, FULL, OWN_KEY, RESERVED};
 
 /// Why a key did not come to stand; also what a confirmation says of it.

@@ -1,12 +1,12 @@
 //! What a domain's tables must be told, from what they are and what is wanted: no IO, no clock, no log.
-//! [`crate::install`] asks, [`crate::kernel`] does it.
+//! [`crate::reconciler`] asks, [`crate::kernel`] does it.
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::iter::Peekable;
 use std::net::{IpAddr, Ipv6Addr};
 
-use wgkex_common::message::Applied;
+use wgkex_common::wire::message::Applied;
 use wgkex_common::{Derived, PublicKey};
 
 use crate::kernel::{Change, Device, Errno, KernelError, Peer};

@@ -8,7 +8,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::{Client, INFLIGHT, Message};
 use crate::config::{Mqtt, Server, Tls};
-use crate::tls::{TlsError, certificates, private_key, provider};
+use crate::runtime::tls::{TlsError, certificates, private_key, provider};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
 /// stranger into a loop of reconnects.

@@ -1,4 +1,4 @@
-use crate::message::Age;
+use crate::wire::message::Age;
 
 use super::*;
 

@@ -1,0 +1,149 @@
+//! Who asks for keys on topics of their own. What is asked in their name where anybody may ask is somebody else's: the
+//! pages would go to who did not want them. Programs of older versions ask there, and are served.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use wgkex_common::is_topic_level;
+use wgkex_common::wire::message::{Hello, Party, Question};
+
+/// A worker asks every 10 seconds. One that has not for so long may be of an older version now.
+const LATELY: Duration = Duration::from_secs(60);
+/// Workers and brokers that are remembered at most.
+const MOST: usize = 4096;
+
+/// Those who ask on topics that nobody else may publish on, and where questions go that are answered.
+#[derive(Debug)]
+pub struct Askers {
+    /// The broker that is asked.
+    own: String,
+    questions: mpsc::Sender<Question>,
+    /// When each worker last asked.
+    workers: BTreeMap<String, Instant>,
+    brokers: BTreeSet<String>,
+}
+
+impl Askers {
+    /// Nobody has asked the broker `own` yet.
+    #[must_use]
+    pub fn new(own: String, questions: mpsc::Sender<Question>) -> Self {
+        Self { own, questions, workers: BTreeMap::new(), brokers: BTreeSet::new() }
+    }
+
+    /// A question on a topic on which only this worker may publish; all brokers hear it.
+    pub fn by_worker(&mut self, worker: &str, question: Question) -> Result<(), &'static str> {
+        if question.from != Party::Worker(worker.to_owned()) {
+            return Err("payload");
+        }
+        self.asked(worker, Instant::now());
+        if question.to.as_ref() == Some(&self.own) { self.answer(question) } else { Ok(()) }
+    }
+
+    /// One on a topic on which only brokers may publish.
+    pub fn by_broker(&self, question: Question) -> Result<(), &'static str> {
+        if matches!(question.from, Party::Broker(_)) { self.answer(question) } else { Err("payload") }
+    }
+
+    /// One on the topic of older versions, which may be in another's name.
+    pub fn by_anybody(&self, question: Question) -> Result<(), &'static str> {
+        if self.may_ask_anywhere(&question.from, Instant::now()) { self.answer(question) } else { Err("payload") }
+    }
+
+    fn answer(&self, question: Question) -> Result<(), &'static str> {
+        if !is_topic_level(question.from.name()) {
+            return Err("payload");
+        }
+        // What finds no place is asked again.
+        let _ = self.questions.try_send(question);
+        Ok(())
+    }
+
+    fn asked(&mut self, worker: &str, now: Instant) {
+        if self.workers.len() >= MOST && !self.workers.contains_key(worker) {
+            self.workers.retain(|_, asked| is_lately(*asked, now));
+        }
+        if self.workers.len() < MOST || self.workers.contains_key(worker) {
+            self.workers.insert(worker.to_owned(), now);
+        }
+    }
+
+    /// A broker says what it can do, or that it goes.
+    pub fn broker(&mut self, broker: &str, hello: Option<&Hello>) {
+        if !hello.is_some_and(Hello::names_questions) {
+            self.brokers.remove(broker);
+        } else if self.brokers.len() < MOST {
+            self.brokers.insert(broker.to_owned());
+        }
+    }
+
+    /// Whether a question that anybody may have asked is answered.
+    fn may_ask_anywhere(&self, from: &Party, now: Instant) -> bool {
+        match from {
+            Party::Worker(worker) => self.workers.get(worker).is_none_or(|asked| !is_lately(*asked, now)),
+            Party::Broker(broker) => !self.brokers.contains(broker),
+        }
+    }
+}
+
+fn is_lately(asked: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(asked) < LATELY
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn askers() -> (Askers, mpsc::Receiver<Question>) {
+        let (sender, questions) = mpsc::channel(10);
+        (Askers::new("own".into(), sender), questions)
+    }
+
+    fn question(from: Party, to: Option<&str>) -> Question {
+        Question { from, to: to.map(str::to_owned), domain: "d".into(), after: None, younger_than: None }
+    }
+
+    #[test]
+    fn a_question_is_answered_to_who_asked() {
+        let (mut askers, mut questions) = askers();
+        let [worker, other, broker] =
+            [Party::Worker("gw".into()), Party::Worker("x".into()), Party::Broker("b".into())];
+        let mut is_answered = |result: Result<(), &str>| (result.is_ok(), questions.try_recv().is_ok());
+        assert_eq!(is_answered(askers.by_worker("gw", question(worker.clone(), Some("own")))), (true, true));
+        assert_eq!(is_answered(askers.by_worker("gw", question(worker.clone(), Some("another")))), (true, false));
+        assert_eq!(is_answered(askers.by_worker("gw", question(other.clone(), Some("own")))), (false, false));
+        assert_eq!(is_answered(askers.by_broker(question(broker, None))), (true, true));
+        assert_eq!(is_answered(askers.by_broker(question(other.clone(), None))), (false, false));
+        assert_eq!(is_answered(askers.by_anybody(question(other, None))), (true, true));
+        assert_eq!(is_answered(askers.by_anybody(question(worker, None))), (false, false));
+        assert_eq!(is_answered(askers.by_anybody(question(Party::Worker("a/b".into()), None))), (false, false));
+    }
+
+    #[test]
+    fn who_asks_on_a_topic_of_its_own_does_not_ask_elsewhere() {
+        let ((mut askers, _questions), now) = (askers(), Instant::now());
+        let [new, old] = ["new", "old"].map(|name| Party::Worker(name.into()));
+        askers.asked("new", now);
+        let asked = |askers: &Askers, from, seconds| askers.may_ask_anywhere(from, now + Duration::from_secs(seconds));
+        assert!(!asked(&askers, &new, 59) && asked(&askers, &old, 0));
+        assert!(asked(&askers, &new, 60), "an older version has taken its place");
+        let broker = Party::Broker("new".into());
+        assert!(askers.may_ask_anywhere(&broker, now));
+        askers.broker("new", Some(&Hello::broker(Vec::new(), 1)));
+        assert!(!askers.may_ask_anywhere(&broker, now));
+        askers.broker("new", Some(&Hello { can: vec![Hello::ANSWER.into()], ..Hello::broker(Vec::new(), 2) }));
+        assert!(askers.may_ask_anywhere(&broker, now));
+    }
+
+    #[test]
+    fn no_more_are_remembered_than_there_can_be() {
+        let ((mut askers, _questions), now) = (askers(), Instant::now());
+        for n in 0..2 * MOST {
+            askers.asked(&n.to_string(), now);
+            askers.broker(&n.to_string(), Some(&Hello::broker(Vec::new(), 1)));
+        }
+        assert_eq!((askers.workers.len(), askers.brokers.len()), (MOST, MOST));
+        askers.asked("later", now + LATELY);
+        assert_eq!(askers.workers.len(), 1);
+    }
+}

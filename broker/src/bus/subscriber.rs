@@ -1,0 +1,384 @@
+//! What the broker hears on the bus. What it publishes of itself is for [`crate::bus::announcer`].
+//!
+//! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
+//! hears those of other brokers, and questions for keys.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tracing::{debug, info};
+use wgkex_common::access_lists::service::{self, Heard as HeardOfLists};
+use wgkex_common::mqtt::presence::Reporter;
+use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish, PublishError};
+use wgkex_common::sync::{Ears, Heard};
+use wgkex_common::wire::message::{Applied, Asked, Party, Question, Revoked, Seen};
+use wgkex_common::{Config, PublicKey, Topic};
+
+use crate::bus::askers::Askers;
+use crate::bus::complaints::Complaints;
+use crate::exchange::waiters::Waiters;
+use crate::fleet::gateways::Gateways;
+use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::revocation::Answers;
+use crate::lock;
+use crate::metrics::Metrics;
+
+/// Keys in one word of a worker at most: twice what one of ours says at once.
+const WORDS: usize = 4_096;
+
+/// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
+/// as its client id, so the broker's must be another.
+pub fn client(config: &Config) -> Client {
+    Client {
+        id: format!("wgkex-broker-{}", config.name),
+        will: Some(status(&config.name, "0")),
+        states: Topic::states().into(),
+        events: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
+        optional: Vec::new(),
+        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
+        is_second: false,
+    }
+}
+
+/// The connection by which this broker publishes keys, and hears of them.
+pub fn keys_client(config: &Config) -> Client {
+    let own = || config.name.clone();
+    let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
+    let asked =
+        [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }].map(|topic| topic.to_string());
+    let asked = asked.into_iter().chain([Topic::worker_questions()]);
+    Client {
+        will: Some(hello(&config.name, Vec::new())),
+        states: vec![Topic::broker_hellos()],
+        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
+        events: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
+        ..Client::second(format!("wgkex-broker-{}-keys", config.name))
+    }
+}
+
+/// What this broker can do; an empty payload takes it back.
+pub fn hello(broker: &str, payload: Vec<u8>) -> Message {
+    Message::state(Topic::BrokerHello { broker: broker.into() }, payload)
+}
+
+/// What this broker says of itself (contract section 4).
+pub fn status(broker: &str, status: &str) -> Message {
+    Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
+}
+
+/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
+pub fn hand_on(
+    gateways: Arc<Mutex<Gateways>>,
+    (waiters, answers): (Waiters, Answers),
+    live: Arc<Mutex<LiveKeys>>,
+    reporter: Reporter,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
+    let mut complaints = Complaints::default();
+    move |event| match event {
+        Event::Up => metrics.mqtt_connected.set(1),
+        Event::Down => {
+            metrics.mqtt_connected.set(0);
+            lock(&gateways).forget();
+            waiters.forget_all();
+        }
+        Event::Message(publish) => {
+            let outcome = parsed(&publish).and_then(|topic| {
+                reporter.report(&topic, &publish);
+                let outcome = hear(&gateways, (&waiters, &answers), &live, &topic, &publish);
+                complaints.hear(&topic, &publish.payload, outcome.is_ok(), Instant::now());
+                outcome
+            });
+            ignored(&metrics, &publish, outcome);
+        }
+    }
+}
+
+fn parsed(publish: &Publish) -> Result<Topic, &'static str> {
+    Topic::parse(&publish.topic).ok_or("topic")
+}
+
+fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static str>) {
+    if let Err(reason) = outcome {
+        debug!(reason, topic = publish.topic, "message ignored");
+        metrics.messages_ignored.with_label_values(&[reason]).inc();
+    }
+}
+
+fn hear(
+    gateways: &Mutex<Gateways>,
+    (waiters, answers): (&Waiters, &Answers),
+    live: &Mutex<LiveKeys>,
+    topic: &Topic,
+    publish: &Publish,
+) -> Result<(), &'static str> {
+    let now = Instant::now();
+    if let Topic::Revoked { worker } = topic {
+        let revoked: Revoked = json(publish)?;
+        if lock(gateways).is_online(worker) {
+            answers.resolve(worker, revoked);
+        }
+    } else if let Topic::Applied { worker } = topic {
+        let applied: Applied = json(publish)?;
+        few(applied.installed.len() + applied.failed.len())?;
+        let can_take = lock(gateways).can_take(worker, &applied.domain);
+        heard_from(gateways, worker, now);
+        if can_take {
+            waiters.resolve(worker, applied);
+        }
+    } else if let Topic::Seen { worker } = topic {
+        let seen: Seen = json(publish)?;
+        few(seen.keys.len())?;
+        if heard_from(gateways, worker, now) {
+            prove(gateways, live, worker, &seen);
+        }
+    } else {
+        hear_state(gateways, waiters, topic, publish, now)?;
+    }
+    Ok(())
+}
+
+/// Takes what `worker` said of keys for a sign of life; true if it is one that says what becomes of keys.
+fn heard_from(gateways: &Mutex<Gateways>, worker: &str, now: Instant) -> bool {
+    let mut gateways = lock(gateways);
+    let was_online = gateways.is_online(worker);
+    let confirms = gateways.confirmed(worker, now);
+    if confirms && !was_online {
+        info!(worker, online = true, "gateway");
+    }
+    confirms
+}
+
+/// What one worker says at once must not keep the others waiting.
+fn few(keys: usize) -> Result<(), &'static str> {
+    if keys <= WORDS { Ok(()) } else { Err("payload") }
+}
+
+/// A gateway's key does not become a router's by a worker's word.
+fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Seen) {
+    let gateways = lock(gateways);
+    if !gateways.speaks_for(worker, &seen.domain) {
+        return;
+    }
+    let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.forbids(key, false)).collect();
+    drop(gateways);
+    let (now, mut live) = (Instant::now(), lock(live));
+    for key in &seen.keys {
+        if !reserved.contains(key) || live.is_routers(key) {
+            live.prove(worker, &seen.domain, *key, now);
+        }
+    }
+}
+
+/// What a gateway is. What it said of keys may not be so any more if it is gone, or has just come.
+fn hear_state(
+    gateways: &Mutex<Gateways>,
+    waiters: &Waiters,
+    topic: &Topic,
+    publish: &Publish,
+    now: Instant,
+) -> Result<(), &'static str> {
+    let state_of = topic.state_of();
+    let worker = if let Some(Party::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
+    let mut gateways = lock(gateways);
+    let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
+    let was_online = is_online(&gateways);
+    gateways.hear(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
+    let online = is_online(&gateways);
+    let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
+        let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
+        is_down.then_some((worker.as_str(), Some(domain.as_str())))
+    } else {
+        worker.filter(|_| online != was_online).map(|worker| (worker, None))
+    };
+    drop(gateways);
+    if let Some((worker, domain)) = gone {
+        waiters.forget(worker, domain);
+    }
+    if let Some(worker) = worker.filter(|_| online != was_online) {
+        info!(worker, online, "gateway");
+    }
+    Ok(())
+}
+
+fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static str> {
+    serde_json::from_slice(&publish.payload).map_err(|_| "payload")
+}
+
+/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `askers` takes questions for keys, and
+/// the announcer, by `reporter`, what stands there as this broker's hello.
+pub fn hand_on_keys(
+    live: Arc<Mutex<LiveKeys>>,
+    ears: Ears,
+    lists: service::Handle,
+    mut askers: Askers,
+    reporter: Reporter,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
+    move |event| match event {
+        Event::Up => lists.heard(HeardOfLists::Up),
+        Event::Down => lists.heard(HeardOfLists::Down),
+        Event::Message(publish) => {
+            let outcome = parsed(&publish).and_then(|topic| {
+                reporter.report(&topic, &publish);
+                hear_of_keys(&live, &ears, &lists, &mut askers, topic, &publish)
+            });
+            ignored(&metrics, &publish, outcome);
+        }
+    }
+}
+
+fn hear_of_keys(
+    live: &Mutex<LiveKeys>,
+    ears: &Ears,
+    lists: &service::Handle,
+    askers: &mut Askers,
+    topic: Topic,
+    publish: &Publish,
+) -> Result<(), &'static str> {
+    // What finds no place among the ears or the questions is asked again.
+    match topic {
+        Topic::Key { domain } => {
+            let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
+            let key: PublicKey = text.parse().map_err(|_| "payload")?;
+            lock(live).admit(&domain, key, Instant::now());
+        }
+        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => match Heard::read(topic, &publish.payload) {
+            Ok(heard) => {
+                if let Heard::Broker(name, hello) = &heard {
+                    lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+                    askers.broker(name, hello.as_ref());
+                }
+                let _ = ears.try_send(heard);
+            }
+            Err(_) => askers.by_broker(json(publish)?)?,
+        },
+        Topic::WorkerQuestions { worker } => askers.by_worker(&worker, json(publish)?)?,
+        Topic::Questions { .. } => match json(publish)? {
+            Asked::Records(_) => lists.heard(HeardOfLists::Asked),
+            Asked::Keys(question) => askers.by_anybody(question)?,
+        },
+        Topic::Revocations => lists.heard(HeardOfLists::Records(json(publish)?)),
+        Topic::ConnectedPeers { .. }
+        | Topic::WorkerStatus { .. }
+        | Topic::WorkerData { .. }
+        | Topic::BrokerStatus { .. }
+        | Topic::Hello { .. }
+        | Topic::Applied { .. }
+        | Topic::Seen { .. }
+        | Topic::Revoked { .. }
+        | Topic::WorkerEcho { .. }
+        | Topic::BrokerEcho { .. }
+        | Topic::WorkerPages { .. } => return Err("topic"),
+    }
+    Ok(())
+}
+
+/// Answers one question after the other, so that never more than one page stands in the way of new keys.
+pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::Receiver<Question>, metrics: Metrics) {
+    while let Some(question) = questions.recv().await {
+        let page = lock(&live).answer(&question, Instant::now());
+        metrics.keys_given.inc_by(page.keys.len() as u64);
+        let payload = serde_json::to_vec(&page).unwrap_or_default();
+        if bus.publish(Message::event(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
+            return;
+        }
+    }
+}
+
+/// Hears a message of anybody's making as both connections do, for whoever makes them up: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
+    use std::collections::BTreeMap;
+
+    use wgkex_common::access_lists::service::Keeper;
+    use wgkex_common::mqtt::QoS;
+    use wgkex_common::{Reserved, sync};
+
+    let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
+    let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
+    let Ok((_keeper, lists)) = Keeper::open(&config, Party::Broker("b".into())) else { return };
+    let Config { domains, live_keys, cleanup, .. } = config;
+    let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
+    let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
+    let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
+    let ((ears, _heard), (questions, _asked)) = (sync::ears(), mpsc::channel(1));
+    let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
+    publish.retain = retained;
+    let words = (Waiters::default(), Answers::default());
+    let (reporter, _reported) = Reporter::new(Party::Broker("b".into()));
+    hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
+    let askers = Askers::new("b".into(), questions);
+    hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));
+    assert!(lock(&live).len() <= 10);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Payloads that are nearly right find more than any bytes do.
+    const PAYLOADS: [&str; 11] = [
+        r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
+        r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
+        r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
+        r#"{"broker":"b","domain":"ff_a","after":null,"keys":{},"more":true}"#,
+        r#"{"from":{"worker":"a/b"},"domain":"ff_a","after":null,"younger_than":18446744073709551615}"#,
+        r#"{"from":{"worker":"a"},"to":"b","domain":"ff_a","after":null,"younger_than":0}"#,
+        r#"{"version":"1","can":["confirm","answer"],"domains":["ff_a"],"instance":1}"#,
+        r#"[{"key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","list":"deny","at":1,"on":true}]"#,
+        r#"{"domain":"ff_a","at":{},"keys":{"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=":"removed"}}"#,
+        "18446744073709551615",
+        "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=",
+    ];
+
+    proptest! {
+        #[test]
+        fn whatever_is_said_on_whatever_topic_ends_nobody(
+            topic in prop_oneof![
+                4 => prop::sample::select(topics()),
+                1 => "[a-z+#/\u{0}\u{fc}]{0,30}",
+            ],
+            payload in prop_oneof![
+                prop::sample::select(&PAYLOADS[..]).prop_map(|text| text.as_bytes().to_vec()),
+                (prop::sample::select(&PAYLOADS[..]), any::<prop::sample::Index>(), any::<u8>()).prop_map(|(text, at, byte)| {
+                    let mut bytes = text.as_bytes().to_vec();
+                    let at = at.index(bytes.len());
+                    bytes[at] = byte;
+                    bytes
+                }),
+                vec(any::<u8>(), 0..100),
+            ],
+            retained in any::<bool>(),
+        ) {
+            hear_anything(&topic, &payload, retained);
+        }
+    }
+
+    fn topics() -> Vec<String> {
+        [
+            "wireguard/ff_a/all",
+            "wireguard-metrics/ff_a/w/connected_peers",
+            "wireguard-worker/w/status",
+            "wireguard-worker/w/ff_a/data",
+            "wireguard-broker/b/status",
+            "wgkex/worker/w/hello",
+            "wgkex/worker/w/applied",
+            "wgkex/worker/w/seen",
+            "wgkex/worker/a/questions",
+            "wgkex/worker/w/pages",
+            "wgkex/broker/b/hello",
+            "wgkex/broker/b/questions",
+            "wgkex/broker/b/pages",
+            "wgkex/worker/w/revoked",
+            "wgkex/revocations",
+        ]
+        .map(str::to_owned)
+        .into()
+    }
+}

@@ -1,0 +1,297 @@
+//! How often keys may come that are not known yet, so that a flood of them costs next to nothing and does not keep
+//! others out. The counting is governor's. No IO; the clock is a parameter.
+
+use std::hash::Hash;
+use std::time::Duration;
+
+use governor::clock::{Clock, MonotonicClock};
+use governor::middleware::NoOpMiddleware;
+use governor::state::keyed::HashMapStateStore;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{NotUntil, RateLimiter};
+use wgkex_common::{PublicKey, config};
+
+use crate::http::client_ip::Client;
+
+/// Keys, and clients, that are told apart at most at the same time. A place is free again once the burst is full.
+const PLACES: usize = 65_536;
+
+/// What a key was too much for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// How often one key may come.
+    Key,
+    /// How many unknown keys a client may send.
+    Client,
+    /// How many unknown keys a domain may have.
+    Domain,
+    /// How many unknown keys there may be.
+    Global,
+}
+
+/// A key that came too often, or with too many others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limited {
+    /// By which limit.
+    pub limit: Limit,
+    /// When it may come again: seconds from now, at least 1.
+    pub seconds: u32,
+}
+
+type Keyed<K, C> = RateLimiter<K, HashMapStateStore<K>, C, Nothing<C>>;
+type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
+
+/// The limits, and how far each is used.
+pub struct Limits<C: Clock = MonotonicClock> {
+    clock: C,
+    keys: Option<Keyed<(String, PublicKey), C>>,
+    clients: Option<Keyed<Place, C>>,
+    domains: Option<Keyed<String, C>>,
+    global: Option<RateLimiter<NotKeyed, InMemoryState, C, Nothing<C>>>,
+}
+
+/// A client, or all together for which there is no place.
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Place {
+    One(Client),
+    Rest,
+}
+
+impl<C: Clock + Clone> Limits<C> {
+    /// Nothing is used yet.
+    #[must_use]
+    pub fn new(config: config::Limits, clock: C) -> Self {
+        Self {
+            keys: config.per_key.map(|quota| keyed(quota, &clock)),
+            clients: config.per_client.map(|quota| keyed(quota, &clock)),
+            domains: config.per_domain.map(|quota| keyed(quota, &clock)),
+            global: config.global.map(|quota| RateLimiter::direct_with_clock(rate(quota), clock.clone())),
+            clock,
+        }
+    }
+
+    /// Whether a key may come that is not known. The narrow limits come first, so that who is refused by them takes
+    /// nothing from others; only the key's own comes last, or a flood of keys would take all its places. `client` is
+    /// asked only if it matters.
+    pub fn admit(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
+        if let Some(clients) = &self.clients {
+            let has_place = clients.len() < PLACES;
+            let client = client();
+            let place = if has_place { Place::One(client) } else { Place::Rest };
+            if !client.is_this_machine() {
+                self.limited(Limit::Client, clients.check_key(&place))?;
+            }
+        }
+        if let Some(domains) = &self.domains {
+            self.limited(Limit::Domain, domains.check_key(&domain.to_owned()))?;
+        }
+        if let Some(global) = &self.global {
+            self.limited(Limit::Global, global.check())?;
+        }
+        self.repeat(key, domain)
+    }
+
+    /// Whether a key comes no oftener than one may, known or not. What is sent with it for one domain takes nothing from
+    /// it in another: everybody knows every router's key.
+    pub fn repeat(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
+        match &self.keys {
+            Some(keys) if keys.len() < PLACES => self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Frees the places of those who would be treated like strangers.
+    pub fn tidy(&self) {
+        tidy(self.keys.as_ref());
+        tidy(self.clients.as_ref());
+    }
+
+    fn limited(&self, limit: Limit, result: Result<(), NotUntil<C::Instant>>) -> Result<(), Limited> {
+        result.map_err(|until| {
+            let wait = until.wait_time_from(self.clock.now());
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            Limited { limit, seconds: u32::try_from(seconds.max(1)).unwrap_or(u32::MAX) }
+        })
+    }
+}
+
+fn keyed<K: Hash + Eq + Clone, C: Clock + Clone>(quota: config::Quota, clock: &C) -> Keyed<K, C> {
+    RateLimiter::new(rate(quota), HashMapStateStore::default(), clock.clone())
+}
+
+fn tidy<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
+    if let Some(limiter) = limiter {
+        limiter.retain_recent();
+        limiter.shrink_to_fit();
+    }
+}
+
+fn rate(config::Quota { burst, per_second }: config::Quota) -> governor::Quota {
+    let interval = Duration::from_secs_f64(per_second.recip()).max(Duration::from_nanos(1));
+    // None is for an interval of 0 only.
+    governor::Quota::with_period(interval).unwrap_or(governor::Quota::per_second(burst)).allow_burst(burst)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+    use std::num::NonZeroU32;
+
+    use governor::clock::FakeRelativeClock;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn key(n: u32) -> PublicKey {
+        let mut bytes = [0x42; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    }
+
+    fn client(n: u32) -> Client {
+        IpAddr::V6(Ipv6Addr::from_bits((0x2001_0db8 << 96) | (u128::from(n) << 72))).into()
+    }
+
+    fn quota(burst: u32, per_second: f64) -> Option<config::Quota> {
+        Some(config::Quota { burst: NonZeroU32::new(burst)?, per_second })
+    }
+
+    const NONE: config::Limits = config::Limits { per_key: None, per_client: None, per_domain: None, global: None };
+
+    fn limits(config: config::Limits) -> (Limits<FakeRelativeClock>, FakeRelativeClock) {
+        let clock = FakeRelativeClock::default();
+        (Limits::new(config, clock.clone()), clock)
+    }
+
+    fn limited(limit: Limit, seconds: u32) -> Result<(), Limited> {
+        Err(Limited { limit, seconds })
+    }
+
+    #[test]
+    fn each_limit_counts_for_itself_and_says_when_it_is_over() {
+        let two = quota(2, 0.4);
+        let cases = [
+            (config::Limits { per_key: two, ..NONE }, Limit::Key, [true, false, false]),
+            (config::Limits { per_client: two, ..NONE }, Limit::Client, [false, true, false]),
+            (config::Limits { per_domain: two, ..NONE }, Limit::Domain, [false, false, true]),
+        ];
+        for (config, limit, [by_key, by_client, by_domain]) in cases {
+            let (limits, clock) = limits(config);
+            let ask = |k, c, d| limits.admit(&key(k), || client(c), d);
+            for n in 1..=2 {
+                let (k, c, d) = (
+                    if by_key { 0 } else { n },
+                    if by_client { 0 } else { n },
+                    if by_domain || by_key { "a" } else { "b" },
+                );
+                assert_eq!(ask(k, c, d), Ok(()), "{limit:?}");
+            }
+            let (k, c, d) = (
+                if by_key { 0 } else { 9 },
+                if by_client { 0 } else { 9 },
+                if by_domain || by_key { "a" } else { "c" },
+            );
+            assert_eq!(ask(k, c, d), limited(limit, 3));
+            clock.advance(SECOND);
+            assert_eq!(ask(k, c, d), limited(limit, 2));
+            assert_eq!(ask(50, 50, "z"), Ok(()), "another is not concerned");
+            clock.advance(SECOND * 2);
+            assert_eq!(ask(k, c, d), Ok(()));
+        }
+        let (limits, _) = limits(config::Limits { global: two, ..NONE });
+        let results = [1, 2, 3].map(|n| limits.admit(&key(n), || client(n), "a"));
+        assert_eq!(results, [Ok(()), Ok(()), limited(Limit::Global, 3)]);
+    }
+
+    #[test]
+    fn without_limits_nothing_is_limited_and_nobody_is_asked_who_he_is() {
+        let (limits, _) = limits(NONE);
+        assert!((0..1000).all(|_| limits.admit(&key(0), || unreachable!(), "a").is_ok()));
+    }
+
+    #[test]
+    fn who_is_refused_takes_nothing_from_others() {
+        let config = config::Limits { per_client: quota(1, 1.0), global: quota(3, 0.001), ..NONE };
+        let (limits, _) = limits(config);
+        for n in 0..100 {
+            let _ = limits.admit(&key(n), || client(0), "a");
+        }
+        assert_eq!([1, 2].map(|n| limits.admit(&key(n), || client(n), "a")), [Ok(()), Ok(())]);
+    }
+
+    #[test]
+    fn this_machine_is_no_client_of_its_own() {
+        let config = config::Limits { per_client: quota(1, 0.001), ..NONE };
+        for (address, second) in [("127.0.0.1", true), ("::1", true), ("127.0.0.2", false), ("::ffff:7f00:2", false)] {
+            let (limits, _) = limits(config);
+            let client = || Client::from(address.parse::<IpAddr>().unwrap());
+            let admitted = [1, 2].map(|n| limits.admit(&key(n), client, "a").is_ok());
+            assert_eq!(admitted, [true, second], "{address}");
+        }
+    }
+
+    #[test]
+    fn the_defaults_let_pass_whole_networks_and_a_power_cut_and_slow_down_a_flood() {
+        let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]";
+        let config = wgkex_common::Config::parse("f", yaml, "h").unwrap().limits;
+        // Behind one address, and everyone tries twice.
+        let (one, _) = limits(config);
+        for n in 0..600 {
+            assert_eq!(one.admit(&key(n % 300), || client(0), "ff_a"), Ok(()));
+        }
+        // The largest fleet in 10 s, each router twice.
+        let (fleet, clock) = limits(config);
+        for n in 0..6_600 {
+            clock.advance(SECOND * 10 / 6_600);
+            assert_eq!(fleet.admit(&key(n), || client(n % 3_300), "ff_a"), Ok(()));
+        }
+        let (one, clock) = limits(config);
+        let taken = |limits: &Limits<_>, clients: u32| {
+            let pass = |n: &u32| {
+                clock.advance(SECOND * 60 / 100_000);
+                limits.admit(&key(*n), || client(n % clients), "ff_a").is_ok()
+            };
+            (0..100_000).filter(pass).count()
+        };
+        assert!(taken(&one, 1) <= 1_000 + 20 * 61);
+        let many = Limits::new(config, clock.clone());
+        assert!(taken(&many, 5_000) <= 25_000 + 250 * 61);
+    }
+
+    #[test]
+    fn however_many_clients_there_are_the_room_is_bounded() {
+        let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NONE };
+        let (limits, clock) = limits(config);
+        let most = u32::try_from(PLACES).unwrap();
+        let passed = (0..most + 1_000).filter(|n| limits.admit(&key(*n), || client(*n), "a").is_ok()).count();
+        assert_eq!(passed, PLACES + 2, "the rest counts as one");
+        assert_eq!(limits.clients.as_ref().unwrap().len(), PLACES + 1);
+        assert!(limits.keys.as_ref().unwrap().len() <= PLACES);
+        clock.advance(SECOND * 10);
+        limits.tidy();
+        assert!(limits.clients.as_ref().unwrap().is_empty() && limits.keys.as_ref().unwrap().is_empty());
+        assert_eq!(limits.admit(&key(1), || client(1), "a"), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_more_pass_than_burst_and_rate_allow(
+            burst in 1u32..50,
+            per_second in 0.1f64..100.0,
+            gaps in prop::collection::vec(0u64..2_000, 1..200),
+        ) {
+            let (limits, clock) = limits(config::Limits { global: quota(burst, per_second), ..NONE });
+            let mut passed = 0;
+            for (n, gap) in gaps.iter().enumerate() {
+                clock.advance(Duration::from_millis(*gap));
+                let result = limits.admit(&key(u32::try_from(n).unwrap()), || client(0), "a");
+                passed += u32::from(result.is_ok());
+                prop_assert!(result.is_ok_and(|()| true) || result.is_err_and(|limited| limited.seconds >= 1));
+            }
+            let time = Duration::from_millis(gaps.iter().sum()).as_secs_f64();
+            prop_assert!(f64::from(passed) <= f64::from(burst) + time * per_second + 1.0);
+        }
+    }
+}

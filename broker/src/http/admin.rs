@@ -1,0 +1,425 @@
+//! Admin calls: what an operator does by HTTP on a listener of its own, with a token. Each leaves a line in the log,
+//! whatever comes of it; of those without the token only some do.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use actix_web::dev::{Service as _, ServiceRequest};
+use actix_web::http::StatusCode;
+use actix_web::http::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
+use actix_web::web::{self, Data, Path, Payload, Query, ServiceConfig};
+use actix_web::{App as Routes, HttpResponse};
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
+use subtle::ConstantTimeEq as _;
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::{info, warn};
+use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, Shown};
+use wgkex_common::access_lists::{Entry, List, hex, parse, unix};
+use wgkex_common::config::Secret;
+use wgkex_common::http::connections::Connections;
+use wgkex_common::http::{Server, Settings, readable, resource};
+use wgkex_common::mqtt::{Bus, Message};
+use wgkex_common::runtime::log::AUDIT;
+use wgkex_common::{Domain, PublicKey, Topic};
+
+use crate::fleet::gateways::Gateways;
+use crate::fleet::revocation::{self, Answers};
+use crate::http::error;
+use crate::lock;
+
+/// The largest body of a call.
+const BODY_MAX: usize = 64 << 10;
+/// How long a body may take to arrive.
+const REQUEST: Duration = Duration::from_secs(5);
+/// How long the disk may take before an answer says that it did not.
+const KEPT: Duration = Duration::from_secs(1);
+/// How long the log waits for the next refusal, once some have come at once.
+const REFUSAL_EACH: Duration = Duration::from_secs(10);
+/// How many these are.
+const REFUSALS_AT_ONCE: u32 = 10;
+/// The fields of a call that changes a list.
+const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
+
+/// What every call needs.
+#[derive(Clone)]
+pub struct Admin {
+    /// The lists.
+    pub lists: Handle,
+    /// Who is to hear of a change.
+    pub gateways: Arc<Mutex<Gateways>>,
+    /// What they say of it.
+    pub answers: Answers,
+    /// Where it is said.
+    pub bus: Bus,
+    /// The domains that are served.
+    pub domains: BTreeSet<Domain>,
+    /// The SHA-256 of the token, 64 hexadecimal digits in lower case.
+    pub token_hash: Secret,
+}
+
+/// Lets a few refusals at once into the log, then one in [`REFUSAL_EACH`], and counts the others.
+#[derive(Debug, Default)]
+struct Refusals {
+    /// When the log may be as quiet again as if none had ever been.
+    quiet: Option<Instant>,
+    unlogged: u64,
+}
+
+/// A call that is refused: the status, and a sentence for the caller.
+#[derive(Debug)]
+struct Wrong(StatusCode, String);
+
+/// The SHA-256 of a token as the config has it.
+#[must_use]
+pub fn token_hash(token: &str) -> String {
+    hex(&Sha256::digest(token))
+}
+
+/// The server of admin calls on `listener`; it runs when awaited, and ends with the program.
+pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
+    let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
+    let refusals = Arc::new(Mutex::new(Refusals::default()));
+    wgkex_common::http::server(listener, settings, &Connections::few(), move || {
+        let (guard, refusals) = (admin.clone(), refusals.clone());
+        Routes::new().configure(routes(&admin)).wrap_fn(move |request, service| {
+            let call = if guard.knows(&request) {
+                Ok(service.call(request))
+            } else {
+                Err(request.into_response(unauthorized(&refusals)))
+            };
+            async {
+                match call {
+                    Ok(call) => call.await,
+                    Err(refusal) => Ok(refusal),
+                }
+            }
+        })
+    })
+}
+
+fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
+    let admin = Data::new(admin.clone());
+    move |config| {
+        let lists = resource("/v1/lists/{list}", "POST, DELETE, OPTIONS");
+        config
+            .app_data(admin)
+            .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
+            .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
+            .service(readable("/v1/keys", keys))
+            .service(lists.route(web::post().to(put)).route(web::delete().to(take)))
+            .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
+    }
+}
+
+fn unauthorized(refusals: &Mutex<Refusals>) -> HttpResponse {
+    if let Some(unlogged) = lock(refusals).log(Instant::now()) {
+        warn!(target: AUDIT, outcome = "unauthorized", unlogged, "admin call");
+    }
+    let mut response = error(StatusCode::UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN");
+    response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
+}
+
+async fn revoke(admin: Data<Admin>, body: Payload) -> HttpResponse {
+    admin.change("revoke", Ok(List::Deny), body, true).await
+}
+
+async fn unrevoke(admin: Data<Admin>, body: Payload) -> HttpResponse {
+    admin.change("unrevoke", Ok(List::Deny), body, false).await
+}
+
+async fn put(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
+    admin.change("put on list", named(&list), body, true).await
+}
+
+async fn take(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
+    admin.change("take off list", named(&list), body, false).await
+}
+
+async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
+    let result = Filter::parse(&query);
+    info!(target: AUDIT, call = "list", outcome = if result.is_ok() { "ok" } else { "bad request" }, "admin call");
+    match result {
+        Ok(filter) => {
+            let keys: Vec<_> = admin.lists.show().await.into_iter().filter(|shown| filter.takes(shown)).collect();
+            HttpResponse::Ok().json(json!({ "keys": keys }))
+        }
+        Err(Wrong(status, message)) => error(status, &message),
+    }
+}
+
+impl Refusals {
+    /// One more comes; if it is logged, how many before it were not.
+    fn log(&mut self, now: Instant) -> Option<u64> {
+        let quiet = self.quiet.map_or(now, |quiet| quiet.max(now));
+        if quiet - now > REFUSAL_EACH * (REFUSALS_AT_ONCE - 1) {
+            self.unlogged += 1;
+            return None;
+        }
+        self.quiet = Some(quiet + REFUSAL_EACH);
+        Some(std::mem::take(&mut self.unlogged))
+    }
+}
+
+impl Admin {
+    /// Whether who asks has the token. How long that takes says nothing of it.
+    fn knows(&self, request: &ServiceRequest) -> bool {
+        let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = header.and_then(|header| header.split_once(' '));
+        let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer")).map(|(_, token)| token.trim());
+        token.is_some_and(|token| bool::from(token_hash(token).as_bytes().ct_eq(self.token_hash.expose().as_bytes())))
+    }
+
+    /// Puts a key on a list or takes it off, as the body says, and answers what became of that.
+    async fn change(&self, call: &str, list: Result<List, Wrong>, body: Payload, on: bool) -> HttpResponse {
+        let entry = async { entry(list?, &read(body).await?, &self.domains, unix(SystemTime::now())) };
+        let entry = match entry.await {
+            Ok(entry) => entry,
+            Err(Wrong(status, message)) => {
+                info!(target: AUDIT, call, outcome = message, "admin call");
+                return error(status, &message);
+            }
+        };
+        let (list, key) = (entry.list.name(), entry.key);
+        match self.make(entry, on).await {
+            Ok(answer) => {
+                let outcome = if answer["done"] == true { "done" } else { "not done everywhere" };
+                info!(target: AUDIT, call, list, ?key, outcome, "admin call");
+                HttpResponse::Ok().json(answer)
+            }
+            Err(Wrong(status, message)) => {
+                warn!(target: AUDIT, call, list, ?key, outcome = message, "admin call");
+                error(status, &message)
+            }
+        }
+    }
+
+    async fn make(&self, entry: Entry, on: bool) -> Result<Value, Wrong> {
+        let until = Instant::now() + revocation::PATIENCE;
+        let Entry { list, key, .. } = entry;
+        let changed = self.lists.change(entry, on).await;
+        let Changed { record, was_on, kept } = changed
+            .ok_or_else(|| Wrong(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
+            .map_err(|full| Wrong(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
+        let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
+        let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
+        let (reach, is_complete) = {
+            let gateways = lock(&self.gateways);
+            (gateways.reach(), gateways.complete())
+        };
+        let payload = serde_json::to_vec(&[&record]).unwrap_or_default();
+        let published = timeout_at(until, self.bus.publish(Message::event(Topic::Revocations, payload)));
+        let is_published = published.await.is_ok_and(|published| published.is_ok());
+        let mut answer = json!({
+            "key": key, "list": list, "domain": record.entry.domain, "until": record.entry.until,
+            "was_on": was_on, "kept": is_kept, "published": is_published, "done": is_kept && is_published,
+        });
+        if let Some(waiting) = waiting {
+            let results = waiting.results(reach, until).await;
+            // Before what is retained is heard, nobody knows which gateways there are.
+            let is_done =
+                is_complete && is_kept && is_published && results.values().all(|result| revocation::is_done(result));
+            answer["done"] = is_done.into();
+            answer["gateways"] = json!(results);
+        }
+        if !on {
+            answer["still_by"] = json!(self.sources(list, key).await);
+        }
+        Ok(answer)
+    }
+
+    /// Which files have `key` on `list`.
+    async fn sources(&self, list: List, key: PublicKey) -> BTreeSet<&'static str> {
+        let shown = self.lists.show().await.into_iter();
+        shown.filter(|shown| shown.entry.list == list && shown.entry.key == key).map(|shown| shown.source).collect()
+    }
+}
+
+fn bad(message: impl Into<String>) -> Wrong {
+    Wrong(StatusCode::BAD_REQUEST, message.into())
+}
+
+/// The list of this name.
+fn named(name: &str) -> Result<List, Wrong> {
+    let list = List::ALL.into_iter().find(|list| list.name() == name);
+    list.ok_or_else(|| Wrong(StatusCode::NOT_FOUND, "there is no such list: deny, allow and trusted are".into()))
+}
+
+async fn read(body: Payload) -> Result<Map<String, Value>, Wrong> {
+    let slow = |_| Wrong(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into());
+    let large =
+        |_| Wrong(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"));
+    let body = timeout(REQUEST, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
+    let body = body.map_err(|_| bad("the body is not complete"))?;
+    serde_json::from_slice(&body).map_err(|_| bad("the body is not a JSON object"))
+}
+
+/// The entry that the fields of a call say.
+fn entry(list: List, fields: &Map<String, Value>, domains: &BTreeSet<Domain>, now: u64) -> Result<Entry, Wrong> {
+    if fields.keys().any(|field| !FIELDS.contains(&field.as_str())) {
+        return Err(bad(format!("a field is not known: {} are allowed", FIELDS.join(", "))));
+    }
+    let text = |field: &'static str| match fields.get(field) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str())),
+        Some(_) => Err(bad(format!("{field}: a text is expected"))),
+    };
+    let line = |field| text(field)?.map(|text| parse::text(field, text)).transpose().map_err(bad);
+    let key = text("key")?.ok_or_else(|| bad("key: is missing, a WireGuard public key is expected"))?;
+    let key = key.parse().map_err(|error| bad(format!("key: {error}")))?;
+    let lasts = match text("for")? {
+        None => None,
+        Some(text) => Some(
+            parse::duration(text)
+                .ok_or_else(|| bad("for: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed"))?,
+        ),
+    };
+    let domain = match text("domain")? {
+        Some(_) if list != List::Allow => return Err(bad("domain: only the list allow has domains")),
+        Some(name) => Some(domains.get(name).ok_or_else(|| bad("domain: this is not a domain that is served here"))?),
+        None => None,
+    };
+    Ok(Entry {
+        domain: domain.map(ToString::to_string),
+        name: line("name")?,
+        reason: line("reason")?,
+        until: lasts.map(|lasts| now + lasts),
+        ..Entry::new(list, key)
+    })
+}
+
+/// Which entries an operator wants to see.
+#[derive(Debug, Default)]
+struct Filter {
+    list: Option<List>,
+    /// Only those made by an admin call.
+    only_made: bool,
+    domain: Option<String>,
+    /// Part of a name or reason, or the beginning of a key.
+    text: Option<String>,
+}
+
+impl Filter {
+    fn parse(query: &BTreeMap<String, String>) -> Result<Self, Wrong> {
+        let mut filter = Self::default();
+        for (field, value) in query {
+            match field.as_str() {
+                "list" if value == "revoked" => (filter.list, filter.only_made) = (Some(List::Deny), true),
+                "list" => {
+                    let list = List::ALL.into_iter().find(|list| list.name() == value);
+                    filter.list = Some(list.ok_or_else(|| bad("list: deny, allow, trusted and revoked are allowed"))?);
+                }
+                "domain" => filter.domain = Some(value.clone()),
+                "q" => filter.text = Some(value.to_lowercase()),
+                _ => return Err(bad("a parameter is not known: list, domain and q are allowed")),
+            }
+        }
+        Ok(filter)
+    }
+
+    fn takes(&self, shown: &Shown) -> bool {
+        let Entry { list, key, domain, name, reason, .. } = &shown.entry;
+        let has = |wanted: &String| {
+            let texts = [name, reason].into_iter().flatten();
+            texts.map(|text| text.to_lowercase()).any(|text| text.contains(wanted))
+                || key.to_string().to_lowercase().starts_with(wanted)
+        };
+        self.list.is_none_or(|wanted| wanted == *list)
+            && (!self.only_made || shown.source == BY_CALL)
+            && self.domain.as_ref().is_none_or(|wanted| domain.as_ref().is_none_or(|domain| domain == wanted))
+            && self.text.as_ref().is_none_or(has)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+
+    fn parse_entry(list: List, body: &Value) -> Result<Entry, String> {
+        let domains = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
+        entry(list, body.as_object().unwrap(), &domains, 1_000).map_err(|Wrong(status, message)| {
+            assert_eq!(status, StatusCode::BAD_REQUEST);
+            message
+        })
+    }
+
+    #[test]
+    fn a_call_is_read_or_its_mistake_named() {
+        let plain = Entry::new(List::Deny, KEY.parse().unwrap());
+        let all = Entry { name: Some("n".into()), reason: Some("r".into()), until: Some(1_060), ..plain.clone() };
+        assert_eq!(parse_entry(List::Deny, &json!({ "key": KEY, "name": null })), Ok(plain));
+        assert_eq!(parse_entry(List::Deny, &json!({ "key": KEY, "name": "n", "reason": "r", "for": "1m" })), Ok(all));
+        let allowed = parse_entry(List::Allow, &json!({ "key": KEY, "domain": "ff_a" })).unwrap();
+        assert_eq!(allowed.domain.as_deref(), Some("ff_a"));
+        for (list, body, named) in [
+            (List::Deny, json!({}), "key: "),
+            (List::Deny, json!({ "key": 7 }), "key: "),
+            (List::Deny, json!({ "key": "x" }), "key: "),
+            (List::Deny, json!({ "key": KEY, "for": "x" }), "for: "),
+            (List::Deny, json!({ "key": KEY, "for": 7 }), "for: "),
+            (List::Deny, json!({ "key": KEY, "reason": "a\nb" }), "reason: "),
+            (List::Deny, json!({ "key": KEY, "name": "x".repeat(201) }), "name: "),
+            (List::Deny, json!({ "key": KEY, "domain": "ff_a" }), "domain: "),
+            (List::Allow, json!({ "key": KEY, "domain": "ff_b" }), "domain: "),
+            (List::Deny, json!({ "key": KEY, "until": 7 }), "a field is not known: "),
+        ] {
+            let message = parse_entry(list, &body).unwrap_err();
+            assert!(message.starts_with(named) && !message.contains('\n'), "{body}: {message}");
+        }
+    }
+
+    #[test]
+    fn entries_are_found_by_list_domain_and_text() {
+        let shown = |list, source, domain: Option<&str>, name: &str| Shown {
+            entry: Entry {
+                domain: domain.map(str::to_owned),
+                name: Some(name.into()),
+                ..Entry::new(list, KEY.parse().unwrap())
+            },
+            source,
+            since: None,
+        };
+        let all = [
+            shown(List::Deny, BY_CALL, None, "Attic"),
+            shown(List::Deny, "blacklist_file", None, "cellar"),
+            shown(List::Allow, BY_CALL, Some("ff_a"), "attic"),
+            shown(List::Allow, BY_CALL, Some("ff_b"), "barn"),
+        ];
+        let found = |query: &[(&str, &str)]| {
+            let query = query.iter().map(|(field, value)| ((*field).to_owned(), (*value).to_owned())).collect();
+            let filter = Filter::parse(&query).map_err(|Wrong(_, message)| message)?;
+            Ok::<_, String>((0..4).filter(|n| filter.takes(&all[*n])).collect::<Vec<_>>())
+        };
+        assert_eq!(found(&[]), Ok(vec![0, 1, 2, 3]));
+        assert_eq!(found(&[("list", "deny")]), Ok(vec![0, 1]));
+        assert_eq!(found(&[("list", "revoked")]), Ok(vec![0]));
+        assert_eq!(found(&[("list", "allow"), ("domain", "ff_a")]), Ok(vec![2]));
+        assert_eq!(found(&[("domain", "ff_b")]), Ok(vec![0, 1, 3]), "what has no domain is so in all");
+        assert_eq!(found(&[("q", "ATTIC")]), Ok(vec![0, 2]));
+        assert_eq!(found(&[("q", "TszFS3oF"), ("list", "revoked")]), Ok(vec![0]));
+        assert!(found(&[("list", "x")]).is_err() && found(&[("x", "y")]).is_err());
+    }
+
+    #[test]
+    fn refusals_are_logged_at_a_bounded_rate_and_none_goes_uncounted() {
+        let (mut refusals, begun) = (Refusals::default(), Instant::now());
+        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(begun)).collect();
+        assert_eq!(logged, [0; 10]);
+        assert_eq!(refusals.log(begun + REFUSAL_EACH - Duration::from_secs(1)), None);
+        assert_eq!(refusals.log(begun + REFUSAL_EACH), Some(21));
+        assert_eq!(refusals.log(begun + REFUSAL_EACH), None);
+        let later = begun + REFUSAL_EACH * 100;
+        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(later)).collect();
+        assert_eq!(logged, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_hash_is_that_of_sha256() {
+        assert_eq!(token_hash("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+}

@@ -1,0 +1,193 @@
+//! Whose password is verified next, of those who wait for it. No IO.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::mem;
+
+use crate::http::client_ip::Client;
+use crate::mqtt_server::users::Origin;
+
+/// So many wait for it from where nobody logged in before, and as many others: more would not have their turn in time.
+pub const PLACES: usize = 256;
+
+/// Those who wait. Each client has one turn, and then all others who wait have theirs; those from where somebody logged
+/// in before and the others take turns, too.
+#[derive(Debug)]
+pub struct Queue<T> {
+    known: Lane<T>,
+    unknown: Lane<T>,
+    was_known: bool,
+}
+
+#[derive(Debug)]
+struct Lane<T> {
+    turns: VecDeque<Client>,
+    of_clients: BTreeMap<Client, VecDeque<T>>,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { known: Lane::default(), unknown: Lane::default(), was_known: false }
+    }
+}
+
+impl<T> Default for Lane<T> {
+    fn default() -> Self {
+        Self { turns: VecDeque::new(), of_clients: BTreeMap::new() }
+    }
+}
+
+impl<T> Queue<T> {
+    /// Takes one in, and says who has no place then: the last one of the client that has most.
+    pub fn push(&mut self, Origin { client, is_known }: Origin, item: T) -> Option<T> {
+        let lane = if is_known { &mut self.known } else { &mut self.unknown };
+        lane.push(client, item)
+    }
+
+    /// Whose turn it is.
+    pub fn next(&mut self) -> Option<T> {
+        let of_known = |queue: &mut Self| queue.known.next().map(|item| (item, true));
+        let of_unknown = |queue: &mut Self| queue.unknown.next().map(|item| (item, false));
+        let next = if self.was_known {
+            of_unknown(self).or_else(|| of_known(self))
+        } else {
+            of_known(self).or_else(|| of_unknown(self))
+        };
+        let (item, is_known) = next?;
+        self.was_known = is_known;
+        Some(item)
+    }
+
+    /// Takes those out for whom there is a verdict.
+    pub fn settle<V>(&mut self, mut verdict: impl FnMut(&T) -> Option<V>) -> Vec<(T, V)> {
+        let mut settled = self.known.settle(&mut verdict);
+        settled.extend(self.unknown.settle(verdict));
+        settled
+    }
+}
+
+impl<T> Lane<T> {
+    fn push(&mut self, client: Client, item: T) -> Option<T> {
+        let own = self.of_clients.get(&client).map_or(0, VecDeque::len);
+        let goes = if self.of_clients.values().map(VecDeque::len).sum::<usize>() < PLACES {
+            None
+        } else {
+            let most = self.of_clients.values_mut().max_by_key(|items| items.len());
+            // Who loses one has at least as many left as the new one's client gets.
+            match most.filter(|items| items.len() > own + 1).and_then(VecDeque::pop_back) {
+                Some(goes) => Some(goes),
+                None => return Some(item),
+            }
+        };
+        if own == 0 {
+            self.turns.push_back(client);
+        }
+        self.of_clients.entry(client).or_default().push_back(item);
+        goes
+    }
+
+    fn next(&mut self) -> Option<T> {
+        let client = self.turns.pop_front()?;
+        let items = self.of_clients.get_mut(&client)?;
+        let item = items.pop_front();
+        if items.is_empty() {
+            self.of_clients.remove(&client);
+        } else {
+            self.turns.push_back(client);
+        }
+        item
+    }
+
+    fn settle<V>(&mut self, mut verdict: impl FnMut(&T) -> Option<V>) -> Vec<(T, V)> {
+        let mut settled = Vec::new();
+        for items in self.of_clients.values_mut() {
+            for item in mem::take(items) {
+                match verdict(&item) {
+                    Some(verdict) => settled.push((item, verdict)),
+                    None => items.push_back(item),
+                }
+            }
+        }
+        self.of_clients.retain(|_, items| !items.is_empty());
+        self.turns.retain(|client| self.of_clients.contains_key(client));
+        settled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::iter;
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn stranger(n: usize) -> Origin {
+        let [.., high, low] = n.to_be_bytes();
+        Origin { client: IpAddr::from([10, 0, high, low]).into(), is_known: false }
+    }
+
+    fn known(n: usize) -> Origin {
+        Origin { is_known: true, ..stranger(n) }
+    }
+
+    fn queue(waiting: &[(Origin, usize)]) -> Queue<usize> {
+        let mut queue = Queue::default();
+        assert!(waiting.iter().all(|(origin, item)| queue.push(*origin, *item).is_none()));
+        queue
+    }
+
+    fn turns(mut queue: Queue<usize>) -> Vec<usize> {
+        iter::from_fn(|| queue.next()).collect()
+    }
+
+    #[test]
+    fn clients_take_turns_and_so_do_known_and_unknown_ones() {
+        let (a, b, c, k) = (stranger(1), stranger(2), stranger(3), known(4));
+        for (waiting, expected) in [
+            (&[][..], &[][..]),
+            (&[(a, 1), (a, 2), (a, 3), (b, 4), (b, 5), (c, 6)], &[1, 4, 6, 2, 5, 3]),
+            (&[(a, 1), (a, 2), (k, 3), (k, 4), (k, 5)], &[3, 1, 4, 2, 5]),
+            (&[(k, 1), (k, 2)], &[1, 2]),
+        ] {
+            assert_eq!(turns(queue(waiting)), expected, "{waiting:?}");
+        }
+    }
+
+    #[test]
+    fn who_comes_while_others_have_many_waits_for_one_of_each() {
+        let mut queue = Queue::default();
+        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(n % 16), n), None));
+        assert!((0..100).all(|_| queue.next().is_some_and(|n| queue.push(stranger(n % 16), n).is_none())));
+        let lost = queue.push(stranger(99), 1_000);
+        assert!(lost.is_some_and(|n| n < PLACES), "{lost:?}");
+        // Newcomers of the crowd do not take its place.
+        (0..1_000).for_each(|n| assert_ne!(queue.push(stranger(n % 16), 2_000 + n), Some(1_000)));
+        assert_eq!(turns(queue).into_iter().position(|n| n == 1_000), Some(16));
+    }
+
+    #[test]
+    fn where_all_have_few_the_newcomer_has_no_place() {
+        let mut queue = Queue::default();
+        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(n), n), None));
+        assert_eq!(queue.push(stranger(1_000), 1_000), Some(1_000));
+        assert_eq!(queue.push(stranger(3), 1_001), Some(1_001));
+        assert_eq!(queue.push(known(1_000), 1_002), None, "there are other places for those");
+    }
+
+    #[test]
+    fn one_client_may_have_all_places_until_another_one_comes() {
+        let mut queue = Queue::default();
+        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(1), n), None));
+        assert_eq!(queue.push(stranger(1), PLACES), Some(PLACES));
+        assert_eq!(queue.push(stranger(2), 1_000), Some(PLACES - 1));
+        assert_eq!(turns(queue)[..3], [0, 1_000, 1]);
+    }
+
+    #[test]
+    fn who_need_not_wait_is_gone() {
+        let (a, b, c) = (stranger(1), stranger(2), known(3));
+        let mut queue = queue(&[(a, 1), (a, 2), (b, 4), (c, 6), (a, 3)]);
+        assert_eq!(queue.settle(|item| (item % 2 == 0).then_some(())), [6, 2, 4].map(|item| (item, ())));
+        assert_eq!(queue.push(b, 8), None);
+        assert_eq!(turns(queue), [1, 8, 3]);
+    }
+}

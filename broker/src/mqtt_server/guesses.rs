@@ -1,0 +1,81 @@
+//! How often a client may be wrong about a password. No IO.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::http::client_ip::Client;
+
+/// So often a client may be wrong about all users at once, and about one; then it has to wait.
+const BURST: u32 = 40;
+const BURST_OF_USER: u32 = 5;
+/// How long until it may be wrong once more: about any user, and about one. So a guesser is eight times slower than
+/// it may be before a gateway behind the same address, which is another user, has to wait for it.
+const PERIOD: Duration = Duration::from_millis(125);
+const PERIOD_OF_USER: Duration = Duration::from_secs(1);
+
+/// Who was wrong lately. There are few: passwords are verified one after the other, and each takes a while.
+#[derive(Debug, Default)]
+pub struct Guesses {
+    of_clients: BTreeMap<Client, Instant>,
+    of_users: BTreeMap<(Client, u64), Instant>,
+}
+
+impl Guesses {
+    /// Whether `client` may try a password of `user`, which stands for the name of one that there may be or not.
+    pub fn may_try(&self, client: Client, user: u64, now: Instant) -> bool {
+        has_room(self.of_clients.get(&client), (PERIOD, BURST), now)
+            && has_room(self.of_users.get(&(client, user)), (PERIOD_OF_USER, BURST_OF_USER), now)
+    }
+
+    /// The password was wrong.
+    pub fn was_wrong(&mut self, client: Client, user: u64, now: Instant) {
+        self.of_clients.retain(|_, paid| *paid > now);
+        self.of_users.retain(|_, paid| *paid > now);
+        *self.of_clients.entry(client).or_insert(now) += PERIOD;
+        *self.of_users.entry((client, user)).or_insert(now) += PERIOD_OF_USER;
+    }
+}
+
+/// Whether less than a burst is to be waited for until everything is paid.
+fn has_room(paid: Option<&Instant>, (period, burst): (Duration, u32), now: Instant) -> bool {
+    paid.is_none_or(|paid| paid.saturating_duration_since(now) + period <= period * burst)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn client(n: u8) -> Client {
+        IpAddr::from([192, 0, 2, n]).into()
+    }
+
+    /// How many tries of `user` are allowed at once, if all are wrong.
+    fn tries(guesses: &mut Guesses, client: Client, user: u64, now: Instant) -> usize {
+        let wrong =
+            |_: &usize| guesses.may_try(client, user, now).then(|| guesses.was_wrong(client, user, now)).is_some();
+        (0..100).take_while(wrong).count()
+    }
+
+    #[test]
+    fn guesses_are_few_and_those_of_others_are_not_counted() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        assert_eq!(tries(&mut guesses, client(1), 7, now), 5);
+        assert_eq!(tries(&mut guesses, client(1), 8, now), 5, "another user behind the same address");
+        assert_eq!(tries(&mut guesses, client(2), 7, now), 5, "the same user from elsewhere");
+        assert_eq!(tries(&mut guesses, client(1), 7, now + Duration::from_secs(2)), 2);
+        let all: usize = (100..200).map(|user| tries(&mut guesses, client(3), user, now)).sum();
+        assert_eq!(all, 40);
+        assert!(!guesses.may_try(client(3), 7, now) && guesses.may_try(client(3), 7, now + PERIOD));
+        assert!(guesses.may_try(client(2), 8, now));
+    }
+
+    #[test]
+    fn who_was_wrong_long_ago_is_forgotten() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        (0..100).for_each(|n| guesses.was_wrong(client(n), 1, now));
+        guesses.was_wrong(client(200), 1, now + Duration::from_secs(2));
+        assert_eq!((guesses.of_clients.len(), guesses.of_users.len()), (1, 1));
+    }
+}

@@ -1,0 +1,259 @@
+//! The connections that have not logged in yet. Strangers may fill these places and never say a word; they may not keep
+//! a gateway out. What decides is [`Table`], which knows neither sockets nor a clock.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
+
+use crate::http::client_ip::Client;
+use crate::lock;
+
+/// So many connections of unknown clients may wait to be let in, and as many of known ones,
+const PLACES: usize = 512;
+/// and so many of one client that is not this machine.
+const PLACES_OF_CLIENT: usize = 64;
+/// So many clients are known for each user: those from which it logged in last.
+const CLIENTS_OF_USER: usize = 8;
+
+/// The places at one door. Clones share them.
+#[derive(Clone, Default)]
+pub struct Pending(Arc<Mutex<Places>>);
+
+#[derive(Default)]
+struct Places {
+    unknown: Table<Arc<Notify>>,
+    known: Table<Arc<Notify>>,
+    logins: Logins,
+}
+
+/// One connection's place, until it is dropped.
+pub struct Place {
+    pending: Pending,
+    id: u64,
+    client: Client,
+    is_known: bool,
+    evicted: Arc<Notify>,
+}
+
+impl Pending {
+    /// A place for a connection from `address`. If all are taken, the one that waits longest has to go.
+    pub fn enter(&self, address: IpAddr) -> Place {
+        let (client, evicted) = (Client::from(address), Arc::new(Notify::new()));
+        let mut places = lock(&self.0);
+        let is_known = places.logins.is_known(client);
+        let id = places.admit(is_known, client, evicted.clone());
+        Place { pending: self.clone(), id, client, is_known, evicted }
+    }
+}
+
+impl Place {
+    /// Whose place it is.
+    pub fn client(&self) -> Client {
+        self.client
+    }
+
+    /// Whether a user logged in from there before.
+    pub fn is_known(&self) -> bool {
+        self.is_known
+    }
+
+    /// Tells when another connection took the place.
+    pub fn evicted(&self) -> Arc<Notify> {
+        self.evicted.clone()
+    }
+
+    /// Leaves it to others: the connection has said who it is, and waits elsewhere.
+    pub fn leave(&mut self) {
+        lock(&self.pending.0).table(self.is_known).remove(self.id);
+    }
+
+    /// Takes one again, as who comes last.
+    pub fn come_back(&mut self) {
+        let mut places = lock(&self.pending.0);
+        self.id = places.admit(self.is_known, self.client, self.evicted.clone());
+    }
+
+    /// `user` logged in from there.
+    pub fn logged_in(&self, user: &str) {
+        lock(&self.pending.0).logins.note(user, self.client);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.pending.0).table(self.is_known).remove(self.id);
+    }
+}
+
+impl Places {
+    fn admit(&mut self, is_known: bool, client: Client, evicted: Arc<Notify>) -> u64 {
+        let (id, evicts) = self.table(is_known).admit(client, evicted);
+        if let Some(evicts) = evicts {
+            evicts.notify_one();
+        }
+        id
+    }
+
+    fn table(&mut self, is_known: bool) -> &mut Table<Arc<Notify>> {
+        if is_known { &mut self.known } else { &mut self.unknown }
+    }
+}
+
+/// Who waits, in the order in which they came. `H` is what tells one that it has to go.
+struct Table<H> {
+    next: u64,
+    waiting: BTreeMap<u64, (Client, H)>,
+    of_clients: HashMap<Client, BTreeSet<u64>>,
+}
+
+impl<H> Default for Table<H> {
+    fn default() -> Self {
+        Self { next: 0, waiting: BTreeMap::new(), of_clients: HashMap::new() }
+    }
+}
+
+impl<H> Table<H> {
+    /// Takes in a connection, and says which one has to go for it.
+    fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
+        let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= PLACES_OF_CLIENT);
+        let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);
+        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= PLACES);
+        let goes = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
+        self.next += 1;
+        self.waiting.insert(self.next, (client, handle));
+        self.of_clients.entry(client).or_default().insert(self.next);
+        (self.next, goes)
+    }
+
+    fn remove(&mut self, id: u64) -> Option<H> {
+        let (client, handle) = self.waiting.remove(&id)?;
+        if let Some(own) = self.of_clients.get_mut(&client) {
+            own.remove(&id);
+            if own.is_empty() {
+                self.of_clients.remove(&client);
+            }
+        }
+        Some(handle)
+    }
+}
+
+/// From where users logged in.
+#[derive(Default)]
+struct Logins {
+    of_users: BTreeMap<String, VecDeque<Client>>,
+    /// For how many users each client is known.
+    users: HashMap<Client, usize>,
+}
+
+impl Logins {
+    fn is_known(&self, client: Client) -> bool {
+        self.users.contains_key(&client)
+    }
+
+    fn note(&mut self, user: &str, client: Client) {
+        if !self.of_users.contains_key(user) {
+            self.of_users.insert(user.to_owned(), VecDeque::new());
+        }
+        let Some(clients) = self.of_users.get_mut(user) else { return };
+        if clients.contains(&client) {
+            clients.retain(|other| *other != client);
+        } else {
+            *self.users.entry(client).or_default() += 1;
+        }
+        clients.push_back(client);
+        if clients.len() > CLIENTS_OF_USER
+            && let Some(gone) = clients.pop_front()
+            && let Some(users) = self.users.get_mut(&gone)
+        {
+            *users -= 1;
+            if *users == 0 {
+                self.users.remove(&gone);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client(n: usize) -> Client {
+        let [.., high, low] = n.to_be_bytes();
+        IpAddr::from([10, 0, high, low]).into()
+    }
+
+    #[test]
+    fn the_longest_waiting_goes_and_of_a_client_that_has_many_its_own() {
+        let mut table = Table::default();
+        assert_eq!(table.admit(client(0), 0).1, None);
+        assert!((1..=PLACES_OF_CLIENT).all(|n| table.admit(client(1), n).1.is_none()));
+        assert_eq!(table.admit(client(1), 1_000).1, Some(1));
+        let others = PLACES - PLACES_OF_CLIENT - 1;
+        assert!((0..others).all(|n| table.admit(client(2 + n), 2_000 + n).1.is_none()));
+        assert_eq!(table.admit(client(1), 1_001).1, Some(2), "its own, as long as it has many");
+        assert_eq!(table.admit(client(9_999), 3_000).1, Some(0));
+        assert_eq!(table.admit(client(9_998), 3_001).1, Some(3));
+        assert_eq!(table.waiting.len(), PLACES);
+    }
+
+    #[test]
+    fn this_machine_has_as_many_places_as_there_are() {
+        let (mut table, loopback) = (Table::default(), Client::from(IpAddr::from([127, 0, 0, 1])));
+        assert!((0..PLACES).all(|n| table.admit(loopback, n).1.is_none()));
+        assert_eq!(table.admit(loopback, PLACES).1, Some(0));
+    }
+
+    #[test]
+    fn a_place_that_is_left_is_free() {
+        let pending = Pending::default();
+        for n in 0..10 * PLACES {
+            drop(pending.enter([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
+        }
+        let places = lock(&pending.0);
+        assert!(places.unknown.waiting.is_empty() && places.unknown.of_clients.is_empty());
+    }
+
+    #[tokio::test]
+    async fn strangers_take_no_place_of_who_logged_in_before() {
+        let pending = Pending::default();
+        let address = |n: usize| IpAddr::from([10, 1, u8::try_from(n / 60).unwrap(), 1]);
+        pending.enter([192, 0, 2, 1].into()).logged_in("gw1");
+        let gateway = pending.enter([192, 0, 2, 1].into());
+        assert!(gateway.is_known());
+        let crowd: Vec<_> = (0..2 * PLACES).map(|n| pending.enter(address(n))).collect();
+        for place in &crowd[..PLACES] {
+            place.evicted().notified().await;
+        }
+        let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted().notified()).await;
+        assert!(waits.is_err());
+    }
+
+    #[tokio::test]
+    async fn who_said_who_it_is_gives_way_to_nobody_until_it_is_back() {
+        let pending = Pending::default();
+        let crowd = || (0..PLACES).map(|n| pending.enter([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let mut place = pending.enter([192, 0, 2, 1].into());
+        let evicted = place.evicted();
+        let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;
+        place.leave();
+        drop(crowd().collect::<Vec<_>>());
+        assert!(waits().await.is_err());
+        place.come_back();
+        let _crowd: Vec<_> = crowd().collect();
+        assert!(waits().await.is_ok());
+    }
+
+    #[test]
+    fn a_user_makes_only_a_few_clients_known() {
+        let mut logins = Logins::default();
+        logins.note("gw2", client(0));
+        (0..=CLIENTS_OF_USER).for_each(|n| logins.note("gw1", client(n)));
+        logins.note("gw1", client(1));
+        logins.note("gw1", client(100));
+        let known: Vec<_> = (0..=CLIENTS_OF_USER).filter(|n| logins.is_known(client(*n))).collect();
+        assert_eq!(known, [0, 1, 3, 4, 5, 6, 7, 8], "that of another user, and the last ones");
+        assert_eq!(logins.users.len(), CLIENTS_OF_USER + 1);
+    }
+}

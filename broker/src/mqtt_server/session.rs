@@ -1,0 +1,260 @@
+//! What one client may and gets (MQTT 3.1.1), from its CONNECT on: packets in, packets and deeds out, no IO.
+//!
+//! Every session is a clean one: who comes back subscribes again.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use bytes::BytesMut;
+use rumqttc::{
+    Packet, PubAck, PubComp, PubRec, PubRel, Publish, QoS, SubAck, Subscribe, SubscribeReasonCode, UnsubAck,
+    Unsubscribe,
+};
+
+use crate::mqtt_server::acl::{Access, Verb};
+use crate::mqtt_server::filter::{is_filter, is_topic};
+use crate::mqtt_server::message::{Message, lower};
+use crate::mqtt_server::quota::PACKET;
+use crate::mqtt_server::subscriptions::{LEVELS, Subscriptions};
+
+/// So many messages are under way to a client at most; the next one waits for an acknowledgement.
+const INFLIGHT: usize = 100;
+/// The same for this broker's own connections, which must not be behind.
+const INFLIGHT_OWN: usize = 10_000;
+/// So many subscriptions a client has at most, and so many topics a packet names.
+const FILTERS: usize = 1_000;
+/// The longest filter, in bytes.
+const FILTER_MAX: usize = 1_000;
+
+/// What has to be done for a client.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// To say this.
+    Say(Message),
+    /// To listen for it from now on, if that is not so.
+    Listen,
+    /// To tell that it wanted what it may not.
+    Forbid {
+        /// What it wanted to do.
+        verb: Verb,
+        /// With which topic or filter.
+        topic: String,
+        /// It did not before.
+        is_first: bool,
+    },
+    /// To end the connection, as it asked for.
+    End,
+}
+
+/// The client does what no client may: the connection ends.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Violation(pub &'static str);
+
+const TOO_MANY: Violation = Violation("names too many topics in one packet");
+
+/// Kept messages that a client still gets: those of `filter` behind `after`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backlog {
+    /// The filter it subscribed to.
+    pub filter: String,
+    /// The last topic that it got.
+    pub after: Option<String>,
+}
+
+/// A client that is connected.
+#[derive(Debug)]
+pub struct Session {
+    access: Access,
+    subscriptions: Subscriptions,
+    backlog: VecDeque<Backlog>,
+    /// What it has not acknowledged yet, how much that may be, and the identifier given last.
+    inflight: BTreeSet<u16>,
+    most: usize,
+    last: u16,
+    /// What it said exactly once, and has not let go yet.
+    exactly_once: BTreeSet<u16>,
+    was_forbidden: bool,
+}
+
+impl Session {
+    /// A client that may do this, one of this broker itself or not.
+    pub fn new(access: Access, is_own: bool) -> Self {
+        Self {
+            access,
+            subscriptions: Subscriptions::default(),
+            backlog: VecDeque::new(),
+            inflight: BTreeSet::new(),
+            most: if is_own { INFLIGHT_OWN } else { INFLIGHT },
+            last: 0,
+            exactly_once: BTreeSet::new(),
+            was_forbidden: false,
+        }
+    }
+
+    /// What a packet takes of the server's time. An acknowledgement that is due was paid by who said the message.
+    pub fn work(&self, packet: &Packet) -> u64 {
+        let topics = if let Packet::Subscribe(Subscribe { filters, .. }) = packet {
+            filters.len()
+        } else if let Packet::Unsubscribe(Unsubscribe { topics, .. }) = packet {
+            topics.len()
+        } else {
+            0
+        };
+        let is_due = matches!(packet, Packet::PubAck(PubAck { pkid }) if self.inflight.contains(pkid));
+        if is_due { 0 } else { PACKET * (1 + topics as u64) }
+    }
+
+    /// Takes a packet, and answers it at the end of `output`.
+    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<Deed>, Violation> {
+        match packet {
+            Packet::Publish(publish) => self.publish(publish, output),
+            Packet::PubRel(PubRel { pkid }) => {
+                self.exactly_once.remove(&pkid);
+                put(&Packet::PubComp(PubComp { pkid }), output);
+                Ok(Vec::new())
+            }
+            Packet::PubAck(PubAck { pkid }) => {
+                self.inflight.remove(&pkid);
+                Ok(Vec::new())
+            }
+            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > FILTERS => Err(TOO_MANY),
+            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > FILTERS => Err(TOO_MANY),
+            Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, output)),
+            Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
+                for topic in &topics {
+                    self.subscriptions.remove(topic);
+                }
+                self.end_backlog(&topics.iter().map(String::as_str).collect());
+                put(&Packet::UnsubAck(UnsubAck { pkid }), output);
+                Ok(Vec::new())
+            }
+            Packet::PingReq => {
+                put(&Packet::PingResp, output);
+                Ok(Vec::new())
+            }
+            Packet::Disconnect => Ok(vec![Deed::End]),
+            Packet::Connect(_) => Err(Violation("connects twice")),
+            Packet::ConnAck(_)
+            | Packet::PubRec(_)
+            | Packet::PubComp(_)
+            | Packet::SubAck(_)
+            | Packet::UnsubAck(_)
+            | Packet::PingResp => Err(Violation("sends what a server sends")),
+        }
+    }
+
+    fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<Deed>, Violation> {
+        if !is_topic(&publish.topic) {
+            return Err(Violation("publishes on no topic"));
+        }
+        let pkid = publish.pkid;
+        let is_new = match publish.qos {
+            QoS::AtMostOnce => true,
+            QoS::AtLeastOnce => {
+                put(&Packet::PubAck(PubAck { pkid }), output);
+                true
+            }
+            QoS::ExactlyOnce => {
+                put(&Packet::PubRec(PubRec { pkid }), output);
+                self.exactly_once.insert(pkid)
+            }
+        };
+        if !self.access.may_say(&publish.topic) {
+            return Ok(vec![self.forbid(Verb::Say, publish.topic)]);
+        }
+        Ok(is_new.then(|| Deed::Say(publish.into())).into_iter().collect())
+    }
+
+    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Deed> {
+        let mut deeds = vec![Deed::Listen];
+        let mut codes = Vec::with_capacity(subscribe.filters.len());
+        let mut granted = Vec::new();
+        for filter in subscribe.filters {
+            let (path, qos) = (filter.path, lower(filter.qos, QoS::AtLeastOnce));
+            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS).is_none();
+            let has_place = self.subscriptions.len() < FILTERS || self.subscriptions.contains(&path);
+            if is_sound && !self.access.may_hear(&path) {
+                deeds.push(self.forbid(Verb::Hear, path));
+                codes.push(SubscribeReasonCode::Failure);
+            } else if is_sound && has_place {
+                self.subscriptions.insert(&path, qos);
+                granted.push(path);
+                codes.push(SubscribeReasonCode::Success(qos));
+            } else {
+                codes.push(SubscribeReasonCode::Failure);
+            }
+        }
+        self.begin_backlog(&granted);
+        put(&Packet::SubAck(SubAck::new(subscribe.pkid, codes)), output);
+        deeds
+    }
+
+    /// What is kept for these filters is sent, each once, behind what is sent already; from its beginning if that was
+    /// under way.
+    fn begin_backlog(&mut self, filters: &[String]) {
+        let mut begun = BTreeSet::new();
+        self.end_backlog(&filters.iter().map(String::as_str).collect());
+        for filter in filters {
+            if begun.insert(filter.as_str()) {
+                self.backlog.push_back(Backlog { filter: filter.clone(), after: None });
+            }
+        }
+    }
+
+    fn end_backlog(&mut self, filters: &BTreeSet<&str>) {
+        self.backlog.retain(|backlog| !filters.contains(backlog.filter.as_str()));
+    }
+
+    fn forbid(&mut self, verb: Verb, topic: String) -> Deed {
+        Deed::Forbid { verb, topic, is_first: !std::mem::replace(&mut self.was_forbidden, true) }
+    }
+
+    /// Whether it subscribed to a filter that has `topic`.
+    pub fn wants(&self, topic: &str) -> bool {
+        self.subscriptions.granted(topic).is_some()
+    }
+
+    /// How many messages may be sent to it now.
+    pub fn room(&self) -> usize {
+        self.most - self.inflight.len()
+    }
+
+    /// What it gets before anything else.
+    pub fn backlog(&self) -> Option<&Backlog> {
+        self.backlog.front()
+    }
+
+    /// It got the backlog's messages up to `after`; all of them if there is none.
+    pub fn went_on(&mut self, after: Option<String>) {
+        if after.is_none() && !self.backlog.is_empty() {
+            self.backlog.pop_front();
+        } else if let Some(backlog) = self.backlog.front_mut() {
+            backlog.after = after;
+        }
+    }
+
+    /// Sends it a message, with the lower quality of those that it was said with and subscribed to, if it wants it.
+    pub fn deliver(&mut self, message: Message, output: &mut BytesMut) {
+        let Some(granted) = self.subscriptions.granted(&message.topic) else { return };
+        let qos = lower(granted, message.qos);
+        let pkid = if qos == QoS::AtMostOnce { 0 } else { self.next_identifier() };
+        let Message { topic, payload, retain, .. } = message;
+        put(&Packet::Publish(Publish { dup: false, qos, retain, topic, pkid, payload }), output);
+    }
+
+    fn next_identifier(&mut self) -> u16 {
+        loop {
+            self.last = self.last.checked_add(1).unwrap_or(1);
+            if self.inflight.insert(self.last) {
+                return self.last;
+            }
+        }
+    }
+}
+
+/// Only packets that are too large cannot be written, and no one is as large as may be.
+fn put(packet: &Packet, output: &mut BytesMut) {
+    let _ = packet.write(output, usize::MAX);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+//! The filters that a client subscribed to, as a tree of their levels: what a topic costs to look up depends on its
+//! levels, and not on how many filters there are. Every message meets every client here.
+
+use rumqttc::QoS;
+
+/// A filter with more levels than this is refused.
+pub const LEVELS: usize = 64;
+
+/// A client's filters, each with the quality of service that was granted.
+#[derive(Debug, Default)]
+pub struct Subscriptions {
+    root: Node,
+    len: usize,
+}
+
+#[derive(Debug, Default)]
+struct Node {
+    /// The filter that ends here.
+    granted: Option<QoS>,
+    /// The next levels, in order.
+    below: Vec<(Box<str>, Node)>,
+}
+
+impl Subscriptions {
+    /// How many filters there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether this very filter is there.
+    pub fn contains(&self, filter: &str) -> bool {
+        let end = filter.split('/').try_fold(&self.root, Node::at);
+        end.is_some_and(|node| node.granted.is_some())
+    }
+
+    /// Adds a filter, or grants it another quality.
+    pub fn insert(&mut self, filter: &str, qos: QoS) {
+        let node = filter.split('/').fold(&mut self.root, Node::at_or_new);
+        self.len += usize::from(node.granted.replace(qos).is_none());
+    }
+
+    /// Takes a filter away, if it is there.
+    pub fn remove(&mut self, filter: &str) {
+        self.len -= usize::from(self.root.remove(filter.split('/')));
+    }
+
+    /// The highest quality of all filters that have `topic`; none if none has it.
+    pub fn granted(&self, topic: &str) -> Option<QoS> {
+        // A wildcard at the beginning has no topic that begins with `$`.
+        self.root.granted(topic.split('/'), !topic.starts_with('$'))
+    }
+}
+
+impl Node {
+    fn place(&self, level: &str) -> Result<usize, usize> {
+        self.below.binary_search_by(|(other, _)| (**other).cmp(level))
+    }
+
+    fn at(&self, level: &str) -> Option<&Self> {
+        self.place(level).ok().map(|place| &self.below[place].1)
+    }
+
+    fn at_or_new(&mut self, level: &str) -> &mut Self {
+        let place = self.place(level).unwrap_or_else(|place| {
+            self.below.insert(place, (level.into(), Self::default()));
+            place
+        });
+        &mut self.below[place].1
+    }
+
+    /// Whether a filter ended there. Levels that lead nowhere any more go, too.
+    fn remove<'a>(&mut self, mut levels: impl Iterator<Item = &'a str>) -> bool {
+        let Some(level) = levels.next() else { return self.granted.take().is_some() };
+        let Ok(place) = self.place(level) else { return false };
+        let next = &mut self.below[place].1;
+        let was_there = next.remove(levels);
+        if next.granted.is_none() && next.below.is_empty() {
+            self.below.remove(place);
+        }
+        was_there
+    }
+
+    fn granted<'a>(&self, mut levels: impl Iterator<Item = &'a str> + Clone, wildcards: bool) -> Option<QoS> {
+        let all = if wildcards { self.at("#").and_then(|node| node.granted) } else { None };
+        let Some(level) = levels.next() else {
+            // `a/#` has `a`, too.
+            return highest(self.granted, all);
+        };
+        let any = if wildcards { self.at("+").and_then(|node| node.granted(levels.clone(), true)) } else { None };
+        let this = self.at(level).and_then(|node| node.granted(levels, true));
+        highest(all, highest(any, this))
+    }
+}
+
+fn highest(one: Option<QoS>, other: Option<QoS>) -> Option<QoS> {
+    match (one, other) {
+        (Some(one), Some(other)) if other > one => Some(other),
+        (one, other) => one.or(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::mqtt_server::filter::{is_filter, matches};
+
+    proptest! {
+        #[test]
+        fn a_topic_is_granted_what_the_matching_filters_are(
+            steps in prop::collection::vec(("[ab+$](/[ab+]?){0,3}(/#)?|#", 0..2u8, any::<bool>()), 0..20),
+            topics in prop::collection::vec("[ab$](/[ab]?){0,4}", 1..10),
+        ) {
+            let (mut tree, mut list) = (Subscriptions::default(), BTreeMap::new());
+            for (filter, level, comes) in steps {
+                prop_assume!(is_filter(&filter));
+                let qos = rumqttc::qos(level).unwrap();
+                if comes {
+                    tree.insert(&filter, qos);
+                    list.insert(filter, qos);
+                } else {
+                    tree.remove(&filter);
+                    list.remove(&filter);
+                }
+                prop_assert_eq!(tree.len(), list.len());
+            }
+            prop_assert!(list.keys().all(|filter| tree.contains(filter)) && !tree.contains("a/x"));
+            for topic in topics {
+                let fitting = list.iter().filter(|(filter, _)| matches(filter, &topic)).map(|(_, qos)| *qos);
+                let expected = fitting.reduce(|one, other| if other > one { other } else { one });
+                prop_assert_eq!(tree.granted(&topic), expected, "{} in {:?}", topic, list);
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_removed_takes_no_memory() {
+        let mut tree = Subscriptions::default();
+        let filters = ["a/b/c/d", "a/b", "a/+/#", "#"];
+        for filter in filters {
+            tree.insert(filter, QoS::AtMostOnce);
+        }
+        for filter in filters {
+            tree.remove(filter);
+        }
+        tree.remove("a/b");
+        assert!(tree.len() == 0 && tree.root.below.is_empty());
+    }
+
+    /// A list of filters compared with each topic takes more than ten seconds.
+    #[test]
+    fn a_thousand_filters_are_not_all_looked_at() {
+        let mut tree = Subscriptions::default();
+        (0..1_000).for_each(|n| tree.insert(&format!("wireguard/+/{n}"), QoS::AtMostOnce));
+        let begun = std::time::Instant::now();
+        for n in 0..300_000 {
+            assert_eq!(tree.granted("wireguard/ffx_a/all"), None, "{n}");
+        }
+        // A few hundred nanoseconds each; a list takes a hundred times as long.
+        assert!(begun.elapsed() < std::time::Duration::from_secs(10));
+    }
+}

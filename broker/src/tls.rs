@@ -1,0 +1,141 @@
+//! A server's certificate, which is read again when its files change.
+
+use std::fs::{Metadata, metadata};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+use tracing::{info, warn};
+use wgkex_common::runtime::tls::rustls::ServerConfig;
+use wgkex_common::runtime::tls::rustls::server::{ClientHello, ResolvesServerCert};
+use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
+use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
+/// The certificate that is in use.
+pub struct Certificate {
+    /// The part of the config that names the files.
+    section: &'static str,
+    cert_file: PathBuf,
+    key_file: PathBuf,
+    current: RwLock<Arc<CertifiedKey>>,
+}
+
+/// What tells one version of both files from another; none for a file that is not there.
+type Version = [Option<(i64, i64, u64, u64)>; 2];
+
+impl Certificate {
+    /// Reads the files of the certificate and of its key, which `section` of the config names.
+    pub fn open(section: &'static str, (cert_file, key_file): (PathBuf, PathBuf)) -> Result<Arc<Self>, TlsError> {
+        let current = RwLock::new(Arc::new(read(section, &cert_file, &key_file)?));
+        Ok(Arc::new(Self { section, cert_file, key_file, current }))
+    }
+
+    /// TLS 1.2 and 1.3, with whatever certificate is the current one.
+    pub fn server(self: &Arc<Self>) -> Result<ServerConfig, TlsError> {
+        let config = ServerConfig::builder_with_provider(provider());
+        let config =
+            config.with_safe_default_protocol_versions().map_err(|error| TlsError::of(self.section, &error))?;
+        Ok(config.with_no_client_auth().with_cert_resolver(self.clone()))
+    }
+
+    /// Looks for new files, for ever.
+    pub async fn watch(self: Arc<Self>) {
+        let mut changes = Changes::new(self.version());
+        loop {
+            sleep(LOOK).await;
+            let seen = self.clone();
+            // Files may be slow, and requests are not to wait for them.
+            let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
+            if changes.settled(now) {
+                let stale = self.clone();
+                let _ = spawn_blocking(move || stale.renew()).await;
+            }
+        }
+    }
+
+    fn renew(&self) {
+        match read(self.section, &self.cert_file, &self.key_file) {
+            Ok(new) => {
+                *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+                info!(of = self.section, "certificate is renewed");
+            }
+            Err(error) => warn!(%error, "the old certificate stays in use"),
+        }
+    }
+
+    fn version(&self) -> Version {
+        [&self.cert_file, &self.key_file].map(|file| metadata(file).as_ref().map(version).ok())
+    }
+}
+
+impl std::fmt::Debug for Certificate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Certificate")
+    }
+}
+
+impl ResolvesServerCert for Certificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+/// Tells when new versions of the files are whole: two files do not change at the same instant.
+struct Changes {
+    taken: Version,
+    last: Version,
+}
+
+impl Changes {
+    fn new(taken: Version) -> Self {
+        Self { taken, last: taken }
+    }
+
+    /// Whether what is there `now` is new, and was so at the last look.
+    fn settled(&mut self, now: Version) -> bool {
+        let is_still = std::mem::replace(&mut self.last, now) == now;
+        is_still && std::mem::replace(&mut self.taken, now) != now
+    }
+}
+
+fn version(file: &Metadata) -> (i64, i64, u64, u64) {
+    (file.mtime(), file.mtime_nsec(), file.len(), file.ino())
+}
+
+fn read(section: &str, cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, TlsError> {
+    let chain = certificates(&format!("{section}.cert_file"), cert_file)?;
+    let key_name = format!("{section}.key_file");
+    let key = private_key(&key_name, key_file)?;
+    CertifiedKey::from_der(chain, key, &provider()).map_err(|error| TlsError::in_file(&key_name, key_file, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_files_are_taken_once_both_stay_as_they_are() {
+        let file = |time| Some((time, 0, 1, 1));
+        let old = [file(1), file(1)];
+        let mut changes = Changes::new(old);
+        for (now, settled) in [
+            (old, false),
+            ([file(2), file(1)], false),
+            ([file(2), file(2)], false),
+            ([file(2), file(2)], true),
+            ([file(2), file(2)], false),
+            ([None, file(2)], false),
+            ([None, file(2)], true),
+            ([None, file(2)], false),
+            ([file(2), file(2)], false),
+            ([file(2), file(2)], true),
+        ] {
+            assert_eq!(changes.settled(now), settled, "{now:?}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Who may come: keys that are denied, allowed or trusted. Files of this machine say so (`files.rs`, `parse.rs`), and
+//! records that an operator made by an admin call, which all brokers and workers share (`records.rs`, `anti_entropy.rs`) and
+//! keep (`records_file.rs`). One task owns them all, [`service`]; everybody else asks the [`Admission`] that it makes of them.
+
+mod anti_entropy;
+pub mod files;
+pub mod parse;
+pub mod records;
+mod records_file;
+pub mod service;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::PublicKey;
+
+/// What is said of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum List {
+    /// It may not come, whatever else is said of it.
+    Deny,
+    /// It may come, where only listed keys may.
+    Allow,
+    /// Its peer is never swept.
+    Trusted,
+}
+
+impl List {
+    /// Every list.
+    pub const ALL: [Self; 3] = [Self::Deny, Self::Allow, Self::Trusted];
+
+    /// Its name, on the wire and in metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Deny => "deny",
+            Self::Allow => "allow",
+            Self::Trusted => "trusted",
+        }
+    }
+}
+
+/// A key on a list.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Entry {
+    /// Which list.
+    pub list: List,
+    /// Which key.
+    pub key: PublicKey,
+    /// The only domain in which it is allowed; none for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain: Option<String>,
+    /// What the operator calls the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Why it is on the list; never told to the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// When it counts no longer, in seconds of Unix time; none for never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
+}
+
+impl Entry {
+    /// `key` on `list`, and nothing else said of it.
+    #[must_use]
+    pub fn new(list: List, key: PublicKey) -> Self {
+        Self { list, key, domain: None, name: None, reason: None, until: None }
+    }
+
+    /// Whether it counts at `now`, in seconds of Unix time.
+    #[must_use]
+    pub fn counts(&self, now: u64) -> bool {
+        self.until.is_none_or(|until| now < until)
+    }
+}
+
+/// Seconds of Unix time.
+#[must_use]
+pub fn unix(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Bytes as hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Whether only listed keys may come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AllowList {
+    /// Every key may that is not denied.
+    #[default]
+    Off,
+    /// Only listed ones may, and a file or directory of them could not be read so far.
+    Unread,
+    /// Only listed ones may.
+    Read,
+}
+
+/// What the lists say of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may come.
+    Allowed,
+    /// It may not, as it is not listed where only listed keys may come.
+    Unlisted,
+    /// It may not.
+    Denied,
+}
+
+/// All that the lists say, at one time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Admission {
+    denied: BTreeSet<PublicKey>,
+    trusted: BTreeSet<PublicKey>,
+    allow_list: AllowList,
+    allowed: BTreeSet<PublicKey>,
+    allowed_in: BTreeMap<String, BTreeSet<PublicKey>>,
+    ends: Option<u64>,
+}
+
+impl Admission {
+    /// What those of `entries` say that count at `now`, in seconds of Unix time.
+    #[must_use]
+    pub fn of<'a>(entries: impl IntoIterator<Item = &'a Entry>, allow_list: AllowList, now: u64) -> Self {
+        let mut admission = Self { allow_list, ..Self::default() };
+        for entry in entries.into_iter().filter(|entry| entry.counts(now)) {
+            admission.ends = admission.ends.into_iter().chain(entry.until).min();
+            match (entry.list, &entry.domain) {
+                (List::Deny, _) => &mut admission.denied,
+                (List::Trusted, _) => &mut admission.trusted,
+                (List::Allow, None) => &mut admission.allowed,
+                (List::Allow, Some(domain)) => admission.allowed_in.entry(domain.clone()).or_default(),
+            }
+            .insert(entry.key);
+        }
+        admission
+    }
+
+    /// Whether `key` may come in the domain with this name. A denied key may not, whatever else is said of it.
+    #[must_use]
+    pub fn verdict(&self, domain: &str, key: &PublicKey) -> Verdict {
+        let is_listed =
+            || self.allowed.contains(key) || self.allowed_in.get(domain).is_some_and(|keys| keys.contains(key));
+        if self.denied.contains(key) {
+            Verdict::Denied
+        } else if self.allow_list == AllowList::Off || is_listed() {
+            Verdict::Allowed
+        } else {
+            Verdict::Unlisted
+        }
+    }
+
+    /// Whether `key` may not come.
+    #[must_use]
+    pub fn refuses(&self, domain: &str, key: &PublicKey) -> bool {
+        self.verdict(domain, key) != Verdict::Allowed
+    }
+
+    /// Whether `key` has to go if it is there. While the allow list could not be read nobody goes for not being on it.
+    #[must_use]
+    pub fn expels(&self, domain: &str, key: &PublicKey) -> bool {
+        match self.verdict(domain, key) {
+            Verdict::Allowed => false,
+            Verdict::Unlisted => self.allow_list == AllowList::Read,
+            Verdict::Denied => true,
+        }
+    }
+
+    /// Whether nobody has to go.
+    #[must_use]
+    pub fn expels_nobody(&self) -> bool {
+        self.denied.is_empty() && self.allow_list != AllowList::Read
+    }
+
+    /// Whether the peer of `key` is never swept.
+    #[must_use]
+    pub fn trusts(&self, key: &PublicKey) -> bool {
+        self.trusted.contains(key)
+    }
+
+    /// How many keys are on a list; one that is allowed in several domains counts in each.
+    #[must_use]
+    pub fn len(&self, list: List) -> usize {
+        match list {
+            List::Deny => self.denied.len(),
+            List::Allow => self.allowed.len() + self.allowed_in.values().map(BTreeSet::len).sum::<usize>(),
+            List::Trusted => self.trusted.len(),
+        }
+    }
+
+    /// Whether an entry has come to its end by `now`, so that this is no longer what the lists say.
+    #[must_use]
+    pub fn is_over(&self, now: u64) -> bool {
+        self.ends.is_some_and(|end| end <= now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u8) -> PublicKey {
+        PublicKey::from_bytes([n.max(2); 32]).unwrap()
+    }
+
+    fn entry(list: List, n: u8) -> Entry {
+        Entry::new(list, key(n))
+    }
+
+    fn allowed_in(domain: &str, n: u8) -> Entry {
+        Entry { domain: Some(domain.into()), ..entry(List::Allow, n) }
+    }
+
+    #[test]
+    fn deny_beats_allow_and_trust() {
+        let entries = [entry(List::Deny, 3), entry(List::Allow, 3), entry(List::Trusted, 3), entry(List::Allow, 4)];
+        for allow_list in [AllowList::Off, AllowList::Unread, AllowList::Read] {
+            let admission = Admission::of(&entries, allow_list, 0);
+            assert_eq!(admission.verdict("a", &key(3)), Verdict::Denied);
+            assert_eq!(admission.verdict("a", &key(4)), Verdict::Allowed);
+            assert!(admission.expels("a", &key(3)) && !admission.expels("a", &key(4)) && !admission.expels_nobody());
+        }
+    }
+
+    #[test]
+    fn only_listed_keys_come_where_there_is_an_allow_list_each_in_its_domain() {
+        use Verdict::{Allowed, Unlisted};
+        let entries = [allowed_in("a", 3), entry(List::Allow, 4)];
+        let verdicts = |allow_list| {
+            let admission = Admission::of(&entries, allow_list, 0);
+            [("a", 3), ("b", 3), ("a", 4), ("b", 4), ("a", 5)].map(|(domain, n)| admission.verdict(domain, &key(n)))
+        };
+        assert_eq!(verdicts(AllowList::Off), [Allowed; 5]);
+        for allow_list in [AllowList::Read, AllowList::Unread] {
+            assert_eq!(verdicts(allow_list), [Allowed, Unlisted, Allowed, Allowed, Unlisted]);
+        }
+    }
+
+    #[test]
+    fn nobody_goes_because_of_an_allow_list_that_could_not_be_read() {
+        let goes = |allow_list| Admission::of(&[entry(List::Allow, 3)], allow_list, 0).expels("a", &key(4));
+        assert!(goes(AllowList::Read) && !goes(AllowList::Unread) && !goes(AllowList::Off));
+        assert!(Admission::of(&[], AllowList::Unread, 0).expels_nobody());
+        assert!(!Admission::of(&[], AllowList::Read, 0).expels_nobody());
+    }
+
+    #[test]
+    fn an_entry_counts_until_its_end() {
+        let entries = [
+            Entry { until: Some(100), ..entry(List::Deny, 3) },
+            Entry { until: Some(200), ..entry(List::Trusted, 4) },
+            entry(List::Deny, 5),
+        ];
+        let at = |now| Admission::of(&entries, AllowList::Off, now);
+        assert!(at(99).refuses("a", &key(3)) && !at(100).refuses("a", &key(3)) && at(100).refuses("a", &key(5)));
+        assert!(at(199).trusts(&key(4)) && !at(200).trusts(&key(4)));
+        assert!(!at(0).is_over(99) && at(0).is_over(100));
+        assert!(!at(100).is_over(199) && at(100).is_over(200) && !at(200).is_over(u64::MAX));
+        assert_eq!(List::ALL.map(|list| at(0).len(list)), [2, 0, 1]);
+    }
+}

@@ -1,0 +1,200 @@
+//! Whom to ask for records, and when: brokers say a digest of theirs, and who has another one asks. No IO, no clock.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use crate::wire::message::Hello;
+
+/// Brokers that are remembered at most.
+const BROKERS: usize = 4096;
+/// How long the first question may stay without effect before it is put again; doubled each time.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The longest pause between two questions to the same broker.
+const PATIENCE_MAX: Duration = Duration::from_secs(60);
+/// All records are said no more often than this, however many ask.
+const SAY: Duration = Duration::from_secs(1);
+/// What is retained is heard this soon after subscribing, if there is anything.
+const SETTLED: Duration = Duration::from_millis(100);
+/// So long somebody may take to say what he retains.
+const HEARD: Duration = Duration::from_millis(500);
+/// No key waits longer for records than this.
+const HELD_MAX: Duration = Duration::from_secs(3);
+
+/// What is known of the brokers' records.
+#[derive(Debug)]
+pub(super) struct Sharer {
+    /// This broker's own name; none for a worker.
+    own: Option<String>,
+    brokers: BTreeMap<String, Other>,
+    /// Since when what brokers retain can be heard.
+    listening: Option<Instant>,
+    /// Somebody asked for all records.
+    is_asked: bool,
+    said: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Other {
+    digest: String,
+    asked: Option<Instant>,
+    tries: u32,
+}
+
+impl Sharer {
+    pub fn new(own: Option<String>) -> Self {
+        Self { own, brokers: BTreeMap::new(), listening: None, is_asked: false, said: None }
+    }
+
+    /// The bus can be heard from now on.
+    pub fn up(&mut self, now: Instant) {
+        self.listening = Some(now);
+    }
+
+    /// The bus is lost, and whatever brokers say may change unheard.
+    pub fn down(&mut self) {
+        self.listening = None;
+        self.brokers.clear();
+    }
+
+    /// A broker says what it is, or that it goes.
+    pub fn broker(&mut self, name: &str, hello: Option<&Hello>) {
+        let digest = hello.filter(|hello| hello.answers()).and_then(|hello| hello.records.clone());
+        let Some(digest) = digest.filter(|_| self.own.as_deref() != Some(name)) else {
+            self.brokers.remove(name);
+            return;
+        };
+        if self.brokers.get(name).is_some_and(|known| known.digest == digest) {
+            return;
+        }
+        if self.brokers.len() < BROKERS || self.brokers.contains_key(name) {
+            self.brokers.insert(name.to_owned(), Other { digest, asked: None, tries: 0 });
+        }
+    }
+
+    /// Somebody lacks records, or has others.
+    pub fn asked(&mut self) {
+        self.is_asked = true;
+    }
+
+    /// The brokers to ask now, given the own digest.
+    pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<String> {
+        let mut names = Vec::new();
+        for (name, broker) in &mut self.brokers {
+            let pause = (PATIENCE * 2_u32.pow(broker.tries.min(6))).min(PATIENCE_MAX);
+            if broker.digest == digest {
+                (broker.asked, broker.tries) = (None, 0);
+            } else if broker.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= pause) {
+                broker.tries += u32::from(broker.asked.is_some());
+                broker.asked = Some(now);
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
+    /// Whether all records are to be said now; they count as said then.
+    pub fn says(&mut self, now: Instant) -> bool {
+        let long_ago = self.said.is_none_or(|said| now.saturating_duration_since(said) >= SAY);
+        let says = self.is_asked && long_ago && self.own.is_some();
+        if says {
+            (self.is_asked, self.said) = (false, Some(now));
+        }
+        says
+    }
+
+    /// Whether keys that are held since then may go in: every broker's records are known, or it takes too long. An
+    /// error in the latter case.
+    pub fn releases(&self, held: Instant, digest: &str, now: Instant) -> Option<Result<(), Late>> {
+        let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
+        let agree = self.brokers.values().all(|broker| broker.digest == digest);
+        let settled = if self.brokers.is_empty() { HEARD } else { SETTLED };
+        if agree && self.listening.is_some_and(|since| for_long(since, settled)) {
+            return Some(Ok(()));
+        }
+        for_long(held, HELD_MAX).then_some(Err(Late))
+    }
+}
+
+/// The records did not come in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Late;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn hello(digest: Option<&str>) -> Hello {
+        Hello { records: digest.map(str::to_owned), ..Hello::broker(Vec::new(), 1) }
+    }
+
+    fn sharer(own: Option<&str>, brokers: &[(&str, &str)]) -> (Sharer, Instant) {
+        let (mut sharer, now) = (Sharer::new(own.map(str::to_owned)), Instant::now());
+        sharer.up(now);
+        for (name, digest) in brokers {
+            sharer.broker(name, Some(&hello(Some(digest))));
+        }
+        (sharer, now)
+    }
+
+    #[test]
+    fn who_has_other_records_is_asked_and_again_ever_more_rarely() {
+        let (mut sharer, begun) = sharer(None, &[("b1", "x"), ("b2", "y")]);
+        assert_eq!(sharer.ask("y", begun), ["b1"]);
+        let mut asked = Vec::new();
+        for second in 1..300 {
+            if !sharer.ask("y", begun + second * 1000 * MS).is_empty() {
+                asked.push(second);
+            }
+        }
+        assert_eq!(asked, [1, 3, 7, 15, 31, 63, 123, 183, 243]);
+        assert!(sharer.ask("x", begun + 300_000 * MS) == ["b2"], "b1 agrees now");
+        sharer.broker("b1", Some(&hello(Some("z"))));
+        assert_eq!(sharer.ask("y", begun + 300_000 * MS), ["b1"], "it says another one");
+    }
+
+    #[test]
+    fn only_brokers_that_answer_and_say_a_digest_are_asked_and_never_oneself() {
+        let (mut sharer, now) = sharer(Some("own"), &[("own", "x"), ("b1", "x"), ("b2", "x")]);
+        sharer.broker("old", Some(&hello(None)));
+        sharer.broker("w", Some(&Hello::worker(Vec::new())));
+        sharer.broker("b2", None);
+        assert_eq!(sharer.ask("y", now), ["b1"]);
+        sharer.down();
+        assert!(sharer.ask("z", now).is_empty());
+        for n in 0..5_000 {
+            sharer.broker(&n.to_string(), Some(&hello(Some("x"))));
+        }
+        assert_eq!(sharer.brokers.len(), BROKERS);
+    }
+
+    #[test]
+    fn a_broker_says_all_once_a_second_however_many_ask() {
+        let (mut broker, begun) = sharer(Some("own"), &[]);
+        let mut said = 0;
+        for ms in 0..3_500 {
+            broker.asked();
+            said += u32::from(broker.says(begun + ms * MS));
+        }
+        assert_eq!(said, 4);
+        assert!(broker.says(begun + 10_000 * MS) && !broker.says(begun + 20_000 * MS), "nobody asked again");
+        let (mut worker, now) = sharer(None, &[]);
+        worker.asked();
+        assert!(!worker.says(now));
+    }
+
+    #[test]
+    fn keys_wait_until_the_records_agree_and_not_for_ever() {
+        let after = |sharer: &Sharer, begun, ms| sharer.releases(begun, "x", begun + ms * MS);
+        let (agreeing, begun) = sharer(None, &[("b1", "x"), ("b2", "x")]);
+        assert_eq!([99, 100].map(|ms| after(&agreeing, begun, ms)), [None, Some(Ok(()))]);
+        let (other, begun) = sharer(None, &[("b1", "x"), ("b2", "y")]);
+        assert_eq!([2_999, 3_000].map(|ms| after(&other, begun, ms)), [None, Some(Err(Late))]);
+        let (nobody, begun) = sharer(None, &[]);
+        assert_eq!([499, 500].map(|ms| after(&nobody, begun, ms)), [None, Some(Ok(()))]);
+        let (mut deaf, begun) = sharer(None, &[]);
+        deaf.down();
+        assert_eq!([2_999, 3_000].map(|ms| after(&deaf, begun, ms)), [None, Some(Err(Late))]);
+    }
+}

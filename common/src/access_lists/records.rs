@@ -1,0 +1,454 @@
+//! The records that operators make by admin calls and that brokers and workers share. Of each subject the newest one
+//! counts, so that whoever has heard the same records, in whatever order, has the same map. No IO, no clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::access_lists::parse::TEXT_MAX;
+use crate::access_lists::{Entry, List, hex};
+use crate::{PublicKey, is_topic_level};
+
+/// An operator allows or trusts no more keys when there are so many.
+pub const MAX: usize = 10_000;
+/// There are never more, so that keys can be denied when there are [`MAX`].
+const MOST: usize = 2 * MAX;
+/// So far, in seconds, the clock of who made a record may be ahead.
+const AHEAD: u64 = 3_600;
+/// What counts no longer is remembered this long, in seconds, for those who were away.
+const REMEMBERED: u64 = 7 * 86_400;
+/// The year 10000, in milliseconds of Unix time: a clock that says so is not one.
+const AT_MAX: u64 = 253_402_300_800_000;
+/// The longest name of a domain.
+const DOMAIN_MAX: usize = 200;
+
+/// That a key is on a list, or not any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// What it is about.
+    #[serde(flatten)]
+    pub entry: Entry,
+    /// When it was made, in milliseconds of Unix time; of two about the same the later one counts.
+    pub at: u64,
+    /// Whether it puts the key on the list, or takes it off.
+    pub on: bool,
+}
+
+/// There are too many records for one more, and all of them count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("there are {0} entries already, no more are allowed: what is taken off a list makes room")]
+pub struct Full(usize);
+
+/// What became of records that somebody made.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// Those that count now instead of what did.
+    pub taken: Vec<Record>,
+    /// How many were not taken in although they are news.
+    pub refused: Refused,
+}
+
+/// How many records were not taken in, by why.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Refused {
+    /// No broker makes such.
+    pub unsound: u64,
+    /// By the clock here they were made in the future.
+    pub future: u64,
+    /// There are too many; or others had to go for them.
+    pub full: u64,
+}
+
+impl Refused {
+    /// How many of each reason, by the word that metrics have for it.
+    #[must_use]
+    pub fn by_reason(self) -> [(&'static str, u64); 3] {
+        [("unsound", self.unsound), ("future", self.future), ("full", self.full)]
+    }
+}
+
+impl std::ops::AddAssign for Refused {
+    fn add_assign(&mut self, more: Self) {
+        self.unsound += more.unsound;
+        self.future += more.future;
+        self.full += more.full;
+    }
+}
+
+/// What a record is about: of two about the same one counts.
+type Subject = (List, PublicKey, Option<String>);
+
+/// The newest record of each subject.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Records {
+    newest: BTreeMap<Subject, Record>,
+}
+
+impl Record {
+    /// Whether it is one that a broker makes.
+    fn is_sound(&self) -> bool {
+        let Entry { list, domain, name, reason, .. } = &self.entry;
+        let fits = |text: &Option<String>| {
+            text.as_ref().is_none_or(|text| text.len() <= TEXT_MAX && !text.chars().any(char::is_control))
+        };
+        let domain_fits = domain
+            .as_ref()
+            .is_none_or(|domain| *list == List::Allow && domain.len() <= DOMAIN_MAX && is_topic_level(domain));
+        self.at <= AT_MAX && fits(name) && fits(reason) && domain_fits
+    }
+
+    /// Whether it puts the key on the list at `now`.
+    #[must_use]
+    pub fn counts(&self, now: u64) -> bool {
+        self.on && self.entry.counts(now)
+    }
+
+    /// Whether its maker's clock was wrong, or the one here is.
+    fn is_of_the_future(&self, now: u64) -> bool {
+        self.at / 1000 > now.saturating_add(AHEAD)
+    }
+
+    /// Whether it may be forgotten.
+    fn is_past(&self, now: u64) -> bool {
+        let end = if self.on { self.entry.until } else { Some(self.at / 1000) };
+        end.is_some_and(|end| end.saturating_add(REMEMBERED) <= now)
+    }
+
+    fn subject(&self) -> Subject {
+        (self.entry.list, self.entry.key, self.entry.domain.clone())
+    }
+
+    /// Where there are too many, those stay that are last in this order: first what counts, then what denies, then what
+    /// is new. The same for everybody, so that those who hear more than they keep keep the same.
+    fn worth(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
+        (self.counts(now), self.entry.list == List::Deny, self.rank())
+    }
+
+    /// What of two about the same decides which one counts: the same for everybody who has both.
+    fn rank(&self) -> (u64, bool, &Entry) {
+        (self.at, self.on, &self.entry)
+    }
+}
+
+impl Records {
+    /// Takes in records that somebody made. `now` is in seconds of Unix time.
+    pub fn merge(&mut self, records: impl IntoIterator<Item = Record>, now: u64) -> Merged {
+        let (mut subjects, mut refused) = (BTreeSet::new(), Refused::default());
+        for record in records {
+            if !record.is_sound() {
+                refused.unsound += 1;
+            } else if record.is_of_the_future(now) {
+                refused.future += 1;
+            } else if self.take(record.clone(), now) {
+                subjects.insert(record.subject());
+            }
+        }
+        refused.full += self.trim(now);
+        let taken = subjects.iter().filter_map(|subject| self.newest.get(subject)).cloned().collect();
+        Merged { taken, refused }
+    }
+
+    /// Takes in what was kept on disk. Nothing is refused for what the clock says: after a start it may be wrong itself.
+    #[must_use]
+    pub fn restored(records: impl IntoIterator<Item = Record>, now: u64) -> Self {
+        let mut restored = Self::default();
+        for record in records.into_iter().filter(Record::is_sound) {
+            restored.take(record, now);
+        }
+        restored.trim(now);
+        restored
+    }
+
+    /// Takes in a record if it is newer than what is known of its subject, or that is of the future, which nobody else
+    /// takes in.
+    fn take(&mut self, record: Record, now: u64) -> bool {
+        let subject = record.subject();
+        let is_newer = |known: &Record| known.is_of_the_future(now) || known.rank() < record.rank();
+        let takes = !record.is_past(now) && self.newest.get(&subject).is_none_or(is_newer);
+        if takes {
+            self.newest.insert(subject, record);
+        }
+        takes
+    }
+
+    /// Lets go of what is too much; says how many of those counted.
+    fn trim(&mut self, now: u64) -> u64 {
+        let surplus = self.newest.len().saturating_sub(MOST);
+        if surplus == 0 {
+            return 0;
+        }
+        let mut all: Vec<&Record> = self.newest.values().collect();
+        all.sort_unstable_by(|a, b| a.worth(now).cmp(&b.worth(now)));
+        let gone: Vec<_> = all.into_iter().take(surplus).map(|record| (record.subject(), record.counts(now))).collect();
+        for (subject, _) in &gone {
+            self.newest.remove(subject);
+        }
+        gone.iter().map(|(_, counted)| u64::from(*counted)).sum()
+    }
+
+    /// Makes a record of `entry` that counts instead of every one known, whatever the clocks of their makers said. What
+    /// counts no longer makes room for it.
+    pub fn change(&mut self, entry: Entry, on: bool, now_ms: u64) -> Result<Record, Full> {
+        let now = now_ms / 1000;
+        let mut record = Record { entry, at: now_ms, on };
+        match self.newest.get(&record.subject()) {
+            Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
+            Some(_) => {}
+            None => self.make_room(if record.entry.list == List::Deny { MOST } else { MAX }, now)?,
+        }
+        self.newest.insert(record.subject(), record.clone());
+        Ok(record)
+    }
+
+    /// Lets go of the oldest that count no longer, though others may remember them, until one more is no more than `limit`.
+    fn make_room(&mut self, limit: usize, now: u64) -> Result<(), Full> {
+        let surplus = (self.newest.len() + 1).saturating_sub(limit);
+        if surplus == 0 {
+            return Ok(());
+        }
+        let over = self.newest.values().filter(|record| !record.counts(now));
+        let mut over: Vec<_> = over.map(|record| (record.at, record.subject())).collect();
+        if over.len() < surplus {
+            return Err(Full(limit));
+        }
+        over.sort_unstable();
+        for (_, subject) in over.into_iter().take(surplus) {
+            self.newest.remove(&subject);
+        }
+        Ok(())
+    }
+
+    /// Whether `entry`'s key is on its list at `now` by a record.
+    #[must_use]
+    pub fn has(&self, entry: &Entry, now: u64) -> bool {
+        let subject = (entry.list, entry.key, entry.domain.clone());
+        self.newest.get(&subject).is_some_and(|record| record.counts(now))
+    }
+
+    /// Forgets what need not be remembered any more; true if there was something.
+    pub fn forget(&mut self, now: u64) -> bool {
+        let before = self.newest.len();
+        self.newest.retain(|_, record| !record.is_past(now));
+        self.newest.len() < before
+    }
+
+    /// All of them, in the order of their subjects.
+    pub fn iter(&self) -> impl Iterator<Item = &Record> {
+        self.newest.values()
+    }
+
+    /// Those that others take in, too.
+    pub fn shared(&self, now: u64) -> impl Iterator<Item = &Record> {
+        self.newest.values().filter(move |record| !record.is_of_the_future(now))
+    }
+
+    /// The same for everybody whose records say the same at `now`.
+    #[must_use]
+    pub fn digest(&self, now: u64) -> String {
+        let mut hash = Sha256::new();
+        for record in self.shared(now).filter(|record| record.counts(now)) {
+            let Entry { list, key, domain, .. } = &record.entry;
+            hash.update(key.as_bytes());
+            hash.update(record.at.to_be_bytes());
+            hash.update([*list as u8]);
+            hash.update(domain.as_deref().unwrap_or_default());
+            hash.update([0]);
+        }
+        hex(&hash.finalize()[..16])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const NOW: u64 = 2_000_000_000;
+
+    fn key(n: u32) -> PublicKey {
+        let mut bytes = [0x42; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    }
+
+    fn deny(n: u32) -> Entry {
+        Entry::new(List::Deny, key(n))
+    }
+
+    fn record(n: u32, at: u64, on: bool) -> Record {
+        Record { entry: deny(n), at: NOW * 1000 + at, on }
+    }
+
+    fn records(all: impl IntoIterator<Item = Record>) -> Records {
+        let mut records = Records::default();
+        records.merge(all, NOW);
+        records
+    }
+
+    #[test]
+    fn the_newest_counts_whatever_the_order() {
+        let (put, taken, again) = (record(1, 1, true), record(1, 2, false), record(1, 3, true));
+        for order in [[&put, &taken, &again], [&again, &taken, &put], [&taken, &again, &put]] {
+            assert!(records(order.into_iter().cloned()).has(&deny(1), NOW));
+        }
+        assert!(!records([taken.clone(), put.clone()]).has(&deny(1), NOW));
+        let tie = Record { at: put.at, ..taken };
+        assert!(records([tie.clone(), put.clone()]).has(&deny(1), NOW) && records([put, tie]).has(&deny(1), NOW));
+    }
+
+    #[test]
+    fn a_change_counts_although_somebodys_clock_is_ahead() {
+        let mut ahead = records([record(1, AHEAD * 1000, true)]);
+        let lifted = ahead.change(deny(1), false, NOW * 1000).unwrap();
+        assert!(!ahead.has(&deny(1), NOW));
+        let mut other = records([record(1, AHEAD * 1000, true)]);
+        assert_eq!(other.merge([lifted.clone()], NOW + 1).taken, [lifted]);
+        assert_eq!(other, ahead);
+    }
+
+    /// Records from the year 2096 were taken in before, and nobody whose clock was right could lift them.
+    #[test]
+    fn what_is_of_the_future_is_refused_and_gives_way_where_it_stands() {
+        let future = record(1, (AHEAD + 1) * 1000, true);
+        let merged = Records::default().merge([future.clone()], NOW);
+        assert_eq!((merged.taken.len(), merged.refused), (0, Refused { future: 1, ..Refused::default() }));
+        // It was made here, while the clock was wrong.
+        let of_the_future = || Records::restored([future.clone()], NOW);
+        assert!(of_the_future().has(&deny(1), NOW), "it counts here");
+        assert_eq!(of_the_future().digest(NOW), Records::default().digest(NOW), "and keeps nobody waiting");
+        assert_eq!(of_the_future().shared(NOW).count(), 0);
+        let lifted = of_the_future().change(deny(1), false, NOW * 1000).unwrap();
+        assert_eq!(lifted.at, NOW * 1000);
+        assert_eq!(of_the_future().merge([lifted.clone()], NOW).taken, [lifted]);
+    }
+
+    fn many(range: std::ops::Range<u32>, at: u64) -> impl Iterator<Item = Record> {
+        range.map(move |n| record(n, at, true))
+    }
+
+    /// With 10,000 entries nothing could be denied before.
+    #[test]
+    fn a_full_list_lets_an_operator_deny() {
+        let max = u32::try_from(MAX).unwrap();
+        let mut full = records(many(0..max, 0));
+        let trust = Entry::new(List::Trusted, key(1));
+        assert_eq!(full.change(trust.clone(), true, NOW * 1000), Err(Full(MAX)));
+        assert!(full.change(deny(max), true, NOW * 1000).is_ok());
+        assert!(full.change(deny(7), false, NOW * 1000).is_ok());
+        full.merge(many(max..2 * max, 0), NOW);
+        assert_eq!(full.newest.len(), MOST);
+        // What was lifted goes first, and only that.
+        assert!(full.change(deny(1_000_000), true, NOW * 1000).is_ok());
+        assert!(!full.newest.contains_key(&record(7, 0, false).subject()) && full.newest.len() == MOST);
+        assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(Full(MOST)));
+        for n in 0..max + 10 {
+            full.change(deny(n), false, NOW * 1000).unwrap();
+        }
+        assert!(full.change(trust, true, NOW * 1000).is_ok());
+    }
+
+    /// Before, what came after the 20,000th was dropped without a word, and who had heard another order had others for ever.
+    #[test]
+    fn of_too_many_everybody_keeps_the_same() {
+        let most = u32::try_from(MOST).unwrap();
+        let trusted = Record { entry: Entry::new(List::Trusted, key(1)), ..record(1, 9, true) };
+        let all: Vec<_> = many(0..most, 5).chain(many(most..most + 10, 3)).chain([trusted]).collect();
+        let merged = Records::default().merge(all.clone(), NOW);
+        assert_eq!((merged.taken.len(), merged.refused), (MOST, Refused { full: 11, ..Refused::default() }));
+        let mut backwards = Records::default();
+        for part in all.chunks(777).rev() {
+            backwards.merge(part.iter().cloned(), NOW);
+        }
+        let all = records(all);
+        assert!(backwards == all && all.digest(NOW) == backwards.digest(NOW));
+        assert!(all.has(&deny(0), NOW) && !all.has(&deny(most), NOW), "the oldest go");
+    }
+
+    #[test]
+    fn what_counts_no_longer_is_forgotten_after_a_week_and_not_learnt_again() {
+        let ends = Record { entry: Entry { until: Some(NOW + 10), ..deny(1) }, ..record(1, 0, true) };
+        let (lifted, stays) = (record(2, 0, false), record(3, 0, true));
+        let mut all = records([ends.clone(), lifted.clone(), stays]);
+        assert!(all.has(&ends.entry, NOW + 9) && !all.has(&ends.entry, NOW + 10));
+        assert!(!all.forget(NOW + REMEMBERED - 1) && all.forget(NOW + REMEMBERED));
+        assert_eq!(all.newest.len(), 2);
+        assert!(all.forget(NOW + REMEMBERED + 10) && all.newest.len() == 1);
+        assert_eq!(all.merge([ends, lifted], NOW + REMEMBERED + 10), Merged::default());
+    }
+
+    #[test]
+    fn what_no_broker_makes_is_not_learnt() {
+        let good = record(1, 0, true);
+        let with = |entry: Entry| Record { entry, ..good.clone() };
+        for bad in [
+            Record { at: u64::MAX, ..good.clone() },
+            with(Entry { name: Some("x".repeat(201)), ..deny(1) }),
+            with(Entry { reason: Some("x\ny".into()), ..deny(1) }),
+            with(Entry { domain: Some("a".into()), ..deny(1) }),
+            with(Entry { domain: Some("a/b".into()), ..Entry::new(List::Allow, key(1)) }),
+        ] {
+            let refused = Refused { unsound: 1, ..Refused::default() };
+            assert_eq!(Records::default().merge([bad.clone()], NOW), Merged { taken: vec![], refused }, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_digest_tells_what_counts_and_nothing_else() {
+        let (one, two) = (record(1, 0, true), record(2, 0, true));
+        let digest = |all: &[&Record]| records(all.iter().copied().cloned()).digest(NOW);
+        assert_eq!(digest(&[&one, &two]), digest(&[&two, &one]));
+        assert_eq!(digest(&[&one, &record(2, 1, false)]), digest(&[&one]));
+        assert_ne!(digest(&[&one]), digest(&[&two]));
+        assert_ne!(digest(&[&one]), digest(&[&record(1, 1, true)]));
+        assert_eq!(digest(&[&one]).len(), 32);
+        let ends = Record { entry: Entry { until: Some(NOW), ..deny(1) }, ..one };
+        assert_eq!(digest(&[&ends]), digest(&[]));
+    }
+
+    #[test]
+    fn a_record_is_one_flat_object() {
+        let entry = Entry { reason: Some("spam".into()), until: Some(5), ..deny(1) };
+        let json = serde_json::to_string(&Record { entry, at: 7, on: true }).unwrap();
+        let key = key(1);
+        assert_eq!(json, format!(r#"{{"list":"deny","key":"{key}","reason":"spam","until":5,"at":7,"on":true}}"#));
+        let later = format!(r#"{{"list":"allow","key":"{key}","domain":"d","at":7,"on":false,"new":1}}"#);
+        let read: Record = serde_json::from_str(&later).unwrap();
+        assert_eq!((read.entry.domain.as_deref(), read.on), (Some("d"), false));
+    }
+
+    fn any_record() -> impl Strategy<Value = Record> {
+        let entry =
+            (0..3_usize, 0..4_u32, prop::option::of("[ab]"), prop::option::of("[xy]"), prop::option::of(0..20_u64));
+        (entry, 0..6_u64, any::<bool>()).prop_map(|((list, n, domain, name, until), at, on)| {
+            let list = List::ALL[list];
+            let domain = domain.filter(|_| list == List::Allow);
+            let until = until.map(|until| NOW + until - 10);
+            Record { entry: Entry { domain, name, until, ..Entry::new(list, key(n)) }, at: NOW * 1000 + at, on }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn merging_is_commutative_associative_and_idempotent(
+            (ours, theirs) in (prop::collection::vec(any_record(), 0..30), prop::collection::vec(any_record(), 0..30)),
+            seed: u64,
+        ) {
+            let both: Vec<_> = ours.iter().chain(&theirs).cloned().collect();
+            let together = records(both.clone());
+            let mut shuffled = both.clone();
+            fastrand::Rng::with_seed(seed).shuffle(&mut shuffled);
+            prop_assert_eq!(&records(shuffled), &together);
+            prop_assert_eq!(&records(both.iter().chain(&both).cloned()), &together);
+
+            // Each merged by itself first, and then one into the other.
+            let mut one_by_one = records(ours);
+            for record in records(theirs).iter() {
+                one_by_one.merge([record.clone()], NOW);
+            }
+            prop_assert_eq!(one_by_one.digest(NOW), together.digest(NOW));
+            prop_assert_eq!(one_by_one, together);
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The records on disk, in a file of their own: written whole, beside the old one, and then put in its place, so that
+//! there is always one that is whole.
+
+use std::fs::{self, File, OpenOptions};
+use std::future::pending;
+use std::io::{self, Read as _, Write as _};
+use std::mem;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tracing::{info, warn};
+
+use crate::access_lists::records::{Record, Records};
+use crate::storage::state_file;
+
+/// How long to wait before what failed is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// Counts up with each layout of the file.
+const LAYOUT: u32 = 1;
+
+/// Why the records of a file are not known. It stays as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum Unread {
+    /// It cannot be read.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// A later version made it.
+    #[error(
+        "{} has a layout of number {number}, newer than {LAYOUT} that this version knows: start the version that made it, \
+         or move it away; it is left as it is", file.display()
+    )]
+    Newer {
+        /// Which file.
+        file: PathBuf,
+        /// The number of its layout.
+        number: u32,
+    },
+}
+
+/// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is
+/// written over a file that could not be read.
+#[derive(Debug)]
+pub(super) struct Disk {
+    file: PathBuf,
+    is_unread: bool,
+    changed: u64,
+    written: u64,
+    working: Option<(u64, JoinHandle<Outcome>)>,
+    failed: Option<Instant>,
+    waiting: Vec<(u64, oneshot::Sender<()>)>,
+}
+
+/// Of a write, or of a reading and then with the records.
+type Outcome = Result<Option<Vec<Record>>, Unread>;
+/// A write or reading that has ended: the last change in it, and what became of it.
+pub(super) type Written = (u64, Outcome);
+
+impl Disk {
+    /// The records of `file`, and where they are kept from now on. A damaged file is set aside; one that cannot be read is
+    /// tried again later. The error is that a later version made it.
+    pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), Unread> {
+        let found = load(&file);
+        let (is_unread, failed) = (found.is_err(), found.is_err().then(Instant::now));
+        let records = match found {
+            Ok(records) => records,
+            Err(newer @ Unread::Newer { .. }) => return Err(newer),
+            Err(Unread::Io(error)) => {
+                let path = file.display();
+                warn!(file = %path, %error, "list entries cannot be read: those that were kept do not count until they are");
+                Vec::new()
+            }
+        };
+        Ok((Self { file, is_unread, changed: 0, written: 0, working: None, failed, waiting: Vec::new() }, records))
+    }
+
+    /// The records changed.
+    pub fn changed(&mut self) {
+        self.changed += 1;
+    }
+
+    /// Tells when the last change is on the disk; an error if it cannot be written now.
+    pub fn kept(&mut self) -> oneshot::Receiver<()> {
+        let (sender, kept) = oneshot::channel();
+        self.waiting.push((self.changed, sender));
+        kept
+    }
+
+    /// Whether the last try failed.
+    pub fn is_failing(&self) -> bool {
+        self.failed.is_some()
+    }
+
+    /// Whether there is something to write, and the disk takes it.
+    pub fn is_behind(&self) -> bool {
+        self.written < self.changed && !self.is_failing()
+    }
+
+    /// Begins to write what changed, unless that is under way, or failed a moment ago.
+    pub fn begin(&mut self, records: &Records, now: Instant) {
+        if self.failed.is_some_and(|failed| now.saturating_duration_since(failed) < RETRY) {
+            self.waiting.clear();
+        } else if self.working.is_none() && self.is_unread {
+            let file = self.file.clone();
+            self.working = Some((self.written, spawn_blocking(move || load(&file).map(Some))));
+        } else if self.working.is_none() && self.written < self.changed {
+            let (file, records) = (self.file.clone(), records.clone());
+            self.working = Some((self.changed, spawn_blocking(move || Ok(write(&file, &records).map(|()| None)?))));
+        }
+    }
+
+    /// The end of what is under way; for ever, if nothing is.
+    pub async fn done(&mut self) -> Written {
+        let Some((number, task)) = &mut self.working else { return pending().await };
+        let (number, result) = (*number, task.await);
+        self.working = None;
+        (number, result.unwrap_or_else(|error| Err(io::Error::other(error).into())))
+    }
+
+    /// Takes in what became of a write or a reading, and gives what was read.
+    pub fn written(&mut self, (number, result): Written) -> Option<Vec<Record>> {
+        let was_failing = self.is_failing();
+        match result {
+            Ok(found) => {
+                self.is_unread = false;
+                self.written = number;
+                self.failed = None;
+                let waiting = mem::take(&mut self.waiting).into_iter();
+                let (kept, waiting): (Vec<_>, Vec<_>) = waiting.partition(|(change, _)| *change <= number);
+                self.waiting = waiting;
+                for (_, sender) in kept {
+                    // Who asked may be gone.
+                    let _ = sender.send(());
+                }
+                if was_failing {
+                    info!(file = %self.file.display(), "list entries are kept again");
+                }
+                found
+            }
+            Err(error) => {
+                self.failed = Some(Instant::now());
+                self.waiting.clear();
+                if !was_failing {
+                    let file = self.file.display();
+                    warn!(%file, %error, "list entries cannot be kept, a restart would lose them");
+                }
+                None
+            }
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Content {
+    /// Files of the first versions do not say it.
+    #[serde(default)]
+    layout: u32,
+    records: Vec<Record>,
+}
+
+/// Of a file of any layout.
+#[derive(Deserialize)]
+struct AnyLayout {
+    #[serde(default)]
+    layout: u32,
+}
+
+/// Reads the records of a file; none if there is no file. A damaged one is set aside.
+fn load(file: &Path) -> Result<Vec<Record>, Unread> {
+    let mut json = Vec::new();
+    let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        read => read?,
+    };
+    if let Ok(AnyLayout { layout: number }) = serde_json::from_slice(&json)
+        && number > LAYOUT
+    {
+        return Err(Unread::Newer { file: file.to_owned(), number });
+    }
+    match serde_json::from_slice::<Content>(&json) {
+        Ok(content) => Ok(content.records),
+        Err(error) => {
+            let reason = error.to_string();
+            let aside = state_file::set_aside(file)?;
+            warn!(file = %file.display(), set_aside = %aside.display(), reason, "file of shared list entries is damaged");
+            Ok(Vec::new())
+        }
+    }
+}
+
+/// Writes the records, and returns when they are on the disk.
+fn write(file: &Path, records: &Records) -> io::Result<()> {
+    let content = Content { layout: LAYOUT, records: records.iter().cloned().collect() };
+    let json = serde_json::to_vec(&content).map_err(io::Error::other)?;
+    let file = state_file::place(file)?;
+    let new = new(&file);
+    // What a write that was broken off left, or somebody put there: it is not written through.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut written = state_file::open(&new, OpenOptions::new().write(true).create_new(true))?;
+    written.write_all(&json)?;
+    written.sync_all()?;
+    fs::rename(&new, &file)?;
+    // The name, too.
+    File::open(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
+}
+
+/// What is written, until it is whole.
+fn new(file: &Path) -> PathBuf {
+    state_file::beside(file, ".new".as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PublicKey;
+    use crate::access_lists::{Entry, List};
+
+    fn read(file: &Path, now: u64) -> Records {
+        Records::restored(load(file).unwrap(), now)
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_a_damaged_file_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state/broker.lists.json");
+        assert_eq!(read(&file, 0), Records::default());
+        let mut records = Records::default();
+        let key = PublicKey::from_bytes([3; 32]).unwrap();
+        records.change(Entry::new(List::Deny, key), true, 5).unwrap();
+        records.change(Entry::new(List::Trusted, key), false, 6).unwrap();
+        write(&file, &records).unwrap();
+        assert_eq!(read(&file, 0), records);
+        write(&file, &Records::default()).unwrap();
+        assert_eq!(read(&file, 0), Records::default());
+        fs::write(&file, "{").unwrap();
+        assert_eq!(read(&file, 0), Records::default());
+        assert!(!file.exists() && dir.path().join("state/broker.lists.json.damaged").exists());
+    }
+
+    /// Both were taken for damage: the file got another name, and what was revoked counted no more.
+    #[tokio::test]
+    async fn a_file_that_cannot_be_read_is_read_later_and_one_of_a_later_version_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, elsewhere] = ["broker.lists.json", "elsewhere"].map(|name| dir.path().join(name));
+        let mut records = Records::default();
+        records.change(Entry::new(List::Deny, PublicKey::from_bytes([3; 32]).unwrap()), true, 5).unwrap();
+        write(&elsewhere, &records).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+        let (mut disk, found) = Disk::open(file.clone()).unwrap();
+        assert!(found.is_empty() && disk.is_failing() && !disk.is_behind());
+        disk.changed();
+        let begun = Instant::now();
+        for is_link in [true, false] {
+            if !is_link {
+                fs::rename(&elsewhere, &file).unwrap();
+            }
+            disk.begin(&Records::default(), begun + 2 * RETRY);
+            let written = disk.done().await;
+            assert_eq!(disk.written(written).is_some(), !is_link);
+            assert_eq!((disk.is_failing(), file.is_symlink()), (is_link, is_link));
+        }
+        assert_eq!(read(&file, 0), records);
+        assert!(disk.is_behind(), "what changed meanwhile is written now");
+
+        fs::write(&file, r#"{"layout":2,"records":"of another kind"}"#).unwrap();
+        let newer = Disk::open(file.clone()).unwrap_err().to_string();
+        assert!(newer.contains("number 2") && file.exists(), "{newer}");
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_told_when_the_change_is_on_the_disk_or_that_it_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("broker.lists.json");
+        let (mut disk, _) = Disk::open(file.clone()).unwrap();
+        let (mut records, begun) = (Records::default(), Instant::now());
+        let entry = |n| Entry::new(List::Deny, PublicKey::from_bytes([n; 32]).unwrap());
+        records.change(entry(3), true, 5).unwrap();
+        disk.changed();
+        let first = disk.kept();
+        disk.begin(&records, begun);
+        let early = records.clone();
+        // One that comes while that is written is in the next write.
+        records.change(entry(4), true, 6).unwrap();
+        disk.changed();
+        let mut second = disk.kept();
+        let written = disk.done().await;
+        assert!(disk.written(written).is_none() && disk.is_behind() && !disk.is_failing());
+        assert!(first.await.is_ok() && second.try_recv() == Err(oneshot::error::TryRecvError::Empty));
+        assert_eq!(read(&file, 0), early);
+
+        fs::create_dir(new(&file)).unwrap();
+        disk.begin(&records, begun);
+        let written = disk.done().await;
+        assert!(disk.written(written).is_none() && disk.is_failing());
+        assert!(second.await.is_err());
+        let third = disk.kept();
+        disk.begin(&records, Instant::now());
+        assert!(third.await.is_err(), "nobody waits for the next try");
+        fs::remove_dir(new(&file)).unwrap();
+        disk.begin(&records, Instant::now() + RETRY);
+        let written = disk.done().await;
+        assert!(disk.written(written).is_none() && !disk.is_failing() && !disk.is_behind());
+        assert_eq!(read(&file, 0), records);
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_an_error_and_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("broker.lists.json");
+        write(&file, &Records::default()).unwrap();
+        fs::create_dir(new(&file)).unwrap();
+        assert!(write(&file, &Records::default()).is_err());
+        assert!(file.exists());
+    }
+}

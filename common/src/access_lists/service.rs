@@ -1,0 +1,442 @@
+//! The task that owns the lists of a program: it reads their files, takes in and keeps the records that brokers share,
+//! and tells what they come to. Everybody else has a [`Handle`].
+
+use std::future::pending;
+use std::mem;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
+
+use crate::access_lists::anti_entropy::{Late, Sharer};
+use crate::access_lists::files::Files;
+use crate::access_lists::records::{Full, Merged, Record, Records, Refused};
+use crate::access_lists::records_file::{Disk, Unread, Written};
+use crate::access_lists::{Admission, Entry, List, unix};
+use crate::mqtt::{Bus, Message};
+use crate::wire::message::{Hello, Party, RecordsQuestion};
+use crate::{Config, Topic};
+
+/// Orders that wait at most. What brokers say is said again, so one too many is dropped.
+const ORDERS: usize = 1024;
+/// Records in one message at most: some 100 kB of JSON, and never more than 500.
+pub const PER_MESSAGE: usize = 500;
+/// How often it looks whether something is due: an entry that ends, a question that is to be put again.
+const LOOK: Duration = Duration::from_secs(1);
+/// The same while keys are held.
+const LOOK_HELD: Duration = Duration::from_millis(20);
+/// The files are looked at no more often than this.
+const REFRESH_MIN: Duration = Duration::from_millis(100);
+/// What changed is looked at again after this time, or after that between two looks if it is shorter.
+const SETTLE: Duration = Duration::from_secs(1);
+/// That records are refused is said no more often than this.
+const SAY_REFUSED: Duration = Duration::from_secs(60);
+
+/// What the lists are now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct View {
+    /// What they say.
+    pub admission: Arc<Admission>,
+    /// The same for everybody who has the same records.
+    pub digest: String,
+}
+
+/// What is new, for the rest of the program.
+#[derive(Debug)]
+pub struct News<'a> {
+    /// What the lists say now.
+    pub admission: &'a Arc<Admission>,
+    /// Records that were made, or heard for the first time.
+    pub records: &'a [Record],
+    /// The lists that are damaged, of [`SOURCES`](crate::access_lists::files::SOURCES).
+    pub damaged: &'a [&'static str],
+    /// Whether all records are on the disk, or about to be.
+    pub is_kept: bool,
+    /// Records of others that were not taken in since the start; up to a minute behind.
+    pub refused: Refused,
+}
+
+/// What is heard on the bus.
+#[derive(Debug)]
+pub enum Heard {
+    /// Everything that is said from now on is heard, and what is retained.
+    Up,
+    /// Nothing is.
+    Down,
+    /// What a broker can do; none if it goes.
+    Broker(String, Option<Hello>),
+    /// Records that somebody made.
+    Records(Vec<Record>),
+    /// Somebody asks for all records.
+    Asked,
+}
+
+/// A record that was made.
+#[derive(Debug)]
+pub struct Changed {
+    /// The record, for everybody else.
+    pub record: Record,
+    /// Whether the key was on the list by another record.
+    pub was_on: bool,
+    /// Comes when it is on the disk; an error if it cannot be written now.
+    pub kept: oneshot::Receiver<()>,
+}
+
+/// An entry as an operator sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Shown {
+    /// The entry.
+    #[serde(flatten)]
+    pub entry: Entry,
+    /// The key of the config that it comes by; `admin` for an admin call.
+    pub source: &'static str,
+    /// When the admin call was, in seconds of Unix time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+}
+
+/// What [`Shown::source`] says of entries that were made by an admin call.
+pub const BY_CALL: &str = "admin";
+
+#[derive(Debug)]
+enum Order {
+    Change(Entry, bool, oneshot::Sender<Result<Changed, Full>>),
+    Show(oneshot::Sender<Vec<Shown>>),
+    Heard(Heard),
+}
+
+/// By which others reach the [`Keeper`].
+#[derive(Debug, Clone)]
+pub struct Handle {
+    orders: mpsc::Sender<Order>,
+    view: watch::Receiver<View>,
+    held: Arc<watch::Sender<Option<Instant>>>,
+}
+
+/// Owns the lists of a program.
+pub struct Keeper {
+    own: Party,
+    files: Files,
+    refresh: Duration,
+    records: Records,
+    sharer: Sharer,
+    orders: mpsc::Receiver<Order>,
+    view: watch::Sender<View>,
+    held: Arc<watch::Sender<Option<Instant>>>,
+    /// Records that the rest of the program has not been told of.
+    news: Vec<Record>,
+    /// Something is not as the view says.
+    is_stale: bool,
+    disk: Disk,
+    refused: Refused,
+    /// What was last said of that, and when.
+    said_refused: (Refused, Option<Instant>),
+}
+
+impl Keeper {
+    /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
+    pub fn open(config: &Config, own: Party) -> Result<(Self, Handle), Unread> {
+        let program = if matches!(own, Party::Broker(_)) { "broker" } else { "worker" };
+        let file = config.state_dir.join(format!("{program}.lists.json"));
+        let now = unix(SystemTime::now());
+        let mut files = Files::new(&config.key_lists);
+        files.read(true);
+        let (disk, kept) = Disk::open(file)?;
+        let records = Records::restored(kept, now);
+        let (sender, orders) = mpsc::channel(ORDERS);
+        let (view, viewed) = watch::channel(look(&files, &records, now));
+        let held = Arc::new(watch::channel(None).0);
+        let sharer = Sharer::new(matches!(own, Party::Broker(_)).then(|| own.name().to_owned()));
+        let keeper = Self {
+            own,
+            files,
+            refresh: config.key_lists.refresh.max(REFRESH_MIN),
+            records,
+            sharer,
+            orders,
+            view,
+            held: held.clone(),
+            news: Vec::new(),
+            is_stale: true,
+            disk,
+            refused: Refused::default(),
+            said_refused: (Refused::default(), None),
+        };
+        Ok((keeper, Handle { orders: sender, view: viewed, held }))
+    }
+
+    /// Works until `stop`; asks and answers on `bus`, and tells what is new.
+    pub async fn run(mut self, bus: Bus, mut tell: impl FnMut(News<'_>), stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut hangup = signal(SignalKind::hangup()).ok();
+        let mut reading: Option<JoinHandle<Files>> = None;
+        let mut read_at = Instant::now() + self.pause();
+        let (mut held, mut is_hurried) = (self.held.subscribe(), false);
+        loop {
+            self.settle(&bus, &mut tell);
+            if reading.is_none() && (is_hurried || read_at <= Instant::now()) {
+                reading = Some(self.read_files(mem::take(&mut is_hurried)));
+            }
+            let look = if self.held.borrow().is_some() { LOOK_HELD } else { LOOK.min(self.refresh) };
+            tokio::select! {
+                order = self.orders.recv() => match order {
+                    Some(order) => self.obey_all(order),
+                    None => break,
+                },
+                files = done(&mut reading) => {
+                    self.take_files(files);
+                    (reading, read_at) = (None, Instant::now() + self.pause());
+                }
+                written = self.disk.done() => self.written(written),
+                () = hung_up(&mut hangup) => is_hurried = true,
+                _ = held.changed() => {}
+                () = sleep(look) => {}
+                () = &mut stop => break,
+            }
+        }
+        self.write_last().await;
+    }
+
+    /// How long until the files are looked at again.
+    fn pause(&self) -> Duration {
+        if self.files.is_unsettled() { SETTLE.min(self.refresh) } else { self.refresh }
+    }
+
+    /// Reads the files, on a thread that may wait for them.
+    fn read_files(&self, anew: bool) -> JoinHandle<Files> {
+        if anew {
+            info!("lists are read again");
+        }
+        let mut files = self.files.clone();
+        spawn_blocking(move || {
+            files.read(anew);
+            files
+        })
+    }
+
+    /// Without any, the runtime ends.
+    fn take_files(&mut self, files: Option<Files>) {
+        if let Some(files) = files {
+            self.is_stale |= files.differ(&self.files);
+            self.files = files;
+        }
+    }
+
+    /// Obeys what has come so far, so that many orders are told of at once.
+    fn obey_all(&mut self, first: Order) {
+        self.obey(first);
+        for _ in 0..ORDERS {
+            let Ok(order) = self.orders.try_recv() else { return };
+            self.obey(order);
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            // Who asked and is gone needs no answer.
+            Order::Change(entry, on, answer) => drop(answer.send(self.change(entry, on))),
+            Order::Show(answer) => drop(answer.send(self.show())),
+            Order::Heard(Heard::Up) => self.sharer.up(Instant::now()),
+            Order::Heard(Heard::Down) => self.sharer.down(),
+            Order::Heard(Heard::Broker(name, hello)) => self.sharer.broker(&name, hello.as_ref()),
+            Order::Heard(Heard::Asked) => self.sharer.asked(),
+            Order::Heard(Heard::Records(records)) => self.merge(records),
+        }
+    }
+
+    fn change(&mut self, entry: Entry, on: bool) -> Result<Changed, Full> {
+        let now = SystemTime::now();
+        let was_on = self.records.has(&entry, unix(now));
+        let ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
+        let record = self.records.change(entry, on, u64::try_from(ms).unwrap_or(u64::MAX))?;
+        self.note(record.clone());
+        Ok(Changed { record, was_on, kept: self.disk.kept() })
+    }
+
+    fn written(&mut self, written: Written) {
+        let was_failing = self.disk.is_failing();
+        if let Some(records) = self.disk.written(written) {
+            self.merge(records);
+            self.disk.changed();
+        }
+        self.is_stale |= was_failing != self.disk.is_failing();
+    }
+
+    fn merge(&mut self, records: Vec<Record>) {
+        let Merged { taken, refused } = self.records.merge(records, unix(SystemTime::now()));
+        for record in taken {
+            self.note(record);
+        }
+        self.refused += refused;
+    }
+
+    fn say_refused(&mut self, now: Instant) {
+        let (said, at) = self.said_refused;
+        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= SAY_REFUSED);
+        if is_due && said != self.refused {
+            let Refused { unsound, future, full } = self.refused;
+            warn!(
+                unsound,
+                future,
+                full,
+                "list entries of other brokers are not taken in: nobody makes such, a clock is wrong, or they are too many"
+            );
+            self.said_refused = (self.refused, Some(now));
+            self.is_stale = true;
+        }
+    }
+
+    fn note(&mut self, record: Record) {
+        self.news.push(record);
+        self.is_stale = true;
+        self.disk.changed();
+    }
+
+    fn show(&self) -> Vec<Shown> {
+        let now = unix(SystemTime::now());
+        let records = self.records.iter().filter(|record| record.counts(now)).map(|record| Shown {
+            entry: record.entry.clone(),
+            source: BY_CALL,
+            since: Some(record.at / 1000),
+        });
+        let listed = self.files.entries().filter(|(_, entry)| entry.counts(now));
+        let listed = listed.map(|(source, entry)| Shown { entry: entry.clone(), source, since: None });
+        records.chain(listed).collect()
+    }
+
+    /// Does everything that is due, and tells what is new.
+    fn settle(&mut self, bus: &Bus, tell: &mut impl FnMut(News<'_>)) {
+        let (now, wall) = (Instant::now(), unix(SystemTime::now()));
+        if self.records.forget(wall) {
+            self.disk.changed();
+        }
+        self.disk.begin(&self.records, now);
+        self.say_refused(now);
+        if self.is_stale || self.view.borrow().admission.is_over(wall) {
+            self.tell(wall, tell);
+        }
+        self.share(bus, now);
+    }
+
+    fn tell(&mut self, wall: u64, tell: &mut impl FnMut(News<'_>)) {
+        self.is_stale = false;
+        let (view, damaged) = (look(&self.files, &self.records, wall), self.files.damaged());
+        let (records, is_kept) = (mem::take(&mut self.news), !self.disk.is_failing());
+        if !records.is_empty() {
+            let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
+            info!(new = records.len(), denied, allowed, trusted, "list entries changed");
+        }
+        let refused = self.refused;
+        tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
+        self.view.send_replace(view);
+    }
+
+    fn share(&mut self, bus: &Bus, now: Instant) {
+        let digest = self.view.borrow().digest.clone();
+        for broker in self.sharer.ask(&digest, now) {
+            debug!(broker, "asking for list entries");
+            let question = RecordsQuestion { from: self.own.clone(), revocations: true };
+            // One that is lost is put again.
+            let payload = serde_json::to_vec(&question).unwrap_or_default();
+            let _ = bus.post(Message::event(Topic::Questions { broker }, payload));
+        }
+        if self.sharer.says(now) {
+            let records: Vec<_> = self.records.shared(unix(SystemTime::now())).collect();
+            for part in records.chunks(PER_MESSAGE) {
+                let payload = serde_json::to_vec(part).unwrap_or_default();
+                let _ = bus.post(Message::event(Topic::Revocations, payload));
+            }
+        }
+        let since = *self.held.borrow();
+        if let Some(released) = since.and_then(|since| self.sharer.releases(since, &digest, now)) {
+            if released == Err(Late) {
+                warn!("no broker said its list entries in time, keys are taken without them");
+            }
+            self.held.send_if_modified(|held| *held == since && held.take().is_some());
+        }
+    }
+
+    async fn write_last(mut self) {
+        while self.disk.is_behind() {
+            self.disk.begin(&self.records, Instant::now());
+            let written = self.disk.done().await;
+            self.written(written);
+        }
+    }
+}
+
+impl Handle {
+    /// Hands over what was heard, without waiting.
+    pub fn heard(&self, heard: Heard) {
+        // What finds no place is said again.
+        let _ = self.orders.try_send(Order::Heard(heard));
+    }
+
+    /// Keys are to wait from now on, until the records of the brokers are known.
+    pub fn hold(&self) {
+        self.held.send_replace(Some(Instant::now()));
+    }
+
+    /// Since when keys have to wait, if they have to.
+    #[must_use]
+    pub fn held(&self) -> watch::Receiver<Option<Instant>> {
+        self.held.subscribe()
+    }
+
+    /// What the lists are, now and whenever they change.
+    #[must_use]
+    pub fn view(&self) -> watch::Receiver<View> {
+        self.view.clone()
+    }
+
+    /// What they say now.
+    #[must_use]
+    pub fn admission(&self) -> Arc<Admission> {
+        self.view.borrow().admission.clone()
+    }
+
+    /// Puts the key of an entry on its list, or takes it off; none when the program ends.
+    pub async fn change(&self, entry: Entry, on: bool) -> Option<Result<Changed, Full>> {
+        let (sender, answer) = oneshot::channel();
+        self.orders.send(Order::Change(entry, on, sender)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Every entry that counts now.
+    pub async fn show(&self) -> Vec<Shown> {
+        let (sender, answer) = oneshot::channel();
+        let _ = self.orders.send(Order::Show(sender)).await;
+        answer.await.unwrap_or_default()
+    }
+}
+
+/// What `files` and `records` come to.
+fn look(files: &Files, records: &Records, now: u64) -> View {
+    let made = records.iter().filter(|record| record.on).map(|record| &record.entry);
+    let entries = files.entries().map(|(_, entry)| entry).chain(made);
+    let admission = Admission::of(entries, files.allow_list(), now);
+    View { admission: Arc::new(admission), digest: records.digest(now) }
+}
+
+async fn done(reading: &mut Option<JoinHandle<Files>>) -> Option<Files> {
+    match reading {
+        Some(task) => task.await.ok(),
+        None => pending().await,
+    }
+}
+
+async fn hung_up(signal: &mut Option<tokio::signal::unix::Signal>) {
+    match signal {
+        Some(signal) => {
+            // It never ends.
+            let _ = signal.recv().await;
+        }
+        None => pending().await,
+    }
+}

@@ -1,0 +1,285 @@
+//! Keys and addresses that no router may have: those of the gateways themselves, which are peers of one another.
+//!
+//! A worker's word reserves one key for each domain that is served here, and nothing else: whoever has stolen its password
+//! must not lock routers out. A word that changes all the time reserves nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv6Addr;
+
+use crate::wire::message::WorkerData;
+use crate::{Domain, PublicKey, is_derived};
+
+/// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense.
+const GATEWAYS_MAX: usize = 16_384;
+/// A word that comes sooner than so many [ticks](Reserved::tick) after another one counts when it has stood as long.
+const STEADY: u64 = 6;
+
+/// What is reserved: what the operator lists, and what gateways say of themselves on the bus.
+#[derive(Debug, Clone, Default)]
+pub struct Reserved {
+    listed: BTreeSet<PublicKey>,
+    listed_addresses: BTreeSet<Ipv6Addr>,
+    /// Those whose gateways count.
+    domains: BTreeSet<Domain>,
+    gateways: BTreeMap<Gateway, Said>,
+    /// Those of whose words one does not count yet.
+    unsteady: BTreeSet<Gateway>,
+    /// How many gateways reserve each.
+    keys: BTreeMap<PublicKey, usize>,
+    addresses: BTreeMap<Ipv6Addr, usize>,
+    ticks: u64,
+}
+
+/// A worker and a domain, as they stand in the topic.
+type Gateway = (String, String);
+
+/// What a gateway says of itself.
+#[derive(Debug, Clone, Copy, Default)]
+struct Said {
+    key: Word<PublicKey>,
+    address: Word<Ipv6Addr>,
+}
+
+/// The last word, and whether it counts.
+#[derive(Debug, Clone, Copy)]
+struct Word<T> {
+    last: Option<T>,
+    counts: bool,
+    /// In which tick it was another one; none if it never was.
+    changed: Option<u64>,
+}
+
+impl<T> Default for Word<T> {
+    fn default() -> Self {
+        Self { last: None, counts: false, changed: None }
+    }
+}
+
+impl<T: Copy + PartialEq> Word<T> {
+    fn hear(&mut self, word: Option<T>, tick: u64) {
+        if word != self.last {
+            (self.last, self.counts) = (word, self.is_steady(tick));
+            self.changed = Some(tick);
+        }
+    }
+
+    fn is_steady(&self, tick: u64) -> bool {
+        self.changed.is_none_or(|changed| tick >= changed + STEADY)
+    }
+
+    fn settle(&mut self, tick: u64) {
+        self.counts |= self.is_steady(tick);
+    }
+
+    fn counted(&self) -> Option<T> {
+        self.last.filter(|_| self.counts)
+    }
+}
+
+impl Said {
+    fn settle(&mut self, tick: u64) {
+        self.key.settle(tick);
+        self.address.settle(tick);
+    }
+
+    fn counts(&self) -> bool {
+        self.key.counts && self.address.counts
+    }
+
+    fn addresses(&self) -> impl Iterator<Item = Ipv6Addr> + use<> {
+        self.key.counted().map(|key| key.link_local()).into_iter().chain(self.address.counted())
+    }
+}
+
+impl Reserved {
+    /// The keys that the operator lists; no gateway of `domains` is known yet, and those of others do not count.
+    #[must_use]
+    pub fn new(listed: BTreeSet<PublicKey>, domains: BTreeSet<Domain>) -> Self {
+        let listed_addresses = listed.iter().map(PublicKey::link_local).collect();
+        Self { listed, listed_addresses, domains, ..Self::default() }
+    }
+
+    /// What a worker says of itself in a domain; none if it took that back.
+    pub fn hear(&mut self, worker: &str, domain: &str, data: Option<&WorkerData>) {
+        let gateway = (worker.to_owned(), domain.to_owned());
+        let is_known = self.gateways.contains_key(&gateway);
+        let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
+        if is_known || may_be_new {
+            let tick = self.ticks;
+            self.change(gateway, |said| {
+                said.key.hear(data.map(|data| data.public_key), tick);
+                said.address.hear(data.and_then(own_address), tick);
+            });
+        }
+    }
+
+    /// Lets time pass: ten seconds, or whatever a tick is to who calls this.
+    pub fn tick(&mut self) {
+        self.ticks += 1;
+        let tick = self.ticks;
+        for gateway in std::mem::take(&mut self.unsteady) {
+            self.change(gateway, |said| said.settle(tick));
+        }
+    }
+
+    fn change(&mut self, gateway: Gateway, change: impl FnOnce(&mut Said)) {
+        let said = self.gateways.entry(gateway.clone()).or_default();
+        let before = *said;
+        change(said);
+        let now = *said;
+        if now.counts() {
+            self.unsteady.remove(&gateway);
+        } else {
+            self.unsteady.insert(gateway);
+        }
+        now.key.counted().iter().for_each(|key| *self.keys.entry(*key).or_default() += 1);
+        now.addresses().for_each(|address| *self.addresses.entry(address).or_default() += 1);
+        before.key.counted().iter().for_each(|key| release(&mut self.keys, key));
+        before.addresses().for_each(|address| release(&mut self.addresses, &address));
+    }
+
+    /// Whether no router may have `key`: it is reserved, or derives a reserved address. One that is a router's already
+    /// keeps it, unless the operator [`Self::lists`] it.
+    #[must_use]
+    pub fn forbids(&self, key: &PublicKey) -> bool {
+        self.has_key(key) || self.has_address(&key.link_local())
+    }
+
+    /// Whether the operator lists `key`, or one that derives the same address: then it is never a router's.
+    #[must_use]
+    pub fn lists(&self, key: &PublicKey) -> bool {
+        self.listed.contains(key) || self.listed_addresses.contains(&key.link_local())
+    }
+
+    /// Whether it is the key of a gateway, or listed.
+    #[must_use]
+    pub fn has_key(&self, key: &PublicKey) -> bool {
+        self.listed.contains(key) || self.keys.contains_key(key)
+    }
+
+    /// Whether it is the address of a gateway, or derived from a reserved key.
+    #[must_use]
+    pub fn has_address(&self, address: &Ipv6Addr) -> bool {
+        self.listed_addresses.contains(address) || self.addresses.contains_key(address)
+    }
+}
+
+fn release<T: Ord>(counted: &mut BTreeMap<T, usize>, one: &T) {
+    if let Some(count) = counted.get_mut(one) {
+        *count -= 1;
+        if *count == 0 {
+            counted.remove(one);
+        }
+    }
+}
+
+/// The link address that a gateway says it has, unless a key derives it: its own does for itself, and no gateway takes a
+/// router's.
+fn own_address(data: &WorkerData) -> Option<Ipv6Addr> {
+    data.link_address.parse().ok().filter(|address| !is_derived(*address))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn key(byte: u8) -> PublicKey {
+        PublicKey::from_bytes([byte; 32]).unwrap()
+    }
+
+    fn data(public_key: PublicKey, link_address: &str) -> WorkerData {
+        WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: link_address.into() }
+    }
+
+    fn reserved(listed: &[u8]) -> Reserved {
+        let domains = ["ff_a", "ff_b"].map(|name| Domain::new(name, &["ff_".into()]).unwrap());
+        Reserved::new(listed.iter().map(|byte| key(*byte)).collect(), domains.into())
+    }
+
+    fn pass(reserved: &mut Reserved, ticks: u64) {
+        (0..ticks).for_each(|_| reserved.tick());
+    }
+
+    #[test]
+    fn what_a_gateway_says_of_itself_is_reserved_until_it_says_otherwise() {
+        let mut reserved = reserved(&[9]);
+        let routers = key(3).link_local();
+        assert!(reserved.forbids(&key(9)) && reserved.lists(&key(9)) && !reserved.forbids(&key(1)));
+        reserved.hear("gw", "ff_a", Some(&data(key(1), &routers.to_string())));
+        assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()) && !reserved.lists(&key(1)));
+        assert!(!reserved.forbids(&key(3)), "no gateway takes a router's address");
+        // An interface that is made has its key first, and then its address.
+        reserved.hear("gw", "ff_a", Some(&data(key(1), "fe80::1")));
+        assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
+        pass(&mut reserved, STEADY);
+        reserved.hear("gw", "ff_a", Some(&data(key(2), "no address")));
+        assert!(reserved.forbids(&key(2)) && !reserved.forbids(&key(1)) && !reserved.forbids(&key(3)));
+        assert!(!reserved.has_address(&"fe80::1".parse().unwrap()));
+        reserved.hear("gw", "ff_b", Some(&data(key(1), "fe80::1")));
+        reserved.hear("gw", "ff_a", None);
+        assert!(reserved.forbids(&key(1)) && !reserved.forbids(&key(2)) && reserved.forbids(&key(9)));
+    }
+
+    /// Fails where a word counts in whatever domain.
+    #[test]
+    fn gateways_of_domains_that_are_not_served_reserve_nothing() {
+        let mut reserved = reserved(&[]);
+        for n in 10..200 {
+            reserved.hear("gw", &n.to_string(), Some(&data(key(n), "fe80::1")));
+            assert!(!reserved.forbids(&key(n)));
+        }
+        assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
+    }
+
+    /// Fails where each word counts at once: the last key was reserved however often that changed.
+    #[test]
+    fn a_word_that_changes_all_the_time_reserves_nothing_until_it_stands() {
+        let mut reserved = reserved(&[]);
+        for n in 10..60 {
+            reserved.hear("gw", "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
+            assert_eq!(reserved.forbids(&key(n)), n == 10, "the first word counts, {n}");
+            reserved.hear("gw", "ff_a", None);
+            pass(&mut reserved, STEADY - 1);
+        }
+        reserved.hear("gw", "ff_a", Some(&data(key(7), "fe80::7")));
+        assert!(!reserved.forbids(&key(7)));
+        pass(&mut reserved, STEADY);
+        assert!(reserved.forbids(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
+        assert!(reserved.unsteady.is_empty() && reserved.keys.len() == 1 && reserved.addresses.len() == 2);
+    }
+
+    #[test]
+    fn nonsense_in_any_number_is_not_remembered() {
+        let mut reserved = reserved(&[]);
+        for number in 0..GATEWAYS_MAX {
+            reserved.gateways.insert((number.to_string(), "ff_a".into()), Said::default());
+        }
+        reserved.hear("one more", "ff_a", Some(&data(key(2), "fe80::1")));
+        assert!(!reserved.forbids(&key(2)));
+        reserved.hear("1", "ff_a", Some(&data(key(2), "fe80::1")));
+        assert!(reserved.forbids(&key(2)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_counted_is_what_counts(
+            words in prop::collection::vec((0..3_u8, 0..2_u8, prop::option::of((1..6_u8, 0..3_u8)), 0..8_u64), 0..60),
+        ) {
+            let mut reserved = reserved(&[]);
+            for (worker, domain, said, ticks) in words {
+                let data = said.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
+                reserved.hear(&worker.to_string(), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
+                pass(&mut reserved, ticks);
+                let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
+                for said in reserved.gateways.values() {
+                    said.key.counted().iter().for_each(|key| *keys.entry(*key).or_default() += 1_usize);
+                    said.addresses().for_each(|address| *addresses.entry(address).or_default() += 1_usize);
+                }
+                prop_assert_eq!((&reserved.keys, &reserved.addresses), (&keys, &addresses));
+                prop_assert!(reserved.keys.len() <= 6, "one for each worker and domain");
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! When a program publishes again what it is: whatever stands on the bus may differ from that, by a last will that is
+//! published late, by a server that lost or never gives out what is retained, or by somebody's hand. No IO, no clock.
+//!
+//! Brokers and workers each have one. They publish their states on every connection by themselves.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::Topic;
+use crate::mqtt::{Message, Publish};
+use crate::wire::message::Party;
+
+/// How often the states are published again whatever happens.
+const PERIOD: Duration = Duration::from_secs(60);
+/// How long after a broker or worker came up the states are published for it at the earliest, and over which time all
+/// programs spread.
+const NEWCOMER: Duration = Duration::from_secs(2);
+const SPREAD: Duration = Duration::from_secs(3);
+/// How long after something else was found under the own name the states are published: what comes within it is one.
+const CORRECTION: Duration = Duration::from_millis(100);
+/// How long after it published its states a program does so for the same reason again, however many reasons there are.
+const PAUSE: Duration = Duration::from_secs(10);
+/// Brokers and workers that are remembered at most.
+const NAMES_MAX: usize = 8192;
+/// Messages that wait for a program's announcer at most; what finds no place is made up for within a minute.
+const EVENTS_MAX: usize = 1024;
+/// Bytes of a message under the own name that are looked at: more than any state has.
+const OWN_MAX: usize = 1 << 16;
+
+/// How the states are to be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Announcement {
+    /// Retained: they are to stand on the bus.
+    Retained,
+    /// Not retained: they stand there, and somebody may not have been given them.
+    Transient,
+}
+
+impl Announcement {
+    /// The message of a state, as it is to be published.
+    #[must_use]
+    pub fn of(self, state: Message) -> Message {
+        match self {
+            Self::Retained => state,
+            Self::Transient => state.transient(),
+        }
+    }
+}
+
+/// A message of the bus that says who is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PresenceEvent {
+    /// The status of another broker or worker.
+    Status {
+        /// Whose it is.
+        party: Party,
+        /// Whether it is online.
+        online: bool,
+        /// It was found on the bus, so its owner was there before.
+        retained: bool,
+    },
+    /// What stands under the program's own name.
+    Own(Topic, Vec<u8>),
+}
+
+impl PresenceEvent {
+    /// What a message says of who is there to the program `own`. What is found on the bus under its own name is from before
+    /// it published its states on this connection.
+    #[must_use]
+    pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Party) -> Option<Self> {
+        let owner = topic.state_of()?;
+        let is_status = matches!(topic, Topic::BrokerStatus { .. } | Topic::WorkerStatus { .. });
+        if owner == *own {
+            let start = &payload[..payload.len().min(OWN_MAX)];
+            (!retained).then(|| Self::Own(topic.clone(), start.to_vec()))
+        } else {
+            is_status.then(|| Self::Status { party: owner, online: payload == b"1", retained })
+        }
+    }
+}
+
+/// The way from a program's connections to its announcer.
+#[derive(Debug, Clone)]
+pub struct Reporter {
+    own: Party,
+    events: mpsc::Sender<PresenceEvent>,
+}
+
+impl Reporter {
+    /// The reporter of the program `own`, and what its announcer receives.
+    #[must_use]
+    pub fn new(own: Party) -> (Self, mpsc::Receiver<PresenceEvent>) {
+        let (events, received) = mpsc::channel(EVENTS_MAX);
+        (Self { own, events }, received)
+    }
+
+    /// Passes on what a message says of who is there; false if it says nothing of that.
+    pub fn report(&self, topic: &Topic, publish: &Publish) -> bool {
+        let event = PresenceEvent::read(topic, &publish.payload, publish.retain, &self.own);
+        event.map(|event| self.events.try_send(event)).is_some()
+    }
+}
+
+/// What a program knows of the others on the bus, and when it publishes its states next.
+#[derive(Debug, Default)]
+pub struct Presence {
+    online: BTreeSet<Party>,
+    is_connected: bool,
+    /// When all is retained again: every [`PERIOD`], or sooner to correct something.
+    retained_due: Option<Instant>,
+    transient_due: Option<Instant>,
+    corrected: Option<Instant>,
+    announced: Option<Instant>,
+}
+
+impl Presence {
+    /// The program is connected, and publishes its states.
+    pub fn connected(&mut self, now: Instant) {
+        self.is_connected = true;
+        self.retained_due = Some(now + PERIOD);
+    }
+
+    /// The connection is lost: who is online may change unheard.
+    pub fn disconnected(&mut self) {
+        *self = Self { corrected: self.corrected, announced: self.announced, ..Self::default() };
+    }
+
+    /// Takes in the status of another broker or worker; `retained` if it was found on the bus, so that its owner was there
+    /// before. `jitter` is between 0 and 1.
+    pub fn status(&mut self, party: Party, online: bool, retained: bool, now: Instant, jitter: f64) {
+        if !online {
+            self.online.remove(&party);
+        } else if self.online.len() < NAMES_MAX && self.online.insert(party) && !retained && self.is_connected {
+            let earliest = self.announced.map_or(now, |announced| announced + PAUSE).max(now + NEWCOMER);
+            self.transient_due.get_or_insert(earliest + SPREAD.mul_f64(jitter));
+        }
+    }
+
+    /// Something else than what this program published stands under its name.
+    pub fn contradicted(&mut self, now: Instant) {
+        if self.is_connected {
+            let earliest = self.corrected.map_or(now, |corrected| corrected + PAUSE).max(now + CORRECTION);
+            self.retained_due = self.retained_due.map(|due| due.min(earliest));
+        }
+    }
+
+    /// When [`Presence::next`] returns something, if nothing happens until then.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        self.retained_due.into_iter().chain(self.transient_due).min()
+    }
+
+    /// How the states are to be published now, if they are. Who gets them retained needs them no second time.
+    pub fn next(&mut self, now: Instant) -> Option<Announcement> {
+        if self.retained_due.is_some_and(|due| due <= now) {
+            (self.corrected, self.transient_due, self.retained_due) = (Some(now), None, Some(now + PERIOD));
+            return Some(Announcement::Retained);
+        }
+        self.transient_due.take_if(|due| *due <= now).map(|_| {
+            self.announced = Some(now);
+            Announcement::Transient
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn worker(name: &str) -> Party {
+        Party::Worker(name.into())
+    }
+
+    fn connected(now: Instant) -> Presence {
+        let mut presence = Presence::default();
+        presence.connected(now);
+        presence
+    }
+
+    #[test]
+    fn states_are_published_every_minute_while_connected() {
+        let now = Instant::now();
+        let mut presence = connected(now);
+        assert_eq!(presence.next(now + PERIOD.mul_f64(0.99)), None);
+        assert_eq!(presence.next(now + PERIOD), Some(Announcement::Retained));
+        assert_eq!(presence.due(), Some(now + 2 * PERIOD));
+        presence.disconnected();
+        assert_eq!((presence.due(), presence.next(now + 9 * PERIOD)), (None, None));
+    }
+
+    #[test]
+    fn who_comes_up_is_given_the_states_once_and_a_crowd_at_once() {
+        let now = Instant::now();
+        let mut presence = connected(now);
+        presence.status(worker("there"), true, true, now, 0.0);
+        presence.status(worker("there"), true, false, now, 0.0);
+        assert_eq!(presence.due(), Some(now + PERIOD), "not for one that was there before");
+        for n in 0..100 {
+            presence.status(worker(&n.to_string()), true, false, now, 0.5);
+        }
+        let due = now + NEWCOMER + SPREAD / 2;
+        assert_eq!(presence.due(), Some(due));
+        assert_eq!(presence.next(due), Some(Announcement::Transient));
+        assert_eq!(presence.next(due), None);
+        presence.status(worker("1"), false, false, due, 0.0);
+        presence.status(Party::Broker("1".into()), true, false, due, 0.0);
+        assert_eq!(presence.due(), Some(due + PAUSE), "one after the other costs no more");
+        presence.disconnected();
+        presence.connected(due);
+        presence.status(worker("there"), true, false, due, 0.0);
+        assert!(presence.due() <= Some(due + PAUSE), "nobody was known any more");
+    }
+
+    #[test]
+    fn a_contradiction_is_corrected_at_once_and_two_programs_of_one_name_do_not_race() {
+        let now = Instant::now();
+        let mut presence = connected(now);
+        presence.contradicted(now);
+        presence.contradicted(now);
+        assert_eq!(presence.next(now + CORRECTION), Some(Announcement::Retained));
+        presence.contradicted(now + CORRECTION);
+        assert_eq!(presence.due(), Some(now + CORRECTION + PAUSE));
+    }
+
+    #[test]
+    fn a_message_under_the_own_name_is_told_from_a_status_of_another() {
+        let own = worker("own");
+        let read = |topic: &str, payload: &[u8], retained| {
+            PresenceEvent::read(&Topic::parse(topic).unwrap(), payload, retained, &own)
+        };
+        let status = |party, online, retained| Some(PresenceEvent::Status { party, online, retained });
+        assert_eq!(read("wireguard-worker/a/status", b"1", true), status(worker("a"), true, true));
+        assert_eq!(read("wireguard-broker/own/status", b"", false), status(Party::Broker("own".into()), false, false));
+        for topic in ["wireguard-worker/own/status", "wireguard-worker/own/d/data", "wgkex/worker/own/hello"] {
+            let heard = PresenceEvent::Own(Topic::parse(topic).unwrap(), b"0".to_vec());
+            assert_eq!(read(topic, b"0", false), Some(heard));
+            assert_eq!(read(topic, b"0", true), None, "it is from before");
+        }
+        let Some(PresenceEvent::Own(_, start)) = read("wgkex/worker/own/hello", &b"x".repeat(1 << 20), false) else {
+            panic!("own")
+        };
+        assert_eq!(start.len(), OWN_MAX);
+        for topic in ["wireguard-worker/a/d/data", "wireguard/d/all", "wgkex/worker/own/applied"] {
+            assert_eq!(read(topic, b"1", false), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_states_are_published_within_a_minute_and_not_for_ever(
+            events in prop::collection::vec((0_u8..4, 0_u8..4, any::<bool>(), any::<bool>(), 0_u64..2000), 0..200),
+        ) {
+            let mut now = Instant::now();
+            let (begun, mut announcements) = (now, 0_u32);
+            let mut presence = connected(now);
+            for (kind, name, online, retained, pause) in events {
+                match kind {
+                    0 => presence.contradicted(now),
+                    1 => presence.status(Party::Broker(name.to_string()), online, retained, now, 0.3),
+                    _ => presence.status(worker(&name.to_string()), online, retained, now, 0.9),
+                }
+                now += Duration::from_millis(pause);
+                prop_assert!(presence.due().is_some_and(|due| due <= now + PERIOD));
+                announcements += u32::from(presence.next(now).is_some());
+            }
+            let pauses = now.saturating_duration_since(begun).as_secs() / PAUSE.as_secs();
+            prop_assert!(u64::from(announcements) <= 2 * pauses + 2, "{announcements} in {pauses} pauses");
+        }
+    }
+}

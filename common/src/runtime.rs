@@ -1,0 +1,6 @@
+//! What both programs do around their work: start and end, watch their tasks, log, read certificates.
+
+pub mod log;
+pub mod process;
+pub mod tasks;
+pub mod tls;

@@ -1,0 +1,57 @@
+//! What both programs do at their beginning and at their end.
+
+use std::io;
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::{Level, error, warn};
+
+use crate::Config;
+use crate::runtime::log;
+
+/// Reads the config and starts logging as it says. What is wrong with it is logged, and then there is none.
+#[must_use]
+pub fn config() -> Option<Config> {
+    match Config::load() {
+        Ok(config) => {
+            log::init(config.log_level);
+            config.warnings.iter().for_each(|line| warn!("{line}"));
+            Some(config)
+        }
+        Err(wrong) => {
+            log::init(Level::INFO);
+            wrong.lines().iter().for_each(|line| error!("{line}"));
+            None
+        }
+    }
+}
+
+/// Returns when the process is asked to end, by SIGTERM or SIGINT. Within a tokio runtime.
+pub fn stop() -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Returns when `over` says true, or nobody can say it any more.
+pub async fn over(mut over: watch::Receiver<bool>) {
+    let _ = over.wait_for(|over| *over).await;
+}
+
+/// Logs the error, if it is one, and says how the process ends.
+#[must_use]
+pub fn exit(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

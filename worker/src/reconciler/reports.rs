@@ -1,0 +1,154 @@
+//! What the installer says to others: what became of keys, and in what state each domain is.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+use wgkex_common::wire::message::{Applied, Revoked, Seen};
+use wgkex_common::{Domain, PublicKey};
+
+use crate::kernel::{Device, KernelError};
+use crate::metrics::Metrics;
+use crate::peers::Counts;
+
+/// Keys in one confirmation at most: about 100 kB of JSON.
+const KEYS_PER_MESSAGE: usize = 2_000;
+
+/// Messages of each kind that wait at most for MQTT.
+const MESSAGES: usize = 256;
+
+/// The state of every domain that was read so far.
+pub type State = BTreeMap<Domain, DomainState>;
+
+/// Whether routers can use a domain at this gateway, as last read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DomainState {
+    /// They can; this is what they must know.
+    Up {
+        /// The UDP port that WireGuard listens on.
+        port: u16,
+        /// The key of the interface.
+        public_key: PublicKey,
+        /// The first address on the interface.
+        link_address: IpAddr,
+        /// Peers with a handshake younger than [`Policy::connected`](crate::peers::Policy::connected).
+        connected: u64,
+    },
+    /// They cannot.
+    Down {
+        /// Why, in a few words.
+        reason: String,
+    },
+}
+
+impl DomainState {
+    fn of(domain: &Domain, device: &Device, connected: u64) -> Self {
+        let lacks = |what: &str| Self::Down { reason: format!("interface {} has no {what}", domain.wireguard()) };
+        match (device.public_key, device.link_address, device.listen_port) {
+            (None, _, _) => lacks("private key"),
+            (_, None, _) => lacks("address"),
+            (_, _, 0) => lacks("listen port"),
+            (Some(public_key), Some(link_address), port) => Self::Up { port, public_key, link_address, connected },
+        }
+    }
+}
+
+/// What became of each key of a batch: it stands, or the reason why not.
+pub(super) type Report = Vec<(PublicKey, Result<(), &'static str>)>;
+
+/// The ends by which others hear of keys.
+pub struct Said {
+    /// What became of keys that came.
+    pub applied: mpsc::Receiver<Applied>,
+    /// Which keys shake hands.
+    pub seen: mpsc::Receiver<Seen>,
+    /// What became of keys that were denied.
+    pub revoked: mpsc::Receiver<Revoked>,
+}
+
+pub(super) struct Outbox {
+    applied: mpsc::Sender<Applied>,
+    seen: mpsc::Sender<Seen>,
+    revoked: mpsc::Sender<Revoked>,
+    state: watch::Sender<State>,
+    metrics: Metrics,
+}
+
+impl Outbox {
+    pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Said) {
+        let (applied, applied_receiver) = mpsc::channel(MESSAGES);
+        let (seen, seen_receiver) = mpsc::channel(MESSAGES);
+        let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
+        let said = Said { applied: applied_receiver, seen: seen_receiver, revoked: revoked_receiver };
+        (Self { applied, seen, revoked, state, metrics }, said)
+    }
+
+    /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.
+    pub fn confirm(&self, domain: &Domain, report: &Report) {
+        for part in report.chunks(KEYS_PER_MESSAGE) {
+            if self.applied.try_send(applied(domain, part)).is_err() {
+                self.metrics.confirmations_dropped.inc();
+            }
+        }
+    }
+
+    /// Reports keys that shake hands; false if there was no place for all.
+    pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
+        let seen = |part: &[PublicKey]| Seen { domain: domain.name().to_owned(), keys: part.to_vec() };
+        keys.chunks(KEYS_PER_MESSAGE).all(|part| self.seen.try_send(seen(part)).is_ok())
+    }
+
+    /// Says what became of denied keys, each with the time of its record. What MQTT cannot take is dropped.
+    pub fn revoked(&self, outcomes: impl IntoIterator<Item = (u64, PublicKey, &'static str)>) {
+        let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, String>>::new();
+        for (at, key, outcome) in outcomes {
+            by_record.entry(at).or_default().insert(key, outcome.to_owned());
+        }
+        for (at, keys) in by_record {
+            if self.revoked.try_send(Revoked { at, keys }).is_err() {
+                self.metrics.confirmations_dropped.inc();
+            }
+        }
+    }
+
+    pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: Counts) {
+        self.metrics.set_peers(domain.name(), counts);
+        self.set_state(domain, DomainState::of(domain, device, counts.connected));
+    }
+
+    pub fn set_lost(&mut self, domain: &Domain, error: &KernelError) {
+        self.metrics.set_peers(domain.name(), Counts::default());
+        self.set_state(domain, DomainState::Down { reason: error.to_string() });
+    }
+
+    /// Says a change of whether a domain is up in the log, once; everything else of a state comes and goes.
+    fn set_state(&mut self, domain: &Domain, state: DomainState) {
+        let up = matches!(state, DomainState::Up { .. });
+        self.metrics.domain_up.with_label_values(&[domain.name()]).set(i64::from(up));
+        self.state.send_if_modified(|states| {
+            let before = states.get(domain);
+            if before == Some(&state) {
+                return false;
+            }
+            let was_up = matches!(before, Some(DomainState::Up { .. }));
+            match &state {
+                DomainState::Down { reason } => warn!(%domain, reason, "domain is down"),
+                DomainState::Up { .. } if !was_up => info!(%domain, "domain is up"),
+                DomainState::Up { .. } => {}
+            }
+            states.insert(domain.clone(), state);
+            true
+        });
+    }
+
+    pub fn set_queue(&self, length: usize) {
+        self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+    }
+}
+
+fn applied(domain: &Domain, report: &[(PublicKey, Result<(), &'static str>)]) -> Applied {
+    let installed = report.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
+    let failed = report.iter().filter_map(|(key, outcome)| Some((*key, outcome.err()?.to_owned()))).collect();
+    Applied { domain: domain.name().to_owned(), installed, failed }
+}

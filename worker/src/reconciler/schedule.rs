@@ -1,0 +1,176 @@
+//! When a domain's tables are read next, and whether that read also sweeps. Pure: `now` is passed in.
+
+use std::time::{Duration, Instant};
+
+use crate::peers::Policy;
+
+/// Link events come in bursts: after a read, they are collected for at least this long.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// The first pause after a failure; each further one doubles it.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// When one domain is read, and when its stale peers are looked for.
+#[derive(Debug)]
+pub struct Schedule {
+    count: Duration,
+    interval: Duration,
+    read_at: Instant,
+    sweep_at: Instant,
+    /// Until then a link event waits: at most half of the time goes into reading.
+    settled_at: Instant,
+    failures: u32,
+}
+
+impl Schedule {
+    /// The first read is due at once, the first sweep after an interval.
+    #[must_use]
+    pub fn new(policy: &Policy, now: Instant) -> Self {
+        Self {
+            count: policy.count,
+            interval: policy.interval,
+            read_at: now,
+            sweep_at: now + policy.interval,
+            settled_at: now,
+            failures: 0,
+        }
+    }
+
+    /// When the next read is due.
+    #[must_use]
+    pub fn read_at(&self) -> Instant {
+        self.read_at
+    }
+
+    /// Something about the links changed: reads at once, or when the last read has settled.
+    pub fn hurry(&mut self, now: Instant) {
+        self.read_at = self.read_at.min(now.max(self.settled_at));
+    }
+
+    /// A read that was begun at `now` has ended, well or not, after `took`.
+    pub fn read(&mut self, now: Instant, took: Duration) {
+        self.read_at = now + took + self.count;
+        self.settled_at = now + took + took.max(SETTLE);
+    }
+
+    /// Whether the stale peers are to be looked for.
+    #[must_use]
+    pub fn is_sweep_due(&self, now: Instant) -> bool {
+        now >= self.sweep_at
+    }
+
+    /// The stale peers are gone; or there were `more` than one batch takes.
+    pub fn swept(&mut self, now: Instant, more: bool) {
+        self.sweep_at = if more { now } else { now + self.interval };
+    }
+
+    /// The read was good, and so nothing keeps the next sweep from its time.
+    pub fn good(&mut self) {
+        self.read_at = self.read_at.min(self.sweep_at);
+    }
+
+    /// A read or a change failed: reads again soon, later and later while that goes on, but as often as it counts.
+    pub fn failed(&mut self, now: Instant) {
+        let pause = RETRY * 2_u32.pow(self.failures.min(6));
+        self.failures = self.failures.saturating_add(1);
+        self.read_at = self.read_at.min(now + pause);
+    }
+
+    /// Nothing is owed any more.
+    pub fn recovered(&mut self) {
+        self.failures = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn it_reads_at_once_and_then_as_often_as_it_counts() {
+        let (mut schedule, start) = schedule();
+        assert_eq!(schedule.read_at(), start);
+        good_read(&mut schedule, start, SECOND);
+        assert_eq!(schedule.read_at(), start + SECOND + count());
+    }
+
+    #[test]
+    fn a_burst_of_link_events_is_one_read_at_once_and_one_when_it_has_settled() {
+        let (mut schedule, start) = schedule();
+        good_read(&mut schedule, start, Duration::ZERO);
+        let event = start + 10 * SECOND;
+        schedule.hurry(event);
+        assert_eq!(schedule.read_at(), event);
+        good_read(&mut schedule, event, Duration::ZERO);
+        schedule.hurry(event);
+        schedule.hurry(event + SETTLE / 2);
+        assert_eq!(schedule.read_at(), event + SETTLE);
+    }
+
+    #[test]
+    fn a_slow_kernel_is_read_at_most_half_of_the_time() {
+        let (mut schedule, start) = schedule();
+        good_read(&mut schedule, start, 10 * SECOND);
+        schedule.hurry(start + 10 * SECOND);
+        assert_eq!(schedule.read_at(), start + 20 * SECOND);
+    }
+
+    #[test]
+    fn failures_are_tried_again_later_and_later_but_as_often_as_it_counts() {
+        let (mut schedule, start) = schedule();
+        for pause in [1, 2, 4, 8, 16, 32].map(|seconds| seconds * SECOND).into_iter().chain([count(); 2]) {
+            schedule.read(start, Duration::ZERO);
+            schedule.failed(start);
+            assert_eq!(schedule.read_at(), start + pause);
+        }
+        schedule.recovered();
+        schedule.failed(start);
+        assert_eq!(schedule.read_at(), start + SECOND);
+    }
+
+    #[test]
+    fn a_sweep_waits_for_a_good_read() {
+        let policy = Policy { interval: 90 * SECOND, ..Policy::default() };
+        let start = Instant::now();
+        let mut schedule = Schedule::new(&policy, start);
+        good_read(&mut schedule, start, Duration::ZERO);
+        good_read(&mut schedule, start + 60 * SECOND, Duration::ZERO);
+        let due = start + 90 * SECOND;
+        assert_eq!(schedule.read_at(), due);
+        assert!(schedule.is_sweep_due(due) && !schedule.is_sweep_due(start + 89 * SECOND));
+
+        schedule.read(due, Duration::ZERO);
+        schedule.failed(due);
+        assert_eq!(schedule.read_at(), due + SECOND);
+        assert!(schedule.is_sweep_due(due + SECOND));
+    }
+
+    #[test]
+    fn what_one_sweep_does_not_take_the_next_takes_at_once() {
+        let (mut schedule, start) = schedule();
+        let due = start + Policy::default().interval;
+        for (more, next) in [(true, due), (false, due + count())] {
+            schedule.read(due, Duration::ZERO);
+            schedule.swept(due, more);
+            schedule.good();
+            assert_eq!(schedule.read_at(), next);
+        }
+        assert!(!schedule.is_sweep_due(due));
+    }
+
+    fn count() -> Duration {
+        Policy::default().count
+    }
+
+    fn schedule() -> (Schedule, Instant) {
+        let start = Instant::now();
+        (Schedule::new(&Policy::default(), start), start)
+    }
+
+    fn good_read(schedule: &mut Schedule, now: Instant, took: Duration) {
+        schedule.read(now, took);
+        schedule.good();
+    }
+}
