@@ -6,8 +6,9 @@ pub mod turns;
 pub mod waiters;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
@@ -23,7 +24,6 @@ use crate::exchange::waiters::{Verdict, Waiters, Waiting};
 use crate::fleet::gateways::{Choice, Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 use crate::http::client_ip::Client;
-use crate::lock;
 use crate::metrics::Metrics;
 
 /// A key that a router may exchange.
@@ -190,12 +190,12 @@ pub struct Exchange {
 impl Exchange {
     /// The gateways, for as short as it takes to ask one question.
     pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
-        lock(&self.gateways)
+        self.gateways.lock()
     }
 
     /// The live keys, as shortly.
     pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
-        lock(&self.live)
+        self.live.lock()
     }
 
     /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
@@ -253,12 +253,12 @@ impl Exchange {
     }
 
     fn told(&self, ask: &Ask) -> Option<Told> {
-        lock(&self.answers).last(&ask.domain, ask.key, Instant::now().into_std()).cloned()
+        self.answers.lock().last(&ask.domain, ask.key, Instant::now().into_std()).cloned()
     }
 
     fn keep(&self, ask: &Ask, standing: Standing, worker: Option<String>) {
         if standing.is_hasty {
-            lock(&self.answers).keep(&ask.domain, ask.key, worker, Instant::now().into_std());
+            self.answers.lock().keep(&ask.domain, ask.key, worker, Instant::now().into_std());
         }
     }
 
@@ -302,7 +302,7 @@ impl Exchange {
         if self.gateways().is_known(&ask.domain) {
             return Err(Refusal::NoGateway);
         }
-        if lock(&self.unwitnessed).insert(ask.domain.clone()) {
+        if self.unwitnessed.lock().insert(ask.domain.clone()) {
             warn!(domain = %ask.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
         }
         self.metrics.keys_unwitnessed.inc();

@@ -17,14 +17,15 @@ mod tls;
 
 use std::future::pending;
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
@@ -85,7 +86,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let [(bus, session), (keys, publishing)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config)?;
-    lock(&live).obey(lists.admission());
+    live.lock().obey(lists.admission());
     let (ears, heard) = sync::ears();
     let links = [bus.link(), keys.link()];
     let waiting = (waiters.clone(), answers.clone());
@@ -216,7 +217,7 @@ fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, Store)> {
 /// Takes in what other brokers know.
 fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, Page) -> std::future::Ready<()> {
     move |_, page| {
-        lock(&live).learn(&page, Instant::now());
+        live.lock().learn(&page, Instant::now());
         std::future::ready(())
     }
 }
@@ -241,7 +242,7 @@ fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Met
         metrics.set_lists(&news);
         waiters.forget_all();
         turns.obey(news.admission.clone());
-        lock(&live).obey(news.admission.clone());
+        live.lock().obey(news.admission.clone());
     }
 }
 
@@ -257,11 +258,6 @@ async fn expire(exchange: Exchange) {
             info!(expired, "live keys are forgotten");
         }
     }
-}
-
-/// Nothing that panics holds a lock, and panics end the process.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {

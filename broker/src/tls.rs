@@ -3,9 +3,10 @@
 use std::fs::{Metadata, metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
@@ -61,7 +62,7 @@ impl Certificate {
     fn renew(&self) {
         match read(self.section, &self.cert_file, &self.key_file) {
             Ok(new) => {
-                *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+                *self.current.write() = Arc::new(new);
                 info!(of = self.section, "certificate is renewed");
             }
             Err(error) => warn!(%error, "the old certificate stays in use"),
@@ -81,7 +82,7 @@ impl std::fmt::Debug for Certificate {
 
 impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current.read().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(self.current.read().clone())
     }
 }
 

@@ -12,10 +12,11 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::access_lists::Admission;
@@ -257,7 +258,7 @@ impl<K: Kernel> Installer<K> {
 
     /// Takes over who may come, removes who may not be here, and says what became of keys that were denied just now.
     async fn obey(&mut self, now: Now) {
-        let Orders { admission, denied } = std::mem::take(&mut *lock(&self.orders));
+        let Orders { admission, denied } = std::mem::take(&mut *self.orders.lock());
         let Some(admission) = admission else { return };
         let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
         let mut said = BTreeMap::<PublicKey, &'static str>::new();
@@ -313,7 +314,7 @@ impl Handle {
     /// Who may come from now on, and the keys that were denied just now, each with the time of its record: what became
     /// of these is said. Never waits.
     pub fn admit(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
-        let mut orders = lock(&self.orders);
+        let mut orders = self.orders.lock();
         orders.admission = Some(admission);
         orders.denied.extend(denied);
         drop(orders);
@@ -335,10 +336,6 @@ impl Handle {
     pub fn state(&self) -> watch::Receiver<State> {
         self.state.clone()
     }
-}
-
-fn lock(orders: &Mutex<Orders>) -> std::sync::MutexGuard<'_, Orders> {
-    orders.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes the keys that wait, and that come until then; how many there are, none if no more will come. Cancel-safe.

@@ -1,9 +1,10 @@
 //! What this broker publishes of itself, and when it may serve: the status on one connection, the hello on the other, on
 //! every connection and again as [`Presence`] says. One task; [`crate::bus::subscriber`] passes on what is heard of that.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
@@ -16,7 +17,6 @@ use wgkex_common::{Config, Domain, Topic};
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::waiters::Waiters;
 use crate::fleet::gateways::Gateways;
-use crate::lock;
 
 /// Changes of the lists that come within this time make one hello.
 const AT_ONCE: Duration = Duration::from_millis(200);
@@ -117,7 +117,7 @@ impl Announcer {
     }
 
     fn due(&self) -> Instant {
-        let is_settling = self.greeted.is_some() && !lock(&self.gateways).complete();
+        let is_settling = self.greeted.is_some() && !self.gateways.lock().complete();
         let look = Instant::now() + if is_settling { SETTLE } else { LIVENESS };
         self.presence.due().into_iter().chain(self.hello_due).fold(look, Instant::min)
     }
@@ -173,7 +173,7 @@ impl Announcer {
             self.publish_hello(announcement, now);
             self.publish_status(announcement);
         }
-        let mut gateways = lock(&self.gateways);
+        let mut gateways = self.gateways.lock();
         let patience = if gateways.has_heard_itself() { ECHO_AGAIN } else { ECHO };
         let is_late = self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= patience);
         if is_late && !gateways.has_echo() {

@@ -4,9 +4,10 @@
 //! hears those of other brokers, and questions for keys.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 use wgkex_common::access_lists::service::{self, Heard as HeardOfLists};
@@ -22,7 +23,6 @@ use crate::exchange::waiters::Waiters;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::Answers;
-use crate::lock;
 use crate::metrics::Metrics;
 
 /// Keys in one word of a worker at most: twice what one of ours says at once.
@@ -81,7 +81,7 @@ pub fn hand_on(
         Event::Up => metrics.mqtt_connected.set(1),
         Event::Down => {
             metrics.mqtt_connected.set(0);
-            lock(&gateways).forget();
+            gateways.lock().forget();
             waiters.forget_all();
         }
         Event::Message(publish) => {
@@ -117,13 +117,13 @@ fn hear(
     let now = Instant::now();
     if let Topic::Revoked { worker } = topic {
         let revoked: Revoked = json(publish)?;
-        if lock(gateways).is_online(worker) {
+        if gateways.lock().is_online(worker) {
             answers.resolve(worker, revoked);
         }
     } else if let Topic::Applied { worker } = topic {
         let applied: Applied = json(publish)?;
         few(applied.installed.len() + applied.failed.len())?;
-        let can_take = lock(gateways).can_take(worker, &applied.domain);
+        let can_take = gateways.lock().can_take(worker, &applied.domain);
         heard_from(gateways, worker, now);
         if can_take {
             waiters.resolve(worker, applied);
@@ -142,7 +142,7 @@ fn hear(
 
 /// Takes what `worker` said of keys for a sign of life; true if it is one that says what becomes of keys.
 fn heard_from(gateways: &Mutex<Gateways>, worker: &str, now: Instant) -> bool {
-    let mut gateways = lock(gateways);
+    let mut gateways = gateways.lock();
     let was_online = gateways.is_online(worker);
     let confirms = gateways.confirmed(worker, now);
     if confirms && !was_online {
@@ -158,13 +158,13 @@ fn few(keys: usize) -> Result<(), &'static str> {
 
 /// A gateway's key does not become a router's by a worker's word.
 fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Seen) {
-    let gateways = lock(gateways);
+    let gateways = gateways.lock();
     if !gateways.speaks_for(worker, &seen.domain) {
         return;
     }
     let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.forbids(key, false)).collect();
     drop(gateways);
-    let (now, mut live) = (Instant::now(), lock(live));
+    let (now, mut live) = (Instant::now(), live.lock());
     for key in &seen.keys {
         if !reserved.contains(key) || live.is_routers(key) {
             live.prove(worker, &seen.domain, *key, now);
@@ -182,7 +182,7 @@ fn hear_state(
 ) -> Result<(), &'static str> {
     let state_of = topic.state_of();
     let worker = if let Some(Party::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
-    let mut gateways = lock(gateways);
+    let mut gateways = gateways.lock();
     let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
     let was_online = is_online(&gateways);
     gateways.hear(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
@@ -243,7 +243,7 @@ fn hear_of_keys(
         Topic::Key { domain } => {
             let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
-            lock(live).admit(&domain, key, Instant::now());
+            live.lock().admit(&domain, key, Instant::now());
         }
         topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => match Heard::read(topic, &publish.payload) {
             Ok(heard) => {
@@ -279,7 +279,7 @@ fn hear_of_keys(
 /// Answers one question after the other, so that never more than one page stands in the way of new keys.
 pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::Receiver<Question>, metrics: Metrics) {
     while let Some(question) = questions.recv().await {
-        let page = lock(&live).answer(&question, Instant::now());
+        let page = live.lock().answer(&question, Instant::now());
         metrics.keys_given.inc_by(page.keys.len() as u64);
         let payload = serde_json::to_vec(&page).unwrap_or_default();
         if bus.publish(Message::event(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
@@ -312,7 +312,7 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
     let askers = Askers::new("b".into(), questions);
     hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));
-    assert!(lock(&live).len() <= 10);
+    assert!(live.lock().len() <= 10);
 }
 
 #[cfg(test)]

@@ -3,9 +3,10 @@
 
 use std::collections::HashSet;
 use std::pin::pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -14,7 +15,6 @@ use wgkex_common::mqtt::{Bus, Message};
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::fleet::live_keys::LiveKeys;
-use crate::lock;
 
 /// Keys that never shook hands and are on their way to the MQTT server at most, of the 100 messages that may be.
 const UNPROVEN_UNDER_WAY: usize = 64;
@@ -70,7 +70,7 @@ impl Turns {
             self.under_way.clone().try_acquire_owned().map_or(Permit::Awaited, Permit::Had)
         };
         let is_awaited = matches!(permit, Permit::Awaited);
-        if is_awaited && !lock(&self.waiting).insert(subject.clone()) && enough {
+        if is_awaited && !self.waiting.lock().insert(subject.clone()) && enough {
             return Turn::Waits;
         }
         let waits = is_awaited.then(|| Waits { turns: self.clone(), subject: subject.clone() });
@@ -94,7 +94,7 @@ impl Turns {
 
     /// Takes over who may come, and takes back what may not.
     pub fn obey(&self, admission: Arc<Admission>) {
-        *lock(&self.admission) = admission;
+        *self.admission.lock() = admission;
         self.look();
     }
 
@@ -104,7 +104,7 @@ impl Turns {
     }
 
     fn is_over(&self, (domain, key): &Subject, since: Instant) -> bool {
-        since.elapsed() > LONGEST || lock(&self.admission).refuses(domain.name(), key)
+        since.elapsed() > LONGEST || self.admission.lock().refuses(domain.name(), key)
     }
 
     /// Publishes the key in its turn. Dropped before the message is under way this takes it back.
@@ -122,7 +122,7 @@ impl Turns {
         let message = Message::event(Topic::Key { domain: domain.name().into() }, key.to_string());
         let is_published = self.bus.publish(message).await.is_ok();
         if is_published {
-            lock(&self.live).admit(domain.name(), *key, Instant::now().into_std());
+            self.live.lock().admit(domain.name(), *key, Instant::now().into_std());
         }
         is_published
     }
@@ -146,7 +146,7 @@ struct Waits {
 
 impl Drop for Waits {
     fn drop(&mut self) {
-        lock(&self.turns.waiting).remove(&self.subject);
+        self.turns.waiting.lock().remove(&self.subject);
     }
 }
 
@@ -203,7 +203,7 @@ mod tests {
         assert_eq!(turns.under_way.available_permits(), 0);
         assert!(matches!(turns.take(&domain, key(0), true, true), Turn::Taken(_)));
         assert!(matches!(turns.take(&domain, key(100), false, true), Turn::Taken(_)));
-        assert_eq!(lock(&turns.waiting).len(), 1);
+        assert_eq!(turns.waiting.lock().len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -236,7 +236,7 @@ mod tests {
             assert!(!published.await.unwrap());
         }
         assert!(!last.is_finished() && turns.places[0].available_permits() == QUEUED);
-        assert!(lock(&turns.waiting).is_empty());
+        assert!(turns.waiting.lock().is_empty());
         let denied = [Entry::new(List::Deny, key(2_000))];
         turns.obey(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
         assert!(!last.await.unwrap(), "nor does what is denied meanwhile wait any longer");

@@ -4,14 +4,13 @@
 //! Of each gateway only the last word is kept, so that none can crowd out the words of others.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Applied;
-
-use crate::lock;
 
 /// How long a router has to come again: it does so every minute.
 const AGAIN: Duration = Duration::from_secs(120);
@@ -83,7 +82,7 @@ impl Waiters {
     pub fn wait_for(&self, domain: &str, key: PublicKey) -> Waiting {
         let mailbox = Arc::<Mailbox>::default();
         let subject = (domain.to_owned(), key);
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         table.last += 1;
         let id = table.last;
         table.by_subject.entry(subject.clone()).or_default().insert(id, mailbox.clone());
@@ -97,7 +96,7 @@ impl Waiters {
         let installed = installed.into_iter().map(|key| (key, Ok(())));
         let failed = failed.into_iter().map(|(key, reason)| (key, Err(reason)));
         let outcomes: BTreeMap<_, _> = installed.chain(failed).collect();
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         table.last += 1;
         let now = table.last;
         for (key, outcome) in outcomes {
@@ -115,7 +114,7 @@ impl Waiters {
     /// The gateways that said that they have `key` since its router was told to come again; once.
     #[must_use]
     pub fn take(&self, domain: &str, key: PublicKey, now: Instant) -> BTreeSet<String> {
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         let late = table.late.remove(&(domain.to_owned(), key)).filter(|late| !late.is_over(now));
         let took = late.map(|late| late.took).unwrap_or_default().into_iter();
         took.filter(|(worker, said)| table.holds(worker, domain, *said)).map(|(worker, _)| worker).collect()
@@ -123,7 +122,7 @@ impl Waiters {
 
     /// What `worker` said may not be so any more, in this domain or in all.
     pub fn forget(&self, worker: &str, domain: Option<&str>) {
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         let concerns = |subject: &Subject| domain.is_none_or(|domain| domain == subject.0);
         if !table.late.is_empty() {
             table.last += 1;
@@ -137,14 +136,14 @@ impl Waiters {
 
     /// What anybody said to those who were told to come again may not be so any more.
     pub fn forget_all(&self) {
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         table.late.clear();
         table.void.clear();
     }
 
     /// Drops what was kept for routers that did not come again.
     pub fn tidy(&self, now: Instant) {
-        let mut table = lock(&self.waiting);
+        let mut table = self.waiting.lock();
         table.late.retain(|_, late| !late.is_over(now));
         if table.late.is_empty() {
             table.void.clear();
@@ -156,7 +155,7 @@ impl Table {
     /// Tells everyone who waits for the key.
     fn tell(&self, subject: &Subject, worker: &str, outcome: &Result<(), String>) {
         for mailbox in self.by_subject.get(subject).into_iter().flat_map(BTreeMap::values) {
-            lock(&mailbox.unread).insert(worker.to_owned(), outcome.clone());
+            mailbox.unread.lock().insert(worker.to_owned(), outcome.clone());
             mailbox.told.notify_one();
         }
     }
@@ -180,14 +179,14 @@ impl Waiting {
     }
 
     fn unread(&self) -> Option<Verdict> {
-        let unread = lock(&self.mailbox.unread).pop_first();
+        let unread = self.mailbox.unread.lock().pop_first();
         unread.map(|(worker, outcome)| Verdict { worker, outcome })
     }
 
     /// The router is told to come again: what is said from now on is kept until then, if there is room. Half of it is for
     /// keys that are proven.
     pub fn leave(self, is_proven: bool, now: Instant) {
-        let mut table = lock(&self.waiters.waiting);
+        let mut table = self.waiters.waiting.lock();
         let most = if is_proven { KEPT } else { KEPT / 2 };
         if table.late.len() < most {
             table.late.insert(self.subject.clone(), Late { since: now, took: BTreeMap::new() });
@@ -198,7 +197,7 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut table = lock(&self.waiters.waiting);
+        let mut table = self.waiters.waiting.lock();
         if let Some(waiting) = table.by_subject.get_mut(&self.subject) {
             waiting.remove(&self.id);
             if waiting.is_empty() {
@@ -248,7 +247,7 @@ mod tests {
         let said = |domain: &str, key| Applied { domain: domain.into(), installed: vec![key], failed: BTreeMap::new() };
         let failed = |key, why: &str| Applied { failed: [(key, why.into())].into(), ..said("a", other) };
         let now = Instant::now();
-        let is_kept = || lock(&waiters.waiting).late.contains_key(&("a".to_owned(), ours));
+        let is_kept = || waiters.waiting.lock().late.contains_key(&("a".to_owned(), ours));
         waiters.resolve("early", said("a", ours));
         let waiting = waiters.wait_for("a", ours);
         waiters.resolve("unread", said("a", ours));
@@ -273,7 +272,7 @@ mod tests {
         assert!(waiters.take("a", ours, now + AGAIN).is_empty(), "it is too long ago");
         waiters.wait_for("a", ours).leave(true, now);
         waiters.tidy(now + AGAIN);
-        assert!(lock(&waiters.waiting).late.is_empty());
+        assert!(waiters.waiting.lock().late.is_empty());
     }
 
     #[test]
@@ -298,11 +297,11 @@ mod tests {
             waiters.wait_for("a", PublicKey::from_bytes(bytes).unwrap()).leave(is_proven, now);
         };
         (0..most).for_each(|n| leave(n, false));
-        assert_eq!(lock(&waiters.waiting).late.len(), KEPT / 2, "routers that are known have places all the same");
+        assert_eq!(waiters.waiting.lock().late.len(), KEPT / 2, "routers that are known have places all the same");
         (0..2 * most).for_each(|n| leave(n, true));
-        assert_eq!(lock(&waiters.waiting).late.len(), KEPT);
+        assert_eq!(waiters.waiting.lock().late.len(), KEPT);
         waiters.forget_all();
-        assert!(lock(&waiters.waiting).late.is_empty());
+        assert!(waiters.waiting.lock().late.is_empty());
     }
 
     /// Fails where every word is queued: there was no place for the second gateway's.
@@ -322,7 +321,7 @@ mod tests {
         assert_eq!(verdicts(&waiting), [("gw".to_owned(), Ok(())), ("thief".to_owned(), removed)]);
         assert_eq!(Vec::from_iter(waiters.take("a", ours, now)), ["gw"]);
         waiters.tidy(now + AGAIN);
-        assert!(lock(&waiters.waiting).void.is_empty());
+        assert!(waiters.waiting.lock().void.is_empty());
     }
 
     #[test]
@@ -332,8 +331,8 @@ mod tests {
         let waiting = waiters.wait_for("a", key);
         let another = waiters.wait_for("a", key);
         drop(waiting);
-        assert_eq!(lock(&waiters.waiting).by_subject.len(), 1);
+        assert_eq!(waiters.waiting.lock().by_subject.len(), 1);
         drop(another);
-        assert!(lock(&waiters.waiting).by_subject.is_empty());
+        assert!(waiters.waiting.lock().by_subject.is_empty());
     }
 }

@@ -1,9 +1,10 @@
 //! Admin calls that wait for gateways to say what became of a denied key, and the word that reaches them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 use wgkex_common::PublicKey;
@@ -85,7 +86,7 @@ impl Answers {
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Subject, Call>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 }
 

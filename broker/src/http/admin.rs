@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use actix_web::dev::{Service as _, ServiceRequest};
@@ -11,6 +11,7 @@ use actix_web::http::StatusCode;
 use actix_web::http::header::{AUTHORIZATION, HeaderValue, WWW_AUTHENTICATE};
 use actix_web::web::{self, Data, Path, Payload, Query, ServiceConfig};
 use actix_web::{App as Routes, HttpResponse};
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
@@ -28,7 +29,6 @@ use wgkex_common::{Domain, PublicKey, Topic};
 use crate::fleet::gateways::Gateways;
 use crate::fleet::revocation::{self, Answers};
 use crate::http::error;
-use crate::lock;
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
@@ -115,7 +115,7 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
 }
 
 fn unauthorized(refusals: &Mutex<Refusals>) -> HttpResponse {
-    if let Some(unlogged) = lock(refusals).log(Instant::now()) {
+    if let Some(unlogged) = refusals.lock().log(Instant::now()) {
         warn!(target: AUDIT, outcome = "unauthorized", unlogged, "admin call");
     }
     let mut response = error(StatusCode::UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN");
@@ -207,7 +207,7 @@ impl Admin {
         let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
         let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
         let (reach, is_complete) = {
-            let gateways = lock(&self.gateways);
+            let gateways = self.gateways.lock();
             (gateways.reach(), gateways.complete())
         };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
 
-use crate::lock;
 use crate::metrics::Metrics;
 use crate::mqtt_server::log::{Ear, Mouth, Router};
 use crate::mqtt_server::message::Message;
@@ -69,7 +69,7 @@ impl Bus {
 
     /// Says a message to all who want it, and keeps it if it is to be kept.
     pub fn say(&self, seat: &Seat, message: &Message) {
-        let mut said = lock(&self.said);
+        let mut said = self.said.lock();
         said.say(message, seat.user(), &self.metrics);
         self.look_behind(&mut said);
     }
@@ -77,7 +77,7 @@ impl Bus {
     /// Whether nothing more should be said until this broker's own connections have heard what was. It is theirs all the
     /// same to say something.
     pub fn is_behind(&self) -> bool {
-        self.is_behind.load(Ordering::Relaxed) && self.look_behind(&mut lock(&self.said))
+        self.is_behind.load(Ordering::Relaxed) && self.look_behind(&mut self.said.lock())
     }
 
     fn look_behind(&self, said: &mut Said) -> bool {
@@ -88,14 +88,14 @@ impl Bus {
 
     /// What is kept for `filter` behind the topic `after`, see [`Retained::find`].
     pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> Found {
-        lock(&self.said).retained.find(filter, after, most)
+        self.said.lock().retained.find(filter, after, most)
     }
 
     /// Hears what is said from now on; this broker's own connections hear all of it.
     pub fn listen(&self, is_own: bool) -> anyhow::Result<Ear> {
         let mut ear = self.router.listen()?;
         if is_own {
-            lock(&self.said).mouth.accompany(&mut ear);
+            self.said.lock().mouth.accompany(&mut ear);
         }
         Ok(ear)
     }
@@ -105,7 +105,7 @@ impl Bus {
     pub async fn enter(&self, client: &str, account: &Account, room: usize) -> Option<Seat> {
         loop {
             let mut gone = {
-                let mut seats = lock(&self.seats);
+                let mut seats = self.seats.lock();
                 let Some(place) = seats.get(client).or_else(|| too_many(&seats, client, account.seats)) else {
                     if seats.len() >= room {
                         return None;
@@ -131,7 +131,7 @@ impl Bus {
 
     /// What is to be said when the connection in this seat is lost.
     pub fn promise(&self, seat: &Seat, will: Message) {
-        lock(&self.said).retained.promise(&seat.client, will);
+        self.said.lock().retained.promise(&seat.client, will);
     }
 
     /// The connection has ended: says its will if it is due, and ends what it listened with.
@@ -141,12 +141,12 @@ impl Bus {
             self.router.close(ear).await;
         }
         drop(seat);
-        self.metrics.mqtt_clients.set(i64::try_from(lock(&self.seats).len()).unwrap_or(i64::MAX));
+        self.metrics.mqtt_clients.set(i64::try_from(self.seats.lock().len()).unwrap_or(i64::MAX));
     }
 
     /// In one go, lest the disk should have neither the promise nor the will.
     fn settle(&self, seat: &Seat, will_is_due: bool) {
-        let mut said = lock(&self.said);
+        let mut said = self.said.lock();
         if let Some(will) = said.retained.release(&seat.client).filter(|_| will_is_due) {
             said.say(&will, seat.user(), &self.metrics);
             self.look_behind(&mut said);
@@ -155,17 +155,17 @@ impl Bus {
 
     /// What is to be written to disk.
     pub fn snapshot(&self) -> Snapshot {
-        lock(&self.said).retained.snapshot()
+        self.said.lock().retained.snapshot()
     }
 
     /// It could not be written.
     pub fn give_back(&self, unwritten: Snapshot) {
-        lock(&self.said).retained.give_back(unwritten);
+        self.said.lock().retained.give_back(unwritten);
     }
 
     /// The file was lost: everything is to be written.
     pub fn begin_anew(&self) {
-        lock(&self.said).retained.begin_anew();
+        self.said.lock().retained.begin_anew();
     }
 }
 
@@ -235,6 +235,6 @@ impl fmt::Display for Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        lock(&self.seats).remove(&self.client);
+        self.seats.lock().remove(&self.client);
     }
 }

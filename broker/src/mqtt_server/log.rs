@@ -6,11 +6,12 @@
 //! its position in the log with it, so that it notices.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use bytes::{BufMut as _, Bytes, BytesMut};
+use parking_lot::Mutex;
 use rumqttd::local::{LinkBuilder, LinkRx, LinkTx};
 use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet};
 use rumqttd::{Notification, RouterConfig};
@@ -130,7 +131,7 @@ impl Router {
     }
 
     fn names<T>(&self, change: impl FnOnce(&mut Names) -> T) -> T {
-        change(&mut self.names.lock().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.names.lock())
     }
 }
 

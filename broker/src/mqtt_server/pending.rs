@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::http::client_ip::Client;
-use crate::lock;
 
 /// So many connections of unknown clients may wait to be let in, and as many of known ones,
 const PLACES: usize = 512;
@@ -41,7 +41,7 @@ impl Pending {
     /// A place for a connection from `address`. If all are taken, the one that waits longest has to go.
     pub fn enter(&self, address: IpAddr) -> Place {
         let (client, evicted) = (Client::from(address), Arc::new(Notify::new()));
-        let mut places = lock(&self.0);
+        let mut places = self.0.lock();
         let is_known = places.logins.is_known(client);
         let id = places.admit(is_known, client, evicted.clone());
         Place { pending: self.clone(), id, client, is_known, evicted }
@@ -66,24 +66,24 @@ impl Place {
 
     /// Leaves it to others: the connection has said who it is, and waits elsewhere.
     pub fn leave(&mut self) {
-        lock(&self.pending.0).table(self.is_known).remove(self.id);
+        self.pending.0.lock().table(self.is_known).remove(self.id);
     }
 
     /// Takes one again, as who comes last.
     pub fn come_back(&mut self) {
-        let mut places = lock(&self.pending.0);
+        let mut places = self.pending.0.lock();
         self.id = places.admit(self.is_known, self.client, self.evicted.clone());
     }
 
     /// `user` logged in from there.
     pub fn logged_in(&self, user: &str) {
-        lock(&self.pending.0).logins.note(user, self.client);
+        self.pending.0.lock().logins.note(user, self.client);
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        lock(&self.pending.0).table(self.is_known).remove(self.id);
+        self.pending.0.lock().table(self.is_known).remove(self.id);
     }
 }
 
@@ -211,7 +211,7 @@ mod tests {
         for n in 0..10 * PLACES {
             drop(pending.enter([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
         }
-        let places = lock(&pending.0);
+        let places = pending.0.lock();
         assert!(places.unknown.waiting.is_empty() && places.unknown.of_clients.is_empty());
     }
 

@@ -4,14 +4,13 @@
 //! Who takes more is slowed down: nothing more is read from it for a while. What it sent stays in its own buffers then,
 //! so nothing that was acknowledged is lost.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use wgkex_common::config::Role;
-
-use crate::lock;
 
 /// The most seats of one user, however many there are. A worker and a broker have two each.
 const SEATS: usize = 32;
@@ -204,7 +203,7 @@ pub struct Rarely(Mutex<Option<Instant>>);
 impl Rarely {
     /// Whether it was not due for `pause`.
     pub fn is_due(&self, pause: Duration) -> bool {
-        let mut last = lock(&self.0);
+        let mut last = self.0.lock();
         let is_due = last.is_none_or(|last| last.elapsed() >= pause);
         if is_due {
             *last = Some(Instant::now());

@@ -1,12 +1,13 @@
 //! Who may connect, and as whom.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow};
+use parking_lot::Mutex;
 use ring::hmac::{self, HMAC_SHA256};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use rumqttc::Login;
@@ -15,7 +16,6 @@ use tracing::warn;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
 use crate::http::client_ip::Client;
-use crate::lock;
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::checks::Queue;
 use crate::mqtt_server::guesses::Guesses;
@@ -211,7 +211,7 @@ impl Users {
         if let Some(verdict) = self.passwords.verdict(&check, Instant::now()) {
             return verdict;
         }
-        let goes = lock(&self.passwords.queue).push(Origin { client, is_known }, check);
+        let goes = self.passwords.queue.lock().push(Origin { client, is_known }, check);
         if let Some(goes) = goes {
             goes.answer(Err(Denied::Crowded));
         }
@@ -228,9 +228,9 @@ impl Passwords {
             while let Some(check) = self.next() {
                 let is_right = verifier.verify(check.known.hash.expose(), &check.password);
                 if is_right {
-                    *lock(&check.known.tag) = Some(self.tag(&check.password));
+                    *check.known.tag.lock() = Some(self.tag(&check.password));
                 } else {
-                    lock(&self.guesses).was_wrong(check.client, check.number, Instant::now());
+                    self.guesses.lock().was_wrong(check.client, check.number, Instant::now());
                 }
                 check.answer(Ok(is_right));
             }
@@ -239,7 +239,7 @@ impl Passwords {
 
     /// The next one to verify. What is known by now of the password, the user or the client answers others who wait.
     fn next(&self) -> Option<Check> {
-        let (now, mut queue) = (Instant::now(), lock(&self.queue));
+        let (now, mut queue) = (Instant::now(), self.queue.lock());
         for (check, verdict) in queue.settle(|check| self.verdict(check, now)) {
             check.answer(verdict);
         }
@@ -253,7 +253,7 @@ impl Passwords {
             Some(Ok(false))
         } else if self.remembers(known, password) {
             Some(Ok(true))
-        } else if lock(&self.guesses).may_try(*client, *number, now) {
+        } else if self.guesses.lock().may_try(*client, *number, now) {
             None
         } else {
             Some(Err(Denied::TooOften))
@@ -261,7 +261,7 @@ impl Passwords {
     }
 
     fn remembers(&self, known: &Known, password: &str) -> bool {
-        let tag = *lock(&known.tag);
+        let tag = *known.tag.lock();
         tag.is_some_and(|tag| hmac::verify(&self.tags, password.as_bytes(), tag.as_ref()).is_ok())
     }
 
@@ -361,9 +361,9 @@ mod tests {
         let verifies = async {
             let check = users.passwords.next().unwrap();
             assert_eq!((&check.password[..], check.number), ("right", users.number("gw1")));
-            *lock(&check.known.tag) = Some(users.passwords.tag("right"));
+            *check.known.tag.lock() = Some(users.passwords.tag("right"));
             let client = from(1).client;
-            (0..15).for_each(|_| lock(&users.passwords.guesses).was_wrong(client, users.number("b"), Instant::now()));
+            (0..15).for_each(|_| users.passwords.guesses.lock().was_wrong(client, users.number("b"), Instant::now()));
             assert!(users.passwords.next().is_none());
             check.answer(Ok(true));
         };
@@ -387,9 +387,9 @@ mod tests {
         for name in ["gw1", "none"] {
             assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(Denied::Wrong), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());
-            assert!(lock(&users.passwords.guesses).may_try(client, number, now));
+            assert!(users.passwords.guesses.lock().may_try(client, number, now));
             // More than are forgotten while the machine is busy with other tests.
-            (0..15).for_each(|_| lock(&users.passwords.guesses).was_wrong(client, number, now));
+            (0..15).for_each(|_| users.passwords.guesses.lock().was_wrong(client, number, now));
             assert_eq!(admit(&users, Some(login(name, "right"))).await, Err(Denied::TooOften), "{name}");
         }
         assert!(admit(&users, Some(login("b", "right"))).await.is_ok(), "another user");

@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::str::Chars;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use config::{ConfigError, File, FileStoredFormat, Format, Map, Source as _, ValueKind};
+use parking_lot::Mutex;
 use serde_json::{Number, Value};
 use yaml_rust2::parser::{Event, Parser, Tag};
 use yaml_rust2::scanner::{ScanError, TScalarStyle};
@@ -80,7 +81,7 @@ struct Ours(Arc<Mutex<Vec<Twice>>>);
 
 impl Ours {
     fn twice(&self) -> Vec<Twice> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.0.lock())
     }
 }
 
@@ -91,7 +92,7 @@ impl Format for Ours {
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
         let Document { top, twice } = read(text, SIZE_MAX)?;
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = twice;
+        *self.0.lock() = twice;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
             ValueKind::Table(_) | ValueKind::Nil => Err(EMPTY.into()),

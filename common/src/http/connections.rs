@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Shutdown, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use nix::libc::linger;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::sockopt::{Linger, SndBuf};
 use nix::sys::socket::{self, Backlog, listen, setsockopt, shutdown};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::net::TcpStream;
 use tracing::warn;
 
@@ -401,7 +402,7 @@ impl Connections {
 
     /// Nothing that panics holds the lock, and panics end the process.
     fn table(&self) -> MutexGuard<'_, Table<Socket>> {
-        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.table.lock()
     }
 }
 

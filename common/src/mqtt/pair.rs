@@ -2,9 +2,10 @@
 //! for the client id throws out each when the other connects. Then the second connection gives up its own, and publishes
 //! and subscribes through the first.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -113,12 +114,12 @@ impl Pair {
     }
 
     pub(super) fn connected(&self, now: Instant) {
-        self.lock().connected(self.side, now);
+        self.rivalry.lock().connected(self.side, now);
     }
 
     /// A connection is lost, `perhaps` to the other one.
     pub(super) fn lost(&self, perhaps: bool, now: Instant) {
-        let mut rivalry = self.lock();
+        let mut rivalry = self.rivalry.lock();
         if perhaps {
             rivalry.lost(self.side, now);
         } else {
@@ -129,11 +130,7 @@ impl Pair {
 
     /// Whether the server lets the program have one connection only, and this is the one that goes.
     pub(super) fn has_to_join(&self) -> bool {
-        self.side == Side::Second && self.lock().is_settled()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Rivalry> {
-        self.rivalry.lock().unwrap_or_else(PoisonError::into_inner)
+        self.side == Side::Second && self.rivalry.lock().is_settled()
     }
 }
 

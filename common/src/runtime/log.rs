@@ -64,8 +64,9 @@ impl<W: Write> Write for OneLine<W> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
+    use parking_lot::Mutex;
     use tracing::{debug, error, info, warn};
 
     use super::*;
@@ -75,7 +76,7 @@ mod tests {
 
     impl Write for Shared {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().write(bytes)
+            self.0.lock().write(bytes)
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -93,7 +94,7 @@ mod tests {
             .with_env_filter(EnvFilter::new(directives(level)))
             .finish();
         tracing::subscriber::with_default(subscriber, events);
-        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let text = String::from_utf8(sink.0.lock().clone()).unwrap();
         text.lines().map(str::to_owned).collect()
     }
 
