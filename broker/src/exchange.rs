@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
-use wgkex_common::access_lists::service::View;
+use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::{Applied, WorkerData};
 use wgkex_common::{Domain, PublicKey};
@@ -180,7 +180,7 @@ pub struct Exchange {
     /// The domains of which it was said that no gateway ever published its state.
     pub unwitnessed: Arc<Mutex<BTreeSet<Domain>>>,
     /// Who may come.
-    pub lists: watch::Receiver<View>,
+    pub lists: watch::Receiver<ListSnapshot>,
     /// How long an answer may wait.
     pub confirm: Confirm,
     /// What is counted.
@@ -383,7 +383,7 @@ impl Exchange {
 
     /// Whether this broker can take the key now: it has heard the retained states, and the lists let the key come.
     fn ready(&self, ask: &Ask) -> Result<(), Refusal> {
-        if self.lists.borrow().admission.refuses(ask.domain.name(), &ask.key) {
+        if self.lists.borrow().admission.denies(ask.domain.name(), &ask.key) {
             return Err(Refusal::Denied);
         }
         if self.gateways().complete() { Ok(()) } else { Err(Refusal::NotReady) }

@@ -31,7 +31,7 @@ use wgkex_common::Domain;
 pub use wgkex_common::http::Server;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Settings, readable, refusal, resource};
-use wgkex_common::mqtt::Link;
+use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::tls::rustls::ServerConfig;
 use wgkex_common::wire::message::WorkerData;
 
@@ -65,7 +65,7 @@ pub struct App {
     /// The road of a key.
     pub exchange: Exchange,
     /// Whether the bus can be used, to hear and to publish.
-    pub links: [watch::Receiver<Link>; 2],
+    pub links: [watch::Receiver<ConnectionState>; 2],
     /// The connections that are open.
     pub connections: Connections,
     /// The networks of the trusted proxies.
@@ -192,7 +192,7 @@ impl App {
     /// Why this broker cannot serve routers now.
     fn unready(&self) -> Option<String> {
         for link in &self.links {
-            if let Link::Down(reason) = &*link.borrow() {
+            if let ConnectionState::Down(reason) = &*link.borrow() {
                 return Some(format!("MQTT is not connected: {reason}"));
             }
         }

@@ -29,15 +29,15 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
-use wgkex_common::access_lists::service::{Keeper, News};
+use wgkex_common::access_lists::service::{ListService, ListUpdate};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::http::connections::{Capacity, Closed, Connections, prepare};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::runtime::process;
 use wgkex_common::runtime::tasks::{Ended, Tasks};
-use wgkex_common::storage::key_store::{Now, Store};
-use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::wire::message::{Page, Party};
+use wgkex_common::storage::key_store::{Clocks, KeyStore};
+use wgkex_common::sync::{self, PeerSelection, SyncClient};
+use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
 
 use crate::bus::announcer::Announcer;
@@ -77,7 +77,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
     let (trusted, proxy_missed) = (Arc::from(config.trusted_proxies.clone()), Arc::default());
     let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
-    let (keeper, lists) = Keeper::open(&config, Party::Broker(config.name.clone()))?;
+    let (keeper, lists) = ListService::open(&config, Participant::Broker(config.name.clone()))?;
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let (waiters, answers) = (Waiters::default(), Answers::default());
     let embedded = config.mqtt_listen.as_ref();
@@ -87,16 +87,17 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config)?;
     live.lock().obey(lists.admission());
-    let (ears, heard) = sync::ears();
-    let links = [bus.link(), keys.link()];
+    let (ears, heard) = sync::channel();
+    let links = [bus.connection_state(), keys.connection_state()];
     let waiting = (waiters.clone(), answers.clone());
-    let (reporter, presence_events) = Reporter::new(Party::Broker(config.name.clone()));
+    let (reporter, presence_events) = Reporter::new(Participant::Broker(config.name.clone()));
     let hand_on = subscriber::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
     let (question_sender, questions) = mpsc::channel(QUESTIONS);
     let askers = Askers::new(config.name.clone(), question_sender);
     let hand_on_keys = subscriber::hand_on_keys(live.clone(), ears, lists.clone(), askers, reporter, metrics.clone());
     let buses = [bus.clone(), keys.clone()];
-    let announcer = Announcer::new(&config, buses, presence_events, lists.view(), gateways.clone(), waiters.clone());
+    let announcer =
+        Announcer::new(&config, buses, presence_events, lists.snapshot(), gateways.clone(), waiters.clone());
     let exchange = Exchange {
         gateways: gateways.clone(),
         waiters: waiters.clone(),
@@ -105,11 +106,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         limits: limits.clone(),
         answers: Arc::default(),
         unwitnessed: Arc::default(),
-        lists: lists.view(),
+        lists: lists.snapshot(),
         confirm: config.confirm,
         metrics: metrics.clone(),
     };
-    let asker = Asker::new(Party::Broker(config.name.clone()), Manner::Each, config.domains.clone());
+    let asker =
+        SyncClient::new(Participant::Broker(config.name.clone()), PeerSelection::RoundRobin, config.domains.clone());
     let (over, stopped) = watch::channel(false);
 
     let [mut tasks, mut sessions, mut disk, mut announcing] = [(); 4].map(|()| Tasks::default());
@@ -199,9 +201,9 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
 }
 
 /// The live keys, as this broker knew them when it ended, and what keeps them.
-fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, Store)> {
+fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
-    let (store, journal, known) = Store::open(&config.state_dir, "broker", &config.domains, ttl, Now::read())?;
+    let (store, journal, known) = KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
     let domains = config.domains.clone();
     let live = LiveKeys::new(
         config.name.clone(),
@@ -215,7 +217,7 @@ fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, Store)> {
 }
 
 /// Takes in what other brokers know.
-fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, Page) -> std::future::Ready<()> {
+fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
     move |_, page| {
         live.lock().learn(&page, Instant::now());
         std::future::ready(())
@@ -237,7 +239,7 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: Me
 }
 
 /// Tells the live keys who may come. What gateways said before may be about a key that was denied meanwhile.
-fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Metrics) -> impl FnMut(News<'_>) {
+fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |news| {
         metrics.set_lists(&news);
         waiters.forget_all();

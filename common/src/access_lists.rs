@@ -113,7 +113,7 @@ pub enum Verdict {
     /// It may come.
     Allowed,
     /// It may not, as it is not listed where only listed keys may come.
-    Unlisted,
+    NotAllowlisted,
     /// It may not.
     Denied,
 }
@@ -157,29 +157,29 @@ impl Admission {
         } else if self.allow_list == AllowList::Off || is_listed() {
             Verdict::Allowed
         } else {
-            Verdict::Unlisted
+            Verdict::NotAllowlisted
         }
     }
 
     /// Whether `key` may not come.
     #[must_use]
-    pub fn refuses(&self, domain: &str, key: &PublicKey) -> bool {
+    pub fn denies(&self, domain: &str, key: &PublicKey) -> bool {
         self.verdict(domain, key) != Verdict::Allowed
     }
 
     /// Whether `key` has to go if it is there. While the allow list could not be read nobody goes for not being on it.
     #[must_use]
-    pub fn expels(&self, domain: &str, key: &PublicKey) -> bool {
+    pub fn must_remove(&self, domain: &str, key: &PublicKey) -> bool {
         match self.verdict(domain, key) {
             Verdict::Allowed => false,
-            Verdict::Unlisted => self.allow_list == AllowList::Read,
+            Verdict::NotAllowlisted => self.allow_list == AllowList::Read,
             Verdict::Denied => true,
         }
     }
 
     /// Whether nobody has to go.
     #[must_use]
-    pub fn expels_nobody(&self) -> bool {
+    pub fn removes_none(&self) -> bool {
         self.denied.is_empty() && self.allow_list != AllowList::Read
     }
 
@@ -229,13 +229,17 @@ mod tests {
             let admission = Admission::of(&entries, allow_list, 0);
             assert_eq!(admission.verdict("a", &key(3)), Verdict::Denied);
             assert_eq!(admission.verdict("a", &key(4)), Verdict::Allowed);
-            assert!(admission.expels("a", &key(3)) && !admission.expels("a", &key(4)) && !admission.expels_nobody());
+            assert!(
+                admission.must_remove("a", &key(3))
+                    && !admission.must_remove("a", &key(4))
+                    && !admission.removes_none()
+            );
         }
     }
 
     #[test]
     fn only_listed_keys_come_where_there_is_an_allow_list_each_in_its_domain() {
-        use Verdict::{Allowed, Unlisted};
+        use Verdict::{Allowed, NotAllowlisted};
         let entries = [allowed_in("a", 3), entry(List::Allow, 4)];
         let verdicts = |allow_list| {
             let admission = Admission::of(&entries, allow_list, 0);
@@ -243,16 +247,16 @@ mod tests {
         };
         assert_eq!(verdicts(AllowList::Off), [Allowed; 5]);
         for allow_list in [AllowList::Read, AllowList::Unread] {
-            assert_eq!(verdicts(allow_list), [Allowed, Unlisted, Allowed, Allowed, Unlisted]);
+            assert_eq!(verdicts(allow_list), [Allowed, NotAllowlisted, Allowed, Allowed, NotAllowlisted]);
         }
     }
 
     #[test]
     fn nobody_goes_because_of_an_allow_list_that_could_not_be_read() {
-        let goes = |allow_list| Admission::of(&[entry(List::Allow, 3)], allow_list, 0).expels("a", &key(4));
+        let goes = |allow_list| Admission::of(&[entry(List::Allow, 3)], allow_list, 0).must_remove("a", &key(4));
         assert!(goes(AllowList::Read) && !goes(AllowList::Unread) && !goes(AllowList::Off));
-        assert!(Admission::of(&[], AllowList::Unread, 0).expels_nobody());
-        assert!(!Admission::of(&[], AllowList::Read, 0).expels_nobody());
+        assert!(Admission::of(&[], AllowList::Unread, 0).removes_none());
+        assert!(!Admission::of(&[], AllowList::Read, 0).removes_none());
     }
 
     #[test]
@@ -263,7 +267,7 @@ mod tests {
             entry(List::Deny, 5),
         ];
         let at = |now| Admission::of(&entries, AllowList::Off, now);
-        assert!(at(99).refuses("a", &key(3)) && !at(100).refuses("a", &key(3)) && at(100).refuses("a", &key(5)));
+        assert!(at(99).denies("a", &key(3)) && !at(100).denies("a", &key(3)) && at(100).denies("a", &key(5)));
         assert!(at(199).trusts(&key(4)) && !at(200).trusts(&key(4)));
         assert!(!at(0).is_over(99) && at(0).is_over(100));
         assert!(!at(100).is_over(199) && at(100).is_over(200) && !at(200).is_over(u64::MAX));

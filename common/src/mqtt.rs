@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use self::echo::Echo;
-use self::outbox::{Letter, Outbox};
+use self::outbox::{Outbox, PendingPublish};
 use self::pair::{Guest, Joining, Pair};
 use self::subscriptions::{Filter, Subscriptions};
 use crate::Topic;
@@ -35,7 +35,7 @@ pub use crate::runtime::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
 /// Orders that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
-const ORDERS: usize = 1024;
+const COMMAND_QUEUE: usize = 1024;
 /// Publishes under way at once; what rumqttc and rumqttd allow too.
 const INFLIGHT: u16 = 100;
 /// The pause before the second attempt to connect; it doubles up to [`PAUSE_MAX`].
@@ -51,7 +51,7 @@ const CLOSED_EARLY: u32 = 3;
 /// After so many of these the log says what may be the cause.
 const THROWN_OUT: u32 = 5;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
-const STEADY: Duration = Duration::from_secs(5);
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 
 /// A message to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,23 +64,23 @@ pub struct Message {
 
 impl Message {
     /// Retained, at least once: what is so until it is said otherwise.
-    pub fn state(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+    pub fn retained(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { topic, payload: payload.into(), qos: QoS::AtLeastOnce, retain: true }
     }
 
     /// Retained, at most once: a figure that is soon said again.
-    pub fn figure(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
-        Self { qos: QoS::AtMostOnce, ..Self::state(topic, payload) }
+    pub fn retained_qos0(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+        Self { qos: QoS::AtMostOnce, ..Self::retained(topic, payload) }
     }
 
     /// Not retained, at least once: something that happened.
-    pub fn event(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
-        Self { retain: false, ..Self::state(topic, payload) }
+    pub fn transient(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
+        Self { retain: false, ..Self::retained(topic, payload) }
     }
 
     /// The same, not retained.
     #[must_use]
-    pub fn transient(self) -> Self {
+    pub fn not_retained(self) -> Self {
         Self { retain: false, ..self }
     }
 
@@ -93,41 +93,48 @@ impl Message {
 
 /// Who this client is, and what it wants to hear.
 #[derive(Debug, Clone)]
-pub struct Client {
+pub struct SessionConfig {
     /// Its client id; a second connection with the same id ends the first.
     pub id: String,
     /// What the server says in its name when it is gone.
     pub will: Option<Message>,
     /// Filters heard at most once: states, of which only the newest matters and all retained ones must come
     /// (a server's queue for acknowledged messages is bounded, and it drops silently).
-    pub states: Vec<String>,
+    pub qos0_filters: Vec<String>,
     /// Filters heard at least once.
-    pub events: Vec<String>,
+    pub qos1_filters: Vec<String>,
     /// Filters heard at most once that the program can do without, where an access list does not allow them.
     pub optional: Vec<String>,
     /// Where it publishes to itself, to notice that a server has forgotten its subscriptions.
     pub echo: Option<Topic>,
     /// It is the second connection of a program: the log tells of the troubles of the first, which are the same.
-    pub is_second: bool,
+    pub is_secondary: bool,
 }
 
-impl Client {
+impl SessionConfig {
     /// The second connection of a program, by which it publishes. What it publishes is acknowledged there: where a
     /// server leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be heard
     /// on the first.
     #[must_use]
-    pub fn second(id: String) -> Self {
-        let (states, events, optional) = (Vec::new(), Vec::new(), Vec::new());
-        Self { id, will: None, states, events, optional, echo: None, is_second: true }
+    pub fn secondary(id: String) -> Self {
+        Self {
+            id,
+            will: None,
+            qos0_filters: Vec::new(),
+            qos1_filters: Vec::new(),
+            optional: Vec::new(),
+            echo: None,
+            is_secondary: true,
+        }
     }
 
     fn filters(&self) -> impl Iterator<Item = Filter> {
         let required = |text: &String, qos| Filter { text: text.clone(), qos, is_required: true };
-        let states = self.states.iter().map(move |text| required(text, QoS::AtMostOnce));
-        let events = self.events.iter().map(move |text| required(text, QoS::AtLeastOnce));
+        let qos0 = self.qos0_filters.iter().map(move |text| required(text, QoS::AtMostOnce));
+        let qos1 = self.qos1_filters.iter().map(move |text| required(text, QoS::AtLeastOnce));
         let optional = self.optional.iter().cloned().chain(self.echo.as_ref().map(Topic::to_string));
         let optional = optional.map(|text| Filter { text, qos: QoS::AtMostOnce, is_required: false });
-        states.chain(events).chain(optional)
+        qos0.chain(qos1).chain(optional)
     }
 
     /// A name in its filters or its will that has a dot.
@@ -151,7 +158,7 @@ pub enum Event {
 
 /// Whether the bus can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Link {
+pub enum ConnectionState {
     /// Connected and subscribed.
     Up,
     /// Not connected, and why, in one line without secrets.
@@ -174,12 +181,12 @@ pub enum PublishError {
 
 /// The publishers' side of a session.
 #[derive(Debug, Clone)]
-pub struct Bus {
-    orders: mpsc::Sender<Letter>,
-    link: watch::Receiver<Link>,
+pub struct MqttHandle {
+    orders: mpsc::Sender<PendingPublish>,
+    state: watch::Receiver<ConnectionState>,
 }
 
-impl Bus {
+impl MqttHandle {
     /// Publishes and returns when the server has acknowledged, however often the connection is lost meanwhile.
     /// Dropping the future takes the message back if it is not under way yet.
     pub async fn publish(&self, message: Message) -> Result<(), PublishError> {
@@ -187,38 +194,38 @@ impl Bus {
             return Err(PublishError::Unsendable);
         }
         let (done, acknowledged) = oneshot::channel();
-        self.orders.send(Letter::new(message, Some(done))).await.map_err(|_| PublishError::SessionEnded)?;
+        self.orders.send(PendingPublish::new(message, Some(done))).await.map_err(|_| PublishError::SessionEnded)?;
         acknowledged.await.unwrap_or(Err(PublishError::SessionEnded))
     }
 
     /// Publishes without waiting, for what is worthless after the connection is lost. False if there was no place, or no
     /// server can take it.
     #[must_use]
-    pub fn post(&self, message: Message) -> bool {
-        message.is_sendable() && self.orders.try_send(Letter::new(message, None)).is_ok()
+    pub fn try_publish(&self, message: Message) -> bool {
+        message.is_sendable() && self.orders.try_send(PendingPublish::new(message, None)).is_ok()
     }
 
     /// Whether the bus can be used now, and a way to wait for that to change.
     #[must_use]
-    pub fn link(&self) -> watch::Receiver<Link> {
-        self.link.clone()
+    pub fn connection_state(&self) -> watch::Receiver<ConnectionState> {
+        self.state.clone()
     }
 }
 
-/// The task behind a [`Bus`].
+/// The task behind a [`MqttHandle`].
 pub struct Session {
     client: AsyncClient,
     eventloop: EventLoop,
-    orders: mpsc::Receiver<Letter>,
+    orders: mpsc::Receiver<PendingPublish>,
     outbox: Outbox,
-    link: watch::Sender<Link>,
+    state: watch::Sender<ConnectionState>,
     subscriptions: Subscriptions,
     /// Where it publishes to itself, as a topic and as text, and what it knows of that.
     echo_topic: Option<(Topic, String)>,
     echo: Echo,
     is_connected: bool,
     id: String,
-    is_second: bool,
+    is_secondary: bool,
     server: String,
     pause: Duration,
     since: Option<Instant>,
@@ -234,9 +241,13 @@ pub struct Session {
     guest: Option<Guest>,
 }
 
-/// The two sessions of a program, `second` made by [`Client::second`]. Where the server lets a program have one connection
+/// The two sessions of a program, `second` made by [`SessionConfig::secondary`]. Where the server lets a program have one connection
 /// only, the second goes through the first.
-pub fn open_pair(config: &Mqtt, first: Client, second: Client) -> Result<[(Bus, Session); 2], TlsError> {
+pub fn open_pair(
+    config: &Mqtt,
+    first: SessionConfig,
+    second: SessionConfig,
+) -> Result<[(MqttHandle, Session); 2], TlsError> {
     let (mut first, mut second) = (open(config, first)?, open(config, second)?);
     let [of_first, of_second] = Pair::new(first.0.orders.clone());
     (first.1.pair, second.1.pair) = (Some(of_first), Some(of_second));
@@ -244,18 +255,18 @@ pub fn open_pair(config: &Mqtt, first: Client, second: Client) -> Result<[(Bus, 
 }
 
 /// A session with the configured server, not yet connected: [`Session::run`] does that.
-pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
+pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session), TlsError> {
     let (options, network, server) = options::options(config, &client)?;
     let (rumqtt, mut eventloop) = AsyncClient::new(options, usize::from(INFLIGHT) + 16);
     eventloop.set_network_options(network);
-    let (sender, orders) = mpsc::channel(ORDERS);
-    let (link, watched) = watch::channel(Link::Down(format!("not connected to {server} yet")));
+    let (sender, orders) = mpsc::channel(COMMAND_QUEUE);
+    let (state, watched) = watch::channel(ConnectionState::Down(format!("not connected to {server} yet")));
     let session = Session {
         client: rumqtt,
         eventloop,
         orders,
         outbox: Outbox::default(),
-        link,
+        state,
         subscriptions: Subscriptions::new(client.filters()),
         dotted: client.dotted(),
         closed_early: 0,
@@ -263,7 +274,7 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         echo: Echo::default(),
         is_connected: false,
         id: client.id,
-        is_second: client.is_second,
+        is_secondary: client.is_secondary,
         server,
         pause: PAUSE_MIN,
         since: None,
@@ -271,21 +282,21 @@ pub fn open(config: &Mqtt, client: Client) -> Result<(Bus, Session), TlsError> {
         pair: None,
         guest: None,
     };
-    Ok((Bus { orders: sender, link: watched }, session))
+    Ok((MqttHandle { orders: sender, state: watched }, session))
 }
 
 impl Session {
     /// Runs until `stop` returns, then disconnects, so that the server does not publish the will; what must be
-    /// acknowledged before that, its publisher awaits first. `hand_on` is called in this task: it must not block.
-    pub async fn run(mut self, mut hand_on: impl FnMut(Event), stop: impl Future<Output = ()>) {
+    /// acknowledged before that, its publisher awaits first. `on_event` is called in this task: it must not block.
+    pub async fn run(mut self, mut on_event: impl FnMut(Event), stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         while let Some(event) = self.next(stop.as_mut()).await {
             match event {
-                Ok(event) => self.handle(event, &mut hand_on),
+                Ok(event) => self.handle(event, &mut on_event),
                 Err(error) => {
-                    self.lost(&error, &mut hand_on);
+                    self.on_disconnect(&error, &mut on_event);
                     if self.pair.as_ref().is_some_and(Pair::has_to_join) {
-                        return self.join(&mut hand_on, stop).await;
+                        return self.join(&mut on_event, stop).await;
                     }
                     tokio::select! {
                         () = sleep(self.pause()) => {}
@@ -298,8 +309,8 @@ impl Session {
     }
 
     /// Goes on through the program's first session, until `stop` returns.
-    async fn join(self, hand_on: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        let Self { client, eventloop, mut orders, mut outbox, link, subscriptions, server, pair, .. } = self;
+    async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
+        let Self { client, eventloop, mut orders, mut outbox, state, subscriptions, server, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, orders: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
@@ -307,9 +318,9 @@ impl Session {
         if guests.send(guest).await.is_err() {
             return;
         }
-        let mut next: Option<Letter> = None;
+        let mut next: Option<PendingPublish> = None;
         loop {
-            let up = *link.borrow() == Link::Up;
+            let up = *state.borrow() == ConnectionState::Up;
             if up && next.is_none() {
                 next = outbox.next();
             }
@@ -317,16 +328,16 @@ impl Session {
                 event = events.recv() => {
                     let Some(event) = event else { return };
                     match &event {
-                        Event::Up => drop(link.send_replace(Link::Up)),
-                        Event::Down => drop(link.send_replace(Link::Down(format!("{server}: connection lost")))),
+                        Event::Up => drop(state.send_replace(ConnectionState::Up)),
+                        Event::Down => drop(state.send_replace(ConnectionState::Down(format!("{server}: connection lost")))),
                         Event::Message(_) => {}
                     }
-                    hand_on(event);
+                    on_event(event);
                 }
-                letter = orders.recv(), if up && next.is_none() => next = letter,
+                publish = orders.recv(), if up && next.is_none() => next = publish,
                 permit = first.reserve(), if next.is_some() => {
-                    let (Ok(permit), Some(letter)) = (permit, next.take()) else { return };
-                    permit.send(letter);
+                    let (Ok(permit), Some(publish)) = (permit, next.take()) else { return };
+                    permit.send(publish);
                 }
                 () = &mut stop => return,
             }
@@ -340,7 +351,7 @@ impl Session {
         mut stop: Pin<&mut impl Future<Output = ()>>,
     ) -> Option<Result<rumqttc::Event, ConnectionError>> {
         let mut poll = pin!(self.eventloop.poll());
-        let up = *self.link.borrow() == Link::Up;
+        let up = *self.state.borrow() == ConnectionState::Up;
         loop {
             let now = Instant::now();
             let is_overdue = self.subscriptions.is_overdue(now) || self.outbox.is_overdue(now);
@@ -352,26 +363,26 @@ impl Session {
             {
                 warn!(server = self.server, "subscription found no place");
             }
-            let room = up && self.outbox.under_way() < usize::from(INFLIGHT);
+            let room = up && self.outbox.in_flight() < usize::from(INFLIGHT);
             if room
                 && let Some((topic, _)) = &self.echo_topic
                 && self.echo.is_due(now)
             {
-                let echo = Message { qos: QoS::AtMostOnce, ..Message::event(topic.clone(), self.id.clone()) };
-                self.outbox.hand_over(Letter::new(echo, None), &self.client);
+                let echo = Message { qos: QoS::AtMostOnce, ..Message::transient(topic.clone(), self.id.clone()) };
+                self.outbox.enqueue(PendingPublish::new(echo, None), &self.client);
                 continue;
             }
             let room = room && !self.echo.must_wait(now);
             let is_silenced = self.echo.is_forbidden(now);
-            if let Some(letter) = room.then(|| self.outbox.next()).flatten() {
-                hand_over(letter, is_silenced, &mut self.outbox, &self.client);
+            if let Some(publish) = room.then(|| self.outbox.next()).flatten() {
+                enqueue(publish, is_silenced, &mut self.outbox, &self.client);
                 continue;
             }
             let due = self.subscriptions.due().into_iter().chain(self.echo.next(now)).chain(self.outbox.due()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
-                Some(letter) = self.orders.recv(), if room => {
-                    hand_over(letter, is_silenced, &mut self.outbox, &self.client);
+                Some(publish) = self.orders.recv(), if room => {
+                    enqueue(publish, is_silenced, &mut self.outbox, &self.client);
                 }
                 Some(guest) = joined(&mut self.pair), if self.guest.is_none() => {
                     // The next connection is one for both.
@@ -386,14 +397,14 @@ impl Session {
         }
     }
 
-    fn handle(&mut self, event: rumqttc::Event, hand_on: &mut impl FnMut(Event)) {
+    fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
         if matches!(event, rumqttc::Event::Incoming(_)) {
             // Behind a long queue a pong comes late. rumqttc would take a server for dead that is heard all the time.
             self.eventloop.state.await_pingresp = false;
         }
         match event {
-            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.connected(hand_on),
-            rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, hand_on),
+            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.connected(on_event),
+            rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, on_event),
             rumqttc::Event::Incoming(Incoming::Publish(publish)) if self.is_echo(&publish) => self.echo_came(&publish),
             rumqttc::Event::Incoming(Incoming::Publish(publish)) => {
                 if !publish.retain {
@@ -401,7 +412,7 @@ impl Session {
                 }
                 match &self.guest {
                     Some(guest) if guest.wants(&publish) => guest.hand_on(Event::Message(publish)),
-                    _ => hand_on(Event::Message(publish)),
+                    _ => on_event(Event::Message(publish)),
                 }
             }
             rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
@@ -410,7 +421,7 @@ impl Session {
         }
     }
 
-    fn connected(&mut self, hand_on: &mut impl FnMut(Event)) {
+    fn connected(&mut self, on_event: &mut impl FnMut(Event)) {
         let now = Instant::now();
         (self.is_connected, self.since) = (true, Some(now));
         if let Some(pair) = &self.pair {
@@ -418,24 +429,24 @@ impl Session {
         }
         self.subscriptions.reset();
         if self.subscriptions.is_complete() {
-            self.up(hand_on);
+            self.up(on_event);
         }
     }
 
-    fn subscribed(&mut self, ack: &SubAck, hand_on: &mut impl FnMut(Event)) {
+    fn subscribed(&mut self, ack: &SubAck, on_event: &mut impl FnMut(Event)) {
         for filter in self.subscriptions.answered(&ack.return_codes, Instant::now()) {
             let hint = dot_hint(&filter);
             warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server{hint}");
         }
-        if *self.link.borrow() == Link::Up {
+        if *self.state.borrow() == ConnectionState::Up {
             return;
         }
         if self.subscriptions.is_complete() {
-            self.up(hand_on);
+            self.up(on_event);
         } else if let Some(filter) = self.subscriptions.refused() {
             let hint = dot_hint(filter);
             let reason = format!("{}: the server refuses the subscription to {filter}{hint}", self.server);
-            self.link.send_replace(Link::Down(reason));
+            self.state.send_replace(ConnectionState::Down(reason));
         }
     }
 
@@ -450,8 +461,8 @@ impl Session {
         }
     }
 
-    fn up(&mut self, hand_on: &mut impl FnMut(Event)) {
-        if !self.is_second {
+    fn up(&mut self, on_event: &mut impl FnMut(Event)) {
+        if !self.is_secondary {
             info!(server = self.server, client = self.id, "MQTT connected");
         }
         if self.echo.is_given_up() {
@@ -465,8 +476,8 @@ impl Session {
         if self.echo_topic.as_ref().is_some_and(|(_, topic)| self.subscriptions.is_granted(topic)) {
             self.echo.up(Instant::now());
         }
-        self.link.send_replace(Link::Up);
-        hand_on(Event::Up);
+        self.state.send_replace(ConnectionState::Up);
+        on_event(Event::Up);
         if let Some(guest) = &self.guest {
             guest.hand_on(Event::Up);
         }
@@ -474,17 +485,17 @@ impl Session {
 
     /// What rumqttc still holds to be sent is in the outbox too, and is published again from there. What it has received is
     /// handed on; it would do so on the next connection, and take the answer to a SUBSCRIBE of this one for that of the next.
-    fn lost(&mut self, error: &ConnectionError, hand_on: &mut impl FnMut(Event)) {
+    fn on_disconnect(&mut self, error: &ConnectionError, on_event: &mut impl FnMut(Event)) {
         self.eventloop.clean();
         self.eventloop.pending.clear();
         let received = take(&mut self.eventloop.state.events);
         self.eventloop.state = MqttState::new(INFLIGHT, false);
         for event in received {
             if !matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) {
-                self.handle(event, hand_on);
+                self.handle(event, on_event);
             }
         }
-        self.outbox.lost();
+        self.outbox.on_disconnect();
         let now = Instant::now();
         let is_over_echo = self.echo.down(is_closed(error), now);
         if is_over_echo && self.echo.is_forbidden(now) {
@@ -505,14 +516,19 @@ impl Session {
             self.count_closed_early(error);
         }
         let hint = self.dotted.as_ref().filter(|_| self.closed_early >= CLOSED_EARLY).map(|name| dot_hint(name));
-        let down = Link::Down(format!("{}: {}{}", self.server, describe(error), hint.as_deref().unwrap_or_default()));
-        let before = self.link.send_replace(down.clone());
+        let down = ConnectionState::Down(format!(
+            "{}: {}{}",
+            self.server,
+            describe(error),
+            hint.as_deref().unwrap_or_default()
+        ));
+        let before = self.state.send_replace(down.clone());
         // The name may be in filters of the second alone.
         let is_new = hint.is_some() && self.closed_early == CLOSED_EARLY;
-        if let (Link::Down(reason), true) = (&down, down != before && (!self.is_second || is_new)) {
+        if let (ConnectionState::Down(reason), true) = (&down, down != before && (!self.is_secondary || is_new)) {
             warn!(reason, client = self.id, "MQTT not connected");
         }
-        hand_on(Event::Down);
+        on_event(Event::Down);
         if let Some(guest) = &self.guest {
             guest.hand_on(Event::Down);
         }
@@ -520,7 +536,7 @@ impl Session {
 
     /// Nor has it a way to refuse a name.
     fn count_closed_early(&mut self, error: &ConnectionError) {
-        let was_up = *self.link.borrow() == Link::Up;
+        let was_up = *self.state.borrow() == ConnectionState::Up;
         self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
     }
 
@@ -528,7 +544,7 @@ impl Session {
     fn count_thrown_out(&mut self, error: &ConnectionError) {
         let is_closed = matches!(error, ConnectionError::Io(_) | ConnectionError::MqttState(_));
         match self.since {
-            Some(since) if is_closed && since.elapsed() < STEADY => self.thrown_out += 1,
+            Some(since) if is_closed && since.elapsed() < STABLE_AFTER => self.thrown_out += 1,
             Some(_) => self.thrown_out = 0,
             // Nobody listens there: the server was restarted.
             None if matches!(error, ConnectionError::Io(_)) => self.thrown_out = 0,
@@ -547,7 +563,7 @@ impl Session {
     /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and
     /// never in step with the other clients of a server that comes back.
     fn pause(&mut self) -> Duration {
-        if self.since.take().is_some_and(|since| since.elapsed() > STEADY) {
+        if self.since.take().is_some_and(|since| since.elapsed() > STABLE_AFTER) {
             self.pause = PAUSE_MIN;
         }
         let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
@@ -557,7 +573,7 @@ impl Session {
     }
 
     async fn disconnect(mut self) {
-        if *self.link.borrow() != Link::Up || self.client.try_disconnect().is_err() {
+        if *self.state.borrow() != ConnectionState::Up || self.client.try_disconnect().is_err() {
             return;
         }
         while let Ok(event) = self.eventloop.poll().await {
@@ -576,12 +592,12 @@ async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
     }
 }
 
-/// Gives a letter to rumqttc, unless the server would end the connection over it.
-fn hand_over(letter: Letter, is_silenced: bool, outbox: &mut Outbox, client: &AsyncClient) {
-    if is_silenced && letter.is_ours() {
-        letter.end(Err(PublishError::NotAllowed));
+/// Gives a publish to rumqttc, unless the server would end the connection over it.
+fn enqueue(publish: PendingPublish, is_silenced: bool, outbox: &mut Outbox, client: &AsyncClient) {
+    if is_silenced && publish.is_ours() {
+        publish.end(Err(PublishError::NotAllowed));
     } else {
-        outbox.hand_over(letter, client);
+        outbox.enqueue(publish, client);
     }
 }
 
@@ -655,15 +671,15 @@ mod tests {
             "domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}, keepalive: 1}}"
         );
         let config = Config::parse("", &yaml, "w").unwrap();
-        let client = Client { states: vec!["a".into()], ..Client::second("w".into()) };
+        let client = SessionConfig { qos0_filters: vec!["a".into()], ..SessionConfig::secondary("w".into()) };
         let (_bus, session) = open(&config.mqtt, client).unwrap();
         let (lost, counted) = mpsc::unbounded_channel();
-        let hand_on = move |event| {
+        let on_event = move |event| {
             if matches!(event, Event::Down) {
                 lost.send(()).unwrap();
             }
         };
-        session.run(hand_on, sleep(Duration::from_secs(5))).await;
+        session.run(on_event, sleep(Duration::from_secs(5))).await;
         counted.len()
     }
 
@@ -696,17 +712,17 @@ mod tests {
         let yaml =
             format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}}}");
         let config = Config::parse("", &yaml, "w").unwrap();
-        let client = Client { states: vec!["a".into()], ..Client::second("w".into()) };
+        let client = SessionConfig { qos0_filters: vec!["a".into()], ..SessionConfig::secondary("w".into()) };
         let (_bus, session) = open(&config.mqtt, client).unwrap();
         let (events, mut handed_on) = mpsc::unbounded_channel();
-        let hand_on = move |event| {
+        let on_event = move |event| {
             let _ = events.send(match event {
                 Event::Up => "up",
                 Event::Down => "down",
                 Event::Message(_) => "message",
             });
         };
-        session.run(hand_on, sleep(Duration::from_secs(2))).await;
+        session.run(on_event, sleep(Duration::from_secs(2))).await;
         let mut all = Vec::new();
         while let Ok(event) = handed_on.try_recv() {
             all.push(event);
@@ -718,7 +734,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_where_nobody_listens_between_two_losses_was_restarted() {
         let config = Config::parse("", "domains: [ff_a]\ndomain_prefixes: [ff_]", "w").unwrap();
-        let (_bus, mut session) = open(&config.mqtt, Client::second("w".into())).unwrap();
+        let (_bus, mut session) = open(&config.mqtt, SessionConfig::secondary("w".into())).unwrap();
         let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
         let refused = ConnectionError::Io(std::io::ErrorKind::ConnectionRefused.into());
         let mut longest = |is_restarted: bool| {

@@ -1,8 +1,8 @@
-//! Catching up: who may lack keys asks a broker for them, page by page. Pages are answers to questions that say
+//! Catching up: who may lack keys asks a broker for them, chunk by chunk. Chunks are answers to questions that say
 //! where to go on, so a broker keeps nothing of them, and another one goes on where the first one died.
 //!
 //! Nobody trusts the MQTT server to have delivered everything: each asks again all the time, for what came since it
-//! last asked; after a fault, and in a quiet fleet, it is the same question.
+//! last asked; after a fault, and in a quiet fleet, it is the same request.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -12,46 +12,46 @@ use tokio::sync::mpsc;
 use tokio::time::sleep_until;
 use tracing::{debug, info};
 
-use crate::mqtt::{Bus, Link, Message};
-use crate::wire::message::{Hello, Page, Party, Question};
+use crate::mqtt::{ConnectionState, Message, MqttHandle};
+use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
 use crate::{Domain, PublicKey, Topic};
 
-/// Keys of a page at most: about 70 kB of JSON.
-pub const PAGE: usize = 1000;
+/// Keys of a chunk at most: about 70 kB of JSON.
+pub const CHUNK: usize = 1000;
 /// How often to ask for what came meanwhile.
 const PERIOD: Duration = Duration::from_secs(10);
 /// How often to ask for all keys: what nobody heard of in time is found then.
 const FULL_PERIOD: Duration = Duration::from_secs(3600);
-/// How long a page may take before its question is put again; doubled each time, for slow lines.
+/// How long a chunk may take before its request is put again; doubled each time, for slow lines.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How often a question is put before another broker is asked.
+/// How often a request is put before another broker is asked.
 const TRIES: u32 = 3;
 /// How long a broker that did not answer is passed over.
-const PASSED_OVER: Duration = Duration::from_secs(30);
+const COOLDOWN: Duration = Duration::from_secs(30);
 /// What came shortly before the last round began is asked for again: it may have been under way.
 const OVERLAP: Duration = Duration::from_secs(10);
 /// Askers that come back at once, when their MQTT server does, spread over this time.
-const SPREAD: Duration = Duration::from_secs(1);
+const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
 const BROKERS: usize = 4096;
-/// Events that wait for the asker at most; more of them are asked for again.
+/// Events that wait for the client at most; more of them are asked for again.
 const EVENTS: usize = 1024;
 
 /// Which brokers are asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Manner {
+pub enum PeerSelection {
     /// One of them, the same as long as it answers: they know the same.
-    One,
+    Sticky,
     /// Each in its turn: that is how they come to know the same.
-    Each,
+    RoundRobin,
 }
 
 /// Decides whom to ask for what. No IO, no clock.
 #[derive(Debug)]
-pub struct Asker {
-    /// Who asks, and gets the pages.
-    own: Party,
-    manner: Manner,
+pub struct SyncClient {
+    /// Who asks, and gets the chunks.
+    own: Participant,
+    selection: PeerSelection,
     domains: Vec<Domain>,
     /// Every broker that answers questions.
     brokers: BTreeMap<String, Broker>,
@@ -63,7 +63,7 @@ struct Broker {
     /// Which run of its program it is.
     instance: Option<u64>,
     /// How many of the domains it does not serve.
-    lacks: usize,
+    missing_domains: usize,
     /// It hears questions on topics that only who asks may publish on.
     names_questions: bool,
     /// When the last round with it began.
@@ -86,7 +86,7 @@ enum State {
     Asking(Round),
 }
 
-/// One way through all pages of all domains.
+/// One way through all chunks of all domains.
 #[derive(Debug, Clone)]
 struct Round {
     broker: String,
@@ -96,17 +96,17 @@ struct Round {
     /// Index of the domain that is asked for.
     domain: usize,
     after: Option<PublicKey>,
-    /// When the question was put, and how often.
-    put: Option<Instant>,
+    /// When the request was put, and how often.
+    sent_at: Option<Instant>,
     tries: u32,
 }
 
-impl Asker {
-    /// An asker for `domains` in the name of `own`.
+impl SyncClient {
+    /// An client for `domains` in the name of `own`.
     #[must_use]
-    pub fn new(own: Party, manner: Manner, domains: impl IntoIterator<Item = Domain>) -> Self {
+    pub fn new(own: Participant, selection: PeerSelection, domains: impl IntoIterator<Item = Domain>) -> Self {
         let domains = domains.into_iter().collect();
-        Self { own, manner, domains, brokers: BTreeMap::new(), state: State::Offline }
+        Self { own, selection, domains, brokers: BTreeMap::new(), state: State::Offline }
     }
 
     /// A broker says what it can do, or that it goes. True if it is a new one, or was started anew.
@@ -115,28 +115,28 @@ impl Asker {
             self.brokers.remove(name);
             return false;
         };
-        let is_own = matches!(&self.own, Party::Broker(own) if own == name);
-        if is_own || (self.brokers.len() >= BROKERS && !self.brokers.contains_key(name) && !self.drop_mute()) {
+        let is_own = matches!(&self.own, Participant::Broker(own) if own == name);
+        if is_own || (self.brokers.len() >= BROKERS && !self.brokers.contains_key(name) && !self.evict_unresponsive()) {
             return false;
         }
-        let lacks = self.domains.iter().filter(|domain| !hello.serves(domain.name())).count();
+        let missing_domains = self.domains.iter().filter(|domain| !hello.serves(domain.name())).count();
         let known = self.brokers.contains_key(name);
         let broker = self.brokers.entry(name.to_owned()).or_default();
         let is_new = !known || broker.instance != hello.instance;
-        (broker.instance, broker.lacks, broker.silent) = (hello.instance, lacks, None);
+        (broker.instance, broker.missing_domains, broker.silent) = (hello.instance, missing_domains, None);
         broker.names_questions = hello.names_questions();
         if broker.asked.is_none()
             && let State::Resting { until } = &mut self.state
         {
-            *until = (*until).min(now + SPREAD);
+            *until = (*until).min(now + JITTER);
         }
         is_new
     }
 
     /// Forgets a broker that never answered, for one that may.
-    fn drop_mute(&mut self) -> bool {
-        let mute = self.brokers.iter().find(|(_, broker)| broker.asked.is_none()).map(|(name, _)| name.clone());
-        mute.is_some_and(|name| self.brokers.remove(&name).is_some())
+    fn evict_unresponsive(&mut self) -> bool {
+        let unresponsive = self.brokers.iter().find(|(_, broker)| broker.asked.is_none()).map(|(name, _)| name.clone());
+        unresponsive.is_some_and(|name| self.brokers.remove(&name).is_some())
     }
 
     /// The bus can be used: what was missed meanwhile is asked for after `pause`.
@@ -155,11 +155,11 @@ impl Asker {
         match &self.state {
             State::Offline => None,
             State::Resting { until } => Some(*until),
-            State::Asking(round) => Some(round.put.map_or(round.begun, |put| put + round.patience())),
+            State::Asking(round) => Some(round.sent_at.map_or(round.begun, |sent_at| sent_at + round.patience())),
         }
     }
 
-    /// The topic on which `broker` hears questions of this asker: one of its own, unless the broker is of a version that
+    /// The topic on which `broker` hears questions of this client: one of its own, unless the broker is of a version that
     /// does not hear those.
     fn topic(&self, broker: &str) -> Topic {
         if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
@@ -169,8 +169,8 @@ impl Asker {
         }
     }
 
-    /// The question to put now, and to whom.
-    pub fn ask(&mut self, now: Instant) -> Option<(String, Question)> {
+    /// The request to put now, and to whom.
+    pub fn ask(&mut self, now: Instant) -> Option<(String, SyncRequest)> {
         if self.due().is_none_or(|due| due > now) {
             return None;
         }
@@ -186,17 +186,17 @@ impl Asker {
             State::Resting { .. } | State::Offline => self.begin(now, None),
         };
         let State::Asking(round) = &mut self.state else { return None };
-        round.put = Some(now);
+        round.sent_at = Some(now);
         round.tries += 1;
         let younger = |since: Instant| (now.saturating_duration_since(since) + OVERLAP).as_secs() + 1;
-        let question = Question {
+        let request = SyncRequest {
             from: self.own.clone(),
             to: Some(round.broker.clone()),
             domain: self.domains.get(round.domain)?.name().to_owned(),
             after: round.after,
             younger_than: round.since.map(younger),
         };
-        Some((round.broker.clone(), question))
+        Some((round.broker.clone(), request))
     }
 
     /// A round with the next broker. For all keys, it goes on where the last one was `left`.
@@ -206,10 +206,10 @@ impl Asker {
         broker.tried = Some(now);
         let lately = |at: Instant| now.saturating_duration_since(at) < FULL_PERIOD;
         let since = broker.asked.filter(|_| broker.asked_for_all.is_some_and(lately));
-        let fresh = Round { broker: name, begun: now, since, domain: 0, after: None, put: None, tries: 0 };
+        let fresh = Round { broker: name, begun: now, since, domain: 0, after: None, sent_at: None, tries: 0 };
         State::Asking(match left {
             Some(left) if left.since.is_none() && since.is_none() => {
-                Round { broker: fresh.broker, put: None, tries: 0, ..left }
+                Round { broker: fresh.broker, sent_at: None, tries: 0, ..left }
             }
             _ => fresh,
         })
@@ -217,29 +217,30 @@ impl Asker {
 
     /// The broker for the next round, among those that did not fail to answer lately.
     fn next_broker(&self, now: Instant) -> Option<String> {
-        let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= PASSED_OVER;
+        let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= COOLDOWN;
         let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(long_ago));
-        match self.manner {
+        match self.selection {
             // It stays with the one that it asked last, which has the least to tell.
-            Manner::One => candidates
-                .min_by_key(|(name, broker)| (broker.lacks, Reverse(broker.asked), spread(name, self.own.name()))),
-            Manner::Each => candidates.min_by_key(|(_, broker)| broker.tried),
+            PeerSelection::Sticky => candidates.min_by_key(|(name, broker)| {
+                (broker.missing_domains, Reverse(broker.asked), rendezvous_hash(name, self.own.name()))
+            }),
+            PeerSelection::RoundRobin => candidates.min_by_key(|(_, broker)| broker.tried),
         }
         .map(|(name, _)| name.clone())
     }
 
-    /// Whether `page` answers the question that is out. If so the next one is due, once its keys are taken.
-    pub fn hear(&mut self, page: &Page) -> bool {
+    /// Whether `chunk` answers the request that is out. If so the next one is due, once its keys are taken.
+    pub fn apply(&mut self, chunk: &SnapshotChunk) -> bool {
         let State::Asking(round) = &mut self.state else { return false };
-        let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == page.domain);
-        let fits = is_asked && round.put.is_some() && page.broker == round.broker && page.after == round.after;
-        if !fits || page.keys.len() > PAGE {
+        let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == chunk.domain);
+        let fits = is_asked && round.sent_at.is_some() && chunk.broker == round.broker && chunk.after == round.after;
+        if !fits || chunk.keys.len() > CHUNK {
             return false;
         }
         // One that leads back would be followed for ever.
-        let last = page.keys.keys().next_back().copied();
-        let after = last.filter(|last| page.more && round.after.is_none_or(|after| after < *last));
-        (round.after, round.put, round.tries) = (after, None, 0);
+        let last = chunk.keys.keys().next_back().copied();
+        let after = last.filter(|last| chunk.more && round.after.is_none_or(|after| after < *last));
+        (round.after, round.sent_at, round.tries) = (after, None, 0);
         if after.is_none() {
             round.domain += 1;
         }
@@ -268,27 +269,27 @@ impl Round {
 }
 
 /// Spreads many askers over brokers that they know equally well (FNV-1a).
-fn spread(broker: &str, asker: &str) -> u64 {
-    let bytes = broker.bytes().chain([0]).chain(asker.bytes());
+fn rendezvous_hash(broker: &str, client: &str) -> u64 {
+    let bytes = broker.bytes().chain([0]).chain(client.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// What an asker hears on the bus.
+/// What an client hears on the bus.
 #[derive(Debug)]
-pub enum Heard {
+pub enum SyncEvent {
     /// What a broker can do; none if it goes.
     Broker(String, Option<Hello>),
     /// An answer.
-    Page(Page),
+    Chunk(SnapshotChunk),
 }
 
-impl Heard {
-    /// What a message says to an asker; else in one word why it says nothing: `topic` or `payload`.
+impl SyncEvent {
+    /// What a message says to an client; else in one word why it says nothing: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
         match topic {
             Topic::BrokerHello { broker } => Ok(Self::Broker(broker, Hello::parse(payload).map_err(|_| "payload")?)),
             Topic::WorkerPages { .. } | Topic::BrokerPages { .. } => {
-                serde_json::from_slice(payload).map(Self::Page).map_err(|_| "payload")
+                serde_json::from_slice(payload).map(Self::Chunk).map_err(|_| "payload")
             }
             Topic::Key { .. }
             | Topic::ConnectedPeers { .. }
@@ -308,53 +309,53 @@ impl Heard {
     }
 }
 
-/// A way to let an asker hear; one too many is dropped.
-pub type Ears = mpsc::Sender<Heard>;
+/// A way to let an client hear; one too many is dropped.
+pub type SyncSender = mpsc::Sender<SyncEvent>;
 
-/// A way to let an asker hear, and the other end of it.
+/// A way to let an client hear, and the other end of it.
 #[must_use]
-pub fn ears() -> (Ears, mpsc::Receiver<Heard>) {
+pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
     mpsc::channel(EVENTS)
 }
 
-/// Asks on `bus` as `asker` decides, and has the keys of each page taken before it asks for the next one; says when a
+/// Asks on `bus` as `client` decides, and has the keys of each chunk taken before it asks for the next one; says when a
 /// broker is `new`, who may know nothing yet. Ends with the bus.
 pub async fn run<F: Future<Output = ()>>(
-    mut asker: Asker,
-    bus: Bus,
-    mut heard: mpsc::Receiver<Heard>,
-    mut take: impl FnMut(Domain, Page) -> F,
+    mut client: SyncClient,
+    bus: MqttHandle,
+    mut heard: mpsc::Receiver<SyncEvent>,
+    mut take: impl FnMut(Domain, SnapshotChunk) -> F,
     mut new: impl FnMut(),
 ) {
-    let mut link = bus.link();
+    let mut link = bus.connection_state();
     loop {
         let now = Instant::now();
-        if let Some((broker, question)) = asker.ask(now) {
-            if question.younger_than.is_none() && question.after.is_none() {
-                info!(broker, domain = question.domain, "asking for all live keys");
+        if let Some((broker, request)) = client.ask(now) {
+            if request.younger_than.is_none() && request.after.is_none() {
+                info!(broker, domain = request.domain, "asking for all live keys");
             }
-            let payload = serde_json::to_vec(&question).unwrap_or_default();
+            let payload = serde_json::to_vec(&request).unwrap_or_default();
             // One that is lost is put again.
-            let _ = bus.post(Message::event(asker.topic(&broker), payload));
+            let _ = bus.try_publish(Message::transient(client.topic(&broker), payload));
         }
-        let due = asker.due().unwrap_or_else(|| now + PERIOD);
+        let due = client.due().unwrap_or_else(|| now + PERIOD);
         tokio::select! {
             changed = link.changed() => {
                 if changed.is_err() {
                     return;
                 }
-                let up = *link.borrow_and_update() == Link::Up;
-                if up { asker.online(Instant::now(), SPREAD.mul_f64(fastrand::f64())) } else { asker.offline() }
+                let up = *link.borrow_and_update() == ConnectionState::Up;
+                if up { client.online(Instant::now(), JITTER.mul_f64(fastrand::f64())) } else { client.offline() }
             }
             event = heard.recv() => match event {
-                Some(Heard::Broker(name, hello)) => {
-                    if asker.broker(&name, hello.as_ref(), Instant::now()) {
+                Some(SyncEvent::Broker(name, hello)) => {
+                    if client.broker(&name, hello.as_ref(), Instant::now()) {
                         new();
                     }
                 }
-                Some(Heard::Page(page)) => {
-                    if asker.hear(&page) && let Some(domain) = asker.domain(&page.domain).cloned() {
-                        take(domain, page).await;
+                Some(SyncEvent::Chunk(chunk)) => {
+                    if client.apply(&chunk) && let Some(domain) = client.domain(&chunk.domain).cloned() {
+                        take(domain, chunk).await;
                     }
                 }
                 None => return,

@@ -9,7 +9,7 @@ use wgkex_tests::stack::Bus;
 use wgkex_worker::kernel::fake::Fake;
 use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::kernel::{Device, Kernel as _};
-use wgkex_worker::peers::{Ledger, Now, Policy};
+use wgkex_worker::peers::{Clocks, Ledger, Policy};
 use wgkex_worker::plan;
 
 use crate::gateway::{Gateway, SHOW, cost, domain, keys};
@@ -103,7 +103,7 @@ fn real(runtime: &Runtime) -> Duration {
 
 /// Everything that is concluded from one read.
 fn classify(ledger: &mut Ledger, device: &Device) {
-    let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
+    let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
     let reserved = Reserved::default();
     ledger.observe(device, &reserved, now);
     let owed = ledger.owed(device, &reserved);

@@ -19,7 +19,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use wgkex_common::config::Level;
-use wgkex_common::mqtt::{self, Bus, Client, Event, Message, Publish};
+use wgkex_common::mqtt::{self, Event, Message, MqttHandle, Publish, SessionConfig};
 use wgkex_common::runtime::log;
 use wgkex_common::{Config, Topic};
 use wgkex_tests::probe::Said;
@@ -131,9 +131,14 @@ fn publishing(address: &str, server: &str) {
 async fn worker(file: &str, name: &str, confirms: bool) {
     let config = Config::parse(file, &fs::read_to_string(file).unwrap(), name).unwrap();
     let domain = config.domains.first().expect("a domain").name().to_owned();
-    let ears = Client { events: vec![Topic::keys(&domain)], is_second: false, ..Client::second(name.into()) };
+    let ears = SessionConfig {
+        qos1_filters: vec![Topic::keys(&domain)],
+        is_secondary: false,
+        ..SessionConfig::secondary(name.into())
+    };
     let (bus, session) = mqtt::open(&config.mqtt, ears).unwrap();
-    let (confirmations, confirming) = mqtt::open(&config.mqtt, Client::second(format!("{name}-applied"))).unwrap();
+    let (confirmations, confirming) =
+        mqtt::open(&config.mqtt, SessionConfig::secondary(format!("{name}-applied"))).unwrap();
     let (sender, mut keys) = mpsc::unbounded_channel();
     let hand_on = move |event| {
         if let Event::Message(publish) = event {
@@ -153,15 +158,15 @@ async fn worker(file: &str, name: &str, confirms: bool) {
         let applied = applied(&domain, &batch);
         batch.clear();
         if confirms {
-            let message = Message::event(Topic::Applied { worker: name.into() }, applied);
+            let message = Message::transient(Topic::Applied { worker: name.into() }, applied);
             confirmations.publish(message).await.unwrap();
         }
     }
 }
 
-async fn say(bus: &Bus, said: Said) {
+async fn say(bus: &MqttHandle, said: Said) {
     let topic = Topic::parse(&said.topic).expect("a topic of the contract");
-    bus.publish(Message::state(topic, said.payload)).await.unwrap();
+    bus.publish(Message::retained(topic, said.payload)).await.unwrap();
 }
 
 fn applied(domain: &str, keys: &[Publish]) -> String {

@@ -5,15 +5,15 @@ use std::fs;
 
 use libfuzzer_sys::fuzz_target;
 use wgkex_common::Domain;
-use wgkex_common::storage::key_store::{Now, Store};
+use wgkex_common::storage::key_store::{Clocks, KeyStore};
 
 fuzz_target!(|content: &[u8]| {
     let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
     fs::write(dir.path().join("worker.sqlite"), content).expect("a file");
     let domains = Domain::new("ff_a", &["ff_".into()]).into_iter().collect();
-    let Ok((store, journal, keys)) = Store::open(dir.path(), "worker", &domains, None, Now::read()) else { return };
+    let Ok((store, journal, keys)) = KeyStore::open(dir.path(), "worker", &domains, None, Clocks::read()) else { return };
     for ((domain, key), kept) in keys {
         journal.put(&domain, key, kept);
     }
-    drop(store.flush(Now::read()));
+    drop(store.flush(Clocks::read()));
 });

@@ -7,23 +7,23 @@ use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::debug;
-use wgkex_common::access_lists::service::{self, Heard as HeardOfLists};
+use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent, Reporter};
-use wgkex_common::mqtt::{Bus, Client, Event, Link, Message, Publish};
-use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::wire::message::{Applied, Hello, Revoked, Seen, WorkerData};
+use wgkex_common::mqtt::{ConnectionState, Event, Message, MqttHandle, Publish, SessionConfig};
+use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerData};
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
 
 use crate::metrics::Metrics;
 use crate::reconciler::{DomainState, Handle, Said, State};
 
 /// Who this worker is to the MQTT server, and which keys it wants to hear.
-pub fn client(config: &Config) -> Client {
-    Client {
+pub fn client(config: &Config) -> SessionConfig {
+    SessionConfig {
         id: config.name.clone(),
-        will: Some(Message::state(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
-        states: vec![Topic::worker_data()],
-        events: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
+        will: Some(Message::retained(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
+        qos0_filters: vec![Topic::worker_data()],
+        qos1_filters: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
         optional: vec![
             Topic::worker_statuses(),
             Topic::broker_statuses(),
@@ -31,17 +31,20 @@ pub fn client(config: &Config) -> Client {
             Topic::Hello { worker: config.name.clone() }.to_string(),
         ],
         echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
-        is_second: false,
+        is_secondary: false,
     }
 }
 
 /// The connection by which this worker says what became of keys, and asks for those it may lack.
-pub fn second(config: &Config) -> Client {
-    Client {
-        states: vec![Topic::broker_hellos()],
-        events: vec![Topic::WorkerPages { worker: config.name.clone() }.to_string(), Topic::Revocations.to_string()],
+pub fn second(config: &Config) -> SessionConfig {
+    SessionConfig {
+        qos0_filters: vec![Topic::broker_hellos()],
+        qos1_filters: vec![
+            Topic::WorkerPages { worker: config.name.clone() }.to_string(),
+            Topic::Revocations.to_string(),
+        ],
         echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
-        ..Client::second(format!("{}-applied", config.name))
+        ..SessionConfig::secondary(format!("{}-applied", config.name))
     }
 }
 
@@ -58,7 +61,7 @@ pub fn hand_on(
 ) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => {
-            lists.hold();
+            lists.close_gate();
             metrics.mqtt_connected.set(1);
         }
         Event::Down => metrics.mqtt_connected.set(0),
@@ -80,19 +83,19 @@ pub fn hand_on(
 
 fn reserve(reserved: &watch::Sender<Reserved>, worker: &str, domain: &str, payload: &[u8]) -> Result<(), &'static str> {
     let data = WorkerData::parse(payload).map_err(|_| "payload")?;
-    reserved.send_modify(|reserved| reserved.hear(worker, domain, data.as_ref()));
+    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
     Ok(())
 }
 
 /// Lets `ears` hear what brokers say of themselves, and the live keys that they send; and `lists` the former, and the
 /// records that they share.
-pub fn hand_on_pages(handle: Handle, ears: Ears, lists: service::Handle, metrics: Metrics) -> impl FnMut(Event) {
+pub fn hand_on_pages(handle: Handle, ears: SyncSender, lists: service::Handle, metrics: Metrics) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => {
             handle.reconnected();
-            lists.heard(HeardOfLists::Up);
+            lists.on_event(ListEvent::Up);
         }
-        Event::Down => lists.heard(HeardOfLists::Down),
+        Event::Down => lists.on_event(ListEvent::Down),
         // What finds no place is asked for again.
         Event::Message(publish) => {
             if let Err(reason) = hear(&ears, &lists, &publish) {
@@ -120,15 +123,15 @@ fn key(
 }
 
 /// Hears what a broker says, or tells in one word why it says nothing.
-fn hear(ears: &Ears, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
+fn hear(ears: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
     if topic == Topic::Revocations {
-        lists.heard(HeardOfLists::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
+        lists.on_event(ListEvent::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
         return Ok(());
     }
-    let heard = Heard::read(topic, &publish.payload)?;
-    if let Heard::Broker(name, hello) = &heard {
-        lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
+    let heard = SyncEvent::read(topic, &publish.payload)?;
+    if let SyncEvent::Broker(name, hello) = &heard {
+        lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
     }
     let _ = ears.try_send(heard);
     Ok(())
@@ -139,9 +142,9 @@ pub struct Announcer {
     worker: String,
     external_name: String,
     domains: BTreeSet<Domain>,
-    bus: Bus,
-    confirmations: Bus,
-    link: watch::Receiver<Link>,
+    bus: MqttHandle,
+    confirmations: MqttHandle,
+    link: watch::Receiver<ConnectionState>,
     state: watch::Receiver<State>,
     installer: Said,
     heard: mpsc::Receiver<PresenceEvent>,
@@ -159,7 +162,7 @@ enum Cause {
     /// A batch of keys is done.
     Applied(Applied),
     /// Keys shake hands.
-    Seen(Seen),
+    Seen(Handshakes),
     /// Denied keys are taken out.
     Revoked(Revoked),
     /// A message of the bus is about who is there.
@@ -174,14 +177,14 @@ impl Announcer {
     /// An announcer of this worker on `bus`, and of what became of keys on `confirmations`, with nothing said yet.
     pub fn new(
         config: &Config,
-        (bus, confirmations): (Bus, Bus),
+        (bus, confirmations): (MqttHandle, MqttHandle),
         state: watch::Receiver<State>,
         installer: Said,
         heard: mpsc::Receiver<PresenceEvent>,
         metrics: Metrics,
     ) -> Self {
         let (worker, external_name) = (config.name.clone(), config.external_name.clone());
-        let (domains, link) = (config.domains.clone(), bus.link());
+        let (domains, link) = (config.domains.clone(), bus.connection_state());
         let (said, presence) = (State::new(), Presence::default());
         Self {
             worker,
@@ -234,7 +237,7 @@ impl Announcer {
     }
 
     fn is_up(&mut self) -> bool {
-        *self.link.borrow_and_update() == Link::Up
+        *self.link.borrow_and_update() == ConnectionState::Up
     }
 
     /// On every connection: first what this worker is and has, then that it is online, so that whoever hears the
@@ -244,14 +247,14 @@ impl Announcer {
         self.say_hello(Announcement::Retained);
         self.said.clear();
         self.say_changes();
-        self.say(Message::state(self.status(), "1"));
+        self.say(Message::retained(self.status(), "1"));
         self.say_hello(Announcement::Retained);
     }
 
     /// The same for those who may have been told otherwise, or not have been given it.
     fn say_again(&mut self, now: Instant) {
         let Some(announcement) = self.presence.next(now) else { return };
-        if *self.link.borrow() != Link::Up {
+        if *self.link.borrow() != ConnectionState::Up {
             return;
         }
         self.say_hello(announcement);
@@ -261,7 +264,7 @@ impl Announcer {
             }
             self.say(announcement.of(self.count(domain, state)));
         }
-        self.say(announcement.of(Message::state(self.status(), "1")));
+        self.say(announcement.of(Message::retained(self.status(), "1")));
         self.say_hello(announcement);
     }
 
@@ -308,7 +311,7 @@ impl Announcer {
     /// Says the domains that are not as they were said. Without a bus nothing is said, and all is said again later.
     fn say_changes(&mut self) {
         let now = self.state.borrow_and_update().clone();
-        if *self.link.borrow() != Link::Up {
+        if *self.link.borrow() != ConnectionState::Up {
             return;
         }
         let before = std::mem::replace(&mut self.said, now.clone());
@@ -340,38 +343,38 @@ impl Announcer {
     fn say_applied(&self, applied: &Applied) {
         let topic = Topic::Applied { worker: self.worker.clone() };
         let payload = serde_json::to_vec(applied).unwrap_or_default();
-        let up = *self.confirmations.link().borrow() == Link::Up;
-        if !up || !self.confirmations.post(Message::event(topic, payload)) {
+        let up = *self.confirmations.connection_state().borrow() == ConnectionState::Up;
+        if !up || !self.confirmations.try_publish(Message::transient(topic, payload)) {
             self.metrics.confirmations_dropped.inc();
         }
     }
 
     /// What is not heard is said again when the bus is back.
-    fn say_seen(&self, seen: &Seen) {
+    fn say_seen(&self, seen: &Handshakes) {
         let topic = Topic::Seen { worker: self.worker.clone() };
-        let _ = self.confirmations.post(Message::event(topic, serde_json::to_vec(seen).unwrap_or_default()));
+        let _ = self.confirmations.try_publish(Message::transient(topic, serde_json::to_vec(seen).unwrap_or_default()));
     }
 
     /// Who made the record asks nobody else when he does not hear it.
     fn say_revoked(&self, revoked: &Revoked) {
         let topic = Topic::Revoked { worker: self.worker.clone() };
-        if !self.confirmations.post(Message::event(topic, serde_json::to_vec(revoked).unwrap_or_default())) {
+        if !self.confirmations.try_publish(Message::transient(topic, serde_json::to_vec(revoked).unwrap_or_default())) {
             self.metrics.confirmations_dropped.inc();
         }
     }
 
     fn count(&self, domain: &Domain, state: &DomainState) -> Message {
-        Message::figure(self.peers(domain), connected(state).to_string())
+        Message::retained_qos0(self.peers(domain), connected(state).to_string())
     }
 
     /// Says that no domain is served here, then that the worker is gone, and waits until the server has heard it.
     pub async fn farewell(&self) {
-        if *self.link.borrow() != Link::Up {
+        if *self.link.borrow() != ConnectionState::Up {
             return;
         }
-        let offline = self.domains.iter().map(|domain| Message::state(self.peers(domain), "-1"));
-        let gone = Message::state(self.status(), "0");
-        let hello = Message::state(Topic::Hello { worker: self.worker.clone() }, "");
+        let offline = self.domains.iter().map(|domain| Message::retained(self.peers(domain), "-1"));
+        let gone = Message::retained(self.status(), "0");
+        let hello = Message::retained(Topic::Hello { worker: self.worker.clone() }, "");
         for message in offline {
             self.say(message);
         }
@@ -382,13 +385,13 @@ impl Announcer {
 
     fn say_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, announcement: Announcement) {
         match serde_json::to_vec(payload) {
-            Ok(payload) => self.say(announcement.of(Message::state(topic, payload))),
+            Ok(payload) => self.say(announcement.of(Message::retained(topic, payload))),
             Err(_) => self.metrics.mqtt_publish_failures.inc(),
         }
     }
 
     fn say(&self, message: Message) {
-        if !self.bus.post(message) {
+        if !self.bus.try_publish(message) {
             self.metrics.mqtt_publish_failures.inc();
         }
     }
@@ -416,9 +419,9 @@ pub fn hear_anything(topic: &str, payload: &[u8]) {
     let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let Ok(config) = Config::parse("", yaml, "w") else { return };
-    let opened = service::Keeper::open(&config, wgkex_common::wire::message::Party::Worker("w".into()));
+    let opened = service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker("w".into()));
     let Ok((_keeper, lists)) = opened else { return };
-    let (ears, _heard) = wgkex_common::sync::ears();
+    let (ears, _heard) = wgkex_common::sync::channel();
     let reserved = watch::Sender::new(Reserved::default());
     if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
         let _ = reserve(&reserved, &worker, &domain, payload);

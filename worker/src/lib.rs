@@ -21,15 +21,15 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
-use wgkex_common::access_lists::service::{Keeper, News};
+use wgkex_common::access_lists::service::{ListService, ListUpdate};
 use wgkex_common::access_lists::{List, Verdict};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::runtime::process;
 use wgkex_common::runtime::tasks::{Ended, Tasks};
-use wgkex_common::storage::key_store::{Now, Store};
-use wgkex_common::sync::{self, Asker, Manner};
-use wgkex_common::wire::message::{Page, Party};
+use wgkex_common::storage::key_store::{Clocks, KeyStore};
+use wgkex_common::sync::{self, PeerSelection, SyncClient};
+use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
 
 use crate::bus::Announcer;
@@ -50,30 +50,32 @@ const DISCONNECT: Duration = Duration::from_millis(500);
 /// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    let (keeper, lists) = Keeper::open(&config, Party::Worker(config.name.clone()))?;
-    let (store, journal, remembered) = Store::open(&config.state_dir, "worker", &config.domains, None, Now::read())?;
+    let (keeper, lists) = ListService::open(&config, Participant::Worker(config.name.clone()))?;
+    let (store, journal, remembered) =
+        KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
     let (known, ticking) = ((journal, remembered), reserving.clone());
     let (installer, handle, said) =
         Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
-    let installer = installer.held_by(lists.held());
+    let installer = installer.held_by(lists.gate());
     // Before it does anything: what may not be here is not put back, also if that was said while nobody listened here.
     handle.admit(lists.admission(), []);
-    lists.hold();
+    lists.close_gate();
     let [(bus, session), (confirmations, confirming)] =
         wgkex_common::mqtt::open_pair(&config.mqtt, bus::client(&config), bus::second(&config))?;
-    let (ears, heard) = sync::ears();
-    let (reporter, presence_events) = Reporter::new(Party::Worker(config.name.clone()));
+    let (ears, heard) = sync::channel();
+    let (reporter, presence_events) = Reporter::new(Participant::Worker(config.name.clone()));
     let hand_on =
         bus::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), reporter, metrics.clone());
     let hand_on_pages = bus::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
     let tell = tell(handle.clone(), metrics.clone());
-    let asker = Asker::new(Party::Worker(config.name.clone()), Manner::One, config.domains.clone());
+    let asker =
+        SyncClient::new(Participant::Worker(config.name.clone()), PeerSelection::Sticky, config.domains.clone());
     let state = handle.state();
     let (told, greeted) = (handle.clone(), handle);
     let list_bus = confirmations.clone();
-    let learn = move |domain, page: Page| learn(told.clone(), domain, page);
+    let learn = move |domain, page: SnapshotChunk| learn(told.clone(), domain, page);
     let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
     let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_events, metrics.clone());
     let (over, stopped) = watch::channel(false);
@@ -122,23 +124,23 @@ async fn tick(reserved: watch::Sender<Reserved>) {
 fn policy(config: &Config) -> Policy {
     let Cleanup { interval, stale, grace } = config.cleanup;
     let Peers { max: peers, unproven } = config.peers;
-    let report = wgkex_common::address::claim::report(config.live_keys.ttl, stale);
+    let report = wgkex_common::address::claim::handshake_report_interval(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
     Policy { stale, grace, interval, report, unproven, forget, peers, ..Policy::default() }
 }
 
 /// Tells the installer who may come, and which keys were denied just now.
-fn tell(handle: Handle, metrics: Metrics) -> impl FnMut(News<'_>) {
+fn tell(handle: Handle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |news| {
         metrics.set_lists(&news);
         let is_denied = |key| news.admission.verdict("", key) == Verdict::Denied;
         let denied = news.records.iter().filter(|record| record.entry.list == List::Deny);
-        let denied = denied.filter(|record| record.on && is_denied(&record.entry.key));
+        let denied = denied.filter(|record| record.present && is_denied(&record.entry.key));
         handle.admit(news.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
     }
 }
 
 /// Has the installer look at the keys of a page.
-async fn learn(handle: Handle, domain: Domain, page: Page) {
+async fn learn(handle: Handle, domain: Domain, page: SnapshotChunk) {
     handle.learn(domain, page.keys).await;
 }

@@ -5,7 +5,7 @@ use prometheus::{
     TextEncoder, core::Collector, exponential_buckets,
 };
 use wgkex_common::Domain;
-use wgkex_common::access_lists::service::News;
+use wgkex_common::access_lists::service::ListUpdate;
 use wgkex_common::access_lists::{List, files};
 
 use crate::peers::Counts;
@@ -170,7 +170,7 @@ impl Metrics {
     }
 
     /// Takes over how the lists are.
-    pub fn set_lists(&self, news: &News<'_>) {
+    pub fn set_lists(&self, news: &ListUpdate<'_>) {
         for list in files::SOURCES {
             self.lists_damaged.with_label_values(&[list]).set(i64::from(news.damaged.contains(&list)));
         }

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use wgkex_common::access_lists::Admission;
-use wgkex_common::address::claim::{Claim, Standing};
-use wgkex_common::storage::key_store::Kept;
-pub use wgkex_common::storage::key_store::Now;
+use wgkex_common::address::claim::{Claim, ClaimState};
+pub use wgkex_common::storage::key_store::Clocks;
+use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::wire::message::Age;
 use wgkex_common::{Derived, PublicKey, Reserved};
 
@@ -253,7 +253,7 @@ impl Ledger {
     }
 
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is owed.
-    pub fn remember(&mut self, key: PublicKey, kept: Kept) {
+    pub fn remember(&mut self, key: PublicKey, kept: KeyRecord) {
         self.waiting.insert(key, Waiting::heard_of(kept.last.into(), kept.proven));
     }
 
@@ -261,7 +261,7 @@ impl Ledger {
     ///
     /// Whatever made a peer of ours vanish, its key is owed again: only what is [`removed`](Self::removed) is gone. What
     /// is `reserved` is never ours.
-    pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Now) -> usize {
+    pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> usize {
         let stayed = self.indexes == Some(device.indexes);
         let vanished = self.take_over(device, now.monotonic);
         // A peer that stands, or that somebody altered meanwhile, is not what an old word of it is about.
@@ -317,7 +317,7 @@ impl Ledger {
     }
 
     /// Which peers are ours, and which of them shook hands; the entries are those of the same keys.
-    fn observe_peers(&mut self, device: &Device, reserved: &Reserved, now: Now) {
+    fn observe_peers(&mut self, device: &Device, reserved: &Reserved, now: Clocks) {
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
         self.foreign.clear();
         for ((key, peer), entry) in device.peers.iter().zip(self.peers.values_mut()) {
@@ -377,7 +377,7 @@ impl Ledger {
         let address = key.derived();
         let owner = self.owners.get(&address).copied().filter(|owner| *owner != key);
         if let Some(owner) = owner {
-            let loses = !self.claim_of(key, now).beats(&self.claim_of(owner, now));
+            let loses = !self.claim_of(key, now).precedes(&self.claim_of(owner, now));
             self.yield_address(if loses { key } else { owner });
             if loses {
                 return false;
@@ -409,13 +409,13 @@ impl Ledger {
             || proven.is_some_and(younger_than(self.policy.stale))
             || vouched.is_some_and(younger_than(self.policy.vouched()))
         {
-            Standing::Proven
+            ClaimState::Established
         } else if younger_than(self.policy.grace)(first) {
-            Standing::Fresh
+            ClaimState::New
         } else {
-            Standing::Lapsed
+            ClaimState::Expired
         };
-        Claim { key, standing, first: first.into() }
+        Claim { key, state: standing, first: first.into() }
     }
 
     /// What is known of the peer of `key`, also if it vanished.
@@ -520,7 +520,7 @@ impl Ledger {
         let holder = self.foreign.get(&key.link_local());
         match key {
             key if Some(*key) == own => Some(OWN_KEY),
-            key if reserved.lists(key) || (reserved.forbids(key) && !is_routers) => Some(RESERVED),
+            key if reserved.lists(key) || (reserved.is_reserved(key) && !is_routers) => Some(RESERVED),
             key if holder.is_some_and(|holder| holder != key) => Some(ADDRESS_TAKEN),
             _ => None,
         }
@@ -630,7 +630,7 @@ impl Ledger {
         now: Instant,
     ) -> Learnt {
         let mut lacking = Vec::new();
-        for (key, Age(age, proven)) in keys {
+        for (key, Age { age_secs: age, has_handshake: proven }) in keys {
             let age = Duration::from_secs(age);
             // What shakes hands is reported every so often; what never did has its grace alone.
             let lives = if proven { self.policy.vouched() } else { self.policy.grace };
@@ -688,7 +688,7 @@ impl Ledger {
     /// how old a claim is nobody can say who was not there.
     fn outranks(&mut self, key: PublicKey, now: Instant) -> bool {
         let owner = self.owners.get(&key.derived()).copied().filter(|owner| *owner != key);
-        let standing = |key| self.claim_of(key, now).standing;
+        let standing = |key| self.claim_of(key, now).state;
         let outranks = owner.is_none_or(|owner| standing(key) > standing(owner));
         if !outranks {
             self.forget_waiting(&key);
@@ -756,18 +756,18 @@ impl Ledger {
     }
 
     /// The keys that are not as they were when this was last called, and what to remember of each; none if it is gone.
-    pub fn take_changed(&mut self) -> Vec<(PublicKey, Option<Kept>)> {
+    pub fn take_changed(&mut self) -> Vec<(PublicKey, Option<KeyRecord>)> {
         let changed = std::mem::take(&mut self.changed);
         changed.into_iter().map(|key| (key, self.kept(&key))).collect()
     }
 
-    fn kept(&self, key: &PublicKey) -> Option<Kept> {
+    fn kept(&self, key: &PublicKey) -> Option<KeyRecord> {
         let standing = self.entry(key).filter(|entry| entry.ours);
         let waiting = self.waiting.get(key);
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(waiting?.arrived))?;
         let proven = standing.is_some_and(|entry| entry.handshake.is_some() || entry.vouched.is_some())
             || waiting.is_some_and(|waiting| waiting.vouched.is_some());
-        Some(Kept { last: arrived.into(), proven })
+        Some(KeyRecord { last: arrived.into(), proven })
     }
 
     /// At most so many of the peers of ours that are silent for longer than the kernel is to know of them.
@@ -955,7 +955,7 @@ impl Entry {
         self.ours && self.handshake.is_none() && self.vouched.is_none()
     }
 
-    fn observe(&mut self, peer: &Peer, now: Now, since_last_read: Option<Duration>) {
+    fn observe(&mut self, peer: &Peer, now: Clocks, since_last_read: Option<Duration>) {
         match (peer.last_handshake, self.handshake) {
             (Some(at), Some(known)) if nanoseconds(at) == known.at => {}
             (Some(at), _) => {
@@ -980,7 +980,7 @@ impl Entry {
 
 impl Handshake {
     /// A handshake that the last read did not show is no older than that read, whatever the wall clock says.
-    fn first_seen(at: SystemTime, now: Now, since_last_read: Option<Duration>) -> Self {
+    fn first_seen(at: SystemTime, now: Clocks, since_last_read: Option<Duration>) -> Self {
         let by_wall = now.wall.duration_since(at).unwrap_or_default();
         let ago = since_last_read.map_or(by_wall, |longest| by_wall.min(longest));
         let quiet_since = now.monotonic.checked_sub(ago).unwrap_or(now.monotonic).into();

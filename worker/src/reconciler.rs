@@ -20,13 +20,13 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::storage::key_store::{Journal, Keys};
+use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Revoked};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
 use crate::kernel::Kernel;
 use crate::metrics::Metrics;
-use crate::peers::{Now, Policy};
+use crate::peers::{Clocks, Policy};
 use domain::Served;
 use reports::Outbox;
 pub use reports::{DomainState, Said, State};
@@ -72,7 +72,7 @@ pub struct Installer<K> {
     /// Since when keys have to wait, if they have to.
     held: watch::Receiver<Option<std::time::Instant>>,
     reconnected: Arc<Notify>,
-    journal: Journal,
+    journal: WriteBuffer,
     /// The last event was a batch of keys.
     yields: bool,
     /// The next batch gathers until then.
@@ -122,7 +122,7 @@ impl<K: Kernel> Installer<K> {
         kernel: K,
         domains: impl IntoIterator<Item = Domain>,
         policy: &Policy,
-        (journal, remembered): (Journal, Keys),
+        (journal, remembered): (WriteBuffer, Keys),
         reserved: &watch::Receiver<Reserved>,
         metrics: &Metrics,
     ) -> (Self, Handle, Said) {
@@ -223,7 +223,7 @@ impl<K: Kernel> Installer<K> {
         }
     }
 
-    async fn handle(&mut self, event: Event, now: Now) {
+    async fn handle(&mut self, event: Event, now: Clocks) {
         match event {
             Event::Keys(keys) => {
                 let begun = Instant::now();
@@ -252,12 +252,12 @@ impl<K: Kernel> Installer<K> {
                 }
             }
         }
-        let anew = self.journal.begins_anew();
+        let anew = self.journal.needs_full_write();
         self.domains.values_mut().for_each(|served| served.note_changes(anew));
     }
 
     /// Takes over who may come, removes who may not be here, and says what became of keys that were denied just now.
-    async fn obey(&mut self, now: Now) {
+    async fn obey(&mut self, now: Clocks) {
         let Orders { admission, denied } = std::mem::take(&mut *self.orders.lock());
         let Some(admission) = admission else { return };
         let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
@@ -280,7 +280,7 @@ impl<K: Kernel> Installer<K> {
         }));
     }
 
-    async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Now) {
+    async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Clocks) {
         self.outbox.set_queue(self.keys.len());
         let mut by_domain = BTreeMap::<Domain, Vec<PublicKey>>::new();
         for (domain, key) in keys {
@@ -357,8 +357,8 @@ async fn changed(held: &mut watch::Receiver<Option<std::time::Instant>>) {
     }
 }
 
-fn clocks() -> Now {
-    Now { monotonic: Instant::now().into_std(), wall: SystemTime::now() }
+fn clocks() -> Clocks {
+    Clocks { monotonic: Instant::now().into_std(), wall: SystemTime::now() }
 }
 
 /// What is due at its time, else what is owed, at once.

@@ -8,9 +8,9 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
-use wgkex_common::access_lists::service::View;
+use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
-use wgkex_common::mqtt::{Bus, Link};
+use wgkex_common::mqtt::{ConnectionState, MqttHandle};
 use wgkex_common::wire::message::Hello;
 use wgkex_common::{Config, Domain, Topic};
 
@@ -35,11 +35,11 @@ pub struct Announcer {
     broker: String,
     domains: Vec<String>,
     instance: u64,
-    bus: Bus,
-    keys: Bus,
-    links: [watch::Receiver<Link>; 2],
+    bus: MqttHandle,
+    keys: MqttHandle,
+    links: [watch::Receiver<ConnectionState>; 2],
     heard: mpsc::Receiver<PresenceEvent>,
-    lists: watch::Receiver<View>,
+    lists: watch::Receiver<ListSnapshot>,
     gateways: Arc<Mutex<Gateways>>,
     waiters: Waiters,
     presence: Presence,
@@ -63,9 +63,9 @@ impl Announcer {
     /// Of this broker: `bus` is the connection on which it hears workers, `keys` the other one.
     pub fn new(
         config: &Config,
-        [bus, keys]: [Bus; 2],
+        [bus, keys]: [MqttHandle; 2],
         heard: mpsc::Receiver<PresenceEvent>,
-        lists: watch::Receiver<View>,
+        lists: watch::Receiver<ListSnapshot>,
         gateways: Arc<Mutex<Gateways>>,
         waiters: Waiters,
     ) -> Self {
@@ -73,7 +73,7 @@ impl Announcer {
             broker: config.name.clone(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
             instance: fastrand::u64(..),
-            links: [bus.link(), keys.link()],
+            links: [bus.connection_state(), keys.connection_state()],
             bus,
             keys,
             heard,
@@ -125,7 +125,7 @@ impl Announcer {
     /// The status comes first on a connection: it comes back once this broker hears what is on the bus.
     fn bus_changed(&mut self) {
         let now = Instant::now();
-        if *self.links[0].borrow_and_update() == Link::Up {
+        if *self.links[0].borrow_and_update() == ConnectionState::Up {
             self.greeted = Some(now);
             self.presence.connected(now);
             self.publish_status(Announcement::Retained);
@@ -136,7 +136,7 @@ impl Announcer {
     }
 
     fn keys_changed(&mut self) {
-        let up = *self.links[1].borrow_and_update() == Link::Up;
+        let up = *self.links[1].borrow_and_update() == ConnectionState::Up;
         self.hello_due = up.then(Instant::now);
     }
 
@@ -144,7 +144,7 @@ impl Announcer {
         let digest = self.lists.borrow_and_update().digest.clone();
         let published = self.said.as_ref().map(|(at, payload)| (*at, *payload == self.hello_payload(digest)));
         if let Some((at, false)) = published
-            && *self.links[1].borrow() == Link::Up
+            && *self.links[1].borrow() == ConnectionState::Up
         {
             self.hello_due.get_or_insert(at + AT_ONCE);
         }
@@ -195,13 +195,13 @@ impl Announcer {
 
     fn publish_status(&self, announcement: Announcement) {
         // An error means that the connection is being lost, and on the next one it is published again.
-        let _ = self.bus.post(announcement.of(status(&self.broker, "1")));
+        let _ = self.bus.try_publish(announcement.of(status(&self.broker, "1")));
     }
 
     fn publish_hello(&mut self, announcement: Announcement, now: Instant) {
         let digest = self.lists.borrow().digest.clone();
         let payload = self.hello_payload(digest);
-        let _ = self.keys.post(announcement.of(hello(&self.broker, payload.clone())));
+        let _ = self.keys.try_publish(announcement.of(hello(&self.broker, payload.clone())));
         self.said = Some((now, payload));
     }
 

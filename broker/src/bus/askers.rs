@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use wgkex_common::is_topic_level;
-use wgkex_common::wire::message::{Hello, Party, Question};
+use wgkex_common::wire::message::{Hello, Participant, SyncRequest};
 
 /// A worker asks every 10 seconds. One that has not for so long may be of an older version now.
 const LATELY: Duration = Duration::from_secs(60);
@@ -18,7 +18,7 @@ const MOST: usize = 4096;
 pub struct Askers {
     /// The broker that is asked.
     own: String,
-    questions: mpsc::Sender<Question>,
+    questions: mpsc::Sender<SyncRequest>,
     /// When each worker last asked.
     workers: BTreeMap<String, Instant>,
     brokers: BTreeSet<String>,
@@ -27,13 +27,13 @@ pub struct Askers {
 impl Askers {
     /// Nobody has asked the broker `own` yet.
     #[must_use]
-    pub fn new(own: String, questions: mpsc::Sender<Question>) -> Self {
+    pub fn new(own: String, questions: mpsc::Sender<SyncRequest>) -> Self {
         Self { own, questions, workers: BTreeMap::new(), brokers: BTreeSet::new() }
     }
 
     /// A question on a topic on which only this worker may publish; all brokers hear it.
-    pub fn by_worker(&mut self, worker: &str, question: Question) -> Result<(), &'static str> {
-        if question.from != Party::Worker(worker.to_owned()) {
+    pub fn by_worker(&mut self, worker: &str, question: SyncRequest) -> Result<(), &'static str> {
+        if question.from != Participant::Worker(worker.to_owned()) {
             return Err("payload");
         }
         self.asked(worker, Instant::now());
@@ -41,16 +41,16 @@ impl Askers {
     }
 
     /// One on a topic on which only brokers may publish.
-    pub fn by_broker(&self, question: Question) -> Result<(), &'static str> {
-        if matches!(question.from, Party::Broker(_)) { self.answer(question) } else { Err("payload") }
+    pub fn by_broker(&self, question: SyncRequest) -> Result<(), &'static str> {
+        if matches!(question.from, Participant::Broker(_)) { self.answer(question) } else { Err("payload") }
     }
 
     /// One on the topic of older versions, which may be in another's name.
-    pub fn by_anybody(&self, question: Question) -> Result<(), &'static str> {
+    pub fn by_anybody(&self, question: SyncRequest) -> Result<(), &'static str> {
         if self.may_ask_anywhere(&question.from, Instant::now()) { self.answer(question) } else { Err("payload") }
     }
 
-    fn answer(&self, question: Question) -> Result<(), &'static str> {
+    fn answer(&self, question: SyncRequest) -> Result<(), &'static str> {
         if !is_topic_level(question.from.name()) {
             return Err("payload");
         }
@@ -78,10 +78,10 @@ impl Askers {
     }
 
     /// Whether a question that anybody may have asked is answered.
-    fn may_ask_anywhere(&self, from: &Party, now: Instant) -> bool {
+    fn may_ask_anywhere(&self, from: &Participant, now: Instant) -> bool {
         match from {
-            Party::Worker(worker) => self.workers.get(worker).is_none_or(|asked| !is_lately(*asked, now)),
-            Party::Broker(broker) => !self.brokers.contains(broker),
+            Participant::Worker(worker) => self.workers.get(worker).is_none_or(|asked| !is_lately(*asked, now)),
+            Participant::Broker(broker) => !self.brokers.contains(broker),
         }
     }
 }
@@ -94,20 +94,20 @@ fn is_lately(asked: Instant, now: Instant) -> bool {
 mod tests {
     use super::*;
 
-    fn askers() -> (Askers, mpsc::Receiver<Question>) {
+    fn askers() -> (Askers, mpsc::Receiver<SyncRequest>) {
         let (sender, questions) = mpsc::channel(10);
         (Askers::new("own".into(), sender), questions)
     }
 
-    fn question(from: Party, to: Option<&str>) -> Question {
-        Question { from, to: to.map(str::to_owned), domain: "d".into(), after: None, younger_than: None }
+    fn question(from: Participant, to: Option<&str>) -> SyncRequest {
+        SyncRequest { from, to: to.map(str::to_owned), domain: "d".into(), after: None, younger_than: None }
     }
 
     #[test]
     fn a_question_is_answered_to_who_asked() {
         let (mut askers, mut questions) = askers();
         let [worker, other, broker] =
-            [Party::Worker("gw".into()), Party::Worker("x".into()), Party::Broker("b".into())];
+            [Participant::Worker("gw".into()), Participant::Worker("x".into()), Participant::Broker("b".into())];
         let mut is_answered = |result: Result<(), &str>| (result.is_ok(), questions.try_recv().is_ok());
         assert_eq!(is_answered(askers.by_worker("gw", question(worker.clone(), Some("own")))), (true, true));
         assert_eq!(is_answered(askers.by_worker("gw", question(worker.clone(), Some("another")))), (true, false));
@@ -116,22 +116,22 @@ mod tests {
         assert_eq!(is_answered(askers.by_broker(question(other.clone(), None))), (false, false));
         assert_eq!(is_answered(askers.by_anybody(question(other, None))), (true, true));
         assert_eq!(is_answered(askers.by_anybody(question(worker, None))), (false, false));
-        assert_eq!(is_answered(askers.by_anybody(question(Party::Worker("a/b".into()), None))), (false, false));
+        assert_eq!(is_answered(askers.by_anybody(question(Participant::Worker("a/b".into()), None))), (false, false));
     }
 
     #[test]
     fn who_asks_on_a_topic_of_its_own_does_not_ask_elsewhere() {
         let ((mut askers, _questions), now) = (askers(), Instant::now());
-        let [new, old] = ["new", "old"].map(|name| Party::Worker(name.into()));
+        let [new, old] = ["new", "old"].map(|name| Participant::Worker(name.into()));
         askers.asked("new", now);
         let asked = |askers: &Askers, from, seconds| askers.may_ask_anywhere(from, now + Duration::from_secs(seconds));
         assert!(!asked(&askers, &new, 59) && asked(&askers, &old, 0));
         assert!(asked(&askers, &new, 60), "an older version has taken its place");
-        let broker = Party::Broker("new".into());
+        let broker = Participant::Broker("new".into());
         assert!(askers.may_ask_anywhere(&broker, now));
         askers.broker("new", Some(&Hello::broker(Vec::new(), 1)));
         assert!(!askers.may_ask_anywhere(&broker, now));
-        askers.broker("new", Some(&Hello { can: vec![Hello::ANSWER.into()], ..Hello::broker(Vec::new(), 2) }));
+        askers.broker("new", Some(&Hello { capabilities: vec![Hello::ANSWER.into()], ..Hello::broker(Vec::new(), 2) }));
         assert!(askers.may_ask_anywhere(&broker, now));
     }
 

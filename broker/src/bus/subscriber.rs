@@ -10,11 +10,11 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::{debug, info};
-use wgkex_common::access_lists::service::{self, Heard as HeardOfLists};
+use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::mqtt::{Bus, Client, Event, Message, Publish, PublishError};
-use wgkex_common::sync::{Ears, Heard};
-use wgkex_common::wire::message::{Applied, Asked, Party, Question, Revoked, Seen};
+use wgkex_common::mqtt::{Event, Message, MqttHandle, Publish, PublishError, SessionConfig};
+use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::wire::message::{Applied, Handshakes, Participant, Request, Revoked, SyncRequest};
 use wgkex_common::{Config, PublicKey, Topic};
 
 use crate::bus::askers::Askers;
@@ -30,42 +30,42 @@ const WORDS: usize = 4_096;
 
 /// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
 /// as its client id, so the broker's must be another.
-pub fn client(config: &Config) -> Client {
-    Client {
+pub fn client(config: &Config) -> SessionConfig {
+    SessionConfig {
         id: format!("wgkex-broker-{}", config.name),
         will: Some(status(&config.name, "0")),
-        states: Topic::states().into(),
-        events: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
+        qos0_filters: Topic::states().into(),
+        qos1_filters: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
         optional: Vec::new(),
         echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
-        is_second: false,
+        is_secondary: false,
     }
 }
 
 /// The connection by which this broker publishes keys, and hears of them.
-pub fn keys_client(config: &Config) -> Client {
+pub fn keys_client(config: &Config) -> SessionConfig {
     let own = || config.name.clone();
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
     let asked =
         [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }].map(|topic| topic.to_string());
     let asked = asked.into_iter().chain([Topic::worker_questions()]);
-    Client {
+    SessionConfig {
         will: Some(hello(&config.name, Vec::new())),
-        states: vec![Topic::broker_hellos()],
+        qos0_filters: vec![Topic::broker_hellos()],
         echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
-        events: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
-        ..Client::second(format!("wgkex-broker-{}-keys", config.name))
+        qos1_filters: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
+        ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
     }
 }
 
 /// What this broker can do; an empty payload takes it back.
 pub fn hello(broker: &str, payload: Vec<u8>) -> Message {
-    Message::state(Topic::BrokerHello { broker: broker.into() }, payload)
+    Message::retained(Topic::BrokerHello { broker: broker.into() }, payload)
 }
 
 /// What this broker says of itself (contract section 4).
 pub fn status(broker: &str, status: &str) -> Message {
-    Message::state(Topic::BrokerStatus { broker: broker.into() }, status)
+    Message::retained(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
 /// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
@@ -129,7 +129,7 @@ fn hear(
             waiters.resolve(worker, applied);
         }
     } else if let Topic::Seen { worker } = topic {
-        let seen: Seen = json(publish)?;
+        let seen: Handshakes = json(publish)?;
         few(seen.keys.len())?;
         if heard_from(gateways, worker, now) {
             prove(gateways, live, worker, &seen);
@@ -157,7 +157,7 @@ fn few(keys: usize) -> Result<(), &'static str> {
 }
 
 /// A gateway's key does not become a router's by a worker's word.
-fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Seen) {
+fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Handshakes) {
     let gateways = gateways.lock();
     if !gateways.speaks_for(worker, &seen.domain) {
         return;
@@ -181,7 +181,7 @@ fn hear_state(
     now: Instant,
 ) -> Result<(), &'static str> {
     let state_of = topic.state_of();
-    let worker = if let Some(Party::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
+    let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
     let mut gateways = gateways.lock();
     let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
     let was_online = is_online(&gateways);
@@ -211,15 +211,15 @@ fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static
 /// the announcer, by `reporter`, what stands there as this broker's hello.
 pub fn hand_on_keys(
     live: Arc<Mutex<LiveKeys>>,
-    ears: Ears,
+    ears: SyncSender,
     lists: service::Handle,
     mut askers: Askers,
     reporter: Reporter,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
-        Event::Up => lists.heard(HeardOfLists::Up),
-        Event::Down => lists.heard(HeardOfLists::Down),
+        Event::Up => lists.on_event(ListEvent::Up),
+        Event::Down => lists.on_event(ListEvent::Down),
         Event::Message(publish) => {
             let outcome = parsed(&publish).and_then(|topic| {
                 reporter.report(&topic, &publish);
@@ -232,7 +232,7 @@ pub fn hand_on_keys(
 
 fn hear_of_keys(
     live: &Mutex<LiveKeys>,
-    ears: &Ears,
+    ears: &SyncSender,
     lists: &service::Handle,
     askers: &mut Askers,
     topic: Topic,
@@ -245,22 +245,24 @@ fn hear_of_keys(
             let key: PublicKey = text.parse().map_err(|_| "payload")?;
             live.lock().admit(&domain, key, Instant::now());
         }
-        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => match Heard::read(topic, &publish.payload) {
-            Ok(heard) => {
-                if let Heard::Broker(name, hello) = &heard {
-                    lists.heard(HeardOfLists::Broker(name.clone(), hello.clone()));
-                    askers.broker(name, hello.as_ref());
+        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
+            match SyncEvent::read(topic, &publish.payload) {
+                Ok(heard) => {
+                    if let SyncEvent::Broker(name, hello) = &heard {
+                        lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+                        askers.broker(name, hello.as_ref());
+                    }
+                    let _ = ears.try_send(heard);
                 }
-                let _ = ears.try_send(heard);
+                Err(_) => askers.by_broker(json(publish)?)?,
             }
-            Err(_) => askers.by_broker(json(publish)?)?,
-        },
+        }
         Topic::WorkerQuestions { worker } => askers.by_worker(&worker, json(publish)?)?,
         Topic::Questions { .. } => match json(publish)? {
-            Asked::Records(_) => lists.heard(HeardOfLists::Asked),
-            Asked::Keys(question) => askers.by_anybody(question)?,
+            Request::Records(_) => lists.on_event(ListEvent::Asked),
+            Request::Keys(question) => askers.by_anybody(question)?,
         },
-        Topic::Revocations => lists.heard(HeardOfLists::Records(json(publish)?)),
+        Topic::Revocations => lists.on_event(ListEvent::Records(json(publish)?)),
         Topic::ConnectedPeers { .. }
         | Topic::WorkerStatus { .. }
         | Topic::WorkerData { .. }
@@ -277,12 +279,17 @@ fn hear_of_keys(
 }
 
 /// Answers one question after the other, so that never more than one page stands in the way of new keys.
-pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::Receiver<Question>, metrics: Metrics) {
+pub async fn answer(
+    bus: MqttHandle,
+    live: Arc<Mutex<LiveKeys>>,
+    mut questions: mpsc::Receiver<SyncRequest>,
+    metrics: Metrics,
+) {
     while let Some(question) = questions.recv().await {
         let page = live.lock().answer(&question, Instant::now());
         metrics.keys_given.inc_by(page.keys.len() as u64);
         let payload = serde_json::to_vec(&page).unwrap_or_default();
-        if bus.publish(Message::event(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
+        if bus.publish(Message::transient(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
             return;
         }
     }
@@ -293,22 +300,22 @@ pub async fn answer(bus: Bus, live: Arc<Mutex<LiveKeys>>, mut questions: mpsc::R
 pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     use std::collections::BTreeMap;
 
-    use wgkex_common::access_lists::service::Keeper;
+    use wgkex_common::access_lists::service::ListService;
     use wgkex_common::mqtt::QoS;
     use wgkex_common::{Reserved, sync};
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
-    let Ok((_keeper, lists)) = Keeper::open(&config, Party::Broker("b".into())) else { return };
+    let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker("b".into())) else { return };
     let Config { domains, live_keys, cleanup, .. } = config;
     let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
     let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
-    let ((ears, _heard), (questions, _asked)) = (sync::ears(), mpsc::channel(1));
+    let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let words = (Waiters::default(), Answers::default());
-    let (reporter, _reported) = Reporter::new(Party::Broker("b".into()));
+    let (reporter, _reported) = Reporter::new(Participant::Broker("b".into()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
     let askers = Askers::new("b".into(), questions);
     hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::mqtt::{Bus, Message};
+use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::fleet::live_keys::LiveKeys;
@@ -39,7 +39,7 @@ type Subject = (Domain, PublicKey);
 /// The queues. Clones share them.
 #[derive(Clone)]
 pub struct Turns {
-    bus: Bus,
+    bus: MqttHandle,
     live: Arc<Mutex<LiveKeys>>,
     admission: Arc<Mutex<Arc<Admission>>>,
     under_way: Arc<Semaphore>,
@@ -52,7 +52,7 @@ pub struct Turns {
 impl Turns {
     /// Nobody waits yet. What is published on `bus` is `live` from then on.
     #[must_use]
-    pub fn new(bus: Bus, live: Arc<Mutex<LiveKeys>>, admission: Arc<Admission>) -> Self {
+    pub fn new(bus: MqttHandle, live: Arc<Mutex<LiveKeys>>, admission: Arc<Admission>) -> Self {
         let places = [QUEUED, QUEUED].map(|places| Arc::new(Semaphore::new(places)));
         let under_way = Arc::new(Semaphore::new(UNPROVEN_UNDER_WAY));
         let admission = Arc::new(Mutex::new(admission));
@@ -104,7 +104,7 @@ impl Turns {
     }
 
     fn is_over(&self, (domain, key): &Subject, since: Instant) -> bool {
-        since.elapsed() > LONGEST || self.admission.lock().refuses(domain.name(), key)
+        since.elapsed() > LONGEST || self.admission.lock().denies(domain.name(), key)
     }
 
     /// Publishes the key in its turn. Dropped before the message is under way this takes it back.
@@ -119,7 +119,7 @@ impl Turns {
             return false;
         }
         let (domain, key) = subject;
-        let message = Message::event(Topic::Key { domain: domain.name().into() }, key.to_string());
+        let message = Message::transient(Topic::Key { domain: domain.name().into() }, key.to_string());
         let is_published = self.bus.publish(message).await.is_ok();
         if is_published {
             self.live.lock().admit(domain.name(), *key, Instant::now().into_std());

@@ -190,7 +190,7 @@ impl Gateways {
     /// only if the operator says so.
     #[must_use]
     pub fn forbids(&self, key: &PublicKey, is_routers: bool) -> bool {
-        if is_routers { self.reserved.lists(key) } else { self.reserved.forbids(key) }
+        if is_routers { self.reserved.lists(key) } else { self.reserved.is_reserved(key) }
     }
 
     /// Lets ten seconds pass.
@@ -202,7 +202,7 @@ impl Gateways {
     pub fn forget(&mut self) {
         for (name, worker) in &self.workers {
             for domain in &worker.removed {
-                self.reserved.hear(name, domain.name(), None);
+                self.reserved.update(name, domain.name(), None);
             }
         }
         self.workers.clear();
@@ -247,7 +247,7 @@ impl Gateways {
         for (name, worker) in &mut self.workers {
             worker.expire_hello(now);
             for domain in worker.expire_data(now) {
-                self.reserved.hear(name, domain.name(), None);
+                self.reserved.update(name, domain.name(), None);
             }
         }
         let expired = self.workers.iter_mut().filter(|(_, worker)| worker.online && !worker.is_believed(now));
@@ -333,7 +333,7 @@ impl Gateways {
         retained: bool,
         now: Instant,
     ) -> Result<(), Nonsense> {
-        self.reserved.hear(worker, domain.name(), Some(&data));
+        self.reserved.update(worker, domain.name(), Some(&data));
         self.worker(worker)?.hear_data(domain.clone(), data, retained, now);
         self.known.insert(domain);
         Ok(())
@@ -342,7 +342,7 @@ impl Gateways {
     /// An original publishes its data when it connects, and not again: while it counts its peers, it has not gone.
     fn hear_no_data(&mut self, worker: &str, domain: &Domain, now: Instant) {
         if !self.workers.get_mut(worker).is_some_and(|worker| worker.keeps_data(domain, now)) {
-            self.reserved.hear(worker, domain.name(), None);
+            self.reserved.update(worker, domain.name(), None);
         }
     }
 

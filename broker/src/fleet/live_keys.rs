@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wgkex_common::access_lists::Admission;
-use wgkex_common::address::claim::{self, Claim, Standing};
+use wgkex_common::address::claim::{self, Claim, ClaimState};
 use wgkex_common::config::{self, Cleanup};
-use wgkex_common::storage::key_store::{Journal, Kept, Keys};
-use wgkex_common::sync::PAGE;
-use wgkex_common::wire::message::{Age, Page, Question};
+use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
+use wgkex_common::sync::CHUNK;
+use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
 use wgkex_common::{Domain, PublicKey};
 
 use crate::fleet::claimed::Claimed;
@@ -35,7 +35,7 @@ pub struct LiveKeys {
     proven: Duration,
     domains: BTreeMap<Domain, Served>,
     claimed: Claimed,
-    journal: Journal,
+    journal: WriteBuffer,
     admission: Arc<Admission>,
 }
 
@@ -52,7 +52,7 @@ struct Served {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Live {
-    kept: Kept,
+    kept: KeyRecord,
     /// When this run of the program first heard of it.
     first: Instant,
     /// When it last shook hands, as far as a gateway or a broker said so.
@@ -81,10 +81,10 @@ impl LiveKeys {
         own_name: String,
         (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }): (config::LiveKeys, Cleanup),
         domains: impl IntoIterator<Item = Domain>,
-        (journal, known): (Journal, Keys),
+        (journal, known): (WriteBuffer, Keys),
         now: Instant,
     ) -> Self {
-        let proven = stale + claim::report(ttl, stale);
+        let proven = stale + claim::handshake_report_interval(ttl, stale);
         let domains = domains.into_iter().map(|domain| (domain, Served::default())).collect();
         let (claimed, admission) = (Claimed::new(max), Arc::default());
         let mut live = Self { own_name, max, ttl, grace, proven, domains, claimed, journal, admission };
@@ -106,22 +106,22 @@ impl LiveKeys {
         let owner = served.owners.get(&key.link_local()).filter(|owner| **owner != key);
         let live = owner.and_then(|owner| Some((owner, served.keys.get(owner)?)));
         let comes_back = served.absent.get(&key).is_some_and(|live| self.is_remembered(live, now));
-        let wanted = if comes_back { Standing::Returned } else { Standing::Fresh };
-        let standing = live.map_or(Standing::Lapsed, |(owner, live)| self.standing(owner, live, now));
+        let wanted = if comes_back { ClaimState::Returned } else { ClaimState::New };
+        let standing = live.map_or(ClaimState::Expired, |(owner, live)| self.standing(owner, live, now));
         standing >= wanted
     }
 
-    fn standing(&self, key: &PublicKey, live: &Live, now: Instant) -> Standing {
+    fn standing(&self, key: &PublicKey, live: &Live, now: Instant) -> ClaimState {
         let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
         if self.admission.trusts(key) || live.shaken.is_some_and(|shaken| within(shaken, self.proven)) {
-            Standing::Proven
+            ClaimState::Established
         } else if live.kept.proven {
             let has_grace = live.returned.is_some_and(|returned| within(returned, self.grace));
-            if has_grace && self.is_remembered(live, now) { Standing::Returned } else { Standing::Lapsed }
+            if has_grace && self.is_remembered(live, now) { ClaimState::Returned } else { ClaimState::Expired }
         } else if within(live.first, self.grace) {
-            Standing::Fresh
+            ClaimState::New
         } else {
-            Standing::Lapsed
+            ClaimState::Expired
         }
     }
 
@@ -134,12 +134,12 @@ impl LiveKeys {
     /// it is remembered.
     fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) -> bool {
         let claim =
-            |key: PublicKey, live: &Live| Claim { key, standing: self.standing(&key, live, now), first: live.first };
+            |key: PublicKey, live: &Live| Claim { key, state: self.standing(&key, live, now), first: live.first };
         let Some(served) = self.domains.get(domain) else { return false };
         let address = key.link_local();
         let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);
         let rival = owner.and_then(|owner| Some((owner, served.keys.get(&owner)?)));
-        if rival.is_some_and(|(owner, other)| !claim(key, &live).beats(&claim(owner, other))) {
+        if rival.is_some_and(|(owner, other)| !claim(key, &live).precedes(&claim(owner, other))) {
             return false;
         }
         let Some(served) = self.domains.get_mut(domain) else { return false };
@@ -170,32 +170,32 @@ impl LiveKeys {
     /// Takes over who may come from now on, and forgets the keys that have to go.
     pub fn obey(&mut self, admission: Arc<Admission>) {
         self.admission = admission;
-        if self.admission.expels_nobody() {
+        if self.admission.removes_none() {
             return;
         }
         let (admission, journal) = (&self.admission, &self.journal);
         for (domain, served) in &mut self.domains {
             served.retain(|key, _| {
-                let stays = !admission.expels(domain.name(), key);
+                let stays = !admission.must_remove(domain.name(), key);
                 if !stays {
                     journal.remove(domain, *key);
                 }
                 stays
             });
-            served.absent.retain(|key, _| !admission.expels(domain.name(), key));
+            served.absent.retain(|key, _| !admission.must_remove(domain.name(), key));
         }
     }
 
     /// A key came, by a router or on the bus.
     pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, Kept { last: now, proven: false }, AT_ONCE, now);
+        self.merge(domain, key, KeyRecord { last: now, proven: false }, AT_ONCE, now);
     }
 
     /// `worker` sees handshakes of the key. Of one that no router sent that is only kept, for when one does.
     pub fn prove(&mut self, worker: &str, domain: &str, key: PublicKey, now: Instant) {
         match self.domains.get_key_value(domain) {
             Some((_, served)) if served.keys.contains_key(&key) => {
-                self.merge(domain, key, Kept { last: now, proven: true }, AT_ONCE, now);
+                self.merge(domain, key, KeyRecord { last: now, proven: true }, AT_ONCE, now);
             }
             Some((domain, _)) => self.claimed.note(worker, domain, key, now),
             None => {}
@@ -203,27 +203,27 @@ impl LiveKeys {
     }
 
     /// Another broker knows these keys.
-    pub fn learn(&mut self, page: &Page, now: Instant) {
-        for (key, Age(age, proven)) in &page.keys {
+    pub fn learn(&mut self, page: &SnapshotChunk, now: Instant) {
+        for (key, Age { age_secs: age, has_handshake: proven }) in &page.keys {
             let age = Duration::from_secs(*age);
             if age < self.ttl {
-                let kept = Kept { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
+                let kept = KeyRecord { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
                 self.merge(&page.domain, *key, kept, TOLD, now);
             }
         }
     }
 
     /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
-    fn merge(&mut self, domain: &str, key: PublicKey, news: Kept, same: Duration, now: Instant) {
+    fn merge(&mut self, domain: &str, key: PublicKey, news: KeyRecord, same: Duration, now: Instant) {
         let Some((domain, served)) = self.domains.get_key_value(domain) else { return };
-        if self.admission.refuses(domain.name(), &key) {
+        if self.admission.denies(domain.name(), &key) {
             return;
         }
         let (domain, is_new) = (domain.clone(), !served.keys.contains_key(&key));
         let before = served.known(&key).copied();
         let mut live = united(before.as_ref(), news, now);
         if let Some(before) = &before {
-            if !news.proven && before.kept.proven && self.standing(&key, before, now) == Standing::Lapsed {
+            if !news.proven && before.kept.proven && self.standing(&key, before, now) == ClaimState::Expired {
                 live.returned = Some(now);
             }
             let is_close = |now: Instant, before: Instant| now.saturating_duration_since(before) <= same;
@@ -242,7 +242,7 @@ impl LiveKeys {
         self.journal.put(&domain, key, live.kept);
         if is_new {
             if let Some(at) = self.claimed.take(&domain, &key) {
-                self.merge(domain.name(), key, Kept { last: at, proven: true }, AT_ONCE, now);
+                self.merge(domain.name(), key, KeyRecord { last: at, proven: true }, AT_ONCE, now);
             }
             self.make_room();
         }
@@ -273,7 +273,7 @@ impl LiveKeys {
 
     /// Forgets the keys whose time is over, and says how many. A journal that begins anew gets the others.
     pub fn expire(&mut self, now: Instant) -> usize {
-        let anew = self.journal.begins_anew();
+        let anew = self.journal.needs_full_write();
         let ttl = self.ttl;
         let over = |live: &Live| now.saturating_duration_since(live.kept.last) >= ttl;
         let mut expired = 0;
@@ -296,7 +296,7 @@ impl LiveKeys {
 
     /// The answer to `question`. Of a domain that is not served here no key is known.
     #[must_use]
-    pub fn answer(&self, question: &Question, now: Instant) -> Page {
+    pub fn answer(&self, question: &SyncRequest, now: Instant) -> SnapshotChunk {
         use std::ops::Bound::{Excluded, Unbounded};
         let keys = self.domains.get(question.domain.as_str()).map(|served| &served.keys);
         let start = question.after.map_or(Unbounded, Excluded);
@@ -307,11 +307,12 @@ impl LiveKeys {
         };
         let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
         let mut wanted = keys.filter(|(_, live)| asked(live));
-        let page =
-            wanted.by_ref().take(PAGE).map(|(key, live)| (*key, Age(age(live.kept.last).as_secs(), live.kept.proven)));
+        let page = wanted.by_ref().take(CHUNK).map(|(key, live)| {
+            (*key, Age { age_secs: age(live.kept.last).as_secs(), has_handshake: live.kept.proven })
+        });
         let keys = page.collect();
         let (broker, domain, after) = (self.own_name.clone(), question.domain.clone(), question.after);
-        Page { broker, domain, after, keys, more: wanted.next().is_some() }
+        SnapshotChunk { broker, domain, after, keys, more: wanted.next().is_some() }
     }
 
     /// How many there are.
@@ -371,12 +372,12 @@ impl Served {
 }
 
 /// What is known of a key with `news` of it.
-fn united(before: Option<&Live>, news: Kept, now: Instant) -> Live {
+fn united(before: Option<&Live>, news: KeyRecord, now: Instant) -> Live {
     let shaken = news.proven.then_some(news.last);
     let Some(before) = before else {
         return Live { kept: news, first: news.last, shaken, returned: None, heard: now };
     };
-    let kept = Kept { last: before.kept.last.max(news.last), proven: before.kept.proven || news.proven };
+    let kept = KeyRecord { last: before.kept.last.max(news.last), proven: before.kept.proven || news.proven };
     let (first, shaken) = (before.first.min(news.last), shaken.max(before.shaken));
     Live { kept, first, shaken, returned: before.returned, heard: now }
 }

@@ -17,12 +17,12 @@ use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
-use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, Shown};
+use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
 use wgkex_common::access_lists::{Entry, List, hex, parse, unix};
 use wgkex_common::config::Secret;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
-use wgkex_common::mqtt::{Bus, Message};
+use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic};
 
@@ -53,7 +53,7 @@ pub struct Admin {
     /// What they say of it.
     pub answers: Answers,
     /// Where it is said.
-    pub bus: Bus,
+    pub bus: MqttHandle,
     /// The domains that are served.
     pub domains: BTreeSet<Domain>,
     /// The SHA-256 of the token, 64 hexadecimal digits in lower case.
@@ -144,7 +144,7 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
     info!(target: AUDIT, call = "list", outcome = if result.is_ok() { "ok" } else { "bad request" }, "admin call");
     match result {
         Ok(filter) => {
-            let keys: Vec<_> = admin.lists.show().await.into_iter().filter(|shown| filter.takes(shown)).collect();
+            let keys: Vec<_> = admin.lists.list().await.into_iter().filter(|shown| filter.takes(shown)).collect();
             HttpResponse::Ok().json(json!({ "keys": keys }))
         }
         Err(Wrong(status, message)) => error(status, &message),
@@ -201,7 +201,7 @@ impl Admin {
         let until = Instant::now() + revocation::PATIENCE;
         let Entry { list, key, .. } = entry;
         let changed = self.lists.change(entry, on).await;
-        let Changed { record, was_on, kept } = changed
+        let Changed { record, was_present: was_on, persisted: kept } = changed
             .ok_or_else(|| Wrong(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
             .map_err(|full| Wrong(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
         let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
@@ -211,7 +211,7 @@ impl Admin {
             (gateways.reach(), gateways.complete())
         };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();
-        let published = timeout_at(until, self.bus.publish(Message::event(Topic::Revocations, payload)));
+        let published = timeout_at(until, self.bus.publish(Message::transient(Topic::Revocations, payload)));
         let is_published = published.await.is_ok_and(|published| published.is_ok());
         let mut answer = json!({
             "key": key, "list": list, "domain": record.entry.domain, "until": record.entry.until,
@@ -233,7 +233,7 @@ impl Admin {
 
     /// Which files have `key` on `list`.
     async fn sources(&self, list: List, key: PublicKey) -> BTreeSet<&'static str> {
-        let shown = self.lists.show().await.into_iter();
+        let shown = self.lists.list().await.into_iter();
         shown.filter(|shown| shown.entry.list == list && shown.entry.key == key).map(|shown| shown.source).collect()
     }
 }
@@ -320,7 +320,7 @@ impl Filter {
         Ok(filter)
     }
 
-    fn takes(&self, shown: &Shown) -> bool {
+    fn takes(&self, shown: &ListedEntry) -> bool {
         let Entry { list, key, domain, name, reason, .. } = &shown.entry;
         let has = |wanted: &String| {
             let texts = [name, reason].into_iter().flatten();
@@ -375,7 +375,7 @@ mod tests {
 
     #[test]
     fn entries_are_found_by_list_domain_and_text() {
-        let shown = |list, source, domain: Option<&str>, name: &str| Shown {
+        let shown = |list, source, domain: Option<&str>, name: &str| ListedEntry {
             entry: Entry {
                 domain: domain.map(str::to_owned),
                 name: Some(name.into()),

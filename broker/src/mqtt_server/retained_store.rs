@@ -130,7 +130,7 @@ fn whole<T>(path: &Path, read: impl Fn(Connection) -> Result<T, Failure>) -> Res
     let open = || sqlite::open(path, LAYOUT).and_then(&read);
     match open() {
         Err(Failure::Damaged(reason)) => {
-            sqlite::set_aside(path, &reason)?;
+            sqlite::quarantine(path, &reason)?;
             open()
         }
         opened => opened,

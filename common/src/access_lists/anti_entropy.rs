@@ -22,7 +22,7 @@ const HELD_MAX: Duration = Duration::from_secs(3);
 
 /// What is known of the brokers' records.
 #[derive(Debug)]
-pub(super) struct Sharer {
+pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
     own: Option<String>,
     brokers: BTreeMap<String, Other>,
@@ -40,7 +40,7 @@ struct Other {
     tries: u32,
 }
 
-impl Sharer {
+impl AntiEntropy {
     pub fn new(own: Option<String>) -> Self {
         Self { own, brokers: BTreeMap::new(), listening: None, is_asked: false, said: None }
     }
@@ -93,31 +93,31 @@ impl Sharer {
     }
 
     /// Whether all records are to be said now; they count as said then.
-    pub fn says(&mut self, now: Instant) -> bool {
+    pub fn should_broadcast(&mut self, now: Instant) -> bool {
         let long_ago = self.said.is_none_or(|said| now.saturating_duration_since(said) >= SAY);
-        let says = self.is_asked && long_ago && self.own.is_some();
-        if says {
+        let is_due = self.is_asked && long_ago && self.own.is_some();
+        if is_due {
             (self.is_asked, self.said) = (false, Some(now));
         }
-        says
+        is_due
     }
 
     /// Whether keys that are held since then may go in: every broker's records are known, or it takes too long. An
     /// error in the latter case.
-    pub fn releases(&self, held: Instant, digest: &str, now: Instant) -> Option<Result<(), Late>> {
+    pub fn gate_state(&self, held: Instant, digest: &str, now: Instant) -> Option<Result<(), TimedOut>> {
         let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let agree = self.brokers.values().all(|broker| broker.digest == digest);
         let settled = if self.brokers.is_empty() { HEARD } else { SETTLED };
         if agree && self.listening.is_some_and(|since| for_long(since, settled)) {
             return Some(Ok(()));
         }
-        for_long(held, HELD_MAX).then_some(Err(Late))
+        for_long(held, HELD_MAX).then_some(Err(TimedOut))
     }
 }
 
 /// The records did not come in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Late;
+pub(super) struct TimedOut;
 
 #[cfg(test)]
 mod tests {
@@ -129,72 +129,75 @@ mod tests {
         Hello { records: digest.map(str::to_owned), ..Hello::broker(Vec::new(), 1) }
     }
 
-    fn sharer(own: Option<&str>, brokers: &[(&str, &str)]) -> (Sharer, Instant) {
-        let (mut sharer, now) = (Sharer::new(own.map(str::to_owned)), Instant::now());
-        sharer.up(now);
+    fn anti_entropy(own: Option<&str>, brokers: &[(&str, &str)]) -> (AntiEntropy, Instant) {
+        let (mut anti_entropy, now) = (AntiEntropy::new(own.map(str::to_owned)), Instant::now());
+        anti_entropy.up(now);
         for (name, digest) in brokers {
-            sharer.broker(name, Some(&hello(Some(digest))));
+            anti_entropy.broker(name, Some(&hello(Some(digest))));
         }
-        (sharer, now)
+        (anti_entropy, now)
     }
 
     #[test]
     fn who_has_other_records_is_asked_and_again_ever_more_rarely() {
-        let (mut sharer, begun) = sharer(None, &[("b1", "x"), ("b2", "y")]);
-        assert_eq!(sharer.ask("y", begun), ["b1"]);
+        let (mut anti_entropy, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "y")]);
+        assert_eq!(anti_entropy.ask("y", begun), ["b1"]);
         let mut asked = Vec::new();
         for second in 1..300 {
-            if !sharer.ask("y", begun + second * 1000 * MS).is_empty() {
+            if !anti_entropy.ask("y", begun + second * 1000 * MS).is_empty() {
                 asked.push(second);
             }
         }
         assert_eq!(asked, [1, 3, 7, 15, 31, 63, 123, 183, 243]);
-        assert!(sharer.ask("x", begun + 300_000 * MS) == ["b2"], "b1 agrees now");
-        sharer.broker("b1", Some(&hello(Some("z"))));
-        assert_eq!(sharer.ask("y", begun + 300_000 * MS), ["b1"], "it says another one");
+        assert!(anti_entropy.ask("x", begun + 300_000 * MS) == ["b2"], "b1 agrees now");
+        anti_entropy.broker("b1", Some(&hello(Some("z"))));
+        assert_eq!(anti_entropy.ask("y", begun + 300_000 * MS), ["b1"], "it says another one");
     }
 
     #[test]
     fn only_brokers_that_answer_and_say_a_digest_are_asked_and_never_oneself() {
-        let (mut sharer, now) = sharer(Some("own"), &[("own", "x"), ("b1", "x"), ("b2", "x")]);
-        sharer.broker("old", Some(&hello(None)));
-        sharer.broker("w", Some(&Hello::worker(Vec::new())));
-        sharer.broker("b2", None);
-        assert_eq!(sharer.ask("y", now), ["b1"]);
-        sharer.down();
-        assert!(sharer.ask("z", now).is_empty());
+        let (mut anti_entropy, now) = anti_entropy(Some("own"), &[("own", "x"), ("b1", "x"), ("b2", "x")]);
+        anti_entropy.broker("old", Some(&hello(None)));
+        anti_entropy.broker("w", Some(&Hello::worker(Vec::new())));
+        anti_entropy.broker("b2", None);
+        assert_eq!(anti_entropy.ask("y", now), ["b1"]);
+        anti_entropy.down();
+        assert!(anti_entropy.ask("z", now).is_empty());
         for n in 0..5_000 {
-            sharer.broker(&n.to_string(), Some(&hello(Some("x"))));
+            anti_entropy.broker(&n.to_string(), Some(&hello(Some("x"))));
         }
-        assert_eq!(sharer.brokers.len(), BROKERS);
+        assert_eq!(anti_entropy.brokers.len(), BROKERS);
     }
 
     #[test]
     fn a_broker_says_all_once_a_second_however_many_ask() {
-        let (mut broker, begun) = sharer(Some("own"), &[]);
+        let (mut broker, begun) = anti_entropy(Some("own"), &[]);
         let mut said = 0;
         for ms in 0..3_500 {
             broker.asked();
-            said += u32::from(broker.says(begun + ms * MS));
+            said += u32::from(broker.should_broadcast(begun + ms * MS));
         }
         assert_eq!(said, 4);
-        assert!(broker.says(begun + 10_000 * MS) && !broker.says(begun + 20_000 * MS), "nobody asked again");
-        let (mut worker, now) = sharer(None, &[]);
+        assert!(
+            broker.should_broadcast(begun + 10_000 * MS) && !broker.should_broadcast(begun + 20_000 * MS),
+            "nobody asked again"
+        );
+        let (mut worker, now) = anti_entropy(None, &[]);
         worker.asked();
-        assert!(!worker.says(now));
+        assert!(!worker.should_broadcast(now));
     }
 
     #[test]
     fn keys_wait_until_the_records_agree_and_not_for_ever() {
-        let after = |sharer: &Sharer, begun, ms| sharer.releases(begun, "x", begun + ms * MS);
-        let (agreeing, begun) = sharer(None, &[("b1", "x"), ("b2", "x")]);
+        let after = |anti_entropy: &AntiEntropy, begun, ms| anti_entropy.gate_state(begun, "x", begun + ms * MS);
+        let (agreeing, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "x")]);
         assert_eq!([99, 100].map(|ms| after(&agreeing, begun, ms)), [None, Some(Ok(()))]);
-        let (other, begun) = sharer(None, &[("b1", "x"), ("b2", "y")]);
-        assert_eq!([2_999, 3_000].map(|ms| after(&other, begun, ms)), [None, Some(Err(Late))]);
-        let (nobody, begun) = sharer(None, &[]);
+        let (other, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "y")]);
+        assert_eq!([2_999, 3_000].map(|ms| after(&other, begun, ms)), [None, Some(Err(TimedOut))]);
+        let (nobody, begun) = anti_entropy(None, &[]);
         assert_eq!([499, 500].map(|ms| after(&nobody, begun, ms)), [None, Some(Ok(()))]);
-        let (mut deaf, begun) = sharer(None, &[]);
+        let (mut deaf, begun) = anti_entropy(None, &[]);
         deaf.down();
-        assert_eq!([2_999, 3_000].map(|ms| after(&deaf, begun, ms)), [None, Some(Err(Late))]);
+        assert_eq!([2_999, 3_000].map(|ms| after(&deaf, begun, ms)), [None, Some(Err(TimedOut))]);
     }
 }

@@ -44,9 +44,9 @@ struct Source {
     path: PathBuf,
     kind: Kind,
     /// At the last look.
-    seen: Option<Looks>,
+    last_seen: Option<FileStamps>,
     /// When it was last read.
-    read: Option<Looks>,
+    read: Option<FileStamps>,
     /// It looked the same before and after it was read, or once more after that.
     is_settled: bool,
     /// What was last read of it without a mistake.
@@ -64,9 +64,9 @@ enum Kind {
 }
 
 /// How its files look, or why they cannot be looked at.
-type Looks = Result<Vec<Look>, String>;
+type FileStamps = Result<Vec<FileStamp>, String>;
 /// How a file looks from outside: its name, inode, size and times.
-type Look = (PathBuf, u64, u64, [i64; 4]);
+type FileStamp = (PathBuf, u64, u64, [i64; 4]);
 
 impl Files {
     /// Those that `config` names; nothing is read yet.
@@ -91,12 +91,12 @@ impl Files {
         }
     }
 
-    /// Looks at all, and reads what is due: what changed and looks the same as at the last look, or all of that if
+    /// Stamps all of them, and reads what is due: what changed and looks the same as at the last look, or all of that if
     /// `anew`. True if the lists are other ones now.
     pub fn read(&mut self, anew: bool) -> bool {
         let mut changed = false;
         for source in &mut self.sources {
-            changed |= source.look_and_read(anew);
+            changed |= source.check_and_read(anew);
         }
         changed
     }
@@ -104,7 +104,7 @@ impl Files {
     /// Whether the next look should be soon: something changed, or was only seen once.
     #[must_use]
     pub fn is_unsettled(&self) -> bool {
-        self.sources.iter().any(|source| !source.is_settled || source.seen != source.read)
+        self.sources.iter().any(|source| !source.is_settled || source.last_seen != source.read)
     }
 
     /// Every entry, with the key of the config that it comes by.
@@ -154,15 +154,15 @@ impl Kind {
 impl Source {
     fn new(name: &'static str, path: &Path, kind: Kind) -> Self {
         let path = path.to_owned();
-        Self { name, path, kind, seen: None, read: None, is_settled: false, good: None, damage: None }
+        Self { name, path, kind, last_seen: None, read: None, is_settled: false, good: None, damage: None }
     }
 
     /// True if it says something else now, or who is not on it may go from now on.
-    fn look_and_read(&mut self, anew: bool) -> bool {
-        let looks = self.look();
-        let (is_first, is_same) = (self.read.is_none(), self.seen.as_ref() == Some(&looks));
-        let is_read = self.read.as_ref() == Some(&looks);
-        self.seen = Some(looks);
+    fn check_and_read(&mut self, anew: bool) -> bool {
+        let stamps = self.stamp();
+        let (is_first, is_same) = (self.read.is_none(), self.last_seen.as_ref() == Some(&stamps));
+        let is_read = self.read.as_ref() == Some(&stamps);
+        self.last_seen = Some(stamps);
         if !is_first && !is_same {
             return false;
         }
@@ -173,18 +173,18 @@ impl Source {
 
     /// Reads what was seen just now, unless it changes meanwhile: then it looks another way the next time.
     fn read_now(&mut self) -> bool {
-        let listed = match &self.seen {
+        let listed = match &self.last_seen {
             Some(Err(reason)) => Err(reason.clone()),
             _ => self.listed(),
         };
-        if self.read.is_some() && self.seen.as_ref() != Some(&self.look()) {
+        if self.read.is_some() && self.last_seen.as_ref() != Some(&self.stamp()) {
             return false;
         }
-        self.read.clone_from(&self.seen);
+        self.read.clone_from(&self.last_seen);
         match listed {
             Ok(listed) => self.take(listed),
             Err(reason) => {
-                self.spurn(reason);
+                self.reject(reason);
                 false
             }
         }
@@ -204,7 +204,7 @@ impl Source {
         is_new
     }
 
-    fn spurn(&mut self, reason: String) {
+    fn reject(&mut self, reason: String) {
         if self.damage.as_ref() != Some(&reason) {
             let (list, path) = (self.name, self.path.display());
             warn!(list, %path, reason, "list is damaged, what was last read of it counts");
@@ -212,12 +212,12 @@ impl Source {
         }
     }
 
-    fn look(&self) -> Looks {
+    fn stamp(&self) -> FileStamps {
         match self.kind {
-            Kind::File(_) | Kind::Domains => Ok(vec![look(&self.path)?]),
+            Kind::File(_) | Kind::Domains => Ok(vec![stamp(&self.path)?]),
             Kind::Dir(list) => {
                 let files = key_files(&self.path, list)?;
-                files.into_iter().map(|(_, file)| look(&file)).collect()
+                files.into_iter().map(|(_, file)| stamp(&file)).collect()
             }
         }
     }
@@ -305,7 +305,7 @@ fn children(dir: &Path) -> Result<Vec<PathBuf>, String> {
     Ok(paths.map_err(|error| cannot(dir, &error))?.into_iter().filter(is_shown).collect())
 }
 
-fn look(file: &Path) -> Result<Look, String> {
+fn stamp(file: &Path) -> Result<FileStamp, String> {
     let data = fs::metadata(file).map_err(|error| cannot(file, &error))?;
     if !data.is_file() {
         return Err(format!("{} is not a regular file", file.display()));

@@ -32,7 +32,8 @@ pub struct Record {
     /// When it was made, in milliseconds of Unix time; of two about the same the later one counts.
     pub at: u64,
     /// Whether it puts the key on the list, or takes it off.
-    pub on: bool,
+    #[serde(rename = "on")]
+    pub present: bool,
 }
 
 /// There are too many records for one more, and all of them count.
@@ -87,7 +88,7 @@ pub struct Records {
 
 impl Record {
     /// Whether it is one that a broker makes.
-    fn is_sound(&self) -> bool {
+    fn is_valid(&self) -> bool {
         let Entry { list, domain, name, reason, .. } = &self.entry;
         let fits = |text: &Option<String>| {
             text.as_ref().is_none_or(|text| text.len() <= TEXT_MAX && !text.chars().any(char::is_control))
@@ -101,7 +102,7 @@ impl Record {
     /// Whether it puts the key on the list at `now`.
     #[must_use]
     pub fn counts(&self, now: u64) -> bool {
-        self.on && self.entry.counts(now)
+        self.present && self.entry.counts(now)
     }
 
     /// Whether its maker's clock was wrong, or the one here is.
@@ -111,7 +112,7 @@ impl Record {
 
     /// Whether it may be forgotten.
     fn is_past(&self, now: u64) -> bool {
-        let end = if self.on { self.entry.until } else { Some(self.at / 1000) };
+        let end = if self.present { self.entry.until } else { Some(self.at / 1000) };
         end.is_some_and(|end| end.saturating_add(REMEMBERED) <= now)
     }
 
@@ -122,12 +123,12 @@ impl Record {
     /// Where there are too many, those stay that are last in this order: first what counts, then what denies, then what
     /// is new. The same for everybody, so that those who hear more than they keep keep the same.
     fn worth(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
-        (self.counts(now), self.entry.list == List::Deny, self.rank())
+        (self.counts(now), self.entry.list == List::Deny, self.version())
     }
 
     /// What of two about the same decides which one counts: the same for everybody who has both.
-    fn rank(&self) -> (u64, bool, &Entry) {
-        (self.at, self.on, &self.entry)
+    fn version(&self) -> (u64, bool, &Entry) {
+        (self.at, self.present, &self.entry)
     }
 }
 
@@ -136,7 +137,7 @@ impl Records {
     pub fn merge(&mut self, records: impl IntoIterator<Item = Record>, now: u64) -> Merged {
         let (mut subjects, mut refused) = (BTreeSet::new(), Refused::default());
         for record in records {
-            if !record.is_sound() {
+            if !record.is_valid() {
                 refused.unsound += 1;
             } else if record.is_of_the_future(now) {
                 refused.future += 1;
@@ -153,7 +154,7 @@ impl Records {
     #[must_use]
     pub fn restored(records: impl IntoIterator<Item = Record>, now: u64) -> Self {
         let mut restored = Self::default();
-        for record in records.into_iter().filter(Record::is_sound) {
+        for record in records.into_iter().filter(Record::is_valid) {
             restored.take(record, now);
         }
         restored.trim(now);
@@ -164,7 +165,7 @@ impl Records {
     /// takes in.
     fn take(&mut self, record: Record, now: u64) -> bool {
         let subject = record.subject();
-        let is_newer = |known: &Record| known.is_of_the_future(now) || known.rank() < record.rank();
+        let is_newer = |known: &Record| known.is_of_the_future(now) || known.version() < record.version();
         let takes = !record.is_past(now) && self.newest.get(&subject).is_none_or(is_newer);
         if takes {
             self.newest.insert(subject, record);
@@ -189,9 +190,9 @@ impl Records {
 
     /// Makes a record of `entry` that counts instead of every one known, whatever the clocks of their makers said. What
     /// counts no longer makes room for it.
-    pub fn change(&mut self, entry: Entry, on: bool, now_ms: u64) -> Result<Record, Full> {
+    pub fn change(&mut self, entry: Entry, present: bool, now_ms: u64) -> Result<Record, Full> {
         let now = now_ms / 1000;
-        let mut record = Record { entry, at: now_ms, on };
+        let mut record = Record { entry, at: now_ms, present };
         match self.newest.get(&record.subject()) {
             Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
             Some(_) => {}
@@ -278,7 +279,7 @@ mod tests {
     }
 
     fn record(n: u32, at: u64, on: bool) -> Record {
-        Record { entry: deny(n), at: NOW * 1000 + at, on }
+        Record { entry: deny(n), at: NOW * 1000 + at, present: on }
     }
 
     fn records(all: impl IntoIterator<Item = Record>) -> Records {
@@ -410,12 +411,12 @@ mod tests {
     #[test]
     fn a_record_is_one_flat_object() {
         let entry = Entry { reason: Some("spam".into()), until: Some(5), ..deny(1) };
-        let json = serde_json::to_string(&Record { entry, at: 7, on: true }).unwrap();
+        let json = serde_json::to_string(&Record { entry, at: 7, present: true }).unwrap();
         let key = key(1);
         assert_eq!(json, format!(r#"{{"list":"deny","key":"{key}","reason":"spam","until":5,"at":7,"on":true}}"#));
         let later = format!(r#"{{"list":"allow","key":"{key}","domain":"d","at":7,"on":false,"new":1}}"#);
         let read: Record = serde_json::from_str(&later).unwrap();
-        assert_eq!((read.entry.domain.as_deref(), read.on), (Some("d"), false));
+        assert_eq!((read.entry.domain.as_deref(), read.present), (Some("d"), false));
     }
 
     fn any_record() -> impl Strategy<Value = Record> {
@@ -425,7 +426,11 @@ mod tests {
             let list = List::ALL[list];
             let domain = domain.filter(|_| list == List::Allow);
             let until = until.map(|until| NOW + until - 10);
-            Record { entry: Entry { domain, name, until, ..Entry::new(list, key(n)) }, at: NOW * 1000 + at, on }
+            Record {
+                entry: Entry { domain, name, until, ..Entry::new(list, key(n)) },
+                at: NOW * 1000 + at,
+                present: on,
+            }
         })
     }
 

@@ -43,7 +43,7 @@ pub enum Unread {
 /// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is
 /// written over a file that could not be read.
 #[derive(Debug)]
-pub(super) struct Disk {
+pub(super) struct RecordsWriter {
     file: PathBuf,
     is_unread: bool,
     changed: u64,
@@ -58,7 +58,7 @@ type Outcome = Result<Option<Vec<Record>>, Unread>;
 /// A write or reading that has ended: the last change in it, and what became of it.
 pub(super) type Written = (u64, Outcome);
 
-impl Disk {
+impl RecordsWriter {
     /// The records of `file`, and where they are kept from now on. A damaged file is set aside; one that cannot be read is
     /// tried again later. The error is that a later version made it.
     pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), Unread> {
@@ -82,7 +82,7 @@ impl Disk {
     }
 
     /// Tells when the last change is on the disk; an error if it cannot be written now.
-    pub fn kept(&mut self) -> oneshot::Receiver<()> {
+    pub fn persisted(&mut self) -> oneshot::Receiver<()> {
         let (sender, kept) = oneshot::channel();
         self.waiting.push((self.changed, sender));
         kept
@@ -184,7 +184,7 @@ fn load(file: &Path) -> Result<Vec<Record>, Unread> {
         Ok(content) => Ok(content.records),
         Err(error) => {
             let reason = error.to_string();
-            let aside = state_file::set_aside(file)?;
+            let aside = state_file::quarantine(file)?;
             warn!(file = %file.display(), set_aside = %aside.display(), reason, "file of shared list entries is damaged");
             Ok(Vec::new())
         }
@@ -212,7 +212,7 @@ fn write(file: &Path, records: &Records) -> io::Result<()> {
 
 /// What is written, until it is whole.
 fn new(file: &Path) -> PathBuf {
-    state_file::beside(file, ".new".as_ref())
+    state_file::with_suffix(file, ".new".as_ref())
 }
 
 #[cfg(test)]
@@ -252,7 +252,7 @@ mod tests {
         records.change(Entry::new(List::Deny, PublicKey::from_bytes([3; 32]).unwrap()), true, 5).unwrap();
         write(&elsewhere, &records).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
-        let (mut disk, found) = Disk::open(file.clone()).unwrap();
+        let (mut disk, found) = RecordsWriter::open(file.clone()).unwrap();
         assert!(found.is_empty() && disk.is_failing() && !disk.is_behind());
         disk.changed();
         let begun = Instant::now();
@@ -269,7 +269,7 @@ mod tests {
         assert!(disk.is_behind(), "what changed meanwhile is written now");
 
         fs::write(&file, r#"{"layout":2,"records":"of another kind"}"#).unwrap();
-        let newer = Disk::open(file.clone()).unwrap_err().to_string();
+        let newer = RecordsWriter::open(file.clone()).unwrap_err().to_string();
         assert!(newer.contains("number 2") && file.exists(), "{newer}");
     }
 
@@ -277,18 +277,18 @@ mod tests {
     async fn who_waits_is_told_when_the_change_is_on_the_disk_or_that_it_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("broker.lists.json");
-        let (mut disk, _) = Disk::open(file.clone()).unwrap();
+        let (mut disk, _) = RecordsWriter::open(file.clone()).unwrap();
         let (mut records, begun) = (Records::default(), Instant::now());
         let entry = |n| Entry::new(List::Deny, PublicKey::from_bytes([n; 32]).unwrap());
         records.change(entry(3), true, 5).unwrap();
         disk.changed();
-        let first = disk.kept();
+        let first = disk.persisted();
         disk.begin(&records, begun);
         let early = records.clone();
         // One that comes while that is written is in the next write.
         records.change(entry(4), true, 6).unwrap();
         disk.changed();
-        let mut second = disk.kept();
+        let mut second = disk.persisted();
         let written = disk.done().await;
         assert!(disk.written(written).is_none() && disk.is_behind() && !disk.is_failing());
         assert!(first.await.is_ok() && second.try_recv() == Err(oneshot::error::TryRecvError::Empty));
@@ -299,7 +299,7 @@ mod tests {
         let written = disk.done().await;
         assert!(disk.written(written).is_none() && disk.is_failing());
         assert!(second.await.is_err());
-        let third = disk.kept();
+        let third = disk.persisted();
         disk.begin(&records, Instant::now());
         assert!(third.await.is_err(), "nobody waits for the next try");
         fs::remove_dir(new(&file)).unwrap();

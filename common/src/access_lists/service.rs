@@ -14,13 +14,13 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
-use crate::access_lists::anti_entropy::{Late, Sharer};
+use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
 use crate::access_lists::records::{Full, Merged, Record, Records, Refused};
-use crate::access_lists::records_file::{Disk, Unread, Written};
+use crate::access_lists::records_file::{RecordsWriter, Unread, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
-use crate::mqtt::{Bus, Message};
-use crate::wire::message::{Hello, Party, RecordsQuestion};
+use crate::mqtt::{Message, MqttHandle};
+use crate::wire::message::{Hello, Participant, RecordsRequest};
 use crate::{Config, Topic};
 
 /// Orders that wait at most. What brokers say is said again, so one too many is dropped.
@@ -40,7 +40,7 @@ const SAY_REFUSED: Duration = Duration::from_secs(60);
 
 /// What the lists are now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct View {
+pub struct ListSnapshot {
     /// What they say.
     pub admission: Arc<Admission>,
     /// The same for everybody who has the same records.
@@ -49,7 +49,7 @@ pub struct View {
 
 /// What is new, for the rest of the program.
 #[derive(Debug)]
-pub struct News<'a> {
+pub struct ListUpdate<'a> {
     /// What the lists say now.
     pub admission: &'a Arc<Admission>,
     /// Records that were made, or heard for the first time.
@@ -64,7 +64,7 @@ pub struct News<'a> {
 
 /// What is heard on the bus.
 #[derive(Debug)]
-pub enum Heard {
+pub enum ListEvent {
     /// Everything that is said from now on is heard, and what is retained.
     Up,
     /// Nothing is.
@@ -83,14 +83,14 @@ pub struct Changed {
     /// The record, for everybody else.
     pub record: Record,
     /// Whether the key was on the list by another record.
-    pub was_on: bool,
+    pub was_present: bool,
     /// Comes when it is on the disk; an error if it cannot be written now.
-    pub kept: oneshot::Receiver<()>,
+    pub persisted: oneshot::Receiver<()>,
 }
 
 /// An entry as an operator sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Shown {
+pub struct ListedEntry {
     /// The entry.
     #[serde(flatten)]
     pub entry: Entry,
@@ -101,70 +101,70 @@ pub struct Shown {
     pub since: Option<u64>,
 }
 
-/// What [`Shown::source`] says of entries that were made by an admin call.
+/// What [`ListedEntry::source`] says of entries that were made by an admin call.
 pub const BY_CALL: &str = "admin";
 
 #[derive(Debug)]
 enum Order {
     Change(Entry, bool, oneshot::Sender<Result<Changed, Full>>),
-    Show(oneshot::Sender<Vec<Shown>>),
-    Heard(Heard),
+    List(oneshot::Sender<Vec<ListedEntry>>),
+    Event(ListEvent),
 }
 
-/// By which others reach the [`Keeper`].
+/// By which others reach the [`ListService`].
 #[derive(Debug, Clone)]
 pub struct Handle {
     orders: mpsc::Sender<Order>,
-    view: watch::Receiver<View>,
+    view: watch::Receiver<ListSnapshot>,
     held: Arc<watch::Sender<Option<Instant>>>,
 }
 
 /// Owns the lists of a program.
-pub struct Keeper {
-    own: Party,
+pub struct ListService {
+    own: Participant,
     files: Files,
     refresh: Duration,
     records: Records,
-    sharer: Sharer,
+    anti_entropy: AntiEntropy,
     orders: mpsc::Receiver<Order>,
-    view: watch::Sender<View>,
+    view: watch::Sender<ListSnapshot>,
     held: Arc<watch::Sender<Option<Instant>>>,
     /// Records that the rest of the program has not been told of.
     news: Vec<Record>,
     /// Something is not as the view says.
     is_stale: bool,
-    disk: Disk,
+    writer: RecordsWriter,
     refused: Refused,
     /// What was last said of that, and when.
     said_refused: (Refused, Option<Instant>),
 }
 
-impl Keeper {
+impl ListService {
     /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
-    pub fn open(config: &Config, own: Party) -> Result<(Self, Handle), Unread> {
-        let program = if matches!(own, Party::Broker(_)) { "broker" } else { "worker" };
+    pub fn open(config: &Config, own: Participant) -> Result<(Self, Handle), Unread> {
+        let program = if matches!(own, Participant::Broker(_)) { "broker" } else { "worker" };
         let file = config.state_dir.join(format!("{program}.lists.json"));
         let now = unix(SystemTime::now());
         let mut files = Files::new(&config.key_lists);
         files.read(true);
-        let (disk, kept) = Disk::open(file)?;
-        let records = Records::restored(kept, now);
+        let (writer, restored) = RecordsWriter::open(file)?;
+        let records = Records::restored(restored, now);
         let (sender, orders) = mpsc::channel(ORDERS);
         let (view, viewed) = watch::channel(look(&files, &records, now));
         let held = Arc::new(watch::channel(None).0);
-        let sharer = Sharer::new(matches!(own, Party::Broker(_)).then(|| own.name().to_owned()));
+        let anti_entropy = AntiEntropy::new(matches!(own, Participant::Broker(_)).then(|| own.name().to_owned()));
         let keeper = Self {
             own,
             files,
             refresh: config.key_lists.refresh.max(REFRESH_MIN),
             records,
-            sharer,
+            anti_entropy,
             orders,
             view,
             held: held.clone(),
             news: Vec::new(),
             is_stale: true,
-            disk,
+            writer,
             refused: Refused::default(),
             said_refused: (Refused::default(), None),
         };
@@ -172,7 +172,7 @@ impl Keeper {
     }
 
     /// Works until `stop`; asks and answers on `bus`, and tells what is new.
-    pub async fn run(mut self, bus: Bus, mut tell: impl FnMut(News<'_>), stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, bus: MqttHandle, mut tell: impl FnMut(ListUpdate<'_>), stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut reading: Option<JoinHandle<Files>> = None;
@@ -193,7 +193,7 @@ impl Keeper {
                     self.take_files(files);
                     (reading, read_at) = (None, Instant::now() + self.pause());
                 }
-                written = self.disk.done() => self.written(written),
+                written = self.writer.done() => self.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
                 _ = held.changed() => {}
                 () = sleep(look) => {}
@@ -241,31 +241,31 @@ impl Keeper {
         match order {
             // Who asked and is gone needs no answer.
             Order::Change(entry, on, answer) => drop(answer.send(self.change(entry, on))),
-            Order::Show(answer) => drop(answer.send(self.show())),
-            Order::Heard(Heard::Up) => self.sharer.up(Instant::now()),
-            Order::Heard(Heard::Down) => self.sharer.down(),
-            Order::Heard(Heard::Broker(name, hello)) => self.sharer.broker(&name, hello.as_ref()),
-            Order::Heard(Heard::Asked) => self.sharer.asked(),
-            Order::Heard(Heard::Records(records)) => self.merge(records),
+            Order::List(answer) => drop(answer.send(self.list())),
+            Order::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
+            Order::Event(ListEvent::Down) => self.anti_entropy.down(),
+            Order::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
+            Order::Event(ListEvent::Asked) => self.anti_entropy.asked(),
+            Order::Event(ListEvent::Records(records)) => self.merge(records),
         }
     }
 
     fn change(&mut self, entry: Entry, on: bool) -> Result<Changed, Full> {
         let now = SystemTime::now();
-        let was_on = self.records.has(&entry, unix(now));
+        let was_present = self.records.has(&entry, unix(now));
         let ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let record = self.records.change(entry, on, u64::try_from(ms).unwrap_or(u64::MAX))?;
         self.note(record.clone());
-        Ok(Changed { record, was_on, kept: self.disk.kept() })
+        Ok(Changed { record, was_present, persisted: self.writer.persisted() })
     }
 
     fn written(&mut self, written: Written) {
-        let was_failing = self.disk.is_failing();
-        if let Some(records) = self.disk.written(written) {
+        let was_failing = self.writer.is_failing();
+        if let Some(records) = self.writer.written(written) {
             self.merge(records);
-            self.disk.changed();
+            self.writer.changed();
         }
-        self.is_stale |= was_failing != self.disk.is_failing();
+        self.is_stale |= was_failing != self.writer.is_failing();
     }
 
     fn merge(&mut self, records: Vec<Record>) {
@@ -295,28 +295,28 @@ impl Keeper {
     fn note(&mut self, record: Record) {
         self.news.push(record);
         self.is_stale = true;
-        self.disk.changed();
+        self.writer.changed();
     }
 
-    fn show(&self) -> Vec<Shown> {
+    fn list(&self) -> Vec<ListedEntry> {
         let now = unix(SystemTime::now());
-        let records = self.records.iter().filter(|record| record.counts(now)).map(|record| Shown {
+        let records = self.records.iter().filter(|record| record.counts(now)).map(|record| ListedEntry {
             entry: record.entry.clone(),
             source: BY_CALL,
             since: Some(record.at / 1000),
         });
         let listed = self.files.entries().filter(|(_, entry)| entry.counts(now));
-        let listed = listed.map(|(source, entry)| Shown { entry: entry.clone(), source, since: None });
+        let listed = listed.map(|(source, entry)| ListedEntry { entry: entry.clone(), source, since: None });
         records.chain(listed).collect()
     }
 
     /// Does everything that is due, and tells what is new.
-    fn settle(&mut self, bus: &Bus, tell: &mut impl FnMut(News<'_>)) {
+    fn settle(&mut self, bus: &MqttHandle, tell: &mut impl FnMut(ListUpdate<'_>)) {
         let (now, wall) = (Instant::now(), unix(SystemTime::now()));
         if self.records.forget(wall) {
-            self.disk.changed();
+            self.writer.changed();
         }
-        self.disk.begin(&self.records, now);
+        self.writer.begin(&self.records, now);
         self.say_refused(now);
         if self.is_stale || self.view.borrow().admission.is_over(wall) {
             self.tell(wall, tell);
@@ -324,38 +324,38 @@ impl Keeper {
         self.share(bus, now);
     }
 
-    fn tell(&mut self, wall: u64, tell: &mut impl FnMut(News<'_>)) {
+    fn tell(&mut self, wall: u64, tell: &mut impl FnMut(ListUpdate<'_>)) {
         self.is_stale = false;
         let (view, damaged) = (look(&self.files, &self.records, wall), self.files.damaged());
-        let (records, is_kept) = (mem::take(&mut self.news), !self.disk.is_failing());
+        let (records, is_kept) = (mem::take(&mut self.news), !self.writer.is_failing());
         if !records.is_empty() {
             let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
             info!(new = records.len(), denied, allowed, trusted, "list entries changed");
         }
         let refused = self.refused;
-        tell(News { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
+        tell(ListUpdate { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
         self.view.send_replace(view);
     }
 
-    fn share(&mut self, bus: &Bus, now: Instant) {
+    fn share(&mut self, bus: &MqttHandle, now: Instant) {
         let digest = self.view.borrow().digest.clone();
-        for broker in self.sharer.ask(&digest, now) {
+        for broker in self.anti_entropy.ask(&digest, now) {
             debug!(broker, "asking for list entries");
-            let question = RecordsQuestion { from: self.own.clone(), revocations: true };
+            let question = RecordsRequest { from: self.own.clone(), revocations: true };
             // One that is lost is put again.
             let payload = serde_json::to_vec(&question).unwrap_or_default();
-            let _ = bus.post(Message::event(Topic::Questions { broker }, payload));
+            let _ = bus.try_publish(Message::transient(Topic::Questions { broker }, payload));
         }
-        if self.sharer.says(now) {
+        if self.anti_entropy.should_broadcast(now) {
             let records: Vec<_> = self.records.shared(unix(SystemTime::now())).collect();
             for part in records.chunks(PER_MESSAGE) {
                 let payload = serde_json::to_vec(part).unwrap_or_default();
-                let _ = bus.post(Message::event(Topic::Revocations, payload));
+                let _ = bus.try_publish(Message::transient(Topic::Revocations, payload));
             }
         }
         let since = *self.held.borrow();
-        if let Some(released) = since.and_then(|since| self.sharer.releases(since, &digest, now)) {
-            if released == Err(Late) {
+        if let Some(released) = since.and_then(|since| self.anti_entropy.gate_state(since, &digest, now)) {
+            if released == Err(TimedOut) {
                 warn!("no broker said its list entries in time, keys are taken without them");
             }
             self.held.send_if_modified(|held| *held == since && held.take().is_some());
@@ -363,9 +363,9 @@ impl Keeper {
     }
 
     async fn write_last(mut self) {
-        while self.disk.is_behind() {
-            self.disk.begin(&self.records, Instant::now());
-            let written = self.disk.done().await;
+        while self.writer.is_behind() {
+            self.writer.begin(&self.records, Instant::now());
+            let written = self.writer.done().await;
             self.written(written);
         }
     }
@@ -373,25 +373,25 @@ impl Keeper {
 
 impl Handle {
     /// Hands over what was heard, without waiting.
-    pub fn heard(&self, heard: Heard) {
+    pub fn on_event(&self, event: ListEvent) {
         // What finds no place is said again.
-        let _ = self.orders.try_send(Order::Heard(heard));
+        let _ = self.orders.try_send(Order::Event(event));
     }
 
     /// Keys are to wait from now on, until the records of the brokers are known.
-    pub fn hold(&self) {
+    pub fn close_gate(&self) {
         self.held.send_replace(Some(Instant::now()));
     }
 
     /// Since when keys have to wait, if they have to.
     #[must_use]
-    pub fn held(&self) -> watch::Receiver<Option<Instant>> {
+    pub fn gate(&self) -> watch::Receiver<Option<Instant>> {
         self.held.subscribe()
     }
 
     /// What the lists are, now and whenever they change.
     #[must_use]
-    pub fn view(&self) -> watch::Receiver<View> {
+    pub fn snapshot(&self) -> watch::Receiver<ListSnapshot> {
         self.view.clone()
     }
 
@@ -409,19 +409,19 @@ impl Handle {
     }
 
     /// Every entry that counts now.
-    pub async fn show(&self) -> Vec<Shown> {
+    pub async fn list(&self) -> Vec<ListedEntry> {
         let (sender, answer) = oneshot::channel();
-        let _ = self.orders.send(Order::Show(sender)).await;
+        let _ = self.orders.send(Order::List(sender)).await;
         answer.await.unwrap_or_default()
     }
 }
 
 /// What `files` and `records` come to.
-fn look(files: &Files, records: &Records, now: u64) -> View {
-    let made = records.iter().filter(|record| record.on).map(|record| &record.entry);
+fn look(files: &Files, records: &Records, now: u64) -> ListSnapshot {
+    let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);
     let admission = Admission::of(entries, files.allow_list(), now);
-    View { admission: Arc::new(admission), digest: records.digest(now) }
+    ListSnapshot { admission: Arc::new(admission), digest: records.digest(now) }
 }
 
 async fn done(reading: &mut Option<JoinHandle<Files>>) -> Option<Files> {

@@ -13,21 +13,21 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 /// How often a gateway reports the handshakes of a peer, so that a router that is connected all the time stays among the
 /// live keys, and keeps its address at gateways that it is not connected to.
 #[must_use]
-pub fn report(ttl: Duration, stale: Duration) -> Duration {
+pub fn handshake_report_interval(ttl: Duration, stale: Duration) -> Duration {
     (ttl / 4).min(stale)
 }
 
 /// What a key has to show for its address; the greater has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Standing {
+pub enum ClaimState {
     /// It never shook hands and had its grace, or it shook hands too long ago.
-    Lapsed,
+    Expired,
     /// It never shook hands, and first came less than its grace ago.
-    Fresh,
+    New,
     /// It shook hands, longer ago than that, and has come back less than its grace ago. Only brokers know.
     Returned,
     /// It shook hands, not longer ago than a peer may be silent.
-    Proven,
+    Established,
 }
 
 /// A key's claim to the address it derives.
@@ -36,7 +36,7 @@ pub struct Claim {
     /// The key.
     pub key: PublicKey,
     /// How well founded the claim is.
-    pub standing: Standing,
+    pub state: ClaimState,
     /// When the key first came. A repeat does not make it younger: an address cannot be kept by asking for it.
     pub first: Instant,
 }
@@ -45,10 +45,10 @@ impl Claim {
     /// Whether the address goes from `owner` to this key: to the better founded claim; of two that are alike to the
     /// older; of two that came at once to the smaller key.
     #[must_use]
-    pub fn beats(&self, owner: &Self) -> bool {
+    pub fn precedes(&self, owner: &Self) -> bool {
         let apart =
             self.first.saturating_duration_since(owner.first) + owner.first.saturating_duration_since(self.first);
-        match self.standing.cmp(&owner.standing) {
+        match self.state.cmp(&owner.state) {
             Ordering::Equal if apart <= AT_ONCE => self.key < owner.key,
             Ordering::Equal => self.first < owner.first,
             Ordering::Greater => true,
@@ -61,29 +61,29 @@ impl Claim {
 mod tests {
     use super::*;
 
-    fn claim(key: u8, standing: Standing, first: Instant) -> Claim {
-        Claim { key: PublicKey::from_bytes([key; 32]).unwrap(), standing, first }
+    fn claim(key: u8, state: ClaimState, first: Instant) -> Claim {
+        Claim { key: PublicKey::from_bytes([key; 32]).unwrap(), state, first }
     }
 
     #[test]
     fn the_better_founded_claim_has_the_address_then_the_older_one_then_the_smaller_key() {
-        use Standing::{Fresh, Lapsed, Proven, Returned};
+        use ClaimState::{Established, Expired, New, Returned};
         let early = Instant::now();
         let (soon, late) = (early + AT_ONCE, early + AT_ONCE + Duration::from_millis(1));
-        for (challenger, owner, beats) in [
-            (claim(1, Fresh, early), claim(2, Proven, late), false),
-            (claim(1, Lapsed, early), claim(2, Fresh, late), false),
-            (claim(2, Proven, late), claim(1, Fresh, early), true),
-            (claim(2, Fresh, late), claim(1, Lapsed, early), true),
-            (claim(1, Fresh, late), claim(2, Fresh, early), false),
-            (claim(2, Fresh, early), claim(1, Fresh, late), true),
-            (claim(1, Fresh, soon), claim(2, Fresh, early), true),
-            (claim(2, Fresh, early), claim(1, Fresh, soon), false),
-            (claim(1, Proven, late), claim(2, Proven, early), false),
-            (claim(2, Returned, late), claim(1, Fresh, early), true),
-            (claim(1, Returned, early), claim(2, Proven, late), false),
+        for (challenger, owner, precedes) in [
+            (claim(1, New, early), claim(2, Established, late), false),
+            (claim(1, Expired, early), claim(2, New, late), false),
+            (claim(2, Established, late), claim(1, New, early), true),
+            (claim(2, New, late), claim(1, Expired, early), true),
+            (claim(1, New, late), claim(2, New, early), false),
+            (claim(2, New, early), claim(1, New, late), true),
+            (claim(1, New, soon), claim(2, New, early), true),
+            (claim(2, New, early), claim(1, New, soon), false),
+            (claim(1, Established, late), claim(2, Established, early), false),
+            (claim(2, Returned, late), claim(1, New, early), true),
+            (claim(1, Returned, early), claim(2, Established, late), false),
         ] {
-            assert_eq!(challenger.beats(&owner), beats, "{challenger:?} against {owner:?}");
+            assert_eq!(challenger.precedes(&owner), precedes, "{challenger:?} against {owner:?}");
         }
     }
 
@@ -92,8 +92,8 @@ mod tests {
         let start = Instant::now();
         for (first, second) in [(1, 2), (2, 1)] {
             let (owner, challenger) =
-                (claim(first, Standing::Fresh, start), claim(second, Standing::Fresh, start + AT_ONCE));
-            let winner = if challenger.beats(&owner) { challenger } else { owner };
+                (claim(first, ClaimState::New, start), claim(second, ClaimState::New, start + AT_ONCE));
+            let winner = if challenger.precedes(&owner) { challenger } else { owner };
             assert_eq!(winner.key, PublicKey::from_bytes([1; 32]).unwrap());
         }
     }

@@ -56,7 +56,7 @@ impl<T> Default for Word<T> {
 }
 
 impl<T: Copy + PartialEq> Word<T> {
-    fn hear(&mut self, word: Option<T>, tick: u64) {
+    fn update(&mut self, word: Option<T>, tick: u64) {
         if word != self.last {
             (self.last, self.counts) = (word, self.is_steady(tick));
             self.changed = Some(tick);
@@ -100,15 +100,15 @@ impl Reserved {
     }
 
     /// What a worker says of itself in a domain; none if it took that back.
-    pub fn hear(&mut self, worker: &str, domain: &str, data: Option<&WorkerData>) {
+    pub fn update(&mut self, worker: &str, domain: &str, data: Option<&WorkerData>) {
         let gateway = (worker.to_owned(), domain.to_owned());
         let is_known = self.gateways.contains_key(&gateway);
         let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
             let tick = self.ticks;
             self.change(gateway, |said| {
-                said.key.hear(data.map(|data| data.public_key), tick);
-                said.address.hear(data.and_then(own_address), tick);
+                said.key.update(data.map(|data| data.public_key), tick);
+                said.address.update(data.and_then(own_address), tick);
             });
         }
     }
@@ -141,7 +141,7 @@ impl Reserved {
     /// Whether no router may have `key`: it is reserved, or derives a reserved address. One that is a router's already
     /// keeps it, unless the operator [`Self::lists`] it.
     #[must_use]
-    pub fn forbids(&self, key: &PublicKey) -> bool {
+    pub fn is_reserved(&self, key: &PublicKey) -> bool {
         self.has_key(key) || self.has_address(&key.link_local())
     }
 
@@ -206,20 +206,20 @@ mod tests {
     fn what_a_gateway_says_of_itself_is_reserved_until_it_says_otherwise() {
         let mut reserved = reserved(&[9]);
         let routers = key(3).link_local();
-        assert!(reserved.forbids(&key(9)) && reserved.lists(&key(9)) && !reserved.forbids(&key(1)));
-        reserved.hear("gw", "ff_a", Some(&data(key(1), &routers.to_string())));
+        assert!(reserved.is_reserved(&key(9)) && reserved.lists(&key(9)) && !reserved.is_reserved(&key(1)));
+        reserved.update("gw", "ff_a", Some(&data(key(1), &routers.to_string())));
         assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()) && !reserved.lists(&key(1)));
-        assert!(!reserved.forbids(&key(3)), "no gateway takes a router's address");
+        assert!(!reserved.is_reserved(&key(3)), "no gateway takes a router's address");
         // An interface that is made has its key first, and then its address.
-        reserved.hear("gw", "ff_a", Some(&data(key(1), "fe80::1")));
+        reserved.update("gw", "ff_a", Some(&data(key(1), "fe80::1")));
         assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
         pass(&mut reserved, STEADY);
-        reserved.hear("gw", "ff_a", Some(&data(key(2), "no address")));
-        assert!(reserved.forbids(&key(2)) && !reserved.forbids(&key(1)) && !reserved.forbids(&key(3)));
+        reserved.update("gw", "ff_a", Some(&data(key(2), "no address")));
+        assert!(reserved.is_reserved(&key(2)) && !reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(3)));
         assert!(!reserved.has_address(&"fe80::1".parse().unwrap()));
-        reserved.hear("gw", "ff_b", Some(&data(key(1), "fe80::1")));
-        reserved.hear("gw", "ff_a", None);
-        assert!(reserved.forbids(&key(1)) && !reserved.forbids(&key(2)) && reserved.forbids(&key(9)));
+        reserved.update("gw", "ff_b", Some(&data(key(1), "fe80::1")));
+        reserved.update("gw", "ff_a", None);
+        assert!(reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(2)) && reserved.is_reserved(&key(9)));
     }
 
     /// Fails where a word counts in whatever domain.
@@ -227,8 +227,8 @@ mod tests {
     fn gateways_of_domains_that_are_not_served_reserve_nothing() {
         let mut reserved = reserved(&[]);
         for n in 10..200 {
-            reserved.hear("gw", &n.to_string(), Some(&data(key(n), "fe80::1")));
-            assert!(!reserved.forbids(&key(n)));
+            reserved.update("gw", &n.to_string(), Some(&data(key(n), "fe80::1")));
+            assert!(!reserved.is_reserved(&key(n)));
         }
         assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
     }
@@ -238,15 +238,15 @@ mod tests {
     fn a_word_that_changes_all_the_time_reserves_nothing_until_it_stands() {
         let mut reserved = reserved(&[]);
         for n in 10..60 {
-            reserved.hear("gw", "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
-            assert_eq!(reserved.forbids(&key(n)), n == 10, "the first word counts, {n}");
-            reserved.hear("gw", "ff_a", None);
+            reserved.update("gw", "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
+            assert_eq!(reserved.is_reserved(&key(n)), n == 10, "the first word counts, {n}");
+            reserved.update("gw", "ff_a", None);
             pass(&mut reserved, STEADY - 1);
         }
-        reserved.hear("gw", "ff_a", Some(&data(key(7), "fe80::7")));
-        assert!(!reserved.forbids(&key(7)));
+        reserved.update("gw", "ff_a", Some(&data(key(7), "fe80::7")));
+        assert!(!reserved.is_reserved(&key(7)));
         pass(&mut reserved, STEADY);
-        assert!(reserved.forbids(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
+        assert!(reserved.is_reserved(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
         assert!(reserved.unsteady.is_empty() && reserved.keys.len() == 1 && reserved.addresses.len() == 2);
     }
 
@@ -256,10 +256,10 @@ mod tests {
         for number in 0..GATEWAYS_MAX {
             reserved.gateways.insert((number.to_string(), "ff_a".into()), Said::default());
         }
-        reserved.hear("one more", "ff_a", Some(&data(key(2), "fe80::1")));
-        assert!(!reserved.forbids(&key(2)));
-        reserved.hear("1", "ff_a", Some(&data(key(2), "fe80::1")));
-        assert!(reserved.forbids(&key(2)));
+        reserved.update("one more", "ff_a", Some(&data(key(2), "fe80::1")));
+        assert!(!reserved.is_reserved(&key(2)));
+        reserved.update("1", "ff_a", Some(&data(key(2), "fe80::1")));
+        assert!(reserved.is_reserved(&key(2)));
     }
 
     proptest! {
@@ -270,7 +270,7 @@ mod tests {
             let mut reserved = reserved(&[]);
             for (worker, domain, said, ticks) in words {
                 let data = said.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
-                reserved.hear(&worker.to_string(), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
+                reserved.update(&worker.to_string(), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
                 pass(&mut reserved, ticks);
                 let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
                 for said in reserved.gateways.values() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rumqttc::{LastWill, MqttOptions, NetworkOptions, TlsConfiguration, Transport};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use super::{Client, INFLIGHT, Message};
+use super::{INFLIGHT, Message, SessionConfig};
 use crate::config::{Mqtt, Server, Tls};
 use crate::runtime::tls::{TlsError, certificates, private_key, provider};
 
@@ -17,7 +17,10 @@ const PACKET_MAX: usize = 268_435_455;
 const CONNECT_SECONDS: u64 = 5;
 
 /// The options, and the server's name for the log.
-pub(super) fn options(config: &Mqtt, client: &Client) -> Result<(MqttOptions, NetworkOptions, String), TlsError> {
+pub(super) fn options(
+    config: &Mqtt,
+    client: &SessionConfig,
+) -> Result<(MqttOptions, NetworkOptions, String), TlsError> {
     let (host, port) = match &config.server {
         Server::Embedded(address) => (address.ip().to_string(), address.port()),
         Server::External { host, port } => (host.clone(), *port),

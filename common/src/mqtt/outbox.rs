@@ -19,27 +19,27 @@ const LOSSES_MAX: u32 = 8;
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// Says what became of a message.
-pub(super) type Done = oneshot::Sender<Result<(), PublishError>>;
+pub(super) type Ack = oneshot::Sender<Result<(), PublishError>>;
 
 /// A message on its way, and who waits for its acknowledgement.
 #[derive(Debug)]
-pub(super) struct Letter {
+pub(super) struct PendingPublish {
     message: Message,
-    done: Option<Done>,
+    ack: Option<Ack>,
     /// Connections that were lost while the server had it.
     losses: u32,
     /// When it was sent last.
     sent: Option<Instant>,
 }
 
-impl Letter {
-    pub(super) fn new(message: Message, done: Option<Done>) -> Self {
-        Self { message, done, losses: 0, sent: None }
+impl PendingPublish {
+    pub(super) fn new(message: Message, ack: Option<Ack>) -> Self {
+        Self { message, ack, losses: 0, sent: None }
     }
 
     /// Nobody waits for it any more, so it need not be published after all.
-    fn forsaken(&self) -> bool {
-        self.done.as_ref().is_some_and(oneshot::Sender::is_closed)
+    fn is_cancelled(&self) -> bool {
+        self.ack.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
     fn complete(self) {
@@ -52,67 +52,67 @@ impl Letter {
     }
 
     pub(super) fn end(self, result: Result<(), PublishError>) {
-        if let Some(done) = self.done {
+        if let Some(ack) = self.ack {
             // The receiver may have given up; the message went out all the same.
-            let _ = done.send(result);
+            let _ = ack.send(result);
         }
     }
 }
 
-/// Letters by how far they are, each list in the order of the orders.
+/// Publishes by how far they are, each list in the order of the orders.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// To be handed over again after a loss.
-    again: VecDeque<Letter>,
+    resend: VecDeque<PendingPublish>,
     /// In rumqttc's queue; it takes them in this order and tells the packet id of each.
-    queued: VecDeque<Letter>,
+    handed_off: VecDeque<PendingPublish>,
     /// Sent under a packet id and not acknowledged.
-    sent: VecDeque<(u16, Letter)>,
+    unacked: VecDeque<(u16, PendingPublish)>,
 }
 
 impl Outbox {
     /// How many are with rumqttc.
-    pub(super) fn under_way(&self) -> usize {
-        self.queued.len() + self.sent.len()
+    pub(super) fn in_flight(&self) -> usize {
+        self.handed_off.len() + self.unacked.len()
     }
 
-    /// The next letter to hand over again.
-    pub(super) fn next(&mut self) -> Option<Letter> {
-        self.again.pop_front()
+    /// The next publish to hand over again.
+    pub(super) fn next(&mut self) -> Option<PendingPublish> {
+        self.resend.pop_front()
     }
 
-    /// Gives the letter to rumqttc, whose queue has a place for every letter under way.
-    pub(super) fn hand_over(&mut self, letter: Letter, client: &AsyncClient) {
-        if letter.forsaken() {
+    /// Gives the publish to rumqttc, whose queue has a place for every publish under way.
+    pub(super) fn enqueue(&mut self, publish: PendingPublish, client: &AsyncClient) {
+        if publish.is_cancelled() {
             return;
         }
-        let Message { topic, payload, qos, retain } = letter.message.clone();
+        let Message { topic, payload, qos, retain } = publish.message.clone();
         match client.try_publish(topic.to_string(), qos, retain, payload) {
-            Ok(()) => self.queued.push_back(letter),
-            Err(_) => self.again.push_front(letter),
+            Ok(()) => self.handed_off.push_back(publish),
+            Err(_) => self.resend.push_front(publish),
         }
     }
 
-    /// rumqttc has written the oldest letter of its queue. At most once means that this is all there is to it.
+    /// rumqttc has written the oldest publish of its queue. At most once means that this is all there is to it.
     pub(super) fn sent(&mut self, pkid: u16, now: Instant) {
-        match self.queued.pop_front() {
-            Some(letter) if letter.message.qos == QoS::AtMostOnce => letter.complete(),
-            Some(letter) => self.sent.push_back((pkid, Letter { sent: Some(now), ..letter })),
+        match self.handed_off.pop_front() {
+            Some(publish) if publish.message.qos == QoS::AtMostOnce => publish.complete(),
+            Some(publish) => self.unacked.push_back((pkid, PendingPublish { sent: Some(now), ..publish })),
             None => {}
         }
     }
 
-    /// The server has taken over the letter with this packet id.
+    /// The server has taken over the publish with this packet id.
     pub(super) fn acknowledged(&mut self, pkid: u16) {
-        let place = self.sent.iter().position(|(sent, _)| *sent == pkid);
-        if let Some((_, letter)) = place.and_then(|place| self.sent.remove(place)) {
-            letter.complete();
+        let place = self.unacked.iter().position(|(sent, _)| *sent == pkid);
+        if let Some((_, publish)) = place.and_then(|place| self.unacked.remove(place)) {
+            publish.complete();
         }
     }
 
     /// When the server has to have acknowledged the oldest that is sent.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.sent.front().and_then(|(_, letter)| letter.sent).map(|sent| sent + ANSWER)
+        self.unacked.front().and_then(|(_, publish)| publish.sent).map(|sent| sent + ANSWER)
     }
 
     /// Whether the server has not done so.
@@ -121,23 +121,23 @@ impl Outbox {
     }
 
     /// The connection is lost: what somebody waits for goes out again, in the old order; the rest is worthless by now.
-    pub(super) fn lost(&mut self) {
-        let mut kept = Vec::with_capacity(self.sent.len());
-        for (_, mut letter) in self.sent.drain(..) {
-            letter.losses += 1;
-            if letter.losses < LOSSES_MAX {
-                kept.push(letter);
+    pub(super) fn on_disconnect(&mut self) {
+        let mut kept = Vec::with_capacity(self.unacked.len());
+        for (_, mut publish) in self.unacked.drain(..) {
+            publish.losses += 1;
+            if publish.losses < LOSSES_MAX {
+                kept.push(publish);
             } else {
-                error!(topic = %letter.message.topic, bytes = letter.message.payload.len(), "message given up: the MQTT \
+                error!(topic = %publish.message.topic, bytes = publish.message.payload.len(), "message given up: the MQTT \
                     server does not acknowledge it, and the connection is lost each time");
-                letter.end(Err(PublishError::Unsendable));
+                publish.end(Err(PublishError::Unsendable));
             }
         }
         let sent = kept.into_iter();
-        let mut again: VecDeque<Letter> = sent.chain(self.queued.drain(..)).collect();
-        again.append(&mut self.again);
-        again.retain(|letter| letter.done.is_some() && !letter.forsaken());
-        self.again = again;
+        let mut again: VecDeque<PendingPublish> = sent.chain(self.handed_off.drain(..)).collect();
+        again.append(&mut self.resend);
+        again.retain(|publish| publish.ack.is_some() && !publish.is_cancelled());
+        self.resend = again;
     }
 }
 
@@ -148,29 +148,29 @@ mod tests {
     use super::*;
     use crate::Topic;
 
-    /// A letter told apart by its payload.
-    fn letter(text: &str, waited_for: bool) -> (Letter, oneshot::Receiver<Result<(), PublishError>>) {
+    /// A publish told apart by its payload.
+    fn publish(text: &str, waited_for: bool) -> (PendingPublish, oneshot::Receiver<Result<(), PublishError>>) {
         let (done, acknowledged) = oneshot::channel();
-        let message = Message::event(Topic::Key { domain: "d".into() }, text);
-        (Letter::new(message, waited_for.then_some(done)), acknowledged)
+        let message = Message::transient(Topic::Key { domain: "d".into() }, text);
+        (PendingPublish::new(message, waited_for.then_some(done)), acknowledged)
     }
 
     fn client() -> (AsyncClient, EventLoop) {
         AsyncClient::new(MqttOptions::new("test", "localhost", 1), 10)
     }
 
-    fn texts(letters: &VecDeque<Letter>) -> Vec<&str> {
-        letters.iter().map(|letter| std::str::from_utf8(&letter.message.payload).unwrap()).collect()
+    fn texts(publishes: &VecDeque<PendingPublish>) -> Vec<&str> {
+        publishes.iter().map(|publish| std::str::from_utf8(&publish.message.payload).unwrap()).collect()
     }
 
     #[test]
     fn an_acknowledgement_reaches_the_publisher_it_belongs_to() {
         let (client, _eventloop) = client();
         let mut outbox = Outbox::default();
-        let (first, mut first_done) = letter("1", true);
-        let (second, mut second_done) = letter("2", true);
-        outbox.hand_over(first, &client);
-        outbox.hand_over(second, &client);
+        let (first, mut first_done) = publish("1", true);
+        let (second, mut second_done) = publish("2", true);
+        outbox.enqueue(first, &client);
+        outbox.enqueue(second, &client);
         outbox.sent(7, Instant::now());
         outbox.sent(8, Instant::now());
         outbox.acknowledged(8);
@@ -179,7 +179,7 @@ mod tests {
         outbox.acknowledged(9);
         outbox.acknowledged(7);
         assert!(first_done.try_recv().is_ok());
-        assert_eq!(outbox.under_way(), 0);
+        assert_eq!(outbox.in_flight(), 0);
     }
 
     #[test]
@@ -187,8 +187,8 @@ mod tests {
         let ((client, _eventloop), now) = (client(), Instant::now());
         let mut outbox = Outbox::default();
         let _done = ["1", "2"].map(|text| {
-            let (letter, done) = letter(text, true);
-            outbox.hand_over(letter, &client);
+            let (publish, done) = publish(text, true);
+            outbox.enqueue(publish, &client);
             done
         });
         assert_eq!(outbox.due(), None);
@@ -197,7 +197,7 @@ mod tests {
         assert!(!outbox.is_overdue(now + ANSWER / 2) && outbox.is_overdue(now + ANSWER));
         outbox.acknowledged(1);
         assert_eq!(outbox.due(), Some(now + ANSWER / 2 + ANSWER));
-        outbox.lost();
+        outbox.on_disconnect();
         assert_eq!(outbox.due(), None, "it is sent again");
     }
 
@@ -205,12 +205,12 @@ mod tests {
     fn a_figure_is_done_when_it_is_written() {
         let (client, _eventloop) = client();
         let mut outbox = Outbox::default();
-        let (mut figure, mut done) = letter("1", true);
+        let (mut figure, mut done) = publish("1", true);
         figure.message.qos = QoS::AtMostOnce;
-        outbox.hand_over(figure, &client);
+        outbox.enqueue(figure, &client);
         outbox.sent(0, Instant::now());
         assert!(done.try_recv().is_ok());
-        assert_eq!(outbox.under_way(), 0);
+        assert_eq!(outbox.in_flight(), 0);
     }
 
     #[test]
@@ -219,8 +219,8 @@ mod tests {
         let mut outbox = Outbox::default();
         let mut waiting = Vec::new();
         for (text, waited_for) in [("1", true), ("2", false), ("3", true), ("4", true), ("5", true)] {
-            let (letter, done) = letter(text, waited_for);
-            outbox.hand_over(letter, &client);
+            let (publish, done) = publish(text, waited_for);
+            outbox.enqueue(publish, &client);
             if text != "4" {
                 waiting.push(done); // the publisher of 4 has given up
             }
@@ -229,28 +229,28 @@ mod tests {
         outbox.sent(2, Instant::now());
         outbox.acknowledged(2);
         outbox.sent(3, Instant::now());
-        outbox.lost();
-        assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
+        outbox.on_disconnect();
+        assert_eq!(texts(&outbox.resend), ["1", "3", "5"]);
         let first = outbox.next().unwrap();
-        outbox.hand_over(first, &client);
-        outbox.lost();
-        assert_eq!(texts(&outbox.again), ["1", "3", "5"]);
-        assert_eq!(outbox.under_way(), 0);
+        outbox.enqueue(first, &client);
+        outbox.on_disconnect();
+        assert_eq!(texts(&outbox.resend), ["1", "3", "5"]);
+        assert_eq!(outbox.in_flight(), 0);
     }
 
     #[test]
     fn a_message_over_which_connections_are_lost_again_and_again_is_given_up() {
         let (client, _eventloop) = client();
         let mut outbox = Outbox::default();
-        let (letter, mut done) = letter("1", true);
-        outbox.hand_over(letter, &client);
+        let (publish, mut done) = publish("1", true);
+        outbox.enqueue(publish, &client);
         for loss in 1..=LOSSES_MAX {
             outbox.sent(1, Instant::now());
-            outbox.lost();
+            outbox.on_disconnect();
             let given_up = done.try_recv().is_ok_and(|result| result == Err(PublishError::Unsendable));
             assert_eq!(given_up, loss == LOSSES_MAX);
-            if let Some(letter) = outbox.next() {
-                outbox.queued.push_back(letter);
+            if let Some(publish) = outbox.next() {
+                outbox.handed_off.push_back(publish);
             }
         }
     }
@@ -261,13 +261,13 @@ mod tests {
         let mut outbox = Outbox::default();
         let waiting: Vec<_> = (0..12)
             .map(|number| {
-                let (letter, done) = letter(&number.to_string(), true);
-                outbox.hand_over(letter, &client);
+                let (publish, done) = publish(&number.to_string(), true);
+                outbox.enqueue(publish, &client);
                 done
             })
             .collect();
-        assert_eq!(outbox.under_way(), 10);
-        outbox.lost();
-        assert_eq!(outbox.again.len(), waiting.len());
+        assert_eq!(outbox.in_flight(), 10);
+        outbox.on_disconnect();
+        assert_eq!(outbox.resend.len(), waiting.len());
     }
 }

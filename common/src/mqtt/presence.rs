@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::Topic;
 use crate::mqtt::{Message, Publish};
-use crate::wire::message::Party;
+use crate::wire::message::Participant;
 
 /// How often the states are published again whatever happens.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -44,7 +44,7 @@ impl Announcement {
     pub fn of(self, state: Message) -> Message {
         match self {
             Self::Retained => state,
-            Self::Transient => state.transient(),
+            Self::Transient => state.not_retained(),
         }
     }
 }
@@ -55,7 +55,7 @@ pub enum PresenceEvent {
     /// The status of another broker or worker.
     Status {
         /// Whose it is.
-        party: Party,
+        party: Participant,
         /// Whether it is online.
         online: bool,
         /// It was found on the bus, so its owner was there before.
@@ -69,7 +69,7 @@ impl PresenceEvent {
     /// What a message says of who is there to the program `own`. What is found on the bus under its own name is from before
     /// it published its states on this connection.
     #[must_use]
-    pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Party) -> Option<Self> {
+    pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Participant) -> Option<Self> {
         let owner = topic.state_of()?;
         let is_status = matches!(topic, Topic::BrokerStatus { .. } | Topic::WorkerStatus { .. });
         if owner == *own {
@@ -84,14 +84,14 @@ impl PresenceEvent {
 /// The way from a program's connections to its announcer.
 #[derive(Debug, Clone)]
 pub struct Reporter {
-    own: Party,
+    own: Participant,
     events: mpsc::Sender<PresenceEvent>,
 }
 
 impl Reporter {
     /// The reporter of the program `own`, and what its announcer receives.
     #[must_use]
-    pub fn new(own: Party) -> (Self, mpsc::Receiver<PresenceEvent>) {
+    pub fn new(own: Participant) -> (Self, mpsc::Receiver<PresenceEvent>) {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         (Self { own, events }, received)
     }
@@ -106,7 +106,7 @@ impl Reporter {
 /// What a program knows of the others on the bus, and when it publishes its states next.
 #[derive(Debug, Default)]
 pub struct Presence {
-    online: BTreeSet<Party>,
+    online: BTreeSet<Participant>,
     is_connected: bool,
     /// When all is retained again: every [`PERIOD`], or sooner to correct something.
     retained_due: Option<Instant>,
@@ -129,7 +129,7 @@ impl Presence {
 
     /// Takes in the status of another broker or worker; `retained` if it was found on the bus, so that its owner was there
     /// before. `jitter` is between 0 and 1.
-    pub fn status(&mut self, party: Party, online: bool, retained: bool, now: Instant, jitter: f64) {
+    pub fn status(&mut self, party: Participant, online: bool, retained: bool, now: Instant, jitter: f64) {
         if !online {
             self.online.remove(&party);
         } else if self.online.len() < NAMES_MAX && self.online.insert(party) && !retained && self.is_connected {
@@ -171,8 +171,8 @@ mod tests {
 
     use super::*;
 
-    fn worker(name: &str) -> Party {
-        Party::Worker(name.into())
+    fn worker(name: &str) -> Participant {
+        Participant::Worker(name.into())
     }
 
     fn connected(now: Instant) -> Presence {
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(presence.next(due), Some(Announcement::Transient));
         assert_eq!(presence.next(due), None);
         presence.status(worker("1"), false, false, due, 0.0);
-        presence.status(Party::Broker("1".into()), true, false, due, 0.0);
+        presence.status(Participant::Broker("1".into()), true, false, due, 0.0);
         assert_eq!(presence.due(), Some(due + PAUSE), "one after the other costs no more");
         presence.disconnected();
         presence.connected(due);
@@ -234,7 +234,10 @@ mod tests {
         };
         let status = |party, online, retained| Some(PresenceEvent::Status { party, online, retained });
         assert_eq!(read("wireguard-worker/a/status", b"1", true), status(worker("a"), true, true));
-        assert_eq!(read("wireguard-broker/own/status", b"", false), status(Party::Broker("own".into()), false, false));
+        assert_eq!(
+            read("wireguard-broker/own/status", b"", false),
+            status(Participant::Broker("own".into()), false, false)
+        );
         for topic in ["wireguard-worker/own/status", "wireguard-worker/own/d/data", "wgkex/worker/own/hello"] {
             let heard = PresenceEvent::Own(Topic::parse(topic).unwrap(), b"0".to_vec());
             assert_eq!(read(topic, b"0", false), Some(heard));
@@ -260,7 +263,7 @@ mod tests {
             for (kind, name, online, retained, pause) in events {
                 match kind {
                     0 => presence.contradicted(now),
-                    1 => presence.status(Party::Broker(name.to_string()), online, retained, now, 0.3),
+                    1 => presence.status(Participant::Broker(name.to_string()), online, retained, now, 0.3),
                     _ => presence.status(worker(&name.to_string()), online, retained, now, 0.9),
                 }
                 now += Duration::from_millis(pause);

@@ -1,4 +1,4 @@
-//! Keys on disk: what a program knows survives its restart. A [`Journal`] collects what changed, a [`Store`] writes it
+//! Keys on disk: what a program knows survives its restart. A [`WriteBuffer`] collects what changed, a [`KeyStore`] writes it
 //! behind to an SQLite database.
 //!
 //! Ages count, not dates: the database keeps a clock of its own, which runs by the monotonic one. Only for the time that
@@ -45,7 +45,7 @@ const SCHEMA: &str = "
 
 /// What is remembered of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
+pub struct KeyRecord {
     /// When it last came, or last shook hands.
     pub last: Instant,
     /// Whether a handshake with it was ever seen.
@@ -53,22 +53,22 @@ pub struct Kept {
 }
 
 /// Each key with what is remembered of it.
-pub type Keys = BTreeMap<(Domain, PublicKey), Kept>;
+pub type Keys = BTreeMap<(Domain, PublicKey), KeyRecord>;
 
 /// What changed and is not on disk yet; the last state of each key. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Journal {
+pub struct WriteBuffer {
     changes: Arc<Mutex<Changes>>,
     /// The database was lost, and a new one is to have all keys.
     anew: Arc<AtomicBool>,
 }
 
 /// What each key is now; none if it is gone.
-type Changes = BTreeMap<(Domain, PublicKey), Option<Kept>>;
+type Changes = BTreeMap<(Domain, PublicKey), Option<KeyRecord>>;
 
-impl Journal {
+impl WriteBuffer {
     /// The key is to be on disk like this.
-    pub fn put(&self, domain: &Domain, key: PublicKey, kept: Kept) {
+    pub fn put(&self, domain: &Domain, key: PublicKey, kept: KeyRecord) {
         self.note(domain, key, Some(kept));
     }
 
@@ -78,7 +78,7 @@ impl Journal {
     }
 
     /// One too many is left out: on disk the key then stays as it was.
-    fn note(&self, domain: &Domain, key: PublicKey, kept: Option<Kept>) {
+    fn note(&self, domain: &Domain, key: PublicKey, kept: Option<KeyRecord>) {
         let mut changes = self.lock();
         if changes.len() < CHANGES || changes.contains_key(&(domain.clone(), key)) {
             changes.insert((domain.clone(), key), kept);
@@ -87,7 +87,7 @@ impl Journal {
 
     /// Whether all keys are to be put again; true once.
     #[must_use]
-    pub fn begins_anew(&self) -> bool {
+    pub fn needs_full_write(&self) -> bool {
         self.anew.swap(false, Ordering::SeqCst)
     }
 
@@ -108,7 +108,7 @@ impl Journal {
     }
 
     /// Takes back what could not be written; what came meanwhile is newer.
-    fn give_back(&self, unwritten: Changes) {
+    fn requeue(&self, unwritten: Changes) {
         let mut changes = self.lock();
         for (subject, kept) in unwritten {
             if changes.len() >= CHANGES {
@@ -125,14 +125,14 @@ impl Journal {
 
 /// The two clocks at one instant.
 #[derive(Debug, Clone, Copy)]
-pub struct Now {
+pub struct Clocks {
     /// For every age.
     pub monotonic: Instant,
     /// For how long the program was down, and nothing else.
     pub wall: SystemTime,
 }
 
-impl Now {
+impl Clocks {
     /// As the system has them.
     #[must_use]
     pub fn read() -> Self {
@@ -141,9 +141,9 @@ impl Now {
 }
 
 /// The database of one program.
-pub struct Store {
+pub struct KeyStore {
     file: PathBuf,
-    journal: Journal,
+    buffer: WriteBuffer,
     /// None while it cannot be opened.
     database: Option<Database>,
     /// That it cannot be written has been said.
@@ -159,7 +159,7 @@ struct Database {
     written: Instant,
 }
 
-impl Store {
+impl KeyStore {
     /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
     /// than `ttl`. A damaged file is set aside; one that cannot be written is read all the same, and tried again
     /// later. Neither keeps anybody from starting; the error is that the file has a layout which is not known here.
@@ -168,11 +168,11 @@ impl Store {
         name: &str,
         domains: &BTreeSet<Domain>,
         ttl: Option<Duration>,
-        now: Now,
-    ) -> Result<(Self, Journal, Keys), Failure> {
+        now: Clocks,
+    ) -> Result<(Self, WriteBuffer, Keys), Failure> {
         let file = dir.join(format!("{name}.sqlite"));
-        let journal = Journal::default();
-        let mut store = Self { file, journal: journal.clone(), database: None, failing: false };
+        let buffer = WriteBuffer::default();
+        let mut store = Self { file, buffer: buffer.clone(), database: None, failing: false };
         let oldest = ttl.map_or(i64::MAX, seconds);
         let (written, keys) = match store.whole(now, |database| database.with_keys(domains, oldest)) {
             Ok((mut database, keys)) => {
@@ -192,16 +192,16 @@ impl Store {
         if let Err(failure) = written {
             store.fail(&failure);
         }
-        Ok((store, journal, keys))
+        Ok((store, buffer, keys))
     }
 
     /// What `read` makes of the database; of a new one, if it is damaged.
-    fn whole<T>(&self, now: Now, read: impl Fn(Database) -> Result<T, Failure>) -> Result<T, Failure> {
+    fn whole<T>(&self, now: Clocks, read: impl Fn(Database) -> Result<T, Failure>) -> Result<T, Failure> {
         let open = || Database::open(&self.file, now).and_then(&read);
         match open() {
             Err(Failure::Damaged(reason)) => {
-                sqlite::set_aside(&self.file, &reason)?;
-                self.journal.anew.store(true, Ordering::SeqCst);
+                sqlite::quarantine(&self.file, &reason)?;
+                self.buffer.anew.store(true, Ordering::SeqCst);
                 open()
             }
             opened => opened,
@@ -218,7 +218,7 @@ impl Store {
                 () = &mut stop => over = true,
             }
             // An error means that the runtime ends.
-            let Ok(store) = spawn_blocking(move || self.flush(Now::read())).await else { return };
+            let Ok(store) = spawn_blocking(move || self.flush(Clocks::read())).await else { return };
             self = store;
             kept(!self.failing);
         }
@@ -226,7 +226,7 @@ impl Store {
 
     /// Writes what changed. What cannot be written is kept for the next time.
     #[must_use]
-    pub fn flush(mut self, now: Now) -> Self {
+    pub fn flush(mut self, now: Clocks) -> Self {
         if self.database.is_none() {
             match self.whole(now, Ok) {
                 Ok(database) => self.database = Some(database),
@@ -236,7 +236,7 @@ impl Store {
                 }
             }
         }
-        let changes = self.journal.take();
+        let changes = self.buffer.take();
         let Some(database) = &mut self.database else { return self };
         if changes.is_empty() && !self.failing && now.monotonic.saturating_duration_since(database.written) < CLOCK {
             return self;
@@ -248,7 +248,7 @@ impl Store {
                 }
             }
             Err(failure) => {
-                self.journal.give_back(changes);
+                self.buffer.requeue(changes);
                 if matches!(failure, Failure::Damaged(_)) {
                     self.database = None;
                 }
@@ -266,16 +266,16 @@ impl Store {
 }
 
 impl Database {
-    fn open(file: &Path, now: Now) -> Result<Self, Failure> {
+    fn open(file: &Path, now: Clocks) -> Result<Self, Failure> {
         Self::with_clock(sqlite::open(file, LAYOUT)?, now)
     }
 
     /// One that cannot be written, perhaps without the last changes to it.
-    fn open_to_read(file: &Path, now: Now) -> Result<Self, Failure> {
+    fn open_to_read(file: &Path, now: Clocks) -> Result<Self, Failure> {
         Self::with_clock(sqlite::open_to_read(file, LAYOUT)?, now)
     }
 
-    fn with_clock(connection: Connection, now: Now) -> Result<Self, Failure> {
+    fn with_clock(connection: Connection, now: Clocks) -> Result<Self, Failure> {
         let clock = connection.query_row("SELECT running, wall FROM clock", [], |row| {
             Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
         });
@@ -297,7 +297,7 @@ impl Database {
                 let (last, proven) = (row.get(2).map_err(damaged)?, row.get(3).map_err(damaged)?);
                 if let Some(domain) = domains.get(name.as_str()).filter(|_| self.running.saturating_sub(last) < oldest)
                 {
-                    keys.insert((domain.clone(), key), Kept { last: self.instant(last), proven });
+                    keys.insert((domain.clone(), key), KeyRecord { last: self.instant(last), proven });
                 }
             }
         }
@@ -305,13 +305,13 @@ impl Database {
     }
 
     /// Removes the keys that are not younger than `oldest` seconds.
-    fn forget(&mut self, oldest: i64, now: Now) -> Result<(), Failure> {
+    fn forget(&mut self, oldest: i64, now: Clocks) -> Result<(), Failure> {
         let before = self.running.saturating_sub(oldest);
         self.connection.execute("DELETE FROM keys WHERE last <= ?1", [before])?;
         self.write(&Changes::new(), now)
     }
 
-    fn write(&mut self, changes: &Changes, now: Now) -> Result<(), Failure> {
+    fn write(&mut self, changes: &Changes, now: Clocks) -> Result<(), Failure> {
         let running = self.seconds(now.monotonic);
         let (opened, base) = (self.opened, self.running);
         let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -320,7 +320,7 @@ impl Database {
             let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
             for ((domain, key), kept) in changes {
                 match kept {
-                    Some(Kept { last, proven }) => {
+                    Some(KeyRecord { last, proven }) => {
                         let last = at(base, opened, *last);
                         put.execute(params![domain.name(), key.as_bytes(), last, proven])?
                     }

@@ -128,8 +128,8 @@ impl Layout {
 }
 
 /// Gives a damaged file another name, so that a new one can take its place.
-pub fn set_aside(file: &Path, reason: &str) -> Result<(), Failure> {
-    let aside = state_file::set_aside(file)?;
+pub fn quarantine(file: &Path, reason: &str) -> Result<(), Failure> {
+    let aside = state_file::quarantine(file)?;
     warn!(file = %file.display(), set_aside = %aside.display(), reason, "state file is damaged");
     Ok(())
 }

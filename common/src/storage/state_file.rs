@@ -34,10 +34,10 @@ pub(crate) fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
 }
 
 /// Gives a damaged file, with what SQLite has beside it, a name that no file has yet, and says which.
-pub(crate) fn set_aside(file: &Path) -> io::Result<PathBuf> {
+pub(crate) fn quarantine(file: &Path) -> io::Result<PathBuf> {
     let names = (1_u32..).map(|n| if n == 1 { ".damaged".to_owned() } else { format!(".damaged-{n}") });
     let mut aside = None;
-    for name in names.map(|suffix| beside(file, suffix.as_ref())) {
+    for name in names.map(|suffix| with_suffix(file, suffix.as_ref())) {
         if is_free(&name)? {
             aside = Some(name);
             break;
@@ -45,7 +45,7 @@ pub(crate) fn set_aside(file: &Path) -> io::Result<PathBuf> {
     }
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     for part in PARTS {
-        let renamed = std::fs::rename(beside(file, part.as_ref()), beside(&aside, part.as_ref()));
+        let renamed = std::fs::rename(with_suffix(file, part.as_ref()), with_suffix(&aside, part.as_ref()));
         match renamed {
             Err(error) if part.is_empty() || error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -58,7 +58,7 @@ pub(crate) fn set_aside(file: &Path) -> io::Result<PathBuf> {
 /// where the directory is none.
 fn is_free(name: &Path) -> io::Result<bool> {
     for part in PARTS {
-        match beside(name, part.as_ref()).symlink_metadata() {
+        match with_suffix(name, part.as_ref()).symlink_metadata() {
             Ok(_) => return Ok(false),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -68,7 +68,7 @@ fn is_free(name: &Path) -> io::Result<bool> {
 }
 
 /// `name` with `suffix` behind it.
-pub(crate) fn beside(name: &Path, suffix: &OsStr) -> PathBuf {
+pub(crate) fn with_suffix(name: &Path, suffix: &OsStr) -> PathBuf {
     let mut name = name.as_os_str().to_owned();
     name.push(suffix);
     name.into()
@@ -109,12 +109,12 @@ mod tests {
         for (n, expected) in ["f.damaged", "f.damaged-3", "f.damaged-4"].into_iter().enumerate() {
             fs::write(at("f"), n.to_string()).unwrap();
             fs::write(at("f-wal"), n.to_string()).unwrap();
-            assert_eq!(set_aside(&at("f")).unwrap(), at(expected));
+            assert_eq!(quarantine(&at("f")).unwrap(), at(expected));
             assert_eq!(fs::read_to_string(at(&format!("{expected}-wal"))).unwrap(), n.to_string());
         }
-        assert!(set_aside(&at("f")).is_err());
+        assert!(quarantine(&at("f")).is_err());
         assert_eq!(fs::read_to_string(at("f.damaged")).unwrap(), "0");
         // It looked for a free name for ever.
-        assert!(set_aside(&at("f.damaged/g")).is_err(), "its directory is a file");
+        assert!(quarantine(&at("f.damaged/g")).is_err(), "its directory is a file");
     }
 }

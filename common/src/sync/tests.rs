@@ -16,44 +16,44 @@ fn hello() -> Hello {
     Hello::broker(vec!["ff_a".into(), "ff_b".into()], 1)
 }
 
-fn page(broker: &str, question: &Question, keys: &[u8], more: bool) -> Page {
-    let keys = keys.iter().map(|n| (key(*n), Age(1, false))).collect();
-    Page { broker: broker.into(), domain: question.domain.clone(), after: question.after, keys, more }
+fn chunk(broker: &str, request: &SyncRequest, keys: &[u8], more: bool) -> SnapshotChunk {
+    let keys = keys.iter().map(|n| (key(*n), Age { age_secs: 1, has_handshake: false })).collect();
+    SnapshotChunk { broker: broker.into(), domain: request.domain.clone(), after: request.after, keys, more }
 }
 
-/// An asker that has a bus, with brokers, one after the other.
+/// An client that has a bus, with brokers, one after the other.
 struct World {
-    asker: Asker,
+    client: SyncClient,
     now: Instant,
 }
 
 impl World {
-    fn new(own: Party, manner: Manner, brokers: &[&str]) -> Self {
-        let (mut asker, now) = (Asker::new(own, manner, [domain("ff_a"), domain("ff_b")]), Instant::now());
+    fn new(own: Participant, selection: PeerSelection, brokers: &[&str]) -> Self {
+        let (mut client, now) = (SyncClient::new(own, selection, [domain("ff_a"), domain("ff_b")]), Instant::now());
         for broker in brokers {
-            asker.broker(broker, Some(&hello()), now);
+            client.broker(broker, Some(&hello()), now);
         }
-        asker.online(now, Duration::ZERO);
-        Self { asker, now }
+        client.online(now, Duration::ZERO);
+        Self { client, now }
     }
 
     fn worker(brokers: &[&str]) -> Self {
-        Self::new(Party::Worker("gw".into()), Manner::One, brokers)
+        Self::new(Participant::Worker("gw".into()), PeerSelection::Sticky, brokers)
     }
 
     fn pass(&mut self, time: Duration) {
         self.now += time;
     }
 
-    fn ask(&mut self) -> Option<(String, Question)> {
-        self.asker.ask(self.now)
+    fn ask(&mut self) -> Option<(String, SyncRequest)> {
+        self.client.ask(self.now)
     }
 
     /// Has the broker that is asked answer everything that it is asked, with no keys; says who it was.
     fn round(&mut self) -> Option<String> {
         let mut asked = None;
-        while let Some((broker, question)) = self.ask() {
-            assert!(self.asker.hear(&page(&broker, &question, &[], false)));
+        while let Some((broker, request)) = self.ask() {
+            assert!(self.client.apply(&chunk(&broker, &request, &[], false)));
             asked = Some(broker);
         }
         asked
@@ -65,11 +65,11 @@ fn all_keys_are_asked_for_page_by_page_and_domain_by_domain() {
     let mut world = World::worker(&["b1"]);
     let mut asked = Vec::new();
     for (keys, more) in [(&[1, 2][..], true), (&[7], true), (&[], false), (&[3], false)] {
-        let (broker, question) = world.ask().unwrap();
-        assert_eq!(world.ask(), None, "one question at a time");
-        assert!(world.asker.hear(&page(&broker, &question, keys, more)));
-        assert_eq!((question.from, question.younger_than), (Party::Worker("gw".into()), None));
-        asked.push((question.domain, question.after));
+        let (broker, request) = world.ask().unwrap();
+        assert_eq!(world.ask(), None, "one request at a time");
+        assert!(world.client.apply(&chunk(&broker, &request, keys, more)));
+        assert_eq!((request.from, request.younger_than), (Participant::Worker("gw".into()), None));
+        asked.push((request.domain, request.after));
     }
     let wanted = [("ff_a", None), ("ff_a", Some(key(2))), ("ff_a", Some(key(7))), ("ff_b", None)];
     assert_eq!(asked, wanted.map(|(domain, after)| (domain.to_owned(), after)));
@@ -83,18 +83,18 @@ fn then_it_asks_for_what_came_since() {
     world.pass(PERIOD / 2);
     assert_eq!(world.ask(), None);
     world.pass(PERIOD / 2);
-    let (_, question) = world.ask().unwrap();
-    assert_eq!(question.younger_than, Some(21), "since the last round began, and what was under way then");
-    world.asker.offline();
+    let (_, request) = world.ask().unwrap();
+    assert_eq!(request.younger_than, Some(21), "since the last round began, and what was under way then");
+    world.client.offline();
     world.pass(600 * SECOND);
-    assert_eq!((world.ask(), world.asker.due()), (None, None));
-    world.asker.online(world.now, Duration::ZERO);
-    let (_, question) = world.ask().unwrap();
-    assert_eq!(question.younger_than, Some(621), "a round that did not come to its end does not count");
+    assert_eq!((world.ask(), world.client.due()), (None, None));
+    world.client.online(world.now, Duration::ZERO);
+    let (_, request) = world.ask().unwrap();
+    assert_eq!(request.younger_than, Some(621), "a round that did not come to its end does not count");
 }
 
 /// Lets so much time pass, second by second, and gives what is asked meanwhile.
-fn asked_within(world: &mut World, time: Duration) -> Vec<(String, Question)> {
+fn asked_within(world: &mut World, time: Duration) -> Vec<(String, SyncRequest)> {
     let end = world.now + time;
     let mut asked = Vec::new();
     while world.now < end {
@@ -113,37 +113,37 @@ fn one_that_does_not_answer_is_asked_again_and_then_passed_over_for_a_while() {
     world.pass(PERIOD);
     assert_eq!(world.ask().unwrap().0, first);
     let asked = asked_within(&mut world, 7 * PATIENCE);
-    let [(again, _), (once_more, _), (second, question)] = &asked[..] else { panic!("{asked:?}") };
+    let [(again, _), (once_more, _), (second, request)] = &asked[..] else { panic!("{asked:?}") };
     assert!(*again == first && *once_more == first && *second != first);
-    assert_eq!(question.younger_than, None, "the other one is asked for all");
-    world.asker.broker(second, None, world.now);
+    assert_eq!(request.younger_than, None, "the other one is asked for all");
+    world.client.broker(second, None, world.now);
     assert!(asked_within(&mut world, 6 * PATIENCE).iter().all(|(broker, _)| broker == second));
-    assert_eq!(asked_within(&mut world, PASSED_OVER)[0].0, first, "its time is over");
+    assert_eq!(asked_within(&mut world, COOLDOWN)[0].0, first, "its time is over");
 }
 
 #[test]
 fn another_broker_goes_on_where_the_first_one_died() {
     let mut world = World::worker(&["b1", "b2"]);
-    let (first, question) = world.ask().unwrap();
-    assert!(world.asker.hear(&page(&first, &question, &[1, 2], true)));
+    let (first, request) = world.ask().unwrap();
+    assert!(world.client.apply(&chunk(&first, &request, &[1, 2], true)));
     assert_eq!(world.ask().unwrap().1.after, Some(key(2)));
     let asked = asked_within(&mut world, 7 * PATIENCE);
-    let (second, question) = asked.last().unwrap();
+    let (second, request) = asked.last().unwrap();
     assert_ne!(*second, first);
-    assert_eq!((question.domain.as_str(), question.after), ("ff_a", Some(key(2))));
+    assert_eq!((request.domain.as_str(), request.after), ("ff_a", Some(key(2))));
 }
 
 #[test]
 fn on_a_slow_line_a_page_may_come_late() {
     let mut world = World::worker(&["b1", "b2"]);
-    let (broker, question) = world.ask().unwrap();
+    let (broker, request) = world.ask().unwrap();
     let asked = asked_within(&mut world, 2 * PATIENCE);
-    assert_eq!(asked, [(broker.clone(), question.clone())]);
-    let page = page(&broker, &question, &[1, 2], true);
-    assert!(world.asker.hear(&page));
-    assert!(!world.asker.hear(&page), "the answer to the repetition is not wanted any more");
+    assert_eq!(asked, [(broker.clone(), request.clone())]);
+    let chunk = chunk(&broker, &request, &[1, 2], true);
+    assert!(world.client.apply(&chunk));
+    assert!(!world.client.apply(&chunk), "the answer to the repetition is not wanted any more");
     assert_eq!(world.ask().unwrap().1.after, Some(key(2)));
-    assert!(!world.asker.hear(&page));
+    assert!(!world.client.apply(&chunk));
 }
 
 #[test]
@@ -151,11 +151,11 @@ fn a_long_round_asks_until_its_end_for_what_came_since_the_last_one_began() {
     let mut world = World::worker(&["b1"]);
     world.round();
     world.pass(300 * SECOND);
-    let (broker, question) = world.ask().unwrap();
-    assert_eq!(question.younger_than, Some(311));
+    let (broker, request) = world.ask().unwrap();
+    assert_eq!(request.younger_than, Some(311));
     world.pass(2 * SECOND);
-    assert!(world.asker.hear(&page(&broker, &question, &[], false)));
-    // The keys of that page take long to go in.
+    assert!(world.client.apply(&chunk(&broker, &request, &[], false)));
+    // The keys of that chunk take long to go in.
     world.pass(60 * SECOND);
     assert_eq!(world.ask().unwrap().1.younger_than, Some(373));
 }
@@ -165,9 +165,9 @@ fn all_keys_are_asked_for_again_after_an_hour() {
     let mut world = World::worker(&["b1"]);
     let mut all = 0;
     for _ in 0..=2 * FULL_PERIOD.as_secs() / PERIOD.as_secs() {
-        let (broker, question) = world.ask().unwrap();
-        all += u32::from(question.younger_than.is_none());
-        assert!(world.asker.hear(&page(&broker, &question, &[], false)));
+        let (broker, request) = world.ask().unwrap();
+        all += u32::from(request.younger_than.is_none());
+        assert!(world.client.apply(&chunk(&broker, &request, &[], false)));
         world.round();
         world.pass(PERIOD);
     }
@@ -178,8 +178,8 @@ fn all_keys_are_asked_for_again_after_an_hour() {
 fn a_broker_that_serves_more_of_the_domains_is_asked_first() {
     for half in ["a", "z"] {
         let mut world = World::worker(&[]);
-        world.asker.broker(half, Some(&Hello::broker(vec!["ff_b".into()], 1)), world.now);
-        world.asker.broker("m", Some(&hello()), world.now);
+        world.client.broker(half, Some(&Hello::broker(vec!["ff_b".into()], 1)), world.now);
+        world.client.broker("m", Some(&hello()), world.now);
         assert_eq!(world.round().as_deref(), Some("m"));
     }
 }
@@ -189,16 +189,16 @@ fn a_broker_is_new_when_it_comes_and_when_it_was_started_anew() {
     let mut world = World::worker(&[]);
     let domains = || vec!["ff_a".to_owned()];
     for (instance, is_new) in [(1, true), (1, false), (2, true), (2, false)] {
-        assert_eq!(world.asker.broker("b1", Some(&Hello::broker(domains(), instance)), world.now), is_new);
+        assert_eq!(world.client.broker("b1", Some(&Hello::broker(domains(), instance)), world.now), is_new);
     }
-    assert!(!world.asker.broker("b1", None, world.now));
-    assert!(world.asker.broker("b1", Some(&Hello::broker(domains(), 2)), world.now));
-    assert!(!world.asker.broker("w", Some(&Hello::worker(domains())), world.now), "it does not answer");
+    assert!(!world.client.broker("b1", None, world.now));
+    assert!(world.client.broker("b1", Some(&Hello::broker(domains(), 2)), world.now));
+    assert!(!world.client.broker("w", Some(&Hello::worker(domains())), world.now), "it does not answer");
 }
 
 #[test]
 fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
-    let mut world = World::new(Party::Broker("b2".into()), Manner::Each, &["b1", "b2", "b3"]);
+    let mut world = World::new(Participant::Broker("b2".into()), PeerSelection::RoundRobin, &["b1", "b2", "b3"]);
     let mut asked = Vec::new();
     for _ in 0..4 {
         asked.extend(world.round());
@@ -211,42 +211,42 @@ fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
 fn a_new_broker_is_asked_soon() {
     let mut world = World::worker(&[]);
     assert_eq!(world.ask(), None);
-    world.asker.broker("b1", Some(&hello()), world.now);
-    world.pass(SPREAD);
+    world.client.broker("b1", Some(&hello()), world.now);
+    world.pass(JITTER);
     assert!(world.ask().is_some());
 }
 
 #[test]
 fn only_the_answer_to_its_question_counts() {
     let mut world = World::worker(&["b1"]);
-    let (broker, question) = world.ask().unwrap();
-    let right = page(&broker, &question, &[1], true);
+    let (broker, request) = world.ask().unwrap();
+    let right = chunk(&broker, &request, &[1], true);
     let big: Vec<_> = (1..=2).collect();
     for wrong in [
-        Page { broker: "b9".into(), ..right.clone() },
-        Page { domain: "ff_b".into(), ..right.clone() },
-        Page { after: Some(key(1)), ..right.clone() },
+        SnapshotChunk { broker: "b9".into(), ..right.clone() },
+        SnapshotChunk { domain: "ff_b".into(), ..right.clone() },
+        SnapshotChunk { after: Some(key(1)), ..right.clone() },
     ] {
-        assert!(!world.asker.hear(&wrong));
+        assert!(!world.client.apply(&wrong));
     }
     assert!(
-        !world.asker.hear(&Page {
-            keys: (0..=PAGE)
+        !world.client.apply(&SnapshotChunk {
+            keys: (0..=CHUNK)
                 .map(|n| {
                     let mut bytes = [big[0]; 32];
                     bytes[..8].copy_from_slice(&n.to_be_bytes());
-                    (PublicKey::from_bytes(bytes).unwrap(), Age(0, false))
+                    (PublicKey::from_bytes(bytes).unwrap(), Age { age_secs: 0, has_handshake: false })
                 })
                 .collect(),
             ..right.clone()
         })
     );
-    assert!(world.asker.hear(&right));
-    assert!(!world.asker.hear(&right), "and only once");
-    let (broker, question) = world.ask().unwrap();
+    assert!(world.client.apply(&right));
+    assert!(!world.client.apply(&right), "and only once");
+    let (broker, request) = world.ask().unwrap();
     // One that leads back would be asked for ever.
-    let back = page(&broker, &question, &[1], true);
-    assert!(world.asker.hear(&back));
+    let back = chunk(&broker, &request, &[1], true);
+    assert!(world.client.apply(&back));
     assert_eq!(world.ask().unwrap().1.domain, "ff_b");
 }
 
@@ -254,8 +254,8 @@ fn only_the_answer_to_its_question_counts() {
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
     for n in 0..BROKERS + 10 {
-        world.asker.broker(&n.to_string(), Some(&hello()), world.now);
+        world.client.broker(&n.to_string(), Some(&hello()), world.now);
     }
-    assert_eq!(world.asker.brokers.len(), BROKERS);
-    assert!(world.asker.brokers.contains_key(&(BROKERS + 9).to_string()), "those that never answered give way");
+    assert_eq!(world.client.brokers.len(), BROKERS);
+    assert!(world.client.brokers.contains_key(&(BROKERS + 9).to_string()), "those that never answered give way");
 }

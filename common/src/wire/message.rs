@@ -121,7 +121,8 @@ pub struct Hello {
     /// The version of its program.
     pub version: String,
     /// Its abilities, by name.
-    pub can: Vec<String>,
+    #[serde(rename = "can")]
+    pub capabilities: Vec<String>,
     /// The domains that it serves, by name; what is retained of others is left from an earlier config. None if it
     /// does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -142,7 +143,7 @@ impl Hello {
     /// The ability to take keys out of the kernel that are denied, and to say so by [`Revoked`].
     pub const REVOKE: &str = "revoke";
 
-    /// The ability to answer each [`Question`].
+    /// The ability to answer each [`SyncRequest`].
     pub const ANSWER: &str = "answer";
 
     /// A broker's ability to hear questions on topics that only who asks may publish on, where it asks itself, too.
@@ -155,7 +156,7 @@ impl Hello {
         let said = |name| fields.get(name).is_some();
         Ok(Some(Self {
             version: fields.text("version", WORD_MAX)?,
-            can: fields.texts("can", (ABILITIES_MAX, WORD_MAX))?,
+            capabilities: fields.texts("can", (ABILITIES_MAX, WORD_MAX))?,
             domains: said("domains").then(|| fields.texts("domains", (DOMAINS_MAX, NAME_MAX))).transpose()?,
             instance: fields.get("instance").map(number).transpose()?,
             records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
@@ -176,8 +177,8 @@ impl Hello {
 
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
-        let can = abilities.iter().map(|&ability| ability.to_owned()).collect();
-        Self { version, can, domains: Some(domains), instance, records: None }
+        let capabilities = abilities.iter().map(|&ability| ability.to_owned()).collect();
+        Self { version, capabilities, domains: Some(domains), instance, records: None }
     }
 
     /// Whether the worker may serve the domain with this name.
@@ -211,7 +212,7 @@ impl Hello {
     }
 
     fn can(&self, wanted: &str) -> bool {
-        self.can.iter().any(|ability| ability == wanted)
+        self.capabilities.iter().any(|ability| ability == wanted)
     }
 }
 
@@ -247,7 +248,7 @@ impl Applied {
 
 /// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct Handshakes {
     /// The domain's name.
     pub domain: String,
     /// The keys.
@@ -273,14 +274,14 @@ impl Revoked {
 /// One of those that share the keys.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Party {
+pub enum Participant {
     /// The worker of this name.
     Worker(String),
     /// The broker of this name.
     Broker(String),
 }
 
-impl Party {
+impl Participant {
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -311,9 +312,9 @@ impl Party {
 
 /// Asks a broker for live keys of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Question {
+pub struct SyncRequest {
     /// Who asks.
-    pub from: Party,
+    pub from: Participant,
     /// Which broker is asked, where the topic does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
@@ -327,26 +328,26 @@ pub struct Question {
 
 /// Asks a broker for all its records, which it then says to everybody.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RecordsQuestion {
+pub struct RecordsRequest {
     /// Who asks.
-    pub from: Party,
-    /// True: it tells this question from a [`Question`].
+    pub from: Participant,
+    /// True: it tells this question from a [`SyncRequest`].
     pub revocations: bool,
 }
 
 /// What a broker is asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
-pub enum Asked {
+pub enum Request {
     /// For all records.
-    Records(RecordsQuestion),
+    Records(RecordsRequest),
     /// For live keys.
-    Keys(Question),
+    Keys(SyncRequest),
 }
 
-/// The answer to a [`Question`]: the first live keys, in the order of their bytes, that it asks for.
+/// The answer to a [`SyncRequest`]: the first live keys, in the order of their bytes, that it asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Page {
+pub struct SnapshotChunk {
     /// Who answers.
     pub broker: String,
     /// As asked.
@@ -359,10 +360,27 @@ pub struct Page {
     pub more: bool,
 }
 
-/// How long ago a live key last came or shook hands, in seconds, and whether it ever shook hands. In JSON a list of
-/// both.
+/// How fresh a live key is. In JSON a list of both values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Age(pub u64, pub bool);
+#[serde(from = "(u64, bool)", into = "(u64, bool)")]
+pub struct Age {
+    /// Seconds since the key was last requested or last had a handshake.
+    pub age_secs: u64,
+    /// Whether a handshake with it was ever seen.
+    pub has_handshake: bool,
+}
+
+impl From<(u64, bool)> for Age {
+    fn from((age_secs, has_handshake): (u64, bool)) -> Self {
+        Self { age_secs, has_handshake }
+    }
+}
+
+impl From<Age> for (u64, bool) {
+    fn from(Age { age_secs, has_handshake }: Age) -> Self {
+        (age_secs, has_handshake)
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -444,11 +462,14 @@ mod tests {
 
     #[test]
     fn a_question_for_records_is_told_from_one_for_keys() {
-        let asked = |json: &str| serde_json::from_str::<Asked>(json);
+        let asked = |json: &str| serde_json::from_str::<Request>(json);
         let records = asked(r#"{"from":{"worker":"gw1"},"revocations":true}"#).unwrap();
-        assert_eq!(records, Asked::Records(RecordsQuestion { from: Party::Worker("gw1".into()), revocations: true }));
+        assert_eq!(
+            records,
+            Request::Records(RecordsRequest { from: Participant::Worker("gw1".into()), revocations: true })
+        );
         let keys = r#"{"from":{"broker":"b1"},"domain":"d","after":null,"younger_than":20}"#;
-        assert!(matches!(asked(keys).unwrap(), Asked::Keys(question) if question.domain == "d"));
+        assert!(matches!(asked(keys).unwrap(), Request::Keys(question) if question.domain == "d"));
         assert!(asked(r#"{"from":{"broker":"b1"}}"#).is_err());
     }
 

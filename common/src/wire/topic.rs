@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::wire::message::Party;
+use crate::wire::message::Participant;
 
 /// No name of a program or a domain is longer, and whoever keeps one keeps no more.
 const LEVEL_MAX: usize = 255;
@@ -137,13 +137,13 @@ impl Topic {
 
     /// The broker or worker whose state stands on it; none if it is no topic of states.
     #[must_use]
-    pub fn state_of(&self) -> Option<Party> {
+    pub fn state_of(&self) -> Option<Participant> {
         match self {
             Self::ConnectedPeers { worker, .. }
             | Self::WorkerStatus { worker }
             | Self::WorkerData { worker, .. }
-            | Self::Hello { worker } => Some(Party::Worker(worker.clone())),
-            Self::BrokerStatus { broker } | Self::BrokerHello { broker } => Some(Party::Broker(broker.clone())),
+            | Self::Hello { worker } => Some(Participant::Worker(worker.clone())),
+            Self::BrokerStatus { broker } | Self::BrokerHello { broker } => Some(Participant::Broker(broker.clone())),
             Self::Key { .. }
             | Self::Applied { .. }
             | Self::Seen { .. }

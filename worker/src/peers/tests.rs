@@ -382,7 +382,7 @@ fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
     world.read();
     world.come(&[first]);
     world.pass(HOUR);
-    world.learn(&[(first, Age(60, true))]);
+    world.learn(&[(first, Age { age_secs: 60, has_handshake: true })]);
     assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)]);
     world.pass(9 * HOUR);
     assert_eq!(world.come(&[second]), []);
@@ -395,8 +395,8 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
         |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
     let mut world = World::with(&[first, key(2)]);
     world.reserved = Reserved::new([key(2)].into(), [domain()].into());
-    world.reserved.hear("gw", domain().name(), Some(&gateway(first)));
-    world.reserved.hear("gw2", domain().name(), Some(&gateway(key(3))));
+    world.reserved.update("gw", domain().name(), Some(&gateway(first)));
+    world.reserved.update("gw2", domain().name(), Some(&gateway(key(3))));
     world.fake.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
@@ -404,13 +404,13 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     world.read();
     let reserved = [first, second, key(2), key(3)];
     assert_eq!(world.come(&reserved), reserved.map(|key| (key, RESERVED)));
-    world.learn(&reserved.map(|key| (key, Age(0, false))));
+    world.learn(&reserved.map(|key| (key, Age { age_secs: 0, has_handshake: false })));
     world.ledger.wants(key(3), world.now.monotonic);
     world.pass(4 * HOUR);
     world.read();
     assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
     assert_eq!(world.ledger.orphaned(&world.fake.device(&domain()).unwrap(), world.now.monotonic), []);
-    world.reserved.hear("gw", domain().name(), None);
+    world.reserved.update("gw", domain().name(), None);
     world.read();
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
 }
@@ -422,13 +422,13 @@ fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
     let mut world = World::with(&[]);
     world.reserved = Reserved::new([].into(), [domain()].into());
     world.come(&[first]);
-    world.learn(&[(first, Age(0, true))]);
+    world.learn(&[(first, Age { age_secs: 0, has_handshake: true })]);
     for claimed in [first, second] {
         let data =
             WorkerData { external_address: "gw".into(), port: 1, public_key: claimed, link_address: "fe80::1".into() };
-        world.reserved.hear(&claimed.to_string(), domain().name(), Some(&data));
+        world.reserved.update(&claimed.to_string(), domain().name(), Some(&data));
         world.read();
-        assert!(world.reserved.forbids(&first));
+        assert!(world.reserved.is_reserved(&first));
         assert_eq!(world.come(&[first]), []);
     }
     assert_eq!(world.come(&[second]), [(second, RESERVED)]);
@@ -572,7 +572,7 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), key(2), second]);
     let begun = world.now.monotonic;
-    let kept = |ago, proven| Kept { last: begun.checked_sub(ago).unwrap(), proven };
+    let kept = |ago, proven| KeyRecord { last: begun.checked_sub(ago).unwrap(), proven };
     for (key, kept) in [
         (key(1), kept(HOUR, true)),
         (key(3), kept(HOUR, true)),
@@ -593,7 +593,7 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
 fn what_is_remembered_as_proven_is_so_although_the_kernel_knows_of_no_handshake() {
     let mut world = World::with(&[key(1), key(2)]);
     world.ledger.policy = Policy { unproven: 1, ..Policy::default() };
-    world.ledger.remember(key(1), Kept { last: world.now.monotonic, proven: true });
+    world.ledger.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
     world.read();
     assert!(world.ledger.kept(&key(1)).is_some_and(|kept| kept.proven));
     world.come(&[key(3)]);
@@ -606,7 +606,7 @@ fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
     world.fake.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips = vec![("10.0.0.0".parse().unwrap(), 8)];
     });
-    world.ledger.remember(key(1), Kept { last: world.now.monotonic, proven: true });
+    world.ledger.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
     world.read();
     assert_eq!(world.owed(), []);
 }
@@ -621,16 +621,16 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
     });
     world.read();
     world.ledger.wants(key(2), world.now.monotonic);
-    let hours = |hours: u64, proven| Age(hours * 3_600, proven);
+    let hours = |hours: u64, proven| Age { age_secs: hours * 3_600, has_handshake: proven };
     let keys = [
         (key(1), hours(0, false)),
         (key(2), hours(0, false)),
         (first, hours(0, false)),
         (second, hours(0, false)),
-        (key(3), Age(599, false)),
+        (key(3), Age { age_secs: 599, has_handshake: false }),
         (key(4), hours(8, true)),
         (key(5), hours(0, true)),
-        (key(7), Age(600, false)),
+        (key(7), Age { age_secs: 600, has_handshake: false }),
         (key(8), hours(9, true)),
     ];
     assert_eq!(world.learn(&keys), [key(4), key(3)], "the oldest first");
@@ -648,8 +648,12 @@ fn a_live_key_without_a_handshake_pushes_out_none_that_came_after_it() {
         world.pass(MINUTE);
     }
     world.read();
-    let live =
-        [(key(3), Age(240, false)), (key(4), Age(180, false)), (key(5), Age(240, true)), (key(6), Age(60, false))];
+    let live = [
+        (key(3), Age { age_secs: 240, has_handshake: false }),
+        (key(4), Age { age_secs: 180, has_handshake: false }),
+        (key(5), Age { age_secs: 240, has_handshake: true }),
+        (key(6), Age { age_secs: 60, has_handshake: false }),
+    ];
     assert_eq!(world.learn(&live), [key(5)], "who shook hands has a place");
     assert!([3, 4].iter().all(|n| !world.ledger.waits(&key(*n))));
     assert!(world.ledger.waits(&key(6)));
@@ -669,7 +673,7 @@ fn of_many_live_keys_as_many_wait_as_are_newer_than_the_peers_that_go_for_them()
     world.install(&[key(1), key(2), key(3)]);
     world.pass(Duration::from_secs(100));
     world.read();
-    let live: Vec<_> = (10..30).map(|n| (key(n), Age(150, false))).collect();
+    let live: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 150, has_handshake: false })).collect();
     assert_eq!(world.learn(&live), []);
     assert_eq!((10..30).filter(|n| world.ledger.waits(&key(*n))).count(), 1);
     assert_eq!(world.ledger.surplus(), [key(0)].into());
@@ -685,9 +689,9 @@ fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
     world.handshake(key(1));
     world.read();
     assert_eq!(world.come(&[key(2)]), [(key(2), plan::FULL)]);
-    assert_eq!(world.learn(&[(key(2), Age(0, false))]), []);
+    assert_eq!(world.learn(&[(key(2), Age { age_secs: 0, has_handshake: false })]), []);
     assert!(!world.ledger.waits(&key(2)));
-    let proven: Vec<_> = (10..30).map(|n| (key(n), Age(0, true))).collect();
+    let proven: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 0, has_handshake: true })).collect();
     assert_eq!(world.learn(&proven), []);
     assert!((10..30).filter(|n| world.ledger.waits(&key(*n))).count() <= 8, "and of others only so many");
 }
@@ -869,13 +873,13 @@ struct World {
     fake: Fake,
     ledger: Ledger,
     reserved: Reserved,
-    now: Now,
+    now: Clocks,
     handshakes: Duration,
 }
 
 impl World {
     fn with(keys: &[PublicKey]) -> Self {
-        let now = Now { monotonic: Instant::now(), wall: SystemTime::now() };
+        let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
         let (fake, ledger) = (Fake::with(&[domain()]), Ledger::new(Policy::default()));
         let world = Self { fake, ledger, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
         world.apply(&install(keys.iter().copied()));

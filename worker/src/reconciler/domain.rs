@@ -9,13 +9,13 @@ use tokio::sync::watch;
 use tokio::task::yield_now;
 use tracing::{debug, info, warn};
 use wgkex_common::access_lists::Admission;
-use wgkex_common::storage::key_store::{Journal, Kept};
+use wgkex_common::storage::key_store::{KeyRecord, WriteBuffer};
 use wgkex_common::wire::message::{Age, Revoked};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
 use crate::kernel::{Device, Kernel, KernelError};
 use crate::metrics::Metrics;
-use crate::peers::{Admitted, Ledger, Now, Policy};
+use crate::peers::{Admitted, Clocks, Ledger, Policy};
 use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Shape, Step};
 use crate::reconciler::reports::{Outbox, Report};
 use crate::reconciler::schedule::Schedule;
@@ -50,7 +50,7 @@ pub(super) struct Served {
     leaving: Leaving,
     reserved: watch::Receiver<Reserved>,
     admission: Arc<Admission>,
-    journal: Journal,
+    journal: WriteBuffer,
     /// Reads fail for another reason than a missing interface, and that has been said.
     unreadable: bool,
     metrics: Metrics,
@@ -61,7 +61,7 @@ impl Served {
         domain: Domain,
         policy: Policy,
         now: Instant,
-        (reserved, journal, metrics): (watch::Receiver<Reserved>, Journal, Metrics),
+        (reserved, journal, metrics): (watch::Receiver<Reserved>, WriteBuffer, Metrics),
     ) -> Self {
         Self {
             domain,
@@ -83,7 +83,7 @@ impl Served {
     }
 
     /// Remembers, before the first read, a key that stood when the last worker ended.
-    pub fn remember(&mut self, key: PublicKey, kept: Kept) {
+    pub fn remember(&mut self, key: PublicKey, kept: KeyRecord) {
         self.ledger.remember(key, kept);
     }
 
@@ -102,7 +102,7 @@ impl Served {
 
     /// Takes over who may come; those who are here and may not go at the next read.
     pub fn admit(&mut self, admission: Arc<Admission>) {
-        self.backlog.retain(|step| !admission.expels(self.domain.name(), &step.key));
+        self.backlog.retain(|step| !admission.must_remove(self.domain.name(), &step.key));
         self.ledger.obey(admission.clone());
         self.admission = admission;
     }
@@ -110,7 +110,7 @@ impl Served {
     /// Forgets keys that wait and may not come; true if some stand in the kernel that may not.
     pub fn has_to_expel(&mut self) -> bool {
         let (admission, domain) = (&self.admission, self.domain.name());
-        !admission.expels_nobody() && !self.ledger.expel(|key| admission.expels(domain, key)).is_empty()
+        !admission.removes_none() && !self.ledger.expel(|key| admission.must_remove(domain, key)).is_empty()
     }
 
     /// What was reported of handshakes may not have been heard.
@@ -127,7 +127,7 @@ impl Served {
     pub fn learn(&mut self, keys: BTreeMap<PublicKey, Age>, now: Instant) {
         let own = self.own.ok().flatten();
         let (admission, domain) = (&self.admission, self.domain.name());
-        let keys = keys.into_iter().filter(|(key, _)| !admission.refuses(domain, key));
+        let keys = keys.into_iter().filter(|(key, _)| !admission.denies(domain, key));
         let learnt = self.ledger.learn(keys, own, &self.reserved.borrow(), now);
         self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(learnt.number as u64);
         if self.own.is_ok() {
@@ -157,9 +157,9 @@ impl Served {
     }
 
     /// Puts keys that arrived into the kernel and says what became of each.
-    pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Now) {
+    pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Clocks) {
         let (admission, domain) = (&self.admission, self.domain.name());
-        let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.refuses(domain, key));
+        let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.denies(domain, key));
         let mut refused: Vec<_> = plan::merged(denied).into_iter().map(|key| (key, DENIED)).collect();
         let own = match self.own {
             Ok(own) => own,
@@ -251,7 +251,7 @@ impl Served {
     }
 
     /// Does a part of what is owed; if nothing is, of what makes room.
-    pub async fn catch_up<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+    pub async fn catch_up<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Clocks) {
         if self.backlog.is_empty() {
             self.oust(kernel, outbox, now.monotonic).await;
             if let (Ok(own), true) = (self.own, self.leaving.steps.is_empty()) {
@@ -288,7 +288,7 @@ impl Served {
         kernel: &mut K,
         outbox: &mut Outbox,
         denied: &BTreeSet<PublicKey>,
-        now: Now,
+        now: Clocks,
     ) -> BTreeMap<PublicKey, &'static str> {
         let known: Vec<_> = denied.iter().filter(|key| self.ledger.knows(key)).copied().collect();
         match self.read_and_expel(kernel, outbox, denied, now).await {
@@ -302,7 +302,7 @@ impl Served {
     }
 
     /// Reads the tables and draws every conclusion from them.
-    pub async fn read<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Now) {
+    pub async fn read<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Clocks) {
         // What it could not do is done at the next read.
         let _ = self.read_and_expel(kernel, outbox, &BTreeSet::new(), now).await;
     }
@@ -312,7 +312,7 @@ impl Served {
         kernel: &mut K,
         outbox: &mut Outbox,
         denied: &BTreeSet<PublicKey>,
-        now: Now,
+        now: Clocks,
     ) -> Result<Report, &'static str> {
         let begun = tokio::time::Instant::now();
         let read = kernel.read(&self.domain).await;
@@ -335,7 +335,7 @@ impl Served {
         outbox: &mut Outbox,
         device: &Device,
         denied: &BTreeSet<PublicKey>,
-        now: Now,
+        now: Clocks,
     ) -> Report {
         if std::mem::take(&mut self.unreadable) {
             info!(domain = %self.domain, "tables can be read again");
@@ -383,8 +383,8 @@ impl Served {
         now: Instant,
     ) -> Report {
         let (admission, domain) = (self.admission.clone(), self.domain.clone());
-        let is_expelled = |key: &PublicKey| admission.expels(domain.name(), key);
-        if admission.expels_nobody() {
+        let is_expelled = |key: &PublicKey| admission.must_remove(domain.name(), key);
+        if admission.removes_none() {
             return Report::new();
         }
         let peers = self.ledger.expel(is_expelled);

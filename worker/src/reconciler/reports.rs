@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
-use wgkex_common::wire::message::{Applied, Revoked, Seen};
+use wgkex_common::wire::message::{Applied, Handshakes, Revoked};
 use wgkex_common::{Domain, PublicKey};
 
 use crate::kernel::{Device, KernelError};
@@ -62,14 +62,14 @@ pub struct Said {
     /// What became of keys that came.
     pub applied: mpsc::Receiver<Applied>,
     /// Which keys shake hands.
-    pub seen: mpsc::Receiver<Seen>,
+    pub seen: mpsc::Receiver<Handshakes>,
     /// What became of keys that were denied.
     pub revoked: mpsc::Receiver<Revoked>,
 }
 
 pub(super) struct Outbox {
     applied: mpsc::Sender<Applied>,
-    seen: mpsc::Sender<Seen>,
+    seen: mpsc::Sender<Handshakes>,
     revoked: mpsc::Sender<Revoked>,
     state: watch::Sender<State>,
     metrics: Metrics,
@@ -95,7 +95,7 @@ impl Outbox {
 
     /// Reports keys that shake hands; false if there was no place for all.
     pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
-        let seen = |part: &[PublicKey]| Seen { domain: domain.name().to_owned(), keys: part.to_vec() };
+        let seen = |part: &[PublicKey]| Handshakes { domain: domain.name().to_owned(), keys: part.to_vec() };
         keys.chunks(KEYS_PER_MESSAGE).all(|part| self.seen.try_send(seen(part)).is_ok())
     }
 

@@ -5,7 +5,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use wgkex_common::access_lists::{AllowList, Entry, List};
-use wgkex_common::storage::key_store::Kept;
+use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::wire::message::Applied;
 
 use super::*;
@@ -689,7 +689,7 @@ async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() 
 
     // Its own key is none that it lacks.
     let own = gateway.device().public_key.unwrap();
-    gateway.handle.learn(domain(), [(own, Age(0, false))].into()).await;
+    gateway.handle.learn(domain(), [(own, Age { age_secs: 0, has_handshake: false })].into()).await;
     gateway.settle().await;
     assert_eq!(gateway.applies(), Vec::<Vec<Change>>::new());
 }
@@ -1050,7 +1050,7 @@ struct Still {
     fake: Fake,
     installer: Installer<Fake>,
     metrics: Metrics,
-    now: Now,
+    now: Clocks,
     others: (Handle, Said),
 }
 
@@ -1088,7 +1088,7 @@ fn denying(keys: impl IntoIterator<Item = u32>) -> Arc<Admission> {
 }
 
 fn live(keys: std::ops::Range<u32>) -> Live {
-    keys.map(|n| (key(n), Age(60, false))).collect()
+    keys.map(|n| (key(n), Age { age_secs: 60, has_handshake: false })).collect()
 }
 
 fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
@@ -1098,11 +1098,11 @@ fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
 
 /// An installer that remembers proven keys.
 fn remembering(fake: Fake, keys: std::ops::Range<u32>) -> (Installer<Fake>, Handle, Said) {
-    let kept = Kept { last: std::time::Instant::now(), proven: true };
+    let kept = KeyRecord { last: std::time::Instant::now(), proven: true };
     let remembered: Keys = keys.map(|n| ((domain(), key(n)), kept)).collect();
     let (_, reserved) = watch::channel(Reserved::default());
     let metrics = Metrics::new([&domain()]).unwrap();
-    Installer::new(fake, [domain()], &Policy::default(), (Journal::default(), remembered), &reserved, &metrics)
+    Installer::new(fake, [domain()], &Policy::default(), (WriteBuffer::default(), remembered), &reserved, &metrics)
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {

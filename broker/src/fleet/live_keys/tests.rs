@@ -1,6 +1,6 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
-use wgkex_common::wire::message::Party;
+use wgkex_common::wire::message::Participant;
 
 use super::*;
 
@@ -32,20 +32,26 @@ fn prove(live: &mut LiveKeys, key: PublicKey, now: Instant) {
     live.prove("gw", "ff_a", key, now);
 }
 
-fn question() -> Question {
-    Question { from: Party::Worker("gw".into()), to: None, domain: "ff_a".into(), after: None, younger_than: None }
+fn question() -> SyncRequest {
+    SyncRequest {
+        from: Participant::Worker("gw".into()),
+        to: None,
+        domain: "ff_a".into(),
+        after: None,
+        younger_than: None,
+    }
 }
 
-fn page_of_none() -> Page {
-    Page { broker: "b2".into(), domain: "ff_a".into(), after: None, keys: BTreeMap::new(), more: false }
+fn page_of_none() -> SnapshotChunk {
+    SnapshotChunk { broker: "b2".into(), domain: "ff_a".into(), after: None, keys: BTreeMap::new(), more: false }
 }
 
 /// The keys that an asker gets in the end.
-fn all(live: &LiveKeys, mut question: Question, now: Instant) -> Vec<PublicKey> {
+fn all(live: &LiveKeys, mut question: SyncRequest, now: Instant) -> Vec<PublicKey> {
     let mut keys = Vec::new();
     loop {
         let page = live.answer(&question, now);
-        assert!(page.keys.len() <= PAGE);
+        assert!(page.keys.len() <= CHUNK);
         keys.extend(page.keys.into_keys());
         question.after = keys.last().copied();
         if !page.more {
@@ -63,8 +69,8 @@ fn an_asker_gets_every_key_once_in_pages() {
     live.admit("ff_none", key(9_999), now);
     assert_eq!(all(&live, question(), now), (0..2_500).map(key).collect::<Vec<_>>());
     let page = live.answer(&question(), now);
-    assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (PAGE, true, "b1"));
-    let none = live.answer(&Question { domain: "ff_none".into(), ..question() }, now);
+    assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (CHUNK, true, "b1"));
+    let none = live.answer(&SyncRequest { domain: "ff_none".into(), ..question() }, now);
     assert!(none.keys.is_empty() && !none.more && none.domain == "ff_none", "and so the asker goes on");
 }
 
@@ -87,20 +93,29 @@ fn a_key_lives_for_its_time_after_the_last_word_of_it() {
 #[test]
 fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
     let (mut live, now) = live(10);
-    let young = |live: &LiveKeys, now| all(live, Question { younger_than: Some(20), ..question() }, now);
+    let young = |live: &LiveKeys, now| all(live, SyncRequest { younger_than: Some(20), ..question() }, now);
     live.admit("ff_a", key(1), now);
     live.admit("ff_a", key(2), now);
     live.admit("ff_a", key(3), now + HOUR);
     assert_eq!(young(&live, now + HOUR), [key(3)]);
     // Another broker knew it all the time, and this one hears of it only now.
     let later = now + HOUR + 60 * SECOND;
-    let page = Page { keys: [(key(4), Age(3_600, true)), (key(2), Age(3_660, false))].into(), ..page_of_none() };
+    let page = SnapshotChunk {
+        keys: [
+            (key(4), Age { age_secs: 3_600, has_handshake: true }),
+            (key(2), Age { age_secs: 3_660, has_handshake: false }),
+        ]
+        .into(),
+        ..page_of_none()
+    };
     live.learn(&page, later);
     assert_eq!(young(&live, later), [key(4)], "what it knew is no news");
-    let given = live.answer(&Question { after: Some(key(3)), ..question() }, later);
-    assert_eq!(given.keys, [(key(4), Age(3_600, true))].into());
-    let older = page.keys.into_iter().map(|(key, Age(age, proven))| (key, Age(age + 19, proven)));
-    live.learn(&Page { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
+    let given = live.answer(&SyncRequest { after: Some(key(3)), ..question() }, later);
+    assert_eq!(given.keys, [(key(4), Age { age_secs: 3_600, has_handshake: true })].into());
+    let older = page.keys.into_iter().map(|(key, Age { age_secs: age, has_handshake: proven })| {
+        (key, Age { age_secs: age + 19, has_handshake: proven })
+    });
+    live.learn(&SnapshotChunk { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
     assert_eq!(young(&live, later + 20 * SECOND), [], "nor is what it is told again");
 }
 
@@ -116,25 +131,29 @@ fn pages_that_are_long_on_their_way_bring_no_news() {
         other.learn(&page, now);
         std::mem::swap(&mut one, &mut other);
     }
-    let young = Question { younger_than: Some(400), ..question() };
+    let young = SyncRequest { younger_than: Some(400), ..question() };
     assert!(one.answer(&young, now).keys.is_empty() && other.answer(&young, now).keys.is_empty());
 }
 
 #[test]
 fn after_a_restart_everything_is_news() {
     let now = Instant::now();
-    let known: Keys = [((domain(), key(1)), Kept { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
+    let known: Keys = [((domain(), key(1)), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (Journal::default(), known), now);
-    let young = live.answer(&Question { younger_than: Some(20), ..question() }, now + SECOND);
-    assert_eq!(young.keys, [(key(1), Age(3_601, true))].into());
+    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
+    let young = live.answer(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
+    assert_eq!(young.keys, [(key(1), Age { age_secs: 3_601, has_handshake: true })].into());
 }
 
 #[test]
 fn what_another_broker_lets_expire_is_not_learnt() {
     let (mut live, now) = live(10);
-    let keys = [(key(1), Age(u64::MAX, true)), (key(2), Age(86_400, true))].into();
-    live.learn(&Page { keys, ..page_of_none() }, now);
+    let keys = [
+        (key(1), Age { age_secs: u64::MAX, has_handshake: true }),
+        (key(2), Age { age_secs: 86_400, has_handshake: true }),
+    ]
+    .into();
+    live.learn(&SnapshotChunk { keys, ..page_of_none() }, now);
     assert!(live.is_empty());
 }
 
@@ -162,7 +181,10 @@ fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
     assert_eq!(live.is_proven(&domain(), &key(101)), Some(true));
     assert_eq!(counts(&live), [Counts { proven: 1, unproven: 1, claimed: 0 }]);
     live.prove("gw", "ff_a", key(101), now + DAY + 2 * HOUR);
-    assert_eq!(live.answer(&question(), now + DAY + 2 * HOUR).keys[&key(101)], Age(0, true));
+    assert_eq!(
+        live.answer(&question(), now + DAY + 2 * HOUR).keys[&key(101)],
+        Age { age_secs: 0, has_handshake: true }
+    );
 }
 
 #[test]
@@ -221,7 +243,7 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     assert_eq!(known(&live, now + 10 * SECOND), [second], "the older");
     live.prove("thief", "ff_a", first, now + 20 * SECOND);
     assert_eq!(known(&live, now + 20 * SECOND), [second], "by one worker's word no key takes another's address");
-    let page = Page { keys: [(first, Age(0, true))].into(), ..page_of_none() };
+    let page = SnapshotChunk { keys: [(first, Age { age_secs: 0, has_handshake: true })].into(), ..page_of_none() };
     live.learn(&page, now + 20 * SECOND);
     assert_eq!(known(&live, now + 20 * SECOND), [first], "the proven one");
     live.admit("ff_a", second, now + 30 * SECOND);
@@ -301,11 +323,11 @@ fn only_so_many_that_lost_their_address_are_remembered() {
 fn a_start_writes_nothing_of_what_is_on_disk() {
     let now = Instant::now();
     let known = |keys: &[PublicKey]| {
-        let kept = Kept { last: now, proven: false };
+        let kept = KeyRecord { last: now, proven: false };
         keys.iter().map(|key| ((domain(), *key), kept)).collect::<Keys>()
     };
     let start = |max, keys: &[PublicKey]| {
-        let (journal, config) = (Journal::default(), config::LiveKeys { max, ttl: DAY });
+        let (journal, config) = (WriteBuffer::default(), config::LiveKeys { max, ttl: DAY });
         let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (journal.clone(), known(keys)), now);
         (live.len(), journal.len())
     };
@@ -319,10 +341,10 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
 #[test]
 fn what_it_knew_before_it_started_is_bounded_too() {
     let now = Instant::now();
-    let kept = Kept { last: now, proven: false };
+    let kept = KeyRecord { last: now, proven: false };
     let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (Journal::default(), known), now);
+    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
     assert_eq!(live.len(), 10);
 }
 
@@ -344,7 +366,7 @@ proptest! {
         other.learn(&one.answer(&question(), now), now);
         one.learn(&other.answer(&question(), now), now);
         let known = |live: &LiveKeys| -> Vec<_> {
-            live.answer(&question(), now).keys.into_iter().map(|(key, age)| (key, age.1)).collect()
+            live.answer(&question(), now).keys.into_iter().map(|(key, age)| (key, age.has_handshake)).collect()
         };
         prop_assert_eq!(known(&one), known(&other));
         one.expire(now + DAY.saturating_sub(Duration::from_secs(3_550)));
@@ -367,7 +389,17 @@ fn denied_keys_are_forgotten_and_come_by_no_way() {
     assert_eq!(all(&live, question(), now), [key(2)]);
     live.admit("ff_a", key(1), now);
     live.prove("gw", "ff_a", key(1), now);
-    live.learn(&Page { keys: [(key(1), Age(0, true)), (key(3), Age(0, true))].into(), ..page_of_none() }, now);
+    live.learn(
+        &SnapshotChunk {
+            keys: [
+                (key(1), Age { age_secs: 0, has_handshake: true }),
+                (key(3), Age { age_secs: 0, has_handshake: true }),
+            ]
+            .into(),
+            ..page_of_none()
+        },
+        now,
+    );
     assert_eq!(all(&live, question(), now), [key(2), key(3)]);
     live.obey(Arc::default());
     live.admit("ff_a", key(1), now);

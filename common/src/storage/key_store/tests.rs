@@ -21,21 +21,21 @@ fn key(n: u8) -> PublicKey {
     PublicKey::from_bytes([n; 32]).unwrap()
 }
 
-fn open(dir: &TempDir, now: Now) -> (Store, Journal, Keys) {
-    Store::open(dir.path(), "test", &domains(), TTL, now).unwrap()
+fn open(dir: &TempDir, now: Clocks) -> (KeyStore, WriteBuffer, Keys) {
+    KeyStore::open(dir.path(), "test", &domains(), TTL, now).unwrap()
 }
 
-fn later(now: Now, by: Duration) -> Now {
-    Now { monotonic: now.monotonic + by, wall: now.wall + by }
+fn later(now: Clocks, by: Duration) -> Clocks {
+    Clocks { monotonic: now.monotonic + by, wall: now.wall + by }
 }
 
-fn kept(at: Instant) -> Kept {
-    Kept { last: at, proven: false }
+fn kept(at: Instant) -> KeyRecord {
+    KeyRecord { last: at, proven: false }
 }
 
 /// The age of each key by the monotonic clock, in seconds.
-fn ages(keys: &Keys, now: Now) -> Vec<(String, u64)> {
-    let age = |kept: &Kept| now.monotonic.duration_since(kept.last).as_secs();
+fn ages(keys: &Keys, now: Clocks) -> Vec<(String, u64)> {
+    let age = |kept: &KeyRecord| now.monotonic.duration_since(kept.last).as_secs();
     keys.iter().map(|((domain, key), kept)| (format!("{domain}{}", key.as_bytes()[0]), age(kept))).collect()
 }
 
@@ -45,15 +45,15 @@ fn aged(domain: &str, age: u64) -> (String, u64) {
 
 #[test]
 fn what_was_put_is_there_again_and_what_was_removed_is_not() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
-    let (store, journal, keys) = open(&dir, now);
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let (store, buffer, keys) = open(&dir, now);
     assert!(keys.is_empty());
-    journal.put(&domain("ff_a"), key(1), Kept { proven: true, ..kept(now.monotonic) });
-    journal.put(&domain("ff_b"), key(1), kept(now.monotonic));
-    journal.put(&domain("ff_b"), key(2), kept(now.monotonic));
+    buffer.put(&domain("ff_a"), key(1), KeyRecord { proven: true, ..kept(now.monotonic) });
+    buffer.put(&domain("ff_b"), key(1), kept(now.monotonic));
+    buffer.put(&domain("ff_b"), key(2), kept(now.monotonic));
     let store = store.flush(now);
-    journal.remove(&domain("ff_b"), key(2));
-    journal.remove(&domain("ff_b"), key(3));
+    buffer.remove(&domain("ff_b"), key(2));
+    buffer.remove(&domain("ff_b"), key(3));
     drop(store.flush(later(now, HOUR)));
 
     let again = later(now, 2 * HOUR);
@@ -67,12 +67,12 @@ fn what_was_put_is_there_again_and_what_was_removed_is_not() {
 
 #[test]
 fn a_key_that_nobody_serves_any_more_waits_for_its_domain() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
-    let (store, journal, _) = open(&dir, now);
-    journal.put(&domain("ff_b"), key(1), kept(now.monotonic));
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let (store, buffer, _) = open(&dir, now);
+    buffer.put(&domain("ff_b"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     let only_a = [domain("ff_a")].into();
-    assert!(Store::open(dir.path(), "test", &only_a, TTL, now).unwrap().2.is_empty());
+    assert!(KeyStore::open(dir.path(), "test", &only_a, TTL, now).unwrap().2.is_empty());
     assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_b1", 0)]);
 }
 
@@ -85,23 +85,23 @@ fn keys_expire_while_the_program_is_down_and_a_stepped_clock_ages_none() {
         // The clock jumped while it was down.
         (HOUR, year, Some(0)),
     ] {
-        let (dir, now) = (tempdir().unwrap(), Now::read());
-        let (store, journal, _) = open(&dir, now);
-        journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+        let (dir, now) = (tempdir().unwrap(), Clocks::read());
+        let (store, buffer, _) = open(&dir, now);
+        buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
         drop(store.flush(now));
-        let again = Now { monotonic: now.monotonic + down, wall: now.wall + wall };
+        let again = Clocks { monotonic: now.monotonic + down, wall: now.wall + wall };
         let found = ages(&open(&dir, again).2, again);
         assert_eq!(found, age.map(|age| aged("ff_a1", age)).into_iter().collect::<Vec<_>>(), "{wall:?}");
     }
     for step in [HOUR, year] {
-        let (dir, now) = (tempdir().unwrap(), Now::read());
-        let (store, journal, _) = open(&dir, now);
-        journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+        let (dir, now) = (tempdir().unwrap(), Clocks::read());
+        let (store, buffer, _) = open(&dir, now);
+        buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
         // It jumped back while the program ran, and forth again.
-        let store = store.flush(Now { wall: now.wall - step, ..now });
-        journal.put(&domain("ff_a"), key(2), kept(now.monotonic));
+        let store = store.flush(Clocks { wall: now.wall - step, ..now });
+        buffer.put(&domain("ff_a"), key(2), kept(now.monotonic));
         drop(store.flush(now));
-        let back = Now { wall: now.wall - step, ..now };
+        let back = Clocks { wall: now.wall - step, ..now };
         assert_eq!(ages(&open(&dir, back).2, back), [aged("ff_a1", 0), aged("ff_a2", 0)]);
     }
 }
@@ -109,10 +109,10 @@ fn keys_expire_while_the_program_is_down_and_a_stepped_clock_ages_none() {
 #[test]
 fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
     let whole = || {
-        let (dir, now) = (tempdir().unwrap(), Now::read());
-        let (store, journal, _) = open(&dir, now);
+        let (dir, now) = (tempdir().unwrap(), Clocks::read());
+        let (store, buffer, _) = open(&dir, now);
         for n in 1..=200 {
-            journal.put(&domain("ff_a"), key(n), kept(now.monotonic));
+            buffer.put(&domain("ff_a"), key(n), kept(now.monotonic));
         }
         drop(store.flush(now));
         dir
@@ -126,16 +126,16 @@ fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
         |file| *file = b"no database".to_vec(),
     ];
     for (n, damage) in damages.into_iter().enumerate() {
-        let (dir, now) = (whole(), Now::read());
+        let (dir, now) = (whole(), Clocks::read());
         let path = dir.path().join("test.sqlite");
         let mut file = fs::read(&path).unwrap();
         damage(&mut file);
         fs::write(&path, file).unwrap();
-        let (store, journal, keys) = open(&dir, now);
+        let (store, buffer, keys) = open(&dir, now);
         assert!(keys.is_empty(), "damage {n}");
         let names = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         assert!(names.into_iter().any(|name| name.starts_with("test.sqlite.damaged")), "damage {n}");
-        journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+        buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
         drop(store.flush(now));
         assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_a1", 0)], "damage {n}");
     }
@@ -144,7 +144,7 @@ fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
 #[test]
 fn an_impossible_row_is_damage_too() {
     for damage in ["DROP TABLE clock", "DELETE FROM clock", "INSERT INTO keys VALUES ('ff_a', 'x', 0, 0)"] {
-        let (dir, now) = (tempdir().unwrap(), Now::read());
+        let (dir, now) = (tempdir().unwrap(), Clocks::read());
         drop(open(&dir, now));
         Connection::open(dir.path().join("test.sqlite")).unwrap().execute_batch(damage).unwrap();
         let (store, _, keys) = open(&dir, now);
@@ -156,16 +156,16 @@ fn an_impossible_row_is_damage_too() {
 #[test]
 fn another_layout_is_no_damage() {
     for change in ["PRAGMA user_version = 2", "PRAGMA user_version = 0", "PRAGMA user_version = -1"] {
-        let (dir, now) = (tempdir().unwrap(), Now::read());
-        let (store, journal, _) = open(&dir, now);
-        journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+        let (dir, now) = (tempdir().unwrap(), Clocks::read());
+        let (store, buffer, _) = open(&dir, now);
+        buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
         drop(store.flush(now));
         let file = dir.path().join("test.sqlite");
         let run = |text: &str| Connection::open(&file).unwrap().execute_batch(text).unwrap();
         run(change);
         let content = || (fs::read(&file).unwrap(), fs::read_dir(&dir).unwrap().count());
         let before = content();
-        let failure = Store::open(dir.path(), "test", &domains(), TTL, now).map(drop).unwrap_err();
+        let failure = KeyStore::open(dir.path(), "test", &domains(), TTL, now).map(drop).unwrap_err();
         assert!(matches!(&failure, Failure::Unknown(text) if text.contains("test.sqlite")), "{failure:?}");
         assert!(matches!(sqlite::open_to_read(&file, LAYOUT), Err(Failure::Unknown(_))));
         assert_eq!(content(), before, "{change}");
@@ -176,15 +176,15 @@ fn another_layout_is_no_damage() {
 
 #[test]
 fn what_cannot_be_written_is_kept_until_it_can() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (first, _, _) = open(&dir, now);
     // The database is another process's; a directory stands in its place; a file in that of its directory.
-    let (store, journal, _) = open(&dir, now);
+    let (store, buffer, _) = open(&dir, now);
     assert!(store.failing);
-    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
     assert!(store.failing);
-    journal.put(&domain("ff_a"), key(1), Kept { proven: true, ..kept(now.monotonic) });
+    buffer.put(&domain("ff_a"), key(1), KeyRecord { proven: true, ..kept(now.monotonic) });
     drop(first);
     let store = store.flush(now);
     assert!(!store.failing);
@@ -193,15 +193,15 @@ fn what_cannot_be_written_is_kept_until_it_can() {
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
-    assert!(Store::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.failing);
-    assert!(Store::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.failing);
+    assert!(KeyStore::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.failing);
+    assert!(KeyStore::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.failing);
 }
 
 #[test]
 fn what_cannot_be_written_is_read_all_the_same() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
-    let (store, journal, _) = open(&dir, now);
-    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let (store, buffer, _) = open(&dir, now);
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     let path = dir.path().join("test.sqlite");
     // As on a read-only file system, also for root: nothing can be made beside it, and it is not opened for writing.
@@ -213,57 +213,57 @@ fn what_cannot_be_written_is_read_all_the_same() {
 
 #[test]
 fn a_database_that_is_damaged_later_gets_everything_again() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
-    let (store, journal, _) = open(&dir, now);
-    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let (store, buffer, _) = open(&dir, now);
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let mut store = store.flush(now);
-    assert!(!journal.begins_anew());
+    assert!(!buffer.needs_full_write());
     store.database = None;
     fs::write(dir.path().join("test.sqlite"), "no database").unwrap();
     let store = store.flush(now);
-    assert!(journal.begins_anew() && !journal.begins_anew());
-    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    assert!(buffer.needs_full_write() && !buffer.needs_full_write());
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_a1", 0)]);
 }
 
 #[test]
 fn the_clock_is_written_although_nothing_changes() {
-    let (dir, now) = (tempdir().unwrap(), Now::read());
-    let (store, journal, _) = open(&dir, now);
-    journal.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let (store, buffer, _) = open(&dir, now);
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
     // The wall clock was days behind when the program started.
-    let stepped = Now { monotonic: now.monotonic + HOUR, wall: now.wall + 12 * DAY };
+    let stepped = Clocks { monotonic: now.monotonic + HOUR, wall: now.wall + 12 * DAY };
     drop(store.flush(stepped));
     assert_eq!(ages(&open(&dir, stepped).2, stepped), [aged("ff_a1", 3600)]);
 }
 
 #[test]
 fn no_more_changes_wait_than_their_bound() {
-    let (journal, now) = (Journal::default(), Instant::now());
+    let (buffer, now) = (WriteBuffer::default(), Instant::now());
     let key = |n: usize| {
         let mut bytes = [0x42; 32];
         bytes[..8].copy_from_slice(&n.to_be_bytes());
         PublicKey::from_bytes(bytes).unwrap()
     };
     let domain = domain("ff_a");
-    (0..CHANGES).for_each(|n| journal.put(&domain, key(n), kept(now)));
-    let taken = journal.take();
-    (CHANGES..CHANGES + 10).for_each(|n| journal.put(&domain, key(n), kept(now)));
-    journal.give_back(taken);
-    journal.put(&domain, key(CHANGES + 99), kept(now));
-    assert_eq!(journal.take().len(), CHANGES);
+    (0..CHANGES).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    let taken = buffer.take();
+    (CHANGES..CHANGES + 10).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    buffer.requeue(taken);
+    buffer.put(&domain, key(CHANGES + 99), kept(now));
+    assert_eq!(buffer.take().len(), CHANGES);
 }
 
 #[test]
 fn what_is_given_back_gives_way_to_what_is_newer() {
-    let (journal, now) = (Journal::default(), Instant::now());
-    journal.put(&domain("ff_a"), key(1), kept(now));
-    journal.put(&domain("ff_a"), key(2), kept(now));
-    let taken = journal.take();
-    journal.remove(&domain("ff_a"), key(1));
-    journal.give_back(taken);
-    let changes: Vec<_> = journal.take().into_values().collect();
+    let (buffer, now) = (WriteBuffer::default(), Instant::now());
+    buffer.put(&domain("ff_a"), key(1), kept(now));
+    buffer.put(&domain("ff_a"), key(2), kept(now));
+    let taken = buffer.take();
+    buffer.remove(&domain("ff_a"), key(1));
+    buffer.requeue(taken);
+    let changes: Vec<_> = buffer.take().into_values().collect();
     assert_eq!(changes, [None, Some(kept(now))]);
 }
