@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use wgkex_common::Domain;
-use wgkex_worker::kernel::fake::{Delays, Fake};
-use wgkex_worker::kernel::{Change, Device, Kernel, KernelError};
+use wgkex_kernel::memory::{Delays, MemoryKernel};
+use wgkex_kernel::{Change, Device, Kernel, KernelError};
 
 /// The in-memory kernel of `wgkex-worker`, watched.
 pub struct Counted {
-    fake: Fake,
+    memory: MemoryKernel,
     flooded: HashSet<(Domain, Ipv6Addr)>,
     count: Arc<AtomicU32>,
 }
@@ -19,9 +19,9 @@ pub struct Counted {
 impl Counted {
     /// Empty interfaces of `domains`.
     pub fn new(domains: &[Domain], delays: Delays) -> Self {
-        let fake = Fake::with(domains);
-        fake.delay(delays);
-        Self { fake, flooded: HashSet::new(), count: Arc::default() }
+        let memory = MemoryKernel::with(domains);
+        memory.delay(delays);
+        Self { memory, flooded: HashSet::new(), count: Arc::default() }
     }
 
     /// How many entries the flood lists have; they are what a worker sets last of a key.
@@ -32,13 +32,13 @@ impl Counted {
 
 impl Kernel for Counted {
     async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
-        self.fake.read(domain).await
+        self.memory.read(domain).await
     }
 
     async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
-        let results = self.fake.apply(domain, changes).await;
+        let results = self.memory.apply(domain, changes).await;
         // It would remember them all.
-        let _ = self.fake.take_applies();
+        let _ = self.memory.take_applies();
         for (change, result) in changes.iter().zip(&results) {
             if let (Change::AddFdb(address), Ok(())) = (change, result) {
                 self.flooded.insert((domain.clone(), *address));
@@ -49,6 +49,6 @@ impl Kernel for Counted {
     }
 
     async fn changed(&mut self) {
-        self.fake.changed().await;
+        self.memory.changed().await;
     }
 }

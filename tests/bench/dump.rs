@@ -5,10 +5,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Runtime;
 use wgkex_common::Reserved;
+use wgkex_kernel::memory::MemoryKernel;
+use wgkex_kernel::netlink::Netlink;
+use wgkex_kernel::{Device, Kernel as _};
 use wgkex_tests::stack::Bus;
-use wgkex_worker::kernel::fake::Fake;
-use wgkex_worker::kernel::netlink::Netlink;
-use wgkex_worker::kernel::{Device, Kernel as _};
 use wgkex_worker::peers::{Clocks, Ledger, Policy};
 use wgkex_worker::plan;
 
@@ -69,16 +69,16 @@ fn print(report: Report, what: &str, reference: &str, sizes: &[(u32, Duration, D
 /// a copy of these tables, which leaves the caches as soon as they do.
 fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
     let (domain, keys) = (domain(), keys(0..peers));
-    let mut fake = Fake::with(std::slice::from_ref(&domain));
+    let mut memory = MemoryKernel::with(std::slice::from_ref(&domain));
     let changes = plan::changes(&plan::install(keys));
-    runtime.block_on(fake.apply(&domain, &changes));
-    fake.alter(&domain, |device| {
+    runtime.block_on(memory.apply(&domain, &changes));
+    memory.alter(&domain, |device| {
         let ages = (0..).map(Duration::from_secs);
         for (peer, age) in device.peers.values_mut().zip(ages) {
             peer.last_handshake = SystemTime::now().checked_sub(age);
         }
     });
-    let device = fake.device(&domain).unwrap();
+    let device = memory.device(&domain).unwrap();
     let mut ledger = Ledger::new(Policy::default());
     classify(&mut ledger, &device);
     let classified = median((0..TIMES).map(|_| thread_cpu(|| classify(&mut ledger, &device))));

@@ -4,9 +4,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use wgkex_kernel::memory::Delays;
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack};
-use wgkex_worker::kernel::fake::Delays;
 
 use crate::bus::{announce, start_mosquitto};
 use crate::gateway::keys;

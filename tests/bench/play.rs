@@ -22,11 +22,11 @@ use wgkex_common::config::Level;
 use wgkex_common::mqtt::{self, Event, Message, MqttHandle, Publish, SessionConfig};
 use wgkex_common::runtime::log;
 use wgkex_common::{Config, Topic};
+use wgkex_kernel::memory::Delays;
 use wgkex_tests::probe::Said;
 use wgkex_tests::process::Process;
 use wgkex_tests::scripted;
 use wgkex_tests::stack::V1;
-use wgkex_worker::kernel::fake::Delays;
 
 use crate::counted::Counted;
 

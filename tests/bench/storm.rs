@@ -8,12 +8,12 @@ use std::thread::{self, available_parallelism};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
+use wgkex_kernel::Kernel as _;
+use wgkex_kernel::memory::Delays;
+use wgkex_kernel::netlink::Netlink;
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack, V2};
-use wgkex_worker::kernel::Kernel as _;
-use wgkex_worker::kernel::fake::Delays;
-use wgkex_worker::kernel::netlink::Netlink;
 use wgkex_worker::plan;
 
 use crate::bus::{start_mosquitto, wait_for_domain};

@@ -3,4 +3,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|answer: &[u8]| wgkex_worker::kernel::netlink::read_answer(answer));
+fuzz_target!(|answer: &[u8]| wgkex_kernel::netlink::read_answer(answer));

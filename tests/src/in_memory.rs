@@ -6,15 +6,15 @@ use std::thread::{self, JoinHandle};
 use tokio::runtime;
 use tokio::sync::oneshot;
 use wgkex_common::{Config, PublicKey};
-use wgkex_worker::kernel::Change;
-use wgkex_worker::kernel::fake::Fake;
+use wgkex_kernel::Change;
+use wgkex_kernel::memory::MemoryKernel;
 
 use crate::stack::{Stack, free_address};
 
 /// A worker that runs until this is dropped.
 pub struct InMemory {
     /// Its kernel.
-    pub kernel: Fake,
+    pub kernel: MemoryKernel,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -39,7 +39,7 @@ impl InMemory {
             stack.mqtt.port(),
         );
         let config = Config::parse("test", &yaml, name).expect("a config");
-        let kernel = Fake::with(&config.domains.iter().cloned().collect::<Vec<_>>());
+        let kernel = MemoryKernel::with(&config.domains.iter().cloned().collect::<Vec<_>>());
         let (stop, stopped) = oneshot::channel::<()>();
         let worker = kernel.clone();
         let thread = thread::spawn(move || {

@@ -1,11 +1,10 @@
 //! The gateway's side of wgkex: announced keys in over MQTT, peers, routes and FDB entries out to the kernel.
 //!
 //! Follow a key: [`bus`] receives it and hands it to the [`reconciler`], which asks [`plan`] what it means and has the
-//! [`kernel`] do that; what became of it goes back by [`bus`].
+//! [`wgkex_kernel`] do that; what became of it goes back by [`bus`].
 
 mod bus;
 mod http;
-pub mod kernel;
 pub mod metrics;
 pub mod peers;
 pub mod plan;
@@ -31,11 +30,11 @@ use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
+use wgkex_kernel::Kernel;
 
 use crate::bus::Announcer;
 #[cfg(fuzzing)]
 pub use crate::bus::hear_anything;
-use crate::kernel::Kernel;
 use crate::metrics::Metrics;
 use crate::peers::Policy;
 use crate::reconciler::{Handle, Installer};

@@ -9,8 +9,9 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
 use wgkex_common::runtime::process;
-use wgkex_worker::kernel::netlink::Netlink;
-use wgkex_worker::setup::{self, Flavour};
+use wgkex_kernel::Backend;
+use wgkex_kernel::netlink::Netlink;
+use wgkex_worker::setup;
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
@@ -50,8 +51,8 @@ fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
             None => serve(config).await,
             Some(Command::Setup { remove: true, .. }) => Ok(setup::remove(&config.setup).await?),
             Some(Command::Setup { userspace, .. }) => {
-                let flavour = if *userspace { Flavour::Userspace } else { Flavour::Kernel };
-                Ok(setup::setup(&config.setup, flavour).await?)
+                let backend = if *userspace { Backend::Userspace } else { Backend::Kernel };
+                Ok(setup::setup(&config.setup, backend).await?)
             }
         }
     });

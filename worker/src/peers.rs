@@ -16,8 +16,8 @@ use wgkex_common::wire::message::Age;
 use wgkex_common::{Derived, PublicKey, Reserved};
 
 use self::compact_instant::Stamp;
-use crate::kernel::{Change, Device, Peer};
 use crate::plan::{self, ADDRESS_TAKEN, FULL, OWN_KEY, RESERVED, Shape, Step};
+use wgkex_kernel::{Change, Device, Peer};
 
 /// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
 const TRIES: u8 = 8;

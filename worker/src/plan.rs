@@ -1,5 +1,5 @@
 //! What a domain's tables must be told, from what they are and what is wanted: no IO, no clock, no log.
-//! [`crate::reconciler`] asks, [`crate::kernel`] does it.
+//! [`crate::reconciler`] asks, [`wgkex_kernel`] does it.
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,10 +9,10 @@ use std::net::{IpAddr, Ipv6Addr};
 use wgkex_common::wire::message::Applied;
 use wgkex_common::{Derived, PublicKey};
 
-use crate::kernel::{Change, Device, Errno, KernelError, Peer};
+use wgkex_kernel::{Change, Device, Errno, KernelError, Peer};
 
-/// `EIO` (errno.h): what is made of an answer that did not come.
-const NO_ANSWER: KernelError = KernelError::Refused { action: "apply a change", source: Errno(5) };
+/// What is made of an answer that did not come.
+const NO_ANSWER: KernelError = KernelError::Refused { action: "apply a change", source: Errno::EIO };
 
 /// Why a key is refused that is the interface's own.
 pub const OWN_KEY: &str = "own key";
@@ -315,9 +315,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kernel::Kernel as _;
-    use crate::kernel::fake::Fake;
     use crate::testing::{collision, domain, key, now};
+    use wgkex_kernel::Kernel as _;
+    use wgkex_kernel::memory::MemoryKernel;
 
     #[test]
     fn a_key_is_a_peer_a_route_and_a_flood_entry() {
@@ -441,7 +441,7 @@ mod tests {
 
     #[test]
     fn a_key_is_done_only_if_all_of_it_is() {
-        let bad = KernelError::Refused { action: "x", source: Errno(22) };
+        let bad = KernelError::Refused { action: "x", source: Errno::EINVAL };
         let steps = install([key(1), key(2), key(3)]);
         let mut results = vec![Ok(()); 7];
         results[4] = Err(bad.clone());
@@ -452,11 +452,11 @@ mod tests {
     proptest! {
         #[test]
         fn installing_twice_equals_once_and_together_equals_one_by_one(keys in vec(any_key(), 0..12)) {
-            let fake = Fake::with(&[domain()]);
-            apply(&fake, &install(keys.clone()));
-            let once = fake.device(&domain());
-            apply(&fake, &install(keys.clone()));
-            prop_assert_eq!(&fake.device(&domain()), &once);
+            let memory = MemoryKernel::with(&[domain()]);
+            apply(&memory, &install(keys.clone()));
+            let once = memory.device(&domain());
+            apply(&memory, &install(keys.clone()));
+            prop_assert_eq!(&memory.device(&domain()), &once);
 
             let single = one_by_one(&keys);
             prop_assert_eq!(single.device(&domain()), once);
@@ -467,17 +467,17 @@ mod tests {
             keys in btree_set(any_key(), 0..12),
             damage in vec((any_key(), 0..3), 0..12),
         ) {
-            let fake = Fake::with(&[domain()]);
-            apply(&fake, &install(keys.clone()));
+            let memory = MemoryKernel::with(&[domain()]);
+            apply(&memory, &install(keys.clone()));
             for (key, what) in damage {
-                fake.alter(&domain(), |device| match (what, device.peers.get_mut(&key)) {
+                memory.alter(&domain(), |device| match (what, device.peers.get_mut(&key)) {
                     (0, Some(peer)) => peer.allowed_ips.clear(),
                     (1, _) => drop(device.routes.remove(&key.link_local())),
                     _ => drop(device.fdb.remove(&key.link_local())),
                 });
             }
-            apply(&fake, &repair(&fake.device(&domain()).unwrap(), owned(keys.clone())));
-            let device = fake.device(&domain()).unwrap();
+            apply(&memory, &repair(&memory.device(&domain()).unwrap(), owned(keys.clone())));
+            let device = memory.device(&domain()).unwrap();
             prop_assert_eq!(repair(&device, owned(keys.clone())), []);
             for key in keys {
                 prop_assert!(device.routes.contains(&key.link_local()) && device.fdb.contains(&key.link_local()));
@@ -489,13 +489,13 @@ mod tests {
             keys in btree_set(any_key(), 0..12),
             stale in btree_set(any_key(), 0..12),
         ) {
-            let fake = one_by_one(&keys.iter().copied().collect::<Vec<_>>());
-            let before = fake.device(&domain()).unwrap();
+            let memory = one_by_one(&keys.iter().copied().collect::<Vec<_>>());
+            let before = memory.device(&domain()).unwrap();
             let steps = sweep(&before, &stale);
-            apply(&fake, &steps);
-            let once = fake.device(&domain()).unwrap();
-            apply(&fake, &steps);
-            prop_assert_eq!(&fake.device(&domain()).unwrap(), &once);
+            apply(&memory, &steps);
+            let once = memory.device(&domain()).unwrap();
+            apply(&memory, &steps);
+            prop_assert_eq!(&memory.device(&domain()).unwrap(), &once);
             prop_assert_eq!(sweep(&once, &stale), []);
             for key in keys.difference(&stale) {
                 prop_assert_eq!(&once.peers[key], &before.peers[key]);
@@ -513,12 +513,12 @@ mod tests {
         one_by_one(keys).device(&domain()).unwrap()
     }
 
-    fn one_by_one(keys: &[PublicKey]) -> Fake {
-        let fake = Fake::with(&[domain()]);
+    fn one_by_one(keys: &[PublicKey]) -> MemoryKernel {
+        let memory = MemoryKernel::with(&[domain()]);
         for key in keys {
-            apply(&fake, &[Step::install(*key)]);
+            apply(&memory, &[Step::install(*key)]);
         }
-        fake
+        memory
     }
 
     fn owned(keys: impl IntoIterator<Item = PublicKey>) -> impl Iterator<Item = (PublicKey, Ipv6Addr)> {
@@ -529,8 +529,8 @@ mod tests {
         device.peers.get_mut(&key(n)).unwrap()
     }
 
-    fn apply(fake: &Fake, steps: &[Step]) {
-        let results = now(fake.clone().apply(&domain(), &changes(steps)));
+    fn apply(memory: &MemoryKernel, steps: &[Step]) {
+        let results = now(memory.clone().apply(&domain(), &changes(steps)));
         assert!(results.iter().all(Result::is_ok));
     }
 }

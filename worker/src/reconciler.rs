@@ -24,12 +24,12 @@ use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Revoked};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
-use crate::kernel::Kernel;
 use crate::metrics::Metrics;
 use crate::peers::{Clocks, Policy};
 use domain::Served;
 use reports::Outbox;
 pub use reports::{DomainState, Said, State};
+use wgkex_kernel::Kernel;
 
 /// Keys that wait at most for a batch; a full retained fleet fits.
 const QUEUE: usize = 65_536;

@@ -2,33 +2,21 @@
 //! stands here.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
-use netlink_packet_route::link::InfoKind;
+use caps::{CapSet, Capability};
+use nix::errno::Errno;
 use tracing::info;
 use wgkex_common::config::Setup;
 use wgkex_common::{Domain, KeyError, PublicKey};
-use wireguard_control::{Backend, Key};
+use wgkex_kernel::key_file::{self, KeyFileError};
+use wgkex_kernel::links::{Kind, Link, Links, VxlanAttributes};
+use wgkex_kernel::{Backend, Key, wireguard};
 
-use self::key_file::KeyFileError;
-use self::links::{Link, Links};
-use self::plan::{Found, Step, VXLAN_ADDRESS, Vxlan, Wanted, Wireguard, differences};
+use self::plan::{Actual, Desired, Shape, Step, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
 
-mod key_file;
-mod links;
 mod plan;
-mod wireguard;
-
-/// Whose WireGuard a new interface gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flavour {
-    /// The kernel's; where it has none, wireguard-go.
-    Kernel,
-    /// wireguard-go, whatever the kernel has.
-    Userspace,
-}
 
 /// What stood in the way. Each is one line that names the interface or the file.
 #[derive(Debug, thiserror::Error)]
@@ -50,12 +38,12 @@ pub enum Error {
         wanted: &'static str,
     },
     /// A VXLAN interface that would have to be made anew.
-    #[error("{interface} has {unfit}: left as it is; `wgkex-worker setup --remove` first, then it is made anew")]
-    Unfit {
+    #[error("{interface} has {incompatible}: left as it is; `wgkex-worker setup --remove` first, then it is made anew")]
+    Incompatible {
         /// Its name.
         interface: String,
         /// What is not as the config says.
-        unfit: String,
+        incompatible: String,
     },
     /// Neither the kernel nor a program gives WireGuard.
     #[error("{0}: the kernel has no WireGuard and there is no wireguard-go: apt-get install wireguard-go")]
@@ -82,12 +70,13 @@ pub enum Error {
 }
 
 /// Makes the interfaces of each domain, or completes them. What is there already stays, its peers included; only
-/// what differs is set. Nothing is changed as long as one of the domains cannot be set up as the config says.
-pub async fn setup(domains: &BTreeMap<Domain, Setup>, flavour: Flavour) -> Result<(), Error> {
+/// what differs is set. A new WireGuard interface is the kernel's, or wireguard-go's where the kernel has no WireGuard
+/// or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the domains cannot be set up as the config says.
+pub async fn setup(domains: &BTreeMap<Domain, Setup>, backend: Backend) -> Result<(), Error> {
     let links = open(domains)?;
     let mut plans = Vec::new();
     for (domain, setup) in domains {
-        let site = Site { links: &links, domain, flavour };
+        let site = Site { links: &links, domain, backend };
         let (key, steps) = site.plan(setup).await?;
         plans.push((site, key, steps));
     }
@@ -107,7 +96,7 @@ pub async fn remove(domains: &BTreeMap<Domain, Setup>) -> Result<(), Error> {
     let links = open(domains)?;
     let mut doomed = Vec::new();
     for domain in domains.keys() {
-        let site = Site { links: &links, domain, flavour: Flavour::Kernel };
+        let site = Site { links: &links, domain, backend: Backend::Kernel };
         doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
         doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
     }
@@ -123,47 +112,42 @@ pub async fn remove(domains: &BTreeMap<Domain, Setup>) -> Result<(), Error> {
 
 fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
     let first = domains.keys().next().map(Domain::wireguard).unwrap_or_default();
-    if !may_administer() {
+    // An unreadable set of capabilities does not count: the kernel has the last word.
+    if !caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(true) {
         return Err(Error::Capability(first));
     }
     Links::open().map_err(|error| refused(&first, "open netlink", error))
-}
-
-/// Whether this thread has `CAP_NET_ADMIN` (bit 12, linux/capability.h); true where /proc does not tell.
-fn may_administer() -> bool {
-    let Ok(status) = fs::read_to_string("/proc/thread-self/status") else { return true };
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    effective.is_none_or(|bits| bits & 1 << 12 != 0)
 }
 
 /// A domain on this machine.
 struct Site<'a> {
     links: &'a Links,
     domain: &'a Domain,
-    flavour: Flavour,
+    backend: Backend,
 }
 
 impl Site<'_> {
     async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<Step>), Error> {
-        let (found, current) = self.find().await?;
+        let (actual, current) = self.find().await?;
         let interface = self.domain.wireguard();
         let key = key_file::load_or_make(&setup.key_file, current.as_ref())
             .map_err(|error| Error::KeyFile(interface.clone(), error))?;
-        let wanted = Wanted {
+        let desired = Desired {
             public_key: PublicKey::from_bytes(key.get_public().0).map_err(|error| Error::Key(interface, error))?,
             listen_port: setup.listen_port,
             vxlan_id: setup.vxlan_id,
             vxlan_port: setup.vxlan_port,
         };
-        let steps = differences(&found, &wanted)
-            .map_err(|unfit| Error::Unfit { interface: self.domain.vxlan(), unfit: unfit.0 })?;
+        let steps = differences(&actual, &desired).map_err(|incompatible| Error::Incompatible {
+            interface: self.domain.vxlan(),
+            incompatible: incompatible.0,
+        })?;
         Ok((key, steps))
     }
 
     /// What stands, and the private key of `wg-REST` if it has one.
-    async fn find(&self) -> Result<(Found, Option<Key>), Error> {
-        let mut found = Found::default();
+    async fn find(&self) -> Result<(Actual, Option<Key>), Error> {
+        let mut actual = Actual::default();
         let mut current = None;
         let wireguard = self.wireguard().await?;
         let index = wireguard.as_ref().map(|(link, _)| link.index);
@@ -171,7 +155,7 @@ impl Site<'_> {
             let name = self.domain.wireguard();
             let device = wireguard::get(&name, backend).await.map_err(|error| refused(&name, "read it", error))?;
             current = device.private_key.filter(|key| *key != Key::zero());
-            found.wireguard = Some(Wireguard {
+            actual.wireguard = Some(Wireguard {
                 public_key: device.public_key.and_then(|key| PublicKey::from_bytes(key.0).ok()),
                 listen_port: device.listen_port.unwrap_or(0),
                 addresses: link.addresses,
@@ -179,10 +163,11 @@ impl Site<'_> {
                 up: link.up,
             });
         }
-        if let Some(link) = self.vxlan().await? {
-            found.vxlan = Some(Vxlan { shape: link.shape(index), addresses: link.addresses, up: link.up });
+        if let Some((link, attributes)) = self.vxlan().await? {
+            let shape = Shape::of(&attributes, index);
+            actual.vxlan = Some(Vxlan { shape, addresses: link.addresses, up: link.up });
         }
-        Ok((found, current))
+        Ok((actual, current))
     }
 
     /// `wg-REST`, if it is there.
@@ -190,22 +175,23 @@ impl Site<'_> {
         let name = self.domain.wireguard();
         let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
         match link {
-            Some(link) if link.kind == Some(InfoKind::Wireguard) => Ok(Some((link, Backend::Kernel))),
-            Some(link) if link.kind == Some(InfoKind::Tun) && wireguard::listens(&name) => {
-                Ok(Some((link, Backend::Userspace)))
-            }
+            Some(link) if link.kind == Kind::Wireguard => Ok(Some((link, Backend::Kernel))),
+            Some(link) if link.kind == Kind::Tun && wireguard::listens(&name) => Ok(Some((link, Backend::Userspace))),
             Some(link) => Err(other_kind(name, &link, "a WireGuard interface")),
             None => Ok(None),
         }
     }
 
     /// `vx-REST`, if it is there.
-    async fn vxlan(&self) -> Result<Option<Link>, Error> {
+    async fn vxlan(&self) -> Result<Option<(Link, VxlanAttributes)>, Error> {
         let name = self.domain.vxlan();
         let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
-        match link {
-            Some(link) if link.kind != Some(InfoKind::Vxlan) => Err(other_kind(name, &link, "a VXLAN interface")),
-            link => Ok(link),
+        let Some(link) = link else { return Ok(None) };
+        match link.kind {
+            Kind::Vxlan(attributes) => Ok(Some((link, attributes))),
+            Kind::Wireguard | Kind::Tun | Kind::Other(_) | Kind::Physical => {
+                Err(other_kind(name, &link, "a VXLAN interface"))
+            }
         }
     }
 
@@ -226,7 +212,7 @@ impl Site<'_> {
     }
 
     async fn add_wireguard(&self, interface: &str) -> Result<(), Error> {
-        if self.flavour == Flavour::Kernel {
+        if self.backend == Backend::Kernel {
             match self.links.add_wireguard(interface).await {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {}
                 made => return made.map_err(|error| refused_step(interface, Step::AddWireguard, error)),
@@ -265,9 +251,11 @@ impl Site<'_> {
 
 fn other_kind(interface: String, link: &Link, wanted: &'static str) -> Error {
     let kind = match &link.kind {
-        Some(InfoKind::Tun) => "a TUN device without a WireGuard behind it".into(),
-        Some(kind) => format!("of kind {kind}"),
-        None => "a device of no kind".into(),
+        Kind::Tun => "a TUN device without a WireGuard behind it".into(),
+        Kind::Wireguard => "of kind wireguard".into(),
+        Kind::Vxlan(_) => "of kind vxlan".into(),
+        Kind::Other(kind) => format!("of kind {kind}"),
+        Kind::Physical => "a device of no kind".into(),
     };
     Error::OtherKind { interface, kind, wanted }
 }
@@ -276,14 +264,12 @@ fn refused_step(interface: &str, step: Step, error: io::Error) -> Error {
     // The kernel's answers where IPv6 is off for the interface, and where it is off altogether.
     let ipv6_is_off = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
         && matches!(step, Step::NoAutoAddress | Step::AddAddress(_) | Step::AddVxlanAddress)
-        && error.raw_os_error() != Some(EPERM);
+        && error.raw_os_error() != Some(Errno::EPERM as i32);
     if ipv6_is_off { Error::Ipv6(interface.into()) } else { refused(interface, &step.to_string(), error) }
 }
 
-const EPERM: i32 = 1;
-
 fn refused(interface: &str, action: &str, source: io::Error) -> Error {
-    if source.raw_os_error() == Some(EPERM) {
+    if source.raw_os_error() == Some(Errno::EPERM as i32) {
         return Error::Capability(interface.into());
     }
     Error::Refused { interface: interface.into(), action: action.into(), source }

@@ -15,7 +15,8 @@ use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use wgkex_common::config::Setup;
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::setup::{Error, Flavour, remove, setup};
+use wgkex_kernel::Backend;
+use wgkex_worker::setup::{Error, remove, setup};
 
 /// A scenario as one test per lane.
 macro_rules! lanes {
@@ -23,7 +24,7 @@ macro_rules! lanes {
         #[test]
         #[ignore = "needs root and wireguard-go: cargo test -p wgkex-worker --test setup -- --ignored netns_"]
         fn $netns() {
-            in_namespaces(|| async { $scenario(&Place::new(Flavour::Userspace)).await });
+            in_namespaces(|| async { $scenario(&Place::new(Backend::Userspace)).await });
         }
 
         #[test]
@@ -31,7 +32,7 @@ macro_rules! lanes {
         fn $vm() {
             in_namespaces(|| async {
                 run("ip link add probe type wireguard && ip link del probe");
-                $scenario(&Place::new(Flavour::Kernel)).await;
+                $scenario(&Place::new(Backend::Kernel)).await;
             });
         }
     )*};
@@ -61,7 +62,7 @@ async fn makes(place: &Place) {
     let vxlan = run("ip -d link show vx-welt");
     assert!(vxlan.contains(&format!("vxlan id 99 local {address} dev wg-welt ")), "{vxlan}");
     assert!(vxlan.contains(" dstport 4789 "), "{vxlan}");
-    let kind = if place.flavour == Flavour::Kernel { "wireguard" } else { "tun type tun" };
+    let kind = if place.backend == Backend::Kernel { "wireguard" } else { "tun type tun" };
     let wireguard = run("ip -d link show wg-welt");
     assert!(wireguard.contains(kind), "{wireguard}");
     for shown in [vxlan, wireguard] {
@@ -133,7 +134,7 @@ async fn leaves_others(place: &Place) {
         ("wg-welt", "ip link add wg-welt type vxlan id 1 dstport 1 local ::1"),
         ("vx-welt", "ip link add vx-welt type veth peer name other"),
     ];
-    if place.flavour == Flavour::Userspace {
+    if place.backend == Backend::Userspace {
         others.push(("wg-welt", "ip tuntap add wg-welt mode tun"));
     }
     for (name, add) in others {
@@ -161,7 +162,7 @@ async fn leaves_another_vxlan(place: &Place) {
 
 async fn all_or_nothing(place: &Place) {
     run("ip link add vx-zwei type veth peer name other");
-    let mut place = Place::new(place.flavour);
+    let mut place = Place::new(place.backend);
     place.add("zwei", 40012);
     assert!(matches!(place.setup().await, Err(Error::OtherKind { interface, .. }) if interface == "vx-zwei"));
     assert_eq!(interfaces(), ["lo", "other", "vx-zwei"]);
@@ -196,7 +197,7 @@ async fn without_ipv6(place: &Place) {
 fn netns_the_kernels_wireguard_is_taken_where_there_is_one() {
     in_namespaces(|| async {
         let has_one = sh("ip link add probe type wireguard && ip link del probe").status.success();
-        Place::new(Flavour::Kernel).setup().await.unwrap();
+        Place::new(Backend::Kernel).setup().await.unwrap();
         let shown = run("ip -d link show wg-welt");
         assert!(shown.contains(if has_one { "wireguard" } else { "tun type tun" }), "{shown}");
     });
@@ -206,7 +207,7 @@ fn netns_the_kernels_wireguard_is_taken_where_there_is_one() {
 #[ignore = "needs root and wireguard-go: cargo test -p wgkex-worker --test setup -- --ignored netns_"]
 fn netns_without_wireguard_go_the_package_is_named() {
     in_namespaces(|| async {
-        let place = Place::new(Flavour::Userspace);
+        let place = Place::new(Backend::Userspace);
         run("mount -t tmpfs none $(dirname $(command -v wireguard-go))");
         let refusal = place.setup().await.unwrap_err().to_string();
         assert!(refusal.starts_with("wg-welt: ") && refusal.contains("apt-get install wireguard-go"), "{refusal}");
@@ -218,7 +219,7 @@ fn netns_without_wireguard_go_the_package_is_named() {
 fn netns_a_wireguard_of_the_same_name_in_another_namespace_is_left_alone() {
     in_namespaces(|| async {
         run("unshare -n wireguard-go wg-welt");
-        let refusal = Place::new(Flavour::Userspace).setup().await.unwrap_err();
+        let refusal = Place::new(Backend::Userspace).setup().await.unwrap_err();
         assert!(matches!(refusal, Error::Elsewhere(..)), "{refusal}");
         assert!(PathBuf::from("/run/wireguard/wg-welt.sock").exists());
         assert_eq!(interfaces(), ["lo"]);
@@ -244,7 +245,7 @@ fn netns_a_missing_capability_is_named() {
 }
 
 fn without_capability() {
-    let place = Place::new(Flavour::Kernel);
+    let place = Place::new(Backend::Kernel);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let refusals =
         runtime.block_on(async { [place.setup().await.unwrap_err(), remove(&place.domains).await.unwrap_err()] });
@@ -292,13 +293,13 @@ fn interfaces() -> Vec<String> {
 /// A config and a directory for its keys.
 struct Place {
     domains: BTreeMap<Domain, Setup>,
-    flavour: Flavour,
+    backend: Backend,
     keys: TempDir,
 }
 
 impl Place {
-    fn new(flavour: Flavour) -> Self {
-        let mut place = Self { domains: BTreeMap::new(), flavour, keys: tempfile::tempdir().unwrap() };
+    fn new(backend: Backend) -> Self {
+        let mut place = Self { domains: BTreeMap::new(), backend, keys: tempfile::tempdir().unwrap() };
         place.add("welt", 40011);
         place
     }
@@ -314,7 +315,7 @@ impl Place {
     }
 
     async fn setup(&self) -> Result<(), Error> {
-        setup(&self.domains, self.flavour).await
+        setup(&self.domains, self.backend).await
     }
 }
 

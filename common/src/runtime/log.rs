@@ -34,8 +34,8 @@ pub const AUDIT: &str = "wgkex_audit";
 /// that has just left. What matters of it the MQTT session and the embedded server say themselves.
 fn directives(level: Level) -> String {
     format!(
-        "warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},{AUDIT}=info,actix_http=off,rumqttc=off,\
-         rumqttd=off"
+        "warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},wgkex_kernel={level},{AUDIT}=info,\
+         actix_http=off,rumqttc=off,rumqttd=off"
     )
 }
 

@@ -10,9 +10,9 @@ use tokio::sync::oneshot;
 use wgkex_common::Config;
 use wgkex_tests::http::{Http, ask};
 
+use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
 use wgkex_tests::{key, wait_until};
-use wgkex_worker::kernel::fake::{Delays, Fake};
 
 /// A dump takes this long, and a line that is silent for half of it counts as dead.
 const DUMP: Duration = Duration::from_secs(10);
@@ -33,7 +33,7 @@ fn a_kernel_slower_than_the_keep_alive_costs_no_connection_and_no_confirmation()
     );
     let config = Config::parse("test", &yaml, "slow").unwrap();
     let domains: Vec<_> = config.domains.iter().cloned().collect();
-    let kernel = Fake::with(&domains);
+    let kernel = MemoryKernel::with(&domains);
     let (stop, stopped) = oneshot::channel::<()>();
     let worker = {
         let kernel = kernel.clone();

@@ -9,6 +9,7 @@ use std::time::Instant;
 use tokio::runtime;
 use tokio::sync::oneshot;
 use wgkex_common::Config;
+use wgkex_kernel::memory::MemoryKernel;
 use wgkex_tests::admin::Operator;
 use wgkex_tests::http::Http;
 use wgkex_tests::probe::{Role, Said};
@@ -17,7 +18,6 @@ use wgkex_tests::scripted::{data, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, free_address};
 use wgkex_tests::unread::{PIPELINED, pile_up, pipelined};
 use wgkex_tests::{key, wait_until};
-use wgkex_worker::kernel::fake::Fake;
 
 use super::{alone, memory, plan, stack_with};
 
@@ -76,7 +76,7 @@ fn answers_of_the_worker_that_nobody_reads_take_bounded_memory() {
     writeln!(yaml, "state_dir: {}\nmqtt: {{broker_url: {}, broker_port: {}}}", state.display(), bus.ip(), bus.port())
         .unwrap();
     let config = Config::parse("test", &yaml, "gw2").unwrap();
-    let kernel = Fake::with(&config.domains.iter().cloned().collect::<Vec<_>>());
+    let kernel = MemoryKernel::with(&config.domains.iter().cloned().collect::<Vec<_>>());
     let (stop, stopped) = oneshot::channel::<()>();
     let worker = thread::spawn(move || {
         let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

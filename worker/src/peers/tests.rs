@@ -3,10 +3,10 @@ use proptest::prelude::*;
 use wgkex_common::wire::message::WorkerData;
 
 use super::*;
-use crate::kernel::Kernel as _;
-use crate::kernel::fake::Fake;
 use crate::plan::{changes, install};
 use crate::testing::{collision, domain, key, now};
+use wgkex_kernel::Kernel as _;
+use wgkex_kernel::memory::MemoryKernel;
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -113,7 +113,7 @@ fn a_handshake_just_before_a_step_is_no_older_than_the_read_before_it() {
 #[test]
 fn peers_that_wgkex_did_not_make_are_counted_and_never_stale_for_the_sweep() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
         device.peers.get_mut(&key(2)).unwrap().allowed_ips.clear();
     });
@@ -128,7 +128,7 @@ fn peers_that_wgkex_did_not_make_are_counted_and_never_stale_for_the_sweep() {
 #[test]
 fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     let mut world = World::with(&[key(1), key(2), key(3), key(4)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(3)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
     });
     world.handshake(key(1));
@@ -227,7 +227,7 @@ fn what_an_interface_had_that_was_missing_for_long_has_its_grace_when_it_is_back
     world.read();
     world.ledger.lost();
     world.pass(5 * HOUR);
-    world.fake.add(&domain());
+    world.memory.add(&domain());
     world.read();
     world.ledger.forget_stale(world.now.monotonic);
     world.put_back();
@@ -261,7 +261,7 @@ fn routes_and_entries_of_a_peer_that_is_to_be_put_back_are_no_orphans() {
     for _ in 0..3 {
         world.read();
         world.pass(MINUTE);
-        assert_eq!(world.ledger.orphaned(&world.fake.device(&domain()).unwrap(), world.now.monotonic), []);
+        assert_eq!(world.ledger.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
     }
 }
 
@@ -269,12 +269,12 @@ fn routes_and_entries_of_a_peer_that_is_to_be_put_back_are_no_orphans() {
 fn an_interface_made_anew_is_owed_every_key_of_ours() {
     for missed in [false, true] {
         let mut world = World::with(&[key(1), key(2), key(3)]);
-        world.fake.alter(&domain(), |device| device.peers.get_mut(&key(3)).unwrap().allowed_ips.clear());
+        world.memory.alter(&domain(), |device| device.peers.get_mut(&key(3)).unwrap().allowed_ips.clear());
         world.read();
         if missed {
             world.ledger.lost();
         }
-        world.fake.add(&domain());
+        world.memory.add(&domain());
         world.read();
         assert_eq!(world.owed(), [Step::install(key(1)), Step::install(key(2))]);
     }
@@ -286,7 +286,7 @@ fn a_peer_put_back_has_its_grace_again() {
     world.handshake(key(1));
     world.read();
     world.pass(2 * HOUR);
-    world.fake.add(&domain());
+    world.memory.add(&domain());
     world.read();
     world.put_back();
     world.read();
@@ -301,7 +301,7 @@ fn a_peer_made_anew_by_hand_has_its_grace_again() {
     world.handshake(key(1));
     world.read();
     world.pass(4 * HOUR);
-    world.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().last_handshake = None);
+    world.memory.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().last_handshake = None);
     world.read();
     assert_eq!(world.states(), [PeerState::Pending]);
 }
@@ -346,7 +346,7 @@ fn when_the_owner_of_an_address_is_gone_the_other_has_it_and_what_is_left_of_the
         assert_eq!(world.come(&[first]), [(first, ADDRESS_TAKEN)]);
         world.make_room();
         assert_eq!(world.peers(), [second].into());
-        let device = world.fake.device(&domain()).unwrap();
+        let device = world.memory.device(&domain()).unwrap();
         assert_eq!(plan::shape(&second, &device.peers[&second]), Shape::Ours);
         assert!(device.routes.contains(&second.link_local()) && device.fdb.contains(&second.link_local()));
     }
@@ -370,7 +370,7 @@ fn of_two_that_come_at_once_the_same_one_has_the_address_everywhere() {
         world.apply_owed();
         assert_eq!(world.peers(), [first.min(second)].into(), "{order:?}");
         assert_eq!(world.come(&[first.max(second)]), [(first.max(second), ADDRESS_TAKEN)]);
-        let device = world.fake.device(&domain()).unwrap();
+        let device = world.memory.device(&domain()).unwrap();
         assert_eq!((device.routes.len(), device.fdb.len()), (1, 1));
     }
 }
@@ -397,7 +397,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     world.reserved = Reserved::new([key(2)].into(), [domain()].into());
     world.reserved.update("gw", domain().name(), Some(&gateway(first)));
     world.reserved.update("gw2", domain().name(), Some(&gateway(key(3))));
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
     });
@@ -409,7 +409,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     world.pass(4 * HOUR);
     world.read();
     assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
-    assert_eq!(world.ledger.orphaned(&world.fake.device(&domain()).unwrap(), world.now.monotonic), []);
+    assert_eq!(world.ledger.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
     world.reserved.update("gw", domain().name(), None);
     world.read();
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
@@ -437,7 +437,7 @@ fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
 #[test]
 fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
     let mut world = World::with(&[key(1), key(2)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push((key(3).link_local().into(), 128));
     });
     world.read();
@@ -524,7 +524,7 @@ fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
     assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(1)]);
     world.apply(&[Step::renew(key(1))]);
     world.ledger.forgotten(&key(1));
-    let device = world.fake.device(&domain()).unwrap();
+    let device = world.memory.device(&domain()).unwrap();
     assert_eq!(
         (plan::shape(&key(1), &device.peers[&key(1)]), device.peers[&key(1)].last_handshake),
         (Shape::Ours, None)
@@ -557,7 +557,7 @@ fn a_full_interface_takes_no_new_key() {
 #[test]
 fn waiting_keys_are_owed_in_order_of_arrival_and_the_own_key_is_not() {
     let mut world = World::with(&[]);
-    let own = world.fake.device(&domain()).unwrap().public_key.unwrap();
+    let own = world.memory.device(&domain()).unwrap().public_key.unwrap();
     for key in [key(2), own, key(1)] {
         world.ledger.wants(key, world.now.monotonic);
         world.pass(MINUTE);
@@ -603,7 +603,7 @@ fn what_is_remembered_as_proven_is_so_although_the_kernel_knows_of_no_handshake(
 #[test]
 fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
     let mut world = World::with(&[key(1)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips = vec![("10.0.0.0".parse().unwrap(), 8)];
     });
     world.ledger.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
@@ -615,7 +615,7 @@ fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
 fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), second, key(6)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear();
         device.peers.get_mut(&key(6)).unwrap().allowed_ips = vec![(key(5).link_local().into(), 128)];
     });
@@ -710,7 +710,7 @@ fn a_key_that_waits_and_has_a_place_does_not_take_another() {
 #[test]
 fn handshakes_are_reported_once_and_again_after_a_while() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(3)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
     });
     let mut reports = Vec::new();
@@ -735,9 +735,9 @@ fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
     let mut world = World::with(&[key(1)]);
     let orphan = key(2).link_local();
     let add = |device: &mut Device| assert!(device.routes.insert(orphan) && device.fdb.insert(orphan));
-    world.fake.alter(&domain(), add);
+    world.memory.alter(&domain(), add);
     let orphaned = |world: &World| {
-        let device = world.fake.device(&domain()).unwrap();
+        let device = world.memory.device(&domain()).unwrap();
         world.ledger.orphaned(&device, world.now.monotonic)
     };
     world.read();
@@ -775,7 +775,7 @@ fn what_changes_is_told_once() {
     world.install(&[key(1)]);
     let now = world.now.monotonic;
     assert_eq!(changed(&mut world), [(key(1), Some((now, true))), (key(2), Some((begun, false)))]);
-    world.fake.alter(&domain(), |device| {
+    world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
     });
     world.read();
@@ -812,7 +812,7 @@ proptest! {
     fn only_quiet_peers_of_ours_past_their_grace_are_ever_stale(acts in vec(act(), 1..300)) {
         let mut world = World::with(&(0..4).map(key).collect::<Vec<_>>());
         let others = [key(0)];
-        world.fake.alter(&domain(), |device| {
+        world.memory.alter(&domain(), |device| {
             device.peers.get_mut(&others[0]).unwrap().allowed_ips.push(("fd00::".parse().unwrap(), 64));
         });
         let (mut handshakes, mut arrivals) = (BTreeMap::new(), BTreeMap::new());
@@ -870,7 +870,7 @@ fn act() -> impl Strategy<Value = Act> {
 
 /// A kernel, a ledger and both clocks.
 struct World {
-    fake: Fake,
+    memory: MemoryKernel,
     ledger: Ledger,
     reserved: Reserved,
     now: Clocks,
@@ -880,19 +880,19 @@ struct World {
 impl World {
     fn with(keys: &[PublicKey]) -> Self {
         let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
-        let (fake, ledger) = (Fake::with(&[domain()]), Ledger::new(Policy::default()));
-        let world = Self { fake, ledger, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
+        let (memory, ledger) = (MemoryKernel::with(&[domain()]), Ledger::new(Policy::default()));
+        let world = Self { memory, ledger, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
         world.apply(&install(keys.iter().copied()));
         world
     }
 
     fn read(&mut self) -> usize {
-        self.ledger.observe(&self.fake.device(&domain()).unwrap(), &self.reserved, self.now)
+        self.ledger.observe(&self.memory.device(&domain()).unwrap(), &self.reserved, self.now)
     }
 
     /// Somebody else removes these peers, and nothing but them.
     fn vanish(&self, keys: &[PublicKey]) {
-        self.fake.alter(&domain(), |device| device.peers.retain(|key, _| !keys.contains(key)));
+        self.memory.alter(&domain(), |device| device.peers.retain(|key, _| !keys.contains(key)));
     }
 
     /// What vanished is put back.
@@ -906,7 +906,7 @@ impl World {
 
     /// Keys come and are installed as far as they may; says which may not.
     fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, &'static str)> {
-        let own = self.fake.device(&domain()).unwrap().public_key;
+        let own = self.memory.device(&domain()).unwrap().public_key;
         let admission = self.ledger.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
         self.install(&[admission.known, admission.new].concat());
         for key in admission.deferred {
@@ -921,14 +921,14 @@ impl World {
 
     fn make_room(&mut self) {
         let surplus = self.ledger.surplus();
-        self.apply(&plan::sweep(&self.fake.device(&domain()).unwrap(), &surplus));
+        self.apply(&plan::sweep(&self.memory.device(&domain()).unwrap(), &surplus));
         for key in &surplus {
             self.ledger.removed(key);
         }
     }
 
     fn peers(&self) -> BTreeSet<PublicKey> {
-        self.fake.device(&domain()).unwrap().peers.into_keys().collect()
+        self.memory.device(&domain()).unwrap().peers.into_keys().collect()
     }
 
     fn pass(&mut self, passes: Duration) {
@@ -947,7 +947,7 @@ impl World {
     }
 
     fn handshake_at(&self, key: PublicKey, at: SystemTime) {
-        self.fake.handshake(&domain(), key, at);
+        self.memory.handshake(&domain(), key, at);
     }
 
     fn install(&mut self, keys: &[PublicKey]) {
@@ -966,11 +966,11 @@ impl World {
     }
 
     fn apply(&self, steps: &[Step]) {
-        now(self.fake.clone().apply(&domain(), &changes(steps)));
+        now(self.memory.clone().apply(&domain(), &changes(steps)));
     }
 
     fn owed(&mut self) -> Vec<Step> {
-        self.ledger.owed(&self.fake.device(&domain()).unwrap(), &self.reserved)
+        self.ledger.owed(&self.memory.device(&domain()).unwrap(), &self.reserved)
     }
 
     fn stale(&self) -> Vec<PublicKey> {

@@ -13,12 +13,12 @@ use wgkex_common::storage::key_store::{KeyRecord, WriteBuffer};
 use wgkex_common::wire::message::{Age, Revoked};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
-use crate::kernel::{Device, Kernel, KernelError};
 use crate::metrics::Metrics;
 use crate::peers::{Admitted, Clocks, Ledger, Policy};
 use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Shape, Step};
 use crate::reconciler::reports::{Outbox, Report};
 use crate::reconciler::schedule::Schedule;
+use wgkex_kernel::{Device, Kernel, KernelError};
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
 const SLICE: usize = 512;

@@ -8,9 +8,9 @@ use tracing::{info, warn};
 use wgkex_common::wire::message::{Applied, Handshakes, Revoked};
 use wgkex_common::{Domain, PublicKey};
 
-use crate::kernel::{Device, KernelError};
 use crate::metrics::Metrics;
 use crate::peers::Counts;
+use wgkex_kernel::{Device, KernelError};
 
 /// Keys in one confirmation at most: about 100 kB of JSON.
 const KEYS_PER_MESSAGE: usize = 2_000;

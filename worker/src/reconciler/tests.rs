@@ -9,10 +9,10 @@ use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::wire::message::Applied;
 
 use super::*;
-use crate::kernel::fake::{Delays, Fake};
-use crate::kernel::{Change, Device, Errno, KernelError};
 use crate::plan;
 use crate::testing::{collision, domain, key};
+use wgkex_kernel::memory::{Delays, MemoryKernel};
+use wgkex_kernel::{Change, Device, Errno, KernelError};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -31,7 +31,7 @@ async fn a_key_is_confirmed_when_all_three_objects_stand() {
 async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
     let mut gateway = Gateway::start();
     gateway.up().await;
-    gateway.fake.delay(Delays { apply: Duration::from_secs(1), ..Delays::default() });
+    gateway.memory.delay(Delays { apply: Duration::from_secs(1), ..Delays::default() });
     gateway.offer([0]);
     sleep(Duration::from_millis(500)).await;
     for n in (1..=100).chain([7, 7]) {
@@ -50,7 +50,7 @@ async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
     let gateway = Gateway::start();
     gateway.up().await;
     let (call, gap) = (Duration::from_millis(10), Duration::from_millis(6));
-    gateway.fake.delay(Delays { apply: call, ..Delays::default() });
+    gateway.memory.delay(Delays { apply: call, ..Delays::default() });
     for n in 0..100 {
         gateway.offer([n]);
         sleep(gap).await;
@@ -76,13 +76,13 @@ async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
 async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
     let mut gateway = Gateway::start();
     gateway.settle().await;
-    gateway.fake.refuse(Change::SetRoute(key(2).link_local()));
+    gateway.memory.refuse(Change::SetRoute(key(2).link_local()));
     gateway.offer([1, 2, 3]);
     let applied = gateway.confirmed().await;
     assert_eq!(applied.installed, [key(1), key(3)]);
     assert_eq!(applied.failed, [(key(2), "kernel".to_owned())].into());
 
-    gateway.fake.refuse_nothing();
+    gateway.memory.refuse_nothing();
     let again = timeout(Duration::from_secs(5), gateway.confirmed()).await.unwrap();
     assert_eq!(again.installed, [key(2)]);
     assert!(gateway.all_stand(1..=3));
@@ -92,7 +92,7 @@ async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
 async fn a_key_that_is_always_refused_is_given_up() {
     let mut gateway = Gateway::start();
     gateway.up().await;
-    gateway.fake.refuse(Change::SetPeer(key(2), key(2).link_local()));
+    gateway.memory.refuse(Change::SetPeer(key(2), key(2).link_local()));
     gateway.offer([2]);
     assert_eq!(gateway.confirmed().await.failed.len(), 1);
     sleep(HOUR).await;
@@ -118,20 +118,20 @@ async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
         gateway.offer([1]);
         assert_eq!(gateway.confirmed().await.installed, [key(1)]);
         assert!(gateway.stands(key(1)));
-        gateway.fake.alter(&domain(), |device| device.routes.clear());
+        gateway.memory.alter(&domain(), |device| device.routes.clear());
     }
     assert_eq!(gateway.metrics.keys_refreshed.with_label_values(&["ffmuc_welt"]).get(), 1);
 }
 
 #[tokio::test(start_paused = true)]
 async fn keys_that_came_before_their_interface_are_installed_when_it_comes() {
-    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
     gateway.offer([1, 2]);
     let wanted = [(key(1), "interface".to_owned()), (key(2), "interface".to_owned())].into();
     assert_eq!(gateway.confirmed().await.failed, wanted);
     assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is missing".into() }));
 
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     assert_eq!(gateway.confirmed().await.installed, [key(1), key(2)]);
     assert!(gateway.stands(key(1)) && gateway.stands(key(2)));
     let device = gateway.device();
@@ -145,14 +145,14 @@ async fn an_interface_made_anew_is_full_again() {
     let mut gateway = Gateway::start();
     gateway.offer(0..3_000);
     gateway.settle().await;
-    gateway.fake.remove(&domain());
+    gateway.memory.remove(&domain());
     gateway.settle().await;
     assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     gateway.settle().await;
     assert!(gateway.all_stand(0..3_000));
 
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     gateway.settle().await;
     assert!(gateway.all_stand(0..3_000));
 }
@@ -162,14 +162,14 @@ async fn only_what_went_with_the_vxlan_is_restored() {
     let mut gateway = Gateway::start();
     gateway.offer([1, 2]);
     gateway.confirmed().await;
-    gateway.fake.remove_vxlan(&domain());
+    gateway.memory.remove_vxlan(&domain());
     gateway.settle().await;
     assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
     gateway.applies();
     gateway.offer([2]);
     assert_eq!(gateway.confirmed().await.failed, [(key(2), "interface".to_owned())].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
-    gateway.fake.add_vxlan(&domain());
+    gateway.memory.add_vxlan(&domain());
     gateway.settle().await;
     let mut changes = plan::changes(&plan::install([key(2)]));
     changes.push(Change::AddFdb(key(1).link_local()));
@@ -182,11 +182,11 @@ async fn what_was_lost_with_a_link_that_went_down_is_restored_when_it_is_up() {
     let mut gateway = Gateway::start();
     gateway.offer([1]);
     gateway.confirmed().await;
-    gateway.fake.set_down(&domain());
+    gateway.memory.set_down(&domain());
     gateway.settle().await;
     assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is down".into() }));
-    gateway.fake.alter(&domain(), |device| device.peers.clear());
-    gateway.fake.set_up(&domain());
+    gateway.memory.alter(&domain(), |device| device.peers.clear());
+    gateway.memory.set_up(&domain());
     gateway.settle().await;
     assert!(gateway.stands(key(1)));
 }
@@ -195,7 +195,7 @@ async fn what_was_lost_with_a_link_that_went_down_is_restored_when_it_is_up() {
 async fn an_interface_that_goes_in_the_middle_of_a_storm_loses_no_key() {
     let mut gateway = Gateway::start();
     gateway.up().await;
-    gateway.fake.delay(Delays {
+    gateway.memory.delay(Delays {
         read: Duration::from_millis(50),
         apply: Duration::from_millis(5),
         ..Delays::default()
@@ -203,8 +203,8 @@ async fn an_interface_that_goes_in_the_middle_of_a_storm_loses_no_key() {
     for n in 0..2_000 {
         gateway.offer([n]);
         match n {
-            500 => gateway.fake.remove(&domain()),
-            700 | 1_500 => gateway.fake.add(&domain()),
+            500 => gateway.memory.remove(&domain()),
+            700 | 1_500 => gateway.memory.add(&domain()),
             _ => {}
         }
         sleep(Duration::from_millis(1)).await;
@@ -221,7 +221,7 @@ async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_sam
         (|device| device.listen_port = 0, "interface wg-welt has no listen port"),
     ] {
         let mut gateway = Gateway::start();
-        gateway.fake.alter(&domain(), lack);
+        gateway.memory.alter(&domain(), lack);
         gateway.handle.refresh();
         gateway.settle().await;
         assert_eq!(gateway.state(), Some(DomainState::Down { reason: reason.into() }));
@@ -262,12 +262,12 @@ async fn removals_that_fail_are_left_to_the_next_sweep() {
     let mut gateway = Gateway::start();
     gateway.offer(0..600);
     gateway.settle().await;
-    (0..600).for_each(|n| gateway.fake.refuse(Change::RemovePeer(key(n))));
+    (0..600).for_each(|n| gateway.memory.refuse(Change::RemovePeer(key(n))));
     sleep(HOUR).await;
-    let reads = gateway.fake.reads();
+    let reads = gateway.memory.reads();
     sleep(10 * MINUTE).await;
-    assert!(gateway.fake.reads() - reads < 20, "{}", gateway.fake.reads() - reads);
-    gateway.fake.refuse_nothing();
+    assert!(gateway.memory.reads() - reads < 20, "{}", gateway.memory.reads() - reads);
+    gateway.memory.refuse_nothing();
     sleep(HOUR).await;
     assert_eq!(gateway.device().peers.len(), 0);
 }
@@ -305,13 +305,13 @@ async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_s
 #[tokio::test(start_paused = true)]
 async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and_holds_up_no_known_key() {
     let policy = Policy { unproven: 1_000, ..Policy::default() };
-    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     let mut said = BTreeSet::new();
     gateway.offer(0..100);
     sleep(Duration::from_secs(20)).await;
-    (0..100).for_each(|n| gateway.fake.handshake(&domain(), key(n), SystemTime::now()));
+    (0..100).for_each(|n| gateway.memory.handshake(&domain(), key(n), SystemTime::now()));
     sleep(2 * MINUTE).await;
-    gateway.fake.delay(Delays { change: Duration::from_micros(100), ..Delays::default() });
+    gateway.memory.delay(Delays { change: Duration::from_micros(100), ..Delays::default() });
     for part in 0..10 {
         gateway.offer(1_000 + part * 1_000..2_000 + part * 1_000);
         let asked = Instant::now();
@@ -332,12 +332,12 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
 #[tokio::test(start_paused = true)]
 async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() {
     let policy = Policy { unproven: 1_600, ..Policy::default() };
-    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     gateway.offer(0..1_600);
     gateway.settle().await;
     assert!(gateway.all_stand(0..1_600), "nobody goes before somebody needs the place");
-    (0..10).for_each(|n| gateway.fake.handshake(&domain(), key(n), SystemTime::now()));
-    let (reads, mut said) = (gateway.fake.reads(), BTreeSet::new());
+    (0..10).for_each(|n| gateway.memory.handshake(&domain(), key(n), SystemTime::now()));
+    let (reads, mut said) = (gateway.memory.reads(), BTreeSet::new());
     let mut waited = 0;
     for n in 10_000..11_000 {
         let asked = Instant::now();
@@ -347,7 +347,7 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
         assert!(gateway.device().peers.len() <= 1_610, "{}", gateway.device().peers.len());
         sleep(Duration::from_millis(1)).await;
     }
-    let reads = gateway.fake.reads() - reads;
+    let reads = gateway.memory.reads() - reads;
     assert!(reads <= 15 && waited <= 15, "{reads} reads, {waited} keys waited for one");
     assert!(gateway.all_stand((0..10).chain(10_000..11_000)), "who shook hands meanwhile stays, and the newest");
 }
@@ -356,10 +356,10 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
 #[tokio::test(start_paused = true)]
 async fn who_shakes_hands_while_a_slow_kernel_makes_room_stays() {
     let policy = Policy { unproven: 8_000, ..Policy::default() };
-    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     gateway.offer(0..8_000);
     gateway.settle().await;
-    gateway.fake.delay(Delays { change: Duration::from_millis(2), ..Delays::default() });
+    gateway.memory.delay(Delays { change: Duration::from_millis(2), ..Delays::default() });
     gateway.offer([10_000]);
     while gateway.device().peers.contains_key(&key(0)) {
         sleep(Duration::from_millis(10)).await;
@@ -369,7 +369,7 @@ async fn who_shakes_hands_while_a_slow_kernel_makes_room_stays() {
     sleep(Duration::from_millis(1_500)).await;
     let stay: Vec<_> = stay.into_iter().filter(|key| gateway.stands(*key)).collect();
     for key in &stay {
-        gateway.fake.handshake(&domain(), *key, SystemTime::now());
+        gateway.memory.handshake(&domain(), *key, SystemTime::now());
     }
     assert!(!stay.is_empty());
     sleep(MINUTE).await;
@@ -389,7 +389,7 @@ async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clo
     let mut gateway = Still::start();
     let foreign = [("10.1.0.0", 16), ("fd00::1", 128)].map(|(ip, prefix)| (ip.parse().unwrap(), prefix));
     gateway.keys([1, 2, 3]).await;
-    gateway.fake.alter(&domain(), |device| {
+    gateway.memory.alter(&domain(), |device| {
         let mut peer = device.peers[&key(1)].clone();
         peer.allowed_ips.extend(foreign);
         device.peers.insert(key(8), peer.clone());
@@ -397,7 +397,7 @@ async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clo
         device.peers.insert(key(9), peer);
         device.routes.insert("fe80::9".parse().unwrap());
     });
-    let before = gateway.fake.device(&domain()).unwrap();
+    let before = gateway.memory.device(&domain()).unwrap();
     for minute in 0..24 * 60 {
         match minute {
             200 | 900 => gateway.now.wall += HOUR,
@@ -407,11 +407,11 @@ async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clo
             _ => {}
         }
         if minute % 2 == 0 {
-            gateway.fake.handshake(&domain(), key(1), gateway.now.wall);
+            gateway.memory.handshake(&domain(), key(1), gateway.now.wall);
         }
         gateway.minute().await;
     }
-    let mut after = gateway.fake.device(&domain()).unwrap();
+    let mut after = gateway.memory.device(&domain()).unwrap();
     for key in [key(8), key(9)] {
         assert_eq!(after.peers[&key], before.peers[&key]);
     }
@@ -425,8 +425,8 @@ async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clo
 async fn foreign_peers_count_as_connected_too() {
     let mut gateway = Still::start();
     gateway.keys([1, 2]).await;
-    gateway.fake.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
-    gateway.fake.handshake(&domain(), key(1), gateway.now.wall);
+    gateway.memory.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
+    gateway.memory.handshake(&domain(), key(1), gateway.now.wall);
     gateway.minute().await;
     let text = String::from_utf8(gateway.metrics.text().unwrap()).unwrap();
     for series in [r#"state="connected"} 1"#, r#"state="pending"} 1"#, r#"state="idle"} 0"#] {
@@ -455,7 +455,7 @@ async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_
     gateway.offer(0..1_000);
     gateway.settle().await;
     for vanish in vanishing {
-        gateway.fake.alter(&domain(), vanish);
+        gateway.memory.alter(&domain(), vanish);
         assert!(!gateway.all_stand(0..1_000));
         sleep(MINUTE).await;
         assert!(gateway.all_stand(0..1_000));
@@ -468,21 +468,21 @@ async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_
 
 #[tokio::test(start_paused = true)]
 async fn peers_that_were_adopted_or_remembered_come_back_as_well() {
-    let fake = Fake::with(&[domain()]);
-    fake.clone().apply(&domain(), &plan::changes(&plan::install([key(1), key(3)]))).await;
-    let (installer, _handle, _said) = remembering(fake.clone(), 2..4);
+    let memory = MemoryKernel::with(&[domain()]);
+    memory.clone().apply(&domain(), &plan::changes(&plan::install([key(1), key(3)]))).await;
+    let (installer, _handle, _said) = remembering(memory.clone(), 2..4);
     tokio::spawn(installer.run(pending()));
     sleep(MINUTE).await;
-    fake.alter(&domain(), |device| device.peers.clear());
+    memory.alter(&domain(), |device| device.peers.clear());
     sleep(MINUTE).await;
-    let device = fake.device(&domain()).unwrap();
+    let device = memory.device(&domain()).unwrap();
     assert!((1..=3).all(|n| stands_in(&device, key(n))));
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
     let policy = Policy { unproven: 20, ..Policy::default() };
-    let mut gateway = Gateway::on(Fake::with(&[domain()]), policy);
+    let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     let peers = |gateway: &Gateway| gateway.device().peers.into_keys().collect::<Vec<_>>();
     gateway.offer(0..20);
     gateway.settle().await;
@@ -491,11 +491,11 @@ async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
     assert_eq!(peers(&gateway), (1..=20).map(key).collect::<Vec<_>>(), "the oldest made room");
     gateway.handle.admit(denying([1]), []);
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| {
+    gateway.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(2)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
     });
     sleep(MINUTE).await;
-    gateway.fake.alter(&domain(), |device| device.peers.clear());
+    gateway.memory.alter(&domain(), |device| device.peers.clear());
     gateway.handle.admit(denying([1, 3]), []);
     sleep(MINUTE).await;
     assert_eq!(peers(&gateway), (4..=20).map(key).collect::<Vec<_>>());
@@ -510,11 +510,11 @@ async fn a_peer_that_was_swept_stays_away_although_something_of_it_could_not_be_
     let mut gateway = Gateway::start();
     gateway.offer([1, 2]);
     gateway.settle().await;
-    gateway.fake.refuse(Change::RemoveFdb(key(1).link_local()));
-    gateway.fake.refuse(Change::RemovePeer(key(2)));
+    gateway.memory.refuse(Change::RemoveFdb(key(1).link_local()));
+    gateway.memory.refuse(Change::RemovePeer(key(2)));
     sleep(HOUR).await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(2)]);
-    gateway.fake.refuse_nothing();
+    gateway.memory.refuse_nothing();
     sleep(HOUR).await;
     let device = gateway.device();
     assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (0, 0, 0));
@@ -525,22 +525,22 @@ async fn an_interface_that_is_emptied_again_and_again_keeps_who_shakes_hands_and
     let mut gateway = Still::start();
     gateway.keys(0..4).await;
     for n in 0..2 {
-        gateway.fake.handshake(&domain(), key(n), gateway.now.wall);
+        gateway.memory.handshake(&domain(), key(n), gateway.now.wall);
     }
     for minute in 0..5 * 60 {
         gateway.minute().await;
-        gateway.fake.handshake(&domain(), key(0), gateway.now.wall);
+        gateway.memory.handshake(&domain(), key(0), gateway.now.wall);
         if minute == 60 {
-            let device = gateway.fake.device(&domain()).unwrap();
+            let device = gateway.memory.device(&domain()).unwrap();
             assert!(stands_in(&device, key(0)) && stands_in(&device, key(1)), "it shook hands not two hours ago");
         }
         if minute % 3 > 0 {
             gateway.minute().await;
         }
-        gateway.fake.alter(&domain(), |device| device.peers.clear());
+        gateway.memory.alter(&domain(), |device| device.peers.clear());
     }
     gateway.minute().await;
-    let device = gateway.fake.device(&domain()).unwrap();
+    let device = gateway.memory.device(&domain()).unwrap();
     assert_eq!(device.peers.keys().collect::<Vec<_>>(), [&key(0)]);
 }
 
@@ -548,10 +548,10 @@ async fn an_interface_that_is_emptied_again_and_again_keeps_who_shakes_hands_and
 async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more_rarely() {
     let mut gateway = Gateway::start();
     gateway.up().await;
-    let (state, reads) = (gateway.state(), gateway.fake.reads());
-    gateway.fake.fail_reads(Some(KernelError::Interrupted { interface: "wg-welt".into(), times: 5 }));
+    let (state, reads) = (gateway.state(), gateway.memory.reads());
+    gateway.memory.fail_reads(Some(KernelError::Interrupted { interface: "wg-welt".into(), times: 5 }));
     sleep(20 * MINUTE).await;
-    assert!((24..40).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
+    assert!((24..40).contains(&(gateway.memory.reads() - reads)), "{}", gateway.memory.reads() - reads);
     assert_eq!(gateway.state(), state);
     gateway.offer([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
@@ -559,13 +559,13 @@ async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more
 
 #[tokio::test(start_paused = true)]
 async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
-    let fake = Fake::with(&[domain()]);
-    fake.fail_reads(Some(KernelError::Refused { action: "read", source: Errno(1) }));
-    let mut gateway = Gateway::on(fake, Policy::default());
+    let memory = MemoryKernel::with(&[domain()]);
+    memory.fail_reads(Some(KernelError::Refused { action: "read", source: Errno::EPERM }));
+    let mut gateway = Gateway::on(memory, Policy::default());
     gateway.offer([1]);
     assert_eq!(gateway.confirmed().await.failed, [(key(1), "kernel".to_owned())].into());
     assert_eq!(gateway.state(), None);
-    gateway.fake.fail_reads(None);
+    gateway.memory.fail_reads(None);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
 }
 
@@ -573,12 +573,12 @@ async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
 async fn a_burst_of_link_events_costs_few_reads() {
     let gateway = Gateway::start();
     gateway.up().await;
-    let reads = gateway.fake.reads();
+    let reads = gateway.memory.reads();
     for _ in 0..1_000 {
-        gateway.fake.trigger();
+        gateway.memory.trigger();
         sleep(Duration::from_millis(1)).await;
     }
-    let reads = gateway.fake.reads() - reads;
+    let reads = gateway.memory.reads() - reads;
     assert!((5..=12).contains(&reads), "{reads}");
 }
 
@@ -587,8 +587,8 @@ async fn a_new_key_does_not_wait_for_a_large_backlog() {
     let mut gateway = Gateway::start();
     gateway.offer(0..20_000);
     gateway.settle().await;
-    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
-    gateway.fake.add(&domain());
+    gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.memory.add(&domain());
     sleep(Duration::from_secs(2)).await;
     while gateway.said.applied.try_recv().is_ok() {}
     gateway.offer([50_000]);
@@ -608,8 +608,8 @@ async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_mean
     gateway.settle().await;
     gateway.handle.offer(domain(), first);
     gateway.settle().await;
-    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
-    gateway.fake.add(&domain());
+    gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.memory.add(&domain());
     sleep(Duration::from_secs(1)).await;
     gateway.handle.offer(domain(), second);
     gateway.settle().await;
@@ -621,15 +621,15 @@ async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() 
     let mut gateway = Gateway::start();
     gateway.offer(0..2_000);
     gateway.settle().await;
-    gateway.fake.delay(Delays { apply: Duration::from_millis(10), ..Delays::default() });
-    gateway.fake.add(&domain());
-    let reads = gateway.fake.reads();
+    gateway.memory.delay(Delays { apply: Duration::from_millis(10), ..Delays::default() });
+    gateway.memory.add(&domain());
+    let reads = gateway.memory.reads();
     for n in 0..30_000 {
         gateway.offer([100_000 + n % 100]);
         sleep(Duration::from_millis(5)).await;
     }
     assert!(gateway.all_stand(0..2_000));
-    assert!((3..10).contains(&(gateway.fake.reads() - reads)), "{}", gateway.fake.reads() - reads);
+    assert!((3..10).contains(&(gateway.memory.reads() - reads)), "{}", gateway.memory.reads() - reads);
 }
 
 #[tokio::test(start_paused = true)]
@@ -654,18 +654,18 @@ async fn confirmations_are_of_bounded_size_and_never_block() {
 
 #[tokio::test(start_paused = true)]
 async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_works() {
-    let mut gateway = Gateway::on(Fake::default(), Policy { waiting: 1_000, ..Policy::default() });
+    let mut gateway = Gateway::on(MemoryKernel::default(), Policy { waiting: 1_000, ..Policy::default() });
     for chunk in 0..100 {
         gateway.offer(chunk * 1_000..(chunk + 1) * 1_000);
         sleep(Duration::from_millis(1)).await;
     }
     assert!(gateway.metrics.keys_dropped.with_label_values(&["waiting"]).get() >= 99_000);
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     gateway.settle().await;
     assert!((900..=1_000).contains(&gateway.device().peers.len()));
     assert!(gateway.stands(key(99_999)));
 
-    let (_installer, handle, _said) = installer(Fake::default(), &Policy::default());
+    let (_installer, handle, _said) = installer(MemoryKernel::default(), &Policy::default());
     for n in 0..=65_536 {
         handle.offer(domain(), key(n));
     }
@@ -698,7 +698,7 @@ async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() 
 async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
     let mut gateway = Gateway::start();
     gateway.settle().await;
-    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     let handle = gateway.handle.clone();
     let learning = tokio::spawn(async move {
         for page in 0..20 {
@@ -720,11 +720,11 @@ async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
 
 #[tokio::test(start_paused = true)]
 async fn live_keys_wait_for_their_interface() {
-    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
     gateway.settle().await;
     gateway.handle.learn(domain(), live(0..10)).await;
     gateway.settle().await;
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     gateway.settle().await;
     assert!(gateway.all_stand(0..10));
 }
@@ -761,13 +761,13 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_remembered_and_denied_is_not_put_back() {
-    let fake = Fake::with(&[domain()]);
-    let (installer, handle, _said) = remembering(fake.clone(), 1..4);
+    let memory = MemoryKernel::with(&[domain()]);
+    let (installer, handle, _said) = remembering(memory.clone(), 1..4);
     handle.admit(denying([1]), []);
     tokio::spawn(installer.run(pending()));
     sleep(MINUTE).await;
-    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
-    let applied = fake.take_applies().into_iter().flat_map(|(_, changes)| changes);
+    assert_eq!(memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
+    let applied = memory.take_applies().into_iter().flat_map(|(_, changes)| changes);
     assert_eq!(applied.filter(|change| matches!(change, Change::SetPeer(..))).count(), 2, "not even for a moment");
 }
 
@@ -776,7 +776,7 @@ async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
     let mut gateway = Gateway::start();
     gateway.offer([1, 2]);
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| {
+    gateway.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
     });
     let before = gateway.device();
@@ -792,19 +792,19 @@ async fn what_cannot_be_removed_now_is_when_it_can() {
     let mut gateway = Gateway::start();
     gateway.offer([1, 2, 3]);
     gateway.settle().await;
-    gateway.fake.refuse(Change::RemovePeer(key(1)));
+    gateway.memory.refuse(Change::RemovePeer(key(1)));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "kernel".to_owned())].into());
-    gateway.fake.refuse_nothing();
+    gateway.memory.refuse_nothing();
     sleep(2 * MINUTE).await;
     assert!(!gateway.device().peers.contains_key(&key(1)));
 
     // An interface that is gone and comes back has no place for it either.
-    gateway.fake.remove(&domain());
+    gateway.memory.remove(&domain());
     sleep(MINUTE).await;
     gateway.handle.admit(denying([1, 2]), [(key(2), 8)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(2), "interface".to_owned())].into());
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     sleep(2 * MINUTE).await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
 }
@@ -814,7 +814,7 @@ async fn what_is_left_of_a_denied_key_goes_at_once() {
     let mut gateway = Gateway::start();
     gateway.offer([1]);
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
+    gateway.memory.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "removed".to_owned())].into());
     let device = gateway.device();
@@ -823,12 +823,12 @@ async fn what_is_left_of_a_denied_key_goes_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn keys_that_wait_for_their_interface_are_denied_too() {
-    let mut gateway = Gateway::on(Fake::default(), Policy::default());
+    let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
     gateway.offer([1, 2]);
     gateway.settle().await;
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys.len(), 1);
-    gateway.fake.add(&domain());
+    gateway.memory.add(&domain());
     gateway.settle().await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(2)]);
 }
@@ -837,7 +837,7 @@ async fn keys_that_wait_for_their_interface_are_denied_too() {
 async fn keys_that_are_owed_are_denied_too() {
     let mut gateway = Gateway::start();
     gateway.settle().await;
-    gateway.fake.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
+    gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     gateway.handle.learn(domain(), live(0..1_500)).await;
     sleep(Duration::from_millis(100)).await;
     assert!(gateway.device().peers.is_empty(), "the first slice is under way");
@@ -889,17 +889,17 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
     for _ in 0..5 * 60 {
         gateway.minute().await;
     }
-    assert_eq!(gateway.fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
+    assert_eq!(gateway.memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
     gateway.handle().admit(trusting(&[Entry::new(List::Deny, key(1))]), []);
     gateway.installer.handle(Event::Ordered, gateway.now).await;
-    assert!(gateway.fake.device(&domain()).unwrap().peers.is_empty());
+    assert!(gateway.memory.device(&domain()).unwrap().peers.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_remembered() {
-    let fake = Fake::with(&[domain()]);
+    let memory = MemoryKernel::with(&[domain()]);
     let (gate, held) = watch::channel(Some(std::time::Instant::now()));
-    let (installer, handle, mut said) = remembering(fake.clone(), 4..7);
+    let (installer, handle, mut said) = remembering(memory.clone(), 4..7);
     tokio::spawn(installer.held_by(held).run(pending()));
     handle.offer(domain(), key(1));
     let learning = tokio::spawn({
@@ -911,13 +911,13 @@ async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_rememb
         }
     });
     sleep(HOUR).await;
-    assert!(fake.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
+    assert!(memory.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
     handle.admit(denying([1, 2, 4]), []);
     gate.send_replace(None);
     assert_eq!(said.applied.recv().await.unwrap().failed.len(), 1);
     sleep(MINUTE).await;
-    assert_eq!(fake.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3), key(5), key(6)]);
-    let applied = fake.take_applies().into_iter().flat_map(|(_, changes)| changes);
+    assert_eq!(memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(3), key(5), key(6)]);
+    let applied = memory.take_applies().into_iter().flat_map(|(_, changes)| changes);
     assert_eq!(applied.filter(|change| matches!(change, Change::SetPeer(..))).count(), 3, "not even for a moment");
 }
 
@@ -927,7 +927,7 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
     gateway.offer(0..3_000);
     gateway.settle().await;
     for n in 0..3_000 {
-        gateway.fake.handshake(&domain(), key(n), SystemTime::now());
+        gateway.memory.handshake(&domain(), key(n), SystemTime::now());
     }
     for _ in 0..2 {
         gateway.handle.reconnected();
@@ -949,7 +949,7 @@ async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
     let mut gateway = Gateway::start();
     gateway.offer([2]);
     gateway.settle().await;
-    gateway.fake.alter(&domain(), |device| {
+    gateway.memory.alter(&domain(), |device| {
         device.routes.insert(key(1).link_local());
         device.fdb.insert(key(1).link_local());
     });
@@ -963,7 +963,7 @@ async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
 async fn stopping_does_not_wait_for_a_slow_kernel() {
     let gateway = Gateway::start();
     gateway.up().await;
-    gateway.fake.delay(Delays { read: 10 * MINUTE, ..Delays::default() });
+    gateway.memory.delay(Delays { read: 10 * MINUTE, ..Delays::default() });
     gateway.handle.refresh();
     sleep(Duration::from_secs(1)).await;
     let asked = Instant::now();
@@ -980,9 +980,9 @@ async fn it_ends_when_nobody_holds_a_handle() {
     timeout(MINUTE, gateway.task).await.unwrap().unwrap();
 }
 
-/// An installer at work on a fake kernel.
+/// An installer at work on a kernel in memory.
 struct Gateway {
-    fake: Fake,
+    memory: MemoryKernel,
     handle: Handle,
     said: Said,
     metrics: Metrics,
@@ -992,14 +992,14 @@ struct Gateway {
 
 impl Gateway {
     fn start() -> Self {
-        Self::on(Fake::with(&[domain()]), Policy::default())
+        Self::on(MemoryKernel::with(&[domain()]), Policy::default())
     }
 
-    fn on(fake: Fake, policy: Policy) -> Self {
-        let (installer, handle, said) = installer(fake.clone(), &policy);
+    fn on(memory: MemoryKernel, policy: Policy) -> Self {
+        let (installer, handle, said) = installer(memory.clone(), &policy);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(installer.run(async { drop(stopped.await) }));
-        Self { fake, metrics: handle.metrics.clone(), handle, said, stop, task }
+        Self { memory, metrics: handle.metrics.clone(), handle, said, stop, task }
     }
 
     fn offer(&self, keys: impl IntoIterator<Item = u32>) {
@@ -1028,7 +1028,7 @@ impl Gateway {
     }
 
     fn device(&self) -> Device {
-        self.fake.device(&domain()).unwrap()
+        self.memory.device(&domain()).unwrap()
     }
 
     fn stands(&self, key: PublicKey) -> bool {
@@ -1041,14 +1041,14 @@ impl Gateway {
     }
 
     fn applies(&self) -> Vec<Vec<Change>> {
-        self.fake.take_applies().into_iter().map(|(_, changes)| changes).collect()
+        self.memory.take_applies().into_iter().map(|(_, changes)| changes).collect()
     }
 }
 
 /// An installer that is handed its events and both clocks.
 struct Still {
-    fake: Fake,
-    installer: Installer<Fake>,
+    memory: MemoryKernel,
+    installer: Installer<MemoryKernel>,
     metrics: Metrics,
     now: Clocks,
     others: (Handle, Said),
@@ -1056,9 +1056,9 @@ struct Still {
 
 impl Still {
     fn start() -> Self {
-        let fake = Fake::with(&[domain()]);
-        let (installer, handle, said) = installer(fake.clone(), &Policy::default());
-        Self { fake, installer, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
+        let memory = MemoryKernel::with(&[domain()]);
+        let (installer, handle, said) = installer(memory.clone(), &Policy::default());
+        Self { memory, installer, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
     }
 
     fn handle(&self) -> &Handle {
@@ -1091,18 +1091,18 @@ fn live(keys: std::ops::Range<u32>) -> Live {
     keys.map(|n| (key(n), Age { age_secs: 60, has_handshake: false })).collect()
 }
 
-fn installer(fake: Fake, policy: &Policy) -> (Installer<Fake>, Handle, Said) {
+fn installer(memory: MemoryKernel, policy: &Policy) -> (Installer<MemoryKernel>, Handle, Said) {
     let (_, reserved) = watch::channel(Reserved::default());
-    Installer::new(fake, [domain()], policy, Default::default(), &reserved, &Metrics::new([&domain()]).unwrap())
+    Installer::new(memory, [domain()], policy, Default::default(), &reserved, &Metrics::new([&domain()]).unwrap())
 }
 
 /// An installer that remembers proven keys.
-fn remembering(fake: Fake, keys: std::ops::Range<u32>) -> (Installer<Fake>, Handle, Said) {
+fn remembering(memory: MemoryKernel, keys: std::ops::Range<u32>) -> (Installer<MemoryKernel>, Handle, Said) {
     let kept = KeyRecord { last: std::time::Instant::now(), proven: true };
     let remembered: Keys = keys.map(|n| ((domain(), key(n)), kept)).collect();
     let (_, reserved) = watch::channel(Reserved::default());
     let metrics = Metrics::new([&domain()]).unwrap();
-    Installer::new(fake, [domain()], &Policy::default(), (WriteBuffer::default(), remembered), &reserved, &metrics)
+    Installer::new(memory, [domain()], &Policy::default(), (WriteBuffer::default(), remembered), &reserved, &metrics)
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {

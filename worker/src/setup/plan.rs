@@ -1,17 +1,18 @@
-//! What is still to be done to a domain's interfaces: found and wanted in, steps out. No IO.
+//! The steps from a domain's interfaces as they are to what the config wants. No IO.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
 use wgkex_common::PublicKey;
+use wgkex_kernel::links::VxlanAttributes;
 
 /// The address of every gateway on its `vx-REST`, a /64.
 pub const VXLAN_ADDRESS: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
 /// A domain's interfaces as they stand.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Found {
+pub struct Actual {
     /// `wg-REST`.
     pub wireguard: Option<Wireguard>,
     /// `vx-REST`.
@@ -60,7 +61,7 @@ pub struct Shape {
 
 /// A domain's interfaces as they shall be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
+pub struct Desired {
     /// The key of `wg-REST`; its address follows from it.
     pub public_key: PublicKey,
     /// The UDP port of `wg-REST`.
@@ -101,43 +102,43 @@ pub enum Step {
     UpVxlan,
 }
 
-/// What of an existing VXLAN interface is not as wanted and cannot be changed, such as `id 1 instead of 99`.
+/// What of an existing VXLAN interface is not as desired and cannot be changed, such as `id 1 instead of 99`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unfit(pub String);
+pub struct Incompatible(pub String);
 
-/// The steps from `found` to `wanted`. None when all is as wanted: what has been done is not done again.
-pub fn differences(found: &Found, wanted: &Wanted) -> Result<Vec<Step>, Unfit> {
-    let shape = wanted.shape();
-    if let Some(unfit) = found.vxlan.as_ref().and_then(|vxlan| vxlan.shape.unfit(&shape)) {
-        return Err(unfit);
+/// The steps from `actual` to `desired`. None when all is as desired: what has been done is not done again.
+pub fn differences(actual: &Actual, desired: &Desired) -> Result<Vec<Step>, Incompatible> {
+    let shape = desired.shape();
+    if let Some(incompatible) = actual.vxlan.as_ref().and_then(|vxlan| vxlan.shape.incompatible(&shape)) {
+        return Err(incompatible);
     }
-    let mut steps = wireguard(found.wireguard.as_ref(), wanted);
-    steps.extend(vxlan(found.vxlan.as_ref(), wanted));
+    let mut steps = wireguard(actual.wireguard.as_ref(), desired);
+    steps.extend(vxlan(actual.vxlan.as_ref(), desired));
     Ok(steps)
 }
 
-fn wireguard(found: Option<&Wireguard>, wanted: &Wanted) -> Vec<Step> {
-    let address = wanted.public_key.link_local();
+fn wireguard(actual: Option<&Wireguard>, desired: &Desired) -> Vec<Step> {
+    let address = desired.public_key.link_local();
     let fresh =
         Wireguard { public_key: None, listen_port: 0, addresses: BTreeSet::new(), auto_address: true, up: false };
-    let now = found.unwrap_or(&fresh);
+    let now = actual.unwrap_or(&fresh);
     chosen([
-        (found.is_none(), Step::AddWireguard),
+        (actual.is_none(), Step::AddWireguard),
         (now.auto_address, Step::NoAutoAddress),
-        (now.public_key != Some(wanted.public_key), Step::SetKey),
-        (now.listen_port != wanted.listen_port, Step::SetPort(wanted.listen_port)),
+        (now.public_key != Some(desired.public_key), Step::SetKey),
+        (now.listen_port != desired.listen_port, Step::SetPort(desired.listen_port)),
         (!now.addresses.contains(&address), Step::AddAddress(address)),
         (!now.up, Step::UpWireguard),
     ])
 }
 
-fn vxlan(found: Option<&Vxlan>, wanted: &Wanted) -> Vec<Step> {
-    let (id, port) = (wanted.vxlan_id, wanted.vxlan_port);
-    let local = wanted.public_key.link_local();
+fn vxlan(actual: Option<&Vxlan>, desired: &Desired) -> Vec<Step> {
+    let (id, port) = (desired.vxlan_id, desired.vxlan_port);
+    let local = desired.public_key.link_local();
     chosen([
-        (found.is_none(), Step::AddVxlan { id, port, local }),
-        (!found.is_some_and(|vxlan| vxlan.addresses.contains(&VXLAN_ADDRESS)), Step::AddVxlanAddress),
-        (!found.is_some_and(|vxlan| vxlan.up), Step::UpVxlan),
+        (actual.is_none(), Step::AddVxlan { id, port, local }),
+        (!actual.is_some_and(|vxlan| vxlan.addresses.contains(&VXLAN_ADDRESS)), Step::AddVxlanAddress),
+        (!actual.is_some_and(|vxlan| vxlan.up), Step::UpVxlan),
     ])
 }
 
@@ -145,7 +146,7 @@ fn chosen<const N: usize>(steps: [(bool, Step); N]) -> Vec<Step> {
     steps.into_iter().filter_map(|(due, step)| due.then_some(step)).collect()
 }
 
-impl Wanted {
+impl Desired {
     fn shape(&self) -> Shape {
         Shape {
             id: self.vxlan_id,
@@ -157,17 +158,23 @@ impl Wanted {
 }
 
 impl Shape {
-    fn unfit(&self, wanted: &Self) -> Option<Unfit> {
+    /// That of an existing interface, seen from the interface of index `wireguard`.
+    pub fn of(vxlan: &VxlanAttributes, wireguard: Option<u32>) -> Self {
+        let VxlanAttributes { id, port, local, under } = *vxlan;
+        Self { id, port, local, over_wireguard: under.is_some() && under == wireguard }
+    }
+
+    fn incompatible(&self, desired: &Self) -> Option<Incompatible> {
         let address = |address: Option<IpAddr>| address.map_or("none".into(), |address| address.to_string());
         let differing = [
-            (self.id != wanted.id).then(|| format!("id {} instead of {}", self.id, wanted.id)),
-            (self.port != wanted.port).then(|| format!("port {} instead of {}", self.port, wanted.port)),
-            (self.local != wanted.local)
-                .then(|| format!("local address {} instead of {}", address(self.local), address(wanted.local))),
-            (!self.over_wireguard && wanted.over_wireguard).then(|| "another device below it".into()),
+            (self.id != desired.id).then(|| format!("id {} instead of {}", self.id, desired.id)),
+            (self.port != desired.port).then(|| format!("port {} instead of {}", self.port, desired.port)),
+            (self.local != desired.local)
+                .then(|| format!("local address {} instead of {}", address(self.local), address(desired.local))),
+            (!self.over_wireguard && desired.over_wireguard).then(|| "another device below it".into()),
         ];
         let differing: Vec<String> = differing.into_iter().flatten().collect();
-        (!differing.is_empty()).then(|| Unfit(differing.join(", ")))
+        (!differing.is_empty()).then(|| Incompatible(differing.join(", ")))
     }
 }
 
@@ -192,9 +199,9 @@ mod tests {
 
     #[test]
     fn from_nothing_everything_is_made_in_an_order_that_works() {
-        let local = wanted().public_key.link_local();
+        let local = desired().public_key.link_local();
         assert_eq!(
-            differences(&Found::default(), &wanted()),
+            differences(&Actual::default(), &desired()),
             Ok(vec![
                 Step::AddWireguard,
                 Step::NoAutoAddress,
@@ -211,28 +218,28 @@ mod tests {
 
     #[test]
     fn only_what_differs_is_done() {
-        type Spoil = fn(&mut Found);
-        let local = wanted().public_key.link_local();
+        type Spoil = fn(&mut Actual);
+        let local = desired().public_key.link_local();
         let table: [(Spoil, Vec<Step>); 12] = [
             (|_| {}, vec![]),
-            (|found| wg(found).public_key = None, vec![Step::SetKey]),
-            (|found| wg(found).public_key = Some(other_key()), vec![Step::SetKey]),
-            (|found| wg(found).listen_port = 1, vec![Step::SetPort(51820)]),
-            (|found| wg(found).addresses.clear(), vec![Step::AddAddress(local)]),
-            (|found| wg(found).auto_address = true, vec![Step::NoAutoAddress]),
-            (|found| wg(found).up = false, vec![Step::UpWireguard]),
-            (|found| assert!(wg(found).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
-            (|found| found.vxlan = None, {
+            (|actual| wg(actual).public_key = None, vec![Step::SetKey]),
+            (|actual| wg(actual).public_key = Some(other_key()), vec![Step::SetKey]),
+            (|actual| wg(actual).listen_port = 1, vec![Step::SetPort(51820)]),
+            (|actual| wg(actual).addresses.clear(), vec![Step::AddAddress(local)]),
+            (|actual| wg(actual).auto_address = true, vec![Step::NoAutoAddress]),
+            (|actual| wg(actual).up = false, vec![Step::UpWireguard]),
+            (|actual| assert!(wg(actual).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
+            (|actual| actual.vxlan = None, {
                 vec![Step::AddVxlan { id: 99, port: 8472, local }, Step::AddVxlanAddress, Step::UpVxlan]
             }),
-            (|found| vx(found).addresses.clear(), vec![Step::AddVxlanAddress]),
-            (|found| vx(found).up = false, vec![Step::UpVxlan]),
-            (|found| assert!(vx(found).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
+            (|actual| vx(actual).addresses.clear(), vec![Step::AddVxlanAddress]),
+            (|actual| vx(actual).up = false, vec![Step::UpVxlan]),
+            (|actual| assert!(vx(actual).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
         ];
         for (spoil, steps) in table {
-            let mut found = complete();
-            spoil(&mut found);
-            assert_eq!(differences(&found, &wanted()), Ok(steps), "{found:?}");
+            let mut actual = complete();
+            spoil(&mut actual);
+            assert_eq!(differences(&actual, &desired()), Ok(steps), "{actual:?}");
         }
     }
 
@@ -246,28 +253,28 @@ mod tests {
             (|shape| shape.over_wireguard = false, "another device below it"),
             (|shape| (shape.id, shape.port) = (1, 2), "id 1 instead of 99, port 2 instead of 8472"),
         ];
-        for (spoil, unfit) in table {
-            let mut found = complete();
-            wg(&mut found).up = false;
-            spoil(&mut vx(&mut found).shape);
-            assert_eq!(differences(&found, &wanted()), Err(Unfit(unfit.into())));
+        for (spoil, incompatible) in table {
+            let mut actual = complete();
+            wg(&mut actual).up = false;
+            spoil(&mut vx(&mut actual).shape);
+            assert_eq!(differences(&actual, &desired()), Err(Incompatible(incompatible.into())));
         }
     }
 
-    fn wg(found: &mut Found) -> &mut Wireguard {
-        found.wireguard.as_mut().unwrap()
+    fn wg(actual: &mut Actual) -> &mut Wireguard {
+        actual.wireguard.as_mut().unwrap()
     }
 
-    fn vx(found: &mut Found) -> &mut Vxlan {
-        found.vxlan.as_mut().unwrap()
+    fn vx(actual: &mut Actual) -> &mut Vxlan {
+        actual.vxlan.as_mut().unwrap()
     }
 
     fn other_key() -> PublicKey {
         "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=".parse().unwrap()
     }
 
-    fn wanted() -> Wanted {
-        Wanted {
+    fn desired() -> Desired {
+        Desired {
             public_key: "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=".parse().unwrap(),
             listen_port: 51820,
             vxlan_id: 99,
@@ -275,17 +282,17 @@ mod tests {
         }
     }
 
-    fn complete() -> Found {
-        let wanted = wanted();
-        Found {
+    fn complete() -> Actual {
+        let desired = desired();
+        Actual {
             wireguard: Some(Wireguard {
-                public_key: Some(wanted.public_key),
-                listen_port: wanted.listen_port,
-                addresses: [wanted.public_key.link_local()].into(),
+                public_key: Some(desired.public_key),
+                listen_port: desired.listen_port,
+                addresses: [desired.public_key.link_local()].into(),
                 auto_address: false,
                 up: true,
             }),
-            vxlan: Some(Vxlan { shape: wanted.shape(), addresses: [VXLAN_ADDRESS].into(), up: true }),
+            vxlan: Some(Vxlan { shape: desired.shape(), addresses: [VXLAN_ADDRESS].into(), up: true }),
         }
     }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::kernel::fake::Fake;
-use wgkex_worker::kernel::{Kernel, Peer};
+use wgkex_kernel::memory::MemoryKernel;
+use wgkex_kernel::{Kernel, Peer};
 
 /// A table's entries as the C tools print them.
 #[derive(Debug, PartialEq, Eq)]
@@ -47,12 +47,12 @@ pub fn key(n: u32) -> PublicKey {
 }
 
 #[derive(Default)]
-pub struct FakeLab(Fake);
+pub struct MemoryLab(MemoryKernel);
 
-impl Lab for FakeLab {
-    type Kernel = Fake;
+impl Lab for MemoryLab {
+    type Kernel = MemoryKernel;
 
-    fn kernel(&self) -> Fake {
+    fn kernel(&self) -> MemoryKernel {
         self.0.clone()
     }
 

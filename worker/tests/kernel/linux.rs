@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::kernel::netlink::Netlink;
+use wgkex_kernel::netlink::Netlink;
 
 use crate::SOON;
 use crate::lab::{Lab, Shown, key};

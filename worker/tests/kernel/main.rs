@@ -1,4 +1,4 @@
-//! One suite for every kernel: in memory (`fake`), Linux with a userspace WireGuard (`netns`), Linux with its own
+//! One suite for every kernel: in memory (`memory`), Linux with a userspace WireGuard (`netns`), Linux with its own
 //! (`vm`). The Linux lanes look at the tables with wg, ip and bridge as well as with the code under test.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 use wgkex_common::{Domain, PublicKey};
-use wgkex_worker::kernel::{Change, Device, Errno, Kernel, KernelError};
+use wgkex_kernel::{Change, Device, Errno, Kernel, KernelError};
 
-use lab::{FakeLab, Lab, key};
+use lab::{Lab, MemoryLab, key};
 use linux::{Linux, WireGuard};
 
 /// For what must happen, on the slowest machine.
@@ -41,12 +41,12 @@ macro_rules! lane {
 
 macro_rules! suite {
     (every kernel: $($scenario:ident)* ; linux: $($of_linux:ident)* ;) => {
-        mod fake {
+        mod memory {
             use super::*;
             $(
                 #[tokio::test]
                 async fn $scenario() {
-                    super::$scenario(&FakeLab::default()).await;
+                    super::$scenario(&MemoryLab::default()).await;
                 }
             )*
         }
@@ -352,7 +352,7 @@ async fn what_is_refused_is_told_of_its_own_change(lab: &Linux) {
     linux::run(&format!("bridge fdb append 02:00:00:00:00:01 dst fe80::f dev {}", domain.vxlan()));
     let keys: Vec<_> = (0..300).map(key).collect();
     let installs: Vec<_> = keys.iter().copied().flat_map(install).collect();
-    let full = KernelError::Refused { action: "add flood entry", source: Errno(28) };
+    let full = KernelError::Refused { action: "add flood entry", source: Errno::ENOSPC };
     let expected: Vec<_> = keys.iter().flat_map(|_| [Ok(()), Ok(()), Err(full.clone())]).collect();
     assert_eq!(kernel.apply(&domain, &installs).await, expected);
     let device = kernel.read(&domain).await.unwrap();
@@ -365,7 +365,7 @@ async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
     let (domain, mut kernel, _) = start(lab).await;
     let set = |n| Change::SetPeer(key(n), key(n).link_local());
     apply(&mut kernel, &domain, &(0..LIMIT - 1).map(set).collect::<Vec<_>>()).await;
-    let refused = KernelError::Refused { action: "set peer", source: Errno(22) };
+    let refused = KernelError::Refused { action: "set peer", source: Errno::EINVAL };
     let moved = Change::SetPeer(key(1), "fe80::1".parse().unwrap());
     let changes = [set(LIMIT - 1), set(LIMIT), moved, set(LIMIT + 1), Change::RemovePeer(key(0)), set(LIMIT + 2)];
     let results = kernel.apply(&domain, &changes).await;

@@ -17,11 +17,8 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 
-use super::channel::{Channel, DumpError, EIO, ENOENT};
-use crate::kernel::{Change, Errno};
-
-const ESRCH: Errno = Errno(3);
-const EEXIST: Errno = Errno(17);
+use super::channel::{Channel, DumpError};
+use crate::{Change, Errno};
 
 /// The MAC address whose destinations get what is for nobody in particular.
 const FLOOD: [u8; 6] = [0; 6];
@@ -50,7 +47,7 @@ pub(super) fn link_of(answer: &Message) -> Result<Link, Errno> {
             up: link.header.flags.contains(LinkFlags::Up),
             wireguard: is_wireguard(link),
         }),
-        _ => Err(EIO),
+        _ => Err(Errno::EIO),
     }
 }
 
@@ -176,8 +173,8 @@ pub(super) fn message(change: &Change, wireguard: u32, vxlan: u32) -> Option<(Me
 /// What the kernel's answer means for a change: "already there" and "already gone" are as good as done.
 pub(super) fn outcome(change: &Change, answer: Result<(), Errno>) -> Result<(), Errno> {
     match (change, answer) {
-        (Change::SetRoute(_) | Change::AddFdb(_), Err(EEXIST))
-        | (Change::RemoveRoute(_) | Change::RemoveFdb(_), Err(ENOENT | ESRCH)) => Ok(()),
+        (Change::SetRoute(_) | Change::AddFdb(_), Err(Errno::EEXIST))
+        | (Change::RemoveRoute(_) | Change::RemoveFdb(_), Err(Errno::ENOENT | Errno::ESRCH)) => Ok(()),
         (_, answer) => answer,
     }
 }

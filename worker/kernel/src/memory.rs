@@ -10,19 +10,16 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use wgkex_common::{Domain, PublicKey};
 
-use super::{Change, Device, Errno, Kernel, KernelError, Peer};
-
-/// `EINVAL` (errno.h), the answer to what [`Fake::refuse`] names.
-const EINVAL: Errno = Errno(22);
+use crate::{Change, Device, Errno, Kernel, KernelError, Peer};
 
 /// An in-memory kernel. Clones are handles to the same tables.
 #[derive(Debug, Clone, Default)]
-pub struct Fake {
+pub struct MemoryKernel {
     state: Arc<Mutex<State>>,
     events: Arc<Notify>,
 }
 
-/// How long the fake takes, beside no time at all.
+/// How long the kernel takes, beside no time at all.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Delays {
     /// For each call of `read`.
@@ -60,15 +57,15 @@ enum Link {
     Missing,
 }
 
-impl Fake {
+impl MemoryKernel {
     /// A kernel with the two interfaces of each of `domains`, as [`add`](Self::add) makes them.
     #[must_use]
     pub fn with(domains: &[Domain]) -> Self {
-        let fake = Self::default();
+        let kernel = Self::default();
         for domain in domains {
-            fake.add(domain);
+            kernel.add(domain);
         }
-        fake
+        kernel
     }
 
     /// Makes both interfaces of `domain`, up and empty, in place of older ones. The key, the port and the
@@ -195,7 +192,7 @@ impl Fake {
     }
 }
 
-impl Kernel for Fake {
+impl Kernel for MemoryKernel {
     async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
         let delay = self.lock().delays.read;
         pause(delay).await;
@@ -267,7 +264,7 @@ impl Interfaces {
 
     fn apply(&mut self, change: &Change, refused: &BTreeSet<Change>) -> Result<(), KernelError> {
         if refused.contains(change) {
-            return Err(KernelError::Refused { action: "refused by the test", source: EINVAL });
+            return Err(KernelError::Refused { action: "refused by the test", source: Errno::EINVAL });
         }
         match *change {
             Change::SetPeer(key, address) => self.set_peer(key, address),
@@ -313,55 +310,55 @@ fn owners(peers: &BTreeMap<PublicKey, Peer>) -> HashMap<(IpAddr, u8), PublicKey>
 mod tests {
     use super::*;
 
-    fn start() -> (Fake, Fake, Domain, [PublicKey; 2]) {
+    fn start() -> (MemoryKernel, MemoryKernel, Domain, [PublicKey; 2]) {
         let domain = Domain::new("d", &[String::new()]).unwrap();
-        let fake = Fake::with(std::slice::from_ref(&domain));
+        let handle = MemoryKernel::with(std::slice::from_ref(&domain));
         let keys = [7, 8].map(|n| PublicKey::from_bytes([n; 32]).unwrap());
-        (fake.clone(), fake, domain, keys)
+        (handle.clone(), handle, domain, keys)
     }
 
     #[tokio::test]
     async fn exactly_what_a_test_refuses_is_refused_until_it_is_taken_back() {
-        let (fake, mut kernel, domain, keys) = start();
+        let (handle, mut kernel, domain, keys) = start();
         let changes = keys.map(|key| Change::SetPeer(key, key.link_local()));
-        fake.refuse(changes[0]);
-        let refused = KernelError::Refused { action: "refused by the test", source: EINVAL };
+        handle.refuse(changes[0]);
+        let refused = KernelError::Refused { action: "refused by the test", source: Errno::EINVAL };
         assert_eq!(kernel.apply(&domain, &changes).await, [Err(refused), Ok(())]);
-        fake.refuse_nothing();
+        handle.refuse_nothing();
         assert_eq!(kernel.apply(&domain, &changes).await, [Ok(()), Ok(())]);
-        assert_eq!(fake.take_applies(), vec![(domain.clone(), changes.to_vec()); 2]);
-        assert_eq!(fake.take_applies(), []);
+        assert_eq!(handle.take_applies(), vec![(domain.clone(), changes.to_vec()); 2]);
+        assert_eq!(handle.take_applies(), []);
     }
 
     #[tokio::test]
     async fn a_test_sets_what_reads_give_and_counts_them() {
-        let (fake, mut kernel, domain, [key, _]) = start();
+        let (handle, mut kernel, domain, [key, _]) = start();
         let interrupted = KernelError::Interrupted { interface: domain.wireguard(), times: 3 };
-        fake.fail_reads(Some(interrupted.clone()));
+        handle.fail_reads(Some(interrupted.clone()));
         assert_eq!(kernel.read(&domain).await, Err(interrupted));
-        fake.fail_reads(None);
+        handle.fail_reads(None);
         kernel.apply(&domain, &[Change::SetPeer(key, key.link_local())]).await;
-        fake.handshake(&domain, key, SystemTime::UNIX_EPOCH);
+        handle.handshake(&domain, key, SystemTime::UNIX_EPOCH);
         let device = kernel.read(&domain).await.unwrap();
         assert_eq!(device.peers[&key].last_handshake, Some(SystemTime::UNIX_EPOCH));
-        assert_eq!((fake.reads(), fake.device(&domain)), (2, Some(device)));
+        assert_eq!((handle.reads(), handle.device(&domain)), (2, Some(device)));
     }
 
     #[tokio::test]
     async fn an_event_between_two_waits_is_not_lost() {
-        let (fake, mut kernel, domain, _) = start();
+        let (handle, mut kernel, domain, _) = start();
         kernel.changed().await; // its making
-        fake.trigger();
-        fake.remove_vxlan(&domain);
+        handle.trigger();
+        handle.remove_vxlan(&domain);
         kernel.changed().await;
         assert!(tokio::time::timeout(Duration::from_millis(20), kernel.changed()).await.is_err());
     }
 
     #[tokio::test]
     async fn it_takes_the_time_it_is_told_to() {
-        let (fake, mut kernel, domain, keys) = start();
+        let (handle, mut kernel, domain, keys) = start();
         let [read, apply, change] = [10, 20, 30].map(Duration::from_millis);
-        fake.delay(Delays { read, apply, change });
+        handle.delay(Delays { read, apply, change });
         let begin = std::time::Instant::now();
         kernel.read(&domain).await.unwrap();
         kernel.apply(&domain, &keys.map(Change::RemovePeer)).await;

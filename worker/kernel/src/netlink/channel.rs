@@ -10,7 +10,7 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, SocketAddr};
 
-use crate::kernel::Errno;
+use crate::Errno;
 
 /// More than any datagram of a dump: the kernel makes none over 32 KiB (`netlink_dump` in net/netlink).
 const RECEIVE_BYTES: usize = 64 * 1024;
@@ -20,10 +20,6 @@ const ORDERS_AT_ONCE: usize = 64;
 
 /// How often a dump is tried before it counts as impossible.
 const DUMPS: usize = 10;
-
-pub(super) const ENOENT: Errno = Errno(2);
-pub(super) const EIO: Errno = Errno(5);
-pub(super) const ENODEV: Errno = Errno(19);
 
 /// Why a dump has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +63,7 @@ impl Channel {
             for answer in self.receive::<I>()?.into_iter().filter(|answer| self.is_current(answer)) {
                 match answer.payload {
                     NetlinkPayload::InnerMessage(answer) => return Ok(answer),
-                    NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),
+                    NetlinkPayload::Error(error) => return Err(answer_errno(error.raw_code())),
                     _ => {}
                 }
             }
@@ -104,8 +100,8 @@ impl Channel {
                 match answer.payload {
                     NetlinkPayload::InnerMessage(entry) => take(&mut table, entry),
                     NetlinkPayload::Done(done) if done.code == 0 => return Ok(whole.then_some(table)),
-                    NetlinkPayload::Done(done) => return Err(Errno(done.code.saturating_neg())),
-                    NetlinkPayload::Error(error) => return Err(Errno(error.raw_code().saturating_neg())),
+                    NetlinkPayload::Done(done) => return Err(answer_errno(done.code)),
+                    NetlinkPayload::Error(error) => return Err(answer_errno(error.raw_code())),
                     _ => {}
                 }
             }
@@ -147,7 +143,7 @@ impl Channel {
                     continue;
                 };
                 if error.code.is_some() {
-                    *result = Err(Errno(error.raw_code().saturating_neg()));
+                    *result = Err(answer_errno(error.raw_code()));
                 }
                 if self.is_current(&answer) {
                     return Ok(results);
@@ -184,7 +180,7 @@ impl Channel {
                 result => break result.map_err(errno)?,
             }
         };
-        messages(self.received.get(..length).ok_or(EIO)?)
+        messages(self.received.get(..length).ok_or(Errno::EIO)?)
     }
 
     fn is_current<I>(&self, answer: &Message<I>) -> bool {
@@ -198,7 +194,7 @@ pub(super) fn messages<I: NetlinkDeserializable>(mut datagram: &[u8]) -> Result<
     while !datagram.is_empty() {
         let message = Message::deserialize(datagram).map_err(|error| {
             tracing::warn!(%error, "netlink answer unreadable");
-            EIO
+            Errno::EIO
         })?;
         let length = (message.header.length as usize).next_multiple_of(4);
         datagram = datagram.get(length..).unwrap_or_default();
@@ -207,7 +203,12 @@ pub(super) fn messages<I: NetlinkDeserializable>(mut datagram: &[u8]) -> Result<
     Ok(messages)
 }
 
+/// Netlink answers with error numbers below zero.
+fn answer_errno(code: i32) -> Errno {
+    Errno::from_raw(code.saturating_neg())
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 pub(super) fn errno(error: io::Error) -> Errno {
-    error.raw_os_error().map_or(EIO, Errno)
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }

@@ -21,8 +21,8 @@ use netlink_sys::protocols::NETLINK_GENERIC;
 use wgkex_common::PublicKey;
 use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder};
 
-use super::channel::{Channel, DumpError, EIO, ENODEV, ENOENT, errno};
-use crate::kernel::{Errno, Peer};
+use super::channel::{Channel, DumpError, errno};
+use crate::{Errno, Peer};
 
 // linux/wireguard.h: enum wgdevice_attribute, wgpeer_attribute, wgallowedip_attribute.
 const WGDEVICE_A_PUBLIC_KEY: u16 = 4;
@@ -34,13 +34,9 @@ const WGPEER_A_ALLOWEDIPS: u16 = 9;
 const WGALLOWEDIP_A_IPADDR: u16 = 2;
 const WGALLOWEDIP_A_CIDR_MASK: u16 = 3;
 
-const EPERM: Errno = Errno(1);
-const EINVAL: Errno = Errno(22);
-const EOPNOTSUPP: Errno = Errno(95);
-const ECONNREFUSED: Errno = Errno(111);
-
-/// Answers that have nothing to do with which peer was asked for.
-const EVERY_ITEMS: [Errno; 6] = [EPERM, ENOENT, EIO, ENODEV, EOPNOTSUPP, ECONNREFUSED];
+/// Errors of the interface, or of the caller, that every peer of a batch meets.
+const BATCH_WIDE: [Errno; 6] =
+    [Errno::EPERM, Errno::ENOENT, Errno::EIO, Errno::ENODEV, Errno::EOPNOTSUPP, Errno::ECONNREFUSED];
 
 /// Peers set by one message: about 24 KiB, under the 64 KiB that one netlink attribute can hold.
 const PEERS_AT_ONCE: usize = 256;
@@ -74,12 +70,12 @@ pub(super) struct Table {
 pub(super) struct Answer {
     public_key: Option<[u8; 32]>,
     listen_port: Option<u16>,
-    peers: Vec<Part>,
+    peers: Vec<PeerFragment>,
 }
 
 /// A peer, or what of it did not fit the message before.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Part {
+struct PeerFragment {
     key: [u8; 32],
     allowed_ips: Vec<(IpAddr, u8)>,
     handshake: Option<SystemTime>,
@@ -94,7 +90,7 @@ impl WireGuard {
             GenlCtrlAttrs::FamilyId(family) => Some(*family),
             _ => None,
         });
-        Ok(Self::Kernel { channel, family: family.ok_or(EIO)?, index })
+        Ok(Self::Kernel { channel, family: family.ok_or(Errno::EIO)?, index })
     }
 
     /// An error that says what the interface is instead, if no process that may be asked serves it.
@@ -124,7 +120,7 @@ impl WireGuard {
 
     /// Makes the changes in their order, in few messages; one that is refused holds up no other.
     pub(super) fn write(&mut self, changes: &[PeerChange]) -> Vec<Result<(), Errno>> {
-        changes.chunks(PEERS_AT_ONCE).flat_map(|chunk| isolate(chunk, &mut |part| self.write_whole(part))).collect()
+        changes.chunks(PEERS_AT_ONCE).flat_map(|chunk| bisect(chunk, &mut |part| self.write_whole(part))).collect()
     }
 
     fn write_whole(&mut self, changes: &[PeerChange]) -> Result<(), Errno> {
@@ -145,12 +141,12 @@ impl WireGuard {
 
 /// Applies all of `items` at once; if that is refused, one half and then the other, down to the items that are
 /// refused alone. What went well in a batch that failed is done again: `apply` must not mind.
-fn isolate<T>(items: &[T], apply: &mut impl FnMut(&[T]) -> Result<(), Errno>) -> Vec<Result<(), Errno>> {
+fn bisect<T>(items: &[T], apply: &mut impl FnMut(&[T]) -> Result<(), Errno>) -> Vec<Result<(), Errno>> {
     match apply(items) {
-        Err(error) if items.len() > 1 && !EVERY_ITEMS.contains(&error) => {
+        Err(error) if items.len() > 1 && !BATCH_WIDE.contains(&error) => {
             let (first, second) = items.split_at(items.len() / 2);
-            let mut results = isolate(first, apply);
-            results.extend(isolate(second, apply));
+            let mut results = bisect(first, apply);
+            results.extend(bisect(second, apply));
             results
         }
         result => vec![result; items.len()],
@@ -195,12 +191,12 @@ fn add_to_update(update: DeviceUpdate, change: &PeerChange) -> DeviceUpdate {
 
 /// wireguard-control does not say which error the process answered, only that it did.
 fn userspace_errno(error: io::Error) -> Errno {
-    if error.kind() == io::ErrorKind::InvalidInput { EINVAL } else { errno(error) }
+    if error.kind() == io::ErrorKind::InvalidInput { Errno::EINVAL } else { errno(error) }
 }
 
 impl Table {
     /// Both dumps split a peer that does not fit one message; only its first part has the handshake.
-    fn add(&mut self, part: Part) {
+    fn add(&mut self, part: PeerFragment) {
         // A peer whose key is no key cannot shake hands, and nobody asks for it by name.
         let Ok(key) = PublicKey::from_bytes(part.key) else { return };
         let peer = self.peers.entry(key).or_insert_with(|| Peer { allowed_ips: Vec::new(), last_handshake: None });
@@ -217,7 +213,7 @@ impl Table {
         for peer in device.peers {
             let allowed_ips = peer.config.allowed_ips.iter().map(|ip| (ip.address, ip.cidr)).collect();
             let handshake = peer.stats.last_handshake_time;
-            table.add(Part { key: peer.config.public_key.0, allowed_ips, handshake });
+            table.add(PeerFragment { key: peer.config.public_key.0, allowed_ips, handshake });
         }
         table
     }
@@ -245,7 +241,7 @@ impl ParseableParametrized<[u8], GenlHeader> for Answer {
                 WGDEVICE_A_LISTEN_PORT => answer.listen_port = Some(parse_u16(attribute.value())?),
                 WGDEVICE_A_PEERS => {
                     for peer in NlasIterator::new(attribute.value()) {
-                        answer.peers.push(Part::parse(peer?.value())?);
+                        answer.peers.push(PeerFragment::parse(peer?.value())?);
                     }
                 }
                 _ => {}
@@ -255,7 +251,7 @@ impl ParseableParametrized<[u8], GenlHeader> for Answer {
     }
 }
 
-impl Part {
+impl PeerFragment {
     fn parse(attributes: &[u8]) -> Result<Self, DecodeError> {
         let mut part = Self::default();
         for attribute in NlasIterator::new(attributes) {
@@ -315,17 +311,17 @@ mod tests {
         ) {
             let items: Vec<usize> = (0..bad.len()).collect();
             let mut applied = Vec::new();
-            let results = isolate(&items, &mut |part: &[usize]| {
+            let results = bisect(&items, &mut |part: &[usize]| {
                 // As the kernel does: up to the first that it refuses.
                 for item in part {
                     if bad[*item] {
-                        return Err(EINVAL);
+                        return Err(Errno::EINVAL);
                     }
                     applied.push(*item);
                 }
                 Ok(())
             });
-            let expected: Vec<_> = bad.iter().map(|bad| if *bad { Err(EINVAL) } else { Ok(()) }).collect();
+            let expected: Vec<_> = bad.iter().map(|bad| if *bad { Err(Errno::EINVAL) } else { Ok(()) }).collect();
             prop_assert_eq!(results, expected);
             for item in items {
                 prop_assert_eq!(applied.contains(&item), !bad[item]);
@@ -336,11 +332,11 @@ mod tests {
     #[test]
     fn an_error_that_every_item_would_meet_is_met_once() {
         let mut calls = 0;
-        let results = isolate(&[(); 500], &mut |_| {
+        let results = bisect(&[(); 500], &mut |_| {
             calls += 1;
-            Err(ENODEV)
+            Err(Errno::ENODEV)
         });
-        assert_eq!((calls, results), (1, vec![Err(ENODEV); 500]));
+        assert_eq!((calls, results), (1, vec![Err(Errno::ENODEV); 500]));
     }
 
     /// An attribute, filled up to the next multiple of four bytes.
@@ -405,9 +401,9 @@ mod tests {
         let (key, at) = ([7; 32], SystemTime::UNIX_EPOCH + Duration::from_secs(9));
         let ips: Vec<(IpAddr, u8)> = vec![("fe80::1".parse().unwrap(), 128), ("10.0.0.0".parse().unwrap(), 8)];
         let mut table = Table::default();
-        table.add(Part { key, allowed_ips: ips[..1].to_vec(), handshake: Some(at) });
-        table.add(Part { key, allowed_ips: ips[1..].to_vec(), handshake: None });
-        table.add(Part::default());
+        table.add(PeerFragment { key, allowed_ips: ips[..1].to_vec(), handshake: Some(at) });
+        table.add(PeerFragment { key, allowed_ips: ips[1..].to_vec(), handshake: None });
+        table.add(PeerFragment::default());
         let peer = Peer { allowed_ips: ips, last_handshake: Some(at) };
         assert_eq!(table.peers, BTreeMap::from([(PublicKey::from_bytes(key).unwrap(), peer)]));
     }

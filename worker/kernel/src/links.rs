@@ -11,26 +11,52 @@ use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
     LinkMessage,
 };
+use nix::errno::Errno;
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
-
-use super::plan::Shape;
 
 /// The interfaces of the network namespace in which it was opened.
 pub struct Links(Handle);
 
-/// An interface as rtnetlink tells it.
+/// What made an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// The kernel's WireGuard.
+    Wireguard,
+    /// A TUN device, as a userspace WireGuard has it.
+    Tun,
+    /// The kernel's VXLAN.
+    Vxlan(VxlanAttributes),
+    /// Something else, by the kernel's name for it.
+    Other(String),
+    /// Nothing: it is a physical one.
+    Physical,
+}
+
+/// What of a VXLAN interface is fixed when it is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct VxlanAttributes {
+    /// The VXLAN network identifier.
+    pub id: u32,
+    /// The UDP port, both ways.
+    pub port: u16,
+    /// The address it sends from.
+    pub local: Option<IpAddr>,
+    /// The index of the interface that it sends through.
+    pub under: Option<u32>,
+}
+
+/// An interface as rtnetlink shows it.
 pub struct Link {
     /// Its index.
     pub index: u32,
-    /// What made it; `None` for physical ones.
-    pub kind: Option<InfoKind>,
+    /// What made it.
+    pub kind: Kind,
     /// Whether the kernel gives it a link-local address when it comes up.
     pub auto_address: bool,
     /// Whether it is set up.
     pub up: bool,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
-    vxlan: Vec<InfoVxlan>,
 }
 
 impl Links {
@@ -43,14 +69,13 @@ impl Links {
 
     /// The interface of that name, if there is one.
     pub async fn find(&self, name: &str) -> io::Result<Option<Link>> {
-        const ENODEV: i32 = 19;
         match self.0.link().get().match_name(name).execute().try_next().await.map_err(plain) {
             Ok(Some(message)) => {
                 let addresses = self.addresses(message.header.index).await?;
                 Ok(Some(Link::new(&message, addresses)))
             }
             Ok(None) => Ok(None),
-            Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(None),
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -115,50 +140,52 @@ impl Link {
     fn new(message: &LinkMessage, addresses: BTreeSet<Ipv6Addr>) -> Self {
         let mut link = Self {
             index: message.header.index,
-            kind: None,
+            kind: Kind::Physical,
             auto_address: false,
             up: message.header.flags.contains(LinkFlags::Up),
             addresses,
-            vxlan: Vec::new(),
         };
         for attribute in &message.attributes {
             if let LinkAttribute::LinkInfo(infos) = attribute {
-                link.learn_kind(infos);
+                link.kind = Kind::new(infos);
             } else if let LinkAttribute::AfSpecUnspec(specs) = attribute {
                 link.auto_address = specs.iter().any(gives_addresses);
             }
         }
         link
     }
+}
 
-    fn learn_kind(&mut self, infos: &[LinkInfo]) {
-        for info in infos {
-            if let LinkInfo::Kind(kind) = info {
-                self.kind = Some(kind.clone());
-            } else if let LinkInfo::Data(InfoData::Vxlan(vxlan)) = info {
-                self.vxlan.clone_from(vxlan);
-            }
+impl Kind {
+    fn new(infos: &[LinkInfo]) -> Self {
+        let kind = infos.iter().find_map(|info| if let LinkInfo::Kind(kind) = info { Some(kind) } else { None });
+        match kind {
+            Some(InfoKind::Wireguard) => Self::Wireguard,
+            Some(InfoKind::Tun) => Self::Tun,
+            Some(InfoKind::Vxlan) => Self::Vxlan(infos.iter().find_map(vxlan).unwrap_or_default()),
+            Some(kind) => Self::Other(kind.to_string()),
+            None => Self::Physical,
         }
     }
+}
 
-    /// What a VXLAN interface is like, seen from the interface of index `wireguard`.
-    pub fn shape(&self, wireguard: Option<u32>) -> Shape {
-        let mut shape = Shape { id: 0, port: 0, local: None, over_wireguard: false };
-        for info in &self.vxlan {
-            if let InfoVxlan::Id(id) = info {
-                shape.id = *id;
-            } else if let InfoVxlan::Port(port) = info {
-                shape.port = *port;
-            } else if let InfoVxlan::Local(local) = info {
-                shape.local = Some((*local).into());
-            } else if let InfoVxlan::Local6(local) = info {
-                shape.local = Some((*local).into());
-            } else if let InfoVxlan::Link(under) = info {
-                shape.over_wireguard = Some(*under) == wireguard;
-            }
+fn vxlan(info: &LinkInfo) -> Option<VxlanAttributes> {
+    let LinkInfo::Data(InfoData::Vxlan(attributes)) = info else { return None };
+    let mut vxlan = VxlanAttributes::default();
+    for attribute in attributes {
+        if let InfoVxlan::Id(id) = attribute {
+            vxlan.id = *id;
+        } else if let InfoVxlan::Port(port) = attribute {
+            vxlan.port = *port;
+        } else if let InfoVxlan::Local(local) = attribute {
+            vxlan.local = Some((*local).into());
+        } else if let InfoVxlan::Local6(local) = attribute {
+            vxlan.local = Some((*local).into());
+        } else if let InfoVxlan::Link(under) = attribute {
+            vxlan.under = Some(*under);
         }
-        shape
     }
+    Some(vxlan)
 }
 
 fn ipv6_address(attribute: &AddressAttribute) -> Option<Ipv6Addr> {

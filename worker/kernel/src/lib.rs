@@ -1,14 +1,24 @@
-//! The seam to Linux: what a plan may ask of a domain's two interfaces, and what it can be told of them.
+//! What wgkex needs from Linux, and nothing of what it decides.
+//!
+//! [`Kernel`] is the seam to the tables of interfaces that stand: read them, apply changes. [`netlink`] is Linux,
+//! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves.
+//!
+//! A key comes here from the worker's plan and goes no further; what became of it goes back to the reconciler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::SystemTime;
 
+pub use nix::errno::Errno;
 use wgkex_common::{Domain, PublicKey};
+pub use wireguard_control::{Backend, Key};
 
-#[cfg(any(test, feature = "fake"))]
-pub mod fake;
+pub mod key_file;
+pub mod links;
+#[cfg(any(test, feature = "memory"))]
+pub mod memory;
 pub mod netlink;
+pub mod wireguard;
 
 /// The tables of a domain's interfaces at one instant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,11 +94,6 @@ pub enum KernelError {
         source: Errno,
     },
 }
-
-/// An error number of the kernel, shown as its text (errno.h).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{}", std::io::Error::from_raw_os_error(*.0))]
-pub struct Errno(pub i32);
 
 impl KernelError {
     /// One word for metrics, from a fixed set: `interface`, `interrupted` or `kernel`.

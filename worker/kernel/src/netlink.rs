@@ -16,13 +16,10 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use wgkex_common::Domain;
 
-use self::channel::{Channel, DumpError, EIO, ENODEV};
+use self::channel::{Channel, DumpError};
 use self::route::Link;
 use self::wireguard::{PeerChange, WireGuard};
-use super::{Change, Device, Errno, Kernel, KernelError};
-
-const ENETDOWN: Errno = Errno(100);
-const ENOBUFS: Errno = Errno(105);
+use crate::{Change, Device, Errno, Kernel, KernelError};
 
 /// A large table takes seconds; what takes this long hangs, as the process of a userspace WireGuard may, and the other
 /// domains must not wait for it.
@@ -86,7 +83,7 @@ impl Kernel for Netlink {
     async fn changed(&mut self) {
         let mut event = [0; 4096];
         if let Err(error) = self.events.recv(&mut &mut event[..]).await
-            && error.raw_os_error() != Some(ENOBUFS.0)
+            && error.raw_os_error() != Some(Errno::ENOBUFS as i32)
         {
             tracing::warn!(%error, "link events unreadable");
             tokio::time::sleep(PAUSE).await;
@@ -117,7 +114,7 @@ impl Netlink {
             self.stuck.insert(domain.clone(), thread);
             return Err(silent());
         };
-        result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: EIO })
+        result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: Errno::EIO })
     }
 }
 
@@ -186,7 +183,7 @@ impl Interfaces {
         let mut others = self.routes.order(messages).into_iter();
         let next = |change: &Change| {
             let answers = if peer_change(change).is_some() { &mut peers } else { &mut others };
-            let answer = answers.next().unwrap_or(Err(EIO));
+            let answer = answers.next().unwrap_or(Err(Errno::EIO));
             route::outcome(change, answer).map_err(|error| self.refused(change, error))
         };
         changes.iter().map(next).collect()
@@ -250,10 +247,13 @@ fn payload<I>(message: &channel::Message<I>) -> Option<&I> {
 
 /// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
 fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
-    match error {
-        ENODEV => KernelError::Interface { interface: interface.into(), state: "missing" },
-        ENETDOWN => KernelError::Interface { interface: interface.into(), state: "down" },
-        source => KernelError::Refused { action, source },
+    let gone = |state| KernelError::Interface { interface: interface.into(), state };
+    if error == Errno::ENODEV {
+        gone("missing")
+    } else if error == Errno::ENETDOWN {
+        gone("down")
+    } else {
+        KernelError::Refused { action, source: error }
     }
 }
 

@@ -43,11 +43,13 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> io::Result<T> + Send
 }
 
 /// Where a userspace WireGuard listens for commands. All network namespaces share this directory.
+#[must_use]
 pub fn socket(name: &str) -> PathBuf {
     format!("/var/run/wireguard/{name}.sock").into()
 }
 
 /// Whether a userspace WireGuard of this name listens.
+#[must_use]
 pub fn listens(name: &str) -> bool {
     UnixStream::connect(socket(name)).is_ok()
 }
