@@ -4,12 +4,12 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
-use wgkex_broker::cli;
-use wgkex_broker::mqtt_server::{acl, password};
+use wgkex_broker::cli::admin_client;
+use wgkex_broker::cli::mqtt_acl::MqttAcl;
+use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
-use wgkex_common::config::Role;
 use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
@@ -27,27 +27,12 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     #[command(flatten)]
-    Keys(cli::Command),
+    Keys(admin_client::Command),
     /// Reads a password from the first line of stdin and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may say only what is its own
-    MqttAcl {
-        /// For which server
-        #[arg(long, value_enum, default_value_t = Format::Mosquitto)]
-        format: Format,
-        /// The user name of the brokers
-        #[arg(long, value_name = "NAME", default_value = "wgkex-broker")]
-        broker: String,
-    },
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Format {
-    /// The file named by `acl_file` in mosquitto.conf
-    Mosquitto,
-    /// The file acl.conf of EMQX
-    Emqx,
+    MqttAcl(MqttAcl),
 }
 
 fn main() -> ExitCode {
@@ -55,7 +40,7 @@ fn main() -> ExitCode {
         None => with_config(serve),
         Some(Command::Keys(command)) => command.run(),
         Some(Command::HashPassword) => process::exit(hash_password()),
-        Some(Command::MqttAcl { format, broker }) => with_config(|config| mqtt_acl(&config, format, &broker)),
+        Some(Command::MqttAcl(list)) => with_config(|config| print(&list.text(&config))),
     }
 }
 
@@ -77,15 +62,6 @@ fn hash_password() -> anyhow::Result<()> {
     let password = line.trim_end_matches(['\n', '\r']);
     ensure!(!password.is_empty(), "the password is expected on the first line of stdin, there is none");
     print(&format!("{}\n", password::hash(password)?))
-}
-
-fn mqtt_acl(config: &Config, format: Format, broker: &str) -> anyhow::Result<()> {
-    let workers = config.workers.keys().map(|name| (name.as_str(), Role::Worker));
-    let users = workers.chain([(broker, Role::Broker)]);
-    print(&match format {
-        Format::Mosquitto => acl::mosquitto(users),
-        Format::Emqx => acl::emqx(users),
-    })
 }
 
 fn print(text: &str) -> anyhow::Result<()> {

@@ -13,7 +13,7 @@ use crate::exchange::Refusal;
 use crate::fleet::gateways::Overview;
 use crate::fleet::live_keys::Counts;
 use crate::mqtt_server;
-use crate::mqtt_server::acl::Verb;
+use crate::mqtt_server::acl::Operation;
 
 /// The ways a key can come.
 pub const APIS: [&str; 2] = ["v1", "v2"];
@@ -59,7 +59,7 @@ pub struct Metrics {
     pub mqtt_refused: IntCounterVec,
     /// How often it read nothing from a client for a while, by reason, one of [`mqtt_server::Slowed::REASONS`].
     pub mqtt_slowed: IntCounterVec,
-    /// What its users wanted and may not, by verb.
+    /// What its users wanted and may not, by operation (label `verb`).
     pub mqtt_forbidden: IntCounterVec,
     /// Topics of which it keeps a message.
     pub mqtt_retained: IntGauge,
@@ -191,8 +191,8 @@ impl Metrics {
         for reason in mqtt_server::Slowed::REASONS {
             self.mqtt_slowed.with_label_values(&[reason]);
         }
-        for verb in Verb::ALL {
-            self.mqtt_forbidden.with_label_values(&[verb.word()]);
+        for operation in Operation::ALL {
+            self.mqtt_forbidden.with_label_values(&[operation.word()]);
         }
         self.set_gateways(&[]);
     }

@@ -8,11 +8,11 @@
 //! Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up, one at
 //! each door that verifies passwords, and the router's.
 
-pub mod acl;
+pub(crate) mod acl;
 mod broker;
 mod checks;
 mod connection;
-pub mod filter;
+pub(crate) mod filter;
 mod guesses;
 mod handshake;
 mod log;
@@ -116,6 +116,7 @@ impl Mqttd {
     }
 
     /// How this broker itself connects: by a door of its own, which neither TLS nor a crowd stand in the way of.
+    #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
         Mqtt { server: Server::Embedded(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
     }

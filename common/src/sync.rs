@@ -14,6 +14,7 @@ use tracing::{debug, info};
 
 use crate::mqtt::{ConnectionState, Message, MqttHandle};
 use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
+use crate::wire::topic::Direction;
 use crate::{Domain, PublicKey, Topic};
 
 /// Keys of a chunk at most: about 70 kB of JSON.
@@ -163,9 +164,9 @@ impl SyncClient {
     /// does not hear those.
     fn topic(&self, broker: &str) -> Topic {
         if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
-            self.own.questions(broker)
+            self.own.requests(broker)
         } else {
-            Topic::Questions { broker: broker.to_owned() }
+            Topic::BrokerRequests { broker: broker.to_owned() }
         }
     }
 
@@ -286,25 +287,12 @@ pub enum SyncEvent {
 impl SyncEvent {
     /// What a message says to an client; else in one word why it says nothing: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
-        match topic {
-            Topic::BrokerHello { broker } => Ok(Self::Broker(broker, Hello::parse(payload).map_err(|_| "payload")?)),
-            Topic::WorkerPages { .. } | Topic::BrokerPages { .. } => {
-                serde_json::from_slice(payload).map(Self::Chunk).map_err(|_| "payload")
-            }
-            Topic::Key { .. }
-            | Topic::ConnectedPeers { .. }
-            | Topic::WorkerStatus { .. }
-            | Topic::WorkerData { .. }
-            | Topic::BrokerStatus { .. }
-            | Topic::Hello { .. }
-            | Topic::Applied { .. }
-            | Topic::Seen { .. }
-            | Topic::Revoked { .. }
-            | Topic::WorkerEcho { .. }
-            | Topic::BrokerEcho { .. }
-            | Topic::Revocations
-            | Topic::WorkerQuestions { .. }
-            | Topic::Questions { .. } => Err("topic"),
+        if let Topic::BrokerHello { broker } = topic {
+            Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| "payload")
+        } else if topic.direction() == Direction::FromBrokers {
+            serde_json::from_slice(payload).map(Self::Chunk).map_err(|_| "payload")
+        } else {
+            Err("topic")
         }
     }
 }

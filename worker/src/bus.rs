@@ -28,7 +28,7 @@ pub fn client(config: &Config) -> SessionConfig {
             Topic::worker_statuses(),
             Topic::broker_statuses(),
             Topic::ConnectedPeers { domain: "+".into(), worker: config.name.clone() }.to_string(),
-            Topic::Hello { worker: config.name.clone() }.to_string(),
+            Topic::WorkerHello { worker: config.name.clone() }.to_string(),
         ],
         echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
         is_secondary: false,
@@ -40,7 +40,7 @@ pub fn second(config: &Config) -> SessionConfig {
     SessionConfig {
         qos0_filters: vec![Topic::broker_hellos()],
         qos1_filters: vec![
-            Topic::WorkerPages { worker: config.name.clone() }.to_string(),
+            Topic::WorkerChunks { worker: config.name.clone() }.to_string(),
             Topic::Revocations.to_string(),
         ],
         echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
@@ -284,7 +284,7 @@ impl Announcer {
     /// What stands on a topic of this worker's state, if it has published anything there on this connection.
     fn expected(&self, topic: &Topic) -> Option<Vec<u8>> {
         let said = |domain: &str| self.said.iter().find(|(said, _)| said.name() == domain).map(|(_, state)| state);
-        if let Topic::Hello { .. } = topic {
+        if let Topic::WorkerHello { .. } = topic {
             serde_json::to_vec(&self.hello()).ok()
         } else if let Topic::WorkerData { domain, .. } = topic {
             serde_json::to_vec(&self.data(said(domain)?)?).ok()
@@ -300,7 +300,7 @@ impl Announcer {
     }
 
     fn say_hello(&self, announcement: Announcement) {
-        self.say_json(Topic::Hello { worker: self.worker.clone() }, &self.hello(), announcement);
+        self.say_json(Topic::WorkerHello { worker: self.worker.clone() }, &self.hello(), announcement);
     }
 
     fn say_data(&self, domain: &Domain, data: &WorkerData, announcement: Announcement) {
@@ -351,7 +351,7 @@ impl Announcer {
 
     /// What is not heard is said again when the bus is back.
     fn say_seen(&self, seen: &Handshakes) {
-        let topic = Topic::Seen { worker: self.worker.clone() };
+        let topic = Topic::Handshakes { worker: self.worker.clone() };
         let _ = self.confirmations.try_publish(Message::transient(topic, serde_json::to_vec(seen).unwrap_or_default()));
     }
 
@@ -374,7 +374,7 @@ impl Announcer {
         }
         let offline = self.domains.iter().map(|domain| Message::retained(self.peers(domain), "-1"));
         let gone = Message::retained(self.status(), "0");
-        let hello = Message::retained(Topic::Hello { worker: self.worker.clone() }, "");
+        let hello = Message::retained(Topic::WorkerHello { worker: self.worker.clone() }, "");
         for message in offline {
             self.say(message);
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 use wgkex_common::Topic;
 use wgkex_common::wire::message::{Hello, WorkerData};
+use wgkex_common::wire::topic::{Direction, Owner};
 
 /// Gateways that are remembered at most, and topics of one: more are somebody's nonsense.
 const GATEWAYS: usize = 4096;
@@ -81,32 +82,19 @@ impl Gateway {
 
 /// Of which gateway a topic is, what is said there, and of which domain; none if it is not a gateway's.
 fn subject(topic: &Topic) -> Option<Subject<'_>> {
-    match topic {
-        Topic::WorkerStatus { worker } => Some((worker, "status", None)),
-        Topic::WorkerData { worker, domain } => Some((worker, "data", Some(domain))),
-        Topic::ConnectedPeers { domain, worker } => Some((worker, "connected_peers", Some(domain))),
-        Topic::Hello { worker } => Some((worker, "hello", None)),
-        Topic::Applied { worker } => Some((worker, "applied", None)),
-        Topic::Seen { worker } => Some((worker, "seen", None)),
-        Topic::Revoked { worker } => Some((worker, "revoked", None)),
-        Topic::Key { .. }
-        | Topic::BrokerStatus { .. }
-        | Topic::WorkerQuestions { .. }
-        | Topic::WorkerPages { .. }
-        | Topic::WorkerEcho { .. }
-        | Topic::BrokerEcho { .. }
-        | Topic::Revocations
-        | Topic::BrokerHello { .. }
-        | Topic::Questions { .. }
-        | Topic::BrokerPages { .. } => None,
-    }
+    let Owner::Worker(gateway) = topic.owner() else { return None };
+    let is_its_word = match topic.direction() {
+        Direction::StateForAll | Direction::StateForBrokers | Direction::ToBrokers => true,
+        Direction::FromBrokers | Direction::FromAll | Direction::Echo | Direction::Broadcast => false,
+    };
+    is_its_word.then(|| (gateway, topic.last_level(), topic.domain()))
 }
 
 /// Why a payload that was not taken in says nothing there. Nothing of it is shown, as it may be a key.
 fn cause(topic: &Topic, payload: &[u8]) -> Option<String> {
     if let Topic::WorkerData { .. } = topic {
         WorkerData::parse(payload).err().map(|wrong| wrong.to_string())
-    } else if let Topic::Hello { .. } = topic {
+    } else if let Topic::WorkerHello { .. } = topic {
         Hello::parse(payload).err().map(|wrong| wrong.to_string())
     } else if let Topic::WorkerStatus { .. } = topic {
         Some("is neither 1 nor 0".into())

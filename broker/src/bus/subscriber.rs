@@ -35,7 +35,7 @@ pub fn client(config: &Config) -> SessionConfig {
         id: format!("wgkex-broker-{}", config.name),
         will: Some(status(&config.name, "0")),
         qos0_filters: Topic::states().into(),
-        qos1_filters: vec![Topic::applied(), Topic::seen(), Topic::revoked()],
+        qos1_filters: vec![Topic::applied(), Topic::handshakes(), Topic::revoked()],
         optional: Vec::new(),
         echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
         is_secondary: false,
@@ -47,8 +47,8 @@ pub fn keys_client(config: &Config) -> SessionConfig {
     let own = || config.name.clone();
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
     let asked =
-        [Topic::Questions { broker: own() }, Topic::BrokerPages { broker: own() }].map(|topic| topic.to_string());
-    let asked = asked.into_iter().chain([Topic::worker_questions()]);
+        [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
+    let asked = asked.into_iter().chain([Topic::worker_requests()]);
     SessionConfig {
         will: Some(hello(&config.name, Vec::new())),
         qos0_filters: vec![Topic::broker_hellos()],
@@ -128,7 +128,7 @@ fn hear(
         if can_take {
             waiters.resolve(worker, applied);
         }
-    } else if let Topic::Seen { worker } = topic {
+    } else if let Topic::Handshakes { worker } = topic {
         let seen: Handshakes = json(publish)?;
         few(seen.keys.len())?;
         if heard_from(gateways, worker, now) {
@@ -239,41 +239,32 @@ fn hear_of_keys(
     publish: &Publish,
 ) -> Result<(), &'static str> {
     // What finds no place among the ears or the questions is asked again.
-    match topic {
-        Topic::Key { domain } => {
-            let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
-            let key: PublicKey = text.parse().map_err(|_| "payload")?;
-            live.lock().admit(&domain, key, Instant::now());
-        }
-        topic @ (Topic::BrokerHello { .. } | Topic::BrokerPages { .. }) => {
-            match SyncEvent::read(topic, &publish.payload) {
-                Ok(heard) => {
-                    if let SyncEvent::Broker(name, hello) = &heard {
-                        lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
-                        askers.broker(name, hello.as_ref());
-                    }
-                    let _ = ears.try_send(heard);
+    if let Topic::Key { domain } = topic {
+        let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
+        let key: PublicKey = text.parse().map_err(|_| "payload")?;
+        live.lock().admit(&domain, key, Instant::now());
+    } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
+        match SyncEvent::read(topic, &publish.payload) {
+            Ok(heard) => {
+                if let SyncEvent::Broker(name, hello) = &heard {
+                    lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+                    askers.broker(name, hello.as_ref());
                 }
-                Err(_) => askers.by_broker(json(publish)?)?,
+                let _ = ears.try_send(heard);
             }
+            Err(_) => askers.by_broker(json(publish)?)?,
         }
-        Topic::WorkerQuestions { worker } => askers.by_worker(&worker, json(publish)?)?,
-        Topic::Questions { .. } => match json(publish)? {
+    } else if let Topic::WorkerRequests { worker } = topic {
+        askers.by_worker(&worker, json(publish)?)?;
+    } else if let Topic::BrokerRequests { .. } = topic {
+        match json(publish)? {
             Request::Records(_) => lists.on_event(ListEvent::Asked),
             Request::Keys(question) => askers.by_anybody(question)?,
-        },
-        Topic::Revocations => lists.on_event(ListEvent::Records(json(publish)?)),
-        Topic::ConnectedPeers { .. }
-        | Topic::WorkerStatus { .. }
-        | Topic::WorkerData { .. }
-        | Topic::BrokerStatus { .. }
-        | Topic::Hello { .. }
-        | Topic::Applied { .. }
-        | Topic::Seen { .. }
-        | Topic::Revoked { .. }
-        | Topic::WorkerEcho { .. }
-        | Topic::BrokerEcho { .. }
-        | Topic::WorkerPages { .. } => return Err("topic"),
+        }
+    } else if topic == Topic::Revocations {
+        lists.on_event(ListEvent::Records(json(publish)?));
+    } else {
+        return Err("topic");
     }
     Ok(())
 }
@@ -289,7 +280,7 @@ pub async fn answer(
         let page = live.lock().answer(&question, Instant::now());
         metrics.keys_given.inc_by(page.keys.len() as u64);
         let payload = serde_json::to_vec(&page).unwrap_or_default();
-        if bus.publish(Message::transient(question.from.pages(), payload)).await == Err(PublishError::SessionEnded) {
+        if bus.publish(Message::transient(question.from.chunks(), payload)).await == Err(PublishError::SessionEnded) {
             return;
         }
     }

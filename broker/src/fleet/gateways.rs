@@ -264,58 +264,41 @@ impl Gateways {
         if retained {
             self.found = Some(now);
         }
-        match topic {
-            Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::Hello { worker }
-                if payload.is_empty() && !self.workers.contains_key(worker) =>
-            {
-                // Somebody clears away what is left of a gateway that is gone.
-                Ok(())
-            }
-            Topic::WorkerStatus { worker } => {
-                let online = status(payload)?;
-                self.worker(worker)?.hear_status(online, retained, now);
-                Ok(())
-            }
-            Topic::WorkerData { worker, domain } => {
-                let data = WorkerData::parse(payload);
-                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                if let Some(data) = data.map_err(|_| Nonsense("worker data"))? {
-                    return self.hear_data(worker, domain, data, retained, now);
-                }
-                self.hear_no_data(worker, &domain, now);
-                Ok(())
-            }
-            Topic::ConnectedPeers { domain, worker } => {
-                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                let peers = peers(payload)?;
-                self.worker(worker)?.hear_peers(domain.clone(), peers, retained, now);
-                if peers != Peers::Unsaid {
-                    self.known.insert(domain);
-                }
-                Ok(())
-            }
-            Topic::Hello { worker } => {
-                let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
-                let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
-                let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
-                self.worker(worker)?.hear_hello(hello, retained, now);
-                self.known.extend(served);
-                Ok(())
-            }
-            Topic::BrokerStatus { broker } => self.hear_broker(broker, payload, retained, now),
-            Topic::Key { .. }
-            | Topic::Applied { .. }
-            | Topic::Seen { .. }
-            | Topic::Revoked { .. }
-            | Topic::WorkerEcho { .. }
-            | Topic::BrokerEcho { .. }
-            | Topic::Revocations
-            | Topic::WorkerQuestions { .. }
-            | Topic::WorkerPages { .. }
-            | Topic::BrokerHello { .. }
-            | Topic::Questions { .. }
-            | Topic::BrokerPages { .. } => Ok(()),
+        if let Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } =
+            topic
+            && payload.is_empty()
+            && !self.workers.contains_key(worker)
+        {
+            // Somebody clears away what is left of a gateway that is gone.
+            return Ok(());
         }
+        if let Topic::WorkerStatus { worker } = topic {
+            let online = status(payload)?;
+            self.worker(worker)?.hear_status(online, retained, now);
+        } else if let Topic::WorkerData { worker, domain } = topic {
+            let data = WorkerData::parse(payload);
+            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+            match data.map_err(|_| Nonsense("worker data"))? {
+                Some(data) => self.hear_data(worker, domain, data, retained, now)?,
+                None => self.hear_no_data(worker, &domain, now),
+            }
+        } else if let Topic::ConnectedPeers { domain, worker } = topic {
+            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+            let peers = peers(payload)?;
+            self.worker(worker)?.hear_peers(domain.clone(), peers, retained, now);
+            if peers != Peers::Unsaid {
+                self.known.insert(domain);
+            }
+        } else if let Topic::WorkerHello { worker } = topic {
+            let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
+            let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
+            let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
+            self.worker(worker)?.hear_hello(hello, retained, now);
+            self.known.extend(served);
+        } else if let Topic::BrokerStatus { broker } = topic {
+            self.hear_broker(broker, payload, retained, now)?;
+        }
+        Ok(())
     }
 
     fn worker(&mut self, name: &str) -> Result<&mut Worker, Nonsense> {

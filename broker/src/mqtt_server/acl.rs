@@ -1,143 +1,124 @@
-//! Who may say and hear what on the bus. One table, for the embedded MQTT server and for the access lists of others.
+//! Which user may publish and subscribe to which topics: one set of rules, derived from each topic's owner and direction,
+//! for the embedded MQTT server and for the access lists of others ([`crate::cli::mqtt_acl`]).
 
-use std::fmt::Write as _;
-
+use wgkex_common::Topic;
 use wgkex_common::config::Role;
+use wgkex_common::wire::topic::{Direction, Owner};
 
 use crate::mqtt_server::filter::{covers, matches};
 
-/// What is done with a topic.
+/// What a client does with a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verb {
+pub(crate) enum Operation {
     /// To publish on it.
-    Say,
+    Publish,
     /// To subscribe to it.
-    Hear,
+    Subscribe,
 }
 
-impl Verb {
+impl Operation {
     /// Both.
-    pub const ALL: [Self; 2] = [Self::Say, Self::Hear];
+    pub const ALL: [Self; 2] = [Self::Publish, Self::Subscribe];
 
     /// What MQTT calls it.
     pub fn word(self) -> &'static str {
         match self {
-            Self::Say => "publish",
-            Self::Hear => "subscribe",
+            Self::Publish => "publish",
+            Self::Subscribe => "subscribe",
         }
     }
 }
 
-/// Stands for the user's name in [`TABLE`].
+/// Stands for the user's name in [`PARKER`].
 const NAME: &str = "%u";
 
-/// What each role may do. A worker says what is its own, and what it asks brokers; keys it only hears.
-const TABLE: [(Role, Verb, &str); 37] = [
-    (Role::Worker, Verb::Say, "wireguard-metrics/+/%u/connected_peers"),
-    (Role::Worker, Verb::Say, "wireguard-worker/%u/status"),
-    (Role::Worker, Verb::Say, "wireguard-worker/%u/+/data"),
-    (Role::Worker, Verb::Say, "wgkex/worker/%u/+"),
-    (Role::Worker, Verb::Say, "wgkex/broker/+/questions"),
-    (Role::Worker, Verb::Say, "parker/wireguard-metrics/%u/connected_peers"),
-    (Role::Worker, Verb::Say, "parker/wireguard-worker/%u/status"),
-    (Role::Worker, Verb::Say, "parker/wireguard-worker/%u/data"),
-    (Role::Worker, Verb::Hear, "parker/wireguard/+"),
-    (Role::Worker, Verb::Hear, "parker/wireguard-worker/+/data"),
-    (Role::Worker, Verb::Hear, "parker/wireguard-broker/+/status"),
-    (Role::Worker, Verb::Hear, "wireguard/+/+"),
-    (Role::Worker, Verb::Hear, "wireguard-worker/+/status"),
-    (Role::Worker, Verb::Hear, "wireguard-worker/+/+/data"),
-    (Role::Worker, Verb::Hear, "wireguard-broker/+/status"),
-    (Role::Worker, Verb::Hear, "wgkex/broker/+/hello"),
-    (Role::Worker, Verb::Hear, "wgkex/worker/%u/pages"),
-    (Role::Worker, Verb::Hear, "wgkex/worker/%u/hello"),
-    (Role::Worker, Verb::Hear, "wgkex/worker/%u/echo"),
-    (Role::Worker, Verb::Hear, "wireguard-metrics/+/%u/connected_peers"),
-    (Role::Worker, Verb::Hear, "wgkex/revocations"),
-    (Role::Broker, Verb::Say, "wireguard/+/+"),
-    (Role::Broker, Verb::Say, "wireguard-broker/+/status"),
-    (Role::Broker, Verb::Say, "wgkex/broker/+/hello"),
-    (Role::Broker, Verb::Say, "wgkex/broker/+/questions"),
-    (Role::Broker, Verb::Say, "wgkex/broker/+/pages"),
-    (Role::Broker, Verb::Say, "wgkex/broker/+/echo"),
-    (Role::Broker, Verb::Say, "wgkex/worker/+/pages"),
-    (Role::Broker, Verb::Say, "wgkex/revocations"),
-    (Role::Broker, Verb::Say, "parker/wireguard/+"),
-    (Role::Broker, Verb::Say, "parker/wireguard-broker/+/status"),
-    (Role::Broker, Verb::Hear, "parker/#"),
-    (Role::Broker, Verb::Hear, "wireguard/#"),
-    (Role::Broker, Verb::Hear, "wireguard-metrics/#"),
-    (Role::Broker, Verb::Hear, "wireguard-worker/#"),
-    (Role::Broker, Verb::Hear, "wireguard-broker/#"),
-    (Role::Broker, Verb::Hear, "wgkex/#"),
+/// What each role may do with Parker's topics (contract section 5).
+const PARKER: [(Role, Operation, &str); 9] = [
+    (Role::Worker, Operation::Publish, "parker/wireguard-metrics/%u/connected_peers"),
+    (Role::Worker, Operation::Publish, "parker/wireguard-worker/%u/status"),
+    (Role::Worker, Operation::Publish, "parker/wireguard-worker/%u/data"),
+    (Role::Worker, Operation::Subscribe, "parker/wireguard/+"),
+    (Role::Worker, Operation::Subscribe, "parker/wireguard-worker/+/data"),
+    (Role::Worker, Operation::Subscribe, "parker/wireguard-broker/+/status"),
+    (Role::Broker, Operation::Publish, "parker/wireguard/+"),
+    (Role::Broker, Operation::Publish, "parker/wireguard-broker/+/status"),
+    (Role::Broker, Operation::Subscribe, "parker/#"),
 ];
 
-/// What one user may say and hear.
+/// What one user may publish and subscribe to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Access {
-    say: Vec<String>,
-    hear: Vec<String>,
+    publish: Vec<String>,
+    subscribe: Vec<String>,
 }
 
 impl Access {
     /// What everybody may where there are no users: all but what begins with `$`.
     pub fn everything() -> Self {
-        Self { say: vec!["#".into()], hear: vec!["#".into()] }
+        Self { publish: vec!["#".into()], subscribe: vec!["#".into()] }
     }
 
     /// What the user `name` may.
     pub fn of(role: Role, name: &str) -> Self {
-        Self { say: filters(role, Verb::Say, name), hear: filters(role, Verb::Hear, name) }
+        Self { publish: filters(role, Operation::Publish, name), subscribe: filters(role, Operation::Subscribe, name) }
     }
 
     /// Whether a message on `topic` may be published.
-    pub fn may_say(&self, topic: &str) -> bool {
-        self.say.iter().any(|filter| matches(filter, topic))
+    pub fn can_publish(&self, topic: &str) -> bool {
+        self.publish.iter().any(|filter| matches(filter, topic))
     }
 
-    /// Whether `filter` may be subscribed to: only if all that it could bring may be heard.
-    pub fn may_hear(&self, filter: &str) -> bool {
-        self.hear.iter().any(|allowed| covers(allowed, filter))
+    /// Whether `filter` may be subscribed to: only if every topic that it matches may be.
+    pub fn can_subscribe(&self, filter: &str) -> bool {
+        self.subscribe.iter().any(|allowed| covers(allowed, filter))
     }
 }
 
-fn filters(role: Role, verb: Verb, name: &str) -> Vec<String> {
-    let rows = TABLE.iter().filter(|row| (row.0, row.1) == (role, verb));
-    rows.map(|(_, _, filter)| filter.replace(NAME, name)).collect()
+/// The filters of the topics with which the user `name` may do this, in the order in which lists have them.
+pub(crate) fn filters(role: Role, operation: Operation, name: &str) -> Vec<String> {
+    let parker = PARKER.iter().filter(|row| (row.0, row.1) == (role, operation)).map(|row| row.2.replace(NAME, name));
+    match (role, operation) {
+        (Role::Worker, Operation::Publish) => worker_publishes(name).into_iter().chain(parker).collect(),
+        (Role::Worker, Operation::Subscribe) => parker.chain(worker_subscribes(name)).collect(),
+        (Role::Broker, Operation::Publish) => broker_publishes().into_iter().chain(parker).collect(),
+        (Role::Broker, Operation::Subscribe) => parker.chain(Topic::ROOTS.map(|root| format!("{root}/#"))).collect(),
+    }
 }
 
-/// Mosquitto's `acl_file` for these users.
-pub fn mosquitto<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
-    let mut text = String::from("# Made by wgkex-broker mqtt-acl. For mosquitto.conf: acl_file FILE\n");
-    for (name, role) in users {
-        let _ = write!(text, "\nuser {name}\n");
-        for (verb, word) in [(Verb::Say, "write"), (Verb::Hear, "read")] {
-            for filter in filters(role, verb, name) {
-                let _ = writeln!(text, "topic {word} {filter}");
-            }
-        }
-    }
-    text
+/// What the worker owns, all of it below its name in `wgkex/`, and what it asks brokers. No keys.
+fn worker_publishes(name: &str) -> Vec<String> {
+    let contract = topics(name, |topic| matches!(topic.owner(), Owner::Worker(_)) && !topic.is_ours());
+    let requests = topics("+", |topic| topic.direction() == Direction::FromAll);
+    [contract, vec![Topic::all_of_worker(name)], requests].concat()
 }
 
-/// EMQX's `acl.conf` for these users.
-pub fn emqx<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
-    let mut text =
-        String::from("%% Made by wgkex-broker mqtt-acl. For EMQX: the file of the authorization source \"file\".\n");
-    for (name, role) in users {
-        for verb in Verb::ALL {
-            let (word, filters) = (verb.word(), filters(role, verb, name));
-            let _ = writeln!(text, "{{allow, {{user, {name:?}}}, {word}, {filters:?}}}.");
-        }
-    }
-    text.push_str("{deny, all}.\n");
-    text
+/// What goes to everybody, and what goes to this worker alone.
+fn worker_subscribes(name: &str) -> Vec<String> {
+    let is_for_all = |topic: &Topic| matches!(topic.direction(), Direction::StateForAll | Direction::Broadcast);
+    let named = topics("+", |topic| is_for_all(topic) && topic.owner() != Owner::Nobody);
+    let reaches_owner = [Direction::StateForBrokers, Direction::FromBrokers, Direction::Echo];
+    let own =
+        topics(name, |topic| matches!(topic.owner(), Owner::Worker(_)) && reaches_owner.contains(&topic.direction()));
+    let shared = topics("+", |topic| is_for_all(topic) && topic.owner() == Owner::Nobody);
+    [named, own, shared].concat()
+}
+
+/// What any broker owns, what brokers send to workers, and what no program owns.
+fn broker_publishes() -> Vec<String> {
+    let brokers = topics("+", |topic| matches!(topic.owner(), Owner::Broker(_) | Owner::Domain(_)));
+    let workers =
+        topics("+", |topic| matches!(topic.owner(), Owner::Worker(_)) && topic.direction() == Direction::FromBrokers);
+    let shared = topics("+", |topic| topic.owner() == Owner::Nobody);
+    [brokers, workers, shared].concat()
+}
+
+/// The filters of the kinds of topics that are so, in the order of [`Topic::each`]; of workers' those of `worker`.
+fn topics(worker: &str, is_so: impl Fn(&Topic) -> bool) -> Vec<String> {
+    Topic::each("+", worker, "+").iter().filter(|topic| is_so(topic)).map(Topic::filter).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use wgkex_common::Topic;
-
     use super::*;
 
     fn worker() -> Access {
@@ -159,16 +140,16 @@ mod tests {
             (Topic::WorkerStatus { worker: name() }, [own, false, true, true]),
             (Topic::WorkerData { worker: name(), domain: domain() }, [own, false, true, true]),
             (Topic::BrokerStatus { broker: broker() }, [false, true, true, true]),
-            (Topic::Hello { worker: name() }, [own, false, own, true]),
+            (Topic::WorkerHello { worker: name() }, [own, false, own, true]),
             (Topic::WorkerEcho { worker: name() }, [own, false, own, true]),
             (Topic::BrokerEcho { broker: broker() }, [false, true, false, true]),
             (Topic::Applied { worker: name() }, [own, false, false, true]),
-            (Topic::Seen { worker: name() }, [own, false, false, true]),
-            (Topic::WorkerQuestions { worker: name() }, [own, false, false, true]),
-            (Topic::WorkerPages { worker: name() }, [own, true, own, true]),
+            (Topic::Handshakes { worker: name() }, [own, false, false, true]),
+            (Topic::WorkerRequests { worker: name() }, [own, false, false, true]),
+            (Topic::WorkerChunks { worker: name() }, [own, true, own, true]),
             (Topic::BrokerHello { broker: broker() }, [false, true, true, true]),
-            (Topic::Questions { broker: broker() }, [true, true, false, true]),
-            (Topic::BrokerPages { broker: broker() }, [false, true, false, true]),
+            (Topic::BrokerRequests { broker: broker() }, [true, true, false, true]),
+            (Topic::BrokerChunks { broker: broker() }, [false, true, false, true]),
         ]
     }
 
@@ -178,10 +159,10 @@ mod tests {
             for (topic, expected) in table(name) {
                 let topic = topic.to_string();
                 let found = [
-                    worker().may_say(&topic),
-                    broker().may_say(&topic),
-                    worker().may_hear(&topic),
-                    broker().may_hear(&topic),
+                    worker().can_publish(&topic),
+                    broker().can_publish(&topic),
+                    worker().can_subscribe(&topic),
+                    broker().can_subscribe(&topic),
                 ];
                 assert_eq!(found, expected, "{topic}");
             }
@@ -190,44 +171,25 @@ mod tests {
 
     #[test]
     fn the_programs_filters_may_be_heard_and_wider_ones_not() {
-        let pages = Topic::WorkerPages { worker: "gw1".into() }.to_string();
+        let pages = Topic::WorkerChunks { worker: "gw1".into() }.to_string();
         for filter in [Topic::keys("ffx_a"), Topic::broker_hellos(), pages, "wireguard-worker/+/+/data".into()] {
-            assert!(worker().may_hear(&filter), "{filter}");
+            assert!(worker().can_subscribe(&filter), "{filter}");
         }
         for filter in ["#", "wireguard/#", "wgkex/#", "wgkex/worker/+/pages", "wireguard-metrics/+/+/connected_peers"] {
-            assert!(!worker().may_hear(filter), "{filter}");
+            assert!(!worker().can_subscribe(filter), "{filter}");
         }
         let states = Topic::states();
-        let own = [Topic::applied(), Topic::seen(), Topic::broker_hellos(), Topic::keys("ffx_a")];
+        let own = [Topic::applied(), Topic::handshakes(), Topic::broker_hellos(), Topic::keys("ffx_a")];
         for filter in states.iter().chain(&own) {
-            assert!(broker().may_hear(filter), "{filter}");
+            assert!(broker().can_subscribe(filter), "{filter}");
         }
-        assert!(!broker().may_hear("#") && !broker().may_hear("$SYS/#"));
+        assert!(!broker().can_subscribe("#") && !broker().can_subscribe("$SYS/#"));
     }
 
     #[test]
     fn nobody_says_what_is_the_servers() {
         for access in [worker(), broker(), Access::everything()] {
-            assert!(!access.may_say("$SYS/broker/version") && !access.may_hear("$SYS/#"));
+            assert!(!access.can_publish("$SYS/broker/version") && !access.can_subscribe("$SYS/#"));
         }
-    }
-
-    #[test]
-    fn the_lists_of_other_servers_have_the_same_rows() {
-        let users = || [("gw1", Role::Worker), ("wgkex", Role::Broker)].into_iter();
-        let list = mosquitto(users());
-        let of_worker = list.split("\nuser ").find(|part| part.starts_with("gw1\n")).unwrap();
-        assert!(of_worker.contains("\ntopic write wireguard-metrics/+/gw1/connected_peers\n"), "{list}");
-        assert!(
-            of_worker.contains("\ntopic read wireguard/+/+\n") && !of_worker.contains("write wireguard/"),
-            "{list}"
-        );
-        assert_eq!(list.lines().filter(|line| line.starts_with("topic ")).count(), TABLE.len());
-        let list = emqx(users());
-        assert!(
-            list.contains(r#"{allow, {user, "gw1"}, publish, ["wireguard-metrics/+/gw1/connected_peers", "#),
-            "{list}"
-        );
-        assert!(list.ends_with("{deny, all}.\n"), "{list}");
     }
 }

@@ -352,11 +352,11 @@ impl Connection {
                 self.ear = Some(self.bus.listen(self.account.is_own).map_err(|_| End::Lost("no place to listen"))?);
             }
             Deed::Listen => {}
-            Deed::Forbid { verb, topic, is_first } => {
-                self.metrics.mqtt_forbidden.with_label_values(&[verb.word()]).inc();
+            Deed::Forbid { operation, topic, is_first } => {
+                self.metrics.mqtt_forbidden.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
                     let topic: String = topic.chars().take(TOPIC_SHOWN).collect();
-                    warn!(client = %seat, verb = verb.word(), topic, "not allowed: is acknowledged, and no more");
+                    warn!(client = %seat, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
                 }
             }
             Deed::End => return Err(End::Farewell),

@@ -143,7 +143,7 @@ impl Door {
         };
         let (name, access, user) = (user.client(&id).ok_or(CLIENT_ID)?, user.access(), user.into_name());
         let will = last_will.map(Message::from);
-        if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.may_say(&will.topic)) {
+        if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.can_publish(&will.topic)) {
             if account.may_warn(Offence::Will) {
                 warn!(user, "a last will that this user may not say");
             }

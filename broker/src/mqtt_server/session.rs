@@ -10,7 +10,7 @@ use rumqttc::{
     Unsubscribe,
 };
 
-use crate::mqtt_server::acl::{Access, Verb};
+use crate::mqtt_server::acl::{Access, Operation};
 use crate::mqtt_server::filter::{is_filter, is_topic};
 use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
@@ -35,7 +35,7 @@ pub enum Deed {
     /// To tell that it wanted what it may not.
     Forbid {
         /// What it wanted to do.
-        verb: Verb,
+        operation: Operation,
         /// With which topic or filter.
         topic: String,
         /// It did not before.
@@ -158,8 +158,8 @@ impl Session {
                 self.exactly_once.insert(pkid)
             }
         };
-        if !self.access.may_say(&publish.topic) {
-            return Ok(vec![self.forbid(Verb::Say, publish.topic)]);
+        if !self.access.can_publish(&publish.topic) {
+            return Ok(vec![self.forbid(Operation::Publish, publish.topic)]);
         }
         Ok(is_new.then(|| Deed::Say(publish.into())).into_iter().collect())
     }
@@ -172,8 +172,8 @@ impl Session {
             let (path, qos) = (filter.path, lower(filter.qos, QoS::AtLeastOnce));
             let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS).is_none();
             let has_place = self.subscriptions.len() < FILTERS || self.subscriptions.contains(&path);
-            if is_sound && !self.access.may_hear(&path) {
-                deeds.push(self.forbid(Verb::Hear, path));
+            if is_sound && !self.access.can_subscribe(&path) {
+                deeds.push(self.forbid(Operation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);
             } else if is_sound && has_place {
                 self.subscriptions.insert(&path, qos);
@@ -204,8 +204,8 @@ impl Session {
         self.backlog.retain(|backlog| !filters.contains(backlog.filter.as_str()));
     }
 
-    fn forbid(&mut self, verb: Verb, topic: String) -> Deed {
-        Deed::Forbid { verb, topic, is_first: !std::mem::replace(&mut self.was_forbidden, true) }
+    fn forbid(&mut self, operation: Operation, topic: String) -> Deed {
+        Deed::Forbid { operation, topic, is_first: !std::mem::replace(&mut self.was_forbidden, true) }
     }
 
     /// Whether it subscribed to a filter that has `topic`.

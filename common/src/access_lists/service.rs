@@ -344,7 +344,7 @@ impl ListService {
             let question = RecordsRequest { from: self.own.clone(), revocations: true };
             // One that is lost is put again.
             let payload = serde_json::to_vec(&question).unwrap_or_default();
-            let _ = bus.try_publish(Message::transient(Topic::Questions { broker }, payload));
+            let _ = bus.try_publish(Message::transient(Topic::BrokerRequests { broker }, payload));
         }
         if self.anti_entropy.should_broadcast(now) {
             let records: Vec<_> = self.records.shared(unix(SystemTime::now())).collect();

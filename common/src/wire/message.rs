@@ -293,19 +293,19 @@ impl Participant {
     /// Where it asks `broker`, and nobody else can in its name: only a worker itself may publish there, and only brokers on
     /// what brokers hear pages on.
     #[must_use]
-    pub fn questions(&self, broker: &str) -> Topic {
+    pub fn requests(&self, broker: &str) -> Topic {
         match self {
-            Self::Worker(worker) => Topic::WorkerQuestions { worker: worker.clone() },
-            Self::Broker(_) => Topic::BrokerPages { broker: broker.to_owned() },
+            Self::Worker(worker) => Topic::WorkerRequests { worker: worker.clone() },
+            Self::Broker(_) => Topic::BrokerChunks { broker: broker.to_owned() },
         }
     }
 
     /// Where it hears the answers to its questions.
     #[must_use]
-    pub fn pages(&self) -> Topic {
+    pub fn chunks(&self) -> Topic {
         match self {
-            Self::Worker(worker) => Topic::WorkerPages { worker: worker.clone() },
-            Self::Broker(broker) => Topic::BrokerPages { broker: broker.clone() },
+            Self::Worker(worker) => Topic::WorkerChunks { worker: worker.clone() },
+            Self::Broker(broker) => Topic::BrokerChunks { broker: broker.clone() },
         }
     }
 }

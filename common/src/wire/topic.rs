@@ -1,18 +1,21 @@
-//! Every MQTT topic, built and parsed in this one file; no other has a slash in a string.
+//! Every MQTT topic of wgkex: how it is written, who owns it and which way it goes. Whatever depends on that asks here,
+//! the access rules of the MQTT server too (their rows for Parker, whose topics wgkex does not use yet, are there).
 
 use std::fmt;
 
 use crate::wire::message::Participant;
 
-/// No name of a program or a domain is longer, and whoever keeps one keeps no more.
+/// The longest name of a program or a domain, in bytes.
 const LEVEL_MAX: usize = 255;
+/// What every topic of our own begins with.
+const OURS: &str = "wgkex";
 
 /// A topic of the contract's section 4, or one of our own below `wgkex/`.
 ///
 /// Names are those of the wire, unchecked against the config: what came over MQTT may be anybody's.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Topic {
-    /// A key for every gateway of a domain. Parsed whatever the last level says, built with `all`.
+    /// A key for every gateway of a domain. Parsed whatever the last level is, built with `all`.
     Key {
         /// The domain's name.
         domain: String,
@@ -41,8 +44,8 @@ pub enum Topic {
         /// The broker's name.
         broker: String,
     },
-    /// What a worker can do beyond the contract. Ours, retained.
-    Hello {
+    /// What a worker can do beyond the contract. Ours.
+    WorkerHello {
         /// The worker's name.
         worker: String,
     },
@@ -52,17 +55,7 @@ pub enum Topic {
         worker: String,
     },
     /// Keys that a worker sees handshakes of. Ours.
-    Seen {
-        /// The worker's name.
-        worker: String,
-    },
-    /// A worker's questions for live keys, to a broker that they name. Ours.
-    WorkerQuestions {
-        /// The worker's name.
-        worker: String,
-    },
-    /// Live keys for a worker that asked. Ours.
-    WorkerPages {
+    Handshakes {
         /// The worker's name.
         worker: String,
     },
@@ -71,25 +64,33 @@ pub enum Topic {
         /// The worker's name.
         worker: String,
     },
+    /// A worker's sync requests, to a broker that they name. Ours.
+    WorkerRequests {
+        /// The worker's name.
+        worker: String,
+    },
+    /// Snapshot chunks for a worker that asked. Ours.
+    WorkerChunks {
+        /// The worker's name.
+        worker: String,
+    },
     /// What a worker publishes to itself. Ours.
     WorkerEcho {
         /// The worker's name.
         worker: String,
     },
-    /// Entries of the lists that brokers share, for everybody. Ours.
-    Revocations,
-    /// What a broker can do beyond the contract. Ours, retained.
+    /// What a broker can do beyond the contract. Ours.
     BrokerHello {
         /// The broker's name.
         broker: String,
     },
-    /// Questions to a broker for live keys, of those that ask there, and for entries of the lists. Ours.
-    Questions {
+    /// Requests to a broker: for entries of the lists, and for live keys where it takes them nowhere else. Ours.
+    BrokerRequests {
         /// The broker's name.
         broker: String,
     },
-    /// Live keys for a broker that asked; or another broker's question, as only brokers publish there. Ours.
-    BrokerPages {
+    /// Snapshot chunks for a broker that asked; or another broker's sync request, as only brokers publish here. Ours.
+    BrokerChunks {
         /// The broker's name.
         broker: String,
     },
@@ -98,9 +99,168 @@ pub enum Topic {
         /// The broker's name.
         broker: String,
     },
+    /// Entries of the lists that brokers share. Ours.
+    Revocations,
+}
+
+/// Whose name is in a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner<'a> {
+    /// A worker.
+    Worker(&'a str),
+    /// A broker.
+    Broker(&'a str),
+    /// A domain, which no program has for itself.
+    Domain(&'a str),
+    /// There is no name in it.
+    Nobody,
+}
+
+/// Which programs publish on a topic, and which subscribe to it. Brokers may subscribe to every topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// The owner publishes, everybody subscribes; retained.
+    StateForAll,
+    /// The owner publishes, brokers subscribe, and the owner to see what is retained there; retained.
+    StateForBrokers,
+    /// The owner publishes, brokers subscribe.
+    ToBrokers,
+    /// Brokers publish, the owner subscribes.
+    FromBrokers,
+    /// Everybody publishes, the owner subscribes.
+    FromAll,
+    /// The owner publishes and subscribes.
+    Echo,
+    /// Brokers publish, everybody subscribes.
+    Broadcast,
 }
 
 impl Topic {
+    /// The first level of every topic there is, Parker's apart.
+    pub const ROOTS: [&str; 5] = ["wireguard", "wireguard-metrics", "wireguard-worker", "wireguard-broker", OURS];
+
+    /// One topic of each kind, of this domain, worker and broker; `+` stands for all of them in a filter.
+    #[must_use]
+    pub fn each(domain: &str, worker: &str, broker: &str) -> [Self; 17] {
+        let (domain, worker, broker) = (|| domain.to_owned(), || worker.to_owned(), || broker.to_owned());
+        [
+            Self::Key { domain: domain() },
+            Self::WorkerChunks { worker: worker() },
+            Self::WorkerHello { worker: worker() },
+            Self::WorkerEcho { worker: worker() },
+            Self::Applied { worker: worker() },
+            Self::Handshakes { worker: worker() },
+            Self::Revoked { worker: worker() },
+            Self::WorkerRequests { worker: worker() },
+            Self::ConnectedPeers { domain: domain(), worker: worker() },
+            Self::WorkerStatus { worker: worker() },
+            Self::WorkerData { worker: worker(), domain: domain() },
+            Self::BrokerStatus { broker: broker() },
+            Self::BrokerHello { broker: broker() },
+            Self::BrokerRequests { broker: broker() },
+            Self::BrokerChunks { broker: broker() },
+            Self::BrokerEcho { broker: broker() },
+            Self::Revocations,
+        ]
+    }
+
+    /// Whose it is.
+    #[must_use]
+    pub fn owner(&self) -> Owner<'_> {
+        match self {
+            Self::ConnectedPeers { worker, .. }
+            | Self::WorkerStatus { worker }
+            | Self::WorkerData { worker, .. }
+            | Self::WorkerHello { worker }
+            | Self::Applied { worker }
+            | Self::Handshakes { worker }
+            | Self::Revoked { worker }
+            | Self::WorkerRequests { worker }
+            | Self::WorkerChunks { worker }
+            | Self::WorkerEcho { worker } => Owner::Worker(worker),
+            Self::BrokerStatus { broker }
+            | Self::BrokerHello { broker }
+            | Self::BrokerRequests { broker }
+            | Self::BrokerChunks { broker }
+            | Self::BrokerEcho { broker } => Owner::Broker(broker),
+            Self::Key { domain } => Owner::Domain(domain),
+            Self::Revocations => Owner::Nobody,
+        }
+    }
+
+    /// Which way it goes.
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        match self {
+            Self::WorkerStatus { .. }
+            | Self::WorkerData { .. }
+            | Self::BrokerStatus { .. }
+            | Self::BrokerHello { .. } => Direction::StateForAll,
+            Self::ConnectedPeers { .. } | Self::WorkerHello { .. } => Direction::StateForBrokers,
+            Self::Applied { .. } | Self::Handshakes { .. } | Self::Revoked { .. } | Self::WorkerRequests { .. } => {
+                Direction::ToBrokers
+            }
+            Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => Direction::FromBrokers,
+            Self::BrokerRequests { .. } => Direction::FromAll,
+            Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => Direction::Echo,
+            Self::Key { .. } | Self::Revocations => Direction::Broadcast,
+        }
+    }
+
+    /// The domain in it, if there is one.
+    #[must_use]
+    pub fn domain(&self) -> Option<&str> {
+        if let Self::Key { domain } | Self::ConnectedPeers { domain, .. } | Self::WorkerData { domain, .. } = self {
+            Some(domain)
+        } else {
+            None
+        }
+    }
+
+    /// The broker or worker whose retained state it has; none if it has no state.
+    #[must_use]
+    pub fn state_of(&self) -> Option<Participant> {
+        if !matches!(self.direction(), Direction::StateForAll | Direction::StateForBrokers) {
+            return None;
+        }
+        match self.owner() {
+            Owner::Worker(worker) => Some(Participant::Worker(worker.to_owned())),
+            Owner::Broker(broker) => Some(Participant::Broker(broker.to_owned())),
+            Owner::Domain(_) | Owner::Nobody => None,
+        }
+    }
+
+    /// Its last level, which tells what is said there.
+    #[must_use]
+    pub fn last_level(&self) -> &'static str {
+        match self {
+            Self::Key { .. } => "all",
+            Self::ConnectedPeers { .. } => "connected_peers",
+            Self::WorkerStatus { .. } | Self::BrokerStatus { .. } => "status",
+            Self::WorkerData { .. } => "data",
+            Self::WorkerHello { .. } | Self::BrokerHello { .. } => "hello",
+            Self::Applied { .. } => "applied",
+            Self::Handshakes { .. } => "seen",
+            Self::Revoked { .. } => "revoked",
+            Self::WorkerRequests { .. } | Self::BrokerRequests { .. } => "questions",
+            Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => "pages",
+            Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => "echo",
+            Self::Revocations => "revocations",
+        }
+    }
+
+    /// The filter for it, whose names may be `+`. That of a key has any last level.
+    #[must_use]
+    pub fn filter(&self) -> String {
+        if let Self::Key { domain } = self { Self::keys(domain) } else { self.to_string() }
+    }
+
+    /// The filter for all topics of our own that a worker owns.
+    #[must_use]
+    pub fn all_of_worker(worker: &str) -> String {
+        format!("{OURS}/worker/{worker}/+")
+    }
+
     /// The topic that `text` names, if it is one of ours.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
@@ -119,42 +279,19 @@ impl Topic {
                 Some(Self::WorkerData { worker: name(worker), domain: name(domain) })
             }
             ["wireguard-broker", broker, "status"] => Some(Self::BrokerStatus { broker: name(broker) }),
-            ["wgkex", "worker", worker, "hello"] => Some(Self::Hello { worker: name(worker) }),
+            ["wgkex", "worker", worker, "hello"] => Some(Self::WorkerHello { worker: name(worker) }),
             ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
-            ["wgkex", "worker", worker, "seen"] => Some(Self::Seen { worker: name(worker) }),
-            ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerQuestions { worker: name(worker) }),
-            ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerPages { worker: name(worker) }),
+            ["wgkex", "worker", worker, "seen"] => Some(Self::Handshakes { worker: name(worker) }),
+            ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerRequests { worker: name(worker) }),
+            ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerChunks { worker: name(worker) }),
             ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: name(worker) }),
             ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: name(broker) }),
             ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: name(worker) }),
             ["wgkex", "revocations"] => Some(Self::Revocations),
             ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: name(broker) }),
-            ["wgkex", "broker", broker, "questions"] => Some(Self::Questions { broker: name(broker) }),
-            ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerPages { broker: name(broker) }),
+            ["wgkex", "broker", broker, "questions"] => Some(Self::BrokerRequests { broker: name(broker) }),
+            ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerChunks { broker: name(broker) }),
             _ => None,
-        }
-    }
-
-    /// The broker or worker whose state stands on it; none if it is no topic of states.
-    #[must_use]
-    pub fn state_of(&self) -> Option<Participant> {
-        match self {
-            Self::ConnectedPeers { worker, .. }
-            | Self::WorkerStatus { worker }
-            | Self::WorkerData { worker, .. }
-            | Self::Hello { worker } => Some(Participant::Worker(worker.clone())),
-            Self::BrokerStatus { broker } | Self::BrokerHello { broker } => Some(Participant::Broker(broker.clone())),
-            Self::Key { .. }
-            | Self::Applied { .. }
-            | Self::Seen { .. }
-            | Self::Revoked { .. }
-            | Self::WorkerQuestions { .. }
-            | Self::WorkerPages { .. }
-            | Self::WorkerEcho { .. }
-            | Self::Revocations
-            | Self::Questions { .. }
-            | Self::BrokerPages { .. }
-            | Self::BrokerEcho { .. } => None,
         }
     }
 
@@ -172,7 +309,7 @@ impl Topic {
             Self::WorkerStatus { worker: any() },
             Self::WorkerData { worker: any(), domain: any() },
             Self::ConnectedPeers { domain: any(), worker: any() },
-            Self::Hello { worker: any() },
+            Self::WorkerHello { worker: any() },
             Self::BrokerStatus { broker: any() },
         ]
         .map(|topic| topic.to_string())
@@ -204,8 +341,8 @@ impl Topic {
 
     /// The filter for the keys that workers see handshakes of.
     #[must_use]
-    pub fn seen() -> String {
-        Self::Seen { worker: "+".into() }.to_string()
+    pub fn handshakes() -> String {
+        Self::Handshakes { worker: "+".into() }.to_string()
     }
 
     /// The filter for what became of denied keys, at every worker.
@@ -220,10 +357,10 @@ impl Topic {
         self.to_string().starts_with("wgkex/")
     }
 
-    /// The filter for the questions of all workers.
+    /// The filter for the sync requests of all workers.
     #[must_use]
-    pub fn worker_questions() -> String {
-        Self::WorkerQuestions { worker: "+".into() }.to_string()
+    pub fn worker_requests() -> String {
+        Self::WorkerRequests { worker: "+".into() }.to_string()
     }
 
     /// The filter for what brokers can do.
@@ -235,26 +372,16 @@ impl Topic {
 
 impl fmt::Display for Topic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Key { domain } => write!(f, "wireguard/{domain}/all"),
-            Self::ConnectedPeers { domain, worker } => {
-                write!(f, "wireguard-metrics/{domain}/{worker}/connected_peers")
-            }
-            Self::WorkerStatus { worker } => write!(f, "wireguard-worker/{worker}/status"),
-            Self::WorkerData { worker, domain } => write!(f, "wireguard-worker/{worker}/{domain}/data"),
-            Self::BrokerStatus { broker } => write!(f, "wireguard-broker/{broker}/status"),
-            Self::Hello { worker } => write!(f, "wgkex/worker/{worker}/hello"),
-            Self::Applied { worker } => write!(f, "wgkex/worker/{worker}/applied"),
-            Self::Seen { worker } => write!(f, "wgkex/worker/{worker}/seen"),
-            Self::WorkerQuestions { worker } => write!(f, "wgkex/worker/{worker}/questions"),
-            Self::WorkerPages { worker } => write!(f, "wgkex/worker/{worker}/pages"),
-            Self::Revoked { worker } => write!(f, "wgkex/worker/{worker}/revoked"),
-            Self::WorkerEcho { worker } => write!(f, "wgkex/worker/{worker}/echo"),
-            Self::BrokerEcho { broker } => write!(f, "wgkex/broker/{broker}/echo"),
-            Self::Revocations => f.write_str("wgkex/revocations"),
-            Self::BrokerHello { broker } => write!(f, "wgkex/broker/{broker}/hello"),
-            Self::Questions { broker } => write!(f, "wgkex/broker/{broker}/questions"),
-            Self::BrokerPages { broker } => write!(f, "wgkex/broker/{broker}/pages"),
+        let last = self.last_level();
+        match (self, self.owner()) {
+            (Self::Key { domain }, _) => write!(f, "wireguard/{domain}/{last}"),
+            (Self::ConnectedPeers { domain, worker }, _) => write!(f, "wireguard-metrics/{domain}/{worker}/{last}"),
+            (Self::WorkerStatus { worker }, _) => write!(f, "wireguard-worker/{worker}/{last}"),
+            (Self::WorkerData { worker, domain }, _) => write!(f, "wireguard-worker/{worker}/{domain}/{last}"),
+            (Self::BrokerStatus { broker }, _) => write!(f, "wireguard-broker/{broker}/{last}"),
+            (_, Owner::Worker(worker)) => write!(f, "{OURS}/worker/{worker}/{last}"),
+            (_, Owner::Broker(broker)) => write!(f, "{OURS}/broker/{broker}/{last}"),
+            (_, Owner::Domain(_) | Owner::Nobody) => write!(f, "{OURS}/{last}"),
         }
     }
 }
@@ -279,18 +406,18 @@ mod tests {
                 "wireguard-worker/gw04.in.ffmuc.net/ffmuc_welt/data",
             ),
             (Topic::BrokerStatus { broker: "broker1".into() }, "wireguard-broker/broker1/status"),
-            (Topic::Hello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
+            (Topic::WorkerHello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
             (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
-            (Topic::Seen { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
-            (Topic::WorkerQuestions { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/questions"),
-            (Topic::WorkerPages { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
+            (Topic::Handshakes { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
+            (Topic::WorkerRequests { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/questions"),
+            (Topic::WorkerChunks { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
             (Topic::WorkerEcho { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/echo"),
             (Topic::BrokerEcho { broker: "broker1".into() }, "wgkex/broker/broker1/echo"),
             (Topic::Revoked { worker }, "wgkex/worker/gw04.in.ffmuc.net/revoked"),
             (Topic::Revocations, "wgkex/revocations"),
             (Topic::BrokerHello { broker: "broker1".into() }, "wgkex/broker/broker1/hello"),
-            (Topic::Questions { broker: "broker1".into() }, "wgkex/broker/broker1/questions"),
-            (Topic::BrokerPages { broker: "broker1".into() }, "wgkex/broker/broker1/pages"),
+            (Topic::BrokerRequests { broker: "broker1".into() }, "wgkex/broker/broker1/questions"),
+            (Topic::BrokerChunks { broker: "broker1".into() }, "wgkex/broker/broker1/pages"),
         ]
     }
 
@@ -299,6 +426,19 @@ mod tests {
         for (topic, text) in table() {
             assert_eq!(topic.to_string(), text);
             assert_eq!(Topic::parse(text), Some(topic));
+        }
+    }
+
+    #[test]
+    fn each_kind_of_topic_is_there_once() {
+        let mut all: Vec<_> = Topic::each("ffmuc_welt", "gw04.in.ffmuc.net", "broker1").into();
+        let mut expected: Vec<_> = table().into_iter().map(|(topic, _)| topic).collect();
+        all.sort();
+        expected.sort();
+        assert_eq!(all, expected);
+        for topic in &all {
+            let first = topic.to_string().split('/').next().unwrap_or_default().to_owned();
+            assert!(Topic::ROOTS.contains(&first.as_str()), "{topic}");
         }
     }
 

@@ -569,7 +569,7 @@ proptest! {
                 0 => Topic::WorkerStatus { worker },
                 1 => Topic::WorkerData { worker, domain: "ff_a".into() },
                 2 => Topic::ConnectedPeers { domain: "ff_a".into(), worker },
-                3 => Topic::Hello { worker },
+                3 => Topic::WorkerHello { worker },
                 4 => Topic::BrokerStatus { broker: worker },
                 _ => Topic::Applied { worker },
             };

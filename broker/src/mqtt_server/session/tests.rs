@@ -66,7 +66,7 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
         ("wgkex/worker/gw1/pages", QoS::AtMostOnce),
     ];
     let (deeds, answers) = take(&mut session, subscribe(&filters));
-    let forbidden = Deed::Forbid { verb: Verb::Hear, topic: "#".into(), is_first: true };
+    let forbidden = Deed::Forbid { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
     assert_eq!(deeds, [Deed::Listen, forbidden]);
     let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
@@ -78,7 +78,10 @@ fn what_is_forbidden_is_acknowledged_and_not_said() {
     let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
         let (deeds, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
-        assert_eq!(deeds, [Deed::Forbid { verb: Verb::Say, topic: "wireguard/ffx_a/all".into(), is_first }]);
+        assert_eq!(
+            deeds,
+            [Deed::Forbid { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
+        );
         assert_eq!(answers, [Packet::PubAck(PubAck { pkid: 3 })]);
     }
 }

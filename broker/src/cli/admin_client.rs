@@ -1,0 +1,391 @@
+//! The subcommands that make admin calls, and what they print: one line for each gateway or key, or JSON.
+
+use std::fmt::Write as _;
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, ToSocketAddrs as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use std::{env, fs};
+
+use anyhow::{Context as _, anyhow, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+use wgkex_common::Config;
+use wgkex_common::access_lists::{hex, parse};
+use wgkex_common::config::Listen;
+
+use crate::fleet::revocation;
+use crate::http::admin::token_hash;
+
+/// The variable with the token.
+const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
+/// How long the broker may take to answer.
+const ANSWER: Duration = Duration::from_secs(15);
+/// Larger answers are none of a broker's.
+const ANSWER_MAX: u64 = 256 << 20;
+/// The exit code when it was done, but not everywhere.
+const NOT_EVERYWHERE: u8 = 2;
+
+/// What an operator does about keys.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Denies a key at all gateways: its peer, route and FDB entry go, and it may not come again
+    Revoke {
+        /// Which key.
+        #[command(flatten)]
+        about: About,
+        /// How.
+        #[command(flatten)]
+        call: Call,
+    },
+    /// Lets a key come again that was revoked
+    Unrevoke {
+        /// The WireGuard public key
+        key: String,
+        /// How.
+        #[command(flatten)]
+        call: Call,
+    },
+    /// Allows a key where only listed keys may come (allowlist.enabled)
+    Allow {
+        /// Which key.
+        #[command(flatten)]
+        about: About,
+        /// Only in this domain
+        #[arg(long)]
+        domain: Option<String>,
+        /// Take it off the list instead
+        #[arg(long)]
+        remove: bool,
+        /// How.
+        #[command(flatten)]
+        call: Call,
+    },
+    /// Keeps the peer of a key from being swept, however long it is silent
+    Trust {
+        /// Which key.
+        #[command(flatten)]
+        about: About,
+        /// Take it off the list instead
+        #[arg(long)]
+        remove: bool,
+        /// How.
+        #[command(flatten)]
+        call: Call,
+    },
+    /// Shows which keys are denied, allowed and trusted, and why
+    List {
+        /// Only this list; revoked: what admin calls denied
+        #[arg(long)]
+        list: Option<Which>,
+        /// Only what counts in this domain
+        #[arg(long)]
+        domain: Option<String>,
+        /// Only keys with this in their name or reason, or that begin with it
+        #[arg(long, value_name = "TEXT")]
+        name: Option<String>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// How.
+        #[command(flatten)]
+        call: Call,
+    },
+    /// Makes a token for admin calls, and the line of the config that lets it in
+    AdminToken,
+}
+
+/// A key, and what is to be said of it.
+#[derive(Debug, Args)]
+pub struct About {
+    /// The WireGuard public key
+    key: String,
+    /// Why; shown to operators only
+    #[arg(long)]
+    reason: Option<String>,
+    /// What the node is called
+    #[arg(long)]
+    name: Option<String>,
+    /// For how long, as 30m, 12h or 7d; for good if left out
+    #[arg(long = "for", value_name = "DURATION")]
+    lasts: Option<String>,
+}
+
+/// How the call is made.
+#[derive(Debug, Args)]
+pub struct Call {
+    /// The file with the token; else it is in the variable `WGKEX_ADMIN_TOKEN`
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+/// The lists there are.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Which {
+    /// Denied keys.
+    Deny,
+    /// Allowed keys.
+    Allow,
+    /// Trusted keys.
+    Trusted,
+    /// Keys denied by an admin call.
+    Revoked,
+}
+
+impl Command {
+    /// Does it, and says how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
+    #[must_use]
+    pub fn run(self) -> ExitCode {
+        match self.text() {
+            Ok((text, code)) => match io::stdout().write_all(text.as_bytes()) {
+                Ok(()) => code,
+                Err(_) => ExitCode::FAILURE,
+            },
+            Err(error) => {
+                // There is nobody else to tell.
+                let _ = writeln!(io::stderr(), "error: {error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    /// What it prints.
+    fn text(self) -> anyhow::Result<(String, ExitCode)> {
+        match self {
+            Self::AdminToken => admin_token(),
+            Self::Revoke { about, call } => call.change("POST", "/v1/revoke", &about.fields(None)),
+            Self::Unrevoke { key, call } => call.change("POST", "/v1/unrevoke", &json!({ "key": key })),
+            Self::Allow { about, domain, remove, call } => {
+                call.change(method(remove), "/v1/lists/allow", &about.fields(domain.as_deref()))
+            }
+            Self::Trust { about, remove, call } => {
+                call.change(method(remove), "/v1/lists/trusted", &about.fields(None))
+            }
+            Self::List { list, domain, name, json, call } => {
+                let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
+                let answer = call.make("GET", &keys_path(&[("list", list), ("domain", domain), ("q", name)]), None)?;
+                Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
+            }
+        }
+    }
+}
+
+fn method(remove: bool) -> &'static str {
+    if remove { "DELETE" } else { "POST" }
+}
+
+impl About {
+    fn fields(&self, domain: Option<&str>) -> Value {
+        let Self { key, reason, name, lasts } = self;
+        json!({ "key": key, "reason": reason, "name": name, "for": lasts, "domain": domain })
+    }
+}
+
+impl Call {
+    fn change(&self, method: &str, path: &str, body: &Value) -> anyhow::Result<(String, ExitCode)> {
+        let answer = self.make(method, path, Some(body))?;
+        let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
+        Ok((outcome(&answer), code))
+    }
+
+    /// Asks the broker on this machine.
+    fn make(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let config = Config::load()?;
+        if config.admin_token_hash.is_none() {
+            bail!(
+                "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
+            );
+        }
+        let body = body.map(ToString::to_string).unwrap_or_default();
+        let listen = &config.admin_listen;
+        let answer = ask(listen, method, path, &self.token()?, &body);
+        let (status, body) = answer.with_context(|| format!("admin_listen {listen}: is the broker running?"))?;
+        let answer: Value = serde_json::from_str(&body).context("the answer is not JSON: is this the broker?")?;
+        if status != 200 {
+            bail!("{}", answer["error"]["message"].as_str().unwrap_or("the broker refuses"));
+        }
+        Ok(answer)
+    }
+
+    fn token(&self) -> anyhow::Result<String> {
+        let token = match &self.token_file {
+            Some(file) => fs::read_to_string(file).with_context(|| file.display().to_string())?,
+            None => {
+                env::var(TOKEN).map_err(|_| anyhow!("a token is needed, in {TOKEN} or in a file (--token-file)"))?
+            }
+        };
+        let token = token.trim().to_owned();
+        if token.is_empty() || token.chars().any(|c| c.is_control() || !c.is_ascii()) {
+            bail!("the token is not one line of ASCII");
+        }
+        Ok(token)
+    }
+}
+
+/// One HTTP request and its answer: status and body.
+fn ask(listen: &Listen, method: &str, path: &str, token: &str, body: &str) -> anyhow::Result<(u16, String)> {
+    let host = match listen.host.parse() {
+        Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Ipv4Addr::LOCALHOST.to_string(),
+        Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Ipv6Addr::LOCALHOST.to_string(),
+        _ => listen.host.clone(),
+    };
+    let address = (host.as_str(), listen.port).to_socket_addrs()?.next().context("no address")?;
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {listen}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    );
+    stream.write_all([head.as_bytes(), body.as_bytes()].concat().as_slice())?;
+    let mut answer = String::new();
+    stream.take(ANSWER_MAX).read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no end of its head")?;
+    let status = head.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok());
+    Ok((status.context("the answer has no status")?, body.to_owned()))
+}
+
+/// The path that asks for these entries.
+fn keys_path(parameters: &[(&str, Option<String>)]) -> String {
+    let mut path = "/v1/keys?".to_owned();
+    for (name, value) in parameters {
+        let Some(value) = value else { continue };
+        let _ = write!(path, "{name}=");
+        for byte in value.bytes() {
+            let _ = if byte.is_ascii_alphanumeric() {
+                write!(path, "{}", char::from(byte))
+            } else {
+                write!(path, "%{byte:02X}")
+            };
+        }
+        path.push('&');
+    }
+    path
+}
+
+/// What a change came to, for people.
+fn outcome(answer: &Value) -> String {
+    let text = |field: &str| answer[field].as_str().unwrap_or_default();
+    let is = |field: &str| answer[field] == true;
+    let on = answer.get("still_by").is_none();
+    let list = text("list");
+    let mut lines = match (list, on) {
+        ("deny", true) => "revoked".to_owned(),
+        ("deny", false) => "not revoked any more".to_owned(),
+        (list, true) => format!("on the list {list}"),
+        (list, false) => format!("not on the list {list} any more"),
+    };
+    if let Some(domain) = answer["domain"].as_str() {
+        let _ = write!(lines, ", in {domain}");
+    }
+    if let Some(until) = answer["until"].as_u64().filter(|_| on) {
+        let _ = write!(lines, ", until {}", parse::utc(until));
+    }
+    lines.push_str(match (on, is("was_on")) {
+        (true, true) => " (it was before)\n",
+        (false, false) => " (it was not)\n",
+        _ => "\n",
+    });
+    for (gateway, result) in answer["gateways"].as_object().into_iter().flatten() {
+        let _ = writeln!(lines, "{gateway}: {}", explained(result.as_str().unwrap_or_default()));
+    }
+    for source in answer["still_by"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        let _ = writeln!(lines, "still on the list {list} by {source}");
+    }
+    if !is("published") {
+        lines.push_str("MQTT does not take it: gateways and other brokers get it when it does\n");
+    }
+    if !is("kept") {
+        lines.push_str("the disk does not take it: a restart of this broker may lose it\n");
+    }
+    lines
+}
+
+fn explained(result: &str) -> String {
+    match result {
+        revocation::OFFLINE => format!("{result} (applies it when it is back, before it takes keys)"),
+        revocation::CANNOT => format!("{result} (an original, or an old version)"),
+        _ => result.to_owned(),
+    }
+}
+
+/// The entries, for people: one line each.
+fn table(answer: &Value) -> String {
+    let mut lines = String::new();
+    for entry in answer["keys"].as_array().into_iter().flatten() {
+        let text = |field: &str| entry[field].as_str();
+        let _ = write!(lines, "{:7} {}", text("list").unwrap_or_default(), text("key").unwrap_or_default());
+        let until = entry["until"].as_u64().map(parse::utc);
+        let fields = [
+            ("name", text("name").map(str::to_owned)),
+            ("domain", text("domain").map(str::to_owned)),
+            ("until", until),
+            ("by", text("source").map(str::to_owned)),
+            ("reason", text("reason").map(str::to_owned)),
+        ];
+        for (field, value) in fields {
+            if let Some(value) = value {
+                let _ = write!(lines, "  {field}: {value}");
+            }
+        }
+        lines.push('\n');
+    }
+    lines
+}
+
+/// A new token of 256 random bits.
+fn admin_token() -> anyhow::Result<(String, ExitCode)> {
+    let mut random = [0; 32];
+    fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut random)).context("/dev/urandom")?;
+    let token = hex(&random);
+    let hash = token_hash(&token);
+    let text =
+        format!("The token, for {TOKEN} or --token-file:\n{token}\nFor the config:\nadmin_token_hash: \"{hash}\"\n");
+    Ok((text, ExitCode::SUCCESS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_revocation_came_to_is_a_line_for_each_gateway() {
+        let answer = json!({
+            "key": "k", "list": "deny", "domain": null, "until": 1_924_991_999, "was_on": false, "kept": true,
+            "published": true, "done": false,
+            "gateways": { "gw1": "removed", "gw2": "was not there", "gw3": "offline", "gw4": "cannot" },
+        });
+        let expected = "revoked, until 2030-12-31T23:59:59Z\n\
+                        gw1: removed\n\
+                        gw2: was not there\n\
+                        gw3: offline (applies it when it is back, before it takes keys)\n\
+                        gw4: cannot (an original, or an old version)\n";
+        assert_eq!(outcome(&answer), expected);
+        let answer = json!({
+            "list": "deny", "was_on": false, "kept": false, "published": false, "still_by": ["blacklist_file"],
+        });
+        let expected = "not revoked any more (it was not)\n\
+                        still on the list deny by blacklist_file\n\
+                        MQTT does not take it: gateways and other brokers get it when it does\n\
+                        the disk does not take it: a restart of this broker may lose it\n";
+        assert_eq!(outcome(&answer), expected);
+    }
+
+    #[test]
+    fn what_is_asked_for_survives_the_path() {
+        let path = keys_path(&[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
+        assert_eq!(path, "/v1/keys?list=deny&q=%C3%A4%20b%2F%2B%26&");
+    }
+
+    #[test]
+    fn entries_are_a_line_each() {
+        let answer = json!({ "keys": [
+            { "list": "deny", "key": "K", "name": "attic", "until": 0, "source": "admin", "reason": "spam" },
+            { "list": "trusted", "key": "L", "source": "key_whitelist" },
+        ] });
+        let expected = "deny    K  name: attic  until: 1970-01-01T00:00:00Z  by: admin  reason: spam\n\
+                        trusted L  by: key_whitelist\n";
+        assert_eq!(table(&answer), expected);
+    }
+}
