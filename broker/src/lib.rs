@@ -56,7 +56,7 @@ use crate::http::App;
 use crate::http::admin::Admin;
 use crate::http::client_ip;
 use crate::metrics::Metrics;
-use crate::mqtt_server::Mqttd;
+use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
 
 /// How long the bus may take to hear that this broker goes.
@@ -81,7 +81,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let gateways = Arc::new(Mutex::new(gateways(&config)));
     let (waiters, answers) = (Waiters::default(), Answers::default());
     let embedded = config.mqtt_listen.as_ref();
-    let mut embedded = embedded.map(|listen| Mqttd::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let mut embedded = embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, publishing)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
@@ -180,7 +180,7 @@ async fn serve(listener: &'static str, server: http::Server) {
 }
 
 /// Returns when the MQTT server ends, if there is one.
-async fn server_ended(server: Option<&mut Mqttd>) -> Ended {
+async fn server_ended(server: Option<&mut MqttServer>) -> Ended {
     match server {
         Some(server) => server.ended().await,
         None => pending().await,

@@ -55,9 +55,9 @@ pub struct Metrics {
     connections: IntGauge,
     /// Clients of the embedded MQTT server.
     pub mqtt_clients: IntGauge,
-    /// Connections that it did not let in, by reason, one of [`mqtt_server::Refusal::REASONS`].
+    /// Connections that it did not let in, by reason, see [`mqtt_server::Refusal`].
     pub mqtt_refused: IntCounterVec,
-    /// How often it read nothing from a client for a while, by reason, one of [`mqtt_server::Slowed::REASONS`].
+    /// How often it read nothing from a client for a while, by reason, see [`mqtt_server::Slowed`].
     pub mqtt_slowed: IntCounterVec,
     /// What its users wanted and may not, by operation (label `verb`).
     pub mqtt_forbidden: IntCounterVec,
@@ -185,11 +185,11 @@ impl Metrics {
         for reason in Closed::REASONS {
             self.connections_closed.with_label_values(&[reason]);
         }
-        for reason in mqtt_server::Refusal::REASONS {
-            self.mqtt_refused.with_label_values(&[reason]);
+        for refusal in mqtt_server::Refusal::ALL {
+            self.mqtt_refused.with_label_values(&[refusal.reason()]);
         }
-        for reason in mqtt_server::Slowed::REASONS {
-            self.mqtt_slowed.with_label_values(&[reason]);
+        for slowed in mqtt_server::Slowed::ALL {
+            self.mqtt_slowed.with_label_values(&[slowed.reason()]);
         }
         for operation in Operation::ALL {
             self.mqtt_forbidden.with_label_values(&[operation.word()]);

@@ -1,12 +1,18 @@
-//! The MQTT 3.1.1 server inside the broker: our own listener, sessions and retained messages, around rumqttd's router.
+//! The MQTT 3.1.1 server inside the broker, used unless `mqtt.broker_url` names another one.
 //!
-//! Follow a client: [`pending`] has a place for it, [`admit`] lets it in, [`connection`] runs its [`session`], which says
-//! and hears what it may on the [`bus`]. Behind that, [`router`] carries what is said to all who listen, and [`retained`]
-//! keeps what is to be kept, on disk by [`file`]. [`quota`] is what one user may take, [`checks`] whose password is
-//! verified next, and [`guesses`] how often one may be wrong.
+//! The way of a client: a [`pending`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]), a client slot
+//! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
+//! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
+//! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained.
 //!
-//! Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up, one at
-//! each door that verifies passwords, and the router's.
+//! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
+//! connections; each connection owns its session; [`retained_store`] owns the file. Tasks: one accept loop for each of the
+//! two endpoints (the configured address, and one for this broker alone), one task for each connection, and the writer of
+//! the file. Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up,
+//! one at each endpoint that verifies passwords, and rumqttd's router.
+//!
+//! Previous stop: workers and other brokers, over TCP. Next stop: [`crate::bus`], which connects like any client, to the
+//! endpoint of its own ([`MqttServer::access`]).
 
 pub(crate) mod acl;
 mod broker;
@@ -50,12 +56,12 @@ use wgkex_common::runtime::process;
 use wgkex_common::runtime::tasks::Ended;
 use wgkex_common::runtime::tls::TlsError;
 
-use self::broker::{Bus, Seat};
+use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{Connection, End};
-use self::handshake::{BUSY, Client, Door, EVICTED, FULL, PATIENCE, Stream};
+use self::handshake::{Client, Endpoint, LOGIN_TIMEOUT, Stream};
 use self::message::Message;
-use self::pending::{Pending, Place};
-use self::quota::{Cost, LOGIN, Rarely};
+use self::pending::{HandshakeLimiter, HandshakePermit};
+use self::quota::{Cost, LOGIN, LogThrottle};
 use self::retained_store::File;
 use self::session::Session;
 use self::users::Users;
@@ -69,7 +75,7 @@ pub use self::handshake::Refusal;
 const OWN: usize = 4;
 /// The threads that serve all clients but this broker itself. One may have to wait for the router.
 const THREADS: usize = 2;
-/// How often it is said that no connection can be taken.
+/// How often a warning that no connection can be accepted is logged at most.
 const WARN: Duration = Duration::from_secs(60);
 /// How long to wait when the system has no more descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -77,16 +83,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 const END: Duration = Duration::from_secs(1);
 
 /// The server, on threads of its own.
-pub struct Mqttd {
+pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
     over: watch::Sender<bool>,
-    /// Says so once.
+    /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
 }
 
-impl Mqttd {
-    /// Starts to serve; what was kept in `dir` is there again. The error names the key that has to be changed.
+impl MqttServer {
+    /// Starts to serve; the messages that were retained in `dir` are there again. The error names the key that has to be changed.
     pub fn start(config: &MqttListen, dir: &Path, metrics: &Metrics) -> anyhow::Result<Self> {
         let public = bind(config.address)?;
         let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
@@ -94,14 +100,14 @@ impl Mqttd {
         let (own_users, credentials) = Users::own()?;
         let tls = config.tls.clone().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
-        let door = Door { users: Users::new(config)?, tls, room };
-        let own_door = Door { users: own_users, tls: None, room: room + OWN };
+        let endpoint = Endpoint { users: Users::new(config)?, tls, room };
+        let own_endpoint = Endpoint { users: own_users, tls: None, room: room + OWN };
 
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
-        let bus = Arc::new(Bus::open(retained, room + OWN, metrics.clone())?);
-        let server = Serving { bus, metrics: metrics.clone() };
-        let (over, ended) = server.start((public, door), (own, own_door), file)?;
+        let broker = Arc::new(MessageBroker::open(retained, room + OWN, metrics.clone())?);
+        let server = Context { broker, metrics: metrics.clone() };
+        let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
         Ok(Self { own: address, credentials, over, ended: Some(ended) })
     }
@@ -115,14 +121,14 @@ impl Mqttd {
         Ended("the MQTT server")
     }
 
-    /// How this broker itself connects: by a door of its own, which neither TLS nor a crowd stand in the way of.
+    /// How this broker itself connects: to an endpoint of its own, for which neither TLS nor a crowd of clients stand in the way.
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
         Mqtt { server: Server::Embedded(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
     }
 
-    /// Ends it: the ports are free, all connections closed, and what is kept is on disk. No last will is said: those who
-    /// are there come back to the next server, and for who does not, it is due then.
+    /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
+    /// clients reconnect to the next server, and the wills of those that do not are due then.
     pub async fn stop(self) {
         self.over.send_replace(true);
         if let Some(ended) = self.ended {
@@ -131,7 +137,7 @@ impl Mqttd {
     }
 }
 
-/// What meets clients with the certificate of these files, which is renewed from now on.
+/// Accepts TLS with the certificate of these files, which are watched from now on.
 fn acceptor(files: (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
     let certificate = Certificate::open("mqtt_listen.tls", files)?;
     let acceptor = TlsAcceptor::from(Arc::new(certificate.server()?));
@@ -150,70 +156,70 @@ fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 /// What every connection needs.
 #[derive(Clone)]
-struct Serving {
-    bus: Arc<Bus>,
+struct Context {
+    broker: Arc<MessageBroker>,
     metrics: Metrics,
 }
 
-impl Serving {
-    /// Runs on threads of its own, until it is told that it is over; says when it has ended.
+impl Context {
+    /// Runs on threads of its own until the first channel is set to true; the second one is sent to when it has ended.
     fn start(
         self,
-        public: (TcpListener, Door),
-        own: (TcpListener, Door),
+        public: (TcpListener, Endpoint),
+        own: (TcpListener, Endpoint),
         file: File,
     ) -> anyhow::Result<(watch::Sender<bool>, oneshot::Receiver<()>)> {
         let ((over, stop), (end, ended)) = (watch::channel(false), oneshot::channel());
         let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             match self.open(public, own) {
-                Ok((runtime, own_runtime, attending)) => {
+                Ok((runtime, own_runtime, accept_loops)) => {
                     let _ = starts.send(Ok(()));
-                    runtime.block_on(self.run(attending, file, stop));
+                    runtime.block_on(self.run(accept_loops, file, stop));
                     runtime.shutdown_background();
                     own_runtime.shutdown_background();
                 }
                 Err(error) => drop(starts.send(Err(error))),
             }
-            // The one who waits for it may have gone first.
+            // The receiver may have been dropped first.
             let _ = end.send(());
         })?;
         started.recv().context("the MQTT server does not start")??;
         Ok((over, ended))
     }
 
-    /// Lets clients in at both doors from now on.
+    /// Accepts clients at both endpoints from now on.
     fn open(
         &self,
-        public: (TcpListener, Door),
-        own: (TcpListener, Door),
+        public: (TcpListener, Endpoint),
+        own: (TcpListener, Endpoint),
     ) -> anyhow::Result<(Runtime, Runtime, [JoinHandle<Infallible>; 2])> {
         let (runtime, own_runtime) = (threads("mqtt", THREADS)?, threads("mqtt-own", 1)?);
-        let open = |runtime: &Runtime, (listener, door)| {
+        let open = |runtime: &Runtime, (listener, endpoint)| {
             let _entered = runtime.enter();
             let listener = tokio::net::TcpListener::from_std(listener).context("mqtt_listen: nothing can be accepted");
-            anyhow::Ok(runtime.spawn(self.clone().attend(listener?, Arc::new(door))))
+            anyhow::Ok(runtime.spawn(self.clone().accept_loop(listener?, Arc::new(endpoint))))
         };
-        let attending = [open(&runtime, public)?, open(&own_runtime, own)?];
-        Ok((runtime, own_runtime, attending))
+        let accept_loops = [open(&runtime, public)?, open(&own_runtime, own)?];
+        Ok((runtime, own_runtime, accept_loops))
     }
 
-    async fn run(self, attending: [JoinHandle<Infallible>; 2], file: File, stop: watch::Receiver<bool>) {
+    async fn run(self, accept_loops: [JoinHandle<Infallible>; 2], file: File, stop: watch::Receiver<bool>) {
         let close = async {
             process::over(stop).await;
-            attending.iter().for_each(JoinHandle::abort);
+            accept_loops.iter().for_each(JoinHandle::abort);
         };
-        file.run(self.bus, close).await;
+        file.run(self.broker, close).await;
     }
 
-    /// Lets clients in; their connections end with the runtime.
-    async fn attend(self, listener: tokio::net::TcpListener, door: Arc<Door>) -> Infallible {
-        let (pending, warned) = (Pending::default(), Rarely::default());
+    /// Accepts connections; they end with the runtime.
+    async fn accept_loop(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) -> Infallible {
+        let (limiter, warned) = (HandshakeLimiter::default(), LogThrottle::default());
         loop {
             match listener.accept().await {
                 Ok((stream, address)) => {
-                    let place = pending.enter(address.ip());
-                    tokio::spawn(self.clone().serve(stream, door.clone(), place));
+                    let permit = limiter.acquire(address.ip());
+                    tokio::spawn(self.clone().serve(stream, endpoint.clone(), permit));
                 }
                 Err(error) => {
                     if warned.is_due(WARN) {
@@ -226,61 +232,61 @@ impl Serving {
     }
 
     /// One connection, from its first byte to its last.
-    async fn serve(self, stream: TcpStream, door: Arc<Door>, mut place: Place) {
-        let evicted = place.evicted();
+    async fn serve(self, stream: TcpStream, endpoint: Arc<Endpoint>, mut permit: HandshakePermit) {
+        let evicted = permit.evicted();
         let entered = tokio::select! {
-            entered = self.enter(stream, &door, &mut place) => entered,
-            () = evicted.notified() => return self.count(EVICTED),
+            entered = self.enter(stream, &endpoint, &mut permit) => entered,
+            () = evicted.notified() => return self.count(Refusal::Evicted),
         };
-        drop(place);
-        let Some((stream, input, client, seat)) = entered else { return };
-        let Client { access, account, will, silence, .. } = client;
+        drop(permit);
+        let Some((stream, input, client, slot)) = entered else { return };
+        let Client { access, account, will, keep_alive, .. } = client;
         if let Some(will) = will {
-            self.bus.promise(&seat, will);
+            self.broker.set_will(&slot, will);
         }
         let mut output = BytesMut::new();
         let _ = Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false)).write(&mut output, usize::MAX);
-        let shared = (self.bus.clone(), self.metrics.clone());
+        let shared = (self.broker.clone(), self.metrics.clone());
         let session = Session::new(access, account.is_own);
-        let connection = Connection::new(stream, (input, output), (session, account), silence, shared);
-        let (end, ear) = connection.run(&seat).await;
-        debug!(client = %seat, ?end, "MQTT client is gone");
-        self.bus.leave(seat, end != End::Farewell, ear).await;
+        let connection = Connection::new(stream, (input, output), (session, account), keep_alive, shared);
+        let (end, log_reader) = connection.run(&slot).await;
+        debug!(client = %slot, ?end, "MQTT client is gone");
+        self.broker.unregister(slot, end != End::Disconnect, log_reader).await;
     }
 
-    /// Lets a client in and gives it a seat, or tells it why not.
+    /// Admits a client and gives it a slot, or sends it the reason why not.
     async fn enter(
         &self,
         stream: TcpStream,
-        door: &Door,
-        place: &mut Place,
-    ) -> Option<(Box<dyn Stream>, BytesMut, Client, Seat)> {
-        let (stream, input, client) = match door.admit(stream, place).await {
+        endpoint: &Endpoint,
+        permit: &mut HandshakePermit,
+    ) -> Option<(Box<dyn Stream>, BytesMut, Client, ClientSlot)> {
+        let (stream, input, client) = match endpoint.admit(stream, permit).await {
             Ok(admitted) => admitted,
             Err(refusal) => {
                 self.count(refusal);
                 return None;
             }
         };
-        place.logged_in(&client.user);
+        permit.logged_in(&client.user);
         let bytes = client.will.as_ref().map_or(0, Message::size) as u64;
         let wait = client.account.charge(Cost { work: LOGIN, bytes }, Instant::now());
-        let seat = timeout(PATIENCE, async {
+        let slot = timeout(LOGIN_TIMEOUT, async {
             sleep(wait).await;
-            self.bus.enter(&client.name, &client.account, door.room).await
+            self.broker.register(&client.name, &client.account, endpoint.room).await
         });
-        let refusal = match seat.await {
-            Ok(Some(seat)) => return Some((stream, input, client, seat)),
-            Ok(None) => FULL,
-            Err(_) => BUSY,
+        let refusal = match slot.await {
+            Ok(Some(slot)) => return Some((stream, input, client, slot)),
+            Ok(None) => Refusal::Full,
+            Err(_) => Refusal::Busy,
         };
         self.count(refusal);
-        refusal.tell(stream).await;
+        refusal.send(stream).await;
         None
     }
 
     fn count(&self, refusal: Refusal) {
-        self.metrics.mqtt_refused.with_label_values(&[refusal.1]).inc();
+        self.metrics.mqtt_refused.with_label_values(&[refusal.reason()]).inc();
     }
 }
 
@@ -302,12 +308,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("no socket")).unwrap();
         let metrics = Metrics::new().unwrap();
-        let bus = Arc::new(Bus::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
-        let door = || Door { users: Users::own().unwrap().0, tls: None, room: 10 };
+        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
+        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
         let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
         public.set_nonblocking(true).unwrap();
-        let started =
-            Serving { bus, metrics }.start((public, door()), (own, door()), File::open(dir.path()).unwrap().0);
+        let started = Context { broker, metrics }.start(
+            (public, endpoint()),
+            (own, endpoint()),
+            File::open(dir.path()).unwrap().0,
+        );
         assert!(started.err().is_some_and(|error| error.to_string().contains("mqtt_listen")));
     }
 }

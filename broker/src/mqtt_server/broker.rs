@@ -1,4 +1,4 @@
-//! What all connections share: what is said, what is kept, and who is there.
+//! What all connections share: the log, the retained messages with the wills, and which clients are connected.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,168 +11,171 @@ use tokio::sync::{Notify, watch};
 use tracing::warn;
 
 use crate::metrics::Metrics;
-use crate::mqtt_server::log::{Ear, Mouth, Router};
+use crate::mqtt_server::log::{Log, LogReader, LogWriter};
 use crate::mqtt_server::message::Message;
-use crate::mqtt_server::quota::{Account, Rarely};
+use crate::mqtt_server::quota::{Account, LogThrottle};
 use crate::mqtt_server::retained::{Found, Full, Retained, Snapshot};
 
-/// That there is no room is said once in this time.
+/// How often a warning that there is no room is logged at most.
 const WARN: Duration = Duration::from_secs(60);
 
-/// The bus of the embedded server.
-pub struct Bus {
-    router: Router,
-    /// One lock for both, so that what is kept last was also said last.
-    said: Mutex<Said>,
-    /// This broker's own connections are behind what is said.
+/// The state of the embedded server. Every connection has a part in it by its [`ClientSlot`].
+pub struct MessageBroker {
+    log: Log,
+    /// One lock for both, so that the message retained last on a topic was also published last.
+    shared: Mutex<Shared>,
+    /// This broker's own connections are behind the log.
     is_behind: AtomicBool,
-    seats: Arc<Mutex<BTreeMap<String, Place>>>,
+    clients: Arc<Mutex<BTreeMap<String, Registration>>>,
     began: Instant,
     metrics: Metrics,
 }
 
-struct Said {
-    mouth: Mouth,
+struct Shared {
+    writer: LogWriter,
     retained: Retained,
-    /// That there is no room was said.
-    warned: Rarely,
+    /// When the warning that there is no room was logged.
+    warned: LogThrottle,
 }
 
-/// A client that is there.
-struct Place {
-    /// Asks it to go.
-    leave: Arc<Notify>,
-    /// Closed when it has gone.
+/// A client that is connected.
+struct Registration {
+    /// Asks its connection to end.
+    takeover: Arc<Notify>,
+    /// Closed when it has ended.
     gone: watch::Receiver<()>,
-    /// When something came from it last, in nanoseconds since the bus began.
-    heard: Arc<AtomicU64>,
+    /// When something came from it last, in nanoseconds since the server started.
+    last_read: Arc<AtomicU64>,
 }
 
 /// The only connection of a client; when it is dropped, the next one may come.
-pub struct Seat {
+pub struct ClientSlot {
     client: String,
-    seats: Arc<Mutex<BTreeMap<String, Place>>>,
-    leave: Arc<Notify>,
-    heard: Arc<AtomicU64>,
+    clients: Arc<Mutex<BTreeMap<String, Registration>>>,
+    takeover: Arc<Notify>,
+    last_read: Arc<AtomicU64>,
     began: Instant,
     _gone: watch::Sender<()>,
 }
 
-impl Bus {
-    /// A bus for so many connections, on which this is kept.
+impl MessageBroker {
+    /// For so many connections, with these retained messages.
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
-        let (router, mouth) = Router::start(connections)?;
-        let said = Mutex::new(Said { mouth, retained, warned: Rarely::default() });
-        let (seats, is_behind, began) = (Arc::default(), AtomicBool::new(false), Instant::now());
-        Ok(Self { router, said, is_behind, seats, began, metrics })
+        let (log, writer) = Log::start(connections)?;
+        let shared = Mutex::new(Shared { writer, retained, warned: LogThrottle::default() });
+        let (clients, is_behind, began) = (Arc::default(), AtomicBool::new(false), Instant::now());
+        Ok(Self { log, shared, is_behind, clients, began, metrics })
     }
 
-    /// Says a message to all who want it, and keeps it if it is to be kept.
-    pub fn say(&self, seat: &Seat, message: &Message) {
-        let mut said = self.said.lock();
-        said.say(message, seat.user(), &self.metrics);
-        self.look_behind(&mut said);
+    /// Publishes a message to all subscribers, and retains it if it is to be retained.
+    pub fn publish(&self, slot: &ClientSlot, message: &Message) {
+        let mut shared = self.shared.lock();
+        shared.publish(message, slot.user(), &self.metrics);
+        self.update_lag(&mut shared);
     }
 
-    /// Whether nothing more should be said until this broker's own connections have heard what was. It is theirs all the
-    /// same to say something.
+    /// Whether clients should publish no more until this broker's own connections have read what was published. Those may
+    /// publish all the same.
     pub fn is_behind(&self) -> bool {
-        self.is_behind.load(Ordering::Relaxed) && self.look_behind(&mut self.said.lock())
+        self.is_behind.load(Ordering::Relaxed) && self.update_lag(&mut self.shared.lock())
     }
 
-    fn look_behind(&self, said: &mut Said) -> bool {
-        let is_behind = said.mouth.is_behind();
+    fn update_lag(&self, shared: &mut Shared) -> bool {
+        let is_behind = shared.writer.is_behind();
         self.is_behind.store(is_behind, Ordering::Relaxed);
         is_behind
     }
 
-    /// What is kept for `filter` behind the topic `after`, see [`Retained::find`].
+    /// The retained messages of `filter` behind the topic `after`, see [`Retained::find`].
     pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> Found {
-        self.said.lock().retained.find(filter, after, most)
+        self.shared.lock().retained.find(filter, after, most)
     }
 
-    /// Hears what is said from now on; this broker's own connections hear all of it.
-    pub fn listen(&self, is_own: bool) -> anyhow::Result<Ear> {
-        let mut ear = self.router.listen()?;
+    /// A reader of what is published from now on; this broker's own connections miss none of it.
+    pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
+        let mut reader = self.log.subscribe()?;
         if is_own {
-            self.said.lock().mouth.accompany(&mut ear);
+            self.shared.lock().writer.track(&mut reader);
         }
-        Ok(ear)
+        Ok(reader)
     }
 
-    /// Gives `client` its seat, if fewer than `room` are taken. If it has one already, that connection is asked to go and
-    /// awaited; and if its user has all that it may have, the one that was silent for longest.
-    pub async fn enter(&self, client: &str, account: &Account, room: usize) -> Option<Seat> {
+    /// Gives `client` its slot, if fewer than `room` are taken. If it has one already, that connection is asked to end and
+    /// awaited; and if its user has all that it may have, the one from which nothing came for longest.
+    pub async fn register(&self, client: &str, account: &Account, room: usize) -> Option<ClientSlot> {
         loop {
             let mut gone = {
-                let mut seats = self.seats.lock();
-                let Some(place) = seats.get(client).or_else(|| too_many(&seats, client, account.seats)) else {
-                    if seats.len() >= room {
+                let mut clients = self.clients.lock();
+                let Some(registration) =
+                    clients.get(client).or_else(|| longest_silent(&clients, client, account.max_clients))
+                else {
+                    if clients.len() >= room {
                         return None;
                     }
-                    return Some(self.seat(&mut seats, client));
+                    return Some(self.slot(&mut clients, client));
                 };
-                place.leave.notify_one();
-                place.gone.clone()
+                registration.takeover.notify_one();
+                registration.gone.clone()
             };
             // Nothing is ever sent: it ends with the sender.
             let _ = gone.changed().await;
         }
     }
 
-    fn seat(&self, seats: &mut BTreeMap<String, Place>, client: &str) -> Seat {
-        let (leave, (sender, gone)) = (Arc::new(Notify::new()), watch::channel(()));
-        let heard = Arc::new(AtomicU64::new(nanos(self.began)));
-        seats.insert(client.to_owned(), Place { leave: leave.clone(), gone, heard: heard.clone() });
-        self.metrics.mqtt_clients.set(i64::try_from(seats.len()).unwrap_or(i64::MAX));
-        let (client, seats, began) = (client.to_owned(), self.seats.clone(), self.began);
-        Seat { client, seats, leave, heard, began, _gone: sender }
+    fn slot(&self, clients: &mut BTreeMap<String, Registration>, client: &str) -> ClientSlot {
+        let (takeover, (sender, gone)) = (Arc::new(Notify::new()), watch::channel(()));
+        let last_read = Arc::new(AtomicU64::new(nanos(self.began)));
+        clients
+            .insert(client.to_owned(), Registration { takeover: takeover.clone(), gone, last_read: last_read.clone() });
+        self.metrics.mqtt_clients.set(i64::try_from(clients.len()).unwrap_or(i64::MAX));
+        let (client, clients, began) = (client.to_owned(), self.clients.clone(), self.began);
+        ClientSlot { client, clients, takeover, last_read, began, _gone: sender }
     }
 
-    /// What is to be said when the connection in this seat is lost.
-    pub fn promise(&self, seat: &Seat, will: Message) {
-        self.said.lock().retained.promise(&seat.client, will);
+    /// The message to be published when the connection in this slot is lost.
+    pub fn set_will(&self, slot: &ClientSlot, will: Message) {
+        self.shared.lock().retained.set_will(&slot.client, will);
     }
 
-    /// The connection has ended: says its will if it is due, and ends what it listened with.
-    pub async fn leave(&self, seat: Seat, will_is_due: bool, ear: Option<Ear>) {
-        self.settle(&seat, will_is_due);
-        if let Some(ear) = ear {
-            self.router.close(ear).await;
+    /// The connection has ended: publishes its will if it is due, and closes its reader.
+    pub async fn unregister(&self, slot: ClientSlot, will_is_due: bool, reader: Option<LogReader>) {
+        self.publish_will(&slot, will_is_due);
+        if let Some(reader) = reader {
+            self.log.close(reader).await;
         }
-        drop(seat);
-        self.metrics.mqtt_clients.set(i64::try_from(self.seats.lock().len()).unwrap_or(i64::MAX));
+        drop(slot);
+        self.metrics.mqtt_clients.set(i64::try_from(self.clients.lock().len()).unwrap_or(i64::MAX));
     }
 
-    /// In one go, lest the disk should have neither the promise nor the will.
-    fn settle(&self, seat: &Seat, will_is_due: bool) {
-        let mut said = self.said.lock();
-        if let Some(will) = said.retained.release(&seat.client).filter(|_| will_is_due) {
-            said.say(&will, seat.user(), &self.metrics);
-            self.look_behind(&mut said);
+    /// Under one lock, lest the disk should have neither the will nor the message that it becomes.
+    fn publish_will(&self, slot: &ClientSlot, will_is_due: bool) {
+        let mut shared = self.shared.lock();
+        if let Some(will) = shared.retained.clear_will(&slot.client).filter(|_| will_is_due) {
+            shared.publish(&will, slot.user(), &self.metrics);
+            self.update_lag(&mut shared);
         }
     }
 
     /// What is to be written to disk.
     pub fn snapshot(&self) -> Snapshot {
-        self.said.lock().retained.snapshot()
+        self.shared.lock().retained.snapshot()
     }
 
     /// It could not be written.
-    pub fn give_back(&self, unwritten: Snapshot) {
-        self.said.lock().retained.give_back(unwritten);
+    pub fn requeue(&self, unwritten: Snapshot) {
+        self.shared.lock().retained.requeue(unwritten);
     }
 
     /// The file was lost: everything is to be written.
-    pub fn begin_anew(&self) {
-        self.said.lock().retained.begin_anew();
+    pub fn require_full_write(&self) {
+        self.shared.lock().retained.require_full_write();
     }
 }
 
-impl Said {
-    fn say(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
+impl Shared {
+    fn publish(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
         if message.retain {
-            let kept = self.retained.keep(message, by);
+            let kept = self.retained.store(message, by);
             metrics.mqtt_retained.set(i64::try_from(self.retained.len()).unwrap_or(i64::MAX));
             if let Err(Full) = kept {
                 metrics.mqtt_retained_refused.inc();
@@ -181,20 +184,27 @@ impl Said {
                 }
             }
         }
-        self.mouth.say(&message.encode());
+        self.writer.publish(&message.encode());
     }
 }
 
-/// Of the seats of `client`'s user the one from which nothing came for longest, if there are `most` of them.
-fn too_many<'a>(seats: &'a BTreeMap<String, Place>, client: &str, most: usize) -> Option<&'a Place> {
-    if seats.len() < most {
+/// Of the clients of `client`'s user the one from which nothing came for longest, if there are `most` of them.
+fn longest_silent<'a>(
+    clients: &'a BTreeMap<String, Registration>,
+    client: &str,
+    most: usize,
+) -> Option<&'a Registration> {
+    if clients.len() < most {
         return None;
     }
     let user = client.split_inclusive('\n').next().unwrap_or_default();
-    let of_user = seats.range(user.to_owned()..).take_while(|(name, _)| name.starts_with(user)).map(|(_, place)| place);
-    let (count, longest) = of_user.fold((0, None), |(count, longest): (usize, Option<&Place>), place| {
-        let is_longer = longest.is_none_or(|longest| place.heard() < longest.heard());
-        (count + 1, if is_longer { Some(place) } else { longest })
+    let of_user = clients
+        .range(user.to_owned()..)
+        .take_while(|(name, _)| name.starts_with(user))
+        .map(|(_, registration)| registration);
+    let (count, longest) = of_user.fold((0, None), |(count, longest): (usize, Option<&Registration>), registration| {
+        let is_longer = longest.is_none_or(|longest| registration.last_read() < longest.last_read());
+        (count + 1, if is_longer { Some(registration) } else { longest })
     });
     longest.filter(|_| count >= most)
 }
@@ -203,38 +213,38 @@ fn nanos(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-impl Place {
-    fn heard(&self) -> u64 {
-        self.heard.load(Ordering::Relaxed)
+impl Registration {
+    fn last_read(&self) -> u64 {
+        self.last_read.load(Ordering::Relaxed)
     }
 }
 
-impl Seat {
-    /// Something came from who has it.
+impl ClientSlot {
+    /// Something came from the client.
     pub fn touch(&self) {
-        self.heard.store(nanos(self.began), Ordering::Relaxed);
+        self.last_read.store(nanos(self.began), Ordering::Relaxed);
     }
 
-    /// The user who has it; none where there are no users.
+    /// The client's user; none where there are no users.
     fn user(&self) -> Option<&str> {
         self.client.split('\n').next().filter(|user| !user.is_empty())
     }
 
-    /// Returns when another connection wants the seat.
-    pub async fn wanted(&self) {
-        self.leave.notified().await;
+    /// Returns when another connection wants the slot.
+    pub async fn takeover(&self) {
+        self.takeover.notified().await;
     }
 }
 
-impl fmt::Display for Seat {
+impl fmt::Display for ClientSlot {
     /// User and client id.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.client.replace('\n', "/"))
     }
 }
 
-impl Drop for Seat {
+impl Drop for ClientSlot {
     fn drop(&mut self) {
-        self.seats.lock().remove(&self.client);
+        self.clients.lock().remove(&self.client);
     }
 }

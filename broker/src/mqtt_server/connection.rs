@@ -12,21 +12,21 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 use tracing::warn;
 
 use crate::metrics::Metrics;
-use crate::mqtt_server::broker::{Bus, Seat};
+use crate::mqtt_server::broker::{ClientSlot, MessageBroker};
 use crate::mqtt_server::handshake::Stream;
-use crate::mqtt_server::log::{Ear, Missed};
+use crate::mqtt_server::log::{Lagged, LogReader};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence};
 use crate::mqtt_server::retained::Found;
-use crate::mqtt_server::session::{Deed, Session};
+use crate::mqtt_server::session::{Action, Session};
 
 /// The largest packet. The longest of the bus, 2,000 confirmations, has 100 kB.
 const PACKET_MAX: usize = 1 << 20;
 /// What waits to be written is not added to beyond this.
 const OUTPUT: usize = 64 << 10;
-/// The same for this broker's own connections: they are behind what is said only if this is full.
+/// The same for this broker's own connections: they are behind the log only if this is full.
 const OUTPUT_OWN: usize = 8 << 20;
-/// How much is read at once, and so worked off before others have their turn.
+/// How much is read at once, and so processed before others have their turn.
 const INPUT: usize = 16 << 10;
 /// A client that takes nothing for so long is gone.
 const STALLED: Duration = Duration::from_secs(30);
@@ -42,8 +42,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The client said goodbye.
-    Farewell,
+    /// The client sent DISCONNECT.
+    Disconnect,
     /// It did not, and this is why: its will is due.
     Lost(&'static str),
 }
@@ -60,30 +60,36 @@ pub enum Slowed {
 }
 
 impl Slowed {
-    /// Every reason, by the word that metrics have for it.
-    pub const REASONS: [&str; 3] = ["rate", "unfinished", "behind"];
+    /// Every reason.
+    pub const ALL: [Self; 3] = [Self::Rate, Self::Unfinished, Self::Behind];
 
-    fn reason(self) -> &'static str {
-        Self::REASONS[self as usize]
+    /// The word that metrics have for it.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Rate => "rate",
+            Self::Unfinished => "unfinished",
+            Self::Behind => "behind",
+        }
     }
 }
 
 /// What happens to a connection.
 enum Event {
-    /// Another one wants its seat.
-    Wanted,
+    /// Another connection takes over its slot.
+    TakenOver,
     /// A second has passed, at this moment; and whether something was to be written.
     Tick(Instant, bool),
     /// It was slowed down for long enough.
     Resumed,
-    /// Somebody said something that the client subscribed to.
-    Heard(Result<Bytes, Missed>),
+    /// A message came that the client subscribed to.
+    Published(Result<Bytes, Lagged>),
     /// So many bytes have come.
     Read(io::Result<usize>),
     /// Some bytes were written.
     Written(io::Result<()>),
-    /// There is more to send of what is kept.
-    More,
+    /// More of the retained messages can be sent.
+    Backlog,
 }
 
 /// A client's connection.
@@ -95,18 +101,18 @@ pub struct Connection {
     /// What was written may still be in the stream.
     unflushed: bool,
     session: Session,
-    ear: Option<Ear>,
-    bus: Arc<Bus>,
+    log_reader: Option<LogReader>,
+    broker: Arc<MessageBroker>,
     metrics: Metrics,
     account: Account,
-    silence: Option<Duration>,
-    heard: Instant,
-    taken: Instant,
+    keep_alive: Option<Duration>,
+    last_read: Instant,
+    last_write: Instant,
     /// Nothing is read before this, and what has come is left.
     paused: Option<Instant>,
     /// Memory for a large packet that is not whole yet, and since when.
     unfinished: Option<(Held, Instant)>,
-    /// More of what is kept can be sent at once.
+    /// More of the retained messages can be sent at once.
     has_more: bool,
 }
 
@@ -116,8 +122,8 @@ impl Connection {
         stream: Box<dyn Stream>,
         (input, output): (BytesMut, BytesMut),
         (session, account): (Session, Account),
-        silence: Option<Duration>,
-        (bus, metrics): (Arc<Bus>, Metrics),
+        keep_alive: Option<Duration>,
+        (broker, metrics): (Arc<MessageBroker>, Metrics),
     ) -> Self {
         let (reader, writer) = tokio::io::split(stream);
         let now = Instant::now();
@@ -128,115 +134,115 @@ impl Connection {
             output,
             unflushed: false,
             session,
-            ear: None,
-            bus,
+            log_reader: None,
+            broker,
             metrics,
             account,
-            silence,
-            heard: now,
-            taken: now,
+            keep_alive,
+            last_read: now,
+            last_write: now,
             paused: None,
             unfinished: None,
             has_more: false,
         }
     }
 
-    /// Runs until the end. What it listened with is the caller's to close.
-    pub async fn run(mut self, seat: &Seat) -> (End, Option<Ear>) {
+    /// Runs until the end. The caller closes the reader.
+    pub async fn run(mut self, slot: &ClientSlot) -> (End, Option<LogReader>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Err(end) = self.work_off(seat) {
-                return (end, self.ear);
+            if let Err(end) = self.process_input(slot) {
+                return (end, self.log_reader);
             }
-            let event = self.next(seat, &mut tick).await;
-            if let Err(end) = self.handle(event, seat) {
-                return (end, self.ear);
+            let event = self.next(slot, &mut tick).await;
+            if let Err(end) = self.handle(event, slot) {
+                return (end, self.log_reader);
             }
         }
     }
 
     /// Waits for one thing to happen. What is to be sent is written last: together. Only if that is much it comes first.
-    async fn next(&mut self, seat: &Seat, tick: &mut Interval) -> Event {
-        let may_hear = self.has_place() && self.session.backlog().is_none() && self.session.room() > 0;
+    async fn next(&mut self, slot: &ClientSlot, tick: &mut Interval) -> Event {
+        let can_deliver = self.has_output_room() && self.session.backlog().is_none() && self.session.room() > 0;
         // What this broker sends itself is little; it must not wait until it reads.
-        let may_read = self.paused.is_none() && (self.has_place() || self.account.is_own);
+        let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
         let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= OUTPUT);
         self.make_room();
         let mut input = (&mut self.input).limit(INPUT);
         let resumes = until(self.paused);
-        let hears = next(&mut self.ear, &self.session);
+        let publishes = next(&mut self.log_reader, &self.session);
         let reads = self.reader.read_buf(&mut input);
         let writes = write(&mut self.writer, &mut self.output, &mut self.unflushed);
         if is_much {
             return tokio::select! {
                 biased;
-                () = seat.wanted() => Event::Wanted,
+                () = slot.takeover() => Event::TakenOver,
                 now = tick.tick() => Event::Tick(now, has_output),
                 () = resumes => Event::Resumed,
                 written = writes => Event::Written(written),
-                said = hears, if may_hear => Event::Heard(said),
-                read = reads, if may_read => Event::Read(read),
+                message = publishes, if can_deliver => Event::Published(message),
+                read = reads, if can_read => Event::Read(read),
             };
         }
         tokio::select! {
             biased;
-            () = seat.wanted() => Event::Wanted,
+            () = slot.takeover() => Event::TakenOver,
             now = tick.tick() => Event::Tick(now, has_output),
             () = resumes => Event::Resumed,
-            said = hears, if may_hear => Event::Heard(said),
-            read = reads, if may_read => Event::Read(read),
+            message = publishes, if can_deliver => Event::Published(message),
+            read = reads, if can_read => Event::Read(read),
             written = writes, if has_output => Event::Written(written),
-            () = yield_now(), if self.has_more => Event::More,
+            () = yield_now(), if self.has_more => Event::Backlog,
         }
     }
 
-    fn handle(&mut self, event: Event, seat: &Seat) -> Result<(), End> {
+    fn handle(&mut self, event: Event, slot: &ClientSlot) -> Result<(), End> {
         match event {
-            Event::Wanted => return Err(End::Lost("taken over")),
+            Event::TakenOver => return Err(End::Lost("taken over")),
             Event::Tick(now, has_output) => {
                 if !has_output {
-                    self.taken = now;
+                    self.last_write = now;
                 }
-                self.overdue(now).map_or(Ok(()), Err)?;
+                self.timed_out(now).map_or(Ok(()), Err)?;
             }
             Event::Resumed => {
                 self.paused = None;
-                // It may have said something meanwhile.
-                self.heard = Instant::now();
+                // It may have sent something meanwhile.
+                self.last_read = Instant::now();
             }
-            Event::Heard(Ok(said)) => {
-                if let Some(message) = Message::decode(&said) {
+            Event::Published(Ok(message)) => {
+                if let Some(message) = Message::decode(&message) {
                     self.session.deliver(message, &mut self.output);
                 }
             }
-            // When it is back it hears what is kept, and asks for what is not.
-            Event::Heard(Err(Missed)) => return Err(End::Lost("too slow")),
+            // When it reconnects it gets the retained messages, and asks for the others.
+            Event::Published(Err(Lagged)) => return Err(End::Lost("too slow")),
             Event::Read(Ok(0)) => return Err(End::Lost("closed")),
             Event::Read(Ok(_)) => {
-                seat.touch();
-                self.heard = Instant::now();
+                slot.touch();
+                self.last_read = Instant::now();
             }
-            Event::Written(Ok(())) => self.taken = Instant::now(),
+            Event::Written(Ok(())) => self.last_write = Instant::now(),
             Event::Read(Err(_)) | Event::Written(Err(_)) => return Err(End::Lost("connection lost")),
-            Event::More => {}
+            Event::Backlog => {}
         }
         Ok(())
     }
 
-    fn has_place(&self) -> bool {
+    fn has_output_room(&self) -> bool {
         self.output.len() < if self.account.is_own { OUTPUT_OWN } else { OUTPUT }
     }
 
-    fn overdue(&self, now: Instant) -> Option<End> {
+    fn timed_out(&self, now: Instant) -> Option<End> {
         let unfinished = self.unfinished.as_ref().map(|(_, since)| *since);
         if self.account.is_own {
             None
         } else if unfinished.is_some_and(|since| now.saturating_duration_since(since) > UNFINISHED) {
             Some(End::Lost("a packet that does not end"))
         } else {
-            let silence = self.silence.filter(|_| self.paused.is_none());
-            overdue(now, silence.map(|silence| (self.heard, silence)), self.taken)
+            let keep_alive = self.keep_alive.filter(|_| self.paused.is_none());
+            timed_out(now, keep_alive.map(|keep_alive| (self.last_read, keep_alive)), self.last_write)
         }
     }
 
@@ -255,19 +261,19 @@ impl Connection {
         self.input = rest;
     }
 
-    /// Takes the packets that have come, and sends some of what is kept.
-    fn work_off(&mut self, seat: &Seat) -> Result<(), End> {
-        self.take_packets(seat)?;
+    /// Takes the packets that have come, and sends some of the retained messages.
+    fn process_input(&mut self, slot: &ClientSlot) -> Result<(), End> {
+        self.take_packets(slot)?;
         self.has_more = false;
         if self.paused.is_none() && self.session.room() > 0 && self.output.len() < OUTPUT {
-            self.send_kept(seat);
+            self.send_retained(slot);
         }
         Ok(())
     }
 
-    fn take_packets(&mut self, seat: &Seat) -> Result<(), End> {
+    fn take_packets(&mut self, slot: &ClientSlot) -> Result<(), End> {
         loop {
-            if !self.account.is_own && self.bus.is_behind() {
+            if !self.account.is_own && self.broker.is_behind() {
                 self.pause(Slowed::Behind, PAUSE);
             }
             if self.paused.is_some() {
@@ -282,14 +288,14 @@ impl Connection {
                         self.shrink();
                     }
                     let cost = Cost { work: self.session.work(&packet), bytes: bytes as u64 };
-                    let deeds = self.session.take(packet, &mut self.output);
-                    for deed in deeds.map_err(|violation| End::Lost(violation.0))? {
-                        self.do_it(deed, seat)?;
+                    let actions = self.session.take(packet, &mut self.output);
+                    for action in actions.map_err(|violation| End::Lost(violation.0))? {
+                        self.execute(action, slot)?;
                     }
-                    self.charge(cost, seat);
+                    self.charge(cost, slot);
                 }
                 Err(mqttbytes::Error::InsufficientBytes(missing)) => {
-                    self.expect(before + missing, seat);
+                    self.expect(before + missing, slot);
                     return Ok(());
                 }
                 Err(mqttbytes::Error::PayloadSizeLimitExceeded(_)) => return Err(End::Lost("too large a packet")),
@@ -299,44 +305,44 @@ impl Connection {
     }
 
     /// A packet of so many bytes has begun: a large one is read once there is memory for all of it.
-    fn expect(&mut self, bytes: usize, seat: &Seat) {
+    fn expect(&mut self, bytes: usize, slot: &ClientSlot) {
         if bytes <= INPUT || self.unfinished.is_some() {
             return;
         }
         match self.account.hold(bytes) {
             Some(held) => self.unfinished = Some((held, Instant::now())),
-            None => self.slow_down(Slowed::Unfinished, PAUSE, seat),
+            None => self.slow_down(Slowed::Unfinished, PAUSE, slot),
         }
     }
 
-    /// Sends a portion of what is kept for a filter.
-    fn send_kept(&mut self, seat: &Seat) {
+    /// Sends some of the retained messages of a filter.
+    fn send_retained(&mut self, slot: &ClientSlot) {
         let Some(backlog) = self.session.backlog() else { return };
         let most = (self.session.room(), OUTPUT - self.output.len());
-        let Found { messages, after, looked_at, bytes } =
-            self.bus.find(&backlog.filter, backlog.after.as_deref(), most);
-        let cost = Cost { work: looked_at * LOOK + messages.len() as u64 * DELIVERY, bytes: bytes as u64 };
+        let Found { messages, after, scanned, bytes } =
+            self.broker.find(&backlog.filter, backlog.after.as_deref(), most);
+        let cost = Cost { work: scanned * LOOK + messages.len() as u64 * DELIVERY, bytes: bytes as u64 };
         for message in messages {
             self.session.deliver(message, &mut self.output);
         }
-        self.session.went_on(after);
+        self.session.advance_backlog(after);
         self.has_more = self.session.backlog().is_some() && self.session.room() > 0 && self.output.len() < OUTPUT;
-        self.charge(cost, seat);
+        self.charge(cost, slot);
     }
 
-    fn charge(&mut self, cost: Cost, seat: &Seat) {
+    fn charge(&mut self, cost: Cost, slot: &ClientSlot) {
         let wait = self.account.charge(cost, Instant::now());
         if !wait.is_zero() {
             self.has_more = false;
-            self.slow_down(Slowed::Rate, wait.max(PAUSE), seat);
+            self.slow_down(Slowed::Rate, wait.max(PAUSE), slot);
         }
     }
 
     /// Pauses for a reason that is the user's.
-    fn slow_down(&mut self, reason: Slowed, wait: Duration, seat: &Seat) {
+    fn slow_down(&mut self, reason: Slowed, wait: Duration, slot: &ClientSlot) {
         self.pause(reason, wait);
         if self.account.may_warn(Offence::Excess) {
-            warn!(client = %seat, reason = reason.reason(), "does more than it may: is slowed down");
+            warn!(client = %slot, reason = reason.reason(), "does more than it may: is slowed down");
         }
     }
 
@@ -345,33 +351,34 @@ impl Connection {
         self.metrics.mqtt_slowed.with_label_values(&[reason.reason()]).inc();
     }
 
-    fn do_it(&mut self, deed: Deed, seat: &Seat) -> Result<(), End> {
-        match deed {
-            Deed::Say(message) => self.bus.say(seat, &message),
-            Deed::Listen if self.ear.is_none() => {
-                self.ear = Some(self.bus.listen(self.account.is_own).map_err(|_| End::Lost("no place to listen"))?);
+    fn execute(&mut self, action: Action, slot: &ClientSlot) -> Result<(), End> {
+        match action {
+            Action::Publish(message) => self.broker.publish(slot, &message),
+            Action::Subscribe if self.log_reader.is_none() => {
+                self.log_reader =
+                    Some(self.broker.subscribe(self.account.is_own).map_err(|_| End::Lost("no place to listen"))?);
             }
-            Deed::Listen => {}
-            Deed::Forbid { operation, topic, is_first } => {
+            Action::Subscribe => {}
+            Action::Deny { operation, topic, is_first } => {
                 self.metrics.mqtt_forbidden.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
                     let topic: String = topic.chars().take(TOPIC_SHOWN).collect();
-                    warn!(client = %seat, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
+                    warn!(client = %slot, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
                 }
             }
-            Deed::End => return Err(End::Farewell),
+            Action::Disconnect => return Err(End::Disconnect),
         }
         Ok(())
     }
 }
 
-/// Why a client is as good as gone: it was `heard` too long ago, if its silence is limited, or has `taken` nothing that is
-/// to be written.
-fn overdue(now: Instant, heard: Option<(Instant, Duration)>, taken: Instant) -> Option<End> {
-    if heard.is_some_and(|(heard, silence)| now.saturating_duration_since(heard) > silence) {
+/// Why a client counts as gone: nothing was read from it for longer than its keep-alive, or it took nothing of what is
+/// to be written for too long.
+fn timed_out(now: Instant, last_read: Option<(Instant, Duration)>, last_write: Instant) -> Option<End> {
+    if last_read.is_some_and(|(last_read, keep_alive)| now.saturating_duration_since(last_read) > keep_alive) {
         return Some(End::Lost("silent"));
     }
-    (now.saturating_duration_since(taken) > STALLED).then_some(End::Lost("reads nothing"))
+    (now.saturating_duration_since(last_write) > STALLED).then_some(End::Lost("reads nothing"))
 }
 
 async fn until(moment: Option<Instant>) {
@@ -381,9 +388,11 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-async fn next(ear: &mut Option<Ear>, session: &Session) -> Result<Bytes, Missed> {
-    match ear {
-        Some(ear) => ear.next(|said| session.wants(Message::topic_of(said).unwrap_or_default())).await,
+async fn next(log_reader: &mut Option<LogReader>, session: &Session) -> Result<Bytes, Lagged> {
+    match log_reader {
+        Some(log_reader) => {
+            log_reader.next(|message| session.wants(Message::topic_of(message).unwrap_or_default())).await
+        }
         None => std::future::pending().await,
     }
 }
@@ -409,14 +418,14 @@ mod tests {
         let now = Instant::now() + Duration::from_secs(1000);
         let ago = |seconds| now.checked_sub(Duration::from_secs(seconds)).unwrap();
         let limit = Duration::from_secs(7);
-        for (heard, taken, expected) in [
+        for (last_read, last_write, expected) in [
             (Some((ago(7), limit)), ago(30), None),
             (Some((ago(8), limit)), ago(0), Some(End::Lost("silent"))),
             (None, ago(30), None),
             (None, ago(31), Some(End::Lost("reads nothing"))),
             (Some((now + limit, limit)), now + limit, None),
         ] {
-            assert_eq!(overdue(now, heard, taken), expected);
+            assert_eq!(timed_out(now, last_read, last_write), expected);
         }
     }
 }

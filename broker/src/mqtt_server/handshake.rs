@@ -1,4 +1,4 @@
-//! From a new TCP connection to a client that is let in, or hears why it is not.
+//! From a new TCP connection to a client that is admitted, or gets a CONNACK with the reason why it is not.
 
 use std::io;
 use std::net::IpAddr;
@@ -15,15 +15,15 @@ use tracing::warn;
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::filter::is_topic;
 use crate::mqtt_server::message::Message;
-use crate::mqtt_server::pending::Place;
+use crate::mqtt_server::pending::HandshakePermit;
 use crate::mqtt_server::quota::{Account, Offence};
 use crate::mqtt_server::users::{Denied, Origin, Users};
 
-/// How long a client may take to be let in.
-pub const PATIENCE: Duration = Duration::from_secs(5);
-/// How long it may take to read why it is not.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// The largest CONNECT: strangers send it, and the will in it is kept.
+/// How long a client may take to be admitted.
+pub const LOGIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may take to read the CONNACK that refuses it.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// The largest CONNECT, in bytes: strangers send it, and the will in it is kept.
 const CONNECT_MAX: usize = 16 << 10;
 /// The longest client id, in bytes.
 const ID_MAX: usize = 1_000;
@@ -32,23 +32,23 @@ const LEVEL: u8 = 4;
 /// The first byte of a TLS connection, which is none of MQTT's.
 const TLS: u8 = 0x16;
 
-/// What a client is connected by.
+/// A client's connection, with or without TLS.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
-/// Where clients come in.
-pub struct Door {
-    /// Who may come in.
+/// An address that clients connect to.
+pub struct Endpoint {
+    /// The users that may log in here.
     pub users: Users,
-    /// What who comes from another machine has to speak, if there is any.
+    /// TLS, which clients of other machines have to use if there is any.
     pub tls: Option<TlsAcceptor>,
-    /// For how many clients there is room, these and those of other doors.
+    /// For how many clients there is room, those of other endpoints included.
     pub room: usize,
 }
 
-/// A client that may come in.
+/// A client that is admitted.
 pub struct Client {
-    /// As which no other client is known.
+    /// A name that no other client has: user and client id.
     pub name: String,
     /// What it may do.
     pub access: Access,
@@ -56,53 +56,98 @@ pub struct Client {
     pub account: Account,
     /// The user's name; empty where there are no users.
     pub user: String,
-    /// What is to be said when it is lost.
+    /// The message to be published when its connection is lost.
     pub will: Option<Message>,
-    /// How long it may be silent.
-    pub silence: Option<Duration>,
+    /// How long it may send nothing.
+    pub keep_alive: Option<Duration>,
 }
 
-/// Why a client is not let in: what it hears, if it can hear anything, and what is counted.
+/// Why a client is not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refusal(Option<ConnectReturnCode>, pub &'static str);
-
-const PROTOCOL: Refusal = Refusal(None, "protocol");
-const SILENT: Refusal = Refusal(None, "slow");
-const VERSION: Refusal = Refusal(Some(ConnectReturnCode::RefusedProtocolVersion), "version");
-const CLIENT_ID: Refusal = Refusal(Some(ConnectReturnCode::BadClientId), "client_id");
-const PASSWORD: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "password");
-const WILL: Refusal = Refusal(Some(ConnectReturnCode::NotAuthorized), "will");
-/// There were too many wrong passwords to look at this one now.
-const GUESSES: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "guesses");
-/// It was not its turn in time.
-pub const BUSY: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "slow");
-pub const FULL: Refusal = Refusal(Some(ConnectReturnCode::ServiceUnavailable), "full");
-/// Another connection took its place while it was not let in yet.
-pub const EVICTED: Refusal = Refusal(None, "full");
+pub enum Refusal {
+    /// It does not speak MQTT, or TLS where that is needed.
+    Protocol,
+    /// It did not send its CONNECT in time.
+    Silent,
+    /// It speaks another version of MQTT.
+    Version,
+    /// Its client id is none, or not one that its user may have.
+    ClientId,
+    /// Its password is wrong, or there is no such user.
+    Password,
+    /// There were too many wrong passwords to verify another one now.
+    Guesses,
+    /// Its user may not publish its will.
+    Will,
+    /// There is no room for it.
+    Full,
+    /// It was not its turn in time.
+    Busy,
+    /// Another connection took its permit before it was admitted.
+    Evicted,
+}
 
 impl Refusal {
-    /// The reasons that are counted.
-    pub const REASONS: [&str; 8] = ["protocol", "slow", "version", "client_id", "password", "guesses", "will", "full"];
+    /// Every one of them.
+    pub const ALL: [Self; 10] = [
+        Self::Protocol,
+        Self::Silent,
+        Self::Version,
+        Self::ClientId,
+        Self::Password,
+        Self::Guesses,
+        Self::Will,
+        Self::Full,
+        Self::Busy,
+        Self::Evicted,
+    ];
+
+    /// The word that metrics have for it.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Protocol => "protocol",
+            Self::Silent | Self::Busy => "slow",
+            Self::Version => "version",
+            Self::ClientId => "client_id",
+            Self::Password => "password",
+            Self::Guesses => "guesses",
+            Self::Will => "will",
+            Self::Full | Self::Evicted => "full",
+        }
+    }
+
+    /// The code of the CONNACK; none where no CONNECT was read.
+    fn code(self) -> Option<ConnectReturnCode> {
+        match self {
+            Self::Protocol | Self::Silent | Self::Evicted => None,
+            Self::Version => Some(ConnectReturnCode::RefusedProtocolVersion),
+            Self::ClientId => Some(ConnectReturnCode::BadClientId),
+            Self::Password | Self::Will => Some(ConnectReturnCode::NotAuthorized),
+            Self::Guesses | Self::Full | Self::Busy => Some(ConnectReturnCode::ServiceUnavailable),
+        }
+    }
 }
 
-impl Door {
-    /// Lets a client in that says in time who it is, with what it sent behind that. It is not told yet.
+impl Endpoint {
+    /// Admits a client that sends its CONNECT in time; returns also the bytes behind that. It has no CONNACK yet.
     pub async fn admit(
         &self,
         stream: TcpStream,
-        place: &mut Place,
+        permit: &mut HandshakePermit,
     ) -> Result<(Box<dyn Stream>, BytesMut, Client), Refusal> {
-        let deadline = Instant::now() + PATIENCE;
-        let met = timeout_at(deadline, self.meet(stream)).await.map_err(|_| SILENT)?;
-        let (mut stream, mut input) = (met.map_err(|_| PROTOCOL)?, BytesMut::new());
-        let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(SILENT));
+        let deadline = Instant::now() + LOGIN_TIMEOUT;
+        let met = timeout_at(deadline, self.negotiate_tls(stream)).await.map_err(|_| Refusal::Silent)?;
+        let (mut stream, mut input) = (met.map_err(|_| Refusal::Protocol)?, BytesMut::new());
+        let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(Refusal::Silent));
         let known = match read {
             Ok(connect) => {
-                let origin = Origin { client: place.client(), is_known: place.is_known() };
-                // Who waits until its password is verified has a place there, which newcomers do not take.
-                place.leave();
-                let known = timeout_at(deadline, self.know(connect, origin)).await.unwrap_or(Err(BUSY));
-                place.come_back();
+                let origin = Origin { client: permit.client(), is_known: permit.is_known() };
+                // While its password waits to be verified it has a place in that queue, which newcomers do not take.
+                permit.release();
+                let known =
+                    timeout_at(deadline, self.authenticate(connect, origin)).await.unwrap_or(Err(Refusal::Busy));
+                permit.reacquire();
                 known
             }
             Err(refusal) => Err(refusal),
@@ -110,14 +155,14 @@ impl Door {
         match known {
             Ok(client) => Ok((stream, input, client)),
             Err(refusal) => {
-                refusal.tell(stream).await;
+                refusal.send(stream).await;
                 Err(refusal)
             }
         }
     }
 
-    /// Passwords and keys do not leave a machine unencrypted if they need not; what stays there may.
-    async fn meet(&self, stream: TcpStream) -> io::Result<Box<dyn Stream>> {
+    /// Passwords and keys do not leave a machine unencrypted if they need not; connections within it may be.
+    async fn negotiate_tls(&self, stream: TcpStream) -> io::Result<Box<dyn Stream>> {
         stream.set_nodelay(true)?;
         let Some(tls) = &self.tls else { return Ok(Box::new(stream)) };
         let mut first = [0];
@@ -129,37 +174,37 @@ impl Door {
         }
     }
 
-    async fn know(&self, connect: Connect, origin: Origin) -> Result<Client, Refusal> {
-        let Connect { keep_alive, client_id, clean_session, last_will, login, .. } = connect;
+    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<Client, Refusal> {
+        let Connect { keep_alive: seconds, client_id, clean_session, last_will, login, .. } = connect;
         let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
-            Denied::Wrong => PASSWORD,
-            Denied::TooOften => GUESSES,
-            Denied::Crowded => FULL,
+            Denied::Wrong => Refusal::Password,
+            Denied::TooOften => Refusal::Guesses,
+            Denied::Crowded => Refusal::Full,
         })?;
         let id = match client_id.as_str() {
             "" if clean_session => user.new_id(),
-            id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => return Err(CLIENT_ID),
+            id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => return Err(Refusal::ClientId),
             id => id.to_owned(),
         };
-        let (name, access, user) = (user.client(&id).ok_or(CLIENT_ID)?, user.access(), user.into_name());
+        let (name, access, user) = (user.client(&id).ok_or(Refusal::ClientId)?, user.access(), user.into_name());
         let will = last_will.map(Message::from);
         if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.can_publish(&will.topic)) {
             if account.may_warn(Offence::Will) {
                 warn!(user, "a last will that this user may not say");
             }
-            return Err(WILL);
+            return Err(Refusal::Will);
         }
         // This broker itself is not lost as long as it runs.
-        let silence = (keep_alive > 0 && !account.is_own).then(|| Duration::from_secs(keep_alive.into()).mul_f32(1.5));
-        Ok(Client { name, access, account, user, will, silence })
+        let keep_alive = (seconds > 0 && !account.is_own).then(|| Duration::from_secs(seconds.into()).mul_f32(1.5));
+        Ok(Client { name, access, account, user, will, keep_alive })
     }
 }
 
 impl Refusal {
-    /// Says it, and waits until it was read: what is still to be read here would drop it on the way.
-    pub async fn tell(self, mut stream: Box<dyn Stream>) {
-        let Some(code) = self.0 else { return };
-        let _ = timeout(FAREWELL, async {
+    /// Sends the CONNACK, and waits until it was read: unread input here would make the system drop it on the way.
+    pub async fn send(self, mut stream: Box<dyn Stream>) {
+        let Some(code) = self.code() else { return };
+        let _ = timeout(REFUSAL_TIMEOUT, async {
             let mut output = BytesMut::new();
             let _ = Packet::ConnAck(ConnAck::new(code, false)).write(&mut output, usize::MAX);
             stream.write_all(&output).await?;
@@ -182,11 +227,11 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMu
         match mqttbytes::check(input.iter(), CONNECT_MAX) {
             Ok(header) => return parse(input, header.frame_length()),
             Err(mqttbytes::Error::InsufficientBytes(_)) => {}
-            Err(_) => return Err(PROTOCOL),
+            Err(_) => return Err(Refusal::Protocol),
         }
         input.reserve(1024);
         if stream.read_buf(input).await.unwrap_or(0) == 0 {
-            return Err(PROTOCOL);
+            return Err(Refusal::Protocol);
         }
     }
 }
@@ -194,12 +239,12 @@ async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMu
 fn parse(input: &mut BytesMut, length: usize) -> Result<Connect, Refusal> {
     match level(&input[..length]) {
         Some(LEVEL) => {}
-        Some(_) => return Err(VERSION),
-        None => return Err(PROTOCOL),
+        Some(_) => return Err(Refusal::Version),
+        None => return Err(Refusal::Protocol),
     }
     match Packet::read(input, CONNECT_MAX) {
         Ok(Packet::Connect(connect)) => Ok(connect),
-        _ => Err(PROTOCOL),
+        _ => Err(Refusal::Protocol),
     }
 }
 
@@ -229,12 +274,12 @@ mod tests {
         assert_eq!(read(&connect).map(|connect| connect.client_id), Ok("x".into()));
         for version in [3, 5, 0, 255] {
             connect[8] = version;
-            assert_eq!(read(&connect).err(), Some(VERSION));
+            assert_eq!(read(&connect).err(), Some(Refusal::Version));
         }
-        assert_eq!(read(b"\x10\x0c\0\x06MQIsdp\x03\x02\0\x3c").err(), Some(VERSION));
+        assert_eq!(read(b"\x10\x0c\0\x06MQIsdp\x03\x02\0\x3c").err(), Some(Refusal::Version));
         for bytes in [&b"\xc0\0"[..], b"\x10\0", b"\x10\x04\0\x04MQ", b"GET / HTTP/1.1\r\n", b"\x10\x07\0\x04MQTT\x04"]
         {
-            assert_eq!(read(bytes).err(), Some(PROTOCOL), "{bytes:?}");
+            assert_eq!(read(bytes).err(), Some(Refusal::Protocol), "{bytes:?}");
         }
     }
 

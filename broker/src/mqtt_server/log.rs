@@ -1,9 +1,14 @@
-//! rumqttd's router, as a log that everybody who listens reads at a pace of their own.
+//! The log that carries every published message to every connection: the only place that knows rumqttd.
 //!
-//! The router breaks on client ids, topics, filters, acknowledgements and endings of connections that it does not
-//! expect. So it sees nothing of what clients send: everything is said by one link, on one topic, and each [`Ear`] hears
-//! all of it and picks what it wants. The log is bounded, and an ear that is too slow misses the oldest. Everything has
-//! its position in the log with it, so that it notices.
+//! rumqttd's router does three things here: it keeps the last 8 MiB of messages in order, wakes each reader when there
+//! is more, and drops the oldest however slow a reader is. Everything else is ours, around it: the listener, TLS and login
+//! ([`super::handshake`]), the protocol with clients ([`super::session`], [`super::connection`]), topic filters
+//! ([`super::subscriptions`]), access rules ([`super::acl`]), retained messages and wills ([`super::retained`]), and quotas
+//! ([`super::quota`]). That is because the router breaks on client ids, topics, filters, acknowledgements and ends of
+//! connections that it does not expect; so it sees nothing of what clients send. One link publishes all messages on one
+//! topic, as bytes of [`super::message`]; each [`LogReader`] is a link that subscribes to that topic and picks what its
+//! client subscribed to. Every message has its position in the log with it, so that a reader notices when it has missed
+//! some.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -18,31 +23,31 @@ use rumqttd::{Notification, RouterConfig};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-/// What everything is said on.
+/// The topic of all messages.
 const TOPIC: &str = "bus";
-/// Has one message, which an ear that ends asks for.
+/// Has one message, which a reader asks for when it is closed.
 const BARRIER: &str = "barrier";
 /// The log is kept in segments until these are full, read or not.
 const SEGMENT: usize = 1 << 20;
 /// How many segments there are: 8 MiB hold 20,000 keys several times.
 const SEGMENTS: usize = 8;
-/// An ear that must miss nothing is behind when so much was said that it has not heard,
+/// A reader that must miss nothing is behind when it has so many bytes left to read,
 const BEHIND: u64 = 4 << 20;
 /// and is not any more when it is less than this.
-const CLOSE: u64 = 2 << 20;
-/// So many messages are added to an ear's at once; beyond 200, it gets no more before it has taken these.
-const AT_ONCE: u64 = 10;
+const CAUGHT_UP: u64 = 2 << 20;
+/// So many messages are forwarded to a reader at once; with 200 of them in its queue it gets no more.
+const FORWARD_BATCH: u64 = 10;
 /// The bytes of a position.
 const POSITION: usize = size_of::<u64>();
 /// What the log counts for a message beside its payload.
 const FRAME: usize = 4 + TOPIC.len();
 /// How long to wait for a place in the router's queue.
-const PAUSE: Duration = Duration::from_millis(1);
+const QUEUE_RETRY: Duration = Duration::from_millis(1);
 
 type Dial = dyn Fn(&str) -> anyhow::Result<(LinkTx, LinkRx)> + Send + Sync;
 
 /// The router, on a thread of its own that ends with the process.
-pub struct Router {
+pub struct Log {
     /// The type of the router's queue has no name outside of rumqttd.
     dial: Box<Dial>,
     /// The names of links that ended: the router remembers each name for ever.
@@ -55,23 +60,23 @@ struct Names {
     given: usize,
 }
 
-/// The one who says everything.
-pub struct Mouth {
-    /// The position behind all that was said.
-    said: u64,
+/// The link that publishes all messages.
+pub struct LogWriter {
+    /// The position behind all that was published.
+    end: u64,
     link: LinkTx,
     _replies: LinkRx,
-    /// Where those ears are that must miss nothing.
-    followers: Vec<Weak<AtomicU64>>,
+    /// The positions of those readers that must miss nothing.
+    tracked: Vec<Weak<AtomicU64>>,
     is_behind: bool,
 }
 
-impl Router {
-    /// A router for so many ears.
-    pub fn start(ears: usize) -> anyhow::Result<(Self, Mouth)> {
+impl Log {
+    /// A log for so many readers.
+    pub fn start(readers: usize) -> anyhow::Result<(Self, LogWriter)> {
         let config = RouterConfig {
-            max_connections: ears + 10,
-            max_outgoing_packet_count: AT_ONCE,
+            max_connections: readers + 10,
+            max_outgoing_packet_count: FORWARD_BATCH,
             max_segment_size: SEGMENT,
             max_segment_count: SEGMENTS,
             initialized_filters: Some(vec![TOPIC.into(), BARRIER.into()]),
@@ -79,37 +84,37 @@ impl Router {
         };
         let queue = rumqttd::Router::new(0, config).spawn();
         let dial = Box::new(move |name: &str| match LinkBuilder::new(name, queue.clone()).build() {
-            Ok((link, heard, _)) => Ok((link, heard)),
+            Ok((link, incoming, _)) => Ok((link, incoming)),
             Err(error) => Err(anyhow!("the MQTT router: {error}")),
         });
-        let (mut link, replies) = dial("mouth")?;
+        let (mut link, replies) = dial("writer")?;
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
-        let mouth = Mouth { said: 0, link, _replies: replies, followers: Vec::new(), is_behind: false };
-        Ok((Self { dial, names: Mutex::default() }, mouth))
+        let writer = LogWriter { end: 0, link, _replies: replies, tracked: Vec::new(), is_behind: false };
+        Ok((Self { dial, names: Mutex::default() }, writer))
     }
 
-    /// An ear that hears what is said from now on. It has to be closed.
-    pub fn listen(&self) -> anyhow::Result<Ear> {
+    /// A reader of what is published from now on. It has to be closed.
+    pub fn subscribe(&self) -> anyhow::Result<LogReader> {
         let name = self.names(|names| {
             names.free.pop().unwrap_or_else(|| {
                 names.given += 1;
                 names.given
             })
         });
-        let (mut link, heard) = (self.dial)(&name.to_string())?;
+        let (mut link, incoming) = (self.dial)(&name.to_string())?;
         link.subscribe(TOPIC).context("the MQTT router")?;
-        Ok(Ear { name, link, heard, next: None, place: None })
+        Ok(LogReader { name, link, incoming, next: None, position: None })
     }
 
-    /// Ends an ear. The router must have nothing to do for a link that it forgets, or others wait for that, and breaks on
-    /// words from one that it has forgotten. So the subscription ends first, then nothing may be under way any more, as
-    /// the answer to the barrier shows, and the farewell is the last word.
-    pub async fn close(&self, ear: Ear) {
-        let Ear { name, mut link, mut heard, .. } = ear;
+    /// Closes a reader. The router must have nothing to do for a link that it removes, or others wait for that, and breaks
+    /// on packets from a link that it has removed. So the subscription ends first, then nothing may be in flight any more,
+    /// as the answer to the barrier shows, and DISCONNECT is the last packet.
+    pub async fn close(&self, reader: LogReader) {
+        let LogReader { name, mut link, mut incoming, .. } = reader;
         let _ = link.unsubscribe(TOPIC);
         loop {
-            match heard.next().await {
-                Ok(Some(Notification::Unschedule)) => drop(heard.ready()),
+            match incoming.next().await {
+                Ok(Some(Notification::Unschedule)) => drop(incoming.ready()),
                 Ok(Some(notification)) => {
                     if let Some(Packet::UnsubAck(..)) = notification.into() {
                         break;
@@ -120,12 +125,12 @@ impl Router {
             }
         }
         while link.shadow(BARRIER).is_err() {
-            sleep(PAUSE).await;
+            sleep(QUEUE_RETRY).await;
         }
-        while !matches!(heard.next().await, Ok(Some(Notification::Shadow(_))) | Err(_)) {}
-        let farewell = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
-        if link.send(Packet::Disconnect(farewell, None)).await.is_ok() {
-            while heard.next().await.is_ok() {}
+        while !matches!(incoming.next().await, Ok(Some(Notification::Shadow(_))) | Err(_)) {}
+        let disconnect = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
+        if link.send(Packet::Disconnect(disconnect, None)).await.is_ok() {
+            while incoming.next().await.is_ok() {}
             self.names(|names| names.free.push(name));
         }
     }
@@ -135,30 +140,30 @@ impl Router {
     }
 }
 
-impl Mouth {
-    /// Says it to all ears. Blocks while the router has more to do than it may queue.
-    pub fn say(&mut self, said: &[u8]) {
-        let mut placed = BytesMut::with_capacity(POSITION + said.len());
-        placed.put_u64(self.said);
-        placed.put_slice(said);
-        self.said = behind(self.said, placed.len());
+impl LogWriter {
+    /// Publishes it to all readers. Blocks while the router has more to do than it may queue.
+    pub fn publish(&mut self, message: &[u8]) {
+        let mut placed = BytesMut::with_capacity(POSITION + message.len());
+        placed.put_u64(self.end);
+        placed.put_slice(message);
+        self.end = behind(self.end, placed.len());
         // Without a router there is no process either.
         let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), placed.freeze());
     }
 
-    /// This ear must miss nothing: [`Self::is_behind`] says when nobody should say more.
-    pub fn accompany(&mut self, ear: &mut Ear) {
-        let place = Arc::new(AtomicU64::new(u64::MAX));
-        self.followers.retain(|follower| follower.strong_count() > 0);
-        self.followers.push(Arc::downgrade(&place));
-        ear.place = Some(place);
+    /// This reader must miss nothing: [`Self::is_behind`] is true when no client should publish more.
+    pub fn track(&mut self, reader: &mut LogReader) {
+        let position = Arc::new(AtomicU64::new(u64::MAX));
+        self.tracked.retain(|position| position.strong_count() > 0);
+        self.tracked.push(Arc::downgrade(&position));
+        reader.position = Some(position);
     }
 
-    /// Whether one of the ears that must miss nothing is far behind, or was and has not caught up yet.
+    /// Whether one of the readers that must miss nothing is far behind, or was and has not caught up yet.
     pub fn is_behind(&mut self) -> bool {
-        let places = self.followers.iter().filter_map(Weak::upgrade).map(|place| place.load(Ordering::Relaxed));
-        let lag = self.said.saturating_sub(places.min().unwrap_or(u64::MAX));
-        self.is_behind = lag > if self.is_behind { CLOSE } else { BEHIND };
+        let positions = self.tracked.iter().filter_map(Weak::upgrade).map(|position| position.load(Ordering::Relaxed));
+        let lag = self.end.saturating_sub(positions.min().unwrap_or(u64::MAX));
+        self.is_behind = lag > if self.is_behind { CAUGHT_UP } else { BEHIND };
         self.is_behind
     }
 }
@@ -168,35 +173,35 @@ fn behind(position: u64, bytes: usize) -> u64 {
     position + (bytes + FRAME) as u64
 }
 
-/// One who listens.
-pub struct Ear {
+/// A reader of the log, for one connection.
+pub struct LogReader {
     name: usize,
     link: LinkTx,
-    heard: LinkRx,
-    /// The position of what is to be heard next.
+    incoming: LinkRx,
+    /// The position of the next message.
     next: Option<u64>,
-    /// The same for the [`Mouth`], if this ear must miss nothing. As long as it has heard nothing, it is not behind.
-    place: Option<Arc<AtomicU64>>,
+    /// The same for the [`LogWriter`], if this reader must miss nothing. As long as it has read nothing, it is not behind.
+    position: Option<Arc<AtomicU64>>,
 }
 
-/// Some of what was said was too long ago.
+/// The log does not have the reader's next message any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Missed;
+pub struct Lagged;
 
-impl Ear {
-    /// What is said next that `wanted` wants. Dropping the future loses nothing.
-    pub async fn next(&mut self, wanted: impl Fn(&Bytes) -> bool) -> Result<Bytes, Missed> {
+impl LogReader {
+    /// The next message that `is_wanted`. Dropping the future loses nothing.
+    pub async fn next(&mut self, is_wanted: impl Fn(&Bytes) -> bool) -> Result<Bytes, Lagged> {
         loop {
-            match self.heard.next().await {
+            match self.incoming.next().await {
                 Ok(Some(Notification::Forward(forward))) => {
-                    let said = self.follow(forward.publish.payload)?;
-                    if wanted(&said) {
-                        return Ok(said);
+                    let message = self.follow(forward.publish.payload)?;
+                    if is_wanted(&message) {
+                        return Ok(message);
                     }
                 }
                 // The router waits until its last portion is taken.
                 Ok(Some(Notification::Unschedule)) => {
-                    let _ = self.heard.ready();
+                    let _ = self.incoming.ready();
                     yield_now().await;
                 }
                 Ok(_) => {}
@@ -205,18 +210,18 @@ impl Ear {
         }
     }
 
-    /// What is said without its position, which has to be the next.
-    fn follow(&mut self, mut placed: Bytes) -> Result<Bytes, Missed> {
+    /// A message without its position, which has to be the next.
+    fn follow(&mut self, mut placed: Bytes) -> Result<Bytes, Lagged> {
         let bytes = placed.len();
-        let said = placed.split_off(POSITION.min(bytes));
-        let position = placed[..].try_into().map(u64::from_be_bytes).map_err(|_| Missed)?;
+        let message = placed.split_off(POSITION.min(bytes));
+        let position = placed[..].try_into().map(u64::from_be_bytes).map_err(|_| Lagged)?;
         let follows = self.next.is_none_or(|next| position == next);
         let next = behind(position, bytes);
         self.next = Some(next);
-        if let Some(place) = &self.place {
-            place.store(next, Ordering::Relaxed);
+        if let Some(position) = &self.position {
+            position.store(next, Ordering::Relaxed);
         }
-        if follows { Ok(said) } else { Err(Missed) }
+        if follows { Ok(message) } else { Err(Lagged) }
     }
 }
 
@@ -229,90 +234,90 @@ mod tests {
 
     use super::*;
 
-    /// The router serves 100 links and then looks whether there is more to do. It must not find one there that it forgot:
-    /// it would take that for "no", and the rest would wait until something else is said.
+    /// The router serves 100 links and then looks whether there is more to do. It must not find one there that it has
+    /// removed: it would take that for "no", and the rest would wait until the next message.
     #[tokio::test(flavor = "multi_thread")]
-    async fn an_ear_that_ends_keeps_no_other_waiting() {
-        let (router, mut mouth) = Router::start(300).unwrap();
-        let router = Arc::new(router);
-        let mut ears: Vec<Ear> = (0..250).map(|_| router.listen().unwrap()).collect();
+    async fn closing_a_reader_keeps_no_other_waiting() {
+        let (log, mut writer) = Log::start(300).unwrap();
+        let log = Arc::new(log);
+        let mut readers: Vec<LogReader> = (0..250).map(|_| log.subscribe().unwrap()).collect();
         for round in 0..300 {
-            let ear = ears.remove(100);
+            let reader = readers.remove(100);
             let closing = tokio::spawn({
-                let router = router.clone();
-                async move { router.close(ear).await }
+                let log = log.clone();
+                async move { log.close(reader).await }
             });
             // At any moment of the ending: a timer is too coarse for that.
             let moment = Instant::now() + Duration::from_micros(fastrand::u64(..300));
             while Instant::now() < moment {}
-            mouth.say(b"x");
-            for ear in &mut ears {
-                let heard = timeout(Duration::from_secs(5), ear.next(|_| true)).await;
-                assert!(heard.is_ok(), "somebody waits in round {round}");
+            writer.publish(b"x");
+            for reader in &mut readers {
+                let heard = timeout(Duration::from_secs(5), reader.next(|_| true)).await;
+                assert!(heard.is_ok(), "a reader waits in round {round}");
             }
             closing.await.unwrap();
-            ears.push(router.listen().unwrap());
+            readers.push(log.subscribe().unwrap());
         }
     }
 
     #[tokio::test]
-    async fn an_ear_that_is_too_slow_notices_that_it_missed_something() {
-        let (router, mut mouth) = Router::start(10).unwrap();
-        let mut ear = router.listen().unwrap();
+    async fn a_reader_that_is_too_slow_notices_that_it_missed_something() {
+        let (log, mut writer) = Log::start(10).unwrap();
+        let mut reader = log.subscribe().unwrap();
         let large = vec![0; 1 << 16];
-        (0..1_000).for_each(|_| mouth.say(&large));
+        (0..1_000).for_each(|_| writer.publish(&large));
         let mut heard = 0;
         let missed = loop {
-            match timeout(Duration::from_secs(5), ear.next(|_| true)).await.unwrap() {
+            match timeout(Duration::from_secs(5), reader.next(|_| true)).await.unwrap() {
                 Ok(_) => heard += 1,
                 Err(missed) => break missed,
             }
-            mouth.say(&large);
+            writer.publish(&large);
         };
-        assert!(missed == Missed && heard < 1_000, "{heard}");
-        router.close(ear).await;
+        assert!(missed == Lagged && heard < 1_000, "{heard}");
+        log.close(reader).await;
     }
 
-    /// Twice as much as the log holds is said. It was seen to miss some with a log of 4 MiB.
+    /// Twice as much as the log holds is published. It was seen to miss some with a log of 4 MiB.
     #[tokio::test]
-    async fn an_ear_that_must_miss_nothing_holds_up_those_who_look() {
-        let (router, mut mouth) = Router::start(10).unwrap();
-        let mut ear = router.listen().unwrap();
-        mouth.accompany(&mut ear);
-        mouth.say(b"first");
-        assert!(ear.next(|_| true).await.is_ok() && !mouth.is_behind());
+    async fn a_reader_that_must_miss_nothing_shows_that_it_is_behind() {
+        let (log, mut writer) = Log::start(10).unwrap();
+        let mut reader = log.subscribe().unwrap();
+        writer.track(&mut reader);
+        writer.publish(b"first");
+        assert!(reader.next(|_| true).await.is_ok() && !writer.is_behind());
         let large = vec![0; 1 << 20];
         for _ in 0..16 {
-            while mouth.is_behind() {
-                assert!(timeout(Duration::from_secs(5), ear.next(|_| true)).await.unwrap().is_ok());
+            while writer.is_behind() {
+                assert!(timeout(Duration::from_secs(5), reader.next(|_| true)).await.unwrap().is_ok());
             }
-            mouth.say(&large);
+            writer.publish(&large);
         }
-        assert!(mouth.is_behind());
+        assert!(writer.is_behind());
         for _ in 0..3 {
-            ear.next(|_| true).await.unwrap();
+            reader.next(|_| true).await.unwrap();
         }
-        assert!(!mouth.is_behind(), "it is close again");
-        (0..4).for_each(|_| mouth.say(&large));
-        assert!(mouth.is_behind());
-        router.close(ear).await;
-        assert!(!mouth.is_behind(), "nobody is behind who is gone");
+        assert!(!writer.is_behind(), "it is close again");
+        (0..4).for_each(|_| writer.publish(&large));
+        assert!(writer.is_behind());
+        log.close(reader).await;
+        assert!(!writer.is_behind(), "no reader is behind that is gone");
     }
 
     #[tokio::test]
-    async fn an_ear_hears_what_is_said_after_it_listens_in_order_and_names_are_used_again() {
-        let (router, mut mouth) = Router::start(10).unwrap();
+    async fn a_reader_reads_in_order_what_is_published_after_it_subscribes_and_names_are_used_again() {
+        let (log, mut writer) = Log::start(10).unwrap();
         for _ in 0..100 {
-            mouth.say(b"before");
-            let mut ear = router.listen().unwrap();
+            writer.publish(b"before");
+            let mut reader = log.subscribe().unwrap();
             for n in 0..1000u16 {
-                mouth.say(&n.to_be_bytes());
+                writer.publish(&n.to_be_bytes());
             }
             for n in 0..1000u16 {
-                assert_eq!(ear.next(|_| true).await.unwrap(), &n.to_be_bytes()[..]);
+                assert_eq!(reader.next(|_| true).await.unwrap(), &n.to_be_bytes()[..]);
             }
-            router.close(ear).await;
+            log.close(reader).await;
         }
-        assert_eq!(router.names(|names| names.given), 1);
+        assert_eq!(log.names(|names| names.given), 1);
     }
 }

@@ -3,16 +3,16 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use rumqttc::{LastWill, Publish, QoS, qos};
 
-/// What somebody said.
+/// A published message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     /// Its topic, a valid one.
     pub topic: String,
     /// Its payload, in memory of its own.
     pub payload: Bytes,
-    /// The quality of service that it was said with; the server does not keep more than 1.
+    /// The quality of service that it was published with; the server knows 0 and 1.
     pub qos: QoS,
-    /// When said: it is to be kept. When heard: it was kept.
+    /// From a publisher: it is to be retained. To a subscriber: it was retained.
     pub retain: bool,
 }
 
@@ -22,7 +22,7 @@ impl Message {
         self.topic.len() + self.payload.len()
     }
 
-    /// As the router's log has it: quality, length of the topic, topic, payload.
+    /// As the log has it: quality, length of the topic, topic, payload.
     pub fn encode(&self) -> Bytes {
         let length = u16::try_from(self.topic.len()).unwrap_or(u16::MAX);
         let topic = &self.topic.as_bytes()[..length.into()];
@@ -40,7 +40,7 @@ impl Message {
         std::str::from_utf8(bytes.get(3..3 + usize::from(length))?).ok()
     }
 
-    /// What was encoded; not one to be kept any more.
+    /// What was encoded; not one to be retained any more.
     pub fn decode(bytes: &Bytes) -> Option<Self> {
         let topic = Self::topic_of(bytes)?.to_owned();
         let qos = qos(*bytes.first()?).ok()?;
@@ -52,7 +52,7 @@ impl Message {
 impl From<Publish> for Message {
     fn from(publish: Publish) -> Self {
         let Publish { topic, payload, qos, retain, .. } = publish;
-        // The payload is a part of what was read together, which must not stay because of it.
+        // The payload is a part of a larger buffer of input, which must not stay because of it.
         Self { topic, payload: Bytes::copy_from_slice(&payload), qos: lower(qos, QoS::AtLeastOnce), retain }
     }
 }

@@ -1,5 +1,5 @@
-//! The connections that have not logged in yet. Strangers may fill these places and never say a word; they may not keep
-//! a gateway out. What decides is [`Table`], which knows neither sockets nor a clock.
+//! The connections that have not logged in yet. Strangers may take all these permits and never send a byte; they may not
+//! keep a gateway out. What decides is [`Table`], which knows neither sockets nor a clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -17,39 +17,39 @@ const PLACES_OF_CLIENT: usize = 64;
 /// So many clients are known for each user: those from which it logged in last.
 const CLIENTS_OF_USER: usize = 8;
 
-/// The places at one door. Clones share them.
+/// The permits of one endpoint. Clones share them.
 #[derive(Clone, Default)]
-pub struct Pending(Arc<Mutex<Places>>);
+pub struct HandshakeLimiter(Arc<Mutex<Permits>>);
 
 #[derive(Default)]
-struct Places {
+struct Permits {
     unknown: Table<Arc<Notify>>,
     known: Table<Arc<Notify>>,
     logins: Logins,
 }
 
-/// One connection's place, until it is dropped.
-pub struct Place {
-    pending: Pending,
+/// One connection's permit to log in, until it is dropped.
+pub struct HandshakePermit {
+    limiter: HandshakeLimiter,
     id: u64,
     client: Client,
     is_known: bool,
     evicted: Arc<Notify>,
 }
 
-impl Pending {
-    /// A place for a connection from `address`. If all are taken, the one that waits longest has to go.
-    pub fn enter(&self, address: IpAddr) -> Place {
+impl HandshakeLimiter {
+    /// A permit for a connection from `address`. If all are taken, the one that waits longest is evicted.
+    pub fn acquire(&self, address: IpAddr) -> HandshakePermit {
         let (client, evicted) = (Client::from(address), Arc::new(Notify::new()));
-        let mut places = self.0.lock();
-        let is_known = places.logins.is_known(client);
-        let id = places.admit(is_known, client, evicted.clone());
-        Place { pending: self.clone(), id, client, is_known, evicted }
+        let mut permits = self.0.lock();
+        let is_known = permits.logins.is_known(client);
+        let id = permits.admit(is_known, client, evicted.clone());
+        HandshakePermit { limiter: self.clone(), id, client, is_known, evicted }
     }
 }
 
-impl Place {
-    /// Whose place it is.
+impl HandshakePermit {
+    /// The client that has it.
     pub fn client(&self) -> Client {
         self.client
     }
@@ -59,35 +59,35 @@ impl Place {
         self.is_known
     }
 
-    /// Tells when another connection took the place.
+    /// Notified when another connection took the permit.
     pub fn evicted(&self) -> Arc<Notify> {
         self.evicted.clone()
     }
 
-    /// Leaves it to others: the connection has said who it is, and waits elsewhere.
-    pub fn leave(&mut self) {
-        self.pending.0.lock().table(self.is_known).remove(self.id);
+    /// Gives it back: the connection has sent its CONNECT, and waits elsewhere.
+    pub fn release(&mut self) {
+        self.limiter.0.lock().table(self.is_known).remove(self.id);
     }
 
-    /// Takes one again, as who comes last.
-    pub fn come_back(&mut self) {
-        let mut places = self.pending.0.lock();
-        self.id = places.admit(self.is_known, self.client, self.evicted.clone());
+    /// Takes one again, as the newest one.
+    pub fn reacquire(&mut self) {
+        let mut permits = self.limiter.0.lock();
+        self.id = permits.admit(self.is_known, self.client, self.evicted.clone());
     }
 
     /// `user` logged in from there.
     pub fn logged_in(&self, user: &str) {
-        self.pending.0.lock().logins.note(user, self.client);
+        self.limiter.0.lock().logins.note(user, self.client);
     }
 }
 
-impl Drop for Place {
+impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        self.pending.0.lock().table(self.is_known).remove(self.id);
+        self.limiter.0.lock().table(self.is_known).remove(self.id);
     }
 }
 
-impl Places {
+impl Permits {
     fn admit(&mut self, is_known: bool, client: Client, evicted: Arc<Notify>) -> u64 {
         let (id, evicts) = self.table(is_known).admit(client, evicted);
         if let Some(evicts) = evicts {
@@ -101,7 +101,7 @@ impl Places {
     }
 }
 
-/// Who waits, in the order in which they came. `H` is what tells one that it has to go.
+/// The connections that wait, oldest first. `H` is how one is notified that it is evicted.
 struct Table<H> {
     next: u64,
     waiting: BTreeMap<u64, (Client, H)>,
@@ -115,16 +115,16 @@ impl<H> Default for Table<H> {
 }
 
 impl<H> Table<H> {
-    /// Takes in a connection, and says which one has to go for it.
+    /// Takes in a connection; returns its id, and the handle of the one that is evicted for it.
     fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
         let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= PLACES_OF_CLIENT);
         let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);
         let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= PLACES);
-        let goes = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
+        let evicted = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
         self.next += 1;
         self.waiting.insert(self.next, (client, handle));
         self.of_clients.entry(client).or_default().insert(self.next);
-        (self.next, goes)
+        (self.next, evicted)
     }
 
     fn remove(&mut self, id: u64) -> Option<H> {
@@ -207,22 +207,22 @@ mod tests {
 
     #[test]
     fn a_place_that_is_left_is_free() {
-        let pending = Pending::default();
+        let limiter = HandshakeLimiter::default();
         for n in 0..10 * PLACES {
-            drop(pending.enter([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
+            drop(limiter.acquire([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
         }
-        let places = pending.0.lock();
-        assert!(places.unknown.waiting.is_empty() && places.unknown.of_clients.is_empty());
+        let permits = limiter.0.lock();
+        assert!(permits.unknown.waiting.is_empty() && permits.unknown.of_clients.is_empty());
     }
 
     #[tokio::test]
     async fn strangers_take_no_place_of_who_logged_in_before() {
-        let pending = Pending::default();
+        let limiter = HandshakeLimiter::default();
         let address = |n: usize| IpAddr::from([10, 1, u8::try_from(n / 60).unwrap(), 1]);
-        pending.enter([192, 0, 2, 1].into()).logged_in("gw1");
-        let gateway = pending.enter([192, 0, 2, 1].into());
+        limiter.acquire([192, 0, 2, 1].into()).logged_in("gw1");
+        let gateway = limiter.acquire([192, 0, 2, 1].into());
         assert!(gateway.is_known());
-        let crowd: Vec<_> = (0..2 * PLACES).map(|n| pending.enter(address(n))).collect();
+        let crowd: Vec<_> = (0..2 * PLACES).map(|n| limiter.acquire(address(n))).collect();
         for place in &crowd[..PLACES] {
             place.evicted().notified().await;
         }
@@ -232,15 +232,15 @@ mod tests {
 
     #[tokio::test]
     async fn who_said_who_it_is_gives_way_to_nobody_until_it_is_back() {
-        let pending = Pending::default();
-        let crowd = || (0..PLACES).map(|n| pending.enter([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
-        let mut place = pending.enter([192, 0, 2, 1].into());
+        let limiter = HandshakeLimiter::default();
+        let crowd = || (0..PLACES).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let mut place = limiter.acquire([192, 0, 2, 1].into());
         let evicted = place.evicted();
         let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;
-        place.leave();
+        place.release();
         drop(crowd().collect::<Vec<_>>());
         assert!(waits().await.is_err());
-        place.come_back();
+        place.reacquire();
         let _crowd: Vec<_> = crowd().collect();
         assert!(waits().await.is_ok());
     }

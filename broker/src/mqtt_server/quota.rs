@@ -1,4 +1,4 @@
-//! What one user may take of the server beside others: seats, packets and bytes over time, and memory for packets that
+//! What one user may take of the server beside others: connections, packets and bytes over time, and memory for packets that
 //! are not whole yet. All connections of a user share it.
 //!
 //! Who takes more is slowed down: nothing more is read from it for a while. What it sent stays in its own buffers then,
@@ -12,15 +12,15 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use wgkex_common::config::Role;
 
-/// The most seats of one user, however many there are. A worker and a broker have two each.
-const SEATS: usize = 32;
+/// The most connections of one user, however many there may be in all. A worker and a broker have two each.
+const CLIENTS: usize = 32;
 /// The least, however few there are.
-const SEATS_MIN: usize = 4;
+const CLIENTS_MIN: usize = 4;
 /// So many bytes of packets that are not whole yet a user has at most; larger packets wait for their turn.
 const UNFINISHED: usize = 4 << 20;
 /// The same where there are no users, for all together.
 const UNFINISHED_OF_ALL: usize = 64 << 20;
-/// How often it is said that a user does what it should not.
+/// How often each kind of a user's offences is logged at most.
 const WARN: Duration = Duration::from_secs(60);
 
 /// What a packet costs, beside its bytes.
@@ -48,11 +48,11 @@ struct Pace {
     burst: u64,
 }
 
-/// A worker says a batch of 2,000 keys in 100 kB. In the worst case it says each key alone: 20,000 keys are half of what
-/// it may say at once.
+/// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are half
+/// of what it may publish at once.
 const WORKER: (Pace, Pace) =
     (Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET }, Pace { per_second: 512 << 10, burst: 16 << 20 });
-/// A broker of another machine says as many keys as routers ask it for, and sends all live keys to each gateway that
+/// A broker of another machine publishes as many keys as routers ask it for, and sends all live keys to each gateway that
 /// asks. It is trusted with more than this; the bound is for what went wrong.
 const BROKER: (Pace, Pace) =
     (Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET }, Pace { per_second: 64 << 20, burst: 256 << 20 });
@@ -61,32 +61,32 @@ const BROKER: (Pace, Pace) =
 #[derive(Debug, Clone)]
 pub struct Account {
     /// How many connections there may be at once.
-    pub seats: usize,
+    pub max_clients: usize,
     /// Whether it is this broker's own, which nothing may hold up.
     pub is_own: bool,
     rate: Option<Arc<Rate>>,
     unfinished: Arc<Share>,
-    warned: Arc<[Rarely; 4]>,
+    warned: Arc<[LogThrottle; 4]>,
 }
 
-/// What a user does that is said in the log, each once in a while.
+/// What a user does that is logged, each at most once in a while.
 #[derive(Debug, Clone, Copy)]
 pub enum Offence {
     /// It logs in with a wrong password.
     Password,
-    /// It has a last will that it may not say.
+    /// It has a will that it may not publish.
     Will,
-    /// It says or hears what it may not.
+    /// It publishes or subscribes to what it may not.
     Forbidden,
     /// It takes more than it may.
     Excess,
 }
 
 impl Account {
-    /// A user's of `users` that share `seats`.
-    pub fn of(role: Role, users: usize, seats: usize) -> Self {
-        let seats = (seats / users.max(1)).clamp(SEATS_MIN, SEATS);
-        Self { seats, ..Self::with(Some(rate(role)), UNFINISHED) }
+    /// That of a user; so many `users` share `max_clients`.
+    pub fn of(role: Role, users: usize, max_clients: usize) -> Self {
+        let max_clients = (max_clients / users.max(1)).clamp(CLIENTS_MIN, CLIENTS);
+        Self { max_clients, ..Self::with(Some(rate(role)), UNFINISHED) }
     }
 
     /// Everybody's, where there are no users.
@@ -101,7 +101,7 @@ impl Account {
 
     fn with(rate: Option<Rate>, unfinished: usize) -> Self {
         let unfinished = Arc::new(Share { taken: AtomicUsize::new(0), most: unfinished });
-        Self { seats: usize::MAX, is_own: false, rate: rate.map(Arc::new), unfinished, warned: Arc::default() }
+        Self { max_clients: usize::MAX, is_own: false, rate: rate.map(Arc::new), unfinished, warned: Arc::default() }
     }
 
     /// The same with a rate of its own, for one of many programs that are not told apart.
@@ -109,7 +109,7 @@ impl Account {
         Self { rate: Some(Arc::new(rate(Role::Broker))), ..self.clone() }
     }
 
-    /// Takes `cost`, and says how long to wait until more may be taken.
+    /// Takes `cost`; returns how long to wait until more may be taken.
     pub fn charge(&self, cost: Cost, now: Instant) -> Duration {
         self.rate.as_ref().map_or(Duration::ZERO, |rate| rate.charge(cost, now))
     }
@@ -119,7 +119,7 @@ impl Account {
         self.unfinished.take(bytes)
     }
 
-    /// Whether this is to be said in the log, as it was not for a while.
+    /// Whether this is to be logged, as it was not for a while.
     pub fn may_warn(&self, offence: Offence) -> bool {
         self.warned[offence as usize].is_due(WARN)
     }
@@ -196,11 +196,11 @@ impl Drop for Held {
     }
 }
 
-/// What is said once in a while, however often it happens.
+/// Lets something be logged once in a while, however often it happens.
 #[derive(Debug, Default)]
-pub struct Rarely(Mutex<Option<Instant>>);
+pub struct LogThrottle(Mutex<Option<Instant>>);
 
-impl Rarely {
+impl LogThrottle {
     /// Whether it was not due for `pause`.
     pub fn is_due(&self, pause: Duration) -> bool {
         let mut last = self.0.lock();
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_says_20_000_keys_at_once_each_alone_and_a_broker_more() {
+    fn a_worker_publishes_20_000_keys_at_once_each_alone_and_a_broker_more() {
         let (worker, broker) = (rate(Role::Worker), rate(Role::Broker));
         assert!(burst(&worker, 200, after(&worker, 0)) > 2 * 20_000 - 1);
         assert!(burst(&broker, 200, after(&broker, 0)) >= 100_000);
@@ -265,16 +265,19 @@ mod tests {
 
     #[test]
     fn seats_are_for_all_users() {
-        let seats = |users, all| Account::of(Role::Worker, users, all).seats;
-        assert_eq!([seats(3, 10), seats(1, 10), seats(10, 100), seats(3, 10_000)], [4, 10, 10, 32]);
-        assert_eq!(Account::of_anyone().seats, usize::MAX);
+        let max_clients = |users, all| Account::of(Role::Worker, users, all).max_clients;
+        assert_eq!(
+            [max_clients(3, 10), max_clients(1, 10), max_clients(10, 100), max_clients(3, 10_000)],
+            [4, 10, 10, 32]
+        );
+        assert_eq!(Account::of_anyone().max_clients, usize::MAX);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_happens_often_is_said_rarely() {
-        let rarely = Rarely::default();
-        assert!(rarely.is_due(WARN) && !rarely.is_due(WARN));
+    async fn what_happens_often_is_logged_rarely() {
+        let throttle = LogThrottle::default();
+        assert!(throttle.is_due(WARN) && !throttle.is_due(WARN));
         tokio::time::advance(WARN).await;
-        assert!(rarely.is_due(WARN));
+        assert!(throttle.is_due(WARN));
     }
 }

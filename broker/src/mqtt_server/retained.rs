@@ -1,6 +1,6 @@
-//! What is kept for who subscribes later, and the last wills of who is connected: the state that survives a restart.
+//! The retained messages, and the wills of clients that are connected: the state that survives a restart.
 //!
-//! A will that stands here when the server starts is that of somebody whose connection ended with the server. It is due.
+//! A will that is here when the server starts is that of a client whose connection ended with the server. It is due.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -12,33 +12,33 @@ use rumqttc::QoS;
 use crate::mqtt_server::filter::{matches, prefix};
 use crate::mqtt_server::message::Message;
 
-/// So many topics have a message kept at most.
+/// So many topics have a retained message at most.
 pub(super) const TOPICS: usize = 100_000;
 /// So many bytes of topics and payloads are kept at most.
 const BYTES: usize = 64 << 20;
-/// One user has this part of both at most, so that nobody keeps another's messages out.
-pub(super) const SHARE: usize = 20;
-/// So many topics are looked at in one go, lest others wait.
-const LOOKED_AT: u64 = 2_000;
+/// One user has this part of both at most (one divided by it), so that no user keeps another's messages out.
+pub(super) const PER_USER_FRACTION: usize = 20;
+/// So many topics are looked at in one search, lest others wait.
+const SCAN_LIMIT: u64 = 2_000;
 /// Beyond so many changes that could not be written, everything is to be written again.
 const CHANGES: usize = 200_000;
 
-/// A payload and the quality it was said with.
+/// What is retained on a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Kept {
-    /// What was said.
+pub struct RetainedMessage {
+    /// Its payload.
     pub payload: Bytes,
-    /// How it was said.
+    /// The quality of service that it was published with.
     pub qos: QoS,
-    /// Which user said it, if that is known.
+    /// The user that published it, if that is known.
     pub by: Option<Arc<str>>,
 }
 
-/// Why a message is not kept.
+/// A message is not retained, as there is no room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full;
 
-/// Some of what is kept for a filter.
+/// Some of the retained messages of a filter.
 #[derive(Debug)]
 pub struct Found {
     /// The messages.
@@ -46,22 +46,22 @@ pub struct Found {
     /// Behind which topic to go on, if there may be more.
     pub after: Option<String>,
     /// How many topics were looked at for that.
-    pub looked_at: u64,
+    pub scanned: u64,
     /// The bytes of the messages' topics and payloads.
     pub bytes: usize,
 }
 
-/// Everything kept.
+/// All retained messages and wills.
 #[derive(Debug, Default)]
 pub struct Retained {
-    messages: BTreeMap<String, Kept>,
+    messages: BTreeMap<String, RetainedMessage>,
     all: Size,
     of_users: BTreeMap<Arc<str>, Size>,
     wills: BTreeMap<String, Message>,
     changes: Changes,
 }
 
-/// How much is kept.
+/// How much is retained.
 #[derive(Debug, Default, Clone, Copy)]
 struct Size {
     topics: usize,
@@ -75,22 +75,22 @@ pub struct Changes {
     pub topics: BTreeSet<String>,
     /// The clients whose wills did.
     pub clients: BTreeSet<String>,
-    /// All that is on disk is to go first.
-    pub anew: bool,
+    /// All that is on disk is to be deleted first.
+    pub needs_full_write: bool,
 }
 
 /// What is to be written: each with what it is now, none if it is gone.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// By topic.
-    pub messages: Vec<(String, Option<Kept>)>,
+    pub messages: Vec<(String, Option<RetainedMessage>)>,
     /// By client.
     pub wills: Vec<(String, Option<Message>)>,
-    /// All that is on disk is to go first.
-    pub anew: bool,
+    /// All that is on disk is to be deleted first.
+    pub needs_full_write: bool,
 }
 
-impl Kept {
+impl RetainedMessage {
     fn size(&self, topic: &str) -> usize {
         topic.len() + self.payload.len()
     }
@@ -98,7 +98,10 @@ impl Kept {
 
 impl Retained {
     /// As it was when the server ended, with the wills that are due.
-    pub fn restored(messages: impl IntoIterator<Item = (String, Kept)>, wills: BTreeMap<String, Message>) -> Self {
+    pub fn restored(
+        messages: impl IntoIterator<Item = (String, RetainedMessage)>,
+        wills: BTreeMap<String, Message>,
+    ) -> Self {
         let mut retained = Self::default();
         for (topic, kept) in messages {
             let _ = retained.put(topic, kept);
@@ -106,7 +109,7 @@ impl Retained {
         retained.changes = Changes { clients: wills.keys().cloned().collect(), ..Changes::default() };
         for will in wills.into_values().filter(|will| will.retain) {
             let by = retained.messages.get(&will.topic).and_then(|before| before.by.clone());
-            let _ = retained.keep(&will, by.as_deref());
+            let _ = retained.store(&will, by.as_deref());
         }
         retained
     }
@@ -116,8 +119,8 @@ impl Retained {
         self.messages.len()
     }
 
-    /// Keeps a message in place of the one on its topic; an empty one takes that away.
-    pub fn keep(&mut self, message: &Message, by: Option<&str>) -> Result<(), Full> {
+    /// Retains a message in place of the one on its topic; an empty one deletes that.
+    pub fn store(&mut self, message: &Message, by: Option<&str>) -> Result<(), Full> {
         if message.payload.is_empty() {
             if self.take(&message.topic).is_some() {
                 self.changed(|changes| changes.topics.insert(message.topic.clone()));
@@ -125,16 +128,16 @@ impl Retained {
             return Ok(());
         }
         let by = by.map(|user| self.of_users.get_key_value(user).map_or_else(|| user.into(), |(user, _)| user.clone()));
-        self.put(message.topic.clone(), Kept { payload: message.payload.clone(), qos: message.qos, by })?;
+        self.put(message.topic.clone(), RetainedMessage { payload: message.payload.clone(), qos: message.qos, by })?;
         self.changed(|changes| changes.topics.insert(message.topic.clone()));
         Ok(())
     }
 
-    fn put(&mut self, topic: String, kept: Kept) -> Result<(), Full> {
+    fn put(&mut self, topic: String, kept: RetainedMessage) -> Result<(), Full> {
         let before = self.take(&topic);
         let size = kept.size(&topic);
         let of_user = kept.by.as_ref().and_then(|user| self.of_users.get(user)).copied().unwrap_or_default();
-        let fits = self.all.has_room(size, 1) && (kept.by.is_none() || of_user.has_room(size, SHARE));
+        let fits = self.all.has_room(size, 1) && (kept.by.is_none() || of_user.has_room(size, PER_USER_FRACTION));
         match (fits, before) {
             (true, _) => self.place(topic, kept),
             (false, Some(before)) => self.place(topic, before),
@@ -143,7 +146,7 @@ impl Retained {
         if fits { Ok(()) } else { Err(Full) }
     }
 
-    fn place(&mut self, topic: String, kept: Kept) {
+    fn place(&mut self, topic: String, kept: RetainedMessage) {
         let size = kept.size(&topic);
         self.all.add(size);
         if let Some(user) = &kept.by {
@@ -152,7 +155,7 @@ impl Retained {
         self.messages.insert(topic, kept);
     }
 
-    fn take(&mut self, topic: &str) -> Option<Kept> {
+    fn take(&mut self, topic: &str) -> Option<RetainedMessage> {
         let kept = self.messages.remove(topic)?;
         let size = kept.size(topic);
         self.all.remove(size);
@@ -171,16 +174,16 @@ impl Retained {
     pub fn find(&self, filter: &str, after: Option<&str>, (most, most_bytes): (usize, usize)) -> Found {
         let begin = prefix(filter);
         let from = after.map_or(Bound::Included(begin), Bound::Excluded);
-        let mut found = Found { messages: Vec::new(), after: None, looked_at: 1, bytes: 0 };
+        let mut found = Found { messages: Vec::new(), after: None, scanned: 1, bytes: 0 };
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
         for (topic, kept) in range.take_while(|(topic, _)| topic.starts_with(begin)) {
             if matches(filter, topic) {
                 found.bytes += kept.size(topic);
-                let Kept { payload, qos, .. } = kept.clone();
+                let RetainedMessage { payload, qos, .. } = kept.clone();
                 found.messages.push(Message { topic: topic.clone(), payload, qos, retain: true });
             }
-            found.looked_at += 1;
-            if found.messages.len() >= most || found.bytes >= most_bytes || found.looked_at > LOOKED_AT {
+            found.scanned += 1;
+            if found.messages.len() >= most || found.bytes >= most_bytes || found.scanned > SCAN_LIMIT {
                 found.after = Some(topic.clone());
                 break;
             }
@@ -188,36 +191,36 @@ impl Retained {
         found
     }
 
-    /// What is to be said when the connection of `client` is lost.
-    pub fn promise(&mut self, client: &str, will: Message) {
+    /// The message to be published when the connection of `client` is lost.
+    pub fn set_will(&mut self, client: &str, will: Message) {
         self.wills.insert(client.to_owned(), will);
         self.changed(|changes| changes.clients.insert(client.to_owned()));
     }
 
-    /// Takes the promise back.
-    pub fn release(&mut self, client: &str) -> Option<Message> {
+    /// Deletes the will of `client`; returns it.
+    pub fn clear_will(&mut self, client: &str) -> Option<Message> {
         let will = self.wills.remove(client)?;
         self.changed(|changes| changes.clients.insert(client.to_owned()));
         Some(will)
     }
 
     fn changed(&mut self, note: impl FnOnce(&mut Changes) -> bool) {
-        if self.changes.anew {
+        if self.changes.needs_full_write {
             return;
         }
         note(&mut self.changes);
         if self.changes.topics.len() + self.changes.clients.len() > CHANGES {
-            self.changes = Changes { anew: true, ..Changes::default() };
+            self.changes = Changes { needs_full_write: true, ..Changes::default() };
         }
     }
 
     /// What changed since the last time, as it is now.
     pub fn snapshot(&mut self) -> Snapshot {
-        let Changes { topics, clients, anew } = std::mem::take(&mut self.changes);
-        if anew {
+        let Changes { topics, clients, needs_full_write } = std::mem::take(&mut self.changes);
+        if needs_full_write {
             let messages = self.messages.iter().map(|(topic, kept)| (topic.clone(), Some(kept.clone())));
             let wills = self.wills.iter().map(|(client, will)| (client.clone(), Some(will.clone())));
-            return Snapshot { messages: messages.collect(), wills: wills.collect(), anew };
+            return Snapshot { messages: messages.collect(), wills: wills.collect(), needs_full_write };
         }
         let messages = topics.into_iter().map(|topic| {
             let kept = self.messages.get(&topic).cloned();
@@ -227,13 +230,13 @@ impl Retained {
             let will = self.wills.get(&client).cloned();
             (client, will)
         });
-        Snapshot { messages: messages.collect(), wills: wills.collect(), anew }
+        Snapshot { messages: messages.collect(), wills: wills.collect(), needs_full_write }
     }
 
     /// Takes back what could not be written; it is written as it is next time.
-    pub fn give_back(&mut self, unwritten: Snapshot) {
-        if unwritten.anew {
-            self.begin_anew();
+    pub fn requeue(&mut self, unwritten: Snapshot) {
+        if unwritten.needs_full_write {
+            self.require_full_write();
         }
         for (topic, _) in unwritten.messages {
             self.changed(|changes| changes.topics.insert(topic));
@@ -244,8 +247,8 @@ impl Retained {
     }
 
     /// Everything is to be written again, as to a new file.
-    pub fn begin_anew(&mut self) {
-        self.changes = Changes { anew: true, ..Changes::default() };
+    pub fn require_full_write(&mut self) {
+        self.changes = Changes { needs_full_write: true, ..Changes::default() };
     }
 }
 
@@ -269,7 +272,7 @@ impl Size {
 impl Snapshot {
     /// Nothing is to be written.
     pub fn is_empty(&self) -> bool {
-        !self.anew && self.messages.is_empty() && self.wills.is_empty()
+        !self.needs_full_write && self.messages.is_empty() && self.wills.is_empty()
     }
 }
 
@@ -301,7 +304,7 @@ mod tests {
     fn the_last_message_of_a_topic_is_kept_and_an_empty_one_takes_it_away() {
         let mut retained = Retained::default();
         for (topic, payload) in [("a/b", "1"), ("a", "2"), ("ab", "3"), ("a/b", "4"), ("a/c", "5"), ("a/c", "")] {
-            retained.keep(&message(topic, payload), None).unwrap();
+            retained.store(&message(topic, payload), None).unwrap();
         }
         let text = |pairs: &[(&str, &str)]| -> Vec<_> { pairs.iter().map(|&(a, b)| (a.into(), b.into())).collect() };
         assert_eq!(all(&retained, "a/#", 1), text(&[("a", "2"), ("a/b", "4")]));
@@ -314,56 +317,56 @@ mod tests {
     fn thousands_are_found_in_parts() {
         let mut retained = Retained::default();
         for n in 0..5000 {
-            retained.keep(&message(&format!("t/{n:04}/x"), "1"), None).unwrap();
-            retained.keep(&message(&format!("t/{n:04}/y"), "1"), None).unwrap();
+            retained.store(&message(&format!("t/{n:04}/x"), "1"), None).unwrap();
+            retained.store(&message(&format!("t/{n:04}/y"), "1"), None).unwrap();
         }
         assert_eq!(all(&retained, "t/+/y", 100).len(), 5000);
         assert_eq!(all(&retained, "t/+/z", 100).len(), 0);
         let found = retained.find("t/#", None, (100, 20));
         assert_eq!(found.messages.len(), 3, "no more than 20 bytes and one message");
-        assert_eq!((found.after.as_deref(), found.looked_at, found.bytes), (Some("t/0001/x"), 4, 27));
+        assert_eq!((found.after.as_deref(), found.scanned, found.bytes), (Some("t/0001/x"), 4, 27));
     }
 
     #[test]
     fn what_is_beyond_the_bounds_is_refused_and_what_is_there_may_still_change() {
         let mut retained = Retained::default();
         for n in 0..TOPICS {
-            retained.keep(&message(&n.to_string(), "1"), None).unwrap();
+            retained.store(&message(&n.to_string(), "1"), None).unwrap();
         }
-        assert_eq!(retained.keep(&message("one more", "1"), None), Err(Full));
-        retained.keep(&message("7", "2"), None).unwrap();
-        retained.keep(&message("8", ""), None).unwrap();
-        retained.keep(&message("one more", "1"), None).unwrap();
+        assert_eq!(retained.store(&message("one more", "1"), None), Err(Full));
+        retained.store(&message("7", "2"), None).unwrap();
+        retained.store(&message("8", ""), None).unwrap();
+        retained.store(&message("one more", "1"), None).unwrap();
         let large = "x".repeat(BYTES);
-        assert_eq!(retained.keep(&message("7", &large), None), Err(Full));
+        assert_eq!(retained.store(&message("7", &large), None), Err(Full));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
     }
 
     #[test]
     fn a_user_that_keeps_all_it_can_keeps_nobody_else_out() {
         let mut retained = Retained::default();
-        let kept = (0..TOPICS).filter(|n| retained.keep(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
-        assert_eq!(kept.count(), TOPICS / SHARE);
-        retained.keep(&message("gw2/status", "1"), Some("gw2")).unwrap();
-        retained.keep(&message("gw1/0", "2"), Some("gw1")).unwrap();
-        retained.keep(&message("gw1/1", ""), Some("gw1")).unwrap();
-        retained.keep(&message("gw1/more", "1"), Some("gw1")).unwrap();
-        assert_eq!(retained.keep(&message("gw1/one more", "1"), Some("gw1")), Err(Full));
-        retained.keep(&message("gw1/2", "1"), Some("b1")).unwrap();
-        retained.keep(&message("gw1/one more", "1"), Some("gw1")).unwrap();
-        let large = "x".repeat(BYTES / SHARE);
-        assert_eq!(retained.keep(&message("gw2/status", &large), Some("gw2")), Err(Full));
+        let kept = (0..TOPICS).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
+        assert_eq!(kept.count(), TOPICS / PER_USER_FRACTION);
+        retained.store(&message("gw2/status", "1"), Some("gw2")).unwrap();
+        retained.store(&message("gw1/0", "2"), Some("gw1")).unwrap();
+        retained.store(&message("gw1/1", ""), Some("gw1")).unwrap();
+        retained.store(&message("gw1/more", "1"), Some("gw1")).unwrap();
+        assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(Full));
+        retained.store(&message("gw1/2", "1"), Some("b1")).unwrap();
+        retained.store(&message("gw1/one more", "1"), Some("gw1")).unwrap();
+        let large = "x".repeat(BYTES / PER_USER_FRACTION);
+        assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(Full));
         assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
 
     #[test]
     fn a_will_found_at_the_start_is_due() {
         let mut before = Retained::default();
-        before.keep(&message("gw1/status", "1"), None).unwrap();
-        before.keep(&message("gw2/status", "1"), None).unwrap();
-        before.promise("gw1", message("gw1/status", "0"));
-        before.promise("gw2", message("gw2/status", "0"));
-        assert_eq!(before.release("gw2"), Some(message("gw2/status", "0")));
+        before.store(&message("gw1/status", "1"), None).unwrap();
+        before.store(&message("gw2/status", "1"), None).unwrap();
+        before.set_will("gw1", message("gw1/status", "0"));
+        before.set_will("gw2", message("gw2/status", "0"));
+        assert_eq!(before.clear_will("gw2"), Some(message("gw2/status", "0")));
         let Snapshot { messages, wills, .. } = before.snapshot();
         let messages = messages.into_iter().filter_map(|(topic, kept)| Some((topic, kept?)));
         let wills = wills.into_iter().filter_map(|(client, will)| Some((client, will?)));
@@ -379,11 +382,11 @@ mod tests {
     fn what_cannot_be_written_is_bounded() {
         let mut retained = Retained::default();
         for n in 0..=CHANGES {
-            retained.keep(&message(&n.to_string(), "1"), None).unwrap_or_default();
-            retained.keep(&message(&n.to_string(), ""), None).unwrap();
+            retained.store(&message(&n.to_string(), "1"), None).unwrap_or_default();
+            retained.store(&message(&n.to_string(), ""), None).unwrap();
         }
-        assert_eq!(retained.changes, Changes { anew: true, ..Changes::default() });
-        assert!(retained.snapshot().anew && retained.snapshot().is_empty());
+        assert_eq!(retained.changes, Changes { needs_full_write: true, ..Changes::default() });
+        assert!(retained.snapshot().needs_full_write && retained.snapshot().is_empty());
     }
 
     proptest! {
@@ -393,11 +396,11 @@ mod tests {
         ) {
             let (mut retained, mut written) = (Retained::default(), BTreeMap::new());
             for (topic, payload, writes, fails) in steps {
-                retained.keep(&message(&topic, &payload), None).unwrap();
+                retained.store(&message(&topic, &payload), None).unwrap();
                 if writes {
                     let snapshot = retained.snapshot();
                     if fails {
-                        retained.give_back(snapshot);
+                        retained.requeue(snapshot);
                         continue;
                     }
                     for (topic, kept) in snapshot.messages {

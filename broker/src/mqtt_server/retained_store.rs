@@ -13,9 +13,9 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use wgkex_common::storage::sqlite::{self, Failure, Layout};
 
-use crate::mqtt_server::broker::Bus;
+use crate::mqtt_server::broker::MessageBroker;
 use crate::mqtt_server::message::{Message, lower};
-use crate::mqtt_server::retained::{Kept, Retained, Snapshot};
+use crate::mqtt_server::retained::{Retained, RetainedMessage, Snapshot};
 
 /// How often what changed is written.
 const FLUSH: Duration = Duration::from_millis(500);
@@ -68,7 +68,7 @@ impl File {
     }
 
     /// Writes behind until `stop` returns, and then what is left.
-    pub async fn run(mut self, bus: Arc<Bus>, stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, broker: Arc<MessageBroker>, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let mut over = false;
         while !over {
@@ -76,18 +76,18 @@ impl File {
                 () = sleep(FLUSH) => {}
                 () = &mut stop => over = true,
             }
-            let bus = bus.clone();
+            let broker = broker.clone();
             // An error means that the runtime ends.
-            let Ok(file) = spawn_blocking(move || self.flush(&bus)).await else { return };
+            let Ok(file) = spawn_blocking(move || self.flush(&broker)).await else { return };
             self = file;
         }
     }
 
-    fn flush(mut self, bus: &Bus) -> Self {
+    fn flush(mut self, broker: &MessageBroker) -> Self {
         if self.database.is_none() {
             match whole(&self.path, Ok) {
                 Ok(database) => {
-                    bus.begin_anew();
+                    broker.require_full_write();
                     self.database = Some(database);
                 }
                 Err(failure) => {
@@ -97,7 +97,7 @@ impl File {
             }
         }
         let Some(database) = &mut self.database else { return self };
-        let snapshot = bus.snapshot();
+        let snapshot = broker.snapshot();
         if snapshot.is_empty() && !self.failing {
             return self;
         }
@@ -107,7 +107,7 @@ impl File {
             }
             Ok(()) => {}
             Err(failure) => {
-                bus.give_back(snapshot);
+                broker.requeue(snapshot);
                 if matches!(failure, Failure::Damaged(_)) {
                     self.database = None;
                 }
@@ -141,7 +141,7 @@ fn read(database: &Connection) -> Result<Retained, Failure> {
     let mut statement = database.prepare("SELECT topic, payload, qos, user FROM messages")?;
     let kept = |row: &rusqlite::Row<'_>| {
         let (payload, qos, user): (Vec<u8>, u8, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
-        Ok((row.get(0)?, Kept { payload: payload.into(), qos: quality(qos), by: user.map(Arc::from) }))
+        Ok((row.get(0)?, RetainedMessage { payload: payload.into(), qos: quality(qos), by: user.map(Arc::from) }))
     };
     let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
@@ -166,7 +166,7 @@ fn damaged(error: &rusqlite::Error) -> Failure {
 
 fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> {
     let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    if snapshot.anew {
+    if snapshot.needs_full_write {
         transaction.execute_batch("DELETE FROM messages; DELETE FROM wills;")?;
     }
     {
@@ -174,7 +174,7 @@ fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> 
         let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
         for (topic, kept) in &snapshot.messages {
             match kept {
-                Some(Kept { payload, qos, by }) => {
+                Some(RetainedMessage { payload, qos, by }) => {
                     put.execute(params![topic, &payload[..], *qos as u8, by.as_deref()])?
                 }
                 None => remove.execute([topic])?,
@@ -202,7 +202,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::mqtt_server::retained::{SHARE, TOPICS};
+    use crate::mqtt_server::retained::{PER_USER_FRACTION, TOPICS};
 
     fn message(topic: &str, payload: &str) -> Message {
         Message { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
@@ -223,11 +223,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         for (topic, payload) in [("a", "1"), ("b", "1"), ("c", "1")] {
-            retained.keep(&message(topic, payload), None).unwrap();
+            retained.store(&message(topic, payload), None).unwrap();
         }
-        retained.promise("left", message("b", "0"));
-        retained.promise("there", message("c", "0"));
-        let _ = retained.release("left");
+        retained.set_will("left", message("b", "0"));
+        retained.set_will("there", message("c", "0"));
+        let _ = retained.clear_will("left");
         close(file, &mut retained);
         let expected = [("a", "1"), ("b", "1"), ("c", "0")].map(|(topic, payload)| (topic.into(), payload.into()));
         for _ in 0..2 {
@@ -241,16 +241,16 @@ mod tests {
     fn who_has_all_of_a_users_part_has_it_after_a_restart_too() {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
-        for n in 0..TOPICS / SHARE {
-            retained.keep(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
+        for n in 0..TOPICS / PER_USER_FRACTION {
+            retained.store(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
-        retained.promise("gw1", message("0", "0"));
+        retained.set_will("gw1", message("0", "0"));
         close(file, &mut retained);
         let (_file, mut retained) = File::open(dir.path()).unwrap();
-        retained.keep(&message("another's", "1"), Some("gw2")).unwrap();
-        assert!(retained.keep(&message("one more", "1"), Some("gw1")).is_err());
-        retained.keep(&message("0", ""), Some("gw1")).unwrap();
-        retained.keep(&message("one more", "1"), Some("gw1")).unwrap();
+        retained.store(&message("another's", "1"), Some("gw2")).unwrap();
+        assert!(retained.store(&message("one more", "1"), Some("gw1")).is_err());
+        retained.store(&message("0", ""), Some("gw1")).unwrap();
+        retained.store(&message("one more", "1"), Some("gw1")).unwrap();
     }
 
     #[test]
@@ -260,7 +260,7 @@ mod tests {
         fs::write(&path, "this is no database at all").unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         assert!(topics(&retained).is_empty() && dir.path().join("mqtt-retained.sqlite.damaged").exists());
-        retained.keep(&message("a", "1"), None).unwrap();
+        retained.store(&message("a", "1"), None).unwrap();
         close(file, &mut retained);
         assert_eq!(topics(&File::open(dir.path()).unwrap().1).len(), 1);
     }
@@ -284,7 +284,7 @@ mod tests {
         Connection::open(dir.path().join("mqtt-retained.sqlite")).unwrap().execute_batch(first).unwrap();
         for topic in ["b", "c"] {
             let (file, mut retained) = File::open(dir.path()).unwrap();
-            retained.keep(&message(topic, "1"), Some("gw1")).unwrap();
+            retained.store(&message(topic, "1"), Some("gw1")).unwrap();
             close(file, &mut retained);
         }
         let kept = topics(&File::open(dir.path()).unwrap().1);

@@ -1,6 +1,6 @@
-//! What one client may and gets (MQTT 3.1.1), from its CONNECT on: packets in, packets and deeds out, no IO.
+//! The MQTT 3.1.1 state of one client from its CONNECT on: packets in, packets and actions out, no IO.
 //!
-//! Every session is a clean one: who comes back subscribes again.
+//! Every session is a clean one: a client that reconnects subscribes again.
 
 use std::collections::{BTreeSet, VecDeque};
 
@@ -16,7 +16,7 @@ use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
 use crate::mqtt_server::subscriptions::{LEVELS, Subscriptions};
 
-/// So many messages are under way to a client at most; the next one waits for an acknowledgement.
+/// So many messages are in flight to a client at most; the next one waits for an acknowledgement.
 const INFLIGHT: usize = 100;
 /// The same for this broker's own connections, which must not be behind.
 const INFLIGHT_OWN: usize = 10_000;
@@ -27,13 +27,13 @@ const FILTER_MAX: usize = 1_000;
 
 /// What has to be done for a client.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Deed {
-    /// To say this.
-    Say(Message),
-    /// To listen for it from now on, if that is not so.
-    Listen,
-    /// To tell that it wanted what it may not.
-    Forbid {
+pub enum Action {
+    /// To publish this.
+    Publish(Message),
+    /// To read the log for it from now on, if that is not so.
+    Subscribe,
+    /// To log and count that the access rules deny it something.
+    Deny {
         /// What it wanted to do.
         operation: Operation,
         /// With which topic or filter.
@@ -42,7 +42,7 @@ pub enum Deed {
         is_first: bool,
     },
     /// To end the connection, as it asked for.
-    End,
+    Disconnect,
 }
 
 /// The client does what no client may: the connection ends.
@@ -51,7 +51,7 @@ pub struct Violation(pub &'static str);
 
 const TOO_MANY: Violation = Violation("names too many topics in one packet");
 
-/// Kept messages that a client still gets: those of `filter` behind `after`.
+/// Retained messages that a client still gets: those of `filter` behind `after`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backlog {
     /// The filter it subscribed to.
@@ -68,11 +68,11 @@ pub struct Session {
     backlog: VecDeque<Backlog>,
     /// What it has not acknowledged yet, how much that may be, and the identifier given last.
     inflight: BTreeSet<u16>,
-    most: usize,
-    last: u16,
-    /// What it said exactly once, and has not let go yet.
+    max_inflight: usize,
+    last_pkid: u16,
+    /// The messages of quality of service 2 that it has not released yet.
     exactly_once: BTreeSet<u16>,
-    was_forbidden: bool,
+    was_denied: bool,
 }
 
 impl Session {
@@ -83,14 +83,14 @@ impl Session {
             subscriptions: Subscriptions::default(),
             backlog: VecDeque::new(),
             inflight: BTreeSet::new(),
-            most: if is_own { INFLIGHT_OWN } else { INFLIGHT },
-            last: 0,
+            max_inflight: if is_own { INFLIGHT_OWN } else { INFLIGHT },
+            last_pkid: 0,
             exactly_once: BTreeSet::new(),
-            was_forbidden: false,
+            was_denied: false,
         }
     }
 
-    /// What a packet takes of the server's time. An acknowledgement that is due was paid by who said the message.
+    /// What a packet takes of the server's time. An acknowledgement that is due was paid for by the publisher.
     pub fn work(&self, packet: &Packet) -> u64 {
         let topics = if let Packet::Subscribe(Subscribe { filters, .. }) = packet {
             filters.len()
@@ -104,7 +104,7 @@ impl Session {
     }
 
     /// Takes a packet, and answers it at the end of `output`.
-    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<Deed>, Violation> {
+    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<Action>, Violation> {
         match packet {
             Packet::Publish(publish) => self.publish(publish, output),
             Packet::PubRel(PubRel { pkid }) => {
@@ -131,7 +131,7 @@ impl Session {
                 put(&Packet::PingResp, output);
                 Ok(Vec::new())
             }
-            Packet::Disconnect => Ok(vec![Deed::End]),
+            Packet::Disconnect => Ok(vec![Action::Disconnect]),
             Packet::Connect(_) => Err(Violation("connects twice")),
             Packet::ConnAck(_)
             | Packet::PubRec(_)
@@ -142,7 +142,7 @@ impl Session {
         }
     }
 
-    fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<Deed>, Violation> {
+    fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<Action>, Violation> {
         if !is_topic(&publish.topic) {
             return Err(Violation("publishes on no topic"));
         }
@@ -159,13 +159,13 @@ impl Session {
             }
         };
         if !self.access.can_publish(&publish.topic) {
-            return Ok(vec![self.forbid(Operation::Publish, publish.topic)]);
+            return Ok(vec![self.deny(Operation::Publish, publish.topic)]);
         }
-        Ok(is_new.then(|| Deed::Say(publish.into())).into_iter().collect())
+        Ok(is_new.then(|| Action::Publish(publish.into())).into_iter().collect())
     }
 
-    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Deed> {
-        let mut deeds = vec![Deed::Listen];
+    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Action> {
+        let mut actions = vec![Action::Subscribe];
         let mut codes = Vec::with_capacity(subscribe.filters.len());
         let mut granted = Vec::new();
         for filter in subscribe.filters {
@@ -173,7 +173,7 @@ impl Session {
             let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS).is_none();
             let has_place = self.subscriptions.len() < FILTERS || self.subscriptions.contains(&path);
             if is_sound && !self.access.can_subscribe(&path) {
-                deeds.push(self.forbid(Operation::Subscribe, path));
+                actions.push(self.deny(Operation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);
             } else if is_sound && has_place {
                 self.subscriptions.insert(&path, qos);
@@ -185,11 +185,11 @@ impl Session {
         }
         self.begin_backlog(&granted);
         put(&Packet::SubAck(SubAck::new(subscribe.pkid, codes)), output);
-        deeds
+        actions
     }
 
-    /// What is kept for these filters is sent, each once, behind what is sent already; from its beginning if that was
-    /// under way.
+    /// The retained messages of these filters are sent, each once, behind those of earlier filters; from the beginning if
+    /// they were being sent.
     fn begin_backlog(&mut self, filters: &[String]) {
         let mut begun = BTreeSet::new();
         self.end_backlog(&filters.iter().map(String::as_str).collect());
@@ -204,8 +204,8 @@ impl Session {
         self.backlog.retain(|backlog| !filters.contains(backlog.filter.as_str()));
     }
 
-    fn forbid(&mut self, operation: Operation, topic: String) -> Deed {
-        Deed::Forbid { operation, topic, is_first: !std::mem::replace(&mut self.was_forbidden, true) }
+    fn deny(&mut self, operation: Operation, topic: String) -> Action {
+        Action::Deny { operation, topic, is_first: !std::mem::replace(&mut self.was_denied, true) }
     }
 
     /// Whether it subscribed to a filter that has `topic`.
@@ -215,7 +215,7 @@ impl Session {
 
     /// How many messages may be sent to it now.
     pub fn room(&self) -> usize {
-        self.most - self.inflight.len()
+        self.max_inflight - self.inflight.len()
     }
 
     /// What it gets before anything else.
@@ -224,7 +224,7 @@ impl Session {
     }
 
     /// It got the backlog's messages up to `after`; all of them if there is none.
-    pub fn went_on(&mut self, after: Option<String>) {
+    pub fn advance_backlog(&mut self, after: Option<String>) {
         if after.is_none() && !self.backlog.is_empty() {
             self.backlog.pop_front();
         } else if let Some(backlog) = self.backlog.front_mut() {
@@ -232,7 +232,7 @@ impl Session {
         }
     }
 
-    /// Sends it a message, with the lower quality of those that it was said with and subscribed to, if it wants it.
+    /// Sends it a message, with the lower quality of service of publisher and subscription, if it has subscribed to it.
     pub fn deliver(&mut self, message: Message, output: &mut BytesMut) {
         let Some(granted) = self.subscriptions.granted(&message.topic) else { return };
         let qos = lower(granted, message.qos);
@@ -243,9 +243,9 @@ impl Session {
 
     fn next_identifier(&mut self) -> u16 {
         loop {
-            self.last = self.last.checked_add(1).unwrap_or(1);
-            if self.inflight.insert(self.last) {
-                return self.last;
+            self.last_pkid = self.last_pkid.checked_add(1).unwrap_or(1);
+            if self.inflight.insert(self.last_pkid) {
+                return self.last_pkid;
             }
         }
     }

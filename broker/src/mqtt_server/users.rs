@@ -1,4 +1,4 @@
-//! Who may connect, and as whom.
+//! The users that may log in, and as which client each of their connections is known.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ const NO_RANDOM: &str = "the system gives no random numbers";
 /// What this broker itself is called, as no user of the config can be.
 const OWN: &str = "/";
 
-/// Who a client is.
+/// The user of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum User {
     /// Anybody, where there are no users.
@@ -36,13 +36,13 @@ pub enum User {
     Named(String, Role),
 }
 
-/// Who may connect.
+/// The users that may log in.
 pub struct Users {
-    known: BTreeMap<String, Arc<Known>>,
+    known: BTreeMap<String, Arc<UserEntry>>,
     /// What everybody shares where there are no users.
     anyone: Account,
     passwords: Arc<Passwords>,
-    /// Says to the thread that verifies passwords that one waits; it ends without this.
+    /// Wakes the thread that verifies passwords; it ends when this is dropped.
     wake: SyncSender<()>,
 }
 
@@ -57,7 +57,7 @@ struct Passwords {
 
 /// A password that is to be verified.
 struct Check {
-    known: Arc<Known>,
+    known: Arc<UserEntry>,
     password: String,
     client: Client,
     /// Stands for the user's name.
@@ -65,14 +65,14 @@ struct Check {
     answer: oneshot::Sender<Result<bool, Denied>>,
 }
 
-struct Known {
+struct UserEntry {
     hash: Secret,
     role: Role,
     tag: Mutex<Option<hmac::Tag>>,
     account: Account,
 }
 
-/// From where somebody logs in.
+/// From where a user logs in.
 #[derive(Debug, Clone, Copy)]
 pub struct Origin {
     /// Which client it is.
@@ -81,7 +81,7 @@ pub struct Origin {
     pub is_known: bool,
 }
 
-/// Why nobody is let in.
+/// Why a login is denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
     /// The password is wrong, or there is no such user.
@@ -109,8 +109,8 @@ impl User {
         }
     }
 
-    /// As whom the client of this id, which has no line breaks, is known; none if the user may not have it. A worker's
-    /// clients have its name, or begin with it. Nobody's are known as another's.
+    /// The name by which the client of this id, which has no line breaks, is known; none if the user may not have the id. A worker's
+    /// clients have its name, or begin with it. No two users' clients have the same name.
     pub fn client(&self, id: &str) -> Option<String> {
         let is_own = |name: &str| id.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
         match self {
@@ -138,7 +138,7 @@ impl Users {
             password::check(password_hash.expose())
                 .with_context(|| format!("mqtt_listen.users.{name}.password_hash"))?;
             let account = Account::of(*role, config.users.len(), config.max_connections);
-            let known = Known { hash: password_hash.clone(), role: *role, tag: Mutex::default(), account };
+            let known = UserEntry { hash: password_hash.clone(), role: *role, tag: Mutex::default(), account };
             users.known.insert(name.clone(), Arc::new(known));
         }
         Ok(users)
@@ -154,19 +154,19 @@ impl Users {
         Ok(Self { known: BTreeMap::new(), anyone: Account::of_anyone(), passwords, wake })
     }
 
-    /// This broker itself, and how it logs in: with a password that nobody else ever sees.
+    /// This broker itself, and how it logs in: with a password that never leaves the process.
     pub fn own() -> anyhow::Result<(Self, Credentials)> {
         let mut random = [0; 32];
         SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("{NO_RANDOM}"))?;
         let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         let mut users = Self::none()?;
         let tag = Mutex::new(Some(users.passwords.tag(&password)));
-        let known = Known { hash: Secret::new(String::new()), role: Role::Broker, tag, account: Account::own() };
+        let known = UserEntry { hash: Secret::new(String::new()), role: Role::Broker, tag, account: Account::own() };
         users.known.insert(OWN.into(), Arc::new(known));
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
     }
 
-    /// Who it is that logs in so, and what this user shares with its other connections. A name that no user has takes as
+    /// The user of this login, and what it shares with its other connections. A name that no user has takes as
     /// long as a wrong password.
     pub async fn admit(&self, login: Option<Login>, origin: Origin) -> Result<(User, Account), Denied> {
         if self.known.is_empty() {
@@ -195,14 +195,14 @@ impl Users {
     }
 
     /// The user whose password is verified in place of that of one who does not exist: always the same for a name.
-    fn stand_in(&self, number: u64) -> Option<&Arc<Known>> {
+    fn stand_in(&self, number: u64) -> Option<&Arc<UserEntry>> {
         let place = number.checked_rem(self.known.len() as u64)?;
         self.known.values().nth(usize::try_from(place).ok()?)
     }
 
     async fn verify(
         &self,
-        known: &Arc<Known>,
+        known: &Arc<UserEntry>,
         password: String,
         (Origin { client, is_known }, number): (Origin, u64),
     ) -> Result<bool, Denied> {
@@ -260,7 +260,7 @@ impl Passwords {
         }
     }
 
-    fn remembers(&self, known: &Known, password: &str) -> bool {
+    fn remembers(&self, known: &UserEntry, password: &str) -> bool {
         let tag = *known.tag.lock();
         tag.is_some_and(|tag| hmac::verify(&self.tags, password.as_bytes(), tag.as_ref()).is_ok())
     }
@@ -271,7 +271,7 @@ impl Passwords {
 }
 
 impl Check {
-    /// Says it to who waits for it, unless it gave up.
+    /// Sends the verdict to the login that waits for it, unless that gave up.
     fn answer(self, verdict: Result<bool, Denied>) {
         let _ = self.answer.send(verdict);
     }

@@ -24,10 +24,10 @@ fn message(topic: &str, qos: QoS) -> Message {
 }
 
 /// What the session does, and what it answers.
-fn take(session: &mut Session, packet: Packet) -> (Vec<Deed>, Vec<Packet>) {
+fn take(session: &mut Session, packet: Packet) -> (Vec<Action>, Vec<Packet>) {
     let mut output = BytesMut::new();
-    let deeds = session.take(packet, &mut output).unwrap();
-    (deeds, packets(output))
+    let actions = session.take(packet, &mut output).unwrap();
+    (actions, packets(output))
 }
 
 fn packets(mut output: BytesMut) -> Vec<Packet> {
@@ -43,7 +43,7 @@ fn delivered(session: &mut Session, message: Message) -> Vec<Publish> {
 
 #[test]
 fn each_quality_has_its_answer_and_is_said_once() {
-    let (mut session, said) = (session(), |qos| vec![Deed::Say(message("a", qos))]);
+    let (mut session, said) = (session(), |qos| vec![Action::Publish(message("a", qos))]);
     let (zero, one, two) = (QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce);
     assert_eq!(take(&mut session, publish("a", zero, 0)), (said(zero), vec![]));
     assert_eq!(take(&mut session, publish("a", one, 7)), (said(one), vec![Packet::PubAck(PubAck { pkid: 7 })]));
@@ -65,9 +65,9 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
         ("#", QoS::AtMostOnce),
         ("wgkex/worker/gw1/pages", QoS::AtMostOnce),
     ];
-    let (deeds, answers) = take(&mut session, subscribe(&filters));
-    let forbidden = Deed::Forbid { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
-    assert_eq!(deeds, [Deed::Listen, forbidden]);
+    let (actions, answers) = take(&mut session, subscribe(&filters));
+    let forbidden = Action::Deny { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
+    assert_eq!(actions, [Action::Subscribe, forbidden]);
     let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
     assert!(session.wants("wireguard/a/all") && !session.wants("wireguard-worker/gw1/status"));
@@ -77,10 +77,10 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
 fn what_is_forbidden_is_acknowledged_and_not_said() {
     let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
-        let (deeds, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
+        let (actions, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
         assert_eq!(
-            deeds,
-            [Deed::Forbid { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
+            actions,
+            [Action::Deny { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
         );
         assert_eq!(answers, [Packet::PubAck(PubAck { pkid: 3 })]);
     }
@@ -144,13 +144,13 @@ fn an_identifier_under_way_is_not_given_again() {
 fn each_subscription_brings_what_is_kept_again_and_only_once_at_a_time() {
     let mut session = session();
     let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce), ("b", QoS::AtLeastOnce)]));
-    session.went_on(Some("a".into()));
+    session.advance_backlog(Some("a".into()));
     for _ in 0..1000 {
         let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
     }
     let backlog = |filter: &str| Backlog { filter: filter.into(), after: None };
     assert_eq!(session.backlog, [backlog("b"), backlog("a")]);
-    session.went_on(None);
+    session.advance_backlog(None);
     assert_eq!(session.backlog(), Some(&backlog("a")));
 }
 
