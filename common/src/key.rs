@@ -79,7 +79,10 @@ impl PublicKey {
     /// The part of [`Self::link_local`] that is its own.
     #[must_use]
     pub fn derived(&self) -> Derived {
-        let digest = Md5::digest(format!("{self}\n"));
+        let mut line = [b'\n'; 45];
+        // The 44 characters of a key always fit.
+        let _ = STANDARD.encode_slice(self.0, &mut line);
+        let digest = Md5::digest(line);
         Derived([digest[0], digest[1], digest[2], digest[3], digest[4]])
     }
 }

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use wgkex_common::Domain;
 use wgkex_kernel::memory::{Delays, MemoryKernel};
-use wgkex_kernel::{Change, Device, Kernel, KernelError};
+use wgkex_kernel::{Change, Device, Interface, Kernel, KernelError, Outcomes};
 
 /// The in-memory kernel of `wgkex-worker`, watched.
 pub struct Counted {
     memory: MemoryKernel,
-    flooded: HashSet<(Domain, Ipv6Addr)>,
+    flooded: HashSet<(Interface, Ipv6Addr)>,
     count: Arc<AtomicU32>,
 }
 
@@ -31,21 +31,21 @@ impl Counted {
 }
 
 impl Kernel for Counted {
-    async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
-        self.memory.read(domain).await
+    async fn read(&mut self, interface: &Interface) -> Result<Device, KernelError> {
+        self.memory.read(interface).await
     }
 
-    async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
-        let results = self.memory.apply(domain, changes).await;
+    async fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> Outcomes {
+        let outcomes = self.memory.apply(interface, changes).await;
         // It would remember them all.
         let _ = self.memory.take_applies();
-        for (change, result) in changes.iter().zip(&results) {
-            if let (Change::AddFdb(address), Ok(())) = (change, result) {
-                self.flooded.insert((domain.clone(), *address));
+        for outcome in &outcomes {
+            if let (Change::AddFdb(address), Ok(())) = outcome {
+                self.flooded.insert((interface.clone(), *address));
             }
         }
         self.count.store(u32::try_from(self.flooded.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
-        results
+        outcomes
     }
 
     async fn changed(&mut self) {

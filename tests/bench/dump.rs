@@ -1,16 +1,18 @@
 //! Row `dump`: what it costs to read and to classify all peers: the plan alone on tables in memory, and with the real
 //! kernel's tables beside the C tools that show the same.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::runtime::Runtime;
 use wgkex_common::Reserved;
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::netlink::Netlink;
-use wgkex_kernel::{Device, Kernel as _};
+use wgkex_kernel::{Device, Interface, Kernel as _};
 use wgkex_tests::stack::Bus;
-use wgkex_worker::peers::{Clocks, Ledger, Policy};
+use wgkex_worker::peers::{Clocks, KnownPeers, Policy};
 use wgkex_worker::plan;
+use wgkex_worker::profiles::mesh::Mesh;
 
 use crate::gateway::{Gateway, SHOW, cost, domain, keys};
 use crate::measure::{Cost, median, thread_cpu};
@@ -70,8 +72,8 @@ fn print(report: Report, what: &str, reference: &str, sizes: &[(u32, Duration, D
 fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
     let (domain, keys) = (domain(), keys(0..peers));
     let mut memory = MemoryKernel::with(std::slice::from_ref(&domain));
-    let changes = plan::changes(&plan::install(keys));
-    runtime.block_on(memory.apply(&domain, &changes));
+    let changes = plan::changes(&plan::install(&Mesh, keys));
+    runtime.block_on(memory.apply(&Interface::from(&domain), changes));
     memory.alter(&domain, |device| {
         let ages = (0..).map(Duration::from_secs);
         for (peer, age) in device.peers.values_mut().zip(ages) {
@@ -79,34 +81,38 @@ fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
         }
     });
     let device = memory.device(&domain).unwrap();
-    let mut ledger = Ledger::new(Policy::default());
-    classify(&mut ledger, &device);
-    let classified = median((0..TIMES).map(|_| thread_cpu(|| classify(&mut ledger, &device))));
+    let mut known = known_peers();
+    classify(&mut known, &device);
+    let classified = median((0..TIMES).map(|_| thread_cpu(|| classify(&mut known, &device))));
     (peers, classified, median((0..TIMES).map(|_| thread_cpu(|| drop(device.clone())))))
 }
 
 /// What a read of the kernel's tables and the plan take.
 fn real(runtime: &Runtime) -> Duration {
-    let (domain, mut ledger) = (domain(), Ledger::new(Policy::default()));
+    let (interface, mut known) = (Interface::from(&domain()), known_peers());
     runtime.block_on(async {
         let mut kernel = Netlink::open().unwrap();
         let mut times = Vec::new();
         for _ in 0..TIMES {
             let began = Instant::now();
-            let device = kernel.read(&domain).await.unwrap();
-            classify(&mut ledger, &device);
+            let device = kernel.read(&interface).await.unwrap();
+            classify(&mut known, &device);
             times.push(began.elapsed());
         }
         median(times)
     })
 }
 
+fn known_peers() -> KnownPeers {
+    KnownPeers::new(Arc::new(Mesh), Policy::default())
+}
+
 /// Everything that is concluded from one read.
-fn classify(ledger: &mut Ledger, device: &Device) {
+fn classify(known: &mut KnownPeers, device: &Device) {
     let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
     let reserved = Reserved::default();
-    ledger.observe(device, &reserved, now);
-    let owed = ledger.owed(device, &reserved);
-    let _ = (ledger.stale(now.monotonic), ledger.orphaned(device, now.monotonic), ledger.counts(now.monotonic));
+    known.observe(device, &reserved, now);
+    let owed = known.pending_steps(device, &reserved);
+    let _ = (known.stale(now.monotonic), known.orphaned(device, now.monotonic), known.counts(now.monotonic));
     assert!(owed.is_empty(), "whole tables lack nothing");
 }

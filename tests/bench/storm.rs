@@ -8,13 +8,14 @@ use std::thread::{self, available_parallelism};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
-use wgkex_kernel::Kernel as _;
 use wgkex_kernel::memory::Delays;
 use wgkex_kernel::netlink::Netlink;
+use wgkex_kernel::{Interface, Kernel as _};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack, V2};
 use wgkex_worker::plan;
+use wgkex_worker::profiles::mesh::Mesh;
 
 use crate::bus::{start_mosquitto, wait_for_domain};
 use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, keep_network, keys};
@@ -84,22 +85,23 @@ pub fn worker_config(stack: &Stack, domains: &[&str], more: &str, name: &str) ->
 /// What this machine's kernel takes, by netlink as the worker speaks it.
 fn cost_of_a_kernel() -> Delays {
     let _gateway = Gateway::new(Bus::Mosquitto);
-    let (domain, mut keys) = (domain(), keys(0..1_200));
+    let (interface, mut keys) = (Interface::from(&domain()), keys(0..1_200));
     let many = keys.split_off(200);
     Runtime::new().unwrap().block_on(async {
         let mut kernel = Netlink::open().unwrap();
         let mut singles = Vec::new();
         for key in keys {
             let began = Instant::now();
-            kernel.apply(&domain, &plan::changes(&plan::install([key]))).await;
+            kernel.apply(&interface, plan::changes(&plan::install(&Mesh, [key]))).await;
             singles.push(began.elapsed());
         }
-        let changes = plan::changes(&plan::install(many));
+        let changes = plan::changes(&plan::install(&Mesh, many));
+        let count = u32::try_from(changes.len()).unwrap();
         let began = Instant::now();
-        kernel.apply(&domain, &changes).await;
-        let change = began.elapsed() / u32::try_from(changes.len()).unwrap();
+        kernel.apply(&interface, changes).await;
+        let change = began.elapsed() / count;
         let began = Instant::now();
-        kernel.read(&domain).await.unwrap();
+        kernel.read(&interface).await.unwrap();
         Delays { read: began.elapsed(), apply: median(singles).saturating_sub(change * 3), change }
     })
 }

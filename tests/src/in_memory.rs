@@ -6,8 +6,8 @@ use std::thread::{self, JoinHandle};
 use tokio::runtime;
 use tokio::sync::oneshot;
 use wgkex_common::{Config, PublicKey};
-use wgkex_kernel::Change;
 use wgkex_kernel::memory::MemoryKernel;
+use wgkex_kernel::{Change, PeerConfig};
 
 use crate::stack::{Stack, free_address};
 
@@ -55,7 +55,7 @@ impl InMemory {
     #[must_use]
     pub fn took(applied: &[Change], key: &str) -> bool {
         let key: PublicKey = key.parse().expect("a key");
-        applied.contains(&Change::SetPeer(key, key.link_local()))
+        applied.contains(&Change::SetPeer(PeerConfig::at(key, key.link_local())))
     }
 }
 

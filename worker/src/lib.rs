@@ -8,6 +8,7 @@ mod http;
 pub mod metrics;
 pub mod peers;
 pub mod plan;
+pub mod profiles;
 pub mod reconciler;
 pub mod setup;
 #[cfg(test)]
@@ -122,10 +123,10 @@ async fn tick(reserved: watch::Sender<Reserved>) {
 
 fn policy(config: &Config) -> Policy {
     let Cleanup { interval, stale, grace } = config.cleanup;
-    let Peers { max: peers, unproven } = config.peers;
+    let Peers { max: peers, unproven: unestablished } = config.peers;
     let report = wgkex_common::address::claim::handshake_report_interval(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
-    Policy { stale, grace, interval, report, unproven, forget, peers, ..Policy::default() }
+    Policy { stale, grace, interval, report, unestablished, forget, peers, ..Policy::default() }
 }
 
 /// Tells the installer who may come, and which keys were denied just now.

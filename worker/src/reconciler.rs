@@ -26,6 +26,8 @@ use wgkex_common::{Domain, PublicKey, Reserved};
 
 use crate::metrics::Metrics;
 use crate::peers::{Clocks, Policy};
+use crate::profiles::Profile;
+use crate::profiles::mesh::Mesh;
 use domain::Served;
 use reports::Outbox;
 pub use reports::{DomainState, Said, State};
@@ -133,7 +135,8 @@ impl<K: Kernel> Installer<K> {
         let (state, state_receiver) = watch::channel(State::new());
         let now = Instant::now().into_std();
         let shared = || (reserved.clone(), journal.clone(), metrics.clone());
-        let served = |domain: Domain| (domain.clone(), Served::new(domain, *policy, now, shared()));
+        let profile: Arc<dyn Profile> = Arc::new(Mesh);
+        let served = |domain: Domain| (domain.clone(), Served::new(domain, profile.clone(), *policy, now, shared()));
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(served).collect();
         for ((domain, key), kept) in remembered {
             if let Some(served) = domains.get_mut(&domain) {

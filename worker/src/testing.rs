@@ -5,6 +5,9 @@ use std::task::{Context, Poll, Waker};
 
 use wgkex_common::{Domain, PublicKey};
 
+use crate::plan::{self, Step};
+use crate::profiles::mesh::Mesh;
+
 /// A domain with the interfaces `wg-welt` and `vx-welt`.
 pub fn domain() -> Domain {
     Domain::new("ffmuc_welt", &["ffmuc_".into()]).unwrap()
@@ -21,6 +24,11 @@ pub fn key(n: u32) -> PublicKey {
 pub fn collision() -> (PublicKey, PublicKey) {
     let parse = |text: &str| text.parse().unwrap();
     (parse("fAKaBGbh8TB6KaToe27fkEi9ghZwYGi6sOvHDXG2PLI="), parse("3c+xZQV94mSS+WVbTdDrC58V7h9hA3uIECwx0uu1kpg="))
+}
+
+/// Installs `keys` as those of routers of a mesh.
+pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
+    plan::install(&Mesh, keys)
 }
 
 /// What a future gives that has nothing to wait for.

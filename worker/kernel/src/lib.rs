@@ -6,10 +6,15 @@
 //! A key comes here from the worker's plan and goes no further; what became of it goes back to the reconciler.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZeroU16;
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use ipnet::IpNet;
 pub use nix::errno::Errno;
+use smallvec::SmallVec;
 use wgkex_common::{Domain, PublicKey};
 pub use wireguard_control::{Backend, Key};
 
@@ -20,51 +25,151 @@ pub mod memory;
 pub mod netlink;
 pub mod wireguard;
 
-/// The tables of a domain's interfaces at one instant.
+/// The networks of a peer. The one that nearly every peer has takes no allocation.
+pub type AllowedIps = SmallVec<[IpNet; 1]>;
+
+/// An interface with peers, by its name, and what it carries.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Interface {
+    /// The name of the WireGuard interface.
+    pub name: String,
+    /// The name of the VXLAN interface on top of it, whose flood list is in the tables then.
+    pub vxlan: Option<String>,
+}
+
+impl Interface {
+    /// The interface whose flood list it is; its own name where there is none.
+    fn flood_list(&self) -> &str {
+        self.vxlan.as_ref().unwrap_or(&self.name)
+    }
+}
+
+/// `wg-REST` of a domain, which carries `vx-REST`.
+impl From<&Domain> for Interface {
+    fn from(domain: &Domain) -> Self {
+        Self { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
+    }
+}
+
+/// The kernel's numbers of an interface and of what it carries; other ones than before mean that one was made anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Indexes {
+    /// That of the WireGuard interface.
+    pub wireguard: u32,
+    /// That of the VXLAN interface, if there is to be one.
+    pub vxlan: Option<u32>,
+}
+
+/// The tables of an interface at one instant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Device {
-    /// The indexes of `wg-REST` and `vx-REST`; other ones than before mean that an interface was made anew.
-    pub indexes: (u32, u32),
+    /// Which interfaces these tables are of.
+    pub indexes: Indexes,
     /// The interface's own key; `None` while it has none.
     pub public_key: Option<PublicKey>,
-    /// The UDP port `wg-REST` listens on; 0 while it has none.
+    /// The UDP port that WireGuard listens on; 0 while it has none.
     pub listen_port: u16,
-    /// The first address on `wg-REST`.
+    /// The first address on the interface.
     pub link_address: Option<IpAddr>,
-    /// Every peer of `wg-REST`, also those that wgkex did not make.
+    /// Every peer of the interface, also those that wgkex did not make.
     pub peers: BTreeMap<PublicKey, Peer>,
-    /// Destinations of /128 routes of protocol static in the main table that leave by `wg-REST`.
-    pub routes: BTreeSet<Ipv6Addr>,
-    /// Destinations in the flood list of `vx-REST`: entries of the all-zero MAC that leave by `wg-REST`.
+    /// Destinations of the routes of protocol static in the main table that leave by the interface: those of IPv6, and
+    /// those of IPv4 if a peer has such an allowed-ip.
+    pub routes: BTreeSet<IpNet>,
+    /// Destinations in the flood list: entries of the all-zero MAC of the VXLAN interface that leave by this one.
     pub fdb: BTreeSet<Ipv6Addr>,
 }
 
-/// A peer of a WireGuard interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A peer of a WireGuard interface, as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Its allowed-ips with their prefix lengths, in no order that means anything.
-    pub allowed_ips: Vec<(IpAddr, u8)>,
+    /// Its allowed-ips, in no order that means anything.
+    pub allowed_ips: AllowedIps,
     /// The wall-clock time of its last handshake; `None` if there was none.
     pub last_handshake: Option<SystemTime>,
+    /// Every so many seconds it gets a packet; `None` if none is sent for that.
+    pub keepalive: Option<NonZeroU16>,
+    /// The key that both ends share beside their own.
+    pub preshared: Option<PresharedKey>,
 }
 
-/// One thing to be so in a domain's tables. Each may be asked for again without harm: "already there" and
+/// A symmetric key that both ends of a tunnel share. It shows in no log.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PresharedKey(Arc<[u8; 32]>);
+
+impl PresharedKey {
+    /// `None` for the key of zeros, which means that there is none.
+    #[must_use]
+    pub fn new(bytes: [u8; 32]) -> Option<Self> {
+        (bytes != [0; 32]).then(|| Self(Arc::new(bytes)))
+    }
+
+    /// The key.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// A peer of a WireGuard interface, as it is to be.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PeerConfig {
+    /// Its public key.
+    pub key: PublicKey,
+    /// Networks that it has; it keeps others.
+    pub allowed_ips: AllowedIps,
+    /// Every so many seconds it gets a packet; `None` leaves that as it is.
+    pub keepalive: Option<NonZeroU16>,
+    /// The key that both ends share beside their own; `None` leaves that as it is.
+    pub preshared: Option<PresharedKey>,
+}
+
+impl PeerConfig {
+    /// One that has these networks, and nothing else that is set.
+    #[must_use]
+    pub fn new(key: PublicKey, allowed_ips: impl IntoIterator<Item = IpNet>) -> Self {
+        Self { key, allowed_ips: allowed_ips.into_iter().collect(), keepalive: None, preshared: None }
+    }
+
+    /// One that has this address alone.
+    #[must_use]
+    pub fn at(key: PublicKey, address: Ipv6Addr) -> Self {
+        Self::new(key, [host(address)])
+    }
+}
+
+/// The network of one address.
+#[must_use]
+pub fn host(address: Ipv6Addr) -> IpNet {
+    IpNet::from(IpAddr::V6(address))
+}
+
+/// One thing to be so in an interface's tables. Each may be asked for again without harm: "already there" and
 /// "already gone" are success.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
-    /// The peer exists and has this /128 among its allowed-ips; nothing else of it changes.
-    SetPeer(PublicKey, Ipv6Addr),
-    /// A static route to this /128 leaves by `wg-REST`.
-    SetRoute(Ipv6Addr),
-    /// The flood list of `vx-REST` has this destination by `wg-REST`.
+    /// The peer exists and has what it is to have; nothing else of it changes.
+    SetPeer(PeerConfig),
+    /// A static route to this network leaves by the interface.
+    SetRoute(IpNet),
+    /// The flood list has this destination by the interface.
     AddFdb(Ipv6Addr),
     /// The peer is gone.
     RemovePeer(PublicKey),
     /// The static route is gone.
-    RemoveRoute(Ipv6Addr),
+    RemoveRoute(IpNet),
     /// The flood list does not have this destination.
     RemoveFdb(Ipv6Addr),
 }
+
+/// What became of changes, in their order.
+pub type Outcomes = Vec<(Change, Result<(), KernelError>)>;
 
 /// Why the kernel did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -72,7 +177,7 @@ pub enum KernelError {
     /// The interface is not there, or is there and is down, so its tables cannot be used.
     #[error("interface {interface} is {state}")]
     Interface {
-        /// `wg-REST` or `vx-REST`.
+        /// The one that cannot be used.
         interface: String,
         /// `missing`, `down`, or `not a WireGuard interface` and the like.
         state: &'static str,
@@ -109,20 +214,21 @@ impl KernelError {
 
 /// A kernel with WireGuard and VXLAN interfaces. One owner asks; nobody else writes through it meanwhile.
 pub trait Kernel: Send + 'static {
-    /// Reads the tables of a domain, whole: an interrupted dump is repeated, never returned.
-    fn read(&mut self, domain: &Domain) -> impl Future<Output = Result<Device, KernelError>> + Send;
+    /// Reads the tables of an interface, whole: an interrupted dump is repeated, never returned.
+    fn read(&mut self, interface: &Interface) -> impl Future<Output = Result<Device, KernelError>> + Send;
 
-    /// Applies `changes` and says of each, in the same order, what became of it. Their order holds within each of
-    /// the three tables, which do not depend on one another. One that fails does not hold up the others. An error
+    /// Applies `changes` and gives each back, in the same order, with what became of it. Their order holds within each
+    /// of the three tables, which do not depend on one another. One that fails does not hold up the others. An error
     /// of [`KernelError::Interface`] means that nothing asked of that interface is there: it was not usable, or it
     /// went away meanwhile with all that was in it.
-    fn apply(
-        &mut self,
-        domain: &Domain,
-        changes: &[Change],
-    ) -> impl Future<Output = Vec<Result<(), KernelError>>> + Send;
+    fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> impl Future<Output = Outcomes> + Send;
 
     /// Returns when the links, or the addresses on them, may have changed since the last call, so that what was
     /// read before may be wrong. Cancel-safe; a change between two calls is not lost.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+/// Each of `changes` with the same error.
+fn failed(changes: impl IntoIterator<Item = Change>, error: &KernelError) -> Outcomes {
+    changes.into_iter().map(|change| (change, Err(error.clone()))).collect()
 }

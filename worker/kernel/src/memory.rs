@@ -2,15 +2,15 @@
 //! breaks them while a worker owns the other end.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use ipnet::IpNet;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::PublicKey;
 
-use crate::{Change, Device, Errno, Kernel, KernelError, Peer};
+use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outcomes, Peer, PeerConfig, failed};
 
 /// An in-memory kernel. Clones are handles to the same tables.
 #[derive(Debug, Clone, Default)]
@@ -32,20 +32,20 @@ pub struct Delays {
 
 #[derive(Debug, Default)]
 struct State {
-    domains: HashMap<Domain, Interfaces>,
+    interfaces: HashMap<Interface, Tables>,
     last_index: u32,
     refused: BTreeSet<Change>,
     read_error: Option<KernelError>,
     delays: Delays,
     reads: usize,
-    applies: Vec<(Domain, Vec<Change>)>,
+    applies: Vec<(Interface, Vec<Change>)>,
 }
 
 #[derive(Debug)]
-struct Interfaces {
+struct Tables {
     device: Device,
     /// Whose allowed-ip each is: Linux has one owner for each, too.
-    owners: HashMap<(IpAddr, u8), PublicKey>,
+    owners: HashMap<IpNet, PublicKey>,
     wireguard: Link,
     vxlan: Link,
 }
@@ -58,91 +58,93 @@ enum Link {
 }
 
 impl MemoryKernel {
-    /// A kernel with the two interfaces of each of `domains`, as [`add`](Self::add) makes them.
+    /// A kernel with `interfaces`, as [`add`](Self::add) makes each.
     #[must_use]
-    pub fn with(domains: &[Domain]) -> Self {
+    pub fn with<I: Into<Interface>>(interfaces: impl IntoIterator<Item = I>) -> Self {
         let kernel = Self::default();
-        for domain in domains {
-            kernel.add(domain);
+        for interface in interfaces {
+            kernel.add(interface);
         }
         kernel
     }
 
-    /// Makes both interfaces of `domain`, up and empty, in place of older ones. The key, the port and the
-    /// address are made from the interface's index.
-    pub fn add(&self, domain: &Domain) {
+    /// Makes the interface and what it carries, up and empty, in place of older ones. The key, the port and the address
+    /// are made from the interface's index.
+    pub fn add(&self, interface: impl Into<Interface>) {
+        let interface = interface.into();
         let mut state = self.lock();
-        let interfaces = Interfaces::new(state.last_index + 1, state.last_index + 2);
+        let (wireguard, vxlan) = (state.last_index + 1, state.last_index + 2);
         state.last_index += 2;
-        state.domains.insert(domain.clone(), interfaces);
+        let indexes = Indexes { wireguard, vxlan: interface.vxlan.as_ref().map(|_| vxlan) };
+        state.interfaces.insert(interface, Tables::new(indexes));
         self.events.notify_one();
     }
 
-    /// Deletes both interfaces of `domain` with all that is in them.
-    pub fn remove(&self, domain: &Domain) {
-        self.lock().domains.remove(domain);
+    /// Deletes the interface and what it carries, with all that is in them.
+    pub fn remove(&self, interface: impl Into<Interface>) {
+        self.lock().interfaces.remove(&interface.into());
         self.events.notify_one();
     }
 
-    /// Takes `wg-REST` down, and its routes with it, as Linux does.
-    pub fn set_down(&self, domain: &Domain) {
-        self.links(domain, |interfaces| {
-            interfaces.wireguard = Link::Down;
-            interfaces.device.routes.clear();
+    /// Takes the WireGuard interface down, and its routes with it, as Linux does.
+    pub fn set_down(&self, interface: impl Into<Interface>) {
+        self.links(interface, |tables| {
+            tables.wireguard = Link::Down;
+            tables.device.routes.clear();
         });
     }
 
-    /// Takes `wg-REST` up again.
-    pub fn set_up(&self, domain: &Domain) {
-        self.links(domain, |interfaces| interfaces.wireguard = Link::Up);
+    /// Takes the WireGuard interface up again.
+    pub fn set_up(&self, interface: impl Into<Interface>) {
+        self.links(interface, |tables| tables.wireguard = Link::Up);
     }
 
-    /// Deletes `vx-REST` alone, with its flood list.
-    pub fn remove_vxlan(&self, domain: &Domain) {
-        self.links(domain, |interfaces| {
-            interfaces.vxlan = Link::Missing;
-            interfaces.device.fdb.clear();
+    /// Deletes the VXLAN interface alone, with its flood list.
+    pub fn remove_vxlan(&self, interface: impl Into<Interface>) {
+        self.links(interface, |tables| {
+            tables.vxlan = Link::Missing;
+            tables.device.fdb.clear();
         });
     }
 
-    /// Makes `vx-REST` anew beside a `wg-REST` that stayed.
-    pub fn add_vxlan(&self, domain: &Domain) {
+    /// Makes the VXLAN interface anew on one that stayed.
+    pub fn add_vxlan(&self, interface: impl Into<Interface>) {
         let index = {
             let mut state = self.lock();
             state.last_index += 1;
             state.last_index
         };
-        self.links(domain, |interfaces| {
-            interfaces.vxlan = Link::Up;
-            interfaces.device.indexes.1 = index;
-            interfaces.device.fdb.clear();
+        self.links(interface, |tables| {
+            tables.vxlan = Link::Up;
+            tables.device.indexes.vxlan = Some(index);
+            tables.device.fdb.clear();
         });
     }
 
-    /// The tables of `domain` as they are; `None` without interfaces. Counts as no read.
+    /// The tables as they are; `None` without the interface. Counts as no read.
     #[must_use]
-    pub fn device(&self, domain: &Domain) -> Option<Device> {
-        self.lock().domains.get(domain).map(|interfaces| interfaces.device.clone())
+    pub fn device(&self, interface: impl Into<Interface>) -> Option<Device> {
+        self.lock().interfaces.get(&interface.into()).map(|tables| tables.device.clone())
     }
 
-    /// Alters the tables of `domain` behind the worker's back, without an event. Nothing without interfaces.
-    pub fn alter(&self, domain: &Domain, change: impl FnOnce(&mut Device)) {
-        if let Some(interfaces) = self.lock().domains.get_mut(domain) {
-            change(&mut interfaces.device);
-            interfaces.owners = owners(&interfaces.device.peers);
+    /// Alters the tables behind the worker's back, without an event. Nothing without the interface.
+    pub fn alter(&self, interface: impl Into<Interface>, change: impl FnOnce(&mut Device)) {
+        if let Some(tables) = self.lock().interfaces.get_mut(&interface.into()) {
+            change(&mut tables.device);
+            tables.owners = owners(&tables.device.peers);
         }
     }
 
     /// Has the peer `key` shake hands at `at`; nothing if there is no such peer.
-    pub fn handshake(&self, domain: &Domain, key: PublicKey, at: SystemTime) {
-        self.alter(domain, |device| {
+    pub fn handshake(&self, interface: impl Into<Interface>, key: PublicKey, at: SystemTime) {
+        self.alter(interface, |device| {
             if let Some(peer) = device.peers.get_mut(&key) {
                 peer.last_handshake = Some(at);
             }
         });
     }
 
-    /// Answers exactly this change with an error, from now on, in every domain.
+    /// Answers exactly this change with an error, from now on, on every interface.
     pub fn refuse(&self, change: Change) {
         self.lock().refused.insert(change);
     }
@@ -175,13 +177,13 @@ impl MemoryKernel {
 
     /// The calls of `apply` since the last time this was asked, in their order, also those that failed.
     #[must_use]
-    pub fn take_applies(&self) -> Vec<(Domain, Vec<Change>)> {
+    pub fn take_applies(&self) -> Vec<(Interface, Vec<Change>)> {
         std::mem::take(&mut self.lock().applies)
     }
 
-    fn links(&self, domain: &Domain, change: impl FnOnce(&mut Interfaces)) {
-        if let Some(interfaces) = self.lock().domains.get_mut(domain) {
-            change(interfaces);
+    fn links(&self, interface: impl Into<Interface>, change: impl FnOnce(&mut Tables)) {
+        if let Some(tables) = self.lock().interfaces.get_mut(&interface.into()) {
+            change(tables);
         }
         self.events.notify_one();
     }
@@ -193,7 +195,7 @@ impl MemoryKernel {
 }
 
 impl Kernel for MemoryKernel {
-    async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
+    async fn read(&mut self, interface: &Interface) -> Result<Device, KernelError> {
         let delay = self.lock().delays.read;
         pause(delay).await;
         let mut state = self.lock();
@@ -201,21 +203,21 @@ impl Kernel for MemoryKernel {
         if let Some(error) = &state.read_error {
             return Err(error.clone());
         }
-        state.usable(domain).map(|interfaces| interfaces.device.clone())
+        state.usable(interface).map(|tables| tables.device.clone())
     }
 
-    async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
+    async fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> Outcomes {
         let delays = self.lock().delays;
         pause(delays.apply + delays.change * u32::try_from(changes.len()).unwrap_or(u32::MAX)).await;
         let mut state = self.lock();
-        state.applies.push((domain.clone(), changes.to_vec()));
+        state.applies.push((interface.clone(), changes.clone()));
         let refused = std::mem::take(&mut state.refused);
-        let results = match state.usable(domain) {
-            Err(missing) => changes.iter().map(|_| Err(missing.clone())).collect(),
-            Ok(interfaces) => changes.iter().map(|change| interfaces.apply(change, &refused)).collect(),
+        let applied = match state.usable(interface) {
+            Err(missing) => failed(changes, &missing),
+            Ok(tables) => changes.into_iter().map(|change| tables.apply(change, &refused)).collect(),
         };
         state.refused = refused;
-        results
+        applied
     }
 
     async fn changed(&mut self) {
@@ -231,29 +233,30 @@ async fn pause(delay: Duration) {
 }
 
 impl State {
-    fn usable(&mut self, domain: &Domain) -> Result<&mut Interfaces, KernelError> {
-        let missing = KernelError::Interface { interface: domain.wireguard(), state: "missing" };
-        let interfaces = self.domains.get_mut(domain).ok_or(missing)?;
-        for (link, interface) in [(interfaces.wireguard, domain.wireguard()), (interfaces.vxlan, domain.vxlan())] {
+    fn usable(&mut self, interface: &Interface) -> Result<&mut Tables, KernelError> {
+        let unusable = |name: &String, state| KernelError::Interface { interface: name.clone(), state };
+        let tables = self.interfaces.get_mut(interface).ok_or_else(|| unusable(&interface.name, "missing"))?;
+        let vxlan = interface.vxlan.iter().map(|name| (tables.vxlan, name));
+        for (link, name) in [(tables.wireguard, &interface.name)].into_iter().chain(vxlan) {
             match link {
                 Link::Up => {}
-                Link::Down => return Err(KernelError::Interface { interface, state: "down" }),
-                Link::Missing => return Err(KernelError::Interface { interface, state: "missing" }),
+                Link::Down => return Err(unusable(name, "down")),
+                Link::Missing => return Err(unusable(name, "missing")),
             }
         }
-        Ok(interfaces)
+        Ok(tables)
     }
 }
 
-impl Interfaces {
-    fn new(wireguard: u32, vxlan: u32) -> Self {
+impl Tables {
+    fn new(indexes: Indexes) -> Self {
         let mut bytes = [0x77; 32];
-        bytes[..4].copy_from_slice(&wireguard.to_be_bytes());
+        bytes[..4].copy_from_slice(&indexes.wireguard.to_be_bytes());
         let public_key = PublicKey::from_bytes(bytes).ok();
         let device = Device {
-            indexes: (wireguard, vxlan),
+            indexes,
             public_key,
-            listen_port: u16::try_from(40_000 + wireguard).unwrap_or(u16::MAX),
+            listen_port: u16::try_from(40_000 + indexes.wireguard).unwrap_or(u16::MAX),
             link_address: public_key.map(|key| key.link_local().into()),
             peers: BTreeMap::new(),
             routes: BTreeSet::new(),
@@ -262,106 +265,126 @@ impl Interfaces {
         Self { device, owners: HashMap::new(), wireguard: Link::Up, vxlan: Link::Up }
     }
 
-    fn apply(&mut self, change: &Change, refused: &BTreeSet<Change>) -> Result<(), KernelError> {
-        if refused.contains(change) {
-            return Err(KernelError::Refused { action: "refused by the test", source: Errno::EINVAL });
+    fn apply(&mut self, change: Change, refused: &BTreeSet<Change>) -> (Change, Result<(), KernelError>) {
+        if refused.contains(&change) {
+            let error = KernelError::Refused { action: "refused by the test", source: Errno::EINVAL };
+            return (change, Err(error));
         }
-        match *change {
-            Change::SetPeer(key, address) => self.set_peer(key, address),
-            Change::SetRoute(address) => drop(self.device.routes.insert(address)),
-            Change::AddFdb(address) => drop(self.device.fdb.insert(address)),
+        match &change {
+            Change::SetPeer(peer) => self.set_peer(peer),
+            Change::SetRoute(network) => drop(self.device.routes.insert(*network)),
+            Change::AddFdb(address) => drop(self.device.fdb.insert(*address)),
             Change::RemovePeer(key) => self.remove_peer(key),
-            Change::RemoveRoute(address) => drop(self.device.routes.remove(&address)),
-            Change::RemoveFdb(address) => drop(self.device.fdb.remove(&address)),
+            Change::RemoveRoute(network) => drop(self.device.routes.remove(network)),
+            Change::RemoveFdb(address) => drop(self.device.fdb.remove(address)),
         }
-        Ok(())
+        (change, Ok(()))
     }
 
     /// Linux says nothing and does nothing when an interface is given its own key as a peer, and it takes an
     /// allowed-ip from the peer that has it (`set_peer` and `add` in drivers/net/wireguard).
-    fn set_peer(&mut self, key: PublicKey, address: Ipv6Addr) {
-        if self.device.public_key == Some(key) {
+    fn set_peer(&mut self, config: &PeerConfig) {
+        let PeerConfig { key, allowed_ips, keepalive, preshared } = config;
+        if self.device.public_key == Some(*key) {
             return;
         }
-        let ip = (IpAddr::V6(address), 128);
-        let before = self.owners.insert(ip, key);
         let peers = &mut self.device.peers;
-        if let Some(other) = before.filter(|other| *other != key).and_then(|other| peers.get_mut(&other)) {
-            other.allowed_ips.retain(|allowed| *allowed != ip);
+        peers.entry(*key).or_default();
+        for network in allowed_ips {
+            let before = self.owners.insert(*network, *key).filter(|before| before != key);
+            if let Some(other) = before.and_then(|before| peers.get_mut(&before)) {
+                other.allowed_ips.retain(|allowed| allowed != network);
+            }
         }
-        let peer = peers.entry(key).or_insert_with(|| Peer { allowed_ips: Vec::new(), last_handshake: None });
-        if before != Some(key) {
-            peer.allowed_ips.push(ip);
+        let Some(peer) = peers.get_mut(key) else { return };
+        for network in allowed_ips {
+            if !peer.allowed_ips.contains(network) {
+                peer.allowed_ips.push(*network);
+            }
         }
+        peer.keepalive = keepalive.or(peer.keepalive);
+        peer.preshared = preshared.clone().or(peer.preshared.take());
     }
 
-    fn remove_peer(&mut self, key: PublicKey) {
-        for ip in self.device.peers.remove(&key).into_iter().flat_map(|peer| peer.allowed_ips) {
-            self.owners.remove(&ip);
+    fn remove_peer(&mut self, key: &PublicKey) {
+        for network in self.device.peers.remove(key).into_iter().flat_map(|peer| peer.allowed_ips) {
+            self.owners.remove(&network);
         }
     }
 }
 
-fn owners(peers: &BTreeMap<PublicKey, Peer>) -> HashMap<(IpAddr, u8), PublicKey> {
-    peers.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|ip| (*ip, *key))).collect()
+fn owners(peers: &BTreeMap<PublicKey, Peer>) -> HashMap<IpNet, PublicKey> {
+    peers.iter().flat_map(|(key, peer)| peer.allowed_ips.iter().map(|network| (*network, *key))).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use wgkex_common::Domain;
+
     use super::*;
 
-    fn start() -> (MemoryKernel, MemoryKernel, Domain, [PublicKey; 2]) {
+    fn start() -> (MemoryKernel, MemoryKernel, Interface, [PublicKey; 2]) {
         let domain = Domain::new("d", &[String::new()]).unwrap();
-        let handle = MemoryKernel::with(std::slice::from_ref(&domain));
+        let handle = MemoryKernel::with([&domain]);
         let keys = [7, 8].map(|n| PublicKey::from_bytes([n; 32]).unwrap());
-        (handle.clone(), handle, domain, keys)
+        (handle.clone(), handle, Interface::from(&domain), keys)
     }
 
     #[tokio::test]
     async fn exactly_what_a_test_refuses_is_refused_until_it_is_taken_back() {
-        let (handle, mut kernel, domain, keys) = start();
-        let changes = keys.map(|key| Change::SetPeer(key, key.link_local()));
-        handle.refuse(changes[0]);
+        let (handle, mut kernel, interface, keys) = start();
+        let changes = keys.map(|key| Change::SetPeer(PeerConfig::at(key, key.link_local())));
+        handle.refuse(changes[0].clone());
         let refused = KernelError::Refused { action: "refused by the test", source: Errno::EINVAL };
-        assert_eq!(kernel.apply(&domain, &changes).await, [Err(refused), Ok(())]);
+        assert_eq!(results(&mut kernel, &interface, &changes).await, [Err(refused), Ok(())]);
         handle.refuse_nothing();
-        assert_eq!(kernel.apply(&domain, &changes).await, [Ok(()), Ok(())]);
-        assert_eq!(handle.take_applies(), vec![(domain.clone(), changes.to_vec()); 2]);
+        assert_eq!(results(&mut kernel, &interface, &changes).await, [Ok(()), Ok(())]);
+        assert_eq!(handle.take_applies(), vec![(interface.clone(), changes.to_vec()); 2]);
         assert_eq!(handle.take_applies(), []);
+    }
+
+    async fn results(
+        kernel: &mut MemoryKernel,
+        interface: &Interface,
+        changes: &[Change],
+    ) -> Vec<Result<(), KernelError>> {
+        let applied = kernel.apply(interface, changes.to_vec()).await;
+        assert!(applied.iter().map(|(change, _)| change).eq(changes));
+        applied.into_iter().map(|(_, result)| result).collect()
     }
 
     #[tokio::test]
     async fn a_test_sets_what_reads_give_and_counts_them() {
-        let (handle, mut kernel, domain, [key, _]) = start();
-        let interrupted = KernelError::Interrupted { interface: domain.wireguard(), times: 3 };
+        let (handle, mut kernel, interface, [key, _]) = start();
+        let interrupted = KernelError::Interrupted { interface: interface.name.clone(), times: 3 };
         handle.fail_reads(Some(interrupted.clone()));
-        assert_eq!(kernel.read(&domain).await, Err(interrupted));
+        assert_eq!(kernel.read(&interface).await, Err(interrupted));
         handle.fail_reads(None);
-        kernel.apply(&domain, &[Change::SetPeer(key, key.link_local())]).await;
-        handle.handshake(&domain, key, SystemTime::UNIX_EPOCH);
-        let device = kernel.read(&domain).await.unwrap();
+        kernel.apply(&interface, vec![Change::SetPeer(PeerConfig::at(key, key.link_local()))]).await;
+        handle.handshake(interface.clone(), key, SystemTime::UNIX_EPOCH);
+        let device = kernel.read(&interface).await.unwrap();
         assert_eq!(device.peers[&key].last_handshake, Some(SystemTime::UNIX_EPOCH));
-        assert_eq!((handle.reads(), handle.device(&domain)), (2, Some(device)));
+        assert_eq!((handle.reads(), handle.device(interface.clone())), (2, Some(device)));
     }
 
     #[tokio::test]
     async fn an_event_between_two_waits_is_not_lost() {
-        let (handle, mut kernel, domain, _) = start();
+        let (handle, mut kernel, interface, _) = start();
         kernel.changed().await; // its making
         handle.trigger();
-        handle.remove_vxlan(&domain);
+        handle.remove_vxlan(interface.clone());
         kernel.changed().await;
         assert!(tokio::time::timeout(Duration::from_millis(20), kernel.changed()).await.is_err());
     }
 
     #[tokio::test]
     async fn it_takes_the_time_it_is_told_to() {
-        let (handle, mut kernel, domain, keys) = start();
+        let (handle, mut kernel, interface, keys) = start();
         let [read, apply, change] = [10, 20, 30].map(Duration::from_millis);
         handle.delay(Delays { read, apply, change });
         let begin = std::time::Instant::now();
-        kernel.read(&domain).await.unwrap();
-        kernel.apply(&domain, &keys.map(Change::RemovePeer)).await;
+        kernel.read(&interface).await.unwrap();
+        kernel.apply(&interface, keys.map(Change::RemovePeer).to_vec()).await;
         assert!(begin.elapsed() >= Duration::from_millis(10 + 20 + 2 * 30));
     }
 }

@@ -1,4 +1,4 @@
-//! Linux: what a domain's tables say and how they change, by rtnetlink, generic netlink and, for a userspace
+//! Linux: the tables of an interface and their changes, by rtnetlink, generic netlink and, for a userspace
 //! WireGuard, wireguard-control.
 
 mod channel;
@@ -7,28 +7,29 @@ mod wireguard;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use wgkex_common::Domain;
 
 use self::channel::{Channel, DumpError};
 use self::route::Link;
 use self::wireguard::{PeerChange, WireGuard};
-use crate::{Change, Device, Errno, Kernel, KernelError};
+use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outcomes, Peer, failed};
 
 /// A large table takes seconds; what takes this long hangs, as the process of a userspace WireGuard may, and the other
-/// domains must not wait for it.
+/// interfaces must not wait for it.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Before listening again on a socket that fails.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How often a domain is read anew because its interfaces were replaced meanwhile.
+/// How often an interface is read anew because its interfaces were replaced meanwhile.
 const READS: usize = 3;
 
 /// Groups of events (linux/rtnetlink.h): links, and the addresses of both families.
@@ -39,7 +40,7 @@ const EVENTS: [u32; 3] = [1, 5, 9];
 pub struct Netlink {
     events: TokioSocket,
     /// Calls that took longer than `patience` and have not ended.
-    stuck: BTreeMap<Domain, JoinHandle<()>>,
+    stuck: BTreeMap<Interface, JoinHandle<()>>,
     patience: Duration,
 }
 
@@ -63,20 +64,26 @@ impl Netlink {
 }
 
 impl Kernel for Netlink {
-    async fn read(&mut self, domain: &Domain) -> Result<Device, KernelError> {
-        let task_domain = domain.clone();
-        self.blocking(domain, move || read(&task_domain)).await?
+    async fn read(&mut self, interface: &Interface) -> Result<Device, KernelError> {
+        let task_interface = interface.clone();
+        self.blocking(interface, move || read(&task_interface)).await?
     }
 
-    async fn apply(&mut self, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
-        let (task_domain, task_changes) = (domain.clone(), changes.to_vec());
-        let count = changes.len();
-        let result = self
-            .blocking(domain, move || {
-                Interfaces::find(&task_domain).map(|mut interfaces| interfaces.apply(&task_changes))
+    async fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> Outcomes {
+        let task_interface = interface.clone();
+        // Shared, for the case that the thread hangs and keeps its own.
+        let changes = Arc::new(changes);
+        let task_changes = Arc::clone(&changes);
+        let results = self
+            .blocking(interface, move || {
+                Interfaces::find(&task_interface).map(|mut interfaces| interfaces.apply(&task_changes))
             })
             .await;
-        result.and_then(|results| results).unwrap_or_else(|error| vec![Err(error); count])
+        let changes = Arc::unwrap_or_clone(changes);
+        match results.and_then(|results| results) {
+            Ok(results) => changes.into_iter().zip(results).collect(),
+            Err(error) => failed(changes, &error),
+        }
     }
 
     /// What an event says does not matter, nor that some were lost to a full buffer: all is to be looked at anew.
@@ -93,119 +100,122 @@ impl Kernel for Netlink {
 }
 
 impl Netlink {
-    /// Runs `task` for `domain` on a thread that may block, of a runtime that may have only one of its own. What was
-    /// begun is carried through even if nobody waits any more; until it is, nothing else is begun for that domain.
+    /// Runs `task` for `interface` on a thread that may block, of a runtime that may have only one of its own. What was
+    /// begun is carried through even if nobody waits any more; until it is, nothing else is begun for that interface.
     async fn blocking<T: Send + 'static>(
         &mut self,
-        domain: &Domain,
+        interface: &Interface,
         task: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, KernelError> {
-        let silent = || KernelError::Interface { interface: domain.wireguard(), state: "not answering" };
-        if self.stuck.get(domain).is_some_and(|stuck| !stuck.is_finished()) {
+        let silent = || unusable(&interface.name, "not answering");
+        if self.stuck.get(interface).is_some_and(|stuck| !stuck.is_finished()) {
             return Err(silent());
         }
-        self.stuck.remove(domain);
+        self.stuck.remove(interface);
         let (done, result) = oneshot::channel();
         let thread = tokio::task::spawn_blocking(move || {
             // Whoever asked may have given up.
             let _ = done.send(task());
         });
         let Ok(result) = timeout(self.patience, result).await else {
-            self.stuck.insert(domain.clone(), thread);
+            self.stuck.insert(interface.clone(), thread);
             return Err(silent());
         };
         result.map_err(|_| KernelError::Refused { action: "run a netlink call", source: Errno::EIO })
     }
 }
 
-fn read(domain: &Domain) -> Result<Device, KernelError> {
+fn read(interface: &Interface) -> Result<Device, KernelError> {
     for _ in 0..READS {
-        let mut interfaces = Interfaces::find(domain)?;
+        let mut interfaces = Interfaces::find(interface)?;
         let device = interfaces.read();
-        if Interfaces::find(domain)?.indexes() == interfaces.indexes() {
+        if Interfaces::find(interface)?.indexes == interfaces.indexes {
             return device;
         }
     }
-    Err(KernelError::Interrupted { interface: domain.wireguard(), times: READS })
+    Err(KernelError::Interrupted { interface: interface.name.clone(), times: READS })
 }
 
-/// A domain's interfaces, both there and up, and the sockets to ask for their tables.
-struct Interfaces {
-    domain: Domain,
-    wireguard: Link,
-    vxlan: Link,
+/// An interface and what it carries, there and up, and the sockets to ask for their tables.
+struct Interfaces<'a> {
+    interface: &'a Interface,
+    indexes: Indexes,
     routes: Channel,
     peers: WireGuard,
 }
 
-impl Interfaces {
-    fn find(domain: &Domain) -> Result<Self, KernelError> {
-        let (wg, vx) = (domain.wireguard(), domain.vxlan());
+impl<'a> Interfaces<'a> {
+    fn find(interface: &'a Interface) -> Result<Self, KernelError> {
         let opened = Channel::open(NETLINK_ROUTE).and_then(Channel::filtered);
         let mut routes = opened.map_err(|source| KernelError::Refused { action: "open netlink", source })?;
-        let wireguard = usable(&wg, route::link(&mut routes, &wg))?;
-        let vxlan = usable(&vx, route::link(&mut routes, &vx))?;
+        let name = &interface.name;
+        let wireguard = usable(name, route::link(&mut routes, name))?;
+        let vxlan = interface.vxlan.as_ref().map(|vxlan| usable(vxlan, route::link(&mut routes, vxlan))).transpose()?;
         let peers = if wireguard.wireguard {
-            WireGuard::kernel(wireguard.index).map_err(|error| refused("open WireGuard", &wg, error))?
+            WireGuard::kernel(wireguard.index).map_err(|error| refused("open WireGuard", name, error))?
         } else {
-            WireGuard::userspace(&wg).map_err(|state| KernelError::Interface { interface: wg, state })?
+            WireGuard::userspace(name).map_err(|state| unusable(name, state))?
         };
-        Ok(Self { domain: domain.clone(), wireguard, vxlan, routes, peers })
-    }
-
-    fn indexes(&self) -> (u32, u32) {
-        (self.wireguard.index, self.vxlan.index)
+        let indexes = Indexes { wireguard: wireguard.index, vxlan: vxlan.map(|vxlan| vxlan.index) };
+        Ok(Self { interface, indexes, routes, peers })
     }
 
     fn read(&mut self) -> Result<Device, KernelError> {
-        let (wg, vx) = (self.domain.wireguard(), self.domain.vxlan());
-        let (wireguard, vxlan) = self.indexes();
-        let table = self.peers.read().map_err(|error| unread("read peers", &wg, error))?;
-        let routes = &mut self.routes;
+        let Indexes { wireguard, vxlan } = self.indexes;
+        let (name, routes) = (&self.interface.name, &mut self.routes);
+        let table = self.peers.read().map_err(|error| unread("read peers", name, error))?;
+        let link_address =
+            route::first_address(routes, wireguard).map_err(|error| unread("read addresses", name, error))?;
+        let is_ipv4 = |peer: &Peer| peer.allowed_ips.iter().any(|network| matches!(network, IpNet::V4(_)));
+        let with_ipv4 = table.peers.values().any(is_ipv4);
+        let destinations =
+            route::routes(routes, wireguard, with_ipv4).map_err(|error| unread("read routes", name, error))?;
+        let fdb = vxlan.map(|vxlan| route::flood_list(routes, vxlan, wireguard)).transpose();
+        let fdb = fdb.map_err(|error| unread("read flood list", self.interface.flood_list(), error))?;
         Ok(Device {
-            indexes: (wireguard, vxlan),
+            indexes: self.indexes,
             public_key: table.public_key,
             listen_port: table.listen_port,
-            link_address: route::first_address(routes, wireguard)
-                .map_err(|error| unread("read addresses", &wg, error))?,
+            link_address,
             peers: table.peers,
-            routes: route::routes(routes, wireguard).map_err(|error| unread("read routes", &wg, error))?,
-            fdb: route::flood_list(routes, vxlan, wireguard).map_err(|error| unread("read flood list", &vx, error))?,
+            routes: destinations,
+            fdb: fdb.unwrap_or_default(),
         })
     }
 
     /// All peers first, then all else: the tables do not depend on each other, so order matters only within each.
     fn apply(&mut self, changes: &[Change]) -> Vec<Result<(), KernelError>> {
         let peers: Vec<PeerChange> = changes.iter().filter_map(peer_change).collect();
-        let (wireguard, vxlan) = self.indexes();
-        let messages = changes.iter().filter_map(|change| route::message(change, wireguard, vxlan));
+        let indexes = self.indexes;
+        let messages = changes.iter().filter_map(|change| route::message(change, indexes));
         let mut peers = self.peers.write(&peers).into_iter();
         let mut others = self.routes.order(messages).into_iter();
-        let next = |change: &Change| {
+        let mut results = Vec::with_capacity(changes.len());
+        for change in changes {
             let answers = if peer_change(change).is_some() { &mut peers } else { &mut others };
             let answer = answers.next().unwrap_or(Err(Errno::EIO));
-            route::outcome(change, answer).map_err(|error| self.refused(change, error))
-        };
-        changes.iter().map(next).collect()
+            results.push(route::outcome(change, answer).map_err(|error| self.refused(change, error)));
+        }
+        results
     }
 
     fn refused(&self, change: &Change, error: Errno) -> KernelError {
-        let (wg, vx) = (self.domain.wireguard(), self.domain.vxlan());
+        let name = &self.interface.name;
         match change {
-            Change::SetPeer(..) => refused("set peer", &wg, error),
-            Change::SetRoute(_) => refused("set route", &wg, error),
-            Change::AddFdb(_) => refused("add flood entry", &vx, error),
-            Change::RemovePeer(_) => refused("remove peer", &wg, error),
-            Change::RemoveRoute(_) => refused("remove route", &wg, error),
-            Change::RemoveFdb(_) => refused("remove flood entry", &vx, error),
+            Change::SetPeer(_) => refused("set peer", name, error),
+            Change::SetRoute(_) => refused("set route", name, error),
+            Change::AddFdb(_) => refused("add flood entry", self.interface.flood_list(), error),
+            Change::RemovePeer(_) => refused("remove peer", name, error),
+            Change::RemoveRoute(_) => refused("remove route", name, error),
+            Change::RemoveFdb(_) => refused("remove flood entry", self.interface.flood_list(), error),
         }
     }
 }
 
-fn peer_change(change: &Change) -> Option<PeerChange> {
-    match *change {
-        Change::SetPeer(key, address) => Some(PeerChange::Set(key, address)),
-        Change::RemovePeer(key) => Some(PeerChange::Remove(key)),
+fn peer_change(change: &Change) -> Option<PeerChange<'_>> {
+    match change {
+        Change::SetPeer(peer) => Some(PeerChange::Set(peer)),
+        Change::RemovePeer(key) => Some(PeerChange::Remove(*key)),
         Change::SetRoute(_) | Change::AddFdb(_) | Change::RemoveRoute(_) | Change::RemoveFdb(_) => None,
     }
 }
@@ -213,9 +223,13 @@ fn peer_change(change: &Change) -> Option<PeerChange> {
 fn usable(interface: &str, link: Result<Link, Errno>) -> Result<Link, KernelError> {
     match link {
         Ok(link) if link.up => Ok(link),
-        Ok(_) => Err(KernelError::Interface { interface: interface.into(), state: "down" }),
+        Ok(_) => Err(unusable(interface, "down")),
         Err(error) => Err(refused("find interface", interface, error)),
     }
+}
+
+fn unusable(interface: &str, state: &'static str) -> KernelError {
+    KernelError::Interface { interface: interface.into(), state }
 }
 
 /// Reads a datagram as the answer to each question that is asked, for whoever makes datagrams up: it must come to an end.
@@ -247,11 +261,10 @@ fn payload<I>(message: &channel::Message<I>) -> Option<&I> {
 
 /// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
 fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
-    let gone = |state| KernelError::Interface { interface: interface.into(), state };
     if error == Errno::ENODEV {
-        gone("missing")
+        unusable(interface, "missing")
     } else if error == Errno::ENETDOWN {
-        gone("down")
+        unusable(interface, "down")
     } else {
         KernelError::Refused { action, source: error }
     }

@@ -1,12 +1,16 @@
+use std::time::{Duration, SystemTime};
+
 use proptest::collection::vec;
 use proptest::prelude::*;
-use wgkex_common::wire::message::WorkerData;
-
-use super::*;
-use crate::plan::{changes, install};
-use crate::testing::{collision, domain, key, now};
-use wgkex_kernel::Kernel as _;
+use wgkex_common::wire::message::{Age, WorkerData};
 use wgkex_kernel::memory::MemoryKernel;
+use wgkex_kernel::{Interface, Kernel as _, host};
+
+use super::pending::TRIES;
+use super::*;
+use crate::plan::{ADDRESS_TAKEN, FULL, RESERVED, changes};
+use crate::profiles::mesh::{self, Mesh};
+use crate::testing::{collision, domain, install, key, now};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -39,13 +43,13 @@ fn a_peer_is_connected_for_three_minutes_and_stale_after_three_hours() {
         world.pass(passes);
         assert_eq!(world.states(), [state]);
     }
-    assert_eq!(world.ledger.counts(world.now.monotonic), Counts { stale: 1, ..Counts::default() });
+    assert_eq!(world.known.counts(world.now.monotonic), Counts { stale: 1, ..Counts::default() });
 }
 
 #[test]
 fn a_peer_is_stale_as_soon_as_the_operator_says_even_if_it_was_connected_just_now() {
     let mut world = World::with(&[key(1)]);
-    world.ledger.policy = Policy { stale: MINUTE, grace: MINUTE, ..Policy::default() };
+    world.known.policy = Policy { stale: MINUTE, grace: MINUTE, ..Policy::default() };
     world.handshake(key(1));
     world.read();
     world.pass(Duration::from_millis(59_999));
@@ -71,7 +75,7 @@ fn a_key_that_comes_again_has_its_grace_again() {
     world.read();
     world.pass(HOUR);
     assert_eq!(world.stale(), [key(1)]);
-    assert!(!world.ledger.stands(key(1), world.now.monotonic));
+    assert!(!world.known.mark_installed(key(1), world.now.monotonic));
     assert_eq!(world.stale(), []);
     world.pass(10 * MINUTE);
     assert_eq!(world.stale(), [key(1)]);
@@ -114,7 +118,7 @@ fn a_handshake_just_before_a_step_is_no_older_than_the_read_before_it() {
 fn peers_that_wgkex_did_not_make_are_counted_and_never_stale_for_the_sweep() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
         device.peers.get_mut(&key(2)).unwrap().allowed_ips.clear();
     });
     world.read();
@@ -129,24 +133,24 @@ fn peers_that_wgkex_did_not_make_are_counted_and_never_stale_for_the_sweep() {
 fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     let mut world = World::with(&[key(1), key(2), key(3), key(4)]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(3)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+        device.peers.get_mut(&key(3)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
     });
     world.handshake(key(1));
     world.read();
-    let before: Vec<_> = [1, 2].map(|n| world.ledger.kept(&key(n))).into();
-    world.ledger.take_changed();
+    let before: Vec<_> = [1, 2].map(|n| world.known.record(&key(n))).into();
+    world.known.take_changed();
     world.pass(MINUTE);
     world.vanish(&[key(1), key(2), key(3)]);
     assert_eq!(world.read(), 2, "what others made is theirs to remove");
-    assert_eq!(world.owed(), [Step::install(key(1)), Step::install(key(2))]);
-    let changed = world.ledger.take_changed();
+    assert_eq!(world.owed(), [Step::install(mesh::desired(key(1))), Step::install(mesh::desired(key(2)))]);
+    let changed = world.known.take_changed();
     let wanted = [(key(1), before[0]), (key(2), before[1]), (key(3), None)];
     assert_eq!(changed, wanted);
     assert!(before[0].is_some_and(|kept| kept.proven));
     assert_eq!(world.read(), 0, "and is not said twice");
     world.put_back();
     assert_eq!(world.read(), 0);
-    assert_eq!((world.owed(), world.ledger.peers.len()), (vec![], 3));
+    assert_eq!((world.owed(), world.known.table.len()), (vec![], 3));
 }
 
 /// Seen to fail where its past was forgotten: it was as one that has just come.
@@ -154,10 +158,10 @@ fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
 fn a_router_whose_peer_vanished_keeps_its_standing_and_is_stale_no_later_for_it() {
     let (first, second) = collision();
     let mut world = World::with(&[first, key(2)]);
-    world.ledger.policy = Policy { unproven: 1, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 1, ..Policy::default() };
     world.handshake(first);
     world.read();
-    assert_eq!(world.ledger.unreported(world.now.monotonic), [first]);
+    assert_eq!(world.known.unreported(world.now.monotonic), [first]);
     world.pass(HOUR);
     world.vanish(&[first, key(2)]);
     world.read();
@@ -167,11 +171,11 @@ fn a_router_whose_peer_vanished_keeps_its_standing_and_is_stale_no_later_for_it(
         world.read();
         assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)]);
         assert_eq!(world.states(), [PeerState::Pending, PeerState::Idle]);
-        assert_eq!(world.ledger.unreported(world.now.monotonic), []);
+        assert_eq!(world.known.unreported(world.now.monotonic), []);
     }
     // It is not one of those that make room for others.
     world.come(&[key(3)]);
-    assert_eq!(world.ledger.surplus(), [key(2)].into());
+    assert_eq!(world.known.eviction_candidates(), [key(2)].into());
     world.pass(2 * HOUR);
     world.read();
     assert!(world.stale().contains(&first));
@@ -194,7 +198,7 @@ fn a_key_that_comes_while_its_peer_is_away_stands_as_before() {
         assert_eq!(world.come(&[key(1)]), []);
         world.read();
         assert_eq!(world.states(), [PeerState::Connected]);
-        assert!(world.ledger.kept(&key(1)).is_some_and(|kept| kept.last == world.now.monotonic && kept.proven));
+        assert!(world.known.record(&key(1)).is_some_and(|kept| kept.last == world.now.monotonic && kept.proven));
     }
 }
 
@@ -204,20 +208,20 @@ fn what_is_taken_away_again_and_again_is_stale_at_last() {
     world.handshake(key(1));
     world.read();
     for minute in 0..=180 {
-        assert_eq!(world.ledger.vanished.len(), 0);
+        assert_eq!(world.known.table.iter_vanished().count(), 0);
         world.vanish(&[key(1), key(2)]);
         world.read();
-        world.ledger.forget_stale(world.now.monotonic);
+        world.known.forget_stale(world.now.monotonic);
         // Once it has its grace again, for having been put back.
         let stays = [(key(1), minute < 180), (key(2), minute < 10)];
         for (key, stays) in stays {
-            assert_eq!(world.ledger.waits(&key), stays, "{key:?} {minute}");
+            assert_eq!(world.known.is_pending(&key), stays, "{key:?} {minute}");
         }
         world.put_back();
         world.read();
         world.pass(MINUTE);
     }
-    assert_eq!((world.ledger.peers.len(), world.ledger.vanished.len(), world.owed()), (0, 0, vec![]));
+    assert_eq!((world.known.table.len(), world.known.table.iter_vanished().count(), world.owed()), (0, 0, vec![]));
 }
 
 #[test]
@@ -225,11 +229,11 @@ fn what_an_interface_had_that_was_missing_for_long_has_its_grace_when_it_is_back
     let mut world = World::with(&[key(1)]);
     world.handshake(key(1));
     world.read();
-    world.ledger.lost();
+    world.known.lost();
     world.pass(5 * HOUR);
     world.memory.add(&domain());
     world.read();
-    world.ledger.forget_stale(world.now.monotonic);
+    world.known.forget_stale(world.now.monotonic);
     world.put_back();
     world.read();
     assert_eq!(world.states(), [PeerState::Pending]);
@@ -244,13 +248,13 @@ fn a_vanished_peer_that_somebody_else_puts_back_has_its_past() {
     world.read();
     world.vanish(&[key(1)]);
     world.read();
-    world.apply(&[Step::install(key(1))]);
+    world.apply(&[Step::install(mesh::desired(key(1)))]);
     world.read();
     assert_eq!(
-        (world.states(), world.owed(), world.ledger.waits(&key(1))),
+        (world.states(), world.owed(), world.known.is_pending(&key(1))),
         (vec![PeerState::Connected], vec![], false)
     );
-    assert!(world.ledger.vanished.is_empty());
+    assert!(world.known.table.iter_vanished().next().is_none());
 }
 
 #[test]
@@ -261,7 +265,7 @@ fn routes_and_entries_of_a_peer_that_is_to_be_put_back_are_no_orphans() {
     for _ in 0..3 {
         world.read();
         world.pass(MINUTE);
-        assert_eq!(world.ledger.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
+        assert_eq!(world.known.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
     }
 }
 
@@ -272,11 +276,11 @@ fn an_interface_made_anew_is_owed_every_key_of_ours() {
         world.memory.alter(&domain(), |device| device.peers.get_mut(&key(3)).unwrap().allowed_ips.clear());
         world.read();
         if missed {
-            world.ledger.lost();
+            world.known.lost();
         }
         world.memory.add(&domain());
         world.read();
-        assert_eq!(world.owed(), [Step::install(key(1)), Step::install(key(2))]);
+        assert_eq!(world.owed(), [Step::install(mesh::desired(key(1))), Step::install(mesh::desired(key(2)))]);
     }
 }
 
@@ -323,7 +327,7 @@ fn a_key_is_refused_while_the_owner_of_its_address_is_in_its_grace_or_proven() {
         assert_eq!(world.come(&[owner]), []);
         world.read();
         assert_eq!(world.peers(), [owner, key(1)].into());
-        assert_eq!(world.ledger.surplus(), [].into());
+        assert_eq!(world.known.eviction_candidates(), [].into());
     }
 }
 
@@ -342,13 +346,13 @@ fn when_the_owner_of_an_address_is_gone_the_other_has_it_and_what_is_left_of_the
         world.come(&[first]);
         assert_eq!(world.come(&[second]), [], "asking for an address does not keep it");
         world.read();
-        assert_eq!(world.ledger.surplus(), [first].into());
+        assert_eq!(world.known.eviction_candidates(), [first].into());
         assert_eq!(world.come(&[first]), [(first, ADDRESS_TAKEN)]);
         world.make_room();
         assert_eq!(world.peers(), [second].into());
         let device = world.memory.device(&domain()).unwrap();
-        assert_eq!(plan::shape(&second, &device.peers[&second]), Shape::Ours);
-        assert!(device.routes.contains(&second.link_local()) && device.fdb.contains(&second.link_local()));
+        assert_eq!(mesh::desired(second).ownership(&device.peers[&second]), Ownership::Ours);
+        assert!(device.routes.contains(&host(second.link_local())) && device.fdb.contains(&second.link_local()));
     }
 }
 
@@ -405,11 +409,11 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     let reserved = [first, second, key(2), key(3)];
     assert_eq!(world.come(&reserved), reserved.map(|key| (key, RESERVED)));
     world.learn(&reserved.map(|key| (key, Age { age_secs: 0, has_handshake: false })));
-    world.ledger.wants(key(3), world.now.monotonic);
+    world.known.mark_pending(key(3), world.now.monotonic);
     world.pass(4 * HOUR);
     world.read();
     assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
-    assert_eq!(world.ledger.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
+    assert_eq!(world.known.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
     world.reserved.update("gw", domain().name(), None);
     world.read();
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
@@ -438,7 +442,7 @@ fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
 fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
     let mut world = World::with(&[key(1), key(2)]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push((key(3).link_local().into(), 128));
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(host(key(3).link_local()));
     });
     world.read();
     assert_eq!(world.come(&[key(3), key(1)]), [(key(3), ADDRESS_TAKEN)], "its own peer is set again all the same");
@@ -447,7 +451,7 @@ fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
 #[test]
 fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { unproven: 20, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 20, ..Policy::default() };
     world.read();
     let proven: Vec<_> = (0..5).map(key).collect();
     world.come(&proven);
@@ -473,19 +477,19 @@ fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
 #[test]
 fn where_one_has_to_go_a_portion_goes_with_it_and_none_without_need() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { unproven: 160, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 160, ..Policy::default() };
     world.read();
     for n in 0..160 {
         world.come(&[key(n)]);
         world.pass(Duration::from_secs(1));
     }
     world.read();
-    assert_eq!(world.ledger.surplus(), [].into(), "there is no need");
+    assert_eq!(world.known.eviction_candidates(), [].into(), "there is no need");
     world.come(&[key(160), key(161)]);
     world.handshake(key(3));
     world.read();
     // Of 159 a sixteenth, and one, for which the third has made no room.
-    assert_eq!(world.ledger.surplus(), (0..3).chain(4..11).map(key).collect());
+    assert_eq!(world.known.eviction_candidates(), (0..3).chain(4..11).map(key).collect());
     world.make_room();
     world.apply_owed();
     for n in 162..171 {
@@ -494,17 +498,17 @@ fn where_one_has_to_go_a_portion_goes_with_it_and_none_without_need() {
     }
     world.come(&[key(171)]);
     assert!(!world.peers().contains(&key(171)));
-    assert!(world.ledger.lacks_room());
+    assert!(world.known.lacks_room());
 }
 
 #[test]
 fn too_many_of_before_go_when_one_comes() {
     let mut world = World::with(&(0..30).map(key).collect::<Vec<_>>());
-    world.ledger.policy = Policy { unproven: 10, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 10, ..Policy::default() };
     world.read();
-    assert_eq!(world.ledger.surplus(), [].into());
+    assert_eq!(world.known.eviction_candidates(), [].into());
     world.come(&[key(30)]);
-    assert_eq!(world.ledger.surplus().len(), 21);
+    assert_eq!(world.known.eviction_candidates().len(), 21);
     world.make_room();
     world.apply_owed();
     assert_eq!(world.peers().len(), 10);
@@ -513,25 +517,25 @@ fn too_many_of_before_go_when_one_comes() {
 #[test]
 fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
-    world.ledger.policy = Policy { forget: Some(10 * MINUTE), ..Policy::default() };
+    world.known.policy = Policy { forget: Some(10 * MINUTE), ..Policy::default() };
     world.handshake(key(1));
     world.read();
     world.pass(Duration::from_secs(599));
     world.handshake(key(2));
     world.read();
-    assert_eq!(world.ledger.idle(10, world.now.monotonic), []);
+    assert_eq!(world.known.idle(10, world.now.monotonic), []);
     world.pass(MINUTE);
-    assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(1)]);
-    world.apply(&[Step::renew(key(1))]);
-    world.ledger.forgotten(&key(1));
+    assert_eq!(world.known.idle(10, world.now.monotonic), [key(1)]);
+    world.apply(&[Step::renew(mesh::desired(key(1)))]);
+    world.known.mark_renewed(&key(1));
     let device = world.memory.device(&domain()).unwrap();
     assert_eq!(
-        (plan::shape(&key(1), &device.peers[&key(1)]), device.peers[&key(1)].last_handshake),
-        (Shape::Ours, None)
+        (mesh::desired(key(1)).ownership(&device.peers[&key(1)]), device.peers[&key(1)].last_handshake),
+        (Ownership::Ours, None)
     );
     world.pass(2 * HOUR);
     world.read();
-    assert_eq!(world.ledger.idle(10, world.now.monotonic), [key(2)], "and not again");
+    assert_eq!(world.known.idle(10, world.now.monotonic), [key(2)], "and not again");
     assert!(!world.stale().contains(&key(1)));
     world.handshake(key(1));
     world.read();
@@ -543,7 +547,7 @@ fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
 #[test]
 fn a_full_interface_takes_no_new_key() {
     let mut world = World::with(&[key(1), key(2)]);
-    world.ledger.policy = Policy { peers: 3, ..Policy::default() };
+    world.known.policy = Policy { peers: 3, ..Policy::default() };
     world.handshake(key(1));
     world.handshake(key(2));
     world.read();
@@ -559,12 +563,12 @@ fn waiting_keys_are_owed_in_order_of_arrival_and_the_own_key_is_not() {
     let mut world = World::with(&[]);
     let own = world.memory.device(&domain()).unwrap().public_key.unwrap();
     for key in [key(2), own, key(1)] {
-        world.ledger.wants(key, world.now.monotonic);
+        world.known.mark_pending(key, world.now.monotonic);
         world.pass(MINUTE);
     }
     world.read();
-    assert_eq!(world.owed(), [Step::install(key(2)), Step::install(key(1))]);
-    assert!(!world.ledger.waits(&own));
+    assert_eq!(world.owed(), [Step::install(mesh::desired(key(2))), Step::install(mesh::desired(key(1)))]);
+    assert!(!world.known.is_pending(&own));
 }
 
 #[test]
@@ -579,11 +583,11 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
         (first, kept(HOUR, false)),
         (second, kept(MINUTE, true)),
     ] {
-        world.ledger.remember(key, kept);
+        world.known.remember(key, kept);
     }
     world.read();
-    assert_eq!(world.owed(), [Step::install(key(3))], "and none that lost its address to another");
-    let noted: Vec<_> = world.ledger.take_changed().into_iter().map(|(key, kept)| (key, kept.is_some())).collect();
+    assert_eq!(world.owed(), [Step::install(mesh::desired(key(3)))], "and none that lost its address to another");
+    let noted: Vec<_> = world.known.take_changed().into_iter().map(|(key, kept)| (key, kept.is_some())).collect();
     let mut wanted = vec![(key(1), true), (key(2), true), (first, false), (second, true)];
     wanted.sort_unstable();
     assert_eq!(noted, wanted);
@@ -592,21 +596,21 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
 #[test]
 fn what_is_remembered_as_proven_is_so_although_the_kernel_knows_of_no_handshake() {
     let mut world = World::with(&[key(1), key(2)]);
-    world.ledger.policy = Policy { unproven: 1, ..Policy::default() };
-    world.ledger.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
+    world.known.policy = Policy { unestablished: 1, ..Policy::default() };
+    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
     world.read();
-    assert!(world.ledger.kept(&key(1)).is_some_and(|kept| kept.proven));
+    assert!(world.known.record(&key(1)).is_some_and(|kept| kept.proven));
     world.come(&[key(3)]);
-    assert_eq!(world.ledger.surplus(), [key(2)].into());
+    assert_eq!(world.known.eviction_candidates(), [key(2)].into());
 }
 
 #[test]
 fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
     let mut world = World::with(&[key(1)]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(1)).unwrap().allowed_ips = vec![("10.0.0.0".parse().unwrap(), 8)];
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips = ["10.0.0.0/8".parse().unwrap()].into();
     });
-    world.ledger.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
+    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
     world.read();
     assert_eq!(world.owed(), []);
 }
@@ -617,10 +621,10 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
     let mut world = World::with(&[key(1), second, key(6)]);
     world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear();
-        device.peers.get_mut(&key(6)).unwrap().allowed_ips = vec![(key(5).link_local().into(), 128)];
+        device.peers.get_mut(&key(6)).unwrap().allowed_ips = [host(key(5).link_local())].into();
     });
     world.read();
-    world.ledger.wants(key(2), world.now.monotonic);
+    world.known.mark_pending(key(2), world.now.monotonic);
     let hours = |hours: u64, proven| Age { age_secs: hours * 3_600, has_handshake: proven };
     let keys = [
         (key(1), hours(0, false)),
@@ -634,14 +638,14 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
         (key(8), hours(9, true)),
     ];
     assert_eq!(world.learn(&keys), [key(4), key(3)], "the oldest first");
-    assert!(world.ledger.waits(&key(3)) && !world.ledger.is_announced(&key(3)));
+    assert!(world.known.is_pending(&key(3)) && !world.known.is_announced(&key(3)));
     assert_eq!(world.learn(&keys), [], "they wait already");
 }
 
 #[test]
 fn a_live_key_without_a_handshake_pushes_out_none_that_came_after_it() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { unproven: 3, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 3, ..Policy::default() };
     world.read();
     for n in 0..3 {
         world.install(&[key(n)]);
@@ -655,17 +659,17 @@ fn a_live_key_without_a_handshake_pushes_out_none_that_came_after_it() {
         (key(6), Age { age_secs: 60, has_handshake: false }),
     ];
     assert_eq!(world.learn(&live), [key(5)], "who shook hands has a place");
-    assert!([3, 4].iter().all(|n| !world.ledger.waits(&key(*n))));
-    assert!(world.ledger.waits(&key(6)));
-    assert_eq!(world.ledger.surplus(), [key(0)].into());
-    world.ledger.policy.unproven = 5;
+    assert!([3, 4].iter().all(|n| !world.known.is_pending(&key(*n))));
+    assert!(world.known.is_pending(&key(6)));
+    assert_eq!(world.known.eviction_candidates(), [key(0)].into());
+    world.known.policy.unestablished = 5;
     assert_eq!(world.learn(&live), [key(3)], "there is room for one");
 }
 
 #[test]
 fn of_many_live_keys_as_many_wait_as_are_newer_than_the_peers_that_go_for_them() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { unproven: 4, ..Policy::default() };
+    world.known.policy = Policy { unestablished: 4, ..Policy::default() };
     world.read();
     // They came 200, 100, 100 and 100 s ago.
     world.install(&[key(0)]);
@@ -675,14 +679,14 @@ fn of_many_live_keys_as_many_wait_as_are_newer_than_the_peers_that_go_for_them()
     world.read();
     let live: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 150, has_handshake: false })).collect();
     assert_eq!(world.learn(&live), []);
-    assert_eq!((10..30).filter(|n| world.ledger.waits(&key(*n))).count(), 1);
-    assert_eq!(world.ledger.surplus(), [key(0)].into());
+    assert_eq!((10..30).filter(|n| world.known.is_pending(&key(*n))).count(), 1);
+    assert_eq!(world.known.eviction_candidates(), [key(0)].into());
 }
 
 #[test]
 fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { peers: 2, waiting: 8, ..Policy::default() };
+    world.known.policy = Policy { peers: 2, pending: 8, ..Policy::default() };
     world.read();
     world.install(&[key(0), key(1)]);
     world.handshake(key(0));
@@ -690,19 +694,19 @@ fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
     world.read();
     assert_eq!(world.come(&[key(2)]), [(key(2), plan::FULL)]);
     assert_eq!(world.learn(&[(key(2), Age { age_secs: 0, has_handshake: false })]), []);
-    assert!(!world.ledger.waits(&key(2)));
+    assert!(!world.known.is_pending(&key(2)));
     let proven: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 0, has_handshake: true })).collect();
     assert_eq!(world.learn(&proven), []);
-    assert!((10..30).filter(|n| world.ledger.waits(&key(*n))).count() <= 8, "and of others only so many");
+    assert!((10..30).filter(|n| world.known.is_pending(&key(*n))).count() <= 8, "and of others only so many");
 }
 
 #[test]
 fn a_key_that_waits_and_has_a_place_does_not_take_another() {
     let mut world = World::with(&[]);
-    world.ledger.policy = Policy { peers: 1, ..Policy::default() };
+    world.known.policy = Policy { peers: 1, ..Policy::default() };
     world.read();
-    world.ledger.wants(key(0), world.now.monotonic);
-    world.ledger.promise(&key(0));
+    world.known.mark_pending(key(0), world.now.monotonic);
+    world.known.reserve(&key(0));
     assert_eq!(world.come(&[key(0)]), []);
     assert_eq!(world.peers(), [key(0)].into());
 }
@@ -711,7 +715,7 @@ fn a_key_that_waits_and_has_a_place_does_not_take_another() {
 fn handshakes_are_reported_once_and_again_after_a_while() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(3)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+        device.peers.get_mut(&key(3)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
     });
     let mut reports = Vec::new();
     for minute in 0..=730 {
@@ -721,9 +725,9 @@ fn handshakes_are_reported_once_and_again_after_a_while() {
         }
         world.read();
         if minute == 10 {
-            world.ledger.report_all();
+            world.known.report_all();
         }
-        let reported = world.ledger.unreported(world.now.monotonic);
+        let reported = world.known.unreported(world.now.monotonic);
         reports.extend(reported.into_iter().map(|key| (minute, key)));
         world.pass(MINUTE);
     }
@@ -734,23 +738,23 @@ fn handshakes_are_reported_once_and_again_after_a_while() {
 fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
     let mut world = World::with(&[key(1)]);
     let orphan = key(2).link_local();
-    let add = |device: &mut Device| assert!(device.routes.insert(orphan) && device.fdb.insert(orphan));
+    let add = |device: &mut Device| assert!(device.routes.insert(host(orphan)) && device.fdb.insert(orphan));
     world.memory.alter(&domain(), add);
     let orphaned = |world: &World| {
         let device = world.memory.device(&domain()).unwrap();
-        world.ledger.orphaned(&device, world.now.monotonic)
+        world.known.orphaned(&device, world.now.monotonic)
     };
     world.read();
     assert_eq!(orphaned(&world), []);
     world.pass(ORPHANED);
     world.read();
-    assert_eq!(orphaned(&world), [Change::RemoveRoute(orphan), Change::RemoveFdb(orphan)]);
+    assert_eq!(orphaned(&world), [Change::RemoveRoute(host(orphan)), Change::RemoveFdb(orphan)]);
     world.install(&[key(2)]);
     world.read();
     assert_eq!(orphaned(&world), []);
     // What loses its peer later has its while from then on.
     world.vanish(&[key(2)]);
-    world.ledger.removed(&key(2));
+    world.known.removed(&key(2));
     world.read();
     assert_eq!(orphaned(&world), []);
 }
@@ -759,7 +763,7 @@ fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
 fn what_changes_is_told_once() {
     let mut world = World::with(&[key(1)]);
     let changed = |world: &mut World| -> Vec<_> {
-        let changed = world.ledger.take_changed().into_iter();
+        let changed = world.known.take_changed().into_iter();
         changed.map(|(key, kept)| (key, kept.map(|kept| (kept.last, kept.proven)))).collect()
     };
     world.read();
@@ -771,38 +775,38 @@ fn what_changes_is_told_once() {
     world.handshake(key(1));
     world.read();
     assert_eq!(changed(&mut world), [(key(1), Some((begun, true)))]);
-    world.ledger.wants(key(2), begun);
+    world.known.mark_pending(key(2), begun);
     world.install(&[key(1)]);
     let now = world.now.monotonic;
     assert_eq!(changed(&mut world), [(key(1), Some((now, true))), (key(2), Some((begun, false)))]);
     world.memory.alter(&domain(), |device| {
-        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(("10.0.0.0".parse().unwrap(), 8));
+        device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
     });
     world.read();
     assert_eq!(changed(&mut world), [(key(1), None)], "somebody else's is not ours to restore");
-    world.ledger.removed(&key(2));
-    (0..TRIES).for_each(|_| world.ledger.refused(&key(2)));
+    world.known.removed(&key(2));
+    (0..TRIES).for_each(|_| world.known.refused(&key(2)));
     assert_eq!(changed(&mut world), [(key(2), None)]);
 }
 
 #[test]
 fn a_flood_of_waiting_keys_crowds_out_the_oldest() {
-    let mut ledger = Ledger::new(Policy { waiting: 160, ..Policy::default() });
+    let mut known = KnownPeers::new(Arc::new(Mesh), Policy { pending: 160, ..Policy::default() });
     let start = Instant::now();
-    let dropped: usize = (0..10_000).map(|n| ledger.wants(key(n), start + Duration::from_millis(n.into()))).sum();
-    let kept = ledger.waiting.len();
+    let dropped: usize = (0..10_000).map(|n| known.mark_pending(key(n), start + Duration::from_millis(n.into()))).sum();
+    let kept = known.pending.len();
     assert!(kept <= 160 && dropped == 10_000 - kept, "{kept} {dropped}");
-    assert!((9_900..10_000).all(|n| ledger.waits(&key(n))));
+    assert!((9_900..10_000).all(|n| known.is_pending(&key(n))));
 }
 
 #[test]
 fn a_key_that_the_kernel_keeps_refusing_is_given_up() {
-    let mut ledger = Ledger::new(Policy::default());
-    ledger.wants(key(1), Instant::now());
-    (1..TRIES).for_each(|_| ledger.refused(&key(1)));
-    assert!(ledger.waits(&key(1)));
-    ledger.refused(&key(1));
-    assert!(!ledger.waits(&key(1)));
+    let mut known = KnownPeers::new(Arc::new(Mesh), Policy::default());
+    known.mark_pending(key(1), Instant::now());
+    (1..TRIES).for_each(|_| known.refused(&key(1)));
+    assert!(known.is_pending(&key(1)));
+    known.refused(&key(1));
+    assert!(!known.is_pending(&key(1)));
 }
 
 proptest! {
@@ -813,7 +817,7 @@ proptest! {
         let mut world = World::with(&(0..4).map(key).collect::<Vec<_>>());
         let others = [key(0)];
         world.memory.alter(&domain(), |device| {
-            device.peers.get_mut(&others[0]).unwrap().allowed_ips.push(("fd00::".parse().unwrap(), 64));
+            device.peers.get_mut(&others[0]).unwrap().allowed_ips.push("fd00::/64".parse().unwrap());
         });
         let (mut handshakes, mut arrivals) = (BTreeMap::new(), BTreeMap::new());
         let start = world.now.monotonic;
@@ -868,10 +872,10 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-/// A kernel, a ledger and both clocks.
+/// A kernel, a known and both clocks.
 struct World {
     memory: MemoryKernel,
-    ledger: Ledger,
+    known: KnownPeers,
     reserved: Reserved,
     now: Clocks,
     handshakes: Duration,
@@ -880,14 +884,14 @@ struct World {
 impl World {
     fn with(keys: &[PublicKey]) -> Self {
         let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
-        let (memory, ledger) = (MemoryKernel::with(&[domain()]), Ledger::new(Policy::default()));
-        let world = Self { memory, ledger, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
+        let (memory, known) = (MemoryKernel::with(&[domain()]), KnownPeers::new(Arc::new(Mesh), Policy::default()));
+        let world = Self { memory, known, reserved: Reserved::default(), now, handshakes: Duration::ZERO };
         world.apply(&install(keys.iter().copied()));
         world
     }
 
     fn read(&mut self) -> usize {
-        self.ledger.observe(&self.memory.device(&domain()).unwrap(), &self.reserved, self.now)
+        self.known.observe(&self.memory.device(&domain()).unwrap(), &self.reserved, self.now)
     }
 
     /// Somebody else removes these peers, and nothing but them.
@@ -900,30 +904,30 @@ impl World {
         let steps = self.owed();
         self.apply(&steps);
         for step in steps {
-            self.ledger.put_back(step.key, self.now.monotonic);
+            self.known.put_back(step.key(), self.now.monotonic);
         }
     }
 
     /// Keys come and are installed as far as they may; says which may not.
     fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, &'static str)> {
         let own = self.memory.device(&domain()).unwrap().public_key;
-        let admission = self.ledger.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
-        self.install(&[admission.known, admission.new].concat());
+        let admission = self.known.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
+        self.install(&[admission.known, admission.new].concat().iter().map(DesiredPeer::key).collect::<Vec<_>>());
         for key in admission.deferred {
-            self.ledger.wants(key, self.now.monotonic);
+            self.known.mark_pending(key, self.now.monotonic);
         }
         admission.refused
     }
 
     fn learn(&mut self, keys: &[(PublicKey, Age)]) -> Vec<PublicKey> {
-        self.ledger.learn(keys.iter().copied(), None, &self.reserved, self.now.monotonic).next
+        self.known.learn(keys.iter().copied(), None, &self.reserved, self.now.monotonic).next
     }
 
     fn make_room(&mut self) {
-        let surplus = self.ledger.surplus();
-        self.apply(&plan::sweep(&self.memory.device(&domain()).unwrap(), &surplus));
+        let surplus = self.known.eviction_candidates();
+        self.apply(&plan::remove(&Mesh, &self.memory.device(&domain()).unwrap(), &surplus));
         for key in &surplus {
-            self.ledger.removed(key);
+            self.known.removed(key);
         }
     }
 
@@ -953,7 +957,7 @@ impl World {
     fn install(&mut self, keys: &[PublicKey]) {
         self.apply(&install(keys.iter().copied()));
         for key in keys {
-            self.ledger.stands(*key, self.now.monotonic);
+            self.known.mark_installed(*key, self.now.monotonic);
         }
     }
 
@@ -961,23 +965,147 @@ impl World {
         let steps = self.owed();
         self.apply(&steps);
         for step in steps {
-            self.ledger.stands(step.key, self.now.monotonic);
+            self.known.mark_installed(step.key(), self.now.monotonic);
         }
     }
 
     fn apply(&self, steps: &[Step]) {
-        now(self.memory.clone().apply(&domain(), &changes(steps)));
+        now(self.memory.clone().apply(&Interface::from(&domain()), changes(steps)));
     }
 
     fn owed(&mut self) -> Vec<Step> {
-        self.ledger.owed(&self.memory.device(&domain()).unwrap(), &self.reserved)
+        self.known.pending_steps(&self.memory.device(&domain()).unwrap(), &self.reserved)
     }
 
     fn stale(&self) -> Vec<PublicKey> {
-        self.ledger.stale(self.now.monotonic).into_iter().collect()
+        self.known.stale(self.now.monotonic).into_iter().collect()
     }
 
     fn states(&self) -> Vec<PeerState> {
-        self.ledger.peers.values().map(|entry| entry.state(&self.ledger.policy, self.now.monotonic)).collect()
+        self.known.table.iter().map(|(_, entry)| entry.state(&self.known.policy, self.now.monotonic)).collect()
+    }
+}
+
+/// Something that happens to what is known of peers.
+#[derive(Debug, Clone)]
+enum Happening {
+    Come(Vec<u32>),
+    /// They come, and the kernel does not take them.
+    Fail(u32),
+    Reserve(u32),
+    GivePlaces,
+    /// They are live elsewhere, with a handshake or not.
+    Learn(Vec<u32>, bool, u64),
+    Remember(u32, bool),
+    Vanish(Vec<u32>),
+    PutBack,
+    Handshake(u32),
+    Refuse(u32),
+    Remove(u32),
+    Disown(u32),
+    Deny(u32),
+    Evict,
+    Sweep,
+    Read,
+    Pass(u64),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let one = || 0..12_u32;
+    let many = || vec(0..12_u32, 0..6);
+    prop_oneof![
+        4 => many().prop_map(Happening::Come),
+        1 => one().prop_map(Happening::Fail),
+        1 => one().prop_map(Happening::Reserve),
+        1 => Just(Happening::GivePlaces),
+        2 => (many(), any::<bool>(), 0..900_u64).prop_map(|(keys, shaken, age)| Happening::Learn(keys, shaken, age)),
+        1 => (one(), any::<bool>()).prop_map(|(n, proven)| Happening::Remember(n, proven)),
+        2 => many().prop_map(Happening::Vanish),
+        1 => Just(Happening::PutBack),
+        2 => one().prop_map(Happening::Handshake),
+        1 => one().prop_map(Happening::Refuse),
+        1 => one().prop_map(Happening::Remove),
+        1 => one().prop_map(Happening::Disown),
+        1 => one().prop_map(Happening::Deny),
+        1 => Just(Happening::Evict),
+        1 => Just(Happening::Sweep),
+        3 => Just(Happening::Read),
+        1 => (1..4_000_u64).prop_map(Happening::Pass),
+    ]
+}
+
+/// Two of them have the same address.
+fn one_of(n: u32) -> PublicKey {
+    let (first, second) = collision();
+    [first, second].into_iter().nth(n as usize).unwrap_or(key(n))
+}
+
+impl World {
+    fn happen(&mut self, happening: Happening) {
+        let now = self.now.monotonic;
+        let keys = |numbers: &[u32]| numbers.iter().copied().map(one_of).collect::<Vec<_>>();
+        match happening {
+            Happening::Come(numbers) => drop(self.come(&keys(&numbers))),
+            Happening::Fail(n) => drop(self.known.mark_pending(one_of(n), now)),
+            Happening::Reserve(n) => self.known.reserve(&one_of(n)),
+            Happening::GivePlaces => drop(self.known.give_places(None, &self.reserved)),
+            Happening::Learn(numbers, has_handshake, age_secs) => {
+                let age = Age { age_secs, has_handshake };
+                self.learn(&keys(&numbers).into_iter().map(|key| (key, age)).collect::<Vec<_>>());
+            }
+            Happening::Remember(n, proven) => self.known.remember(one_of(n), KeyRecord { last: now, proven }),
+            Happening::Vanish(numbers) => self.vanish(&keys(&numbers)),
+            Happening::PutBack => self.put_back(),
+            Happening::Handshake(n) => self.handshake(one_of(n)),
+            Happening::Refuse(n) => (0..TRIES).for_each(|_| self.known.refused(&one_of(n))),
+            Happening::Remove(n) => self.remove(&[one_of(n)].into()),
+            Happening::Disown(n) => self.known.disown(&one_of(n)),
+            Happening::Deny(n) => {
+                let denied = self.known.remove_denied(|key| *key == one_of(n));
+                self.remove(&denied.into_keys().collect());
+            }
+            Happening::Evict => self.make_room(),
+            Happening::Sweep => {
+                self.remove(&self.known.stale(now));
+                self.known.forget_stale(now);
+            }
+            Happening::Read => drop(self.read()),
+            Happening::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+        }
+    }
+
+    fn remove(&mut self, keys: &BTreeSet<PublicKey>) {
+        self.apply(&plan::remove(&Mesh, &self.memory.device(&domain()).unwrap(), keys));
+        for key in keys {
+            self.known.removed(key);
+        }
+    }
+
+    /// Fails where something that is counted, or kept beside what it follows from, is not what it is anew.
+    fn assert_counted(&self) {
+        let KnownPeers { table, pending, owners, .. } = &self.known;
+        assert_eq!(table.unestablished(), table.recount());
+        assert_eq!(pending.reserved(), pending.recount());
+        for (key, _) in table.iter_vanished() {
+            assert!(pending.contains(key) && !table.contains(key), "{key:?} vanished");
+        }
+        for key in owners.to_evict() {
+            assert!(table.contains(key), "{key:?} is to be evicted");
+        }
+        for (network, key) in owners.iter() {
+            assert!(table.contains(key) || pending.contains(key), "{key:?} has {network}");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_counted_is_what_a_recount_gives_whatever_happens(happenings in vec(happening(), 0..80)) {
+        let mut world = World::with(&[]);
+        world.known.policy = Policy { unestablished: 4, peers: 8, pending: 6, ..Policy::default() };
+        for happening in happenings {
+            world.happen(happening);
+            world.assert_counted();
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! One domain at the kernel: what is known of it, and each thing that is done with it.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,11 +13,12 @@ use wgkex_common::wire::message::{Age, Revoked};
 use wgkex_common::{Domain, PublicKey, Reserved};
 
 use crate::metrics::Metrics;
-use crate::peers::{Admitted, Clocks, Ledger, Policy};
-use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Shape, Step};
+use crate::peers::{Admitted, Clocks, KnownPeers, Policy};
+use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Step};
+use crate::profiles::{DesiredPeer, Ownership, Profile};
 use crate::reconciler::reports::{Outbox, Report};
 use crate::reconciler::schedule::Schedule;
-use wgkex_kernel::{Device, Kernel, KernelError};
+use wgkex_kernel::{Device, Interface, Kernel, KernelError};
 
 /// Keys that are caught up with, or swept, at once: new keys wait no longer than for these.
 const SLICE: usize = 512;
@@ -41,7 +41,8 @@ struct Leaving {
 
 pub(super) struct Served {
     domain: Domain,
-    ledger: Ledger,
+    interface: Interface,
+    peers: KnownPeers,
     schedule: Schedule,
     /// The interface's own key, or why there are no tables to apply anything to.
     own: Result<Option<PublicKey>, &'static str>,
@@ -59,13 +60,15 @@ pub(super) struct Served {
 impl Served {
     pub fn new(
         domain: Domain,
+        profile: Arc<dyn Profile>,
         policy: Policy,
         now: Instant,
         (reserved, journal, metrics): (watch::Receiver<Reserved>, WriteBuffer, Metrics),
     ) -> Self {
         Self {
+            interface: profile.interface(&domain),
             domain,
-            ledger: Ledger::new(policy),
+            peers: KnownPeers::new(profile, policy),
             reserved,
             journal,
             schedule: Schedule::new(&policy, now),
@@ -84,15 +87,15 @@ impl Served {
 
     /// Remembers, before the first read, a key that stood when the last worker ended.
     pub fn remember(&mut self, key: PublicKey, kept: KeyRecord) {
-        self.ledger.remember(key, kept);
+        self.peers.remember(key, kept);
     }
 
     /// Has what changed written down, or everything `anew`.
     pub fn note_changes(&mut self, anew: bool) {
         if anew {
-            self.ledger.change_all();
+            self.peers.change_all();
         }
-        for (key, kept) in self.ledger.take_changed() {
+        for (key, kept) in self.peers.take_changed() {
             match kept {
                 Some(kept) => self.journal.put(&self.domain, key, kept),
                 None => self.journal.remove(&self.domain, key),
@@ -102,20 +105,20 @@ impl Served {
 
     /// Takes over who may come; those who are here and may not go at the next read.
     pub fn admit(&mut self, admission: Arc<Admission>) {
-        self.backlog.retain(|step| !admission.must_remove(self.domain.name(), &step.key));
-        self.ledger.obey(admission.clone());
+        self.backlog.retain(|step| !admission.must_remove(self.domain.name(), &step.key()));
+        self.peers.apply_policy(admission.clone());
         self.admission = admission;
     }
 
     /// Forgets keys that wait and may not come; true if some stand in the kernel that may not.
     pub fn has_to_expel(&mut self) -> bool {
         let (admission, domain) = (&self.admission, self.domain.name());
-        !admission.removes_none() && !self.ledger.expel(|key| admission.must_remove(domain, key)).is_empty()
+        !admission.removes_none() && !self.peers.remove_denied(|key| admission.must_remove(domain, key)).is_empty()
     }
 
     /// What was reported of handshakes may not have been heard.
     pub fn report_all(&mut self) {
-        self.ledger.report_all();
+        self.peers.report_all();
     }
 
     /// How much is owed.
@@ -128,17 +131,18 @@ impl Served {
         let own = self.own.ok().flatten();
         let (admission, domain) = (&self.admission, self.domain.name());
         let keys = keys.into_iter().filter(|(key, _)| !admission.denies(domain, key));
-        let learnt = self.ledger.learn(keys, own, &self.reserved.borrow(), now);
+        let learnt = self.peers.learn(keys, own, &self.reserved.borrow(), now);
         self.metrics.keys_learnt.with_label_values(&[self.domain.name()]).inc_by(learnt.number as u64);
         if self.own.is_ok() {
             self.make_room(learnt.number - learnt.next.len(), now);
-            self.backlog.extend(learnt.next.into_iter().map(Step::install));
+            let profile = self.peers.profile();
+            self.backlog.extend(learnt.next.iter().filter_map(|key| profile.desired(key)).map(Step::install));
         }
     }
 
     /// The next read finds places for keys that have none, and takes away what is in the way of others.
     fn make_room(&mut self, without: usize, now: Instant) {
-        if without > 0 || self.ledger.ousts() {
+        if without > 0 || self.peers.has_evictions() {
             self.schedule.hurry(now);
         }
     }
@@ -160,23 +164,23 @@ impl Served {
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Clocks) {
         let (admission, domain) = (&self.admission, self.domain.name());
         let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.denies(domain, key));
-        let mut refused: Vec<_> = plan::merged(denied).into_iter().map(|key| (key, DENIED)).collect();
+        let mut refused: Vec<_> = plan::dedup_keep_last(denied).into_iter().map(|key| (key, DENIED)).collect();
         let own = match self.own {
             Ok(own) => own,
             Err(reason) => {
-                let report = plan::merged(keys).into_iter().map(|key| (key, Err(reason))).collect();
+                let report = plan::dedup_keep_last(keys).into_iter().map(|key| (key, Err(reason))).collect();
                 self.settle_all(outbox, self.refuse(refused), report, now.monotonic);
                 return;
             }
         };
-        let admitted = self.ledger.admit(keys, own, &self.reserved.borrow(), now.monotonic);
+        let admitted = self.peers.admit(keys, own, &self.reserved.borrow(), now.monotonic);
         let Admitted { known, mut new, deferred, refused: others } = admitted;
         refused.extend(others);
         let mut refused = self.refuse(refused);
         // What is known never waits for what is not.
         let later = new.split_off(SLICE.min(new.len()));
-        for keys in [known, new] {
-            let steps: Vec<_> = keys.into_iter().map(Step::install).collect();
+        for peers in [known, new] {
+            let steps: Vec<_> = peers.into_iter().map(Step::install).collect();
             self.supersede(&steps);
             let report = told(self.apply(kernel, outbox, &steps, now.monotonic).await);
             if !report.is_empty() {
@@ -185,11 +189,11 @@ impl Served {
         }
         outbox.confirm(&self.domain, &refused);
         self.make_room(deferred.len(), now.monotonic);
-        for key in later.iter().chain(&deferred) {
-            self.want(*key, now.monotonic);
+        for key in later.iter().map(DesiredPeer::key).chain(deferred) {
+            self.want(key, now.monotonic);
         }
-        for key in &later {
-            self.ledger.promise(key);
+        for peer in &later {
+            self.peers.reserve(&peer.key());
         }
         let later: Vec<_> = later.into_iter().map(Step::install).collect();
         self.supersede(&later);
@@ -223,16 +227,19 @@ impl Served {
     /// What came now says more of its addresses than what was owed before.
     fn supersede(&mut self, steps: &[Step]) {
         if self.has_backlog() {
-            let addresses: BTreeSet<Ipv6Addr> = steps.iter().map(|step| step.address).collect();
-            self.backlog.retain(|step| !addresses.contains(&step.address));
-            self.leaving.steps.retain(|step| !addresses.contains(&step.address));
+            let superseded: BTreeSet<_> = steps.iter().flat_map(|step| step.peer.destinations()).collect();
+            let stays = |step: &Step| !step.peer.destinations().any(|network| superseded.contains(&network));
+            self.backlog.retain(stays);
+            self.leaving.steps.retain(stays);
         }
     }
 
     fn settle(&mut self, key: PublicKey, outcome: Result<(), &'static str>, now: Instant) {
         let domain = self.domain.name();
         match outcome {
-            Ok(()) if self.ledger.stands(key, now) => self.metrics.keys_installed.with_label_values(&[domain]).inc(),
+            Ok(()) if self.peers.mark_installed(key, now) => {
+                self.metrics.keys_installed.with_label_values(&[domain]).inc();
+            }
             Ok(()) => self.metrics.keys_refreshed.with_label_values(&[domain]).inc(),
             Err(reason) => {
                 self.count_failed(reason);
@@ -242,7 +249,7 @@ impl Served {
     }
 
     fn want(&mut self, key: PublicKey, now: Instant) {
-        let dropped = self.ledger.wants(key, now) as u64;
+        let dropped = self.peers.mark_pending(key, now) as u64;
         self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
     }
 
@@ -255,7 +262,7 @@ impl Served {
         if self.backlog.is_empty() {
             self.oust(kernel, outbox, now.monotonic).await;
             if let (Ok(own), true) = (self.own, self.leaving.steps.is_empty()) {
-                self.backlog.extend(self.ledger.give_places(own, &self.reserved.borrow()));
+                self.backlog.extend(self.peers.give_places(own, &self.reserved.borrow()));
                 self.make_more_room(now.monotonic);
             }
             return;
@@ -264,19 +271,19 @@ impl Served {
         let mut report = Report::new();
         for (key, outcome) in self.apply(kernel, outbox, &steps, now.monotonic).await {
             match outcome {
-                Ok(()) if self.ledger.has_vanished(&key) => {
-                    self.ledger.put_back(key, now.monotonic);
+                Ok(()) if self.peers.has_vanished(&key) => {
+                    self.peers.put_back(key, now.monotonic);
                     self.metrics.keys_restored.with_label_values(&[self.domain.name()]).inc();
                 }
-                Ok(()) if self.ledger.waits(&key) => {
-                    if self.ledger.is_announced(&key) {
+                Ok(()) if self.peers.is_pending(&key) => {
+                    if self.peers.is_announced(&key) {
                         report.push((key, Ok(())));
                     }
                     self.settle(key, Ok(()), now.monotonic);
                 }
                 Ok(()) => self.metrics.keys_restored.with_label_values(&[self.domain.name()]).inc(),
                 Err(KernelError::Interface { .. }) => {}
-                Err(KernelError::Interrupted { .. } | KernelError::Refused { .. }) => self.ledger.refused(&key),
+                Err(KernelError::Interrupted { .. } | KernelError::Refused { .. }) => self.peers.refused(&key),
             }
         }
         outbox.confirm(&self.domain, &report);
@@ -290,7 +297,7 @@ impl Served {
         denied: &BTreeSet<PublicKey>,
         now: Clocks,
     ) -> BTreeMap<PublicKey, &'static str> {
-        let known: Vec<_> = denied.iter().filter(|key| self.ledger.knows(key)).copied().collect();
+        let known: Vec<_> = denied.iter().filter(|key| self.peers.contains(key)).copied().collect();
         match self.read_and_expel(kernel, outbox, denied, now).await {
             Ok(outcomes) => {
                 let said = |outcome: Result<(), _>| outcome.err().unwrap_or(Revoked::REMOVED);
@@ -315,7 +322,7 @@ impl Served {
         now: Clocks,
     ) -> Result<Report, &'static str> {
         let begun = tokio::time::Instant::now();
-        let read = kernel.read(&self.domain).await;
+        let read = kernel.read(&self.interface).await;
         self.schedule.read(now.monotonic, begun.elapsed());
         match read {
             Ok(device) => Ok(self.observe(kernel, outbox, &device, denied, now).await),
@@ -342,7 +349,7 @@ impl Served {
         }
         self.own = Ok(device.public_key);
         yield_now().await;
-        let vanished = self.ledger.observe(device, &self.reserved.borrow(), now);
+        let vanished = self.peers.observe(device, &self.reserved.borrow(), now);
         if vanished > 0 {
             warn!(domain = %self.domain, peers = vanished, "peers vanished that nobody revoked; they are put back");
         }
@@ -357,16 +364,16 @@ impl Served {
         yield_now().await;
         if self.own.is_ok() {
             self.clear(kernel, device, now.monotonic).await;
-            if !outbox.report(&self.domain, &self.ledger.unreported(now.monotonic)) {
-                self.ledger.report_all();
+            if !outbox.report(&self.domain, &self.peers.unreported(now.monotonic)) {
+                self.peers.report_all();
             }
-            self.backlog = self.ledger.owed(device, &self.reserved.borrow()).into();
+            self.backlog = self.peers.pending_steps(device, &self.reserved.borrow()).into();
             self.make_more_room(now.monotonic);
             if self.backlog.is_empty() {
                 self.schedule.recovered();
             }
             self.schedule.good();
-            outbox.set_tables(&self.domain, device, self.ledger.counts(now.monotonic));
+            outbox.set_tables(&self.domain, device, self.peers.counts(now.monotonic));
         }
         yield_now().await;
         expelled
@@ -387,18 +394,19 @@ impl Served {
         if admission.removes_none() {
             return Report::new();
         }
-        let peers = self.ledger.expel(is_expelled);
+        let peers = self.peers.remove_denied(is_expelled);
         let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
         let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
         if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
             ours.retain(|key| *key < first || denied.contains(key));
             self.schedule.hurry(now);
         }
-        let outcomes = self.apply(kernel, outbox, &plan::expel(device, &ours, denied), now).await;
+        let outcomes =
+            self.apply(kernel, outbox, &plan::remove_denied(self.peers.profile(), device, &ours, denied), now).await;
         let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(DENIED))).collect();
         outbox.confirm(&domain, &said);
         let removed = outcomes.iter().filter(|(_, outcome)| outcome.is_ok());
-        let removed = removed.map(|(key, _)| self.ledger.removed(key)).count();
+        let removed = removed.map(|(key, _)| self.peers.removed(key)).count();
         if removed > 0 {
             self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed as u64);
             info!(%domain, removed, "peers of keys that may not be here are removed");
@@ -408,10 +416,10 @@ impl Served {
 
     /// Only ever right after a read: nothing is decided against a peer by what was so before.
     async fn sweep<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
-        let mut stale = self.ledger.stale(now);
+        let mut stale = self.peers.stale(now);
         let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
-        let removed = self.remove(kernel, outbox, &plan::sweep(device, &stale), now).await;
-        self.ledger.forget_stale(now);
+        let removed = self.remove(kernel, outbox, &plan::remove(self.peers.profile(), device, &stale), now).await;
+        self.peers.forget_stale(now);
         self.schedule.swept(now, more && removed == stale.len());
         self.metrics.sweeps.with_label_values(&[self.domain.name()]).inc();
         self.metrics.peers_removed.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
@@ -422,7 +430,7 @@ impl Served {
 
     /// Peers that are in the way of others are to go. Only ever right after a read.
     fn make_leave(&mut self, device: &Device) {
-        let steps = plan::sweep(device, &self.ledger.surplus()).into();
+        let steps = plan::remove(self.peers.profile(), device, &self.peers.eviction_candidates()).into();
         self.leaving = Leaving { steps, removed: 0, until: Some(tokio::time::Instant::now() + FRESH) };
     }
 
@@ -436,7 +444,7 @@ impl Served {
         }
         let some = ROOM.min(self.leaving.steps.len());
         let mut steps: Vec<_> = self.leaving.steps.drain(..some).collect();
-        steps.retain(|step| self.ledger.is_surplus(&step.key));
+        steps.retain(|step| self.peers.is_eviction_candidate(&step.key()));
         let removed = self.remove(kernel, outbox, &steps, now).await;
         self.metrics.peers_ousted.with_label_values(&[self.domain.name()]).inc_by(removed as u64);
         self.leaving.removed += removed;
@@ -447,21 +455,24 @@ impl Served {
 
     /// The next read makes more room, if what left was not enough.
     fn make_more_room(&mut self, now: Instant) {
-        if self.leaving.steps.is_empty() && self.leaving.removed > 0 && self.ledger.lacks_room() {
+        if self.leaving.steps.is_empty() && self.leaving.removed > 0 && self.peers.lacks_room() {
             self.schedule.hurry(now);
         }
     }
 
     /// Makes silent peers forget where their routers were, a few at a time.
     async fn forget<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, device: &Device, now: Instant) {
-        let mut idle = self.ledger.idle(ROOM, now);
+        let idle = self.peers.idle(ROOM, now);
+        let desired = idle.iter().filter_map(|key| self.peers.profile().desired(key));
         // One whose address somebody gave to another would take it back.
-        idle.retain(|key| device.peers.get(key).is_some_and(|peer| plan::shape(key, peer) == Shape::Ours));
-        let steps: Vec<_> = idle.into_iter().map(Step::renew).collect();
+        let is_whole = |peer: &DesiredPeer| {
+            device.peers.get(&peer.key()).is_some_and(|actual| peer.ownership(actual) == Ownership::Ours)
+        };
+        let steps: Vec<_> = desired.filter(is_whole).map(Step::renew).collect();
         let mut renewed = 0;
         for (key, outcome) in self.apply(kernel, outbox, &steps, now).await {
             if outcome.is_ok() {
-                self.ledger.forgotten(&key);
+                self.peers.mark_renewed(&key);
                 renewed += 1;
             } else {
                 // It may be gone, and not be back.
@@ -482,8 +493,8 @@ impl Served {
         outbox.confirm(&self.domain, &said);
         for (key, outcome) in &outcomes {
             match outcome {
-                Ok(()) => self.ledger.removed(key),
-                Err(_) => self.ledger.unwanted(key),
+                Ok(()) => self.peers.removed(key),
+                Err(_) => self.peers.disown(key),
             }
         }
         outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count()
@@ -491,7 +502,7 @@ impl Served {
 
     /// Removes routes and flood entries that have no peer.
     async fn clear<K: Kernel>(&mut self, kernel: &mut K, device: &Device, now: Instant) {
-        let mut orphaned = self.ledger.orphaned(device, now);
+        let mut orphaned = self.peers.orphaned(device, now);
         if orphaned.is_empty() {
             return;
         }
@@ -499,10 +510,10 @@ impl Served {
             orphaned.truncate(SLICE);
             self.schedule.hurry(now);
         }
-        let results = kernel.apply(&self.domain, &orphaned).await;
-        let removed = results.iter().filter(|result| result.is_ok()).count() as u64;
+        let applied = kernel.apply(&self.interface, orphaned).await;
+        let removed = applied.iter().filter(|(_, result)| result.is_ok()).count() as u64;
         self.metrics.orphans_removed.with_label_values(&[self.domain.name()]).inc_by(removed);
-        match results.into_iter().find_map(Result::err) {
+        match applied.into_iter().find_map(|(_, result)| result.err()) {
             None => info!(domain = %self.domain, removed, "routes and flood entries without a peer are removed"),
             Some(error) => warn!(domain = %self.domain, removed, %error, "routes or flood entries without a peer stay"),
         }
@@ -524,7 +535,7 @@ impl Served {
 
     fn lose(&mut self, outbox: &mut Outbox, error: &KernelError) {
         self.own = Err(error.reason());
-        self.ledger.lost();
+        self.peers.lost();
         self.backlog.clear();
         self.leaving = Leaving::default();
         outbox.set_lost(&self.domain, error);
@@ -541,11 +552,11 @@ impl Served {
             return Vec::new();
         }
         let begun = tokio::time::Instant::now();
-        let results = kernel.apply(&self.domain, &plan::changes(steps)).await;
+        let applied = kernel.apply(&self.interface, plan::changes(steps)).await;
         #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
         self.metrics.batch_keys.observe(steps.len() as f64);
         self.metrics.batch_duration.observe(begun.elapsed().as_secs_f64());
-        let outcomes: Vec<_> = plan::outcomes(steps, results).collect();
+        let outcomes = plan::outcomes(steps, applied);
         self.judge(outbox, &outcomes, now);
         outcomes
     }

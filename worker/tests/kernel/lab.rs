@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Kernel, Peer};
@@ -34,6 +35,8 @@ pub trait Lab {
     fn own(&self, domain: &Domain) -> (Option<PublicKey>, u16, Option<IpAddr>);
     /// Peers, routes and FDB entries that wgkex would not make.
     fn add_foreign(&self, domain: &Domain);
+    /// The routes among them that are of protocol static and in the main table.
+    fn foreign_routes(&self) -> BTreeSet<IpNet>;
     fn shown(&self, domain: &Domain) -> Shown;
     /// All that is in the tables, to be compared byte for byte.
     fn tables(&self, domain: &Domain) -> String;
@@ -88,24 +91,32 @@ impl Lab for MemoryLab {
 
     fn add_foreign(&self, domain: &Domain) {
         self.0.alter(domain, |device| {
-            let allowed_ips = vec![("10.9.0.0".parse().unwrap(), 24), ("fe80::f".parse().unwrap(), 128)];
-            device.peers.insert(key(u32::MAX), Peer { allowed_ips, last_handshake: None });
-            device.routes.insert("2001:db8::1".parse().unwrap());
+            let allowed_ips = ["10.9.0.0/24", "fe80::f/128"].iter().map(|ip| ip.parse().unwrap()).collect();
+            device.peers.insert(key(u32::MAX), Peer { allowed_ips, ..Peer::default() });
+            device.routes.insert("2001:db8::1/128".parse().unwrap());
             device.fdb.insert("fe80::f".parse().unwrap());
         });
+    }
+
+    fn foreign_routes(&self) -> BTreeSet<IpNet> {
+        BTreeSet::from(["2001:db8::1/128".parse().unwrap()])
     }
 
     fn shown(&self, domain: &Domain) -> Shown {
         let device = self.0.device(domain).unwrap();
         let peer = |(key, peer): (&PublicKey, &Peer)| {
-            let ips: Vec<_> = peer.allowed_ips.iter().map(|(ip, length)| format!("{ip}/{length}")).collect();
+            let ips: Vec<_> = peer.allowed_ips.iter().map(ToString::to_string).collect();
             let ips = if ips.is_empty() { "(none)".into() } else { ips.join(" ") };
             format!("{key}\t{ips}")
         };
         let entry = |to| format!("00:00:00:00:00:00 dst {to} via {} self permanent", domain.wireguard());
         Shown {
             peers: device.peers.iter().map(peer).collect(),
-            routes: device.routes.iter().map(|to| format!("{to} proto static metric 1024 pref medium")).collect(),
+            routes: device
+                .routes
+                .iter()
+                .map(|to| format!("{} proto static metric 1024 pref medium", to.addr()))
+                .collect(),
             fdb: device.fdb.iter().map(entry).collect(),
         }
     }

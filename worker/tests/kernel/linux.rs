@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
@@ -178,6 +179,10 @@ impl Lab for Linux {
         ] {
             run(&format!("bridge fdb append {entry} dev {vx}"));
         }
+    }
+
+    fn foreign_routes(&self) -> BTreeSet<IpNet> {
+        ["2001:db8::1/128", "2001:db8::/64"].map(|route| route.parse().unwrap()).into()
     }
 
     fn shown(&self, domain: &Domain) -> Shown {

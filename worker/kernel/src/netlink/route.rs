@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr};
 
+use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage};
@@ -18,7 +19,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 
 use super::channel::{Channel, DumpError};
-use crate::{Change, Errno};
+use crate::{Change, Errno, Indexes};
 
 /// The MAC address whose destinations get what is for nobody in particular.
 const FLOOD: [u8; 6] = [0; 6];
@@ -88,30 +89,38 @@ fn local(message: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
-/// The /128 routes of protocol static in the main table that leave by `wireguard`.
-pub(super) fn routes(channel: &mut Channel, wireguard: u32) -> Result<BTreeSet<Ipv6Addr>, DumpError> {
-    let mut question = static_routes();
-    question.header.kind = RouteType::Unspec;
-    question.attributes = vec![RouteAttribute::Oif(wireguard)];
-    channel.dump(&Message::GetRoute(question), |routes, answer| add_route(routes, &answer, wireguard))
+/// The destinations of routes of protocol static in the main table that leave by `wireguard`.
+pub(super) fn routes(channel: &mut Channel, wireguard: u32, with_ipv4: bool) -> Result<BTreeSet<IpNet>, DumpError> {
+    let mut dump = |family| {
+        let mut question = static_routes(family);
+        question.header.kind = RouteType::Unspec;
+        question.attributes = vec![RouteAttribute::Oif(wireguard)];
+        channel.dump(&Message::GetRoute(question), |routes, answer| add_route(routes, &answer, wireguard))
+    };
+    let mut routes: BTreeSet<IpNet> = dump(AddressFamily::Inet6)?;
+    if with_ipv4 {
+        routes.append(&mut dump(AddressFamily::Inet)?);
+    }
+    Ok(routes)
 }
 
-pub(super) fn add_route(routes: &mut BTreeSet<Ipv6Addr>, answer: &Message, wireguard: u32) {
+pub(super) fn add_route(routes: &mut BTreeSet<IpNet>, answer: &Message, wireguard: u32) {
     if let Message::NewRoute(route) = answer {
-        routes.extend(host_route(route, wireguard));
+        routes.extend(destination(route, wireguard));
     }
 }
 
-fn host_route(route: &RouteMessage, wireguard: u32) -> Option<Ipv6Addr> {
+fn destination(route: &RouteMessage, wireguard: u32) -> Option<IpNet> {
     let header = &route.header;
     let ours = header.table == RouteHeader::RT_TABLE_MAIN
         && header.protocol == RouteProtocol::Static
-        && header.destination_prefix_length == 128
         && route.attributes.contains(&RouteAttribute::Oif(wireguard));
-    route.attributes.iter().filter(|_| ours).find_map(|attribute| match attribute {
-        RouteAttribute::Destination(RouteAddress::Inet6(destination)) => Some(*destination),
+    let address = route.attributes.iter().filter(|_| ours).find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet6(destination)) => Some(IpAddr::V6(*destination)),
+        RouteAttribute::Destination(RouteAddress::Inet(destination)) => Some(IpAddr::V4(*destination)),
         _ => None,
-    })
+    });
+    IpNet::new(address?, header.destination_prefix_length).ok()
 }
 
 /// The destinations of `vxlan`'s flood list that leave by `wireguard`, on its own port and network.
@@ -159,14 +168,15 @@ fn ipv6(address: &NeighbourAddress) -> Option<Ipv6Addr> {
 /// A route is appended, not replaced: "replace" takes any route to the destination, also another domain's by
 /// another interface, as the same key may be in two domains. A flood entry is deleted by its whole name: without
 /// the destination Linux deletes them all.
-pub(super) fn message(change: &Change, wireguard: u32, vxlan: u32) -> Option<(Message, u16)> {
+pub(super) fn message(change: &Change, indexes: Indexes) -> Option<(Message, u16)> {
     const ADD: u16 = NLM_F_CREATE | NLM_F_APPEND;
+    let Indexes { wireguard, vxlan } = indexes;
     match *change {
         Change::SetRoute(to) => Some((Message::NewRoute(route(to, wireguard)), ADD)),
         Change::RemoveRoute(to) => Some((Message::DelRoute(route(to, wireguard)), 0)),
         Change::AddFdb(to) => Some((Message::NewNeighbour(flood_entry(to, wireguard, vxlan)), ADD)),
         Change::RemoveFdb(to) => Some((Message::DelNeighbour(flood_entry(to, wireguard, vxlan)), 0)),
-        Change::SetPeer(..) | Change::RemovePeer(_) => None,
+        Change::SetPeer(_) | Change::RemovePeer(_) => None,
     }
 }
 
@@ -179,17 +189,22 @@ pub(super) fn outcome(change: &Change, answer: Result<(), Errno>) -> Result<(), 
     }
 }
 
-fn route(destination: Ipv6Addr, wireguard: u32) -> RouteMessage {
-    let mut route = static_routes();
-    route.header.destination_prefix_length = 128;
-    route.attributes =
-        vec![RouteAttribute::Destination(RouteAddress::Inet6(destination)), RouteAttribute::Oif(wireguard)];
+fn route(destination: IpNet, wireguard: u32) -> RouteMessage {
+    let (family, address) = match destination.network() {
+        IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address)),
+        IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
+    };
+    let mut route = static_routes(family);
+    // A route of IPv4 without a gateway is one of the link (`fib_check_nh` in net/ipv4); IPv6 knows no such scope.
+    route.header.scope = if destination.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+    route.header.destination_prefix_length = destination.prefix_len();
+    route.attributes = vec![RouteAttribute::Destination(address), RouteAttribute::Oif(wireguard)];
     route
 }
 
-fn static_routes() -> RouteMessage {
+fn static_routes(family: AddressFamily) -> RouteMessage {
     let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet6;
+    route.header.address_family = family;
     route.header.table = RouteHeader::RT_TABLE_MAIN;
     route.header.protocol = RouteProtocol::Static;
     route.header.scope = RouteScope::Universe;
@@ -198,10 +213,11 @@ fn static_routes() -> RouteMessage {
 }
 
 /// `NeighbourFlags::Own` is `NTF_SELF`: the entry is the VXLAN's, not that of a bridge above it.
-fn flood_entry(destination: Ipv6Addr, wireguard: u32, vxlan: u32) -> NeighbourMessage {
+fn flood_entry(destination: Ipv6Addr, wireguard: u32, vxlan: Option<u32>) -> NeighbourMessage {
     let mut entry = NeighbourMessage::default();
     entry.header.family = AddressFamily::Bridge;
-    entry.header.ifindex = vxlan;
+    // No interface has the index 0, so Linux refuses an entry of an interface that carries no VXLAN.
+    entry.header.ifindex = vxlan.unwrap_or_default();
     entry.header.state = NeighbourState::Permanent;
     entry.header.flags = NeighbourFlags::Own;
     entry.attributes = vec![

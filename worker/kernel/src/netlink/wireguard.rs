@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZeroU16;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime};
 
+use ipnet::IpNet;
 use netlink_packet_core::{DecodeError, NlasIterator, ParseableParametrized, parse_i64, parse_ip, parse_u8, parse_u16};
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
@@ -22,13 +23,15 @@ use wgkex_common::PublicKey;
 use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder};
 
 use super::channel::{Channel, DumpError, errno};
-use crate::{Errno, Peer};
+use crate::{AllowedIps, Errno, Peer, PeerConfig, PresharedKey};
 
 // linux/wireguard.h: enum wgdevice_attribute, wgpeer_attribute, wgallowedip_attribute.
 const WGDEVICE_A_PUBLIC_KEY: u16 = 4;
 const WGDEVICE_A_LISTEN_PORT: u16 = 6;
 const WGDEVICE_A_PEERS: u16 = 8;
 const WGPEER_A_PUBLIC_KEY: u16 = 1;
+const WGPEER_A_PRESHARED_KEY: u16 = 2;
+const WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL: u16 = 5;
 const WGPEER_A_LAST_HANDSHAKE_TIME: u16 = 6;
 const WGPEER_A_ALLOWEDIPS: u16 = 9;
 const WGALLOWEDIP_A_IPADDR: u16 = 2;
@@ -38,8 +41,11 @@ const WGALLOWEDIP_A_CIDR_MASK: u16 = 3;
 const BATCH_WIDE: [Errno; 6] =
     [Errno::EPERM, Errno::ENOENT, Errno::EIO, Errno::ENODEV, Errno::EOPNOTSUPP, Errno::ECONNREFUSED];
 
-/// Peers set by one message: about 24 KiB, under the 64 KiB that one netlink attribute can hold.
-const PEERS_AT_ONCE: usize = 256;
+/// Peers and their networks set by one message: about 24 KiB, under the 64 KiB that one netlink attribute can hold.
+const OBJECTS_AT_ONCE: usize = 512;
+
+/// Networks of one peer that fit a message.
+const NETWORKS_MAX: usize = 1_000;
 
 /// What answers for an interface's peers.
 pub(super) enum WireGuard {
@@ -51,8 +57,8 @@ pub(super) enum WireGuard {
 
 /// A peer to be set, or to be removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum PeerChange {
-    Set(PublicKey, Ipv6Addr),
+pub(super) enum PeerChange<'a> {
+    Set(&'a PeerConfig),
     Remove(PublicKey),
 }
 
@@ -77,8 +83,10 @@ pub(super) struct Answer {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct PeerFragment {
     key: [u8; 32],
-    allowed_ips: Vec<(IpAddr, u8)>,
+    allowed_ips: AllowedIps,
     handshake: Option<SystemTime>,
+    keepalive: Option<NonZeroU16>,
+    preshared: Option<PresharedKey>,
 }
 
 impl WireGuard {
@@ -119,11 +127,18 @@ impl WireGuard {
     }
 
     /// Makes the changes in their order, in few messages; one that is refused holds up no other.
-    pub(super) fn write(&mut self, changes: &[PeerChange]) -> Vec<Result<(), Errno>> {
-        changes.chunks(PEERS_AT_ONCE).flat_map(|chunk| bisect(chunk, &mut |part| self.write_whole(part))).collect()
+    pub(super) fn write(&mut self, changes: &[PeerChange<'_>]) -> Vec<Result<(), Errno>> {
+        let mut results = Vec::with_capacity(changes.len());
+        for batch in batches(changes) {
+            results.extend(bisect(batch, &mut |part| self.write_whole(part)));
+        }
+        results
     }
 
-    fn write_whole(&mut self, changes: &[PeerChange]) -> Result<(), Errno> {
+    fn write_whole(&mut self, changes: &[PeerChange<'_>]) -> Result<(), Errno> {
+        if changes.iter().any(|change| change.objects() > NETWORKS_MAX) {
+            return Err(Errno::EMSGSIZE);
+        }
         match self {
             Self::Kernel { channel, family, index } => {
                 let peers = WireguardAttribute::Peers(changes.iter().map(kernel_peer).collect());
@@ -137,6 +152,31 @@ impl WireGuard {
             }
         }
     }
+}
+
+impl PeerChange<'_> {
+    /// The peer and its networks.
+    fn objects(&self) -> usize {
+        match self {
+            Self::Set(peer) => 1 + peer.allowed_ips.len(),
+            Self::Remove(_) => 1,
+        }
+    }
+}
+
+/// The changes in parts that each fit a message; one that fits none is a part of its own.
+fn batches<'a, 'b>(mut changes: &'a [PeerChange<'b>]) -> impl Iterator<Item = &'a [PeerChange<'b>]> {
+    std::iter::from_fn(move || {
+        let mut objects = 0;
+        let fitting = changes.iter().take_while(|change| {
+            objects += change.objects();
+            objects <= OBJECTS_AT_ONCE
+        });
+        let count = fitting.count().max(1).min(changes.len());
+        let batch;
+        (batch, changes) = changes.split_at(count);
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 /// Applies all of `items` at once; if that is refused, one half and then the other, down to the items that are
@@ -160,33 +200,51 @@ fn message(family: u16, cmd: WireguardCmd, attributes: Vec<WireguardAttribute>) 
 }
 
 /// Without the flags that replace: what else the peer has stays.
-fn kernel_peer(change: &PeerChange) -> WireguardPeer {
-    match *change {
-        PeerChange::Set(key, address) => {
-            let allowed_ip = WireguardAllowedIp(vec![
-                WireguardAllowedIpAttr::Family(WireguardAddressFamily::Ipv6),
-                WireguardAllowedIpAttr::IpAddr(address.into()),
-                WireguardAllowedIpAttr::Cidr(128),
-            ]);
-            WireguardPeer(vec![
+fn kernel_peer(change: &PeerChange<'_>) -> WireguardPeer {
+    let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
+        PeerChange::Set(peer) => peer,
+        PeerChange::Remove(key) => {
+            return WireguardPeer(vec![
                 WireguardPeerAttribute::PublicKey(*key.as_bytes()),
-                WireguardPeerAttribute::AllowedIps(vec![allowed_ip]),
-            ])
+                WireguardPeerAttribute::Flags(WireguardPeerFlags::RemoveMe),
+            ]);
         }
-        PeerChange::Remove(key) => WireguardPeer(vec![
-            WireguardPeerAttribute::PublicKey(*key.as_bytes()),
-            WireguardPeerAttribute::Flags(WireguardPeerFlags::RemoveMe),
-        ]),
-    }
+    };
+    let mut attributes = vec![WireguardPeerAttribute::PublicKey(*key.as_bytes())];
+    attributes.extend(preshared.as_ref().map(|key| WireguardPeerAttribute::PresharedKey(*key.as_bytes())));
+    attributes.extend(keepalive.map(|seconds| WireguardPeerAttribute::PersistentKeepalive(seconds.get())));
+    attributes.push(WireguardPeerAttribute::AllowedIps(allowed_ips.iter().map(allowed_ip).collect()));
+    WireguardPeer(attributes)
 }
 
-fn add_to_update(update: DeviceUpdate, change: &PeerChange) -> DeviceUpdate {
-    match *change {
-        PeerChange::Set(key, address) => {
-            update.add_peer(PeerConfigBuilder::new(&Key(*key.as_bytes())).add_allowed_ip(address.into(), 128))
-        }
-        PeerChange::Remove(key) => update.remove_peer_by_key(&Key(*key.as_bytes())),
+fn allowed_ip(network: &IpNet) -> WireguardAllowedIp {
+    let family = match network {
+        IpNet::V4(_) => WireguardAddressFamily::Ipv4,
+        IpNet::V6(_) => WireguardAddressFamily::Ipv6,
+    };
+    WireguardAllowedIp(vec![
+        WireguardAllowedIpAttr::Family(family),
+        WireguardAllowedIpAttr::IpAddr(network.addr()),
+        WireguardAllowedIpAttr::Cidr(network.prefix_len()),
+    ])
+}
+
+fn add_to_update(update: DeviceUpdate, change: &PeerChange<'_>) -> DeviceUpdate {
+    let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
+        PeerChange::Set(peer) => peer,
+        PeerChange::Remove(key) => return update.remove_peer_by_key(&Key(*key.as_bytes())),
+    };
+    let mut peer = PeerConfigBuilder::new(&Key(*key.as_bytes()));
+    for network in allowed_ips {
+        peer = peer.add_allowed_ip(network.addr(), network.prefix_len());
     }
+    if let Some(seconds) = keepalive {
+        peer = peer.set_persistent_keepalive_interval(seconds.get());
+    }
+    if let Some(key) = preshared {
+        peer = peer.set_preshared_key(Key(*key.as_bytes()));
+    }
+    update.add_peer(peer)
 }
 
 /// wireguard-control does not say which error the process answered, only that it did.
@@ -195,13 +253,15 @@ fn userspace_errno(error: io::Error) -> Errno {
 }
 
 impl Table {
-    /// Both dumps split a peer that does not fit one message; only its first part has the handshake.
+    /// Both dumps split a peer that does not fit one message; only its first part has more than allowed-ips.
     fn add(&mut self, part: PeerFragment) {
         // A peer whose key is no key cannot shake hands, and nobody asks for it by name.
         let Ok(key) = PublicKey::from_bytes(part.key) else { return };
-        let peer = self.peers.entry(key).or_insert_with(|| Peer { allowed_ips: Vec::new(), last_handshake: None });
+        let peer = self.peers.entry(key).or_default();
         peer.allowed_ips.extend(part.allowed_ips);
         peer.last_handshake = peer.last_handshake.or(part.handshake);
+        peer.keepalive = peer.keepalive.or(part.keepalive);
+        peer.preshared = peer.preshared.take().or(part.preshared);
     }
 
     fn of_userspace(device: Device) -> Self {
@@ -211,9 +271,14 @@ impl Table {
             peers: BTreeMap::new(),
         };
         for peer in device.peers {
-            let allowed_ips = peer.config.allowed_ips.iter().map(|ip| (ip.address, ip.cidr)).collect();
-            let handshake = peer.stats.last_handshake_time;
-            table.add(PeerFragment { key: peer.config.public_key.0, allowed_ips, handshake });
+            let config = peer.config;
+            table.add(PeerFragment {
+                key: config.public_key.0,
+                allowed_ips: config.allowed_ips.iter().filter_map(|ip| IpNet::new(ip.address, ip.cidr).ok()).collect(),
+                handshake: peer.stats.last_handshake_time,
+                keepalive: config.persistent_keepalive_interval.and_then(NonZeroU16::new),
+                preshared: config.preshared_key.and_then(|key| PresharedKey::new(key.0)),
+            });
         }
         table
     }
@@ -258,6 +323,10 @@ impl PeerFragment {
             let attribute = attribute?;
             match attribute.kind() {
                 WGPEER_A_PUBLIC_KEY => part.key = key(attribute.value())?,
+                WGPEER_A_PRESHARED_KEY => part.preshared = PresharedKey::new(key(attribute.value())?),
+                WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL => {
+                    part.keepalive = NonZeroU16::new(parse_u16(attribute.value())?);
+                }
                 WGPEER_A_LAST_HANDSHAKE_TIME => part.handshake = wall_clock(attribute.value())?,
                 WGPEER_A_ALLOWEDIPS => {
                     for allowed_ip in NlasIterator::new(attribute.value()) {
@@ -271,7 +340,7 @@ impl PeerFragment {
     }
 }
 
-fn prefix(attributes: &[u8]) -> Result<Option<(IpAddr, u8)>, DecodeError> {
+fn prefix(attributes: &[u8]) -> Result<Option<IpNet>, DecodeError> {
     let (mut address, mut length) = (None, None);
     for attribute in NlasIterator::new(attributes) {
         let attribute = attribute?;
@@ -281,7 +350,7 @@ fn prefix(attributes: &[u8]) -> Result<Option<(IpAddr, u8)>, DecodeError> {
             _ => {}
         }
     }
-    Ok(address.zip(length))
+    Ok(address.zip(length).and_then(|(address, length)| IpNet::new(address, length).ok()))
 }
 
 fn key(value: &[u8]) -> Result<[u8; 32], DecodeError> {
@@ -300,6 +369,9 @@ fn wall_clock(value: &[u8]) -> Result<Option<SystemTime>, DecodeError> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+
+    use netlink_packet_core::Emitable as _;
     use proptest::prelude::*;
 
     use super::*;
@@ -374,12 +446,12 @@ mod tests {
         let address = Ipv6Addr::LOCALHOST;
         let read = told(&device(&[7; 32], &time(9, 5), &address.octets(), &[128])).unwrap();
         let at = SystemTime::UNIX_EPOCH + Duration::new(9, 5);
-        let peer = Peer { allowed_ips: vec![(address.into(), 128)], last_handshake: Some(at) };
+        let peer = Peer { allowed_ips: networks(&["::1/128"]), last_handshake: Some(at), ..Peer::default() };
         assert_eq!(read.public_key.map(|key| *key.as_bytes()), Some([9; 32]));
         assert_eq!(read.listen_port, u16::from_ne_bytes([0x39, 0x30]));
         assert_eq!(read.peers, BTreeMap::from([(PublicKey::from_bytes([7; 32]).unwrap(), peer)]));
         let v4 = told(&device(&[7; 32], &time(0, 0), &[10, 1, 2, 0], &[24])).unwrap();
-        assert_eq!(v4.peers.into_values().next().unwrap().allowed_ips, [("10.1.2.0".parse().unwrap(), 24)]);
+        assert_eq!(v4.peers.into_values().next().unwrap().allowed_ips, networks(&["10.1.2.0/24"]));
 
         for (key, time, address, length) in [
             (&[7; 31][..], &time(9, 5)[..], &address.octets()[..], &[128][..]),
@@ -399,13 +471,59 @@ mod tests {
     #[test]
     fn a_peer_that_comes_in_parts_is_one_with_the_handshake_of_its_first() {
         let (key, at) = ([7; 32], SystemTime::UNIX_EPOCH + Duration::from_secs(9));
-        let ips: Vec<(IpAddr, u8)> = vec![("fe80::1".parse().unwrap(), 128), ("10.0.0.0".parse().unwrap(), 8)];
         let mut table = Table::default();
-        table.add(PeerFragment { key, allowed_ips: ips[..1].to_vec(), handshake: Some(at) });
-        table.add(PeerFragment { key, allowed_ips: ips[1..].to_vec(), handshake: None });
+        let fragment = |ip| PeerFragment { key, allowed_ips: networks(&[ip]), ..PeerFragment::default() };
+        let (keepalive, preshared) = (NonZeroU16::new(25), PresharedKey::new([5; 32]));
+        let more =
+            PeerFragment { handshake: Some(at), keepalive, preshared: preshared.clone(), ..fragment("fe80::1/128") };
+        table.add(more);
+        table.add(fragment("10.0.0.0/8"));
         table.add(PeerFragment::default());
-        let peer = Peer { allowed_ips: ips, last_handshake: Some(at) };
+        let allowed_ips = networks(&["fe80::1/128", "10.0.0.0/8"]);
+        let peer = Peer { allowed_ips, last_handshake: Some(at), keepalive, preshared };
         assert_eq!(table.peers, BTreeMap::from([(PublicKey::from_bytes(key).unwrap(), peer)]));
+    }
+
+    /// What is asked of the kernel for a peer is what it answers of one: the attributes have the same numbers.
+    #[test]
+    fn all_that_a_peer_is_to_have_is_in_the_message() {
+        let config = PeerConfig {
+            key: PublicKey::from_bytes([7; 32]).unwrap(),
+            allowed_ips: networks(&["10.1.2.0/24", "fd00::5/128", "fd00:1::/56"]),
+            keepalive: NonZeroU16::new(25),
+            preshared: PresharedKey::new([5; 32]),
+        };
+        let attributes = WireguardAttribute::Peers(vec![kernel_peer(&PeerChange::Set(&config))]);
+        let mut bytes = vec![0; attributes.buffer_len()];
+        attributes.emit(&mut bytes);
+        let PeerConfig { key, allowed_ips, keepalive, preshared } = config;
+        let peer = Peer { allowed_ips, last_handshake: None, keepalive, preshared };
+        assert_eq!(told(&bytes).unwrap().peers, BTreeMap::from([(key, peer)]));
+    }
+
+    #[test]
+    fn a_peer_of_which_nothing_else_is_asked_keeps_its_keepalive_and_preshared_key() {
+        let config = PeerConfig::at(PublicKey::from_bytes([7; 32]).unwrap(), Ipv6Addr::LOCALHOST);
+        let WireguardPeer(attributes) = kernel_peer(&PeerChange::Set(&config));
+        assert_eq!(attributes.len(), 2, "{attributes:?}");
+    }
+
+    #[test]
+    fn a_message_has_as_many_peers_as_fit_and_their_order_stays() {
+        let key = PublicKey::from_bytes([7; 32]).unwrap();
+        let with = |count| PeerConfig::new(key, std::iter::repeat_n(IpNet::from(IpAddr::from([10, 0, 0, 1])), count));
+        let peers: Vec<_> = [300, 1, 300, 600, 1, 1].map(with).into();
+        let changes: Vec<_> = peers.iter().map(PeerChange::Set).chain([PeerChange::Remove(key)]).collect();
+        let batches: Vec<_> = batches(&changes).collect();
+        assert_eq!(batches.iter().map(|batch| batch.len()).collect::<Vec<_>>(), [2, 1, 1, 3]);
+        assert_eq!(batches.concat(), changes);
+        let mesh = PeerConfig::at(key, Ipv6Addr::LOCALHOST);
+        let many = vec![PeerChange::Set(&mesh); 600];
+        assert_eq!(super::batches(&many).map(<[_]>::len).collect::<Vec<_>>(), [256, 256, 88]);
+    }
+
+    fn networks(texts: &[&str]) -> AllowedIps {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
     #[test]

@@ -1,0 +1,356 @@
+//! How keys come: which are admitted, which claim a network, which are pending, which are installed.
+
+use std::time::{Duration, Instant};
+
+use wgkex_common::address::claim::{Claim, ClaimState};
+use wgkex_common::wire::message::Age;
+use wgkex_common::{PublicKey, Reserved};
+
+use super::compact_instant::CompactInstant;
+use super::pending::PendingKey;
+use super::table::Entry;
+use super::{Capacity, KnownPeers};
+use crate::plan::{self, ADDRESS_TAKEN, DENIED, FULL, OWN_KEY, RESERVED, Step};
+use crate::profiles::DesiredPeer;
+
+/// Live keys that a gateway lacks.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// How many.
+    pub number: usize,
+    /// Those that can be set before the next read, the oldest first.
+    pub next: Vec<PublicKey>,
+}
+
+/// What becomes of keys that came.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Admitted {
+    /// They have peers, and are to be set again.
+    pub known: Vec<DesiredPeer>,
+    /// They are to be set, in this order.
+    pub new: Vec<DesiredPeer>,
+    /// There is no room for them before the next read.
+    pub deferred: Vec<PublicKey>,
+    /// They are not to be set, and why: one of [`plan::REFUSALS`].
+    pub refused: Vec<(PublicKey, &'static str)>,
+}
+
+impl KnownPeers {
+    /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
+    ///
+    /// What is known is set again whatever else comes. Others have room up to [`Policy::unestablished`] and
+    /// [`Policy::peers`]; beyond that they are pending until the next read, which makes room among those that never
+    /// shook hands.
+    ///
+    /// [`Policy::unestablished`]: super::Policy::unestablished
+    /// [`Policy::peers`]: super::Policy::peers
+    pub fn admit(
+        &mut self,
+        keys: impl IntoIterator<Item = PublicKey>,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        now: Instant,
+    ) -> Admitted {
+        let mut room = self.capacity();
+        let mut admitted = Admitted::default();
+        let mut deferred = Vec::new();
+        for key in plan::dedup_keep_last(keys) {
+            let peer = match self.admissible(&key, own, reserved, self.is_routers(&key)) {
+                Ok(peer) => peer,
+                Err(reason) => {
+                    admitted.refused.push((key, reason));
+                    continue;
+                }
+            };
+            if !self.claim(&peer, now) {
+                admitted.refused.push((key, ADDRESS_TAKEN));
+            } else if self.table.contains(&key) {
+                admitted.known.push(peer);
+            } else if self.pending.has_place(&key) || room.take(self.has_own_place(&key)) {
+                admitted.new.push(peer);
+            } else if self.table.unestablished() == 0 {
+                self.owners.release(&key, peer.networks());
+                admitted.refused.push((key, FULL));
+            } else {
+                deferred.push(peer);
+            }
+        }
+        // Of two that came at once the first was admitted before the second took its address.
+        let (owners, refused) = (&self.owners, &mut admitted.refused);
+        for list in [&mut admitted.known, &mut admitted.new, &mut deferred] {
+            list.retain(|peer| {
+                let stays = owners.owns(&peer.key(), peer.networks());
+                if !stays {
+                    refused.push((peer.key(), ADDRESS_TAKEN));
+                }
+                stays
+            });
+        }
+        admitted.deferred = deferred.iter().map(DesiredPeer::key).collect();
+        admitted
+    }
+
+    /// What `key` is to be, or why it may not be set, whoever has its networks.
+    fn admissible(
+        &self,
+        key: &PublicKey,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        is_routers: bool,
+    ) -> Result<DesiredPeer, &'static str> {
+        if Some(*key) == own {
+            return Err(OWN_KEY);
+        }
+        if (reserved.is_reserved(key) && !is_routers) || reserved.lists(key) {
+            return Err(RESERVED);
+        }
+        let peer = self.profile.desired(key).ok_or(DENIED)?;
+        if self.owners.is_taken_by_foreign(key, peer.networks()) { Err(ADDRESS_TAKEN) } else { Ok(peer) }
+    }
+
+    /// `peer` has its networks from now on, unless others have the better claim to one.
+    pub(super) fn claim(&mut self, peer: &DesiredPeer, now: Instant) -> bool {
+        let key = peer.key();
+        let rivals = self.owners.rivals(key, peer.networks());
+        if !rivals.is_empty() {
+            let claim = self.claim_of(key, now);
+            if rivals.iter().any(|rival| !claim.precedes(&self.claim_of(*rival, now))) {
+                self.lose_address(key);
+                return false;
+            }
+            for rival in rivals {
+                self.lose_address(rival);
+            }
+        }
+        self.owners.assign(key, peer.networks());
+        true
+    }
+
+    /// `key` has lost a network to another, and with it all of its networks.
+    fn lose_address(&mut self, key: PublicKey) {
+        if self.pending.contains(&key) {
+            self.forget_pending(&key);
+        }
+        if let Some(peer) = self.profile.desired(&key) {
+            self.owners.release(&key, peer.networks());
+        }
+        if self.table.has_ours(&key) {
+            self.owners.evict(key);
+        }
+    }
+
+    fn claim_of(&self, key: PublicKey, now: Instant) -> Claim {
+        let (peer, pending) = (self.table.known(&key), self.pending.get(&key));
+        let first = peer.map(|entry| entry.first).into_iter().chain(pending.map(|pending| pending.first)).min();
+        let first = first.unwrap_or(now.into());
+        let younger_than = |limit| move |since: CompactInstant| since.age(now) < limit;
+        let here = peer.and_then(|entry| entry.handshake).map(|handshake| handshake.quiet_since);
+        let elsewhere = peer.and_then(|entry| entry.elsewhere).or_else(|| pending?.elsewhere);
+        let state = if self.admission.trusts(&key)
+            || here.is_some_and(younger_than(self.policy.stale))
+            || elsewhere.is_some_and(younger_than(self.policy.established_elsewhere()))
+        {
+            ClaimState::Established
+        } else if younger_than(self.policy.grace)(first) {
+            ClaimState::New
+        } else {
+            ClaimState::Expired
+        };
+        Claim { key, state, first: first.into() }
+    }
+
+    /// Pending keys without a peer, in order of arrival, as far as there is room: each keeps its place from now on. Those
+    /// that may not be set are pending no longer.
+    pub fn give_places(&mut self, own: Option<PublicKey>, reserved: &Reserved) -> Vec<Step> {
+        let mut room = self.capacity();
+        let mut steps = Vec::new();
+        for key in self.pending.oldest_first() {
+            match self.admissible(&key, own, reserved, self.is_routers(&key)) {
+                Err(_) => self.forget_pending(&key),
+                Ok(peer) if self.lacks_place(&key) && room.take(self.has_own_place(&key)) => {
+                    self.pending.reserve(&key);
+                    steps.push(Step::install(peer));
+                }
+                Ok(_) => {}
+            }
+        }
+        steps
+    }
+
+    pub(super) fn capacity(&self) -> Capacity {
+        Capacity::of(&self.policy, &self.table, &self.pending)
+    }
+
+    /// Keeps a place for the peer of `key`, which is pending, until the next read.
+    pub fn reserve(&mut self, key: &PublicKey) {
+        if !self.table.contains(key) {
+            self.pending.reserve(key);
+        }
+    }
+
+    /// Which of the live `keys` have no peer here, are not pending, may be set, and would not be stale at once. They are
+    /// pending from now on; those for which there is room are returned, the oldest first.
+    pub fn learn(
+        &mut self,
+        keys: impl IntoIterator<Item = (PublicKey, Age)>,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        now: Instant,
+    ) -> Missing {
+        let mut lacking = Vec::new();
+        for (key, age) in keys {
+            lacking.extend(self.learn_one(key, age, own, reserved, now).map(|arrived| (arrived, key)));
+        }
+        lacking.retain(|(_, key)| self.claim_by_state(*key, now));
+        lacking.retain(|(_, key)| self.pending.contains(key));
+        lacking.sort_unstable();
+        let mut room = self.capacity();
+        let (next, others): (Vec<_>, Vec<_>) =
+            lacking.into_iter().partition(|(_, key)| room.take(self.has_own_place(key)));
+        for (_, key) in &next {
+            self.reserve(key);
+        }
+        let number = next.len() + self.wait_for_room(others);
+        if self.pending.len() > self.policy.pending {
+            self.drop_oldest();
+        }
+        Missing { number, next: next.into_iter().map(|(_, key)| key).collect() }
+    }
+
+    /// Takes in a live key; when it came, if it is lacking here, and pending from now on.
+    fn learn_one(
+        &mut self,
+        key: PublicKey,
+        Age { age_secs, has_handshake }: Age,
+        own: Option<PublicKey>,
+        reserved: &Reserved,
+        now: Instant,
+    ) -> Option<Instant> {
+        let age = Duration::from_secs(age_secs);
+        // What shakes hands is reported every so often; what never did has its grace alone.
+        let lives = if has_handshake { self.policy.established_elsewhere() } else { self.policy.grace };
+        if age >= lives {
+            return None;
+        }
+        let arrived = now.checked_sub(age).unwrap_or(now);
+        let pending = PendingKey { came: has_handshake, ..PendingKey::from_elsewhere(arrived.into(), has_handshake) };
+        if self.note_elsewhere(&key, pending.elsewhere) {
+            return None;
+        }
+        self.admissible(&key, own, reserved, has_handshake).ok()?;
+        self.pending.insert(key, pending);
+        self.changed.insert(key);
+        Some(arrived)
+    }
+
+    /// Has those of `keys`, given with when they came, pending that the next read makes room for, and returns how many:
+    /// established keys always, others only if newer than the peer that they evict. A flood's keys would evict each
+    /// other for ever.
+    fn wait_for_room(&mut self, keys: Vec<(Instant, PublicKey)>) -> usize {
+        if keys.is_empty() {
+            return 0;
+        }
+        let may_always = |key: &PublicKey| self.has_own_place(key) || self.admission.trusts(key);
+        let (always, mut others): (Vec<_>, Vec<_>) = keys.into_iter().partition(|(_, key)| may_always(key));
+        others.reverse();
+        let mut oldest: Vec<_> = self.evictable().map(|(arrived, _)| Instant::from(arrived)).collect();
+        oldest.sort_unstable();
+        let pairs = others.iter().zip(oldest.into_iter().skip(always.len()));
+        // Ages are in whole seconds.
+        let newer = pairs.take_while(|((arrived, _), oldest)| *arrived > *oldest + Duration::from_secs(1)).count();
+        for (_, key) in &others[newer..] {
+            self.forget_pending(key);
+        }
+        always.len() + newer
+    }
+
+    /// `key`, which is pending, has its networks from now on, unless another one has as good a claim; then it is pending
+    /// no longer. Claim ages learnt from a broker are not comparable, so only a strictly better state wins.
+    fn claim_by_state(&mut self, key: PublicKey, now: Instant) -> bool {
+        let Some(peer) = self.profile.desired(&key) else { return false };
+        let state = |key| self.claim_of(key, now).state;
+        let precedes = |rival: &PublicKey| state(key) > state(*rival);
+        if !self.owners.rivals(key, peer.networks()).iter().all(precedes) {
+            self.forget_pending(&key);
+            return false;
+        }
+        self.claim(&peer, now)
+    }
+
+    /// Takes in when a key shook hands elsewhere, as a broker has it; false if the key is not known.
+    fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
+        let note = |entry: &mut Entry| {
+            entry.elsewhere = entry.elsewhere.max(shaken);
+            entry.came |= shaken.is_some();
+        };
+        self.table.update(key, note) || self.pending.note_elsewhere(key, shaken)
+    }
+
+    /// Whether the key is one of a router that shook hands: then no message of another gateway makes it that one's.
+    pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
+        let is_pending = |key| self.pending.get(key).is_some_and(|pending| pending.came && pending.elsewhere.is_some());
+        self.table.known(key).is_some_and(Entry::is_routers) || is_pending(key)
+    }
+
+    /// `key` is pending, and has neither a peer nor a place for one.
+    pub(super) fn lacks_place(&self, key: &PublicKey) -> bool {
+        !self.pending.has_place(key) && !self.table.contains(key)
+    }
+
+    /// Whether `key`, which is pending, takes no place of those that never shook hands.
+    pub(super) fn has_own_place(&self, key: &PublicKey) -> bool {
+        self.pending.get(key).is_some_and(|pending| pending.elsewhere.is_some())
+            || self.table.vanished(key).is_some_and(|entry| !entry.is_unestablished())
+    }
+
+    /// `key` came and is whole in the kernel; it has its grace from `now`. Returns whether it is new there.
+    pub fn mark_installed(&mut self, key: PublicKey, now: Instant) -> bool {
+        let is_new = self.seat(key, now);
+        self.table.update(&key, |entry| entry.arrived = now.into());
+        is_new
+    }
+
+    /// The peer of `key`, which vanished, is whole in the kernel again.
+    pub fn put_back(&mut self, key: PublicKey, now: Instant) {
+        self.seat(key, now);
+    }
+
+    fn seat(&mut self, key: PublicKey, now: Instant) -> bool {
+        let pending = self.pending.remove(&key);
+        self.changed.insert(key);
+        let new = || {
+            let new = Entry::new(now, true);
+            let sweep = self.profile.desired(&key).map_or(new.sweep, |peer| peer.sweep);
+            Entry { first: pending.map_or(new.first, |pending| pending.first), sweep, ..new }
+        };
+        let known = self.table.seat(key, new, now);
+        self.table.update(&key, |entry| {
+            entry.elsewhere = entry.elsewhere.max(pending.and_then(|pending| pending.elsewhere));
+            entry.came |= pending.is_none_or(|pending| pending.came);
+        });
+        pending.is_some() || !known
+    }
+
+    /// `key` came and is not whole in the kernel: it is pending. Returns how many older ones that made too many.
+    pub fn mark_pending(&mut self, key: PublicKey, now: Instant) -> usize {
+        self.pending.announce(key, now.into());
+        self.changed.insert(key);
+        if self.pending.len() <= self.policy.pending { 0 } else { self.drop_oldest() }
+    }
+
+    /// A sixteenth at once, so that a flood does not cost a search per key. Those that shook hands go last.
+    fn drop_oldest(&mut self) -> usize {
+        let surplus = self.pending.len() - self.policy.pending + self.policy.pending / 16;
+        let mut oldest = self.pending.oldest_first();
+        oldest.sort_by_key(|key| self.has_own_place(key));
+        oldest.iter().take(surplus).for_each(|key| self.forget_pending(key));
+        surplus.min(oldest.len())
+    }
+
+    /// The kernel refused `key` once more; too often, and it is given up.
+    pub fn refused(&mut self, key: &PublicKey) {
+        if self.pending.count_refusal(key) {
+            self.forget_pending(key);
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! For how many more peers there is room, and how many have to go for others.
+
+use super::pending::Pending;
+use super::policy::Policy;
+use super::table::PeerTable;
+
+/// Where one of the peers that never shook hands has to go for a new key, this part of them goes with it: the keys that
+/// come next have room at once, without a read for each.
+const PORTION: usize = 16;
+
+/// Where this part is fewer than these, none goes with it.
+const PORTION_MIN: usize = 4;
+
+/// For so many keys that are pending, or for as many as that part is, others go at once.
+const EVICTED_AT_ONCE: usize = 64;
+
+/// For how many more peers there is room.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Capacity {
+    /// For those that never shook hands.
+    unestablished: usize,
+    /// For those of any kind.
+    all: usize,
+}
+
+impl Capacity {
+    pub(super) fn of(policy: &Policy, table: &PeerTable, pending: &Pending) -> Self {
+        let known = table.unestablished() + pending.reserved();
+        let all = table.len() + pending.reserved();
+        Self { unestablished: policy.unestablished.saturating_sub(known), all: policy.peers.saturating_sub(all) }
+    }
+
+    /// Takes the place of a peer, if there is one; an `established` one takes none of the others'.
+    pub(super) fn take(&mut self, established: bool) -> bool {
+        let has_place = self.all > 0 && (established || self.unestablished > 0);
+        if has_place {
+            self.all -= 1;
+            self.unestablished -= usize::from(!established);
+        }
+        has_place
+    }
+}
+
+/// How many of the `unestablished` peers have to go so that `lacking` keys have room; none if none lack it.
+pub(super) fn evictions(policy: &Policy, unestablished: usize, lacking: usize) -> usize {
+    if lacking == 0 {
+        return 0;
+    }
+    let beyond = unestablished.saturating_sub(policy.unestablished);
+    let portion = Some(unestablished / PORTION).filter(|portion| *portion >= PORTION_MIN).unwrap_or_default();
+    beyond + portion + lacking.min(portion.max(EVICTED_AT_ONCE))
+}

@@ -1,0 +1,141 @@
+//! How peers go: stale ones, those that others need the place or the address of, those that are denied.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use wgkex_common::PublicKey;
+
+use super::KnownPeers;
+use super::capacity::evictions;
+use super::compact_instant::CompactInstant;
+use super::policy::PeerState;
+use super::table::{Entry, Handshake};
+use crate::profiles::Sweep;
+
+/// What has no peer goes when it had none for this long: somebody may be making one.
+pub(super) const ORPHANED: Duration = Duration::from_secs(30);
+
+impl KnownPeers {
+    /// Whether there is a peer whose address another key has.
+    #[must_use]
+    pub fn has_evictions(&self) -> bool {
+        !self.owners.to_evict().is_empty()
+    }
+
+    /// Peers of ours that are to go so that others have room: those that lost their address, and, where pending keys
+    /// have no room, of those that never shook hands the oldest, and more of them than that. Judged by the last read.
+    #[must_use]
+    pub fn eviction_candidates(&self) -> BTreeSet<PublicKey> {
+        let mut candidates = self.owners.to_evict().clone();
+        let mut room = self.capacity();
+        let new = self.pending.keys().filter(|key| self.lacks_place(key));
+        let lacking = new.filter(|key| !room.take(self.has_own_place(key))).count();
+        let number = evictions(&self.policy, self.table.unestablished(), lacking);
+        if number > 0 {
+            let mut oldest: Vec<_> = self.evictable().collect();
+            oldest.sort_unstable();
+            candidates.extend(oldest.into_iter().take(number).map(|(_, key)| key));
+        }
+        candidates
+    }
+
+    /// Whether pending keys have no room.
+    #[must_use]
+    pub fn lacks_room(&self) -> bool {
+        self.pending.keys().any(|key| self.lacks_place(key))
+    }
+
+    /// Whether the peer of `key`, one of the [`eviction_candidates`](Self::eviction_candidates), is still to go.
+    #[must_use]
+    pub fn is_eviction_candidate(&self, key: &PublicKey) -> bool {
+        self.owners.to_evict().contains(key) || self.table.get(key).is_some_and(|entry| self.is_evictable(key, entry))
+    }
+
+    /// Peers that may make room for others, and when each key came.
+    pub(super) fn evictable(&self) -> impl Iterator<Item = (CompactInstant, PublicKey)> {
+        let evictable = self.table.iter().filter(|(key, entry)| self.is_evictable(key, entry));
+        evictable.map(|(key, entry)| (entry.arrived, *key))
+    }
+
+    fn is_evictable(&self, key: &PublicKey, entry: &Entry) -> bool {
+        entry.is_unestablished() && entry.sweep == Sweep::WhenStale && !self.admission.trusts(key)
+    }
+
+    /// The peers of ours that are stale, judged by the last read.
+    #[must_use]
+    pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
+        let is_stale = |entry: &Entry| {
+            entry.ours && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
+        };
+        let stale = self.table.iter().filter(|(key, entry)| is_stale(entry) && !self.admission.trusts(key));
+        stale.map(|(key, _)| *key).collect()
+    }
+
+    /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.
+    pub fn forget_stale(&mut self, now: Instant) {
+        let is_stale = |entry: &Entry| {
+            entry.renewed && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
+        };
+        let stale = self
+            .table
+            .iter_vanished()
+            .filter(|(key, entry)| is_stale(entry) && !self.is_announced(key) && !self.admission.trusts(key));
+        for key in stale.map(|(key, _)| *key).collect::<Vec<_>>() {
+            self.forget_pending(&key);
+        }
+    }
+
+    /// At most so many of the peers of ours that are silent for longer than the kernel is to know of them.
+    #[must_use]
+    pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
+        let Some(forget) = self.policy.forget else { return Vec::new() };
+        let is_silent = |handshake: Handshake| handshake.quiet_since.age(now) >= forget;
+        let is_idle = |entry: &Entry| entry.ours && !entry.renewed && entry.handshake.is_some_and(is_silent);
+        self.table.iter().filter(|(_, entry)| is_idle(entry)).map(|(key, _)| *key).take(most).collect()
+    }
+
+    /// The kernel does not know any more of the handshakes of `key`; here they count on.
+    pub fn mark_renewed(&mut self, key: &PublicKey) {
+        self.table.update(key, |entry| entry.renewed = true);
+    }
+
+    /// Forgets the pending keys that `is_removed` names; returns the peers that it names, and whether each is ours.
+    pub fn remove_denied(&mut self, is_removed: impl Fn(&PublicKey) -> bool) -> BTreeMap<PublicKey, bool> {
+        let pending: Vec<_> = self.pending.keys().filter(|key| is_removed(key)).copied().collect();
+        for key in &pending {
+            self.forget_pending(key);
+        }
+        self.table.iter().filter(|(key, _)| is_removed(key)).map(|(key, entry)| (*key, entry.ours)).collect()
+    }
+
+    /// The peer of `key` could not be removed whole. If the next read does not show it, it is gone.
+    pub fn disown(&mut self, key: &PublicKey) {
+        if self.table.update(key, |entry| entry.ours = false) {
+            self.changed.insert(*key);
+        }
+    }
+
+    /// `key` was removed from the kernel.
+    pub fn removed(&mut self, key: &PublicKey) {
+        self.table.remove(key);
+        self.owners.evicted(key);
+        self.release_address(key);
+    }
+
+    /// `key` is pending no longer, and what was known of a peer that vanished is forgotten.
+    pub(super) fn forget_pending(&mut self, key: &PublicKey) {
+        self.pending.remove(key);
+        self.table.forget_vanished(key);
+        self.release_address(key);
+    }
+
+    /// `key` is not what it was, and has no address any more unless it has a peer.
+    fn release_address(&mut self, key: &PublicKey) {
+        self.changed.insert(*key);
+        if !self.table.contains(key)
+            && let Some(peer) = self.profile.desired(key)
+        {
+            self.owners.release(key, peer.networks());
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Which key has which network, of all that have a peer or are pending.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use wgkex_common::PublicKey;
+
+/// A network that a key claims or has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claimant {
+    pub network: IpNet,
+    pub key: PublicKey,
+    /// It is ours or pending: it claims the network.
+    pub claims: bool,
+    /// It has a peer, or had one that vanished.
+    pub has_peer: bool,
+}
+
+/// The owners of networks, and the peers that lost theirs.
+#[derive(Debug, Default)]
+pub(super) struct AddressOwners {
+    owners: BTreeMap<IpNet, PublicKey>,
+    /// Networks of peers that others made, and which peers.
+    foreign: BTreeMap<IpNet, PublicKey>,
+    /// Peers of ours whose network another key has: the next read takes them.
+    to_evict: BTreeSet<PublicKey>,
+}
+
+impl AddressOwners {
+    /// Starts anew with the first of each network's claimants, which are in the order of the networks; returns the
+    /// others, which have to claim theirs.
+    pub(super) fn rebuild(&mut self, claimants: &[Claimant]) -> Vec<PublicKey> {
+        self.to_evict.clear();
+        let claims = || claimants.iter().filter(|claimant| claimant.claims);
+        let mut rivals = Vec::new();
+        let mut last = None;
+        for claimant in claims() {
+            if last.replace(claimant.network) == Some(claimant.network) {
+                rivals.push(claimant.key);
+            }
+        }
+        // Made at once a map has full nodes.
+        let mut last = None;
+        let first = claims().filter(|claimant| last.replace(claimant.network) != Some(claimant.network));
+        self.owners = first.map(|claimant| (claimant.network, claimant.key)).collect();
+        rivals
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&IpNet, &PublicKey)> {
+        self.owners.iter()
+    }
+
+    /// The keys that have one of `networks`, other than `key`.
+    pub(super) fn rivals(&self, key: PublicKey, networks: &[IpNet]) -> Vec<PublicKey> {
+        let owners = networks.iter().filter_map(|network| self.owners.get(network));
+        owners.filter(|owner| **owner != key).copied().collect()
+    }
+
+    /// Whether `key` has all of `networks`.
+    pub(super) fn owns(&self, key: &PublicKey, networks: &[IpNet]) -> bool {
+        networks.iter().all(|network| self.owners.get(network) == Some(key))
+    }
+
+    /// `key` has `networks` from now on.
+    pub(super) fn assign(&mut self, key: PublicKey, networks: &[IpNet]) {
+        self.owners.extend(networks.iter().map(|network| (*network, key)));
+        self.to_evict.remove(&key);
+    }
+
+    /// `key` has none of `networks` any more.
+    pub(super) fn release(&mut self, key: &PublicKey, networks: &[IpNet]) {
+        for network in networks {
+            if self.owners.get(network) == Some(key) {
+                self.owners.remove(network);
+            }
+        }
+    }
+
+    /// Forgets which networks foreign peers have.
+    pub(super) fn clear_foreign(&mut self) {
+        self.foreign.clear();
+    }
+
+    pub(super) fn add_foreign(&mut self, key: PublicKey, networks: impl IntoIterator<Item = IpNet>) {
+        self.foreign.extend(networks.into_iter().map(|network| (network, key)));
+    }
+
+    /// Whether a peer that somebody else made, and not of `key`, has one of `networks`.
+    pub(super) fn is_taken_by_foreign(&self, key: &PublicKey, networks: &[IpNet]) -> bool {
+        !self.foreign.is_empty()
+            && networks.iter().any(|network| self.foreign.get(network).is_some_and(|holder| holder != key))
+    }
+
+    /// The peer of `key` has to go.
+    pub(super) fn evict(&mut self, key: PublicKey) {
+        self.to_evict.insert(key);
+    }
+
+    /// The peer of `key` is gone.
+    pub(super) fn evicted(&mut self, key: &PublicKey) {
+        self.to_evict.remove(key);
+    }
+
+    /// Peers of ours that lost their networks.
+    pub(super) fn to_evict(&self) -> &BTreeSet<PublicKey> {
+        &self.to_evict
+    }
+}

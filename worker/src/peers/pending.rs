@@ -1,0 +1,151 @@
+//! Keys that came and are not whole in the kernel yet.
+
+use std::collections::BTreeMap;
+
+use wgkex_common::PublicKey;
+
+use super::compact_instant::CompactInstant;
+use super::table::Entry;
+
+/// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
+pub(super) const TRIES: u8 = 8;
+
+/// Keys that are pending. One may have a peer, too. It counts those for which a place is reserved.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    keys: BTreeMap<PublicKey, PendingKey>,
+    /// How many of `keys` have a place.
+    reserved: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PendingKey {
+    pub arrived: CompactInstant,
+    /// When it first came.
+    pub first: CompactInstant,
+    pub tries: u8,
+    /// It came as a key of its own, and not from the last run of this program, or as one that is live elsewhere.
+    pub announced: bool,
+    /// When it shook hands at another gateway, as a broker has it.
+    pub elsewhere: Option<CompactInstant>,
+    /// A place is kept for its peer.
+    pub reserved: bool,
+    /// A broker let it come since this program started.
+    pub came: bool,
+}
+
+impl Pending {
+    pub(super) fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// For how many keys a place is reserved.
+    pub(super) fn reserved(&self) -> usize {
+        self.reserved
+    }
+
+    pub(super) fn contains(&self, key: &PublicKey) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    pub(super) fn get(&self, key: &PublicKey) -> Option<&PendingKey> {
+        self.keys.get(key)
+    }
+
+    pub(super) fn keys(&self) -> impl Iterator<Item = &PublicKey> {
+        self.keys.keys()
+    }
+
+    /// Whether a place is reserved for `key`.
+    pub(super) fn has_place(&self, key: &PublicKey) -> bool {
+        self.keys.get(key).is_some_and(|pending| pending.reserved)
+    }
+
+    pub(super) fn oldest_first(&self) -> Vec<PublicKey> {
+        let mut keys: Vec<_> = self.keys.iter().map(|(key, pending)| (pending.arrived, *key)).collect();
+        keys.sort_unstable();
+        keys.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// `key` is pending as it is given, without a place.
+    pub(super) fn insert(&mut self, key: PublicKey, pending: PendingKey) {
+        self.remove(&key);
+        self.keys.insert(key, pending);
+    }
+
+    pub(super) fn insert_if_absent(&mut self, key: PublicKey, pending: PendingKey) {
+        self.keys.entry(key).or_insert(pending);
+    }
+
+    /// `key` came at `now`, once more if it is pending already, and keeps its place.
+    pub(super) fn announce(&mut self, key: PublicKey, now: CompactInstant) {
+        let new = PendingKey { announced: true, came: true, ..PendingKey::from_elsewhere(now, false) };
+        let pending = self.keys.entry(key).or_insert(new);
+        *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, reserved: pending.reserved, ..new };
+    }
+
+    /// Takes in when a pending key shook hands elsewhere; false if it is not pending.
+    pub(super) fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
+        let Some(pending) = self.keys.get_mut(key) else { return false };
+        pending.elsewhere = pending.elsewhere.max(shaken);
+        pending.came |= shaken.is_some();
+        true
+    }
+
+    /// Keeps a place for `key`, if it is pending.
+    pub(super) fn reserve(&mut self, key: &PublicKey) {
+        if let Some(pending) = self.keys.get_mut(key).filter(|pending| !pending.reserved) {
+            pending.reserved = true;
+            self.reserved += 1;
+        }
+    }
+
+    /// Keeps no place for any key.
+    pub(super) fn release_places(&mut self) {
+        self.keys.values_mut().for_each(|pending| pending.reserved = false);
+        self.reserved = 0;
+    }
+
+    /// `key` is pending no longer.
+    pub(super) fn remove(&mut self, key: &PublicKey) -> Option<PendingKey> {
+        let pending = self.keys.remove(key);
+        self.reserved -= usize::from(pending.is_some_and(|pending| pending.reserved));
+        pending
+    }
+
+    /// Keeps only the keys that `keeps` names.
+    pub(super) fn retain(&mut self, mut keeps: impl FnMut(&PublicKey, &PendingKey) -> bool) {
+        let reserved = &mut self.reserved;
+        self.keys.retain(|key, pending| {
+            let stays = keeps(key, pending);
+            *reserved -= usize::from(!stays && pending.reserved);
+            stays
+        });
+    }
+
+    /// The kernel refused `key` once more; true if that was too often.
+    pub(super) fn count_refusal(&mut self, key: &PublicKey) -> bool {
+        let Some(pending) = self.keys.get_mut(key) else { return false };
+        pending.tries += 1;
+        pending.tries >= TRIES
+    }
+
+    /// What is counted, counted anew.
+    #[cfg(test)]
+    pub(super) fn recount(&self) -> usize {
+        self.keys.values().filter(|pending| pending.reserved).count()
+    }
+}
+
+impl PendingKey {
+    /// For a peer that vanished.
+    pub(super) fn again(&Entry { arrived, first, elsewhere, came, .. }: &Entry) -> Self {
+        Self { arrived, first, elsewhere, came, ..Self::from_elsewhere(arrived, false) }
+    }
+
+    /// Of a key that did not come to this program itself.
+    pub(super) fn from_elsewhere(arrived: CompactInstant, established: bool) -> Self {
+        let elsewhere = established.then_some(arrived);
+        Self { arrived, first: arrived, tries: 0, announced: false, elsewhere, reserved: false, came: false }
+    }
+}

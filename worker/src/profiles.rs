@@ -1,0 +1,106 @@
+//! What a key is to be in a kernel, by the kind of device that it belongs to.
+//!
+//! A [`Profile`] makes a [`DesiredPeer`] of each key. Nothing below this room knows a kind: [`crate::plan`] compares
+//! desired peers with the tables, [`crate::peers`] remembers which keys have them. [`mesh`] is the profile of routers of
+//! a mesh, and the only one yet.
+//!
+//! Previous stop of a key: [`crate::reconciler`]; next stop: [`crate::plan`].
+
+pub mod mesh;
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Debug;
+use std::net::Ipv6Addr;
+
+use ipnet::IpNet;
+use wgkex_common::{Domain, PublicKey};
+use wgkex_kernel::{Interface, Peer, PeerConfig, host};
+
+/// When a peer is removed that nobody ordered to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sweep {
+    /// It is, once it is stale.
+    WhenStale,
+    /// It never is.
+    Never,
+}
+
+/// What one key is to be in a kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredPeer {
+    /// The peer: its key, allowed-ips, keepalive and preshared key.
+    pub peer: PeerConfig,
+    /// Whether each of its allowed-ips has a route.
+    pub routes: bool,
+    /// Its destination in the flood list, if it has one.
+    pub flood: Option<Ipv6Addr>,
+    /// When it goes by itself.
+    pub sweep: Sweep,
+}
+
+/// Whose a peer is, by its allowed-ips alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ownership {
+    /// It has exactly what its profile gives it: wgkex made it.
+    Ours,
+    /// It has less than that, or nothing: one of ours whose address a later key took, or one that somebody is still
+    /// making.
+    Partial,
+    /// It has something else: somebody else made or altered it.
+    Foreign,
+}
+
+/// Makes desired peers of keys.
+pub trait Profile: Debug + Send + Sync + 'static {
+    /// The interface of `domain`, and what it carries.
+    fn interface(&self, domain: &Domain) -> Interface;
+
+    /// What `key` is to be; `None` for a key that is to have no peer.
+    fn desired(&self, key: &PublicKey) -> Option<DesiredPeer>;
+
+    /// Whether a route or a flood entry to `destination` that no peer has was left behind by this profile. What it would
+    /// never make is somebody else's.
+    fn is_left_over(&self, destination: &IpNet) -> bool;
+}
+
+impl DesiredPeer {
+    /// The key.
+    #[must_use]
+    pub fn key(&self) -> PublicKey {
+        self.peer.key
+    }
+
+    /// The networks that it claims for itself.
+    #[must_use]
+    pub fn networks(&self) -> &[IpNet] {
+        &self.peer.allowed_ips
+    }
+
+    /// Whose its peer is, as it stands.
+    #[must_use]
+    pub fn ownership(&self, actual: &Peer) -> Ownership {
+        let desired = self.networks();
+        match actual.allowed_ips[..] {
+            [] => Ownership::Partial,
+            // Nearly every peer has one.
+            [one] if desired == [one] => Ownership::Ours,
+            [..] if actual.allowed_ips.iter().any(|network| !desired.contains(network)) => Ownership::Foreign,
+            [..] if desired.iter().all(|network| actual.allowed_ips.contains(network)) => Ownership::Ours,
+            [..] => Ownership::Partial,
+        }
+    }
+
+    /// Whether its peer, as it stands, lacks its keepalive or its preshared key.
+    #[must_use]
+    pub fn lacks_settings(&self, actual: &Peer) -> bool {
+        let PeerConfig { keepalive, preshared, .. } = &self.peer;
+        (keepalive.is_some() && *keepalive != actual.keepalive)
+            || (preshared.is_some() && *preshared != actual.preshared)
+    }
+
+    /// Each destination that it has in the kernel, those of routes and that of the flood entry.
+    pub fn destinations(&self) -> impl Iterator<Item = IpNet> + '_ {
+        self.networks().iter().copied().chain(self.flood.map(host))
+    }
+}
