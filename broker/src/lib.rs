@@ -15,26 +15,25 @@ mod metrics;
 pub mod mqtt_server;
 mod tls;
 
-use std::future::pending;
 use std::net::TcpListener;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use futures_util::future::join_all;
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
-use wgkex_common::access_lists::service::{ListService, ListUpdate};
+use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::http::connections::{Capacity, Closed, Connections, prepare};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::runtime::process;
-use wgkex_common::runtime::tasks::{Ended, Tasks};
+use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
@@ -59,132 +58,220 @@ use crate::metrics::Metrics;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
 
-/// How long the bus may take to hear that this broker goes.
+/// How long the server may take to acknowledge that this broker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// Questions that wait at most for their answers; who gets none asks again.
-const QUESTIONS: usize = 1024;
-/// How often the live keys are searched for those whose time is over, and the limits for what is used no more.
+/// How long a session may take to disconnect, and the disk to take the last changes.
+const LAST: Duration = Duration::from_secs(1);
+/// How long the embedded MQTT server may take to end.
+const SERVER_END: Duration = Duration::from_secs(2);
+/// Sync requests that wait for their answers; one too many is sent again by its client.
+const SYNC_REQUESTS: usize = 1024;
+/// How often expired live keys are removed, and rate limits that are no longer in use.
 const EXPIRE: Duration = Duration::from_secs(10);
-/// How often the connections are searched for idle ones.
+/// How often idle connections are looked for.
 const TIDY: Duration = Duration::from_secs(1);
 
-/// Serves routers until `stop` returns. An error is one that an operator must mend: a port that is taken.
+/// What several services use.
+struct Broker {
+    config: Config,
+    exchange: Exchange,
+    lists: Handle,
+    revocations: Answers,
+    /// The session that receives what workers publish.
+    bus: MqttHandle,
+    /// The session that publishes keys.
+    keys: MqttHandle,
+}
+
+/// The ports that the config names, bound.
+struct Listeners {
+    plain: TcpListener,
+    tls: Option<(TcpListener, Arc<Certificate>)>,
+    /// With the hash of the token that admin calls need.
+    admin: Option<(TcpListener, Secret)>,
+}
+
+/// Serves routers until `stop` returns. An error is one that an operator must mend, as a port that is taken, or names a
+/// task that ended by itself.
+///
+/// The services are stopped in the reverse order of their start: requests in flight still need MQTT for their answers,
+/// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let listener = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
-    let admin_listener = listen_for_admin(&config)?;
+    let listeners = Listeners::bind(&config)?;
     let metrics = Metrics::new().context("metrics")?;
-    let secure = config.https.clone().map(open_https).transpose()?;
-    let limits = Arc::new(Limits::new(config.limits, MonotonicClock));
-    let (trusted, proxy_missed) = (Arc::from(config.trusted_proxies.clone()), Arc::default());
-    let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
-    let (keeper, lists) = ListService::open(&config, Participant::Broker(config.name.clone()))?;
-    let gateways = Arc::new(Mutex::new(gateways(&config)));
-    let (waiters, answers) = (Waiters::default(), Answers::default());
+    let (list_service, lists) = ListService::open(&config, Participant::Broker(config.name.clone()))?;
     let embedded = config.mqtt_listen.as_ref();
-    let mut embedded = embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let embedded = embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
-    let [(bus, session), (keys, publishing)] =
+    let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
-    let (live, store) = live_keys(&config)?;
-    live.lock().obey(lists.admission());
-    let (ears, heard) = sync::channel();
-    let links = [bus.connection_state(), keys.connection_state()];
-    let waiting = (waiters.clone(), answers.clone());
-    let (reporter, presence_events) = Reporter::new(Participant::Broker(config.name.clone()));
-    let hand_on = subscriber::hand_on(gateways.clone(), waiting, live.clone(), reporter.clone(), metrics.clone());
-    let (question_sender, questions) = mpsc::channel(QUESTIONS);
-    let askers = Askers::new(config.name.clone(), question_sender);
-    let hand_on_keys = subscriber::hand_on_keys(live.clone(), ears, lists.clone(), askers, reporter, metrics.clone());
-    let buses = [bus.clone(), keys.clone()];
-    let announcer =
-        Announcer::new(&config, buses, presence_events, lists.snapshot(), gateways.clone(), waiters.clone());
-    let exchange = Exchange {
-        gateways: gateways.clone(),
-        waiters: waiters.clone(),
-        turns: Turns::new(keys.clone(), live.clone(), lists.admission()),
-        live: live.clone(),
-        limits: limits.clone(),
+    let (live, store) = live_keys(&config, &lists)?;
+    let exchange = exchange(&config, live, keys.clone(), &lists, metrics);
+    let broker = Broker { config, exchange, lists, revocations: Answers::default(), bus, keys };
+
+    let mut services = Services::default();
+    if let Some(embedded) = embedded {
+        services.group(SERVER_END, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+    }
+    broker.start_storage(&mut services, store, list_service);
+    broker.start_bus(&mut services, session, keys_session);
+    broker.start_http(&mut services, listeners)?;
+    let Config { name, broker_listen, .. } = &broker.config;
+    info!(version = env!("CARGO_PKG_VERSION"), broker = name, %broker_listen, "broker started");
+    Ok(services.run_until("broker", stop).await?)
+}
+
+impl Broker {
+    fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
+        let state_kept = self.exchange.metrics.state_kept.clone();
+        services
+            .group(LAST, Some("the disk did not take the last state in time"))
+            .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
+            .spawn("the access lists", |stop| {
+                list_service.run(self.keys.clone(), apply_lists(self.exchange.clone()), stop)
+            });
+    }
+
+    /// The two sessions, and what works with what they receive.
+    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
+        let Self { config, exchange, lists, revocations, bus, keys } = self;
+        let Exchange { gateways, waiters, live, metrics, .. } = exchange;
+        let own = Participant::Broker(config.name.clone());
+        let (reporter, presence_events) = Reporter::new(own.clone());
+        let (sync_sender, sync_events) = sync::channel();
+        let (request_sender, sync_requests) = mpsc::channel(SYNC_REQUESTS);
+        let askers = Askers::new(config.name.clone(), request_sender);
+        let pending = (waiters.clone(), revocations.clone());
+        let on_event = subscriber::hand_on(gateways.clone(), pending, live.clone(), reporter.clone(), metrics.clone());
+        let on_keys_event =
+            subscriber::hand_on_keys(live.clone(), sync_sender, lists.clone(), askers, reporter, metrics.clone());
+        let handles = [bus.clone(), keys.clone()];
+        let announcer = Announcer::new(
+            config,
+            handles.clone(),
+            presence_events,
+            lists.snapshot(),
+            gateways.clone(),
+            waiters.clone(),
+        );
+        let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
+        let name = config.name.clone();
+        services
+            .group(LAST, None)
+            .spawn("the MQTT session", |stop| session.run(on_event, stop))
+            .spawn("the MQTT session for keys", |stop| keys_session.run(on_keys_event, stop));
+        services
+            .background()
+            .spawn("the sync server", |_| {
+                subscriber::answer(keys.clone(), live.clone(), sync_requests, metrics.clone())
+            })
+            .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, learn(live.clone()), || {}))
+            .spawn("the expiry", |_| expire(exchange.clone()));
+        services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, name, handles, stop));
+    }
+
+    fn start_http(&self, services: &mut Services, listeners: Listeners) -> anyhow::Result<()> {
+        let Config { domains, confirm, trusted_proxies, .. } = &self.config;
+        let (trusted, proxy_missed) = (Arc::from(trusted_proxies.clone()), Arc::default());
+        let metrics = self.exchange.metrics.clone();
+        let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
+        services.background().spawn("the idle connections", |_| tidy(connections.clone()));
+        if let Some((listener, token_hash)) = listeners.admin {
+            let server = http::admin::server(listener, self.admin(token_hash))?;
+            services.spawn("admin_listen", |stop| serve("admin_listen", server, stop));
+            info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
+        }
+        let links = [&self.bus, &self.keys].map(MqttHandle::connection_state);
+        let (domains, exchange) = (domains.clone(), self.exchange.clone());
+        let app = App { domains, exchange, links, connections, trusted, proxy_missed, metrics };
+        let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
+        let tls = listeners.tls.map(|(listener, certificate)| {
+            let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
+            anyhow::Ok((server, certificate))
+        });
+        // Each ends when its requests are answered, at the latest when the budget of a request is spent.
+        services.group(Duration::MAX, None).spawn("broker_listen", |stop| serve("broker_listen", plain, stop));
+        if let Some((server, certificate)) = tls.transpose()? {
+            services.spawn("broker_listen.tls", |stop| serve("broker_listen.tls", server, stop));
+            services.background().spawn("the certificate", |_| certificate.watch());
+        }
+        Ok(())
+    }
+
+    fn admin(&self, token_hash: Secret) -> Admin {
+        Admin {
+            lists: self.lists.clone(),
+            gateways: self.exchange.gateways.clone(),
+            answers: self.revocations.clone(),
+            bus: self.keys.clone(),
+            domains: self.config.domains.clone(),
+            token_hash,
+        }
+    }
+}
+
+impl Listeners {
+    fn bind(config: &Config) -> anyhow::Result<Self> {
+        let plain = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
+        Ok(Self { plain, admin: listen_for_admin(config)?, tls: config.https.clone().map(open_https).transpose()? })
+    }
+}
+
+fn exchange(
+    config: &Config,
+    live: Arc<Mutex<LiveKeys>>,
+    keys: MqttHandle,
+    lists: &Handle,
+    metrics: Metrics,
+) -> Exchange {
+    Exchange {
+        gateways: Arc::new(Mutex::new(gateways(config))),
+        waiters: Waiters::default(),
+        turns: Turns::new(keys, live.clone(), lists.admission()),
+        live,
+        limits: Arc::new(Limits::new(config.limits, MonotonicClock)),
         answers: Arc::default(),
         unwitnessed: Arc::default(),
         lists: lists.snapshot(),
         confirm: config.confirm,
-        metrics: metrics.clone(),
-    };
-    let asker =
-        SyncClient::new(Participant::Broker(config.name.clone()), PeerSelection::RoundRobin, config.domains.clone());
-    let (over, stopped) = watch::channel(false);
-
-    let [mut tasks, mut sessions, mut disk, mut announcing] = [(); 4].map(|()| Tasks::default());
-    let kept = metrics.state_kept.clone();
-    let kept = move |is_kept| kept.set(i64::from(is_kept));
-    disk.spawn("the state file", store.run(kept, process::over(stopped.clone())));
-    let tell = tell(live.clone(), waiters.clone(), exchange.turns.clone(), metrics.clone());
-    disk.spawn("the keeper of the lists", keeper.run(keys.clone(), tell, process::over(stopped.clone())));
-    sessions.spawn("the MQTT session that hears workers", session.run(hand_on, process::over(stopped.clone())));
-    sessions.spawn("the MQTT session of the keys", publishing.run(hand_on_keys, process::over(stopped)));
-    announcing.spawn("the announcer", announcer.run());
-    if let Some((listener, token_hash)) = admin_listener {
-        let (gateways, bus) = (gateways.clone(), keys.clone());
-        let admin = Admin { lists, gateways, answers, bus, domains: config.domains.clone(), token_hash };
-        tasks.spawn("admin_listen", serve("admin_listen", http::admin::server(listener, admin)?));
-        info!(admin_listen = %config.admin_listen, "admin calls are taken");
+        metrics,
     }
-    tasks.spawn("what answers questions", subscriber::answer(keys.clone(), live.clone(), questions, metrics.clone()));
-    tasks.spawn("what asks other brokers", sync::run(asker, keys.clone(), heard, learn(live.clone()), || {}));
-    tasks.spawn("the look for what is over", expire(exchange.clone()));
-    tasks.spawn("the look for idle connections", tidy(connections.clone()));
-    let app = App { domains: config.domains.clone(), exchange, links, connections, trusted, proxy_missed, metrics };
-    let plain = http::server(listener, None, app.clone(), config.confirm.budget)?;
-    let mut handles = vec![plain.handle()];
-    tasks.spawn("broker_listen", serve("broker_listen", plain));
-    if let Some((listener, certificate)) = secure {
-        let server = http::server(listener, Some(certificate.server()?), app, config.confirm.budget)?;
-        handles.push(server.handle());
-        tasks.spawn("broker_listen.tls", serve("broker_listen.tls", server));
-        tasks.spawn("the look at certificates", certificate.watch());
-    }
-    let Config { name: broker, broker_listen, .. } = &config;
-    info!(version = env!("CARGO_PKG_VERSION"), broker, %broker_listen, "broker started");
+}
 
-    let ended = tokio::select! {
-        ended = tasks.ended() => Err(ended),
-        ended = sessions.ended() => Err(ended),
-        ended = disk.ended() => Err(ended),
-        ended = announcing.ended() => Err(ended),
-        ended = server_ended(embedded.as_mut()) => Err(ended),
-        () = stop => Ok(()),
-    };
-    info!("broker stops");
-    // Requests under way still need the bus.
-    join_all(handles.iter().map(|handle| handle.stop(true))).await;
-    // It would publish again what the goodbye takes back.
-    drop(announcing);
-    let (hello, status) = (subscriber::hello(&config.name, Vec::new()), subscriber::status(&config.name, "0"));
+/// Runs a listener until `stop` returns and its requests are answered, or until it ends; why, the log says.
+async fn serve(listener: &'static str, server: http::Server, stop: impl Future<Output = ()>) {
+    let handle = server.handle();
+    let mut server = pin!(server);
+    tokio::select! {
+        ended = &mut server => {
+            if let Err(error) = ended {
+                error!(listener, %error, "listener failed");
+            }
+        }
+        () = stop => {
+            let _ = tokio::join!(handle.stop(true), server);
+        }
+    }
+}
+
+/// Runs the embedded MQTT server until `stop` returns, or until it ends.
+async fn serve_mqtt(mut server: MqttServer, stop: impl Future<Output = ()>) {
+    tokio::select! {
+        _ = server.ended() => {}
+        () = stop => server.stop().await,
+    }
+}
+
+/// Publishes what this broker is until `stop` returns, and then takes it back; or until a session ends.
+async fn announce(announcer: Announcer, name: String, [bus, keys]: [MqttHandle; 2], stop: impl Future<Output = ()>) {
+    tokio::select! {
+        biased;
+        // The announcer is dropped first: it would publish again what the farewell takes back.
+        () = stop => {}
+        () = announcer.run() => return,
+    }
+    let (hello, status) = (subscriber::hello(&name, Vec::new()), subscriber::status(&name, "0"));
     let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
-    over.send_replace(true);
-    let (_, unwritten) = tokio::join!(sessions.finish(FAREWELL), disk.finish(FAREWELL));
-    for task in unwritten {
-        error!(task, "the disk did not take the last state in time");
-    }
-    if let Some(embedded) = embedded {
-        embedded.stop().await;
-    }
-    Ok(ended?)
-}
-
-/// Returns when a listener ends; why, the log says.
-async fn serve(listener: &'static str, server: http::Server) {
-    if let Err(error) = server.await {
-        error!(listener, %error, "listener failed");
-    }
-}
-
-/// Returns when the MQTT server ends, if there is one.
-async fn server_ended(server: Option<&mut MqttServer>) -> Ended {
-    match server {
-        Some(server) => server.ended().await,
-        None => pending().await,
-    }
 }
 
 /// The listener for admin calls, and the hash of the token that they need, if there is one.
@@ -200,23 +287,19 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
     Ok((listener, Certificate::open("broker_listen.tls", (https.cert_file, https.key_file))?))
 }
 
-/// The live keys, as this broker knew them when it ended, and what keeps them.
-fn live_keys(config: &Config) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
+/// The live keys as they were when this broker ended, as far as `lists` admit them, and what writes them to disk.
+fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
-    let (store, journal, known) = KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
+    let (store, buffer, known) = KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
     let domains = config.domains.clone();
-    let live = LiveKeys::new(
-        config.name.clone(),
-        (config.live_keys, config.cleanup),
-        domains,
-        (journal, known),
-        Instant::now(),
-    );
+    let times = (config.live_keys, config.cleanup);
+    let mut live = LiveKeys::new(config.name.clone(), times, domains, (buffer, known), Instant::now());
     info!(keys = live.len(), "live keys");
+    live.obey(lists.admission());
     Ok((Arc::new(Mutex::new(live)), store))
 }
 
-/// Takes in what other brokers know.
+/// Merges live keys of other brokers.
 fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
     move |_, page| {
         live.lock().learn(&page, Instant::now());
@@ -238,13 +321,13 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: Me
     Connections::new(Capacity::of_fleet(), seat, closed)
 }
 
-/// Tells the live keys who may come. What gateways said before may be about a key that was denied meanwhile.
-fn tell(live: Arc<Mutex<LiveKeys>>, waiters: Waiters, turns: Turns, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
-    move |news| {
-        metrics.set_lists(&news);
-        waiters.forget_all();
-        turns.obey(news.admission.clone());
-        live.lock().obey(news.admission.clone());
+/// Applies changed lists. What gateways confirmed before may be about a key that was denied meanwhile.
+fn apply_lists(exchange: Exchange) -> impl FnMut(ListUpdate<'_>) {
+    move |update| {
+        exchange.metrics.set_lists(&update);
+        exchange.waiters.forget_all();
+        exchange.turns.obey(update.admission.clone());
+        exchange.live().obey(update.admission.clone());
     }
 }
 

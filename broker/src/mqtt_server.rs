@@ -45,15 +45,15 @@ use bytes::BytesMut;
 use rumqttc::{ConnAck, ConnectReturnCode, Packet};
 use tokio::net::TcpStream;
 use tokio::runtime::{self, Runtime};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tracing::{debug, info, warn};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::http::connections::prepare;
-use wgkex_common::runtime::process;
-use wgkex_common::runtime::tasks::Ended;
+use wgkex_common::runtime::services::Ended;
 use wgkex_common::runtime::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
@@ -86,7 +86,7 @@ const END: Duration = Duration::from_secs(1);
 pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
-    over: watch::Sender<bool>,
+    over: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
 }
@@ -130,9 +130,11 @@ impl MqttServer {
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
     /// clients reconnect to the next server, and the wills of those that do not are due then.
     pub async fn stop(self) {
-        self.over.send_replace(true);
-        if let Some(ended) = self.ended {
-            let _ = timeout(END, ended).await;
+        self.over.cancel();
+        if let Some(ended) = self.ended
+            && timeout(END, ended).await.is_err()
+        {
+            error!("the disk did not take the last retained messages in time");
         }
     }
 }
@@ -162,14 +164,15 @@ struct Context {
 }
 
 impl Context {
-    /// Runs on threads of its own until the first channel is set to true; the second one is sent to when it has ended.
+    /// Runs on threads of its own until the token is cancelled; the channel is sent to when it has ended.
     fn start(
         self,
         public: (TcpListener, Endpoint),
         own: (TcpListener, Endpoint),
         file: File,
-    ) -> anyhow::Result<(watch::Sender<bool>, oneshot::Receiver<()>)> {
-        let ((over, stop), (end, ended)) = (watch::channel(false), oneshot::channel());
+    ) -> anyhow::Result<(CancellationToken, oneshot::Receiver<()>)> {
+        let (over, (end, ended)) = (CancellationToken::new(), oneshot::channel());
+        let stop = over.clone();
         let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             match self.open(public, own) {
@@ -204,9 +207,9 @@ impl Context {
         Ok((runtime, own_runtime, accept_loops))
     }
 
-    async fn run(self, accept_loops: [JoinHandle<Infallible>; 2], file: File, stop: watch::Receiver<bool>) {
+    async fn run(self, accept_loops: [JoinHandle<Infallible>; 2], file: File, stop: CancellationToken) {
         let close = async {
-            process::over(stop).await;
+            stop.cancelled().await;
             accept_loops.iter().for_each(JoinHandle::abort);
         };
         file.run(self.broker, close).await;

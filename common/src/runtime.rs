@@ -2,5 +2,5 @@
 
 pub mod log;
 pub mod process;
-pub mod tasks;
+pub mod services;
 pub mod tls;

@@ -14,19 +14,18 @@ pub mod setup;
 #[cfg(test)]
 mod testing;
 
-use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
-use tracing::{error, info, warn};
-use wgkex_common::access_lists::service::{ListService, ListUpdate};
+use tracing::{info, warn};
+use wgkex_common::access_lists::service::{self, ListService, ListUpdate};
 use wgkex_common::access_lists::{List, Verdict};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::runtime::process;
-use wgkex_common::runtime::tasks::{Ended, Tasks};
+use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
@@ -38,82 +37,120 @@ use crate::bus::Announcer;
 pub use crate::bus::hear_anything;
 use crate::metrics::Metrics;
 use crate::peers::Policy;
-use crate::reconciler::{Handle, Installer};
+use crate::reconciler::{Handle, Installer, Said};
 
-/// How long the bus may take to hear that this worker goes.
+/// How long the server may take to acknowledge that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
-/// How often it is looked which words of gateways have stood for long enough.
+/// How often what other gateways publish of themselves is checked for having been stable long enough.
 const TICK: Duration = Duration::from_secs(10);
-/// How long the session may take to disconnect after that.
-const DISCONNECT: Duration = Duration::from_millis(500);
+/// How long a session may take to disconnect, and the disk to take the last changes.
+const LAST: Duration = Duration::from_millis(500);
 
-/// Serves the configured domains with `kernel` until `stop` returns, then says on the bus that it goes.
+/// What several services use.
+struct Worker {
+    config: Config,
+    metrics: Metrics,
+    lists: service::Handle,
+    reconciler: Handle,
+    /// The session that receives keys and publishes the worker's states.
+    bus: MqttHandle,
+    /// The session that publishes what became of keys.
+    confirmations: MqttHandle,
+}
+
+/// Serves the configured domains with `kernel` until `stop` returns, then publishes that it goes. The error names a task
+/// that ended by itself, or says why the worker cannot start.
+///
+/// The services are stopped in the reverse order of their start: the farewell needs the sessions, and what the reconciler
+/// changed last has to reach the disk.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    let (keeper, lists) = ListService::open(&config, Participant::Worker(config.name.clone()))?;
-    let (store, journal, remembered) =
+    let (list_service, lists) = ListService::open(&config, Participant::Worker(config.name.clone()))?;
+    let (store, buffer, remembered) =
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
-    let (reserving, reserved) = watch::channel(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
-    let (known, ticking) = ((journal, remembered), reserving.clone());
-    let (installer, handle, said) =
-        Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved, &metrics);
+    let reserved = watch::Sender::new(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
+    let known = (buffer, remembered);
+    let (installer, reconciler, reports) =
+        Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved.subscribe(), &metrics);
     let installer = installer.held_by(lists.gate());
-    // Before it does anything: what may not be here is not put back, also if that was said while nobody listened here.
-    handle.admit(lists.admission(), []);
+    // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
+    // down.
+    reconciler.admit(lists.admission(), []);
     lists.close_gate();
     let [(bus, session), (confirmations, confirming)] =
         wgkex_common::mqtt::open_pair(&config.mqtt, bus::client(&config), bus::second(&config))?;
-    let (ears, heard) = sync::channel();
-    let (reporter, presence_events) = Reporter::new(Participant::Worker(config.name.clone()));
-    let hand_on =
-        bus::hand_on(config.domains.clone(), handle.clone(), reserving, lists.clone(), reporter, metrics.clone());
-    let hand_on_pages = bus::hand_on_pages(handle.clone(), ears, lists, metrics.clone());
-    let tell = tell(handle.clone(), metrics.clone());
-    let asker =
-        SyncClient::new(Participant::Worker(config.name.clone()), PeerSelection::Sticky, config.domains.clone());
-    let state = handle.state();
-    let (told, greeted) = (handle.clone(), handle);
-    let list_bus = confirmations.clone();
-    let learn = move |domain, page: SnapshotChunk| learn(told.clone(), domain, page);
-    let asking = sync::run(asker, confirmations.clone(), heard, learn, move || greeted.reconnected());
-    let mut announcer = Announcer::new(&config, (bus, confirmations), state, said, presence_events, metrics.clone());
-    let (over, stopped) = watch::channel(false);
+    let worker = Worker { config, metrics, lists, reconciler, bus, confirmations };
 
-    let (mut tasks, mut sessions, mut disk) = (Tasks::default(), Tasks::default(), Tasks::default());
-    tasks.spawn("what owns the kernel", installer.run(process::over(stopped.clone())));
-    sessions.spawn("the MQTT session", session.run(hand_on, process::over(stopped.clone())));
-    tasks.spawn("the MQTT session of confirmations", confirming.run(hand_on_pages, process::over(stopped.clone())));
-    let kept = metrics.state_kept.clone();
-    disk.spawn("the keeper of the lists", keeper.run(list_bus, tell, process::over(stopped.clone())));
-    disk.spawn("the state file", store.run(move |is_kept| kept.set(i64::from(is_kept)), process::over(stopped)));
-    tasks.spawn("what asks brokers", asking);
-    tasks.spawn("the look for words that stand", tick(ticking));
-    tasks.spawn("worker_listen", http::serve(config.worker_listen.clone(), metrics));
-    info!(version = env!("CARGO_PKG_VERSION"), worker = config.name, domains = config.domains.len(), "worker started");
+    let mut services = Services::default();
+    worker.start_storage(&mut services, store, list_service);
+    services.group(LAST, None).spawn("the reconciler", |stop| installer.run(stop));
+    worker.start_bus(&mut services, [session, confirming], reports, reserved);
+    let Config { name, domains, .. } = &worker.config;
+    info!(version = env!("CARGO_PKG_VERSION"), worker = name, domains = domains.len(), "worker started");
+    drop(worker);
+    Ok(services.run_until("worker", stop).await?)
+}
 
-    let mut stop = pin!(stop);
-    let result: anyhow::Result<()> = tokio::select! {
+impl Worker {
+    fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
+        let state_kept = self.metrics.state_kept.clone();
+        let apply_lists = apply_lists(self.reconciler.clone(), self.metrics.clone());
+        services
+            .group(LAST, Some("the disk did not take the last state in time"))
+            .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
+            .spawn("the access lists", |stop| list_service.run(self.confirmations.clone(), apply_lists, stop));
+    }
+
+    /// The two sessions, and what works with what they receive.
+    fn start_bus(
+        &self,
+        services: &mut Services,
+        [session, confirming]: [Session; 2],
+        reports: Said,
+        reserved: watch::Sender<Reserved>,
+    ) {
+        let Self { config, metrics, lists, reconciler, bus, confirmations } = self;
+        let own = Participant::Worker(config.name.clone());
+        let (sync_sender, sync_events) = sync::channel();
+        let (reporter, presence_events) = Reporter::new(own.clone());
+        let handles = (bus.clone(), confirmations.clone());
+        let announcer = Announcer::new(config, handles, reconciler.state(), reports, presence_events, metrics.clone());
+        let (ticking, domains) = (reserved.clone(), config.domains.clone());
+        let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
+        let on_event = bus::hand_on(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
+        let on_confirming_event = bus::hand_on_pages(reconciler.clone(), sync_sender, lists.clone(), metrics.clone());
+        let (learning, greeted) = (reconciler.clone(), reconciler.clone());
+        let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
+        services
+            .group(LAST, None)
+            .spawn("the MQTT session", |stop| session.run(on_event, stop))
+            .spawn("the MQTT session for confirmations", |stop| confirming.run(on_confirming_event, stop));
+        services
+            .background()
+            .spawn("the sync client", |_| {
+                sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
+            })
+            .spawn("the reserved keys", |_| tick(ticking))
+            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), metrics.clone()));
+        services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, stop));
+    }
+}
+
+/// Publishes what this worker is and what became of keys until `stop` returns, and then that it goes; or until a session
+/// ends.
+async fn announce(mut announcer: Announcer, stop: impl Future<Output = ()>) {
+    tokio::select! {
         biased;
-        ended = tasks.ended() => Err(ended.into()),
-        ended = sessions.ended() => Err(ended.into()),
-        ended = disk.ended() => Err(ended.into()),
-        () = announcer.run() => Err(Ended("the announcer").into()),
-        () = &mut stop => Ok(()),
-    };
-    info!("worker stops");
+        () = stop => {}
+        () = announcer.run() => return,
+    }
     if timeout(FAREWELL, announcer.farewell()).await.is_err() {
         warn!("MQTT did not hear that this worker goes; its last will says so");
     }
-    over.send_replace(true);
-    let _ = sessions.finish(DISCONNECT).await;
-    for task in disk.finish(DISCONNECT).await {
-        error!(task, "the disk did not take the last state in time");
-    }
-    result
 }
 
-/// Lets what gateways say of themselves grow old.
+/// Lets what other gateways publish of themselves take effect when it has been stable long enough.
 async fn tick(reserved: watch::Sender<Reserved>) {
     loop {
         sleep(TICK).await;
@@ -129,18 +166,18 @@ fn policy(config: &Config) -> Policy {
     Policy { stale, grace, interval, report, unestablished, forget, peers, ..Policy::default() }
 }
 
-/// Tells the installer who may come, and which keys were denied just now.
-fn tell(handle: Handle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
-    move |news| {
-        metrics.set_lists(&news);
-        let is_denied = |key| news.admission.verdict("", key) == Verdict::Denied;
-        let denied = news.records.iter().filter(|record| record.entry.list == List::Deny);
+/// Applies changed lists, and has keys removed that were denied just now.
+fn apply_lists(reconciler: Handle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
+    move |update| {
+        metrics.set_lists(&update);
+        let is_denied = |key| update.admission.verdict("", key) == Verdict::Denied;
+        let denied = update.records.iter().filter(|record| record.entry.list == List::Deny);
         let denied = denied.filter(|record| record.present && is_denied(&record.entry.key));
-        handle.admit(news.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
+        reconciler.admit(update.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
     }
 }
 
-/// Has the installer look at the keys of a page.
-async fn learn(handle: Handle, domain: Domain, page: SnapshotChunk) {
-    handle.learn(domain, page.keys).await;
+/// Passes the live keys of a chunk to the reconciler, which installs those that are missing.
+async fn learn(reconciler: Handle, domain: Domain, chunk: SnapshotChunk) {
+    reconciler.learn(domain, chunk.keys).await;
 }

@@ -4,7 +4,6 @@ use std::io;
 use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tracing::{Level, error, warn};
 
 use crate::Config;
@@ -37,11 +36,6 @@ pub fn stop() -> io::Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
-}
-
-/// Returns when `over` says true, or nobody can say it any more.
-pub async fn over(mut over: watch::Receiver<bool>) {
-    let _ = over.wait_for(|over| *over).await;
 }
 
 /// Logs the error, if it is one, and says how the process ends.
