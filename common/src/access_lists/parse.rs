@@ -2,6 +2,8 @@
 //! no more of a key than logs may.
 
 use serde_json::{Map, Value};
+use time::format_description::well_known::Rfc3339;
+use time::{Date, Month, Time, UtcDateTime};
 
 use crate::PublicKey;
 use crate::access_lists::{Entry, List};
@@ -158,44 +160,20 @@ fn until(value: &Value) -> Option<u64> {
         numbers?.try_into().ok()
     };
     let [year, month, day] = numbers(day, '-')?;
-    let [hour, minute, second] = numbers(time.trim_end_matches('Z'), ':')?;
-    let fits = (1970..=9999).contains(&year) && (1..=12).contains(&month) && (1..=days_of(year, month)).contains(&day);
-    let fits = fits && hour < 24 && minute < 60 && second < 60;
-    fits.then(|| {
-        let days: u64 = (1970..year).map(days_of_year).sum();
-        let days = days + (1..month).map(|month| days_of(year, month)).sum::<u64>() + day - 1;
-        days * 86_400 + hour * 3_600 + minute * 60 + second
-    })
+    let month = u8::try_from(month).ok().and_then(|month| Month::try_from(month).ok())?;
+    let day = Date::from_calendar_date(year.try_into().ok()?, month, day.try_into().ok()?).ok()?;
+    let [hour, minute, second] = numbers(time.trim_end_matches('Z'), ':')?.map(u8::try_from);
+    let time = Time::from_hms(hour.ok()?, minute.ok()?, second.ok()?).ok()?;
+    u64::try_from(UtcDateTime::new(day, time).unix_timestamp()).ok()
 }
 
-/// A time in seconds of Unix time as `2030-12-31T23:59:59Z`; the year 9999 for what is later.
+/// A time in seconds of Unix time as `2030-12-31T23:59:59Z`; the end of the year 9999 for what is later.
 #[must_use]
 pub fn utc(seconds: u64) -> String {
-    let (mut days, second) = (seconds / 86_400, seconds % 86_400);
-    let (mut year, mut month) = (1970, 1);
-    while year < 9999 && days >= days_of_year(year) {
-        days -= days_of_year(year);
-        year += 1;
-    }
-    while month < 12 && days >= days_of(year, month) {
-        days -= days_of(year, month);
-        month += 1;
-    }
-    let day = days.min(30) + 1;
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3_600, second / 60 % 60, second % 60)
-}
-
-fn days_of_year(year: u64) -> u64 {
-    365 + u64::from(days_of(year, 2) == 29)
-}
-
-fn days_of(year: u64, month: u64) -> u64 {
-    let is_leap = year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
-    match month {
-        2 => 28 + u64::from(is_leap),
-        4 | 6 | 9 | 11 => 30,
-        _ => 31,
-    }
+    let last = UtcDateTime::new(Date::MAX, Time::MAX);
+    let time = i64::try_from(seconds).ok().and_then(|seconds| UtcDateTime::from_unix_timestamp(seconds).ok());
+    let time = time.unwrap_or(last).truncate_to_second();
+    time.format(&Rfc3339).unwrap_or_default()
 }
 
 /// The seconds that a text such as `90s`, `30m`, `12h`, `7d` or `2w` says; none if it is none, or not from 1 second to
@@ -362,6 +340,8 @@ mod tests {
             ("2026-11-21T18:00:15Z", 1_795_284_015),
             ("2026-11-21 18:00:15", 1_795_284_015),
             ("1795284015", 1_795_284_015),
+            ("2026-1-2", 1_767_312_000),
+            ("2026-1-2T3:4:5", 1_767_323_045),
         ] {
             assert_eq!(until(&text.into()), Some(seconds), "{text}");
         }
@@ -378,6 +358,7 @@ mod tests {
         ] {
             assert_eq!(until(&text.into()), None, "{text}");
         }
+        assert_eq!([utc(0), utc(u64::MAX)], ["1970-01-01T00:00:00Z", "9999-12-31T23:59:59Z"]);
         for (text, seconds) in [("90s", 90), ("30m", 1_800), ("12h", 43_200), ("7d", 604_800), ("2w", 1_209_600)] {
             assert_eq!(duration(text), Some(seconds));
         }
@@ -390,6 +371,11 @@ mod tests {
         #[test]
         fn a_time_is_read_as_it_is_written(seconds in 0..253_402_300_800_u64) {
             prop_assert_eq!(until(&utc(seconds).into()), Some(seconds));
+        }
+
+        #[test]
+        fn any_time_can_be_written(seconds: u64) {
+            prop_assert_eq!(utc(seconds).len(), "2030-12-31T23:59:59Z".len());
         }
 
         #[test]
