@@ -12,7 +12,7 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use wgkex_common::Config;
-use wgkex_common::access_lists::{hex, parse};
+use wgkex_common::access_lists::parse;
 use wgkex_common::config::Listen;
 
 use crate::fleet::revocation;
@@ -338,7 +338,7 @@ fn table(answer: &Value) -> String {
 fn admin_token() -> anyhow::Result<(String, ExitCode)> {
     let mut random = [0; 32];
     fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut random)).context("/dev/urandom")?;
-    let token = hex(&random);
+    let token = hex::encode(random);
     let hash = token_hash(&token);
     let text =
         format!("The token, for {TOKEN} or --token-file:\n{token}\nFor the config:\nadmin_token_hash: \"{hash}\"\n");

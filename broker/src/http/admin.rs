@@ -18,7 +18,7 @@ use subtle::ConstantTimeEq as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
-use wgkex_common::access_lists::{Entry, List, hex, parse, unix};
+use wgkex_common::access_lists::{Entry, List, parse, unix};
 use wgkex_common::config::Secret;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
@@ -75,7 +75,7 @@ struct Wrong(StatusCode, String);
 /// The SHA-256 of a token as the config has it.
 #[must_use]
 pub fn token_hash(token: &str) -> String {
-    hex(&Sha256::digest(token))
+    hex::encode(Sha256::digest(token))
 }
 
 /// The server of admin calls on `listener`; it runs when awaited, and ends with the program.

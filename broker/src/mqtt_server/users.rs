@@ -158,7 +158,7 @@ impl Users {
     pub fn own() -> anyhow::Result<(Self, Credentials)> {
         let mut random = [0; 32];
         SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("{NO_RANDOM}"))?;
-        let password = random.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+        let password = hex::encode(random);
         let mut users = Self::none()?;
         let tag = Mutex::new(Some(users.passwords.tag(&password)));
         let known = UserEntry { hash: Secret::new(String::new()), role: Role::Broker, tag, account: Account::own() };

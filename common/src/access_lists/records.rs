@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::access_lists::parse::TEXT_MAX;
-use crate::access_lists::{Entry, List, hex};
+use crate::access_lists::{Entry, List};
 use crate::{PublicKey, is_topic_level};
 
 /// An operator allows or trusts no more keys when there are so many.
@@ -256,7 +256,7 @@ impl Records {
             hash.update(domain.as_deref().unwrap_or_default());
             hash.update([0]);
         }
-        hex(&hash.finalize()[..16])
+        hex::encode(&hash.finalize()[..16])
     }
 }
 
