@@ -10,6 +10,7 @@ use std::{env, fs};
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand, ValueEnum};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
@@ -250,16 +251,9 @@ fn ask(listen: &Listen, method: &str, path: &str, token: &str, body: &str) -> an
 fn keys_path(parameters: &[(&str, Option<String>)]) -> String {
     let mut path = "/v1/keys?".to_owned();
     for (name, value) in parameters {
-        let Some(value) = value else { continue };
-        let _ = write!(path, "{name}=");
-        for byte in value.bytes() {
-            let _ = if byte.is_ascii_alphanumeric() {
-                write!(path, "{}", char::from(byte))
-            } else {
-                write!(path, "%{byte:02X}")
-            };
+        if let Some(value) = value {
+            let _ = write!(path, "{name}={}&", utf8_percent_encode(value, NON_ALPHANUMERIC));
         }
-        path.push('&');
     }
     path
 }
