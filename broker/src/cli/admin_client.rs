@@ -11,6 +11,7 @@ use std::{env, fs};
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
@@ -331,7 +332,7 @@ fn table(answer: &Value) -> String {
 /// A new token of 256 random bits.
 fn admin_token() -> anyhow::Result<(String, ExitCode)> {
     let mut random = [0; 32];
-    fs::File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut random)).context("/dev/urandom")?;
+    SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("the system gives no random numbers"))?;
     let token = hex::encode(random);
     let hash = token_hash(&token);
     let text =
