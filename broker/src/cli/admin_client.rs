@@ -1,8 +1,8 @@
 //! The subcommands that make admin calls, and what they print: one line for each gateway or key, or JSON.
 
 use std::fmt::Write as _;
-use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream, ToSocketAddrs as _};
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Value, json};
+use ureq::Agent;
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
 use wgkex_common::config::Listen;
@@ -22,9 +23,9 @@ use crate::http::admin::token_hash;
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
-/// How long the broker may take to answer.
-const ANSWER: Duration = Duration::from_secs(15);
-/// Larger answers are none of a broker's.
+/// How long the broker may take to accept the connection, and for each part of its answer.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// The largest answer, in bytes: larger ones are none of a broker's.
 const ANSWER_MAX: u64 = 256 << 20;
 /// The exit code when it was done, but not everywhere.
 const NOT_EVERYWHERE: u8 = 2;
@@ -34,53 +35,53 @@ const NOT_EVERYWHERE: u8 = 2;
 pub enum Command {
     /// Denies a key at all gateways: its peer, route and FDB entry go, and it may not come again
     Revoke {
-        /// Which key.
+        /// The key.
         #[command(flatten)]
-        about: About,
-        /// How.
+        about: KeyArgs,
+        /// The connection to the broker.
         #[command(flatten)]
-        call: Call,
+        call: ConnectionArgs,
     },
     /// Lets a key come again that was revoked
     Unrevoke {
         /// The WireGuard public key
         key: String,
-        /// How.
+        /// The connection to the broker.
         #[command(flatten)]
-        call: Call,
+        call: ConnectionArgs,
     },
     /// Allows a key where only listed keys may come (allowlist.enabled)
     Allow {
-        /// Which key.
+        /// The key.
         #[command(flatten)]
-        about: About,
+        about: KeyArgs,
         /// Only in this domain
         #[arg(long)]
         domain: Option<String>,
         /// Take it off the list instead
         #[arg(long)]
         remove: bool,
-        /// How.
+        /// The connection to the broker.
         #[command(flatten)]
-        call: Call,
+        call: ConnectionArgs,
     },
     /// Keeps the peer of a key from being swept, however long it is silent
     Trust {
-        /// Which key.
+        /// The key.
         #[command(flatten)]
-        about: About,
+        about: KeyArgs,
         /// Take it off the list instead
         #[arg(long)]
         remove: bool,
-        /// How.
+        /// The connection to the broker.
         #[command(flatten)]
-        call: Call,
+        call: ConnectionArgs,
     },
     /// Shows which keys are denied, allowed and trusted, and why
     List {
         /// Only this list; revoked: what admin calls denied
         #[arg(long)]
-        list: Option<Which>,
+        list: Option<ListName>,
         /// Only what counts in this domain
         #[arg(long)]
         domain: Option<String>,
@@ -90,9 +91,9 @@ pub enum Command {
         /// As JSON
         #[arg(long)]
         json: bool,
-        /// How.
+        /// The connection to the broker.
         #[command(flatten)]
-        call: Call,
+        call: ConnectionArgs,
     },
     /// Makes a token for admin calls, and the line of the config that lets it in
     AdminToken,
@@ -100,7 +101,7 @@ pub enum Command {
 
 /// A key, and what is to be said of it.
 #[derive(Debug, Args)]
-pub struct About {
+pub struct KeyArgs {
     /// The WireGuard public key
     key: String,
     /// Why; shown to operators only
@@ -116,7 +117,7 @@ pub struct About {
 
 /// How the call is made.
 #[derive(Debug, Args)]
-pub struct Call {
+pub struct ConnectionArgs {
     /// The file with the token; else it is in the variable `WGKEX_ADMIN_TOKEN`
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -124,7 +125,7 @@ pub struct Call {
 
 /// The lists there are.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Which {
+pub enum ListName {
     /// Denied keys.
     Deny,
     /// Allowed keys.
@@ -177,14 +178,14 @@ fn method(remove: bool) -> &'static str {
     if remove { "DELETE" } else { "POST" }
 }
 
-impl About {
+impl KeyArgs {
     fn fields(&self, domain: Option<&str>) -> Value {
         let Self { key, reason, name, lasts } = self;
         json!({ "key": key, "reason": reason, "name": name, "for": lasts, "domain": domain })
     }
 }
 
-impl Call {
+impl ConnectionArgs {
     fn change(&self, method: &str, path: &str, body: &Value) -> anyhow::Result<(String, ExitCode)> {
         let answer = self.make(method, path, Some(body))?;
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
@@ -199,15 +200,7 @@ impl Call {
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
             );
         }
-        let body = body.map(ToString::to_string).unwrap_or_default();
-        let listen = &config.admin_listen;
-        let answer = ask(listen, method, path, &self.token()?, &body);
-        let (status, body) = answer.with_context(|| format!("admin_listen {listen}: is the broker running?"))?;
-        let answer: Value = serde_json::from_str(&body).context("the answer is not JSON: is this the broker?")?;
-        if status != 200 {
-            bail!("{}", answer["error"]["message"].as_str().unwrap_or("the broker refuses"));
-        }
-        Ok(answer)
+        http_request(&agent(TIMEOUT), &config.admin_listen, (method, path), &self.token()?, body)
     }
 
     fn token(&self) -> anyhow::Result<String> {
@@ -225,27 +218,49 @@ impl Call {
     }
 }
 
-/// One HTTP request and its answer: status and body.
-fn ask(listen: &Listen, method: &str, path: &str, token: &str, body: &str) -> anyhow::Result<(u16, String)> {
-    let host = match listen.host.parse() {
-        Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Ipv4Addr::LOCALHOST.to_string(),
-        Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Ipv6Addr::LOCALHOST.to_string(),
-        _ => listen.host.clone(),
+/// An HTTP client of this machine's broker, that waits so long for a connection and for each part of an answer.
+fn agent(timeout: Duration) -> Agent {
+    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
+    config.timeout_connect(Some(timeout)).timeout_per_read(Some(timeout)).build().into()
+}
+
+/// Sends one HTTP request and reads the answer, which has to be JSON; the error is the broker's, or what is wrong.
+fn http_request(
+    agent: &Agent,
+    listen: &Listen,
+    (method, path): (&str, &str),
+    token: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
+    let (url, authorization) = (format!("http://{}{path}", reachable(listen)), format!("Bearer {token}"));
+    let is_running = || format!("admin_listen {listen}: is the broker running?");
+    let answer = match body {
+        None => agent.get(url).header("Authorization", authorization).call(),
+        Some(body) => {
+            let request = if method == "DELETE" { agent.delete(url).force_send_body() } else { agent.post(url) };
+            let request = request.header("Authorization", authorization).header("Content-Type", "application/json");
+            request.send(body.to_string())
+        }
     };
-    let address = (host.as_str(), listen.port).to_socket_addrs()?.next().context("no address")?;
-    let mut stream = TcpStream::connect_timeout(&address, ANSWER)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    let length = body.len();
-    let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: {listen}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\
-         Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-    );
-    stream.write_all([head.as_bytes(), body.as_bytes()].concat().as_slice())?;
-    let mut answer = String::new();
-    stream.take(ANSWER_MAX).read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no end of its head")?;
-    let status = head.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok());
-    Ok((status.context("the answer has no status")?, body.to_owned()))
+    let mut answer = answer.map_err(ureq::Error::into_io).with_context(is_running)?;
+    let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
+    let text = text.map_err(ureq::Error::into_io).with_context(is_running)?;
+    let value: Value = serde_json::from_str(&text).context("the answer is not JSON: is this the broker?")?;
+    if answer.status() != 200 {
+        bail!("{}", value["error"]["message"].as_str().unwrap_or("the broker refuses"));
+    }
+    Ok(value)
+}
+
+/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one.
+fn reachable(listen: &Listen) -> String {
+    let port = listen.port;
+    match listen.host.parse() {
+        Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => format!("{}:{port}", Ipv4Addr::LOCALHOST),
+        Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => format!("[{}]:{port}", Ipv6Addr::LOCALHOST),
+        Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
+        Ok(IpAddr::V4(_)) | Err(_) => format!("{}:{port}", listen.host),
+    }
 }
 
 /// The path that asks for these entries.
@@ -342,6 +357,10 @@ fn admin_token() -> anyhow::Result<(String, ExitCode)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::net::TcpListener;
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -365,6 +384,52 @@ mod tests {
                         MQTT does not take it: gateways and other brokers get it when it does\n\
                         the disk does not take it: a restart of this broker may lose it\n";
         assert_eq!(outcome(&answer), expected);
+    }
+
+    /// What a call comes to whose connection is answered with `answer`, and then left open or closed.
+    fn call(answer: &'static str, is_left_open: bool) -> Result<Value, String> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let listen = Listen { host: "0.0.0.0".into(), port: listener.local_addr().unwrap().port() };
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+            is_left_open.then_some(stream)
+        });
+        let agent = agent(Duration::from_millis(500));
+        let result = http_request(&agent, &listen, ("DELETE", "/v1/lists/allow"), "t", Some(&json!({})));
+        drop(server.join());
+        result.map_err(|error| format!("{error:#}").replace(&listen.to_string(), "HERE"))
+    }
+
+    #[test]
+    fn an_answer_is_json_or_the_error_names_what_is_wrong() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"done\":true}";
+        assert_eq!(call(ok, true), Ok(json!({ "done": true })));
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{\"done\":true}\r\n0\r\n\r\n";
+        assert_eq!(call(chunked, true), Ok(json!({ "done": true })));
+        let refused = "HTTP/1.1 409 Conflict\r\nContent-Length: 27\r\n\r\n{\"error\":{\"message\":\"no.\"}}";
+        assert_eq!(call(refused, false), Err("no.".into()));
+        for (answer, is_left_open, starts) in [
+            ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", true, "the answer is not JSON: is this the broker?: "),
+            ("", false, "admin_listen HERE: is the broker running?: "),
+            ("", true, "admin_listen HERE: is the broker running?: timeout"),
+            ("SSH-2.0-x\r\n", true, "admin_listen HERE: is the broker running?: "),
+            ("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", false, "admin_listen HERE: is the broker running?: "),
+        ] {
+            let error = call(answer, is_left_open).unwrap_err();
+            assert!(error.starts_with(starts), "{answer}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_refused_connection_is_named() {
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let listen = Listen { host: "::".into(), port: listener.local_addr().unwrap().port() };
+        drop(listener);
+        let error = http_request(&agent(TIMEOUT), &listen, ("GET", "/v1/keys?"), "t", None).unwrap_err();
+        let expected = format!("admin_listen {listen}: is the broker running?: Connection refused (os error 111)");
+        assert_eq!(format!("{error:#}"), expected);
     }
 
     #[test]
