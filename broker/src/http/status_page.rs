@@ -1,92 +1,93 @@
 //! The status page: one table of gateways and two of counts, no key, no script, nothing from elsewhere.
 
-use std::fmt::Write as _;
+use maud::{DOCTYPE, Markup, html};
 
 use crate::exchange::Refusal;
 use crate::fleet::gateways::{Overview, Unserved};
 use crate::metrics::{APIS, Metrics};
 
-const HEAD: &str = "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">\
-<meta name=\"viewport\" content=\"width=device-width\"><meta http-equiv=\"refresh\" content=\"10\"><title>wgkex</title>\
-<style>body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
+const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
 table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #ccc;padding:.2rem .8rem;text-align:left}\
-td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}</style>";
+td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}";
 
 /// The whole page. `unready` is why this broker cannot serve routers now.
 pub fn render(gateways: &[Overview], unserved: &[Unserved], unready: Option<&str>, metrics: &Metrics) -> String {
-    let mut page = String::from(HEAD);
-    let version = env!("CARGO_PKG_VERSION");
-    let state = unready.map_or_else(
-        || "<span class=\"good\">ready</span>".to_owned(),
-        |reason| format!("<span class=\"bad\">not ready: {}</span>", escape(reason)),
-    );
-    // Writing to a String does not fail.
-    let _ = write!(page, "<h1>wgkex</h1><p>Broker {version}: {state}</p><h2>Gateways</h2>");
-    for unserved in unserved {
-        let _ = write!(page, "<p class=\"bad\">{}</p>", escape(&unserved.to_string()));
-    }
-    write_gateways(&mut page, gateways);
-    write_keys(&mut page, metrics);
-    page
-}
-
-fn write_gateways(page: &mut String, gateways: &[Overview]) {
-    page.push_str(
-        "<table><tr><th>Gateway<th>State<th>Version<th>Domains (connected peers)\
-         <th class=\"n\">Peers<th class=\"n\">Weight<th class=\"n\">Target</tr>",
-    );
-    if gateways.is_empty() {
-        page.push_str("<tr><td colspan=\"7\">none was heard of</tr>");
-    }
-    for Overview { worker, online, version, domains, peers, weight, target } in gateways {
-        let state = if *online { "<td class=\"good\">online" } else { "<td class=\"bad\">offline" };
-        let domains: Vec<String> = domains
-            .iter()
-            .map(|(domain, peers)| {
-                format!("{} ({})", escape(domain.name()), peers.map_or("offline".into(), |peers| peers.to_string()))
-            })
-            .collect();
-        let _ = write!(
-            page,
-            "<tr><td>{}{state}<td>{}<td>{}<td class=\"n\">{peers}<td class=\"n\">{weight}<td class=\"n\">{target:.1}</tr>",
-            escape(worker),
-            version.as_deref().map_or("original".into(), escape),
-            domains.join(", "),
-        );
-    }
-    page.push_str("</table>");
-}
-
-fn write_keys(page: &mut String, metrics: &Metrics) {
-    page.push_str("<h2>Keys</h2><table><tr><th><th class=\"n\">v1<th class=\"n\">v2</tr>");
-    let mut row = |name: &str, count: &dyn Fn(&str) -> u64| {
-        let _ = write!(page, "<tr><td>{name}");
-        for api in APIS {
-            let _ = write!(page, "<td class=\"n\">{}", count(api));
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            meta charset="utf-8";
+            meta name="viewport" content="width=device-width";
+            meta http-equiv="refresh" content="10";
+            title { "wgkex" }
+            style { (STYLE) }
+            h1 { "wgkex" }
+            p {
+                "Broker " (env!("CARGO_PKG_VERSION")) ": "
+                @match unready {
+                    None => span.good { "ready" },
+                    Some(reason) => span.bad { "not ready: " (reason) },
+                }
+            }
+            h2 { "Gateways" }
+            @for unserved in unserved { p.bad { (unserved) } }
+            (table_of_gateways(gateways))
+            h2 { "Keys" }
+            (table_of_keys(metrics))
         }
-        page.push_str("</tr>");
     };
-    row("accepted", &|api| metrics.keys_accepted.with_label_values(&[api]).get());
-    for reason in Refusal::REASONS {
-        let name = format!("refused: {}", reason.replace('_', " "));
-        row(&name, &|api| metrics.keys_refused.with_label_values(&[api, reason]).get());
-    }
-    page.push_str("</table></html>");
+    page.into_string()
 }
 
-/// Text as HTML shows it, wherever it came from.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for char in text.chars() {
-        match char {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            char => escaped.push(char),
+fn table_of_gateways(gateways: &[Overview]) -> Markup {
+    html! {
+        table {
+            tr {
+                th { "Gateway" } th { "State" } th { "Version" } th { "Domains (connected peers)" }
+                th.n { "Peers" } th.n { "Weight" } th.n { "Target" }
+            }
+            @if gateways.is_empty() { tr { td colspan="7" { "none was heard of" } } }
+            @for gateway in gateways { (row_of_gateway(gateway)) }
         }
     }
-    escaped
+}
+
+fn row_of_gateway(Overview { worker, online, version, domains, peers, weight, target }: &Overview) -> Markup {
+    let (class, state) = if *online { ("good", "online") } else { ("bad", "offline") };
+    html! {
+        tr {
+            td { (worker) }
+            td class=(class) { (state) }
+            td { (version.as_deref().unwrap_or("original")) }
+            td {
+                @for (number, (domain, peers)) in domains.iter().enumerate() {
+                    @if number > 0 { ", " }
+                    (domain.name()) " ("
+                    @match peers { Some(peers) => (peers), None => "offline" }
+                    ")"
+                }
+            }
+            td.n { (peers) }
+            td.n { (weight) }
+            td.n { (format_args!("{target:.1}")) }
+        }
+    }
+}
+
+fn table_of_keys(metrics: &Metrics) -> Markup {
+    let accepted = |api| metrics.keys_accepted.with_label_values(&[api]).get();
+    let refused = |api, reason| metrics.keys_refused.with_label_values(&[api, reason]).get();
+    html! {
+        table {
+            tr { th {} th.n { "v1" } th.n { "v2" } }
+            tr { td { "accepted" } @for api in APIS { td.n { (accepted(api)) } } }
+            @for reason in Refusal::REASONS {
+                tr {
+                    td { "refused: " (reason.replace('_', " ")) }
+                    @for api in APIS { td.n { (refused(api, reason)) } }
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -102,7 +103,7 @@ mod tests {
             worker: "<script>".into(),
             online: true,
             version: None,
-            domains: [(domain, Some(7))].into(),
+            domains: [(domain, Some(7)), (Domain::new("ff_c", &["ff_".into()]).unwrap(), None)].into(),
             peers: 7,
             weight: 84.0,
             target: 9.5,
@@ -115,7 +116,8 @@ mod tests {
             "&lt;script&gt;",
             "online",
             "original",
-            "ff_a (7)",
+            "ff_a (7), ff_c (offline)",
+            "<td>refused: not confirmed</td>",
             ">84<",
             ">9.5<",
             ">41<",
@@ -124,6 +126,8 @@ mod tests {
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }
-        assert!(!page.contains("<script"));
+        assert!(!page.contains("<script") && !page.contains("<b>"));
+        let empty = render(&[], &[], None, &metrics);
+        assert!(empty.contains("none was heard of") && empty.contains(">ready<"), "{empty}");
     }
 }
