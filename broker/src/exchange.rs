@@ -14,8 +14,8 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
-use wgkex_common::wire::message::{Applied, WorkerData};
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::wire::message::WorkerData;
+use wgkex_common::{Domain, PublicKey, RejectReason};
 
 use crate::exchange::answers::{Answers, Told};
 use crate::exchange::rate_limit::{Limit, Limited, Limits};
@@ -436,7 +436,7 @@ impl Exchange {
     async fn verdict(&self, ask: &Ask, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
         let verdict = timeout_at(until, waiting.verdict()).await.ok()?;
         if let Err(reason) = &verdict.outcome {
-            debug!(worker = verdict.worker, domain = %ask.domain, reason, "gateway did not take a key");
+            debug!(worker = verdict.worker, domain = %ask.domain, %reason, "gateway did not take a key");
         }
         Some(verdict)
     }
@@ -473,7 +473,7 @@ impl Deadlines {
 struct Heard {
     took: BTreeSet<String>,
     /// By worker, with its reason.
-    refused: BTreeMap<String, String>,
+    refused: BTreeMap<String, RejectReason>,
 }
 
 impl Heard {
@@ -483,7 +483,7 @@ impl Heard {
         self.refused.remove(&worker);
         match outcome {
             Ok(()) => drop(self.took.insert(worker)),
-            Err(reason) if reason == Applied::REMOVED => {}
+            Err(RejectReason::Removed) => {}
             Err(reason) => drop(self.refused.insert(worker, reason)),
         }
     }
@@ -499,12 +499,12 @@ impl Heard {
     fn refusal(&self, online: &Online) -> Refusal {
         let is_refused_by_all = self.is_refused_by_all(online);
         let reasons = || online.confirming.iter().filter_map(|worker| self.refused.get(worker));
-        let all = |reason: &str| is_refused_by_all && reasons().all(|other| other == reason);
+        let all = |reason: &RejectReason| is_refused_by_all && reasons().all(|other| other == reason);
         match () {
-            () if all(Applied::ADDRESS_TAKEN) => Refusal::AddressTaken,
-            () if all(Applied::RESERVED) => Refusal::Reserved,
-            () if all(Applied::DENIED) => Refusal::Denied,
-            () if all(Applied::FULL) => Refusal::Full,
+            () if all(&RejectReason::AddressTaken) => Refusal::AddressTaken,
+            () if all(&RejectReason::Reserved) => Refusal::Reserved,
+            () if all(&RejectReason::Denied) => Refusal::Denied,
+            () if all(&RejectReason::Full) => Refusal::Full,
             () => Refusal::NotConfirmed,
         }
     }

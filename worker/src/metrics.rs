@@ -4,15 +4,23 @@ use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder, core::Collector, exponential_buckets,
 };
-use wgkex_common::Domain;
 use wgkex_common::access_lists::service::ListUpdate;
 use wgkex_common::access_lists::{List, files};
+use wgkex_common::{Domain, RejectReason};
 
 use crate::peers::Counts;
-use crate::plan::{ADDRESS_TAKEN, DENIED, FULL, OWN_KEY, RESERVED};
 
 /// Why a key did not come to stand; also what a confirmation says of it.
-pub const FAILURES: [&str; 8] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, DENIED, "interface", "interrupted", "kernel"];
+pub const FAILURES: [RejectReason; 8] = [
+    RejectReason::OwnKey,
+    RejectReason::Reserved,
+    RejectReason::AddressTaken,
+    RejectReason::Full,
+    RejectReason::Denied,
+    RejectReason::Interface,
+    RejectReason::Interrupted,
+    RejectReason::Kernel,
+];
 
 /// The worker's metrics. Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -163,7 +171,7 @@ impl Metrics {
             counter.with_label_values(&[domain]);
         }
         for reason in FAILURES {
-            self.keys_failed.with_label_values(&[domain, reason]);
+            self.keys_failed.with_label_values(&[domain, reason.as_ref()]);
         }
         self.domain_up.with_label_values(&[domain]);
         self.set_peers(domain, Counts::default());

@@ -8,34 +8,9 @@ use std::iter::Peekable;
 
 use ipnet::IpNet;
 use wgkex_common::PublicKey;
-use wgkex_common::wire::message::Applied;
 use wgkex_kernel::{Change, Device, KernelError, Outcomes, host};
 
 use crate::profiles::{DesiredPeer, Ownership, Profile};
-
-/// Why a key is refused that is the interface's own.
-pub const OWN_KEY: &str = "own key";
-
-/// Why a key is refused that a gateway has, or whose address a gateway has.
-pub const RESERVED: &str = Applied::RESERVED;
-
-/// Why a key is refused whose address another has.
-pub const ADDRESS_TAKEN: &str = Applied::ADDRESS_TAKEN;
-
-/// Why a key is refused for which there is no room.
-pub const FULL: &str = Applied::FULL;
-
-/// Why a key is refused that the lists do not let come.
-pub const DENIED: &str = Applied::DENIED;
-
-/// Why a key no longer stands that did.
-pub const REMOVED: &str = Applied::REMOVED;
-
-/// Why keys are refused that the kernel would take.
-pub const REFUSALS: [&str; 5] = [OWN_KEY, RESERVED, ADDRESS_TAKEN, FULL, DENIED];
-
-/// Why the peer of a denied key stays.
-pub const ALTERED: &str = "altered by somebody else";
 
 /// What to do about one key.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use wgkex_common::access_lists::Admission;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Revoked};
-use wgkex_common::{Domain, PublicKey, Reserved};
+use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
 
 use crate::metrics::Metrics;
 use crate::peers::{Clocks, Policy};
@@ -264,21 +264,25 @@ impl<K: Kernel> Installer<K> {
         let Orders { admission, denied } = std::mem::take(&mut *self.orders.lock());
         let Some(admission) = admission else { return };
         let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
-        let mut said = BTreeMap::<PublicKey, &'static str>::new();
+        let mut said = BTreeMap::<PublicKey, Result<(), RejectReason>>::new();
         for served in self.domains.values_mut() {
             served.admit(admission.clone());
             if keys.is_empty() && !served.has_to_expel() {
                 continue;
             }
             for (key, outcome) in served.revoke(&mut self.kernel, &mut self.outbox, &keys, now).await {
-                let worst = said.entry(key).or_insert(outcome);
-                if *worst == Revoked::REMOVED {
+                let worst = said.entry(key).or_insert(Ok(()));
+                if worst.is_ok() {
                     *worst = outcome;
                 }
             }
         }
         self.outbox.revoked(denied.into_iter().map(|(key, at)| {
-            let outcome = said.get(&key).copied().unwrap_or(Revoked::ABSENT);
+            let outcome = match said.get(&key) {
+                None => Revoked::ABSENT.to_owned(),
+                Some(Ok(())) => Revoked::REMOVED.to_owned(),
+                Some(Err(reason)) => reason.to_string(),
+            };
             (at, key, outcome)
         }));
     }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Applied;
+use wgkex_common::{PublicKey, RejectReason};
 
 /// How long a router has to come again: it does so every minute.
 const AGAIN: Duration = Duration::from_secs(120);
@@ -26,7 +26,7 @@ pub struct Verdict {
     /// The worker's name.
     pub worker: String,
     /// What became of the key there.
-    pub outcome: Result<(), String>,
+    pub outcome: Result<(), RejectReason>,
 }
 
 /// Everyone who waits. Clones share it.
@@ -49,7 +49,7 @@ struct Table {
 /// What one request was told and has not read.
 #[derive(Debug, Default)]
 struct Mailbox {
-    unread: Mutex<BTreeMap<String, Result<(), String>>>,
+    unread: Mutex<BTreeMap<String, Result<(), RejectReason>>>,
     told: Notify,
 }
 
@@ -130,7 +130,7 @@ impl Waiters {
             table.void.insert((worker.to_owned(), domain.map(str::to_owned)), now);
         }
         for subject in table.by_subject.keys().filter(|subject| concerns(subject)) {
-            table.tell(subject, worker, &Err(Applied::REMOVED.to_owned()));
+            table.tell(subject, worker, &Err(RejectReason::Removed));
         }
     }
 
@@ -153,7 +153,7 @@ impl Waiters {
 
 impl Table {
     /// Tells everyone who waits for the key.
-    fn tell(&self, subject: &Subject, worker: &str, outcome: &Result<(), String>) {
+    fn tell(&self, subject: &Subject, worker: &str, outcome: &Result<(), RejectReason>) {
         for mailbox in self.by_subject.get(subject).into_iter().flat_map(BTreeMap::values) {
             mailbox.unread.lock().insert(worker.to_owned(), outcome.clone());
             mailbox.told.notify_one();
@@ -215,7 +215,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn verdicts(waiting: &Waiting) -> Vec<(String, Result<(), String>)> {
+    fn verdicts(waiting: &Waiting) -> Vec<(String, Result<(), RejectReason>)> {
         std::iter::from_fn(|| waiting.unread()).map(|said| (said.worker, said.outcome)).collect()
     }
 
@@ -231,8 +231,8 @@ mod tests {
         let elsewhere = waiters.wait_for("b", ours);
         let another = waiters.wait_for("a", other);
         waiters.resolve("gw1", said("a", ours));
-        waiters.resolve("gw2", Applied { failed: [(ours, "full".into())].into(), ..said("a", other) });
-        let expected = vec![("gw1".to_owned(), Ok(())), ("gw2".to_owned(), Err("full".to_owned()))];
+        waiters.resolve("gw2", Applied { failed: [(ours, RejectReason::Full)].into(), ..said("a", other) });
+        let expected = vec![("gw1".to_owned(), Ok(())), ("gw2".to_owned(), Err(RejectReason::Full))];
         assert_eq!(verdicts(&first), expected);
         assert_eq!(verdicts(&second), expected);
         assert_eq!(verdicts(&elsewhere), []);
@@ -245,7 +245,7 @@ mod tests {
             (key("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="), key("o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg="));
         let waiters = Waiters::default();
         let said = |domain: &str, key| Applied { domain: domain.into(), installed: vec![key], failed: BTreeMap::new() };
-        let failed = |key, why: &str| Applied { failed: [(key, why.into())].into(), ..said("a", other) };
+        let failed = |key, why| Applied { failed: [(key, why)].into(), ..said("a", other) };
         let now = Instant::now();
         let is_kept = || waiters.waiting.lock().late.contains_key(&("a".to_owned(), ours));
         waiters.resolve("early", said("a", ours));
@@ -255,8 +255,8 @@ mod tests {
         for worker in ["gw1", "gw2", "gw3", "gw4"] {
             waiters.resolve(worker, said("a", ours));
         }
-        waiters.resolve("gw2", failed(ours, "full"));
-        waiters.resolve("gw4", failed(ours, Applied::REMOVED));
+        waiters.resolve("gw2", failed(ours, RejectReason::Full));
+        waiters.resolve("gw4", failed(ours, RejectReason::Removed));
         waiters.resolve("gw1", said("b", ours));
         waiters.resolve("gw1", said("a", other));
         assert_eq!((waiters.take("b", ours, now), waiters.take("a", other, now)), (BTreeSet::new(), BTreeSet::new()));
@@ -281,7 +281,7 @@ mod tests {
         let waiters = Waiters::default();
         let (here, elsewhere) = (waiters.wait_for("a", ours), waiters.wait_for("b", ours));
         waiters.forget("gw1", Some("a"));
-        let removed = |worker: &str| (worker.to_owned(), Err(Applied::REMOVED.to_owned()));
+        let removed = |worker: &str| (worker.to_owned(), Err(RejectReason::Removed));
         assert_eq!((verdicts(&here), verdicts(&elsewhere)), (vec![removed("gw1")], vec![]));
         waiters.forget("gw2", None);
         assert_eq!((verdicts(&here), verdicts(&elsewhere)), (vec![removed("gw2")], vec![removed("gw2")]));
@@ -317,7 +317,7 @@ mod tests {
             waiters.forget("thief", None);
         }
         waiters.resolve("gw", said(vec![ours]));
-        let removed = Err(Applied::REMOVED.to_owned());
+        let removed = Err(RejectReason::Removed);
         assert_eq!(verdicts(&waiting), [("gw".to_owned(), Ok(())), ("thief".to_owned(), removed)]);
         assert_eq!(Vec::from_iter(waiters.take("a", ours, now)), ["gw"]);
         waiters.tidy(now + AGAIN);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{PublicKey, Topic};
+use crate::{PublicKey, RejectReason, Topic};
 
 /// The longest payload by which a program says what it is.
 const STATE_MAX: usize = 64 << 10;
@@ -224,26 +224,9 @@ pub struct Applied {
     /// Keys whose peer, route and FDB entry stand in the kernel.
     #[serde(default)]
     pub installed: Vec<PublicKey>,
-    /// Keys that do not stand there, or not with all three objects, or no longer, and why, in one word or a short phrase.
+    /// Keys that do not stand there, or not with all three objects, or no longer, and why.
     #[serde(default)]
-    pub failed: BTreeMap<PublicKey, String>,
-}
-
-impl Applied {
-    /// Why a key failed that a gateway has, or whose address a gateway has.
-    pub const RESERVED: &str = "reserved";
-
-    /// Why a key failed that a list does not let come.
-    pub const DENIED: &str = "denied";
-
-    /// Why a key failed whose address another key has.
-    pub const ADDRESS_TAKEN: &str = "address taken";
-
-    /// Why a key failed for which there is no room.
-    pub const FULL: &str = "full";
-
-    /// Why a key no longer stands that did: it made room for another, or was swept.
-    pub const REMOVED: &str = "removed";
+    pub failed: BTreeMap<PublicKey, RejectReason>,
 }
 
 /// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.

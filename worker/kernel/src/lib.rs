@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 pub use nix::errno::Errno;
 use smallvec::SmallVec;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, PublicKey, RejectReason};
 pub use wireguard_control::{Backend, Key};
 
 pub mod key_file;
@@ -201,13 +201,13 @@ pub enum KernelError {
 }
 
 impl KernelError {
-    /// One word for metrics, from a fixed set: `interface`, `interrupted` or `kernel`.
+    /// Why keys are not installed after this error.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> RejectReason {
         match self {
-            Self::Interface { .. } => "interface",
-            Self::Interrupted { .. } => "interrupted",
-            Self::Refused { .. } => "kernel",
+            Self::Interface { .. } => RejectReason::Interface,
+            Self::Interrupted { .. } => RejectReason::Interrupted,
+            Self::Refused { .. } => RejectReason::Kernel,
         }
     }
 }

@@ -4,13 +4,13 @@ use std::time::{Duration, Instant};
 
 use wgkex_common::address::claim::{Claim, ClaimState};
 use wgkex_common::wire::message::Age;
-use wgkex_common::{PublicKey, Reserved};
+use wgkex_common::{PublicKey, RejectReason, Reserved};
 
 use super::compact_instant::CompactInstant;
 use super::pending::PendingKey;
 use super::table::Entry;
 use super::{Capacity, KnownPeers};
-use crate::plan::{self, ADDRESS_TAKEN, DENIED, FULL, OWN_KEY, RESERVED, Step};
+use crate::plan::{self, Step};
 use crate::profiles::DesiredPeer;
 
 /// Live keys that a gateway lacks.
@@ -31,8 +31,8 @@ pub struct Admitted {
     pub new: Vec<DesiredPeer>,
     /// There is no room for them before the next read.
     pub deferred: Vec<PublicKey>,
-    /// They are not to be set, and why: one of [`plan::REFUSALS`].
-    pub refused: Vec<(PublicKey, &'static str)>,
+    /// They are not to be set, and why: of which no step is made.
+    pub refused: Vec<(PublicKey, RejectReason)>,
 }
 
 impl KnownPeers {
@@ -63,14 +63,14 @@ impl KnownPeers {
                 }
             };
             if !self.claim(&peer, now) {
-                admitted.refused.push((key, ADDRESS_TAKEN));
+                admitted.refused.push((key, RejectReason::AddressTaken));
             } else if self.table.contains(&key) {
                 admitted.known.push(peer);
             } else if self.pending.has_place(&key) || room.take(self.has_own_place(&key)) {
                 admitted.new.push(peer);
             } else if self.table.unestablished() == 0 {
                 self.owners.release(&key, peer.networks());
-                admitted.refused.push((key, FULL));
+                admitted.refused.push((key, RejectReason::Full));
             } else {
                 deferred.push(peer);
             }
@@ -81,7 +81,7 @@ impl KnownPeers {
             list.retain(|peer| {
                 let stays = owners.owns(&peer.key(), peer.networks());
                 if !stays {
-                    refused.push((peer.key(), ADDRESS_TAKEN));
+                    refused.push((peer.key(), RejectReason::AddressTaken));
                 }
                 stays
             });
@@ -97,15 +97,15 @@ impl KnownPeers {
         own: Option<PublicKey>,
         reserved: &Reserved,
         is_routers: bool,
-    ) -> Result<DesiredPeer, &'static str> {
+    ) -> Result<DesiredPeer, RejectReason> {
         if Some(*key) == own {
-            return Err(OWN_KEY);
+            return Err(RejectReason::OwnKey);
         }
         if (reserved.is_reserved(key) && !is_routers) || reserved.lists(key) {
-            return Err(RESERVED);
+            return Err(RejectReason::Reserved);
         }
-        let peer = self.profile.desired(key).ok_or(DENIED)?;
-        if self.owners.is_taken_by_foreign(key, peer.networks()) { Err(ADDRESS_TAKEN) } else { Ok(peer) }
+        let peer = self.profile.desired(key).ok_or(RejectReason::Denied)?;
+        if self.owners.is_taken_by_foreign(key, peer.networks()) { Err(RejectReason::AddressTaken) } else { Ok(peer) }
     }
 
     /// `peer` has its networks from now on, unless others have the better claim to one.

@@ -2,13 +2,14 @@ use std::time::{Duration, SystemTime};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use wgkex_common::RejectReason;
 use wgkex_common::wire::message::{Age, WorkerData};
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Interface, Kernel as _, host};
 
 use super::pending::TRIES;
 use super::*;
-use crate::plan::{ADDRESS_TAKEN, FULL, RESERVED, changes};
+use crate::plan::changes;
 use crate::profiles::mesh::{self, Mesh};
 use crate::testing::{collision, domain, install, key, now};
 
@@ -165,11 +166,15 @@ fn a_router_whose_peer_vanished_keeps_its_standing_and_is_stale_no_later_for_it(
     world.pass(HOUR);
     world.vanish(&[first, key(2)]);
     world.read();
-    assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)], "nor is its address free while it is away");
+    assert_eq!(
+        world.come(&[second]),
+        [(second, RejectReason::AddressTaken)],
+        "nor is its address free while it is away"
+    );
     world.put_back();
     for _ in 0..2 {
         world.read();
-        assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)]);
+        assert_eq!(world.come(&[second]), [(second, RejectReason::AddressTaken)]);
         assert_eq!(world.states(), [PeerState::Pending, PeerState::Idle]);
         assert_eq!(world.known.unreported(world.now.monotonic), []);
     }
@@ -318,12 +323,12 @@ fn a_key_is_refused_while_the_owner_of_its_address_is_in_its_grace_or_proven() {
         world.read();
         assert_eq!(world.come(&[owner]), []);
         world.pass(MINUTE);
-        assert_eq!(world.come(&[other]), [(other, ADDRESS_TAKEN)]);
+        assert_eq!(world.come(&[other]), [(other, RejectReason::AddressTaken)]);
         world.handshake(owner);
         world.read();
         world.pass(2 * HOUR + 59 * MINUTE);
         world.read();
-        assert_eq!(world.come(&[other, key(1)]), [(other, ADDRESS_TAKEN)], "and holds up no other");
+        assert_eq!(world.come(&[other, key(1)]), [(other, RejectReason::AddressTaken)], "and holds up no other");
         assert_eq!(world.come(&[owner]), []);
         world.read();
         assert_eq!(world.peers(), [owner, key(1)].into());
@@ -347,7 +352,7 @@ fn when_the_owner_of_an_address_is_gone_the_other_has_it_and_what_is_left_of_the
         assert_eq!(world.come(&[second]), [], "asking for an address does not keep it");
         world.read();
         assert_eq!(world.known.eviction_candidates(), [first].into());
-        assert_eq!(world.come(&[first]), [(first, ADDRESS_TAKEN)]);
+        assert_eq!(world.come(&[first]), [(first, RejectReason::AddressTaken)]);
         world.make_room();
         assert_eq!(world.peers(), [second].into());
         let device = world.memory.device(&domain()).unwrap();
@@ -373,7 +378,7 @@ fn of_two_that_come_at_once_the_same_one_has_the_address_everywhere() {
         world.read();
         world.apply_owed();
         assert_eq!(world.peers(), [first.min(second)].into(), "{order:?}");
-        assert_eq!(world.come(&[first.max(second)]), [(first.max(second), ADDRESS_TAKEN)]);
+        assert_eq!(world.come(&[first.max(second)]), [(first.max(second), RejectReason::AddressTaken)]);
         let device = world.memory.device(&domain()).unwrap();
         assert_eq!((device.routes.len(), device.fdb.len()), (1, 1));
     }
@@ -387,7 +392,7 @@ fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
     world.come(&[first]);
     world.pass(HOUR);
     world.learn(&[(first, Age { age_secs: 60, has_handshake: true })]);
-    assert_eq!(world.come(&[second]), [(second, ADDRESS_TAKEN)]);
+    assert_eq!(world.come(&[second]), [(second, RejectReason::AddressTaken)]);
     world.pass(9 * HOUR);
     assert_eq!(world.come(&[second]), []);
 }
@@ -407,7 +412,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     });
     world.read();
     let reserved = [first, second, key(2), key(3)];
-    assert_eq!(world.come(&reserved), reserved.map(|key| (key, RESERVED)));
+    assert_eq!(world.come(&reserved), reserved.map(|key| (key, RejectReason::Reserved)));
     world.learn(&reserved.map(|key| (key, Age { age_secs: 0, has_handshake: false })));
     world.known.mark_pending(key(3), world.now.monotonic);
     world.pass(4 * HOUR);
@@ -435,7 +440,7 @@ fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
         assert!(world.reserved.is_reserved(&first));
         assert_eq!(world.come(&[first]), []);
     }
-    assert_eq!(world.come(&[second]), [(second, RESERVED)]);
+    assert_eq!(world.come(&[second]), [(second, RejectReason::Reserved)]);
 }
 
 #[test]
@@ -445,7 +450,11 @@ fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(host(key(3).link_local()));
     });
     world.read();
-    assert_eq!(world.come(&[key(3), key(1)]), [(key(3), ADDRESS_TAKEN)], "its own peer is set again all the same");
+    assert_eq!(
+        world.come(&[key(3), key(1)]),
+        [(key(3), RejectReason::AddressTaken)],
+        "its own peer is set again all the same"
+    );
 }
 
 #[test]
@@ -554,7 +563,7 @@ fn a_full_interface_takes_no_new_key() {
     assert_eq!(world.come(&[key(3)]), []);
     world.handshake(key(3));
     world.read();
-    assert_eq!(world.come(&[key(4), key(1)]), [(key(4), FULL)]);
+    assert_eq!(world.come(&[key(4), key(1)]), [(key(4), RejectReason::Full)]);
     assert_eq!(world.peers().len(), 3);
 }
 
@@ -692,7 +701,7 @@ fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
     world.handshake(key(0));
     world.handshake(key(1));
     world.read();
-    assert_eq!(world.come(&[key(2)]), [(key(2), plan::FULL)]);
+    assert_eq!(world.come(&[key(2)]), [(key(2), RejectReason::Full)]);
     assert_eq!(world.learn(&[(key(2), Age { age_secs: 0, has_handshake: false })]), []);
     assert!(!world.known.is_pending(&key(2)));
     let proven: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 0, has_handshake: true })).collect();
@@ -909,7 +918,7 @@ impl World {
     }
 
     /// Keys come and are installed as far as they may; says which may not.
-    fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, &'static str)> {
+    fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, RejectReason)> {
         let own = self.memory.device(&domain()).unwrap().public_key;
         let admission = self.known.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
         self.install(&[admission.known, admission.new].concat().iter().map(DesiredPeer::key).collect::<Vec<_>>());

@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use wgkex_common::{Domain, Reserved};
+use wgkex_common::{Domain, RejectReason, Reserved};
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Change, Device, Interface, Kernel as _, PresharedKey};
 
@@ -97,10 +97,10 @@ fn a_network_that_two_have_is_one_key_s_and_the_other_loses_all_of_its_networks(
     world.read();
     let (own, reserved, now) = (None, Reserved::default(), world.now.monotonic);
     let admitted = world.known.admit([key(3)], own, &reserved, now);
-    assert_eq!(admitted.refused, [(key(3), plan::ADDRESS_TAKEN)], "key 1 came first");
+    assert_eq!(admitted.refused, [(key(3), RejectReason::AddressTaken)], "key 1 came first");
     let admitted = world.known.admit([key(1), key(9)], own, &reserved, now);
     assert_eq!(admitted.known.iter().map(DesiredPeer::key).collect::<Vec<_>>(), [key(1)]);
-    assert_eq!(admitted.refused, [(key(9), plan::DENIED)], "it has no lease");
+    assert_eq!(admitted.refused, [(key(9), RejectReason::Denied)], "it has no lease");
 }
 
 #[test]

@@ -9,12 +9,12 @@ use tokio::task::yield_now;
 use tracing::{debug, info, warn};
 use wgkex_common::access_lists::Admission;
 use wgkex_common::storage::key_store::{KeyRecord, WriteBuffer};
-use wgkex_common::wire::message::{Age, Revoked};
-use wgkex_common::{Domain, PublicKey, Reserved};
+use wgkex_common::wire::message::Age;
+use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
 
 use crate::metrics::Metrics;
 use crate::peers::{Admitted, Clocks, KnownPeers, Policy};
-use crate::plan::{self, ADDRESS_TAKEN, ALTERED, DENIED, REMOVED, RESERVED, Step};
+use crate::plan::{self, Step};
 use crate::profiles::{DesiredPeer, Ownership, Profile};
 use crate::reconciler::reports::{Outbox, Report};
 use crate::reconciler::schedule::Schedule;
@@ -45,7 +45,7 @@ pub(super) struct Served {
     peers: KnownPeers,
     schedule: Schedule,
     /// The interface's own key, or why there are no tables to apply anything to.
-    own: Result<Option<PublicKey>, &'static str>,
+    own: Result<Option<PublicKey>, RejectReason>,
     /// What the last read showed to be owed, as far as it is not done.
     backlog: VecDeque<Step>,
     leaving: Leaving,
@@ -72,7 +72,7 @@ impl Served {
             reserved,
             journal,
             schedule: Schedule::new(&policy, now),
-            own: Err("interface"),
+            own: Err(RejectReason::Interface),
             backlog: VecDeque::new(),
             leaving: Leaving::default(),
             admission: Arc::default(),
@@ -128,7 +128,7 @@ impl Served {
 
     /// Keys are live that this gateway may lack: those that it does are owed from now on.
     pub fn learn(&mut self, keys: BTreeMap<PublicKey, Age>, now: Instant) {
-        let own = self.own.ok().flatten();
+        let own = self.own.clone().ok().flatten();
         let (admission, domain) = (&self.admission, self.domain.name());
         let keys = keys.into_iter().filter(|(key, _)| !admission.denies(domain, key));
         let learnt = self.peers.learn(keys, own, &self.reserved.borrow(), now);
@@ -164,11 +164,12 @@ impl Served {
     pub async fn install<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, keys: Vec<PublicKey>, now: Clocks) {
         let (admission, domain) = (&self.admission, self.domain.name());
         let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.denies(domain, key));
-        let mut refused: Vec<_> = plan::dedup_keep_last(denied).into_iter().map(|key| (key, DENIED)).collect();
-        let own = match self.own {
+        let mut refused: Vec<_> =
+            plan::dedup_keep_last(denied).into_iter().map(|key| (key, RejectReason::Denied)).collect();
+        let own = match self.own.clone() {
             Ok(own) => own,
             Err(reason) => {
-                let report = plan::dedup_keep_last(keys).into_iter().map(|key| (key, Err(reason))).collect();
+                let report = plan::dedup_keep_last(keys).into_iter().map(|key| (key, Err(reason.clone()))).collect();
                 self.settle_all(outbox, self.refuse(refused), report, now.monotonic);
                 return;
             }
@@ -201,16 +202,16 @@ impl Served {
     }
 
     /// Counts what is refused. What a broker of ours would not have let pass is told, once for a batch.
-    fn refuse(&self, refused: Vec<(PublicKey, &'static str)>) -> Report {
-        for wrong in [RESERVED, ADDRESS_TAKEN] {
+    fn refuse(&self, refused: Vec<(PublicKey, RejectReason)>) -> Report {
+        for wrong in [RejectReason::Reserved, RejectReason::AddressTaken] {
             let mut keys = refused.iter().filter(|(_, reason)| *reason == wrong).map(|(key, _)| key);
             if let Some(key) = keys.next() {
-                warn!(domain = %self.domain, ?key, others = keys.count(), reason = wrong, "key refused");
+                warn!(domain = %self.domain, ?key, others = keys.count(), reason = %wrong, "key refused");
             }
         }
-        let refusal = |(key, reason): (PublicKey, &'static str)| {
-            debug!(domain = %self.domain, ?key, reason, "key refused");
-            self.count_failed(reason);
+        let refusal = |(key, reason): (PublicKey, RejectReason)| {
+            debug!(domain = %self.domain, ?key, %reason, "key refused");
+            self.count_failed(&reason);
             (key, Err(reason))
         };
         refused.into_iter().map(refusal).collect()
@@ -219,7 +220,7 @@ impl Served {
     /// Remembers what became of the keys of `report`, and says it, and what was `refused`, in one message.
     fn settle_all(&mut self, outbox: &Outbox, refused: Report, report: Report, now: Instant) {
         for (key, outcome) in &report {
-            self.settle(*key, *outcome, now);
+            self.settle(*key, outcome.clone(), now);
         }
         outbox.confirm(&self.domain, &[report, refused].concat());
     }
@@ -234,7 +235,7 @@ impl Served {
         }
     }
 
-    fn settle(&mut self, key: PublicKey, outcome: Result<(), &'static str>, now: Instant) {
+    fn settle(&mut self, key: PublicKey, outcome: Result<(), RejectReason>, now: Instant) {
         let domain = self.domain.name();
         match outcome {
             Ok(()) if self.peers.mark_installed(key, now) => {
@@ -242,7 +243,7 @@ impl Served {
             }
             Ok(()) => self.metrics.keys_refreshed.with_label_values(&[domain]).inc(),
             Err(reason) => {
-                self.count_failed(reason);
+                self.count_failed(&reason);
                 self.want(key, now);
             }
         }
@@ -253,15 +254,15 @@ impl Served {
         self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped);
     }
 
-    fn count_failed(&self, reason: &str) {
-        self.metrics.keys_failed.with_label_values(&[self.domain.name(), reason]).inc();
+    fn count_failed(&self, reason: &RejectReason) {
+        self.metrics.keys_failed.with_label_values(&[self.domain.name(), reason.as_ref()]).inc();
     }
 
     /// Does a part of what is owed; if nothing is, of what makes room.
     pub async fn catch_up<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, now: Clocks) {
         if self.backlog.is_empty() {
             self.oust(kernel, outbox, now.monotonic).await;
-            if let (Ok(own), true) = (self.own, self.leaving.steps.is_empty()) {
+            if let (Ok(own), true) = (self.own.clone(), self.leaving.steps.is_empty()) {
                 self.backlog.extend(self.peers.give_places(own, &self.reserved.borrow()));
                 self.make_more_room(now.monotonic);
             }
@@ -296,15 +297,12 @@ impl Served {
         outbox: &mut Outbox,
         denied: &BTreeSet<PublicKey>,
         now: Clocks,
-    ) -> BTreeMap<PublicKey, &'static str> {
+    ) -> BTreeMap<PublicKey, Result<(), RejectReason>> {
         let known: Vec<_> = denied.iter().filter(|key| self.peers.contains(key)).copied().collect();
         match self.read_and_expel(kernel, outbox, denied, now).await {
-            Ok(outcomes) => {
-                let said = |outcome: Result<(), _>| outcome.err().unwrap_or(Revoked::REMOVED);
-                outcomes.into_iter().map(|(key, outcome)| (key, said(outcome))).collect()
-            }
+            Ok(outcomes) => outcomes.into_iter().collect(),
             // What cannot be read now is looked at when it can.
-            Err(reason) => known.into_iter().map(|key| (key, reason)).collect(),
+            Err(reason) => known.into_iter().map(|key| (key, Err(reason.clone()))).collect(),
         }
     }
 
@@ -320,7 +318,7 @@ impl Served {
         outbox: &mut Outbox,
         denied: &BTreeSet<PublicKey>,
         now: Clocks,
-    ) -> Result<Report, &'static str> {
+    ) -> Result<Report, RejectReason> {
         let begun = tokio::time::Instant::now();
         let read = kernel.read(&self.interface).await;
         self.schedule.read(now.monotonic, begun.elapsed());
@@ -395,7 +393,8 @@ impl Served {
             return Report::new();
         }
         let peers = self.peers.remove_denied(is_expelled);
-        let altered = peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(ALTERED))).collect();
+        let altered =
+            peers.iter().filter(|(_, is_ours)| !**is_ours).map(|(key, _)| (*key, Err(RejectReason::Altered))).collect();
         let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
         if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
             ours.retain(|key| *key < first || denied.contains(key));
@@ -403,7 +402,7 @@ impl Served {
         }
         let outcomes =
             self.apply(kernel, outbox, &plan::remove_denied(self.peers.profile(), device, &ours, denied), now).await;
-        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(DENIED))).collect();
+        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(RejectReason::Denied))).collect();
         outbox.confirm(&domain, &said);
         let removed = outcomes.iter().filter(|(_, outcome)| outcome.is_ok());
         let removed = removed.map(|(key, _)| self.peers.removed(key)).count();
@@ -489,7 +488,7 @@ impl Served {
     /// be removed whole.
     async fn remove<K: Kernel>(&mut self, kernel: &mut K, outbox: &mut Outbox, steps: &[Step], now: Instant) -> usize {
         let outcomes = self.apply(kernel, outbox, steps, now).await;
-        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(REMOVED))).collect();
+        let said: Report = outcomes.iter().map(|(key, _)| (*key, Err(RejectReason::Removed))).collect();
         outbox.confirm(&self.domain, &said);
         for (key, outcome) in &outcomes {
             match outcome {

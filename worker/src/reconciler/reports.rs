@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 use wgkex_common::wire::message::{Applied, Handshakes, Revoked};
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, PublicKey, RejectReason};
 
 use crate::metrics::Metrics;
 use crate::peers::Counts;
@@ -55,7 +55,7 @@ impl DomainState {
 }
 
 /// What became of each key of a batch: it stands, or the reason why not.
-pub(super) type Report = Vec<(PublicKey, Result<(), &'static str>)>;
+pub(super) type Report = Vec<(PublicKey, Result<(), RejectReason>)>;
 
 /// The ends by which others hear of keys.
 pub struct Said {
@@ -100,10 +100,10 @@ impl Outbox {
     }
 
     /// Says what became of denied keys, each with the time of its record. What MQTT cannot take is dropped.
-    pub fn revoked(&self, outcomes: impl IntoIterator<Item = (u64, PublicKey, &'static str)>) {
+    pub fn revoked(&self, outcomes: impl IntoIterator<Item = (u64, PublicKey, String)>) {
         let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, String>>::new();
         for (at, key, outcome) in outcomes {
-            by_record.entry(at).or_default().insert(key, outcome.to_owned());
+            by_record.entry(at).or_default().insert(key, outcome);
         }
         for (at, keys) in by_record {
             if self.revoked.try_send(Revoked { at, keys }).is_err() {
@@ -147,8 +147,8 @@ impl Outbox {
     }
 }
 
-fn applied(domain: &Domain, report: &[(PublicKey, Result<(), &'static str>)]) -> Applied {
+fn applied(domain: &Domain, report: &[(PublicKey, Result<(), RejectReason>)]) -> Applied {
     let installed = report.iter().filter(|(_, outcome)| outcome.is_ok()).map(|(key, _)| *key).collect();
-    let failed = report.iter().filter_map(|(key, outcome)| Some((*key, outcome.err()?.to_owned()))).collect();
+    let failed = report.iter().filter_map(|(key, outcome)| Some((*key, outcome.clone().err()?))).collect();
     Applied { domain: domain.name().to_owned(), installed, failed }
 }

@@ -5,6 +5,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use wgkex_common::RejectReason;
 use wgkex_common::access_lists::{AllowList, Entry, List};
 use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::wire::message::Applied;
@@ -81,7 +82,7 @@ async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
     gateway.offer([1, 2, 3]);
     let applied = gateway.confirmed().await;
     assert_eq!(applied.installed, [key(1), key(3)]);
-    assert_eq!(applied.failed, [(key(2), "kernel".to_owned())].into());
+    assert_eq!(applied.failed, [(key(2), RejectReason::Kernel)].into());
 
     gateway.memory.refuse_nothing();
     let again = timeout(Duration::from_secs(5), gateway.confirmed()).await.unwrap();
@@ -107,7 +108,7 @@ async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
     let mut gateway = Gateway::start();
     let own = gateway.device().public_key.unwrap();
     gateway.handle.offer(domain(), own);
-    assert_eq!(gateway.confirmed().await.failed, [(own, "own key".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(own, RejectReason::OwnKey)].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     assert_eq!(gateway.metrics.keys_failed.with_label_values(&["ffmuc_welt", "own key"]).get(), 1);
 }
@@ -128,7 +129,7 @@ async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
 async fn keys_that_came_before_their_interface_are_installed_when_it_comes() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
     gateway.offer([1, 2]);
-    let wanted = [(key(1), "interface".to_owned()), (key(2), "interface".to_owned())].into();
+    let wanted = [(key(1), RejectReason::Interface), (key(2), RejectReason::Interface)].into();
     assert_eq!(gateway.confirmed().await.failed, wanted);
     assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is missing".into() }));
 
@@ -168,7 +169,7 @@ async fn only_what_went_with_the_vxlan_is_restored() {
     assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
     gateway.applies();
     gateway.offer([2]);
-    assert_eq!(gateway.confirmed().await.failed, [(key(2), "interface".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(key(2), RejectReason::Interface)].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     gateway.memory.add_vxlan(&domain());
     gateway.settle().await;
@@ -241,7 +242,7 @@ async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
     gateway.settle().await;
     sleep(HOUR).await;
     assert!(!gateway.device().peers.contains_key(&key(1)));
-    assert_eq!(gateway.confirmed().await.failed, [(key(1), "removed".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(key(1), RejectReason::Removed)].into());
     assert_eq!(gateway.device().routes.len() + gateway.device().fdb.len(), 0);
     assert_eq!(gateway.metrics.sweeps.with_label_values(&["ffmuc_welt"]).get(), 2);
     assert_eq!(gateway.metrics.peers_removed.with_label_values(&["ffmuc_welt"]).get(), 1);
@@ -281,7 +282,7 @@ async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
     assert_eq!(gateway.confirmed().await.installed, [second]);
     sleep(9 * MINUTE).await;
     gateway.handle.offer(domain(), first);
-    assert_eq!(gateway.confirmed().await.failed, [(first, "address taken".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(first, RejectReason::AddressTaken)].into());
     assert!(gateway.stands(second));
     sleep(2 * MINUTE).await;
     gateway.handle.offer(domain(), first);
@@ -298,7 +299,7 @@ async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_s
     gateway.handle.offer(domain(), second);
     gateway.handle.offer(domain(), first);
     let said = gateway.confirmed().await;
-    assert_eq!((said.installed, said.failed), (vec![first], [(second, "address taken".to_owned())].into()));
+    assert_eq!((said.installed, said.failed), (vec![first], [(second, RejectReason::AddressTaken)].into()));
     sleep(10 * MINUTE).await;
     assert!(gateway.stands(first));
 }
@@ -564,7 +565,7 @@ async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
     memory.fail_reads(Some(KernelError::Refused { action: "read", source: Errno::EPERM }));
     let mut gateway = Gateway::on(memory, Policy::default());
     gateway.offer([1]);
-    assert_eq!(gateway.confirmed().await.failed, [(key(1), "kernel".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(key(1), RejectReason::Kernel)].into());
     assert_eq!(gateway.state(), None);
     gateway.memory.fail_reads(None);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
@@ -740,10 +741,10 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     assert_eq!(said, Revoked { at: 7, keys: [(key(1), "removed".into()), (key(50), "absent".into())].into() });
     assert_eq!(gateway.metrics.peers_revoked.with_label_values(&["ffmuc_welt"]).get(), 2);
     let said = gateway.confirmed().await;
-    assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), "denied".to_owned())).into()));
+    assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), RejectReason::Denied)).into()));
     gateway.offer([1, 20]);
     let said = gateway.confirmed().await;
-    assert_eq!((said.installed, said.failed), (vec![key(20)], [(key(1), "denied".to_owned())].into()));
+    assert_eq!((said.installed, said.failed), (vec![key(20)], [(key(1), RejectReason::Denied)].into()));
     gateway.handle.learn(domain(), live(0..3)).await;
     sleep(10 * MINUTE).await;
     let device = gateway.device();
@@ -785,7 +786,7 @@ async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
     let before = gateway.device();
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     let said = gateway.said.revoked.recv().await.unwrap();
-    assert_eq!(said.keys, [(key(1), plan::ALTERED.to_owned())].into());
+    assert_eq!(said.keys, [(key(1), RejectReason::Altered.to_string())].into());
     sleep(10 * MINUTE).await;
     assert_eq!(gateway.device(), before);
 }
@@ -860,7 +861,7 @@ async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
     let allowing = |allow_list| Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], allow_list, 0));
     gateway.handle.admit(allowing(AllowList::Unread), []);
     gateway.offer([3]);
-    assert_eq!(gateway.confirmed().await.failed, [(key(3), "denied".to_owned())].into());
+    assert_eq!(gateway.confirmed().await.failed, [(key(3), RejectReason::Denied)].into());
     gateway.settle().await;
     assert!(gateway.all_stand([1, 2]), "nobody goes because of a list that could not be read");
     gateway.handle.admit(allowing(AllowList::Read), []);

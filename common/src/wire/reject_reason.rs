@@ -1,0 +1,93 @@
+//! Why a worker did not install a key, or removed it: one enum from the worker's plan over MQTT to the broker's answer.
+
+use serde::{Deserialize, Serialize};
+use strum::{AsRefStr, Display, EnumString};
+
+/// The longest reason of another program's version that is kept, in characters.
+const OTHER_MAX: usize = 64;
+
+/// Why a key is not, or no longer, in a worker's kernel. Its text is the wire's, the metrics' and the log's.
+#[derive(Debug, Clone, PartialEq, Eq, AsRefStr, Display, EnumString, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum RejectReason {
+    /// It is the key of the gateway's own interface.
+    #[strum(serialize = "own key")]
+    OwnKey,
+    /// A gateway has the key, or the address derived from it.
+    #[strum(serialize = "reserved")]
+    Reserved,
+    /// Another key has the address derived from it.
+    #[strum(serialize = "address taken")]
+    AddressTaken,
+    /// The interface has no room for another peer.
+    #[strum(serialize = "full")]
+    Full,
+    /// An access list denies the key.
+    #[strum(serialize = "denied")]
+    Denied,
+    /// The key was installed and is not any more: it was swept, or made room for another.
+    #[strum(serialize = "removed")]
+    Removed,
+    /// The peer of a denied key stays, since another program changed it.
+    #[strum(serialize = "altered by somebody else")]
+    Altered,
+    /// The domain has no interface.
+    #[strum(serialize = "interface")]
+    Interface,
+    /// The interface's tables changed while they were read, again and again.
+    #[strum(serialize = "interrupted")]
+    Interrupted,
+    /// The kernel refused a change.
+    #[strum(serialize = "kernel")]
+    Kernel,
+    /// A reason that this version does not know, cut to 64 characters.
+    #[strum(default, transparent)]
+    Other(Box<str>),
+}
+
+impl From<String> for RejectReason {
+    fn from(mut text: String) -> Self {
+        if let Some((end, _)) = text.char_indices().nth(OTHER_MAX) {
+            text.truncate(end);
+        }
+        text.parse().unwrap_or_else(|_| Self::Other(text.into()))
+    }
+}
+
+impl From<RejectReason> for String {
+    fn from(reason: RejectReason) -> Self {
+        reason.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_has_its_text_on_the_wire() {
+        for (reason, text) in [
+            (RejectReason::OwnKey, "own key"),
+            (RejectReason::Reserved, "reserved"),
+            (RejectReason::AddressTaken, "address taken"),
+            (RejectReason::Full, "full"),
+            (RejectReason::Denied, "denied"),
+            (RejectReason::Removed, "removed"),
+            (RejectReason::Altered, "altered by somebody else"),
+            (RejectReason::Interface, "interface"),
+            (RejectReason::Interrupted, "interrupted"),
+            (RejectReason::Kernel, "kernel"),
+            (RejectReason::Other("of a newer version".into()), "of a newer version"),
+        ] {
+            let json = serde_json::to_string(&reason).unwrap();
+            assert_eq!((json, reason.as_ref()), (format!("{text:?}"), text));
+            assert_eq!(serde_json::from_str::<RejectReason>(&format!("{text:?}")).unwrap(), reason);
+        }
+    }
+
+    #[test]
+    fn a_long_unknown_reason_is_cut_between_characters() {
+        let reason = RejectReason::from(format!("x{}", "ü".repeat(1_000)));
+        assert_eq!(reason.as_ref(), format!("x{}", "ü".repeat(63)));
+    }
+}
