@@ -36,6 +36,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    process::abort_on_panic();
     match Args::parse().command {
         None => with_config(serve),
         Some(Command::Keys(command)) => command.run(),

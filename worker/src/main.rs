@@ -37,6 +37,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    process::abort_on_panic();
     let args = Args::parse();
     process::config().map_or(ExitCode::FAILURE, |config| process::exit(try_main(&args, config)))
 }

@@ -1,13 +1,23 @@
 //! What both programs do at their beginning and at their end.
 
-use std::io;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
+use std::{io, panic};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, error, warn};
 
 use crate::Config;
 use crate::runtime::log;
+
+/// Ends the whole process when a thread or task panics, after the message is printed, whatever the build profile says
+/// of panics: the locks have no poison, and no task goes on with what a panic left half done.
+pub fn abort_on_panic() {
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        print(info);
+        process::abort();
+    }));
+}
 
 /// Reads the config and starts logging as it says. What is wrong with it is logged, and then there is none.
 #[must_use]
