@@ -1,8 +1,7 @@
 //! The broker on its bus, each on a free port of loopback: started, ready, and gone when the test is over. Both
 //! kinds of bus serve every test that the bus matters to.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -369,19 +368,27 @@ impl Stack {
     }
 }
 
-/// An address of loopback that nobody has, and that no other test of this process gets. The ports lie below those
+/// An address of loopback that nobody has, and that no other test gets while this process runs. The ports lie below those
 /// that Linux gives to outgoing connections, so that they are still free when the program binds them.
 #[must_use]
 pub fn free_address() -> SocketAddr {
-    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
-    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    static RESERVED: Mutex<Vec<File>> = Mutex::new(Vec::new());
     let begin = std::process::id() % 1_000_000 * 50;
-    let address = (0..12_000)
+    let (address, lock) = (0..12_000)
         .map(|n| u16::try_from(20_000 + (begin + n) % 12_000).expect("a port"))
-        .filter(|port| !given.contains(port))
         .map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
-        .find(|address| TcpListener::bind(address).is_ok())
+        .find_map(|address| Some((address, reserve(address)?)))
         .expect("a free port");
-    given.insert(address.port());
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner).push(lock);
     address
+}
+
+/// The lock that keeps all tests of this user off a port, also those in other processes, unless it is taken.
+fn reserve(address: SocketAddr) -> Option<File> {
+    let dir = std::env::temp_dir().join(format!("wgkex-test-ports-{}", nix::unistd::getuid()));
+    fs::create_dir_all(&dir).expect("a directory");
+    let lock = File::create(dir.join(address.port().to_string())).expect("a file");
+    lock.try_lock().ok()?;
+    TcpListener::bind(address).ok()?;
+    Some(lock)
 }

@@ -12,15 +12,18 @@ mod keys;
 mod known;
 mod unread;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs::File;
 
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
-/// What measures times, or needs most of the files that there may be, runs by itself.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+/// What measures times, or needs most of the files that there may be, runs by itself among its like, also of other
+/// processes. The lock is held until this is dropped.
+fn alone() -> File {
+    let lock = File::create(std::env::temp_dir().join(format!("wgkex-test-alone-{}", nix::unistd::getuid())));
+    let lock = lock.unwrap();
+    lock.lock().unwrap();
+    lock
 }
 
 /// A broker and a gateway that confirms, with this in the config.
