@@ -196,6 +196,8 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
     let proven = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#);
     stack.wait_for_metric(&proven, f64::from(KNOWN / 2));
+    // How fast the machine is, with whatever else it does.
+    let quiet = p99(&mut reconnect(&stack, &known[..100], &AtomicBool::new(true)));
     let before = memory(&mut stack);
 
     let over = Arc::new(AtomicBool::new(false));
@@ -209,8 +211,7 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     };
     let mut times = reconnect(&stack, &known, &over);
     let took = flooding.join().unwrap();
-    times.sort_unstable();
-    let p99 = times[times.len() * 99 / 100];
+    let p99 = p99(&mut times);
     let after = memory(&mut stack);
     let passed = stack.metric(r#"wgkex_broker_keys_accepted_total{api="v1"}"#).unwrap();
     println!(
@@ -220,10 +221,16 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
         times[times.len() / 2],
         times.last().unwrap()
     );
-    assert!(p99 < Duration::from_secs(1), "{p99:?}");
+    assert!(p99 < Duration::from_secs(1) + 3 * quiet, "{p99:?}, without a flood {quiet:?}");
     assert!(after < before + GROWTH, "{before} {after}");
     assert!(refused(&stack, reason) > 0.0);
     Flood { passed, took }
+}
+
+/// What 99 of 100 take at most; the times are sorted.
+fn p99(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() * 99 / 100]
 }
 
 /// Lets routers become known, each from its own address.
@@ -240,25 +247,28 @@ fn known(stack: &Stack) -> Vec<String> {
     keys
 }
 
-/// Has the known routers come back one after the other until it is `over`; says how long each took. All are served.
+/// Has the known routers come back one after the other, all once and again until it is `over`; says how long each took.
+/// All are served.
 fn reconnect(stack: &Stack, known: &[String], over: &AtomicBool) -> Vec<Duration> {
     let server = stack.http;
     Runtime::new().unwrap().block_on(async {
         let mut routers = JoinSet::new();
         let mut next = tokio::time::Instant::now();
-        for (n, key) in (0..KNOWN).zip(known).cycle() {
-            if n == 0 && over.load(Ordering::Relaxed) {
+        loop {
+            for (n, key) in (0..KNOWN).zip(known) {
+                let body = ask(DOMAIN, key);
+                routers.spawn(async move {
+                    let begun = Instant::now();
+                    let mut stream = connect_from(address(n), server).await.unwrap();
+                    assert_eq!(post(&mut stream, V2, "", &body).await.unwrap(), 200, "a known router");
+                    begun.elapsed()
+                });
+                next += Duration::from_millis(10);
+                sleep_until(next).await;
+            }
+            if over.load(Ordering::Relaxed) {
                 break;
             }
-            let body = ask(DOMAIN, key);
-            routers.spawn(async move {
-                let begun = Instant::now();
-                let mut stream = connect_from(address(n), server).await.unwrap();
-                assert_eq!(post(&mut stream, V2, "", &body).await.unwrap(), 200, "a known router");
-                begun.elapsed()
-            });
-            next += Duration::from_millis(10);
-            sleep_until(next).await;
         }
         routers.join_all().await
     })
