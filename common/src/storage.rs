@@ -1,5 +1,114 @@
-//! What the programs keep in `state_dir`.
+//! State that survives a restart, as files in `state_dir`.
+//!
+//! [`key_store`] has the live keys of a program; the retained messages of the embedded MQTT server have their table in the
+//! broker. Both are databases: [`schema`] brings them to today's version by numbered migrations, [`sqlite`] opens them,
+//! [`write_behind`] has the one task for each that writes what changed in memory. The records of the access lists are a
+//! [`json_file`], which their service writes at once, because who revokes a key waits for it.
+//!
+//! For all of them: a file of an older version is migrated, one of a newer version stops the start and stays as it is, one
+//! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged
+//! once.
 
+pub mod json_file;
 pub mod key_store;
+pub mod schema;
 pub mod sqlite;
 pub mod state_file;
+pub mod write_behind;
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rusqlite::ErrorCode;
+use tracing::{info, warn};
+
+/// Why a state file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// It is not a file of its format, or not a whole one.
+    #[error("{0}")]
+    Corrupt(String),
+    /// Its version is one that this program does not know, such as a later one. It stays as it is.
+    #[error("{0}")]
+    UnknownVersion(String),
+    /// The disk is full, the directory cannot be written, another process has the file.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl StorageError {
+    /// `file` has the version `found`, which is not one of those up to `known`.
+    pub(crate) fn unknown_version(file: &Path, found: i64, known: i64) -> Self {
+        let (file, what) = (file.display(), if found > known { "newer than" } else { "not one of" });
+        Self::UnknownVersion(format!(
+            "{file} has a layout of number {found}, {what} those up to {known} that this version knows: start the version \
+             that made it, or move it away; it is left as it is"
+        ))
+    }
+}
+
+impl From<rusqlite::Error> for StorageError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase | ErrorCode::Unknown) => {
+                Self::Corrupt(error.to_string())
+            }
+            Some(ErrorCode::DatabaseBusy) => Self::Unavailable("another process has it".into()),
+            _ => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+impl From<io::Error> for StorageError {
+    fn from(error: io::Error) -> Self {
+        Self::Unavailable(error.to_string())
+    }
+}
+
+/// What a file has, as the log names it.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject {
+    /// A noun, as `state`.
+    pub name: &'static str,
+    /// Its pronoun, as `it`.
+    pub pronoun: &'static str,
+}
+
+/// Whether a file can be written. Each change of that is logged once.
+#[derive(Debug)]
+pub struct Health {
+    file: PathBuf,
+    subject: Subject,
+    is_failing: bool,
+}
+
+impl Health {
+    /// Nothing has failed yet.
+    #[must_use]
+    pub fn new(file: PathBuf, subject: Subject) -> Self {
+        Self { file, subject, is_failing: false }
+    }
+
+    /// Whether the last attempt failed.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.is_failing
+    }
+
+    /// The file cannot be written, or not be read before that.
+    pub fn failed(&mut self, error: &dyn fmt::Display) {
+        if !std::mem::replace(&mut self.is_failing, true) {
+            let (file, Subject { name, pronoun }) = (self.file.display(), self.subject);
+            warn!(%file, failure = %error, "{name} cannot be kept, a restart would lose {pronoun}");
+        }
+    }
+
+    /// The file was written.
+    pub fn succeeded(&mut self) {
+        if std::mem::take(&mut self.is_failing) {
+            let (file, verb) = (self.file.display(), if self.subject.pronoun == "it" { "is" } else { "are" });
+            info!(%file, "{} {verb} kept again", self.subject.name);
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::symlink;
@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::Http;
+use wgkex_tests::probe::{Role, said};
 use wgkex_tests::process::binary;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
-use wgkex_tests::{key, wait_until};
+use wgkex_tests::{host_name, key, wait_until};
 
 fn status(stack: &Stack, n: u32) -> u16 {
     stack.v2(DOMAIN, &key(n)).status
@@ -229,6 +231,40 @@ fn a_newer_layout_stops_the_start_and_nothing_is_touched() {
     stack.start_broker();
     stack.wait_until_ready();
     assert_eq!(stack.metric("wgkex_broker_live_keys{domain=\"ffx_a\",state=\"unproven\"}"), Some(1.0));
+}
+
+/// `data/state-510c797` is what the broker of that commit left when it was killed: two live keys, a revoked one, a retained
+/// message and the will of a client that was connected. Everything is in the logs of the databases still.
+#[test]
+fn the_state_of_an_older_version_is_taken_over() {
+    let (operator, admin) = Operator::new();
+    // What the program was down for counts, up to 30 days.
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded).config(&admin).config("live_keys: {ttl: 7776000}"));
+    fs::create_dir(stack.state_dir()).unwrap();
+    let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/state-510c797");
+    for (file, bytes) in content(&old) {
+        fs::write(stack.state_dir().join(file.file_name().unwrap()), bytes).unwrap();
+    }
+    let live = ["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="];
+    // The second start has what the first one made of it.
+    for client in ["first", "second"] {
+        stack.start_broker();
+        stack.wait_until_ready();
+        let pages = format!("wgkex/worker/{client}/pages");
+        let witness = stack.probe(Role::new(client, &["some/topic", "left/will", &pages]));
+        assert_eq!(witness.next_on("some/topic").text(), "retained by 510c797");
+        assert_eq!(witness.next_on("left/will").text(), "0");
+        let question = json!({ "from": { "worker": client }, "to": host_name(), "domain": DOMAIN, "after": null });
+        witness.say(said(format!("wgkex/worker/{client}/questions"), question.to_string(), 1, false));
+        let page: Value = serde_json::from_slice(&witness.next_on(&pages).payload).unwrap();
+        let keys: BTreeSet<_> = page["keys"].as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, BTreeSet::from(live));
+        let listed = operator.call("GET", "/v1/keys", &Value::Null).json();
+        assert!(listed.to_string().contains("CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk="), "{listed}");
+        assert!(stack.stop_broker().success());
+        drop(witness);
+    }
+    assert!(!content(&stack.state_dir()).keys().any(|path| path.to_string_lossy().contains("damaged")));
 }
 
 /// On the code before it each had overwritten the one before.

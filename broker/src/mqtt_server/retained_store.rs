@@ -1,157 +1,107 @@
 //! What is retained, on disk: `mqtt-retained.sqlite`, at most 1 s behind.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::pin::pin;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rumqttc::{QoS, qos};
-use rusqlite::{Connection, TransactionBehavior, params};
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
-use tracing::{info, warn};
-use wgkex_common::storage::sqlite::{self, Failure, Layout};
+use rusqlite::{Connection, Row, Transaction, params};
+use wgkex_common::storage::schema::Schema;
+use wgkex_common::storage::write_behind::{Clocks, Table, WriteBehind};
+use wgkex_common::storage::{StorageError, Subject};
 
 use crate::mqtt_server::broker::MessageBroker;
 use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::retained::{Retained, RetainedMessage, Snapshot};
 
-/// How often what changed is written.
-const FLUSH: Duration = Duration::from_millis(500);
+const FIRST: &str = "
+    CREATE TABLE messages (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, qos INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE wills (
+        client TEXT PRIMARY KEY,
+        topic TEXT NOT NULL,
+        payload BLOB NOT NULL,
+        qos INTEGER NOT NULL,
+        retain INTEGER NOT NULL
+    ) WITHOUT ROWID;
+";
+/// The user whose share of the space a message takes.
+const USERS: &str = "ALTER TABLE messages ADD COLUMN user TEXT";
 
-const LAYOUT: Layout = Layout {
-    number: 2,
-    schema: "
-        CREATE TABLE messages (
-            topic TEXT PRIMARY KEY,
-            payload BLOB NOT NULL,
-            qos INTEGER NOT NULL,
-            user TEXT
-        ) WITHOUT ROWID;
-        CREATE TABLE wills (
-            client TEXT PRIMARY KEY,
-            topic TEXT NOT NULL,
-            payload BLOB NOT NULL,
-            qos INTEGER NOT NULL,
-            retain INTEGER NOT NULL
-        ) WITHOUT ROWID;
-    ",
-    upgrades: &["ALTER TABLE messages ADD COLUMN user TEXT"],
-};
+/// The file, and what writes it.
+pub struct File(WriteBehind<RetainedTable>);
 
-/// The file, and whether it can be written.
-pub struct File {
-    path: PathBuf,
-    /// None while it cannot be opened.
-    database: Option<Connection>,
-    /// That it cannot be written has been said.
-    failing: bool,
+/// What is written: the retained messages and wills of the server, once there is one.
+#[derive(Default)]
+struct RetainedTable {
+    broker: Option<Arc<MessageBroker>>,
 }
 
 impl File {
-    /// Opens the file in `dir`, and gives what was kept. A damaged one is set aside; one that cannot be written is tried
-    /// again later. Neither keeps anybody from starting; the error is that it has a layout which is not known here.
-    pub fn open(dir: &Path) -> Result<(Self, Retained), Failure> {
-        let mut file = Self { path: dir.join("mqtt-retained.sqlite"), database: None, failing: false };
-        match whole(&file.path, |database| read(&database).map(|retained| (database, retained))) {
-            Ok((database, retained)) => {
-                file.database = Some(database);
-                Ok((file, retained))
-            }
-            Err(failure @ Failure::Unknown(_)) => Err(failure),
-            Err(failure) => {
-                file.fail(&failure);
-                Ok((file, Retained::default()))
-            }
-        }
+    /// Opens the file in `dir`, and gives what was kept. A corrupt one is set aside; one that cannot be written is read all
+    /// the same, and tried again later. The only error is that it has a version which is not known here.
+    pub fn open(dir: &Path) -> Result<(Self, Retained), StorageError> {
+        let file = dir.join("mqtt-retained.sqlite");
+        let (store, retained) = WriteBehind::with_table(file, RetainedTable::default(), Clocks::read())?;
+        Ok((Self(store), retained))
     }
 
     /// Writes behind until `stop` returns, and then what is left.
     pub async fn run(mut self, broker: Arc<MessageBroker>, stop: impl Future<Output = ()>) {
-        let mut stop = pin!(stop);
-        let mut over = false;
-        while !over {
-            tokio::select! {
-                () = sleep(FLUSH) => {}
-                () = &mut stop => over = true,
-            }
-            let broker = broker.clone();
-            // An error means that the runtime ends.
-            let Ok(file) = spawn_blocking(move || self.flush(&broker)).await else { return };
-            self = file;
+        self.0.table_mut().broker = Some(broker);
+        self.0.run(|_| {}, stop).await;
+    }
+}
+
+impl Table for RetainedTable {
+    const SCHEMA: Schema = Schema { migrations: &[FIRST, USERS] };
+    const SUBJECT: Subject = Subject { name: "retained messages", pronoun: "them" };
+    type Content = Retained;
+    type Changes = Snapshot;
+
+    fn load(&mut self, connection: &Connection, _now: Clocks) -> Result<Retained, StorageError> {
+        read(connection)
+    }
+
+    fn take(&mut self) -> Snapshot {
+        self.broker.as_ref().map(|broker| broker.snapshot()).unwrap_or_default()
+    }
+
+    fn is_due(&self, changes: &Snapshot, _now: Clocks) -> bool {
+        !changes.is_empty()
+    }
+
+    fn write(&self, transaction: &Transaction<'_>, changes: &Snapshot, _now: Clocks) -> rusqlite::Result<()> {
+        write(transaction, changes)
+    }
+
+    fn requeue(&mut self, changes: Snapshot) {
+        if let Some(broker) = &self.broker {
+            broker.requeue(changes);
         }
     }
 
-    fn flush(mut self, broker: &MessageBroker) -> Self {
-        if self.database.is_none() {
-            match whole(&self.path, Ok) {
-                Ok(database) => {
-                    broker.require_full_write();
-                    self.database = Some(database);
-                }
-                Err(failure) => {
-                    self.fail(&failure);
-                    return self;
-                }
-            }
-        }
-        let Some(database) = &mut self.database else { return self };
-        let snapshot = broker.snapshot();
-        if snapshot.is_empty() && !self.failing {
-            return self;
-        }
-        match write(database, &snapshot) {
-            Ok(()) if std::mem::take(&mut self.failing) => {
-                info!(file = %self.path.display(), "retained messages are kept again");
-            }
-            Ok(()) => {}
-            Err(failure) => {
-                broker.requeue(snapshot);
-                if matches!(failure, Failure::Damaged(_)) {
-                    self.database = None;
-                }
-                self.fail(&failure);
-            }
-        }
-        self
-    }
-
-    fn fail(&mut self, failure: &Failure) {
-        if !std::mem::replace(&mut self.failing, true) {
-            let file = self.path.display();
-            warn!(%file, %failure, "retained messages cannot be kept, a restart would lose them");
+    fn reopened(&mut self) {
+        if let Some(broker) = &self.broker {
+            broker.require_full_write();
         }
     }
 }
 
-/// What `read` makes of the file, or of a new one if it is damaged.
-fn whole<T>(path: &Path, read: impl Fn(Connection) -> Result<T, Failure>) -> Result<T, Failure> {
-    let open = || sqlite::open(path, LAYOUT).and_then(&read);
-    match open() {
-        Err(Failure::Damaged(reason)) => {
-            sqlite::quarantine(path, &reason)?;
-            open()
-        }
-        opened => opened,
-    }
-}
-
-fn read(database: &Connection) -> Result<Retained, Failure> {
+fn read(database: &Connection) -> Result<Retained, StorageError> {
     let mut statement = database.prepare("SELECT topic, payload, qos, user FROM messages")?;
-    let kept = |row: &rusqlite::Row<'_>| {
+    let kept = |row: &Row<'_>| {
         let (payload, qos, user): (Vec<u8>, u8, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
         Ok((row.get(0)?, RetainedMessage { payload: payload.into(), qos: quality(qos), by: user.map(Arc::from) }))
     };
-    let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
+    let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| corrupt(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
-    let will = |row: &rusqlite::Row<'_>| {
+    let will = |row: &Row<'_>| {
         let (payload, qos): (Vec<u8>, u8) = (row.get(2)?, row.get(3)?);
         let will = Message { topic: row.get(1)?, payload: payload.into(), qos: quality(qos), retain: row.get(4)? };
         Ok((row.get(0)?, will))
     };
     let wills: BTreeMap<_, _> =
-        statement.query_map([], will)?.collect::<Result<_, _>>().map_err(|error| damaged(&error))?;
+        statement.query_map([], will)?.collect::<Result<_, _>>().map_err(|error| corrupt(&error))?;
     Ok(Retained::restored(messages, wills))
 }
 
@@ -160,38 +110,34 @@ fn quality(level: u8) -> QoS {
 }
 
 /// A value of another type than was written.
-fn damaged(error: &rusqlite::Error) -> Failure {
-    Failure::Damaged(error.to_string())
+fn corrupt(error: &rusqlite::Error) -> StorageError {
+    StorageError::Corrupt(error.to_string())
 }
 
-fn write(database: &mut Connection, snapshot: &Snapshot) -> Result<(), Failure> {
-    let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate)?;
+fn write(transaction: &Transaction<'_>, snapshot: &Snapshot) -> rusqlite::Result<()> {
     if snapshot.needs_full_write {
         transaction.execute_batch("DELETE FROM messages; DELETE FROM wills;")?;
     }
-    {
-        let mut put = transaction.prepare("REPLACE INTO messages VALUES (?1, ?2, ?3, ?4)")?;
-        let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
-        for (topic, kept) in &snapshot.messages {
-            match kept {
-                Some(RetainedMessage { payload, qos, by }) => {
-                    put.execute(params![topic, &payload[..], *qos as u8, by.as_deref()])?
-                }
-                None => remove.execute([topic])?,
-            };
-        }
-        let mut put = transaction.prepare("REPLACE INTO wills VALUES (?1, ?2, ?3, ?4, ?5)")?;
-        let mut remove = transaction.prepare("DELETE FROM wills WHERE client = ?1")?;
-        for (client, will) in &snapshot.wills {
-            match will {
-                Some(Message { topic, payload, qos, retain }) => {
-                    put.execute(params![client, topic, &payload[..], *qos as u8, retain])?
-                }
-                None => remove.execute([client])?,
-            };
-        }
+    let mut put = transaction.prepare("REPLACE INTO messages (topic, payload, qos, user) VALUES (?1, ?2, ?3, ?4)")?;
+    let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
+    for (topic, kept) in &snapshot.messages {
+        match kept {
+            Some(RetainedMessage { payload, qos, by }) => {
+                put.execute(params![topic, &payload[..], *qos as u8, by.as_deref()])?
+            }
+            None => remove.execute([topic])?,
+        };
     }
-    transaction.commit()?;
+    let mut put = transaction.prepare("REPLACE INTO wills VALUES (?1, ?2, ?3, ?4, ?5)")?;
+    let mut remove = transaction.prepare("DELETE FROM wills WHERE client = ?1")?;
+    for (client, will) in &snapshot.wills {
+        match will {
+            Some(Message { topic, payload, qos, retain }) => {
+                put.execute(params![client, topic, &payload[..], *qos as u8, retain])?
+            }
+            None => remove.execute([client])?,
+        };
+    }
     Ok(())
 }
 
@@ -200,6 +146,8 @@ mod tests {
     use std::fs;
 
     use bytes::Bytes;
+    use tempfile::TempDir;
+    use wgkex_common::storage::sqlite;
 
     use super::*;
     use crate::mqtt_server::retained::{PER_USER_FRACTION, TOPICS};
@@ -213,9 +161,14 @@ mod tests {
         found.messages.into_iter().map(|message| (message.topic, message.payload)).collect()
     }
 
-    /// Writes what changed, and lets go of the file.
-    fn close(file: File, retained: &mut Retained) {
-        write(&mut file.database.unwrap(), &retained.snapshot()).unwrap();
+    /// Writes what changed to the file in `dir`, which `file` lets go of.
+    fn close(dir: &TempDir, file: File, retained: &mut Retained) {
+        drop(file);
+        let path = dir.path().join("mqtt-retained.sqlite");
+        let mut connection = sqlite::open(&path, RetainedTable::SCHEMA).unwrap();
+        let transaction = connection.transaction().unwrap();
+        write(&transaction, &retained.snapshot()).unwrap();
+        transaction.commit().unwrap();
     }
 
     #[test]
@@ -228,12 +181,12 @@ mod tests {
         retained.set_will("left", message("b", "0"));
         retained.set_will("there", message("c", "0"));
         let _ = retained.clear_will("left");
-        close(file, &mut retained);
+        close(&dir, file, &mut retained);
         let expected = [("a", "1"), ("b", "1"), ("c", "0")].map(|(topic, payload)| (topic.into(), payload.into()));
         for _ in 0..2 {
             let (file, mut retained) = File::open(dir.path()).unwrap();
             assert_eq!(topics(&retained), expected);
-            close(file, &mut retained);
+            close(&dir, file, &mut retained);
         }
     }
 
@@ -245,7 +198,7 @@ mod tests {
             retained.store(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
         retained.set_will("gw1", message("0", "0"));
-        close(file, &mut retained);
+        close(&dir, file, &mut retained);
         let (_file, mut retained) = File::open(dir.path()).unwrap();
         retained.store(&message("another's", "1"), Some("gw2")).unwrap();
         assert!(retained.store(&message("one more", "1"), Some("gw1")).is_err());
@@ -261,7 +214,7 @@ mod tests {
         let (file, mut retained) = File::open(dir.path()).unwrap();
         assert!(topics(&retained).is_empty() && dir.path().join("mqtt-retained.sqlite.damaged").exists());
         retained.store(&message("a", "1"), None).unwrap();
-        close(file, &mut retained);
+        close(&dir, file, &mut retained);
         assert_eq!(topics(&File::open(dir.path()).unwrap().1).len(), 1);
     }
 
@@ -285,7 +238,7 @@ mod tests {
         for topic in ["b", "c"] {
             let (file, mut retained) = File::open(dir.path()).unwrap();
             retained.store(&message(topic, "1"), Some("gw1")).unwrap();
-            close(file, &mut retained);
+            close(&dir, file, &mut retained);
         }
         let kept = topics(&File::open(dir.path()).unwrap().1);
         assert_eq!(kept.into_iter().map(|(topic, _)| topic).collect::<Vec<_>>(), ["a", "b", "c"]);
@@ -297,6 +250,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
         let (file, retained) = File::open(&dir.path().join("file")).unwrap();
-        assert!(file.database.is_none() && file.failing && topics(&retained).is_empty());
+        assert!(file.0.is_failing() && topics(&retained).is_empty());
     }
 }

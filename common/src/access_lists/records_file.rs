@@ -1,9 +1,7 @@
-//! The records on disk, in a file of their own: written whole, beside the old one, and then put in its place, so that
-//! there is always one that is whole.
+//! The records on disk, in a file of their own, written as soon as they change: who makes a record waits for it.
 
-use std::fs::{self, File, OpenOptions};
 use std::future::pending;
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -11,34 +9,16 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::access_lists::records::{Record, Records};
-use crate::storage::state_file;
+use crate::storage::{Health, StorageError, Subject, json_file};
 
 /// How long to wait before what failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Counts up with each layout of the file.
+/// The version of the file.
 const LAYOUT: u32 = 1;
-
-/// Why the records of a file are not known. It stays as it is.
-#[derive(Debug, thiserror::Error)]
-pub enum Unread {
-    /// It cannot be read.
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    /// A later version made it.
-    #[error(
-        "{} has a layout of number {number}, newer than {LAYOUT} that this version knows: start the version that made it, \
-         or move it away; it is left as it is", file.display()
-    )]
-    Newer {
-        /// Which file.
-        file: PathBuf,
-        /// The number of its layout.
-        number: u32,
-    },
-}
+const SUBJECT: Subject = Subject { name: "list entries", pronoun: "them" };
 
 /// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is
 /// written over a file that could not be read.
@@ -50,30 +30,33 @@ pub(super) struct RecordsWriter {
     written: u64,
     working: Option<(u64, JoinHandle<Outcome>)>,
     failed: Option<Instant>,
+    health: Health,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// Of a write, or of a reading and then with the records.
-type Outcome = Result<Option<Vec<Record>>, Unread>;
+type Outcome = Result<Option<Vec<Record>>, StorageError>;
 /// A write or reading that has ended: the last change in it, and what became of it.
 pub(super) type Written = (u64, Outcome);
 
 impl RecordsWriter {
-    /// The records of `file`, and where they are kept from now on. A damaged file is set aside; one that cannot be read is
-    /// tried again later. The error is that a later version made it.
-    pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), Unread> {
-        let found = load(&file);
+    /// The records of `file`, and where they are kept from now on. A corrupt file is set aside; one that cannot be read is
+    /// tried again later. The only error is that a later version made it.
+    pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), StorageError> {
+        let (found, mut health) = (load(&file), Health::new(file.clone(), SUBJECT));
         let (is_unread, failed) = (found.is_err(), found.is_err().then(Instant::now));
         let records = match found {
             Ok(records) => records,
-            Err(newer @ Unread::Newer { .. }) => return Err(newer),
-            Err(Unread::Io(error)) => {
+            Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
+            Err(error @ (StorageError::Unavailable(_) | StorageError::Corrupt(_))) => {
                 let path = file.display();
                 warn!(file = %path, %error, "list entries cannot be read: those that were kept do not count until they are");
+                health.failed(&error);
                 Vec::new()
             }
         };
-        Ok((Self { file, is_unread, changed: 0, written: 0, working: None, failed, waiting: Vec::new() }, records))
+        let (working, waiting) = (None, Vec::new());
+        Ok((Self { file, is_unread, changed: 0, written: 0, working, failed, health, waiting }, records))
     }
 
     /// The records changed.
@@ -107,7 +90,7 @@ impl RecordsWriter {
             self.working = Some((self.written, spawn_blocking(move || load(&file).map(Some))));
         } else if self.working.is_none() && self.written < self.changed {
             let (file, records) = (self.file.clone(), records.clone());
-            self.working = Some((self.changed, spawn_blocking(move || Ok(write(&file, &records).map(|()| None)?))));
+            self.working = Some((self.changed, spawn_blocking(move || write(&file, &records).map(|()| None))));
         }
     }
 
@@ -121,7 +104,6 @@ impl RecordsWriter {
 
     /// Takes in what became of a write or a reading, and gives what was read.
     pub fn written(&mut self, (number, result): Written) -> Option<Vec<Record>> {
-        let was_failing = self.is_failing();
         match result {
             Ok(found) => {
                 self.is_unread = false;
@@ -134,18 +116,13 @@ impl RecordsWriter {
                     // Who asked may be gone.
                     let _ = sender.send(());
                 }
-                if was_failing {
-                    info!(file = %self.file.display(), "list entries are kept again");
-                }
+                self.health.succeeded();
                 found
             }
             Err(error) => {
                 self.failed = Some(Instant::now());
                 self.waiting.clear();
-                if !was_failing {
-                    let file = self.file.display();
-                    warn!(%file, %error, "list entries cannot be kept, a restart would lose them");
-                }
+                self.health.failed(&error);
                 None
             }
         }
@@ -154,69 +131,24 @@ impl RecordsWriter {
 
 #[derive(Serialize, Deserialize)]
 struct Content {
-    /// Files of the first versions do not say it.
-    #[serde(default)]
-    layout: u32,
     records: Vec<Record>,
 }
 
-/// Of a file of any layout.
-#[derive(Deserialize)]
-struct AnyLayout {
-    #[serde(default)]
-    layout: u32,
-}
-
-/// Reads the records of a file; none if there is no file. A damaged one is set aside.
-fn load(file: &Path) -> Result<Vec<Record>, Unread> {
-    let mut json = Vec::new();
-    let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
-    match read {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        read => read?,
-    };
-    if let Ok(AnyLayout { layout: number }) = serde_json::from_slice(&json)
-        && number > LAYOUT
-    {
-        return Err(Unread::Newer { file: file.to_owned(), number });
-    }
-    match serde_json::from_slice::<Content>(&json) {
-        Ok(content) => Ok(content.records),
-        Err(error) => {
-            let reason = error.to_string();
-            let aside = state_file::quarantine(file)?;
-            warn!(file = %file.display(), set_aside = %aside.display(), reason, "file of shared list entries is damaged");
-            Ok(Vec::new())
-        }
-    }
+/// Reads the records of a file; none if there is no file, or a corrupt one, which is set aside.
+fn load(file: &Path) -> Result<Vec<Record>, StorageError> {
+    let content = json_file::load::<Content>(file, LAYOUT)?;
+    Ok(content.map(|content| content.records).unwrap_or_default())
 }
 
 /// Writes the records, and returns when they are on the disk.
-fn write(file: &Path, records: &Records) -> io::Result<()> {
-    let content = Content { layout: LAYOUT, records: records.iter().cloned().collect() };
-    let json = serde_json::to_vec(&content).map_err(io::Error::other)?;
-    let file = state_file::place(file)?;
-    let new = new(&file);
-    // What a write that was broken off left, or somebody put there: it is not written through.
-    match fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut written = state_file::open(&new, OpenOptions::new().write(true).create_new(true))?;
-    written.write_all(&json)?;
-    written.sync_all()?;
-    fs::rename(&new, &file)?;
-    // The name, too.
-    File::open(file.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
-}
-
-/// What is written, until it is whole.
-fn new(file: &Path) -> PathBuf {
-    state_file::with_suffix(file, ".new".as_ref())
+fn write(file: &Path, records: &Records) -> Result<(), StorageError> {
+    json_file::save(file, LAYOUT, Content { records: records.iter().cloned().collect() })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::PublicKey;
     use crate::access_lists::{Entry, List};
@@ -294,7 +226,7 @@ mod tests {
         assert!(first.await.is_ok() && second.try_recv() == Err(oneshot::error::TryRecvError::Empty));
         assert_eq!(read(&file, 0), early);
 
-        fs::create_dir(new(&file)).unwrap();
+        fs::create_dir(json_file::unfinished(&file)).unwrap();
         disk.begin(&records, begun);
         let written = disk.done().await;
         assert!(disk.written(written).is_none() && disk.is_failing());
@@ -302,20 +234,10 @@ mod tests {
         let third = disk.persisted();
         disk.begin(&records, Instant::now());
         assert!(third.await.is_err(), "nobody waits for the next try");
-        fs::remove_dir(new(&file)).unwrap();
+        fs::remove_dir(json_file::unfinished(&file)).unwrap();
         disk.begin(&records, Instant::now() + RETRY);
         let written = disk.done().await;
         assert!(disk.written(written).is_none() && !disk.is_failing() && !disk.is_behind());
         assert_eq!(read(&file, 0), records);
-    }
-
-    #[test]
-    fn what_cannot_be_written_is_an_error_and_leaves_the_old_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("broker.lists.json");
-        write(&file, &Records::default()).unwrap();
-        fs::create_dir(new(&file)).unwrap();
-        assert!(write(&file, &Records::default()).is_err());
-        assert!(file.exists());
     }
 }

@@ -17,9 +17,10 @@ use tracing::{debug, info, warn};
 use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
 use crate::access_lists::records::{Full, Merged, Record, Records, Refused};
-use crate::access_lists::records_file::{RecordsWriter, Unread, Written};
+use crate::access_lists::records_file::{RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
+use crate::storage::StorageError;
 use crate::wire::message::{Hello, Participant, RecordsRequest};
 use crate::{Config, Topic};
 
@@ -141,7 +142,7 @@ pub struct ListService {
 
 impl ListService {
     /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
-    pub fn open(config: &Config, own: Participant) -> Result<(Self, Handle), Unread> {
+    pub fn open(config: &Config, own: Participant) -> Result<(Self, Handle), StorageError> {
         let program = if matches!(own, Participant::Broker(_)) { "broker" } else { "worker" };
         let file = config.state_dir.join(format!("{program}.lists.json"));
         let now = unix(SystemTime::now());

@@ -1,37 +1,34 @@
-//! Keys on disk: what a program knows survives its restart. A [`WriteBuffer`] collects what changed, a [`KeyStore`] writes it
-//! behind to an SQLite database.
+//! Keys on disk: what a program knows survives its restart. A [`WriteBuffer`] collects what changed, a [`KeyStore`]
+//! writes it behind to an SQLite database.
 //!
 //! Ages count, not dates: the database keeps a clock of its own, which runs by the monotonic one. Only for the time that
 //! the program is down the wall clock is asked, and believed if that is plausible. A step of it while the program runs
 //! makes no key older.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
-use std::pin::pin;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Mutex, MutexGuard};
-use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior, params};
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
-use tracing::{info, warn};
+use parking_lot::Mutex;
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
-use crate::storage::sqlite::{self, Failure, Layout};
+use crate::storage::schema::Schema;
+use crate::storage::write_behind::{Table, WriteBehind};
+use crate::storage::{StorageError, Subject};
 use crate::{Domain, PublicKey};
 
-/// How often what changed is written. With the time of a write it stays below the second that is promised.
-const FLUSH: Duration = Duration::from_millis(500);
+pub use crate::storage::write_behind::Clocks;
+
 /// How often the database's clock is written when nothing changes.
 const CLOCK: Duration = Duration::from_secs(60);
 /// Changes that wait at most, while the disk takes none: about 50 MB.
 const CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; a clock that says so was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
-const LAYOUT: Layout = Layout { number: 1, schema: SCHEMA, upgrades: &[] };
 
-const SCHEMA: &str = "
+const FIRST: &str = "
     CREATE TABLE keys (
         domain TEXT NOT NULL,
         key BLOB NOT NULL,
@@ -59,12 +56,12 @@ pub type Keys = BTreeMap<(Domain, PublicKey), KeyRecord>;
 #[derive(Debug, Clone, Default)]
 pub struct WriteBuffer {
     changes: Arc<Mutex<Changes>>,
-    /// The database was lost, and a new one is to have all keys.
-    anew: Arc<AtomicBool>,
+    /// A new database has taken the place of a corrupt one, and is to have all keys.
+    full_write: Arc<AtomicBool>,
 }
 
 /// What each key is now; none if it is gone.
-type Changes = BTreeMap<(Domain, PublicKey), Option<KeyRecord>>;
+pub type Changes = BTreeMap<(Domain, PublicKey), Option<KeyRecord>>;
 
 impl WriteBuffer {
     /// The key is to be on disk like this.
@@ -79,7 +76,7 @@ impl WriteBuffer {
 
     /// One too many is left out: on disk the key then stays as it was.
     fn note(&self, domain: &Domain, key: PublicKey, kept: Option<KeyRecord>) {
-        let mut changes = self.lock();
+        let mut changes = self.changes.lock();
         if changes.len() < CHANGES || changes.contains_key(&(domain.clone(), key)) {
             changes.insert((domain.clone(), key), kept);
         }
@@ -88,13 +85,13 @@ impl WriteBuffer {
     /// Whether all keys are to be put again; true once.
     #[must_use]
     pub fn needs_full_write(&self) -> bool {
-        self.anew.swap(false, Ordering::SeqCst)
+        self.full_write.swap(false, Ordering::SeqCst)
     }
 
     /// How many changes are not on disk yet.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lock().len()
+        self.changes.lock().len()
     }
 
     /// Whether there is none.
@@ -104,12 +101,12 @@ impl WriteBuffer {
     }
 
     fn take(&self) -> Changes {
-        std::mem::take(&mut *self.lock())
+        std::mem::take(&mut *self.changes.lock())
     }
 
     /// Takes back what could not be written; what came meanwhile is newer.
     fn requeue(&self, unwritten: Changes) {
-        let mut changes = self.lock();
+        let mut changes = self.changes.lock();
         for (subject, kept) in unwritten {
             if changes.len() >= CHANGES {
                 return;
@@ -117,240 +114,147 @@ impl WriteBuffer {
             changes.entry(subject).or_insert(kept);
         }
     }
-
-    fn lock(&self) -> MutexGuard<'_, Changes> {
-        self.changes.lock()
-    }
 }
 
-/// The two clocks at one instant.
-#[derive(Debug, Clone, Copy)]
-pub struct Clocks {
-    /// For every age.
-    pub monotonic: Instant,
-    /// For how long the program was down, and nothing else.
-    pub wall: SystemTime,
-}
+/// The database of one program's keys.
+pub type KeyStore = WriteBehind<KeyTable>;
 
-impl Clocks {
-    /// As the system has them.
-    #[must_use]
-    pub fn read() -> Self {
-        Self { monotonic: Instant::now(), wall: SystemTime::now() }
-    }
-}
-
-/// The database of one program.
-pub struct KeyStore {
-    file: PathBuf,
+/// The table of the keys, and the database's clock.
+#[derive(Debug)]
+pub struct KeyTable {
     buffer: WriteBuffer,
-    /// None while it cannot be opened.
-    database: Option<Database>,
-    /// That it cannot be written has been said.
-    failing: bool,
+    /// Those whose keys are read; the keys of others wait for their domain.
+    domains: BTreeSet<Domain>,
+    /// Keys that have been idle for so many seconds are removed.
+    oldest: i64,
+    clock: Clock,
+    /// Keys that were last seen at this second, or earlier, are to be removed.
+    expired: Option<i64>,
 }
 
-struct Database {
-    connection: Connection,
-    /// What the database's clock says, in seconds, at `opened`.
-    running: i64,
+/// The database's clock, in seconds.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    /// What it showed at `opened`.
+    uptime: i64,
     opened: Instant,
-    /// When its clock was last written.
+    /// When it was last written.
     written: Instant,
 }
 
 impl KeyStore {
     /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
-    /// than `ttl`. A damaged file is set aside; one that cannot be written is read all the same, and tried again
-    /// later. Neither keeps anybody from starting; the error is that the file has a layout which is not known here.
+    /// than `ttl`. A corrupt file is set aside; one that cannot be written is read all the same, and tried again later.
+    /// The only error is that the file has a version which is not known here.
     pub fn open(
         dir: &Path,
         name: &str,
         domains: &BTreeSet<Domain>,
         ttl: Option<Duration>,
         now: Clocks,
-    ) -> Result<(Self, WriteBuffer, Keys), Failure> {
-        let file = dir.join(format!("{name}.sqlite"));
+    ) -> Result<(Self, WriteBuffer, Keys), StorageError> {
         let buffer = WriteBuffer::default();
-        let mut store = Self { file, buffer: buffer.clone(), database: None, failing: false };
-        let oldest = ttl.map_or(i64::MAX, seconds);
-        let (written, keys) = match store.whole(now, |database| database.with_keys(domains, oldest)) {
-            Ok((mut database, keys)) => {
-                let written = database.forget(oldest, now);
-                store.database = Some(database);
-                (written, keys)
-            }
-            Err(failure @ Failure::Unknown(_)) => return Err(failure),
-            Err(failure) => {
-                let readable = Database::open_to_read(&store.file, now);
-                match readable.and_then(|database| database.with_keys(domains, oldest)) {
-                    Err(failure @ Failure::Unknown(_)) => return Err(failure),
-                    keys => (Err(failure), keys.map_or_else(|_| Keys::new(), |(_, keys)| keys)),
-                }
-            }
-        };
-        if let Err(failure) = written {
-            store.fail(&failure);
-        }
+        let table = KeyTable::new(buffer.clone(), domains.clone(), ttl, now);
+        let (store, keys) = Self::with_table(dir.join(format!("{name}.sqlite")), table, now)?;
+        let store = if store.is_failing() { store } else { store.flush(now) };
         Ok((store, buffer, keys))
-    }
-
-    /// What `read` makes of the database; of a new one, if it is damaged.
-    fn whole<T>(&self, now: Clocks, read: impl Fn(Database) -> Result<T, Failure>) -> Result<T, Failure> {
-        let open = || Database::open(&self.file, now).and_then(&read);
-        match open() {
-            Err(Failure::Damaged(reason)) => {
-                sqlite::quarantine(&self.file, &reason)?;
-                self.buffer.anew.store(true, Ordering::SeqCst);
-                open()
-            }
-            opened => opened,
-        }
-    }
-
-    /// Writes behind until `stop` returns, and then what is left. Tells `kept` each time whether that succeeds.
-    pub async fn run(mut self, mut kept: impl FnMut(bool), stop: impl Future<Output = ()>) {
-        let mut stop = pin!(stop);
-        let mut over = false;
-        while !over {
-            tokio::select! {
-                () = sleep(FLUSH) => {}
-                () = &mut stop => over = true,
-            }
-            // An error means that the runtime ends.
-            let Ok(store) = spawn_blocking(move || self.flush(Clocks::read())).await else { return };
-            self = store;
-            kept(!self.failing);
-        }
-    }
-
-    /// Writes what changed. What cannot be written is kept for the next time.
-    #[must_use]
-    pub fn flush(mut self, now: Clocks) -> Self {
-        if self.database.is_none() {
-            match self.whole(now, Ok) {
-                Ok(database) => self.database = Some(database),
-                Err(failure) => {
-                    self.fail(&failure);
-                    return self;
-                }
-            }
-        }
-        let changes = self.buffer.take();
-        let Some(database) = &mut self.database else { return self };
-        if changes.is_empty() && !self.failing && now.monotonic.saturating_duration_since(database.written) < CLOCK {
-            return self;
-        }
-        match database.write(&changes, now) {
-            Ok(()) => {
-                if std::mem::take(&mut self.failing) {
-                    info!(file = %self.file.display(), "state is kept again");
-                }
-            }
-            Err(failure) => {
-                self.buffer.requeue(changes);
-                if matches!(failure, Failure::Damaged(_)) {
-                    self.database = None;
-                }
-                self.fail(&failure);
-            }
-        }
-        self
-    }
-
-    fn fail(&mut self, failure: &Failure) {
-        if !std::mem::replace(&mut self.failing, true) {
-            warn!(file = %self.file.display(), %failure, "state cannot be kept, a restart would lose it");
-        }
     }
 }
 
-impl Database {
-    fn open(file: &Path, now: Clocks) -> Result<Self, Failure> {
-        Self::with_clock(sqlite::open(file, LAYOUT)?, now)
+impl KeyTable {
+    fn new(buffer: WriteBuffer, domains: BTreeSet<Domain>, ttl: Option<Duration>, now: Clocks) -> Self {
+        let clock = Clock { uptime: 0, opened: now.monotonic, written: now.monotonic };
+        Self { buffer, domains, oldest: ttl.map_or(i64::MAX, seconds), clock, expired: None }
     }
+}
 
-    /// One that cannot be written, perhaps without the last changes to it.
-    fn open_to_read(file: &Path, now: Clocks) -> Result<Self, Failure> {
-        Self::with_clock(sqlite::open_to_read(file, LAYOUT)?, now)
-    }
+impl Table for KeyTable {
+    const SCHEMA: Schema = Schema { migrations: &[FIRST] };
+    const SUBJECT: Subject = Subject { name: "state", pronoun: "it" };
+    type Content = Keys;
+    type Changes = Changes;
 
-    fn with_clock(connection: Connection, now: Clocks) -> Result<Self, Failure> {
-        let clock = connection.query_row("SELECT running, wall FROM clock", [], |row| {
-            Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
-        });
-        let running = clock.optional()?.ok_or_else(|| Failure::Damaged("it has no clock".into()))?;
-        Ok(Self { connection, running, opened: now.monotonic, written: now.monotonic })
-    }
-
-    /// The database, and its keys of `domains` that are younger than `oldest` seconds.
-    fn with_keys(self, domains: &BTreeSet<Domain>, oldest: i64) -> Result<(Self, Keys), Failure> {
-        let damaged = |error: rusqlite::Error| Failure::Damaged(error.to_string());
+    fn load(&mut self, connection: &Connection, now: Clocks) -> Result<Keys, StorageError> {
+        self.clock = Clock::load(connection, now)?;
+        self.expired = Some(self.clock.uptime.saturating_sub(self.oldest));
+        let corrupt = |error: rusqlite::Error| StorageError::Corrupt(error.to_string());
         let mut keys = Keys::new();
-        {
-            let mut statement = self.connection.prepare("SELECT domain, key, last, proven FROM keys")?;
-            let mut rows = statement.query([])?;
-            while let Some(row) = rows.next()? {
-                let name: String = row.get(0).map_err(damaged)?;
-                let key: [u8; 32] = row.get(1).map_err(damaged)?;
-                let key = PublicKey::from_bytes(key).map_err(|error| Failure::Damaged(error.to_string()))?;
-                let (last, proven) = (row.get(2).map_err(damaged)?, row.get(3).map_err(damaged)?);
-                if let Some(domain) = domains.get(name.as_str()).filter(|_| self.running.saturating_sub(last) < oldest)
-                {
-                    keys.insert((domain.clone(), key), KeyRecord { last: self.instant(last), proven });
+        let mut statement = connection.prepare("SELECT domain, key, last, proven FROM keys")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let (name, key): (String, [u8; 32]) = (row.get(0).map_err(corrupt)?, row.get(1).map_err(corrupt)?);
+            let key = PublicKey::from_bytes(key).map_err(|error| StorageError::Corrupt(error.to_string()))?;
+            let (last, proven) = (row.get(2).map_err(corrupt)?, row.get(3).map_err(corrupt)?);
+            let is_live = self.clock.uptime.saturating_sub(last) < self.oldest;
+            if let Some(domain) = self.domains.get(name.as_str()).filter(|_| is_live) {
+                keys.insert((domain.clone(), key), KeyRecord { last: self.clock.instant(last), proven });
+            }
+        }
+        Ok(keys)
+    }
+
+    fn take(&mut self) -> Changes {
+        self.buffer.take()
+    }
+
+    fn is_due(&self, changes: &Changes, now: Clocks) -> bool {
+        let is_clock_due = now.monotonic.saturating_duration_since(self.clock.written) >= CLOCK;
+        !changes.is_empty() || self.expired.is_some() || is_clock_due
+    }
+
+    fn write(&self, transaction: &Transaction<'_>, changes: &Changes, now: Clocks) -> rusqlite::Result<()> {
+        if let Some(expired) = self.expired {
+            transaction.execute("DELETE FROM keys WHERE last <= ?1", [expired])?;
+        }
+        let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4)")?;
+        let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
+        for ((domain, key), record) in changes {
+            match record {
+                Some(KeyRecord { last, proven }) => {
+                    put.execute(params![domain.name(), key.as_bytes(), self.clock.at(*last), proven])?
                 }
-            }
+                None => remove.execute(params![domain.name(), key.as_bytes()])?,
+            };
         }
-        Ok((self, keys))
-    }
-
-    /// Removes the keys that are not younger than `oldest` seconds.
-    fn forget(&mut self, oldest: i64, now: Clocks) -> Result<(), Failure> {
-        let before = self.running.saturating_sub(oldest);
-        self.connection.execute("DELETE FROM keys WHERE last <= ?1", [before])?;
-        self.write(&Changes::new(), now)
-    }
-
-    fn write(&mut self, changes: &Changes, now: Clocks) -> Result<(), Failure> {
-        let running = self.seconds(now.monotonic);
-        let (opened, base) = (self.opened, self.running);
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        {
-            let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4)")?;
-            let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
-            for ((domain, key), kept) in changes {
-                match kept {
-                    Some(KeyRecord { last, proven }) => {
-                        let last = at(base, opened, *last);
-                        put.execute(params![domain.name(), key.as_bytes(), last, proven])?
-                    }
-                    None => remove.execute(params![domain.name(), key.as_bytes()])?,
-                };
-            }
-            let wall = now.wall.duration_since(UNIX_EPOCH).map_or(0, seconds);
-            transaction.execute("UPDATE clock SET running = ?1, wall = ?2", [running, wall])?;
-        }
-        transaction.commit()?;
-        self.written = now.monotonic;
+        let wall = now.wall.duration_since(UNIX_EPOCH).map_or(0, seconds);
+        transaction.execute("UPDATE clock SET running = ?1, wall = ?2", [self.clock.at(now.monotonic), wall])?;
         Ok(())
     }
 
-    fn seconds(&self, instant: Instant) -> i64 {
-        at(self.running, self.opened, instant)
+    fn requeue(&mut self, changes: Changes) {
+        self.buffer.requeue(changes);
     }
 
-    /// The time that the database's clock showed `second`; never in the future.
-    fn instant(&self, second: i64) -> Instant {
-        let age = u64::try_from(self.running.saturating_sub(second)).unwrap_or_default();
-        self.opened.checked_sub(Duration::from_secs(age)).unwrap_or(self.opened)
+    fn written(&mut self, now: Clocks) {
+        (self.expired, self.clock.written) = (None, now.monotonic);
+    }
+
+    fn recreated(&mut self) {
+        self.buffer.full_write.store(true, Ordering::SeqCst);
     }
 }
 
-/// What a clock that showed `base` at `opened` shows at `instant`.
-fn at(base: i64, opened: Instant, instant: Instant) -> i64 {
-    match instant.checked_duration_since(opened) {
-        Some(after) => base.saturating_add(seconds(after)),
-        None => base.saturating_sub(seconds(opened.duration_since(instant))),
+impl Clock {
+    fn load(connection: &Connection, now: Clocks) -> Result<Self, StorageError> {
+        let uptime = connection.query_row("SELECT running, wall FROM clock", [], |row| {
+            Ok(row.get::<_, i64>(0)?.saturating_add(seconds_down(row.get(1)?, now.wall)))
+        });
+        let uptime = uptime.optional()?.ok_or_else(|| StorageError::Corrupt("it has no clock".into()))?;
+        Ok(Self { uptime, opened: now.monotonic, written: now.monotonic })
+    }
+
+    /// What it shows at `instant`.
+    fn at(&self, instant: Instant) -> i64 {
+        match instant.checked_duration_since(self.opened) {
+            Some(after) => self.uptime.saturating_add(seconds(after)),
+            None => self.uptime.saturating_sub(seconds(self.opened.duration_since(instant))),
+        }
+    }
+
+    /// The time at which it showed `second`; never in the future.
+    fn instant(&self, second: i64) -> Instant {
+        let age = u64::try_from(self.uptime.saturating_sub(second)).unwrap_or_default();
+        self.opened.checked_sub(Duration::from_secs(age)).unwrap_or(self.opened)
     }
 }
 

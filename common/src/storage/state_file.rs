@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use tracing::warn;
 
 /// What SQLite has beside a database, and the database itself.
 const PARTS: [&str; 4] = ["", "-wal", "-shm", "-journal"];
@@ -33,8 +34,15 @@ pub(crate) fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
     if opened.metadata()?.is_file() { Ok(opened) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// Gives a damaged file, with what SQLite has beside it, a name that no file has yet, and says which.
-pub(crate) fn quarantine(file: &Path) -> io::Result<PathBuf> {
+/// Gives a file that is corrupt for this `reason`, with what SQLite has beside it, a name that no file has yet, so that a
+/// new one can take its place.
+pub(crate) fn quarantine(file: &Path, reason: &str) -> io::Result<()> {
+    let aside = rename_aside(file)?;
+    warn!(file = %file.display(), set_aside = %aside.display(), reason, "state file is damaged");
+    Ok(())
+}
+
+fn rename_aside(file: &Path) -> io::Result<PathBuf> {
     let names = (1_u32..).map(|n| if n == 1 { ".damaged".to_owned() } else { format!(".damaged-{n}") });
     let mut aside = None;
     for name in names.map(|suffix| with_suffix(file, suffix.as_ref())) {
@@ -109,12 +117,12 @@ mod tests {
         for (n, expected) in ["f.damaged", "f.damaged-3", "f.damaged-4"].into_iter().enumerate() {
             fs::write(at("f"), n.to_string()).unwrap();
             fs::write(at("f-wal"), n.to_string()).unwrap();
-            assert_eq!(quarantine(&at("f")).unwrap(), at(expected));
+            assert_eq!(rename_aside(&at("f")).unwrap(), at(expected));
             assert_eq!(fs::read_to_string(at(&format!("{expected}-wal"))).unwrap(), n.to_string());
         }
-        assert!(quarantine(&at("f")).is_err());
+        assert!(rename_aside(&at("f")).is_err());
         assert_eq!(fs::read_to_string(at("f.damaged")).unwrap(), "0");
         // It looked for a free name for ever.
-        assert!(quarantine(&at("f.damaged/g")).is_err(), "its directory is a file");
+        assert!(rename_aside(&at("f.damaged/g")).is_err(), "its directory is a file");
     }
 }

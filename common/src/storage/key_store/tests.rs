@@ -1,9 +1,11 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
+use rusqlite::Connection;
 use tempfile::{TempDir, tempdir};
 
 use super::*;
+use crate::storage::sqlite;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -148,7 +150,7 @@ fn an_impossible_row_is_damage_too() {
         drop(open(&dir, now));
         Connection::open(dir.path().join("test.sqlite")).unwrap().execute_batch(damage).unwrap();
         let (store, _, keys) = open(&dir, now);
-        assert!(keys.is_empty() && !store.failing, "{damage}");
+        assert!(keys.is_empty() && !store.is_failing(), "{damage}");
     }
 }
 
@@ -166,8 +168,8 @@ fn another_layout_is_no_damage() {
         let content = || (fs::read(&file).unwrap(), fs::read_dir(&dir).unwrap().count());
         let before = content();
         let failure = KeyStore::open(dir.path(), "test", &domains(), TTL, now).map(drop).unwrap_err();
-        assert!(matches!(&failure, Failure::Unknown(text) if text.contains("test.sqlite")), "{failure:?}");
-        assert!(matches!(sqlite::open_to_read(&file, LAYOUT), Err(Failure::Unknown(_))));
+        assert!(matches!(&failure, StorageError::UnknownVersion(text) if text.contains("test.sqlite")), "{failure:?}");
+        assert!(matches!(sqlite::open_to_read(&file, KeyTable::SCHEMA), Err(StorageError::UnknownVersion(_))));
         assert_eq!(content(), before, "{change}");
         run("PRAGMA user_version = 1");
         assert_eq!(open(&dir, now).2.len(), 1);
@@ -180,21 +182,21 @@ fn what_cannot_be_written_is_kept_until_it_can() {
     let (first, _, _) = open(&dir, now);
     // The database is another process's; a directory stands in its place; a file in that of its directory.
     let (store, buffer, _) = open(&dir, now);
-    assert!(store.failing);
+    assert!(store.is_failing());
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
-    assert!(store.failing);
+    assert!(store.is_failing());
     buffer.put(&domain("ff_a"), key(1), KeyRecord { proven: true, ..kept(now.monotonic) });
     drop(first);
     let store = store.flush(now);
-    assert!(!store.failing);
+    assert!(!store.is_failing());
     drop(store);
     assert!(open(&dir, now).2[&(domain("ff_a"), key(1))].proven);
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
-    assert!(KeyStore::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.failing);
-    assert!(KeyStore::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.failing);
+    assert!(KeyStore::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.is_failing());
+    assert!(KeyStore::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.is_failing());
 }
 
 #[test]
@@ -205,10 +207,12 @@ fn what_cannot_be_written_is_read_all_the_same() {
     drop(store.flush(now));
     let path = dir.path().join("test.sqlite");
     // As on a read-only file system, also for root: nothing can be made beside it, and it is not opened for writing.
-    let database = Database::open_to_read(&path, now).unwrap();
-    let (mut database, keys) = database.with_keys(&domains(), i64::MAX).unwrap();
-    assert_eq!(keys.len(), 1);
-    assert!(matches!(database.write(&Changes::new(), now), Err(Failure::Refused(_))));
+    let mut database = sqlite::open_to_read(&path, KeyTable::SCHEMA).unwrap();
+    let mut table = KeyTable::new(WriteBuffer::default(), domains(), None, now);
+    assert_eq!(table.load(&database, now).unwrap().len(), 1);
+    let transaction = database.transaction().unwrap();
+    let refused = table.write(&transaction, &Changes::new(), now).map_err(StorageError::from);
+    assert!(matches!(refused, Err(StorageError::Unavailable(_))));
 }
 
 #[test]
@@ -218,7 +222,7 @@ fn a_database_that_is_damaged_later_gets_everything_again() {
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let mut store = store.flush(now);
     assert!(!buffer.needs_full_write());
-    store.database = None;
+    store.disconnect();
     fs::write(dir.path().join("test.sqlite"), "no database").unwrap();
     let store = store.flush(now);
     assert!(buffer.needs_full_write() && !buffer.needs_full_write());
@@ -266,4 +270,37 @@ fn what_is_given_back_gives_way_to_what_is_newer() {
     buffer.requeue(taken);
     let changes: Vec<_> = buffer.take().into_values().collect();
     assert_eq!(changes, [None, Some(kept(now))]);
+}
+
+/// As the version before migrations wrote it, by its own SQL.
+#[test]
+fn keys_of_the_first_release_are_taken_over() {
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    let wall = now.wall.duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let first = format!(
+        "PRAGMA journal_mode = WAL;
+         CREATE TABLE keys (
+             domain TEXT NOT NULL,
+             key BLOB NOT NULL,
+             last INTEGER NOT NULL,
+             proven INTEGER NOT NULL,
+             PRIMARY KEY (domain, key)
+         ) WITHOUT ROWID;
+         CREATE TABLE clock (running INTEGER NOT NULL, wall INTEGER NOT NULL);
+         INSERT INTO clock VALUES (100, {});
+         INSERT INTO keys VALUES ('ff_a', X'{}', 90, 1), ('ff_b', X'{}', 40, 0);
+         PRAGMA user_version = 1;",
+        wall - 3600,
+        "01".repeat(32),
+        "02".repeat(32)
+    );
+    Connection::open(dir.path().join("test.sqlite")).unwrap().execute_batch(&first).unwrap();
+    for _ in 0..2 {
+        let (store, _, keys) = open(&dir, now);
+        assert!(!store.is_failing());
+        assert_eq!(ages(&keys, now), [aged("ff_a1", 3610), aged("ff_b2", 3660)]);
+        assert!(keys[&(domain("ff_a"), key(1))].proven && !keys[&(domain("ff_b"), key(2))].proven);
+        drop(store);
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is set aside");
 }

@@ -1,0 +1,125 @@
+//! A JSON file with a version: written whole, beside the old one, and then put in its place, so that there is always one
+//! that is whole.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::storage::{StorageError, state_file};
+
+/// What is written: the version, and the fields of the content.
+#[derive(Serialize)]
+struct Versioned<T> {
+    layout: u32,
+    #[serde(flatten)]
+    content: T,
+}
+
+/// What a file of any version has. The first ones do not have it.
+#[derive(Deserialize)]
+struct Version {
+    #[serde(default)]
+    layout: u32,
+}
+
+/// Reads the content of `file`, whose version is `known` or an earlier one that reads the same; none if there is no file.
+/// A corrupt one is set aside, and then there is none either.
+pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, StorageError> {
+    let mut json = Vec::new();
+    let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        read => read?,
+    };
+    if let Ok(Version { layout }) = serde_json::from_slice(&json)
+        && layout > known
+    {
+        return Err(StorageError::unknown_version(file, layout.into(), known.into()));
+    }
+    match serde_json::from_slice(&json) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) => {
+            state_file::quarantine(file, &error.to_string())?;
+            Ok(None)
+        }
+    }
+}
+
+/// Writes the content of `file` as one of version `layout`, and returns when it is on the disk.
+pub fn save(file: &Path, layout: u32, content: impl Serialize) -> Result<(), StorageError> {
+    let json = serde_json::to_vec(&Versioned { layout, content }).map_err(io::Error::other)?;
+    let file = state_file::place(file)?;
+    let new = unfinished(&file);
+    // What a write that was broken off left, or somebody put there: it is not written through.
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let mut written = state_file::open(&new, OpenOptions::new().write(true).create_new(true))?;
+    written.write_all(&json)?;
+    written.sync_all()?;
+    fs::rename(&new, &file)?;
+    // The name, too.
+    File::open(file.parent().ok_or(io::Error::from(io::ErrorKind::InvalidInput))?)?.sync_all()?;
+    Ok(())
+}
+
+/// What is written, until it is whole.
+pub(crate) fn unfinished(file: &Path) -> PathBuf {
+    state_file::with_suffix(file, ".new".as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Names {
+        names: Vec<String>,
+    }
+
+    fn names(name: &str) -> Names {
+        Names { names: vec![name.into()] }
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded_and_its_version_stands_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state/f.json");
+        assert_eq!(load::<Names>(&file, 2).unwrap(), None);
+        for name in ["a", "b"] {
+            save(&file, 2, names(name)).unwrap();
+            assert_eq!(load(&file, 2).unwrap(), Some(names(name)));
+        }
+        assert_eq!(fs::read_to_string(&file).unwrap(), r#"{"layout":2,"names":["b"]}"#);
+        fs::write(&file, r#"{"names":["c"]}"#).unwrap();
+        assert_eq!(load(&file, 2).unwrap(), Some(names("c")), "one of the first versions");
+    }
+
+    #[test]
+    fn a_newer_version_stays_and_a_corrupt_file_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.json");
+        fs::write(&file, r#"{"layout":3,"names":"of another kind"}"#).unwrap();
+        let before = fs::read(&file).unwrap();
+        let newer = load::<Names>(&file, 2).unwrap_err().to_string();
+        assert!(newer.contains("f.json") && newer.contains("number 3, newer than those up to 2"), "{newer}");
+        assert_eq!(fs::read(&file).unwrap(), before);
+        fs::write(&file, "{").unwrap();
+        assert_eq!(load::<Names>(&file, 2).unwrap(), None);
+        assert!(!file.exists() && dir.path().join("f.json.damaged").exists());
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_an_error_and_leaves_the_old_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f.json");
+        save(&file, 1, names("a")).unwrap();
+        fs::create_dir(unfinished(&file)).unwrap();
+        assert!(save(&file, 1, names("b")).is_err());
+        assert_eq!(load(&file, 1).unwrap(), Some(names("a")));
+    }
+}

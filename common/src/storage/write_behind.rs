@@ -1,0 +1,194 @@
+//! Writes to a database what changed in memory, a moment later: one loop, and one rule for a file that is corrupt or
+//! cannot be written.
+//!
+//! One task for each database runs [`WriteBehind::run`]; the disk is waited for on a thread of its own. What changed is
+//! shared with the task that changes it, by [`Table::take`].
+
+use std::path::PathBuf;
+use std::pin::pin;
+use std::time::{Duration, Instant, SystemTime};
+
+use rusqlite::{Connection, Transaction, TransactionBehavior};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
+use crate::storage::schema::Schema;
+use crate::storage::{Health, StorageError, Subject, sqlite, state_file};
+
+/// How often what changed is written. With the time of a write it stays below the second that is promised.
+const FLUSH: Duration = Duration::from_millis(500);
+
+/// The two clocks at one instant.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    /// For every age.
+    pub monotonic: Instant,
+    /// For how long the program was down, and nothing else.
+    pub wall: SystemTime,
+}
+
+impl Clocks {
+    /// As the system has them.
+    #[must_use]
+    pub fn read() -> Self {
+        Self { monotonic: Instant::now(), wall: SystemTime::now() }
+    }
+}
+
+/// What is written to a database.
+pub trait Table: Send + 'static {
+    /// The tables.
+    const SCHEMA: Schema;
+    /// What the log calls their content.
+    const SUBJECT: Subject;
+    /// What the database holds.
+    type Content: Default;
+    /// What changed and is not written yet.
+    type Changes: Send;
+
+    /// Reads the database, each time when it is opened. An impossible row is [`StorageError::Corrupt`].
+    fn load(&mut self, connection: &Connection, now: Clocks) -> Result<Self::Content, StorageError>;
+    /// What changed since the last time.
+    fn take(&mut self) -> Self::Changes;
+    /// Whether there is something to write.
+    fn is_due(&self, changes: &Self::Changes, now: Clocks) -> bool;
+    /// Writes what changed.
+    fn write(&self, transaction: &Transaction<'_>, changes: &Self::Changes, now: Clocks) -> rusqlite::Result<()>;
+    /// What changed could not be written: it is to be taken again, unless there is something newer.
+    fn requeue(&mut self, changes: Self::Changes);
+    /// It is written.
+    fn written(&mut self, _now: Clocks) {}
+    /// A new file has taken the place of a corrupt one.
+    fn recreated(&mut self) {}
+    /// The file can be written after it could not be.
+    fn reopened(&mut self) {}
+}
+
+/// The database of a [`Table`].
+pub struct WriteBehind<T> {
+    file: PathBuf,
+    table: T,
+    /// None while it cannot be opened.
+    connection: Option<Connection>,
+    health: Health,
+}
+
+impl<T: Table> WriteBehind<T> {
+    /// Opens `file`, making what is missing, and gives what it holds. A corrupt file is set aside; one that cannot be
+    /// written is read all the same, and tried again later. The only error is a version that is not known here.
+    pub fn with_table(file: PathBuf, table: T, now: Clocks) -> Result<(Self, T::Content), StorageError> {
+        let health = Health::new(file.clone(), T::SUBJECT);
+        let mut store = Self { file, table, connection: None, health };
+        let error = match store.open_or_recreate(now) {
+            Ok(content) => return Ok((store, content)),
+            Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
+            Err(error) => error,
+        };
+        let readable = sqlite::open_to_read(&store.file, T::SCHEMA);
+        let content = match readable.and_then(|connection| store.table.load(&connection, now)) {
+            Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
+            content => content.unwrap_or_default(),
+        };
+        store.health.failed(&error);
+        Ok((store, content))
+    }
+
+    /// Whether the last attempt to open or write the file failed.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.health.is_failing()
+    }
+
+    /// What is written.
+    pub fn table_mut(&mut self) -> &mut T {
+        &mut self.table
+    }
+
+    fn open_or_recreate(&mut self, now: Clocks) -> Result<T::Content, StorageError> {
+        match self.connect(now) {
+            Err(StorageError::Corrupt(reason)) => {
+                state_file::quarantine(&self.file, &reason)?;
+                self.table.recreated();
+                self.connect(now)
+            }
+            opened => opened,
+        }
+    }
+
+    fn connect(&mut self, now: Clocks) -> Result<T::Content, StorageError> {
+        let connection = sqlite::open(&self.file, T::SCHEMA)?;
+        let content = self.table.load(&connection, now)?;
+        self.connection = Some(connection);
+        Ok(content)
+    }
+
+    /// Writes behind until `stop` returns, and then what is left. `is_kept` is told after each time whether the file can be
+    /// written.
+    pub async fn run(mut self, mut is_kept: impl FnMut(bool), stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut is_over = false;
+        while !is_over {
+            tokio::select! {
+                () = sleep(FLUSH) => {}
+                () = &mut stop => is_over = true,
+            }
+            // An error means that the runtime ends.
+            let Ok(store) = spawn_blocking(move || self.flush(Clocks::read())).await else { return };
+            self = store;
+            is_kept(!self.is_failing());
+        }
+    }
+
+    /// Writes what changed. What cannot be written is tried again the next time.
+    #[must_use]
+    pub fn flush(mut self, now: Clocks) -> Self {
+        if self.connection.is_none() {
+            match self.open_or_recreate(now) {
+                Ok(_) => self.table.reopened(),
+                Err(error) => {
+                    self.health.failed(&error);
+                    return self;
+                }
+            }
+        }
+        let Some(connection) = &mut self.connection else { return self };
+        let changes = self.table.take();
+        if !self.health.is_failing() && !self.table.is_due(&changes, now) {
+            return self;
+        }
+        match write(&self.table, connection, &changes, now) {
+            Ok(()) => {
+                self.table.written(now);
+                self.health.succeeded();
+            }
+            Err(error) => {
+                self.table.requeue(changes);
+                if matches!(error, StorageError::Corrupt(_)) {
+                    self.connection = None;
+                }
+                self.health.failed(&error);
+            }
+        }
+        self
+    }
+}
+
+fn write<T: Table>(
+    table: &T,
+    connection: &mut Connection,
+    changes: &T::Changes,
+    now: Clocks,
+) -> Result<(), StorageError> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    table.write(&transaction, changes, now)?;
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+impl<T> WriteBehind<T> {
+    /// Lets go of the file, as after damage.
+    pub(crate) fn disconnect(&mut self) {
+        self.connection = None;
+    }
+}
