@@ -1,0 +1,149 @@
+//! When a session connects again after a loss, and what the loss may mean. No IO.
+
+use std::time::Duration;
+
+use rumqttc::{ConnectReturnCode, ConnectionError, StateError};
+use tokio::time::Instant;
+
+/// The pause before the second attempt to connect; it doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// The longest pause between two attempts to connect.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The longest pause where the server closes each connection as soon as it stands.
+const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
+/// After so many connections in a row that the server closed before it had granted every subscription, it may not like a name.
+const CLOSED_EARLY: u32 = 3;
+/// After so many of these the log says what may be the cause.
+const THROWN_OUT: u32 = 5;
+/// A connection that held this long was a good one: the next attempt after it comes soon.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
+
+/// What is known of the last connections.
+#[derive(Debug)]
+pub(super) struct Reconnect {
+    /// Before the next attempt.
+    pause: Duration,
+    /// When the connection was made that is lost, or that stands.
+    since: Option<Instant>,
+    /// Connections in a row that the server closed soon after they stood.
+    thrown_out: u32,
+    /// Connections in a row that the server closed before it had granted every subscription.
+    closed_early: u32,
+}
+
+impl Default for Reconnect {
+    fn default() -> Self {
+        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, closed_early: 0 }
+    }
+}
+
+impl Reconnect {
+    pub(super) fn connected(&mut self, now: Instant) {
+        self.since = Some(now);
+    }
+
+    /// A connection is lost, or an attempt to connect failed; `was_up` if every subscription was granted. True if the
+    /// server seems to throw out this client again and again.
+    pub(super) fn lost(&mut self, error: &ConnectionError, was_up: bool) -> bool {
+        // MQTT 3.1.1 has no way to refuse a name: the server closes the connection.
+        self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
+        self.count_thrown_out(error);
+        self.thrown_out == THROWN_OUT
+    }
+
+    /// Nor has it a way to say that another client of the same id has connected.
+    fn count_thrown_out(&mut self, error: &ConnectionError) {
+        let is_closed = matches!(error, ConnectionError::Io(_) | ConnectionError::MqttState(_));
+        match self.since {
+            Some(since) if is_closed && since.elapsed() < STABLE_AFTER => self.thrown_out += 1,
+            Some(_) => self.thrown_out = 0,
+            // Nobody listens there: the server was restarted.
+            None if matches!(error, ConnectionError::Io(_)) => self.thrown_out = 0,
+            None => {}
+        }
+    }
+
+    /// Whether the server may not like a name in what this client subscribes to.
+    pub(super) fn is_closed_early(&self) -> bool {
+        self.closed_early >= CLOSED_EARLY
+    }
+
+    /// The same, since the last loss.
+    pub(super) fn is_closed_early_first(&self) -> bool {
+        self.closed_early == CLOSED_EARLY
+    }
+
+    /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and never in
+    /// step with the other clients of a server that comes back.
+    pub(super) fn pause(&mut self) -> Duration {
+        if self.since.take().is_some_and(|since| since.elapsed() > STABLE_AFTER) {
+            self.pause = PAUSE_MIN;
+        }
+        let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
+        let longest = if self.thrown_out > THROWN_OUT { PAUSE_THROWN_OUT } else { PAUSE_MAX };
+        self.pause = (self.pause * 2).min(longest);
+        pause
+    }
+}
+
+/// Whether the server closed a connection that stood.
+pub(super) fn is_closed(error: &ConnectionError) -> bool {
+    matches!(
+        error,
+        ConnectionError::MqttState(StateError::ConnectionAborted | StateError::Io(_) | StateError::Deserialization(_))
+    )
+}
+
+/// The first level of a topic or filter that has a dot.
+pub(super) fn dotted(topic: &str) -> Option<&str> {
+    topic.split('/').find(|level| level.contains('.'))
+}
+
+/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
+pub(super) fn dot_hint(topic: &str) -> String {
+    let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
+    dotted(topic).map(hint).unwrap_or_default()
+}
+
+/// One line on why there is no connection, in an operator's words.
+pub(super) fn describe(error: &ConnectionError) -> String {
+    match error {
+        ConnectionError::ConnectionRefused(
+            ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
+        ) => "the server refuses the user name or password".into(),
+        ConnectionError::ConnectionRefused(code) => format!("the server refuses the connection: {code:?}"),
+        ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => "the server does not answer".into(),
+        ConnectionError::Io(error) => error.to_string(),
+        ConnectionError::Tls(error) => format!("TLS: {error}"),
+        ConnectionError::MqttState(error) => error.to_string(),
+        ConnectionError::NotConnAck(_) => "the server does not speak MQTT 3.1.1".into(),
+        ConnectionError::RequestsDone => "the session has ended".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Quick restarts of the server were taken for another program of the same name, and cost up to 30 s each.
+    #[test]
+    fn a_server_where_nobody_listens_between_two_losses_was_restarted() {
+        let mut reconnect = Reconnect::default();
+        let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
+        let refused = ConnectionError::Io(std::io::ErrorKind::ConnectionRefused.into());
+        let mut longest = |is_restarted: bool| {
+            let pauses = (0..2 * THROWN_OUT).map(|_| {
+                reconnect.connected(Instant::now());
+                reconnect.lost(&closed, true);
+                let pause = reconnect.pause();
+                if is_restarted {
+                    reconnect.lost(&refused, false);
+                }
+                pause
+            });
+            pauses.max().unwrap()
+        };
+        assert!(longest(true) <= PAUSE_MAX);
+        assert!(longest(false) > PAUSE_MAX);
+    }
+}
