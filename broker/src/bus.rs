@@ -3,4 +3,7 @@
 pub mod announcer;
 pub mod askers;
 pub mod complaints;
+mod metrics;
 pub mod subscriber;
+
+pub use self::metrics::Metrics;

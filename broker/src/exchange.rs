@@ -1,6 +1,7 @@
 //! The road of one key through the broker: checked, published, and answered when a gateway has it.
 
 pub mod answers;
+mod metrics;
 pub mod rate_limit;
 pub mod turns;
 pub mod waiters;
@@ -24,7 +25,8 @@ use crate::exchange::waiters::{Verdict, Waiters, Waiting};
 use crate::fleet::gateways::{Choice, Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 use crate::http::client_ip::Client;
-use crate::metrics::Metrics;
+
+pub use self::metrics::Metrics;
 
 /// A key that a router may exchange.
 #[derive(Debug, Clone, PartialEq, Eq)]

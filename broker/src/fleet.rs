@@ -5,4 +5,7 @@
 pub mod claimed;
 pub mod gateways;
 pub mod live_keys;
+mod metrics;
 pub mod revocation;
+
+pub use self::metrics::Metrics;

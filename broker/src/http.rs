@@ -4,6 +4,7 @@ pub mod admin;
 mod body;
 pub mod client_ip;
 pub mod listen;
+mod metrics;
 mod status_page;
 
 use std::collections::BTreeSet;
@@ -36,8 +37,11 @@ use wgkex_common::runtime::tls::rustls::ServerConfig;
 use wgkex_common::wire::message::WorkerData;
 
 use crate::exchange::{Ask, Exchange, Refusal};
+use crate::fleet;
 use crate::http::client_ip::{Client, is_in, is_near, origin};
-use crate::metrics::Metrics;
+use crate::metrics::{Registry, set};
+
+pub use self::metrics::Metrics;
 
 /// The largest body of a request; a router's has about 100 bytes.
 const BODY_MAX: usize = 4096;
@@ -72,8 +76,12 @@ pub struct App {
     pub trusted: Arc<[IpNet]>,
     /// Whether somebody was heard nearby who is a proxy and not trusted.
     pub proxy_missed: Arc<AtomicBool>,
-    /// What is counted.
+    /// What is counted here.
     pub metrics: Metrics,
+    /// The metrics of the fleet, which are up to date only when they are read.
+    pub fleet_metrics: fleet::Metrics,
+    /// All metrics.
+    pub registry: Registry,
 }
 
 /// The server on `listener`, with `tls` for HTTPS; it runs when awaited. When it is stopped, requests under way have
@@ -88,7 +96,7 @@ pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain:
             let response = service.call(request);
             async move {
                 let response = response.await?;
-                let duration = metrics.http_duration.with_label_values(&[route, response.status().as_str()]);
+                let duration = metrics.duration.with_label_values(&[route, response.status().as_str()]);
                 duration.observe(begun.elapsed().as_secs_f64());
                 Ok(response)
             }
@@ -106,7 +114,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
             .service(readable("/", index))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
-            .service(readable("/metrics", metrics))
+            .service(readable("/metrics", scrape))
             .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
 }
@@ -229,11 +237,11 @@ async fn readyz(app: Data<App>) -> HttpResponse {
     HttpResponse::build(status).content_type(ContentType::plaintext()).body(text)
 }
 
-async fn metrics(app: Data<App>) -> HttpResponse {
-    app.metrics.set_gateways(&app.exchange.gateways().overview());
-    app.metrics.set_connections(app.connections.open());
-    app.metrics.set_live(app.exchange.live().counts());
-    match app.metrics.text() {
+async fn scrape(app: Data<App>) -> HttpResponse {
+    app.fleet_metrics.set_gateways(&app.exchange.gateways().overview());
+    app.fleet_metrics.set_live(app.exchange.live().counts());
+    set(&app.metrics.connections, app.connections.open());
+    match app.registry.text() {
         Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
         Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),
     }

@@ -54,7 +54,7 @@ use crate::fleet::revocation::Answers;
 use crate::http::App;
 use crate::http::admin::Admin;
 use crate::http::client_ip;
-use crate::metrics::Metrics;
+use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
 
@@ -81,6 +81,18 @@ struct Broker {
     bus: MqttHandle,
     /// The session that publishes keys.
     keys: MqttHandle,
+    metrics: Metrics,
+}
+
+/// Each room's metrics.
+#[derive(Clone)]
+struct Metrics {
+    registry: Registry,
+    bus: bus::Metrics,
+    exchange: exchange::Metrics,
+    fleet: fleet::Metrics,
+    http: http::Metrics,
+    mqtt_server: mqtt_server::Metrics,
 }
 
 /// The ports that the config names, bound.
@@ -98,16 +110,17 @@ struct Listeners {
 /// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let listeners = Listeners::bind(&config)?;
-    let metrics = Metrics::new().context("metrics")?;
+    let metrics = Metrics::register().context("metrics")?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker(config.name.clone()))?;
     let embedded = config.mqtt_listen.as_ref();
-    let embedded = embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics)).transpose()?;
+    let embedded =
+        embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics.mqtt_server)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config, &lists)?;
-    let exchange = exchange(&config, live, keys.clone(), &lists, metrics);
-    let broker = Broker { config, exchange, lists, revocations: Answers::default(), bus, keys };
+    let exchange = exchange(&config, live, keys.clone(), &lists, metrics.exchange.clone());
+    let broker = Broker { config, exchange, lists, revocations: Answers::default(), bus, keys, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -123,19 +136,23 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
 impl Broker {
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
-        let state_kept = self.exchange.metrics.state_kept.clone();
+        let state_kept = self.metrics.fleet.state_kept.clone();
         services
             .group(LAST, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
             .spawn("the access lists", |stop| {
-                list_service.run(self.keys.clone(), apply_lists(self.exchange.clone()), stop)
+                list_service.run(
+                    self.keys.clone(),
+                    apply_lists(self.exchange.clone(), self.metrics.fleet.clone()),
+                    stop,
+                )
             });
     }
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
-        let Self { config, exchange, lists, revocations, bus, keys } = self;
-        let Exchange { gateways, waiters, live, metrics, .. } = exchange;
+        let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
+        let (Exchange { gateways, waiters, live, .. }, metrics) = (exchange, &metrics.bus);
         let own = Participant::Broker(config.name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
@@ -173,7 +190,7 @@ impl Broker {
     fn start_http(&self, services: &mut Services, listeners: Listeners) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
         let (trusted, proxy_missed) = (Arc::from(trusted_proxies.clone()), Arc::default());
-        let metrics = self.exchange.metrics.clone();
+        let Metrics { http: metrics, fleet: fleet_metrics, registry, .. } = self.metrics.clone();
         let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
         services.background().spawn("the idle connections", |_| tidy(connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
@@ -183,7 +200,8 @@ impl Broker {
         }
         let links = [&self.bus, &self.keys].map(MqttHandle::connection_state);
         let (domains, exchange) = (domains.clone(), self.exchange.clone());
-        let app = App { domains, exchange, links, connections, trusted, proxy_missed, metrics };
+        let app =
+            App { domains, exchange, links, connections, trusted, proxy_missed, metrics, fleet_metrics, registry };
         let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
         let tls = listeners.tls.map(|(listener, certificate)| {
             let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
@@ -210,6 +228,22 @@ impl Broker {
     }
 }
 
+impl Metrics {
+    fn register() -> Result<Self, prometheus::Error> {
+        let registry = Registry::default();
+        let version = registry.gauges("wgkex_broker_build_info", "1, with the version", &["version"])?;
+        version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(Self {
+            bus: bus::Metrics::register(&registry)?,
+            exchange: exchange::Metrics::register(&registry)?,
+            fleet: fleet::Metrics::register(&registry)?,
+            http: http::Metrics::register(&registry)?,
+            mqtt_server: mqtt_server::Metrics::register(&registry)?,
+            registry,
+        })
+    }
+}
+
 impl Listeners {
     fn bind(config: &Config) -> anyhow::Result<Self> {
         let plain = listen("broker_listen", &config.broker_listen.host, config.broker_listen.port)?;
@@ -222,7 +256,7 @@ fn exchange(
     live: Arc<Mutex<LiveKeys>>,
     keys: MqttHandle,
     lists: &Handle,
-    metrics: Metrics,
+    metrics: exchange::Metrics,
 ) -> Exchange {
     Exchange {
         gateways: Arc::new(Mutex::new(gateways(config))),
@@ -315,16 +349,16 @@ async fn tidy(connections: Connections) {
 }
 
 /// The connections of routers, none of which is open yet.
-fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: Metrics) -> Connections {
+fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: http::Metrics) -> Connections {
     let seat = move |peer| client_ip::seat(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
     let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
     Connections::new(Capacity::of_fleet(), seat, closed)
 }
 
 /// Applies changed lists. What gateways confirmed before may be about a key that was denied meanwhile.
-fn apply_lists(exchange: Exchange) -> impl FnMut(ListUpdate<'_>) {
+fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
-        exchange.metrics.set_lists(&update);
+        metrics.set_lists(&update);
         exchange.waiters.forget_all();
         exchange.turns.obey(update.admission.clone());
         exchange.live().obey(update.admission.clone());

@@ -23,6 +23,7 @@ mod guesses;
 mod handshake;
 mod log;
 mod message;
+mod metrics;
 pub mod password;
 mod pending;
 mod quota;
@@ -58,18 +59,16 @@ use wgkex_common::runtime::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{Connection, End};
-use self::handshake::{Client, Endpoint, LOGIN_TIMEOUT, Stream};
+use self::handshake::{Client, Endpoint, LOGIN_TIMEOUT, Refusal, Stream};
 use self::message::Message;
 use self::pending::{HandshakeLimiter, HandshakePermit};
 use self::quota::{Cost, LOGIN, LogThrottle};
 use self::retained_store::File;
 use self::session::Session;
 use self::users::Users;
-use crate::metrics::Metrics;
 use crate::tls::Certificate;
 
-pub use self::connection::Slowed;
-pub use self::handshake::Refusal;
+pub use self::metrics::Metrics;
 
 /// This broker's own connections, two of which may be about to end.
 const OWN: usize = 4;
@@ -289,7 +288,7 @@ impl Context {
     }
 
     fn count(&self, refusal: Refusal) {
-        self.metrics.mqtt_refused.with_label_values(&[refusal.reason()]).inc();
+        self.metrics.refused.with_label_values(&[refusal.reason()]).inc();
     }
 }
 
@@ -304,13 +303,14 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use super::*;
+    use crate::metrics::Registry;
 
     /// Such a server would start and let nobody in.
     #[test]
     fn a_listener_that_cannot_be_served_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("no socket")).unwrap();
-        let metrics = Metrics::new().unwrap();
+        let metrics = Metrics::register(&Registry::default()).unwrap();
         let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
         let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
         let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());

@@ -19,11 +19,11 @@ use wgkex_common::{Config, PublicKey, Topic};
 
 use crate::bus::askers::Askers;
 use crate::bus::complaints::Complaints;
+use crate::bus::metrics::Metrics;
 use crate::exchange::waiters::Waiters;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::Answers;
-use crate::metrics::Metrics;
 
 /// Keys in one word of a worker at most: twice what one of ours says at once.
 const WORDS: usize = 4_096;
@@ -78,9 +78,9 @@ pub fn hand_on(
 ) -> impl FnMut(Event) {
     let mut complaints = Complaints::default();
     move |event| match event {
-        Event::Up => metrics.mqtt_connected.set(1),
+        Event::Up => metrics.connected.set(1),
         Event::Down => {
-            metrics.mqtt_connected.set(0);
+            metrics.connected.set(0);
             gateways.lock().forget();
             waiters.forget_all();
         }
@@ -296,7 +296,11 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::{Reserved, sync};
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
-    let (Ok(config), Ok(metrics)) = (Config::parse("", yaml, "b"), Metrics::new()) else { return };
+    let (Ok(config), Ok(metrics)) =
+        (Config::parse("", yaml, "b"), Metrics::register(&crate::metrics::Registry::default()))
+    else {
+        return;
+    };
     let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker("b".into())) else { return };
     let Config { domains, live_keys, cleanup, .. } = config;
     let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());

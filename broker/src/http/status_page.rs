@@ -4,7 +4,7 @@ use maud::{DOCTYPE, Markup, html};
 
 use crate::exchange::Refusal;
 use crate::fleet::gateways::{Overview, Unserved};
-use crate::metrics::{APIS, Metrics};
+use crate::http::metrics::{APIS, Metrics};
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
 table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #ccc;padding:.2rem .8rem;text-align:left}\
@@ -95,6 +95,7 @@ mod tests {
     use wgkex_common::Domain;
 
     use super::*;
+    use crate::metrics::Registry;
 
     #[test]
     fn the_page_shows_gateways_and_counts_and_no_markup_of_strangers() {
@@ -108,7 +109,7 @@ mod tests {
             weight: 84.0,
             target: 9.5,
         };
-        let metrics = Metrics::new().unwrap();
+        let metrics = Metrics::register(&Registry::default()).unwrap();
         metrics.keys_accepted.with_label_values(&["v2"]).inc_by(41);
         let unserved = Unserved { domain: Domain::new("ff_b", &["ff_".into()]).unwrap(), is_known: true };
         let page = render(&[gateway], &[unserved], Some("<b>"), &metrics);

@@ -10,9 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
 
-use crate::metrics::Metrics;
+use crate::metrics::set;
 use crate::mqtt_server::log::{Log, LogReader, LogWriter};
 use crate::mqtt_server::message::Message;
+use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
 use crate::mqtt_server::retained::{Found, Full, Retained, Snapshot};
 
@@ -127,7 +128,7 @@ impl MessageBroker {
         let last_read = Arc::new(AtomicU64::new(nanos(self.began)));
         clients
             .insert(client.to_owned(), Registration { takeover: takeover.clone(), gone, last_read: last_read.clone() });
-        self.metrics.mqtt_clients.set(i64::try_from(clients.len()).unwrap_or(i64::MAX));
+        set(&self.metrics.clients, clients.len());
         let (client, clients, began) = (client.to_owned(), self.clients.clone(), self.began);
         ClientSlot { client, clients, takeover, last_read, began, _gone: sender }
     }
@@ -144,7 +145,7 @@ impl MessageBroker {
             self.log.close(reader).await;
         }
         drop(slot);
-        self.metrics.mqtt_clients.set(i64::try_from(self.clients.lock().len()).unwrap_or(i64::MAX));
+        set(&self.metrics.clients, self.clients.lock().len());
     }
 
     /// Under one lock, lest the disk should have neither the will nor the message that it becomes.
@@ -176,9 +177,9 @@ impl Shared {
     fn publish(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
         if message.retain {
             let kept = self.retained.store(message, by);
-            metrics.mqtt_retained.set(i64::try_from(self.retained.len()).unwrap_or(i64::MAX));
+            set(&metrics.retained, self.retained.len());
             if let Err(Full) = kept {
-                metrics.mqtt_retained_refused.inc();
+                metrics.retained_refused.inc();
                 if self.warned.is_due(WARN) {
                     warn!(user = by, "too many retained messages: more are not kept");
                 }

@@ -11,11 +11,11 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 use tracing::warn;
 
-use crate::metrics::Metrics;
 use crate::mqtt_server::broker::{ClientSlot, MessageBroker};
 use crate::mqtt_server::handshake::Stream;
 use crate::mqtt_server::log::{Lagged, LogReader};
 use crate::mqtt_server::message::Message;
+use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence};
 use crate::mqtt_server::retained::Found;
 use crate::mqtt_server::session::{Action, Session};
@@ -348,7 +348,7 @@ impl Connection {
 
     fn pause(&mut self, reason: Slowed, wait: Duration) {
         self.paused = Some(Instant::now() + wait);
-        self.metrics.mqtt_slowed.with_label_values(&[reason.reason()]).inc();
+        self.metrics.slowed.with_label_values(&[reason.reason()]).inc();
     }
 
     fn execute(&mut self, action: Action, slot: &ClientSlot) -> Result<(), End> {
@@ -360,7 +360,7 @@ impl Connection {
             }
             Action::Subscribe => {}
             Action::Deny { operation, topic, is_first } => {
-                self.metrics.mqtt_forbidden.with_label_values(&[operation.word()]).inc();
+                self.metrics.denied.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
                     let topic: String = topic.chars().take(TOPIC_SHOWN).collect();
                     warn!(client = %slot, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");

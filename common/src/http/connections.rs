@@ -53,18 +53,18 @@ pub enum Closed {
 }
 
 impl Closed {
-    /// Every reason, by the word that metrics have for it.
-    pub const REASONS: [&str; 4] = ["client", "full", "idle", "unread"];
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Client, Self::Full, Self::Idle, Self::Unread];
 
-    /// That word.
+    /// The word that metrics have for it.
     #[must_use]
     pub fn reason(self) -> &'static str {
-        Self::REASONS[match self {
-            Self::Client => 0,
-            Self::Full => 1,
-            Self::Idle => 2,
-            Self::Unread => 3,
-        }]
+        match self {
+            Self::Client => "client",
+            Self::Full => "full",
+            Self::Idle => "idle",
+            Self::Unread => "unread",
+        }
     }
 }
 

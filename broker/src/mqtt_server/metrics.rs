@@ -1,0 +1,58 @@
+//! The metrics of the embedded MQTT server.
+
+use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
+
+use crate::metrics::Registry;
+use crate::mqtt_server::acl::Operation;
+use crate::mqtt_server::connection::Slowed;
+use crate::mqtt_server::handshake::Refusal;
+
+/// Clones count into the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Clients that are connected.
+    pub clients: IntGauge,
+    /// Connections that were not admitted, by reason.
+    pub refused: IntCounterVec,
+    /// How often nothing was read from a client for a while, by reason.
+    pub slowed: IntCounterVec,
+    /// What users wanted and may not, by operation (label `verb`).
+    pub denied: IntCounterVec,
+    /// Topics with a retained message.
+    pub retained: IntGauge,
+    /// Messages that there was no room to retain.
+    pub retained_refused: IntCounter,
+}
+
+impl Metrics {
+    /// Registers them, each at 0.
+    pub fn register(registry: &Registry) -> Result<Self, Error> {
+        Ok(Self {
+            clients: registry.gauge("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
+            refused: registry.counters_of(
+                "wgkex_broker_mqtt_refused_total",
+                "Connections that the embedded MQTT server did not let in",
+                "reason",
+                Refusal::ALL.map(Refusal::reason),
+            )?,
+            slowed: registry.counters_of(
+                "wgkex_broker_mqtt_slowed_total",
+                "Times that the embedded MQTT server read nothing from a client for a while",
+                "reason",
+                Slowed::ALL.map(Slowed::reason),
+            )?,
+            denied: registry.counters_of(
+                "wgkex_broker_mqtt_forbidden_total",
+                "What users of the embedded MQTT server wanted to do and may not",
+                "verb",
+                Operation::ALL.map(Operation::word),
+            )?,
+            retained: registry
+                .gauge("wgkex_broker_mqtt_retained", "Topics with a message kept by the embedded MQTT server")?,
+            retained_refused: registry.counter(
+                "wgkex_broker_mqtt_retained_refused_total",
+                "Messages that the embedded MQTT server had no room to keep",
+            )?,
+        })
+    }
+}
