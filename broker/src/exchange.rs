@@ -18,13 +18,13 @@ use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Domain, PublicKey, RejectReason};
 
+use crate::client_ip::Client;
 use crate::exchange::answers::{Answers, Told};
 use crate::exchange::rate_limit::{Limit, Limited, Limits};
 use crate::exchange::turns::{Turn, Turns};
 use crate::exchange::waiters::{Verdict, Waiters, Waiting};
 use crate::fleet::gateways::{Choice, Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
-use crate::http::client_ip::Client;
 
 pub use self::metrics::Metrics;
 

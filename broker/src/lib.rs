@@ -8,6 +8,7 @@
 
 mod bus;
 pub mod cli;
+mod client_ip;
 pub mod exchange;
 pub mod fleet;
 mod http;
@@ -53,7 +54,6 @@ use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::Answers;
 use crate::http::App;
 use crate::http::admin::Admin;
-use crate::http::client_ip;
 use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
@@ -350,9 +350,9 @@ async fn tidy(connections: Connections) {
 
 /// The connections of routers, none of which is open yet.
 fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: http::Metrics) -> Connections {
-    let seat = move |peer| client_ip::seat(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
+    let peer_kind = move |peer| client_ip::peer_kind(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
     let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
-    Connections::new(Capacity::of_fleet(), seat, closed)
+    Connections::new(Capacity::of_fleet(), peer_kind, closed)
 }
 
 /// Applies changed lists. What gateways confirmed before may be about a key that was denied meanwhile.

@@ -1,4 +1,5 @@
-//! A server's certificate, which is read again when its files change.
+//! The certificate of a TLS listener, for HTTPS and for MQTT. One task for each, [`Certificate::watch`], reads it again
+//! when its files change; new connections get the new one.
 
 use std::fs::{Metadata, metadata};
 use std::os::unix::fs::MetadataExt as _;
@@ -16,7 +17,7 @@ use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
 use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
 
 /// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(1);
 /// The certificate that is in use.
 pub struct Certificate {
     /// The part of the config that names the files.
@@ -46,13 +47,13 @@ impl Certificate {
 
     /// Looks for new files, for ever.
     pub async fn watch(self: Arc<Self>) {
-        let mut changes = Changes::new(self.version());
+        let mut watcher = FileWatcher::new(self.version());
         loop {
-            sleep(LOOK).await;
+            sleep(POLL).await;
             let seen = self.clone();
             // Files may be slow, and requests are not to wait for them.
             let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
-            if changes.settled(now) {
+            if watcher.is_stable(now) {
                 let stale = self.clone();
                 let _ = spawn_blocking(move || stale.renew()).await;
             }
@@ -86,19 +87,19 @@ impl ResolvesServerCert for Certificate {
     }
 }
 
-/// Tells when new versions of the files are whole: two files do not change at the same instant.
-struct Changes {
+/// Detects when new versions of the files are complete: two files do not change at the same instant.
+struct FileWatcher {
     taken: Version,
     last: Version,
 }
 
-impl Changes {
+impl FileWatcher {
     fn new(taken: Version) -> Self {
         Self { taken, last: taken }
     }
 
     /// Whether what is there `now` is new, and was so at the last look.
-    fn settled(&mut self, now: Version) -> bool {
+    fn is_stable(&mut self, now: Version) -> bool {
         let is_still = std::mem::replace(&mut self.last, now) == now;
         is_still && std::mem::replace(&mut self.taken, now) != now
     }
@@ -123,8 +124,8 @@ mod tests {
     fn new_files_are_taken_once_both_stay_as_they_are() {
         let file = |time| Some((time, 0, 1, 1));
         let old = [file(1), file(1)];
-        let mut changes = Changes::new(old);
-        for (now, settled) in [
+        let mut watcher = FileWatcher::new(old);
+        for (now, is_stable) in [
             (old, false),
             ([file(2), file(1)], false),
             ([file(2), file(2)], false),
@@ -136,7 +137,7 @@ mod tests {
             ([file(2), file(2)], false),
             ([file(2), file(2)], true),
         ] {
-            assert_eq!(changes.settled(now), settled, "{now:?}");
+            assert_eq!(watcher.is_stable(now), is_stable, "{now:?}");
         }
     }
 }

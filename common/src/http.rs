@@ -32,7 +32,7 @@ use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
-use self::connections::{Busy, Connections, Flow, IDLE};
+use self::connections::{ActiveRequest, Connections, Flow, IDLE};
 use self::paced::Paced;
 use crate::runtime::tls::rustls::ServerConfig;
 
@@ -71,7 +71,7 @@ where
     let Settings { threads, tls, drain } = settings;
     let (connections, room) = (connections.clone(), connections.capacity());
     // Full, it would accept no more; the table makes room before that.
-    let each = (room.open + room.arriving).div_ceil(threads);
+    let each = (room.open + room.pending).div_ceil(threads);
     let builder = ServerBuilder::new()
         .workers(threads)
         .max_concurrent_connections(if tls.is_none() { each } else { each.div_ceil(4) })
@@ -160,7 +160,7 @@ fn merge_slashes(request: &mut ServiceRequest) {
 }
 
 /// A request is under way from now on, except while its body is waited for.
-fn begin(request: &mut ServiceRequest) -> Option<Busy> {
+fn begin(request: &mut ServiceRequest) -> Option<ActiveRequest> {
     let flow = request.conn_data::<Arc<Flow>>()?.clone();
     let busy = flow.begin();
     match request.take_payload() {
@@ -187,7 +187,7 @@ impl Stream for Body {
         let next = Pin::new(&mut self.payload).poll_next(cx);
         match &next {
             Poll::Pending => self.flow.wait_for_client(self.since),
-            Poll::Ready(_) => self.flow.go_on(),
+            Poll::Ready(_) => self.flow.set_busy(),
         }
         next
     }

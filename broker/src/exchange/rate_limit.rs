@@ -11,7 +11,7 @@ use governor::state::{InMemoryState, NotKeyed};
 use governor::{NotUntil, RateLimiter};
 use wgkex_common::{PublicKey, config};
 
-use crate::http::client_ip::Client;
+use crate::client_ip::Client;
 
 /// Keys, and clients, that are told apart at most at the same time. A place is free again once the burst is full.
 const PLACES: usize = 65_536;

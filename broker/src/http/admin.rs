@@ -48,11 +48,11 @@ const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
 pub struct Admin {
     /// The lists.
     pub lists: Handle,
-    /// Who is to hear of a change.
+    /// The gateways that a change has to reach.
     pub gateways: Arc<Mutex<Gateways>>,
-    /// What they say of it.
+    /// Their results of it.
     pub answers: Answers,
-    /// Where it is said.
+    /// The session that it is published by.
     pub bus: MqttHandle,
     /// The domains that are served.
     pub domains: BTreeSet<Domain>,
@@ -60,9 +60,9 @@ pub struct Admin {
     pub token_hash: Secret,
 }
 
-/// Lets a few refusals at once into the log, then one in [`REFUSAL_EACH`], and counts the others.
+/// Lets a few refused calls at once into the log, then one in [`REFUSAL_EACH`], and counts the others.
 #[derive(Debug, Default)]
-struct Refusals {
+struct AuditThrottle {
     /// When the log may be as quiet again as if none had ever been.
     quiet: Option<Instant>,
     unlogged: u64,
@@ -70,7 +70,7 @@ struct Refusals {
 
 /// A call that is refused: the status, and a sentence for the caller.
 #[derive(Debug)]
-struct Wrong(StatusCode, String);
+struct ApiError(StatusCode, String);
 
 /// The SHA-256 of a token as the config has it.
 #[must_use]
@@ -81,14 +81,14 @@ pub fn token_hash(token: &str) -> String {
 /// The server of admin calls on `listener`; it runs when awaited, and ends with the program.
 pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
     let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
-    let refusals = Arc::new(Mutex::new(Refusals::default()));
+    let throttle = Arc::new(Mutex::new(AuditThrottle::default()));
     wgkex_common::http::server(listener, settings, &Connections::few(), move || {
-        let (guard, refusals) = (admin.clone(), refusals.clone());
+        let (guard, throttle) = (admin.clone(), throttle.clone());
         Routes::new().configure(routes(&admin)).wrap_fn(move |request, service| {
-            let call = if guard.knows(&request) {
+            let call = if guard.is_authorized(&request) {
                 Ok(service.call(request))
             } else {
-                Err(request.into_response(unauthorized(&refusals)))
+                Err(request.into_response(unauthorized(&throttle)))
             };
             async {
                 match call {
@@ -109,13 +109,13 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
             .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
             .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
             .service(readable("/v1/keys", keys))
-            .service(lists.route(web::post().to(put)).route(web::delete().to(take)))
+            .service(lists.route(web::post().to(add)).route(web::delete().to(remove)))
             .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
 }
 
-fn unauthorized(refusals: &Mutex<Refusals>) -> HttpResponse {
-    if let Some(unlogged) = refusals.lock().log(Instant::now()) {
+fn unauthorized(throttle: &Mutex<AuditThrottle>) -> HttpResponse {
+    if let Some(unlogged) = throttle.lock().log(Instant::now()) {
         warn!(target: AUDIT, outcome = "unauthorized", unlogged, "admin call");
     }
     let mut response = error(StatusCode::UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN");
@@ -131,12 +131,12 @@ async fn unrevoke(admin: Data<Admin>, body: Payload) -> HttpResponse {
     admin.change("unrevoke", Ok(List::Deny), body, false).await
 }
 
-async fn put(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
-    admin.change("put on list", named(&list), body, true).await
+async fn add(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
+    admin.change("put on list", list_named(&list), body, true).await
 }
 
-async fn take(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
-    admin.change("take off list", named(&list), body, false).await
+async fn remove(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
+    admin.change("take off list", list_named(&list), body, false).await
 }
 
 async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
@@ -144,14 +144,14 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
     info!(target: AUDIT, call = "list", outcome = if result.is_ok() { "ok" } else { "bad request" }, "admin call");
     match result {
         Ok(filter) => {
-            let keys: Vec<_> = admin.lists.list().await.into_iter().filter(|shown| filter.takes(shown)).collect();
+            let keys: Vec<_> = admin.lists.list().await.into_iter().filter(|shown| filter.matches(shown)).collect();
             HttpResponse::Ok().json(json!({ "keys": keys }))
         }
-        Err(Wrong(status, message)) => error(status, &message),
+        Err(ApiError(status, message)) => error(status, &message),
     }
 }
 
-impl Refusals {
+impl AuditThrottle {
     /// One more comes; if it is logged, how many before it were not.
     fn log(&mut self, now: Instant) -> Option<u64> {
         let quiet = self.quiet.map_or(now, |quiet| quiet.max(now));
@@ -165,45 +165,45 @@ impl Refusals {
 }
 
 impl Admin {
-    /// Whether who asks has the token. How long that takes says nothing of it.
-    fn knows(&self, request: &ServiceRequest) -> bool {
+    /// Whether the request has the token; compared in constant time.
+    fn is_authorized(&self, request: &ServiceRequest) -> bool {
         let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = header.and_then(|header| header.split_once(' '));
         let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer")).map(|(_, token)| token.trim());
         token.is_some_and(|token| bool::from(token_hash(token).as_bytes().ct_eq(self.token_hash.expose().as_bytes())))
     }
 
-    /// Puts a key on a list or takes it off, as the body says, and answers what became of that.
-    async fn change(&self, call: &str, list: Result<List, Wrong>, body: Payload, on: bool) -> HttpResponse {
+    /// Adds the key in the body to a list or removes it; the answer has the result at each gateway.
+    async fn change(&self, call: &str, list: Result<List, ApiError>, body: Payload, on: bool) -> HttpResponse {
         let entry = async { entry(list?, &read(body).await?, &self.domains, unix(SystemTime::now())) };
         let entry = match entry.await {
             Ok(entry) => entry,
-            Err(Wrong(status, message)) => {
+            Err(ApiError(status, message)) => {
                 info!(target: AUDIT, call, outcome = message, "admin call");
                 return error(status, &message);
             }
         };
         let (list, key) = (entry.list.name(), entry.key);
-        match self.make(entry, on).await {
+        match self.apply(entry, on).await {
             Ok(answer) => {
                 let outcome = if answer["done"] == true { "done" } else { "not done everywhere" };
                 info!(target: AUDIT, call, list, ?key, outcome, "admin call");
                 HttpResponse::Ok().json(answer)
             }
-            Err(Wrong(status, message)) => {
+            Err(ApiError(status, message)) => {
                 warn!(target: AUDIT, call, list, ?key, outcome = message, "admin call");
                 error(status, &message)
             }
         }
     }
 
-    async fn make(&self, entry: Entry, on: bool) -> Result<Value, Wrong> {
+    async fn apply(&self, entry: Entry, on: bool) -> Result<Value, ApiError> {
         let until = Instant::now() + revocation::PATIENCE;
         let Entry { list, key, .. } = entry;
         let changed = self.lists.change(entry, on).await;
         let Changed { record, was_present: was_on, persisted: kept } = changed
-            .ok_or_else(|| Wrong(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
-            .map_err(|full| Wrong(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
+            .ok_or_else(|| ApiError(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
+            .map_err(|full| ApiError(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
         let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
         let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
         let (reach, is_complete) = {
@@ -219,7 +219,7 @@ impl Admin {
         });
         if let Some(waiting) = waiting {
             let results = waiting.results(reach, until).await;
-            // Before what is retained is heard, nobody knows which gateways there are.
+            // Until the retained messages have arrived it is not known which gateways there are.
             let is_done =
                 is_complete && is_kept && is_published && results.values().all(|result| revocation::is_done(result));
             answer["done"] = is_done.into();
@@ -238,48 +238,49 @@ impl Admin {
     }
 }
 
-fn bad(message: impl Into<String>) -> Wrong {
-    Wrong(StatusCode::BAD_REQUEST, message.into())
+fn bad_request(message: impl Into<String>) -> ApiError {
+    ApiError(StatusCode::BAD_REQUEST, message.into())
 }
 
 /// The list of this name.
-fn named(name: &str) -> Result<List, Wrong> {
+fn list_named(name: &str) -> Result<List, ApiError> {
     let list = List::ALL.into_iter().find(|list| list.name() == name);
-    list.ok_or_else(|| Wrong(StatusCode::NOT_FOUND, "there is no such list: deny, allow and trusted are".into()))
+    list.ok_or_else(|| ApiError(StatusCode::NOT_FOUND, "there is no such list: deny, allow and trusted are".into()))
 }
 
-async fn read(body: Payload) -> Result<Map<String, Value>, Wrong> {
-    let slow = |_| Wrong(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into());
+async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
+    let slow = |_| ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into());
     let large =
-        |_| Wrong(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"));
+        |_| ApiError(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"));
     let body = timeout(REQUEST, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
-    let body = body.map_err(|_| bad("the body is not complete"))?;
-    serde_json::from_slice(&body).map_err(|_| bad("the body is not a JSON object"))
+    let body = body.map_err(|_| bad_request("the body is not complete"))?;
+    serde_json::from_slice(&body).map_err(|_| bad_request("the body is not a JSON object"))
 }
 
-/// The entry that the fields of a call say.
-fn entry(list: List, fields: &Map<String, Value>, domains: &BTreeSet<Domain>, now: u64) -> Result<Entry, Wrong> {
+/// The entry in the fields of a call.
+fn entry(list: List, fields: &Map<String, Value>, domains: &BTreeSet<Domain>, now: u64) -> Result<Entry, ApiError> {
     if fields.keys().any(|field| !FIELDS.contains(&field.as_str())) {
-        return Err(bad(format!("a field is not known: {} are allowed", FIELDS.join(", "))));
+        return Err(bad_request(format!("a field is not known: {} are allowed", FIELDS.join(", "))));
     }
     let text = |field: &'static str| match fields.get(field) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.as_str())),
-        Some(_) => Err(bad(format!("{field}: a text is expected"))),
+        Some(_) => Err(bad_request(format!("{field}: a text is expected"))),
     };
-    let line = |field| text(field)?.map(|text| parse::text(field, text)).transpose().map_err(bad);
-    let key = text("key")?.ok_or_else(|| bad("key: is missing, a WireGuard public key is expected"))?;
-    let key = key.parse().map_err(|error| bad(format!("key: {error}")))?;
+    let line = |field| text(field)?.map(|text| parse::text(field, text)).transpose().map_err(bad_request);
+    let key = text("key")?.ok_or_else(|| bad_request("key: is missing, a WireGuard public key is expected"))?;
+    let key = key.parse().map_err(|error| bad_request(format!("key: {error}")))?;
     let lasts = match text("for")? {
         None => None,
-        Some(text) => Some(
-            parse::duration(text)
-                .ok_or_else(|| bad("for: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed"))?,
-        ),
+        Some(text) => Some(parse::duration(text).ok_or_else(|| {
+            bad_request("for: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed")
+        })?),
     };
     let domain = match text("domain")? {
-        Some(_) if list != List::Allow => return Err(bad("domain: only the list allow has domains")),
-        Some(name) => Some(domains.get(name).ok_or_else(|| bad("domain: this is not a domain that is served here"))?),
+        Some(_) if list != List::Allow => return Err(bad_request("domain: only the list allow has domains")),
+        Some(name) => {
+            Some(domains.get(name).ok_or_else(|| bad_request("domain: this is not a domain that is served here"))?)
+        }
         None => None,
     };
     Ok(Entry {
@@ -303,24 +304,25 @@ struct Filter {
 }
 
 impl Filter {
-    fn parse(query: &BTreeMap<String, String>) -> Result<Self, Wrong> {
+    fn parse(query: &BTreeMap<String, String>) -> Result<Self, ApiError> {
         let mut filter = Self::default();
         for (field, value) in query {
             match field.as_str() {
                 "list" if value == "revoked" => (filter.list, filter.only_made) = (Some(List::Deny), true),
                 "list" => {
                     let list = List::ALL.into_iter().find(|list| list.name() == value);
-                    filter.list = Some(list.ok_or_else(|| bad("list: deny, allow, trusted and revoked are allowed"))?);
+                    filter.list =
+                        Some(list.ok_or_else(|| bad_request("list: deny, allow, trusted and revoked are allowed"))?);
                 }
                 "domain" => filter.domain = Some(value.clone()),
                 "q" => filter.text = Some(value.to_lowercase()),
-                _ => return Err(bad("a parameter is not known: list, domain and q are allowed")),
+                _ => return Err(bad_request("a parameter is not known: list, domain and q are allowed")),
             }
         }
         Ok(filter)
     }
 
-    fn takes(&self, shown: &ListedEntry) -> bool {
+    fn matches(&self, shown: &ListedEntry) -> bool {
         let Entry { list, key, domain, name, reason, .. } = &shown.entry;
         let has = |wanted: &String| {
             let texts = [name, reason].into_iter().flatten();
@@ -342,7 +344,7 @@ mod tests {
 
     fn parse_entry(list: List, body: &Value) -> Result<Entry, String> {
         let domains = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
-        entry(list, body.as_object().unwrap(), &domains, 1_000).map_err(|Wrong(status, message)| {
+        entry(list, body.as_object().unwrap(), &domains, 1_000).map_err(|ApiError(status, message)| {
             assert_eq!(status, StatusCode::BAD_REQUEST);
             message
         })
@@ -392,8 +394,8 @@ mod tests {
         ];
         let found = |query: &[(&str, &str)]| {
             let query = query.iter().map(|(field, value)| ((*field).to_owned(), (*value).to_owned())).collect();
-            let filter = Filter::parse(&query).map_err(|Wrong(_, message)| message)?;
-            Ok::<_, String>((0..4).filter(|n| filter.takes(&all[*n])).collect::<Vec<_>>())
+            let filter = Filter::parse(&query).map_err(|ApiError(_, message)| message)?;
+            Ok::<_, String>((0..4).filter(|n| filter.matches(&all[*n])).collect::<Vec<_>>())
         };
         assert_eq!(found(&[]), Ok(vec![0, 1, 2, 3]));
         assert_eq!(found(&[("list", "deny")]), Ok(vec![0, 1]));
@@ -407,14 +409,14 @@ mod tests {
 
     #[test]
     fn refusals_are_logged_at_a_bounded_rate_and_none_goes_uncounted() {
-        let (mut refusals, begun) = (Refusals::default(), Instant::now());
-        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(begun)).collect();
+        let (mut throttle, begun) = (AuditThrottle::default(), Instant::now());
+        let logged: Vec<_> = (0..30).filter_map(|_| throttle.log(begun)).collect();
         assert_eq!(logged, [0; 10]);
-        assert_eq!(refusals.log(begun + REFUSAL_EACH - Duration::from_secs(1)), None);
-        assert_eq!(refusals.log(begun + REFUSAL_EACH), Some(21));
-        assert_eq!(refusals.log(begun + REFUSAL_EACH), None);
+        assert_eq!(throttle.log(begun + REFUSAL_EACH - Duration::from_secs(1)), None);
+        assert_eq!(throttle.log(begun + REFUSAL_EACH), Some(21));
+        assert_eq!(throttle.log(begun + REFUSAL_EACH), None);
         let later = begun + REFUSAL_EACH * 100;
-        let logged: Vec<_> = (0..30).filter_map(|_| refusals.log(later)).collect();
+        let logged: Vec<_> = (0..30).filter_map(|_| throttle.log(later)).collect();
         assert_eq!(logged, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::mem;
 
-use crate::http::client_ip::Client;
+use crate::client_ip::Client;
 use crate::mqtt_server::users::Origin;
 
 /// So many wait for it from where nobody logged in before, and as many others: more would not have their turn in time.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::http::client_ip::Client;
+use crate::client_ip::Client;
 
 /// So often a client may be wrong about all users at once, and about one; then it has to wait.
 const BURST: u32 = 40;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::http::client_ip::Client;
+use crate::client_ip::Client;
 
 /// So many connections of unknown clients may wait to be let in, and as many of known ones,
 const PLACES: usize = 512;

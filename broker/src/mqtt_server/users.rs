@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tracing::warn;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
-use crate::http::client_ip::Client;
+use crate::client_ip::Client;
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::checks::Queue;
 use crate::mqtt_server::guesses::Guesses;

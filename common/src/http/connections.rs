@@ -18,25 +18,25 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::net::TcpStream;
 use tracing::warn;
 
-/// Open connections at most: what 3,300 routers need twice over, and an idle one takes about 12 KiB.
-const MOST: usize = 8_192;
-/// Of them, those of one client: more than routers behind one address have at the same time.
-const MOST_OF_CLIENT: usize = 1_024;
+/// The most open connections: twice what 3,300 routers need; an idle one takes about 12 KiB.
+const MAX_OPEN: usize = 8_192;
+/// The most of one client: more than routers behind one address have at the same time.
+const MAX_OF_CLIENT: usize = 1_024;
 /// What all of them may hold beyond that, in bytes: answers that are not read, and heads that do not end.
-const MOST_HELD: usize = 16 << 20;
+const MAX_HELD: usize = 16 << 20;
 /// How long a connection may be open between two requests.
 pub const IDLE: Duration = Duration::from_secs(75);
 /// The same when half of all are open.
 const IDLE_CROWDED: Duration = Duration::from_secs(5);
-/// Connections of a server that have come and are not in the table yet, TLS handshakes among them.
-const ARRIVING: usize = 1_024;
+/// The most connections of a server that are not in the table yet, TLS handshakes among them.
+const MAX_PENDING: usize = 1_024;
 /// Files that the rest of the program has open.
 const FILES: usize = 256;
 /// Connections that the kernel keeps until they are accepted; a fleet comes at once.
-const WAITING: i32 = 4_096;
+const BACKLOG: i32 = 4_096;
 /// What the kernel keeps of an answer that is not read, in bytes; it counts its own costs in.
 const KERNEL: usize = 128 << 10;
-/// The value of a clock that says: a request is under way.
+/// In place of a time: a request is being served.
 const BUSY: u64 = u64::MAX;
 
 /// Why a connection is closed before its time.
@@ -68,9 +68,9 @@ impl Closed {
     }
 }
 
-/// Whose connection it is.
+/// The kind of peer that a connection has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seat {
+pub enum PeerKind {
     /// A client's, by what counts as its address; it has only so many.
     Client(IpAddr),
     /// This machine's.
@@ -88,16 +88,16 @@ pub struct Capacity {
     /// Of them, those of one client.
     pub of_client: usize,
     /// Those of a server that are not in the table yet.
-    pub arriving: usize,
+    pub pending: usize,
     /// What they may hold, in bytes.
     pub held: usize,
 }
 
 impl Capacity {
-    /// Of a listener that only a few ask.
-    pub const FEW: Self = Self { open: 32, of_client: 16, arriving: 16, held: 4 << 20 };
+    /// Of a listener for a few clients.
+    pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, held: 4 << 20 };
 
-    /// Of a listener that a fleet asks. As many files may be open from now on as the system lets this program have.
+    /// Of a listener for a fleet. As many files may be open from now on as the system lets this program have.
     #[must_use]
     pub fn of_fleet() -> Self {
         Self::of_files(open_files())
@@ -106,25 +106,25 @@ impl Capacity {
     /// Each connection has two files, and a quarter of them may come by HTTPS beside that; and both servers have some
     /// that arrive.
     fn of_files(files: usize) -> Self {
-        let arriving = (files / 8).clamp(16, ARRIVING);
-        let open = (files.saturating_sub(FILES + 2 * arriving) / 9 * 4).clamp(64, MOST);
-        Self { open, of_client: MOST_OF_CLIENT, arriving, held: MOST_HELD }
+        let pending = (files / 8).clamp(16, MAX_PENDING);
+        let open = (files.saturating_sub(FILES + 2 * pending) / 9 * 4).clamp(64, MAX_OPEN);
+        Self { open, of_client: MAX_OF_CLIENT, pending, held: MAX_HELD }
     }
 }
 
-/// What a connection's place in the table, its stream and its request know of each other.
+/// The state that a connection's entry in the table, its stream and its request share.
 pub(super) struct Flow {
     began: Instant,
     /// Milliseconds on the table's clock since when its client is waited for, or [`BUSY`].
     idle: AtomicU64,
     /// What it holds, in bytes.
     held: AtomicUsize,
-    /// Who waits until the next request may come.
+    /// The task that waits until the next request may come.
     next: AtomicWaker,
 }
 
-/// A request that is under way; it no longer is when this is dropped.
-pub(super) struct Busy {
+/// A request that is being served, until this is dropped.
+pub(super) struct ActiveRequest {
     flow: Arc<Flow>,
     since: u64,
 }
@@ -135,14 +135,14 @@ impl Flow {
         Arc::new(Self { began, idle, held, next: AtomicWaker::new() })
     }
 
-    /// A request is under way.
-    pub(super) fn begin(self: &Arc<Self>) -> Busy {
-        self.go_on();
-        Busy { flow: self.clone(), since: since(self.began) }
+    /// A request is being served.
+    pub(super) fn begin(self: &Arc<Self>) -> ActiveRequest {
+        self.set_busy();
+        ActiveRequest { flow: self.clone(), since: since(self.began) }
     }
 
     /// It is this program's turn.
-    pub(super) fn go_on(&self) {
+    pub(super) fn set_busy(&self) {
         self.idle.store(BUSY, Ordering::Relaxed);
     }
 
@@ -156,7 +156,7 @@ impl Flow {
         self.idle.load(Ordering::Relaxed) == BUSY
     }
 
-    /// Wakes who waits for the next request.
+    /// Wakes the task that waits for the next request.
     pub(super) fn wake(&self) {
         self.next.wake();
     }
@@ -166,20 +166,20 @@ impl Flow {
     }
 }
 
-impl Busy {
+impl ActiveRequest {
     /// When it began, on the table's clock.
     pub(super) fn since(&self) -> u64 {
         self.since
     }
 }
 
-impl Drop for Busy {
+impl Drop for ActiveRequest {
     fn drop(&mut self) {
         self.flow.wait_for_client(since(self.flow.began));
     }
 }
 
-/// Which connections there are; `S` is what closes one when it is dropped or used.
+/// The open connections; `S` is the socket by which one is closed.
 struct Table<S> {
     capacity: Capacity,
     last: u64,
@@ -188,15 +188,15 @@ struct Table<S> {
 }
 
 struct Open<S> {
-    seat: Seat,
+    peer: PeerKind,
     socket: S,
     flow: Arc<Flow>,
 }
 
-/// A place in the table, and the connections that have to go for it.
+/// An entry in the table, and the connections that are evicted for it.
 struct Admitted<S> {
     id: u64,
-    gone: Vec<S>,
+    evicted: Vec<S>,
 }
 
 impl<S> Open<S> {
@@ -216,22 +216,22 @@ impl<S> Table<S> {
 
     /// Takes in a connection. In a full table those go whose client is waited for the longest, be it for a request or for
     /// the body of one: a sixteenth at once, so that a flood does not cost a search each.
-    fn admit(&mut self, seat: Seat, socket: S, flow: Arc<Flow>) -> Result<Admitted<S>, (Closed, S)> {
-        if let Seat::Client(client) = seat
+    fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<Admitted<S>, (Closed, S)> {
+        if let PeerKind::Client(client) = peer
             && self.clients.get(&client).is_some_and(|open| *open >= self.capacity.of_client)
         {
             return Err((Closed::Client, socket));
         }
-        let gone = if self.open.len() < self.capacity.open { Vec::new() } else { self.make_room() };
+        let evicted = if self.open.len() < self.capacity.open { Vec::new() } else { self.make_room() };
         if self.open.len() >= self.capacity.open {
             return Err((Closed::Full, socket));
         }
         self.last += 1;
-        self.open.insert(self.last, Open { seat, socket, flow });
-        if let Seat::Client(client) = seat {
+        self.open.insert(self.last, Open { peer, socket, flow });
+        if let PeerKind::Client(client) = peer {
             *self.clients.entry(client).or_default() += 1;
         }
-        Ok(Admitted { id: self.last, gone })
+        Ok(Admitted { id: self.last, evicted })
     }
 
     fn make_room(&mut self) -> Vec<S> {
@@ -241,21 +241,21 @@ impl<S> Table<S> {
     }
 
     /// Takes out connections until the others hold a quarter less than they may, if they hold more.
-    fn relieve(&mut self) -> Vec<S> {
+    fn free_memory(&mut self) -> Vec<S> {
         let most = self.capacity.held;
         let mut held: usize = self.open.values().map(Open::held).sum();
         if held <= most {
             return Vec::new();
         }
-        let mut gone = Vec::new();
+        let mut evicted = Vec::new();
         for id in self.longest_idle(|open| open.held() > 0) {
             if held <= most / 4 * 3 {
                 break;
             }
             held = held.saturating_sub(self.open.get(&id).map_or(0, Open::held));
-            gone.extend(self.remove(id));
+            evicted.extend(self.remove(id));
         }
-        gone
+        evicted
     }
 
     /// Which ones these are, the longest idle first and those with a request under way last.
@@ -267,8 +267,8 @@ impl<S> Table<S> {
     }
 
     fn remove(&mut self, id: u64) -> Option<S> {
-        let Open { seat, socket, .. } = self.open.remove(&id)?;
-        if let Seat::Client(client) = seat
+        let Open { peer, socket, .. } = self.open.remove(&id)?;
+        if let PeerKind::Client(client) = peer
             && let Some(open) = self.clients.get_mut(&client)
         {
             *open -= 1;
@@ -284,7 +284,7 @@ impl<S> Table<S> {
         let is_crowded = self.open.len() * 2 > self.capacity.open;
         let over = |open: &Open<S>| {
             let since = open.idle();
-            let limit = if is_crowded && open.seat != Seat::Proxy { IDLE_CROWDED } else { IDLE };
+            let limit = if is_crowded && open.peer != PeerKind::Proxy { IDLE_CROWDED } else { IDLE };
             since != BUSY && Duration::from_millis(now.saturating_sub(since)) >= limit
         };
         let over: Vec<_> = self.open.iter().filter(|(_, open)| over(open)).map(|(id, _)| *id).collect();
@@ -302,15 +302,15 @@ struct Shared {
     /// What all hold, those included that are about to end.
     held: AtomicUsize,
     began: Instant,
-    seat: Box<dyn Fn(IpAddr) -> Seat + Send + Sync>,
+    peer_kind: Box<dyn Fn(IpAddr) -> PeerKind + Send + Sync>,
     closed: Box<dyn Fn(Closed) + Send + Sync>,
 }
 
 /// A connection's socket once more, to end it from elsewhere.
 struct Socket(std::net::TcpStream);
 
-/// A connection's place, for as long as it is open.
-pub(super) struct Place {
+/// A connection's entry in the table, for as long as it is open.
+pub(super) struct ConnectionGuard {
     connections: Connections,
     flow: Arc<Flow>,
     /// None if it is not in the table, and about to end.
@@ -318,22 +318,22 @@ pub(super) struct Place {
 }
 
 impl Connections {
-    /// None is open yet. `seat` says whose one is, by its address, and `closed` hears why one is closed.
+    /// None is open yet. `peer_kind` is asked for each address; `closed` is called with the reason why one is closed.
     #[must_use]
     pub fn new(
         capacity: Capacity,
-        seat: impl Fn(IpAddr) -> Seat + Send + Sync + 'static,
+        peer_kind: impl Fn(IpAddr) -> PeerKind + Send + Sync + 'static,
         closed: impl Fn(Closed) + Send + Sync + 'static,
     ) -> Self {
         let (table, held) = (Mutex::new(Table::new(capacity)), AtomicUsize::new(0));
-        let (seat, closed) = (Box::new(seat), Box::new(closed));
-        Self(Arc::new(Shared { table, capacity, held, began: Instant::now(), seat, closed }))
+        let (peer_kind, closed) = (Box::new(peer_kind), Box::new(closed));
+        Self(Arc::new(Shared { table, capacity, held, began: Instant::now(), peer_kind, closed }))
     }
 
-    /// Those of a listener that only a few ask: they need not be tidied, since each makes room for others.
+    /// Those of a listener for a few clients: they need not be tidied, since each makes room for others.
     #[must_use]
     pub fn few() -> Self {
-        Self::new(Capacity::FEW, seat, |_| {})
+        Self::new(Capacity::FEW, peer_kind, |_| {})
     }
 
     /// How many there are.
@@ -351,30 +351,30 @@ impl Connections {
     /// Ends the connections on which nothing happens.
     pub fn tidy(&self) {
         let idle = self.table().expire(since(self.0.began));
-        self.end(idle, Closed::Idle);
+        self.evict(idle, Closed::Idle);
     }
 
     /// A connection has come, or its TLS handshake is over.
-    pub(super) fn opened(&self, stream: &TcpStream) -> Place {
+    pub(super) fn opened(&self, stream: &TcpStream) -> ConnectionGuard {
         let flow = Flow::new(self.0.began);
-        let peer = stream.peer_addr().map(|address| address.ip());
+        let address = stream.peer_addr().map(|address| address.ip());
         let socket = stream.as_fd().try_clone_to_owned().map(|socket| Socket(socket.into()));
-        let id = match (peer, socket) {
-            (Ok(peer), Ok(socket)) => self.admit((self.0.seat)(peer), socket, flow.clone()),
+        let id = match (address, socket) {
+            (Ok(address), Ok(socket)) => self.admit((self.0.peer_kind)(address), socket, flow.clone()),
             (Err(_), _) | (_, Err(_)) => {
                 // It is over already, or there is no file left for it.
                 let _ = shutdown(stream.as_raw_fd(), socket::Shutdown::Both);
                 None
             }
         };
-        Place { connections: self.clone(), flow, id }
+        ConnectionGuard { connections: self.clone(), flow, id }
     }
 
-    fn admit(&self, seat: Seat, socket: Socket, flow: Arc<Flow>) -> Option<u64> {
-        let admitted = self.table().admit(seat, socket, flow);
+    fn admit(&self, peer: PeerKind, socket: Socket, flow: Arc<Flow>) -> Option<u64> {
+        let admitted = self.table().admit(peer, socket, flow);
         match admitted {
-            Ok(Admitted { id, gone }) => {
-                self.end(gone, Closed::Full);
+            Ok(Admitted { id, evicted }) => {
+                self.evict(evicted, Closed::Full);
                 Some(id)
             }
             Err((closed, socket)) => {
@@ -384,8 +384,8 @@ impl Connections {
         }
     }
 
-    /// Ends connections, and what the kernel has for their clients.
-    fn end(&self, sockets: impl IntoIterator<Item = Socket>, closed: Closed) {
+    /// Closes connections, and drops what the kernel has for their clients.
+    fn evict(&self, sockets: impl IntoIterator<Item = Socket>, closed: Closed) {
         let at_once = linger { l_onoff: 1, l_linger: 0 };
         for socket in sockets {
             // It may have ended by itself.
@@ -406,7 +406,7 @@ impl Connections {
     }
 }
 
-impl Place {
+impl ConnectionGuard {
     pub(super) fn flow(&self) -> &Arc<Flow> {
         &self.flow
     }
@@ -420,13 +420,13 @@ impl Place {
         } else if bytes > before
             && all.fetch_add(bytes - before, Ordering::Relaxed) + bytes - before > self.connections.0.capacity.held
         {
-            let gone = self.connections.table().relieve();
-            self.connections.end(gone, Closed::Unread);
+            let evicted = self.connections.table().free_memory();
+            self.connections.evict(evicted, Closed::Unread);
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.hold(0);
         if let Some(id) = self.id {
@@ -446,26 +446,26 @@ impl Flow {
 #[cfg(test)]
 impl Connections {
     /// The place of a connection that is not in the table.
-    pub(super) fn place(&self) -> Place {
-        Place { connections: self.clone(), flow: Flow::new(self.0.began), id: None }
+    pub(super) fn guard(&self) -> ConnectionGuard {
+        ConnectionGuard { connections: self.clone(), flow: Flow::new(self.0.began), id: None }
     }
 }
 
-/// Whose a connection is that comes without a proxy.
+/// The kind of peer at an address that is no proxy's.
 #[must_use]
-pub fn seat(peer: IpAddr) -> Seat {
-    let peer = peer.to_canonical();
-    if peer.is_loopback() { Seat::Local } else { Seat::Client(peer) }
+pub fn peer_kind(address: IpAddr) -> PeerKind {
+    let address = address.to_canonical();
+    if address.is_loopback() { PeerKind::Local } else { PeerKind::Client(address) }
 }
 
 /// The listener, with a queue that is as long as a fleet needs, and connections for which the kernel keeps little.
 pub fn prepare(listener: TcpListener) -> std::io::Result<TcpListener> {
     setsockopt(&listener, SndBuf, &(KERNEL / 2))?;
-    listen(&listener, Backlog::new(WAITING)?)?;
+    listen(&listener, Backlog::new(BACKLOG)?)?;
     Ok(listener)
 }
 
-/// Raises the number of files that may be open to what the system allows, and says how many that are.
+/// Raises the number of files that may be open to what the system allows; returns that number.
 fn open_files() -> usize {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -486,33 +486,33 @@ fn since(began: Instant) -> u64 {
 mod tests {
     use super::*;
 
-    fn client(n: u8) -> Seat {
-        Seat::Client([192, 0, 2, n].into())
+    fn client(n: u8) -> PeerKind {
+        PeerKind::Client([192, 0, 2, n].into())
     }
 
     fn table(open: usize, held: usize) -> Table<u64> {
-        Table::new(Capacity { open, of_client: MOST_OF_CLIENT, arriving: 0, held })
+        Table::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, held })
     }
 
     /// Lets in a connection that is idle since then.
-    fn admit(table: &mut Table<u64>, seat: Seat, socket: u64, idle: u64) -> Option<(Arc<Flow>, Admitted<u64>)> {
+    fn admit(table: &mut Table<u64>, peer: PeerKind, socket: u64, idle: u64) -> Option<(Arc<Flow>, Admitted<u64>)> {
         let flow = Flow::new(Instant::now());
         flow.wait_for_client(idle);
-        let admitted = table.admit(seat, socket, flow.clone()).ok()?;
+        let admitted = table.admit(peer, socket, flow.clone()).ok()?;
         Some((flow, admitted))
     }
 
     #[test]
     fn a_client_has_only_so_many_and_a_proxy_and_this_machine_as_many_as_there_are() {
         let mut table = table(10_000, 0);
-        let open = u64::try_from(MOST_OF_CLIENT).unwrap();
+        let open = u64::try_from(MAX_OF_CLIENT).unwrap();
         let first = admit(&mut table, client(1), 0, 0).unwrap().1.id;
         assert!((1..open).all(|socket| admit(&mut table, client(1), socket, 0).is_some()));
         let refused = table.admit(client(1), 7, Flow::new(Instant::now())).err();
         assert_eq!(refused, Some((Closed::Client, 7)));
         assert!(admit(&mut table, client(2), 8, 0).is_some());
-        for seat in [Seat::Proxy, Seat::Local] {
-            assert!((0..=open).all(|socket| admit(&mut table, seat, socket, 0).is_some()));
+        for peer in [PeerKind::Proxy, PeerKind::Local] {
+            assert!((0..=open).all(|socket| admit(&mut table, peer, socket, 0).is_some()));
         }
         assert_eq!(table.remove(first), Some(0));
         assert_eq!(table.remove(first), None);
@@ -532,10 +532,10 @@ mod tests {
                 _ => {}
             }
         }
-        assert_eq!(admit(&mut table, client(99), 99, 1000).unwrap().1.gone, [5, 6]);
+        assert_eq!(admit(&mut table, client(99), 99, 1000).unwrap().1.evicted, [5, 6]);
         assert_eq!(table.open.len(), 31);
         assert_eq!(table.clients.len(), 31);
-        table.open.values().for_each(|open| open.flow.go_on());
+        table.open.values().for_each(|open| open.flow.set_busy());
         let (flow, _) = admit(&mut table, client(100), 100, 1000).unwrap();
         let _busy = flow.begin();
         assert_eq!(table.admit(client(101), 101, flow).err(), Some((Closed::Full, 101)));
@@ -555,7 +555,7 @@ mod tests {
         assert_eq!(table.expire(idle + crowded - 1), [0; 0]);
         assert_eq!(table.expire(idle + crowded), [2]);
         assert_eq!(table.expire(idle + crowded + 1), [0; 0], "half of all is not more than half");
-        admit(&mut table, Seat::Proxy, 4, idle).unwrap();
+        admit(&mut table, PeerKind::Proxy, 4, idle).unwrap();
         assert_eq!(table.expire(idle + crowded + 1), [3]);
         assert_eq!(table.expire(2 * idle - 1), [0; 0], "a proxy keeps its connections");
         assert_eq!(table.expire(2 * idle), [4]);
@@ -570,16 +570,16 @@ mod tests {
             flows.push(admit(&mut table, client(1), n, 100 - n).unwrap().0);
             hold(&flows[flows.len() - 1], 100);
         }
-        assert_eq!(table.relieve(), [0; 0], "that much they may");
+        assert_eq!(table.free_memory(), [0; 0], "that much they may");
         hold(&flows[9], 0);
         let busy = flows[8].begin();
         hold(&flows[8], 201);
-        assert_eq!(table.relieve(), [7, 6, 5], "who has no request under way goes first, who holds nothing stays");
+        assert_eq!(table.free_memory(), [7, 6, 5], "who has no request under way goes first, who holds nothing stays");
         for flow in &flows {
             hold(flow, 0);
         }
         hold(&flows[8], 1001);
-        assert_eq!(table.relieve(), [8]);
+        assert_eq!(table.free_memory(), [8]);
         drop(busy);
     }
 

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connections::{Flow, Place};
+use super::connections::{ConnectionGuard, Flow};
 
 /// What is read at once, and so the most that waits here.
 const PIECE: usize = 4096;
@@ -22,7 +22,7 @@ const HEAD_MAX: usize = 128 << 10;
 /// The stream of a connection that has a place in the table.
 pub struct Paced<S> {
     stream: S,
-    place: Place,
+    place: ConnectionGuard,
     /// Read, and not handed on.
     ahead: Vec<u8>,
     ends: Ends,
@@ -40,7 +40,7 @@ pub struct Paced<S> {
 }
 
 impl<S> Paced<S> {
-    pub(super) fn new(stream: S, place: Place) -> Self {
+    pub(super) fn new(stream: S, place: ConnectionGuard) -> Self {
         let (ahead, ends) = (Vec::new(), Ends::default());
         let (handed, input, most_input, unread, most_unread) = (0, 0, 0, 0, 0);
         Self { stream, place, ahead, ends, handed, input, most_input, unread, most_unread, is_flushing: false }
@@ -192,7 +192,7 @@ mod tests {
 
     fn paced(room: usize) -> (Paced<DuplexStream>, DuplexStream) {
         let (server, client) = duplex(room);
-        (Paced::new(server, Connections::few().place()), client)
+        (Paced::new(server, Connections::few().guard()), client)
     }
 
     /// What comes, nothing at the end; none if there is nothing now.
@@ -225,7 +225,7 @@ mod tests {
         flow.wait_for_client(busy.since());
         assert_eq!(read(&mut server, 8192), two, "it waits for its body");
         assert_eq!(read(&mut server, 8192), None);
-        flow.go_on();
+        flow.set_busy();
         assert_eq!(read(&mut server, 8192), None);
         drop(busy);
         assert_eq!(write(&mut server, &[0; 300]), Some(256));

@@ -1,20 +1,20 @@
-//! Whose request it is: the one who connected, or whom a trusted proxy names in `Forwarded` (RFC 7239) or
-//! `X-Forwarded-For`. No IO. Addresses are never logged.
+//! The client of a connection or request, which limits are counted by: the address that connected, or the one that a
+//! trusted proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`. No IO. Addresses are never logged.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use wgkex_common::http::connections::Seat;
+use wgkex_common::http::connections::PeerKind;
 
 /// What counts as one client.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Client {
-    /// This machine's operator: who connects from loopback, and is no proxy.
+    /// This machine's operator, who connects from loopback without a proxy.
     Local,
     /// An IPv4 address, or the /56 that a household or a server gets of IPv6.
     Address(IpAddr),
-    /// All whom a proxy brings without saying who they are.
+    /// All clients that a proxy brings without their addresses.
     Unnamed,
 }
 
@@ -33,14 +33,14 @@ impl Client {
 }
 
 impl From<IpAddr> for Client {
-    /// Who connects from this address.
+    /// The client that connects from this address.
     fn from(address: IpAddr) -> Self {
-        if is_local(address) { Self::Local } else { Self::Address(whole(address)) }
+        if is_local(address) { Self::Local } else { Self::Address(client_prefix(address)) }
     }
 }
 
 /// The address that stands for all of one client.
-fn whole(address: IpAddr) -> IpAddr {
+fn client_prefix(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 72 << 72).into(),
         address @ IpAddr::V4(_) => address,
@@ -53,16 +53,16 @@ fn is_local(address: IpAddr) -> bool {
     address == IpAddr::V4(Ipv4Addr::LOCALHOST) || address == IpAddr::V6(Ipv6Addr::LOCALHOST)
 }
 
-/// Whose a connection is, before anything came on it. `is_proxied` says whether somebody at this machine's address was
-/// heard to be a proxy that is not trusted: then nobody there goes without a limit.
+/// The kind of peer that a connection has, before anything came on it. `is_proxied`: a proxy at this machine's address
+/// that is not trusted has sent a request; then no connection from there goes without a limit.
 #[must_use]
-pub fn seat(peer: IpAddr, trusted: &[IpNet], is_proxied: bool) -> Seat {
+pub fn peer_kind(peer: IpAddr, trusted: &[IpNet], is_proxied: bool) -> PeerKind {
     if is_in(trusted, peer) {
-        Seat::Proxy
+        PeerKind::Proxy
     } else if is_local(peer) && !is_proxied {
-        Seat::Local
+        PeerKind::Local
     } else {
-        Seat::Client(whole(peer))
+        PeerKind::Client(client_prefix(peer))
     }
 }
 
@@ -75,18 +75,18 @@ pub fn is_in(networks: &[IpNet], address: IpAddr) -> bool {
 
 /// Whether `address` is this machine's, or of a network that is not the internet: where an operator's own proxy is.
 #[must_use]
-pub fn is_near(address: IpAddr) -> bool {
+pub fn is_private(address: IpAddr) -> bool {
     match address.to_canonical() {
         IpAddr::V4(address) => address.is_loopback() || address.is_private(),
         IpAddr::V6(address) => address.is_loopback() || address.is_unique_local(),
     }
 }
 
-/// Who sent a request that `peer` brought, by the values of its headers in their order. A proxy adds at the right
+/// The client of a request that `peer` brought, by the values of its headers in their order. A proxy adds at the right
 /// what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
-/// or the two headers differ, one of them may come from the sender, and nobody knows who that is; nor where a proxy on
-/// this machine is not trusted. `is_proxied` says whether any header is a proxy's.
-pub fn origin<'a>(
+/// or the two headers differ, one of them may come from the sender, and the client is not known; nor is it where a proxy
+/// on this machine is not trusted. `is_proxied`: any header is a proxy's.
+pub fn client_of_request<'a>(
     peer: IpAddr,
     trusted: &[IpNet],
     is_proxied: bool,
@@ -97,16 +97,18 @@ pub fn origin<'a>(
         return if is_local(peer) && is_proxied { Client::Unnamed } else { peer.into() };
     }
     let named: Vec<_> = forwarded.flat_map(|value| elements(value).unwrap_or_else(|| vec![None])).collect();
-    let listed: Vec<_> = x_forwarded_for.flat_map(|value| value.split(',').map(node)).collect();
+    let listed: Vec<_> = x_forwarded_for.flat_map(|value| value.split(',').map(parse_hop)).collect();
     let found = match (&named[..], &listed[..]) {
-        (hops, []) | ([], hops) => stranger(hops, trusted),
-        (named, listed) => stranger(named, trusted).filter(|found| stranger(listed, trusted) == Some(*found)),
+        (hops, []) | ([], hops) => first_untrusted(hops, trusted),
+        (named, listed) => {
+            first_untrusted(named, trusted).filter(|found| first_untrusted(listed, trusted) == Some(*found))
+        }
     };
-    found.map_or(Client::Unnamed, |address| Client::Address(whole(address)))
+    found.map_or(Client::Unnamed, |address| Client::Address(client_prefix(address)))
 }
 
 /// The last of the hops that is no trusted proxy, or the first of all.
-fn stranger(hops: &[Option<IpAddr>], trusted: &[IpNet]) -> Option<IpAddr> {
+fn first_untrusted(hops: &[Option<IpAddr>], trusted: &[IpNet]) -> Option<IpAddr> {
     let mut found = None;
     for hop in hops.iter().rev() {
         found = Some((*hop)?);
@@ -126,7 +128,7 @@ fn elements(value: &str) -> Option<Vec<Option<IpAddr>>> {
     loop {
         let (name, after) = rest.split_once('=')?;
         let (text, after) = parameter(after)?;
-        if name.trim().eq_ignore_ascii_case("for") && address.replace(node(&text)).is_some() {
+        if name.trim().eq_ignore_ascii_case("for") && address.replace(parse_hop(&text)).is_some() {
             return None;
         }
         let after = after.trim_start();
@@ -161,7 +163,7 @@ fn parameter(text: &str) -> Option<(String, &str)> {
 }
 
 /// The address of a hop, which may have brackets and a port; none for `unknown`, for an invented name, for nonsense.
-fn node(text: &str) -> Option<IpAddr> {
+fn parse_hop(text: &str) -> Option<IpAddr> {
     let text = text.trim();
     let is_port =
         |port: &str| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
@@ -196,7 +198,7 @@ mod tests {
     fn said(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
         let is_proxied = !forwarded.is_empty() || !x_forwarded_for.is_empty();
         let (forwarded, listed) = (forwarded.iter().copied(), x_forwarded_for.iter().copied());
-        match origin(peer.parse().unwrap(), &trusted(), is_proxied, forwarded, listed) {
+        match client_of_request(peer.parse().unwrap(), &trusted(), is_proxied, forwarded, listed) {
             Client::Address(address) => address.to_string(),
             Client::Unnamed => UNNAMED.into(),
             Client::Local => LOCAL.into(),
@@ -228,7 +230,7 @@ mod tests {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let peer = peer.parse().unwrap();
             let said = |forwarded: Option<&'static str>, listed: Option<&'static str>| {
-                origin(peer, &trusted, true, forwarded.into_iter(), listed.into_iter())
+                client_of_request(peer, &trusted, true, forwarded.into_iter(), listed.into_iter())
             };
             assert!(said(None, None) == Client::Unnamed && said(Some("x"), None) == Client::Unnamed);
             assert!(said(Some("for=1.1.1.1"), Some("2.2.2.2")) == Client::Unnamed);
@@ -241,13 +243,13 @@ mod tests {
         let (local, proxy): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), PROXY.parse().unwrap());
         let router = IpAddr::from([198, 51, 100, 1]);
         for (peer, is_proxied, expected) in [
-            (local, false, Seat::Local),
-            (local, true, Seat::Client(local)),
-            (proxy, false, Seat::Proxy),
-            (proxy, true, Seat::Proxy),
-            (router, false, Seat::Client(router)),
+            (local, false, PeerKind::Local),
+            (local, true, PeerKind::Client(local)),
+            (proxy, false, PeerKind::Proxy),
+            (proxy, true, PeerKind::Proxy),
+            (router, false, PeerKind::Client(router)),
         ] {
-            assert_eq!(seat(peer, &trusted(), is_proxied), expected);
+            assert_eq!(peer_kind(peer, &trusted(), is_proxied), expected);
         }
     }
 
@@ -319,7 +321,7 @@ mod tests {
 
     #[test]
     fn what_is_near_is_not_the_internet() {
-        let near = |text: &str| is_near(text.parse().unwrap());
+        let near = |text: &str| is_private(text.parse().unwrap());
         assert!(["127.0.0.9", "10.1.2.3", "192.168.1.1", "::1", "fd00::1", "::ffff:10.0.0.1"].into_iter().all(near));
         assert!(!["203.0.113.9", "2001:db8::1", "0.0.0.0"].into_iter().any(near));
     }

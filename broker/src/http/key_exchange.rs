@@ -1,0 +1,185 @@
+//! The key exchange over HTTP (contract section 1): a router's request in, the answer of [`crate::exchange`] or its
+//! refusal out, as JSON.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use actix_web::guard::{Guard, GuardContext};
+use actix_web::http::StatusCode;
+use actix_web::http::header::{
+    CONTENT_LENGTH, FORWARDED, HeaderName, RETRY_AFTER, TRANSFER_ENCODING, VIA, X_FORWARDED_FOR, X_FORWARDED_HOST,
+    X_FORWARDED_PROTO,
+};
+use actix_web::web::{self, BytesMut, Data, Payload, ServiceConfig};
+use actix_web::{HttpRequest, HttpResponse, Resource, ResponseError};
+use futures_util::StreamExt as _;
+use tokio::time::timeout;
+use tracing::warn;
+use wgkex_common::http::resource;
+use wgkex_common::wire::message::WorkerData;
+
+use crate::client_ip::{Client, client_of_request, is_in, is_private};
+use crate::exchange::{Ask, Refusal};
+use crate::http::{App, body, error};
+
+/// The path of version 1.
+pub const V1: &str = "/api/v1/wg/key/exchange";
+/// The path of version 2.
+pub const V2: &str = "/api/v2/wg/key/exchange";
+
+/// The largest body of a request; a router's has about 100 bytes.
+const BODY_MAX: usize = 4096;
+/// What of a body that is too large is still read, so that its sender gets to see the answer.
+const BODY_DRAIN: usize = 1 << 20;
+/// How long the body of a request may take.
+const REQUEST: Duration = Duration::from_secs(5);
+/// When a router is told to come again that no gateway has room for: when the next peers may have left.
+const ROOM_SECONDS: u32 = 60;
+
+/// What only proxies write into a head.
+const PROXIED: [HeaderName; 6] =
+    [FORWARDED, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, VIA, HeaderName::from_static("x-real-ip")];
+
+/// The routes of both versions.
+pub fn routes(config: &mut ServiceConfig) {
+    config
+        .service(exchange(V1).route(web::post().to(v1)).route(web::get().guard(HasBody).to(v1)))
+        .service(exchange(V2).route(web::post().to(v2)).route(web::get().guard(HasBody).to(v2)));
+}
+
+fn exchange(path: &str) -> Resource {
+    resource(path, "POST, OPTIONS")
+}
+
+/// A GET that brings a key, as the example of the original's README does; without a body it is a mistake.
+struct HasBody;
+
+impl Guard for HasBody {
+    fn check(&self, context: &GuardContext<'_>) -> bool {
+        let headers = &context.head().headers;
+        headers.contains_key(TRANSFER_ENCODING)
+            || headers.get(CONTENT_LENGTH).is_some_and(|length| length.as_bytes() != b"0")
+    }
+}
+
+async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.announce(&ask(&app, body).await?, || app.client(&request)).await };
+    let result = app.counted("v1", result.await);
+    result.map(|()| HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" })))
+}
+
+async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+    let result = async { app.exchange.assign(&ask(&app, body).await?, || app.client(&request)).await };
+    let gateway = app.counted("v2", result.await)?;
+    Ok(HttpResponse::Ok().json(Answer::from(gateway)))
+}
+
+async fn ask(app: &App, body: Payload) -> Result<Ask, Refusal> {
+    let body = read(body).await?;
+    let text = body::text(&body).ok_or(Refusal::Body("the body is not valid JSON"))?;
+    Ask::parse(text.as_bytes(), &app.domains)
+}
+
+/// The body, whatever its type is said to be.
+async fn read(body: Payload) -> Result<BytesMut, Refusal> {
+    timeout(REQUEST, collect(body)).await.unwrap_or(Err(Refusal::Slow))
+}
+
+async fn collect(mut body: Payload) -> Result<BytesMut, Refusal> {
+    let (mut taken, mut size) = (BytesMut::new(), 0);
+    while let Some(part) = body.next().await {
+        let part = part.map_err(|_| Refusal::Body("the body is not complete"))?;
+        size += part.len();
+        if size <= BODY_MAX {
+            taken.extend_from_slice(&part);
+        } else if size > BODY_DRAIN {
+            break;
+        }
+    }
+    if size > BODY_MAX { Err(Refusal::TooLarge) } else { Ok(taken) }
+}
+
+impl App {
+    fn counted<T>(&self, api: &str, result: Result<T, Refusal>) -> Result<T, Refusal> {
+        match &result {
+            Ok(_) => self.metrics.keys_accepted.with_label_values(&[api]).inc(),
+            Err(refusal) => self.metrics.keys_refused.with_label_values(&[api, refusal.reason()]).inc(),
+        }
+        result
+    }
+
+    /// The client whose request it is.
+    fn client(&self, request: &HttpRequest) -> Client {
+        let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
+        let headers = request.headers();
+        // What is not even text is as good as nonsense.
+        let values = |name: HeaderName| headers.get_all(name).map(|value| value.to_str().unwrap_or_default());
+        let is_proxied = PROXIED.iter().any(|name| headers.contains_key(name));
+        if is_proxied
+            && is_private(peer)
+            && !is_in(&self.trusted, peer)
+            && !self.proxy_missed.swap(true, Ordering::Relaxed)
+        {
+            warn!("a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
+        }
+        client_of_request(peer, &self.trusted, is_proxied, values(FORWARDED), values(X_FORWARDED_FOR))
+    }
+}
+
+/// The answer of version 2; the port is a text.
+#[derive(serde::Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Answer {
+    endpoint: Endpoint,
+}
+
+#[derive(serde::Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Endpoint {
+    address: String,
+    port: String,
+    #[serde(rename = "AllowedIPs")]
+    allowed_ips: [String; 1],
+    public_key: String,
+}
+
+impl From<WorkerData> for Answer {
+    fn from(data: WorkerData) -> Self {
+        let WorkerData { external_address, port, public_key, link_address } = data;
+        Self {
+            endpoint: Endpoint {
+                address: external_address,
+                port: port.to_string(),
+                allowed_ips: [link_address],
+                public_key: public_key.to_string(),
+            },
+        }
+    }
+}
+
+impl ResponseError for Refusal {
+    fn status_code(&self) -> StatusCode {
+        match self {
+            Self::Body(_) | Self::Domain | Self::Key(_) => StatusCode::BAD_REQUEST,
+            Self::Reserved | Self::Denied => StatusCode::FORBIDDEN,
+            Self::AddressTaken => StatusCode::CONFLICT,
+            Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Slow => StatusCode::REQUEST_TIMEOUT,
+            Self::Limited(_) | Self::Full => StatusCode::TOO_MANY_REQUESTS,
+            Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        let mut response = error(self.status_code(), &self.to_string());
+        if let Self::Limited(limited) = self {
+            response.headers_mut().insert(RETRY_AFTER, limited.seconds.into());
+        } else if *self == Self::Full {
+            response.headers_mut().insert(RETRY_AFTER, ROOM_SECONDS.into());
+        }
+        response
+    }
+}
