@@ -14,6 +14,7 @@ pub mod setup;
 #[cfg(test)]
 mod testing;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -32,12 +33,14 @@ use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
 use wgkex_kernel::Kernel;
 
-use crate::bus::Announcer;
+use crate::bus::publisher::Publisher;
+use crate::bus::subscriber;
 #[cfg(fuzzing)]
-pub use crate::bus::hear_anything;
+pub use crate::bus::subscriber::receive_anything;
 use crate::metrics::Metrics;
 use crate::peers::Policy;
-use crate::reconciler::{Handle, Installer, Said};
+use crate::profiles::mesh::Mesh;
+use crate::reconciler::{Handle, Reconciler, Reports, Start};
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -70,21 +73,31 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let reserved = watch::Sender::new(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
-    let known = (buffer, remembered);
-    let (installer, reconciler, reports) =
-        Installer::new(kernel, config.domains.clone(), &policy(&config), known, &reserved.subscribe(), &metrics);
-    let installer = installer.held_by(lists.gate());
+    let (task, reconciler, reports) = Reconciler::new(Start {
+        kernel,
+        domains: config.domains.clone(),
+        profile: Arc::new(Mesh),
+        policy: policy(&config),
+        buffer,
+        remembered,
+        reserved: reserved.subscribe(),
+        gate: lists.gate(),
+        metrics: metrics.clone(),
+    });
     // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
     // down.
     reconciler.admit(lists.admission(), []);
     lists.close_gate();
-    let [(bus, session), (confirmations, confirming)] =
-        wgkex_common::mqtt::open_pair(&config.mqtt, bus::client(&config), bus::second(&config))?;
+    let [(bus, session), (confirmations, confirming)] = wgkex_common::mqtt::open_pair(
+        &config.mqtt,
+        subscriber::session(&config),
+        subscriber::secondary_session(&config),
+    )?;
     let worker = Worker { config, metrics, lists, reconciler, bus, confirmations };
 
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
-    services.group(LAST, None).spawn("the reconciler", |stop| installer.run(stop));
+    services.group(LAST, None).spawn("the reconciler", |stop| task.run(stop));
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name, domains = domains.len(), "worker started");
@@ -107,7 +120,7 @@ impl Worker {
         &self,
         services: &mut Services,
         [session, confirming]: [Session; 2],
-        reports: Said,
+        reports: Reports,
         reserved: watch::Sender<Reserved>,
     ) {
         let Self { config, metrics, lists, reconciler, bus, confirmations } = self;
@@ -115,11 +128,13 @@ impl Worker {
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
         let handles = (bus.clone(), confirmations.clone());
-        let announcer = Announcer::new(config, handles, reconciler.state(), reports, presence_events, metrics.clone());
+        let publisher = Publisher::new(config, handles, reconciler.state(), reports, presence_events, metrics.clone());
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
         let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
-        let on_event = bus::hand_on(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
-        let on_confirming_event = bus::hand_on_pages(reconciler.clone(), sync_sender, lists.clone(), metrics.clone());
+        let on_event =
+            subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
+        let on_confirming_event =
+            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.clone());
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -133,19 +148,19 @@ impl Worker {
             })
             .spawn("the reserved keys", |_| tick(ticking))
             .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), metrics.clone()));
-        services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, stop));
+        services.group(2 * FAREWELL, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 }
 
 /// Publishes what this worker is and what became of keys until `stop` returns, and then that it goes; or until a session
 /// ends.
-async fn announce(mut announcer: Announcer, stop: impl Future<Output = ()>) {
+async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
     tokio::select! {
         biased;
         () = stop => {}
-        () = announcer.run() => return,
+        () = publisher.run() => return,
     }
-    if timeout(FAREWELL, announcer.farewell()).await.is_err() {
+    if timeout(FAREWELL, publisher.announce_offline()).await.is_err() {
         warn!("MQTT did not hear that this worker goes; its last will says so");
     }
 }

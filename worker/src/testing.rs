@@ -1,12 +1,17 @@
 //! What the tests of several modules share.
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
+use ipnet::IpNet;
 use wgkex_common::{Domain, PublicKey};
+use wgkex_kernel::{Interface, PeerConfig, PresharedKey};
 
 use crate::plan::{self, Step};
 use crate::profiles::mesh::Mesh;
+use crate::profiles::{DesiredPeer, Profile, Sweep};
 
 /// A domain with the interfaces `wg-welt` and `vx-welt`.
 pub fn domain() -> Domain {
@@ -29,6 +34,40 @@ pub fn collision() -> (PublicKey, PublicKey) {
 /// Installs `keys` as those of routers of a mesh.
 pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
     plan::install(&Mesh, keys)
+}
+
+/// A second profile: peers with leased addresses, a keepalive and a preshared key, no flood entry, never swept. A key without a lease has none.
+#[derive(Debug, Default)]
+pub struct Leases(pub BTreeMap<PublicKey, Vec<IpNet>>);
+
+impl Leases {
+    /// Leases of the networks of each of these keys.
+    pub fn of(keys: impl IntoIterator<Item = u8>) -> Self {
+        Self(keys.into_iter().map(|n| (key(n.into()), leased_networks(n).into())).collect())
+    }
+}
+
+/// Networks of the `n`th key.
+pub fn leased_networks(n: u8) -> [IpNet; 3] {
+    [format!("10.9.{n}.0/24"), format!("fd00:{n}::/64"), format!("fd01::{n}/128")]
+        .map(|network| network.parse().unwrap())
+}
+
+impl Profile for Leases {
+    fn interface(&self, domain: &Domain) -> Interface {
+        Interface { name: domain.wireguard(), vxlan: None }
+    }
+
+    fn desired(&self, key: &PublicKey) -> Option<DesiredPeer> {
+        let networks = self.0.get(key)?;
+        let (keepalive, preshared) = (NonZeroU16::new(25), PresharedKey::new([5; 32]));
+        let peer = PeerConfig { keepalive, preshared, ..PeerConfig::new(*key, networks.iter().copied()) };
+        Some(DesiredPeer { peer, routes: true, flood: None, sweep: Sweep::Never })
+    }
+
+    fn is_left_over(&self, _: &IpNet) -> bool {
+        false
+    }
 }
 
 /// What a future gives that has nothing to wait for.

@@ -1,45 +1,23 @@
 //! A second profile, which needs nothing below this room to be another: leased addresses, a keepalive and a preshared
 //! key, no flood entry, and never swept.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use wgkex_common::{Domain, RejectReason, Reserved};
+use wgkex_common::{RejectReason, Reserved};
 use wgkex_kernel::memory::MemoryKernel;
-use wgkex_kernel::{Change, Device, Interface, Kernel as _, PresharedKey};
+use wgkex_kernel::{Change, Device, Interface, Kernel as _};
 
 use super::mesh::{self, Mesh};
 use super::*;
 use crate::peers::{Clocks, KnownPeers, Policy};
 use crate::plan::{self, Step};
-use crate::testing::{collision, domain, key, now};
-
-/// Peers with leased addresses; a key without a lease has none.
-#[derive(Debug, Default)]
-struct Leases(BTreeMap<PublicKey, Vec<IpNet>>);
-
-impl Profile for Leases {
-    fn interface(&self, domain: &Domain) -> Interface {
-        Interface { name: domain.wireguard(), vxlan: None }
-    }
-
-    fn desired(&self, key: &PublicKey) -> Option<DesiredPeer> {
-        let networks = self.0.get(key)?;
-        let (keepalive, preshared) = (NonZeroU16::new(25), PresharedKey::new([5; 32]));
-        let peer = PeerConfig { keepalive, preshared, ..PeerConfig::new(*key, networks.iter().copied()) };
-        Some(DesiredPeer { peer, routes: true, flood: None, sweep: Sweep::Never })
-    }
-
-    fn is_left_over(&self, _: &IpNet) -> bool {
-        false
-    }
-}
+use crate::testing::{Leases, collision, domain, key, leased_networks, now};
 
 #[test]
 fn a_peer_with_leases_is_a_peer_with_all_of_them_and_a_route_to_each() {
-    let (profile, networks) = (leases(), networks(1));
+    let (profile, networks) = (leases(), leased_networks(1));
     let changes = plan::changes(&plan::install(&profile, [key(1), key(9)]));
     let peer = profile.desired(&key(1)).unwrap().peer;
     assert_eq!((peer.allowed_ips.len(), peer.keepalive, peer.preshared.is_some()), (3, NonZeroU16::new(25), true));
@@ -55,7 +33,7 @@ fn whatever_a_peer_with_leases_lacks_is_repaired_and_nothing_else_is_touched() {
         (|device| assert!(device.peers.get_mut(&key(1)).unwrap().allowed_ips.pop().is_some()), 1),
         (|device| device.peers.get_mut(&key(1)).unwrap().keepalive = None, 1),
         (|device| device.peers.get_mut(&key(1)).unwrap().preshared = None, 1),
-        (|device| assert!(device.routes.remove(&networks(1)[1])), 3),
+        (|device| assert!(device.routes.remove(&leased_networks(1)[1])), 3),
         (|device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.99.0.0/16".parse().unwrap()), 0),
     ];
     for (n, (damage, changes)) in damages.into_iter().enumerate() {
@@ -85,14 +63,14 @@ fn a_peer_with_leases_is_never_swept_and_never_evicted_and_goes_with_its_routes_
     let steps = plan::remove(world.known.profile(), &world.device(), &[key(1)].into());
     let device = world.apply(&steps);
     assert_eq!(device.peers.keys().collect::<Vec<_>>(), [&key(2)]);
-    assert_eq!(device.routes, networks(2).into());
+    assert_eq!(device.routes, leased_networks(2).into());
 }
 
 #[test]
 fn a_network_that_two_have_is_one_key_s_and_the_other_loses_all_of_its_networks() {
     let mut world = World::new();
     let mut both = leases();
-    both.0.insert(key(3), [networks(1)[2], networks(3)[0]].into());
+    both.0.insert(key(3), [leased_networks(1)[2], leased_networks(3)[0]].into());
     world.known = KnownPeers::new(Arc::new(both), Policy::default());
     world.read();
     let (own, reserved, now) = (None, Reserved::default(), world.now.monotonic);
@@ -107,14 +85,14 @@ fn a_network_that_two_have_is_one_key_s_and_the_other_loses_all_of_its_networks(
 fn whose_a_peer_is_follows_from_its_networks_whatever_their_order() {
     let desired = leases().desired(&key(1)).unwrap();
     let peer = |networks: &[IpNet]| Peer { allowed_ips: networks.iter().copied().collect(), ..Peer::default() };
-    let [one, two, three] = networks(1);
+    let [one, two, three] = leased_networks(1);
     for (networks, ownership) in [
         (&[one, two, three][..], Ownership::Ours),
         (&[three, one, two], Ownership::Ours),
         (&[two], Ownership::Partial),
         (&[], Ownership::Partial),
-        (&[one, two, three, self::networks(2)[0]], Ownership::Foreign),
-        (&[self::networks(2)[0]], Ownership::Foreign),
+        (&[one, two, three, leased_networks(2)[0]], Ownership::Foreign),
+        (&[leased_networks(2)[0]], Ownership::Foreign),
     ] {
         assert_eq!(desired.ownership(&peer(networks)), ownership, "{networks:?}");
     }
@@ -138,14 +116,8 @@ fn only_what_a_key_could_have_is_a_left_over_of_a_mesh() {
     }
 }
 
-/// Networks of the `n`th key.
-fn networks(n: u8) -> [IpNet; 3] {
-    [format!("10.9.{n}.0/24"), format!("fd00:{n}::/64"), format!("fd01::{n}/128")]
-        .map(|network| network.parse().unwrap())
-}
-
 fn leases() -> Leases {
-    Leases([1, 2].map(|n| (key(n.into()), networks(n).into())).into())
+    Leases::of([1, 2])
 }
 
 /// An interface with two leases, at work.

@@ -1,4 +1,4 @@
-//! What the installer says to others: what became of keys, and in what state each domain is.
+//! What the reconciler publishes: what became of keys, and in what state each domain is.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -57,8 +57,8 @@ impl DomainState {
 /// What became of each key of a batch: it stands, or the reason why not.
 pub(super) type Report = Vec<(PublicKey, Result<(), RejectReason>)>;
 
-/// The ends by which others hear of keys.
-pub struct Said {
+/// What becomes of keys, at the publisher's end.
+pub struct Reports {
     /// What became of keys that came.
     pub applied: mpsc::Receiver<Applied>,
     /// Which keys shake hands.
@@ -67,7 +67,7 @@ pub struct Said {
     pub revoked: mpsc::Receiver<Revoked>,
 }
 
-pub(super) struct Outbox {
+pub(super) struct ReportSender {
     applied: mpsc::Sender<Applied>,
     seen: mpsc::Sender<Handshakes>,
     revoked: mpsc::Sender<Revoked>,
@@ -75,13 +75,13 @@ pub(super) struct Outbox {
     metrics: Metrics,
 }
 
-impl Outbox {
-    pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Said) {
+impl ReportSender {
+    pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Reports) {
         let (applied, applied_receiver) = mpsc::channel(MESSAGES);
         let (seen, seen_receiver) = mpsc::channel(MESSAGES);
         let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
-        let said = Said { applied: applied_receiver, seen: seen_receiver, revoked: revoked_receiver };
-        (Self { applied, seen, revoked, state, metrics }, said)
+        let reports = Reports { applied: applied_receiver, seen: seen_receiver, revoked: revoked_receiver };
+        (Self { applied, seen, revoked, state, metrics }, reports)
     }
 
     /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.

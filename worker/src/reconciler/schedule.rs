@@ -43,7 +43,7 @@ impl Schedule {
     }
 
     /// Something about the links changed: reads at once, or when the last read has settled.
-    pub fn hurry(&mut self, now: Instant) {
+    pub fn expedite(&mut self, now: Instant) {
         self.read_at = self.read_at.min(now.max(self.settled_at));
     }
 
@@ -65,12 +65,12 @@ impl Schedule {
     }
 
     /// The read was good, and so nothing keeps the next sweep from its time.
-    pub fn good(&mut self) {
+    pub fn on_success(&mut self) {
         self.read_at = self.read_at.min(self.sweep_at);
     }
 
     /// A read or a change failed: reads again soon, later and later while that goes on, but as often as it counts.
-    pub fn failed(&mut self, now: Instant) {
+    pub fn on_failure(&mut self, now: Instant) {
         let pause = RETRY * 2_u32.pow(self.failures.min(6));
         self.failures = self.failures.saturating_add(1);
         self.read_at = self.read_at.min(now + pause);
@@ -101,11 +101,11 @@ mod tests {
         let (mut schedule, start) = schedule();
         good_read(&mut schedule, start, Duration::ZERO);
         let event = start + 10 * SECOND;
-        schedule.hurry(event);
+        schedule.expedite(event);
         assert_eq!(schedule.read_at(), event);
         good_read(&mut schedule, event, Duration::ZERO);
-        schedule.hurry(event);
-        schedule.hurry(event + SETTLE / 2);
+        schedule.expedite(event);
+        schedule.expedite(event + SETTLE / 2);
         assert_eq!(schedule.read_at(), event + SETTLE);
     }
 
@@ -113,7 +113,7 @@ mod tests {
     fn a_slow_kernel_is_read_at_most_half_of_the_time() {
         let (mut schedule, start) = schedule();
         good_read(&mut schedule, start, 10 * SECOND);
-        schedule.hurry(start + 10 * SECOND);
+        schedule.expedite(start + 10 * SECOND);
         assert_eq!(schedule.read_at(), start + 20 * SECOND);
     }
 
@@ -122,11 +122,11 @@ mod tests {
         let (mut schedule, start) = schedule();
         for pause in [1, 2, 4, 8, 16, 32].map(|seconds| seconds * SECOND).into_iter().chain([count(); 2]) {
             schedule.read(start, Duration::ZERO);
-            schedule.failed(start);
+            schedule.on_failure(start);
             assert_eq!(schedule.read_at(), start + pause);
         }
         schedule.recovered();
-        schedule.failed(start);
+        schedule.on_failure(start);
         assert_eq!(schedule.read_at(), start + SECOND);
     }
 
@@ -142,7 +142,7 @@ mod tests {
         assert!(schedule.is_sweep_due(due) && !schedule.is_sweep_due(start + 89 * SECOND));
 
         schedule.read(due, Duration::ZERO);
-        schedule.failed(due);
+        schedule.on_failure(due);
         assert_eq!(schedule.read_at(), due + SECOND);
         assert!(schedule.is_sweep_due(due + SECOND));
     }
@@ -154,7 +154,7 @@ mod tests {
         for (more, next) in [(true, due), (false, due + count())] {
             schedule.read(due, Duration::ZERO);
             schedule.swept(due, more);
-            schedule.good();
+            schedule.on_success();
             assert_eq!(schedule.read_at(), next);
         }
         assert!(!schedule.is_sweep_due(due));
@@ -171,6 +171,6 @@ mod tests {
 
     fn good_read(schedule: &mut Schedule, now: Instant, took: Duration) {
         schedule.read(now, took);
-        schedule.good();
+        schedule.on_success();
     }
 }

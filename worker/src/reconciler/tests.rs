@@ -1,20 +1,27 @@
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::future::pending;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
-
-use wgkex_common::RejectReason;
-use wgkex_common::access_lists::{AllowList, Entry, List};
-use wgkex_common::storage::key_store::KeyRecord;
-use wgkex_common::wire::message::Applied;
-
-use super::*;
-use crate::plan;
-use crate::testing::{collision, domain, install, key};
+use tokio::time::{Instant, sleep, timeout};
+use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
+use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
+use wgkex_common::wire::message::{Age, Applied, Revoked};
+use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::memory::{Delays, MemoryKernel};
-use wgkex_kernel::{Change, Device, Errno, Interface, KernelError, PeerConfig, host};
+use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
+
+use super::task::Event;
+use super::{DomainState, Handle, Reconciler, Reports, Snapshot, Start, State, clocks};
+use crate::metrics::Metrics;
+use crate::peers::{Clocks, Policy};
+use crate::plan;
+use crate::profiles::Profile as _;
+use crate::profiles::mesh::Mesh;
+use crate::testing::{Leases, collision, domain, install, key, leased_networks};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -22,7 +29,7 @@ const HOUR: Duration = Duration::from_secs(3_600);
 #[tokio::test(start_paused = true)]
 async fn a_key_is_confirmed_when_all_three_objects_stand() {
     let mut gateway = Gateway::start();
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
     assert!(gateway.stands(key(1)));
     assert_eq!(gateway.applies(), [plan::changes(&install([key(1)]))]);
@@ -34,10 +41,10 @@ async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
     let mut gateway = Gateway::start();
     gateway.up().await;
     gateway.memory.delay(Delays { apply: Duration::from_secs(1), ..Delays::default() });
-    gateway.offer([0]);
+    gateway.enqueue([0]);
     sleep(Duration::from_millis(500)).await;
     for n in (1..=100).chain([7, 7]) {
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         sleep(Duration::from_millis(1)).await;
     }
     assert_eq!(gateway.confirmed().await.installed, [key(0)]);
@@ -54,7 +61,7 @@ async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
     let (call, gap) = (Duration::from_millis(10), Duration::from_millis(6));
     gateway.memory.delay(Delays { apply: call, ..Delays::default() });
     for n in 0..100 {
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         sleep(gap).await;
     }
     sleep(MINUTE / 2).await;
@@ -66,7 +73,7 @@ async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
     for n in 100..103 {
         sleep(call).await;
         let begun = Instant::now();
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         while !gateway.stands(key(n)) {
             sleep(Duration::from_millis(1)).await;
         }
@@ -79,7 +86,7 @@ async fn one_bad_key_fails_alone_and_is_confirmed_when_it_can_be_done() {
     let mut gateway = Gateway::start();
     gateway.settle().await;
     gateway.memory.refuse(Change::SetRoute(host(key(2).link_local())));
-    gateway.offer([1, 2, 3]);
+    gateway.enqueue([1, 2, 3]);
     let applied = gateway.confirmed().await;
     assert_eq!(applied.installed, [key(1), key(3)]);
     assert_eq!(applied.failed, [(key(2), RejectReason::Kernel)].into());
@@ -95,7 +102,7 @@ async fn a_key_that_is_always_refused_is_given_up() {
     let mut gateway = Gateway::start();
     gateway.up().await;
     gateway.memory.refuse(Change::SetPeer(PeerConfig::at(key(2), key(2).link_local())));
-    gateway.offer([2]);
+    gateway.enqueue([2]);
     assert_eq!(gateway.confirmed().await.failed.len(), 1);
     sleep(HOUR).await;
     gateway.applies();
@@ -107,7 +114,7 @@ async fn a_key_that_is_always_refused_is_given_up() {
 async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
     let mut gateway = Gateway::start();
     let own = gateway.device().public_key.unwrap();
-    gateway.handle.offer(domain(), own);
+    gateway.handle.enqueue(domain(), own);
     assert_eq!(gateway.confirmed().await.failed, [(own, RejectReason::OwnKey)].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     assert_eq!(gateway.metrics.keys_failed.with_label_values(&["ffmuc_welt", "own key"]).get(), 1);
@@ -117,7 +124,7 @@ async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
 async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
     let mut gateway = Gateway::start();
     for _ in 0..2 {
-        gateway.offer([1]);
+        gateway.enqueue([1]);
         assert_eq!(gateway.confirmed().await.installed, [key(1)]);
         assert!(gateway.stands(key(1)));
         gateway.memory.alter(&domain(), |device| device.routes.clear());
@@ -128,7 +135,7 @@ async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
 #[tokio::test(start_paused = true)]
 async fn keys_that_came_before_their_interface_are_installed_when_it_comes() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     let wanted = [(key(1), RejectReason::Interface), (key(2), RejectReason::Interface)].into();
     assert_eq!(gateway.confirmed().await.failed, wanted);
     assert_eq!(gateway.state(), Some(DomainState::Down { reason: "interface wg-welt is missing".into() }));
@@ -145,7 +152,7 @@ async fn keys_that_came_before_their_interface_are_installed_when_it_comes() {
 #[tokio::test(start_paused = true)]
 async fn an_interface_made_anew_is_full_again() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..3_000);
+    gateway.enqueue(0..3_000);
     gateway.settle().await;
     gateway.memory.remove(&domain());
     gateway.settle().await;
@@ -162,13 +169,13 @@ async fn an_interface_made_anew_is_full_again() {
 #[tokio::test(start_paused = true)]
 async fn only_what_went_with_the_vxlan_is_restored() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     gateway.confirmed().await;
     gateway.memory.remove_vxlan(&domain());
     gateway.settle().await;
     assert!(matches!(gateway.state(), Some(DomainState::Down { .. })));
     gateway.applies();
-    gateway.offer([2]);
+    gateway.enqueue([2]);
     assert_eq!(gateway.confirmed().await.failed, [(key(2), RejectReason::Interface)].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     gateway.memory.add_vxlan(&domain());
@@ -182,7 +189,7 @@ async fn only_what_went_with_the_vxlan_is_restored() {
 #[tokio::test(start_paused = true)]
 async fn what_was_lost_with_a_link_that_went_down_is_restored_when_it_is_up() {
     let mut gateway = Gateway::start();
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     gateway.confirmed().await;
     gateway.memory.set_down(&domain());
     gateway.settle().await;
@@ -203,7 +210,7 @@ async fn an_interface_that_goes_in_the_middle_of_a_storm_loses_no_key() {
         ..Delays::default()
     });
     for n in 0..2_000 {
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         match n {
             500 => gateway.memory.remove(&domain()),
             700 | 1_500 => gateway.memory.add(&domain()),
@@ -227,7 +234,7 @@ async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_sam
         gateway.handle.refresh();
         gateway.settle().await;
         assert_eq!(gateway.state(), Some(DomainState::Down { reason: reason.into() }));
-        gateway.offer([1]);
+        gateway.enqueue([1]);
         assert_eq!(gateway.confirmed().await.installed, [key(1)]);
     }
 }
@@ -236,7 +243,7 @@ async fn an_interface_that_routers_cannot_use_is_down_and_takes_keys_all_the_sam
 async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
     let mut gateway = Gateway::start();
     sleep(55 * MINUTE).await;
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     sleep(10 * MINUTE).await;
     assert!(gateway.stands(key(1)));
     gateway.settle().await;
@@ -251,7 +258,7 @@ async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
 #[tokio::test(start_paused = true)]
 async fn a_large_sweep_goes_in_parts_and_ends() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..2_000);
+    gateway.enqueue(0..2_000);
     gateway.settle().await;
     gateway.applies();
     sleep(HOUR + MINUTE).await;
@@ -262,7 +269,7 @@ async fn a_large_sweep_goes_in_parts_and_ends() {
 #[tokio::test(start_paused = true)]
 async fn removals_that_fail_are_left_to_the_next_sweep() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..600);
+    gateway.enqueue(0..600);
     gateway.settle().await;
     (0..600).for_each(|n| gateway.memory.refuse(Change::RemovePeer(key(n))));
     sleep(HOUR).await;
@@ -278,14 +285,14 @@ async fn removals_that_fail_are_left_to_the_next_sweep() {
 async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.handle.offer(domain(), second);
+    gateway.handle.enqueue(domain(), second);
     assert_eq!(gateway.confirmed().await.installed, [second]);
     sleep(9 * MINUTE).await;
-    gateway.handle.offer(domain(), first);
+    gateway.handle.enqueue(domain(), first);
     assert_eq!(gateway.confirmed().await.failed, [(first, RejectReason::AddressTaken)].into());
     assert!(gateway.stands(second));
     sleep(2 * MINUTE).await;
-    gateway.handle.offer(domain(), first);
+    gateway.handle.enqueue(domain(), first);
     assert_eq!(gateway.confirmed().await.installed, [first]);
     sleep(2 * MINUTE).await;
     assert!(gateway.stands(first) && !gateway.device().peers.contains_key(&second));
@@ -296,8 +303,8 @@ async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
 async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_stand() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.handle.offer(domain(), second);
-    gateway.handle.offer(domain(), first);
+    gateway.handle.enqueue(domain(), second);
+    gateway.handle.enqueue(domain(), first);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![first], [(second, RejectReason::AddressTaken)].into()));
     sleep(10 * MINUTE).await;
@@ -309,15 +316,15 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
     let policy = Policy { unestablished: 1_000, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     let mut said = BTreeSet::new();
-    gateway.offer(0..100);
+    gateway.enqueue(0..100);
     sleep(Duration::from_secs(20)).await;
     (0..100).for_each(|n| gateway.memory.handshake(&domain(), key(n), SystemTime::now()));
     sleep(2 * MINUTE).await;
     gateway.memory.delay(Delays { change: Duration::from_micros(100), ..Delays::default() });
     for part in 0..10 {
-        gateway.offer(1_000 + part * 1_000..2_000 + part * 1_000);
+        gateway.enqueue(1_000 + part * 1_000..2_000 + part * 1_000);
         let asked = Instant::now();
-        gateway.offer([part]);
+        gateway.enqueue([part]);
         while !hear(&mut said, gateway.confirmed().await).contains(&key(part)) {}
         assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
         assert!(gateway.device().peers.len() <= 1_100, "{}", gateway.device().peers.len());
@@ -335,7 +342,7 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
 async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() {
     let policy = Policy { unestablished: 1_600, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
-    gateway.offer(0..1_600);
+    gateway.enqueue(0..1_600);
     gateway.settle().await;
     assert!(gateway.all_stand(0..1_600), "nobody goes before somebody needs the place");
     (0..10).for_each(|n| gateway.memory.handshake(&domain(), key(n), SystemTime::now()));
@@ -343,7 +350,7 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
     let mut waited = 0;
     for n in 10_000..11_000 {
         let asked = Instant::now();
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         while !hear(&mut said, gateway.confirmed().await).contains(&key(n)) {}
         waited += usize::from(!asked.elapsed().is_zero());
         assert!(gateway.device().peers.len() <= 1_610, "{}", gateway.device().peers.len());
@@ -359,10 +366,10 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
 async fn who_shakes_hands_while_a_slow_kernel_makes_room_stays() {
     let policy = Policy { unestablished: 8_000, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
-    gateway.offer(0..8_000);
+    gateway.enqueue(0..8_000);
     gateway.settle().await;
     gateway.memory.delay(Delays { change: Duration::from_millis(2), ..Delays::default() });
-    gateway.offer([10_000]);
+    gateway.enqueue([10_000]);
     while gateway.device().peers.contains_key(&key(0)) {
         sleep(Duration::from_millis(10)).await;
     }
@@ -454,7 +461,7 @@ async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_
         },
     ];
     let mut gateway = Gateway::start();
-    gateway.offer(0..1_000);
+    gateway.enqueue(0..1_000);
     gateway.settle().await;
     for vanish in vanishing {
         gateway.memory.alter(&domain(), vanish);
@@ -472,8 +479,8 @@ async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_
 async fn peers_that_were_adopted_or_remembered_come_back_as_well() {
     let memory = MemoryKernel::with(&[domain()]);
     memory.clone().apply(&Interface::from(&domain()), plan::changes(&install([key(1), key(3)]))).await;
-    let (installer, _handle, _said) = remembering(memory.clone(), 2..4);
-    tokio::spawn(installer.run(pending()));
+    let (reconciler, _handle, _said) = remembering(memory.clone(), 2..4);
+    tokio::spawn(reconciler.run(pending()));
     sleep(MINUTE).await;
     memory.alter(&domain(), |device| device.peers.clear());
     sleep(MINUTE).await;
@@ -486,9 +493,9 @@ async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
     let policy = Policy { unestablished: 20, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     let peers = |gateway: &Gateway| gateway.device().peers.into_keys().collect::<Vec<_>>();
-    gateway.offer(0..20);
+    gateway.enqueue(0..20);
     gateway.settle().await;
-    gateway.offer([20]);
+    gateway.enqueue([20]);
     sleep(MINUTE).await;
     assert_eq!(peers(&gateway), (1..=20).map(key).collect::<Vec<_>>(), "the oldest made room");
     gateway.handle.admit(denying([1]), []);
@@ -510,7 +517,7 @@ async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_was_swept_stays_away_although_something_of_it_could_not_be_removed() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     gateway.settle().await;
     gateway.memory.refuse(Change::RemoveFdb(key(1).link_local()));
     gateway.memory.refuse(Change::RemovePeer(key(2)));
@@ -555,7 +562,7 @@ async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more
     sleep(20 * MINUTE).await;
     assert!((24..40).contains(&(gateway.memory.reads() - reads)), "{}", gateway.memory.reads() - reads);
     assert_eq!(gateway.state(), state);
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
 }
 
@@ -564,7 +571,7 @@ async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
     let memory = MemoryKernel::with(&[domain()]);
     memory.fail_reads(Some(KernelError::Refused { action: "read", source: Errno::EPERM }));
     let mut gateway = Gateway::on(memory, Policy::default());
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     assert_eq!(gateway.confirmed().await.failed, [(key(1), RejectReason::Kernel)].into());
     assert_eq!(gateway.state(), None);
     gateway.memory.fail_reads(None);
@@ -587,13 +594,13 @@ async fn a_burst_of_link_events_costs_few_reads() {
 #[tokio::test(start_paused = true)]
 async fn a_new_key_does_not_wait_for_a_large_backlog() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..20_000);
+    gateway.enqueue(0..20_000);
     gateway.settle().await;
     gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     gateway.memory.add(&domain());
     sleep(Duration::from_secs(2)).await;
     while gateway.said.applied.try_recv().is_ok() {}
-    gateway.offer([50_000]);
+    gateway.enqueue([50_000]);
     let asked = Instant::now();
     while !gateway.stands(key(50_000)) {
         sleep(Duration::from_millis(10)).await;
@@ -606,14 +613,14 @@ async fn a_new_key_does_not_wait_for_a_large_backlog() {
 async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_meanwhile() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.offer(0..2_000);
+    gateway.enqueue(0..2_000);
     gateway.settle().await;
-    gateway.handle.offer(domain(), first);
+    gateway.handle.enqueue(domain(), first);
     gateway.settle().await;
     gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     gateway.memory.add(&domain());
     sleep(Duration::from_secs(1)).await;
-    gateway.handle.offer(domain(), second);
+    gateway.handle.enqueue(domain(), second);
     gateway.settle().await;
     assert!(gateway.all_stand(0..2_000) && gateway.stands(first));
 }
@@ -621,13 +628,13 @@ async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_mean
 #[tokio::test(start_paused = true)]
 async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..2_000);
+    gateway.enqueue(0..2_000);
     gateway.settle().await;
     gateway.memory.delay(Delays { apply: Duration::from_millis(10), ..Delays::default() });
     gateway.memory.add(&domain());
     let reads = gateway.memory.reads();
     for n in 0..30_000 {
-        gateway.offer([100_000 + n % 100]);
+        gateway.enqueue([100_000 + n % 100]);
         sleep(Duration::from_millis(5)).await;
     }
     assert!(gateway.all_stand(0..2_000));
@@ -638,16 +645,16 @@ async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() 
 async fn confirmations_are_of_bounded_size_and_never_block() {
     let mut gateway = Gateway::start();
     gateway.up().await;
-    gateway.offer(0..4_096);
+    gateway.enqueue(0..4_096);
     for _ in 0..4_096 / 512 {
         assert_eq!(gateway.confirmed().await.installed.len(), 512, "what is new comes in parts");
     }
-    gateway.offer(0..4_096);
+    gateway.enqueue(0..4_096);
     let sizes = [gateway.confirmed().await, gateway.confirmed().await, gateway.confirmed().await];
     assert_eq!(sizes.map(|applied| applied.installed.len()), [2_000, 2_000, 96]);
 
     for n in 0..500 {
-        gateway.offer([n]);
+        gateway.enqueue([n]);
         sleep(Duration::from_millis(1)).await;
     }
     assert!(gateway.stands(key(499)));
@@ -658,7 +665,7 @@ async fn confirmations_are_of_bounded_size_and_never_block() {
 async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_works() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy { pending: 1_000, ..Policy::default() });
     for chunk in 0..100 {
-        gateway.offer(chunk * 1_000..(chunk + 1) * 1_000);
+        gateway.enqueue(chunk * 1_000..(chunk + 1) * 1_000);
         sleep(Duration::from_millis(1)).await;
     }
     assert!(gateway.metrics.keys_dropped.with_label_values(&["waiting"]).get() >= 99_000);
@@ -667,9 +674,9 @@ async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_wo
     assert!((900..=1_000).contains(&gateway.device().peers.len()));
     assert!(gateway.stands(key(99_999)));
 
-    let (_installer, handle, _said) = installer(MemoryKernel::default(), &Policy::default());
+    let (_installer, handle, _said) = reconciler(MemoryKernel::default(), &Policy::default());
     for n in 0..=65_536 {
-        handle.offer(domain(), key(n));
+        handle.enqueue(domain(), key(n));
     }
     assert_eq!(handle.metrics.keys_dropped.with_label_values(&["queue"]).get(), 1);
     assert_eq!(handle.metrics.queue_length.get(), 65_536);
@@ -678,7 +685,7 @@ async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_wo
 #[tokio::test(start_paused = true)]
 async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..100);
+    gateway.enqueue(0..100);
     gateway.settle().await;
     gateway.applies();
     gateway.handle.learn(domain(), live(50..150)).await;
@@ -709,7 +716,7 @@ async fn live_keys_come_no_faster_than_they_go_in_and_delay_no_new_key() {
     });
     sleep(Duration::from_secs(5)).await;
     assert!(!learning.is_finished());
-    gateway.offer([50_000]);
+    gateway.enqueue([50_000]);
     let asked = Instant::now();
     while !gateway.stands(key(50_000)) {
         sleep(Duration::from_millis(10)).await;
@@ -734,7 +741,7 @@ async fn live_keys_wait_for_their_interface() {
 #[tokio::test(start_paused = true)]
 async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..10);
+    gateway.enqueue(0..10);
     gateway.settle().await;
     gateway.handle.admit(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
     let said = gateway.said.revoked.recv().await.unwrap();
@@ -742,7 +749,7 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     assert_eq!(gateway.metrics.peers_revoked.with_label_values(&["ffmuc_welt"]).get(), 2);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), RejectReason::Denied)).into()));
-    gateway.offer([1, 20]);
+    gateway.enqueue([1, 20]);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![key(20)], [(key(1), RejectReason::Denied)].into()));
     gateway.handle.learn(domain(), live(0..3)).await;
@@ -759,16 +766,16 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     assert!(gateway.all_stand([0].into_iter().chain(3..10)));
 
     gateway.handle.admit(denying([]), []);
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_is_remembered_and_denied_is_not_put_back() {
     let memory = MemoryKernel::with(&[domain()]);
-    let (installer, handle, _said) = remembering(memory.clone(), 1..4);
+    let (reconciler, handle, _said) = remembering(memory.clone(), 1..4);
     handle.admit(denying([1]), []);
-    tokio::spawn(installer.run(pending()));
+    tokio::spawn(reconciler.run(pending()));
     sleep(MINUTE).await;
     assert_eq!(memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
     let applied = memory.take_applies().into_iter().flat_map(|(_, changes)| changes);
@@ -778,7 +785,7 @@ async fn what_is_remembered_and_denied_is_not_put_back() {
 #[tokio::test(start_paused = true)]
 async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
@@ -794,7 +801,7 @@ async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
 #[tokio::test(start_paused = true)]
 async fn what_cannot_be_removed_now_is_when_it_can() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2, 3]);
+    gateway.enqueue([1, 2, 3]);
     gateway.settle().await;
     gateway.memory.refuse(Change::RemovePeer(key(1)));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
@@ -816,7 +823,7 @@ async fn what_cannot_be_removed_now_is_when_it_can() {
 #[tokio::test(start_paused = true)]
 async fn what_is_left_of_a_denied_key_goes_at_once() {
     let mut gateway = Gateway::start();
-    gateway.offer([1]);
+    gateway.enqueue([1]);
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
@@ -828,7 +835,7 @@ async fn what_is_left_of_a_denied_key_goes_at_once() {
 #[tokio::test(start_paused = true)]
 async fn keys_that_wait_for_their_interface_are_denied_too() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     gateway.settle().await;
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys.len(), 1);
@@ -856,11 +863,11 @@ async fn keys_that_are_owed_are_denied_too() {
 #[tokio::test(start_paused = true)]
 async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
     let mut gateway = Gateway::start();
-    gateway.offer([1, 2]);
+    gateway.enqueue([1, 2]);
     gateway.settle().await;
     let allowing = |allow_list| Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], allow_list, 0));
     gateway.handle.admit(allowing(AllowList::Unread), []);
-    gateway.offer([3]);
+    gateway.enqueue([3]);
     assert_eq!(gateway.confirmed().await.failed, [(key(3), RejectReason::Denied)].into());
     gateway.settle().await;
     assert!(gateway.all_stand([1, 2]), "nobody goes because of a list that could not be read");
@@ -872,7 +879,7 @@ async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
 #[tokio::test(start_paused = true)]
 async fn many_who_have_to_go_do_so_in_slices() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..2_000);
+    gateway.enqueue(0..2_000);
     gateway.settle().await;
     gateway.applies();
     gateway.handle.admit(Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], AllowList::Read, 0)), []);
@@ -889,13 +896,13 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
     let trusted = Entry::new(List::Trusted, key(1));
     let trusting = |denied: &[Entry]| Arc::new(Admission::of(denied.iter().chain([&trusted]), AllowList::Off, 0));
     gateway.handle().admit(trusting(&[]), []);
-    gateway.installer.handle(Event::Ordered, gateway.now).await;
+    gateway.reconciler.handle(Event::PolicyChanged, gateway.now).await;
     for _ in 0..5 * 60 {
         gateway.minute().await;
     }
     assert_eq!(gateway.memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
     gateway.handle().admit(trusting(&[Entry::new(List::Deny, key(1))]), []);
-    gateway.installer.handle(Event::Ordered, gateway.now).await;
+    gateway.reconciler.handle(Event::PolicyChanged, gateway.now).await;
     assert!(gateway.memory.device(&domain()).unwrap().peers.is_empty());
 }
 
@@ -903,9 +910,10 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
 async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_remembered() {
     let memory = MemoryKernel::with(&[domain()]);
     let (gate, held) = watch::channel(Some(std::time::Instant::now()));
-    let (installer, handle, mut said) = remembering(memory.clone(), 4..7);
-    tokio::spawn(installer.held_by(held).run(pending()));
-    handle.offer(domain(), key(1));
+    let start = Start { remembered: remembered(4..7), gate: held, ..start_with(memory.clone()) };
+    let (reconciler, handle, mut said) = Reconciler::new(start);
+    tokio::spawn(reconciler.run(pending()));
+    handle.enqueue(domain(), key(1));
     let learning = tokio::spawn({
         let handle = handle.clone();
         async move {
@@ -928,7 +936,7 @@ async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_rememb
 #[tokio::test(start_paused = true)]
 async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
     let mut gateway = Gateway::start();
-    gateway.offer(0..3_000);
+    gateway.enqueue(0..3_000);
     gateway.settle().await;
     for n in 0..3_000 {
         gateway.memory.handshake(&domain(), key(n), SystemTime::now());
@@ -951,7 +959,7 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
 #[tokio::test(start_paused = true)]
 async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
     let mut gateway = Gateway::start();
-    gateway.offer([2]);
+    gateway.enqueue([2]);
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| {
         device.routes.insert(host(key(1).link_local()));
@@ -984,11 +992,39 @@ async fn it_ends_when_nobody_holds_a_handle() {
     timeout(MINUTE, gateway.task).await.unwrap().unwrap();
 }
 
-/// An installer at work on a kernel in memory.
+#[tokio::test(start_paused = true)]
+async fn a_key_with_leases_is_installed_confirmed_and_restored_as_one_of_a_router_is() {
+    let profile = Leases::of([1]);
+    let interface = profile.interface(&domain());
+    let memory = MemoryKernel::with([interface.clone()]);
+    let start = Start { profile: Arc::new(profile), ..start_with(memory.clone()) };
+    let (reconciler, handle, mut reports) = Reconciler::new(start);
+    let task = tokio::spawn(reconciler.run(std::future::pending()));
+    for n in [1, 9] {
+        handle.enqueue(domain(), key(n));
+    }
+    let applied = timeout(MINUTE, reports.applied.recv()).await.unwrap().unwrap();
+    assert_eq!(applied.installed, [key(1)]);
+    assert_eq!(applied.failed, [(key(9), RejectReason::Denied)].into(), "it has no lease");
+    let whole = memory.device(interface.clone()).unwrap();
+    assert_eq!((whole.peers.len(), &whole.routes, whole.fdb.len()), (1, &leased_networks(1).into(), 0));
+
+    memory.alter(interface.clone(), |device| {
+        device.peers.clear();
+        device.routes.clear();
+    });
+    sleep(2 * MINUTE).await;
+    assert_eq!(memory.device(interface.clone()), Some(whole.clone()), "what vanished is put back");
+    sleep(48 * HOUR).await;
+    assert_eq!(memory.device(interface), Some(whole), "and no sweep takes it");
+    task.abort();
+}
+
+/// A reconciler at work on a kernel in memory.
 struct Gateway {
     memory: MemoryKernel,
     handle: Handle,
-    said: Said,
+    said: Reports,
     metrics: Metrics,
     stop: oneshot::Sender<()>,
     task: JoinHandle<()>,
@@ -1000,15 +1036,15 @@ impl Gateway {
     }
 
     fn on(memory: MemoryKernel, policy: Policy) -> Self {
-        let (installer, handle, said) = installer(memory.clone(), &policy);
+        let (reconciler, handle, said) = reconciler(memory.clone(), &policy);
         let (stop, stopped) = oneshot::channel::<()>();
-        let task = tokio::spawn(installer.run(async { drop(stopped.await) }));
+        let task = tokio::spawn(reconciler.run(async { drop(stopped.await) }));
         Self { memory, metrics: handle.metrics.clone(), handle, said, stop, task }
     }
 
-    fn offer(&self, keys: impl IntoIterator<Item = u32>) {
+    fn enqueue(&self, keys: impl IntoIterator<Item = u32>) {
         for n in keys {
-            self.handle.offer(domain(), key(n));
+            self.handle.enqueue(domain(), key(n));
         }
     }
 
@@ -1049,20 +1085,20 @@ impl Gateway {
     }
 }
 
-/// An installer that is handed its events and both clocks.
+/// A reconciler that is handed its events and both clocks.
 struct Still {
     memory: MemoryKernel,
-    installer: Installer<MemoryKernel>,
+    reconciler: Reconciler<MemoryKernel>,
     metrics: Metrics,
     now: Clocks,
-    others: (Handle, Said),
+    others: (Handle, Reports),
 }
 
 impl Still {
     fn start() -> Self {
         let memory = MemoryKernel::with(&[domain()]);
-        let (installer, handle, said) = installer(memory.clone(), &Policy::default());
-        Self { memory, installer, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
+        let (reconciler, handle, said) = reconciler(memory.clone(), &Policy::default());
+        Self { memory, reconciler, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
     }
 
     fn handle(&self) -> &Handle {
@@ -1072,16 +1108,16 @@ impl Still {
     async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
         self.minute().await;
         let keys = keys.into_iter().map(|n| (domain(), key(n))).collect();
-        self.installer.handle(Event::Keys(keys), self.now).await;
+        self.reconciler.handle(Event::Keys(keys), self.now).await;
     }
 
     /// A minute passes and all is done that is due after it.
     async fn minute(&mut self) {
         self.now.monotonic += MINUTE;
         self.now.wall += MINUTE;
-        self.installer.handle(Event::Due(domain()), self.now).await;
-        while self.installer.domains[&domain()].has_backlog() {
-            self.installer.handle(Event::Spare(domain()), self.now).await;
+        self.reconciler.handle(Event::ReadDue(domain()), self.now).await;
+        while self.reconciler.domains[&domain()].has_backlog() {
+            self.reconciler.handle(Event::BacklogReady(domain()), self.now).await;
         }
     }
 }
@@ -1091,22 +1127,36 @@ fn denying(keys: impl IntoIterator<Item = u32>) -> Arc<Admission> {
     Arc::new(Admission::of(&entries, AllowList::Off, 0))
 }
 
-fn live(keys: std::ops::Range<u32>) -> Live {
+fn live(keys: std::ops::Range<u32>) -> Snapshot {
     keys.map(|n| (key(n), Age { age_secs: 60, has_handshake: false })).collect()
 }
 
-fn installer(memory: MemoryKernel, policy: &Policy) -> (Installer<MemoryKernel>, Handle, Said) {
-    let (_, reserved) = watch::channel(Reserved::default());
-    Installer::new(memory, [domain()], policy, Default::default(), &reserved, &Metrics::new([&domain()]).unwrap())
+fn reconciler(memory: MemoryKernel, policy: &Policy) -> (Reconciler<MemoryKernel>, Handle, Reports) {
+    Reconciler::new(Start { policy: *policy, ..start_with(memory) })
 }
 
-/// An installer that remembers proven keys.
-fn remembering(memory: MemoryKernel, keys: std::ops::Range<u32>) -> (Installer<MemoryKernel>, Handle, Said) {
-    let kept = KeyRecord { last: std::time::Instant::now(), proven: true };
-    let remembered: Keys = keys.map(|n| ((domain(), key(n)), kept)).collect();
-    let (_, reserved) = watch::channel(Reserved::default());
-    let metrics = Metrics::new([&domain()]).unwrap();
-    Installer::new(memory, [domain()], &Policy::default(), (WriteBuffer::default(), remembered), &reserved, &metrics)
+/// A reconciler that remembers proven keys.
+fn remembering(memory: MemoryKernel, keys: std::ops::Range<u32>) -> (Reconciler<MemoryKernel>, Handle, Reports) {
+    Reconciler::new(Start { remembered: remembered(keys), ..start_with(memory) })
+}
+
+fn remembered(keys: std::ops::Range<u32>) -> Keys {
+    let record = KeyRecord { last: std::time::Instant::now(), proven: true };
+    keys.map(|n| ((domain(), key(n)), record)).collect()
+}
+
+fn start_with(memory: MemoryKernel) -> Start<MemoryKernel> {
+    Start {
+        kernel: memory,
+        domains: [domain()].into(),
+        profile: Arc::new(Mesh),
+        policy: Policy::default(),
+        buffer: WriteBuffer::default(),
+        remembered: Keys::default(),
+        reserved: watch::channel(Reserved::default()).1,
+        gate: watch::channel(None).1,
+        metrics: Metrics::new([&domain()]).unwrap(),
+    }
 }
 
 fn stands_in(device: &Device, key: PublicKey) -> bool {

@@ -1,0 +1,204 @@
+//! What the worker receives by MQTT: keys, for the reconciler; what other gateways publish of themselves, which reserves
+//! keys and addresses; live keys and list records of brokers.
+//!
+//! Previous stop of a key: the MQTT session; next stop: [`crate::reconciler`].
+
+use std::collections::BTreeSet;
+
+use tokio::sync::watch;
+use tracing::debug;
+use wgkex_common::access_lists::service::{self, ListEvent};
+use wgkex_common::mqtt::presence::Reporter;
+use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
+use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::wire::message::WorkerData;
+use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
+
+use crate::metrics::Metrics;
+use crate::reconciler::Handle;
+
+/// The session that receives keys and publishes the states of this worker.
+pub fn session(config: &Config) -> SessionConfig {
+    SessionConfig {
+        id: config.name.clone(),
+        will: Some(Message::retained(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
+        qos0_filters: vec![Topic::worker_data()],
+        qos1_filters: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
+        optional: vec![
+            Topic::worker_statuses(),
+            Topic::broker_statuses(),
+            Topic::ConnectedPeers { domain: "+".into(), worker: config.name.clone() }.to_string(),
+            Topic::WorkerHello { worker: config.name.clone() }.to_string(),
+        ],
+        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
+        is_secondary: false,
+    }
+}
+
+/// The session that publishes what became of keys, and asks for those that may be lacking.
+pub fn secondary_session(config: &Config) -> SessionConfig {
+    SessionConfig {
+        qos0_filters: vec![Topic::broker_hellos()],
+        qos1_filters: vec![
+            Topic::WorkerChunks { worker: config.name.clone() }.to_string(),
+            Topic::Revocations.to_string(),
+        ],
+        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
+        ..SessionConfig::secondary(format!("{}-applied", config.name))
+    }
+}
+
+/// Hands keys to the reconciler, what other gateways publish of themselves to `reserved`, and which programs are there to
+/// the publisher, by `reporter`; everything else is counted and ignored. On each connection keys wait for the records of
+/// `lists`.
+pub fn on_event(
+    domains: BTreeSet<Domain>,
+    handle: Handle,
+    reserved: watch::Sender<Reserved>,
+    lists: service::Handle,
+    reporter: Reporter,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
+    move |event| match event {
+        Event::Up => {
+            lists.close_gate();
+            metrics.mqtt_connected.set(1);
+        }
+        Event::Down => metrics.mqtt_connected.set(0),
+        Event::Message(publish) => {
+            let topic = Topic::parse(&publish.topic);
+            let is_state = topic.as_ref().is_some_and(|topic| reporter.report(topic, &publish));
+            let outcome = match topic {
+                Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
+                Some(Topic::WorkerStatus { .. } | Topic::BrokerStatus { .. }) => Ok(()),
+                _ if is_state => Ok(()),
+                topic => key(&domains, topic, &publish).map(|(domain, key)| handle.enqueue(domain, key)),
+            };
+            if let Err(reason) = outcome {
+                ignore(&metrics, &publish, reason);
+            }
+        }
+    }
+}
+
+fn reserve(reserved: &watch::Sender<Reserved>, worker: &str, domain: &str, payload: &[u8]) -> Result<(), &'static str> {
+    let data = WorkerData::parse(payload).map_err(|_| "payload")?;
+    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
+    Ok(())
+}
+
+/// Hands what brokers publish of themselves, and the live keys that they send, to the sync client by `sync`; the former, and
+/// the records that they share, to `lists`.
+pub fn on_secondary_event(
+    handle: Handle,
+    sync: SyncSender,
+    lists: service::Handle,
+    metrics: Metrics,
+) -> impl FnMut(Event) {
+    move |event| match event {
+        Event::Up => {
+            handle.reconnected();
+            lists.on_event(ListEvent::Up);
+        }
+        Event::Down => lists.on_event(ListEvent::Down),
+        // What finds no place is asked for again.
+        Event::Message(publish) => {
+            if let Err(reason) = receive(&sync, &lists, &publish) {
+                ignore(&metrics, &publish, reason);
+            }
+        }
+    }
+}
+
+fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
+    debug!(reason, topic = publish.topic, "message ignored");
+    metrics.messages_ignored.with_label_values(&[reason]).inc();
+}
+
+/// The key that a message brings, or in one word why it brings none.
+fn key(
+    domains: &BTreeSet<Domain>,
+    topic: Option<Topic>,
+    publish: &Publish,
+) -> Result<(Domain, PublicKey), &'static str> {
+    let Some(Topic::Key { domain }) = topic else { return Err("topic") };
+    let domain = domains.get(domain.as_str()).ok_or("domain")?;
+    let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
+    Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
+}
+
+/// Takes in a message of a broker, or returns in one word why it is none.
+fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
+    let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    if topic == Topic::Revocations {
+        lists.on_event(ListEvent::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
+        return Ok(());
+    }
+    let event = SyncEvent::read(topic, &publish.payload)?;
+    if let SyncEvent::Broker(name, hello) = &event {
+        lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+    }
+    let _ = sync.try_send(event);
+    Ok(())
+}
+
+/// Takes in any message as both sessions do, for fuzzing: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn receive_anything(topic: &str, payload: &[u8]) {
+    let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
+    let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
+    let Ok(config) = Config::parse("", yaml, "w") else { return };
+    let opened = service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker("w".into()));
+    let Ok((_keeper, lists)) = opened else { return };
+    let (sync, _events) = wgkex_common::sync::channel();
+    let reserved = watch::Sender::new(Reserved::default());
+    if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
+        let _ = reserve(&reserved, &worker, &domain, payload);
+    }
+    let _ = (key(&config.domains, Topic::parse(topic), &publish), receive(&sync, &lists, &publish));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use wgkex_common::mqtt::QoS;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn whatever_is_said_on_whatever_topic_ends_nobody(
+            topic in prop_oneof![
+                Just("wireguard/ff_a/all".to_owned()),
+                Just("wireguard-worker/w/ff_a/data".to_owned()),
+                Just("wgkex/worker/w/pages".to_owned()),
+                Just("wgkex/broker/b/hello".to_owned()),
+                Just("wgkex/revocations".to_owned()),
+                "[a-z+#/\\u{0}\\u{fc}]{0,30}",
+            ],
+            payload in prop_oneof![vec(any::<u8>(), 0..100), "[\\[{\"a-z:0-9,}\\]]{0,60}".prop_map(String::into_bytes)],
+        ) {
+            receive_anything(&topic, &payload);
+        }
+    }
+
+    #[test]
+    fn only_a_key_on_a_topic_of_a_served_domain_is_taken() {
+        let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
+        let text = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+        let heard = |topic: &str, payload: &[u8]| {
+            let publish = Publish::new(topic, QoS::AtMostOnce, payload);
+            key(&domains, Topic::parse(topic), &publish).map(|(domain, key)| (domain, key.to_string()))
+        };
+        for topic in ["wireguard/ff_a/all", "wireguard/ff_a/gw04", "wireguard/ff_a/x"] {
+            let domain = domains.first().unwrap().clone();
+            assert_eq!(heard(topic, text.as_bytes()), Ok((domain, text.to_owned())));
+        }
+        assert_eq!(heard("wireguard/ff_b/all", text.as_bytes()), Err("domain"));
+        assert_eq!(heard("wireguard-worker/a/status", b"1"), Err("topic"));
+        for payload in [b"".as_slice(), b"x", b"\xff\xfe", &text.as_bytes()[1..], format!("{text}\n").as_bytes()] {
+            assert_eq!(heard("wireguard/ff_a/all", payload), Err("payload"));
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! One piece of work at one domain: it carries out what the state of the domain decides. It asks the kernel, and it
+//! publishes, counts and logs what comes of that.
+//!
+//! Previous stop of a key: [`super::task`]; next stops: [`super::domain`], the kernel, [`super::reports`].
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use tokio::sync::watch;
+use tokio::task::yield_now;
+use tracing::{debug, info, warn};
+use wgkex_common::{PublicKey, RejectReason, Reserved};
+use wgkex_kernel::{Device, Kernel, KernelError};
+
+use super::clock;
+use super::domain::{DomainReconciler, Failure, KeyOutcomes, Recorded, to_report};
+use super::reports::{Report, ReportSender};
+use crate::metrics::Metrics;
+use crate::peers::Clocks;
+use crate::plan::{self, Step};
+
+/// A domain at work, at one time.
+pub(super) struct Driver<'a, K> {
+    pub kernel: &'a mut K,
+    pub domain: &'a mut DomainReconciler,
+    pub reports: &'a mut ReportSender,
+    pub reserved: &'a watch::Receiver<Reserved>,
+    pub metrics: &'a Metrics,
+    pub now: Clocks,
+}
+
+impl<K: Kernel> Driver<'_, K> {
+    /// Puts keys that arrived into the kernel and publishes what became of each.
+    pub(super) async fn install(&mut self, keys: Vec<PublicKey>) {
+        let arrivals = self.domain.on_keys(keys, &self.reserved.borrow(), self.now());
+        let mut rejected = self.reject(arrivals.rejected);
+        if !arrivals.unavailable.is_empty() {
+            self.settle(arrivals.unavailable, &mut rejected);
+        }
+        for steps in [arrivals.known, arrivals.new] {
+            self.domain.supersede(&steps);
+            let report = to_report(self.apply(&steps).await);
+            if !report.is_empty() {
+                self.settle(report, &mut rejected);
+            }
+        }
+        self.reports.confirm(self.domain.name(), &rejected);
+        let dropped = self.domain.on_rest(arrivals.rest, self.now());
+        self.count_dropped(dropped);
+    }
+
+    /// Counts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
+    fn reject(&self, rejected: Vec<(PublicKey, RejectReason)>) -> Report {
+        let domain = self.domain.name();
+        for wrong in [RejectReason::Reserved, RejectReason::AddressTaken] {
+            let mut keys = rejected.iter().filter(|(_, reason)| *reason == wrong).map(|(key, _)| key);
+            if let Some(key) = keys.next() {
+                warn!(%domain, ?key, others = keys.count(), reason = %wrong, "key refused");
+            }
+        }
+        let reject = |(key, reason): (PublicKey, RejectReason)| {
+            debug!(%domain, ?key, %reason, "key refused");
+            self.count_failed(&reason);
+            (key, Err(reason))
+        };
+        rejected.into_iter().map(reject).collect()
+    }
+
+    /// Records what became of keys that arrived, and publishes it in one message with what was `rejected` before.
+    fn settle(&mut self, mut report: Report, rejected: &mut Report) {
+        let recorded = self.domain.on_installed(&report, self.now());
+        self.count(&recorded);
+        report.append(rejected);
+        self.reports.confirm(self.domain.name(), &report);
+    }
+
+    /// Does a part of the backlog; if there is none, of the evictions.
+    pub(super) async fn catch_up(&mut self) {
+        let steps = self.domain.take_backlog();
+        if steps.is_empty() {
+            self.evict().await;
+            self.domain.use_room(&self.reserved.borrow(), self.now());
+            return;
+        }
+        let outcomes = self.apply(&steps).await;
+        let (recorded, report) = self.domain.on_backlog(&outcomes, self.now());
+        self.count(&recorded);
+        self.reports.confirm(self.domain.name(), &report);
+    }
+
+    /// Takes the keys `denied` out of the kernel, and returns what became of each.
+    pub(super) async fn remove_denied(&mut self, denied: &BTreeSet<PublicKey>) -> Report {
+        let known = self.domain.known_of(denied);
+        match self.read(denied).await {
+            Ok(report) => report,
+            // What cannot be read now is looked at when it can.
+            Err(reason) => known.into_iter().map(|key| (key, Err(reason.clone()))).collect(),
+        }
+    }
+
+    /// Reads the tables and draws every conclusion from them; returns what became of keys that are not admitted. What
+    /// cannot be done now is done at the next read.
+    pub(super) async fn read(&mut self, denied: &BTreeSet<PublicKey>) -> Result<Report, RejectReason> {
+        let begun = tokio::time::Instant::now();
+        let read = self.kernel.read(self.domain.interface()).await;
+        self.domain.on_read_ended(self.now(), begun.elapsed());
+        match read {
+            Ok(device) => Ok(self.conclude(&device, denied).await),
+            Err(error) => {
+                let domain = self.domain.name().clone();
+                self.metrics.read_failures.with_label_values(&[domain.name()]).inc();
+                if self.domain.on_read_failure(&error, self.now()) {
+                    warn!(%domain, %error, "tables cannot be read");
+                }
+                if let KernelError::Interface { .. } = &error {
+                    self.reports.set_lost(&domain, &error);
+                }
+                Err(error.reason())
+            }
+        }
+    }
+
+    /// With many peers every part of this takes long; between them MQTT, and what ends the worker, have their turn.
+    async fn conclude(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
+        yield_now().await;
+        let (vanished, is_again) = self.domain.on_read(device, &self.reserved.borrow(), self.now);
+        let domain = self.domain.name();
+        if is_again {
+            info!(%domain, "tables can be read again");
+        }
+        if vanished > 0 {
+            warn!(%domain, peers = vanished, "peers vanished that nobody revoked; they are put back");
+        }
+        yield_now().await;
+        let report = self.deny(device, denied).await;
+        self.sweep(device).await;
+        self.domain.plan_evictions(device, clock());
+        self.evict().await;
+        self.renew(device).await;
+        yield_now().await;
+        if self.domain.has_tables() {
+            self.restore(device).await;
+        }
+        yield_now().await;
+        report
+    }
+
+    async fn deny(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
+        let denials = self.domain.plan_denials(device, denied, self.now());
+        let outcomes = self.apply(&denials.steps).await;
+        self.publish_gone(&outcomes, &RejectReason::Denied);
+        let removed = self.domain.on_denials(&outcomes);
+        if removed > 0 {
+            let domain = self.domain.name();
+            self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed as u64);
+            info!(%domain, removed, "peers of keys that may not be here are removed");
+        }
+        [denials.altered, to_report(outcomes)].concat()
+    }
+
+    async fn sweep(&mut self, device: &Device) {
+        let Some(sweep) = self.domain.plan_sweep(device, self.now()) else { return };
+        let outcomes = self.apply(&sweep.steps).await;
+        self.publish_gone(&outcomes, &RejectReason::Removed);
+        let removed = self.domain.on_swept(&sweep, &outcomes, self.now());
+        let domain = self.domain.name();
+        self.metrics.sweeps.with_label_values(&[domain.name()]).inc();
+        self.metrics.peers_removed.with_label_values(&[domain.name()]).inc_by(removed as u64);
+        if removed > 0 {
+            info!(%domain, removed, "stale peers are removed");
+        }
+    }
+
+    /// Removes some of the peers that are in the way of others: keys wait meanwhile.
+    async fn evict(&mut self) {
+        if !self.domain.has_evictions() {
+            return;
+        }
+        let steps = self.domain.take_evictions(clock());
+        let outcomes = self.apply(&steps).await;
+        self.publish_gone(&outcomes, &RejectReason::Removed);
+        let (removed, in_all) = self.domain.on_evicted(&outcomes);
+        let domain = self.domain.name();
+        self.metrics.peers_ousted.with_label_values(&[domain.name()]).inc_by(removed as u64);
+        if let Some(removed) = in_all {
+            info!(%domain, removed, "peers without a handshake make room for others");
+        }
+    }
+
+    async fn renew(&mut self, device: &Device) {
+        let steps = self.domain.plan_renewals(device, self.now());
+        let outcomes = self.apply(&steps).await;
+        let (renewed, dropped) = self.domain.on_renewed(&outcomes, self.now());
+        self.metrics.peers_forgotten.with_label_values(&[self.domain.name().name()]).inc_by(renewed as u64);
+        self.count_dropped(dropped);
+    }
+
+    /// Removes what has no peer, reports handshakes, and begins to set what is missing.
+    async fn restore(&mut self, device: &Device) {
+        self.remove_orphans(device).await;
+        let unreported = self.domain.unreported(self.now());
+        if !self.reports.report(self.domain.name(), &unreported) {
+            self.domain.report_all();
+        }
+        let counts = self.domain.plan_backlog(device, &self.reserved.borrow(), self.now());
+        self.reports.set_tables(self.domain.name(), device, counts);
+    }
+
+    async fn remove_orphans(&mut self, device: &Device) {
+        let orphaned = self.domain.plan_orphans(device, self.now());
+        if orphaned.is_empty() {
+            return;
+        }
+        let outcomes = self.kernel.apply(self.domain.interface(), orphaned).await;
+        let domain = self.domain.name();
+        let removed = outcomes.iter().filter(|(_, result)| result.is_ok()).count() as u64;
+        self.metrics.orphans_removed.with_label_values(&[domain.name()]).inc_by(removed);
+        match outcomes.into_iter().find_map(|(_, result)| result.err()) {
+            None => info!(%domain, removed, "routes and flood entries without a peer are removed"),
+            Some(error) => warn!(%domain, removed, %error, "routes or flood entries without a peer stay"),
+        }
+    }
+
+    async fn apply(&mut self, steps: &[Step]) -> KeyOutcomes {
+        if steps.is_empty() {
+            return KeyOutcomes::new();
+        }
+        let begun = tokio::time::Instant::now();
+        let applied = self.kernel.apply(self.domain.interface(), plan::changes(steps)).await;
+        #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
+        self.metrics.batch_keys.observe(steps.len() as f64);
+        self.metrics.batch_duration.observe(begun.elapsed().as_secs_f64());
+        let outcomes = plan::outcomes(steps, applied);
+        let failure = self.domain.on_applied(&outcomes, self.now());
+        let domain = self.domain.name();
+        match failure {
+            None => {}
+            Some(Failure::Lost(error)) => self.reports.set_lost(domain, &error),
+            Some(Failure::Changes(key, error, failed)) => warn!(%domain, ?key, %error, failed, "changes failed"),
+        }
+        outcomes
+    }
+
+    /// Publishes that keys are not in the kernel any more, also those that could not be removed whole.
+    fn publish_gone(&self, outcomes: &KeyOutcomes, reason: &RejectReason) {
+        let gone: Report = outcomes.iter().map(|(key, _)| (*key, Err(reason.clone()))).collect();
+        self.reports.confirm(self.domain.name(), &gone);
+    }
+
+    fn count(&self, recorded: &Recorded) {
+        let labels = [self.domain.name().name()];
+        self.metrics.keys_installed.with_label_values(&labels).inc_by(recorded.installed);
+        self.metrics.keys_refreshed.with_label_values(&labels).inc_by(recorded.refreshed);
+        self.metrics.keys_restored.with_label_values(&labels).inc_by(recorded.restored);
+        for reason in &recorded.failed {
+            self.count_failed(reason);
+        }
+        self.count_dropped(recorded.dropped);
+    }
+
+    fn count_failed(&self, reason: &RejectReason) {
+        self.metrics.keys_failed.with_label_values(&[self.domain.name().name(), reason.as_ref()]).inc();
+    }
+
+    fn count_dropped(&self, dropped: usize) {
+        self.metrics.keys_dropped.with_label_values(&["waiting"]).inc_by(dropped as u64);
+    }
+
+    fn now(&self) -> Instant {
+        self.now.monotonic
+    }
+}

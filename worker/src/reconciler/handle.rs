@@ -1,0 +1,122 @@
+//! How others reach the reconciler's task, without waiting for the kernel.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc, watch};
+use wgkex_common::access_lists::Admission;
+use wgkex_common::wire::message::Age;
+use wgkex_common::{Domain, PublicKey};
+
+use super::{Snapshot, State};
+use crate::metrics::Metrics;
+
+/// Keys that wait at most for a batch; a full retained fleet fits.
+const QUEUE: usize = 65_536;
+
+/// Which keys are admitted from now on, and which were denied just now, by which records.
+#[derive(Debug, Default)]
+pub(super) struct PolicyUpdate {
+    pub admission: Option<Arc<Admission>>,
+    pub denied: BTreeMap<PublicKey, u64>,
+}
+
+/// What others hand over, at the task's end.
+pub(super) struct Inbox {
+    pub keys: mpsc::Receiver<(Domain, PublicKey)>,
+    pub live: mpsc::Receiver<(Domain, Snapshot)>,
+    policy_update: Arc<Mutex<PolicyUpdate>>,
+    pub policy_changed: Arc<Notify>,
+    pub reconnected: Arc<Notify>,
+    pub refresh: Arc<Notify>,
+}
+
+/// By which others reach the [`Reconciler`](super::Reconciler). It ends when all of them are gone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    keys: mpsc::Sender<(Domain, PublicKey)>,
+    live: mpsc::Sender<(Domain, Snapshot)>,
+    policy_update: Arc<Mutex<PolicyUpdate>>,
+    policy_changed: Arc<Notify>,
+    reconnected: Arc<Notify>,
+    refresh: Arc<Notify>,
+    state: watch::Receiver<State>,
+    pub(super) metrics: Metrics,
+}
+
+/// A handle, by which `state` is read, and its other end.
+pub(super) fn channel(state: watch::Receiver<State>, metrics: Metrics) -> (Handle, Inbox) {
+    let (keys, keys_receiver) = mpsc::channel(QUEUE);
+    let (live, live_receiver) = mpsc::channel(1);
+    let handle = Handle {
+        keys,
+        live,
+        policy_update: Arc::default(),
+        policy_changed: Arc::default(),
+        reconnected: Arc::default(),
+        refresh: Arc::default(),
+        state,
+        metrics,
+    };
+    let inbox = Inbox {
+        keys: keys_receiver,
+        live: live_receiver,
+        policy_update: handle.policy_update.clone(),
+        policy_changed: handle.policy_changed.clone(),
+        reconnected: handle.reconnected.clone(),
+        refresh: handle.refresh.clone(),
+    };
+    (handle, inbox)
+}
+
+impl Inbox {
+    /// Which keys are admitted from now on, and which were denied since this was last taken.
+    pub(super) fn take_policy_update(&self) -> PolicyUpdate {
+        std::mem::take(&mut *self.policy_update.lock())
+    }
+}
+
+impl Handle {
+    /// Hands over a key that arrived for `domain`, without waiting. One too many is dropped and counted.
+    pub fn enqueue(&self, domain: Domain, key: PublicKey) {
+        self.metrics.keys_received.with_label_values(&[domain.name()]).inc();
+        if self.keys.try_send((domain, key)).is_err() {
+            self.metrics.keys_dropped.with_label_values(&["queue"]).inc();
+        }
+        let length = self.keys.max_capacity() - self.keys.capacity();
+        self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+    }
+
+    /// Hands over live keys that this gateway may lack; waits while it has enough to do.
+    pub async fn learn(&self, domain: Domain, keys: BTreeMap<PublicKey, Age>) {
+        // A task that has ended needs none.
+        let _ = self.live.send((domain, keys)).await;
+    }
+
+    /// Which keys are admitted from now on, and those that were denied just now, each with the time of its record: what
+    /// became of these is published. Never waits.
+    pub fn admit(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
+        let mut update = self.policy_update.lock();
+        update.admission = Some(admission);
+        update.denied.extend(denied);
+        drop(update);
+        self.policy_changed.notify_one();
+    }
+
+    /// MQTT was lost, or a broker is new, and what was reported may not have arrived.
+    pub fn reconnected(&self) {
+        self.reconnected.notify_one();
+    }
+
+    /// Asks for all tables to be read anew, soon; what comes of it is in the state.
+    pub fn refresh(&self) {
+        self.refresh.notify_one();
+    }
+
+    /// The state of every domain, now and whenever it changes.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+}

@@ -1,0 +1,318 @@
+//! The one task that owns the kernel: what arrived goes in as one batch, and while the kernel is busy the next batch is
+//! collected. It also reads the tables when that is due, restores what is lost and sweeps what is stale.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use wgkex_common::storage::key_store::{Keys, WriteBuffer};
+use wgkex_common::wire::message::Revoked;
+use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
+use wgkex_kernel::Kernel;
+
+use super::domain::DomainReconciler;
+use super::driver::Driver;
+use super::handle::{self, Handle, Inbox, PolicyUpdate};
+use super::reports::{ReportSender, Reports};
+use super::{Snapshot, State, clock, clocks};
+use crate::metrics::Metrics;
+use crate::peers::{Clocks, Policy};
+use crate::profiles::Profile;
+
+/// Keys in a batch at most.
+const BATCH: usize = 4_096;
+
+/// After a batch that took longer than this, keys are collected for as long as it took: where a batch is slow, each key
+/// of a storm must cost less than one alone.
+const SLOW: Duration = Duration::from_millis(3);
+
+/// The longest that keys are collected.
+const BATCH_WINDOW: Duration = Duration::from_millis(50);
+
+/// Where so many keys wait after a batch, the next one is not collected any longer.
+const BATCH_FULL_ENOUGH: usize = 64;
+
+/// While the backlog is longer than this, live keys that may be lacking are not looked at: they wait with their sender.
+const MAX_BACKLOG: usize = 2_048;
+
+/// Owns the kernel of a gateway.
+pub struct Reconciler<K> {
+    kernel: K,
+    pub(super) domains: BTreeMap<Domain, DomainReconciler>,
+    inbox: Inbox,
+    batch: Vec<(Domain, PublicKey)>,
+    reserved: watch::Receiver<Reserved>,
+    /// Since when keys have to wait, if they have to.
+    gate: watch::Receiver<Option<std::time::Instant>>,
+    buffer: WriteBuffer,
+    /// The last event was a batch of keys.
+    other_work_first: bool,
+    /// The next batch is collected until then.
+    collects_until: Option<Instant>,
+    reports: ReportSender,
+    metrics: Metrics,
+}
+
+/// What a reconciler starts with.
+pub struct Start<K> {
+    /// The kernel, which is its own from now on.
+    pub kernel: K,
+    /// What it serves.
+    pub domains: BTreeSet<Domain>,
+    /// What keys of these domains are to be.
+    pub profile: Arc<dyn Profile>,
+    /// When peers are stale, and how many there may be.
+    pub policy: Policy,
+    /// Where it writes down which keys are in the kernel.
+    pub buffer: WriteBuffer,
+    /// The keys that the last run of this program wrote down: the kernel is to have them.
+    pub remembered: Keys,
+    /// What is left alone.
+    pub reserved: watch::Receiver<Reserved>,
+    /// Since when keys have to wait, those that arrive and those that are missing, if they have to.
+    pub gate: watch::Receiver<Option<std::time::Instant>>,
+    /// What it counts in.
+    pub metrics: Metrics,
+}
+
+/// What can happen to a reconciler.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// Keys arrived, in this order.
+    Keys(Vec<(Domain, PublicKey)>),
+    /// These keys are live, and this gateway may lack some of them.
+    Snapshot(Domain, Snapshot),
+    /// What was published before may not have arrived.
+    Reconnected,
+    /// Other keys are admitted than before.
+    PolicyChanged,
+    /// Keys have to wait from now on, or no longer.
+    GateChanged,
+    /// Links or addresses may have changed, or somebody wants to know.
+    LinkChanged,
+    /// It is time to read this domain's tables.
+    ReadDue(Domain),
+    /// This domain has a backlog, and there is nothing better to do.
+    BacklogReady(Domain),
+}
+
+impl<K: Kernel> Reconciler<K> {
+    /// A reconciler whose domains are read at once, how others reach it, and what it reports.
+    pub fn new(start: Start<K>) -> (Self, Handle, Reports) {
+        let Start { kernel, domains, profile, policy, buffer, remembered, reserved, gate, metrics } = start;
+        let (state, state_receiver) = watch::channel(State::new());
+        let (handle, inbox) = handle::channel(state_receiver, metrics.clone());
+        let domain = |name: Domain| (name.clone(), DomainReconciler::new(name, profile.clone(), policy, clock()));
+        let mut domains: BTreeMap<_, _> = domains.into_iter().map(domain).collect();
+        for ((domain, key), record) in remembered {
+            if let Some(domain) = domains.get_mut(&domain) {
+                domain.remember(key, record);
+            }
+        }
+        let (sender, reports) = ReportSender::new(state, metrics.clone());
+        let reconciler = Self {
+            kernel,
+            domains,
+            inbox,
+            batch: Vec::new(),
+            reserved,
+            gate,
+            buffer,
+            other_work_first: false,
+            collects_until: None,
+            reports: sender,
+            metrics,
+        };
+        (reconciler, handle, reports)
+    }
+
+    /// Works until `stop`, or until every [`Handle`] is gone. What the kernel is doing at that moment is not
+    /// waited for: it can be repeated without harm.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let mut stop = pin!(stop);
+        let mut work = pin!(self.work());
+        tokio::select! {
+            () = &mut stop => {}
+            () = &mut work => {}
+        }
+    }
+
+    async fn work(mut self) {
+        self.apply_policy(clocks()).await;
+        for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
+            self.handle(Event::ReadDue(domain), clocks()).await;
+        }
+        while let Some(event) = self.next().await {
+            self.handle(event, clocks()).await;
+        }
+    }
+
+    /// Waits for the next event. After each batch of keys other work that is due has its turn, so that neither
+    /// starves the other and a key never waits for more than one read or one slice of the backlog.
+    async fn next(&mut self) -> Option<Event> {
+        let is_closed = self.gate.borrow_and_update().is_some();
+        let ready = self.domains.values().find(|domain| domain.has_backlog() && !is_closed);
+        let ready = ready.map(|domain| Event::BacklogReady(domain.name().clone()));
+        let due = self.domains.values().min_by_key(|domain| domain.read_at());
+        let due = due.map(|domain| (Instant::from_std(domain.read_at()), Event::ReadDue(domain.name().clone())));
+        let backlog: usize = self.domains.values().map(DomainReconciler::backlog_len).sum();
+        let has_room = !is_closed && backlog < MAX_BACKLOG;
+        let mut other = pin!(other(due, ready));
+        let inbox = &mut self.inbox;
+        if std::mem::take(&mut self.other_work_first) {
+            if let Some(event) = other.as_mut().now_or_never() {
+                return Some(event);
+            }
+            if has_room && let Ok((domain, keys)) = inbox.live.try_recv() {
+                return Some(Event::Snapshot(domain, keys));
+            }
+        }
+        tokio::select! {
+            biased;
+            () = inbox.policy_changed.notified() => Some(Event::PolicyChanged),
+            () = changed(&mut self.gate) => Some(Event::GateChanged),
+            () = self.kernel.changed() => Some(Event::LinkChanged),
+            () = inbox.refresh.notified() => Some(Event::LinkChanged),
+            () = inbox.reconnected.notified() => Some(Event::Reconnected),
+            count = collect_batch(self.collects_until, &mut inbox.keys, &mut self.batch), if !is_closed => {
+                self.other_work_first = true;
+                (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
+            }
+            Some((domain, keys)) = inbox.live.recv(), if has_room => Some(Event::Snapshot(domain, keys)),
+            event = other => Some(event),
+        }
+    }
+
+    pub(super) async fn handle(&mut self, event: Event, now: Clocks) {
+        match event {
+            Event::Keys(keys) => self.install(keys, now).await,
+            Event::Snapshot(domain, keys) => self.learn(&domain, keys, now),
+            Event::Reconnected => self.domains.values_mut().for_each(DomainReconciler::report_all),
+            Event::PolicyChanged => self.apply_policy(now).await,
+            Event::GateChanged => {}
+            Event::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
+            Event::ReadDue(domain) => {
+                if let Some(mut driver) = self.driver(&domain, now) {
+                    // What it could not do is done at the next read.
+                    let _ = driver.read(&BTreeSet::new()).await;
+                }
+            }
+            Event::BacklogReady(domain) => {
+                if let Some(mut driver) = self.driver(&domain, now) {
+                    driver.catch_up().await;
+                }
+            }
+        }
+        self.write_changes();
+    }
+
+    fn driver(&mut self, domain: &Domain, now: Clocks) -> Option<Driver<'_, K>> {
+        let Self { kernel, domains, reserved, reports, metrics, .. } = self;
+        let domain = domains.get_mut(domain)?;
+        Some(Driver { kernel, domain, reports, reserved, metrics, now })
+    }
+
+    async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Clocks) {
+        let begun = Instant::now();
+        self.reports.set_queue(self.inbox.keys.len());
+        let mut by_domain = BTreeMap::<Domain, Vec<PublicKey>>::new();
+        for (domain, key) in keys {
+            by_domain.entry(domain).or_default().push(key);
+        }
+        for (domain, keys) in by_domain {
+            if let Some(mut driver) = self.driver(&domain, now) {
+                driver.install(keys).await;
+            }
+        }
+        let took = begun.elapsed();
+        let collects = took > SLOW && self.inbox.keys.len() < BATCH_FULL_ENOUGH;
+        self.collects_until = collects.then(|| Instant::now() + took.min(BATCH_WINDOW));
+    }
+
+    fn learn(&mut self, domain: &Domain, keys: Snapshot, now: Clocks) {
+        let Self { domains, reserved, metrics, .. } = self;
+        if let Some(domain) = domains.get_mut(domain) {
+            let learnt = domain.on_live(keys, &reserved.borrow(), now.monotonic);
+            metrics.keys_learnt.with_label_values(&[domain.name().name()]).inc_by(learnt as u64);
+        }
+    }
+
+    /// Takes over which keys are admitted, removes others, and publishes what became of keys that were denied just now.
+    async fn apply_policy(&mut self, now: Clocks) {
+        let PolicyUpdate { admission, denied } = self.inbox.take_policy_update();
+        let Some(admission) = admission else { return };
+        let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
+        let mut outcomes = BTreeMap::<PublicKey, Result<(), RejectReason>>::new();
+        for name in self.domains.keys().cloned().collect::<Vec<_>>() {
+            let Some(mut driver) = self.driver(&name, now) else { continue };
+            driver.domain.apply_policy(admission.clone());
+            if keys.is_empty() && !driver.domain.has_denied() {
+                continue;
+            }
+            for (key, outcome) in driver.remove_denied(&keys).await {
+                let worst = outcomes.entry(key).or_insert(Ok(()));
+                if worst.is_ok() {
+                    *worst = outcome;
+                }
+            }
+        }
+        self.reports.revoked(denied.into_iter().map(|(key, at)| {
+            let outcome = match outcomes.get(&key) {
+                None => Revoked::ABSENT.to_owned(),
+                Some(Ok(())) => Revoked::REMOVED.to_owned(),
+                Some(Err(reason)) => reason.to_string(),
+            };
+            (at, key, outcome)
+        }));
+    }
+
+    /// Has what changed written down, or everything where that is needed.
+    fn write_changes(&mut self) {
+        let all = self.buffer.needs_full_write();
+        for (domain, state) in &mut self.domains {
+            for (key, record) in state.take_changed(all) {
+                match record {
+                    Some(record) => self.buffer.put(domain, key, record),
+                    None => self.buffer.remove(domain, key),
+                }
+            }
+        }
+    }
+}
+
+/// Takes the keys that wait, and that come until then; how many there are, none if no more will come. Cancel-safe.
+async fn collect_batch(
+    until: Option<Instant>,
+    keys: &mut mpsc::Receiver<(Domain, PublicKey)>,
+    batch: &mut Vec<(Domain, PublicKey)>,
+) -> usize {
+    if let Some(until) = until {
+        tokio::time::sleep_until(until).await;
+    }
+    keys.recv_many(batch, BATCH).await
+}
+
+/// Returns when keys have to wait from now on, or no longer.
+async fn changed(gate: &mut watch::Receiver<Option<std::time::Instant>>) {
+    if gate.changed().await.is_err() {
+        pending::<()>().await;
+    }
+}
+
+/// What is due at its time, else the backlog, at once.
+async fn other(due: Option<(Instant, Event)>, ready: Option<Event>) -> Event {
+    match (due, ready) {
+        (Some((time, event)), _) if time <= Instant::now() => event,
+        (_, Some(event)) => event,
+        (Some((time, event)), None) => {
+            tokio::time::sleep_until(time).await;
+            event
+        }
+        (None, None) => pending().await,
+    }
+}
