@@ -1,6 +1,10 @@
-//! Who may come: keys that are denied, allowed or trusted. Files of this machine say so (`files.rs`, `parse.rs`), and
-//! records that an operator made by an admin call, which all brokers and workers share (`records.rs`, `anti_entropy.rs`) and
-//! keep (`records_file.rs`). One task owns them all, [`service`]; everybody else asks the [`Admission`] that it makes of them.
+//! Which keys are admitted: keys can be denied, allowed or trusted. The entries come from files of this machine (`files.rs`,
+//! `parse.rs`), and from records of admin calls, which all brokers and workers share (`records.rs`, `anti_entropy.rs`) and
+//! write to disk (`records_file.rs`).
+//!
+//! Tasks: one, [`service`], owns all of that; it reads files and writes records on threads that may wait for the disk.
+//! Everything else has its handle, and the [`Admission`] that it makes of the entries: the broker's `exchange` before it
+//! publishes a key, the worker's `reconciler` before it installs one.
 
 mod anti_entropy;
 pub mod files;

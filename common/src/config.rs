@@ -1,14 +1,14 @@
-//! What the config says, checked once at the start: `yaml.rs` makes text a tree, `keys.rs` knows the keys, `leaf.rs`
-//! and `raw.rs` their types, `check.rs` makes the [`Config`] that both binaries run by; `report.rs` writes the lines
+//! The config, checked once at the start: `yaml.rs` makes text a tree, `keys.rs` knows the keys, `value.rs`
+//! and `raw.rs` their types, `check.rs` makes the [`Config`] that both binaries run by; `diagnostics.rs` writes the lines
 //! about what is wrong.
 
 mod check;
+mod diagnostics;
 mod keys;
-mod leaf;
 mod raw;
-mod report;
 #[cfg(test)]
 mod tests;
+mod value;
 mod variables;
 mod yaml;
 
@@ -25,7 +25,7 @@ use nix::unistd::gethostname;
 use serde_json::Value;
 pub use tracing::Level;
 
-use self::report::Report;
+use self::diagnostics::Diagnostics;
 pub(crate) use self::yaml::Tree;
 use crate::{Domain, PublicKey};
 
@@ -358,15 +358,15 @@ impl Config {
 
     /// The config that `yaml` says; `source_name` names it in errors, `host_name` is this machine's.
     pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
-        let mut report = Report::of_file(source_name, yaml);
-        let tree = yaml::parse(yaml, &mut report);
-        Self::from_tree(tree, host_name, report)
+        let mut diagnostics = Diagnostics::of_file(source_name, yaml);
+        let tree = yaml::parse(yaml, &mut diagnostics);
+        Self::from_tree(tree, host_name, diagnostics)
     }
 
     /// The config that a container's variables say (contract section 7); other variables do not count.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
-        let report = Report::of_variables(&variables::ALIASES);
-        Self::from_tree(Some(variables::tree(variables)), host_name, report)
+        let diagnostics = Diagnostics::of_variables(&variables::ALIASES);
+        Self::from_tree(Some(variables::tree(variables)), host_name, diagnostics)
     }
 
     /// A file counts alone; where there is none, the variables do.
@@ -399,14 +399,14 @@ impl Config {
         }
     }
 
-    fn from_tree(tree: Option<Value>, host_name: &str, mut report: Report) -> Result<Self, ConfigError> {
+    fn from_tree(tree: Option<Value>, host_name: &str, mut diagnostics: Diagnostics) -> Result<Self, ConfigError> {
         let config = tree.and_then(|mut tree| {
-            report.keep_secret(&tree);
-            keys::settle(&mut tree, &mut report);
-            let raw = check::types(&mut tree, &mut report)?;
-            Some(check::check(raw, host_name, &mut report))
+            diagnostics.keep_secret(&tree);
+            keys::normalize(&mut tree, &mut diagnostics);
+            let raw = check::types(&mut tree, &mut diagnostics)?;
+            Some(check::check(raw, host_name, &mut diagnostics))
         });
-        let (lines, warnings) = report.into_lines();
+        let (lines, warnings) = diagnostics.into_lines();
         match config {
             Some(config) if lines.is_empty() => Ok(Self { warnings, ..config }),
             _ => Err(ConfigError { lines }),

@@ -1,5 +1,7 @@
-//! The words that broker and worker share: what a key, a domain, a topic and a message are, what the config
-//! says, and the MQTT session under both.
+//! What broker and worker share. [`PublicKey`] and [`Domain`] are at the face; each room has a part of the way of a key:
+//! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
+//! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
+//! a restart. [`config`], [`http`] and [`runtime`] are under all of that.
 
 pub mod access_lists;
 pub mod address;

@@ -45,12 +45,12 @@ pub struct Message {
 }
 
 impl Message {
-    /// Retained, at least once: what is so until it is said otherwise.
+    /// Retained, at least once: a state.
     pub fn retained(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { topic, payload: payload.into(), qos: QoS::AtLeastOnce, retain: true }
     }
 
-    /// Retained, at most once: a figure that is soon said again.
+    /// Retained, at most once: a figure that is soon published again.
     pub fn retained_qos0(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { qos: QoS::AtMostOnce, ..Self::retained(topic, payload) }
     }
@@ -73,19 +73,19 @@ impl Message {
     }
 }
 
-/// Who this client is, and what it wants to hear.
+/// A connection of a program: its client id, its will, its filters.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
     /// Its client id; a second connection with the same id ends the first.
     pub id: String,
-    /// What the server says in its name when it is gone.
+    /// What the server publishes when it is gone.
     pub will: Option<Message>,
-    /// Filters heard at most once: states, of which only the newest matters and all retained ones must come
+    /// Filters of at most once: states, of which only the newest matters and all retained ones must come
     /// (a server's queue for acknowledged messages is bounded, and it drops silently).
     pub qos0_filters: Vec<String>,
-    /// Filters heard at least once.
+    /// Filters of at least once.
     pub qos1_filters: Vec<String>,
-    /// Filters heard at most once that the program can do without, where an access list does not allow them.
+    /// Filters of at most once that the program can do without, where an access list does not allow them.
     pub optional: Vec<String>,
     /// Where it publishes to itself, to notice that a server has forgotten its subscriptions.
     pub echo: Option<Topic>,
@@ -127,7 +127,7 @@ impl SessionConfig {
     }
 }
 
-/// What the session hands on.
+/// What the session passes on.
 #[derive(Debug)]
 pub enum Event {
     /// Connected, and every filter is subscribed.
@@ -138,7 +138,7 @@ pub enum Event {
     Down,
 }
 
-/// Whether the bus can be used.
+/// Whether the session is connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectionState {
     /// Connected and subscribed.

@@ -1,4 +1,6 @@
-//! What both programs do around their work: start and end, watch their tasks, log, read certificates.
+//! What both programs do around their work: start and end, supervise their tasks, log, read certificates.
+//!
+//! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
 
 pub mod log;
 pub mod process;

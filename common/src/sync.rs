@@ -1,8 +1,11 @@
-//! Catching up: who may lack keys asks a broker for them, chunk by chunk. Chunks are answers to questions that say
-//! where to go on, so a broker keeps nothing of them, and another one goes on where the first one died.
+//! Catching up: a program that may lack live keys requests them from a broker, chunk by chunk. Each request has the key
+//! after which to go on, so a broker keeps no state of it, and another one goes on where the first one died.
 //!
-//! Nobody trusts the MQTT server to have delivered everything: each asks again all the time, for what came since it
-//! last asked; after a fault, and in a quiet fleet, it is the same request.
+//! Nothing relies on the MQTT server having delivered everything: each client requests every 10 seconds what changed since
+//! its last round; after a fault, and in a quiet fleet, it is the same request.
+//!
+//! Tasks: one, [`run`], owns the [`SyncClient`] of a program. The `bus` room passes it what brokers publish; the live keys of
+//! a chunk go to the broker's `fleet`, or to the worker's `reconciler`.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -21,17 +24,17 @@ use crate::{Domain, PublicKey, Topic};
 pub const CHUNK: usize = 1000;
 /// How often to ask for what came meanwhile.
 const PERIOD: Duration = Duration::from_secs(10);
-/// How often to ask for all keys: what nobody heard of in time is found then.
+/// How often to request all keys: what was missed otherwise is found then.
 const FULL_PERIOD: Duration = Duration::from_secs(3600);
-/// How long a chunk may take before its request is put again; doubled each time, for slow lines.
+/// How long a chunk may take before its request is sent again; doubled each time, for slow lines.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How often a request is put before another broker is asked.
+/// How often a request is sent before another broker is asked.
 const TRIES: u32 = 3;
 /// How long a broker that did not answer is passed over.
 const COOLDOWN: Duration = Duration::from_secs(30);
 /// What came shortly before the last round began is asked for again: it may have been under way.
 const OVERLAP: Duration = Duration::from_secs(10);
-/// Askers that come back at once, when their MQTT server does, spread over this time.
+/// Clients that reconnect at once, when their MQTT server does, spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
 const BROKERS: usize = 4096;
@@ -47,10 +50,10 @@ pub enum PeerSelection {
     RoundRobin,
 }
 
-/// Decides whom to ask for what. No IO, no clock.
+/// Decides what to request from which broker. No IO, no clock.
 #[derive(Debug)]
 pub struct SyncClient {
-    /// Who asks, and gets the chunks.
+    /// Who requests, and gets the chunks.
     own: Participant,
     selection: PeerSelection,
     domains: Vec<Domain>,
@@ -65,7 +68,7 @@ struct Broker {
     instance: Option<u64>,
     /// How many of the domains it does not serve.
     missing_domains: usize,
-    /// It hears questions on topics that only who asks may publish on.
+    /// It subscribes to topics for requests on which only the requesting program may publish.
     names_questions: bool,
     /// When the last round with it began.
     tried: Option<Instant>,
@@ -97,7 +100,7 @@ struct Round {
     /// Index of the domain that is asked for.
     domain: usize,
     after: Option<PublicKey>,
-    /// When the request was put, and how often.
+    /// When the request was sent, and how often.
     sent_at: Option<Instant>,
     tries: u32,
 }
@@ -160,8 +163,8 @@ impl SyncClient {
         }
     }
 
-    /// The topic on which `broker` hears questions of this client: one of its own, unless the broker is of a version that
-    /// does not hear those.
+    /// The topic for requests of this client to `broker`: one of its own, unless the broker is of a version that does not
+    /// subscribe to those.
     fn topic(&self, broker: &str) -> Topic {
         if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
             self.own.requests(broker)
@@ -170,7 +173,7 @@ impl SyncClient {
         }
     }
 
-    /// The request to put now, and to whom.
+    /// The request to send now, and to which broker.
     pub fn ask(&mut self, now: Instant) -> Option<(String, SyncRequest)> {
         if self.due().is_none_or(|due| due > now) {
             return None;
@@ -269,13 +272,13 @@ impl Round {
     }
 }
 
-/// Spreads many askers over brokers that they know equally well (FNV-1a).
+/// Spreads many clients over brokers that they know equally well (FNV-1a).
 fn rendezvous_hash(broker: &str, client: &str) -> u64 {
     let bytes = broker.bytes().chain([0]).chain(client.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// What an client hears on the bus.
+/// What a client receives.
 #[derive(Debug)]
 pub enum SyncEvent {
     /// What a broker can do; none if it goes.
@@ -285,7 +288,7 @@ pub enum SyncEvent {
 }
 
 impl SyncEvent {
-    /// What a message says to an client; else in one word why it says nothing: `topic` or `payload`.
+    /// What a message says to a client; else in one word why it says nothing: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
         if let Topic::BrokerHello { broker } = topic {
             Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| "payload")
@@ -297,10 +300,10 @@ impl SyncEvent {
     }
 }
 
-/// A way to let an client hear; one too many is dropped.
+/// Passes events to a client; one too many is dropped.
 pub type SyncSender = mpsc::Sender<SyncEvent>;
 
-/// A way to let an client hear, and the other end of it.
+/// The way of events to a client, and its end.
 #[must_use]
 pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
     mpsc::channel(EVENTS)

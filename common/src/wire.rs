@@ -1,4 +1,7 @@
-//! What goes over MQTT: the topics, and the JSON payloads. No IO.
+//! What goes over MQTT: the topics, and the JSON payloads. No IO, no task.
+//!
+//! The previous stop is the `bus` room of the program that publishes, the next one [`crate::mqtt`], which carries it to the
+//! `bus` room of the program that subscribes.
 
 pub mod message;
 pub mod reject_reason;

@@ -1,4 +1,5 @@
-//! Whom to ask for records, and when: brokers say a digest of theirs, and who has another one asks. No IO, no clock.
+//! Which brokers to request records from, and when: brokers publish a digest of theirs, and a program with another one
+//! requests them. No IO, no clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ const PATIENCE_MAX: Duration = Duration::from_secs(60);
 const SAY: Duration = Duration::from_secs(1);
 /// What is retained is heard this soon after subscribing, if there is anything.
 const SETTLED: Duration = Duration::from_millis(100);
-/// So long somebody may take to say what he retains.
+/// How long to wait for retained hellos when no broker is known.
 const HEARD: Duration = Duration::from_millis(500);
 /// No key waits longer for records than this.
 const HELD_MAX: Duration = Duration::from_secs(3);
@@ -92,7 +93,7 @@ impl AntiEntropy {
         names
     }
 
-    /// Whether all records are to be said now; they count as said then.
+    /// Whether all records are to be published now; they count as published then.
     pub fn should_broadcast(&mut self, now: Instant) -> bool {
         let long_ago = self.said.is_none_or(|said| now.saturating_duration_since(said) >= SAY);
         let is_due = self.is_asked && long_ago && self.own.is_some();
@@ -102,8 +103,8 @@ impl AntiEntropy {
         is_due
     }
 
-    /// Whether keys that are held since then may go in: every broker's records are known, or it takes too long. An
-    /// error in the latter case.
+    /// Whether a gate that was closed at `held` opens: every broker's records are known, or it takes too long. An error in
+    /// the latter case.
     pub fn gate_state(&self, held: Instant, digest: &str, now: Instant) -> Option<Result<(), TimedOut>> {
         let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let agree = self.brokers.values().all(|broker| broker.digest == digest);

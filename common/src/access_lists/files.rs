@@ -63,10 +63,17 @@ enum Kind {
     Dir(List),
 }
 
-/// How its files look, or why they cannot be looked at.
+/// The stamps of its files, or why there are none.
 type FileStamps = Result<Vec<FileStamp>, String>;
-/// How a file looks from outside: its name, inode, size and times.
-type FileStamp = (PathBuf, u64, u64, [i64; 4]);
+/// What changes when a file does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct FileStamp {
+    path: PathBuf,
+    inode: u64,
+    size: u64,
+    /// Of the last change of the content and of the inode, each in seconds and nanoseconds.
+    times: [i64; 4],
+}
 
 impl Files {
     /// Those that `config` names; nothing is read yet.
@@ -311,7 +318,7 @@ fn stamp(file: &Path) -> Result<FileStamp, String> {
         return Err(format!("{} is not a regular file", file.display()));
     }
     let times = [data.mtime(), data.mtime_nsec(), data.ctime(), data.ctime_nsec()];
-    Ok((file.to_owned(), data.ino(), data.size(), times))
+    Ok(FileStamp { path: file.to_owned(), inode: data.ino(), size: data.size(), times })
 }
 
 fn text(file: &Path, max: u64) -> Result<String, String> {

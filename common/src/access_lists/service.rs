@@ -1,5 +1,5 @@
-//! The task that owns the lists of a program: it reads their files, takes in and keeps the records that brokers share,
-//! and tells what they come to. Everybody else has a [`Handle`].
+//! The task that owns the lists of a program: it reads their files, merges and writes the records that brokers share, and
+//! notifies the program of each change. Everything else has a [`Handle`].
 
 use std::future::pending;
 use std::mem;
@@ -24,20 +24,20 @@ use crate::storage::StorageError;
 use crate::wire::message::{Hello, Participant, RecordsRequest};
 use crate::{Config, Topic};
 
-/// Orders that wait at most. What brokers say is said again, so one too many is dropped.
-const ORDERS: usize = 1024;
+/// Commands that wait at most. What brokers publish they publish again, so one too many is dropped.
+const COMMANDS: usize = 1024;
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.
 pub const PER_MESSAGE: usize = 500;
-/// How often it looks whether something is due: an entry that ends, a question that is to be put again.
-const LOOK: Duration = Duration::from_secs(1);
-/// The same while keys are held.
-const LOOK_HELD: Duration = Duration::from_millis(20);
+/// How often it checks whether something is due: an entry that ends, a request that is to be sent again.
+const POLL: Duration = Duration::from_secs(1);
+/// The same while the gate is closed.
+const POLL_CLOSED: Duration = Duration::from_millis(20);
 /// The files are looked at no more often than this.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
 /// What changed is looked at again after this time, or after that between two looks if it is shorter.
 const SETTLE: Duration = Duration::from_secs(1);
-/// That records are refused is said no more often than this.
-const SAY_REFUSED: Duration = Duration::from_secs(60);
+/// How often it is logged at most that records are refused.
+const LOG_REFUSED: Duration = Duration::from_secs(60);
 
 /// What the lists are now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub struct ListSnapshot {
     pub digest: String,
 }
 
-/// What is new, for the rest of the program.
+/// A change of the lists, for the rest of the program.
 #[derive(Debug)]
 pub struct ListUpdate<'a> {
     /// What the lists say now.
@@ -63,18 +63,18 @@ pub struct ListUpdate<'a> {
     pub refused: Refused,
 }
 
-/// What is heard on the bus.
+/// What the sessions receive that concerns the lists.
 #[derive(Debug)]
 pub enum ListEvent {
-    /// Everything that is said from now on is heard, and what is retained.
+    /// Connected: everything that is published from now on is received, and what is retained.
     Up,
-    /// Nothing is.
+    /// Not connected.
     Down,
     /// What a broker can do; none if it goes.
     Broker(String, Option<Hello>),
     /// Records that somebody made.
     Records(Vec<Record>),
-    /// Somebody asks for all records.
+    /// A request for all records.
     Asked,
 }
 
@@ -106,16 +106,16 @@ pub struct ListedEntry {
 pub const BY_CALL: &str = "admin";
 
 #[derive(Debug)]
-enum Order {
+enum Command {
     Change(Entry, bool, oneshot::Sender<Result<Changed, Full>>),
     List(oneshot::Sender<Vec<ListedEntry>>),
     Event(ListEvent),
 }
 
-/// By which others reach the [`ListService`].
+/// How the rest of the program reaches the [`ListService`].
 #[derive(Debug, Clone)]
 pub struct Handle {
-    orders: mpsc::Sender<Order>,
+    commands: mpsc::Sender<Command>,
     view: watch::Receiver<ListSnapshot>,
     held: Arc<watch::Sender<Option<Instant>>>,
 }
@@ -127,7 +127,7 @@ pub struct ListService {
     refresh: Duration,
     records: Records,
     anti_entropy: AntiEntropy,
-    orders: mpsc::Receiver<Order>,
+    commands: mpsc::Receiver<Command>,
     view: watch::Sender<ListSnapshot>,
     held: Arc<watch::Sender<Option<Instant>>>,
     /// Records that the rest of the program has not been told of.
@@ -137,7 +137,7 @@ pub struct ListService {
     writer: RecordsWriter,
     refused: Refused,
     /// What was last said of that, and when.
-    said_refused: (Refused, Option<Instant>),
+    logged_refused: (Refused, Option<Instant>),
 }
 
 impl ListService {
@@ -150,8 +150,8 @@ impl ListService {
         files.read(true);
         let (writer, restored) = RecordsWriter::open(file)?;
         let records = Records::restored(restored, now);
-        let (sender, orders) = mpsc::channel(ORDERS);
-        let (view, viewed) = watch::channel(look(&files, &records, now));
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        let (view, viewed) = watch::channel(snapshot(&files, &records, now));
         let held = Arc::new(watch::channel(None).0);
         let anti_entropy = AntiEntropy::new(matches!(own, Participant::Broker(_)).then(|| own.name().to_owned()));
         let keeper = Self {
@@ -160,34 +160,39 @@ impl ListService {
             refresh: config.key_lists.refresh.max(REFRESH_MIN),
             records,
             anti_entropy,
-            orders,
+            commands,
             view,
             held: held.clone(),
             news: Vec::new(),
             is_stale: true,
             writer,
             refused: Refused::default(),
-            said_refused: (Refused::default(), None),
+            logged_refused: (Refused::default(), None),
         };
-        Ok((keeper, Handle { orders: sender, view: viewed, held }))
+        Ok((keeper, Handle { commands: sender, view: viewed, held }))
     }
 
-    /// Works until `stop`; asks and answers on `bus`, and tells what is new.
-    pub async fn run(mut self, bus: MqttHandle, mut tell: impl FnMut(ListUpdate<'_>), stop: impl Future<Output = ()>) {
+    /// Works until `stop` returns; requests and answers on `bus`, and notifies of each change.
+    pub async fn run(
+        mut self,
+        bus: MqttHandle,
+        mut notify: impl FnMut(ListUpdate<'_>),
+        stop: impl Future<Output = ()>,
+    ) {
         let mut stop = pin!(stop);
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut reading: Option<JoinHandle<Files>> = None;
         let mut read_at = Instant::now() + self.pause();
         let (mut held, mut is_hurried) = (self.held.subscribe(), false);
         loop {
-            self.settle(&bus, &mut tell);
+            self.settle(&bus, &mut notify);
             if reading.is_none() && (is_hurried || read_at <= Instant::now()) {
                 reading = Some(self.read_files(mem::take(&mut is_hurried)));
             }
-            let look = if self.held.borrow().is_some() { LOOK_HELD } else { LOOK.min(self.refresh) };
+            let poll = if self.held.borrow().is_some() { POLL_CLOSED } else { POLL.min(self.refresh) };
             tokio::select! {
-                order = self.orders.recv() => match order {
-                    Some(order) => self.obey_all(order),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.apply_all(command),
                     None => break,
                 },
                 files = done(&mut reading) => {
@@ -197,7 +202,7 @@ impl ListService {
                 written = self.writer.done() => self.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
                 _ = held.changed() => {}
-                () = sleep(look) => {}
+                () = sleep(poll) => {}
                 () = &mut stop => break,
             }
         }
@@ -229,25 +234,25 @@ impl ListService {
         }
     }
 
-    /// Obeys what has come so far, so that many orders are told of at once.
-    fn obey_all(&mut self, first: Order) {
-        self.obey(first);
-        for _ in 0..ORDERS {
-            let Ok(order) = self.orders.try_recv() else { return };
-            self.obey(order);
+    /// Applies the commands that have come so far, so that many of them make one notification.
+    fn apply_all(&mut self, first: Command) {
+        self.apply(first);
+        for _ in 0..COMMANDS {
+            let Ok(command) = self.commands.try_recv() else { return };
+            self.apply(command);
         }
     }
 
-    fn obey(&mut self, order: Order) {
-        match order {
+    fn apply(&mut self, command: Command) {
+        match command {
             // Who asked and is gone needs no answer.
-            Order::Change(entry, on, answer) => drop(answer.send(self.change(entry, on))),
-            Order::List(answer) => drop(answer.send(self.list())),
-            Order::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
-            Order::Event(ListEvent::Down) => self.anti_entropy.down(),
-            Order::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
-            Order::Event(ListEvent::Asked) => self.anti_entropy.asked(),
-            Order::Event(ListEvent::Records(records)) => self.merge(records),
+            Command::Change(entry, on, answer) => drop(answer.send(self.change(entry, on))),
+            Command::List(answer) => drop(answer.send(self.list())),
+            Command::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
+            Command::Event(ListEvent::Down) => self.anti_entropy.down(),
+            Command::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
+            Command::Event(ListEvent::Asked) => self.anti_entropy.asked(),
+            Command::Event(ListEvent::Records(records)) => self.merge(records),
         }
     }
 
@@ -277,9 +282,9 @@ impl ListService {
         self.refused += refused;
     }
 
-    fn say_refused(&mut self, now: Instant) {
-        let (said, at) = self.said_refused;
-        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= SAY_REFUSED);
+    fn log_refused(&mut self, now: Instant) {
+        let (said, at) = self.logged_refused;
+        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= LOG_REFUSED);
         if is_due && said != self.refused {
             let Refused { unsound, future, full } = self.refused;
             warn!(
@@ -288,7 +293,7 @@ impl ListService {
                 full,
                 "list entries of other brokers are not taken in: nobody makes such, a clock is wrong, or they are too many"
             );
-            self.said_refused = (self.refused, Some(now));
+            self.logged_refused = (self.refused, Some(now));
             self.is_stale = true;
         }
     }
@@ -311,30 +316,30 @@ impl ListService {
         records.chain(listed).collect()
     }
 
-    /// Does everything that is due, and tells what is new.
-    fn settle(&mut self, bus: &MqttHandle, tell: &mut impl FnMut(ListUpdate<'_>)) {
+    /// Does everything that is due, and notifies of what changed.
+    fn settle(&mut self, bus: &MqttHandle, notify: &mut impl FnMut(ListUpdate<'_>)) {
         let (now, wall) = (Instant::now(), unix(SystemTime::now()));
         if self.records.forget(wall) {
             self.writer.changed();
         }
         self.writer.begin(&self.records, now);
-        self.say_refused(now);
+        self.log_refused(now);
         if self.is_stale || self.view.borrow().admission.is_over(wall) {
-            self.tell(wall, tell);
+            self.notify(wall, notify);
         }
         self.share(bus, now);
     }
 
-    fn tell(&mut self, wall: u64, tell: &mut impl FnMut(ListUpdate<'_>)) {
+    fn notify(&mut self, wall: u64, notify: &mut impl FnMut(ListUpdate<'_>)) {
         self.is_stale = false;
-        let (view, damaged) = (look(&self.files, &self.records, wall), self.files.damaged());
+        let (view, damaged) = (snapshot(&self.files, &self.records, wall), self.files.damaged());
         let (records, is_kept) = (mem::take(&mut self.news), !self.writer.is_failing());
         if !records.is_empty() {
             let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
             info!(new = records.len(), denied, allowed, trusted, "list entries changed");
         }
         let refused = self.refused;
-        tell(ListUpdate { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
+        notify(ListUpdate { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
         self.view.send_replace(view);
     }
 
@@ -373,18 +378,18 @@ impl ListService {
 }
 
 impl Handle {
-    /// Hands over what was heard, without waiting.
+    /// Passes on what was received, without waiting.
     pub fn on_event(&self, event: ListEvent) {
-        // What finds no place is said again.
-        let _ = self.orders.try_send(Order::Event(event));
+        // What finds no place is published again.
+        let _ = self.commands.try_send(Command::Event(event));
     }
 
-    /// Keys are to wait from now on, until the records of the brokers are known.
+    /// Closes the gate: keys wait from now on, until the records of the brokers are known.
     pub fn close_gate(&self) {
         self.held.send_replace(Some(Instant::now()));
     }
 
-    /// Since when keys have to wait, if they have to.
+    /// Since when the gate is closed; none if it is open.
     #[must_use]
     pub fn gate(&self) -> watch::Receiver<Option<Instant>> {
         self.held.subscribe()
@@ -405,20 +410,20 @@ impl Handle {
     /// Puts the key of an entry on its list, or takes it off; none when the program ends.
     pub async fn change(&self, entry: Entry, on: bool) -> Option<Result<Changed, Full>> {
         let (sender, answer) = oneshot::channel();
-        self.orders.send(Order::Change(entry, on, sender)).await.ok()?;
+        self.commands.send(Command::Change(entry, on, sender)).await.ok()?;
         answer.await.ok()
     }
 
     /// Every entry that counts now.
     pub async fn list(&self) -> Vec<ListedEntry> {
         let (sender, answer) = oneshot::channel();
-        let _ = self.orders.send(Order::List(sender)).await;
+        let _ = self.commands.send(Command::List(sender)).await;
         answer.await.unwrap_or_default()
     }
 }
 
 /// What `files` and `records` come to.
-fn look(files: &Files, records: &Records, now: u64) -> ListSnapshot {
+fn snapshot(files: &Files, records: &Records, now: u64) -> ListSnapshot {
     let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);
     let admission = Admission::of(entries, files.allow_list(), now);

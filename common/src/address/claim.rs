@@ -8,7 +8,7 @@ use crate::PublicKey;
 
 /// Two brokers that admit a key each at the same time must come to the same end at every gateway, in whatever order
 /// these hear of them. Keys that first came within this time of one another came at once.
-const AT_ONCE: Duration = Duration::from_secs(5);
+const TIE_WINDOW: Duration = Duration::from_secs(5);
 
 /// How often a gateway reports the handshakes of a peer, so that a router that is connected all the time stays among the
 /// live keys, and keeps its address at gateways that it is not connected to.
@@ -49,7 +49,7 @@ impl Claim {
         let apart =
             self.first.saturating_duration_since(owner.first) + owner.first.saturating_duration_since(self.first);
         match self.state.cmp(&owner.state) {
-            Ordering::Equal if apart <= AT_ONCE => self.key < owner.key,
+            Ordering::Equal if apart <= TIE_WINDOW => self.key < owner.key,
             Ordering::Equal => self.first < owner.first,
             Ordering::Greater => true,
             Ordering::Less => false,
@@ -69,7 +69,7 @@ mod tests {
     fn the_better_founded_claim_has_the_address_then_the_older_one_then_the_smaller_key() {
         use ClaimState::{Established, Expired, New, Returned};
         let early = Instant::now();
-        let (soon, late) = (early + AT_ONCE, early + AT_ONCE + Duration::from_millis(1));
+        let (soon, late) = (early + TIE_WINDOW, early + TIE_WINDOW + Duration::from_millis(1));
         for (challenger, owner, precedes) in [
             (claim(1, New, early), claim(2, Established, late), false),
             (claim(1, Expired, early), claim(2, New, late), false),
@@ -92,7 +92,7 @@ mod tests {
         let start = Instant::now();
         for (first, second) in [(1, 2), (2, 1)] {
             let (owner, challenger) =
-                (claim(first, ClaimState::New, start), claim(second, ClaimState::New, start + AT_ONCE));
+                (claim(first, ClaimState::New, start), claim(second, ClaimState::New, start + TIE_WINDOW));
             let winner = if challenger.precedes(&owner) { challenger } else { owner };
             assert_eq!(winner.key, PublicKey::from_bytes([1; 32]).unwrap());
         }

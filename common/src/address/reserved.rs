@@ -1,7 +1,7 @@
 //! Keys and addresses that no router may have: those of the gateways themselves, which are peers of one another.
 //!
-//! A worker's word reserves one key for each domain that is served here, and nothing else: whoever has stolen its password
-//! must not lock routers out. A word that changes all the time reserves nothing.
+//! What a worker publishes reserves one key for each domain that is served here, and nothing else: a stolen password must
+//! not lock routers out. A value that changes all the time reserves nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
@@ -11,8 +11,9 @@ use crate::{Domain, PublicKey, is_derived};
 
 /// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense.
 const GATEWAYS_MAX: usize = 16_384;
-/// A word that comes sooner than so many [ticks](Reserved::tick) after another one counts when it has stood as long.
-const STEADY: u64 = 6;
+/// A value that changed sooner than so many [ticks](Reserved::tick) after the change before counts when it has been stable
+/// for as long.
+const STABLE_TICKS: u64 = 6;
 
 /// What is reserved: what the operator lists, and what gateways say of themselves on the bus.
 #[derive(Debug, Clone, Default)]
@@ -21,9 +22,9 @@ pub struct Reserved {
     listed_addresses: BTreeSet<Ipv6Addr>,
     /// Those whose gateways count.
     domains: BTreeSet<Domain>,
-    gateways: BTreeMap<Gateway, Said>,
-    /// Those of whose words one does not count yet.
-    unsteady: BTreeSet<Gateway>,
+    gateways: BTreeMap<Gateway, Published>,
+    /// Those with a value that does not count yet.
+    unstable: BTreeSet<Gateway>,
     /// How many gateways reserve each.
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
@@ -33,42 +34,42 @@ pub struct Reserved {
 /// A worker and a domain, as they stand in the topic.
 type Gateway = (String, String);
 
-/// What a gateway says of itself.
+/// What a gateway publishes of itself.
 #[derive(Debug, Clone, Copy, Default)]
-struct Said {
-    key: Word<PublicKey>,
-    address: Word<Ipv6Addr>,
+struct Published {
+    key: Observed<PublicKey>,
+    address: Observed<Ipv6Addr>,
 }
 
-/// The last word, and whether it counts.
+/// The last value that was published, and whether it counts.
 #[derive(Debug, Clone, Copy)]
-struct Word<T> {
+struct Observed<T> {
     last: Option<T>,
     counts: bool,
     /// In which tick it was another one; none if it never was.
     changed: Option<u64>,
 }
 
-impl<T> Default for Word<T> {
+impl<T> Default for Observed<T> {
     fn default() -> Self {
         Self { last: None, counts: false, changed: None }
     }
 }
 
-impl<T: Copy + PartialEq> Word<T> {
-    fn update(&mut self, word: Option<T>, tick: u64) {
-        if word != self.last {
-            (self.last, self.counts) = (word, self.is_steady(tick));
+impl<T: Copy + PartialEq> Observed<T> {
+    fn update(&mut self, value: Option<T>, tick: u64) {
+        if value != self.last {
+            (self.last, self.counts) = (value, self.is_stable(tick));
             self.changed = Some(tick);
         }
     }
 
-    fn is_steady(&self, tick: u64) -> bool {
-        self.changed.is_none_or(|changed| tick >= changed + STEADY)
+    fn is_stable(&self, tick: u64) -> bool {
+        self.changed.is_none_or(|changed| tick >= changed + STABLE_TICKS)
     }
 
     fn settle(&mut self, tick: u64) {
-        self.counts |= self.is_steady(tick);
+        self.counts |= self.is_stable(tick);
     }
 
     fn counted(&self) -> Option<T> {
@@ -76,7 +77,7 @@ impl<T: Copy + PartialEq> Word<T> {
     }
 }
 
-impl Said {
+impl Published {
     fn settle(&mut self, tick: u64) {
         self.key.settle(tick);
         self.address.settle(tick);
@@ -106,9 +107,9 @@ impl Reserved {
         let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
             let tick = self.ticks;
-            self.change(gateway, |said| {
-                said.key.update(data.map(|data| data.public_key), tick);
-                said.address.update(data.and_then(own_address), tick);
+            self.change(gateway, |published| {
+                published.key.update(data.map(|data| data.public_key), tick);
+                published.address.update(data.and_then(own_address), tick);
             });
         }
     }
@@ -117,20 +118,20 @@ impl Reserved {
     pub fn tick(&mut self) {
         self.ticks += 1;
         let tick = self.ticks;
-        for gateway in std::mem::take(&mut self.unsteady) {
-            self.change(gateway, |said| said.settle(tick));
+        for gateway in std::mem::take(&mut self.unstable) {
+            self.change(gateway, |published| published.settle(tick));
         }
     }
 
-    fn change(&mut self, gateway: Gateway, change: impl FnOnce(&mut Said)) {
-        let said = self.gateways.entry(gateway.clone()).or_default();
-        let before = *said;
-        change(said);
-        let now = *said;
+    fn change(&mut self, gateway: Gateway, change: impl FnOnce(&mut Published)) {
+        let published = self.gateways.entry(gateway.clone()).or_default();
+        let before = *published;
+        change(published);
+        let now = *published;
         if now.counts() {
-            self.unsteady.remove(&gateway);
+            self.unstable.remove(&gateway);
         } else {
-            self.unsteady.insert(gateway);
+            self.unstable.insert(gateway);
         }
         now.key.counted().iter().for_each(|key| *self.keys.entry(*key).or_default() += 1);
         now.addresses().for_each(|address| *self.addresses.entry(address).or_default() += 1);
@@ -213,7 +214,7 @@ mod tests {
         // An interface that is made has its key first, and then its address.
         reserved.update("gw", "ff_a", Some(&data(key(1), "fe80::1")));
         assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
-        pass(&mut reserved, STEADY);
+        pass(&mut reserved, STABLE_TICKS);
         reserved.update("gw", "ff_a", Some(&data(key(2), "no address")));
         assert!(reserved.is_reserved(&key(2)) && !reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(3)));
         assert!(!reserved.has_address(&"fe80::1".parse().unwrap()));
@@ -241,20 +242,20 @@ mod tests {
             reserved.update("gw", "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
             assert_eq!(reserved.is_reserved(&key(n)), n == 10, "the first word counts, {n}");
             reserved.update("gw", "ff_a", None);
-            pass(&mut reserved, STEADY - 1);
+            pass(&mut reserved, STABLE_TICKS - 1);
         }
         reserved.update("gw", "ff_a", Some(&data(key(7), "fe80::7")));
         assert!(!reserved.is_reserved(&key(7)));
-        pass(&mut reserved, STEADY);
+        pass(&mut reserved, STABLE_TICKS);
         assert!(reserved.is_reserved(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
-        assert!(reserved.unsteady.is_empty() && reserved.keys.len() == 1 && reserved.addresses.len() == 2);
+        assert!(reserved.unstable.is_empty() && reserved.keys.len() == 1 && reserved.addresses.len() == 2);
     }
 
     #[test]
     fn nonsense_in_any_number_is_not_remembered() {
         let mut reserved = reserved(&[]);
         for number in 0..GATEWAYS_MAX {
-            reserved.gateways.insert((number.to_string(), "ff_a".into()), Said::default());
+            reserved.gateways.insert((number.to_string(), "ff_a".into()), Published::default());
         }
         reserved.update("one more", "ff_a", Some(&data(key(2), "fe80::1")));
         assert!(!reserved.is_reserved(&key(2)));
@@ -268,14 +269,14 @@ mod tests {
             words in prop::collection::vec((0..3_u8, 0..2_u8, prop::option::of((1..6_u8, 0..3_u8)), 0..8_u64), 0..60),
         ) {
             let mut reserved = reserved(&[]);
-            for (worker, domain, said, ticks) in words {
-                let data = said.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
+            for (worker, domain, published, ticks) in words {
+                let data = published.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
                 reserved.update(&worker.to_string(), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
                 pass(&mut reserved, ticks);
                 let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
-                for said in reserved.gateways.values() {
-                    said.key.counted().iter().for_each(|key| *keys.entry(*key).or_default() += 1_usize);
-                    said.addresses().for_each(|address| *addresses.entry(address).or_default() += 1_usize);
+                for published in reserved.gateways.values() {
+                    published.key.counted().iter().for_each(|key| *keys.entry(*key).or_default() += 1_usize);
+                    published.addresses().for_each(|address| *addresses.entry(address).or_default() += 1_usize);
                 }
                 prop_assert_eq!((&reserved.keys, &reserved.addresses), (&keys, &addresses));
                 prop_assert!(reserved.keys.len() <= 6, "one for each worker and domain");

@@ -3,8 +3,8 @@
 
 use serde_json::{Map, Value};
 
+use super::diagnostics::{Diagnostics, Path};
 use super::raw::{ANY, Raw};
-use super::report::{Path, Report};
 
 /// Farther than this from every known key, a guess would only confuse.
 const TYPO_MAX: usize = 2;
@@ -25,35 +25,41 @@ pub(super) fn paths() -> Vec<Path> {
 
 /// Makes `tree` a tree in which mappings stand where mappings have to and lists where lists; unknown keys go, with a
 /// warning.
-pub(super) fn settle(tree: &mut Value, report: &mut Report) {
-    settle_at(&Path::default(), &Path::default(), &Raw::every_key(), tree, report);
+pub(super) fn normalize(tree: &mut Value, diagnostics: &mut Diagnostics) {
+    normalize_at(&Path::default(), &Path::default(), &Raw::every_key(), tree, diagnostics);
 }
 
 /// `place` is `path` with [`ANY`] in place of names.
-fn settle_at(path: &Path, place: &Path, known: &Value, value: &mut Value, report: &mut Report) {
+fn normalize_at(path: &Path, place: &Path, known: &Value, value: &mut Value, diagnostics: &mut Diagnostics) {
     match known {
-        Value::Object(keys) => settle_mapping(path, place, keys, value, report),
-        Value::Array(_) => settle_list(path, value, report),
+        Value::Object(keys) => normalize_mapping(path, place, keys, value, diagnostics),
+        Value::Array(_) => normalize_list(path, value, diagnostics),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 
-fn settle_list(path: &Path, value: &mut Value, report: &mut Report) {
+fn normalize_list(path: &Path, value: &mut Value, diagnostics: &mut Diagnostics) {
     match value {
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate().filter(|(_, item)| item.is_null()) {
-                report.wrong(&path.index(index), item, "is not an entry, one has to follow \"- \"");
+                diagnostics.invalid(&path.index(index), item, "is not an entry, one has to follow \"- \"");
             }
         }
         Value::Null => *value = Value::Array(Vec::new()),
         Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
-            report.wrong(path, value, "is not a list, lines that begin with \"- \" are allowed");
+            diagnostics.invalid(path, value, "is not a list, lines that begin with \"- \" are allowed");
             *value = Value::Array(vec![Value::Null]);
         }
     }
 }
 
-fn settle_mapping(path: &Path, place: &Path, known: &Map<String, Value>, value: &mut Value, report: &mut Report) {
+fn normalize_mapping(
+    path: &Path,
+    place: &Path,
+    known: &Map<String, Value>,
+    value: &mut Value,
+    diagnostics: &mut Diagnostics,
+) {
     if known.contains_key("host") && known.contains_key("port") {
         split_host_and_port(value);
     }
@@ -63,7 +69,7 @@ fn settle_mapping(path: &Path, place: &Path, known: &Map<String, Value>, value: 
         other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
             let names: Vec<&str> = known.keys().map(|key| if key == ANY { "a name" } else { key }).collect();
             let complaint = format!("is not a mapping, one with these keys is allowed: {}", names.join(", "));
-            report.wrong(path, &other, &complaint);
+            diagnostics.invalid(path, &other, &complaint);
             Map::new()
         }
     };
@@ -71,10 +77,10 @@ fn settle_mapping(path: &Path, place: &Path, known: &Map<String, Value>, value: 
     for (key, mut value) in keys.clone() {
         let Some((step, below)) = known.get_key_value(&key).or_else(|| known.get_key_value(ANY)) else {
             keys.remove(&key);
-            warn_unknown(path, place, &key, report);
+            warn_unknown(path, place, &key, diagnostics);
             continue;
         };
-        settle_at(&path.then(&key), &place.then(step), below, &mut value, report);
+        normalize_at(&path.then(&key), &place.then(step), below, &mut value, diagnostics);
         keys.insert(key, value);
     }
     *value = Value::Object(keys);
@@ -105,10 +111,10 @@ fn merge(keys: &mut Map<String, Value>) {
     }
 }
 
-fn warn_unknown(path: &Path, place: &Path, key: &str, report: &mut Report) {
+fn warn_unknown(path: &Path, place: &Path, key: &str, diagnostics: &mut Diagnostics) {
     let near = nearest(path, place, key);
     let guess = near.map_or_else(String::new, |near| format!(", did you mean {near}?"));
-    report.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
+    diagnostics.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
 }
 
 /// The known key that is most like `key`: one of the same mapping, else of the whole file.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::leaf::{
+use super::value::{
     Burst, Connections, Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net,
     PasswordHash, Port, PrefixLength, Rate, Seconds, Share, Text, UserRole, Vni,
 };

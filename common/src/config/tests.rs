@@ -497,14 +497,14 @@ fn the_example_documents_every_key_with_its_default() {
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
     assert_eq!(config, least);
 
-    let mut tree = yaml::parse(&everything, &mut Report::of_file("", "")).unwrap();
+    let mut tree = yaml::parse(&everything, &mut Diagnostics::of_file("", "")).unwrap();
     for path in keys::paths() {
         let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
             (raw::ANY, "workers" | "mqtt_listen") => "gw01.example.org".to_owned(),
             (raw::ANY, _) => "ffmuc_welt".to_owned(),
             _ => step.clone(),
         };
-        let path = report::Path(path.0.iter().map(named).collect());
+        let path = diagnostics::Path(path.0.iter().map(named).collect());
         assert!(path.find(&mut tree).is_some(), "{path} is not documented");
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::leaf::truth;
+use super::value::truth;
 
 /// Each variable with the key that it stands for.
 pub(super) const ALIASES: [(&str, &str); 10] = [

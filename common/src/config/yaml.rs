@@ -13,7 +13,7 @@ use yaml_rust2::parser::{Event, Parser, Tag};
 use yaml_rust2::scanner::{ScanError, TScalarStyle};
 use yaml_rust2::yaml::Yaml;
 
-use super::report::{Path, Report};
+use super::diagnostics::{Diagnostics, Path};
 
 /// No config comes near this, and what does would only cost memory.
 const SIZE_MAX: usize = 1 << 20;
@@ -37,21 +37,21 @@ pub(crate) struct Tree {
     pub(crate) twice: Vec<usize>,
 }
 
-/// The mapping that `yaml` says; without one the report has the reason. Of a key that is given twice the last one
+/// The mapping that `yaml` says; without one the diagnostics has the reason. Of a key that is given twice the last one
 /// counts, as for the original's parser.
-pub(super) fn parse(yaml: &str, report: &mut Report) -> Option<Value> {
+pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> {
     let format = Ours::default();
     let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
         Ok(keys) => {
             for Twice { path, line } in format.twice() {
-                report.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
+                diagnostics.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
             }
             return Some(convert(ValueKind::Table(keys)));
         }
         Err(ConfigError::FileParse { cause, .. }) => cause.to_string(),
         Err(_) => "is not YAML".to_owned(),
     };
-    report.refuse_all(&reason);
+    diagnostics.error_of_source(&reason);
     None
 }
 

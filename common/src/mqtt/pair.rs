@@ -18,7 +18,7 @@ const TAKEOVER: Duration = Duration::from_secs(2);
 /// So long after a connection was lost the other one may be noticed to stand,
 const NOTICED: Duration = Duration::from_millis(500);
 /// and so close together both are lost when the server goes.
-const AT_ONCE: Duration = Duration::from_millis(30);
+const SIMULTANEOUS: Duration = Duration::from_millis(30);
 /// After so many of these, one after the other, it is no accident.
 const TAKEOVERS: u32 = 4;
 /// Events that wait for the second session at most.
@@ -51,7 +51,7 @@ impl Rivalry {
             self.lost[other].filter(|lost| self.connected[other].is_none() && age(*lost, now) < NOTICED);
         // Where a server goes, both are lost at once.
         let is_takeover = lost_just_now.is_some_and(|other| {
-            self.lost[side as usize].is_none_or(|lost| other.saturating_duration_since(lost) > AT_ONCE)
+            self.lost[side as usize].is_none_or(|lost| other.saturating_duration_since(lost) > SIMULTANEOUS)
         });
         self.connected[side as usize] = Some(now);
         if std::mem::take(&mut self.is_undecided) {

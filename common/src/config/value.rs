@@ -15,7 +15,7 @@ use crate::PublicKey;
 
 /// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
 /// null, which `keys.rs` reads as "a value stands here". Without `Debug`, as some of the texts are secrets.
-macro_rules! leaf {
+macro_rules! value_type {
     ($(#[$doc:meta])* $name:ident($inner:ty), $read:expr, $complaint:expr) => {
         $(#[$doc])*
         pub(super) struct $name(pub(super) $inner);
@@ -35,59 +35,59 @@ macro_rules! leaf {
     };
 }
 
-leaf!(Text(String), text, "is not a text, one is allowed (a number needs quotes around it)");
-leaf!(
+value_type!(Text(String), text, "is not a text, one is allowed (a number needs quotes around it)");
+value_type!(
     /// A text, or a number that serves as a name.
     Label(()),
     |value: &Value| (value.is_string() || value.is_number()).then_some(()),
     "is not a name, a text or a number is allowed"
 );
-leaf!(
+value_type!(
     Host(String),
     |value: &Value| text(value).and_then(|text| host(&text)),
     "is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)"
 );
-leaf!(
+value_type!(
     Directory(String),
     |value: &Value| text(value).filter(|text| text.starts_with('/')),
     "is not a directory, an absolute path is allowed"
 );
-leaf!(
+value_type!(
     File(String),
     |value: &Value| text(value).filter(|text| text.starts_with('/')),
     "is not a file, an absolute path is allowed"
 );
-leaf!(Flag(bool), flag, "is not a truth value, true or false is allowed");
-leaf!(Port(u16), |value: &Value| whole(value, 1..=65535), "is not a port, a number from 1 to 65535 is allowed");
-leaf!(
+value_type!(Flag(bool), flag, "is not a truth value, true or false is allowed");
+value_type!(Port(u16), |value: &Value| whole(value, 1..=65535), "is not a port, a number from 1 to 65535 is allowed");
+value_type!(
     Vni(u32),
     |value: &Value| whole(value, 1..=0x00ff_ffff),
     "is not a VXLAN id, a number from 1 to 16777215 is allowed"
 );
-leaf!(
+value_type!(
     PrefixLength(()),
     |value: &Value| whole(value, 0..=128u8).map(drop),
     "is not a prefix length, a number from 0 to 128 is allowed"
 );
-leaf!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
-leaf!(
+value_type!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
+value_type!(
     /// Enough for any fleet, and few enough to fit into memory.
     Count(usize),
     |value: &Value| whole::<u32>(value, 1..=100_000_000).and_then(|count| usize::try_from(count).ok()),
     "is not a number of keys, a whole number from 1 to 100000000 is allowed"
 );
-leaf!(
+value_type!(
     /// 0 means that there is no limit. The highest, at the lowest [`Rate`], still fits into 64 bits of nanoseconds.
     Burst(u32),
     |value: &Value| whole(value, 0..=1_000_000),
     "is not a burst, a whole number from 0 (no limit) to 1000000 is allowed"
 );
-leaf!(
+value_type!(
     Rate(f64),
     |value: &Value| number(value).filter(|rate| (0.001..=1e6).contains(rate)),
     "is not a rate, a number from 0.001 to 1000000 is allowed"
 );
-leaf!(
+value_type!(
     /// The addresses of a network, or a single one. An IPv4 address is one, however it is written.
     Net(IpNet),
     |value: &Value| {
@@ -97,26 +97,26 @@ leaf!(
     },
     "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
-leaf!(
+value_type!(
     /// As many as a process may have files open at the very most.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
     "is not a number of connections, a whole number from 10 to 1000000 is allowed"
 );
-leaf!(
+value_type!(
     /// Whether it is whole, the one who verifies passwords sees.
     PasswordHash(String),
     |value: &Value| text(value).filter(|text| text.starts_with("$argon2id$")),
     "is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed"
 );
-leaf!(UserRole(Role), role, "is not a role, worker or broker is allowed");
-leaf!(
+value_type!(UserRole(Role), role, "is not a role, worker or broker is allowed");
+value_type!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
     |value: &Value| whole(value, 0..=65535),
     "is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"
 );
-leaf!(
+value_type!(
     /// The upper bound keeps every sum with a clock's reading far from an overflow.
     Seconds(Duration),
     |value: &Value| {
@@ -124,18 +124,18 @@ leaf!(
     },
     "is not a time, a number of seconds from 0.001 to 1000000000 is allowed"
 );
-leaf!(
+value_type!(
     Share(f64),
     |value: &Value| number(value).filter(|share| (0.0..=1e9).contains(share)),
     "is not a share, a number from 0 to 1000000000 is allowed"
 );
-leaf!(LogLevel(Level), level, "is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed");
-leaf!(
+value_type!(LogLevel(Level), level, "is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed");
+value_type!(
     Ipam(()),
     |value: &Value| text(value).filter(|name| ["json", "netbox"].contains(&name.as_str())).map(drop),
     "is not an IPAM, json or netbox is allowed"
 );
-leaf!(
+value_type!(
     /// In lower case.
     Hash(String),
     |value: &Value| {
@@ -144,7 +144,7 @@ leaf!(
     },
     "is not a SHA-256 hash, 64 hexadecimal digits are allowed (\"wgkex-broker admin-token\" makes a token and its hash)"
 );
-leaf!(
+value_type!(
     Key(PublicKey),
     |value: &Value| text(value)?.parse::<PublicKey>().ok(),
     "is not a WireGuard public key, 44 characters of base64 are allowed"

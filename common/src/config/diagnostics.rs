@@ -72,7 +72,7 @@ impl fmt::Display for Path {
 }
 
 /// The lines so far.
-pub(super) struct Report {
+pub(super) struct Diagnostics {
     source: String,
     /// Names that stand for a path in the lines; empty for a file.
     aliases: &'static [(&'static str, &'static str)],
@@ -83,7 +83,7 @@ pub(super) struct Report {
     warnings: Vec<String>,
 }
 
-impl Report {
+impl Diagnostics {
     /// For a file.
     pub fn of_file(name: &str, yaml: &str) -> Self {
         let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key));
@@ -119,19 +119,19 @@ impl Report {
     }
 
     /// A mistake: `value` at `path` is not what it has to be.
-    pub fn wrong(&mut self, path: &Path, value: &Value, complaint: &str) {
+    pub fn invalid(&mut self, path: &Path, value: &Value, complaint: &str) {
         let shown = self.show(path, value);
-        self.refuse(path, &format!("{shown} {complaint}"));
+        self.error(path, &format!("{shown} {complaint}"));
     }
 
     /// A mistake told without the value.
-    pub fn refuse(&mut self, path: &Path, complaint: &str) {
+    pub fn error(&mut self, path: &Path, complaint: &str) {
         let line = format!("{}{}: {complaint}", self.source, self.name(path));
         self.errors.push(line);
     }
 
     /// A mistake of the source as a whole.
-    pub fn refuse_all(&mut self, complaint: &str) {
+    pub fn error_of_source(&mut self, complaint: &str) {
         self.errors.push(format!("{}{complaint}", self.source));
     }
 
@@ -142,7 +142,7 @@ impl Report {
     }
 
     /// Whether `text` holds a secret.
-    pub fn hides(&self, text: &str) -> bool {
+    pub fn contains_secret(&self, text: &str) -> bool {
         self.secrets.iter().any(|secret| text.contains(secret.as_str()))
     }
 
@@ -161,17 +161,19 @@ impl Report {
             Value::Array(_) => "a list".into(),
             Value::Object(_) => "a mapping".into(),
             Value::Bool(flag) => flag.to_string(),
-            Value::Number(number) if self.hides(&number.to_string()) => hidden(),
+            Value::Number(number) if self.contains_secret(&number.to_string()) => hidden(),
             Value::Number(number) => number.to_string(),
             // An address with a user in it would show that user's password.
-            Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.hides(text) => hidden(),
+            Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.contains_secret(text) => {
+                hidden()
+            }
             Value::String(text) => format!("{text:?}"),
         }
     }
 
     /// The path as the operator knows it; without a step that holds a secret.
     fn name(&self, path: &Path) -> String {
-        let unfit = |step: &str| !self.known.contains(step) && (step.len() > SHOWN_MAX || self.hides(step));
+        let unfit = |step: &str| !self.known.contains(step) && (step.len() > SHOWN_MAX || self.contains_secret(step));
         let step = |step: &String| if unfit(step) { "?".to_owned() } else { step.clone() };
         let name = Path(path.0.iter().map(step).collect()).to_string();
         let alias = self.aliases.iter().find_map(|(alias, long)| Some(format!("{alias}{}", name.strip_prefix(long)?)));
