@@ -48,6 +48,11 @@ pub fn a_broker_killed_while_it_writes_knows_what_it_accepted_a_second_before(la
         let begun = Instant::now();
         routers.ask_during(&doors, Pace::per_second(400), || {
             pass(Duration::from_millis(2_200 + 137 * round));
+            within("routers were served", CAUGHT_UP, || {
+                let answers = routers.answers();
+                let written = answers.accepted.values().filter(|at| **at > begun && at.elapsed() > WRITTEN);
+                (written.count() > 100).then_some(())
+            });
             broker.process.signal(Signal::SIGKILL);
         });
         let killed = Instant::now();

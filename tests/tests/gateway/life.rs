@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, link_local};
-use wgkex_tests::probe::Probe;
+use wgkex_tests::probe::{Probe, Role};
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until};
 
@@ -20,15 +20,15 @@ pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane
         assert_eq!(host.post(2, &key(n)).status, 200);
         let (peers, tables) = (host.wireguard("wg-a"), host.tables("a"));
 
-        let witness = witness(&host);
+        let witness = probe(&host, Role::new("witness", &["#"]));
         witness.next("the worker is online", |said| said.topic == STATUS && said.text() == "1");
         let before = witness.heard().len();
         end(&mut worker, signal);
         witness.next("the worker is offline", |said| said.topic == STATUS && said.text() == "0");
         assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
 
-        // Another one hears it from the server, which has kept it.
-        let kept = self::witness(&host);
+        // Another one, of another name, hears it from the server, which has kept it.
+        let kept = probe(&host, Role::new("late", &["#"]));
         let state = |topic: &str| kept.next(topic, |said| said.topic == topic && said.retain).text();
         assert_eq!(state(STATUS), "0");
         for rest in ["a", "b"] {
@@ -150,8 +150,8 @@ fn with_mosquitto(lane: Lane) -> (Host, Process, Process) {
     (host, mosquitto, broker)
 }
 
-fn witness(host: &Host) -> Probe {
-    host.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))))
+fn probe(host: &Host, role: Role) -> Probe {
+    host.inside(|| Probe::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883)), role))
 }
 
 pub fn a_worker_ends_in_time_with_twenty_thousand_peers(lane: Lane) {

@@ -10,7 +10,7 @@ use rumqttc::{Connect, ConnectReturnCode, Login, Packet};
 use wgkex_tests::process::memory;
 use wgkex_tests::raw::{Raw, connect};
 use wgkex_tests::stack::Stack;
-use wgkex_tests::{wait_until, wait_within};
+use wgkex_tests::wait_until;
 
 use crate::access::{TWO, as_user, join, stack};
 use crate::assert_stands;
@@ -152,7 +152,7 @@ fn guesses_from_many_addresses_keep_no_gateway_out() {
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
     // Each for the first time, from where nobody was before.
     for (last, user) in [(101, "gw1"), (102, "gw2"), (103, "b")] {
-        wait_within(Duration::from_secs(10), &format!("{user} is let in from 127.0.0.{last}"), || {
+        wait_until(&format!("{user} is let in from 127.0.0.{last}"), || {
             let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user(user, user));
             (code == Some(ConnectReturnCode::Success)).then_some(())
         });
@@ -187,17 +187,22 @@ fn guesses_take_the_memory_of_one() {
 #[test]
 fn a_wrong_name_takes_as_long_as_a_wrong_password() {
     let stack = stack(&TWO);
-    let least = |user: &str| {
-        let durations = (0..3).map(|_| {
-            let mut raw = Raw::dial(stack.mqtt);
-            let begun = Instant::now();
-            assert_eq!(raw.log_in(&guess(user, "wrong")), Some(ConnectReturnCode::NotAuthorized));
-            begun.elapsed()
-        });
-        durations.min().unwrap()
+    let takes = |user: &str, source| {
+        let mut raw = Raw::dial_from(source, stack.mqtt);
+        let begun = Instant::now();
+        assert_eq!(raw.log_in(&guess(user, "wrong")), Some(ConnectReturnCode::NotAuthorized));
+        begun.elapsed()
     };
-    let (known, unknown) = (least("gw1"), least("gw3"));
-    assert!(unknown > known / 3, "{unknown:?} for a wrong name, {known:?} for a wrong password");
+    // The least of several, and on a machine that is busy of more.
+    let (mut known, mut unknown) = (Duration::MAX, Duration::MAX);
+    for round in 2..22 {
+        known = known.min(takes("gw1", address(round)));
+        unknown = unknown.min(takes("gw3", address(round)));
+        if round > 4 && unknown > known / 3 {
+            return;
+        }
+    }
+    panic!("{unknown:?} for a wrong name, {known:?} for a wrong password");
 }
 
 /// A stop does not wait for those who say nothing, and who comes after that finds a place at once.

@@ -115,7 +115,8 @@ impl Lab for Linux {
     type Kernel = Netlink;
 
     fn kernel(&self) -> Netlink {
-        Netlink::open().unwrap()
+        // A machine that is busy with other things is no process that hangs.
+        Netlink::open().unwrap().with_patience(4 * SOON)
     }
 
     fn domain(&self, name: &str) -> Domain {
