@@ -1,28 +1,30 @@
 //! The road of one key through the broker: checked, published, and answered when a gateway has it.
+//!
+//! A key comes from [`crate::http`]. [`in_flight`] owns its state, behind the handle of [`keys`]; the task of [`publisher`]
+//! hands it to MQTT, and [`crate::bus`] brings what gateways made of it. One request is one future here.
 
-pub mod answers;
+pub mod in_flight;
+pub mod keys;
 mod metrics;
+pub mod publisher;
 pub mod rate_limit;
-pub mod turns;
-pub mod waiters;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
-use tracing::{debug, warn};
+use tokio::time::Instant;
+use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Domain, PublicKey, RejectReason};
 
 use crate::client_ip::Client;
-use crate::exchange::answers::{Answers, Told};
+use crate::exchange::in_flight::{Answer, Confirmations, KeyId};
+use crate::exchange::keys::{Keys, Request};
 use crate::exchange::rate_limit::{Limit, Limited, Limits};
-use crate::exchange::turns::{Turn, Turns};
-use crate::exchange::waiters::{Verdict, Waiters, Waiting};
 use crate::fleet::gateways::{Choice, Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 
@@ -151,6 +153,12 @@ struct Standing {
 }
 
 impl Ask {
+    /// The key in its domain.
+    #[must_use]
+    pub fn id(&self) -> KeyId {
+        KeyId { domain: self.domain.clone(), key: self.key }
+    }
+
     /// Reads a router's request (contract section 1): JSON, whatever else it has.
     pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<Self, Refusal> {
         let json: serde_json::Value =
@@ -169,16 +177,12 @@ impl Ask {
 pub struct Exchange {
     /// Who could have the key.
     pub gateways: Arc<Mutex<Gateways>>,
-    /// By which gateways' words on it come.
-    pub waiters: Waiters,
-    /// By which keys are published.
-    pub turns: Turns,
+    /// The keys in flight.
+    pub keys: Keys,
     /// Where they are remembered.
     pub live: Arc<Mutex<LiveKeys>>,
     /// How often unknown keys may come.
     pub limits: Arc<Limits>,
-    /// What was told to keys that come too often.
-    pub answers: Arc<Mutex<Answers>>,
     /// The domains of which it was said that no gateway ever published its state.
     pub unwitnessed: Arc<Mutex<BTreeSet<Domain>>>,
     /// Who may come.
@@ -219,7 +223,7 @@ impl Exchange {
         self.ready(ask)?;
         let standing = self.standing(ask, client)?;
         if standing.is_hasty
-            && let Some(Told { worker: Some(worker), .. }) = self.told(ask)
+            && let Some(Answer { worker: Some(worker), .. }) = self.told(ask)
             && let Some(choice) = self.gateways().choose(&ask.domain, |name, _| name == worker)
         {
             return Ok(choice.data);
@@ -254,13 +258,13 @@ impl Exchange {
         Err(refusal)
     }
 
-    fn told(&self, ask: &Ask) -> Option<Told> {
-        self.answers.lock().last(&ask.domain, ask.key, Instant::now().into_std()).cloned()
+    fn told(&self, ask: &Ask) -> Option<Answer> {
+        self.keys.lock().last_answer(&ask.id(), Instant::now().into_std()).cloned()
     }
 
     fn keep(&self, ask: &Ask, standing: Standing, worker: Option<String>) {
         if standing.is_hasty {
-            self.answers.lock().keep(&ask.domain, ask.key, worker, Instant::now().into_std());
+            self.keys.lock().answered(&ask.id(), worker, Instant::now().into_std());
         }
     }
 
@@ -270,7 +274,7 @@ impl Exchange {
             self.publish_again(ask, standing);
             return Ok(());
         }
-        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
+        let (published, request) = self.publish(ask, standing, deadlines).await?;
         let online = self.gateways().online(&ask.domain);
         if online.is_empty() {
             return self.unserved(ask);
@@ -280,22 +284,19 @@ impl Exchange {
         }
         // Originals have the key by now, too: with them about, an error would help nobody.
         let until = if online.others.is_empty() { deadlines.budget } else { deadlines.timeout };
-        let mut heard = Heard::default();
-        while let Some(verdict) = self.verdict(ask, &mut waiting, until).await {
-            if verdict.outcome.is_ok() {
-                self.confirmed(published);
-                return Ok(());
-            }
-            heard.note(verdict);
-            if heard.is_refused_by_all(&self.gateways().online(&ask.domain)) {
-                break;
-            }
+        let is_installed = request.find(until, |confirmations| {
+            let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&ask.domain));
+            if confirmations.installed.is_empty() { is_rejected().then_some(false) } else { Some(true) }
+        });
+        if is_installed.await == Some(true) {
+            self.confirmed(published);
+            return Ok(());
         }
         if !online.others.is_empty() {
             return Ok(());
         }
-        let refusal = heard.refusal(&self.gateways().online(&ask.domain));
-        Err(refused(waiting, standing, refusal))
+        let refusal = request.confirmations().refusal(&self.gateways().online(&ask.domain));
+        Err(refused(request, standing, refusal))
     }
 
     /// The key is published, and no gateway of its domain is online. Workers that only subscribe say nothing of themselves:
@@ -321,14 +322,16 @@ impl Exchange {
             return Ok(choice);
         }
         let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let (published, mut waiting) = self.publish(ask, standing, deadlines).await?;
-        let mut heard = Heard::default();
-        let choice = if !first.confirms || self.takes(ask, &first, &mut waiting, &mut heard, deadlines).await {
+        let (published, request) = self.publish(ask, standing, deadlines).await?;
+        let choice = if !first.confirms || self.takes(&first, &request, deadlines).await {
             Ok(first)
         } else {
-            self.next_best(ask, &mut waiting, &mut heard, deadlines).await
+            self.next_best(ask, &request, deadlines).await
         };
-        let choice = choice.map_err(|refusal| refused(waiting, standing, refusal))?;
+        let choice = match choice {
+            Ok(choice) => choice,
+            Err(refusal) => return Err(refused(request, standing, refusal)),
+        };
         if choice.confirms {
             self.confirmed(published);
         }
@@ -338,49 +341,35 @@ impl Exchange {
     /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
     /// their words on it as it is published again would be late again.
     fn took(&self, ask: &Ask) -> BTreeSet<String> {
-        self.waiters.take(ask.domain.name(), ask.key, Instant::now().into_std())
+        self.keys.lock().take_late(&ask.id(), Instant::now().into_std())
     }
 
     /// Whether the best gateway takes the key within its time.
-    async fn takes(
-        &self,
-        ask: &Ask,
-        first: &Choice,
-        waiting: &mut Waiting,
-        heard: &mut Heard,
-        deadlines: Deadlines,
-    ) -> bool {
-        while !heard.took.contains(&first.worker) && !heard.refused.contains_key(&first.worker) {
-            let Some(verdict) = self.verdict(ask, waiting, deadlines.timeout).await else {
-                warn!(worker = first.worker, "gateway did not confirm in time");
-                self.metrics.confirmations_missed.inc();
-                self.gateways().silent(&first.worker);
-                return false;
-            };
-            heard.note(verdict);
+    async fn takes(&self, first: &Choice, request: &Request, deadlines: Deadlines) -> bool {
+        let outcome = request.find(deadlines.timeout, |confirmations| {
+            let is_installed = confirmations.installed.contains(&first.worker);
+            (is_installed || confirmations.rejected.contains_key(&first.worker)).then_some(is_installed)
+        });
+        let outcome = outcome.await;
+        if outcome.is_none() {
+            warn!(worker = first.worker, "gateway did not confirm in time");
+            self.metrics.confirmations_missed.inc();
+            self.gateways().silent(&first.worker);
         }
-        heard.took.contains(&first.worker)
+        outcome == Some(true)
     }
 
     /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
-    async fn next_best(
-        &self,
-        ask: &Ask,
-        waiting: &mut Waiting,
-        heard: &mut Heard,
-        deadlines: Deadlines,
-    ) -> Result<Choice, Refusal> {
-        loop {
-            if let Some(next) = self.choose(ask, |worker, confirms| !confirms || heard.took.contains(worker)) {
-                return Ok(next);
+    async fn next_best(&self, ask: &Ask, request: &Request, deadlines: Deadlines) -> Result<Choice, Refusal> {
+        let choice = request.find(deadlines.budget, |confirmations| {
+            let has_key = |worker: &str, confirms: bool| !confirms || confirmations.installed.contains(worker);
+            if let Some(next) = self.choose(ask, has_key) {
+                return Some(Ok(next));
             }
             let online = self.gateways().online(&ask.domain);
-            if heard.is_refused_by_all(&online) {
-                return Err(heard.refusal(&online));
-            }
-            let verdict = self.verdict(ask, waiting, deadlines.budget).await.ok_or(Refusal::NotConfirmed)?;
-            heard.note(verdict);
-        }
+            confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.refusal(&online)))
+        });
+        choice.await.unwrap_or(Err(Refusal::NotConfirmed))
     }
 
     /// Whether this broker can take the key now: it has heard the retained states, and the lists let the key come.
@@ -405,42 +394,34 @@ impl Exchange {
         Some(choice)
     }
 
-    /// Publishes the key, and says when that began; whoever waits for it does so from before that. Where every gateway
-    /// confirms, their words tell of a key that waits for its turn already.
+    /// Publishes the key, and returns when that began, with the request that waits since before that. Where every gateway
+    /// confirms, a key that was queued already needs no acknowledgement: their outcomes tell of it.
     async fn publish(
         &self,
         ask: &Ask,
         standing: Standing,
         deadlines: Deadlines,
-    ) -> Result<(Instant, Waiting), Refusal> {
+    ) -> Result<(Instant, Request), Refusal> {
         let begun = Instant::now();
-        let waiting = self.waiters.wait_for(ask.domain.name(), ask.key);
-        let all_confirm = self.gateways().all_confirm(&ask.domain);
-        let is_published = match self.turns.take(&ask.domain, ask.key, standing.is_proven, all_confirm) {
-            Turn::Taken(published) => matches!(timeout_at(deadlines.budget, published).await, Ok(Ok(true))),
-            Turn::Waits => true,
-            Turn::None => false,
+        let id = ask.id();
+        let Some(request) = self.keys.request(&id, standing.is_proven) else {
+            self.metrics.publish_failures.inc();
+            self.keys.lock().timed_out(&id, standing.is_proven, begun.into_std());
+            return Err(Refusal::NotPublished);
         };
+        let is_published = (request.is_joined() && self.gateways().all_confirm(&ask.domain))
+            || request.is_published(deadlines.budget).await;
         if is_published {
-            return Ok((begun, waiting));
+            return Ok((begun, request));
         }
         self.metrics.publish_failures.inc();
-        Err(refused(waiting, standing, Refusal::NotPublished))
+        Err(refused(request, standing, Refusal::NotPublished))
     }
 
     /// Has a key published that a gateway said it has, for the others and in case it is not there any more. If there is
     /// no place for that the gateway's word holds all the same.
     fn publish_again(&self, ask: &Ask, standing: Standing) {
-        let _ = self.turns.take(&ask.domain, ask.key, standing.is_proven, true);
-    }
-
-    /// The next word, by `until`, of a gateway on the key.
-    async fn verdict(&self, ask: &Ask, waiting: &mut Waiting, until: Instant) -> Option<Verdict> {
-        let verdict = timeout_at(until, waiting.verdict()).await.ok()?;
-        if let Err(reason) = &verdict.outcome {
-            debug!(worker = verdict.worker, domain = %ask.domain, %reason, "gateway did not take a key");
-        }
-        Some(verdict)
+        self.keys.publish(&ask.id(), standing.is_proven);
     }
 
     fn confirmed(&self, published: Instant) {
@@ -449,9 +430,9 @@ impl Exchange {
 }
 
 /// Why a request is not met; if that is for want of time, what comes later is kept for the router's next one.
-fn refused(waiting: Waiting, standing: Standing, refusal: Refusal) -> Refusal {
+fn refused(request: Request, standing: Standing, refusal: Refusal) -> Refusal {
     if matches!(refusal, Refusal::NotPublished | Refusal::NotConfirmed) {
-        waiting.leave(standing.is_proven, Instant::now().into_std());
+        request.timed_out(standing.is_proven);
     }
     refusal
 }
@@ -470,37 +451,18 @@ impl Deadlines {
     }
 }
 
-/// What gateways have said of one key so far.
-#[derive(Debug, Default)]
-struct Heard {
-    took: BTreeSet<String>,
-    /// By worker, with its reason.
-    refused: BTreeMap<String, RejectReason>,
-}
-
-impl Heard {
-    /// The last word of each counts. A key that was removed may be under way once more.
-    fn note(&mut self, Verdict { worker, outcome }: Verdict) {
-        self.took.remove(&worker);
-        self.refused.remove(&worker);
-        match outcome {
-            Ok(()) => drop(self.took.insert(worker)),
-            Err(RejectReason::Removed) => {}
-            Err(reason) => drop(self.refused.insert(worker, reason)),
-        }
-    }
-
+impl Confirmations {
     /// Whether each of those that can confirm the key has rejected it. A gateway that cannot serve the domain is neither
     /// waited for nor does its rejection count.
-    fn is_refused_by_all(&self, online: &Online) -> bool {
+    fn is_rejected_by_all(&self, online: &Online) -> bool {
         let mut confirming = online.confirming.iter().peekable();
-        confirming.peek().is_some() && confirming.all(|worker| self.refused.contains_key(worker))
+        confirming.peek().is_some() && confirming.all(|worker| self.rejected.contains_key(worker))
     }
 
     /// Why nobody took the key: what all gateways say that can confirm it, if they say the same.
     fn refusal(&self, online: &Online) -> Refusal {
-        let is_refused_by_all = self.is_refused_by_all(online);
-        let reasons = || online.confirming.iter().filter_map(|worker| self.refused.get(worker));
+        let is_refused_by_all = self.is_rejected_by_all(online);
+        let reasons = || online.confirming.iter().filter_map(|worker| self.rejected.get(worker));
         let all = |reason: &RejectReason| is_refused_by_all && reasons().all(|other| other == reason);
         match () {
             () if all(&RejectReason::AddressTaken) => Refusal::AddressTaken,

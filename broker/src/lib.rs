@@ -46,9 +46,9 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::hear_anything;
 use crate::exchange::Exchange;
+use crate::exchange::keys::Keys;
+use crate::exchange::publisher::Publisher;
 use crate::exchange::rate_limit::Limits;
-use crate::exchange::turns::Turns;
-use crate::exchange::waiters::Waiters;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::Answers;
@@ -119,7 +119,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config, &lists)?;
-    let exchange = exchange(&config, live, keys.clone(), &lists, metrics.exchange.clone());
+    let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let broker = Broker { config, exchange, lists, revocations: Answers::default(), bus, keys, metrics };
 
     let mut services = Services::default();
@@ -152,13 +152,13 @@ impl Broker {
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
         let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
-        let (Exchange { gateways, waiters, live, .. }, metrics) = (exchange, &metrics.bus);
+        let (Exchange { gateways, keys: in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let own = Participant::Broker(config.name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
         let (request_sender, sync_requests) = mpsc::channel(SYNC_REQUESTS);
         let askers = Askers::new(config.name.clone(), request_sender);
-        let pending = (waiters.clone(), revocations.clone());
+        let pending = (in_flight.clone(), revocations.clone());
         let on_event = subscriber::hand_on(gateways.clone(), pending, live.clone(), reporter.clone(), metrics.clone());
         let on_keys_event =
             subscriber::hand_on_keys(live.clone(), sync_sender, lists.clone(), askers, reporter, metrics.clone());
@@ -169,7 +169,7 @@ impl Broker {
             presence_events,
             lists.snapshot(),
             gateways.clone(),
-            waiters.clone(),
+            in_flight.clone(),
         );
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
         let name = config.name.clone();
@@ -183,6 +183,9 @@ impl Broker {
                 subscriber::answer(keys.clone(), live.clone(), sync_requests, metrics.clone())
             })
             .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, learn(live.clone()), || {}))
+            .spawn("the publisher of keys", |_| {
+                Publisher { keys: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
+            })
             .spawn("the expiry", |_| expire(exchange.clone()));
         services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
@@ -251,20 +254,12 @@ impl Listeners {
     }
 }
 
-fn exchange(
-    config: &Config,
-    live: Arc<Mutex<LiveKeys>>,
-    keys: MqttHandle,
-    lists: &Handle,
-    metrics: exchange::Metrics,
-) -> Exchange {
+fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics: exchange::Metrics) -> Exchange {
     Exchange {
         gateways: Arc::new(Mutex::new(gateways(config))),
-        waiters: Waiters::default(),
-        turns: Turns::new(keys, live.clone(), lists.admission()),
+        keys: Keys::new(config.domains.clone(), lists.admission()),
         live,
         limits: Arc::new(Limits::new(config.limits, MonotonicClock)),
-        answers: Arc::default(),
         unwitnessed: Arc::default(),
         lists: lists.snapshot(),
         confirm: config.confirm,
@@ -359,8 +354,7 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: ht
 fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
         metrics.set_lists(&update);
-        exchange.waiters.forget_all();
-        exchange.turns.obey(update.admission.clone());
+        exchange.keys.apply(update.admission.clone());
         exchange.live().obey(update.admission.clone());
     }
 }
@@ -370,8 +364,7 @@ async fn expire(exchange: Exchange) {
         sleep(EXPIRE).await;
         exchange.gateways().tick();
         exchange.limits.tidy();
-        exchange.waiters.tidy(Instant::now());
-        exchange.turns.look();
+        exchange.keys.expire();
         let expired = exchange.live().expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");

@@ -15,7 +15,7 @@ use wgkex_common::wire::message::Hello;
 use wgkex_common::{Config, Domain, Topic};
 
 use crate::bus::subscriber::{hello, status};
-use crate::exchange::waiters::Waiters;
+use crate::exchange::keys::Keys;
 use crate::fleet::gateways::Gateways;
 
 /// Changes of the lists that come within this time make one hello.
@@ -41,7 +41,7 @@ pub struct Announcer {
     heard: mpsc::Receiver<PresenceEvent>,
     lists: watch::Receiver<ListSnapshot>,
     gateways: Arc<Mutex<Gateways>>,
-    waiters: Waiters,
+    in_flight: Keys,
     presence: Presence,
     /// When the status was published on this connection; none without one.
     greeted: Option<Instant>,
@@ -67,7 +67,7 @@ impl Announcer {
         heard: mpsc::Receiver<PresenceEvent>,
         lists: watch::Receiver<ListSnapshot>,
         gateways: Arc<Mutex<Gateways>>,
-        waiters: Waiters,
+        in_flight: Keys,
     ) -> Self {
         Self {
             broker: config.name.clone(),
@@ -79,7 +79,7 @@ impl Announcer {
             heard,
             lists,
             gateways,
-            waiters,
+            in_flight,
             presence: Presence::default(),
             greeted: None,
             hello_due: None,
@@ -189,7 +189,7 @@ impl Announcer {
         drop(gateways);
         for worker in expired {
             warn!(worker, online = false, "gateway published nothing for too long, it is taken for offline");
-            self.waiters.forget(&worker, None);
+            self.in_flight.lock().removed(&worker, None);
         }
     }
 

@@ -20,7 +20,7 @@ use wgkex_common::{Config, PublicKey, Topic};
 use crate::bus::askers::Askers;
 use crate::bus::complaints::Complaints;
 use crate::bus::metrics::Metrics;
-use crate::exchange::waiters::Waiters;
+use crate::exchange::keys::Keys;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::Answers;
@@ -68,10 +68,10 @@ pub fn status(broker: &str, status: &str) -> Message {
     Message::retained(Topic::BrokerStatus { broker: broker.into() }, status)
 }
 
-/// Lets `gateways`, `waiters`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
+/// Lets `gateways`, `in_flight`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
-    (waiters, answers): (Waiters, Answers),
+    (in_flight, answers): (Keys, Answers),
     live: Arc<Mutex<LiveKeys>>,
     reporter: Reporter,
     metrics: Metrics,
@@ -82,12 +82,12 @@ pub fn hand_on(
         Event::Down => {
             metrics.connected.set(0);
             gateways.lock().forget();
-            waiters.forget_all();
+            in_flight.lock().removed_all();
         }
         Event::Message(publish) => {
             let outcome = parsed(&publish).and_then(|topic| {
                 reporter.report(&topic, &publish);
-                let outcome = hear(&gateways, (&waiters, &answers), &live, &topic, &publish);
+                let outcome = hear(&gateways, (&in_flight, &answers), &live, &topic, &publish);
                 complaints.hear(&topic, &publish.payload, outcome.is_ok(), Instant::now());
                 outcome
             });
@@ -109,7 +109,7 @@ fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static st
 
 fn hear(
     gateways: &Mutex<Gateways>,
-    (waiters, answers): (&Waiters, &Answers),
+    (in_flight, answers): (&Keys, &Answers),
     live: &Mutex<LiveKeys>,
     topic: &Topic,
     publish: &Publish,
@@ -126,7 +126,7 @@ fn hear(
         let can_take = gateways.lock().can_take(worker, &applied.domain);
         heard_from(gateways, worker, now);
         if can_take {
-            waiters.resolve(worker, applied);
+            in_flight.confirmed(worker, applied);
         }
     } else if let Topic::Handshakes { worker } = topic {
         let seen: Handshakes = json(publish)?;
@@ -135,7 +135,7 @@ fn hear(
             prove(gateways, live, worker, &seen);
         }
     } else {
-        hear_state(gateways, waiters, topic, publish, now)?;
+        hear_state(gateways, in_flight, topic, publish, now)?;
     }
     Ok(())
 }
@@ -175,7 +175,7 @@ fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen:
 /// What a gateway is. What it said of keys may not be so any more if it is gone, or has just come.
 fn hear_state(
     gateways: &Mutex<Gateways>,
-    waiters: &Waiters,
+    in_flight: &Keys,
     topic: &Topic,
     publish: &Publish,
     now: Instant,
@@ -195,7 +195,7 @@ fn hear_state(
     };
     drop(gateways);
     if let Some((worker, domain)) = gone {
-        waiters.forget(worker, domain);
+        in_flight.lock().removed(worker, domain);
     }
     if let Some(worker) = worker.filter(|_| online != was_online) {
         info!(worker, online, "gateway");
@@ -304,12 +304,12 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker("b".into())) else { return };
     let Config { domains, live_keys, cleanup, .. } = config;
     let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
-    let gateways = Gateways::new("b".into(), domains, BTreeMap::new(), Reserved::default());
+    let gateways = Gateways::new("b".into(), domains.clone(), BTreeMap::new(), Reserved::default());
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
     let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
-    let words = (Waiters::default(), Answers::default());
+    let words = (Keys::new(domains, Arc::default()), Answers::default());
     let (reporter, _reported) = Reporter::new(Participant::Broker("b".into()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
     let askers = Askers::new("b".into(), questions);

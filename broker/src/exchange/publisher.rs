@@ -1,0 +1,118 @@
+//! One task that publishes the keys that are queued, proven ones first, and remembers them as live once the MQTT server
+//! has acknowledged them. It takes them from [`in_flight`](super::in_flight); gateways' outcomes come back by
+//! [`crate::bus`].
+
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use wgkex_common::Topic;
+use wgkex_common::mqtt::{Message, MqttHandle};
+
+use super::in_flight::Publication;
+use super::keys::Keys;
+use crate::fleet::live_keys::LiveKeys;
+
+/// What the task needs.
+pub struct Publisher {
+    /// Where keys are queued.
+    pub keys: Keys,
+    /// By which they are published.
+    pub bus: MqttHandle,
+    /// Where they are remembered.
+    pub live: Arc<Mutex<LiveKeys>>,
+}
+
+impl Publisher {
+    /// Publishes until it is dropped.
+    pub async fn run(self) {
+        let mut sent = FuturesUnordered::new();
+        loop {
+            while let Some(publication) = self.next() {
+                sent.push(self.publish(publication));
+            }
+            tokio::select! {
+                Some(()) = sent.next() => {}
+                () = self.keys.queued.notified() => {}
+            }
+        }
+    }
+
+    fn next(&self) -> Option<Publication> {
+        self.keys.lock().next(Instant::now().into_std())
+    }
+
+    async fn publish(&self, publication: Publication) {
+        let is_acknowledged = self.is_acknowledged(&publication).await;
+        if is_acknowledged {
+            let key = &publication.key;
+            self.live.lock().admit(key.domain.name(), key.key, Instant::now().into_std());
+        }
+        self.keys.lock().published(&publication, is_acknowledged);
+    }
+
+    /// Dropped before the message is written, the future takes it back: that is how a publication is given up.
+    async fn is_acknowledged(&self, publication: &Publication) -> bool {
+        let key = &publication.key;
+        let topic = Topic::Key { domain: key.domain.name().into() };
+        let mut acknowledged = std::pin::pin!(self.bus.publish(Message::transient(topic, key.key.to_string())));
+        loop {
+            let review = self.keys.review.notified();
+            tokio::select! {
+                biased;
+                acknowledged = &mut acknowledged => return acknowledged.is_ok(),
+                () = review => {}
+            }
+            if self.keys.lock().is_given_up(publication, Instant::now().into_std()) {
+                return false;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::sleep;
+    use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
+    use wgkex_common::{Config, PublicKey};
+
+    use super::*;
+    use crate::bus::subscriber;
+    use crate::exchange::in_flight::KeyId;
+
+    fn key(n: u8) -> PublicKey {
+        PublicKey::from_bytes([0x42 + n; 32]).unwrap()
+    }
+
+    /// Fails where only what is queued is looked at: what the bus had was never given up.
+    #[tokio::test(start_paused = true)]
+    async fn what_the_bus_does_not_take_is_given_up_after_the_longest_time_or_when_it_is_denied() {
+        let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
+        let config = Config::parse("", yaml, "b").unwrap();
+        let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::keys_client(&config)).unwrap();
+        let (times, domains) = ((config.live_keys, config.cleanup), config.domains);
+        let now = Instant::now().into_std();
+        let live = LiveKeys::new("b".into(), times, domains.clone(), Default::default(), now);
+        let keys = Keys::new(domains.clone(), Arc::default());
+        let publisher = Publisher { keys: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
+        tokio::spawn(publisher.run());
+        let domain = domains.first().unwrap();
+        let id = |n| KeyId { domain: domain.clone(), key: key(n) };
+        let soon = || Instant::now() + Duration::from_millis(1);
+        let (late, denied) = (keys.request(&id(1), true).unwrap(), keys.request(&id(2), false).unwrap());
+        let waits = |request: &crate::exchange::keys::Request| !request.is_over();
+        sleep(Duration::from_secs(119)).await;
+        let last = keys.request(&id(3), true).unwrap();
+        keys.expire();
+        assert!(!late.is_published(soon()).await && waits(&late) && waits(&denied));
+        keys.apply(Arc::new(Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0)));
+        assert!(!denied.is_published(soon()).await && !waits(&denied) && waits(&late));
+        sleep(Duration::from_secs(2)).await;
+        keys.expire();
+        assert!(!late.is_published(soon()).await && !waits(&late) && waits(&last));
+    }
+}
