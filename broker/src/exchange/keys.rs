@@ -1,6 +1,6 @@
 //! The shared handle to the keys in flight: requests wait here for what becomes of their keys.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -67,8 +67,8 @@ impl Keys {
             debug!(worker, domain, ?key, %reason, "gateway did not take a key");
         }
         let installed = installed.into_iter().map(|key| (key, Ok(())));
-        let outcomes: BTreeMap<_, _> = installed.chain(failed.into_iter().map(|(key, why)| (key, Err(why)))).collect();
-        self.lock().confirmed(worker, &domain, outcomes);
+        let rejected = failed.into_iter().map(|(key, reason)| (key, Err(reason)));
+        self.lock().confirmed(worker, &domain, installed.chain(rejected));
     }
 
     /// Applies another access policy: also to what is under way.
