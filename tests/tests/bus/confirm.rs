@@ -130,10 +130,11 @@ fn words_that_do_not_count_are_ignored(bus: Bus) {
     gone.probe.say(status("gone", "0"));
     stack.wait_for_gateways(1);
     let original = stack.witness();
-    original.say(applied("gw1", DOMAIN, &key(1)));
+    let malformed = |payload: &str| wgkex_tests::probe::said("wgkex/worker/gw1/applied", payload, 1, false);
+    original.say_all([applied("gw1", DOMAIN, &key(1)), malformed("")]);
+    stack.wait_for_metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}", 1.0);
     let router = Router::v2(&stack, &key(1));
     let _ = worker.probe.next_on(&key_topic(DOMAIN));
-    let malformed = |payload: &str| wgkex_tests::probe::said("wgkex/worker/gw1/applied", payload, 1, false);
     original.say_all([
         applied("stranger", DOMAIN, &key(1)),
         applied("gone", DOMAIN, &key(1)),
