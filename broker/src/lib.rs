@@ -17,7 +17,6 @@ pub mod mqtt_server;
 mod tls;
 
 use std::net::TcpListener;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -267,19 +266,10 @@ fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics
     }
 }
 
-/// Runs a listener until `stop` returns and its requests are answered, or until it ends; why, the log says.
+/// Runs a listener until `stop` returns and its requests are answered, or until it fails; why, the log says.
 async fn serve(listener: &'static str, server: http::Server, stop: impl Future<Output = ()>) {
-    let handle = server.handle();
-    let mut server = pin!(server);
-    tokio::select! {
-        ended = &mut server => {
-            if let Err(error) = ended {
-                error!(listener, %error, "listener failed");
-            }
-        }
-        () = stop => {
-            let _ = tokio::join!(handle.stop(true), server);
-        }
+    if let Err(error) = server.run(stop).await {
+        error!(listener, %error, "listener failed");
     }
 }
 

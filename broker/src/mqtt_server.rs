@@ -33,7 +33,6 @@ mod session;
 mod subscriptions;
 mod users;
 
-use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -54,6 +53,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
 use wgkex_common::http::connections::prepare;
+use wgkex_common::http::listener::is_listening;
 use wgkex_common::runtime::services::Ended;
 use wgkex_common::runtime::tls::TlsError;
 
@@ -195,7 +195,7 @@ impl Context {
         &self,
         public: (TcpListener, Endpoint),
         own: (TcpListener, Endpoint),
-    ) -> anyhow::Result<(Runtime, Runtime, [JoinHandle<Infallible>; 2])> {
+    ) -> anyhow::Result<(Runtime, Runtime, [JoinHandle<()>; 2])> {
         let (runtime, own_runtime) = (threads("mqtt", THREADS)?, threads("mqtt-own", 1)?);
         let open = |runtime: &Runtime, (listener, endpoint)| {
             let _entered = runtime.enter();
@@ -206,22 +206,32 @@ impl Context {
         Ok((runtime, own_runtime, accept_loops))
     }
 
-    async fn run(self, accept_loops: [JoinHandle<Infallible>; 2], file: File, stop: CancellationToken) {
+    /// Works until it is stopped, or a listener fails.
+    async fn run(self, mut accept_loops: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
         let close = async {
-            stop.cancelled().await;
+            let [public, own] = &mut accept_loops;
+            tokio::select! {
+                () = stop.cancelled() => {}
+                _ = public => {}
+                _ = own => {}
+            }
             accept_loops.iter().for_each(JoinHandle::abort);
         };
         file.run(self.broker, close).await;
     }
 
-    /// Accepts connections; they end with the runtime.
-    async fn accept_loop(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) -> Infallible {
+    /// Accepts connections until the listener fails; they end with the runtime.
+    async fn accept_loop(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) {
         let (limiter, warned) = (HandshakeLimiter::default(), LogThrottle::default());
         loop {
             match listener.accept().await {
                 Ok((stream, address)) => {
                     let permit = limiter.acquire(address.ip());
                     tokio::spawn(self.clone().serve(stream, endpoint.clone(), permit));
+                }
+                Err(error) if !is_listening(&listener) => {
+                    error!(listener = "mqtt_listen", %error, "listener failed");
+                    return;
                 }
                 Err(error) => {
                     if warned.is_due(WARN) {

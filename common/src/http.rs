@@ -3,12 +3,13 @@
 //! after the other. [`connections`] knows all that are open, and which of them go when there are too many.
 
 pub mod connections;
+pub mod listener;
 mod paced;
 
 use std::future::ready;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,8 +21,7 @@ use actix_service::{IntoServiceFactory as _, ServiceFactory, ServiceFactoryExt a
 use actix_tls::accept::rustls_0_23::{Acceptor, TlsStream};
 use actix_tls::accept::{TlsError, max_concurrent_tls_connect};
 use actix_web::body::MessageBody;
-pub use actix_web::dev::Server;
-use actix_web::dev::{AppConfig, Payload, Service as _, ServiceRequest, ServiceResponse};
+use actix_web::dev::{self, AppConfig, Payload, Service as _, ServiceRequest, ServiceResponse};
 use actix_web::error::PayloadError;
 use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::http::{Method, StatusCode, Uri};
@@ -55,8 +55,31 @@ pub struct Settings {
     pub drain: Duration,
 }
 
-/// The server on `listener`, with the app that `factory` makes for each of its threads; it runs when awaited. It shares
-/// its threads with no other server, so that TLS handshakes that hang keep no plain request waiting.
+/// A server, and the listener that it accepts connections from.
+pub struct Server {
+    server: dev::Server,
+    listener: TcpListener,
+}
+
+impl Server {
+    /// Serves until `stop` returns, and then until the requests under way are answered. The error is that of a listener
+    /// that fails.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> io::Result<()> {
+        let Self { server, listener } = self;
+        let handle = server.handle();
+        let mut server = pin!(server);
+        let is_closed = tokio::select! {
+            ended = &mut server => return ended,
+            () = listener::closed(listener) => true,
+            () = stop => false,
+        };
+        let ((), ended) = tokio::join!(handle.stop(!is_closed), server);
+        if is_closed { Err(io::Error::other("the listener was closed from outside")) } else { ended }
+    }
+}
+
+/// The server on `listener`, with the app that `factory` makes for each of its threads. It shares its threads with no
+/// other server, so that TLS handshakes that hang keep no plain request waiting.
 pub fn server<T, B>(
     listener: TcpListener,
     settings: Settings,
@@ -69,6 +92,7 @@ where
     B: MessageBody + 'static,
 {
     let Settings { threads, tls, drain } = settings;
+    let watched = listener.try_clone()?;
     let (connections, room) = (connections.clone(), connections.capacity());
     // Full, it would accept no more; the table makes room before that.
     let each = (room.open + room.pending).div_ceil(threads);
@@ -99,7 +123,7 @@ where
             })?
         }
     };
-    Ok(builder.run())
+    Ok(Server { server: builder.run(), listener: watched })
 }
 
 /// A connection that has its place in the table, and its client's address.

@@ -1,5 +1,6 @@
 //! `/metrics` and `/healthz` for those who watch over a gateway.
 
+use std::future::pending;
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs as _};
 use std::time::Duration;
@@ -27,7 +28,7 @@ pub async fn serve(listen: Listen, metrics: Metrics) {
             Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
                 said = false;
-                if let Err(error) = try_join_all(servers).await {
+                if let Err(error) = try_join_all(servers.into_iter().map(|server| server.run(pending()))).await {
                     error!(worker_listen = %listen, %error, "metrics are not served any more");
                 }
             }

@@ -10,7 +10,7 @@ use wgkex_tests::probe::{Probe, Role};
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until};
 
-use crate::{end, serves};
+use crate::{Single, end, serves};
 
 pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane: Lane) {
     let (host, _mosquitto, _broker) = with_mosquitto(lane);
@@ -141,6 +141,27 @@ fn peers_topic(rest: &str) -> String {
 }
 
 /// A gateway with its interfaces, a Mosquitto and a broker, but without a worker.
+/// Seen to fail where actix is left to it: it tried to accept for ever, and the broker was deaf.
+pub fn a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker(lane: Lane) {
+    let Single { mut broker, worker, host } = Single::new(lane, "");
+    let close = |port| host.run(&format!("ss -K -tln 'sport = :{port}'"));
+    for (port, listener, task) in [(5000, "broker_listen", "broker_listen"), (1883, "mqtt_listen", "the MQTT server")] {
+        close(port);
+        let status = broker.wait();
+        let log = broker.log();
+        assert!(!status.success(), "{log}");
+        assert!(log.contains(&format!("listener failed listener=\"{listener}\"")), "{log}");
+        assert!(log.contains(&format!("{task} ended unexpectedly")), "{log}");
+        broker = host.start_broker();
+        serves(&host);
+    }
+    let (peers, failed) = (host.wireguard("wg-a"), "metrics are not served any more");
+    close(9586);
+    worker.wait_for_log(failed);
+    wait_until("metrics are served again", || host.metric(9586, "wgkex_worker_mqtt_connected"));
+    assert_eq!(host.wireguard("wg-a"), peers);
+}
+
 fn with_mosquitto(lane: Lane) -> (Host, Process, Process) {
     let host = Host::new("gateway", lane);
     host.configure("mqtt: {broker_url: 127.0.0.1}\n");

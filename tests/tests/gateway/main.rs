@@ -52,6 +52,7 @@ lanes! {
     life: a_worker_ends_in_time_although_mqtt_does_not_answer;
     life: a_worker_ends_in_time_with_twenty_thousand_peers;
     life: cap_net_admin_is_enough_and_without_it_the_worker_says_so;
+    life: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     life: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
