@@ -19,25 +19,17 @@ use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Domain, PublicKey, RejectReason};
+use wgkex_common::{Domain, RejectReason};
 
 use crate::client_ip::Client;
-use crate::exchange::in_flight::{Answer, Confirmations, KeyId};
+use crate::exchange::in_flight::{Answer, Confirmations};
 use crate::exchange::keys::{Keys, Request};
 use crate::exchange::rate_limit::{Limit, Limited, Limits};
 use crate::fleet::gateways::{Choice, Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 
+pub use self::in_flight::KeyId;
 pub use self::metrics::Metrics;
-
-/// A key that a router may exchange.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ask {
-    /// Where the router is.
-    pub domain: Domain,
-    /// Its key.
-    pub key: PublicKey,
-}
 
 /// Why a router's request is not met. The text is for the router's owner and shows nothing that was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -152,13 +144,7 @@ struct Standing {
     is_hasty: bool,
 }
 
-impl Ask {
-    /// The key in its domain.
-    #[must_use]
-    pub fn id(&self) -> KeyId {
-        KeyId { domain: self.domain.clone(), key: self.key }
-    }
-
+impl KeyId {
     /// Reads a router's request (contract section 1): JSON, whatever else it has.
     pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<Self, Refusal> {
         let json: serde_json::Value =
@@ -206,78 +192,78 @@ impl Exchange {
 
     /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
     /// one that confirms has the key; where none does, when MQTT has taken it.
-    pub async fn announce(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<(), Refusal> {
-        self.ready(ask)?;
-        let standing = self.standing(ask, client)?;
-        if standing.is_hasty && self.told(ask).is_some() {
+    pub async fn announce(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Refusal> {
+        self.ready(id)?;
+        let standing = self.standing(id, client)?;
+        if standing.is_hasty && self.told(id).is_some() {
             // What was true then may not be so any more.
-            return if self.gateways().are_offline(&ask.domain) { Err(Refusal::NoGateway) } else { Ok(()) };
+            return if self.gateways().are_offline(&id.domain) { Err(Refusal::NoGateway) } else { Ok(()) };
         }
-        self.announce_anew(ask, standing).await?;
-        self.keep(ask, standing, None);
+        self.announce_anew(id, standing).await?;
+        self.keep(id, standing, None);
         Ok(())
     }
 
     /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
-    pub async fn assign(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
-        self.ready(ask)?;
-        let standing = self.standing(ask, client)?;
+    pub async fn assign(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<WorkerData, Refusal> {
+        self.ready(id)?;
+        let standing = self.standing(id, client)?;
         if standing.is_hasty
-            && let Some(Answer { worker: Some(worker), .. }) = self.told(ask)
-            && let Some(choice) = self.gateways().choose(&ask.domain, |name, _| name == worker)
+            && let Some(Answer { worker: Some(worker), .. }) = self.told(id)
+            && let Some(choice) = self.gateways().choose(&id.domain, |name, _| name == worker)
         {
             return Ok(choice.data);
         }
-        let choice = self.assign_anew(ask, standing).await?;
-        self.keep(ask, standing, Some(choice.worker));
+        let choice = self.assign_anew(id, standing).await?;
+        self.keep(id, standing, Some(choice.worker));
         Ok(choice.data)
     }
 
     /// How the key stands, if it may come now.
-    fn standing(&self, ask: &Ask, client: impl FnOnce() -> Client) -> Result<Standing, Refusal> {
-        let proven = self.live().is_proven(&ask.domain, &ask.key);
+    fn standing(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<Standing, Refusal> {
+        let proven = self.live().is_proven(&id.domain, &id.key);
         if proven.is_none() {
-            self.limits.admit(&ask.key, client, ask.domain.name()).map_err(Refusal::Limited)?;
+            self.limits.admit(&id.key, client, id.domain.name()).map_err(Refusal::Limited)?;
         }
-        self.admit(ask)?;
-        let is_hasty = proven.is_some() && self.limits.repeat(&ask.key, ask.domain.name()).is_err();
+        self.admit(id)?;
+        let is_hasty = proven.is_some() && self.limits.repeat(&id.key, id.domain.name()).is_err();
         Ok(Standing { is_proven: proven == Some(true), is_hasty })
     }
 
     /// Whether the key may be a router's, and its address is nobody else's.
-    fn admit(&self, ask: &Ask) -> Result<(), Refusal> {
-        let is_routers = self.live().is_routers(&ask.key);
-        let refusal = if self.gateways().forbids(&ask.key, is_routers) {
+    fn admit(&self, id: &KeyId) -> Result<(), Refusal> {
+        let is_routers = self.live().is_routers(&id.key);
+        let refusal = if self.gateways().forbids(&id.key, is_routers) {
             Refusal::Reserved
-        } else if self.live().is_taken(ask.domain.name(), ask.key, Instant::now().into_std()) {
+        } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {
             Refusal::AddressTaken
         } else {
             return Ok(());
         };
-        warn!(domain = %ask.domain, key = ?ask.key, reason = refusal.reason(), "key refused");
+        warn!(domain = %id.domain, key = ?id.key, reason = refusal.reason(), "key refused");
         Err(refusal)
     }
 
-    fn told(&self, ask: &Ask) -> Option<Answer> {
-        self.keys.lock().last_answer(&ask.id(), Instant::now().into_std()).cloned()
+    fn told(&self, id: &KeyId) -> Option<Answer> {
+        self.keys.lock().last_answer(id, Instant::now().into_std()).cloned()
     }
 
-    fn keep(&self, ask: &Ask, standing: Standing, worker: Option<String>) {
+    fn keep(&self, id: &KeyId, standing: Standing, worker: Option<String>) {
         if standing.is_hasty {
-            self.keys.lock().answered(&ask.id(), worker, Instant::now().into_std());
+            self.keys.lock().answered(id, worker, Instant::now().into_std());
         }
     }
 
-    async fn announce_anew(&self, ask: &Ask, standing: Standing) -> Result<(), Refusal> {
+    async fn announce_anew(&self, id: &KeyId, standing: Standing) -> Result<(), Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        if self.took(ask).iter().any(|worker| self.can_take(ask, worker)) {
-            self.publish_again(ask, standing);
+        if self.took(id).iter().any(|worker| self.can_take(id, worker)) {
+            self.publish_again(id, standing);
             return Ok(());
         }
-        let (published, request) = self.publish(ask, standing, deadlines).await?;
-        let online = self.gateways().online(&ask.domain);
+        let (published, request) = self.publish(id, standing, deadlines).await?;
+        let online = self.gateways().online(&id.domain);
         if online.is_empty() {
-            return self.unserved(ask);
+            return self.unserved(id);
         }
         if online.confirming.is_empty() {
             return Ok(());
@@ -285,7 +271,7 @@ impl Exchange {
         // Originals have the key by now, too: with them about, an error would help nobody.
         let until = if online.others.is_empty() { deadlines.budget } else { deadlines.timeout };
         let is_installed = request.find(until, |confirmations| {
-            let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&ask.domain));
+            let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&id.domain));
             if confirmations.installed.is_empty() { is_rejected().then_some(false) } else { Some(true) }
         });
         if is_installed.await == Some(true) {
@@ -295,38 +281,38 @@ impl Exchange {
         if !online.others.is_empty() {
             return Ok(());
         }
-        let refusal = request.confirmations().refusal(&self.gateways().online(&ask.domain));
+        let refusal = request.confirmations().refusal(&self.gateways().online(&id.domain));
         Err(refused(request, standing, refusal))
     }
 
     /// The key is published, and no gateway of its domain is online. Workers that only subscribe say nothing of themselves:
     /// where none ever did, there may be some.
-    fn unserved(&self, ask: &Ask) -> Result<(), Refusal> {
-        if self.gateways().is_known(&ask.domain) {
+    fn unserved(&self, id: &KeyId) -> Result<(), Refusal> {
+        if self.gateways().is_known(&id.domain) {
             return Err(Refusal::NoGateway);
         }
-        if self.unwitnessed.lock().insert(ask.domain.clone()) {
-            warn!(domain = %ask.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
+        if self.unwitnessed.lock().insert(id.domain.clone()) {
+            warn!(domain = %id.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
         }
         self.metrics.keys_unwitnessed.inc();
         Ok(())
     }
 
-    async fn assign_anew(&self, ask: &Ask, standing: Standing) -> Result<Choice, Refusal> {
+    async fn assign_anew(&self, id: &KeyId, standing: Standing) -> Result<Choice, Refusal> {
         let deadlines = Deadlines::now(self.confirm);
-        let took = self.took(ask);
+        let took = self.took(id);
         if !took.is_empty()
-            && let Some(choice) = self.choose(ask, |worker, confirms| confirms && took.contains(worker))
+            && let Some(choice) = self.choose(id, |worker, confirms| confirms && took.contains(worker))
         {
-            self.publish_again(ask, standing);
+            self.publish_again(id, standing);
             return Ok(choice);
         }
-        let first = self.choose(ask, |_, _| true).ok_or(Refusal::NoGateway)?;
-        let (published, request) = self.publish(ask, standing, deadlines).await?;
+        let first = self.choose(id, |_, _| true).ok_or(Refusal::NoGateway)?;
+        let (published, request) = self.publish(id, standing, deadlines).await?;
         let choice = if !first.confirms || self.takes(&first, &request, deadlines).await {
             Ok(first)
         } else {
-            self.next_best(ask, &request, deadlines).await
+            self.next_best(id, &request, deadlines).await
         };
         let choice = match choice {
             Ok(choice) => choice,
@@ -340,8 +326,8 @@ impl Exchange {
 
     /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
     /// their words on it as it is published again would be late again.
-    fn took(&self, ask: &Ask) -> BTreeSet<String> {
-        self.keys.lock().take_late(&ask.id(), Instant::now().into_std())
+    fn took(&self, id: &KeyId) -> BTreeSet<String> {
+        self.keys.lock().take_late(id, Instant::now().into_std())
     }
 
     /// Whether the best gateway takes the key within its time.
@@ -360,37 +346,37 @@ impl Exchange {
     }
 
     /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
-    async fn next_best(&self, ask: &Ask, request: &Request, deadlines: Deadlines) -> Result<Choice, Refusal> {
+    async fn next_best(&self, id: &KeyId, request: &Request, deadlines: Deadlines) -> Result<Choice, Refusal> {
         let choice = request.find(deadlines.budget, |confirmations| {
             let has_key = |worker: &str, confirms: bool| !confirms || confirmations.installed.contains(worker);
-            if let Some(next) = self.choose(ask, has_key) {
+            if let Some(next) = self.choose(id, has_key) {
                 return Some(Ok(next));
             }
-            let online = self.gateways().online(&ask.domain);
+            let online = self.gateways().online(&id.domain);
             confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.refusal(&online)))
         });
         choice.await.unwrap_or(Err(Refusal::NotConfirmed))
     }
 
     /// Whether this broker can take the key now: it has heard the retained states, and the lists let the key come.
-    fn ready(&self, ask: &Ask) -> Result<(), Refusal> {
-        if self.lists.borrow().admission.denies(ask.domain.name(), &ask.key) {
+    fn ready(&self, id: &KeyId) -> Result<(), Refusal> {
+        if self.lists.borrow().admission.denies(id.domain.name(), &id.key) {
             return Err(Refusal::Denied);
         }
         if self.gateways().complete() { Ok(()) } else { Err(Refusal::NotReady) }
     }
 
     /// Whether `worker` is waited for, and its word on the key counts.
-    fn can_take(&self, ask: &Ask, worker: &str) -> bool {
-        self.gateways().can_take(worker, ask.domain.name())
+    fn can_take(&self, id: &KeyId, worker: &str) -> bool {
+        self.gateways().can_take(worker, id.domain.name())
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
     /// comes to nothing, the gateway's own next count sets that right.
-    fn choose(&self, ask: &Ask, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
+    fn choose(&self, id: &KeyId, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
         let mut gateways = self.gateways();
-        let choice = gateways.choose(&ask.domain, fits)?;
-        gateways.assigned(&choice.worker, &ask.domain);
+        let choice = gateways.choose(&id.domain, fits)?;
+        gateways.assigned(&choice.worker, &id.domain);
         Some(choice)
     }
 
@@ -398,18 +384,17 @@ impl Exchange {
     /// confirms, a key that was queued already needs no acknowledgement: their outcomes tell of it.
     async fn publish(
         &self,
-        ask: &Ask,
+        id: &KeyId,
         standing: Standing,
         deadlines: Deadlines,
     ) -> Result<(Instant, Request), Refusal> {
         let begun = Instant::now();
-        let id = ask.id();
-        let Some(request) = self.keys.request(&id, standing.is_proven) else {
+        let Some(request) = self.keys.request(id, standing.is_proven) else {
             self.metrics.publish_failures.inc();
-            self.keys.lock().timed_out(&id, standing.is_proven, begun.into_std());
+            self.keys.lock().timed_out(id, standing.is_proven, begun.into_std());
             return Err(Refusal::NotPublished);
         };
-        let is_published = (request.is_joined() && self.gateways().all_confirm(&ask.domain))
+        let is_published = (request.is_joined() && self.gateways().all_confirm(&id.domain))
             || request.is_published(deadlines.budget).await;
         if is_published {
             return Ok((begun, request));
@@ -420,8 +405,8 @@ impl Exchange {
 
     /// Has a key published that a gateway said it has, for the others and in case it is not there any more. If there is
     /// no place for that the gateway's word holds all the same.
-    fn publish_again(&self, ask: &Ask, standing: Standing) {
-        self.keys.publish(&ask.id(), standing.is_proven);
+    fn publish_again(&self, id: &KeyId, standing: Standing) {
+        self.keys.publish(id, standing.is_proven);
     }
 
     fn confirmed(&self, published: Instant) {
@@ -483,15 +468,15 @@ mod tests {
     #[test]
     fn a_routers_request_is_read_as_the_original_reads_it() {
         let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
-        let parse = |body: &str| Ask::parse(body.as_bytes(), &domains);
-        let ask = Ask { domain: domains.first().unwrap().clone(), key: KEY.parse().unwrap() };
+        let parse = |body: &str| KeyId::parse(body.as_bytes(), &domains);
+        let id = KeyId { domain: domains.first().unwrap().clone(), key: KEY.parse().unwrap() };
         for body in [
             format!(r#"{{"domain":"ff_a","public_key":"{KEY}"}}"#),
             format!(r#" {{ "public_key" : "{KEY}" , "domain" : "ff_a" , "location": null }} "#),
             format!(r#"{{"domain":"x","domain":"ff_a","public_key":"{KEY}"}}"#),
             format!(r#"{{"domain":"ff\u005fa","public_key":"{KEY}"}}"#),
         ] {
-            assert_eq!(parse(&body), Ok(ask.clone()), "{body}");
+            assert_eq!(parse(&body), Ok(id.clone()), "{body}");
         }
         for (body, reason) in [
             (String::new(), "body"),

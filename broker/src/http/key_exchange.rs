@@ -20,7 +20,7 @@ use wgkex_common::http::resource;
 use wgkex_common::wire::message::WorkerData;
 
 use crate::client_ip::{Client, client_of_request, is_in, is_private};
-use crate::exchange::{Ask, Refusal};
+use crate::exchange::{KeyId, Refusal};
 use crate::http::{App, body, error};
 
 /// The path of version 1.
@@ -75,10 +75,10 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
     Ok(HttpResponse::Ok().json(Answer::from(gateway)))
 }
 
-async fn ask(app: &App, body: Payload) -> Result<Ask, Refusal> {
+async fn ask(app: &App, body: Payload) -> Result<KeyId, Refusal> {
     let body = read(body).await?;
     let text = body::text(&body).ok_or(Refusal::Body("the body is not valid JSON"))?;
-    Ask::parse(text.as_bytes(), &app.domains)
+    KeyId::parse(text.as_bytes(), &app.domains)
 }
 
 /// The body, whatever its type is said to be.
