@@ -32,7 +32,7 @@ const ANSWER_TTL: Duration = Duration::from_secs(3);
 /// Answers at most.
 const ANSWERS: usize = 4_096;
 
-/// A key in a domain.
+/// A key in a domain, as a router sends it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId {
     /// The domain.
@@ -91,7 +91,8 @@ pub struct InFlight {
     /// How many of both are published and not acknowledged.
     sent: [usize; 2],
     late: usize,
-    answers: usize,
+    /// The keys that have answers, each once, and from when they are. What an answer replaces is seen when it is over.
+    answers: VecDeque<(Instant, KeyId)>,
     /// When what a worker had said so far became void, in a domain or in all.
     void: HashMap<(String, Option<Domain>), u64>,
 }
@@ -168,7 +169,7 @@ impl InFlight {
             queues: Default::default(),
             sent: [0; 2],
             late: 0,
-            answers: 0,
+            answers: VecDeque::new(),
             void: HashMap::new(),
         }
     }
@@ -300,12 +301,16 @@ impl InFlight {
 
     /// What anybody said of late keys may not be so any more.
     pub fn removed_all(&mut self) {
+        self.forget_late();
+        self.drop_idle();
+    }
+
+    fn forget_late(&mut self) {
         for flight in self.keys.values_mut() {
             flight.late = None;
         }
         self.late = 0;
         self.void.clear();
-        self.drop_idle();
     }
 
     /// What gateways said of the key since the request began. One that was removed may be under way once more.
@@ -365,12 +370,14 @@ impl InFlight {
 
     /// Keeps what the router of `key` is answered, if there is room.
     pub fn answered(&mut self, key: &KeyId, worker: Option<String>, now: Instant) {
-        if self.answers >= ANSWERS {
+        if self.answers.len() >= ANSWERS {
             self.expire_answers(now);
         }
-        if self.answers < ANSWERS {
+        if self.answers.len() < ANSWERS {
             let answer = &mut self.keys.entry(key.clone()).or_default().answer;
-            self.answers += usize::from(answer.is_none());
+            if answer.is_none() {
+                self.answers.push_back((now, key.clone()));
+            }
             *answer = Some(Answer { since: now, worker });
         }
     }
@@ -385,8 +392,9 @@ impl InFlight {
     /// Applies another access policy: what it denies leaves the queues.
     pub fn apply(&mut self, policy: Arc<Admission>, now: Instant) {
         self.policy = policy;
-        self.removed_all();
+        self.forget_late();
         self.give_up_queued(now);
+        self.drop_idle();
     }
 
     /// Drops what took too long.
@@ -403,11 +411,16 @@ impl InFlight {
     }
 
     fn expire_answers(&mut self, now: Instant) {
-        for flight in self.keys.values_mut() {
-            let expired = flight.answer.take_if(|answer| is_over(answer.since, ANSWER_TTL, now));
-            self.answers -= usize::from(expired.is_some());
+        while self.answers.front().is_some_and(|(since, _)| is_over(*since, ANSWER_TTL, now))
+            && let Some((_, key)) = self.answers.pop_front()
+        {
+            let Some(flight) = self.keys.get_mut(&key) else { continue };
+            flight.answer.take_if(|answer| is_over(answer.since, ANSWER_TTL, now));
+            match &flight.answer {
+                Some(newer) => self.answers.push_back((newer.since, key)),
+                None => self.drop_if_idle(&key),
+            }
         }
-        self.drop_idle();
     }
 
     fn give_up_queued(&mut self, now: Instant) {
@@ -424,7 +437,6 @@ impl InFlight {
                 given_up.is_none()
             });
         }
-        self.drop_idle();
     }
 
     fn drop_idle(&mut self) {
