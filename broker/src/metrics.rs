@@ -78,3 +78,14 @@ impl Registry {
 pub fn set(gauge: &IntGauge, number: usize) {
     gauge.set(i64::try_from(number).unwrap_or(i64::MAX));
 }
+
+#[cfg(test)]
+impl Registry {
+    /// Fails unless each of these lines is in the text.
+    pub(crate) fn assert_has(&self, lines: &[&str]) {
+        let text = String::from_utf8(self.text().unwrap()).unwrap();
+        for line in lines {
+            assert!(text.lines().any(|found| found == *line), "{line} is missing in\n{text}");
+        }
+    }
+}

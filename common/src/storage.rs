@@ -38,6 +38,12 @@ pub enum StorageError {
 }
 
 impl StorageError {
+    /// A value of another type than was written.
+    #[must_use]
+    pub fn corrupt_value(error: &rusqlite::Error) -> Self {
+        Self::Corrupt(error.to_string())
+    }
+
     /// `file` has the version `found`, which is not one of those up to `known`.
     pub(crate) fn unknown_version(file: &Path, found: i64, known: i64) -> Self {
         let (file, what) = (file.display(), if found > known { "newer than" } else { "not one of" });
@@ -88,6 +94,12 @@ impl Health {
     #[must_use]
     pub fn new(file: PathBuf, subject: Subject) -> Self {
         Self { file, subject, is_failing: false }
+    }
+
+    /// It could not be read, which is logged already.
+    #[must_use]
+    pub fn unread(file: PathBuf, subject: Subject) -> Self {
+        Self { is_failing: true, ..Self::new(file, subject) }
     }
 
     /// Whether the last attempt failed.

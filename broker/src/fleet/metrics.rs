@@ -84,7 +84,6 @@ mod tests {
     fn every_series_is_there_from_the_start() {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
-        let text = String::from_utf8(registry.text().unwrap()).unwrap();
-        assert!(text.lines().any(|line| line == r#"wgkex_broker_gateways{state="online"} 0"#), "{text}");
+        registry.assert_has(&[r#"wgkex_broker_gateways{state="online"} 0"#]);
     }
 }

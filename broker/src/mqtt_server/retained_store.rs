@@ -93,25 +93,25 @@ fn read(database: &Connection) -> Result<Retained, StorageError> {
         let (payload, qos, user): (Vec<u8>, u8, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
         Ok((row.get(0)?, RetainedMessage { payload: payload.into(), qos: quality(qos), by: user.map(Arc::from) }))
     };
-    let messages: Vec<_> = statement.query_map([], kept)?.collect::<Result<_, _>>().map_err(|error| corrupt(&error))?;
+    let messages: Vec<_> = statement
+        .query_map([], kept)?
+        .collect::<Result<_, _>>()
+        .map_err(|error| StorageError::corrupt_value(&error))?;
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
     let will = |row: &Row<'_>| {
         let (payload, qos): (Vec<u8>, u8) = (row.get(2)?, row.get(3)?);
         let will = Message { topic: row.get(1)?, payload: payload.into(), qos: quality(qos), retain: row.get(4)? };
         Ok((row.get(0)?, will))
     };
-    let wills: BTreeMap<_, _> =
-        statement.query_map([], will)?.collect::<Result<_, _>>().map_err(|error| corrupt(&error))?;
+    let wills: BTreeMap<_, _> = statement
+        .query_map([], will)?
+        .collect::<Result<_, _>>()
+        .map_err(|error| StorageError::corrupt_value(&error))?;
     Ok(Retained::restored(messages, wills))
 }
 
 fn quality(level: u8) -> QoS {
     lower(qos(level).unwrap_or(QoS::AtMostOnce), QoS::AtLeastOnce)
-}
-
-/// A value of another type than was written.
-fn corrupt(error: &rusqlite::Error) -> StorageError {
-    StorageError::Corrupt(error.to_string())
 }
 
 fn write(transaction: &Transaction<'_>, snapshot: &Snapshot) -> rusqlite::Result<()> {

@@ -43,16 +43,15 @@ impl RecordsWriter {
     /// The records of `file`, and where they are kept from now on. A corrupt file is set aside; one that cannot be read is
     /// tried again later. The only error is that a later version made it.
     pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), StorageError> {
-        let (found, mut health) = (load(&file), Health::new(file.clone(), SUBJECT));
+        let found = load(&file);
         let (is_unread, failed) = (found.is_err(), found.is_err().then(Instant::now));
-        let records = match found {
-            Ok(records) => records,
+        let (records, health) = match found {
+            Ok(records) => (records, Health::new(file.clone(), SUBJECT)),
             Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
             Err(error @ (StorageError::Unavailable(_) | StorageError::Corrupt(_))) => {
                 let path = file.display();
                 warn!(file = %path, %error, "list entries cannot be read: those that were kept do not count until they are");
-                health.failed(&error);
-                Vec::new()
+                (Vec::new(), Health::unread(file.clone(), SUBJECT))
             }
         };
         let (working, waiting) = (None, Vec::new());

@@ -177,7 +177,7 @@ impl Table for KeyTable {
     fn load(&mut self, connection: &Connection, now: Clocks) -> Result<Keys, StorageError> {
         self.clock = Clock::load(connection, now)?;
         self.expired = Some(self.clock.uptime.saturating_sub(self.oldest));
-        let corrupt = |error: rusqlite::Error| StorageError::Corrupt(error.to_string());
+        let corrupt = |error| StorageError::corrupt_value(&error);
         let mut keys = Keys::new();
         let mut statement = connection.prepare("SELECT domain, key, last, proven FROM keys")?;
         let mut rows = statement.query([])?;

@@ -220,26 +220,28 @@ impl Publisher {
     }
 
     fn publish_applied(&self, applied: &Applied) {
-        let topic = Topic::Applied { worker: self.worker.clone() };
-        let payload = serde_json::to_vec(applied).unwrap_or_default();
         let up = *self.confirmations.connection_state().borrow() == ConnectionState::Up;
-        if !up || !self.confirmations.try_publish(Message::transient(topic, payload)) {
+        if !up || !self.try_report(Topic::Applied { worker: self.worker.clone() }, applied) {
             self.metrics.confirmations_dropped.inc();
         }
     }
 
     /// What is lost is published again when MQTT is back.
     fn publish_handshakes(&self, seen: &Handshakes) {
-        let topic = Topic::Handshakes { worker: self.worker.clone() };
-        let _ = self.confirmations.try_publish(Message::transient(topic, serde_json::to_vec(seen).unwrap_or_default()));
+        let _ = self.try_report(Topic::Handshakes { worker: self.worker.clone() }, seen);
     }
 
     /// Best effort: the caller reports "no answer" if this is lost.
     fn publish_revoked(&self, revoked: &Revoked) {
-        let topic = Topic::Revoked { worker: self.worker.clone() };
-        if !self.confirmations.try_publish(Message::transient(topic, serde_json::to_vec(revoked).unwrap_or_default())) {
+        if !self.try_report(Topic::Revoked { worker: self.worker.clone() }, revoked) {
             self.metrics.confirmations_dropped.inc();
         }
+    }
+
+    /// Publishes what became of keys, by the session for that; false if there is no place.
+    fn try_report<T: serde::Serialize>(&self, topic: Topic, report: &T) -> bool {
+        let payload = serde_json::to_vec(report).unwrap_or_default();
+        self.confirmations.try_publish(Message::transient(topic, payload))
     }
 
     fn count(&self, domain: &Domain, state: &DomainState) -> Message {
