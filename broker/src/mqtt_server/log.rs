@@ -101,8 +101,10 @@ impl Log {
                 names.given
             })
         });
-        let (mut link, incoming) = (self.dial)(&name.to_string())?;
+        let (mut link, mut incoming) = (self.dial)(&name.to_string())?;
         link.subscribe(TOPIC).context("the MQTT router")?;
+        // The router takes all that the writer has at once: also what comes after this, before it takes the subscription.
+        while !is_granted(incoming.recv().context("the MQTT router")?) {}
         Ok(LogReader { name, link, incoming, next: None, position: None })
     }
 
@@ -166,6 +168,11 @@ impl LogWriter {
         self.is_behind = lag > if self.is_behind { CAUGHT_UP } else { BEHIND };
         self.is_behind
     }
+}
+
+/// Whether the router has taken a subscription. It forwards nothing before that.
+fn is_granted(notification: Option<Notification>) -> bool {
+    matches!(notification.and_then(Into::into), Some(Packet::SubAck(..)))
 }
 
 /// The position behind a message of so many bytes at `position`.
@@ -302,6 +309,27 @@ mod tests {
         assert!(writer.is_behind());
         log.close(reader).await;
         assert!(!writer.is_behind(), "no reader is behind that is gone");
+    }
+
+    /// Seen to fail where the reader is given before the router has the subscription: the message was lost.
+    #[tokio::test]
+    async fn a_reader_misses_nothing_that_is_published_after_it_subscribes_while_others_publish() {
+        let (log, writer) = Log::start(10).unwrap();
+        let writer = Arc::new(Mutex::new(writer));
+        for round in 0..300_u32 {
+            // Far less than the log holds: a slow reader misses none of it.
+            let others = std::thread::spawn({
+                let writer = writer.clone();
+                move || (0..10_000).for_each(|_| writer.lock().publish(b"of others"))
+            });
+            let mut reader = log.subscribe().unwrap();
+            let marker = [b"marker".as_slice(), &round.to_be_bytes()].concat();
+            writer.lock().publish(&marker);
+            let found = timeout(Duration::from_secs(30), reader.next(|message| message[..] == marker)).await;
+            assert_eq!(found.expect("nothing is missed").unwrap(), marker, "round {round}");
+            others.join().unwrap();
+            log.close(reader).await;
+        }
     }
 
     #[tokio::test]
