@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -53,6 +54,10 @@ impl Linux {
         let Process(child) = &processes[&domain.wireguard()];
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
+        // Threads that run stop a moment later.
+        while frozen && !is_stopped(pid) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Runs a scenario on a thread of its own in fresh namespaces: no other test and nothing of the host is there.
@@ -217,6 +222,15 @@ pub fn make_vxlan(domain: &Domain, more: &str) {
 /// Each domain has its own port and network.
 fn number(domain: &Domain) -> u16 {
     u16::from(domain.rest().as_bytes()[0] - b'a')
+}
+
+/// Whether every thread of a process is stopped (proc(5): the state stands behind the name, which is in brackets).
+fn is_stopped(pid: Pid) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|fields| fields.starts_with('T'))
+    })
 }
 
 /// Starts a process that ends with this thread, and waits until it answers.
