@@ -1,10 +1,11 @@
 //! A program under test, or one that it needs: started with its log captured, and gone when the test is over.
 
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,8 +17,9 @@ use crate::wait_until;
 pub struct Process {
     name: String,
     child: Child,
-    log: Arc<Mutex<String>>,
-    readers: Vec<JoinHandle<()>>,
+    /// Both its outputs, without a name. Not a pipe: what it has written can be read at once, so that a test that has
+    /// seen an effect of the program finds the lines that were logged before it.
+    log: File,
 }
 
 /// The program `name` of this workspace, built in the same profile as the one that runs.
@@ -55,12 +57,11 @@ impl Process {
     /// Starts `command`, which the output calls `name`.
     #[must_use]
     pub fn start(name: &str, command: &mut Command) -> Self {
-        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error} ({command:?})"));
-        let log = Arc::new(Mutex::new(String::new()));
-        let out = child.stdout.take().map(|out| read_into(out, log.clone()));
-        let err = child.stderr.take().map(|err| read_into(err, log.clone()));
-        Self { name: name.into(), child, log, readers: out.into_iter().chain(err).collect() }
+        let log = tempfile::tempfile().expect("a file for the log");
+        let output = || Stdio::from(log.try_clone().expect("the log's descriptor"));
+        let command = command.stdin(Stdio::null()).stdout(output()).stderr(output());
+        let child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error} ({command:?})"));
+        Self { name: name.into(), child, log }
     }
 
     /// Its process id.
@@ -75,13 +76,10 @@ impl Process {
         kill(pid, signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
     }
 
-    /// Waits for its end, and for the last of its log.
+    /// Waits for its end.
     #[must_use]
     pub fn wait(&mut self) -> ExitStatus {
-        let what = format!("{} ends", self.name);
-        let status = wait_until(&what, || self.child.try_wait().expect("wait for a child"));
-        self.readers.drain(..).for_each(|reader| reader.join().expect("a log is read"));
-        status
+        wait_until(&format!("{} ends", self.name), || self.child.try_wait().expect("wait for a child"))
     }
 
     /// Sends `signal` and waits for its end.
@@ -99,7 +97,9 @@ impl Process {
     /// What it has written so far, to both its outputs.
     #[must_use]
     pub fn log(&self) -> String {
-        lock(&self.log).clone()
+        let mut log = vec![0; self.log.metadata().expect("the log").len().try_into().expect("a log that fits")];
+        self.log.read_exact_at(&mut log, 0).expect("the log");
+        String::from_utf8_lossy(&log).into_owned()
     }
 
     /// Waits for a line of its log that contains `text`.
@@ -127,19 +127,4 @@ impl Process {
     fn print_log(&self) {
         eprintln!("---- log of {} ----\n{}", self.name, self.log());
     }
-}
-
-fn read_into(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) -> JoinHandle<()> {
-    thread::spawn(move || {
-        let mut pipe = BufReader::new(pipe);
-        let mut line = Vec::new();
-        while pipe.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
-            lock(&log).push_str(&String::from_utf8_lossy(&line));
-            line.clear();
-        }
-    })
-}
-
-fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {
-    log.lock().unwrap_or_else(PoisonError::into_inner)
 }
