@@ -20,6 +20,8 @@ const SETTLED: Duration = Duration::from_millis(100);
 const HEARD: Duration = Duration::from_millis(500);
 /// No key waits longer for records than this.
 const HELD_MAX: Duration = Duration::from_secs(3);
+/// The same where attempts to connect fail, so that there is nobody to wait for.
+const HELD_DOWN: Duration = Duration::from_millis(250);
 
 /// What is known of the brokers' records.
 #[derive(Debug)]
@@ -27,11 +29,20 @@ pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
     own: Option<String>,
     brokers: BTreeMap<String, Other>,
-    /// Since when what brokers retain can be heard.
-    listening: Option<Instant>,
+    connection: Connection,
     /// Somebody asked for all records.
     is_asked: bool,
     said: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Connection {
+    /// The first attempt has no result yet.
+    Connecting,
+    /// Lost, or the last attempt failed.
+    Down,
+    /// What brokers retain is received since then.
+    Up(Instant),
 }
 
 #[derive(Debug)]
@@ -43,17 +54,17 @@ struct Other {
 
 impl AntiEntropy {
     pub fn new(own: Option<String>) -> Self {
-        Self { own, brokers: BTreeMap::new(), listening: None, is_asked: false, said: None }
+        Self { own, brokers: BTreeMap::new(), connection: Connection::Connecting, is_asked: false, said: None }
     }
 
-    /// The bus can be heard from now on.
+    /// The session is up.
     pub fn up(&mut self, now: Instant) {
-        self.listening = Some(now);
+        self.connection = Connection::Up(now);
     }
 
-    /// The bus is lost, and whatever brokers say may change unheard.
+    /// The connection is lost, so brokers may change without notice; or an attempt to connect failed.
     pub fn down(&mut self) {
-        self.listening = None;
+        self.connection = Connection::Down;
         self.brokers.clear();
     }
 
@@ -109,10 +120,12 @@ impl AntiEntropy {
         let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let agree = self.brokers.values().all(|broker| broker.digest == digest);
         let settled = if self.brokers.is_empty() { HEARD } else { SETTLED };
-        if agree && self.listening.is_some_and(|since| for_long(since, settled)) {
-            return Some(Ok(()));
-        }
-        for_long(held, HELD_MAX).then_some(Err(TimedOut))
+        let longest = match self.connection {
+            Connection::Up(since) if agree && for_long(since, settled) => return Some(Ok(())),
+            Connection::Up(_) | Connection::Connecting => HELD_MAX,
+            Connection::Down => HELD_DOWN,
+        };
+        for_long(held, longest).then_some(Err(TimedOut))
     }
 }
 
@@ -197,8 +210,10 @@ mod tests {
         assert_eq!([2_999, 3_000].map(|ms| after(&other, begun, ms)), [None, Some(Err(TimedOut))]);
         let (nobody, begun) = anti_entropy(None, &[]);
         assert_eq!([499, 500].map(|ms| after(&nobody, begun, ms)), [None, Some(Ok(()))]);
-        let (mut deaf, begun) = anti_entropy(None, &[]);
-        deaf.down();
-        assert_eq!([2_999, 3_000].map(|ms| after(&deaf, begun, ms)), [None, Some(Err(TimedOut))]);
+        let connecting = AntiEntropy::new(None);
+        assert_eq!([2_999, 3_000].map(|ms| after(&connecting, begun, ms)), [None, Some(Err(TimedOut))]);
+        let (mut unreachable, begun) = anti_entropy(None, &[]);
+        unreachable.down();
+        assert_eq!([249, 250].map(|ms| after(&unreachable, begun, ms)), [None, Some(Err(TimedOut))]);
     }
 }
