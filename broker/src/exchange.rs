@@ -19,7 +19,7 @@ use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Domain, RejectReason};
+use wgkex_common::{Domain, RejectReason, WorkerName};
 
 use crate::client_ip::Client;
 use crate::exchange::in_flight::{Answer, Confirmations};
@@ -210,7 +210,7 @@ impl Exchange {
         let standing = self.standing(id, client)?;
         if standing.is_hasty
             && let Some(Answer { worker: Some(worker), .. }) = self.told(id)
-            && let Some(choice) = self.gateways().choose(&id.domain, |name, _| name == worker)
+            && let Some(choice) = self.gateways().choose(&id.domain, |name, _| *name == worker)
         {
             return Ok(choice.data);
         }
@@ -248,7 +248,7 @@ impl Exchange {
         self.keys.lock().last_answer(id, Instant::now().into_std()).cloned()
     }
 
-    fn keep(&self, id: &KeyId, standing: Standing, worker: Option<String>) {
+    fn keep(&self, id: &KeyId, standing: Standing, worker: Option<WorkerName>) {
         if standing.is_hasty {
             self.keys.lock().answered(id, worker, Instant::now().into_std());
         }
@@ -326,7 +326,7 @@ impl Exchange {
 
     /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
     /// their words on it as it is published again would be late again.
-    fn took(&self, id: &KeyId) -> BTreeSet<String> {
+    fn took(&self, id: &KeyId) -> BTreeSet<WorkerName> {
         self.keys.lock().take_late(id, Instant::now().into_std())
     }
 
@@ -338,7 +338,7 @@ impl Exchange {
         });
         let outcome = outcome.await;
         if outcome.is_none() {
-            warn!(worker = first.worker, "gateway did not confirm in time");
+            warn!(worker = first.worker.as_str(), "gateway did not confirm in time");
             self.metrics.confirmations_missed.inc();
             self.gateways().silent(&first.worker);
         }
@@ -348,7 +348,7 @@ impl Exchange {
     /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
     async fn next_best(&self, id: &KeyId, request: &Request, deadlines: Deadlines) -> Result<Choice, Refusal> {
         let choice = request.find(deadlines.budget, |confirmations| {
-            let has_key = |worker: &str, confirms: bool| !confirms || confirmations.installed.contains(worker);
+            let has_key = |worker: &WorkerName, confirms: bool| !confirms || confirmations.installed.contains(worker);
             if let Some(next) = self.choose(id, has_key) {
                 return Some(Ok(next));
             }
@@ -367,13 +367,13 @@ impl Exchange {
     }
 
     /// Whether `worker` is waited for, and its word on the key counts.
-    fn can_take(&self, id: &KeyId, worker: &str) -> bool {
+    fn can_take(&self, id: &KeyId, worker: &WorkerName) -> bool {
         self.gateways().can_take(worker, id.domain.name())
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
     /// comes to nothing, the gateway's own next count sets that right.
-    fn choose(&self, id: &KeyId, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
+    fn choose(&self, id: &KeyId, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Choice> {
         let mut gateways = self.gateways();
         let choice = gateways.choose(&id.domain, fits)?;
         gateways.assigned(&choice.worker, &id.domain);

@@ -37,7 +37,7 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
-use wgkex_common::{Config, Domain, Reserved};
+use wgkex_common::{BrokerName, Config, Domain, Reserved};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::askers::Askers;
@@ -110,7 +110,7 @@ struct Listeners {
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let listeners = Listeners::bind(&config)?;
     let metrics = Metrics::register().context("metrics")?;
-    let (list_service, lists) = ListService::open(&config, Participant::Broker(config.name.clone()))?;
+    let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
     let embedded = config.mqtt_listen.as_ref();
     let embedded =
         embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics.mqtt_server)).transpose()?;
@@ -129,7 +129,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     broker.start_bus(&mut services, session, keys_session);
     broker.start_http(&mut services, listeners)?;
     let Config { name, broker_listen, .. } = &broker.config;
-    info!(version = env!("CARGO_PKG_VERSION"), broker = name, %broker_listen, "broker started");
+    info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
     Ok(services.run_until("broker", stop).await?)
 }
 
@@ -152,11 +152,12 @@ impl Broker {
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
         let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
         let (Exchange { gateways, keys: in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
-        let own = Participant::Broker(config.name.clone());
+        let name = BrokerName::from(&config.name);
+        let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
         let (request_sender, sync_requests) = mpsc::channel(SYNC_REQUESTS);
-        let askers = Askers::new(config.name.clone(), request_sender);
+        let askers = Askers::new(name.clone(), request_sender);
         let pending = (in_flight.clone(), revocations.clone());
         let on_event = subscriber::hand_on(gateways.clone(), pending, live.clone(), reporter.clone(), metrics.clone());
         let on_keys_event =
@@ -171,7 +172,6 @@ impl Broker {
             in_flight.clone(),
         );
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
-        let name = config.name.clone();
         services
             .group(LAST, None)
             .spawn("the MQTT session", |stop| session.run(on_event, stop))
@@ -282,7 +282,12 @@ async fn serve_mqtt(mut server: MqttServer, stop: impl Future<Output = ()>) {
 }
 
 /// Publishes what this broker is until `stop` returns, and then takes it back; or until a session ends.
-async fn announce(announcer: Announcer, name: String, [bus, keys]: [MqttHandle; 2], stop: impl Future<Output = ()>) {
+async fn announce(
+    announcer: Announcer,
+    name: BrokerName,
+    [bus, keys]: [MqttHandle; 2],
+    stop: impl Future<Output = ()>,
+) {
     tokio::select! {
         biased;
         // The announcer is dropped first: it would publish again what the farewell takes back.
@@ -312,7 +317,7 @@ fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveK
     let (store, buffer, known) = KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
     let domains = config.domains.clone();
     let times = (config.live_keys, config.cleanup);
-    let mut live = LiveKeys::new(config.name.clone(), times, domains, (buffer, known), Instant::now());
+    let mut live = LiveKeys::new((&config.name).into(), times, domains, (buffer, known), Instant::now());
     info!(keys = live.len(), "live keys");
     live.obey(lists.admission());
     Ok((Arc::new(Mutex::new(live)), store))
@@ -370,5 +375,5 @@ fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
 fn gateways(config: &Config) -> Gateways {
     let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
     let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
-    Gateways::new(config.name.clone(), config.domains.clone(), weights, reserved)
+    Gateways::new((&config.name).into(), config.domains.clone(), weights, reserved)
 }

@@ -27,7 +27,7 @@ pub use tracing::Level;
 
 use self::diagnostics::Diagnostics;
 pub(crate) use self::yaml::Tree;
-use crate::{Domain, PublicKey};
+use crate::{Domain, HostName, PublicKey, WorkerName};
 
 /// Where the original has its config.
 const FILE: &str = "/etc/wgkex.yaml";
@@ -37,12 +37,12 @@ const FILE: &str = "/etc/wgkex.yaml";
 pub struct Config {
     /// The domains served here: those of `domains` that begin with one of `domain_prefixes`.
     pub domains: BTreeSet<Domain>,
-    /// The host name; what this worker or broker is called on the bus, so it can be a level of a topic.
-    pub name: String,
+    /// The host name; what this worker or broker is called on the bus.
+    pub name: HostName,
     /// What routers are told to connect to (`externalName`, else the host name).
     pub external_name: String,
     /// The gateways that the operator gave a place in the balance, by host name.
-    pub workers: BTreeMap<String, Worker>,
+    pub workers: BTreeMap<WorkerName, Worker>,
     /// When peers that stay silent go.
     pub cleanup: Cleanup,
     /// The bus.

@@ -19,5 +19,6 @@ pub use address::reserved::Reserved;
 pub use config::Config;
 pub use domain::{Domain, DomainError, is_topic_level};
 pub use key::{Derived, KeyError, PublicKey, is_derived};
+pub use wire::name::{BrokerName, HostName, WorkerName};
 pub use wire::reject_reason::RejectReason;
 pub use wire::topic::Topic;

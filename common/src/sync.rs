@@ -18,7 +18,7 @@ use tracing::{debug, info};
 use crate::mqtt::{ConnectionState, Message, MqttHandle};
 use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
 use crate::wire::topic::Direction;
-use crate::{Domain, PublicKey, Topic};
+use crate::{BrokerName, Domain, PublicKey, Topic};
 
 /// Keys of a chunk at most: about 70 kB of JSON.
 pub const CHUNK: usize = 1000;
@@ -58,7 +58,7 @@ pub struct SyncClient {
     selection: PeerSelection,
     domains: Vec<Domain>,
     /// Every broker that answers questions.
-    brokers: BTreeMap<String, Broker>,
+    brokers: BTreeMap<BrokerName, Broker>,
     state: State,
 }
 
@@ -93,7 +93,7 @@ enum State {
 /// One way through all chunks of all domains.
 #[derive(Debug, Clone)]
 struct Round {
-    broker: String,
+    broker: BrokerName,
     begun: Instant,
     /// Only keys that were heard of since; none for all.
     since: Option<Instant>,
@@ -114,7 +114,7 @@ impl SyncClient {
     }
 
     /// A broker says what it can do, or that it goes. True if it is a new one, or was started anew.
-    pub fn broker(&mut self, name: &str, hello: Option<&Hello>, now: Instant) -> bool {
+    pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>, now: Instant) -> bool {
         let Some(hello) = hello.filter(|hello| hello.answers()) else {
             self.brokers.remove(name);
             return false;
@@ -125,7 +125,7 @@ impl SyncClient {
         }
         let missing_domains = self.domains.iter().filter(|domain| !hello.serves(domain.name())).count();
         let known = self.brokers.contains_key(name);
-        let broker = self.brokers.entry(name.to_owned()).or_default();
+        let broker = self.brokers.entry(name.clone()).or_default();
         let is_new = !known || broker.instance != hello.instance;
         (broker.instance, broker.missing_domains, broker.silent) = (hello.instance, missing_domains, None);
         broker.names_questions = hello.names_questions();
@@ -165,23 +165,23 @@ impl SyncClient {
 
     /// The topic for requests of this client to `broker`: one of its own, unless the broker is of a version that does not
     /// subscribe to those.
-    fn topic(&self, broker: &str) -> Topic {
+    fn topic(&self, broker: &BrokerName) -> Topic {
         if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
             self.own.requests(broker)
         } else {
-            Topic::BrokerRequests { broker: broker.to_owned() }
+            Topic::BrokerRequests { broker: broker.clone() }
         }
     }
 
     /// The request to send now, and to which broker.
-    pub fn ask(&mut self, now: Instant) -> Option<(String, SyncRequest)> {
+    pub fn ask(&mut self, now: Instant) -> Option<(BrokerName, SyncRequest)> {
         if self.due().is_none_or(|due| due > now) {
             return None;
         }
         self.state = match std::mem::replace(&mut self.state, State::Offline) {
             State::Asking(round) if round.tries < TRIES => State::Asking(round),
             State::Asking(round) => {
-                debug!(broker = round.broker, "broker does not answer questions for keys");
+                debug!(broker = round.broker.as_str(), "broker does not answer questions for keys");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
                     broker.silent = Some(now);
                 }
@@ -220,13 +220,13 @@ impl SyncClient {
     }
 
     /// The broker for the next round, among those that did not fail to answer lately.
-    fn next_broker(&self, now: Instant) -> Option<String> {
+    fn next_broker(&self, now: Instant) -> Option<BrokerName> {
         let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= COOLDOWN;
         let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(long_ago));
         match self.selection {
             // It stays with the one that it asked last, which has the least to tell.
             PeerSelection::Sticky => candidates.min_by_key(|(name, broker)| {
-                (broker.missing_domains, Reverse(broker.asked), rendezvous_hash(name, self.own.name()))
+                (broker.missing_domains, Reverse(broker.asked), rendezvous_hash(name.as_str(), self.own.name()))
             }),
             PeerSelection::RoundRobin => candidates.min_by_key(|(_, broker)| broker.tried),
         }
@@ -282,7 +282,7 @@ fn rendezvous_hash(broker: &str, client: &str) -> u64 {
 #[derive(Debug)]
 pub enum SyncEvent {
     /// What a broker can do; none if it goes.
-    Broker(String, Option<Hello>),
+    Broker(BrokerName, Option<Hello>),
     /// An answer.
     Chunk(SnapshotChunk),
 }
@@ -323,7 +323,7 @@ pub async fn run<F: Future<Output = ()>>(
         let now = Instant::now();
         if let Some((broker, request)) = client.ask(now) {
             if request.younger_than.is_none() && request.after.is_none() {
-                info!(broker, domain = request.domain, "asking for all live keys");
+                info!(broker = broker.as_str(), domain = request.domain, "asking for all live keys");
             }
             let payload = serde_json::to_vec(&request).unwrap_or_default();
             // One that is lost is put again.

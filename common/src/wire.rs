@@ -4,5 +4,6 @@
 //! `bus` room of the program that subscribes.
 
 pub mod message;
+pub mod name;
 pub mod reject_reason;
 pub mod topic;

@@ -158,7 +158,7 @@ async fn worker(file: &str, name: &str, confirms: bool) {
         let applied = applied(&domain, &batch);
         batch.clear();
         if confirms {
-            let message = Message::transient(Topic::Applied { worker: name.into() }, applied);
+            let message = Message::transient(Topic::Applied { worker: name.parse().unwrap() }, applied);
             confirmations.publish(message).await.unwrap();
         }
     }

@@ -68,7 +68,7 @@ struct Worker {
 /// changed last has to reach the disk.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::new(&config.domains).context("metrics")?;
-    let (list_service, lists) = ListService::open(&config, Participant::Worker(config.name.clone()))?;
+    let (list_service, lists) = ListService::open(&config, Participant::Worker((&config.name).into()))?;
     let (store, buffer, remembered) =
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
@@ -100,7 +100,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     services.group(LAST, None).spawn("the reconciler", |stop| task.run(stop));
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
     let Config { name, domains, .. } = &worker.config;
-    info!(version = env!("CARGO_PKG_VERSION"), worker = name, domains = domains.len(), "worker started");
+    info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
     drop(worker);
     Ok(services.run_until("worker", stop).await?)
 }
@@ -124,7 +124,7 @@ impl Worker {
         reserved: watch::Sender<Reserved>,
     ) {
         let Self { config, metrics, lists, reconciler, bus, confirmations } = self;
-        let own = Participant::Worker(config.name.clone());
+        let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
         let handles = (bus.clone(), confirmations.clone());

@@ -12,7 +12,7 @@ use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
 use wgkex_common::wire::message::Hello;
-use wgkex_common::{Config, Domain, Topic};
+use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::keys::Keys;
@@ -32,7 +32,7 @@ const LIVENESS: Duration = Duration::from_secs(1);
 
 /// The task's state.
 pub struct Announcer {
-    broker: String,
+    broker: BrokerName,
     domains: Vec<String>,
     instance: u64,
     bus: MqttHandle,
@@ -70,7 +70,7 @@ impl Announcer {
         in_flight: Keys,
     ) -> Self {
         Self {
-            broker: config.name.clone(),
+            broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
             instance: fastrand::u64(..),
             links: [bus.connection_state(), keys.connection_state()],
@@ -188,7 +188,11 @@ impl Announcer {
         let expired = gateways.expire(now);
         drop(gateways);
         for worker in expired {
-            warn!(worker, online = false, "gateway published nothing for too long, it is taken for offline");
+            warn!(
+                worker = worker.as_str(),
+                online = false,
+                "gateway published nothing for too long, it is taken for offline"
+            );
             self.in_flight.lock().removed(&worker, None);
         }
     }

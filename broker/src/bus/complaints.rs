@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
-use wgkex_common::Topic;
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::wire::topic::{Direction, Owner};
+use wgkex_common::{Topic, WorkerName};
 
 /// Gateways that are remembered at most, and topics of one: more are somebody's nonsense.
 const GATEWAYS: usize = 4096;
@@ -18,7 +18,7 @@ const TIME: Duration = Duration::from_secs(60);
 /// What was wrong with the last message on each topic on which something was.
 #[derive(Debug, Default)]
 pub struct Complaints {
-    gateways: BTreeMap<String, Gateway>,
+    gateways: BTreeMap<WorkerName, Gateway>,
 }
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ struct Gateway {
 }
 
 /// What a message of a gateway is to say, and of which domain.
-type Subject<'a> = (&'a str, &'static str, Option<&'a str>);
+type Subject<'a> = (&'a WorkerName, &'static str, Option<&'a str>);
 
 impl Complaints {
     /// A message came on `topic`, and was taken in or not.
@@ -41,18 +41,21 @@ impl Complaints {
         } else if let Some(cause) = cause(topic, payload)
             && self.is_news(gateway, topic, &cause, now)
         {
-            warn!(gateway, what, domain, cause, "gateway says what cannot be used, and may get no routers");
+            warn!(
+                gateway = gateway.as_str(),
+                what, domain, cause, "gateway says what cannot be used, and may get no routers"
+            );
         }
     }
 
-    fn forget(&mut self, gateway: &str, topic: &Topic) {
+    fn forget(&mut self, gateway: &WorkerName, topic: &Topic) {
         if let Some(known) = self.gateways.get_mut(gateway) {
             known.causes.remove(topic);
         }
     }
 
     /// Notes a cause; true if there is to be a line about it.
-    fn is_news(&mut self, gateway: &str, topic: &Topic, cause: &str, now: Instant) -> bool {
+    fn is_news(&mut self, gateway: &WorkerName, topic: &Topic, cause: &str, now: Instant) -> bool {
         if self.gateways.len() >= GATEWAYS && !self.gateways.contains_key(gateway) {
             self.gateways.retain(|_, known| !known.is_over(now));
             if self.gateways.len() >= GATEWAYS {
@@ -60,7 +63,7 @@ impl Complaints {
             }
         }
         let new = || Gateway { causes: BTreeMap::new(), since: now, lines: 0 };
-        let known = self.gateways.entry(gateway.to_owned()).or_insert_with(new);
+        let known = self.gateways.entry(gateway.clone()).or_insert_with(new);
         if known.is_over(now) {
             (known.since, known.lines) = (now, 0);
         }
@@ -109,24 +112,36 @@ fn cause(topic: &Topic, payload: &[u8]) -> Option<String> {
 mod tests {
     use super::*;
 
+    fn name(name: &str) -> WorkerName {
+        name.parse().unwrap()
+    }
+
     #[test]
     fn each_change_is_said_once_and_no_more_than_a_bound_in_a_minute() {
         let (mut complaints, now) = (Complaints::default(), Instant::now());
-        let topic = |domain: &str| Topic::WorkerData { worker: "gw".into(), domain: domain.into() };
+        let topic = |domain: &str| Topic::WorkerData { worker: name("gw"), domain: domain.into() };
         let mut news = |domain: &str, cause: &str, seconds| {
-            complaints.is_news("gw", &topic(domain), cause, now + Duration::from_secs(seconds))
+            complaints.is_news(&name("gw"), &topic(domain), cause, now + Duration::from_secs(seconds))
         };
         assert!(news("a", "x", 0) && !news("a", "x", 100) && news("a", "y", 100) && news("b", "x", 100));
         let said = (0..1_000).filter(|n| news("c", &n.to_string(), 101)).count();
         assert_eq!(said, 8);
         assert!(!news("d", "x", 102) && news("d", "x", 160), "it is said later");
-        complaints.forget("gw", &topic("d"));
-        assert!(complaints.is_news("gw", &topic("d"), "x", now + Duration::from_secs(161)), "it was right meanwhile");
+        complaints.forget(&name("gw"), &topic("d"));
+        assert!(
+            complaints.is_news(&name("gw"), &topic("d"), "x", now + Duration::from_secs(161)),
+            "it was right meanwhile"
+        );
         for n in 0..2 * GATEWAYS {
-            let _ = complaints.is_news(&n.to_string(), &topic("a"), "x", now + Duration::from_secs(161));
+            let _ = complaints.is_news(&name(&n.to_string()), &topic("a"), "x", now + Duration::from_secs(161));
         }
         for n in 0..2 * TOPICS {
-            let _ = complaints.is_news("gw", &topic(&n.to_string()), "x", now + Duration::from_secs(1_000 * n as u64));
+            let _ = complaints.is_news(
+                &name("gw"),
+                &topic(&n.to_string()),
+                "x",
+                now + Duration::from_secs(1_000 * n as u64),
+            );
         }
         assert!(complaints.gateways.len() <= GATEWAYS && complaints.gateways["gw"].causes.len() <= TOPICS);
     }

@@ -15,7 +15,7 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, MqttHandle, Publish, PublishError, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::message::{Applied, Handshakes, Participant, Request, Revoked, SyncRequest};
-use wgkex_common::{Config, PublicKey, Topic};
+use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::askers::Askers;
 use crate::bus::complaints::Complaints;
@@ -31,41 +31,42 @@ const WORDS: usize = 4_096;
 /// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
 /// as its client id, so the broker's must be another.
 pub fn client(config: &Config) -> SessionConfig {
+    let own = BrokerName::from(&config.name);
     SessionConfig {
         id: format!("wgkex-broker-{}", config.name),
-        will: Some(status(&config.name, "0")),
+        will: Some(status(&own, "0")),
         qos0_filters: Topic::states().into(),
         qos1_filters: vec![Topic::applied(), Topic::handshakes(), Topic::revoked()],
         optional: Vec::new(),
-        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
+        echo: Some(Topic::BrokerEcho { broker: own }),
         is_secondary: false,
     }
 }
 
 /// The connection by which this broker publishes keys, and hears of them.
 pub fn keys_client(config: &Config) -> SessionConfig {
-    let own = || config.name.clone();
+    let own = || BrokerName::from(&config.name);
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
     let asked =
         [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
     let asked = asked.into_iter().chain([Topic::worker_requests()]);
     SessionConfig {
-        will: Some(hello(&config.name, Vec::new())),
+        will: Some(hello(&own(), Vec::new())),
         qos0_filters: vec![Topic::broker_hellos()],
-        echo: Some(Topic::BrokerEcho { broker: config.name.clone() }),
+        echo: Some(Topic::BrokerEcho { broker: own() }),
         qos1_filters: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
         ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
     }
 }
 
 /// What this broker can do; an empty payload takes it back.
-pub fn hello(broker: &str, payload: Vec<u8>) -> Message {
-    Message::retained(Topic::BrokerHello { broker: broker.into() }, payload)
+pub fn hello(broker: &BrokerName, payload: Vec<u8>) -> Message {
+    Message::retained(Topic::BrokerHello { broker: broker.clone() }, payload)
 }
 
 /// What this broker says of itself (contract section 4).
-pub fn status(broker: &str, status: &str) -> Message {
-    Message::retained(Topic::BrokerStatus { broker: broker.into() }, status)
+pub fn status(broker: &BrokerName, status: &str) -> Message {
+    Message::retained(Topic::BrokerStatus { broker: broker.clone() }, status)
 }
 
 /// Lets `gateways`, `in_flight`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
@@ -141,12 +142,12 @@ fn hear(
 }
 
 /// Takes what `worker` said of keys for a sign of life; true if it is one that says what becomes of keys.
-fn heard_from(gateways: &Mutex<Gateways>, worker: &str, now: Instant) -> bool {
+fn heard_from(gateways: &Mutex<Gateways>, worker: &WorkerName, now: Instant) -> bool {
     let mut gateways = gateways.lock();
     let was_online = gateways.is_online(worker);
     let confirms = gateways.confirmed(worker, now);
     if confirms && !was_online {
-        info!(worker, online = true, "gateway");
+        info!(worker = worker.as_str(), online = true, "gateway");
     }
     confirms
 }
@@ -157,7 +158,7 @@ fn few(keys: usize) -> Result<(), &'static str> {
 }
 
 /// A gateway's key does not become a router's by a worker's word.
-fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &str, seen: &Handshakes) {
+fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &WorkerName, seen: &Handshakes) {
     let gateways = gateways.lock();
     if !gateways.speaks_for(worker, &seen.domain) {
         return;
@@ -181,7 +182,7 @@ fn hear_state(
     now: Instant,
 ) -> Result<(), &'static str> {
     let state_of = topic.state_of();
-    let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker.as_str()) } else { None };
+    let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
     let mut gateways = gateways.lock();
     let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
     let was_online = is_online(&gateways);
@@ -189,7 +190,7 @@ fn hear_state(
     let online = is_online(&gateways);
     let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
         let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
-        is_down.then_some((worker.as_str(), Some(domain.as_str())))
+        is_down.then_some((worker, Some(domain.as_str())))
     } else {
         worker.filter(|_| online != was_online).map(|worker| (worker, None))
     };
@@ -198,7 +199,7 @@ fn hear_state(
         in_flight.lock().removed(worker, domain);
     }
     if let Some(worker) = worker.filter(|_| online != was_online) {
-        info!(worker, online, "gateway");
+        info!(worker = worker.as_str(), online, "gateway");
     }
     Ok(())
 }
@@ -301,18 +302,19 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     else {
         return;
     };
-    let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker("b".into())) else { return };
+    let own = BrokerName::from(&config.name);
+    let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
     let Config { domains, live_keys, cleanup, .. } = config;
-    let live = LiveKeys::new("b".into(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
-    let gateways = Gateways::new("b".into(), domains.clone(), BTreeMap::new(), Reserved::default());
+    let live = LiveKeys::new(own.clone(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
+    let gateways = Gateways::new(own.clone(), domains.clone(), BTreeMap::new(), Reserved::default());
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
     let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let words = (Keys::new(domains, Arc::default()), Answers::default());
-    let (reporter, _reported) = Reporter::new(Participant::Broker("b".into()));
+    let (reporter, _reported) = Reporter::new(Participant::Broker(own.clone()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
-    let askers = Askers::new("b".into(), questions);
+    let askers = Askers::new(own, questions);
     hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));
     assert!(live.lock().len() <= 10);
 }

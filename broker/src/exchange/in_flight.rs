@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::{Domain, PublicKey, RejectReason};
+use wgkex_common::{Domain, PublicKey, RejectReason, WorkerName};
 
 /// Keys that never shook hands and are published but not acknowledged at most, of the 100 messages that may be.
 const UNPROVEN_SENT: usize = 64;
@@ -45,9 +45,9 @@ pub struct KeyId {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Confirmations {
     /// Those that have it in their kernel.
-    pub installed: BTreeSet<String>,
+    pub installed: BTreeSet<WorkerName>,
     /// Those that do not, and why.
-    pub rejected: BTreeMap<String, RejectReason>,
+    pub rejected: BTreeMap<WorkerName, RejectReason>,
 }
 
 /// A request's place: it begins with `begun`, and its key is published by `publication`.
@@ -94,7 +94,7 @@ pub struct InFlight {
     /// The keys that have answers, each once, and from when they are. What an answer replaces is seen when it is over.
     answers: VecDeque<(Instant, KeyId)>,
     /// When what a worker had said so far became void, in a domain or in all.
-    void: HashMap<(String, Option<Domain>), u64>,
+    void: HashMap<(WorkerName, Option<Domain>), u64>,
 }
 
 #[derive(Debug, Default)]
@@ -108,7 +108,7 @@ struct Flight {
     /// The requests that wait, by when they began.
     requests: BTreeSet<u64>,
     /// The last outcome of each gateway, and when it came; and when the last of all came.
-    outcomes: BTreeMap<String, (u64, Result<(), RejectReason>)>,
+    outcomes: BTreeMap<WorkerName, (u64, Result<(), RejectReason>)>,
     last_outcome: u64,
     late: Option<Late>,
     answer: Option<Answer>,
@@ -133,7 +133,7 @@ struct Late {
 pub struct Answer {
     since: Instant,
     /// The gateway that it was given; none by version 1.
-    pub worker: Option<String>,
+    pub worker: Option<WorkerName>,
 }
 
 fn is_over(since: Instant, limit: Duration, now: Instant) -> bool {
@@ -267,7 +267,7 @@ impl InFlight {
     /// `worker` said what became of keys in a domain. Most of them are not in flight here.
     pub fn confirmed(
         &mut self,
-        worker: &str,
+        worker: &WorkerName,
         domain: &str,
         outcomes: impl IntoIterator<Item = (PublicKey, Result<(), RejectReason>)>,
     ) {
@@ -276,7 +276,7 @@ impl InFlight {
         for (key, outcome) in outcomes {
             let id = KeyId { domain: domain.clone(), key };
             if let Some(flight) = self.keys.get_mut(&id).filter(|flight| flight.listens()) {
-                flight.outcomes.insert(worker.to_owned(), (self.last, outcome));
+                flight.outcomes.insert(worker.clone(), (self.last, outcome));
                 flight.last_outcome = self.last;
                 flight.changed.notify_waiters();
             }
@@ -284,12 +284,12 @@ impl InFlight {
     }
 
     /// What `worker` said may not be so any more, in this domain or in all.
-    pub fn removed(&mut self, worker: &str, domain: Option<&str>) {
+    pub fn removed(&mut self, worker: &WorkerName, domain: Option<&str>) {
         let concerns = |key: &KeyId| domain.is_none_or(|domain| domain == key.domain.name());
         if self.late > 0 {
             self.last += 1;
             let domain = domain.and_then(|domain| self.domains.get(domain)).cloned();
-            self.void.insert((worker.to_owned(), domain), self.last);
+            self.void.insert((worker.clone(), domain), self.last);
         }
         for key in self.waiting.iter().filter(|key| concerns(key)) {
             if let Some(flight) = self.keys.get_mut(key) {
@@ -352,12 +352,12 @@ impl InFlight {
 
     /// The gateways that have `key` by what they said since a request for it timed out; once.
     #[must_use]
-    pub fn take_late(&mut self, key: &KeyId, now: Instant) -> BTreeSet<String> {
+    pub fn take_late(&mut self, key: &KeyId, now: Instant) -> BTreeSet<WorkerName> {
         let Some(flight) = self.keys.get_mut(key) else { return BTreeSet::new() };
         let Some(late) = flight.late.take() else { return BTreeSet::new() };
         self.late -= 1;
-        let is_void = |worker: &str, said: u64| {
-            let void = |domain: Option<&Domain>| self.void.get(&(worker.to_owned(), domain.cloned()));
+        let is_void = |worker: &WorkerName, said: u64| {
+            let void = |domain: Option<&Domain>| self.void.get(&(worker.clone(), domain.cloned()));
             [None, Some(&key.domain)].into_iter().filter_map(void).any(|void| *void >= said)
         };
         let installed = flight.outcomes.iter().filter(|(worker, (said, outcome))| {
@@ -369,7 +369,7 @@ impl InFlight {
     }
 
     /// Keeps what the router of `key` is answered, if there is room.
-    pub fn answered(&mut self, key: &KeyId, worker: Option<String>, now: Instant) {
+    pub fn answered(&mut self, key: &KeyId, worker: Option<WorkerName>, now: Instant) {
         if self.answers.len() >= ANSWERS {
             self.expire_answers(now);
         }

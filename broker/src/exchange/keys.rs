@@ -7,9 +7,9 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
-use wgkex_common::Domain;
 use wgkex_common::access_lists::Admission;
 use wgkex_common::wire::message::Applied;
+use wgkex_common::{Domain, WorkerName};
 
 use super::in_flight::{Confirmations, InFlight, KeyId, Ticket};
 
@@ -62,9 +62,9 @@ impl Keys {
     }
 
     /// `worker` said what became of a batch of keys.
-    pub fn confirmed(&self, worker: &str, Applied { domain, installed, failed }: Applied) {
+    pub fn confirmed(&self, worker: &WorkerName, Applied { domain, installed, failed }: Applied) {
         for (key, reason) in &failed {
-            debug!(worker, domain, ?key, %reason, "gateway did not take a key");
+            debug!(worker = worker.as_str(), domain, ?key, %reason, "gateway did not take a key");
         }
         let installed = installed.into_iter().map(|key| (key, Ok(())));
         let rejected = failed.into_iter().map(|(key, reason)| (key, Err(reason)));

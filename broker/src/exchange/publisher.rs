@@ -96,7 +96,7 @@ mod tests {
         let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::keys_client(&config)).unwrap();
         let (times, domains) = ((config.live_keys, config.cleanup), config.domains);
         let now = Instant::now().into_std();
-        let live = LiveKeys::new("b".into(), times, domains.clone(), Default::default(), now);
+        let live = LiveKeys::new("b".parse().unwrap(), times, domains.clone(), Default::default(), now);
         let keys = Keys::new(domains.clone(), Arc::default());
         let publisher = Publisher { keys: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
         tokio::spawn(publisher.run());

@@ -3,10 +3,9 @@
 //! nobody's place or address. When a router sends such a key, it has shaken hands already. No IO, no clock.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, PublicKey, WorkerName};
 
 /// How much of the room one worker may fill.
 const SHARE: usize = 8;
@@ -17,12 +16,12 @@ pub struct Claimed {
     most: usize,
     domains: BTreeMap<Domain, BTreeMap<PublicKey, Report>>,
     /// How many of them are whose.
-    by_worker: BTreeMap<Arc<str>, usize>,
+    by_worker: BTreeMap<WorkerName, usize>,
 }
 
 #[derive(Debug, Clone)]
 struct Report {
-    worker: Arc<str>,
+    worker: WorkerName,
     at: Instant,
 }
 
@@ -34,9 +33,9 @@ impl Claimed {
     }
 
     /// `worker` says that `key` shakes hands. What it has no room for is left out.
-    pub fn note(&mut self, worker: &str, domain: &Domain, key: PublicKey, now: Instant) {
+    pub fn note(&mut self, worker: &WorkerName, domain: &Domain, key: PublicKey, now: Instant) {
         let (worker, reports) =
-            self.by_worker.get_key_value(worker).map_or((worker.into(), 0), |(name, n)| (name.clone(), *n));
+            self.by_worker.get_key_value(worker).map_or((worker.clone(), 0), |(name, n)| (name.clone(), *n));
         let keys = self.domains.entry(domain.clone()).or_default();
         let before = keys.get_mut(&key);
         if before.as_ref().is_some_and(|before| before.worker == worker) || reports >= (self.most / SHARE).max(1) {
@@ -112,6 +111,10 @@ mod tests {
         PublicKey::from_bytes(bytes).unwrap()
     }
 
+    fn worker(name: &str) -> WorkerName {
+        name.parse().unwrap()
+    }
+
     fn domain(name: &str) -> Domain {
         Domain::new(name, &["ff_".into()]).unwrap()
     }
@@ -120,18 +123,18 @@ mod tests {
     fn one_worker_fills_its_share_and_another_has_its_own() {
         let (mut claimed, now, domain) = (Claimed::new(80), Instant::now(), domain("ff_a"));
         for n in 0..1_000 {
-            claimed.note("thief", &domain, key(n), now);
+            claimed.note(&worker("thief"), &domain, key(n), now);
         }
         assert_eq!(claimed.len(&domain), 10);
-        claimed.note("gw", &domain, key(5_000), now);
-        claimed.note("gw", &domain, key(1), now + LIMIT);
+        claimed.note(&worker("gw"), &domain, key(5_000), now);
+        claimed.note(&worker("gw"), &domain, key(1), now + LIMIT);
         assert_eq!((claimed.by_worker["thief"], claimed.by_worker["gw"]), (9, 2), "what both say is the last one's");
-        claimed.note("thief", &domain, key(5_000), now);
-        claimed.note("thief", &domain, key(1), now + 2 * LIMIT);
+        claimed.note(&worker("thief"), &domain, key(5_000), now);
+        claimed.note(&worker("thief"), &domain, key(1), now + 2 * LIMIT);
         assert_eq!(claimed.take(&domain, &key(1)), Some(now + 2 * LIMIT));
         assert_eq!(claimed.take(&domain, &key(1)), None);
         for n in 0..1_000 {
-            claimed.note(&n.to_string(), &domain, key(10_000 + n), now);
+            claimed.note(&worker(&n.to_string()), &domain, key(10_000 + n), now);
         }
         assert_eq!(claimed.len(&domain), 80);
     }
@@ -142,16 +145,16 @@ mod tests {
             words in prop::collection::vec((0..5_u32, any::<bool>(), 0..30_u32, 0..4_u64, any::<bool>()), 0..200),
         ) {
             let (mut claimed, mut now) = (Claimed::new(32), Instant::now());
-            for (worker, is_first, n, seconds, takes) in words {
+            for (name, is_first, n, seconds, takes) in words {
                 now += Duration::from_secs(seconds);
                 let domain = domain(if is_first { "ff_a" } else { "ff_b" });
                 if takes {
                     let _ = claimed.take(&domain, &key(n));
                 } else {
-                    claimed.note(&worker.to_string(), &domain, key(n), now);
+                    claimed.note(&worker(&name.to_string()), &domain, key(n), now);
                 }
                 claimed.expire(now, LIMIT);
-                let mut by_worker = BTreeMap::<Arc<str>, usize>::new();
+                let mut by_worker = BTreeMap::<WorkerName, usize>::new();
                 for report in claimed.domains.values().flat_map(BTreeMap::values) {
                     prop_assert!(now - report.at < LIMIT);
                     *by_worker.entry(report.worker.clone()).or_default() += 1;

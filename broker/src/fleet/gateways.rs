@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use wgkex_common::wire::message::{Hello, WorkerData};
-use wgkex_common::{Domain, PublicKey, Reserved, Topic, is_topic_level};
+use wgkex_common::{BrokerName, Domain, PublicKey, Reserved, Topic, WorkerName};
 
 /// The most peers a WireGuard interface can have (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
@@ -31,11 +31,11 @@ const QUIET_MAX: Duration = Duration::from_secs(10);
 /// broker has heard its own status come back and nothing retained for a moment.
 #[derive(Debug)]
 pub struct Gateways {
-    own_name: String,
+    own_name: BrokerName,
     domains: BTreeSet<Domain>,
-    weights: BTreeMap<String, f64>,
-    workers: BTreeMap<String, Worker>,
-    brokers: BTreeSet<String>,
+    weights: BTreeMap<WorkerName, f64>,
+    workers: BTreeMap<WorkerName, Worker>,
+    brokers: BTreeSet<BrokerName>,
     /// Gateways' keys. The bus may be lost: they stay.
     reserved: Reserved,
     /// Domains for which some worker has ever published its state or hello; also when the bus was lost since.
@@ -83,7 +83,7 @@ struct Worker {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choice {
     /// The worker's name.
-    pub worker: String,
+    pub worker: WorkerName,
     /// Whether it says what became of each key, so that an answer may wait for that.
     pub confirms: bool,
     /// What the router is told.
@@ -94,9 +94,9 @@ pub struct Choice {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Online {
     /// Those that confirm.
-    pub confirming: BTreeSet<String>,
+    pub confirming: BTreeSet<WorkerName>,
     /// Those that do not: originals.
-    pub others: BTreeSet<String>,
+    pub others: BTreeSet<WorkerName>,
 }
 
 impl Online {
@@ -131,7 +131,7 @@ pub enum Reach {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Overview {
     /// The worker's name.
-    pub worker: String,
+    pub worker: WorkerName,
     /// Whether its status says so.
     pub online: bool,
     /// Its program's version; none for an original.
@@ -166,9 +166,9 @@ impl Gateways {
     /// Nothing heard yet. Workers that `weights` does not name weigh 1.
     #[must_use]
     pub fn new(
-        own_name: String,
+        own_name: BrokerName,
         domains: BTreeSet<Domain>,
-        weights: BTreeMap<String, f64>,
+        weights: BTreeMap<WorkerName, f64>,
         reserved: Reserved,
     ) -> Self {
         Self {
@@ -243,7 +243,7 @@ impl Gateways {
 
     /// Takes those for offline that published nothing for too long, and returns their names. What others of them have said
     /// may be over, too.
-    pub fn expire(&mut self, now: Instant) -> Vec<String> {
+    pub fn expire(&mut self, now: Instant) -> Vec<WorkerName> {
         for (name, worker) in &mut self.workers {
             worker.expire_hello(now);
             for domain in worker.expire_data(now) {
@@ -301,16 +301,16 @@ impl Gateways {
         Ok(())
     }
 
-    fn worker(&mut self, name: &str) -> Result<&mut Worker, Nonsense> {
-        if !self.workers.contains_key(name) && (self.workers.len() >= NAMES_MAX || !is_topic_level(name)) {
+    fn worker(&mut self, name: &WorkerName) -> Result<&mut Worker, Nonsense> {
+        if self.workers.len() >= NAMES_MAX && !self.workers.contains_key(name) {
             return Err(Nonsense("worker's name"));
         }
-        Ok(self.workers.entry(name.to_owned()).or_default())
+        Ok(self.workers.entry(name.clone()).or_default())
     }
 
     fn hear_data(
         &mut self,
-        worker: &str,
+        worker: &WorkerName,
         domain: Domain,
         data: WorkerData,
         retained: bool,
@@ -323,23 +323,29 @@ impl Gateways {
     }
 
     /// An original publishes its data when it connects, and not again: while it counts its peers, it has not gone.
-    fn hear_no_data(&mut self, worker: &str, domain: &Domain, now: Instant) {
+    fn hear_no_data(&mut self, worker: &WorkerName, domain: &Domain, now: Instant) {
         if !self.workers.get_mut(worker).is_some_and(|worker| worker.keeps_data(domain, now)) {
             self.reserved.update(worker, domain.name(), None);
         }
     }
 
-    fn hear_broker(&mut self, broker: &str, payload: &[u8], retained: bool, now: Instant) -> Result<(), Nonsense> {
+    fn hear_broker(
+        &mut self,
+        broker: &BrokerName,
+        payload: &[u8],
+        retained: bool,
+        now: Instant,
+    ) -> Result<(), Nonsense> {
         if !status(payload)? {
             self.brokers.remove(broker);
             return Ok(());
         }
-        if broker == self.own_name && !retained {
+        if *broker == self.own_name && !retained {
             self.echoed.get_or_insert(now);
             self.has_heard_itself = true;
         }
         if self.brokers.len() < NAMES_MAX {
-            self.brokers.insert(broker.to_owned());
+            self.brokers.insert(broker.clone());
         }
         Ok(())
     }
@@ -347,9 +353,9 @@ impl Gateways {
     /// The best gateway of `domain` among those that `fits` takes: the one furthest below its target (contract
     /// section 6). One that was silent last time, or that weighs nothing, is taken only when there is no other.
     #[must_use]
-    pub fn choose(&self, domain: &Domain, fits: impl Fn(&str, bool) -> bool) -> Option<Choice> {
+    pub fn choose(&self, domain: &Domain, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Choice> {
         let all = self.all();
-        let rank = |name: &str, worker: &Worker| {
+        let rank = |name: &WorkerName, worker: &Worker| {
             let last_resort = worker.silent || self.weight(name) == 0.0;
             #[expect(clippy::cast_precision_loss, reason = "counts of peers stay far below 2^52")]
             let excess = worker.count() as f64 - self.target(name, &all);
@@ -365,7 +371,7 @@ impl Gateways {
 
     /// Counts an answer that names `worker`, until it says itself how many peers it has. Each other broker is
     /// taken to give as many answers as this one.
-    pub fn assigned(&mut self, worker: &str, domain: &Domain) {
+    pub fn assigned(&mut self, worker: &WorkerName, domain: &Domain) {
         let brokers = self.brokers.len().max(1) as u64;
         if let Some(Some(peers)) = self.workers.get_mut(worker).and_then(|worker| worker.peers.get_mut(domain)) {
             *peers = (*peers + brokers).min(PEERS_MAX);
@@ -373,7 +379,7 @@ impl Gateways {
     }
 
     /// `worker` did not say in time what became of a key.
-    pub fn silent(&mut self, worker: &str) {
+    pub fn silent(&mut self, worker: &WorkerName) {
         if let Some(worker) = self.workers.get_mut(worker) {
             worker.silent = true;
         }
@@ -381,27 +387,27 @@ impl Gateways {
 
     /// `worker` confirmed keys or reported handshakes, which only one that is alive does. True if it is one that says what
     /// became of keys; whether its word counts is for [`Gateways::can_take`] to say, as of before this.
-    pub fn confirmed(&mut self, worker: &str, now: Instant) -> bool {
+    pub fn confirmed(&mut self, worker: &WorkerName, now: Instant) -> bool {
         self.workers.get_mut(worker).is_some_and(|worker| worker.hear_confirmation(now))
     }
 
     /// Whether this worker is one that confirms and can take a key of `domain` now: whether it is waited for, and its
     /// word on a key counts.
     #[must_use]
-    pub fn can_take(&self, worker: &str, domain: &str) -> bool {
+    pub fn can_take(&self, worker: &WorkerName, domain: &str) -> bool {
         self.has_online(worker, domain) && self.workers.get(worker).is_some_and(Worker::confirms)
     }
 
     /// Whether the word of this worker on keys of `domain` counts: it is one that confirms, and may serve the domain.
     #[must_use]
-    pub fn speaks_for(&self, worker: &str, domain: &str) -> bool {
+    pub fn speaks_for(&self, worker: &WorkerName, domain: &str) -> bool {
         let domain = self.domains.get(domain).zip(self.workers.get(worker));
         domain.is_some_and(|(domain, worker)| worker.online && worker.confirms() && worker.may_serve(domain))
     }
 
     /// Whether each gateway hears that a key is denied: those heard of, and those that the operator named.
     #[must_use]
-    pub fn reach(&self) -> BTreeMap<String, Reach> {
+    pub fn reach(&self) -> BTreeMap<WorkerName, Reach> {
         let named = self.weights.keys().map(|name| (name.clone(), Reach::Offline));
         let heard_of = self.workers.iter().filter(|(_, worker)| worker.is_somebody()).map(|(name, worker)| {
             let revokes = worker.hello.as_ref().is_some_and(Hello::revokes);
@@ -423,13 +429,13 @@ impl Gateways {
 
     /// Whether this worker is online.
     #[must_use]
-    pub fn is_online(&self, worker: &str) -> bool {
+    pub fn is_online(&self, worker: &WorkerName) -> bool {
         self.workers.get(worker).is_some_and(|worker| worker.online)
     }
 
     /// Whether this worker is online, and the domain there.
     #[must_use]
-    pub fn has_online(&self, worker: &str, domain: &str) -> bool {
+    pub fn has_online(&self, worker: &WorkerName, domain: &str) -> bool {
         let (worker, domain) = (self.workers.get(worker), self.domains.get(domain));
         worker.zip(domain).is_some_and(|(worker, domain)| worker.has_online(domain))
     }
@@ -480,7 +486,7 @@ impl Gateways {
     #[must_use]
     pub fn overview(&self) -> Vec<Overview> {
         let all = self.all();
-        let overview = |(name, worker): (&String, &Worker)| Overview {
+        let overview = |(name, worker): (&WorkerName, &Worker)| Overview {
             worker: name.clone(),
             online: worker.online,
             version: worker.hello.as_ref().map(|hello| hello.version.clone()),
@@ -498,11 +504,11 @@ impl Gateways {
         self.workers.iter().map(overview).collect()
     }
 
-    fn weight(&self, worker: &str) -> f64 {
+    fn weight(&self, worker: &WorkerName) -> f64 {
         self.weights.get(worker).copied().unwrap_or(1.0)
     }
 
-    fn target(&self, worker: &str, all: &All) -> f64 {
+    fn target(&self, worker: &WorkerName, all: &All) -> f64 {
         self.weight(worker) / all.weights * all.peers
     }
 

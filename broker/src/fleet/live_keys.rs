@@ -12,7 +12,7 @@ use wgkex_common::config::{self, Cleanup};
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::sync::CHUNK;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{BrokerName, Domain, PublicKey, WorkerName};
 
 use crate::fleet::claimed::Claimed;
 
@@ -27,7 +27,7 @@ const ABSENT: usize = 16;
 /// Every key that is alive, and when it was heard of.
 #[derive(Debug)]
 pub struct LiveKeys {
-    own_name: String,
+    own_name: BrokerName,
     max: usize,
     ttl: Duration,
     /// How long a key has for its first handshake, and how long it is proven by one that was heard of.
@@ -78,7 +78,7 @@ impl LiveKeys {
     /// The keys of `domains` that are known. Changes go into the journal.
     #[must_use]
     pub fn new(
-        own_name: String,
+        own_name: BrokerName,
         (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }): (config::LiveKeys, Cleanup),
         domains: impl IntoIterator<Item = Domain>,
         (journal, known): (WriteBuffer, Keys),
@@ -192,7 +192,7 @@ impl LiveKeys {
     }
 
     /// `worker` sees handshakes of the key. Of one that no router sent that is only kept, for when one does.
-    pub fn prove(&mut self, worker: &str, domain: &str, key: PublicKey, now: Instant) {
+    pub fn prove(&mut self, worker: &WorkerName, domain: &str, key: PublicKey, now: Instant) {
         match self.domains.get_key_value(domain) {
             Some((_, served)) if served.keys.contains_key(&key) => {
                 self.merge(domain, key, KeyRecord { last: now, proven: true }, AT_ONCE, now);

@@ -7,8 +7,8 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
-use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Revoked;
+use wgkex_common::{PublicKey, WorkerName};
 
 use crate::fleet::gateways::Reach;
 
@@ -22,7 +22,7 @@ const SHOWN_MAX: usize = 80;
 /// The key in question, and when its record was made.
 type Subject = (PublicKey, u64);
 /// A gateway, and what it says.
-type Word = (String, String);
+type Word = (WorkerName, String);
 
 /// Everyone who waits. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -34,7 +34,7 @@ pub struct Answers {
 #[derive(Debug)]
 struct Call {
     words: mpsc::Sender<Word>,
-    heard: BTreeSet<String>,
+    heard: BTreeSet<WorkerName>,
 }
 
 /// One admin call that waits; it no longer does when this is dropped.
@@ -73,14 +73,14 @@ impl Answers {
     }
 
     /// Passes on what `worker` said. Nobody waits for what it applies on its return.
-    pub fn resolve(&self, worker: &str, revoked: Revoked) {
+    pub fn resolve(&self, worker: &WorkerName, revoked: Revoked) {
         let mut table = self.table();
         for (key, outcome) in revoked.keys {
             if let Some(call) = table.get_mut(&(key, revoked.at))
                 && call.heard.len() < GATEWAYS
-                && call.heard.insert(worker.to_owned())
+                && call.heard.insert(worker.clone())
             {
-                let _ = call.words.try_send((worker.to_owned(), outcome));
+                let _ = call.words.try_send((worker.clone(), outcome));
             }
         }
     }
@@ -93,10 +93,10 @@ impl Answers {
 impl Waiting {
     /// What became of the key at each gateway, given which of them were `reach`able: as soon as all of these have said
     /// it, and no later than `until`.
-    pub async fn results(mut self, reach: BTreeMap<String, Reach>, until: Instant) -> BTreeMap<String, String> {
+    pub async fn results(mut self, reach: BTreeMap<WorkerName, Reach>, until: Instant) -> BTreeMap<WorkerName, String> {
         let online = reach.iter().filter(|(_, reach)| **reach == Reach::Online);
-        let mut missing: BTreeSet<String> = online.map(|(name, _)| name.clone()).collect();
-        let mut results: BTreeMap<String, String> =
+        let mut missing: BTreeSet<WorkerName> = online.map(|(name, _)| name.clone()).collect();
+        let mut results: BTreeMap<WorkerName, String> =
             reach.into_iter().map(|(name, reach)| (name, before_any_word(reach).to_owned())).collect();
         while !missing.is_empty() {
             let Ok(Some((worker, outcome))) = timeout_at(until, self.words.recv()).await else { break };
@@ -137,6 +137,10 @@ fn shown(outcome: &str) -> String {
 mod tests {
     use super::*;
 
+    fn name(name: &str) -> WorkerName {
+        name.parse().unwrap()
+    }
+
     fn key(n: u8) -> PublicKey {
         PublicKey::from_bytes([n; 32]).unwrap()
     }
@@ -145,9 +149,9 @@ mod tests {
         Revoked { at, keys: [(key(n), outcome.to_owned())].into() }
     }
 
-    fn reach() -> BTreeMap<String, Reach> {
+    fn reach() -> BTreeMap<WorkerName, Reach> {
         let reach = [("gw1", Reach::Online), ("gw2", Reach::Online), ("gw3", Reach::Offline), ("gw4", Reach::Cannot)];
-        reach.map(|(name, reach)| (name.to_owned(), reach)).into()
+        reach.map(|(worker, reach)| (name(worker), reach)).into()
     }
 
     #[tokio::test(start_paused = true)]
@@ -163,12 +167,12 @@ mod tests {
             ("gw1", said(7, 3, "removed")),
             ("gw2", said(7, 3, "x\ny")),
         ] {
-            answers.resolve(worker, revoked);
+            answers.resolve(&name(worker), revoked);
         }
         let begun = Instant::now();
         let results = waiting.results(reach(), begun + PATIENCE).await;
         let wanted = [("gw1", ABSENT), ("gw2", "failed: xy"), ("gw3", OFFLINE), ("gw4", CANNOT)];
-        assert_eq!(results, wanted.map(|(name, result)| (name.to_owned(), result.to_owned())).into());
+        assert_eq!(results, wanted.map(|(worker, result)| (name(worker), result.to_owned())).into());
         assert_eq!(begun.elapsed(), Duration::ZERO, "nobody is waited for in vain");
         assert!(answers.table().is_empty());
     }
@@ -179,9 +183,9 @@ mod tests {
         let answers = Answers::default();
         let waiting = answers.wait_for(key(3), 7);
         for _ in 0..2 * GATEWAYS {
-            answers.resolve("gw1", said(7, 3, "failed"));
+            answers.resolve(&name("gw1"), said(7, 3, "failed"));
         }
-        answers.resolve("gw2", said(7, 3, "removed"));
+        answers.resolve(&name("gw2"), said(7, 3, "removed"));
         let results = waiting.results(reach(), Instant::now() + PATIENCE).await;
         assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), ("failed: failed", REMOVED));
     }
@@ -190,7 +194,7 @@ mod tests {
     async fn who_says_nothing_is_waited_for_no_longer_than_the_patience() {
         let answers = Answers::default();
         let waiting = answers.wait_for(key(3), 7);
-        answers.resolve("gw2", said(7, 3, "removed"));
+        answers.resolve(&name("gw2"), said(7, 3, "removed"));
         let begun = Instant::now();
         let results = waiting.results(reach(), begun + PATIENCE).await;
         assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), (SILENT, REMOVED));

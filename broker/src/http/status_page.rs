@@ -101,7 +101,7 @@ mod tests {
     fn the_page_shows_gateways_and_counts_and_no_markup_of_strangers() {
         let domain = Domain::new("ff_a", &["ff_".into()]).unwrap();
         let gateway = Overview {
-            worker: "<script>".into(),
+            worker: "<script>".parse().unwrap(),
             online: true,
             version: None,
             domains: [(domain, Some(7)), (Domain::new("ff_c", &["ff_".into()]).unwrap(), None)].into(),

@@ -1,9 +1,10 @@
 //! Which user may publish and subscribe to which topics: one set of rules, derived from each topic's owner and direction,
 //! for the embedded MQTT server and for the access lists of others ([`crate::cli::mqtt_acl`]).
 
-use wgkex_common::Topic;
 use wgkex_common::config::Role;
+use wgkex_common::wire::name::NameError;
 use wgkex_common::wire::topic::{Direction, Owner};
+use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::mqtt_server::filter::{covers, matches};
 
@@ -78,43 +79,49 @@ impl Access {
 pub(crate) fn filters(role: Role, operation: Operation, name: &str) -> Vec<String> {
     let parker = PARKER.iter().filter(|row| (row.0, row.1) == (role, operation)).map(|row| row.2.replace(NAME, name));
     match (role, operation) {
-        (Role::Worker, Operation::Publish) => worker_publishes(name).into_iter().chain(parker).collect(),
-        (Role::Worker, Operation::Subscribe) => parker.chain(worker_subscribes(name)).collect(),
+        (Role::Worker, _) => match (name.parse(), operation) {
+            (Ok(worker), Operation::Publish) => worker_publishes(&worker).into_iter().chain(parker).collect(),
+            (Ok(worker), Operation::Subscribe) => parker.chain(worker_subscribes(&worker)).collect(),
+            // The config has no such user.
+            (Err(NameError), _) => Vec::new(),
+        },
         (Role::Broker, Operation::Publish) => broker_publishes().into_iter().chain(parker).collect(),
         (Role::Broker, Operation::Subscribe) => parker.chain(Topic::ROOTS.map(|root| format!("{root}/#"))).collect(),
     }
 }
 
 /// What the worker owns, all of it below its name in `wgkex/`, and what it asks brokers. No keys.
-fn worker_publishes(name: &str) -> Vec<String> {
-    let contract = topics(name, |topic| matches!(topic.owner(), Owner::Worker(_)) && !topic.is_ours());
-    let requests = topics("+", |topic| topic.direction() == Direction::FromAll);
-    [contract, vec![Topic::all_of_worker(name)], requests].concat()
+fn worker_publishes(worker: &WorkerName) -> Vec<String> {
+    let contract = topics(worker, |topic| matches!(topic.owner(), Owner::Worker(_)) && !topic.is_ours());
+    let requests = topics(&WorkerName::any(), |topic| topic.direction() == Direction::FromAll);
+    [contract, vec![Topic::all_of_worker(worker)], requests].concat()
 }
 
 /// What goes to everybody, and what goes to this worker alone.
-fn worker_subscribes(name: &str) -> Vec<String> {
+fn worker_subscribes(worker: &WorkerName) -> Vec<String> {
+    let any = WorkerName::any();
     let is_for_all = |topic: &Topic| matches!(topic.direction(), Direction::StateForAll | Direction::Broadcast);
-    let named = topics("+", |topic| is_for_all(topic) && topic.owner() != Owner::Nobody);
+    let named = topics(&any, |topic| is_for_all(topic) && topic.owner() != Owner::Nobody);
     let reaches_owner = [Direction::StateForBrokers, Direction::FromBrokers, Direction::Echo];
     let own =
-        topics(name, |topic| matches!(topic.owner(), Owner::Worker(_)) && reaches_owner.contains(&topic.direction()));
-    let shared = topics("+", |topic| is_for_all(topic) && topic.owner() == Owner::Nobody);
+        topics(worker, |topic| matches!(topic.owner(), Owner::Worker(_)) && reaches_owner.contains(&topic.direction()));
+    let shared = topics(&any, |topic| is_for_all(topic) && topic.owner() == Owner::Nobody);
     [named, own, shared].concat()
 }
 
 /// What any broker owns, what brokers send to workers, and what no program owns.
 fn broker_publishes() -> Vec<String> {
-    let brokers = topics("+", |topic| matches!(topic.owner(), Owner::Broker(_) | Owner::Domain(_)));
+    let any = WorkerName::any();
+    let brokers = topics(&any, |topic| matches!(topic.owner(), Owner::Broker(_) | Owner::Domain(_)));
     let workers =
-        topics("+", |topic| matches!(topic.owner(), Owner::Worker(_)) && topic.direction() == Direction::FromBrokers);
-    let shared = topics("+", |topic| topic.owner() == Owner::Nobody);
+        topics(&any, |topic| matches!(topic.owner(), Owner::Worker(_)) && topic.direction() == Direction::FromBrokers);
+    let shared = topics(&any, |topic| topic.owner() == Owner::Nobody);
     [brokers, workers, shared].concat()
 }
 
 /// The filters of the kinds of topics that are so, in the order of [`Topic::each`]; of workers' those of `worker`.
-fn topics(worker: &str, is_so: impl Fn(&Topic) -> bool) -> Vec<String> {
-    Topic::each("+", worker, "+").iter().filter(|topic| is_so(topic)).map(Topic::filter).collect()
+fn topics(worker: &WorkerName, is_so: impl Fn(&Topic) -> bool) -> Vec<String> {
+    Topic::each("+", worker, &BrokerName::any()).iter().filter(|topic| is_so(topic)).map(Topic::filter).collect()
 }
 
 #[cfg(test)]
@@ -132,8 +139,8 @@ mod tests {
     /// Every topic there is, those of the worker `worker` and the broker `broker`; whether the worker gw1 and a broker
     /// may say it, and whether they may hear it.
     fn table(worker: &str) -> Vec<(Topic, [bool; 4])> {
-        let (own, name) = (worker == "gw1", || worker.to_owned());
-        let (domain, broker) = (|| "ffx_a".to_owned(), || "b1".to_owned());
+        let (own, name) = (worker == "gw1", || worker.parse().unwrap());
+        let (domain, broker) = (|| "ffx_a".to_owned(), || "b1".parse().unwrap());
         vec![
             (Topic::Key { domain: domain() }, [false, true, true, true]),
             (Topic::ConnectedPeers { domain: domain(), worker: name() }, [own, false, own, true]),
@@ -171,7 +178,7 @@ mod tests {
 
     #[test]
     fn the_programs_filters_may_be_heard_and_wider_ones_not() {
-        let pages = Topic::WorkerChunks { worker: "gw1".into() }.to_string();
+        let pages = Topic::WorkerChunks { worker: "gw1".parse().unwrap() }.to_string();
         for filter in [Topic::keys("ffx_a"), Topic::broker_hellos(), pages, "wireguard-worker/+/+/data".into()] {
             assert!(worker().can_subscribe(&filter), "{filter}");
         }

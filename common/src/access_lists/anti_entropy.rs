@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::BrokerName;
 use crate::wire::message::Hello;
 
 /// Brokers that are remembered at most.
@@ -27,8 +28,8 @@ const HELD_DOWN: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
-    own: Option<String>,
-    brokers: BTreeMap<String, Other>,
+    own: Option<BrokerName>,
+    brokers: BTreeMap<BrokerName, Other>,
     connection: Connection,
     /// Somebody asked for all records.
     is_asked: bool,
@@ -53,7 +54,7 @@ struct Other {
 }
 
 impl AntiEntropy {
-    pub fn new(own: Option<String>) -> Self {
+    pub fn new(own: Option<BrokerName>) -> Self {
         Self { own, brokers: BTreeMap::new(), connection: Connection::Connecting, is_asked: false, said: None }
     }
 
@@ -69,9 +70,9 @@ impl AntiEntropy {
     }
 
     /// A broker says what it is, or that it goes.
-    pub fn broker(&mut self, name: &str, hello: Option<&Hello>) {
+    pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>) {
         let digest = hello.filter(|hello| hello.answers()).and_then(|hello| hello.records.clone());
-        let Some(digest) = digest.filter(|_| self.own.as_deref() != Some(name)) else {
+        let Some(digest) = digest.filter(|_| self.own.as_ref() != Some(name)) else {
             self.brokers.remove(name);
             return;
         };
@@ -79,7 +80,7 @@ impl AntiEntropy {
             return;
         }
         if self.brokers.len() < BROKERS || self.brokers.contains_key(name) {
-            self.brokers.insert(name.to_owned(), Other { digest, asked: None, tries: 0 });
+            self.brokers.insert(name.clone(), Other { digest, asked: None, tries: 0 });
         }
     }
 
@@ -89,7 +90,7 @@ impl AntiEntropy {
     }
 
     /// The brokers to ask now, given the own digest.
-    pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<String> {
+    pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
         let mut names = Vec::new();
         for (name, broker) in &mut self.brokers {
             let pause = (PATIENCE * 2_u32.pow(broker.tries.min(6))).min(PATIENCE_MAX);
@@ -139,15 +140,19 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn name(name: &str) -> BrokerName {
+        name.parse().unwrap()
+    }
+
     fn hello(digest: Option<&str>) -> Hello {
         Hello { records: digest.map(str::to_owned), ..Hello::broker(Vec::new(), 1) }
     }
 
     fn anti_entropy(own: Option<&str>, brokers: &[(&str, &str)]) -> (AntiEntropy, Instant) {
-        let (mut anti_entropy, now) = (AntiEntropy::new(own.map(str::to_owned)), Instant::now());
+        let (mut anti_entropy, now) = (AntiEntropy::new(own.map(name)), Instant::now());
         anti_entropy.up(now);
-        for (name, digest) in brokers {
-            anti_entropy.broker(name, Some(&hello(Some(digest))));
+        for (broker, digest) in brokers {
+            anti_entropy.broker(&name(broker), Some(&hello(Some(digest))));
         }
         (anti_entropy, now)
     }
@@ -155,7 +160,7 @@ mod tests {
     #[test]
     fn who_has_other_records_is_asked_and_again_ever_more_rarely() {
         let (mut anti_entropy, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "y")]);
-        assert_eq!(anti_entropy.ask("y", begun), ["b1"]);
+        assert_eq!(anti_entropy.ask("y", begun), [name("b1")]);
         let mut asked = Vec::new();
         for second in 1..300 {
             if !anti_entropy.ask("y", begun + second * 1000 * MS).is_empty() {
@@ -163,22 +168,22 @@ mod tests {
             }
         }
         assert_eq!(asked, [1, 3, 7, 15, 31, 63, 123, 183, 243]);
-        assert!(anti_entropy.ask("x", begun + 300_000 * MS) == ["b2"], "b1 agrees now");
-        anti_entropy.broker("b1", Some(&hello(Some("z"))));
-        assert_eq!(anti_entropy.ask("y", begun + 300_000 * MS), ["b1"], "it says another one");
+        assert!(anti_entropy.ask("x", begun + 300_000 * MS) == [name("b2")], "b1 agrees now");
+        anti_entropy.broker(&name("b1"), Some(&hello(Some("z"))));
+        assert_eq!(anti_entropy.ask("y", begun + 300_000 * MS), [name("b1")], "it says another one");
     }
 
     #[test]
     fn only_brokers_that_answer_and_say_a_digest_are_asked_and_never_oneself() {
         let (mut anti_entropy, now) = anti_entropy(Some("own"), &[("own", "x"), ("b1", "x"), ("b2", "x")]);
-        anti_entropy.broker("old", Some(&hello(None)));
-        anti_entropy.broker("w", Some(&Hello::worker(Vec::new())));
-        anti_entropy.broker("b2", None);
-        assert_eq!(anti_entropy.ask("y", now), ["b1"]);
+        anti_entropy.broker(&name("old"), Some(&hello(None)));
+        anti_entropy.broker(&name("w"), Some(&Hello::worker(Vec::new())));
+        anti_entropy.broker(&name("b2"), None);
+        assert_eq!(anti_entropy.ask("y", now), [name("b1")]);
         anti_entropy.down();
         assert!(anti_entropy.ask("z", now).is_empty());
         for n in 0..5_000 {
-            anti_entropy.broker(&n.to_string(), Some(&hello(Some("x"))));
+            anti_entropy.broker(&name(&n.to_string()), Some(&hello(Some("x"))));
         }
         assert_eq!(anti_entropy.brokers.len(), BROKERS);
     }

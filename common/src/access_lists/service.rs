@@ -22,7 +22,7 @@ use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
 use crate::storage::StorageError;
 use crate::wire::message::{Hello, Participant, RecordsRequest};
-use crate::{Config, Topic};
+use crate::{BrokerName, Config, Topic};
 
 /// Commands that wait at most. What brokers publish they publish again, so one too many is dropped.
 const COMMANDS: usize = 1024;
@@ -71,7 +71,7 @@ pub enum ListEvent {
     /// Not connected.
     Down,
     /// What a broker can do; none if it goes.
-    Broker(String, Option<Hello>),
+    Broker(BrokerName, Option<Hello>),
     /// Records that somebody made.
     Records(Vec<Record>),
     /// A request for all records.
@@ -153,7 +153,8 @@ impl ListService {
         let (sender, commands) = mpsc::channel(COMMANDS);
         let (view, viewed) = watch::channel(snapshot(&files, &records, now));
         let held = Arc::new(watch::channel(None).0);
-        let anti_entropy = AntiEntropy::new(matches!(own, Participant::Broker(_)).then(|| own.name().to_owned()));
+        let own_broker = if let Participant::Broker(name) = &own { Some(name.clone()) } else { None };
+        let anti_entropy = AntiEntropy::new(own_broker);
         let keeper = Self {
             own,
             files,
@@ -346,7 +347,7 @@ impl ListService {
     fn share(&mut self, bus: &MqttHandle, now: Instant) {
         let digest = self.view.borrow().digest.clone();
         for broker in self.anti_entropy.ask(&digest, now) {
-            debug!(broker, "asking for list entries");
+            debug!(broker = broker.as_str(), "asking for list entries");
             let question = RecordsRequest { from: self.own.clone(), revocations: true };
             // One that is lost is put again.
             let payload = serde_json::to_vec(&question).unwrap_or_default();

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
 use crate::wire::message::WorkerData;
-use crate::{Domain, PublicKey, is_derived};
+use crate::{Domain, PublicKey, WorkerName, is_derived};
 
 /// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense.
 const GATEWAYS_MAX: usize = 16_384;
@@ -32,7 +32,7 @@ pub struct Reserved {
 }
 
 /// A worker and a domain, as they stand in the topic.
-type Gateway = (String, String);
+type Gateway = (WorkerName, String);
 
 /// What a gateway publishes of itself.
 #[derive(Debug, Clone, Copy, Default)]
@@ -101,8 +101,8 @@ impl Reserved {
     }
 
     /// What a worker says of itself in a domain; none if it took that back.
-    pub fn update(&mut self, worker: &str, domain: &str, data: Option<&WorkerData>) {
-        let gateway = (worker.to_owned(), domain.to_owned());
+    pub fn update(&mut self, worker: &WorkerName, domain: &str, data: Option<&WorkerData>) {
+        let gateway = (worker.clone(), domain.to_owned());
         let is_known = self.gateways.contains_key(&gateway);
         let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
@@ -190,6 +190,10 @@ mod tests {
         PublicKey::from_bytes([byte; 32]).unwrap()
     }
 
+    fn worker(name: &str) -> WorkerName {
+        name.parse().unwrap()
+    }
+
     fn data(public_key: PublicKey, link_address: &str) -> WorkerData {
         WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: link_address.into() }
     }
@@ -208,18 +212,18 @@ mod tests {
         let mut reserved = reserved(&[9]);
         let routers = key(3).link_local();
         assert!(reserved.is_reserved(&key(9)) && reserved.lists(&key(9)) && !reserved.is_reserved(&key(1)));
-        reserved.update("gw", "ff_a", Some(&data(key(1), &routers.to_string())));
+        reserved.update(&worker("gw"), "ff_a", Some(&data(key(1), &routers.to_string())));
         assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()) && !reserved.lists(&key(1)));
         assert!(!reserved.is_reserved(&key(3)), "no gateway takes a router's address");
         // An interface that is made has its key first, and then its address.
-        reserved.update("gw", "ff_a", Some(&data(key(1), "fe80::1")));
+        reserved.update(&worker("gw"), "ff_a", Some(&data(key(1), "fe80::1")));
         assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
         pass(&mut reserved, STABLE_TICKS);
-        reserved.update("gw", "ff_a", Some(&data(key(2), "no address")));
+        reserved.update(&worker("gw"), "ff_a", Some(&data(key(2), "no address")));
         assert!(reserved.is_reserved(&key(2)) && !reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(3)));
         assert!(!reserved.has_address(&"fe80::1".parse().unwrap()));
-        reserved.update("gw", "ff_b", Some(&data(key(1), "fe80::1")));
-        reserved.update("gw", "ff_a", None);
+        reserved.update(&worker("gw"), "ff_b", Some(&data(key(1), "fe80::1")));
+        reserved.update(&worker("gw"), "ff_a", None);
         assert!(reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(2)) && reserved.is_reserved(&key(9)));
     }
 
@@ -228,7 +232,7 @@ mod tests {
     fn gateways_of_domains_that_are_not_served_reserve_nothing() {
         let mut reserved = reserved(&[]);
         for n in 10..200 {
-            reserved.update("gw", &n.to_string(), Some(&data(key(n), "fe80::1")));
+            reserved.update(&worker("gw"), &n.to_string(), Some(&data(key(n), "fe80::1")));
             assert!(!reserved.is_reserved(&key(n)));
         }
         assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
@@ -239,12 +243,12 @@ mod tests {
     fn a_word_that_changes_all_the_time_reserves_nothing_until_it_stands() {
         let mut reserved = reserved(&[]);
         for n in 10..60 {
-            reserved.update("gw", "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
+            reserved.update(&worker("gw"), "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
             assert_eq!(reserved.is_reserved(&key(n)), n == 10, "the first word counts, {n}");
-            reserved.update("gw", "ff_a", None);
+            reserved.update(&worker("gw"), "ff_a", None);
             pass(&mut reserved, STABLE_TICKS - 1);
         }
-        reserved.update("gw", "ff_a", Some(&data(key(7), "fe80::7")));
+        reserved.update(&worker("gw"), "ff_a", Some(&data(key(7), "fe80::7")));
         assert!(!reserved.is_reserved(&key(7)));
         pass(&mut reserved, STABLE_TICKS);
         assert!(reserved.is_reserved(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
@@ -255,11 +259,11 @@ mod tests {
     fn nonsense_in_any_number_is_not_remembered() {
         let mut reserved = reserved(&[]);
         for number in 0..GATEWAYS_MAX {
-            reserved.gateways.insert((number.to_string(), "ff_a".into()), Published::default());
+            reserved.gateways.insert((worker(&number.to_string()), "ff_a".into()), Published::default());
         }
-        reserved.update("one more", "ff_a", Some(&data(key(2), "fe80::1")));
+        reserved.update(&worker("one more"), "ff_a", Some(&data(key(2), "fe80::1")));
         assert!(!reserved.is_reserved(&key(2)));
-        reserved.update("1", "ff_a", Some(&data(key(2), "fe80::1")));
+        reserved.update(&worker("1"), "ff_a", Some(&data(key(2), "fe80::1")));
         assert!(reserved.is_reserved(&key(2)));
     }
 
@@ -269,9 +273,9 @@ mod tests {
             words in prop::collection::vec((0..3_u8, 0..2_u8, prop::option::of((1..6_u8, 0..3_u8)), 0..8_u64), 0..60),
         ) {
             let mut reserved = reserved(&[]);
-            for (worker, domain, published, ticks) in words {
+            for (name, domain, published, ticks) in words {
                 let data = published.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
-                reserved.update(&worker.to_string(), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
+                reserved.update(&worker(&name.to_string()), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
                 pass(&mut reserved, ticks);
                 let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
                 for published in reserved.gateways.values() {

@@ -17,7 +17,7 @@ use super::{
     Allow, Cleanup, Config, Confirm, Credentials, Https, KeyLists, Limits, Listen, LiveKeys, Mqtt, MqttListen,
     MqttUser, Peers, Quota, Role, Secret, Server, Setup, Tls, Worker,
 };
-use crate::{Domain, DomainError, PublicKey, is_topic_level};
+use crate::{Domain, DomainError, HostName, PublicKey, WorkerName, is_topic_level};
 
 /// More mistakes than anybody reads at once.
 const ERRORS_MAX: usize = 50;
@@ -42,7 +42,7 @@ pub(super) fn types(tree: &mut Value, diagnostics: &mut Diagnostics) -> Option<R
 
 /// The config that `raw` means on the machine `host_name`; it only counts if the diagnostics has no mistake.
 pub(super) fn check(raw: Raw, host_name: &str, diagnostics: &mut Diagnostics) -> Config {
-    name(host_name, diagnostics);
+    let name = name(host_name, diagnostics);
     refuse_and_warn(&raw, diagnostics);
     let listed: Vec<Text> = raw.domains.into_iter().flatten().collect();
     let prefixes: Vec<String> = raw.domain_prefixes.into_iter().flatten().map(|prefix| prefix.0).collect();
@@ -63,7 +63,7 @@ pub(super) fn check(raw: Raw, host_name: &str, diagnostics: &mut Diagnostics) ->
     let whitelist: BTreeSet<PublicKey> = raw.key_whitelist.into_iter().flatten().map(|key| key.0).collect();
     let protected_keys = raw.protected_keys.into_iter().flatten().map(|key| key.0);
     Config {
-        name: host_name.to_owned(),
+        name,
         external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
         workers: workers(&raw.workers, diagnostics),
         cleanup: cleanup(&raw.cleanup),
@@ -91,13 +91,14 @@ pub(super) fn check(raw: Raw, host_name: &str, diagnostics: &mut Diagnostics) ->
     }
 }
 
-fn name(host_name: &str, diagnostics: &mut Diagnostics) {
-    if !is_topic_level(host_name) {
+fn name(host_name: &str, diagnostics: &mut Diagnostics) -> HostName {
+    host_name.parse().unwrap_or_else(|_| {
         diagnostics.error_of_source(&format!(
             "the host name {host_name:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters \
              are not allowed"
         ));
-    }
+        HostName::any()
+    })
 }
 
 /// rumqttc takes no silence for ever; the longest there is comes close.
@@ -164,13 +165,17 @@ fn bad_domain(path: &Path, name: &str, error: &DomainError, diagnostics: &mut Di
 }
 
 /// Each is called by its host name, which is a level of topics: what is more would give its user others' rights.
-fn workers(raw: &BTreeMap<String, raw::Worker>, diagnostics: &mut Diagnostics) -> BTreeMap<String, Worker> {
-    for name in raw.keys().filter(|name| !is_topic_level(name)) {
-        let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
-        diagnostics.error(&Path::of("workers").then(name), complaint);
+fn workers(raw: &BTreeMap<String, raw::Worker>, diagnostics: &mut Diagnostics) -> BTreeMap<WorkerName, Worker> {
+    let mut workers = BTreeMap::new();
+    for (name, raw) in raw {
+        if let Ok(name) = name.parse() {
+            workers.insert(name, Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) });
+        } else {
+            let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
+            diagnostics.error(&Path::of("workers").then(name), complaint);
+        }
     }
-    let worker = |raw: &raw::Worker| Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) };
-    raw.iter().map(|(name, raw)| (name.clone(), worker(raw))).collect()
+    workers
 }
 
 fn cleanup(raw: &raw::Cleanup) -> Cleanup {

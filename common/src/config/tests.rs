@@ -129,7 +129,7 @@ fn what_is_left_out_has_its_default() {
     let seconds = Duration::from_secs;
     let expected = Config {
         domains: config.domains.clone(),
-        name: "gw04.in.ffmuc.net".into(),
+        name: "gw04.in.ffmuc.net".parse().unwrap(),
         external_name: "gw04.in.ffmuc.net".into(),
         workers: BTreeMap::new(),
         cleanup: Cleanup { interval: seconds(3600), stale: seconds(10800), grace: seconds(600) },
@@ -491,7 +491,7 @@ fn the_example_documents_every_key_with_its_default() {
 
     let everything = everything_of_the_example();
     let mut config = parse(&everything).unwrap();
-    assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".into(), Worker { weight: 1.0 })]));
+    assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".parse().unwrap(), Worker { weight: 1.0 })]));
     config.workers.clear();
     let users = &mut config.mqtt_listen.as_mut().unwrap().users;
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);

@@ -171,8 +171,12 @@ mod tests {
 
     use super::*;
 
+    fn broker(name: &str) -> Participant {
+        Participant::Broker(name.parse().unwrap())
+    }
+
     fn worker(name: &str) -> Participant {
-        Participant::Worker(name.into())
+        Participant::Worker(name.parse().unwrap())
     }
 
     fn connected(now: Instant) -> Presence {
@@ -207,7 +211,7 @@ mod tests {
         assert_eq!(presence.next(due), Some(Announcement::Transient));
         assert_eq!(presence.next(due), None);
         presence.status(worker("1"), false, false, due, 0.0);
-        presence.status(Participant::Broker("1".into()), true, false, due, 0.0);
+        presence.status(broker("1"), true, false, due, 0.0);
         assert_eq!(presence.due(), Some(due + PAUSE), "one after the other costs no more");
         presence.disconnected();
         presence.connected(due);
@@ -234,10 +238,7 @@ mod tests {
         };
         let status = |party, online, retained| Some(PresenceEvent::Status { party, online, retained });
         assert_eq!(read("wireguard-worker/a/status", b"1", true), status(worker("a"), true, true));
-        assert_eq!(
-            read("wireguard-broker/own/status", b"", false),
-            status(Participant::Broker("own".into()), false, false)
-        );
+        assert_eq!(read("wireguard-broker/own/status", b"", false), status(broker("own"), false, false));
         for topic in ["wireguard-worker/own/status", "wireguard-worker/own/d/data", "wgkex/worker/own/hello"] {
             let heard = PresenceEvent::Own(Topic::parse(topic).unwrap(), b"0".to_vec());
             assert_eq!(read(topic, b"0", false), Some(heard));
@@ -263,7 +264,7 @@ mod tests {
             for (kind, name, online, retained, pause) in events {
                 match kind {
                     0 => presence.contradicted(now),
-                    1 => presence.status(Participant::Broker(name.to_string()), online, retained, now, 0.3),
+                    1 => presence.status(broker(&name.to_string()), online, retained, now, 0.3),
                     _ => presence.status(worker(&name.to_string()), online, retained, now, 0.9),
                 }
                 now += Duration::from_millis(pause);

@@ -4,6 +4,10 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
+fn name(name: &str) -> BrokerName {
+    name.parse().unwrap()
+}
+
 fn domain(name: &str) -> Domain {
     Domain::new(name, &["ff_".into()]).unwrap()
 }
@@ -16,9 +20,9 @@ fn hello() -> Hello {
     Hello::broker(vec!["ff_a".into(), "ff_b".into()], 1)
 }
 
-fn chunk(broker: &str, request: &SyncRequest, keys: &[u8], more: bool) -> SnapshotChunk {
+fn chunk(broker: &BrokerName, request: &SyncRequest, keys: &[u8], more: bool) -> SnapshotChunk {
     let keys = keys.iter().map(|n| (key(*n), Age { age_secs: 1, has_handshake: false })).collect();
-    SnapshotChunk { broker: broker.into(), domain: request.domain.clone(), after: request.after, keys, more }
+    SnapshotChunk { broker: broker.clone(), domain: request.domain.clone(), after: request.after, keys, more }
 }
 
 /// An client that has a bus, with brokers, one after the other.
@@ -31,26 +35,26 @@ impl World {
     fn new(own: Participant, selection: PeerSelection, brokers: &[&str]) -> Self {
         let (mut client, now) = (SyncClient::new(own, selection, [domain("ff_a"), domain("ff_b")]), Instant::now());
         for broker in brokers {
-            client.broker(broker, Some(&hello()), now);
+            client.broker(&name(broker), Some(&hello()), now);
         }
         client.online(now, Duration::ZERO);
         Self { client, now }
     }
 
     fn worker(brokers: &[&str]) -> Self {
-        Self::new(Participant::Worker("gw".into()), PeerSelection::Sticky, brokers)
+        Self::new(Participant::Worker("gw".parse().unwrap()), PeerSelection::Sticky, brokers)
     }
 
     fn pass(&mut self, time: Duration) {
         self.now += time;
     }
 
-    fn ask(&mut self) -> Option<(String, SyncRequest)> {
+    fn ask(&mut self) -> Option<(BrokerName, SyncRequest)> {
         self.client.ask(self.now)
     }
 
     /// Has the broker that is asked answer everything that it is asked, with no keys; says who it was.
-    fn round(&mut self) -> Option<String> {
+    fn round(&mut self) -> Option<BrokerName> {
         let mut asked = None;
         while let Some((broker, request)) = self.ask() {
             assert!(self.client.apply(&chunk(&broker, &request, &[], false)));
@@ -68,7 +72,7 @@ fn all_keys_are_asked_for_page_by_page_and_domain_by_domain() {
         let (broker, request) = world.ask().unwrap();
         assert_eq!(world.ask(), None, "one request at a time");
         assert!(world.client.apply(&chunk(&broker, &request, keys, more)));
-        assert_eq!((request.from, request.younger_than), (Participant::Worker("gw".into()), None));
+        assert_eq!((request.from, request.younger_than), (Participant::Worker("gw".parse().unwrap()), None));
         asked.push((request.domain, request.after));
     }
     let wanted = [("ff_a", None), ("ff_a", Some(key(2))), ("ff_a", Some(key(7))), ("ff_b", None)];
@@ -94,7 +98,7 @@ fn then_it_asks_for_what_came_since() {
 }
 
 /// Lets so much time pass, second by second, and gives what is asked meanwhile.
-fn asked_within(world: &mut World, time: Duration) -> Vec<(String, SyncRequest)> {
+fn asked_within(world: &mut World, time: Duration) -> Vec<(BrokerName, SyncRequest)> {
     let end = world.now + time;
     let mut asked = Vec::new();
     while world.now < end {
@@ -178,9 +182,9 @@ fn all_keys_are_asked_for_again_after_an_hour() {
 fn a_broker_that_serves_more_of_the_domains_is_asked_first() {
     for half in ["a", "z"] {
         let mut world = World::worker(&[]);
-        world.client.broker(half, Some(&Hello::broker(vec!["ff_b".into()], 1)), world.now);
-        world.client.broker("m", Some(&hello()), world.now);
-        assert_eq!(world.round().as_deref(), Some("m"));
+        world.client.broker(&name(half), Some(&Hello::broker(vec!["ff_b".into()], 1)), world.now);
+        world.client.broker(&name("m"), Some(&hello()), world.now);
+        assert_eq!(world.round(), Some(name("m")));
     }
 }
 
@@ -189,29 +193,29 @@ fn a_broker_is_new_when_it_comes_and_when_it_was_started_anew() {
     let mut world = World::worker(&[]);
     let domains = || vec!["ff_a".to_owned()];
     for (instance, is_new) in [(1, true), (1, false), (2, true), (2, false)] {
-        assert_eq!(world.client.broker("b1", Some(&Hello::broker(domains(), instance)), world.now), is_new);
+        assert_eq!(world.client.broker(&name("b1"), Some(&Hello::broker(domains(), instance)), world.now), is_new);
     }
-    assert!(!world.client.broker("b1", None, world.now));
-    assert!(world.client.broker("b1", Some(&Hello::broker(domains(), 2)), world.now));
-    assert!(!world.client.broker("w", Some(&Hello::worker(domains())), world.now), "it does not answer");
+    assert!(!world.client.broker(&name("b1"), None, world.now));
+    assert!(world.client.broker(&name("b1"), Some(&Hello::broker(domains(), 2)), world.now));
+    assert!(!world.client.broker(&name("w"), Some(&Hello::worker(domains())), world.now), "it does not answer");
 }
 
 #[test]
 fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
-    let mut world = World::new(Participant::Broker("b2".into()), PeerSelection::RoundRobin, &["b1", "b2", "b3"]);
+    let mut world = World::new(Participant::Broker(name("b2")), PeerSelection::RoundRobin, &["b1", "b2", "b3"]);
     let mut asked = Vec::new();
     for _ in 0..4 {
         asked.extend(world.round());
         world.pass(PERIOD);
     }
-    assert_eq!(asked, ["b1", "b3", "b1", "b3"]);
+    assert_eq!(asked, ["b1", "b3", "b1", "b3"].map(name));
 }
 
 #[test]
 fn a_new_broker_is_asked_soon() {
     let mut world = World::worker(&[]);
     assert_eq!(world.ask(), None);
-    world.client.broker("b1", Some(&hello()), world.now);
+    world.client.broker(&name("b1"), Some(&hello()), world.now);
     world.pass(JITTER);
     assert!(world.ask().is_some());
 }
@@ -223,7 +227,7 @@ fn only_the_answer_to_its_question_counts() {
     let right = chunk(&broker, &request, &[1], true);
     let big: Vec<_> = (1..=2).collect();
     for wrong in [
-        SnapshotChunk { broker: "b9".into(), ..right.clone() },
+        SnapshotChunk { broker: name("b9"), ..right.clone() },
         SnapshotChunk { domain: "ff_b".into(), ..right.clone() },
         SnapshotChunk { after: Some(key(1)), ..right.clone() },
     ] {
@@ -254,8 +258,11 @@ fn only_the_answer_to_its_question_counts() {
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
     for n in 0..BROKERS + 10 {
-        world.client.broker(&n.to_string(), Some(&hello()), world.now);
+        world.client.broker(&name(&n.to_string()), Some(&hello()), world.now);
     }
     assert_eq!(world.client.brokers.len(), BROKERS);
-    assert!(world.client.brokers.contains_key(&(BROKERS + 9).to_string()), "those that never answered give way");
+    assert!(
+        world.client.brokers.contains_key((BROKERS + 9).to_string().as_str()),
+        "those that never answered give way"
+    );
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{PublicKey, RejectReason, Topic};
+use crate::{BrokerName, PublicKey, RejectReason, Topic, WorkerName};
 
 /// The longest payload by which a program says what it is.
 const STATE_MAX: usize = 64 << 10;
@@ -259,9 +259,9 @@ impl Revoked {
 #[serde(rename_all = "lowercase")]
 pub enum Participant {
     /// The worker of this name.
-    Worker(String),
+    Worker(WorkerName),
     /// The broker of this name.
-    Broker(String),
+    Broker(BrokerName),
 }
 
 impl Participant {
@@ -269,17 +269,18 @@ impl Participant {
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
-            Self::Worker(name) | Self::Broker(name) => name,
+            Self::Worker(name) => name.as_str(),
+            Self::Broker(name) => name.as_str(),
         }
     }
 
     /// Where it asks `broker`, and nobody else can in its name: only a worker itself may publish there, and only brokers on
     /// what brokers hear pages on.
     #[must_use]
-    pub fn requests(&self, broker: &str) -> Topic {
+    pub fn requests(&self, broker: &BrokerName) -> Topic {
         match self {
             Self::Worker(worker) => Topic::WorkerRequests { worker: worker.clone() },
-            Self::Broker(_) => Topic::BrokerChunks { broker: broker.to_owned() },
+            Self::Broker(_) => Topic::BrokerChunks { broker: broker.clone() },
         }
     }
 
@@ -300,7 +301,7 @@ pub struct SyncRequest {
     pub from: Participant,
     /// Which broker is asked, where the topic does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<String>,
+    pub to: Option<BrokerName>,
     /// The domain's name.
     pub domain: String,
     /// Keys beyond this one in the order of their bytes; none for the first page.
@@ -332,7 +333,7 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotChunk {
     /// Who answers.
-    pub broker: String,
+    pub broker: BrokerName,
     /// As asked.
     pub domain: String,
     /// As asked.
@@ -449,7 +450,7 @@ mod tests {
         let records = asked(r#"{"from":{"worker":"gw1"},"revocations":true}"#).unwrap();
         assert_eq!(
             records,
-            Request::Records(RecordsRequest { from: Participant::Worker("gw1".into()), revocations: true })
+            Request::Records(RecordsRequest { from: Participant::Worker("gw1".parse().unwrap()), revocations: true })
         );
         let keys = r#"{"from":{"broker":"b1"},"domain":"d","after":null,"younger_than":20}"#;
         assert!(matches!(asked(keys).unwrap(), Request::Keys(question) if question.domain == "d"));

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use crate::wire::message::Participant;
+use crate::wire::name::{BrokerName, WorkerName};
 
 /// The longest name of a program or a domain, in bytes.
 const LEVEL_MAX: usize = 255;
@@ -12,7 +13,7 @@ const OURS: &str = "wgkex";
 
 /// A topic of the contract's section 4, or one of our own below `wgkex/`.
 ///
-/// Names are those of the wire, unchecked against the config: what came over MQTT may be anybody's.
+/// The domain is the wire's, unchecked against the config: what came over MQTT may be anybody's. So may the names of programs.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Topic {
     /// A key for every gateway of a domain. Parsed whatever the last level is, built with `all`.
@@ -25,79 +26,79 @@ pub enum Topic {
         /// The domain's name.
         domain: String,
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// Whether a worker is online; its last will stands here.
     WorkerStatus {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// What a router must know to reach a worker in a domain.
     WorkerData {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
         /// The domain's name.
         domain: String,
     },
     /// Whether a broker is online; its last will stands here.
     BrokerStatus {
         /// The broker's name.
-        broker: String,
+        broker: BrokerName,
     },
     /// What a worker can do beyond the contract. Ours.
     WorkerHello {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// What became of a batch of keys at a worker. Ours.
     Applied {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// Keys that a worker sees handshakes of. Ours.
     Handshakes {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// What became of denied keys at a worker. Ours.
     Revoked {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// A worker's sync requests, to a broker that they name. Ours.
     WorkerRequests {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// Snapshot chunks for a worker that asked. Ours.
     WorkerChunks {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// What a worker publishes to itself. Ours.
     WorkerEcho {
         /// The worker's name.
-        worker: String,
+        worker: WorkerName,
     },
     /// What a broker can do beyond the contract. Ours.
     BrokerHello {
         /// The broker's name.
-        broker: String,
+        broker: BrokerName,
     },
     /// Requests to a broker: for entries of the lists, and for live keys where it takes them nowhere else. Ours.
     BrokerRequests {
         /// The broker's name.
-        broker: String,
+        broker: BrokerName,
     },
     /// Snapshot chunks for a broker that asked; or another broker's sync request, as only brokers publish here. Ours.
     BrokerChunks {
         /// The broker's name.
-        broker: String,
+        broker: BrokerName,
     },
     /// What a broker publishes to itself. Ours.
     BrokerEcho {
         /// The broker's name.
-        broker: String,
+        broker: BrokerName,
     },
     /// Entries of the lists that brokers share. Ours.
     Revocations,
@@ -107,9 +108,9 @@ pub enum Topic {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner<'a> {
     /// A worker.
-    Worker(&'a str),
+    Worker(&'a WorkerName),
     /// A broker.
-    Broker(&'a str),
+    Broker(&'a BrokerName),
     /// A domain, which no program has for itself.
     Domain(&'a str),
     /// There is no name in it.
@@ -141,8 +142,8 @@ impl Topic {
 
     /// One topic of each kind, of this domain, worker and broker; `+` stands for all of them in a filter.
     #[must_use]
-    pub fn each(domain: &str, worker: &str, broker: &str) -> [Self; 17] {
-        let (domain, worker, broker) = (|| domain.to_owned(), || worker.to_owned(), || broker.to_owned());
+    pub fn each(domain: &str, worker: &WorkerName, broker: &BrokerName) -> [Self; 17] {
+        let (domain, worker, broker) = (|| domain.to_owned(), || worker.clone(), || broker.clone());
         [
             Self::Key { domain: domain() },
             Self::WorkerChunks { worker: worker() },
@@ -224,8 +225,8 @@ impl Topic {
             return None;
         }
         match self.owner() {
-            Owner::Worker(worker) => Some(Participant::Worker(worker.to_owned())),
-            Owner::Broker(broker) => Some(Participant::Broker(broker.to_owned())),
+            Owner::Worker(worker) => Some(Participant::Worker(worker.clone())),
+            Owner::Broker(broker) => Some(Participant::Broker(broker.clone())),
             Owner::Domain(_) | Owner::Nobody => None,
         }
     }
@@ -257,7 +258,7 @@ impl Topic {
 
     /// The filter for all topics of our own that a worker owns.
     #[must_use]
-    pub fn all_of_worker(worker: &str) -> String {
+    pub fn all_of_worker(worker: &WorkerName) -> String {
         format!("{OURS}/worker/{worker}/+")
     }
 
@@ -268,29 +269,28 @@ impl Topic {
         if levels.iter().any(|level| level.is_empty() || level.len() > LEVEL_MAX) {
             return None;
         }
-        let name = str::to_owned;
         match levels[..] {
-            ["wireguard", domain, _] => Some(Self::Key { domain: name(domain) }),
+            ["wireguard", domain, _] => Some(Self::Key { domain: domain.to_owned() }),
             ["wireguard-metrics", domain, worker, "connected_peers"] => {
-                Some(Self::ConnectedPeers { domain: name(domain), worker: name(worker) })
+                Some(Self::ConnectedPeers { domain: domain.to_owned(), worker: worker.parse().ok()? })
             }
-            ["wireguard-worker", worker, "status"] => Some(Self::WorkerStatus { worker: name(worker) }),
+            ["wireguard-worker", worker, "status"] => Some(Self::WorkerStatus { worker: worker.parse().ok()? }),
             ["wireguard-worker", worker, domain, "data"] => {
-                Some(Self::WorkerData { worker: name(worker), domain: name(domain) })
+                Some(Self::WorkerData { worker: worker.parse().ok()?, domain: domain.to_owned() })
             }
-            ["wireguard-broker", broker, "status"] => Some(Self::BrokerStatus { broker: name(broker) }),
-            ["wgkex", "worker", worker, "hello"] => Some(Self::WorkerHello { worker: name(worker) }),
-            ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: name(worker) }),
-            ["wgkex", "worker", worker, "seen"] => Some(Self::Handshakes { worker: name(worker) }),
-            ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerRequests { worker: name(worker) }),
-            ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerChunks { worker: name(worker) }),
-            ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: name(worker) }),
-            ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: name(broker) }),
-            ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: name(worker) }),
+            ["wireguard-broker", broker, "status"] => Some(Self::BrokerStatus { broker: broker.parse().ok()? }),
+            ["wgkex", "worker", worker, "hello"] => Some(Self::WorkerHello { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "applied"] => Some(Self::Applied { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "seen"] => Some(Self::Handshakes { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerRequests { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerChunks { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: worker.parse().ok()? }),
+            ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: broker.parse().ok()? }),
+            ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: worker.parse().ok()? }),
             ["wgkex", "revocations"] => Some(Self::Revocations),
-            ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: name(broker) }),
-            ["wgkex", "broker", broker, "questions"] => Some(Self::BrokerRequests { broker: name(broker) }),
-            ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerChunks { broker: name(broker) }),
+            ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: broker.parse().ok()? }),
+            ["wgkex", "broker", broker, "questions"] => Some(Self::BrokerRequests { broker: broker.parse().ok()? }),
+            ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerChunks { broker: broker.parse().ok()? }),
             _ => None,
         }
     }
@@ -304,13 +304,13 @@ impl Topic {
     /// The filters for what workers and brokers say of themselves, all of it retained.
     #[must_use]
     pub fn states() -> [String; 5] {
-        let any = || "+".to_owned();
+        let (domain, worker) = (|| "+".to_owned(), WorkerName::any);
         [
-            Self::WorkerStatus { worker: any() },
-            Self::WorkerData { worker: any(), domain: any() },
-            Self::ConnectedPeers { domain: any(), worker: any() },
-            Self::WorkerHello { worker: any() },
-            Self::BrokerStatus { broker: any() },
+            Self::WorkerStatus { worker: worker() },
+            Self::WorkerData { worker: worker(), domain: domain() },
+            Self::ConnectedPeers { domain: domain(), worker: worker() },
+            Self::WorkerHello { worker: worker() },
+            Self::BrokerStatus { broker: BrokerName::any() },
         ]
         .map(|topic| topic.to_string())
     }
@@ -318,37 +318,37 @@ impl Topic {
     /// The filter for whether each worker is online.
     #[must_use]
     pub fn worker_statuses() -> String {
-        Self::WorkerStatus { worker: "+".into() }.to_string()
+        Self::WorkerStatus { worker: WorkerName::any() }.to_string()
     }
 
     /// The filter for whether each broker is online.
     #[must_use]
     pub fn broker_statuses() -> String {
-        Self::BrokerStatus { broker: "+".into() }.to_string()
+        Self::BrokerStatus { broker: BrokerName::any() }.to_string()
     }
 
     /// The filter for what every worker says of itself in every domain.
     #[must_use]
     pub fn worker_data() -> String {
-        Self::WorkerData { worker: "+".into(), domain: "+".into() }.to_string()
+        Self::WorkerData { worker: WorkerName::any(), domain: "+".into() }.to_string()
     }
 
     /// The filter for what became of keys, at every worker.
     #[must_use]
     pub fn applied() -> String {
-        Self::Applied { worker: "+".into() }.to_string()
+        Self::Applied { worker: WorkerName::any() }.to_string()
     }
 
     /// The filter for the keys that workers see handshakes of.
     #[must_use]
     pub fn handshakes() -> String {
-        Self::Handshakes { worker: "+".into() }.to_string()
+        Self::Handshakes { worker: WorkerName::any() }.to_string()
     }
 
     /// The filter for what became of denied keys, at every worker.
     #[must_use]
     pub fn revoked() -> String {
-        Self::Revoked { worker: "+".into() }.to_string()
+        Self::Revoked { worker: WorkerName::any() }.to_string()
     }
 
     /// Whether it is one of our own, which the contract does not have.
@@ -360,13 +360,13 @@ impl Topic {
     /// The filter for the sync requests of all workers.
     #[must_use]
     pub fn worker_requests() -> String {
-        Self::WorkerRequests { worker: "+".into() }.to_string()
+        Self::WorkerRequests { worker: WorkerName::any() }.to_string()
     }
 
     /// The filter for what brokers can do.
     #[must_use]
     pub fn broker_hellos() -> String {
-        Self::BrokerHello { broker: "+".into() }.to_string()
+        Self::BrokerHello { broker: BrokerName::any() }.to_string()
     }
 }
 
@@ -393,7 +393,8 @@ mod tests {
     use super::*;
 
     fn table() -> Vec<(Topic, &'static str)> {
-        let (domain, worker) = ("ffmuc_welt".to_owned(), "gw04.in.ffmuc.net".to_owned());
+        let (domain, worker) = ("ffmuc_welt".to_owned(), "gw04.in.ffmuc.net".parse::<WorkerName>().unwrap());
+        let broker = || "broker1".parse().unwrap();
         vec![
             (Topic::Key { domain: domain.clone() }, "wireguard/ffmuc_welt/all"),
             (
@@ -405,19 +406,19 @@ mod tests {
                 Topic::WorkerData { worker: worker.clone(), domain },
                 "wireguard-worker/gw04.in.ffmuc.net/ffmuc_welt/data",
             ),
-            (Topic::BrokerStatus { broker: "broker1".into() }, "wireguard-broker/broker1/status"),
+            (Topic::BrokerStatus { broker: broker() }, "wireguard-broker/broker1/status"),
             (Topic::WorkerHello { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/hello"),
             (Topic::Applied { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/applied"),
             (Topic::Handshakes { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/seen"),
             (Topic::WorkerRequests { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/questions"),
             (Topic::WorkerChunks { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/pages"),
             (Topic::WorkerEcho { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/echo"),
-            (Topic::BrokerEcho { broker: "broker1".into() }, "wgkex/broker/broker1/echo"),
+            (Topic::BrokerEcho { broker: broker() }, "wgkex/broker/broker1/echo"),
             (Topic::Revoked { worker }, "wgkex/worker/gw04.in.ffmuc.net/revoked"),
             (Topic::Revocations, "wgkex/revocations"),
-            (Topic::BrokerHello { broker: "broker1".into() }, "wgkex/broker/broker1/hello"),
-            (Topic::BrokerRequests { broker: "broker1".into() }, "wgkex/broker/broker1/questions"),
-            (Topic::BrokerChunks { broker: "broker1".into() }, "wgkex/broker/broker1/pages"),
+            (Topic::BrokerHello { broker: broker() }, "wgkex/broker/broker1/hello"),
+            (Topic::BrokerRequests { broker: broker() }, "wgkex/broker/broker1/questions"),
+            (Topic::BrokerChunks { broker: broker() }, "wgkex/broker/broker1/pages"),
         ]
     }
 
@@ -431,7 +432,8 @@ mod tests {
 
     #[test]
     fn each_kind_of_topic_is_there_once() {
-        let mut all: Vec<_> = Topic::each("ffmuc_welt", "gw04.in.ffmuc.net", "broker1").into();
+        let mut all: Vec<_> =
+            Topic::each("ffmuc_welt", &"gw04.in.ffmuc.net".parse().unwrap(), &"broker1".parse().unwrap()).into();
         let mut expected: Vec<_> = table().into_iter().map(|(topic, _)| topic).collect();
         all.sort();
         expected.sort();
@@ -465,6 +467,7 @@ mod tests {
             "parker/wireguard/all",
             "wireguard-metrics/a/b/other",
             "$SYS/broker/uptime",
+            "wireguard-worker/a\u{1}/status",
         ] {
             assert_eq!(Topic::parse(text), None, "{text:?}");
         }
@@ -480,7 +483,7 @@ mod tests {
             worker in "[a-z0-9.-]{1,20}",
         ) {
             let _ = Topic::parse(&text);
-            let topic = Topic::WorkerData { worker, domain };
+            let topic = Topic::WorkerData { worker: worker.parse().unwrap(), domain };
             prop_assert_eq!(Topic::parse(&topic.to_string()), Some(topic));
         }
     }

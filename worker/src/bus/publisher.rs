@@ -10,14 +10,14 @@ use tokio::time::sleep_until;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerData};
-use wgkex_common::{Config, Domain, Topic};
+use wgkex_common::{Config, Domain, Topic, WorkerName};
 
 use crate::metrics::Metrics;
 use crate::reconciler::{DomainState, Reports, State};
 
 /// Publishes what the reconciler reports of the kernel.
 pub struct Publisher {
-    worker: String,
+    worker: WorkerName,
     external_name: String,
     domains: BTreeSet<Domain>,
     bus: MqttHandle,
@@ -61,7 +61,7 @@ impl Publisher {
         presence_events: mpsc::Receiver<PresenceEvent>,
         metrics: Metrics,
     ) -> Self {
-        let (worker, external_name) = (config.name.clone(), config.external_name.clone());
+        let (worker, external_name) = (WorkerName::from(&config.name), config.external_name.clone());
         let (domains, link) = (config.domains.clone(), bus.connection_state());
         let (published, presence) = (State::new(), Presence::default());
         Self {

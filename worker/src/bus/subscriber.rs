@@ -12,38 +12,37 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic};
+use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic, WorkerName};
 
 use crate::metrics::Metrics;
 use crate::reconciler::Handle;
 
 /// The session that receives keys and publishes the states of this worker.
 pub fn session(config: &Config) -> SessionConfig {
+    let worker = || WorkerName::from(&config.name);
     SessionConfig {
-        id: config.name.clone(),
-        will: Some(Message::retained(Topic::WorkerStatus { worker: config.name.clone() }, "0")),
+        id: config.name.to_string(),
+        will: Some(Message::retained(Topic::WorkerStatus { worker: worker() }, "0")),
         qos0_filters: vec![Topic::worker_data()],
         qos1_filters: config.domains.iter().map(|domain| Topic::keys(domain.name())).collect(),
         optional: vec![
             Topic::worker_statuses(),
             Topic::broker_statuses(),
-            Topic::ConnectedPeers { domain: "+".into(), worker: config.name.clone() }.to_string(),
-            Topic::WorkerHello { worker: config.name.clone() }.to_string(),
+            Topic::ConnectedPeers { domain: "+".into(), worker: worker() }.to_string(),
+            Topic::WorkerHello { worker: worker() }.to_string(),
         ],
-        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
+        echo: Some(Topic::WorkerEcho { worker: worker() }),
         is_secondary: false,
     }
 }
 
 /// The session that publishes what became of keys, and asks for those that may be lacking.
 pub fn secondary_session(config: &Config) -> SessionConfig {
+    let worker = || WorkerName::from(&config.name);
     SessionConfig {
         qos0_filters: vec![Topic::broker_hellos()],
-        qos1_filters: vec![
-            Topic::WorkerChunks { worker: config.name.clone() }.to_string(),
-            Topic::Revocations.to_string(),
-        ],
-        echo: Some(Topic::WorkerEcho { worker: config.name.clone() }),
+        qos1_filters: vec![Topic::WorkerChunks { worker: worker() }.to_string(), Topic::Revocations.to_string()],
+        echo: Some(Topic::WorkerEcho { worker: worker() }),
         ..SessionConfig::secondary(format!("{}-applied", config.name))
     }
 }
@@ -81,7 +80,12 @@ pub fn on_event(
     }
 }
 
-fn reserve(reserved: &watch::Sender<Reserved>, worker: &str, domain: &str, payload: &[u8]) -> Result<(), &'static str> {
+fn reserve(
+    reserved: &watch::Sender<Reserved>,
+    worker: &WorkerName,
+    domain: &str,
+    payload: &[u8],
+) -> Result<(), &'static str> {
     let data = WorkerData::parse(payload).map_err(|_| "payload")?;
     reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
     Ok(())
@@ -148,7 +152,8 @@ pub fn receive_anything(topic: &str, payload: &[u8]) {
     let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let Ok(config) = Config::parse("", yaml, "w") else { return };
-    let opened = service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker("w".into()));
+    let opened =
+        service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker((&config.name).into()));
     let Ok((_keeper, lists)) = opened else { return };
     let (sync, _events) = wgkex_common::sync::channel();
     let reserved = watch::Sender::new(Reserved::default());

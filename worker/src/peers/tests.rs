@@ -404,8 +404,8 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
         |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
     let mut world = World::with(&[first, key(2)]);
     world.reserved = Reserved::new([key(2)].into(), [domain()].into());
-    world.reserved.update("gw", domain().name(), Some(&gateway(first)));
-    world.reserved.update("gw2", domain().name(), Some(&gateway(key(3))));
+    world.reserved.update(&"gw".parse().unwrap(), domain().name(), Some(&gateway(first)));
+    world.reserved.update(&"gw2".parse().unwrap(), domain().name(), Some(&gateway(key(3))));
     world.memory.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
@@ -419,7 +419,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
     world.read();
     assert_eq!((world.stale(), world.owed()), (vec![], vec![]));
     assert_eq!(world.known.orphaned(&world.memory.device(&domain()).unwrap(), world.now.monotonic), []);
-    world.reserved.update("gw", domain().name(), None);
+    world.reserved.update(&"gw".parse().unwrap(), domain().name(), None);
     world.read();
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
 }
@@ -432,10 +432,10 @@ fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
     world.reserved = Reserved::new([].into(), [domain()].into());
     world.come(&[first]);
     world.learn(&[(first, Age { age_secs: 0, has_handshake: true })]);
-    for claimed in [first, second] {
+    for (worker, claimed) in [("gw", first), ("gw2", second)] {
         let data =
             WorkerData { external_address: "gw".into(), port: 1, public_key: claimed, link_address: "fe80::1".into() };
-        world.reserved.update(&claimed.to_string(), domain().name(), Some(&data));
+        world.reserved.update(&worker.parse().unwrap(), domain().name(), Some(&data));
         world.read();
         assert!(world.reserved.is_reserved(&first));
         assert_eq!(world.come(&[first]), []);

@@ -21,16 +21,20 @@ fn in_flight() -> InFlight {
     InFlight::new(domains().into(), Arc::default())
 }
 
-fn installed(table: &mut InFlight, worker: &str, KeyId { domain, key }: &KeyId) {
-    table.confirmed(worker, domain.name(), [(*key, Ok(()))]);
+fn worker(name: &str) -> WorkerName {
+    name.parse().unwrap()
 }
 
-fn rejected(table: &mut InFlight, worker: &str, KeyId { domain, key }: &KeyId, reason: RejectReason) {
-    table.confirmed(worker, domain.name(), [(*key, Err(reason))]);
+fn installed(table: &mut InFlight, name: &str, KeyId { domain, key }: &KeyId) {
+    table.confirmed(&worker(name), domain.name(), [(*key, Ok(()))]);
 }
 
-fn names(names: &BTreeSet<String>) -> Vec<&str> {
-    names.iter().map(String::as_str).collect()
+fn rejected(table: &mut InFlight, name: &str, KeyId { domain, key }: &KeyId, reason: RejectReason) {
+    table.confirmed(&worker(name), domain.name(), [(*key, Err(reason))]);
+}
+
+fn names(names: &BTreeSet<WorkerName>) -> Vec<&str> {
+    names.iter().map(WorkerName::as_str).collect()
 }
 
 /// Sends what may be sent.
@@ -50,7 +54,7 @@ fn an_outcome_reaches_every_request_for_that_key_in_that_domain_and_no_other() {
     for begun in [first, second] {
         let Confirmations { installed, rejected } = table.confirmations(&ours, begun);
         assert_eq!(names(&installed), ["gw1"]);
-        assert_eq!(rejected, [("gw2".to_owned(), RejectReason::Full)].into());
+        assert_eq!(rejected, [(worker("gw2"), RejectReason::Full)].into());
     }
     assert_eq!(table.confirmations(&elsewhere, in_b), Confirmations::default());
     assert_eq!(table.confirmations(&another, other), Confirmations::default());
@@ -71,9 +75,9 @@ fn a_gateway_that_goes_has_no_key_any_more() {
             installed(&mut table, worker, key);
         }
     }
-    table.removed("gw1", Some("ff_a"));
+    table.removed(&worker("gw1"), Some("ff_a"));
     assert_eq!(has(&table), [1, 2]);
-    table.removed("gw2", None);
+    table.removed(&worker("gw2"), None);
     assert_eq!(has(&table), [0, 1]);
 }
 
@@ -96,18 +100,18 @@ fn what_is_said_too_late_is_kept_for_the_routers_next_request() {
     installed(&mut table, "gw1", &elsewhere);
     installed(&mut table, "gw1", &other);
     assert!(table.take_late(&elsewhere, now).is_empty() && table.take_late(&other, now).is_empty());
-    table.removed("gw1", Some("ff_a"));
+    table.removed(&worker("gw1"), Some("ff_a"));
     installed(&mut table, "gw1", &ours);
-    table.removed("gw1", Some("ff_b"));
+    table.removed(&worker("gw1"), Some("ff_b"));
     installed(&mut table, "gw5", &ours);
-    table.removed("gw5", None);
+    table.removed(&worker("gw5"), None);
     assert_eq!(names(&table.take_late(&ours, now)), ["gw1", "gw3"], "who lost it since does not have it");
     assert!(table.take_late(&ours, now).is_empty(), "the next request has to ask");
     time_out(&mut table);
     installed(&mut table, "gw1", &ours);
     assert!(table.take_late(&ours, now + RETRY_WINDOW).is_empty(), "it is too long ago");
     time_out(&mut table);
-    table.removed("gw1", None);
+    table.removed(&worker("gw1"), None);
     table.expire(now + RETRY_WINDOW);
     assert!(table.late == 0 && table.void.is_empty());
 }
@@ -131,7 +135,7 @@ fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
     table.timed_out(&ours, true, now);
     for _ in 0..1_000 {
         installed(&mut table, "thief", &ours);
-        table.removed("thief", None);
+        table.removed(&worker("thief"), None);
     }
     installed(&mut table, "gw", &ours);
     assert_eq!(names(&table.confirmations(&ours, begun).installed), ["gw"]);
@@ -156,10 +160,10 @@ fn a_request_that_ends_leaves_nothing_behind() {
 #[test]
 fn an_answer_is_given_again_while_it_is_fresh_and_only_so_many_are_kept() {
     let (mut table, now) = (in_flight(), Instant::now());
-    table.answered(&id(0, 1), Some("gw1".into()), now);
+    table.answered(&id(0, 1), Some(worker("gw1")), now);
     table.answered(&id(0, 2), None, now);
     let soon = now + ANSWER_TTL.mul_f64(0.99);
-    assert_eq!(table.last_answer(&id(0, 1), soon).unwrap().worker.as_deref(), Some("gw1"));
+    assert_eq!(table.last_answer(&id(0, 1), soon).unwrap().worker, Some(worker("gw1")));
     assert_eq!(table.last_answer(&id(0, 2), soon).unwrap().worker, None);
     assert_eq!(table.last_answer(&id(1, 1), soon), None);
     assert_eq!(table.last_answer(&id(0, 1), now + ANSWER_TTL), None);
@@ -306,7 +310,7 @@ proptest! {
                 Step::Confirm(worker, n, false) => {
                     rejected(&mut table, &worker.to_string(), &key(n), RejectReason::Full);
                 }
-                Step::Remove(worker, all) => table.removed(&worker.to_string(), (!all).then_some("ff_a")),
+                Step::Remove(name, all) => table.removed(&worker(&name.to_string()), (!all).then_some("ff_a")),
                 Step::RemoveAll => table.removed_all(),
                 Step::End(n, late) => {
                     if let Some((key, begun)) = requests.remove(n) {

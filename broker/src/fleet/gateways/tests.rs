@@ -4,15 +4,19 @@ use super::*;
 
 const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
 
+fn name(name: &str) -> WorkerName {
+    name.parse().unwrap()
+}
+
 fn domain(name: &str) -> Domain {
     Domain::new(name, &["ff_".into()]).unwrap()
 }
 
 fn gateways(weights: &[(&str, f64)]) -> Gateways {
     Gateways::new(
-        "broker1".into(),
+        "broker1".parse().unwrap(),
         ["ff_a", "ff_b"].map(domain).into(),
-        weights.iter().map(|(name, weight)| ((*name).to_owned(), *weight)).collect(),
+        weights.iter().map(|(worker, weight)| (name(worker), *weight)).collect(),
         Reserved::new([].into(), ["ff_a", "ff_b"].map(domain).into()),
     )
 }
@@ -36,8 +40,9 @@ fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
     let mut gateways = gateways(&[]);
     gateways.arrive("gw1", 0);
     gateways.live("wgkex/worker/gw2/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a","ff_none"]}"#);
-    let speak =
-        |gateways: &Gateways, worker| ["ff_a", "ff_b", "ff_none"].map(|domain| gateways.speaks_for(worker, domain));
+    let speak = |gateways: &Gateways, worker| {
+        ["ff_a", "ff_b", "ff_none"].map(|domain| gateways.speaks_for(&name(worker), domain))
+    };
     assert_eq!(speak(&gateways, "gw2"), [false; 3], "it is not online");
     gateways.live("wireguard-worker/gw2/status", "1");
     assert_eq!(speak(&gateways, "gw1"), [true, true, false], "it does not say which");
@@ -46,7 +51,7 @@ fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
 }
 
 fn online(confirming: &[&str], others: &[&str]) -> Online {
-    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+    let names = |names: &[&str]| names.iter().map(|worker| name(worker)).collect();
     Online { confirming: names(confirming), others: names(others) }
 }
 
@@ -75,12 +80,12 @@ impl Gateways {
     }
 
     fn best(&self, domain: &str) -> Option<String> {
-        self.choose(&self::domain(domain), |_, _| true).map(|choice| choice.worker)
+        self.choose(&self::domain(domain), |_, _| true).map(|choice| choice.worker.into())
     }
 
     fn answer(&mut self) -> String {
         let best = self.best("ff_a").unwrap();
-        self.assigned(&best, &domain("ff_a"));
+        self.assigned(&name(&best), &domain("ff_a"));
         best
     }
 }
@@ -181,9 +186,14 @@ fn domains_of_other_fleets_are_not_remembered() {
 fn a_bus_full_of_names_is_not_remembered_without_bound() {
     let mut gateways = gateways(&[]);
     for number in 0..NAMES_MAX + 10 {
-        let worker = Topic::WorkerStatus { worker: number.to_string() };
+        let worker = Topic::WorkerStatus { worker: name(&number.to_string()) };
         let _ = gateways.hear(&worker, b"1", false, Instant::now());
-        let _ = gateways.hear(&Topic::BrokerStatus { broker: number.to_string() }, b"1", false, Instant::now());
+        let _ = gateways.hear(
+            &Topic::BrokerStatus { broker: number.to_string().parse().unwrap() },
+            b"1",
+            false,
+            Instant::now(),
+        );
     }
     assert_eq!((gateways.workers.len(), gateways.brokers.len()), (NAMES_MAX, NAMES_MAX));
 }
@@ -212,7 +222,7 @@ fn retained_messages_without_end_do_not_keep_a_broker_from_its_routers() {
     let mut gateways = gateways(&[]);
     let now = Instant::now();
     gateways.assume_echo(now);
-    let topic = Topic::WorkerStatus { worker: "a".into() };
+    let topic = Topic::WorkerStatus { worker: name("a") };
     for tenths in 0..100 {
         let at = now + Duration::from_millis(100) * tenths;
         gateways.hear(&topic, b"1", true, at).unwrap();
@@ -257,13 +267,13 @@ fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     gateways.arrive("b", 50);
-    gateways.silent("a");
+    gateways.silent(&name("a"));
     assert_eq!(gateways.best("ff_a").unwrap(), "b");
-    let only_a = gateways.choose(&domain("ff_a"), |worker, _| worker == "a");
-    assert_eq!(only_a.unwrap().worker, "a");
-    assert!(gateways.confirmed("a", Instant::now()));
+    let only_a = gateways.choose(&domain("ff_a"), |worker, _| worker.as_str() == "a");
+    assert_eq!(only_a.unwrap().worker, name("a"));
+    assert!(gateways.confirmed(&name("a"), Instant::now()));
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
-    assert!(!gateways.confirmed("stranger", Instant::now()));
+    assert!(!gateways.confirmed(&name("stranger"), Instant::now()));
 }
 
 #[test]
@@ -388,13 +398,13 @@ fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
         for (topic, payload, retained) in *messages {
             gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), *retained, now).unwrap();
         }
-        assert_eq!(gateways.is_online("a"), *seconds > 0, "{messages:?}");
+        assert_eq!(gateways.is_online(&name("a")), *seconds > 0, "{messages:?}");
         let until = now + Duration::from_secs(*seconds);
         if *seconds > 0 {
             assert!(gateways.expire(until.checked_sub(Duration::from_secs(1)).unwrap()).is_empty(), "{messages:?}");
-            assert_eq!(gateways.expire(until), ["a"], "{messages:?}");
+            assert_eq!(gateways.expire(until), [name("a")], "{messages:?}");
         }
-        assert!(!gateways.is_online("a") && gateways.expire(until).is_empty());
+        assert!(!gateways.is_online(&name("a")) && gateways.expire(until).is_empty());
     }
 }
 
@@ -420,18 +430,22 @@ fn a_hello_counts_as_long_as_it_is_repeated_or_the_worker_confirms() {
         gateways.expire(seconds(124));
         assert!(counts(&gateways), "{hello}");
         assert_eq!(gateways.best("ff_a").is_some(), ours.serves("ff_a"), "{hello}");
-        let confirms = gateways.confirmed("a", seconds(124));
+        let confirms = gateways.confirmed(&name("a"), seconds(124));
         assert_eq!(confirms, ours.confirms(), "{hello}");
         gateways.expire(seconds(125));
         assert_eq!(counts(&gateways), confirms, "{hello}");
         gateways
-            .hear(&Topic::ConnectedPeers { domain: "ff_a".into(), worker: "a".into() }, b"4", false, seconds(180))
+            .hear(&Topic::ConnectedPeers { domain: "ff_a".into(), worker: name("a") }, b"4", false, seconds(180))
             .unwrap();
         gateways.expire(seconds(189));
         assert!(!counts(&gateways), "{hello}");
         assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["a"]), "{hello}");
         assert_eq!(gateways.choose(&domain("ff_a"), |_, _| true).map(|choice| choice.confirms), Some(false), "{hello}");
-        assert_eq!(gateways.confirmed("a", seconds(190)), ours.confirms(), "{hello}: one of ours confirms again");
+        assert_eq!(
+            gateways.confirmed(&name("a"), seconds(190)),
+            ours.confirms(),
+            "{hello}: one of ours confirms again"
+        );
         assert_eq!(counts(&gateways), ours.confirms(), "{hello}");
     }
 }
@@ -455,7 +469,7 @@ fn data_that_is_removed_stays_as_long_as_the_gateway_counts_there() {
             assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
         }
         // Somebody says that it is offline, and it counts again.
-        gateways.hear(&Topic::WorkerStatus { worker: "old".into() }, b"0", false, seconds(299)).unwrap();
+        gateways.hear(&Topic::WorkerStatus { worker: name("old") }, b"0", false, seconds(299)).unwrap();
         assert_eq!(gateways.best("ff_a"), None);
         gateways.hear(&count, b"3", false, seconds(300)).unwrap();
         assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
@@ -504,15 +518,15 @@ fn what_is_cleared_away_says_nothing_of_anybody() {
 fn a_confirmation_is_a_sign_of_life_and_counts_only_from_one_that_can_take_the_key() {
     let (mut gateways, now) = (gateways(&[]), Instant::now());
     gateways.arrive("a", 0);
-    assert!(gateways.can_take("a", "ff_a") && !gateways.can_take("a", "ff_b"));
+    assert!(gateways.can_take(&name("a"), "ff_a") && !gateways.can_take(&name("a"), "ff_b"));
     gateways.live("wireguard-worker/a/status", "0");
-    assert!(!gateways.can_take("a", "ff_a"));
-    assert!(gateways.confirmed("a", now));
-    assert!(gateways.can_take("a", "ff_a"));
+    assert!(!gateways.can_take(&name("a"), "ff_a"));
+    assert!(gateways.confirmed(&name("a"), now));
+    assert!(gateways.can_take(&name("a"), "ff_a"));
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
-    assert!(gateways.confirmed("a", now) && !gateways.can_take("a", "ff_a"), "its interface is missing");
+    assert!(gateways.confirmed(&name("a"), now) && !gateways.can_take(&name("a"), "ff_a"), "its interface is missing");
     gateways.live("wireguard-worker/original/status", "1");
-    assert!(!gateways.confirmed("original", now), "it cannot know what it says");
+    assert!(!gateways.confirmed(&name("original"), now), "it cannot know what it says");
 }
 
 #[test]
@@ -564,18 +578,18 @@ proptest! {
     ) {
         let mut gateways = gateways(&[("w0", 2.0)]);
         for (kind, worker, payload, retained) in messages {
-            let worker = format!("w{worker}");
+            let worker = name(&format!("w{worker}"));
             let topic = match kind {
                 0 => Topic::WorkerStatus { worker },
                 1 => Topic::WorkerData { worker, domain: "ff_a".into() },
                 2 => Topic::ConnectedPeers { domain: "ff_a".into(), worker },
                 3 => Topic::WorkerHello { worker },
-                4 => Topic::BrokerStatus { broker: worker },
+                4 => Topic::BrokerStatus { broker: worker.as_str().parse().unwrap() },
                 _ => Topic::Applied { worker },
             };
             let _ = gateways.hear(&topic, &payload, retained, Instant::now());
             if let Some(best) = gateways.best("ff_a") {
-                let worker = &gateways.workers[&best];
+                let worker = &gateways.workers[best.as_str()];
                 prop_assert!(worker.online && worker.peers[&domain("ff_a")].is_some());
             }
         }
@@ -614,5 +628,5 @@ fn a_denied_key_reaches_those_who_are_online_and_know_what_to_do() {
         ("old", Reach::Cannot),
         ("original", Reach::Cannot),
     ];
-    assert_eq!(reach, expected.map(|(name, reach)| (name.to_owned(), reach)));
+    assert_eq!(reach, expected.map(|(worker, reach)| (name(worker), reach)));
 }

@@ -23,18 +23,21 @@ fn key(n: u32) -> PublicKey {
 
 fn live(max: usize) -> (LiveKeys, Instant) {
     let config = config::LiveKeys { max, ttl: DAY };
-    (LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], Default::default(), Instant::now()), Instant::now())
+    (
+        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], Default::default(), Instant::now()),
+        Instant::now(),
+    )
 }
 
 /// A key that a router sent, and that shakes hands.
 fn prove(live: &mut LiveKeys, key: PublicKey, now: Instant) {
     live.admit("ff_a", key, now);
-    live.prove("gw", "ff_a", key, now);
+    live.prove(&"gw".parse().unwrap(), "ff_a", key, now);
 }
 
 fn question() -> SyncRequest {
     SyncRequest {
-        from: Participant::Worker("gw".into()),
+        from: Participant::Worker("gw".parse().unwrap()),
         to: None,
         domain: "ff_a".into(),
         after: None,
@@ -43,7 +46,13 @@ fn question() -> SyncRequest {
 }
 
 fn page_of_none() -> SnapshotChunk {
-    SnapshotChunk { broker: "b2".into(), domain: "ff_a".into(), after: None, keys: BTreeMap::new(), more: false }
+    SnapshotChunk {
+        broker: "b2".parse().unwrap(),
+        domain: "ff_a".into(),
+        after: None,
+        keys: BTreeMap::new(),
+        more: false,
+    }
 }
 
 /// The keys that an asker gets in the end.
@@ -79,7 +88,7 @@ fn a_key_lives_for_its_time_after_the_last_word_of_it() {
     let (mut live, now) = live(10);
     live.admit("ff_a", key(1), now);
     live.admit("ff_a", key(2), now);
-    live.prove("gw", "ff_a", key(2), now + HOUR);
+    live.prove(&"gw".parse().unwrap(), "ff_a", key(2), now + HOUR);
     live.admit("ff_a", key(3), now);
     live.admit("ff_a", key(3), now + 2 * HOUR);
     for (at, left) in [(23 * HOUR, &[1, 2, 3][..]), (DAY, &[2, 3]), (DAY + HOUR, &[3]), (DAY + 2 * HOUR, &[])] {
@@ -140,7 +149,8 @@ fn after_a_restart_everything_is_news() {
     let now = Instant::now();
     let known: Keys = [((domain(), key(1)), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
+    let live =
+        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
     let young = live.answer(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
     assert_eq!(young.keys, [(key(1), Age { age_secs: 3_601, has_handshake: true })].into());
 }
@@ -166,8 +176,8 @@ fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
         prove(&mut live, key(n), now);
     }
     for n in 100..10_000 {
-        live.prove("thief", "ff_a", key(n), now + HOUR);
-        live.prove("thief", "ff_none", key(n), now + HOUR);
+        live.prove(&"thief".parse().unwrap(), "ff_a", key(n), now + HOUR);
+        live.prove(&"thief".parse().unwrap(), "ff_none", key(n), now + HOUR);
     }
     assert_eq!(all(&live, question(), now + HOUR), (0..16).map(key).collect::<Vec<_>>());
     assert_eq!(counts(&live), [Counts { proven: 16, unproven: 0, claimed: 2 }]);
@@ -176,11 +186,11 @@ fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
     live.expire(now + DAY);
     live.admit("ff_a", key(100), now + DAY);
     assert_eq!(live.is_proven(&domain(), &key(100)), Some(false), "it was said too long ago");
-    live.prove("gw", "ff_a", key(101), now + DAY);
+    live.prove(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY);
     live.admit("ff_a", key(101), now + DAY + HOUR);
     assert_eq!(live.is_proven(&domain(), &key(101)), Some(true));
     assert_eq!(counts(&live), [Counts { proven: 1, unproven: 1, claimed: 0 }]);
-    live.prove("gw", "ff_a", key(101), now + DAY + 2 * HOUR);
+    live.prove(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY + 2 * HOUR);
     assert_eq!(
         live.answer(&question(), now + DAY + 2 * HOUR).keys[&key(101)],
         Age { age_secs: 0, has_handshake: true }
@@ -193,7 +203,7 @@ fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
     for n in 0..100 {
         live.admit("ff_a", key(n), now + n * SECOND);
         if n % 2 == 0 {
-            live.prove("gw", "ff_a", key(n), now + n * SECOND);
+            live.prove(&"gw".parse().unwrap(), "ff_a", key(n), now + n * SECOND);
         }
     }
     for n in 1_000..11_000 {
@@ -227,7 +237,7 @@ fn an_address_is_taken_while_its_owner_is_in_its_grace_or_proven() {
     let end = now + CLEANUP.grace;
     assert!(taken(&live, first, now + 599 * SECOND) && !taken(&live, first, end), "a repeat does not make it longer");
     assert!(!taken(&live, second, now) && !live.is_taken("ff_none", first, now));
-    live.prove("gw", "ff_a", second, end);
+    live.prove(&"gw".parse().unwrap(), "ff_a", second, end);
     // The word of a handshake is at most as old as the time between two of them.
     let alive = 2 * CLEANUP.stale;
     assert!(taken(&live, first, now + alive) && !taken(&live, first, end + alive));
@@ -241,7 +251,7 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     live.admit("ff_a", second, now);
     live.admit("ff_a", first, now + 10 * SECOND);
     assert_eq!(known(&live, now + 10 * SECOND), [second], "the older");
-    live.prove("thief", "ff_a", first, now + 20 * SECOND);
+    live.prove(&"thief".parse().unwrap(), "ff_a", first, now + 20 * SECOND);
     assert_eq!(known(&live, now + 20 * SECOND), [second], "by one worker's word no key takes another's address");
     let page = SnapshotChunk { keys: [(first, Age { age_secs: 0, has_handshake: true })].into(), ..page_of_none() };
     live.learn(&page, now + 20 * SECOND);
@@ -285,7 +295,7 @@ fn a_router_that_comes_back_has_its_address_again_from_any_that_never_shook_hand
         assert!(
             live.is_taken("ff_a", stranger, end.checked_sub(SECOND).unwrap()) && !live.is_taken("ff_a", stranger, end)
         );
-        live.prove("gw", "ff_a", router, end);
+        live.prove(&"gw".parse().unwrap(), "ff_a", router, end);
         assert!(live.is_taken("ff_a", stranger, end + CLEANUP.stale));
     }
 }
@@ -328,7 +338,8 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
     };
     let start = |max, keys: &[PublicKey]| {
         let (journal, config) = (WriteBuffer::default(), config::LiveKeys { max, ttl: DAY });
-        let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (journal.clone(), known(keys)), now);
+        let live =
+            LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (journal.clone(), known(keys)), now);
         (live.len(), journal.len())
     };
     let keys: Vec<_> = (0..100).map(key).collect();
@@ -344,7 +355,8 @@ fn what_it_knew_before_it_started_is_bounded_too() {
     let kept = KeyRecord { last: now, proven: false };
     let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
     let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live = LiveKeys::new("b1".into(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
+    let live =
+        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
     assert_eq!(live.len(), 10);
 }
 
@@ -388,7 +400,7 @@ fn denied_keys_are_forgotten_and_come_by_no_way() {
     live.obey(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
     assert_eq!(all(&live, question(), now), [key(2)]);
     live.admit("ff_a", key(1), now);
-    live.prove("gw", "ff_a", key(1), now);
+    live.prove(&"gw".parse().unwrap(), "ff_a", key(1), now);
     live.learn(
         &SnapshotChunk {
             keys: [
