@@ -16,12 +16,12 @@
 
 pub(crate) mod acl;
 mod broker;
-mod checks;
 mod connection;
 pub(crate) mod filter;
 mod guesses;
 mod handshake;
 mod log;
+mod login_queue;
 mod message;
 mod metrics;
 pub mod password;

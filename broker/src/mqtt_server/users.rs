@@ -17,8 +17,8 @@ use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
 use crate::client_ip::Client;
 use crate::mqtt_server::acl::Access;
-use crate::mqtt_server::checks::Queue;
 use crate::mqtt_server::guesses::Guesses;
+use crate::mqtt_server::login_queue::LoginQueue;
 use crate::mqtt_server::password::{self, Verifier};
 use crate::mqtt_server::quota::{Account, Offence};
 
@@ -49,7 +49,7 @@ pub struct Users {
 /// What is known of passwords, and those that are to be verified: by one thread, one after the other. Each takes a core
 /// for a while, and 19 MiB.
 struct Passwords {
-    queue: Mutex<Queue<Check>>,
+    queue: Mutex<LoginQueue<Check>>,
     guesses: Mutex<Guesses>,
     /// What a password that was right is remembered by, so that only strangers wait for the slow way.
     tags: hmac::Key,
@@ -287,7 +287,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::mqtt_server::checks::PLACES;
+    use crate::mqtt_server::login_queue::LANE_MAX;
 
     fn users() -> Users {
         let user = |role| MqttUser { password_hash: Secret::new(password::hash("right").unwrap()), role };
@@ -375,7 +375,7 @@ mod tests {
     #[tokio::test]
     async fn who_has_no_place_in_the_queue_is_told() {
         let users = asleep(users());
-        let waiting = (0..=PLACES).map(|_| Box::pin(admit(&users, Some(login("gw1", "wrong")))));
+        let waiting = (0..=LANE_MAX).map(|_| Box::pin(admit(&users, Some(login("gw1", "wrong")))));
         let (told, ..) = timeout(Duration::from_secs(5), select_all(waiting)).await.unwrap();
         assert_eq!(told, Err(Denied::Crowded));
     }

@@ -1,4 +1,4 @@
-//! Whose password is verified next, of those who wait for it. No IO.
+//! The logins whose passwords are to be verified, and which of them is next. No IO.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::mem;
@@ -6,13 +6,13 @@ use std::mem;
 use crate::client_ip::Client;
 use crate::mqtt_server::users::Origin;
 
-/// So many wait for it from where nobody logged in before, and as many others: more would not have their turn in time.
-pub const PLACES: usize = 256;
+/// The most logins in each lane: more would time out before their turn.
+pub const LANE_MAX: usize = 256;
 
-/// Those who wait. Each client has one turn, and then all others who wait have theirs; those from where somebody logged
-/// in before and the others take turns, too.
+/// The queue, in two lanes that take turns: clients with a successful login before, and the others. In each lane the clients
+/// take turns, whatever number of logins each has.
 #[derive(Debug)]
-pub struct Queue<T> {
+pub struct LoginQueue<T> {
     known: Lane<T>,
     unknown: Lane<T>,
     was_known: bool,
@@ -24,7 +24,7 @@ struct Lane<T> {
     of_clients: BTreeMap<Client, VecDeque<T>>,
 }
 
-impl<T> Default for Queue<T> {
+impl<T> Default for LoginQueue<T> {
     fn default() -> Self {
         Self { known: Lane::default(), unknown: Lane::default(), was_known: false }
     }
@@ -36,14 +36,14 @@ impl<T> Default for Lane<T> {
     }
 }
 
-impl<T> Queue<T> {
-    /// Takes one in, and says who has no place then: the last one of the client that has most.
+impl<T> LoginQueue<T> {
+    /// Adds a login. If there is no room, returns the one to drop: the last one of the client with the most.
     pub fn push(&mut self, Origin { client, is_known }: Origin, item: T) -> Option<T> {
         let lane = if is_known { &mut self.known } else { &mut self.unknown };
         lane.push(client, item)
     }
 
-    /// Whose turn it is.
+    /// The next login to verify.
     pub fn next(&mut self) -> Option<T> {
         let of_known = |queue: &mut Self| queue.known.next().map(|item| (item, true));
         let of_unknown = |queue: &mut Self| queue.unknown.next().map(|item| (item, false));
@@ -57,7 +57,7 @@ impl<T> Queue<T> {
         Some(item)
     }
 
-    /// Takes those out for whom there is a verdict.
+    /// Takes out the logins that `verdict` decides.
     pub fn settle<V>(&mut self, mut verdict: impl FnMut(&T) -> Option<V>) -> Vec<(T, V)> {
         let mut settled = self.known.settle(&mut verdict);
         settled.extend(self.unknown.settle(verdict));
@@ -68,11 +68,11 @@ impl<T> Queue<T> {
 impl<T> Lane<T> {
     fn push(&mut self, client: Client, item: T) -> Option<T> {
         let own = self.of_clients.get(&client).map_or(0, VecDeque::len);
-        let goes = if self.of_clients.values().map(VecDeque::len).sum::<usize>() < PLACES {
+        let goes = if self.of_clients.values().map(VecDeque::len).sum::<usize>() < LANE_MAX {
             None
         } else {
             let most = self.of_clients.values_mut().max_by_key(|items| items.len());
-            // Who loses one has at least as many left as the new one's client gets.
+            // The client that loses one has at least as many left as the new one's client gets.
             match most.filter(|items| items.len() > own + 1).and_then(VecDeque::pop_back) {
                 Some(goes) => Some(goes),
                 None => return Some(item),
@@ -129,13 +129,13 @@ mod tests {
         Origin { is_known: true, ..stranger(n) }
     }
 
-    fn queue(waiting: &[(Origin, usize)]) -> Queue<usize> {
-        let mut queue = Queue::default();
+    fn queue(waiting: &[(Origin, usize)]) -> LoginQueue<usize> {
+        let mut queue = LoginQueue::default();
         assert!(waiting.iter().all(|(origin, item)| queue.push(*origin, *item).is_none()));
         queue
     }
 
-    fn turns(mut queue: Queue<usize>) -> Vec<usize> {
+    fn turns(mut queue: LoginQueue<usize>) -> Vec<usize> {
         iter::from_fn(|| queue.next()).collect()
     }
 
@@ -154,11 +154,11 @@ mod tests {
 
     #[test]
     fn who_comes_while_others_have_many_waits_for_one_of_each() {
-        let mut queue = Queue::default();
-        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(n % 16), n), None));
+        let mut queue = LoginQueue::default();
+        (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(n % 16), n), None));
         assert!((0..100).all(|_| queue.next().is_some_and(|n| queue.push(stranger(n % 16), n).is_none())));
         let lost = queue.push(stranger(99), 1_000);
-        assert!(lost.is_some_and(|n| n < PLACES), "{lost:?}");
+        assert!(lost.is_some_and(|n| n < LANE_MAX), "{lost:?}");
         // Newcomers of the crowd do not take its place.
         (0..1_000).for_each(|n| assert_ne!(queue.push(stranger(n % 16), 2_000 + n), Some(1_000)));
         assert_eq!(turns(queue).into_iter().position(|n| n == 1_000), Some(16));
@@ -166,8 +166,8 @@ mod tests {
 
     #[test]
     fn where_all_have_few_the_newcomer_has_no_place() {
-        let mut queue = Queue::default();
-        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(n), n), None));
+        let mut queue = LoginQueue::default();
+        (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(n), n), None));
         assert_eq!(queue.push(stranger(1_000), 1_000), Some(1_000));
         assert_eq!(queue.push(stranger(3), 1_001), Some(1_001));
         assert_eq!(queue.push(known(1_000), 1_002), None, "there are other places for those");
@@ -175,10 +175,10 @@ mod tests {
 
     #[test]
     fn one_client_may_have_all_places_until_another_one_comes() {
-        let mut queue = Queue::default();
-        (0..PLACES).for_each(|n| assert_eq!(queue.push(stranger(1), n), None));
-        assert_eq!(queue.push(stranger(1), PLACES), Some(PLACES));
-        assert_eq!(queue.push(stranger(2), 1_000), Some(PLACES - 1));
+        let mut queue = LoginQueue::default();
+        (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(1), n), None));
+        assert_eq!(queue.push(stranger(1), LANE_MAX), Some(LANE_MAX));
+        assert_eq!(queue.push(stranger(2), 1_000), Some(LANE_MAX - 1));
         assert_eq!(turns(queue)[..3], [0, 1_000, 1]);
     }
 
