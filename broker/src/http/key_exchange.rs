@@ -1,5 +1,5 @@
 //! The key exchange over HTTP (contract section 1): a router's request in, the answer of [`crate::exchange`] or its
-//! refusal out, as JSON.
+//! rejection out, as JSON.
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ use wgkex_common::http::resource;
 use wgkex_common::wire::message::WorkerData;
 
 use crate::client_ip::{Client, client_of_request, is_in, is_private};
-use crate::exchange::{KeyId, Refusal};
+use crate::exchange::{KeyId, Rejection};
 use crate::http::{App, body, error};
 
 /// The path of version 1.
@@ -63,33 +63,33 @@ impl Guard for HasBody {
     }
 }
 
-async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
     let result = async { app.exchange.announce(&ask(&app, body).await?, || app.client(&request)).await };
     let result = app.counted("v1", result.await);
     result.map(|()| HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" })))
 }
 
-async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Refusal> {
+async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
     let result = async { app.exchange.assign(&ask(&app, body).await?, || app.client(&request)).await };
     let gateway = app.counted("v2", result.await)?;
     Ok(HttpResponse::Ok().json(Answer::from(gateway)))
 }
 
-async fn ask(app: &App, body: Payload) -> Result<KeyId, Refusal> {
+async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     let body = read(body).await?;
-    let text = body::text(&body).ok_or(Refusal::Body("the body is not valid JSON"))?;
+    let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
     KeyId::parse(text.as_bytes(), &app.domains)
 }
 
 /// The body, whatever its type is said to be.
-async fn read(body: Payload) -> Result<BytesMut, Refusal> {
-    timeout(REQUEST, collect(body)).await.unwrap_or(Err(Refusal::Slow))
+async fn read(body: Payload) -> Result<BytesMut, Rejection> {
+    timeout(REQUEST, collect(body)).await.unwrap_or(Err(Rejection::Slow))
 }
 
-async fn collect(mut body: Payload) -> Result<BytesMut, Refusal> {
+async fn collect(mut body: Payload) -> Result<BytesMut, Rejection> {
     let (mut taken, mut size) = (BytesMut::new(), 0);
     while let Some(part) = body.next().await {
-        let part = part.map_err(|_| Refusal::Body("the body is not complete"))?;
+        let part = part.map_err(|_| Rejection::Body("the body is not complete"))?;
         size += part.len();
         if size <= BODY_MAX {
             taken.extend_from_slice(&part);
@@ -97,14 +97,14 @@ async fn collect(mut body: Payload) -> Result<BytesMut, Refusal> {
             break;
         }
     }
-    if size > BODY_MAX { Err(Refusal::TooLarge) } else { Ok(taken) }
+    if size > BODY_MAX { Err(Rejection::TooLarge) } else { Ok(taken) }
 }
 
 impl App {
-    fn counted<T>(&self, api: &str, result: Result<T, Refusal>) -> Result<T, Refusal> {
+    fn counted<T>(&self, api: &str, result: Result<T, Rejection>) -> Result<T, Rejection> {
         match &result {
             Ok(_) => self.metrics.keys_accepted.with_label_values(&[api]).inc(),
-            Err(refusal) => self.metrics.keys_refused.with_label_values(&[api, refusal.reason()]).inc(),
+            Err(rejection) => self.metrics.keys_refused.with_label_values(&[api, rejection.reason()]).inc(),
         }
         result
     }
@@ -158,7 +158,22 @@ impl From<WorkerData> for Answer {
     }
 }
 
-impl ResponseError for Refusal {
+impl Rejection {
+    /// When the router may come again, where that is not the same for every rejection.
+    fn retry_seconds(self) -> Option<u32> {
+        if let Self::LimitKey(seconds)
+        | Self::LimitClient(seconds)
+        | Self::LimitDomain(seconds)
+        | Self::LimitGlobal(seconds) = self
+        {
+            Some(seconds)
+        } else {
+            (self == Self::Full).then_some(ROOM_SECONDS)
+        }
+    }
+}
+
+impl ResponseError for Rejection {
     fn status_code(&self) -> StatusCode {
         match self {
             Self::Body(_) | Self::Domain | Self::Key(_) => StatusCode::BAD_REQUEST,
@@ -166,7 +181,9 @@ impl ResponseError for Refusal {
             Self::AddressTaken => StatusCode::CONFLICT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
-            Self::Limited(_) | Self::Full => StatusCode::TOO_MANY_REQUESTS,
+            Self::LimitKey(_) | Self::LimitClient(_) | Self::LimitDomain(_) | Self::LimitGlobal(_) | Self::Full => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::NotReady | Self::NoGateway | Self::NotPublished | Self::NotConfirmed => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -175,10 +192,8 @@ impl ResponseError for Refusal {
 
     fn error_response(&self) -> HttpResponse {
         let mut response = error(self.status_code(), &self.to_string());
-        if let Self::Limited(limited) = self {
-            response.headers_mut().insert(RETRY_AFTER, limited.seconds.into());
-        } else if *self == Self::Full {
-            response.headers_mut().insert(RETRY_AFTER, ROOM_SECONDS.into());
+        if let Some(seconds) = self.retry_seconds() {
+            response.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
         response
     }

@@ -1,9 +1,10 @@
 //! The metrics of the HTTP servers.
 
 use prometheus::{Error, HistogramVec, IntCounterVec, IntGauge};
+use strum::VariantNames as _;
 use wgkex_common::http::connections::Closed;
 
-use crate::exchange::Refusal;
+use crate::exchange::Rejection;
 use crate::metrics::Registry;
 
 /// The versions of the key exchange, as labels.
@@ -30,7 +31,7 @@ impl Metrics {
         let refused = "wgkex_broker_keys_refused_total";
         let keys_refused = registry.counters(refused, "Keys refused", &["api", "reason"])?;
         for api in APIS {
-            for reason in Refusal::REASONS {
+            for reason in Rejection::VARIANTS.iter().copied() {
                 keys_refused.with_label_values(&[api, reason]);
             }
         }

@@ -1,8 +1,9 @@
 //! The status page: one table of gateways and two of counts, no key, no script, nothing from elsewhere.
 
 use maud::{DOCTYPE, Markup, html};
+use strum::VariantNames as _;
 
-use crate::exchange::Refusal;
+use crate::exchange::Rejection;
 use crate::fleet::gateways::{Overview, Unserved};
 use crate::http::metrics::{APIS, Metrics};
 
@@ -80,7 +81,7 @@ fn table_of_keys(metrics: &Metrics) -> Markup {
         table {
             tr { th {} th.n { "v1" } th.n { "v2" } }
             tr { td { "accepted" } @for api in APIS { td.n { (accepted(api)) } } }
-            @for reason in Refusal::REASONS {
+            @for reason in Rejection::VARIANTS.iter().copied() {
                 tr {
                     td { "refused: " (reason.replace('_', " ")) }
                     @for api in APIS { td.n { (refused(api, reason)) } }
