@@ -1,11 +1,18 @@
-//! What the broker knows of the fleet: the gateways, the live keys that they are to have, and the revocations that wait
-//! for their confirmation. The previous stop of a key is [`exchange`](crate::exchange), the next one
-//! [`bus`](crate::bus).
+//! What the broker knows of the fleet: the gateways on the bus, the live keys that brokers remember for them, and the
+//! revocations that wait for results.
+//!
+//! Tasks: none. Owners: [`gateways`] and [`live_keys`] are each behind one lock, which the other rooms hold for one question;
+//! [`revocation`] has its own.
+//!
+//! Previous stops: [`bus`](crate::bus), with the messages of workers and brokers, and [`exchange`](crate::exchange), with a
+//! router's key. Next stops: `exchange` again, which answers the router, and the sync clients of gateways and other brokers.
 
-pub mod claimed;
+mod gateway;
 pub mod gateways;
 pub mod live_keys;
 mod metrics;
 pub mod revocation;
+pub mod selection;
+mod unrequested;
 
 pub use self::metrics::Metrics;

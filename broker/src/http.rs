@@ -109,17 +109,17 @@ impl App {
                 return Some(format!("MQTT is not connected: {reason}"));
             }
         }
-        let complete = self.exchange.gateways().complete();
-        (!complete).then(|| "what is retained is not heard yet".into())
+        let is_synced = self.exchange.gateways().is_synced();
+        (!is_synced).then(|| "what is retained is not heard yet".into())
     }
 }
 
 async fn index(app: Data<App>) -> HttpResponse {
-    let (overview, unserved) = {
+    let (statuses, unserved) = {
         let gateways = app.exchange.gateways();
-        (gateways.overview(), gateways.unserved())
+        (gateways.statuses(), gateways.unserved())
     };
-    let page = status_page::render(&overview, &unserved, app.unready().as_deref(), &app.metrics);
+    let page = status_page::render(&statuses, &unserved, app.unready().as_deref(), &app.metrics);
     HttpResponse::Ok()
         .content_type(ContentType::html())
         .insert_header(("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"))
@@ -143,7 +143,7 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 }
 
 async fn scrape(app: Data<App>) -> HttpResponse {
-    app.fleet_metrics.set_gateways(&app.exchange.gateways().overview());
+    app.fleet_metrics.set_gateways(&app.exchange.gateways().statuses());
     app.fleet_metrics.set_live(app.exchange.live().counts());
     set(&app.metrics.connections, app.connections.open());
     match app.registry.text() {

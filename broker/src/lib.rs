@@ -37,7 +37,7 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
-use wgkex_common::{BrokerName, Config, Domain, Reserved};
+use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::askers::Askers;
@@ -50,7 +50,7 @@ use crate::exchange::publisher::Publisher;
 use crate::exchange::rate_limit::Limits;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
-use crate::fleet::revocation::Answers;
+use crate::fleet::revocation::PendingRevocations;
 use crate::http::App;
 use crate::http::admin::Admin;
 use crate::metrics::Registry;
@@ -75,7 +75,7 @@ struct Broker {
     config: Config,
     exchange: Exchange,
     lists: Handle,
-    revocations: Answers,
+    revocations: PendingRevocations,
     /// The session that receives what workers publish.
     bus: MqttHandle,
     /// The session that publishes keys.
@@ -119,7 +119,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
     let (live, store) = live_keys(&config, &lists)?;
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
-    let broker = Broker { config, exchange, lists, revocations: Answers::default(), bus, keys, metrics };
+    let broker = Broker { config, exchange, lists, revocations: PendingRevocations::default(), bus, keys, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -222,7 +222,7 @@ impl Broker {
         Admin {
             lists: self.lists.clone(),
             gateways: self.exchange.gateways.clone(),
-            answers: self.revocations.clone(),
+            revocations: self.revocations.clone(),
             bus: self.keys.clone(),
             domains: self.config.domains.clone(),
             token_hash,
@@ -255,7 +255,7 @@ impl Listeners {
 
 fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics: exchange::Metrics) -> Exchange {
     Exchange {
-        gateways: Arc::new(Mutex::new(gateways(config))),
+        gateways: Arc::new(Mutex::new(Gateways::new(config))),
         keys: Keys::new(config.domains.clone(), lists.admission()),
         live,
         limits: Arc::new(Limits::new(config.limits, MonotonicClock)),
@@ -314,19 +314,18 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
 /// The live keys as they were when this broker ended, as far as `lists` admit them, and what writes them to disk.
 fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
-    let (store, buffer, known) = KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
-    let domains = config.domains.clone();
-    let times = (config.live_keys, config.cleanup);
-    let mut live = LiveKeys::new((&config.name).into(), times, domains, (buffer, known), Instant::now());
+    let (store, buffer, remembered) =
+        KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
+    let mut live = LiveKeys::new(config, remembered, buffer, Instant::now());
     info!(keys = live.len(), "live keys");
-    live.obey(lists.admission());
+    live.apply(lists.admission());
     Ok((Arc::new(Mutex::new(live)), store))
 }
 
 /// Merges live keys of other brokers.
 fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
     move |_, page| {
-        live.lock().learn(&page, Instant::now());
+        live.lock().on_chunk(&page, Instant::now());
         std::future::ready(())
     }
 }
@@ -350,7 +349,7 @@ fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUp
     move |update| {
         metrics.set_lists(&update);
         exchange.keys.apply(update.admission.clone());
-        exchange.live().obey(update.admission.clone());
+        exchange.live().apply(update.admission.clone());
     }
 }
 
@@ -370,10 +369,4 @@ async fn expire(exchange: Exchange) {
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
     let bound = http::listen::open(host, port);
     bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
-}
-
-fn gateways(config: &Config) -> Gateways {
-    let weights = config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect();
-    let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
-    Gateways::new((&config.name).into(), config.domains.clone(), weights, reserved)
 }

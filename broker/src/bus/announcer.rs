@@ -117,7 +117,7 @@ impl Announcer {
     }
 
     fn due(&self) -> Instant {
-        let is_settling = self.greeted.is_some() && !self.gateways.lock().complete();
+        let is_settling = self.greeted.is_some() && !self.gateways.lock().is_synced();
         let look = Instant::now() + if is_settling { SETTLE } else { LIVENESS };
         self.presence.due().into_iter().chain(self.hello_due).fold(look, Instant::min)
     }
@@ -174,15 +174,15 @@ impl Announcer {
             self.publish_status(announcement);
         }
         let mut gateways = self.gateways.lock();
-        let patience = if gateways.has_heard_itself() { ECHO_AGAIN } else { ECHO };
+        let patience = if gateways.has_ever_echoed() { ECHO_AGAIN } else { ECHO };
         let is_late = self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= patience);
         if is_late && !gateways.has_echo() {
             warn!(
                 "own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
-            gateways.assume_echo(now);
+            gateways.force_echo(now);
         }
-        if gateways.settle(now) {
+        if gateways.check_synced(now) {
             info!("ready: all retained states are heard");
         }
         let expired = gateways.expire(now);

@@ -23,7 +23,7 @@ use crate::bus::metrics::Metrics;
 use crate::exchange::keys::Keys;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
-use crate::fleet::revocation::Answers;
+use crate::fleet::revocation::PendingRevocations;
 
 /// Keys in one word of a worker at most: twice what one of ours says at once.
 const WORDS: usize = 4_096;
@@ -72,7 +72,7 @@ pub fn status(broker: &BrokerName, status: &str) -> Message {
 /// Lets `gateways`, `in_flight`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
-    (in_flight, answers): (Keys, Answers),
+    (in_flight, answers): (Keys, PendingRevocations),
     live: Arc<Mutex<LiveKeys>>,
     reporter: Reporter,
     metrics: Metrics,
@@ -82,7 +82,7 @@ pub fn hand_on(
         Event::Up => metrics.connected.set(1),
         Event::Down => {
             metrics.connected.set(0);
-            gateways.lock().forget();
+            gateways.lock().on_disconnect();
             in_flight.lock().removed_all();
         }
         Event::Message(publish) => {
@@ -110,7 +110,7 @@ fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static st
 
 fn hear(
     gateways: &Mutex<Gateways>,
-    (in_flight, answers): (&Keys, &Answers),
+    (in_flight, answers): (&Keys, &PendingRevocations),
     live: &Mutex<LiveKeys>,
     topic: &Topic,
     publish: &Publish,
@@ -119,12 +119,12 @@ fn hear(
     if let Topic::Revoked { worker } = topic {
         let revoked: Revoked = json(publish)?;
         if gateways.lock().is_online(worker) {
-            answers.resolve(worker, revoked);
+            answers.on_revoked(worker, revoked);
         }
     } else if let Topic::Applied { worker } = topic {
         let applied: Applied = json(publish)?;
         few(applied.installed.len() + applied.failed.len())?;
-        let can_take = gateways.lock().can_take(worker, &applied.domain);
+        let can_take = gateways.lock().can_confirm(worker, &applied.domain);
         heard_from(gateways, worker, now);
         if can_take {
             in_flight.confirmed(worker, applied);
@@ -145,7 +145,7 @@ fn hear(
 fn heard_from(gateways: &Mutex<Gateways>, worker: &WorkerName, now: Instant) -> bool {
     let mut gateways = gateways.lock();
     let was_online = gateways.is_online(worker);
-    let confirms = gateways.confirmed(worker, now);
+    let confirms = gateways.on_confirmation(worker, now);
     if confirms && !was_online {
         info!(worker = worker.as_str(), online = true, "gateway");
     }
@@ -160,15 +160,15 @@ fn few(keys: usize) -> Result<(), &'static str> {
 /// A gateway's key does not become a router's by a worker's word.
 fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &WorkerName, seen: &Handshakes) {
     let gateways = gateways.lock();
-    if !gateways.speaks_for(worker, &seen.domain) {
+    if !gateways.can_report(worker, &seen.domain) {
         return;
     }
-    let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.forbids(key, false)).collect();
+    let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.is_reserved(key, false)).collect();
     drop(gateways);
     let (now, mut live) = (Instant::now(), live.lock());
     for key in &seen.keys {
         if !reserved.contains(key) || live.is_routers(key) {
-            live.prove(worker, &seen.domain, *key, now);
+            live.on_handshake(worker, &seen.domain, *key, now);
         }
     }
 }
@@ -186,7 +186,7 @@ fn hear_state(
     let mut gateways = gateways.lock();
     let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
     let was_online = is_online(&gateways);
-    gateways.hear(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
+    gateways.apply(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
     let online = is_online(&gateways);
     let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
         let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
@@ -243,7 +243,7 @@ fn hear_of_keys(
     if let Topic::Key { domain } = topic {
         let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
         let key: PublicKey = text.parse().map_err(|_| "payload")?;
-        live.lock().admit(&domain, key, Instant::now());
+        live.lock().on_request(&domain, key, Instant::now());
     } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
         match SyncEvent::read(topic, &publish.payload) {
             Ok(heard) => {
@@ -278,7 +278,7 @@ pub async fn answer(
     metrics: Metrics,
 ) {
     while let Some(question) = questions.recv().await {
-        let page = live.lock().answer(&question, Instant::now());
+        let page = live.lock().chunk(&question, Instant::now());
         metrics.keys_given.inc_by(page.keys.len() as u64);
         let payload = serde_json::to_vec(&page).unwrap_or_default();
         if bus.publish(Message::transient(question.from.chunks(), payload)).await == Err(PublishError::SessionEnded) {
@@ -294,7 +294,8 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
 
     use wgkex_common::access_lists::service::ListService;
     use wgkex_common::mqtt::QoS;
-    use wgkex_common::{Reserved, sync};
+    use wgkex_common::storage::key_store::WriteBuffer;
+    use wgkex_common::sync;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
@@ -304,14 +305,14 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     };
     let own = BrokerName::from(&config.name);
     let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
-    let Config { domains, live_keys, cleanup, .. } = config;
-    let live = LiveKeys::new(own.clone(), (live_keys, cleanup), domains.clone(), Default::default(), Instant::now());
-    let gateways = Gateways::new(own.clone(), domains.clone(), BTreeMap::new(), Reserved::default());
+    let domains = config.domains.clone();
+    let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), Instant::now());
+    let gateways = Gateways::new(&config);
     let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
     let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
-    let words = (Keys::new(domains, Arc::default()), Answers::default());
+    let words = (Keys::new(domains, Arc::default()), PendingRevocations::default());
     let (reporter, _reported) = Reporter::new(Participant::Broker(own.clone()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
     let askers = Askers::new(own, questions);

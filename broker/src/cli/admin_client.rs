@@ -315,7 +315,7 @@ fn outcome(answer: &Value) -> String {
 fn explained(result: &str) -> String {
     match result {
         revocation::OFFLINE => format!("{result} (applies it when it is back, before it takes keys)"),
-        revocation::CANNOT => format!("{result} (an original, or an old version)"),
+        revocation::UNSUPPORTED => format!("{result} (an original, or an old version)"),
         _ => result.to_owned(),
     }
 }

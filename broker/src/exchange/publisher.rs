@@ -48,7 +48,7 @@ impl Publisher {
         let is_acknowledged = self.is_acknowledged(&publication).await;
         if is_acknowledged {
             let key = &publication.key;
-            self.live.lock().admit(key.domain.name(), key.key, Instant::now().into_std());
+            self.live.lock().on_request(key.domain.name(), key.key, Instant::now().into_std());
         }
         self.keys.lock().published(&publication, is_acknowledged);
     }
@@ -74,10 +74,12 @@ impl Publisher {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
     use std::time::Duration;
 
     use tokio::time::sleep;
     use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
+    use wgkex_common::storage::key_store::WriteBuffer;
     use wgkex_common::{Config, PublicKey};
 
     use super::*;
@@ -94,9 +96,8 @@ mod tests {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
         let config = Config::parse("", yaml, "b").unwrap();
         let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::keys_client(&config)).unwrap();
-        let (times, domains) = ((config.live_keys, config.cleanup), config.domains);
-        let now = Instant::now().into_std();
-        let live = LiveKeys::new("b".parse().unwrap(), times, domains.clone(), Default::default(), now);
+        let (domains, now) = (config.domains.clone(), Instant::now().into_std());
+        let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), now);
         let keys = Keys::new(domains.clone(), Arc::default());
         let publisher = Publisher { keys: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
         tokio::spawn(publisher.run());

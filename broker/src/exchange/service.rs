@@ -20,8 +20,9 @@ use crate::exchange::in_flight::{Answer, Confirmations};
 use crate::exchange::keys::{Keys, Request};
 use crate::exchange::rate_limit::Limits;
 use crate::exchange::{KeyId, Metrics, Rejection};
-use crate::fleet::gateways::{Choice, Gateways, Online};
+use crate::fleet::gateways::{Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::selection::Selection;
 
 /// How a key stands with this broker when it comes.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +85,7 @@ impl Exchange {
         let standing = self.standing(id, client)?;
         if standing.is_hasty
             && let Some(Answer { worker: Some(worker), .. }) = self.told(id)
-            && let Some(choice) = self.gateways().choose(&id.domain, |name, _| *name == worker)
+            && let Some(choice) = self.gateways().select(&id.domain, |name, _| *name == worker)
         {
             return Ok(choice.data);
         }
@@ -95,7 +96,7 @@ impl Exchange {
 
     /// How the key stands, if it may come now.
     fn standing(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<Standing, Rejection> {
-        let proven = self.live().is_proven(&id.domain, &id.key);
+        let proven = self.live().is_established(&id.domain, &id.key);
         if proven.is_none() {
             self.limits.admit(&id.key, client, id.domain.name())?;
         }
@@ -107,7 +108,7 @@ impl Exchange {
     /// Whether the key may be a router's, and its address is nobody else's.
     fn admit(&self, id: &KeyId) -> Result<(), Rejection> {
         let is_routers = self.live().is_routers(&id.key);
-        let refusal = if self.gateways().forbids(&id.key, is_routers) {
+        let refusal = if self.gateways().is_reserved(&id.key, is_routers) {
             Rejection::Reserved
         } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {
             Rejection::AddressTaken
@@ -143,7 +144,7 @@ impl Exchange {
             return Ok(());
         }
         // Originals have the key by now, too: with them about, an error would help nobody.
-        let until = if online.others.is_empty() { deadlines.budget } else { deadlines.timeout };
+        let until = if online.legacy.is_empty() { deadlines.budget } else { deadlines.timeout };
         let is_installed = request.find(until, |confirmations| {
             let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&id.domain));
             if confirmations.installed.is_empty() { is_rejected().then_some(false) } else { Some(true) }
@@ -152,7 +153,7 @@ impl Exchange {
             self.confirmed(published);
             return Ok(());
         }
-        if !online.others.is_empty() {
+        if !online.legacy.is_empty() {
             return Ok(());
         }
         let refusal = request.confirmations().refusal(&self.gateways().online(&id.domain));
@@ -172,7 +173,7 @@ impl Exchange {
         Ok(())
     }
 
-    async fn assign_anew(&self, id: &KeyId, standing: Standing) -> Result<Choice, Rejection> {
+    async fn assign_anew(&self, id: &KeyId, standing: Standing) -> Result<Selection, Rejection> {
         let deadlines = Deadlines::now(self.confirm);
         let took = self.took(id);
         if !took.is_empty()
@@ -205,7 +206,7 @@ impl Exchange {
     }
 
     /// Whether the best gateway takes the key within its time.
-    async fn takes(&self, first: &Choice, request: &Request, deadlines: Deadlines) -> bool {
+    async fn takes(&self, first: &Selection, request: &Request, deadlines: Deadlines) -> bool {
         let outcome = request.find(deadlines.timeout, |confirmations| {
             let is_installed = confirmations.installed.contains(&first.worker);
             (is_installed || confirmations.rejected.contains_key(&first.worker)).then_some(is_installed)
@@ -214,13 +215,13 @@ impl Exchange {
         if outcome.is_none() {
             warn!(worker = first.worker.as_str(), "gateway did not confirm in time");
             self.metrics.confirmations_missed.inc();
-            self.gateways().silent(&first.worker);
+            self.gateways().on_timeout(&first.worker);
         }
         outcome == Some(true)
     }
 
     /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
-    async fn next_best(&self, id: &KeyId, request: &Request, deadlines: Deadlines) -> Result<Choice, Rejection> {
+    async fn next_best(&self, id: &KeyId, request: &Request, deadlines: Deadlines) -> Result<Selection, Rejection> {
         let choice = request.find(deadlines.budget, |confirmations| {
             let has_key = |worker: &WorkerName, confirms: bool| !confirms || confirmations.installed.contains(worker);
             if let Some(next) = self.choose(id, has_key) {
@@ -237,20 +238,20 @@ impl Exchange {
         if self.lists.borrow().admission.denies(id.domain.name(), &id.key) {
             return Err(Rejection::Denied);
         }
-        if self.gateways().complete() { Ok(()) } else { Err(Rejection::NotReady) }
+        if self.gateways().is_synced() { Ok(()) } else { Err(Rejection::NotReady) }
     }
 
     /// Whether `worker` is waited for, and its word on the key counts.
     fn can_take(&self, id: &KeyId, worker: &WorkerName) -> bool {
-        self.gateways().can_take(worker, id.domain.name())
+        self.gateways().can_confirm(worker, id.domain.name())
     }
 
     /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
     /// comes to nothing, the gateway's own next count sets that right.
-    fn choose(&self, id: &KeyId, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Choice> {
+    fn choose(&self, id: &KeyId, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
         let mut gateways = self.gateways();
-        let choice = gateways.choose(&id.domain, fits)?;
-        gateways.assigned(&choice.worker, &id.domain);
+        let choice = gateways.select(&id.domain, fits)?;
+        gateways.on_assigned(&choice.worker, &id.domain);
         Some(choice)
     }
 

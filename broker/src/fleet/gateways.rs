@@ -1,109 +1,66 @@
-//! What workers say of themselves, and which gateway that makes the best for the next router. No IO, no clock.
+//! The gateways and brokers on the bus, by the messages that they publish, and which gateway the next router gets. No IO,
+//! no clock.
+//!
+//! The previous stop of a message is [`crate::bus`]; [`gateway`](super::gateway) has the state of one gateway,
+//! [`selection`](super::selection) selects. The next stop of a selection is [`crate::exchange`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use wgkex_common::wire::message::{Hello, WorkerData};
-use wgkex_common::{BrokerName, Domain, PublicKey, Reserved, Topic, WorkerName};
+use wgkex_common::{BrokerName, Config, Domain, PublicKey, Reserved, Topic, WorkerName};
 
-/// The most peers a WireGuard interface can have (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
+use crate::fleet::gateway::{Gateway, PeerCount};
+use crate::fleet::selection::{Candidate, Selection, Shares};
+
+/// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
-/// More workers or brokers than this on one bus are somebody's nonsense, and not remembered.
+/// The most workers, and the most brokers, that are remembered: more than any fleet has.
 const NAMES_MAX: usize = 4096;
-
-/// How long a status alone counts, as it is found on the bus; how long a count or a confirmation alone, after a last will
-/// that came late; and how long a hello that is neither repeated nor followed by confirmations: a little more than the
-/// minute after which every worker publishes its counts again, and those of ours their hello.
-const UNSUPPORTED: Duration = Duration::from_secs(65);
-/// How long a worker that says it is online may publish nothing. The original leaves a count out when its dump was
-/// interrupted.
-const LIVENESS: Duration = Duration::from_secs(150);
-/// The same count again within this time is a repetition, and no count anew: those come every minute.
-const REPEATED: Duration = Duration::from_secs(50);
-/// How long nothing retained may have come before the retained states count as complete: a server keeps the order of
-/// messages of one topic only (MQTT 3.1.1 section 4.6).
+/// The retained states are complete after this time without a retained message: a server keeps the order of messages of one
+/// topic only (MQTT 3.1.1 section 4.6).
 const QUIET: Duration = Duration::from_millis(250);
-/// How long after the own status came back retained messages may keep the broker from being complete.
+/// The longest that retained messages are waited for after the own status came back.
 const QUIET_MAX: Duration = Duration::from_secs(10);
 
-/// Every gateway and broker heard of on the bus. It forgets all when the bus is lost, and is complete once the
-/// broker has heard its own status come back and nothing retained for a moment.
+/// Every gateway and broker on the bus. All of them are forgotten when the connection is lost; the retained states are
+/// complete once the broker has received its own status and then no retained message for a moment.
 #[derive(Debug)]
 pub struct Gateways {
     own_name: BrokerName,
     domains: BTreeSet<Domain>,
     weights: BTreeMap<WorkerName, f64>,
-    workers: BTreeMap<WorkerName, Worker>,
+    by_name: BTreeMap<WorkerName, Gateway>,
+    /// The brokers that are online.
     brokers: BTreeSet<BrokerName>,
-    /// Gateways' keys. The bus may be lost: they stay.
+    /// Gateways' keys and addresses. They stay when the connection is lost.
     reserved: Reserved,
-    /// Domains for which some worker has ever published its state or hello; also when the bus was lost since.
+    /// Domains for which some worker has ever published a state. They stay, too.
     known: BTreeSet<Domain>,
-    /// When the own status came back.
-    echoed: Option<Instant>,
-    /// It has come back on this connection or an earlier one.
-    has_heard_itself: bool,
-    /// When the last retained message came.
-    found: Option<Instant>,
-    complete: bool,
+    /// When the own status came back on this connection.
+    echo: Option<Instant>,
+    /// It came back on this connection or an earlier one.
+    has_ever_echoed: bool,
+    /// When the last retained message arrived.
+    last_retained: Option<Instant>,
+    is_synced: bool,
 }
 
-#[derive(Debug, Default)]
-struct Worker {
-    /// Whether it is taken to be alive: [`Worker::believed_until`] is not over.
-    online: bool,
-    /// When its status was last said, and which.
-    status: Option<(Instant, bool)>,
-    /// When it last published something of itself, since it was last said to be offline.
-    sign: Option<Instant>,
-    /// When it last published a count or a confirmation, since it was last said to be offline.
-    proof: Option<Instant>,
-    hello: Option<Hello>,
-    /// A hello that did not count any longer when it was old; it counts again if the worker confirms something.
-    lapsed: Option<Hello>,
-    /// When it last said hello or confirmed something.
-    spoke: Option<Instant>,
-    /// The hello was heard since the worker was last offline, not found on the bus.
-    hello_is_live: bool,
-    /// It did not answer in time, and has not been heard since.
-    silent: bool,
-    data: BTreeMap<Domain, WorkerData>,
-    /// Domains whose data was removed, while the worker went on counting there.
-    removed: BTreeSet<Domain>,
-    /// Connected peers of each domain of which it said so; none where it said that it is offline.
-    peers: BTreeMap<Domain, Option<u64>>,
-    /// The last count of each domain, and when it came.
-    counts: BTreeMap<Domain, (u64, Instant)>,
-    /// When any count of each domain came last.
-    counted: BTreeMap<Domain, Instant>,
-}
-
-/// A gateway for a router.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Choice {
-    /// The worker's name.
-    pub worker: WorkerName,
-    /// Whether it says what became of each key, so that an answer may wait for that.
-    pub confirms: bool,
-    /// What the router is told.
-    pub data: WorkerData,
-}
-
-/// The workers that can take a key of a domain now, by name.
+/// The gateways that install keys of a domain now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Online {
-    /// Those that confirm.
+    /// Those that confirm keys.
     pub confirming: BTreeSet<WorkerName>,
     /// Those that do not: originals.
-    pub others: BTreeSet<WorkerName>,
+    pub legacy: BTreeSet<WorkerName>,
 }
 
 impl Online {
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.confirming.is_empty() && self.others.is_empty()
+        self.confirming.is_empty() && self.legacy.is_empty()
     }
 }
 
@@ -112,33 +69,33 @@ impl Online {
 pub struct Unserved {
     /// The domain.
     pub domain: Domain,
-    /// Whether a gateway has ever said something of itself there. Workers before v0.2.0 say nothing.
+    /// Whether a gateway has ever published a state of it. Workers before v0.2.0 publish none.
     pub is_known: bool,
 }
 
-/// Whether a gateway hears at once that a key is denied.
+/// Whether a gateway can remove a denied key at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
-    /// It does, and says what became of it.
+pub enum Reachability {
+    /// It can, and reports the result.
     Online,
-    /// It does when it is back.
+    /// It will when it is back.
     Offline,
-    /// It does not: an original, or an old version of ours.
-    Cannot,
+    /// It cannot: an original, or an old version of ours.
+    Unsupported,
 }
 
-/// A gateway as the status page and the metrics show it.
+/// A gateway for the status page and the metrics.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Overview {
+pub struct GatewayStatus {
     /// The worker's name.
     pub worker: WorkerName,
-    /// Whether its status says so.
+    /// Whether it is online.
     pub online: bool,
     /// Its program's version; none for an original.
     pub version: Option<String>,
     /// Connected peers of each domain; none while the domain is offline there.
     pub domains: BTreeMap<Domain, Option<u64>>,
-    /// Connected peers of all domains, with the answers given since it said so.
+    /// Connected peers of all domains, with the answers given since the last counts.
     pub peers: u64,
     /// Its weight.
     pub weight: f64,
@@ -146,10 +103,10 @@ pub struct Overview {
     pub target: f64,
 }
 
-/// A payload that means nothing on its topic; what was known before stays.
+/// A payload that is invalid on its topic, and changes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a {0}")]
-pub struct Nonsense(pub &'static str);
+pub struct InvalidPayload(pub &'static str);
 
 impl fmt::Display for Unserved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -163,33 +120,28 @@ impl fmt::Display for Unserved {
 }
 
 impl Gateways {
-    /// Nothing heard yet. Workers that `weights` does not name weigh 1.
+    /// No message received yet.
     #[must_use]
-    pub fn new(
-        own_name: BrokerName,
-        domains: BTreeSet<Domain>,
-        weights: BTreeMap<WorkerName, f64>,
-        reserved: Reserved,
-    ) -> Self {
+    pub fn new(config: &Config) -> Self {
         Self {
-            own_name,
-            domains,
-            weights,
-            workers: BTreeMap::new(),
+            own_name: (&config.name).into(),
+            domains: config.domains.clone(),
+            weights: config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect(),
+            by_name: BTreeMap::new(),
             brokers: BTreeSet::new(),
-            reserved,
+            reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
             known: BTreeSet::new(),
-            echoed: None,
-            has_heard_itself: false,
-            found: None,
-            complete: false,
+            echo: None,
+            has_ever_echoed: false,
+            last_retained: None,
+            is_synced: false,
         }
     }
 
-    /// Whether no router may have `key`, as it is a gateway's or has a gateway's address; one that `is_routers` already
-    /// only if the operator says so.
+    /// Whether `key` is a gateway's, or has a gateway's address, so that no router may have it. A key that `is_routers`
+    /// already is only reserved if the operator lists it.
     #[must_use]
-    pub fn forbids(&self, key: &PublicKey, is_routers: bool) -> bool {
+    pub fn is_reserved(&self, key: &PublicKey, is_routers: bool) -> bool {
         if is_routers { self.reserved.lists(key) } else { self.reserved.is_reserved(key) }
     }
 
@@ -198,151 +150,149 @@ impl Gateways {
         self.reserved.tick();
     }
 
-    /// The bus is lost, and what was heard on it may change unheard.
-    pub fn forget(&mut self) {
-        for (name, worker) in &self.workers {
-            for domain in &worker.removed {
+    /// The connection is lost: states may change without notice.
+    pub fn on_disconnect(&mut self) {
+        for (name, gateway) in &self.by_name {
+            for domain in &gateway.removed_data {
                 self.reserved.update(name, domain.name(), None);
             }
         }
-        self.workers.clear();
+        self.by_name.clear();
         self.brokers.clear();
-        (self.echoed, self.found, self.complete) = (None, None, false);
+        (self.echo, self.last_retained, self.is_synced) = (None, None, false);
     }
 
-    /// Whether all retained states have been heard.
+    /// Whether all retained states have been received.
     #[must_use]
-    pub fn complete(&self) -> bool {
-        self.complete
+    pub fn is_synced(&self) -> bool {
+        self.is_synced
     }
 
-    /// Whether the own status has come back since the bus was last lost.
+    /// Whether the own status has come back on this connection.
     #[must_use]
     pub fn has_echo(&self) -> bool {
-        self.echoed.is_some()
+        self.echo.is_some()
     }
 
     /// Whether the own status has come back on this connection or an earlier one.
     #[must_use]
-    pub fn has_heard_itself(&self) -> bool {
-        self.has_heard_itself
+    pub fn has_ever_echoed(&self) -> bool {
+        self.has_ever_echoed
     }
 
-    /// Takes the own status for come back although it did not: the server may not let this broker read it.
-    pub fn assume_echo(&mut self, now: Instant) {
-        self.echoed.get_or_insert(now);
+    /// Goes on as if the own status had come back: the server may not let this broker read it.
+    pub fn force_echo(&mut self, now: Instant) {
+        self.echo.get_or_insert(now);
     }
 
     /// Whether the retained states became complete just now.
-    pub fn settle(&mut self, now: Instant) -> bool {
-        let Some(echoed) = self.echoed.filter(|_| !self.complete) else { return false };
+    pub fn check_synced(&mut self, now: Instant) -> bool {
+        let Some(echo) = self.echo.filter(|_| !self.is_synced) else { return false };
         let age = |since: Instant| now.saturating_duration_since(since);
-        self.complete = age(self.found.unwrap_or(echoed).max(echoed)) >= QUIET || age(echoed) >= QUIET_MAX;
-        self.complete
+        self.is_synced = age(self.last_retained.unwrap_or(echo).max(echo)) >= QUIET || age(echo) >= QUIET_MAX;
+        self.is_synced
     }
 
-    /// Takes those for offline that published nothing for too long, and returns their names. What others of them have said
-    /// may be over, too.
+    /// Takes gateways for offline that published nothing for too long, and returns their names.
     pub fn expire(&mut self, now: Instant) -> Vec<WorkerName> {
-        for (name, worker) in &mut self.workers {
-            worker.expire_hello(now);
-            for domain in worker.expire_data(now) {
+        for (name, gateway) in &mut self.by_name {
+            gateway.expire_hello(now);
+            for domain in gateway.expire_data(now) {
                 self.reserved.update(name, domain.name(), None);
             }
         }
-        let expired = self.workers.iter_mut().filter(|(_, worker)| worker.online && !worker.is_believed(now));
-        let expired = expired.map(|(name, worker)| {
-            worker.online = false;
+        let expired = self.by_name.iter_mut().filter(|(_, gateway)| gateway.online && !gateway.is_alive(now));
+        let expired = expired.map(|(name, gateway)| {
+            gateway.online = false;
             name.clone()
         });
         expired.collect()
     }
 
-    /// Takes in one message; `retained` if it was found on the bus rather than published just now (MQTT 3.1.1 section
-    /// 3.3.1.3). Topics of unknown domains, and those that say nothing about gateways, change nothing.
-    pub fn hear(&mut self, topic: &Topic, payload: &[u8], retained: bool, now: Instant) -> Result<(), Nonsense> {
+    /// Applies one message; `retained` if the server sent it because of the subscription (MQTT 3.1.1 section 3.3.1.3).
+    /// Topics of domains that are not served here, and those that are not about gateways, change nothing.
+    pub fn apply(&mut self, topic: &Topic, payload: &[u8], retained: bool, now: Instant) -> Result<(), InvalidPayload> {
         if retained {
-            self.found = Some(now);
+            self.last_retained = Some(now);
         }
         if let Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } =
             topic
             && payload.is_empty()
-            && !self.workers.contains_key(worker)
+            && !self.by_name.contains_key(worker)
         {
-            // Somebody clears away what is left of a gateway that is gone.
+            // Somebody removes the retained messages of a gateway that is gone.
             return Ok(());
         }
         if let Topic::WorkerStatus { worker } = topic {
             let online = status(payload)?;
-            self.worker(worker)?.hear_status(online, retained, now);
+            self.gateway(worker)?.apply_status(online, retained, now);
         } else if let Topic::WorkerData { worker, domain } = topic {
             let data = WorkerData::parse(payload);
             let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-            match data.map_err(|_| Nonsense("worker data"))? {
-                Some(data) => self.hear_data(worker, domain, data, retained, now)?,
-                None => self.hear_no_data(worker, &domain, now),
+            match data.map_err(|_| InvalidPayload("worker data"))? {
+                Some(data) => self.apply_data(worker, domain, data, retained, now)?,
+                None => self.apply_removed_data(worker, &domain, now),
             }
         } else if let Topic::ConnectedPeers { domain, worker } = topic {
             let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-            let peers = peers(payload)?;
-            self.worker(worker)?.hear_peers(domain.clone(), peers, retained, now);
-            if peers != Peers::Unsaid {
+            let count = peer_count(payload)?;
+            self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
+            if count != PeerCount::Removed {
                 self.known.insert(domain);
             }
         } else if let Topic::WorkerHello { worker } = topic {
-            let hello = Hello::parse(payload).map_err(|_| Nonsense("hello"))?;
+            let hello = Hello::parse(payload).map_err(|_| InvalidPayload("hello"))?;
             let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
             let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
-            self.worker(worker)?.hear_hello(hello, retained, now);
+            self.gateway(worker)?.apply_hello(hello, retained, now);
             self.known.extend(served);
         } else if let Topic::BrokerStatus { broker } = topic {
-            self.hear_broker(broker, payload, retained, now)?;
+            self.apply_broker(broker, payload, retained, now)?;
         }
         Ok(())
     }
 
-    fn worker(&mut self, name: &WorkerName) -> Result<&mut Worker, Nonsense> {
-        if self.workers.len() >= NAMES_MAX && !self.workers.contains_key(name) {
-            return Err(Nonsense("worker's name"));
+    fn gateway(&mut self, name: &WorkerName) -> Result<&mut Gateway, InvalidPayload> {
+        if self.by_name.len() >= NAMES_MAX && !self.by_name.contains_key(name) {
+            return Err(InvalidPayload("worker's name"));
         }
-        Ok(self.workers.entry(name.clone()).or_default())
+        Ok(self.by_name.entry(name.clone()).or_default())
     }
 
-    fn hear_data(
+    fn apply_data(
         &mut self,
         worker: &WorkerName,
         domain: Domain,
         data: WorkerData,
         retained: bool,
         now: Instant,
-    ) -> Result<(), Nonsense> {
+    ) -> Result<(), InvalidPayload> {
         self.reserved.update(worker, domain.name(), Some(&data));
-        self.worker(worker)?.hear_data(domain.clone(), data, retained, now);
+        self.gateway(worker)?.apply_data(domain.clone(), data, retained, now);
         self.known.insert(domain);
         Ok(())
     }
 
-    /// An original publishes its data when it connects, and not again: while it counts its peers, it has not gone.
-    fn hear_no_data(&mut self, worker: &WorkerName, domain: &Domain, now: Instant) {
-        if !self.workers.get_mut(worker).is_some_and(|worker| worker.keeps_data(domain, now)) {
+    fn apply_removed_data(&mut self, worker: &WorkerName, domain: &Domain, now: Instant) {
+        if !self.by_name.get_mut(worker).is_some_and(|gateway| gateway.keeps_removed_data(domain, now)) {
             self.reserved.update(worker, domain.name(), None);
         }
     }
 
-    fn hear_broker(
+    fn apply_broker(
         &mut self,
         broker: &BrokerName,
         payload: &[u8],
         retained: bool,
         now: Instant,
-    ) -> Result<(), Nonsense> {
+    ) -> Result<(), InvalidPayload> {
         if !status(payload)? {
             self.brokers.remove(broker);
             return Ok(());
         }
         if *broker == self.own_name && !retained {
-            self.echoed.get_or_insert(now);
-            self.has_heard_itself = true;
+            self.echo.get_or_insert(now);
+            self.has_ever_echoed = true;
         }
         if self.brokers.len() < NAMES_MAX {
             self.brokers.insert(broker.clone());
@@ -350,75 +300,68 @@ impl Gateways {
         Ok(())
     }
 
-    /// The best gateway of `domain` among those that `fits` takes: the one furthest below its target (contract
-    /// section 6). One that was silent last time, or that weighs nothing, is taken only when there is no other.
+    /// The best gateway of `domain` among those that are `eligible`, by name and by whether they confirm.
     #[must_use]
-    pub fn choose(&self, domain: &Domain, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Choice> {
-        let all = self.all();
-        let rank = |name: &WorkerName, worker: &Worker| {
-            let last_resort = worker.silent || self.weight(name) == 0.0;
-            #[expect(clippy::cast_precision_loss, reason = "counts of peers stay far below 2^52")]
-            let excess = worker.count() as f64 - self.target(name, &all);
-            (last_resort, excess)
-        };
-        let candidates = self.workers.iter().filter_map(|(name, worker)| {
-            let data = worker.serves(domain)?;
-            fits(name, worker.confirms()).then(|| (rank(name, worker), name, worker.confirms(), data))
+    pub fn select(&self, domain: &Domain, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
+        let candidates = self.by_name.iter().filter_map(|(worker, gateway)| {
+            let data = gateway.serves(domain)?;
+            let (confirms, is_unresponsive) = (gateway.confirms(), gateway.is_unresponsive);
+            let candidate = || Candidate { worker, data, confirms, is_unresponsive, peers: gateway.peers() };
+            eligible(worker, confirms).then(candidate)
         });
-        let best = candidates.min_by(|(a, ..), (b, ..)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
-        best.map(|(_, name, confirms, data)| Choice { worker: name.clone(), confirms, data: data.clone() })
+        self.shares().select(candidates)
     }
 
-    /// Counts an answer that names `worker`, until it says itself how many peers it has. Each other broker is
-    /// taken to give as many answers as this one.
-    pub fn assigned(&mut self, worker: &WorkerName, domain: &Domain) {
+    /// A router was given `worker`. It counts as a peer until the gateway's next count. Each other broker is taken to give as
+    /// many answers as this one.
+    pub fn on_assigned(&mut self, worker: &WorkerName, domain: &Domain) {
         let brokers = self.brokers.len().max(1) as u64;
-        if let Some(Some(peers)) = self.workers.get_mut(worker).and_then(|worker| worker.peers.get_mut(domain)) {
+        let peers = self.by_name.get_mut(worker).and_then(|gateway| gateway.peers.get_mut(domain));
+        if let Some(Some(peers)) = peers {
             *peers = (*peers + brokers).min(PEERS_MAX);
         }
     }
 
-    /// `worker` did not say in time what became of a key.
-    pub fn silent(&mut self, worker: &WorkerName) {
-        if let Some(worker) = self.workers.get_mut(worker) {
-            worker.silent = true;
+    /// `worker` did not confirm a key in time.
+    pub fn on_timeout(&mut self, worker: &WorkerName) {
+        if let Some(gateway) = self.by_name.get_mut(worker) {
+            gateway.is_unresponsive = true;
         }
     }
 
-    /// `worker` confirmed keys or reported handshakes, which only one that is alive does. True if it is one that says what
-    /// became of keys; whether its word counts is for [`Gateways::can_take`] to say, as of before this.
-    pub fn confirmed(&mut self, worker: &WorkerName, now: Instant) -> bool {
-        self.workers.get_mut(worker).is_some_and(|worker| worker.hear_confirmation(now))
+    /// `worker` published outcomes or handshakes of keys, so it is alive. False if it is not a worker that does; whether its
+    /// outcomes count is [`Gateways::can_confirm`], as of before this.
+    pub fn on_confirmation(&mut self, worker: &WorkerName, now: Instant) -> bool {
+        self.by_name.get_mut(worker).is_some_and(|gateway| gateway.apply_confirmation(now))
     }
 
-    /// Whether this worker is one that confirms and can take a key of `domain` now: whether it is waited for, and its
-    /// word on a key counts.
+    /// Whether this worker confirms keys, and has `domain` online: requests wait for it, and its outcomes count.
     #[must_use]
-    pub fn can_take(&self, worker: &WorkerName, domain: &str) -> bool {
-        self.has_online(worker, domain) && self.workers.get(worker).is_some_and(Worker::confirms)
+    pub fn can_confirm(&self, worker: &WorkerName, domain: &str) -> bool {
+        self.has_online(worker, domain) && self.by_name.get(worker).is_some_and(Gateway::confirms)
     }
 
-    /// Whether the word of this worker on keys of `domain` counts: it is one that confirms, and may serve the domain.
+    /// Whether this worker's reports of handshakes in `domain` count: it is online, confirms keys, and may serve the domain.
     #[must_use]
-    pub fn speaks_for(&self, worker: &WorkerName, domain: &str) -> bool {
-        let domain = self.domains.get(domain).zip(self.workers.get(worker));
-        domain.is_some_and(|(domain, worker)| worker.online && worker.confirms() && worker.may_serve(domain))
+    pub fn can_report(&self, worker: &WorkerName, domain: &str) -> bool {
+        let domain = self.domains.get(domain).zip(self.by_name.get(worker));
+        domain.is_some_and(|(domain, gateway)| gateway.online && gateway.confirms() && gateway.may_serve(domain))
     }
 
-    /// Whether each gateway hears that a key is denied: those heard of, and those that the operator named.
+    /// Which gateways can remove a denied key: those on the bus, and those that the config names.
     #[must_use]
-    pub fn reach(&self) -> BTreeMap<WorkerName, Reach> {
-        let named = self.weights.keys().map(|name| (name.clone(), Reach::Offline));
-        let heard_of = self.workers.iter().filter(|(_, worker)| worker.is_somebody()).map(|(name, worker)| {
-            let revokes = worker.hello.as_ref().is_some_and(Hello::revokes);
-            let reach = match (worker.online, revokes) {
-                (false, _) => Reach::Offline,
-                (true, true) => Reach::Online,
-                (true, false) => Reach::Cannot,
+    pub fn reachability(&self) -> BTreeMap<WorkerName, Reachability> {
+        let named = self.weights.keys().map(|name| (name.clone(), Reachability::Offline));
+        let on_bus = self.by_name.iter().filter(|(_, gateway)| gateway.has_served()).map(|(name, gateway)| {
+            let revokes = gateway.hello.as_ref().is_some_and(Hello::revokes);
+            let reachability = match (gateway.online, revokes) {
+                (false, _) => Reachability::Offline,
+                (true, true) => Reachability::Online,
+                (true, false) => Reachability::Unsupported,
             };
-            (name.clone(), reach)
+            (name.clone(), reachability)
         });
-        named.chain(heard_of).collect()
+        named.chain(on_bus).collect()
     }
 
     /// Whether the domain is one of those that are served here.
@@ -430,296 +373,102 @@ impl Gateways {
     /// Whether this worker is online.
     #[must_use]
     pub fn is_online(&self, worker: &WorkerName) -> bool {
-        self.workers.get(worker).is_some_and(|worker| worker.online)
+        self.by_name.get(worker).is_some_and(|gateway| gateway.online)
     }
 
     /// Whether this worker is online, and the domain there.
     #[must_use]
     pub fn has_online(&self, worker: &WorkerName, domain: &str) -> bool {
-        let (worker, domain) = (self.workers.get(worker), self.domains.get(domain));
-        worker.zip(domain).is_some_and(|(worker, domain)| worker.has_online(domain))
+        let (gateway, domain) = (self.by_name.get(worker), self.domains.get(domain));
+        gateway.zip(domain).is_some_and(|(gateway, domain)| gateway.has_online(domain))
     }
 
-    /// Who can take a key of `domain`. An original that has just started says how many peers it has only after a
-    /// while; it takes keys before that.
+    /// The gateways that install keys of `domain` now.
     #[must_use]
     pub fn online(&self, domain: &Domain) -> Online {
         let mut online = Online::default();
-        for (name, worker) in self.workers.iter().filter(|(_, worker)| worker.can_take(domain)) {
-            let names = if worker.confirms() { &mut online.confirming } else { &mut online.others };
+        for (name, gateway) in self.by_name.iter().filter(|(_, gateway)| gateway.installs(domain)) {
+            let names = if gateway.confirms() { &mut online.confirming } else { &mut online.legacy };
             names.insert(name.clone());
         }
         online
     }
 
-    /// Whether some worker can take a key of `domain`, and all that can say what becomes of it.
+    /// Whether some gateway installs keys of `domain` now, and all that do confirm them.
     #[must_use]
     pub fn all_confirm(&self, domain: &Domain) -> bool {
-        let mut can_take = self.workers.values().filter(|worker| worker.can_take(domain)).peekable();
-        can_take.peek().is_some() && can_take.all(Worker::confirms)
+        let mut installing = self.by_name.values().filter(|gateway| gateway.installs(domain)).peekable();
+        installing.peek().is_some() && installing.all(Gateway::confirms)
     }
 
-    /// Whether any worker has ever published something of itself in `domain`.
+    /// Whether any worker has ever published a state of `domain`.
     #[must_use]
     pub fn is_known(&self, domain: &Domain) -> bool {
         self.known.contains(domain)
     }
 
-    /// Whether gateways of `domain` are known, and none can take a key.
+    /// Whether gateways of `domain` are known, and none is online.
     #[must_use]
     pub fn are_offline(&self, domain: &Domain) -> bool {
-        self.is_known(domain) && !self.can_any_take(domain)
+        self.is_known(domain) && !self.is_any_online(domain)
     }
 
-    fn can_any_take(&self, domain: &Domain) -> bool {
-        self.workers.values().any(|worker| worker.can_take(domain))
+    fn is_any_online(&self, domain: &Domain) -> bool {
+        self.by_name.values().any(|gateway| gateway.installs(domain))
     }
 
     /// The domains that no gateway serves now.
     #[must_use]
     pub fn unserved(&self) -> Vec<Unserved> {
-        let unserved = self.domains.iter().filter(|domain| !self.can_any_take(domain));
+        let unserved = self.domains.iter().filter(|domain| !self.is_any_online(domain));
         unserved.map(|domain| Unserved { domain: domain.clone(), is_known: self.is_known(domain) }).collect()
     }
 
-    /// Every worker heard of, by name.
+    /// Every gateway on the bus, by name.
     #[must_use]
-    pub fn overview(&self) -> Vec<Overview> {
-        let all = self.all();
-        let overview = |(name, worker): (&WorkerName, &Worker)| Overview {
+    pub fn statuses(&self) -> Vec<GatewayStatus> {
+        let shares = self.shares();
+        let status = |(name, gateway): (&WorkerName, &Gateway)| GatewayStatus {
             worker: name.clone(),
-            online: worker.online,
-            version: worker.hello.as_ref().map(|hello| hello.version.clone()),
-            domains: worker
+            online: gateway.online,
+            version: gateway.hello.as_ref().map(|hello| hello.version.clone()),
+            domains: gateway
                 .data
                 .keys()
-                .chain(worker.peers.keys())
-                .filter(|domain| worker.may_serve(domain))
-                .map(|domain| (domain.clone(), worker.peers.get(domain).copied().flatten()))
+                .chain(gateway.peers.keys())
+                .filter(|domain| gateway.may_serve(domain))
+                .map(|domain| (domain.clone(), gateway.peers.get(domain).copied().flatten()))
                 .collect(),
-            peers: worker.count(),
-            weight: self.weight(name),
-            target: self.target(name, &all),
+            peers: gateway.peers(),
+            weight: shares.weight(name),
+            target: shares.target(name),
         };
-        self.workers.iter().map(overview).collect()
+        self.by_name.iter().map(status).collect()
     }
 
-    fn weight(&self, worker: &WorkerName) -> f64 {
-        self.weights.get(worker).copied().unwrap_or(1.0)
-    }
-
-    fn target(&self, worker: &WorkerName, all: &All) -> f64 {
-        self.weight(worker) / all.weights * all.peers
-    }
-
-    fn all(&self) -> All {
-        let online = || self.workers.values().filter(|worker| worker.online);
-        let (configured, peers): (f64, u64) = (self.weights.values().sum(), online().map(Worker::count).sum());
-        #[expect(clippy::cast_precision_loss, reason = "counts of peers and workers stay far below 2^52")]
-        let (weights, peers) =
-            (if configured > 0.0 { configured } else { online().count().max(1) as f64 }, peers as f64);
-        All { weights, peers }
+    fn shares(&self) -> Shares<'_> {
+        let online = self.by_name.values().filter(|gateway| gateway.online);
+        Shares::new(&self.weights, online.map(Gateway::peers))
     }
 }
 
-/// What all gateways weigh, and how many peers those have that are online: the same for each gateway's target.
-struct All {
-    weights: f64,
-    peers: f64,
-}
-
-impl Worker {
-    /// Whether it ever served somebody, as far as the bus remembers.
-    fn is_somebody(&self) -> bool {
-        self.online || self.hello.is_some() || self.lapsed.is_some() || !self.data.is_empty() || !self.peers.is_empty()
-    }
-
-    fn confirms(&self) -> bool {
-        self.hello.as_ref().is_some_and(Hello::confirms)
-    }
-
-    /// What a router is told, if this worker can serve it now.
-    fn serves(&self, domain: &Domain) -> Option<&WorkerData> {
-        self.has_online(domain).then(|| self.data.get(domain)).flatten()
-    }
-
-    /// Whether it is online, and the domain there.
-    fn has_online(&self, domain: &Domain) -> bool {
-        self.online && self.peers.get(domain).is_some_and(Option::is_some) && self.may_serve(domain)
-    }
-
-    /// Whether it is online, and the domain there as far as it said so. One that does not confirm and has not counted its
-    /// peers yet takes keys if it has data.
-    fn can_take(&self, domain: &Domain) -> bool {
-        let has_begun = || !self.confirms() && !self.peers.contains_key(domain) && self.data.contains_key(domain);
-        self.has_online(domain) || (self.online && has_begun())
-    }
-
-    /// False for a domain that is retained of a worker which says that it serves others.
-    fn may_serve(&self, domain: &Domain) -> bool {
-        self.hello.as_ref().is_none_or(|hello| hello.serves(domain.name()))
-    }
-
-    fn count(&self) -> u64 {
-        self.peers.values().flatten().sum()
-    }
-
-    /// Until when it is taken to be alive. A status that nothing supports counts as long as a count without a status: either
-    /// may be what somebody else wrote, or what a last will said that came late.
-    fn believed_until(&self) -> Option<Instant> {
-        match (self.status, self.sign, self.proof) {
-            (Some((_, true)), Some(sign), _) => Some(sign + LIVENESS),
-            (Some((since, true)), None, _) => Some(since + UNSUPPORTED),
-            // Said to be offline, or no status received: a server that hands out none, or somebody removed it.
-            (Some((_, false)) | None, _, proof) => proof.map(|proof| proof + UNSUPPORTED),
-        }
-    }
-
-    fn is_believed(&self, now: Instant) -> bool {
-        self.believed_until().is_some_and(|until| now < until)
-    }
-
-    /// It published something just now, `proof` if that is what only one that serves does.
-    fn heard(&mut self, is_proof: bool, now: Instant) {
-        self.sign = Some(now);
-        if is_proof {
-            self.proof = Some(now);
-        }
-        self.online = self.is_believed(now);
-    }
-
-    /// A worker of ours says hello before it says that it is online. One that comes online without is another
-    /// program under the same name, and a hello found on the bus is not its own.
-    fn hear_status(&mut self, online: bool, retained: bool, now: Instant) {
-        self.status = Some((now, online));
-        self.silent = false;
-        if !online {
-            (self.sign, self.proof, self.hello_is_live) = (None, None, false);
-        }
-        if online && !retained && !self.hello_is_live {
-            (self.hello, self.lapsed) = (None, None);
-        }
-        self.online = self.is_believed(now);
-    }
-
-    fn hear_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
-        self.hello_is_live = hello.is_some() && !retained;
-        (self.hello, self.lapsed, self.spoke) = (hello, None, Some(now));
-        if self.hello_is_live {
-            self.heard(false, now);
-        }
-    }
-
-    /// Takes in that it said what became of a key, or which keys shake hands; false if it is not one that does.
-    fn hear_confirmation(&mut self, now: Instant) -> bool {
-        let lapsed = self.lapsed.take_if(|hello| hello.confirms());
-        self.hello = self.hello.take().or(lapsed);
-        if !self.confirms() {
-            return false;
-        }
-        (self.silent, self.spoke) = (false, Some(now));
-        self.heard(true, now);
-        true
-    }
-
-    /// A hello that is neither repeated nor borne out may be somebody else's, or left from a worker of ours in whose place
-    /// there is an original.
-    fn expire_hello(&mut self, now: Instant) {
-        if self.online && self.spoke.is_some_and(|spoke| now.saturating_duration_since(spoke) >= UNSUPPORTED) {
-            self.lapsed = self.hello.take().or_else(|| self.lapsed.take());
-        }
-    }
-
-    fn hear_data(&mut self, domain: Domain, data: WorkerData, retained: bool, now: Instant) {
-        if !retained {
-            self.heard(false, now);
-        }
-        self.removed.remove(&domain);
-        self.data.insert(domain, data);
-    }
-
-    /// Its data in this domain was removed: whether it stays all the same, which it does as long as it counts there.
-    fn keeps_data(&mut self, domain: &Domain, now: Instant) -> bool {
-        let keeps = self.data.contains_key(domain) && self.counts_in(domain, now);
-        if keeps {
-            self.removed.insert(domain.clone());
-        } else {
-            self.data.remove(domain);
-        }
-        keeps
-    }
-
-    /// Drops data that was removed and does not stay any longer, and returns its domains.
-    fn expire_data(&mut self, now: Instant) -> Vec<Domain> {
-        let over: Vec<_> = self.removed.iter().filter(|domain| !self.counts_in(domain, now)).cloned().collect();
-        for domain in &over {
-            self.removed.remove(domain);
-            self.data.remove(domain);
-        }
-        over
-    }
-
-    /// Whether it has counted its peers in this domain lately, or came online only lately.
-    fn counts_in(&self, domain: &Domain, now: Instant) -> bool {
-        let came = self.status.and_then(|(at, online)| online.then_some(at));
-        let last = self.counted.get(domain).copied().max(came);
-        last.is_some_and(|last| now.saturating_duration_since(last) < LIVENESS)
-    }
-
-    /// A count that is published once more for a newcomer says nothing of the answers given since.
-    fn is_repeated(&self, domain: &Domain, peers: u64, now: Instant) -> bool {
-        let is_same = |(count, at): &(u64, Instant)| *count == peers && now.saturating_duration_since(*at) < REPEATED;
-        self.peers.get(domain).is_some_and(Option::is_some) && self.counts.get(domain).is_some_and(is_same)
-    }
-
-    fn hear_peers(&mut self, domain: Domain, peers: Peers, retained: bool, now: Instant) {
-        self.silent = false;
-        if !retained && peers != Peers::Unsaid {
-            self.heard(matches!(peers, Peers::Connected(_)), now);
-        }
-        if matches!(peers, Peers::Connected(_)) {
-            self.counted.insert(domain.clone(), now);
-        }
-        match peers {
-            Peers::Connected(peers) if self.is_repeated(&domain, peers, now) => None,
-            Peers::Connected(peers) => {
-                self.counts.insert(domain.clone(), (peers, now));
-                self.peers.insert(domain, Some(peers))
-            }
-            Peers::Offline => self.peers.insert(domain, None),
-            Peers::Unsaid => self.peers.remove(&domain),
-        };
-    }
-}
-
-/// What a worker says of its peers in a domain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Peers {
-    /// So many are connected.
-    Connected(u64),
-    /// The domain is offline there.
-    Offline,
-    /// What was said is taken back.
-    Unsaid,
-}
-
-fn peers(payload: &[u8]) -> Result<Peers, Nonsense> {
+fn peer_count(payload: &[u8]) -> Result<PeerCount, InvalidPayload> {
     if payload.is_empty() {
-        return Ok(Peers::Unsaid);
+        return Ok(PeerCount::Removed);
     }
-    let text = std::str::from_utf8(payload).map_err(|_| Nonsense("number of peers"))?.trim();
+    let text = std::str::from_utf8(payload).map_err(|_| InvalidPayload("number of peers"))?.trim();
     if text == "-1" {
-        return Ok(Peers::Offline);
+        return Ok(PeerCount::Offline);
     }
     let peers = text.parse().ok().filter(|peers| *peers <= PEERS_MAX);
-    peers.map(Peers::Connected).ok_or(Nonsense("number of peers"))
+    peers.map(PeerCount::Connected).ok_or(InvalidPayload("number of peers"))
 }
 
-fn status(payload: &[u8]) -> Result<bool, Nonsense> {
+fn status(payload: &[u8]) -> Result<bool, InvalidPayload> {
     match payload {
         b"1" => Ok(true),
         b"0" | b"" => Ok(false),
-        _ => Err(Nonsense("status")),
+        _ => Err(InvalidPayload("status")),
     }
 }
 

@@ -1,5 +1,6 @@
-//! The live keys: those that gateways get back when they lack them. A key becomes one when a router sends it here or to
-//! another broker; what a worker alone speaks of is [`claimed`](crate::fleet::claimed). No IO, no clock.
+//! The live keys: those that brokers remember, so that a gateway that lacks some can request them. A key becomes one when a
+//! router sends it here or to another broker; handshakes of other keys are kept in [`unrequested`](super::unrequested). No
+//! IO, no clock.
 
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
@@ -12,110 +13,115 @@ use wgkex_common::config::{self, Cleanup};
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::sync::CHUNK;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
-use wgkex_common::{BrokerName, Domain, PublicKey, WorkerName};
+use wgkex_common::{BrokerName, Config, Domain, PublicKey, WorkerName};
 
-use crate::fleet::claimed::Claimed;
+use crate::fleet::unrequested::UnrequestedKeys;
 
-/// What is said twice in this time, by a router and on the bus, is said once.
-const AT_ONCE: Duration = Duration::from_secs(3);
-/// Ages that another broker tells are whole seconds, and pages are long on their way. If less than this were news, two
-/// brokers would tell each other the same for ever.
-const TOLD: Duration = Duration::from_secs(60);
-/// Which part of all keys may be those that lost their address while they were silent.
-const ABSENT: usize = 16;
+/// A router's request that arrives a second time within this, by HTTP and by MQTT, counts once.
+const SAME_REQUEST: Duration = Duration::from_secs(3);
+/// Smaller differences of age are ignored in another broker's snapshot: ages are whole seconds and chunks take their time, so
+/// that two brokers would send each other the same keys for ever.
+const SAME_AGE: Duration = Duration::from_secs(60);
+/// The fraction of all keys that may be established ones without their address.
+const DISPLACED_FRACTION: usize = 16;
 
-/// Every key that is alive, and when it was heard of.
+/// Every live key, with its times.
 #[derive(Debug)]
 pub struct LiveKeys {
     own_name: BrokerName,
     max: usize,
     ttl: Duration,
-    /// How long a key has for its first handshake, and how long it is proven by one that was heard of.
+    /// How long a new key keeps its address without a handshake.
     grace: Duration,
-    proven: Duration,
-    domains: BTreeMap<Domain, Served>,
-    claimed: Claimed,
-    journal: WriteBuffer,
+    /// How long after its last known handshake a key counts as established.
+    handshake_lifetime: Duration,
+    domains: BTreeMap<Domain, DomainKeys>,
+    unrequested: UnrequestedKeys,
+    write_buffer: WriteBuffer,
     admission: Arc<Admission>,
 }
 
 /// The live keys of a domain. No two have the same address.
 #[derive(Debug, Default)]
-struct Served {
-    keys: BTreeMap<PublicKey, Live>,
+struct DomainKeys {
+    keys: BTreeMap<PublicKey, LiveKey>,
     owners: BTreeMap<Ipv6Addr, PublicKey>,
-    /// How many of them are proven.
-    proven: usize,
-    /// Keys that shook hands, and lost their address while they were silent: it is theirs again when they come back.
-    absent: BTreeMap<PublicKey, Live>,
+    /// How many of them are established.
+    established: usize,
+    /// Established keys that lost their address while they had no handshakes: they get it back when they return.
+    displaced: BTreeMap<PublicKey, LiveKey>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Live {
-    kept: KeyRecord,
-    /// When this run of the program first heard of it.
+struct LiveKey {
+    record: KeyRecord,
+    /// When this run of the program first received it.
     first: Instant,
-    /// When it last shook hands, as far as a gateway or a broker said so.
-    shaken: Option<Instant>,
-    /// When it last came back after that was too long ago to be proven by.
+    /// Its last handshake, as far as a gateway or a broker reported one.
+    last_handshake: Option<Instant>,
+    /// When a router last sent it again after it had expired.
     returned: Option<Instant>,
-    /// When this broker last heard of it, from whomever: an asker may lack it from then on.
-    heard: Instant,
+    /// When this broker last changed it: a sync client may lack it from then on.
+    updated_at: Instant,
 }
 
-/// How many live keys there are.
+/// How many keys of a domain there are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Those that shook hands at some gateway.
-    pub proven: usize,
-    /// Those that never did.
-    pub unproven: usize,
-    /// Those that are not live, and shook hands by the word of some worker.
-    pub claimed: usize,
+    /// Live keys that have had a handshake at some gateway.
+    pub established: usize,
+    /// The other live keys.
+    pub unestablished: usize,
+    /// Keys that no router has sent, and of which some worker reports handshakes.
+    pub unrequested: usize,
 }
 
 impl LiveKeys {
-    /// The keys of `domains` that are known. Changes go into the journal.
+    /// The keys of the config's domains that the last run of this program `remembered`. Changes go into `write_buffer`.
     #[must_use]
-    pub fn new(
-        own_name: BrokerName,
-        (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }): (config::LiveKeys, Cleanup),
-        domains: impl IntoIterator<Item = Domain>,
-        (journal, known): (WriteBuffer, Keys),
-        now: Instant,
-    ) -> Self {
-        let proven = stale + claim::handshake_report_interval(ttl, stale);
-        let domains = domains.into_iter().map(|domain| (domain, Served::default())).collect();
-        let (claimed, admission) = (Claimed::new(max), Arc::default());
-        let mut live = Self { own_name, max, ttl, grace, proven, domains, claimed, journal, admission };
-        for ((domain, key), kept) in known {
-            // Who asked the last run of this program may have missed what that heard of last.
-            let shaken = kept.proven.then_some(kept.last);
-            if !live.insert(&domain, key, Live { kept, first: kept.last, shaken, returned: None, heard: now }, now) {
-                live.journal.remove(&domain, key);
+    pub fn new(config: &Config, remembered: Keys, write_buffer: WriteBuffer, now: Instant) -> Self {
+        let (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }) = (config.live_keys, config.cleanup);
+        let domains = config.domains.iter().map(|domain| (domain.clone(), DomainKeys::default())).collect();
+        let mut live = Self {
+            own_name: (&config.name).into(),
+            max,
+            ttl,
+            grace,
+            handshake_lifetime: stale + claim::handshake_report_interval(ttl, stale),
+            domains,
+            unrequested: UnrequestedKeys::new(max),
+            write_buffer,
+            admission: Arc::default(),
+        };
+        for ((domain, key), record) in remembered {
+            // A client of the last run may not have got what that received last: all of it counts as updated now.
+            let last_handshake = record.proven.then_some(record.last);
+            let key_of_last_run =
+                LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now };
+            if !live.insert(&domain, key, key_of_last_run, now) {
+                live.write_buffer.remove(&domain, key);
             }
         }
-        live.make_room();
+        live.evict();
         live
     }
 
-    /// Whether the address of `key` is another's, so that a router may not have it now.
+    /// Whether another key has the address of `key`, so that no router may have `key` now.
     #[must_use]
     pub fn is_taken(&self, domain: &str, key: PublicKey, now: Instant) -> bool {
-        let Some(served) = self.domains.get(domain) else { return false };
-        let owner = served.owners.get(&key.link_local()).filter(|owner| **owner != key);
-        let live = owner.and_then(|owner| Some((owner, served.keys.get(owner)?)));
-        let comes_back = served.absent.get(&key).is_some_and(|live| self.is_remembered(live, now));
-        let wanted = if comes_back { ClaimState::Returned } else { ClaimState::New };
-        let standing = live.map_or(ClaimState::Expired, |(owner, live)| self.standing(owner, live, now));
-        standing >= wanted
+        let Some(known) = self.domains.get(domain) else { return false };
+        let owner = known.owners.get(&key.link_local()).filter(|owner| **owner != key);
+        let owner = owner.and_then(|owner| Some((owner, known.keys.get(owner)?)));
+        let returns = known.displaced.get(&key).is_some_and(|live| self.is_remembered(live, now));
+        let wanted = if returns { ClaimState::Returned } else { ClaimState::New };
+        owner.map_or(ClaimState::Expired, |(owner, live)| self.claim_state(owner, live, now)) >= wanted
     }
 
-    fn standing(&self, key: &PublicKey, live: &Live, now: Instant) -> ClaimState {
+    fn claim_state(&self, key: &PublicKey, live: &LiveKey, now: Instant) -> ClaimState {
         let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
-        if self.admission.trusts(key) || live.shaken.is_some_and(|shaken| within(shaken, self.proven)) {
+        if self.admission.trusts(key) || live.last_handshake.is_some_and(|last| within(last, self.handshake_lifetime)) {
             ClaimState::Established
-        } else if live.kept.proven {
+        } else if live.record.proven {
             let has_grace = live.returned.is_some_and(|returned| within(returned, self.grace));
             if has_grace && self.is_remembered(live, now) { ClaimState::Returned } else { ClaimState::Expired }
         } else if within(live.first, self.grace) {
@@ -125,261 +131,272 @@ impl LiveKeys {
         }
     }
 
-    /// Whether it shook hands so lately that coming back is worth something: asking alone does not keep an address.
-    fn is_remembered(&self, live: &Live, now: Instant) -> bool {
-        live.shaken.is_some_and(|shaken| now.saturating_duration_since(shaken) < self.ttl.max(self.proven))
+    /// Whether its last handshake is recent enough for a claim when it returns: requests alone keep no address.
+    fn is_remembered(&self, live: &LiveKey, now: Instant) -> bool {
+        let limit = self.ttl.max(self.handshake_lifetime);
+        live.last_handshake.is_some_and(|last| now.saturating_duration_since(last) < limit)
     }
 
-    /// Remembers the key, unless another has the better claim to its address: then that one alone is live. Says whether
-    /// it is remembered.
-    fn insert(&mut self, domain: &Domain, key: PublicKey, live: Live, now: Instant) -> bool {
+    /// Makes the key live, unless another key has the better claim to its address. Says whether it is live.
+    fn insert(&mut self, domain: &Domain, key: PublicKey, live: LiveKey, now: Instant) -> bool {
         let claim =
-            |key: PublicKey, live: &Live| Claim { key, state: self.standing(&key, live, now), first: live.first };
-        let Some(served) = self.domains.get(domain) else { return false };
+            |key: PublicKey, live: &LiveKey| Claim { key, state: self.claim_state(&key, live, now), first: live.first };
+        let Some(known) = self.domains.get(domain) else { return false };
         let address = key.link_local();
-        let owner = served.owners.get(&address).copied().filter(|owner| *owner != key);
-        let rival = owner.and_then(|owner| Some((owner, served.keys.get(&owner)?)));
+        let owner = known.owners.get(&address).copied().filter(|owner| *owner != key);
+        let rival = owner.and_then(|owner| Some((owner, known.keys.get(&owner)?)));
         if rival.is_some_and(|(owner, other)| !claim(key, &live).precedes(&claim(owner, other))) {
             return false;
         }
-        let Some(served) = self.domains.get_mut(domain) else { return false };
+        let Some(known) = self.domains.get_mut(domain) else { return false };
         if let Some(owner) = owner {
-            let silent = served.remove(&owner).filter(|live| live.kept.proven);
-            if let Some(silent) = silent.filter(|_| served.absent.len() < self.max / ABSENT) {
-                served.absent.insert(owner, silent);
+            let displaced = known.remove(&owner).filter(|live| live.record.proven);
+            if let Some(displaced) = displaced.filter(|_| known.displaced.len() < self.max / DISPLACED_FRACTION) {
+                known.displaced.insert(owner, displaced);
             }
-            self.journal.remove(domain, owner);
+            self.write_buffer.remove(domain, owner);
         }
-        served.absent.remove(&key);
-        served.put(address, key, live);
+        known.displaced.remove(&key);
+        known.insert(address, key, live);
         true
     }
 
-    /// Whether the key ever shook hands; none if it is not known in this domain.
+    /// Whether the key has ever had a handshake; none if it is not known in this domain.
     #[must_use]
-    pub fn is_proven(&self, domain: &Domain, key: &PublicKey) -> Option<bool> {
-        Some(self.domains.get(domain)?.known(key)?.kept.proven)
+    pub fn is_established(&self, domain: &Domain, key: &PublicKey) -> Option<bool> {
+        Some(self.domains.get(domain)?.get(key)?.record.proven)
     }
 
-    /// Whether the key is one of a router that shook hands, in whatever domain.
+    /// Whether the key is a router's that has had a handshake, in any domain.
     #[must_use]
     pub fn is_routers(&self, key: &PublicKey) -> bool {
-        self.domains.values().any(|served| served.known(key).is_some_and(|live| live.kept.proven))
+        self.domains.values().any(|known| known.get(key).is_some_and(|live| live.record.proven))
     }
 
-    /// Takes over who may come from now on, and forgets the keys that have to go.
-    pub fn obey(&mut self, admission: Arc<Admission>) {
+    /// Applies other access lists: forgets the keys that they remove.
+    pub fn apply(&mut self, admission: Arc<Admission>) {
         self.admission = admission;
         if self.admission.removes_none() {
             return;
         }
-        let (admission, journal) = (&self.admission, &self.journal);
-        for (domain, served) in &mut self.domains {
-            served.retain(|key, _| {
+        let (admission, write_buffer) = (&self.admission, &self.write_buffer);
+        for (domain, known) in &mut self.domains {
+            known.retain(|key, _| {
                 let stays = !admission.must_remove(domain.name(), key);
                 if !stays {
-                    journal.remove(domain, *key);
+                    write_buffer.remove(domain, *key);
                 }
                 stays
             });
-            served.absent.retain(|key, _| !admission.must_remove(domain.name(), key));
+            known.displaced.retain(|key, _| !admission.must_remove(domain.name(), key));
         }
     }
 
-    /// A key came, by a router or on the bus.
-    pub fn admit(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, KeyRecord { last: now, proven: false }, AT_ONCE, now);
+    /// A router requested the key, here or at another broker.
+    pub fn on_request(&mut self, domain: &str, key: PublicKey, now: Instant) {
+        self.merge(domain, key, KeyRecord { last: now, proven: false }, SAME_REQUEST, now);
     }
 
-    /// `worker` sees handshakes of the key. Of one that no router sent that is only kept, for when one does.
-    pub fn prove(&mut self, worker: &WorkerName, domain: &str, key: PublicKey, now: Instant) {
+    /// `worker` reports handshakes of the key. If no router has sent it, that is only kept for when one does.
+    pub fn on_handshake(&mut self, worker: &WorkerName, domain: &str, key: PublicKey, now: Instant) {
         match self.domains.get_key_value(domain) {
-            Some((_, served)) if served.keys.contains_key(&key) => {
-                self.merge(domain, key, KeyRecord { last: now, proven: true }, AT_ONCE, now);
+            Some((_, known)) if known.keys.contains_key(&key) => {
+                self.merge(domain, key, KeyRecord { last: now, proven: true }, SAME_REQUEST, now);
             }
-            Some((domain, _)) => self.claimed.note(worker, domain, key, now),
+            Some((domain, _)) => self.unrequested.on_handshake(worker, domain, key, now),
             None => {}
         }
     }
 
-    /// Another broker knows these keys.
-    pub fn learn(&mut self, page: &SnapshotChunk, now: Instant) {
-        for (key, Age { age_secs: age, has_handshake: proven }) in &page.keys {
-            let age = Duration::from_secs(*age);
+    /// Merges the live keys of another broker.
+    pub fn on_chunk(&mut self, chunk: &SnapshotChunk, now: Instant) {
+        for (key, Age { age_secs, has_handshake: proven }) in &chunk.keys {
+            let age = Duration::from_secs(*age_secs);
             if age < self.ttl {
-                let kept = KeyRecord { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
-                self.merge(&page.domain, *key, kept, TOLD, now);
+                let record = KeyRecord { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
+                self.merge(&chunk.domain, *key, record, SAME_AGE, now);
             }
         }
     }
 
-    /// Unites what was known of the key with `news`. It counts as heard of only if they differ by more than `same`.
+    /// Merges what is known of the key with `news`. It counts as updated only if they differ by more than `same`.
     fn merge(&mut self, domain: &str, key: PublicKey, news: KeyRecord, same: Duration, now: Instant) {
-        let Some((domain, served)) = self.domains.get_key_value(domain) else { return };
+        let Some((domain, known)) = self.domains.get_key_value(domain) else { return };
         if self.admission.denies(domain.name(), &key) {
             return;
         }
-        let (domain, is_new) = (domain.clone(), !served.keys.contains_key(&key));
-        let before = served.known(&key).copied();
-        let mut live = united(before.as_ref(), news, now);
+        let (domain, is_new) = (domain.clone(), !known.keys.contains_key(&key));
+        let before = known.get(&key).copied();
+        let mut live = merged(before.as_ref(), news, now);
         if let Some(before) = &before {
-            if !news.proven && before.kept.proven && self.standing(&key, before, now) == ClaimState::Expired {
+            if !news.proven && before.record.proven && self.claim_state(&key, before, now) == ClaimState::Expired {
                 live.returned = Some(now);
             }
-            let is_close = |now: Instant, before: Instant| now.saturating_duration_since(before) <= same;
-            let shakes_as_before =
-                live.shaken.is_none_or(|now| before.shaken.is_some_and(|before| is_close(now, before)));
-            let is_same = live.kept.proven == before.kept.proven
-                && is_close(live.kept.last, before.kept.last)
-                && shakes_as_before;
-            if is_same && !is_new {
+            if !is_new && live.is_close(before, same) {
                 return;
             }
         }
         if !self.insert(&domain, key, live, now) {
             return;
         }
-        self.journal.put(&domain, key, live.kept);
+        self.write_buffer.put(&domain, key, live.record);
         if is_new {
-            if let Some(at) = self.claimed.take(&domain, &key) {
-                self.merge(domain.name(), key, KeyRecord { last: at, proven: true }, AT_ONCE, now);
+            if let Some(at) = self.unrequested.take(&domain, &key) {
+                self.merge(domain.name(), key, KeyRecord { last: at, proven: true }, SAME_REQUEST, now);
             }
-            self.make_room();
+            self.evict();
         }
     }
 
-    /// Drops the oldest of those that never shook hands, or of all if there are no others: a sixteenth at once, so
-    /// that a flood does not cost a search per key.
-    fn make_room(&mut self) {
+    /// If there are more than `max`, drops the oldest unestablished keys, or the oldest of all if there are no others: a
+    /// sixteenth at once, so that a flood does not cost a search per key.
+    fn evict(&mut self) {
         let total = self.len();
         if total <= self.max {
             return;
         }
         let mut surplus = total - self.max + self.max / 16;
-        let rank = |live: &Live| (live.kept.proven, live.kept.last);
-        let mut ranks: Vec<_> = self.domains.values().flat_map(|served| served.keys.values()).map(rank).collect();
+        let rank = |live: &LiveKey| (live.record.proven, live.record.last);
+        let mut ranks: Vec<_> = self.domains.values().flat_map(|known| known.keys.values()).map(rank).collect();
         let (_, &mut last, _) = ranks.select_nth_unstable(surplus.min(total) - 1);
-        for (domain, served) in &mut self.domains {
-            served.retain(|key, live| {
+        for (domain, known) in &mut self.domains {
+            known.retain(|key, live| {
                 let stays = surplus == 0 || rank(live) > last;
                 if !stays {
                     surplus -= 1;
-                    self.journal.remove(domain, *key);
+                    self.write_buffer.remove(domain, *key);
                 }
                 stays
             });
         }
     }
 
-    /// Forgets the keys whose time is over, and says how many. A journal that begins anew gets the others.
+    /// Forgets the keys whose time is over, and returns how many. If the write buffer needs all keys, it gets the others.
     pub fn expire(&mut self, now: Instant) -> usize {
-        let anew = self.journal.needs_full_write();
+        let needs_all = self.write_buffer.needs_full_write();
         let ttl = self.ttl;
-        let over = |live: &Live| now.saturating_duration_since(live.kept.last) >= ttl;
+        let is_over = |live: &LiveKey| now.saturating_duration_since(live.record.last) >= ttl;
         let mut expired = 0;
-        for (domain, served) in &mut self.domains {
-            served.retain(|key, live| {
-                let is_over = over(live);
-                if is_over {
-                    self.journal.remove(domain, *key);
+        for (domain, known) in &mut self.domains {
+            known.retain(|key, live| {
+                if is_over(live) {
+                    self.write_buffer.remove(domain, *key);
                     expired += 1;
-                } else if anew {
-                    self.journal.put(domain, *key, live.kept);
+                    return false;
                 }
-                !is_over
+                if needs_all {
+                    self.write_buffer.put(domain, *key, live.record);
+                }
+                true
             });
-            served.absent.retain(|_, live| !over(live));
+            known.displaced.retain(|_, live| !is_over(live));
         }
-        self.claimed.expire(now, self.proven);
+        self.unrequested.expire(now, self.handshake_lifetime);
         expired
     }
 
-    /// The answer to `question`. Of a domain that is not served here no key is known.
+    /// The chunk that answers `request`; without keys for a domain that is not served here.
     #[must_use]
-    pub fn answer(&self, question: &SyncRequest, now: Instant) -> SnapshotChunk {
+    pub fn chunk(&self, request: &SyncRequest, now: Instant) -> SnapshotChunk {
         use std::ops::Bound::{Excluded, Unbounded};
-        let keys = self.domains.get(question.domain.as_str()).map(|served| &served.keys);
-        let start = question.after.map_or(Unbounded, Excluded);
+        let keys = self.domains.get(request.domain.as_str()).map(|known| &known.keys);
+        let start = request.after.map_or(Unbounded, Excluded);
         let age = |since: Instant| now.saturating_duration_since(since);
-        let asked = |live: &Live| {
-            age(live.kept.last) < self.ttl
-                && question.younger_than.is_none_or(|younger| age(live.heard).as_secs() < younger)
+        let is_wanted = |live: &LiveKey| {
+            age(live.record.last) < self.ttl
+                && request.younger_than.is_none_or(|younger| age(live.updated_at).as_secs() < younger)
         };
         let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
-        let mut wanted = keys.filter(|(_, live)| asked(live));
-        let page = wanted.by_ref().take(CHUNK).map(|(key, live)| {
-            (*key, Age { age_secs: age(live.kept.last).as_secs(), has_handshake: live.kept.proven })
+        let mut wanted = keys.filter(|(_, live)| is_wanted(live));
+        let keys = wanted.by_ref().take(CHUNK).map(|(key, live)| {
+            (*key, Age { age_secs: age(live.record.last).as_secs(), has_handshake: live.record.proven })
         });
-        let keys = page.collect();
-        let (broker, domain, after) = (self.own_name.clone(), question.domain.clone(), question.after);
+        let keys = keys.collect();
+        let (broker, domain, after) = (self.own_name.clone(), request.domain.clone(), request.after);
         SnapshotChunk { broker, domain, after, keys, more: wanted.next().is_some() }
     }
 
-    /// How many there are.
+    /// How many live keys there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.domains.values().map(|served| served.keys.len()).sum()
+        self.domains.values().map(|known| known.keys.len()).sum()
     }
 
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.domains.values().all(|served| served.keys.is_empty())
+        self.domains.values().all(|known| known.keys.is_empty())
     }
 
-    /// How many there are in each domain.
+    /// How many keys there are in each domain.
     pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
-        self.domains.iter().map(|(domain, served)| {
-            let (proven, claimed) = (served.proven, self.claimed.len(domain));
-            (domain, Counts { proven, unproven: served.keys.len() - proven, claimed })
+        self.domains.iter().map(|(domain, known)| {
+            let (established, unrequested) = (known.established, self.unrequested.len(domain));
+            (domain, Counts { established, unestablished: known.keys.len() - established, unrequested })
         })
     }
 }
 
-impl Served {
+impl DomainKeys {
     /// `address` is that of the key.
-    fn put(&mut self, address: Ipv6Addr, key: PublicKey, live: Live) {
+    fn insert(&mut self, address: Ipv6Addr, key: PublicKey, live: LiveKey) {
         self.owners.insert(address, key);
         let before = self.keys.insert(key, live);
-        self.proven += usize::from(live.kept.proven);
-        self.proven -= usize::from(before.is_some_and(|before| before.kept.proven));
+        self.established += usize::from(live.record.proven);
+        self.established -= usize::from(before.is_some_and(|before| before.record.proven));
     }
 
-    fn remove(&mut self, key: &PublicKey) -> Option<Live> {
+    fn remove(&mut self, key: &PublicKey) -> Option<LiveKey> {
         let live = self.keys.remove(key)?;
         self.owners.remove(&key.link_local());
-        self.proven -= usize::from(live.kept.proven);
+        self.established -= usize::from(live.record.proven);
         Some(live)
     }
 
-    /// What is known of the key, live or not.
-    fn known(&self, key: &PublicKey) -> Option<&Live> {
-        self.keys.get(key).or_else(|| self.absent.get(key))
+    /// The key, live or displaced.
+    fn get(&self, key: &PublicKey) -> Option<&LiveKey> {
+        self.keys.get(key).or_else(|| self.displaced.get(key))
     }
 
-    /// Keeps the keys that `stays` is true for.
-    fn retain(&mut self, mut stays: impl FnMut(&PublicKey, &Live) -> bool) {
-        let Self { keys, owners, proven, absent: _ } = self;
+    /// Keeps the live keys that `stays` is true for.
+    fn retain(&mut self, mut stays: impl FnMut(&PublicKey, &LiveKey) -> bool) {
+        let Self { keys, owners, established, displaced: _ } = self;
         keys.retain(|key, live| {
             let stays = stays(key, live);
             if !stays {
                 owners.remove(&key.link_local());
-                *proven -= usize::from(live.kept.proven);
+                *established -= usize::from(live.record.proven);
             }
             stays
         });
     }
 }
 
+impl LiveKey {
+    /// Whether it differs from what it was `before` by no more than `same`.
+    fn is_close(&self, before: &Self, same: Duration) -> bool {
+        let is_close = |now: Instant, before: Instant| now.saturating_duration_since(before) <= same;
+        let has_same_handshake =
+            self.last_handshake.is_none_or(|now| before.last_handshake.is_some_and(|before| is_close(now, before)));
+        self.record.proven == before.record.proven
+            && is_close(self.record.last, before.record.last)
+            && has_same_handshake
+    }
+}
+
 /// What is known of a key with `news` of it.
-fn united(before: Option<&Live>, news: KeyRecord, now: Instant) -> Live {
-    let shaken = news.proven.then_some(news.last);
+fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
+    let last_handshake = news.proven.then_some(news.last);
     let Some(before) = before else {
-        return Live { kept: news, first: news.last, shaken, returned: None, heard: now };
+        return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now };
     };
-    let kept = KeyRecord { last: before.kept.last.max(news.last), proven: before.kept.proven || news.proven };
-    let (first, shaken) = (before.first.min(news.last), shaken.max(before.shaken));
-    Live { kept, first, shaken, returned: before.returned, heard: now }
+    LiveKey {
+        record: KeyRecord { last: before.record.last.max(news.last), proven: before.record.proven || news.proven },
+        first: before.first.min(news.last),
+        last_handshake: last_handshake.max(before.last_handshake),
+        returned: before.returned,
+        updated_at: now,
+    }
 }
 
 #[cfg(test)]

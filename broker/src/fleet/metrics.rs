@@ -5,7 +5,7 @@ use wgkex_common::Domain;
 use wgkex_common::access_lists::service::ListUpdate;
 use wgkex_common::access_lists::{List, files};
 
-use crate::fleet::gateways::Overview;
+use crate::fleet::gateways::GatewayStatus;
 use crate::fleet::live_keys::Counts;
 use crate::metrics::{Registry, set};
 
@@ -44,7 +44,7 @@ impl Metrics {
     }
 
     /// Takes over how many gateways are in which state.
-    pub fn set_gateways(&self, gateways: &[Overview]) {
+    pub fn set_gateways(&self, gateways: &[GatewayStatus]) {
         let online = gateways.iter().filter(|gateway| gateway.online).count();
         for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
             set(&self.gateways.with_label_values(&[state]), number);
@@ -68,8 +68,8 @@ impl Metrics {
 
     /// Takes over how many live keys there are.
     pub fn set_live<'a>(&self, counts: impl Iterator<Item = (&'a Domain, Counts)>) {
-        for (domain, Counts { proven, unproven, claimed }) in counts {
-            for (state, number) in [("proven", proven), ("unproven", unproven), ("claimed", claimed)] {
+        for (domain, Counts { established, unestablished, unrequested }) in counts {
+            for (state, number) in [("proven", established), ("unproven", unestablished), ("claimed", unrequested)] {
                 set(&self.live.with_label_values(&[domain.name(), state]), number);
             }
         }

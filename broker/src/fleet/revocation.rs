@@ -1,4 +1,7 @@
-//! Admin calls that wait for gateways to say what became of a denied key, and the word that reaches them.
+//! Revocations of keys that wait for the result at each gateway. No task: an admin call waits, and the bus room brings the
+//! results.
+//!
+//! The previous stop of a result is [`crate::bus`], the next one the admin call in [`crate::http`].
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -10,96 +13,114 @@ use tokio::time::{Instant, timeout_at};
 use wgkex_common::wire::message::Revoked;
 use wgkex_common::{PublicKey, WorkerName};
 
-use crate::fleet::gateways::Reach;
+use crate::fleet::gateways::Reachability;
 
 /// How long an admin call waits for all gateways together.
-pub const PATIENCE: Duration = Duration::from_secs(2);
-/// Gateways whose words one call hears: more than any fleet has.
-const GATEWAYS: usize = 4096;
-/// What a gateway says is shown no longer than this, in characters.
+pub const TIMEOUT: Duration = Duration::from_secs(2);
+/// The most gateways whose results one call gets: more than any fleet has.
+const MAX_GATEWAYS: usize = 4096;
+/// The longest reason of a gateway that is shown, in characters.
 const SHOWN_MAX: usize = 80;
 
-/// The key in question, and when its record was made.
-type Subject = (PublicKey, u64);
-/// A gateway, and what it says.
-type Word = (WorkerName, String);
-
-/// Everyone who waits. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct Answers {
-    waiting: Arc<Mutex<HashMap<Subject, Call>>>,
+/// A record of the access lists that denies a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct DenyRecord {
+    key: PublicKey,
+    /// When it was made.
+    at: u64,
 }
 
-/// Where the words for one call go, and whose have come: the first of each counts.
+/// The result at one gateway.
+#[derive(Debug)]
+struct GatewayResult {
+    worker: WorkerName,
+    outcome: String,
+}
+
+/// The revocations that wait for results. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct PendingRevocations {
+    calls: Arc<Mutex<HashMap<DenyRecord, Call>>>,
+}
+
+/// Where the results of one revocation go, and which gateways have sent one: the first of each counts.
 #[derive(Debug)]
 struct Call {
-    words: mpsc::Sender<Word>,
-    heard: BTreeSet<WorkerName>,
+    results: mpsc::Sender<GatewayResult>,
+    received: BTreeSet<WorkerName>,
 }
 
-/// One admin call that waits; it no longer does when this is dropped.
+/// A revocation that waits for results. Dropped, it ends.
 #[derive(Debug)]
-pub struct Waiting {
-    answers: Answers,
-    subject: Subject,
-    words: mpsc::Receiver<Word>,
+pub struct PendingRevocation {
+    pending: PendingRevocations,
+    record: DenyRecord,
+    results: mpsc::Receiver<GatewayResult>,
 }
 
-/// What became of a key at a gateway, in an operator's words.
+/// The result at a gateway, as the admin call shows it: the key was in the kernel and is removed.
 pub const REMOVED: &str = "removed";
-/// There was nothing of it.
+/// The key was not in the kernel.
 pub const ABSENT: &str = "was not there";
-/// The gateway applies it when it is back, before it takes keys.
+/// The gateway applies the record when it is back, before it installs keys.
 pub const OFFLINE: &str = "offline";
-/// It is an original, or an old version of ours.
-pub const CANNOT: &str = "cannot";
-/// It did not say anything in time.
-pub const SILENT: &str = "no answer";
+/// The gateway is an original, or an old version of ours.
+pub const UNSUPPORTED: &str = "cannot";
+/// The gateway sent no result in time.
+pub const TIMED_OUT: &str = "no answer";
 
-/// Whether the key is known not to be at a gateway that says this.
+/// Whether a gateway with this result is known not to have the key.
 #[must_use]
 pub fn is_done(result: &str) -> bool {
     result == REMOVED || result == ABSENT
 }
 
-impl Answers {
-    /// Waits for what gateways say of the record that was made of `key` at `at`.
+impl PendingRevocations {
+    /// Waits for results of the record that denies `key` since `at`.
     #[must_use]
-    pub fn wait_for(&self, key: PublicKey, at: u64) -> Waiting {
-        let (sender, words) = mpsc::channel(GATEWAYS);
-        let subject = (key, at);
-        self.table().insert(subject, Call { words: sender, heard: BTreeSet::new() });
-        Waiting { answers: self.clone(), subject, words }
+    pub fn begin(&self, key: PublicKey, at: u64) -> PendingRevocation {
+        let (sender, results) = mpsc::channel(MAX_GATEWAYS);
+        let record = DenyRecord { key, at };
+        self.calls().insert(record, Call { results: sender, received: BTreeSet::new() });
+        PendingRevocation { pending: self.clone(), record, results }
     }
 
-    /// Passes on what `worker` said. Nobody waits for what it applies on its return.
-    pub fn resolve(&self, worker: &WorkerName, revoked: Revoked) {
-        let mut table = self.table();
+    /// Passes on the results of `worker`. When it applies records on its return, no call waits for that.
+    pub fn on_revoked(&self, worker: &WorkerName, revoked: Revoked) {
+        let mut calls = self.calls();
         for (key, outcome) in revoked.keys {
-            if let Some(call) = table.get_mut(&(key, revoked.at))
-                && call.heard.len() < GATEWAYS
-                && call.heard.insert(worker.clone())
+            if let Some(call) = calls.get_mut(&DenyRecord { key, at: revoked.at })
+                && call.received.len() < MAX_GATEWAYS
+                && call.received.insert(worker.clone())
             {
-                let _ = call.words.try_send((worker.clone(), outcome));
+                let _ = call.results.try_send(GatewayResult { worker: worker.clone(), outcome });
             }
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<Subject, Call>> {
-        self.waiting.lock()
+    fn calls(&self) -> MutexGuard<'_, HashMap<DenyRecord, Call>> {
+        self.calls.lock()
     }
 }
 
-impl Waiting {
-    /// What became of the key at each gateway, given which of them were `reach`able: as soon as all of these have said
-    /// it, and no later than `until`.
-    pub async fn results(mut self, reach: BTreeMap<WorkerName, Reach>, until: Instant) -> BTreeMap<WorkerName, String> {
-        let online = reach.iter().filter(|(_, reach)| **reach == Reach::Online);
+impl PendingRevocation {
+    /// The result at each gateway, by their `reachability`: as soon as all that are online have sent one, and no later than
+    /// `until`.
+    pub async fn results(
+        mut self,
+        reachability: BTreeMap<WorkerName, Reachability>,
+        until: Instant,
+    ) -> BTreeMap<WorkerName, String> {
+        let online = reachability.iter().filter(|(_, reachability)| **reachability == Reachability::Online);
         let mut missing: BTreeSet<WorkerName> = online.map(|(name, _)| name.clone()).collect();
-        let mut results: BTreeMap<WorkerName, String> =
-            reach.into_iter().map(|(name, reach)| (name, before_any_word(reach).to_owned())).collect();
+        let mut results: BTreeMap<WorkerName, String> = reachability
+            .into_iter()
+            .map(|(name, reachability)| (name, without_result(reachability).to_owned()))
+            .collect();
         while !missing.is_empty() {
-            let Ok(Some((worker, outcome))) = timeout_at(until, self.words.recv()).await else { break };
+            let Ok(Some(GatewayResult { worker, outcome })) = timeout_at(until, self.results.recv()).await else {
+                break;
+            };
             if missing.remove(&worker) {
                 results.insert(worker, shown(&outcome));
             }
@@ -108,17 +129,17 @@ impl Waiting {
     }
 }
 
-impl Drop for Waiting {
+impl Drop for PendingRevocation {
     fn drop(&mut self) {
-        self.answers.table().remove(&self.subject);
+        self.pending.calls().remove(&self.record);
     }
 }
 
-fn before_any_word(reach: Reach) -> &'static str {
-    match reach {
-        Reach::Online => SILENT,
-        Reach::Offline => OFFLINE,
-        Reach::Cannot => CANNOT,
+fn without_result(reachability: Reachability) -> &'static str {
+    match reachability {
+        Reachability::Online => TIMED_OUT,
+        Reachability::Offline => OFFLINE,
+        Reachability::Unsupported => UNSUPPORTED,
     }
 }
 
@@ -149,15 +170,20 @@ mod tests {
         Revoked { at, keys: [(key(n), outcome.to_owned())].into() }
     }
 
-    fn reach() -> BTreeMap<WorkerName, Reach> {
-        let reach = [("gw1", Reach::Online), ("gw2", Reach::Online), ("gw3", Reach::Offline), ("gw4", Reach::Cannot)];
+    fn reach() -> BTreeMap<WorkerName, Reachability> {
+        let reach = [
+            ("gw1", Reachability::Online),
+            ("gw2", Reachability::Online),
+            ("gw3", Reachability::Offline),
+            ("gw4", Reachability::Unsupported),
+        ];
         reach.map(|(worker, reach)| (name(worker), reach)).into()
     }
 
     #[tokio::test(start_paused = true)]
     async fn each_gateways_own_word_on_this_record_counts_once() {
-        let answers = Answers::default();
-        let waiting = answers.wait_for(key(3), 7);
+        let pending = PendingRevocations::default();
+        let waiting = pending.begin(key(3), 7);
         for (worker, revoked) in [
             ("gw1", said(6, 3, "removed")),
             ("gw1", said(7, 4, "removed")),
@@ -167,40 +193,42 @@ mod tests {
             ("gw1", said(7, 3, "removed")),
             ("gw2", said(7, 3, "x\ny")),
         ] {
-            answers.resolve(&name(worker), revoked);
+            pending.on_revoked(&name(worker), revoked);
         }
         let begun = Instant::now();
-        let results = waiting.results(reach(), begun + PATIENCE).await;
-        let wanted = [("gw1", ABSENT), ("gw2", "failed: xy"), ("gw3", OFFLINE), ("gw4", CANNOT)];
+        let results = waiting.results(reach(), begun + TIMEOUT).await;
+        let wanted = [("gw1", ABSENT), ("gw2", "failed: xy"), ("gw3", OFFLINE), ("gw4", UNSUPPORTED)];
         assert_eq!(results, wanted.map(|(worker, result)| (name(worker), result.to_owned())).into());
         assert_eq!(begun.elapsed(), Duration::ZERO, "nobody is waited for in vain");
-        assert!(answers.table().is_empty());
+        assert!(pending.calls().is_empty());
     }
 
     /// Fails where every word is queued: there was no place for the other gateway's.
     #[tokio::test(start_paused = true)]
     async fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
-        let answers = Answers::default();
-        let waiting = answers.wait_for(key(3), 7);
-        for _ in 0..2 * GATEWAYS {
-            answers.resolve(&name("gw1"), said(7, 3, "failed"));
+        let pending = PendingRevocations::default();
+        let waiting = pending.begin(key(3), 7);
+        for _ in 0..2 * MAX_GATEWAYS {
+            pending.on_revoked(&name("gw1"), said(7, 3, "failed"));
         }
-        answers.resolve(&name("gw2"), said(7, 3, "removed"));
-        let results = waiting.results(reach(), Instant::now() + PATIENCE).await;
+        pending.on_revoked(&name("gw2"), said(7, 3, "removed"));
+        let results = waiting.results(reach(), Instant::now() + TIMEOUT).await;
         assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), ("failed: failed", REMOVED));
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_says_nothing_is_waited_for_no_longer_than_the_patience() {
-        let answers = Answers::default();
-        let waiting = answers.wait_for(key(3), 7);
-        answers.resolve(&name("gw2"), said(7, 3, "removed"));
+        let pending = PendingRevocations::default();
+        let waiting = pending.begin(key(3), 7);
+        pending.on_revoked(&name("gw2"), said(7, 3, "removed"));
         let begun = Instant::now();
-        let results = waiting.results(reach(), begun + PATIENCE).await;
-        assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), (SILENT, REMOVED));
-        assert_eq!(begun.elapsed(), PATIENCE);
+        let results = waiting.results(reach(), begun + TIMEOUT).await;
+        assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), (TIMED_OUT, REMOVED));
+        assert_eq!(begun.elapsed(), TIMEOUT);
         assert!(
-            is_done(REMOVED) && is_done(ABSENT) && ![SILENT, OFFLINE, CANNOT, "failed: x"].map(is_done).contains(&true)
+            is_done(REMOVED)
+                && is_done(ABSENT)
+                && ![TIMED_OUT, OFFLINE, UNSUPPORTED, "failed: x"].map(is_done).contains(&true)
         );
     }
 }

@@ -27,7 +27,7 @@ use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::fleet::gateways::Gateways;
-use crate::fleet::revocation::{self, Answers};
+use crate::fleet::revocation::{self, PendingRevocations};
 use crate::http::error;
 
 /// The largest body of a call.
@@ -50,8 +50,8 @@ pub struct Admin {
     pub lists: Handle,
     /// The gateways that a change has to reach.
     pub gateways: Arc<Mutex<Gateways>>,
-    /// Their results of it.
-    pub answers: Answers,
+    /// The changes that wait for their results.
+    pub revocations: PendingRevocations,
     /// The session that it is published by.
     pub bus: MqttHandle,
     /// The domains that are served.
@@ -198,17 +198,17 @@ impl Admin {
     }
 
     async fn apply(&self, entry: Entry, on: bool) -> Result<Value, ApiError> {
-        let until = Instant::now() + revocation::PATIENCE;
+        let until = Instant::now() + revocation::TIMEOUT;
         let Entry { list, key, .. } = entry;
         let changed = self.lists.change(entry, on).await;
         let Changed { record, was_present: was_on, persisted: kept } = changed
             .ok_or_else(|| ApiError(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
             .map_err(|full| ApiError(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
-        let waiting = (on && list == List::Deny).then(|| self.answers.wait_for(key, record.at));
+        let pending = (on && list == List::Deny).then(|| self.revocations.begin(key, record.at));
         let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
-        let (reach, is_complete) = {
+        let (reachability, is_synced) = {
             let gateways = self.gateways.lock();
-            (gateways.reach(), gateways.complete())
+            (gateways.reachability(), gateways.is_synced())
         };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();
         let published = timeout_at(until, self.bus.publish(Message::transient(Topic::Revocations, payload)));
@@ -217,11 +217,11 @@ impl Admin {
             "key": key, "list": list, "domain": record.entry.domain, "until": record.entry.until,
             "was_on": was_on, "kept": is_kept, "published": is_published, "done": is_kept && is_published,
         });
-        if let Some(waiting) = waiting {
-            let results = waiting.results(reach, until).await;
+        if let Some(pending) = pending {
+            let results = pending.results(reachability, until).await;
             // Until the retained messages have arrived it is not known which gateways there are.
             let is_done =
-                is_complete && is_kept && is_published && results.values().all(|result| revocation::is_done(result));
+                is_synced && is_kept && is_published && results.values().all(|result| revocation::is_done(result));
             answer["done"] = is_done.into();
             answer["gateways"] = json!(results);
         }

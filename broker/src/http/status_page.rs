@@ -4,7 +4,7 @@ use maud::{DOCTYPE, Markup, html};
 use strum::VariantNames as _;
 
 use crate::exchange::Rejection;
-use crate::fleet::gateways::{Overview, Unserved};
+use crate::fleet::gateways::{GatewayStatus, Unserved};
 use crate::http::metrics::{APIS, Metrics};
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
@@ -12,7 +12,7 @@ table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #cc
 td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}";
 
 /// The whole page. `unready` is why this broker cannot serve routers now.
-pub fn render(gateways: &[Overview], unserved: &[Unserved], unready: Option<&str>, metrics: &Metrics) -> String {
+pub fn render(gateways: &[GatewayStatus], unserved: &[Unserved], unready: Option<&str>, metrics: &Metrics) -> String {
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -39,7 +39,7 @@ pub fn render(gateways: &[Overview], unserved: &[Unserved], unready: Option<&str
     page.into_string()
 }
 
-fn table_of_gateways(gateways: &[Overview]) -> Markup {
+fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
     html! {
         table {
             tr {
@@ -52,11 +52,11 @@ fn table_of_gateways(gateways: &[Overview]) -> Markup {
     }
 }
 
-fn row_of_gateway(Overview { worker, online, version, domains, peers, weight, target }: &Overview) -> Markup {
+fn row_of_gateway(GatewayStatus { worker, online, version, domains, peers, weight, target }: &GatewayStatus) -> Markup {
     let (class, state) = if *online { ("good", "online") } else { ("bad", "offline") };
     html! {
         tr {
-            td { (worker) }
+            td { (worker.as_str()) }
             td class=(class) { (state) }
             td { (version.as_deref().unwrap_or("original")) }
             td {
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn the_page_shows_gateways_and_counts_and_no_markup_of_strangers() {
         let domain = Domain::new("ff_a", &["ff_".into()]).unwrap();
-        let gateway = Overview {
+        let gateway = GatewayStatus {
             worker: "<script>".parse().unwrap(),
             online: true,
             version: None,

@@ -1,6 +1,8 @@
 use proptest::prelude::*;
+use wgkex_common::config;
 
 use super::*;
+use crate::fleet::gateway::REPEATED;
 
 const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
 
@@ -13,26 +15,25 @@ fn domain(name: &str) -> Domain {
 }
 
 fn gateways(weights: &[(&str, f64)]) -> Gateways {
-    Gateways::new(
-        "broker1".parse().unwrap(),
-        ["ff_a", "ff_b"].map(domain).into(),
-        weights.iter().map(|(worker, weight)| (name(worker), *weight)).collect(),
-        Reserved::new([].into(), ["ff_a", "ff_b"].map(domain).into()),
-    )
+    let yaml = "domains: [ff_a, ff_b]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
+    let mut config = Config::parse("", yaml, "broker1").unwrap();
+    config.workers =
+        weights.iter().map(|(worker, weight)| (name(worker), config::Worker { weight: *weight })).collect();
+    Gateways::new(&config)
 }
 
 #[test]
 fn a_gateways_key_and_address_are_no_new_routers_also_when_the_bus_is_lost() {
     let mut gateways = gateways(&[]);
     let key: PublicKey = KEY.parse().unwrap();
-    assert!(!gateways.forbids(&key, false));
+    assert!(!gateways.is_reserved(&key, false));
     gateways.data("gw1", "ff_none");
-    assert!(!gateways.forbids(&key, false), "a domain that is not served counts for nothing");
+    assert!(!gateways.is_reserved(&key, false), "a domain that is not served counts for nothing");
     gateways.data("gw1", "ff_b");
-    gateways.forget();
-    assert!(gateways.forbids(&key, false) && !gateways.forbids(&key, true));
+    gateways.on_disconnect();
+    assert!(gateways.is_reserved(&key, false) && !gateways.is_reserved(&key, true));
     gateways.live("wireguard-worker/gw1/ff_b/data", "");
-    assert!(!gateways.forbids(&key, false));
+    assert!(!gateways.is_reserved(&key, false));
 }
 
 #[test]
@@ -41,7 +42,7 @@ fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
     gateways.arrive("gw1", 0);
     gateways.live("wgkex/worker/gw2/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a","ff_none"]}"#);
     let speak = |gateways: &Gateways, worker| {
-        ["ff_a", "ff_b", "ff_none"].map(|domain| gateways.speaks_for(&name(worker), domain))
+        ["ff_a", "ff_b", "ff_none"].map(|domain| gateways.can_report(&name(worker), domain))
     };
     assert_eq!(speak(&gateways, "gw2"), [false; 3], "it is not online");
     gateways.live("wireguard-worker/gw2/status", "1");
@@ -50,19 +51,19 @@ fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
     assert_eq!(speak(&gateways, "gw3"), [false; 3]);
 }
 
-fn online(confirming: &[&str], others: &[&str]) -> Online {
+fn online(confirming: &[&str], legacy: &[&str]) -> Online {
     let names = |names: &[&str]| names.iter().map(|worker| name(worker)).collect();
-    Online { confirming: names(confirming), others: names(others) }
+    Online { confirming: names(confirming), legacy: names(legacy) }
 }
 
 impl Gateways {
-    /// Hears a message that makes sense, said just now.
+    /// Applies a valid message that is published just now.
     fn live(&mut self, topic: &str, payload: &str) {
-        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).unwrap();
+        self.apply(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).unwrap();
     }
 
     fn found(&mut self, topic: &str, payload: &str) {
-        self.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), true, Instant::now()).unwrap();
+        self.apply(&Topic::parse(topic).unwrap(), payload.as_bytes(), true, Instant::now()).unwrap();
     }
 
     /// A worker of ours comes online in domain `ff_a`.
@@ -80,12 +81,12 @@ impl Gateways {
     }
 
     fn best(&self, domain: &str) -> Option<String> {
-        self.choose(&self::domain(domain), |_, _| true).map(|choice| choice.worker.into())
+        self.select(&self::domain(domain), |_, _| true).map(|selection| selection.worker.into())
     }
 
     fn answer(&mut self) -> String {
         let best = self.best("ff_a").unwrap();
-        self.assigned(&name(&best), &domain("ff_a"));
+        self.on_assigned(&name(&best), &domain("ff_a"));
         best
     }
 }
@@ -155,12 +156,12 @@ fn nonsense_changes_nothing() {
     ] {
         let mut gateways = gateways(&[]);
         gateways.arrive("a", 3);
-        let before = gateways.overview();
+        let before = gateways.statuses();
         assert!(
-            gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).is_err(),
+            gateways.apply(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).is_err(),
             "{topic} {payload}"
         );
-        assert_eq!(gateways.overview(), before);
+        assert_eq!(gateways.statuses(), before);
         assert_eq!(gateways.best("ff_a").unwrap(), "a");
     }
 }
@@ -169,9 +170,9 @@ fn nonsense_changes_nothing() {
 fn nonsense_of_a_stranger_makes_no_gateway() {
     let mut gateways = gateways(&[]);
     for topic in ["wireguard-worker/x/status", "wgkex/worker/x/hello", "wireguard-metrics/ff_a/x/connected_peers"] {
-        assert!(gateways.hear(&Topic::parse(topic).unwrap(), b"nonsense", false, Instant::now()).is_err());
+        assert!(gateways.apply(&Topic::parse(topic).unwrap(), b"nonsense", false, Instant::now()).is_err());
     }
-    assert_eq!(gateways.overview(), []);
+    assert_eq!(gateways.statuses(), []);
 }
 
 #[test]
@@ -179,7 +180,7 @@ fn domains_of_other_fleets_are_not_remembered() {
     let mut gateways = gateways(&[]);
     gateways.live("wireguard-worker/a/other/data", "{");
     gateways.live("wireguard-metrics/other/a/connected_peers", "7");
-    assert_eq!(gateways.overview(), []);
+    assert_eq!(gateways.statuses(), []);
 }
 
 #[test]
@@ -187,15 +188,15 @@ fn a_bus_full_of_names_is_not_remembered_without_bound() {
     let mut gateways = gateways(&[]);
     for number in 0..NAMES_MAX + 10 {
         let worker = Topic::WorkerStatus { worker: name(&number.to_string()) };
-        let _ = gateways.hear(&worker, b"1", false, Instant::now());
-        let _ = gateways.hear(
+        let _ = gateways.apply(&worker, b"1", false, Instant::now());
+        let _ = gateways.apply(
             &Topic::BrokerStatus { broker: number.to_string().parse().unwrap() },
             b"1",
             false,
             Instant::now(),
         );
     }
-    assert_eq!((gateways.workers.len(), gateways.brokers.len()), (NAMES_MAX, NAMES_MAX));
+    assert_eq!((gateways.by_name.len(), gateways.brokers.len()), (NAMES_MAX, NAMES_MAX));
 }
 
 #[test]
@@ -203,32 +204,32 @@ fn states_are_complete_when_the_own_greeting_comes_back() {
     let mut gateways = gateways(&[]);
     gateways.found("wireguard-broker/broker1/status", "1");
     gateways.live("wireguard-broker/broker2/status", "1");
-    assert!(!gateways.complete());
+    assert!(!gateways.is_synced());
     let now = Instant::now();
-    assert!(!gateways.settle(now + QUIET_MAX));
+    assert!(!gateways.check_synced(now + QUIET_MAX));
     gateways.live("wireguard-broker/broker1/status", "1");
-    assert!(!gateways.settle(now), "servers do not order different topics");
+    assert!(!gateways.check_synced(now), "servers do not order different topics");
     gateways.found("wireguard-worker/a/status", "1");
-    let found = gateways.found.unwrap();
-    assert!(!gateways.settle(found + QUIET / 2));
-    assert!(gateways.settle(found + QUIET) && gateways.complete());
-    assert!(!gateways.settle(found + QUIET), "only once");
-    gateways.forget();
-    assert!(!gateways.complete());
+    let found = gateways.last_retained.unwrap();
+    assert!(!gateways.check_synced(found + QUIET / 2));
+    assert!(gateways.check_synced(found + QUIET) && gateways.is_synced());
+    assert!(!gateways.check_synced(found + QUIET), "only once");
+    gateways.on_disconnect();
+    assert!(!gateways.is_synced());
 }
 
 #[test]
 fn retained_messages_without_end_do_not_keep_a_broker_from_its_routers() {
     let mut gateways = gateways(&[]);
     let now = Instant::now();
-    gateways.assume_echo(now);
+    gateways.force_echo(now);
     let topic = Topic::WorkerStatus { worker: name("a") };
     for tenths in 0..100 {
         let at = now + Duration::from_millis(100) * tenths;
-        gateways.hear(&topic, b"1", true, at).unwrap();
-        assert!(!gateways.settle(at));
+        gateways.apply(&topic, b"1", true, at).unwrap();
+        assert!(!gateways.check_synced(at));
     }
-    assert!(gateways.settle(now + QUIET_MAX));
+    assert!(gateways.check_synced(now + QUIET_MAX));
 }
 
 #[test]
@@ -237,14 +238,14 @@ fn each_answer_counts_once_for_every_broker_online() {
     gateways.arrive("a", 0);
     gateways.live("wireguard-broker/broker1/status", "1");
     gateways.answer();
-    assert_eq!(gateways.overview()[0].peers, 1);
+    assert_eq!(gateways.statuses()[0].peers, 1);
     gateways.live("wireguard-broker/broker2/status", "1");
     gateways.live("wireguard-broker/broker3/status", "1");
     gateways.live("wireguard-broker/broker3/status", "0");
     gateways.answer();
-    assert_eq!(gateways.overview()[0].peers, 3);
+    assert_eq!(gateways.statuses()[0].peers, 3);
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "2");
-    assert_eq!(gateways.overview()[0].peers, 2);
+    assert_eq!(gateways.statuses()[0].peers, 2);
 }
 
 #[test]
@@ -253,13 +254,13 @@ fn a_count_that_is_published_again_for_a_newcomer_does_not_take_back_answers() {
     gateways.arrive("a", 0);
     gateways.answer();
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
-    assert_eq!(gateways.overview()[0].peers, 1);
+    assert_eq!(gateways.statuses()[0].peers, 1);
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "5");
-    assert_eq!(gateways.overview()[0].peers, 5);
+    assert_eq!(gateways.statuses()[0].peers, 5);
     let topic = Topic::parse("wireguard-metrics/ff_a/a/connected_peers").unwrap();
     gateways.answer();
-    gateways.hear(&topic, b"5", false, Instant::now() + REPEATED).unwrap();
-    assert_eq!(gateways.overview()[0].peers, 5);
+    gateways.apply(&topic, b"5", false, Instant::now() + REPEATED).unwrap();
+    assert_eq!(gateways.statuses()[0].peers, 5);
 }
 
 #[test]
@@ -267,20 +268,21 @@ fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     gateways.arrive("b", 50);
-    gateways.silent(&name("a"));
+    gateways.on_timeout(&name("a"));
     assert_eq!(gateways.best("ff_a").unwrap(), "b");
-    let only_a = gateways.choose(&domain("ff_a"), |worker, _| worker.as_str() == "a");
+    let only_a = gateways.select(&domain("ff_a"), |worker, _| worker.as_str() == "a");
     assert_eq!(only_a.unwrap().worker, name("a"));
-    assert!(gateways.confirmed(&name("a"), Instant::now()));
+    assert!(gateways.on_confirmation(&name("a"), Instant::now()));
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
-    assert!(!gateways.confirmed(&name("stranger"), Instant::now()));
+    assert!(!gateways.on_confirmation(&name("stranger"), Instant::now()));
 }
 
 #[test]
 fn only_who_says_hello_before_it_comes_online_is_waited_for() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
-    let confirms = |gateways: &Gateways| gateways.choose(&domain("ff_a"), |_, _| true).map(|choice| choice.confirms);
+    let confirms =
+        |gateways: &Gateways| gateways.select(&domain("ff_a"), |_, _| true).map(|selection| selection.confirms);
     assert_eq!(confirms(&gateways), Some(true));
 
     // An original takes the place: no hello of its own.
@@ -295,7 +297,7 @@ fn only_who_says_hello_before_it_comes_online_is_waited_for() {
 
     // A broker that starts finds both, in either order.
     for hello_first in [true, false] {
-        gateways.forget();
+        gateways.on_disconnect();
         gateways.data("a", "ff_a");
         gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
         let mut messages =
@@ -310,7 +312,7 @@ fn only_who_says_hello_before_it_comes_online_is_waited_for() {
     }
 
     // It finds a hello that was left behind, and an original comes online.
-    gateways.forget();
+    gateways.on_disconnect();
     gateways.data("a", "ff_a");
     gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
     gateways.found("wireguard-worker/a/status", "0");
@@ -342,7 +344,7 @@ fn what_is_retained_of_a_domain_that_a_worker_no_longer_names_does_not_count() {
     assert_eq!(gateways.best("ff_b"), None);
     assert_eq!(gateways.online(&domain("ff_b")), Online::default());
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
-    assert_eq!(gateways.overview()[0].domains.len(), 1);
+    assert_eq!(gateways.statuses()[0].domains.len(), 1);
 }
 
 #[test]
@@ -396,7 +398,7 @@ fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
     for (messages, seconds) in cases {
         let (mut gateways, now) = (gateways(&[]), Instant::now());
         for (topic, payload, retained) in *messages {
-            gateways.hear(&Topic::parse(topic).unwrap(), payload.as_bytes(), *retained, now).unwrap();
+            gateways.apply(&Topic::parse(topic).unwrap(), payload.as_bytes(), *retained, now).unwrap();
         }
         assert_eq!(gateways.is_online(&name("a")), *seconds > 0, "{messages:?}");
         let until = now + Duration::from_secs(*seconds);
@@ -421,28 +423,32 @@ fn a_hello_counts_as_long_as_it_is_repeated_or_the_worker_confirms() {
         let (mut gateways, now) = (gateways(&[]), Instant::now());
         let seconds = |seconds| now + Duration::from_secs(seconds);
         let ours = Hello::parse(hello.as_bytes()).unwrap().unwrap();
-        let counts = |gateways: &Gateways| gateways.workers["a"].hello.is_some();
+        let counts = |gateways: &Gateways| gateways.by_name["a"].hello.is_some();
         gateways.arrive("a", 3);
-        gateways.hear(&topic, b"", false, now).unwrap();
-        gateways.hear(&topic, hello.as_bytes(), retained, now).unwrap();
+        gateways.apply(&topic, b"", false, now).unwrap();
+        gateways.apply(&topic, hello.as_bytes(), retained, now).unwrap();
         gateways.expire(seconds(60));
-        gateways.hear(&topic, hello.as_bytes(), false, seconds(60)).unwrap();
+        gateways.apply(&topic, hello.as_bytes(), false, seconds(60)).unwrap();
         gateways.expire(seconds(124));
         assert!(counts(&gateways), "{hello}");
         assert_eq!(gateways.best("ff_a").is_some(), ours.serves("ff_a"), "{hello}");
-        let confirms = gateways.confirmed(&name("a"), seconds(124));
+        let confirms = gateways.on_confirmation(&name("a"), seconds(124));
         assert_eq!(confirms, ours.confirms(), "{hello}");
         gateways.expire(seconds(125));
         assert_eq!(counts(&gateways), confirms, "{hello}");
         gateways
-            .hear(&Topic::ConnectedPeers { domain: "ff_a".into(), worker: name("a") }, b"4", false, seconds(180))
+            .apply(&Topic::ConnectedPeers { domain: "ff_a".into(), worker: name("a") }, b"4", false, seconds(180))
             .unwrap();
         gateways.expire(seconds(189));
         assert!(!counts(&gateways), "{hello}");
         assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["a"]), "{hello}");
-        assert_eq!(gateways.choose(&domain("ff_a"), |_, _| true).map(|choice| choice.confirms), Some(false), "{hello}");
         assert_eq!(
-            gateways.confirmed(&name("a"), seconds(190)),
+            gateways.select(&domain("ff_a"), |_, _| true).map(|selection| selection.confirms),
+            Some(false),
+            "{hello}"
+        );
+        assert_eq!(
+            gateways.on_confirmation(&name("a"), seconds(190)),
             ours.confirms(),
             "{hello}: one of ours confirms again"
         );
@@ -460,25 +466,25 @@ fn data_that_is_removed_stays_as_long_as_the_gateway_counts_there() {
         let seconds = |seconds| now + Duration::from_secs(seconds);
         gateways.data("old", "ff_a");
         gateways.live("wireguard-worker/old/status", "1");
-        gateways.hear(&data, b"", removed, now).unwrap();
+        gateways.apply(&data, b"", removed, now).unwrap();
         assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["old"]), "it came just now");
         for at in [60, 120, 180, 240] {
-            gateways.hear(&count, b"3", false, seconds(at)).unwrap();
-            gateways.hear(&data, b"", removed, seconds(at)).unwrap();
+            gateways.apply(&count, b"3", false, seconds(at)).unwrap();
+            gateways.apply(&data, b"", removed, seconds(at)).unwrap();
             gateways.expire(seconds(at + 59));
             assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
         }
         // Somebody says that it is offline, and it counts again.
-        gateways.hear(&Topic::WorkerStatus { worker: name("old") }, b"0", false, seconds(299)).unwrap();
+        gateways.apply(&Topic::WorkerStatus { worker: name("old") }, b"0", false, seconds(299)).unwrap();
         assert_eq!(gateways.best("ff_a"), None);
-        gateways.hear(&count, b"3", false, seconds(300)).unwrap();
+        gateways.apply(&count, b"3", false, seconds(300)).unwrap();
         assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
-        assert!(gateways.forbids(&key, false));
+        assert!(gateways.is_reserved(&key, false));
         // It does not any longer.
         gateways.expire(seconds(449));
-        assert!(gateways.workers["old"].data.contains_key("ff_a"));
+        assert!(gateways.by_name["old"].data.contains_key("ff_a"));
         gateways.expire(seconds(450));
-        assert!(gateways.workers["old"].data.is_empty() && !gateways.forbids(&key, false));
+        assert!(gateways.by_name["old"].data.is_empty() && !gateways.is_reserved(&key, false));
     }
 }
 
@@ -489,12 +495,12 @@ fn data_that_was_removed_does_not_outlive_the_bus_and_is_good_when_it_comes_agai
     gateways.arrive("a", 0);
     gateways.live("wireguard-worker/a/ff_a/data", "");
     gateways.data("a", "ff_a");
-    gateways.forget();
-    assert!(gateways.forbids(&key, false));
+    gateways.on_disconnect();
+    assert!(gateways.is_reserved(&key, false));
     gateways.arrive("a", 0);
     gateways.live("wireguard-worker/a/ff_a/data", "");
-    gateways.forget();
-    assert!(!gateways.forbids(&key, false));
+    gateways.on_disconnect();
+    assert!(!gateways.is_reserved(&key, false));
 }
 
 #[test]
@@ -509,8 +515,8 @@ fn what_is_cleared_away_says_nothing_of_anybody() {
         gateways.live(topic, "");
         gateways.found(topic, "");
         assert!(!gateways.is_known(&domain("ff_a")), "{topic}");
-        assert_eq!(gateways.overview(), [], "{topic}");
-        assert!(gateways.reach().is_empty(), "{topic}");
+        assert_eq!(gateways.statuses(), [], "{topic}");
+        assert!(gateways.reachability().is_empty(), "{topic}");
     }
 }
 
@@ -518,15 +524,18 @@ fn what_is_cleared_away_says_nothing_of_anybody() {
 fn a_confirmation_is_a_sign_of_life_and_counts_only_from_one_that_can_take_the_key() {
     let (mut gateways, now) = (gateways(&[]), Instant::now());
     gateways.arrive("a", 0);
-    assert!(gateways.can_take(&name("a"), "ff_a") && !gateways.can_take(&name("a"), "ff_b"));
+    assert!(gateways.can_confirm(&name("a"), "ff_a") && !gateways.can_confirm(&name("a"), "ff_b"));
     gateways.live("wireguard-worker/a/status", "0");
-    assert!(!gateways.can_take(&name("a"), "ff_a"));
-    assert!(gateways.confirmed(&name("a"), now));
-    assert!(gateways.can_take(&name("a"), "ff_a"));
+    assert!(!gateways.can_confirm(&name("a"), "ff_a"));
+    assert!(gateways.on_confirmation(&name("a"), now));
+    assert!(gateways.can_confirm(&name("a"), "ff_a"));
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
-    assert!(gateways.confirmed(&name("a"), now) && !gateways.can_take(&name("a"), "ff_a"), "its interface is missing");
+    assert!(
+        gateways.on_confirmation(&name("a"), now) && !gateways.can_confirm(&name("a"), "ff_a"),
+        "its interface is missing"
+    );
     gateways.live("wireguard-worker/original/status", "1");
-    assert!(!gateways.confirmed(&name("original"), now), "it cannot know what it says");
+    assert!(!gateways.on_confirmation(&name("original"), now), "it cannot know what it says");
 }
 
 #[test]
@@ -541,7 +550,7 @@ fn which_domains_nobody_serves_and_whether_anybody_ever_did() {
     gateways.live("wireguard-worker/a/status", "1");
     assert_eq!(unserved(&gateways), [("ff_b".into(), false)]);
     gateways.live("wireguard-worker/a/status", "0");
-    gateways.forget();
+    gateways.on_disconnect();
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), false)]);
     gateways.live("wgkex/worker/b/hello", r#"{"version":"1","can":["confirm"]}"#);
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), true)], "it may serve any");
@@ -587,9 +596,9 @@ proptest! {
                 4 => Topic::BrokerStatus { broker: worker.as_str().parse().unwrap() },
                 _ => Topic::Applied { worker },
             };
-            let _ = gateways.hear(&topic, &payload, retained, Instant::now());
+            let _ = gateways.apply(&topic, &payload, retained, Instant::now());
             if let Some(best) = gateways.best("ff_a") {
-                let worker = &gateways.workers[best.as_str()];
+                let worker = &gateways.by_name[best.as_str()];
                 prop_assert!(worker.online && worker.peers[&domain("ff_a")].is_some());
             }
         }
@@ -620,13 +629,13 @@ fn a_denied_key_reaches_those_who_are_online_and_know_what_to_do() {
     gateways.found("wireguard-worker/nobody/status", "0");
     gateways.data("away", "ff_a");
     gateways.found("wireguard-worker/away/status", "0");
-    let reach: Vec<_> = gateways.reach().into_iter().collect();
+    let reach: Vec<_> = gateways.reachability().into_iter().collect();
     let expected = [
-        ("away", Reach::Offline),
-        ("named", Reach::Offline),
-        ("new", Reach::Online),
-        ("old", Reach::Cannot),
-        ("original", Reach::Cannot),
+        ("away", Reachability::Offline),
+        ("named", Reachability::Offline),
+        ("new", Reachability::Online),
+        ("old", Reachability::Unsupported),
+        ("original", Reachability::Unsupported),
     ];
     assert_eq!(reach, expected.map(|(worker, reach)| (name(worker), reach)));
 }

@@ -21,18 +21,21 @@ fn key(n: u32) -> PublicKey {
     PublicKey::from_bytes(bytes).unwrap()
 }
 
+fn config(max: usize) -> Config {
+    let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
+    let config = Config::parse("", yaml, "b1").unwrap();
+    Config { live_keys: config::LiveKeys { max, ttl: DAY }, cleanup: CLEANUP, ..config }
+}
+
 fn live(max: usize) -> (LiveKeys, Instant) {
-    let config = config::LiveKeys { max, ttl: DAY };
-    (
-        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], Default::default(), Instant::now()),
-        Instant::now(),
-    )
+    let now = Instant::now();
+    (LiveKeys::new(&config(max), Keys::new(), WriteBuffer::default(), now), Instant::now())
 }
 
 /// A key that a router sent, and that shakes hands.
 fn prove(live: &mut LiveKeys, key: PublicKey, now: Instant) {
-    live.admit("ff_a", key, now);
-    live.prove(&"gw".parse().unwrap(), "ff_a", key, now);
+    live.on_request("ff_a", key, now);
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", key, now);
 }
 
 fn question() -> SyncRequest {
@@ -59,7 +62,7 @@ fn page_of_none() -> SnapshotChunk {
 fn all(live: &LiveKeys, mut question: SyncRequest, now: Instant) -> Vec<PublicKey> {
     let mut keys = Vec::new();
     loop {
-        let page = live.answer(&question, now);
+        let page = live.chunk(&question, now);
         assert!(page.keys.len() <= CHUNK);
         keys.extend(page.keys.into_keys());
         question.after = keys.last().copied();
@@ -73,24 +76,24 @@ fn all(live: &LiveKeys, mut question: SyncRequest, now: Instant) -> Vec<PublicKe
 fn an_asker_gets_every_key_once_in_pages() {
     let (mut live, now) = live(10_000);
     for n in (0..2_500).rev() {
-        live.admit("ff_a", key(n), now);
+        live.on_request("ff_a", key(n), now);
     }
-    live.admit("ff_none", key(9_999), now);
+    live.on_request("ff_none", key(9_999), now);
     assert_eq!(all(&live, question(), now), (0..2_500).map(key).collect::<Vec<_>>());
-    let page = live.answer(&question(), now);
+    let page = live.chunk(&question(), now);
     assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (CHUNK, true, "b1"));
-    let none = live.answer(&SyncRequest { domain: "ff_none".into(), ..question() }, now);
+    let none = live.chunk(&SyncRequest { domain: "ff_none".into(), ..question() }, now);
     assert!(none.keys.is_empty() && !none.more && none.domain == "ff_none", "and so the asker goes on");
 }
 
 #[test]
 fn a_key_lives_for_its_time_after_the_last_word_of_it() {
     let (mut live, now) = live(10);
-    live.admit("ff_a", key(1), now);
-    live.admit("ff_a", key(2), now);
-    live.prove(&"gw".parse().unwrap(), "ff_a", key(2), now + HOUR);
-    live.admit("ff_a", key(3), now);
-    live.admit("ff_a", key(3), now + 2 * HOUR);
+    live.on_request("ff_a", key(1), now);
+    live.on_request("ff_a", key(2), now);
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(2), now + HOUR);
+    live.on_request("ff_a", key(3), now);
+    live.on_request("ff_a", key(3), now + 2 * HOUR);
     for (at, left) in [(23 * HOUR, &[1, 2, 3][..]), (DAY, &[2, 3]), (DAY + HOUR, &[3]), (DAY + 2 * HOUR, &[])] {
         let left: Vec<_> = left.iter().copied().map(key).collect();
         assert_eq!(all(&live, question(), now + at), left, "nobody is given what is over");
@@ -103,9 +106,9 @@ fn a_key_lives_for_its_time_after_the_last_word_of_it() {
 fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
     let (mut live, now) = live(10);
     let young = |live: &LiveKeys, now| all(live, SyncRequest { younger_than: Some(20), ..question() }, now);
-    live.admit("ff_a", key(1), now);
-    live.admit("ff_a", key(2), now);
-    live.admit("ff_a", key(3), now + HOUR);
+    live.on_request("ff_a", key(1), now);
+    live.on_request("ff_a", key(2), now);
+    live.on_request("ff_a", key(3), now + HOUR);
     assert_eq!(young(&live, now + HOUR), [key(3)]);
     // Another broker knew it all the time, and this one hears of it only now.
     let later = now + HOUR + 60 * SECOND;
@@ -117,14 +120,14 @@ fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
         .into(),
         ..page_of_none()
     };
-    live.learn(&page, later);
+    live.on_chunk(&page, later);
     assert_eq!(young(&live, later), [key(4)], "what it knew is no news");
-    let given = live.answer(&SyncRequest { after: Some(key(3)), ..question() }, later);
+    let given = live.chunk(&SyncRequest { after: Some(key(3)), ..question() }, later);
     assert_eq!(given.keys, [(key(4), Age { age_secs: 3_600, has_handshake: true })].into());
     let older = page.keys.into_iter().map(|(key, Age { age_secs: age, has_handshake: proven })| {
         (key, Age { age_secs: age + 19, has_handshake: proven })
     });
-    live.learn(&SnapshotChunk { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
+    live.on_chunk(&SnapshotChunk { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
     assert_eq!(young(&live, later + 20 * SECOND), [], "nor is what it is told again");
 }
 
@@ -132,26 +135,24 @@ fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
 fn pages_that_are_long_on_their_way_bring_no_news() {
     let (mut one, now) = live(10);
     let mut other = live(10).0;
-    one.admit("ff_a", key(1), now);
+    one.on_request("ff_a", key(1), now);
     let mut now = now;
     for _ in 0..100 {
-        let page = one.answer(&question(), now);
+        let page = one.chunk(&question(), now);
         now += 5 * SECOND;
-        other.learn(&page, now);
+        other.on_chunk(&page, now);
         std::mem::swap(&mut one, &mut other);
     }
     let young = SyncRequest { younger_than: Some(400), ..question() };
-    assert!(one.answer(&young, now).keys.is_empty() && other.answer(&young, now).keys.is_empty());
+    assert!(one.chunk(&young, now).keys.is_empty() && other.chunk(&young, now).keys.is_empty());
 }
 
 #[test]
 fn after_a_restart_everything_is_news() {
     let now = Instant::now();
     let known: Keys = [((domain(), key(1)), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
-    let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live =
-        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
-    let young = live.answer(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
+    let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
+    let young = live.chunk(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
     assert_eq!(young.keys, [(key(1), Age { age_secs: 3_601, has_handshake: true })].into());
 }
 
@@ -163,7 +164,7 @@ fn what_another_broker_lets_expire_is_not_learnt() {
         (key(2), Age { age_secs: 86_400, has_handshake: true }),
     ]
     .into();
-    live.learn(&SnapshotChunk { keys, ..page_of_none() }, now);
+    live.on_chunk(&SnapshotChunk { keys, ..page_of_none() }, now);
     assert!(live.is_empty());
 }
 
@@ -176,38 +177,35 @@ fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
         prove(&mut live, key(n), now);
     }
     for n in 100..10_000 {
-        live.prove(&"thief".parse().unwrap(), "ff_a", key(n), now + HOUR);
-        live.prove(&"thief".parse().unwrap(), "ff_none", key(n), now + HOUR);
+        live.on_handshake(&"thief".parse().unwrap(), "ff_a", key(n), now + HOUR);
+        live.on_handshake(&"thief".parse().unwrap(), "ff_none", key(n), now + HOUR);
     }
     assert_eq!(all(&live, question(), now + HOUR), (0..16).map(key).collect::<Vec<_>>());
-    assert_eq!(counts(&live), [Counts { proven: 16, unproven: 0, claimed: 2 }]);
-    assert_eq!(live.is_proven(&domain(), &key(100)), None, "nor does it let a key past a limit");
+    assert_eq!(counts(&live), [Counts { established: 16, unestablished: 0, unrequested: 2 }]);
+    assert_eq!(live.is_established(&domain(), &key(100)), None, "nor does it let a key past a limit");
     assert!(!live.is_routers(&key(100)) && live.is_routers(&key(0)));
     live.expire(now + DAY);
-    live.admit("ff_a", key(100), now + DAY);
-    assert_eq!(live.is_proven(&domain(), &key(100)), Some(false), "it was said too long ago");
-    live.prove(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY);
-    live.admit("ff_a", key(101), now + DAY + HOUR);
-    assert_eq!(live.is_proven(&domain(), &key(101)), Some(true));
-    assert_eq!(counts(&live), [Counts { proven: 1, unproven: 1, claimed: 0 }]);
-    live.prove(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY + 2 * HOUR);
-    assert_eq!(
-        live.answer(&question(), now + DAY + 2 * HOUR).keys[&key(101)],
-        Age { age_secs: 0, has_handshake: true }
-    );
+    live.on_request("ff_a", key(100), now + DAY);
+    assert_eq!(live.is_established(&domain(), &key(100)), Some(false), "it was said too long ago");
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY);
+    live.on_request("ff_a", key(101), now + DAY + HOUR);
+    assert_eq!(live.is_established(&domain(), &key(101)), Some(true));
+    assert_eq!(counts(&live), [Counts { established: 1, unestablished: 1, unrequested: 0 }]);
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY + 2 * HOUR);
+    assert_eq!(live.chunk(&question(), now + DAY + 2 * HOUR).keys[&key(101)], Age { age_secs: 0, has_handshake: true });
 }
 
 #[test]
 fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
     let (mut live, now) = live(160);
     for n in 0..100 {
-        live.admit("ff_a", key(n), now + n * SECOND);
+        live.on_request("ff_a", key(n), now + n * SECOND);
         if n % 2 == 0 {
-            live.prove(&"gw".parse().unwrap(), "ff_a", key(n), now + n * SECOND);
+            live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(n), now + n * SECOND);
         }
     }
     for n in 1_000..11_000 {
-        live.admit("ff_a", key(n), now + n * SECOND);
+        live.on_request("ff_a", key(n), now + n * SECOND);
         assert!(live.len() <= 160);
     }
     let left = all(&live, question(), now + 11_000 * SECOND);
@@ -232,12 +230,12 @@ fn an_address_is_taken_while_its_owner_is_in_its_grace_or_proven() {
     let taken = |live: &LiveKeys, key, at| live.is_taken("ff_a", key, at);
     let (mut live, now) = live(10);
     assert!(!taken(&live, second, now));
-    live.admit("ff_a", second, now);
-    live.admit("ff_a", second, now + 500 * SECOND);
+    live.on_request("ff_a", second, now);
+    live.on_request("ff_a", second, now + 500 * SECOND);
     let end = now + CLEANUP.grace;
     assert!(taken(&live, first, now + 599 * SECOND) && !taken(&live, first, end), "a repeat does not make it longer");
     assert!(!taken(&live, second, now) && !live.is_taken("ff_none", first, now));
-    live.prove(&"gw".parse().unwrap(), "ff_a", second, end);
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", second, end);
     // The word of a handshake is at most as old as the time between two of them.
     let alive = 2 * CLEANUP.stale;
     assert!(taken(&live, first, now + alive) && !taken(&live, first, end + alive));
@@ -248,22 +246,22 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     let (first, second) = collision();
     let known = |live: &LiveKeys, at| all(live, question(), at);
     let (mut live, now) = live(10);
-    live.admit("ff_a", second, now);
-    live.admit("ff_a", first, now + 10 * SECOND);
+    live.on_request("ff_a", second, now);
+    live.on_request("ff_a", first, now + 10 * SECOND);
     assert_eq!(known(&live, now + 10 * SECOND), [second], "the older");
-    live.prove(&"thief".parse().unwrap(), "ff_a", first, now + 20 * SECOND);
+    live.on_handshake(&"thief".parse().unwrap(), "ff_a", first, now + 20 * SECOND);
     assert_eq!(known(&live, now + 20 * SECOND), [second], "by one worker's word no key takes another's address");
     let page = SnapshotChunk { keys: [(first, Age { age_secs: 0, has_handshake: true })].into(), ..page_of_none() };
-    live.learn(&page, now + 20 * SECOND);
+    live.on_chunk(&page, now + 20 * SECOND);
     assert_eq!(known(&live, now + 20 * SECOND), [first], "the proven one");
-    live.admit("ff_a", second, now + 30 * SECOND);
+    live.on_request("ff_a", second, now + 30 * SECOND);
     assert_eq!(known(&live, now + 30 * SECOND), [first]);
     assert_eq!(live.expire(now + 2 * DAY), 1);
     assert!(!live.is_taken("ff_a", second, now + 2 * DAY));
     for order in [[first, second], [second, first]] {
         let (mut live, now) = self::live(10);
         for key in order {
-            live.admit("ff_a", key, now);
+            live.on_request("ff_a", key, now);
         }
         assert_eq!(known(&live, now), [first], "of two at once the same at every broker");
     }
@@ -281,21 +279,21 @@ fn a_router_that_comes_back_has_its_address_again_from_any_that_never_shook_hand
         let gone = now + 2 * CLEANUP.stale;
         if is_first {
             assert!(!live.is_taken("ff_a", stranger, gone), "while it is away another may come");
-            live.admit("ff_a", stranger, gone);
+            live.on_request("ff_a", stranger, gone);
             assert_eq!(known(&live, gone), [stranger]);
-            assert_eq!(live.is_proven(&domain(), &router), Some(true), "it is known all the same");
+            assert_eq!(live.is_established(&domain(), &router), Some(true), "it is known all the same");
         }
         let back = gone + 60 * SECOND;
         assert!(!live.is_taken("ff_a", router, back));
-        live.admit("ff_a", router, back);
-        live.admit("ff_a", router, back + 60 * SECOND);
-        live.admit("ff_a", stranger, back + 60 * SECOND);
+        live.on_request("ff_a", router, back);
+        live.on_request("ff_a", router, back + 60 * SECOND);
+        live.on_request("ff_a", stranger, back + 60 * SECOND);
         assert_eq!(known(&live, back + 60 * SECOND), [router], "{is_first}");
         let end = back + CLEANUP.grace;
         assert!(
             live.is_taken("ff_a", stranger, end.checked_sub(SECOND).unwrap()) && !live.is_taken("ff_a", stranger, end)
         );
-        live.prove(&"gw".parse().unwrap(), "ff_a", router, end);
+        live.on_handshake(&"gw".parse().unwrap(), "ff_a", router, end);
         assert!(live.is_taken("ff_a", stranger, end + CLEANUP.stale));
     }
 }
@@ -311,10 +309,10 @@ fn a_router_that_was_away_too_long_or_whose_address_shakes_hands_for_another_wai
     prove(&mut live, other, now + 23 * HOUR);
     live.expire(now + DAY);
     assert!(live.is_taken("ff_a", router, now + DAY), "it does so still");
-    assert_eq!(live.is_proven(&domain(), &router), None, "and the first is forgotten");
+    assert_eq!(live.is_established(&domain(), &router), None, "and the first is forgotten");
     // Asking alone keeps no address for ever.
     for hours in 20..48 {
-        live.admit("ff_a", other, gone + hours * HOUR);
+        live.on_request("ff_a", other, gone + hours * HOUR);
     }
     assert!(!live.is_taken("ff_a", router, gone + 47 * HOUR + SECOND));
 }
@@ -324,11 +322,11 @@ fn only_so_many_that_lost_their_address_are_remembered() {
     let (router, stranger) = collision();
     let (mut live, now) = live(15);
     prove(&mut live, router, now);
-    live.admit("ff_a", stranger, now + DAY);
-    assert_eq!(live.is_proven(&domain(), &router), None, "there is no room for one in so few");
+    live.on_request("ff_a", stranger, now + DAY);
+    assert_eq!(live.is_established(&domain(), &router), None, "there is no room for one in so few");
 }
 
-/// Fails where a start puts every key into the journal: all of them were written again.
+/// Fails where a start puts every key into the write buffer: all of them were written again.
 #[test]
 fn a_start_writes_nothing_of_what_is_on_disk() {
     let now = Instant::now();
@@ -337,10 +335,9 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
         keys.iter().map(|key| ((domain(), *key), kept)).collect::<Keys>()
     };
     let start = |max, keys: &[PublicKey]| {
-        let (journal, config) = (WriteBuffer::default(), config::LiveKeys { max, ttl: DAY });
-        let live =
-            LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (journal.clone(), known(keys)), now);
-        (live.len(), journal.len())
+        let write_buffer = WriteBuffer::default();
+        let live = LiveKeys::new(&config(max), known(keys), write_buffer.clone(), now);
+        (live.len(), write_buffer.len())
     };
     let keys: Vec<_> = (0..100).map(key).collect();
     assert_eq!(start(100, &keys), (100, 0));
@@ -354,9 +351,7 @@ fn what_it_knew_before_it_started_is_bounded_too() {
     let now = Instant::now();
     let kept = KeyRecord { last: now, proven: false };
     let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
-    let config = config::LiveKeys { max: 10, ttl: DAY };
-    let live =
-        LiveKeys::new("b1".parse().unwrap(), (config, CLEANUP), [domain()], (WriteBuffer::default(), known), now);
+    let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
     assert_eq!(live.len(), 10);
 }
 
@@ -371,20 +366,20 @@ proptest! {
         for (live, words) in [(&mut one, &first), (&mut other, &second)] {
             for (n, at, proves) in words {
                 let at = now + Duration::from_secs(*at);
-                if *proves { prove(live, key(*n), at) } else { live.admit("ff_a", key(*n), at) }
+                if *proves { prove(live, key(*n), at) } else { live.on_request("ff_a", key(*n), at) }
             }
         }
         let now = now + HOUR;
-        other.learn(&one.answer(&question(), now), now);
-        one.learn(&other.answer(&question(), now), now);
+        other.on_chunk(&one.chunk(&question(), now), now);
+        one.on_chunk(&other.chunk(&question(), now), now);
         let known = |live: &LiveKeys| -> Vec<_> {
-            live.answer(&question(), now).keys.into_iter().map(|(key, age)| (key, age.has_handshake)).collect()
+            live.chunk(&question(), now).keys.into_iter().map(|(key, age)| (key, age.has_handshake)).collect()
         };
         prop_assert_eq!(known(&one), known(&other));
         one.expire(now + DAY.saturating_sub(Duration::from_secs(3_550)));
         for live in [&one, &other] {
             let proven = known(live).iter().filter(|(_, proven)| *proven).count();
-            let counts = Counts { proven, unproven: live.len() - proven, claimed: 0 };
+            let counts = Counts { established: proven, unestablished: live.len() - proven, unrequested: 0 };
             prop_assert_eq!(live.counts().map(|(_, counts)| counts).collect::<Vec<_>>(), [counts]);
         }
     }
@@ -394,14 +389,14 @@ proptest! {
 fn denied_keys_are_forgotten_and_come_by_no_way() {
     use wgkex_common::access_lists::{AllowList, Entry, List};
     let (mut live, now) = live(10);
-    live.admit("ff_a", key(1), now);
-    live.admit("ff_a", key(2), now);
+    live.on_request("ff_a", key(1), now);
+    live.on_request("ff_a", key(2), now);
     let denied = [Entry::new(List::Deny, key(1))];
-    live.obey(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
+    live.apply(Arc::new(Admission::of(&denied, AllowList::Off, 0)));
     assert_eq!(all(&live, question(), now), [key(2)]);
-    live.admit("ff_a", key(1), now);
-    live.prove(&"gw".parse().unwrap(), "ff_a", key(1), now);
-    live.learn(
+    live.on_request("ff_a", key(1), now);
+    live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(1), now);
+    live.on_chunk(
         &SnapshotChunk {
             keys: [
                 (key(1), Age { age_secs: 0, has_handshake: true }),
@@ -413,7 +408,7 @@ fn denied_keys_are_forgotten_and_come_by_no_way() {
         now,
     );
     assert_eq!(all(&live, question(), now), [key(2), key(3)]);
-    live.obey(Arc::default());
-    live.admit("ff_a", key(1), now);
+    live.apply(Arc::default());
+    live.on_request("ff_a", key(1), now);
     assert_eq!(live.len(), 3);
 }

@@ -1,21 +1,21 @@
-//! Handshakes that workers report of keys which no router has sent, as far as this broker knows: it was not told, it has
-//! forgotten, or the worker lies. They are kept apart: nobody is given these keys, they let none past a limit, and take
-//! nobody's place or address. When a router sends such a key, it has shaken hands already. No IO, no clock.
+//! Keys that no router has requested, as far as this broker knows, and of which workers report handshakes: the broker missed
+//! the request, has forgotten it, or the worker lies. They are kept apart: no snapshot has them, they pass no limit, and
+//! displace no other key. When a router requests such a key, it is established at once. No IO, no clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use wgkex_common::{Domain, PublicKey, WorkerName};
 
-/// How much of the room one worker may fill.
-const SHARE: usize = 8;
+/// The fraction of all reports that one worker may fill.
+const PER_WORKER_FRACTION: usize = 8;
 
-/// The reports, by domain and key; of each key the last.
+/// The reports by domain and key, the last one of each key.
 #[derive(Debug, Default)]
-pub struct Claimed {
-    most: usize,
+pub struct UnrequestedKeys {
+    max: usize,
     domains: BTreeMap<Domain, BTreeMap<PublicKey, Report>>,
-    /// How many of them are whose.
+    /// How many there are of each worker.
     by_worker: BTreeMap<WorkerName, usize>,
 }
 
@@ -25,28 +25,30 @@ struct Report {
     at: Instant,
 }
 
-impl Claimed {
-    /// None yet, and never more than `most`.
+impl UnrequestedKeys {
+    /// None yet, and never more than `max`.
     #[must_use]
-    pub fn new(most: usize) -> Self {
-        Self { most, ..Self::default() }
+    pub fn new(max: usize) -> Self {
+        Self { max, ..Self::default() }
     }
 
-    /// `worker` says that `key` shakes hands. What it has no room for is left out.
-    pub fn note(&mut self, worker: &WorkerName, domain: &Domain, key: PublicKey, now: Instant) {
+    /// `worker` reports a handshake of `key`. It is left out if there is no room.
+    pub fn on_handshake(&mut self, worker: &WorkerName, domain: &Domain, key: PublicKey, now: Instant) {
         let (worker, reports) =
             self.by_worker.get_key_value(worker).map_or((worker.clone(), 0), |(name, n)| (name.clone(), *n));
         let keys = self.domains.entry(domain.clone()).or_default();
         let before = keys.get_mut(&key);
-        if before.as_ref().is_some_and(|before| before.worker == worker) || reports >= (self.most / SHARE).max(1) {
-            // Whoever's it is, it is not worth less for what another says.
+        if before.as_ref().is_some_and(|before| before.worker == worker)
+            || reports >= (self.max / PER_WORKER_FRACTION).max(1)
+        {
+            // The report stays with its worker, renewed.
             if let Some(before) = before {
                 before.at = now;
             }
             return;
         }
         let all: usize = self.by_worker.values().sum();
-        if before.is_none() && all >= self.most {
+        if before.is_none() && all >= self.max {
             return;
         }
         let before = keys.insert(key, Report { worker: worker.clone(), at: now });
@@ -54,7 +56,7 @@ impl Claimed {
         *self.by_worker.entry(worker).or_default() += 1;
     }
 
-    /// When `key` was last said to shake hands, if it was; from now on that is kept elsewhere.
+    /// Takes the time of the last reported handshake of `key`, which is live from now on.
     pub fn take(&mut self, domain: &Domain, key: &PublicKey) -> Option<Instant> {
         let report = self.domains.get_mut(domain)?.remove(key)?;
         let at = report.at;
@@ -62,7 +64,7 @@ impl Claimed {
         Some(at)
     }
 
-    /// Forgets what was said longer ago than `limit`.
+    /// Drops reports older than `limit`.
     pub fn expire(&mut self, now: Instant, limit: Duration) {
         let mut over = Vec::new();
         for keys in self.domains.values_mut() {
@@ -121,22 +123,26 @@ mod tests {
 
     #[test]
     fn one_worker_fills_its_share_and_another_has_its_own() {
-        let (mut claimed, now, domain) = (Claimed::new(80), Instant::now(), domain("ff_a"));
+        let (mut unrequested, now, domain) = (UnrequestedKeys::new(80), Instant::now(), domain("ff_a"));
         for n in 0..1_000 {
-            claimed.note(&worker("thief"), &domain, key(n), now);
+            unrequested.on_handshake(&worker("thief"), &domain, key(n), now);
         }
-        assert_eq!(claimed.len(&domain), 10);
-        claimed.note(&worker("gw"), &domain, key(5_000), now);
-        claimed.note(&worker("gw"), &domain, key(1), now + LIMIT);
-        assert_eq!((claimed.by_worker["thief"], claimed.by_worker["gw"]), (9, 2), "what both say is the last one's");
-        claimed.note(&worker("thief"), &domain, key(5_000), now);
-        claimed.note(&worker("thief"), &domain, key(1), now + 2 * LIMIT);
-        assert_eq!(claimed.take(&domain, &key(1)), Some(now + 2 * LIMIT));
-        assert_eq!(claimed.take(&domain, &key(1)), None);
+        assert_eq!(unrequested.len(&domain), 10);
+        unrequested.on_handshake(&worker("gw"), &domain, key(5_000), now);
+        unrequested.on_handshake(&worker("gw"), &domain, key(1), now + LIMIT);
+        assert_eq!(
+            (unrequested.by_worker["thief"], unrequested.by_worker["gw"]),
+            (9, 2),
+            "what both say is the last one's"
+        );
+        unrequested.on_handshake(&worker("thief"), &domain, key(5_000), now);
+        unrequested.on_handshake(&worker("thief"), &domain, key(1), now + 2 * LIMIT);
+        assert_eq!(unrequested.take(&domain, &key(1)), Some(now + 2 * LIMIT));
+        assert_eq!(unrequested.take(&domain, &key(1)), None);
         for n in 0..1_000 {
-            claimed.note(&worker(&n.to_string()), &domain, key(10_000 + n), now);
+            unrequested.on_handshake(&worker(&n.to_string()), &domain, key(10_000 + n), now);
         }
-        assert_eq!(claimed.len(&domain), 80);
+        assert_eq!(unrequested.len(&domain), 80);
     }
 
     proptest! {
@@ -144,23 +150,23 @@ mod tests {
         fn what_is_counted_is_what_is_kept(
             words in prop::collection::vec((0..5_u32, any::<bool>(), 0..30_u32, 0..4_u64, any::<bool>()), 0..200),
         ) {
-            let (mut claimed, mut now) = (Claimed::new(32), Instant::now());
+            let (mut unrequested, mut now) = (UnrequestedKeys::new(32), Instant::now());
             for (name, is_first, n, seconds, takes) in words {
                 now += Duration::from_secs(seconds);
                 let domain = domain(if is_first { "ff_a" } else { "ff_b" });
                 if takes {
-                    let _ = claimed.take(&domain, &key(n));
+                    let _ = unrequested.take(&domain, &key(n));
                 } else {
-                    claimed.note(&worker(&name.to_string()), &domain, key(n), now);
+                    unrequested.on_handshake(&worker(&name.to_string()), &domain, key(n), now);
                 }
-                claimed.expire(now, LIMIT);
+                unrequested.expire(now, LIMIT);
                 let mut by_worker = BTreeMap::<WorkerName, usize>::new();
-                for report in claimed.domains.values().flat_map(BTreeMap::values) {
+                for report in unrequested.domains.values().flat_map(BTreeMap::values) {
                     prop_assert!(now - report.at < LIMIT);
                     *by_worker.entry(report.worker.clone()).or_default() += 1;
                 }
-                prop_assert!(by_worker.values().all(|reports| *reports <= 32 / SHARE));
-                prop_assert_eq!(&claimed.by_worker, &by_worker);
+                prop_assert!(by_worker.values().all(|reports| *reports <= 32 / PER_WORKER_FRACTION));
+                prop_assert_eq!(&unrequested.by_worker, &by_worker);
             }
         }
     }
