@@ -2,14 +2,14 @@
 //!
 //! Tasks: one, that of [`publisher`]. A request is no task: it is a future of [`crate::http`], which calls [`service`].
 //! Owners: [`in_flight`] has the state of every key between its request and its answer, behind the shared handle of
-//! [`keys`]; [`rate_limit`] counts keys that are not known yet.
+//! [`handle`]; [`rate_limit`] counts keys that are not known yet.
 //!
 //! Previous stop of a key: [`crate::http`], with the body that [`request`] reads. Next stop: [`crate::fleet`], which selects
 //! its gateway and remembers it, and [`crate::bus`], which brings what gateways report of it. A key that comes to nothing
 //! ends as a [`Rejection`].
 
+pub mod handle;
 pub mod in_flight;
-pub mod keys;
 mod metrics;
 pub mod publisher;
 pub mod rate_limit;

@@ -45,7 +45,7 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::hear_anything;
 use crate::exchange::Exchange;
-use crate::exchange::keys::Keys;
+use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::Publisher;
 use crate::exchange::rate_limit::Limits;
 use crate::fleet::gateways::Gateways;
@@ -151,7 +151,7 @@ impl Broker {
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
         let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
-        let (Exchange { gateways, keys: in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
+        let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let name = BrokerName::from(&config.name);
         let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
@@ -183,7 +183,7 @@ impl Broker {
             })
             .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, learn(live.clone()), || {}))
             .spawn("the publisher of keys", |_| {
-                Publisher { keys: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
+                Publisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
             .spawn("the expiry", |_| expire(exchange.clone()));
         services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, name, handles, stop));
@@ -256,10 +256,10 @@ impl Listeners {
 fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics: exchange::Metrics) -> Exchange {
     Exchange {
         gateways: Arc::new(Mutex::new(Gateways::new(config))),
-        keys: Keys::new(config.domains.clone(), lists.admission()),
+        in_flight: InFlightHandle::new(config.domains.clone(), lists.admission()),
         live,
         limits: Arc::new(Limits::new(config.limits, MonotonicClock)),
-        unwitnessed: Arc::default(),
+        warned_domains: Arc::default(),
         lists: lists.snapshot(),
         confirm: config.confirm,
         metrics,
@@ -348,7 +348,7 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: ht
 fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
         metrics.set_lists(&update);
-        exchange.keys.apply(update.admission.clone());
+        exchange.in_flight.apply(update.admission.clone());
         exchange.live().apply(update.admission.clone());
     }
 }
@@ -357,8 +357,8 @@ async fn expire(exchange: Exchange) {
     loop {
         sleep(EXPIRE).await;
         exchange.gateways().tick();
-        exchange.limits.tidy();
-        exchange.keys.expire();
+        exchange.limits.evict_idle();
+        exchange.in_flight.expire();
         let expired = exchange.live().expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");

@@ -15,7 +15,7 @@ use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::subscriber::{hello, status};
-use crate::exchange::keys::Keys;
+use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 
 /// Changes of the lists that come within this time make one hello.
@@ -41,7 +41,7 @@ pub struct Announcer {
     heard: mpsc::Receiver<PresenceEvent>,
     lists: watch::Receiver<ListSnapshot>,
     gateways: Arc<Mutex<Gateways>>,
-    in_flight: Keys,
+    in_flight: InFlightHandle,
     presence: Presence,
     /// When the status was published on this connection; none without one.
     greeted: Option<Instant>,
@@ -67,7 +67,7 @@ impl Announcer {
         heard: mpsc::Receiver<PresenceEvent>,
         lists: watch::Receiver<ListSnapshot>,
         gateways: Arc<Mutex<Gateways>>,
-        in_flight: Keys,
+        in_flight: InFlightHandle,
     ) -> Self {
         Self {
             broker: (&config.name).into(),
@@ -193,7 +193,7 @@ impl Announcer {
                 online = false,
                 "gateway published nothing for too long, it is taken for offline"
             );
-            self.in_flight.lock().removed(&worker, None);
+            self.in_flight.lock().invalidate(&worker, None);
         }
     }
 

@@ -20,7 +20,7 @@ use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 use crate::bus::askers::Askers;
 use crate::bus::complaints::Complaints;
 use crate::bus::metrics::Metrics;
-use crate::exchange::keys::Keys;
+use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
@@ -72,7 +72,7 @@ pub fn status(broker: &BrokerName, status: &str) -> Message {
 /// Lets `gateways`, `in_flight`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
 pub fn hand_on(
     gateways: Arc<Mutex<Gateways>>,
-    (in_flight, answers): (Keys, PendingRevocations),
+    (in_flight, answers): (InFlightHandle, PendingRevocations),
     live: Arc<Mutex<LiveKeys>>,
     reporter: Reporter,
     metrics: Metrics,
@@ -83,7 +83,7 @@ pub fn hand_on(
         Event::Down => {
             metrics.connected.set(0);
             gateways.lock().on_disconnect();
-            in_flight.lock().removed_all();
+            in_flight.lock().invalidate_late();
         }
         Event::Message(publish) => {
             let outcome = parsed(&publish).and_then(|topic| {
@@ -110,7 +110,7 @@ fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static st
 
 fn hear(
     gateways: &Mutex<Gateways>,
-    (in_flight, answers): (&Keys, &PendingRevocations),
+    (in_flight, answers): (&InFlightHandle, &PendingRevocations),
     live: &Mutex<LiveKeys>,
     topic: &Topic,
     publish: &Publish,
@@ -176,7 +176,7 @@ fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &WorkerName
 /// What a gateway is. What it said of keys may not be so any more if it is gone, or has just come.
 fn hear_state(
     gateways: &Mutex<Gateways>,
-    in_flight: &Keys,
+    in_flight: &InFlightHandle,
     topic: &Topic,
     publish: &Publish,
     now: Instant,
@@ -196,7 +196,7 @@ fn hear_state(
     };
     drop(gateways);
     if let Some((worker, domain)) = gone {
-        in_flight.lock().removed(worker, domain);
+        in_flight.lock().invalidate(worker, domain);
     }
     if let Some(worker) = worker.filter(|_| online != was_online) {
         info!(worker = worker.as_str(), online, "gateway");
@@ -312,7 +312,7 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
-    let words = (Keys::new(domains, Arc::default()), PendingRevocations::default());
+    let words = (InFlightHandle::new(domains, Arc::default()), PendingRevocations::default());
     let (reporter, _reported) = Reporter::new(Participant::Broker(own.clone()));
     hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
     let askers = Askers::new(own, questions);

@@ -1,10 +1,10 @@
 //! The keys in flight: each request for a key from the POST to its answer, as one state machine. No IO, no clock.
 //!
-//! A key is queued, then published, then confirmed by gateways. A request that ends before that leaves the key late: what
-//! gateways confirm from then on answers the router's next request. An answer to a router that asks too often is kept for
-//! some seconds. Of each gateway only the last outcome is kept, so that none can crowd out those of others.
+//! A key is queued, then published, then confirmed by gateways. A request that times out before that leaves the key late:
+//! confirmations received from then on answer the router's next request. The answer to a router that asks too often is
+//! cached for some seconds. Of each gateway only the last outcome is kept, so none can crowd out those of others.
 //!
-//! Requests come from [`crate::exchange`] by [`Keys`](super::keys::Keys), outcomes from [`crate::bus`]; the
+//! Requests come from [`crate::exchange`] by [`InFlightHandle`](super::handle::InFlightHandle), outcomes from [`crate::bus`]; the
 //! [`publisher`](super::publisher) takes what is queued.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -15,22 +15,22 @@ use tokio::sync::Notify;
 use wgkex_common::access_lists::Admission;
 use wgkex_common::{Domain, PublicKey, RejectReason, WorkerName};
 
-/// Keys that never shook hands and are published but not acknowledged at most, of the 100 messages that may be.
-const UNPROVEN_SENT: usize = 64;
-/// Keys that are published but not acknowledged at most: so many that the MQTT session never lacks one.
-const SENT: usize = 128;
-/// Keys that are queued at most, those that shook hands and the others each; of more there is no use in a storm.
-const QUEUED: usize = 8_192;
-/// No key is queued or unacknowledged for longer: its router asks again sooner.
-const LONGEST: Duration = Duration::from_secs(120);
+/// The most unestablished keys that are published and not acknowledged, of the 100 messages that may be.
+const MAX_UNESTABLISHED_SENT: usize = 64;
+/// The most keys that are published and not acknowledged: so many that the MQTT session never lacks one.
+const MAX_SENT: usize = 128;
+/// The most keys in each queue, that of established keys and that of the others; in a flood, more are of no use.
+const MAX_QUEUED: usize = 8_192;
+/// The longest that a key is queued or unacknowledged: its router asks again sooner.
+const MAX_WAIT: Duration = Duration::from_secs(120);
 /// How long a late key is kept: its router asks again every minute.
 const RETRY_WINDOW: Duration = Duration::from_secs(120);
-/// Late keys at most; half of it are for those that shook hands.
-const LATE: usize = 32_768;
-/// How long an answer is kept: what it says of gateways may be outdated by then.
+/// The most late keys; half of these places are for established ones.
+const MAX_LATE: usize = 32_768;
+/// How long an answer is cached: its gateway may be offline by then.
 const ANSWER_TTL: Duration = Duration::from_secs(3);
-/// Answers at most.
-const ANSWERS: usize = 4_096;
+/// The most answers that are cached.
+const MAX_ANSWERS: usize = 4_096;
 
 /// A key in a domain, as a router sends it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,12 +41,12 @@ pub struct KeyId {
     pub key: PublicKey,
 }
 
-/// What gateways said of a key since a request for it began.
+/// The outcomes of a key since a request for it began.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Confirmations {
-    /// Those that have it in their kernel.
+    /// The gateways that have it in their kernel.
     pub installed: BTreeSet<WorkerName>,
-    /// Those that do not, and why.
+    /// The gateways that do not, and why.
     pub rejected: BTreeMap<WorkerName, RejectReason>,
 }
 
@@ -70,8 +70,8 @@ pub struct Publication {
     pub key: KeyId,
     /// Its number.
     pub number: u64,
-    /// Whether the key ever shook hands.
-    pub is_proven: bool,
+    /// Whether the key has had a handshake.
+    pub is_established: bool,
     /// When it was queued.
     pub since: Instant,
 }
@@ -86,28 +86,28 @@ pub struct InFlight {
     keys: HashMap<KeyId, Flight>,
     /// The keys for which requests wait.
     waiting: HashSet<KeyId>,
-    /// Unproven keys and proven ones, each with the first to publish first.
+    /// Unestablished keys, and established ones; the first to publish first.
     queues: [VecDeque<KeyId>; 2],
-    /// How many of both are published and not acknowledged.
+    /// How many of each are published and not acknowledged.
     sent: [usize; 2],
     late: usize,
-    /// The keys that have answers, each once, and from when they are. What an answer replaces is seen when it is over.
+    /// The keys with a cached answer, each once, by the time of the first such answer; a newer one is noticed when that expires.
     answers: VecDeque<(Instant, KeyId)>,
-    /// When what a worker had said so far became void, in a domain or in all.
-    void: HashMap<(WorkerName, Option<Domain>), u64>,
+    /// When the outcomes of a worker so far became invalid, in a domain or in all.
+    invalidated: HashMap<(WorkerName, Option<Domain>), u64>,
 }
 
 #[derive(Debug, Default)]
 struct Flight {
     queued: Option<Queued>,
-    /// Publications under way to the MQTT server.
+    /// Publications that are not acknowledged.
     sent: BTreeSet<u64>,
     /// The last publication that was acknowledged, and the last that was given up.
     acknowledged: u64,
     failed: u64,
     /// The requests that wait, by when they began.
     requests: BTreeSet<u64>,
-    /// The last outcome of each gateway, and when it came; and when the last of all came.
+    /// The last outcome of each gateway with its number, and the number of the newest.
     outcomes: BTreeMap<WorkerName, (u64, Result<(), RejectReason>)>,
     last_outcome: u64,
     late: Option<Late>,
@@ -118,7 +118,7 @@ struct Flight {
 #[derive(Debug)]
 struct Queued {
     number: u64,
-    is_proven: bool,
+    is_established: bool,
     since: Instant,
 }
 
@@ -128,11 +128,11 @@ struct Late {
     after: u64,
 }
 
-/// What a router was answered.
+/// An answer to a router.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     since: Instant,
-    /// The gateway that it was given; none by version 1.
+    /// The gateway in it; none by version 1.
     pub worker: Option<WorkerName>,
 }
 
@@ -141,18 +141,18 @@ fn is_over(since: Instant, limit: Duration, now: Instant) -> bool {
 }
 
 impl Flight {
-    /// A publication whose outcomes a request that begins now gets all: queued, or sent with none arrived since.
+    /// A publication of whose outcomes a request that begins now misses none: queued, or sent with no outcome since.
     fn joinable(&self) -> Option<u64> {
         let queued = self.queued.as_ref().map(|queued| queued.number);
         queued.or_else(|| self.sent.last().copied().filter(|sent| *sent > self.last_outcome))
     }
 
-    fn listens(&self) -> bool {
+    fn needs_outcomes(&self) -> bool {
         !self.requests.is_empty() || self.late.is_some() || !self.sent.is_empty()
     }
 
     fn is_idle(&self) -> bool {
-        !self.listens() && self.queued.is_none() && self.answer.is_none()
+        !self.needs_outcomes() && self.queued.is_none() && self.answer.is_none()
     }
 }
 
@@ -170,13 +170,13 @@ impl InFlight {
             sent: [0; 2],
             late: 0,
             answers: VecDeque::new(),
-            void: HashMap::new(),
+            invalidated: HashMap::new(),
         }
     }
 
-    /// Begins a request for `key`: joins the publication that waits, or queues one. None if too many keys are queued.
-    pub fn request(&mut self, key: &KeyId, is_proven: bool, now: Instant) -> Option<Ticket> {
-        let (publication, is_joined) = self.publish(key, is_proven, now)?;
+    /// Begins a request for `key`: joins its publication, or queues one. None if too many keys are queued.
+    pub fn request(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<Ticket> {
+        let (publication, is_joined) = self.publish(key, is_established, now)?;
         self.last += 1;
         let begun = self.last;
         let flight = self.keys.entry(key.clone()).or_default();
@@ -185,51 +185,52 @@ impl InFlight {
         Some(Ticket { begun, publication, is_joined, changed: Arc::clone(&flight.changed) })
     }
 
-    /// Has `key` published: by a publication that waits for that already, or by one more. Returns its number, and whether
-    /// it was there.
-    pub fn publish(&mut self, key: &KeyId, is_proven: bool, now: Instant) -> Option<(u64, bool)> {
+    /// Queues a publication of `key`, unless there is one to join. Returns its number, and whether it was joined.
+    pub fn publish(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<(u64, bool)> {
         if let Some(number) = self.keys.get(key).and_then(Flight::joinable) {
-            self.promote(key, is_proven);
+            self.promote(key, is_established);
             return Some((number, true));
         }
-        let queue = &mut self.queues[usize::from(is_proven)];
-        if queue.len() >= QUEUED {
+        let queue = &mut self.queues[usize::from(is_established)];
+        if queue.len() >= MAX_QUEUED {
             return None;
         }
         queue.push_back(key.clone());
         self.last += 1;
         let number = self.last;
-        self.keys.entry(key.clone()).or_default().queued = Some(Queued { number, is_proven, since: now });
+        self.keys.entry(key.clone()).or_default().queued = Some(Queued { number, is_established, since: now });
         Some((number, false))
     }
 
-    /// A queued key that has shaken hands since goes to the queue of its like, if there is a place.
-    fn promote(&mut self, key: &KeyId, is_proven: bool) {
-        let [unproven, proven] = &mut self.queues;
+    /// Moves a queued key that became established to the queue of those, if there is room.
+    fn promote(&mut self, key: &KeyId, is_established: bool) {
+        let [unestablished, established] = &mut self.queues;
         let queued = self.keys.get_mut(key).and_then(|flight| flight.queued.as_mut());
-        if let Some(queued) = queued.filter(|queued| is_proven && !queued.is_proven && proven.len() < QUEUED) {
-            queued.is_proven = true;
-            unproven.retain(|other| other != key);
-            proven.push_back(key.clone());
+        if let Some(queued) =
+            queued.filter(|queued| is_established && !queued.is_established && established.len() < MAX_QUEUED)
+        {
+            queued.is_established = true;
+            unestablished.retain(|other| other != key);
+            established.push_back(key.clone());
         }
     }
 
-    /// The next key to publish, if more may be sent now: proven ones first.
+    /// The next key to publish, if more may be sent now: established keys first.
     pub fn next(&mut self, now: Instant) -> Option<Publication> {
         loop {
-            let [unproven, proven] = self.sent;
+            let [unestablished, established] = self.sent;
             let queue = match () {
-                () if unproven + proven >= SENT => return None,
+                () if unestablished + established >= MAX_SENT => return None,
                 () if !self.queues[1].is_empty() => 1,
-                () if unproven < UNPROVEN_SENT => 0,
+                () if unestablished < MAX_UNESTABLISHED_SENT => 0,
                 () => return None,
             };
             let key = self.queues[queue].pop_front()?;
             let Some(flight) = self.keys.get_mut(&key) else { continue };
-            let Some(Queued { number, is_proven, since }) = flight.queued.take() else { continue };
+            let Some(Queued { number, is_established, since }) = flight.queued.take() else { continue };
             flight.sent.insert(number);
-            self.sent[usize::from(is_proven)] += 1;
-            let publication = Publication { key, number, is_proven, since };
+            self.sent[usize::from(is_established)] += 1;
+            let publication = Publication { key, number, is_established, since };
             if !self.is_given_up(&publication, now) {
                 return Some(publication);
             }
@@ -237,17 +238,17 @@ impl InFlight {
         }
     }
 
-    /// Whether a key that is not acknowledged yet is denied meanwhile, or took too long.
+    /// Whether an unacknowledged key is denied meanwhile, or took too long.
     #[must_use]
     pub fn is_given_up(&self, Publication { key, since, .. }: &Publication, now: Instant) -> bool {
-        is_over(*since, LONGEST, now) || self.policy.denies(key.domain.name(), &key.key)
+        is_over(*since, MAX_WAIT, now) || self.policy.denies(key.domain.name(), &key.key)
     }
 
     /// The MQTT server acknowledged the key, or it was given up.
-    pub fn published(&mut self, Publication { key, number, is_proven, .. }: &Publication, is_acknowledged: bool) {
+    pub fn published(&mut self, Publication { key, number, is_established, .. }: &Publication, is_acknowledged: bool) {
         let Some(flight) = self.keys.get_mut(key).filter(|flight| flight.sent.contains(number)) else { return };
         flight.sent.remove(number);
-        self.sent[usize::from(*is_proven)] -= 1;
+        self.sent[usize::from(*is_established)] -= 1;
         let last = if is_acknowledged { &mut flight.acknowledged } else { &mut flight.failed };
         *last = (*last).max(*number);
         flight.changed.notify_waiters();
@@ -264,7 +265,7 @@ impl InFlight {
         }
     }
 
-    /// `worker` said what became of keys in a domain. Most of them are not in flight here.
+    /// Records the outcomes of keys of a domain at `worker`. Most of these keys are not in flight here.
     pub fn confirmed(
         &mut self,
         worker: &WorkerName,
@@ -275,7 +276,7 @@ impl InFlight {
         self.last += 1;
         for (key, outcome) in outcomes {
             let id = KeyId { domain: domain.clone(), key };
-            if let Some(flight) = self.keys.get_mut(&id).filter(|flight| flight.listens()) {
+            if let Some(flight) = self.keys.get_mut(&id).filter(|flight| flight.needs_outcomes()) {
                 flight.outcomes.insert(worker.clone(), (self.last, outcome));
                 flight.last_outcome = self.last;
                 flight.changed.notify_waiters();
@@ -283,13 +284,13 @@ impl InFlight {
         }
     }
 
-    /// What `worker` said may not be so any more, in this domain or in all.
-    pub fn removed(&mut self, worker: &WorkerName, domain: Option<&str>) {
+    /// The outcomes at `worker` are invalid, in this domain or in all: it went offline, or started anew.
+    pub fn invalidate(&mut self, worker: &WorkerName, domain: Option<&str>) {
         let concerns = |key: &KeyId| domain.is_none_or(|domain| domain == key.domain.name());
         if self.late > 0 {
             self.last += 1;
             let domain = domain.and_then(|domain| self.domains.get(domain)).cloned();
-            self.void.insert((worker.clone(), domain), self.last);
+            self.invalidated.insert((worker.clone(), domain), self.last);
         }
         for key in self.waiting.iter().filter(|key| concerns(key)) {
             if let Some(flight) = self.keys.get_mut(key) {
@@ -299,8 +300,8 @@ impl InFlight {
         }
     }
 
-    /// What anybody said of late keys may not be so any more.
-    pub fn removed_all(&mut self) {
+    /// All outcomes of late keys are invalid: the connection is lost.
+    pub fn invalidate_late(&mut self) {
         self.forget_late();
         self.drop_idle();
     }
@@ -310,10 +311,11 @@ impl InFlight {
             flight.late = None;
         }
         self.late = 0;
-        self.void.clear();
+        self.invalidated.clear();
     }
 
-    /// What gateways said of the key since the request began. One that was removed may be under way once more.
+    /// The outcomes of the key since the request began. A key that was removed may be installed once more, so that one is left
+    /// out.
     #[must_use]
     pub fn confirmations(&self, key: &KeyId, begun: u64) -> Confirmations {
         let mut confirmations = Confirmations::default();
@@ -338,10 +340,10 @@ impl InFlight {
         self.drop_if_idle(key);
     }
 
-    /// A request's time is over before a gateway took its key: what is said from now on is for the router's next one, if
-    /// there is room.
-    pub fn timed_out(&mut self, key: &KeyId, is_proven: bool, now: Instant) {
-        let max = if is_proven { LATE } else { LATE / 2 };
+    /// A request timed out before its key was confirmed: outcomes from now on are kept for the router's next one, if there is
+    /// room.
+    pub fn timed_out(&mut self, key: &KeyId, is_established: bool, now: Instant) {
+        let max = if is_established { MAX_LATE } else { MAX_LATE / 2 };
         if self.late >= max {
             return;
         }
@@ -350,30 +352,33 @@ impl InFlight {
         flight.late = Some(Late { since: now, after: self.last });
     }
 
-    /// The gateways that have `key` by what they said since a request for it timed out; once.
+    /// Takes the gateways that confirmed `key` after a request for it timed out.
     #[must_use]
     pub fn take_late(&mut self, key: &KeyId, now: Instant) -> BTreeSet<WorkerName> {
         let Some(flight) = self.keys.get_mut(key) else { return BTreeSet::new() };
         let Some(late) = flight.late.take() else { return BTreeSet::new() };
         self.late -= 1;
-        let is_void = |worker: &WorkerName, said: u64| {
-            let void = |domain: Option<&Domain>| self.void.get(&(worker.clone(), domain.cloned()));
-            [None, Some(&key.domain)].into_iter().filter_map(void).any(|void| *void >= said)
+        let is_invalidated = |worker: &WorkerName, said: u64| {
+            let invalidated = |domain: Option<&Domain>| self.invalidated.get(&(worker.clone(), domain.cloned()));
+            [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= said)
         };
         let installed = flight.outcomes.iter().filter(|(worker, (said, outcome))| {
-            outcome.is_ok() && *said > late.after && !is_over(late.since, RETRY_WINDOW, now) && !is_void(worker, *said)
+            outcome.is_ok()
+                && *said > late.after
+                && !is_over(late.since, RETRY_WINDOW, now)
+                && !is_invalidated(worker, *said)
         });
         let installed = installed.map(|(worker, _)| worker.clone()).collect();
         self.drop_if_idle(key);
         installed
     }
 
-    /// Keeps what the router of `key` is answered, if there is room.
-    pub fn answered(&mut self, key: &KeyId, worker: Option<WorkerName>, now: Instant) {
-        if self.answers.len() >= ANSWERS {
+    /// Caches the answer to the router of `key`, if there is room.
+    pub fn cache(&mut self, key: &KeyId, worker: Option<WorkerName>, now: Instant) {
+        if self.answers.len() >= MAX_ANSWERS {
             self.expire_answers(now);
         }
-        if self.answers.len() < ANSWERS {
+        if self.answers.len() < MAX_ANSWERS {
             let answer = &mut self.keys.entry(key.clone()).or_default().answer;
             if answer.is_none() {
                 self.answers.push_back((now, key.clone()));
@@ -382,14 +387,14 @@ impl InFlight {
         }
     }
 
-    /// What the router of `key` was answered a moment ago.
+    /// The cached answer to the router of `key`.
     #[must_use]
-    pub fn last_answer(&self, key: &KeyId, now: Instant) -> Option<&Answer> {
+    pub fn cached(&self, key: &KeyId, now: Instant) -> Option<&Answer> {
         let answer = self.keys.get(key)?.answer.as_ref();
         answer.filter(|answer| !is_over(answer.since, ANSWER_TTL, now))
     }
 
-    /// Applies another access policy: what it denies leaves the queues.
+    /// Applies another access policy: keys that it denies leave the queues.
     pub fn apply(&mut self, policy: Arc<Admission>, now: Instant) {
         self.policy = policy;
         self.forget_late();
@@ -403,7 +408,7 @@ impl InFlight {
             self.late -= usize::from(flight.late.take_if(|late| is_over(late.since, RETRY_WINDOW, now)).is_some());
         }
         if self.late == 0 {
-            self.void.clear();
+            self.invalidated.clear();
         }
         self.expire_answers(now);
         self.give_up_queued(now);
@@ -429,7 +434,7 @@ impl InFlight {
             queue.retain(|key| {
                 let Some(flight) = keys.get_mut(key) else { return false };
                 let denied = policy.denies(key.domain.name(), &key.key);
-                let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, LONGEST, now));
+                let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, MAX_WAIT, now));
                 if let Some(Queued { number, .. }) = &given_up {
                     flight.failed = *number;
                     flight.changed.notify_waiters();
@@ -447,7 +452,7 @@ impl InFlight {
         if let Some(flight) = self.keys.get_mut(key) {
             if flight.is_idle() {
                 self.keys.remove(key);
-            } else if !flight.listens() {
+            } else if !flight.needs_outcomes() {
                 flight.outcomes.clear();
             }
         }

@@ -1,6 +1,5 @@
-//! One task that publishes the keys that are queued, proven ones first, and remembers them as live once the MQTT server
-//! has acknowledged them. It takes them from [`in_flight`](super::in_flight); gateways' outcomes come back by
-//! [`crate::bus`].
+//! One task that publishes the queued keys, established ones first, and adds each to the live keys once the MQTT server has
+//! acknowledged it. It takes them from [`in_flight`](super::in_flight); the outcomes come back by [`crate::bus`].
 
 use std::sync::Arc;
 
@@ -11,17 +10,17 @@ use tokio::time::Instant;
 use wgkex_common::Topic;
 use wgkex_common::mqtt::{Message, MqttHandle};
 
+use super::handle::InFlightHandle;
 use super::in_flight::Publication;
-use super::keys::Keys;
 use crate::fleet::live_keys::LiveKeys;
 
-/// What the task needs.
+/// The task's state.
 pub struct Publisher {
-    /// Where keys are queued.
-    pub keys: Keys,
-    /// By which they are published.
+    /// The keys that are queued.
+    pub in_flight: InFlightHandle,
+    /// The session that publishes them.
     pub bus: MqttHandle,
-    /// Where they are remembered.
+    /// The keys that are remembered.
     pub live: Arc<Mutex<LiveKeys>>,
 }
 
@@ -35,13 +34,13 @@ impl Publisher {
             }
             tokio::select! {
                 Some(()) = sent.next() => {}
-                () = self.keys.queued.notified() => {}
+                () = self.in_flight.queued.notified() => {}
             }
         }
     }
 
     fn next(&self) -> Option<Publication> {
-        self.keys.lock().next(Instant::now().into_std())
+        self.in_flight.lock().next(Instant::now().into_std())
     }
 
     async fn publish(&self, publication: Publication) {
@@ -50,22 +49,22 @@ impl Publisher {
             let key = &publication.key;
             self.live.lock().on_request(key.domain.name(), key.key, Instant::now().into_std());
         }
-        self.keys.lock().published(&publication, is_acknowledged);
+        self.in_flight.lock().published(&publication, is_acknowledged);
     }
 
-    /// Dropped before the message is written, the future takes it back: that is how a publication is given up.
+    /// A publication is given up by dropping this future: before the message is written, that withdraws it.
     async fn is_acknowledged(&self, publication: &Publication) -> bool {
         let key = &publication.key;
         let topic = Topic::Key { domain: key.domain.name().into() };
         let mut acknowledged = std::pin::pin!(self.bus.publish(Message::transient(topic, key.key.to_string())));
         loop {
-            let review = self.keys.review.notified();
+            let review = self.in_flight.review.notified();
             tokio::select! {
                 biased;
                 acknowledged = &mut acknowledged => return acknowledged.is_ok(),
                 () = review => {}
             }
-            if self.keys.lock().is_given_up(publication, Instant::now().into_std()) {
+            if self.in_flight.lock().is_given_up(publication, Instant::now().into_std()) {
                 return false;
             }
         }
@@ -98,14 +97,14 @@ mod tests {
         let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::keys_client(&config)).unwrap();
         let (domains, now) = (config.domains.clone(), Instant::now().into_std());
         let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), now);
-        let keys = Keys::new(domains.clone(), Arc::default());
-        let publisher = Publisher { keys: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
+        let keys = InFlightHandle::new(domains.clone(), Arc::default());
+        let publisher = Publisher { in_flight: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
         tokio::spawn(publisher.run());
         let domain = domains.first().unwrap();
         let id = |n| KeyId { domain: domain.clone(), key: key(n) };
         let soon = || Instant::now() + Duration::from_millis(1);
         let (late, denied) = (keys.request(&id(1), true).unwrap(), keys.request(&id(2), false).unwrap());
-        let waits = |request: &crate::exchange::keys::Request| !request.is_over();
+        let waits = |request: &crate::exchange::handle::PendingRequest| !request.is_over();
         sleep(Duration::from_secs(119)).await;
         let last = keys.request(&id(3), true).unwrap();
         keys.expire();

@@ -1,5 +1,5 @@
-//! How often keys may come that are not known yet, so that a flood of them costs next to nothing and does not keep
-//! others out. The counting is governor's. No IO; the clock is a parameter.
+//! How often unknown keys may be requested, so that a flood of them costs next to nothing and keeps no others out. The
+//! token buckets are governor's. No IO; the clock is a parameter.
 
 use std::hash::Hash;
 use std::time::Duration;
@@ -13,10 +13,10 @@ use wgkex_common::{PublicKey, config};
 
 use crate::client_ip::Client;
 
-/// Keys, and clients, that are told apart at most at the same time. A place is free again once the burst is full.
-const PLACES: usize = 65_536;
+/// The most keys, and clients, with a bucket of their own. A full bucket is dropped.
+const MAX_BUCKETS: usize = 65_536;
 
-/// What a key was too much for.
+/// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// How often one key may come.
@@ -29,36 +29,36 @@ pub enum Limit {
     Global,
 }
 
-/// A key that came too often, or with too many others.
+/// A request that exceeds a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limited {
-    /// By which limit.
+    /// Which one.
     pub limit: Limit,
-    /// When it may come again: seconds from now, at least 1.
+    /// When to try again: seconds from now, at least 1.
     pub seconds: u32,
 }
 
 type Keyed<K, C> = RateLimiter<K, HashMapStateStore<K>, C, Nothing<C>>;
 type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
 
-/// The limits, and how far each is used.
+/// The limits, each with its buckets.
 pub struct Limits<C: Clock = MonotonicClock> {
     clock: C,
     keys: Option<Keyed<(String, PublicKey), C>>,
-    clients: Option<Keyed<Place, C>>,
+    clients: Option<Keyed<Bucket, C>>,
     domains: Option<Keyed<String, C>>,
     global: Option<RateLimiter<NotKeyed, InMemoryState, C, Nothing<C>>>,
 }
 
-/// A client, or all together for which there is no place.
+/// The bucket of one client, or that of all for which there is none.
 #[derive(Clone, PartialEq, Eq, Hash)]
-enum Place {
+enum Bucket {
     One(Client),
-    Rest,
+    Overflow,
 }
 
 impl<C: Clock + Clone> Limits<C> {
-    /// Nothing is used yet.
+    /// The limits with full buckets.
     #[must_use]
     pub fn new(config: config::Limits, clock: C) -> Self {
         Self {
@@ -70,16 +70,16 @@ impl<C: Clock + Clone> Limits<C> {
         }
     }
 
-    /// Whether a key may come that is not known. The narrow limits come first, so that who is refused by them takes
-    /// nothing from others; only the key's own comes last, or a flood of keys would take all its places. `client` is
-    /// asked only if it matters.
+    /// Whether an unknown key may be requested. The narrow limits come first, so that a request that exceeds them takes
+    /// nothing from others; only the key's own comes last, or a flood of keys would fill all buckets. `client` is called
+    /// only if a limit needs it: it parses headers.
     pub fn admit(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_place = clients.len() < PLACES;
+            let has_room = clients.len() < MAX_BUCKETS;
             let client = client();
-            let place = if has_place { Place::One(client) } else { Place::Rest };
+            let bucket = if has_room { Bucket::One(client) } else { Bucket::Overflow };
             if !client.is_this_machine() {
-                self.limited(Limit::Client, clients.check_key(&place))?;
+                self.limited(Limit::Client, clients.check_key(&bucket))?;
             }
         }
         if let Some(domains) = &self.domains {
@@ -88,22 +88,24 @@ impl<C: Clock + Clone> Limits<C> {
         if let Some(global) = &self.global {
             self.limited(Limit::Global, global.check())?;
         }
-        self.repeat(key, domain)
+        self.check_key(key, domain)
     }
 
-    /// Whether a key comes no oftener than one may, known or not. What is sent with it for one domain takes nothing from
-    /// it in another: everybody knows every router's key.
-    pub fn repeat(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
+    /// Whether a key is within its own limit, known or not. Each domain has a bucket of its own: everybody knows every router's
+    /// key, so requests for it in one domain must not use up that of another.
+    pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.len() < PLACES => self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key))),
+            Some(keys) if keys.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key)))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Frees the places of those who would be treated like strangers.
-    pub fn tidy(&self) {
-        tidy(self.keys.as_ref());
-        tidy(self.clients.as_ref());
+    /// Drops full buckets: they are as good as none.
+    pub fn evict_idle(&self) {
+        evict_idle(self.keys.as_ref());
+        evict_idle(self.clients.as_ref());
     }
 
     fn limited(&self, limit: Limit, result: Result<(), NotUntil<C::Instant>>) -> Result<(), Limited> {
@@ -119,7 +121,7 @@ fn keyed<K: Hash + Eq + Clone, C: Clock + Clone>(quota: config::Quota, clock: &C
     RateLimiter::new(rate(quota), HashMapStateStore::default(), clock.clone())
 }
 
-fn tidy<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
+fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
     if let Some(limiter) = limiter {
         limiter.retain_recent();
         limiter.shrink_to_fit();
@@ -264,13 +266,13 @@ mod tests {
     fn however_many_clients_there_are_the_room_is_bounded() {
         let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NONE };
         let (limits, clock) = limits(config);
-        let most = u32::try_from(PLACES).unwrap();
+        let most = u32::try_from(MAX_BUCKETS).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.admit(&key(*n), || client(*n), "a").is_ok()).count();
-        assert_eq!(passed, PLACES + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().len(), PLACES + 1);
-        assert!(limits.keys.as_ref().unwrap().len() <= PLACES);
+        assert_eq!(passed, MAX_BUCKETS + 2, "the rest counts as one");
+        assert_eq!(limits.clients.as_ref().unwrap().len(), MAX_BUCKETS + 1);
+        assert!(limits.keys.as_ref().unwrap().len() <= MAX_BUCKETS);
         clock.advance(SECOND * 10);
-        limits.tidy();
+        limits.evict_idle();
         assert!(limits.clients.as_ref().unwrap().is_empty() && limits.keys.as_ref().unwrap().is_empty());
         assert_eq!(limits.admit(&key(1), || client(1), "a"), Ok(()));
     }

@@ -16,37 +16,37 @@ use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Domain, RejectReason, WorkerName};
 
 use crate::client_ip::Client;
+use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
-use crate::exchange::keys::{Keys, Request};
 use crate::exchange::rate_limit::Limits;
 use crate::exchange::{KeyId, Metrics, Rejection};
 use crate::fleet::gateways::{Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::selection::Selection;
 
-/// How a key stands with this broker when it comes.
+/// What this broker knows of a key when a request for it begins.
 #[derive(Debug, Clone, Copy)]
-struct Standing {
-    /// It shook hands at a gateway.
-    is_proven: bool,
-    /// It was sent before, and comes oftener than a router needs.
-    is_hasty: bool,
+struct KeyStatus {
+    /// It has had a handshake at some gateway.
+    is_established: bool,
+    /// It is known, and is requested more often than a router needs.
+    is_too_frequent: bool,
 }
 
-/// What it takes to answer a router. Clones share it.
+/// Answers routers. Clones share everything.
 #[derive(Clone)]
 pub struct Exchange {
-    /// Who could have the key.
+    /// The gateways, and which of them is next.
     pub gateways: Arc<Mutex<Gateways>>,
     /// The keys in flight.
-    pub keys: Keys,
-    /// Where they are remembered.
+    pub in_flight: InFlightHandle,
+    /// The keys that brokers remember.
     pub live: Arc<Mutex<LiveKeys>>,
-    /// How often unknown keys may come.
+    /// How often keys may be requested that are not known.
     pub limits: Arc<Limits>,
-    /// The domains of which it was said that no gateway ever published its state.
-    pub unwitnessed: Arc<Mutex<BTreeSet<Domain>>>,
-    /// Who may come.
+    /// The domains that were logged as having no gateway that ever published its state.
+    pub warned_domains: Arc<Mutex<BTreeSet<Domain>>>,
+    /// Which keys the access lists admit.
     pub lists: watch::Receiver<ListSnapshot>,
     /// How long an answer may wait.
     pub confirm: Confirm,
@@ -55,87 +55,87 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// The gateways, for as short as it takes to ask one question.
+    /// The gateways, locked: for one question only.
     pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
         self.gateways.lock()
     }
 
-    /// The live keys, as shortly.
+    /// The live keys, locked: for one question only.
     pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
         self.live.lock()
     }
 
     /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
-    /// one that confirms has the key; where none does, when MQTT has taken it.
-    pub async fn announce(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
+    /// a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
+    pub async fn exchange_v1(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
         self.ready(id)?;
-        let standing = self.standing(id, client)?;
-        if standing.is_hasty && self.told(id).is_some() {
-            // What was true then may not be so any more.
+        let status = self.status(id, client)?;
+        if status.is_too_frequent && self.cached(id).is_some() {
+            // The gateways may have gone offline since that answer.
             return if self.gateways().are_offline(&id.domain) { Err(Rejection::NoGateway) } else { Ok(()) };
         }
-        self.announce_anew(id, standing).await?;
-        self.keep(id, standing, None);
+        self.uncached_v1(id, status).await?;
+        self.cache(id, status, None);
         Ok(())
     }
 
-    /// Version 2: returns the gateway that the router is to use, with the key in its kernel if it is one that says so.
-    pub async fn assign(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<WorkerData, Rejection> {
+    /// Version 2: returns the gateway that the router is to use. If it is one that confirms, the key is in its kernel.
+    pub async fn exchange_v2(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<WorkerData, Rejection> {
         self.ready(id)?;
-        let standing = self.standing(id, client)?;
-        if standing.is_hasty
-            && let Some(Answer { worker: Some(worker), .. }) = self.told(id)
-            && let Some(choice) = self.gateways().select(&id.domain, |name, _| *name == worker)
+        let status = self.status(id, client)?;
+        if status.is_too_frequent
+            && let Some(Answer { worker: Some(worker), .. }) = self.cached(id)
+            && let Some(selection) = self.gateways().select(&id.domain, |name, _| *name == worker)
         {
-            return Ok(choice.data);
+            return Ok(selection.data);
         }
-        let choice = self.assign_anew(id, standing).await?;
-        self.keep(id, standing, Some(choice.worker));
-        Ok(choice.data)
+        let selection = self.uncached_v2(id, status).await?;
+        self.cache(id, status, Some(selection.worker));
+        Ok(selection.data)
     }
 
-    /// How the key stands, if it may come now.
-    fn standing(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<Standing, Rejection> {
-        let proven = self.live().is_established(&id.domain, &id.key);
-        if proven.is_none() {
+    /// What is known of the key, if a request for it is admitted now.
+    fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KeyStatus, Rejection> {
+        let established = self.live().is_established(&id.domain, &id.key);
+        if established.is_none() {
             self.limits.admit(&id.key, client, id.domain.name())?;
         }
         self.admit(id)?;
-        let is_hasty = proven.is_some() && self.limits.repeat(&id.key, id.domain.name()).is_err();
-        Ok(Standing { is_proven: proven == Some(true), is_hasty })
+        let is_too_frequent = established.is_some() && self.limits.check_key(&id.key, id.domain.name()).is_err();
+        Ok(KeyStatus { is_established: established == Some(true), is_too_frequent })
     }
 
-    /// Whether the key may be a router's, and its address is nobody else's.
+    /// Rejects a key that a gateway has, or whose address another key has.
     fn admit(&self, id: &KeyId) -> Result<(), Rejection> {
         let is_routers = self.live().is_routers(&id.key);
-        let refusal = if self.gateways().is_reserved(&id.key, is_routers) {
+        let rejection = if self.gateways().is_reserved(&id.key, is_routers) {
             Rejection::Reserved
         } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {
             Rejection::AddressTaken
         } else {
             return Ok(());
         };
-        warn!(domain = %id.domain, key = ?id.key, reason = refusal.reason(), "key refused");
-        Err(refusal)
+        warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
+        Err(rejection)
     }
 
-    fn told(&self, id: &KeyId) -> Option<Answer> {
-        self.keys.lock().last_answer(id, Instant::now().into_std()).cloned()
+    fn cached(&self, id: &KeyId) -> Option<Answer> {
+        self.in_flight.lock().cached(id, Instant::now().into_std()).cloned()
     }
 
-    fn keep(&self, id: &KeyId, standing: Standing, worker: Option<WorkerName>) {
-        if standing.is_hasty {
-            self.keys.lock().answered(id, worker, Instant::now().into_std());
+    fn cache(&self, id: &KeyId, status: KeyStatus, worker: Option<WorkerName>) {
+        if status.is_too_frequent {
+            self.in_flight.lock().cache(id, worker, Instant::now().into_std());
         }
     }
 
-    async fn announce_anew(&self, id: &KeyId, standing: Standing) -> Result<(), Rejection> {
+    async fn uncached_v1(&self, id: &KeyId, status: KeyStatus) -> Result<(), Rejection> {
         let deadlines = Deadlines::now(self.confirm);
-        if self.took(id).iter().any(|worker| self.can_take(id, worker)) {
-            self.publish_again(id, standing);
+        if self.late_confirmations(id).iter().any(|worker| self.can_confirm(id, worker)) {
+            self.publish_again(id, status);
             return Ok(());
         }
-        let (published, request) = self.publish(id, standing, deadlines).await?;
+        let (published, request) = self.publish(id, status, deadlines).await?;
         let online = self.gateways().online(&id.domain);
         if online.is_empty() {
             return self.unserved(id);
@@ -143,7 +143,7 @@ impl Exchange {
         if online.confirming.is_empty() {
             return Ok(());
         }
-        // Originals have the key by now, too: with them about, an error would help nobody.
+        // An original that is online has the key by now as well and confirms nothing: the router may use that one.
         let until = if online.legacy.is_empty() { deadlines.budget } else { deadlines.timeout };
         let is_installed = request.find(until, |confirmations| {
             let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&id.domain));
@@ -156,57 +156,56 @@ impl Exchange {
         if !online.legacy.is_empty() {
             return Ok(());
         }
-        let refusal = request.confirmations().refusal(&self.gateways().online(&id.domain));
-        Err(refused(request, standing, refusal))
+        let rejection = request.confirmations().rejection(&self.gateways().online(&id.domain));
+        Err(ended(request, status, rejection))
     }
 
-    /// The key is published, and no gateway of its domain is online. Workers that only subscribe say nothing of themselves:
-    /// where none ever did, there may be some.
+    /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish nothing of themselves: where
+    /// no gateway ever did, there may be some of these.
     fn unserved(&self, id: &KeyId) -> Result<(), Rejection> {
         if self.gateways().is_known(&id.domain) {
             return Err(Rejection::NoGateway);
         }
-        if self.unwitnessed.lock().insert(id.domain.clone()) {
+        if self.warned_domains.lock().insert(id.domain.clone()) {
             warn!(domain = %id.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
         }
         self.metrics.keys_unwitnessed.inc();
         Ok(())
     }
 
-    async fn assign_anew(&self, id: &KeyId, standing: Standing) -> Result<Selection, Rejection> {
+    async fn uncached_v2(&self, id: &KeyId, status: KeyStatus) -> Result<Selection, Rejection> {
         let deadlines = Deadlines::now(self.confirm);
-        let took = self.took(id);
-        if !took.is_empty()
-            && let Some(choice) = self.choose(id, |worker, confirms| confirms && took.contains(worker))
+        let late = self.late_confirmations(id);
+        if !late.is_empty()
+            && let Some(selection) = self.select(id, |worker, confirms| confirms && late.contains(worker))
         {
-            self.publish_again(id, standing);
-            return Ok(choice);
+            self.publish_again(id, status);
+            return Ok(selection);
         }
-        let first = self.choose(id, |_, _| true).ok_or(Rejection::NoGateway)?;
-        let (published, request) = self.publish(id, standing, deadlines).await?;
-        let choice = if !first.confirms || self.takes(&first, &request, deadlines).await {
+        let first = self.select(id, |_, _| true).ok_or(Rejection::NoGateway)?;
+        let (published, request) = self.publish(id, status, deadlines).await?;
+        let selection = if !first.confirms || self.await_gateway(&first, &request, deadlines).await {
             Ok(first)
         } else {
             self.next_best(id, &request, deadlines).await
         };
-        let choice = match choice {
-            Ok(choice) => choice,
-            Err(refusal) => return Err(refused(request, standing, refusal)),
+        let selection = match selection {
+            Ok(selection) => selection,
+            Err(rejection) => return Err(ended(request, status, rejection)),
         };
-        if choice.confirms {
+        if selection.confirms {
             self.confirmed(published);
         }
-        Ok(choice)
+        Ok(selection)
     }
 
-    /// The gateways that said that they have the key since its router was told to come again. It was late, not lost:
-    /// their words on it as it is published again would be late again.
-    fn took(&self, id: &KeyId) -> BTreeSet<WorkerName> {
-        self.keys.lock().take_late(id, Instant::now().into_std())
+    /// The gateways that confirmed the key after the previous request for it timed out; used instead of waiting again.
+    fn late_confirmations(&self, id: &KeyId) -> BTreeSet<WorkerName> {
+        self.in_flight.lock().take_late(id, Instant::now().into_std())
     }
 
-    /// Whether the best gateway takes the key within its time.
-    async fn takes(&self, first: &Selection, request: &Request, deadlines: Deadlines) -> bool {
+    /// Whether the best gateway confirms the key within its time.
+    async fn await_gateway(&self, first: &Selection, request: &PendingRequest, deadlines: Deadlines) -> bool {
         let outcome = request.find(deadlines.timeout, |confirmations| {
             let is_installed = confirmations.installed.contains(&first.worker);
             (is_installed || confirmations.rejected.contains_key(&first.worker)).then_some(is_installed)
@@ -220,20 +219,25 @@ impl Exchange {
         outcome == Some(true)
     }
 
-    /// The best of those that have the key. All got it at the same time, so none is waited for by itself.
-    async fn next_best(&self, id: &KeyId, request: &Request, deadlines: Deadlines) -> Result<Selection, Rejection> {
-        let choice = request.find(deadlines.budget, |confirmations| {
+    /// The best gateway of those that confirmed the key. All received it at the same time, so none is waited for by itself.
+    async fn next_best(
+        &self,
+        id: &KeyId,
+        request: &PendingRequest,
+        deadlines: Deadlines,
+    ) -> Result<Selection, Rejection> {
+        let selection = request.find(deadlines.budget, |confirmations| {
             let has_key = |worker: &WorkerName, confirms: bool| !confirms || confirmations.installed.contains(worker);
-            if let Some(next) = self.choose(id, has_key) {
+            if let Some(next) = self.select(id, has_key) {
                 return Some(Ok(next));
             }
             let online = self.gateways().online(&id.domain);
-            confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.refusal(&online)))
+            confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.rejection(&online)))
         });
-        choice.await.unwrap_or(Err(Rejection::NotConfirmed))
+        selection.await.unwrap_or(Err(Rejection::NotConfirmed))
     }
 
-    /// Whether this broker can take the key now: it has heard the retained states, and the lists let the key come.
+    /// Rejects a key that the access lists deny, and every key until the retained states are complete.
     fn ready(&self, id: &KeyId) -> Result<(), Rejection> {
         if self.lists.borrow().admission.denies(id.domain.name(), &id.key) {
             return Err(Rejection::Denied);
@@ -241,32 +245,31 @@ impl Exchange {
         if self.gateways().is_synced() { Ok(()) } else { Err(Rejection::NotReady) }
     }
 
-    /// Whether `worker` is waited for, and its word on the key counts.
-    fn can_take(&self, id: &KeyId, worker: &WorkerName) -> bool {
+    fn can_confirm(&self, id: &KeyId, worker: &WorkerName) -> bool {
         self.gateways().can_confirm(worker, id.domain.name())
     }
 
-    /// The best gateway that fits. It counts as answered from here on, so that requests at the same time spread; if it
-    /// comes to nothing, the gateway's own next count sets that right.
-    fn choose(&self, id: &KeyId, fits: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
+    /// The best gateway of those that are `eligible`. The router counts as its peer from here on, so that requests at the
+    /// same time spread; if the request fails, the gateway's own next count corrects that.
+    fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
         let mut gateways = self.gateways();
-        let choice = gateways.select(&id.domain, fits)?;
-        gateways.on_assigned(&choice.worker, &id.domain);
-        Some(choice)
+        let selection = gateways.select(&id.domain, eligible)?;
+        gateways.on_assigned(&selection.worker, &id.domain);
+        Some(selection)
     }
 
-    /// Publishes the key, and returns when that began, with the request that waits since before that. Where every gateway
-    /// confirms, a key that was queued already needs no acknowledgement: their outcomes tell of it.
+    /// Publishes the key, and returns when that began and the request that waits for outcomes since before that. Where every
+    /// gateway confirms, a key that was queued already needs no acknowledgement of its own: the confirmations follow it.
     async fn publish(
         &self,
         id: &KeyId,
-        standing: Standing,
+        status: KeyStatus,
         deadlines: Deadlines,
-    ) -> Result<(Instant, Request), Rejection> {
+    ) -> Result<(Instant, PendingRequest), Rejection> {
         let begun = Instant::now();
-        let Some(request) = self.keys.request(id, standing.is_proven) else {
+        let Some(request) = self.in_flight.request(id, status.is_established) else {
             self.metrics.publish_failures.inc();
-            self.keys.lock().timed_out(id, standing.is_proven, begun.into_std());
+            self.in_flight.lock().timed_out(id, status.is_established, begun.into_std());
             return Err(Rejection::NotPublished);
         };
         let is_published = (request.is_joined() && self.gateways().all_confirm(&id.domain))
@@ -275,13 +278,12 @@ impl Exchange {
             return Ok((begun, request));
         }
         self.metrics.publish_failures.inc();
-        Err(refused(request, standing, Rejection::NotPublished))
+        Err(ended(request, status, Rejection::NotPublished))
     }
 
-    /// Has a key published that a gateway said it has, for the others and in case it is not there any more. If there is
-    /// no place for that the gateway's word holds all the same.
-    fn publish_again(&self, id: &KeyId, standing: Standing) {
-        self.keys.publish(id, standing.is_proven);
+    /// Publishes a confirmed key again for the other gateways; best effort.
+    fn publish_again(&self, id: &KeyId, status: KeyStatus) {
+        self.in_flight.publish(id, status.is_established);
     }
 
     fn confirmed(&self, published: Instant) {
@@ -289,18 +291,21 @@ impl Exchange {
     }
 }
 
-/// Why a request is not met; if that is for want of time, what comes later is kept for the router's next one.
-fn refused(request: Request, standing: Standing, refusal: Rejection) -> Rejection {
-    if matches!(refusal, Rejection::NotPublished | Rejection::NotConfirmed) {
-        request.timed_out(standing.is_proven);
+/// Ends a request with its rejection. After a timeout, confirmations that are received later are kept for the router's next
+/// request.
+fn ended(request: PendingRequest, status: KeyStatus, rejection: Rejection) -> Rejection {
+    if matches!(rejection, Rejection::NotPublished | Rejection::NotConfirmed) {
+        request.timed_out(status.is_established);
     }
-    refusal
+    rejection
 }
 
-/// How long a request may wait.
+/// Until when a request waits.
 #[derive(Debug, Clone, Copy)]
 struct Deadlines {
+    /// For one gateway.
     timeout: Instant,
+    /// For all of them.
     budget: Instant,
 }
 
@@ -312,18 +317,18 @@ impl Deadlines {
 }
 
 impl Confirmations {
-    /// Whether each of those that can confirm the key has rejected it. A gateway that cannot serve the domain is neither
-    /// waited for nor does its rejection count.
+    /// Whether every gateway that can confirm the key has rejected it. A gateway whose interface of the domain is down is not
+    /// waited for, and its rejection does not count.
     fn is_rejected_by_all(&self, online: &Online) -> bool {
         let mut confirming = online.confirming.iter().peekable();
         confirming.peek().is_some() && confirming.all(|worker| self.rejected.contains_key(worker))
     }
 
-    /// Why nobody took the key: what all gateways say that can confirm it, if they say the same.
-    fn refusal(&self, online: &Online) -> Rejection {
-        let is_refused_by_all = self.is_rejected_by_all(online);
+    /// Why no gateway has the key: the reason of all that can confirm it, if it is the same.
+    fn rejection(&self, online: &Online) -> Rejection {
+        let is_rejected_by_all = self.is_rejected_by_all(online);
         let reasons = || online.confirming.iter().filter_map(|worker| self.rejected.get(worker));
-        let all = |reason: &RejectReason| is_refused_by_all && reasons().all(|other| other == reason);
+        let all = |reason: &RejectReason| is_rejected_by_all && reasons().all(|other| other == reason);
         match () {
             () if all(&RejectReason::AddressTaken) => Rejection::AddressTaken,
             () if all(&RejectReason::Reserved) => Rejection::Reserved,

@@ -64,13 +64,13 @@ impl Guard for HasBody {
 }
 
 async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
-    let result = async { app.exchange.announce(&ask(&app, body).await?, || app.client(&request)).await };
+    let result = async { app.exchange.exchange_v1(&ask(&app, body).await?, || app.client(&request)).await };
     let result = app.counted("v1", result.await);
     result.map(|()| HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" })))
 }
 
 async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
-    let result = async { app.exchange.assign(&ask(&app, body).await?, || app.client(&request)).await };
+    let result = async { app.exchange.exchange_v2(&ask(&app, body).await?, || app.client(&request)).await };
     let gateway = app.counted("v2", result.await)?;
     Ok(HttpResponse::Ok().json(Answer::from(gateway)))
 }

@@ -75,9 +75,9 @@ fn a_gateway_that_goes_has_no_key_any_more() {
             installed(&mut table, worker, key);
         }
     }
-    table.removed(&worker("gw1"), Some("ff_a"));
+    table.invalidate(&worker("gw1"), Some("ff_a"));
     assert_eq!(has(&table), [1, 2]);
-    table.removed(&worker("gw2"), None);
+    table.invalidate(&worker("gw2"), None);
     assert_eq!(has(&table), [0, 1]);
 }
 
@@ -100,30 +100,30 @@ fn what_is_said_too_late_is_kept_for_the_routers_next_request() {
     installed(&mut table, "gw1", &elsewhere);
     installed(&mut table, "gw1", &other);
     assert!(table.take_late(&elsewhere, now).is_empty() && table.take_late(&other, now).is_empty());
-    table.removed(&worker("gw1"), Some("ff_a"));
+    table.invalidate(&worker("gw1"), Some("ff_a"));
     installed(&mut table, "gw1", &ours);
-    table.removed(&worker("gw1"), Some("ff_b"));
+    table.invalidate(&worker("gw1"), Some("ff_b"));
     installed(&mut table, "gw5", &ours);
-    table.removed(&worker("gw5"), None);
+    table.invalidate(&worker("gw5"), None);
     assert_eq!(names(&table.take_late(&ours, now)), ["gw1", "gw3"], "who lost it since does not have it");
     assert!(table.take_late(&ours, now).is_empty(), "the next request has to ask");
     time_out(&mut table);
     installed(&mut table, "gw1", &ours);
     assert!(table.take_late(&ours, now + RETRY_WINDOW).is_empty(), "it is too long ago");
     time_out(&mut table);
-    table.removed(&worker("gw1"), None);
+    table.invalidate(&worker("gw1"), None);
     table.expire(now + RETRY_WINDOW);
-    assert!(table.late == 0 && table.void.is_empty());
+    assert!(table.late == 0 && table.invalidated.is_empty());
 }
 
 #[test]
 fn a_flood_of_keys_that_nobody_takes_keeps_only_so_many() {
     let (mut table, now) = (in_flight(), Instant::now());
-    (0..LATE).for_each(|n| table.timed_out(&id(0, n), false, now));
-    assert_eq!(table.late, LATE / 2, "routers that are known have places all the same");
-    (0..2 * LATE).for_each(|n| table.timed_out(&id(0, n), true, now));
-    assert_eq!((table.late, table.keys.len()), (LATE, LATE));
-    table.removed_all();
+    (0..MAX_LATE).for_each(|n| table.timed_out(&id(0, n), false, now));
+    assert_eq!(table.late, MAX_LATE / 2, "routers that are known have places all the same");
+    (0..2 * MAX_LATE).for_each(|n| table.timed_out(&id(0, n), true, now));
+    assert_eq!((table.late, table.keys.len()), (MAX_LATE, MAX_LATE));
+    table.invalidate_late();
     assert!(table.late == 0 && table.keys.is_empty());
 }
 
@@ -135,11 +135,11 @@ fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
     table.timed_out(&ours, true, now);
     for _ in 0..1_000 {
         installed(&mut table, "thief", &ours);
-        table.removed(&worker("thief"), None);
+        table.invalidate(&worker("thief"), None);
     }
     installed(&mut table, "gw", &ours);
     assert_eq!(names(&table.confirmations(&ours, begun).installed), ["gw"]);
-    assert!(table.keys[&ours].outcomes.len() == 1 && table.void.len() == 1);
+    assert!(table.keys[&ours].outcomes.len() == 1 && table.invalidated.len() == 1);
     assert_eq!(names(&table.take_late(&ours, now)), ["gw"]);
 }
 
@@ -160,44 +160,44 @@ fn a_request_that_ends_leaves_nothing_behind() {
 #[test]
 fn an_answer_is_given_again_while_it_is_fresh_and_only_so_many_are_kept() {
     let (mut table, now) = (in_flight(), Instant::now());
-    table.answered(&id(0, 1), Some(worker("gw1")), now);
-    table.answered(&id(0, 2), None, now);
+    table.cache(&id(0, 1), Some(worker("gw1")), now);
+    table.cache(&id(0, 2), None, now);
     let soon = now + ANSWER_TTL.mul_f64(0.99);
-    assert_eq!(table.last_answer(&id(0, 1), soon).unwrap().worker, Some(worker("gw1")));
-    assert_eq!(table.last_answer(&id(0, 2), soon).unwrap().worker, None);
-    assert_eq!(table.last_answer(&id(1, 1), soon), None);
-    assert_eq!(table.last_answer(&id(0, 1), now + ANSWER_TTL), None);
-    (0..ANSWERS + 10).for_each(|n| table.answered(&id(0, n), None, now));
-    assert_eq!((table.answers.len(), table.keys.len()), (ANSWERS, ANSWERS));
-    table.answered(&id(1, 0), None, now + ANSWER_TTL);
+    assert_eq!(table.cached(&id(0, 1), soon).unwrap().worker, Some(worker("gw1")));
+    assert_eq!(table.cached(&id(0, 2), soon).unwrap().worker, None);
+    assert_eq!(table.cached(&id(1, 1), soon), None);
+    assert_eq!(table.cached(&id(0, 1), now + ANSWER_TTL), None);
+    (0..MAX_ANSWERS + 10).for_each(|n| table.cache(&id(0, n), None, now));
+    assert_eq!((table.answers.len(), table.keys.len()), (MAX_ANSWERS, MAX_ANSWERS));
+    table.cache(&id(1, 0), None, now + ANSWER_TTL);
     assert_eq!((table.answers.len(), table.keys.len()), (1, 1));
 }
 
 #[test]
 fn a_queue_has_so_many_places_and_no_key_takes_two() {
     let (mut table, now) = (in_flight(), Instant::now());
-    for n in 0..QUEUED {
+    for n in 0..MAX_QUEUED {
         assert!(!table.request(&id(0, n), false, now).unwrap().is_joined);
         assert!(table.request(&id(0, n), false, now).unwrap().is_joined);
     }
-    assert!(table.request(&id(0, QUEUED), false, now).is_none());
-    assert!(table.request(&id(0, QUEUED), true, now).is_some(), "the proven have their own");
-    assert_eq!(table.queues.each_ref().map(VecDeque::len), [QUEUED, 1]);
+    assert!(table.request(&id(0, MAX_QUEUED), false, now).is_none());
+    assert!(table.request(&id(0, MAX_QUEUED), true, now).is_some(), "the established have their own");
+    assert_eq!(table.queues.each_ref().map(VecDeque::len), [MAX_QUEUED, 1]);
     assert!(table.request(&id(0, 7), true, now).unwrap().is_joined, "one that shook hands meanwhile changes over");
-    assert_eq!(table.queues.each_ref().map(VecDeque::len), [QUEUED - 1, 2]);
+    assert_eq!(table.queues.each_ref().map(VecDeque::len), [MAX_QUEUED - 1, 2]);
 }
 
 #[test]
 fn only_so_many_that_never_shook_hands_are_sent_at_once_and_the_others_go_first() {
     let (mut table, now) = (in_flight(), Instant::now());
     (0..1_000).for_each(|n| drop(table.request(&id(0, n), false, now)));
-    assert_eq!(send(&mut table, now).len(), UNPROVEN_SENT);
+    assert_eq!(send(&mut table, now).len(), MAX_UNESTABLISHED_SENT);
     (1_000..2_000).for_each(|n| drop(table.request(&id(0, n), true, now)));
     let sent = send(&mut table, now);
-    assert_eq!(sent.len(), SENT - UNPROVEN_SENT);
-    assert!(sent.iter().all(|publication| publication.is_proven));
+    assert_eq!(sent.len(), MAX_SENT - MAX_UNESTABLISHED_SENT);
+    assert!(sent.iter().all(|publication| publication.is_established));
     table.published(&sent[0], true);
-    assert_eq!(table.next(now).unwrap().key, id(0, 1_000 + SENT - UNPROVEN_SENT));
+    assert_eq!(table.next(now).unwrap().key, id(0, 1_000 + MAX_SENT - MAX_UNESTABLISHED_SENT));
     assert_eq!(table.next(now), None);
 }
 
@@ -220,20 +220,20 @@ fn a_key_that_waits_too_long_or_is_denied_is_given_up() {
     let (mut table, now) = (in_flight(), Instant::now());
     let [late, denied] = [id(0, 1), id(0, 2)];
     let ticket = table.request(&late, false, now).unwrap();
-    let nearly = now + LONGEST.mul_f64(0.99);
+    let nearly = now + MAX_WAIT.mul_f64(0.99);
     let other = table.request(&denied, true, nearly).unwrap();
     table.expire(nearly);
     assert_eq!(table.is_published(&late, ticket.publication), None);
-    table.expire(now + LONGEST);
+    table.expire(now + MAX_WAIT);
     assert_eq!(table.is_published(&late, ticket.publication), Some(false));
-    assert!(!table.request(&late, false, now + LONGEST).unwrap().is_joined, "it may come again");
+    assert!(!table.request(&late, false, now + MAX_WAIT).unwrap().is_joined, "it may come again");
     let policy = Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0);
     table.apply(Arc::new(policy), nearly);
     assert_eq!(table.is_published(&denied, other.publication), Some(false));
     assert_eq!(table.queues.each_ref().map(VecDeque::len), [1, 0]);
     drop(table.request(&denied, true, nearly));
     assert_eq!(send(&mut table, nearly).len(), 1, "nor is it published later");
-    let sent = Publication { key: denied, number: 0, is_proven: true, since: nearly };
+    let sent = Publication { key: denied, number: 0, is_established: true, since: nearly };
     assert!(table.is_given_up(&sent, nearly));
 }
 
@@ -256,8 +256,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     use Step::*;
     prop_oneof![
-        4 => (0..6_usize, any::<bool>()).prop_map(|(key, proven)| Request(key, proven)),
-        1 => (0..6_usize, any::<bool>()).prop_map(|(key, proven)| Publish(key, proven)),
+        4 => (0..6_usize, any::<bool>()).prop_map(|(key, established)| Request(key, established)),
+        1 => (0..6_usize, any::<bool>()).prop_map(|(key, established)| Publish(key, established)),
         3 => Just(Send),
         3 => any::<bool>().prop_map(Acknowledge),
         3 => (0..3_usize, 0..6_usize, any::<bool>()).prop_map(|(worker, key, ok)| Confirm(worker, key, ok)),
@@ -281,14 +281,15 @@ fn recount(table: &InFlight) {
     assert_eq!(table.waiting.len(), count(&|flight| !flight.requests.is_empty()));
     let waits = |key: &usize| table.keys.get(&id(key % 2, *key)).is_some_and(|flight| !flight.requests.is_empty());
     assert_eq!((0..6).filter(waits).map(|n| id(n % 2, n)).collect::<HashSet<_>>(), table.waiting);
-    for (queue, is_proven) in table.queues.iter().zip([false, true]) {
+    for (queue, is_established) in table.queues.iter().zip([false, true]) {
         let queued: HashSet<_> = queue.iter().collect();
         assert_eq!(queued.len(), queue.len(), "no key is queued twice");
-        let is_queued = |flight: &Flight| flight.queued.as_ref().is_some_and(|queued| queued.is_proven == is_proven);
+        let is_queued =
+            |flight: &Flight| flight.queued.as_ref().is_some_and(|queued| queued.is_established == is_established);
         assert_eq!(queue.len(), count(&is_queued));
         assert!(queue.iter().all(|key| is_queued(&table.keys[key])));
     }
-    assert!(table.void.is_empty() || table.late > 0 || table.void.len() <= 9);
+    assert!(table.invalidated.is_empty() || table.late > 0 || table.invalidated.len() <= 9);
 }
 
 proptest! {
@@ -300,18 +301,18 @@ proptest! {
         for (step, seconds) in steps {
             now += Duration::from_secs(seconds);
             match step {
-                Step::Request(n, proven) => {
-                    requests.extend(table.request(&key(n), proven, now).map(|ticket| (key(n), ticket.begun)));
+                Step::Request(n, established) => {
+                    requests.extend(table.request(&key(n), established, now).map(|ticket| (key(n), ticket.begun)));
                 }
-                Step::Publish(n, proven) => drop(table.publish(&key(n), proven, now)),
+                Step::Publish(n, established) => drop(table.publish(&key(n), established, now)),
                 Step::Send => sent.extend(table.next(now)),
                 Step::Acknowledge(ok) => sent.pop_front().iter().for_each(|sent| table.published(sent, ok)),
                 Step::Confirm(worker, n, true) => installed(&mut table, &worker.to_string(), &key(n)),
                 Step::Confirm(worker, n, false) => {
                     rejected(&mut table, &worker.to_string(), &key(n), RejectReason::Full);
                 }
-                Step::Remove(name, all) => table.removed(&worker(&name.to_string()), (!all).then_some("ff_a")),
-                Step::RemoveAll => table.removed_all(),
+                Step::Remove(name, all) => table.invalidate(&worker(&name.to_string()), (!all).then_some("ff_a")),
+                Step::RemoveAll => table.invalidate_late(),
                 Step::End(n, late) => {
                     if let Some((key, begun)) = requests.remove(n) {
                         if late {
@@ -321,7 +322,7 @@ proptest! {
                     }
                 }
                 Step::TakeLate(n) => drop(table.take_late(&key(n), now)),
-                Step::Answer(n) => table.answered(&key(n), None, now),
+                Step::Answer(n) => table.cache(&key(n), None, now),
                 Step::Expire => table.expire(now),
                 Step::Deny(n) => {
                     let denied = [Entry::new(List::Deny, key(n).key)];

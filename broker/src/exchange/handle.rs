@@ -1,4 +1,7 @@
-//! The shared handle to the keys in flight: requests wait here for what becomes of their keys.
+//! The shared handle to the keys in flight, and the requests that wait for their keys.
+//!
+//! [`service`](super::service) begins and awaits requests, the [`publisher`](super::publisher) takes what is queued, and
+//! [`crate::bus`] brings outcomes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,23 +18,23 @@ use super::in_flight::{Confirmations, InFlight, KeyId, Ticket};
 
 /// The keys in flight. Clones share them.
 #[derive(Debug, Clone)]
-pub struct Keys {
+pub struct InFlightHandle {
     table: Arc<Mutex<InFlight>>,
     /// Notified when a key is queued.
     pub(super) queued: Arc<Notify>,
-    /// Notified when publications under way may have to be given up.
+    /// Notified when unacknowledged publications may have to be given up.
     pub(super) review: Arc<Notify>,
 }
 
-/// One request that waits; it no longer does when this is dropped.
+/// A request that waits for its key. Dropped, it ends.
 #[derive(Debug)]
-pub struct Request {
-    keys: Keys,
+pub struct PendingRequest {
+    in_flight: InFlightHandle,
     key: KeyId,
     ticket: Ticket,
 }
 
-impl Keys {
+impl InFlightHandle {
     /// No key of these domains is in flight.
     #[must_use]
     pub fn new(domains: BTreeSet<Domain>, policy: Arc<Admission>) -> Self {
@@ -39,29 +42,29 @@ impl Keys {
         Self { table, queued: Arc::default(), review: Arc::default() }
     }
 
-    /// The table, for as short as one question takes.
+    /// The table, locked: for one question only.
     pub fn lock(&self) -> MutexGuard<'_, InFlight> {
         self.table.lock()
     }
 
     /// Begins a request for `key`. None if too many keys are queued.
     #[must_use]
-    pub fn request(&self, key: &KeyId, is_proven: bool) -> Option<Request> {
-        let ticket = self.lock().request(key, is_proven, Instant::now().into_std())?;
+    pub fn request(&self, key: &KeyId, is_established: bool) -> Option<PendingRequest> {
+        let ticket = self.lock().request(key, is_established, Instant::now().into_std())?;
         if !ticket.is_joined {
             self.queued.notify_one();
         }
-        Some(Request { keys: self.clone(), key: key.clone(), ticket })
+        Some(PendingRequest { in_flight: self.clone(), key: key.clone(), ticket })
     }
 
-    /// Has `key` published, without waiting, if there is a place.
-    pub fn publish(&self, key: &KeyId, is_proven: bool) {
-        if self.lock().publish(key, is_proven, Instant::now().into_std()).is_some() {
+    /// Queues `key` for publication, without waiting; best effort.
+    pub fn publish(&self, key: &KeyId, is_established: bool) {
+        if self.lock().publish(key, is_established, Instant::now().into_std()).is_some() {
             self.queued.notify_one();
         }
     }
 
-    /// `worker` said what became of a batch of keys.
+    /// Records the outcomes of a batch of keys at `worker`.
     pub fn confirmed(&self, worker: &WorkerName, Applied { domain, installed, failed }: Applied) {
         for (key, reason) in &failed {
             debug!(worker = worker.as_str(), domain, ?key, %reason, "gateway did not take a key");
@@ -71,27 +74,27 @@ impl Keys {
         self.lock().confirmed(worker, &domain, installed.chain(rejected));
     }
 
-    /// Applies another access policy: also to what is under way.
+    /// Applies another access policy: also to unacknowledged publications.
     pub fn apply(&self, policy: Arc<Admission>) {
         self.lock().apply(policy, Instant::now().into_std());
         self.review.notify_waiters();
     }
 
-    /// Drops what took too long: also of what is under way.
+    /// Drops what took too long: also of unacknowledged publications.
     pub fn expire(&self) {
         self.lock().expire(Instant::now().into_std());
         self.review.notify_waiters();
     }
 }
 
-impl Request {
+impl PendingRequest {
     /// Whether its key was queued by an earlier request.
     #[must_use]
     pub fn is_joined(&self) -> bool {
         self.ticket.is_joined
     }
 
-    /// Whether the MQTT server has acknowledged its key by `until`.
+    /// Whether the MQTT server has acknowledged the key by `until`.
     pub async fn is_published(&self, until: Instant) -> bool {
         let check = |table: &InFlight| table.is_published(&self.key, self.ticket.publication);
         self.wait(until, check).await.unwrap_or(false)
@@ -100,14 +103,14 @@ impl Request {
     /// Whether its key is acknowledged or given up.
     #[cfg(test)]
     pub(super) fn is_over(&self) -> bool {
-        self.keys.lock().is_published(&self.key, self.ticket.publication).is_some()
+        self.in_flight.lock().is_published(&self.key, self.ticket.publication).is_some()
     }
 
-    /// What `check` finds, by `until`, in what gateways say of the key.
+    /// The first result of `check` on the confirmations of the key, by `until`.
     pub async fn find<T>(&self, until: Instant, mut check: impl FnMut(&Confirmations) -> Option<T>) -> Option<T> {
         loop {
             let changed = self.ticket.changed.notified();
-            // The check asks the gateways: not with the table locked.
+            // The check locks the gateways, so the table is not locked meanwhile.
             let confirmations = self.confirmations();
             if let Some(found) = check(&confirmations) {
                 return Some(found);
@@ -116,21 +119,21 @@ impl Request {
         }
     }
 
-    /// What gateways said of the key since the request began.
+    /// The outcomes of the key at each gateway since the request began.
     #[must_use]
     pub fn confirmations(&self) -> Confirmations {
-        self.keys.lock().confirmations(&self.key, self.ticket.begun)
+        self.in_flight.lock().confirmations(&self.key, self.ticket.begun)
     }
 
-    /// Its time is over: what is said from now on is for the router's next request.
-    pub fn timed_out(self, is_proven: bool) {
-        self.keys.lock().timed_out(&self.key, is_proven, Instant::now().into_std());
+    /// Its time is over: outcomes from now on are kept for the router's next request.
+    pub fn timed_out(self, is_established: bool) {
+        self.in_flight.lock().timed_out(&self.key, is_established, Instant::now().into_std());
     }
 
     async fn wait<T>(&self, until: Instant, check: impl Fn(&InFlight) -> Option<T>) -> Option<T> {
         loop {
             let changed = self.ticket.changed.notified();
-            if let Some(found) = check(&self.keys.lock()) {
+            if let Some(found) = check(&self.in_flight.lock()) {
                 return Some(found);
             }
             timeout_at(until, changed).await.ok()?;
@@ -138,8 +141,8 @@ impl Request {
     }
 }
 
-impl Drop for Request {
+impl Drop for PendingRequest {
     fn drop(&mut self) {
-        self.keys.lock().end(&self.key, self.ticket.begun);
+        self.in_flight.lock().end(&self.key, self.ticket.begun);
     }
 }
