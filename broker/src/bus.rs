@@ -1,9 +1,17 @@
-//! The broker's two MQTT connections: what it publishes of itself, and what it hears from workers and other brokers.
+//! What the broker receives and publishes by MQTT, on two sessions: one for what workers publish, which answers wait for, and
+//! one for keys and whatever is long.
+//!
+//! Tasks: the two sessions, which pass each message to [`subscriber`]; [`announcer`], which publishes this broker's presence;
+//! [`sync_server`], which answers requests for live keys. Keys themselves are published by [`crate::exchange`].
+//!
+//! The previous stop of a message is a worker or another broker. Next stops: [`crate::exchange`] for outcomes of keys,
+//! [`crate::fleet`] for states, keys and results of revocations, the access lists for records.
 
 pub mod announcer;
-pub mod askers;
-pub mod complaints;
+pub mod invalid_messages;
 mod metrics;
+pub mod requesters;
 pub mod subscriber;
+pub mod sync_server;
 
 pub use self::metrics::Metrics;

@@ -1,10 +1,12 @@
-//! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their word back into the answer.
+//! The broker: routers' keys in over HTTP, out to the gateways over MQTT, and their confirmations back into the answer.
 //!
-//! Follow a key: [`http`] reads it, [`exchange`] checks, publishes and waits, [`fleet`] knows which gateway is the best
-//! and keeps the key for gateways that lack it later, [`bus`] receives what became of it.
+//! The path of a key: [`http`] reads it; [`exchange`] checks and publishes it and waits; [`bus`] receives the outcomes;
+//! [`fleet`] selects the gateway, and remembers the key for gateways that lack it later.
 //!
-//! `wgkex_common::access_lists` says which keys may come; operators change that by the calls that [`cli`] makes. Unless
-//! another one is named, [`mqtt_server`] is the MQTT server for all of that.
+//! `wgkex_common::access_lists` decides which keys are admitted; operators change that by the calls that [`cli`] makes.
+//! [`mqtt_server`] is the MQTT server for all of that, unless the config names another one.
+//!
+//! Tasks: [`run`] starts and supervises all of them, as a list of named services.
 
 mod bus;
 pub mod cli;
@@ -40,10 +42,11 @@ use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
-use crate::bus::askers::Askers;
-use crate::bus::subscriber;
+use crate::bus::invalid_messages::InvalidMessages;
+use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
-pub use crate::bus::subscriber::hear_anything;
+pub use crate::bus::subscriber::receive_anything;
+use crate::bus::{subscriber, sync_server};
 use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::Publisher;
@@ -57,18 +60,18 @@ use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
 
-/// How long the server may take to acknowledge that this broker goes.
-const FAREWELL: Duration = Duration::from_secs(1);
+/// How long the MQTT server may take to acknowledge that this broker goes.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a session may take to disconnect, and the disk to take the last changes.
-const LAST: Duration = Duration::from_secs(1);
-/// How long the embedded MQTT server may take to end.
-const SERVER_END: Duration = Duration::from_secs(2);
-/// Sync requests that wait for their answers; one too many is sent again by its client.
-const SYNC_REQUESTS: usize = 1024;
-/// How often expired live keys are removed, and rate limits that are no longer in use.
-const EXPIRE: Duration = Duration::from_secs(10);
-/// How often idle connections are looked for.
-const TIDY: Duration = Duration::from_secs(1);
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the embedded MQTT server may take to stop.
+const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// The most sync requests that are queued; the client of one too many sends it again.
+const MAX_SYNC_REQUESTS: usize = 1024;
+/// How often expired live keys are removed, and idle rate limits.
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
+/// How often to look for idle connections.
+const IDLE_CHECK: Duration = Duration::from_secs(1);
 
 /// What several services use.
 struct Broker {
@@ -116,14 +119,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics.mqtt_server)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, keys_session)] =
-        wgkex_common::mqtt::open_pair(&server, subscriber::client(&config), subscriber::keys_client(&config))?;
+        wgkex_common::mqtt::open_pair(&server, subscriber::session(&config), subscriber::secondary_session(&config))?;
     let (live, store) = live_keys(&config, &lists)?;
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let broker = Broker { config, exchange, lists, revocations: PendingRevocations::default(), bus, keys, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
-        services.group(SERVER_END, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+        services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
     }
     broker.start_storage(&mut services, store, list_service);
     broker.start_bus(&mut services, session, keys_session);
@@ -137,7 +140,7 @@ impl Broker {
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
         let state_kept = self.metrics.fleet.state_kept.clone();
         services
-            .group(LAST, Some("the disk did not take the last state in time"))
+            .group(STOP_TIMEOUT, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
             .spawn("the access lists", |stop| {
                 list_service.run(
@@ -156,12 +159,24 @@ impl Broker {
         let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
-        let (request_sender, sync_requests) = mpsc::channel(SYNC_REQUESTS);
-        let askers = Askers::new(name.clone(), request_sender);
-        let pending = (in_flight.clone(), revocations.clone());
-        let on_event = subscriber::hand_on(gateways.clone(), pending, live.clone(), reporter.clone(), metrics.clone());
-        let on_keys_event =
-            subscriber::hand_on_keys(live.clone(), sync_sender, lists.clone(), askers, reporter, metrics.clone());
+        let (request_sender, sync_requests) = mpsc::channel(MAX_SYNC_REQUESTS);
+        let mut primary = subscriber::Primary {
+            gateways: gateways.clone(),
+            in_flight: in_flight.clone(),
+            revocations: revocations.clone(),
+            live: live.clone(),
+            reporter: reporter.clone(),
+            invalid: InvalidMessages::default(),
+            metrics: metrics.clone(),
+        };
+        let mut secondary = subscriber::Secondary {
+            live: live.clone(),
+            sync: sync_sender,
+            lists: lists.clone(),
+            requesters: Requesters::new(name.clone(), request_sender),
+            reporter,
+            metrics: metrics.clone(),
+        };
         let handles = [bus.clone(), keys.clone()];
         let announcer = Announcer::new(
             config,
@@ -173,20 +188,20 @@ impl Broker {
         );
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
         services
-            .group(LAST, None)
-            .spawn("the MQTT session", |stop| session.run(on_event, stop))
-            .spawn("the MQTT session for keys", |stop| keys_session.run(on_keys_event, stop));
+            .group(STOP_TIMEOUT, None)
+            .spawn("the MQTT session", |stop| session.run(move |event| primary.on_event(event), stop))
+            .spawn("the MQTT session for keys", |stop| keys_session.run(move |event| secondary.on_event(event), stop));
         services
             .background()
-            .spawn("the sync server", |_| {
-                subscriber::answer(keys.clone(), live.clone(), sync_requests, metrics.clone())
-            })
-            .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, learn(live.clone()), || {}))
+            .spawn("the sync server", |_| sync_server::run(keys.clone(), live.clone(), sync_requests, metrics.clone()))
+            .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, on_chunk(live.clone()), || {}))
             .spawn("the publisher of keys", |_| {
                 Publisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
             .spawn("the expiry", |_| expire(exchange.clone()));
-        services.group(2 * FAREWELL, None).spawn("the announcer", |stop| announce(announcer, name, handles, stop));
+        services
+            .group(2 * FAREWELL_TIMEOUT, None)
+            .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
     fn start_http(&self, services: &mut Services, listeners: Listeners) -> anyhow::Result<()> {
@@ -194,7 +209,7 @@ impl Broker {
         let (trusted, proxy_missed) = (Arc::from(trusted_proxies.clone()), Arc::default());
         let Metrics { http: metrics, fleet: fleet_metrics, registry, .. } = self.metrics.clone();
         let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
-        services.background().spawn("the idle connections", |_| tidy(connections.clone()));
+        services.background().spawn("the idle connections", |_| evict_idle(connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
             services.spawn("admin_listen", |stop| serve("admin_listen", server, stop));
@@ -281,7 +296,7 @@ async fn serve_mqtt(mut server: MqttServer, stop: impl Future<Output = ()>) {
     }
 }
 
-/// Publishes what this broker is until `stop` returns, and then takes it back; or until a session ends.
+/// Publishes this broker's presence until `stop` returns, and then that it goes; or until a session ends.
 async fn announce(
     announcer: Announcer,
     name: BrokerName,
@@ -290,12 +305,12 @@ async fn announce(
 ) {
     tokio::select! {
         biased;
-        // The announcer is dropped first: it would publish again what the farewell takes back.
+        // The announcer is dropped before the farewell: it would contradict that.
         () = stop => {}
         () = announcer.run() => return,
     }
     let (hello, status) = (subscriber::hello(&name, Vec::new()), subscriber::status(&name, "0"));
-    let _ = timeout(FAREWELL, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
+    let _ = timeout(FAREWELL_TIMEOUT, async { tokio::join!(keys.publish(hello), bus.publish(status)) }).await;
 }
 
 /// The listener for admin calls, and the hash of the token that they need, if there is one.
@@ -322,17 +337,17 @@ fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveK
     Ok((Arc::new(Mutex::new(live)), store))
 }
 
-/// Merges live keys of other brokers.
-fn learn(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
-    move |_, page| {
-        live.lock().on_chunk(&page, Instant::now());
+/// Merges the snapshots of other brokers into the live keys.
+fn on_chunk(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
+    move |_, chunk| {
+        live.lock().on_chunk(&chunk, Instant::now());
         std::future::ready(())
     }
 }
 
-async fn tidy(connections: Connections) {
+async fn evict_idle(connections: Connections) {
     loop {
-        sleep(TIDY).await;
+        sleep(IDLE_CHECK).await;
         connections.tidy();
     }
 }
@@ -344,7 +359,7 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: ht
     Connections::new(Capacity::of_fleet(), peer_kind, closed)
 }
 
-/// Applies changed lists. What gateways confirmed before may be about a key that was denied meanwhile.
+/// Applies changed access lists to the keys in flight and to the live keys.
 fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
         metrics.set_lists(&update);
@@ -355,7 +370,7 @@ fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUp
 
 async fn expire(exchange: Exchange) {
     loop {
-        sleep(EXPIRE).await;
+        sleep(EXPIRY_INTERVAL).await;
         exchange.gateways().tick();
         exchange.limits.evict_idle();
         exchange.in_flight.expire();

@@ -1,5 +1,8 @@
-//! What this broker publishes of itself, and when it may serve: the status on one connection, the hello on the other, on
-//! every connection and again as [`Presence`] says. One task; [`crate::bus::subscriber`] passes on what is heard of that.
+//! The task that publishes this broker's presence: the status on one session, the hello on the other, on every connection
+//! and again when [`Presence`] is due. It also decides when the retained states are complete, so that the broker may serve,
+//! and takes gateways for offline that publish nothing.
+//!
+//! The previous stop of its events is [`subscriber`](super::subscriber), the next one of its messages the MQTT server.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,17 +21,17 @@ use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 
-/// Changes of the lists that come within this time make one hello.
-const AT_ONCE: Duration = Duration::from_millis(200);
-/// How long the own status may take to come back,
-const ECHO: Duration = Duration::from_secs(2);
-/// and how long if it came back on an earlier connection: then it is rather the server that hands nothing out, and the
-/// session connects anew before that.
-const ECHO_AGAIN: Duration = Duration::from_secs(60);
-/// How often it is looked whether the retained states are complete, until they are,
-const SETTLE: Duration = Duration::from_millis(50);
-/// and after that, whether gateways have been silent for too long.
-const LIVENESS: Duration = Duration::from_secs(1);
+/// The shortest time between two hellos: changes of the lists within it make one.
+const HELLO_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the own status may take to come back.
+const ECHO_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same if it came back on an earlier connection: then the server may deliver nothing at all, and the session reconnects
+/// before that.
+const REPEATED_ECHO_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often to check whether the retained states are complete, until they are.
+const SYNC_CHECK: Duration = Duration::from_millis(50);
+/// How often to check after that whether gateways still publish.
+const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 
 /// The task's state.
 pub struct Announcer {
@@ -37,34 +40,45 @@ pub struct Announcer {
     instance: u64,
     bus: MqttHandle,
     keys: MqttHandle,
-    links: [watch::Receiver<ConnectionState>; 2],
-    heard: mpsc::Receiver<PresenceEvent>,
+    connections: [watch::Receiver<ConnectionState>; 2],
+    presence_events: mpsc::Receiver<PresenceEvent>,
     lists: watch::Receiver<ListSnapshot>,
     gateways: Arc<Mutex<Gateways>>,
     in_flight: InFlightHandle,
     presence: Presence,
     /// When the status was published on this connection; none without one.
-    greeted: Option<Instant>,
+    status_published: Option<Instant>,
     hello_due: Option<Instant>,
-    /// The last hello, and when it was published.
-    said: Option<(Instant, Vec<u8>)>,
+    last_hello: Option<PublishedHello>,
 }
 
-enum Cause {
+struct PublishedHello {
+    at: Instant,
+    payload: Vec<u8>,
+}
+
+/// What gives the announcer something to do.
+enum AnnouncerEvent {
+    /// The first session is connected, or no longer.
     Bus,
+    /// The second one.
     Keys,
+    /// The access lists changed.
     Lists,
-    Heard(PresenceEvent),
+    /// A message is about which programs are there.
+    Presence(PresenceEvent),
+    /// Something is due.
     Due,
+    /// A session has ended.
     End,
 }
 
 impl Announcer {
-    /// Of this broker: `bus` is the connection on which it hears workers, `keys` the other one.
+    /// The announcer of this broker: `bus` is the session that receives what workers publish, `keys` the other one.
     pub fn new(
         config: &Config,
         [bus, keys]: [MqttHandle; 2],
-        heard: mpsc::Receiver<PresenceEvent>,
+        presence_events: mpsc::Receiver<PresenceEvent>,
         lists: watch::Receiver<ListSnapshot>,
         gateways: Arc<Mutex<Gateways>>,
         in_flight: InFlightHandle,
@@ -73,91 +87,92 @@ impl Announcer {
             broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
             instance: fastrand::u64(..),
-            links: [bus.connection_state(), keys.connection_state()],
+            connections: [bus.connection_state(), keys.connection_state()],
             bus,
             keys,
-            heard,
+            presence_events,
             lists,
             gateways,
             in_flight,
             presence: Presence::default(),
-            greeted: None,
+            status_published: None,
             hello_due: None,
-            said: None,
+            last_hello: None,
         }
     }
 
     /// Runs until a session ends.
     pub async fn run(mut self) {
-        // A connection may be there already.
+        // The sessions may be connected already.
         self.bus_changed();
         self.keys_changed();
         loop {
             match self.next().await {
-                Cause::Bus => self.bus_changed(),
-                Cause::Keys => self.keys_changed(),
-                Cause::Lists => self.lists_changed(),
-                Cause::Heard(heard) => self.hear(heard, Instant::now()),
-                Cause::Due => self.look(Instant::now()),
-                Cause::End => return,
+                AnnouncerEvent::Bus => self.bus_changed(),
+                AnnouncerEvent::Keys => self.keys_changed(),
+                AnnouncerEvent::Lists => self.lists_changed(),
+                AnnouncerEvent::Presence(event) => self.on_presence(event, Instant::now()),
+                AnnouncerEvent::Due => self.on_due(Instant::now()),
+                AnnouncerEvent::End => return,
             }
         }
     }
 
-    async fn next(&mut self) -> Cause {
+    async fn next(&mut self) -> AnnouncerEvent {
         let due = self.due();
-        let [bus, keys] = &mut self.links;
+        let [bus, keys] = &mut self.connections;
         tokio::select! {
-            changed = bus.changed() => changed.map_or(Cause::End, |()| Cause::Bus),
-            changed = keys.changed() => changed.map_or(Cause::End, |()| Cause::Keys),
-            changed = self.lists.changed() => changed.map_or(Cause::End, |()| Cause::Lists),
-            heard = self.heard.recv() => heard.map_or(Cause::End, Cause::Heard),
-            () = sleep_until(due.into()) => Cause::Due,
+            changed = bus.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Bus),
+            changed = keys.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Keys),
+            changed = self.lists.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Lists),
+            event = self.presence_events.recv() => event.map_or(AnnouncerEvent::End, AnnouncerEvent::Presence),
+            () = sleep_until(due.into()) => AnnouncerEvent::Due,
         }
     }
 
     fn due(&self) -> Instant {
-        let is_settling = self.greeted.is_some() && !self.gateways.lock().is_synced();
-        let look = Instant::now() + if is_settling { SETTLE } else { LIVENESS };
-        self.presence.due().into_iter().chain(self.hello_due).fold(look, Instant::min)
+        let is_syncing = self.status_published.is_some() && !self.gateways.lock().is_synced();
+        let check = Instant::now() + if is_syncing { SYNC_CHECK } else { LIVENESS_CHECK };
+        self.presence.due().into_iter().chain(self.hello_due).fold(check, Instant::min)
     }
 
-    /// The status comes first on a connection: it comes back once this broker hears what is on the bus.
+    /// The status is the first message on a connection: it comes back once this broker receives what is retained.
     fn bus_changed(&mut self) {
         let now = Instant::now();
-        if *self.links[0].borrow_and_update() == ConnectionState::Up {
-            self.greeted = Some(now);
+        if *self.connections[0].borrow_and_update() == ConnectionState::Up {
+            self.status_published = Some(now);
             self.presence.connected(now);
             self.publish_status(Announcement::Retained);
         } else {
-            self.greeted = None;
+            self.status_published = None;
             self.presence.disconnected();
         }
     }
 
     fn keys_changed(&mut self) {
-        let up = *self.links[1].borrow_and_update() == ConnectionState::Up;
+        let up = *self.connections[1].borrow_and_update() == ConnectionState::Up;
         self.hello_due = up.then(Instant::now);
     }
 
     fn lists_changed(&mut self) {
         let digest = self.lists.borrow_and_update().digest.clone();
-        let published = self.said.as_ref().map(|(at, payload)| (*at, *payload == self.hello_payload(digest)));
-        if let Some((at, false)) = published
-            && *self.links[1].borrow() == ConnectionState::Up
+        let last = self.last_hello.as_ref().filter(|last| last.payload != self.hello_payload(digest));
+        if let Some(PublishedHello { at, .. }) = last
+            && *self.connections[1].borrow() == ConnectionState::Up
         {
-            self.hello_due.get_or_insert(at + AT_ONCE);
+            self.hello_due.get_or_insert(*at + HELLO_INTERVAL);
         }
     }
 
-    fn hear(&mut self, heard: PresenceEvent, now: Instant) {
-        match heard {
+    fn on_presence(&mut self, event: PresenceEvent, now: Instant) {
+        match event {
             PresenceEvent::Status { party, online, retained } => {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
             PresenceEvent::Own(topic, payload) => {
                 let is_hello = matches!(topic, Topic::BrokerHello { .. });
-                let expected = if is_hello { self.said.as_ref().map(|(_, said)| &said[..]) } else { Some(&b"1"[..]) };
+                let expected =
+                    if is_hello { self.last_hello.as_ref().map(|last| &last.payload[..]) } else { Some(&b"1"[..]) };
                 if expected.is_some_and(|expected| expected != payload) {
                     self.presence.contradicted(now);
                 }
@@ -165,7 +180,7 @@ impl Announcer {
         }
     }
 
-    fn look(&mut self, now: Instant) {
+    fn on_due(&mut self, now: Instant) {
         if self.hello_due.take_if(|due| *due <= now).is_some() {
             self.publish_hello(Announcement::Retained, now);
         }
@@ -174,8 +189,9 @@ impl Announcer {
             self.publish_status(announcement);
         }
         let mut gateways = self.gateways.lock();
-        let patience = if gateways.has_ever_echoed() { ECHO_AGAIN } else { ECHO };
-        let is_late = self.greeted.is_some_and(|greeted| now.saturating_duration_since(greeted) >= patience);
+        let timeout = if gateways.has_ever_echoed() { REPEATED_ECHO_TIMEOUT } else { ECHO_TIMEOUT };
+        let is_late =
+            self.status_published.is_some_and(|published| now.saturating_duration_since(published) >= timeout);
         if is_late && !gateways.has_echo() {
             warn!(
                 "own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status"
@@ -198,7 +214,7 @@ impl Announcer {
     }
 
     fn publish_status(&self, announcement: Announcement) {
-        // An error means that the connection is being lost, and on the next one it is published again.
+        // An error means that the connection is being lost; on the next one it is published again.
         let _ = self.bus.try_publish(announcement.of(status(&self.broker, "1")));
     }
 
@@ -206,7 +222,7 @@ impl Announcer {
         let digest = self.lists.borrow().digest.clone();
         let payload = self.hello_payload(digest);
         let _ = self.keys.try_publish(announcement.of(hello(&self.broker, payload.clone())));
-        self.said = Some((now, payload));
+        self.last_hello = Some(PublishedHello { at: now, payload });
     }
 
     fn hello_payload(&self, digest: String) -> Vec<u8> {

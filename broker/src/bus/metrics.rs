@@ -1,18 +1,26 @@
-//! The metrics of what comes over MQTT.
+//! The metrics of what the broker receives by MQTT.
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::metrics::Registry;
 
-/// Why an MQTT message is ignored: its topic is none of ours, or its payload means nothing there.
-const IGNORED: [&str; 2] = ["topic", "payload"];
+/// Why an MQTT message is ignored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
+pub enum Ignored {
+    /// Its topic is none of ours, or none that this session is for.
+    Topic,
+    /// Its payload is invalid there.
+    Payload,
+}
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// Messages that mean nothing, by reason.
+    /// Messages that were ignored, by reason.
     pub messages_ignored: IntCounterVec,
-    /// Live keys given to gateways and brokers that asked.
+    /// Live keys in snapshot chunks.
     pub keys_given: IntCounter,
     /// Whether MQTT is connected.
     pub connected: IntGauge,
@@ -26,7 +34,7 @@ impl Metrics {
                 "wgkex_broker_mqtt_messages_ignored_total",
                 "MQTT messages that mean nothing",
                 "reason",
-                IGNORED,
+                Ignored::VARIANTS.iter().copied(),
             )?,
             keys_given: registry
                 .counter("wgkex_broker_keys_given_total", "Live keys given to whoever asked for them")?,

@@ -1,39 +1,39 @@
-//! What the broker hears on the bus. What it publishes of itself is for [`crate::bus::announcer`].
+//! What the broker receives by MQTT, on two sessions: [`Primary`] gets what workers publish, for which answers wait;
+//! [`Secondary`] gets the keys of other brokers, requests for keys, and what brokers publish of themselves.
 //!
-//! It has two connections: one hears what workers say, which answers wait for; by the other it publishes keys, and
-//! hears those of other brokers, and questions for keys.
+//! The previous stop of an outcome is a worker, the next one [`crate::exchange`]; states go to [`crate::fleet`], requests to
+//! [`sync_server`](super::sync_server). What the broker publishes of itself is for [`announcer`](super::announcer).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 use tracing::{debug, info};
 use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::mqtt::{Event, Message, MqttHandle, Publish, PublishError, SessionConfig};
+use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
-use wgkex_common::wire::message::{Applied, Handshakes, Participant, Request, Revoked, SyncRequest};
+use wgkex_common::wire::message::{Applied, Handshakes, Participant, Request, Revoked};
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
-use crate::bus::askers::Askers;
-use crate::bus::complaints::Complaints;
-use crate::bus::metrics::Metrics;
+use crate::bus::invalid_messages::InvalidMessages;
+use crate::bus::metrics::{Ignored, Metrics};
+use crate::bus::requesters::Requesters;
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 
-/// Keys in one word of a worker at most: twice what one of ours says at once.
-const WORDS: usize = 4_096;
+/// The most keys in one message of a worker: twice as many as one of ours puts into it.
+const MAX_KEYS: usize = 4_096;
 
-/// Who this broker is to the MQTT server, and what it wants to hear. A worker on the same machine has the host name
-/// as its client id, so the broker's must be another.
-pub fn client(config: &Config) -> SessionConfig {
+/// The session that receives what workers publish. A worker on the same machine has the host name as its client id, so the
+/// broker's is another.
+pub fn session(config: &Config) -> SessionConfig {
     let own = BrokerName::from(&config.name);
     SessionConfig {
-        id: format!("wgkex-broker-{}", config.name),
+        id: format!("wgkex-broker-{own}"),
         will: Some(status(&own, "0")),
         qos0_filters: Topic::states().into(),
         qos1_filters: vec![Topic::applied(), Topic::handshakes(), Topic::revoked()],
@@ -43,258 +43,248 @@ pub fn client(config: &Config) -> SessionConfig {
     }
 }
 
-/// The connection by which this broker publishes keys, and hears of them.
-pub fn keys_client(config: &Config) -> SessionConfig {
+/// The session that publishes keys, and receives those of other brokers.
+pub fn secondary_session(config: &Config) -> SessionConfig {
     let own = || BrokerName::from(&config.name);
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
-    let asked =
+    let requests =
         [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
-    let asked = asked.into_iter().chain([Topic::worker_requests()]);
+    let requests = requests.into_iter().chain([Topic::worker_requests()]);
     SessionConfig {
         will: Some(hello(&own(), Vec::new())),
         qos0_filters: vec![Topic::broker_hellos()],
         echo: Some(Topic::BrokerEcho { broker: own() }),
-        qos1_filters: keys.chain(asked).chain([Topic::Revocations.to_string()]).collect(),
+        qos1_filters: keys.chain(requests).chain([Topic::Revocations.to_string()]).collect(),
         ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
     }
 }
 
-/// What this broker can do; an empty payload takes it back.
+/// This broker's capabilities; an empty payload removes them.
 pub fn hello(broker: &BrokerName, payload: Vec<u8>) -> Message {
     Message::retained(Topic::BrokerHello { broker: broker.clone() }, payload)
 }
 
-/// What this broker says of itself (contract section 4).
+/// Whether this broker is online (contract section 4).
 pub fn status(broker: &BrokerName, status: &str) -> Message {
     Message::retained(Topic::BrokerStatus { broker: broker.clone() }, status)
 }
 
-/// Lets `gateways`, `in_flight`, `answers` and `live` hear what workers say, and the announcer, by `reporter`, who is there.
-pub fn hand_on(
-    gateways: Arc<Mutex<Gateways>>,
-    (in_flight, answers): (InFlightHandle, PendingRevocations),
-    live: Arc<Mutex<LiveKeys>>,
-    reporter: Reporter,
-    metrics: Metrics,
-) -> impl FnMut(Event) {
-    let mut complaints = Complaints::default();
-    move |event| match event {
-        Event::Up => metrics.connected.set(1),
-        Event::Down => {
-            metrics.connected.set(0);
-            gateways.lock().on_disconnect();
-            in_flight.lock().invalidate_late();
-        }
-        Event::Message(publish) => {
-            let outcome = parsed(&publish).and_then(|topic| {
-                reporter.report(&topic, &publish);
-                let outcome = hear(&gateways, (&in_flight, &answers), &live, &topic, &publish);
-                complaints.hear(&topic, &publish.payload, outcome.is_ok(), Instant::now());
-                outcome
-            });
-            ignored(&metrics, &publish, outcome);
-        }
-    }
+/// Where the messages of the first session go.
+pub struct Primary {
+    /// States of workers and brokers.
+    pub gateways: Arc<Mutex<Gateways>>,
+    /// Outcomes of keys.
+    pub in_flight: InFlightHandle,
+    /// Outcomes of denied keys.
+    pub revocations: PendingRevocations,
+    /// Handshakes of keys.
+    pub live: Arc<Mutex<LiveKeys>>,
+    /// Which programs are on the bus.
+    pub reporter: Reporter,
+    /// What cannot be used.
+    pub invalid: InvalidMessages,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
-fn parsed(publish: &Publish) -> Result<Topic, &'static str> {
-    Topic::parse(&publish.topic).ok_or("topic")
-}
-
-fn ignored(metrics: &Metrics, publish: &Publish, outcome: Result<(), &'static str>) {
-    if let Err(reason) = outcome {
-        debug!(reason, topic = publish.topic, "message ignored");
-        metrics.messages_ignored.with_label_values(&[reason]).inc();
-    }
-}
-
-fn hear(
-    gateways: &Mutex<Gateways>,
-    (in_flight, answers): (&InFlightHandle, &PendingRevocations),
-    live: &Mutex<LiveKeys>,
-    topic: &Topic,
-    publish: &Publish,
-) -> Result<(), &'static str> {
-    let now = Instant::now();
-    if let Topic::Revoked { worker } = topic {
-        let revoked: Revoked = json(publish)?;
-        if gateways.lock().is_online(worker) {
-            answers.on_revoked(worker, revoked);
-        }
-    } else if let Topic::Applied { worker } = topic {
-        let applied: Applied = json(publish)?;
-        few(applied.installed.len() + applied.failed.len())?;
-        let can_take = gateways.lock().can_confirm(worker, &applied.domain);
-        heard_from(gateways, worker, now);
-        if can_take {
-            in_flight.confirmed(worker, applied);
-        }
-    } else if let Topic::Handshakes { worker } = topic {
-        let seen: Handshakes = json(publish)?;
-        few(seen.keys.len())?;
-        if heard_from(gateways, worker, now) {
-            prove(gateways, live, worker, &seen);
-        }
-    } else {
-        hear_state(gateways, in_flight, topic, publish, now)?;
-    }
-    Ok(())
-}
-
-/// Takes what `worker` said of keys for a sign of life; true if it is one that says what becomes of keys.
-fn heard_from(gateways: &Mutex<Gateways>, worker: &WorkerName, now: Instant) -> bool {
-    let mut gateways = gateways.lock();
-    let was_online = gateways.is_online(worker);
-    let confirms = gateways.on_confirmation(worker, now);
-    if confirms && !was_online {
-        info!(worker = worker.as_str(), online = true, "gateway");
-    }
-    confirms
-}
-
-/// What one worker says at once must not keep the others waiting.
-fn few(keys: usize) -> Result<(), &'static str> {
-    if keys <= WORDS { Ok(()) } else { Err("payload") }
-}
-
-/// A gateway's key does not become a router's by a worker's word.
-fn prove(gateways: &Mutex<Gateways>, live: &Mutex<LiveKeys>, worker: &WorkerName, seen: &Handshakes) {
-    let gateways = gateways.lock();
-    if !gateways.can_report(worker, &seen.domain) {
-        return;
-    }
-    let reserved: BTreeSet<_> = seen.keys.iter().filter(|key| gateways.is_reserved(key, false)).collect();
-    drop(gateways);
-    let (now, mut live) = (Instant::now(), live.lock());
-    for key in &seen.keys {
-        if !reserved.contains(key) || live.is_routers(key) {
-            live.on_handshake(worker, &seen.domain, *key, now);
-        }
-    }
-}
-
-/// What a gateway is. What it said of keys may not be so any more if it is gone, or has just come.
-fn hear_state(
-    gateways: &Mutex<Gateways>,
-    in_flight: &InFlightHandle,
-    topic: &Topic,
-    publish: &Publish,
-    now: Instant,
-) -> Result<(), &'static str> {
-    let state_of = topic.state_of();
-    let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
-    let mut gateways = gateways.lock();
-    let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
-    let was_online = is_online(&gateways);
-    gateways.apply(topic, &publish.payload, publish.retain, now).map_err(|_| "payload")?;
-    let online = is_online(&gateways);
-    let gone = if let Topic::ConnectedPeers { domain, worker } = topic {
-        let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
-        is_down.then_some((worker, Some(domain.as_str())))
-    } else {
-        worker.filter(|_| online != was_online).map(|worker| (worker, None))
-    };
-    drop(gateways);
-    if let Some((worker, domain)) = gone {
-        in_flight.lock().invalidate(worker, domain);
-    }
-    if let Some(worker) = worker.filter(|_| online != was_online) {
-        info!(worker = worker.as_str(), online, "gateway");
-    }
-    Ok(())
-}
-
-fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, &'static str> {
-    serde_json::from_slice(&publish.payload).map_err(|_| "payload")
-}
-
-/// Lets `live` hear the keys on the bus, `ears` and `lists` what other brokers say; `askers` takes questions for keys, and
-/// the announcer, by `reporter`, what stands there as this broker's hello.
-pub fn hand_on_keys(
-    live: Arc<Mutex<LiveKeys>>,
-    ears: SyncSender,
-    lists: service::Handle,
-    mut askers: Askers,
-    reporter: Reporter,
-    metrics: Metrics,
-) -> impl FnMut(Event) {
-    move |event| match event {
-        Event::Up => lists.on_event(ListEvent::Up),
-        Event::Down => lists.on_event(ListEvent::Down),
-        Event::Message(publish) => {
-            let outcome = parsed(&publish).and_then(|topic| {
-                reporter.report(&topic, &publish);
-                hear_of_keys(&live, &ears, &lists, &mut askers, topic, &publish)
-            });
-            ignored(&metrics, &publish, outcome);
-        }
-    }
-}
-
-fn hear_of_keys(
-    live: &Mutex<LiveKeys>,
-    ears: &SyncSender,
-    lists: &service::Handle,
-    askers: &mut Askers,
-    topic: Topic,
-    publish: &Publish,
-) -> Result<(), &'static str> {
-    // What finds no place among the ears or the questions is asked again.
-    if let Topic::Key { domain } = topic {
-        let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
-        let key: PublicKey = text.parse().map_err(|_| "payload")?;
-        live.lock().on_request(&domain, key, Instant::now());
-    } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
-        match SyncEvent::read(topic, &publish.payload) {
-            Ok(heard) => {
-                if let SyncEvent::Broker(name, hello) = &heard {
-                    lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
-                    askers.broker(name, hello.as_ref());
-                }
-                let _ = ears.try_send(heard);
+impl Primary {
+    /// Takes in an event of the session.
+    pub fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Up => self.metrics.connected.set(1),
+            Event::Down => {
+                self.metrics.connected.set(0);
+                self.gateways.lock().on_disconnect();
+                self.in_flight.lock().invalidate_late();
             }
-            Err(_) => askers.by_broker(json(publish)?)?,
+            Event::Message(publish) => {
+                let outcome = topic(&publish).and_then(|topic| {
+                    self.reporter.report(&topic, &publish);
+                    let outcome = self.receive(&topic, &publish);
+                    self.invalid.on_message(&topic, &publish.payload, outcome.is_ok(), Instant::now());
+                    outcome
+                });
+                self.metrics.count(&publish, outcome);
+            }
         }
-    } else if let Topic::WorkerRequests { worker } = topic {
-        askers.by_worker(&worker, json(publish)?)?;
-    } else if let Topic::BrokerRequests { .. } = topic {
-        match json(publish)? {
-            Request::Records(_) => lists.on_event(ListEvent::Asked),
-            Request::Keys(question) => askers.by_anybody(question)?,
-        }
-    } else if topic == Topic::Revocations {
-        lists.on_event(ListEvent::Records(json(publish)?));
-    } else {
-        return Err("topic");
     }
-    Ok(())
-}
 
-/// Answers one question after the other, so that never more than one page stands in the way of new keys.
-pub async fn answer(
-    bus: MqttHandle,
-    live: Arc<Mutex<LiveKeys>>,
-    mut questions: mpsc::Receiver<SyncRequest>,
-    metrics: Metrics,
-) {
-    while let Some(question) = questions.recv().await {
-        let page = live.lock().chunk(&question, Instant::now());
-        metrics.keys_given.inc_by(page.keys.len() as u64);
-        let payload = serde_json::to_vec(&page).unwrap_or_default();
-        if bus.publish(Message::transient(question.from.chunks(), payload)).await == Err(PublishError::SessionEnded) {
+    fn receive(&self, topic: &Topic, publish: &Publish) -> Result<(), Ignored> {
+        let now = Instant::now();
+        if let Topic::Revoked { worker } = topic {
+            let revoked: Revoked = json(publish)?;
+            if self.gateways.lock().is_online(worker) {
+                self.revocations.on_revoked(worker, revoked);
+            }
+        } else if let Topic::Applied { worker } = topic {
+            let applied: Applied = json(publish)?;
+            check_size(applied.installed.len() + applied.failed.len())?;
+            let can_confirm = self.gateways.lock().can_confirm(worker, &applied.domain);
+            self.on_confirmation(worker, now);
+            if can_confirm {
+                self.in_flight.confirmed(worker, applied);
+            }
+        } else if let Topic::Handshakes { worker } = topic {
+            let handshakes: Handshakes = json(publish)?;
+            check_size(handshakes.keys.len())?;
+            if self.on_confirmation(worker, now) {
+                self.on_handshakes(worker, &handshakes);
+            }
+        } else {
+            self.on_state(topic, publish, now)?;
+        }
+        Ok(())
+    }
+
+    /// A worker that reports outcomes or handshakes is alive; true if it is one that does.
+    fn on_confirmation(&self, worker: &WorkerName, now: Instant) -> bool {
+        let mut gateways = self.gateways.lock();
+        let was_online = gateways.is_online(worker);
+        let confirms = gateways.on_confirmation(worker, now);
+        if confirms && !was_online {
+            info!(worker = worker.as_str(), online = true, "gateway");
+        }
+        confirms
+    }
+
+    /// No report makes a gateway's key a router's.
+    fn on_handshakes(&self, worker: &WorkerName, handshakes: &Handshakes) {
+        let gateways = self.gateways.lock();
+        if !gateways.can_report(worker, &handshakes.domain) {
             return;
         }
+        let reserved: BTreeSet<_> = handshakes.keys.iter().filter(|key| gateways.is_reserved(key, false)).collect();
+        drop(gateways);
+        let (now, mut live) = (Instant::now(), self.live.lock());
+        for key in &handshakes.keys {
+            if !reserved.contains(key) || live.is_routers(key) {
+                live.on_handshake(worker, &handshakes.domain, *key, now);
+            }
+        }
+    }
+
+    /// Applies a state. When a gateway or one of its domains goes offline, or comes online, its outcomes so far are invalid.
+    fn on_state(&self, topic: &Topic, publish: &Publish, now: Instant) -> Result<(), Ignored> {
+        let state_of = topic.state_of();
+        let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
+        let mut gateways = self.gateways.lock();
+        let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
+        let was_online = is_online(&gateways);
+        gateways.apply(topic, &publish.payload, publish.retain, now).map_err(|_| Ignored::Payload)?;
+        let online = is_online(&gateways);
+        let invalidated = if let Topic::ConnectedPeers { domain, worker } = topic {
+            let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);
+            is_down.then_some((worker, Some(domain.as_str())))
+        } else {
+            worker.filter(|_| online != was_online).map(|worker| (worker, None))
+        };
+        drop(gateways);
+        if let Some((worker, domain)) = invalidated {
+            self.in_flight.lock().invalidate(worker, domain);
+        }
+        if let Some(worker) = worker.filter(|_| online != was_online) {
+            info!(worker = worker.as_str(), online, "gateway");
+        }
+        Ok(())
     }
 }
 
-/// Hears a message of anybody's making as both connections do, for whoever makes them up: it must come to an end.
-#[cfg(any(test, fuzzing))]
-pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
-    use std::collections::BTreeMap;
+/// Where the messages of the second session go.
+pub struct Secondary {
+    /// Keys that routers sent to other brokers.
+    pub live: Arc<Mutex<LiveKeys>>,
+    /// Hellos and snapshot chunks of other brokers.
+    pub sync: SyncSender,
+    /// Entries of the access lists, and requests for them.
+    pub lists: service::Handle,
+    /// Requests for keys.
+    pub requesters: Requesters,
+    /// What is published under this broker's name.
+    pub reporter: Reporter,
+    /// What is counted.
+    pub metrics: Metrics,
+}
 
+impl Secondary {
+    /// Takes in an event of the session.
+    pub fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Up => self.lists.on_event(ListEvent::Up),
+            Event::Down => self.lists.on_event(ListEvent::Down),
+            Event::Message(publish) => {
+                let outcome = topic(&publish).and_then(|topic| {
+                    self.reporter.report(&topic, &publish);
+                    self.receive(topic, &publish)
+                });
+                self.metrics.count(&publish, outcome);
+            }
+        }
+    }
+
+    /// An event or request that finds its queue full is dropped: the other program sends it again.
+    fn receive(&mut self, topic: Topic, publish: &Publish) -> Result<(), Ignored> {
+        if let Topic::Key { domain } = topic {
+            let text = std::str::from_utf8(&publish.payload).map_err(|_| Ignored::Payload)?;
+            let key: PublicKey = text.parse().map_err(|_| Ignored::Payload)?;
+            self.live.lock().on_request(&domain, key, Instant::now());
+        } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
+            match SyncEvent::read(topic, &publish.payload) {
+                Ok(event) => {
+                    if let SyncEvent::Broker(name, hello) = &event {
+                        self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+                        self.requesters.on_broker(name, hello.as_ref());
+                    }
+                    let _ = self.sync.try_send(event);
+                }
+                // Brokers send each other requests on the topic for chunks.
+                Err(_) => self.requesters.by_broker(json(publish)?)?,
+            }
+        } else if let Topic::WorkerRequests { worker } = topic {
+            self.requesters.by_worker(&worker, json(publish)?)?;
+        } else if let Topic::BrokerRequests { .. } = topic {
+            match json(publish)? {
+                Request::Records(_) => self.lists.on_event(ListEvent::Asked),
+                Request::Keys(request) => self.requesters.by_anybody(request)?,
+            }
+        } else if topic == Topic::Revocations {
+            self.lists.on_event(ListEvent::Records(json(publish)?));
+        } else {
+            return Err(Ignored::Topic);
+        }
+        Ok(())
+    }
+}
+
+fn topic(publish: &Publish) -> Result<Topic, Ignored> {
+    Topic::parse(&publish.topic).ok_or(Ignored::Topic)
+}
+
+fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, Ignored> {
+    serde_json::from_slice(&publish.payload).map_err(|_| Ignored::Payload)
+}
+
+/// A long message of one worker must not delay those of the others.
+fn check_size(keys: usize) -> Result<(), Ignored> {
+    if keys <= MAX_KEYS { Ok(()) } else { Err(Ignored::Payload) }
+}
+
+impl Metrics {
+    fn count(&self, publish: &Publish, outcome: Result<(), Ignored>) {
+        if let Err(reason) = outcome {
+            let reason: &str = reason.into();
+            debug!(reason, topic = publish.topic, "message ignored");
+            self.messages_ignored.with_label_values(&[reason]).inc();
+        }
+    }
+}
+
+/// Receives any message as both sessions do, for fuzzing: it must come to an end.
+#[cfg(any(test, fuzzing))]
+pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
+    use tokio::sync::mpsc;
     use wgkex_common::access_lists::service::ListService;
     use wgkex_common::mqtt::QoS;
-    use wgkex_common::storage::key_store::WriteBuffer;
+    use wgkex_common::storage::key_store::{Keys, WriteBuffer};
     use wgkex_common::sync;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
@@ -305,18 +295,25 @@ pub fn hear_anything(topic: &str, payload: &[u8], retained: bool) {
     };
     let own = BrokerName::from(&config.name);
     let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
-    let domains = config.domains.clone();
-    let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), Instant::now());
-    let gateways = Gateways::new(&config);
-    let (gateways, live) = (Arc::new(Mutex::new(gateways)), Arc::new(Mutex::new(live)));
-    let ((ears, _heard), (questions, _asked)) = (sync::channel(), mpsc::channel(1));
+    let live = LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now());
+    let live = Arc::new(Mutex::new(live));
+    let (reporter, _presence_events) = Reporter::new(Participant::Broker(own.clone()));
+    let ((sync, _sync_events), (requests, _sync_requests)) = (sync::channel(), mpsc::channel(1));
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
-    let words = (InFlightHandle::new(domains, Arc::default()), PendingRevocations::default());
-    let (reporter, _reported) = Reporter::new(Participant::Broker(own.clone()));
-    hand_on(gateways, words, live.clone(), reporter.clone(), metrics.clone())(Event::Message(publish.clone()));
-    let askers = Askers::new(own, questions);
-    hand_on_keys(live.clone(), ears, lists, askers, reporter, metrics)(Event::Message(publish));
+    let mut primary = Primary {
+        gateways: Arc::new(Mutex::new(Gateways::new(&config))),
+        in_flight: InFlightHandle::new(config.domains, Arc::default()),
+        revocations: PendingRevocations::default(),
+        live: live.clone(),
+        reporter: reporter.clone(),
+        invalid: InvalidMessages::default(),
+        metrics: metrics.clone(),
+    };
+    primary.on_event(Event::Message(publish.clone()));
+    let requesters = Requesters::new(own, requests);
+    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, reporter, metrics };
+    secondary.on_event(Event::Message(publish));
     assert!(live.lock().len() <= 10);
 }
 
@@ -361,7 +358,7 @@ mod tests {
             ],
             retained in any::<bool>(),
         ) {
-            hear_anything(&topic, &payload, retained);
+            receive_anything(&topic, &payload, retained);
         }
     }
 

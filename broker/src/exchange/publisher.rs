@@ -94,7 +94,7 @@ mod tests {
     async fn what_the_bus_does_not_take_is_given_up_after_the_longest_time_or_when_it_is_denied() {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
         let config = Config::parse("", yaml, "b").unwrap();
-        let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::keys_client(&config)).unwrap();
+        let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::secondary_session(&config)).unwrap();
         let (domains, now) = (config.domains.clone(), Instant::now().into_std());
         let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), now);
         let keys = InFlightHandle::new(domains.clone(), Arc::default());

@@ -1,4 +1,4 @@
-//! What gateways say that nobody can use: each change of it is a line in the log, as such a gateway gets no routers.
+//! Invalid messages of gateways: each new error is a line in the log, as such a gateway may get no routers.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,35 +8,39 @@ use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::wire::topic::{Direction, Owner};
 use wgkex_common::{Topic, WorkerName};
 
-/// Gateways that are remembered at most, and topics of one: more are somebody's nonsense.
-const GATEWAYS: usize = 4096;
-const TOPICS: usize = 64;
-/// So many lines in this time at most about one gateway.
-const LINES: u32 = 10;
-const TIME: Duration = Duration::from_secs(60);
+/// The most gateways that are remembered, and the most topics of one: more than any fleet has.
+const MAX_GATEWAYS: usize = 4096;
+const MAX_TOPICS: usize = 64;
+/// The most lines about one gateway in each period.
+const MAX_LINES: u32 = 10;
+const PERIOD: Duration = Duration::from_secs(60);
 
-/// What was wrong with the last message on each topic on which something was.
+/// The topics whose last message was invalid.
 #[derive(Debug, Default)]
-pub struct Complaints {
-    gateways: BTreeMap<WorkerName, Gateway>,
+pub struct InvalidMessages {
+    gateways: BTreeMap<WorkerName, GatewayErrors>,
 }
 
 #[derive(Debug)]
-struct Gateway {
-    causes: BTreeMap<Topic, String>,
-    /// Since when lines are counted, and how many there were.
+struct GatewayErrors {
+    by_topic: BTreeMap<Topic, String>,
+    /// When this period began, and the lines in it.
     since: Instant,
     lines: u32,
 }
 
-/// What a message of a gateway is to say, and of which domain.
-type Subject<'a> = (&'a WorkerName, &'static str, Option<&'a str>);
+/// What a message of a gateway is about.
+struct Subject<'a> {
+    gateway: &'a WorkerName,
+    what: &'static str,
+    domain: Option<&'a str>,
+}
 
-impl Complaints {
-    /// A message came on `topic`, and was taken in or not.
-    pub fn hear(&mut self, topic: &Topic, payload: &[u8], is_taken: bool, now: Instant) {
-        let Some((gateway, what, domain)) = subject(topic) else { return };
-        if is_taken {
+impl InvalidMessages {
+    /// A message arrived on `topic`, and was valid or not.
+    pub fn on_message(&mut self, topic: &Topic, payload: &[u8], is_valid: bool, now: Instant) {
+        let Some(Subject { gateway, what, domain }) = subject(topic) else { return };
+        if is_valid {
             self.forget(gateway, topic);
         } else if let Some(cause) = cause(topic, payload)
             && self.is_news(gateway, topic, &cause, now)
@@ -50,55 +54,58 @@ impl Complaints {
 
     fn forget(&mut self, gateway: &WorkerName, topic: &Topic) {
         if let Some(known) = self.gateways.get_mut(gateway) {
-            known.causes.remove(topic);
+            known.by_topic.remove(topic);
         }
     }
 
-    /// Notes a cause; true if there is to be a line about it.
+    /// Remembers the error; true if it is to be logged.
     fn is_news(&mut self, gateway: &WorkerName, topic: &Topic, cause: &str, now: Instant) -> bool {
-        if self.gateways.len() >= GATEWAYS && !self.gateways.contains_key(gateway) {
+        if self.gateways.len() >= MAX_GATEWAYS && !self.gateways.contains_key(gateway) {
             self.gateways.retain(|_, known| !known.is_over(now));
-            if self.gateways.len() >= GATEWAYS {
+            if self.gateways.len() >= MAX_GATEWAYS {
                 return false;
             }
         }
-        let new = || Gateway { causes: BTreeMap::new(), since: now, lines: 0 };
+        let new = || GatewayErrors { by_topic: BTreeMap::new(), since: now, lines: 0 };
         let known = self.gateways.entry(gateway.clone()).or_insert_with(new);
         if known.is_over(now) {
             (known.since, known.lines) = (now, 0);
         }
-        let is_known = known.causes.get(topic).is_some_and(|known| known == cause);
-        if is_known || known.lines >= LINES || (known.causes.len() >= TOPICS && !known.causes.contains_key(topic)) {
+        let is_known = known.by_topic.get(topic).is_some_and(|known| known == cause);
+        if is_known
+            || known.lines >= MAX_LINES
+            || (known.by_topic.len() >= MAX_TOPICS && !known.by_topic.contains_key(topic))
+        {
             return false;
         }
-        known.causes.insert(topic.clone(), cause.to_owned());
+        known.by_topic.insert(topic.clone(), cause.to_owned());
         known.lines += 1;
         true
     }
 }
 
-impl Gateway {
+impl GatewayErrors {
     fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= TIME
+        now.saturating_duration_since(self.since) >= PERIOD
     }
 }
 
-/// Of which gateway a topic is, what is said there, and of which domain; none if it is not a gateway's.
+/// What a message on `topic` is about; none if no gateway publishes there.
 fn subject(topic: &Topic) -> Option<Subject<'_>> {
     let Owner::Worker(gateway) = topic.owner() else { return None };
-    let is_its_word = match topic.direction() {
+    let is_published_by_owner = match topic.direction() {
         Direction::StateForAll | Direction::StateForBrokers | Direction::ToBrokers => true,
         Direction::FromBrokers | Direction::FromAll | Direction::Echo | Direction::Broadcast => false,
     };
-    is_its_word.then(|| (gateway, topic.last_level(), topic.domain()))
+    is_published_by_owner.then(|| Subject { gateway, what: topic.last_level(), domain: topic.domain() })
 }
 
-/// Why a payload that was not taken in says nothing there. Nothing of it is shown, as it may be a key.
+/// Why a payload is invalid on its topic. It is not shown, as it may be a key.
 fn cause(topic: &Topic, payload: &[u8]) -> Option<String> {
     if let Topic::WorkerData { .. } = topic {
-        WorkerData::parse(payload).err().map(|wrong| wrong.to_string())
+        WorkerData::parse(payload).err().map(|error| error.to_string())
     } else if let Topic::WorkerHello { .. } = topic {
-        Hello::parse(payload).err().map(|wrong| wrong.to_string())
+        Hello::parse(payload).err().map(|error| error.to_string())
     } else if let Topic::WorkerStatus { .. } = topic {
         Some("is neither 1 nor 0".into())
     } else if let Topic::ConnectedPeers { .. } = topic {
@@ -118,32 +125,28 @@ mod tests {
 
     #[test]
     fn each_change_is_said_once_and_no_more_than_a_bound_in_a_minute() {
-        let (mut complaints, now) = (Complaints::default(), Instant::now());
+        let (mut invalid, now) = (InvalidMessages::default(), Instant::now());
         let topic = |domain: &str| Topic::WorkerData { worker: name("gw"), domain: domain.into() };
         let mut news = |domain: &str, cause: &str, seconds| {
-            complaints.is_news(&name("gw"), &topic(domain), cause, now + Duration::from_secs(seconds))
+            invalid.is_news(&name("gw"), &topic(domain), cause, now + Duration::from_secs(seconds))
         };
         assert!(news("a", "x", 0) && !news("a", "x", 100) && news("a", "y", 100) && news("b", "x", 100));
         let said = (0..1_000).filter(|n| news("c", &n.to_string(), 101)).count();
         assert_eq!(said, 8);
         assert!(!news("d", "x", 102) && news("d", "x", 160), "it is said later");
-        complaints.forget(&name("gw"), &topic("d"));
+        invalid.forget(&name("gw"), &topic("d"));
         assert!(
-            complaints.is_news(&name("gw"), &topic("d"), "x", now + Duration::from_secs(161)),
+            invalid.is_news(&name("gw"), &topic("d"), "x", now + Duration::from_secs(161)),
             "it was right meanwhile"
         );
-        for n in 0..2 * GATEWAYS {
-            let _ = complaints.is_news(&name(&n.to_string()), &topic("a"), "x", now + Duration::from_secs(161));
+        for n in 0..2 * MAX_GATEWAYS {
+            let _ = invalid.is_news(&name(&n.to_string()), &topic("a"), "x", now + Duration::from_secs(161));
         }
-        for n in 0..2 * TOPICS {
-            let _ = complaints.is_news(
-                &name("gw"),
-                &topic(&n.to_string()),
-                "x",
-                now + Duration::from_secs(1_000 * n as u64),
-            );
+        for n in 0..2 * MAX_TOPICS {
+            let _ =
+                invalid.is_news(&name("gw"), &topic(&n.to_string()), "x", now + Duration::from_secs(1_000 * n as u64));
         }
-        assert!(complaints.gateways.len() <= GATEWAYS && complaints.gateways["gw"].causes.len() <= TOPICS);
+        assert!(invalid.gateways.len() <= MAX_GATEWAYS && invalid.gateways["gw"].by_topic.len() <= MAX_TOPICS);
     }
 
     #[test]
