@@ -119,8 +119,8 @@ fn first_untrusted(hops: &[Option<IpAddr>], trusted: &[IpNet]) -> Option<IpAddr>
     found
 }
 
-/// What each element of a `Forwarded` says behind `for=`; none if it is not well-formed, since a quote that the sender
-/// left open could swallow what the proxy wrote.
+/// The `for=` of each element of a `Forwarded`; none if it is not well-formed, since a quote that the sender left open could
+/// hide what the proxy added.
 fn elements(value: &str) -> Option<Vec<Option<IpAddr>>> {
     let mut rest = value;
     let mut elements = Vec::new();

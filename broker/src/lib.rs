@@ -49,8 +49,8 @@ pub use crate::bus::subscriber::receive_anything;
 use crate::bus::{subscriber, sync_server};
 use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
-use crate::exchange::publisher::Publisher;
-use crate::exchange::rate_limit::Limits;
+use crate::exchange::publisher::KeyPublisher;
+use crate::exchange::rate_limit::RateLimits;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
@@ -196,7 +196,7 @@ impl Broker {
             .spawn("the sync server", |_| sync_server::run(keys.clone(), live.clone(), sync_requests, metrics.clone()))
             .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, on_chunk(live.clone()), || {}))
             .spawn("the publisher of keys", |_| {
-                Publisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
+                KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
             .spawn("the expiry", |_| expire(exchange.clone()));
         services
@@ -273,7 +273,7 @@ fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics
         gateways: Arc::new(Mutex::new(Gateways::new(config))),
         in_flight: InFlightHandle::new(config.domains.clone(), lists.admission()),
         live,
-        limits: Arc::new(Limits::new(config.limits, MonotonicClock)),
+        limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
         warned_domains: Arc::default(),
         lists: lists.snapshot(),
         confirm: config.confirm,

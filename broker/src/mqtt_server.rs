@@ -59,7 +59,7 @@ use wgkex_common::runtime::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{Connection, End};
-use self::handshake::{Client, Endpoint, LOGIN_TIMEOUT, Refusal, Stream};
+use self::handshake::{AdmittedClient, Endpoint, LOGIN_TIMEOUT, Refusal, Stream};
 use self::message::Message;
 use self::pending::{HandshakeLimiter, HandshakePermit};
 use self::quota::{Cost, LOGIN, LogThrottle};
@@ -70,16 +70,16 @@ use crate::tls::Certificate;
 
 pub use self::metrics::Metrics;
 
-/// This broker's own connections, two of which may be about to end.
-const OWN: usize = 4;
+/// The most connections of this broker itself: two, and two that are about to end.
+const MAX_OWN: usize = 4;
 /// The threads that serve all clients but this broker itself. One may have to wait for the router.
 const THREADS: usize = 2;
-/// How often a warning that no connection can be accepted is logged at most.
-const WARN: Duration = Duration::from_secs(60);
-/// How long to wait when the system has no more descriptors.
-const PAUSE: Duration = Duration::from_millis(100);
-/// How long the end of the server may take.
-const END: Duration = Duration::from_secs(1);
+/// The shortest time between two warnings that no connection can be accepted.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+/// How long to wait before the next `accept` when the system has no more descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the server may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The server, on threads of its own.
 pub struct MqttServer {
@@ -100,11 +100,11 @@ impl MqttServer {
         let tls = config.tls.clone().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
         let endpoint = Endpoint { users: Users::new(config)?, tls, room };
-        let own_endpoint = Endpoint { users: own_users, tls: None, room: room + OWN };
+        let own_endpoint = Endpoint { users: own_users, tls: None, room: room + MAX_OWN };
 
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
-        let broker = Arc::new(MessageBroker::open(retained, room + OWN, metrics.clone())?);
+        let broker = Arc::new(MessageBroker::open(retained, room + MAX_OWN, metrics.clone())?);
         let server = Context { broker, metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
@@ -131,7 +131,7 @@ impl MqttServer {
     pub async fn stop(self) {
         self.over.cancel();
         if let Some(ended) = self.ended
-            && timeout(END, ended).await.is_err()
+            && timeout(STOP_TIMEOUT, ended).await.is_err()
         {
             error!("the disk did not take the last retained messages in time");
         }
@@ -234,10 +234,10 @@ impl Context {
                     return;
                 }
                 Err(error) => {
-                    if warned.is_due(WARN) {
+                    if warned.is_due(WARNING_INTERVAL) {
                         warn!(%error, "the MQTT server cannot take a connection");
                     }
-                    sleep(PAUSE).await;
+                    sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
@@ -252,7 +252,7 @@ impl Context {
         };
         drop(permit);
         let Some((stream, input, client, slot)) = entered else { return };
-        let Client { access, account, will, keep_alive, .. } = client;
+        let AdmittedClient { access, account, will, keep_alive, .. } = client;
         if let Some(will) = will {
             self.broker.set_will(&slot, will);
         }
@@ -272,7 +272,7 @@ impl Context {
         stream: TcpStream,
         endpoint: &Endpoint,
         permit: &mut HandshakePermit,
-    ) -> Option<(Box<dyn Stream>, BytesMut, Client, ClientSlot)> {
+    ) -> Option<(Box<dyn Stream>, BytesMut, AdmittedClient, ClientSlot)> {
         let (stream, input, client) = match endpoint.admit(stream, permit).await {
             Ok(admitted) => admitted,
             Err(refusal) => {

@@ -15,7 +15,7 @@ use super::in_flight::Publication;
 use crate::fleet::live_keys::LiveKeys;
 
 /// The task's state.
-pub struct Publisher {
+pub struct KeyPublisher {
     /// The keys that are queued.
     pub in_flight: InFlightHandle,
     /// The session that publishes them.
@@ -24,7 +24,7 @@ pub struct Publisher {
     pub live: Arc<Mutex<LiveKeys>>,
 }
 
-impl Publisher {
+impl KeyPublisher {
     /// Publishes until it is dropped.
     pub async fn run(self) {
         let mut sent = FuturesUnordered::new();
@@ -98,7 +98,7 @@ mod tests {
         let (domains, now) = (config.domains.clone(), Instant::now().into_std());
         let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), now);
         let keys = InFlightHandle::new(domains.clone(), Arc::default());
-        let publisher = Publisher { in_flight: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
+        let publisher = KeyPublisher { in_flight: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
         tokio::spawn(publisher.run());
         let domain = domains.first().unwrap();
         let id = |n| KeyId { domain: domain.clone(), key: key(n) };

@@ -42,7 +42,7 @@ type Keyed<K, C> = RateLimiter<K, HashMapStateStore<K>, C, Nothing<C>>;
 type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
 
 /// The limits, each with its buckets.
-pub struct Limits<C: Clock = MonotonicClock> {
+pub struct RateLimits<C: Clock = MonotonicClock> {
     clock: C,
     keys: Option<Keyed<(String, PublicKey), C>>,
     clients: Option<Keyed<Bucket, C>>,
@@ -57,7 +57,7 @@ enum Bucket {
     Overflow,
 }
 
-impl<C: Clock + Clone> Limits<C> {
+impl<C: Clock + Clone> RateLimits<C> {
     /// The limits with full buckets.
     #[must_use]
     pub fn new(config: config::Limits, clock: C) -> Self {
@@ -162,9 +162,9 @@ mod tests {
 
     const NONE: config::Limits = config::Limits { per_key: None, per_client: None, per_domain: None, global: None };
 
-    fn limits(config: config::Limits) -> (Limits<FakeRelativeClock>, FakeRelativeClock) {
+    fn limits(config: config::Limits) -> (RateLimits<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();
-        (Limits::new(config, clock.clone()), clock)
+        (RateLimits::new(config, clock.clone()), clock)
     }
 
     fn limited(limit: Limit, seconds: u32) -> Result<(), Limited> {
@@ -250,7 +250,7 @@ mod tests {
             assert_eq!(fleet.admit(&key(n), || client(n % 3_300), "ff_a"), Ok(()));
         }
         let (one, clock) = limits(config);
-        let taken = |limits: &Limits<_>, clients: u32| {
+        let taken = |limits: &RateLimits<_>, clients: u32| {
             let pass = |n: &u32| {
                 clock.advance(SECOND * 60 / 100_000);
                 limits.admit(&key(*n), || client(n % clients), "ff_a").is_ok()
@@ -258,7 +258,7 @@ mod tests {
             (0..100_000).filter(pass).count()
         };
         assert!(taken(&one, 1) <= 1_000 + 20 * 61);
-        let many = Limits::new(config, clock.clone());
+        let many = RateLimits::new(config, clock.clone());
         assert!(taken(&many, 5_000) <= 25_000 + 250 * 61);
     }
 

@@ -18,7 +18,7 @@ use wgkex_common::{Domain, RejectReason, WorkerName};
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
-use crate::exchange::rate_limit::Limits;
+use crate::exchange::rate_limit::RateLimits;
 use crate::exchange::{KeyId, Metrics, Rejection};
 use crate::fleet::gateways::{Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
@@ -43,7 +43,7 @@ pub struct Exchange {
     /// The keys that brokers remember.
     pub live: Arc<Mutex<LiveKeys>>,
     /// How often keys may be requested that are not known.
-    pub limits: Arc<Limits>,
+    pub limits: Arc<RateLimits>,
     /// The domains that were logged as having no gateway that ever published its state.
     pub warned_domains: Arc<Mutex<BTreeSet<Domain>>>,
     /// Which keys the access lists admit.

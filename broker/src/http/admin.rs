@@ -1,5 +1,5 @@
-//! Admin calls: what an operator does by HTTP on a listener of its own, with a token. Each leaves a line in the log,
-//! whatever comes of it; of those without the token only some do.
+//! Admin calls: changes of the access lists by HTTP, on a listener of its own and with a token. Each call is a line in the
+//! log, with its outcome; of calls without the token only some are.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -33,13 +33,13 @@ use crate::http::error;
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
 /// How long a body may take to arrive.
-const REQUEST: Duration = Duration::from_secs(5);
-/// How long the disk may take before an answer says that it did not.
-const KEPT: Duration = Duration::from_secs(1);
-/// How long the log waits for the next refusal, once some have come at once.
-const REFUSAL_EACH: Duration = Duration::from_secs(10);
-/// How many these are.
-const REFUSALS_AT_ONCE: u32 = 10;
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the disk may take before the answer has `kept: false`.
+const DISK_TIMEOUT: Duration = Duration::from_secs(1);
+/// The time per line about calls without the token, after the first ones.
+const UNAUTHORIZED_INTERVAL: Duration = Duration::from_secs(10);
+/// The most such lines at once.
+const UNAUTHORIZED_BURST: u32 = 10;
 /// The fields of a call that changes a list.
 const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
 
@@ -60,10 +60,10 @@ pub struct Admin {
     pub token_hash: Secret,
 }
 
-/// Lets a few refused calls at once into the log, then one in [`REFUSAL_EACH`], and counts the others.
+/// Logs a few calls without the token at once, then one in [`UNAUTHORIZED_INTERVAL`], and counts the others.
 #[derive(Debug, Default)]
 struct AuditThrottle {
-    /// When the log may be as quiet again as if none had ever been.
+    /// When a whole burst may be logged again.
     quiet: Option<Instant>,
     unlogged: u64,
 }
@@ -152,14 +152,14 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
 }
 
 impl AuditThrottle {
-    /// One more comes; if it is logged, how many before it were not.
+    /// One more call; if it is to be logged, returns how many before it were not.
     fn log(&mut self, now: Instant) -> Option<u64> {
         let quiet = self.quiet.map_or(now, |quiet| quiet.max(now));
-        if quiet - now > REFUSAL_EACH * (REFUSALS_AT_ONCE - 1) {
+        if quiet - now > UNAUTHORIZED_INTERVAL * (UNAUTHORIZED_BURST - 1) {
             self.unlogged += 1;
             return None;
         }
-        self.quiet = Some(quiet + REFUSAL_EACH);
+        self.quiet = Some(quiet + UNAUTHORIZED_INTERVAL);
         Some(std::mem::take(&mut self.unlogged))
     }
 }
@@ -205,7 +205,7 @@ impl Admin {
             .ok_or_else(|| ApiError(StatusCode::SERVICE_UNAVAILABLE, "this broker stops".into()))?
             .map_err(|full| ApiError(StatusCode::INSUFFICIENT_STORAGE, full.to_string()))?;
         let pending = (on && list == List::Deny).then(|| self.revocations.begin(key, record.at));
-        let is_kept = timeout(KEPT, kept).await.is_ok_and(|kept| kept.is_ok());
+        let is_kept = timeout(DISK_TIMEOUT, kept).await.is_ok_and(|kept| kept.is_ok());
         let (reachability, is_synced) = {
             let gateways = self.gateways.lock();
             (gateways.reachability(), gateways.is_synced())
@@ -252,7 +252,7 @@ async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
     let slow = |_| ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into());
     let large =
         |_| ApiError(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"));
-    let body = timeout(REQUEST, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
+    let body = timeout(BODY_TIMEOUT, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
     let body = body.map_err(|_| bad_request("the body is not complete"))?;
     serde_json::from_slice(&body).map_err(|_| bad_request("the body is not a JSON object"))
 }
@@ -412,10 +412,10 @@ mod tests {
         let (mut throttle, begun) = (AuditThrottle::default(), Instant::now());
         let logged: Vec<_> = (0..30).filter_map(|_| throttle.log(begun)).collect();
         assert_eq!(logged, [0; 10]);
-        assert_eq!(throttle.log(begun + REFUSAL_EACH - Duration::from_secs(1)), None);
-        assert_eq!(throttle.log(begun + REFUSAL_EACH), Some(21));
-        assert_eq!(throttle.log(begun + REFUSAL_EACH), None);
-        let later = begun + REFUSAL_EACH * 100;
+        assert_eq!(throttle.log(begun + UNAUTHORIZED_INTERVAL - Duration::from_secs(1)), None);
+        assert_eq!(throttle.log(begun + UNAUTHORIZED_INTERVAL), Some(21));
+        assert_eq!(throttle.log(begun + UNAUTHORIZED_INTERVAL), None);
+        let later = begun + UNAUTHORIZED_INTERVAL * 100;
         let logged: Vec<_> = (0..30).filter_map(|_| throttle.log(later)).collect();
         assert_eq!(logged, [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }

@@ -1,5 +1,4 @@
-//! The text of a request's body, in whichever encoding JSON comes in: what Python's `json.loads` takes, and so the
-//! original. No IO.
+//! The text of a request's body, in every encoding of JSON that Python's `json.loads` accepts, and so the original. No IO.
 
 use std::borrow::Cow;
 use std::str;
@@ -12,7 +11,7 @@ enum Encoding {
     Utf32 { is_big: bool },
 }
 
-/// The text without its byte order mark; none if it is none.
+/// The text without its byte order mark; none if the body is not text.
 pub fn text(body: &[u8]) -> Option<Cow<'_, str>> {
     let (encoding, mark) = encoding(body);
     let bytes = &body[mark..];
@@ -33,8 +32,8 @@ pub fn text(body: &[u8]) -> Option<Cow<'_, str>> {
     }
 }
 
-/// The encoding, and how long the mark is that says it. Without one, the zeros of the first characters tell, since JSON
-/// begins with ASCII.
+/// The encoding, and the length of its byte order mark. Without one, the zeros in the first characters show the encoding,
+/// since JSON begins with ASCII.
 fn encoding(body: &[u8]) -> (Encoding, usize) {
     match *body {
         [0, 0, 0xfe, 0xff, ..] => (Encoding::Utf32 { is_big: true }, 4),

@@ -30,14 +30,14 @@ pub const V2: &str = "/api/v2/wg/key/exchange";
 
 /// The largest body of a request; a router's has about 100 bytes.
 const BODY_MAX: usize = 4096;
-/// What of a body that is too large is still read, so that its sender gets to see the answer.
+/// The most bytes that are read of a body that is too large, so that its sender receives the answer.
 const BODY_DRAIN: usize = 1 << 20;
-/// How long the body of a request may take.
-const REQUEST: Duration = Duration::from_secs(5);
-/// When a router is told to come again that no gateway has room for: when the next peers may have left.
+/// How long the body of a request may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// The `Retry-After` when no gateway has room: by then peers may have left.
 const ROOM_SECONDS: u32 = 60;
 
-/// What only proxies write into a head.
+/// The headers that only proxies add.
 const PROXIED: [HeaderName; 6] =
     [FORWARDED, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, VIA, HeaderName::from_static("x-real-ip")];
 
@@ -52,7 +52,7 @@ fn exchange(path: &str) -> Resource {
     resource(path, "POST, OPTIONS")
 }
 
-/// A GET that brings a key, as the example of the original's README does; without a body it is a mistake.
+/// A GET with a body, as in the example of the original's README; without a body it is an error.
 struct HasBody;
 
 impl Guard for HasBody {
@@ -81,9 +81,9 @@ async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     KeyId::parse(text.as_bytes(), &app.domains)
 }
 
-/// The body, whatever its type is said to be.
+/// The body, whatever its content type.
 async fn read(body: Payload) -> Result<BytesMut, Rejection> {
-    timeout(REQUEST, collect(body)).await.unwrap_or(Err(Rejection::Slow))
+    timeout(BODY_TIMEOUT, collect(body)).await.unwrap_or(Err(Rejection::Slow))
 }
 
 async fn collect(mut body: Payload) -> Result<BytesMut, Rejection> {
@@ -113,7 +113,7 @@ impl App {
     fn client(&self, request: &HttpRequest) -> Client {
         let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
         let headers = request.headers();
-        // What is not even text is as good as nonsense.
+        // A value that is not text is as invalid as an empty one.
         let values = |name: HeaderName| headers.get_all(name).map(|value| value.to_str().unwrap_or_default());
         let is_proxied = PROXIED.iter().any(|name| headers.contains_key(name));
         if is_proxied
@@ -159,7 +159,7 @@ impl From<WorkerData> for Answer {
 }
 
 impl Rejection {
-    /// When the router may come again, where that is not the same for every rejection.
+    /// When the router may try again, where that depends on the rejection.
     fn retry_seconds(self) -> Option<u32> {
         if let Self::LimitKey(seconds)
         | Self::LimitClient(seconds)

@@ -97,7 +97,7 @@ fn worker_publishes(worker: &WorkerName) -> Vec<String> {
     [contract, vec![Topic::all_of_worker(worker)], requests].concat()
 }
 
-/// What goes to everybody, and what goes to this worker alone.
+/// What everybody may subscribe to, and what only this worker may.
 fn worker_subscribes(worker: &WorkerName) -> Vec<String> {
     let any = WorkerName::any();
     let is_for_all = |topic: &Topic| matches!(topic.direction(), Direction::StateForAll | Direction::Broadcast);
@@ -136,8 +136,8 @@ mod tests {
         Access::of(Role::Broker, "wgkex")
     }
 
-    /// Every topic there is, those of the worker `worker` and the broker `broker`; whether the worker gw1 and a broker
-    /// may say it, and whether they may hear it.
+    /// Every topic there is, of the worker `worker` and the broker b1; whether the worker gw1 and a broker may publish on it,
+    /// and whether they may subscribe to it.
     fn table(worker: &str) -> Vec<(Topic, [bool; 4])> {
         let (own, name) = (worker == "gw1", || worker.parse().unwrap());
         let (domain, broker) = (|| "ffx_a".to_owned(), || "b1".parse().unwrap());

@@ -17,8 +17,8 @@ use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
 use crate::mqtt_server::retained::{Found, Full, Retained, Snapshot};
 
-/// How often a warning that there is no room is logged at most.
-const WARN: Duration = Duration::from_secs(60);
+/// The shortest time between two warnings that there is no room.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The state of the embedded server. Every connection has a part in it by its [`ClientSlot`].
 pub struct MessageBroker {
@@ -180,7 +180,7 @@ impl Shared {
             set(&metrics.retained, self.retained.len());
             if let Err(Full) = kept {
                 metrics.retained_refused.inc();
-                if self.warned.is_due(WARN) {
+                if self.warned.is_due(WARNING_INTERVAL) {
                     warn!(user = by, "too many retained messages: more are not kept");
                 }
             }

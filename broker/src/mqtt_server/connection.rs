@@ -22,22 +22,22 @@ use crate::mqtt_server::session::{Action, Session};
 
 /// The largest packet. The longest of the bus, 2,000 confirmations, has 100 kB.
 const PACKET_MAX: usize = 1 << 20;
-/// What waits to be written is not added to beyond this.
-const OUTPUT: usize = 64 << 10;
+/// The most bytes that wait to be written; then no more messages are taken from the log.
+const MAX_OUTPUT: usize = 64 << 10;
 /// The same for this broker's own connections: they are behind the log only if this is full.
-const OUTPUT_OWN: usize = 8 << 20;
-/// How much is read at once, and so processed before others have their turn.
-const INPUT: usize = 16 << 10;
-/// A client that takes nothing for so long is gone.
-const STALLED: Duration = Duration::from_secs(30);
-/// So is one whose packet, which is larger than what is read at once, does not end for so long.
-const UNFINISHED: Duration = Duration::from_secs(30);
-/// The shortest time for which a client is slowed down: for each packet alone it would be a timer's coarse time.
+const MAX_OUTPUT_OWN: usize = 8 << 20;
+/// The most bytes that are read at once, and so processed before other connections have their turn.
+const MAX_INPUT: usize = 16 << 10;
+/// The longest that a client may read nothing.
+const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest that a packet larger than [`MAX_INPUT`] may be incomplete.
+const UNFINISHED_TIMEOUT: Duration = Duration::from_secs(30);
+/// The shortest pause of a client that is slowed down: a timer is too coarse for one pause per packet.
 const PAUSE: Duration = Duration::from_millis(10);
-/// So much of a topic is shown.
-const TOPIC_SHOWN: usize = 100;
-/// How often it is looked for.
-const TICK: Duration = Duration::from_secs(1);
+/// The longest part of a topic that is logged, in characters.
+const TOPIC_SHOWN_MAX: usize = 100;
+/// How often to check the time limits.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,7 +149,7 @@ impl Connection {
 
     /// Runs until the end. The caller closes the reader.
     pub async fn run(mut self, slot: &ClientSlot) -> (End, Option<LogReader>) {
-        let mut tick = interval(TICK);
+        let mut tick = interval(CHECK_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Err(end) = self.process_input(slot) {
@@ -167,9 +167,9 @@ impl Connection {
         let can_deliver = self.has_output_room() && self.session.backlog().is_none() && self.session.room() > 0;
         // What this broker sends itself is little; it must not wait until it reads.
         let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
-        let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= OUTPUT);
+        let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= MAX_OUTPUT);
         self.make_room();
-        let mut input = (&mut self.input).limit(INPUT);
+        let mut input = (&mut self.input).limit(MAX_INPUT);
         let resumes = until(self.paused);
         let publishes = next(&mut self.log_reader, &self.session);
         let reads = self.reader.read_buf(&mut input);
@@ -231,14 +231,14 @@ impl Connection {
     }
 
     fn has_output_room(&self) -> bool {
-        self.output.len() < if self.account.is_own { OUTPUT_OWN } else { OUTPUT }
+        self.output.len() < if self.account.is_own { MAX_OUTPUT_OWN } else { MAX_OUTPUT }
     }
 
     fn timed_out(&self, now: Instant) -> Option<End> {
         let unfinished = self.unfinished.as_ref().map(|(_, since)| *since);
         if self.account.is_own {
             None
-        } else if unfinished.is_some_and(|since| now.saturating_duration_since(since) > UNFINISHED) {
+        } else if unfinished.is_some_and(|since| now.saturating_duration_since(since) > UNFINISHED_TIMEOUT) {
             Some(End::Lost("a packet that does not end"))
         } else {
             let keep_alive = self.keep_alive.filter(|_| self.paused.is_none());
@@ -248,15 +248,15 @@ impl Connection {
 
     /// Makes room to read, and gives back what much to send took.
     fn make_room(&mut self) {
-        self.input.reserve(INPUT);
-        if self.output.is_empty() && self.output.capacity() > OUTPUT {
+        self.input.reserve(MAX_INPUT);
+        if self.output.is_empty() && self.output.capacity() > MAX_OUTPUT {
             self.output = BytesMut::new();
         }
     }
 
     /// Gives back what a large packet took: what came behind it is in the same memory.
     fn shrink(&mut self) {
-        let mut rest = BytesMut::with_capacity(self.input.len() + INPUT);
+        let mut rest = BytesMut::with_capacity(self.input.len() + MAX_INPUT);
         rest.extend_from_slice(&self.input);
         self.input = rest;
     }
@@ -265,7 +265,7 @@ impl Connection {
     fn process_input(&mut self, slot: &ClientSlot) -> Result<(), End> {
         self.take_packets(slot)?;
         self.has_more = false;
-        if self.paused.is_none() && self.session.room() > 0 && self.output.len() < OUTPUT {
+        if self.paused.is_none() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT {
             self.send_retained(slot);
         }
         Ok(())
@@ -284,7 +284,7 @@ impl Connection {
                 Ok(packet) => {
                     self.unfinished = None;
                     let bytes = before - self.input.len();
-                    if bytes > INPUT {
+                    if bytes > MAX_INPUT {
                         self.shrink();
                     }
                     let cost = Cost { work: self.session.work(&packet), bytes: bytes as u64 };
@@ -306,7 +306,7 @@ impl Connection {
 
     /// A packet of so many bytes has begun: a large one is read once there is memory for all of it.
     fn expect(&mut self, bytes: usize, slot: &ClientSlot) {
-        if bytes <= INPUT || self.unfinished.is_some() {
+        if bytes <= MAX_INPUT || self.unfinished.is_some() {
             return;
         }
         match self.account.hold(bytes) {
@@ -318,7 +318,7 @@ impl Connection {
     /// Sends some of the retained messages of a filter.
     fn send_retained(&mut self, slot: &ClientSlot) {
         let Some(backlog) = self.session.backlog() else { return };
-        let most = (self.session.room(), OUTPUT - self.output.len());
+        let most = (self.session.room(), MAX_OUTPUT - self.output.len());
         let Found { messages, after, scanned, bytes } =
             self.broker.find(&backlog.filter, backlog.after.as_deref(), most);
         let cost = Cost { work: scanned * LOOK + messages.len() as u64 * DELIVERY, bytes: bytes as u64 };
@@ -326,7 +326,7 @@ impl Connection {
             self.session.deliver(message, &mut self.output);
         }
         self.session.advance_backlog(after);
-        self.has_more = self.session.backlog().is_some() && self.session.room() > 0 && self.output.len() < OUTPUT;
+        self.has_more = self.session.backlog().is_some() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT;
         self.charge(cost, slot);
     }
 
@@ -362,7 +362,7 @@ impl Connection {
             Action::Deny { operation, topic, is_first } => {
                 self.metrics.denied.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
-                    let topic: String = topic.chars().take(TOPIC_SHOWN).collect();
+                    let topic: String = topic.chars().take(TOPIC_SHOWN_MAX).collect();
                     warn!(client = %slot, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
                 }
             }
@@ -378,7 +378,7 @@ fn timed_out(now: Instant, last_read: Option<(Instant, Duration)>, last_write: I
     if last_read.is_some_and(|(last_read, keep_alive)| now.saturating_duration_since(last_read) > keep_alive) {
         return Some(End::Lost("silent"));
     }
-    (now.saturating_duration_since(last_write) > STALLED).then_some(End::Lost("reads nothing"))
+    (now.saturating_duration_since(last_write) > STALLED_TIMEOUT).then_some(End::Lost("reads nothing"))
 }
 
 async fn until(moment: Option<Instant>) {

@@ -16,7 +16,7 @@ fn is_text(text: &str) -> bool {
     !text.is_empty() && !text.contains('\0')
 }
 
-/// Whether a message on `topic` is for who subscribed to `filter`.
+/// Whether `topic` matches `filter`.
 pub fn matches(filter: &str, topic: &str) -> bool {
     covers(filter, topic)
 }

@@ -1,19 +1,20 @@
-//! How often a client may be wrong about a password. No IO.
+//! How many wrong passwords a client may send. No IO.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::client_ip::Client;
 
-/// So often a client may be wrong about all users at once, and about one; then it has to wait.
+/// The most wrong passwords of a client at once, for all users together and for one; then it has to wait.
 const BURST: u32 = 40;
-const BURST_OF_USER: u32 = 5;
-/// How long until it may be wrong once more: about any user, and about one. So a guesser is eight times slower than
-/// it may be before a gateway behind the same address, which is another user, has to wait for it.
+const BURST_PER_USER: u32 = 5;
+/// The time per further wrong password, for all users together and for one. So somebody who guesses one user's password is
+/// eight times slower than what would make a gateway behind the same address, which is another user, wait.
 const PERIOD: Duration = Duration::from_millis(125);
-const PERIOD_OF_USER: Duration = Duration::from_secs(1);
+const PERIOD_PER_USER: Duration = Duration::from_secs(1);
 
-/// Who was wrong lately. There are few: passwords are verified one after the other, and each takes a while.
+/// The clients that recently sent a wrong password. They are few: passwords are verified one after the other, and each takes a
+/// while.
 #[derive(Debug, Default)]
 pub struct Guesses {
     of_clients: BTreeMap<Client, Instant>,
@@ -21,22 +22,22 @@ pub struct Guesses {
 }
 
 impl Guesses {
-    /// Whether `client` may try a password of `user`, which stands for the name of one that there may be or not.
+    /// Whether `client` may try a password of `user`, the number of a name that may exist or not.
     pub fn may_try(&self, client: Client, user: u64, now: Instant) -> bool {
         has_room(self.of_clients.get(&client), (PERIOD, BURST), now)
-            && has_room(self.of_users.get(&(client, user)), (PERIOD_OF_USER, BURST_OF_USER), now)
+            && has_room(self.of_users.get(&(client, user)), (PERIOD_PER_USER, BURST_PER_USER), now)
     }
 
-    /// The password was wrong.
+    /// `client` sent a wrong password of `user`.
     pub fn was_wrong(&mut self, client: Client, user: u64, now: Instant) {
         self.of_clients.retain(|_, paid| *paid > now);
         self.of_users.retain(|_, paid| *paid > now);
         *self.of_clients.entry(client).or_insert(now) += PERIOD;
-        *self.of_users.entry((client, user)).or_insert(now) += PERIOD_OF_USER;
+        *self.of_users.entry((client, user)).or_insert(now) += PERIOD_PER_USER;
     }
 }
 
-/// Whether less than a burst is to be waited for until everything is paid.
+/// Whether less than a burst is unpaid.
 fn has_room(paid: Option<&Instant>, (period, burst): (Duration, u32), now: Instant) -> bool {
     paid.is_none_or(|paid| paid.saturating_duration_since(now) + period <= period * burst)
 }

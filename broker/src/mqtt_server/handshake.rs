@@ -47,7 +47,7 @@ pub struct Endpoint {
 }
 
 /// A client that is admitted.
-pub struct Client {
+pub struct AdmittedClient {
     /// A name that no other client has: user and client id.
     pub name: String,
     /// What it may do.
@@ -81,7 +81,7 @@ pub enum Refusal {
     Will,
     /// There is no room for it.
     Full,
-    /// It was not its turn in time.
+    /// Its password was not verified in time.
     Busy,
     /// Another connection took its permit before it was admitted.
     Evicted,
@@ -135,7 +135,7 @@ impl Endpoint {
         &self,
         stream: TcpStream,
         permit: &mut HandshakePermit,
-    ) -> Result<(Box<dyn Stream>, BytesMut, Client), Refusal> {
+    ) -> Result<(Box<dyn Stream>, BytesMut, AdmittedClient), Refusal> {
         let deadline = Instant::now() + LOGIN_TIMEOUT;
         let met = timeout_at(deadline, self.negotiate_tls(stream)).await.map_err(|_| Refusal::Silent)?;
         let (mut stream, mut input) = (met.map_err(|_| Refusal::Protocol)?, BytesMut::new());
@@ -143,7 +143,7 @@ impl Endpoint {
         let known = match read {
             Ok(connect) => {
                 let origin = Origin { client: permit.client(), is_known: permit.is_known() };
-                // While its password waits to be verified it has a place in that queue, which newcomers do not take.
+                // While its password waits to be verified, it has a place in that queue, and needs no permit.
                 permit.release();
                 let known =
                     timeout_at(deadline, self.authenticate(connect, origin)).await.unwrap_or(Err(Refusal::Busy));
@@ -174,7 +174,7 @@ impl Endpoint {
         }
     }
 
-    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<Client, Refusal> {
+    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<AdmittedClient, Refusal> {
         let Connect { keep_alive: seconds, client_id, clean_session, last_will, login, .. } = connect;
         let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
             Denied::Wrong => Refusal::Password,
@@ -196,7 +196,7 @@ impl Endpoint {
         }
         // This broker itself is not lost as long as it runs.
         let keep_alive = (seconds > 0 && !account.is_own).then(|| Duration::from_secs(seconds.into()).mul_f32(1.5));
-        Ok(Client { name, access, account, user, will, keep_alive })
+        Ok(AdmittedClient { name, access, account, user, will, keep_alive })
     }
 }
 

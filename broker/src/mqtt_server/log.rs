@@ -25,17 +25,17 @@ use tokio::time::sleep;
 
 /// The topic of all messages.
 const TOPIC: &str = "bus";
-/// Has one message, which a reader asks for when it is closed.
+/// The topic of one message, for which a reader waits when it is closed.
 const BARRIER: &str = "barrier";
-/// The log is kept in segments until these are full, read or not.
+/// The bytes of a segment: the log drops whole segments, read or not.
 const SEGMENT: usize = 1 << 20;
 /// How many segments there are: 8 MiB hold 20,000 keys several times.
 const SEGMENTS: usize = 8;
-/// A reader that must miss nothing is behind when it has so many bytes left to read,
+/// The unread bytes from which a reader that must miss nothing counts as behind.
 const BEHIND: u64 = 4 << 20;
-/// and is not any more when it is less than this.
+/// The unread bytes below which it no longer does.
 const CAUGHT_UP: u64 = 2 << 20;
-/// So many messages are forwarded to a reader at once; with 200 of them in its queue it gets no more.
+/// The most messages that are forwarded to a reader at once; with 200 of them in its queue it gets no more.
 const FORWARD_BATCH: u64 = 10;
 /// The bytes of a position.
 const POSITION: usize = size_of::<u64>();

@@ -1,5 +1,5 @@
-//! The connections that have not logged in yet. Strangers may take all these permits and never send a byte; they may not
-//! keep a gateway out. What decides is [`Table`], which knows neither sockets nor a clock.
+//! The connections that have not logged in yet. Strangers may hold all permits and never send a byte; that must not keep a
+//! gateway out. [`PermitTable`] decides, without sockets and without a clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -10,12 +10,12 @@ use tokio::sync::Notify;
 
 use crate::client_ip::Client;
 
-/// So many connections of unknown clients may wait to be let in, and as many of known ones,
-const PLACES: usize = 512;
-/// and so many of one client that is not this machine.
-const PLACES_OF_CLIENT: usize = 64;
-/// So many clients are known for each user: those from which it logged in last.
-const CLIENTS_OF_USER: usize = 8;
+/// The most connections of unknown clients that have not logged in, and the most of known ones.
+const MAX_PENDING: usize = 512;
+/// The most of one client, unless that is this machine.
+const MAX_PER_CLIENT: usize = 64;
+/// The most clients that are known for each user: those from which it logged in last.
+const MAX_KNOWN_PER_USER: usize = 8;
 
 /// The permits of one endpoint. Clones share them.
 #[derive(Clone, Default)]
@@ -23,8 +23,8 @@ pub struct HandshakeLimiter(Arc<Mutex<Permits>>);
 
 #[derive(Default)]
 struct Permits {
-    unknown: Table<Arc<Notify>>,
-    known: Table<Arc<Notify>>,
+    unknown: PermitTable<Arc<Notify>>,
+    known: PermitTable<Arc<Notify>>,
     logins: Logins,
 }
 
@@ -96,30 +96,30 @@ impl Permits {
         id
     }
 
-    fn table(&mut self, is_known: bool) -> &mut Table<Arc<Notify>> {
+    fn table(&mut self, is_known: bool) -> &mut PermitTable<Arc<Notify>> {
         if is_known { &mut self.known } else { &mut self.unknown }
     }
 }
 
 /// The connections that wait, oldest first. `H` is how one is notified that it is evicted.
-struct Table<H> {
+struct PermitTable<H> {
     next: u64,
     waiting: BTreeMap<u64, (Client, H)>,
     of_clients: HashMap<Client, BTreeSet<u64>>,
 }
 
-impl<H> Default for Table<H> {
+impl<H> Default for PermitTable<H> {
     fn default() -> Self {
         Self { next: 0, waiting: BTreeMap::new(), of_clients: HashMap::new() }
     }
 }
 
-impl<H> Table<H> {
+impl<H> PermitTable<H> {
     /// Takes in a connection; returns its id, and the handle of the one that is evicted for it.
     fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
-        let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= PLACES_OF_CLIENT);
+        let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= MAX_PER_CLIENT);
         let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);
-        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= PLACES);
+        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= MAX_PENDING);
         let evicted = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
         self.next += 1;
         self.waiting.insert(self.next, (client, handle));
@@ -163,7 +163,7 @@ impl Logins {
             *self.users.entry(client).or_default() += 1;
         }
         clients.push_back(client);
-        if clients.len() > CLIENTS_OF_USER
+        if clients.len() > MAX_KNOWN_PER_USER
             && let Some(gone) = clients.pop_front()
             && let Some(users) = self.users.get_mut(&gone)
         {
@@ -186,29 +186,29 @@ mod tests {
 
     #[test]
     fn the_longest_waiting_goes_and_of_a_client_that_has_many_its_own() {
-        let mut table = Table::default();
+        let mut table = PermitTable::default();
         assert_eq!(table.admit(client(0), 0).1, None);
-        assert!((1..=PLACES_OF_CLIENT).all(|n| table.admit(client(1), n).1.is_none()));
+        assert!((1..=MAX_PER_CLIENT).all(|n| table.admit(client(1), n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_000).1, Some(1));
-        let others = PLACES - PLACES_OF_CLIENT - 1;
+        let others = MAX_PENDING - MAX_PER_CLIENT - 1;
         assert!((0..others).all(|n| table.admit(client(2 + n), 2_000 + n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_001).1, Some(2), "its own, as long as it has many");
         assert_eq!(table.admit(client(9_999), 3_000).1, Some(0));
         assert_eq!(table.admit(client(9_998), 3_001).1, Some(3));
-        assert_eq!(table.waiting.len(), PLACES);
+        assert_eq!(table.waiting.len(), MAX_PENDING);
     }
 
     #[test]
     fn this_machine_has_as_many_places_as_there_are() {
-        let (mut table, loopback) = (Table::default(), Client::from(IpAddr::from([127, 0, 0, 1])));
-        assert!((0..PLACES).all(|n| table.admit(loopback, n).1.is_none()));
-        assert_eq!(table.admit(loopback, PLACES).1, Some(0));
+        let (mut table, loopback) = (PermitTable::default(), Client::from(IpAddr::from([127, 0, 0, 1])));
+        assert!((0..MAX_PENDING).all(|n| table.admit(loopback, n).1.is_none()));
+        assert_eq!(table.admit(loopback, MAX_PENDING).1, Some(0));
     }
 
     #[test]
     fn a_place_that_is_left_is_free() {
         let limiter = HandshakeLimiter::default();
-        for n in 0..10 * PLACES {
+        for n in 0..10 * MAX_PENDING {
             drop(limiter.acquire([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
         }
         let permits = limiter.0.lock();
@@ -222,8 +222,8 @@ mod tests {
         limiter.acquire([192, 0, 2, 1].into()).logged_in("gw1");
         let gateway = limiter.acquire([192, 0, 2, 1].into());
         assert!(gateway.is_known());
-        let crowd: Vec<_> = (0..2 * PLACES).map(|n| limiter.acquire(address(n))).collect();
-        for place in &crowd[..PLACES] {
+        let crowd: Vec<_> = (0..2 * MAX_PENDING).map(|n| limiter.acquire(address(n))).collect();
+        for place in &crowd[..MAX_PENDING] {
             place.evicted().notified().await;
         }
         let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted().notified()).await;
@@ -233,7 +233,7 @@ mod tests {
     #[tokio::test]
     async fn who_said_who_it_is_gives_way_to_nobody_until_it_is_back() {
         let limiter = HandshakeLimiter::default();
-        let crowd = || (0..PLACES).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let crowd = || (0..MAX_PENDING).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
         let mut place = limiter.acquire([192, 0, 2, 1].into());
         let evicted = place.evicted();
         let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;
@@ -249,11 +249,11 @@ mod tests {
     fn a_user_makes_only_a_few_clients_known() {
         let mut logins = Logins::default();
         logins.note("gw2", client(0));
-        (0..=CLIENTS_OF_USER).for_each(|n| logins.note("gw1", client(n)));
+        (0..=MAX_KNOWN_PER_USER).for_each(|n| logins.note("gw1", client(n)));
         logins.note("gw1", client(1));
         logins.note("gw1", client(100));
-        let known: Vec<_> = (0..=CLIENTS_OF_USER).filter(|n| logins.is_known(client(*n))).collect();
+        let known: Vec<_> = (0..=MAX_KNOWN_PER_USER).filter(|n| logins.is_known(client(*n))).collect();
         assert_eq!(known, [0, 1, 3, 4, 5, 6, 7, 8], "that of another user, and the last ones");
-        assert_eq!(logins.users.len(), CLIENTS_OF_USER + 1);
+        assert_eq!(logins.users.len(), MAX_KNOWN_PER_USER + 1);
     }
 }

@@ -13,23 +13,23 @@ use tokio::time::Instant;
 use wgkex_common::config::Role;
 
 /// The most connections of one user, however many there may be in all. A worker and a broker have two each.
-const CLIENTS: usize = 32;
-/// The least, however few there are.
-const CLIENTS_MIN: usize = 4;
-/// So many bytes of packets that are not whole yet a user has at most; larger packets wait for their turn.
-const UNFINISHED: usize = 4 << 20;
-/// The same where there are no users, for all together.
-const UNFINISHED_OF_ALL: usize = 64 << 20;
-/// How often each kind of a user's offences is logged at most.
-const WARN: Duration = Duration::from_secs(60);
+const MAX_CLIENTS: usize = 32;
+/// The least of those, however few there may be in all.
+const MIN_CLIENTS: usize = 4;
+/// The most bytes of incomplete packets of one user; larger packets wait for their turn.
+const MAX_UNFINISHED: usize = 4 << 20;
+/// The same for all clients together, where there are no users.
+const MAX_UNFINISHED_OF_ALL: usize = 64 << 20;
+/// The shortest time between two log lines about the same offence of a user.
+const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What a packet costs, beside its bytes.
 pub const PACKET: u64 = 100;
-/// What each topic costs that is looked at among the retained ones.
+/// What each topic costs that a search of the retained messages compares.
 pub const LOOK: u64 = 5;
-/// What each retained message costs that is sent.
+/// What each retained message costs that is delivered.
 pub const DELIVERY: u64 = 50;
-/// What a new connection costs: tasks, a seat, and what becomes of its will.
+/// What a new connection costs: tasks, a client slot, and its will.
 pub const LOGIN: u64 = 5_000;
 
 /// What something costs the server.
@@ -85,13 +85,13 @@ pub enum Offence {
 impl Account {
     /// That of a user; so many `users` share `max_clients`.
     pub fn of(role: Role, users: usize, max_clients: usize) -> Self {
-        let max_clients = (max_clients / users.max(1)).clamp(CLIENTS_MIN, CLIENTS);
-        Self { max_clients, ..Self::with(Some(rate(role)), UNFINISHED) }
+        let max_clients = (max_clients / users.max(1)).clamp(MIN_CLIENTS, MAX_CLIENTS);
+        Self { max_clients, ..Self::with(Some(rate(role)), MAX_UNFINISHED) }
     }
 
     /// Everybody's, where there are no users.
     pub fn of_anyone() -> Self {
-        Self::with(Some(rate(Role::Broker)), UNFINISHED_OF_ALL)
+        Self::with(Some(rate(Role::Broker)), MAX_UNFINISHED_OF_ALL)
     }
 
     /// This broker's own.
@@ -121,7 +121,7 @@ impl Account {
 
     /// Whether this is to be logged, as it was not for a while.
     pub fn may_warn(&self, offence: Offence) -> bool {
-        self.warned[offence as usize].is_due(WARN)
+        self.warned[offence as usize].is_due(WARNING_INTERVAL)
     }
 }
 
@@ -276,8 +276,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_happens_often_is_logged_rarely() {
         let throttle = LogThrottle::default();
-        assert!(throttle.is_due(WARN) && !throttle.is_due(WARN));
-        tokio::time::advance(WARN).await;
-        assert!(throttle.is_due(WARN));
+        assert!(throttle.is_due(WARNING_INTERVAL) && !throttle.is_due(WARNING_INTERVAL));
+        tokio::time::advance(WARNING_INTERVAL).await;
+        assert!(throttle.is_due(WARNING_INTERVAL));
     }
 }

@@ -12,16 +12,16 @@ use rumqttc::QoS;
 use crate::mqtt_server::filter::{matches, prefix};
 use crate::mqtt_server::message::Message;
 
-/// So many topics have a retained message at most.
-pub(super) const TOPICS: usize = 100_000;
-/// So many bytes of topics and payloads are kept at most.
-const BYTES: usize = 64 << 20;
-/// One user has this part of both at most (one divided by it), so that no user keeps another's messages out.
+/// The most topics with a retained message.
+pub(super) const MAX_TOPICS: usize = 100_000;
+/// The most bytes of topics and payloads that are retained.
+const MAX_BYTES: usize = 64 << 20;
+/// The fraction of both that one user may fill (one divided by it), so that it keeps no other user's messages out.
 pub(super) const PER_USER_FRACTION: usize = 20;
-/// So many topics are looked at in one search, lest others wait.
+/// The most topics that one search compares, so that it does not delay others.
 const SCAN_LIMIT: u64 = 2_000;
-/// Beyond so many changes that could not be written, everything is to be written again.
-const CHANGES: usize = 200_000;
+/// The most changes that wait for the disk; beyond them everything is written again.
+const MAX_CHANGES: usize = 200_000;
 
 /// What is retained on a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -209,7 +209,7 @@ impl Retained {
             return;
         }
         note(&mut self.changes);
-        if self.changes.topics.len() + self.changes.clients.len() > CHANGES {
+        if self.changes.topics.len() + self.changes.clients.len() > MAX_CHANGES {
             self.changes = Changes { needs_full_write: true, ..Changes::default() };
         }
     }
@@ -255,7 +255,7 @@ impl Retained {
 impl Size {
     /// Whether another topic with so many bytes fits that part of everything.
     fn has_room(self, bytes: usize, part: usize) -> bool {
-        self.topics < TOPICS / part && self.bytes + bytes <= BYTES / part
+        self.topics < MAX_TOPICS / part && self.bytes + bytes <= MAX_BYTES / part
     }
 
     fn add(&mut self, bytes: usize) {
@@ -330,14 +330,14 @@ mod tests {
     #[test]
     fn what_is_beyond_the_bounds_is_refused_and_what_is_there_may_still_change() {
         let mut retained = Retained::default();
-        for n in 0..TOPICS {
+        for n in 0..MAX_TOPICS {
             retained.store(&message(&n.to_string(), "1"), None).unwrap();
         }
         assert_eq!(retained.store(&message("one more", "1"), None), Err(Full));
         retained.store(&message("7", "2"), None).unwrap();
         retained.store(&message("8", ""), None).unwrap();
         retained.store(&message("one more", "1"), None).unwrap();
-        let large = "x".repeat(BYTES);
+        let large = "x".repeat(MAX_BYTES);
         assert_eq!(retained.store(&message("7", &large), None), Err(Full));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
     }
@@ -345,8 +345,8 @@ mod tests {
     #[test]
     fn a_user_that_keeps_all_it_can_keeps_nobody_else_out() {
         let mut retained = Retained::default();
-        let kept = (0..TOPICS).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
-        assert_eq!(kept.count(), TOPICS / PER_USER_FRACTION);
+        let kept = (0..MAX_TOPICS).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
+        assert_eq!(kept.count(), MAX_TOPICS / PER_USER_FRACTION);
         retained.store(&message("gw2/status", "1"), Some("gw2")).unwrap();
         retained.store(&message("gw1/0", "2"), Some("gw1")).unwrap();
         retained.store(&message("gw1/1", ""), Some("gw1")).unwrap();
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(Full));
         retained.store(&message("gw1/2", "1"), Some("b1")).unwrap();
         retained.store(&message("gw1/one more", "1"), Some("gw1")).unwrap();
-        let large = "x".repeat(BYTES / PER_USER_FRACTION);
+        let large = "x".repeat(MAX_BYTES / PER_USER_FRACTION);
         assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(Full));
         assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_bounded() {
         let mut retained = Retained::default();
-        for n in 0..=CHANGES {
+        for n in 0..=MAX_CHANGES {
             retained.store(&message(&n.to_string(), "1"), None).unwrap_or_default();
             retained.store(&message(&n.to_string(), ""), None).unwrap();
         }

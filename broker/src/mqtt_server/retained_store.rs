@@ -150,7 +150,7 @@ mod tests {
     use wgkex_common::storage::sqlite;
 
     use super::*;
-    use crate::mqtt_server::retained::{PER_USER_FRACTION, TOPICS};
+    use crate::mqtt_server::retained::{MAX_TOPICS, PER_USER_FRACTION};
 
     fn message(topic: &str, payload: &str) -> Message {
         Message { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
@@ -194,7 +194,7 @@ mod tests {
     fn who_has_all_of_a_users_part_has_it_after_a_restart_too() {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
-        for n in 0..TOPICS / PER_USER_FRACTION {
+        for n in 0..MAX_TOPICS / PER_USER_FRACTION {
             retained.store(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
         retained.set_will("gw1", message("0", "0"));

@@ -14,14 +14,14 @@ use crate::mqtt_server::acl::{Access, Operation};
 use crate::mqtt_server::filter::{is_filter, is_topic};
 use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
-use crate::mqtt_server::subscriptions::{LEVELS, Subscriptions};
+use crate::mqtt_server::subscriptions::{MAX_LEVELS, Subscriptions};
 
-/// So many messages are in flight to a client at most; the next one waits for an acknowledgement.
-const INFLIGHT: usize = 100;
+/// The most messages in flight to a client; the next one waits for an acknowledgement.
+const MAX_IN_FLIGHT: usize = 100;
 /// The same for this broker's own connections, which must not be behind.
-const INFLIGHT_OWN: usize = 10_000;
-/// So many subscriptions a client has at most, and so many topics a packet names.
-const FILTERS: usize = 1_000;
+const MAX_IN_FLIGHT_OWN: usize = 10_000;
+/// The most subscriptions of a client, and the most topics in a packet.
+const MAX_FILTERS: usize = 1_000;
 /// The longest filter, in bytes.
 const FILTER_MAX: usize = 1_000;
 
@@ -83,7 +83,7 @@ impl Session {
             subscriptions: Subscriptions::default(),
             backlog: VecDeque::new(),
             inflight: BTreeSet::new(),
-            max_inflight: if is_own { INFLIGHT_OWN } else { INFLIGHT },
+            max_inflight: if is_own { MAX_IN_FLIGHT_OWN } else { MAX_IN_FLIGHT },
             last_pkid: 0,
             exactly_once: BTreeSet::new(),
             was_denied: false,
@@ -116,8 +116,8 @@ impl Session {
                 self.inflight.remove(&pkid);
                 Ok(Vec::new())
             }
-            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > FILTERS => Err(TOO_MANY),
-            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > FILTERS => Err(TOO_MANY),
+            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > MAX_FILTERS => Err(TOO_MANY),
+            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > MAX_FILTERS => Err(TOO_MANY),
             Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, output)),
             Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
                 for topic in &topics {
@@ -170,8 +170,8 @@ impl Session {
         let mut granted = Vec::new();
         for filter in subscribe.filters {
             let (path, qos) = (filter.path, lower(filter.qos, QoS::AtLeastOnce));
-            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS).is_none();
-            let has_place = self.subscriptions.len() < FILTERS || self.subscriptions.contains(&path);
+            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(MAX_LEVELS).is_none();
+            let has_place = self.subscriptions.len() < MAX_FILTERS || self.subscriptions.contains(&path);
             if is_sound && !self.access.can_subscribe(&path) {
                 actions.push(self.deny(Operation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);

@@ -3,8 +3,8 @@
 
 use rumqttc::QoS;
 
-/// A filter with more levels than this is refused.
-pub const LEVELS: usize = 64;
+/// The most levels of a filter.
+pub const MAX_LEVELS: usize = 64;
 
 /// A client's filters, each with the quality of service that was granted.
 #[derive(Debug, Default)]

@@ -1,4 +1,4 @@
-//! The users that may log in, and as which client each of their connections is known.
+//! The users that may log in, and the client names of their connections.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,7 +51,7 @@ pub struct Users {
 struct Passwords {
     queue: Mutex<LoginQueue<Check>>,
     guesses: Mutex<Guesses>,
-    /// What a password that was right is remembered by, so that only strangers wait for the slow way.
+    /// The key of the tags by which right passwords are remembered, so that only strangers wait for the slow hash.
     tags: hmac::Key,
 }
 
@@ -88,7 +88,7 @@ pub enum Denied {
     Wrong,
     /// It was wrong too often to look at another one now.
     TooOften,
-    /// Too many others wait until somebody looks at theirs.
+    /// Too many other passwords wait to be verified.
     Crowded,
 }
 
@@ -194,7 +194,7 @@ impl Users {
         tag.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
-    /// The user whose password is verified in place of that of one who does not exist: always the same for a name.
+    /// The user whose hash is used for the name of a user that does not exist: always the same for a name.
     fn stand_in(&self, number: u64) -> Option<&Arc<UserEntry>> {
         let place = number.checked_rem(self.known.len() as u64)?;
         self.known.values().nth(usize::try_from(place).ok()?)
@@ -215,7 +215,7 @@ impl Users {
         if let Some(goes) = goes {
             goes.answer(Err(Denied::Crowded));
         }
-        // If it is full, it is said already.
+        // If the channel is full, the thread is about to wake.
         let _ = self.wake.try_send(());
         answered.await.unwrap_or(Err(Denied::Crowded))
     }
@@ -237,7 +237,7 @@ impl Passwords {
         }
     }
 
-    /// The next one to verify. What is known by now of the password, the user or the client answers others who wait.
+    /// The next password to verify. Logins that need no verification by now are answered.
     fn next(&self) -> Option<Check> {
         let (now, mut queue) = (Instant::now(), self.queue.lock());
         for (check, verdict) in queue.settle(|check| self.verdict(check, now)) {
@@ -246,7 +246,7 @@ impl Passwords {
         queue.next()
     }
 
-    /// What the answer is if the password need not be verified.
+    /// The answer, if the password need not be verified.
     fn verdict(&self, check: &Check, now: Instant) -> Option<Result<bool, Denied>> {
         let Check { known, password, client, number, answer } = check;
         if answer.is_closed() {

@@ -121,11 +121,11 @@ fn acknowledgements_make_room_in_any_order() {
     while session.room() > 0 {
         identifiers.extend(delivered(&mut session, message("a", QoS::AtLeastOnce)).iter().map(|publish| publish.pkid));
     }
-    assert_eq!(identifiers.iter().collect::<BTreeSet<_>>().len(), INFLIGHT);
+    assert_eq!(identifiers.iter().collect::<BTreeSet<_>>().len(), MAX_IN_FLIGHT);
     for pkid in identifiers.into_iter().rev().chain([9999]) {
         let _ = take(&mut session, Packet::PubAck(PubAck { pkid }));
     }
-    assert_eq!(session.room(), INFLIGHT);
+    assert_eq!(session.room(), MAX_IN_FLIGHT);
 }
 
 #[test]
@@ -157,26 +157,26 @@ fn each_subscription_brings_what_is_kept_again_and_only_once_at_a_time() {
 #[test]
 fn subscriptions_are_bounded() {
     let mut session = session();
-    for n in 0..FILTERS + 10 {
+    for n in 0..MAX_FILTERS + 10 {
         let _ = take(&mut session, subscribe(&[(n.to_string().as_str(), QoS::AtMostOnce)]));
     }
     let (_, answers) = take(&mut session, subscribe(&[("one more", QoS::AtMostOnce), ("1", QoS::AtMostOnce)]));
     let codes = vec![SubscribeReasonCode::Failure, SubscribeReasonCode::Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
-    assert_eq!((session.subscriptions.len(), session.backlog.len()), (FILTERS, FILTERS));
-    let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(LEVELS), QoS::AtMostOnce)]));
+    assert_eq!((session.subscriptions.len(), session.backlog.len()), (MAX_FILTERS, MAX_FILTERS));
+    let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(MAX_LEVELS), QoS::AtMostOnce)]));
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, vec![SubscribeReasonCode::Failure]))]);
 }
 
 #[test]
 fn a_packet_names_only_so_many_topics() {
-    let topics: Vec<_> = (0..=FILTERS).map(|n| n.to_string()).collect();
+    let topics: Vec<_> = (0..=MAX_FILTERS).map(|n| n.to_string()).collect();
     let filters = topics.iter().map(|topic| SubscribeFilter::new(topic.clone(), QoS::AtMostOnce));
     let many = Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) });
     assert!(session().take(many, &mut BytesMut::new()).is_err());
     let unsubscribe = |count| Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: topics[..count].to_vec() });
-    assert!(session().take(unsubscribe(FILTERS + 1), &mut BytesMut::new()).is_err());
-    assert!(session().take(unsubscribe(FILTERS), &mut BytesMut::new()).is_ok());
+    assert!(session().take(unsubscribe(MAX_FILTERS + 1), &mut BytesMut::new()).is_err());
+    assert!(session().take(unsubscribe(MAX_FILTERS), &mut BytesMut::new()).is_ok());
 }
 
 #[test]
