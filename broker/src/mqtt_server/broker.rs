@@ -60,7 +60,7 @@ pub struct ClientSlot {
 }
 
 impl MessageBroker {
-    /// For so many connections, with these retained messages.
+    /// A broker for so many connections, with these retained messages.
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
         let shared = Mutex::new(Shared { writer, retained, warned: LogThrottle::default() });
@@ -101,8 +101,8 @@ impl MessageBroker {
         Ok(reader)
     }
 
-    /// Gives `client` its slot, if fewer than `room` are taken. If it has one already, that connection is asked to end and
-    /// awaited; and if its user has all that it may have, the one from which nothing came for longest.
+    /// Gives `client` a slot, if fewer than `room` are taken. If it has one already, that connection is asked to end, and
+    /// awaited; if its user has all slots of its account, the connection of that user that has been silent for longest.
     pub async fn register(&self, client: &str, account: &Account, room: usize) -> Option<ClientSlot> {
         loop {
             let mut gone = {

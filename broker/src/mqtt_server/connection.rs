@@ -1,4 +1,4 @@
-//! One client that was let in: packets between its socket and its [`Session`], until one of both ends it.
+//! The connection of one admitted client: packets between its socket and its [`Session`], until either ends it.
 
 use std::io;
 use std::sync::Arc;
@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use rumqttc::{Packet, mqttbytes};
+use strum::{IntoStaticStr, VariantNames};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::task::yield_now;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
@@ -48,43 +49,35 @@ pub enum End {
     Lost(&'static str),
 }
 
-/// Why nothing is read from a client for a while.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why nothing is read from a client for a while; the names are the labels of metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum Slowed {
-    /// Its user takes more than it may.
+    /// Its user exceeds its rate.
     Rate,
-    /// Its user has too many packets that are not whole.
+    /// Its user has too many bytes of incomplete packets.
     Unfinished,
     /// This broker's own connections are behind.
     Behind,
 }
 
 impl Slowed {
-    /// Every reason.
-    pub const ALL: [Self; 3] = [Self::Rate, Self::Unfinished, Self::Behind];
-
-    /// The word that metrics have for it.
-    #[must_use]
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Rate => "rate",
-            Self::Unfinished => "unfinished",
-            Self::Behind => "behind",
-        }
+    fn reason(self) -> &'static str {
+        self.into()
     }
 }
 
 /// What happens to a connection.
-enum Event {
+enum ConnectionEvent {
     /// Another connection takes over its slot.
     TakenOver,
-    /// A second has passed, at this moment; and whether something was to be written.
-    Tick(Instant, bool),
-    /// It was slowed down for long enough.
+    /// It is time to check the time limits.
+    Tick { now: Instant, has_output: bool },
+    /// Its pause is over.
     Resumed,
-    /// A message came that the client subscribed to.
+    /// A message was published that the client may have subscribed to.
     Published(Result<Bytes, Lagged>),
-    /// So many bytes have come.
+    /// So many bytes were read.
     Read(io::Result<usize>),
     /// Some bytes were written.
     Written(io::Result<()>),
@@ -163,7 +156,7 @@ impl Connection {
     }
 
     /// Waits for one thing to happen. What is to be sent is written last: together. Only if that is much it comes first.
-    async fn next(&mut self, slot: &ClientSlot, tick: &mut Interval) -> Event {
+    async fn next(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
         let can_deliver = self.has_output_room() && self.session.backlog().is_none() && self.session.room() > 0;
         // What this broker sends itself is little; it must not wait until it reads.
         let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
@@ -177,55 +170,57 @@ impl Connection {
         if is_much {
             return tokio::select! {
                 biased;
-                () = slot.takeover() => Event::TakenOver,
-                now = tick.tick() => Event::Tick(now, has_output),
-                () = resumes => Event::Resumed,
-                written = writes => Event::Written(written),
-                message = publishes, if can_deliver => Event::Published(message),
-                read = reads, if can_read => Event::Read(read),
+                () = slot.takeover() => ConnectionEvent::TakenOver,
+                now = tick.tick() => ConnectionEvent::Tick { now, has_output },
+                () = resumes => ConnectionEvent::Resumed,
+                written = writes => ConnectionEvent::Written(written),
+                message = publishes, if can_deliver => ConnectionEvent::Published(message),
+                read = reads, if can_read => ConnectionEvent::Read(read),
             };
         }
         tokio::select! {
             biased;
-            () = slot.takeover() => Event::TakenOver,
-            now = tick.tick() => Event::Tick(now, has_output),
-            () = resumes => Event::Resumed,
-            message = publishes, if can_deliver => Event::Published(message),
-            read = reads, if can_read => Event::Read(read),
-            written = writes, if has_output => Event::Written(written),
-            () = yield_now(), if self.has_more => Event::Backlog,
+            () = slot.takeover() => ConnectionEvent::TakenOver,
+            now = tick.tick() => ConnectionEvent::Tick { now, has_output },
+            () = resumes => ConnectionEvent::Resumed,
+            message = publishes, if can_deliver => ConnectionEvent::Published(message),
+            read = reads, if can_read => ConnectionEvent::Read(read),
+            written = writes, if has_output => ConnectionEvent::Written(written),
+            () = yield_now(), if self.has_more => ConnectionEvent::Backlog,
         }
     }
 
-    fn handle(&mut self, event: Event, slot: &ClientSlot) -> Result<(), End> {
+    fn handle(&mut self, event: ConnectionEvent, slot: &ClientSlot) -> Result<(), End> {
         match event {
-            Event::TakenOver => return Err(End::Lost("taken over")),
-            Event::Tick(now, has_output) => {
+            ConnectionEvent::TakenOver => return Err(End::Lost("taken over")),
+            ConnectionEvent::Tick { now, has_output } => {
                 if !has_output {
                     self.last_write = now;
                 }
                 self.timed_out(now).map_or(Ok(()), Err)?;
             }
-            Event::Resumed => {
+            ConnectionEvent::Resumed => {
                 self.paused = None;
                 // It may have sent something meanwhile.
                 self.last_read = Instant::now();
             }
-            Event::Published(Ok(message)) => {
+            ConnectionEvent::Published(Ok(message)) => {
                 if let Some(message) = Message::decode(&message) {
                     self.session.deliver(message, &mut self.output);
                 }
             }
             // When it reconnects it gets the retained messages, and asks for the others.
-            Event::Published(Err(Lagged)) => return Err(End::Lost("too slow")),
-            Event::Read(Ok(0)) => return Err(End::Lost("closed")),
-            Event::Read(Ok(_)) => {
+            ConnectionEvent::Published(Err(Lagged)) => return Err(End::Lost("too slow")),
+            ConnectionEvent::Read(Ok(0)) => return Err(End::Lost("closed")),
+            ConnectionEvent::Read(Ok(_)) => {
                 slot.touch();
                 self.last_read = Instant::now();
             }
-            Event::Written(Ok(())) => self.last_write = Instant::now(),
-            Event::Read(Err(_)) | Event::Written(Err(_)) => return Err(End::Lost("connection lost")),
-            Event::Backlog => {}
+            ConnectionEvent::Written(Ok(())) => self.last_write = Instant::now(),
+            ConnectionEvent::Read(Err(_)) | ConnectionEvent::Written(Err(_)) => {
+                return Err(End::Lost("connection lost"));
+            }
+            ConnectionEvent::Backlog => {}
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use rumqttc::{ConnAck, Connect, ConnectReturnCode, Packet, mqttbytes};
+use strum::{IntoStaticStr, VariantNames};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -62,12 +63,14 @@ pub struct AdmittedClient {
     pub keep_alive: Option<Duration>,
 }
 
-/// Why a client is not admitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a client is not admitted; the names are the labels of metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
 pub enum Refusal {
     /// It does not speak MQTT, or TLS where that is needed.
     Protocol,
     /// It did not send its CONNECT in time.
+    #[strum(serialize = "slow")]
     Silent,
     /// It speaks another version of MQTT.
     Version,
@@ -82,39 +85,18 @@ pub enum Refusal {
     /// There is no room for it.
     Full,
     /// Its password was not verified in time.
+    #[strum(serialize = "slow")]
     Busy,
     /// Another connection took its permit before it was admitted.
+    #[strum(serialize = "full")]
     Evicted,
 }
 
 impl Refusal {
-    /// Every one of them.
-    pub const ALL: [Self; 10] = [
-        Self::Protocol,
-        Self::Silent,
-        Self::Version,
-        Self::ClientId,
-        Self::Password,
-        Self::Guesses,
-        Self::Will,
-        Self::Full,
-        Self::Busy,
-        Self::Evicted,
-    ];
-
-    /// The word that metrics have for it.
+    /// The label of metrics.
     #[must_use]
     pub fn reason(self) -> &'static str {
-        match self {
-            Self::Protocol => "protocol",
-            Self::Silent | Self::Busy => "slow",
-            Self::Version => "version",
-            Self::ClientId => "client_id",
-            Self::Password => "password",
-            Self::Guesses => "guesses",
-            Self::Will => "will",
-            Self::Full | Self::Evicted => "full",
-        }
+        self.into()
     }
 
     /// The code of the CONNACK; none where no CONNECT was read.

@@ -1,6 +1,7 @@
 //! The metrics of the embedded MQTT server.
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
+use strum::VariantNames as _;
 
 use crate::metrics::Registry;
 use crate::mqtt_server::acl::Operation;
@@ -33,13 +34,13 @@ impl Metrics {
                 "wgkex_broker_mqtt_refused_total",
                 "Connections that the embedded MQTT server did not let in",
                 "reason",
-                Refusal::ALL.map(Refusal::reason),
+                Refusal::VARIANTS.iter().copied(),
             )?,
             slowed: registry.counters_of(
                 "wgkex_broker_mqtt_slowed_total",
                 "Times that the embedded MQTT server read nothing from a client for a while",
                 "reason",
-                Slowed::ALL.map(Slowed::reason),
+                Slowed::VARIANTS.iter().copied(),
             )?,
             denied: registry.counters_of(
                 "wgkex_broker_mqtt_forbidden_total",
@@ -54,5 +55,24 @@ impl Metrics {
                 "Messages that the embedded MQTT server had no room to keep",
             )?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_is_there_from_the_start() {
+        let registry = Registry::default();
+        Metrics::register(&registry).unwrap();
+        let reasons = ["protocol", "slow", "version", "client_id", "password", "guesses", "will", "full"];
+        let refused = reasons.map(|reason| format!("wgkex_broker_mqtt_refused_total{{reason=\"{reason}\"}} 0"));
+        registry.assert_has(&refused.each_ref().map(String::as_str));
+        registry.assert_has(&[
+            r#"wgkex_broker_mqtt_slowed_total{reason="rate"} 0"#,
+            r#"wgkex_broker_mqtt_slowed_total{reason="unfinished"} 0"#,
+            r#"wgkex_broker_mqtt_slowed_total{reason="behind"} 0"#,
+        ]);
     }
 }

@@ -115,7 +115,7 @@ impl<H> Default for PermitTable<H> {
 }
 
 impl<H> PermitTable<H> {
-    /// Takes in a connection; returns its id, and the handle of the one that is evicted for it.
+    /// Admits a connection; returns its id, and the handle of the one that is evicted for it.
     fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
         let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= MAX_PER_CLIENT);
         let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);

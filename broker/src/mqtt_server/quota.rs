@@ -1,7 +1,7 @@
-//! What one user may take of the server beside others: connections, packets and bytes over time, and memory for packets that
-//! are not whole yet. All connections of a user share it.
+//! The limits of one user: connections, packets and bytes over time, and memory for incomplete packets. All connections of a
+//! user share them.
 //!
-//! Who takes more is slowed down: nothing more is read from it for a while. What it sent stays in its own buffers then,
+//! A user that exceeds its rate is slowed down: nothing is read from it for a while. What it sent stays in its own buffers,
 //! so nothing that was acknowledged is lost.
 
 use std::sync::Arc;
@@ -41,21 +41,32 @@ pub struct Cost {
     pub bytes: u64,
 }
 
-/// What may be taken all the time, and how much more at once.
+/// A rate, and how much more is allowed at once.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
     per_second: u64,
     burst: u64,
 }
 
+/// The rate of a user.
+#[derive(Debug, Clone, Copy)]
+struct RateLimit {
+    work: Pace,
+    bytes: Pace,
+}
+
 /// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are half
 /// of what it may publish at once.
-const WORKER: (Pace, Pace) =
-    (Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET }, Pace { per_second: 512 << 10, burst: 16 << 20 });
+const WORKER: RateLimit = RateLimit {
+    work: Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET },
+    bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
+};
 /// A broker of another machine publishes as many keys as routers ask it for, and sends all live keys to each gateway that
-/// asks. It is trusted with more than this; the bound is for what went wrong.
-const BROKER: (Pace, Pace) =
-    (Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET }, Pace { per_second: 64 << 20, burst: 256 << 20 });
+/// asks. It is trusted with more than this; the limit is for programs that fail.
+const BROKER: RateLimit = RateLimit {
+    work: Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET },
+    bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
+};
 
 /// What all connections of a user share, or those of everybody where there are no users.
 #[derive(Debug, Clone)]
@@ -78,23 +89,23 @@ pub enum Offence {
     Will,
     /// It publishes or subscribes to what it may not.
     Forbidden,
-    /// It takes more than it may.
+    /// It exceeds its rate.
     Excess,
 }
 
 impl Account {
-    /// That of a user; so many `users` share `max_clients`.
+    /// The account of a user; the `users` of the config share `max_clients`.
     pub fn of(role: Role, users: usize, max_clients: usize) -> Self {
         let max_clients = (max_clients / users.max(1)).clamp(MIN_CLIENTS, MAX_CLIENTS);
         Self { max_clients, ..Self::with(Some(rate(role)), MAX_UNFINISHED) }
     }
 
-    /// Everybody's, where there are no users.
+    /// The account of everybody, where there are no users.
     pub fn of_anyone() -> Self {
         Self::with(Some(rate(Role::Broker)), MAX_UNFINISHED_OF_ALL)
     }
 
-    /// This broker's own.
+    /// The account of this broker itself.
     pub fn own() -> Self {
         Self { is_own: true, ..Self::with(None, usize::MAX) }
     }
@@ -104,36 +115,36 @@ impl Account {
         Self { max_clients: usize::MAX, is_own: false, rate: rate.map(Arc::new), unfinished, warned: Arc::default() }
     }
 
-    /// The same with a rate of its own, for one of many programs that are not told apart.
+    /// The same account with a rate of its own, for one of many programs without users.
     pub fn with_new_rate(&self) -> Self {
         Self { rate: Some(Arc::new(rate(Role::Broker))), ..self.clone() }
     }
 
-    /// Takes `cost`; returns how long to wait until more may be taken.
+    /// Charges `cost`; returns how long the user has to wait.
     pub fn charge(&self, cost: Cost, now: Instant) -> Duration {
         self.rate.as_ref().map_or(Duration::ZERO, |rate| rate.charge(cost, now))
     }
 
-    /// Memory for a packet of so many bytes that is not whole yet, until it is dropped; none if too much is taken.
+    /// Reserves memory for an incomplete packet of so many bytes, until it is dropped; none if there is too little.
     pub fn hold(&self, bytes: usize) -> Option<Held> {
         self.unfinished.take(bytes)
     }
 
-    /// Whether this is to be logged, as it was not for a while.
+    /// Whether the offence is to be logged, as it was not for a while.
     pub fn may_warn(&self, offence: Offence) -> bool {
         self.warned[offence as usize].is_due(WARNING_INTERVAL)
     }
 }
 
 fn rate(role: Role) -> Rate {
-    let (work, bytes) = match role {
+    let RateLimit { work, bytes } = match role {
         Role::Worker => WORKER,
         Role::Broker => BROKER,
     };
     Rate { began: Instant::now(), work: Meter::new(work), bytes: Meter::new(bytes) }
 }
 
-/// What was taken over time.
+/// The rate of a user, and what was charged.
 #[derive(Debug)]
 struct Rate {
     began: Instant,
@@ -148,10 +159,10 @@ impl Rate {
     }
 }
 
-/// One kind of what is taken, in nanoseconds of the pace at which it may be: no lock, many connections count here.
+/// A meter of one kind of cost, in nanoseconds of its pace. It has no lock, as many connections charge here.
 #[derive(Debug)]
 struct Meter {
-    /// When all that was taken is paid.
+    /// When all that was charged is paid.
     paid: AtomicU64,
     price: u64,
     burst: u64,
@@ -196,12 +207,12 @@ impl Drop for Held {
     }
 }
 
-/// Lets something be logged once in a while, however often it happens.
+/// Limits how often something is logged.
 #[derive(Debug, Default)]
 pub struct LogThrottle(Mutex<Option<Instant>>);
 
 impl LogThrottle {
-    /// Whether it was not due for `pause`.
+    /// Whether it was not due in the last `pause`.
     pub fn is_due(&self, pause: Duration) -> bool {
         let mut last = self.0.lock();
         let is_due = last.is_none_or(|last| last.elapsed() >= pause);
