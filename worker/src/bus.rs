@@ -4,5 +4,8 @@
 //! The sessions run in tasks of their own and hand each message to [`subscriber`], which waits for nothing. The task of
 //! [`publisher`] owns what was published on this connection.
 
+mod metrics;
 pub mod publisher;
 pub mod subscriber;
+
+pub use self::metrics::Metrics;

@@ -1,4 +1,7 @@
-//! `/metrics` and `/healthz` for those who watch over a gateway.
+//! `/metrics` and `/healthz`, for those who monitor a gateway.
+//!
+//! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes here: each
+//! room registers its metrics in the [`Registry`] that is read here.
 
 use std::future::pending;
 use std::io;
@@ -14,17 +17,16 @@ use tracing::{error, info};
 use wgkex_common::config::Listen;
 use wgkex_common::http::connections::{Connections, prepare};
 use wgkex_common::http::{Server, Settings, readable};
-
-use crate::metrics::Metrics;
+use wgkex_common::runtime::metrics::Registry;
 
 /// How long to wait for a port that is taken.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// Serves for ever. A port that is taken is said once and tried again: keys matter more than metrics.
-pub async fn serve(listen: Listen, metrics: Metrics) {
+pub async fn serve(listen: Listen, registry: Registry) {
     let mut said = false;
     loop {
-        match bind(&listen, &metrics) {
+        match bind(&listen, &registry) {
             Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
                 said = false;
@@ -43,20 +45,20 @@ pub async fn serve(listen: Listen, metrics: Metrics) {
 }
 
 /// A server on each address of the host that can be had.
-fn bind(listen: &Listen, metrics: &Metrics) -> io::Result<Vec<Server>> {
+fn bind(listen: &Listen, registry: &Registry) -> io::Result<Vec<Server>> {
     let addresses = (listen.host.as_str(), listen.port).to_socket_addrs()?;
     let (listeners, failed): (Vec<_>, Vec<_>) = addresses.map(TcpListener::bind).partition(Result::is_ok);
     match failed.into_iter().find_map(Result::err) {
         Some(error) if listeners.is_empty() => Err(error),
-        _ => listeners.into_iter().flatten().map(|listener| server(prepare(listener)?, metrics.clone())).collect(),
+        _ => listeners.into_iter().flatten().map(|listener| server(prepare(listener)?, registry.clone())).collect(),
     }
 }
 
-fn server(listener: TcpListener, metrics: Metrics) -> io::Result<Server> {
+fn server(listener: TcpListener, registry: Registry) -> io::Result<Server> {
     let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
     wgkex_common::http::server(listener, settings, &Connections::few(), move || {
         App::new()
-            .app_data(Data::new(metrics.clone()))
+            .app_data(Data::new(registry.clone()))
             .service(readable("/metrics", text))
             .service(readable("/healthz", healthz))
     })
@@ -66,8 +68,8 @@ async fn healthz() -> HttpResponse {
     HttpResponse::Ok().body("ok\n")
 }
 
-async fn text(metrics: Data<Metrics>) -> HttpResponse {
-    match metrics.text() {
+async fn text(registry: Data<Registry>) -> HttpResponse {
+    match registry.text() {
         Ok(text) => HttpResponse::Ok().insert_header(ContentType::plaintext()).body(text),
         Err(error) => HttpResponse::InternalServerError().body(error.to_string()),
     }

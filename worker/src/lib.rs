@@ -5,7 +5,7 @@
 
 mod bus;
 mod http;
-pub mod metrics;
+mod lists;
 pub mod peers;
 pub mod plan;
 pub mod profiles;
@@ -14,6 +14,7 @@ pub mod setup;
 #[cfg(test)]
 mod testing;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,11 +22,11 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
-use wgkex_common::access_lists::service::{self, ListService, ListUpdate};
-use wgkex_common::access_lists::{List, Verdict};
+use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
@@ -37,7 +38,6 @@ use crate::bus::publisher::Publisher;
 use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
-use crate::metrics::Metrics;
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Handle, Reconciler, Reports, Start};
@@ -61,13 +61,21 @@ struct Worker {
     confirmations: MqttHandle,
 }
 
+/// Each room's metrics.
+struct Metrics {
+    registry: Registry,
+    bus: bus::Metrics,
+    lists: lists::Metrics,
+    reconciler: reconciler::Metrics,
+}
+
 /// Serves the configured domains with `kernel` until `stop` returns, then publishes that it goes. The error names a task
 /// that ended by itself, or says why the worker cannot start.
 ///
 /// The services are stopped in the reverse order of their start: the farewell needs the sessions, and what the reconciler
 /// changed last has to reach the disk.
 pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let metrics = Metrics::new(&config.domains).context("metrics")?;
+    let metrics = Metrics::register(&config.domains).context("metrics")?;
     let (list_service, lists) = ListService::open(&config, Participant::Worker((&config.name).into()))?;
     let (store, buffer, remembered) =
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
@@ -82,7 +90,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
         remembered,
         reserved: reserved.subscribe(),
         gate: lists.gate(),
-        metrics: metrics.clone(),
+        metrics: metrics.reconciler.clone(),
     });
     // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
     // down.
@@ -107,8 +115,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 
 impl Worker {
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
-        let state_kept = self.metrics.state_kept.clone();
-        let apply_lists = apply_lists(self.reconciler.clone(), self.metrics.clone());
+        let state_kept = self.metrics.reconciler.state_kept.clone();
+        let apply_lists = lists::apply(self.reconciler.clone(), self.metrics.lists.clone());
         services
             .group(LAST, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
@@ -128,13 +136,14 @@ impl Worker {
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
         let handles = (bus.clone(), confirmations.clone());
-        let publisher = Publisher::new(config, handles, reconciler.state(), reports, presence_events, metrics.clone());
+        let publisher =
+            Publisher::new(config, handles, reconciler.state(), reports, presence_events, metrics.bus.clone());
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
         let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
         let on_event =
-            subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
+            subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
         let on_confirming_event =
-            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.clone());
+            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.bus.clone());
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -147,8 +156,26 @@ impl Worker {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), metrics.clone()));
+            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), metrics.registry.clone()));
         services.group(2 * FAREWELL, None).spawn("the publisher", |stop| publish(publisher, stop));
+    }
+}
+
+impl Metrics {
+    fn register(domains: &BTreeSet<Domain>) -> Result<Self, prometheus::Error> {
+        let registry = Registry::default();
+        let version = registry.gauges(
+            "wgkex_worker_build_info",
+            "Always 1; the label says which program this is.",
+            &["version"],
+        )?;
+        version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(Self {
+            bus: bus::Metrics::register(&registry)?,
+            lists: lists::Metrics::register(&registry)?,
+            reconciler: reconciler::Metrics::register(&registry, domains)?,
+            registry,
+        })
     }
 }
 
@@ -179,17 +206,6 @@ fn policy(config: &Config) -> Policy {
     let report = wgkex_common::address::claim::handshake_report_interval(config.live_keys.ttl, stale);
     let forget = config.forget_idle_after;
     Policy { stale, grace, interval, report, unestablished, forget, peers, ..Policy::default() }
-}
-
-/// Applies changed lists, and has keys removed that were denied just now.
-fn apply_lists(reconciler: Handle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
-    move |update| {
-        metrics.set_lists(&update);
-        let is_denied = |key| update.admission.verdict("", key) == Verdict::Denied;
-        let denied = update.records.iter().filter(|record| record.entry.list == List::Deny);
-        let denied = denied.filter(|record| record.present && is_denied(&record.entry.key));
-        reconciler.admit(update.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
-    }
 }
 
 /// Passes the live keys of a chunk to the reconciler, which installs those that are missing.

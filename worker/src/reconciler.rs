@@ -10,6 +10,7 @@
 mod domain;
 mod driver;
 mod handle;
+mod metrics;
 pub mod reports;
 pub mod schedule;
 mod task;
@@ -23,6 +24,7 @@ use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Age;
 
 pub use self::handle::Handle;
+pub use self::metrics::Metrics;
 pub use self::reports::{DomainState, Reports, State};
 pub use self::task::{Reconciler, Start};
 use crate::peers::Clocks;

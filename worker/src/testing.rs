@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use ipnet::IpNet;
+use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::{Interface, PeerConfig, PresharedKey};
 
@@ -67,6 +68,14 @@ impl Profile for Leases {
 
     fn is_left_over(&self, _: &IpNet) -> bool {
         false
+    }
+}
+
+/// Fails unless each of these lines is in the text.
+pub fn assert_has(registry: &Registry, lines: &[&str]) {
+    let text = String::from_utf8(registry.text().unwrap()).unwrap();
+    for line in lines {
+        assert!(text.lines().any(|found| found == *line), "{line} is missing in\n{text}");
     }
 }
 

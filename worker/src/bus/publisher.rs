@@ -12,7 +12,7 @@ use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerData};
 use wgkex_common::{Config, Domain, Topic, WorkerName};
 
-use crate::metrics::Metrics;
+use crate::bus::Metrics;
 use crate::reconciler::{DomainState, Reports, State};
 
 /// Publishes what the reconciler reports of the kernel.
@@ -222,7 +222,7 @@ impl Publisher {
     fn publish_applied(&self, applied: &Applied) {
         let up = *self.confirmations.connection_state().borrow() == ConnectionState::Up;
         if !up || !self.try_report(Topic::Applied { worker: self.worker.clone() }, applied) {
-            self.metrics.confirmations_dropped.inc();
+            self.reports.dropped.inc();
         }
     }
 
@@ -234,7 +234,7 @@ impl Publisher {
     /// Best effort: the caller reports "no answer" if this is lost.
     fn publish_revoked(&self, revoked: &Revoked) {
         if !self.try_report(Topic::Revoked { worker: self.worker.clone() }, revoked) {
-            self.metrics.confirmations_dropped.inc();
+            self.reports.dropped.inc();
         }
     }
 
@@ -267,13 +267,13 @@ impl Publisher {
     fn publish_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, announcement: Announcement) {
         match serde_json::to_vec(payload) {
             Ok(payload) => self.publish(announcement.of(Message::retained(topic, payload))),
-            Err(_) => self.metrics.mqtt_publish_failures.inc(),
+            Err(_) => self.metrics.publish_failures.inc(),
         }
     }
 
     fn publish(&self, message: Message) {
         if !self.bus.try_publish(message) {
-            self.metrics.mqtt_publish_failures.inc();
+            self.metrics.publish_failures.inc();
         }
     }
 

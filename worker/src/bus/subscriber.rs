@@ -14,7 +14,7 @@ use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic, WorkerName};
 
-use crate::metrics::Metrics;
+use crate::bus::Metrics;
 use crate::reconciler::Handle;
 
 /// The session that receives keys and publishes the states of this worker.
@@ -61,9 +61,9 @@ pub fn on_event(
     move |event| match event {
         Event::Up => {
             lists.close_gate();
-            metrics.mqtt_connected.set(1);
+            metrics.connected.set(1);
         }
-        Event::Down => metrics.mqtt_connected.set(0),
+        Event::Down => metrics.connected.set(0),
         Event::Message(publish) => {
             let topic = Topic::parse(&publish.topic);
             let is_state = topic.as_ref().is_some_and(|topic| reporter.report(topic, &publish));

@@ -12,10 +12,9 @@ use tracing::{debug, info, warn};
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Kernel, KernelError};
 
-use super::clock;
 use super::domain::{DomainReconciler, Failure, KeyOutcomes, Recorded, to_report};
 use super::reports::{Report, ReportSender};
-use crate::metrics::Metrics;
+use super::{Metrics, clock};
 use crate::peers::Clocks;
 use crate::plan::{self, Step};
 
@@ -152,7 +151,7 @@ impl<K: Kernel> Driver<'_, K> {
         let removed = self.domain.on_denials(&outcomes);
         if removed > 0 {
             let domain = self.domain.name();
-            self.metrics.peers_revoked.with_label_values(&[domain.name()]).inc_by(removed as u64);
+            self.metrics.peers.denied.with_label_values(&[domain.name()]).inc_by(removed as u64);
             info!(%domain, removed, "peers of keys that may not be here are removed");
         }
         [denials.altered, to_report(outcomes)].concat()
@@ -164,8 +163,8 @@ impl<K: Kernel> Driver<'_, K> {
         self.publish_gone(&outcomes, &RejectReason::Removed);
         let removed = self.domain.on_swept(&sweep, &outcomes, self.now());
         let domain = self.domain.name();
-        self.metrics.sweeps.with_label_values(&[domain.name()]).inc();
-        self.metrics.peers_removed.with_label_values(&[domain.name()]).inc_by(removed as u64);
+        self.metrics.peers.sweeps.with_label_values(&[domain.name()]).inc();
+        self.metrics.peers.stale.with_label_values(&[domain.name()]).inc_by(removed as u64);
         if removed > 0 {
             info!(%domain, removed, "stale peers are removed");
         }
@@ -181,7 +180,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.publish_gone(&outcomes, &RejectReason::Removed);
         let (removed, in_all) = self.domain.on_evicted(&outcomes);
         let domain = self.domain.name();
-        self.metrics.peers_ousted.with_label_values(&[domain.name()]).inc_by(removed as u64);
+        self.metrics.peers.evicted.with_label_values(&[domain.name()]).inc_by(removed as u64);
         if let Some(removed) = in_all {
             info!(%domain, removed, "peers without a handshake make room for others");
         }
@@ -191,7 +190,7 @@ impl<K: Kernel> Driver<'_, K> {
         let steps = self.domain.plan_renewals(device, self.now());
         let outcomes = self.apply(&steps).await;
         let (renewed, dropped) = self.domain.on_renewed(&outcomes, self.now());
-        self.metrics.peers_forgotten.with_label_values(&[self.domain.name().name()]).inc_by(renewed as u64);
+        self.metrics.peers.renewed.with_label_values(&[self.domain.name().name()]).inc_by(renewed as u64);
         self.count_dropped(dropped);
     }
 
@@ -214,7 +213,7 @@ impl<K: Kernel> Driver<'_, K> {
         let outcomes = self.kernel.apply(self.domain.interface(), orphaned).await;
         let domain = self.domain.name();
         let removed = outcomes.iter().filter(|(_, result)| result.is_ok()).count() as u64;
-        self.metrics.orphans_removed.with_label_values(&[domain.name()]).inc_by(removed);
+        self.metrics.peers.orphans.with_label_values(&[domain.name()]).inc_by(removed);
         match outcomes.into_iter().find_map(|(_, result)| result.err()) {
             None => info!(%domain, removed, "routes and flood entries without a peer are removed"),
             Some(error) => warn!(%domain, removed, %error, "routes or flood entries without a peer stay"),

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use wgkex_common::access_lists::Admission;
+use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::Age;
 use wgkex_common::{Domain, PublicKey};
 
-use super::{Snapshot, State};
-use crate::metrics::Metrics;
+use super::{Metrics, Snapshot, State};
 
 /// Keys that wait at most for a batch; a full retained fleet fits.
 const QUEUE: usize = 65_536;
@@ -85,7 +85,7 @@ impl Handle {
             self.metrics.keys_dropped.with_label_values(&["queue"]).inc();
         }
         let length = self.keys.max_capacity() - self.keys.capacity();
-        self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+        set(&self.metrics.queue_length, length);
     }
 
     /// Hands over live keys that this gateway may lack; waits while it has enough to do.

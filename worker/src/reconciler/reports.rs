@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use prometheus::IntCounter;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
+use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::{Applied, Handshakes, Revoked};
 use wgkex_common::{Domain, PublicKey, RejectReason};
-
-use crate::metrics::Metrics;
-use crate::peers::Counts;
 use wgkex_kernel::{Device, KernelError};
+
+use super::Metrics;
+use crate::peers::Counts;
 
 /// Keys in one confirmation at most: about 100 kB of JSON.
 const KEYS_PER_MESSAGE: usize = 2_000;
@@ -65,6 +67,8 @@ pub struct Reports {
     pub seen: mpsc::Receiver<Handshakes>,
     /// What became of keys that were denied.
     pub revoked: mpsc::Receiver<Revoked>,
+    /// How many of these MQTT did not take.
+    pub dropped: IntCounter,
 }
 
 pub(super) struct ReportSender {
@@ -80,7 +84,12 @@ impl ReportSender {
         let (applied, applied_receiver) = mpsc::channel(MESSAGES);
         let (seen, seen_receiver) = mpsc::channel(MESSAGES);
         let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
-        let reports = Reports { applied: applied_receiver, seen: seen_receiver, revoked: revoked_receiver };
+        let reports = Reports {
+            applied: applied_receiver,
+            seen: seen_receiver,
+            revoked: revoked_receiver,
+            dropped: metrics.confirmations_dropped.clone(),
+        };
         (Self { applied, seen, revoked, state, metrics }, reports)
     }
 
@@ -113,12 +122,12 @@ impl ReportSender {
     }
 
     pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: Counts) {
-        self.metrics.set_peers(domain.name(), counts);
+        self.metrics.peers.set_counts(domain, counts);
         self.set_state(domain, DomainState::of(domain, device, counts.connected));
     }
 
     pub fn set_lost(&mut self, domain: &Domain, error: &KernelError) {
-        self.metrics.set_peers(domain.name(), Counts::default());
+        self.metrics.peers.set_counts(domain, Counts::default());
         self.set_state(domain, DomainState::Down { reason: error.to_string() });
     }
 
@@ -143,7 +152,7 @@ impl ReportSender {
     }
 
     pub fn set_queue(&self, length: usize) {
-        self.metrics.queue_length.set(i64::try_from(length).unwrap_or(i64::MAX));
+        set(&self.metrics.queue_length, length);
     }
 }
 

@@ -19,8 +19,7 @@ use super::domain::DomainReconciler;
 use super::driver::Driver;
 use super::handle::{self, Handle, Inbox, PolicyUpdate};
 use super::reports::{ReportSender, Reports};
-use super::{Snapshot, State, clock, clocks};
-use crate::metrics::Metrics;
+use super::{Metrics, Snapshot, State, clock, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::profiles::Profile;
 

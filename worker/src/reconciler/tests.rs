@@ -8,6 +8,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
+use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Applied, Revoked};
 use wgkex_common::{PublicKey, RejectReason, Reserved};
@@ -15,8 +16,7 @@ use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
 
 use super::task::Event;
-use super::{DomainState, Handle, Reconciler, Reports, Snapshot, Start, State, clocks};
-use crate::metrics::Metrics;
+use super::{DomainState, Handle, Metrics, Reconciler, Reports, Snapshot, Start, State, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::plan;
 use crate::profiles::Profile as _;
@@ -251,8 +251,8 @@ async fn a_key_that_came_just_before_a_sweep_survives_it_and_not_the_next() {
     assert!(!gateway.device().peers.contains_key(&key(1)));
     assert_eq!(gateway.confirmed().await.failed, [(key(1), RejectReason::Removed)].into());
     assert_eq!(gateway.device().routes.len() + gateway.device().fdb.len(), 0);
-    assert_eq!(gateway.metrics.sweeps.with_label_values(&["ffmuc_welt"]).get(), 2);
-    assert_eq!(gateway.metrics.peers_removed.with_label_values(&["ffmuc_welt"]).get(), 1);
+    assert_eq!(gateway.metrics.peers.sweeps.with_label_values(&["ffmuc_welt"]).get(), 2);
+    assert_eq!(gateway.metrics.peers.stale.with_label_values(&["ffmuc_welt"]).get(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,7 +296,7 @@ async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
     assert_eq!(gateway.confirmed().await.installed, [first]);
     sleep(2 * MINUTE).await;
     assert!(gateway.stands(first) && !gateway.device().peers.contains_key(&second));
-    assert_eq!(gateway.metrics.peers_ousted.with_label_values(&["ffmuc_welt"]).get(), 1);
+    assert_eq!(gateway.metrics.peers.evicted.with_label_values(&["ffmuc_welt"]).get(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -437,9 +437,9 @@ async fn foreign_peers_count_as_connected_too() {
     gateway.memory.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().allowed_ips.clear());
     gateway.memory.handshake(&domain(), key(1), gateway.now.wall);
     gateway.minute().await;
-    let text = String::from_utf8(gateway.metrics.text().unwrap()).unwrap();
-    for series in [r#"state="connected"} 1"#, r#"state="pending"} 1"#, r#"state="idle"} 0"#] {
-        assert!(text.contains(series), "{series}: {text}");
+    for (state, count) in [("connected", 1), ("pending", 1), ("idle", 0)] {
+        let peers = gateway.metrics.peers.by_state.with_label_values(&["ffmuc_welt", state]);
+        assert_eq!(peers.get(), count, "{state}");
     }
 }
 
@@ -471,7 +471,7 @@ async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_
     }
     assert_eq!(gateway.metrics.keys_installed.with_label_values(&["ffmuc_welt"]).get(), 1_000);
     assert!(gateway.metrics.keys_restored.with_label_values(&["ffmuc_welt"]).get() > 3_000);
-    assert_eq!(gateway.metrics.orphans_removed.with_label_values(&["ffmuc_welt"]).get(), 0);
+    assert_eq!(gateway.metrics.peers.orphans.with_label_values(&["ffmuc_welt"]).get(), 0);
     assert!(gateway.said.applied.try_recv().is_err(), "nobody waits for a word on them");
 }
 
@@ -746,7 +746,7 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
     gateway.handle.admit(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
     let said = gateway.said.revoked.recv().await.unwrap();
     assert_eq!(said, Revoked { at: 7, keys: [(key(1), "removed".into()), (key(50), "absent".into())].into() });
-    assert_eq!(gateway.metrics.peers_revoked.with_label_values(&["ffmuc_welt"]).get(), 2);
+    assert_eq!(gateway.metrics.peers.denied.with_label_values(&["ffmuc_welt"]).get(), 2);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), RejectReason::Denied)).into()));
     gateway.enqueue([1, 20]);
@@ -968,7 +968,7 @@ async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
     sleep(3 * MINUTE).await;
     let device = gateway.device();
     assert_eq!((device.routes, device.fdb), ([host(key(2).link_local())].into(), [key(2).link_local()].into()));
-    assert_eq!(gateway.metrics.orphans_removed.with_label_values(&["ffmuc_welt"]).get(), 2);
+    assert_eq!(gateway.metrics.peers.orphans.with_label_values(&["ffmuc_welt"]).get(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1155,7 +1155,7 @@ fn start_with(memory: MemoryKernel) -> Start<MemoryKernel> {
         remembered: Keys::default(),
         reserved: watch::channel(Reserved::default()).1,
         gate: watch::channel(None).1,
-        metrics: Metrics::new([&domain()]).unwrap(),
+        metrics: Metrics::register(&Registry::default(), &[domain()].into()).unwrap(),
     }
 }
 

@@ -1,0 +1,55 @@
+//! The metrics of MQTT.
+
+use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
+use wgkex_common::runtime::metrics::Registry;
+
+/// Why an MQTT message is ignored: its topic is none of ours, its domain is not served, its payload is no key.
+const IGNORED: [&str; 3] = ["topic", "domain", "payload"];
+
+/// Clones count into the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// MQTT messages that mean nothing to a worker, by reason.
+    pub messages_ignored: IntCounterVec,
+    /// Whether MQTT is connected.
+    pub connected: IntGauge,
+    /// MQTT messages that could not be published.
+    pub publish_failures: IntCounter,
+}
+
+impl Metrics {
+    /// Registers them, each at 0.
+    pub fn register(registry: &Registry) -> Result<Self, Error> {
+        Ok(Self {
+            messages_ignored: registry.counters_of(
+                "wgkex_worker_messages_ignored_total",
+                "MQTT messages without sense.",
+                "reason",
+                IGNORED,
+            )?,
+            connected: registry.gauge("wgkex_worker_mqtt_connected", "1 while MQTT is connected.")?,
+            publish_failures: registry
+                .counter("wgkex_worker_mqtt_publish_failures_total", "Messages that could not be published.")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::assert_has;
+
+    #[test]
+    fn every_series_is_there_at_0_from_the_start() {
+        let registry = Registry::default();
+        Metrics::register(&registry).unwrap();
+        assert_has(
+            &registry,
+            &[
+                r#"wgkex_worker_messages_ignored_total{reason="payload"} 0"#,
+                "wgkex_worker_mqtt_connected 0",
+                "wgkex_worker_mqtt_publish_failures_total 0",
+            ],
+        );
+    }
+}

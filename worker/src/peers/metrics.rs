@@ -1,0 +1,100 @@
+//! The metrics of peers: how many are in which state, and how many are removed and why.
+
+use std::collections::BTreeSet;
+
+use prometheus::{Error, IntCounterVec, IntGaugeVec};
+use wgkex_common::Domain;
+use wgkex_common::runtime::metrics::Registry;
+
+use super::Counts;
+
+/// Clones count into the same ones.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    /// Peers, by domain and state.
+    pub by_state: IntGaugeVec,
+    /// Looks for stale peers, by domain.
+    pub sweeps: IntCounterVec,
+    /// Stale peers removed, by domain.
+    pub stale: IntCounterVec,
+    /// Peers removed because others needed their place or have their address, by domain.
+    pub evicted: IntCounterVec,
+    /// Peers removed because their keys are not admitted, by domain.
+    pub denied: IntCounterVec,
+    /// Idle peers whose endpoint the kernel was made to forget, by domain.
+    pub renewed: IntCounterVec,
+    /// Routes and flood entries without a peer that were removed, by domain.
+    pub orphans: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers them for `domains`. Evicted and renewed peers appear with the first of them, all others at 0.
+    pub fn register(registry: &Registry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
+        let by_domain = |name, help| {
+            let names = domains.iter().map(Domain::name);
+            registry.counters_of(name, help, "domain", names)
+        };
+        let metrics = Self {
+            by_state: registry.gauges("wgkex_worker_peers", "Peers, each in one state.", &["domain", "state"])?,
+            sweeps: by_domain("wgkex_worker_sweeps_total", "Looks for stale peers.")?,
+            stale: by_domain("wgkex_worker_peers_removed_total", "Stale peers removed.")?,
+            evicted: registry.counters(
+                "wgkex_worker_peers_ousted_total",
+                "Peers that others took the place of.",
+                &["domain"],
+            )?,
+            denied: by_domain("wgkex_worker_peers_revoked_total", "Peers of keys that may not be here, removed.")?,
+            renewed: registry.counters(
+                "wgkex_worker_peers_forgotten_total",
+                "Silent peers whose endpoint is forgotten.",
+                &["domain"],
+            )?,
+            orphans: by_domain(
+                "wgkex_worker_orphans_removed_total",
+                "Routes and flood entries without a peer that were removed.",
+            )?,
+        };
+        for domain in domains {
+            metrics.set_counts(domain, Counts::default());
+        }
+        Ok(metrics)
+    }
+
+    /// Sets how many peers of `domain` are in which state.
+    pub fn set_counts(&self, domain: &Domain, Counts { connected, idle, pending, stale }: Counts) {
+        for (state, count) in [("connected", connected), ("idle", idle), ("pending", pending), ("stale", stale)] {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.by_state.with_label_values(&[domain.name(), state]).set(count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_has, domain};
+
+    #[test]
+    fn every_series_is_there_from_the_start() {
+        let registry = Registry::default();
+        Metrics::register(&registry, &[domain()].into()).unwrap();
+        assert_has(
+            &registry,
+            &[
+                r#"wgkex_worker_peers{domain="ffmuc_welt",state="stale"} 0"#,
+                r#"wgkex_worker_sweeps_total{domain="ffmuc_welt"} 0"#,
+                r#"wgkex_worker_peers_removed_total{domain="ffmuc_welt"} 0"#,
+            ],
+        );
+    }
+
+    #[test]
+    fn peers_are_counted_in_one_state_each() {
+        let registry = Registry::default();
+        let metrics = Metrics::register(&registry, &[domain()].into()).unwrap();
+        metrics.set_counts(&domain(), Counts { connected: 1, idle: 2, pending: 3, stale: 4 });
+        for (state, count) in ["connected", "idle", "pending", "stale"].into_iter().zip(1..) {
+            assert_has(&registry, &[&format!(r#"wgkex_worker_peers{{domain="ffmuc_welt",state="{state}"}} {count}"#)]);
+        }
+    }
+}
