@@ -11,10 +11,9 @@ use wgkex_kernel::netlink::Netlink;
 use wgkex_kernel::{Device, Interface, Kernel as _};
 use wgkex_tests::stack::Bus;
 use wgkex_worker::peers::{Clocks, KnownPeers, Policy};
-use wgkex_worker::plan;
 use wgkex_worker::profiles::mesh::Mesh;
 
-use crate::gateway::{Gateway, SHOW, cost, domain, keys};
+use crate::gateway::{Gateway, SHOW, cost, domain, install, keys};
 use crate::measure::{Cost, median, thread_cpu};
 use crate::table::{Place, Report, milliseconds, ratio};
 
@@ -72,7 +71,7 @@ fn print(report: Report, what: &str, reference: &str, sizes: &[(u32, Duration, D
 fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
     let (domain, keys) = (domain(), keys(0..peers));
     let mut memory = MemoryKernel::with(std::slice::from_ref(&domain));
-    let changes = plan::changes(&plan::install(&Mesh, keys));
+    let changes = install(keys);
     runtime.block_on(memory.apply(&Interface::from(&domain), changes));
     memory.alter(&domain, |device| {
         let ages = (0..).map(Duration::from_secs);

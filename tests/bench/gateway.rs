@@ -11,11 +11,14 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use wgkex_common::{Domain, PublicKey};
+use wgkex_kernel::Change;
 use wgkex_tests::http::Http;
 use wgkex_tests::probe::Role;
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::{host_name, wait_until};
+use wgkex_worker::plan::{self, Step};
+use wgkex_worker::profiles::mesh;
 
 use crate::bus;
 use crate::measure::{self, Cost, children};
@@ -171,6 +174,12 @@ pub fn domain() -> Domain {
 /// These of very many keys, no two the same, in no order.
 pub fn keys(numbers: Range<u32>) -> Vec<PublicKey> {
     numbers.map(key).collect()
+}
+
+/// What the kernel does to install `keys`.
+pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Change> {
+    let steps: Vec<_> = keys.into_iter().map(mesh::desired).map(Step::install).collect();
+    plan::changes(&steps)
 }
 
 /// One of very many keys.

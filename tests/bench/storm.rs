@@ -14,11 +14,9 @@ use wgkex_kernel::{Interface, Kernel as _};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::process::Process;
 use wgkex_tests::stack::{Bus, Plan, Stack, V2};
-use wgkex_worker::plan;
-use wgkex_worker::profiles::mesh::Mesh;
 
 use crate::bus::{start_mosquitto, wait_for_domain};
-use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, keep_network, keys};
+use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, install, keep_network, keys};
 use crate::load::{Answers, Target, open};
 use crate::measure::{cpu, look, median, percentile};
 use crate::play;
@@ -92,10 +90,10 @@ fn cost_of_a_kernel() -> Delays {
         let mut singles = Vec::new();
         for key in keys {
             let began = Instant::now();
-            kernel.apply(&interface, plan::changes(&plan::install(&Mesh, [key]))).await;
+            kernel.apply(&interface, install([key])).await;
             singles.push(began.elapsed());
         }
-        let changes = plan::changes(&plan::install(&Mesh, many));
+        let changes = install(many);
         let count = u32::try_from(changes.len()).unwrap();
         let began = Instant::now();
         kernel.apply(&interface, changes).await;

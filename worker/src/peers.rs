@@ -30,7 +30,7 @@ use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::{PublicKey, Reserved};
 use wgkex_kernel::{Change, Device, Indexes};
 
-pub use self::arrivals::{Admitted, Missing};
+pub use self::arrivals::{Admitted, Missing, dedup_keep_last};
 use self::capacity::Capacity;
 use self::departures::ORPHANED;
 pub use self::metrics::Metrics;

@@ -10,7 +10,8 @@ use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::{Interface, PeerConfig, PresharedKey};
 
-use crate::plan::{self, Step};
+use crate::peers::dedup_keep_last;
+use crate::plan::Step;
 use crate::profiles::mesh::Mesh;
 use crate::profiles::{DesiredPeer, Profile, Sweep};
 
@@ -32,9 +33,14 @@ pub fn collision() -> (PublicKey, PublicKey) {
     (parse("fAKaBGbh8TB6KaToe27fkEi9ghZwYGi6sOvHDXG2PLI="), parse("3c+xZQV94mSS+WVbTdDrC58V7h9hA3uIECwx0uu1kpg="))
 }
 
-/// Installs `keys` as those of routers of a mesh.
+/// Installs `keys`, which arrived in this order, as those of routers of a mesh.
 pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
-    plan::install(&Mesh, keys)
+    install_as(&Mesh, keys)
+}
+
+/// Installs those of `keys` that are to have a peer.
+pub fn install_as(profile: &dyn Profile, keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
+    dedup_keep_last(keys).iter().filter_map(|key| profile.desired(key)).map(Step::install).collect()
 }
 
 /// A second profile: peers with leased addresses, a keepalive and a preshared key, no flood entry, never swept. A key without a lease has none.

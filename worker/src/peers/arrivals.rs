@@ -1,5 +1,6 @@
 //! How keys come: which are admitted, which claim a network, which are pending, which are installed.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use wgkex_common::address::claim::{Claim, ClaimState};
@@ -10,7 +11,7 @@ use super::compact_instant::CompactInstant;
 use super::pending::PendingKey;
 use super::table::Entry;
 use super::{Capacity, KnownPeers};
-use crate::plan::{self, Step};
+use crate::plan::Step;
 use crate::profiles::DesiredPeer;
 
 /// Live keys that a gateway lacks.
@@ -35,6 +36,17 @@ pub struct Admitted {
     pub refused: Vec<(PublicKey, RejectReason)>,
 }
 
+/// Every key once, in the order of their last arrivals.
+#[must_use]
+pub fn dedup_keep_last(keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicKey> {
+    let mut keys: Vec<_> = keys.into_iter().collect();
+    let mut seen = BTreeSet::new();
+    keys.reverse();
+    keys.retain(|key| seen.insert(*key));
+    keys.reverse();
+    keys
+}
+
 impl KnownPeers {
     /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
     ///
@@ -54,7 +66,7 @@ impl KnownPeers {
         let mut room = self.capacity();
         let mut admitted = Admitted::default();
         let mut deferred = Vec::new();
-        for key in plan::dedup_keep_last(keys) {
+        for key in dedup_keep_last(keys) {
             let peer = match self.admissible(&key, own, reserved, self.is_routers(&key)) {
                 Ok(peer) => peer,
                 Err(reason) => {

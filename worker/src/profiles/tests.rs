@@ -13,12 +13,12 @@ use super::mesh::{self, Mesh};
 use super::*;
 use crate::peers::{Clocks, KnownPeers, Policy};
 use crate::plan::{self, Step};
-use crate::testing::{Leases, collision, domain, key, leased_networks, now};
+use crate::testing::{Leases, collision, domain, install_as, key, leased_networks, now};
 
 #[test]
 fn a_peer_with_leases_is_a_peer_with_all_of_them_and_a_route_to_each() {
     let (profile, networks) = (leases(), leased_networks(1));
-    let changes = plan::changes(&plan::install(&profile, [key(1), key(9)]));
+    let changes = plan::changes(&install_as(&profile, [key(1), key(9)]));
     let peer = profile.desired(&key(1)).unwrap().peer;
     assert_eq!((peer.allowed_ips.len(), peer.keepalive, peer.preshared.is_some()), (3, NonZeroU16::new(25), true));
     let routes = networks.map(Change::SetRoute);
@@ -135,7 +135,7 @@ impl World {
         let known = KnownPeers::new(Arc::new(leases()), Policy { unestablished: 1, ..Policy::default() });
         let mut world =
             Self { memory, interface, known, now: Clocks { monotonic: Instant::now(), wall: SystemTime::now() } };
-        world.apply(&plan::install(&leases(), [key(1), key(2)]));
+        world.apply(&install_as(&leases(), [key(1), key(2)]));
         assert_eq!(world.read(), []);
         world
     }

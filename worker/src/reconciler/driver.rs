@@ -235,7 +235,7 @@ impl<K: Kernel> Driver<'_, K> {
         match failure {
             None => {}
             Some(Failure::Lost(error)) => self.reports.set_lost(domain, &error),
-            Some(Failure::Changes(key, error, failed)) => warn!(%domain, ?key, %error, failed, "changes failed"),
+            Some(Failure::Changes { key, error, failed }) => warn!(%domain, ?key, %error, failed, "changes failed"),
         }
         outcomes
     }

@@ -1,0 +1,187 @@
+//! Peers and orphans that are removed from a domain: of denied keys, stale, in the way of others, idle. All is planned right
+//! after a read of the tables: nothing is decided against a peer by what was so before.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use wgkex_common::{PublicKey, RejectReason, Reserved};
+use wgkex_kernel::{Change, Device};
+
+use super::{DomainReconciler, KeyOutcomes, SLICE};
+use crate::plan::{self, Step};
+use crate::profiles::{DesiredPeer, Ownership};
+use crate::reconciler::reports::Report;
+
+/// Evictions at once. Linux waits for every CPU once for each peer that it removes.
+const EVICTIONS_AT_ONCE: usize = 64;
+
+/// For how long what a read showed counts against peers: one may shake hands meanwhile.
+const READ_VALID: Duration = Duration::from_secs(1);
+
+/// Peers that make room for others, as far as they are still there.
+#[derive(Default)]
+pub(super) struct Evictions {
+    pub(super) steps: VecDeque<Step>,
+    /// How many are gone already.
+    removed: usize,
+    /// When the tables have to be read again before more may go.
+    until: Option<Instant>,
+}
+
+/// What denied keys lead to.
+#[derive(Default)]
+pub struct Denials {
+    /// Keys whose peers stay, since others altered them.
+    pub altered: Report,
+    pub steps: Vec<Step>,
+}
+
+/// Peers that are stale.
+pub struct Sweep {
+    pub steps: Vec<Step>,
+    /// There are more than one sweep takes.
+    more: bool,
+}
+
+impl DomainReconciler {
+    /// Forgets pending keys that are not admitted; true if peers of such keys are in the kernel.
+    pub fn has_denied(&mut self) -> bool {
+        let (admission, name) = (&self.admission, self.name.name());
+        !admission.removes_none() && !self.peers.remove_denied(|key| admission.must_remove(name, key)).is_empty()
+    }
+
+    /// Removes the peers of keys that are not admitted, and what else there is of those just `denied`. What others made
+    /// or altered stays.
+    pub fn plan_denials(&mut self, device: &Device, denied: &BTreeSet<PublicKey>, now: Instant) -> Denials {
+        let (admission, name) = (&self.admission, self.name.name());
+        if admission.removes_none() {
+            return Denials::default();
+        }
+        let peers = self.peers.remove_denied(|key| admission.must_remove(name, key));
+        let altered = peers.iter().filter(|(_, is_ours)| !**is_ours);
+        let altered = altered.map(|(key, _)| (*key, Err(RejectReason::Altered))).collect();
+        let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
+        if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
+            ours.retain(|key| *key < first || denied.contains(key));
+            self.schedule.expedite(now);
+        }
+        Denials { altered, steps: plan::remove_denied(self.peers.profile(), device, &ours, denied) }
+    }
+
+    /// Peers of keys that are not admitted were removed, or could not be; returns how many were.
+    pub fn on_denials(&mut self, outcomes: &KeyOutcomes) -> usize {
+        let removed = outcomes.iter().filter(|(_, outcome)| outcome.is_ok());
+        removed.map(|(key, _)| self.peers.removed(key)).count()
+    }
+
+    /// Removes stale peers, if it is time.
+    pub fn plan_sweep(&mut self, device: &Device, now: Instant) -> Option<Sweep> {
+        self.schedule.is_sweep_due(now).then(|| {
+            let mut stale = self.peers.stale(now);
+            let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
+            Sweep { steps: plan::remove(self.peers.profile(), device, &stale), more }
+        })
+    }
+
+    /// Stale peers were removed, or could not be; returns how many were.
+    pub fn on_swept(&mut self, sweep: &Sweep, outcomes: &KeyOutcomes, now: Instant) -> usize {
+        let removed = self.on_removed(outcomes);
+        self.peers.forget_stale(now);
+        self.schedule.swept(now, sweep.more && removed == sweep.steps.len());
+        removed
+    }
+
+    /// Peers were removed, or could not be removed whole; returns how many were.
+    fn on_removed(&mut self, outcomes: &KeyOutcomes) -> usize {
+        for (key, outcome) in outcomes {
+            match outcome {
+                Ok(()) => self.peers.removed(key),
+                Err(_) => self.peers.disown(key),
+            }
+        }
+        outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count()
+    }
+
+    /// Peers that are in the way of others are to go, a few at a time.
+    pub fn plan_evictions(&mut self, device: &Device, now: Instant) {
+        let steps = plan::remove(self.peers.profile(), device, &self.peers.eviction_candidates()).into();
+        self.evictions = Evictions { steps, removed: 0, until: Some(now + READ_VALID) };
+    }
+
+    /// Some of the evictions; none if the last read is too old for them.
+    pub fn take_evictions(&mut self, now: Instant) -> Vec<Step> {
+        let Evictions { steps, until, .. } = &mut self.evictions;
+        if until.is_none_or(|until| until <= now) {
+            steps.clear();
+        }
+        let mut some: Vec<_> = steps.drain(..EVICTIONS_AT_ONCE.min(steps.len())).collect();
+        some.retain(|step| self.peers.is_eviction_candidate(&step.key()));
+        some
+    }
+
+    /// Peers were evicted, or could not be. Returns how many were, and at the end of all how many that is.
+    pub fn on_evicted(&mut self, outcomes: &KeyOutcomes) -> (usize, Option<usize>) {
+        let removed = self.on_removed(outcomes);
+        self.evictions.removed += removed;
+        let is_end = self.evictions.steps.is_empty() && self.evictions.removed > 0;
+        (removed, is_end.then_some(self.evictions.removed))
+    }
+
+    pub fn has_evictions(&self) -> bool {
+        !self.evictions.steps.is_empty()
+    }
+
+    /// Makes silent peers forget where their routers were, a few at a time.
+    pub fn plan_renewals(&self, device: &Device, now: Instant) -> Vec<Step> {
+        let idle = self.peers.idle(EVICTIONS_AT_ONCE, now);
+        let desired = idle.iter().filter_map(|key| self.peers.profile().desired(key));
+        // One whose address somebody gave to another would take it back.
+        let is_whole = |peer: &DesiredPeer| {
+            device.peers.get(&peer.key()).is_some_and(|actual| peer.ownership(actual) == Ownership::Ours)
+        };
+        desired.filter(is_whole).map(Step::renew).collect()
+    }
+
+    /// Peers were renewed, or could not be; returns how many were, and how many pending keys were too many.
+    pub fn on_renewed(&mut self, outcomes: &KeyOutcomes, now: Instant) -> (usize, usize) {
+        let (mut renewed, mut dropped) = (0, 0);
+        for (key, outcome) in outcomes {
+            if outcome.is_ok() {
+                self.peers.mark_renewed(key);
+                renewed += 1;
+            } else {
+                // It may be gone, and not be back.
+                dropped += self.peers.mark_pending(*key, now);
+            }
+        }
+        if renewed == EVICTIONS_AT_ONCE {
+            self.schedule.expedite(now);
+        }
+        (renewed, dropped)
+    }
+
+    /// Removes routes and flood entries that have no peer.
+    pub fn plan_orphans(&mut self, device: &Device, now: Instant) -> Vec<Change> {
+        let mut orphaned = self.peers.orphaned(device, now);
+        if orphaned.len() > SLICE {
+            orphaned.truncate(SLICE);
+            self.schedule.expedite(now);
+        }
+        orphaned
+    }
+
+    /// What evictions made room for is in the backlog from now on, if there are none left.
+    pub fn use_room(&mut self, reserved: &Reserved, now: Instant) {
+        if let (Ok(own), true) = (self.interface_key.clone(), self.evictions.steps.is_empty()) {
+            self.backlog.extend(self.peers.give_places(own, reserved));
+            self.make_more_room(now);
+        }
+    }
+
+    /// The next read makes more room, if what left was not enough.
+    pub(super) fn make_more_room(&mut self, now: Instant) {
+        if self.evictions.steps.is_empty() && self.evictions.removed > 0 && self.peers.lacks_room() {
+            self.schedule.expedite(now);
+        }
+    }
+}
