@@ -1,8 +1,9 @@
 //! The worker's two MQTT sessions (contract section 4). By the first, keys come in and states go out; by the second, what
 //! became of keys goes out, and live keys and list records come in.
 //!
-//! The sessions run in tasks of their own and hand each message to [`subscriber`], which waits for nothing. The task of
-//! [`publisher`] owns what was published on this connection.
+//! Tasks: each session has one of its own, which hands each message to [`subscriber`], whose functions wait for nothing; the
+//! [`publisher`] has another, which owns what was published on this connection. `run` of the worker owns all three.
+//! Previous stop of a key: a broker; next stop: [`crate::reconciler`].
 
 mod metrics;
 pub mod publisher;

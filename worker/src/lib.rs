@@ -2,6 +2,9 @@
 //!
 //! Follow a key: [`bus`] receives it and hands it to the [`reconciler`], which asks [`plan`] what it means and has the
 //! [`wgkex_kernel`] do that; what became of it goes back by [`bus`].
+//!
+//! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
+//! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the metrics server and the publisher.
 
 mod bus;
 mod http;
@@ -34,13 +37,13 @@ use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
 use wgkex_kernel::Kernel;
 
-use crate::bus::publisher::Publisher;
+use crate::bus::publisher::{self, Publisher};
 use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
-use crate::reconciler::{Handle, Reconciler, Reports, Start};
+use crate::reconciler::{Reconciler, ReconcilerHandle, Reports, Start};
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -54,7 +57,7 @@ struct Worker {
     config: Config,
     metrics: Metrics,
     lists: service::Handle,
-    reconciler: Handle,
+    reconciler: ReconcilerHandle,
     /// The session that receives keys and publishes the worker's states.
     bus: MqttHandle,
     /// The session that publishes what became of keys.
@@ -135,9 +138,15 @@ impl Worker {
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
-        let handles = (bus.clone(), confirmations.clone());
-        let publisher =
-            Publisher::new(config, handles, reconciler.state(), reports, presence_events, metrics.bus.clone());
+        let publishing = publisher::Start {
+            bus: bus.clone(),
+            confirmations: confirmations.clone(),
+            state: reconciler.state(),
+            reports,
+            presence_events,
+            metrics: metrics.bus.clone(),
+        };
+        let publisher = Publisher::new(config, publishing);
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
         let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
         let on_event =
@@ -209,6 +218,6 @@ fn policy(config: &Config) -> Policy {
 }
 
 /// Passes the live keys of a chunk to the reconciler, which installs those that are missing.
-async fn learn(reconciler: Handle, domain: Domain, chunk: SnapshotChunk) {
+async fn learn(reconciler: ReconcilerHandle, domain: Domain, chunk: SnapshotChunk) {
     reconciler.learn(domain, chunk.keys).await;
 }

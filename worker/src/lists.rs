@@ -8,7 +8,7 @@ use wgkex_common::access_lists::service::ListUpdate;
 use wgkex_common::access_lists::{List, Verdict, files};
 use wgkex_common::runtime::metrics::{Registry, set};
 
-use crate::reconciler::Handle;
+use crate::reconciler::ReconcilerHandle;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -20,7 +20,7 @@ pub struct Metrics {
 }
 
 /// Applies changed lists.
-pub fn apply(reconciler: Handle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
+pub fn apply(reconciler: ReconcilerHandle, metrics: Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
         metrics.set(&update);
         let is_denied = |key| update.admission.verdict("", key) == Verdict::Denied;

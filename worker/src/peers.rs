@@ -3,10 +3,11 @@
 //!
 //! [`KnownPeers`] is the face. Behind it the observed peers are in [`table`], keys that are not whole in the kernel in
 //! [`pending`], which key has which network in [`owners`], and for how many more there is room in [`capacity`]; each
-//! alone changes what it counts. How keys come is in [`arrivals`], how peers go in [`departures`]. No IO, no clock, no
-//! log: the domain of the [`crate::reconciler`] owns it, asks, and passes the time in.
+//! alone changes what it counts. How keys come is in [`arrivals`], how peers go in [`departures`]. No IO, no clock, no log:
+//! the time is passed in.
 //!
-//! Previous stop of a key: [`crate::reconciler`]; next stop: [`crate::plan`].
+//! No task: [`KnownPeers`] is part of the state of a domain, which the reconciler's task owns. Previous stop of a key:
+//! [`crate::reconciler`]; next stop: [`crate::plan`].
 
 mod arrivals;
 mod capacity;

@@ -1,4 +1,5 @@
-//! What the worker may do: said before it tries, and everything else given up.
+//! The privileges of the worker: it needs `CAP_NET_ADMIN`, and gives up every other one. No task: `main` calls this once,
+//! before there is a second thread.
 
 use anyhow::{Context as _, ensure};
 use caps::{CapSet, Capability, CapsHashSet};

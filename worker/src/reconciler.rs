@@ -1,8 +1,9 @@
 //! Keeps the kernel as it is to be: keys that arrive go in, what is lost is restored, what is stale is swept.
 //!
-//! One task, in [`task`], owns the kernel and the state of every domain. Others reach it by a [`Handle`]; nothing that it
-//! publishes can block it: states go into a `watch`, reports into bounded queues ([`reports`]). What is to be done at a
-//! domain is decided by its state, in [`domain`], which is pure; [`driver`] carries that out. [`schedule`] has the times.
+//! One task, in [`task`], owns the kernel and the state of every domain; `run` of the worker owns the task. Others reach it
+//! by a [`ReconcilerHandle`]; nothing that it publishes can block it: states go into a `watch`, reports into bounded queues
+//! ([`reports`]). What is to be done at a domain is decided by its state, in [`domain`], which is pure; [`driver`] carries
+//! that out. [`schedule`] has the times.
 //!
 //! Previous stop of a key: [`crate::bus`]; next stops: [`crate::peers`] and [`crate::plan`], then the kernel; what became
 //! of it goes back by [`reports`] to [`crate::bus`].
@@ -23,9 +24,9 @@ use std::time::{Instant, SystemTime};
 use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Age;
 
-pub use self::handle::Handle;
+pub use self::handle::ReconcilerHandle;
 pub use self::metrics::Metrics;
-pub use self::reports::{DomainState, Reports, State};
+pub use self::reports::{DomainState, DomainStates, Reports};
 pub use self::task::{Reconciler, Start};
 use crate::peers::Clocks;
 

@@ -1,5 +1,10 @@
-//! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and takes them down. The worker serves what
-//! stands here.
+//! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and deletes them.
+//!
+//! No task: a command of its own, which ends when all is done. It reads the interfaces, [`differences`] finds the steps to
+//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]. The worker later
+//! serves these interfaces; no key comes here but the gateway's own, in its key file.
+
+mod differences;
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
@@ -14,9 +19,7 @@ use wgkex_kernel::key_file::{self, KeyFileError};
 use wgkex_kernel::links::{Kind, Link, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, wireguard};
 
-use self::plan::{Actual, Desired, Shape, Step, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
-
-mod plan;
+use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
 
 /// What stood in the way. Each is one line that names the interface or the file.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +130,7 @@ struct Site<'a> {
 }
 
 impl Site<'_> {
-    async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<Step>), Error> {
+    async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<SetupStep>), Error> {
         let (actual, current) = self.find().await?;
         let interface = self.domain.wireguard();
         let key = key_file::load_or_make(&setup.key_file, current.as_ref())
@@ -195,18 +198,18 @@ impl Site<'_> {
         }
     }
 
-    async fn apply(&self, step: Step, key: &Key) -> Result<(), Error> {
+    async fn apply(&self, step: SetupStep, key: &Key) -> Result<(), Error> {
         let (links, wg, vx) = (self.links, &self.domain.wireguard(), &self.domain.vxlan());
         let done = match step {
-            Step::AddWireguard => return self.add_wireguard(wg).await,
-            Step::NoAutoAddress => links.no_auto_address(wg).await,
-            Step::SetKey => wireguard::set_key(wg, self.backend().await?, key.clone()).await,
-            Step::SetPort(port) => wireguard::set_port(wg, self.backend().await?, port).await,
-            Step::AddAddress(address) => links.add_address(wg, address, 128).await,
-            Step::UpWireguard => links.up(wg).await,
-            Step::AddVxlan { id, port, local } => links.add_vxlan(vx, id, port, local, wg).await,
-            Step::AddVxlanAddress => links.add_address(vx, VXLAN_ADDRESS, 64).await,
-            Step::UpVxlan => links.up(vx).await,
+            SetupStep::AddWireguard => return self.add_wireguard(wg).await,
+            SetupStep::NoAutoAddress => links.no_auto_address(wg).await,
+            SetupStep::SetKey => wireguard::set_key(wg, self.backend().await?, key.clone()).await,
+            SetupStep::SetPort(port) => wireguard::set_port(wg, self.backend().await?, port).await,
+            SetupStep::AddAddress(address) => links.add_address(wg, address, 128).await,
+            SetupStep::UpWireguard => links.up(wg).await,
+            SetupStep::AddVxlan { id, port, local } => links.add_vxlan(vx, id, port, local, wg).await,
+            SetupStep::AddVxlanAddress => links.add_address(vx, VXLAN_ADDRESS, 64).await,
+            SetupStep::UpVxlan => links.up(vx).await,
         };
         done.map_err(|error| refused_step(&self.name_for(step), step, error))
     }
@@ -215,7 +218,7 @@ impl Site<'_> {
         if self.backend == Backend::Kernel {
             match self.links.add_wireguard(interface).await {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {}
-                made => return made.map_err(|error| refused_step(interface, Step::AddWireguard, error)),
+                made => return made.map_err(|error| refused_step(interface, SetupStep::AddWireguard, error)),
             }
         }
         if wireguard::listens(interface) {
@@ -226,7 +229,7 @@ impl Site<'_> {
             if error.kind() == ErrorKind::NotFound {
                 Error::NoWireguard(interface.into())
             } else {
-                refused_step(interface, Step::AddWireguard, error)
+                refused_step(interface, SetupStep::AddWireguard, error)
             }
         })
     }
@@ -236,15 +239,15 @@ impl Site<'_> {
         Ok(self.wireguard().await?.ok_or_else(missing)?.1)
     }
 
-    fn name_for(&self, step: Step) -> String {
+    fn name_for(&self, step: SetupStep) -> String {
         match step {
-            Step::AddVxlan { .. } | Step::AddVxlanAddress | Step::UpVxlan => self.domain.vxlan(),
-            Step::AddWireguard
-            | Step::NoAutoAddress
-            | Step::SetKey
-            | Step::SetPort(_)
-            | Step::AddAddress(_)
-            | Step::UpWireguard => self.domain.wireguard(),
+            SetupStep::AddVxlan { .. } | SetupStep::AddVxlanAddress | SetupStep::UpVxlan => self.domain.vxlan(),
+            SetupStep::AddWireguard
+            | SetupStep::NoAutoAddress
+            | SetupStep::SetKey
+            | SetupStep::SetPort(_)
+            | SetupStep::AddAddress(_)
+            | SetupStep::UpWireguard => self.domain.wireguard(),
         }
     }
 }
@@ -260,10 +263,10 @@ fn other_kind(interface: String, link: &Link, wanted: &'static str) -> Error {
     Error::OtherKind { interface, kind, wanted }
 }
 
-fn refused_step(interface: &str, step: Step, error: io::Error) -> Error {
+fn refused_step(interface: &str, step: SetupStep, error: io::Error) -> Error {
     // The kernel's answers where IPv6 is off for the interface, and where it is off altogether.
     let ipv6_is_off = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
-        && matches!(step, Step::NoAutoAddress | Step::AddAddress(_) | Step::AddVxlanAddress)
+        && matches!(step, SetupStep::NoAutoAddress | SetupStep::AddAddress(_) | SetupStep::AddVxlanAddress)
         && error.raw_os_error() != Some(Errno::EPERM as i32);
     if ipv6_is_off { Error::Ipv6(interface.into()) } else { refused(interface, &step.to_string(), error) }
 }

@@ -1,6 +1,7 @@
 //! What the worker publishes by MQTT: its states, peer counts and what became of keys.
 //!
-//! Previous stop of a key: [`crate::reconciler`], which reports what became of it; next stop: a broker.
+//! One task, which `run` of the worker owns, runs [`Publisher::run`]. Previous stop of a key: [`crate::reconciler`], which
+//! reports what became of it; next stop: a broker.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -13,7 +14,7 @@ use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerDat
 use wgkex_common::{Config, Domain, Topic, WorkerName};
 
 use crate::bus::Metrics;
-use crate::reconciler::{DomainState, Reports, State};
+use crate::reconciler::{DomainState, DomainStates, Reports};
 
 /// Publishes what the reconciler reports of the kernel.
 pub struct Publisher {
@@ -22,19 +23,19 @@ pub struct Publisher {
     domains: BTreeSet<Domain>,
     bus: MqttHandle,
     confirmations: MqttHandle,
-    link: watch::Receiver<ConnectionState>,
-    state: watch::Receiver<State>,
+    connection: watch::Receiver<ConnectionState>,
+    state: watch::Receiver<DomainStates>,
     reports: Reports,
     presence_events: mpsc::Receiver<PresenceEvent>,
     presence: Presence,
-    published: State,
+    published: DomainStates,
     metrics: Metrics,
 }
 
 /// What gives a publisher something to publish.
-enum Event {
+enum Trigger {
     /// MQTT is connected, or no longer.
-    Link,
+    Connection,
     /// A domain is not as it was published.
     State,
     /// A batch of keys is done.
@@ -51,31 +52,38 @@ enum Event {
     End,
 }
 
+/// What a publisher starts with.
+pub struct Start {
+    /// The session on which the worker publishes its states.
+    pub bus: MqttHandle,
+    /// The session on which it publishes what became of keys.
+    pub confirmations: MqttHandle,
+    /// The states to be published.
+    pub state: watch::Receiver<DomainStates>,
+    /// What became of keys.
+    pub reports: Reports,
+    /// Which programs are there, and what is retained of this one.
+    pub presence_events: mpsc::Receiver<PresenceEvent>,
+    /// What it counts in.
+    pub metrics: Metrics,
+}
+
 impl Publisher {
-    /// A publisher of this worker on `bus`, and of what became of keys on `confirmations`, with nothing published yet.
-    pub fn new(
-        config: &Config,
-        (bus, confirmations): (MqttHandle, MqttHandle),
-        state: watch::Receiver<State>,
-        reports: Reports,
-        presence_events: mpsc::Receiver<PresenceEvent>,
-        metrics: Metrics,
-    ) -> Self {
-        let (worker, external_name) = (WorkerName::from(&config.name), config.external_name.clone());
-        let (domains, link) = (config.domains.clone(), bus.connection_state());
-        let (published, presence) = (State::new(), Presence::default());
+    /// The publisher of this worker, with nothing published yet.
+    pub fn new(config: &Config, start: Start) -> Self {
+        let Start { bus, confirmations, state, reports, presence_events, metrics } = start;
         Self {
-            worker,
-            external_name,
-            domains,
+            worker: WorkerName::from(&config.name),
+            external_name: config.external_name.clone(),
+            domains: config.domains.clone(),
+            connection: bus.connection_state(),
             bus,
             confirmations,
-            link,
             state,
             reports,
             presence_events,
-            presence,
-            published,
+            presence: Presence::default(),
+            published: DomainStates::new(),
             metrics,
         }
     }
@@ -84,38 +92,38 @@ impl Publisher {
     pub async fn run(&mut self) {
         loop {
             match self.next().await {
-                Event::Link if self.is_up() => {
+                Trigger::Connection if self.is_up() => {
                     self.presence.connected(Instant::now());
                     self.announce_online();
                 }
-                Event::Link => self.presence.disconnected(),
-                Event::State => self.publish_changes(),
-                Event::Applied(applied) => self.publish_applied(&applied),
-                Event::Handshakes(seen) => self.publish_handshakes(&seen),
-                Event::Revoked(revoked) => self.publish_revoked(&revoked),
-                Event::Presence(heard) => self.on_presence(heard, Instant::now()),
-                Event::Due => self.publish_again(Instant::now()),
-                Event::End => return,
+                Trigger::Connection => self.presence.disconnected(),
+                Trigger::State => self.publish_changes(),
+                Trigger::Applied(applied) => self.publish_applied(&applied),
+                Trigger::Handshakes(handshakes) => self.publish_handshakes(&handshakes),
+                Trigger::Revoked(revoked) => self.publish_revoked(&revoked),
+                Trigger::Presence(event) => self.on_presence(event, Instant::now()),
+                Trigger::Due => self.publish_again(Instant::now()),
+                Trigger::End => return,
             }
         }
     }
 
-    async fn next(&mut self) -> Event {
+    async fn next(&mut self) -> Trigger {
         let due = self.presence.due();
         tokio::select! {
             biased;
-            changed = self.link.changed() => if changed.is_ok() { Event::Link } else { Event::End },
-            applied = self.reports.applied.recv() => applied.map_or(Event::End, Event::Applied),
-            seen = self.reports.seen.recv() => seen.map_or(Event::End, Event::Handshakes),
-            revoked = self.reports.revoked.recv() => revoked.map_or(Event::End, Event::Revoked),
-            changed = self.state.changed() => if changed.is_ok() { Event::State } else { Event::End },
-            heard = self.presence_events.recv() => heard.map_or(Event::End, Event::Presence),
-            () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => Event::Due,
+            changed = self.connection.changed() => if changed.is_ok() { Trigger::Connection } else { Trigger::End },
+            applied = self.reports.applied.recv() => applied.map_or(Trigger::End, Trigger::Applied),
+            handshakes = self.reports.handshakes.recv() => handshakes.map_or(Trigger::End, Trigger::Handshakes),
+            revoked = self.reports.revoked.recv() => revoked.map_or(Trigger::End, Trigger::Revoked),
+            changed = self.state.changed() => if changed.is_ok() { Trigger::State } else { Trigger::End },
+            event = self.presence_events.recv() => event.map_or(Trigger::End, Trigger::Presence),
+            () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => Trigger::Due,
         }
     }
 
     fn is_up(&mut self) -> bool {
-        *self.link.borrow_and_update() == ConnectionState::Up
+        *self.connection.borrow_and_update() == ConnectionState::Up
     }
 
     /// On every connection: first what this worker is and has, then that it is online, so that a broker that receives the
@@ -132,7 +140,7 @@ impl Publisher {
     /// The same for brokers that may have received something else, or nothing.
     fn publish_again(&mut self, now: Instant) {
         let Some(announcement) = self.presence.next(now) else { return };
-        if *self.link.borrow() != ConnectionState::Up {
+        if *self.connection.borrow() != ConnectionState::Up {
             return;
         }
         self.publish_hello(announcement);
@@ -146,8 +154,8 @@ impl Publisher {
         self.publish_hello(announcement);
     }
 
-    fn on_presence(&mut self, heard: PresenceEvent, now: Instant) {
-        match heard {
+    fn on_presence(&mut self, event: PresenceEvent, now: Instant) {
+        match event {
             PresenceEvent::Status { party, online, retained } => {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
@@ -190,7 +198,7 @@ impl Publisher {
     /// Publishes the domains that are not as they were published. Without a connection nothing is, and all is later.
     fn publish_changes(&mut self) {
         let now = self.state.borrow_and_update().clone();
-        if *self.link.borrow() != ConnectionState::Up {
+        if *self.connection.borrow() != ConnectionState::Up {
             return;
         }
         let before = std::mem::replace(&mut self.published, now.clone());
@@ -227,8 +235,8 @@ impl Publisher {
     }
 
     /// What is lost is published again when MQTT is back.
-    fn publish_handshakes(&self, seen: &Handshakes) {
-        let _ = self.try_report(Topic::Handshakes { worker: self.worker.clone() }, seen);
+    fn publish_handshakes(&self, handshakes: &Handshakes) {
+        let _ = self.try_report(Topic::Handshakes { worker: self.worker.clone() }, handshakes);
     }
 
     /// Best effort: the caller reports "no answer" if this is lost.
@@ -250,7 +258,7 @@ impl Publisher {
 
     /// Publishes that no domain is served here, then that the worker is gone, and waits until the server acknowledges it.
     pub async fn announce_offline(&self) {
-        if *self.link.borrow() != ConnectionState::Up {
+        if *self.connection.borrow() != ConnectionState::Up {
             return;
         }
         let offline = self.domains.iter().map(|domain| Message::retained(self.peers(domain), "-1"));

@@ -15,7 +15,7 @@ use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic, WorkerName};
 
 use crate::bus::Metrics;
-use crate::reconciler::Handle;
+use crate::reconciler::ReconcilerHandle;
 
 /// The session that receives keys and publishes the states of this worker.
 pub fn session(config: &Config) -> SessionConfig {
@@ -52,7 +52,7 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
 /// `lists`.
 pub fn on_event(
     domains: BTreeSet<Domain>,
-    handle: Handle,
+    handle: ReconcilerHandle,
     reserved: watch::Sender<Reserved>,
     lists: service::Handle,
     reporter: Reporter,
@@ -94,7 +94,7 @@ fn reserve(
 /// Hands what brokers publish of themselves, and the live keys that they send, to the sync client by `sync`; the former, and
 /// the records that they share, to `lists`.
 pub fn on_secondary_event(
-    handle: Handle,
+    handle: ReconcilerHandle,
     sync: SyncSender,
     lists: service::Handle,
     metrics: Metrics,

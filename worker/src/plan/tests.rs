@@ -24,10 +24,7 @@ fn a_key_is_a_peer_a_route_and_a_flood_entry() {
 fn keys_keep_their_order_and_are_merged() {
     for (keys, wanted) in [(vec![3, 1, 2], vec![3, 1, 2]), (vec![1, 2, 1], vec![2, 1]), (vec![], vec![])] {
         let steps = install(keys.into_iter().map(key));
-        assert_eq!(
-            steps.iter().map(Step::key).collect::<Vec<_>>(),
-            wanted.into_iter().map(key).collect::<Vec<_>>()
-        );
+        assert_eq!(steps.iter().map(Step::key).collect::<Vec<_>>(), wanted.into_iter().map(key).collect::<Vec<_>>());
     }
 }
 
@@ -108,11 +105,7 @@ fn a_denied_key_goes_with_all_that_is_left_of_it_and_nothing_of_others() {
     ];
     assert_eq!(changes(&remove_denied(&Mesh, &device, &[key(1)].into(), &denied)), wanted);
     peer(&mut device, 3).allowed_ips.push(host(two));
-    assert_eq!(
-        changes(&remove_denied(&Mesh, &device, &[].into(), &denied)),
-        [],
-        "somebody else has the address now"
-    );
+    assert_eq!(changes(&remove_denied(&Mesh, &device, &[].into(), &denied)), [], "somebody else has the address now");
 }
 
 #[test]

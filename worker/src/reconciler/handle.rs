@@ -10,7 +10,7 @@ use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::Age;
 use wgkex_common::{Domain, PublicKey};
 
-use super::{Metrics, Snapshot, State};
+use super::{DomainStates, Metrics, Snapshot};
 
 /// Keys that wait at most for a batch; a full retained fleet fits.
 const QUEUE: usize = 65_536;
@@ -34,22 +34,22 @@ pub(super) struct Inbox {
 
 /// By which others reach the [`Reconciler`](super::Reconciler). It ends when all of them are gone.
 #[derive(Debug, Clone)]
-pub struct Handle {
+pub struct ReconcilerHandle {
     keys: mpsc::Sender<(Domain, PublicKey)>,
     live: mpsc::Sender<(Domain, Snapshot)>,
     policy_update: Arc<Mutex<PolicyUpdate>>,
     policy_changed: Arc<Notify>,
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
-    state: watch::Receiver<State>,
+    state: watch::Receiver<DomainStates>,
     pub(super) metrics: Metrics,
 }
 
 /// A handle, by which `state` is read, and its other end.
-pub(super) fn channel(state: watch::Receiver<State>, metrics: Metrics) -> (Handle, Inbox) {
+pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) -> (ReconcilerHandle, Inbox) {
     let (keys, keys_receiver) = mpsc::channel(QUEUE);
     let (live, live_receiver) = mpsc::channel(1);
-    let handle = Handle {
+    let handle = ReconcilerHandle {
         keys,
         live,
         policy_update: Arc::default(),
@@ -77,7 +77,7 @@ impl Inbox {
     }
 }
 
-impl Handle {
+impl ReconcilerHandle {
     /// Hands over a key that arrived for `domain`, without waiting. One too many is dropped and counted.
     pub fn enqueue(&self, domain: Domain, key: PublicKey) {
         self.metrics.keys_received.with_label_values(&[domain.name()]).inc();
@@ -116,7 +116,7 @@ impl Handle {
 
     /// The state of every domain, now and whenever it changes.
     #[must_use]
-    pub fn state(&self) -> watch::Receiver<State> {
+    pub fn state(&self) -> watch::Receiver<DomainStates> {
         self.state.clone()
     }
 }

@@ -1,4 +1,7 @@
 //! What the reconciler publishes: what became of keys, and in what state each domain is.
+//!
+//! No task of its own: [`ReportSender`] is the reconciler's, which never waits for it, [`Reports`] the publisher's. Next stop
+//! of a key: [`crate::bus`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -21,7 +24,7 @@ const KEYS_PER_MESSAGE: usize = 2_000;
 const MESSAGES: usize = 256;
 
 /// The state of every domain that was read so far.
-pub type State = BTreeMap<Domain, DomainState>;
+pub type DomainStates = BTreeMap<Domain, DomainState>;
 
 /// Whether routers can use a domain at this gateway, as last read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +67,7 @@ pub struct Reports {
     /// What became of keys that came.
     pub applied: mpsc::Receiver<Applied>,
     /// Which keys shake hands.
-    pub seen: mpsc::Receiver<Handshakes>,
+    pub handshakes: mpsc::Receiver<Handshakes>,
     /// What became of keys that were denied.
     pub revoked: mpsc::Receiver<Revoked>,
     /// How many of these MQTT did not take.
@@ -73,24 +76,24 @@ pub struct Reports {
 
 pub(super) struct ReportSender {
     applied: mpsc::Sender<Applied>,
-    seen: mpsc::Sender<Handshakes>,
+    handshakes: mpsc::Sender<Handshakes>,
     revoked: mpsc::Sender<Revoked>,
-    state: watch::Sender<State>,
+    state: watch::Sender<DomainStates>,
     metrics: Metrics,
 }
 
 impl ReportSender {
-    pub fn new(state: watch::Sender<State>, metrics: Metrics) -> (Self, Reports) {
+    pub fn new(state: watch::Sender<DomainStates>, metrics: Metrics) -> (Self, Reports) {
         let (applied, applied_receiver) = mpsc::channel(MESSAGES);
-        let (seen, seen_receiver) = mpsc::channel(MESSAGES);
+        let (handshakes, handshakes_receiver) = mpsc::channel(MESSAGES);
         let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
         let reports = Reports {
             applied: applied_receiver,
-            seen: seen_receiver,
+            handshakes: handshakes_receiver,
             revoked: revoked_receiver,
             dropped: metrics.confirmations_dropped.clone(),
         };
-        (Self { applied, seen, revoked, state, metrics }, reports)
+        (Self { applied, handshakes, revoked, state, metrics }, reports)
     }
 
     /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.
@@ -104,8 +107,8 @@ impl ReportSender {
 
     /// Reports keys that shake hands; false if there was no place for all.
     pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
-        let seen = |part: &[PublicKey]| Handshakes { domain: domain.name().to_owned(), keys: part.to_vec() };
-        keys.chunks(KEYS_PER_MESSAGE).all(|part| self.seen.try_send(seen(part)).is_ok())
+        let message = |part: &[PublicKey]| Handshakes { domain: domain.name().to_owned(), keys: part.to_vec() };
+        keys.chunks(KEYS_PER_MESSAGE).all(|part| self.handshakes.try_send(message(part)).is_ok())
     }
 
     /// Says what became of denied keys, each with the time of its record. What MQTT cannot take is dropped.

@@ -17,9 +17,9 @@ use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
 use super::driver::Driver;
-use super::handle::{self, Handle, Inbox, PolicyUpdate};
+use super::handle::{self, Inbox, PolicyUpdate, ReconcilerHandle};
 use super::reports::{ReportSender, Reports};
-use super::{Metrics, Snapshot, State, clock, clocks};
+use super::{DomainStates, Metrics, Snapshot, clock, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::profiles::Profile;
 
@@ -102,9 +102,9 @@ pub(super) enum Event {
 
 impl<K: Kernel> Reconciler<K> {
     /// A reconciler whose domains are read at once, how others reach it, and what it reports.
-    pub fn new(start: Start<K>) -> (Self, Handle, Reports) {
+    pub fn new(start: Start<K>) -> (Self, ReconcilerHandle, Reports) {
         let Start { kernel, domains, profile, policy, buffer, remembered, reserved, gate, metrics } = start;
-        let (state, state_receiver) = watch::channel(State::new());
+        let (state, state_receiver) = watch::channel(DomainStates::new());
         let (handle, inbox) = handle::channel(state_receiver, metrics.clone());
         let domain = |name: Domain| (name.clone(), DomainReconciler::new(name, profile.clone(), policy, clock()));
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(domain).collect();
@@ -130,7 +130,7 @@ impl<K: Kernel> Reconciler<K> {
         (reconciler, handle, reports)
     }
 
-    /// Works until `stop`, or until every [`Handle`] is gone. What the kernel is doing at that moment is not
+    /// Works until `stop`, or until every [`ReconcilerHandle`] is gone. What the kernel is doing at that moment is not
     /// waited for: it can be repeated without harm.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);

@@ -16,7 +16,7 @@ use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
 
 use super::task::Event;
-use super::{DomainState, Handle, Metrics, Reconciler, Reports, Snapshot, Start, State, clocks};
+use super::{DomainState, DomainStates, Metrics, Reconciler, ReconcilerHandle, Reports, Snapshot, Start, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::plan;
 use crate::profiles::Profile as _;
@@ -944,7 +944,7 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
     for _ in 0..2 {
         gateway.handle.reconnected();
         sleep(MINUTE).await;
-        let reports = [gateway.said.seen.recv().await.unwrap(), gateway.said.seen.recv().await.unwrap()];
+        let reports = [gateway.said.handshakes.recv().await.unwrap(), gateway.said.handshakes.recv().await.unwrap()];
         assert_eq!(
             reports
                 .map(|seen| (seen.domain, seen.keys.len()))
@@ -952,7 +952,7 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
                 .map(|(domain, keys)| (domain.as_str(), *keys)),
             [("ffmuc_welt", 2_000), ("ffmuc_welt", 1_000)]
         );
-        assert!(gateway.said.seen.try_recv().is_err());
+        assert!(gateway.said.handshakes.try_recv().is_err());
     }
 }
 
@@ -1023,7 +1023,7 @@ async fn a_key_with_leases_is_installed_confirmed_and_restored_as_one_of_a_route
 /// A reconciler at work on a kernel in memory.
 struct Gateway {
     memory: MemoryKernel,
-    handle: Handle,
+    handle: ReconcilerHandle,
     said: Reports,
     metrics: Metrics,
     stop: oneshot::Sender<()>,
@@ -1053,7 +1053,7 @@ impl Gateway {
     }
 
     async fn up(&self) {
-        let is_up = |state: &State| matches!(state.get(&domain()), Some(DomainState::Up { .. }));
+        let is_up = |state: &DomainStates| matches!(state.get(&domain()), Some(DomainState::Up { .. }));
         timeout(MINUTE, self.handle.state().wait_for(is_up)).await.unwrap().unwrap();
     }
 
@@ -1091,7 +1091,7 @@ struct Still {
     reconciler: Reconciler<MemoryKernel>,
     metrics: Metrics,
     now: Clocks,
-    others: (Handle, Reports),
+    others: (ReconcilerHandle, Reports),
 }
 
 impl Still {
@@ -1101,7 +1101,7 @@ impl Still {
         Self { memory, reconciler, metrics: handle.metrics.clone(), now: clocks(), others: (handle, said) }
     }
 
-    fn handle(&self) -> &Handle {
+    fn handle(&self) -> &ReconcilerHandle {
         &self.others.0
     }
 
@@ -1131,12 +1131,15 @@ fn live(keys: std::ops::Range<u32>) -> Snapshot {
     keys.map(|n| (key(n), Age { age_secs: 60, has_handshake: false })).collect()
 }
 
-fn reconciler(memory: MemoryKernel, policy: &Policy) -> (Reconciler<MemoryKernel>, Handle, Reports) {
+fn reconciler(memory: MemoryKernel, policy: &Policy) -> (Reconciler<MemoryKernel>, ReconcilerHandle, Reports) {
     Reconciler::new(Start { policy: *policy, ..start_with(memory) })
 }
 
 /// A reconciler that remembers proven keys.
-fn remembering(memory: MemoryKernel, keys: std::ops::Range<u32>) -> (Reconciler<MemoryKernel>, Handle, Reports) {
+fn remembering(
+    memory: MemoryKernel,
+    keys: std::ops::Range<u32>,
+) -> (Reconciler<MemoryKernel>, ReconcilerHandle, Reports) {
     Reconciler::new(Start { remembered: remembered(keys), ..start_with(memory) })
 }
 

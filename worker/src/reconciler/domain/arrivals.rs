@@ -90,7 +90,13 @@ impl DomainReconciler {
         recorded
     }
 
-    pub(super) fn record(&mut self, recorded: &mut Recorded, key: PublicKey, outcome: &Result<(), RejectReason>, now: Instant) {
+    pub(super) fn record(
+        &mut self,
+        recorded: &mut Recorded,
+        key: PublicKey,
+        outcome: &Result<(), RejectReason>,
+        now: Instant,
+    ) {
         match outcome {
             Ok(()) if self.peers.mark_installed(key, now) => recorded.installed += 1,
             Ok(()) => recorded.refreshed += 1,

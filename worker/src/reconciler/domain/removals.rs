@@ -37,7 +37,7 @@ pub struct Denials {
 }
 
 /// Peers that are stale.
-pub struct Sweep {
+pub struct StaleRemoval {
     pub steps: Vec<Step>,
     /// There are more than one sweep takes.
     more: bool,
@@ -75,16 +75,16 @@ impl DomainReconciler {
     }
 
     /// Removes stale peers, if it is time.
-    pub fn plan_sweep(&mut self, device: &Device, now: Instant) -> Option<Sweep> {
+    pub fn plan_sweep(&mut self, device: &Device, now: Instant) -> Option<StaleRemoval> {
         self.schedule.is_sweep_due(now).then(|| {
             let mut stale = self.peers.stale(now);
             let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
-            Sweep { steps: plan::remove(self.peers.profile(), device, &stale), more }
+            StaleRemoval { steps: plan::remove(self.peers.profile(), device, &stale), more }
         })
     }
 
     /// Stale peers were removed, or could not be; returns how many were.
-    pub fn on_swept(&mut self, sweep: &Sweep, outcomes: &KeyOutcomes, now: Instant) -> usize {
+    pub fn on_swept(&mut self, sweep: &StaleRemoval, outcomes: &KeyOutcomes, now: Instant) -> usize {
         let removed = self.on_removed(outcomes);
         self.peers.forget_stale(now);
         self.schedule.swept(now, sweep.more && removed == sweep.steps.len());

@@ -74,7 +74,7 @@ pub struct Desired {
 
 /// One thing to do, in the order in which it must be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum SetupStep {
     /// `wg-REST` is made.
     AddWireguard,
     /// `wg-REST` gets no address but those that are set.
@@ -107,7 +107,7 @@ pub enum Step {
 pub struct Incompatible(pub String);
 
 /// The steps from `actual` to `desired`. None when all is as desired: what has been done is not done again.
-pub fn differences(actual: &Actual, desired: &Desired) -> Result<Vec<Step>, Incompatible> {
+pub fn differences(actual: &Actual, desired: &Desired) -> Result<Vec<SetupStep>, Incompatible> {
     let shape = desired.shape();
     if let Some(incompatible) = actual.vxlan.as_ref().and_then(|vxlan| vxlan.shape.incompatible(&shape)) {
         return Err(incompatible);
@@ -117,32 +117,32 @@ pub fn differences(actual: &Actual, desired: &Desired) -> Result<Vec<Step>, Inco
     Ok(steps)
 }
 
-fn wireguard(actual: Option<&Wireguard>, desired: &Desired) -> Vec<Step> {
+fn wireguard(actual: Option<&Wireguard>, desired: &Desired) -> Vec<SetupStep> {
     let address = desired.public_key.link_local();
     let fresh =
         Wireguard { public_key: None, listen_port: 0, addresses: BTreeSet::new(), auto_address: true, up: false };
     let now = actual.unwrap_or(&fresh);
     chosen([
-        (actual.is_none(), Step::AddWireguard),
-        (now.auto_address, Step::NoAutoAddress),
-        (now.public_key != Some(desired.public_key), Step::SetKey),
-        (now.listen_port != desired.listen_port, Step::SetPort(desired.listen_port)),
-        (!now.addresses.contains(&address), Step::AddAddress(address)),
-        (!now.up, Step::UpWireguard),
+        (actual.is_none(), SetupStep::AddWireguard),
+        (now.auto_address, SetupStep::NoAutoAddress),
+        (now.public_key != Some(desired.public_key), SetupStep::SetKey),
+        (now.listen_port != desired.listen_port, SetupStep::SetPort(desired.listen_port)),
+        (!now.addresses.contains(&address), SetupStep::AddAddress(address)),
+        (!now.up, SetupStep::UpWireguard),
     ])
 }
 
-fn vxlan(actual: Option<&Vxlan>, desired: &Desired) -> Vec<Step> {
+fn vxlan(actual: Option<&Vxlan>, desired: &Desired) -> Vec<SetupStep> {
     let (id, port) = (desired.vxlan_id, desired.vxlan_port);
     let local = desired.public_key.link_local();
     chosen([
-        (actual.is_none(), Step::AddVxlan { id, port, local }),
-        (!actual.is_some_and(|vxlan| vxlan.addresses.contains(&VXLAN_ADDRESS)), Step::AddVxlanAddress),
-        (!actual.is_some_and(|vxlan| vxlan.up), Step::UpVxlan),
+        (actual.is_none(), SetupStep::AddVxlan { id, port, local }),
+        (!actual.is_some_and(|vxlan| vxlan.addresses.contains(&VXLAN_ADDRESS)), SetupStep::AddVxlanAddress),
+        (!actual.is_some_and(|vxlan| vxlan.up), SetupStep::UpVxlan),
     ])
 }
 
-fn chosen<const N: usize>(steps: [(bool, Step); N]) -> Vec<Step> {
+fn chosen<const N: usize>(steps: [(bool, SetupStep); N]) -> Vec<SetupStep> {
     steps.into_iter().filter_map(|(due, step)| due.then_some(step)).collect()
 }
 
@@ -178,7 +178,7 @@ impl Shape {
     }
 }
 
-impl fmt::Display for Step {
+impl fmt::Display for SetupStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AddWireguard => f.write_str("add the WireGuard interface"),
@@ -203,15 +203,15 @@ mod tests {
         assert_eq!(
             differences(&Actual::default(), &desired()),
             Ok(vec![
-                Step::AddWireguard,
-                Step::NoAutoAddress,
-                Step::SetKey,
-                Step::SetPort(51820),
-                Step::AddAddress(local),
-                Step::UpWireguard,
-                Step::AddVxlan { id: 99, port: 8472, local },
-                Step::AddVxlanAddress,
-                Step::UpVxlan,
+                SetupStep::AddWireguard,
+                SetupStep::NoAutoAddress,
+                SetupStep::SetKey,
+                SetupStep::SetPort(51820),
+                SetupStep::AddAddress(local),
+                SetupStep::UpWireguard,
+                SetupStep::AddVxlan { id: 99, port: 8472, local },
+                SetupStep::AddVxlanAddress,
+                SetupStep::UpVxlan,
             ])
         );
     }
@@ -220,20 +220,20 @@ mod tests {
     fn only_what_differs_is_done() {
         type Spoil = fn(&mut Actual);
         let local = desired().public_key.link_local();
-        let table: [(Spoil, Vec<Step>); 12] = [
+        let table: [(Spoil, Vec<SetupStep>); 12] = [
             (|_| {}, vec![]),
-            (|actual| wg(actual).public_key = None, vec![Step::SetKey]),
-            (|actual| wg(actual).public_key = Some(other_key()), vec![Step::SetKey]),
-            (|actual| wg(actual).listen_port = 1, vec![Step::SetPort(51820)]),
-            (|actual| wg(actual).addresses.clear(), vec![Step::AddAddress(local)]),
-            (|actual| wg(actual).auto_address = true, vec![Step::NoAutoAddress]),
-            (|actual| wg(actual).up = false, vec![Step::UpWireguard]),
+            (|actual| wg(actual).public_key = None, vec![SetupStep::SetKey]),
+            (|actual| wg(actual).public_key = Some(other_key()), vec![SetupStep::SetKey]),
+            (|actual| wg(actual).listen_port = 1, vec![SetupStep::SetPort(51820)]),
+            (|actual| wg(actual).addresses.clear(), vec![SetupStep::AddAddress(local)]),
+            (|actual| wg(actual).auto_address = true, vec![SetupStep::NoAutoAddress]),
+            (|actual| wg(actual).up = false, vec![SetupStep::UpWireguard]),
             (|actual| assert!(wg(actual).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
             (|actual| actual.vxlan = None, {
-                vec![Step::AddVxlan { id: 99, port: 8472, local }, Step::AddVxlanAddress, Step::UpVxlan]
+                vec![SetupStep::AddVxlan { id: 99, port: 8472, local }, SetupStep::AddVxlanAddress, SetupStep::UpVxlan]
             }),
-            (|actual| vx(actual).addresses.clear(), vec![Step::AddVxlanAddress]),
-            (|actual| vx(actual).up = false, vec![Step::UpVxlan]),
+            (|actual| vx(actual).addresses.clear(), vec![SetupStep::AddVxlanAddress]),
+            (|actual| vx(actual).up = false, vec![SetupStep::UpVxlan]),
             (|actual| assert!(vx(actual).addresses.insert(Ipv6Addr::LOCALHOST)), vec![]),
         ];
         for (spoil, steps) in table {
