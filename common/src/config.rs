@@ -1,11 +1,26 @@
-//! The config, checked once at the start: `yaml.rs` makes text a tree, `keys.rs` knows the keys, `value.rs`
-//! and `raw.rs` their types, `check.rs` makes the [`Config`] that both binaries run by; `diagnostics.rs` writes the lines
+//! The config, checked once at the start. `yaml.rs` (or `variables.rs`) makes text a tree, `keys.rs` brings that into the
+//! shape of the keys in `raw.rs`, which makes the [`Config`] that both programs run by; `diagnostics.rs` writes the lines
 //! about what is wrong.
+//!
+//! Each section is one file, which has its keys as they may stand in the file (`Raw...`), what they mean, and the defaults;
+//! the types of single values are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
+//!
+//! No task; `main` of each program owns the config.
 
-mod check;
+mod certificate;
 mod diagnostics;
+mod domains;
+mod http;
 mod keys;
+mod limits;
+mod lists;
+mod logging;
+mod mqtt;
+mod mqtt_listen;
+mod original;
+mod peers;
 mod raw;
+mod setup;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -14,11 +29,9 @@ mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::net::{Ipv6Addr, SocketAddr};
-use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
-use std::{env, fmt, fs, io};
+use std::{env, fs, io};
 
 use ipnet::IpNet;
 use nix::unistd::gethostname;
@@ -26,6 +39,16 @@ use serde_json::Value;
 pub use tracing::Level;
 
 use self::diagnostics::Diagnostics;
+pub use self::domains::Worker;
+pub use self::http::{Https, Listen};
+pub use self::limits::{Limits, Quota};
+pub use self::lists::{Allow, KeyLists};
+pub use self::mqtt::{Credentials, Mqtt, Server, Tls};
+pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
+pub use self::peers::{Cleanup, Confirm, LiveKeys, Peers};
+use self::raw::Raw;
+pub use self::setup::Setup;
+pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
 use crate::{Domain, HostName, PublicKey, WorkerName};
 
@@ -85,239 +108,6 @@ pub struct Config {
     pub log_level: Level,
     /// What is odd but does no harm, one line each: the caller logs them once logging is up.
     pub warnings: Vec<String>,
-}
-
-/// A gateway's place in the balance (contract section 6).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Worker {
-    /// Its share of the peers relative to the others'; finite, not negative.
-    pub weight: f64,
-}
-
-/// When peers that stay silent go (contract section 4).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cleanup {
-    /// How often stale peers are looked for.
-    pub interval: Duration,
-    /// A peer without a handshake for this long is stale.
-    pub stale: Duration,
-    /// How long a new key has for its first handshake.
-    pub grace: Duration,
-}
-
-/// The session with the MQTT server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mqtt {
-    /// Which server.
-    pub server: Server,
-    /// Who we are to it; none for one that asks nobody.
-    pub credentials: Option<Credentials>,
-    /// How long the line may be silent; whole seconds, 1 to 65535.
-    pub keepalive: Duration,
-    /// How the connection is encrypted; none if it is not.
-    pub tls: Option<Tls>,
-}
-
-/// What makes an encrypted connection one that both sides trust.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tls {
-    /// The certificates, as PEM, by one of which the server's must be signed; none for the system's.
-    pub ca_file: Option<PathBuf>,
-    /// The own certificate and its private key, as PEM, for a server that asks for them.
-    pub own: Option<(PathBuf, PathBuf)>,
-}
-
-/// The MQTT server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Server {
-    /// The one inside the broker, which a program on the same machine reaches at this address.
-    Embedded(SocketAddr),
-    /// Somebody else's.
-    External {
-        /// Its name or address, without brackets.
-        host: String,
-        /// Its port.
-        port: u16,
-    },
-}
-
-/// The MQTT server inside the broker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MqttListen {
-    /// Where it listens; a loopback address if there are no users.
-    pub address: SocketAddr,
-    /// The certificates and the private key that it shows, as PEM; none if connections are not encrypted.
-    pub tls: Option<(PathBuf, PathBuf)>,
-    /// Who may connect, by name; if there is nobody, everybody may, and do everything.
-    pub users: BTreeMap<String, MqttUser>,
-    /// So many connections at most.
-    pub max_connections: usize,
-}
-
-/// Who may connect to the MQTT server inside the broker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MqttUser {
-    /// The Argon2id hash of the password, as a PHC string.
-    pub password_hash: Secret,
-    /// What the user may do.
-    pub role: Role,
-}
-
-/// What a user of the bus is to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Role {
-    /// The worker of which the user's name is the name.
-    Worker,
-    /// Any broker.
-    Broker,
-}
-
-/// A user of the MQTT server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Credentials {
-    /// The user's name.
-    pub username: String,
-    /// The user's password.
-    pub password: Secret,
-}
-
-/// A text that neither logs nor errors may show.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// A secret that was made here and not read.
-    #[must_use]
-    pub fn new(text: String) -> Self {
-        Self(text)
-    }
-
-    /// The text itself, for the one who must send it.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-/// Where a server of ours listens. `Display` gives `host:port`, with brackets around an IPv6 address.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listen {
-    /// A name or an address, without brackets.
-    pub host: String,
-    /// The port.
-    pub port: u16,
-}
-
-impl fmt::Display for Listen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { host, port } = self;
-        if host.parse::<Ipv6Addr>().is_ok() { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
-    }
-}
-
-/// A server for HTTPS.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Https {
-    /// Where it listens.
-    pub listen: Listen,
-    /// Its certificate, and those between it and the root, as PEM.
-    pub cert_file: PathBuf,
-    /// The private key of the certificate, as PEM.
-    pub key_file: PathBuf,
-}
-
-/// How often a key may come to be taken in; where none is set, there is no limit.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
-    /// The same key.
-    pub per_key: Option<Quota>,
-    /// Unknown keys from one address (IPv4) or network (IPv6, /56).
-    pub per_client: Option<Quota>,
-    /// Unknown keys of one domain.
-    pub per_domain: Option<Quota>,
-    /// Unknown keys in all.
-    pub global: Option<Quota>,
-}
-
-/// So many at once, and so many a second from then on.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Quota {
-    /// What may come at once; at most 1000000.
-    pub burst: NonZeroU32,
-    /// By how many a second that fills again; 0.001 to 1000000.
-    pub per_second: f64,
-}
-
-/// How long a router's answer may wait.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Confirm {
-    /// For one gateway to say that it has the key.
-    pub timeout: Duration,
-    /// For all gateways tried one after the other; at least `timeout`.
-    pub budget: Duration,
-}
-
-/// The keys that the brokers remember, for gateways that lack them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LiveKeys {
-    /// So many at most; at least 1.
-    pub max: usize,
-    /// A key is forgotten this long after a router last sent it, or a gateway last reported a handshake.
-    pub ttl: Duration,
-}
-
-/// How many peers a domain has at a gateway at most.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Peers {
-    /// In all, whoever made them; at least 1.
-    pub max: usize,
-    /// Of those that never shook hands; at least 1.
-    pub unproven: usize,
-}
-
-/// Files and directories of keys on this machine.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct KeyLists {
-    /// The file of denied keys.
-    pub deny_file: Option<PathBuf>,
-    /// The directory of denied keys.
-    pub deny_dir: Option<PathBuf>,
-    /// Where allowed keys stand; none if every key may come that is not denied.
-    pub allow: Option<Allow>,
-    /// Keys whose peers are never swept.
-    pub trusted: BTreeSet<PublicKey>,
-    /// The directory of such keys.
-    pub trusted_dir: Option<PathBuf>,
-    /// How often to look whether files changed.
-    pub refresh: Duration,
-}
-
-/// Where allowed keys stand.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Allow {
-    /// The file.
-    pub file: Option<PathBuf>,
-    /// The directory.
-    pub dir: Option<PathBuf>,
-}
-
-/// The interfaces of a domain, as `wgkex-worker setup` makes them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Setup {
-    /// Where the gateway's private key is kept.
-    pub key_file: PathBuf,
-    /// The UDP port of `wg-REST`; no two domains have the same.
-    pub listen_port: u16,
-    /// The network identifier of `vx-REST`, 1 to 16777215.
-    pub vxlan_id: u32,
-    /// The UDP port of `vx-REST`.
-    pub vxlan_port: u16,
 }
 
 /// Why there is no [`Config`]: one line per mistake, each naming the file (or variable), the key, what is wrong and
@@ -403,8 +193,8 @@ impl Config {
         let config = tree.and_then(|mut tree| {
             diagnostics.keep_secret(&tree);
             keys::normalize(&mut tree, &mut diagnostics);
-            let raw = check::types(&mut tree, &mut diagnostics)?;
-            Some(check::check(raw, host_name, &mut diagnostics))
+            let raw = Raw::read(&mut tree, &mut diagnostics)?;
+            Some(raw.check(host_name, &mut diagnostics))
         });
         let (lines, warnings) = diagnostics.into_lines();
         match config {

@@ -1,255 +1,131 @@
-//! The keys of the file as they may stand there: each optional, each with its type. `check.rs` gives them meaning;
+//! All keys of the file, each optional and with its type, section by section; and the [`Config`] that they make together.
 //! `keys.rs` knows from here which keys there are.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::value::{
-    Burst, Connections, Count, Directory, File, Flag, Hash, Host, Id, Ipam, Keepalive, Key, Label, LogLevel, Net,
-    PasswordHash, Port, PrefixLength, Rate, Seconds, Share, Text, UserRole, Vni,
-};
+use super::Config;
+use super::diagnostics::{Diagnostics, Path};
+use super::domains::{self, RawWorker};
+use super::http::{RawBrokerListen, RawListen};
+use super::limits::RawLimits;
+use super::lists::{RawAllowlist, RawKeyLists};
+use super::logging::log_level;
+use super::mqtt::RawMqtt;
+use super::mqtt_listen::{RawMqttListen, RawMqttUser};
+use super::original::{Netbox, Parker};
+use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
+use super::setup::{RawSetup, RawSetupDomain};
+use super::value::{Directory, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
+use crate::{HostName, PublicKey};
 
 /// Stands for any name in [`Raw::every_key`].
 pub(super) const ANY: &str = "*";
+
+/// More mistakes than anybody reads at once.
+const ERRORS_MAX: usize = 50;
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(super) struct Raw {
     pub domains: Vec<Option<Text>>,
     pub domain_prefixes: Vec<Option<Text>>,
-    pub workers: BTreeMap<String, Worker>,
+    pub workers: BTreeMap<String, RawWorker>,
     pub sticky_worker_tolerance: Option<Share>,
     #[serde(rename = "externalName")]
     pub external_name: Option<Text>,
-    pub cleanup: Cleanup,
+    pub cleanup: RawCleanup,
     pub parker: Parker,
     pub broker_signing_key: Option<Text>,
     pub netbox: Netbox,
-    pub mqtt: Mqtt,
-    pub broker_listen: BrokerListen,
+    pub mqtt: RawMqtt,
+    pub broker_listen: RawBrokerListen,
     pub logging_config: Option<Value>,
     pub log_level: Option<LogLevel>,
-    pub allowlist: Allowlist,
+    pub allowlist: RawAllowlist,
     pub blacklist_file: Option<Text>,
     pub key_whitelist: Vec<Option<Key>>,
     pub protected_keys: Vec<Option<Key>>,
-    pub mqtt_listen: MqttListen,
-    pub worker_listen: Listen,
+    pub mqtt_listen: RawMqttListen,
+    pub worker_listen: RawListen,
     pub worker_user: Option<Text>,
     pub confirm_timeout: Option<Seconds>,
     pub confirm_budget: Option<Seconds>,
     pub state_dir: Option<Directory>,
-    pub live_keys: LiveKeys,
-    pub peers: Peers,
+    pub live_keys: RawLiveKeys,
+    pub peers: RawPeers,
     pub forget_idle_after: Option<Seconds>,
     pub trusted_proxies: Vec<Option<Net>>,
-    pub limits: Limits,
-    pub setup: Setup,
-    pub key_lists: KeyLists,
-    pub admin_listen: Listen,
+    pub limits: RawLimits,
+    pub setup: RawSetup,
+    pub key_lists: RawKeyLists,
+    pub admin_listen: RawListen,
     pub admin_token_hash: Option<Hash>,
 }
 
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Worker {
-    pub weight: Option<Share>,
-    pub id: Option<Id>,
-    pub pop: Option<Label>,
-    pub location: Option<Label>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Cleanup {
-    pub interval: Option<Seconds>,
-    pub parker_stale_timeout: Option<Seconds>,
-    pub legacy_stale_timeout: Option<Seconds>,
-    pub initial_handshake_grace: Option<Seconds>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Parker {
-    pub enabled: Option<Flag>,
-    #[serde(rename = "464xlat")]
-    pub xlat464: Option<Flag>,
-    pub retry_interval: Option<Seconds>,
-    pub wg_keepalive: Option<Seconds>,
-    pub ipam: Option<Ipam>,
-    pub prefixes: Prefixes,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Prefixes {
-    pub ipv4: PrefixIpv4,
-    pub ipv6: PrefixIpv6,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct PrefixIpv4 {
-    pub length: Option<PrefixLength>,
-    pub clat_subnet: Option<Text>,
-    pub netbox_filter: Option<Value>,
-    pub netbox_additional_data: Option<Value>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct PrefixIpv6 {
-    pub length: Option<PrefixLength>,
-    pub netbox_filter: Option<Value>,
-    pub netbox_additional_data: Option<Value>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Netbox {
-    pub url: Option<Text>,
-    pub api_key: Option<Text>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Mqtt {
-    pub broker_url: Option<Host>,
-    pub broker_port: Option<Port>,
-    pub username: Option<Text>,
-    pub password: Option<Text>,
-    pub keepalive: Option<Keepalive>,
-    pub tls: Option<Flag>,
-    pub ca_file: Option<File>,
-    pub cert_file: Option<File>,
-    pub key_file: Option<File>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Listen {
-    pub host: Option<Host>,
-    pub port: Option<Port>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct BrokerListen {
-    pub host: Option<Host>,
-    pub port: Option<Port>,
-    pub tls: ListenTls,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct MqttListen {
-    pub host: Option<Host>,
-    pub port: Option<Port>,
-    pub tls: MqttListenTls,
-    pub users: BTreeMap<String, MqttUser>,
-    pub max_connections: Option<Connections>,
-}
-
-impl MqttListen {
-    /// Whether any of it stands in the file.
-    pub fn is_set(&self) -> bool {
-        let tls = self.tls.cert_file.is_some() || self.tls.key_file.is_some();
-        self.host.is_some() || self.port.is_some() || self.max_connections.is_some() || tls || !self.users.is_empty()
-    }
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct ListenTls {
-    pub port: Option<Port>,
-    pub cert_file: Option<File>,
-    pub key_file: Option<File>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct MqttListenTls {
-    pub cert_file: Option<File>,
-    pub key_file: Option<File>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Limits {
-    pub per_key: Limit,
-    pub per_client: Limit,
-    pub per_domain: Limit,
-    pub global: Limit,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Limit {
-    pub burst: Option<Burst>,
-    pub per_second: Option<Rate>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct MqttUser {
-    pub password_hash: Option<PasswordHash>,
-    pub role: Option<UserRole>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Allowlist {
-    pub enabled: Option<Flag>,
-    pub file: Option<Text>,
-    pub refresh_interval: Option<Seconds>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct KeyLists {
-    #[serde(rename = "deny_dir")]
-    pub deny: Option<Directory>,
-    #[serde(rename = "allow_dir")]
-    pub allow: Option<Directory>,
-    #[serde(rename = "trusted_dir")]
-    pub trusted: Option<Directory>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct LiveKeys {
-    pub max: Option<Count>,
-    pub ttl: Option<Seconds>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Peers {
-    pub max: Option<Count>,
-    pub unproven: Option<Count>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct Setup {
-    pub key_dir: Option<Directory>,
-    pub listen_port: Option<Port>,
-    pub vxlan_id: Option<Vni>,
-    pub vxlan_port: Option<Port>,
-    pub domains: BTreeMap<String, SetupDomain>,
-}
-
-#[derive(Default, Deserialize, Serialize)]
-#[serde(default)]
-pub(super) struct SetupDomain {
-    pub listen_port: Option<Port>,
-    pub vxlan_id: Option<Vni>,
-    pub vxlan_port: Option<Port>,
-}
-
 impl Raw {
+    /// Gives the keys of a normalized `tree` their types. A value of another type is reported and left out, so that all such
+    /// mistakes are found at once; none if they are too many to go on.
+    pub fn read(tree: &mut Value, diagnostics: &mut Diagnostics) -> Option<Self> {
+        for _ in 0..ERRORS_MAX {
+            let error = match serde_path_to_error::deserialize::<_, Self>(&*tree) {
+                Ok(raw) => return Some(raw),
+                Err(error) => error,
+            };
+            let path = Path::from(error.path());
+            let value = path.find(tree).map(Value::take).unwrap_or_default();
+            diagnostics.invalid(&path, &value, &error.inner().to_string());
+        }
+        None
+    }
+
+    /// The config that this means on the machine `host_name`; it only counts if the diagnostics has no mistake.
+    pub fn check(self, host_name: &str, diagnostics: &mut Diagnostics) -> Config {
+        let name = check_name(host_name, diagnostics);
+        domains::check_present(&self.domains, &self.domain_prefixes, diagnostics);
+        self.parker.check(diagnostics);
+        let listed: Vec<Text> = self.domains.into_iter().flatten().collect();
+        let domains = domains::check(&listed, self.domain_prefixes, diagnostics);
+        let is_listen_set = self.mqtt_listen.is_set();
+        let mqtt_listen = self.mqtt.broker_url.is_none().then(|| self.mqtt_listen.check(diagnostics));
+        let external_name = self.external_name.map(|name| name.0).filter(|name| !name.is_empty());
+        let whitelist: BTreeSet<PublicKey> = self.key_whitelist.into_iter().flatten().map(|key| key.0).collect();
+        let protected_keys = self.protected_keys.into_iter().flatten().map(|key| key.0);
+        let workers = domains::workers(&self.workers, diagnostics);
+        let mqtt = self.mqtt.check(mqtt_listen.as_ref(), is_listen_set, diagnostics);
+        let (broker_listen, https) = self.broker_listen.check(diagnostics);
+        Config {
+            name,
+            external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
+            workers,
+            cleanup: self.cleanup.check(),
+            mqtt,
+            mqtt_listen,
+            https,
+            broker_listen,
+            worker_listen: self.worker_listen.check(9586),
+            worker_user: self.worker_user.map(|user| user.0).filter(|user| !user.is_empty()),
+            confirm: confirm(self.confirm_timeout.as_ref(), self.confirm_budget.as_ref(), diagnostics),
+            state_dir: self.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
+            live_keys: self.live_keys.check(),
+            peers: self.peers.check(),
+            forget_idle_after: forget_idle_after(self.forget_idle_after.as_ref(), diagnostics),
+            protected_keys: protected_keys.chain(whitelist.clone()).collect(),
+            trusted_proxies: self.trusted_proxies.into_iter().flatten().map(|net| IpNet::trunc(&net.0)).collect(),
+            limits: self.limits.check(),
+            key_lists: self.key_lists.check(self.blacklist_file, self.allowlist, whitelist, diagnostics),
+            admin_listen: self.admin_listen.check(5001),
+            admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
+            setup: self.setup.check(&listed, &domains, diagnostics),
+            log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
+            warnings: Vec::new(),
+            domains: domains.into_iter().collect(),
+        }
+    }
+
     /// Every key there is, as a tree: a mapping where keys stand below, a list where a list stands, null at a value;
     /// [`ANY`] where the operator chooses the names.
     pub fn every_key() -> Value {
@@ -259,14 +135,27 @@ impl Raw {
             key_whitelist: vec![None],
             protected_keys: vec![None],
             trusted_proxies: vec![None],
-            workers: BTreeMap::from([(ANY.to_owned(), Worker::default())]),
-            mqtt_listen: MqttListen {
-                users: BTreeMap::from([(ANY.to_owned(), MqttUser::default())]),
-                ..MqttListen::default()
+            workers: BTreeMap::from([(ANY.to_owned(), RawWorker::default())]),
+            mqtt_listen: RawMqttListen {
+                users: BTreeMap::from([(ANY.to_owned(), RawMqttUser::default())]),
+                ..RawMqttListen::default()
             },
-            setup: Setup { domains: BTreeMap::from([(ANY.to_owned(), SetupDomain::default())]), ..Setup::default() },
+            setup: RawSetup {
+                domains: BTreeMap::from([(ANY.to_owned(), RawSetupDomain::default())]),
+                ..RawSetup::default()
+            },
             ..Self::default()
         };
         serde_json::to_value(raw).unwrap_or_default()
     }
+}
+
+fn check_name(host_name: &str, diagnostics: &mut Diagnostics) -> HostName {
+    host_name.parse().unwrap_or_else(|_| {
+        diagnostics.error_of_source(&format!(
+            "the host name {host_name:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters \
+             are not allowed"
+        ));
+        HostName::any()
+    })
 }

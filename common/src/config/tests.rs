@@ -3,6 +3,7 @@
 mod mistakes;
 
 use std::io;
+use std::num::NonZeroU32;
 
 use proptest::prelude::*;
 
@@ -300,7 +301,7 @@ fn the_embedded_server_has_users_and_tls() {
         Server::Embedded("[::1]:1883".parse().unwrap()),
         "what a worker beside it connects to"
     );
-    let user = |hash: &str, role| MqttUser { password_hash: Secret(hash.into()), role };
+    let user = |hash: &str, role| MqttUser { password_hash: Secret::new(hash.into()), role };
     let expected = MqttListen {
         address: "[::]:1883".parse().unwrap(),
         tls: Some(("/c".into(), "/k".into())),
@@ -388,7 +389,7 @@ fn a_containers_variables_are_a_config() {
     assert_eq!(config.domains.len(), 3);
     let expected = Mqtt {
         server: Server::External { host: "mqtt".into(), port: 8883 },
-        credentials: Some(Credentials { username: "wgkex".into(), password: Secret("012345".into()) }),
+        credentials: Some(Credentials { username: "wgkex".into(), password: Secret::new("012345".into()) }),
         keepalive: Duration::from_secs(10),
         tls: Some(Tls::default()),
     };

@@ -1,6 +1,7 @@
 //! The kinds of values that keys have, each with the sentence that says what is allowed. Quoted numbers are numbers
 //! and YAML 1.1's truth values are truth values, because the original's parser has it so.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use tracing::Level;
 
-use super::Role;
+use super::mqtt_listen::Role;
 use crate::PublicKey;
 
 /// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
@@ -149,6 +150,40 @@ value_type!(
     |value: &Value| text(value)?.parse::<PublicKey>().ok(),
     "is not a WireGuard public key, 44 characters of base64 are allowed"
 );
+
+/// A text that neither logs nor errors may show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// A secret that was made here and not read.
+    #[must_use]
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text itself, for the one who must send it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// A port, or the one that is meant where none is given.
+pub(super) fn port(port: Option<&Port>, default: u16) -> u16 {
+    port.map_or(default, |port| port.0)
+}
+
+/// A time, or the seconds that are meant where none is given.
+pub(super) fn seconds(seconds: Option<&Seconds>, default: u64) -> Duration {
+    seconds.map_or(Duration::from_secs(default), |seconds| seconds.0)
+}
 
 fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)

@@ -1,0 +1,105 @@
+//! Domains, and the gateways that serve them: `domains`, `domain_prefixes`, `workers`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::diagnostics::{Diagnostics, Path};
+use super::value::{Id, Label, Share, Text};
+use crate::{Domain, DomainError, WorkerName};
+
+/// What is left of a quote too many, or of one that YAML or a shell did not take off.
+const QUOTED: &str = "has a quote in it, a name without quotes is allowed";
+
+/// A gateway's place in the balance (contract section 6).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Worker {
+    /// Its share of the peers relative to the others'; finite, not negative.
+    pub weight: f64,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawWorker {
+    pub weight: Option<Share>,
+    pub id: Option<Id>,
+    pub pop: Option<Label>,
+    pub location: Option<Label>,
+}
+
+/// Complains of lists that are not there or empty.
+pub(super) fn check_present(domains: &[Option<Text>], prefixes: &[Option<Text>], diagnostics: &mut Diagnostics) {
+    for (key, is_missing) in [("domains", domains.is_empty()), ("domain_prefixes", prefixes.is_empty())] {
+        if is_missing {
+            diagnostics.error(&Path::of(key), "is missing, a list with at least one entry is needed");
+        }
+    }
+}
+
+/// The domains served of those `listed`, in the order of the file.
+pub(super) fn check(listed: &[Text], prefixes: Vec<Option<Text>>, diagnostics: &mut Diagnostics) -> Vec<Domain> {
+    let prefixes: Vec<String> = prefixes.into_iter().flatten().map(|prefix| prefix.0).collect();
+    for (index, _) in prefixes.iter().enumerate().filter(|(_, prefix)| has_quote(prefix)) {
+        diagnostics.error(&Path::of("domain_prefixes").index(index), QUOTED);
+    }
+    let served = served(listed, &prefixes, diagnostics);
+    let fits = |Text(name): &Text| prefixes.iter().any(|prefix| name.starts_with(prefix));
+    if !listed.is_empty() && !prefixes.is_empty() && !listed.iter().any(fits) {
+        diagnostics
+            .error(&Path::of("domains"), "none can be served, at least one must begin with one of domain_prefixes");
+    }
+    served
+}
+
+fn served(listed: &[Text], prefixes: &[String], diagnostics: &mut Diagnostics) -> Vec<Domain> {
+    let mut served: Vec<Domain> = Vec::new();
+    for (index, Text(name)) in listed.iter().enumerate() {
+        let path = Path::of("domains").index(index);
+        match Domain::new(name, prefixes) {
+            _ if has_quote(name) => diagnostics.error(&path, QUOTED),
+            Ok(domain) if served.contains(&domain) => diagnostics.warn(&path, "is listed twice"),
+            Ok(domain) => match served.iter().find(|other| other.rest() == domain.rest()) {
+                Some(other) => diagnostics.error(&path, &same_interfaces(&domain, other)),
+                None => served.push(domain),
+            },
+            Err(_) if prefixes.is_empty() => {}
+            Err(error) => bad_domain(&path, name, &error, diagnostics),
+        }
+    }
+    served
+}
+
+fn has_quote(name: &str) -> bool {
+    name.contains(['"', '\''])
+}
+
+fn same_interfaces(domain: &Domain, other: &Domain) -> String {
+    let (name, other, interface) = (domain.name(), other.name(), domain.wireguard());
+    format!("{name:?} would have the interface {interface} of {other:?}, each domain needs its own")
+}
+
+fn bad_domain(path: &Path, name: &str, error: &DomainError, diagnostics: &mut Diagnostics) {
+    let said =
+        if diagnostics.contains_secret(name) { "the value cannot be a domain".to_owned() } else { error.to_string() };
+    match error {
+        DomainError::NoPrefix(_) => diagnostics.warn(path, &format!("{said} and is ignored")),
+        DomainError::Interface(..) | DomainError::Topic(_) => diagnostics.error(path, &said),
+    }
+}
+
+/// Each is called by its host name, which is a level of topics: what is more would give its user others' rights.
+pub(super) fn workers(
+    raw: &BTreeMap<String, RawWorker>,
+    diagnostics: &mut Diagnostics,
+) -> BTreeMap<WorkerName, Worker> {
+    let mut workers = BTreeMap::new();
+    for (name, raw) in raw {
+        if let Ok(name) = name.parse() {
+            workers.insert(name, Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) });
+        } else {
+            let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
+            diagnostics.error(&Path::of("workers").then(name), complaint);
+        }
+    }
+    workers
+}

@@ -1,0 +1,23 @@
+//! The least important events that are logged: `log_level`, else the level of the original's `logging_config`.
+
+use serde_json::Value;
+use tracing::Level;
+
+use super::diagnostics::{Diagnostics, Path};
+use super::value::LogLevel;
+
+/// `log_level`, else what the original's logging had.
+pub(super) fn log_level(own: Option<LogLevel>, logging_config: Option<&Value>, diagnostics: &mut Diagnostics) -> Level {
+    let foreign = logging_config.and_then(|config| config.pointer("/root/level")).filter(|level| !level.is_null());
+    match (own, foreign) {
+        (Some(level), _) => level.0,
+        (None, None) => Level::INFO,
+        (None, Some(value)) => match serde_json::from_value::<LogLevel>(value.clone()) {
+            Ok(level) => level.0,
+            Err(error) => {
+                diagnostics.invalid(&Path::of("logging_config.root.level"), value, &error.to_string());
+                Level::INFO
+            }
+        },
+    }
+}

@@ -1,0 +1,132 @@
+//! The session with the MQTT server: `mqtt`.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::certificate::pair;
+use super::diagnostics::{Diagnostics, Path};
+use super::mqtt_listen::{self, MqttListen};
+use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, port};
+
+/// The session with the MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mqtt {
+    /// Which server.
+    pub server: Server,
+    /// Who we are to it; none for one that asks nobody.
+    pub credentials: Option<Credentials>,
+    /// How long the line may be silent; whole seconds, 1 to 65535.
+    pub keepalive: Duration,
+    /// How the connection is encrypted; none if it is not.
+    pub tls: Option<Tls>,
+}
+
+/// What makes an encrypted connection one that both sides trust.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tls {
+    /// The certificates, as PEM, by one of which the server's must be signed; none for the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The own certificate and its private key, as PEM, for a server that asks for them.
+    pub own: Option<(PathBuf, PathBuf)>,
+}
+
+/// The MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Server {
+    /// The one inside the broker, which a program on the same machine reaches at this address.
+    Embedded(SocketAddr),
+    /// Somebody else's.
+    External {
+        /// Its name or address, without brackets.
+        host: String,
+        /// Its port.
+        port: u16,
+    },
+}
+
+/// A user of the MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Credentials {
+    /// The user's name.
+    pub username: String,
+    /// The user's password.
+    pub password: Secret,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawMqtt {
+    pub broker_url: Option<Host>,
+    pub broker_port: Option<Port>,
+    pub username: Option<Text>,
+    pub password: Option<Text>,
+    pub keepalive: Option<Keepalive>,
+    pub tls: Option<Flag>,
+    pub ca_file: Option<File>,
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
+}
+
+impl RawMqtt {
+    /// `own` is the server inside the broker, if no other is named; `is_listen_set` whether its section is in the file.
+    pub fn check(self, own: Option<&MqttListen>, is_listen_set: bool, diagnostics: &mut Diagnostics) -> Mqtt {
+        let is_encrypted = self.tls.is_some_and(|tls| tls.0);
+        let is_external = own.is_none();
+        let (another, none, plain) =
+            ("mqtt.broker_url names another server", "mqtt.broker_url is not set", "mqtt.tls is not true");
+        let unused = [
+            ("mqtt.broker_port", !is_external && port(self.broker_port.as_ref(), 1883) != 1883, none),
+            ("mqtt.tls", !is_external && is_encrypted, none),
+            ("mqtt.ca_file", !is_encrypted && self.ca_file.is_some(), plain),
+            ("mqtt.cert_file", !is_encrypted && self.cert_file.is_some(), plain),
+            ("mqtt.key_file", !is_encrypted && self.key_file.is_some(), plain),
+            ("mqtt_listen", is_external && is_listen_set, another),
+        ];
+        for (path, _, why) in unused.iter().filter(|(_, is_unused, _)| *is_unused) {
+            diagnostics.warn(&Path::of(path), &format!("is not used, as {why}"));
+        }
+        let own_files = pair("mqtt", self.cert_file, self.key_file, diagnostics);
+        let tls = Tls { ca_file: self.ca_file.map(|file| file.0.into()), own: own_files };
+        let external = |host: Host| Server::External { host: host.0, port: port(self.broker_port.as_ref(), 1883) };
+        Mqtt {
+            credentials: credentials(self.username, self.password, diagnostics),
+            keepalive: Duration::from_secs(self.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
+            tls: (is_encrypted && is_external).then_some(tls),
+            server: match (self.broker_url, own) {
+                (Some(host), _) => external(host),
+                (None, own) => Server::Embedded(reachable(own.map_or(mqtt_listen::DEFAULT, |own| own.address))),
+            },
+        }
+    }
+}
+
+/// rumqttc takes no silence for ever; the longest there is comes close.
+fn keepalive(seconds: u16) -> u64 {
+    if seconds == 0 { u16::MAX.into() } else { seconds.into() }
+}
+
+/// Where a program on the same machine reaches a server that listens on `address`.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let loopback: IpAddr = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    SocketAddr::new(if address.ip().is_unspecified() { loopback } else { address.ip() }, address.port())
+}
+
+/// A user has both, as in the original.
+fn credentials(username: Option<Text>, password: Option<Text>, diagnostics: &mut Diagnostics) -> Option<Credentials> {
+    let given = |text: Option<Text>| text.map(|text| text.0).filter(|text| !text.is_empty());
+    match (given(username), given(password)) {
+        (Some(username), Some(password)) => Some(Credentials { username, password: Secret::new(password) }),
+        (None, None) => None,
+        (Some(_), None) => {
+            diagnostics.warn(&Path::of("mqtt.username"), "is not used, as mqtt.password is not set");
+            None
+        }
+        (None, Some(_)) => {
+            diagnostics.warn(&Path::of("mqtt.password"), "is not used, as mqtt.username is not set");
+            None
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The MQTT server inside the broker: `mqtt_listen`.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::certificate::pair;
+use super::diagnostics::{Diagnostics, Path};
+use super::value::{Connections, File, Host, PasswordHash, Port, Secret, UserRole, port};
+use crate::is_topic_level;
+
+/// Where the embedded MQTT server listens unless told otherwise.
+pub(super) const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1883);
+
+/// The MQTT server inside the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttListen {
+    /// Where it listens; a loopback address if there are no users.
+    pub address: SocketAddr,
+    /// The certificates and the private key that it shows, as PEM; none if connections are not encrypted.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Who may connect, by name; if there is nobody, everybody may, and do everything.
+    pub users: BTreeMap<String, MqttUser>,
+    /// So many connections at most.
+    pub max_connections: usize,
+}
+
+/// Who may connect to the MQTT server inside the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttUser {
+    /// The Argon2id hash of the password, as a PHC string.
+    pub password_hash: Secret,
+    /// What the user may do.
+    pub role: Role,
+}
+
+/// What a user of the bus is to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// The worker of which the user's name is the name.
+    Worker,
+    /// Any broker.
+    Broker,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawMqttListen {
+    pub host: Option<Host>,
+    pub port: Option<Port>,
+    pub tls: RawMqttListenTls,
+    pub users: BTreeMap<String, RawMqttUser>,
+    pub max_connections: Option<Connections>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawMqttListenTls {
+    pub cert_file: Option<File>,
+    pub key_file: Option<File>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawMqttUser {
+    pub password_hash: Option<PasswordHash>,
+    pub role: Option<UserRole>,
+}
+
+impl RawMqttListen {
+    /// Whether any of it stands in the file.
+    pub fn is_set(&self) -> bool {
+        let tls = self.tls.cert_file.is_some() || self.tls.key_file.is_some();
+        self.host.is_some() || self.port.is_some() || self.max_connections.is_some() || tls || !self.users.is_empty()
+    }
+
+    pub fn check(self, diagnostics: &mut Diagnostics) -> MqttListen {
+        let has_users = !self.users.is_empty();
+        let users = self.users.into_iter().filter_map(|(name, raw)| raw.check(name, diagnostics)).collect();
+        let tls = pair("mqtt_listen.tls", self.tls.cert_file, self.tls.key_file, diagnostics);
+        let host = self.host.map_or_else(|| DEFAULT.ip().to_string(), |host| host.0);
+        let ip = ip(&host, has_users, diagnostics);
+        if !ip.is_loopback() && tls.is_none() {
+            diagnostics
+                .warn(&Path::of("mqtt_listen"), "passwords and keys are not encrypted, as mqtt_listen.tls is not set");
+        }
+        MqttListen {
+            address: SocketAddr::new(ip, port(self.port.as_ref(), DEFAULT.port())),
+            tls,
+            users,
+            max_connections: self.max_connections.map_or(10_000, |max| max.0),
+        }
+    }
+}
+
+/// Where the embedded server listens: only users make others than this machine's programs strangers.
+fn ip(host: &str, has_users: bool, diagnostics: &mut Diagnostics) -> IpAddr {
+    let address = if host == "localhost" { "127.0.0.1" } else { host }.parse().ok();
+    let complaint = match address {
+        Some(ip) if has_users || IpAddr::is_loopback(&ip) => return ip,
+        Some(_) => {
+            "is not a loopback address, one such as 127.0.0.1 is allowed (another only with mqtt_listen.users, as \
+             without them everybody may say everything)"
+        }
+        None => "is not an address, one such as 127.0.0.1 or \"::\" is allowed",
+    };
+    diagnostics.invalid(&Path::of("mqtt_listen.host"), &Value::from(host), complaint);
+    DEFAULT.ip()
+}
+
+impl RawMqttUser {
+    fn check(self, name: String, diagnostics: &mut Diagnostics) -> Option<(String, MqttUser)> {
+        let path = Path::of("mqtt_listen.users").then(&name);
+        if !is_topic_level(&name) {
+            diagnostics.error(&path, "is not a user's name, one without \"/\", \"+\" and \"#\" is allowed");
+        }
+        let Some(hash) = self.password_hash else {
+            diagnostics
+                .error(&path.then("password_hash"), "is missing, what \"wgkex-broker hash-password\" prints is needed");
+            return None;
+        };
+        let role = self.role.map_or(Role::Worker, |UserRole(role)| role);
+        Some((name, MqttUser { password_hash: Secret::new(hash.0), role }))
+    }
+}
