@@ -52,8 +52,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
-use wgkex_common::http::connections::prepare;
-use wgkex_common::http::listener::is_listening;
+use wgkex_common::http::listener::{is_listening, prepare};
 use wgkex_common::runtime::services::Ended;
 use wgkex_common::runtime::tls::TlsError;
 

@@ -15,7 +15,8 @@ use futures_util::future::try_join_all;
 use tokio::time::sleep;
 use tracing::{error, info};
 use wgkex_common::config::Listen;
-use wgkex_common::http::connections::{Connections, prepare};
+use wgkex_common::http::connections::Connections;
+use wgkex_common::http::listener::prepare;
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::runtime::metrics::Registry;
 

@@ -1,0 +1,233 @@
+//! The table of open connections, which decides which ones go. It knows neither sockets nor a clock.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::flow::{BUSY, Flow};
+use super::{Capacity, Closed, IDLE, PeerKind};
+
+/// The same when half of all are open.
+const IDLE_CROWDED: Duration = Duration::from_secs(5);
+
+/// The open connections; `S` is the socket by which one is closed.
+pub struct Table<S> {
+    capacity: Capacity,
+    last: u64,
+    open: BTreeMap<u64, Open<S>>,
+    clients: HashMap<IpAddr, usize>,
+}
+
+struct Open<S> {
+    peer: PeerKind,
+    socket: S,
+    flow: Arc<Flow>,
+}
+
+/// An entry in the table, and the connections that are evicted for it.
+pub struct Admitted<S> {
+    pub id: u64,
+    pub evicted: Vec<S>,
+}
+
+impl<S> Open<S> {
+    fn idle(&self) -> u64 {
+        self.flow.idle()
+    }
+
+    fn held(&self) -> usize {
+        self.flow.held()
+    }
+}
+
+impl<S> Table<S> {
+    pub fn new(capacity: Capacity) -> Self {
+        Self { capacity, last: 0, open: BTreeMap::new(), clients: HashMap::new() }
+    }
+
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Takes in a connection. In a full table those go whose client is waited for the longest, be it for a request or for
+    /// the body of one: a sixteenth at once, so that a flood does not cost a search each.
+    pub fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<Admitted<S>, (Closed, S)> {
+        if let PeerKind::Client(client) = peer
+            && self.clients.get(&client).is_some_and(|open| *open >= self.capacity.of_client)
+        {
+            return Err((Closed::Client, socket));
+        }
+        let evicted = if self.open.len() < self.capacity.open { Vec::new() } else { self.make_room() };
+        if self.open.len() >= self.capacity.open {
+            return Err((Closed::Full, socket));
+        }
+        self.last += 1;
+        self.open.insert(self.last, Open { peer, socket, flow });
+        if let PeerKind::Client(client) = peer {
+            *self.clients.entry(client).or_default() += 1;
+        }
+        Ok(Admitted { id: self.last, evicted })
+    }
+
+    fn make_room(&mut self) -> Vec<S> {
+        let idle = self.longest_idle(|open| open.idle() != BUSY);
+        let room = (self.capacity.open / 16).max(1);
+        idle.into_iter().take(room).filter_map(|id| self.remove(id)).collect()
+    }
+
+    /// Takes out connections until the others hold a quarter less than they may, if they hold more.
+    pub fn free_memory(&mut self) -> Vec<S> {
+        let most = self.capacity.held;
+        let mut held: usize = self.open.values().map(Open::held).sum();
+        if held <= most {
+            return Vec::new();
+        }
+        let mut evicted = Vec::new();
+        for id in self.longest_idle(|open| open.held() > 0) {
+            if held <= most / 4 * 3 {
+                break;
+            }
+            held = held.saturating_sub(self.open.get(&id).map_or(0, Open::held));
+            evicted.extend(self.remove(id));
+        }
+        evicted
+    }
+
+    /// Which ones these are, the longest idle first and those with a request under way last.
+    fn longest_idle(&self, is_meant: impl Fn(&Open<S>) -> bool) -> Vec<u64> {
+        let meant = self.open.iter().filter(|(_, open)| is_meant(open));
+        let mut meant: Vec<_> = meant.map(|(id, open)| (open.idle(), *id)).collect();
+        meant.sort_unstable();
+        meant.into_iter().map(|(_, id)| id).collect()
+    }
+
+    pub fn remove(&mut self, id: u64) -> Option<S> {
+        let Open { peer, socket, .. } = self.open.remove(&id)?;
+        if let PeerKind::Client(client) = peer
+            && let Some(open) = self.clients.get_mut(&client)
+        {
+            *open -= 1;
+            if *open == 0 {
+                self.clients.remove(&client);
+            }
+        }
+        Some(socket)
+    }
+
+    /// Takes out those on which no request came for too long.
+    pub fn expire(&mut self, now: u64) -> Vec<S> {
+        let is_crowded = self.open.len() * 2 > self.capacity.open;
+        let over = |open: &Open<S>| {
+            let since = open.idle();
+            let limit = if is_crowded && open.peer != PeerKind::Proxy { IDLE_CROWDED } else { IDLE };
+            since != BUSY && Duration::from_millis(now.saturating_sub(since)) >= limit
+        };
+        let over: Vec<_> = self.open.iter().filter(|(_, open)| over(open)).map(|(id, _)| *id).collect();
+        over.into_iter().filter_map(|id| self.remove(id)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::super::capacity::MAX_OF_CLIENT;
+    use super::*;
+
+    fn client(n: u8) -> PeerKind {
+        PeerKind::Client([192, 0, 2, n].into())
+    }
+
+    fn table(open: usize, held: usize) -> Table<u64> {
+        Table::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, held })
+    }
+
+    /// Lets in a connection that is idle since then.
+    fn admit(table: &mut Table<u64>, peer: PeerKind, socket: u64, idle: u64) -> Option<(Arc<Flow>, Admitted<u64>)> {
+        let flow = Flow::new(Instant::now());
+        flow.wait_for_client(idle);
+        let admitted = table.admit(peer, socket, flow.clone()).ok()?;
+        Some((flow, admitted))
+    }
+
+    #[test]
+    fn a_client_has_only_so_many_and_a_proxy_and_this_machine_as_many_as_there_are() {
+        let mut table = table(10_000, 0);
+        let open = u64::try_from(MAX_OF_CLIENT).unwrap();
+        let first = admit(&mut table, client(1), 0, 0).unwrap().1.id;
+        assert!((1..open).all(|socket| admit(&mut table, client(1), socket, 0).is_some()));
+        let refused = table.admit(client(1), 7, Flow::new(Instant::now())).err();
+        assert_eq!(refused, Some((Closed::Client, 7)));
+        assert!(admit(&mut table, client(2), 8, 0).is_some());
+        for peer in [PeerKind::Proxy, PeerKind::Local] {
+            assert!((0..=open).all(|socket| admit(&mut table, peer, socket, 0).is_some()));
+        }
+        assert_eq!(table.remove(first), Some(0));
+        assert_eq!(table.remove(first), None);
+        assert!(admit(&mut table, client(1), 9, 0).is_some());
+    }
+
+    #[test]
+    fn in_a_full_table_those_go_whose_client_is_waited_for_the_longest_and_busy_ones_stay() {
+        let mut table = table(32, 0);
+        let mut busy = Vec::new();
+        for n in 0..32 {
+            let (flow, _) = admit(&mut table, client(u8::try_from(n).unwrap()), n, 100 + n).unwrap();
+            match n {
+                0..4 => busy.push(flow.begin()),
+                // The head of a request has come, and its body has not.
+                4 => flow.wait_for_client(900),
+                _ => {}
+            }
+        }
+        assert_eq!(admit(&mut table, client(99), 99, 1000).unwrap().1.evicted, [5, 6]);
+        assert_eq!(table.open.len(), 31);
+        assert_eq!(table.clients.len(), 31);
+        table.open.values().for_each(|open| open.flow.set_busy());
+        let (flow, _) = admit(&mut table, client(100), 100, 1000).unwrap();
+        let _busy = flow.begin();
+        assert_eq!(table.admit(client(101), 101, flow).err(), Some((Closed::Full, 101)));
+    }
+
+    #[test]
+    fn who_does_nothing_goes_and_sooner_when_half_are_open() {
+        let idle = u64::try_from(IDLE.as_millis()).unwrap();
+        let crowded = u64::try_from(IDLE_CROWDED.as_millis()).unwrap();
+        let mut table = table(4, 0);
+        let _busy = admit(&mut table, client(0), 0, 0).unwrap().0.begin();
+        admit(&mut table, client(1), 1, 0).unwrap();
+        assert_eq!(table.expire(idle - 1), [0; 0]);
+        assert_eq!(table.expire(idle), [1]);
+        admit(&mut table, client(2), 2, idle).unwrap();
+        admit(&mut table, client(3), 3, idle + 1).unwrap();
+        assert_eq!(table.expire(idle + crowded - 1), [0; 0]);
+        assert_eq!(table.expire(idle + crowded), [2]);
+        assert_eq!(table.expire(idle + crowded + 1), [0; 0], "half of all is not more than half");
+        admit(&mut table, PeerKind::Proxy, 4, idle).unwrap();
+        assert_eq!(table.expire(idle + crowded + 1), [3]);
+        assert_eq!(table.expire(2 * idle - 1), [0; 0], "a proxy keeps its connections");
+        assert_eq!(table.expire(2 * idle), [4]);
+    }
+
+    #[test]
+    fn when_all_hold_too_much_those_go_that_do_not_read_for_the_longest() {
+        let mut table = table(100, 1000);
+        let mut flows = Vec::new();
+        for n in 0..10 {
+            flows.push(admit(&mut table, client(1), n, 100 - n).unwrap().0);
+            flows[flows.len() - 1].hold(100);
+        }
+        assert_eq!(table.free_memory(), [0; 0], "that much they may");
+        flows[9].hold(0);
+        let busy = flows[8].begin();
+        flows[8].hold(201);
+        assert_eq!(table.free_memory(), [7, 6, 5], "who has no request under way goes first, who holds nothing stays");
+        for flow in &flows {
+            flow.hold(0);
+        }
+        flows[8].hold(1001);
+        assert_eq!(table.free_memory(), [8]);
+        drop(busy);
+    }
+}
