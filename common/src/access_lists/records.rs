@@ -78,12 +78,23 @@ impl std::ops::AddAssign for Refused {
 }
 
 /// What a record is about: of two about the same one counts.
-type Subject = (List, PublicKey, Option<String>);
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct RecordId {
+    list: List,
+    key: PublicKey,
+    domain: Option<String>,
+}
+
+impl RecordId {
+    fn of(Entry { list, key, domain, .. }: &Entry) -> Self {
+        Self { list: *list, key: *key, domain: domain.clone() }
+    }
+}
 
 /// The newest record of each subject.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Records {
-    newest: BTreeMap<Subject, Record>,
+    newest: BTreeMap<RecordId, Record>,
 }
 
 impl Record {
@@ -116,8 +127,8 @@ impl Record {
         end.is_some_and(|end| end.saturating_add(REMEMBERED) <= now)
     }
 
-    fn subject(&self) -> Subject {
-        (self.entry.list, self.entry.key, self.entry.domain.clone())
+    fn id(&self) -> RecordId {
+        RecordId::of(&self.entry)
     }
 
     /// Where there are too many, those stay that are last in this order: first what counts, then what denies, then what
@@ -142,7 +153,7 @@ impl Records {
             } else if record.is_of_the_future(now) {
                 refused.future += 1;
             } else if self.take(record.clone(), now) {
-                subjects.insert(record.subject());
+                subjects.insert(record.id());
             }
         }
         refused.full += self.trim(now);
@@ -164,7 +175,7 @@ impl Records {
     /// Takes in a record if it is newer than what is known of its subject, or that is of the future, which nobody else
     /// takes in.
     fn take(&mut self, record: Record, now: u64) -> bool {
-        let subject = record.subject();
+        let subject = record.id();
         let is_newer = |known: &Record| known.is_of_the_future(now) || known.version() < record.version();
         let takes = !record.is_past(now) && self.newest.get(&subject).is_none_or(is_newer);
         if takes {
@@ -181,7 +192,7 @@ impl Records {
         }
         let mut all: Vec<&Record> = self.newest.values().collect();
         all.sort_unstable_by(|a, b| a.worth(now).cmp(&b.worth(now)));
-        let gone: Vec<_> = all.into_iter().take(surplus).map(|record| (record.subject(), record.counts(now))).collect();
+        let gone: Vec<_> = all.into_iter().take(surplus).map(|record| (record.id(), record.counts(now))).collect();
         for (subject, _) in &gone {
             self.newest.remove(subject);
         }
@@ -193,12 +204,12 @@ impl Records {
     pub fn change(&mut self, entry: Entry, present: bool, now_ms: u64) -> Result<Record, Full> {
         let now = now_ms / 1000;
         let mut record = Record { entry, at: now_ms, present };
-        match self.newest.get(&record.subject()) {
+        match self.newest.get(&record.id()) {
             Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
             Some(_) => {}
             None => self.make_room(if record.entry.list == List::Deny { MOST } else { MAX }, now)?,
         }
-        self.newest.insert(record.subject(), record.clone());
+        self.newest.insert(record.id(), record.clone());
         Ok(record)
     }
 
@@ -209,7 +220,7 @@ impl Records {
             return Ok(());
         }
         let over = self.newest.values().filter(|record| !record.counts(now));
-        let mut over: Vec<_> = over.map(|record| (record.at, record.subject())).collect();
+        let mut over: Vec<_> = over.map(|record| (record.at, record.id())).collect();
         if over.len() < surplus {
             return Err(Full(limit));
         }
@@ -223,8 +234,7 @@ impl Records {
     /// Whether `entry`'s key is on its list at `now` by a record.
     #[must_use]
     pub fn has(&self, entry: &Entry, now: u64) -> bool {
-        let subject = (entry.list, entry.key, entry.domain.clone());
-        self.newest.get(&subject).is_some_and(|record| record.counts(now))
+        self.newest.get(&RecordId::of(entry)).is_some_and(|record| record.counts(now))
     }
 
     /// Forgets what need not be remembered any more; true if there was something.
@@ -342,7 +352,7 @@ mod tests {
         assert_eq!(full.newest.len(), MOST);
         // What was lifted goes first, and only that.
         assert!(full.change(deny(1_000_000), true, NOW * 1000).is_ok());
-        assert!(!full.newest.contains_key(&record(7, 0, false).subject()) && full.newest.len() == MOST);
+        assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == MOST);
         assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(Full(MOST)));
         for n in 0..max + 10 {
             full.change(deny(n), false, NOW * 1000).unwrap();

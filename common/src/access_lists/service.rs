@@ -1,19 +1,22 @@
 //! The task that owns the lists of a program: it reads their files, merges and writes the records that brokers share, and
 //! notifies the program of each change. Everything else has a [`Handle`].
 
+mod handle;
+
 use std::future::pending;
 use std::mem;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
+pub use self::handle::{BY_CALL, Changed, Handle, ListEvent, ListSnapshot, ListUpdate, ListedEntry};
+use self::handle::{COMMANDS, Command};
 use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
 use crate::access_lists::records::{Full, Merged, Record, Records, Refused};
@@ -21,11 +24,9 @@ use crate::access_lists::records_file::{RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
 use crate::storage::StorageError;
-use crate::wire::message::{Hello, Participant, RecordsRequest};
-use crate::{BrokerName, Config, Topic};
+use crate::wire::message::{Participant, RecordsRequest};
+use crate::{Config, Topic};
 
-/// Commands that wait at most. What brokers publish they publish again, so one too many is dropped.
-const COMMANDS: usize = 1024;
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.
 pub const PER_MESSAGE: usize = 500;
 /// How often it checks whether something is due: an entry that ends, a request that is to be sent again.
@@ -39,87 +40,6 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How often it is logged at most that records are refused.
 const LOG_REFUSED: Duration = Duration::from_secs(60);
 
-/// What the lists are now.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ListSnapshot {
-    /// What they say.
-    pub admission: Arc<Admission>,
-    /// The same for everybody who has the same records.
-    pub digest: String,
-}
-
-/// A change of the lists, for the rest of the program.
-#[derive(Debug)]
-pub struct ListUpdate<'a> {
-    /// What the lists say now.
-    pub admission: &'a Arc<Admission>,
-    /// Records that were made, or heard for the first time.
-    pub records: &'a [Record],
-    /// The lists that are damaged, of [`SOURCES`](crate::access_lists::files::SOURCES).
-    pub damaged: &'a [&'static str],
-    /// Whether all records are on the disk, or about to be.
-    pub is_kept: bool,
-    /// Records of others that were not taken in since the start; up to a minute behind.
-    pub refused: Refused,
-}
-
-/// What the sessions receive that concerns the lists.
-#[derive(Debug)]
-pub enum ListEvent {
-    /// Connected: everything that is published from now on is received, and what is retained.
-    Up,
-    /// Not connected.
-    Down,
-    /// What a broker can do; none if it goes.
-    Broker(BrokerName, Option<Hello>),
-    /// Records that somebody made.
-    Records(Vec<Record>),
-    /// A request for all records.
-    Asked,
-}
-
-/// A record that was made.
-#[derive(Debug)]
-pub struct Changed {
-    /// The record, for everybody else.
-    pub record: Record,
-    /// Whether the key was on the list by another record.
-    pub was_present: bool,
-    /// Comes when it is on the disk; an error if it cannot be written now.
-    pub persisted: oneshot::Receiver<()>,
-}
-
-/// An entry as an operator sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ListedEntry {
-    /// The entry.
-    #[serde(flatten)]
-    pub entry: Entry,
-    /// The key of the config that it comes by; `admin` for an admin call.
-    pub source: &'static str,
-    /// When the admin call was, in seconds of Unix time.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub since: Option<u64>,
-}
-
-/// What [`ListedEntry::source`] says of entries that were made by an admin call.
-pub const BY_CALL: &str = "admin";
-
-#[derive(Debug)]
-enum Command {
-    Change(Entry, bool, oneshot::Sender<Result<Changed, Full>>),
-    List(oneshot::Sender<Vec<ListedEntry>>),
-    Event(ListEvent),
-}
-
-/// How the rest of the program reaches the [`ListService`].
-#[derive(Debug, Clone)]
-pub struct Handle {
-    commands: mpsc::Sender<Command>,
-    view: watch::Receiver<ListSnapshot>,
-    held: Arc<watch::Sender<Option<Instant>>>,
-}
-
 /// Owns the lists of a program.
 pub struct ListService {
     own: Participant,
@@ -128,15 +48,16 @@ pub struct ListService {
     records: Records,
     anti_entropy: AntiEntropy,
     commands: mpsc::Receiver<Command>,
-    view: watch::Sender<ListSnapshot>,
-    held: Arc<watch::Sender<Option<Instant>>>,
-    /// Records that the rest of the program has not been told of.
-    news: Vec<Record>,
-    /// Something is not as the view says.
+    snapshot: watch::Sender<ListSnapshot>,
+    /// Since when the gate is closed; none if it is open.
+    gate: Arc<watch::Sender<Option<Instant>>>,
+    /// Records that the rest of the program was not notified of.
+    new_records: Vec<Record>,
+    /// Something is not as the snapshot has it.
     is_stale: bool,
     writer: RecordsWriter,
     refused: Refused,
-    /// What was last said of that, and when.
+    /// What was last logged of that, and when.
     logged_refused: (Refused, Option<Instant>),
 }
 
@@ -150,27 +71,27 @@ impl ListService {
         files.read(true);
         let (writer, restored) = RecordsWriter::open(file)?;
         let records = Records::restored(restored, now);
-        let (sender, commands) = mpsc::channel(COMMANDS);
-        let (view, viewed) = watch::channel(snapshot(&files, &records, now));
-        let held = Arc::new(watch::channel(None).0);
+        let (snapshot, snapshot_receiver) = watch::channel(take_snapshot(&files, &records, now));
+        let gate = Arc::new(watch::channel(None).0);
+        let (handle, commands) = handle::channel(snapshot_receiver, gate.clone());
         let own_broker = if let Participant::Broker(name) = &own { Some(name.clone()) } else { None };
         let anti_entropy = AntiEntropy::new(own_broker);
-        let keeper = Self {
+        let service = Self {
             own,
             files,
             refresh: config.key_lists.refresh.max(REFRESH_MIN),
             records,
             anti_entropy,
             commands,
-            view,
-            held: held.clone(),
-            news: Vec::new(),
+            snapshot,
+            gate,
+            new_records: Vec::new(),
             is_stale: true,
             writer,
             refused: Refused::default(),
             logged_refused: (Refused::default(), None),
         };
-        Ok((keeper, Handle { commands: sender, view: viewed, held }))
+        Ok((service, handle))
     }
 
     /// Works until `stop` returns; requests and answers on `bus`, and notifies of each change.
@@ -184,13 +105,13 @@ impl ListService {
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut reading: Option<JoinHandle<Files>> = None;
         let mut read_at = Instant::now() + self.pause();
-        let (mut held, mut is_hurried) = (self.held.subscribe(), false);
+        let (mut gate, mut is_hurried) = (self.gate.subscribe(), false);
         loop {
             self.settle(&bus, &mut notify);
             if reading.is_none() && (is_hurried || read_at <= Instant::now()) {
                 reading = Some(self.read_files(mem::take(&mut is_hurried)));
             }
-            let poll = if self.held.borrow().is_some() { POLL_CLOSED } else { POLL.min(self.refresh) };
+            let poll = if self.gate.borrow().is_some() { POLL_CLOSED } else { POLL.min(self.refresh) };
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.apply_all(command),
@@ -202,7 +123,7 @@ impl ListService {
                 }
                 written = self.writer.done() => self.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
-                _ = held.changed() => {}
+                _ = gate.changed() => {}
                 () = sleep(poll) => {}
                 () = &mut stop => break,
             }
@@ -247,7 +168,7 @@ impl ListService {
     fn apply(&mut self, command: Command) {
         match command {
             // Who asked and is gone needs no answer.
-            Command::Change(entry, on, answer) => drop(answer.send(self.change(entry, on))),
+            Command::Change { entry, present, answer } => drop(answer.send(self.change(entry, present))),
             Command::List(answer) => drop(answer.send(self.list())),
             Command::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
             Command::Event(ListEvent::Down) => self.anti_entropy.down(),
@@ -257,11 +178,11 @@ impl ListService {
         }
     }
 
-    fn change(&mut self, entry: Entry, on: bool) -> Result<Changed, Full> {
+    fn change(&mut self, entry: Entry, present: bool) -> Result<Changed, Full> {
         let now = SystemTime::now();
         let was_present = self.records.has(&entry, unix(now));
         let ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
-        let record = self.records.change(entry, on, u64::try_from(ms).unwrap_or(u64::MAX))?;
+        let record = self.records.change(entry, present, u64::try_from(ms).unwrap_or(u64::MAX))?;
         self.note(record.clone());
         Ok(Changed { record, was_present, persisted: self.writer.persisted() })
     }
@@ -284,9 +205,9 @@ impl ListService {
     }
 
     fn log_refused(&mut self, now: Instant) {
-        let (said, at) = self.logged_refused;
+        let (logged, at) = self.logged_refused;
         let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= LOG_REFUSED);
-        if is_due && said != self.refused {
+        if is_due && logged != self.refused {
             let Refused { unsound, future, full } = self.refused;
             warn!(
                 unsound,
@@ -300,7 +221,7 @@ impl ListService {
     }
 
     fn note(&mut self, record: Record) {
-        self.news.push(record);
+        self.new_records.push(record);
         self.is_stale = true;
         self.writer.changed();
     }
@@ -325,7 +246,7 @@ impl ListService {
         }
         self.writer.begin(&self.records, now);
         self.log_refused(now);
-        if self.is_stale || self.view.borrow().admission.is_over(wall) {
+        if self.is_stale || self.snapshot.borrow().admission.is_over(wall) {
             self.notify(wall, notify);
         }
         self.share(bus, now);
@@ -333,24 +254,24 @@ impl ListService {
 
     fn notify(&mut self, wall: u64, notify: &mut impl FnMut(ListUpdate<'_>)) {
         self.is_stale = false;
-        let (view, damaged) = (snapshot(&self.files, &self.records, wall), self.files.damaged());
-        let (records, is_kept) = (mem::take(&mut self.news), !self.writer.is_failing());
+        let (snapshot, damaged) = (take_snapshot(&self.files, &self.records, wall), self.files.damaged());
+        let (records, is_kept) = (mem::take(&mut self.new_records), !self.writer.is_failing());
         if !records.is_empty() {
-            let [denied, allowed, trusted] = List::ALL.map(|list| view.admission.len(list));
+            let [denied, allowed, trusted] = List::ALL.map(|list| snapshot.admission.len(list));
             info!(new = records.len(), denied, allowed, trusted, "list entries changed");
         }
         let refused = self.refused;
-        notify(ListUpdate { admission: &view.admission, records: &records, damaged: &damaged, is_kept, refused });
-        self.view.send_replace(view);
+        notify(ListUpdate { admission: &snapshot.admission, records: &records, damaged: &damaged, is_kept, refused });
+        self.snapshot.send_replace(snapshot);
     }
 
     fn share(&mut self, bus: &MqttHandle, now: Instant) {
-        let digest = self.view.borrow().digest.clone();
+        let digest = self.snapshot.borrow().digest.clone();
         for broker in self.anti_entropy.ask(&digest, now) {
             debug!(broker = broker.as_str(), "asking for list entries");
-            let question = RecordsRequest { from: self.own.clone(), revocations: true };
-            // One that is lost is put again.
-            let payload = serde_json::to_vec(&question).unwrap_or_default();
+            let request = RecordsRequest { from: self.own.clone(), revocations: true };
+            // One that is lost is sent again.
+            let payload = serde_json::to_vec(&request).unwrap_or_default();
             let _ = bus.try_publish(Message::transient(Topic::BrokerRequests { broker }, payload));
         }
         if self.anti_entropy.should_broadcast(now) {
@@ -360,12 +281,12 @@ impl ListService {
                 let _ = bus.try_publish(Message::transient(Topic::Revocations, payload));
             }
         }
-        let since = *self.held.borrow();
-        if let Some(released) = since.and_then(|since| self.anti_entropy.gate_state(since, &digest, now)) {
-            if released == Err(TimedOut) {
+        let since = *self.gate.borrow();
+        if let Some(opened) = since.and_then(|since| self.anti_entropy.gate_state(since, &digest, now)) {
+            if opened == Err(TimedOut) {
                 warn!("no broker said its list entries in time, keys are taken without them");
             }
-            self.held.send_if_modified(|held| *held == since && held.take().is_some());
+            self.gate.send_if_modified(|gate| *gate == since && gate.take().is_some());
         }
     }
 
@@ -378,53 +299,8 @@ impl ListService {
     }
 }
 
-impl Handle {
-    /// Passes on what was received, without waiting.
-    pub fn on_event(&self, event: ListEvent) {
-        // What finds no place is published again.
-        let _ = self.commands.try_send(Command::Event(event));
-    }
-
-    /// Closes the gate: keys wait from now on, until the records of the brokers are known.
-    pub fn close_gate(&self) {
-        self.held.send_replace(Some(Instant::now()));
-    }
-
-    /// Since when the gate is closed; none if it is open.
-    #[must_use]
-    pub fn gate(&self) -> watch::Receiver<Option<Instant>> {
-        self.held.subscribe()
-    }
-
-    /// What the lists are, now and whenever they change.
-    #[must_use]
-    pub fn snapshot(&self) -> watch::Receiver<ListSnapshot> {
-        self.view.clone()
-    }
-
-    /// What they say now.
-    #[must_use]
-    pub fn admission(&self) -> Arc<Admission> {
-        self.view.borrow().admission.clone()
-    }
-
-    /// Puts the key of an entry on its list, or takes it off; none when the program ends.
-    pub async fn change(&self, entry: Entry, on: bool) -> Option<Result<Changed, Full>> {
-        let (sender, answer) = oneshot::channel();
-        self.commands.send(Command::Change(entry, on, sender)).await.ok()?;
-        answer.await.ok()
-    }
-
-    /// Every entry that counts now.
-    pub async fn list(&self) -> Vec<ListedEntry> {
-        let (sender, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::List(sender)).await;
-        answer.await.unwrap_or_default()
-    }
-}
-
 /// What `files` and `records` come to.
-fn snapshot(files: &Files, records: &Records, now: u64) -> ListSnapshot {
+fn take_snapshot(files: &Files, records: &Records, now: u64) -> ListSnapshot {
     let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);
     let admission = Admission::of(entries, files.allow_list(), now);
