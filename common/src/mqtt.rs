@@ -164,7 +164,7 @@ pub enum PublishError {
 /// The publishers' side of a session.
 #[derive(Debug, Clone)]
 pub struct MqttHandle {
-    orders: mpsc::Sender<PendingPublish>,
+    queue: mpsc::Sender<PendingPublish>,
     state: watch::Receiver<ConnectionState>,
 }
 
@@ -176,7 +176,7 @@ impl MqttHandle {
             return Err(PublishError::Unsendable);
         }
         let (done, acknowledged) = oneshot::channel();
-        self.orders.send(PendingPublish::new(message, Some(done))).await.map_err(|_| PublishError::SessionEnded)?;
+        self.queue.send(PendingPublish::new(message, Some(done))).await.map_err(|_| PublishError::SessionEnded)?;
         acknowledged.await.unwrap_or(Err(PublishError::SessionEnded))
     }
 
@@ -184,7 +184,7 @@ impl MqttHandle {
     /// server can take it.
     #[must_use]
     pub fn try_publish(&self, message: Message) -> bool {
-        message.is_sendable() && self.orders.try_send(PendingPublish::new(message, None)).is_ok()
+        message.is_sendable() && self.queue.try_send(PendingPublish::new(message, None)).is_ok()
     }
 
     /// Whether the bus can be used now, and a way to wait for that to change.

@@ -59,7 +59,7 @@ impl PendingPublish {
     }
 }
 
-/// Publishes by how far they are, each list in the order of the orders.
+/// Publishes by how far they are, each list in the order in which they came.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// To be handed over again after a loss.

@@ -95,7 +95,7 @@ pub(super) struct Pair {
 #[derive(Debug)]
 pub(super) enum Joining {
     First(mpsc::Receiver<Guest>),
-    Second { guests: mpsc::Sender<Guest>, orders: mpsc::Sender<PendingPublish> },
+    Second { guests: mpsc::Sender<Guest>, queue: mpsc::Sender<PendingPublish> },
 }
 
 /// The second session, as the first has it on its own connection.
@@ -106,11 +106,11 @@ pub(super) struct Guest {
 }
 
 impl Pair {
-    /// Both sides of a pair; the second publishes by `orders` of the first when it has joined that.
-    pub(super) fn new(orders: mpsc::Sender<PendingPublish>) -> [Self; 2] {
+    /// Both sides of a pair; the second publishes by the `queue` of the first when it has joined that.
+    pub(super) fn new(queue: mpsc::Sender<PendingPublish>) -> [Self; 2] {
         let (rivalry, (guests, joining)) = (Arc::default(), mpsc::channel(1));
         let first = Self { side: Side::First, rivalry: Arc::clone(&rivalry), joining: Joining::First(joining) };
-        [first, Self { side: Side::Second, rivalry, joining: Joining::Second { guests, orders } }]
+        [first, Self { side: Side::Second, rivalry, joining: Joining::Second { guests, queue } }]
     }
 
     pub(super) fn connected(&self, now: Instant) {

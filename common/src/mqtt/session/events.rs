@@ -1,0 +1,163 @@
+//! What a session does about each event of rumqttc: it is connected, it has received something, it has lost the connection.
+
+use std::mem::take;
+
+use rumqttc::{ConnectionError, Incoming, MqttState, Outgoing, Publish, SubAck};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::Session;
+use crate::mqtt::reconnect::{describe, dot_hint, is_closed};
+use crate::mqtt::{ConnectionState, Event, INFLIGHT};
+
+impl Session {
+    pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
+        if matches!(event, rumqttc::Event::Incoming(_)) {
+            // Behind a long queue a pong comes late. rumqttc would take a server for dead that is heard all the time.
+            self.eventloop.state.await_pingresp = false;
+        }
+        match event {
+            rumqttc::Event::Incoming(Incoming::ConnAck(_)) => self.connected(on_event),
+            rumqttc::Event::Incoming(Incoming::SubAck(ack)) => self.subscribed(&ack, on_event),
+            rumqttc::Event::Incoming(Incoming::Publish(publish)) if self.is_echo(&publish) => self.echo_came(&publish),
+            rumqttc::Event::Incoming(Incoming::Publish(publish)) => {
+                if !publish.retain {
+                    self.echo.message(Instant::now());
+                }
+                match &self.guest {
+                    Some(guest) if guest.wants(&publish) => guest.hand_on(Event::Message(publish)),
+                    _ => on_event(Event::Message(publish)),
+                }
+            }
+            rumqttc::Event::Incoming(Incoming::PubAck(ack)) => self.outbox.acknowledged(ack.pkid),
+            rumqttc::Event::Outgoing(Outgoing::Publish(pkid)) => self.outbox.sent(pkid, Instant::now()),
+            rumqttc::Event::Incoming(_) | rumqttc::Event::Outgoing(_) => {}
+        }
+    }
+
+    fn connected(&mut self, on_event: &mut impl FnMut(Event)) {
+        let now = Instant::now();
+        self.is_connected = true;
+        self.reconnect.connected(now);
+        if let Some(pair) = &self.pair {
+            pair.connected(now);
+        }
+        self.subscriptions.reset();
+        if self.subscriptions.is_complete() {
+            self.up(on_event);
+        }
+    }
+
+    fn subscribed(&mut self, ack: &SubAck, on_event: &mut impl FnMut(Event)) {
+        for filter in self.subscriptions.answered(&ack.return_codes, Instant::now()) {
+            let hint = dot_hint(&filter);
+            warn!(server = self.server, client = self.id, filter, "subscription refused by the MQTT server{hint}");
+        }
+        if *self.state.borrow() == ConnectionState::Up {
+            return;
+        }
+        if self.subscriptions.is_complete() {
+            self.up(on_event);
+        } else if let Some(filter) = self.subscriptions.refused() {
+            let hint = dot_hint(filter);
+            let reason = format!("{}: the server refuses the subscription to {filter}{hint}", self.server);
+            self.state.send_replace(ConnectionState::Down(reason));
+        }
+    }
+
+    fn is_echo(&self, publish: &Publish) -> bool {
+        self.echo_topic.as_ref().is_some_and(|(_, topic)| *topic == publish.topic)
+    }
+
+    /// The other connection of this program has the same topic.
+    fn echo_came(&mut self, publish: &Publish) {
+        if publish.payload == self.id.as_bytes() {
+            self.echo.heard(Instant::now());
+        }
+    }
+
+    fn up(&mut self, on_event: &mut impl FnMut(Event)) {
+        if !self.is_secondary {
+            info!(server = self.server, client = self.id, "MQTT connected");
+        }
+        if self.echo.is_given_up() {
+            let server = &self.server;
+            warn!(
+                server,
+                client = self.id,
+                "nothing comes back of what this program publishes to itself: may it do that?"
+            );
+        }
+        if self.echo_topic.as_ref().is_some_and(|(_, topic)| self.subscriptions.is_granted(topic)) {
+            self.echo.up(Instant::now());
+        }
+        self.state.send_replace(ConnectionState::Up);
+        on_event(Event::Up);
+        if let Some(guest) = &self.guest {
+            guest.hand_on(Event::Up);
+        }
+    }
+
+    /// What rumqttc still holds to be sent is in the outbox too, and is published again from there. What it has received is
+    /// handed on; it would do so on the next connection, and take the answer to a SUBSCRIBE of this one for that of the next.
+    pub(super) fn on_disconnect(&mut self, error: &ConnectionError, on_event: &mut impl FnMut(Event)) {
+        self.eventloop.clean();
+        self.eventloop.pending.clear();
+        let received = take(&mut self.eventloop.state.events);
+        self.eventloop.state = MqttState::new(INFLIGHT, false);
+        for event in received {
+            if !matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) {
+                self.handle(event, on_event);
+            }
+        }
+        self.outbox.on_disconnect();
+        let now = Instant::now();
+        let is_over_echo = self.echo.down(is_closed(error), now);
+        if is_over_echo && self.echo.is_forbidden(now) {
+            warn!(
+                server = self.server,
+                client = self.id,
+                "the MQTT server ends the connection when this program publishes below wgkex/, as where an access list \
+                 does not allow it: nothing is published there for now, so keys are not confirmed"
+            );
+        }
+        if let Some(pair) = &self.pair {
+            pair.lost(!is_over_echo, now);
+        }
+        self.is_connected = false;
+        self.subscriptions.reset();
+        if !is_over_echo {
+            self.count(error);
+        }
+        let is_name_suspect = self.reconnect.is_closed_early();
+        let hint = self.dotted.as_ref().filter(|_| is_name_suspect).map(|name| dot_hint(name));
+        let down = ConnectionState::Down(format!(
+            "{}: {}{}",
+            self.server,
+            describe(error),
+            hint.as_deref().unwrap_or_default()
+        ));
+        let before = self.state.send_replace(down.clone());
+        // The name may be in filters of the second alone.
+        let is_new = hint.is_some() && self.reconnect.is_closed_early_first();
+        if let (ConnectionState::Down(reason), true) = (&down, down != before && (!self.is_secondary || is_new)) {
+            warn!(reason, client = self.id, "MQTT not connected");
+        }
+        on_event(Event::Down);
+        if let Some(guest) = &self.guest {
+            guest.hand_on(Event::Down);
+        }
+    }
+
+    fn count(&mut self, error: &ConnectionError) {
+        let was_up = *self.state.borrow() == ConnectionState::Up;
+        if self.reconnect.lost(error, was_up) {
+            warn!(
+                server = self.server,
+                client = self.id,
+                "the MQTT server closes each connection as soon as it stands: another program may use this name as its \
+                 client id, or the server refuses something that this program subscribes to or publishes"
+            );
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! What the second session of a program does where the server allows one connection only.
+
+use std::pin::Pin;
+
+use tracing::warn;
+
+use super::Session;
+use crate::mqtt::outbox::PendingPublish;
+use crate::mqtt::pair::{Guest, Joining, Pair};
+use crate::mqtt::{ConnectionState, Event};
+
+impl Session {
+    /// Goes on through the program's first session, until `stop` returns.
+    pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
+        let Self { client, eventloop, mut queue, mut outbox, state, subscriptions, server, pair, .. } = self;
+        drop((client, eventloop));
+        let Some(Pair { joining: Joining::Second { guests, queue: first }, .. }) = pair else { return };
+        warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
+        let (guest, mut events) = Guest::new(subscriptions.filters().cloned().collect());
+        if guests.send(guest).await.is_err() {
+            return;
+        }
+        let mut next: Option<PendingPublish> = None;
+        loop {
+            let up = *state.borrow() == ConnectionState::Up;
+            if up && next.is_none() {
+                next = outbox.next();
+            }
+            tokio::select! {
+                event = events.recv() => {
+                    let Some(event) = event else { return };
+                    match &event {
+                        Event::Up => drop(state.send_replace(ConnectionState::Up)),
+                        Event::Down => drop(state.send_replace(ConnectionState::Down(format!("{server}: connection lost")))),
+                        Event::Message(_) => {}
+                    }
+                    on_event(event);
+                }
+                publish = queue.recv(), if up && next.is_none() => next = publish,
+                permit = first.reserve(), if next.is_some() => {
+                    let (Ok(permit), Some(publish)) = (permit, next.take()) else { return };
+                    permit.send(publish);
+                }
+                () = &mut stop => return,
+            }
+        }
+    }
+}
