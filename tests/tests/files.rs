@@ -38,7 +38,7 @@ const HALVES: [Change; 5] = [
 
 /// On the code before it, a file of NUL bytes and an empty one were empty lists: no metric, and the denied key got 200.
 #[test]
-fn a_half_written_list_keeps_what_was_last_read() {
+fn a_half_written_list_leaves_the_last_good_one_in_effect() {
     let dir = tempfile::tempdir().unwrap();
     let [deny, allow, denied] = ["deny.yaml", "allow.yaml", "denied"].map(|name| dir.path().join(name));
     fs::create_dir(&denied).unwrap();
@@ -121,7 +121,7 @@ fn aliases_cannot_fill_the_memory() {
 
 /// On the code before it the broker did not start: a key given twice was a mistake.
 #[test]
-fn of_a_key_given_twice_the_last_counts_and_that_is_said() {
+fn the_last_of_two_equal_keys_counts_and_a_warning_is_logged() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("deny.yaml");
     fs::write(&file, format!("{0}: one\n{0}: {{reason: two}}\n", key(1))).unwrap();
@@ -269,7 +269,7 @@ fn the_state_of_an_older_version_is_taken_over() {
 
 /// On the code before it each had overwritten the one before.
 #[test]
-fn what_was_set_aside_is_never_overwritten() {
+fn a_quarantined_file_is_never_overwritten() {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
     fs::create_dir(stack.state_dir()).unwrap();
     let names = ["broker.sqlite", "mqtt-retained.sqlite", "broker.lists.json"];

@@ -105,7 +105,7 @@ fn a_mistake_is_named_and_not_echoed() {
 }
 
 #[test]
-fn a_body_over_4096_bytes_is_refused_and_its_sender_hears_it() {
+fn a_body_over_4096_bytes_is_answered_with_an_error() {
     let (stack, _worker) = stack_with_gateway();
     let padded = |size: usize| {
         let ask = ask(DOMAIN, &key(1));
@@ -133,7 +133,7 @@ fn chunked(stack: &Stack, body: &str) -> Response {
 }
 
 #[test]
-fn what_is_not_there_or_not_allowed_is_said_in_json() {
+fn unknown_paths_and_methods_are_answered_in_json() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
     let mut http = stack.connect();
     for path in ["/nothing", "/api/v1/wg/key/exchange/", "/api/v3/wg/key/exchange", "/config", "//nothing", "/%00"] {
@@ -276,7 +276,7 @@ fn every_metric_of_the_broker_is_there_and_parses() {
 }
 
 #[test]
-fn a_slow_client_blocks_nobody_and_is_not_waited_for_for_ever() {
+fn a_slow_client_blocks_no_other_one_and_times_out() {
     let (stack, _worker) = stack_with_gateway();
     let mut slow: Vec<Http> = (0..50).map(|_| stack.connect()).collect();
     for (n, http) in slow.iter_mut().enumerate() {

@@ -116,7 +116,7 @@ fn https_and_http_serve_side_by_side() {
 }
 
 #[test]
-fn answers_that_nobody_reads_take_bounded_memory() {
+fn unread_answers_take_bounded_memory() {
     let (mut stack, https, _worker) = started();
     let (certificate, requests) = (certificate(&stack), pipelined("/metrics"));
     let before = memory(stack.broker().pid());
@@ -210,7 +210,7 @@ fn a_taken_port_is_named() {
 }
 
 #[test]
-fn handshakes_that_hang_are_ended_and_keep_no_plain_request_waiting() {
+fn hanging_handshakes_are_ended_and_delay_no_plain_request() {
     let (stack, https, _worker) = started();
     let mut hanging: Vec<_> = (0..600).map(|_| TcpStream::connect(https).unwrap()).collect();
     let begun = Instant::now();

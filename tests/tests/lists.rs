@@ -147,7 +147,7 @@ fn only_listed_keys_come_where_there_is_an_allow_list_and_deny_beats_it() {
 }
 
 #[test]
-fn a_revocation_says_what_became_of_the_key_at_each_gateway() {
+fn a_revocation_reports_the_outcome_of_each_gateway() {
     let (stack, original, operator) = scene("workers: {named: {weight: 1}}");
     original.probe.say(said("wgkex/worker/gw1/hello", "", 1, true));
     let _gone = revoking(&stack, "gw2", "removed");
@@ -206,7 +206,7 @@ fn a_revocation_that_is_done_everywhere_is_success_and_is_lifted_by_its_end_or_b
 }
 
 #[test]
-fn a_restart_keeps_what_was_revoked_and_who_asks_gets_it() {
+fn revocations_survive_a_restart_and_are_sent_on_request() {
     let (operator, more) = Operator::new();
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto).config(&more));
     assert!(operator.run(&stack, &["revoke", &key(1), "--reason", "spam"]).status.success());
@@ -232,7 +232,7 @@ fn a_restart_keeps_what_was_revoked_and_who_asks_gets_it() {
 }
 
 #[test]
-fn a_revocation_that_the_disk_or_mqtt_does_not_take_counts_here_and_that_is_said() {
+fn a_revocation_without_disk_or_mqtt_takes_effect_here_and_is_reported_as_partial() {
     let (operator, more) = Operator::new();
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).config(&more));
     // No directory can be made there.
@@ -259,7 +259,7 @@ fn a_revocation_that_the_disk_or_mqtt_does_not_take_counts_here_and_that_is_said
 }
 
 #[test]
-fn records_of_another_broker_count_and_nonsense_does_not() {
+fn records_of_another_broker_are_merged_and_invalid_ones_ignored() {
     let (stack, worker, operator) = scene("");
     let deny = |n: u32, at: u64, on: bool| json!({ "list": "deny", "key": key(n), "at": at, "on": on });
     let publish = |payload: String| worker.probe.say(said("wgkex/revocations", payload, 1, false));
@@ -286,7 +286,7 @@ fn records_of_another_broker_count_and_nonsense_does_not() {
 /// On the code before it a revocation was refused with 507 as soon as there were 10,000 entries; and what came after the
 /// 20,000th was dropped without a word.
 #[test]
-fn a_full_list_lets_an_operator_revoke_and_what_does_not_fit_is_said() {
+fn a_full_list_still_takes_revocations_and_reports_entries_without_room() {
     let (mut stack, worker, operator) = scene("");
     let now = 1000 * unix(SystemTime::now());
     let fill = |range: std::ops::Range<u32>| {
@@ -394,7 +394,7 @@ fn a_mistake_in_a_call_is_named_and_changes_nothing() {
 }
 
 #[test]
-fn what_operators_do_is_logged_at_every_level_without_a_key() {
+fn admin_calls_are_logged_at_every_level_without_a_key() {
     let (mut stack, _worker, operator) = scene("log_level: ERROR");
     let bearer = ["Authorization: Bearer x"];
     assert_eq!(Http::connect(operator.address).request("GET", "/v1/keys", &bearer, b"").status, 401);
@@ -457,7 +457,7 @@ fn asks_for_records(said: &Said) -> bool {
 }
 
 #[test]
-fn a_worker_takes_no_key_before_it_knows_what_is_revoked() {
+fn a_worker_installs_no_key_before_it_has_the_revocation_list() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     stack.start_mosquitto();
     let now = unix(SystemTime::now());
@@ -478,7 +478,7 @@ fn a_worker_takes_no_key_before_it_knows_what_is_revoked() {
 }
 
 #[test]
-fn a_worker_waits_no_longer_than_three_seconds_for_what_is_revoked() {
+fn a_worker_waits_at_most_three_seconds_for_the_revocation_list() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     stack.start_mosquitto();
     let broker = scripted_broker(&stack, "of records that never come");

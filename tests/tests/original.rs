@@ -145,7 +145,7 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
 
 #[test]
 #[ignore = "needs root: tests/run"]
-fn what_a_worker_says_of_itself_is_there_for_an_original_broker_that_comes_later() {
+fn a_workers_states_are_retained_for_an_original_broker_that_starts_later() {
     let scene = Scene::new();
     let mut worker = scene.host.start_worker();
     let _ = scene.heard(0, 7);

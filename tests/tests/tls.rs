@@ -80,7 +80,7 @@ fn with_the_right_certificates_the_bus_serves() {
 }
 
 #[test]
-fn what_is_wrong_is_one_clear_line_and_the_broker_goes_on_trying() {
+fn each_tls_error_is_one_clear_line_and_the_broker_tries_again() {
     let (mut stack, _mosquitto) = scene();
     for (host, files, said) in [
         ("127.0.0.1", format!("ca_file: DIR/other.crt, {OWN}"), "UnknownIssuer"),

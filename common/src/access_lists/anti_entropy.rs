@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_other_records_is_asked_and_again_ever_more_rarely() {
+    fn a_broker_with_other_records_is_asked_with_growing_pauses() {
         let (mut anti_entropy, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "y")]);
         assert_eq!(anti_entropy.ask("y", begun), [name("b1")]);
         let mut asked = Vec::new();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn only_brokers_that_answer_and_say_a_digest_are_asked_and_never_oneself() {
+    fn only_other_brokers_that_answer_and_publish_a_digest_are_asked() {
         let (mut anti_entropy, now) = anti_entropy(Some("own"), &[("own", "x"), ("b1", "x"), ("b2", "x")]);
         anti_entropy.broker(&name("old"), Some(&hello(None)));
         anti_entropy.broker(&name("w"), Some(&Hello::worker(Vec::new())));
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_says_all_once_a_second_however_many_ask() {
+    fn a_broker_broadcasts_at_most_once_a_second() {
         let (mut broker, begun) = anti_entropy(Some("own"), &[]);
         let mut said = 0;
         for ms in 0..3_500 {

@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_read_again_when_it_changes_and_a_damaged_one_keeps_what_was_good() {
+    fn a_changed_file_is_read_again_and_a_damaged_one_keeps_the_last_good_entries() {
         let dir = dir();
         let file = dir.path().join("deny.yaml");
         let mut files = Files::new(&KeyLists { deny_file: Some(file.clone()), ..KeyLists::default() });
@@ -158,7 +158,7 @@ mod tests {
 
     /// Before, a part of a file that was being written counted as the list.
     #[test]
-    fn what_is_being_written_is_read_when_it_looks_the_same_twice() {
+    fn a_file_being_written_is_read_once_its_stamp_is_stable() {
         let dir = dir();
         let [deny, allow] = ["deny.yaml", "allow.yaml"].map(|name| dir.path().join(name));
         fs::write(&deny, format!("- {A}\n- {B}\n")).unwrap();

@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_refuses_the_whole_and_shows_no_key() {
+    fn an_error_refuses_the_whole_list_and_shows_no_key() {
         for (text, said) in [
             (A.to_owned(), "is not a list of keys, lines \"- KEY\" or \"KEY: {reason: TEXT}\" are allowed"),
             (
@@ -291,7 +291,7 @@ mod tests {
 
     /// Lists that a copy which broke off left: every beginning of these texts is refused, or is whole lines.
     #[test]
-    fn what_is_cut_off_is_refused_where_that_can_be_known() {
+    fn truncated_lists_are_refused_where_that_is_detectable() {
         let json = format!("{{\"ff_a\": [\"{A}\", \"{B}\"],\n\"ff_b\": [\"{B}\"]}}\n");
         let end = json.rfind('}').unwrap();
         for cut in 1..=end {

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn only_listed_keys_come_where_there_is_an_allow_list_each_in_its_domain() {
+    fn an_allow_list_admits_only_listed_keys_each_in_its_domain() {
         use Verdict::{Allowed, NotAllowlisted};
         let entries = [allowed_in("a", 3), entry(List::Allow, 4)];
         let verdicts = |allow_list| {
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_goes_because_of_an_allow_list_that_could_not_be_read() {
+    fn an_unread_allow_list_removes_no_peer() {
         let goes = |allow_list| Admission::of(&[entry(List::Allow, 3)], allow_list, 0).must_remove("a", &key(4));
         assert!(goes(AllowList::Read) && !goes(AllowList::Unread) && !goes(AllowList::Off));
         assert!(Admission::of(&[], AllowList::Unread, 0).removes_none());

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_counts_whatever_the_order() {
+    fn the_newest_record_counts_in_any_order_of_merging() {
         let (put, taken, again) = (record(1, 1, true), record(1, 2, false), record(1, 3, true));
         for order in [[&put, &taken, &again], [&again, &taken, &put], [&taken, &again, &put]] {
             assert!(records(order.into_iter().cloned()).has(&deny(1), NOW));
@@ -321,7 +321,7 @@ mod tests {
 
     /// Records from the year 2096 were taken in before, and nobody whose clock was right could lift them.
     #[test]
-    fn what_is_of_the_future_is_refused_and_gives_way_where_it_stands() {
+    fn records_of_the_future_are_refused_and_replaced() {
         let future = record(1, (AHEAD + 1) * 1000, true);
         let merged = Records::default().merge([future.clone()], NOW);
         assert_eq!((merged.taken.len(), merged.refused), (0, Refused { future: 1, ..Refused::default() }));
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn what_counts_no_longer_is_forgotten_after_a_week_and_not_learnt_again() {
+    fn ended_records_are_forgotten_after_a_week_and_not_merged_again() {
         let ends = Record { entry: Entry { until: Some(NOW + 10), ..deny(1) }, ..record(1, 0, true) };
         let (lifted, stays) = (record(2, 0, false), record(3, 0, true));
         let mut all = records([ends.clone(), lifted.clone(), stays]);
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_broker_makes_is_not_learnt() {
+    fn invalid_records_are_not_merged() {
         let good = record(1, 0, true);
         let with = |entry: Entry| Record { entry, ..good.clone() };
         for bad in [
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_tells_what_counts_and_nothing_else() {
+    fn the_digest_depends_only_on_records_in_effect() {
         let (one, two) = (record(1, 0, true), record(2, 0, true));
         let digest = |all: &[&Record]| records(all.iter().copied().cloned()).digest(NOW);
         assert_eq!(digest(&[&one, &two]), digest(&[&two, &one]));

@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_a_damaged_file_is_set_aside() {
+    fn written_records_are_read_again_and_a_damaged_file_is_quarantined() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("state/broker.lists.json");
         assert_eq!(read(&file, 0), Records::default());
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_is_told_when_the_change_is_on_the_disk_or_that_it_is_not() {
+    async fn a_waiter_learns_whether_its_change_is_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("broker.lists.json");
         let (mut disk, _) = RecordsWriter::open(file.clone()).unwrap();

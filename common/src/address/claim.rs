@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_in_which_order_the_same_one_of_two_that_come_at_once_ends_with_the_address() {
+    fn of_two_simultaneous_claims_the_same_one_wins_in_any_order() {
         let start = Instant::now();
         for (first, second) in [(1, 2), (2, 1)] {
             let (owner, challenger) =

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_gateway_says_of_itself_is_reserved_until_it_says_otherwise() {
+    fn a_gateways_key_and_address_are_reserved_until_it_publishes_others() {
         let mut reserved = reserved(&[9]);
         let routers = key(3).link_local();
         assert!(reserved.is_reserved(&key(9)) && reserved.lists(&key(9)) && !reserved.is_reserved(&key(1)));
@@ -240,7 +240,7 @@ mod tests {
 
     /// Fails where each word counts at once: the last key was reserved however often that changed.
     #[test]
-    fn a_word_that_changes_all_the_time_reserves_nothing_until_it_stands() {
+    fn changing_worker_data_reserves_nothing_until_it_is_stable() {
         let mut reserved = reserved(&[]);
         for n in 10..60 {
             reserved.update(&worker("gw"), "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
@@ -269,7 +269,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_counted_is_what_counts(
+        fn the_reserved_counts_equal_a_recount(
             words in prop::collection::vec((0..3_u8, 0..2_u8, prop::option::of((1..6_u8, 0..3_u8)), 0..8_u64), 0..60),
         ) {
             let mut reserved = reserved(&[]);

@@ -125,7 +125,7 @@ fn the_originals_file_works_without_a_warning() {
 }
 
 #[test]
-fn what_is_left_out_has_its_default() {
+fn missing_keys_have_their_defaults() {
     let config = parse(LEAST).unwrap();
     let seconds = Duration::from_secs;
     let expected = Config {
@@ -225,7 +225,7 @@ fn of_a_key_given_twice_the_last_counts() {
 }
 
 #[test]
-fn a_line_that_may_be_silent_for_ever_may_be_so_for_long() {
+fn a_keepalive_of_0_is_the_longest_there_is() {
     let keepalive = |yaml: &str| parse(&format!("{LEAST}mqtt: {{keepalive: {yaml}}}")).unwrap().mqtt.keepalive;
     assert_eq!(keepalive("0"), Duration::from_secs(65535));
     assert_eq!(keepalive("7"), Duration::from_secs(7));

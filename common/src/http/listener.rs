@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fleet_that_comes_at_once_finds_a_place_to_wait() {
+    fn the_backlog_takes_a_whole_fleet() {
         let listener = prepare(TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
         let (server, patience) = (listener.local_addr().unwrap(), Duration::from_secs(5));
         let waiting: Vec<_> = (0..400).map(|_| std::net::TcpStream::connect_timeout(&server, patience)).collect();

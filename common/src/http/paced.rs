@@ -243,7 +243,7 @@ mod tests {
 
     /// Seen to fail with a count of what is not taken yet: 120 clients of a large page held twice what they may.
     #[test]
-    fn an_answer_is_held_whole_until_all_of_it_is_out() {
+    fn an_answer_is_counted_whole_until_all_of_it_is_sent() {
         let (mut server, mut client) = paced(64 << 10);
         let flow = server.flow();
         let answer = vec![0; 100 << 10];
@@ -263,7 +263,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_arrives_whole_and_few_heads_at_once(
+        fn all_input_arrives_whole_and_few_heads_at_once(
             parts in prop::collection::vec(prop_oneof!["GET / HTTP/1.1\r\n", "\r\n", "\n", "[a-z:]{1,9}"], 1..200),
             room in 1usize..200,
         ) {

@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_keeps_the_order_and_drops_what_nobody_waits_for() {
+    fn a_lost_connection_keeps_the_order_and_drops_cancelled_messages() {
         let (client, _eventloop) = client();
         let mut outbox = Outbox::default();
         let mut waiting = Vec::new();

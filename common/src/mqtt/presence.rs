@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_up_is_given_the_states_once_and_a_crowd_at_once() {
+    fn states_are_published_once_for_each_new_program_and_once_for_many() {
         let now = Instant::now();
         let mut presence = connected(now);
         presence.status(worker("there"), true, true, now, 0.0);
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_under_the_own_name_is_told_from_a_status_of_another() {
+    fn a_message_on_an_own_topic_is_distinguished_from_another_programs_status() {
         let own = worker("own");
         let read = |topic: &str, payload: &[u8], retained| {
             PresenceEvent::read(&Topic::parse(topic).unwrap(), payload, retained, &own)
@@ -255,7 +255,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_happens_states_are_published_within_a_minute_and_not_for_ever(
+        fn states_are_published_within_a_minute_of_any_event_and_not_for_ever(
             events in prop::collection::vec((0_u8..4, 0_u8..4, any::<bool>(), any::<bool>(), 0_u64..2000), 0..200),
         ) {
             let mut now = Instant::now();

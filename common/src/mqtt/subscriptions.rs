@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_refused_is_asked_for_again_later_and_later() {
+    fn only_refused_filters_are_subscribed_again_with_growing_pauses() {
         let (mut subscriptions, now) = (subscriptions(), Instant::now());
         assert_eq!(asked(&mut subscriptions, now), ["a", "b", "c"]);
         assert_eq!(asked(&mut subscriptions, now), [""; 0], "one SUBSCRIBE at a time");

@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_print_packets_or_fill_the_log_is_not_logged_by_default() {
+    fn packets_and_frequent_events_are_not_logged_by_default() {
         let lines = logged(Level::DEBUG, || {
             error!(target: "rumqttc::state", "Invalid incoming packet = {:?}", "password");
             error!(target: "rumqttd::server::broker", error = "NotConnectPacket(Publish)");

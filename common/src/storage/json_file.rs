@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_saved_is_loaded_and_its_version_stands_before_it() {
+    fn saved_data_is_loaded_and_begins_with_its_version() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("state/f.json");
         assert_eq!(load::<Names>(&file, 2).unwrap(), None);
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_an_error_and_leaves_the_old_file() {
+    fn a_failed_write_is_an_error_and_leaves_the_old_file() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f.json");
         save(&file, 1, names("a")).unwrap();

@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_aside_stays() {
+    fn quarantined_files_stay() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         fs::write(at("f.damaged-2-wal"), "somebody's").unwrap();

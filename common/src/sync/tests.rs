@@ -81,7 +81,7 @@ fn all_keys_are_asked_for_page_by_page_and_domain_by_domain() {
 }
 
 #[test]
-fn then_it_asks_for_what_came_since() {
+fn after_a_round_only_newer_keys_are_requested() {
     let mut world = World::worker(&["b1"]);
     world.round();
     world.pass(PERIOD / 2);
@@ -151,7 +151,7 @@ fn on_a_slow_line_a_page_may_come_late() {
 }
 
 #[test]
-fn a_long_round_asks_until_its_end_for_what_came_since_the_last_one_began() {
+fn a_long_round_requests_keys_since_the_start_of_the_last_one() {
     let mut world = World::worker(&["b1"]);
     world.round();
     world.pass(300 * SECOND);

@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_worker_data_is_named_and_not_shown() {
+    fn errors_in_worker_data_are_named_without_the_payload() {
         let json = r#"{"ExternalAddress":"gw","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::1"}"#;
         let with = |from: &str, to: &str| WorkerData::parse(json.replace(from, to).as_bytes()).unwrap_err().to_string();
         for (from, to, said) in [
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_for_records_is_told_from_one_for_keys() {
+    fn a_records_request_is_distinguished_from_a_sync_request() {
         let asked = |json: &str| serde_json::from_str::<Request>(json);
         let records = asked(r#"{"from":{"worker":"gw1"},"revocations":true}"#).unwrap();
         assert_eq!(
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn applied_names_each_key_once_and_a_later_version_may_say_more() {
+    fn applied_has_each_key_once_and_unknown_fields_are_ignored() {
         let json = r#"{"domain":"d","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{"o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=":"own key"}}"#;
         let applied: Applied = serde_json::from_str(json).unwrap();
         assert_eq!(serde_json::to_string(&applied).unwrap(), json);

@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_topic_is_there_once() {
+    fn each_lists_every_kind_of_topic_once() {
         let mut all: Vec<_> =
             Topic::each("ffmuc_welt", &"gw04.in.ffmuc.net".parse().unwrap(), &"broker1".parse().unwrap()).into();
         let mut expected: Vec<_> = table().into_iter().map(|(topic, _)| topic).collect();
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_whatever_the_last_level_says() {
+    fn a_key_topic_may_have_any_last_level() {
         let key = Topic::Key { domain: "ffmuc_welt".into() };
         for text in ["wireguard/ffmuc_welt/all", "wireguard/ffmuc_welt/gw04"] {
             assert_eq!(Topic::parse(text), Some(key.clone()));
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn other_topics_are_nobodys() {
+    fn unknown_topics_do_not_parse() {
         for text in [
             "",
             "/",
@@ -477,7 +477,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_parses_or_not_and_what_is_built_parses(
+        fn any_text_parses_or_not_and_built_topics_parse(
             text in "(wireguard|wgkex|wireguard-worker|x)(/[a-z+#]{0,6}){0,5}",
             domain in "[a-z_]{1,12}",
             worker in "[a-z0-9.-]{1,20}",

@@ -14,7 +14,7 @@ use super::{assert_unavailable, on_both};
 on_both!(
     a_thousand_answers_follow_the_formula,
     all_states_of_fifty_workers_in_ten_domains_arrive,
-    a_broker_that_has_just_started_answers_nobody_wrongly,
+    a_broker_that_has_just_started_gives_no_wrong_answer,
 );
 
 /// Weight and peers of a gateway; no weight means that the config does not name it.
@@ -127,7 +127,7 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
 }
 
 /// Both servers kept the states; nobody left a last will.
-fn a_broker_that_has_just_started_answers_nobody_wrongly(bus: Bus) {
+fn a_broker_that_has_just_started_gives_no_wrong_answer(bus: Bus) {
     let mut stack = Stack::start(ten_domains(bus));
     say_states(&stack);
     wait_for_all_states(&stack);

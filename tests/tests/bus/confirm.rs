@@ -16,14 +16,14 @@ use super::{AT_ONCE, LONG, Router, SHORT, assert_unavailable, on_both};
 
 on_both!(
     an_original_is_not_waited_for,
-    a_gateway_that_is_offline_serves_nobody,
+    no_router_is_sent_to_an_offline_gateway,
     the_answer_comes_only_after_the_gateway_has_the_key,
     a_silent_gateway_is_followed_by_the_next_best_after_the_timeout,
     a_gateway_that_refuses_is_followed_by_the_next_best_at_once,
-    words_that_do_not_count_are_ignored,
-    a_word_that_comes_late_or_twice_counts_for_nobody_else,
-    a_word_that_comes_late_answers_the_routers_next_request_at_once,
-    a_late_word_does_not_count_when_it_may_not_be_true_any_more,
+    invalid_confirmations_are_ignored,
+    a_late_or_repeated_confirmation_answers_no_other_request,
+    a_late_confirmation_answers_the_routers_next_request_at_once,
+    a_late_confirmation_is_not_used_when_it_may_be_outdated,
     all_silent_is_503_when_the_budget_is_spent,
     all_refusing_is_503_at_once,
     all_full_is_429_at_once_and_one_with_room_is_enough,
@@ -35,7 +35,7 @@ on_both!(
     version_1_is_answered_where_no_gateway_ever_published_its_state,
     one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting,
     a_second_best_that_is_slow_is_waited_for_although_another_is_broken,
-    a_gateway_whose_domain_is_offline_there_serves_nobody,
+    no_router_is_sent_to_a_gateway_where_its_domain_is_offline,
 );
 
 fn stack(bus: Bus, config: &str) -> Stack {
@@ -60,7 +60,7 @@ fn an_original_is_not_waited_for(bus: Bus) {
     }
 }
 
-fn a_gateway_that_is_offline_serves_nobody(bus: Bus) {
+fn no_router_is_sent_to_an_offline_gateway(bus: Bus) {
     let stack = stack(bus, LONG);
     let worker = Worker::start(&stack, "gw1", Manner::Original, 3);
     stack.wait_for_gateways(1);
@@ -122,7 +122,7 @@ fn a_gateway_that_refuses_is_followed_by_the_next_best_at_once(bus: Bus) {
     assert!(took < AT_ONCE, "{took:?}");
 }
 
-fn words_that_do_not_count_are_ignored(bus: Bus) {
+fn invalid_confirmations_are_ignored(bus: Bus) {
     let plan = Plan::new(bus).config(SHORT).domains([DOMAIN, "ffx_b"]);
     let stack = Stack::start(plan);
     let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
@@ -157,7 +157,7 @@ fn words_that_do_not_count_are_ignored(bus: Bus) {
     assert_eq!(router.answer().0.json(), endpoint("gw1"));
 }
 
-fn a_word_that_comes_late_or_twice_counts_for_nobody_else(bus: Bus) {
+fn a_late_or_repeated_confirmation_answers_no_other_request(bus: Bus) {
     let stack = stack(bus, SHORT);
     let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
     stack.wait_for_gateways(1);
@@ -173,7 +173,7 @@ fn a_word_that_comes_late_or_twice_counts_for_nobody_else(bus: Bus) {
     assert_unavailable(&Router::v2(&stack, &key(4)).answer().0);
 }
 
-fn a_word_that_comes_late_answers_the_routers_next_request_at_once(bus: Bus) {
+fn a_late_confirmation_answers_the_routers_next_request_at_once(bus: Bus) {
     let stack = stack(bus, SHORT);
     let _best = Worker::start(&stack, "gw1", Manner::Silent, 0);
     let next = Worker::start(&stack, "gw2", Manner::Silent, 1000);
@@ -192,7 +192,7 @@ fn a_word_that_comes_late_answers_the_routers_next_request_at_once(bus: Bus) {
     assert_eq!(heard, [1, 1, 2, 2].map(key));
 }
 
-fn a_late_word_does_not_count_when_it_may_not_be_true_any_more(bus: Bus) {
+fn a_late_confirmation_is_not_used_when_it_may_be_outdated(bus: Bus) {
     let stack = stack(bus, SHORT);
     let worker = Worker::start(&stack, "gw1", Manner::Silent, 0);
     stack.wait_for_gateways(1);
@@ -215,7 +215,7 @@ fn a_late_word_does_not_count_when_it_may_not_be_true_any_more(bus: Bus) {
 }
 
 #[test]
-fn a_late_word_does_not_count_when_the_lists_changed_since() {
+fn a_late_confirmation_is_not_used_after_the_lists_changed() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("deny.yaml");
     fs::write(&file, "[]").unwrap();
@@ -246,7 +246,7 @@ fn say(stack: &Stack, worker: &Worker, said: Said) {
 
 /// More unknown keys than may be under way: the others wait for their turn, which comes when the server is there again.
 #[test]
-fn keys_whose_turn_comes_late_are_published_although_their_routers_are_told_to_come_again() {
+fn queued_keys_are_published_even_after_their_requests_timed_out() {
     let mut stack = stack(Bus::Mosquitto, SHORT);
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);
@@ -449,7 +449,7 @@ fn a_second_best_that_is_slow_is_waited_for_although_another_is_broken(bus: Bus)
 }
 
 /// Failed before for the original in v1: what was retained of its data made it online.
-fn a_gateway_whose_domain_is_offline_there_serves_nobody(bus: Bus) {
+fn no_router_is_sent_to_a_gateway_where_its_domain_is_offline(bus: Bus) {
     let stack = stack(bus, SHORT);
     let mut workers = Vec::new();
     for (online, manner) in (1..).zip([Manner::OriginalDown, Manner::Down]) {

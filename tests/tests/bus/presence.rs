@@ -12,12 +12,12 @@ use wgkex_tests::{host_name, key, wait_within};
 use super::{SHORT, on_both};
 
 on_both!(
-    a_living_gateways_states_heal_whoever_disturbs_them,
-    a_living_brokers_states_heal_whoever_disturbs_them,
+    an_online_gateway_republishes_states_that_somebody_overwrote,
+    an_online_broker_republishes_states_that_somebody_overwrote,
     an_original_is_alive_as_long_as_it_counts,
     an_originals_states_heal_although_it_publishes_them_once,
-    what_is_cleared_away_says_nothing_of_anybody,
-    what_nobody_retains_is_published_for_who_comes_up,
+    cleared_retained_messages_change_no_state,
+    states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing,
 );
 
 /// Within a minute, on a machine that does other things, too.
@@ -46,7 +46,7 @@ fn with(said: Said, payload: &str) -> Said {
 }
 
 /// Failed before for each but the count.
-fn a_living_gateways_states_heal_whoever_disturbs_them(bus: Bus) {
+fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);
@@ -78,7 +78,7 @@ fn a_living_gateways_states_heal_whoever_disturbs_them(bus: Bus) {
 }
 
 /// Failed before for both.
-fn a_living_brokers_states_heal_whoever_disturbs_them(bus: Bus) {
+fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
     let topics = [format!("wireguard-broker/{}/status", host_name()), format!("wgkex/broker/{}/hello", host_name())];
@@ -155,7 +155,7 @@ fn an_originals_states_heal_although_it_publishes_them_once(bus: Bus) {
 
 /// Failed before: a second count was waited for.
 #[test]
-fn an_original_whose_status_was_lost_while_no_broker_was_there_is_alive_at_its_next_count() {
+fn an_original_worker_whose_status_was_lost_is_online_at_its_next_peer_count() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto).domains(["ffx_a", "ffx_b", "ffx_c"]));
     let originals = stack.probe(Role::new("originals", &[]));
     let gateways = [("gw1", "ffx_a"), ("gw2", "ffx_b"), ("gw3", "ffx_c")];
@@ -179,7 +179,7 @@ fn an_original_whose_status_was_lost_while_no_broker_was_there_is_alive_at_its_n
 }
 
 /// Failed before as 503, and for good: gateways were taken to be known there.
-fn what_is_cleared_away_says_nothing_of_anybody(bus: Bus) {
+fn cleared_retained_messages_change_no_state(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let operator = stack.probe(Role::new("operator", &[]));
     let left = [data("gone", DOMAIN), peers_of("gone", DOMAIN, ""), status("gone", ""), hello("gone")];
@@ -196,7 +196,7 @@ fn what_is_cleared_away_says_nothing_of_anybody(bus: Bus) {
 
 /// Failed before: what was written decided for good.
 #[test]
-fn a_dead_gateway_that_is_said_to_be_alive_is_dead_again_within_a_minute() {
+fn a_stopped_gateway_with_a_forged_online_status_is_offline_again_within_a_minute() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));
     let dead = ["dead1", "dead2"];
     let stranger = stack.probe(Role::new("stranger", &[]));
@@ -215,7 +215,7 @@ fn a_dead_gateway_that_is_said_to_be_alive_is_dead_again_within_a_minute() {
 }
 
 /// On a server that hands out nothing retained, or not all of it: programs that come up are given it by those that are there.
-fn what_nobody_retains_is_published_for_who_comes_up(bus: Bus) {
+fn states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);
@@ -239,7 +239,7 @@ fn what_nobody_retains_is_published_for_who_comes_up(bus: Bus) {
 
 /// Failed before: its confirmation counted for nothing, and nobody published its key.
 #[test]
-fn a_confirmation_shows_that_a_gateway_is_alive() {
+fn a_confirmation_makes_a_gateway_responsive_again() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));
     let gateway = stack.probe(Role::new("gw1", &[&key_topic(DOMAIN)]));
     gateway.say_all([hello("gw1"), data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "0")]);

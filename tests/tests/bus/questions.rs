@@ -8,7 +8,7 @@ use wgkex_tests::{host_name, key};
 
 use super::on_both;
 
-on_both!(pages_go_to_who_asked_and_to_nobody_in_whose_name_another_asks);
+on_both!(snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient);
 
 /// A question in the name of `from`, of the broker `to`; `n` tells it from others.
 fn question(topic: &str, from: &Value, to: &str, n: u32) -> Said {
@@ -25,7 +25,7 @@ fn answered(witness: &Probe, topic: &str) -> u32 {
 }
 
 /// On the code before it nobody heard a worker's own topic, and whoever asked in another's name had pages sent to that one.
-fn pages_go_to_who_asked_and_to_nobody_in_whose_name_another_asks(bus: Bus) {
+fn snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);

@@ -146,7 +146,7 @@ fn a_server_that_takes_the_user_name_for_the_client_id_has_one_connection_of_eac
 
 /// Failed before: nothing in the log said why.
 #[test]
-fn a_name_in_use_by_two_programs_is_said_to_be_that() {
+fn a_client_id_in_use_by_two_programs_is_logged() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
     let first = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);

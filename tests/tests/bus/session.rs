@@ -102,7 +102,7 @@ fn found(stack: &Stack) -> Vec<Said> {
 }
 
 #[test]
-fn the_server_says_it_when_a_broker_is_killed_and_a_greeting_follows_every_connection() {
+fn a_killed_brokers_will_is_published_and_every_connection_begins_with_hello_and_status() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
     let topic = own_status("1").topic;
     let witness = stack.witness();

@@ -68,7 +68,7 @@ pub fn interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key(la
     fleet.caught_up(&routers);
 }
 
-pub fn what_is_lost_is_repaired_what_is_left_over_goes_and_what_is_foreign_stays(lane: Lane) {
+pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lane) {
     let fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 20);

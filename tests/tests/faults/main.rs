@@ -43,7 +43,7 @@ lane! { netns, Userspace, "needs root: tests/run netns":
     disk::with_a_read_only_disk_both_serve_and_they_write_when_they_may,
     kernel::a_worker_that_missed_what_netlink_said_notices_and_catches_up,
     kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,
-    kernel::what_is_lost_is_repaired_what_is_left_over_goes_and_what_is_foreign_stays,
+    kernel::lost_objects_are_restored_orphans_removed_and_foreign_ones_kept,
     lists::a_gateway_obeys_the_lists_of_its_own_machine,
     lists::a_gateway_that_was_away_lacks_what_was_revoked_meanwhile,
     lists::a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away,

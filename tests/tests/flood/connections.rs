@@ -66,7 +66,7 @@ fn request(body: &str) -> String {
 }
 
 #[test]
-fn heads_and_bodies_that_come_drop_by_drop_are_not_waited_for() {
+fn heads_and_bodies_sent_byte_by_byte_time_out() {
     let (stack, _worker) = stack_with(plan(""));
     let slow = [
         (String::new(), &b""[..]),
@@ -100,7 +100,7 @@ fn heads_and_bodies_that_come_drop_by_drop_are_not_waited_for() {
 }
 
 #[test]
-fn when_many_are_open_those_that_send_no_whole_request_go_and_routers_are_served() {
+fn a_full_connection_table_evicts_connections_without_a_whole_request() {
     let (stack, _worker) = stack_with(few_files());
     let mut open: Vec<_> = (0..200)
         .map(|n| {
@@ -137,7 +137,7 @@ fn when_many_are_open_those_that_send_no_whole_request_go_and_routers_are_served
 const ENDLESS: &str = "GET /healthz HTTP/1.1\r\nHost: b\r\nTransfer-Encoding: chunked\r\n\r\n";
 
 #[test]
-fn more_connections_than_there_is_room_for_make_room_for_routers() {
+fn excess_connections_make_room_for_routers() {
     let (stack, _worker) = stack_with(few_files());
     let mut idle = Vec::new();
     for n in 0..600 {
@@ -153,7 +153,7 @@ fn more_connections_than_there_is_room_for_make_room_for_routers() {
 
 /// Seen to fail with connections that are busy from the head of a request on: none was free, and the router was refused.
 #[test]
-fn bodies_that_never_come_keep_no_router_out() {
+fn missing_bodies_keep_no_router_out() {
     let (stack, _worker) = stack_with(few_files());
     let mut unfinished = Vec::new();
     for n in 0..600 {

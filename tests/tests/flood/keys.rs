@@ -50,7 +50,7 @@ fn refused(stack: &Stack, reason: &str) -> f64 {
 }
 
 #[test]
-fn unknown_keys_over_a_limit_hear_429_and_known_ones_never() {
+fn unknown_keys_over_a_limit_get_429_and_known_ones_never() {
     for (limit, reason) in [("per_domain", "limit_domain"), ("global", "limit_global")] {
         let config = format!("limits: {{{limit}: {{burst: 2, per_second: 0.02}}}}");
         let (stack, worker) = stack_with(plan(&config));
@@ -89,7 +89,7 @@ fn a_key_that_comes_without_end_is_answered_always_and_published_seldom() {
 }
 
 #[test]
-fn only_a_trusted_proxy_says_whose_a_key_is() {
+fn only_a_trusted_proxy_determines_the_client_address() {
     let config = format!("trusted_proxies: [{PROXY}]\nlimits: {{per_client: {{burst: 1, per_second: 0.02}}}}");
     let (mut stack, _worker) = stack_with(plan(&config));
     let server = stack.http;
@@ -117,7 +117,7 @@ fn only_a_trusted_proxy_says_whose_a_key_is() {
 
 /// Seen to fail with the proxy itself in the place of a sender who is not known: 127.0.0.1 has no limit.
 #[test]
-fn who_cannot_be_told_apart_behind_a_proxy_on_this_machine_shares_one_limited_place() {
+fn clients_behind_an_untrusted_local_proxy_share_one_limit() {
     let local = Ipv4Addr::LOCALHOST;
     let nonsense = ["X-Forwarded-For: x\r\n", "Forwarded: for=unknown\r\n", "Via: 1.1 proxy\r\n"];
     for (trusted, directly) in [(format!("{PROXY}"), [200, 200]), (format!("{PROXY}, {local}"), [429, 429])] {

@@ -47,7 +47,7 @@ fn crowd(server: SocketAddr, path: &str) -> Vec<TcpStream> {
 /// Seen to fail with actix-http's own reading: 60 clients took 1.3 GiB; and with a line in the log for each admin call
 /// without a token.
 #[test]
-fn answers_of_the_broker_that_nobody_reads_take_bounded_memory_and_refused_admin_calls_a_bounded_log() {
+fn unread_answers_of_the_broker_take_bounded_memory_and_refused_admin_calls_a_bounded_log() {
     let _alone = alone();
     let (operator, config) = Operator::new();
     let (mut stack, _worker) = stack_with(plan(&config));
@@ -67,7 +67,7 @@ fn answers_of_the_broker_that_nobody_reads_take_bounded_memory_and_refused_admin
 
 /// Seen to fail with actix-http's own reading, and its routes with GET alone.
 #[test]
-fn answers_of_the_worker_that_nobody_reads_take_bounded_memory() {
+fn unread_answers_of_the_worker_take_bounded_memory() {
     let _alone = alone();
     let (stack, _worker) = stack_with(plan(""));
     let listen = free_address();
@@ -104,7 +104,7 @@ fn answers_of_the_worker_that_nobody_reads_take_bounded_memory() {
 /// A page that names many gateways, for so many clients that its copies would take too much. Seen to fail with actix-http's
 /// own reading: 240 clients took 4 GiB; and where an answer counted for what of it was not out: 120 took 37 MiB.
 #[test]
-fn large_pages_that_nobody_reads_take_bounded_memory_and_a_slow_reader_gets_all() {
+fn unread_large_pages_take_bounded_memory_and_a_slow_reader_gets_all() {
     let _alone = alone();
     let (mut stack, _worker) = stack_with(plan(""));
     let names = (0..GATEWAYS).map(|n| format!("gw-{n:0>250}"));

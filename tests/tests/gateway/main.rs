@@ -63,7 +63,7 @@ lanes! {
     privacy: no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_messages;
     owners: a_gateways_key_is_no_routers_and_its_peer_stays;
     owners: an_address_stays_with_the_router_that_has_it_until_that_is_gone;
-    owners: what_others_do_with_a_routers_key_leaves_its_peer_alone;
+    owners: a_routers_peer_survives_misuse_of_its_key_by_others;
     owners: two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same;
 }
 

@@ -105,7 +105,7 @@ pub fn an_address_stays_with_the_router_that_has_it_until_that_is_gone(lane: Lan
 }
 
 /// Seen to fail where a worker's word reserves whatever it names: the router got 403, and its peer was nobody's any more.
-pub fn what_others_do_with_a_routers_key_leaves_its_peer_alone(lane: Lane) {
+pub fn a_routers_peer_survives_misuse_of_its_key_by_others(lane: Lane) {
     let (private, owner, other) = ROUTER;
     let single = Single::new(lane, "cleanup: {interval: 1}");
     let host = &single.host;

@@ -44,7 +44,7 @@ pub fn join(stack: &Stack, name: &str, id: &str) -> Raw {
 pub const TWO: [(&str, &str); 3] = [("gw1", "worker"), ("gw2", "worker"), ("b", "broker")];
 
 #[test]
-fn a_wrong_password_is_told_and_the_right_one_is_let_in() {
+fn a_wrong_password_is_refused_and_the_right_one_admitted() {
     let mut stack = stack(&TWO);
     let wrong = |login: Option<Login>| Connect { login, ..connect("gw1") };
     for login in [
@@ -68,7 +68,7 @@ fn a_wrong_password_is_told_and_the_right_one_is_let_in() {
 
 /// Passwords are verified two at a time; those who wait longer than they may hear that, too.
 #[test]
-fn a_crowd_with_wrong_passwords_keeps_nobody_out_who_was_in_before() {
+fn wrong_passwords_keep_no_client_out_that_logged_in_before() {
     let stack = stack(&TWO);
     let _ = join(&stack, "gw1", "gw1");
     let mut crowd: Vec<_> = (0..200).map(|_| Raw::dial(stack.mqtt)).collect();
@@ -89,7 +89,7 @@ fn a_crowd_with_wrong_passwords_keeps_nobody_out_who_was_in_before() {
 }
 
 #[test]
-fn a_worker_does_its_job_and_can_do_no_other() {
+fn a_worker_may_do_its_own_work_and_nothing_else() {
     let mut stack = stack(&TWO);
     let worker = Worker::start(&stack, "gw1", Manner::Confirms, 3);
     stack.wait_for_gateways(1);
@@ -131,7 +131,7 @@ fn a_worker_does_its_job_and_can_do_no_other() {
 
 /// Seen to fail without the share of a user.
 #[test]
-fn a_worker_that_has_all_kept_that_it_can_keeps_no_other_out() {
+fn a_worker_with_all_the_retained_messages_it_may_have_leaves_room_for_others() {
     let mut stack = stack(&TWO);
     let mut greedy = join(&stack, "gw1", "gw1");
     let mut keep = |n: u32| {
@@ -174,7 +174,7 @@ fn a_worker_cannot_take_anothers_connection_over() {
 }
 
 #[test]
-fn users_are_what_lets_the_server_listen_to_other_machines() {
+fn the_server_listens_on_other_addresses_only_with_users() {
     let users = format!("users: {{gw1: {{password_hash: \"{}\"}}}}", hash("gw1"));
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded).listen(&users));
     stack.plan.credentials = Some(("gw1".into(), "gw1".into()));

@@ -43,7 +43,7 @@ fn any_client_id_may_connect_twice() {
 }
 
 #[test]
-fn a_full_server_says_so_however_often_it_is_asked_and_has_room_again() {
+fn a_full_server_refuses_every_new_client_and_admits_one_when_there_is_room() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded).listen("max_connections: 10"));
     let mut clients: Vec<_> = (0..10).map(|n| Raw::connect(stack.mqtt, &format!("client-{n}"))).collect();
     for _ in 0..50 {
@@ -75,7 +75,7 @@ fn another_version_of_mqtt_is_refused_with_the_reason() {
 
 /// Subscribers that read nothing come and go in every way there is, while two publishers say all they can.
 #[test]
-fn slow_subscribers_that_leave_in_a_flood_harm_nobody() {
+fn slow_subscribers_that_leave_during_a_flood_disturb_no_other_client() {
     let mut stack = stack();
     let server = stack.mqtt;
     let end = Instant::now() + Duration::from_secs(20);
@@ -119,7 +119,7 @@ fn churn(server: std::net::SocketAddr, n: u32, end: Instant) -> u32 {
 }
 
 #[test]
-fn a_bad_filter_is_refused_and_the_good_ones_beside_it_are_not() {
+fn an_invalid_filter_is_refused_and_valid_ones_of_the_same_packet_are_granted() {
     let mut stack = stack();
     let mut raw = Raw::connect(stack.mqtt, "raw");
     let (zero, good) = (QoS::AtMostOnce, SubscribeReasonCode::Success(QoS::AtMostOnce));
@@ -132,7 +132,7 @@ fn a_bad_filter_is_refused_and_the_good_ones_beside_it_are_not() {
 }
 
 #[test]
-fn acknowledgements_come_in_any_order_and_for_nothing() {
+fn acknowledgements_may_come_in_any_order_and_without_a_message() {
     let mut stack = stack();
     let (mut hearer, mut sayer) = pair(stack.mqtt, "a");
     let mut identifiers = Vec::new();
@@ -152,7 +152,7 @@ fn acknowledgements_come_in_any_order_and_for_nothing() {
 }
 
 #[test]
-fn an_empty_message_that_is_not_to_be_kept_takes_nothing_away() {
+fn an_empty_message_without_the_retain_flag_clears_nothing() {
     let mut stack = stack();
     let mut sayer = Raw::connect(stack.mqtt, "sayer");
     sayer.publish("kept", "1", 1, true);
@@ -167,7 +167,7 @@ fn an_empty_message_that_is_not_to_be_kept_takes_nothing_away() {
 }
 
 #[test]
-fn nonsense_ends_the_connection_and_nothing_else() {
+fn invalid_packets_end_their_own_connection_only() {
     let mut stack = stack();
     let cases: [&[u8]; 9] = [
         b"\xff\xff\xff\xff\xff\xff",
@@ -200,7 +200,7 @@ fn nonsense_ends_the_connection_and_nothing_else() {
 }
 
 #[test]
-fn what_was_not_subscribed_to_can_be_left() {
+fn unsubscribing_from_an_unknown_filter_is_acknowledged() {
     let mut stack = stack();
     let (mut hearer, mut sayer) = pair(stack.mqtt, "a/#");
     hearer.send(&Packet::Unsubscribe(Unsubscribe { pkid: 7, topics: vec!["b".into(), "a/b".into()] }));

@@ -12,7 +12,7 @@ use crate::{assert_stands, memory, stack};
 const MUCH: u64 = 100 << 20;
 
 #[test]
-fn who_does_not_say_who_it_is_is_cut_off_and_makes_room() {
+fn connections_without_a_connect_packet_are_closed_and_make_room() {
     let mut stack = stack();
     // More than may wait at once, in all states of a CONNECT.
     let mut strangers: Vec<_> = (0..600).map(|_| Raw::dial(stack.mqtt)).collect();
@@ -26,7 +26,7 @@ fn who_does_not_say_who_it_is_is_cut_off_and_makes_room() {
 }
 
 #[test]
-fn who_is_silent_for_longer_than_it_said_is_gone() {
+fn a_client_that_misses_its_keep_alive_is_disconnected() {
     let mut stack = stack();
     let mut witness = Raw::connect(stack.mqtt, "witness");
     witness.subscribe(&[("will/+", QoS::AtMostOnce)]);
@@ -43,7 +43,7 @@ fn who_is_silent_for_longer_than_it_said_is_gone() {
 }
 
 #[test]
-fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read() {
+fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read_whole() {
     let mut stack = stack();
     let mut raw = Raw::connect(stack.mqtt, "raw");
     raw.publish("large", vec![0; 1_000_000], 1, false);

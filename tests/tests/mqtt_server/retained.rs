@@ -30,7 +30,7 @@ fn found(raw: &mut Raw, filter: &str, qos: QoS) -> Vec<Publish> {
 }
 
 #[test]
-fn ten_thousand_messages_are_found_by_each_subscription_at_each_quality() {
+fn ten_thousand_messages_reach_each_subscription_at_each_qos() {
     let mut stack = stack();
     keep_many(&stack);
     let mut finder = Raw::connect(stack.mqtt, "finder");
@@ -46,7 +46,7 @@ fn ten_thousand_messages_are_found_by_each_subscription_at_each_quality() {
 }
 
 #[test]
-fn who_is_there_hears_it_as_news_and_an_empty_message_takes_it_away() {
+fn subscribers_receive_updates_without_the_retain_flag_and_an_empty_message_clears_the_topic() {
     let mut stack = stack();
     let (mut hearer, mut sayer) = pair(stack.mqtt, "kept");
     for payload in ["1", "2", ""] {
@@ -60,7 +60,7 @@ fn who_is_there_hears_it_as_news_and_an_empty_message_takes_it_away() {
 }
 
 #[test]
-fn a_last_will_is_said_for_every_end_but_a_farewell() {
+fn the_will_is_published_at_every_end_but_a_disconnect() {
     let mut stack = stack();
     let mut witness = Raw::connect(stack.mqtt, "witness");
     witness.subscribe(&[("will/+", QoS::AtLeastOnce)]);
@@ -89,7 +89,7 @@ fn a_last_will_is_said_for_every_end_but_a_farewell() {
 }
 
 #[test]
-fn what_comes_after_a_take_over_counts_and_not_the_last_will() {
+fn a_publish_after_a_session_takeover_wins_over_the_old_will() {
     let stack = stack();
     for n in 0..50 {
         let (mut raw, _) = Raw::try_connect(stack.mqtt, &connect_with_will("gw1", "gw1/status", "0"));

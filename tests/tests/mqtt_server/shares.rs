@@ -34,7 +34,7 @@ fn ping(raw: &mut Raw) {
 
 /// On the server before, the ninth connection of gw1 took the last place, and gw2 heard that the server is full.
 #[test]
-fn a_worker_with_many_names_takes_no_other_ones_seat_and_keeps_those_that_it_uses() {
+fn a_worker_with_many_client_ids_takes_no_connections_of_others() {
     let mut stack = Stack::start(plan(&TWO, ", max_connections: 10"));
     let mut used = join(&stack, "gw1", "gw1");
     let mut unused = Vec::new();
@@ -161,7 +161,7 @@ fn flood(stack: &Stack, over: &AtomicBool) {
 
 /// On the server before, the broker and gw2 were thrown out as too slow, and routers heard 503.
 #[test]
-fn a_worker_that_floods_slows_itself_down_and_nobody_else() {
+fn a_flooding_worker_slows_down_only_itself() {
     let plan = plan(&TWO, "").config("confirm_timeout: 20\nconfirm_budget: 20");
     let mut stack = Stack::start(plan);
     stack.plan.credentials = Some(("gw2".into(), "gw2".into()));
@@ -206,7 +206,7 @@ fn say_all(raw: &mut Raw, messages: impl Iterator<Item = (String, Vec<u8>)>) {
 /// Keys as from another broker, and a worker's word of each, alone. It fails with a rate of 1,000 a
 /// second and nothing at once, or with messages dropped beyond it.
 #[test]
-fn who_does_its_job_is_never_slowed_down_and_what_is_acknowledged_is_said() {
+fn a_normal_worker_is_never_slowed_down_and_acknowledged_messages_are_delivered() {
     const KEYS: u32 = 20_000;
     const MANY: u32 = 50_000;
     let stack = stack(&TWO);
@@ -226,7 +226,7 @@ fn who_does_its_job_is_never_slowed_down_and_what_is_acknowledged_is_said() {
 /// Without users everybody may do everything, at any pace that the broker keeps up with. On the server before, its own
 /// connections were thrown out as too slow.
 #[test]
-fn the_broker_is_never_thrown_out_of_its_own_server() {
+fn the_brokers_own_session_is_never_evicted() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let many = written(&Packet::Publish(Publish::new("wgkex/worker/gw1/applied", QoS::AtMostOnce, vec![b'{'; 1_000])));
     let many = many.repeat(100);

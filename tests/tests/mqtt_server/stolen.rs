@@ -84,7 +84,7 @@ fn live_keys(stack: &Stack, worker: &str) -> BTreeSet<String> {
 /// Seen to fail on the program that took a worker's word for a router's: 320 keys of the thief's were live, those of
 /// routers that shook hands were not, and none of the thief's had a limit.
 #[test]
-fn keys_that_only_one_worker_speaks_of_reach_nobody_and_take_nobodys_place() {
+fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
     let mut stack = stack("live_keys: {max: 320}\nlimits: {per_domain: {burst: 202, per_second: 0.001}}");
     let honest = gateway(&mut stack, "gw1", Manner::Confirms);
     let thief = gateway(&mut stack, "gw2", Manner::Confirms);

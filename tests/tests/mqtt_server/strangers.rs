@@ -67,7 +67,7 @@ fn metric(stack: &Stack, reason: &str) -> f64 {
 
 /// On the server before, the first gateway found all places taken.
 #[test]
-fn a_crowd_that_says_nothing_keeps_no_gateway_out() {
+fn silent_connections_keep_no_gateway_out() {
     let mut stack = stack(&TWO);
     let _ = join(&stack, "gw1", "gw1");
     let crowd = silent_crowd(stack.mqtt);
@@ -96,7 +96,7 @@ fn guess(user: &str, password: &str) -> Connect {
 
 /// On the server before, all guesses were verified.
 #[test]
-fn guesses_from_one_address_are_few_and_keep_nobody_out() {
+fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     let mut stack = stack(&TWO);
     let (server, begun) = (stack.mqtt, Instant::now());
     let mut number = 0;
@@ -146,7 +146,7 @@ fn guessing_crowd(server: SocketAddr) -> Vec<Ongoing> {
 
 /// On the server before, each was closed at once, unanswered, as long as others came.
 #[test]
-fn guesses_from_many_addresses_keep_no_gateway_out() {
+fn password_guesses_from_many_addresses_keep_no_gateway_out() {
     let mut stack = stack(&TWO);
     let crowd = guessing_crowd(stack.mqtt);
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
@@ -163,7 +163,7 @@ fn guesses_from_many_addresses_keep_no_gateway_out() {
 
 /// On the server before, it was 19 MiB for each of many threads.
 #[test]
-fn guesses_take_the_memory_of_one() {
+fn parallel_password_guesses_take_the_memory_of_one_hash() {
     let mut stack = stack(&TWO);
     let server = stack.mqtt;
     let before = memory(stack.broker().pid());
@@ -207,7 +207,7 @@ fn a_wrong_name_takes_as_long_as_a_wrong_password() {
 
 /// A stop does not wait for those who say nothing, and who comes after that finds a place at once.
 #[test]
-fn a_crowd_without_users_keeps_nobody_out_either() {
+fn without_users_silent_connections_keep_no_client_out_either() {
     let mut stack = crate::stack();
     let crowd = silent_crowd(stack.mqtt);
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));

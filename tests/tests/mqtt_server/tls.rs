@@ -44,7 +44,7 @@ fn publish(stack: &Stack, issuer: &str, more: &[&str]) -> Output {
 }
 
 #[test]
-fn idle_connections_keep_nobody_from_speaking_tls() {
+fn idle_connections_block_no_tls_handshake() {
     let mut stack = stack();
     let mut idle: Vec<_> = (0..50).map(|_| TcpStream::connect(stack.mqtt).unwrap()).collect();
     // Half a handshake, too.

@@ -49,7 +49,7 @@ fn a_broker_knows_more_gateways_than_the_server_gives_it_retained() {
 /// Debian's Mosquitto with this setting ends the connection of a client that publishes what its access list does not allow.
 /// Before, none stood: no router was served, and the log said that the server lets a program have one connection only.
 #[test]
-fn with_an_access_list_of_the_originals_routers_are_served_and_the_log_says_what_is_missing() {
+fn with_the_originals_access_list_routers_are_served_and_missing_rights_are_logged() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     let list = stack.dir().join("access");
     let trees = ["wireguard", "wireguard-worker", "wireguard-broker", "wireguard-metrics"];

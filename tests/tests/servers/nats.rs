@@ -22,7 +22,7 @@ const WHILE: Duration = Duration::from_secs(3);
 ///
 /// Not seen to fail: it was one run in five by hand, with the programs of 45144ed.
 #[test]
-fn nothing_is_missing_when_nodes_die_and_come_back() {
+fn no_message_is_lost_when_nodes_stop_and_start() {
     let (mut cluster, mut stack) = start(3, Plan::new(Bus::Mosquitto));
     let gateways = ["gw1", "gw2", "gw3"].map(|name| InMemory::start(&stack, name));
     let routers = Routers::default();
@@ -49,7 +49,7 @@ fn nothing_is_missing_when_nodes_die_and_come_back() {
 
 /// Failed before: the reason was that the server refuses the subscription, and not what it may be that it does not take.
 #[test]
-fn a_name_with_a_dot_is_said_to_be_what_the_server_does_not_take() {
+fn a_host_name_with_a_dot_is_named_as_the_reason() {
     let (_server, mut stack) = start(1, Plan::new(Bus::Mosquitto).domains(["ffx_a.b"]));
     let reason = "NATS before 2.10, and ffx_a.b has one";
     wait_within(COMPLETE, "the reason", || {

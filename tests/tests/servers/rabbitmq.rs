@@ -16,7 +16,7 @@ const SERVED: Duration = Duration::from_secs(90);
 const KEYS: [(&str, u32); 2] = [(V2, 0), (V1, 1)];
 
 #[test]
-fn routers_are_served_whoever_starts_last() {
+fn routers_are_served_in_any_order_of_starting() {
     let mut stack = Stack::prepare(Plan::new(Bus::RabbitMq));
     stack.start_broker();
     let mut gateway = InMemory::start(&stack, "gw1");

@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_key_is_refused_and_left_as_it_is() {
+    fn a_file_without_exactly_one_key_is_refused_and_left_unchanged() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("key");
         for bad in [

@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn exactly_what_a_test_refuses_is_refused_until_it_is_taken_back() {
+    async fn exactly_the_refused_changes_fail_until_the_refusal_is_lifted() {
         let (handle, mut kernel, interface, keys) = start();
         let changes = keys.map(|key| Change::SetPeer(PeerConfig::at(key, key.link_local())));
         handle.refuse(changes[0].clone());
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_takes_the_time_it_is_told_to() {
+    async fn configured_delays_are_kept() {
         let (handle, mut kernel, interface, keys) = start();
         let [read, apply, change] = [10, 20, 30].map(Duration::from_millis);
         handle.delay(Delays { read, apply, change });

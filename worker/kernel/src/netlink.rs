@@ -286,7 +286,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_as_an_answer_is_read_to_its_end(
+        fn any_answer_is_read_to_its_end(
             kind in prop_oneof![Just(16_u16), Just(20), Just(24), Just(28), any::<u16>()],
             flags in any::<u16>(),
             mut payload in vec(any::<u8>(), 0..300),

@@ -173,7 +173,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_said_on_whatever_topic_ends_nobody(
+        fn any_message_on_any_topic_is_survived(
             topic in prop_oneof![
                 Just("wireguard/ff_a/all".to_owned()),
                 Just("wireguard-worker/w/ff_a/data".to_owned()),

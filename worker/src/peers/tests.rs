@@ -48,7 +48,7 @@ fn a_peer_is_connected_for_three_minutes_and_stale_after_three_hours() {
 }
 
 #[test]
-fn a_peer_is_stale_as_soon_as_the_operator_says_even_if_it_was_connected_just_now() {
+fn a_shorter_stale_timeout_applies_to_connected_peers_too() {
     let mut world = World::with(&[key(1)]);
     world.known.policy = Policy { stale: MINUTE, grace: MINUTE, ..Policy::default() };
     world.handshake(key(1));
@@ -156,7 +156,7 @@ fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
 
 /// Seen to fail where its past was forgotten: it was as one that has just come.
 #[test]
-fn a_router_whose_peer_vanished_keeps_its_standing_and_is_stale_no_later_for_it() {
+fn a_vanished_peer_keeps_its_claim_and_its_stale_time() {
     let (first, second) = collision();
     let mut world = World::with(&[first, key(2)]);
     world.known.policy = Policy { unestablished: 1, ..Policy::default() };
@@ -208,7 +208,7 @@ fn a_key_that_comes_while_its_peer_is_away_stands_as_before() {
 }
 
 #[test]
-fn what_is_taken_away_again_and_again_is_stale_at_last() {
+fn a_peer_that_vanishes_again_and_again_becomes_stale() {
     let mut world = World::with(&[key(1), key(2)]);
     world.handshake(key(1));
     world.read();
@@ -230,7 +230,7 @@ fn what_is_taken_away_again_and_again_is_stale_at_last() {
 }
 
 #[test]
-fn what_an_interface_had_that_was_missing_for_long_has_its_grace_when_it_is_back() {
+fn peers_of_an_interface_that_returns_have_their_grace_again() {
     let mut world = World::with(&[key(1)]);
     world.handshake(key(1));
     world.read();
@@ -337,7 +337,7 @@ fn a_key_is_refused_while_the_owner_of_its_address_is_in_its_grace_or_proven() {
 }
 
 #[test]
-fn when_the_owner_of_an_address_is_gone_the_other_has_it_and_what_is_left_of_the_owner_goes() {
+fn an_address_passes_on_when_its_owner_is_gone_and_the_owners_peer_is_removed() {
     let (first, second) = collision();
     for quiet in [10 * MINUTE, 3 * HOUR] {
         let mut world = World::with(&[]);
@@ -398,7 +398,7 @@ fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
 }
 
 #[test]
-fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
+fn reserved_keys_are_refused_and_their_peers_never_swept_or_altered() {
     let (first, second) = collision();
     let gateway =
         |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
@@ -426,7 +426,7 @@ fn what_is_reserved_is_refused_and_never_stale_nor_altered() {
 
 /// Fails where a worker's word reserves whatever it names.
 #[test]
-fn a_key_of_a_router_that_shook_hands_is_no_gateways_by_anybodys_word() {
+fn an_established_key_cannot_be_reserved_by_worker_data() {
     let (first, second) = collision();
     let mut world = World::with(&[]);
     world.reserved = Reserved::new([].into(), [domain()].into());
@@ -581,7 +581,7 @@ fn waiting_keys_are_owed_in_order_of_arrival_and_the_own_key_is_not() {
 }
 
 #[test]
-fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
+fn a_remembered_key_is_pending_only_if_the_kernel_lacks_it() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), key(2), second]);
     let begun = world.now.monotonic;
@@ -603,7 +603,7 @@ fn what_is_remembered_is_owed_only_if_the_kernel_lacks_it() {
 }
 
 #[test]
-fn what_is_remembered_as_proven_is_so_although_the_kernel_knows_of_no_handshake() {
+fn a_remembered_established_key_stays_established_without_a_handshake_in_the_kernel() {
     let mut world = World::with(&[key(1), key(2)]);
     world.known.policy = Policy { unestablished: 1, ..Policy::default() };
     world.known.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
@@ -614,7 +614,7 @@ fn what_is_remembered_as_proven_is_so_although_the_kernel_knows_of_no_handshake(
 }
 
 #[test]
-fn what_somebody_altered_meanwhile_is_not_what_is_remembered() {
+fn a_peer_altered_meanwhile_replaces_the_remembered_key() {
     let mut world = World::with(&[key(1)]);
     world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips = ["10.0.0.0/8".parse().unwrap()].into();
@@ -744,7 +744,7 @@ fn handshakes_are_reported_once_and_again_after_a_while() {
 }
 
 #[test]
-fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
+fn an_orphan_is_removed_after_a_while_without_a_peer() {
     let mut world = World::with(&[key(1)]);
     let orphan = key(2).link_local();
     let add = |device: &mut Device| assert!(device.routes.insert(host(orphan)) && device.fdb.insert(orphan));
@@ -769,7 +769,7 @@ fn what_has_no_peer_goes_when_it_had_none_for_a_while() {
 }
 
 #[test]
-fn what_changes_is_told_once() {
+fn each_change_is_reported_once() {
     let mut world = World::with(&[key(1)]);
     let changed = |world: &mut World| -> Vec<_> {
         let changed = world.known.take_changed().into_iter();
@@ -1109,7 +1109,7 @@ impl World {
 
 proptest! {
     #[test]
-    fn what_is_counted_is_what_a_recount_gives_whatever_happens(happenings in vec(happening(), 0..80)) {
+    fn every_counter_equals_a_recount_after_any_steps(happenings in vec(happening(), 0..80)) {
         let mut world = World::with(&[]);
         world.known.policy = Policy { unestablished: 4, peers: 8, pending: 6, ..Policy::default() };
         for happening in happenings {

@@ -31,7 +31,7 @@ fn keys_keep_their_order_and_are_merged() {
 type Damage = fn(&mut Device, Ipv6Addr);
 
 #[test]
-fn a_repair_sets_only_what_is_missing() {
+fn a_repair_sets_only_missing_objects() {
     let whole = device(&[key(1)]);
     assert_eq!(repair(&whole, owned([key(1), key(2)])), []);
     let address = key(1).link_local();
@@ -48,7 +48,7 @@ fn a_repair_sets_only_what_is_missing() {
 }
 
 #[test]
-fn a_repair_leaves_alone_what_somebody_else_altered() {
+fn a_repair_skips_peers_that_somebody_else_altered() {
     let mut device = device(&[key(1), key(2)]);
     peer(&mut device, 1).allowed_ips.push("10.0.0.0/8".parse().unwrap());
     peer(&mut device, 2).allowed_ips = ["fe80::1/128".parse().unwrap()].into();
@@ -91,7 +91,7 @@ fn route_and_flood_entry_stay_while_another_peer_lives_at_the_address() {
 }
 
 #[test]
-fn a_denied_key_goes_with_all_that_is_left_of_it_and_nothing_of_others() {
+fn a_denied_key_is_removed_with_its_orphans_and_nothing_of_others() {
     let mut device = device(&[key(1), key(2), key(3)]);
     let [one, two] = [1, 2].map(|n| key(n).link_local());
     device.peers.remove(&key(2));
@@ -109,7 +109,7 @@ fn a_denied_key_goes_with_all_that_is_left_of_it_and_nothing_of_others() {
 }
 
 #[test]
-fn what_has_no_peer_is_an_orphan_unless_no_key_can_have_its_address() {
+fn a_destination_without_a_peer_is_an_orphan_if_a_key_can_have_it() {
     let mut device = device(&[key(1), key(2)]);
     peer(&mut device, 2).allowed_ips = [host(key(3).link_local())].into();
     peer(&mut device, 2).allowed_ips.push("fe80::2ff:0:0:0/80".parse().unwrap());
@@ -132,7 +132,7 @@ fn what_has_no_peer_is_an_orphan_unless_no_key_can_have_its_address() {
 }
 
 #[test]
-fn a_key_is_done_only_if_all_of_it_is() {
+fn a_key_is_done_only_if_all_its_changes_are() {
     let bad = KernelError::Refused { action: "x", source: Errno::EINVAL };
     let steps = install([key(1), key(2), key(3)]);
     let mut applied: Vec<_> = changes(&steps).into_iter().map(|change| (change, Ok(()))).collect();

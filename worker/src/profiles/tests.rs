@@ -26,7 +26,7 @@ fn a_peer_with_leases_is_a_peer_with_all_of_them_and_a_route_to_each() {
 }
 
 #[test]
-fn whatever_a_peer_with_leases_lacks_is_repaired_and_nothing_else_is_touched() {
+fn a_peer_with_leases_is_repaired_and_nothing_else_is_touched() {
     type Damage = fn(&mut Device);
     let damages: [(Damage, usize); 6] = [
         (|_| (), 0),
@@ -82,7 +82,7 @@ fn a_network_that_two_have_is_one_key_s_and_the_other_loses_all_of_its_networks(
 }
 
 #[test]
-fn whose_a_peer_is_follows_from_its_networks_whatever_their_order() {
+fn ownership_follows_from_the_allowed_ips_in_any_order() {
     let desired = leases().desired(&key(1)).unwrap();
     let peer = |networks: &[IpNet]| Peer { allowed_ips: networks.iter().copied().collect(), ..Peer::default() };
     let [one, two, three] = leased_networks(1);
@@ -104,7 +104,7 @@ fn whose_a_peer_is_follows_from_its_networks_whatever_their_order() {
 }
 
 #[test]
-fn only_what_a_key_could_have_is_a_left_over_of_a_mesh() {
+fn only_addresses_that_a_key_can_have_are_left_over_by_the_mesh_profile() {
     let address = key(1).link_local();
     for (destination, is_left_over) in [
         (host(address), true),

@@ -89,7 +89,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn it_reads_at_once_and_then_as_often_as_it_counts() {
+    fn the_first_read_is_at_once_and_the_next_after_the_count_interval() {
         let (mut schedule, start) = schedule();
         assert_eq!(schedule.read_at(), start);
         good_read(&mut schedule, start, SECOND);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_are_tried_again_later_and_later_but_as_often_as_it_counts() {
+    fn failures_are_retried_with_growing_pauses_up_to_the_count_interval() {
         let (mut schedule, start) = schedule();
         for pause in [1, 2, 4, 8, 16, 32].map(|seconds| seconds * SECOND).into_iter().chain([count(); 2]) {
             schedule.read(start, Duration::ZERO);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_sweep_does_not_take_the_next_takes_at_once() {
+    fn a_sweep_with_too_many_peers_continues_at_once() {
         let (mut schedule, start) = schedule();
         let due = start + Policy::default().interval;
         for (more, next) in [(true, due), (false, due + count())] {

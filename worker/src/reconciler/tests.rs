@@ -37,7 +37,7 @@ async fn a_key_is_confirmed_when_all_three_objects_stand() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
+async fn while_the_kernel_is_busy_the_next_batch_collects_keys_in_order_without_repeats() {
     let mut gateway = Gateway::start();
     gateway.up().await;
     gateway.memory.delay(Delays { apply: Duration::from_secs(1), ..Delays::default() });
@@ -55,7 +55,7 @@ async fn while_the_kernel_is_busy_one_next_batch_gathers_in_order_and_merged() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn keys_of_a_storm_gather_and_one_that_comes_later_does_not_wait() {
+async fn keys_of_a_storm_are_batched_and_a_single_later_key_is_not_delayed() {
     let gateway = Gateway::start();
     gateway.up().await;
     let (call, gap) = (Duration::from_millis(10), Duration::from_millis(6));
@@ -121,7 +121,7 @@ async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_that_comes_again_is_applied_again_whatever_happened_outside() {
+async fn a_repeated_key_is_applied_again_after_any_outside_change() {
     let mut gateway = Gateway::start();
     for _ in 0..2 {
         gateway.enqueue([1]);
@@ -167,7 +167,7 @@ async fn an_interface_made_anew_is_full_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_what_went_with_the_vxlan_is_restored() {
+async fn only_objects_lost_with_the_vxlan_are_restored() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1, 2]);
     gateway.confirmed().await;
@@ -187,7 +187,7 @@ async fn only_what_went_with_the_vxlan_is_restored() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_lost_with_a_link_that_went_down_is_restored_when_it_is_up() {
+async fn objects_lost_with_a_link_are_restored_when_it_is_up_again() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1]);
     gateway.confirmed().await;
@@ -300,7 +300,7 @@ async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_said_to_stand() {
+async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_confirmed() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
     gateway.handle.enqueue(domain(), second);
@@ -363,7 +363,7 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
 
 /// Seen to fail without an end to how long what a read showed is used against peers.
 #[tokio::test(start_paused = true)]
-async fn who_shakes_hands_while_a_slow_kernel_makes_room_stays() {
+async fn a_peer_that_shakes_hands_during_a_slow_eviction_stays() {
     let policy = Policy { unestablished: 8_000, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     gateway.enqueue(0..8_000);
@@ -394,7 +394,7 @@ fn hear(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: A
 }
 
 #[tokio::test(start_paused = true)]
-async fn after_24_hours_live_and_foreign_peers_are_as_they_were_whatever_the_clock_did() {
+async fn after_24_hours_live_and_foreign_peers_are_unchanged_by_clock_steps() {
     let mut gateway = Still::start();
     let foreign: [IpNet; 2] = ["10.1.0.0/16", "fd00::1/128"].map(|network| network.parse().unwrap());
     gateway.keys([1, 2, 3]).await;
@@ -445,7 +445,7 @@ async fn foreign_peers_count_as_connected_too() {
 
 /// Seen to fail where a peer that vanished from an interface that stays was forgotten.
 #[tokio::test(start_paused = true)]
-async fn peers_that_vanish_without_a_reason_are_back_within_a_minute_with_route_and_flood_entry() {
+async fn vanished_peers_are_back_within_a_minute_with_route_and_flood_entry() {
     let vanishing: [fn(&mut Device); 5] = [
         |device| drop(device.peers.remove(&key(1))),
         |device| device.peers.retain(|key, _| key.link_local().segments()[7] % 2 == 0),
@@ -489,7 +489,7 @@ async fn peers_that_were_adopted_or_remembered_come_back_as_well() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_denied_swept_evicted_or_altered_does_not_come_back() {
+async fn denied_swept_evicted_and_altered_peers_do_not_come_back() {
     let policy = Policy { unestablished: 20, ..Policy::default() };
     let mut gateway = Gateway::on(MemoryKernel::with(&[domain()]), policy);
     let peers = |gateway: &Gateway| gateway.device().peers.into_keys().collect::<Vec<_>>();
@@ -530,7 +530,7 @@ async fn a_peer_that_was_swept_stays_away_although_something_of_it_could_not_be_
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_interface_that_is_emptied_again_and_again_keeps_who_shakes_hands_and_no_other() {
+async fn an_interface_emptied_again_and_again_keeps_only_established_peers() {
     let mut gateway = Still::start();
     gateway.keys(0..4).await;
     for n in 0..2 {
@@ -567,7 +567,7 @@ async fn tables_that_cannot_be_read_leave_the_last_state_and_are_tried_ever_more
 }
 
 #[tokio::test(start_paused = true)]
-async fn before_the_tables_were_ever_read_a_key_is_not_said_to_stand() {
+async fn no_key_is_confirmed_before_the_first_read_of_the_tables() {
     let memory = MemoryKernel::with(&[domain()]);
     memory.fail_reads(Some(KernelError::Refused { action: "read", source: Errno::EPERM }));
     let mut gateway = Gateway::on(memory, Policy::default());
@@ -610,7 +610,7 @@ async fn a_new_key_does_not_wait_for_a_large_backlog() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_meanwhile() {
+async fn a_pending_key_keeps_its_address_while_the_interface_is_missing() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
     gateway.enqueue(0..2_000);
@@ -626,7 +626,7 @@ async fn who_waits_for_an_interface_keeps_its_address_from_a_key_that_comes_mean
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_storm_of_keys_keeps_neither_reads_nor_what_is_owed_from_their_turn() {
+async fn a_storm_of_keys_starves_neither_reads_nor_pending_keys() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..2_000);
     gateway.settle().await;
@@ -662,7 +662,7 @@ async fn confirmations_are_of_bounded_size_and_never_block() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_works() {
+async fn queues_are_bounded_while_the_interface_or_the_task_is_missing() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy { pending: 1_000, ..Policy::default() });
     for chunk in 0..100 {
         gateway.enqueue(chunk * 1_000..(chunk + 1) * 1_000);
@@ -683,7 +683,7 @@ async fn nothing_grows_without_bound_while_the_interface_is_missing_or_nobody_wo
 }
 
 #[tokio::test(start_paused = true)]
-async fn live_keys_that_are_lacking_go_in_and_the_others_are_left_as_they_are() {
+async fn missing_live_keys_are_installed_and_the_others_left_as_they_are() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..100);
     gateway.settle().await;
@@ -739,7 +739,7 @@ async fn live_keys_wait_for_their_interface() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
+async fn a_denied_key_is_removed_whole_and_not_installed_again() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..10);
     gateway.settle().await;
@@ -771,7 +771,7 @@ async fn a_denied_key_goes_whole_and_does_not_come_back_however_it_comes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_remembered_and_denied_is_not_put_back() {
+async fn remembered_denied_keys_are_not_installed() {
     let memory = MemoryKernel::with(&[domain()]);
     let (reconciler, handle, _said) = remembering(memory.clone(), 1..4);
     handle.admit(denying([1]), []);
@@ -783,7 +783,7 @@ async fn what_is_remembered_and_denied_is_not_put_back() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
+async fn a_denied_peer_that_others_altered_stays_and_is_reported() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1, 2]);
     gateway.settle().await;
@@ -799,7 +799,7 @@ async fn a_denied_peer_that_others_altered_stays_and_that_is_said() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_cannot_be_removed_now_is_when_it_can() {
+async fn a_failed_removal_is_tried_again() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1, 2, 3]);
     gateway.settle().await;
@@ -821,7 +821,7 @@ async fn what_cannot_be_removed_now_is_when_it_can() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_left_of_a_denied_key_goes_at_once() {
+async fn orphans_of_a_denied_key_are_removed_at_once() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1]);
     gateway.settle().await;
@@ -861,7 +861,7 @@ async fn keys_that_are_owed_are_denied_too() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
+async fn peers_not_on_the_allow_list_are_removed() {
     let mut gateway = Gateway::start();
     gateway.enqueue([1, 2]);
     gateway.settle().await;
@@ -877,7 +877,7 @@ async fn who_is_not_listed_goes_where_only_listed_keys_may_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_who_have_to_go_do_so_in_slices() {
+async fn many_denied_peers_are_removed_in_slices() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..2_000);
     gateway.settle().await;
@@ -934,7 +934,7 @@ async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_rememb
 }
 
 #[tokio::test(start_paused = true)]
-async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
+async fn handshakes_are_reported_and_again_after_a_reconnect() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..3_000);
     gateway.settle().await;
@@ -957,7 +957,7 @@ async fn handshakes_are_reported_and_again_when_they_may_not_have_been_heard() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_left_of_a_peer_that_is_gone_goes_too() {
+async fn route_and_flood_entry_of_a_vanished_peer_are_removed() {
     let mut gateway = Gateway::start();
     gateway.enqueue([2]);
     gateway.settle().await;
@@ -985,7 +985,7 @@ async fn stopping_does_not_wait_for_a_slow_kernel() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn it_ends_when_nobody_holds_a_handle() {
+async fn the_task_ends_when_every_handle_is_dropped() {
     let gateway = Gateway::start();
     gateway.up().await;
     drop(gateway.handle);

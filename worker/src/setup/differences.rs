@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_done() {
+    fn only_differences_make_steps() {
         type Spoil = fn(&mut Actual);
         let local = desired().public_key.link_local();
         let table: [(Spoil, Vec<SetupStep>); 12] = [

@@ -76,7 +76,7 @@ suite! {
         a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addresses
         a_peer_with_many_addresses_is_read_as_one
         a_tun_without_wireguard_is_not_taken_for_one
-        what_is_refused_is_told_of_its_own_change
+        an_error_is_reported_for_its_own_change
         a_dump_among_changes_is_whole_or_none;
 }
 
@@ -392,7 +392,7 @@ async fn a_tun_without_wireguard_is_not_taken_for_one(lab: &Linux) {
     assert_eq!(results(&mut kernel, &domain, &install(key(1))).await, vec![Err(error); 3]);
 }
 
-async fn what_is_refused_is_told_of_its_own_change(lab: &Linux) {
+async fn an_error_is_reported_for_its_own_change(lab: &Linux) {
     let (domain, mut kernel, _) = start(lab).await;
     // Room for one MAC address, which is taken: Linux refuses every flood entry.
     lab.remove_vxlan(&domain);

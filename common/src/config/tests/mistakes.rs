@@ -236,7 +236,7 @@ fn each_mistake_is_one_line_that_says_what_is_allowed() {
 }
 
 #[test]
-fn a_file_that_lacks_the_domains_is_told_so() {
+fn a_file_without_domains_is_refused() {
     let empty = "is empty, domains and domain_prefixes are needed at least";
     let no_domains = "domains: is missing, a list with at least one entry is needed";
     let no_prefixes = "domain_prefixes: is missing, a list with at least one entry is needed";
@@ -283,7 +283,7 @@ fn a_file_that_lacks_the_domains_is_told_so() {
 }
 
 #[test]
-fn what_is_odd_but_harmless_is_a_warning() {
+fn odd_but_harmless_settings_are_warnings() {
     let cases: &[(&str, &[&str])] = &[
         ("broker_listn: 1", &["broker_listn: is not a known key and is ignored, did you mean broker_listen?"]),
         ("mqtt: {pasword: x}", &["mqtt.pasword: is not a known key and is ignored, did you mean mqtt.password?"]),
@@ -342,7 +342,7 @@ fn what_is_odd_but_harmless_is_a_warning() {
 }
 
 #[test]
-fn a_secret_that_slips_into_another_value_or_key_is_not_shown() {
+fn a_secret_inside_another_value_or_key_is_not_shown() {
     let cases = [
         ("log_level: \"x\n  password: very-secret\"", "log_level: the value is not a log level"),
         ("\"x password: very-secret\": {}", "?: is not a known key and is ignored"),
@@ -377,7 +377,7 @@ fn a_secret_that_slips_into_another_value_or_key_is_not_shown() {
 }
 
 #[test]
-fn text_of_any_size_and_depth_is_answered() {
+fn text_of_any_size_and_depth_is_parsed_or_refused() {
     let deep = |open: &str, levels| format!("logging_config: {}", open.repeat(levels));
     let steps = |levels: usize| (0..levels).map(|level| " ".repeat(level) + "a:\n").collect::<String>();
     for yaml in

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_files_there_are_bound_the_connections() {
+    fn the_limit_of_open_files_bounds_the_connections() {
         let open = [0, 1_024, 4_096, 20_000, 1_048_576].map(|files| Capacity::of_files(files).open);
         assert_eq!(open, [64, 224, 1_248, 7_864, 8_192]);
     }

@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_has_only_so_many_and_a_proxy_and_this_machine_as_many_as_there_are() {
+    fn a_client_has_a_limit_of_connections_and_a_proxy_and_this_machine_none() {
         let mut table = table(10_000, 0);
         let open = u64::try_from(MAX_OF_CLIENT).unwrap();
         let first = admit(&mut table, client(1), 0, 0).unwrap().1.id;
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn in_a_full_table_those_go_whose_client_is_waited_for_the_longest_and_busy_ones_stay() {
+    fn a_full_table_evicts_the_longest_idle_connections_and_keeps_busy_ones() {
         let mut table = table(32, 0);
         let mut busy = Vec::new();
         for n in 0..32 {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_nothing_goes_and_sooner_when_half_are_open() {
+    fn idle_connections_are_closed_and_sooner_when_half_are_open() {
         let idle = u64::try_from(IDLE.as_millis()).unwrap();
         let crowded = u64::try_from(IDLE_CROWDED.as_millis()).unwrap();
         let mut table = table(4, 0);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn when_all_hold_too_much_those_go_that_do_not_read_for_the_longest() {
+    fn too_much_held_memory_evicts_the_connections_longest_without_reading() {
         let mut table = table(100, 1000);
         let mut flows = Vec::new();
         for n in 0..10 {

@@ -68,7 +68,7 @@ fn start_leaving_server() -> u16 {
 
 /// rumqttc keeps what it has read when a connection breaks, and returns it on the next one.
 #[tokio::test]
-async fn what_came_with_a_loss_is_handed_on_and_is_none_of_the_next_connection() {
+async fn packets_read_before_a_disconnect_are_handed_on_and_do_not_count_for_the_next_connection() {
     let port = start_leaving_server();
     let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}}}");
     let config = Config::parse("", &yaml, "w").unwrap();
@@ -91,7 +91,7 @@ async fn what_came_with_a_loss_is_handed_on_and_is_none_of_the_next_connection()
 }
 
 #[tokio::test]
-async fn a_server_that_is_heard_is_not_dead_although_its_pongs_are_late() {
+async fn a_server_that_sends_messages_is_not_dead_although_its_pongs_are_late() {
     let (talkative, silent) = tokio::join!(losses(true), losses(false));
     assert_eq!((talkative, silent > 0), (0, true), "{silent}");
 }

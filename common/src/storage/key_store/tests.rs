@@ -46,7 +46,7 @@ fn aged(domain: &str, age: u64) -> (String, u64) {
 }
 
 #[test]
-fn what_was_put_is_there_again_and_what_was_removed_is_not() {
+fn written_keys_are_read_again_and_removed_ones_are_not() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (store, buffer, keys) = open(&dir, now);
     assert!(keys.is_empty());
@@ -68,7 +68,7 @@ fn what_was_put_is_there_again_and_what_was_removed_is_not() {
 }
 
 #[test]
-fn a_key_that_nobody_serves_any_more_waits_for_its_domain() {
+fn a_key_of_an_unserved_domain_stays_stored() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (store, buffer, _) = open(&dir, now);
     buffer.put(&domain("ff_b"), key(1), kept(now.monotonic));
@@ -109,7 +109,7 @@ fn keys_expire_while_the_program_is_down_and_a_stepped_clock_ages_none() {
 }
 
 #[test]
-fn a_damaged_file_is_set_aside_and_keeps_nobody_from_starting() {
+fn a_damaged_file_is_quarantined_and_stops_no_start() {
     let whole = || {
         let (dir, now) = (tempdir().unwrap(), Clocks::read());
         let (store, buffer, _) = open(&dir, now);
@@ -177,7 +177,7 @@ fn another_layout_is_no_damage() {
 }
 
 #[test]
-fn what_cannot_be_written_is_kept_until_it_can() {
+fn failed_writes_are_kept_and_tried_again() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (first, _, _) = open(&dir, now);
     // The database is another process's; a directory stands in its place; a file in that of its directory.
@@ -200,7 +200,7 @@ fn what_cannot_be_written_is_kept_until_it_can() {
 }
 
 #[test]
-fn what_cannot_be_written_is_read_all_the_same() {
+fn a_read_only_file_is_still_read() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (store, buffer, _) = open(&dir, now);
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
@@ -261,7 +261,7 @@ fn no_more_changes_wait_than_their_bound() {
 }
 
 #[test]
-fn what_is_given_back_gives_way_to_what_is_newer() {
+fn requeued_changes_do_not_replace_newer_ones() {
     let (buffer, now) = (WriteBuffer::default(), Instant::now());
     buffer.put(&domain("ff_a"), key(1), kept(now));
     buffer.put(&domain("ff_a"), key(2), kept(now));
