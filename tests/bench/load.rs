@@ -12,7 +12,7 @@ use tokio::runtime::Builder;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 use wgkex_tests::http::ask;
-use wgkex_tests::swarm;
+use wgkex_tests::many_routers;
 
 use crate::gateway::key;
 
@@ -129,5 +129,5 @@ async fn connect(server: SocketAddr) -> std::io::Result<TcpStream> {
 
 /// POSTs a key; returns the status when the answer is read.
 async fn post(stream: &mut TcpStream, target: Target, number: u32) -> std::io::Result<u16> {
-    swarm::post(stream, target.path, "", &ask(target.domain, &key(number).to_string())).await
+    many_routers::post(stream, target.path, "", &ask(target.domain, &key(number).to_string())).await
 }

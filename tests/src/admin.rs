@@ -9,11 +9,11 @@ use crate::http::{Http, Response};
 use crate::process::binary;
 use crate::stack::{Stack, free_address};
 
-/// An operator of a stack, who has the token.
+/// Makes admin calls to a stack, with the token.
 pub struct Operator {
     /// Where the broker takes admin calls.
     pub address: SocketAddr,
-    /// The token that lets the operator in.
+    /// The token for the calls.
     pub token: String,
 }
 
@@ -29,7 +29,7 @@ pub fn token() -> (String, String) {
 }
 
 impl Operator {
-    /// An operator, and the lines of the config that let him in.
+    /// An operator, and the lines of the config that enable admin calls.
     #[must_use]
     pub fn new() -> (Self, String) {
         let (address, (token, hash)) = (free_address(), token());
@@ -53,7 +53,7 @@ impl Operator {
     }
 }
 
-/// What a program printed.
+/// The output of a program, standard output first.
 #[must_use]
 pub fn printed(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)

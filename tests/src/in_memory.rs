@@ -51,7 +51,7 @@ impl InMemory {
         Self { kernel, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// Whether these changes ask the kernel to take this key.
+    /// Whether these changes set the peer of this key.
     #[must_use]
     pub fn took(applied: &[Change], key: &str) -> bool {
         let key: PublicKey = key.parse().expect("a key");
@@ -62,7 +62,7 @@ impl InMemory {
 impl Drop for InMemory {
     fn drop(&mut self) {
         self.stop = None;
-        // It says that it goes, if there is still somebody to hear it.
+        // It publishes that it goes, if the server is still there.
         let (joined, is_joined) = mpsc::channel();
         if let Some(thread) = self.thread.take() {
             thread::spawn(move || joined.send(thread.join().is_ok()));

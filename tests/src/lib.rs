@@ -1,5 +1,5 @@
-//! The system as a whole, from outside: the real programs, a real MQTT server, and scripts that play the parts of
-//! programs that already exist. The tests themselves are in `tests/`.
+//! Support for black-box tests: the real programs, real MQTT servers, and scripted clients in place of other programs. The
+//! tests themselves are in `tests/`.
 #![expect(clippy::missing_panics_doc, reason = "a helper that finds something wrong fails the test that uses it")]
 
 use std::time::{Duration, Instant};
@@ -8,17 +8,17 @@ pub mod admin;
 pub mod gateway;
 pub mod http;
 pub mod in_memory;
+pub mod many_routers;
 pub mod nats;
 pub mod probe;
 pub mod process;
 pub mod proxy;
 pub mod rabbitmq;
-pub mod raw;
+pub mod raw_client;
 pub mod scripted;
 pub mod scripted_server;
 pub mod stack;
-pub mod swarm;
-pub mod unread;
+pub mod unread_answers;
 
 /// How long a test waits for what must happen; long enough for a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -48,7 +48,7 @@ pub fn key(n: u32) -> String {
     wgkex_common::PublicKey::from_bytes(bytes).expect("a valid key").to_string()
 }
 
-/// What this machine's programs are called on the bus.
+/// The name of the programs of this machine: its host name.
 #[must_use]
 pub fn host_name() -> String {
     nix::unistd::gethostname().expect("a host name").to_string_lossy().into_owned()

@@ -11,7 +11,7 @@ use rumqttc::{Connect, ConnectReturnCode, Packet, QoS, Subscribe, SubscribeReaso
 
 use crate::process::Process;
 use crate::proxy::{Manner, Proxy};
-use crate::raw::Raw;
+use crate::raw_client::RawClient;
 use crate::stack::free_address;
 use crate::wait_within;
 
@@ -108,7 +108,7 @@ fn serves(node: SocketAddr, n: usize) -> bool {
         return false;
     }
     let connect = Connect { clean_session: true, ..Connect::new(format!("test{n}")) };
-    let (mut raw, code) = Raw::try_connect(node, &connect);
+    let (mut raw, code) = RawClient::try_connect(node, &connect);
     raw.send(&Packet::Subscribe(Subscribe { pkid: 1, ..Subscribe::new("test/+", QoS::AtLeastOnce) }));
     let granted = [SubscribeReasonCode::Success(QoS::AtLeastOnce)];
     code == Some(ConnectReturnCode::Success)

@@ -1,4 +1,4 @@
-//! A client on the bus that says what a test tells it and remembers all it hears: a witness, or an actor who plays a
+//! An MQTT client of a test that keeps every message it receives: a witness that only subscribes, or one that plays a
 //! worker or a broker.
 
 use std::collections::VecDeque;
@@ -17,20 +17,20 @@ use crate::DEADLINE;
 /// The largest packet: any there is.
 const PACKET_MAX: usize = 268_435_455;
 
-/// A message as it was heard, or is to be said.
+/// A message that was received, or is to be published.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Said {
     /// Its topic.
     pub topic: String,
     /// Its payload.
     pub payload: Vec<u8>,
-    /// Its quality of service, 0 or 1. When heard: the lower one of publisher and subscription.
+    /// Its quality of service, 0 or 1. When received: the lower one of publisher and subscription.
     pub qos: u8,
-    /// When heard: it was found on the bus. When said: it stays there.
+    /// When received: it was retained. When published: it is to be retained.
     pub retain: bool,
 }
 
-/// A message to say, or to compare with one that was heard.
+/// A message to publish, or to compare with one that was received.
 #[must_use]
 pub fn said(topic: impl Into<String>, payload: impl Into<Vec<u8>>, qos: u8, retain: bool) -> Said {
     Said { topic: topic.into(), payload: payload.into(), qos, retain }
@@ -52,10 +52,10 @@ impl fmt::Debug for Said {
     }
 }
 
-/// What an actor says when it hears a message.
+/// What a client publishes when it receives a message.
 pub type Answer = Box<dyn FnMut(&Said) -> Vec<Said> + Send>;
 
-/// Who a probe is.
+/// How a probe connects and behaves.
 pub struct Role {
     id: String,
     filters: Vec<String>,
@@ -67,14 +67,14 @@ pub struct Role {
 }
 
 impl Role {
-    /// A client of this id that hears what matches one of `filters`.
+    /// A client of this id that subscribes to `filters`.
     #[must_use]
     pub fn new(id: &str, filters: &[&str]) -> Self {
         let filters = filters.iter().map(|&filter| filter.to_owned()).collect();
         Self { id: id.into(), filters, qos: 1, will: None, credentials: None, greeting: Vec::new(), answer: None }
     }
 
-    /// Hears at most once.
+    /// Subscribes with quality of service 0.
     #[must_use]
     pub fn at_most_once(self) -> Self {
         Self { qos: 0, ..self }
@@ -92,13 +92,13 @@ impl Role {
         Self { credentials: Some((user.into(), password.into())), ..self }
     }
 
-    /// Says this on every connection, once it is subscribed.
+    /// Publishes this on every connection, once it is subscribed.
     #[must_use]
     pub fn greeting(self, greeting: Vec<Said>) -> Self {
         Self { greeting, ..self }
     }
 
-    /// Answers by itself, from the moment a message is heard.
+    /// Publishes what `answer` returns for each message that is received.
     #[must_use]
     pub fn answer(self, answer: impl FnMut(&Said) -> Vec<Said> + Send + 'static) -> Self {
         Self { answer: Some(Box::new(answer)), ..self }
@@ -171,12 +171,12 @@ impl Probe {
         probe
     }
 
-    /// Says something, and returns when the server has it.
+    /// Publishes a message, and returns when the server has it.
     pub fn say(&self, said: Said) {
         self.say_all([said]);
     }
 
-    /// Says all of this, and returns when the server has it.
+    /// Publishes all of these, and returns when the server has them.
     pub fn say_all(&self, all: impl IntoIterator<Item = Said>) {
         let mut state = self.shared.lock();
         for said in all {
@@ -189,9 +189,9 @@ impl Probe {
         });
     }
 
-    /// Everything heard so far.
+    /// All messages received so far.
     #[must_use]
-    pub fn heard(&self) -> Vec<Said> {
+    pub fn received(&self) -> Vec<Said> {
         self.shared.lock().heard.clone()
     }
 
@@ -220,8 +220,8 @@ impl Probe {
         self.shared.lock().sessions
     }
 
-    /// Goes without a word, so that the server publishes the last will.
-    pub fn die(mut self) {
+    /// Drops the connection without a DISCONNECT, so that the server publishes the will.
+    pub fn drop_connection(mut self) {
         self.stop = None;
         self.join();
     }
@@ -307,7 +307,7 @@ impl Actor {
         }
     }
 
-    #[expect(clippy::wildcard_enum_match_arm, reason = "a client hears only a few of the packets there are")]
+    #[expect(clippy::wildcard_enum_match_arm, reason = "a client receives only a few of the packets there are")]
     fn incoming(&mut self, incoming: Incoming) {
         match incoming {
             Incoming::ConnAck(_) if self.role.filters.is_empty() => self.greet(),
@@ -318,7 +318,7 @@ impl Actor {
             }
             Incoming::SubAck(_) => self.greet(),
             Incoming::PubAck(_) => self.shared.lock().acknowledged += 1,
-            Incoming::Publish(publish) => self.hear(&publish),
+            Incoming::Publish(publish) => self.receive(&publish),
             _ => {}
         }
     }
@@ -339,7 +339,7 @@ impl Actor {
         }
     }
 
-    fn hear(&mut self, publish: &rumqttc::Publish) {
+    fn receive(&mut self, publish: &rumqttc::Publish) {
         let said = said(&publish.topic, publish.payload.as_ref(), publish.qos as u8, publish.retain);
         let answers = self.role.answer.as_mut().map(|answer| answer(&said)).unwrap_or_default();
         let mut state = self.shared.lock();

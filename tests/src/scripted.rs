@@ -1,5 +1,5 @@
-//! Workers played by a probe, with exactly the bytes of the contract: the original, which says nothing of a key, and
-//! one that confirms.
+//! Workers played by a probe, with exactly the bytes of the contract: the original, which publishes nothing about a key,
+//! and one that confirms.
 
 use std::thread;
 use std::time::Duration;
@@ -10,26 +10,26 @@ use crate::key;
 use crate::probe::{Probe, Role, Said, said};
 use crate::stack::Stack;
 
-/// What a worker does when it hears a key.
+/// What a scripted worker does when it receives a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manner {
-    /// An original: takes it and says nothing, because it knows nothing else.
+    /// An original: installs it and publishes nothing, because it has no such message.
     Original,
-    /// Says that it has it.
+    /// Confirms it.
     Confirms,
-    /// Says that it does not take it.
+    /// Rejects it.
     Refuses,
-    /// Says that it has no room for it.
+    /// Rejects it as it has no room.
     Full,
-    /// Is one that confirms, and says nothing.
+    /// Announces that it confirms, and does not.
     Silent,
-    /// Says that it has it, a while later.
+    /// Confirms it after a while.
     Slow,
-    /// Its interface is missing: it says that the domain is offline, and rejects each key for that.
+    /// Its interface is missing: it publishes -1 for the domain, and rejects each key for that.
     Down,
-    /// Says that it is offline, and confirms all the same.
+    /// Publishes that it is offline, and confirms all the same.
     OfflineButConfirms,
-    /// Says that it is offline, and rejects.
+    /// Publishes that it is offline, and rejects.
     OfflineButRefuses,
     /// An original whose domain is offline, with the data that is retained from before.
     OriginalDown,
@@ -49,14 +49,14 @@ impl Manner {
     }
 }
 
-/// How long one that is slow takes.
+/// How long [`Manner::Slow`] takes.
 const SLOW: Duration = Duration::from_millis(200);
 
 /// A worker that is online in all domains of a stack.
 pub struct Worker {
     /// Its name.
     pub name: String,
-    /// Its place on the bus.
+    /// Its MQTT client.
     pub probe: Probe,
 }
 
@@ -87,7 +87,7 @@ impl Worker {
     }
 }
 
-/// What a worker says on every connection. The status comes last, so that whoever hears it knows the rest.
+/// What a worker publishes on every connection. The status comes last, so that a broker that receives it has the rest.
 fn greeting(name: &str, domains: &[String], manner: Manner, peers: u64) -> Vec<Said> {
     let hello = (!manner.is_original()).then(|| hello(name));
     let peers = if manner.is_domain_down() { "-1".into() } else { peers.to_string() };
@@ -103,7 +103,7 @@ pub fn key_topic(domain: &str) -> String {
     format!("wireguard/{domain}/all")
 }
 
-/// A key, as the broker says it.
+/// A key, as the broker publishes it.
 #[must_use]
 pub fn key_for(domain: &str, key: &str) -> Said {
     said(key_topic(domain), key, 1, false)
@@ -115,7 +115,7 @@ pub fn status(worker: &str, status: &str) -> Said {
     said(format!("wireguard-worker/{worker}/status"), status, 1, true)
 }
 
-/// How many peers a worker says it has.
+/// The peer count of a worker.
 #[must_use]
 pub fn peers_of(worker: &str, domain: &str, peers: &str) -> Said {
     said(format!("wireguard-metrics/{domain}/{worker}/connected_peers"), peers, 0, true)
@@ -137,7 +137,7 @@ pub fn gateway_key(worker: &str) -> String {
     key(u32::MAX - worker.bytes().fold(0, |sum: u32, byte| (sum * 31 + u32::from(byte)) % 1_000_000))
 }
 
-/// What the router hears that is given this worker.
+/// The answer to a router that is assigned this worker.
 #[must_use]
 pub fn endpoint(worker: &str) -> serde_json::Value {
     json!({ "Endpoint": {
@@ -148,20 +148,20 @@ pub fn endpoint(worker: &str) -> serde_json::Value {
     } })
 }
 
-/// What a worker says that confirms.
+/// The hello of a worker that confirms.
 #[must_use]
 pub fn hello(worker: &str) -> Said {
     said(format!("wgkex/worker/{worker}/hello"), r#"{"version":"0.1.0","can":["confirm"]}"#, 1, true)
 }
 
-/// A worker's word that it has a key.
+/// A worker's confirmation of a key.
 #[must_use]
 pub fn applied(worker: &str, domain: &str, key: &str) -> Said {
     let payload = format!(r#"{{"domain":"{domain}","installed":["{key}"],"failed":{{}}}}"#);
     said(format!("wgkex/worker/{worker}/applied"), payload, 1, false)
 }
 
-/// A worker's word that it does not take a key, and why.
+/// A worker's rejection of a key, with the reason.
 #[must_use]
 pub fn failed(worker: &str, domain: &str, key: &str, reason: &str) -> Said {
     let payload = format!(r#"{{"domain":"{domain}","installed":[],"failed":{{"{key}":"{reason}"}}}}"#);

@@ -22,7 +22,7 @@ use wgkex_tests::http::ask;
 use wgkex_tests::process::memory;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
-use wgkex_tests::unread::{pile_up, pipelined};
+use wgkex_tests::unread_answers::{pile_up, pipelined};
 use wgkex_tests::{key, wait_until};
 
 /// Clients that do not read.

@@ -70,7 +70,7 @@ fn a_denied_key_gets_403_without_the_reason_and_reaches_no_gateway() {
     }
     assert_eq!(statuses(&stack, &key(2)), [200, 200]);
     witness.next_on(&key_topic(DOMAIN));
-    assert!(!witness.heard().iter().any(|said| said.text().contains(&key(1))), "{:?}", witness.heard());
+    assert!(!witness.received().iter().any(|said| said.text().contains(&key(1))), "{:?}", witness.received());
     assert_eq!(stack.metric(r#"wgkex_broker_keys_refused_total{api="v2",reason="denied"}"#), Some(1.0));
 }
 
@@ -227,7 +227,7 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
     let records: Vec<Value> = serde_json::from_slice(&witness.next_on("wgkex/revocations").payload).unwrap();
     let about: Vec<_> = records.iter().map(|record| (record["list"].clone(), record["key"].clone())).collect();
     assert_eq!(about, [(json!("deny"), json!(key(1))), (json!("trusted"), json!(key(2)))]);
-    let retained: Vec<_> = witness.heard().into_iter().filter(|said| said.retain).collect();
+    let retained: Vec<_> = witness.received().into_iter().filter(|said| said.retain).collect();
     assert!(!retained.iter().any(|said| said.text().contains(&key(1))), "{retained:?}");
 }
 

@@ -36,11 +36,11 @@ impl Scene {
 
     /// What the broker has heard, apart from what a session publishes to itself.
     fn all_heard(&self) -> Vec<Said> {
-        self.broker.heard().into_iter().filter(|said| !said.topic.ends_with("/echo")).collect()
+        self.broker.received().into_iter().filter(|said| !said.topic.ends_with("/echo")).collect()
     }
 
     /// Waits until the broker has heard so many messages from `first` on, and returns them.
-    fn heard(&self, first: usize, number: usize) -> Vec<Said> {
+    fn received(&self, first: usize, number: usize) -> Vec<Said> {
         let mut heard = Vec::new();
         wait_until(&format!("{number} messages from {first} on"), || {
             heard = self.all_heard();
@@ -98,7 +98,7 @@ fn greeting(scene: &Scene) -> [Said; 7] {
 
 /// At its start a worker may be online before it has read its kernel; the rest keeps its order.
 fn assert_greets(scene: &Scene, first: usize) {
-    let mut heard = scene.heard(first, 7);
+    let mut heard = scene.received(first, 7);
     let place = heard.iter().position(|said| *said == status("1")).unwrap_or_else(|| panic!("not online: {heard:?}"));
     assert!(place > 0, "hello comes before the status: {heard:?}");
     let online: Vec<_> = heard.drain(place..place + 2).collect();
@@ -118,28 +118,28 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
     for (n, (topic, domain)) in (0..).zip([("all", "test_a"), ("gw", "test_a"), ("all", "test_b")]) {
         let key = key(n);
         scene.broker.say(said(format!("wireguard/{domain}/{topic}"), key.as_str(), 0, false));
-        assert_eq!(scene.heard(so_far, 1), [applied(domain, std::slice::from_ref(&key))]);
+        assert_eq!(scene.received(so_far, 1), [applied(domain, std::slice::from_ref(&key))]);
         let rest = domain.trim_start_matches("test_");
         assert_eq!(scene.host.tables(rest).missing(&key), Vec::<String>::new());
         so_far += 1;
     }
 
     // Another client of its name ends its connection; it greets again on the next.
-    scene.connect(Role::new(NAME, &[])).die();
-    assert_eq!(scene.heard(so_far, 1), [status("0")]);
-    assert_eq!(scene.heard(so_far + 1, 7), greeting(&scene));
+    scene.connect(Role::new(NAME, &[])).drop_connection();
+    assert_eq!(scene.received(so_far, 1), [status("0")]);
+    assert_eq!(scene.received(so_far + 1, 7), greeting(&scene));
     so_far += 8;
 
     assert!(worker.end_by(Signal::SIGTERM).success());
     let farewell = [peers("a", "-1", 1), peers("b", "-1", 1), hello(""), status("0")];
-    assert_eq!(scene.heard(so_far, 4), farewell);
+    assert_eq!(scene.received(so_far, 4), farewell);
     so_far += 4;
 
     let mut worker = scene.host.start_worker();
     assert_greets(&scene, so_far);
     so_far += 7;
     let _ = worker.end_by(Signal::SIGKILL);
-    assert_eq!(scene.heard(so_far, 1), [status("0")]);
+    assert_eq!(scene.received(so_far, 1), [status("0")]);
     assert_eq!(scene.all_heard().len(), so_far + 1, "and nothing else");
 }
 
@@ -148,7 +148,7 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
 fn a_workers_states_are_retained_for_an_original_broker_that_starts_later() {
     let scene = Scene::new();
     let mut worker = scene.host.start_worker();
-    let _ = scene.heard(0, 7);
+    let _ = scene.received(0, 7);
     let assert_found = |states: [Said; 5]| {
         let late = scene.connect(Role::new("late", &["#"]));
         for state in states {

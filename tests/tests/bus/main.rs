@@ -1,14 +1,14 @@
-//! What the broker says and hears on the bus (contract sections 4 and 6), with scripted workers: every test runs with
+//! What the broker publishes and receives by MQTT (contract sections 4 and 6), with scripted workers: every test runs with
 //! the embedded MQTT server and with Mosquitto.
 
-mod choice;
-mod confirm;
+mod confirmations;
 mod data;
 mod faults;
+mod gateway_selection;
 mod presence;
-mod questions;
 mod server;
 mod session;
+mod sync_requests;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;

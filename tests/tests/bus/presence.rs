@@ -14,8 +14,8 @@ use super::{SHORT, on_both};
 on_both!(
     an_online_gateway_republishes_states_that_somebody_overwrote,
     an_online_broker_republishes_states_that_somebody_overwrote,
-    an_original_is_alive_as_long_as_it_counts,
-    an_originals_states_heal_although_it_publishes_them_once,
+    an_original_worker_is_online_while_it_publishes_peer_counts,
+    an_original_workers_overwritten_states_are_corrected_although_published_once,
     cleared_retained_messages_change_no_state,
     states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing,
 );
@@ -34,7 +34,7 @@ fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
 fn retained(stack: &Stack, topic: &str) -> Option<Said> {
     let newcomer = stack.probe(Role::new("newcomer", &[topic]));
     newcomer.say(said("test/end", "", 1, false));
-    newcomer.heard().into_iter().find(|said| said.retain)
+    newcomer.received().into_iter().find(|said| said.retain)
 }
 
 fn empty(said: Said) -> Said {
@@ -93,7 +93,7 @@ fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
 }
 
 /// Failed before: a last will that comes late decided for good.
-fn an_original_is_alive_as_long_as_it_counts(bus: Bus) {
+fn an_original_worker_is_online_while_it_publishes_peer_counts(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let original = stack.probe(Role::new("gw1", &[]));
     original.say_all([data("gw1", DOMAIN), status("gw1", "1"), peers_of("gw1", DOMAIN, "3")]);
@@ -106,7 +106,7 @@ fn an_original_is_alive_as_long_as_it_counts(bus: Bus) {
 }
 
 /// Failed before for the hellos and where data was removed. Each gateway is an original, alone in a domain of its own.
-fn an_originals_states_heal_although_it_publishes_them_once(bus: Bus) {
+fn an_original_workers_overwritten_states_are_corrected_although_published_once(bus: Bus) {
     type Disturb<'a> = &'a dyn Fn(&str, &str) -> Said;
     let transient = |said: Said| Said { retain: false, ..said };
     let serves = |domain: &str| format!(r#"{{"version":"9","can":["confirm"],"domains":[{domain}]}}"#);

@@ -22,7 +22,7 @@ fn live(said: Said) -> Said {
 fn assert_heard(witness: &Probe, expected: &[Said]) {
     wait_until("the whole session", || (contracts(witness).len() >= expected.len()).then_some(()));
     assert_eq!(contracts(witness), expected);
-    let own = witness.heard().into_iter().filter(|said| is_own(said) && !said.topic.ends_with("/echo"));
+    let own = witness.received().into_iter().filter(|said| is_own(said) && !said.topic.ends_with("/echo"));
     let own: Vec<_> = own.collect();
     let topic = format!("wgkex/broker/{}/hello", host_name());
     assert!(
@@ -34,7 +34,7 @@ fn assert_heard(witness: &Probe, expected: &[Said]) {
 /// What was heard on the contract's topics. For a worker that comes up the broker publishes its status once more, some
 /// seconds later: a slow test sees that.
 fn contracts(witness: &Probe) -> Vec<Said> {
-    let mut heard: Vec<_> = witness.heard().into_iter().filter(|said| !is_own(said)).collect();
+    let mut heard: Vec<_> = witness.received().into_iter().filter(|said| !is_own(said)).collect();
     let mut is_first = true;
     heard.retain(|said| said.payload != b"1" || said.topic != own_status("1").topic || std::mem::take(&mut is_first));
     heard
@@ -98,7 +98,7 @@ fn found(stack: &Stack) -> Vec<Said> {
     let late = stack.probe(wgkex_tests::probe::Role::new("late", &["#"]));
     late.say(said("test/end", "", 1, false));
     let _ = late.next_on("test/end");
-    late.heard().into_iter().filter(|said| said.retain).collect()
+    late.received().into_iter().filter(|said| said.retain).collect()
 }
 
 #[test]

@@ -38,7 +38,7 @@ pub fn a_broker_killed_between_publish_and_answer_leaves_nothing_half_done(lane:
     fleet.caught_up(&routers);
 }
 
-pub fn a_broker_killed_while_it_writes_knows_what_it_accepted_a_second_before(lane: Lane) {
+pub fn a_broker_killed_while_writing_still_has_keys_accepted_a_second_before(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     let mut certain = BTreeSet::new();

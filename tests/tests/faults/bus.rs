@@ -17,7 +17,7 @@ const ANSWER: Duration = Duration::from_secs(1 + 2);
 const ROUTERS: Pace = Pace { every: Duration::from_millis(9), at_most: 5_000 };
 const HALF_A_MINUTE: Duration = Duration::from_secs(30);
 
-pub fn an_mqtt_server_that_is_frozen_for_half_a_minute_makes_no_answer_untrue(lane: Lane) {
+pub fn an_mqtt_server_frozen_for_half_a_minute_causes_no_wrong_answer(lane: Lane) {
     without_mqtt(lane, |fleet, wait| {
         fleet.mosquitto.signal(Signal::SIGSTOP);
         wait();
@@ -25,7 +25,7 @@ pub fn an_mqtt_server_that_is_frozen_for_half_a_minute_makes_no_answer_untrue(la
     });
 }
 
-pub fn an_mqtt_server_that_is_gone_for_half_a_minute_makes_no_answer_untrue(lane: Lane) {
+pub fn an_mqtt_server_stopped_for_half_a_minute_causes_no_wrong_answer(lane: Lane) {
     without_mqtt(lane, |fleet, wait| {
         let _ = fleet.mosquitto.end_by(Signal::SIGKILL);
         wait();
@@ -54,7 +54,7 @@ fn without_mqtt(lane: Lane, fault: impl FnOnce(&mut Fleet, &dyn Fn())) {
     fleet.caught_up(&routers);
 }
 
-pub fn an_mqtt_server_that_is_killed_and_forgets_everything_loses_no_key(lane: Lane) {
+pub fn an_mqtt_server_killed_without_persistence_loses_no_key(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 2, "");
     let routers = Routers::new();
     routers.ask_during(&fleet.doors(), Pace::per_second(100), || {
@@ -71,7 +71,7 @@ pub fn an_mqtt_server_that_is_killed_and_forgets_everything_loses_no_key(lane: L
     fleet.caught_up(&routers);
 }
 
-pub fn a_slow_line_brings_every_key(lane: Lane) {
+pub fn a_slow_connection_delivers_every_key(lane: Lane) {
     let manner = Manner::Slow { delay: Duration::from_millis(100), rate: 20_000 };
     let (mut fleet, _proxy) = behind(lane, manner);
     let routers = Routers::new();
@@ -87,7 +87,7 @@ pub fn a_slow_line_brings_every_key(lane: Lane) {
     fleet.caught_up(&routers);
 }
 
-pub fn a_line_that_drops_keys_silently_brings_them_late(lane: Lane) {
+pub fn a_connection_that_drops_messages_silently_delivers_keys_late(lane: Lane) {
     let (fleet, proxy) = behind(lane, Manner::Dropping(10));
     let routers = Routers::new();
     routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(5), at_most: 2_000 }, || {});

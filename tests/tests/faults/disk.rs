@@ -76,7 +76,7 @@ pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane)
     is_kept(gateway, false);
 }
 
-pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
+pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 200);
@@ -114,7 +114,7 @@ pub fn damaged_state_is_set_aside_and_nobody_is_kept_from_starting(lane: Lane) {
     }
 }
 
-pub fn a_last_write_that_does_not_finish_is_said(lane: Lane) {
+pub fn an_unfinished_last_write_is_logged(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     for_each(&mut fleet, |node| {
         node.kill();

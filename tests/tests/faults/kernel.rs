@@ -12,7 +12,7 @@ use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
 /// Keys that were never asked with.
 const FOREIGN: u32 = 900_000;
 
-pub fn a_worker_that_missed_what_netlink_said_notices_and_catches_up(lane: Lane) {
+pub fn a_worker_that_missed_netlink_events_notices_and_catches_up(lane: Lane) {
     let fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 300);

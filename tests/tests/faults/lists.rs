@@ -107,7 +107,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
     }
 }
 
-pub fn a_gateway_that_was_away_lacks_what_was_revoked_meanwhile(lane: Lane) {
+pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
     let (mut fleet, token) = scene(lane, 1, 2);
     pass(WRITTEN);
     fleet.gateways[1].kill();
@@ -147,7 +147,7 @@ pub fn a_gateway_that_was_away_lacks_what_was_revoked_meanwhile(lane: Lane) {
     assert_eq!([1, 2, 3].map(added), [false, false, true], "{}", routes.log());
 }
 
-pub fn brokers_that_were_apart_come_to_revoke_the_same(lane: Lane) {
+pub fn separated_brokers_converge_on_the_same_revocations(lane: Lane) {
     let (mut fleet, token) = scene(lane, 2, 1);
     pass(WRITTEN);
     let revoke = |broker: &Node, n| drop(operator(broker, &token, &format!("revoke {}", key(n))));

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use wgkex_tests::key;
+use wgkex_tests::many_routers::{address, connect_from};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2};
-use wgkex_tests::swarm::{address, connect_from};
 
 use super::{alone, memory, plan, stack_with};
 

@@ -12,10 +12,10 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 use wgkex_tests::http::{Http, Response, ask};
+use wgkex_tests::many_routers::{address, connect_from, post};
 use wgkex_tests::probe::said;
 use wgkex_tests::scripted::key_topic;
 use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
-use wgkex_tests::swarm::{address, connect_from, post};
 use wgkex_tests::{key, wait_until};
 
 use super::{alone, memory, plan, stack_with};
@@ -63,7 +63,7 @@ fn unknown_keys_over_a_limit_get_429_and_known_ones_never() {
         // A mistake is told as one, and takes nothing.
         assert_eq!(stack.v2("ffx_none", &key(3)).status, 400);
         assert!((refused(&stack, reason) - 2.0).abs() < 0.1, "{reason}");
-        assert!(worker.probe.heard().iter().all(|said| said.text() != key(3)), "what is refused is not published");
+        assert!(worker.probe.received().iter().all(|said| said.text() != key(3)), "what is refused is not published");
         // What another broker, or a gateway, tells of is known as well.
         worker.probe.say(said(key_topic(DOMAIN), key(4), 1, false));
         wait_until("the key is known", || (stack.v2(DOMAIN, &key(4)).status == 200).then_some(()));
@@ -82,7 +82,7 @@ fn a_key_that_comes_without_end_is_answered_always_and_published_seldom() {
         assert_eq!(response.status, 200, "{response:?}");
         assert!(path == V1 || response.body == first.body, "{response:?}");
     }
-    let published = worker.probe.heard().iter().filter(|said| said.text() == key(1)).count();
+    let published = worker.probe.received().iter().filter(|said| said.text() == key(1)).count();
     // Three by the limit; then once for each version in 3 s.
     let allowed = 3 + 2 * (1 + begun.elapsed().as_secs() / 3);
     assert!(published as u64 <= allowed, "{published} in {:?}", begun.elapsed());
@@ -325,7 +325,7 @@ fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
     let statuses: Vec<_> = routers.iter_mut().map(|http| http.response("POST").status).collect();
     assert_eq!(statuses.last(), Some(&200));
     // The first time it was the first.
-    let heard = worker.probe.heard();
+    let heard = worker.probe.received();
     let place = heard.iter().skip(1).position(|said| said.text() == key(1));
     assert!(place.is_some_and(|place| place < 100), "{place:?} of {}", heard.len());
 }

@@ -9,8 +9,8 @@
 
 mod connections;
 mod keys;
-mod known;
-mod unread;
+mod known_keys;
+mod unread_answers;
 
 use std::fs::File;
 

@@ -15,7 +15,7 @@ use crate::{Single, end, serves};
 /// After a restart there is service again this soon: both sides pause for a second at most before they connect again.
 const BACK: Duration = Duration::from_secs(10);
 
-pub fn a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back(lane: Lane) {
+pub fn a_broker_outage_leaves_the_peers_alone_and_it_serves_again_afterwards(lane: Lane) {
     let Single { mut broker, mut worker, host } = Single::new(lane, "");
     for (signal, n) in [(Signal::SIGTERM, 0), (Signal::SIGKILL, 100_000)] {
         let peers = host.wireguard("wg-a");
@@ -36,7 +36,7 @@ pub fn a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_bac
     end(&mut worker, Signal::SIGTERM);
 }
 
-pub fn an_mqtt_server_that_goes_leaves_the_peers_alone_and_hears_the_worker_again_when_it_is_back(lane: Lane) {
+pub fn an_mqtt_server_outage_leaves_the_peers_alone_and_the_worker_reconnects(lane: Lane) {
     let host = Host::new("gateway", lane);
     host.configure("mqtt: {broker_url: 127.0.0.1}\n");
     host.setup();

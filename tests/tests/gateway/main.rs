@@ -3,15 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod address_owners;
 mod bus;
 mod keys;
-mod life;
 mod links;
 mod own_server;
-mod owners;
 mod peers;
 mod privacy;
-mod several;
+mod several_gateways;
+mod start_and_stop;
 
 use std::time::{Duration, Instant};
 
@@ -43,28 +43,28 @@ macro_rules! lanes {
 lanes! {
     keys: a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects;
     keys: each_key_is_in_the_kernel_at_the_instant_of_its_200;
-    several: four_gateways_share_the_routers_by_weight_and_all_have_every_key;
-    several: a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws;
-    own_server: gateways_on_other_machines_do_their_work_by_tls_and_no_other;
-    bus: a_broker_that_goes_leaves_the_peers_alone_and_serves_again_when_it_is_back;
-    bus: an_mqtt_server_that_goes_leaves_the_peers_alone_and_hears_the_worker_again_when_it_is_back;
-    life: a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is;
-    life: a_worker_ends_in_time_although_mqtt_does_not_answer;
-    life: a_worker_ends_in_time_with_twenty_thousand_peers;
-    life: cap_net_admin_is_enough_and_without_it_the_worker_says_so;
-    life: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
-    life: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
+    several_gateways: four_gateways_share_the_routers_by_weight_and_all_have_every_key;
+    several_gateways: a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws;
+    own_server: gateways_on_other_machines_use_tls_and_only_their_own_rights;
+    bus: a_broker_outage_leaves_the_peers_alone_and_it_serves_again_afterwards;
+    bus: an_mqtt_server_outage_leaves_the_peers_alone_and_the_worker_reconnects;
+    start_and_stop: a_stopped_worker_announces_it_and_leaves_the_kernel_unchanged;
+    start_and_stop: a_worker_ends_in_time_although_mqtt_does_not_answer;
+    start_and_stop: a_worker_ends_in_time_with_twenty_thousand_peers;
+    start_and_stop: cap_net_admin_is_enough_and_its_absence_is_named;
+    start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
+    start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
-    peers: a_flood_on_the_bus_pushes_out_only_its_like;
+    peers: a_flood_of_keys_evicts_only_unestablished_peers;
     peers: an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again;
     peers: peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_not;
     privacy: no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_messages;
-    owners: a_gateways_key_is_no_routers_and_its_peer_stays;
-    owners: an_address_stays_with_the_router_that_has_it_until_that_is_gone;
-    owners: a_routers_peer_survives_misuse_of_its_key_by_others;
-    owners: two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same;
+    address_owners: a_gateways_key_is_no_routers_and_its_peer_stays;
+    address_owners: an_address_stays_with_the_router_that_has_it_until_that_is_gone;
+    address_owners: a_routers_peer_survives_misuse_of_its_key_by_others;
+    address_owners: two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same;
 }
 
 /// How long a program may take to end.

@@ -13,7 +13,7 @@ use wgkex_tests::{key, wait_until};
 use crate::serves;
 
 /// Each has a line of its own to the broker, by TLS, and a password of its own.
-pub fn gateways_on_other_machines_do_their_work_by_tls_and_no_other(lane: Lane) {
+pub fn gateways_on_other_machines_use_tls_and_only_their_own_rights(lane: Lane) {
     let (hub, gw1, gw2) = (Host::new("hub", lane), Host::new("gw1", lane), Host::new("gw2", lane));
     let lines = [(&gw1, hub.connect(&gw1, 1)), (&gw2, hub.connect(&gw2, 2))];
     let ca = certify(&hub, lines.map(|(_, (server, _))| server.to_string()));

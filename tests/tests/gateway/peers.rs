@@ -59,7 +59,7 @@ pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
 }
 
 /// Seen to fail without the bound of unproven peers (42 there at once), and where proven ones make room like others.
-pub fn a_flood_on_the_bus_pushes_out_only_its_like(lane: Lane) {
+pub fn a_flood_of_keys_evicts_only_unestablished_peers(lane: Lane) {
     const UNPROVEN: usize = 30;
     let single = Single::new(lane, "cleanup: {interval: 1}\npeers: {unproven: 30}\n");
     let host = &single.host;

@@ -7,7 +7,7 @@ use std::process::Command;
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet, QoS, SubscribeReasonCode};
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::process::{Process, binary, hash};
-use wgkex_tests::raw::{Raw, connect, connect_with_will};
+use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
 use wgkex_tests::scripted::{Manner, Worker, endpoint, key_for, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
@@ -34,8 +34,8 @@ pub fn as_user(name: &str, id: &str) -> Connect {
 }
 
 /// Such a user that is let in.
-pub fn join(stack: &Stack, name: &str, id: &str) -> Raw {
-    let (raw, code) = Raw::try_connect(stack.mqtt, &as_user(name, id));
+pub fn join(stack: &Stack, name: &str, id: &str) -> RawClient {
+    let (raw, code) = RawClient::try_connect(stack.mqtt, &as_user(name, id));
     assert_eq!(code, Some(ConnectReturnCode::Success), "{name} as {id}");
     raw
 }
@@ -55,7 +55,7 @@ fn a_wrong_password_is_refused_and_the_right_one_admitted() {
         Some(Login::new("gw3", "gw1")),
         Some(Login::new("/", "gw1")),
     ] {
-        let (mut raw, code) = Raw::try_connect(stack.mqtt, &wrong(login.clone()));
+        let (mut raw, code) = RawClient::try_connect(stack.mqtt, &wrong(login.clone()));
         assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "{login:?}");
         raw.wait_for_end();
     }
@@ -71,7 +71,7 @@ fn a_wrong_password_is_refused_and_the_right_one_admitted() {
 fn wrong_passwords_keep_no_client_out_that_logged_in_before() {
     let stack = stack(&TWO);
     let _ = join(&stack, "gw1", "gw1");
-    let mut crowd: Vec<_> = (0..200).map(|_| Raw::dial(stack.mqtt)).collect();
+    let mut crowd: Vec<_> = (0..200).map(|_| RawClient::connect_tcp(stack.mqtt)).collect();
     let wrong = Connect { login: Some(Login::new("gw1", "wrong")), ..connect("gw1") };
     for stranger in &mut crowd {
         stranger.send(&Packet::Connect(wrong.clone()));
@@ -102,7 +102,7 @@ fn a_worker_may_do_its_own_work_and_nothing_else() {
         assert_eq!(rogue.subscribe(&[(filter, QoS::AtMostOnce)]), refused, "{filter}");
     }
     witness.subscribe(&[("wireguard/#", QoS::AtMostOnce), ("wireguard-metrics/#", QoS::AtMostOnce)]);
-    while witness.hear().topic != peers_of("gw1", DOMAIN, "").topic {}
+    while witness.receive().topic != peers_of("gw1", DOMAIN, "").topic {}
     for said in
         [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), said("other", "x", 1, true)]
     {
@@ -111,7 +111,7 @@ fn a_worker_may_do_its_own_work_and_nothing_else() {
     }
     let own = peers_of("gw2", DOMAIN, "7");
     rogue.publish(&own.topic, own.payload, 1, true);
-    assert_eq!(witness.hear().topic, own.topic, "nothing of the rest is heard");
+    assert_eq!(witness.receive().topic, own.topic, "nothing of the rest is heard");
     stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="publish"}"#, 4.0);
     stack.wait_for_metric(r#"wgkex_broker_mqtt_forbidden_total{verb="subscribe"}"#, 5.0);
     let warnings = wait_until("a warning", || {
@@ -122,7 +122,7 @@ fn a_worker_may_do_its_own_work_and_nothing_else() {
     assert!(warnings.len() == 1 && warnings[0].contains("gw2"), "{warnings:?}");
     // gw2 by its own count, and gw1 still.
     stack.wait_for_gateways(2);
-    let (_, code) = Raw::try_connect(
+    let (_, code) = RawClient::try_connect(
         stack.mqtt,
         &Connect { login: Some(Login::new("gw2", "gw2")), ..connect_with_will("gw2", &status("gw1", "").topic, "0") },
     );
@@ -151,7 +151,7 @@ fn a_worker_with_all_the_retained_messages_it_may_have_leaves_room_for_others() 
     assert!(matches!(modest.read(), Some(Packet::PubAck(_))));
     let mut finder = join(&stack, "b", "finder");
     finder.subscribe(&[("wireguard-worker/gw2/status", QoS::AtLeastOnce)]);
-    assert!(finder.hear().retain);
+    assert!(finder.receive().retain);
     stack.wait_for_metric(refused, 100.0);
 }
 
@@ -160,7 +160,7 @@ fn a_worker_cannot_take_anothers_connection_over() {
     let stack = stack(&[("gw1", "worker"), ("gw2", "worker"), ("gw1-applied", "worker"), ("b", "broker")]);
     let (mut first, mut second) = (join(&stack, "gw1", "gw1"), join(&stack, "gw1", "gw1-applied"));
     for id in ["gw1", "gw1-applied", "gw", "gw22"] {
-        let (_, code) = Raw::try_connect(stack.mqtt, &as_user("gw2", id));
+        let (_, code) = RawClient::try_connect(stack.mqtt, &as_user("gw2", id));
         assert_eq!(code, Some(ConnectReturnCode::BadClientId), "{id}");
     }
     // These may be called so; they are others all the same.
@@ -185,7 +185,7 @@ fn the_server_listens_on_other_addresses_only_with_users() {
     stack.wait_until_ready();
     let line = stack.broker().wait_for_log("not encrypted");
     assert!(line.contains("WARN") && line.contains("mqtt_listen.tls"), "{line}");
-    let (_, code) = Raw::try_connect(loopback, &as_user("gw1", "gw1"));
+    let (_, code) = RawClient::try_connect(loopback, &as_user("gw1", "gw1"));
     assert_eq!(code, Some(ConnectReturnCode::Success));
 }
 
@@ -228,9 +228,9 @@ fn the_printed_access_list_does_the_same_in_mosquitto() {
     rogue.say_all([key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0")]);
     rogue.say(peers_of("gw2", DOMAIN, "7"));
     assert_eq!(witness.next_on(&peers_of("gw2", DOMAIN, "7").topic).text(), "7");
-    let heard = witness.heard();
+    let heard = witness.received();
     assert!(!heard.iter().any(|said| said.payload == b"999" || said.text() == key(2)), "{heard:?}");
     // gw2 by its own count, and gw1 still.
     stack.wait_for_gateways(2);
-    assert!(!worker.probe.heard().iter().any(|said| said.text() == key(2)));
+    assert!(!worker.probe.received().iter().any(|said| said.text() == key(2)));
 }

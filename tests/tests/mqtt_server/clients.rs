@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use rumqttc::QoS;
-use wgkex_tests::raw::Raw;
+use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::stack::Stack;
 
 use crate::{assert_stands, stack};
@@ -31,15 +31,15 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
     }
     let output = client(&stack, "mosquitto_pub", &["-r", "-n", "-t", "kept/x"]);
     assert!(output.status.success());
-    let mut raw = Raw::connect(stack.mqtt, "raw");
+    let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.subscribe(&[("kept/#", QoS::AtMostOnce)]);
     raw.publish("kept/end", "", 0, false);
-    assert_eq!(raw.hear().topic, "kept/end");
+    assert_eq!(raw.receive().topic, "kept/end");
     let output = client(&stack, "mosquitto_sub", &["-V", "mqttv5", "-t", "#", "-W", "20"]);
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("rotocol"), "{output:?}");
     // A line of many messages.
     let lines: Vec<_> = (0..1000).map(|n| n.to_string()).collect();
-    let mut raw = Raw::connect(stack.mqtt, "raw");
+    let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.subscribe(&[("lines", QoS::AtLeastOnce)]);
     let mut child = Command::new("mosquitto_pub")
         .args(["-p", &stack.mqtt.port().to_string(), "-q", "1", "-t", "lines", "-l"])
@@ -48,7 +48,7 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
         .unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.join("\n").as_bytes()).unwrap();
     for line in lines {
-        assert_eq!(raw.hear().payload, line);
+        assert_eq!(raw.receive().payload, line);
     }
     assert!(child.wait().unwrap().success());
     assert_stands(&mut stack);

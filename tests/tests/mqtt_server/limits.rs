@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use rumqttc::{Connect, Packet, QoS};
-use wgkex_tests::raw::{Raw, connect, connect_with_will};
+use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
 use wgkex_tests::wait_until;
 
 use crate::{assert_stands, memory, stack};
@@ -15,12 +15,12 @@ const MUCH: u64 = 100 << 20;
 fn connections_without_a_connect_packet_are_closed_and_make_room() {
     let mut stack = stack();
     // More than may wait at once, in all states of a CONNECT.
-    let mut strangers: Vec<_> = (0..600).map(|_| Raw::dial(stack.mqtt)).collect();
+    let mut strangers: Vec<_> = (0..600).map(|_| RawClient::connect_tcp(stack.mqtt)).collect();
     for (n, stranger) in strangers.iter_mut().enumerate() {
         stranger.send_bytes(&b"\x10\x0d\0\x04MQTT\x04\x02"[..n % 10]);
     }
     stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 88.0);
-    strangers.iter_mut().for_each(Raw::wait_for_end);
+    strangers.iter_mut().for_each(RawClient::wait_for_end);
     stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="slow"}"#, 512.0);
     assert_stands(&mut stack);
 }
@@ -28,15 +28,15 @@ fn connections_without_a_connect_packet_are_closed_and_make_room() {
 #[test]
 fn a_client_that_misses_its_keep_alive_is_disconnected() {
     let mut stack = stack();
-    let mut witness = Raw::connect(stack.mqtt, "witness");
+    let mut witness = RawClient::connect(stack.mqtt, "witness");
     witness.subscribe(&[("will/+", QoS::AtMostOnce)]);
     let begun = Instant::now();
     let silent = Connect { keep_alive: 1, ..connect_with_will("silent", "will/silent", "gone") };
-    let (mut silent, _) = Raw::try_connect(stack.mqtt, &silent);
-    let mut for_ever = Raw::connect(stack.mqtt, "silent for ever");
+    let (mut silent, _) = RawClient::try_connect(stack.mqtt, &silent);
+    let mut for_ever = RawClient::connect(stack.mqtt, "silent for ever");
     silent.wait_for_end();
     assert!(begun.elapsed() >= Duration::from_millis(1500), "it may be silent for one and a half times as long");
-    assert_eq!(witness.hear().topic, "will/silent");
+    assert_eq!(witness.receive().topic, "will/silent");
     for_ever.send(&Packet::PingReq);
     assert_eq!(for_ever.read(), Some(Packet::PingResp));
     assert_stands(&mut stack);
@@ -45,13 +45,13 @@ fn a_client_that_misses_its_keep_alive_is_disconnected() {
 #[test]
 fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read_whole() {
     let mut stack = stack();
-    let mut raw = Raw::connect(stack.mqtt, "raw");
+    let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.publish("large", vec![0; 1_000_000], 1, false);
     assert!(matches!(raw.read(), Some(Packet::PubAck(_))), "a megabyte is not too large");
     // The header alone, of 2 MiB; and of 250 MiB before a CONNECT.
     raw.send_bytes(b"\x30\x80\x80\x80\x01");
     raw.wait_for_end();
-    let mut raw = Raw::dial(stack.mqtt);
+    let mut raw = RawClient::connect_tcp(stack.mqtt);
     raw.send_bytes(b"\x10\x80\x80\x80\x7d");
     raw.wait_for_end();
     assert_stands(&mut stack);
@@ -60,17 +60,17 @@ fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read_whole() {
 #[test]
 fn subscribers_that_read_nothing_take_no_memory_with_time() {
     let mut stack = stack();
-    let mut deaf: Vec<_> = (0..10).map(|n| Raw::connect(stack.mqtt, &format!("deaf-{n}"))).collect();
+    let mut deaf: Vec<_> = (0..10).map(|n| RawClient::connect(stack.mqtt, &format!("deaf-{n}"))).collect();
     for deaf in &mut deaf {
         deaf.subscribe(&[("flood", QoS::AtMostOnce)]);
     }
-    let mut sayer = Raw::connect(stack.mqtt, "sayer");
+    let mut publisher = RawClient::connect(stack.mqtt, "publisher");
     let before = memory(&mut stack);
     for _ in 0..4_000 {
-        sayer.publish("flood", vec![0; 100_000], 0, false);
+        publisher.publish("flood", vec![0; 100_000], 0, false);
     }
-    sayer.publish("end", "", 1, false);
-    assert!(matches!(sayer.read(), Some(Packet::PubAck(_))));
+    publisher.publish("end", "", 1, false);
+    assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
     let after = memory(&mut stack);
     assert!(after < before + MUCH, "{before} bytes before, {after} after 400 MB for who reads nothing");
     assert_stands(&mut stack);
@@ -79,14 +79,14 @@ fn subscribers_that_read_nothing_take_no_memory_with_time() {
 #[test]
 fn a_client_that_asks_and_never_reads_takes_no_memory_with_time() {
     let mut stack = stack();
-    let mut sayer = Raw::connect(stack.mqtt, "sayer");
+    let mut publisher = RawClient::connect(stack.mqtt, "publisher");
     for n in 0..2_000 {
-        sayer.publish(&format!("kept/{n}"), vec![b'x'; 1_000], 0, true);
+        publisher.publish(&format!("kept/{n}"), vec![b'x'; 1_000], 0, true);
     }
-    sayer.publish("kept/end", "1", 1, true);
-    assert!(matches!(sayer.read(), Some(Packet::PubAck(_))));
+    publisher.publish("kept/end", "1", 1, true);
+    assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
     let before = memory(&mut stack);
-    let mut greedy: Vec<_> = (0..10).map(|n| Raw::connect(stack.mqtt, &format!("greedy-{n}"))).collect();
+    let mut greedy: Vec<_> = (0..10).map(|n| RawClient::connect(stack.mqtt, &format!("greedy-{n}"))).collect();
     for greedy in &mut greedy {
         greedy.subscribe(&[("kept/#", QoS::AtMostOnce)]);
     }
@@ -108,15 +108,15 @@ fn a_client_that_asks_and_never_reads_takes_no_memory_with_time() {
 #[test]
 fn a_stop_closes_all_connections_and_the_port_is_free_at_once() {
     let mut stack = stack();
-    let mut clients: Vec<_> = (0..50).map(|n| Raw::connect(stack.mqtt, &format!("client-{n}"))).collect();
+    let mut clients: Vec<_> = (0..50).map(|n| RawClient::connect(stack.mqtt, &format!("client-{n}"))).collect();
     for client in &mut clients {
         client.subscribe(&[("#", QoS::AtLeastOnce)]);
     }
     assert!(stack.stop_broker().success());
-    clients.iter_mut().for_each(Raw::wait_for_end);
+    clients.iter_mut().for_each(RawClient::wait_for_end);
     std::net::TcpListener::bind(stack.mqtt).unwrap();
     stack.start_broker();
     stack.wait_until_ready();
-    wait_until("all are back", || Raw::try_connect(stack.mqtt, &connect("client-0")).1);
+    wait_until("all are back", || RawClient::try_connect(stack.mqtt, &connect("client-0")).1);
     assert_stands(&mut stack);
 }

@@ -9,17 +9,17 @@
 mod access;
 mod attacks;
 mod clients;
+mod fair_shares;
 mod limits;
 mod retained;
-mod shares;
-mod stolen;
-mod strangers;
+mod stolen_password;
 mod tls;
+mod unauthenticated;
 
 use std::net::SocketAddr;
 
 use rumqttc::QoS;
-use wgkex_tests::raw::Raw;
+use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
 /// A broker that is the MQTT server.
@@ -29,12 +29,12 @@ fn stack() -> Stack {
 
 /// Shows that the server stands: one client still hears another, at both qualities, and the broker is still ready.
 fn assert_stands(stack: &mut Stack) {
-    let mut hearer = Raw::connect(stack.mqtt, "stands-hearer");
-    hearer.subscribe(&[("stands/+", QoS::AtLeastOnce)]);
-    let mut sayer = Raw::connect(stack.mqtt, "stands-sayer");
+    let mut subscriber = RawClient::connect(stack.mqtt, "stands-subscriber");
+    subscriber.subscribe(&[("stands/+", QoS::AtLeastOnce)]);
+    let mut publisher = RawClient::connect(stack.mqtt, "stands-publisher");
     for level in [0, 1] {
-        sayer.publish("stands/yes", "it does", level, false);
-        let heard = hearer.hear();
+        publisher.publish("stands/yes", "it does", level, false);
+        let heard = subscriber.receive();
         assert_eq!((heard.topic.as_str(), &heard.payload[..], heard.qos as u8), ("stands/yes", &b"it does"[..], level));
     }
     assert!(stack.broker().is_running());
@@ -42,10 +42,10 @@ fn assert_stands(stack: &mut Stack) {
 }
 
 /// One client that hears `filter`, and one that speaks.
-fn pair(server: SocketAddr, filter: &str) -> (Raw, Raw) {
-    let mut hearer = Raw::connect(server, "hearer");
-    hearer.subscribe(&[(filter, QoS::AtLeastOnce)]);
-    (hearer, Raw::connect(server, "sayer"))
+fn pair(server: SocketAddr, filter: &str) -> (RawClient, RawClient) {
+    let mut subscriber = RawClient::connect(server, "subscriber");
+    subscriber.subscribe(&[(filter, QoS::AtLeastOnce)]);
+    (subscriber, RawClient::connect(server, "publisher"))
 }
 
 /// What the broker has in memory, in bytes.

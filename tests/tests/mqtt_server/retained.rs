@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use nix::sys::signal::Signal;
 use rumqttc::{ConnectReturnCode, Packet, Publish, QoS};
-use wgkex_tests::raw::{Raw, connect, connect_with_will};
+use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
 use wgkex_tests::scripted::{Manner, Worker, endpoint, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, Stack};
 use wgkex_tests::{key, wait_until};
@@ -15,25 +15,25 @@ const MANY: usize = 10_000;
 
 /// Keeps a message on each of `kept/0` to `kept/9999`.
 fn keep_many(stack: &Stack) {
-    let mut sayer = Raw::connect(stack.mqtt, "sayer");
+    let mut publisher = RawClient::connect(stack.mqtt, "publisher");
     for n in 0..MANY {
-        sayer.publish(&format!("kept/{n}"), "1", 1, true);
-        assert!(matches!(sayer.read(), Some(Packet::PubAck(_))));
+        publisher.publish(&format!("kept/{n}"), "1", 1, true);
+        assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
     }
 }
 
 /// What is found on `filter`: until a message of the finder's own comes, which is not kept.
-fn found(raw: &mut Raw, filter: &str, qos: QoS) -> Vec<Publish> {
+fn found(raw: &mut RawClient, filter: &str, qos: QoS) -> Vec<Publish> {
     raw.subscribe(&[(filter, qos), ("end", QoS::AtMostOnce)]);
     raw.publish("end", "", 0, false);
-    std::iter::from_fn(|| Some(raw.hear()).filter(|heard| heard.topic != "end")).collect()
+    std::iter::from_fn(|| Some(raw.receive()).filter(|heard| heard.topic != "end")).collect()
 }
 
 #[test]
 fn ten_thousand_messages_reach_each_subscription_at_each_qos() {
     let mut stack = stack();
     keep_many(&stack);
-    let mut finder = Raw::connect(stack.mqtt, "finder");
+    let mut finder = RawClient::connect(stack.mqtt, "finder");
     for qos in [QoS::AtMostOnce, QoS::AtLeastOnce, QoS::AtLeastOnce] {
         let found = found(&mut finder, "kept/+", qos);
         assert!(found.iter().all(|message| message.retain && message.qos == qos));
@@ -48,12 +48,13 @@ fn ten_thousand_messages_reach_each_subscription_at_each_qos() {
 #[test]
 fn subscribers_receive_updates_without_the_retain_flag_and_an_empty_message_clears_the_topic() {
     let mut stack = stack();
-    let (mut hearer, mut sayer) = pair(stack.mqtt, "kept");
+    let (mut subscriber, mut publisher) = pair(stack.mqtt, "kept");
     for payload in ["1", "2", ""] {
-        sayer.publish("kept", payload, 1, true);
-        let heard = hearer.hear();
+        publisher.publish("kept", payload, 1, true);
+        let heard = subscriber.receive();
         assert_eq!((heard.retain, &heard.payload[..]), (false, payload.as_bytes()));
-        let kept: Vec<_> = found(&mut hearer, "kept", QoS::AtLeastOnce).into_iter().map(|kept| kept.payload).collect();
+        let kept: Vec<_> =
+            found(&mut subscriber, "kept", QoS::AtLeastOnce).into_iter().map(|kept| kept.payload).collect();
         assert_eq!(kept, if payload.is_empty() { vec![] } else { vec![payload] });
     }
     assert_stands(&mut stack);
@@ -62,26 +63,27 @@ fn subscribers_receive_updates_without_the_retain_flag_and_an_empty_message_clea
 #[test]
 fn the_will_is_published_at_every_end_but_a_disconnect() {
     let mut stack = stack();
-    let mut witness = Raw::connect(stack.mqtt, "witness");
+    let mut witness = RawClient::connect(stack.mqtt, "witness");
     witness.subscribe(&[("will/+", QoS::AtLeastOnce)]);
     let join = |n: u32| {
-        let (raw, code) = Raw::try_connect(stack.mqtt, &connect_with_will("mortal", &format!("will/{n}"), "gone"));
+        let (raw, code) =
+            RawClient::try_connect(stack.mqtt, &connect_with_will("mortal", &format!("will/{n}"), "gone"));
         assert_eq!(code, Some(ConnectReturnCode::Success));
         raw
     };
-    join(1).hang_up();
-    assert_eq!(witness.hear().topic, "will/1");
+    join(1).close();
+    assert_eq!(witness.receive().topic, "will/1");
     let mut taken_over = join(2);
     let mut nonsense = join(3);
-    assert_eq!(witness.hear().topic, "will/2");
+    assert_eq!(witness.receive().topic, "will/2");
     taken_over.wait_for_end();
     nonsense.send_bytes(b"\xff\xff\xff\xff\xff\xff");
-    assert_eq!(witness.hear().topic, "will/3");
+    assert_eq!(witness.receive().topic, "will/3");
     let mut polite = join(4);
     polite.send(&Packet::Disconnect);
     polite.wait_for_end();
-    join(5).hang_up();
-    let heard = witness.hear();
+    join(5).close();
+    let heard = witness.receive();
     assert_eq!((heard.topic.as_str(), heard.retain), ("will/5", false), "no will after a farewell");
     let found: Vec<_> = found(&mut witness, "will/+", QoS::AtMostOnce).into_iter().map(|kept| kept.topic).collect();
     assert_eq!(found, ["will/1", "will/2", "will/3", "will/5"]);
@@ -92,7 +94,7 @@ fn the_will_is_published_at_every_end_but_a_disconnect() {
 fn a_publish_after_a_session_takeover_wins_over_the_old_will() {
     let stack = stack();
     for n in 0..50 {
-        let (mut raw, _) = Raw::try_connect(stack.mqtt, &connect_with_will("gw1", "gw1/status", "0"));
+        let (mut raw, _) = RawClient::try_connect(stack.mqtt, &connect_with_will("gw1", "gw1/status", "0"));
         raw.publish("gw1/status", format!("1 {n}"), 1, true);
         assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
         let kept = found(&mut raw, "gw1/status", QoS::AtMostOnce);
@@ -108,7 +110,7 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     let stays = Worker::start(&stack, "gw1", Manner::Confirms, 3);
     let goes = Worker::start(&stack, "gw2", Manner::Confirms, 0);
     stack.wait_for_gateways(2);
-    let (mut left, _) = Raw::try_connect(stack.mqtt, &connect("left"));
+    let (mut left, _) = RawClient::try_connect(stack.mqtt, &connect("left"));
     left.publish("kept", "1", 1, true);
     assert!(matches!(left.read(), Some(Packet::PubAck(_))));
     // Its last will is taken back by its farewell.
@@ -122,17 +124,17 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
         stays.probe.wait_for_session(sessions + 1);
         stack.wait_until_ready();
         for topic in ["kept", &peers_of("gw1", DOMAIN, "3").topic] {
-            let mut finder = Raw::connect(stack.mqtt, "finder");
+            let mut finder = RawClient::connect(stack.mqtt, "finder");
             assert_eq!(found(&mut finder, topic, QoS::AtMostOnce).len(), 1, "{topic} after {signal}");
         }
         stack.wait_for_gateways(2);
     }
     wait_until_written(&stack, "end");
     let _ = stack.broker().end_by(Signal::SIGKILL);
-    goes.probe.die();
+    goes.probe.drop_connection();
     stack.start_broker();
     stack.wait_until_ready();
-    let mut finder = Raw::connect(stack.mqtt, "finder");
+    let mut finder = RawClient::connect(stack.mqtt, "finder");
     let kept = found(&mut finder, &status("gw2", "0").topic, QoS::AtMostOnce);
     assert_eq!(kept.iter().map(|kept| &kept.payload[..]).collect::<Vec<_>>(), [b"0"]);
     stack.wait_for_gateways(1);
@@ -143,7 +145,7 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
 /// Waits until what was said so far is on disk: something that is said now is, and what came before is written with it.
 fn wait_until_written(stack: &Stack, name: &str) {
     let topic = format!("written/{name}");
-    let mut raw = Raw::connect(stack.mqtt, "raw");
+    let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.publish(&topic, "1", 1, true);
     assert!(matches!(raw.read(), Some(Packet::PubAck(_))));
     wait_until("it is written", || {

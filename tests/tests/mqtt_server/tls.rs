@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use wgkex_tests::raw::Raw;
+use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::wait_until;
 
@@ -51,12 +51,12 @@ fn idle_connections_block_no_tls_handshake() {
     for stream in idle.iter_mut().skip(25) {
         std::io::Write::write_all(stream, b"\x16\x03\x01\0\xa5\x01").unwrap();
     }
-    let mut hearer = Raw::connect(stack.mqtt, "hearer");
-    hearer.subscribe(&[("tls/x", rumqttc::QoS::AtMostOnce)]);
+    let mut subscriber = RawClient::connect(stack.mqtt, "subscriber");
+    subscriber.subscribe(&[("tls/x", rumqttc::QoS::AtMostOnce)]);
     for version in ["tlsv1.2", "tlsv1.3"] {
         let output = publish(&stack, "first", &["--tls-version", version]);
         assert!(output.status.success(), "{output:?}");
-        assert_eq!(&hearer.hear().payload[..], b"secret");
+        assert_eq!(&subscriber.receive().payload[..], b"secret");
     }
     assert_stands(&mut stack);
 }

@@ -114,7 +114,7 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
     let late = stack.probe(Role::new("late", &["#"]).at_most_once());
     let expected = WORKERS as usize * (2 + 2 * stack.plan.domains.len());
     wait_until("everything retained", || {
-        let retained = late.heard().iter().filter(|said| said.retain && said.topic.contains("example.org")).count();
+        let retained = late.received().iter().filter(|said| said.retain && said.topic.contains("example.org")).count();
         (retained == expected).then_some(())
     });
     let _ = stack.stop_broker();

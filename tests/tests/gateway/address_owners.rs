@@ -9,7 +9,7 @@ use wgkex_tests::http::ask;
 use wgkex_tests::{key, wait_until};
 
 use crate::peers::ping;
-use crate::several::Fleet;
+use crate::several_gateways::Fleet;
 use crate::{SPARE, Single};
 
 /// A router's private key, its public key, and another key that derives the same address. Such a key is found in

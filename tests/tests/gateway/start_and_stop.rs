@@ -12,7 +12,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::{Single, end, serves};
 
-pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane: Lane) {
+pub fn a_stopped_worker_announces_it_and_leaves_the_kernel_unchanged(lane: Lane) {
     let (host, _mosquitto, _broker) = with_mosquitto(lane);
     for (signal, n) in [(Signal::SIGTERM, 0), (Signal::SIGINT, 1)] {
         let mut worker = host.start_worker();
@@ -22,7 +22,7 @@ pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane
 
         let witness = probe(&host, Role::new("witness", &["#"]));
         witness.next("the worker is online", |said| said.topic == STATUS && said.text() == "1");
-        let before = witness.heard().len();
+        let before = witness.received().len();
         end(&mut worker, signal);
         witness.next("the worker is offline", |said| said.topic == STATUS && said.text() == "0");
         assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
@@ -34,7 +34,7 @@ pub fn a_worker_that_is_asked_to_end_says_so_and_leaves_the_kernel_as_it_is(lane
         for rest in ["a", "b"] {
             assert_eq!(state(&peers_topic(rest)), "-1");
         }
-        let heard = witness.heard().split_off(before);
+        let heard = witness.received().split_off(before);
         let said: Vec<_> = heard.iter().map(|said| (said.topic.as_str(), said.text())).collect();
         let place = |topic: &str| said.iter().position(|(heard, text)| *heard == topic && *text == "-1");
         let offline = said.iter().position(|(topic, text)| *topic == STATUS && text == "0");
@@ -72,7 +72,7 @@ fn mosquitto_again(mosquitto: Process, host: &Host) -> Process {
     host.start_mosquitto()
 }
 
-pub fn cap_net_admin_is_enough_and_without_it_the_worker_says_so(lane: Lane) {
+pub fn cap_net_admin_is_enough_and_its_absence_is_named(lane: Lane) {
     let host = Host::new("gateway", lane);
     // Where nobody may read it, wherever the tests were built.
     let program = Path::new("/run/wgkex/wgkex-worker");

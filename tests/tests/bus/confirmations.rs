@@ -24,10 +24,10 @@ on_both!(
     a_late_or_repeated_confirmation_answers_no_other_request,
     a_late_confirmation_answers_the_routers_next_request_at_once,
     a_late_confirmation_is_not_used_when_it_may_be_outdated,
-    all_silent_is_503_when_the_budget_is_spent,
-    all_refusing_is_503_at_once,
+    silence_of_all_gateways_is_503_when_the_budget_is_spent,
+    rejections_of_all_gateways_are_503_at_once,
     all_full_is_429_at_once_and_one_with_room_is_enough,
-    an_original_is_the_way_out_when_the_others_are_silent,
+    an_original_worker_is_the_fallback_when_the_others_are_silent,
     version_1_is_answered_when_any_gateway_has_the_key,
     version_1_falls_back_to_originals,
     version_1_is_published_and_503_where_all_gateways_are_offline,
@@ -77,7 +77,7 @@ fn no_router_is_sent_to_an_offline_gateway(bus: Bus) {
     worker.probe.say(status("gw1", "1"));
     stack.wait_for_gateways(1);
     assert!(serves());
-    worker.probe.die();
+    worker.probe.drop_connection();
     stack.wait_for_gateways(0);
     assert_unavailable(&stack.v2(DOMAIN, &key(1)));
     assert_unavailable(&stack.v1(DOMAIN, &key(1)));
@@ -263,7 +263,7 @@ fn queued_keys_are_published_even_after_their_requests_timed_out() {
     }
 }
 
-fn all_silent_is_503_when_the_budget_is_spent(bus: Bus) {
+fn silence_of_all_gateways_is_503_when_the_budget_is_spent(bus: Bus) {
     let stack = stack(bus, SHORT);
     let _first = Worker::start(&stack, "gw1", Manner::Silent, 0);
     let _second = Worker::start(&stack, "gw2", Manner::Silent, 0);
@@ -275,7 +275,7 @@ fn all_silent_is_503_when_the_budget_is_spent(bus: Bus) {
     }
 }
 
-fn all_refusing_is_503_at_once(bus: Bus) {
+fn rejections_of_all_gateways_are_503_at_once(bus: Bus) {
     let stack = stack(bus, LONG);
     let _first = Worker::start(&stack, "gw1", Manner::Refuses, 0);
     let _second = Worker::start(&stack, "gw2", Manner::Refuses, 0);
@@ -306,7 +306,7 @@ fn all_full_is_429_at_once_and_one_with_room_is_enough(bus: Bus) {
     assert_eq!((response.status, response.json()), (200, endpoint("gw3")));
 }
 
-fn an_original_is_the_way_out_when_the_others_are_silent(bus: Bus) {
+fn an_original_worker_is_the_fallback_when_the_others_are_silent(bus: Bus) {
     let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
     let _ours = Worker::start(&stack, "gw1", Manner::Silent, 0);
     let _original = Worker::start(&stack, "gw2", Manner::Original, 1000);

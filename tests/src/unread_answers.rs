@@ -1,4 +1,4 @@
-//! Clients that ask, and do not read what they are answered.
+//! Clients that send requests and do not read the answers.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;

@@ -16,7 +16,7 @@ use wgkex_tests::probe::{Role, Said};
 use wgkex_tests::process;
 use wgkex_tests::scripted::{data, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, free_address};
-use wgkex_tests::unread::{PIPELINED, pile_up, pipelined};
+use wgkex_tests::unread_answers::{PIPELINED, pile_up, pipelined};
 use wgkex_tests::{key, wait_until};
 
 use super::{alone, memory, plan, stack_with};

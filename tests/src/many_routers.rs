@@ -1,4 +1,4 @@
-//! Many routers at once, from as many addresses of loopback as are wanted: HTTP without a thread each.
+//! Many routers at once, from any number of loopback addresses, without a thread for each.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};

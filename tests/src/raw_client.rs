@@ -1,4 +1,4 @@
-//! A client that sends what it is told, byte by byte if need be, and answers nothing by itself.
+//! An MQTT client that sends exactly the packets or bytes of a test, and acknowledges nothing by itself.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpStream};
@@ -10,23 +10,23 @@ use tokio::runtime;
 
 use crate::DEADLINE;
 
-/// A client's socket.
-pub struct Raw {
+/// The connection of such a client.
+pub struct RawClient {
     stream: TcpStream,
     input: BytesMut,
     unsent: Vec<u8>,
 }
 
-impl Raw {
-    /// A TCP connection on which nothing is said yet.
+impl RawClient {
+    /// A TCP connection on which nothing is sent yet.
     #[must_use]
-    pub fn dial(server: SocketAddr) -> Self {
+    pub fn connect_tcp(server: SocketAddr) -> Self {
         Self::of(TcpStream::connect(server).expect("the server takes a connection"))
     }
 
     /// The same, from this address of loopback: for the server another client than one from 127.0.0.1.
     #[must_use]
-    pub fn dial_from(address: Ipv4Addr, server: SocketAddr) -> Self {
+    pub fn connect_tcp_from(address: Ipv4Addr, server: SocketAddr) -> Self {
         let runtime = runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
         let stream = runtime.block_on(async {
             let socket = TcpSocket::new_v4()?;
@@ -44,7 +44,7 @@ impl Raw {
         Self { stream, input: BytesMut::new(), unsent: Vec::new() }
     }
 
-    /// A client that is let in.
+    /// A client that the server admits.
     #[must_use]
     pub fn connect(server: SocketAddr, id: &str) -> Self {
         let (raw, code) = Self::try_connect(server, &connect(id));
@@ -52,15 +52,15 @@ impl Raw {
         raw
     }
 
-    /// A client that is let in or not, and what it hears of that; nothing if the connection just ends.
+    /// A client that sent this CONNECT, and the server's return code; none if the connection just ends.
     #[must_use]
     pub fn try_connect(server: SocketAddr, connect: &Connect) -> (Self, Option<ConnectReturnCode>) {
-        let mut raw = Self::dial(server);
+        let mut raw = Self::connect_tcp(server);
         let code = raw.log_in(connect);
         (raw, code)
     }
 
-    /// Sends a CONNECT, and says what the server answers; nothing if the connection just ends.
+    /// Sends a CONNECT and returns the server's return code; none if the connection just ends.
     pub fn log_in(&mut self, connect: &Connect) -> Option<ConnectReturnCode> {
         self.send(&Packet::Connect(connect.clone()));
         match self.read() {
@@ -78,7 +78,7 @@ impl Raw {
         !read.map_or_else(|error| error.kind() == ErrorKind::WouldBlock, |length| length > 0)
     }
 
-    /// Sends a packet. That nobody takes it is no failure.
+    /// Sends a packet. A closed connection is no failure.
     pub fn send(&mut self, packet: &Packet) {
         let mut bytes = BytesMut::new();
         packet.write(&mut bytes, usize::MAX).expect("a packet");
@@ -90,7 +90,7 @@ impl Raw {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// Sends bytes, or some of them and the rest next time, as far as there is a place for them on the way.
+    /// Sends as much of these bytes as the socket takes without waiting; the rest goes first the next time.
     pub fn send_if_taken(&mut self, bytes: &[u8]) {
         if self.unsent.is_empty() {
             self.unsent.extend(bytes);
@@ -101,15 +101,15 @@ impl Raw {
         self.unsent.drain(..taken);
     }
 
-    /// The same connection once more, to send on it while this one is read.
+    /// A second handle of the connection, to send on it while this one is read.
     #[must_use]
-    pub fn share(&self) -> Self {
+    pub fn try_clone(&self) -> Self {
         Self::of(self.stream.try_clone().expect("a descriptor"))
     }
 
-    /// Says something.
+    /// Publishes a message; `level` is its quality of service.
     pub fn publish(&mut self, topic: &str, payload: impl Into<Vec<u8>>, level: u8, retain: bool) {
-        let qos = rumqttc::qos(level).expect("a quality");
+        let qos = rumqttc::qos(level).expect("a QoS");
         let pkid = u16::from(level > 0) * 77;
         self.send(&Packet::Publish(Publish { pkid, retain, ..Publish::new(topic, qos, payload) }));
     }
@@ -143,7 +143,7 @@ impl Raw {
     }
 
     /// The next message, which is acknowledged if it has to be.
-    pub fn hear(&mut self) -> Publish {
+    pub fn receive(&mut self) -> Publish {
         match self.read() {
             Some(Packet::Publish(publish)) => {
                 if publish.pkid > 0 {
@@ -160,13 +160,13 @@ impl Raw {
         while self.read().is_some() {}
     }
 
-    /// Ends the connection without a word.
-    pub fn hang_up(self) {
+    /// Closes the connection without a DISCONNECT.
+    pub fn close(self) {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 
-/// A CONNECT of this client that may be silent for ever.
+/// A CONNECT of this client without a keep-alive.
 #[must_use]
 pub fn connect(id: &str) -> Connect {
     Connect { keep_alive: 0, ..Connect::new(id) }

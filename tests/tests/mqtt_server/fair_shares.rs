@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use rumqttc::{Connect, Login, Packet, Publish, QoS, Subscribe, SubscribeFilter, Unsubscribe};
 use wgkex_tests::key;
-use wgkex_tests::raw::{Raw, connect_with_will};
+use wgkex_tests::raw_client::{RawClient, connect_with_will};
 use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, key_for};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 
@@ -27,7 +27,7 @@ fn written(packet: &Packet) -> BytesMut {
     bytes
 }
 
-fn ping(raw: &mut Raw) {
+fn ping(raw: &mut RawClient) {
     raw.send(&Packet::PingReq);
     assert_eq!(raw.read(), Some(Packet::PingResp));
 }
@@ -43,7 +43,7 @@ fn a_worker_with_many_client_ids_takes_no_connections_of_others() {
         ping(&mut used);
     }
     // Those that were silent for longest made room: four are left, with the one that is used.
-    unused[..17].iter_mut().for_each(Raw::wait_for_end);
+    unused[..17].iter_mut().for_each(RawClient::wait_for_end);
     unused[17..].iter_mut().for_each(ping);
     let mut others: Vec<_> = ["gw2", "gw2-applied"].map(|id| join(&stack, "gw2", id)).into();
     others.extend(["b", "b-keys"].map(|id| join(&stack, "b", id)));
@@ -153,7 +153,7 @@ fn flood(stack: &Stack, over: &AtomicBool) {
             let login = Some(Login::new("gw1", "gw1"));
             let connect = Connect { login, ..connect_with_will("gw1-again", "wireguard-worker/gw1/status", "0") };
             while !over.load(Ordering::Relaxed) {
-                let _ = Raw::dial(stack.mqtt).log_in(&connect);
+                let _ = RawClient::connect_tcp(stack.mqtt).log_in(&connect);
             }
         });
     });
@@ -189,7 +189,7 @@ fn a_flooding_worker_slows_down_only_itself() {
 }
 
 /// Says `messages` as fast as it can, and waits until all are acknowledged.
-fn say_all(raw: &mut Raw, messages: impl Iterator<Item = (String, Vec<u8>)>) {
+fn say_all(raw: &mut RawClient, messages: impl Iterator<Item = (String, Vec<u8>)>) {
     let publish = |(topic, payload)| Publish { pkid: 7, ..Publish::new(topic, QoS::AtLeastOnce, payload) };
     let (mut bytes, mut count) = (BytesMut::new(), 0);
     for message in messages {
@@ -197,7 +197,7 @@ fn say_all(raw: &mut Raw, messages: impl Iterator<Item = (String, Vec<u8>)>) {
         count += 1;
     }
     thread::scope(|scope| {
-        let mut sender = raw.share();
+        let mut sender = raw.try_clone();
         scope.spawn(move || sender.send_bytes(&bytes));
         (0..count).for_each(|n| assert!(matches!(raw.read(), Some(Packet::PubAck(_))), "message {n}"));
     });
@@ -215,11 +215,11 @@ fn a_normal_worker_is_never_slowed_down_and_acknowledged_messages_are_delivered(
     say_all(&mut worker, (0..KEYS).map(|n| applied("gw1", DOMAIN, &key(n))).map(|said| (said.topic, said.payload)));
     assert!(slowed(&stack, "rate") < 1.0, "{}", slowed(&stack, "rate"));
 
-    let mut hearer = join(&stack, "b", "hearer");
-    hearer.subscribe(&[("wgkex/worker/gw1/x", QoS::AtLeastOnce)]);
+    let mut subscriber = join(&stack, "b", "subscriber");
+    subscriber.subscribe(&[("wgkex/worker/gw1/x", QoS::AtLeastOnce)]);
     thread::scope(|scope| {
         scope.spawn(|| say_all(&mut worker, (0..MANY).map(|n| ("wgkex/worker/gw1/x".into(), n.to_string().into()))));
-        (0..MANY).for_each(|n| assert_eq!(hearer.hear().payload, n.to_string()));
+        (0..MANY).for_each(|n| assert_eq!(subscriber.receive().payload, n.to_string()));
     });
 }
 
@@ -233,7 +233,7 @@ fn the_brokers_own_session_is_never_evicted() {
     let begun = Instant::now();
     thread::scope(|scope| {
         for n in 0..4 {
-            let mut raw = Raw::connect(stack.mqtt, &format!("flood-{n}"));
+            let mut raw = RawClient::connect(stack.mqtt, &format!("flood-{n}"));
             let many = &many;
             scope.spawn(move || {
                 while begun.elapsed() < Duration::from_secs(3) {

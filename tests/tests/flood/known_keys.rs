@@ -10,10 +10,10 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use wgkex_tests::http::ask;
+use wgkex_tests::many_routers::{address, connect_from, post};
 use wgkex_tests::probe::said;
 use wgkex_tests::scripted::Worker;
 use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
-use wgkex_tests::swarm::{address, connect_from, post};
 use wgkex_tests::{key, wait_until};
 
 use super::{alone, plan, stack_with};

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet};
 use wgkex_tests::process::memory;
-use wgkex_tests::raw::{Raw, connect};
+use wgkex_tests::raw_client::{RawClient, connect};
 use wgkex_tests::stack::Stack;
 use wgkex_tests::wait_until;
 
@@ -51,7 +51,7 @@ fn address(last: u8) -> Ipv4Addr {
 
 /// Sixty silent connections from each of ten addresses. Some of those that are closed are replaced.
 fn silent_crowd(server: SocketAddr) -> Ongoing {
-    let dial = move |last| Raw::dial_from(address(last), server);
+    let dial = move |last| RawClient::connect_tcp_from(address(last), server);
     let mut crowd: Vec<_> = (2..12).flat_map(|last| (0..60).map(move |_| (last, dial(last)))).collect();
     Ongoing::start(move || {
         for (last, raw) in crowd.iter_mut().filter_map(|(last, raw)| raw.has_ended().then_some((last, raw))).take(5) {
@@ -75,7 +75,7 @@ fn silent_connections_keep_no_gateway_out() {
     for round in 0..10 {
         // An address that logged in before, one that never did, and one that has many of the crowd.
         for last in [1, 100 + round, 2] {
-            let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user("gw1", "gw1"));
+            let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user("gw1", "gw1"));
             assert_eq!(code, Some(ConnectReturnCode::Success), "round {round} from 127.0.0.{last}");
         }
     }
@@ -101,7 +101,7 @@ fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     let (server, begun) = (stack.mqtt, Instant::now());
     let mut number = 0;
     let guesses = Ongoing::start(move || {
-        let mut guessers: Vec<_> = (0..30).map(|_| Raw::dial_from(address(2), server)).collect();
+        let mut guessers: Vec<_> = (0..30).map(|_| RawClient::connect_tcp_from(address(2), server)).collect();
         for guesser in &mut guessers {
             number += 1;
             guesser.send(&Packet::Connect(guess("gw2", &number.to_string())));
@@ -115,7 +115,7 @@ fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     wait_until("many guesses are answered", || (answered() >= 100.0).then_some(()));
     // Each for the first time: a password that was right is known without a look.
     for (last, user) in [(3, "gw1"), (2, "b")] {
-        let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user(user, user));
+        let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user(user, user));
         assert_eq!(code, Some(ConnectReturnCode::Success), "{user} from 127.0.0.{last}");
     }
     let (looked_at, seconds) = (metric(&stack, "password"), begun.elapsed().as_secs_f64());
@@ -130,7 +130,7 @@ fn guessing_crowd(server: SocketAddr) -> Vec<Ongoing> {
     let of_address = |last| {
         let mut number = 0;
         let mut dial = move || {
-            let mut raw = Raw::dial_from(address(last), server);
+            let mut raw = RawClient::connect_tcp_from(address(last), server);
             number += 1;
             raw.send(&Packet::Connect(guess(&format!("u{number}"), "wrong")));
             raw
@@ -153,7 +153,7 @@ fn password_guesses_from_many_addresses_keep_no_gateway_out() {
     // Each for the first time, from where nobody was before.
     for (last, user) in [(101, "gw1"), (102, "gw2"), (103, "b")] {
         wait_until(&format!("{user} is let in from 127.0.0.{last}"), || {
-            let code = Raw::dial_from(address(last), stack.mqtt).log_in(&as_user(user, user));
+            let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user(user, user));
             (code == Some(ConnectReturnCode::Success)).then_some(())
         });
     }
@@ -169,7 +169,7 @@ fn parallel_password_guesses_take_the_memory_of_one_hash() {
     let before = memory(stack.broker().pid());
     let guess_from = |last| {
         let is_wrong = move |n: usize| {
-            let code = Raw::dial_from(address(last), server).log_in(&guess(&format!("u{n}"), "wrong"));
+            let code = RawClient::connect_tcp_from(address(last), server).log_in(&guess(&format!("u{n}"), "wrong"));
             code == Some(ConnectReturnCode::NotAuthorized)
         };
         // Some may not have their turn in time.
@@ -188,7 +188,7 @@ fn parallel_password_guesses_take_the_memory_of_one_hash() {
 fn a_wrong_name_takes_as_long_as_a_wrong_password() {
     let stack = stack(&TWO);
     let takes = |user: &str, source| {
-        let mut raw = Raw::dial_from(source, stack.mqtt);
+        let mut raw = RawClient::connect_tcp_from(source, stack.mqtt);
         let begun = Instant::now();
         assert_eq!(raw.log_in(&guess(user, "wrong")), Some(ConnectReturnCode::NotAuthorized));
         begun.elapsed()
