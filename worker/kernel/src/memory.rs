@@ -46,12 +46,12 @@ struct Tables {
     device: Device,
     /// Whose allowed-ip each is: Linux has one owner for each, too.
     owners: HashMap<IpNet, PublicKey>,
-    wireguard: Link,
-    vxlan: Link,
+    wireguard: LinkState,
+    vxlan: LinkState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Link {
+enum LinkState {
     Up,
     Down,
     Missing,
@@ -89,20 +89,20 @@ impl MemoryKernel {
     /// Takes the WireGuard interface down, and its routes with it, as Linux does.
     pub fn set_down(&self, interface: impl Into<Interface>) {
         self.links(interface, |tables| {
-            tables.wireguard = Link::Down;
+            tables.wireguard = LinkState::Down;
             tables.device.routes.clear();
         });
     }
 
     /// Takes the WireGuard interface up again.
     pub fn set_up(&self, interface: impl Into<Interface>) {
-        self.links(interface, |tables| tables.wireguard = Link::Up);
+        self.links(interface, |tables| tables.wireguard = LinkState::Up);
     }
 
     /// Deletes the VXLAN interface alone, with its flood list.
     pub fn remove_vxlan(&self, interface: impl Into<Interface>) {
         self.links(interface, |tables| {
-            tables.vxlan = Link::Missing;
+            tables.vxlan = LinkState::Missing;
             tables.device.fdb.clear();
         });
     }
@@ -115,7 +115,7 @@ impl MemoryKernel {
             state.last_index
         };
         self.links(interface, |tables| {
-            tables.vxlan = Link::Up;
+            tables.vxlan = LinkState::Up;
             tables.device.indexes.vxlan = Some(index);
             tables.device.fdb.clear();
         });
@@ -239,9 +239,9 @@ impl State {
         let vxlan = interface.vxlan.iter().map(|name| (tables.vxlan, name));
         for (link, name) in [(tables.wireguard, &interface.name)].into_iter().chain(vxlan) {
             match link {
-                Link::Up => {}
-                Link::Down => return Err(unusable(name, "down")),
-                Link::Missing => return Err(unusable(name, "missing")),
+                LinkState::Up => {}
+                LinkState::Down => return Err(unusable(name, "down")),
+                LinkState::Missing => return Err(unusable(name, "missing")),
             }
         }
         Ok(tables)
@@ -262,7 +262,7 @@ impl Tables {
             routes: BTreeSet::new(),
             fdb: BTreeSet::new(),
         };
-        Self { device, owners: HashMap::new(), wireguard: Link::Up, vxlan: Link::Up }
+        Self { device, owners: HashMap::new(), wireguard: LinkState::Up, vxlan: LinkState::Up }
     }
 
     fn apply(&mut self, change: Change, refused: &BTreeSet<Change>) -> (Change, Result<(), KernelError>) {

@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::channel::{Channel, DumpError};
-use self::route::Link;
+use self::route::LinkStatus;
 use self::wireguard::{PeerChange, WireGuard};
 use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outcomes, Peer, failed};
 
@@ -220,7 +220,7 @@ fn peer_change(change: &Change) -> Option<PeerChange<'_>> {
     }
 }
 
-fn usable(interface: &str, link: Result<Link, Errno>) -> Result<Link, KernelError> {
+fn usable(interface: &str, link: Result<LinkStatus, Errno>) -> Result<LinkStatus, KernelError> {
     match link {
         Ok(link) if link.up => Ok(link),
         Ok(_) => Err(unusable(interface, "down")),
@@ -246,16 +246,16 @@ pub fn read_answer(datagram: &[u8]) {
         route::add_route(&mut routes, answer, 1);
         route::add_destination(&mut list, answer, 1, 1);
     }
-    let mut table = wireguard::Table::default();
+    let mut dump = wireguard::DeviceDump::default();
     for answer in channel::messages::<GenlMessage<wireguard::Answer>>(datagram).unwrap_or_default() {
         if let netlink_packet_core::NetlinkPayload::InnerMessage(answer) = answer.payload {
-            table.add_answer(answer);
+            dump.add_answer(answer);
         }
     }
 }
 
 #[cfg(any(test, fuzzing))]
-fn payload<I>(message: &channel::Message<I>) -> Option<&I> {
+fn payload<I>(message: &netlink_packet_core::NetlinkMessage<I>) -> Option<&I> {
     if let netlink_packet_core::NetlinkPayload::InnerMessage(inner) = &message.payload { Some(inner) } else { None }
 }
 

@@ -35,8 +35,6 @@ pub(super) struct Channel {
     sequence: u32,
 }
 
-pub(super) type Message<I> = NetlinkMessage<I>;
-
 impl Channel {
     /// Opens a socket of `protocol` (linux/netlink.h) in the network namespace of the calling thread.
     pub(super) fn open(protocol: isize) -> Result<Self, Errno> {
@@ -161,7 +159,7 @@ impl Channel {
         let mut datagram = Vec::new();
         for (message, flags) in messages {
             self.sequence = self.sequence.wrapping_add(1);
-            let mut message = Message::new(netlink_packet_core::NetlinkHeader::default(), message.into());
+            let mut message = NetlinkMessage::new(netlink_packet_core::NetlinkHeader::default(), message.into());
             message.header.flags = NLM_F_REQUEST | flags;
             message.header.sequence_number = self.sequence;
             message.finalize();
@@ -173,7 +171,7 @@ impl Channel {
         Ok(first)
     }
 
-    fn receive<I: NetlinkDeserializable>(&mut self) -> Result<Vec<Message<I>>, Errno> {
+    fn receive<I: NetlinkDeserializable>(&mut self) -> Result<Vec<NetlinkMessage<I>>, Errno> {
         let length = loop {
             match self.socket.recv(&mut &mut self.received[..], 0) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -183,16 +181,16 @@ impl Channel {
         messages(self.received.get(..length).ok_or(Errno::EIO)?)
     }
 
-    fn is_current<I>(&self, answer: &Message<I>) -> bool {
+    fn is_current<I>(&self, answer: &NetlinkMessage<I>) -> bool {
         answer.header.sequence_number == self.sequence
     }
 }
 
 /// The messages of a datagram.
-pub(super) fn messages<I: NetlinkDeserializable>(mut datagram: &[u8]) -> Result<Vec<Message<I>>, Errno> {
+pub(super) fn messages<I: NetlinkDeserializable>(mut datagram: &[u8]) -> Result<Vec<NetlinkMessage<I>>, Errno> {
     let mut messages = Vec::new();
     while !datagram.is_empty() {
-        let message = Message::deserialize(datagram).map_err(|error| {
+        let message = NetlinkMessage::deserialize(datagram).map_err(|error| {
             tracing::warn!(%error, "netlink answer unreadable");
             Errno::EIO
         })?;

@@ -26,7 +26,7 @@ const FLOOD: [u8; 6] = [0; 6];
 
 /// What is to be known of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Link {
+pub(super) struct LinkStatus {
     pub(super) index: u32,
     pub(super) up: bool,
     /// Whether it is the kernel's own WireGuard.
@@ -34,16 +34,16 @@ pub(super) struct Link {
 }
 
 /// Looks a link up by its name: `ENODEV` if there is none.
-pub(super) fn link(channel: &mut Channel, name: &str) -> Result<Link, Errno> {
+pub(super) fn link(channel: &mut Channel, name: &str) -> Result<LinkStatus, Errno> {
     let mut question = LinkMessage::default();
     question.attributes =
         vec![LinkAttribute::IfName(name.into()), LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])];
     link_of(&channel.get(Message::GetLink(question))?)
 }
 
-pub(super) fn link_of(answer: &Message) -> Result<Link, Errno> {
+pub(super) fn link_of(answer: &Message) -> Result<LinkStatus, Errno> {
     match answer {
-        Message::NewLink(link) => Ok(Link {
+        Message::NewLink(link) => Ok(LinkStatus {
             index: link.header.index,
             up: link.header.flags.contains(LinkFlags::Up),
             wireguard: is_wireguard(link),
