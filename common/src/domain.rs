@@ -62,20 +62,20 @@ impl Domain {
 
     /// What its interfaces are named after.
     #[must_use]
-    pub fn rest(&self) -> &str {
+    pub fn interface_suffix(&self) -> &str {
         &self.name[self.rest..]
     }
 
     /// The WireGuard interface, `wg-REST`.
     #[must_use]
     pub fn wireguard(&self) -> String {
-        format!("wg-{}", self.rest())
+        format!("wg-{}", self.interface_suffix())
     }
 
     /// The VXLAN interface, `vx-REST`.
     #[must_use]
     pub fn vxlan(&self) -> String {
-        format!("vx-{}", self.rest())
+        format!("vx-{}", self.interface_suffix())
     }
 }
 
@@ -115,7 +115,7 @@ mod tests {
     fn the_first_prefix_that_fits_is_cut_off() {
         let city = domain("ffmuc_muc_cty").unwrap();
         assert_eq!((city.wireguard().as_str(), city.vxlan().as_str()), ("wg-muc_cty", "vx-muc_cty"));
-        assert_eq!(domain("ffdon_ffmuc_x").unwrap().rest(), "ffmuc_x");
+        assert_eq!(domain("ffdon_ffmuc_x").unwrap().interface_suffix(), "ffmuc_x");
     }
 
     #[test]

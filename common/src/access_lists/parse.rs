@@ -26,7 +26,7 @@ pub struct Listed {
     /// The entries, in the order of the text or of the keys.
     pub entries: Vec<Entry>,
     /// Lines of keys that are given once more in the same mapping: the last one counts.
-    pub twice: Vec<usize>,
+    pub duplicates: Vec<usize>,
     /// A domain that has nothing behind it, not even that its list is empty.
     pub blank_domain: Option<String>,
 }
@@ -34,13 +34,13 @@ pub struct Listed {
 /// The keys of a file: a list of them, or `key: {reason, name, until}`, or `key: reason`. YAML or JSON; an empty text is an
 /// empty list.
 pub fn keys(text: &str, list: List) -> Result<Listed, String> {
-    let Tree { value, twice } = config::tree(text, SIZE_MAX)?;
-    Ok(Listed { entries: entries(&value, list)?, twice, blank_domain: None })
+    let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
+    Ok(Listed { entries: entries(&value, list)?, duplicates, blank_domain: None })
 }
 
 /// The allowed keys of a file, `domain: KEYS` with KEYS as [`keys`] has them.
 pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
-    let Tree { value, twice } = config::tree(text, SIZE_MAX)?;
+    let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
     let domains = match value {
         Value::Object(domains) => domains,
         Value::Null => Map::new(),
@@ -54,7 +54,7 @@ pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
         let keys = entries(&keys, List::Allow).map_err(|wrong| format!("{}: {wrong}", shown(&domain)))?;
         all.extend(keys.into_iter().map(|entry| Entry { domain: Some(domain.clone()), ..entry }));
     }
-    Ok(Listed { entries: all, twice, blank_domain })
+    Ok(Listed { entries: all, duplicates, blank_domain })
 }
 
 /// Whether a text says nothing at all, not even that a list is empty.
@@ -284,7 +284,7 @@ mod tests {
         for text in
             [format!("{A}: x\n{B}:\n{A}: spam\n"), format!("{{\"{A}\": \"x\",\n\"{B}\": null,\n\"{A}\": \"spam\"}}")]
         {
-            let wanted = Listed { entries: vec![entry(B), because("spam")], twice: vec![3], blank_domain: None };
+            let wanted = Listed { entries: vec![entry(B), because("spam")], duplicates: vec![3], blank_domain: None };
             assert_eq!(keys(&text, List::Deny), Ok(wanted), "{text}");
         }
     }

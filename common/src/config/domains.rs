@@ -58,7 +58,7 @@ fn served(listed: &[Text], prefixes: &[String], diagnostics: &mut Diagnostics) -
         match Domain::new(name, prefixes) {
             _ if has_quote(name) => diagnostics.error(&path, QUOTED),
             Ok(domain) if served.contains(&domain) => diagnostics.warn(&path, "is listed twice"),
-            Ok(domain) => match served.iter().find(|other| other.rest() == domain.rest()) {
+            Ok(domain) => match served.iter().find(|other| other.interface_suffix() == domain.interface_suffix()) {
                 Some(other) => diagnostics.error(&path, &same_interfaces(&domain, other)),
                 None => served.push(domain),
             },

@@ -108,7 +108,7 @@ fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 fn the_originals_file_works_without_a_warning() {
     let config = parse(ORIGINAL).unwrap();
     assert_eq!(config.warnings, [""; 0]);
-    let domains: Vec<&str> = config.domains.iter().map(Domain::rest).collect();
+    let domains: Vec<&str> = config.domains.iter().map(Domain::interface_suffix).collect();
     assert_eq!(domains, ["umland", "cty", "welt"]);
     assert_eq!(config.external_name, "gw04.ext.ffmuc.net");
     let weights: Vec<f64> = config.workers.values().map(|worker| worker.weight).collect();

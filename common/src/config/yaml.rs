@@ -24,7 +24,7 @@ const COPIES: usize = 4;
 /// What a value takes beside its text, roughly.
 const VALUE: usize = 100;
 /// More keys that are given twice than anybody reads.
-const TWICE_MAX: usize = 50;
+const DUPLICATES_MAX: usize = 50;
 
 const EMPTY: &str = "is empty, domains and domain_prefixes are needed at least";
 const NO_MAPPING: &str = "is not a mapping, keys with values such as \"domains:\" are allowed at the top";
@@ -33,17 +33,17 @@ const NO_MAPPING: &str = "is not a mapping, keys with values such as \"domains:\
 pub(crate) struct Tree {
     /// What stands at its top.
     pub(crate) value: Value,
-    /// The lines of keys that are given once more in the same mapping, the first [`TWICE_MAX`] of them.
-    pub(crate) twice: Vec<usize>,
+    /// The lines of keys that are given once more in the same mapping, the first [`DUPLICATES_MAX`] of them.
+    pub(crate) duplicates: Vec<usize>,
 }
 
 /// The mapping that `yaml` says; without one the diagnostics has the reason. Of a key that is given twice the last one
 /// counts, as for the original's parser.
 pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> {
-    let format = Ours::default();
+    let format = BoundedYaml::default();
     let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
         Ok(keys) => {
-            for Twice { path, line } in format.twice() {
+            for DuplicateKey { path, line } in format.duplicates() {
                 diagnostics.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
             }
             return Some(convert(ValueKind::Table(keys)));
@@ -59,12 +59,13 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
 pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
     match read(text, max) {
-        Ok(Document { top, twice }) => {
-            Ok(Tree { value: convert(top), twice: twice.into_iter().map(|twice| twice.line).collect() })
-        }
+        Ok(Document { top, duplicates }) => Ok(Tree {
+            value: convert(top),
+            duplicates: duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
+        }),
         // JSON with tabs is no YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
-            Ok(value) => Ok(Tree { value, twice: Vec::new() }),
+            Ok(value) => Ok(Tree { value, duplicates: Vec::new() }),
             Err(_) => Err(if let Mistake::Yaml { line, .. } = mistake {
                 format!("line {}: is not YAML", line.clamp(1, text.lines().count().max(1)))
             } else {
@@ -77,22 +78,22 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
 
 /// YAML for the `config` crate. The keys that are given twice come by a way of their own, as the trait has none for them.
 #[derive(Debug, Clone, Default)]
-struct Ours(Arc<Mutex<Vec<Twice>>>);
+struct BoundedYaml(Arc<Mutex<Vec<DuplicateKey>>>);
 
-impl Ours {
-    fn twice(&self) -> Vec<Twice> {
+impl BoundedYaml {
+    fn duplicates(&self) -> Vec<DuplicateKey> {
         std::mem::take(&mut *self.0.lock())
     }
 }
 
-impl Format for Ours {
+impl Format for BoundedYaml {
     fn parse(
         &self,
         _: Option<&String>,
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
-        let Document { top, twice } = read(text, SIZE_MAX)?;
-        *self.0.lock() = twice;
+        let Document { top, duplicates } = read(text, SIZE_MAX)?;
+        *self.0.lock() = duplicates;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
             ValueKind::Table(_) | ValueKind::Nil => Err(EMPTY.into()),
@@ -108,7 +109,7 @@ impl Format for Ours {
     }
 }
 
-impl FileStoredFormat for Ours {
+impl FileStoredFormat for BoundedYaml {
     fn file_extensions(&self) -> &'static [&'static str] {
         &["yaml"]
     }
@@ -153,12 +154,12 @@ impl Mistake {
 /// A text as it was read.
 struct Document {
     top: ValueKind,
-    twice: Vec<Twice>,
+    duplicates: Vec<DuplicateKey>,
 }
 
 /// A key that is given once more.
 #[derive(Debug)]
-struct Twice {
+struct DuplicateKey {
     path: Path,
     line: usize,
 }
@@ -184,7 +185,7 @@ struct Reader<'a> {
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
     copied: usize,
-    twice: Vec<Twice>,
+    duplicates: Vec<DuplicateKey>,
 }
 
 /// A list or a mapping that is not at its end.
@@ -212,7 +213,7 @@ struct Finished {
 impl<'a> Reader<'a> {
     fn new(text: &'a str, copies_max: usize) -> Self {
         let (parser, anchors) = (Parser::new_from_str(text), BTreeMap::new());
-        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, twice: Vec::new() }
+        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, duplicates: Vec::new() }
     }
 
     fn document(mut self, text: &str) -> Result<Document, Mistake> {
@@ -221,7 +222,7 @@ impl<'a> Reader<'a> {
             let (event, mark) = self.parser.next_token().map_err(|error| Mistake::of(&error, text))?;
             let line = mark.line();
             match event {
-                Event::StreamEnd => return Ok(Document { top: self.top, twice: self.twice }),
+                Event::StreamEnd => return Ok(Document { top: self.top, duplicates: self.duplicates }),
                 Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
@@ -301,21 +302,21 @@ impl<'a> Reader<'a> {
             Content::Mapping(keys, key) => {
                 let (name, line) = key.take().unwrap_or_default();
                 if keys.insert(name.clone(), config::Value::new(None, value)).is_some() {
-                    self.note_twice(&name, line);
+                    self.note_duplicate(&name, line);
                 }
             }
         }
         Ok(())
     }
 
-    fn note_twice(&mut self, name: &str, line: usize) {
-        if self.twice.len() < TWICE_MAX {
+    fn note_duplicate(&mut self, name: &str, line: usize) {
+        if self.duplicates.len() < DUPLICATES_MAX {
             let within = self.open.iter().take(self.open.len() - 1);
             let path = within.fold(Path::default(), |path, open| match &open.content {
                 Content::List(items) => path.index(items.len()),
                 Content::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
             });
-            self.twice.push(Twice { path: path.then(name), line });
+            self.duplicates.push(DuplicateKey { path: path.then(name), line });
         }
     }
 }

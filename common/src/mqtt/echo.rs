@@ -81,7 +81,7 @@ impl Echo {
     }
 
     /// One came back.
-    pub(super) fn heard(&mut self, now: Instant) {
+    pub(super) fn received(&mut self, now: Instant) {
         (self.unanswered, self.is_first, self.has_come) = (None, false, true);
         (self.losses, self.closed) = (0, 0);
         self.message(now);
@@ -154,7 +154,7 @@ mod tests {
         assert!(is_lost_after(&mut echo, &mut now, SILENCE, false));
         echo.up(now);
         assert!(echo.is_due(now));
-        echo.heard(now);
+        echo.received(now);
         assert!(!echo.is_given_up() && !echo.is_lost(now + PATIENCE) && !echo.must_wait(now));
         assert_eq!(echo.next(now), Some(now + PERIOD));
     }
@@ -165,7 +165,7 @@ mod tests {
         let (mut echo, mut now) = (Echo::default(), Instant::now());
         echo.up(now);
         assert!(echo.is_due(now));
-        echo.heard(now);
+        echo.received(now);
         assert!(!echo.down(true, now), "not over the first one");
         for _ in 0..10 {
             assert!(is_lost_after(&mut echo, &mut now, PATIENCE, false));

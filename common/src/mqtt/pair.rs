@@ -146,7 +146,7 @@ impl Guest {
     }
 
     /// Passes an event on. One too many is dropped, as servers do it.
-    pub(super) fn hand_on(&self, event: Event) {
+    pub(super) fn on_event(&self, event: Event) {
         let _ = self.events.try_send(event);
     }
 }

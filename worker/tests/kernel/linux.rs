@@ -221,7 +221,7 @@ pub fn make_vxlan(domain: &Domain, more: &str) {
 
 /// Each domain has its own port and network.
 fn number(domain: &Domain) -> u16 {
-    u16::from(domain.rest().as_bytes()[0] - b'a')
+    u16::from(domain.interface_suffix().as_bytes()[0] - b'a')
 }
 
 /// Whether every thread of a process is stopped (proc(5): the state stands behind the name, which is in brackets).

@@ -133,12 +133,12 @@ impl Source {
         }
     }
 
-    fn take(&mut self, Listed { entries, twice, .. }: Listed) -> bool {
+    fn take(&mut self, Listed { entries, duplicates, .. }: Listed) -> bool {
         let is_new = self.good.as_deref() != Some(&entries[..]);
         let path = self.path.display();
         if is_new || self.damage.is_some() {
             info!(list = self.name, %path, keys = entries.len(), "list is read");
-            for line in twice {
+            for line in duplicates {
                 warn!(list = self.name, %path, line, "a key is given twice in one mapping, the last one counts");
             }
         }

@@ -25,7 +25,7 @@ impl Session {
                     self.echo.message(Instant::now());
                 }
                 match &self.guest {
-                    Some(guest) if guest.wants(&publish) => guest.hand_on(Event::Message(publish)),
+                    Some(guest) if guest.wants(&publish) => guest.on_event(Event::Message(publish)),
                     _ => on_event(Event::Message(publish)),
                 }
             }
@@ -72,7 +72,7 @@ impl Session {
     /// The other connection of this program has the same topic.
     fn echo_came(&mut self, publish: &Publish) {
         if publish.payload == self.id.as_bytes() {
-            self.echo.heard(Instant::now());
+            self.echo.received(Instant::now());
         }
     }
 
@@ -94,7 +94,7 @@ impl Session {
         self.state.send_replace(ConnectionState::Up);
         on_event(Event::Up);
         if let Some(guest) = &self.guest {
-            guest.hand_on(Event::Up);
+            guest.on_event(Event::Up);
         }
     }
 
@@ -145,7 +145,7 @@ impl Session {
         }
         on_event(Event::Down);
         if let Some(guest) = &self.guest {
-            guest.hand_on(Event::Down);
+            guest.on_event(Event::Down);
         }
     }
 
