@@ -1,9 +1,11 @@
-//! Every MQTT topic of wgkex: how it is written, who owns it and which way it goes. Whatever depends on that asks here,
-//! the access rules of the MQTT server too (their rows for Parker, whose topics wgkex does not use yet, are there).
+//! Every MQTT topic of wgkex: how it is written here, its owner and direction in [`ownership`]. Whatever depends on that asks
+//! here, the access rules of the MQTT server too (their rows for Parker, whose topics wgkex does not use yet, are there).
+
+mod ownership;
 
 use std::fmt;
 
-use crate::wire::message::Participant;
+pub use self::ownership::{Direction, Owner};
 use crate::wire::name::{BrokerName, WorkerName};
 
 /// The longest name of a program or a domain, in bytes.
@@ -104,38 +106,6 @@ pub enum Topic {
     Revocations,
 }
 
-/// Whose name is in a topic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner<'a> {
-    /// A worker.
-    Worker(&'a WorkerName),
-    /// A broker.
-    Broker(&'a BrokerName),
-    /// A domain, which no program has for itself.
-    Domain(&'a str),
-    /// There is no name in it.
-    Nobody,
-}
-
-/// Which programs publish on a topic, and which subscribe to it. Brokers may subscribe to every topic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// The owner publishes, everybody subscribes; retained.
-    StateForAll,
-    /// The owner publishes, brokers subscribe, and the owner to see what is retained there; retained.
-    StateForBrokers,
-    /// The owner publishes, brokers subscribe.
-    ToBrokers,
-    /// Brokers publish, the owner subscribes.
-    FromBrokers,
-    /// Everybody publishes, the owner subscribes.
-    FromAll,
-    /// The owner publishes and subscribes.
-    Echo,
-    /// Brokers publish, everybody subscribes.
-    Broadcast,
-}
-
 impl Topic {
     /// The first level of every topic there is, Parker's apart.
     pub const ROOTS: [&str; 5] = ["wireguard", "wireguard-metrics", "wireguard-worker", "wireguard-broker", OURS];
@@ -163,72 +133,6 @@ impl Topic {
             Self::BrokerEcho { broker: broker() },
             Self::Revocations,
         ]
-    }
-
-    /// Whose it is.
-    #[must_use]
-    pub fn owner(&self) -> Owner<'_> {
-        match self {
-            Self::ConnectedPeers { worker, .. }
-            | Self::WorkerStatus { worker }
-            | Self::WorkerData { worker, .. }
-            | Self::WorkerHello { worker }
-            | Self::Applied { worker }
-            | Self::Handshakes { worker }
-            | Self::Revoked { worker }
-            | Self::WorkerRequests { worker }
-            | Self::WorkerChunks { worker }
-            | Self::WorkerEcho { worker } => Owner::Worker(worker),
-            Self::BrokerStatus { broker }
-            | Self::BrokerHello { broker }
-            | Self::BrokerRequests { broker }
-            | Self::BrokerChunks { broker }
-            | Self::BrokerEcho { broker } => Owner::Broker(broker),
-            Self::Key { domain } => Owner::Domain(domain),
-            Self::Revocations => Owner::Nobody,
-        }
-    }
-
-    /// Which way it goes.
-    #[must_use]
-    pub fn direction(&self) -> Direction {
-        match self {
-            Self::WorkerStatus { .. }
-            | Self::WorkerData { .. }
-            | Self::BrokerStatus { .. }
-            | Self::BrokerHello { .. } => Direction::StateForAll,
-            Self::ConnectedPeers { .. } | Self::WorkerHello { .. } => Direction::StateForBrokers,
-            Self::Applied { .. } | Self::Handshakes { .. } | Self::Revoked { .. } | Self::WorkerRequests { .. } => {
-                Direction::ToBrokers
-            }
-            Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => Direction::FromBrokers,
-            Self::BrokerRequests { .. } => Direction::FromAll,
-            Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => Direction::Echo,
-            Self::Key { .. } | Self::Revocations => Direction::Broadcast,
-        }
-    }
-
-    /// The domain in it, if there is one.
-    #[must_use]
-    pub fn domain(&self) -> Option<&str> {
-        if let Self::Key { domain } | Self::ConnectedPeers { domain, .. } | Self::WorkerData { domain, .. } = self {
-            Some(domain)
-        } else {
-            None
-        }
-    }
-
-    /// The broker or worker whose retained state it has; none if it has no state.
-    #[must_use]
-    pub fn state_of(&self) -> Option<Participant> {
-        if !matches!(self.direction(), Direction::StateForAll | Direction::StateForBrokers) {
-            return None;
-        }
-        match self.owner() {
-            Owner::Worker(worker) => Some(Participant::Worker(worker.clone())),
-            Owner::Broker(broker) => Some(Participant::Broker(broker.clone())),
-            Owner::Domain(_) | Owner::Nobody => None,
-        }
     }
 
     /// Its last level, which tells what is said there.
