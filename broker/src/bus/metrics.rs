@@ -46,11 +46,12 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::assert_has;
 
     #[test]
     fn every_series_is_there_from_the_start() {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
-        registry.assert_has(&["wgkex_broker_mqtt_connected 0"]);
+        assert_has(&registry, &["wgkex_broker_mqtt_connected 0"]);
     }
 }

@@ -38,11 +38,12 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::assert_has;
 
     #[test]
     fn every_series_is_there_from_the_start() {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
-        registry.assert_has(&["wgkex_broker_confirmation_seconds_count 0", "wgkex_broker_publish_failures_total 0"]);
+        assert_has(&registry, &["wgkex_broker_confirmation_seconds_count 0", "wgkex_broker_publish_failures_total 0"]);
     }
 }

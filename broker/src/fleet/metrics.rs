@@ -79,11 +79,12 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::assert_has;
 
     #[test]
     fn every_series_is_there_from_the_start() {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
-        registry.assert_has(&[r#"wgkex_broker_gateways{state="online"} 0"#]);
+        assert_has(&registry, &[r#"wgkex_broker_gateways{state="online"} 0"#]);
     }
 }

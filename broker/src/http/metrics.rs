@@ -62,16 +62,20 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::assert_has;
 
     #[test]
     fn every_series_is_there_from_the_start() {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
-        registry.assert_has(&[
-            r#"wgkex_broker_keys_accepted_total{api="v2"} 0"#,
-            r#"wgkex_broker_keys_refused_total{api="v1",reason="not_confirmed"} 0"#,
-            r#"wgkex_broker_keys_refused_total{api="v2",reason="limit_client"} 0"#,
-            r#"wgkex_broker_http_connections_closed_total{reason="idle"} 0"#,
-        ]);
+        assert_has(
+            &registry,
+            &[
+                r#"wgkex_broker_keys_accepted_total{api="v2"} 0"#,
+                r#"wgkex_broker_keys_refused_total{api="v1",reason="not_confirmed"} 0"#,
+                r#"wgkex_broker_keys_refused_total{api="v2",reason="limit_client"} 0"#,
+                r#"wgkex_broker_http_connections_closed_total{reason="idle"} 0"#,
+            ],
+        );
     }
 }

@@ -61,6 +61,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::assert_has;
 
     #[test]
     fn every_series_is_there_from_the_start() {
@@ -68,11 +69,14 @@ mod tests {
         Metrics::register(&registry).unwrap();
         let reasons = ["protocol", "slow", "version", "client_id", "password", "guesses", "will", "full"];
         let refused = reasons.map(|reason| format!("wgkex_broker_mqtt_refused_total{{reason=\"{reason}\"}} 0"));
-        registry.assert_has(&refused.each_ref().map(String::as_str));
-        registry.assert_has(&[
-            r#"wgkex_broker_mqtt_slowed_total{reason="rate"} 0"#,
-            r#"wgkex_broker_mqtt_slowed_total{reason="unfinished"} 0"#,
-            r#"wgkex_broker_mqtt_slowed_total{reason="behind"} 0"#,
-        ]);
+        assert_has(&registry, &refused.each_ref().map(String::as_str));
+        assert_has(
+            &registry,
+            &[
+                r#"wgkex_broker_mqtt_slowed_total{reason="rate"} 0"#,
+                r#"wgkex_broker_mqtt_slowed_total{reason="unfinished"} 0"#,
+                r#"wgkex_broker_mqtt_slowed_total{reason="behind"} 0"#,
+            ],
+        );
     }
 }
