@@ -21,13 +21,13 @@ use serde::{Deserialize, Serialize};
 pub use self::policy::{Admission, AllowList, Verdict};
 use crate::PublicKey;
 
-/// What is said of a key.
+/// The list that a key is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum List {
-    /// It may not come, whatever else is said of it.
+    /// It is denied, whatever other lists it is on.
     Deny,
-    /// It may come, where only listed keys may.
+    /// It is admitted, where only listed keys are.
     Allow,
     /// Its peer is never swept.
     Trusted,
@@ -61,7 +61,7 @@ pub struct Entry {
     /// What the operator calls the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Why it is on the list; never told to the node.
+    /// Why it is on the list; never sent to the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// When it counts no longer, in seconds of Unix time; none for never.
@@ -70,7 +70,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// `key` on `list`, and nothing else said of it.
+    /// `key` on `list`, without any details.
     #[must_use]
     pub fn new(list: List, key: PublicKey) -> Self {
         Self { list, key, domain: None, name: None, reason: None, until: None }

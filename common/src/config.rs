@@ -62,7 +62,7 @@ pub struct Config {
     pub domains: BTreeSet<Domain>,
     /// The host name; what this worker or broker is called on the bus.
     pub name: HostName,
-    /// What routers are told to connect to (`externalName`, else the host name).
+    /// The address that routers get (`externalName`, else the host name).
     pub external_name: String,
     /// The gateways that the operator gave a place in the balance, by host name.
     pub workers: BTreeMap<WorkerName, Worker>,
@@ -92,7 +92,7 @@ pub struct Config {
     pub forget_idle_after: Option<Duration>,
     /// Keys that no router may have: `protected_keys` and `key_whitelist`.
     pub protected_keys: BTreeSet<PublicKey>,
-    /// The networks of proxies whose word counts on where a request comes from.
+    /// The networks of proxies whose headers name the client.
     pub trusted_proxies: Vec<IpNet>,
     /// How often keys may come that the broker does not know.
     pub limits: Limits,
@@ -130,7 +130,8 @@ impl ConfigError {
     }
 }
 
-/// What `text` says, YAML or JSON of up to `max` bytes with whatever at its top; else one line that shows nothing of it.
+/// The content of `text`, YAML or JSON of up to `max` bytes with anything at its top; else one line that shows nothing of
+/// it.
 pub(crate) fn tree(text: &str, max: usize) -> Result<Tree, String> {
     yaml::any(text, max)
 }
@@ -146,14 +147,14 @@ impl Config {
         Self::choose(file, fs::read_to_string(file), &variables, &host_name.to_string_lossy())
     }
 
-    /// The config that `yaml` says; `source_name` names it in errors, `host_name` is this machine's.
+    /// The config in `yaml`; `source_name` names it in errors, `host_name` is this machine's.
     pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
         let mut diagnostics = Diagnostics::of_file(source_name, yaml);
         let tree = yaml::parse(yaml, &mut diagnostics);
         Self::from_tree(tree, host_name, diagnostics)
     }
 
-    /// The config that a container's variables say (contract section 7); other variables do not count.
+    /// The config in a container's variables (contract section 7); other variables do not count.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
         let diagnostics = Diagnostics::of_variables(&variables::ALIASES);
         Self::from_tree(Some(variables::tree(variables)), host_name, diagnostics)

@@ -87,7 +87,7 @@ impl PublicKey {
     }
 }
 
-/// What tells an address that is derived from a key from the others that are. Ordered as the addresses.
+/// The bytes in which addresses that are derived from keys differ. Ordered as the addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Derived([u8; 5]);
 

@@ -66,7 +66,7 @@ impl Message {
         Self { retain: false, ..self }
     }
 
-    /// Whether rumqttc can write it. It says no other way that a topic is not one.
+    /// Whether rumqttc can write it, which reports an invalid topic in no other way.
     fn is_sendable(&self) -> bool {
         let topic = self.topic.to_string();
         valid_topic(&topic) && !topic.is_empty() && topic.len() <= TOPIC_MAX
@@ -89,13 +89,13 @@ pub struct SessionConfig {
     pub optional: Vec<String>,
     /// Where it publishes to itself, to notice that a server has forgotten its subscriptions.
     pub echo: Option<Topic>,
-    /// It is the second connection of a program: the log tells of the troubles of the first, which are the same.
+    /// It is the second connection of a program: only the first one logs its troubles, which are the same.
     pub is_secondary: bool,
 }
 
 impl SessionConfig {
     /// The second connection of a program, by which it publishes. What it publishes is acknowledged there: where a
-    /// server leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be heard
+    /// server leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be received
     /// on the first.
     #[must_use]
     pub fn secondary(id: String) -> Self {

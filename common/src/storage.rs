@@ -3,7 +3,7 @@
 //! [`key_store`] has the live keys of a program; the retained messages of the embedded MQTT server have their table in the
 //! broker. Both are databases: [`schema`] brings them to today's version by numbered migrations, [`sqlite`] opens them,
 //! [`write_behind`] has the one task for each that writes what changed in memory. The records of the access lists are a
-//! [`json_file`], which their service writes at once, because who revokes a key waits for it.
+//! [`json_file`], which their service writes at once, because an admin call waits for it.
 //!
 //! For all of them: a file of an older version is migrated, one of a newer version stops the start and stays as it is, one
 //! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged

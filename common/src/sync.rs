@@ -57,7 +57,7 @@ pub struct SyncClient {
     own: Participant,
     selection: PeerSelection,
     domains: Vec<Domain>,
-    /// Every broker that answers questions.
+    /// Every broker that answers requests.
     brokers: BTreeMap<BrokerName, Broker>,
     state: State,
 }
@@ -69,7 +69,7 @@ struct Broker {
     /// How many of the domains it does not serve.
     missing_domains: usize,
     /// It subscribes to topics for requests on which only the requesting program may publish.
-    names_questions: bool,
+    names_requests: bool,
     /// When the last round with it began.
     tried: Option<Instant>,
     /// When the last round with it began that came to its end, and the last such for all keys.
@@ -95,7 +95,7 @@ enum State {
 struct Round {
     broker: BrokerName,
     begun: Instant,
-    /// Only keys that were heard of since; none for all.
+    /// Only keys that were updated since; none for all.
     since: Option<Instant>,
     /// Index of the domain that is asked for.
     domain: usize,
@@ -113,7 +113,7 @@ impl SyncClient {
         Self { own, selection, domains, brokers: BTreeMap::new(), state: State::Offline }
     }
 
-    /// A broker says what it can do, or that it goes. True if it is a new one, or was started anew.
+    /// The hello of a broker; none if it goes. True if it is a new one, or was started anew.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>, now: Instant) -> bool {
         let Some(hello) = hello.filter(|hello| hello.answers()) else {
             self.brokers.remove(name);
@@ -128,7 +128,7 @@ impl SyncClient {
         let broker = self.brokers.entry(name.clone()).or_default();
         let is_new = !known || broker.instance != hello.instance;
         (broker.instance, broker.missing_domains, broker.silent) = (hello.instance, missing_domains, None);
-        broker.names_questions = hello.names_questions();
+        broker.names_requests = hello.names_requests();
         if broker.asked.is_none()
             && let State::Resting { until } = &mut self.state
         {
@@ -153,7 +153,7 @@ impl SyncClient {
         self.state = State::Offline;
     }
 
-    /// When there is something to do next, if nothing is heard until then.
+    /// When there is something to do next, if nothing is received until then.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
@@ -166,7 +166,7 @@ impl SyncClient {
     /// The topic for requests of this client to `broker`: one of its own, unless the broker is of a version that does not
     /// subscribe to those.
     fn topic(&self, broker: &BrokerName) -> Topic {
-        if self.brokers.get(broker).is_some_and(|broker| broker.names_questions) {
+        if self.brokers.get(broker).is_some_and(|broker| broker.names_requests) {
             self.own.requests(broker)
         } else {
             Topic::BrokerRequests { broker: broker.clone() }
@@ -288,7 +288,7 @@ pub enum SyncEvent {
 }
 
 impl SyncEvent {
-    /// What a message says to a client; else in one word why it says nothing: `topic` or `payload`.
+    /// The event of a message; else the reason label why it is none: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
         if let Topic::BrokerHello { broker } = topic {
             Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| "payload")
@@ -309,12 +309,12 @@ pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
     mpsc::channel(EVENTS)
 }
 
-/// Asks on `bus` as `client` decides, and has the keys of each chunk taken before it asks for the next one; says when a
-/// broker is `new`, who may know nothing yet. Ends with the bus.
+/// Sends the requests of `client` on `bus`, and has the keys of each chunk taken before it requests the next one; calls
+/// `new` for a new broker, which may have no keys yet. Ends with the bus.
 pub async fn run<F: Future<Output = ()>>(
     mut client: SyncClient,
     bus: MqttHandle,
-    mut heard: mpsc::Receiver<SyncEvent>,
+    mut events: mpsc::Receiver<SyncEvent>,
     mut take: impl FnMut(Domain, SnapshotChunk) -> F,
     mut new: impl FnMut(),
 ) {
@@ -338,7 +338,7 @@ pub async fn run<F: Future<Output = ()>>(
                 let up = *link.borrow_and_update() == ConnectionState::Up;
                 if up { client.online(Instant::now(), JITTER.mul_f64(fastrand::f64())) } else { client.offline() }
             }
-            event = heard.recv() => match event {
+            event = events.recv() => match event {
                 Some(SyncEvent::Broker(name, hello)) => {
                     if client.broker(&name, hello.as_ref(), Instant::now()) {
                         new();

@@ -1,7 +1,7 @@
-//! `/metrics` and `/healthz`, for those who monitor a gateway.
+//! `/metrics` and `/healthz`, for monitoring a gateway.
 //!
-//! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes here: each
-//! room registers its metrics in the [`Registry`] that is read here.
+//! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes
+//! here: each room registers its metrics in the [`Registry`] that is read here.
 
 use std::future::pending;
 use std::io;
@@ -23,7 +23,7 @@ use wgkex_common::runtime::metrics::Registry;
 /// How long to wait for a port that is taken.
 const RETRY: Duration = Duration::from_secs(10);
 
-/// Serves for ever. A port that is taken is said once and tried again: keys matter more than metrics.
+/// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
 pub async fn serve(listen: Listen, registry: Registry) {
     let mut said = false;
     loop {

@@ -73,7 +73,7 @@ struct Metrics {
 }
 
 /// Serves the configured domains with `kernel` until `stop` returns, then publishes that it goes. The error names a task
-/// that ended by itself, or says why the worker cannot start.
+/// that ended by itself, or the reason why the worker cannot start.
 ///
 /// The services are stopped in the reverse order of their start: the farewell needs the sessions, and what the reconciler
 /// changed last has to reach the disk.

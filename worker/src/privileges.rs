@@ -29,7 +29,7 @@ pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
     prctl::set_no_new_privs().context("no_new_privs")
 }
 
-/// What no program started from here may get back. Only who may set capabilities may take them from there.
+/// Drops what a program started from here could get back; only a process that may set capabilities can do that.
 fn drop_bounding() -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)?.into_iter().filter(|capability| *capability != NEEDED) {

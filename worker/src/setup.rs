@@ -45,7 +45,7 @@ pub enum Error {
     Incompatible {
         /// Its name.
         interface: String,
-        /// What is not as the config says.
+        /// The attribute that differs from the config.
         incompatible: String,
     },
     /// Neither the kernel nor a program gives WireGuard.

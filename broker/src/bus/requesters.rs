@@ -81,7 +81,7 @@ impl Requesters {
 
     /// A broker published its hello, or removed it.
     pub fn on_broker(&mut self, broker: &BrokerName, hello: Option<&Hello>) {
-        if !hello.is_some_and(Hello::names_questions) {
+        if !hello.is_some_and(Hello::names_requests) {
             self.brokers.remove(broker);
         } else if self.brokers.len() < MAX_NAMES {
             self.brokers.insert(broker.clone());

@@ -9,31 +9,31 @@ use crate::wire::message::Hello;
 
 /// Brokers that are remembered at most.
 const BROKERS: usize = 4096;
-/// How long the first question may stay without effect before it is put again; doubled each time.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// The longest pause between two questions to the same broker.
-const PATIENCE_MAX: Duration = Duration::from_secs(60);
-/// All records are said no more often than this, however many ask.
-const SAY: Duration = Duration::from_secs(1);
-/// What is retained is heard this soon after subscribing, if there is anything.
-const SETTLED: Duration = Duration::from_millis(100);
+/// How long the first request may stay without effect before it is sent again; doubled each time.
+const RETRY: Duration = Duration::from_secs(1);
+/// The longest pause between two requests to the same broker.
+const RETRY_MAX: Duration = Duration::from_secs(60);
+/// All records are broadcast no more often than this, however many requests come.
+const BROADCAST_INTERVAL: Duration = Duration::from_secs(1);
+/// Retained messages come this soon after subscribing, if there are any.
+const WAIT_FOR_RETAINED: Duration = Duration::from_millis(100);
 /// How long to wait for retained hellos when no broker is known.
-const HEARD: Duration = Duration::from_millis(500);
+const WAIT_FOR_HELLOS: Duration = Duration::from_millis(500);
 /// No key waits longer for records than this.
-const HELD_MAX: Duration = Duration::from_secs(3);
+const GATE_MAX: Duration = Duration::from_secs(3);
 /// The same where attempts to connect fail, so that there is nobody to wait for.
-const HELD_DOWN: Duration = Duration::from_millis(250);
+const GATE_MAX_OFFLINE: Duration = Duration::from_millis(250);
 
 /// What is known of the brokers' records.
 #[derive(Debug)]
 pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
     own: Option<BrokerName>,
-    brokers: BTreeMap<BrokerName, Other>,
+    brokers: BTreeMap<BrokerName, OtherBroker>,
     connection: Connection,
     /// Somebody asked for all records.
     is_asked: bool,
-    said: Option<Instant>,
+    broadcast_at: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +47,7 @@ enum Connection {
 }
 
 #[derive(Debug)]
-struct Other {
+struct OtherBroker {
     digest: String,
     asked: Option<Instant>,
     tries: u32,
@@ -55,7 +55,7 @@ struct Other {
 
 impl AntiEntropy {
     pub fn new(own: Option<BrokerName>) -> Self {
-        Self { own, brokers: BTreeMap::new(), connection: Connection::Connecting, is_asked: false, said: None }
+        Self { own, brokers: BTreeMap::new(), connection: Connection::Connecting, is_asked: false, broadcast_at: None }
     }
 
     /// The session is up.
@@ -69,7 +69,7 @@ impl AntiEntropy {
         self.brokers.clear();
     }
 
-    /// A broker says what it is, or that it goes.
+    /// The hello of a broker; none if it goes.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>) {
         let digest = hello.filter(|hello| hello.answers()).and_then(|hello| hello.records.clone());
         let Some(digest) = digest.filter(|_| self.own.as_ref() != Some(name)) else {
@@ -80,7 +80,7 @@ impl AntiEntropy {
             return;
         }
         if self.brokers.len() < BROKERS || self.brokers.contains_key(name) {
-            self.brokers.insert(name.clone(), Other { digest, asked: None, tries: 0 });
+            self.brokers.insert(name.clone(), OtherBroker { digest, asked: None, tries: 0 });
         }
     }
 
@@ -93,7 +93,7 @@ impl AntiEntropy {
     pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
         let mut names = Vec::new();
         for (name, broker) in &mut self.brokers {
-            let pause = (PATIENCE * 2_u32.pow(broker.tries.min(6))).min(PATIENCE_MAX);
+            let pause = (RETRY * 2_u32.pow(broker.tries.min(6))).min(RETRY_MAX);
             if broker.digest == digest {
                 (broker.asked, broker.tries) = (None, 0);
             } else if broker.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= pause) {
@@ -107,26 +107,26 @@ impl AntiEntropy {
 
     /// Whether all records are to be published now; they count as published then.
     pub fn should_broadcast(&mut self, now: Instant) -> bool {
-        let long_ago = self.said.is_none_or(|said| now.saturating_duration_since(said) >= SAY);
+        let long_ago = self.broadcast_at.is_none_or(|at| now.saturating_duration_since(at) >= BROADCAST_INTERVAL);
         let is_due = self.is_asked && long_ago && self.own.is_some();
         if is_due {
-            (self.is_asked, self.said) = (false, Some(now));
+            (self.is_asked, self.broadcast_at) = (false, Some(now));
         }
         is_due
     }
 
-    /// Whether a gate that was closed at `held` opens: every broker's records are known, or it takes too long. An error in
+    /// Whether a gate that was closed at `closed_at` opens: every broker's records are known, or it takes too long. An error in
     /// the latter case.
-    pub fn gate_state(&self, held: Instant, digest: &str, now: Instant) -> Option<Result<(), TimedOut>> {
+    pub fn gate_state(&self, closed_at: Instant, digest: &str, now: Instant) -> Option<Result<(), TimedOut>> {
         let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let agree = self.brokers.values().all(|broker| broker.digest == digest);
-        let settled = if self.brokers.is_empty() { HEARD } else { SETTLED };
+        let settled = if self.brokers.is_empty() { WAIT_FOR_HELLOS } else { WAIT_FOR_RETAINED };
         let longest = match self.connection {
             Connection::Up(since) if agree && for_long(since, settled) => return Some(Ok(())),
-            Connection::Up(_) | Connection::Connecting => HELD_MAX,
-            Connection::Down => HELD_DOWN,
+            Connection::Up(_) | Connection::Connecting => GATE_MAX,
+            Connection::Down => GATE_MAX_OFFLINE,
         };
-        for_long(held, longest).then_some(Err(TimedOut))
+        for_long(closed_at, longest).then_some(Err(TimedOut))
     }
 }
 

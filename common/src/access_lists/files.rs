@@ -69,7 +69,7 @@ impl Files {
         files.chain(self.in_config.iter().map(|entry| (IN_CONFIG, entry)))
     }
 
-    /// Whether they say, or lack, something else than `other`.
+    /// Whether they have, or lack, other entries than `other`.
     #[must_use]
     pub fn differ(&self, other: &Self) -> bool {
         let sources = self.sources.iter().zip(&other.sources);

@@ -57,7 +57,7 @@ pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
     Ok(Listed { entries: all, duplicates, blank_domain })
 }
 
-/// Whether a text says nothing at all, not even that a list is empty.
+/// Whether a text has no content at all, not even an empty list.
 #[must_use]
 pub fn is_blank(text: &str) -> bool {
     let says_nothing = |line: &str| line.is_empty() || line.starts_with('#') || ["---", "..."].contains(&line);

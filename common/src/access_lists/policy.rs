@@ -17,7 +17,7 @@ pub enum AllowList {
     Read,
 }
 
-/// What the lists say of a key.
+/// Whether the lists admit a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// It may come.
@@ -28,7 +28,7 @@ pub enum Verdict {
     Denied,
 }
 
-/// All that the lists say, at one time.
+/// Which keys the lists admit, deny and trust, at one time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Admission {
     denied: BTreeSet<PublicKey>,
@@ -40,7 +40,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// What those of `entries` say that count at `now`, in seconds of Unix time.
+    /// By those of `entries` that are in effect at `now`, in seconds of Unix time.
     #[must_use]
     pub fn of<'a>(entries: impl IntoIterator<Item = &'a Entry>, allow_list: AllowList, now: u64) -> Self {
         let mut admission = Self { allow_list, ..Self::default() };
@@ -57,7 +57,7 @@ impl Admission {
         admission
     }
 
-    /// Whether `key` may come in the domain with this name. A denied key may not, whatever else is said of it.
+    /// Whether `key` may come in the domain with this name. A denied key may not, whatever other lists it is on.
     #[must_use]
     pub fn verdict(&self, domain: &str, key: &PublicKey) -> Verdict {
         let is_listed =
@@ -109,7 +109,7 @@ impl Admission {
         }
     }
 
-    /// Whether an entry has come to its end by `now`, so that this is no longer what the lists say.
+    /// Whether an entry has come to its end by `now`, so that this is outdated.
     #[must_use]
     pub fn is_over(&self, now: u64) -> bool {
         self.ends.is_some_and(|end| end <= now)

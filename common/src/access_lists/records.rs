@@ -1,5 +1,5 @@
-//! The records that operators make by admin calls and that brokers and workers share. Of each subject the newest one
-//! counts, so that whoever has heard the same records, in whatever order, has the same map. No IO, no clock.
+//! The records that operators make by admin calls and that brokers and workers share. Of each key on a list the newest one
+//! counts, so that programs that merged the same records, in any order, have the same map. No IO, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,11 +14,11 @@ use crate::{PublicKey, is_topic_level};
 pub const MAX: usize = 10_000;
 /// There are never more, so that keys can be denied when there are [`MAX`].
 const MOST: usize = 2 * MAX;
-/// So far, in seconds, the clock of who made a record may be ahead.
+/// So far, in seconds, the clock of the maker of a record may be ahead.
 const AHEAD: u64 = 3_600;
-/// What counts no longer is remembered this long, in seconds, for those who were away.
+/// Records that are no longer in effect are remembered this long, in seconds, for programs that were away.
 const REMEMBERED: u64 = 7 * 86_400;
-/// The year 10000, in milliseconds of Unix time: a clock that says so is not one.
+/// The year 10000, in milliseconds of Unix time: no clock is set to that.
 const AT_MAX: u64 = 253_402_300_800_000;
 /// The longest name of a domain.
 const DOMAIN_MAX: usize = 200;
@@ -62,7 +62,7 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// How many of each reason, by the word that metrics have for it.
+    /// How many of each reason, by its label in metrics.
     #[must_use]
     pub fn by_reason(self) -> [(&'static str, u64); 3] {
         [("unsound", self.unsound), ("future", self.future), ("full", self.full)]
@@ -132,12 +132,12 @@ impl Record {
     }
 
     /// Where there are too many, those stay that are last in this order: first what counts, then what denies, then what
-    /// is new. The same for everybody, so that those who hear more than they keep keep the same.
+    /// is new. The same in every program, so that those with too many keep the same ones.
     fn worth(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
         (self.counts(now), self.entry.list == List::Deny, self.version())
     }
 
-    /// What of two about the same decides which one counts: the same for everybody who has both.
+    /// Of two about the same the one with the greater version counts, in every program that has both.
     fn version(&self) -> (u64, bool, &Entry) {
         (self.at, self.present, &self.entry)
     }
@@ -161,7 +161,7 @@ impl Records {
         Merged { taken, refused }
     }
 
-    /// Takes in what was kept on disk. Nothing is refused for what the clock says: after a start it may be wrong itself.
+    /// Takes in what was kept on disk. Nothing is refused by the clock: after a start it may be wrong itself.
     #[must_use]
     pub fn restored(records: impl IntoIterator<Item = Record>, now: u64) -> Self {
         let mut restored = Self::default();
@@ -184,7 +184,7 @@ impl Records {
         takes
     }
 
-    /// Lets go of what is too much; says how many of those counted.
+    /// Drops what is too much; returns how many of those were in effect.
     fn trim(&mut self, now: u64) -> u64 {
         let surplus = self.newest.len().saturating_sub(MOST);
         if surplus == 0 {
@@ -254,7 +254,7 @@ impl Records {
         self.newest.values().filter(move |record| !record.is_of_the_future(now))
     }
 
-    /// The same for everybody whose records say the same at `now`.
+    /// The same for all programs with the same records in effect at `now`.
     #[must_use]
     pub fn digest(&self, now: u64) -> String {
         let mut hash = Sha256::new();

@@ -1,4 +1,5 @@
-//! The records on disk, in a file of their own, written as soon as they change: who makes a record waits for it.
+//! The records on disk, in a file of their own, written as soon as they change: the admin call that makes a record waits
+//! for it.
 
 use std::future::pending;
 use std::io;

@@ -1,4 +1,4 @@
-//! Who has an address that several keys derive: only 40 bits of a hash are in it (contract section 3), and a key for
+//! Which key has an address that several keys derive: only 40 bits of a hash are in it (contract section 3), and a key for
 //! a known address is found in a minute. No IO, no clock.
 
 use std::cmp::Ordering;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::PublicKey;
 
 /// Two brokers that admit a key each at the same time must come to the same end at every gateway, in whatever order
-/// these hear of them. Keys that first came within this time of one another came at once.
+/// these receive them. Keys that first came within this time of one another came at once.
 const TIE_WINDOW: Duration = Duration::from_secs(5);
 
 /// How often a gateway reports the handshakes of a peer, so that a router that is connected all the time stays among the
@@ -17,7 +17,7 @@ pub fn handshake_report_interval(ttl: Duration, stale: Duration) -> Duration {
     (ttl / 4).min(stale)
 }
 
-/// What a key has to show for its address; the greater has it.
+/// The claim of a key to its address; the greater has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ClaimState {
     /// It never shook hands and had its grace, or it shook hands too long ago.

@@ -9,13 +9,13 @@ use std::net::Ipv6Addr;
 use crate::wire::message::WorkerData;
 use crate::{Domain, PublicKey, WorkerName, is_derived};
 
-/// Gateways heard of at most, a domain of each counting by itself; more are somebody's nonsense.
+/// Gateways at most, a domain of each counting by itself; more are no real fleet.
 const GATEWAYS_MAX: usize = 16_384;
 /// A value that changed sooner than so many [ticks](Reserved::tick) after the change before counts when it has been stable
 /// for as long.
 const STABLE_TICKS: u64 = 6;
 
-/// What is reserved: what the operator lists, and what gateways say of themselves on the bus.
+/// Reserved keys and addresses: those that the operator lists, and those that gateways publish.
 #[derive(Debug, Clone, Default)]
 pub struct Reserved {
     listed: BTreeSet<PublicKey>,
@@ -100,7 +100,7 @@ impl Reserved {
         Self { listed, listed_addresses, domains, ..Self::default() }
     }
 
-    /// What a worker says of itself in a domain; none if it took that back.
+    /// The data that a worker publishes for a domain; none if it cleared them.
     pub fn update(&mut self, worker: &WorkerName, domain: &str, data: Option<&WorkerData>) {
         let gateway = (worker.clone(), domain.to_owned());
         let is_known = self.gateways.contains_key(&gateway);
@@ -114,7 +114,7 @@ impl Reserved {
         }
     }
 
-    /// Lets time pass: ten seconds, or whatever a tick is to who calls this.
+    /// Lets time pass by one tick of the caller: ten seconds in both programs.
     pub fn tick(&mut self) {
         self.ticks += 1;
         let tick = self.ticks;
@@ -174,7 +174,7 @@ fn release<T: Ord>(counted: &mut BTreeMap<T, usize>, one: &T) {
     }
 }
 
-/// The link address that a gateway says it has, unless a key derives it: its own does for itself, and no gateway takes a
+/// The link address that a gateway publishes, unless a key derives it: its own does for itself, and no gateway takes a
 /// router's.
 fn own_address(data: &WorkerData) -> Option<Ipv6Addr> {
     data.link_address.parse().ok().filter(|address| !is_derived(*address))

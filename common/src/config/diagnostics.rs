@@ -94,7 +94,7 @@ impl Diagnostics {
         }
     }
 
-    /// For variables; `aliases` says which variable stands for which path.
+    /// For variables; `aliases` has the path that each variable stands for.
     pub fn of_variables(aliases: &'static [(&'static str, &'static str)]) -> Self {
         Self {
             source: String::new(),
@@ -124,7 +124,7 @@ impl Diagnostics {
         self.error(path, &format!("{shown} {complaint}"));
     }
 
-    /// A mistake told without the value.
+    /// A mistake reported without the value.
     pub fn error(&mut self, path: &Path, complaint: &str) {
         let line = format!("{}{}: {complaint}", self.source, self.name(path));
         self.errors.push(line);

@@ -32,7 +32,7 @@ pub struct LiveKeys {
 /// How many peers a domain has at a gateway at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peers {
-    /// In all, whoever made them; at least 1.
+    /// In all, those included that other programs made; at least 1.
     pub max: usize,
     /// Of those that never shook hands; at least 1.
     pub unproven: usize,
@@ -41,7 +41,7 @@ pub struct Peers {
 /// How long a router's answer may wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Confirm {
-    /// For one gateway to say that it has the key.
+    /// For the confirmation of one gateway.
     pub timeout: Duration,
     /// For all gateways tried one after the other; at least `timeout`.
     pub budget: Duration,

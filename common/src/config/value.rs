@@ -105,7 +105,7 @@ value_type!(
     "is not a number of connections, a whole number from 10 to 1000000 is allowed"
 );
 value_type!(
-    /// Whether it is whole, the one who verifies passwords sees.
+    /// Whether it is a whole PHC string is checked where passwords are verified.
     PasswordHash(String),
     |value: &Value| text(value).filter(|text| text.starts_with("$argon2id$")),
     "is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed"
@@ -162,7 +162,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The text itself, for the one who must send it.
+    /// The text itself, for the code that must send it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

@@ -45,7 +45,7 @@ fn address(text: &str) -> String {
     if text.parse::<u16>().is_ok() { format!("[{EVERYWHERE}]:{text}") } else { text.into() }
 }
 
-/// What a variable says, without the quotes that a file of variables leaves around it. An empty one is one that is not
+/// The value of a variable, without the quotes that a file of variables leaves around it. An empty one is one that is not
 /// set.
 pub(super) fn value<'a>(variables: &'a BTreeMap<String, String>, name: &str) -> Option<&'a str> {
     variables.get(name).map(|text| unquoted(text)).filter(|text| !text.is_empty())

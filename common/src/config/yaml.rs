@@ -29,7 +29,7 @@ const DUPLICATES_MAX: usize = 50;
 const EMPTY: &str = "is empty, domains and domain_prefixes are needed at least";
 const NO_MAPPING: &str = "is not a mapping, keys with values such as \"domains:\" are allowed at the top";
 
-/// What a text says.
+/// The content of a text.
 pub(crate) struct Tree {
     /// What stands at its top.
     pub(crate) value: Value,
@@ -37,7 +37,7 @@ pub(crate) struct Tree {
     pub(crate) duplicates: Vec<usize>,
 }
 
-/// The mapping that `yaml` says; without one the diagnostics has the reason. Of a key that is given twice the last one
+/// The mapping in `yaml`; without one the diagnostics has the reason. Of a key that is given twice the last one
 /// counts, as for the original's parser.
 pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> {
     let format = BoundedYaml::default();

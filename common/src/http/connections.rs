@@ -43,7 +43,7 @@ impl Closed {
     /// Every reason.
     pub const ALL: [Self; 4] = [Self::Client, Self::Full, Self::Idle, Self::Unread];
 
-    /// The word that metrics have for it.
+    /// Its label in metrics.
     #[must_use]
     pub fn reason(self) -> &'static str {
         match self {

@@ -21,7 +21,7 @@ const ANSWER: Duration = Duration::from_secs(30);
 /// Says what became of a message.
 pub(super) type Ack = oneshot::Sender<Result<(), PublishError>>;
 
-/// A message on its way, and who waits for its acknowledgement.
+/// A message on its way, and the caller that waits for its acknowledgement.
 #[derive(Debug)]
 pub(super) struct PendingPublish {
     message: Message,
@@ -64,7 +64,7 @@ impl PendingPublish {
 pub(super) struct Outbox {
     /// To be handed over again after a loss.
     resend: VecDeque<PendingPublish>,
-    /// In rumqttc's queue; it takes them in this order and tells the packet id of each.
+    /// In rumqttc's queue; it takes them in this order and reports the packet id of each.
     handed_off: VecDeque<PendingPublish>,
     /// Sent under a packet id and not acknowledged.
     unacked: VecDeque<(u16, PendingPublish)>,

@@ -49,7 +49,7 @@ impl Announcement {
     }
 }
 
-/// A message of the bus that says who is there.
+/// A message about which programs are online.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PresenceEvent {
     /// The status of another broker or worker.
@@ -58,16 +58,16 @@ pub enum PresenceEvent {
         party: Participant,
         /// Whether it is online.
         online: bool,
-        /// It was found on the bus, so its owner was there before.
+        /// It was retained, so its owner was there before.
         retained: bool,
     },
-    /// What stands under the program's own name.
+    /// A message on a topic of the program itself.
     Own(Topic, Vec<u8>),
 }
 
 impl PresenceEvent {
-    /// What a message says of who is there to the program `own`. What is found on the bus under its own name is from before
-    /// it published its states on this connection.
+    /// The event of a message for the program `own`. A retained message under its own name is from before it published its
+    /// states on this connection.
     #[must_use]
     pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Participant) -> Option<Self> {
         let owner = topic.state_of()?;
@@ -96,7 +96,7 @@ impl Reporter {
         (Self { own, events }, received)
     }
 
-    /// Passes on what a message says of who is there; false if it says nothing of that.
+    /// Passes on a message about which programs are online; false if it is about something else.
     pub fn report(&self, topic: &Topic, publish: &Publish) -> bool {
         let event = PresenceEvent::read(topic, &publish.payload, publish.retain, &self.own);
         event.map(|event| self.events.try_send(event)).is_some()
@@ -122,7 +122,7 @@ impl Presence {
         self.retained_due = Some(now + PERIOD);
     }
 
-    /// The connection is lost: who is online may change unheard.
+    /// The connection is lost: programs may come and go unnoticed.
     pub fn disconnected(&mut self) {
         *self = Self { corrected: self.corrected, announced: self.announced, ..Self::default() };
     }

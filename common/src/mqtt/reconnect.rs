@@ -13,7 +13,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
 /// After so many connections in a row that the server closed before it had granted every subscription, it may not like a name.
 const CLOSED_EARLY: u32 = 3;
-/// After so many of these the log says what may be the cause.
+/// After so many of these the likely cause is logged.
 const THROWN_OUT: u32 = 5;
 /// A connection that held this long was a good one: the next attempt after it comes soon.
 const STABLE_AFTER: Duration = Duration::from_secs(5);

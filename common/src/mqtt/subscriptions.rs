@@ -23,7 +23,7 @@ pub(super) struct Subscriptions {
     pause: Duration,
 }
 
-/// What a session wants to hear.
+/// The filters of a session.
 #[derive(Debug, Clone)]
 pub(super) struct Filter {
     /// As MQTT writes it.
@@ -37,7 +37,7 @@ pub(super) struct Filter {
 struct Subscription {
     filter: Filter,
     is_granted: bool,
-    /// It was refused, and the log says so.
+    /// It was refused, and that is logged.
     is_reported: bool,
 }
 

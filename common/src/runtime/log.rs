@@ -25,13 +25,13 @@ pub fn init(level: Level) {
     }
 }
 
-/// The target of lines that say what operators did, which are logged at every level.
+/// The target of lines about admin calls, which are logged at every level.
 pub const AUDIT: &str = "wgkex_audit";
 
 /// What is logged at `level`. Nothing of actix-http: it has an error for every request that is none, so that a stranger
 /// could fill the log. Nothing of rumqttc and rumqttd, not even errors: they print packets whole (`Invalid
 /// incoming packet`, `NotConnectPacket`), and with them keys and passwords, and an error for every message to a client
-/// that has just left. What matters of it the MQTT session and the embedded server say themselves.
+/// that has just left. The MQTT session and the embedded server log what matters of that.
 fn directives(level: Level) -> String {
     format!(
         "warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},wgkex_kernel={level},{AUDIT}=info,\

@@ -19,7 +19,7 @@ pub fn abort_on_panic() {
     }));
 }
 
-/// Reads the config and starts logging as it says. What is wrong with it is logged, and then there is none.
+/// Reads the config and starts logging at its level. Errors in it are logged, and then there is none.
 #[must_use]
 pub fn config() -> Option<Config> {
     match Config::load() {
@@ -48,7 +48,7 @@ pub fn stop() -> io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// Logs the error, if it is one, and says how the process ends.
+/// Logs the error, if there is one, and returns the exit code.
 #[must_use]
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     match result {

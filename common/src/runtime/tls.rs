@@ -1,4 +1,4 @@
-//! Certificates and keys from PEM files, for whoever speaks TLS. The provider is ring, everywhere.
+//! Certificates and keys from PEM files, for TLS clients and servers. The provider is ring, everywhere.
 
 use std::fmt;
 use std::path::Path;
@@ -10,7 +10,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 pub use tokio_rustls::rustls;
 
-/// TLS cannot be used as the config says; the text names the key and the file.
+/// TLS cannot be used as configured; the text names the key and the file.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct TlsError(pub(crate) String);

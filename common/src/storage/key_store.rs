@@ -25,7 +25,7 @@ pub use crate::storage::write_behind::Clocks;
 const CLOCK: Duration = Duration::from_secs(60);
 /// Changes that wait at most, while the disk takes none: about 50 MB.
 const CHANGES: usize = 400_000;
-/// A program is hardly ever down for longer; a clock that says so was stepped.
+/// A program is hardly ever down for longer; if the clock differs by more, it was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
 
 const FIRST: &str = "

@@ -23,7 +23,7 @@ pub(crate) fn place(file: &Path) -> io::Result<PathBuf> {
     Ok(dir.canonicalize()?.join(name))
 }
 
-/// Opens a regular file as `options` say, for its owner alone if it is made, and not through a link.
+/// Opens a regular file with `options`, for its owner alone if it is made, and not through a link.
 pub(crate) fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
     // A pipe would keep the program waiting for its other end.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;

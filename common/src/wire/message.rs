@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::{BrokerName, PublicKey, RejectReason, Topic, WorkerName};
 
-/// The longest payload by which a program says what it is.
+/// The longest payload of a hello or of worker data.
 const STATE_MAX: usize = 64 << 10;
 /// The longest name or address.
 const NAME_MAX: usize = 255;
@@ -17,7 +17,7 @@ const WORD_MAX: usize = 64;
 const ABILITIES_MAX: usize = 64;
 const DOMAINS_MAX: usize = 1024;
 
-/// What is wrong with a payload, as a log says it: nothing of the payload is shown.
+/// What is wrong with a payload, for the log: nothing of the payload is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// It is longer than any that a program of the fleet sends.
@@ -49,8 +49,8 @@ pub struct WorkerData {
 }
 
 impl WorkerData {
-    /// What a worker says of itself by this payload; none if it takes that back. The original's broker passes on
-    /// whatever stands there as text, so a port may be one.
+    /// The worker data in this payload; none if it is empty, which clears them. The original's broker passes the fields on
+    /// as text, so a port may be one.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
         Ok(Some(Self {
@@ -77,7 +77,7 @@ impl Fields {
         }
     }
 
-    /// A field that says something.
+    /// A field that is not null.
     fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
@@ -124,32 +124,32 @@ pub struct Hello {
     #[serde(rename = "can")]
     pub capabilities: Vec<String>,
     /// The domains that it serves, by name; what is retained of others is left from an earlier config. None if it
-    /// does not say.
+    /// has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domains: Option<Vec<String>>,
-    /// Which run of the program it is: another number means that it was started anew. None if it does not say.
+    /// Which run of the program it is: another number means that it was started anew. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
-    /// A broker's digest of the records that it shares; who has another one lacks some, or has more. None if it shares
-    /// none.
+    /// A broker's digest of the records that it shares; a program with another one lacks some, or has more. None if it
+    /// shares none.
     #[serde(rename = "revocations", skip_serializing_if = "Option::is_none")]
     pub records: Option<String>,
 }
 
 impl Hello {
-    /// The ability to say what became of each key, by [`Applied`].
+    /// The ability to report the outcome of each key, by [`Applied`].
     pub const CONFIRM: &str = "confirm";
 
-    /// The ability to take keys out of the kernel that are denied, and to say so by [`Revoked`].
+    /// The ability to take denied keys out of the kernel, and to report that by [`Revoked`].
     pub const REVOKE: &str = "revoke";
 
     /// The ability to answer each [`SyncRequest`].
     pub const ANSWER: &str = "answer";
 
-    /// A broker's ability to hear questions on topics that only who asks may publish on, where it asks itself, too.
-    pub const NAMED_QUESTIONS: &str = "named questions";
+    /// A broker's ability to receive requests on topics that belong to the program that asks; it sends its own there, too.
+    pub const NAMED_REQUESTS: &str = "named questions";
 
-    /// What a worker or a broker says of itself by this payload; none if it takes that back.
+    /// The hello in this payload; none if it is empty, which clears it.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
         let number = |value: &Value| value.as_u64().ok_or(Malformed::Field("instance", "a whole number"));
@@ -172,7 +172,7 @@ impl Hello {
     /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
-        Self::new(&[Self::ANSWER, Self::NAMED_QUESTIONS], domains, Some(instance))
+        Self::new(&[Self::ANSWER, Self::NAMED_REQUESTS], domains, Some(instance))
     }
 
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
@@ -187,7 +187,7 @@ impl Hello {
         self.domains.as_ref().is_none_or(|domains| domains.iter().any(|served| served == domain))
     }
 
-    /// Whether the worker says what became of each key.
+    /// Whether the worker reports the outcome of each key.
     #[must_use]
     pub fn confirms(&self) -> bool {
         self.can(Self::CONFIRM)
@@ -199,16 +199,16 @@ impl Hello {
         self.can(Self::REVOKE)
     }
 
-    /// Whether the broker answers questions.
+    /// Whether the broker answers requests.
     #[must_use]
     pub fn answers(&self) -> bool {
         self.can(Self::ANSWER)
     }
 
-    /// Whether the broker hears, and asks, questions on topics that only who asks may publish on.
+    /// Whether the broker uses topics for requests that belong to the program that asks.
     #[must_use]
-    pub fn names_questions(&self) -> bool {
-        self.can(Self::NAMED_QUESTIONS)
+    pub fn names_requests(&self) -> bool {
+        self.can(Self::NAMED_REQUESTS)
     }
 
     fn can(&self, wanted: &str) -> bool {
@@ -216,7 +216,7 @@ impl Hello {
     }
 }
 
-/// What became of a batch of keys in one domain at one worker, said after the kernel acknowledged it.
+/// The outcomes of a batch of keys in one domain at one worker, published after the kernel acknowledged it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Applied {
     /// The domain's name.
@@ -238,10 +238,10 @@ pub struct Handshakes {
     pub keys: Vec<PublicKey>,
 }
 
-/// What became at a worker of keys that a record denied, said after the kernel acknowledged it.
+/// The outcomes of keys that a record denied at one worker, published after the kernel acknowledged the removal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revoked {
-    /// When the record was made, as it says itself.
+    /// When the record was made, by its own time.
     pub at: u64,
     /// Each key with [`Revoked::REMOVED`], [`Revoked::ABSENT`], or the reason why it is still there.
     pub keys: BTreeMap<PublicKey, String>,
@@ -274,8 +274,8 @@ impl Participant {
         }
     }
 
-    /// Where it asks `broker`, and nobody else can in its name: only a worker itself may publish there, and only brokers on
-    /// what brokers hear pages on.
+    /// The topic for its requests to `broker`, on which no other program can send them in its name: only a worker itself
+    /// may publish on its requests, and only brokers on the chunks of brokers.
     #[must_use]
     pub fn requests(&self, broker: &BrokerName) -> Topic {
         match self {
@@ -284,7 +284,7 @@ impl Participant {
         }
     }
 
-    /// Where it hears the answers to its questions.
+    /// The topic on which it receives the answers to its requests.
     #[must_use]
     pub fn chunks(&self) -> Topic {
         match self {
@@ -297,29 +297,29 @@ impl Participant {
 /// Asks a broker for live keys of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncRequest {
-    /// Who asks.
+    /// The program that asks.
     pub from: Participant,
-    /// Which broker is asked, where the topic does not say it.
+    /// The broker that is asked, where it is not in the topic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BrokerName>,
     /// The domain's name.
     pub domain: String,
-    /// Keys beyond this one in the order of their bytes; none for the first page.
+    /// Keys beyond this one in the order of their bytes; none for the first chunk.
     pub after: Option<PublicKey>,
-    /// Only keys that the broker heard of in the last so many seconds; none for all.
+    /// Only keys that the broker updated in the last so many seconds; none for all.
     pub younger_than: Option<u64>,
 }
 
-/// Asks a broker for all its records, which it then says to everybody.
+/// Asks a broker for all its records, which it then broadcasts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordsRequest {
-    /// Who asks.
+    /// The program that asks.
     pub from: Participant,
-    /// True: it tells this question from a [`SyncRequest`].
+    /// True: it distinguishes this request from a [`SyncRequest`].
     pub revocations: bool,
 }
 
-/// What a broker is asked.
+/// A request to a broker.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum Request {
@@ -416,7 +416,7 @@ mod tests {
     fn a_hello_is_bounded() {
         let hello = |json: &str| Hello::parse(json.as_bytes());
         let least = hello(r#"{"version":"9","can":["confirm"],"new":{}}"#).unwrap().unwrap();
-        assert!(least.confirms() && least.domains.is_none() && !least.names_questions());
+        assert!(least.confirms() && least.domains.is_none() && !least.names_requests());
         let made = Hello { records: Some("0".repeat(32)), ..Hello::broker(vec!["d".into()], u64::MAX) };
         assert_eq!(Hello::parse(&serde_json::to_vec(&made).unwrap()), Ok(Some(made)));
         assert_eq!(Hello::parse(b""), Ok(None));

@@ -1,5 +1,5 @@
-//! Every MQTT topic of wgkex: how it is written here, its owner and direction in [`ownership`]. Whatever depends on that asks
-//! here, the access rules of the MQTT server too (their rows for Parker, whose topics wgkex does not use yet, are there).
+//! Every MQTT topic of wgkex: how it is written here, its owner and direction in [`ownership`]. The access rules of the MQTT
+//! server are derived from that (their rows for Parker, whose topics wgkex does not use yet, are there).
 
 mod ownership;
 
@@ -135,7 +135,7 @@ impl Topic {
         ]
     }
 
-    /// Its last level, which tells what is said there.
+    /// Its last level, which names the kind of message.
     #[must_use]
     pub fn last_level(&self) -> &'static str {
         match self {
@@ -205,7 +205,7 @@ impl Topic {
         format!("wireguard/{domain}/+")
     }
 
-    /// The filters for what workers and brokers say of themselves, all of it retained.
+    /// The filters for the states of workers and brokers, all of them retained.
     #[must_use]
     pub fn states() -> [String; 5] {
         let (domain, worker) = (|| "+".to_owned(), WorkerName::any);
@@ -231,7 +231,7 @@ impl Topic {
         Self::BrokerStatus { broker: BrokerName::any() }.to_string()
     }
 
-    /// The filter for what every worker says of itself in every domain.
+    /// The filter for the data of every worker in every domain.
     #[must_use]
     pub fn worker_data() -> String {
         Self::WorkerData { worker: WorkerName::any(), domain: "+".into() }.to_string()

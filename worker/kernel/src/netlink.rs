@@ -86,7 +86,7 @@ impl Kernel for Netlink {
         }
     }
 
-    /// What an event says does not matter, nor that some were lost to a full buffer: all is to be looked at anew.
+    /// The content of an event does not matter, nor that some were lost to a full buffer: all tables are read again.
     async fn changed(&mut self) {
         let mut event = [0; 4096];
         if let Err(error) = self.events.recv(&mut &mut event[..]).await
@@ -232,7 +232,7 @@ fn unusable(interface: &str, state: &'static str) -> KernelError {
     KernelError::Interface { interface: interface.into(), state }
 }
 
-/// Reads a datagram as the answer to each question that is asked, for whoever makes datagrams up: it must come to an end.
+/// Reads a datagram as the answer to each request, for tests with arbitrary datagrams: it must come to an end.
 #[cfg(any(test, fuzzing))]
 pub fn read_answer(datagram: &[u8]) {
     use netlink_packet_generic::GenlMessage;
@@ -259,7 +259,7 @@ fn payload<I>(message: &netlink_packet_core::NetlinkMessage<I>) -> Option<&I> {
     if let netlink_packet_core::NetlinkPayload::InnerMessage(inner) = &message.payload { Some(inner) } else { None }
 }
 
-/// An interface that went away or down under the call is told as if it had been so before: what was in it is gone.
+/// An interface that went away or down during the call is reported as if it had been so before: its peers are gone.
 fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
     if error == Errno::ENODEV {
         unusable(interface, "missing")

@@ -119,7 +119,7 @@ fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
     metrics.messages_ignored.with_label_values(&[reason]).inc();
 }
 
-/// The key that a message brings, or in one word why it brings none.
+/// The key in a message, or the reason label why there is none.
 fn key(
     domains: &BTreeSet<Domain>,
     topic: Option<Topic>,
@@ -131,7 +131,7 @@ fn key(
     Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
 }
 
-/// Takes in a message of a broker, or returns in one word why it is none.
+/// Takes in a message of a broker, or returns the reason label why it is ignored.
 fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
     let topic = Topic::parse(&publish.topic).ok_or("topic")?;
     if topic == Topic::Revocations {

@@ -102,7 +102,7 @@ impl KnownPeers {
         admitted
     }
 
-    /// What `key` is to be, or why it may not be set, whoever has its networks.
+    /// The desired peer of `key`, or the reason why it is rejected, apart from the owner of its networks.
     fn admissible(
         &self,
         key: &PublicKey,

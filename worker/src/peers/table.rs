@@ -311,7 +311,7 @@ impl Entry {
 }
 
 impl Handshake {
-    /// A handshake that the last read did not show is no older than that read, whatever the wall clock says.
+    /// A handshake that the last read did not show is no older than that read, however the wall clock was stepped.
     fn first_seen(at: SystemTime, now: Clocks, since_last_read: Option<Duration>) -> Self {
         let by_wall = now.wall.duration_since(at).unwrap_or_default();
         let ago = since_last_read.map_or(by_wall, |longest| by_wall.min(longest));

@@ -1,7 +1,7 @@
 //! What the reconciler publishes: what became of keys, and in what state each domain is.
 //!
-//! No task of its own: [`ReportSender`] is the reconciler's, which never waits for it, [`Reports`] the publisher's. Next stop
-//! of a key: [`crate::bus`].
+//! No task of its own: [`ReportSender`] is the reconciler's, which never waits for it, [`Reports`] the publisher's. Next
+//! stop of a key: [`crate::bus`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -96,7 +96,7 @@ impl ReportSender {
         (Self { applied, handshakes, revoked, state, metrics }, reports)
     }
 
-    /// Confirms a batch. What MQTT cannot take is dropped: whoever waited for it asks again.
+    /// Confirms a batch. Messages without a place in the queue are dropped: the routers ask again.
     pub fn confirm(&self, domain: &Domain, report: &Report) {
         for part in report.chunks(KEYS_PER_MESSAGE) {
             if self.applied.try_send(applied(domain, part)).is_err() {

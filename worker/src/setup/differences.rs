@@ -29,7 +29,7 @@ pub struct Wireguard {
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
     /// Whether the kernel gives it a link-local address of its own when it comes up. That one would come before
-    /// the derived one, and routers would be told to use it.
+    /// the derived one, and would be the address that routers get.
     pub auto_address: bool,
     /// Whether it is set up.
     pub up: bool,

@@ -62,7 +62,7 @@ struct FileStamp {
 }
 
 impl Kind {
-    /// Whether who is not on it may not come.
+    /// Whether keys that are not on it are refused.
     fn allows(self) -> bool {
         matches!(self, Self::Domains | Self::Dir(List::Allow))
     }
@@ -100,7 +100,7 @@ impl Source {
         self.good.as_deref().unwrap_or_default()
     }
 
-    /// True if it says something else now, or who is not on it may go from now on.
+    /// True if its entries changed, or keys that are not on it may be removed from now on.
     pub fn check_and_read(&mut self, anew: bool) -> bool {
         let stamps = self.stamp();
         let (is_first, is_same) = (self.read.is_none(), self.last_seen.as_ref() == Some(&stamps));

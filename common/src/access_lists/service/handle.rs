@@ -17,18 +17,18 @@ pub const COMMANDS: usize = 1024;
 /// What the lists are now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ListSnapshot {
-    /// What they say.
+    /// Which keys are admitted.
     pub admission: Arc<Admission>,
-    /// The same for everybody who has the same records.
+    /// The same for all programs with the same records.
     pub digest: String,
 }
 
 /// A change of the lists, for the rest of the program.
 #[derive(Debug)]
 pub struct ListUpdate<'a> {
-    /// What the lists say now.
+    /// Which keys are admitted now.
     pub admission: &'a Arc<Admission>,
-    /// Records that were made, or heard for the first time.
+    /// Records that were made, or received for the first time.
     pub records: &'a [Record],
     /// The lists that are damaged, of [`SOURCES`](crate::access_lists::files::SOURCES).
     pub damaged: &'a [&'static str],
@@ -77,7 +77,7 @@ pub struct ListedEntry {
     pub since: Option<u64>,
 }
 
-/// What [`ListedEntry::source`] says of entries that were made by an admin call.
+/// The [`ListedEntry::source`] of entries that were made by an admin call.
 pub const BY_CALL: &str = "admin";
 
 /// What others hand over to the service.
@@ -132,7 +132,7 @@ impl Handle {
         self.snapshot.clone()
     }
 
-    /// What they say now.
+    /// Which keys are admitted now.
     #[must_use]
     pub fn admission(&self) -> Arc<Admission> {
         self.snapshot.borrow().admission.clone()

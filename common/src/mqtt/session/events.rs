@@ -13,7 +13,7 @@ use crate::mqtt::{ConnectionState, Event, INFLIGHT};
 impl Session {
     pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
         if matches!(event, rumqttc::Event::Incoming(_)) {
-            // Behind a long queue a pong comes late. rumqttc would take a server for dead that is heard all the time.
+            // Behind a long queue a pong comes late. rumqttc would take a server for dead that sends all the time.
             self.eventloop.state.await_pingresp = false;
         }
         match event {

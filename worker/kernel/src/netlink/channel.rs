@@ -106,7 +106,7 @@ impl Channel {
         }
     }
 
-    /// Gives orders, each with its flags, in their order, and says of each what the kernel answered.
+    /// Sends requests, each with its flags, in their order, and returns the kernel's answer to each.
     pub(super) fn order<I>(&mut self, orders: impl IntoIterator<Item = (I, u16)>) -> Vec<Result<(), Errno>>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,

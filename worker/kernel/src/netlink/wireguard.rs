@@ -65,7 +65,7 @@ impl WireGuard {
         Ok(Self::Kernel { channel, family: family.ok_or(Errno::EIO)?, index })
     }
 
-    /// An error that says what the interface is instead, if no process that may be asked serves it.
+    /// The error names what the interface is instead, if no process with a control socket for this user serves it.
     pub(super) fn userspace(name: &str) -> Result<Self, &'static str> {
         const OTHER: &str = "not a WireGuard interface";
         // wireguard-control starts a process of its own where it finds none.
@@ -211,7 +211,7 @@ fn add_to_update(update: DeviceUpdate, change: &PeerChange<'_>) -> DeviceUpdate 
     update.add_peer(peer)
 }
 
-/// wireguard-control does not say which error the process answered, only that it did.
+/// wireguard-control does not return the errno of the process, only that there was an error.
 fn userspace_errno(error: io::Error) -> Errno {
     if error.kind() == io::ErrorKind::InvalidInput { Errno::EINVAL } else { errno(error) }
 }

@@ -24,7 +24,7 @@ const WGPEER_A_ALLOWEDIPS: u16 = 9;
 const WGALLOWEDIP_A_IPADDR: u16 = 2;
 const WGALLOWEDIP_A_CIDR_MASK: u16 = 3;
 
-/// What WireGuard says of an interface.
+/// An interface and its peers, as WireGuard reports them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct DeviceDump {
     pub public_key: Option<PublicKey>,
@@ -82,7 +82,7 @@ impl DeviceDump {
         dump
     }
 
-    /// The kernel answers in parts, of which only the first tells of the interface itself.
+    /// The kernel answers in parts, of which only the first has the attributes of the interface itself.
     pub fn add_answer(&mut self, answer: GenlMessage<Answer>) {
         let Answer { public_key, listen_port, peers } = answer.payload;
         if let Some(key) = public_key {
