@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         None => with_config(serve),
         Some(Command::Keys(command)) => command.run(),
         Some(Command::HashPassword) => process::exit(hash_password()),
-        Some(Command::MqttAcl(list)) => with_config(|config| print(&list.text(&config))),
+        Some(Command::MqttAcl(list)) => with_config(|config| print(&list.text(&config)?)),
     }
 }
 

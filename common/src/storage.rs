@@ -45,8 +45,8 @@ impl StorageError {
     }
 
     /// `file` has the version `found`, which is not one of those up to `known`.
-    pub(crate) fn unknown_version(file: &Path, found: i64, known: i64) -> Self {
-        let (file, what) = (file.display(), if found > known { "newer than" } else { "not one of" });
+    pub(crate) fn unknown_version(file: &Path, found: impl fmt::Display, is_newer: bool, known: i64) -> Self {
+        let (file, what) = (file.display(), if is_newer { "newer than" } else { "not one of" });
         Self::UnknownVersion(format!(
             "{file} has a layout of number {found}, {what} those up to {known} that this version knows: start the version \
              that made it, or move it away; it is left as it is"

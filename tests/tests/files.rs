@@ -154,6 +154,18 @@ fn a_gateway_is_not_called_by_a_wildcard() {
     }
 }
 
+/// On the code before it both had the rights of a broker, by the same name, and by a wildcard.
+#[test]
+fn the_brokers_user_is_no_gateway_and_no_wildcard() {
+    let stack = Stack::prepare(Plan::new(Bus::Embedded).config("workers: {gw1: {weight: 1}}"));
+    let mut own_name = stack.program("wgkex-broker", &["mqtt-acl", "--broker", "gw1"]);
+    assert_eq!(own_name.wait().code(), Some(1));
+    assert!(own_name.log().contains("workers.gw1: is the user name of the brokers"), "{}", own_name.log());
+    let mut wildcard = stack.program("wgkex-broker", &["mqtt-acl", "--broker", "+"]);
+    assert_eq!(wildcard.wait().code(), Some(2));
+    assert!(!wildcard.log().contains("topic write"), "{}", wildcard.log());
+}
+
 /// A container is configured by these variables.
 const VARIABLES: [&str; 4] = [
     "WGKEX_CONFIG_FILE=\"/run/none.yaml\"",

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use wgkex_common::Config;
 use wgkex_common::config::Role;
+use wgkex_common::wire::name::BrokerName;
 
 use crate::mqtt_server::acl::{Operation, filters};
 
@@ -16,7 +18,7 @@ pub struct MqttAcl {
     format: Format,
     /// The user name of the brokers
     #[arg(long, value_name = "NAME", default_value = "wgkex-broker")]
-    broker: String,
+    broker: BrokerName,
 }
 
 /// The servers whose format is known.
@@ -29,15 +31,16 @@ enum Format {
 }
 
 impl MqttAcl {
-    /// The list for the workers of the config and the brokers.
-    #[must_use]
-    pub fn text(&self, config: &Config) -> String {
+    /// The list for the workers of the config and the brokers; an error if one of the former has the brokers' name.
+    pub fn text(&self, config: &Config) -> anyhow::Result<String> {
+        let broker = self.broker.as_str();
+        ensure!(!config.workers.contains_key(broker), "workers.{broker}: is the user name of the brokers (--broker)");
         let workers = config.workers.keys().map(|name| (name.as_str(), Role::Worker));
-        let users = workers.chain([(self.broker.as_str(), Role::Broker)]);
-        match self.format {
+        let users = workers.chain([(broker, Role::Broker)]);
+        Ok(match self.format {
             Format::Mosquitto => mosquitto(users),
             Format::Emqx => emqx(users),
-        }
+        })
     }
 }
 

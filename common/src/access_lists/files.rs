@@ -217,6 +217,25 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_that_is_another_one_and_empty_is_not_an_empty_list() {
+        let dir = dir();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir(at("denied")).unwrap();
+        fs::write(at("denied/attic"), A).unwrap();
+        let mut files = Files::new(&KeyLists { deny_dir: Some(at("denied")), ..KeyLists::default() });
+        assert!(files.read(false) && names(&files).len() == 1);
+        // As it is below the mount point of a disk that is not mounted.
+        fs::rename(at("denied"), at("disk")).unwrap();
+        fs::create_dir(at("denied")).unwrap();
+        assert!(!twice(&mut files) && files.damaged() == ["key_lists.deny_dir"]);
+        assert_eq!(names(&files).len(), 1);
+        fs::remove_dir(at("denied")).unwrap();
+        fs::rename(at("disk"), at("denied")).unwrap();
+        fs::remove_file(at("denied/attic")).unwrap();
+        assert!(twice(&mut files) && names(&files).is_empty() && files.damaged().is_empty());
+    }
+
+    #[test]
     fn allowed_keys_may_stand_in_directories_of_domains() {
         let dir = dir();
         fs::write(dir.path().join("everywhere"), A).unwrap();

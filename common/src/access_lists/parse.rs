@@ -27,6 +27,8 @@ pub struct Listed {
     pub entries: Vec<Entry>,
     /// Lines of keys that are given once more in the same mapping: the last one counts.
     pub duplicates: Vec<usize>,
+    /// The text has no list, not even an empty one: comments alone, or YAML's null in any of its forms.
+    pub is_blank: bool,
     /// A domain that has nothing behind it, not even that its list is empty.
     pub blank_domain: Option<String>,
 }
@@ -35,12 +37,13 @@ pub struct Listed {
 /// empty list.
 pub fn keys(text: &str, list: List) -> Result<Listed, String> {
     let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
-    Ok(Listed { entries: entries(&value, list)?, duplicates, blank_domain: None })
+    Ok(Listed { entries: entries(&value, list)?, duplicates, is_blank: value.is_null(), blank_domain: None })
 }
 
 /// The allowed keys of a file, `domain: KEYS` with KEYS as [`keys`] has them.
 pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
     let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
+    let is_blank = value.is_null();
     let domains = match value {
         Value::Object(domains) => domains,
         Value::Null => Map::new(),
@@ -54,14 +57,7 @@ pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
         let keys = entries(&keys, List::Allow).map_err(|wrong| format!("{}: {wrong}", shown(&domain)))?;
         all.extend(keys.into_iter().map(|entry| Entry { domain: Some(domain.clone()), ..entry }));
     }
-    Ok(Listed { entries: all, duplicates, blank_domain })
-}
-
-/// Whether a text has no content at all, not even an empty list.
-#[must_use]
-pub fn is_blank(text: &str) -> bool {
-    let says_nothing = |line: &str| line.is_empty() || line.starts_with('#') || ["---", "..."].contains(&line);
-    text.trim_start_matches('\u{feff}').lines().map(str::trim).all(says_nothing)
+    Ok(Listed { entries: all, duplicates, is_blank, blank_domain })
 }
 
 /// Whether a text may go on behind its end: its last line has none, and neither a key nor a bracket or quote closes it.
@@ -274,7 +270,7 @@ mod tests {
         let wanted = vec![allowed("ff_a", A), allowed("ff_b", A), allowed("ff_b", B)];
         let listed = keys_by_domain(&text).unwrap();
         assert_eq!((listed.entries, listed.blank_domain.as_deref()), (wanted, Some("\"ff_c\"")));
-        assert_eq!(keys_by_domain(""), Ok(Listed::default()));
+        assert_eq!(keys_by_domain(""), Ok(Listed { is_blank: true, ..Listed::default() }));
         assert!(keys_by_domain(&format!("- {A}")).unwrap_err().starts_with("is not a mapping of domains"));
         assert!(keys_by_domain("ff_a: [x]").unwrap_err().starts_with("\"ff_a\": entry 1: not a WireGuard"));
     }
@@ -284,7 +280,7 @@ mod tests {
         for text in
             [format!("{A}: x\n{B}:\n{A}: spam\n"), format!("{{\"{A}\": \"x\",\n\"{B}\": null,\n\"{A}\": \"spam\"}}")]
         {
-            let wanted = Listed { entries: vec![entry(B), because("spam")], duplicates: vec![3], blank_domain: None };
+            let wanted = Listed { entries: vec![entry(B), because("spam")], duplicates: vec![3], ..Listed::default() };
             assert_eq!(keys(&text, List::Deny), Ok(wanted), "{text}");
         }
     }
@@ -307,10 +303,28 @@ mod tests {
         for whole in [yaml.trim_end(), &yaml, json.trim_end(), "a: \"b\""] {
             assert!(!may_be_cut_off(whole), "{whole}");
         }
-        for blank in ["", "\n \n", "# nobody\n", "---\n# x\n...\n", "\u{feff}"] {
-            assert!(is_blank(blank), "{blank:?}");
+    }
+
+    /// What is left of a file that breaks off before its first key.
+    #[test]
+    fn a_text_without_a_list_is_blank_and_an_empty_list_is_not() {
+        for blank in [
+            "",
+            "\n \n",
+            "# nobody\n",
+            "---\n# x\n...\n",
+            "\u{feff}",
+            "~",
+            "null",
+            "--- # keys",
+            "%YAML 1.2\n---\n",
+            "!!null",
+            "&keys",
+        ] {
+            assert!(keys(blank, List::Deny).is_ok_and(|listed| listed.is_blank), "{blank:?}");
+            assert!(keys_by_domain(blank).is_ok_and(|listed| listed.is_blank), "{blank:?}");
         }
-        assert!(!is_blank("[]") && !is_blank("a") && !is_blank("~"));
+        assert!(!keys("[]", List::Deny).unwrap().is_blank && !keys_by_domain("{}").unwrap().is_blank);
     }
 
     #[test]

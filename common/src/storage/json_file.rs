@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::storage::{StorageError, state_file};
 
@@ -18,11 +19,11 @@ struct Versioned<T> {
     content: T,
 }
 
-/// What a file of any version has. The first ones do not have it.
+/// What a file of any version has. The first ones do not have it; a later one may have anything there.
 #[derive(Deserialize)]
 struct Version {
     #[serde(default)]
-    layout: u32,
+    layout: Value,
 }
 
 /// Reads the content of `file`, whose version is `known` or an earlier one that reads the same; none if there is no file.
@@ -35,9 +36,11 @@ pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, S
         read => read?,
     };
     if let Ok(Version { layout }) = serde_json::from_slice(&json)
-        && layout > known
+        && !layout.is_null()
+        && layout.as_u64().is_none_or(|layout| layout > known.into())
     {
-        return Err(StorageError::unknown_version(file, layout.into(), known.into()));
+        let is_newer = layout.as_f64().is_some_and(|layout| layout > known.into());
+        return Err(StorageError::unknown_version(file, layout, is_newer, known.into()));
     }
     match serde_json::from_slice(&json) {
         Ok(content) => Ok(Some(content)),
@@ -104,10 +107,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f.json");
         fs::write(&file, r#"{"layout":3,"names":"of another kind"}"#).unwrap();
-        let before = fs::read(&file).unwrap();
         let newer = load::<Names>(&file, 2).unwrap_err().to_string();
         assert!(newer.contains("f.json") && newer.contains("number 3, newer than those up to 2"), "{newer}");
-        assert_eq!(fs::read(&file).unwrap(), before);
+        for layout in ["3", "1099511627776", "-1", "2.5", "\"x\"", "[]"] {
+            let text = format!(r#"{{"layout":{layout},"names":[]}}"#);
+            fs::write(&file, &text).unwrap();
+            assert!(load::<Names>(&file, 2).is_err(), "{layout}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), text);
+        }
         fs::write(&file, "{").unwrap();
         assert_eq!(load::<Names>(&file, 2).unwrap(), None);
         assert!(!file.exists() && dir.path().join("f.json.damaged").exists());

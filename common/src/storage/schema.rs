@@ -30,7 +30,7 @@ impl Schema {
             return Ok(0);
         }
         if !(1..=self.version()).contains(&found) {
-            return Err(StorageError::unknown_version(file, found, self.version()));
+            return Err(StorageError::unknown_version(file, found, found > self.version(), self.version()));
         }
         let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if verdict == "ok" { Ok(found) } else { Err(StorageError::Corrupt(verdict)) }

@@ -39,6 +39,8 @@ pub fn open(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
 /// written.
 pub fn open_to_read(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
     let file = state_file::place(file)?;
+    // SQLite would wait for the other end of a pipe.
+    state_file::open(&file, OpenOptions::new().read(true))?;
     let uri = format!("file:{}?immutable=1", file.display());
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let connection = Connection::open_with_flags(uri, flags)?;

@@ -34,6 +34,8 @@ pub struct Source {
     is_settled: bool,
     /// What was last read of it without a mistake.
     good: Option<Arc<[Entry]>>,
+    /// The directory, with device and inode, from which that was read.
+    good_dir: Option<[u64; 2]>,
     /// What is wrong with it now.
     damage: Option<String>,
 }
@@ -72,7 +74,17 @@ impl Source {
     /// Nothing is read yet.
     pub fn new(name: &'static str, path: &Path, kind: Kind) -> Self {
         let path = path.to_owned();
-        Self { name, path, kind, last_seen: None, read: None, is_settled: false, good: None, damage: None }
+        Self {
+            name,
+            path,
+            kind,
+            last_seen: None,
+            read: None,
+            is_settled: false,
+            good: None,
+            good_dir: None,
+            damage: None,
+        }
     }
 
     /// Whether the next look should be soon.
@@ -144,6 +156,7 @@ impl Source {
         }
         self.damage = None;
         self.good = Some(entries.into());
+        self.good_dir = self.dir();
         is_new
     }
 
@@ -153,6 +166,12 @@ impl Source {
             warn!(list, %path, reason, "list is damaged, what was last read of it counts");
             self.damage = Some(reason);
         }
+    }
+
+    /// The directory that is there now, if this is one.
+    fn dir(&self) -> Option<[u64; 2]> {
+        let data = matches!(self.kind, Kind::Dir(_)).then(|| fs::metadata(&self.path).ok()).flatten()?;
+        Some([data.dev(), data.ino()])
     }
 
     fn stamp(&self) -> FileStamps {
@@ -174,6 +193,9 @@ impl Source {
                 if list == List::Allow && files.is_empty() {
                     return Err("has no file with a key, at least one is needed".into());
                 }
+                if files.is_empty() && !self.entries().is_empty() && self.dir() != self.good_dir {
+                    return Err("is empty, and another directory than before: is its disk mounted?".into());
+                }
                 let entries = files.into_iter().map(|(domain, file)| key_file(list, domain, &file));
                 Ok(Listed { entries: entries.collect::<Result<_, _>>()?, ..Listed::default() })
             }
@@ -186,10 +208,10 @@ impl Source {
         let had = self.entries();
         // A file without a byte is what a power cut leaves; one of comments may be one that nobody has added to yet.
         let must_speak = self.kind.allows() || !had.is_empty() || text.trim().is_empty();
-        if parse::is_blank(&text) && must_speak {
+        let listed = parse(&text)?;
+        if listed.is_blank && must_speak {
             return Err("says nothing, an empty list is written []".into());
         }
-        let listed = parse(&text)?;
         if let Some(domain) = listed.blank_domain.as_ref().filter(|_| listed.entries.is_empty()) {
             return Err(format!("{domain}: says nothing, an empty list is written []"));
         }
