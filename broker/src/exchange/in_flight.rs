@@ -50,7 +50,16 @@ pub struct Confirmations {
     pub rejected: BTreeMap<WorkerName, RejectReason>,
 }
 
-/// A request's place: it begins with `begun`, and its key is published by `publication`.
+/// A place in the queue of publications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The number of the publication.
+    pub publication: u64,
+    /// Whether it was queued before.
+    pub is_joined: bool,
+}
+
+/// A request: it begins with `begun`, and waits for `publication`.
 #[derive(Debug, Clone)]
 pub struct Ticket {
     /// Only outcomes after this count.
@@ -107,12 +116,19 @@ struct Flight {
     failed: u64,
     /// The requests that wait, by when they began.
     requests: BTreeSet<u64>,
-    /// The last outcome of each gateway with its number, and the number of the newest.
-    outcomes: BTreeMap<WorkerName, (u64, Result<(), RejectReason>)>,
+    /// The last outcome of each gateway, and the number of the newest.
+    outcomes: BTreeMap<WorkerName, Outcome>,
     last_outcome: u64,
     late: Option<Late>,
     answer: Option<Answer>,
     changed: Arc<Notify>,
+}
+
+/// What became of a key at a gateway.
+#[derive(Debug)]
+struct Outcome {
+    number: u64,
+    result: Result<(), RejectReason>,
 }
 
 #[derive(Debug)]
@@ -176,7 +192,7 @@ impl InFlight {
 
     /// Begins a request for `key`: joins its publication, or queues one. None if too many keys are queued.
     pub fn request(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<Ticket> {
-        let (publication, is_joined) = self.publish(key, is_established, now)?;
+        let Place { publication, is_joined } = self.publish(key, is_established, now)?;
         self.last += 1;
         let begun = self.last;
         let flight = self.keys.entry(key.clone()).or_default();
@@ -185,11 +201,11 @@ impl InFlight {
         Some(Ticket { begun, publication, is_joined, changed: Arc::clone(&flight.changed) })
     }
 
-    /// Queues a publication of `key`, unless there is one to join. Returns its number, and whether it was joined.
-    pub fn publish(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<(u64, bool)> {
+    /// Queues a publication of `key`, unless there is one to join.
+    pub fn publish(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<Place> {
         if let Some(number) = self.keys.get(key).and_then(Flight::joinable) {
             self.promote(key, is_established);
-            return Some((number, true));
+            return Some(Place { publication: number, is_joined: true });
         }
         let queue = &mut self.queues[usize::from(is_established)];
         if queue.len() >= MAX_QUEUED {
@@ -199,7 +215,7 @@ impl InFlight {
         self.last += 1;
         let number = self.last;
         self.keys.entry(key.clone()).or_default().queued = Some(Queued { number, is_established, since: now });
-        Some((number, false))
+        Some(Place { publication: number, is_joined: false })
     }
 
     /// Moves a queued key that became established to the queue of those, if there is room.
@@ -274,10 +290,10 @@ impl InFlight {
     ) {
         let Some(domain) = self.domains.get(domain) else { return };
         self.last += 1;
-        for (key, outcome) in outcomes {
+        for (key, result) in outcomes {
             let id = KeyId { domain: domain.clone(), key };
             if let Some(flight) = self.keys.get_mut(&id).filter(|flight| flight.needs_outcomes()) {
-                flight.outcomes.insert(worker.clone(), (self.last, outcome));
+                flight.outcomes.insert(worker.clone(), Outcome { number: self.last, result });
                 flight.last_outcome = self.last;
                 flight.changed.notify_waiters();
             }
@@ -320,8 +336,8 @@ impl InFlight {
     pub fn confirmations(&self, key: &KeyId, begun: u64) -> Confirmations {
         let mut confirmations = Confirmations::default();
         let outcomes = self.keys.get(key).into_iter().flat_map(|flight| &flight.outcomes);
-        for (worker, (_, outcome)) in outcomes.filter(|(_, (said, _))| *said > begun) {
-            match outcome {
+        for (worker, outcome) in outcomes.filter(|(_, outcome)| outcome.number > begun) {
+            match &outcome.result {
                 Ok(()) => drop(confirmations.installed.insert(worker.clone())),
                 Err(RejectReason::Removed) => {}
                 Err(reason) => drop(confirmations.rejected.insert(worker.clone(), reason.clone())),
@@ -358,15 +374,13 @@ impl InFlight {
         let Some(flight) = self.keys.get_mut(key) else { return BTreeSet::new() };
         let Some(late) = flight.late.take() else { return BTreeSet::new() };
         self.late -= 1;
-        let is_invalidated = |worker: &WorkerName, said: u64| {
+        let is_invalid = |worker: &WorkerName, number: u64| {
             let invalidated = |domain: Option<&Domain>| self.invalidated.get(&(worker.clone(), domain.cloned()));
-            [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= said)
+            [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= number)
         };
-        let installed = flight.outcomes.iter().filter(|(worker, (said, outcome))| {
-            outcome.is_ok()
-                && *said > late.after
-                && !is_over(late.since, RETRY_WINDOW, now)
-                && !is_invalidated(worker, *said)
+        let is_over = is_over(late.since, RETRY_WINDOW, now);
+        let installed = flight.outcomes.iter().filter(|(worker, Outcome { number, result })| {
+            result.is_ok() && *number > late.after && !is_over && !is_invalid(worker, *number)
         });
         let installed = installed.map(|(worker, _)| worker.clone()).collect();
         self.drop_if_idle(key);
