@@ -14,10 +14,9 @@ mod metrics;
 pub mod publisher;
 pub mod rate_limit;
 mod rejection;
-mod request;
+pub mod request;
 mod service;
 
-pub use self::in_flight::KeyId;
 pub use self::metrics::Metrics;
 pub use self::rejection::Rejection;
 pub use self::service::Exchange;

@@ -4,7 +4,7 @@
 use std::fs;
 
 use libfuzzer_sys::fuzz_target;
-use wgkex_common::Domain;
+use wgkex_common::{Domain, KeyId};
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 
 fuzz_target!(|content: &[u8]| {
@@ -12,7 +12,7 @@ fuzz_target!(|content: &[u8]| {
     fs::write(dir.path().join("worker.sqlite"), content).expect("a file");
     let domains = Domain::new("ff_a", &["ff_".into()]).into_iter().collect();
     let Ok((store, journal, keys)) = KeyStore::open(dir.path(), "worker", &domains, None, Clocks::read()) else { return };
-    for ((domain, key), kept) in keys {
+    for (KeyId { domain, key }, kept) in keys {
         journal.put(&domain, key, kept);
     }
     drop(store.flush(Clocks::read()));

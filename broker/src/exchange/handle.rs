@@ -12,9 +12,9 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 use wgkex_common::access_lists::Admission;
 use wgkex_common::wire::message::Applied;
-use wgkex_common::{Domain, WorkerName};
+use wgkex_common::{Domain, KeyId, WorkerName};
 
-use super::in_flight::{Confirmations, InFlight, KeyId, Ticket};
+use super::in_flight::{Confirmations, InFlight, Ticket};
 
 /// The keys in flight. Clones share them.
 #[derive(Debug, Clone)]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::{Domain, PublicKey, RejectReason, WorkerName};
+use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, WorkerName};
 
 /// The most unestablished keys that are published and not acknowledged, of the 100 messages that may be.
 const MAX_UNESTABLISHED_SENT: usize = 64;
@@ -31,15 +31,6 @@ const MAX_LATE: usize = 32_768;
 const ANSWER_TTL: Duration = Duration::from_secs(3);
 /// The most answers that are cached.
 const MAX_ANSWERS: usize = 4_096;
-
-/// A key in a domain, as a router sends it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct KeyId {
-    /// The domain.
-    pub domain: Domain,
-    /// The key.
-    pub key: PublicKey,
-}
 
 /// The outcomes of a key since a request for it began.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -79,11 +79,10 @@ mod tests {
     use tokio::time::sleep;
     use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
     use wgkex_common::storage::key_store::WriteBuffer;
-    use wgkex_common::{Config, PublicKey};
+    use wgkex_common::{Config, KeyId, PublicKey};
 
     use super::*;
     use crate::bus::subscriber;
-    use crate::exchange::in_flight::KeyId;
 
     fn key(n: u8) -> PublicKey {
         PublicKey::from_bytes([0x42 + n; 32]).unwrap()

@@ -2,22 +2,20 @@
 
 use std::collections::BTreeSet;
 
-use wgkex_common::Domain;
+use wgkex_common::{Domain, KeyId};
 
-use crate::exchange::{KeyId, Rejection};
+use crate::exchange::Rejection;
 
-impl KeyId {
-    /// Reads a router's request (contract section 1): JSON, with fields that wgkex does not know ignored.
-    pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<Self, Rejection> {
-        let json: serde_json::Value =
-            serde_json::from_slice(body).map_err(|_| Rejection::Body("the body is not valid JSON"))?;
-        let object = json.as_object().ok_or(Rejection::Body("the body is not a JSON object"))?;
-        let text = |name, missing| object.get(name).and_then(|value| value.as_str()).ok_or(Rejection::Body(missing));
-        let domain = text("domain", "domain: a text is expected")?;
-        let key = text("public_key", "public_key: a text is expected")?;
-        let domain = domains.get(domain).cloned().ok_or(Rejection::Domain)?;
-        Ok(Self { domain, key: key.parse().map_err(Rejection::Key)? })
-    }
+/// Reads a router's request (contract section 1): JSON, with fields that wgkex does not know ignored.
+pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<KeyId, Rejection> {
+    let json: serde_json::Value =
+        serde_json::from_slice(body).map_err(|_| Rejection::Body("the body is not valid JSON"))?;
+    let object = json.as_object().ok_or(Rejection::Body("the body is not a JSON object"))?;
+    let text = |name, missing| object.get(name).and_then(|value| value.as_str()).ok_or(Rejection::Body(missing));
+    let domain = text("domain", "domain: a text is expected")?;
+    let key = text("public_key", "public_key: a text is expected")?;
+    let domain = domains.get(domain).cloned().ok_or(Rejection::Domain)?;
+    Ok(KeyId { domain, key: key.parse().map_err(Rejection::Key)? })
 }
 
 #[cfg(test)]
@@ -29,7 +27,7 @@ mod tests {
     #[test]
     fn a_routers_request_is_read_as_the_original_reads_it() {
         let domains: BTreeSet<_> = [Domain::new("ff_a", &["ff_".into()]).unwrap()].into();
-        let parse = |body: &str| KeyId::parse(body.as_bytes(), &domains);
+        let parse = |body: &str| parse(body.as_bytes(), &domains);
         let id = KeyId { domain: domains.first().unwrap().clone(), key: KEY.parse().unwrap() };
         for body in [
             format!(r#"{{"domain":"ff_a","public_key":"{KEY}"}}"#),

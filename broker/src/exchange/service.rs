@@ -13,13 +13,13 @@ use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Domain, RejectReason, WorkerName};
+use wgkex_common::{Domain, KeyId, RejectReason, WorkerName};
 
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
 use crate::exchange::rate_limit::RateLimits;
-use crate::exchange::{KeyId, Metrics, Rejection};
+use crate::exchange::{Metrics, Rejection};
 use crate::fleet::gateways::{Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::selection::Selection;

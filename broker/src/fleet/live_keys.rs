@@ -13,7 +13,7 @@ use wgkex_common::config::{self, Cleanup};
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::sync::CHUNK;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
-use wgkex_common::{BrokerName, Config, Domain, PublicKey, WorkerName};
+use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, WorkerName};
 
 use crate::fleet::unrequested::UnrequestedKeys;
 
@@ -93,7 +93,7 @@ impl LiveKeys {
             write_buffer,
             admission: Arc::default(),
         };
-        for ((domain, key), record) in remembered {
+        for (KeyId { domain, key }, record) in remembered {
             // A client of the last run may not have got what that received last: all of it counts as updated now.
             let last_handshake = record.proven.then_some(record.last);
             let key_of_last_run =

@@ -16,11 +16,12 @@ use actix_web::{HttpRequest, HttpResponse, Resource, ResponseError};
 use futures_util::StreamExt as _;
 use tokio::time::timeout;
 use tracing::warn;
+use wgkex_common::KeyId;
 use wgkex_common::http::resource;
 use wgkex_common::wire::message::WorkerData;
 
 use crate::client_ip::{Client, client_of_request, is_in, is_private};
-use crate::exchange::{KeyId, Rejection};
+use crate::exchange::{Rejection, request};
 use crate::http::{App, body, error};
 
 /// The path of version 1.
@@ -78,7 +79,7 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     let body = read(body).await?;
     let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
-    KeyId::parse(text.as_bytes(), &app.domains)
+    request::parse(text.as_bytes(), &app.domains)
 }
 
 /// The body, whatever its content type.

@@ -17,7 +17,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use crate::storage::schema::Schema;
 use crate::storage::write_behind::{Table, WriteBehind};
 use crate::storage::{StorageError, Subject};
-use crate::{Domain, PublicKey};
+use crate::{Domain, KeyId, PublicKey};
 
 pub use crate::storage::write_behind::Clocks;
 
@@ -50,7 +50,7 @@ pub struct KeyRecord {
 }
 
 /// Each key with what is remembered of it.
-pub type Keys = BTreeMap<(Domain, PublicKey), KeyRecord>;
+pub type Keys = BTreeMap<KeyId, KeyRecord>;
 
 /// What changed and is not on disk yet; the last state of each key. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -61,7 +61,7 @@ pub struct WriteBuffer {
 }
 
 /// What each key is now; none if it is gone.
-pub type Changes = BTreeMap<(Domain, PublicKey), Option<KeyRecord>>;
+pub type Changes = BTreeMap<KeyId, Option<KeyRecord>>;
 
 impl WriteBuffer {
     /// The key is to be on disk like this.
@@ -76,9 +76,9 @@ impl WriteBuffer {
 
     /// One too many is left out: on disk the key then stays as it was.
     fn note(&self, domain: &Domain, key: PublicKey, kept: Option<KeyRecord>) {
-        let mut changes = self.changes.lock();
-        if changes.len() < CHANGES || changes.contains_key(&(domain.clone(), key)) {
-            changes.insert((domain.clone(), key), kept);
+        let (id, mut changes) = (KeyId { domain: domain.clone(), key }, self.changes.lock());
+        if changes.len() < CHANGES || changes.contains_key(&id) {
+            changes.insert(id, kept);
         }
     }
 
@@ -187,7 +187,8 @@ impl Table for KeyTable {
             let (last, proven) = (row.get(2).map_err(corrupt)?, row.get(3).map_err(corrupt)?);
             let is_live = self.clock.uptime.saturating_sub(last) < self.oldest;
             if let Some(domain) = self.domains.get(name.as_str()).filter(|_| is_live) {
-                keys.insert((domain.clone(), key), KeyRecord { last: self.clock.instant(last), proven });
+                let id = KeyId { domain: domain.clone(), key };
+                keys.insert(id, KeyRecord { last: self.clock.instant(last), proven });
             }
         }
         Ok(keys)
@@ -208,7 +209,7 @@ impl Table for KeyTable {
         }
         let mut put = transaction.prepare("REPLACE INTO keys VALUES (?1, ?2, ?3, ?4)")?;
         let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
-        for ((domain, key), record) in changes {
+        for (KeyId { domain, key }, record) in changes {
             match record {
                 Some(KeyRecord { last, proven }) => {
                     put.execute(params![domain.name(), key.as_bytes(), self.clock.at(*last), proven])?

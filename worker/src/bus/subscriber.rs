@@ -12,7 +12,7 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Config, Domain, PublicKey, Reserved, Topic, WorkerName};
+use wgkex_common::{Config, Domain, KeyId, Reserved, Topic, WorkerName};
 
 use crate::bus::Metrics;
 use crate::reconciler::ReconcilerHandle;
@@ -71,7 +71,7 @@ pub fn on_event(
                 Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
                 Some(Topic::WorkerStatus { .. } | Topic::BrokerStatus { .. }) => Ok(()),
                 _ if is_state => Ok(()),
-                topic => key(&domains, topic, &publish).map(|(domain, key)| handle.enqueue(domain, key)),
+                topic => key(&domains, topic, &publish).map(|key| handle.enqueue(key)),
             };
             if let Err(reason) = outcome {
                 ignore(&metrics, &publish, reason);
@@ -120,15 +120,11 @@ fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
 }
 
 /// The key in a message, or the reason label why there is none.
-fn key(
-    domains: &BTreeSet<Domain>,
-    topic: Option<Topic>,
-    publish: &Publish,
-) -> Result<(Domain, PublicKey), &'static str> {
+fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> Result<KeyId, &'static str> {
     let Some(Topic::Key { domain }) = topic else { return Err("topic") };
     let domain = domains.get(domain.as_str()).ok_or("domain")?;
     let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
-    Ok((domain.clone(), text.parse().map_err(|_| "payload")?))
+    Ok(KeyId { domain: domain.clone(), key: text.parse().map_err(|_| "payload")? })
 }
 
 /// Takes in a message of a broker, or returns the reason label why it is ignored.
@@ -194,7 +190,7 @@ mod tests {
         let text = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
         let heard = |topic: &str, payload: &[u8]| {
             let publish = Publish::new(topic, QoS::AtMostOnce, payload);
-            key(&domains, Topic::parse(topic), &publish).map(|(domain, key)| (domain, key.to_string()))
+            key(&domains, Topic::parse(topic), &publish).map(|KeyId { domain, key }| (domain, key.to_string()))
         };
         for topic in ["wireguard/ff_a/all", "wireguard/ff_a/gw04", "wireguard/ff_a/x"] {
             let domain = domains.first().unwrap().clone();

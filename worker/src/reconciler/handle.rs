@@ -8,7 +8,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use wgkex_common::access_lists::Admission;
 use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::Age;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::{Domain, KeyId, PublicKey};
 
 use super::{DomainStates, Metrics, Snapshot};
 
@@ -24,7 +24,7 @@ pub(super) struct PolicyUpdate {
 
 /// What others hand over, at the task's end.
 pub(super) struct Inbox {
-    pub keys: mpsc::Receiver<(Domain, PublicKey)>,
+    pub keys: mpsc::Receiver<KeyId>,
     pub live: mpsc::Receiver<(Domain, Snapshot)>,
     policy_update: Arc<Mutex<PolicyUpdate>>,
     pub policy_changed: Arc<Notify>,
@@ -35,7 +35,7 @@ pub(super) struct Inbox {
 /// By which others reach the [`Reconciler`](super::Reconciler). It ends when all of them are gone.
 #[derive(Debug, Clone)]
 pub struct ReconcilerHandle {
-    keys: mpsc::Sender<(Domain, PublicKey)>,
+    keys: mpsc::Sender<KeyId>,
     live: mpsc::Sender<(Domain, Snapshot)>,
     policy_update: Arc<Mutex<PolicyUpdate>>,
     policy_changed: Arc<Notify>,
@@ -78,10 +78,10 @@ impl Inbox {
 }
 
 impl ReconcilerHandle {
-    /// Hands over a key that arrived for `domain`, without waiting. One too many is dropped and counted.
-    pub fn enqueue(&self, domain: Domain, key: PublicKey) {
-        self.metrics.keys_received.with_label_values(&[domain.name()]).inc();
-        if self.keys.try_send((domain, key)).is_err() {
+    /// Hands over a key that arrived, without waiting. One too many is dropped and counted.
+    pub fn enqueue(&self, key: KeyId) {
+        self.metrics.keys_received.with_label_values(&[key.domain.name()]).inc();
+        if self.keys.try_send(key).is_err() {
             self.metrics.keys_dropped.with_label_values(&["queue"]).inc();
         }
         let length = self.keys.max_capacity() - self.keys.capacity();

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::message::Revoked;
-use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
+use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
@@ -44,7 +44,7 @@ pub struct Reconciler<K> {
     kernel: K,
     pub(super) domains: BTreeMap<Domain, DomainReconciler>,
     inbox: Inbox,
-    batch: Vec<(Domain, PublicKey)>,
+    batch: Vec<KeyId>,
     reserved: watch::Receiver<Reserved>,
     /// Since when keys have to wait, if they have to.
     gate: watch::Receiver<Option<std::time::Instant>>,
@@ -83,7 +83,7 @@ pub struct Start<K> {
 #[derive(Debug)]
 pub(super) enum Event {
     /// Keys arrived, in this order.
-    Keys(Vec<(Domain, PublicKey)>),
+    Keys(Vec<KeyId>),
     /// These keys are live, and this gateway may lack some of them.
     Snapshot(Domain, Snapshot),
     /// What was published before may not have arrived.
@@ -108,7 +108,7 @@ impl<K: Kernel> Reconciler<K> {
         let (handle, inbox) = handle::channel(state_receiver, metrics.clone());
         let domain = |name: Domain| (name.clone(), DomainReconciler::new(name, profile.clone(), policy, clock()));
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(domain).collect();
-        for ((domain, key), record) in remembered {
+        for (KeyId { domain, key }, record) in remembered {
             if let Some(domain) = domains.get_mut(&domain) {
                 domain.remember(key, record);
             }
@@ -216,11 +216,11 @@ impl<K: Kernel> Reconciler<K> {
         Some(Driver { kernel, domain, reports, reserved, metrics, now })
     }
 
-    async fn install(&mut self, keys: Vec<(Domain, PublicKey)>, now: Clocks) {
+    async fn install(&mut self, keys: Vec<KeyId>, now: Clocks) {
         let begun = Instant::now();
         self.reports.set_queue(self.inbox.keys.len());
         let mut by_domain = BTreeMap::<Domain, Vec<PublicKey>>::new();
-        for (domain, key) in keys {
+        for KeyId { domain, key } in keys {
             by_domain.entry(domain).or_default().push(key);
         }
         for (domain, keys) in by_domain {
@@ -285,11 +285,7 @@ impl<K: Kernel> Reconciler<K> {
 }
 
 /// Takes the keys that wait, and that come until then; how many there are, none if no more will come. Cancel-safe.
-async fn collect_batch(
-    until: Option<Instant>,
-    keys: &mut mpsc::Receiver<(Domain, PublicKey)>,
-    batch: &mut Vec<(Domain, PublicKey)>,
-) -> usize {
+async fn collect_batch(until: Option<Instant>, keys: &mut mpsc::Receiver<KeyId>, batch: &mut Vec<KeyId>) -> usize {
     if let Some(until) = until {
         tokio::time::sleep_until(until).await;
     }

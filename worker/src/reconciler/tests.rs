@@ -11,7 +11,7 @@ use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Applied, Revoked};
-use wgkex_common::{PublicKey, RejectReason, Reserved};
+use wgkex_common::{KeyId, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
 
@@ -114,7 +114,7 @@ async fn a_key_that_is_always_refused_is_given_up() {
 async fn the_own_key_is_refused_by_name_and_never_reaches_the_kernel() {
     let mut gateway = Gateway::start();
     let own = gateway.device().public_key.unwrap();
-    gateway.handle.enqueue(domain(), own);
+    gateway.handle.enqueue(id(own));
     assert_eq!(gateway.confirmed().await.failed, [(own, RejectReason::OwnKey)].into());
     assert_eq!(gateway.applies(), [] as [Vec<Change>; 0]);
     assert_eq!(gateway.metrics.keys_failed.with_label_values(&["ffmuc_welt", "own key"]).get(), 1);
@@ -285,14 +285,14 @@ async fn removals_that_fail_are_left_to_the_next_sweep() {
 async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.handle.enqueue(domain(), second);
+    gateway.handle.enqueue(id(second));
     assert_eq!(gateway.confirmed().await.installed, [second]);
     sleep(9 * MINUTE).await;
-    gateway.handle.enqueue(domain(), first);
+    gateway.handle.enqueue(id(first));
     assert_eq!(gateway.confirmed().await.failed, [(first, RejectReason::AddressTaken)].into());
     assert!(gateway.stands(second));
     sleep(2 * MINUTE).await;
-    gateway.handle.enqueue(domain(), first);
+    gateway.handle.enqueue(id(first));
     assert_eq!(gateway.confirmed().await.installed, [first]);
     sleep(2 * MINUTE).await;
     assert!(gateway.stands(first) && !gateway.device().peers.contains_key(&second));
@@ -303,8 +303,8 @@ async fn the_first_of_two_keys_with_one_address_keeps_it_until_it_is_gone() {
 async fn of_two_keys_with_one_address_in_one_batch_only_the_smaller_is_confirmed() {
     let (first, second) = collision();
     let mut gateway = Gateway::start();
-    gateway.handle.enqueue(domain(), second);
-    gateway.handle.enqueue(domain(), first);
+    gateway.handle.enqueue(id(second));
+    gateway.handle.enqueue(id(first));
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![first], [(second, RejectReason::AddressTaken)].into()));
     sleep(10 * MINUTE).await;
@@ -615,12 +615,12 @@ async fn a_pending_key_keeps_its_address_while_the_interface_is_missing() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..2_000);
     gateway.settle().await;
-    gateway.handle.enqueue(domain(), first);
+    gateway.handle.enqueue(id(first));
     gateway.settle().await;
     gateway.memory.delay(Delays { change: Duration::from_millis(1), ..Delays::default() });
     gateway.memory.add(&domain());
     sleep(Duration::from_secs(1)).await;
-    gateway.handle.enqueue(domain(), second);
+    gateway.handle.enqueue(id(second));
     gateway.settle().await;
     assert!(gateway.all_stand(0..2_000) && gateway.stands(first));
 }
@@ -676,7 +676,7 @@ async fn queues_are_bounded_while_the_interface_or_the_task_is_missing() {
 
     let (_installer, handle, _said) = reconciler(MemoryKernel::default(), &Policy::default());
     for n in 0..=65_536 {
-        handle.enqueue(domain(), key(n));
+        handle.enqueue(id(key(n)));
     }
     assert_eq!(handle.metrics.keys_dropped.with_label_values(&["queue"]).get(), 1);
     assert_eq!(handle.metrics.queue_length.get(), 65_536);
@@ -913,7 +913,7 @@ async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_rememb
     let start = Start { remembered: remembered(4..7), gate: held, ..start_with(memory.clone()) };
     let (reconciler, handle, mut said) = Reconciler::new(start);
     tokio::spawn(reconciler.run(pending()));
-    handle.enqueue(domain(), key(1));
+    handle.enqueue(id(key(1)));
     let learning = tokio::spawn({
         let handle = handle.clone();
         async move {
@@ -1001,7 +1001,7 @@ async fn a_key_with_leases_is_installed_confirmed_and_restored_as_one_of_a_route
     let (reconciler, handle, mut reports) = Reconciler::new(start);
     let task = tokio::spawn(reconciler.run(std::future::pending()));
     for n in [1, 9] {
-        handle.enqueue(domain(), key(n));
+        handle.enqueue(id(key(n)));
     }
     let applied = timeout(MINUTE, reports.applied.recv()).await.unwrap().unwrap();
     assert_eq!(applied.installed, [key(1)]);
@@ -1044,7 +1044,7 @@ impl Gateway {
 
     fn enqueue(&self, keys: impl IntoIterator<Item = u32>) {
         for n in keys {
-            self.handle.enqueue(domain(), key(n));
+            self.handle.enqueue(id(key(n)));
         }
     }
 
@@ -1107,7 +1107,7 @@ impl Still {
 
     async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
         self.minute().await;
-        let keys = keys.into_iter().map(|n| (domain(), key(n))).collect();
+        let keys = keys.into_iter().map(|n| id(key(n))).collect();
         self.reconciler.handle(Event::Keys(keys), self.now).await;
     }
 
@@ -1120,6 +1120,10 @@ impl Still {
             self.reconciler.handle(Event::BacklogReady(domain()), self.now).await;
         }
     }
+}
+
+fn id(key: PublicKey) -> KeyId {
+    KeyId { domain: domain(), key }
 }
 
 fn denying(keys: impl IntoIterator<Item = u32>) -> Arc<Admission> {
@@ -1145,7 +1149,7 @@ fn remembering(
 
 fn remembered(keys: std::ops::Range<u32>) -> Keys {
     let record = KeyRecord { last: std::time::Instant::now(), proven: true };
-    keys.map(|n| ((domain(), key(n)), record)).collect()
+    keys.map(|n| (id(key(n)), record)).collect()
 }
 
 fn start_with(memory: MemoryKernel) -> Start<MemoryKernel> {

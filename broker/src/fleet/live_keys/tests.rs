@@ -21,6 +21,10 @@ fn key(n: u32) -> PublicKey {
     PublicKey::from_bytes(bytes).unwrap()
 }
 
+fn id(n: u32) -> KeyId {
+    KeyId { domain: domain(), key: key(n) }
+}
+
 fn config(max: usize) -> Config {
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let config = Config::parse("", yaml, "b1").unwrap();
@@ -150,7 +154,7 @@ fn pages_that_are_long_on_their_way_bring_no_news() {
 #[test]
 fn after_a_restart_everything_is_news() {
     let now = Instant::now();
-    let known: Keys = [((domain(), key(1)), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
+    let known: Keys = [(id(1), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
     let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
     let young = live.chunk(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
     assert_eq!(young.keys, [(key(1), Age { age_secs: 3_601, has_handshake: true })].into());
@@ -332,7 +336,7 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
     let now = Instant::now();
     let known = |keys: &[PublicKey]| {
         let kept = KeyRecord { last: now, proven: false };
-        keys.iter().map(|key| ((domain(), *key), kept)).collect::<Keys>()
+        keys.iter().map(|key| (KeyId { domain: domain(), key: *key }, kept)).collect::<Keys>()
     };
     let start = |max, keys: &[PublicKey]| {
         let write_buffer = WriteBuffer::default();
@@ -350,7 +354,7 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
 fn what_it_knew_before_it_started_is_bounded_too() {
     let now = Instant::now();
     let kept = KeyRecord { last: now, proven: false };
-    let known = (0..100).map(|n| ((domain(), key(n)), kept)).collect();
+    let known = (0..100).map(|n| (id(n), kept)).collect();
     let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
     assert_eq!(live.len(), 10);
 }

@@ -19,6 +19,10 @@ fn domains() -> BTreeSet<Domain> {
     [domain("ff_a"), domain("ff_b")].into()
 }
 
+fn id(domain_name: &str, n: u8) -> KeyId {
+    KeyId { domain: domain(domain_name), key: key(n) }
+}
+
 fn key(n: u8) -> PublicKey {
     PublicKey::from_bytes([n; 32]).unwrap()
 }
@@ -38,7 +42,7 @@ fn kept(at: Instant) -> KeyRecord {
 /// The age of each key by the monotonic clock, in seconds.
 fn ages(keys: &Keys, now: Clocks) -> Vec<(String, u64)> {
     let age = |kept: &KeyRecord| now.monotonic.duration_since(kept.last).as_secs();
-    keys.iter().map(|((domain, key), kept)| (format!("{domain}{}", key.as_bytes()[0]), age(kept))).collect()
+    keys.iter().map(|(KeyId { domain, key }, kept)| (format!("{domain}{}", key.as_bytes()[0]), age(kept))).collect()
 }
 
 fn aged(domain: &str, age: u64) -> (String, u64) {
@@ -61,7 +65,7 @@ fn written_keys_are_read_again_and_removed_ones_are_not() {
     let again = later(now, 2 * HOUR);
     let (_store, _, keys) = open(&dir, again);
     assert_eq!(ages(&keys, again), [aged("ff_a1", 7200), aged("ff_b1", 7200)]);
-    assert!(keys[&(domain("ff_a"), key(1))].proven && !keys[&(domain("ff_b"), key(1))].proven);
+    assert!(keys[&id("ff_a", 1)].proven && !keys[&id("ff_b", 1)].proven);
     for file in [dir.path().join("test.sqlite"), dir.path().join("test.sqlite-wal")] {
         assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -191,7 +195,7 @@ fn failed_writes_are_kept_and_tried_again() {
     let store = store.flush(now);
     assert!(!store.is_failing());
     drop(store);
-    assert!(open(&dir, now).2[&(domain("ff_a"), key(1))].proven);
+    assert!(open(&dir, now).2[&id("ff_a", 1)].proven);
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
@@ -299,7 +303,7 @@ fn keys_of_the_first_release_are_taken_over() {
         let (store, _, keys) = open(&dir, now);
         assert!(!store.is_failing());
         assert_eq!(ages(&keys, now), [aged("ff_a1", 3610), aged("ff_b2", 3660)]);
-        assert!(keys[&(domain("ff_a"), key(1))].proven && !keys[&(domain("ff_b"), key(2))].proven);
+        assert!(keys[&id("ff_a", 1)].proven && !keys[&id("ff_b", 2)].proven);
         drop(store);
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is set aside");
