@@ -218,7 +218,7 @@ mod tests {
 
     /// Seen to fail with the proxy itself in the place of a sender who is not known: on loopback it had no limit.
     #[test]
-    fn without_a_limit_is_only_who_connects_from_loopback_and_is_no_proxy() {
+    fn only_a_client_on_loopback_that_is_no_proxy_has_no_limit() {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             assert_eq!(said(peer, &[], &[]), LOCAL, "{peer}");
             for value in ["", "nonsense", "for=unknown", "198.51.100.1", "127.0.0.1"] {
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_of_this_machine_have_a_limit_once_a_proxy_was_heard_there() {
+    fn connections_of_this_machine_have_a_limit_once_a_proxy_was_seen_there() {
         let (local, proxy): (IpAddr, IpAddr) = (Ipv4Addr::LOCALHOST.into(), PROXY.parse().unwrap());
         let router = IpAddr::from([198, 51, 100, 1]);
         for (peer, is_proxied, expected) in [
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn forwarded_names_the_last_who_is_no_proxy() {
+    fn forwarded_names_the_last_hop_that_is_no_proxy() {
         for (values, client) in [
             (&["for=198.51.100.1"][..], "198.51.100.1"),
             (&["For=\"198.51.100.1:4711\""], "198.51.100.1"),
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn x_forwarded_for_names_the_last_who_is_no_proxy() {
+    fn x_forwarded_for_names_the_last_hop_that_is_no_proxy() {
         for (values, client) in [
             (&["198.51.100.1"][..], "198.51.100.1"),
             (&[" 1.1.1.1 ,198.51.100.1 "], "198.51.100.1"),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_near_is_not_the_internet() {
+    fn private_networks_are_not_the_internet() {
         let near = |text: &str| is_private(text.parse().unwrap());
         assert!(["127.0.0.9", "10.1.2.3", "192.168.1.1", "::1", "fd00::1", "::ffff:10.0.0.1"].into_iter().all(near));
         assert!(!["203.0.113.9", "2001:db8::1", "0.0.0.0"].into_iter().any(near));
@@ -343,7 +343,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_sender_writes_what_the_proxy_adds_counts(
+        fn whatever_the_sender_writes_the_proxys_hop_counts(
             text in "[ -~]{0,40}|(for=|\"|;|,|\\\\|[0-9.]{1,3}|proto=x){0,12}",
         ) {
             let is_proxys = |found: &str| found == "198.51.100.1" || found == UNNAMED;

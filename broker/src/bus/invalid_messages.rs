@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn each_change_is_said_once_and_no_more_than_a_bound_in_a_minute() {
+    fn each_new_error_is_logged_once_and_no_more_than_a_bound_in_a_minute() {
         let (mut invalid, now) = (InvalidMessages::default(), Instant::now());
         let topic = |domain: &str| Topic::WorkerData { worker: name("gw"), domain: domain.into() };
         let mut news = |domain: &str, cause: &str, seconds| {
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_gateway_says_wrongly_has_a_cause() {
+    fn only_an_invalid_message_of_a_gateway_has_a_cause() {
         let of = |topic: &str, payload: &[u8]| {
             let topic = Topic::parse(topic).unwrap();
             subject(&topic)?;

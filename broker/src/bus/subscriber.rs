@@ -341,7 +341,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_said_on_whatever_topic_ends_nobody(
+        fn any_message_on_any_topic_is_survived(
             topic in prop_oneof![
                 4 => prop::sample::select(topics()),
                 1 => "[a-z+#/\u{0}\u{fc}]{0,30}",

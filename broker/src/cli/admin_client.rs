@@ -364,7 +364,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_revocation_came_to_is_a_line_for_each_gateway() {
+    fn the_result_of_a_revocation_is_a_line_for_each_gateway() {
         let answer = json!({
             "key": "k", "list": "deny", "domain": null, "until": 1_924_991_999, "was_on": false, "kept": true,
             "published": true, "done": false,
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_json_or_the_error_names_what_is_wrong() {
+    fn an_answer_is_json_or_an_error_with_its_cause() {
         let ok = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"done\":true}";
         assert_eq!(call(ok, true), Ok(json!({ "done": true })));
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{\"done\":true}\r\n0\r\n\r\n";
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_survives_the_path() {
+    fn a_query_survives_the_path() {
         let path = keys_path(&[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
         assert_eq!(path, "/v1/keys?list=deny&q=%C3%A4%20b%2F%2B%26&");
     }

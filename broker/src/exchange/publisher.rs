@@ -90,7 +90,7 @@ mod tests {
 
     /// Fails where only what is queued is looked at: what the bus had was never given up.
     #[tokio::test(start_paused = true)]
-    async fn what_the_bus_does_not_take_is_given_up_after_the_longest_time_or_when_it_is_denied() {
+    async fn an_unacknowledged_key_is_given_up_after_the_longest_wait_or_when_it_is_denied() {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
         let config = Config::parse("", yaml, "b").unwrap();
         let (bus, _session) = wgkex_common::mqtt::open(&config.mqtt, subscriber::secondary_session(&config)).unwrap();

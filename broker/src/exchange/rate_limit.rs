@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn each_limit_counts_for_itself_and_says_when_it_is_over() {
+    fn each_limit_counts_for_itself_and_tells_when_to_try_again() {
         let two = quota(2, 0.4);
         let cases = [
             (config::Limits { per_key: two, ..NONE }, Limit::Key, [true, false, false]),
@@ -208,13 +208,13 @@ mod tests {
     }
 
     #[test]
-    fn without_limits_nothing_is_limited_and_nobody_is_asked_who_he_is() {
+    fn without_limits_nothing_is_limited_and_no_header_is_parsed() {
         let (limits, _) = limits(NONE);
         assert!((0..1000).all(|_| limits.admit(&key(0), || unreachable!(), "a").is_ok()));
     }
 
     #[test]
-    fn who_is_refused_takes_nothing_from_others() {
+    fn a_rejected_request_takes_nothing_from_others() {
         let config = config::Limits { per_client: quota(1, 1.0), global: quota(3, 0.001), ..NONE };
         let (limits, _) = limits(config);
         for n in 0..100 {

@@ -166,7 +166,7 @@ mod tests {
         PublicKey::from_bytes([n; 32]).unwrap()
     }
 
-    fn said(at: u64, n: u8, outcome: &str) -> Revoked {
+    fn revoked(at: u64, n: u8, outcome: &str) -> Revoked {
         Revoked { at, keys: [(key(n), outcome.to_owned())].into() }
     }
 
@@ -181,17 +181,17 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn each_gateways_own_word_on_this_record_counts_once() {
+    async fn the_first_result_of_each_gateway_for_this_record_counts() {
         let pending = PendingRevocations::default();
         let waiting = pending.begin(key(3), 7);
         for (worker, revoked) in [
-            ("gw1", said(6, 3, "removed")),
-            ("gw1", said(7, 4, "removed")),
-            ("stranger", said(7, 3, "removed")),
-            ("gw3", said(7, 3, "removed")),
-            ("gw1", said(7, 3, "absent")),
-            ("gw1", said(7, 3, "removed")),
-            ("gw2", said(7, 3, "x\ny")),
+            ("gw1", revoked(6, 3, "removed")),
+            ("gw1", revoked(7, 4, "removed")),
+            ("stranger", revoked(7, 3, "removed")),
+            ("gw3", revoked(7, 3, "removed")),
+            ("gw1", revoked(7, 3, "absent")),
+            ("gw1", revoked(7, 3, "removed")),
+            ("gw2", revoked(7, 3, "x\ny")),
         ] {
             pending.on_revoked(&name(worker), revoked);
         }
@@ -205,22 +205,22 @@ mod tests {
 
     /// Fails where every word is queued: there was no place for the other gateway's.
     #[tokio::test(start_paused = true)]
-    async fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
+    async fn a_worker_with_many_outcomes_crowds_out_no_other() {
         let pending = PendingRevocations::default();
         let waiting = pending.begin(key(3), 7);
         for _ in 0..2 * MAX_GATEWAYS {
-            pending.on_revoked(&name("gw1"), said(7, 3, "failed"));
+            pending.on_revoked(&name("gw1"), revoked(7, 3, "failed"));
         }
-        pending.on_revoked(&name("gw2"), said(7, 3, "removed"));
+        pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
         let results = waiting.results(reach(), Instant::now() + TIMEOUT).await;
         assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), ("failed: failed", REMOVED));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_says_nothing_is_waited_for_no_longer_than_the_patience() {
+    async fn a_gateway_without_a_result_is_awaited_until_the_timeout() {
         let pending = PendingRevocations::default();
         let waiting = pending.begin(key(3), 7);
-        pending.on_revoked(&name("gw2"), said(7, 3, "removed"));
+        pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
         let begun = Instant::now();
         let results = waiting.results(reach(), begun + TIMEOUT).await;
         assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), (TIMED_OUT, REMOVED));

@@ -147,7 +147,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_counted_is_what_is_kept(
+        fn the_counters_equal_a_recount(
             words in prop::collection::vec((0..5_u32, any::<bool>(), 0..30_u32, 0..4_u64, any::<bool>()), 0..200),
         ) {
             let (mut unrequested, mut now) = (UnrequestedKeys::new(32), Instant::now());

@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_is_none() {
+    fn a_body_that_is_not_text_is_rejected() {
         let bodies: [&[u8]; 5] =
             [b"{\"a\": \"\xff\"}", b"\xff\xfe{", b"\xff\xfe\0\xd8", b"\xff\xfe\0\0{\0\0", b"\0\0\xfe\xff\0\x11\0\0"];
         for body in bodies {

@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn each_says_its_own_and_a_worker_no_keys_and_nothing_of_another() {
+    fn each_publishes_its_own_topics_and_a_worker_no_keys_and_none_of_another() {
         for name in ["gw1", "gw2", "gw1x"] {
             for (topic, expected) in table(name) {
                 let topic = topic.to_string();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn the_programs_filters_may_be_heard_and_wider_ones_not() {
+    fn the_programs_filters_may_be_subscribed_to_and_wider_ones_not() {
         let pages = Topic::WorkerChunks { worker: "gw1".parse().unwrap() }.to_string();
         for filter in [Topic::keys("ffx_a"), Topic::broker_hellos(), pages, "wireguard-worker/+/+/data".into()] {
             assert!(worker().can_subscribe(&filter), "{filter}");
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_says_what_is_the_servers() {
+    fn no_user_publishes_on_topics_of_the_server() {
         for access in [worker(), broker(), Access::everything()] {
             assert!(!access.can_publish("$SYS/broker/version") && !access.can_subscribe("$SYS/#"));
         }

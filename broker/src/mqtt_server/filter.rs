@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_covers_what_is_narrower() {
+    fn a_filter_covers_narrower_ones() {
         for (filter, narrower, is_covered) in [
             ("#", "#", true),
             ("#", "a/+/#", true),
@@ -111,7 +111,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_covers_a_filter_has_all_its_topics(
+        fn a_covering_filter_matches_all_topics_of_the_covered_one(
             filter in "[ab+$]{1,2}(/[ab+]){0,3}(/#)?|#",
             narrower in "[ab+$](/[ab+]){0,3}(/#)?|#",
             topic in "[ab$](/[ab]){0,4}",

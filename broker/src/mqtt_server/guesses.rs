@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn who_was_wrong_long_ago_is_forgotten() {
+    fn old_wrong_passwords_are_forgotten() {
         let (mut guesses, now) = (Guesses::default(), Instant::now());
         (0..100).for_each(|n| guesses.was_wrong(client(n), 1, now));
         guesses.was_wrong(client(200), 1, now + Duration::from_secs(2));

@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_on_another_machine_is_not_near() {
+    fn a_client_on_another_machine_is_not_near() {
         for (peer, own, near) in [
             ("127.0.0.1", "127.0.0.1", true),
             ("::1", "::1", true),

@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_while_others_have_many_waits_for_one_of_each() {
+    fn a_newcomer_waits_for_one_login_of_each_crowded_client() {
         let mut queue = LoginQueue::default();
         (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(n % 16), n), None));
         assert!((0..100).all(|_| queue.next().is_some_and(|n| queue.push(stranger(n % 16), n).is_none())));
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn where_all_have_few_the_newcomer_has_no_place() {
+    fn where_all_clients_have_few_the_newcomer_is_dropped() {
         let mut queue = LoginQueue::default();
         (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(n), n), None));
         assert_eq!(queue.push(stranger(1_000), 1_000), Some(1_000));
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn one_client_may_have_all_places_until_another_one_comes() {
+    fn one_client_may_fill_the_queue_until_another_comes() {
         let mut queue = LoginQueue::default();
         (0..LANE_MAX).for_each(|n| assert_eq!(queue.push(stranger(1), n), None));
         assert_eq!(queue.push(stranger(1), LANE_MAX), Some(LANE_MAX));
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn who_need_not_wait_is_gone() {
+    fn decided_logins_leave_the_queue() {
         let (a, b, c) = (stranger(1), stranger(2), known(3));
         let mut queue = queue(&[(a, 1), (a, 2), (b, 4), (c, 6), (a, 3)]);
         assert_eq!(queue.settle(|item| (item % 2 == 0).then_some(())), [6, 2, 4].map(|item| (item, ())));

@@ -77,7 +77,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded(topic in "\\PC{1,40}", payload: Vec<u8>, level in 0..2u8) {
+        fn an_encoded_message_decodes_to_itself(topic in "\\PC{1,40}", payload: Vec<u8>, level in 0..2u8) {
             let qos = qos(level).unwrap();
             let message = Message { topic, payload: payload.into(), qos, retain: false };
             let encoded = message.encode();

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn strangers_take_no_place_of_who_logged_in_before() {
+    async fn strangers_take_no_permit_of_a_client_with_a_login_before() {
         let limiter = HandshakeLimiter::default();
         let address = |n: usize| IpAddr::from([10, 1, u8::try_from(n / 60).unwrap(), 1]);
         limiter.acquire([192, 0, 2, 1].into()).logged_in("gw1");
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_said_who_it_is_gives_way_to_nobody_until_it_is_back() {
+    async fn a_connection_that_sent_its_connect_is_not_evicted_until_it_waits_again() {
         let limiter = HandshakeLimiter::default();
         let crowd = || (0..MAX_PENDING).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
         let mut place = limiter.acquire([192, 0, 2, 1].into());

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_too_much_waits_as_long_as_it_takes_to_pay() {
+    fn a_user_that_exceeds_its_rate_waits_until_all_is_paid() {
         let rate = rate(Role::Worker);
         assert_eq!(burst(&rate, 10, after(&rate, 0)), 40_000);
         let wait = rate.charge(Cost { work: 2_000 * PACKET, bytes: 0 }, after(&rate, 0));
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_happens_often_is_logged_rarely() {
+    async fn frequent_events_are_logged_rarely() {
         let throttle = LogThrottle::default();
         assert!(throttle.is_due(WARNING_INTERVAL) && !throttle.is_due(WARNING_INTERVAL));
         tokio::time::advance(WARNING_INTERVAL).await;

@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beyond_the_bounds_is_refused_and_what_is_there_may_still_change() {
+    fn beyond_the_bounds_new_topics_are_refused_and_retained_ones_may_change() {
         let mut retained = Retained::default();
         for n in 0..MAX_TOPICS {
             retained.store(&message(&n.to_string(), "1"), None).unwrap();
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_that_keeps_all_it_can_keeps_nobody_else_out() {
+    fn a_user_that_retains_all_it_may_keeps_no_other_user_out() {
         let mut retained = Retained::default();
         let kept = (0..MAX_TOPICS).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
         assert_eq!(kept.count(), MAX_TOPICS / PER_USER_FRACTION);
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_bounded() {
+    fn changes_that_cannot_be_written_are_bounded() {
         let mut retained = Retained::default();
         for n in 0..=MAX_CHANGES {
             retained.store(&message(&n.to_string(), "1"), None).unwrap_or_default();

@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_there_after_a_restart_and_wills_are_due() {
+    fn retained_messages_survive_a_restart_and_wills_are_due() {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         for (topic, payload) in [("a", "1"), ("b", "1"), ("c", "1")] {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_all_of_a_users_part_has_it_after_a_restart_too() {
+    fn a_users_share_counts_after_a_restart_too() {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         for n in 0..MAX_TOPICS / PER_USER_FRACTION {

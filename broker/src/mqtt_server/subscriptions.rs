@@ -110,7 +110,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_topic_is_granted_what_the_matching_filters_are(
+        fn a_topic_has_the_highest_quality_of_the_matching_filters(
             steps in prop::collection::vec(("[ab+$](/[ab+]?){0,3}(/#)?|#", 0..2u8, any::<bool>()), 0..20),
             topics in prop::collection::vec("[ab$](/[ab]?){0,4}", 1..10),
         ) {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_removed_takes_no_memory() {
+    fn removed_subscriptions_take_no_memory() {
         let mut tree = Subscriptions::default();
         let filters = ["a/b/c/d", "a/b", "a/+/#", "#"];
         for filter in filters {

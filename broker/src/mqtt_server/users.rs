@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_gave_up_and_who_is_answered_by_anothers_check_is_not_verified() {
+    async fn a_login_that_ended_or_is_answered_by_anothers_check_is_not_verified() {
         let users = asleep(users());
         let gives_up = timeout(Duration::from_millis(10), admit(&users, Some(login("gw2", "wrong")))).await;
         assert!(gives_up.is_err());
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_has_no_place_in_the_queue_is_told() {
+    async fn a_login_without_a_place_in_the_queue_is_denied() {
         let users = asleep(users());
         let waiting = (0..=LANE_MAX).map(|_| Box::pin(admit(&users, Some(login("gw1", "wrong")))));
         let (told, ..) = timeout(Duration::from_secs(5), select_all(waiting)).await.unwrap();
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_workers_clients_have_its_name_and_nobody_elses_are_the_same() {
+    fn a_workers_clients_have_its_name_and_no_two_users_share_one() {
         let (gw1, broker) = (User::Named("gw1".into(), Role::Worker), User::Named("b".into(), Role::Broker));
         for id in ["gw1", "gw1-applied", "gw1-"] {
             assert!(gw1.client(id).is_some(), "{id}");
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_hash_is_refused_with_its_key() {
+    fn a_password_hash_that_is_none_is_refused_with_its_key() {
         let user = MqttUser { password_hash: Secret::new("$argon2id$".into()), role: Role::Worker };
         let error = Users::new(&listen([("gw1".to_owned(), user)].into())).err().unwrap();
         assert!(error.to_string().contains("mqtt_listen.users.gw1.password_hash"), "{error:#}");

@@ -82,7 +82,7 @@ fn a_gateway_that_goes_has_no_key_any_more() {
 }
 
 #[test]
-fn what_is_said_too_late_is_kept_for_the_routers_next_request() {
+fn late_confirmations_are_kept_for_the_routers_next_request() {
     let (mut table, now) = (in_flight(), Instant::now());
     let [ours, other, elsewhere] = [id(0, 1), id(0, 2), id(1, 1)];
     let time_out = |table: &mut InFlight| {
@@ -117,7 +117,7 @@ fn what_is_said_too_late_is_kept_for_the_routers_next_request() {
 }
 
 #[test]
-fn a_flood_of_keys_that_nobody_takes_keeps_only_so_many() {
+fn late_keys_of_a_flood_are_bounded() {
     let (mut table, now) = (in_flight(), Instant::now());
     (0..MAX_LATE).for_each(|n| table.timed_out(&id(0, n), false, now));
     assert_eq!(table.late, MAX_LATE / 2, "routers that are known have places all the same");
@@ -128,7 +128,7 @@ fn a_flood_of_keys_that_nobody_takes_keeps_only_so_many() {
 }
 
 #[test]
-fn a_worker_that_says_much_keeps_no_other_from_being_heard() {
+fn a_worker_with_many_outcomes_crowds_out_no_other() {
     let (mut table, now) = (in_flight(), Instant::now());
     let ours = id(0, 1);
     let begun = table.request(&ours, true, now).unwrap().begun;
@@ -202,7 +202,7 @@ fn only_so_many_that_never_shook_hands_are_sent_at_once_and_the_others_go_first(
 }
 
 #[test]
-fn a_request_joins_what_is_sent_only_until_the_first_outcome() {
+fn a_request_joins_a_sent_publication_only_until_the_first_outcome() {
     let (mut table, now) = (in_flight(), Instant::now());
     let ours = id(0, 1);
     let first = table.request(&ours, true, now).unwrap();

@@ -37,7 +37,7 @@ fn a_gateways_key_and_address_are_no_new_routers_also_when_the_bus_is_lost() {
 }
 
 #[test]
-fn a_workers_word_on_keys_counts_in_domains_that_it_serves() {
+fn reported_handshakes_count_in_domains_that_the_worker_serves() {
     let mut gateways = gateways(&[]);
     gateways.arrive("gw1", 0);
     gateways.live("wgkex/worker/gw2/hello", r#"{"version":"1","can":["confirm"],"domains":["ff_a","ff_none"]}"#);
@@ -141,7 +141,7 @@ fn a_worker_without_status_data_or_count_is_never_chosen() {
 }
 
 #[test]
-fn nonsense_changes_nothing() {
+fn an_invalid_payload_changes_nothing() {
     for (topic, payload) in [
         ("wireguard-worker/a/status", "2"),
         ("wireguard-worker/a/status", "online"),
@@ -167,7 +167,7 @@ fn nonsense_changes_nothing() {
 }
 
 #[test]
-fn nonsense_of_a_stranger_makes_no_gateway() {
+fn an_invalid_payload_of_a_stranger_makes_no_gateway() {
     let mut gateways = gateways(&[]);
     for topic in ["wireguard-worker/x/status", "wgkex/worker/x/hello", "wireguard-metrics/ff_a/x/connected_peers"] {
         assert!(gateways.apply(&Topic::parse(topic).unwrap(), b"nonsense", false, Instant::now()).is_err());
@@ -264,7 +264,7 @@ fn a_count_that_is_published_again_for_a_newcomer_does_not_take_back_answers() {
 }
 
 #[test]
-fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
+fn an_unresponsive_worker_is_the_last_resort_until_it_publishes_again() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     gateways.arrive("b", 50);
@@ -278,7 +278,7 @@ fn a_silent_worker_is_the_last_resort_until_it_is_heard_again() {
 }
 
 #[test]
-fn only_who_says_hello_before_it_comes_online_is_waited_for() {
+fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     let confirms =
@@ -334,7 +334,7 @@ fn a_broker_that_subscribes_between_hello_and_status_learns_of_it_by_the_next_he
 }
 
 #[test]
-fn what_is_retained_of_a_domain_that_a_worker_no_longer_names_does_not_count() {
+fn retained_states_of_a_domain_that_the_hello_does_not_name_do_not_count() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     gateways.data("a", "ff_b");
@@ -368,7 +368,7 @@ fn an_original_takes_keys_before_it_has_counted_its_peers() {
 
 /// What is heard of one worker, and whether it is taken to be alive so many seconds after the last message.
 #[test]
-fn a_worker_is_alive_as_long_as_what_it_publishes_says_so() {
+fn a_worker_is_alive_as_long_as_its_messages_show_it() {
     type Message = (&'static str, &'static str, bool);
     const LIVE: bool = false;
     const FOUND: bool = true;
@@ -504,7 +504,7 @@ fn data_that_was_removed_does_not_outlive_the_bus_and_is_good_when_it_comes_agai
 }
 
 #[test]
-fn what_is_cleared_away_says_nothing_of_anybody() {
+fn removed_retained_messages_make_no_gateway() {
     for topic in [
         "wireguard-worker/gone/status",
         "wireguard-worker/gone/ff_a/data",
@@ -539,7 +539,7 @@ fn a_confirmation_is_a_sign_of_life_and_counts_only_from_one_that_can_take_the_k
 }
 
 #[test]
-fn which_domains_nobody_serves_and_whether_anybody_ever_did() {
+fn unserved_domains_and_whether_a_gateway_ever_served_them() {
     let mut gateways = gateways(&[]);
     let unserved = |gateways: &Gateways| -> Vec<_> {
         gateways.unserved().into_iter().map(|unserved| (unserved.domain.to_string(), unserved.is_known)).collect()
@@ -582,7 +582,7 @@ proptest! {
 
 proptest! {
     #[test]
-    fn no_payload_panics_and_nobody_offline_is_chosen(
+    fn no_payload_panics_and_no_offline_gateway_is_selected(
         messages in prop::collection::vec((0_usize..6, 0_usize..3, payload(), any::<bool>()), 0..60),
     ) {
         let mut gateways = gateways(&[("w0", 2.0)]);
@@ -618,7 +618,7 @@ fn payload() -> impl Strategy<Value = Vec<u8>> {
 }
 
 #[test]
-fn a_denied_key_reaches_those_who_are_online_and_know_what_to_do() {
+fn gateways_that_are_online_and_revoke_are_reachable() {
     let mut gateways = gateways(&[("named", 1.0)]);
     let hello = |can: &str| format!(r#"{{"version":"1","can":[{can}]}}"#);
     for (worker, can) in [("new", r#""confirm","revoke""#), ("old", r#""confirm""#)] {

@@ -91,7 +91,7 @@ fn an_asker_gets_every_key_once_in_pages() {
 }
 
 #[test]
-fn a_key_lives_for_its_time_after_the_last_word_of_it() {
+fn a_key_is_live_for_its_time_after_its_last_update() {
     let (mut live, now) = live(10);
     live.on_request("ff_a", key(1), now);
     live.on_request("ff_a", key(2), now);
@@ -107,7 +107,7 @@ fn a_key_lives_for_its_time_after_the_last_word_of_it() {
 }
 
 #[test]
-fn only_what_was_heard_of_lately_is_given_to_who_asks_for_that() {
+fn only_recent_updates_answer_a_request_for_those() {
     let (mut live, now) = live(10);
     let young = |live: &LiveKeys, now| all(live, SyncRequest { younger_than: Some(20), ..question() }, now);
     live.on_request("ff_a", key(1), now);
@@ -161,7 +161,7 @@ fn after_a_restart_everything_is_news() {
 }
 
 #[test]
-fn what_another_broker_lets_expire_is_not_learnt() {
+fn keys_that_expire_at_another_broker_are_not_merged() {
     let (mut live, now) = live(10);
     let keys = [
         (key(1), Age { age_secs: u64::MAX, has_handshake: true }),
@@ -174,7 +174,7 @@ fn what_another_broker_lets_expire_is_not_learnt() {
 
 /// Fails where a worker's word makes a key live: it was given to who asked, and pushed out what shook hands.
 #[test]
-fn a_workers_word_makes_no_key_live_and_counts_once_a_router_sends_it() {
+fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it() {
     let (mut live, now) = live(16);
     let counts = |live: &LiveKeys| live.counts().map(|(_, counts)| counts).collect::<Vec<_>>();
     for n in 0..16 {
@@ -332,7 +332,7 @@ fn only_so_many_that_lost_their_address_are_remembered() {
 
 /// Fails where a start puts every key into the write buffer: all of them were written again.
 #[test]
-fn a_start_writes_nothing_of_what_is_on_disk() {
+fn a_start_writes_nothing_that_is_on_disk() {
     let now = Instant::now();
     let known = |keys: &[PublicKey]| {
         let kept = KeyRecord { last: now, proven: false };
@@ -351,7 +351,7 @@ fn a_start_writes_nothing_of_what_is_on_disk() {
 }
 
 #[test]
-fn what_it_knew_before_it_started_is_bounded_too() {
+fn remembered_keys_are_bounded_too() {
     let now = Instant::now();
     let kept = KeyRecord { last: now, proven: false };
     let known = (0..100).map(|n| (id(n), kept)).collect();
@@ -361,7 +361,7 @@ fn what_it_knew_before_it_started_is_bounded_too() {
 
 proptest! {
     #[test]
-    fn brokers_that_tell_each_other_all_know_the_same(
+    fn brokers_that_exchange_snapshots_have_the_same_keys(
         first in vec((0..40_u32, 0..100_u64, any::<bool>()), 0..60),
         second in vec((0..40_u32, 0..100_u64, any::<bool>()), 0..60),
     ) {

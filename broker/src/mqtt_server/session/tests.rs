@@ -42,7 +42,7 @@ fn delivered(session: &mut Session, message: Message) -> Vec<Publish> {
 }
 
 #[test]
-fn each_quality_has_its_answer_and_is_said_once() {
+fn each_quality_of_service_has_its_answer_and_is_published_once() {
     let (mut session, said) = (session(), |qos| vec![Action::Publish(message("a", qos))]);
     let (zero, one, two) = (QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce);
     assert_eq!(take(&mut session, publish("a", zero, 0)), (said(zero), vec![]));
@@ -74,7 +74,7 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
 }
 
 #[test]
-fn what_is_forbidden_is_acknowledged_and_not_said() {
+fn a_forbidden_publish_is_acknowledged_and_dropped() {
     let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
         let (actions, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
@@ -87,7 +87,7 @@ fn what_is_forbidden_is_acknowledged_and_not_said() {
 }
 
 #[test]
-fn what_no_client_may_ends_the_connection() {
+fn a_violation_of_the_protocol_ends_the_connection() {
     let connect = Packet::Connect(rumqttc::Connect::new("x"));
     for packet in [publish("a/+", QoS::AtMostOnce, 0), publish("", QoS::AtMostOnce, 0), connect, Packet::PingResp] {
         assert!(session().take(packet.clone(), &mut BytesMut::new()).is_err(), "{packet:?}");
@@ -141,7 +141,7 @@ fn an_identifier_under_way_is_not_given_again() {
 }
 
 #[test]
-fn each_subscription_brings_what_is_kept_again_and_only_once_at_a_time() {
+fn each_subscription_delivers_the_retained_messages_and_only_once_at_a_time() {
     let mut session = session();
     let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce), ("b", QoS::AtLeastOnce)]));
     session.advance_backlog(Some("a".into()));
@@ -180,7 +180,7 @@ fn a_packet_names_only_so_many_topics() {
 }
 
 #[test]
-fn a_packet_costs_what_it_names_and_an_acknowledgement_that_is_due_nothing() {
+fn a_packet_costs_by_its_topics_and_an_expected_acknowledgement_nothing() {
     let mut session = session();
     let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
     let pkid = delivered(&mut session, message("a", QoS::AtLeastOnce))[0].pkid;
