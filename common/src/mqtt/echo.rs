@@ -80,11 +80,13 @@ impl Echo {
         self.is_first && self.unanswered.is_some_and(|since| now < since + FIRST)
     }
 
-    /// One came back.
-    pub(super) fn received(&mut self, now: Instant) {
+    /// One came back. True if one before it did not, so that other messages may be lost, too.
+    pub(super) fn received(&mut self, now: Instant) -> bool {
+        let has_gap = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= PERIOD);
         (self.unanswered, self.is_first, self.has_come) = (None, false, true);
         (self.losses, self.closed) = (0, 0);
         self.message(now);
+        has_gap
     }
 
     /// A message came that is not a retained one: the server knows of some subscription.
@@ -154,9 +156,18 @@ mod tests {
         assert!(is_lost_after(&mut echo, &mut now, SILENCE, false));
         echo.up(now);
         assert!(echo.is_due(now));
-        echo.received(now);
+        assert!(!echo.received(now));
         assert!(!echo.is_given_up() && !echo.is_lost(now + PATIENCE) && !echo.must_wait(now));
         assert_eq!(echo.next(now), Some(now + PERIOD));
+    }
+
+    #[test]
+    fn one_that_comes_after_a_lost_one_shows_a_gap() {
+        let (mut echo, now) = (Echo::default(), Instant::now());
+        echo.up(now);
+        assert!(echo.is_due(now) && !echo.received(now + PERIOD / 2));
+        assert!(echo.is_due(now + PERIOD) && echo.is_due(now + 2 * PERIOD) && echo.received(now + 2 * PERIOD));
+        assert!(echo.is_due(now + 3 * PERIOD) && !echo.received(now + 3 * PERIOD));
     }
 
     /// It gave up for ever, and the session stayed deaf.

@@ -97,6 +97,24 @@ fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() 
     wait_within(Duration::from_secs(90), "it is ready on the next connection", is_ready);
 }
 
+/// Failed before: what is retained and was lost on the way never came.
+#[test]
+fn a_session_that_missed_messages_for_a_while_subscribes_again() {
+    let server = ScriptedServer::start(Behaviour::default());
+    let mut stack = broker_on(&server);
+    stack.wait_until_ready();
+    let filter = "wgkex/worker/+/hello";
+    assert_eq!(server.subscriptions(filter), 1);
+    server.behave(Behaviour { swallows: Some(String::new()), ..Behaviour::default() });
+    // Two echoes, and less than makes the session connect anew.
+    std::thread::sleep(Duration::from_secs(22));
+    server.behave(Behaviour::default());
+    let is_subscribed = || (server.subscriptions(filter) == 2).then_some(());
+    wait_within(Duration::from_secs(60), "it has subscribed again", is_subscribed);
+    stack.wait_until_ready();
+    assert_eq!(stack.broker().log().matches("MQTT connected").count(), 1, "on the same connection");
+}
+
 /// Failed before: the broker was ready as soon as its own status came back, and answered 503 with a gateway there.
 #[test]
 fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_was_sooner() {

@@ -71,8 +71,9 @@ impl Session {
 
     /// The other connection of this program has the same topic.
     fn echo_came(&mut self, publish: &Publish) {
-        if publish.payload == self.id.as_bytes() {
-            self.echo.received(Instant::now());
+        if publish.payload == self.id.as_bytes() && self.echo.received(Instant::now()) {
+            // The server sends what is retained once more.
+            self.subscriptions.reset();
         }
     }
 
