@@ -324,7 +324,7 @@ fn listen_for_admin(config: &Config) -> anyhow::Result<Option<(TcpListener, Secr
 /// The listener for HTTPS, and its certificate.
 fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
     let listener = listen("broker_listen.tls", &https.listen.host, https.listen.port)?;
-    Ok((listener, Certificate::open("broker_listen.tls", (https.cert_file, https.key_file))?))
+    Ok((listener, Certificate::open("broker_listen.tls", https.cert_file, https.key_file)?))
 }
 
 /// The live keys as they were when this broker ended, as far as `lists` admit them, and what writes them to disk.

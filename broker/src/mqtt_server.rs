@@ -138,8 +138,8 @@ impl MqttServer {
 }
 
 /// Accepts TLS with the certificate of these files, which are watched from now on.
-fn acceptor(files: (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
-    let certificate = Certificate::open("mqtt_listen.tls", files)?;
+fn acceptor((cert_file, key_file): (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
+    let certificate = Certificate::open("mqtt_listen.tls", cert_file, key_file)?;
     let acceptor = TlsAcceptor::from(Arc::new(certificate.server()?));
     tokio::spawn(certificate.watch());
     Ok(acceptor)
@@ -257,9 +257,10 @@ impl Context {
         }
         let mut output = BytesMut::new();
         let _ = Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false)).write(&mut output, usize::MAX);
-        let shared = (self.broker.clone(), self.metrics.clone());
         let session = Session::new(access, account.is_own);
-        let connection = Connection::new(stream, (input, output), (session, account), keep_alive, shared);
+        let (broker, metrics) = (self.broker.clone(), self.metrics.clone());
+        let start = connection::Start { stream, input, output, session, account, keep_alive, broker, metrics };
+        let connection = Connection::new(start);
         let (end, log_reader) = connection.run(&slot).await;
         debug!(client = %slot, ?end, "MQTT client is gone");
         self.broker.unregister(slot, end != End::Disconnect, log_reader).await;

@@ -32,7 +32,7 @@ type Version = [Option<(i64, i64, u64, u64)>; 2];
 
 impl Certificate {
     /// Reads the files of the certificate and of its key, which `section` of the config names.
-    pub fn open(section: &'static str, (cert_file, key_file): (PathBuf, PathBuf)) -> Result<Arc<Self>, TlsError> {
+    pub fn open(section: &'static str, cert_file: PathBuf, key_file: PathBuf) -> Result<Arc<Self>, TlsError> {
         let current = RwLock::new(Arc::new(read(section, &cert_file, &key_file)?));
         Ok(Arc::new(Self { section, cert_file, key_file, current }))
     }

@@ -109,15 +109,30 @@ pub struct Connection {
     has_more: bool,
 }
 
+/// What the connection of an admitted client starts with.
+pub struct Start {
+    /// The TCP or TLS stream.
+    pub stream: Box<dyn Stream>,
+    /// What the client sent behind its CONNECT.
+    pub input: BytesMut,
+    /// What is sent to it first.
+    pub output: BytesMut,
+    /// Its session.
+    pub session: Session,
+    /// The account of its user.
+    pub account: Account,
+    /// Its keep-alive; none for one that may be silent for ever.
+    pub keep_alive: Option<Duration>,
+    /// Takes what it publishes.
+    pub broker: Arc<MessageBroker>,
+    /// What it counts in.
+    pub metrics: Metrics,
+}
+
 impl Connection {
-    /// The connection of a client that sent `input` behind its CONNECT and is to get `output` first.
-    pub fn new(
-        stream: Box<dyn Stream>,
-        (input, output): (BytesMut, BytesMut),
-        (session, account): (Session, Account),
-        keep_alive: Option<Duration>,
-        (broker, metrics): (Arc<MessageBroker>, Metrics),
-    ) -> Self {
+    /// The connection of a client that was admitted just now.
+    pub fn new(start: Start) -> Self {
+        let Start { stream, input, output, session, account, keep_alive, broker, metrics } = start;
         let (reader, writer) = tokio::io::split(stream);
         let now = Instant::now();
         Self {
