@@ -31,7 +31,7 @@ enum Command {
     /// Reads a password from the first line of stdin and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
-    /// workers may say only what is its own
+    /// workers may publish only on its own topics
     MqttAcl(MqttAcl),
 }
 

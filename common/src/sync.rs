@@ -106,7 +106,7 @@ struct Round {
 }
 
 impl SyncClient {
-    /// An client for `domains` in the name of `own`.
+    /// A client for `domains` in the name of `own`.
     #[must_use]
     pub fn new(own: Participant, selection: PeerSelection, domains: impl IntoIterator<Item = Domain>) -> Self {
         let domains = domains.into_iter().collect();

@@ -17,12 +17,12 @@ use ipnet::IpNet;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::{Interface, Peer, PeerConfig, host};
 
-/// When a peer is removed that nobody ordered to be removed.
+/// Whether the sweep may remove a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sweep {
-    /// It is, once it is stale.
+    /// Yes, once the peer is stale.
     WhenStale,
-    /// It never is.
+    /// No.
     Never,
 }
 

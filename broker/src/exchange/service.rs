@@ -258,8 +258,9 @@ impl Exchange {
         Some(selection)
     }
 
-    /// Publishes the key, and returns when that began and the request that waits for outcomes since before that. Where every
-    /// gateway confirms, a key that was queued already needs no acknowledgement of its own: the confirmations follow it.
+    /// Publishes the key. Returns the start time and the request, which receives every outcome from before the publish on.
+    /// Where every gateway confirms, a key that was queued already needs no acknowledgement of its own: the confirmations
+    /// follow it.
     async fn publish(
         &self,
         id: &KeyId,

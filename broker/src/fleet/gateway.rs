@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use wgkex_common::Domain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
-/// How long a status alone counts, as it is retained; how long a count or a confirmation alone, after a last will that was
-/// published late; and how long a hello that is neither repeated nor followed by confirmations: a little more than the minute
-/// after which every worker publishes its counts again, and those of ours their hello.
+/// How long one of these counts when nothing supports it: a status, which is retained; a count or confirmation without a
+/// status, after a last will that was published late; a hello that was not repeated. A little more than the minute after
+/// which every worker publishes its counts again, and those of ours their hello.
 const UNSUPPORTED_LIFETIME: Duration = Duration::from_secs(65);
-/// How long a worker whose status is online may publish nothing. The original leaves a count out when its dump was interrupted.
+/// How long a worker whose status is online may publish nothing. The original skips a count when its dump was interrupted.
 const LIVENESS: Duration = Duration::from_secs(150);
-/// The same count again within this time is a repetition for a newcomer: new counts are published every minute.
+/// The same count again within this time is a repetition for a program that has just connected: new counts are published every minute.
 pub(super) const REPEATED: Duration = Duration::from_secs(50);
 
 /// A worker's messages, and what follows from them.

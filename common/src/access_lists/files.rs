@@ -1,8 +1,8 @@
 //! The lists that stand in files of this machine: read when they change. One that is damaged, half-written or gone keeps
 //! what was last read of it.
 //!
-//! What changes may be changing still, so it is read when it looks the same at two looks. At the start there is no time for
-//! that: what stands there counts at once, and nobody goes for not being on an allow list until it looked the same again.
+//! A changed file is read once two checks find it the same, a second apart: it may still be being written. At the start it
+//! is read at once, but no peer is removed for missing from an allow list before the second check.
 
 mod source;
 

@@ -131,8 +131,8 @@ impl Record {
         RecordId::of(&self.entry)
     }
 
-    /// Where there are too many, those stay that are last in this order: first what counts, then what denies, then what
-    /// is new. The same in every program, so that those with too many keep the same ones.
+    /// Eviction order when the table is full: first records that are not in effect, then those that do not deny, then the
+    /// oldest. The same in every program, so that those with too many keep the same ones.
     fn worth(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
         (self.counts(now), self.entry.list == List::Deny, self.version())
     }

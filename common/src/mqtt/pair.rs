@@ -13,13 +13,13 @@ use super::outbox::PendingPublish;
 use super::subscriptions::Filter;
 use super::{Event, Publish};
 
-/// One connection is thrown out by the other at the latest so long after that has connected.
+/// A connection that is lost within this time after the other one connected was taken over by it.
 const TAKEOVER: Duration = Duration::from_secs(2);
-/// So long after a connection was lost the other one may be noticed to stand,
+/// A takeover may be noticed at the new connection up to this long after the old one was lost.
 const NOTICED: Duration = Duration::from_millis(500);
-/// and so close together both are lost when the server goes.
+/// Losses closer together than this come from the server going down.
 const SIMULTANEOUS: Duration = Duration::from_millis(30);
-/// After so many of these, one after the other, it is no accident.
+/// After this many takeovers in a row the server allows only one connection.
 const TAKEOVERS: u32 = 4;
 /// Events that wait for the second session at most.
 const EVENTS: usize = 65_536;

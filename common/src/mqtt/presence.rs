@@ -152,7 +152,7 @@ impl Presence {
         self.retained_due.into_iter().chain(self.transient_due).min()
     }
 
-    /// How the states are to be published now, if they are. Who gets them retained needs them no second time.
+    /// How the states are to be published now, if they are. A retained announcement replaces a due transient one.
     pub fn next(&mut self, now: Instant) -> Option<Announcement> {
         if self.retained_due.is_some_and(|due| due <= now) {
             (self.corrected, self.transient_due, self.retained_due) = (Some(now), None, Some(now + PERIOD));

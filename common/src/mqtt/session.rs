@@ -114,8 +114,8 @@ impl Session {
         self.disconnect().await;
     }
 
-    /// The next event of rumqttc, or none when it is time to stop. Orders are taken meanwhile, without ever
-    /// dropping a poll half done on a connection that goes on.
+    /// The next event of rumqttc, or none when it is time to stop. Publish requests are taken meanwhile; a
+    /// poll is never dropped half done while the connection lives.
     async fn next(
         &mut self,
         mut stop: Pin<&mut impl Future<Output = ()>>,

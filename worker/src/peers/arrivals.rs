@@ -239,7 +239,7 @@ impl KnownPeers {
         now: Instant,
     ) -> Option<Instant> {
         let age = Duration::from_secs(age_secs);
-        // What shakes hands is reported every so often; what never did has its grace alone.
+        // Handshakes are reported at intervals; a key without one has only its grace.
         let lives = if has_handshake { self.policy.established_elsewhere() } else { self.policy.grace };
         if age >= lives {
             return None;
@@ -255,9 +255,9 @@ impl KnownPeers {
         Some(arrived)
     }
 
-    /// Has those of `keys`, given with when they came, pending that the next read makes room for, and returns how many:
-    /// established keys always, others only if newer than the peer that they evict. A flood's keys would evict each
-    /// other for ever.
+    /// Makes those of `keys`, given with their arrival times, pending for which the next read may evict a peer, and returns
+    /// how many: established keys always, others only if newer than the peer that they evict. A flood's keys would evict
+    /// each other for ever.
     fn wait_for_room(&mut self, keys: Vec<(Instant, PublicKey)>) -> usize {
         if keys.is_empty() {
             return 0;

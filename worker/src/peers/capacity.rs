@@ -4,20 +4,20 @@ use super::pending::Pending;
 use super::policy::Policy;
 use super::table::PeerTable;
 
-/// Where one of the peers that never shook hands has to go for a new key, this part of them goes with it: the keys that
-/// come next have room at once, without a read for each.
+/// With the peers that have to go, this part of the unestablished ones is evicted too, so that the next keys have room
+/// without a read for each.
 const PORTION: usize = 16;
 
-/// Where this part is fewer than these, none goes with it.
+/// Below this portion none is evicted in advance.
 const PORTION_MIN: usize = 4;
 
-/// For so many keys that are pending, or for as many as that part is, others go at once.
+/// The most pending keys for which peers are evicted after one read, unless the portion is larger.
 const EVICTED_AT_ONCE: usize = 64;
 
 /// For how many more peers there is room.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Capacity {
-    /// For those that never shook hands.
+    /// For those that never had a handshake.
     unestablished: usize,
     /// For those of any kind.
     all: usize,

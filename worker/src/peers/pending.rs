@@ -21,16 +21,16 @@ pub(super) struct Pending {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PendingKey {
     pub arrived: CompactInstant,
-    /// When it first came.
+    /// When it first arrived.
     pub first: CompactInstant,
     pub tries: u8,
-    /// It came as a key of its own, and not from the last run of this program, or as one that is live elsewhere.
+    /// It arrived over MQTT, not from the state file or a snapshot.
     pub announced: bool,
-    /// When it shook hands at another gateway, as a broker has it.
+    /// When it had a handshake at another gateway, by a broker's snapshot.
     pub elsewhere: Option<CompactInstant>,
     /// A place is kept for its peer.
     pub reserved: bool,
-    /// A broker let it come since this program started.
+    /// A broker admitted it since this program started.
     pub came: bool,
 }
 

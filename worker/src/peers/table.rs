@@ -28,21 +28,21 @@ pub(super) struct PeerTable {
 /// What is known of a peer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
-    /// When the key came.
+    /// When the key arrived.
     pub arrived: CompactInstant,
-    /// When it first did.
+    /// When it first arrived.
     pub first: CompactInstant,
     pub handshake: Option<Handshake>,
-    /// When it shook hands at another gateway, as a broker has it.
+    /// When it had a handshake at another gateway, by a broker's snapshot.
     pub elsewhere: Option<CompactInstant>,
     /// When its handshakes were last reported.
     pub reported: Option<CompactInstant>,
-    /// The peer was made anew since it last shook hands, if it did: the kernel does not know of that handshake.
+    /// The peer was created again since its last handshake, which the kernel therefore does not know.
     pub renewed: bool,
     pub ours: bool,
-    /// A broker let it come since this program started.
+    /// A broker admitted it since this program started.
     pub came: bool,
-    /// When it goes by itself; what never does gives its place to no other either.
+    /// Whether the sweep removes it; what it never removes is not evicted either.
     pub sweep: Sweep,
 }
 
@@ -250,8 +250,8 @@ impl Entry {
         }
     }
 
-    /// Its peer is another one than before. Once for each handshake it has its grace again for that: what is taken away
-    /// again and again does not stay for ever.
+    /// Its peer was created again. That gives it a new grace once per handshake, so that a peer that is removed repeatedly
+    /// still expires.
     fn made_anew(mut self, now: Instant) -> Self {
         if !std::mem::replace(&mut self.renewed, true) {
             self.arrived = now.into();

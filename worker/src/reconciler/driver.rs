@@ -119,7 +119,7 @@ impl<K: Kernel> Driver<'_, K> {
         }
     }
 
-    /// With many peers every part of this takes long; between them MQTT, and what ends the worker, have their turn.
+    /// Each step is long with many peers; it yields between them, so that MQTT and the shutdown can run.
     async fn conclude(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
         yield_now().await;
         let (vanished, is_again) = self.domain.on_read(device, &self.reserved.borrow(), self.now);

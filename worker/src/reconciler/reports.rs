@@ -134,7 +134,7 @@ impl ReportSender {
         self.set_state(domain, DomainState::Down { reason: error.to_string() });
     }
 
-    /// Says a change of whether a domain is up in the log, once; everything else of a state comes and goes.
+    /// Logs up and down transitions of a domain, each once.
     fn set_state(&mut self, domain: &Domain, state: DomainState) {
         let up = matches!(state, DomainState::Up { .. });
         self.metrics.domain_up.with_label_values(&[domain.name()]).set(i64::from(up));

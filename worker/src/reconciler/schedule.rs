@@ -69,14 +69,14 @@ impl Schedule {
         self.read_at = self.read_at.min(self.sweep_at);
     }
 
-    /// A read or a change failed: reads again soon, later and later while that goes on, but as often as it counts.
+    /// A read or a change failed: the next read follows after a pause that doubles, at most one count interval later.
     pub fn on_failure(&mut self, now: Instant) {
         let pause = RETRY * 2_u32.pow(self.failures.min(6));
         self.failures = self.failures.saturating_add(1);
         self.read_at = self.read_at.min(now + pause);
     }
 
-    /// Nothing is owed any more.
+    /// The backlog is empty: the next failure starts with the shortest pause.
     pub fn recovered(&mut self) {
         self.failures = 0;
     }

@@ -1,4 +1,4 @@
-//! A blocking netlink socket for the length of one call: questions, whole dumps, and orders by the hundred.
+//! A blocking netlink socket for the length of one call: requests, dumps, and batches of changes.
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink may say more than is asked")]
 

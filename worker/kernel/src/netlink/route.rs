@@ -21,7 +21,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use super::channel::{Channel, DumpError};
 use crate::{Change, Errno, Indexes};
 
-/// The MAC address whose destinations get what is for nobody in particular.
+/// The all-zero MAC address: its destinations receive broadcast and unknown-unicast frames.
 const FLOOD: [u8; 6] = [0; 6];
 
 /// What is to be known of a link.
