@@ -113,7 +113,7 @@ impl SyncClient {
         Self { own, selection, domains, brokers: BTreeMap::new(), state: State::Offline }
     }
 
-    /// The hello of a broker; none if it goes. True if it is a new one, or was started anew.
+    /// The hello of a broker; none if it goes. True if it is a new one, or was restarted.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>, now: Instant) -> bool {
         let Some(hello) = hello.filter(|hello| hello.answers()) else {
             self.brokers.remove(name);

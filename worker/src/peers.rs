@@ -123,7 +123,7 @@ impl KnownPeers {
         });
     }
 
-    /// Which peers are ours, and which of them shook hands; returns which networks they have, or are to have.
+    /// Which peers are ours, and which of them had a handshake; returns which networks they have, or are to have.
     fn observe_peers(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> Vec<Claimant> {
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
         let Self { profile, table, owners, changed, .. } = self;
@@ -237,7 +237,7 @@ impl KnownPeers {
         Some(KeyRecord { last: arrived.into(), proven })
     }
 
-    /// The peers of ours that shook hands and were not reported for [`Policy::report`], or since [`Self::report_all`].
+    /// The peers of ours that had a handshake and were not reported for [`Policy::report`], or since [`Self::report_all`].
     /// They count as reported from now on.
     pub fn unreported(&mut self, now: Instant) -> Vec<PublicKey> {
         self.table.take_unreported(&self.policy, now)

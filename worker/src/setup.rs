@@ -40,7 +40,7 @@ pub enum Error {
         /// What was looked for.
         wanted: &'static str,
     },
-    /// A VXLAN interface that would have to be made anew.
+    /// A VXLAN interface that would have to be created again.
     #[error("{interface} has {incompatible}: left as it is; `wgkex-worker setup --remove` first, then it is made anew")]
     Incompatible {
         /// Its name.

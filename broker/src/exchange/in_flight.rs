@@ -291,7 +291,7 @@ impl InFlight {
         }
     }
 
-    /// The outcomes at `worker` are invalid, in this domain or in all: it went offline, or started anew.
+    /// The outcomes at `worker` are invalid, in this domain or in all: it went offline, or restarted.
     pub fn invalidate(&mut self, worker: &WorkerName, domain: Option<&str>) {
         let concerns = |key: &KeyId| domain.is_none_or(|domain| domain == key.domain.name());
         if self.late > 0 {

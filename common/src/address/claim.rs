@@ -20,13 +20,13 @@ pub fn handshake_report_interval(ttl: Duration, stale: Duration) -> Duration {
 /// The claim of a key to its address; the greater has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ClaimState {
-    /// It never shook hands and had its grace, or it shook hands too long ago.
+    /// It never had a handshake and had its grace, or it had a handshake too long ago.
     Expired,
-    /// It never shook hands, and first came less than its grace ago.
+    /// It never had a handshake, and first came less than its grace ago.
     New,
-    /// It shook hands, longer ago than that, and has come back less than its grace ago. Only brokers know.
+    /// It had a handshake, longer ago than that, and has come back less than its grace ago. Only brokers know.
     Returned,
-    /// It shook hands, not longer ago than a peer may be silent.
+    /// It had a handshake, not longer ago than a peer may be silent.
     Established,
 }
 

@@ -34,7 +34,7 @@ pub struct LiveKeys {
 pub struct Peers {
     /// In all, those included that other programs made; at least 1.
     pub max: usize,
-    /// Of those that never shook hands; at least 1.
+    /// Of those that never had a handshake; at least 1.
     pub unproven: usize,
 }
 
@@ -94,7 +94,7 @@ impl RawPeers {
 }
 
 pub(super) fn forget_idle_after(raw: Option<&Seconds>, diagnostics: &mut Diagnostics) -> Option<Duration> {
-    // WireGuard shakes hands anew after 120 s at the earliest, and takes nothing after 180 s (REJECT_AFTER_TIME).
+    // WireGuard has a handshake again after 120 s at the earliest, and takes nothing after 180 s (REJECT_AFTER_TIME).
     if raw.is_some_and(|after| after.0 < Duration::from_secs(180)) {
         diagnostics.warn(&Path::of("forget_idle_after"), "cuts tunnels that are in use, at least 180 is what is idle");
     }

@@ -94,7 +94,7 @@ impl Echo {
         self.silent = Some(now);
     }
 
-    /// Whether nothing came back for too long, so that the session is to connect anew. After [`TRIES`] connections in a row
+    /// Whether nothing came back for too long, so that the session is to reconnect. After [`TRIES`] connections in a row
     /// it does so only where nothing else comes either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
         let is_lost = self.lost_at().is_some_and(|at| at <= now);
@@ -132,7 +132,7 @@ impl Echo {
 mod tests {
     use super::*;
 
-    /// Connects, publishes an echo, and gets nothing for so long; whether the session is to connect anew then.
+    /// Connects, publishes an echo, and gets nothing for so long; whether the session is to reconnect then.
     fn is_lost_after(echo: &mut Echo, now: &mut Instant, wait: Duration, others: bool) -> bool {
         echo.up(*now);
         assert!(echo.is_due(*now) && !echo.is_due(*now) && echo.must_wait(*now) && !echo.must_wait(*now + FIRST));

@@ -43,7 +43,7 @@ const FIRST: &str = "
 /// What is remembered of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeyRecord {
-    /// When it last came, or last shook hands.
+    /// When it last came, or last had a handshake.
     pub last: Instant,
     /// Whether a handshake with it was ever seen.
     pub proven: bool,

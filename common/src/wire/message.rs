@@ -127,7 +127,7 @@ pub struct Hello {
     /// has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domains: Option<Vec<String>>,
-    /// Which run of the program it is: another number means that it was started anew. None if it has no such field.
+    /// Which run of the program it is: another number means that it was restarted. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
     /// A broker's digest of the records that it shares; a program with another one lacks some, or has more. None if it

@@ -80,7 +80,7 @@ fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo
     drop(worker);
 }
 
-/// Failed before: it was ready again two seconds after it had connected anew, and heard nothing.
+/// Failed before: it was ready again two seconds after it had connected again, and heard nothing.
 #[test]
 fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() {
     let server = ScriptedServer::start(Behaviour::default());
@@ -106,7 +106,7 @@ fn a_session_that_missed_messages_for_a_while_subscribes_again() {
     let filter = "wgkex/worker/+/hello";
     assert_eq!(server.subscriptions(filter), 1);
     server.behave(Behaviour { swallows: Some(String::new()), ..Behaviour::default() });
-    // Two echoes, and less than makes the session connect anew.
+    // Two echoes, and less than makes the session reconnect.
     std::thread::sleep(Duration::from_secs(22));
     server.behave(Behaviour::default());
     let is_subscribed = || (server.subscriptions(filter) == 2).then_some(());

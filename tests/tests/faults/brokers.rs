@@ -137,7 +137,7 @@ pub fn brokers_that_forgot_everything_know_again_what_routers_send(lane: Lane) {
     drop(router);
 }
 
-/// A router that shook hands with the first gateway, and its key.
+/// A router that had a handshake with the first gateway, and its key.
 pub fn router(fleet: &Fleet, lane: Lane) -> (Host, String) {
     let (gateway, broker) = (&fleet.gateways[0].host, &fleet.brokers[0].host);
     let router = Host::new("router", lane);

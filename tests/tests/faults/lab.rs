@@ -43,7 +43,7 @@ impl Node {
         self.role == Role::Broker
     }
 
-    /// Starts the program anew after its end.
+    /// Starts the program again after its end.
     pub fn start_again(&mut self) {
         self.process = program(&self.host, self.role);
     }

@@ -80,7 +80,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
         assert_eq!(gateway.figure(failed), Some(1));
     }
 
-    // Whatever is started anew.
+    // Whatever is restarted.
     pass(WRITTEN);
     for broker in &mut fleet.brokers {
         broker.kill();

@@ -190,7 +190,7 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     let _alone = alone();
     let (mut stack, worker) = stack_with(plan(&format!("limits: {{}}\n{config}")));
     let known = known(&stack);
-    // Half of them have shaken hands, too.
+    // Half of them have had a handshake, too.
     let seen: Vec<_> = known.iter().step_by(2).map(|key| format!("\"{key}\"")).collect();
     let seen = format!(r#"{{"domain":"{DOMAIN}","keys":[{}]}}"#, seen.join(","));
     worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));

@@ -50,8 +50,8 @@ fn a_new_router_is_served_although_its_key_is_sent_for_another_domain_without_en
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
 }
 
-/// Seen to fail where a key that never shook hands beats one that did so some hours ago: the router got 409, and so it would
-/// have gone on with one key after the other.
+/// Seen to fail where a key that never had a handshake beats one that had one some hours ago: the router got 409, and so it
+/// would have gone on with one key after the other.
 #[test]
 fn a_router_that_was_silent_for_long_has_its_address_again_when_it_comes_back() {
     let limits = "limits: {per_client: {burst: 0}, per_key: {burst: 0}}";

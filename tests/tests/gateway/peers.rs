@@ -137,7 +137,7 @@ pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_no
     assert!(tables.peers.iter().all(|peer| !peer.starts_with(&key(7))), "{tables:#?}");
 }
 
-/// A router that has asked and shaken hands; returns its key, too.
+/// A router that has asked and had a handshake; returns its key, too.
 fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);
     let (address, _) = gateway.connect(&router, 1);

@@ -82,7 +82,7 @@ fn live_keys(stack: &Stack, worker: &str) -> BTreeSet<String> {
 }
 
 /// Seen to fail on the program that took a worker's word for a router's: 320 keys of the thief's were live, those of
-/// routers that shook hands were not, and none of the thief's had a limit.
+/// routers that had a handshake were not, and none of the thief's had a limit.
 #[test]
 fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
     let mut stack = stack("live_keys: {max: 320}\nlimits: {per_domain: {burst: 202, per_second: 0.001}}");
@@ -105,7 +105,7 @@ fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
     assert!(live("claimed").unwrap() <= 320.0, "what it says is bounded");
     assert_eq!(live_keys(&stack, "gw1"), keys(0..201).into_iter().collect());
 
-    // One that a router sends has shaken hands already; that a worker spoke of it lets none past a limit.
+    // One that a router sends has had a handshake already; that a worker spoke of it lets none past a limit.
     assert_eq!(stack.v1(DOMAIN, &key(1_000)).status, 200);
     stack.wait_for_metric(&proven(), 202.0);
     assert_eq!(stack.v1(DOMAIN, &key(1_001)).status, 429);

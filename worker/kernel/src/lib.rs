@@ -51,7 +51,7 @@ impl From<&Domain> for Interface {
     }
 }
 
-/// The kernel's numbers of an interface and of what it carries; other ones than before mean that one was made anew.
+/// The kernel's numbers of an interface and of what it carries; other ones than before mean that one was created again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Indexes {
     /// That of the WireGuard interface.

@@ -107,7 +107,7 @@ impl MemoryKernel {
         });
     }
 
-    /// Makes the VXLAN interface anew on one that stayed.
+    /// Makes the VXLAN interface again on one that stayed.
     pub fn add_vxlan(&self, interface: impl Into<Interface>) {
         let index = {
             let mut state = self.lock();
@@ -135,7 +135,7 @@ impl MemoryKernel {
         }
     }
 
-    /// Has the peer `key` shake hands at `at`; nothing if there is no such peer.
+    /// Has the peer `key` have handshakes at `at`; nothing if there is no such peer.
     pub fn handshake(&self, interface: impl Into<Interface>, key: PublicKey, at: SystemTime) {
         self.alter(interface, |device| {
             if let Some(peer) = device.peers.get_mut(&key) {

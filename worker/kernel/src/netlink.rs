@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Before listening again on a socket that fails.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How often an interface is read anew because its interfaces were replaced meanwhile.
+/// How often an interface is read again because its interfaces were replaced meanwhile.
 const READS: usize = 3;
 
 /// Groups of events (linux/rtnetlink.h): links, and the addresses of both families.

@@ -40,7 +40,7 @@ enum Trigger {
     State,
     /// A batch of keys is done.
     Applied(Applied),
-    /// Keys shake hands.
+    /// Keys have handshakes.
     Handshakes(Handshakes),
     /// Denied keys are taken out.
     Revoked(Revoked),

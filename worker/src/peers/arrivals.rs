@@ -52,7 +52,7 @@ impl KnownPeers {
     ///
     /// What is known is set again whatever else comes. Others have room up to [`Policy::unestablished`] and
     /// [`Policy::peers`]; beyond that they are pending until the next read, which makes room among those that never
-    /// shook hands.
+    /// had a handshake.
     ///
     /// [`Policy::unestablished`]: super::Policy::unestablished
     /// [`Policy::peers`]: super::Policy::peers
@@ -289,7 +289,7 @@ impl KnownPeers {
         self.claim(&peer, now)
     }
 
-    /// Takes in when a key shook hands elsewhere, as a broker has it; false if the key is not known.
+    /// Takes in when a key had a handshake elsewhere, as a broker has it; false if the key is not known.
     fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let note = |entry: &mut Entry| {
             entry.elsewhere = entry.elsewhere.max(shaken);
@@ -298,7 +298,7 @@ impl KnownPeers {
         self.table.update(key, note) || self.pending.note_elsewhere(key, shaken)
     }
 
-    /// Whether the key is one of a router that shook hands: then no message of another gateway makes it that one's.
+    /// Whether the key is one of a router that had a handshake: then no message of another gateway makes it that one's.
     pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
         let is_pending = |key| self.pending.get(key).is_some_and(|pending| pending.came && pending.elsewhere.is_some());
         self.table.known(key).is_some_and(Entry::is_routers) || is_pending(key)
@@ -309,7 +309,7 @@ impl KnownPeers {
         !self.pending.has_place(key) && !self.table.contains(key)
     }
 
-    /// Whether `key`, which is pending, takes no place of those that never shook hands.
+    /// Whether `key`, which is pending, takes no place of those that never had a handshake.
     pub(super) fn has_own_place(&self, key: &PublicKey) -> bool {
         self.pending.get(key).is_some_and(|pending| pending.elsewhere.is_some())
             || self.table.vanished(key).is_some_and(|entry| !entry.is_unestablished())
@@ -350,7 +350,7 @@ impl KnownPeers {
         if self.pending.len() <= self.policy.pending { 0 } else { self.drop_oldest() }
     }
 
-    /// A sixteenth at once, so that a flood does not cost a search per key. Those that shook hands go last.
+    /// A sixteenth at once, so that a flood does not cost a search per key. Those that had a handshake go last.
     fn drop_oldest(&mut self) -> usize {
         let surplus = self.pending.len() - self.policy.pending + self.policy.pending / 16;
         let mut oldest = self.pending.oldest_first();

@@ -23,7 +23,7 @@ impl KnownPeers {
     }
 
     /// Peers of ours that are to go so that others have room: those that lost their address, and, where pending keys
-    /// have no room, of those that never shook hands the oldest, and more of them than that. Judged by the last read.
+    /// have no room, of those that never had a handshake the oldest, and more of them than that. Judged by the last read.
     #[must_use]
     pub fn eviction_candidates(&self) -> BTreeSet<PublicKey> {
         let mut candidates = self.owners.to_evict().clone();

@@ -27,7 +27,7 @@ pub(super) struct AddressOwners {
 }
 
 impl AddressOwners {
-    /// Starts anew with the first of each network's claimants, which are in the order of the networks; returns the
+    /// Starts again with the first of each network's claimants, which are in the order of the networks; returns the
     /// others, which have to claim theirs.
     pub(super) fn rebuild(&mut self, claimants: &[Claimant]) -> Vec<PublicKey> {
         self.to_evict.clear();

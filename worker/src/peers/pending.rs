@@ -84,7 +84,7 @@ impl Pending {
         *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, reserved: pending.reserved, ..new };
     }
 
-    /// Takes in when a pending key shook hands elsewhere; false if it is not pending.
+    /// Takes in when a pending key had a handshake elsewhere; false if it is not pending.
     pub(super) fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.elsewhere = pending.elsewhere.max(shaken);
@@ -130,7 +130,7 @@ impl Pending {
         pending.tries >= TRIES
     }
 
-    /// What is counted, counted anew.
+    /// What is counted, counted again.
     #[cfg(test)]
     pub(super) fn recount(&self) -> usize {
         self.keys.values().filter(|pending| pending.reserved).count()

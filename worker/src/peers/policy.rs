@@ -19,7 +19,7 @@ pub struct Policy {
     pub report: Duration,
     /// So many keys are pending at most; the oldest go first.
     pub pending: usize,
-    /// So many peers that never shook hands an interface has at most; the oldest go first.
+    /// So many peers that never had a handshake an interface has at most; the oldest go first.
     pub unestablished: usize,
     /// A peer that was silent for this long forgets where its router was; none never do.
     pub forget: Option<Duration>,
@@ -28,7 +28,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// How long a handshake at another gateway counts: what shakes hands there is reported every so often.
+    /// How long a handshake at another gateway counts: what has a handshake there is reported every so often.
     pub(super) fn established_elsewhere(&self) -> Duration {
         self.report + self.stale
     }
@@ -55,9 +55,9 @@ impl Default for Policy {
 /// What a peer does. Every peer is in one of these states, also those that wgkex did not make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PeerState {
-    /// It shook hands in the last [`Policy::connected`].
+    /// It had a handshake in the last [`Policy::connected`].
     Connected,
-    /// It shook hands, longer ago than that, but within [`Policy::stale`].
+    /// It had a handshake, longer ago than that, but within [`Policy::stale`].
     Idle,
     /// It did not, but is within its grace.
     Pending,

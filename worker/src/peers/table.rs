@@ -13,7 +13,7 @@ use super::policy::{Counts, PeerState, Policy};
 use crate::plan::SortedCursor;
 use crate::profiles::{DesiredPeer, Ownership, Sweep};
 
-/// Observed peers, and those of ours that vanished. It counts those that never shook hands.
+/// Observed peers, and those of ours that vanished. It counts those that never had a handshake.
 #[derive(Debug, Default)]
 pub(super) struct PeerTable {
     peers: BTreeMap<PublicKey, Entry>,
@@ -60,7 +60,7 @@ impl PeerTable {
         self.peers.len()
     }
 
-    /// How many peers of ours never shook hands.
+    /// How many peers of ours never had a handshake.
     pub(super) fn unestablished(&self) -> usize {
         self.unestablished
     }
@@ -227,7 +227,7 @@ impl PeerTable {
         counts
     }
 
-    /// What is counted, counted anew.
+    /// What is counted, counted again.
     #[cfg(test)]
     pub(super) fn recount(&self) -> usize {
         self.peers.values().filter(|entry| entry.is_unestablished()).count()
@@ -259,17 +259,17 @@ impl Entry {
         self
     }
 
-    /// It shook hands, here or elsewhere, and is no peer that somebody else made.
+    /// It had a handshake, here or elsewhere, and is no peer that somebody else made.
     pub(super) fn is_routers(&self) -> bool {
         self.came && self.is_established()
     }
 
-    /// It shook hands, here or elsewhere.
+    /// It had a handshake, here or elsewhere.
     pub(super) fn is_established(&self) -> bool {
         self.handshake.is_some() || self.elsewhere.is_some()
     }
 
-    /// It is ours, and shook hands neither here nor elsewhere.
+    /// It is ours, and had a handshake neither here nor elsewhere.
     pub(super) fn is_unestablished(&self) -> bool {
         self.ours && !self.is_established()
     }

@@ -1090,7 +1090,7 @@ impl World {
         }
     }
 
-    /// Fails where something that is counted, or kept beside what it follows from, is not what it is anew.
+    /// Fails where something that is counted, or kept beside what it follows from, is not what it is again.
     fn assert_counted(&self) {
         let KnownPeers { table, pending, owners, .. } = &self.known;
         assert_eq!(table.unestablished(), table.recount());

@@ -109,7 +109,7 @@ impl ReconcilerHandle {
         self.reconnected.notify_one();
     }
 
-    /// Asks for all tables to be read anew, soon; what comes of it is in the state.
+    /// Asks for all tables to be read again, soon; what comes of it is in the state.
     pub fn refresh(&self) {
         self.refresh.notify_one();
     }

@@ -66,7 +66,7 @@ pub(super) type Report = Vec<(PublicKey, Result<(), RejectReason>)>;
 pub struct Reports {
     /// What became of keys that came.
     pub applied: mpsc::Receiver<Applied>,
-    /// Which keys shake hands.
+    /// Which keys have handshakes.
     pub handshakes: mpsc::Receiver<Handshakes>,
     /// What became of keys that were denied.
     pub revoked: mpsc::Receiver<Revoked>,
@@ -105,7 +105,7 @@ impl ReportSender {
         }
     }
 
-    /// Reports keys that shake hands; false if there was no place for all.
+    /// Reports keys that have handshakes; false if there was no place for all.
     pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
         let message = |part: &[PublicKey]| Handshakes { domain: domain.name().to_owned(), keys: part.to_vec() };
         keys.chunks(KEYS_PER_MESSAGE).all(|part| self.handshakes.try_send(message(part)).is_ok())

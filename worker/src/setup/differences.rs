@@ -46,7 +46,7 @@ pub struct Vxlan {
     pub up: bool,
 }
 
-/// What of a VXLAN interface could only change by making it anew, with an empty flood list.
+/// What of a VXLAN interface could only change by making it again, with an empty flood list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// The VXLAN network identifier.

@@ -36,7 +36,7 @@ fn live(max: usize) -> (LiveKeys, Instant) {
     (LiveKeys::new(&config(max), Keys::new(), WriteBuffer::default(), now), Instant::now())
 }
 
-/// A key that a router sent, and that shakes hands.
+/// A key that a router sent, and that has a handshake.
 fn prove(live: &mut LiveKeys, key: PublicKey, now: Instant) {
     live.on_request("ff_a", key, now);
     live.on_handshake(&"gw".parse().unwrap(), "ff_a", key, now);
@@ -172,7 +172,7 @@ fn keys_that_expire_at_another_broker_are_not_merged() {
     assert!(live.is_empty());
 }
 
-/// Fails where a worker's word makes a key live: it was given to who asked, and pushed out what shook hands.
+/// Fails where a worker's word makes a key live: it was given to who asked, and pushed out what had a handshake.
 #[test]
 fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it() {
     let (mut live, now) = live(16);

@@ -15,7 +15,7 @@ use crate::reconciler::reports::Report;
 /// Evictions at once. Linux waits for every CPU once for each peer that it removes.
 const EVICTIONS_AT_ONCE: usize = 64;
 
-/// For how long what a read showed counts against peers: one may shake hands meanwhile.
+/// For how long what a read showed counts against peers: one may have handshakes meanwhile.
 const READ_VALID: Duration = Duration::from_secs(1);
 
 /// Peers that make room for others, as far as they are still there.

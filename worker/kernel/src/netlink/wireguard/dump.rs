@@ -54,7 +54,7 @@ pub(super) struct PeerFragment {
 impl DeviceDump {
     /// Both dumps split a peer that does not fit one message; only its first part has more than allowed-ips.
     pub(super) fn add(&mut self, part: PeerFragment) {
-        // A peer whose key is no key cannot shake hands, and nobody asks for it by name.
+        // A peer whose key is no key cannot have handshakes, and nobody asks for it by name.
         let Ok(key) = PublicKey::from_bytes(part.key) else { return };
         let peer = self.peers.entry(key).or_default();
         peer.allowed_ips.extend(part.allowed_ips);
