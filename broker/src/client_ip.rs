@@ -1,5 +1,7 @@
 //! The client of a connection or request, which limits are counted by: the address that connected, or the one that a
-//! trusted proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`. No IO. Addresses are never logged.
+//! trusted proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`. No IO, no task, no state. Addresses are never logged.
+//!
+//! Previous stop: [`crate::http`] and the handshake of [`crate::mqtt_server`]; next stop: their limits.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

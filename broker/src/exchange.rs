@@ -1,4 +1,4 @@
-//! What becomes of a router's key at the broker: checked, published, and answered when a gateway has it.
+//! A router's key at the broker, from its request to its answer: checked, published, and answered when a gateway has it.
 //!
 //! Tasks: one, that of [`publisher`]. A request is no task: it is a future of [`crate::http`], which calls [`service`].
 //! Owners: [`in_flight`] has the state of every key between its request and its answer, behind the shared handle of

@@ -5,6 +5,9 @@
 //! [`write_behind`] has the one task for each that writes what changed in memory. The records of the access lists are a
 //! [`json_file`], which their service writes at once, because an admin call waits for it.
 //!
+//! Tasks: one for each database, owned by the program's list of services. Previous stop of a key: the broker's `fleet`, the
+//! worker's `reconciler`; both get back at the start what was written.
+//!
 //! For all of them: a file of an older version is migrated, one of a newer version stops the start and stays as it is, one
 //! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged
 //! once.

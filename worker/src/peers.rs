@@ -7,7 +7,7 @@
 //! the time is passed in.
 //!
 //! No task: [`KnownPeers`] is part of the state of a domain, which the reconciler's task owns. Previous stop of a key:
-//! [`crate::reconciler`]; next stop: [`crate::plan`].
+//! [`crate::reconciler`]; next stops: [`crate::profiles`], and [`crate::plan`].
 
 mod arrivals;
 mod capacity;

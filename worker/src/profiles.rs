@@ -4,7 +4,7 @@
 //! desired peers with the tables, [`crate::peers`] remembers which keys have them. [`mesh`] is the profile of routers of
 //! a mesh, and the only one yet.
 //!
-//! No task, no state. Previous stop of a key: [`crate::reconciler`]; next stop: [`crate::plan`].
+//! No task, no state. Previous stop of a key: [`crate::peers`], which admits it; next stop: [`crate::plan`].
 
 pub mod mesh;
 #[cfg(test)]

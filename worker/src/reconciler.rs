@@ -1,12 +1,12 @@
-//! Keeps the kernel as it is to be: keys that arrive go in, what is lost is restored, what is stale is swept.
+//! Keeps the kernel's tables as they should be: installs keys that arrive, restores what is lost, sweeps what is stale.
 //!
 //! One task, in [`task`], owns the kernel and the state of every domain; `run` of the worker owns the task. Others reach it
 //! by a [`ReconcilerHandle`]; nothing that it publishes can block it: states go into a `watch`, reports into bounded queues
 //! ([`reports`]). What is to be done at a domain is decided by its state, in [`domain`], which is pure; [`driver`] carries
 //! that out. [`schedule`] has the times.
 //!
-//! Previous stop of a key: [`crate::bus`]; next stops: [`crate::peers`] and [`crate::plan`], then the kernel; what became
-//! of it goes back by [`reports`] to [`crate::bus`].
+//! Previous stop of a key: [`crate::bus`]; next stops: [`crate::peers`] and [`crate::plan`], then the kernel; its
+//! result goes back by [`reports`] to [`crate::bus`].
 
 mod domain;
 mod driver;

@@ -3,7 +3,8 @@
 //! [`Kernel`] is the seam to the tables of interfaces that stand: read them, apply changes. [`netlink`] is Linux,
 //! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves.
 //!
-//! A key comes here from the worker's plan and goes no further; what became of it goes back to the reconciler.
+//! Tasks: none; [`netlink`] runs each call on a thread that may block. Owner: the worker's reconciler. A key comes here from the
+//! worker's plan and goes no further; the result of each change goes back to the reconciler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
