@@ -110,7 +110,7 @@ impl App {
             }
         }
         let is_synced = self.exchange.gateways().is_synced();
-        (!is_synced).then(|| "what is retained is not heard yet".into())
+        (!is_synced).then(|| "the retained states are not received yet".into())
     }
 }
 

@@ -181,7 +181,7 @@ impl SyncClient {
         self.state = match std::mem::replace(&mut self.state, State::Offline) {
             State::Asking(round) if round.tries < TRIES => State::Asking(round),
             State::Asking(round) => {
-                debug!(broker = round.broker.as_str(), "broker does not answer questions for keys");
+                debug!(broker = round.broker.as_str(), "broker does not answer sync requests");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
                     broker.silent = Some(now);
                 }

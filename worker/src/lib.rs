@@ -197,7 +197,7 @@ async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
         () = publisher.run() => return,
     }
     if timeout(FAREWELL, publisher.announce_offline()).await.is_err() {
-        warn!("MQTT did not hear that this worker goes; its last will says so");
+        warn!("the offline status was not acknowledged in time; the last will replaces it");
     }
 }
 

@@ -194,12 +194,12 @@ impl Announcer {
             self.status_published.is_some_and(|published| now.saturating_duration_since(published) >= timeout);
         if is_late && !gateways.has_echo() {
             warn!(
-                "own status was not heard back: the MQTT server may not let this broker read wireguard-broker/+/status"
+                "own status did not come back: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
             gateways.force_echo(now);
         }
         if gateways.check_synced(now) {
-            info!("ready: all retained states are heard");
+            info!("ready: all retained states are received");
         }
         let expired = gateways.expire(now);
         drop(gateways);
