@@ -363,7 +363,7 @@ fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: ht
 /// Applies changed access lists to the keys in flight and to the live keys.
 fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
-        metrics.set_lists(&update);
+        metrics.lists.set(&update);
         exchange.in_flight.apply(update.admission.clone());
         exchange.live().apply(update.admission.clone());
     }

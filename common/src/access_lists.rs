@@ -8,6 +8,7 @@
 
 mod anti_entropy;
 pub mod files;
+pub mod metrics;
 pub mod parse;
 mod policy;
 pub mod records;

@@ -25,6 +25,7 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
+use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
@@ -68,7 +69,7 @@ struct Worker {
 struct Metrics {
     registry: Registry,
     bus: bus::Metrics,
-    lists: lists::Metrics,
+    lists: ListMetrics,
     reconciler: reconciler::Metrics,
 }
 
@@ -181,7 +182,7 @@ impl Metrics {
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
             bus: bus::Metrics::register(&registry)?,
-            lists: lists::Metrics::register(&registry)?,
+            lists: lists::register(&registry)?,
             reconciler: reconciler::Metrics::register(&registry, domains)?,
             registry,
         })

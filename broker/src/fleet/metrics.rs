@@ -1,9 +1,8 @@
 //! The metrics of gateways, live keys and the lists that admit keys.
 
-use prometheus::{Error, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Error, IntGauge, IntGaugeVec};
 use wgkex_common::Domain;
-use wgkex_common::access_lists::service::ListUpdate;
-use wgkex_common::access_lists::{List, files};
+use wgkex_common::access_lists::metrics::ListMetrics;
 
 use crate::fleet::gateways::GatewayStatus;
 use crate::fleet::live_keys::Counts;
@@ -16,10 +15,8 @@ pub struct Metrics {
     pub state_kept: IntGauge,
     live: IntGaugeVec,
     gateways: IntGaugeVec,
-    lists_damaged: IntGaugeVec,
-    list_keys: IntGaugeVec,
-    lists_kept: IntGauge,
-    list_entries_refused: IntCounterVec,
+    /// The state of the access lists.
+    pub lists: ListMetrics,
 }
 
 impl Metrics {
@@ -29,15 +26,17 @@ impl Metrics {
             state_kept: registry.gauge("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
             live: registry.gauges("wgkex_broker_live_keys", "Live keys by state", &["domain", "state"])?,
             gateways: registry.gauges("wgkex_broker_gateways", "Gateways by state", &["state"])?,
-            lists_damaged: registry.gauges("wgkex_broker_lists_damaged", "1 while a list cannot be read", &["list"])?,
-            list_keys: registry.gauges("wgkex_broker_list_keys", "Keys on each list", &["list"])?,
-            lists_kept: registry
-                .gauge("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
-            list_entries_refused: registry.counters(
-                "wgkex_broker_list_entries_refused_total",
-                "List entries of other brokers that were not taken in",
-                &["reason"],
-            )?,
+            lists: ListMetrics {
+                damaged: registry.gauges("wgkex_broker_lists_damaged", "1 while a list cannot be read", &["list"])?,
+                keys: registry.gauges("wgkex_broker_list_keys", "Keys on each list", &["list"])?,
+                kept: registry
+                    .gauge("wgkex_broker_lists_kept", "1 while entries made by admin calls are kept on disk")?,
+                entries_refused: registry.counters(
+                    "wgkex_broker_list_entries_refused_total",
+                    "List entries of other brokers that were not taken in",
+                    &["reason"],
+                )?,
+            },
         };
         metrics.set_gateways(&[]);
         Ok(metrics)
@@ -48,21 +47,6 @@ impl Metrics {
         let online = gateways.iter().filter(|gateway| gateway.online).count();
         for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
             set(&self.gateways.with_label_values(&[state]), number);
-        }
-    }
-
-    /// Takes over the state of the lists.
-    pub fn set_lists(&self, update: &ListUpdate<'_>) {
-        for list in files::SOURCES {
-            self.lists_damaged.with_label_values(&[list]).set(i64::from(update.damaged.contains(&list)));
-        }
-        for list in List::ALL {
-            set(&self.list_keys.with_label_values(&[list.name()]), update.admission.len(list));
-        }
-        self.lists_kept.set(i64::from(update.is_kept));
-        for (reason, number) in update.refused.by_reason() {
-            let refused = self.list_entries_refused.with_label_values(&[reason]);
-            refused.inc_by(number.saturating_sub(refused.get()));
         }
     }
 

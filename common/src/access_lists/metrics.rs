@@ -1,0 +1,37 @@
+//! The metrics of the lists, which both programs have under names of their own.
+
+use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
+
+use crate::access_lists::service::ListUpdate;
+use crate::access_lists::{List, files};
+use crate::runtime::metrics::set;
+
+/// Clones count into the same ones.
+#[derive(Debug, Clone)]
+pub struct ListMetrics {
+    /// Whether a list cannot be read, by list.
+    pub damaged: IntGaugeVec,
+    /// The keys on each list, by list.
+    pub keys: IntGaugeVec,
+    /// Whether entries made by admin calls are kept on disk.
+    pub kept: IntGauge,
+    /// Entries of other brokers that were refused, by reason.
+    pub entries_refused: IntCounterVec,
+}
+
+impl ListMetrics {
+    /// Takes over the state of the lists.
+    pub fn set(&self, update: &ListUpdate<'_>) {
+        for list in files::SOURCES {
+            self.damaged.with_label_values(&[list]).set(i64::from(update.damaged.contains(&list)));
+        }
+        for list in List::ALL {
+            set(&self.keys.with_label_values(&[list.name()]), update.admission.len(list));
+        }
+        self.kept.set(i64::from(update.is_kept));
+        for (reason, number) in update.refused.by_reason() {
+            let refused = self.entries_refused.with_label_values(&[reason]);
+            refused.inc_by(number.saturating_sub(refused.get()));
+        }
+    }
+}
