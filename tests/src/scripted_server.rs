@@ -42,6 +42,7 @@ struct State {
     last: usize,
     clients: BTreeMap<usize, Client>,
     subscribed: Vec<String>,
+    swallowed: Vec<bytes::Bytes>,
 }
 
 struct Client {
@@ -81,6 +82,12 @@ impl ScriptedServer {
     #[must_use]
     pub fn subscriptions(&self, text: &str) -> usize {
         self.lock().subscribed.iter().filter(|filter| filter.contains(text)).count()
+    }
+
+    /// How many messages with this payload it has swallowed.
+    #[must_use]
+    pub fn swallowed(&self, payload: &str) -> usize {
+        self.lock().swallowed.iter().filter(|swallowed| *swallowed == payload).count()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -182,6 +189,7 @@ impl State {
 
     fn deliver(&mut self, publish: &Publish) {
         if self.behaviour.swallows.as_ref().is_some_and(|part| publish.topic.contains(part)) {
+            self.swallowed.push(publish.payload.clone());
             return;
         }
         let publish = Publish::new(&publish.topic, QoS::AtMostOnce, publish.payload.clone());

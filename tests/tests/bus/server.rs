@@ -106,8 +106,10 @@ fn a_session_that_missed_messages_for_a_while_subscribes_again() {
     let filter = "wgkex/worker/+/hello";
     assert_eq!(server.subscriptions(filter), 1);
     server.behave(Behaviour { swallows: Some(String::new()), ..Behaviour::default() });
-    // Two echoes, and less than makes the session reconnect.
-    std::thread::sleep(Duration::from_secs(22));
+    // An echo has its session's id. Two are less than make the session reconnect.
+    let id = format!("wgkex-broker-{}", host_name());
+    let are_lost = || (server.swallowed(&id) >= 2).then_some(());
+    wait_within(Duration::from_secs(60), "two echoes are lost", are_lost);
     server.behave(Behaviour::default());
     let is_subscribed = || (server.subscriptions(filter) == 2).then_some(());
     wait_within(Duration::from_secs(60), "it has subscribed again", is_subscribed);
