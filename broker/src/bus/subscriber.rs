@@ -256,7 +256,7 @@ impl Secondary {
 }
 
 fn topic(publish: &Publish) -> Result<Topic, Ignored> {
-    Topic::parse(&publish.topic).ok_or(Ignored::Topic)
+    Topic::received(&publish.topic, publish.retain).ok_or(Ignored::Topic)
 }
 
 fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, Ignored> {

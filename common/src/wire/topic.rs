@@ -199,6 +199,13 @@ impl Topic {
         }
     }
 
+    /// The topic of a message that was received. None if it was `retained` on a topic on which no program retains one: it is
+    /// somebody else's, and as old as that wants.
+    #[must_use]
+    pub fn received(text: &str, retained: bool) -> Option<Self> {
+        Self::parse(text).filter(|topic| !retained || topic.is_retained())
+    }
+
     /// The filter for every key of a domain, whatever its last level.
     #[must_use]
     pub fn keys(domain: &str) -> String {
@@ -346,6 +353,17 @@ mod tests {
             let first = topic.to_string().split('/').next().unwrap_or_default().to_owned();
             assert!(Topic::ROOTS.contains(&first.as_str()), "{topic}");
         }
+    }
+
+    #[test]
+    fn a_retained_message_is_received_only_on_the_topics_of_states() {
+        let states = ["connected_peers", "status", "data", "hello"];
+        for (topic, text) in table() {
+            let is_state = states.contains(&topic.last_level());
+            assert_eq!(Topic::received(text, true), is_state.then(|| topic.clone()), "{text}");
+            assert_eq!(Topic::received(text, false), Some(topic));
+        }
+        assert_eq!(Topic::received("wgkex/x", false), None);
     }
 
     #[test]

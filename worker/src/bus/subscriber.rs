@@ -65,7 +65,7 @@ pub fn on_event(
         }
         Event::Down => metrics.connected.set(0),
         Event::Message(publish) => {
-            let topic = Topic::parse(&publish.topic);
+            let topic = Topic::received(&publish.topic, publish.retain);
             let is_state = topic.as_ref().is_some_and(|topic| reporter.report(topic, &publish));
             let outcome = match topic {
                 Some(Topic::WorkerData { worker, domain }) => reserve(&reserved, &worker, &domain, &publish.payload),
@@ -129,7 +129,7 @@ fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> R
 
 /// Takes in a message of a broker, or returns the reason label why it is ignored.
 fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
-    let topic = Topic::parse(&publish.topic).ok_or("topic")?;
+    let topic = Topic::received(&publish.topic, publish.retain).ok_or("topic")?;
     if topic == Topic::Revocations {
         lists.on_event(ListEvent::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
         return Ok(());

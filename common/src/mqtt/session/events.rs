@@ -69,9 +69,9 @@ impl Session {
         self.echo_topic.as_ref().is_some_and(|(_, topic)| *topic == publish.topic)
     }
 
-    /// The other connection of this program has the same topic.
+    /// The other connection of this program has the same topic, and what is retained there is of neither.
     fn echo_came(&mut self, publish: &Publish) {
-        if publish.payload == self.id.as_bytes() && self.echo.received(Instant::now()) {
+        if publish.payload == self.id.as_bytes() && !publish.retain && self.echo.received(Instant::now()) {
             // The server sends what is retained once more.
             self.subscriptions.reset();
         }

@@ -90,10 +90,16 @@ impl Topic {
         }
     }
 
+    /// Whether messages are retained on it.
+    #[must_use]
+    pub fn is_retained(&self) -> bool {
+        matches!(self.direction(), Direction::StateForAll | Direction::StateForBrokers)
+    }
+
     /// The broker or worker whose retained state it has; none if it has no state.
     #[must_use]
     pub fn state_of(&self) -> Option<Participant> {
-        if !matches!(self.direction(), Direction::StateForAll | Direction::StateForBrokers) {
+        if !self.is_retained() {
             return None;
         }
         match self.owner() {
