@@ -54,10 +54,10 @@ impl WorkerData {
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
         Ok(Some(Self {
-            external_address: fields.text("ExternalAddress", NAME_MAX)?,
+            external_address: fields.address("ExternalAddress")?,
             port: fields.port("Port")?,
             public_key: fields.key("PublicKey")?,
-            link_address: fields.text("LinkAddress", NAME_MAX)?,
+            link_address: fields.address("LinkAddress")?,
         }))
     }
 }
@@ -88,6 +88,12 @@ impl Fields {
 
     fn text(&self, name: &'static str, max: usize) -> Result<String, Malformed> {
         text(self.needed(name)?, max).ok_or(Malformed::Field(name, "a short text"))
+    }
+
+    /// An empty one leads to no gateway, as if there were none.
+    fn address(&self, name: &'static str) -> Result<String, Malformed> {
+        let address = self.text(name, NAME_MAX)?;
+        if address.trim().is_empty() { Err(Malformed::Missing(name)) } else { Ok(address) }
     }
 
     fn texts(&self, name: &'static str, (number, max): (usize, usize)) -> Result<Vec<String>, Malformed> {
@@ -407,6 +413,8 @@ mod tests {
             ("TszFS3oF", "secret", "PublicKey is not a WireGuard public key"),
             ("\"gw\"", "7", "ExternalAddress is not a short text"),
             ("fe80::1", &"x".repeat(256), "LinkAddress is not a short text"),
+            ("\"gw\"", "\"\"", "ExternalAddress is missing"),
+            ("fe80::1", " ", "LinkAddress is missing"),
         ] {
             assert_eq!(with(from, to), said, "{to:.40}");
         }

@@ -36,6 +36,7 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
     let cases = [
         (&of_domain, of_data("40011", "\"http\""), "data", "Port is not a port"),
         (&of_domain, of_data("\"PublicKey\"", "\"Key\""), "data", "PublicKey is missing"),
+        (&of_domain, of_data("gw2.example", ""), "data", "ExternalAddress is missing"),
         (&of_domain, "x".into(), "data", "is not a JSON object"),
         (&own("hello"), r#"{"version": 1}"#.into(), "hello", "version is not a short text"),
         (&peers, "many".into(), "connected_peers", "is not a number of peers"),
@@ -48,7 +49,7 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
         }
     }
     let ignored = "wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}";
-    stack.wait_for_metric(ignored, 21.0);
+    stack.wait_for_metric(ignored, 24.0);
     let lines_about = |stack: &mut Stack, cause: &str| {
         let log = stack.broker().log();
         log.lines().filter(|line| line.contains(cause)).map(str::to_owned).collect::<Vec<_>>()
@@ -62,7 +63,7 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
     }
     // What was right meanwhile, and is wrong again, is said again.
     gateway.say_all([data("gw2", DOMAIN), said(of_domain.as_str(), "x", 1, false)]);
-    stack.wait_for_metric(ignored, 22.0);
+    stack.wait_for_metric(ignored, 25.0);
     assert_eq!(lines_about(&mut stack, "is not a JSON object").len(), 2);
 }
 
