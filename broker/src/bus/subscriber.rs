@@ -147,17 +147,17 @@ impl Primary {
         confirms
     }
 
-    /// No report makes a gateway's key a router's.
+    /// No gateway's report makes a key that it claims as its own a router's.
     fn on_handshakes(&self, worker: &WorkerName, handshakes: &Handshakes) {
         let gateways = self.gateways.lock();
         if !gateways.can_report(worker, &handshakes.domain) {
             return;
         }
-        let reserved: BTreeSet<_> = handshakes.keys.iter().filter(|key| gateways.is_reserved(key, false)).collect();
+        let not_routers: BTreeSet<_> = handshakes.keys.iter().filter(|key| !gateways.may_report(worker, key)).collect();
         drop(gateways);
         let (now, mut live) = (Instant::now(), self.live.lock());
         for key in &handshakes.keys {
-            if !reserved.contains(key) || live.is_routers(key) {
+            if !not_routers.contains(key) || live.is_routers(key) {
                 live.on_handshake(worker, &handshakes.domain, *key, now);
             }
         }

@@ -107,7 +107,7 @@ impl Exchange {
 
     /// Rejects a key that a gateway has, or whose address another key has.
     fn admit(&self, id: &KeyId) -> Result<(), Rejection> {
-        let is_routers = self.live().is_routers(&id.key);
+        let is_routers = self.live().has_handshake(&id.key);
         let rejection = if self.gateways().is_reserved(&id.key, is_routers) {
             Rejection::Reserved
         } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {

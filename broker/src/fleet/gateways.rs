@@ -139,10 +139,17 @@ impl Gateways {
     }
 
     /// Whether `key` is a gateway's, or has a gateway's address, so that no router may have it. A key that `is_routers`
-    /// already is only reserved if the operator lists it.
+    /// already, by its handshakes, is only reserved if the operator lists it.
     #[must_use]
     pub fn is_reserved(&self, key: &PublicKey, is_routers: bool) -> bool {
         if is_routers { self.reserved.lists(key) } else { self.reserved.is_reserved(key) }
+    }
+
+    /// Whether a handshake of `key` that `worker` reports shows that the key is a router's: the operator does not list it, and
+    /// the worker does not claim it as its own.
+    #[must_use]
+    pub fn may_report(&self, worker: &WorkerName, key: &PublicKey) -> bool {
+        !self.reserved.lists(key) && !self.reserved.is_reserved_by(worker, key)
     }
 
     /// Lets ten seconds pass.

@@ -173,6 +173,12 @@ impl LiveKeys {
         self.domains.values().any(|known| known.get(key).is_some_and(|live| live.record.proven))
     }
 
+    /// Whether the key has had a handshake as a router's, in any domain: it is live, or it is known only from reports.
+    #[must_use]
+    pub fn has_handshake(&self, key: &PublicKey) -> bool {
+        self.is_routers(key) || self.unrequested.contains(key)
+    }
+
     /// Applies other access lists: forgets the keys that they remove.
     pub fn apply(&mut self, admission: Arc<Admission>) {
         self.admission = admission;

@@ -64,6 +64,12 @@ impl UnrequestedKeys {
         Some(at)
     }
 
+    /// Whether handshakes of `key` are reported, in any domain.
+    #[must_use]
+    pub fn contains(&self, key: &PublicKey) -> bool {
+        self.domains.values().any(|keys| keys.contains_key(key))
+    }
+
     /// Drops reports older than `limit`.
     pub fn expire(&mut self, now: Instant, limit: Duration) {
         let mut over = Vec::new();

@@ -152,6 +152,16 @@ impl Reserved {
         self.listed.contains(key) || self.listed_addresses.contains(&key.link_local())
     }
 
+    /// Whether what `worker` publishes reserves `key`, or its address.
+    #[must_use]
+    pub fn is_reserved_by(&self, worker: &WorkerName, key: &PublicKey) -> bool {
+        let domains = self.domains.iter().map(|domain| (worker.clone(), domain.name().to_owned()));
+        let mut published = domains.filter_map(|gateway| self.gateways.get(&gateway));
+        published.any(|published| {
+            published.key.counted() == Some(*key) || published.addresses().any(|address| address == key.link_local())
+        })
+    }
+
     /// Whether it is the key of a gateway, or listed.
     #[must_use]
     pub fn has_key(&self, key: &PublicKey) -> bool {
@@ -225,6 +235,17 @@ mod tests {
         reserved.update(&worker("gw"), "ff_b", Some(&data(key(1), "fe80::1")));
         reserved.update(&worker("gw"), "ff_a", None);
         assert!(reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(2)) && reserved.is_reserved(&key(9)));
+    }
+
+    #[test]
+    fn a_key_is_reserved_by_the_worker_that_claims_it_or_its_address() {
+        let mut reserved = reserved(&[9]);
+        reserved.update(&worker("gw"), "ff_b", Some(&data(key(1), "fe80::1")));
+        assert!(reserved.is_reserved_by(&worker("gw"), &key(1)));
+        assert!(!reserved.is_reserved_by(&worker("gw"), &key(2)) && !reserved.is_reserved_by(&worker("gw"), &key(9)));
+        assert!(!reserved.is_reserved_by(&worker("other"), &key(1)));
+        reserved.update(&worker("gw"), "ff_b", None);
+        assert!(!reserved.is_reserved_by(&worker("gw"), &key(1)));
     }
 
     /// Fails where a word counts in whatever domain.

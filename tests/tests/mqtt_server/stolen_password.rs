@@ -145,6 +145,23 @@ fn a_worker_reserves_no_routers_key() {
     assert_eq!(stack.v1(DOMAIN, &wgkex_tests::scripted::gateway_key("gw1")).status, 403, "a gateway's own stays so");
 }
 
+/// Seen to fail where a report of a key that a worker claims did not count: after a broker lost its live keys, its router got
+/// 403.
+#[test]
+fn a_handshake_that_another_worker_reports_makes_a_claimed_key_a_routers() {
+    let mut stack = stack("");
+    let honest = gateway(&mut stack, "gw1", Manner::Confirms);
+    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    stack.wait_for_gateways(2);
+    let claimed = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="claimed"}}"#);
+    thief.probe.say_all([data("gw2", DOMAIN, &key(1)), seen("gw2", &[key(1), key(2)])]);
+    stack.wait_for_metric(&claimed, 1.0);
+    assert_eq!(stack.v1(DOMAIN, &key(1)).status, 403, "the worker that claims it reports nothing of it");
+    honest.probe.say(seen("gw1", &[key(1)]));
+    stack.wait_for_metric(&claimed, 2.0);
+    assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
+}
+
 /// Seen to fail where the word of any worker that confirms counted in any domain.
 #[test]
 fn a_worker_confirms_nothing_in_a_domain_that_it_does_not_serve() {

@@ -37,6 +37,19 @@ fn a_gateways_key_and_address_are_no_new_routers_also_when_the_bus_is_lost() {
 }
 
 #[test]
+fn a_report_makes_a_key_a_routers_unless_the_worker_claims_that_key() {
+    let mut gateways = gateways(&[]);
+    let key: PublicKey = KEY.parse().unwrap();
+    gateways.data("thief", "ff_a");
+    assert!(!gateways.may_report(&name("thief"), &key) && gateways.may_report(&name("gw1"), &key));
+    gateways.on_disconnect();
+    assert!(!gateways.may_report(&name("thief"), &key));
+    let mut config = Config::parse("", "domains: [ff_a]\ndomain_prefixes: [ff_]", "broker1").unwrap();
+    config.protected_keys = [key].into();
+    assert!(!Gateways::new(&config).may_report(&name("gw1"), &key));
+}
+
+#[test]
 fn reported_handshakes_count_in_domains_that_the_worker_serves() {
     let mut gateways = gateways(&[]);
     gateways.arrive("gw1", 0);

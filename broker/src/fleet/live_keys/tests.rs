@@ -188,6 +188,7 @@ fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it()
     assert_eq!(counts(&live), [Counts { established: 16, unestablished: 0, unrequested: 2 }]);
     assert_eq!(live.is_established(&domain(), &key(100)), None, "nor does it let a key past a limit");
     assert!(!live.is_routers(&key(100)) && live.is_routers(&key(0)));
+    assert!([0, 100].iter().all(|n| live.has_handshake(&key(*n))) && !live.has_handshake(&key(102)));
     live.expire(now + DAY);
     live.on_request("ff_a", key(100), now + DAY);
     assert_eq!(live.is_established(&domain(), &key(100)), Some(false), "it was said too long ago");
