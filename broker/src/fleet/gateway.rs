@@ -36,7 +36,8 @@ pub(super) struct Gateway {
     /// It did not confirm a key in time, and has published nothing since.
     pub is_unresponsive: bool,
     pub data: BTreeMap<Domain, WorkerData>,
-    /// Domains whose data was removed from the server while the worker went on counting there.
+    /// Domains whose data was removed from the server, and not published again. It is still in `data` where the worker goes on
+    /// counting.
     pub removed_data: BTreeSet<Domain>,
     /// Connected peers of each domain with a count, corrected by the answers given since; none if the domain is offline.
     pub peers: BTreeMap<Domain, Option<u64>>,
@@ -105,6 +106,19 @@ impl Gateway {
     /// False for a domain that its hello does not name: what is retained there is left from an earlier config.
     pub fn may_serve(&self, domain: &Domain) -> bool {
         self.hello.as_ref().is_none_or(|hello| hello.serves(domain.name()))
+    }
+
+    /// Whether it is online, and has data or a count of the domain, be it that the domain is offline there.
+    pub fn is_at_work(&self, domain: &Domain) -> bool {
+        self.online && self.may_serve(domain) && (self.data.contains_key(domain) || self.peers.contains_key(domain))
+    }
+
+    /// Whether one of its messages is about the domain.
+    pub fn has_state(&self, domain: &Domain) -> bool {
+        let is_named = |hello: &Hello| hello.serves(domain.name());
+        self.data.contains_key(domain)
+            || self.peers.contains_key(domain)
+            || self.hello.as_ref().or(self.expired_hello.as_ref()).is_some_and(is_named)
     }
 
     /// Connected peers of all domains.
@@ -193,9 +207,8 @@ impl Gateway {
     /// counting there: an original publishes its data once, when it connects.
     pub fn keeps_removed_data(&mut self, domain: &Domain, now: Instant) -> bool {
         let keeps = self.data.contains_key(domain) && self.has_counted(domain, now);
-        if keeps {
-            self.removed_data.insert(domain.clone());
-        } else {
+        self.removed_data.insert(domain.clone());
+        if !keeps {
             self.data.remove(domain);
         }
         keeps
@@ -203,9 +216,9 @@ impl Gateway {
 
     /// Drops removed data of domains in which it counts no longer, and returns them.
     pub fn expire_data(&mut self, now: Instant) -> Vec<Domain> {
-        let over: Vec<_> = self.removed_data.iter().filter(|domain| !self.has_counted(domain, now)).cloned().collect();
+        let is_over = |domain: &&Domain| self.data.contains_key(*domain) && !self.has_counted(domain, now);
+        let over: Vec<_> = self.removed_data.iter().filter(is_over).cloned().collect();
         for domain in &over {
-            self.removed_data.remove(domain);
             self.data.remove(domain);
         }
         over

@@ -36,8 +36,8 @@ pub struct Gateways {
     brokers: BTreeSet<BrokerName>,
     /// Gateways' keys and addresses. They stay when the connection is lost.
     reserved: Reserved,
-    /// Domains for which some worker has ever published a state. They stay, too.
-    known: BTreeSet<Domain>,
+    /// The workers that have published a state of each domain, and whose data of it was not removed since. They stay, too.
+    known: BTreeMap<Domain, BTreeSet<WorkerName>>,
     /// When the own status came back on this connection.
     echo: Option<Instant>,
     /// It came back on this connection or an earlier one.
@@ -69,7 +69,7 @@ impl Online {
 pub struct Unserved {
     /// The domain.
     pub domain: Domain,
-    /// Whether a gateway has ever published a state of it. Workers before v0.2.0 publish none.
+    /// Whether a gateway has ever published a state of it, and not removed it. Workers before v0.2.0 publish none.
     pub is_known: bool,
 }
 
@@ -130,7 +130,7 @@ impl Gateways {
             by_name: BTreeMap::new(),
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
-            known: BTreeSet::new(),
+            known: BTreeMap::new(),
             echo: None,
             has_ever_echoed: false,
             last_retained: None,
@@ -163,6 +163,7 @@ impl Gateways {
             for domain in &gateway.removed_data {
                 self.reserved.update(name, domain.name(), None);
             }
+            forget(&mut self.known, name, &gateway.removed_data);
         }
         self.by_name.clear();
         self.brokers.clear();
@@ -213,7 +214,11 @@ impl Gateways {
             gateway.online = false;
             name.clone()
         });
-        expired.collect()
+        let expired = expired.collect();
+        for (name, gateway) in &self.by_name {
+            forget(&mut self.known, name, gateway.removed_data.iter().filter(|domain| !gateway.is_at_work(domain)));
+        }
+        expired
     }
 
     /// Applies one message; `retained` if the server sent it because of the subscription (MQTT 3.1.1 section 3.3.1.3).
@@ -228,6 +233,7 @@ impl Gateways {
             && !self.by_name.contains_key(worker)
         {
             // Somebody removes the retained messages of a gateway that is gone.
+            self.forget_stateless(worker);
             return Ok(());
         }
         if let Topic::WorkerStatus { worker } = topic {
@@ -244,15 +250,21 @@ impl Gateways {
             let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
             let count = peer_count(payload)?;
             self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
-            if count != PeerCount::Removed {
-                self.known.insert(domain);
+            if count == PeerCount::Removed {
+                self.forget_stateless(worker);
+            } else {
+                self.remember(worker, [domain]);
             }
         } else if let Topic::WorkerHello { worker } = topic {
             let hello = Hello::parse(payload).map_err(|_| InvalidPayload("hello"))?;
             let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
             let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
             self.gateway(worker)?.apply_hello(hello, retained, now);
-            self.known.extend(served);
+            if payload.is_empty() {
+                self.forget_stateless(worker);
+            } else {
+                self.remember(worker, served);
+            }
         } else if let Topic::BrokerStatus { broker } = topic {
             self.apply_broker(broker, payload, retained, now)?;
         }
@@ -276,7 +288,7 @@ impl Gateways {
     ) -> Result<(), InvalidPayload> {
         self.reserved.update(worker, domain.name(), Some(&data));
         self.gateway(worker)?.apply_data(domain.clone(), data, retained, now);
-        self.known.insert(domain);
+        self.remember(worker, [domain]);
         Ok(())
     }
 
@@ -284,6 +296,26 @@ impl Gateways {
         if !self.by_name.get_mut(worker).is_some_and(|gateway| gateway.keeps_removed_data(domain, now)) {
             self.reserved.update(worker, domain.name(), None);
         }
+        if !self.by_name.get(worker).is_some_and(|gateway| gateway.is_at_work(domain)) {
+            forget(&mut self.known, worker, [domain]);
+        }
+    }
+
+    /// `worker` has published a state of each of `domains`.
+    fn remember(&mut self, worker: &WorkerName, domains: impl IntoIterator<Item = Domain>) {
+        for domain in domains {
+            let workers = self.known.entry(domain).or_default();
+            if workers.len() < NAMES_MAX && !workers.contains(worker) {
+                workers.insert(worker.clone());
+            }
+        }
+    }
+
+    /// A retained message of `worker` was removed: forgets its domains of which no other is left.
+    fn forget_stateless(&mut self, worker: &WorkerName) {
+        let gateway = self.by_name.get(worker);
+        let is_over = |domain: &&Domain| !gateway.is_some_and(|gateway| gateway.has_state(domain));
+        forget(&mut self.known, worker, self.domains.iter().filter(is_over));
     }
 
     fn apply_broker(
@@ -408,10 +440,11 @@ impl Gateways {
         installing.peek().is_some() && installing.all(Gateway::confirms)
     }
 
-    /// Whether any worker has ever published a state of `domain`.
+    /// Whether any worker has ever published a state of `domain`, apart from those whose data of it was removed while they
+    /// were offline there.
     #[must_use]
     pub fn is_known(&self, domain: &Domain) -> bool {
-        self.known.contains(domain)
+        self.known.contains_key(domain)
     }
 
     /// Whether gateways of `domain` are known, and none is online.
@@ -456,6 +489,22 @@ impl Gateways {
     fn shares(&self) -> Shares<'_> {
         let online = self.by_name.values().filter(|gateway| gateway.online);
         Shares::new(&self.weights, online.map(Gateway::peers))
+    }
+}
+
+/// `worker` counts as one that never published a state of these domains.
+fn forget<'a>(
+    known: &mut BTreeMap<Domain, BTreeSet<WorkerName>>,
+    worker: &WorkerName,
+    domains: impl IntoIterator<Item = &'a Domain>,
+) {
+    for domain in domains {
+        if let Some(workers) = known.get_mut(domain) {
+            workers.remove(worker);
+            if workers.is_empty() {
+                known.remove(domain);
+            }
+        }
     }
 }
 

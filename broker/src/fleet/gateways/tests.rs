@@ -502,6 +502,49 @@ fn data_that_is_removed_stays_as_long_as_the_gateway_counts_there() {
 }
 
 #[test]
+fn a_domain_whose_gateways_data_was_removed_counts_as_never_published() {
+    let (data, count) = ("wireguard-worker/a/ff_a/data", "wireguard-metrics/ff_a/a/connected_peers");
+    let (hello, status) = ("wgkex/worker/a/hello", "wireguard-worker/a/status");
+    let is_known = |gateways: &Gateways| gateways.is_known(&domain("ff_a"));
+    // Of a worker that was never online.
+    let mut gateways = gateways(&[]);
+    gateways.data("a", "ff_a");
+    gateways.data("b", "ff_a");
+    gateways.live(data, "");
+    assert!(is_known(&gateways), "of another one it stands");
+    gateways.live("wireguard-worker/b/ff_a/data", "");
+    assert!(!is_known(&gateways));
+    // Whatever it published, in any order, and also when the bus was lost meanwhile.
+    for (is_lost, order) in [(false, [data, count, hello]), (false, [hello, count, data]), (true, [count, data, hello])]
+    {
+        gateways.data("a", "ff_a");
+        gateways.live(count, "-1");
+        gateways.live(hello, r#"{"version":"1","can":["confirm"],"domains":["ff_a"]}"#);
+        gateways.live(status, "0");
+        if is_lost {
+            gateways.on_disconnect();
+        }
+        assert!(is_known(&gateways));
+        for topic in order {
+            gateways.live(topic, "");
+        }
+        assert!(!is_known(&gateways), "{order:?}");
+    }
+    // Of one that is online: as long as it counts there.
+    let now = Instant::now();
+    gateways.arrive("a", 3);
+    gateways.live(data, "");
+    gateways.expire(now + Duration::from_secs(149));
+    assert!(is_known(&gateways));
+    gateways.expire(now + Duration::from_secs(151));
+    assert!(!is_known(&gateways) && gateways.best("ff_a").is_none());
+    let count = Topic::parse(count).unwrap();
+    gateways.apply(&count, b"-1", false, now + Duration::from_secs(152)).unwrap();
+    gateways.expire(now + Duration::from_secs(153));
+    assert!(is_known(&gateways), "its interface is missing");
+}
+
+#[test]
 fn data_that_was_removed_does_not_outlive_the_bus_and_is_good_when_it_comes_again() {
     let key: PublicKey = KEY.parse().unwrap();
     let mut gateways = gateways(&[]);
