@@ -12,6 +12,7 @@ pub mod invalid_messages;
 mod metrics;
 pub mod requesters;
 pub mod subscriber;
+pub mod sync_queue;
 pub mod sync_server;
 
 pub use self::metrics::Metrics;

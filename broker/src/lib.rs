@@ -27,7 +27,6 @@ use anyhow::Context as _;
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
@@ -47,6 +46,7 @@ use crate::bus::invalid_messages::InvalidMessages;
 use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
+use crate::bus::sync_queue::SyncQueue;
 use crate::bus::{subscriber, sync_server};
 use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
@@ -67,8 +67,6 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the embedded MQTT server may take to stop.
 const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// The most sync requests that are queued; the client of one too many sends it again.
-const MAX_SYNC_REQUESTS: usize = 1024;
 /// How often expired live keys are removed, and idle rate limits.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 /// How often to look for idle connections.
@@ -160,7 +158,7 @@ impl Broker {
         let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
-        let (request_sender, sync_requests) = mpsc::channel(MAX_SYNC_REQUESTS);
+        let sync_requests = SyncQueue::default();
         let mut primary = subscriber::Primary {
             gateways: gateways.clone(),
             in_flight: in_flight.clone(),
@@ -174,7 +172,7 @@ impl Broker {
             live: live.clone(),
             sync: sync_sender,
             lists: lists.clone(),
-            requesters: Requesters::new(name.clone(), request_sender),
+            requesters: Requesters::new(name.clone(), sync_requests.clone()),
             reporter,
             metrics: metrics.clone(),
         };

@@ -5,23 +5,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
 use wgkex_common::wire::message::{Hello, Participant, SyncRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
 use crate::bus::metrics::Ignored;
+use crate::bus::sync_queue::{Requester, SyncQueue};
 
 /// A worker requests keys every 10 seconds. One that has not for this time may be of an older version now.
 const REQUEST_LIFETIME: Duration = Duration::from_secs(60);
 /// The most workers, and the most brokers, that are remembered.
 const MAX_NAMES: usize = 4096;
+/// The longest name of a domain in a request, in bytes.
+const MAX_DOMAIN: usize = 255;
 
 /// The programs that request keys on topics of their own, and the queue of requests to answer.
 #[derive(Debug)]
 pub struct Requesters {
     /// This broker.
     own: BrokerName,
-    requests: mpsc::Sender<SyncRequest>,
+    requests: SyncQueue,
     /// When each worker last requested keys on its own topic.
     workers: BTreeMap<WorkerName, Instant>,
     /// The brokers that do.
@@ -31,7 +33,7 @@ pub struct Requesters {
 impl Requesters {
     /// No request yet to the broker `own`; `requests` is the queue.
     #[must_use]
-    pub fn new(own: BrokerName, requests: mpsc::Sender<SyncRequest>) -> Self {
+    pub fn new(own: BrokerName, requests: SyncQueue) -> Self {
         Self { own, requests, workers: BTreeMap::new(), brokers: BTreeSet::new() }
     }
 
@@ -42,7 +44,7 @@ impl Requesters {
         }
         self.on_worker(worker, Instant::now());
         if request.to.as_ref() == Some(&self.own) {
-            self.enqueue(request);
+            self.enqueue(Requester::Named(request.from.clone()), request)?;
         }
         Ok(())
     }
@@ -52,8 +54,7 @@ impl Requesters {
         if !matches!(request.from, Participant::Broker(_)) {
             return Err(Ignored::Payload);
         }
-        self.enqueue(request);
-        Ok(())
+        self.enqueue(Requester::Named(request.from.clone()), request)
     }
 
     /// A request on the topic of older versions, which may be in another program's name.
@@ -61,13 +62,15 @@ impl Requesters {
         if self.has_own_topic(&request.from, Instant::now()) {
             return Err(Ignored::Payload);
         }
-        self.enqueue(request);
-        Ok(())
+        self.enqueue(Requester::Shared, request)
     }
 
-    fn enqueue(&self, request: SyncRequest) {
-        // If the queue is full, the client sends the request again.
-        let _ = self.requests.try_send(request);
+    fn enqueue(&self, requester: Requester, request: SyncRequest) -> Result<(), Ignored> {
+        if request.domain.len() > MAX_DOMAIN {
+            return Err(Ignored::Payload);
+        }
+        self.requests.push(requester, request);
+        Ok(())
     }
 
     fn on_worker(&mut self, worker: &WorkerName, now: Instant) {
@@ -109,9 +112,9 @@ mod tests {
         name.parse().unwrap()
     }
 
-    fn requesters() -> (Requesters, mpsc::Receiver<SyncRequest>) {
-        let (sender, requests) = mpsc::channel(10);
-        (Requesters::new("own".parse().unwrap(), sender), requests)
+    fn requesters() -> (Requesters, SyncQueue) {
+        let requests = SyncQueue::default();
+        (Requesters::new("own".parse().unwrap(), requests.clone()), requests)
     }
 
     fn request(from: Participant, to: Option<&str>) -> SyncRequest {
@@ -120,13 +123,13 @@ mod tests {
 
     #[test]
     fn a_request_is_answered_to_the_program_that_sent_it() {
-        let (mut requesters, mut requests) = requesters();
+        let (mut requesters, requests) = requesters();
         let [worker, other, broker] = [
             Participant::Worker(name("gw")),
             Participant::Worker(name("x")),
             Participant::Broker("b".parse().unwrap()),
         ];
-        let mut is_answered = |result: Result<(), Ignored>| (result.is_ok(), requests.try_recv().is_ok());
+        let is_answered = |result: Result<(), Ignored>| (result.is_ok(), requests.take().is_some());
         assert_eq!(is_answered(requesters.by_worker(&name("gw"), request(worker.clone(), Some("own")))), (true, true));
         assert_eq!(
             is_answered(requesters.by_worker(&name("gw"), request(worker.clone(), Some("another")))),
@@ -137,6 +140,9 @@ mod tests {
         assert_eq!(is_answered(requesters.by_broker(request(other.clone(), None))), (false, false));
         assert_eq!(is_answered(requesters.by_anybody(request(other, None))), (true, true));
         assert_eq!(is_answered(requesters.by_anybody(request(worker, None))), (false, false));
+        let long =
+            SyncRequest { domain: "d".repeat(MAX_DOMAIN + 1), ..request(Participant::Worker(name("old")), None) };
+        assert_eq!(is_answered(requesters.by_anybody(long)), (false, false));
         let no_name = r#"{"from":{"worker":"a/b"},"domain":"d","after":null,"younger_than":null}"#;
         assert!(serde_json::from_str::<SyncRequest>(no_name).is_err());
     }

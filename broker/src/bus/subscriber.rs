@@ -281,11 +281,12 @@ impl Metrics {
 /// Receives any message as both sessions do, for fuzzing: it must come to an end.
 #[cfg(any(test, fuzzing))]
 pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
-    use tokio::sync::mpsc;
     use wgkex_common::access_lists::service::ListService;
     use wgkex_common::mqtt::QoS;
     use wgkex_common::storage::key_store::{Keys, WriteBuffer};
     use wgkex_common::sync;
+
+    use crate::bus::sync_queue::SyncQueue;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
@@ -298,7 +299,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     let live = LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now());
     let live = Arc::new(Mutex::new(live));
     let (reporter, _presence_events) = Reporter::new(Participant::Broker(own.clone()));
-    let ((sync, _sync_events), (requests, _sync_requests)) = (sync::channel(), mpsc::channel(1));
+    let (sync, _sync_events) = sync::channel();
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let mut primary = Primary {
@@ -311,7 +312,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
         metrics: metrics.clone(),
     };
     primary.on_event(Event::Message(publish.clone()));
-    let requesters = Requesters::new(own, requests);
+    let requesters = Requesters::new(own, SyncQueue::default());
     let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, reporter, metrics };
     secondary.on_event(Event::Message(publish));
     assert!(live.lock().len() <= 10);

@@ -7,22 +7,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 use wgkex_common::mqtt::{Message, MqttHandle, PublishError};
-use wgkex_common::wire::message::SyncRequest;
 
 use crate::bus::metrics::Metrics;
+use crate::bus::sync_queue::SyncQueue;
 use crate::fleet::live_keys::LiveKeys;
 
 /// Answers one request after the other, until the session ends: so never more than one chunk is queued before new keys.
-pub async fn run(
-    bus: MqttHandle,
-    live: Arc<Mutex<LiveKeys>>,
-    mut requests: mpsc::Receiver<SyncRequest>,
-    metrics: Metrics,
-) {
-    while let Some(request) = requests.recv().await {
-        let chunk = live.lock().chunk(&request, Instant::now());
+pub async fn run(bus: MqttHandle, live: Arc<Mutex<LiveKeys>>, requests: SyncQueue, metrics: Metrics) {
+    loop {
+        let (requester, request) = requests.next().await;
+        let begun = Instant::now();
+        let chunk = live.lock().chunk(&request, begun);
+        requests.on_answered(requester, begun.elapsed());
         metrics.keys_given.inc_by(chunk.keys.len() as u64);
         let payload = serde_json::to_vec(&chunk).unwrap_or_default();
         if bus.publish(Message::transient(request.from.chunks(), payload)).await == Err(PublishError::SessionEnded) {

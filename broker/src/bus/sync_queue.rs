@@ -1,0 +1,202 @@
+//! The sync requests that wait for their chunks. Requesters take turns, with one request each, and pause for some time after
+//! each chunk, so that none keeps another one waiting, or the broker busy. No IO.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::sleep_until;
+use wgkex_common::wire::message::{Participant, SyncRequest};
+
+/// The most requesters with a topic of their own, and the most requests on the shared topic. One too many is dropped: its
+/// sender sends it again.
+const MAX_REQUESTERS: usize = 4096;
+const MAX_SHARED: usize = 1024;
+/// A requester pauses for so many times as long as its chunk took to collect: it takes a fifth of one core at most.
+const PAUSE_FACTOR: u32 = 4;
+
+/// Who takes a turn.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Requester {
+    /// A program, on a topic on which no other may publish in its name.
+    Named(Participant),
+    /// All that request on the topic on which anybody may, in whatever name.
+    Shared,
+}
+
+/// The queue between the session and the sync server. Clones share everything.
+#[derive(Debug, Clone, Default)]
+pub struct SyncQueue(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    turns: Mutex<Turns>,
+    has_request: Notify,
+}
+
+/// The requests by requester.
+#[derive(Debug, Default)]
+struct Turns {
+    requests: BTreeMap<Requester, VecDeque<SyncRequest>>,
+    /// Those with requests, in the order of their turns.
+    order: VecDeque<Requester>,
+    /// Until when those pause that got a chunk.
+    pauses: BTreeMap<Requester, Instant>,
+}
+
+/// What there is to do.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    Answer(Requester, SyncRequest),
+    /// Every requester that waits pauses until then.
+    Pause(Instant),
+    /// Nobody waits.
+    Idle,
+}
+
+impl SyncQueue {
+    /// Queues a request. It replaces one of the same program that waits: a client sends the next one when it has its chunk, or
+    /// gave that up.
+    pub fn push(&self, requester: Requester, request: SyncRequest) {
+        self.0.turns.lock().push(requester, request);
+        self.0.has_request.notify_one();
+    }
+
+    /// The next request, once there is one.
+    pub async fn next(&self) -> (Requester, SyncRequest) {
+        loop {
+            let turn = self.0.turns.lock().next(Instant::now());
+            match turn {
+                Turn::Answer(requester, request) => return (requester, request),
+                Turn::Pause(until) => {
+                    tokio::select! {
+                        () = sleep_until(until.into()) => {}
+                        () = self.0.has_request.notified() => {}
+                    }
+                }
+                Turn::Idle => self.0.has_request.notified().await,
+            }
+        }
+    }
+
+    /// A requester got its chunk, which took so long to collect.
+    pub fn on_answered(&self, requester: Requester, took: Duration) {
+        self.0.turns.lock().pause(requester, Instant::now() + PAUSE_FACTOR * took);
+    }
+}
+
+impl Turns {
+    fn push(&mut self, requester: Requester, request: SyncRequest) {
+        if let Some(waiting) = self.requests.get_mut(&requester) {
+            if let Some(before) = waiting.iter_mut().find(|waiting| waiting.from == request.from) {
+                *before = request;
+            } else if waiting.len() < MAX_SHARED {
+                waiting.push_back(request);
+            }
+        } else if self.requests.len() < MAX_REQUESTERS {
+            self.order.push_back(requester.clone());
+            self.requests.insert(requester, [request].into());
+        }
+    }
+
+    fn next(&mut self, now: Instant) -> Turn {
+        self.pauses.retain(|_, until| *until > now);
+        let Some(place) = self.order.iter().position(|requester| !self.pauses.contains_key(requester)) else {
+            let soonest = self.order.iter().filter_map(|requester| self.pauses.get(requester)).min();
+            return soonest.map_or(Turn::Idle, |until| Turn::Pause(*until));
+        };
+        let turn = self.order.remove(place).and_then(|requester| {
+            let waiting = self.requests.get_mut(&requester)?;
+            let request = waiting.pop_front()?;
+            if waiting.is_empty() {
+                self.requests.remove(&requester);
+            } else {
+                self.order.push_back(requester.clone());
+            }
+            Some(Turn::Answer(requester, request))
+        });
+        turn.unwrap_or(Turn::Idle)
+    }
+
+    fn pause(&mut self, requester: Requester, until: Instant) {
+        self.pauses.insert(requester, until);
+    }
+}
+
+#[cfg(test)]
+impl SyncQueue {
+    /// Takes the next request, if there is one.
+    pub fn take(&self) -> Option<SyncRequest> {
+        match self.0.turns.lock().next(Instant::now()) {
+            Turn::Answer(_, request) => Some(request),
+            Turn::Pause(_) | Turn::Idle => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn worker(name: &str) -> Participant {
+        Participant::Worker(name.parse().unwrap())
+    }
+
+    fn request(from: &str, n: u64) -> SyncRequest {
+        SyncRequest { from: worker(from), to: None, domain: "d".into(), after: None, younger_than: Some(n) }
+    }
+
+    fn push(turns: &mut Turns, from: &str, n: u64) {
+        turns.push(Requester::Named(worker(from)), request(from, n));
+    }
+
+    /// The next requests: who sent each, and its number.
+    fn drain(turns: &mut Turns, now: Instant) -> Vec<(String, u64)> {
+        let mut drained = Vec::new();
+        while let Turn::Answer(_, request) = turns.next(now) {
+            drained.push((request.from.name().to_owned(), request.younger_than.unwrap()));
+        }
+        drained
+    }
+
+    #[test]
+    fn a_requester_waits_for_one_chunk_of_each_other_however_many_requests_these_send() {
+        let (mut turns, now) = (Turns::default(), Instant::now());
+        for n in 0..10_000 {
+            push(&mut turns, "thief", n);
+            turns.push(Requester::Shared, request(&format!("made-up-{}", n % 3), n));
+        }
+        push(&mut turns, "gw", 1);
+        push(&mut turns, "gw", 2);
+        let expected = [("thief", 9_999), ("made-up-0", 9_999), ("gw", 2), ("made-up-1", 9_997), ("made-up-2", 9_998)];
+        assert_eq!(drain(&mut turns, now), expected.map(|(from, n)| (from.to_owned(), n)));
+        assert_eq!(turns.next(now), Turn::Idle);
+    }
+
+    #[test]
+    fn a_requester_pauses_for_its_chunk_and_delays_nobody() {
+        let (mut turns, now) = (Turns::default(), Instant::now());
+        turns.pause(Requester::Named(worker("thief")), now + 20 * MS);
+        push(&mut turns, "thief", 1);
+        assert_eq!(turns.next(now), Turn::Pause(now + 20 * MS));
+        push(&mut turns, "gw", 2);
+        assert_eq!(drain(&mut turns, now + 19 * MS), [("gw".to_owned(), 2)]);
+        assert_eq!(drain(&mut turns, now + 20 * MS), [("thief".to_owned(), 1)]);
+        assert!(turns.pauses.is_empty());
+    }
+
+    #[test]
+    fn what_waits_is_bounded() {
+        let (mut turns, now) = (Turns::default(), Instant::now());
+        for n in 0..2 * MAX_REQUESTERS {
+            turns.push(Requester::Shared, request(&n.to_string(), 0));
+            push(&mut turns, &n.to_string(), 0);
+        }
+        assert_eq!(drain(&mut turns, now).len(), MAX_REQUESTERS - 1 + MAX_SHARED);
+        assert!(turns.requests.is_empty() && turns.order.is_empty());
+    }
+}
