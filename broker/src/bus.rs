@@ -10,6 +10,7 @@
 pub mod announcer;
 pub mod invalid_messages;
 mod metrics;
+pub mod online_log;
 pub mod requesters;
 pub mod subscriber;
 pub mod sync_queue;

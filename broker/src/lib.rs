@@ -43,6 +43,7 @@ use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::invalid_messages::InvalidMessages;
+use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
@@ -154,7 +155,7 @@ impl Broker {
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
         let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
-        let name = BrokerName::from(&config.name);
+        let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
@@ -165,6 +166,7 @@ impl Broker {
             revocations: revocations.clone(),
             live: live.clone(),
             reporter: reporter.clone(),
+            online_log: online_log.clone(),
             invalid: InvalidMessages::default(),
             metrics: metrics.clone(),
         };
@@ -184,6 +186,7 @@ impl Broker {
             lists.snapshot(),
             gateways.clone(),
             in_flight.clone(),
+            online_log,
         );
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
         services

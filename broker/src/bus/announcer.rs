@@ -17,6 +17,7 @@ use wgkex_common::mqtt::{ConnectionState, MqttHandle};
 use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
+use crate::bus::online_log::OnlineLog;
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
@@ -45,6 +46,7 @@ pub struct Announcer {
     lists: watch::Receiver<ListSnapshot>,
     gateways: Arc<Mutex<Gateways>>,
     in_flight: InFlightHandle,
+    online_log: OnlineLog,
     presence: Presence,
     /// When the status was published on this connection; none without one.
     status_published: Option<Instant>,
@@ -82,6 +84,7 @@ impl Announcer {
         lists: watch::Receiver<ListSnapshot>,
         gateways: Arc<Mutex<Gateways>>,
         in_flight: InFlightHandle,
+        online_log: OnlineLog,
     ) -> Self {
         Self {
             broker: (&config.name).into(),
@@ -94,6 +97,7 @@ impl Announcer {
             lists,
             gateways,
             in_flight,
+            online_log,
             presence: Presence::default(),
             status_published: None,
             hello_due: None,
@@ -204,13 +208,10 @@ impl Announcer {
         let expired = gateways.expire(now);
         drop(gateways);
         for worker in expired {
-            warn!(
-                worker = worker.as_str(),
-                online = false,
-                "gateway published nothing for too long, it is taken for offline"
-            );
+            self.online_log.on_expired(&worker);
             self.in_flight.lock().invalidate(&worker, None);
         }
+        self.online_log.on_due(now);
     }
 
     fn publish_status(&self, announcement: Announcement) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use tracing::{debug, info};
+use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
@@ -19,6 +19,7 @@ use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
 use crate::bus::metrics::{Ignored, Metrics};
+use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
@@ -81,6 +82,8 @@ pub struct Primary {
     pub live: Arc<Mutex<LiveKeys>>,
     /// Which programs are on the bus.
     pub reporter: Reporter,
+    /// What the log has of gateways that come online and go offline.
+    pub online_log: OnlineLog,
     /// What cannot be used.
     pub invalid: InvalidMessages,
     /// What is counted.
@@ -142,7 +145,7 @@ impl Primary {
         let was_online = gateways.is_online(worker);
         let confirms = gateways.on_confirmation(worker, now);
         if confirms && !was_online {
-            info!(worker = worker.as_str(), online = true, "gateway");
+            self.online_log.on_change(worker, true, now);
         }
         confirms
     }
@@ -183,7 +186,7 @@ impl Primary {
             self.in_flight.lock().invalidate(worker, domain);
         }
         if let Some(worker) = worker.filter(|_| online != was_online) {
-            info!(worker = worker.as_str(), online, "gateway");
+            self.online_log.on_change(worker, online, now);
         }
         Ok(())
     }
@@ -308,6 +311,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
         revocations: PendingRevocations::default(),
         live: live.clone(),
         reporter: reporter.clone(),
+        online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
         metrics: metrics.clone(),
     };

@@ -17,6 +17,9 @@ on_both!(
     an_original_worker_is_online_while_it_publishes_peer_counts,
     an_original_workers_overwritten_states_are_corrected_although_published_once,
     cleared_retained_messages_change_no_state,
+    a_retained_confirmation_is_no_sign_of_life,
+    a_domain_whose_only_data_is_removed_is_served_as_before,
+    a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log,
     states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing,
 );
 
@@ -43,6 +46,46 @@ fn empty(said: Said) -> Said {
 
 fn with(said: Said, payload: &str) -> Said {
     Said { payload: payload.into(), ..said }
+}
+
+/// Seen to fail where any message counted: the dead gateway was online for 65 s after each start of the broker.
+fn a_retained_confirmation_is_no_sign_of_life(bus: Bus) {
+    let mut stack = Stack::start(Plan::new(bus));
+    let stranger = stack.probe(Role::new("stranger", &[]));
+    let states = [hello("dead"), data("dead", DOMAIN), peers_of("dead", DOMAIN, "0"), status("dead", "0")];
+    let confirmation = Said { retain: true, ..applied("dead", DOMAIN, &key(1)) };
+    stranger.say_all(states.into_iter().chain([confirmation]));
+    let _ = stack.stop_broker();
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack.wait_for_metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"topic\"}", 1.0);
+    assert_eq!(stack.metric("wgkex_broker_gateways{state=\"online\"}"), Some(0.0));
+    assert_eq!(stack.v2(DOMAIN, &key(1)).status, 503);
+}
+
+/// Seen to fail where a domain that ever had data was known until the broker ended: v1 stayed at 503.
+fn a_domain_whose_only_data_is_removed_is_served_as_before(bus: Bus) {
+    let stack = Stack::start(Plan::new(bus));
+    let stranger = stack.probe(Role::new("stranger", &[]));
+    let wait_for = |status: u16| within_a_minute("v1 answers", || stack.v1(DOMAIN, &key(1)).status == status);
+    wait_for(200);
+    stranger.say(data("gw1", DOMAIN));
+    wait_for(503);
+    stranger.say(empty(data("gw1", DOMAIN)));
+    wait_for(200);
+}
+
+/// Seen to fail where each change was a line.
+fn a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log(bus: Bus) {
+    let mut stack = Stack::start(Plan::new(bus));
+    let stranger = stack.probe(Role::new("stranger", &[]));
+    stranger.say_all((0..501).map(|n| status("gw1", if n % 2 == 0 { "1" } else { "0" })));
+    stranger.say(with(status("gw1", ""), "all of them are received"));
+    stack.wait_for_metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}", 1.0);
+    stack.wait_for_gateways(1);
+    let log = stack.broker().log();
+    let lines = log.lines().filter(|line| line.contains("worker=\"gw1\"")).count();
+    assert!((1..=10).contains(&lines), "{lines} lines");
 }
 
 /// Failed before for each but the count.
