@@ -227,6 +227,11 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
     let records: Vec<Value> = serde_json::from_slice(&witness.next_on("wgkex/revocations").payload).unwrap();
     let about: Vec<_> = records.iter().map(|record| (record["list"].clone(), record["key"].clone())).collect();
     assert_eq!(about, [(json!("deny"), json!(key(1))), (json!("trusted"), json!(key(2)))]);
+    // A program of this version asks on its own topic.
+    assert!(hello["can"].as_array().unwrap().contains(&json!("named records")), "{hello}");
+    let question = json!({ "from": { "worker": "asker" }, "to": broker, "revocations": true }).to_string();
+    witness.say(said("wgkex/worker/asker/questions", question, 1, false));
+    witness.next_on("wgkex/revocations");
     let retained: Vec<_> = witness.received().into_iter().filter(|said| said.retain).collect();
     assert!(!retained.iter().any(|said| said.text().contains(&key(1))), "{retained:?}");
 }

@@ -5,11 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use wgkex_common::wire::message::{Hello, Participant, SyncRequest};
+use wgkex_common::wire::message::{Hello, Participant, Requester, SyncRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
 use crate::bus::metrics::Ignored;
-use crate::bus::sync_queue::{Requester, SyncQueue};
+use crate::bus::sync_queue::SyncQueue;
 
 /// A worker requests keys every 10 seconds. One that has not for this time may be of an older version now.
 const REQUEST_LIFETIME: Duration = Duration::from_secs(60);
@@ -39,14 +39,23 @@ impl Requesters {
 
     /// A request on a topic on which only this worker may publish; every broker receives it.
     pub fn by_worker(&mut self, worker: &WorkerName, request: SyncRequest) -> Result<(), Ignored> {
-        if !matches!(&request.from, Participant::Worker(from) if from == worker) {
-            return Err(Ignored::Payload);
-        }
+        let is_for_this_broker = self.is_for_this_broker(worker, &request.from, request.to.as_ref())?;
         self.on_worker(worker, Instant::now());
-        if request.to.as_ref() == Some(&self.own) {
+        if is_for_this_broker {
             self.enqueue(Requester::Named(request.from.clone()), request)?;
         }
         Ok(())
+    }
+
+    /// Whether a request on a worker's own topic is for this broker. An error if it is in another's name.
+    pub fn is_for_this_broker(
+        &self,
+        worker: &WorkerName,
+        from: &Participant,
+        to: Option<&BrokerName>,
+    ) -> Result<bool, Ignored> {
+        let is_in_its_name = matches!(from, Participant::Worker(from) if from == worker);
+        if is_in_its_name { Ok(to == Some(&self.own)) } else { Err(Ignored::Payload) }
     }
 
     /// A request on a topic on which only brokers may publish.

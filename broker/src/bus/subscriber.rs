@@ -14,7 +14,7 @@ use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
-use wgkex_common::wire::message::{Applied, Handshakes, Participant, Request, Revoked};
+use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
@@ -240,13 +240,26 @@ impl Secondary {
                     let _ = self.sync.try_send(event);
                 }
                 // Brokers send each other requests on the topic for chunks.
-                Err(_) => self.requesters.by_broker(json(publish)?)?,
+                Err(_) => match json(publish)? {
+                    Request::Records(RecordsRequest { from: from @ Participant::Broker(_), .. }) => {
+                        self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
+                    }
+                    Request::Records(_) => return Err(Ignored::Payload),
+                    Request::Keys(request) => self.requesters.by_broker(request)?,
+                },
             }
         } else if let Topic::WorkerRequests { worker } = topic {
-            self.requesters.by_worker(&worker, json(publish)?)?;
+            match json(publish)? {
+                Request::Records(RecordsRequest { from, to, .. }) => {
+                    if self.requesters.is_for_this_broker(&worker, &from, to.as_ref())? {
+                        self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
+                    }
+                }
+                Request::Keys(request) => self.requesters.by_worker(&worker, request)?,
+            }
         } else if let Topic::BrokerRequests { .. } = topic {
             match json(publish)? {
-                Request::Records(_) => self.lists.on_event(ListEvent::Asked),
+                Request::Records(_) => self.lists.on_event(ListEvent::Asked(Requester::Shared)),
                 Request::Keys(request) => self.requesters.by_anybody(request)?,
             }
         } else if topic == Topic::Revocations {

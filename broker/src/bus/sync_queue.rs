@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::sleep_until;
-use wgkex_common::wire::message::{Participant, SyncRequest};
+use wgkex_common::wire::message::{Requester, SyncRequest};
 
 /// The most requesters with a topic of their own, and the most requests on the shared topic. One too many is dropped: its
 /// sender sends it again.
@@ -16,15 +16,6 @@ const MAX_REQUESTERS: usize = 4096;
 const MAX_SHARED: usize = 1024;
 /// A requester pauses for so many times as long as its chunk took to collect: it takes a fifth of one core at most.
 const PAUSE_FACTOR: u32 = 4;
-
-/// Who takes a turn.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Requester {
-    /// A program, on a topic on which no other may publish in its name.
-    Named(Participant),
-    /// All that request on the topic on which anybody may, in whatever name.
-    Shared,
-}
 
 /// The queue between the session and the sync server. Clones share everything.
 #[derive(Debug, Clone, Default)]
@@ -138,6 +129,8 @@ impl SyncQueue {
 
 #[cfg(test)]
 mod tests {
+    use wgkex_common::wire::message::Participant;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);

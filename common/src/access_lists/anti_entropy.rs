@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::BrokerName;
-use crate::wire::message::Hello;
+use crate::wire::message::{Hello, Requester};
 
 /// Brokers that are remembered at most.
 const BROKERS: usize = 4096;
@@ -15,6 +15,11 @@ const RETRY: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(60);
 /// All records are broadcast no more often than this, however many requests come.
 const BROADCAST_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest pause between two broadcasts for requests on the topic on which anybody may publish.
+const SHARED_PAUSE_MAX: Duration = Duration::from_secs(8);
+/// The most requesters that are remembered, and how long after their last request.
+const REQUESTERS: usize = 4096;
+const REQUESTER_LIFETIME: Duration = Duration::from_secs(120);
 /// Retained messages come this soon after subscribing, if there are any.
 const WAIT_FOR_RETAINED: Duration = Duration::from_millis(100);
 /// How long to wait for retained hellos when no broker is known.
@@ -31,9 +36,22 @@ pub(super) struct AntiEntropy {
     own: Option<BrokerName>,
     brokers: BTreeMap<BrokerName, OtherBroker>,
     connection: Connection,
-    /// Somebody asked for all records.
-    is_asked: bool,
+    /// Those that asked for all records.
+    requesters: BTreeMap<Requester, Requests>,
     broadcast_at: Option<Instant>,
+    /// The digest of the records at the last check whether to broadcast them.
+    last_digest: String,
+}
+
+/// The requests of one requester.
+#[derive(Debug)]
+struct Requests {
+    last: Instant,
+    /// The records have not been broadcast since.
+    is_waiting: bool,
+    /// When they were last broadcast for it, and how often the same ones.
+    answered: Option<Instant>,
+    times: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,13 +67,21 @@ enum Connection {
 #[derive(Debug)]
 struct OtherBroker {
     digest: String,
+    names_records: bool,
     asked: Option<Instant>,
     tries: u32,
 }
 
 impl AntiEntropy {
     pub fn new(own: Option<BrokerName>) -> Self {
-        Self { own, brokers: BTreeMap::new(), connection: Connection::Connecting, is_asked: false, broadcast_at: None }
+        Self {
+            own,
+            brokers: BTreeMap::new(),
+            connection: Connection::Connecting,
+            requesters: BTreeMap::new(),
+            broadcast_at: None,
+            last_digest: String::new(),
+        }
     }
 
     /// The session is up.
@@ -71,22 +97,41 @@ impl AntiEntropy {
 
     /// The hello of a broker; none if it goes.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>) {
+        let names_records = hello.is_some_and(Hello::names_records);
         let digest = hello.filter(|hello| hello.answers()).and_then(|hello| hello.records.clone());
         let Some(digest) = digest.filter(|_| self.own.as_ref() != Some(name)) else {
             self.brokers.remove(name);
             return;
         };
-        if self.brokers.get(name).is_some_and(|known| known.digest == digest) {
+        if let Some(known) = self.brokers.get_mut(name).filter(|known| known.digest == digest) {
+            known.names_records = names_records;
             return;
         }
         if self.brokers.len() < BROKERS || self.brokers.contains_key(name) {
-            self.brokers.insert(name.clone(), OtherBroker { digest, asked: None, tries: 0 });
+            self.brokers.insert(name.clone(), OtherBroker { digest, names_records, asked: None, tries: 0 });
         }
     }
 
+    /// Whether the broker receives requests for records on topics that belong to the program that asks.
+    pub fn names_records(&self, broker: &BrokerName) -> bool {
+        self.brokers.get(broker).is_some_and(|broker| broker.names_records)
+    }
+
     /// Somebody lacks records, or has others.
-    pub fn asked(&mut self) {
-        self.is_asked = true;
+    pub fn asked(&mut self, requester: Requester, now: Instant) {
+        let is_over = |requests: &Requests| now.saturating_duration_since(requests.last) >= REQUESTER_LIFETIME;
+        if self.requesters.len() >= REQUESTERS && !self.requesters.contains_key(&requester) {
+            self.requesters.retain(|_, requests| !is_over(requests));
+            if self.requesters.len() >= REQUESTERS {
+                return;
+            }
+        }
+        let new = || Requests { last: now, is_waiting: true, answered: None, times: 0 };
+        let requests = self.requesters.entry(requester).or_insert_with(new);
+        if is_over(requests) {
+            requests.times = 0;
+        }
+        (requests.last, requests.is_waiting) = (now, true);
     }
 
     /// The brokers to ask now, given the own digest.
@@ -105,12 +150,23 @@ impl AntiEntropy {
         names
     }
 
-    /// Whether all records are to be published now; they count as published then.
-    pub fn should_broadcast(&mut self, now: Instant) -> bool {
+    /// Whether all records, which have this digest, are to be published now; they count as published then. The same ones are
+    /// published for the same requester with growing pauses, half as long as those of [`AntiEntropy::ask`].
+    pub fn should_broadcast(&mut self, digest: &str, now: Instant) -> bool {
+        if self.last_digest != digest {
+            digest.clone_into(&mut self.last_digest);
+            self.requesters.values_mut().for_each(|requests| requests.times = 0);
+        }
         let long_ago = self.broadcast_at.is_none_or(|at| now.saturating_duration_since(at) >= BROADCAST_INTERVAL);
-        let is_due = self.is_asked && long_ago && self.own.is_some();
+        let is_due = long_ago
+            && self.own.is_some()
+            && self.requesters.iter().any(|(requester, requests)| requests.is_due(requester, now));
         if is_due {
-            (self.is_asked, self.broadcast_at) = (false, Some(now));
+            self.broadcast_at = Some(now);
+            for requests in self.requesters.values_mut().filter(|requests| requests.is_waiting) {
+                (requests.is_waiting, requests.answered) = (false, Some(now));
+                requests.times = requests.times.saturating_add(1);
+            }
         }
         is_due
     }
@@ -130,6 +186,18 @@ impl AntiEntropy {
     }
 }
 
+impl Requests {
+    fn is_due(&self, requester: &Requester, now: Instant) -> bool {
+        let longest = match requester {
+            Requester::Named(_) => RETRY_MAX / 2,
+            Requester::Shared => SHARED_PAUSE_MAX,
+        };
+        let pause = if self.times == 0 { Duration::ZERO } else { RETRY / 2 * 2_u32.pow(self.times.min(7) - 1) };
+        let is_over = |answered: Instant| now.saturating_duration_since(answered) >= pause.min(longest);
+        self.is_waiting && self.answered.is_none_or(is_over)
+    }
+}
+
 /// The records did not come in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TimedOut;
@@ -137,6 +205,7 @@ pub(super) struct TimedOut;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::message::Participant;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -193,17 +262,66 @@ mod tests {
         let (mut broker, begun) = anti_entropy(Some("own"), &[]);
         let mut said = 0;
         for ms in 0..3_500 {
-            broker.asked();
-            said += u32::from(broker.should_broadcast(begun + ms * MS));
+            broker.asked(worker(&ms.to_string()), begun + ms * MS);
+            said += u32::from(broker.should_broadcast("x", begun + ms * MS));
         }
         assert_eq!(said, 4);
         assert!(
-            broker.should_broadcast(begun + 10_000 * MS) && !broker.should_broadcast(begun + 20_000 * MS),
+            broker.should_broadcast("x", begun + 10_000 * MS) && !broker.should_broadcast("x", begun + 20_000 * MS),
             "nobody asked again"
         );
-        let (mut worker, now) = anti_entropy(None, &[]);
-        worker.asked();
-        assert!(!worker.should_broadcast(now));
+        let (mut gateway, now) = anti_entropy(None, &[]);
+        gateway.asked(Requester::Shared, now);
+        assert!(!gateway.should_broadcast("x", now));
+    }
+
+    fn worker(name: &str) -> Requester {
+        Requester::Named(Participant::Worker(name.parse().unwrap()))
+    }
+
+    /// Fails where every request counts: all records were published once a second, for ever.
+    #[test]
+    fn the_same_records_are_published_for_the_same_requester_with_growing_pauses() {
+        let broadcasts = |requester: &Requester, seconds: &[u32]| {
+            let (mut broker, begun) = anti_entropy(Some("own"), &[]);
+            let at = |second: &u32| begun + *second * 1000 * MS;
+            let due = |second: &&u32| {
+                broker.asked(requester.clone(), at(second));
+                broker.should_broadcast("x", at(second))
+            };
+            seconds.iter().filter(due).copied().collect::<Vec<_>>()
+        };
+        let always: Vec<_> = (0..100).collect();
+        assert_eq!(broadcasts(&worker("thief"), &always), [0, 1, 2, 4, 8, 16, 32, 62, 92]);
+        assert_eq!(
+            broadcasts(&Requester::Shared, &always),
+            [0, 1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96]
+        );
+        let as_programs_ask = [0, 1, 3, 7, 15, 31, 63, 123, 183];
+        assert_eq!(broadcasts(&worker("gw"), &as_programs_ask), as_programs_ask);
+    }
+
+    #[test]
+    fn a_requester_that_has_just_started_and_other_records_wait_for_no_pause_of_a_requester() {
+        let (mut broker, begun) = anti_entropy(Some("own"), &[]);
+        let mut asks = |requester: Requester, digest: &str, second: u32| {
+            broker.asked(requester, begun + second * 1000 * MS);
+            broker.should_broadcast(digest, begun + second * 1000 * MS)
+        };
+        let thief = || worker("thief");
+        let said = (0..50).filter(|second| asks(thief(), "x", *second)).count();
+        assert_eq!(said, 7);
+        assert!(asks(worker("gw"), "x", 50) && !asks(thief(), "x", 51));
+        assert!(asks(thief(), "y", 52), "there are others now");
+    }
+
+    #[test]
+    fn the_requesters_that_are_remembered_are_bounded() {
+        let (mut broker, now) = anti_entropy(Some("own"), &[]);
+        (0..2 * REQUESTERS).for_each(|n| broker.asked(worker(&n.to_string()), now));
+        assert_eq!(broker.requesters.len(), REQUESTERS);
+        broker.asked(worker("later"), now + REQUESTER_LIFETIME);
+        assert_eq!(broker.requesters.len(), 1);
     }
 
     #[test]

@@ -173,7 +173,7 @@ impl ListService {
             Command::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
             Command::Event(ListEvent::Down) => self.anti_entropy.down(),
             Command::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
-            Command::Event(ListEvent::Asked) => self.anti_entropy.asked(),
+            Command::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
             Command::Event(ListEvent::Records(records)) => self.merge(records),
         }
     }
@@ -269,12 +269,15 @@ impl ListService {
         let digest = self.snapshot.borrow().digest.clone();
         for broker in self.anti_entropy.ask(&digest, now) {
             debug!(broker = broker.as_str(), "asking for list entries");
-            let request = RecordsRequest { from: self.own.clone(), revocations: true };
+            let is_named = self.anti_entropy.names_records(&broker);
+            let topic =
+                if is_named { self.own.requests(&broker) } else { Topic::BrokerRequests { broker: broker.clone() } };
+            let request = RecordsRequest { from: self.own.clone(), to: is_named.then_some(broker), revocations: true };
             // One that is lost is sent again.
             let payload = serde_json::to_vec(&request).unwrap_or_default();
-            let _ = bus.try_publish(Message::transient(Topic::BrokerRequests { broker }, payload));
+            let _ = bus.try_publish(Message::transient(topic, payload));
         }
-        if self.anti_entropy.should_broadcast(now) {
+        if self.anti_entropy.should_broadcast(&digest, now) {
             let records: Vec<_> = self.records.shared(unix(SystemTime::now())).collect();
             for part in records.chunks(PER_MESSAGE) {
                 let payload = serde_json::to_vec(part).unwrap_or_default();

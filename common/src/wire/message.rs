@@ -155,6 +155,9 @@ impl Hello {
     /// A broker's ability to receive requests on topics that belong to the program that asks; it sends its own there, too.
     pub const NAMED_REQUESTS: &str = "named questions";
 
+    /// A broker's ability to receive requests for records there, too.
+    pub const NAMED_RECORDS: &str = "named records";
+
     /// The hello in this payload; none if it is empty, which clears it.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
@@ -178,7 +181,7 @@ impl Hello {
     /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
-        Self::new(&[Self::ANSWER, Self::NAMED_REQUESTS], domains, Some(instance))
+        Self::new(&[Self::ANSWER, Self::NAMED_REQUESTS, Self::NAMED_RECORDS], domains, Some(instance))
     }
 
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
@@ -215,6 +218,12 @@ impl Hello {
     #[must_use]
     pub fn names_requests(&self) -> bool {
         self.can(Self::NAMED_REQUESTS)
+    }
+
+    /// Whether the broker receives requests for records on topics that belong to the program that asks.
+    #[must_use]
+    pub fn names_records(&self) -> bool {
+        self.can(Self::NAMED_RECORDS)
     }
 
     fn can(&self, wanted: &str) -> bool {
@@ -300,6 +309,15 @@ impl Participant {
     }
 }
 
+/// The program that sent a request to a broker, as far as the topic shows it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Requester {
+    /// A program, on a topic on which no other may publish in its name.
+    Named(Participant),
+    /// All that request on the topic on which anybody may, in whatever name.
+    Shared,
+}
+
 /// Asks a broker for live keys of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncRequest {
@@ -321,6 +339,9 @@ pub struct SyncRequest {
 pub struct RecordsRequest {
     /// The program that asks.
     pub from: Participant,
+    /// The broker that is asked, where it is not in the topic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<BrokerName>,
     /// True: it distinguishes this request from a [`SyncRequest`].
     pub revocations: bool,
 }
@@ -458,7 +479,11 @@ mod tests {
         let records = asked(r#"{"from":{"worker":"gw1"},"revocations":true}"#).unwrap();
         assert_eq!(
             records,
-            Request::Records(RecordsRequest { from: Participant::Worker("gw1".parse().unwrap()), revocations: true })
+            Request::Records(RecordsRequest {
+                from: Participant::Worker("gw1".parse().unwrap()),
+                to: None,
+                revocations: true
+            })
         );
         let keys = r#"{"from":{"broker":"b1"},"domain":"d","after":null,"younger_than":20}"#;
         assert!(matches!(asked(keys).unwrap(), Request::Keys(question) if question.domain == "d"));

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::BrokerName;
 use crate::access_lists::records::{Full, Record, Refused};
 use crate::access_lists::{Admission, Entry};
-use crate::wire::message::Hello;
+use crate::wire::message::{Hello, Requester};
 
 /// Commands that wait at most. What brokers publish they publish again, so one too many is dropped.
 pub const COMMANDS: usize = 1024;
@@ -50,7 +50,7 @@ pub enum ListEvent {
     /// Records that somebody made.
     Records(Vec<Record>),
     /// A request for all records.
-    Asked,
+    Asked(Requester),
 }
 
 /// A record that was made.
