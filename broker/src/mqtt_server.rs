@@ -3,7 +3,8 @@
 //! The way of a client: a [`pending`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]), a client slot
 //! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
 //! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
-//! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained.
+//! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained. No client publishes more than
+//! the others can read, see [`progress`].
 //!
 //! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
 //! connections; each connection owns its session; [`retained_store`] owns the file. Tasks: one accept loop for each of the
@@ -26,6 +27,7 @@ mod message;
 mod metrics;
 pub mod password;
 mod pending;
+mod progress;
 mod quota;
 mod retained;
 mod retained_store;

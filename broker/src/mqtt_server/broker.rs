@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
+use tokio::time::sleep;
 use tracing::warn;
 
 use crate::metrics::set;
@@ -19,14 +20,21 @@ use crate::mqtt_server::retained::{Found, Full, Retained, Snapshot};
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
+/// How far the last reader may be behind for a user that publishes much at once to go on; it is less than for the others, so
+/// that they need not wait for what it published.
+const MAX_LAG_OF_BURST: u64 = 4 << 20;
+/// The same for every client.
+const MAX_LAG: u64 = 8 << 20;
+/// The same for this broker itself, and for the readers of clients only: it reads what it publishes after that.
+const MAX_LAG_OF_OWN: u64 = 12 << 20;
+/// How often to look whether a will can be published.
+const WILL_RETRY: Duration = Duration::from_millis(10);
 
 /// The state of the embedded server. Every connection has a part in it by its [`ClientSlot`].
 pub struct MessageBroker {
     log: Log,
     /// One lock for both, so that the message retained last on a topic was also published last.
     shared: Mutex<Shared>,
-    /// This broker's own connections are behind the log.
-    is_behind: AtomicBool,
     clients: Arc<Mutex<BTreeMap<String, Registration>>>,
     began: Instant,
     metrics: Metrics,
@@ -64,27 +72,21 @@ impl MessageBroker {
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
         let shared = Mutex::new(Shared { writer, retained, warned: LogThrottle::default() });
-        let (clients, is_behind, began) = (Arc::default(), AtomicBool::new(false), Instant::now());
-        Ok(Self { log, shared, is_behind, clients, began, metrics })
+        Ok(Self { log, shared, clients: Arc::default(), began: Instant::now(), metrics })
     }
 
     /// Publishes a message to all subscribers, and retains it if it is to be retained.
     pub fn publish(&self, slot: &ClientSlot, message: &Message) {
-        let mut shared = self.shared.lock();
-        shared.publish(message, slot.user(), &self.metrics);
-        self.update_lag(&mut shared);
+        self.shared.lock().publish(message, slot.user(), &self.metrics);
     }
 
-    /// Whether clients should publish no more until this broker's own connections have read what was published. Those may
-    /// publish all the same.
-    pub fn is_behind(&self) -> bool {
-        self.is_behind.load(Ordering::Relaxed) && self.update_lag(&mut self.shared.lock())
-    }
-
-    fn update_lag(&self, shared: &mut Shared) -> bool {
-        let is_behind = shared.writer.is_behind();
-        self.is_behind.store(is_behind, Ordering::Relaxed);
-        is_behind
+    /// Whether a client has to wait before it publishes, until others have read what was published.
+    pub fn must_wait(&self, account: &Account) -> bool {
+        if account.is_own {
+            return self.log.lag_of_clients() > MAX_LAG_OF_OWN;
+        }
+        let lag = self.log.lag();
+        lag > MAX_LAG || (lag > MAX_LAG_OF_BURST && account.is_bursting(Instant::now().into()))
     }
 
     /// The retained messages of `filter` behind the topic `after`, see [`Retained::find`].
@@ -92,13 +94,9 @@ impl MessageBroker {
         self.shared.lock().retained.find(filter, after, most)
     }
 
-    /// A reader of what is published from now on; this broker's own connections miss none of it.
+    /// A reader of what is published from now on, for this broker itself or a client.
     pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
-        let mut reader = self.log.subscribe()?;
-        if is_own {
-            self.shared.lock().writer.track(&mut reader);
-        }
-        Ok(reader)
+        self.log.subscribe(is_own)
     }
 
     /// Gives `client` a slot, if fewer than `room` are taken. If it has one already, that connection is asked to end, and
@@ -139,7 +137,13 @@ impl MessageBroker {
     }
 
     /// The connection has ended: publishes its will if it is due, and closes its reader.
-    pub async fn unregister(&self, slot: ClientSlot, will_is_due: bool, reader: Option<LogReader>) {
+    pub async fn unregister(&self, slot: ClientSlot, will_is_due: bool, mut reader: Option<LogReader>) {
+        if let Some(reader) = &mut reader {
+            reader.leave();
+        }
+        while will_is_due && self.log.lag() > MAX_LAG {
+            sleep(WILL_RETRY).await;
+        }
         self.publish_will(&slot, will_is_due);
         if let Some(reader) = reader {
             self.log.close(reader).await;
@@ -153,7 +157,6 @@ impl MessageBroker {
         let mut shared = self.shared.lock();
         if let Some(will) = shared.retained.clear_will(&slot.client).filter(|_| will_is_due) {
             shared.publish(&will, slot.user(), &self.metrics);
-            self.update_lag(&mut shared);
         }
     }
 

@@ -35,6 +35,8 @@ const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
 const UNFINISHED_TIMEOUT: Duration = Duration::from_secs(30);
 /// The shortest pause of a client that is slowed down: a timer is too coarse for one pause per packet.
 const PAUSE: Duration = Duration::from_millis(10);
+/// The type of a PUBLISH packet, in the upper half of its first byte.
+const PUBLISH: u8 = 3;
 /// The longest part of a topic that is logged, in characters.
 const TOPIC_SHOWN_MAX: usize = 100;
 /// How often to check the time limits.
@@ -57,7 +59,7 @@ pub enum Slowed {
     Rate,
     /// Its user has too many bytes of incomplete packets.
     Unfinished,
-    /// This broker's own connections are behind.
+    /// What it publishes is more than other clients have read.
     Behind,
 }
 
@@ -85,6 +87,13 @@ enum ConnectionEvent {
     Backlog,
 }
 
+/// Nothing is read before `until`, and what has come is left.
+#[derive(Debug, Clone, Copy)]
+struct Pause {
+    until: Instant,
+    reason: Slowed,
+}
+
 /// A client's connection.
 pub struct Connection {
     reader: ReadHalf<Box<dyn Stream>>,
@@ -101,8 +110,7 @@ pub struct Connection {
     keep_alive: Option<Duration>,
     last_read: Instant,
     last_write: Instant,
-    /// Nothing is read before this, and what has come is left.
-    paused: Option<Instant>,
+    paused: Option<Pause>,
     /// Memory for a large packet that is not whole yet, and since when.
     unfinished: Option<(Held, Instant)>,
     /// More of the retained messages can be sent at once.
@@ -163,11 +171,32 @@ impl Connection {
             if let Err(end) = self.process_input(slot) {
                 return (end, self.log_reader);
             }
-            let event = self.next(slot, &mut tick).await;
+            let event = self.next_in_time(slot, &mut tick).await;
             if let Err(end) = self.handle(event, slot) {
                 return (end, self.log_reader);
             }
         }
+    }
+
+    /// Waits for one thing to happen, and notes how long the client kept its reader waiting meanwhile.
+    async fn next_in_time(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
+        let began = self.holds_up_reader().then(Instant::now);
+        let event = self.next(slot, tick).await;
+        if let (Some(began), Some(log_reader)) = (began, &mut self.log_reader) {
+            log_reader.hold_up(began.elapsed());
+        }
+        event
+    }
+
+    /// Whether it depends on the client when the next message is taken from the log: on what it reads, acknowledges, or may
+    /// still ask for. This broker's own connections are waited for however long that takes.
+    fn holds_up_reader(&self) -> bool {
+        let waits_for_backlog = self.session.backlog().is_some() && self.exceeds_rate();
+        !self.account.is_own && (!self.has_output_room() || self.session.room() == 0 || waits_for_backlog)
+    }
+
+    fn exceeds_rate(&self) -> bool {
+        self.paused.is_some_and(|pause| pause.reason == Slowed::Rate)
     }
 
     /// Waits for one thing to happen. What is to be sent is written last: together. Only if that is much it comes first.
@@ -178,7 +207,7 @@ impl Connection {
         let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= MAX_OUTPUT);
         self.make_room();
         let mut input = (&mut self.input).limit(MAX_INPUT);
-        let resumes = until(self.paused);
+        let resumes = until(self.paused.map(|pause| pause.until));
         let publishes = next(&mut self.log_reader, &self.session);
         let reads = self.reader.read_buf(&mut input);
         let writes = write(&mut self.writer, &mut self.output, &mut self.unflushed);
@@ -275,7 +304,7 @@ impl Connection {
     fn process_input(&mut self, slot: &ClientSlot) -> Result<(), End> {
         self.take_packets(slot)?;
         self.has_more = false;
-        if self.paused.is_none() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT {
+        if !self.exceeds_rate() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT {
             self.send_retained(slot);
         }
         Ok(())
@@ -283,10 +312,13 @@ impl Connection {
 
     fn take_packets(&mut self, slot: &ClientSlot) -> Result<(), End> {
         loop {
-            if !self.account.is_own && self.broker.is_behind() {
-                self.pause(Slowed::Behind, PAUSE);
-            }
             if self.paused.is_some() {
+                return Ok(());
+            }
+            // Only what would be published waits: others may wait for this client's acknowledgements.
+            let publishes = self.input.first().is_some_and(|first| first >> 4 == PUBLISH);
+            if publishes && self.broker.must_wait(&self.account) {
+                self.pause(Slowed::Behind, PAUSE);
                 return Ok(());
             }
             let before = self.input.len();
@@ -357,7 +389,7 @@ impl Connection {
     }
 
     fn pause(&mut self, reason: Slowed, wait: Duration) {
-        self.paused = Some(Instant::now() + wait);
+        self.paused = Some(Pause { until: Instant::now() + wait, reason });
         self.metrics.slowed.with_label_values(&[reason.reason()]).inc();
     }
 

@@ -10,8 +10,7 @@
 //! client subscribed to. Every message has its position in the log with it, so that a reader notices when it has missed
 //! some.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -23,18 +22,16 @@ use rumqttd::{Notification, RouterConfig};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
+use crate::mqtt_server::progress::{Progress, ReaderPosition};
+
 /// The topic of all messages.
 const TOPIC: &str = "bus";
 /// The topic of one message, for which a reader waits when it is closed.
 const BARRIER: &str = "barrier";
 /// The bytes of a segment: the log drops whole segments, read or not.
 const SEGMENT: usize = 1 << 20;
-/// How many segments there are: 8 MiB hold 20,000 keys several times.
-const SEGMENTS: usize = 8;
-/// The unread bytes from which a reader that must miss nothing counts as behind.
-const BEHIND: u64 = 4 << 20;
-/// The unread bytes below which it no longer does.
-const CAUGHT_UP: u64 = 2 << 20;
+/// How many segments there are: 16 MiB are more than anybody may be ahead of the readers.
+const SEGMENTS: usize = 16;
 /// The most messages that are forwarded to a reader at once; with 200 of them in its queue it gets no more.
 const FORWARD_BATCH: u64 = 10;
 /// The bytes of a position.
@@ -52,6 +49,14 @@ pub struct Log {
     dial: Box<Dial>,
     /// The names of links that ended: the router remembers each name for ever.
     names: Mutex<Names>,
+    progress: ProgressOfAll,
+}
+
+/// How far all readers are.
+#[derive(Default, Clone)]
+struct ProgressOfAll {
+    clients: Arc<Progress>,
+    own: Arc<Progress>,
 }
 
 #[derive(Default)]
@@ -66,9 +71,7 @@ pub struct LogWriter {
     end: u64,
     link: LinkTx,
     _replies: LinkRx,
-    /// The positions of those readers that must miss nothing.
-    tracked: Vec<Weak<AtomicU64>>,
-    is_behind: bool,
+    progress: ProgressOfAll,
 }
 
 impl Log {
@@ -89,12 +92,23 @@ impl Log {
         });
         let (mut link, replies) = dial("writer")?;
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
-        let writer = LogWriter { end: 0, link, _replies: replies, tracked: Vec::new(), is_behind: false };
-        Ok((Self { dial, names: Mutex::default() }, writer))
+        let progress = ProgressOfAll::default();
+        let writer = LogWriter { end: 0, link, _replies: replies, progress: progress.clone() };
+        Ok((Self { dial, names: Mutex::default(), progress }, writer))
     }
 
-    /// A reader of what is published from now on. It has to be closed.
-    pub fn subscribe(&self) -> anyhow::Result<LogReader> {
+    /// How many bytes the last reader has not read yet, see [`Progress::lag`].
+    pub fn lag(&self) -> u64 {
+        self.lag_of_clients().max(self.progress.own.lag())
+    }
+
+    /// The same for the readers of clients.
+    pub fn lag_of_clients(&self) -> u64 {
+        self.progress.clients.lag()
+    }
+
+    /// A reader of what is published from now on, for this broker itself or a client. It has to be closed.
+    pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
         let name = self.names(|names| {
             names.free.pop().unwrap_or_else(|| {
                 names.given += 1;
@@ -105,14 +119,16 @@ impl Log {
         link.subscribe(TOPIC).context("the MQTT router")?;
         // The router takes all that the writer has at once: also what comes after this, before it takes the subscription.
         while !is_granted(incoming.recv().context("the MQTT router")?) {}
-        Ok(LogReader { name, link, incoming, next: None, position: None })
+        let position = ReaderPosition::at_end(if is_own { &self.progress.own } else { &self.progress.clients });
+        Ok(LogReader { name, link, incoming, next: None, position })
     }
 
     /// Closes a reader. The router must have nothing to do for a link that it removes, or others wait for that, and breaks
     /// on packets from a link that it has removed. So the subscription ends first, then nothing may be in flight any more,
     /// as the answer to the barrier shows, and DISCONNECT is the last packet.
     pub async fn close(&self, reader: LogReader) {
-        let LogReader { name, mut link, mut incoming, .. } = reader;
+        let LogReader { name, mut link, mut incoming, position, .. } = reader;
+        drop(position);
         let _ = link.unsubscribe(TOPIC);
         loop {
             match incoming.next().await {
@@ -151,22 +167,8 @@ impl LogWriter {
         self.end = behind(self.end, placed.len());
         // Without a router there is no process either.
         let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), placed.freeze());
-    }
-
-    /// This reader must miss nothing: [`Self::is_behind`] is true when no client should publish more.
-    pub fn track(&mut self, reader: &mut LogReader) {
-        let position = Arc::new(AtomicU64::new(u64::MAX));
-        self.tracked.retain(|position| position.strong_count() > 0);
-        self.tracked.push(Arc::downgrade(&position));
-        reader.position = Some(position);
-    }
-
-    /// Whether one of the readers that must miss nothing is far behind, or was and has not caught up yet.
-    pub fn is_behind(&mut self) -> bool {
-        let positions = self.tracked.iter().filter_map(Weak::upgrade).map(|position| position.load(Ordering::Relaxed));
-        let lag = self.end.saturating_sub(positions.min().unwrap_or(u64::MAX));
-        self.is_behind = lag > if self.is_behind { CAUGHT_UP } else { BEHIND };
-        self.is_behind
+        self.progress.clients.publish(self.end);
+        self.progress.own.publish(self.end);
     }
 }
 
@@ -187,8 +189,8 @@ pub struct LogReader {
     incoming: LinkRx,
     /// The position of the next message.
     next: Option<u64>,
-    /// The same for the [`LogWriter`], if this reader must miss nothing. As long as it has read nothing, it is not behind.
-    position: Option<Arc<AtomicU64>>,
+    /// The same for those who publish.
+    position: ReaderPosition,
 }
 
 /// The log does not have the reader's next message any more.
@@ -217,6 +219,16 @@ impl LogReader {
         }
     }
 
+    /// Its client kept it from reading for so long.
+    pub fn hold_up(&mut self, time: Duration) {
+        self.position.hold_up(time);
+    }
+
+    /// Nobody waits for it from now on: it is to be closed.
+    pub fn leave(&mut self) {
+        self.position.leave();
+    }
+
     /// A message without its position, which has to be the next.
     fn follow(&mut self, mut placed: Bytes) -> Result<Bytes, Lagged> {
         let bytes = placed.len();
@@ -225,9 +237,7 @@ impl LogReader {
         let follows = self.next.is_none_or(|next| position == next);
         let next = behind(position, bytes);
         self.next = Some(next);
-        if let Some(position) = &self.position {
-            position.store(next, Ordering::Relaxed);
-        }
+        self.position.advance(next);
         if follows { Ok(message) } else { Err(Lagged) }
     }
 }
@@ -247,7 +257,7 @@ mod tests {
     async fn closing_a_reader_keeps_no_other_waiting() {
         let (log, mut writer) = Log::start(300).unwrap();
         let log = Arc::new(log);
-        let mut readers: Vec<LogReader> = (0..250).map(|_| log.subscribe().unwrap()).collect();
+        let mut readers: Vec<LogReader> = (0..250).map(|_| log.subscribe(false).unwrap()).collect();
         for round in 0..300 {
             let reader = readers.remove(100);
             let closing = tokio::spawn({
@@ -263,14 +273,14 @@ mod tests {
                 assert!(heard.is_ok(), "a reader waits in round {round}");
             }
             closing.await.unwrap();
-            readers.push(log.subscribe().unwrap());
+            readers.push(log.subscribe(false).unwrap());
         }
     }
 
     #[tokio::test]
     async fn a_reader_that_is_too_slow_notices_that_it_missed_something() {
         let (log, mut writer) = Log::start(10).unwrap();
-        let mut reader = log.subscribe().unwrap();
+        let mut reader = log.subscribe(false).unwrap();
         let large = vec![0; 1 << 16];
         (0..1_000).for_each(|_| writer.publish(&large));
         let mut heard = 0;
@@ -287,28 +297,28 @@ mod tests {
 
     /// Twice as much as the log holds is published. It was seen to miss some with a log of 4 MiB.
     #[tokio::test]
-    async fn a_reader_that_must_miss_nothing_shows_that_it_is_behind() {
+    async fn a_reader_that_is_waited_for_misses_nothing() {
+        const MOST: u64 = 4 << 20;
         let (log, mut writer) = Log::start(10).unwrap();
-        let mut reader = log.subscribe().unwrap();
-        writer.track(&mut reader);
+        let mut reader = log.subscribe(false).unwrap();
         writer.publish(b"first");
-        assert!(reader.next(|_| true).await.is_ok() && !writer.is_behind());
+        assert!(reader.next(|_| true).await.is_ok() && log.lag() < MOST);
         let large = vec![0; 1 << 20];
-        for _ in 0..16 {
-            while writer.is_behind() {
+        for _ in 0..2 * SEGMENTS {
+            while log.lag() > MOST {
                 assert!(timeout(Duration::from_secs(5), reader.next(|_| true)).await.unwrap().is_ok());
             }
             writer.publish(&large);
         }
-        assert!(writer.is_behind());
+        assert!(log.lag() > MOST);
         for _ in 0..3 {
             reader.next(|_| true).await.unwrap();
         }
-        assert!(!writer.is_behind(), "it is close again");
+        assert!(log.lag() < MOST, "it is close again");
         (0..4).for_each(|_| writer.publish(&large));
-        assert!(writer.is_behind());
+        assert!(log.lag() > MOST);
         log.close(reader).await;
-        assert!(!writer.is_behind(), "no reader is behind that is gone");
+        assert_eq!(log.lag(), 0, "no reader is behind that is gone");
     }
 
     /// Seen to fail where the reader is given before the router has the subscription: the message was lost.
@@ -322,7 +332,7 @@ mod tests {
                 let writer = writer.clone();
                 move || (0..10_000).for_each(|_| writer.lock().publish(b"of others"))
             });
-            let mut reader = log.subscribe().unwrap();
+            let mut reader = log.subscribe(false).unwrap();
             let marker = [b"marker".as_slice(), &round.to_be_bytes()].concat();
             writer.lock().publish(&marker);
             let found = timeout(Duration::from_secs(30), reader.next(|message| message[..] == marker)).await;
@@ -337,7 +347,7 @@ mod tests {
         let (log, mut writer) = Log::start(10).unwrap();
         for _ in 0..100 {
             writer.publish(b"before");
-            let mut reader = log.subscribe().unwrap();
+            let mut reader = log.subscribe(false).unwrap();
             for n in 0..1000u16 {
                 writer.publish(&n.to_be_bytes());
             }

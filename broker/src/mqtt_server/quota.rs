@@ -68,6 +68,10 @@ const BROKER: RateLimit = RateLimit {
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
 };
 
+/// What a user publishes without being one that publishes much at once: a batch of keys, and what a worker may go on to
+/// publish.
+const STEADY: Pace = Pace { per_second: 512 << 10, burst: 256 << 10 };
+
 /// What all connections of a user share, or those of everybody where there are no users.
 #[derive(Debug, Clone)]
 pub struct Account {
@@ -125,6 +129,11 @@ impl Account {
         self.rate.as_ref().map_or(Duration::ZERO, |rate| rate.charge(cost, now))
     }
 
+    /// Whether the user publishes much at once, within what it may.
+    pub fn is_bursting(&self, now: Instant) -> bool {
+        self.rate.as_ref().is_some_and(|rate| rate.is_bursting(now))
+    }
+
     /// Reserves memory for an incomplete packet of so many bytes, until it is dropped; none if there is too little.
     pub fn hold(&self, bytes: usize) -> Option<Held> {
         self.unfinished.take(bytes)
@@ -141,7 +150,7 @@ fn rate(role: Role) -> Rate {
         Role::Worker => WORKER,
         Role::Broker => BROKER,
     };
-    Rate { began: Instant::now(), work: Meter::new(work), bytes: Meter::new(bytes) }
+    Rate { began: Instant::now(), work: Meter::new(work), bytes: Meter::new(bytes), steady: Meter::new(STEADY) }
 }
 
 /// The rate of a user, and what was charged.
@@ -150,12 +159,23 @@ struct Rate {
     began: Instant,
     work: Meter,
     bytes: Meter,
+    /// Of the same bytes.
+    steady: Meter,
 }
 
 impl Rate {
     fn charge(&self, cost: Cost, now: Instant) -> Duration {
-        let now = u64::try_from(now.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX);
+        let now = self.nanos(now);
+        self.steady.charge(cost.bytes, now);
         self.work.charge(cost.work, now).max(self.bytes.charge(cost.bytes, now))
+    }
+
+    fn is_bursting(&self, now: Instant) -> bool {
+        !self.steady.charge(0, self.nanos(now)).is_zero()
+    }
+
+    fn nanos(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.began).as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -257,6 +277,19 @@ mod tests {
         assert!(burst(&worker, 200, after(&worker, 0)) > 2 * 20_000 - 1);
         assert!(burst(&broker, 200, after(&broker, 0)) >= 100_000);
         assert_eq!(Account::own().charge(Cost { work: u64::MAX, bytes: u64::MAX }, Instant::now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_user_bursts_that_publishes_more_than_a_batch_at_once() {
+        for role in [Role::Worker, Role::Broker] {
+            let rate = rate(role);
+            assert!(rate.charge(Cost { work: PACKET, bytes: 256 << 10 }, after(&rate, 0)).is_zero());
+            assert!(!rate.is_bursting(after(&rate, 0)));
+            assert!(rate.charge(Cost { work: PACKET, bytes: 512 << 10 }, after(&rate, 0)).is_zero());
+            assert!(rate.is_bursting(after(&rate, 0)) && rate.is_bursting(after(&rate, 990)));
+            assert!(!rate.is_bursting(after(&rate, 1_010)));
+        }
+        assert!(!Account::own().is_bursting(Instant::now()));
     }
 
     #[test]

@@ -16,8 +16,9 @@ use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
 use crate::mqtt_server::subscriptions::{MAX_LEVELS, Subscriptions};
 
-/// The most messages in flight to a client; the next one waits for an acknowledgement.
-const MAX_IN_FLIGHT: usize = 100;
+/// The most messages in flight to a client; the next one waits for an acknowledgement. A second's worth of small ones at
+/// 50 ms round-trip time.
+const MAX_IN_FLIGHT: usize = 1_000;
 /// The same for this broker's own connections, which must not be behind.
 const MAX_IN_FLIGHT_OWN: usize = 10_000;
 /// The most subscriptions of a client, and the most topics in a packet.

@@ -223,6 +223,78 @@ fn a_normal_worker_is_never_slowed_down_and_acknowledged_messages_are_delivered(
     });
 }
 
+/// A message of `size` bytes on a topic of the worker that only brokers subscribe to.
+fn message_of(worker: &str, size: usize) -> BytesMut {
+    written(&Packet::Publish(Publish::new(format!("wgkex/worker/{worker}/x"), QoS::AtMostOnce, vec![b'x'; size])))
+}
+
+/// On the server before, the subscriber that reads slowly was disconnected, and sometimes those that had nothing to read.
+#[test]
+fn users_that_publish_much_at_once_end_no_subscriber_that_reads() {
+    let users = [("gw1", "worker"), ("gw2", "worker"), ("gw3", "worker"), ("b", "broker")];
+    let mut stack = stack(&users);
+    let mut idle: Vec<_> = (0..20).map(|n| join(&stack, "gw1", &format!("gw1-idle-{n}"))).collect();
+    for raw in &mut idle {
+        raw.subscribe(&[("wireguard-worker/+/+/data", QoS::AtLeastOnce)]);
+    }
+    let mut slow = join(&stack, "b", "slow");
+    slow.subscribe(&[("wgkex/worker/+/x", QoS::AtLeastOnce)]);
+    let bursts = [("gw1", 12, 1_000_000), ("gw2", 4_000, 3_000), ("gw3", 10_000, 330)];
+    thread::scope(|scope| {
+        for (worker, count, size) in bursts {
+            let mut raw = join(&stack, worker, worker);
+            let burst = message_of(worker, size).repeat(count);
+            // It waits until all is read.
+            scope.spawn(move || {
+                raw.send_bytes(&burst);
+                ping(&mut raw);
+            });
+        }
+        let mut unpaid = 0;
+        for n in 0..bursts.iter().map(|(_, count, _)| count).sum() {
+            let Some(Packet::Publish(publish)) = slow.read() else { panic!("the connection ended after {n} messages") };
+            unpaid += publish.payload.len();
+            // At most 8 MB a second.
+            thread::sleep(Duration::from_millis(2) * u32::try_from(unpaid / (16 << 10)).unwrap());
+            unpaid %= 16 << 10;
+        }
+    });
+    assert!(slowed(&stack, "behind") > 0.0, "publishers waited");
+    idle.iter_mut().for_each(ping);
+    assert!(!stack.broker().log().contains(LOST), "{}", stack.broker().log());
+    stack.wait_until_ready();
+}
+
+/// Nobody waits long for a client that does not take what it is sent: it misses some, and is disconnected.
+#[test]
+fn a_subscriber_that_reads_nothing_stops_nobody() {
+    let users = [("gw1", "worker"), ("gw2", "worker"), ("gw3", "worker"), ("gw4", "worker"), ("b", "broker")];
+    let mut stack = Stack::start(plan(&users, "").config("confirm_timeout: 20\nconfirm_budget: 20"));
+    stack.plan.credentials = Some(("gw2".into(), "gw2".into()));
+    let worker = Worker::start(&stack, "gw2", Manner::Confirms, 3);
+    stack.wait_for_gateways(1);
+    let mut deaf = join(&stack, "b", "deaf");
+    deaf.subscribe(&[("wgkex/worker/+/x", QoS::AtLeastOnce)]);
+    thread::scope(|scope| {
+        for user in ["gw1", "gw3", "gw4"] {
+            let mut raw = join(&stack, user, user);
+            let burst = message_of(user, 3_000).repeat(5_000);
+            scope.spawn(move || {
+                raw.send_bytes(&burst);
+                ping(&mut raw);
+            });
+        }
+        for n in 0..20 {
+            let answer = stack.v2(DOMAIN, &key(n));
+            assert_eq!((answer.status, answer.json()), (200, endpoint("gw2")), "key {n}");
+        }
+    });
+    deaf.wait_for_end();
+    assert_eq!(worker.probe.sessions(), 1, "gw2 stayed connected");
+    assert!(!stack.broker().log().contains(LOST), "{}", stack.broker().log());
+    stack.wait_until_ready();
+}
+
 /// Without users everybody may do everything, at any pace that the broker keeps up with. On the server before, its own
 /// connections were thrown out as too slow.
 #[test]

@@ -1,0 +1,189 @@
+//! How far the readers of the log have read. Clients publish no more while a reader is too far behind, so that the log holds
+//! what each reader has not read yet, however much is published.
+//!
+//! Nobody waits for a reader whose client does not take what it is sent: the time in which the client keeps the reader from
+//! reading is limited. Beyond that the reader is left out, until it has caught up.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+/// The bytes of a step, in which positions are counted.
+const STEP: u64 = 64 << 10;
+/// A reader that is no further behind has caught up.
+const CAUGHT_UP: u64 = 2 << 20;
+/// How long its client may keep a reader from reading in each [`PORTION`].
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The bytes after which a client has its [`PATIENCE`] again. The slowest client that is waited for so takes 1 MiB a second:
+/// twice of what a worker may go on to publish.
+const PORTION: u64 = 2 << 20;
+
+/// The end of the log, and the steps in which readers are that are waited for.
+#[derive(Debug)]
+pub struct Progress {
+    end: AtomicU64,
+    /// The first step with a reader; `u64::MAX` if there is none.
+    first: AtomicU64,
+    readers: Mutex<BTreeMap<u64, usize>>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { end: AtomicU64::new(0), first: AtomicU64::new(u64::MAX), readers: Mutex::default() }
+    }
+}
+
+impl Progress {
+    /// Everything up to this position was published.
+    pub fn publish(&self, end: u64) {
+        self.end.store(end, Ordering::Relaxed);
+    }
+
+    /// How many bytes the last reader has not read yet, to a step. Readers that are left out do not count.
+    pub fn lag(&self) -> u64 {
+        self.unread(self.first.load(Ordering::Relaxed).saturating_mul(STEP))
+    }
+
+    fn unread(&self, position: u64) -> u64 {
+        self.end.load(Ordering::Relaxed).saturating_sub(position)
+    }
+
+    fn move_reader(&self, from: Option<u64>, to: Option<u64>) {
+        let mut readers = self.readers.lock();
+        if let Some(to) = to {
+            *readers.entry(to).or_default() += 1;
+        }
+        if let Some(from) = from
+            && let Some(count) = readers.get_mut(&from)
+        {
+            *count -= 1;
+            if *count == 0 {
+                readers.remove(&from);
+            }
+        }
+        let first = readers.first_key_value().map_or(u64::MAX, |(step, _)| *step);
+        self.first.store(first, Ordering::Relaxed);
+    }
+}
+
+/// Where a reader is; it is left out when this is dropped.
+#[derive(Debug)]
+pub struct ReaderPosition {
+    progress: Arc<Progress>,
+    /// None: it is left out.
+    step: Option<u64>,
+    position: u64,
+    /// Where its client had its patience again, and how much it has used since.
+    portion_begin: u64,
+    held_up: Duration,
+}
+
+impl ReaderPosition {
+    /// A reader that has read everything.
+    pub fn at_end(progress: &Arc<Progress>) -> Self {
+        let progress = progress.clone();
+        let position = progress.end.load(Ordering::Relaxed);
+        let mut reader = Self { progress, step: None, position, portion_begin: position, held_up: Duration::ZERO };
+        reader.move_to(Some(position / STEP));
+        reader
+    }
+
+    /// It has read everything up to `position`.
+    pub fn advance(&mut self, position: u64) {
+        let has_caught_up = self.progress.unread(position) <= CAUGHT_UP;
+        self.position = position;
+        if has_caught_up || position.saturating_sub(self.portion_begin) >= PORTION {
+            self.portion_begin = position;
+            self.held_up = Duration::ZERO;
+        }
+        if has_caught_up || self.step.is_some() {
+            self.move_to(Some(position / STEP));
+        }
+    }
+
+    /// Its client kept it from reading for so long.
+    pub fn hold_up(&mut self, time: Duration) {
+        self.held_up += time;
+        if self.held_up > PATIENCE && self.progress.unread(self.position) > CAUGHT_UP {
+            self.leave();
+        }
+    }
+
+    /// Nobody waits for it from now on.
+    pub fn leave(&mut self) {
+        self.move_to(None);
+    }
+
+    fn move_to(&mut self, step: Option<u64>) {
+        if step != self.step {
+            self.progress.move_reader(self.step, step);
+            self.step = step;
+        }
+    }
+}
+
+impl Drop for ReaderPosition {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn the_lag_is_that_of_the_last_reader() {
+        let progress = Arc::new(Progress::default());
+        progress.publish(5 * MIB);
+        assert_eq!(progress.lag(), 0, "there is no reader");
+        let [mut one, mut other] = [(); 2].map(|()| ReaderPosition::at_end(&progress));
+        progress.publish(8 * MIB);
+        assert_eq!(progress.lag(), 3 * MIB);
+        one.advance(7 * MIB);
+        assert_eq!(progress.lag(), 3 * MIB);
+        other.advance(6 * MIB + 1);
+        assert_eq!(progress.lag(), 2 * MIB);
+        drop(other);
+        assert_eq!(progress.lag(), MIB);
+        one.leave();
+        assert_eq!(progress.lag(), 0);
+    }
+
+    #[test]
+    fn a_client_that_does_not_take_what_it_is_sent_is_waited_for_only_so_long() {
+        let progress = Arc::new(Progress::default());
+        let mut reader = ReaderPosition::at_end(&progress);
+        progress.publish(6 * MIB);
+        reader.hold_up(PATIENCE);
+        assert_eq!(progress.lag(), 6 * MIB);
+        reader.advance(PORTION);
+        reader.hold_up(PATIENCE);
+        assert_eq!(progress.lag(), 6 * MIB - PORTION, "it took enough meanwhile");
+        reader.advance(PORTION + 1);
+        reader.hold_up(Duration::from_nanos(1));
+        assert_eq!(progress.lag(), 0, "it is left out");
+        reader.advance(4 * MIB - 1);
+        assert_eq!(progress.lag(), 0);
+        reader.advance(4 * MIB);
+        assert_eq!(progress.lag(), 2 * MIB, "it has caught up");
+    }
+
+    #[test]
+    fn a_client_that_takes_nothing_is_left_out_once_there_is_much_to_take() {
+        let progress = Arc::new(Progress::default());
+        let mut reader = ReaderPosition::at_end(&progress);
+        reader.hold_up(2 * PATIENCE);
+        progress.publish(CAUGHT_UP);
+        reader.hold_up(Duration::ZERO);
+        assert_eq!(progress.lag(), CAUGHT_UP);
+        progress.publish(CAUGHT_UP + 1);
+        reader.hold_up(Duration::ZERO);
+        assert_eq!(progress.lag(), 0);
+    }
+}
