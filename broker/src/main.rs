@@ -27,7 +27,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     #[command(flatten)]
-    Keys(admin_client::Command),
+    Keys(admin_client::AdminCommand),
     /// Reads a password from the first line of stdin and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured

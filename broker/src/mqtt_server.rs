@@ -1,6 +1,6 @@
 //! The MQTT 3.1.1 server inside the broker, used unless `mqtt.broker_url` names another one.
 //!
-//! The way of a client: a [`pending`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]), a client slot
+//! The way of a client: a [`handshake_limiter`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]), a client slot
 //! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
 //! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
 //! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained. No client publishes more than
@@ -21,12 +21,12 @@ mod connection;
 pub(crate) mod filter;
 mod guesses;
 mod handshake;
+mod handshake_limiter;
 mod log;
 mod login_queue;
 mod message;
 mod metrics;
 pub mod password;
-mod pending;
 mod progress;
 mod quota;
 mod retained;
@@ -59,13 +59,13 @@ use wgkex_common::runtime::services::Ended;
 use wgkex_common::runtime::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
-use self::connection::{Connection, End};
+use self::connection::{ClientConnection, End};
 use self::handshake::{AdmittedClient, Endpoint, LOGIN_TIMEOUT, Refusal, Stream};
+use self::handshake_limiter::{HandshakeLimiter, HandshakePermit};
 use self::message::Message;
-use self::pending::{HandshakeLimiter, HandshakePermit};
 use self::quota::{Cost, LOGIN, LogThrottle};
 use self::retained_store::File;
-use self::session::Session;
+use self::session::ClientSession;
 use self::users::Users;
 use crate::tls::Certificate;
 
@@ -259,10 +259,11 @@ impl Context {
         }
         let mut output = BytesMut::new();
         let _ = Packet::ConnAck(ConnAck::new(ConnectReturnCode::Success, false)).write(&mut output, usize::MAX);
-        let session = Session::new(access, account.is_own);
+        let session = ClientSession::new(access, account.is_own);
         let (broker, metrics) = (self.broker.clone(), self.metrics.clone());
-        let start = connection::Start { stream, input, output, session, account, keep_alive, broker, metrics };
-        let connection = Connection::new(start);
+        let start =
+            connection::ConnectionParts { stream, input, output, session, account, keep_alive, broker, metrics };
+        let connection = ClientConnection::new(start);
         let (end, log_reader) = connection.run(&slot).await;
         debug!(client = %slot, ?end, "MQTT client is gone");
         self.broker.unregister(slot, end != End::Disconnect, log_reader).await;

@@ -17,7 +17,7 @@ use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
 use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
 
 /// How often the files are looked at.
-const POLL: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The certificate that is in use.
 pub struct Certificate {
     /// The part of the config that names the files.
@@ -28,7 +28,7 @@ pub struct Certificate {
 }
 
 /// What tells one version of both files from another; none for a file that is not there.
-type Version = [Option<(i64, i64, u64, u64)>; 2];
+type FileVersion = [Option<(i64, i64, u64, u64)>; 2];
 
 impl Certificate {
     /// Reads the files of the certificate and of its key, which `section` of the config names.
@@ -49,7 +49,7 @@ impl Certificate {
     pub async fn watch(self: Arc<Self>) {
         let mut watcher = FileWatcher::new(self.version());
         loop {
-            sleep(POLL).await;
+            sleep(CHECK_INTERVAL).await;
             let seen = self.clone();
             // Files may be slow, and requests are not to wait for them.
             let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
@@ -70,7 +70,7 @@ impl Certificate {
         }
     }
 
-    fn version(&self) -> Version {
+    fn version(&self) -> FileVersion {
         [&self.cert_file, &self.key_file].map(|file| metadata(file).as_ref().map(version).ok())
     }
 }
@@ -89,17 +89,17 @@ impl ResolvesServerCert for Certificate {
 
 /// Detects when new versions of the files are complete: two files do not change at the same instant.
 struct FileWatcher {
-    taken: Version,
-    last: Version,
+    taken: FileVersion,
+    last: FileVersion,
 }
 
 impl FileWatcher {
-    fn new(taken: Version) -> Self {
+    fn new(taken: FileVersion) -> Self {
         Self { taken, last: taken }
     }
 
     /// Whether what is there `now` is new, and was so at the last look.
-    fn is_stable(&mut self, now: Version) -> bool {
+    fn is_stable(&mut self, now: FileVersion) -> bool {
         let is_still = std::mem::replace(&mut self.last, now) == now;
         is_still && std::mem::replace(&mut self.taken, now) != now
     }

@@ -16,6 +16,7 @@ use tokio::time::sleep_until;
 use tracing::{debug, info};
 
 use crate::mqtt::{ConnectionState, Message, MqttHandle};
+use crate::wire::ignored::{Ignored, json};
 use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
 use crate::wire::topic::Direction;
 use crate::{BrokerName, Domain, PublicKey, Topic};
@@ -23,13 +24,13 @@ use crate::{BrokerName, Domain, PublicKey, Topic};
 /// Keys of a chunk at most: about 70 kB of JSON.
 pub const CHUNK: usize = 1000;
 /// How often to ask for what came meanwhile.
-const PERIOD: Duration = Duration::from_secs(10);
+const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
 /// How often to request all keys: what was missed otherwise is found then.
-const FULL_PERIOD: Duration = Duration::from_secs(3600);
+const FULL_REQUEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long a chunk may take before its request is sent again; doubled each time, for slow lines.
-const PATIENCE: Duration = Duration::from_secs(3);
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a request is sent before another broker is asked.
-const TRIES: u32 = 3;
+const MAX_TRIES: u32 = 3;
 /// How long a broker that did not answer is passed over.
 const COOLDOWN: Duration = Duration::from_secs(30);
 /// What came shortly before the last round began is asked for again: it may have been under way.
@@ -37,9 +38,9 @@ const OVERLAP: Duration = Duration::from_secs(10);
 /// Clients that reconnect at once, when their MQTT server does, spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
-const BROKERS: usize = 4096;
+const MAX_BROKERS: usize = 4096;
 /// Events that wait for the client at most; more of them are asked for again.
-const EVENTS: usize = 1024;
+const MAX_EVENTS: usize = 1024;
 
 /// Which brokers are asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +60,7 @@ pub struct SyncClient {
     domains: Vec<Domain>,
     /// Every broker that answers requests.
     brokers: BTreeMap<BrokerName, Broker>,
-    state: State,
+    state: SyncState,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +81,7 @@ struct Broker {
 }
 
 #[derive(Debug)]
-enum State {
+enum SyncState {
     /// Without a bus nobody is asked.
     Offline,
     /// The next round begins then.
@@ -110,7 +111,7 @@ impl SyncClient {
     #[must_use]
     pub fn new(own: Participant, selection: PeerSelection, domains: impl IntoIterator<Item = Domain>) -> Self {
         let domains = domains.into_iter().collect();
-        Self { own, selection, domains, brokers: BTreeMap::new(), state: State::Offline }
+        Self { own, selection, domains, brokers: BTreeMap::new(), state: SyncState::Offline }
     }
 
     /// The hello of a broker; none if it goes. True if it is a new one, or was restarted.
@@ -120,7 +121,9 @@ impl SyncClient {
             return false;
         };
         let is_own = matches!(&self.own, Participant::Broker(own) if own == name);
-        if is_own || (self.brokers.len() >= BROKERS && !self.brokers.contains_key(name) && !self.evict_unresponsive()) {
+        if is_own
+            || (self.brokers.len() >= MAX_BROKERS && !self.brokers.contains_key(name) && !self.evict_unresponsive())
+        {
             return false;
         }
         let missing_domains = self.domains.iter().filter(|domain| !hello.serves(domain.name())).count();
@@ -130,7 +133,7 @@ impl SyncClient {
         (broker.instance, broker.missing_domains, broker.silent) = (hello.instance, missing_domains, None);
         broker.names_requests = hello.names_requests();
         if broker.asked.is_none()
-            && let State::Resting { until } = &mut self.state
+            && let SyncState::Resting { until } = &mut self.state
         {
             *until = (*until).min(now + JITTER);
         }
@@ -145,21 +148,21 @@ impl SyncClient {
 
     /// The bus can be used: what was missed meanwhile is asked for after `pause`.
     pub fn online(&mut self, now: Instant, pause: Duration) {
-        self.state = State::Resting { until: now + pause };
+        self.state = SyncState::Resting { until: now + pause };
     }
 
     /// The bus is lost, and with it whatever was asked.
     pub fn offline(&mut self) {
-        self.state = State::Offline;
+        self.state = SyncState::Offline;
     }
 
     /// When there is something to do next, if nothing is received until then.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
-            State::Offline => None,
-            State::Resting { until } => Some(*until),
-            State::Asking(round) => Some(round.sent_at.map_or(round.begun, |sent_at| sent_at + round.patience())),
+            SyncState::Offline => None,
+            SyncState::Resting { until } => Some(*until),
+            SyncState::Asking(round) => Some(round.sent_at.map_or(round.begun, |sent_at| sent_at + round.patience())),
         }
     }
 
@@ -178,18 +181,18 @@ impl SyncClient {
         if self.due().is_none_or(|due| due > now) {
             return None;
         }
-        self.state = match std::mem::replace(&mut self.state, State::Offline) {
-            State::Asking(round) if round.tries < TRIES => State::Asking(round),
-            State::Asking(round) => {
+        self.state = match std::mem::replace(&mut self.state, SyncState::Offline) {
+            SyncState::Asking(round) if round.tries < MAX_TRIES => SyncState::Asking(round),
+            SyncState::Asking(round) => {
                 debug!(broker = round.broker.as_str(), "broker does not answer sync requests");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
                     broker.silent = Some(now);
                 }
                 self.begin(now, Some(round))
             }
-            State::Resting { .. } | State::Offline => self.begin(now, None),
+            SyncState::Resting { .. } | SyncState::Offline => self.begin(now, None),
         };
-        let State::Asking(round) = &mut self.state else { return None };
+        let SyncState::Asking(round) = &mut self.state else { return None };
         round.sent_at = Some(now);
         round.tries += 1;
         let younger = |since: Instant| (now.saturating_duration_since(since) + OVERLAP).as_secs() + 1;
@@ -204,14 +207,14 @@ impl SyncClient {
     }
 
     /// A round with the next broker. For all keys, it goes on where the last one was `left`.
-    fn begin(&mut self, now: Instant, left: Option<Round>) -> State {
-        let Some(name) = self.next_broker(now) else { return State::Resting { until: now + PERIOD } };
+    fn begin(&mut self, now: Instant, left: Option<Round>) -> SyncState {
+        let Some(name) = self.next_broker(now) else { return SyncState::Resting { until: now + REQUEST_INTERVAL } };
         let broker = self.brokers.entry(name.clone()).or_default();
         broker.tried = Some(now);
-        let lately = |at: Instant| now.saturating_duration_since(at) < FULL_PERIOD;
+        let lately = |at: Instant| now.saturating_duration_since(at) < FULL_REQUEST_INTERVAL;
         let since = broker.asked.filter(|_| broker.asked_for_all.is_some_and(lately));
         let fresh = Round { broker: name, begun: now, since, domain: 0, after: None, sent_at: None, tries: 0 };
-        State::Asking(match left {
+        SyncState::Asking(match left {
             Some(left) if left.since.is_none() && since.is_none() => {
                 Round { broker: fresh.broker, sent_at: None, tries: 0, ..left }
             }
@@ -235,7 +238,7 @@ impl SyncClient {
 
     /// Whether `chunk` answers the request that is out. If so the next one is due, once its keys are taken.
     pub fn apply(&mut self, chunk: &SnapshotChunk) -> bool {
-        let State::Asking(round) = &mut self.state else { return false };
+        let SyncState::Asking(round) = &mut self.state else { return false };
         let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == chunk.domain);
         let fits = is_asked && round.sent_at.is_some() && chunk.broker == round.broker && chunk.after == round.after;
         if !fits || chunk.keys.len() > CHUNK {
@@ -255,7 +258,7 @@ impl SyncClient {
                     broker.asked_for_all = Some(round.begun);
                 }
             }
-            self.state = State::Resting { until: round.begun + PERIOD };
+            self.state = SyncState::Resting { until: round.begun + REQUEST_INTERVAL };
         }
         true
     }
@@ -268,7 +271,7 @@ impl SyncClient {
 
 impl Round {
     fn patience(&self) -> Duration {
-        PATIENCE * 2_u32.pow(self.tries.saturating_sub(1).min(TRIES))
+        CHUNK_TIMEOUT * 2_u32.pow(self.tries.saturating_sub(1).min(MAX_TRIES))
     }
 }
 
@@ -289,13 +292,13 @@ pub enum SyncEvent {
 
 impl SyncEvent {
     /// The event of a message; else the reason label why it is none: `topic` or `payload`.
-    pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, &'static str> {
+    pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, Ignored> {
         if let Topic::BrokerHello { broker } = topic {
-            Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| "payload")
+            Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| Ignored::Payload)
         } else if topic.direction() == Direction::FromBrokers {
-            serde_json::from_slice(payload).map(Self::Chunk).map_err(|_| "payload")
+            json(payload).map(Self::Chunk)
         } else {
-            Err("topic")
+            Err(Ignored::Topic)
         }
     }
 }
@@ -306,7 +309,7 @@ pub type SyncSender = mpsc::Sender<SyncEvent>;
 /// The way of events to a client, and its end.
 #[must_use]
 pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
-    mpsc::channel(EVENTS)
+    mpsc::channel(MAX_EVENTS)
 }
 
 /// Sends the requests of `client` on `bus`, and has the keys of each chunk taken before it requests the next one; calls
@@ -329,7 +332,7 @@ pub async fn run<F: Future<Output = ()>>(
             // One that is lost is put again.
             let _ = bus.try_publish(Message::transient(client.topic(&broker), payload));
         }
-        let due = client.due().unwrap_or_else(|| now + PERIOD);
+        let due = client.due().unwrap_or_else(|| now + REQUEST_INTERVAL);
         tokio::select! {
             changed = link.changed() => {
                 if changed.is_err() {

@@ -3,7 +3,9 @@
 //! The previous stop is the `bus` room of the program that publishes, the next one [`crate::mqtt`], which carries it to the
 //! `bus` room of the program that subscribes.
 
+pub mod ignored;
 pub mod message;
 pub mod name;
 pub mod reject_reason;
+pub mod revoke_outcome;
 pub mod topic;

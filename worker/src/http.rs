@@ -21,7 +21,7 @@ use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::runtime::metrics::Registry;
 
 /// How long to wait for a port that is taken.
-const RETRY: Duration = Duration::from_secs(10);
+const BIND_RETRY: Duration = Duration::from_secs(10);
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
 pub async fn serve(listen: Listen, registry: Registry) {
@@ -41,7 +41,7 @@ pub async fn serve(listen: Listen, registry: Registry) {
             }
             Err(_) => {}
         }
-        sleep(RETRY).await;
+        sleep(BIND_RETRY).await;
     }
 }
 

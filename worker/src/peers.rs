@@ -32,13 +32,13 @@ use wgkex_common::{PublicKey, Reserved};
 use wgkex_kernel::{Change, Device, Indexes};
 
 pub use self::arrivals::{Admitted, Missing, dedup_keep_last};
-use self::capacity::Capacity;
+use self::capacity::PeerCapacity;
 use self::departures::ORPHANED;
 pub use self::metrics::Metrics;
 use self::owners::{AddressOwners, Claimant};
 use self::pending::{Pending, PendingKey};
-pub use self::policy::{Counts, PeerState, Policy};
-use self::table::{Entry, PeerTable};
+pub use self::policy::{PeerCounts, PeerState, Policy};
+use self::table::{PeerEntry, PeerTable};
 use crate::plan::{self, SortedCursor, Step};
 use crate::profiles::{DesiredPeer, Ownership, Profile};
 
@@ -93,7 +93,7 @@ impl KnownPeers {
     /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is
     /// pending.
     pub fn remember(&mut self, key: PublicKey, record: KeyRecord) {
-        self.pending.insert(key, PendingKey::from_elsewhere(record.last.into(), record.proven));
+        self.pending.insert(key, PendingKey::from_elsewhere(record.last.into(), record.established));
     }
 
     /// Takes in a read of the tables. Returns how many peers of ours vanished from an interface that stayed.
@@ -106,7 +106,7 @@ impl KnownPeers {
         self.forget_altered(device);
         let mut claimants = self.observe_peers(device, reserved, now);
         self.settle_owners(&mut claimants, now.monotonic);
-        self.pending.release_places();
+        self.pending.release_slots();
         self.observe_orphans(device, reserved, &claimants, now.monotonic);
         self.indexes = Some(device.indexes);
         self.last_read = Some(now.monotonic);
@@ -187,7 +187,7 @@ impl KnownPeers {
     /// What is to be set: pending keys, in full, as far as there is room, and what peers of ours lack. Keys that may not
     /// be set are pending no longer.
     pub fn pending_steps(&mut self, device: &Device, reserved: &Reserved) -> Vec<Step> {
-        let mut steps = self.give_places(device.public_key, reserved);
+        let mut steps = self.give_slots(device.public_key, reserved);
         let again = self.pending.keys().filter(|key| self.table.contains(key));
         steps.extend(again.filter_map(|key| self.profile.desired(key)).map(Step::install));
         let damaged = self.damaged(device).into_iter().filter(|key| {
@@ -232,9 +232,9 @@ impl KnownPeers {
         let standing = self.table.known(key).filter(|entry| entry.ours);
         let pending = self.pending.get(key);
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(pending?.arrived))?;
-        let proven =
-            standing.is_some_and(Entry::is_established) || pending.is_some_and(|pending| pending.elsewhere.is_some());
-        Some(KeyRecord { last: arrived.into(), proven })
+        let established = standing.is_some_and(PeerEntry::is_established)
+            || pending.is_some_and(|pending| pending.elsewhere.is_some());
+        Some(KeyRecord { last: arrived.into(), established })
     }
 
     /// The peers of ours that had a handshake and were not reported for [`Policy::report`], or since [`Self::report_all`].
@@ -250,7 +250,7 @@ impl KnownPeers {
 
     /// How many peers are in which state, judged by the last read.
     #[must_use]
-    pub fn counts(&self, now: Instant) -> Counts {
+    pub fn counts(&self, now: Instant) -> PeerCounts {
         self.table.counts(&self.policy, now)
     }
 

@@ -16,7 +16,7 @@ use tracing::info;
 use wgkex_common::config::Setup;
 use wgkex_common::{Domain, KeyError, PublicKey};
 use wgkex_kernel::key_file::{self, KeyFileError};
-use wgkex_kernel::links::{Kind, Link, Links, VxlanAttributes};
+use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, wireguard};
 
 use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
@@ -178,8 +178,10 @@ impl Site<'_> {
         let name = self.domain.wireguard();
         let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
         match link {
-            Some(link) if link.kind == Kind::Wireguard => Ok(Some((link, Backend::Kernel))),
-            Some(link) if link.kind == Kind::Tun && wireguard::listens(&name) => Ok(Some((link, Backend::Userspace))),
+            Some(link) if link.kind == LinkKind::Wireguard => Ok(Some((link, Backend::Kernel))),
+            Some(link) if link.kind == LinkKind::Tun && wireguard::listens(&name) => {
+                Ok(Some((link, Backend::Userspace)))
+            }
             Some(link) => Err(other_kind(name, &link, "a WireGuard interface")),
             None => Ok(None),
         }
@@ -191,8 +193,8 @@ impl Site<'_> {
         let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
         let Some(link) = link else { return Ok(None) };
         match link.kind {
-            Kind::Vxlan(attributes) => Ok(Some((link, attributes))),
-            Kind::Wireguard | Kind::Tun | Kind::Other(_) | Kind::Physical => {
+            LinkKind::Vxlan(attributes) => Ok(Some((link, attributes))),
+            LinkKind::Wireguard | LinkKind::Tun | LinkKind::Other(_) | LinkKind::Physical => {
                 Err(other_kind(name, &link, "a VXLAN interface"))
             }
         }
@@ -254,11 +256,11 @@ impl Site<'_> {
 
 fn other_kind(interface: String, link: &Link, wanted: &'static str) -> Error {
     let kind = match &link.kind {
-        Kind::Tun => "a TUN device without a WireGuard behind it".into(),
-        Kind::Wireguard => "of kind wireguard".into(),
-        Kind::Vxlan(_) => "of kind vxlan".into(),
-        Kind::Other(kind) => format!("of kind {kind}"),
-        Kind::Physical => "a device of no kind".into(),
+        LinkKind::Tun => "a TUN device without a WireGuard behind it".into(),
+        LinkKind::Wireguard => "of kind wireguard".into(),
+        LinkKind::Vxlan(_) => "of kind vxlan".into(),
+        LinkKind::Other(kind) => format!("of kind {kind}"),
+        LinkKind::Physical => "a device of no kind".into(),
     };
     Error::OtherKind { interface, kind, wanted }
 }

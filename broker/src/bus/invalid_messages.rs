@@ -9,11 +9,11 @@ use wgkex_common::wire::topic::{Direction, Owner};
 use wgkex_common::{Topic, WorkerName};
 
 /// The most gateways that are remembered, and the most topics of one: more than any fleet has.
-const MAX_GATEWAYS: usize = 4096;
+const MAX_LOGGED_GATEWAYS: usize = 4096;
 const MAX_TOPICS: usize = 64;
 /// The most lines about one gateway in each period.
 const MAX_LINES: u32 = 10;
-const PERIOD: Duration = Duration::from_secs(60);
+const LINES_PERIOD: Duration = Duration::from_secs(60);
 
 /// The topics whose last message was invalid.
 #[derive(Debug, Default)]
@@ -60,9 +60,9 @@ impl InvalidMessages {
 
     /// Remembers the error; true if it is to be logged.
     fn is_news(&mut self, gateway: &WorkerName, topic: &Topic, cause: &str, now: Instant) -> bool {
-        if self.gateways.len() >= MAX_GATEWAYS && !self.gateways.contains_key(gateway) {
+        if self.gateways.len() >= MAX_LOGGED_GATEWAYS && !self.gateways.contains_key(gateway) {
             self.gateways.retain(|_, known| !known.is_over(now));
-            if self.gateways.len() >= MAX_GATEWAYS {
+            if self.gateways.len() >= MAX_LOGGED_GATEWAYS {
                 return false;
             }
         }
@@ -86,7 +86,7 @@ impl InvalidMessages {
 
 impl GatewayErrors {
     fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= PERIOD
+        now.saturating_duration_since(self.since) >= LINES_PERIOD
     }
 }
 
@@ -139,14 +139,14 @@ mod tests {
             invalid.is_news(&name("gw"), &topic("d"), "x", now + Duration::from_secs(161)),
             "it was right meanwhile"
         );
-        for n in 0..2 * MAX_GATEWAYS {
+        for n in 0..2 * MAX_LOGGED_GATEWAYS {
             let _ = invalid.is_news(&name(&n.to_string()), &topic("a"), "x", now + Duration::from_secs(161));
         }
         for n in 0..2 * MAX_TOPICS {
             let _ =
                 invalid.is_news(&name("gw"), &topic(&n.to_string()), "x", now + Duration::from_secs(1_000 * n as u64));
         }
-        assert!(invalid.gateways.len() <= MAX_GATEWAYS && invalid.gateways["gw"].by_topic.len() <= MAX_TOPICS);
+        assert!(invalid.gateways.len() <= MAX_LOGGED_GATEWAYS && invalid.gateways["gw"].by_topic.len() <= MAX_TOPICS);
     }
 
     #[test]

@@ -1,19 +1,9 @@
 //! The metrics of what the broker receives by MQTT.
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
-use strum::{IntoStaticStr, VariantNames};
+use wgkex_common::wire::ignored::Ignored;
 
 use crate::metrics::Registry;
-
-/// Why an MQTT message is ignored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
-#[strum(serialize_all = "snake_case")]
-pub enum Ignored {
-    /// Its topic is none of ours, or none that this session is for.
-    Topic,
-    /// Its payload is invalid there.
-    Payload,
-}
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -34,7 +24,7 @@ impl Metrics {
                 "wgkex_broker_mqtt_messages_ignored_total",
                 "MQTT messages that mean nothing",
                 "reason",
-                Ignored::VARIANTS.iter().copied(),
+                [Ignored::Topic, Ignored::Payload],
             )?,
             keys_given: registry
                 .counter("wgkex_broker_keys_given_total", "Live keys given to whoever asked for them")?,

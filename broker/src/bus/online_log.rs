@@ -10,16 +10,16 @@ use wgkex_common::WorkerName;
 
 /// The most lines about one gateway in each period. What changes beyond that is logged once, when the period is over.
 const MAX_LINES: u32 = 10;
-const PERIOD: Duration = Duration::from_secs(60);
+const LINES_PERIOD: Duration = Duration::from_secs(60);
 /// The most gateways that are remembered: more than any fleet has.
-const MAX_GATEWAYS: usize = 4096;
+const MAX_LOGGED_GATEWAYS: usize = 4096;
 
 /// Logs whether gateways are online. Clones share everything.
 #[derive(Debug, Clone, Default)]
-pub struct OnlineLog(Arc<Mutex<Gateways>>);
+pub struct OnlineLog(Arc<Mutex<GatewayLogs>>);
 
 #[derive(Debug, Default)]
-struct Gateways(BTreeMap<WorkerName, GatewayLog>);
+struct GatewayLogs(BTreeMap<WorkerName, GatewayLog>);
 
 /// What was logged of a gateway.
 #[derive(Debug)]
@@ -64,9 +64,9 @@ fn log(worker: &WorkerName, online: bool) {
     info!(worker = worker.as_str(), online, "gateway");
 }
 
-impl Gateways {
+impl GatewayLogs {
     fn is_line_due(&mut self, worker: &WorkerName, online: bool, now: Instant) -> bool {
-        if self.0.len() >= MAX_GATEWAYS && !self.0.contains_key(worker) {
+        if self.0.len() >= MAX_LOGGED_GATEWAYS && !self.0.contains_key(worker) {
             return false;
         }
         let new = || GatewayLog { is_online: online, logged: None, since: now, lines: 0 };
@@ -101,7 +101,7 @@ impl Gateways {
 
 impl GatewayLog {
     fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= PERIOD
+        now.saturating_duration_since(self.since) >= LINES_PERIOD
     }
 }
 
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_gateway_that_changes_all_the_time_has_few_lines_and_the_last_is_right() {
-        let (mut log, begun) = (Gateways::default(), Instant::now());
+        let (mut log, begun) = (GatewayLogs::default(), Instant::now());
         let at = |seconds| begun + Duration::from_secs(seconds);
         for last in [true, false] {
             let flips = (0..10_001).map(|n| (n % 2 == 0) == last);
@@ -130,8 +130,8 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded() {
-        let (mut log, now) = (Gateways::default(), Instant::now());
-        let lines = (0..2 * MAX_GATEWAYS).filter(|n| log.is_line_due(&name(&n.to_string()), true, now)).count();
-        assert_eq!((lines, log.0.len()), (MAX_GATEWAYS, MAX_GATEWAYS));
+        let (mut log, now) = (GatewayLogs::default(), Instant::now());
+        let lines = (0..2 * MAX_LOGGED_GATEWAYS).filter(|n| log.is_line_due(&name(&n.to_string()), true, now)).count();
+        assert_eq!((lines, log.0.len()), (MAX_LOGGED_GATEWAYS, MAX_LOGGED_GATEWAYS));
     }
 }

@@ -5,10 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use wgkex_common::wire::ignored::Ignored;
 use wgkex_common::wire::message::{Hello, Participant, Requester, SyncRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::bus::metrics::Ignored;
 use crate::bus::sync_queue::SyncQueue;
 
 /// A worker requests keys every 10 seconds. One that has not for this time may be of an older version now.

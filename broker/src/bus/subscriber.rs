@@ -14,11 +14,12 @@ use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::wire::ignored::{Ignored, json, key};
 use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
-use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
+use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
-use crate::bus::metrics::{Ignored, Metrics};
+use crate::bus::metrics::Metrics;
 use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 use crate::exchange::handle::InFlightHandle;
@@ -115,12 +116,12 @@ impl Primary {
     fn receive(&self, topic: &Topic, publish: &Publish) -> Result<(), Ignored> {
         let now = Instant::now();
         if let Topic::Revoked { worker } = topic {
-            let revoked: Revoked = json(publish)?;
+            let revoked: Revoked = json(&publish.payload)?;
             if self.gateways.lock().is_online(worker) {
                 self.revocations.on_revoked(worker, revoked);
             }
         } else if let Topic::Applied { worker } = topic {
-            let applied: Applied = json(publish)?;
+            let applied: Applied = json(&publish.payload)?;
             check_size(applied.installed.len() + applied.failed.len())?;
             let can_confirm = self.gateways.lock().can_confirm(worker, &applied.domain);
             self.on_confirmation(worker, now);
@@ -128,7 +129,7 @@ impl Primary {
                 self.in_flight.confirmed(worker, applied);
             }
         } else if let Topic::Handshakes { worker } = topic {
-            let handshakes: Handshakes = json(publish)?;
+            let handshakes: Handshakes = json(&publish.payload)?;
             check_size(handshakes.keys.len())?;
             if self.on_confirmation(worker, now) {
                 self.on_handshakes(worker, &handshakes);
@@ -227,9 +228,7 @@ impl Secondary {
     /// An event or request that finds its queue full is dropped: the other program sends it again.
     fn receive(&mut self, topic: Topic, publish: &Publish) -> Result<(), Ignored> {
         if let Topic::Key { domain } = topic {
-            let text = std::str::from_utf8(&publish.payload).map_err(|_| Ignored::Payload)?;
-            let key: PublicKey = text.parse().map_err(|_| Ignored::Payload)?;
-            self.live.lock().on_request(&domain, key, Instant::now());
+            self.live.lock().on_request(&domain, key(&publish.payload)?, Instant::now());
         } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
             match SyncEvent::read(topic, &publish.payload) {
                 Ok(event) => {
@@ -240,7 +239,7 @@ impl Secondary {
                     let _ = self.sync.try_send(event);
                 }
                 // Brokers send each other requests on the topic for chunks.
-                Err(_) => match json(publish)? {
+                Err(_) => match json(&publish.payload)? {
                     Request::Records(RecordsRequest { from: from @ Participant::Broker(_), .. }) => {
                         self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
                     }
@@ -249,7 +248,7 @@ impl Secondary {
                 },
             }
         } else if let Topic::WorkerRequests { worker } = topic {
-            match json(publish)? {
+            match json(&publish.payload)? {
                 Request::Records(RecordsRequest { from, to, .. }) => {
                     if self.requesters.is_for_this_broker(&worker, &from, to.as_ref())? {
                         self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
@@ -258,12 +257,12 @@ impl Secondary {
                 Request::Keys(request) => self.requesters.by_worker(&worker, request)?,
             }
         } else if let Topic::BrokerRequests { .. } = topic {
-            match json(publish)? {
+            match json(&publish.payload)? {
                 Request::Records(_) => self.lists.on_event(ListEvent::Asked(Requester::Shared)),
                 Request::Keys(request) => self.requesters.by_anybody(request)?,
             }
         } else if topic == Topic::Revocations {
-            self.lists.on_event(ListEvent::Records(json(publish)?));
+            self.lists.on_event(ListEvent::Records(json(&publish.payload)?));
         } else {
             return Err(Ignored::Topic);
         }
@@ -273,10 +272,6 @@ impl Secondary {
 
 fn topic(publish: &Publish) -> Result<Topic, Ignored> {
     Topic::received(&publish.topic, publish.retain).ok_or(Ignored::Topic)
-}
-
-fn json<T: serde::de::DeserializeOwned>(publish: &Publish) -> Result<T, Ignored> {
-    serde_json::from_slice(&publish.payload).map_err(|_| Ignored::Payload)
 }
 
 /// A long message of one worker must not delay those of the others.

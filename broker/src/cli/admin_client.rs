@@ -32,7 +32,7 @@ const NOT_EVERYWHERE: u8 = 2;
 
 /// What an operator does about keys.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum AdminCommand {
     /// Denies a key at all gateways: its peer, route and FDB entry go, and it may not come again
     Revoke {
         /// The key.
@@ -136,7 +136,7 @@ pub enum ListName {
     Revoked,
 }
 
-impl Command {
+impl AdminCommand {
     /// Does it, and says how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
     #[must_use]
     pub fn run(self) -> ExitCode {

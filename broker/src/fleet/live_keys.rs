@@ -67,7 +67,7 @@ struct LiveKey {
 
 /// How many keys of a domain there are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct LiveKeyCounts {
     /// Live keys that have had a handshake at some gateway.
     pub established: usize,
     /// The other live keys.
@@ -95,7 +95,7 @@ impl LiveKeys {
         };
         for (KeyId { domain, key }, record) in remembered {
             // A client of the last run may not have got what that received last: all of it counts as updated now.
-            let last_handshake = record.proven.then_some(record.last);
+            let last_handshake = record.established.then_some(record.last);
             let key_of_last_run =
                 LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now };
             if !live.insert(&domain, key, key_of_last_run, now) {
@@ -121,7 +121,7 @@ impl LiveKeys {
         let within = |since: Instant, limit: Duration| now.saturating_duration_since(since) < limit;
         if self.admission.trusts(key) || live.last_handshake.is_some_and(|last| within(last, self.handshake_lifetime)) {
             ClaimState::Established
-        } else if live.record.proven {
+        } else if live.record.established {
             let has_grace = live.returned.is_some_and(|returned| within(returned, self.grace));
             if has_grace && self.is_remembered(live, now) { ClaimState::Returned } else { ClaimState::Expired }
         } else if within(live.first, self.grace) {
@@ -150,7 +150,7 @@ impl LiveKeys {
         }
         let Some(known) = self.domains.get_mut(domain) else { return false };
         if let Some(owner) = owner {
-            let displaced = known.remove(&owner).filter(|live| live.record.proven);
+            let displaced = known.remove(&owner).filter(|live| live.record.established);
             if let Some(displaced) = displaced.filter(|_| known.displaced.len() < self.max / DISPLACED_FRACTION) {
                 known.displaced.insert(owner, displaced);
             }
@@ -164,13 +164,13 @@ impl LiveKeys {
     /// Whether the key has ever had a handshake; none if it is not known in this domain.
     #[must_use]
     pub fn is_established(&self, domain: &Domain, key: &PublicKey) -> Option<bool> {
-        Some(self.domains.get(domain)?.get(key)?.record.proven)
+        Some(self.domains.get(domain)?.get(key)?.record.established)
     }
 
     /// Whether the key is a router's that has had a handshake, in any domain.
     #[must_use]
     pub fn is_routers(&self, key: &PublicKey) -> bool {
-        self.domains.values().any(|known| known.get(key).is_some_and(|live| live.record.proven))
+        self.domains.values().any(|known| known.get(key).is_some_and(|live| live.record.established))
     }
 
     /// Whether the key has had a handshake as a router's, in any domain: it is live, or it is known only from reports.
@@ -200,14 +200,14 @@ impl LiveKeys {
 
     /// A router requested the key, here or at another broker.
     pub fn on_request(&mut self, domain: &str, key: PublicKey, now: Instant) {
-        self.merge(domain, key, KeyRecord { last: now, proven: false }, SAME_REQUEST, now);
+        self.merge(domain, key, KeyRecord { last: now, established: false }, SAME_REQUEST, now);
     }
 
     /// `worker` reports handshakes of the key. If no router has sent it, that is only kept for when one does.
     pub fn on_handshake(&mut self, worker: &WorkerName, domain: &str, key: PublicKey, now: Instant) {
         match self.domains.get_key_value(domain) {
             Some((_, known)) if known.keys.contains_key(&key) => {
-                self.merge(domain, key, KeyRecord { last: now, proven: true }, SAME_REQUEST, now);
+                self.merge(domain, key, KeyRecord { last: now, established: true }, SAME_REQUEST, now);
             }
             Some((domain, _)) => self.unrequested.on_handshake(worker, domain, key, now),
             None => {}
@@ -216,10 +216,10 @@ impl LiveKeys {
 
     /// Merges the live keys of another broker.
     pub fn on_chunk(&mut self, chunk: &SnapshotChunk, now: Instant) {
-        for (key, Age { age_secs, has_handshake: proven }) in &chunk.keys {
+        for (key, Age { age_secs, has_handshake: established }) in &chunk.keys {
             let age = Duration::from_secs(*age_secs);
             if age < self.ttl {
-                let record = KeyRecord { last: now.checked_sub(age).unwrap_or(now), proven: *proven };
+                let record = KeyRecord { last: now.checked_sub(age).unwrap_or(now), established: *established };
                 self.merge(&chunk.domain, *key, record, SAME_AGE, now);
             }
         }
@@ -235,7 +235,10 @@ impl LiveKeys {
         let before = known.get(&key).copied();
         let mut live = merged(before.as_ref(), news, now);
         if let Some(before) = &before {
-            if !news.proven && before.record.proven && self.claim_state(&key, before, now) == ClaimState::Expired {
+            if !news.established
+                && before.record.established
+                && self.claim_state(&key, before, now) == ClaimState::Expired
+            {
                 live.returned = Some(now);
             }
             if !is_new && live.is_close(before, same) {
@@ -248,7 +251,7 @@ impl LiveKeys {
         self.write_buffer.put(&domain, key, live.record);
         if is_new {
             if let Some(at) = self.unrequested.take(&domain, &key) {
-                self.merge(domain.name(), key, KeyRecord { last: at, proven: true }, SAME_REQUEST, now);
+                self.merge(domain.name(), key, KeyRecord { last: at, established: true }, SAME_REQUEST, now);
             }
             self.evict();
         }
@@ -262,7 +265,7 @@ impl LiveKeys {
             return;
         }
         let mut surplus = total - self.max + self.max / 16;
-        let rank = |live: &LiveKey| (live.record.proven, live.record.last);
+        let rank = |live: &LiveKey| (live.record.established, live.record.last);
         let mut ranks: Vec<_> = self.domains.values().flat_map(|known| known.keys.values()).map(rank).collect();
         let (_, &mut last, _) = ranks.select_nth_unstable(surplus.min(total) - 1);
         for (domain, known) in &mut self.domains {
@@ -315,7 +318,7 @@ impl LiveKeys {
         let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
         let mut wanted = keys.filter(|(_, live)| is_wanted(live));
         let keys = wanted.by_ref().take(CHUNK).map(|(key, live)| {
-            (*key, Age { age_secs: age(live.record.last).as_secs(), has_handshake: live.record.proven })
+            (*key, Age { age_secs: age(live.record.last).as_secs(), has_handshake: live.record.established })
         });
         let keys = keys.collect();
         let (broker, domain, after) = (self.own_name.clone(), request.domain.clone(), request.after);
@@ -335,10 +338,10 @@ impl LiveKeys {
     }
 
     /// How many keys there are in each domain.
-    pub fn counts(&self) -> impl Iterator<Item = (&Domain, Counts)> {
+    pub fn counts(&self) -> impl Iterator<Item = (&Domain, LiveKeyCounts)> {
         self.domains.iter().map(|(domain, known)| {
             let (established, unrequested) = (known.established, self.unrequested.len(domain));
-            (domain, Counts { established, unestablished: known.keys.len() - established, unrequested })
+            (domain, LiveKeyCounts { established, unestablished: known.keys.len() - established, unrequested })
         })
     }
 }
@@ -348,14 +351,14 @@ impl DomainKeys {
     fn insert(&mut self, address: Ipv6Addr, key: PublicKey, live: LiveKey) {
         self.owners.insert(address, key);
         let before = self.keys.insert(key, live);
-        self.established += usize::from(live.record.proven);
-        self.established -= usize::from(before.is_some_and(|before| before.record.proven));
+        self.established += usize::from(live.record.established);
+        self.established -= usize::from(before.is_some_and(|before| before.record.established));
     }
 
     fn remove(&mut self, key: &PublicKey) -> Option<LiveKey> {
         let live = self.keys.remove(key)?;
         self.owners.remove(&key.link_local());
-        self.established -= usize::from(live.record.proven);
+        self.established -= usize::from(live.record.established);
         Some(live)
     }
 
@@ -371,7 +374,7 @@ impl DomainKeys {
             let stays = stays(key, live);
             if !stays {
                 owners.remove(&key.link_local());
-                *established -= usize::from(live.record.proven);
+                *established -= usize::from(live.record.established);
             }
             stays
         });
@@ -384,7 +387,7 @@ impl LiveKey {
         let is_close = |now: Instant, before: Instant| now.saturating_duration_since(before) <= same;
         let has_same_handshake =
             self.last_handshake.is_none_or(|now| before.last_handshake.is_some_and(|before| is_close(now, before)));
-        self.record.proven == before.record.proven
+        self.record.established == before.record.established
             && is_close(self.record.last, before.record.last)
             && has_same_handshake
     }
@@ -392,12 +395,15 @@ impl LiveKey {
 
 /// What is known of a key with `news` of it.
 fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
-    let last_handshake = news.proven.then_some(news.last);
+    let last_handshake = news.established.then_some(news.last);
     let Some(before) = before else {
         return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now };
     };
     LiveKey {
-        record: KeyRecord { last: before.record.last.max(news.last), proven: before.record.proven || news.proven },
+        record: KeyRecord {
+            last: before.record.last.max(news.last),
+            established: before.record.established || news.established,
+        },
         first: before.first.min(news.last),
         last_handshake: last_handshake.max(before.last_handshake),
         returned: before.returned,

@@ -5,7 +5,7 @@ use wgkex_common::Domain;
 use wgkex_common::access_lists::metrics::ListMetrics;
 
 use crate::fleet::gateways::GatewayStatus;
-use crate::fleet::live_keys::Counts;
+use crate::fleet::live_keys::LiveKeyCounts;
 use crate::metrics::{Registry, set};
 
 /// Clones count into the same ones.
@@ -51,8 +51,8 @@ impl Metrics {
     }
 
     /// Takes over how many live keys there are.
-    pub fn set_live<'a>(&self, counts: impl Iterator<Item = (&'a Domain, Counts)>) {
-        for (domain, Counts { established, unestablished, unrequested }) in counts {
+    pub fn set_live<'a>(&self, counts: impl Iterator<Item = (&'a Domain, LiveKeyCounts)>) {
+        for (domain, LiveKeyCounts { established, unestablished, unrequested }) in counts {
             for (state, number) in [("proven", established), ("unproven", unestablished), ("claimed", unrequested)] {
                 set(&self.live.with_label_values(&[domain.name(), state]), number);
             }

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
+use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 use wgkex_common::wire::message::Revoked;
-use wgkex_common::{PublicKey, WorkerName};
+use wgkex_common::wire::revoke_outcome::RevokeOutcome;
+use wgkex_common::{PublicKey, RejectReason, WorkerName};
 
 use crate::fleet::gateways::Reachability;
 
@@ -19,8 +21,6 @@ use crate::fleet::gateways::Reachability;
 pub const TIMEOUT: Duration = Duration::from_secs(2);
 /// The most gateways whose results one call gets: more than any fleet has.
 const MAX_GATEWAYS: usize = 4096;
-/// The longest reason of a gateway that is shown, in characters.
-const SHOWN_MAX: usize = 80;
 
 /// A record of the access lists that denies a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,7 +34,7 @@ struct DenyRecord {
 #[derive(Debug)]
 struct GatewayResult {
     worker: WorkerName,
-    outcome: String,
+    outcome: RevokeOutcome,
 }
 
 /// The revocations that wait for results. Clones share them.
@@ -58,21 +58,27 @@ pub struct PendingRevocation {
     results: mpsc::Receiver<GatewayResult>,
 }
 
-/// The result at a gateway, as the admin call shows it: the key was in the kernel and is removed.
-pub const REMOVED: &str = "removed";
-/// The key was not in the kernel.
-pub const ABSENT: &str = "was not there";
-/// The gateway applies the record when it is back, before it installs keys.
+/// The text of [`GatewayOutcome::Offline`].
 pub const OFFLINE: &str = "offline";
-/// The gateway is an original, or an old version of ours.
+/// The text of [`GatewayOutcome::Unsupported`].
 pub const UNSUPPORTED: &str = "cannot";
-/// The gateway sent no result in time.
-pub const TIMED_OUT: &str = "no answer";
 
-/// Whether a gateway with this result is known not to have the key.
-#[must_use]
-pub fn is_done(result: &str) -> bool {
-    result == REMOVED || result == ABSENT
+/// The outcome at a gateway. Its text is what the admin call shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "String")]
+pub enum GatewayOutcome {
+    /// The key was in the kernel and is removed.
+    Removed,
+    /// The key was not in the kernel.
+    Absent,
+    /// The key is still in the kernel, for this reason.
+    Failed(RejectReason),
+    /// The gateway applies the record when it is back, before it installs keys.
+    Offline,
+    /// The gateway is an original, or an old version of ours.
+    Unsupported,
+    /// The gateway sent no result in time.
+    TimedOut,
 }
 
 impl PendingRevocations {
@@ -110,19 +116,17 @@ impl PendingRevocation {
         mut self,
         reachability: BTreeMap<WorkerName, Reachability>,
         until: Instant,
-    ) -> BTreeMap<WorkerName, String> {
+    ) -> BTreeMap<WorkerName, GatewayOutcome> {
         let online = reachability.iter().filter(|(_, reachability)| **reachability == Reachability::Online);
         let mut missing: BTreeSet<WorkerName> = online.map(|(name, _)| name.clone()).collect();
-        let mut results: BTreeMap<WorkerName, String> = reachability
-            .into_iter()
-            .map(|(name, reachability)| (name, without_result(reachability).to_owned()))
-            .collect();
+        let mut results: BTreeMap<WorkerName, GatewayOutcome> =
+            reachability.into_iter().map(|(name, reachability)| (name, without_result(reachability))).collect();
         while !missing.is_empty() {
             let Ok(Some(GatewayResult { worker, outcome })) = timeout_at(until, self.results.recv()).await else {
                 break;
             };
             if missing.remove(&worker) {
-                results.insert(worker, shown(&outcome));
+                results.insert(worker, outcome.into());
             }
         }
         results
@@ -135,21 +139,43 @@ impl Drop for PendingRevocation {
     }
 }
 
-fn without_result(reachability: Reachability) -> &'static str {
+fn without_result(reachability: Reachability) -> GatewayOutcome {
     match reachability {
-        Reachability::Online => TIMED_OUT,
-        Reachability::Offline => OFFLINE,
-        Reachability::Unsupported => UNSUPPORTED,
+        Reachability::Online => GatewayOutcome::TimedOut,
+        Reachability::Offline => GatewayOutcome::Offline,
+        Reachability::Unsupported => GatewayOutcome::Unsupported,
     }
 }
 
-fn shown(outcome: &str) -> String {
-    match outcome {
-        Revoked::REMOVED => REMOVED.into(),
-        Revoked::ABSENT => ABSENT.into(),
-        reason => {
-            let reason: String = reason.chars().filter(|c| !c.is_control()).take(SHOWN_MAX).collect();
-            format!("failed: {reason}")
+impl GatewayOutcome {
+    /// Whether a gateway with this outcome is known not to have the key.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        matches!(self, Self::Removed | Self::Absent)
+    }
+}
+
+impl From<RevokeOutcome> for GatewayOutcome {
+    fn from(outcome: RevokeOutcome) -> Self {
+        match outcome {
+            RevokeOutcome::Removed => Self::Removed,
+            RevokeOutcome::Absent => Self::Absent,
+            RevokeOutcome::Failed(reason) => Self::Failed(reason),
+        }
+    }
+}
+
+impl From<GatewayOutcome> for String {
+    fn from(outcome: GatewayOutcome) -> Self {
+        match outcome {
+            GatewayOutcome::Removed => "removed".into(),
+            GatewayOutcome::Absent => "was not there".into(),
+            GatewayOutcome::Offline => OFFLINE.into(),
+            GatewayOutcome::Unsupported => UNSUPPORTED.into(),
+            GatewayOutcome::TimedOut => "no answer".into(),
+            GatewayOutcome::Failed(reason) => {
+                format!("failed: {}", reason.to_string().replace(|c: char| c.is_control(), ""))
+            }
         }
     }
 }
@@ -167,7 +193,11 @@ mod tests {
     }
 
     fn revoked(at: u64, n: u8, outcome: &str) -> Revoked {
-        Revoked { at, keys: [(key(n), outcome.to_owned())].into() }
+        Revoked { at, keys: [(key(n), outcome.to_owned().into())].into() }
+    }
+
+    fn texts(results: BTreeMap<WorkerName, GatewayOutcome>) -> BTreeMap<String, String> {
+        results.into_iter().map(|(worker, outcome)| (worker.to_string(), outcome.into())).collect()
     }
 
     fn reach() -> BTreeMap<WorkerName, Reachability> {
@@ -197,8 +227,8 @@ mod tests {
         }
         let begun = Instant::now();
         let results = waiting.results(reach(), begun + TIMEOUT).await;
-        let wanted = [("gw1", ABSENT), ("gw2", "failed: xy"), ("gw3", OFFLINE), ("gw4", UNSUPPORTED)];
-        assert_eq!(results, wanted.map(|(worker, result)| (name(worker), result.to_owned())).into());
+        let wanted = [("gw1", "was not there"), ("gw2", "failed: xy"), ("gw3", "offline"), ("gw4", "cannot")];
+        assert_eq!(texts(results), wanted.map(|(worker, text)| (worker.to_owned(), text.to_owned())).into());
         assert_eq!(begun.elapsed(), Duration::ZERO, "nobody is waited for in vain");
         assert!(pending.calls().is_empty());
     }
@@ -213,7 +243,8 @@ mod tests {
         }
         pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
         let results = waiting.results(reach(), Instant::now() + TIMEOUT).await;
-        assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), ("failed: failed", REMOVED));
+        let failed = GatewayOutcome::Failed(RejectReason::Other("failed".into()));
+        assert_eq!((&results["gw1"], &results["gw2"]), (&failed, &GatewayOutcome::Removed));
     }
 
     #[tokio::test(start_paused = true)]
@@ -223,12 +254,11 @@ mod tests {
         pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
         let begun = Instant::now();
         let results = waiting.results(reach(), begun + TIMEOUT).await;
-        assert_eq!((results["gw1"].as_str(), results["gw2"].as_str()), (TIMED_OUT, REMOVED));
+        assert_eq!((&results["gw1"], &results["gw2"]), (&GatewayOutcome::TimedOut, &GatewayOutcome::Removed));
         assert_eq!(begun.elapsed(), TIMEOUT);
-        assert!(
-            is_done(REMOVED)
-                && is_done(ABSENT)
-                && ![TIMED_OUT, OFFLINE, UNSUPPORTED, "failed: x"].map(is_done).contains(&true)
-        );
+        let failed = GatewayOutcome::Failed(RejectReason::Kernel);
+        let not_done = [GatewayOutcome::TimedOut, GatewayOutcome::Offline, GatewayOutcome::Unsupported, failed];
+        assert!(GatewayOutcome::Removed.is_done() && GatewayOutcome::Absent.is_done());
+        assert!(!not_done.iter().any(GatewayOutcome::is_done));
     }
 }

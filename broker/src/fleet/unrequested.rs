@@ -14,13 +14,13 @@ const PER_WORKER_FRACTION: usize = 8;
 #[derive(Debug, Default)]
 pub struct UnrequestedKeys {
     max: usize,
-    domains: BTreeMap<Domain, BTreeMap<PublicKey, Report>>,
+    domains: BTreeMap<Domain, BTreeMap<PublicKey, HandshakeReport>>,
     /// How many there are of each worker.
     by_worker: BTreeMap<WorkerName, usize>,
 }
 
 #[derive(Debug, Clone)]
-struct Report {
+struct HandshakeReport {
     worker: WorkerName,
     at: Instant,
 }
@@ -51,7 +51,7 @@ impl UnrequestedKeys {
         if before.is_none() && all >= self.max {
             return;
         }
-        let before = keys.insert(key, Report { worker: worker.clone(), at: now });
+        let before = keys.insert(key, HandshakeReport { worker: worker.clone(), at: now });
         self.release(before);
         *self.by_worker.entry(worker).or_default() += 1;
     }
@@ -93,8 +93,8 @@ impl UnrequestedKeys {
         self.domains.get(domain).map_or(0, BTreeMap::len)
     }
 
-    fn release(&mut self, report: Option<Report>) {
-        if let Some(Report { worker, .. }) = report
+    fn release(&mut self, report: Option<HandshakeReport>) {
+        if let Some(HandshakeReport { worker, .. }) = report
             && let Some(reports) = self.by_worker.get_mut(&worker)
         {
             *reports -= 1;

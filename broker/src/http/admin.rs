@@ -27,7 +27,7 @@ use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic};
 
 use crate::fleet::gateways::Gateways;
-use crate::fleet::revocation::{self, PendingRevocations};
+use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
 use crate::http::error;
 
 /// The largest body of a call.
@@ -140,7 +140,7 @@ async fn remove(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpRe
 }
 
 async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
-    let result = Filter::parse(&query);
+    let result = EntryFilter::parse(&query);
     info!(target: AUDIT, call = "list", outcome = if result.is_ok() { "ok" } else { "bad request" }, "admin call");
     match result {
         Ok(filter) => {
@@ -220,8 +220,7 @@ impl Admin {
         if let Some(pending) = pending {
             let results = pending.results(reachability, until).await;
             // Until the retained messages have arrived it is not known which gateways there are.
-            let is_done =
-                is_synced && is_kept && is_published && results.values().all(|result| revocation::is_done(result));
+            let is_done = is_synced && is_kept && is_published && results.values().all(GatewayOutcome::is_done);
             answer["done"] = is_done.into();
             answer["gateways"] = json!(results);
         }
@@ -294,7 +293,7 @@ fn entry(list: List, fields: &Map<String, Value>, domains: &BTreeSet<Domain>, no
 
 /// Which entries an operator wants to see.
 #[derive(Debug, Default)]
-struct Filter {
+struct EntryFilter {
     list: Option<List>,
     /// Only those made by an admin call.
     only_made: bool,
@@ -303,7 +302,7 @@ struct Filter {
     text: Option<String>,
 }
 
-impl Filter {
+impl EntryFilter {
     fn parse(query: &BTreeMap<String, String>) -> Result<Self, ApiError> {
         let mut filter = Self::default();
         for (field, value) in query {
@@ -394,7 +393,7 @@ mod tests {
         ];
         let found = |query: &[(&str, &str)]| {
             let query = query.iter().map(|(field, value)| ((*field).to_owned(), (*value).to_owned())).collect();
-            let filter = Filter::parse(&query).map_err(|ApiError(_, message)| message)?;
+            let filter = EntryFilter::parse(&query).map_err(|ApiError(_, message)| message)?;
             Ok::<_, String>((0..4).filter(|n| filter.matches(&all[*n])).collect::<Vec<_>>())
         };
         assert_eq!(found(&[]), Ok(vec![0, 1, 2, 3]));

@@ -16,7 +16,7 @@ use crate::mqtt_server::log::{Log, LogReader, LogWriter};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
-use crate::mqtt_server::retained::{Found, Full, Retained, Snapshot};
+use crate::mqtt_server::retained::{Found, Retained, RetainedFull, Unwritten};
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
@@ -34,13 +34,13 @@ const WILL_RETRY: Duration = Duration::from_millis(10);
 pub struct MessageBroker {
     log: Log,
     /// One lock for both, so that the message retained last on a topic was also published last.
-    shared: Mutex<Shared>,
+    shared: Mutex<BrokerState>,
     clients: Arc<Mutex<BTreeMap<String, Registration>>>,
     began: Instant,
     metrics: Metrics,
 }
 
-struct Shared {
+struct BrokerState {
     writer: LogWriter,
     retained: Retained,
     /// When the warning that there is no room was logged.
@@ -71,7 +71,7 @@ impl MessageBroker {
     /// A broker for so many connections, with these retained messages.
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
-        let shared = Mutex::new(Shared { writer, retained, warned: LogThrottle::default() });
+        let shared = Mutex::new(BrokerState { writer, retained, warned: LogThrottle::default() });
         Ok(Self { log, shared, clients: Arc::default(), began: Instant::now(), metrics })
     }
 
@@ -161,12 +161,12 @@ impl MessageBroker {
     }
 
     /// What is to be written to disk.
-    pub fn snapshot(&self) -> Snapshot {
-        self.shared.lock().retained.snapshot()
+    pub fn take_unwritten(&self) -> Unwritten {
+        self.shared.lock().retained.take_unwritten()
     }
 
     /// It could not be written.
-    pub fn requeue(&self, unwritten: Snapshot) {
+    pub fn requeue(&self, unwritten: Unwritten) {
         self.shared.lock().retained.requeue(unwritten);
     }
 
@@ -176,12 +176,12 @@ impl MessageBroker {
     }
 }
 
-impl Shared {
+impl BrokerState {
     fn publish(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
         if message.retain {
             let kept = self.retained.store(message, by);
             set(&metrics.retained, self.retained.len());
-            if let Err(Full) = kept {
+            if let Err(RetainedFull) = kept {
                 metrics.retained_refused.inc();
                 if self.warned.is_due(WARNING_INTERVAL) {
                     warn!(user = by, "too many retained messages: more are not kept");

@@ -1,4 +1,4 @@
-//! The connection of one admitted client: packets between its socket and its [`Session`], until either ends it.
+//! The connection of one admitted client: packets between its socket and its [`ClientSession`], until either ends it.
 
 use std::io;
 use std::sync::Arc;
@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use rumqttc::{Packet, mqttbytes};
-use strum::{IntoStaticStr, VariantNames};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::task::yield_now;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
@@ -17,9 +16,9 @@ use crate::mqtt_server::handshake::Stream;
 use crate::mqtt_server::log::{Lagged, LogReader};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
-use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence};
+use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence, Slowed};
 use crate::mqtt_server::retained::Found;
-use crate::mqtt_server::session::{Action, Session};
+use crate::mqtt_server::session::{ClientSession, SessionAction};
 
 /// The largest packet. The longest of the bus, 2,000 confirmations, has 100 kB.
 const PACKET_MAX: usize = 1 << 20;
@@ -34,7 +33,7 @@ const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest that a packet larger than [`MAX_INPUT`] may be incomplete.
 const UNFINISHED_TIMEOUT: Duration = Duration::from_secs(30);
 /// The shortest pause of a client that is slowed down: a timer is too coarse for one pause per packet.
-const PAUSE: Duration = Duration::from_millis(10);
+const PAUSE_STEP: Duration = Duration::from_millis(10);
 /// The type of a PUBLISH packet, in the upper half of its first byte.
 const PUBLISH: u8 = 3;
 /// The longest part of a topic that is logged, in characters.
@@ -49,24 +48,6 @@ pub enum End {
     Disconnect,
     /// It did not, and this is why: its will is due.
     Lost(&'static str),
-}
-
-/// Why nothing is read from a client for a while; the names are the labels of metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
-#[strum(serialize_all = "snake_case")]
-pub enum Slowed {
-    /// Its user exceeds its rate.
-    Rate,
-    /// Its user has too many bytes of incomplete packets.
-    Unfinished,
-    /// What it publishes is more than other clients have read.
-    Behind,
-}
-
-impl Slowed {
-    fn reason(self) -> &'static str {
-        self.into()
-    }
 }
 
 /// What happens to a connection.
@@ -84,7 +65,7 @@ enum ConnectionEvent {
     /// Some bytes were written.
     Written(io::Result<()>),
     /// More of the retained messages can be sent.
-    Backlog,
+    Retained,
 }
 
 /// Nothing is read before `until`, and what has come is left.
@@ -95,14 +76,14 @@ struct Pause {
 }
 
 /// A client's connection.
-pub struct Connection {
+pub struct ClientConnection {
     reader: ReadHalf<Box<dyn Stream>>,
     writer: WriteHalf<Box<dyn Stream>>,
     input: BytesMut,
     output: BytesMut,
     /// What was written may still be in the stream.
     unflushed: bool,
-    session: Session,
+    session: ClientSession,
     log_reader: Option<LogReader>,
     broker: Arc<MessageBroker>,
     metrics: Metrics,
@@ -118,7 +99,7 @@ pub struct Connection {
 }
 
 /// What the connection of an admitted client starts with.
-pub struct Start {
+pub struct ConnectionParts {
     /// The TCP or TLS stream.
     pub stream: Box<dyn Stream>,
     /// What the client sent behind its CONNECT.
@@ -126,7 +107,7 @@ pub struct Start {
     /// What is sent to it first.
     pub output: BytesMut,
     /// Its session.
-    pub session: Session,
+    pub session: ClientSession,
     /// The account of its user.
     pub account: Account,
     /// Its keep-alive; none for one that may be silent for ever.
@@ -137,10 +118,10 @@ pub struct Start {
     pub metrics: Metrics,
 }
 
-impl Connection {
+impl ClientConnection {
     /// The connection of a client that was admitted just now.
-    pub fn new(start: Start) -> Self {
-        let Start { stream, input, output, session, account, keep_alive, broker, metrics } = start;
+    pub fn new(start: ConnectionParts) -> Self {
+        let ConnectionParts { stream, input, output, session, account, keep_alive, broker, metrics } = start;
         let (reader, writer) = tokio::io::split(stream);
         let now = Instant::now();
         Self {
@@ -191,8 +172,8 @@ impl Connection {
     /// Whether it depends on the client when the next message is taken from the log: on what it reads, acknowledges, or may
     /// still ask for. This broker's own connections are waited for however long that takes.
     fn holds_up_reader(&self) -> bool {
-        let waits_for_backlog = self.session.backlog().is_some() && self.exceeds_rate();
-        !self.account.is_own && (!self.has_output_room() || self.session.room() == 0 || waits_for_backlog)
+        let waits_for_retained = self.session.next_retained().is_some() && self.exceeds_rate();
+        !self.account.is_own && (!self.has_output_room() || self.session.room() == 0 || waits_for_retained)
     }
 
     fn exceeds_rate(&self) -> bool {
@@ -201,7 +182,7 @@ impl Connection {
 
     /// Waits for one thing to happen. What is to be sent is written last: together. Only if that is much it comes first.
     async fn next(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
-        let can_deliver = self.has_output_room() && self.session.backlog().is_none() && self.session.room() > 0;
+        let can_deliver = self.has_output_room() && self.session.next_retained().is_none() && self.session.room() > 0;
         // What this broker sends itself is little; it must not wait until it reads.
         let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
         let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= MAX_OUTPUT);
@@ -230,7 +211,7 @@ impl Connection {
             message = publishes, if can_deliver => ConnectionEvent::Published(message),
             read = reads, if can_read => ConnectionEvent::Read(read),
             written = writes, if has_output => ConnectionEvent::Written(written),
-            () = yield_now(), if self.has_more => ConnectionEvent::Backlog,
+            () = yield_now(), if self.has_more => ConnectionEvent::Retained,
         }
     }
 
@@ -264,7 +245,7 @@ impl Connection {
             ConnectionEvent::Read(Err(_)) | ConnectionEvent::Written(Err(_)) => {
                 return Err(End::Lost("connection lost"));
             }
-            ConnectionEvent::Backlog => {}
+            ConnectionEvent::Retained => {}
         }
         Ok(())
     }
@@ -318,7 +299,7 @@ impl Connection {
             // Only what would be published waits: others may wait for this client's acknowledgements.
             let publishes = self.input.first().is_some_and(|first| first >> 4 == PUBLISH);
             if publishes && self.broker.must_wait(&self.account) {
-                self.pause(Slowed::Behind, PAUSE);
+                self.pause(Slowed::Behind, PAUSE_STEP);
                 return Ok(());
             }
             let before = self.input.len();
@@ -353,22 +334,22 @@ impl Connection {
         }
         match self.account.hold(bytes) {
             Some(held) => self.unfinished = Some((held, Instant::now())),
-            None => self.slow_down(Slowed::Unfinished, PAUSE, slot),
+            None => self.slow_down(Slowed::Unfinished, PAUSE_STEP, slot),
         }
     }
 
     /// Sends some of the retained messages of a filter.
     fn send_retained(&mut self, slot: &ClientSlot) {
-        let Some(backlog) = self.session.backlog() else { return };
+        let Some(cursor) = self.session.next_retained() else { return };
         let most = (self.session.room(), MAX_OUTPUT - self.output.len());
-        let Found { messages, after, scanned, bytes } =
-            self.broker.find(&backlog.filter, backlog.after.as_deref(), most);
+        let Found { messages, after, scanned, bytes } = self.broker.find(&cursor.filter, cursor.after.as_deref(), most);
         let cost = Cost { work: scanned * LOOK + messages.len() as u64 * DELIVERY, bytes: bytes as u64 };
         for message in messages {
             self.session.deliver(message, &mut self.output);
         }
-        self.session.advance_backlog(after);
-        self.has_more = self.session.backlog().is_some() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT;
+        self.session.advance_retained(after);
+        self.has_more =
+            self.session.next_retained().is_some() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT;
         self.charge(cost, slot);
     }
 
@@ -376,7 +357,7 @@ impl Connection {
         let wait = self.account.charge(cost, Instant::now());
         if !wait.is_zero() {
             self.has_more = false;
-            self.slow_down(Slowed::Rate, wait.max(PAUSE), slot);
+            self.slow_down(Slowed::Rate, wait.max(PAUSE_STEP), slot);
         }
     }
 
@@ -393,22 +374,22 @@ impl Connection {
         self.metrics.slowed.with_label_values(&[reason.reason()]).inc();
     }
 
-    fn execute(&mut self, action: Action, slot: &ClientSlot) -> Result<(), End> {
+    fn execute(&mut self, action: SessionAction, slot: &ClientSlot) -> Result<(), End> {
         match action {
-            Action::Publish(message) => self.broker.publish(slot, &message),
-            Action::Subscribe if self.log_reader.is_none() => {
+            SessionAction::Publish(message) => self.broker.publish(slot, &message),
+            SessionAction::Subscribe if self.log_reader.is_none() => {
                 self.log_reader =
                     Some(self.broker.subscribe(self.account.is_own).map_err(|_| End::Lost("no place to listen"))?);
             }
-            Action::Subscribe => {}
-            Action::Deny { operation, topic, is_first } => {
+            SessionAction::Subscribe => {}
+            SessionAction::Deny { operation, topic, is_first } => {
                 self.metrics.denied.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
                     let topic: String = topic.chars().take(TOPIC_SHOWN_MAX).collect();
                     warn!(client = %slot, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
                 }
             }
-            Action::Disconnect => return Err(End::Disconnect),
+            SessionAction::Disconnect => return Err(End::Disconnect),
         }
         Ok(())
     }
@@ -430,7 +411,7 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-async fn next(log_reader: &mut Option<LogReader>, session: &Session) -> Result<Bytes, Lagged> {
+async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Result<Bytes, Lagged> {
     match log_reader {
         Some(log_reader) => {
             log_reader.next(|message| session.wants(Message::topic_of(message).unwrap_or_default())).await

@@ -10,8 +10,8 @@ const BURST: u32 = 40;
 const BURST_PER_USER: u32 = 5;
 /// The time per further wrong password, for all users together and for one. So somebody who guesses one user's password is
 /// eight times slower than what would make a gateway behind the same address, which is another user, wait.
-const PERIOD: Duration = Duration::from_millis(125);
-const PERIOD_PER_USER: Duration = Duration::from_secs(1);
+const GUESS_INTERVAL: Duration = Duration::from_millis(125);
+const GUESS_INTERVAL_PER_USER: Duration = Duration::from_secs(1);
 
 /// The clients that recently sent a wrong password. They are few: passwords are verified one after the other, and each takes a
 /// while.
@@ -24,16 +24,16 @@ pub struct Guesses {
 impl Guesses {
     /// Whether `client` may try a password of `user`, the number of a name that may exist or not.
     pub fn may_try(&self, client: Client, user: u64, now: Instant) -> bool {
-        has_room(self.of_clients.get(&client), (PERIOD, BURST), now)
-            && has_room(self.of_users.get(&(client, user)), (PERIOD_PER_USER, BURST_PER_USER), now)
+        has_room(self.of_clients.get(&client), (GUESS_INTERVAL, BURST), now)
+            && has_room(self.of_users.get(&(client, user)), (GUESS_INTERVAL_PER_USER, BURST_PER_USER), now)
     }
 
     /// `client` sent a wrong password of `user`.
     pub fn was_wrong(&mut self, client: Client, user: u64, now: Instant) {
         self.of_clients.retain(|_, paid| *paid > now);
         self.of_users.retain(|_, paid| *paid > now);
-        *self.of_clients.entry(client).or_insert(now) += PERIOD;
-        *self.of_users.entry((client, user)).or_insert(now) += PERIOD_PER_USER;
+        *self.of_clients.entry(client).or_insert(now) += GUESS_INTERVAL;
+        *self.of_users.entry((client, user)).or_insert(now) += GUESS_INTERVAL_PER_USER;
     }
 }
 
@@ -68,7 +68,7 @@ mod tests {
         assert_eq!(tries(&mut guesses, client(1), 7, now + Duration::from_secs(2)), 2);
         let all: usize = (100..200).map(|user| tries(&mut guesses, client(3), user, now)).sum();
         assert_eq!(all, 40);
-        assert!(!guesses.may_try(client(3), 7, now) && guesses.may_try(client(3), 7, now + PERIOD));
+        assert!(!guesses.may_try(client(3), 7, now) && guesses.may_try(client(3), 7, now + GUESS_INTERVAL));
         assert!(guesses.may_try(client(2), 8, now));
     }
 

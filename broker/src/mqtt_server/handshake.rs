@@ -15,10 +15,11 @@ use tracing::warn;
 
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::filter::is_topic;
+use crate::mqtt_server::handshake_limiter::HandshakePermit;
+use crate::mqtt_server::login_queue::Origin;
 use crate::mqtt_server::message::Message;
-use crate::mqtt_server::pending::HandshakePermit;
 use crate::mqtt_server::quota::{Account, Offence};
-use crate::mqtt_server::users::{Denied, Origin, Users};
+use crate::mqtt_server::users::{Denied, Users};
 
 /// How long a client may take to be admitted.
 pub const LOGIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,10 +31,10 @@ const CONNECT_MAX: usize = 16 << 10;
 const ID_MAX: usize = 1_000;
 /// The version of the protocol that is spoken here: MQTT 3.1.1.
 const LEVEL: u8 = 4;
-/// The first byte of a TLS connection, which is none of MQTT's.
-const TLS: u8 = 0x16;
+/// The first byte of a TLS_RECORD connection, which is none of MQTT's.
+const TLS_RECORD: u8 = 0x16;
 
-/// A client's connection, with or without TLS.
+/// A client's connection, with or without TLS_RECORD.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
@@ -41,7 +42,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 pub struct Endpoint {
     /// The users that may log in here.
     pub users: Users,
-    /// TLS, which clients of other machines have to use if there is any.
+    /// TLS_RECORD, which clients of other machines have to use if there is any.
     pub tls: Option<TlsAcceptor>,
     /// For how many clients there is room, those of other endpoints included.
     pub room: usize,
@@ -67,7 +68,7 @@ pub struct AdmittedClient {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Refusal {
-    /// It does not speak MQTT, or TLS where that is needed.
+    /// It does not speak MQTT, or TLS_RECORD where that is needed.
     Protocol,
     /// It did not send its CONNECT in time.
     #[strum(serialize = "slow")]
@@ -150,7 +151,7 @@ impl Endpoint {
         let mut first = [0];
         stream.peek(&mut first).await?;
         match first[0] {
-            TLS => Ok(Box::new(tls.accept(stream).await?)),
+            TLS_RECORD => Ok(Box::new(tls.accept(stream).await?)),
             _ if is_near(stream.peer_addr()?.ip(), stream.local_addr()?.ip()) => Ok(Box::new(stream)),
             _ => Err(io::ErrorKind::PermissionDenied.into()),
         }

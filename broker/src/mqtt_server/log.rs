@@ -48,7 +48,7 @@ pub struct Log {
     /// The type of the router's queue has no name outside of rumqttd.
     dial: Box<Dial>,
     /// The names of links that ended: the router remembers each name for ever.
-    names: Mutex<Names>,
+    names: Mutex<ReaderNames>,
     progress: ProgressOfAll,
 }
 
@@ -60,7 +60,7 @@ struct ProgressOfAll {
 }
 
 #[derive(Default)]
-struct Names {
+struct ReaderNames {
     free: Vec<usize>,
     given: usize,
 }
@@ -153,7 +153,7 @@ impl Log {
         }
     }
 
-    fn names<T>(&self, change: impl FnOnce(&mut Names) -> T) -> T {
+    fn names<T>(&self, change: impl FnOnce(&mut ReaderNames) -> T) -> T {
         change(&mut self.names.lock())
     }
 }

@@ -4,10 +4,18 @@ use std::collections::{BTreeMap, VecDeque};
 use std::mem;
 
 use crate::client_ip::Client;
-use crate::mqtt_server::users::Origin;
 
 /// The most logins in each lane: more would time out before their turn.
 pub const LANE_MAX: usize = 256;
+
+/// From where a user logs in.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin {
+    /// Which client it is.
+    pub client: Client,
+    /// A user logged in from there before.
+    pub is_known: bool,
+}
 
 /// The queue, in two lanes that take turns: clients with a successful login before, and the others. In each lane the clients
 /// take turns, whatever number of logins each has.

@@ -5,8 +5,8 @@ use strum::VariantNames as _;
 
 use crate::metrics::Registry;
 use crate::mqtt_server::acl::Operation;
-use crate::mqtt_server::connection::Slowed;
 use crate::mqtt_server::handshake::Refusal;
+use crate::mqtt_server::quota::Slowed;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]

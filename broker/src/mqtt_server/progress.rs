@@ -15,11 +15,11 @@ use parking_lot::Mutex;
 const STEP: u64 = 64 << 10;
 /// A reader that is no further behind has caught up.
 const CAUGHT_UP: u64 = 2 << 20;
-/// How long its client may keep a reader from reading in each [`PORTION`].
-const PATIENCE: Duration = Duration::from_secs(2);
-/// The bytes after which a client has its [`PATIENCE`] again. The slowest client that is waited for so takes 1 MiB a second:
+/// How long its client may keep a reader from reading in each [`HOLD_UP_PORTION`].
+const MAX_HOLD_UP: Duration = Duration::from_secs(2);
+/// The bytes after which a client has its [`MAX_HOLD_UP`] again. The slowest client that is waited for so takes 1 MiB a second:
 /// twice of what a worker may go on to publish.
-const PORTION: u64 = 2 << 20;
+const HOLD_UP_PORTION: u64 = 2 << 20;
 
 /// The end of the log, and the steps in which readers are that are waited for.
 #[derive(Debug)]
@@ -95,7 +95,7 @@ impl ReaderPosition {
     pub fn advance(&mut self, position: u64) {
         let has_caught_up = self.progress.unread(position) <= CAUGHT_UP;
         self.position = position;
-        if has_caught_up || position.saturating_sub(self.portion_begin) >= PORTION {
+        if has_caught_up || position.saturating_sub(self.portion_begin) >= HOLD_UP_PORTION {
             self.portion_begin = position;
             self.held_up = Duration::ZERO;
         }
@@ -107,7 +107,7 @@ impl ReaderPosition {
     /// Its client kept it from reading for so long.
     pub fn hold_up(&mut self, time: Duration) {
         self.held_up += time;
-        if self.held_up > PATIENCE && self.progress.unread(self.position) > CAUGHT_UP {
+        if self.held_up > MAX_HOLD_UP && self.progress.unread(self.position) > CAUGHT_UP {
             self.leave();
         }
     }
@@ -160,12 +160,12 @@ mod tests {
         let progress = Arc::new(Progress::default());
         let mut reader = ReaderPosition::at_end(&progress);
         progress.publish(6 * MIB);
-        reader.hold_up(PATIENCE);
+        reader.hold_up(MAX_HOLD_UP);
         assert_eq!(progress.lag(), 6 * MIB);
-        reader.advance(PORTION);
-        reader.hold_up(PATIENCE);
-        assert_eq!(progress.lag(), 6 * MIB - PORTION, "it took enough meanwhile");
-        reader.advance(PORTION + 1);
+        reader.advance(HOLD_UP_PORTION);
+        reader.hold_up(MAX_HOLD_UP);
+        assert_eq!(progress.lag(), 6 * MIB - HOLD_UP_PORTION, "it took enough meanwhile");
+        reader.advance(HOLD_UP_PORTION + 1);
         reader.hold_up(Duration::from_nanos(1));
         assert_eq!(progress.lag(), 0, "it is left out");
         reader.advance(4 * MIB - 1);
@@ -178,7 +178,7 @@ mod tests {
     fn a_client_that_takes_nothing_is_left_out_once_there_is_much_to_take() {
         let progress = Arc::new(Progress::default());
         let mut reader = ReaderPosition::at_end(&progress);
-        reader.hold_up(2 * PATIENCE);
+        reader.hold_up(2 * MAX_HOLD_UP);
         progress.publish(CAUGHT_UP);
         reader.hold_up(Duration::ZERO);
         assert_eq!(progress.lag(), CAUGHT_UP);

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use strum::{IntoStaticStr, VariantNames};
 use tokio::time::Instant;
 use wgkex_common::config::Role;
 
@@ -71,6 +72,25 @@ const BROKER: RateLimit = RateLimit {
 /// What a user publishes without being one that publishes much at once: a batch of keys, and what a worker may go on to
 /// publish.
 const STEADY: Pace = Pace { per_second: 512 << 10, burst: 256 << 10 };
+
+/// Why nothing is read from a client for a while; the names are the labels of metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
+pub enum Slowed {
+    /// Its user exceeds its rate.
+    Rate,
+    /// Its user has too many bytes of incomplete packets.
+    Unfinished,
+    /// What it publishes is more than other clients have read.
+    Behind,
+}
+
+impl Slowed {
+    /// The label of metrics and log.
+    pub fn reason(self) -> &'static str {
+        self.into()
+    }
+}
 
 /// What all connections of a user share, or those of everybody where there are no users.
 #[derive(Debug, Clone)]

@@ -36,7 +36,7 @@ pub struct RetainedMessage {
 
 /// A message is not retained, as there is no room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Full;
+pub struct RetainedFull;
 
 /// Some of the retained messages of a filter.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ pub struct Changes {
 
 /// What is to be written: each with what it is now, none if it is gone.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct Unwritten {
     /// By topic.
     pub messages: Vec<(String, Option<RetainedMessage>)>,
     /// By client.
@@ -120,7 +120,7 @@ impl Retained {
     }
 
     /// Retains a message in place of the one on its topic; an empty one deletes that.
-    pub fn store(&mut self, message: &Message, by: Option<&str>) -> Result<(), Full> {
+    pub fn store(&mut self, message: &Message, by: Option<&str>) -> Result<(), RetainedFull> {
         if message.payload.is_empty() {
             if self.take(&message.topic).is_some() {
                 self.changed(|changes| changes.topics.insert(message.topic.clone()));
@@ -133,7 +133,7 @@ impl Retained {
         Ok(())
     }
 
-    fn put(&mut self, topic: String, kept: RetainedMessage) -> Result<(), Full> {
+    fn put(&mut self, topic: String, kept: RetainedMessage) -> Result<(), RetainedFull> {
         let before = self.take(&topic);
         let size = kept.size(&topic);
         let of_user = kept.by.as_ref().and_then(|user| self.of_users.get(user)).copied().unwrap_or_default();
@@ -143,7 +143,7 @@ impl Retained {
             (false, Some(before)) => self.place(topic, before),
             (false, None) => {}
         }
-        if fits { Ok(()) } else { Err(Full) }
+        if fits { Ok(()) } else { Err(RetainedFull) }
     }
 
     fn place(&mut self, topic: String, kept: RetainedMessage) {
@@ -215,12 +215,12 @@ impl Retained {
     }
 
     /// What changed since the last time, as it is now.
-    pub fn snapshot(&mut self) -> Snapshot {
+    pub fn take_unwritten(&mut self) -> Unwritten {
         let Changes { topics, clients, needs_full_write } = std::mem::take(&mut self.changes);
         if needs_full_write {
             let messages = self.messages.iter().map(|(topic, kept)| (topic.clone(), Some(kept.clone())));
             let wills = self.wills.iter().map(|(client, will)| (client.clone(), Some(will.clone())));
-            return Snapshot { messages: messages.collect(), wills: wills.collect(), needs_full_write };
+            return Unwritten { messages: messages.collect(), wills: wills.collect(), needs_full_write };
         }
         let messages = topics.into_iter().map(|topic| {
             let kept = self.messages.get(&topic).cloned();
@@ -230,11 +230,11 @@ impl Retained {
             let will = self.wills.get(&client).cloned();
             (client, will)
         });
-        Snapshot { messages: messages.collect(), wills: wills.collect(), needs_full_write }
+        Unwritten { messages: messages.collect(), wills: wills.collect(), needs_full_write }
     }
 
     /// Takes back what could not be written; it is written as it is next time.
-    pub fn requeue(&mut self, unwritten: Snapshot) {
+    pub fn requeue(&mut self, unwritten: Unwritten) {
         if unwritten.needs_full_write {
             self.require_full_write();
         }
@@ -269,7 +269,7 @@ impl Size {
     }
 }
 
-impl Snapshot {
+impl Unwritten {
     /// Nothing is to be written.
     pub fn is_empty(&self) -> bool {
         !self.needs_full_write && self.messages.is_empty() && self.wills.is_empty()
@@ -333,12 +333,12 @@ mod tests {
         for n in 0..MAX_TOPICS {
             retained.store(&message(&n.to_string(), "1"), None).unwrap();
         }
-        assert_eq!(retained.store(&message("one more", "1"), None), Err(Full));
+        assert_eq!(retained.store(&message("one more", "1"), None), Err(RetainedFull));
         retained.store(&message("7", "2"), None).unwrap();
         retained.store(&message("8", ""), None).unwrap();
         retained.store(&message("one more", "1"), None).unwrap();
         let large = "x".repeat(MAX_BYTES);
-        assert_eq!(retained.store(&message("7", &large), None), Err(Full));
+        assert_eq!(retained.store(&message("7", &large), None), Err(RetainedFull));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
     }
 
@@ -351,11 +351,11 @@ mod tests {
         retained.store(&message("gw1/0", "2"), Some("gw1")).unwrap();
         retained.store(&message("gw1/1", ""), Some("gw1")).unwrap();
         retained.store(&message("gw1/more", "1"), Some("gw1")).unwrap();
-        assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(Full));
+        assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(RetainedFull));
         retained.store(&message("gw1/2", "1"), Some("b1")).unwrap();
         retained.store(&message("gw1/one more", "1"), Some("gw1")).unwrap();
         let large = "x".repeat(MAX_BYTES / PER_USER_FRACTION);
-        assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(Full));
+        assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(RetainedFull));
         assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
 
@@ -367,15 +367,15 @@ mod tests {
         before.set_will("gw1", message("gw1/status", "0"));
         before.set_will("gw2", message("gw2/status", "0"));
         assert_eq!(before.clear_will("gw2"), Some(message("gw2/status", "0")));
-        let Snapshot { messages, wills, .. } = before.snapshot();
+        let Unwritten { messages, wills, .. } = before.take_unwritten();
         let messages = messages.into_iter().filter_map(|(topic, kept)| Some((topic, kept?)));
         let wills = wills.into_iter().filter_map(|(client, will)| Some((client, will?)));
         let mut after = Retained::restored(messages, wills.collect());
         let text = |pairs: [(&str, &str); 2]| pairs.map(|(a, b)| (a.to_owned(), b.to_owned()));
         assert_eq!(all(&after, "#", 9), text([("gw1/status", "0"), ("gw2/status", "1")]));
-        let snapshot = after.snapshot();
-        assert_eq!(snapshot.wills, [("gw1".to_owned(), None)], "it is due once");
-        assert_eq!(snapshot.messages.len(), 1);
+        let unwritten = after.take_unwritten();
+        assert_eq!(unwritten.wills, [("gw1".to_owned(), None)], "it is due once");
+        assert_eq!(unwritten.messages.len(), 1);
     }
 
     #[test]
@@ -386,7 +386,7 @@ mod tests {
             retained.store(&message(&n.to_string(), ""), None).unwrap();
         }
         assert_eq!(retained.changes, Changes { needs_full_write: true, ..Changes::default() });
-        assert!(retained.snapshot().needs_full_write && retained.snapshot().is_empty());
+        assert!(retained.take_unwritten().needs_full_write && retained.take_unwritten().is_empty());
     }
 
     proptest! {
@@ -398,12 +398,12 @@ mod tests {
             for (topic, payload, writes, fails) in steps {
                 retained.store(&message(&topic, &payload), None).unwrap();
                 if writes {
-                    let snapshot = retained.snapshot();
+                    let unwritten = retained.take_unwritten();
                     if fails {
-                        retained.requeue(snapshot);
+                        retained.requeue(unwritten);
                         continue;
                     }
-                    for (topic, kept) in snapshot.messages {
+                    for (topic, kept) in unwritten.messages {
                         match kept {
                             Some(kept) => drop(written.insert(topic, kept)),
                             None => drop(written.remove(&topic)),

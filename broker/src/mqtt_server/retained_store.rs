@@ -12,9 +12,9 @@ use wgkex_common::storage::{StorageError, Subject};
 
 use crate::mqtt_server::broker::MessageBroker;
 use crate::mqtt_server::message::{Message, lower};
-use crate::mqtt_server::retained::{Retained, RetainedMessage, Snapshot};
+use crate::mqtt_server::retained::{Retained, RetainedMessage, Unwritten};
 
-const FIRST: &str = "
+const CREATE_TABLES: &str = "
     CREATE TABLE messages (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, qos INTEGER NOT NULL) WITHOUT ROWID;
     CREATE TABLE wills (
         client TEXT PRIMARY KEY,
@@ -25,7 +25,7 @@ const FIRST: &str = "
     ) WITHOUT ROWID;
 ";
 /// The user whose share of the space a message takes.
-const USERS: &str = "ALTER TABLE messages ADD COLUMN user TEXT";
+const ADD_USER: &str = "ALTER TABLE messages ADD COLUMN user TEXT";
 
 /// The file, and what writes it.
 pub struct File(WriteBehind<RetainedTable>);
@@ -53,28 +53,28 @@ impl File {
 }
 
 impl Table for RetainedTable {
-    const SCHEMA: Schema = Schema { migrations: &[FIRST, USERS] };
+    const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES, ADD_USER] };
     const SUBJECT: Subject = Subject { name: "retained messages", pronoun: "them" };
     type Content = Retained;
-    type Changes = Snapshot;
+    type Changes = Unwritten;
 
     fn load(&mut self, connection: &Connection, _now: Clocks) -> Result<Retained, StorageError> {
         read(connection)
     }
 
-    fn take(&mut self) -> Snapshot {
-        self.broker.as_ref().map(|broker| broker.snapshot()).unwrap_or_default()
+    fn take(&mut self) -> Unwritten {
+        self.broker.as_ref().map(|broker| broker.take_unwritten()).unwrap_or_default()
     }
 
-    fn is_due(&self, changes: &Snapshot, _now: Clocks) -> bool {
+    fn is_due(&self, changes: &Unwritten, _now: Clocks) -> bool {
         !changes.is_empty()
     }
 
-    fn write(&self, transaction: &Transaction<'_>, changes: &Snapshot, _now: Clocks) -> rusqlite::Result<()> {
+    fn write(&self, transaction: &Transaction<'_>, changes: &Unwritten, _now: Clocks) -> rusqlite::Result<()> {
         write(transaction, changes)
     }
 
-    fn requeue(&mut self, changes: Snapshot) {
+    fn requeue(&mut self, changes: Unwritten) {
         if let Some(broker) = &self.broker {
             broker.requeue(changes);
         }
@@ -114,13 +114,13 @@ fn quality(level: u8) -> QoS {
     lower(qos(level).unwrap_or(QoS::AtMostOnce), QoS::AtLeastOnce)
 }
 
-fn write(transaction: &Transaction<'_>, snapshot: &Snapshot) -> rusqlite::Result<()> {
-    if snapshot.needs_full_write {
+fn write(transaction: &Transaction<'_>, unwritten: &Unwritten) -> rusqlite::Result<()> {
+    if unwritten.needs_full_write {
         transaction.execute_batch("DELETE FROM messages; DELETE FROM wills;")?;
     }
     let mut put = transaction.prepare("REPLACE INTO messages (topic, payload, qos, user) VALUES (?1, ?2, ?3, ?4)")?;
     let mut remove = transaction.prepare("DELETE FROM messages WHERE topic = ?1")?;
-    for (topic, kept) in &snapshot.messages {
+    for (topic, kept) in &unwritten.messages {
         match kept {
             Some(RetainedMessage { payload, qos, by }) => {
                 put.execute(params![topic, &payload[..], *qos as u8, by.as_deref()])?
@@ -130,7 +130,7 @@ fn write(transaction: &Transaction<'_>, snapshot: &Snapshot) -> rusqlite::Result
     }
     let mut put = transaction.prepare("REPLACE INTO wills VALUES (?1, ?2, ?3, ?4, ?5)")?;
     let mut remove = transaction.prepare("DELETE FROM wills WHERE client = ?1")?;
-    for (client, will) in &snapshot.wills {
+    for (client, will) in &unwritten.wills {
         match will {
             Some(Message { topic, payload, qos, retain }) => {
                 put.execute(params![client, topic, &payload[..], *qos as u8, retain])?
@@ -167,7 +167,7 @@ mod tests {
         let path = dir.path().join("mqtt-retained.sqlite");
         let mut connection = sqlite::open(&path, RetainedTable::SCHEMA).unwrap();
         let transaction = connection.transaction().unwrap();
-        write(&transaction, &retained.snapshot()).unwrap();
+        write(&transaction, &retained.take_unwritten()).unwrap();
         transaction.commit().unwrap();
     }
 

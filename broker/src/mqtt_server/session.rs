@@ -14,7 +14,7 @@ use crate::mqtt_server::acl::{Access, Operation};
 use crate::mqtt_server::filter::{is_filter, is_topic};
 use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
-use crate::mqtt_server::subscriptions::{MAX_LEVELS, Subscriptions};
+use crate::mqtt_server::subscriptions::{ClientSubscriptions, MAX_LEVELS};
 
 /// The most messages in flight to a client; the next one waits for an acknowledgement. A second's worth of small ones at
 /// 50 ms round-trip time.
@@ -28,7 +28,7 @@ const FILTER_MAX: usize = 1_000;
 
 /// What has to be done for a client.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum SessionAction {
     /// To publish this.
     Publish(Message),
     /// To read the log for it from now on, if that is not so.
@@ -54,7 +54,7 @@ const TOO_MANY: Violation = Violation("names too many topics in one packet");
 
 /// Retained messages that a client still gets: those of `filter` behind `after`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backlog {
+pub struct RetainedCursor {
     /// The filter it subscribed to.
     pub filter: String,
     /// The last topic that it got.
@@ -63,10 +63,10 @@ pub struct Backlog {
 
 /// A client that is connected.
 #[derive(Debug)]
-pub struct Session {
+pub struct ClientSession {
     access: Access,
-    subscriptions: Subscriptions,
-    backlog: VecDeque<Backlog>,
+    subscriptions: ClientSubscriptions,
+    retained: VecDeque<RetainedCursor>,
     /// What it has not acknowledged yet, how much that may be, and the identifier given last.
     inflight: BTreeSet<u16>,
     max_inflight: usize,
@@ -76,13 +76,13 @@ pub struct Session {
     was_denied: bool,
 }
 
-impl Session {
+impl ClientSession {
     /// A client that may do this, one of this broker itself or not.
     pub fn new(access: Access, is_own: bool) -> Self {
         Self {
             access,
-            subscriptions: Subscriptions::default(),
-            backlog: VecDeque::new(),
+            subscriptions: ClientSubscriptions::default(),
+            retained: VecDeque::new(),
             inflight: BTreeSet::new(),
             max_inflight: if is_own { MAX_IN_FLIGHT_OWN } else { MAX_IN_FLIGHT },
             last_pkid: 0,
@@ -105,7 +105,7 @@ impl Session {
     }
 
     /// Takes a packet, and answers it at the end of `output`.
-    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<Action>, Violation> {
+    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<SessionAction>, Violation> {
         match packet {
             Packet::Publish(publish) => self.publish(publish, output),
             Packet::PubRel(PubRel { pkid }) => {
@@ -124,7 +124,7 @@ impl Session {
                 for topic in &topics {
                     self.subscriptions.remove(topic);
                 }
-                self.end_backlog(&topics.iter().map(String::as_str).collect());
+                self.end_retained(&topics.iter().map(String::as_str).collect());
                 put(&Packet::UnsubAck(UnsubAck { pkid }), output);
                 Ok(Vec::new())
             }
@@ -132,7 +132,7 @@ impl Session {
                 put(&Packet::PingResp, output);
                 Ok(Vec::new())
             }
-            Packet::Disconnect => Ok(vec![Action::Disconnect]),
+            Packet::Disconnect => Ok(vec![SessionAction::Disconnect]),
             Packet::Connect(_) => Err(Violation("connects twice")),
             Packet::ConnAck(_)
             | Packet::PubRec(_)
@@ -143,7 +143,7 @@ impl Session {
         }
     }
 
-    fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<Action>, Violation> {
+    fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<SessionAction>, Violation> {
         if !is_topic(&publish.topic) {
             return Err(Violation("publishes on no topic"));
         }
@@ -162,11 +162,11 @@ impl Session {
         if !self.access.can_publish(&publish.topic) {
             return Ok(vec![self.deny(Operation::Publish, publish.topic)]);
         }
-        Ok(is_new.then(|| Action::Publish(publish.into())).into_iter().collect())
+        Ok(is_new.then(|| SessionAction::Publish(publish.into())).into_iter().collect())
     }
 
-    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<Action> {
-        let mut actions = vec![Action::Subscribe];
+    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<SessionAction> {
+        let mut actions = vec![SessionAction::Subscribe];
         let mut codes = Vec::with_capacity(subscribe.filters.len());
         let mut granted = Vec::new();
         for filter in subscribe.filters {
@@ -184,29 +184,29 @@ impl Session {
                 codes.push(SubscribeReasonCode::Failure);
             }
         }
-        self.begin_backlog(&granted);
+        self.begin_retained(&granted);
         put(&Packet::SubAck(SubAck::new(subscribe.pkid, codes)), output);
         actions
     }
 
     /// The retained messages of these filters are sent, each once, behind those of earlier filters; from the beginning if
     /// they were being sent.
-    fn begin_backlog(&mut self, filters: &[String]) {
+    fn begin_retained(&mut self, filters: &[String]) {
         let mut begun = BTreeSet::new();
-        self.end_backlog(&filters.iter().map(String::as_str).collect());
+        self.end_retained(&filters.iter().map(String::as_str).collect());
         for filter in filters {
             if begun.insert(filter.as_str()) {
-                self.backlog.push_back(Backlog { filter: filter.clone(), after: None });
+                self.retained.push_back(RetainedCursor { filter: filter.clone(), after: None });
             }
         }
     }
 
-    fn end_backlog(&mut self, filters: &BTreeSet<&str>) {
-        self.backlog.retain(|backlog| !filters.contains(backlog.filter.as_str()));
+    fn end_retained(&mut self, filters: &BTreeSet<&str>) {
+        self.retained.retain(|cursor| !filters.contains(cursor.filter.as_str()));
     }
 
-    fn deny(&mut self, operation: Operation, topic: String) -> Action {
-        Action::Deny { operation, topic, is_first: !std::mem::replace(&mut self.was_denied, true) }
+    fn deny(&mut self, operation: Operation, topic: String) -> SessionAction {
+        SessionAction::Deny { operation, topic, is_first: !std::mem::replace(&mut self.was_denied, true) }
     }
 
     /// Whether it subscribed to a filter that has `topic`.
@@ -220,16 +220,16 @@ impl Session {
     }
 
     /// What it gets before anything else.
-    pub fn backlog(&self) -> Option<&Backlog> {
-        self.backlog.front()
+    pub fn next_retained(&self) -> Option<&RetainedCursor> {
+        self.retained.front()
     }
 
-    /// It got the backlog's messages up to `after`; all of them if there is none.
-    pub fn advance_backlog(&mut self, after: Option<String>) {
-        if after.is_none() && !self.backlog.is_empty() {
-            self.backlog.pop_front();
-        } else if let Some(backlog) = self.backlog.front_mut() {
-            backlog.after = after;
+    /// It got the retained messages of the first filter up to `after`; all of them if there is none.
+    pub fn advance_retained(&mut self, after: Option<String>) {
+        if after.is_none() && !self.retained.is_empty() {
+            self.retained.pop_front();
+        } else if let Some(cursor) = self.retained.front_mut() {
+            cursor.after = after;
         }
     }
 

@@ -8,7 +8,7 @@ pub const MAX_LEVELS: usize = 64;
 
 /// A client's filters, each with the quality of service that was granted.
 #[derive(Debug, Default)]
-pub struct Subscriptions {
+pub struct ClientSubscriptions {
     root: Node,
     len: usize,
 }
@@ -21,7 +21,7 @@ struct Node {
     below: Vec<(Box<str>, Node)>,
 }
 
-impl Subscriptions {
+impl ClientSubscriptions {
     /// How many filters there are.
     pub fn len(&self) -> usize {
         self.len
@@ -114,7 +114,7 @@ mod tests {
             steps in prop::collection::vec(("[ab+$](/[ab+]?){0,3}(/#)?|#", 0..2u8, any::<bool>()), 0..20),
             topics in prop::collection::vec("[ab$](/[ab]?){0,4}", 1..10),
         ) {
-            let (mut tree, mut list) = (Subscriptions::default(), BTreeMap::new());
+            let (mut tree, mut list) = (ClientSubscriptions::default(), BTreeMap::new());
             for (filter, level, comes) in steps {
                 prop_assume!(is_filter(&filter));
                 let qos = rumqttc::qos(level).unwrap();
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn removed_subscriptions_take_no_memory() {
-        let mut tree = Subscriptions::default();
+        let mut tree = ClientSubscriptions::default();
         let filters = ["a/b/c/d", "a/b", "a/+/#", "#"];
         for filter in filters {
             tree.insert(filter, QoS::AtMostOnce);
@@ -153,7 +153,7 @@ mod tests {
     /// A list of filters compared with each topic takes more than ten seconds.
     #[test]
     fn a_thousand_filters_are_not_all_looked_at() {
-        let mut tree = Subscriptions::default();
+        let mut tree = ClientSubscriptions::default();
         (0..1_000).for_each(|n| tree.insert(&format!("wireguard/+/{n}"), QoS::AtMostOnce));
         let begun = std::time::Instant::now();
         for n in 0..300_000 {

@@ -18,7 +18,7 @@ use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 use crate::client_ip::Client;
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::guesses::Guesses;
-use crate::mqtt_server::login_queue::LoginQueue;
+use crate::mqtt_server::login_queue::{LoginQueue, Origin};
 use crate::mqtt_server::password::{self, Verifier};
 use crate::mqtt_server::quota::{Account, Offence};
 
@@ -70,15 +70,6 @@ struct UserEntry {
     role: Role,
     tag: Mutex<Option<hmac::Tag>>,
     account: Account,
-}
-
-/// From where a user logs in.
-#[derive(Debug, Clone, Copy)]
-pub struct Origin {
-    /// Which client it is.
-    pub client: Client,
-    /// A user logged in from there before.
-    pub is_known: bool,
 }
 
 /// Why a login is denied.

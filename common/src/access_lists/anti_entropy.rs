@@ -8,17 +8,17 @@ use crate::BrokerName;
 use crate::wire::message::{Hello, Requester};
 
 /// Brokers that are remembered at most.
-const BROKERS: usize = 4096;
+const MAX_BROKERS: usize = 4096;
 /// How long the first request may stay without effect before it is sent again; doubled each time.
-const RETRY: Duration = Duration::from_secs(1);
+const REQUEST_RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause between two requests to the same broker.
-const RETRY_MAX: Duration = Duration::from_secs(60);
+const REQUEST_RETRY_MAX: Duration = Duration::from_secs(60);
 /// All records are broadcast no more often than this, however many requests come.
 const BROADCAST_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest pause between two broadcasts for requests on the topic on which anybody may publish.
 const SHARED_PAUSE_MAX: Duration = Duration::from_secs(8);
 /// The most requesters that are remembered, and how long after their last request.
-const REQUESTERS: usize = 4096;
+const MAX_REQUESTERS: usize = 4096;
 const REQUESTER_LIFETIME: Duration = Duration::from_secs(120);
 /// Retained messages come this soon after subscribing, if there are any.
 const WAIT_FOR_RETAINED: Duration = Duration::from_millis(100);
@@ -35,7 +35,7 @@ pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
     own: Option<BrokerName>,
     brokers: BTreeMap<BrokerName, OtherBroker>,
-    connection: Connection,
+    connection: BusState,
     /// Those that asked for all records.
     requesters: BTreeMap<Requester, Requests>,
     broadcast_at: Option<Instant>,
@@ -55,7 +55,7 @@ struct Requests {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Connection {
+enum BusState {
     /// The first attempt has no result yet.
     Connecting,
     /// Lost, or the last attempt failed.
@@ -77,7 +77,7 @@ impl AntiEntropy {
         Self {
             own,
             brokers: BTreeMap::new(),
-            connection: Connection::Connecting,
+            connection: BusState::Connecting,
             requesters: BTreeMap::new(),
             broadcast_at: None,
             last_digest: String::new(),
@@ -86,12 +86,12 @@ impl AntiEntropy {
 
     /// The session is up.
     pub fn up(&mut self, now: Instant) {
-        self.connection = Connection::Up(now);
+        self.connection = BusState::Up(now);
     }
 
     /// The connection is lost, so brokers may change without notice; or an attempt to connect failed.
     pub fn down(&mut self) {
-        self.connection = Connection::Down;
+        self.connection = BusState::Down;
         self.brokers.clear();
     }
 
@@ -107,7 +107,7 @@ impl AntiEntropy {
             known.names_records = names_records;
             return;
         }
-        if self.brokers.len() < BROKERS || self.brokers.contains_key(name) {
+        if self.brokers.len() < MAX_BROKERS || self.brokers.contains_key(name) {
             self.brokers.insert(name.clone(), OtherBroker { digest, names_records, asked: None, tries: 0 });
         }
     }
@@ -120,9 +120,9 @@ impl AntiEntropy {
     /// Somebody lacks records, or has others.
     pub fn asked(&mut self, requester: Requester, now: Instant) {
         let is_over = |requests: &Requests| now.saturating_duration_since(requests.last) >= REQUESTER_LIFETIME;
-        if self.requesters.len() >= REQUESTERS && !self.requesters.contains_key(&requester) {
+        if self.requesters.len() >= MAX_REQUESTERS && !self.requesters.contains_key(&requester) {
             self.requesters.retain(|_, requests| !is_over(requests));
-            if self.requesters.len() >= REQUESTERS {
+            if self.requesters.len() >= MAX_REQUESTERS {
                 return;
             }
         }
@@ -138,7 +138,7 @@ impl AntiEntropy {
     pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
         let mut names = Vec::new();
         for (name, broker) in &mut self.brokers {
-            let pause = (RETRY * 2_u32.pow(broker.tries.min(6))).min(RETRY_MAX);
+            let pause = (REQUEST_RETRY_MIN * 2_u32.pow(broker.tries.min(6))).min(REQUEST_RETRY_MAX);
             if broker.digest == digest {
                 (broker.asked, broker.tries) = (None, 0);
             } else if broker.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= pause) {
@@ -178,9 +178,9 @@ impl AntiEntropy {
         let agree = self.brokers.values().all(|broker| broker.digest == digest);
         let settled = if self.brokers.is_empty() { WAIT_FOR_HELLOS } else { WAIT_FOR_RETAINED };
         let longest = match self.connection {
-            Connection::Up(since) if agree && for_long(since, settled) => return Some(Ok(())),
-            Connection::Up(_) | Connection::Connecting => GATE_MAX,
-            Connection::Down => GATE_MAX_OFFLINE,
+            BusState::Up(since) if agree && for_long(since, settled) => return Some(Ok(())),
+            BusState::Up(_) | BusState::Connecting => GATE_MAX,
+            BusState::Down => GATE_MAX_OFFLINE,
         };
         for_long(closed_at, longest).then_some(Err(TimedOut))
     }
@@ -189,10 +189,11 @@ impl AntiEntropy {
 impl Requests {
     fn is_due(&self, requester: &Requester, now: Instant) -> bool {
         let longest = match requester {
-            Requester::Named(_) => RETRY_MAX / 2,
+            Requester::Named(_) => REQUEST_RETRY_MAX / 2,
             Requester::Shared => SHARED_PAUSE_MAX,
         };
-        let pause = if self.times == 0 { Duration::ZERO } else { RETRY / 2 * 2_u32.pow(self.times.min(7) - 1) };
+        let pause =
+            if self.times == 0 { Duration::ZERO } else { REQUEST_RETRY_MIN / 2 * 2_u32.pow(self.times.min(7) - 1) };
         let is_over = |answered: Instant| now.saturating_duration_since(answered) >= pause.min(longest);
         self.is_waiting && self.answered.is_none_or(is_over)
     }
@@ -254,7 +255,7 @@ mod tests {
         for n in 0..5_000 {
             anti_entropy.broker(&name(&n.to_string()), Some(&hello(Some("x"))));
         }
-        assert_eq!(anti_entropy.brokers.len(), BROKERS);
+        assert_eq!(anti_entropy.brokers.len(), MAX_BROKERS);
     }
 
     #[test]
@@ -318,8 +319,8 @@ mod tests {
     #[test]
     fn the_requesters_that_are_remembered_are_bounded() {
         let (mut broker, now) = anti_entropy(Some("own"), &[]);
-        (0..2 * REQUESTERS).for_each(|n| broker.asked(worker(&n.to_string()), now));
-        assert_eq!(broker.requesters.len(), REQUESTERS);
+        (0..2 * MAX_REQUESTERS).for_each(|n| broker.asked(worker(&n.to_string()), now));
+        assert_eq!(broker.requesters.len(), MAX_REQUESTERS);
         broker.asked(worker("later"), now + REQUESTER_LIFETIME);
         assert_eq!(broker.requesters.len(), 1);
     }

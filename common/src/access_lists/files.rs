@@ -6,7 +6,7 @@
 
 mod source;
 
-use self::source::{Kind, Source};
+use self::source::{FileKind, Source};
 use crate::access_lists::{AllowList, Entry, List};
 use crate::config::KeyLists;
 
@@ -31,11 +31,11 @@ impl Files {
         let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir] = SOURCES;
         let allow = config.allow.as_ref();
         let sources = [
-            (deny_file, config.deny_file.as_ref(), Kind::File(List::Deny)),
-            (allow_file, allow.and_then(|allow| allow.file.as_ref()), Kind::Domains),
-            (deny_dir, config.deny_dir.as_ref(), Kind::Dir(List::Deny)),
-            (allow_dir, allow.and_then(|allow| allow.dir.as_ref()), Kind::Dir(List::Allow)),
-            (trusted_dir, config.trusted_dir.as_ref(), Kind::Dir(List::Trusted)),
+            (deny_file, config.deny_file.as_ref(), FileKind::File(List::Deny)),
+            (allow_file, allow.and_then(|allow| allow.file.as_ref()), FileKind::Domains),
+            (deny_dir, config.deny_dir.as_ref(), FileKind::Dir(List::Deny)),
+            (allow_dir, allow.and_then(|allow| allow.dir.as_ref()), FileKind::Dir(List::Allow)),
+            (trusted_dir, config.trusted_dir.as_ref(), FileKind::Dir(List::Trusted)),
         ];
         Self {
             sources: sources

@@ -13,9 +13,9 @@ use crate::{PublicKey, is_topic_level};
 /// An operator allows or trusts no more keys when there are so many.
 pub const MAX: usize = 10_000;
 /// There are never more, so that keys can be denied when there are [`MAX`].
-const MOST: usize = 2 * MAX;
+const MAX_WITH_DENIED: usize = 2 * MAX;
 /// So far, in seconds, the clock of the maker of a record may be ahead.
-const AHEAD: u64 = 3_600;
+const MAX_AHEAD: u64 = 3_600;
 /// Records that are no longer in effect are remembered this long, in seconds, for programs that were away.
 const REMEMBERED: u64 = 7 * 86_400;
 /// The year 10000, in milliseconds of Unix time: no clock is set to that.
@@ -39,7 +39,7 @@ pub struct Record {
 /// There are too many records for one more, and all of them count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("there are {0} entries already, no more are allowed: what is taken off a list makes room")]
-pub struct Full(usize);
+pub struct RecordsFull(usize);
 
 /// What became of records that somebody made.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -118,7 +118,7 @@ impl Record {
 
     /// Whether its maker's clock was wrong, or the one here is.
     fn is_of_the_future(&self, now: u64) -> bool {
-        self.at / 1000 > now.saturating_add(AHEAD)
+        self.at / 1000 > now.saturating_add(MAX_AHEAD)
     }
 
     /// Whether it may be forgotten.
@@ -186,7 +186,7 @@ impl Records {
 
     /// Drops what is too much; returns how many of those were in effect.
     fn trim(&mut self, now: u64) -> u64 {
-        let surplus = self.newest.len().saturating_sub(MOST);
+        let surplus = self.newest.len().saturating_sub(MAX_WITH_DENIED);
         if surplus == 0 {
             return 0;
         }
@@ -201,20 +201,20 @@ impl Records {
 
     /// Makes a record of `entry` that counts instead of every one known, whatever the clocks of their makers said. What
     /// counts no longer makes room for it.
-    pub fn change(&mut self, entry: Entry, present: bool, now_ms: u64) -> Result<Record, Full> {
+    pub fn change(&mut self, entry: Entry, present: bool, now_ms: u64) -> Result<Record, RecordsFull> {
         let now = now_ms / 1000;
         let mut record = Record { entry, at: now_ms, present };
         match self.newest.get(&record.id()) {
             Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
             Some(_) => {}
-            None => self.make_room(if record.entry.list == List::Deny { MOST } else { MAX }, now)?,
+            None => self.make_room(if record.entry.list == List::Deny { MAX_WITH_DENIED } else { MAX }, now)?,
         }
         self.newest.insert(record.id(), record.clone());
         Ok(record)
     }
 
     /// Lets go of the oldest that count no longer, though others may remember them, until one more is no more than `limit`.
-    fn make_room(&mut self, limit: usize, now: u64) -> Result<(), Full> {
+    fn make_room(&mut self, limit: usize, now: u64) -> Result<(), RecordsFull> {
         let surplus = (self.newest.len() + 1).saturating_sub(limit);
         if surplus == 0 {
             return Ok(());
@@ -222,7 +222,7 @@ impl Records {
         let over = self.newest.values().filter(|record| !record.counts(now));
         let mut over: Vec<_> = over.map(|record| (record.at, record.id())).collect();
         if over.len() < surplus {
-            return Err(Full(limit));
+            return Err(RecordsFull(limit));
         }
         over.sort_unstable();
         for (_, subject) in over.into_iter().take(surplus) {
@@ -311,10 +311,10 @@ mod tests {
 
     #[test]
     fn a_change_counts_although_somebodys_clock_is_ahead() {
-        let mut ahead = records([record(1, AHEAD * 1000, true)]);
+        let mut ahead = records([record(1, MAX_AHEAD * 1000, true)]);
         let lifted = ahead.change(deny(1), false, NOW * 1000).unwrap();
         assert!(!ahead.has(&deny(1), NOW));
-        let mut other = records([record(1, AHEAD * 1000, true)]);
+        let mut other = records([record(1, MAX_AHEAD * 1000, true)]);
         assert_eq!(other.merge([lifted.clone()], NOW + 1).taken, [lifted]);
         assert_eq!(other, ahead);
     }
@@ -322,7 +322,7 @@ mod tests {
     /// Records from the year 2096 were taken in before, and nobody whose clock was right could lift them.
     #[test]
     fn records_of_the_future_are_refused_and_replaced() {
-        let future = record(1, (AHEAD + 1) * 1000, true);
+        let future = record(1, (MAX_AHEAD + 1) * 1000, true);
         let merged = Records::default().merge([future.clone()], NOW);
         assert_eq!((merged.taken.len(), merged.refused), (0, Refused { future: 1, ..Refused::default() }));
         // It was made here, while the clock was wrong.
@@ -345,15 +345,15 @@ mod tests {
         let max = u32::try_from(MAX).unwrap();
         let mut full = records(many(0..max, 0));
         let trust = Entry::new(List::Trusted, key(1));
-        assert_eq!(full.change(trust.clone(), true, NOW * 1000), Err(Full(MAX)));
+        assert_eq!(full.change(trust.clone(), true, NOW * 1000), Err(RecordsFull(MAX)));
         assert!(full.change(deny(max), true, NOW * 1000).is_ok());
         assert!(full.change(deny(7), false, NOW * 1000).is_ok());
         full.merge(many(max..2 * max, 0), NOW);
-        assert_eq!(full.newest.len(), MOST);
+        assert_eq!(full.newest.len(), MAX_WITH_DENIED);
         // What was lifted goes first, and only that.
         assert!(full.change(deny(1_000_000), true, NOW * 1000).is_ok());
-        assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == MOST);
-        assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(Full(MOST)));
+        assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == MAX_WITH_DENIED);
+        assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(RecordsFull(MAX_WITH_DENIED)));
         for n in 0..max + 10 {
             full.change(deny(n), false, NOW * 1000).unwrap();
         }
@@ -363,11 +363,11 @@ mod tests {
     /// Before, what came after the 20,000th was dropped without a word, and who had heard another order had others for ever.
     #[test]
     fn of_too_many_everybody_keeps_the_same() {
-        let most = u32::try_from(MOST).unwrap();
+        let most = u32::try_from(MAX_WITH_DENIED).unwrap();
         let trusted = Record { entry: Entry::new(List::Trusted, key(1)), ..record(1, 9, true) };
         let all: Vec<_> = many(0..most, 5).chain(many(most..most + 10, 3)).chain([trusted]).collect();
         let merged = Records::default().merge(all.clone(), NOW);
-        assert_eq!((merged.taken.len(), merged.refused), (MOST, Refused { full: 11, ..Refused::default() }));
+        assert_eq!((merged.taken.len(), merged.refused), (MAX_WITH_DENIED, Refused { full: 11, ..Refused::default() }));
         let mut backwards = Records::default();
         for part in all.chunks(777).rev() {
             backwards.merge(part.iter().cloned(), NOW);

@@ -16,7 +16,7 @@ use crate::access_lists::records::{Record, Records};
 use crate::storage::{Health, StorageError, Subject, json_file};
 
 /// How long to wait before what failed is tried again.
-const RETRY: Duration = Duration::from_secs(5);
+const WRITE_RETRY: Duration = Duration::from_secs(5);
 /// The version of the file.
 const LAYOUT: u32 = 1;
 const SUBJECT: Subject = Subject { name: "list entries", pronoun: "them" };
@@ -29,16 +29,16 @@ pub(super) struct RecordsWriter {
     is_unread: bool,
     changed: u64,
     written: u64,
-    working: Option<(u64, JoinHandle<Outcome>)>,
+    working: Option<(u64, JoinHandle<WriteOutcome>)>,
     failed: Option<Instant>,
     health: Health,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
 /// Of a write, or of a reading and then with the records.
-type Outcome = Result<Option<Vec<Record>>, StorageError>;
+type WriteOutcome = Result<Option<Vec<Record>>, StorageError>;
 /// A write or reading that has ended: the last change in it, and what became of it.
-pub(super) type Written = (u64, Outcome);
+pub(super) type Written = (u64, WriteOutcome);
 
 impl RecordsWriter {
     /// The records of `file`, and where they are kept from now on. A corrupt file is set aside; one that cannot be read is
@@ -83,7 +83,7 @@ impl RecordsWriter {
 
     /// Begins to write what changed, unless that is under way, or failed a moment ago.
     pub fn begin(&mut self, records: &Records, now: Instant) {
-        if self.failed.is_some_and(|failed| now.saturating_duration_since(failed) < RETRY) {
+        if self.failed.is_some_and(|failed| now.saturating_duration_since(failed) < WRITE_RETRY) {
             self.waiting.clear();
         } else if self.working.is_none() && self.is_unread {
             let file = self.file.clone();
@@ -192,7 +192,7 @@ mod tests {
             if !is_link {
                 fs::rename(&elsewhere, &file).unwrap();
             }
-            disk.begin(&Records::default(), begun + 2 * RETRY);
+            disk.begin(&Records::default(), begun + 2 * WRITE_RETRY);
             let written = disk.done().await;
             assert_eq!(disk.written(written).is_some(), !is_link);
             assert_eq!((disk.is_failing(), file.is_symlink()), (is_link, is_link));
@@ -235,7 +235,7 @@ mod tests {
         disk.begin(&records, Instant::now());
         assert!(third.await.is_err(), "nobody waits for the next try");
         fs::remove_dir(json_file::unfinished(&file)).unwrap();
-        disk.begin(&records, Instant::now() + RETRY);
+        disk.begin(&records, Instant::now() + WRITE_RETRY);
         let written = disk.done().await;
         assert!(disk.written(written).is_none() && !disk.is_failing() && !disk.is_behind());
         assert_eq!(read(&file, 0), records);

@@ -16,10 +16,10 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 pub use self::handle::{BY_CALL, Changed, Handle, ListEvent, ListSnapshot, ListUpdate, ListedEntry};
-use self::handle::{COMMANDS, Command};
+use self::handle::{COMMANDS, ListCommand};
 use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
-use crate::access_lists::records::{Full, Merged, Record, Records, Refused};
+use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused};
 use crate::access_lists::records_file::{RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
@@ -30,13 +30,13 @@ use crate::{Config, Topic};
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.
 pub const PER_MESSAGE: usize = 500;
 /// How often it checks whether something is due: an entry that ends, a request that is to be sent again.
-const POLL: Duration = Duration::from_secs(1);
+const DUE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The same while the gate is closed.
-const POLL_CLOSED: Duration = Duration::from_millis(20);
+const DUE_CHECK_INTERVAL_CLOSED: Duration = Duration::from_millis(20);
 /// The files are looked at no more often than this.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
 /// What changed is looked at again after this time, or after that between two looks if it is shorter.
-const SETTLE: Duration = Duration::from_secs(1);
+const SECOND_LOOK_DELAY: Duration = Duration::from_secs(1);
 /// How often it is logged at most that records are refused.
 const LOG_REFUSED: Duration = Duration::from_secs(60);
 
@@ -47,7 +47,7 @@ pub struct ListService {
     refresh: Duration,
     records: Records,
     anti_entropy: AntiEntropy,
-    commands: mpsc::Receiver<Command>,
+    commands: mpsc::Receiver<ListCommand>,
     snapshot: watch::Sender<ListSnapshot>,
     /// Since when the gate is closed; none if it is open.
     gate: Arc<watch::Sender<Option<Instant>>>,
@@ -111,7 +111,11 @@ impl ListService {
             if reading.is_none() && (is_hurried || read_at <= Instant::now()) {
                 reading = Some(self.read_files(mem::take(&mut is_hurried)));
             }
-            let poll = if self.gate.borrow().is_some() { POLL_CLOSED } else { POLL.min(self.refresh) };
+            let poll = if self.gate.borrow().is_some() {
+                DUE_CHECK_INTERVAL_CLOSED
+            } else {
+                DUE_CHECK_INTERVAL.min(self.refresh)
+            };
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.apply_all(command),
@@ -133,7 +137,7 @@ impl ListService {
 
     /// How long until the files are looked at again.
     fn pause(&self) -> Duration {
-        if self.files.is_unsettled() { SETTLE.min(self.refresh) } else { self.refresh }
+        if self.files.is_unsettled() { SECOND_LOOK_DELAY.min(self.refresh) } else { self.refresh }
     }
 
     /// Reads the files, on a thread that may wait for them.
@@ -157,7 +161,7 @@ impl ListService {
     }
 
     /// Applies the commands that have come so far, so that many of them make one notification.
-    fn apply_all(&mut self, first: Command) {
+    fn apply_all(&mut self, first: ListCommand) {
         self.apply(first);
         for _ in 0..COMMANDS {
             let Ok(command) = self.commands.try_recv() else { return };
@@ -165,20 +169,20 @@ impl ListService {
         }
     }
 
-    fn apply(&mut self, command: Command) {
+    fn apply(&mut self, command: ListCommand) {
         match command {
             // Who asked and is gone needs no answer.
-            Command::Change { entry, present, answer } => drop(answer.send(self.change(entry, present))),
-            Command::List(answer) => drop(answer.send(self.list())),
-            Command::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
-            Command::Event(ListEvent::Down) => self.anti_entropy.down(),
-            Command::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
-            Command::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
-            Command::Event(ListEvent::Records(records)) => self.merge(records),
+            ListCommand::Change { entry, present, answer } => drop(answer.send(self.change(entry, present))),
+            ListCommand::List(answer) => drop(answer.send(self.list())),
+            ListCommand::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
+            ListCommand::Event(ListEvent::Down) => self.anti_entropy.down(),
+            ListCommand::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
+            ListCommand::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
+            ListCommand::Event(ListEvent::Records(records)) => self.merge(records),
         }
     }
 
-    fn change(&mut self, entry: Entry, present: bool) -> Result<Changed, Full> {
+    fn change(&mut self, entry: Entry, present: bool) -> Result<Changed, RecordsFull> {
         let now = SystemTime::now();
         let was_present = self.records.has(&entry, unix(now));
         let ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());

@@ -22,9 +22,9 @@ pub struct Reserved {
     listed_addresses: BTreeSet<Ipv6Addr>,
     /// Those whose gateways count.
     domains: BTreeSet<Domain>,
-    gateways: BTreeMap<Gateway, Published>,
+    gateways: BTreeMap<ReservedOfGateway, Published>,
     /// Those with a value that does not count yet.
-    unstable: BTreeSet<Gateway>,
+    unstable: BTreeSet<ReservedOfGateway>,
     /// How many gateways reserve each.
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
@@ -32,7 +32,7 @@ pub struct Reserved {
 }
 
 /// A worker and a domain, as they stand in the topic.
-type Gateway = (WorkerName, String);
+type ReservedOfGateway = (WorkerName, String);
 
 /// What a gateway publishes of itself.
 #[derive(Debug, Clone, Copy, Default)]
@@ -123,7 +123,7 @@ impl Reserved {
         }
     }
 
-    fn change(&mut self, gateway: Gateway, change: impl FnOnce(&mut Published)) {
+    fn change(&mut self, gateway: ReservedOfGateway, change: impl FnOnce(&mut Published)) {
         let published = self.gateways.entry(gateway.clone()).or_default();
         let before = *published;
         change(published);

@@ -180,7 +180,7 @@ struct Reader<'a> {
     parser: Parser<Chars<'a>>,
     top: ValueKind,
     /// The lists and mappings that the next value stands in, from the top.
-    open: Vec<Open>,
+    open: Vec<OpenCollection>,
     /// What aliases stand for; it has been counted as a copy.
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
@@ -189,7 +189,7 @@ struct Reader<'a> {
 }
 
 /// A list or a mapping that is not at its end.
-struct Open {
+struct OpenCollection {
     anchor: usize,
     content: Content,
     size: usize,
@@ -239,12 +239,12 @@ impl<'a> Reader<'a> {
         if self.open.len() >= DEPTH_MAX {
             return Err(Mistake::Deep(line));
         }
-        self.open.push(Open { anchor, content, size: VALUE, height: 1 });
+        self.open.push(OpenCollection { anchor, content, size: VALUE, height: 1 });
         Ok(())
     }
 
     fn end(&mut self, line: usize) -> Result<(), Mistake> {
-        let Some(Open { anchor, content, size, height }) = self.open.pop() else { return Ok(()) };
+        let Some(OpenCollection { anchor, content, size, height }) = self.open.pop() else { return Ok(()) };
         let value = match content {
             Content::List(items) => ValueKind::Array(items),
             Content::Mapping(keys, _) => ValueKind::Table(keys),
@@ -253,7 +253,7 @@ impl<'a> Reader<'a> {
     }
 
     fn scalar(&mut self, scalar: Yaml, anchor: usize, line: usize) -> Result<(), Mistake> {
-        let wants_key = matches!(self.open.last(), Some(Open { content: Content::Mapping(_, None), .. }));
+        let wants_key = matches!(self.open.last(), Some(OpenCollection { content: Content::Mapping(_, None), .. }));
         let value = match scalar {
             Yaml::String(text) => ValueKind::String(text),
             Yaml::Integer(number) => ValueKind::I64(number),

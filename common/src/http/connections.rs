@@ -1,5 +1,5 @@
 //! The connections that are open, so that their number, their time and their memory are bounded. What decides is
-//! [`Table`], which knows neither sockets nor a clock; [`Flow`] is what an entry there, the stream and the request of a
+//! [`ConnectionTable`], which knows neither sockets nor a clock; [`Flow`] is what an entry there, the stream and the request of a
 //! connection share.
 
 mod capacity;
@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 pub use self::capacity::Capacity;
 use self::flow::since;
 pub(super) use self::flow::{ActiveRequest, Flow};
-use self::table::{Admitted, Table};
+use self::table::{AdmittedConnection, ConnectionTable};
 
 /// How long a connection may be open between two requests.
 pub const IDLE: Duration = Duration::from_secs(75);
@@ -72,7 +72,7 @@ pub enum PeerKind {
 pub struct Connections(Arc<Shared>);
 
 struct Shared {
-    table: Mutex<Table<Socket>>,
+    table: Mutex<ConnectionTable<Socket>>,
     capacity: Capacity,
     /// What all hold, those included that are about to end.
     held: AtomicUsize,
@@ -100,7 +100,7 @@ impl Connections {
         peer_kind: impl Fn(IpAddr) -> PeerKind + Send + Sync + 'static,
         closed: impl Fn(Closed) + Send + Sync + 'static,
     ) -> Self {
-        let (table, held) = (Mutex::new(Table::new(capacity)), AtomicUsize::new(0));
+        let (table, held) = (Mutex::new(ConnectionTable::new(capacity)), AtomicUsize::new(0));
         let (peer_kind, closed) = (Box::new(peer_kind), Box::new(closed));
         Self(Arc::new(Shared { table, capacity, held, began: Instant::now(), peer_kind, closed }))
     }
@@ -148,7 +148,7 @@ impl Connections {
     fn admit(&self, peer: PeerKind, socket: Socket, flow: Arc<Flow>) -> Option<u64> {
         let admitted = self.table().admit(peer, socket, flow);
         match admitted {
-            Ok(Admitted { id, evicted }) => {
+            Ok(AdmittedConnection { id, evicted }) => {
                 self.evict(evicted, Closed::Full);
                 Some(id)
             }
@@ -176,7 +176,7 @@ impl Connections {
     }
 
     /// Nothing that panics holds the lock, and panics end the process.
-    fn table(&self) -> MutexGuard<'_, Table<Socket>> {
+    fn table(&self) -> MutexGuard<'_, ConnectionTable<Socket>> {
         self.0.table.lock()
     }
 }

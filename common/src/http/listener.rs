@@ -10,16 +10,16 @@ use nix::sys::socket::{Backlog, getsockopt, listen, setsockopt};
 use tokio::time::sleep;
 
 /// How often a listener is looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Connections that the kernel keeps until they are accepted; a fleet comes at once.
 const BACKLOG: i32 = 4_096;
 /// What the kernel keeps of an answer that is not read, in bytes; it counts its own costs in.
-const KERNEL: usize = 128 << 10;
+const KERNEL_BUFFER: usize = 128 << 10;
 
 /// The listener, with a queue that is as long as a fleet needs, and connections for which the kernel keeps little.
 pub fn prepare(listener: TcpListener) -> std::io::Result<TcpListener> {
-    setsockopt(&listener, SndBuf, &(KERNEL / 2))?;
+    setsockopt(&listener, SndBuf, &(KERNEL_BUFFER / 2))?;
     listen(&listener, Backlog::new(BACKLOG)?)?;
     Ok(listener)
 }
@@ -33,7 +33,7 @@ pub fn is_listening(listener: &impl AsFd) -> bool {
 /// Returns when the kernel takes no connections for `listener` any more, at most a second later.
 pub async fn closed(listener: TcpListener) {
     while is_listening(&listener) {
-        sleep(LOOK).await;
+        sleep(CHECK_INTERVAL).await;
     }
 }
 

@@ -10,20 +10,20 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How often a session publishes to itself.
-const PERIOD: Duration = Duration::from_secs(10);
+const ECHO_INTERVAL: Duration = Duration::from_secs(10);
 /// How long nothing of that may come back.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ECHO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the first echo of a connection keeps the rest waiting.
-const FIRST: Duration = Duration::from_secs(2);
+const FIRST_ECHO_TIMEOUT: Duration = Duration::from_secs(2);
 /// On so many connections in a row at most nothing comes back, although other messages do: it may be that the server does
 /// not let it.
-const TRIES: u32 = 3;
+const MAX_TRIES: u32 = 3;
 /// The same where no echo has ever come back, and no other message comes.
-const SILENCE: Duration = Duration::from_secs(300);
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(300);
 /// After so many connections in a row that the server closed over the echo nothing more is published below `wgkex/`,
-const CLOSED: u32 = 2;
+const MAX_CLOSED: u32 = 2;
 /// for so long.
-const FORBIDDEN: Duration = Duration::from_secs(600);
+const FORBIDDEN_TIME: Duration = Duration::from_secs(600);
 
 /// The echo of a session.
 #[derive(Debug, Default)]
@@ -57,8 +57,8 @@ impl Echo {
         let is_over_echo = is_closed && self.must_wait(now);
         if is_over_echo {
             self.closed += 1;
-            if self.closed >= CLOSED {
-                self.forbidden = Some(now + FORBIDDEN);
+            if self.closed >= MAX_CLOSED {
+                self.forbidden = Some(now + FORBIDDEN_TIME);
             }
         }
         (self.due, self.unanswered, self.silent) = (None, None, None);
@@ -69,7 +69,7 @@ impl Echo {
     pub(super) fn is_due(&mut self, now: Instant) -> bool {
         let is_due = self.due.is_some_and(|due| due <= now);
         if is_due {
-            self.due = Some(now + PERIOD);
+            self.due = Some(now + ECHO_INTERVAL);
             self.unanswered.get_or_insert(now);
         }
         is_due
@@ -77,12 +77,12 @@ impl Echo {
 
     /// Whether the rest waits for the first one.
     pub(super) fn must_wait(&self, now: Instant) -> bool {
-        self.is_first && self.unanswered.is_some_and(|since| now < since + FIRST)
+        self.is_first && self.unanswered.is_some_and(|since| now < since + FIRST_ECHO_TIMEOUT)
     }
 
     /// One came back. True if one before it did not, so that other messages may be lost, too.
     pub(super) fn received(&mut self, now: Instant) -> bool {
-        let has_gap = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= PERIOD);
+        let has_gap = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= ECHO_INTERVAL);
         (self.unanswered, self.is_first, self.has_come) = (None, false, true);
         (self.losses, self.closed) = (0, 0);
         self.message(now);
@@ -94,26 +94,26 @@ impl Echo {
         self.silent = Some(now);
     }
 
-    /// Whether nothing came back for too long, so that the session is to reconnect. After [`TRIES`] connections in a row
+    /// Whether nothing came back for too long, so that the session is to reconnect. After [`MAX_TRIES`] connections in a row
     /// it does so only where nothing else comes either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
         let is_lost = self.lost_at().is_some_and(|at| at <= now);
-        self.losses += u32::from(is_lost && self.losses < TRIES);
+        self.losses += u32::from(is_lost && self.losses < MAX_TRIES);
         is_lost
     }
 
     fn lost_at(&self) -> Option<Instant> {
-        let unanswered = self.unanswered.map(|since| since + PATIENCE);
-        if self.losses < TRIES {
+        let unanswered = self.unanswered.map(|since| since + ECHO_TIMEOUT);
+        if self.losses < MAX_TRIES {
             return unanswered;
         }
-        let silence = if self.has_come { PATIENCE } else { SILENCE };
+        let silence = if self.has_come { ECHO_TIMEOUT } else { SILENCE_TIMEOUT };
         unanswered.max(self.silent.map(|since| since + silence)).filter(|_| unanswered.is_some())
     }
 
     /// Whether nothing came back for so long that it is not expected any more.
     pub(super) fn is_given_up(&self) -> bool {
-        self.losses >= TRIES
+        self.losses >= MAX_TRIES
     }
 
     /// Whether the server ends the connection when this program publishes to itself.
@@ -123,7 +123,7 @@ impl Echo {
 
     /// When there is something to do.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        let first = self.unanswered.filter(|_| self.must_wait(now)).map(|since| since + FIRST);
+        let first = self.unanswered.filter(|_| self.must_wait(now)).map(|since| since + FIRST_ECHO_TIMEOUT);
         self.due.into_iter().chain(self.lost_at()).chain(first).min()
     }
 }
@@ -135,7 +135,12 @@ mod tests {
     /// Connects, publishes an echo, and gets nothing for so long; whether the session is to reconnect then.
     fn is_lost_after(echo: &mut Echo, now: &mut Instant, wait: Duration, others: bool) -> bool {
         echo.up(*now);
-        assert!(echo.is_due(*now) && !echo.is_due(*now) && echo.must_wait(*now) && !echo.must_wait(*now + FIRST));
+        assert!(
+            echo.is_due(*now)
+                && !echo.is_due(*now)
+                && echo.must_wait(*now)
+                && !echo.must_wait(*now + FIRST_ECHO_TIMEOUT)
+        );
         *now += wait;
         if others {
             echo.message(*now);
@@ -149,25 +154,32 @@ mod tests {
     fn a_session_to_which_nothing_comes_back_connects_anew_and_not_for_ever_where_others_come() {
         let (mut echo, mut now) = (Echo::default(), Instant::now());
         for is_lost in [true, true, true, false, false] {
-            assert_eq!(is_lost_after(&mut echo, &mut now, PATIENCE, true), is_lost);
+            assert_eq!(is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, true), is_lost);
         }
         assert!(echo.is_given_up());
-        assert!(!is_lost_after(&mut echo, &mut now, PATIENCE, false), "it has never come: an access list may be why");
-        assert!(is_lost_after(&mut echo, &mut now, SILENCE, false));
+        assert!(
+            !is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, false),
+            "it has never come: an access list may be why"
+        );
+        assert!(is_lost_after(&mut echo, &mut now, SILENCE_TIMEOUT, false));
         echo.up(now);
         assert!(echo.is_due(now));
         assert!(!echo.received(now));
-        assert!(!echo.is_given_up() && !echo.is_lost(now + PATIENCE) && !echo.must_wait(now));
-        assert_eq!(echo.next(now), Some(now + PERIOD));
+        assert!(!echo.is_given_up() && !echo.is_lost(now + ECHO_TIMEOUT) && !echo.must_wait(now));
+        assert_eq!(echo.next(now), Some(now + ECHO_INTERVAL));
     }
 
     #[test]
     fn one_that_comes_after_a_lost_one_shows_a_gap() {
         let (mut echo, now) = (Echo::default(), Instant::now());
         echo.up(now);
-        assert!(echo.is_due(now) && !echo.received(now + PERIOD / 2));
-        assert!(echo.is_due(now + PERIOD) && echo.is_due(now + 2 * PERIOD) && echo.received(now + 2 * PERIOD));
-        assert!(echo.is_due(now + 3 * PERIOD) && !echo.received(now + 3 * PERIOD));
+        assert!(echo.is_due(now) && !echo.received(now + ECHO_INTERVAL / 2));
+        assert!(
+            echo.is_due(now + ECHO_INTERVAL)
+                && echo.is_due(now + 2 * ECHO_INTERVAL)
+                && echo.received(now + 2 * ECHO_INTERVAL)
+        );
+        assert!(echo.is_due(now + 3 * ECHO_INTERVAL) && !echo.received(now + 3 * ECHO_INTERVAL));
     }
 
     /// It gave up for ever, and the session stayed deaf.
@@ -179,9 +191,12 @@ mod tests {
         echo.received(now);
         assert!(!echo.down(true, now), "not over the first one");
         for _ in 0..10 {
-            assert!(is_lost_after(&mut echo, &mut now, PATIENCE, false));
+            assert!(is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, false));
         }
-        assert!(!is_lost_after(&mut echo, &mut now, PATIENCE, true), "it is not allowed any more, and the rest comes");
+        assert!(
+            !is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, true),
+            "it is not allowed any more, and the rest comes"
+        );
     }
 
     #[test]
@@ -195,7 +210,7 @@ mod tests {
         echo.up(now);
         assert!(!echo.is_due(now) && !echo.must_wait(now) && !echo.down(true, now));
         assert_eq!(echo.next(now), None);
-        echo.up(now + FORBIDDEN);
-        assert!(!echo.is_forbidden(now + FORBIDDEN) && echo.is_due(now + FORBIDDEN));
+        echo.up(now + FORBIDDEN_TIME);
+        assert!(!echo.is_forbidden(now + FORBIDDEN_TIME) && echo.is_due(now + FORBIDDEN_TIME));
     }
 }

@@ -16,7 +16,7 @@ const LOSSES_MAX: u32 = 8;
 
 /// How long the server may take to acknowledge a message. One that it forgot would be waited for as long as the connection
 /// holds.
-const ANSWER: Duration = Duration::from_secs(30);
+const PUBACK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Says what became of a message.
 pub(super) type Ack = oneshot::Sender<Result<(), PublishError>>;
@@ -112,7 +112,7 @@ impl Outbox {
 
     /// When the server has to have acknowledged the oldest that is sent.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.unacked.front().and_then(|(_, publish)| publish.sent).map(|sent| sent + ANSWER)
+        self.unacked.front().and_then(|(_, publish)| publish.sent).map(|sent| sent + PUBACK_TIMEOUT)
     }
 
     /// Whether the server has not done so.
@@ -193,10 +193,10 @@ mod tests {
         });
         assert_eq!(outbox.due(), None);
         outbox.sent(1, now);
-        outbox.sent(2, now + ANSWER / 2);
-        assert!(!outbox.is_overdue(now + ANSWER / 2) && outbox.is_overdue(now + ANSWER));
+        outbox.sent(2, now + PUBACK_TIMEOUT / 2);
+        assert!(!outbox.is_overdue(now + PUBACK_TIMEOUT / 2) && outbox.is_overdue(now + PUBACK_TIMEOUT));
         outbox.acknowledged(1);
-        assert_eq!(outbox.due(), Some(now + ANSWER / 2 + ANSWER));
+        assert_eq!(outbox.due(), Some(now + PUBACK_TIMEOUT / 2 + PUBACK_TIMEOUT));
         outbox.on_disconnect();
         assert_eq!(outbox.due(), None, "it is sent again");
     }

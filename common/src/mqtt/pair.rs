@@ -22,7 +22,7 @@ const SIMULTANEOUS: Duration = Duration::from_millis(30);
 /// After this many takeovers in a row the server allows only one connection.
 const TAKEOVERS: u32 = 4;
 /// Events that wait for the second session at most.
-const EVENTS: usize = 65_536;
+const MAX_EVENTS: usize = 65_536;
 
 /// Which connection of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,7 +136,7 @@ impl Pair {
 
 impl Guest {
     pub(super) fn new(filters: Vec<Filter>) -> (Self, mpsc::Receiver<Event>) {
-        let (events, received) = mpsc::channel(EVENTS);
+        let (events, received) = mpsc::channel(MAX_EVENTS);
         (Self { filters, events }, received)
     }
 

@@ -13,15 +13,15 @@ use crate::mqtt::{Message, Publish};
 use crate::wire::message::Participant;
 
 /// How often the states are published again whatever happens.
-const PERIOD: Duration = Duration::from_secs(60);
+const REPUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 /// How long after a broker or worker came up the states are published for it at the earliest, and over which time all
 /// programs spread.
-const NEWCOMER: Duration = Duration::from_secs(2);
-const SPREAD: Duration = Duration::from_secs(3);
+const NEWCOMER_DELAY: Duration = Duration::from_secs(2);
+const NEWCOMER_SPREAD: Duration = Duration::from_secs(3);
 /// How long after something else was found under the own name the states are published: what comes within it is one.
-const CORRECTION: Duration = Duration::from_millis(100);
+const CORRECTION_DELAY: Duration = Duration::from_millis(100);
 /// How long after it published its states a program does so for the same reason again, however many reasons there are.
-const PAUSE: Duration = Duration::from_secs(10);
+const CORRECTION_PAUSE: Duration = Duration::from_secs(10);
 /// Brokers and workers that are remembered at most.
 const NAMES_MAX: usize = 8192;
 /// Messages that wait for a program's announcer at most; what finds no place is made up for within a minute.
@@ -108,7 +108,7 @@ impl Reporter {
 pub struct Presence {
     online: BTreeSet<Participant>,
     is_connected: bool,
-    /// When all is retained again: every [`PERIOD`], or sooner to correct something.
+    /// When all is retained again: every [`REPUBLISH_INTERVAL`], or sooner to correct something.
     retained_due: Option<Instant>,
     transient_due: Option<Instant>,
     corrected: Option<Instant>,
@@ -119,7 +119,7 @@ impl Presence {
     /// The program is connected, and publishes its states.
     pub fn connected(&mut self, now: Instant) {
         self.is_connected = true;
-        self.retained_due = Some(now + PERIOD);
+        self.retained_due = Some(now + REPUBLISH_INTERVAL);
     }
 
     /// The connection is lost: programs may come and go unnoticed.
@@ -133,15 +133,17 @@ impl Presence {
         if !online {
             self.online.remove(&party);
         } else if self.online.len() < NAMES_MAX && self.online.insert(party) && !retained && self.is_connected {
-            let earliest = self.announced.map_or(now, |announced| announced + PAUSE).max(now + NEWCOMER);
-            self.transient_due.get_or_insert(earliest + SPREAD.mul_f64(jitter));
+            let earliest =
+                self.announced.map_or(now, |announced| announced + CORRECTION_PAUSE).max(now + NEWCOMER_DELAY);
+            self.transient_due.get_or_insert(earliest + NEWCOMER_SPREAD.mul_f64(jitter));
         }
     }
 
     /// Something else than what this program published stands under its name.
     pub fn contradicted(&mut self, now: Instant) {
         if self.is_connected {
-            let earliest = self.corrected.map_or(now, |corrected| corrected + PAUSE).max(now + CORRECTION);
+            let earliest =
+                self.corrected.map_or(now, |corrected| corrected + CORRECTION_PAUSE).max(now + CORRECTION_DELAY);
             self.retained_due = self.retained_due.map(|due| due.min(earliest));
         }
     }
@@ -155,7 +157,7 @@ impl Presence {
     /// How the states are to be published now, if they are. A retained announcement replaces a due transient one.
     pub fn next(&mut self, now: Instant) -> Option<Announcement> {
         if self.retained_due.is_some_and(|due| due <= now) {
-            (self.corrected, self.transient_due, self.retained_due) = (Some(now), None, Some(now + PERIOD));
+            (self.corrected, self.transient_due, self.retained_due) = (Some(now), None, Some(now + REPUBLISH_INTERVAL));
             return Some(Announcement::Retained);
         }
         self.transient_due.take_if(|due| *due <= now).map(|_| {
@@ -189,11 +191,11 @@ mod tests {
     fn states_are_published_every_minute_while_connected() {
         let now = Instant::now();
         let mut presence = connected(now);
-        assert_eq!(presence.next(now + PERIOD.mul_f64(0.99)), None);
-        assert_eq!(presence.next(now + PERIOD), Some(Announcement::Retained));
-        assert_eq!(presence.due(), Some(now + 2 * PERIOD));
+        assert_eq!(presence.next(now + REPUBLISH_INTERVAL.mul_f64(0.99)), None);
+        assert_eq!(presence.next(now + REPUBLISH_INTERVAL), Some(Announcement::Retained));
+        assert_eq!(presence.due(), Some(now + 2 * REPUBLISH_INTERVAL));
         presence.disconnected();
-        assert_eq!((presence.due(), presence.next(now + 9 * PERIOD)), (None, None));
+        assert_eq!((presence.due(), presence.next(now + 9 * REPUBLISH_INTERVAL)), (None, None));
     }
 
     #[test]
@@ -202,21 +204,21 @@ mod tests {
         let mut presence = connected(now);
         presence.status(worker("there"), true, true, now, 0.0);
         presence.status(worker("there"), true, false, now, 0.0);
-        assert_eq!(presence.due(), Some(now + PERIOD), "not for one that was there before");
+        assert_eq!(presence.due(), Some(now + REPUBLISH_INTERVAL), "not for one that was there before");
         for n in 0..100 {
             presence.status(worker(&n.to_string()), true, false, now, 0.5);
         }
-        let due = now + NEWCOMER + SPREAD / 2;
+        let due = now + NEWCOMER_DELAY + NEWCOMER_SPREAD / 2;
         assert_eq!(presence.due(), Some(due));
         assert_eq!(presence.next(due), Some(Announcement::Transient));
         assert_eq!(presence.next(due), None);
         presence.status(worker("1"), false, false, due, 0.0);
         presence.status(broker("1"), true, false, due, 0.0);
-        assert_eq!(presence.due(), Some(due + PAUSE), "one after the other costs no more");
+        assert_eq!(presence.due(), Some(due + CORRECTION_PAUSE), "one after the other costs no more");
         presence.disconnected();
         presence.connected(due);
         presence.status(worker("there"), true, false, due, 0.0);
-        assert!(presence.due() <= Some(due + PAUSE), "nobody was known any more");
+        assert!(presence.due() <= Some(due + CORRECTION_PAUSE), "nobody was known any more");
     }
 
     #[test]
@@ -225,9 +227,9 @@ mod tests {
         let mut presence = connected(now);
         presence.contradicted(now);
         presence.contradicted(now);
-        assert_eq!(presence.next(now + CORRECTION), Some(Announcement::Retained));
-        presence.contradicted(now + CORRECTION);
-        assert_eq!(presence.due(), Some(now + CORRECTION + PAUSE));
+        assert_eq!(presence.next(now + CORRECTION_DELAY), Some(Announcement::Retained));
+        presence.contradicted(now + CORRECTION_DELAY);
+        assert_eq!(presence.due(), Some(now + CORRECTION_DELAY + CORRECTION_PAUSE));
     }
 
     #[test]
@@ -268,10 +270,10 @@ mod tests {
                     _ => presence.status(worker(&name.to_string()), online, retained, now, 0.9),
                 }
                 now += Duration::from_millis(pause);
-                prop_assert!(presence.due().is_some_and(|due| due <= now + PERIOD));
+                prop_assert!(presence.due().is_some_and(|due| due <= now + REPUBLISH_INTERVAL));
                 announcements += u32::from(presence.next(now).is_some());
             }
-            let pauses = now.saturating_duration_since(begun).as_secs() / PAUSE.as_secs();
+            let pauses = now.saturating_duration_since(begun).as_secs() / CORRECTION_PAUSE.as_secs();
             prop_assert!(u64::from(announcements) <= 2 * pauses + 2, "{announcements} in {pauses} pauses");
         }
     }

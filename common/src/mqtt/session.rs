@@ -24,7 +24,7 @@ use crate::Topic;
 use crate::config::Mqtt;
 
 /// Messages that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
-const QUEUE: usize = 1024;
+const MAX_QUEUED_MESSAGES: usize = 1024;
 
 /// The task behind a [`MqttHandle`].
 pub struct Session {
@@ -68,7 +68,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
     let (options, network, server) = options::options(config, &client)?;
     let (rumqtt, mut eventloop) = AsyncClient::new(options, usize::from(INFLIGHT) + 16);
     eventloop.set_network_options(network);
-    let (sender, queue) = mpsc::channel(QUEUE);
+    let (sender, queue) = mpsc::channel(MAX_QUEUED_MESSAGES);
     let (state, watched) = watch::channel(ConnectionState::Down(format!("not connected to {server} yet")));
     let session = Session {
         client: rumqtt,

@@ -6,11 +6,11 @@ use rumqttc::{QoS, SubscribeFilter, SubscribeReasonCode};
 use tokio::time::Instant;
 
 /// How long the server may take to answer a SUBSCRIBE.
-const ANSWER: Duration = Duration::from_secs(10);
-/// The pause before what was refused is asked for again; it doubles up to [`PAUSE_MAX`].
-const PAUSE_MIN: Duration = Duration::from_secs(1);
+const SUBACK_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause before what was refused is asked for again; it doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause.
-const PAUSE_MAX: Duration = Duration::from_secs(60);
+const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// The filters of a session.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Subscriptions {
     /// None of them is granted yet.
     pub(super) fn new(filters: impl IntoIterator<Item = Filter>) -> Self {
         let all = filters.into_iter().map(|filter| Subscription { filter, is_granted: false, is_reported: false });
-        Self { all: all.collect(), asked: None, retry: None, pause: PAUSE_MIN }
+        Self { all: all.collect(), asked: None, retry: None, pause: RETRY_MIN }
     }
 
     pub(super) fn filters(&self) -> impl Iterator<Item = &Filter> {
@@ -54,7 +54,7 @@ impl Subscriptions {
 
     /// A connection begins, or ends: the server knows of no subscription.
     pub(super) fn reset(&mut self) {
-        (self.asked, self.retry, self.pause) = (None, None, PAUSE_MIN);
+        (self.asked, self.retry, self.pause) = (None, None, RETRY_MIN);
         self.all.iter_mut().for_each(|subscription| subscription.is_granted = false);
     }
 
@@ -88,7 +88,7 @@ impl Subscriptions {
         }
         let are_all_granted = self.all.iter().all(|subscription| subscription.is_granted);
         self.retry = (!are_all_granted).then(|| now + self.pause);
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.pause = (self.pause * 2).min(RETRY_MAX);
         newly_refused
     }
 
@@ -110,12 +110,12 @@ impl Subscriptions {
 
     /// Whether the server has not answered for too long.
     pub(super) fn is_overdue(&self, now: Instant) -> bool {
-        self.asked.as_ref().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= ANSWER)
+        self.asked.as_ref().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= SUBACK_TIMEOUT)
     }
 
     /// When there is something to ask for, or the answer is overdue.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.asked.as_ref().map(|(_, since)| *since + ANSWER).or(self.retry)
+        self.asked.as_ref().map(|(_, since)| *since + SUBACK_TIMEOUT).or(self.retry)
     }
 }
 
@@ -152,10 +152,10 @@ mod tests {
             assert_eq!(subscriptions.answered(&[REFUSED, REFUSED], now), [""; 0], "the log says it once");
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
-        assert_eq!(asked(&mut subscriptions, now + PAUSE_MAX), ["b", "c"]);
+        assert_eq!(asked(&mut subscriptions, now + RETRY_MAX), ["b", "c"]);
         subscriptions.answered(&[GRANTED, REFUSED], now);
         assert!(subscriptions.is_complete() && !subscriptions.is_granted("c"), "it does without c");
-        assert_eq!(asked(&mut subscriptions, now + 2 * PAUSE_MAX), ["c"], "and still asks for it");
+        assert_eq!(asked(&mut subscriptions, now + 2 * RETRY_MAX), ["c"], "and still asks for it");
         subscriptions.reset();
         assert_eq!(asked(&mut subscriptions, now), ["a", "b", "c"]);
     }
@@ -164,8 +164,8 @@ mod tests {
     fn an_answer_that_is_too_short_refuses_and_one_that_does_not_come_is_overdue() {
         let (mut subscriptions, now) = (subscriptions(), Instant::now());
         subscriptions.next(now);
-        assert!(!subscriptions.is_overdue(now) && subscriptions.is_overdue(now + ANSWER));
-        assert_eq!(subscriptions.due(), Some(now + ANSWER));
+        assert!(!subscriptions.is_overdue(now) && subscriptions.is_overdue(now + SUBACK_TIMEOUT));
+        assert_eq!(subscriptions.due(), Some(now + SUBACK_TIMEOUT));
         assert_eq!(subscriptions.answered(&[GRANTED], now), ["b", "c"]);
         assert_eq!(subscriptions.answered(&[GRANTED; 3], now), [""; 0], "nobody asked");
         assert!(!subscriptions.is_complete());

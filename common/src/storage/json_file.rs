@@ -21,7 +21,7 @@ struct Versioned<T> {
 
 /// What a file of any version has. The first ones do not have it; a later one may have anything there.
 #[derive(Deserialize)]
-struct Version {
+struct LayoutVersion {
     #[serde(default)]
     layout: Value,
 }
@@ -35,7 +35,7 @@ pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, S
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         read => read?,
     };
-    if let Ok(Version { layout }) = serde_json::from_slice(&json)
+    if let Ok(LayoutVersion { layout }) = serde_json::from_slice(&json)
         && !layout.is_null()
         && layout.as_u64().is_none_or(|layout| layout > known.into())
     {

@@ -22,13 +22,13 @@ use crate::{Domain, KeyId, PublicKey};
 pub use crate::storage::write_behind::Clocks;
 
 /// How often the database's clock is written when nothing changes.
-const CLOCK: Duration = Duration::from_secs(60);
+const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
 /// Changes that wait at most, while the disk takes none: about 50 MB.
-const CHANGES: usize = 400_000;
+const MAX_CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; if the clock differs by more, it was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
 
-const FIRST: &str = "
+const CREATE_TABLES: &str = "
     CREATE TABLE keys (
         domain TEXT NOT NULL,
         key BLOB NOT NULL,
@@ -46,7 +46,7 @@ pub struct KeyRecord {
     /// When it last came, or last had a handshake.
     pub last: Instant,
     /// Whether a handshake with it was ever seen.
-    pub proven: bool,
+    pub established: bool,
 }
 
 /// Each key with what is remembered of it.
@@ -77,7 +77,7 @@ impl WriteBuffer {
     /// One too many is left out: on disk the key then stays as it was.
     fn note(&self, domain: &Domain, key: PublicKey, kept: Option<KeyRecord>) {
         let (id, mut changes) = (KeyId { domain: domain.clone(), key }, self.changes.lock());
-        if changes.len() < CHANGES || changes.contains_key(&id) {
+        if changes.len() < MAX_CHANGES || changes.contains_key(&id) {
             changes.insert(id, kept);
         }
     }
@@ -108,7 +108,7 @@ impl WriteBuffer {
     fn requeue(&self, unwritten: Changes) {
         let mut changes = self.changes.lock();
         for (subject, kept) in unwritten {
-            if changes.len() >= CHANGES {
+            if changes.len() >= MAX_CHANGES {
                 return;
             }
             changes.entry(subject).or_insert(kept);
@@ -169,7 +169,7 @@ impl KeyTable {
 }
 
 impl Table for KeyTable {
-    const SCHEMA: Schema = Schema { migrations: &[FIRST] };
+    const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES] };
     const SUBJECT: Subject = Subject { name: "state", pronoun: "it" };
     type Content = Keys;
     type Changes = Changes;
@@ -184,11 +184,11 @@ impl Table for KeyTable {
         while let Some(row) = rows.next()? {
             let (name, key): (String, [u8; 32]) = (row.get(0).map_err(corrupt)?, row.get(1).map_err(corrupt)?);
             let key = PublicKey::from_bytes(key).map_err(|error| StorageError::Corrupt(error.to_string()))?;
-            let (last, proven) = (row.get(2).map_err(corrupt)?, row.get(3).map_err(corrupt)?);
+            let (last, established) = (row.get(2).map_err(corrupt)?, row.get(3).map_err(corrupt)?);
             let is_live = self.clock.uptime.saturating_sub(last) < self.oldest;
             if let Some(domain) = self.domains.get(name.as_str()).filter(|_| is_live) {
                 let id = KeyId { domain: domain.clone(), key };
-                keys.insert(id, KeyRecord { last: self.clock.instant(last), proven });
+                keys.insert(id, KeyRecord { last: self.clock.instant(last), established });
             }
         }
         Ok(keys)
@@ -199,7 +199,7 @@ impl Table for KeyTable {
     }
 
     fn is_due(&self, changes: &Changes, now: Clocks) -> bool {
-        let is_clock_due = now.monotonic.saturating_duration_since(self.clock.written) >= CLOCK;
+        let is_clock_due = now.monotonic.saturating_duration_since(self.clock.written) >= CLOCK_INTERVAL;
         !changes.is_empty() || self.expired.is_some() || is_clock_due
     }
 
@@ -211,8 +211,8 @@ impl Table for KeyTable {
         let mut remove = transaction.prepare("DELETE FROM keys WHERE domain = ?1 AND key = ?2")?;
         for (KeyId { domain, key }, record) in changes {
             match record {
-                Some(KeyRecord { last, proven }) => {
-                    put.execute(params![domain.name(), key.as_bytes(), self.clock.at(*last), proven])?
+                Some(KeyRecord { last, established }) => {
+                    put.execute(params![domain.name(), key.as_bytes(), self.clock.at(*last), established])?
                 }
                 None => remove.execute(params![domain.name(), key.as_bytes()])?,
             };

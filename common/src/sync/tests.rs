@@ -84,9 +84,9 @@ fn all_keys_are_asked_for_page_by_page_and_domain_by_domain() {
 fn after_a_round_only_newer_keys_are_requested() {
     let mut world = World::worker(&["b1"]);
     world.round();
-    world.pass(PERIOD / 2);
+    world.pass(REQUEST_INTERVAL / 2);
     assert_eq!(world.ask(), None);
-    world.pass(PERIOD / 2);
+    world.pass(REQUEST_INTERVAL / 2);
     let (_, request) = world.ask().unwrap();
     assert_eq!(request.younger_than, Some(21), "since the last round began, and what was under way then");
     world.client.offline();
@@ -112,16 +112,16 @@ fn asked_within(world: &mut World, time: Duration) -> Vec<(BrokerName, SyncReque
 fn one_that_does_not_answer_is_asked_again_and_then_passed_over_for_a_while() {
     let mut world = World::worker(&["b1", "b2"]);
     let first = world.round().unwrap();
-    world.pass(PERIOD);
+    world.pass(REQUEST_INTERVAL);
     assert_eq!(world.round().as_ref(), Some(&first), "it stays with one that answers");
-    world.pass(PERIOD);
+    world.pass(REQUEST_INTERVAL);
     assert_eq!(world.ask().unwrap().0, first);
-    let asked = asked_within(&mut world, 7 * PATIENCE);
+    let asked = asked_within(&mut world, 7 * CHUNK_TIMEOUT);
     let [(again, _), (once_more, _), (second, request)] = &asked[..] else { panic!("{asked:?}") };
     assert!(*again == first && *once_more == first && *second != first);
     assert_eq!(request.younger_than, None, "the other one is asked for all");
     world.client.broker(second, None, world.now);
-    assert!(asked_within(&mut world, 6 * PATIENCE).iter().all(|(broker, _)| broker == second));
+    assert!(asked_within(&mut world, 6 * CHUNK_TIMEOUT).iter().all(|(broker, _)| broker == second));
     assert_eq!(asked_within(&mut world, COOLDOWN)[0].0, first, "its time is over");
 }
 
@@ -131,7 +131,7 @@ fn another_broker_goes_on_where_the_first_one_died() {
     let (first, request) = world.ask().unwrap();
     assert!(world.client.apply(&chunk(&first, &request, &[1, 2], true)));
     assert_eq!(world.ask().unwrap().1.after, Some(key(2)));
-    let asked = asked_within(&mut world, 7 * PATIENCE);
+    let asked = asked_within(&mut world, 7 * CHUNK_TIMEOUT);
     let (second, request) = asked.last().unwrap();
     assert_ne!(*second, first);
     assert_eq!((request.domain.as_str(), request.after), ("ff_a", Some(key(2))));
@@ -141,7 +141,7 @@ fn another_broker_goes_on_where_the_first_one_died() {
 fn on_a_slow_line_a_page_may_come_late() {
     let mut world = World::worker(&["b1", "b2"]);
     let (broker, request) = world.ask().unwrap();
-    let asked = asked_within(&mut world, 2 * PATIENCE);
+    let asked = asked_within(&mut world, 2 * CHUNK_TIMEOUT);
     assert_eq!(asked, [(broker.clone(), request.clone())]);
     let chunk = chunk(&broker, &request, &[1, 2], true);
     assert!(world.client.apply(&chunk));
@@ -168,12 +168,12 @@ fn a_long_round_requests_keys_since_the_start_of_the_last_one() {
 fn all_keys_are_asked_for_again_after_an_hour() {
     let mut world = World::worker(&["b1"]);
     let mut all = 0;
-    for _ in 0..=2 * FULL_PERIOD.as_secs() / PERIOD.as_secs() {
+    for _ in 0..=2 * FULL_REQUEST_INTERVAL.as_secs() / REQUEST_INTERVAL.as_secs() {
         let (broker, request) = world.ask().unwrap();
         all += u32::from(request.younger_than.is_none());
         assert!(world.client.apply(&chunk(&broker, &request, &[], false)));
         world.round();
-        world.pass(PERIOD);
+        world.pass(REQUEST_INTERVAL);
     }
     assert_eq!(all, 3);
 }
@@ -206,7 +206,7 @@ fn a_broker_asks_each_other_one_in_turn_and_never_itself() {
     let mut asked = Vec::new();
     for _ in 0..4 {
         asked.extend(world.round());
-        world.pass(PERIOD);
+        world.pass(REQUEST_INTERVAL);
     }
     assert_eq!(asked, ["b1", "b3", "b1", "b3"].map(name));
 }
@@ -257,12 +257,12 @@ fn only_the_answer_to_its_question_counts() {
 #[test]
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
-    for n in 0..BROKERS + 10 {
+    for n in 0..MAX_BROKERS + 10 {
         world.client.broker(&name(&n.to_string()), Some(&hello()), world.now);
     }
-    assert_eq!(world.client.brokers.len(), BROKERS);
+    assert_eq!(world.client.brokers.len(), MAX_BROKERS);
     assert!(
-        world.client.brokers.contains_key((BROKERS + 9).to_string().as_str()),
+        world.client.brokers.contains_key((MAX_BROKERS + 9).to_string().as_str()),
         "those that never answered give way"
     );
 }

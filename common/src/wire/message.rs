@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::wire::revoke_outcome::RevokeOutcome;
 use crate::{BrokerName, PublicKey, RejectReason, Topic, WorkerName};
 
 /// The longest payload of a hello or of worker data.
@@ -258,15 +259,8 @@ pub struct Handshakes {
 pub struct Revoked {
     /// When the record was made, by its own time.
     pub at: u64,
-    /// Each key with [`Revoked::REMOVED`], [`Revoked::ABSENT`], or the reason why it is still there.
-    pub keys: BTreeMap<PublicKey, String>,
-}
-
-impl Revoked {
-    /// Peer, route and FDB entry were there, and are gone.
-    pub const REMOVED: &str = "removed";
-    /// There was nothing of it.
-    pub const ABSENT: &str = "absent";
+    /// The outcome of each key.
+    pub keys: BTreeMap<PublicKey, RevokeOutcome>,
 }
 
 /// One of those that share the keys.

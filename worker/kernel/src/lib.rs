@@ -16,7 +16,7 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 pub use nix::errno::Errno;
 use smallvec::SmallVec;
-use wgkex_common::{Domain, PublicKey, RejectReason};
+use wgkex_common::{Domain, PublicKey};
 pub use wireguard_control::{Backend, Key};
 
 pub mod key_file;
@@ -199,18 +199,6 @@ pub enum KernelError {
         /// The answer.
         source: Errno,
     },
-}
-
-impl KernelError {
-    /// Why keys are not installed after this error.
-    #[must_use]
-    pub fn reason(&self) -> RejectReason {
-        match self {
-            Self::Interface { .. } => RejectReason::Interface,
-            Self::Interrupted { .. } => RejectReason::Interrupted,
-            Self::Refused { .. } => RejectReason::Kernel,
-        }
-    }
 }
 
 /// A kernel with WireGuard and VXLAN interfaces. One owner asks; nobody else writes through it meanwhile.

@@ -19,7 +19,7 @@ pub struct Links(Handle);
 
 /// What made an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Kind {
+pub enum LinkKind {
     /// The kernel's WireGuard.
     Wireguard,
     /// A TUN device, as a userspace WireGuard has it.
@@ -50,7 +50,7 @@ pub struct Link {
     /// Its index.
     pub index: u32,
     /// What made it.
-    pub kind: Kind,
+    pub kind: LinkKind,
     /// Whether the kernel gives it a link-local address when it comes up.
     pub auto_address: bool,
     /// Whether it is set up.
@@ -140,14 +140,14 @@ impl Link {
     fn new(message: &LinkMessage, addresses: BTreeSet<Ipv6Addr>) -> Self {
         let mut link = Self {
             index: message.header.index,
-            kind: Kind::Physical,
+            kind: LinkKind::Physical,
             auto_address: false,
             up: message.header.flags.contains(LinkFlags::Up),
             addresses,
         };
         for attribute in &message.attributes {
             if let LinkAttribute::LinkInfo(infos) = attribute {
-                link.kind = Kind::new(infos);
+                link.kind = LinkKind::new(infos);
             } else if let LinkAttribute::AfSpecUnspec(specs) = attribute {
                 link.auto_address = specs.iter().any(gives_addresses);
             }
@@ -156,7 +156,7 @@ impl Link {
     }
 }
 
-impl Kind {
+impl LinkKind {
     fn new(infos: &[LinkInfo]) -> Self {
         let kind = infos.iter().find_map(|info| if let LinkInfo::Kind(kind) = info { Some(kind) } else { None });
         match kind {

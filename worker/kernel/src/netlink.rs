@@ -24,16 +24,16 @@ use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outc
 
 /// A large table takes seconds; what takes this long hangs, as the process of a userspace WireGuard may, and the other
 /// interfaces must not wait for it.
-const PATIENCE: Duration = Duration::from_secs(30);
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Before listening again on a socket that fails.
-const PAUSE: Duration = Duration::from_secs(1);
+const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How often an interface is read again because its interfaces were replaced meanwhile.
-const READS: usize = 3;
+const MAX_READS: usize = 3;
 
 /// Groups of events (linux/rtnetlink.h): links, and the addresses of both families.
-const EVENTS: [u32; 3] = [1, 5, 9];
+const EVENT_GROUPS: [u32; 3] = [1, 5, 9];
 
 /// The kernel of the network namespace that the calling thread is in. Each call opens sockets of its own, on a
 /// thread that may block: netlink answers at once or, with its lock held by others, late.
@@ -50,10 +50,10 @@ impl Netlink {
     pub fn open() -> io::Result<Self> {
         let mut events = TokioSocket::new(NETLINK_ROUTE)?;
         events.socket_mut().bind(&SocketAddr::new(0, 0))?;
-        for group in EVENTS {
+        for group in EVENT_GROUPS {
             events.socket_mut().add_membership(group)?;
         }
-        Ok(Self { events, stuck: BTreeMap::new(), patience: PATIENCE })
+        Ok(Self { events, stuck: BTreeMap::new(), patience: CALL_TIMEOUT })
     }
 
     /// Waits only this long for an answer; what takes longer counts as an interface that is gone.
@@ -93,7 +93,7 @@ impl Kernel for Netlink {
             && error.raw_os_error() != Some(Errno::ENOBUFS as i32)
         {
             tracing::warn!(%error, "link events unreadable");
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(LISTEN_PAUSE).await;
         }
         while self.events.socket_ref().recv(&mut &mut event[..], 0).is_ok() {}
     }
@@ -126,14 +126,14 @@ impl Netlink {
 }
 
 fn read(interface: &Interface) -> Result<Device, KernelError> {
-    for _ in 0..READS {
+    for _ in 0..MAX_READS {
         let mut interfaces = Interfaces::find(interface)?;
         let device = interfaces.read();
         if Interfaces::find(interface)?.indexes == interfaces.indexes {
             return device;
         }
     }
-    Err(KernelError::Interrupted { interface: interface.name.clone(), times: READS })
+    Err(KernelError::Interrupted { interface: interface.name.clone(), times: MAX_READS })
 }
 
 /// An interface and what it carries, there and up, and the sockets to ask for their tables.
@@ -247,7 +247,7 @@ pub fn read_answer(datagram: &[u8]) {
         route::add_destination(&mut list, answer, 1, 1);
     }
     let mut dump = wireguard::DeviceDump::default();
-    for answer in channel::messages::<GenlMessage<wireguard::Answer>>(datagram).unwrap_or_default() {
+    for answer in channel::messages::<GenlMessage<wireguard::DumpMessage>>(datagram).unwrap_or_default() {
         if let netlink_packet_core::NetlinkPayload::InnerMessage(answer) = answer.payload {
             dump.add_answer(answer);
         }

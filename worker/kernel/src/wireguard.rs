@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key};
 
 /// How long a userspace WireGuard may take to come or to go.
-const PATIENCE: Duration = Duration::from_secs(10);
+const USERSPACE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads the interface, its peers included. It must exist.
 pub async fn get(name: &str, backend: Backend) -> io::Result<Device> {
@@ -57,7 +57,7 @@ pub fn listens(name: &str) -> bool {
 /// Starts wireguard-go for an interface that does not exist yet; returns when it takes commands. It leaves the
 /// foreground by itself. [`ErrorKind::NotFound`]: there is no such program.
 pub async fn start_userspace(name: &str) -> io::Result<()> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + USERSPACE_TIMEOUT;
     // With a log level it would hold on to our output for as long as it lives.
     let mut program = Command::new("wireguard-go");
     program.arg(name).env_remove("LOG_LEVEL").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -72,7 +72,7 @@ pub async fn start_userspace(name: &str) -> io::Result<()> {
 
 /// Waits for the userspace WireGuard of a deleted interface to end, so that its name is free again.
 pub async fn ended(name: &str) -> io::Result<()> {
-    wait(Instant::now() + PATIENCE, "its control socket stays open", || !listens(name)).await
+    wait(Instant::now() + USERSPACE_TIMEOUT, "its control socket stays open", || !listens(name)).await
 }
 
 async fn wait(until: Instant, failure: &'static str, condition: impl Fn() -> bool) -> io::Result<()> {

@@ -2,9 +2,7 @@
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use wgkex_common::runtime::metrics::Registry;
-
-/// Why an MQTT message is ignored: its topic is none of ours, its domain is not served, its payload is no key.
-const IGNORED: [&str; 3] = ["topic", "domain", "payload"];
+use wgkex_common::wire::ignored::Ignored;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -25,7 +23,7 @@ impl Metrics {
                 "wgkex_worker_messages_ignored_total",
                 "MQTT messages without sense.",
                 "reason",
-                IGNORED,
+                [Ignored::Topic, Ignored::Domain, Ignored::Payload],
             )?,
             connected: registry.gauge("wgkex_worker_mqtt_connected", "1 while MQTT is connected.")?,
             publish_failures: registry

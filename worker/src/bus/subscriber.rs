@@ -11,6 +11,7 @@ use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::wire::ignored::{self, Ignored};
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, KeyId, Reserved, Topic, WorkerName};
 
@@ -85,8 +86,8 @@ fn reserve(
     worker: &WorkerName,
     domain: &str,
     payload: &[u8],
-) -> Result<(), &'static str> {
-    let data = WorkerData::parse(payload).map_err(|_| "payload")?;
+) -> Result<(), Ignored> {
+    let data = WorkerData::parse(payload).map_err(|_| Ignored::Payload)?;
     reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
     Ok(())
 }
@@ -114,24 +115,24 @@ pub fn on_secondary_event(
     }
 }
 
-fn ignore(metrics: &Metrics, publish: &Publish, reason: &'static str) {
+fn ignore(metrics: &Metrics, publish: &Publish, reason: Ignored) {
+    let reason: &str = reason.into();
     debug!(reason, topic = publish.topic, "message ignored");
     metrics.messages_ignored.with_label_values(&[reason]).inc();
 }
 
-/// The key in a message, or the reason label why there is none.
-fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> Result<KeyId, &'static str> {
-    let Some(Topic::Key { domain }) = topic else { return Err("topic") };
-    let domain = domains.get(domain.as_str()).ok_or("domain")?;
-    let text = std::str::from_utf8(&publish.payload).map_err(|_| "payload")?;
-    Ok(KeyId { domain: domain.clone(), key: text.parse().map_err(|_| "payload")? })
+/// The key in a message, or why there is none.
+fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> Result<KeyId, Ignored> {
+    let Some(Topic::Key { domain }) = topic else { return Err(Ignored::Topic) };
+    let domain = domains.get(domain.as_str()).ok_or(Ignored::Domain)?;
+    Ok(KeyId { domain: domain.clone(), key: ignored::key(&publish.payload)? })
 }
 
-/// Takes in a message of a broker, or returns the reason label why it is ignored.
-fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), &'static str> {
-    let topic = Topic::received(&publish.topic, publish.retain).ok_or("topic")?;
+/// Takes in a message of a broker, or returns why it is ignored.
+fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), Ignored> {
+    let topic = Topic::received(&publish.topic, publish.retain).ok_or(Ignored::Topic)?;
     if topic == Topic::Revocations {
-        lists.on_event(ListEvent::Records(serde_json::from_slice(&publish.payload).map_err(|_| "payload")?));
+        lists.on_event(ListEvent::Records(ignored::json(&publish.payload)?));
         return Ok(());
     }
     let event = SyncEvent::read(topic, &publish.payload)?;
@@ -196,10 +197,10 @@ mod tests {
             let domain = domains.first().unwrap().clone();
             assert_eq!(heard(topic, text.as_bytes()), Ok((domain, text.to_owned())));
         }
-        assert_eq!(heard("wireguard/ff_b/all", text.as_bytes()), Err("domain"));
-        assert_eq!(heard("wireguard-worker/a/status", b"1"), Err("topic"));
+        assert_eq!(heard("wireguard/ff_b/all", text.as_bytes()), Err(Ignored::Domain));
+        assert_eq!(heard("wireguard-worker/a/status", b"1"), Err(Ignored::Topic));
         for payload in [b"".as_slice(), b"x", b"\xff\xfe", &text.as_bytes()[1..], format!("{text}\n").as_bytes()] {
-            assert_eq!(heard("wireguard/ff_a/all", payload), Err("payload"));
+            assert_eq!(heard("wireguard/ff_a/all", payload), Err(Ignored::Payload));
         }
     }
 }

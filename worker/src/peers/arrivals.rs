@@ -9,8 +9,8 @@ use wgkex_common::{PublicKey, RejectReason, Reserved};
 
 use super::compact_instant::CompactInstant;
 use super::pending::PendingKey;
-use super::table::Entry;
-use super::{Capacity, KnownPeers};
+use super::table::PeerEntry;
+use super::{KnownPeers, PeerCapacity};
 use crate::plan::Step;
 use crate::profiles::DesiredPeer;
 
@@ -78,7 +78,7 @@ impl KnownPeers {
                 admitted.refused.push((key, RejectReason::AddressTaken));
             } else if self.table.contains(&key) {
                 admitted.known.push(peer);
-            } else if self.pending.has_place(&key) || room.take(self.has_own_place(&key)) {
+            } else if self.pending.has_slot(&key) || room.take(self.counts_as_established(&key)) {
                 admitted.new.push(peer);
             } else if self.table.unestablished() == 0 {
                 self.owners.release(&key, peer.networks());
@@ -173,14 +173,14 @@ impl KnownPeers {
 
     /// Pending keys without a peer, in order of arrival, as far as there is room: each keeps its place from now on. Those
     /// that may not be set are pending no longer.
-    pub fn give_places(&mut self, own: Option<PublicKey>, reserved: &Reserved) -> Vec<Step> {
+    pub fn give_slots(&mut self, own: Option<PublicKey>, reserved: &Reserved) -> Vec<Step> {
         let mut room = self.capacity();
         let mut steps = Vec::new();
         for key in self.pending.oldest_first() {
             match self.admissible(&key, own, reserved, self.is_routers(&key)) {
                 Err(_) => self.forget_pending(&key),
-                Ok(peer) if self.lacks_place(&key) && room.take(self.has_own_place(&key)) => {
-                    self.pending.reserve(&key);
+                Ok(peer) if self.lacks_slot(&key) && room.take(self.counts_as_established(&key)) => {
+                    self.pending.take_slot(&key);
                     steps.push(Step::install(peer));
                 }
                 Ok(_) => {}
@@ -189,14 +189,14 @@ impl KnownPeers {
         steps
     }
 
-    pub(super) fn capacity(&self) -> Capacity {
-        Capacity::of(&self.policy, &self.table, &self.pending)
+    pub(super) fn capacity(&self) -> PeerCapacity {
+        PeerCapacity::of(&self.policy, &self.table, &self.pending)
     }
 
     /// Keeps a place for the peer of `key`, which is pending, until the next read.
-    pub fn reserve(&mut self, key: &PublicKey) {
+    pub fn take_slot(&mut self, key: &PublicKey) {
         if !self.table.contains(key) {
-            self.pending.reserve(key);
+            self.pending.take_slot(key);
         }
     }
 
@@ -218,9 +218,9 @@ impl KnownPeers {
         lacking.sort_unstable();
         let mut room = self.capacity();
         let (next, others): (Vec<_>, Vec<_>) =
-            lacking.into_iter().partition(|(_, key)| room.take(self.has_own_place(key)));
+            lacking.into_iter().partition(|(_, key)| room.take(self.counts_as_established(key)));
         for (_, key) in &next {
-            self.reserve(key);
+            self.take_slot(key);
         }
         let number = next.len() + self.wait_for_room(others);
         if self.pending.len() > self.policy.pending {
@@ -262,7 +262,7 @@ impl KnownPeers {
         if keys.is_empty() {
             return 0;
         }
-        let may_always = |key: &PublicKey| self.has_own_place(key) || self.admission.trusts(key);
+        let may_always = |key: &PublicKey| self.counts_as_established(key) || self.admission.trusts(key);
         let (always, mut others): (Vec<_>, Vec<_>) = keys.into_iter().partition(|(_, key)| may_always(key));
         others.reverse();
         let mut oldest: Vec<_> = self.evictable().map(|(arrived, _)| Instant::from(arrived)).collect();
@@ -291,7 +291,7 @@ impl KnownPeers {
 
     /// Takes in when a key had a handshake elsewhere, as a broker has it; false if the key is not known.
     fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
-        let note = |entry: &mut Entry| {
+        let note = |entry: &mut PeerEntry| {
             entry.elsewhere = entry.elsewhere.max(shaken);
             entry.came |= shaken.is_some();
         };
@@ -301,16 +301,16 @@ impl KnownPeers {
     /// Whether the key is one of a router that had a handshake: then no message of another gateway makes it that one's.
     pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
         let is_pending = |key| self.pending.get(key).is_some_and(|pending| pending.came && pending.elsewhere.is_some());
-        self.table.known(key).is_some_and(Entry::is_routers) || is_pending(key)
+        self.table.known(key).is_some_and(PeerEntry::is_routers) || is_pending(key)
     }
 
     /// `key` is pending, and has neither a peer nor a place for one.
-    pub(super) fn lacks_place(&self, key: &PublicKey) -> bool {
-        !self.pending.has_place(key) && !self.table.contains(key)
+    pub(super) fn lacks_slot(&self, key: &PublicKey) -> bool {
+        !self.pending.has_slot(key) && !self.table.contains(key)
     }
 
     /// Whether `key`, which is pending, takes no place of those that never had a handshake.
-    pub(super) fn has_own_place(&self, key: &PublicKey) -> bool {
+    pub(super) fn counts_as_established(&self, key: &PublicKey) -> bool {
         self.pending.get(key).is_some_and(|pending| pending.elsewhere.is_some())
             || self.table.vanished(key).is_some_and(|entry| !entry.is_unestablished())
     }
@@ -331,9 +331,9 @@ impl KnownPeers {
         let pending = self.pending.remove(&key);
         self.changed.insert(key);
         let new = || {
-            let new = Entry::new(now, true);
+            let new = PeerEntry::new(now, true);
             let sweep = self.profile.desired(&key).map_or(new.sweep, |peer| peer.sweep);
-            Entry { first: pending.map_or(new.first, |pending| pending.first), sweep, ..new }
+            PeerEntry { first: pending.map_or(new.first, |pending| pending.first), sweep, ..new }
         };
         let known = self.table.seat(key, new, now);
         self.table.update(&key, |entry| {
@@ -354,7 +354,7 @@ impl KnownPeers {
     fn drop_oldest(&mut self) -> usize {
         let surplus = self.pending.len() - self.policy.pending + self.policy.pending / 16;
         let mut oldest = self.pending.oldest_first();
-        oldest.sort_by_key(|key| self.has_own_place(key));
+        oldest.sort_by_key(|key| self.counts_as_established(key));
         oldest.iter().take(surplus).for_each(|key| self.forget_pending(key));
         surplus.min(oldest.len())
     }

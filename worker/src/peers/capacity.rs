@@ -16,28 +16,28 @@ const EVICTED_AT_ONCE: usize = 64;
 
 /// For how many more peers there is room.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Capacity {
+pub(super) struct PeerCapacity {
     /// For those that never had a handshake.
     unestablished: usize,
     /// For those of any kind.
     all: usize,
 }
 
-impl Capacity {
+impl PeerCapacity {
     pub(super) fn of(policy: &Policy, table: &PeerTable, pending: &Pending) -> Self {
-        let known = table.unestablished() + pending.reserved();
-        let all = table.len() + pending.reserved();
+        let known = table.unestablished() + pending.slots();
+        let all = table.len() + pending.slots();
         Self { unestablished: policy.unestablished.saturating_sub(known), all: policy.peers.saturating_sub(all) }
     }
 
     /// Takes the place of a peer, if there is one; an `established` one takes none of the others'.
     pub(super) fn take(&mut self, established: bool) -> bool {
-        let has_place = self.all > 0 && (established || self.unestablished > 0);
-        if has_place {
+        let has_slot = self.all > 0 && (established || self.unestablished > 0);
+        if has_slot {
             self.all -= 1;
             self.unestablished -= usize::from(!established);
         }
-        has_place
+        has_slot
     }
 }
 

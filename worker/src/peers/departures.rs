@@ -9,7 +9,7 @@ use super::KnownPeers;
 use super::capacity::evictions;
 use super::compact_instant::CompactInstant;
 use super::policy::PeerState;
-use super::table::{Entry, Handshake};
+use super::table::{Handshake, PeerEntry};
 use crate::profiles::Sweep;
 
 /// What has no peer goes when it had none for this long: somebody may be making one.
@@ -28,8 +28,8 @@ impl KnownPeers {
     pub fn eviction_candidates(&self) -> BTreeSet<PublicKey> {
         let mut candidates = self.owners.to_evict().clone();
         let mut room = self.capacity();
-        let new = self.pending.keys().filter(|key| self.lacks_place(key));
-        let lacking = new.filter(|key| !room.take(self.has_own_place(key))).count();
+        let new = self.pending.keys().filter(|key| self.lacks_slot(key));
+        let lacking = new.filter(|key| !room.take(self.counts_as_established(key))).count();
         let number = evictions(&self.policy, self.table.unestablished(), lacking);
         if number > 0 {
             let mut oldest: Vec<_> = self.evictable().collect();
@@ -42,7 +42,7 @@ impl KnownPeers {
     /// Whether pending keys have no room.
     #[must_use]
     pub fn lacks_room(&self) -> bool {
-        self.pending.keys().any(|key| self.lacks_place(key))
+        self.pending.keys().any(|key| self.lacks_slot(key))
     }
 
     /// Whether the peer of `key`, one of the [`eviction_candidates`](Self::eviction_candidates), is still to go.
@@ -57,14 +57,14 @@ impl KnownPeers {
         evictable.map(|(key, entry)| (entry.arrived, *key))
     }
 
-    fn is_evictable(&self, key: &PublicKey, entry: &Entry) -> bool {
+    fn is_evictable(&self, key: &PublicKey, entry: &PeerEntry) -> bool {
         entry.is_unestablished() && entry.sweep == Sweep::WhenStale && !self.admission.trusts(key)
     }
 
     /// The peers of ours that are stale, judged by the last read.
     #[must_use]
     pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
-        let is_stale = |entry: &Entry| {
+        let is_stale = |entry: &PeerEntry| {
             entry.ours && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
         };
         let stale = self.table.iter().filter(|(key, entry)| is_stale(entry) && !self.admission.trusts(key));
@@ -73,7 +73,7 @@ impl KnownPeers {
 
     /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.
     pub fn forget_stale(&mut self, now: Instant) {
-        let is_stale = |entry: &Entry| {
+        let is_stale = |entry: &PeerEntry| {
             entry.renewed && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
         };
         let stale = self
@@ -90,7 +90,7 @@ impl KnownPeers {
     pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
         let Some(forget) = self.policy.forget else { return Vec::new() };
         let is_silent = |handshake: Handshake| handshake.quiet_since.age(now) >= forget;
-        let is_idle = |entry: &Entry| entry.ours && !entry.renewed && entry.handshake.is_some_and(is_silent);
+        let is_idle = |entry: &PeerEntry| entry.ours && !entry.renewed && entry.handshake.is_some_and(is_silent);
         self.table.iter().filter(|(_, entry)| is_idle(entry)).map(|(key, _)| *key).take(most).collect()
     }
 

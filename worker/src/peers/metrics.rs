@@ -6,7 +6,7 @@ use prometheus::{Error, IntCounterVec, IntGaugeVec};
 use wgkex_common::Domain;
 use wgkex_common::runtime::metrics::Registry;
 
-use super::Counts;
+use super::PeerCounts;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -55,14 +55,14 @@ impl Metrics {
             )?,
         };
         for domain in domains {
-            metrics.set_counts(domain, Counts::default());
+            metrics.set_counts(domain, PeerCounts::default());
         }
         Ok(metrics)
     }
 
     /// Sets how many peers of `domain` are in which state.
-    pub fn set_counts(&self, domain: &Domain, Counts { connected, idle, pending, stale }: Counts) {
-        for (state, count) in [("connected", connected), ("idle", idle), ("pending", pending), ("stale", stale)] {
+    pub fn set_counts(&self, domain: &Domain, PeerCounts { connected, idle, new, stale }: PeerCounts) {
+        for (state, count) in [("connected", connected), ("idle", idle), ("pending", new), ("stale", stale)] {
             let count = i64::try_from(count).unwrap_or(i64::MAX);
             self.by_state.with_label_values(&[domain.name(), state]).set(count);
         }
@@ -92,7 +92,7 @@ mod tests {
     fn peers_are_counted_in_one_state_each() {
         let registry = Registry::default();
         let metrics = Metrics::register(&registry, &[domain()].into()).unwrap();
-        metrics.set_counts(&domain(), Counts { connected: 1, idle: 2, pending: 3, stale: 4 });
+        metrics.set_counts(&domain(), PeerCounts { connected: 1, idle: 2, new: 3, stale: 4 });
         for (state, count) in ["connected", "idle", "pending", "stale"].into_iter().zip(1..) {
             assert_has(&registry, &[&format!(r#"wgkex_worker_peers{{domain="ffmuc_welt",state="{state}"}} {count}"#)]);
         }

@@ -5,17 +5,16 @@ use std::collections::BTreeMap;
 use wgkex_common::PublicKey;
 
 use super::compact_instant::CompactInstant;
-use super::table::Entry;
 
 /// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
-pub(super) const TRIES: u8 = 8;
+pub(super) const MAX_TRIES: u8 = 8;
 
 /// Keys that are pending. One may have a peer, too. It counts those for which a place is reserved.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     keys: BTreeMap<PublicKey, PendingKey>,
     /// How many of `keys` have a place.
-    reserved: usize,
+    slots: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +28,7 @@ pub(super) struct PendingKey {
     /// When it had a handshake at another gateway, by a broker's snapshot.
     pub elsewhere: Option<CompactInstant>,
     /// A place is kept for its peer.
-    pub reserved: bool,
+    pub has_slot: bool,
     /// A broker admitted it since this program started.
     pub came: bool,
 }
@@ -40,8 +39,8 @@ impl Pending {
     }
 
     /// For how many keys a place is reserved.
-    pub(super) fn reserved(&self) -> usize {
-        self.reserved
+    pub(super) fn slots(&self) -> usize {
+        self.slots
     }
 
     pub(super) fn contains(&self, key: &PublicKey) -> bool {
@@ -57,8 +56,8 @@ impl Pending {
     }
 
     /// Whether a place is reserved for `key`.
-    pub(super) fn has_place(&self, key: &PublicKey) -> bool {
-        self.keys.get(key).is_some_and(|pending| pending.reserved)
+    pub(super) fn has_slot(&self, key: &PublicKey) -> bool {
+        self.keys.get(key).is_some_and(|pending| pending.has_slot)
     }
 
     pub(super) fn oldest_first(&self) -> Vec<PublicKey> {
@@ -81,7 +80,7 @@ impl Pending {
     pub(super) fn announce(&mut self, key: PublicKey, now: CompactInstant) {
         let new = PendingKey { announced: true, came: true, ..PendingKey::from_elsewhere(now, false) };
         let pending = self.keys.entry(key).or_insert(new);
-        *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, reserved: pending.reserved, ..new };
+        *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, has_slot: pending.has_slot, ..new };
     }
 
     /// Takes in when a pending key had a handshake elsewhere; false if it is not pending.
@@ -93,32 +92,32 @@ impl Pending {
     }
 
     /// Keeps a place for `key`, if it is pending.
-    pub(super) fn reserve(&mut self, key: &PublicKey) {
-        if let Some(pending) = self.keys.get_mut(key).filter(|pending| !pending.reserved) {
-            pending.reserved = true;
-            self.reserved += 1;
+    pub(super) fn take_slot(&mut self, key: &PublicKey) {
+        if let Some(pending) = self.keys.get_mut(key).filter(|pending| !pending.has_slot) {
+            pending.has_slot = true;
+            self.slots += 1;
         }
     }
 
     /// Keeps no place for any key.
-    pub(super) fn release_places(&mut self) {
-        self.keys.values_mut().for_each(|pending| pending.reserved = false);
-        self.reserved = 0;
+    pub(super) fn release_slots(&mut self) {
+        self.keys.values_mut().for_each(|pending| pending.has_slot = false);
+        self.slots = 0;
     }
 
     /// `key` is pending no longer.
     pub(super) fn remove(&mut self, key: &PublicKey) -> Option<PendingKey> {
         let pending = self.keys.remove(key);
-        self.reserved -= usize::from(pending.is_some_and(|pending| pending.reserved));
+        self.slots -= usize::from(pending.is_some_and(|pending| pending.has_slot));
         pending
     }
 
     /// Keeps only the keys that `keeps` names.
     pub(super) fn retain(&mut self, mut keeps: impl FnMut(&PublicKey, &PendingKey) -> bool) {
-        let reserved = &mut self.reserved;
+        let slots = &mut self.slots;
         self.keys.retain(|key, pending| {
             let stays = keeps(key, pending);
-            *reserved -= usize::from(!stays && pending.reserved);
+            *slots -= usize::from(!stays && pending.has_slot);
             stays
         });
     }
@@ -127,25 +126,20 @@ impl Pending {
     pub(super) fn count_refusal(&mut self, key: &PublicKey) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.tries += 1;
-        pending.tries >= TRIES
+        pending.tries >= MAX_TRIES
     }
 
     /// What is counted, counted again.
     #[cfg(test)]
     pub(super) fn recount(&self) -> usize {
-        self.keys.values().filter(|pending| pending.reserved).count()
+        self.keys.values().filter(|pending| pending.has_slot).count()
     }
 }
 
 impl PendingKey {
-    /// For a peer that vanished.
-    pub(super) fn again(&Entry { arrived, first, elsewhere, came, .. }: &Entry) -> Self {
-        Self { arrived, first, elsewhere, came, ..Self::from_elsewhere(arrived, false) }
-    }
-
     /// Of a key that did not come to this program itself.
     pub(super) fn from_elsewhere(arrived: CompactInstant, established: bool) -> Self {
         let elsewhere = established.then_some(arrived);
-        Self { arrived, first: arrived, tries: 0, announced: false, elsewhere, reserved: false, came: false }
+        Self { arrived, first: arrived, tries: 0, announced: false, elsewhere, has_slot: false, came: false }
     }
 }

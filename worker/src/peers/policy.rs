@@ -60,20 +60,20 @@ pub enum PeerState {
     /// It had a handshake, longer ago than that, but within [`Policy::stale`].
     Idle,
     /// It did not, but is within its grace.
-    Pending,
+    New,
     /// It did not, and its grace is over: if wgkex made it, the next sweep takes it.
     Stale,
 }
 
 /// How many peers of an interface are in each state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct PeerCounts {
     /// In [`PeerState::Connected`].
     pub connected: u64,
     /// In [`PeerState::Idle`].
     pub idle: u64,
-    /// In [`PeerState::Pending`].
-    pub pending: u64,
+    /// In [`PeerState::New`].
+    pub new: u64,
     /// In [`PeerState::Stale`].
     pub stale: u64,
 }

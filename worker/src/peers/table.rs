@@ -9,16 +9,16 @@ use wgkex_kernel::{Device, Peer};
 
 use super::compact_instant::CompactInstant;
 use super::pending::{Pending, PendingKey};
-use super::policy::{Counts, PeerState, Policy};
+use super::policy::{PeerCounts, PeerState, Policy};
 use crate::plan::SortedCursor;
 use crate::profiles::{DesiredPeer, Ownership, Sweep};
 
 /// Observed peers, and those of ours that vanished. It counts those that never had a handshake.
 #[derive(Debug, Default)]
 pub(super) struct PeerTable {
-    peers: BTreeMap<PublicKey, Entry>,
+    peers: BTreeMap<PublicKey, PeerEntry>,
     /// What was known of peers of ours that vanished. Their keys are pending.
-    vanished: BTreeMap<PublicKey, Entry>,
+    vanished: BTreeMap<PublicKey, PeerEntry>,
     /// Those that as last read lacked some of their allowed-ips, their keepalive or their preshared key.
     incomplete: Vec<PublicKey>,
     /// How many of `peers` are unestablished.
@@ -27,7 +27,7 @@ pub(super) struct PeerTable {
 
 /// What is known of a peer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Entry {
+pub(super) struct PeerEntry {
     /// When the key arrived.
     pub arrived: CompactInstant,
     /// When it first arrived.
@@ -74,20 +74,20 @@ impl PeerTable {
         self.peers.get(key).is_some_and(|entry| entry.ours)
     }
 
-    pub(super) fn get(&self, key: &PublicKey) -> Option<&Entry> {
+    pub(super) fn get(&self, key: &PublicKey) -> Option<&PeerEntry> {
         self.peers.get(key)
     }
 
-    pub(super) fn vanished(&self, key: &PublicKey) -> Option<&Entry> {
+    pub(super) fn vanished(&self, key: &PublicKey) -> Option<&PeerEntry> {
         self.vanished.get(key)
     }
 
     /// What is known of the peer of `key`, also if it vanished.
-    pub(super) fn known(&self, key: &PublicKey) -> Option<&Entry> {
+    pub(super) fn known(&self, key: &PublicKey) -> Option<&PeerEntry> {
         self.peers.get(key).or_else(|| self.vanished.get(key))
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&PublicKey, &Entry)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&PublicKey, &PeerEntry)> {
         self.peers.iter()
     }
 
@@ -96,7 +96,7 @@ impl PeerTable {
         &self.incomplete
     }
 
-    pub(super) fn iter_vanished(&self) -> impl Iterator<Item = (&PublicKey, &Entry)> {
+    pub(super) fn iter_vanished(&self) -> impl Iterator<Item = (&PublicKey, &PeerEntry)> {
         self.vanished.iter()
     }
 
@@ -118,7 +118,7 @@ impl PeerTable {
                 changed.insert(*key);
             }
             if !stays && entry.ours {
-                pending.insert_if_absent(*key, PendingKey::again(entry));
+                pending.insert_if_absent(*key, PendingKey::from(&*entry));
                 vanished.insert(*key, *entry);
             }
             stays
@@ -127,9 +127,9 @@ impl PeerTable {
         let mut found = |key: &PublicKey| match (vanished.remove(key), pending.get(key)) {
             (Some(entry), _) => entry.made_anew(now),
             (None, Some(PendingKey { first, elsewhere, .. })) => {
-                Entry { first: *first, elsewhere: *elsewhere, ..Entry::new(now, false) }
+                PeerEntry { first: *first, elsewhere: *elsewhere, ..PeerEntry::new(now, false) }
             }
-            (None, None) => Entry::new(now, false),
+            (None, None) => PeerEntry::new(now, false),
         };
         if peers.is_empty() {
             // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
@@ -148,7 +148,7 @@ impl PeerTable {
         &mut self,
         device: &Device,
         changed: &mut BTreeSet<PublicKey>,
-        mut observe: impl FnMut(&PublicKey, &Peer, &mut Entry) -> bool,
+        mut observe: impl FnMut(&PublicKey, &Peer, &mut PeerEntry) -> bool,
     ) {
         self.incomplete.clear();
         for ((key, peer), entry) in device.peers.iter().zip(self.peers.values_mut()) {
@@ -164,7 +164,7 @@ impl PeerTable {
     }
 
     /// Changes the entry of a peer; false if there is none.
-    pub(super) fn update(&mut self, key: &PublicKey, change: impl FnOnce(&mut Entry)) -> bool {
+    pub(super) fn update(&mut self, key: &PublicKey, change: impl FnOnce(&mut PeerEntry)) -> bool {
         let Some(entry) = self.peers.get_mut(key) else { return false };
         self.unestablished -= usize::from(entry.is_unestablished());
         change(entry);
@@ -174,7 +174,7 @@ impl PeerTable {
 
     /// There is a peer of `key` from now on, with what was known of it when it vanished, or else `new`. Returns whether
     /// there was one before.
-    pub(super) fn seat(&mut self, key: PublicKey, new: impl FnOnce() -> Entry, now: Instant) -> bool {
+    pub(super) fn seat(&mut self, key: PublicKey, new: impl FnOnce() -> PeerEntry, now: Instant) -> bool {
         let vanished = self.vanished.remove(&key).map(|entry| entry.made_anew(now));
         let before = self.peers.len();
         let entry = self.peers.entry(key).or_insert_with(|| vanished.unwrap_or_else(new));
@@ -196,7 +196,7 @@ impl PeerTable {
 
     /// The peers that are to be reported, which count as reported from now on.
     pub(super) fn take_unreported(&mut self, policy: &Policy, now: Instant) -> Vec<PublicKey> {
-        let due = |entry: &Entry| {
+        let due = |entry: &PeerEntry| {
             let long_ago = |at: CompactInstant| at.age(now) >= policy.report;
             entry.ours && entry.reported.is_none_or(long_ago) && entry.state(policy, now) == PeerState::Connected
         };
@@ -214,13 +214,13 @@ impl PeerTable {
     }
 
     /// How many peers are in which state.
-    pub(super) fn counts(&self, policy: &Policy, now: Instant) -> Counts {
-        let mut counts = Counts::default();
+    pub(super) fn counts(&self, policy: &Policy, now: Instant) -> PeerCounts {
+        let mut counts = PeerCounts::default();
         for entry in self.peers.values() {
             *match entry.state(policy, now) {
                 PeerState::Connected => &mut counts.connected,
                 PeerState::Idle => &mut counts.idle,
-                PeerState::Pending => &mut counts.pending,
+                PeerState::New => &mut counts.new,
                 PeerState::Stale => &mut counts.stale,
             } += 1;
         }
@@ -234,7 +234,7 @@ impl PeerTable {
     }
 }
 
-impl Entry {
+impl PeerEntry {
     pub(super) fn new(arrived: Instant, ours: bool) -> Self {
         let arrived = arrived.into();
         Self {
@@ -304,9 +304,17 @@ impl Entry {
         match idle {
             Some(idle) if idle < policy.stale.min(policy.connected) => PeerState::Connected,
             Some(idle) if idle < policy.stale => PeerState::Idle,
-            _ if self.arrived.age(now) < policy.grace => PeerState::Pending,
+            _ if self.arrived.age(now) < policy.grace => PeerState::New,
             _ => PeerState::Stale,
         }
+    }
+}
+
+/// A peer that vanished: its key is pending.
+impl From<&PeerEntry> for PendingKey {
+    fn from(PeerEntry { arrived, first, elsewhere, came, .. }: &PeerEntry) -> Self {
+        let (arrived, first, elsewhere, came) = (*arrived, *first, *elsewhere, *came);
+        Self { arrived, first, elsewhere, came, ..Self::from_elsewhere(arrived, false) }
     }
 }
 

@@ -7,7 +7,7 @@ use wgkex_common::wire::message::{Age, WorkerData};
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Interface, Kernel as _, host};
 
-use super::pending::TRIES;
+use super::pending::MAX_TRIES;
 use super::*;
 use crate::plan::changes;
 use crate::profiles::mesh::{self, Mesh};
@@ -21,9 +21,9 @@ const YEAR: Duration = Duration::from_secs(365 * 86_400);
 fn a_peer_that_never_shook_hands_is_pending_for_its_grace_and_then_stale() {
     let mut world = World::with(&[key(1)]);
     world.read();
-    assert_eq!(world.states(), [PeerState::Pending]);
+    assert_eq!(world.states(), [PeerState::New]);
     world.pass(Duration::from_millis(599_999));
-    assert_eq!(world.states(), [PeerState::Pending]);
+    assert_eq!(world.states(), [PeerState::New]);
     world.pass(Duration::from_millis(1));
     assert_eq!(world.states(), [PeerState::Stale]);
     assert_eq!(world.stale(), [key(1)]);
@@ -44,7 +44,7 @@ fn a_peer_is_connected_for_three_minutes_and_stale_after_three_hours() {
         world.pass(passes);
         assert_eq!(world.states(), [state]);
     }
-    assert_eq!(world.known.counts(world.now.monotonic), Counts { stale: 1, ..Counts::default() });
+    assert_eq!(world.known.counts(world.now.monotonic), PeerCounts { stale: 1, ..PeerCounts::default() });
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn at_the_first_read_the_age_of_a_handshake_is_the_wall_clocks() {
     world.handshake_at(key(1), world.now.wall - 4 * HOUR);
     world.handshake_at(key(2), world.now.wall + HOUR);
     world.read();
-    assert_eq!(world.states(), [PeerState::Pending, PeerState::Connected]);
+    assert_eq!(world.states(), [PeerState::New, PeerState::Connected]);
     world.pass(10 * MINUTE);
     assert_eq!(world.stale(), [key(1)]);
 }
@@ -147,7 +147,7 @@ fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     let changed = world.known.take_changed();
     let wanted = [(key(1), before[0]), (key(2), before[1]), (key(3), None)];
     assert_eq!(changed, wanted);
-    assert!(before[0].is_some_and(|kept| kept.proven));
+    assert!(before[0].is_some_and(|kept| kept.established));
     assert_eq!(world.read(), 0, "and is not said twice");
     world.put_back();
     assert_eq!(world.read(), 0);
@@ -175,7 +175,7 @@ fn a_vanished_peer_keeps_its_claim_and_its_stale_time() {
     for _ in 0..2 {
         world.read();
         assert_eq!(world.come(&[second]), [(second, RejectReason::AddressTaken)]);
-        assert_eq!(world.states(), [PeerState::Pending, PeerState::Idle]);
+        assert_eq!(world.states(), [PeerState::New, PeerState::Idle]);
         assert_eq!(world.known.unreported(world.now.monotonic), []);
     }
     // It is not one of those that make room for others.
@@ -203,7 +203,7 @@ fn a_key_that_comes_while_its_peer_is_away_stands_as_before() {
         assert_eq!(world.come(&[key(1)]), []);
         world.read();
         assert_eq!(world.states(), [PeerState::Connected]);
-        assert!(world.known.record(&key(1)).is_some_and(|kept| kept.last == world.now.monotonic && kept.proven));
+        assert!(world.known.record(&key(1)).is_some_and(|kept| kept.last == world.now.monotonic && kept.established));
     }
 }
 
@@ -241,7 +241,7 @@ fn peers_of_an_interface_that_returns_have_their_grace_again() {
     world.known.forget_stale(world.now.monotonic);
     world.put_back();
     world.read();
-    assert_eq!(world.states(), [PeerState::Pending]);
+    assert_eq!(world.states(), [PeerState::New]);
     world.pass(10 * MINUTE);
     assert_eq!(world.stale(), [key(1)]);
 }
@@ -299,7 +299,7 @@ fn a_peer_put_back_has_its_grace_again() {
     world.read();
     world.put_back();
     world.read();
-    assert_eq!(world.states(), [PeerState::Idle, PeerState::Pending], "the first is established");
+    assert_eq!(world.states(), [PeerState::Idle, PeerState::New], "the first is established");
     world.pass(2 * HOUR);
     assert_eq!(world.stale(), [key(1), key(2)]);
 }
@@ -312,7 +312,7 @@ fn a_peer_made_anew_by_hand_has_its_grace_again() {
     world.pass(4 * HOUR);
     world.memory.alter(&domain(), |device| device.peers.get_mut(&key(1)).unwrap().last_handshake = None);
     world.read();
-    assert_eq!(world.states(), [PeerState::Pending]);
+    assert_eq!(world.states(), [PeerState::New]);
 }
 
 #[test]
@@ -462,9 +462,9 @@ fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
     let mut world = World::with(&[]);
     world.known.policy = Policy { unestablished: 20, ..Policy::default() };
     world.read();
-    let proven: Vec<_> = (0..5).map(key).collect();
-    world.come(&proven);
-    for key in &proven {
+    let established: Vec<_> = (0..5).map(key).collect();
+    world.come(&established);
+    for key in &established {
         world.handshake(*key);
     }
     for n in 100..200 {
@@ -472,7 +472,7 @@ fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
         world.make_room();
         world.apply_owed();
         assert_eq!(world.come(&[key(n)]), []);
-        assert_eq!(world.come(&proven), [], "what is known needs no room");
+        assert_eq!(world.come(&established), [], "what is known needs no room");
         world.pass(Duration::from_secs(1));
         assert!(world.peers().len() <= 25, "{}", world.peers().len());
     }
@@ -480,7 +480,7 @@ fn a_flood_pushes_out_only_the_oldest_that_never_shook_hands() {
     world.make_room();
     world.apply_owed();
     let newest = (180..200).map(key);
-    assert_eq!(world.peers(), proven.into_iter().chain(newest).collect());
+    assert_eq!(world.peers(), established.into_iter().chain(newest).collect());
 }
 
 #[test]
@@ -585,7 +585,7 @@ fn a_remembered_key_is_pending_only_if_the_kernel_lacks_it() {
     let (first, second) = collision();
     let mut world = World::with(&[key(1), key(2), second]);
     let begun = world.now.monotonic;
-    let kept = |ago, proven| KeyRecord { last: begun.checked_sub(ago).unwrap(), proven };
+    let kept = |ago, established| KeyRecord { last: begun.checked_sub(ago).unwrap(), established };
     for (key, kept) in [
         (key(1), kept(HOUR, true)),
         (key(3), kept(HOUR, true)),
@@ -606,9 +606,9 @@ fn a_remembered_key_is_pending_only_if_the_kernel_lacks_it() {
 fn a_remembered_established_key_stays_established_without_a_handshake_in_the_kernel() {
     let mut world = World::with(&[key(1), key(2)]);
     world.known.policy = Policy { unestablished: 1, ..Policy::default() };
-    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
+    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, established: true });
     world.read();
-    assert!(world.known.record(&key(1)).is_some_and(|kept| kept.proven));
+    assert!(world.known.record(&key(1)).is_some_and(|kept| kept.established));
     world.come(&[key(3)]);
     assert_eq!(world.known.eviction_candidates(), [key(2)].into());
 }
@@ -619,7 +619,7 @@ fn a_peer_altered_meanwhile_replaces_the_remembered_key() {
     world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips = ["10.0.0.0/8".parse().unwrap()].into();
     });
-    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, proven: true });
+    world.known.remember(key(1), KeyRecord { last: world.now.monotonic, established: true });
     world.read();
     assert_eq!(world.owed(), []);
 }
@@ -634,7 +634,7 @@ fn live_keys_are_learnt_that_have_no_peer_take_no_address_and_are_not_stale() {
     });
     world.read();
     world.known.mark_pending(key(2), world.now.monotonic);
-    let hours = |hours: u64, proven| Age { age_secs: hours * 3_600, has_handshake: proven };
+    let hours = |hours: u64, established| Age { age_secs: hours * 3_600, has_handshake: established };
     let keys = [
         (key(1), hours(0, false)),
         (key(2), hours(0, false)),
@@ -704,8 +704,8 @@ fn live_keys_that_can_never_have_a_place_do_not_wait_for_one() {
     assert_eq!(world.come(&[key(2)]), [(key(2), RejectReason::Full)]);
     assert_eq!(world.learn(&[(key(2), Age { age_secs: 0, has_handshake: false })]), []);
     assert!(!world.known.is_pending(&key(2)));
-    let proven: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 0, has_handshake: true })).collect();
-    assert_eq!(world.learn(&proven), []);
+    let established: Vec<_> = (10..30).map(|n| (key(n), Age { age_secs: 0, has_handshake: true })).collect();
+    assert_eq!(world.learn(&established), []);
     assert!((10..30).filter(|n| world.known.is_pending(&key(*n))).count() <= 8, "and of others only so many");
 }
 
@@ -715,7 +715,7 @@ fn a_key_that_waits_and_has_a_place_does_not_take_another() {
     world.known.policy = Policy { peers: 1, ..Policy::default() };
     world.read();
     world.known.mark_pending(key(0), world.now.monotonic);
-    world.known.reserve(&key(0));
+    world.known.take_slot(&key(0));
     assert_eq!(world.come(&[key(0)]), []);
     assert_eq!(world.peers(), [key(0)].into());
 }
@@ -773,7 +773,7 @@ fn each_change_is_reported_once() {
     let mut world = World::with(&[key(1)]);
     let changed = |world: &mut World| -> Vec<_> {
         let changed = world.known.take_changed().into_iter();
-        changed.map(|(key, kept)| (key, kept.map(|kept| (kept.last, kept.proven)))).collect()
+        changed.map(|(key, kept)| (key, kept.map(|kept| (kept.last, kept.established)))).collect()
     };
     world.read();
     let begun = world.now.monotonic;
@@ -794,7 +794,7 @@ fn each_change_is_reported_once() {
     world.read();
     assert_eq!(changed(&mut world), [(key(1), None)], "somebody else's is not ours to restore");
     world.known.removed(&key(2));
-    (0..TRIES).for_each(|_| world.known.refused(&key(2)));
+    (0..MAX_TRIES).for_each(|_| world.known.refused(&key(2)));
     assert_eq!(changed(&mut world), [(key(2), None)]);
 }
 
@@ -812,7 +812,7 @@ fn a_flood_of_waiting_keys_crowds_out_the_oldest() {
 fn a_key_that_the_kernel_keeps_refusing_is_given_up() {
     let mut known = KnownPeers::new(Arc::new(Mesh), Policy::default());
     known.mark_pending(key(1), Instant::now());
-    (1..TRIES).for_each(|_| known.refused(&key(1)));
+    (1..MAX_TRIES).for_each(|_| known.refused(&key(1)));
     assert!(known.is_pending(&key(1)));
     known.refused(&key(1));
     assert!(!known.is_pending(&key(1)));
@@ -1001,8 +1001,8 @@ enum Happening {
     Come(Vec<u32>),
     /// They come, and the kernel does not take them.
     Fail(u32),
-    Reserve(u32),
-    GivePlaces,
+    TakeSlot(u32),
+    GiveSlots,
     /// They are live elsewhere, with a handshake or not.
     Learn(Vec<u32>, bool, u64),
     Remember(u32, bool),
@@ -1025,10 +1025,10 @@ fn happening() -> impl Strategy<Value = Happening> {
     prop_oneof![
         4 => many().prop_map(Happening::Come),
         1 => one().prop_map(Happening::Fail),
-        1 => one().prop_map(Happening::Reserve),
-        1 => Just(Happening::GivePlaces),
+        1 => one().prop_map(Happening::TakeSlot),
+        1 => Just(Happening::GiveSlots),
         2 => (many(), any::<bool>(), 0..900_u64).prop_map(|(keys, shaken, age)| Happening::Learn(keys, shaken, age)),
-        1 => (one(), any::<bool>()).prop_map(|(n, proven)| Happening::Remember(n, proven)),
+        1 => (one(), any::<bool>()).prop_map(|(n, established)| Happening::Remember(n, established)),
         2 => many().prop_map(Happening::Vanish),
         1 => Just(Happening::PutBack),
         2 => one().prop_map(Happening::Handshake),
@@ -1056,17 +1056,17 @@ impl World {
         match happening {
             Happening::Come(numbers) => drop(self.come(&keys(&numbers))),
             Happening::Fail(n) => drop(self.known.mark_pending(one_of(n), now)),
-            Happening::Reserve(n) => self.known.reserve(&one_of(n)),
-            Happening::GivePlaces => drop(self.known.give_places(None, &self.reserved)),
+            Happening::TakeSlot(n) => self.known.take_slot(&one_of(n)),
+            Happening::GiveSlots => drop(self.known.give_slots(None, &self.reserved)),
             Happening::Learn(numbers, has_handshake, age_secs) => {
                 let age = Age { age_secs, has_handshake };
                 self.learn(&keys(&numbers).into_iter().map(|key| (key, age)).collect::<Vec<_>>());
             }
-            Happening::Remember(n, proven) => self.known.remember(one_of(n), KeyRecord { last: now, proven }),
+            Happening::Remember(n, established) => self.known.remember(one_of(n), KeyRecord { last: now, established }),
             Happening::Vanish(numbers) => self.vanish(&keys(&numbers)),
             Happening::PutBack => self.put_back(),
             Happening::Handshake(n) => self.handshake(one_of(n)),
-            Happening::Refuse(n) => (0..TRIES).for_each(|_| self.known.refused(&one_of(n))),
+            Happening::Refuse(n) => (0..MAX_TRIES).for_each(|_| self.known.refused(&one_of(n))),
             Happening::Remove(n) => self.remove(&[one_of(n)].into()),
             Happening::Disown(n) => self.known.disown(&one_of(n)),
             Happening::Deny(n) => {
@@ -1094,7 +1094,7 @@ impl World {
     fn assert_counted(&self) {
         let KnownPeers { table, pending, owners, .. } = &self.known;
         assert_eq!(table.unestablished(), table.recount());
-        assert_eq!(pending.reserved(), pending.recount());
+        assert_eq!(pending.slots(), pending.recount());
         for (key, _) in table.iter_vanished() {
             assert!(pending.contains(key) && !table.contains(key), "{key:?} vanished");
         }

@@ -20,9 +20,10 @@ use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Interface, KernelError};
 
 use self::removals::Evictions;
-use super::reports::Report;
+pub(super) use self::removals::{Evicted, Renewed};
+use super::reports::{Report, reject_reason};
 use super::schedule::Schedule;
-use crate::peers::{Clocks, Counts, KnownPeers, Policy};
+use crate::peers::{Clocks, KnownPeers, PeerCounts, Policy};
 use crate::plan::Step;
 use crate::profiles::Profile;
 
@@ -60,6 +61,14 @@ pub(super) struct Recorded {
     pub failed: Vec<RejectReason>,
     /// Pending keys that were too many.
     pub dropped: usize,
+}
+
+/// What a read of the tables changed.
+pub(super) struct ReadChange {
+    /// How many peers of ours vanished from an interface that stayed.
+    pub vanished: usize,
+    /// The read before it failed.
+    pub is_readable_again: bool,
 }
 
 /// What a failure of the kernel means.
@@ -186,10 +195,11 @@ impl DomainReconciler {
         (recorded, report)
     }
 
-    /// The tables were read; returns how many peers vanished, and whether it is the first read that did not fail.
-    pub(super) fn on_read(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> (usize, bool) {
+    /// The tables were read.
+    pub(super) fn on_read(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> ReadChange {
         self.interface_key = Ok(device.public_key);
-        (self.peers.observe(device, reserved, now), std::mem::take(&mut self.unreadable))
+        let vanished = self.peers.observe(device, reserved, now);
+        ReadChange { vanished, is_readable_again: std::mem::take(&mut self.unreadable) }
     }
 
     /// Whether there are tables to apply anything to.
@@ -198,7 +208,7 @@ impl DomainReconciler {
     }
 
     /// What the read showed to be missing is the backlog; returns how many peers are in which state.
-    pub(super) fn plan_backlog(&mut self, device: &Device, reserved: &Reserved, now: Instant) -> Counts {
+    pub(super) fn plan_backlog(&mut self, device: &Device, reserved: &Reserved, now: Instant) -> PeerCounts {
         self.backlog = self.peers.pending_steps(device, reserved).into();
         self.make_more_room(now);
         if self.backlog.is_empty() {
@@ -215,7 +225,7 @@ impl DomainReconciler {
             return false;
         }
         if self.interface_key.is_err() {
-            self.interface_key = Err(error.reason());
+            self.interface_key = Err(reject_reason(error));
         }
         self.schedule.on_failure(now);
         !std::mem::replace(&mut self.unreadable, true)
@@ -234,7 +244,7 @@ impl DomainReconciler {
     }
 
     fn mark_down(&mut self, error: &KernelError) {
-        self.interface_key = Err(error.reason());
+        self.interface_key = Err(reject_reason(error));
         self.peers.lost();
         self.backlog.clear();
         self.evictions = Evictions::default();
@@ -243,5 +253,5 @@ impl DomainReconciler {
 
 /// What is published of keys that the kernel was asked for.
 pub(super) fn to_report(outcomes: KeyOutcomes) -> Report {
-    outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| error.reason()))).collect()
+    outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| reject_reason(&error)))).collect()
 }

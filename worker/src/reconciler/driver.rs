@@ -12,8 +12,8 @@ use tracing::{debug, info, warn};
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Kernel, KernelError};
 
-use super::domain::{DomainReconciler, Failure, KeyOutcomes, Recorded, to_report};
-use super::reports::{Report, ReportSender};
+use super::domain::{DomainReconciler, Evicted, Failure, KeyOutcomes, ReadChange, Recorded, Renewed, to_report};
+use super::reports::{Report, ReportSender, reject_reason};
 use super::{Metrics, clock};
 use crate::peers::Clocks;
 use crate::plan::{self, Step};
@@ -48,7 +48,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.count_dropped(dropped);
     }
 
-    /// Counts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
+    /// PeerCounts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
     fn reject(&self, rejected: Vec<(PublicKey, RejectReason)>) -> Report {
         let domain = self.domain.name();
         for wrong in [RejectReason::Reserved, RejectReason::AddressTaken] {
@@ -114,7 +114,7 @@ impl<K: Kernel> Driver<'_, K> {
                 if let KernelError::Interface { .. } = &error {
                     self.reports.set_lost(&domain, &error);
                 }
-                Err(error.reason())
+                Err(reject_reason(&error))
             }
         }
     }
@@ -122,9 +122,9 @@ impl<K: Kernel> Driver<'_, K> {
     /// Each step is long with many peers; it yields between them, so that MQTT and the shutdown can run.
     async fn conclude(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
         yield_now().await;
-        let (vanished, is_again) = self.domain.on_read(device, &self.reserved.borrow(), self.now);
+        let ReadChange { vanished, is_readable_again } = self.domain.on_read(device, &self.reserved.borrow(), self.now);
         let domain = self.domain.name();
-        if is_again {
+        if is_readable_again {
             info!(%domain, "tables can be read again");
         }
         if vanished > 0 {
@@ -178,10 +178,10 @@ impl<K: Kernel> Driver<'_, K> {
         let steps = self.domain.take_evictions(clock());
         let outcomes = self.apply(&steps).await;
         self.publish_gone(&outcomes, &RejectReason::Removed);
-        let (removed, in_all) = self.domain.on_evicted(&outcomes);
+        let Evicted { removed, removed_in_all } = self.domain.on_evicted(&outcomes);
         let domain = self.domain.name();
         self.metrics.peers.evicted.with_label_values(&[domain.name()]).inc_by(removed as u64);
-        if let Some(removed) = in_all {
+        if let Some(removed) = removed_in_all {
             info!(%domain, removed, "peers without a handshake make room for others");
         }
     }
@@ -189,7 +189,7 @@ impl<K: Kernel> Driver<'_, K> {
     async fn renew(&mut self, device: &Device) {
         let steps = self.domain.plan_renewals(device, self.now());
         let outcomes = self.apply(&steps).await;
-        let (renewed, dropped) = self.domain.on_renewed(&outcomes, self.now());
+        let Renewed { renewed, dropped } = self.domain.on_renewed(&outcomes, self.now());
         self.metrics.peers.renewed.with_label_values(&[self.domain.name().name()]).inc_by(renewed as u64);
         self.count_dropped(dropped);
     }

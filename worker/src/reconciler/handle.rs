@@ -13,7 +13,7 @@ use wgkex_common::{Domain, KeyId, PublicKey};
 use super::{DomainStates, Metrics, Snapshot};
 
 /// Keys that wait at most for a batch; a full retained fleet fits.
-const QUEUE: usize = 65_536;
+const MAX_QUEUED_KEYS: usize = 65_536;
 
 /// Which keys are admitted from now on, and which were denied just now, by which records.
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ pub struct ReconcilerHandle {
 
 /// A handle, by which `state` is read, and its other end.
 pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) -> (ReconcilerHandle, Inbox) {
-    let (keys, keys_receiver) = mpsc::channel(QUEUE);
+    let (keys, keys_receiver) = mpsc::channel(MAX_QUEUED_KEYS);
     let (live, live_receiver) = mpsc::channel(1);
     let handle = ReconcilerHandle {
         keys,

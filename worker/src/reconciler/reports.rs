@@ -11,11 +11,12 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::{Applied, Handshakes, Revoked};
+use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{Domain, PublicKey, RejectReason};
 use wgkex_kernel::{Device, KernelError};
 
 use super::Metrics;
-use crate::peers::Counts;
+use crate::peers::PeerCounts;
 
 /// Keys in one confirmation at most: about 100 kB of JSON.
 const KEYS_PER_MESSAGE: usize = 2_000;
@@ -61,6 +62,23 @@ impl DomainState {
 
 /// What became of each key of a batch: it stands, or the reason why not.
 pub(super) type Report = Vec<(PublicKey, Result<(), RejectReason>)>;
+
+/// Why keys are not installed after this error of the kernel.
+pub(super) fn reject_reason(error: &KernelError) -> RejectReason {
+    match error {
+        KernelError::Interface { .. } => RejectReason::Interface,
+        KernelError::Interrupted { .. } => RejectReason::Interrupted,
+        KernelError::Refused { .. } => RejectReason::Kernel,
+    }
+}
+
+/// The outcome of a key that a record denied.
+pub(super) struct RevokedKey {
+    /// When the record was made.
+    pub at: u64,
+    pub key: PublicKey,
+    pub outcome: RevokeOutcome,
+}
 
 /// What becomes of keys, at the publisher's end.
 pub struct Reports {
@@ -111,10 +129,10 @@ impl ReportSender {
         keys.chunks(KEYS_PER_MESSAGE).all(|part| self.handshakes.try_send(message(part)).is_ok())
     }
 
-    /// Says what became of denied keys, each with the time of its record. What MQTT cannot take is dropped.
-    pub fn revoked(&self, outcomes: impl IntoIterator<Item = (u64, PublicKey, String)>) {
-        let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, String>>::new();
-        for (at, key, outcome) in outcomes {
+    /// Reports the outcomes of denied keys. What MQTT cannot take is dropped.
+    pub(super) fn revoked(&self, keys: impl IntoIterator<Item = RevokedKey>) {
+        let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, RevokeOutcome>>::new();
+        for RevokedKey { at, key, outcome } in keys {
             by_record.entry(at).or_default().insert(key, outcome);
         }
         for (at, keys) in by_record {
@@ -124,13 +142,13 @@ impl ReportSender {
         }
     }
 
-    pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: Counts) {
+    pub fn set_tables(&mut self, domain: &Domain, device: &Device, counts: PeerCounts) {
         self.metrics.peers.set_counts(domain, counts);
         self.set_state(domain, DomainState::of(domain, device, counts.connected));
     }
 
     pub fn set_lost(&mut self, domain: &Domain, error: &KernelError) {
-        self.metrics.peers.set_counts(domain, Counts::default());
+        self.metrics.peers.set_counts(domain, PeerCounts::default());
         self.set_state(domain, DomainState::Down { reason: error.to_string() });
     }
 

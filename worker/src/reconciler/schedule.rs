@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use crate::peers::Policy;
 
 /// Link events come in bursts: after a read, they are collected for at least this long.
-const SETTLE: Duration = Duration::from_millis(100);
+const READ_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
 /// The first pause after a failure; each further one doubles it.
-const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MIN: Duration = Duration::from_secs(1);
 
 /// When one domain is read, and when its stale peers are looked for.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Schedule {
     /// A read that was begun at `now` has ended, well or not, after `took`.
     pub fn read(&mut self, now: Instant, took: Duration) {
         self.read_at = now + took + self.count;
-        self.settled_at = now + took + took.max(SETTLE);
+        self.settled_at = now + took + took.max(READ_INTERVAL_MIN);
     }
 
     /// Whether the stale peers are to be looked for.
@@ -71,7 +71,7 @@ impl Schedule {
 
     /// A read or a change failed: the next read follows after a pause that doubles, at most one count interval later.
     pub fn on_failure(&mut self, now: Instant) {
-        let pause = RETRY * 2_u32.pow(self.failures.min(6));
+        let pause = RETRY_MIN * 2_u32.pow(self.failures.min(6));
         self.failures = self.failures.saturating_add(1);
         self.read_at = self.read_at.min(now + pause);
     }
@@ -105,8 +105,8 @@ mod tests {
         assert_eq!(schedule.read_at(), event);
         good_read(&mut schedule, event, Duration::ZERO);
         schedule.expedite(event);
-        schedule.expedite(event + SETTLE / 2);
-        assert_eq!(schedule.read_at(), event + SETTLE);
+        schedule.expedite(event + READ_INTERVAL_MIN / 2);
+        assert_eq!(schedule.read_at(), event + READ_INTERVAL_MIN);
     }
 
     #[test]

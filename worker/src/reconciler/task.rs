@@ -11,14 +11,14 @@ use futures_util::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
-use wgkex_common::wire::message::Revoked;
+use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
 use super::driver::Driver;
 use super::handle::{self, Inbox, PolicyUpdate, ReconcilerHandle};
-use super::reports::{ReportSender, Reports};
+use super::reports::{ReportSender, Reports, RevokedKey};
 use super::{DomainStates, Metrics, Snapshot, clock, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::profiles::Profile;
@@ -81,7 +81,7 @@ pub struct Start<K> {
 
 /// What can happen to a reconciler.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(super) enum TaskEvent {
     /// Keys arrived, in this order.
     Keys(Vec<KeyId>),
     /// These keys are live, and this gateway may lack some of them.
@@ -144,7 +144,7 @@ impl<K: Kernel> Reconciler<K> {
     async fn work(mut self) {
         self.apply_policy(clocks()).await;
         for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
-            self.handle(Event::ReadDue(domain), clocks()).await;
+            self.handle(TaskEvent::ReadDue(domain), clocks()).await;
         }
         while let Some(event) = self.next().await {
             self.handle(event, clocks()).await;
@@ -153,12 +153,12 @@ impl<K: Kernel> Reconciler<K> {
 
     /// Waits for the next event. After each batch of keys other work that is due has its turn, so that neither
     /// starves the other and a key never waits for more than one read or one slice of the backlog.
-    async fn next(&mut self) -> Option<Event> {
+    async fn next(&mut self) -> Option<TaskEvent> {
         let is_closed = self.gate.borrow_and_update().is_some();
         let ready = self.domains.values().find(|domain| domain.has_backlog() && !is_closed);
-        let ready = ready.map(|domain| Event::BacklogReady(domain.name().clone()));
+        let ready = ready.map(|domain| TaskEvent::BacklogReady(domain.name().clone()));
         let due = self.domains.values().min_by_key(|domain| domain.read_at());
-        let due = due.map(|domain| (Instant::from_std(domain.read_at()), Event::ReadDue(domain.name().clone())));
+        let due = due.map(|domain| (Instant::from_std(domain.read_at()), TaskEvent::ReadDue(domain.name().clone())));
         let backlog: usize = self.domains.values().map(DomainReconciler::backlog_len).sum();
         let has_room = !is_closed && backlog < MAX_BACKLOG;
         let mut other = pin!(other(due, ready));
@@ -168,40 +168,40 @@ impl<K: Kernel> Reconciler<K> {
                 return Some(event);
             }
             if has_room && let Ok((domain, keys)) = inbox.live.try_recv() {
-                return Some(Event::Snapshot(domain, keys));
+                return Some(TaskEvent::Snapshot(domain, keys));
             }
         }
         tokio::select! {
             biased;
-            () = inbox.policy_changed.notified() => Some(Event::PolicyChanged),
-            () = changed(&mut self.gate) => Some(Event::GateChanged),
-            () = self.kernel.changed() => Some(Event::LinkChanged),
-            () = inbox.refresh.notified() => Some(Event::LinkChanged),
-            () = inbox.reconnected.notified() => Some(Event::Reconnected),
+            () = inbox.policy_changed.notified() => Some(TaskEvent::PolicyChanged),
+            () = changed(&mut self.gate) => Some(TaskEvent::GateChanged),
+            () = self.kernel.changed() => Some(TaskEvent::LinkChanged),
+            () = inbox.refresh.notified() => Some(TaskEvent::LinkChanged),
+            () = inbox.reconnected.notified() => Some(TaskEvent::Reconnected),
             count = collect_batch(self.collects_until, &mut inbox.keys, &mut self.batch), if !is_closed => {
                 self.other_work_first = true;
-                (count > 0).then(|| Event::Keys(std::mem::take(&mut self.batch)))
+                (count > 0).then(|| TaskEvent::Keys(std::mem::take(&mut self.batch)))
             }
-            Some((domain, keys)) = inbox.live.recv(), if has_room => Some(Event::Snapshot(domain, keys)),
+            Some((domain, keys)) = inbox.live.recv(), if has_room => Some(TaskEvent::Snapshot(domain, keys)),
             event = other => Some(event),
         }
     }
 
-    pub(super) async fn handle(&mut self, event: Event, now: Clocks) {
+    pub(super) async fn handle(&mut self, event: TaskEvent, now: Clocks) {
         match event {
-            Event::Keys(keys) => self.install(keys, now).await,
-            Event::Snapshot(domain, keys) => self.learn(&domain, keys, now),
-            Event::Reconnected => self.domains.values_mut().for_each(DomainReconciler::report_all),
-            Event::PolicyChanged => self.apply_policy(now).await,
-            Event::GateChanged => {}
-            Event::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
-            Event::ReadDue(domain) => {
+            TaskEvent::Keys(keys) => self.install(keys, now).await,
+            TaskEvent::Snapshot(domain, keys) => self.learn(&domain, keys, now),
+            TaskEvent::Reconnected => self.domains.values_mut().for_each(DomainReconciler::report_all),
+            TaskEvent::PolicyChanged => self.apply_policy(now).await,
+            TaskEvent::GateChanged => {}
+            TaskEvent::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
+            TaskEvent::ReadDue(domain) => {
                 if let Some(mut driver) = self.driver(&domain, now) {
                     // What it could not do is done at the next read.
                     let _ = driver.read(&BTreeSet::new()).await;
                 }
             }
-            Event::BacklogReady(domain) => {
+            TaskEvent::BacklogReady(domain) => {
                 if let Some(mut driver) = self.driver(&domain, now) {
                     driver.catch_up().await;
                 }
@@ -261,12 +261,12 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         self.reports.revoked(denied.into_iter().map(|(key, at)| {
-            let outcome = match outcomes.get(&key) {
-                None => Revoked::ABSENT.to_owned(),
-                Some(Ok(())) => Revoked::REMOVED.to_owned(),
-                Some(Err(reason)) => reason.to_string(),
+            let outcome = match outcomes.remove(&key) {
+                None => RevokeOutcome::Absent,
+                Some(Ok(())) => RevokeOutcome::Removed,
+                Some(Err(reason)) => RevokeOutcome::Failed(reason),
             };
-            (at, key, outcome)
+            RevokedKey { at, key, outcome }
         }));
     }
 
@@ -300,7 +300,7 @@ async fn changed(gate: &mut watch::Receiver<Option<std::time::Instant>>) {
 }
 
 /// What is due at its time, else the backlog, at once.
-async fn other(due: Option<(Instant, Event)>, ready: Option<Event>) -> Event {
+async fn other(due: Option<(Instant, TaskEvent)>, ready: Option<TaskEvent>) -> TaskEvent {
     match (due, ready) {
         (Some((time, event)), _) if time <= Instant::now() => event,
         (_, Some(event)) => event,

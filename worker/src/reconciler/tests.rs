@@ -11,11 +11,12 @@ use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Applied, Revoked};
+use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{KeyId, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
 
-use super::task::Event;
+use super::task::TaskEvent;
 use super::{DomainState, DomainStates, Metrics, Reconciler, ReconcilerHandle, Reports, Snapshot, Start, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::plan;
@@ -745,7 +746,10 @@ async fn a_denied_key_is_removed_whole_and_not_installed_again() {
     gateway.settle().await;
     gateway.handle.admit(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
     let said = gateway.said.revoked.recv().await.unwrap();
-    assert_eq!(said, Revoked { at: 7, keys: [(key(1), "removed".into()), (key(50), "absent".into())].into() });
+    assert_eq!(
+        said,
+        Revoked { at: 7, keys: [(key(1), RevokeOutcome::Removed), (key(50), RevokeOutcome::Absent)].into() }
+    );
     assert_eq!(gateway.metrics.peers.denied.with_label_values(&["ffmuc_welt"]).get(), 2);
     let said = gateway.confirmed().await;
     assert_eq!((said.installed, said.failed), (vec![], [1, 2].map(|n| (key(n), RejectReason::Denied)).into()));
@@ -793,7 +797,7 @@ async fn a_denied_peer_that_others_altered_stays_and_is_reported() {
     let before = gateway.device();
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
     let said = gateway.said.revoked.recv().await.unwrap();
-    assert_eq!(said.keys, [(key(1), RejectReason::Altered.to_string())].into());
+    assert_eq!(said.keys, [(key(1), RevokeOutcome::Failed(RejectReason::Altered))].into());
     sleep(10 * MINUTE).await;
     assert_eq!(gateway.device(), before);
 }
@@ -805,7 +809,10 @@ async fn a_failed_removal_is_tried_again() {
     gateway.settle().await;
     gateway.memory.refuse(Change::RemovePeer(key(1)));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
-    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "kernel".to_owned())].into());
+    assert_eq!(
+        gateway.said.revoked.recv().await.unwrap().keys,
+        [(key(1), RevokeOutcome::Failed(RejectReason::Kernel))].into()
+    );
     gateway.memory.refuse_nothing();
     sleep(2 * MINUTE).await;
     assert!(!gateway.device().peers.contains_key(&key(1)));
@@ -814,7 +821,10 @@ async fn a_failed_removal_is_tried_again() {
     gateway.memory.remove(&domain());
     sleep(MINUTE).await;
     gateway.handle.admit(denying([1, 2]), [(key(2), 8)]);
-    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(2), "interface".to_owned())].into());
+    assert_eq!(
+        gateway.said.revoked.recv().await.unwrap().keys,
+        [(key(2), RevokeOutcome::Failed(RejectReason::Interface))].into()
+    );
     gateway.memory.add(&domain());
     sleep(2 * MINUTE).await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(3)]);
@@ -827,7 +837,7 @@ async fn orphans_of_a_denied_key_are_removed_at_once() {
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
     gateway.handle.admit(denying([1]), [(key(1), 7)]);
-    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), "removed".to_owned())].into());
+    assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), RevokeOutcome::Removed)].into());
     let device = gateway.device();
     assert!(device.routes.is_empty() && device.fdb.is_empty());
 }
@@ -896,13 +906,13 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
     let trusted = Entry::new(List::Trusted, key(1));
     let trusting = |denied: &[Entry]| Arc::new(Admission::of(denied.iter().chain([&trusted]), AllowList::Off, 0));
     gateway.handle().admit(trusting(&[]), []);
-    gateway.reconciler.handle(Event::PolicyChanged, gateway.now).await;
+    gateway.reconciler.handle(TaskEvent::PolicyChanged, gateway.now).await;
     for _ in 0..5 * 60 {
         gateway.minute().await;
     }
     assert_eq!(gateway.memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
     gateway.handle().admit(trusting(&[Entry::new(List::Deny, key(1))]), []);
-    gateway.reconciler.handle(Event::PolicyChanged, gateway.now).await;
+    gateway.reconciler.handle(TaskEvent::PolicyChanged, gateway.now).await;
     assert!(gateway.memory.device(&domain()).unwrap().peers.is_empty());
 }
 
@@ -1108,16 +1118,16 @@ impl Still {
     async fn keys(&mut self, keys: impl IntoIterator<Item = u32>) {
         self.minute().await;
         let keys = keys.into_iter().map(|n| id(key(n))).collect();
-        self.reconciler.handle(Event::Keys(keys), self.now).await;
+        self.reconciler.handle(TaskEvent::Keys(keys), self.now).await;
     }
 
     /// A minute passes and all is done that is due after it.
     async fn minute(&mut self) {
         self.now.monotonic += MINUTE;
         self.now.wall += MINUTE;
-        self.reconciler.handle(Event::ReadDue(domain()), self.now).await;
+        self.reconciler.handle(TaskEvent::ReadDue(domain()), self.now).await;
         while self.reconciler.domains[&domain()].has_backlog() {
-            self.reconciler.handle(Event::BacklogReady(domain()), self.now).await;
+            self.reconciler.handle(TaskEvent::BacklogReady(domain()), self.now).await;
         }
     }
 }
@@ -1139,7 +1149,7 @@ fn reconciler(memory: MemoryKernel, policy: &Policy) -> (Reconciler<MemoryKernel
     Reconciler::new(Start { policy: *policy, ..start_with(memory) })
 }
 
-/// A reconciler that remembers proven keys.
+/// A reconciler that remembers established keys.
 fn remembering(
     memory: MemoryKernel,
     keys: std::ops::Range<u32>,
@@ -1148,7 +1158,7 @@ fn remembering(
 }
 
 fn remembered(keys: std::ops::Range<u32>) -> Keys {
-    let record = KeyRecord { last: std::time::Instant::now(), proven: true };
+    let record = KeyRecord { last: std::time::Instant::now(), established: true };
     keys.map(|n| (id(key(n)), record)).collect()
 }
 

@@ -128,8 +128,8 @@ fn only_recent_updates_answer_a_request_for_those() {
     assert_eq!(young(&live, later), [key(4)], "what it knew is no news");
     let given = live.chunk(&SyncRequest { after: Some(key(3)), ..question() }, later);
     assert_eq!(given.keys, [(key(4), Age { age_secs: 3_600, has_handshake: true })].into());
-    let older = page.keys.into_iter().map(|(key, Age { age_secs: age, has_handshake: proven })| {
-        (key, Age { age_secs: age + 19, has_handshake: proven })
+    let older = page.keys.into_iter().map(|(key, Age { age_secs: age, has_handshake: established })| {
+        (key, Age { age_secs: age + 19, has_handshake: established })
     });
     live.on_chunk(&SnapshotChunk { keys: older.collect(), ..page_of_none() }, later + 19 * SECOND);
     assert_eq!(young(&live, later + 20 * SECOND), [], "nor is what it is told again");
@@ -154,7 +154,7 @@ fn pages_that_are_long_on_their_way_bring_no_news() {
 #[test]
 fn after_a_restart_everything_is_news() {
     let now = Instant::now();
-    let known: Keys = [(id(1), KeyRecord { last: now.checked_sub(HOUR).unwrap(), proven: true })].into();
+    let known: Keys = [(id(1), KeyRecord { last: now.checked_sub(HOUR).unwrap(), established: true })].into();
     let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
     let young = live.chunk(&SyncRequest { younger_than: Some(20), ..question() }, now + SECOND);
     assert_eq!(young.keys, [(key(1), Age { age_secs: 3_601, has_handshake: true })].into());
@@ -185,7 +185,7 @@ fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it()
         live.on_handshake(&"thief".parse().unwrap(), "ff_none", key(n), now + HOUR);
     }
     assert_eq!(all(&live, question(), now + HOUR), (0..16).map(key).collect::<Vec<_>>());
-    assert_eq!(counts(&live), [Counts { established: 16, unestablished: 0, unrequested: 2 }]);
+    assert_eq!(counts(&live), [LiveKeyCounts { established: 16, unestablished: 0, unrequested: 2 }]);
     assert_eq!(live.is_established(&domain(), &key(100)), None, "nor does it let a key past a limit");
     assert!(!live.is_routers(&key(100)) && live.is_routers(&key(0)));
     assert!([0, 100].iter().all(|n| live.has_handshake(&key(*n))) && !live.has_handshake(&key(102)));
@@ -195,7 +195,7 @@ fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it()
     live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY);
     live.on_request("ff_a", key(101), now + DAY + HOUR);
     assert_eq!(live.is_established(&domain(), &key(101)), Some(true));
-    assert_eq!(counts(&live), [Counts { established: 1, unestablished: 1, unrequested: 0 }]);
+    assert_eq!(counts(&live), [LiveKeyCounts { established: 1, unestablished: 1, unrequested: 0 }]);
     live.on_handshake(&"gw".parse().unwrap(), "ff_a", key(101), now + DAY + 2 * HOUR);
     assert_eq!(live.chunk(&question(), now + DAY + 2 * HOUR).keys[&key(101)], Age { age_secs: 0, has_handshake: true });
 }
@@ -214,7 +214,7 @@ fn too_many_keys_push_out_the_oldest_that_never_shook_hands() {
         assert!(live.len() <= 160);
     }
     let left = all(&live, question(), now + 11_000 * SECOND);
-    assert!((0..100).step_by(2).all(|n| left.contains(&key(n))), "the proven ones stay");
+    assert!((0..100).step_by(2).all(|n| left.contains(&key(n))), "the established ones stay");
     assert!((10_950..11_000).all(|n| left.contains(&key(n))), "and the newest");
     for n in 20_000..20_200 {
         prove(&mut live, key(n), now + n * SECOND);
@@ -258,7 +258,7 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     assert_eq!(known(&live, now + 20 * SECOND), [second], "by one worker's word no key takes another's address");
     let page = SnapshotChunk { keys: [(first, Age { age_secs: 0, has_handshake: true })].into(), ..page_of_none() };
     live.on_chunk(&page, now + 20 * SECOND);
-    assert_eq!(known(&live, now + 20 * SECOND), [first], "the proven one");
+    assert_eq!(known(&live, now + 20 * SECOND), [first], "the established one");
     live.on_request("ff_a", second, now + 30 * SECOND);
     assert_eq!(known(&live, now + 30 * SECOND), [first]);
     assert_eq!(live.expire(now + 2 * DAY), 1);
@@ -336,7 +336,7 @@ fn only_so_many_that_lost_their_address_are_remembered() {
 fn a_start_writes_nothing_that_is_on_disk() {
     let now = Instant::now();
     let known = |keys: &[PublicKey]| {
-        let kept = KeyRecord { last: now, proven: false };
+        let kept = KeyRecord { last: now, established: false };
         keys.iter().map(|key| (KeyId { domain: domain(), key: *key }, kept)).collect::<Keys>()
     };
     let start = |max, keys: &[PublicKey]| {
@@ -354,7 +354,7 @@ fn a_start_writes_nothing_that_is_on_disk() {
 #[test]
 fn remembered_keys_are_bounded_too() {
     let now = Instant::now();
-    let kept = KeyRecord { last: now, proven: false };
+    let kept = KeyRecord { last: now, established: false };
     let known = (0..100).map(|n| (id(n), kept)).collect();
     let live = LiveKeys::new(&config(10), known, WriteBuffer::default(), now);
     assert_eq!(live.len(), 10);
@@ -383,8 +383,8 @@ proptest! {
         prop_assert_eq!(known(&one), known(&other));
         one.expire(now + DAY.saturating_sub(Duration::from_secs(3_550)));
         for live in [&one, &other] {
-            let proven = known(live).iter().filter(|(_, proven)| *proven).count();
-            let counts = Counts { established: proven, unestablished: live.len() - proven, unrequested: 0 };
+            let established = known(live).iter().filter(|(_, established)| *established).count();
+            let counts = LiveKeyCounts { established: established, unestablished: live.len() - established, unrequested: 0 };
             prop_assert_eq!(live.counts().map(|(_, counts)| counts).collect::<Vec<_>>(), [counts]);
         }
     }

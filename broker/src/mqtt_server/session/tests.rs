@@ -6,8 +6,8 @@ use wgkex_common::config::Role;
 
 use super::*;
 
-fn session() -> Session {
-    Session::new(Access::everything(), false)
+fn session() -> ClientSession {
+    ClientSession::new(Access::everything(), false)
 }
 
 fn publish(topic: &str, qos: QoS, pkid: u16) -> Packet {
@@ -24,7 +24,7 @@ fn message(topic: &str, qos: QoS) -> Message {
 }
 
 /// What the session does, and what it answers.
-fn take(session: &mut Session, packet: Packet) -> (Vec<Action>, Vec<Packet>) {
+fn take(session: &mut ClientSession, packet: Packet) -> (Vec<SessionAction>, Vec<Packet>) {
     let mut output = BytesMut::new();
     let actions = session.take(packet, &mut output).unwrap();
     (actions, packets(output))
@@ -34,7 +34,7 @@ fn packets(mut output: BytesMut) -> Vec<Packet> {
     std::iter::from_fn(|| Packet::read(&mut output, usize::MAX).ok()).collect()
 }
 
-fn delivered(session: &mut Session, message: Message) -> Vec<Publish> {
+fn delivered(session: &mut ClientSession, message: Message) -> Vec<Publish> {
     let mut output = BytesMut::new();
     session.deliver(message, &mut output);
     let publish = |packet| if let Packet::Publish(publish) = packet { publish } else { panic!("{packet:?}") };
@@ -43,7 +43,7 @@ fn delivered(session: &mut Session, message: Message) -> Vec<Publish> {
 
 #[test]
 fn each_quality_of_service_has_its_answer_and_is_published_once() {
-    let (mut session, said) = (session(), |qos| vec![Action::Publish(message("a", qos))]);
+    let (mut session, said) = (session(), |qos| vec![SessionAction::Publish(message("a", qos))]);
     let (zero, one, two) = (QoS::AtMostOnce, QoS::AtLeastOnce, QoS::ExactlyOnce);
     assert_eq!(take(&mut session, publish("a", zero, 0)), (said(zero), vec![]));
     assert_eq!(take(&mut session, publish("a", one, 7)), (said(one), vec![Packet::PubAck(PubAck { pkid: 7 })]));
@@ -58,7 +58,7 @@ fn each_quality_of_service_has_its_answer_and_is_published_once() {
 #[test]
 fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
     use SubscribeReasonCode::{Failure, Success};
-    let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
+    let mut session = ClientSession::new(Access::of(Role::Worker, "gw1"), false);
     let filters = [
         ("wireguard/a/+", QoS::ExactlyOnce),
         ("a#/b", QoS::AtMostOnce),
@@ -66,8 +66,8 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
         ("wgkex/worker/gw1/pages", QoS::AtMostOnce),
     ];
     let (actions, answers) = take(&mut session, subscribe(&filters));
-    let forbidden = Action::Deny { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
-    assert_eq!(actions, [Action::Subscribe, forbidden]);
+    let forbidden = SessionAction::Deny { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
+    assert_eq!(actions, [SessionAction::Subscribe, forbidden]);
     let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
     assert!(session.wants("wireguard/a/all") && !session.wants("wireguard-worker/gw1/status"));
@@ -75,12 +75,12 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
 
 #[test]
 fn a_forbidden_publish_is_acknowledged_and_dropped() {
-    let mut session = Session::new(Access::of(Role::Worker, "gw1"), false);
+    let mut session = ClientSession::new(Access::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
         let (actions, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
         assert_eq!(
             actions,
-            [Action::Deny { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
+            [SessionAction::Deny { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
         );
         assert_eq!(answers, [Packet::PubAck(PubAck { pkid: 3 })]);
     }
@@ -144,14 +144,14 @@ fn an_identifier_under_way_is_not_given_again() {
 fn each_subscription_delivers_the_retained_messages_and_only_once_at_a_time() {
     let mut session = session();
     let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce), ("b", QoS::AtLeastOnce)]));
-    session.advance_backlog(Some("a".into()));
+    session.advance_retained(Some("a".into()));
     for _ in 0..1000 {
         let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
     }
-    let backlog = |filter: &str| Backlog { filter: filter.into(), after: None };
-    assert_eq!(session.backlog, [backlog("b"), backlog("a")]);
-    session.advance_backlog(None);
-    assert_eq!(session.backlog(), Some(&backlog("a")));
+    let cursor = |filter: &str| RetainedCursor { filter: filter.into(), after: None };
+    assert_eq!(session.retained, [cursor("b"), cursor("a")]);
+    session.advance_retained(None);
+    assert_eq!(session.next_retained(), Some(&cursor("a")));
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn subscriptions_are_bounded() {
     let (_, answers) = take(&mut session, subscribe(&[("one more", QoS::AtMostOnce), ("1", QoS::AtMostOnce)]));
     let codes = vec![SubscribeReasonCode::Failure, SubscribeReasonCode::Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
-    assert_eq!((session.subscriptions.len(), session.backlog.len()), (MAX_FILTERS, MAX_FILTERS));
+    assert_eq!((session.subscriptions.len(), session.retained.len()), (MAX_FILTERS, MAX_FILTERS));
     let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(MAX_LEVELS), QoS::AtMostOnce)]));
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, vec![SubscribeReasonCode::Failure]))]);
 }

@@ -25,7 +25,7 @@ pub struct Source {
     /// The key of the config.
     pub name: &'static str,
     path: PathBuf,
-    kind: Kind,
+    kind: FileKind,
     /// At the last look.
     last_seen: Option<FileStamps>,
     /// When it was last read.
@@ -42,7 +42,7 @@ pub struct Source {
 
 /// What a source has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileKind {
     /// A file of keys of this list.
     File(List),
     /// A file of allowed keys by domain.
@@ -63,7 +63,7 @@ struct FileStamp {
     times: [i64; 4],
 }
 
-impl Kind {
+impl FileKind {
     /// Whether keys that are not on it are refused.
     fn allows(self) -> bool {
         matches!(self, Self::Domains | Self::Dir(List::Allow))
@@ -72,7 +72,7 @@ impl Kind {
 
 impl Source {
     /// Nothing is read yet.
-    pub fn new(name: &'static str, path: &Path, kind: Kind) -> Self {
+    pub fn new(name: &'static str, path: &Path, kind: FileKind) -> Self {
         let path = path.to_owned();
         Self {
             name,
@@ -170,14 +170,14 @@ impl Source {
 
     /// The directory that is there now, if this is one.
     fn dir(&self) -> Option<[u64; 2]> {
-        let data = matches!(self.kind, Kind::Dir(_)).then(|| fs::metadata(&self.path).ok()).flatten()?;
+        let data = matches!(self.kind, FileKind::Dir(_)).then(|| fs::metadata(&self.path).ok()).flatten()?;
         Some([data.dev(), data.ino()])
     }
 
     fn stamp(&self) -> FileStamps {
         match self.kind {
-            Kind::File(_) | Kind::Domains => Ok(vec![stamp(&self.path)?]),
-            Kind::Dir(list) => {
+            FileKind::File(_) | FileKind::Domains => Ok(vec![stamp(&self.path)?]),
+            FileKind::Dir(list) => {
                 let files = key_files(&self.path, list)?;
                 files.into_iter().map(|(_, file)| stamp(&file)).collect()
             }
@@ -186,9 +186,9 @@ impl Source {
 
     fn listed(&self) -> Result<Listed, String> {
         match self.kind {
-            Kind::File(list) => self.whole(|text| parse::keys(text, list)),
-            Kind::Domains => self.whole(parse::keys_by_domain),
-            Kind::Dir(list) => {
+            FileKind::File(list) => self.whole(|text| parse::keys(text, list)),
+            FileKind::Domains => self.whole(parse::keys_by_domain),
+            FileKind::Dir(list) => {
                 let files = key_files(&self.path, list)?;
                 if list == List::Allow && files.is_empty() {
                     return Err("has no file with a key, at least one is needed".into());

@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::BrokerName;
-use crate::access_lists::records::{Full, Record, Refused};
+use crate::access_lists::records::{Record, RecordsFull, Refused};
 use crate::access_lists::{Admission, Entry};
 use crate::wire::message::{Hello, Requester};
 
@@ -82,9 +82,9 @@ pub const BY_CALL: &str = "admin";
 
 /// What others hand over to the service.
 #[derive(Debug)]
-pub enum Command {
+pub enum ListCommand {
     /// Puts the key of an entry on its list, or takes it off.
-    Change { entry: Entry, present: bool, answer: oneshot::Sender<Result<Changed, Full>> },
+    Change { entry: Entry, present: bool, answer: oneshot::Sender<Result<Changed, RecordsFull>> },
     /// Asks for every entry that counts now.
     List(oneshot::Sender<Vec<ListedEntry>>),
     /// Something was received.
@@ -94,7 +94,7 @@ pub enum Command {
 /// How the rest of the program reaches the [`ListService`].
 #[derive(Debug, Clone)]
 pub struct Handle {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<ListCommand>,
     snapshot: watch::Receiver<ListSnapshot>,
     gate: Arc<watch::Sender<Option<Instant>>>,
 }
@@ -103,7 +103,7 @@ pub struct Handle {
 pub fn channel(
     snapshot: watch::Receiver<ListSnapshot>,
     gate: Arc<watch::Sender<Option<Instant>>>,
-) -> (Handle, mpsc::Receiver<Command>) {
+) -> (Handle, mpsc::Receiver<ListCommand>) {
     let (commands, receiver) = mpsc::channel(COMMANDS);
     (Handle { commands, snapshot, gate }, receiver)
 }
@@ -112,7 +112,7 @@ impl Handle {
     /// Passes on what was received, without waiting.
     pub fn on_event(&self, event: ListEvent) {
         // What finds no place is published again.
-        let _ = self.commands.try_send(Command::Event(event));
+        let _ = self.commands.try_send(ListCommand::Event(event));
     }
 
     /// Closes the gate: keys wait from now on, until the records of the brokers are known.
@@ -139,16 +139,16 @@ impl Handle {
     }
 
     /// Puts the key of an entry on its list, or takes it off; none when the program ends.
-    pub async fn change(&self, entry: Entry, present: bool) -> Option<Result<Changed, Full>> {
+    pub async fn change(&self, entry: Entry, present: bool) -> Option<Result<Changed, RecordsFull>> {
         let (sender, answer) = oneshot::channel();
-        self.commands.send(Command::Change { entry, present, answer: sender }).await.ok()?;
+        self.commands.send(ListCommand::Change { entry, present, answer: sender }).await.ok()?;
         answer.await.ok()
     }
 
     /// Every entry that counts now.
     pub async fn list(&self) -> Vec<ListedEntry> {
         let (sender, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::List(sender)).await;
+        let _ = self.commands.send(ListCommand::List(sender)).await;
         answer.await.unwrap_or_default()
     }
 }

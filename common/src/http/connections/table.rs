@@ -12,26 +12,26 @@ use super::{Capacity, Closed, IDLE, PeerKind};
 const IDLE_CROWDED: Duration = Duration::from_secs(5);
 
 /// The open connections; `S` is the socket by which one is closed.
-pub struct Table<S> {
+pub struct ConnectionTable<S> {
     capacity: Capacity,
     last: u64,
-    open: BTreeMap<u64, Open<S>>,
+    open: BTreeMap<u64, OpenConnection<S>>,
     clients: HashMap<IpAddr, usize>,
 }
 
-struct Open<S> {
+struct OpenConnection<S> {
     peer: PeerKind,
     socket: S,
     flow: Arc<Flow>,
 }
 
 /// An entry in the table, and the connections that are evicted for it.
-pub struct Admitted<S> {
+pub struct AdmittedConnection<S> {
     pub id: u64,
     pub evicted: Vec<S>,
 }
 
-impl<S> Open<S> {
+impl<S> OpenConnection<S> {
     fn idle(&self) -> u64 {
         self.flow.idle()
     }
@@ -41,7 +41,7 @@ impl<S> Open<S> {
     }
 }
 
-impl<S> Table<S> {
+impl<S> ConnectionTable<S> {
     pub fn new(capacity: Capacity) -> Self {
         Self { capacity, last: 0, open: BTreeMap::new(), clients: HashMap::new() }
     }
@@ -52,7 +52,7 @@ impl<S> Table<S> {
 
     /// Takes in a connection. In a full table those go whose client is waited for the longest, be it for a request or for
     /// the body of one: a sixteenth at once, so that a flood does not cost a search each.
-    pub fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<Admitted<S>, (Closed, S)> {
+    pub fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<AdmittedConnection<S>, (Closed, S)> {
         if let PeerKind::Client(client) = peer
             && self.clients.get(&client).is_some_and(|open| *open >= self.capacity.of_client)
         {
@@ -63,11 +63,11 @@ impl<S> Table<S> {
             return Err((Closed::Full, socket));
         }
         self.last += 1;
-        self.open.insert(self.last, Open { peer, socket, flow });
+        self.open.insert(self.last, OpenConnection { peer, socket, flow });
         if let PeerKind::Client(client) = peer {
             *self.clients.entry(client).or_default() += 1;
         }
-        Ok(Admitted { id: self.last, evicted })
+        Ok(AdmittedConnection { id: self.last, evicted })
     }
 
     fn make_room(&mut self) -> Vec<S> {
@@ -79,7 +79,7 @@ impl<S> Table<S> {
     /// Takes out connections until the others hold a quarter less than they may, if they hold more.
     pub fn free_memory(&mut self) -> Vec<S> {
         let most = self.capacity.held;
-        let mut held: usize = self.open.values().map(Open::held).sum();
+        let mut held: usize = self.open.values().map(OpenConnection::held).sum();
         if held <= most {
             return Vec::new();
         }
@@ -88,14 +88,14 @@ impl<S> Table<S> {
             if held <= most / 4 * 3 {
                 break;
             }
-            held = held.saturating_sub(self.open.get(&id).map_or(0, Open::held));
+            held = held.saturating_sub(self.open.get(&id).map_or(0, OpenConnection::held));
             evicted.extend(self.remove(id));
         }
         evicted
     }
 
     /// Which ones these are, the longest idle first and those with a request under way last.
-    fn longest_idle(&self, is_meant: impl Fn(&Open<S>) -> bool) -> Vec<u64> {
+    fn longest_idle(&self, is_meant: impl Fn(&OpenConnection<S>) -> bool) -> Vec<u64> {
         let meant = self.open.iter().filter(|(_, open)| is_meant(open));
         let mut meant: Vec<_> = meant.map(|(id, open)| (open.idle(), *id)).collect();
         meant.sort_unstable();
@@ -103,7 +103,7 @@ impl<S> Table<S> {
     }
 
     pub fn remove(&mut self, id: u64) -> Option<S> {
-        let Open { peer, socket, .. } = self.open.remove(&id)?;
+        let OpenConnection { peer, socket, .. } = self.open.remove(&id)?;
         if let PeerKind::Client(client) = peer
             && let Some(open) = self.clients.get_mut(&client)
         {
@@ -118,7 +118,7 @@ impl<S> Table<S> {
     /// Takes out those on which no request came for too long.
     pub fn expire(&mut self, now: u64) -> Vec<S> {
         let is_crowded = self.open.len() * 2 > self.capacity.open;
-        let over = |open: &Open<S>| {
+        let over = |open: &OpenConnection<S>| {
             let since = open.idle();
             let limit = if is_crowded && open.peer != PeerKind::Proxy { IDLE_CROWDED } else { IDLE };
             since != BUSY && Duration::from_millis(now.saturating_sub(since)) >= limit
@@ -139,12 +139,17 @@ mod tests {
         PeerKind::Client([192, 0, 2, n].into())
     }
 
-    fn table(open: usize, held: usize) -> Table<u64> {
-        Table::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, held })
+    fn table(open: usize, held: usize) -> ConnectionTable<u64> {
+        ConnectionTable::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, held })
     }
 
     /// Lets in a connection that is idle since then.
-    fn admit(table: &mut Table<u64>, peer: PeerKind, socket: u64, idle: u64) -> Option<(Arc<Flow>, Admitted<u64>)> {
+    fn admit(
+        table: &mut ConnectionTable<u64>,
+        peer: PeerKind,
+        socket: u64,
+        idle: u64,
+    ) -> Option<(Arc<Flow>, AdmittedConnection<u64>)> {
         let flow = Flow::new(Instant::now());
         flow.wait_for_client(idle);
         let admitted = table.admit(peer, socket, flow.clone()).ok()?;

@@ -36,7 +36,7 @@ fn later(now: Clocks, by: Duration) -> Clocks {
 }
 
 fn kept(at: Instant) -> KeyRecord {
-    KeyRecord { last: at, proven: false }
+    KeyRecord { last: at, established: false }
 }
 
 /// The age of each key by the monotonic clock, in seconds.
@@ -54,7 +54,7 @@ fn written_keys_are_read_again_and_removed_ones_are_not() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     let (store, buffer, keys) = open(&dir, now);
     assert!(keys.is_empty());
-    buffer.put(&domain("ff_a"), key(1), KeyRecord { proven: true, ..kept(now.monotonic) });
+    buffer.put(&domain("ff_a"), key(1), KeyRecord { established: true, ..kept(now.monotonic) });
     buffer.put(&domain("ff_b"), key(1), kept(now.monotonic));
     buffer.put(&domain("ff_b"), key(2), kept(now.monotonic));
     let store = store.flush(now);
@@ -65,7 +65,7 @@ fn written_keys_are_read_again_and_removed_ones_are_not() {
     let again = later(now, 2 * HOUR);
     let (_store, _, keys) = open(&dir, again);
     assert_eq!(ages(&keys, again), [aged("ff_a1", 7200), aged("ff_b1", 7200)]);
-    assert!(keys[&id("ff_a", 1)].proven && !keys[&id("ff_b", 1)].proven);
+    assert!(keys[&id("ff_a", 1)].established && !keys[&id("ff_b", 1)].established);
     for file in [dir.path().join("test.sqlite"), dir.path().join("test.sqlite-wal")] {
         assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -190,12 +190,12 @@ fn failed_writes_are_kept_and_tried_again() {
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
     assert!(store.is_failing());
-    buffer.put(&domain("ff_a"), key(1), KeyRecord { proven: true, ..kept(now.monotonic) });
+    buffer.put(&domain("ff_a"), key(1), KeyRecord { established: true, ..kept(now.monotonic) });
     drop(first);
     let store = store.flush(now);
     assert!(!store.is_failing());
     drop(store);
-    assert!(open(&dir, now).2[&id("ff_a", 1)].proven);
+    assert!(open(&dir, now).2[&id("ff_a", 1)].established);
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
@@ -256,12 +256,12 @@ fn no_more_changes_wait_than_their_bound() {
         PublicKey::from_bytes(bytes).unwrap()
     };
     let domain = domain("ff_a");
-    (0..CHANGES).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    (0..MAX_CHANGES).for_each(|n| buffer.put(&domain, key(n), kept(now)));
     let taken = buffer.take();
-    (CHANGES..CHANGES + 10).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    (MAX_CHANGES..MAX_CHANGES + 10).for_each(|n| buffer.put(&domain, key(n), kept(now)));
     buffer.requeue(taken);
-    buffer.put(&domain, key(CHANGES + 99), kept(now));
-    assert_eq!(buffer.take().len(), CHANGES);
+    buffer.put(&domain, key(MAX_CHANGES + 99), kept(now));
+    assert_eq!(buffer.take().len(), MAX_CHANGES);
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn keys_of_the_first_release_are_taken_over() {
         let (store, _, keys) = open(&dir, now);
         assert!(!store.is_failing());
         assert_eq!(ages(&keys, now), [aged("ff_a1", 3610), aged("ff_b2", 3660)]);
-        assert!(keys[&id("ff_a", 1)].proven && !keys[&id("ff_b", 2)].proven);
+        assert!(keys[&id("ff_a", 1)].established && !keys[&id("ff_b", 2)].established);
         drop(store);
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is set aside");

@@ -22,9 +22,9 @@ use netlink_sys::protocols::NETLINK_GENERIC;
 use wgkex_common::PublicKey;
 use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder};
 
-#[cfg(any(test, fuzzing))]
-pub(super) use self::dump::Answer;
 pub(super) use self::dump::DeviceDump;
+#[cfg(any(test, fuzzing))]
+pub(super) use self::dump::DumpMessage;
 use super::channel::{Channel, DumpError, errno};
 use crate::{Errno, PeerConfig};
 

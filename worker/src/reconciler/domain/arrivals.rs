@@ -113,7 +113,7 @@ impl DomainReconciler {
         let keys = later.iter().map(Step::key).chain(deferred);
         let dropped = keys.map(|key| self.peers.mark_pending(key, now)).sum();
         for step in &later {
-            self.peers.reserve(&step.key());
+            self.peers.take_slot(&step.key());
         }
         self.supersede(&later);
         self.backlog.extend(later);

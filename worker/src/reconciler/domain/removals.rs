@@ -36,6 +36,22 @@ pub struct Denials {
     pub steps: Vec<Step>,
 }
 
+/// Peers that were evicted.
+pub struct Evicted {
+    /// How many.
+    pub removed: usize,
+    /// How many since the last read, if these were the last of them.
+    pub removed_in_all: Option<usize>,
+}
+
+/// Peers that were renewed.
+pub struct Renewed {
+    /// How many.
+    pub renewed: usize,
+    /// Pending keys that were too many.
+    pub dropped: usize,
+}
+
 /// Peers that are stale.
 pub struct StaleRemoval {
     pub steps: Vec<Step>,
@@ -119,12 +135,12 @@ impl DomainReconciler {
         some
     }
 
-    /// Peers were evicted, or could not be. Returns how many were, and at the end of all how many that is.
-    pub fn on_evicted(&mut self, outcomes: &KeyOutcomes) -> (usize, Option<usize>) {
+    /// Peers were evicted, or could not be.
+    pub fn on_evicted(&mut self, outcomes: &KeyOutcomes) -> Evicted {
         let removed = self.on_removed(outcomes);
         self.evictions.removed += removed;
         let is_end = self.evictions.steps.is_empty() && self.evictions.removed > 0;
-        (removed, is_end.then_some(self.evictions.removed))
+        Evicted { removed, removed_in_all: is_end.then_some(self.evictions.removed) }
     }
 
     pub fn has_evictions(&self) -> bool {
@@ -142,8 +158,8 @@ impl DomainReconciler {
         desired.filter(is_whole).map(Step::renew).collect()
     }
 
-    /// Peers were renewed, or could not be; returns how many were, and how many pending keys were too many.
-    pub fn on_renewed(&mut self, outcomes: &KeyOutcomes, now: Instant) -> (usize, usize) {
+    /// Peers were renewed, or could not be.
+    pub fn on_renewed(&mut self, outcomes: &KeyOutcomes, now: Instant) -> Renewed {
         let (mut renewed, mut dropped) = (0, 0);
         for (key, outcome) in outcomes {
             if outcome.is_ok() {
@@ -157,7 +173,7 @@ impl DomainReconciler {
         if renewed == EVICTIONS_AT_ONCE {
             self.schedule.expedite(now);
         }
-        (renewed, dropped)
+        Renewed { renewed, dropped }
     }
 
     /// Removes routes and flood entries that have no peer.
@@ -173,7 +189,7 @@ impl DomainReconciler {
     /// What evictions made room for is in the backlog from now on, if there are none left.
     pub fn use_room(&mut self, reserved: &Reserved, now: Instant) {
         if let (Ok(own), true) = (self.interface_key.clone(), self.evictions.steps.is_empty()) {
-            self.backlog.extend(self.peers.give_places(own, reserved));
+            self.backlog.extend(self.peers.give_slots(own, reserved));
             self.make_more_room(now);
         }
     }

@@ -35,7 +35,7 @@ pub struct DeviceDump {
 /// One message of the kernel about an interface, as far as it matters here. The library's own reading of it panics
 /// where the length of a prefix is missing.
 #[derive(Debug, Default)]
-pub struct Answer {
+pub struct DumpMessage {
     public_key: Option<[u8; 32]>,
     listen_port: Option<u16>,
     peers: Vec<PeerFragment>,
@@ -83,8 +83,8 @@ impl DeviceDump {
     }
 
     /// The kernel answers in parts, of which only the first has the attributes of the interface itself.
-    pub fn add_answer(&mut self, answer: GenlMessage<Answer>) {
-        let Answer { public_key, listen_port, peers } = answer.payload;
+    pub fn add_answer(&mut self, answer: GenlMessage<DumpMessage>) {
+        let DumpMessage { public_key, listen_port, peers } = answer.payload;
         if let Some(key) = public_key {
             self.public_key = PublicKey::from_bytes(key).ok();
         }
@@ -95,7 +95,7 @@ impl DeviceDump {
     }
 }
 
-impl ParseableParametrized<[u8], GenlHeader> for Answer {
+impl ParseableParametrized<[u8], GenlHeader> for DumpMessage {
     fn parse_with_param(attributes: &[u8], _: GenlHeader) -> Result<Self, DecodeError> {
         let mut answer = Self::default();
         for attribute in NlasIterator::new(attributes) {

@@ -62,7 +62,7 @@ fn time(seconds: i64, nanos: i64) -> Vec<u8> {
 fn told(attributes: &[u8]) -> Result<DeviceDump, DecodeError> {
     let mut dump = DeviceDump::default();
     let header = GenlHeader { cmd: 0, version: 1 };
-    dump.add_answer(GenlMessage::from_parts(header, Answer::parse_with_param(attributes, header)?));
+    dump.add_answer(GenlMessage::from_parts(header, DumpMessage::parse_with_param(attributes, header)?));
     Ok(dump)
 }
 

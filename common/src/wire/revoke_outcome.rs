@@ -1,0 +1,58 @@
+//! What a worker did about a key that a record denies: one enum from the worker's kernel over MQTT to the admin call's answer.
+
+use serde::{Deserialize, Serialize};
+
+use crate::RejectReason;
+
+const REMOVED: &str = "removed";
+const ABSENT: &str = "absent";
+
+/// The outcome of a denied key at one worker. Its text on the wire is `removed`, `absent`, or the reason of the failure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum RevokeOutcome {
+    /// Peer, route and FDB entry were there, and are gone.
+    Removed,
+    /// There was nothing of it.
+    Absent,
+    /// Something of it is still there, for this reason.
+    Failed(RejectReason),
+}
+
+impl From<String> for RevokeOutcome {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            REMOVED => Self::Removed,
+            ABSENT => Self::Absent,
+            _ => Self::Failed(text.into()),
+        }
+    }
+}
+
+impl From<RevokeOutcome> for String {
+    fn from(outcome: RevokeOutcome) -> Self {
+        match outcome {
+            RevokeOutcome::Removed => REMOVED.into(),
+            RevokeOutcome::Absent => ABSENT.into(),
+            RevokeOutcome::Failed(reason) => reason.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_outcome_has_its_text_on_the_wire() {
+        for (outcome, text) in [
+            (RevokeOutcome::Removed, "removed"),
+            (RevokeOutcome::Absent, "absent"),
+            (RevokeOutcome::Failed(RejectReason::Kernel), "kernel"),
+            (RevokeOutcome::Failed(RejectReason::Other("of a newer version".into())), "of a newer version"),
+        ] {
+            assert_eq!(String::from(outcome.clone()), text);
+            assert_eq!(RevokeOutcome::from(text.to_owned()), outcome);
+        }
+    }
+}
