@@ -86,15 +86,29 @@ pub struct InFlight {
     keys: HashMap<KeyId, Flight>,
     /// The keys for which requests wait.
     waiting: HashSet<KeyId>,
-    /// Unestablished keys, and established ones; the first to publish first.
-    queues: [VecDeque<KeyId>; 2],
-    /// How many of each are published and not acknowledged.
-    sent: [usize; 2],
+    established: Lane,
+    unestablished: Lane,
     late: usize,
     /// The keys with a cached answer, each once, by the time of the first such answer; a newer one is noticed when that expires.
-    answers: VecDeque<(Instant, KeyId)>,
+    answers: VecDeque<CachedKey>,
     /// When the outcomes of a worker so far became invalid, in a domain or in all.
     invalidated: HashMap<(WorkerName, Option<Domain>), u64>,
+}
+
+/// The keys of one kind on their way to the MQTT server.
+#[derive(Debug, Default)]
+struct Lane {
+    /// Those to publish, the first one first.
+    queue: VecDeque<KeyId>,
+    /// How many are published and not acknowledged.
+    sent: usize,
+}
+
+/// A key with a cached answer.
+#[derive(Debug)]
+struct CachedKey {
+    since: Instant,
+    key: KeyId,
 }
 
 #[derive(Debug, Default)]
@@ -173,12 +187,16 @@ impl InFlight {
             last: 0,
             keys: HashMap::new(),
             waiting: HashSet::new(),
-            queues: Default::default(),
-            sent: [0; 2],
+            established: Lane::default(),
+            unestablished: Lane::default(),
             late: 0,
             answers: VecDeque::new(),
             invalidated: HashMap::new(),
         }
+    }
+
+    fn lane(&mut self, is_established: bool) -> &mut Lane {
+        if is_established { &mut self.established } else { &mut self.unestablished }
     }
 
     /// Begins a request for `key`: joins its publication, or queues one. None if too many keys are queued.
@@ -198,7 +216,7 @@ impl InFlight {
             self.promote(key, is_established);
             return Some(Place { publication: number, is_joined: true });
         }
-        let queue = &mut self.queues[usize::from(is_established)];
+        let queue = &mut self.lane(is_established).queue;
         if queue.len() >= MAX_QUEUED {
             return None;
         }
@@ -211,7 +229,9 @@ impl InFlight {
 
     /// Moves a queued key that became established to the queue of those, if there is room.
     fn promote(&mut self, key: &KeyId, is_established: bool) {
-        let [unestablished, established] = &mut self.queues;
+        let Self {
+            unestablished: Lane { queue: unestablished, .. }, established: Lane { queue: established, .. }, ..
+        } = self;
         let queued = self.keys.get_mut(key).and_then(|flight| flight.queued.as_mut());
         if let Some(queued) =
             queued.filter(|queued| is_established && !queued.is_established && established.len() < MAX_QUEUED)
@@ -225,18 +245,18 @@ impl InFlight {
     /// The next key to publish, if more may be sent now: established keys first.
     pub fn next(&mut self, now: Instant) -> Option<Publication> {
         loop {
-            let [unestablished, established] = self.sent;
-            let queue = match () {
-                () if unestablished + established >= MAX_SENT => return None,
-                () if !self.queues[1].is_empty() => 1,
-                () if unestablished < MAX_UNESTABLISHED_SENT => 0,
-                () => return None,
+            if self.established.sent + self.unestablished.sent >= MAX_SENT {
+                return None;
+            }
+            let key = match self.established.queue.pop_front() {
+                Some(key) => key,
+                None if self.unestablished.sent < MAX_UNESTABLISHED_SENT => self.unestablished.queue.pop_front()?,
+                None => return None,
             };
-            let key = self.queues[queue].pop_front()?;
             let Some(flight) = self.keys.get_mut(&key) else { continue };
             let Some(Queued { number, is_established, since }) = flight.queued.take() else { continue };
             flight.sent.insert(number);
-            self.sent[usize::from(is_established)] += 1;
+            self.lane(is_established).sent += 1;
             let publication = Publication { key, number, is_established, since };
             if !self.is_given_up(&publication, now) {
                 return Some(publication);
@@ -255,10 +275,10 @@ impl InFlight {
     pub fn published(&mut self, Publication { key, number, is_established, .. }: &Publication, is_acknowledged: bool) {
         let Some(flight) = self.keys.get_mut(key).filter(|flight| flight.sent.contains(number)) else { return };
         flight.sent.remove(number);
-        self.sent[usize::from(*is_established)] -= 1;
         let last = if is_acknowledged { &mut flight.acknowledged } else { &mut flight.failed };
         *last = (*last).max(*number);
         flight.changed.notify_waiters();
+        self.lane(*is_established).sent -= 1;
         self.drop_if_idle(key);
     }
 
@@ -386,7 +406,7 @@ impl InFlight {
         if self.answers.len() < MAX_ANSWERS {
             let answer = &mut self.keys.entry(key.clone()).or_default().answer;
             if answer.is_none() {
-                self.answers.push_back((now, key.clone()));
+                self.answers.push_back(CachedKey { since: now, key: key.clone() });
             }
             *answer = Some(Answer { since: now, worker });
         }
@@ -421,22 +441,22 @@ impl InFlight {
     }
 
     fn expire_answers(&mut self, now: Instant) {
-        while self.answers.front().is_some_and(|(since, _)| is_over(*since, ANSWER_TTL, now))
-            && let Some((_, key)) = self.answers.pop_front()
+        while self.answers.front().is_some_and(|cached| is_over(cached.since, ANSWER_TTL, now))
+            && let Some(CachedKey { key, .. }) = self.answers.pop_front()
         {
             let Some(flight) = self.keys.get_mut(&key) else { continue };
             flight.answer.take_if(|answer| is_over(answer.since, ANSWER_TTL, now));
             match &flight.answer {
-                Some(newer) => self.answers.push_back((newer.since, key)),
+                Some(newer) => self.answers.push_back(CachedKey { since: newer.since, key }),
                 None => self.drop_if_idle(&key),
             }
         }
     }
 
     fn give_up_queued(&mut self, now: Instant) {
-        let (keys, policy) = (&mut self.keys, &self.policy);
-        for queue in &mut self.queues {
-            queue.retain(|key| {
+        let Self { keys, policy, established, unestablished, .. } = self;
+        for lane in [established, unestablished] {
+            lane.queue.retain(|key| {
                 let Some(flight) = keys.get_mut(key) else { return false };
                 let denied = policy.denies(key.domain.name(), &key.key);
                 let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, MAX_WAIT, now));

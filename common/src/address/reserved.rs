@@ -22,17 +22,21 @@ pub struct Reserved {
     listed_addresses: BTreeSet<Ipv6Addr>,
     /// Those whose gateways count.
     domains: BTreeSet<Domain>,
-    gateways: BTreeMap<ReservedOfGateway, Published>,
+    gateways: BTreeMap<GatewayDomain, Published>,
     /// Those with a value that does not count yet.
-    unstable: BTreeSet<ReservedOfGateway>,
+    unstable: BTreeSet<GatewayDomain>,
     /// How many gateways reserve each.
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
     ticks: u64,
 }
 
-/// A worker and a domain, as they stand in the topic.
-type ReservedOfGateway = (WorkerName, String);
+/// A worker in a domain, as they stand in the topic.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct GatewayDomain {
+    worker: WorkerName,
+    domain: String,
+}
 
 /// What a gateway publishes of itself.
 #[derive(Debug, Clone, Copy, Default)]
@@ -102,7 +106,7 @@ impl Reserved {
 
     /// The data that a worker publishes for a domain; none if it cleared them.
     pub fn update(&mut self, worker: &WorkerName, domain: &str, data: Option<&WorkerData>) {
-        let gateway = (worker.clone(), domain.to_owned());
+        let gateway = GatewayDomain { worker: worker.clone(), domain: domain.to_owned() };
         let is_known = self.gateways.contains_key(&gateway);
         let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
@@ -123,7 +127,7 @@ impl Reserved {
         }
     }
 
-    fn change(&mut self, gateway: ReservedOfGateway, change: impl FnOnce(&mut Published)) {
+    fn change(&mut self, gateway: GatewayDomain, change: impl FnOnce(&mut Published)) {
         let published = self.gateways.entry(gateway.clone()).or_default();
         let before = *published;
         change(published);
@@ -155,8 +159,9 @@ impl Reserved {
     /// Whether what `worker` publishes reserves `key`, or its address.
     #[must_use]
     pub fn is_reserved_by(&self, worker: &WorkerName, key: &PublicKey) -> bool {
-        let domains = self.domains.iter().map(|domain| (worker.clone(), domain.name().to_owned()));
-        let mut published = domains.filter_map(|gateway| self.gateways.get(&gateway));
+        let domains = self.domains.iter().map(|domain| domain.name().to_owned());
+        let gateways = domains.map(|domain| GatewayDomain { worker: worker.clone(), domain });
+        let mut published = gateways.filter_map(|gateway| self.gateways.get(&gateway));
         published.any(|published| {
             published.key.counted() == Some(*key) || published.addresses().any(|address| address == key.link_local())
         })
@@ -280,7 +285,8 @@ mod tests {
     fn nonsense_in_any_number_is_not_remembered() {
         let mut reserved = reserved(&[]);
         for number in 0..GATEWAYS_MAX {
-            reserved.gateways.insert((worker(&number.to_string()), "ff_a".into()), Published::default());
+            let gateway = GatewayDomain { worker: worker(&number.to_string()), domain: "ff_a".into() };
+            reserved.gateways.insert(gateway, Published::default());
         }
         reserved.update(&worker("one more"), "ff_a", Some(&data(key(2), "fe80::1")));
         assert!(!reserved.is_reserved(&key(2)));

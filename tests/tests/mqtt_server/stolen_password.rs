@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde_json::{Value, json};
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::process::hash;
-use wgkex_tests::scripted::{Manner, Worker, applied, key_topic, peers_of, status};
+use wgkex_tests::scripted::{Manner, Worker, applied, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key};
 
@@ -151,15 +151,19 @@ fn a_worker_reserves_no_routers_key() {
 fn a_handshake_that_another_worker_reports_makes_a_claimed_key_a_routers() {
     let mut stack = stack("");
     let honest = gateway(&mut stack, "gw1", Manner::Confirms);
-    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    log_in(&mut stack, "gw2");
+    let thief = stack.probe(Role::new("gw2", &[]));
+    // Its first data counts at once, a change after a minute.
+    thief.say_all([hello("gw2"), peers_of("gw2", DOMAIN, "0"), data("gw2", DOMAIN, &key(1)), status("gw2", "1")]);
     stack.wait_for_gateways(2);
     let claimed = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="claimed"}}"#);
-    thief.probe.say_all([data("gw2", DOMAIN, &key(1)), seen("gw2", &[key(1), key(2)])]);
+    thief.say(seen("gw2", &[key(1), key(2)]));
     stack.wait_for_metric(&claimed, 1.0);
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 403, "the worker that claims it reports nothing of it");
     honest.probe.say(seen("gw1", &[key(1)]));
     stack.wait_for_metric(&claimed, 2.0);
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
+    drop(thief);
 }
 
 /// Seen to fail where the word of any worker that confirms counted in any domain.
