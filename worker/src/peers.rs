@@ -160,7 +160,7 @@ impl KnownPeers {
                 has_peer,
             }));
         }
-        claimants.sort_by_key(|claimant| claimant.network);
+        claimants.sort_by_key(Claimant::rank);
         for key in self.owners.rebuild(claimants) {
             if let Some(desired) = self.profile.desired(&key) {
                 self.claim(&desired, now);

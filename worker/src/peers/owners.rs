@@ -16,6 +16,16 @@ pub(super) struct Claimant {
     pub has_peer: bool,
 }
 
+impl Claimant {
+    /// The order of the networks, in numbers: comparing these is faster.
+    pub(super) fn rank(&self) -> (bool, u128, u8) {
+        match self.network {
+            IpNet::V4(network) => (false, network.addr().to_bits().into(), network.prefix_len()),
+            IpNet::V6(network) => (true, network.addr().to_bits(), network.prefix_len()),
+        }
+    }
+}
+
 /// The owners of networks, and the peers that lost theirs.
 #[derive(Debug, Default)]
 pub(super) struct AddressOwners {
@@ -104,5 +114,24 @@ impl AddressOwners {
     /// Peers of ours that lost their networks.
     pub(super) fn to_evict(&self) -> &BTreeSet<PublicKey> {
         &self.to_evict
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_ranks_is_that_of_networks() {
+        let networks = ["0.0.0.0/0", "10.0.0.1/31", "10.0.0.1/32", "255.0.0.0/8", "::/0", "fe80::1/127", "fe80::1/128"];
+        let claimant = |network: &str| Claimant {
+            network: network.parse().unwrap(),
+            key: PublicKey::from_bytes([1; 32]).unwrap(),
+            claims: true,
+            has_peer: true,
+        };
+        let claimants = networks.map(claimant);
+        assert!(claimants.is_sorted_by_key(|claimant| claimant.network));
+        assert!(claimants.is_sorted_by(|one, other| one.rank() < other.rank()));
     }
 }
