@@ -1,6 +1,7 @@
 //! `wgkex-broker`: takes routers' keys and announces them to the gateways; or makes an operator's admin call.
 
 use std::io::{self, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
@@ -10,16 +11,19 @@ use wgkex_broker::cli::admin_client;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
+use wgkex_common::cli::{CheckConfig, ConfigFile};
 use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
-const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
+const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
                           the broker is the MQTT server too, on mqtt_listen. Without a command it serves; revoke, \
                           unrevoke, allow, trust and list call the one that does, on admin_listen.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
 struct Args {
+    #[command(flatten)]
+    file: ConfigFile,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -28,6 +32,8 @@ struct Args {
 enum Command {
     #[command(flatten)]
     Keys(admin_client::AdminCommand),
+    /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
+    CheckConfig(CheckConfig),
     /// Reads a password from the first line of stdin and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
@@ -37,16 +43,19 @@ enum Command {
 
 fn main() -> ExitCode {
     process::abort_on_panic();
-    match Args::parse().command {
-        None => with_config(serve),
-        Some(Command::Keys(command)) => command.run(),
+    let Args { file, command } = Args::parse();
+    let file = file.path();
+    match command {
+        None => with_config(file, serve),
+        Some(Command::Keys(command)) => command.run(file),
+        Some(Command::CheckConfig(check)) => check.run(file),
         Some(Command::HashPassword) => process::exit(hash_password()),
-        Some(Command::MqttAcl(list)) => with_config(|config| print(&list.text(&config)?)),
+        Some(Command::MqttAcl(list)) => with_config(file, |config| print(&list.text(&config)?)),
     }
 }
 
-fn with_config(run: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
-    process::config().map_or(ExitCode::FAILURE, |config| process::exit(run(config)))
+fn with_config(file: Option<&Path>, run: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
+    process::config(file).map_or(ExitCode::FAILURE, |config| process::exit(run(config)))
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {

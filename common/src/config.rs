@@ -19,6 +19,7 @@ mod mqtt;
 mod mqtt_listen;
 mod original;
 mod peers;
+mod problem;
 mod raw;
 mod setup;
 #[cfg(test)]
@@ -29,7 +30,7 @@ mod yaml;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fs, io};
 
@@ -38,7 +39,7 @@ use nix::unistd::gethostname;
 use serde_json::Value;
 pub use tracing::Level;
 
-use self::diagnostics::Diagnostics;
+use self::diagnostics::{Diagnostics, Problems};
 pub use self::domains::Worker;
 pub use self::http::{Https, Listen};
 pub use self::limits::{Limits, Quota};
@@ -46,6 +47,7 @@ pub use self::lists::{Allow, KeyLists};
 pub use self::mqtt::{Credentials, Mqtt, Server, Tls};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeys, Peers};
+pub use self::problem::Problem;
 use self::raw::Raw;
 pub use self::setup::Setup;
 pub use self::value::Secret;
@@ -106,27 +108,28 @@ pub struct Config {
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
     pub log_level: Level,
-    /// What is odd but does no harm, one line each: the caller logs them once logging is up.
-    pub warnings: Vec<String>,
+    /// What is odd but does no harm: the caller logs it once logging is up.
+    pub warnings: Vec<Problem>,
 }
 
-/// Why there is no [`Config`]: one line per mistake, each naming the file (or variable), the key, what is wrong and
-/// what is allowed. No line shows a secret.
+/// Why there is no [`Config`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .lines.join("\n"))]
+#[error("{}", .mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError {
-    lines: Vec<String>,
+    /// What is wrong, one or more.
+    pub mistakes: Vec<Problem>,
+    /// What is odd beside that.
+    pub warnings: Vec<Problem>,
 }
 
 impl ConfigError {
-    fn one(line: String) -> Self {
-        Self { lines: vec![line] }
+    fn one(problem: String) -> Self {
+        Self { mistakes: vec![Problem::other(problem)], warnings: Vec::new() }
     }
 
-    /// The lines, for a log that takes one event each.
-    #[must_use]
-    pub fn lines(&self) -> &[String] {
-        &self.lines
+    fn of_file(file: &str, problem: String) -> Self {
+        let mistake = Problem { file: Some(file.to_owned()), ..Problem::other(problem) };
+        Self { mistakes: vec![mistake], warnings: Vec::new() }
     }
 }
 
@@ -137,14 +140,21 @@ pub(crate) fn tree(text: &str, max: usize) -> Result<Tree, String> {
 }
 
 impl Config {
-    /// Reads the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; where there is none, the variables of
-    /// the container.
-    pub fn load() -> Result<Self, ConfigError> {
+    /// Reads `file`, else the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; where there is none, and none is
+    /// named by the caller, the variables of the container.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
-        let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
         let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
-        Self::choose(file, fs::read_to_string(file), &variables, &host_name.to_string_lossy())
+        let host_name = host_name.to_string_lossy();
+        if let Some(file) = file {
+            let name = file.to_string_lossy();
+            let yaml = fs::read_to_string(file)
+                .map_err(|error| ConfigError::of_file(&name, format!("cannot be read: {error}")))?;
+            return Self::parse(&name, &yaml, &host_name);
+        }
+        let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
+        Self::choose(file, fs::read_to_string(file), &variables, &host_name)
     }
 
     /// The config in `yaml`; `source_name` names it in errors, `host_name` is this machine's.
@@ -175,18 +185,22 @@ impl Config {
                     variables::ALIASES.map(|(name, _)| name).into_iter().filter(|name| set(name)).collect();
                 if !ignored.is_empty() {
                     let names = ignored.join(", ");
-                    config.warnings.push(format!("{file}: counts alone, these variables are ignored: {names}"));
+                    let problem = format!("counts alone, these variables are ignored: {names}");
+                    config.warnings.push(Problem { file: Some(file.to_owned()), ..Problem::other(problem) });
                 }
                 Ok(config)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && set("WGKEX_DOMAINS") => {
                 Self::from_variables(variables, host_name)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::one(format!(
-                "{file}: does not exist; write it (wgkex.yaml.example shows how), name another file in \
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::of_file(
+                file,
+                format!(
+                    "does not exist; write it (wgkex.yaml.example shows how), name another file in \
                  WGKEX_CONFIG_FILE, or set WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
-            ))),
-            Err(error) => Err(ConfigError::one(format!("{file}: cannot be read: {error}"))),
+                ),
+            )),
+            Err(error) => Err(ConfigError::of_file(file, format!("cannot be read: {error}"))),
         }
     }
 
@@ -197,10 +211,10 @@ impl Config {
             let raw = Raw::read(&mut tree, &mut diagnostics)?;
             Some(raw.check(host_name, &mut diagnostics))
         });
-        let (lines, warnings) = diagnostics.into_lines();
+        let Problems { errors, warnings } = diagnostics.into_problems();
         match config {
-            Some(config) if lines.is_empty() => Ok(Self { warnings, ..config }),
-            _ => Err(ConfigError { lines }),
+            Some(config) if errors.is_empty() => Ok(Self { warnings, ..config }),
+            _ => Err(ConfigError { mistakes: errors, warnings }),
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod access_lists;
 pub mod address;
+pub mod cli;
 pub mod config;
 mod domain;
 pub mod http;

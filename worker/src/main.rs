@@ -8,17 +8,20 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
+use wgkex_common::cli::{CheckConfig, ConfigFile};
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
 use wgkex_worker::setup;
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
-const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
+const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
 struct Args {
+    #[command(flatten)]
+    file: ConfigFile,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -34,27 +37,41 @@ enum Command {
         #[arg(long, conflicts_with = "remove")]
         userspace: bool,
     },
+    /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
+    CheckConfig(CheckConfig),
 }
 
 fn main() -> ExitCode {
     process::abort_on_panic();
-    let args = Args::parse();
-    process::config().map_or(ExitCode::FAILURE, |config| process::exit(try_main(&args, config)))
+    let Args { file, command } = Args::parse();
+    let run =
+        |job| process::config(file.path()).map_or(ExitCode::FAILURE, |config| process::exit(execute(job, config)));
+    match command {
+        None => run(Job::Serve),
+        Some(Command::Setup { remove: true, .. }) => run(Job::RemoveInterfaces),
+        Some(Command::Setup { userspace: true, .. }) => run(Job::SetUp(Backend::Userspace)),
+        Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
+        Some(Command::CheckConfig(check)) => check.run(file.path()),
+    }
 }
 
-fn try_main(args: &Args, config: Config) -> anyhow::Result<()> {
-    if args.command.is_none() {
+/// What needs the config and a runtime.
+enum Job {
+    Serve,
+    SetUp(Backend),
+    RemoveInterfaces,
+}
+
+fn execute(job: Job, config: Config) -> anyhow::Result<()> {
+    if matches!(job, Job::Serve) {
         privileges::keep_only_needed(config.worker_user.as_deref())?;
     }
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let result = runtime.block_on(async {
-        match &args.command {
-            None => serve(config).await,
-            Some(Command::Setup { remove: true, .. }) => Ok(setup::remove(&config.setup).await?),
-            Some(Command::Setup { userspace, .. }) => {
-                let backend = if *userspace { Backend::Userspace } else { Backend::Kernel };
-                Ok(setup::setup(&config.setup, backend).await?)
-            }
+        match job {
+            Job::Serve => serve(config).await,
+            Job::SetUp(backend) => Ok(setup::setup(&config.setup, backend).await?),
+            Job::RemoveInterfaces => Ok(setup::remove(&config.setup).await?),
         }
     });
     // A kernel that does not answer must not keep the process from its end.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 use std::{env, fs};
@@ -139,8 +139,8 @@ pub enum ListName {
 impl AdminCommand {
     /// Does it, and says how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
     #[must_use]
-    pub fn run(self) -> ExitCode {
-        match self.text() {
+    pub fn run(self, file: Option<&Path>) -> ExitCode {
+        match self.text(file) {
             Ok((text, code)) => match io::stdout().write_all(text.as_bytes()) {
                 Ok(()) => code,
                 Err(_) => ExitCode::FAILURE,
@@ -154,20 +154,21 @@ impl AdminCommand {
     }
 
     /// What it prints.
-    fn text(self) -> anyhow::Result<(String, ExitCode)> {
+    fn text(self, file: Option<&Path>) -> anyhow::Result<(String, ExitCode)> {
         match self {
             Self::AdminToken => admin_token(),
-            Self::Revoke { about, call } => call.change("POST", "/v1/revoke", &about.fields(None)),
-            Self::Unrevoke { key, call } => call.change("POST", "/v1/unrevoke", &json!({ "key": key })),
+            Self::Revoke { about, call } => call.change(file, "POST", "/v1/revoke", &about.fields(None)),
+            Self::Unrevoke { key, call } => call.change(file, "POST", "/v1/unrevoke", &json!({ "key": key })),
             Self::Allow { about, domain, remove, call } => {
-                call.change(method(remove), "/v1/lists/allow", &about.fields(domain.as_deref()))
+                call.change(file, method(remove), "/v1/lists/allow", &about.fields(domain.as_deref()))
             }
             Self::Trust { about, remove, call } => {
-                call.change(method(remove), "/v1/lists/trusted", &about.fields(None))
+                call.change(file, method(remove), "/v1/lists/trusted", &about.fields(None))
             }
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
-                let answer = call.make("GET", &keys_path(&[("list", list), ("domain", domain), ("q", name)]), None)?;
+                let answer =
+                    call.make(file, "GET", &keys_path(&[("list", list), ("domain", domain), ("q", name)]), None)?;
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
             }
         }
@@ -186,15 +187,21 @@ impl KeyArgs {
 }
 
 impl ConnectionArgs {
-    fn change(&self, method: &str, path: &str, body: &Value) -> anyhow::Result<(String, ExitCode)> {
-        let answer = self.make(method, path, Some(body))?;
+    fn change(
+        &self,
+        file: Option<&Path>,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> anyhow::Result<(String, ExitCode)> {
+        let answer = self.make(file, method, path, Some(body))?;
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
         Ok((outcome(&answer), code))
     }
 
     /// Asks the broker on this machine.
-    fn make(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        let config = Config::load()?;
+    fn make(&self, file: Option<&Path>, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let config = Config::load(file)?;
         if config.admin_token_hash.is_none() {
             bail!(
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"

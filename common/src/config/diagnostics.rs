@@ -1,13 +1,14 @@
-//! What is wrong or odd with a config, as lines for the operator. Every line passes here, so that none shows a
-//! secret and each stays one line.
+//! Finds what is wrong or odd with a config, for the operator. Every problem passes here, so that none shows a secret and
+//! each stays one line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
 
 use serde_json::Value;
 use serde_path_to_error::Segment;
 
 use super::keys;
+use super::problem::Problem;
 
 /// Keys whose values are nobody's business.
 const SECRET_KEYS: [&str; 5] = ["password", "password_hash", "api_key", "broker_signing_key", "admin_token_hash"];
@@ -16,7 +17,7 @@ const SECRET_KEYS: [&str; 5] = ["password", "password_hash", "api_key", "broker_
 const SHOWN_MAX: usize = 80;
 
 /// The way to a value: keys, and `[n]` in a list.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Path(pub(super) Vec<String>);
 
 impl Path {
@@ -33,6 +34,11 @@ impl Path {
 
     pub fn index(&self, index: usize) -> Self {
         self.then(format!("[{index}]"))
+    }
+
+    /// It, and the ways to what it is in.
+    fn upwards(&self) -> impl Iterator<Item = Self> + '_ {
+        (1..=self.0.len()).rev().map(|steps| Self(self.0[..steps].to_vec()))
     }
 
     /// The value that it leads to.
@@ -71,16 +77,25 @@ impl fmt::Display for Path {
     }
 }
 
-/// The lines so far.
+/// The problems so far.
 pub(super) struct Diagnostics {
-    source: String,
+    file: Option<String>,
+    /// The lines of the file's keys.
+    lines: BTreeMap<Path, usize>,
     /// Names that stand for a path in the lines; empty for a file.
     aliases: &'static [(&'static str, &'static str)],
     /// The names of keys, which are no secret even if somebody's password is the same.
     known: BTreeSet<String>,
     secrets: Vec<String>,
-    errors: Vec<String>,
-    warnings: Vec<String>,
+    errors: Vec<Problem>,
+    warnings: Vec<Problem>,
+}
+
+/// What a config is read with: its mistakes, and what is odd and does no harm.
+#[derive(Debug, Default)]
+pub(super) struct Problems {
+    pub errors: Vec<Problem>,
+    pub warnings: Vec<Problem>,
 }
 
 impl Diagnostics {
@@ -88,7 +103,7 @@ impl Diagnostics {
     pub fn of_file(name: &str, yaml: &str) -> Self {
         let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key));
         Self {
-            source: format!("{name}: "),
+            file: Some(name.to_owned()),
             secrets: yaml.lines().flat_map(behind_keys).collect(),
             ..Self::of_variables(&[])
         }
@@ -97,7 +112,8 @@ impl Diagnostics {
     /// For variables; `aliases` has the path that each variable stands for.
     pub fn of_variables(aliases: &'static [(&'static str, &'static str)]) -> Self {
         Self {
-            source: String::new(),
+            file: None,
+            lines: BTreeMap::new(),
             aliases,
             known: keys::paths().into_iter().flat_map(|path| path.0).collect(),
             secrets: Vec::new(),
@@ -126,19 +142,29 @@ impl Diagnostics {
 
     /// A mistake reported without the value.
     pub fn error(&mut self, path: &Path, complaint: &str) {
-        let line = format!("{}{}: {complaint}", self.source, self.name(path));
-        self.errors.push(line);
+        let problem = self.problem(path, complaint);
+        self.errors.push(problem);
     }
 
-    /// A mistake of the source as a whole.
-    pub fn error_of_source(&mut self, complaint: &str) {
-        self.errors.push(format!("{}{complaint}", self.source));
+    /// A mistake of the source as a whole, or in a line of it.
+    pub fn error_of_source(&mut self, line: Option<usize>, complaint: &str) {
+        self.errors.push(Problem { file: self.file.clone(), line, key: None, problem: complaint.to_owned() });
+    }
+
+    /// The lines of the keys, from which each problem has its own.
+    pub fn set_lines(&mut self, lines: BTreeMap<Path, usize>) {
+        self.lines = lines;
     }
 
     /// Something odd that does no harm.
     pub fn warn(&mut self, path: &Path, note: &str) {
-        let line = format!("{}{}: {note}", self.source, self.name(path));
-        self.warnings.push(line);
+        let problem = self.problem(path, note);
+        self.warnings.push(problem);
+    }
+
+    fn problem(&self, path: &Path, problem: &str) -> Problem {
+        let line = path.upwards().find_map(|path| self.lines.get(&path).copied());
+        Problem { file: self.file.clone(), line, key: Some(self.name(path)), problem: problem.to_owned() }
     }
 
     /// Whether `text` holds a secret.
@@ -146,9 +172,9 @@ impl Diagnostics {
         self.secrets.iter().any(|secret| text.contains(secret.as_str()))
     }
 
-    /// Mistakes and warnings.
-    pub fn into_lines(self) -> (Vec<String>, Vec<String>) {
-        (self.errors, self.warnings)
+    /// All of them.
+    pub fn into_problems(self) -> Problems {
+        Problems { errors: self.errors, warnings: self.warnings }
     }
 
     fn show(&self, path: &Path, value: &Value) -> String {

@@ -6,8 +6,10 @@ use serde_json::{Map, Value};
 use super::diagnostics::{Diagnostics, Path};
 use super::raw::{ANY, Raw};
 
-/// Farther than this from every known key, a guess would only confuse.
-const TYPO_MAX: usize = 2;
+/// With more wrong letters than this, or more than a third, a guess would only confuse.
+const TYPO_MAX: usize = 3;
+/// What takes the place of a name that the operator chooses.
+const NAME: &str = "NAME";
 
 /// The paths of all keys; [`ANY`] stands for a name that the operator chooses.
 pub(super) fn paths() -> Vec<Path> {
@@ -112,20 +114,48 @@ fn merge(keys: &mut Map<String, Value>) {
 }
 
 fn warn_unknown(path: &Path, place: &Path, key: &str, diagnostics: &mut Diagnostics) {
-    let near = nearest(path, place, key);
-    let guess = near.map_or_else(String::new, |near| format!(", did you mean {near}?"));
+    let guess = match nearest(path, place, key) {
+        None => String::new(),
+        Some(Near { path, parent: Some(parent), .. }) => {
+            format!(", did you mean {path}? It belongs below {parent}, with spaces before it")
+        }
+        Some(Near { path, .. }) => format!(", did you mean {path}?"),
+    };
     diagnostics.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
 }
 
+/// A known key that is like an unknown one.
+struct Near {
+    path: Path,
+    /// How many letters differ; a part that is left out counts as one.
+    typos: usize,
+    is_elsewhere: bool,
+    /// What it stands in, if it has the same name and only that is missing around the unknown key.
+    parent: Option<Path>,
+}
+
 /// The known key that is most like `key`: one of the same mapping, else of the whole file.
-fn nearest(path: &Path, place: &Path, key: &str) -> Option<Path> {
+fn nearest(path: &Path, place: &Path, key: &str) -> Option<Near> {
     let candidates = paths().into_iter().filter_map(|known| {
         let (name, parent) = known.0.split_last()?;
-        let here = parent == place.0;
-        let typos = strsim::damerau_levenshtein(&name.to_ascii_lowercase(), &key.to_ascii_lowercase());
-        let shown = if here { path.then(name) } else { known.clone() };
-        let fits = typos <= TYPO_MAX.min(name.len() / 3) && !shown.0.iter().any(|step| step == ANY);
-        fits.then_some((typos, !here, shown))
+        let typos = typos(&name.to_ascii_lowercase(), &key.to_ascii_lowercase())?;
+        let is_elsewhere = parent != place.0;
+        let named =
+            |steps: &[String]| Path(steps.iter().map(|step| if step == ANY { NAME } else { step }.into()).collect());
+        let parent = (typos == 0 && parent.starts_with(&place.0)).then(|| named(parent));
+        let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
+        (name != ANY).then_some(Near { path, typos, is_elsewhere, parent })
     });
-    candidates.min_by_key(|(typos, elsewhere, _)| (*typos, *elsewhere)).map(|(_, _, shown)| shown)
+    candidates.min_by_key(|near| (near.typos, near.is_elsewhere, near.path.0.len()))
+}
+
+/// How many letters make `key` the `known` one; none if too many do. A first or last word that is left out counts as one.
+fn typos(known: &str, key: &str) -> Option<usize> {
+    let typos = strsim::damerau_levenshtein(known, key);
+    let lacks_a_word =
+        key.contains('_') && (known.ends_with(&format!("_{key}")) || known.starts_with(&format!("{key}_")));
+    match typos {
+        _ if typos <= TYPO_MAX.min(known.len() / 3) => Some(typos),
+        _ => lacks_a_word.then_some(1),
+    }
 }

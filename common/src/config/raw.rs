@@ -152,7 +152,7 @@ impl Raw {
 
 fn check_name(host_name: &str, diagnostics: &mut Diagnostics) -> HostName {
     host_name.parse().unwrap_or_else(|_| {
-        diagnostics.error_of_source(&format!(
+        diagnostics.error_of_source(None, &format!(
             "the host name {host_name:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters \
              are not allowed"
         ));

@@ -26,8 +26,8 @@ const VALUE: usize = 100;
 /// More keys that are given twice than anybody reads.
 const DUPLICATES_MAX: usize = 50;
 
-const EMPTY: &str = "is empty, domains and domain_prefixes are needed at least";
-const NO_MAPPING: &str = "is not a mapping, keys with values such as \"domains:\" are allowed at the top";
+/// The keys of a config are no deeper; the lines of others are not remembered.
+const LINES_DEPTH_MAX: usize = 8;
 
 /// The content of a text.
 pub(crate) struct Tree {
@@ -43,15 +43,20 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
     let format = BoundedYaml::default();
     let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
         Ok(keys) => {
-            for DuplicateKey { path, line } in format.duplicates() {
+            let Found { duplicates, lines } = format.found();
+            diagnostics.set_lines(lines);
+            for DuplicateKey { path, line } in duplicates {
                 diagnostics.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
             }
             return Some(convert(ValueKind::Table(keys)));
         }
-        Err(ConfigError::FileParse { cause, .. }) => cause.to_string(),
-        Err(_) => "is not YAML".to_owned(),
+        Err(ConfigError::FileParse { cause, .. }) => cause,
+        Err(other) => other.into(),
     };
-    diagnostics.error_of_source(&reason);
+    match reason.downcast_ref::<Mistake>() {
+        Some(mistake) => diagnostics.error_of_source(mistake.line(), &mistake.to_string()),
+        None => diagnostics.error_of_source(None, "is not YAML"),
+    }
     None
 }
 
@@ -59,9 +64,9 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
 pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
     match read(text, max) {
-        Ok(Document { top, duplicates }) => Ok(Tree {
+        Ok(Document { top, found }) => Ok(Tree {
             value: convert(top),
-            duplicates: duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
+            duplicates: found.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
         }),
         // JSON with tabs is no YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
@@ -69,19 +74,27 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
             Err(_) => Err(if let Mistake::Yaml { line, .. } = mistake {
                 format!("line {}: is not YAML", line.clamp(1, text.lines().count().max(1)))
             } else {
-                mistake.to_string()
+                mistake.with_line()
             }),
         },
-        Err(mistake) => Err(mistake.to_string()),
+        Err(mistake) => Err(mistake.with_line()),
     }
 }
 
-/// YAML for the `config` crate. The keys that are given twice come by a way of their own, as the trait has none for them.
+/// YAML for the `config` crate. What is found beside the values comes by a way of its own, as the trait has none for it.
 #[derive(Debug, Clone, Default)]
-struct BoundedYaml(Arc<Mutex<Vec<DuplicateKey>>>);
+struct BoundedYaml(Arc<Mutex<Found>>);
+
+/// What a text has beside its values.
+#[derive(Debug, Default)]
+struct Found {
+    duplicates: Vec<DuplicateKey>,
+    /// The lines of keys and entries.
+    lines: BTreeMap<Path, usize>,
+}
 
 impl BoundedYaml {
-    fn duplicates(&self) -> Vec<DuplicateKey> {
+    fn found(&self) -> Found {
         std::mem::take(&mut *self.0.lock())
     }
 }
@@ -92,11 +105,11 @@ impl Format for BoundedYaml {
         _: Option<&String>,
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
-        let Document { top, duplicates } = read(text, SIZE_MAX)?;
-        *self.0.lock() = duplicates;
+        let Document { top, found } = read(text, SIZE_MAX)?;
+        *self.0.lock() = found;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
-            ValueKind::Table(_) | ValueKind::Nil => Err(EMPTY.into()),
+            ValueKind::Table(_) | ValueKind::Nil => Err(Mistake::Empty.into()),
             ValueKind::Boolean(_)
             | ValueKind::I64(_)
             | ValueKind::I128(_)
@@ -104,7 +117,7 @@ impl Format for BoundedYaml {
             | ValueKind::U128(_)
             | ValueKind::Float(_)
             | ValueKind::String(_)
-            | ValueKind::Array(_) => Err(NO_MAPPING.into()),
+            | ValueKind::Array(_) => Err(Mistake::NoMapping.into()),
         }
     }
 }
@@ -120,13 +133,17 @@ impl FileStoredFormat for BoundedYaml {
 enum Mistake {
     #[error("has {0} bytes, {1} are allowed")]
     Long(usize, usize),
-    #[error("line {0}: has a NUL byte, as in a file that was not wholly written")]
+    #[error("is empty, domains and domain_prefixes are needed at least")]
+    Empty,
+    #[error("is not a mapping, keys with values such as \"domains:\" are allowed at the top")]
+    NoMapping,
+    #[error("has a NUL byte, as in a file that was not wholly written")]
     Nul(usize),
-    #[error("line {0}: opens more than {DEPTH_MAX} levels, fewer are allowed")]
+    #[error("opens more than {DEPTH_MAX} levels, fewer are allowed")]
     Deep(usize),
-    #[error("line {0}: its aliases stand for more than {1} bytes, fewer are allowed")]
+    #[error("its aliases stand for more than {1} bytes, fewer are allowed")]
     Copies(usize, usize),
-    #[error("line {0}: has an alias for what it stands in itself")]
+    #[error("has an alias for what it stands in itself")]
     Circle(usize),
     #[error("has more than one document, one is allowed (no second line \"---\")")]
     Documents,
@@ -134,9 +151,9 @@ enum Mistake {
     Number,
     #[error("has a key that is a list or a mapping or nothing, a text is allowed")]
     Key,
-    #[error("line {0}: begins with a tab, spaces are allowed")]
+    #[error("begins with a tab, spaces are allowed")]
     Tab(usize),
-    #[error("line {line}: is not YAML: {reason}")]
+    #[error("is not YAML: {reason}")]
     Yaml { line: usize, reason: String },
 }
 
@@ -149,12 +166,27 @@ impl Mistake {
             None => Self::Yaml { line, reason: error.info().to_owned() },
         }
     }
+
+    /// Where it is; none if that is no single line.
+    fn line(&self) -> Option<usize> {
+        match self {
+            Self::Nul(line) | Self::Deep(line) | Self::Copies(line, _) | Self::Circle(line) | Self::Tab(line) => {
+                Some(*line)
+            }
+            Self::Yaml { line, .. } => Some(*line),
+            Self::Long(..) | Self::Empty | Self::NoMapping | Self::Documents | Self::Number | Self::Key => None,
+        }
+    }
+
+    fn with_line(&self) -> String {
+        self.line().map_or_else(|| self.to_string(), |line| format!("line {line}: {self}"))
+    }
 }
 
 /// A text as it was read.
 struct Document {
     top: ValueKind,
-    duplicates: Vec<DuplicateKey>,
+    found: Found,
 }
 
 /// A key that is given once more.
@@ -185,12 +217,13 @@ struct Reader<'a> {
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
     copied: usize,
-    duplicates: Vec<DuplicateKey>,
+    found: Found,
 }
 
 /// A list or a mapping that is not at its end.
 struct OpenCollection {
     anchor: usize,
+    line: usize,
     content: Content,
     size: usize,
     height: usize,
@@ -213,7 +246,7 @@ struct Finished {
 impl<'a> Reader<'a> {
     fn new(text: &'a str, copies_max: usize) -> Self {
         let (parser, anchors) = (Parser::new_from_str(text), BTreeMap::new());
-        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, duplicates: Vec::new() }
+        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, found: Found::default() }
     }
 
     fn document(mut self, text: &str) -> Result<Document, Mistake> {
@@ -222,13 +255,13 @@ impl<'a> Reader<'a> {
             let (event, mark) = self.parser.next_token().map_err(|error| Mistake::of(&error, text))?;
             let line = mark.line();
             match event {
-                Event::StreamEnd => return Ok(Document { top: self.top, duplicates: self.duplicates }),
+                Event::StreamEnd => return Ok(Document { top: self.top, found: self.found }),
                 Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
                 Event::SequenceStart(anchor, _) => self.begin(anchor, Content::List(Vec::new()), line)?,
                 Event::MappingStart(anchor, _) => self.begin(anchor, Content::Mapping(Map::new(), None), line)?,
-                Event::SequenceEnd | Event::MappingEnd => self.end(line)?,
+                Event::SequenceEnd | Event::MappingEnd => self.end()?,
                 Event::Scalar(text, style, anchor, tag) => self.scalar(scalar(text, style, tag), anchor, line)?,
                 Event::Alias(anchor) => self.alias(anchor, line)?,
             }
@@ -239,12 +272,12 @@ impl<'a> Reader<'a> {
         if self.open.len() >= DEPTH_MAX {
             return Err(Mistake::Deep(line));
         }
-        self.open.push(OpenCollection { anchor, content, size: VALUE, height: 1 });
+        self.open.push(OpenCollection { anchor, line, content, size: VALUE, height: 1 });
         Ok(())
     }
 
-    fn end(&mut self, line: usize) -> Result<(), Mistake> {
-        let Some(OpenCollection { anchor, content, size, height }) = self.open.pop() else { return Ok(()) };
+    fn end(&mut self) -> Result<(), Mistake> {
+        let Some(OpenCollection { anchor, line, content, size, height }) = self.open.pop() else { return Ok(()) };
         let value = match content {
             Content::List(items) => ValueKind::Array(items),
             Content::Mapping(keys, _) => ValueKind::Table(keys),
@@ -290,6 +323,7 @@ impl<'a> Reader<'a> {
             self.anchors.insert(anchor, finished.clone());
         }
         let Finished { value, size, height } = finished;
+        self.note_line(line);
         let Some(open) = self.open.last_mut() else {
             self.top = value;
             return Ok(());
@@ -310,15 +344,31 @@ impl<'a> Reader<'a> {
     }
 
     fn note_duplicate(&mut self, name: &str, line: usize) {
-        if self.duplicates.len() < DUPLICATES_MAX {
-            let within = self.open.iter().take(self.open.len() - 1);
-            let path = within.fold(Path::default(), |path, open| match &open.content {
-                Content::List(items) => path.index(items.len()),
-                Content::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
-            });
-            self.duplicates.push(DuplicateKey { path: path.then(name), line });
+        if self.found.duplicates.len() < DUPLICATES_MAX {
+            let path = path(&self.open[..self.open.len() - 1]).then(name);
+            self.found.duplicates.push(DuplicateKey { path, line });
         }
     }
+
+    /// A value ends that begins in this line; the line of one with a key is the key's.
+    fn note_line(&mut self, line: usize) {
+        let line = match self.open.last().map(|open| &open.content) {
+            Some(Content::Mapping(_, Some((_, line)))) => *line,
+            Some(Content::List(_)) => line,
+            Some(Content::Mapping(_, None)) | None => return,
+        };
+        if self.open.len() <= LINES_DEPTH_MAX {
+            self.found.lines.insert(path(&self.open), line);
+        }
+    }
+}
+
+/// Where the next value stands.
+fn path(open: &[OpenCollection]) -> Path {
+    open.iter().fold(Path::default(), |path, open| match &open.content {
+        Content::List(items) => path.index(items.len()),
+        Content::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
+    })
 }
 
 /// What a scalar is, as the parser's own loader has it.

@@ -1,5 +1,6 @@
 //! What both programs do at their beginning and at their end.
 
+use std::path::Path;
 use std::process::{self, ExitCode};
 use std::{io, panic};
 
@@ -19,18 +20,20 @@ pub fn abort_on_panic() {
     }));
 }
 
-/// Reads the config and starts logging at its level. Errors in it are logged, and then there is none.
+/// Reads the config, in `file` if one is named, and starts logging at its level. Errors in it are logged, and then there is
+/// none.
 #[must_use]
-pub fn config() -> Option<Config> {
-    match Config::load() {
+pub fn config(file: Option<&Path>) -> Option<Config> {
+    match Config::load(file) {
         Ok(config) => {
             log::init(config.log_level);
-            config.warnings.iter().for_each(|line| warn!("{line}"));
+            config.warnings.iter().for_each(|problem| warn!("{problem}"));
             Some(config)
         }
         Err(wrong) => {
             log::init(Level::INFO);
-            wrong.lines().iter().for_each(|line| error!("{line}"));
+            wrong.warnings.iter().for_each(|problem| warn!("{problem}"));
+            wrong.mistakes.iter().for_each(|problem| error!("{problem}"));
             None
         }
     }

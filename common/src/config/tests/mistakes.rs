@@ -287,7 +287,27 @@ fn odd_but_harmless_settings_are_warnings() {
     let cases: &[(&str, &[&str])] = &[
         ("broker_listn: 1", &["broker_listn: is not a known key and is ignored, did you mean broker_listen?"]),
         ("mqtt: {pasword: x}", &["mqtt.pasword: is not a known key and is ignored, did you mean mqtt.password?"]),
-        ("broker_url: x", &["broker_url: is not a known key and is ignored, did you mean mqtt.broker_url?"]),
+        (
+            "broker_url: x",
+            &[
+                "broker_url: is not a known key and is ignored, did you mean mqtt.broker_url? It belongs below mqtt, with spaces before it",
+            ],
+        ),
+        ("trusted_proxy: []", &["trusted_proxy: is not a known key and is ignored, did you mean trusted_proxies?"]),
+        (
+            "cleanup: {stale_timeout: 9}",
+            &["cleanup.stale_timeout: is not a known key and is ignored, did you mean cleanup.legacy_stale_timeout?"],
+        ),
+        (
+            "pasword_hash: x",
+            &["pasword_hash: is not a known key and is ignored, did you mean mqtt_listen.users.NAME.password_hash?"],
+        ),
+        (
+            "users: {}",
+            &[
+                "users: is not a known key and is ignored, did you mean mqtt_listen.users? It belongs below mqtt_listen, with spaces before it",
+            ],
+        ),
         ("external_name: x", &["external_name: is not a known key and is ignored, did you mean externalName?"]),
         (
             "workers: {gw1: {wieght: 2}}",
@@ -337,7 +357,7 @@ fn odd_but_harmless_settings_are_warnings() {
     ];
     for (yaml, expected) in cases {
         let expected: Vec<String> = expected.iter().map(|line| format!("/etc/wgkex.yaml: {line}")).collect();
-        assert_eq!(parse(&format!("{LEAST}{yaml}")).unwrap().warnings, expected, "{yaml}");
+        assert_eq!(texts(&parse(&format!("{LEAST}{yaml}")).unwrap().warnings), expected, "{yaml}");
     }
 }
 
@@ -368,7 +388,7 @@ fn a_secret_inside_another_value_or_key_is_not_shown() {
     ];
     for (yaml, expected) in cases {
         let result = parse(&format!("{LEAST}{yaml}"));
-        let lines = result.map_or_else(|error| error.lines, |config| config.warnings);
+        let lines = result.map_or_else(|error| texts(&error.mistakes), |config| texts(&config.warnings));
         assert!(lines.iter().any(|line| line.starts_with(&format!("/etc/wgkex.yaml: {expected}"))), "{lines:?}");
         assert!(!lines.concat().contains("very-secret"), "{lines:?}");
     }
@@ -398,7 +418,7 @@ fn text_of_any_size_and_depth_is_parsed_or_refused() {
     let long = format!("# {}", "x".repeat(1 << 20));
     assert_eq!(lines(parse(&long).unwrap_err()), ["has 1048578 bytes, 1048576 are allowed"]);
     let wrong = format!("domains: [{}]\ndomain_prefixes: [x_]", "1, ".repeat(1000));
-    assert_eq!(parse(&wrong).unwrap_err().lines.len(), 50);
+    assert_eq!(parse(&wrong).unwrap_err().mistakes.len(), 50);
 }
 
 /// The lines that `yaml`, after [`LEAST`], is refused with, without the file's name.
@@ -406,7 +426,37 @@ fn mistakes(yaml: &str) -> Vec<String> {
     lines(parse(&format!("{LEAST}{yaml}")).unwrap_err())
 }
 
+/// Without the file's name; those about the whole file with their line.
 fn lines(error: ConfigError) -> Vec<String> {
-    let line = |line: String| line.strip_prefix("/etc/wgkex.yaml: ").unwrap().to_owned();
-    error.lines.into_iter().map(line).collect()
+    let shown = |problem: Problem| match problem {
+        Problem { key: None, line: Some(line), problem, .. } => format!("line {line}: {problem}"),
+        other => Problem { file: None, line: None, ..other }.to_string(),
+    };
+    error.mistakes.into_iter().map(shown).collect()
+}
+
+#[test]
+fn each_problem_has_the_line_of_its_key() {
+    let yaml = "domains: [x_a]\ndomain_prefixes:\n  - x_\n  - [1]\nmqtt:\n  # a comment\n  broker_port: abc\n  tls: on\n  \
+                cert_file: /a\nbroker_listen: 127.0.0.1:0\nworkers:\n  gw1: {weight: x}\n  gw1: {weigt: 1}\nlog_levl: INFO\n";
+    let error = Config::parse("f", yaml, "gw1").unwrap_err();
+    let place = |problem: &Problem| (problem.line.unwrap(), problem.key.clone().unwrap());
+    let mut places: Vec<_> = error.mistakes.iter().chain(&error.warnings).map(place).collect();
+    places.sort_unstable();
+    let expected = [
+        (4, "domain_prefixes[1]"),
+        (5, "mqtt.key_file"),
+        (7, "mqtt.broker_port"),
+        (8, "mqtt.tls"),
+        (10, "broker_listen.port"),
+        (13, "workers.gw1"),
+        (13, "workers.gw1.weigt"),
+        (14, "log_levl"),
+    ];
+    assert_eq!(places, expected.map(|(line, key)| (line, key.to_owned())));
+    assert!(error.to_string().contains("f:7: mqtt.broker_port: \"abc\" is not a port, "), "{error}");
+    let error = Config::parse("f", "domains: [x_a\nmqtt: {}\n", "gw1").unwrap_err();
+    assert!(error.to_string().starts_with("f:2: is not YAML"), "{error}");
+    let error = parse(&format!("{LEAST}mqtt_listen: {{users: {{gw1: {{pasword_hash: x}}}}}}")).unwrap_err();
+    assert!(error.warnings[0].to_string().contains("did you mean mqtt_listen.users.gw1.password_hash?"), "{error:?}");
 }

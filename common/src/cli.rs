@@ -1,0 +1,80 @@
+//! What the command lines of both programs have in common.
+//!
+//! No task. `main` of each program parses it.
+
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::Config;
+use crate::config::Problem;
+
+/// The exit code of `check-config` where only `--strict` finds fault.
+const ONLY_WARNINGS: u8 = 1;
+/// The exit code of `check-config` where the program would not start.
+const MISTAKES: u8 = 2;
+
+/// Which file is read.
+#[derive(Debug, Args)]
+pub struct ConfigFile {
+    /// Reads this file instead of /etc/wgkex.yaml or the one that `WGKEX_CONFIG_FILE` names
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    /// The file, if the command line names one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+}
+
+/// The command `check-config`.
+#[derive(Debug, Args)]
+pub struct CheckConfig {
+    /// Exit with 1 where there are warnings
+    #[arg(long)]
+    strict: bool,
+    /// Print the problems as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl CheckConfig {
+    /// Prints what is wrong with the config and returns how the process ends: 0 if nothing is, 1 if there are warnings and
+    /// the check is strict, 2 if the program would not start.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        let (mistakes, warnings) = match Config::load(file) {
+            Ok(config) => (Vec::new(), config.warnings),
+            Err(error) => (error.mistakes, error.warnings),
+        };
+        let text = if self.json {
+            format!("{:#}\n", json!({ "errors": mistakes, "warnings": warnings }))
+        } else {
+            report(&mistakes, &warnings)
+        };
+        match io::stdout().write_all(text.as_bytes()) {
+            Err(_) => ExitCode::FAILURE,
+            Ok(()) if !mistakes.is_empty() => MISTAKES.into(),
+            Ok(()) if self.strict && !warnings.is_empty() => ONLY_WARNINGS.into(),
+            Ok(()) => ExitCode::SUCCESS,
+        }
+    }
+}
+
+fn report(mistakes: &[Problem], warnings: &[Problem]) -> String {
+    let lines = |kind: &'static str, problems: &[Problem]| {
+        problems.iter().map(|problem| format!("{kind}: {problem}\n")).collect::<String>()
+    };
+    let result = match (mistakes.len(), warnings.len()) {
+        (0, 0) => "the config is valid".to_owned(),
+        (0, warnings) => format!("the config is valid, with warnings: {warnings}"),
+        (mistakes, warnings) => format!("the config is not valid: errors: {mistakes}, warnings: {warnings}"),
+    };
+    lines("error", mistakes) + &lines("warning", warnings) + &result + "\n"
+}

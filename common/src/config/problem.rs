@@ -1,0 +1,41 @@
+//! What is wrong or odd with a config, by file, line and key.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// One thing that is wrong or odd with a config. It shows no secret, and its text is one line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// The file; none if it is not about one.
+    pub file: Option<String>,
+    /// The line in it, from 1: of the key, or of the nearest mapping around a key that is missing.
+    pub line: Option<usize>,
+    /// The key, such as `mqtt.broker_port`, or the variable; none for the source as a whole.
+    pub key: Option<String>,
+    /// What is wrong, and what is allowed.
+    pub problem: String,
+}
+
+impl Problem {
+    /// About no file and no key.
+    pub(super) fn other(problem: String) -> Self {
+        Self { file: None, line: None, key: None, problem }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.file {
+            write!(f, "{file}:")?;
+            if let Some(line) = self.line {
+                write!(f, "{line}:")?;
+            }
+            f.write_str(" ")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, "{key}: ")?;
+        }
+        f.write_str(&self.problem)
+    }
+}

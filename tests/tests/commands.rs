@@ -1,0 +1,60 @@
+//! The commands that operators and scripts call, as they call them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use wgkex_tests::process::binary;
+
+const PROGRAMS: [&str; 2] = ["wgkex-broker", "wgkex-worker"];
+const LEAST: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
+
+fn run(program: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(binary(program));
+    command.args(arguments).env_remove("WGKEX_CONFIG_FILE").output().unwrap()
+}
+
+fn check(program: &str, config: &Path, more: &[&str]) -> (Option<i32>, String) {
+    let output = run(program, &[&["check-config", "--config", config.to_str().unwrap()], more].concat());
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("wgkex.yaml");
+    let cases = [
+        ("", 0, 0, [].as_slice()),
+        ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "trusted_proxies"]),
+        ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "below mqtt_listen"]),
+        ("mqtt:\n  broker_port: abc\nbroker_listn: x\n", 2, 2, &[":4: mqtt.broker_port: ", ":5: broker_listn: "]),
+        ("mqtt: [\n", 2, 2, &["is not YAML"]),
+    ];
+    for program in PROGRAMS {
+        for (more, code, strict, said) in cases {
+            fs::write(&file, format!("{LEAST}{more}")).unwrap();
+            let (found, text) = check(program, &file, &[]);
+            assert_eq!(found, Some(code), "{more}: {text}");
+            assert!(said.iter().all(|said| text.contains(said)), "{more}: {text}");
+            assert_eq!(check(program, &file, &["--strict"]).0, Some(strict), "{more}");
+            let (found, json) = check(program, &file, &["--json"]);
+            let json: Value = serde_json::from_str(&json).unwrap();
+            let problems = json["errors"].as_array().unwrap().len() + json["warnings"].as_array().unwrap().len();
+            assert_eq!((found, problems > 0), (Some(code), !said.is_empty()), "{json}");
+        }
+        let missing = check(program, &dir.path().join("none.yaml"), &[]);
+        assert_eq!(missing.0, Some(2));
+        assert!(missing.1.contains("none.yaml: cannot be read: "), "{}", missing.1);
+    }
+}
+
+#[test]
+fn the_example_is_valid() {
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../wgkex.yaml.example");
+    for program in PROGRAMS {
+        assert_eq!(check(program, &example, &["--strict"]), (Some(0), "the config is valid\n".to_owned()));
+    }
+}
