@@ -230,6 +230,8 @@ impl Broker {
         services.group(Duration::MAX, None).spawn("broker_listen", |stop| serve("broker_listen", plain, stop));
         if let Some((server, certificate)) = tls.transpose()? {
             services.spawn("broker_listen.tls", |stop| serve("broker_listen.tls", server, stop));
+            let listen = self.config.https.as_ref().map(|https| https.listen.to_string());
+            info!(https_listen = listen, "HTTPS is served");
             services.background().spawn("the certificate", |_| certificate.watch());
         }
         Ok(())

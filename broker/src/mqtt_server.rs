@@ -124,7 +124,7 @@ impl MqttServer {
     /// How this broker itself connects: to an endpoint of its own, for which neither TLS nor a crowd of clients stand in the way.
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
-        Mqtt { server: Server::Embedded(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
+        Mqtt { server: Server::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
     }
 
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:

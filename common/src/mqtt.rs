@@ -9,6 +9,7 @@
 //! it, and never awaits anything but `poll` and its commands. [`subscriptions`] knows which filters are granted, [`echo`]
 //! whether they still work, [`reconnect`] when to connect again, [`pair`] what to do where a server allows one connection.
 
+mod cause;
 mod echo;
 mod options;
 mod outbox;
@@ -21,8 +22,8 @@ mod subscriptions;
 use rumqttc::valid_topic;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use self::cause::dotted;
 use self::outbox::PendingPublish;
-use self::reconnect::dotted;
 use self::subscriptions::Filter;
 use crate::Topic;
 

@@ -154,6 +154,11 @@ impl Worker {
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
         let on_confirming_event =
             subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.bus.clone());
+        let shown = http::Shown {
+            registry: metrics.registry.clone(),
+            links: [bus, confirmations].map(MqttHandle::connection_state),
+            domains: reconciler.state(),
+        };
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -166,7 +171,7 @@ impl Worker {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), metrics.registry.clone()));
+            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), shown));
         services.group(2 * FAREWELL, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 }

@@ -88,7 +88,8 @@ pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
             let call = if guard.is_authorized(&request) {
                 Ok(service.call(request))
             } else {
-                Err(request.into_response(unauthorized(&throttle)))
+                let has_token = request.headers().contains_key(AUTHORIZATION);
+                Err(request.into_response(unauthorized(has_token, &throttle)))
             };
             async {
                 match call {
@@ -114,11 +115,16 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
     }
 }
 
-fn unauthorized(throttle: &Mutex<AuditThrottle>) -> HttpResponse {
+fn unauthorized(has_token: bool, throttle: &Mutex<AuditThrottle>) -> HttpResponse {
     if let Some(unlogged) = throttle.lock().log(Instant::now()) {
         warn!(target: AUDIT, outcome = "unauthorized", unlogged, "admin call");
     }
-    let mut response = error(StatusCode::UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN");
+    let message = if has_token {
+        "the token is wrong: admin_token_hash of the broker's config is of another one"
+    } else {
+        "a token is needed: Authorization: Bearer TOKEN"
+    };
+    let mut response = error(StatusCode::UNAUTHORIZED, message);
     response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     response
 }

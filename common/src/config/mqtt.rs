@@ -38,6 +38,8 @@ pub struct Tls {
 pub enum Server {
     /// The one inside the broker, which a program on the same machine reaches at this address.
     Embedded(SocketAddr),
+    /// The same for the broker itself: at a port of its own, which is in no log.
+    Own(SocketAddr),
     /// Somebody else's.
     External {
         /// Its name or address, without brackets.

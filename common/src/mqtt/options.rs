@@ -22,7 +22,7 @@ pub(super) fn options(
     client: &SessionConfig,
 ) -> Result<(MqttOptions, NetworkOptions, String), TlsError> {
     let (host, port) = match &config.server {
-        Server::Embedded(address) => (address.ip().to_string(), address.port()),
+        Server::Embedded(address) | Server::Own(address) => (address.ip().to_string(), address.port()),
         Server::External { host, port } => (host.clone(), *port),
     };
     let mut options = MqttOptions::new(&client.id, &host, port);
@@ -43,7 +43,13 @@ pub(super) fn options(
     let mut network = NetworkOptions::new();
     network.set_tcp_nodelay(true);
     network.set_connection_timeout(CONNECT_SECONDS);
-    Ok((options, network, format!("{host}:{port}")))
+    let name = match &config.server {
+        Server::Own(_) => "the broker's own".to_owned(),
+        Server::Embedded(address) => address.to_string(),
+        Server::External { host, port } if host.contains(':') => format!("[{host}]:{port}"),
+        Server::External { host, port } => format!("{host}:{port}"),
+    };
+    Ok((options, network, name))
 }
 
 fn client_config(tls: &Tls) -> Result<ClientConfig, TlsError> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rumqttc::{ConnectReturnCode, ConnectionError, StateError};
+use rumqttc::{ConnectionError, StateError};
 use tokio::time::Instant;
 
 /// The pause before the second attempt to connect; it doubles up to [`PAUSE_MAX`].
@@ -92,33 +92,6 @@ pub(super) fn is_closed(error: &ConnectionError) -> bool {
         error,
         ConnectionError::MqttState(StateError::ConnectionAborted | StateError::Io(_) | StateError::Deserialization(_))
     )
-}
-
-/// The first level of a topic or filter that has a dot.
-pub(super) fn dotted(topic: &str) -> Option<&str> {
-    topic.split('/').find(|level| level.contains('.'))
-}
-
-/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
-pub(super) fn dot_hint(topic: &str) -> String {
-    let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
-    dotted(topic).map(hint).unwrap_or_default()
-}
-
-/// One line on why there is no connection, in an operator's words.
-pub(super) fn describe(error: &ConnectionError) -> String {
-    match error {
-        ConnectionError::ConnectionRefused(
-            ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
-        ) => "the server refuses the user name or password".into(),
-        ConnectionError::ConnectionRefused(code) => format!("the server refuses the connection: {code:?}"),
-        ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => "the server does not answer".into(),
-        ConnectionError::Io(error) => error.to_string(),
-        ConnectionError::Tls(error) => format!("TLS: {error}"),
-        ConnectionError::MqttState(error) => error.to_string(),
-        ConnectionError::NotConnAck(_) => "the server does not speak MQTT 3.1.1".into(),
-        ConnectionError::RequestsDone => "the session has ended".into(),
-    }
 }
 
 #[cfg(test)]

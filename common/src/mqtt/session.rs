@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
+use super::cause::Attempt;
 use super::echo::Echo;
 use super::options;
 use super::outbox::{Outbox, PendingPublish};
@@ -39,6 +40,7 @@ pub struct Session {
     echo: Echo,
     is_connected: bool,
     id: String,
+    attempt: Attempt,
     is_secondary: bool,
     server: String,
     reconnect: Reconnect,
@@ -81,6 +83,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: Echo::default(),
         is_connected: false,
+        attempt: Attempt::new(config, &client.id),
         id: client.id,
         is_secondary: client.is_secondary,
         server,

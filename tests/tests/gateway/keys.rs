@@ -53,6 +53,7 @@ pub fn a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects(lan
 
 fn watched_over(host: &Host) {
     assert_eq!(host.get(9586, "/healthz").unwrap().status, 200);
+    assert_eq!(host.get(9586, "/readyz").unwrap().status, 200);
     assert_eq!(host.get(5000, "/healthz").unwrap().status, 200);
     assert_eq!(host.get(5000, "/readyz").unwrap().status, 200);
     for domain in ["test_a", "test_b"] {

@@ -68,6 +68,8 @@ fn is_down(host: &Host, witness: &Probe, rest: &str) {
     wait_until("the metric says it", || (up()? == "0").then_some(()));
     let peers = format!("wireguard-metrics/test_{rest}/gateway/connected_peers");
     witness.next("the domain is offline", |said| said.topic == peers && said.text() == "-1");
+    let unready = host.get(9586, "/readyz").unwrap();
+    assert!(unready.status == 503 && unready.body.contains(&format!("domain test_{rest}: ")), "{unready:?}");
 }
 
 /// Changes some other link, so that the worker looks for its own again.

@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::Session;
-use crate::mqtt::reconnect::{describe, dot_hint, is_closed};
+use crate::mqtt::cause::dot_hint;
+use crate::mqtt::reconnect::is_closed;
 use crate::mqtt::{ConnectionState, Event, INFLIGHT};
 
 impl Session {
@@ -125,7 +126,7 @@ impl Session {
         if let Some(pair) = &self.pair {
             pair.lost(!is_over_echo, now);
         }
-        self.is_connected = false;
+        let accepted = std::mem::replace(&mut self.is_connected, false);
         self.subscriptions.reset();
         if !is_over_echo {
             self.count(error);
@@ -135,7 +136,7 @@ impl Session {
         let down = ConnectionState::Down(format!(
             "{}: {}{}",
             self.server,
-            describe(error),
+            self.attempt.describe(error, accepted),
             hint.as_deref().unwrap_or_default()
         ));
         let before = self.state.send_replace(down.clone());

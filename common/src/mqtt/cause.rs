@@ -1,0 +1,182 @@
+//! Why there is no connection, in an operator's words: the cause, and the key of the config that may have to change. No IO.
+
+use std::io::{self, ErrorKind};
+
+use rumqttc::{ConnectReturnCode, ConnectionError, StateError, TlsError};
+use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
+
+use crate::config::Mqtt;
+
+/// How a session connects, as far as it may be the cause.
+#[derive(Debug, Clone)]
+pub(super) struct Attempt {
+    id: String,
+    username: Option<String>,
+    has_tls: bool,
+    has_ca_file: bool,
+}
+
+impl Attempt {
+    pub(super) fn new(config: &Mqtt, id: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            username: config.credentials.as_ref().map(|credentials| credentials.username.clone()),
+            has_tls: config.tls.is_some(),
+            has_ca_file: config.tls.as_ref().is_some_and(|tls| tls.ca_file.is_some()),
+        }
+    }
+
+    /// One line about a connection that is lost, or was not made if the server had not `accepted` it. It has no number that
+    /// changes from one attempt to the next, so that it can be logged once.
+    pub(super) fn describe(&self, error: &ConnectionError, accepted: bool) -> String {
+        match error {
+            ConnectionError::ConnectionRefused(
+                ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
+            ) => "the server refuses the user name or password".into(),
+            ConnectionError::ConnectionRefused(ConnectReturnCode::BadClientId) => self.bad_client_id(),
+            ConnectionError::ConnectionRefused(code) => format!("the server refuses the connection: {code:?}"),
+            ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => "the server does not answer".into(),
+            ConnectionError::Io(error)
+            | ConnectionError::MqttState(
+                StateError::Io(error) | StateError::Deserialization(rumqttc::mqttbytes::Error::Io(error)),
+            ) => self.io(error, accepted),
+            ConnectionError::Tls(TlsError::Io(error)) => self.tls(error),
+            ConnectionError::Tls(error) => format!("TLS: {error}"),
+            ConnectionError::MqttState(StateError::ConnectionAborted) => self.closed(accepted),
+            ConnectionError::MqttState(StateError::AwaitPingResp) => "the server does not answer pings".into(),
+            ConnectionError::MqttState(StateError::Deserialization(_)) | ConnectionError::NotConnAck(_) => {
+                "the server does not speak MQTT 3.1.1".into()
+            }
+            ConnectionError::MqttState(error) => error.to_string(),
+            ConnectionError::RequestsDone => "the session has ended".into(),
+        }
+    }
+
+    fn bad_client_id(&self) -> String {
+        let Self { id, username, .. } = self;
+        match username {
+            Some(user) => format!(
+                "the server refuses the client id {id} of user {user}: where each worker is a user, mqtt.username must be \
+                 the host name"
+            ),
+            None => format!("the server refuses the client id {id}"),
+        }
+    }
+
+    fn io(&self, error: &io::Error, accepted: bool) -> String {
+        match of_tls(error) {
+            Some(tls) => self.tls_error(tls),
+            None if is_end(error) => self.closed(accepted),
+            None => error.to_string(),
+        }
+    }
+
+    fn closed(&self, accepted: bool) -> String {
+        match (accepted, self.has_tls) {
+            (true, _) => "the server closed the connection".into(),
+            (false, true) => "the server closed the connection without an answer".into(),
+            (false, false) => "the server closed the connection without an answer: does it want TLS (mqtt.tls)?".into(),
+        }
+    }
+
+    /// An error of the handshake.
+    fn tls(&self, error: &io::Error) -> String {
+        match of_tls(error) {
+            Some(tls) => self.tls_error(tls),
+            None if is_end(error) => {
+                "TLS: the server closed the connection during the handshake: is it the port for TLS \
+                                      (mqtt.broker_port)?"
+                    .into()
+            }
+            None => format!("TLS: {error}"),
+        }
+    }
+
+    fn tls_error(&self, tls: &rustls::Error) -> String {
+        let cause = match tls {
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) if self.has_ca_file => {
+                "mqtt.ca_file names no certificate by which the server's is signed"
+            }
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+                "no certificate of this system signed the server's; mqtt.ca_file can name the one that did"
+            }
+            rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+                "the server's certificate has expired, or the clock of this machine is ahead"
+            }
+            rustls::Error::InvalidCertificate(
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
+            ) => "the server's certificate is not valid yet, or the clock of this machine is behind",
+            rustls::Error::InvalidMessage(_) => "the server does not speak TLS on this port (mqtt.broker_port)",
+            rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
+                "the server wants a certificate (mqtt.cert_file, mqtt.key_file)"
+            }
+            _ => return format!("TLS: {tls}"),
+        };
+        // The dates in an expired certificate's context are no help.
+        let name = match tls {
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => " (UnknownIssuer)",
+            rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => " (CertificateRequired)",
+            _ => "",
+        };
+        format!("TLS: {cause}{name}")
+    }
+}
+
+fn of_tls(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|error| error.downcast_ref())
+}
+
+/// Whether the other end closed the connection.
+fn is_end(error: &io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
+}
+
+/// The first level of a topic or filter that has a dot.
+pub(super) fn dotted(topic: &str) -> Option<&str> {
+    topic.split('/').find(|level| level.contains('.'))
+}
+
+/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
+pub(super) fn dot_hint(topic: &str) -> String {
+    let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
+    dotted(topic).map(hint).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt(has_tls: bool, has_ca_file: bool) -> Attempt {
+        Attempt { id: "gw1".into(), username: Some("gw2".into()), has_tls, has_ca_file }
+    }
+
+    #[test]
+    fn each_cause_is_said_with_what_to_change() {
+        let io = |kind: ErrorKind| ConnectionError::Io(kind.into());
+        let tls = |error: rustls::Error| ConnectionError::Tls(TlsError::Io(io::Error::other(error)));
+        let unknown = || tls(CertificateError::UnknownIssuer.into());
+        let required = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+        let later = StateError::Deserialization(rumqttc::mqttbytes::Error::Io(io::Error::other(required)));
+        for (attempt, error, said) in [
+            (attempt(true, true), ConnectionError::MqttState(later), "mqtt.cert_file"),
+            (attempt(false, false), io(ErrorKind::ConnectionReset), "mqtt.tls"),
+            (attempt(false, false), io(ErrorKind::UnexpectedEof), "mqtt.tls"),
+            (attempt(true, false), unknown(), "mqtt.ca_file can name"),
+            (attempt(true, true), unknown(), "mqtt.ca_file names no certificate"),
+            (attempt(true, true), tls(CertificateError::Expired.into()), "clock"),
+            (attempt(true, false), tls(rustls::InvalidMessage::InvalidContentType.into()), "mqtt.broker_port"),
+            (attempt(false, false), ConnectionError::MqttState(StateError::ConnectionAborted), "server closed"),
+            (
+                attempt(false, false),
+                ConnectionError::ConnectionRefused(ConnectReturnCode::BadClientId),
+                "the client id gw1 of user gw2",
+            ),
+        ] {
+            let text = attempt.describe(&error, false);
+            assert!(text.contains(said) && !text.contains('\n'), "{error:?}: {text}");
+        }
+        let lost = attempt(false, false).describe(&io(ErrorKind::ConnectionReset), true);
+        assert_eq!(lost, "the server closed the connection");
+    }
+}
