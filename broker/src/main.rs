@@ -49,7 +49,13 @@ fn main() -> ExitCode {
         None => with_config(file, serve),
         Some(Command::Keys(command)) => command.run(file),
         Some(Command::CheckConfig(check)) => check.run(file),
-        Some(Command::HashPassword) => process::exit(hash_password()),
+        Some(Command::HashPassword) => hash_password().map_or_else(
+            |error| {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            },
+            |()| ExitCode::SUCCESS,
+        ),
         Some(Command::MqttAcl(list)) => with_config(file, |config| print(&list.text(&config)?)),
     }
 }

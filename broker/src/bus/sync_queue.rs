@@ -16,6 +16,8 @@ const MAX_REQUESTERS: usize = 4096;
 const MAX_SHARED: usize = 1024;
 /// A requester pauses for so many times as long as its chunk took to collect: it takes a fifth of one core at most.
 const PAUSE_FACTOR: u32 = 4;
+/// It gets no more bytes a second, since every client waits for what the broker publishes: 60,000 keys.
+const BYTES_PER_SECOND: u64 = 4 << 20;
 
 /// The queue between the session and the sync server. Clones share everything.
 #[derive(Debug, Clone, Default)]
@@ -72,10 +74,15 @@ impl SyncQueue {
         }
     }
 
-    /// A requester got its chunk, which took so long to collect.
-    pub fn on_answered(&self, requester: Requester, took: Duration) {
-        self.0.turns.lock().pause(requester, Instant::now() + PAUSE_FACTOR * took);
+    /// A requester got its chunk of so many bytes, which took so long to collect.
+    pub fn on_answered(&self, requester: Requester, took: Duration, bytes: usize) {
+        self.0.turns.lock().pause(requester, Instant::now() + pause(took, bytes));
     }
+}
+
+/// The pause after a chunk.
+fn pause(took: Duration, bytes: usize) -> Duration {
+    (PAUSE_FACTOR * took).max(Duration::from_micros(1_000_000 * bytes as u64 / BYTES_PER_SECOND))
 }
 
 impl Turns {
@@ -180,6 +187,12 @@ mod tests {
         assert_eq!(drain(&mut turns, now + 19 * MS), [("gw".to_owned(), 2)]);
         assert_eq!(drain(&mut turns, now + 20 * MS), [("thief".to_owned(), 1)]);
         assert!(turns.pauses.is_empty());
+    }
+
+    #[test]
+    fn the_pause_after_a_chunk_is_longer_for_more_work_and_for_more_bytes() {
+        assert_eq!(pause(5 * MS, 100), 20 * MS);
+        assert_eq!(pause(MS, 1 << 20), 250 * MS);
     }
 
     #[test]

@@ -19,9 +19,10 @@ pub async fn run(bus: MqttHandle, live: Arc<Mutex<LiveKeys>>, requests: SyncQueu
         let (requester, request) = requests.next().await;
         let begun = Instant::now();
         let chunk = live.lock().chunk(&request, begun);
-        requests.on_answered(requester, begun.elapsed());
+        let took = begun.elapsed();
         metrics.keys_given.inc_by(chunk.keys.len() as u64);
         let payload = serde_json::to_vec(&chunk).unwrap_or_default();
+        requests.on_answered(requester, took, payload.len());
         if bus.publish(Message::transient(request.from.chunks(), payload)).await == Err(PublishError::SessionEnded) {
             return;
         }

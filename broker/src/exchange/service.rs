@@ -212,9 +212,10 @@ impl Exchange {
         });
         let outcome = outcome.await;
         if outcome.is_none() {
-            warn!(worker = first.worker.as_str(), "gateway did not confirm in time");
             self.metrics.confirmations_missed.inc();
-            self.gateways().on_timeout(&first.worker);
+            if self.gateways().on_timeout(&first.worker, Instant::now().into_std()) {
+                warn!(worker = first.worker.as_str(), "gateway did not confirm in time");
+            }
         }
         outcome == Some(true)
     }

@@ -35,6 +35,8 @@ pub(super) struct Gateway {
     is_hello_live: bool,
     /// It did not confirm a key in time, and has published nothing since.
     pub is_unresponsive: bool,
+    /// When it was last logged that it did not.
+    pub timeout_logged: Option<Instant>,
     pub data: BTreeMap<Domain, WorkerData>,
     /// Domains whose data was removed from the server, and not published again. It is still in `data` where the worker goes on
     /// counting.

@@ -18,6 +18,8 @@ use crate::fleet::selection::{Candidate, Selection, Shares};
 const PEERS_MAX: u64 = 1 << 20;
 /// The most workers, and the most brokers, that are remembered: more than any fleet has.
 const NAMES_MAX: usize = 4096;
+/// The shortest time between two log lines about confirmations of the same gateway that did not come in time.
+const TIMEOUT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// The retained states are complete after this time without a retained message: a server keeps the order of messages of one
 /// topic only (MQTT 3.1.1 section 4.6).
 const QUIET: Duration = Duration::from_millis(250);
@@ -361,11 +363,15 @@ impl Gateways {
         }
     }
 
-    /// `worker` did not confirm a key in time.
-    pub fn on_timeout(&mut self, worker: &WorkerName) {
-        if let Some(gateway) = self.by_name.get_mut(worker) {
-            gateway.is_unresponsive = true;
+    /// `worker` did not confirm a key in time. True if that is to be logged: it was not in the last ten seconds.
+    pub fn on_timeout(&mut self, worker: &WorkerName, now: Instant) -> bool {
+        let Some(gateway) = self.by_name.get_mut(worker) else { return false };
+        gateway.is_unresponsive = true;
+        let is_due = gateway.timeout_logged.is_none_or(|at| now.saturating_duration_since(at) >= TIMEOUT_LOG_INTERVAL);
+        if is_due {
+            gateway.timeout_logged = Some(now);
         }
+        is_due
     }
 
     /// `worker` published outcomes or handshakes of keys, so it is alive. False if it is not a worker that does; whether its

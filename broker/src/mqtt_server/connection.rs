@@ -8,7 +8,7 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use rumqttc::{Packet, mqttbytes};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::task::yield_now;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::warn;
 
 use crate::mqtt_server::broker::{ClientSlot, MessageBroker};
@@ -38,6 +38,8 @@ const PAUSE_STEP: Duration = Duration::from_millis(10);
 const PUBLISH: u8 = 3;
 /// The longest part of a topic that is logged, in characters.
 const TOPIC_SHOWN_MAX: usize = 100;
+/// How often to count how long a client keeps its reader from reading.
+const HOLD_UP_CHECK: Duration = Duration::from_millis(100);
 /// How often to check the time limits.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -66,6 +68,8 @@ enum ConnectionEvent {
     Written(io::Result<()>),
     /// More of the retained messages can be sent.
     Retained,
+    /// Nothing, for as long as the client may keep its reader from reading without a count.
+    Waited,
 }
 
 /// Nothing is read before `until`, and what has come is left.
@@ -159,12 +163,20 @@ impl ClientConnection {
         }
     }
 
-    /// Waits for one thing to happen, and notes how long the client kept its reader waiting meanwhile.
+    /// Waits for one thing to happen. If it depends on the client when its reader reads on, and others may have to wait for
+    /// that, the time counts.
     async fn next_in_time(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
-        let began = self.holds_up_reader().then(Instant::now);
-        let event = self.next(slot, tick).await;
-        if let (Some(began), Some(log_reader)) = (began, &mut self.log_reader) {
-            log_reader.hold_up(began.elapsed());
+        if !self.holds_up_reader() {
+            return self.next(slot, tick).await;
+        }
+        let began = Instant::now();
+        let event = timeout(HOLD_UP_CHECK, self.next(slot, tick)).await.unwrap_or(ConnectionEvent::Waited);
+        let now = Instant::now();
+        if let Some(log_reader) = &mut self.log_reader
+            && log_reader.is_awaited()
+            && self.account.hold_up(now - began, now)
+        {
+            log_reader.leave();
         }
         event
     }
@@ -245,7 +257,7 @@ impl ClientConnection {
             ConnectionEvent::Read(Err(_)) | ConnectionEvent::Written(Err(_)) => {
                 return Err(End::Lost("connection lost"));
             }
-            ConnectionEvent::Retained => {}
+            ConnectionEvent::Retained | ConnectionEvent::Waited => {}
         }
         Ok(())
     }
@@ -258,6 +270,8 @@ impl ClientConnection {
         let unfinished = self.unfinished.as_ref().map(|(_, since)| *since);
         if self.account.is_own {
             None
+        } else if self.log_reader.as_ref().is_some_and(LogReader::is_lapped) {
+            Some(End::Lost("too slow"))
         } else if unfinished.is_some_and(|since| now.saturating_duration_since(since) > UNFINISHED_TIMEOUT) {
             Some(End::Lost("a packet that does not end"))
         } else {
@@ -386,7 +400,7 @@ impl ClientConnection {
                 self.metrics.denied.with_label_values(&[operation.word()]).inc();
                 if is_first && self.account.may_warn(Offence::Forbidden) {
                     let topic: String = topic.chars().take(TOPIC_SHOWN_MAX).collect();
-                    warn!(client = %slot, verb = operation.word(), topic, "not allowed: is acknowledged, and no more");
+                    warn!(client = %slot, verb = operation.word(), topic, "not allowed: the publish is acknowledged and dropped, or the subscription refused");
                 }
             }
             SessionAction::Disconnect => return Err(End::Disconnect),

@@ -219,9 +219,14 @@ impl LogReader {
         }
     }
 
-    /// Its client kept it from reading for so long.
-    pub fn hold_up(&mut self, time: Duration) {
-        self.position.hold_up(time);
+    /// Whether those who publish may have to wait for it.
+    pub fn is_awaited(&self) -> bool {
+        self.position.is_awaited()
+    }
+
+    /// Whether the log has dropped what it would read next. Its client may keep it from finding out.
+    pub fn is_lapped(&self) -> bool {
+        self.position.is_left_behind((SEGMENT * SEGMENTS) as u64)
     }
 
     /// Nobody waits for it from now on: it is to be closed.

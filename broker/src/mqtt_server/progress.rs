@@ -1,13 +1,14 @@
 //! How far the readers of the log have read. Clients publish no more while a reader is too far behind, so that the log holds
 //! what each reader has not read yet, however much is published.
 //!
-//! Nobody waits for a reader whose client does not take what it is sent: the time in which the client keeps the reader from
-//! reading is limited. Beyond that the reader is left out, until it has caught up.
+//! Nobody waits for long for a reader whose client does not take what it is sent: its user's [`Account`] limits the time in
+//! which its clients keep readers from reading. Beyond that the reader is left out, until it has caught up.
+//!
+//! [`Account`]: crate::mqtt_server::quota::Account
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -15,11 +16,6 @@ use parking_lot::Mutex;
 const STEP: u64 = 64 << 10;
 /// A reader that is no further behind has caught up.
 const CAUGHT_UP: u64 = 2 << 20;
-/// How long its client may keep a reader from reading in each [`HOLD_UP_PORTION`].
-const MAX_HOLD_UP: Duration = Duration::from_secs(2);
-/// The bytes after which a client has its [`MAX_HOLD_UP`] again. The slowest client that is waited for so takes 1 MiB a second:
-/// twice of what a worker may go on to publish.
-const HOLD_UP_PORTION: u64 = 2 << 20;
 
 /// The end of the log, and the steps in which readers are that are waited for.
 #[derive(Debug)]
@@ -76,9 +72,6 @@ pub struct ReaderPosition {
     /// None: it is left out.
     step: Option<u64>,
     position: u64,
-    /// Where its client had its patience again, and how much it has used since.
-    portion_begin: u64,
-    held_up: Duration,
 }
 
 impl ReaderPosition {
@@ -86,7 +79,7 @@ impl ReaderPosition {
     pub fn at_end(progress: &Arc<Progress>) -> Self {
         let progress = progress.clone();
         let position = progress.end.load(Ordering::Relaxed);
-        let mut reader = Self { progress, step: None, position, portion_begin: position, held_up: Duration::ZERO };
+        let mut reader = Self { progress, step: None, position };
         reader.move_to(Some(position / STEP));
         reader
     }
@@ -95,21 +88,19 @@ impl ReaderPosition {
     pub fn advance(&mut self, position: u64) {
         let has_caught_up = self.progress.unread(position) <= CAUGHT_UP;
         self.position = position;
-        if has_caught_up || position.saturating_sub(self.portion_begin) >= HOLD_UP_PORTION {
-            self.portion_begin = position;
-            self.held_up = Duration::ZERO;
-        }
         if has_caught_up || self.step.is_some() {
             self.move_to(Some(position / STEP));
         }
     }
 
-    /// Its client kept it from reading for so long.
-    pub fn hold_up(&mut self, time: Duration) {
-        self.held_up += time;
-        if self.held_up > MAX_HOLD_UP && self.progress.unread(self.position) > CAUGHT_UP {
-            self.leave();
-        }
+    /// Whether others may have to wait for it: it is not left out, and has not caught up.
+    pub fn is_awaited(&self) -> bool {
+        self.step.is_some() && self.progress.unread(self.position) > CAUGHT_UP
+    }
+
+    /// Whether it is left out, and more than `most` behind.
+    pub fn is_left_behind(&self, most: u64) -> bool {
+        self.step.is_none() && self.progress.unread(self.position) > most
     }
 
     /// Nobody waits for it from now on.
@@ -156,34 +147,20 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_does_not_take_what_it_is_sent_is_waited_for_only_so_long() {
+    fn a_reader_that_left_counts_again_once_it_has_caught_up() {
         let progress = Arc::new(Progress::default());
         let mut reader = ReaderPosition::at_end(&progress);
+        progress.publish(CAUGHT_UP);
+        assert!(!reader.is_awaited());
         progress.publish(6 * MIB);
-        reader.hold_up(MAX_HOLD_UP);
-        assert_eq!(progress.lag(), 6 * MIB);
-        reader.advance(HOLD_UP_PORTION);
-        reader.hold_up(MAX_HOLD_UP);
-        assert_eq!(progress.lag(), 6 * MIB - HOLD_UP_PORTION, "it took enough meanwhile");
-        reader.advance(HOLD_UP_PORTION + 1);
-        reader.hold_up(Duration::from_nanos(1));
+        assert!(reader.is_awaited());
+        reader.leave();
         assert_eq!(progress.lag(), 0, "it is left out");
+        assert!(!reader.is_awaited() && reader.is_left_behind(5 * MIB) && !reader.is_left_behind(6 * MIB));
         reader.advance(4 * MIB - 1);
         assert_eq!(progress.lag(), 0);
         reader.advance(4 * MIB);
         assert_eq!(progress.lag(), 2 * MIB, "it has caught up");
-    }
-
-    #[test]
-    fn a_client_that_takes_nothing_is_left_out_once_there_is_much_to_take() {
-        let progress = Arc::new(Progress::default());
-        let mut reader = ReaderPosition::at_end(&progress);
-        reader.hold_up(2 * MAX_HOLD_UP);
-        progress.publish(CAUGHT_UP);
-        reader.hold_up(Duration::ZERO);
-        assert_eq!(progress.lag(), CAUGHT_UP);
-        progress.publish(CAUGHT_UP + 1);
-        reader.hold_up(Duration::ZERO);
-        assert_eq!(progress.lag(), 0);
+        assert!(!reader.is_left_behind(MIB));
     }
 }

@@ -54,6 +54,8 @@ struct Pace {
 struct RateLimit {
     work: Pace,
     bytes: Pace,
+    /// How long its clients may keep their readers from reading while others wait, in microseconds.
+    patience: Pace,
 }
 
 /// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are half
@@ -61,12 +63,14 @@ struct RateLimit {
 const WORKER: RateLimit = RateLimit {
     work: Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET },
     bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
+    patience: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
 };
 /// A broker of another machine publishes as many keys as routers ask it for, and sends all live keys to each gateway that
 /// asks. It is trusted with more than this; the limit is for programs that fail.
 const BROKER: RateLimit = RateLimit {
     work: Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET },
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
+    patience: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
 };
 
 /// What a user publishes without being one that publishes much at once: a batch of keys, and what a worker may go on to
@@ -154,6 +158,13 @@ impl Account {
         self.rate.as_ref().is_some_and(|rate| rate.is_bursting(now))
     }
 
+    /// A client of the user kept its reader from reading for so long while others waited. True if that was too long, also
+    /// together with the user's other clients.
+    pub fn hold_up(&self, time: Duration, now: Instant) -> bool {
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.rate.as_ref().is_some_and(|rate| rate.hold_up(micros, now))
+    }
+
     /// Reserves memory for an incomplete packet of so many bytes, until it is dropped; none if there is too little.
     pub fn hold(&self, bytes: usize) -> Option<Held> {
         self.unfinished.take(bytes)
@@ -166,11 +177,17 @@ impl Account {
 }
 
 fn rate(role: Role) -> Rate {
-    let RateLimit { work, bytes } = match role {
+    let RateLimit { work, bytes, patience } = match role {
         Role::Worker => WORKER,
         Role::Broker => BROKER,
     };
-    Rate { began: Instant::now(), work: Meter::new(work), bytes: Meter::new(bytes), steady: Meter::new(STEADY) }
+    Rate {
+        began: Instant::now(),
+        work: Meter::new(work),
+        bytes: Meter::new(bytes),
+        steady: Meter::new(STEADY),
+        patience: Meter::new(patience),
+    }
 }
 
 /// The rate of a user, and what was charged.
@@ -181,6 +198,8 @@ struct Rate {
     bytes: Meter,
     /// Of the same bytes.
     steady: Meter,
+    /// Of the time for which others waited.
+    patience: Meter,
 }
 
 impl Rate {
@@ -192,6 +211,10 @@ impl Rate {
 
     fn is_bursting(&self, now: Instant) -> bool {
         !self.steady.charge(0, self.nanos(now)).is_zero()
+    }
+
+    fn hold_up(&self, micros: u64, now: Instant) -> bool {
+        !self.patience.charge(micros, self.nanos(now)).is_zero()
     }
 
     fn nanos(&self, now: Instant) -> u64 {
@@ -297,6 +320,15 @@ mod tests {
         assert!(burst(&worker, 200, after(&worker, 0)) > 2 * 20_000 - 1);
         assert!(burst(&broker, 200, after(&broker, 0)) >= 100_000);
         assert_eq!(Account::own().charge(Cost { work: u64::MAX, bytes: u64::MAX }, Instant::now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_user_holds_others_up_for_two_seconds_and_then_for_one_a_minute() {
+        let rate = rate(Role::Worker);
+        assert!((0..20).all(|_| !rate.hold_up(100_000, after(&rate, 0))));
+        assert!(rate.hold_up(100_000, after(&rate, 0)));
+        assert!(!rate.hold_up(890_000, after(&rate, 60_000)) && rate.hold_up(100_000, after(&rate, 60_000)));
+        assert!(!Account::own().hold_up(Duration::MAX, Instant::now()));
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub(super) struct AntiEntropy {
     own: Option<BrokerName>,
     brokers: BTreeMap<BrokerName, OtherBroker>,
     connection: BusState,
+    /// The program's other session is connected: this one will be soon.
+    is_server_reachable: bool,
     /// Those that asked for all records.
     requesters: BTreeMap<Requester, Requests>,
     broadcast_at: Option<Instant>,
@@ -78,6 +80,7 @@ impl AntiEntropy {
             own,
             brokers: BTreeMap::new(),
             connection: BusState::Connecting,
+            is_server_reachable: false,
             requesters: BTreeMap::new(),
             broadcast_at: None,
             last_digest: String::new(),
@@ -87,6 +90,11 @@ impl AntiEntropy {
     /// The session is up.
     pub fn up(&mut self, now: Instant) {
         self.connection = BusState::Up(now);
+    }
+
+    /// Whether the program's other session is connected.
+    pub fn set_server_reachable(&mut self, is_reachable: bool) {
+        self.is_server_reachable = is_reachable;
     }
 
     /// The connection is lost, so brokers may change without notice; or an attempt to connect failed.
@@ -179,8 +187,8 @@ impl AntiEntropy {
         let settled = if self.brokers.is_empty() { WAIT_FOR_HELLOS } else { WAIT_FOR_RETAINED };
         let longest = match self.connection {
             BusState::Up(since) if agree && for_long(since, settled) => return Some(Ok(())),
-            BusState::Up(_) | BusState::Connecting => GATE_MAX,
-            BusState::Down => GATE_MAX_OFFLINE,
+            BusState::Down if !self.is_server_reachable => GATE_MAX_OFFLINE,
+            BusState::Up(_) | BusState::Connecting | BusState::Down => GATE_MAX,
         };
         for_long(closed_at, longest).then_some(Err(TimedOut))
     }
@@ -339,5 +347,7 @@ mod tests {
         let (mut unreachable, begun) = anti_entropy(None, &[]);
         unreachable.down();
         assert_eq!([249, 250].map(|ms| after(&unreachable, begun, ms)), [None, Some(Err(TimedOut))]);
+        unreachable.set_server_reachable(true);
+        assert_eq!([250, 2_999, 3_000].map(|ms| after(&unreachable, begun, ms)), [None, None, Some(Err(TimedOut))]);
     }
 }

@@ -176,6 +176,9 @@ impl ListService {
             ListCommand::List(answer) => drop(answer.send(self.list())),
             ListCommand::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
             ListCommand::Event(ListEvent::Down) => self.anti_entropy.down(),
+            ListCommand::Event(ListEvent::ServerReachable(is_reachable)) => {
+                self.anti_entropy.set_server_reachable(is_reachable);
+            }
             ListCommand::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
             ListCommand::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
             ListCommand::Event(ListEvent::Records(records)) => self.merge(records),

@@ -61,10 +61,14 @@ pub fn on_event(
 ) -> impl FnMut(Event) {
     move |event| match event {
         Event::Up => {
+            lists.on_event(ListEvent::ServerReachable(true));
             lists.close_gate();
             metrics.connected.set(1);
         }
-        Event::Down => metrics.connected.set(0),
+        Event::Down => {
+            lists.on_event(ListEvent::ServerReachable(false));
+            metrics.connected.set(0);
+        }
         Event::Message(publish) => {
             let topic = Topic::received(&publish.topic, publish.retain);
             let is_state = topic.as_ref().is_some_and(|topic| reporter.report(topic, &publish));

@@ -48,7 +48,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.count_dropped(dropped);
     }
 
-    /// PeerCounts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
+    /// Counts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
     fn reject(&self, rejected: Vec<(PublicKey, RejectReason)>) -> Report {
         let domain = self.domain.name();
         for wrong in [RejectReason::Reserved, RejectReason::AddressTaken] {

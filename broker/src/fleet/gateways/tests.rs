@@ -281,7 +281,9 @@ fn an_unresponsive_worker_is_the_last_resort_until_it_publishes_again() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     gateways.arrive("b", 50);
-    gateways.on_timeout(&name("a"));
+    let now = Instant::now();
+    let is_logged = [0, 9_999, 10_000].map(|ms| gateways.on_timeout(&name("a"), now + Duration::from_millis(ms)));
+    assert_eq!(is_logged, [true, false, true]);
     assert_eq!(gateways.best("ff_a").unwrap(), "b");
     let only_a = gateways.select(&domain("ff_a"), |worker, _| worker.as_str() == "a");
     assert_eq!(only_a.unwrap().worker, name("a"));

@@ -45,6 +45,8 @@ pub enum ListEvent {
     Up,
     /// Not connected.
     Down,
+    /// The program's other session is connected or not, so that this one will be or will not.
+    ServerReachable(bool),
     /// What a broker can do; none if it goes.
     Broker(BrokerName, Option<Hello>),
     /// Records that somebody made.
