@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         Some(Command::CheckConfig(check)) => check.run(file),
         Some(Command::HashPassword) => hash_password().map_or_else(
             |error| {
-                eprintln!("error: {error:#}");
+                let _ = writeln!(io::stderr(), "error: {error:#}");
                 ExitCode::FAILURE
             },
             |()| ExitCode::SUCCESS,

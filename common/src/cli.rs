@@ -68,13 +68,13 @@ impl CheckConfig {
 }
 
 fn report(mistakes: &[Problem], warnings: &[Problem]) -> String {
-    let lines = |kind: &'static str, problems: &[Problem]| {
-        problems.iter().map(|problem| format!("{kind}: {problem}\n")).collect::<String>()
-    };
+    let lines =
+        |kind: &str, problems: &[Problem]| problems.iter().map(|problem| format!("{kind}: {problem}")).collect();
     let result = match (mistakes.len(), warnings.len()) {
         (0, 0) => "the config is valid".to_owned(),
         (0, warnings) => format!("the config is valid, with warnings: {warnings}"),
         (mistakes, warnings) => format!("the config is not valid: errors: {mistakes}, warnings: {warnings}"),
     };
-    lines("error", mistakes) + &lines("warning", warnings) + &result + "\n"
+    let parts: [Vec<String>; 3] = [lines("error", mistakes), lines("warning", warnings), vec![result]];
+    parts.concat().join("\n") + "\n"
 }

@@ -195,10 +195,9 @@ impl Config {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::of_file(
                 file,
-                format!(
-                    "does not exist; write it (wgkex.yaml.example shows how), name another file in \
-                 WGKEX_CONFIG_FILE, or set WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
-                ),
+                "does not exist; write it (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
+                 WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
+                    .to_owned(),
             )),
             Err(error) => Err(ConfigError::of_file(file, format!("cannot be read: {error}"))),
         }

@@ -6,6 +6,6 @@ use wgkex_common::Config;
 
 fuzz_target!(|yaml: &str| {
     if let Err(error) = Config::parse("fuzz.yaml", yaml, "host") {
-        assert!(error.lines().iter().all(|line| !line.contains('\n')));
+        assert!(error.mistakes.iter().all(|mistake| !mistake.to_string().contains('\n')));
     }
 });

@@ -13,13 +13,13 @@ const LEAST: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
 
 fn run(program: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(binary(program));
-    command.args(arguments).env_remove("WGKEX_CONFIG_FILE").output().unwrap()
+    command.args(arguments).env_remove("WGKEX_CONFIG_FILE").output().expect("run a program")
 }
 
 fn check(program: &str, config: &Path, more: &[&str]) -> (Option<i32>, String) {
-    let output = run(program, &[&["check-config", "--config", config.to_str().unwrap()], more].concat());
+    let output = run(program, &[&["check-config", "--config", config.to_str().expect("a UTF-8 path")], more].concat());
     assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    (output.status.code(), String::from_utf8(output.stdout).expect("UTF-8"))
 }
 
 #[test]
@@ -57,4 +57,12 @@ fn the_example_is_valid() {
     for program in PROGRAMS {
         assert_eq!(check(program, &example, &["--strict"]), (Some(0), "the config is valid\n".to_owned()));
     }
+}
+
+#[test]
+fn hash_password_says_what_is_missing() {
+    let output = run("wgkex-broker", &["hash-password"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("the password is expected on the first line of stdin"), "{error}");
 }

@@ -47,11 +47,11 @@ use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, Reports, Start};
 
 /// How long the server may take to acknowledge that this worker goes.
-const FAREWELL: Duration = Duration::from_secs(1);
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often what other gateways publish of themselves is checked for having been stable long enough.
 const TICK: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
-const LAST: Duration = Duration::from_millis(500);
+const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What several services use.
 struct Worker {
@@ -109,7 +109,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
-    services.group(LAST, None).spawn("the reconciler", |stop| task.run(stop));
+    services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
@@ -122,7 +122,7 @@ impl Worker {
         let state_kept = self.metrics.reconciler.state_kept.clone();
         let apply_lists = lists::apply(self.reconciler.clone(), self.metrics.lists.clone());
         services
-            .group(LAST, Some("the disk did not take the last state in time"))
+            .group(STOP_TIMEOUT, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
             .spawn("the access lists", |stop| list_service.run(self.confirmations.clone(), apply_lists, stop));
     }
@@ -162,7 +162,7 @@ impl Worker {
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
-            .group(LAST, None)
+            .group(STOP_TIMEOUT, None)
             .spawn("the MQTT session", |stop| session.run(on_event, stop))
             .spawn("the MQTT session for confirmations", |stop| confirming.run(on_confirming_event, stop));
         services
@@ -172,7 +172,7 @@ impl Worker {
             })
             .spawn("the reserved keys", |_| tick(ticking))
             .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), shown));
-        services.group(2 * FAREWELL, None).spawn("the publisher", |stop| publish(publisher, stop));
+        services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 }
 
@@ -202,7 +202,7 @@ async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
         () = stop => {}
         () = publisher.run() => return,
     }
-    if timeout(FAREWELL, publisher.announce_offline()).await.is_err() {
+    if timeout(FAREWELL_TIMEOUT, publisher.announce_offline()).await.is_err() {
         warn!("the offline status was not acknowledged in time; the last will replaces it");
     }
 }

@@ -56,6 +56,7 @@ fn main() -> ExitCode {
 }
 
 /// What needs the config and a runtime.
+#[derive(Clone, Copy)]
 enum Job {
     Serve,
     SetUp(Backend),

@@ -61,7 +61,12 @@ impl OnlineLog {
 }
 
 fn log(worker: &WorkerName, online: bool) {
-    info!(worker = worker.as_str(), online, "gateway");
+    let worker = worker.as_str();
+    if online {
+        info!(worker, online, "gateway is online");
+    } else {
+        info!(worker, online, "gateway is offline");
+    }
 }
 
 impl GatewayLogs {

@@ -218,7 +218,13 @@ impl ConnectionArgs {
             }
         };
         let token = token.trim().to_owned();
-        if token.is_empty() || token.chars().any(|c| c.is_control() || !c.is_ascii()) {
+        if token.is_empty() {
+            bail!(
+                "the token in {} is empty",
+                self.token_file.as_ref().map_or(TOKEN.into(), |file| file.display().to_string())
+            );
+        }
+        if token.chars().any(|c| c.is_control() || !c.is_ascii()) {
             bail!("the token is not one line of ASCII");
         }
         Ok(token)

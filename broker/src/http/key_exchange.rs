@@ -73,7 +73,7 @@ async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
     let result = async { app.exchange.exchange_v2(&ask(&app, body).await?, || app.client(&request)).await };
     let gateway = app.counted("v2", result.await)?;
-    Ok(HttpResponse::Ok().json(RouteReply::from(gateway)))
+    Ok(HttpResponse::Ok().json(EndpointReply::from(gateway)))
 }
 
 async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
@@ -131,13 +131,13 @@ impl App {
 /// The answer of version 2; the port is a text.
 #[derive(serde::Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct RouteReply {
-    endpoint: ExchangeRoute,
+struct EndpointReply {
+    endpoint: GatewayEndpoint,
 }
 
 #[derive(serde::Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct ExchangeRoute {
+struct GatewayEndpoint {
     address: String,
     port: String,
     #[serde(rename = "AllowedIPs")]
@@ -145,11 +145,11 @@ struct ExchangeRoute {
     public_key: String,
 }
 
-impl From<WorkerData> for RouteReply {
+impl From<WorkerData> for EndpointReply {
     fn from(data: WorkerData) -> Self {
         let WorkerData { external_address, port, public_key, link_address } = data;
         Self {
-            endpoint: ExchangeRoute {
+            endpoint: GatewayEndpoint {
                 address: external_address,
                 port: port.to_string(),
                 allowed_ips: [link_address],

@@ -31,10 +31,10 @@ const CONNECT_MAX: usize = 16 << 10;
 const ID_MAX: usize = 1_000;
 /// The version of the protocol that is spoken here: MQTT 3.1.1.
 const LEVEL: u8 = 4;
-/// The first byte of a TLS_RECORD connection, which is none of MQTT's.
+/// The first byte of a TLS connection, which is none of MQTT's.
 const TLS_RECORD: u8 = 0x16;
 
-/// A client's connection, with or without TLS_RECORD.
+/// A client's connection, with or without TLS.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
@@ -42,7 +42,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 pub struct Endpoint {
     /// The users that may log in here.
     pub users: Users,
-    /// TLS_RECORD, which clients of other machines have to use if there is any.
+    /// TLS, which clients of other machines have to use if there is any.
     pub tls: Option<TlsAcceptor>,
     /// For how many clients there is room, those of other endpoints included.
     pub room: usize,
@@ -68,7 +68,7 @@ pub struct AdmittedClient {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Refusal {
-    /// It does not speak MQTT, or TLS_RECORD where that is needed.
+    /// It does not speak MQTT, or TLS where that is needed.
     Protocol,
     /// It did not send its CONNECT in time.
     #[strum(serialize = "slow")]

@@ -34,6 +34,9 @@ impl Attempt {
                 ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
             ) => "the server refuses the user name or password".into(),
             ConnectionError::ConnectionRefused(ConnectReturnCode::BadClientId) => self.bad_client_id(),
+            ConnectionError::ConnectionRefused(ConnectReturnCode::ServiceUnavailable) => {
+                "the server takes no connection for now: it is full, or there were too many wrong passwords".into()
+            }
             ConnectionError::ConnectionRefused(code) => format!("the server refuses the connection: {code:?}"),
             ConnectionError::NetworkTimeout | ConnectionError::FlushTimeout => "the server does not answer".into(),
             ConnectionError::Io(error)
@@ -93,32 +96,38 @@ impl Attempt {
     }
 
     fn tls_error(&self, tls: &rustls::Error) -> String {
-        let cause = match tls {
-            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) if self.has_ca_file => {
-                "mqtt.ca_file names no certificate by which the server's is signed"
-            }
-            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
-                "no certificate of this system signed the server's; mqtt.ca_file can name the one that did"
-            }
-            rustls::Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
-                "the server's certificate has expired, or the clock of this machine is ahead"
-            }
-            rustls::Error::InvalidCertificate(
-                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
-            ) => "the server's certificate is not valid yet, or the clock of this machine is behind",
-            rustls::Error::InvalidMessage(_) => "the server does not speak TLS on this port (mqtt.broker_port)",
-            rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
-                "the server wants a certificate (mqtt.cert_file, mqtt.key_file)"
-            }
-            _ => return format!("TLS: {tls}"),
+        let text = if let rustls::Error::InvalidCertificate(error) = tls {
+            self.certificate(error)
+        } else if let rustls::Error::InvalidMessage(_) = tls {
+            Some("the server does not speak TLS on this port (mqtt.broker_port)")
+        } else if let rustls::Error::AlertReceived(AlertDescription::CertificateRequired) = tls {
+            Some("the server wants a certificate (mqtt.cert_file, mqtt.key_file) (CertificateRequired)")
+        } else {
+            None
         };
-        // The dates in an expired certificate's context are no help.
-        let name = match tls {
-            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => " (UnknownIssuer)",
-            rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => " (CertificateRequired)",
-            _ => "",
-        };
-        format!("TLS: {cause}{name}")
+        text.map_or_else(|| format!("TLS: {tls}"), |text| format!("TLS: {text}"))
+    }
+
+    /// What is wrong with the server's certificate, without the dates and names of an error that has them.
+    fn certificate(&self, error: &CertificateError) -> Option<&'static str> {
+        let (expired, early) = (
+            matches!(error, CertificateError::Expired | CertificateError::ExpiredContext { .. }),
+            matches!(error, CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }),
+        );
+        match () {
+            () if *error == CertificateError::UnknownIssuer && self.has_ca_file => {
+                Some("mqtt.ca_file names no certificate by which the server's is signed (UnknownIssuer)")
+            }
+            () if *error == CertificateError::UnknownIssuer => Some(
+                "no certificate of this system signed the server's; mqtt.ca_file can name the one that did (UnknownIssuer)",
+            ),
+            () if error.to_string().contains("CaUsedAsEndEntity") => {
+                Some("the server's certificate is that of a CA, which a server must not have (CaUsedAsEndEntity)")
+            }
+            () if expired => Some("the server's certificate has expired, or the clock of this machine is ahead"),
+            () if early => Some("the server's certificate is not valid yet, or the clock of this machine is behind"),
+            () => None,
+        }
     }
 }
 

@@ -384,7 +384,7 @@ proptest! {
         one.expire(now + DAY.saturating_sub(Duration::from_secs(3_550)));
         for live in [&one, &other] {
             let established = known(live).iter().filter(|(_, established)| *established).count();
-            let counts = LiveKeyCounts { established: established, unestablished: live.len() - established, unrequested: 0 };
+            let counts = LiveKeyCounts { established, unestablished: live.len() - established, unrequested: 0 };
             prop_assert_eq!(live.counts().map(|(_, counts)| counts).collect::<Vec<_>>(), [counts]);
         }
     }

@@ -17,7 +17,7 @@ const FILES: usize = 256;
 /// How many connections there is room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
-    /// OpenConnection ones.
+    /// Open ones.
     pub open: usize,
     /// Of them, those of one client.
     pub of_client: usize,
