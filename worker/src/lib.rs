@@ -1,7 +1,8 @@
 //! The gateway's side of wgkex: announced keys in over MQTT, peers, routes and FDB entries out to the kernel.
 //!
-//! Follow a key: [`bus`] receives it and hands it to the [`reconciler`], which asks [`plan`] what it means and has the
-//! [`wgkex_kernel`] do that; what became of it goes back by [`bus`].
+//! Follow a key: [`bus`] receives it and queues it for the [`reconciler`], whose driver of the domain refuses what a list
+//! denies; [`peers`] decides whether there is room for it, [`profiles`] makes its desired peer, [`plan`] the changes, and
+//! [`wgkex_kernel`] applies them. The outcome goes back by [`bus`].
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
 //! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the metrics server and the publisher.
@@ -98,7 +99,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     });
     // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
     // down.
-    reconciler.admit(lists.admission(), []);
+    reconciler.set_admission(lists.admission(), []);
     lists.close_gate();
     let [(bus, session), (confirmations, confirming)] = wgkex_common::mqtt::open_pair(
         &config.mqtt,

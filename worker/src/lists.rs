@@ -18,7 +18,7 @@ pub fn apply(reconciler: ReconcilerHandle, metrics: ListMetrics) -> impl FnMut(L
         let is_denied = |key| update.admission.verdict("", key) == Verdict::Denied;
         let denied = update.records.iter().filter(|record| record.entry.list == List::Deny);
         let denied = denied.filter(|record| record.present && is_denied(&record.entry.key));
-        reconciler.admit(update.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
+        reconciler.set_admission(update.admission.clone(), denied.map(|record| (record.entry.key, record.at)));
     }
 }
 

@@ -86,7 +86,7 @@ impl KnownPeers {
     }
 
     /// Takes over which keys operators trust: such a key keeps its peer and its address however long it is silent.
-    pub fn apply_policy(&mut self, admission: Arc<Admission>) {
+    pub fn apply_admission(&mut self, admission: Arc<Admission>) {
         self.admission = admission;
     }
 

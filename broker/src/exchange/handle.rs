@@ -37,8 +37,8 @@ pub struct PendingRequest {
 impl InFlightHandle {
     /// No key of these domains is in flight.
     #[must_use]
-    pub fn new(domains: BTreeSet<Domain>, policy: Arc<Admission>) -> Self {
-        let table = Arc::new(Mutex::new(InFlight::new(domains, policy)));
+    pub fn new(domains: BTreeSet<Domain>, admission: Arc<Admission>) -> Self {
+        let table = Arc::new(Mutex::new(InFlight::new(domains, admission)));
         Self { table, queued: Arc::default(), review: Arc::default() }
     }
 
@@ -74,9 +74,9 @@ impl InFlightHandle {
         self.lock().confirmed(worker, &domain, installed.chain(rejected));
     }
 
-    /// Applies another access policy: also to unacknowledged publications.
-    pub fn apply(&self, policy: Arc<Admission>) {
-        self.lock().apply(policy, Instant::now().into_std());
+    /// Applies another access admission: also to unacknowledged publications.
+    pub fn apply(&self, admission: Arc<Admission>) {
+        self.lock().apply(admission, Instant::now().into_std());
         self.review.notify_waiters();
     }
 

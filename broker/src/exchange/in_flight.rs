@@ -81,7 +81,7 @@ pub struct Publication {
 #[derive(Debug)]
 pub struct InFlight {
     domains: BTreeSet<Domain>,
-    policy: Arc<Admission>,
+    admission: Arc<Admission>,
     last: u64,
     keys: HashMap<KeyId, Flight>,
     /// The keys for which requests wait.
@@ -180,10 +180,10 @@ impl Flight {
 impl InFlight {
     /// No key of these domains is in flight.
     #[must_use]
-    pub fn new(domains: BTreeSet<Domain>, policy: Arc<Admission>) -> Self {
+    pub fn new(domains: BTreeSet<Domain>, admission: Arc<Admission>) -> Self {
         Self {
             domains,
-            policy,
+            admission,
             last: 0,
             keys: HashMap::new(),
             waiting: HashSet::new(),
@@ -261,18 +261,18 @@ impl InFlight {
             if !self.is_given_up(&publication, now) {
                 return Some(publication);
             }
-            self.published(&publication, false);
+            self.settle(&publication, false);
         }
     }
 
     /// Whether an unacknowledged key is denied meanwhile, or took too long.
     #[must_use]
     pub fn is_given_up(&self, Publication { key, since, .. }: &Publication, now: Instant) -> bool {
-        is_over(*since, MAX_WAIT, now) || self.policy.denies(key.domain.name(), &key.key)
+        is_over(*since, MAX_WAIT, now) || self.admission.denies(key.domain.name(), &key.key)
     }
 
     /// The MQTT server acknowledged the key, or it was given up.
-    pub fn published(&mut self, Publication { key, number, is_established, .. }: &Publication, is_acknowledged: bool) {
+    pub fn settle(&mut self, Publication { key, number, is_established, .. }: &Publication, is_acknowledged: bool) {
         let Some(flight) = self.keys.get_mut(key).filter(|flight| flight.sent.contains(number)) else { return };
         flight.sent.remove(number);
         let last = if is_acknowledged { &mut flight.acknowledged } else { &mut flight.failed };
@@ -419,9 +419,9 @@ impl InFlight {
         answer.filter(|answer| !is_over(answer.since, ANSWER_TTL, now))
     }
 
-    /// Applies another access policy: keys that it denies leave the queues.
-    pub fn apply(&mut self, policy: Arc<Admission>, now: Instant) {
-        self.policy = policy;
+    /// Applies other access lists: keys that it denies leave the queues.
+    pub fn apply(&mut self, admission: Arc<Admission>, now: Instant) {
+        self.admission = admission;
         self.forget_late();
         self.give_up_queued(now);
         self.drop_idle();
@@ -454,11 +454,11 @@ impl InFlight {
     }
 
     fn give_up_queued(&mut self, now: Instant) {
-        let Self { keys, policy, established, unestablished, .. } = self;
+        let Self { keys, admission, established, unestablished, .. } = self;
         for lane in [established, unestablished] {
             lane.queue.retain(|key| {
                 let Some(flight) = keys.get_mut(key) else { return false };
-                let denied = policy.denies(key.domain.name(), &key.key);
+                let denied = admission.denies(key.domain.name(), &key.key);
                 let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, MAX_WAIT, now));
                 if let Some(Queued { number, .. }) = &given_up {
                     flight.failed = *number;

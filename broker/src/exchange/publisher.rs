@@ -49,7 +49,7 @@ impl KeyPublisher {
             let key = &publication.key;
             self.live.lock().on_request(key.domain.name(), key.key, Instant::now().into_std());
         }
-        self.in_flight.lock().published(&publication, is_acknowledged);
+        self.in_flight.lock().settle(&publication, is_acknowledged);
     }
 
     /// A publication is given up by dropping this future: before the message is written, that withdraws it.

@@ -73,7 +73,7 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// Whether an unknown key may be requested. The narrow limits come first, so that a request that exceeds them takes
     /// nothing from others; only the key's own comes last, or a flood of keys would fill all buckets. `client` is called
     /// only if a limit needs it: it parses headers.
-    pub fn admit(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
+    pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
             let has_room = clients.len() < MAX_BUCKETS;
             let client = client();
@@ -181,7 +181,7 @@ mod tests {
         ];
         for (config, limit, [by_key, by_client, by_domain]) in cases {
             let (limits, clock) = limits(config);
-            let ask = |k, c, d| limits.admit(&key(k), || client(c), d);
+            let ask = |k, c, d| limits.check(&key(k), || client(c), d);
             for n in 1..=2 {
                 let (k, c, d) = (
                     if by_key { 0 } else { n },
@@ -203,14 +203,14 @@ mod tests {
             assert_eq!(ask(k, c, d), Ok(()));
         }
         let (limits, _) = limits(config::Limits { global: two, ..NONE });
-        let results = [1, 2, 3].map(|n| limits.admit(&key(n), || client(n), "a"));
+        let results = [1, 2, 3].map(|n| limits.check(&key(n), || client(n), "a"));
         assert_eq!(results, [Ok(()), Ok(()), limited(Limit::Global, 3)]);
     }
 
     #[test]
     fn without_limits_nothing_is_limited_and_no_header_is_parsed() {
         let (limits, _) = limits(NONE);
-        assert!((0..1000).all(|_| limits.admit(&key(0), || unreachable!(), "a").is_ok()));
+        assert!((0..1000).all(|_| limits.check(&key(0), || unreachable!(), "a").is_ok()));
     }
 
     #[test]
@@ -218,9 +218,9 @@ mod tests {
         let config = config::Limits { per_client: quota(1, 1.0), global: quota(3, 0.001), ..NONE };
         let (limits, _) = limits(config);
         for n in 0..100 {
-            let _ = limits.admit(&key(n), || client(0), "a");
+            let _ = limits.check(&key(n), || client(0), "a");
         }
-        assert_eq!([1, 2].map(|n| limits.admit(&key(n), || client(n), "a")), [Ok(()), Ok(())]);
+        assert_eq!([1, 2].map(|n| limits.check(&key(n), || client(n), "a")), [Ok(()), Ok(())]);
     }
 
     #[test]
@@ -229,7 +229,7 @@ mod tests {
         for (address, second) in [("127.0.0.1", true), ("::1", true), ("127.0.0.2", false), ("::ffff:7f00:2", false)] {
             let (limits, _) = limits(config);
             let client = || Client::from(address.parse::<IpAddr>().unwrap());
-            let admitted = [1, 2].map(|n| limits.admit(&key(n), client, "a").is_ok());
+            let admitted = [1, 2].map(|n| limits.check(&key(n), client, "a").is_ok());
             assert_eq!(admitted, [true, second], "{address}");
         }
     }
@@ -241,19 +241,19 @@ mod tests {
         // Behind one address, and everyone tries twice.
         let (one, _) = limits(config);
         for n in 0..600 {
-            assert_eq!(one.admit(&key(n % 300), || client(0), "ff_a"), Ok(()));
+            assert_eq!(one.check(&key(n % 300), || client(0), "ff_a"), Ok(()));
         }
         // The largest fleet in 10 s, each router twice.
         let (fleet, clock) = limits(config);
         for n in 0..6_600 {
             clock.advance(SECOND * 10 / 6_600);
-            assert_eq!(fleet.admit(&key(n), || client(n % 3_300), "ff_a"), Ok(()));
+            assert_eq!(fleet.check(&key(n), || client(n % 3_300), "ff_a"), Ok(()));
         }
         let (one, clock) = limits(config);
         let taken = |limits: &RateLimits<_>, clients: u32| {
             let pass = |n: &u32| {
                 clock.advance(SECOND * 60 / 100_000);
-                limits.admit(&key(*n), || client(n % clients), "ff_a").is_ok()
+                limits.check(&key(*n), || client(n % clients), "ff_a").is_ok()
             };
             (0..100_000).filter(pass).count()
         };
@@ -267,14 +267,14 @@ mod tests {
         let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NONE };
         let (limits, clock) = limits(config);
         let most = u32::try_from(MAX_BUCKETS).unwrap();
-        let passed = (0..most + 1_000).filter(|n| limits.admit(&key(*n), || client(*n), "a").is_ok()).count();
+        let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
         assert_eq!(passed, MAX_BUCKETS + 2, "the rest counts as one");
         assert_eq!(limits.clients.as_ref().unwrap().len(), MAX_BUCKETS + 1);
         assert!(limits.keys.as_ref().unwrap().len() <= MAX_BUCKETS);
         clock.advance(SECOND * 10);
         limits.evict_idle();
         assert!(limits.clients.as_ref().unwrap().is_empty() && limits.keys.as_ref().unwrap().is_empty());
-        assert_eq!(limits.admit(&key(1), || client(1), "a"), Ok(()));
+        assert_eq!(limits.check(&key(1), || client(1), "a"), Ok(()));
     }
 
     proptest! {
@@ -288,7 +288,7 @@ mod tests {
             let mut passed = 0;
             for (n, gap) in gaps.iter().enumerate() {
                 clock.advance(Duration::from_millis(*gap));
-                let result = limits.admit(&key(u32::try_from(n).unwrap()), || client(0), "a");
+                let result = limits.check(&key(u32::try_from(n).unwrap()), || client(0), "a");
                 passed += u32::from(result.is_ok());
                 prop_assert!(result.is_ok_and(|()| true) || result.is_err_and(|limited| limited.seconds >= 1));
             }

@@ -1,13 +1,13 @@
 //! The state of one domain: what is known of its interface, and what is to be done there next. Pure: what happened comes
 //! in with the time, what is to be applied and counted goes out; no kernel, no log, no metrics.
 //!
-//! Keys that come are in [`arrivals`], peers that go in [`removals`]; here is what a read of the tables and the backlog lead
+//! Keys that come are in [`installs`], peers that go in [`removals`]; here is what a read of the tables and the backlog lead
 //! to.
 //!
 //! Owner: the reconciler's task. Previous stop of a key: [`super::driver`], which carries out what this decides; next
 //! stops: [`crate::peers`] and [`crate::plan`].
 
-mod arrivals;
+mod installs;
 mod removals;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -123,9 +123,9 @@ impl DomainReconciler {
     }
 
     /// Takes over which keys are admitted; those that no longer are go at the next read.
-    pub(super) fn apply_policy(&mut self, admission: Arc<Admission>) {
+    pub(super) fn apply_admission(&mut self, admission: Arc<Admission>) {
         self.backlog.retain(|step| !admission.must_remove(self.name.name(), &step.key()));
-        self.peers.apply_policy(admission.clone());
+        self.peers.apply_admission(admission.clone());
         self.admission = admission;
     }
 

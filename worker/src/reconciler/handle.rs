@@ -17,7 +17,7 @@ const MAX_QUEUED_KEYS: usize = 65_536;
 
 /// Which keys are admitted from now on, and which were denied just now, by which records.
 #[derive(Debug, Default)]
-pub(super) struct PolicyUpdate {
+pub(super) struct AdmissionUpdate {
     pub admission: Option<Arc<Admission>>,
     pub denied: BTreeMap<PublicKey, u64>,
 }
@@ -26,8 +26,8 @@ pub(super) struct PolicyUpdate {
 pub(super) struct Inbox {
     pub keys: mpsc::Receiver<KeyId>,
     pub live: mpsc::Receiver<(Domain, Snapshot)>,
-    policy_update: Arc<Mutex<PolicyUpdate>>,
-    pub policy_changed: Arc<Notify>,
+    admission_update: Arc<Mutex<AdmissionUpdate>>,
+    pub admission_changed: Arc<Notify>,
     pub reconnected: Arc<Notify>,
     pub refresh: Arc<Notify>,
 }
@@ -37,8 +37,8 @@ pub(super) struct Inbox {
 pub struct ReconcilerHandle {
     keys: mpsc::Sender<KeyId>,
     live: mpsc::Sender<(Domain, Snapshot)>,
-    policy_update: Arc<Mutex<PolicyUpdate>>,
-    policy_changed: Arc<Notify>,
+    admission_update: Arc<Mutex<AdmissionUpdate>>,
+    admission_changed: Arc<Notify>,
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<DomainStates>,
@@ -52,8 +52,8 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
     let handle = ReconcilerHandle {
         keys,
         live,
-        policy_update: Arc::default(),
-        policy_changed: Arc::default(),
+        admission_update: Arc::default(),
+        admission_changed: Arc::default(),
         reconnected: Arc::default(),
         refresh: Arc::default(),
         state,
@@ -62,8 +62,8 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
     let inbox = Inbox {
         keys: keys_receiver,
         live: live_receiver,
-        policy_update: handle.policy_update.clone(),
-        policy_changed: handle.policy_changed.clone(),
+        admission_update: handle.admission_update.clone(),
+        admission_changed: handle.admission_changed.clone(),
         reconnected: handle.reconnected.clone(),
         refresh: handle.refresh.clone(),
     };
@@ -72,8 +72,8 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
 
 impl Inbox {
     /// Which keys are admitted from now on, and which were denied since this was last taken.
-    pub(super) fn take_policy_update(&self) -> PolicyUpdate {
-        std::mem::take(&mut *self.policy_update.lock())
+    pub(super) fn take_admission_update(&self) -> AdmissionUpdate {
+        std::mem::take(&mut *self.admission_update.lock())
     }
 }
 
@@ -96,12 +96,12 @@ impl ReconcilerHandle {
 
     /// Which keys are admitted from now on, and those that were denied just now, each with the time of its record: what
     /// became of these is published. Never waits.
-    pub fn admit(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
-        let mut update = self.policy_update.lock();
+    pub fn set_admission(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
+        let mut update = self.admission_update.lock();
         update.admission = Some(admission);
         update.denied.extend(denied);
         drop(update);
-        self.policy_changed.notify_one();
+        self.admission_changed.notify_one();
     }
 
     /// MQTT was lost, or a broker is new, and what was reported may not have arrived.

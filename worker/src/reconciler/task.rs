@@ -17,7 +17,7 @@ use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
 use super::driver::Driver;
-use super::handle::{self, Inbox, PolicyUpdate, ReconcilerHandle};
+use super::handle::{self, AdmissionUpdate, Inbox, ReconcilerHandle};
 use super::reports::{ReportSender, Reports, RevokedKey};
 use super::{DomainStates, Metrics, Snapshot, clock, clocks};
 use crate::peers::{Clocks, Policy};
@@ -89,7 +89,7 @@ pub(super) enum TaskEvent {
     /// What was published before may not have arrived.
     Reconnected,
     /// Other keys are admitted than before.
-    PolicyChanged,
+    AdmissionChanged,
     /// Keys have to wait from now on, or no longer.
     GateChanged,
     /// Links or addresses may have changed, or somebody wants to know.
@@ -142,7 +142,7 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     async fn work(mut self) {
-        self.apply_policy(clocks()).await;
+        self.apply_admission(clocks()).await;
         for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
             self.handle(TaskEvent::ReadDue(domain), clocks()).await;
         }
@@ -173,7 +173,7 @@ impl<K: Kernel> Reconciler<K> {
         }
         tokio::select! {
             biased;
-            () = inbox.policy_changed.notified() => Some(TaskEvent::PolicyChanged),
+            () = inbox.admission_changed.notified() => Some(TaskEvent::AdmissionChanged),
             () = changed(&mut self.gate) => Some(TaskEvent::GateChanged),
             () = self.kernel.changed() => Some(TaskEvent::LinkChanged),
             () = inbox.refresh.notified() => Some(TaskEvent::LinkChanged),
@@ -192,7 +192,7 @@ impl<K: Kernel> Reconciler<K> {
             TaskEvent::Keys(keys) => self.install(keys, now).await,
             TaskEvent::Snapshot(domain, keys) => self.learn(&domain, keys, now),
             TaskEvent::Reconnected => self.domains.values_mut().for_each(DomainReconciler::report_all),
-            TaskEvent::PolicyChanged => self.apply_policy(now).await,
+            TaskEvent::AdmissionChanged => self.apply_admission(now).await,
             TaskEvent::GateChanged => {}
             TaskEvent::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
             TaskEvent::ReadDue(domain) => {
@@ -242,14 +242,14 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// Takes over which keys are admitted, removes others, and publishes what became of keys that were denied just now.
-    async fn apply_policy(&mut self, now: Clocks) {
-        let PolicyUpdate { admission, denied } = self.inbox.take_policy_update();
+    async fn apply_admission(&mut self, now: Clocks) {
+        let AdmissionUpdate { admission, denied } = self.inbox.take_admission_update();
         let Some(admission) = admission else { return };
         let keys: BTreeSet<PublicKey> = denied.keys().copied().collect();
         let mut outcomes = BTreeMap::<PublicKey, Result<(), RejectReason>>::new();
         for name in self.domains.keys().cloned().collect::<Vec<_>>() {
             let Some(mut driver) = self.driver(&name, now) else { continue };
-            driver.domain.apply_policy(admission.clone());
+            driver.domain.apply_admission(admission.clone());
             if keys.is_empty() && !driver.domain.has_denied() {
                 continue;
             }

@@ -499,14 +499,14 @@ async fn denied_swept_evicted_and_altered_peers_do_not_come_back() {
     gateway.enqueue([20]);
     sleep(MINUTE).await;
     assert_eq!(peers(&gateway), (1..=20).map(key).collect::<Vec<_>>(), "the oldest made room");
-    gateway.handle.admit(denying([1]), []);
+    gateway.handle.set_admission(denying([1]), []);
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(2)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
     });
     sleep(MINUTE).await;
     gateway.memory.alter(&domain(), |device| device.peers.clear());
-    gateway.handle.admit(denying([1, 3]), []);
+    gateway.handle.set_admission(denying([1, 3]), []);
     sleep(MINUTE).await;
     assert_eq!(peers(&gateway), (4..=20).map(key).collect::<Vec<_>>());
     sleep(HOUR).await;
@@ -744,7 +744,7 @@ async fn a_denied_key_is_removed_whole_and_not_installed_again() {
     let mut gateway = Gateway::start();
     gateway.enqueue(0..10);
     gateway.settle().await;
-    gateway.handle.admit(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
+    gateway.handle.set_admission(denying([1, 2, 50]), [1, 50].map(|n| (key(n), 7)));
     let said = gateway.said.revoked.recv().await.unwrap();
     assert_eq!(
         said,
@@ -769,7 +769,7 @@ async fn a_denied_key_is_removed_whole_and_not_installed_again() {
     }
     assert!(gateway.all_stand([0].into_iter().chain(3..10)));
 
-    gateway.handle.admit(denying([]), []);
+    gateway.handle.set_admission(denying([]), []);
     gateway.enqueue([1]);
     assert_eq!(gateway.confirmed().await.installed, [key(1)]);
 }
@@ -778,7 +778,7 @@ async fn a_denied_key_is_removed_whole_and_not_installed_again() {
 async fn remembered_denied_keys_are_not_installed() {
     let memory = MemoryKernel::with(&[domain()]);
     let (reconciler, handle, _said) = remembering(memory.clone(), 1..4);
-    handle.admit(denying([1]), []);
+    handle.set_admission(denying([1]), []);
     tokio::spawn(reconciler.run(pending()));
     sleep(MINUTE).await;
     assert_eq!(memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(2), key(3)]);
@@ -795,7 +795,7 @@ async fn a_denied_peer_that_others_altered_stays_and_is_reported() {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
     });
     let before = gateway.device();
-    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    gateway.handle.set_admission(denying([1]), [(key(1), 7)]);
     let said = gateway.said.revoked.recv().await.unwrap();
     assert_eq!(said.keys, [(key(1), RevokeOutcome::Failed(RejectReason::Altered))].into());
     sleep(10 * MINUTE).await;
@@ -808,7 +808,7 @@ async fn a_failed_removal_is_tried_again() {
     gateway.enqueue([1, 2, 3]);
     gateway.settle().await;
     gateway.memory.refuse(Change::RemovePeer(key(1)));
-    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    gateway.handle.set_admission(denying([1]), [(key(1), 7)]);
     assert_eq!(
         gateway.said.revoked.recv().await.unwrap().keys,
         [(key(1), RevokeOutcome::Failed(RejectReason::Kernel))].into()
@@ -820,7 +820,7 @@ async fn a_failed_removal_is_tried_again() {
     // An interface that is gone and comes back has no place for it either.
     gateway.memory.remove(&domain());
     sleep(MINUTE).await;
-    gateway.handle.admit(denying([1, 2]), [(key(2), 8)]);
+    gateway.handle.set_admission(denying([1, 2]), [(key(2), 8)]);
     assert_eq!(
         gateway.said.revoked.recv().await.unwrap().keys,
         [(key(2), RevokeOutcome::Failed(RejectReason::Interface))].into()
@@ -836,7 +836,7 @@ async fn orphans_of_a_denied_key_are_removed_at_once() {
     gateway.enqueue([1]);
     gateway.settle().await;
     gateway.memory.alter(&domain(), |device| drop(device.peers.remove(&key(1))));
-    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    gateway.handle.set_admission(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys, [(key(1), RevokeOutcome::Removed)].into());
     let device = gateway.device();
     assert!(device.routes.is_empty() && device.fdb.is_empty());
@@ -847,7 +847,7 @@ async fn keys_that_wait_for_their_interface_are_denied_too() {
     let mut gateway = Gateway::on(MemoryKernel::default(), Policy::default());
     gateway.enqueue([1, 2]);
     gateway.settle().await;
-    gateway.handle.admit(denying([1]), [(key(1), 7)]);
+    gateway.handle.set_admission(denying([1]), [(key(1), 7)]);
     assert_eq!(gateway.said.revoked.recv().await.unwrap().keys.len(), 1);
     gateway.memory.add(&domain());
     gateway.settle().await;
@@ -863,7 +863,7 @@ async fn keys_that_are_owed_are_denied_too() {
     sleep(Duration::from_millis(100)).await;
     assert!(gateway.device().peers.is_empty(), "the first slice is under way");
     // Those of the last slice.
-    gateway.handle.admit(denying(1_400..1_500), []);
+    gateway.handle.set_admission(denying(1_400..1_500), []);
     gateway.settle().await;
     assert!(gateway.all_stand(0..1_400));
     let applied: Vec<_> = gateway.applies().into_iter().flatten().collect();
@@ -876,12 +876,12 @@ async fn peers_not_on_the_allow_list_are_removed() {
     gateway.enqueue([1, 2]);
     gateway.settle().await;
     let allowing = |allow_list| Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], allow_list, 0));
-    gateway.handle.admit(allowing(AllowList::Unread), []);
+    gateway.handle.set_admission(allowing(AllowList::Unread), []);
     gateway.enqueue([3]);
     assert_eq!(gateway.confirmed().await.failed, [(key(3), RejectReason::Denied)].into());
     gateway.settle().await;
     assert!(gateway.all_stand([1, 2]), "nobody goes because of a list that could not be read");
-    gateway.handle.admit(allowing(AllowList::Read), []);
+    gateway.handle.set_admission(allowing(AllowList::Read), []);
     gateway.settle().await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
 }
@@ -892,7 +892,7 @@ async fn many_denied_peers_are_removed_in_slices() {
     gateway.enqueue(0..2_000);
     gateway.settle().await;
     gateway.applies();
-    gateway.handle.admit(Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], AllowList::Read, 0)), []);
+    gateway.handle.set_admission(Arc::new(Admission::of(&[Entry::new(List::Allow, key(1))], AllowList::Read, 0)), []);
     gateway.settle().await;
     assert_eq!(gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
     let sizes: Vec<_> = gateway.applies().iter().map(Vec::len).collect();
@@ -905,14 +905,14 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
     gateway.keys([1, 2]).await;
     let trusted = Entry::new(List::Trusted, key(1));
     let trusting = |denied: &[Entry]| Arc::new(Admission::of(denied.iter().chain([&trusted]), AllowList::Off, 0));
-    gateway.handle().admit(trusting(&[]), []);
-    gateway.reconciler.handle(TaskEvent::PolicyChanged, gateway.now).await;
+    gateway.handle().set_admission(trusting(&[]), []);
+    gateway.reconciler.handle(TaskEvent::AdmissionChanged, gateway.now).await;
     for _ in 0..5 * 60 {
         gateway.minute().await;
     }
     assert_eq!(gateway.memory.device(&domain()).unwrap().peers.into_keys().collect::<Vec<_>>(), [key(1)]);
-    gateway.handle().admit(trusting(&[Entry::new(List::Deny, key(1))]), []);
-    gateway.reconciler.handle(TaskEvent::PolicyChanged, gateway.now).await;
+    gateway.handle().set_admission(trusting(&[Entry::new(List::Deny, key(1))]), []);
+    gateway.reconciler.handle(TaskEvent::AdmissionChanged, gateway.now).await;
     assert!(gateway.memory.device(&domain()).unwrap().peers.is_empty());
 }
 
@@ -934,7 +934,7 @@ async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_rememb
     });
     sleep(HOUR).await;
     assert!(memory.device(&domain()).unwrap().peers.is_empty() && !learning.is_finished());
-    handle.admit(denying([1, 2, 4]), []);
+    handle.set_admission(denying([1, 2, 4]), []);
     gate.send_replace(None);
     assert_eq!(said.applied.recv().await.unwrap().failed.len(), 1);
     sleep(MINUTE).await;

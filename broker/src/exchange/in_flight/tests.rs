@@ -149,7 +149,7 @@ fn a_request_that_ends_leaves_nothing_behind() {
     let ours = id(0, 1);
     let [first, second] = [(); 2].map(|()| table.request(&ours, true, now).unwrap());
     let sent = send(&mut table, now);
-    table.published(&sent[0], true);
+    table.settle(&sent[0], true);
     assert_eq!(table.is_published(&ours, first.publication), Some(true));
     table.end(&ours, first.begun);
     assert_eq!(table.keys.len(), 1);
@@ -196,7 +196,7 @@ fn only_so_many_that_never_shook_hands_are_sent_at_once_and_the_others_go_first(
     let sent = send(&mut table, now);
     assert_eq!(sent.len(), MAX_SENT - MAX_UNESTABLISHED_SENT);
     assert!(sent.iter().all(|publication| publication.is_established));
-    table.published(&sent[0], true);
+    table.settle(&sent[0], true);
     assert_eq!(table.next(now).unwrap().key, id(0, 1_000 + MAX_SENT - MAX_UNESTABLISHED_SENT));
     assert_eq!(table.next(now), None);
 }
@@ -211,7 +211,7 @@ fn a_request_joins_a_sent_publication_only_until_the_first_outcome() {
     installed(&mut table, "gw1", &ours);
     let third = table.request(&ours, true, now).unwrap();
     assert!(!third.is_joined && third.publication > first.publication);
-    table.published(&sent[0], true);
+    table.settle(&sent[0], true);
     assert_eq!([&first, &third].map(|ticket| table.is_published(&ours, ticket.publication)), [Some(true), None]);
 }
 
@@ -227,8 +227,8 @@ fn a_key_that_waits_too_long_or_is_denied_is_given_up() {
     table.expire(now + MAX_WAIT);
     assert_eq!(table.is_published(&late, ticket.publication), Some(false));
     assert!(!table.request(&late, false, now + MAX_WAIT).unwrap().is_joined, "it may come again");
-    let policy = Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0);
-    table.apply(Arc::new(policy), nearly);
+    let admission = Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0);
+    table.apply(Arc::new(admission), nearly);
     assert_eq!(table.is_published(&denied, other.publication), Some(false));
     assert_eq!((table.unestablished.queue.len(), table.established.queue.len()), (1, 0));
     drop(table.request(&denied, true, nearly));
@@ -307,7 +307,7 @@ proptest! {
                 }
                 Step::Publish(n, established) => drop(table.publish(&key(n), established, now)),
                 Step::Send => sent.extend(table.next(now)),
-                Step::Acknowledge(ok) => sent.pop_front().iter().for_each(|sent| table.published(sent, ok)),
+                Step::Acknowledge(ok) => sent.pop_front().iter().for_each(|sent| table.settle(sent, ok)),
                 Step::Confirm(worker, n, true) => installed(&mut table, &worker.to_string(), &key(n)),
                 Step::Confirm(worker, n, false) => {
                     rejected(&mut table, &worker.to_string(), &key(n), RejectReason::Full);
@@ -336,10 +336,10 @@ proptest! {
             table.end(key, *begun);
         }
         for sent in &sent {
-            table.published(sent, true);
+            table.settle(sent, true);
         }
         while let Some(sent) = table.next(now) {
-            table.published(&sent, true);
+            table.settle(&sent, true);
         }
         table.expire(now + RETRY_WINDOW);
         prop_assert!(table.keys.is_empty());
