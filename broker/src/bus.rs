@@ -9,6 +9,7 @@
 
 pub mod announcer;
 pub mod invalid_messages;
+mod line_budget;
 mod metrics;
 pub mod online_log;
 pub mod requesters;

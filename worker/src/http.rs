@@ -27,9 +27,9 @@ use crate::reconciler::{DomainState, DomainStates};
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);
 
-/// What is shown of this worker.
+/// What is state of this worker.
 #[derive(Clone)]
-pub struct Shown {
+pub struct HttpState {
     /// The metrics of all rooms.
     pub registry: Registry,
     /// Whether the sessions are connected.
@@ -39,10 +39,10 @@ pub struct Shown {
 }
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
-pub async fn serve(listen: Listen, shown: Shown) {
+pub async fn serve(listen: Listen, state: HttpState) {
     let mut said = false;
     loop {
-        match bind(&listen, &shown) {
+        match bind(&listen, &state) {
             Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
                 said = false;
@@ -61,20 +61,20 @@ pub async fn serve(listen: Listen, shown: Shown) {
 }
 
 /// A server on each address of the host that can be had.
-fn bind(listen: &Listen, shown: &Shown) -> io::Result<Vec<Server>> {
+fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<Server>> {
     let addresses = (listen.host.as_str(), listen.port).to_socket_addrs()?;
     let (listeners, failed): (Vec<_>, Vec<_>) = addresses.map(TcpListener::bind).partition(Result::is_ok);
     match failed.into_iter().find_map(Result::err) {
         Some(error) if listeners.is_empty() => Err(error),
-        _ => listeners.into_iter().flatten().map(|listener| server(prepare(listener)?, shown.clone())).collect(),
+        _ => listeners.into_iter().flatten().map(|listener| server(prepare(listener)?, state.clone())).collect(),
     }
 }
 
-fn server(listener: TcpListener, shown: Shown) -> io::Result<Server> {
+fn server(listener: TcpListener, state: HttpState) -> io::Result<Server> {
     let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
     wgkex_common::http::server(listener, settings, &Connections::few(), move || {
         App::new()
-            .app_data(Data::new(shown.clone()))
+            .app_data(Data::new(state.clone()))
             .service(readable("/metrics", text))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
@@ -86,8 +86,8 @@ async fn healthz() -> HttpResponse {
 }
 
 /// Ready if keys arrive and every domain can be used; else each reason is a line.
-async fn readyz(shown: Data<Shown>) -> HttpResponse {
-    let reasons = shown.reasons();
+async fn readyz(state: Data<HttpState>) -> HttpResponse {
+    let reasons = state.reasons();
     if reasons.is_empty() {
         HttpResponse::Ok().body("ready\n")
     } else {
@@ -95,7 +95,7 @@ async fn readyz(shown: Data<Shown>) -> HttpResponse {
     }
 }
 
-impl Shown {
+impl HttpState {
     /// Why this worker is not ready.
     fn reasons(&self) -> Vec<String> {
         let down = self.links.iter().find_map(|link| match &*link.borrow() {
@@ -112,8 +112,8 @@ impl Shown {
     }
 }
 
-async fn text(shown: Data<Shown>) -> HttpResponse {
-    match shown.registry.text() {
+async fn text(state: Data<HttpState>) -> HttpResponse {
+    match state.registry.text() {
         Ok(text) => HttpResponse::Ok().insert_header(ContentType::plaintext()).body(text),
         Err(error) => HttpResponse::InternalServerError().body(error.to_string()),
     }

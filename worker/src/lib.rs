@@ -155,7 +155,7 @@ impl Worker {
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
         let on_confirming_event =
             subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.bus.clone());
-        let shown = http::Shown {
+        let http_state = http::HttpState {
             registry: metrics.registry.clone(),
             links: [bus, confirmations].map(MqttHandle::connection_state),
             domains: reconciler.state(),
@@ -172,7 +172,7 @@ impl Worker {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), shown));
+            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), http_state));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 }

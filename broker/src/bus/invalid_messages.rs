@@ -1,19 +1,17 @@
 //! Invalid messages of gateways: each new error is a line in the log, as such a gateway may get no routers.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::warn;
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::wire::topic::{Direction, Owner};
 use wgkex_common::{Topic, WorkerName};
 
-/// The most gateways that are remembered, and the most topics of one: more than any fleet has.
-const MAX_LOGGED_GATEWAYS: usize = 4096;
+use crate::bus::line_budget::{LineBudget, MAX_LOGGED_GATEWAYS};
+
+/// The most topics of a gateway that are remembered.
 const MAX_TOPICS: usize = 64;
-/// The most lines about one gateway in each period.
-const MAX_LINES: u32 = 10;
-const LINES_PERIOD: Duration = Duration::from_secs(60);
 
 /// The topics whose last message was invalid.
 #[derive(Debug, Default)]
@@ -24,9 +22,7 @@ pub struct InvalidMessages {
 #[derive(Debug)]
 struct GatewayErrors {
     by_topic: BTreeMap<Topic, String>,
-    /// When this period began, and the lines in it.
-    since: Instant,
-    lines: u32,
+    budget: LineBudget,
 }
 
 /// What a message of a gateway is about.
@@ -61,32 +57,24 @@ impl InvalidMessages {
     /// Remembers the error; true if it is to be logged.
     fn is_news(&mut self, gateway: &WorkerName, topic: &Topic, cause: &str, now: Instant) -> bool {
         if self.gateways.len() >= MAX_LOGGED_GATEWAYS && !self.gateways.contains_key(gateway) {
-            self.gateways.retain(|_, known| !known.is_over(now));
+            self.gateways.retain(|_, known| !known.budget.is_over(now));
             if self.gateways.len() >= MAX_LOGGED_GATEWAYS {
                 return false;
             }
         }
-        let new = || GatewayErrors { by_topic: BTreeMap::new(), since: now, lines: 0 };
+        let new = || GatewayErrors { by_topic: BTreeMap::new(), budget: LineBudget::new(now) };
         let known = self.gateways.entry(gateway.clone()).or_insert_with(new);
-        if known.is_over(now) {
-            (known.since, known.lines) = (now, 0);
-        }
+        known.budget.renew(now);
         let is_known = known.by_topic.get(topic).is_some_and(|known| known == cause);
         if is_known
-            || known.lines >= MAX_LINES
+            || known.budget.is_spent()
             || (known.by_topic.len() >= MAX_TOPICS && !known.by_topic.contains_key(topic))
         {
             return false;
         }
         known.by_topic.insert(topic.clone(), cause.to_owned());
-        known.lines += 1;
+        known.budget.spend();
         true
-    }
-}
-
-impl GatewayErrors {
-    fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= LINES_PERIOD
     }
 }
 
@@ -117,6 +105,8 @@ fn cause(topic: &Topic, payload: &[u8]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn name(name: &str) -> WorkerName {

@@ -2,19 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tracing::{info, warn};
 use wgkex_common::WorkerName;
 
-/// The most lines about one gateway in each period. What changes beyond that is logged once, when the period is over.
-const MAX_LINES: u32 = 10;
-const LINES_PERIOD: Duration = Duration::from_secs(60);
-/// The most gateways that are remembered: more than any fleet has.
-const MAX_LOGGED_GATEWAYS: usize = 4096;
+use crate::bus::line_budget::{LineBudget, MAX_LOGGED_GATEWAYS};
 
-/// Logs whether gateways are online. Clones share everything.
+/// Logs whether gateways are online; what changes beyond the [`LineBudget`] once, when its period is over. Clones share
+/// everything.
 #[derive(Debug, Clone, Default)]
 pub struct OnlineLog(Arc<Mutex<GatewayLogs>>);
 
@@ -27,9 +24,7 @@ struct GatewayLog {
     is_online: bool,
     /// The state in the last line; none before the first.
     logged: Option<bool>,
-    /// When this period began, and the lines in it.
-    since: Instant,
-    lines: u32,
+    budget: LineBudget,
 }
 
 impl OnlineLog {
@@ -74,16 +69,14 @@ impl GatewayLogs {
         if self.0.len() >= MAX_LOGGED_GATEWAYS && !self.0.contains_key(worker) {
             return false;
         }
-        let new = || GatewayLog { is_online: online, logged: None, since: now, lines: 0 };
+        let new = || GatewayLog { is_online: online, logged: None, budget: LineBudget::new(now) };
         let gateway = self.0.entry(worker.clone()).or_insert_with(new);
-        if gateway.is_over(now) {
-            (gateway.since, gateway.lines) = (now, 0);
-        }
+        gateway.budget.renew(now);
         gateway.is_online = online;
-        let is_due = gateway.lines < MAX_LINES;
+        let is_due = !gateway.budget.is_spent();
         if is_due {
             gateway.logged = Some(online);
-            gateway.lines += 1;
+            gateway.budget.spend();
         }
         is_due
     }
@@ -92,10 +85,12 @@ impl GatewayLogs {
     fn take_due(&mut self, now: Instant) -> Vec<(WorkerName, bool)> {
         let mut due = Vec::new();
         self.0.retain(|worker, gateway| {
-            let is_over = gateway.is_over(now);
+            let is_over = gateway.budget.is_over(now);
             if is_over && gateway.logged != Some(gateway.is_online) {
                 due.push((worker.clone(), gateway.is_online));
-                *gateway = GatewayLog { logged: Some(gateway.is_online), since: now, lines: 1, ..*gateway };
+                gateway.logged = Some(gateway.is_online);
+                gateway.budget.renew(now);
+                gateway.budget.spend();
                 return true;
             }
             !is_over
@@ -104,14 +99,10 @@ impl GatewayLogs {
     }
 }
 
-impl GatewayLog {
-    fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) >= LINES_PERIOD
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn name(name: &str) -> WorkerName {

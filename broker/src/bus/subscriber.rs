@@ -282,7 +282,7 @@ fn check_size(keys: usize) -> Result<(), Ignored> {
 impl Metrics {
     fn count(&self, publish: &Publish, outcome: Result<(), Ignored>) {
         if let Err(reason) = outcome {
-            let reason: &str = reason.into();
+            let reason = reason.as_ref();
             debug!(reason, topic = publish.topic, "message ignored");
             self.messages_ignored.with_label_values(&[reason]).inc();
         }

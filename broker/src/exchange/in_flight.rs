@@ -86,8 +86,8 @@ pub struct InFlight {
     keys: HashMap<KeyId, Flight>,
     /// The keys for which requests wait.
     waiting: HashSet<KeyId>,
-    established: Lane,
-    unestablished: Lane,
+    established: PublishQueue,
+    unestablished: PublishQueue,
     late: usize,
     /// The keys with a cached answer, each once, by the time of the first such answer; a newer one is noticed when that expires.
     answers: VecDeque<CachedKey>,
@@ -97,7 +97,7 @@ pub struct InFlight {
 
 /// The keys of one kind on their way to the MQTT server.
 #[derive(Debug, Default)]
-struct Lane {
+struct PublishQueue {
     /// Those to publish, the first one first.
     queue: VecDeque<KeyId>,
     /// How many are published and not acknowledged.
@@ -187,15 +187,15 @@ impl InFlight {
             last: 0,
             keys: HashMap::new(),
             waiting: HashSet::new(),
-            established: Lane::default(),
-            unestablished: Lane::default(),
+            established: PublishQueue::default(),
+            unestablished: PublishQueue::default(),
             late: 0,
             answers: VecDeque::new(),
             invalidated: HashMap::new(),
         }
     }
 
-    fn lane(&mut self, is_established: bool) -> &mut Lane {
+    fn queue(&mut self, is_established: bool) -> &mut PublishQueue {
         if is_established { &mut self.established } else { &mut self.unestablished }
     }
 
@@ -216,7 +216,7 @@ impl InFlight {
             self.promote(key, is_established);
             return Some(Place { publication: number, is_joined: true });
         }
-        let queue = &mut self.lane(is_established).queue;
+        let queue = &mut self.queue(is_established).queue;
         if queue.len() >= MAX_QUEUED {
             return None;
         }
@@ -230,7 +230,9 @@ impl InFlight {
     /// Moves a queued key that became established to the queue of those, if there is room.
     fn promote(&mut self, key: &KeyId, is_established: bool) {
         let Self {
-            unestablished: Lane { queue: unestablished, .. }, established: Lane { queue: established, .. }, ..
+            unestablished: PublishQueue { queue: unestablished, .. },
+            established: PublishQueue { queue: established, .. },
+            ..
         } = self;
         let queued = self.keys.get_mut(key).and_then(|flight| flight.queued.as_mut());
         if let Some(queued) =
@@ -256,7 +258,7 @@ impl InFlight {
             let Some(flight) = self.keys.get_mut(&key) else { continue };
             let Some(Queued { number, is_established, since }) = flight.queued.take() else { continue };
             flight.sent.insert(number);
-            self.lane(is_established).sent += 1;
+            self.queue(is_established).sent += 1;
             let publication = Publication { key, number, is_established, since };
             if !self.is_given_up(&publication, now) {
                 return Some(publication);
@@ -278,7 +280,7 @@ impl InFlight {
         let last = if is_acknowledged { &mut flight.acknowledged } else { &mut flight.failed };
         *last = (*last).max(*number);
         flight.changed.notify_waiters();
-        self.lane(*is_established).sent -= 1;
+        self.queue(*is_established).sent -= 1;
         self.drop_if_idle(key);
     }
 

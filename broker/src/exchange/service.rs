@@ -100,13 +100,13 @@ impl Exchange {
         if established.is_none() {
             self.limits.check(&id.key, client, id.domain.name())?;
         }
-        self.check_key(id)?;
+        self.check_owner(id)?;
         let is_too_frequent = established.is_some() && self.limits.check_key(&id.key, id.domain.name()).is_err();
         Ok(KeyStatus { is_established: established == Some(true), is_too_frequent })
     }
 
     /// Rejects a key that a gateway has, or whose address another key has.
-    fn check_key(&self, id: &KeyId) -> Result<(), Rejection> {
+    fn check_owner(&self, id: &KeyId) -> Result<(), Rejection> {
         let is_routers = self.live().has_handshake(&id.key);
         let rejection = if self.gateways().is_reserved(&id.key, is_routers) {
             Rejection::Reserved

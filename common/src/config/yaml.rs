@@ -43,8 +43,8 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
     let format = BoundedYaml::default();
     let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
         Ok(keys) => {
-            let Found { duplicates, lines } = format.found();
-            diagnostics.set_lines(lines);
+            let Findings { duplicates, lines } = format.findings();
+            diagnostics.set_lines(lines.unwrap_or_default());
             for DuplicateKey { path, line } in duplicates {
                 diagnostics.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
             }
@@ -63,10 +63,10 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
 /// Whatever stands at the top of `text`, which is YAML or JSON; else why it is neither, without a word of it.
 pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
-    match read(text, max) {
-        Ok(Document { top, found }) => Ok(Tree {
+    match read(text, max, Findings::default()) {
+        Ok(Document { top, findings }) => Ok(Tree {
             value: convert(top),
-            duplicates: found.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
+            duplicates: findings.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
         }),
         // JSON with tabs is no YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
@@ -83,18 +83,25 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
 
 /// YAML for the `config` crate. What is found beside the values comes by a way of its own, as the trait has none for it.
 #[derive(Debug, Clone, Default)]
-struct BoundedYaml(Arc<Mutex<Found>>);
+struct BoundedYaml(Arc<Mutex<Findings>>);
 
 /// What a text has beside its values.
 #[derive(Debug, Default)]
-struct Found {
+struct Findings {
     duplicates: Vec<DuplicateKey>,
-    /// The lines of keys and entries.
-    lines: BTreeMap<Path, usize>,
+    /// The lines of keys and entries, if they are wanted.
+    lines: Option<BTreeMap<Path, usize>>,
+}
+
+impl Findings {
+    /// With the lines of keys, which a config's problems have and nothing else needs.
+    fn with_lines() -> Self {
+        Self { lines: Some(BTreeMap::new()), ..Self::default() }
+    }
 }
 
 impl BoundedYaml {
-    fn found(&self) -> Found {
+    fn findings(&self) -> Findings {
         std::mem::take(&mut *self.0.lock())
     }
 }
@@ -105,8 +112,8 @@ impl Format for BoundedYaml {
         _: Option<&String>,
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
-        let Document { top, found } = read(text, SIZE_MAX)?;
-        *self.0.lock() = found;
+        let Document { top, findings } = read(text, SIZE_MAX, Findings::with_lines())?;
+        *self.0.lock() = findings;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
             ValueKind::Table(_) | ValueKind::Nil => Err(Mistake::Empty.into()),
@@ -186,7 +193,7 @@ impl Mistake {
 /// A text as it was read.
 struct Document {
     top: ValueKind,
-    found: Found,
+    findings: Findings,
 }
 
 /// A key that is given once more.
@@ -196,7 +203,7 @@ struct DuplicateKey {
     line: usize,
 }
 
-fn read(text: &str, max: usize) -> Result<Document, Mistake> {
+fn read(text: &str, max: usize, findings: Findings) -> Result<Document, Mistake> {
     if text.len() > max {
         return Err(Mistake::Long(text.len(), max));
     }
@@ -204,7 +211,7 @@ fn read(text: &str, max: usize) -> Result<Document, Mistake> {
     if let Some(line) = text.lines().position(|line| line.contains('\0')) {
         return Err(Mistake::Nul(line + 1));
     }
-    Reader::new(text, COPIES * max).document(text)
+    Reader::new(text, COPIES * max, findings).document(text)
 }
 
 /// Makes values of the parser's events.
@@ -217,7 +224,7 @@ struct Reader<'a> {
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
     copied: usize,
-    found: Found,
+    findings: Findings,
 }
 
 /// A list or a mapping that is not at its end.
@@ -244,9 +251,9 @@ struct Finished {
 }
 
 impl<'a> Reader<'a> {
-    fn new(text: &'a str, copies_max: usize) -> Self {
+    fn new(text: &'a str, copies_max: usize, findings: Findings) -> Self {
         let (parser, anchors) = (Parser::new_from_str(text), BTreeMap::new());
-        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, found: Found::default() }
+        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, findings }
     }
 
     fn document(mut self, text: &str) -> Result<Document, Mistake> {
@@ -255,7 +262,7 @@ impl<'a> Reader<'a> {
             let (event, mark) = self.parser.next_token().map_err(|error| Mistake::of(&error, text))?;
             let line = mark.line();
             match event {
-                Event::StreamEnd => return Ok(Document { top: self.top, found: self.found }),
+                Event::StreamEnd => return Ok(Document { top: self.top, findings: self.findings }),
                 Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
@@ -344,9 +351,9 @@ impl<'a> Reader<'a> {
     }
 
     fn note_duplicate(&mut self, name: &str, line: usize) {
-        if self.found.duplicates.len() < DUPLICATES_MAX {
+        if self.findings.duplicates.len() < DUPLICATES_MAX {
             let path = path(&self.open[..self.open.len() - 1]).then(name);
-            self.found.duplicates.push(DuplicateKey { path, line });
+            self.findings.duplicates.push(DuplicateKey { path, line });
         }
     }
 
@@ -357,8 +364,8 @@ impl<'a> Reader<'a> {
             Some(Content::List(_)) => line,
             Some(Content::Mapping(_, None)) | None => return,
         };
-        if self.open.len() <= LINES_DEPTH_MAX {
-            self.found.lines.insert(path(&self.open), line);
+        if let Some(lines) = self.findings.lines.as_mut().filter(|_| self.open.len() <= LINES_DEPTH_MAX) {
+            lines.insert(path(&self.open), line);
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Messages that a program does not use, and why.
 
 use serde::de::DeserializeOwned;
-use strum::{AsRefStr, IntoStaticStr};
+use strum::AsRefStr;
 
 use crate::PublicKey;
 
 /// Why an MQTT message is ignored: the label `reason` of the metrics that count them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, AsRefStr, IntoStaticStr)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, AsRefStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Ignored {
     /// Its topic is none of ours, or none that this session is for.

@@ -120,7 +120,7 @@ pub fn on_secondary_event(
 }
 
 fn ignore(metrics: &Metrics, publish: &Publish, reason: Ignored) {
-    let reason: &str = reason.into();
+    let reason = reason.as_ref();
     debug!(reason, topic = publish.topic, "message ignored");
     metrics.messages_ignored.with_label_values(&[reason]).inc();
 }

@@ -282,7 +282,7 @@ fn recount(table: &InFlight) {
     assert_eq!(table.waiting.len(), count(&|flight| !flight.requests.is_empty()));
     let waits = |key: &usize| table.keys.get(&id(key % 2, *key)).is_some_and(|flight| !flight.requests.is_empty());
     assert_eq!((0..6).filter(waits).map(|n| id(n % 2, n)).collect::<HashSet<_>>(), table.waiting);
-    for (Lane { queue, .. }, is_established) in [(&table.unestablished, false), (&table.established, true)] {
+    for (PublishQueue { queue, .. }, is_established) in [(&table.unestablished, false), (&table.established, true)] {
         let queued: HashSet<_> = queue.iter().collect();
         assert_eq!(queued.len(), queue.len(), "no key is queued twice");
         let is_queued =
