@@ -53,7 +53,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-use wgkex_common::config::{Credentials, Mqtt, MqttListen, Server};
+use wgkex_common::config::{Credentials, Mqtt, MqttAddress, MqttListen};
 use wgkex_common::http::listener::{is_listening, prepare};
 use wgkex_common::runtime::services::Ended;
 use wgkex_common::runtime::tls::TlsError;
@@ -124,7 +124,7 @@ impl MqttServer {
     /// How this broker itself connects: to an endpoint of its own, for which neither TLS nor a crowd of clients stand in the way.
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
-        Mqtt { server: Server::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
+        Mqtt { server: MqttAddress::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
     }
 
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:

@@ -40,13 +40,13 @@ use serde_json::Value;
 pub use tracing::Level;
 
 use self::diagnostics::{Diagnostics, Problems};
-pub use self::domains::Worker;
+pub use self::domains::GatewayShare;
 pub use self::http::{Https, Listen};
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
-pub use self::mqtt::{Credentials, Mqtt, Server, Tls};
+pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
-pub use self::peers::{Cleanup, Confirm, LiveKeys, Peers};
+pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;
 use self::raw::Raw;
 pub use self::setup::Setup;
@@ -67,7 +67,7 @@ pub struct Config {
     /// The address that routers get (`externalName`, else the host name).
     pub external_name: String,
     /// The gateways that the operator gave a place in the balance, by host name.
-    pub workers: BTreeMap<WorkerName, Worker>,
+    pub workers: BTreeMap<WorkerName, GatewayShare>,
     /// When peers that stay silent go.
     pub cleanup: Cleanup,
     /// The bus.
@@ -87,7 +87,7 @@ pub struct Config {
     /// Where both programs keep what they must know again after a restart.
     pub state_dir: PathBuf,
     /// Which keys a gateway gets back.
-    pub live_keys: LiveKeys,
+    pub live_keys: LiveKeyLimits,
     /// How many peers a gateway's interface may have.
     pub peers: Peers,
     /// After how long a silent peer's endpoint is forgotten; none never.

@@ -77,7 +77,7 @@ impl From<io::Error> for StorageError {
 
 /// What a file has, as the log names it.
 #[derive(Debug, Clone, Copy)]
-pub struct Subject {
+pub struct Noun {
     /// A noun, as `state`.
     pub name: &'static str,
     /// Its pronoun, as `it`.
@@ -88,21 +88,21 @@ pub struct Subject {
 #[derive(Debug)]
 pub struct Health {
     file: PathBuf,
-    subject: Subject,
+    noun: Noun,
     is_failing: bool,
 }
 
 impl Health {
     /// Nothing has failed yet.
     #[must_use]
-    pub fn new(file: PathBuf, subject: Subject) -> Self {
-        Self { file, subject, is_failing: false }
+    pub fn new(file: PathBuf, noun: Noun) -> Self {
+        Self { file, noun, is_failing: false }
     }
 
     /// It could not be read, which is logged already.
     #[must_use]
-    pub fn unread(file: PathBuf, subject: Subject) -> Self {
-        Self { is_failing: true, ..Self::new(file, subject) }
+    pub fn unread(file: PathBuf, noun: Noun) -> Self {
+        Self { is_failing: true, ..Self::new(file, noun) }
     }
 
     /// Whether the last attempt failed.
@@ -114,7 +114,7 @@ impl Health {
     /// The file cannot be written, or not be read before that.
     pub fn failed(&mut self, error: &dyn fmt::Display) {
         if !std::mem::replace(&mut self.is_failing, true) {
-            let (file, Subject { name, pronoun }) = (self.file.display(), self.subject);
+            let (file, Noun { name, pronoun }) = (self.file.display(), self.noun);
             warn!(%file, failure = %error, "{name} cannot be kept, a restart would lose {pronoun}");
         }
     }
@@ -122,8 +122,8 @@ impl Health {
     /// The file was written.
     pub fn succeeded(&mut self) {
         if std::mem::take(&mut self.is_failing) {
-            let (file, verb) = (self.file.display(), if self.subject.pronoun == "it" { "is" } else { "are" });
-            info!(%file, "{} {verb} kept again", self.subject.name);
+            let (file, verb) = (self.file.display(), if self.noun.pronoun == "it" { "is" } else { "are" });
+            info!(%file, "{} {verb} kept again", self.noun.name);
         }
     }
 }

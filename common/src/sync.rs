@@ -59,12 +59,12 @@ pub struct SyncClient {
     selection: PeerSelection,
     domains: Vec<Domain>,
     /// Every broker that answers requests.
-    brokers: BTreeMap<BrokerName, Broker>,
+    brokers: BTreeMap<BrokerName, KnownBroker>,
     state: SyncState,
 }
 
 #[derive(Debug, Default)]
-struct Broker {
+struct KnownBroker {
     /// Which run of its program it is.
     instance: Option<u64>,
     /// How many of the domains it does not serve.

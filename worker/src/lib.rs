@@ -45,7 +45,7 @@ use crate::bus::subscriber;
 pub use crate::bus::subscriber::receive_anything;
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
-use crate::reconciler::{Reconciler, ReconcilerHandle, Reports, Start};
+use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -86,7 +86,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let reserved = watch::Sender::new(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
-    let (task, reconciler, reports) = Reconciler::new(Start {
+    let (task, reconciler, reports) = Reconciler::new(ReconcilerParts {
         kernel,
         domains: config.domains.clone(),
         profile: Arc::new(Mesh),
@@ -140,7 +140,7 @@ impl Worker {
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
-        let publishing = publisher::Start {
+        let parts = publisher::PublisherParts {
             bus: bus.clone(),
             confirmations: confirmations.clone(),
             state: reconciler.state(),
@@ -148,7 +148,7 @@ impl Worker {
             presence_events,
             metrics: metrics.bus.clone(),
         };
-        let publisher = Publisher::new(config, publishing);
+        let publisher = Publisher::new(config, parts);
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
         let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
         let on_event =

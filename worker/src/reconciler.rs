@@ -27,7 +27,7 @@ use wgkex_common::wire::message::Age;
 pub use self::handle::ReconcilerHandle;
 pub use self::metrics::Metrics;
 pub use self::reports::{DomainState, DomainStates, Reports};
-pub use self::task::{Reconciler, Start};
+pub use self::task::{Reconciler, ReconcilerParts};
 use crate::peers::Clocks;
 
 /// Live keys with their ages.

@@ -21,10 +21,10 @@ const BYTES_PER_SECOND: u64 = 4 << 20;
 
 /// The queue between the session and the sync server. Clones share everything.
 #[derive(Debug, Clone, Default)]
-pub struct SyncQueue(Arc<Shared>);
+pub struct SyncQueue(Arc<QueueState>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct QueueState {
     turns: Mutex<Turns>,
     has_request: Notify,
 }

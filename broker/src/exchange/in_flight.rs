@@ -88,7 +88,8 @@ pub struct InFlight {
     waiting: HashSet<KeyId>,
     established: PublishQueue,
     unestablished: PublishQueue,
-    late: usize,
+    /// How many keys are late.
+    late_keys: usize,
     /// The keys with a cached answer, each once, by the time of the first such answer; a newer one is noticed when that expires.
     answers: VecDeque<CachedKey>,
     /// When the outcomes of a worker so far became invalid, in a domain or in all.
@@ -189,7 +190,7 @@ impl InFlight {
             waiting: HashSet::new(),
             established: PublishQueue::default(),
             unestablished: PublishQueue::default(),
-            late: 0,
+            late_keys: 0,
             answers: VecDeque::new(),
             invalidated: HashMap::new(),
         }
@@ -316,7 +317,7 @@ impl InFlight {
     /// The outcomes at `worker` are invalid, in this domain or in all: it went offline, or restarted.
     pub fn invalidate(&mut self, worker: &WorkerName, domain: Option<&str>) {
         let concerns = |key: &KeyId| domain.is_none_or(|domain| domain == key.domain.name());
-        if self.late > 0 {
+        if self.late_keys > 0 {
             self.last += 1;
             let domain = domain.and_then(|domain| self.domains.get(domain)).cloned();
             self.invalidated.insert((worker.clone(), domain), self.last);
@@ -339,7 +340,7 @@ impl InFlight {
         for flight in self.keys.values_mut() {
             flight.late = None;
         }
-        self.late = 0;
+        self.late_keys = 0;
         self.invalidated.clear();
     }
 
@@ -373,11 +374,11 @@ impl InFlight {
     /// room.
     pub fn timed_out(&mut self, key: &KeyId, is_established: bool, now: Instant) {
         let max = if is_established { MAX_LATE } else { MAX_LATE / 2 };
-        if self.late >= max {
+        if self.late_keys >= max {
             return;
         }
         let flight = self.keys.entry(key.clone()).or_default();
-        self.late += usize::from(flight.late.is_none());
+        self.late_keys += usize::from(flight.late.is_none());
         flight.late = Some(Late { since: now, after: self.last });
     }
 
@@ -386,7 +387,7 @@ impl InFlight {
     pub fn take_late(&mut self, key: &KeyId, now: Instant) -> BTreeSet<WorkerName> {
         let Some(flight) = self.keys.get_mut(key) else { return BTreeSet::new() };
         let Some(late) = flight.late.take() else { return BTreeSet::new() };
-        self.late -= 1;
+        self.late_keys -= 1;
         let is_invalid = |worker: &WorkerName, number: u64| {
             let invalidated = |domain: Option<&Domain>| self.invalidated.get(&(worker.clone(), domain.cloned()));
             [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= number)
@@ -432,9 +433,9 @@ impl InFlight {
     /// Drops what took too long.
     pub fn expire(&mut self, now: Instant) {
         for flight in self.keys.values_mut() {
-            self.late -= usize::from(flight.late.take_if(|late| is_over(late.since, RETRY_WINDOW, now)).is_some());
+            self.late_keys -= usize::from(flight.late.take_if(|late| is_over(late.since, RETRY_WINDOW, now)).is_some());
         }
-        if self.late == 0 {
+        if self.late_keys == 0 {
             self.invalidated.clear();
         }
         self.expire_answers(now);

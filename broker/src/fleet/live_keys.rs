@@ -80,7 +80,7 @@ impl LiveKeys {
     /// The keys of the config's domains that the last run of this program `remembered`. Changes go into `write_buffer`.
     #[must_use]
     pub fn new(config: &Config, remembered: Keys, write_buffer: WriteBuffer, now: Instant) -> Self {
-        let (config::LiveKeys { max, ttl }, Cleanup { stale, grace, .. }) = (config.live_keys, config.cleanup);
+        let (config::LiveKeyLimits { max, ttl }, Cleanup { stale, grace, .. }) = (config.live_keys, config.cleanup);
         let domains = config.domains.iter().map(|domain| (domain.clone(), DomainKeys::default())).collect();
         let mut live = Self {
             own_name: (&config.name).into(),

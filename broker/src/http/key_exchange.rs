@@ -45,11 +45,11 @@ const PROXIED: [HeaderName; 6] =
 /// The routes of both versions.
 pub fn routes(config: &mut ServiceConfig) {
     config
-        .service(exchange(V1).route(web::post().to(v1)).route(web::get().guard(HasBody).to(v1)))
-        .service(exchange(V2).route(web::post().to(v2)).route(web::get().guard(HasBody).to(v2)));
+        .service(route_at(V1).route(web::post().to(v1)).route(web::get().guard(HasBody).to(v1)))
+        .service(route_at(V2).route(web::post().to(v2)).route(web::get().guard(HasBody).to(v2)));
 }
 
-fn exchange(path: &str) -> Resource {
+fn route_at(path: &str) -> Resource {
     resource(path, "POST, OPTIONS")
 }
 

@@ -8,7 +8,7 @@ use rumqttc::{QoS, qos};
 use rusqlite::{Connection, Row, Transaction, params};
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::write_behind::{Clocks, Table, WriteBehind};
-use wgkex_common::storage::{StorageError, Subject};
+use wgkex_common::storage::{Noun, StorageError};
 
 use crate::mqtt_server::broker::MessageBroker;
 use crate::mqtt_server::message::{Message, lower};
@@ -54,7 +54,7 @@ impl File {
 
 impl Table for RetainedTable {
     const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES, ADD_USER] };
-    const SUBJECT: Subject = Subject { name: "retained messages", pronoun: "them" };
+    const NOUN: Noun = Noun { name: "retained messages", pronoun: "them" };
     type Content = Retained;
     type Changes = Unwritten;
 

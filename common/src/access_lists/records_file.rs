@@ -13,13 +13,13 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::warn;
 
 use crate::access_lists::records::{Record, Records};
-use crate::storage::{Health, StorageError, Subject, json_file};
+use crate::storage::{Health, Noun, StorageError, json_file};
 
 /// How long to wait before what failed is tried again.
 const WRITE_RETRY: Duration = Duration::from_secs(5);
 /// The version of the file.
 const LAYOUT: u32 = 1;
-const SUBJECT: Subject = Subject { name: "list entries", pronoun: "them" };
+const NOUN: Noun = Noun { name: "list entries", pronoun: "them" };
 
 /// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is
 /// written over a file that could not be read.
@@ -47,12 +47,12 @@ impl RecordsWriter {
         let found = load(&file);
         let (is_unread, failed) = (found.is_err(), found.is_err().then(Instant::now));
         let (records, health) = match found {
-            Ok(records) => (records, Health::new(file.clone(), SUBJECT)),
+            Ok(records) => (records, Health::new(file.clone(), NOUN)),
             Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
             Err(error @ (StorageError::Unavailable(_) | StorageError::Corrupt(_))) => {
                 let path = file.display();
                 warn!(file = %path, %error, "list entries cannot be read: those that were kept do not count until they are");
-                (Vec::new(), Health::unread(file.clone(), SUBJECT))
+                (Vec::new(), Health::unread(file.clone(), NOUN))
             }
         };
         let (working, waiting) = (None, Vec::new());
@@ -130,19 +130,19 @@ impl RecordsWriter {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Content {
+struct StoredRecords {
     records: Vec<Record>,
 }
 
 /// Reads the records of a file; none if there is no file, or a corrupt one, which is set aside.
 fn load(file: &Path) -> Result<Vec<Record>, StorageError> {
-    let content = json_file::load::<Content>(file, LAYOUT)?;
+    let content = json_file::load::<StoredRecords>(file, LAYOUT)?;
     Ok(content.map(|content| content.records).unwrap_or_default())
 }
 
 /// Writes the records, and returns when they are on the disk.
 fn write(file: &Path, records: &Records) -> Result<(), StorageError> {
-    json_file::save(file, LAYOUT, Content { records: records.iter().cloned().collect() })
+    json_file::save(file, LAYOUT, StoredRecords { records: records.iter().cloned().collect() })
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ const QUOTED: &str = "has a quote in it, a name without quotes is allowed";
 
 /// A gateway's place in the balance (contract section 6).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Worker {
+pub struct GatewayShare {
     /// Its share of the peers relative to the others'; finite, not negative.
     pub weight: f64,
 }
@@ -91,11 +91,11 @@ fn bad_domain(path: &Path, name: &str, error: &DomainError, diagnostics: &mut Di
 pub(super) fn workers(
     raw: &BTreeMap<String, RawWorker>,
     diagnostics: &mut Diagnostics,
-) -> BTreeMap<WorkerName, Worker> {
+) -> BTreeMap<WorkerName, GatewayShare> {
     let mut workers = BTreeMap::new();
     for (name, raw) in raw {
         if let Ok(name) = name.parse() {
-            workers.insert(name, Worker { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) });
+            workers.insert(name, GatewayShare { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) });
         } else {
             let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
             diagnostics.error(&Path::of("workers").then(name), complaint);

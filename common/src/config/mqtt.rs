@@ -15,7 +15,7 @@ use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, port};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mqtt {
     /// Which server.
-    pub server: Server,
+    pub server: MqttAddress,
     /// Who we are to it; none for one that asks nobody.
     pub credentials: Option<Credentials>,
     /// How long the line may be silent; whole seconds, 1 to 65535.
@@ -35,7 +35,7 @@ pub struct Tls {
 
 /// The MQTT server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Server {
+pub enum MqttAddress {
     /// The one inside the broker, which a program on the same machine reaches at this address.
     Embedded(SocketAddr),
     /// The same for the broker itself: at a port of its own, which is in no log.
@@ -92,14 +92,14 @@ impl RawMqtt {
         }
         let own_files = pair("mqtt", self.cert_file, self.key_file, diagnostics);
         let tls = Tls { ca_file: self.ca_file.map(|file| file.0.into()), own: own_files };
-        let external = |host: Host| Server::External { host: host.0, port: port(self.broker_port.as_ref(), 1883) };
+        let external = |host: Host| MqttAddress::External { host: host.0, port: port(self.broker_port.as_ref(), 1883) };
         Mqtt {
             credentials: credentials(self.username, self.password, diagnostics),
             keepalive: Duration::from_secs(self.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
             tls: (is_encrypted && is_external).then_some(tls),
             server: match (self.broker_url, own) {
                 (Some(host), _) => external(host),
-                (None, own) => Server::Embedded(reachable(own.map_or(mqtt_listen::DEFAULT, |own| own.address))),
+                (None, own) => MqttAddress::Embedded(reachable(own.map_or(mqtt_listen::DEFAULT, |own| own.address))),
             },
         }
     }

@@ -22,7 +22,7 @@ pub struct Cleanup {
 
 /// The keys that the brokers remember, for gateways that lack them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LiveKeys {
+pub struct LiveKeyLimits {
     /// So many at most; at least 1.
     pub max: usize,
     /// A key is forgotten this long after a router last sent it, or a gateway last reported a handshake.
@@ -81,8 +81,8 @@ impl RawCleanup {
 }
 
 impl RawLiveKeys {
-    pub fn check(&self) -> LiveKeys {
-        LiveKeys { max: self.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(self.ttl.as_ref(), 86_400) }
+    pub fn check(&self) -> LiveKeyLimits {
+        LiveKeyLimits { max: self.max.as_ref().map_or(200_000, |max| max.0), ttl: seconds(self.ttl.as_ref(), 86_400) }
     }
 }
 

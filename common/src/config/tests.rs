@@ -121,7 +121,7 @@ fn the_originals_file_works_without_a_warning() {
     assert_eq!(weights, [30.0, 1.0, 1.0]);
     let seconds = Duration::from_secs;
     assert_eq!(config.cleanup, Cleanup { interval: seconds(1800), stale: seconds(7200), grace: seconds(900) });
-    assert_eq!(config.mqtt.server, Server::External { host: "mqtt.ffmuc.net".into(), port: 8883 });
+    assert_eq!(config.mqtt.server, MqttAddress::External { host: "mqtt.ffmuc.net".into(), port: 8883 });
     assert_eq!(config.mqtt.tls, Some(Tls::default()));
     let credentials = config.mqtt.credentials.clone().unwrap();
     assert_eq!((credentials.username.as_str(), credentials.password.expose()), ("wgkex", "very-secret-password"));
@@ -141,7 +141,7 @@ fn missing_keys_have_their_defaults() {
         workers: BTreeMap::new(),
         cleanup: Cleanup { interval: seconds(3600), stale: seconds(10800), grace: seconds(600) },
         mqtt: Mqtt {
-            server: Server::Embedded("127.0.0.1:1883".parse().unwrap()),
+            server: MqttAddress::Embedded("127.0.0.1:1883".parse().unwrap()),
             credentials: None,
             keepalive: seconds(5),
             tls: None,
@@ -156,7 +156,7 @@ fn missing_keys_have_their_defaults() {
         https: None,
         worker_listen: Listen { host: "127.0.0.1".into(), port: 9586 },
         state_dir: "/var/lib/wgkex".into(),
-        live_keys: LiveKeys { max: 200_000, ttl: Duration::from_secs(86_400) },
+        live_keys: LiveKeyLimits { max: 200_000, ttl: Duration::from_secs(86_400) },
         worker_user: None,
         forget_idle_after: None,
         peers: Peers { max: 100_000, unproven: 30_000 },
@@ -261,8 +261,8 @@ fn listeners_are_given_as_keys_or_as_text() {
     assert_eq!(shown("'::1'"), "[::1]:5000");
     assert_eq!(shown("localhost"), "localhost:5000");
     let embedded = |text: &str| parse(&format!("{LEAST}mqtt_listen: {text}")).unwrap().mqtt.server;
-    assert_eq!(embedded("localhost:1884"), Server::Embedded("127.0.0.1:1884".parse().unwrap()));
-    assert_eq!(embedded("'[::1]:1884'"), Server::Embedded("[::1]:1884".parse().unwrap()));
+    assert_eq!(embedded("localhost:1884"), MqttAddress::Embedded("127.0.0.1:1884".parse().unwrap()));
+    assert_eq!(embedded("'[::1]:1884'"), MqttAddress::Embedded("[::1]:1884".parse().unwrap()));
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn the_embedded_server_has_users_and_tls() {
     assert_eq!(texts(&config.warnings), [""; 0]);
     assert_eq!(
         config.mqtt.server,
-        Server::Embedded("[::1]:1883".parse().unwrap()),
+        MqttAddress::Embedded("[::1]:1883".parse().unwrap()),
         "what a worker beside it connects to"
     );
     let user = |hash: &str, role| MqttUser { password_hash: Secret::new(hash.into()), role };
@@ -395,7 +395,7 @@ fn a_containers_variables_are_a_config() {
     let config = Config::from_variables(&set, "gw1").unwrap();
     assert_eq!(config.domains.len(), 3);
     let expected = Mqtt {
-        server: Server::External { host: "mqtt".into(), port: 8883 },
+        server: MqttAddress::External { host: "mqtt".into(), port: 8883 },
         credentials: Some(Credentials { username: "wgkex".into(), password: Secret::new("012345".into()) }),
         keepalive: Duration::from_secs(10),
         tls: Some(Tls::default()),
@@ -432,7 +432,7 @@ fn one_pair_of_quotes_around_a_variable_is_taken_off() {
         ]);
         let config = Config::from_variables(&set, "gw1").unwrap();
         assert_eq!(config.domains.iter().map(Domain::name).collect::<Vec<_>>(), ["x_a", "x_b"]);
-        assert_eq!(config.mqtt.server, Server::External { host: "mqtt".into(), port: 8883 });
+        assert_eq!(config.mqtt.server, MqttAddress::External { host: "mqtt".into(), port: 8883 });
         assert_eq!(config.mqtt.credentials.clone().unwrap().password.expose(), "very 'secret'");
         assert_eq!(config.broker_listen.to_string(), "0.0.0.0:80");
     }
@@ -499,7 +499,7 @@ fn the_example_documents_every_key_with_its_default() {
 
     let everything = everything_of_the_example();
     let mut config = parse(&everything).unwrap();
-    assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".parse().unwrap(), Worker { weight: 1.0 })]));
+    assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".parse().unwrap(), GatewayShare { weight: 1.0 })]));
     config.workers.clear();
     let users = &mut config.mqtt_listen.as_mut().unwrap().users;
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);

@@ -231,12 +231,12 @@ struct Reader<'a> {
 struct OpenCollection {
     anchor: usize,
     line: usize,
-    content: Content,
+    content: Items,
     size: usize,
     height: usize,
 }
 
-enum Content {
+enum Items {
     List(Vec<config::Value>),
     /// The key, and its line, whose value is next.
     Mapping(Map<String, config::Value>, Option<(String, usize)>),
@@ -266,8 +266,8 @@ impl<'a> Reader<'a> {
                 Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
-                Event::SequenceStart(anchor, _) => self.begin(anchor, Content::List(Vec::new()), line)?,
-                Event::MappingStart(anchor, _) => self.begin(anchor, Content::Mapping(Map::new(), None), line)?,
+                Event::SequenceStart(anchor, _) => self.begin(anchor, Items::List(Vec::new()), line)?,
+                Event::MappingStart(anchor, _) => self.begin(anchor, Items::Mapping(Map::new(), None), line)?,
                 Event::SequenceEnd | Event::MappingEnd => self.end()?,
                 Event::Scalar(text, style, anchor, tag) => self.scalar(scalar(text, style, tag), anchor, line)?,
                 Event::Alias(anchor) => self.alias(anchor, line)?,
@@ -275,7 +275,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn begin(&mut self, anchor: usize, content: Content, line: usize) -> Result<(), Mistake> {
+    fn begin(&mut self, anchor: usize, content: Items, line: usize) -> Result<(), Mistake> {
         if self.open.len() >= DEPTH_MAX {
             return Err(Mistake::Deep(line));
         }
@@ -286,14 +286,14 @@ impl<'a> Reader<'a> {
     fn end(&mut self) -> Result<(), Mistake> {
         let Some(OpenCollection { anchor, line, content, size, height }) = self.open.pop() else { return Ok(()) };
         let value = match content {
-            Content::List(items) => ValueKind::Array(items),
-            Content::Mapping(keys, _) => ValueKind::Table(keys),
+            Items::List(items) => ValueKind::Array(items),
+            Items::Mapping(keys, _) => ValueKind::Table(keys),
         };
         self.finish(Finished { value, size, height }, anchor, line)
     }
 
     fn scalar(&mut self, scalar: Yaml, anchor: usize, line: usize) -> Result<(), Mistake> {
-        let wants_key = matches!(self.open.last(), Some(OpenCollection { content: Content::Mapping(_, None), .. }));
+        let wants_key = matches!(self.open.last(), Some(OpenCollection { content: Items::Mapping(_, None), .. }));
         let value = match scalar {
             Yaml::String(text) => ValueKind::String(text),
             Yaml::Integer(number) => ValueKind::I64(number),
@@ -338,9 +338,9 @@ impl<'a> Reader<'a> {
         open.size += size;
         open.height = open.height.max(height + 1);
         match &mut open.content {
-            Content::List(items) => items.push(config::Value::new(None, value)),
-            Content::Mapping(_, key @ None) => *key = Some((name(value)?, line)),
-            Content::Mapping(keys, key) => {
+            Items::List(items) => items.push(config::Value::new(None, value)),
+            Items::Mapping(_, key @ None) => *key = Some((name(value)?, line)),
+            Items::Mapping(keys, key) => {
                 let (name, line) = key.take().unwrap_or_default();
                 if keys.insert(name.clone(), config::Value::new(None, value)).is_some() {
                     self.note_duplicate(&name, line);
@@ -360,9 +360,9 @@ impl<'a> Reader<'a> {
     /// A value ends that begins in this line; the line of one with a key is the key's.
     fn note_line(&mut self, line: usize) {
         let line = match self.open.last().map(|open| &open.content) {
-            Some(Content::Mapping(_, Some((_, line)))) => *line,
-            Some(Content::List(_)) => line,
-            Some(Content::Mapping(_, None)) | None => return,
+            Some(Items::Mapping(_, Some((_, line)))) => *line,
+            Some(Items::List(_)) => line,
+            Some(Items::Mapping(_, None)) | None => return,
         };
         if let Some(lines) = self.findings.lines.as_mut().filter(|_| self.open.len() <= LINES_DEPTH_MAX) {
             lines.insert(path(&self.open), line);
@@ -373,8 +373,8 @@ impl<'a> Reader<'a> {
 /// Where the next value stands.
 fn path(open: &[OpenCollection]) -> Path {
     open.iter().fold(Path::default(), |path, open| match &open.content {
-        Content::List(items) => path.index(items.len()),
-        Content::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
+        Items::List(items) => path.index(items.len()),
+        Items::Mapping(_, key) => path.then(key.as_ref().map_or("", |(key, _)| key)),
     })
 }
 

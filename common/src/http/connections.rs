@@ -69,9 +69,9 @@ pub enum PeerKind {
 
 /// All open connections of a listener, or of several. Clones share them.
 #[derive(Clone)]
-pub struct Connections(Arc<Shared>);
+pub struct Connections(Arc<ConnectionsState>);
 
-struct Shared {
+struct ConnectionsState {
     table: Mutex<ConnectionTable<Socket>>,
     capacity: Capacity,
     /// What all hold, those included that are about to end.
@@ -102,7 +102,7 @@ impl Connections {
     ) -> Self {
         let (table, held) = (Mutex::new(ConnectionTable::new(capacity)), AtomicUsize::new(0));
         let (peer_kind, closed) = (Box::new(peer_kind), Box::new(closed));
-        Self(Arc::new(Shared { table, capacity, held, began: Instant::now(), peer_kind, closed }))
+        Self(Arc::new(ConnectionsState { table, capacity, held, began: Instant::now(), peer_kind, closed }))
     }
 
     /// Those of a listener for a few clients: they need not be tidied, since each makes room for others.

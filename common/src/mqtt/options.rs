@@ -7,7 +7,7 @@ use rumqttc::{LastWill, MqttOptions, NetworkOptions, TlsConfiguration, Transport
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::{INFLIGHT, Message, SessionConfig};
-use crate::config::{Mqtt, Server, Tls};
+use crate::config::{Mqtt, MqttAddress, Tls};
 use crate::runtime::tls::{TlsError, certificates, private_key, provider};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
@@ -22,8 +22,8 @@ pub(super) fn options(
     client: &SessionConfig,
 ) -> Result<(MqttOptions, NetworkOptions, String), TlsError> {
     let (host, port) = match &config.server {
-        Server::Embedded(address) | Server::Own(address) => (address.ip().to_string(), address.port()),
-        Server::External { host, port } => (host.clone(), *port),
+        MqttAddress::Embedded(address) | MqttAddress::Own(address) => (address.ip().to_string(), address.port()),
+        MqttAddress::External { host, port } => (host.clone(), *port),
     };
     let mut options = MqttOptions::new(&client.id, &host, port);
     options
@@ -44,10 +44,10 @@ pub(super) fn options(
     network.set_tcp_nodelay(true);
     network.set_connection_timeout(CONNECT_SECONDS);
     let name = match &config.server {
-        Server::Own(_) => "the broker's own".to_owned(),
-        Server::Embedded(address) => address.to_string(),
-        Server::External { host, port } if host.contains(':') => format!("[{host}]:{port}"),
-        Server::External { host, port } => format!("{host}:{port}"),
+        MqttAddress::Own(_) => "the broker's own".to_owned(),
+        MqttAddress::Embedded(address) => address.to_string(),
+        MqttAddress::External { host, port } if host.contains(':') => format!("[{host}]:{port}"),
+        MqttAddress::External { host, port } => format!("{host}:{port}"),
     };
     Ok((options, network, name))
 }

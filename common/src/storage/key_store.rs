@@ -16,7 +16,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use crate::storage::schema::Schema;
 use crate::storage::write_behind::{Table, WriteBehind};
-use crate::storage::{StorageError, Subject};
+use crate::storage::{Noun, StorageError};
 use crate::{Domain, KeyId, PublicKey};
 
 pub use crate::storage::write_behind::Clocks;
@@ -170,7 +170,7 @@ impl KeyTable {
 
 impl Table for KeyTable {
     const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES] };
-    const SUBJECT: Subject = Subject { name: "state", pronoun: "it" };
+    const NOUN: Noun = Noun { name: "state", pronoun: "it" };
     type Content = Keys;
     type Changes = Changes;
 

@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 use crate::storage::schema::Schema;
-use crate::storage::{Health, StorageError, Subject, sqlite, state_file};
+use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.
 const FLUSH: Duration = Duration::from_millis(500);
@@ -40,7 +40,7 @@ pub trait Table: Send + 'static {
     /// The tables.
     const SCHEMA: Schema;
     /// What the log calls their content.
-    const SUBJECT: Subject;
+    const NOUN: Noun;
     /// What the database holds.
     type Content: Default;
     /// What changed and is not written yet.
@@ -77,7 +77,7 @@ impl<T: Table> WriteBehind<T> {
     /// Opens `file`, making what is missing, and gives what it holds. A corrupt file is set aside; one that cannot be
     /// written is read all the same, and tried again later. The only error is a version that is not known here.
     pub fn with_table(file: PathBuf, table: T, now: Clocks) -> Result<(Self, T::Content), StorageError> {
-        let health = Health::new(file.clone(), T::SUBJECT);
+        let health = Health::new(file.clone(), T::NOUN);
         let mut store = Self { file, table, connection: None, health };
         let error = match store.open_or_recreate(now) {
             Ok(content) => return Ok((store, content)),

@@ -53,7 +53,7 @@ enum Trigger {
 }
 
 /// What a publisher starts with.
-pub struct Start {
+pub struct PublisherParts {
     /// The session on which the worker publishes its states.
     pub bus: MqttHandle,
     /// The session on which it publishes what became of keys.
@@ -70,8 +70,8 @@ pub struct Start {
 
 impl Publisher {
     /// The publisher of this worker, with nothing published yet.
-    pub fn new(config: &Config, start: Start) -> Self {
-        let Start { bus, confirmations, state, reports, presence_events, metrics } = start;
+    pub fn new(config: &Config, parts: PublisherParts) -> Self {
+        let PublisherParts { bus, confirmations, state, reports, presence_events, metrics } = parts;
         Self {
             worker: WorkerName::from(&config.name),
             external_name: config.external_name.clone(),

@@ -28,7 +28,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers them for `domains`. Evicted and renewed peers appear with the first of them, all others at 0.
+    /// Registers them for `domains`, all at 0.
     pub fn register(registry: &Registry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
         let by_domain = |name, help| {
             let names = domains.iter().map(Domain::name);
@@ -38,17 +38,9 @@ impl Metrics {
             by_state: registry.gauges("wgkex_worker_peers", "Peers, each in one state.", &["domain", "state"])?,
             sweeps: by_domain("wgkex_worker_sweeps_total", "Looks for stale peers.")?,
             stale: by_domain("wgkex_worker_peers_removed_total", "Stale peers removed.")?,
-            evicted: registry.counters(
-                "wgkex_worker_peers_ousted_total",
-                "Peers that others took the place of.",
-                &["domain"],
-            )?,
+            evicted: by_domain("wgkex_worker_peers_ousted_total", "Peers that others took the place of.")?,
             denied: by_domain("wgkex_worker_peers_revoked_total", "Peers of keys that may not be here, removed.")?,
-            renewed: registry.counters(
-                "wgkex_worker_peers_forgotten_total",
-                "Silent peers whose endpoint is forgotten.",
-                &["domain"],
-            )?,
+            renewed: by_domain("wgkex_worker_peers_forgotten_total", "Silent peers whose endpoint is forgotten.")?,
             orphans: by_domain(
                 "wgkex_worker_orphans_removed_total",
                 "Routes and flood entries without a peer that were removed.",

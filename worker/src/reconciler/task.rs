@@ -58,7 +58,7 @@ pub struct Reconciler<K> {
 }
 
 /// What a reconciler starts with.
-pub struct Start<K> {
+pub struct ReconcilerParts<K> {
     /// The kernel, which is its own from now on.
     pub kernel: K,
     /// What it serves.
@@ -102,8 +102,8 @@ pub(super) enum TaskEvent {
 
 impl<K: Kernel> Reconciler<K> {
     /// A reconciler whose domains are read at once, how others reach it, and what it reports.
-    pub fn new(start: Start<K>) -> (Self, ReconcilerHandle, Reports) {
-        let Start { kernel, domains, profile, policy, buffer, remembered, reserved, gate, metrics } = start;
+    pub fn new(parts: ReconcilerParts<K>) -> (Self, ReconcilerHandle, Reports) {
+        let ReconcilerParts { kernel, domains, profile, policy, buffer, remembered, reserved, gate, metrics } = parts;
         let (state, state_receiver) = watch::channel(DomainStates::new());
         let (handle, inbox) = handle::channel(state_receiver, metrics.clone());
         let domain = |name: Domain| (name.clone(), DomainReconciler::new(name, profile.clone(), policy, clock()));

@@ -17,7 +17,9 @@ use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, PeerConfig, host};
 
 use super::task::TaskEvent;
-use super::{DomainState, DomainStates, Metrics, Reconciler, ReconcilerHandle, Reports, Snapshot, Start, clocks};
+use super::{
+    DomainState, DomainStates, Metrics, Reconciler, ReconcilerHandle, ReconcilerParts, Reports, Snapshot, clocks,
+};
 use crate::peers::{Clocks, Policy};
 use crate::plan;
 use crate::profiles::Profile as _;
@@ -920,7 +922,7 @@ async fn trusted_peers_are_never_swept_and_denied_all_the_same() {
 async fn keys_wait_while_they_are_held_those_that_came_and_those_that_are_remembered() {
     let memory = MemoryKernel::with(&[domain()]);
     let (gate, held) = watch::channel(Some(std::time::Instant::now()));
-    let start = Start { remembered: remembered(4..7), gate: held, ..start_with(memory.clone()) };
+    let start = ReconcilerParts { remembered: remembered(4..7), gate: held, ..start_with(memory.clone()) };
     let (reconciler, handle, mut said) = Reconciler::new(start);
     tokio::spawn(reconciler.run(pending()));
     handle.enqueue(id(key(1)));
@@ -1007,7 +1009,7 @@ async fn a_key_with_leases_is_installed_confirmed_and_restored_as_one_of_a_route
     let profile = Leases::of([1]);
     let interface = profile.interface(&domain());
     let memory = MemoryKernel::with([interface.clone()]);
-    let start = Start { profile: Arc::new(profile), ..start_with(memory.clone()) };
+    let start = ReconcilerParts { profile: Arc::new(profile), ..start_with(memory.clone()) };
     let (reconciler, handle, mut reports) = Reconciler::new(start);
     let task = tokio::spawn(reconciler.run(std::future::pending()));
     for n in [1, 9] {
@@ -1146,7 +1148,7 @@ fn live(keys: std::ops::Range<u32>) -> Snapshot {
 }
 
 fn reconciler(memory: MemoryKernel, policy: &Policy) -> (Reconciler<MemoryKernel>, ReconcilerHandle, Reports) {
-    Reconciler::new(Start { policy: *policy, ..start_with(memory) })
+    Reconciler::new(ReconcilerParts { policy: *policy, ..start_with(memory) })
 }
 
 /// A reconciler that remembers established keys.
@@ -1154,7 +1156,7 @@ fn remembering(
     memory: MemoryKernel,
     keys: std::ops::Range<u32>,
 ) -> (Reconciler<MemoryKernel>, ReconcilerHandle, Reports) {
-    Reconciler::new(Start { remembered: remembered(keys), ..start_with(memory) })
+    Reconciler::new(ReconcilerParts { remembered: remembered(keys), ..start_with(memory) })
 }
 
 fn remembered(keys: std::ops::Range<u32>) -> Keys {
@@ -1162,8 +1164,8 @@ fn remembered(keys: std::ops::Range<u32>) -> Keys {
     keys.map(|n| (id(key(n)), record)).collect()
 }
 
-fn start_with(memory: MemoryKernel) -> Start<MemoryKernel> {
-    Start {
+fn start_with(memory: MemoryKernel) -> ReconcilerParts<MemoryKernel> {
+    ReconcilerParts {
         kernel: memory,
         domains: [domain()].into(),
         profile: Arc::new(Mesh),

@@ -113,18 +113,18 @@ fn late_confirmations_are_kept_for_the_routers_next_request() {
     time_out(&mut table);
     table.invalidate(&worker("gw1"), None);
     table.expire(now + RETRY_WINDOW);
-    assert!(table.late == 0 && table.invalidated.is_empty());
+    assert!(table.late_keys == 0 && table.invalidated.is_empty());
 }
 
 #[test]
 fn late_keys_of_a_flood_are_bounded() {
     let (mut table, now) = (in_flight(), Instant::now());
     (0..MAX_LATE).for_each(|n| table.timed_out(&id(0, n), false, now));
-    assert_eq!(table.late, MAX_LATE / 2, "routers that are known have places all the same");
+    assert_eq!(table.late_keys, MAX_LATE / 2, "routers that are known have places all the same");
     (0..2 * MAX_LATE).for_each(|n| table.timed_out(&id(0, n), true, now));
-    assert_eq!((table.late, table.keys.len()), (MAX_LATE, MAX_LATE));
+    assert_eq!((table.late_keys, table.keys.len()), (MAX_LATE, MAX_LATE));
     table.invalidate_late();
-    assert!(table.late == 0 && table.keys.is_empty());
+    assert!(table.late_keys == 0 && table.keys.is_empty());
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// Every number of the table is that of a recount, and nothing is kept that nobody needs.
 fn recount(table: &InFlight) {
     let count = |wanted: &dyn Fn(&Flight) -> bool| table.keys.values().filter(|flight| wanted(flight)).count();
-    assert_eq!(table.late, count(&|flight| flight.late.is_some()));
+    assert_eq!(table.late_keys, count(&|flight| flight.late.is_some()));
     assert_eq!(table.answers.len(), count(&|flight| flight.answer.is_some()));
     let sent = table.established.sent + table.unestablished.sent;
     assert_eq!(sent, table.keys.values().map(|flight| flight.sent.len()).sum::<usize>());
@@ -290,7 +290,7 @@ fn recount(table: &InFlight) {
         assert_eq!(queue.len(), count(&is_queued));
         assert!(queue.iter().all(|key| is_queued(&table.keys[key])));
     }
-    assert!(table.invalidated.is_empty() || table.late > 0 || table.invalidated.len() <= 9);
+    assert!(table.invalidated.is_empty() || table.late_keys > 0 || table.invalidated.len() <= 9);
 }
 
 proptest! {

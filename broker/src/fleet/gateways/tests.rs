@@ -18,7 +18,7 @@ fn gateways(weights: &[(&str, f64)]) -> Gateways {
     let yaml = "domains: [ff_a, ff_b]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let mut config = Config::parse("", yaml, "broker1").unwrap();
     config.workers =
-        weights.iter().map(|(worker, weight)| (name(worker), config::Worker { weight: *weight })).collect();
+        weights.iter().map(|(worker, weight)| (name(worker), config::GatewayShare { weight: *weight })).collect();
     Gateways::new(&config)
 }
 

@@ -28,7 +28,7 @@ fn id(n: u32) -> KeyId {
 fn config(max: usize) -> Config {
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let config = Config::parse("", yaml, "b1").unwrap();
-    Config { live_keys: config::LiveKeys { max, ttl: DAY }, cleanup: CLEANUP, ..config }
+    Config { live_keys: config::LiveKeyLimits { max, ttl: DAY }, cleanup: CLEANUP, ..config }
 }
 
 fn live(max: usize) -> (LiveKeys, Instant) {
