@@ -35,6 +35,7 @@ use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::prepare;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::runtime::reload;
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
@@ -200,7 +201,11 @@ impl Broker {
             .spawn("the publisher of keys", |_| {
                 KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
-            .spawn("the expiry", |_| expire(exchange.clone()));
+            .spawn("the expiry", |_| expire(exchange.clone()))
+            .spawn("the config", |_| {
+                let gateways = gateways.clone();
+                reload::on_hangup(config.clone(), &["workers"], move |config| gateways.lock().set_weights(config))
+            });
         services
             .group(2 * FAREWELL_TIMEOUT, None)
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));

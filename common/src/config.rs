@@ -21,6 +21,7 @@ mod original;
 mod peers;
 mod problem;
 mod raw;
+mod reload;
 mod setup;
 #[cfg(test)]
 mod tests;
@@ -44,11 +45,13 @@ pub use self::domains::GatewayShare;
 pub use self::http::{Https, Listen};
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
+pub use self::logging::LogFormat;
 pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;
 use self::raw::Raw;
+pub use self::reload::Source;
 pub use self::setup::Setup;
 pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
@@ -108,6 +111,10 @@ pub struct Config {
     pub setup: BTreeMap<Domain, Setup>,
     /// The least important events that are logged.
     pub log_level: Level,
+    /// The form of the log's lines.
+    pub log_format: LogFormat,
+    /// Where this was read, and the values of all keys there, for a comparison after it was read again.
+    pub source: Source,
     /// What is odd but does no harm: the caller logs it once logging is up.
     pub warnings: Vec<Problem>,
 }
@@ -151,7 +158,8 @@ impl Config {
             let name = file.to_string_lossy();
             let yaml = fs::read_to_string(file)
                 .map_err(|error| ConfigError::of_file(&name, format!("cannot be read: {error}")))?;
-            return Self::parse(&name, &yaml, &host_name);
+            let config = Self::parse(&name, &yaml, &host_name)?;
+            return Ok(Self { source: config.source.in_file(file), ..config });
         }
         let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
         Self::choose(file, fs::read_to_string(file), &variables, &host_name)
@@ -207,8 +215,9 @@ impl Config {
         let config = tree.and_then(|mut tree| {
             diagnostics.keep_secret(&tree);
             keys::normalize(&mut tree, &mut diagnostics);
+            let source = Source::of(tree.clone());
             let raw = Raw::read(&mut tree, &mut diagnostics)?;
-            Some(raw.check(host_name, &mut diagnostics))
+            Some(Self { source, ..raw.check(host_name, &mut diagnostics) })
         });
         let Problems { errors, warnings } = diagnostics.into_problems();
         match config {

@@ -5,5 +5,6 @@
 pub mod log;
 pub mod metrics;
 pub mod process;
+pub mod reload;
 pub mod services;
 pub mod tls;

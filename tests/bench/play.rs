@@ -18,7 +18,7 @@ use serde::Deserialize;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
-use wgkex_common::config::Level;
+use wgkex_common::config::{Level, LogFormat};
 use wgkex_common::mqtt::{self, Event, Message, MqttHandle, Publish, SessionConfig};
 use wgkex_common::runtime::log;
 use wgkex_common::{Config, Topic};
@@ -51,7 +51,7 @@ pub fn play(words: &[String]) {
         ["confirming", file, name] => Runtime::new().unwrap().block_on(worker(file, name, true)),
         ["original", file, name] => Runtime::new().unwrap().block_on(worker(file, name, false)),
         ["workers", file, wanted, delays, first, ref names @ ..] => {
-            log::init(Level::WARN);
+            log::init(Level::WARN, LogFormat::Text);
             let first = first.parse().expect("a port");
             Runtime::new().unwrap().block_on(workers(
                 file,

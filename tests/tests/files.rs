@@ -383,3 +383,42 @@ fn a_worker_stops_at_a_newer_layout_too() {
     worker.wait_for_log("number 7");
     assert_eq!(content(&stack.state_dir()), before);
 }
+
+#[test]
+fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).config("workers: {gw1: {weight: 1}, gw2: {weight: 0}}"));
+    let _gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 0));
+    let chosen = |stack: &Stack, n| {
+        let answer = stack.v2(DOMAIN, &key(n)).json();
+        answer["Endpoint"]["Address"].as_str().unwrap_or_default().to_owned()
+    };
+    wait_until("gw1 is chosen", || (chosen(&stack, 1) == "gw1.example").then_some(()));
+    let reload = |stack: &mut Stack, config: &str| {
+        stack.plan.config = config.to_owned();
+        stack.write_config();
+        stack.broker().signal(Signal::SIGHUP);
+    };
+    reload(&mut stack, "workers: {gw1: {weight: 0}, gw2: {weight: 1}}\npeers: {max: 9}\nlog_level: DEBUG");
+    let line = stack.broker().wait_for_log("config reloaded");
+    assert!(line.contains("log_level, workers.gw1.weight, workers.gw2.weight"), "{line}");
+    assert!(stack.broker().wait_for_log("after a restart only").contains("peers.max"));
+    assert_eq!(chosen(&stack, 2), "gw2.example");
+    drop(Worker::start(&stack, "gw3", Manner::Confirms, 0));
+    stack.broker().wait_for_log(" DEBUG ");
+    reload(&mut stack, "workers: {gw1: {weight: high}}");
+    let line = stack.broker().wait_for_log("workers.gw1.weight: \"high\"");
+    assert!(line.contains("wgkex.yaml:"), "{line}");
+    stack.broker().wait_for_log("was not reloaded");
+    assert_eq!(chosen(&stack, 3), "gw2.example", "a config with errors changes nothing");
+}
+
+#[test]
+fn the_log_is_json_where_the_config_has_it_so() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).config("log_format: json\npears: 3"));
+    let log = stack.broker().log();
+    for line in log.lines() {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        assert!(event["level"].is_string() && event["message"].is_string() && event["timestamp"].is_string(), "{line}");
+    }
+    assert!(log.contains("pears") && log.contains("broker started"), "{log}");
+}

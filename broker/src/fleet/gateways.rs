@@ -128,7 +128,7 @@ impl Gateways {
         Self {
             own_name: (&config.name).into(),
             domains: config.domains.clone(),
-            weights: config.workers.iter().map(|(name, worker)| (name.clone(), worker.weight)).collect(),
+            weights: weights(config),
             by_name: BTreeMap::new(),
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
@@ -393,6 +393,11 @@ impl Gateways {
         domain.is_some_and(|(domain, gateway)| gateway.online && gateway.confirms() && gateway.may_serve(domain))
     }
 
+    /// Selects by the weights in `config` from now on.
+    pub fn set_weights(&mut self, config: &Config) {
+        self.weights = weights(config);
+    }
+
     /// Which gateways can remove a denied key: those on the bus, and those that the config names.
     #[must_use]
     pub fn reachability(&self) -> BTreeMap<WorkerName, Reachability> {
@@ -532,6 +537,10 @@ fn status(payload: &[u8]) -> Result<bool, InvalidPayload> {
         b"0" | b"" => Ok(false),
         _ => Err(InvalidPayload("status")),
     }
+}
+
+fn weights(config: &Config) -> BTreeMap<WorkerName, f64> {
+    config.workers.iter().map(|(name, share)| (name.clone(), share.weight)).collect()
 }
 
 #[cfg(test)]

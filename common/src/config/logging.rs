@@ -1,10 +1,20 @@
-//! The least important events that are logged: `log_level`, else the level of the original's `logging_config`.
+//! What is logged, and in which form: `log_level`, else the level of the original's `logging_config`; `log_format`.
 
 use serde_json::Value;
 use tracing::Level;
 
 use super::diagnostics::{Diagnostics, Path};
 use super::value::LogLevel;
+
+/// The form of a line of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogFormat {
+    /// Text for people, with fields as `name=value`.
+    #[default]
+    Text,
+    /// A JSON object.
+    Json,
+}
 
 /// `log_level`, else what the original's logging had.
 pub(super) fn log_level(own: Option<LogLevel>, logging_config: Option<&Value>, diagnostics: &mut Diagnostics) -> Level {

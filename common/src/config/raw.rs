@@ -7,19 +7,19 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Config;
 use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
 use super::http::{RawBrokerListen, RawListen};
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
-use super::logging::log_level;
+use super::logging::{LogFormat, log_level};
 use super::mqtt::RawMqtt;
 use super::mqtt_listen::{RawMqttListen, RawMqttUser};
 use super::original::{Netbox, Parker};
 use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
 use super::setup::{RawSetup, RawSetupDomain};
-use super::value::{Directory, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
+use super::value::{Directory, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
+use super::{Config, Source};
 use crate::{HostName, PublicKey};
 
 /// Stands for any name in [`Raw::every_key`].
@@ -45,6 +45,7 @@ pub(super) struct Raw {
     pub broker_listen: RawBrokerListen,
     pub logging_config: Option<Value>,
     pub log_level: Option<LogLevel>,
+    pub log_format: Option<Format>,
     pub allowlist: RawAllowlist,
     pub blacklist_file: Option<Text>,
     pub key_whitelist: Vec<Option<Key>>,
@@ -121,6 +122,8 @@ impl Raw {
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
+            log_format: self.log_format.map_or_else(LogFormat::default, |format| format.0),
+            source: Source::default(),
             warnings: Vec::new(),
             domains: domains.into_iter().collect(),
         }

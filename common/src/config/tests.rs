@@ -174,6 +174,8 @@ fn missing_keys_have_their_defaults() {
         admin_token_hash: None,
         setup: config.setup.clone(),
         log_level: Level::INFO,
+        log_format: LogFormat::Text,
+        source: Source::default(),
         warnings: vec![],
     };
     assert_eq!(config, expected);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use tracing::Level;
 
+use super::LogFormat;
 use super::mqtt_listen::Role;
 use crate::PublicKey;
 
@@ -131,6 +132,15 @@ value_type!(
     "is not a share, a number from 0 to 1000000000 is allowed"
 );
 value_type!(LogLevel(Level), level, "is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed");
+value_type!(
+    Format(LogFormat),
+    |value: &Value| match text(value)?.as_str() {
+        "text" => Some(LogFormat::Text),
+        "json" => Some(LogFormat::Json),
+        _ => None,
+    },
+    "is not a log format, text or json is allowed"
+);
 value_type!(
     Ipam(()),
     |value: &Value| text(value).filter(|name| ["json", "netbox"].contains(&name.as_str())).map(drop),

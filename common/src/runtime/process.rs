@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, error, warn};
 
 use crate::Config;
+use crate::config::LogFormat;
 use crate::runtime::log;
 
 /// Ends the whole process when a thread or task panics, after the message is printed, whatever the build profile says
@@ -26,12 +27,12 @@ pub fn abort_on_panic() {
 pub fn config(file: Option<&Path>) -> Option<Config> {
     match Config::load(file) {
         Ok(config) => {
-            log::init(config.log_level);
+            log::init(config.log_level, config.log_format);
             config.warnings.iter().for_each(|problem| warn!("{problem}"));
             Some(config)
         }
         Err(wrong) => {
-            log::init(Level::INFO);
+            log::init(Level::INFO, LogFormat::Text);
             wrong.warnings.iter().for_each(|problem| warn!("{problem}"));
             wrong.mistakes.iter().for_each(|problem| error!("{problem}"));
             None
