@@ -29,6 +29,7 @@ mod metrics;
 pub mod password;
 mod progress;
 mod quota;
+mod refusal_log;
 mod retained;
 mod retained_store;
 mod session;
@@ -44,6 +45,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::BytesMut;
+use parking_lot::Mutex;
 use rumqttc::{ConnAck, ConnectReturnCode, Packet};
 use tokio::net::TcpStream;
 use tokio::runtime::{self, Runtime};
@@ -60,10 +62,11 @@ use wgkex_common::runtime::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{ClientConnection, End};
-use self::handshake::{AdmittedClient, Endpoint, LOGIN_TIMEOUT, Refusal, Stream};
+use self::handshake::{AdmittedClient, Endpoint, LOGIN_TIMEOUT, Refusal, Refused, Stream};
 use self::handshake_limiter::{HandshakeLimiter, HandshakePermit};
 use self::message::Message;
 use self::quota::{Cost, LOGIN, LogThrottle};
+use self::refusal_log::RefusalLog;
 use self::retained_store::File;
 use self::session::ClientSession;
 use self::users::Users;
@@ -106,7 +109,7 @@ impl MqttServer {
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let broker = Arc::new(MessageBroker::open(retained, room + MAX_OWN, metrics.clone())?);
-        let server = Context { broker, metrics: metrics.clone() };
+        let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
         Ok(Self { own: address, credentials, over, ended: Some(ended) })
@@ -160,6 +163,7 @@ fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 #[derive(Clone)]
 struct Context {
     broker: Arc<MessageBroker>,
+    refusals: Arc<Mutex<RefusalLog>>,
     metrics: Metrics,
 }
 
@@ -249,7 +253,7 @@ impl Context {
         let evicted = permit.evicted();
         let entered = tokio::select! {
             entered = self.enter(stream, &endpoint, &mut permit) => entered,
-            () = evicted.notified() => return self.count(Refusal::Evicted),
+            () = evicted.notified() => return self.refused(&Refusal::Evicted.into()),
         };
         drop(permit);
         let Some((stream, input, client, slot)) = entered else { return };
@@ -278,8 +282,8 @@ impl Context {
     ) -> Option<(Box<dyn Stream>, BytesMut, AdmittedClient, ClientSlot)> {
         let (stream, input, client) = match endpoint.admit(stream, permit).await {
             Ok(admitted) => admitted,
-            Err(refusal) => {
-                self.count(refusal);
+            Err(refused) => {
+                self.refused(&refused);
                 return None;
             }
         };
@@ -295,13 +299,20 @@ impl Context {
             Ok(None) => Refusal::Full,
             Err(_) => Refusal::Busy,
         };
-        self.count(refusal);
+        self.refused(&Refused { is_user: true, user: Some(client.user), ..Refused::from(refusal) });
         refusal.send(stream).await;
         None
     }
 
-    fn count(&self, refusal: Refusal) {
-        self.metrics.refused.with_label_values(&[refusal.reason()]).inc();
+    fn refused(&self, refused: &Refused) {
+        self.metrics.refused.with_label_values(&[refused.refusal.reason()]).inc();
+        let Some(unlogged) = self.refusals.lock().line(refused, std::time::Instant::now()) else { return };
+        let Refused { user, client_id, cause, .. } = refused;
+        if refused.is_noise() {
+            info!(reason = %cause, unlogged, "MQTT client refused");
+        } else {
+            warn!(user, client = client_id, reason = %cause, unlogged, "MQTT client refused");
+        }
     }
 }
 
@@ -328,7 +339,7 @@ mod tests {
         let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
         let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
         public.set_nonblocking(true).unwrap();
-        let started = Context { broker, metrics }.start(
+        let started = Context { broker, refusals: Arc::default(), metrics }.start(
             (public, endpoint()),
             (own, endpoint()),
             File::open(dir.path()).unwrap().0,

@@ -1,5 +1,6 @@
 //! From a new TCP connection to a client that is admitted, or gets a CONNACK with the reason why it is not.
 
+use std::borrow::Cow;
 use std::io;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -11,14 +12,13 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
-use tracing::warn;
 
 use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::filter::is_topic;
 use crate::mqtt_server::handshake_limiter::HandshakePermit;
 use crate::mqtt_server::login_queue::Origin;
 use crate::mqtt_server::message::Message;
-use crate::mqtt_server::quota::{Account, Offence};
+use crate::mqtt_server::quota::Account;
 use crate::mqtt_server::users::{Denied, Users};
 
 /// How long a client may take to be admitted.
@@ -31,6 +31,8 @@ const CONNECT_MAX: usize = 16 << 10;
 const ID_MAX: usize = 1_000;
 /// The version of the protocol that is spoken here: MQTT 3.1.1.
 const LEVEL: u8 = 4;
+/// How many characters of a user's name and of a client id the log shows.
+const SHOWN_MAX: usize = 64;
 /// The first byte of a TLS connection, which is none of MQTT's.
 const TLS_RECORD: u8 = 0x16;
 
@@ -65,7 +67,7 @@ pub struct AdmittedClient {
 }
 
 /// Why a client is not admitted; the names are the labels of metrics.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Refusal {
     /// It does not speak MQTT, or TLS where that is needed.
@@ -93,7 +95,73 @@ pub enum Refusal {
     Evicted,
 }
 
+/// A connection that is refused, for the log.
+#[derive(Debug)]
+pub struct Refused {
+    /// The reason.
+    pub refusal: Refusal,
+    /// Whether the user is one of the config.
+    pub is_user: bool,
+    /// The name and client id that it gave, if it got that far.
+    pub user: Option<String>,
+    /// The same of its client id.
+    pub client_id: Option<String>,
+    /// The reason in words.
+    pub cause: Cow<'static, str>,
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal, is_user: false, user: None, client_id: None, cause: refusal.cause().into() }
+    }
+}
+
+impl Refused {
+    /// TLS was not agreed on.
+    fn without_tls(error: &io::Error) -> Self {
+        let text = error.to_string();
+        let is_closed = matches!(
+            error.kind(),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+        );
+        let alerts = ["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired"];
+        let cause = if error.kind() == io::ErrorKind::PermissionDenied {
+            "it does not use TLS: mqtt.tls has to be true in its config".into()
+        } else if is_closed {
+            "it closed the connection before TLS was agreed on".into()
+        } else if alerts.iter().any(|alert| text.contains(alert)) {
+            format!("TLS: {text}: it does not accept mqtt_listen.tls.cert_file").into()
+        } else {
+            format!("TLS: {text}").into()
+        };
+        Self { cause, ..Self::from(Refusal::Protocol) }
+    }
+
+    /// Whether any stranger on the internet makes such connections, such as a port scanner.
+    #[must_use]
+    pub fn is_noise(&self) -> bool {
+        let is_quiet = matches!(self.refusal, Refusal::Protocol | Refusal::Silent | Refusal::Evicted);
+        is_quiet && self.cause == self.refusal.cause()
+    }
+}
+
 impl Refusal {
+    /// The reason in words, about the client.
+    fn cause(self) -> &'static str {
+        match self {
+            Self::Protocol => "it does not speak MQTT",
+            Self::Silent => "it sent no CONNECT in time",
+            Self::Version => "it speaks another version of MQTT than 3.1.1",
+            Self::ClientId => "it gives no client id that can be used",
+            Self::Password => "wrong password",
+            Self::Guesses => "too many wrong passwords were tried before",
+            Self::Will => "its last will is on a topic on which this user may not publish",
+            Self::Full => "there is no room for it",
+            Self::Busy => "its password was not verified in time",
+            Self::Evicted => "other connections that did not log in yet needed its place",
+        }
+    }
+
     /// The label of metrics.
     #[must_use]
     pub fn reason(self) -> &'static str {
@@ -118,28 +186,35 @@ impl Endpoint {
         &self,
         stream: TcpStream,
         permit: &mut HandshakePermit,
-    ) -> Result<(Box<dyn Stream>, BytesMut, AdmittedClient), Refusal> {
+    ) -> Result<(Box<dyn Stream>, BytesMut, AdmittedClient), Refused> {
         let deadline = Instant::now() + LOGIN_TIMEOUT;
         let met = timeout_at(deadline, self.negotiate_tls(stream)).await.map_err(|_| Refusal::Silent)?;
-        let (mut stream, mut input) = (met.map_err(|_| Refusal::Protocol)?, BytesMut::new());
+        let (mut stream, mut input) = (met.map_err(|error| Refused::without_tls(&error))?, BytesMut::new());
         let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(Refusal::Silent));
         let known = match read {
             Ok(connect) => {
                 let origin = Origin { client: permit.client(), is_known: permit.is_known() };
                 // While its password waits to be verified, it has a place in that queue, and needs no permit.
                 permit.release();
-                let known =
-                    timeout_at(deadline, self.authenticate(connect, origin)).await.unwrap_or(Err(Refusal::Busy));
+                let (user, client_id) =
+                    (connect.login.as_ref().map(|login| shown(&login.username)), shown(&connect.client_id));
+                let is_user = connect.login.as_ref().is_some_and(|login| self.users.has(&login.username));
+                let authenticated = timeout_at(deadline, self.authenticate(connect, origin)).await;
                 permit.reacquire();
-                known
+                authenticated.unwrap_or_else(|_| Err(Refusal::Busy.into())).map_err(|refused| Refused {
+                    is_user,
+                    user,
+                    client_id: Some(client_id),
+                    ..refused
+                })
             }
-            Err(refusal) => Err(refusal),
+            Err(refusal) => Err(refusal.into()),
         };
         match known {
             Ok(client) => Ok((stream, input, client)),
-            Err(refusal) => {
-                refusal.send(stream).await;
-                Err(refusal)
+            Err(refused) => {
+                refused.refusal.send(stream).await;
+                Err(refused)
             }
         }
     }
@@ -157,25 +232,35 @@ impl Endpoint {
         }
     }
 
-    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<AdmittedClient, Refusal> {
+    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<AdmittedClient, Refused> {
         let Connect { keep_alive: seconds, client_id, clean_session, last_will, login, .. } = connect;
         let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
-            Denied::Wrong => Refusal::Password,
-            Denied::TooOften => Refusal::Guesses,
-            Denied::Crowded => Refusal::Full,
+            Denied::NoLogin => {
+                Refused { cause: "it gives no user and password".into(), ..Refused::from(Refusal::Password) }
+            }
+            Denied::NoUser => {
+                let cause = "mqtt_listen.users has no user of this name".into();
+                Refused { cause, ..Refused::from(Refusal::Password) }
+            }
+            Denied::Wrong => Refusal::Password.into(),
+            Denied::TooOften => Refusal::Guesses.into(),
+            Denied::Crowded => Refusal::Full.into(),
         })?;
         let id = match client_id.as_str() {
             "" if clean_session => user.new_id(),
-            id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => return Err(Refusal::ClientId),
+            id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => {
+                return Err(Refusal::ClientId.into());
+            }
             id => id.to_owned(),
         };
-        let (name, access, user) = (user.client(&id).ok_or(Refusal::ClientId)?, user.access(), user.into_name());
+        let name = user.client(&id).ok_or_else(|| Refused {
+            cause: "a worker's client id begins with its user name: that has to be its host name".into(),
+            ..Refused::from(Refusal::ClientId)
+        })?;
+        let (access, user) = (user.access(), user.into_name());
         let will = last_will.map(Message::from);
         if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.can_publish(&will.topic)) {
-            if account.may_warn(Offence::Will) {
-                warn!(user, "a last will that this user may not say");
-            }
-            return Err(Refusal::Will);
+            return Err(Refusal::Will.into());
         }
         // This broker itself is not lost as long as it runs.
         let keep_alive = (seconds > 0 && !account.is_own).then(|| Duration::from_secs(seconds.into()).mul_f32(1.5));
@@ -203,6 +288,11 @@ impl Refusal {
 /// Whether a connection does not leave this machine.
 fn is_near(peer: IpAddr, own: IpAddr) -> bool {
     peer.to_canonical().is_loopback() || peer.to_canonical() == own.to_canonical()
+}
+
+/// As much of a stranger's text as the log shows.
+fn shown(text: &str) -> String {
+    text.chars().take(SHOWN_MAX).collect()
 }
 
 async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMut) -> Result<Connect, Refusal> {

@@ -105,16 +105,12 @@ pub struct Account {
     pub is_own: bool,
     rate: Option<Arc<Rate>>,
     unfinished: Arc<Share>,
-    warned: Arc<[LogThrottle; 4]>,
+    warned: Arc<[LogThrottle; 2]>,
 }
 
 /// What a user does that is logged, each at most once in a while.
 #[derive(Debug, Clone, Copy)]
 pub enum Offence {
-    /// It logs in with a wrong password.
-    Password,
-    /// It has a will that it may not publish.
-    Will,
     /// It publishes or subscribes to what it may not.
     Forbidden,
     /// It exceeds its rate.

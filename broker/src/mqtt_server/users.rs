@@ -12,7 +12,6 @@ use ring::hmac::{self, HMAC_SHA256};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use rumqttc::Login;
 use tokio::sync::oneshot;
-use tracing::warn;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
 use crate::client_ip::Client;
@@ -20,7 +19,7 @@ use crate::mqtt_server::acl::Access;
 use crate::mqtt_server::guesses::Guesses;
 use crate::mqtt_server::login_queue::{LoginQueue, Origin};
 use crate::mqtt_server::password::{self, Verifier};
-use crate::mqtt_server::quota::{Account, Offence};
+use crate::mqtt_server::quota::Account;
 
 const NO_RANDOM: &str = "the system gives no random numbers";
 
@@ -75,7 +74,11 @@ struct UserEntry {
 /// Why a login is denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// The password is wrong, or there is no such user.
+    /// It gives no name and password.
+    NoLogin,
+    /// There is no user of this name.
+    NoUser,
+    /// The password is wrong.
     Wrong,
     /// It was wrong too often to look at another one now.
     TooOften,
@@ -163,20 +166,22 @@ impl Users {
         if self.known.is_empty() {
             return Ok((User::Anyone, self.anyone.with_new_rate()));
         }
-        let Login { username, password } = login.ok_or(Denied::Wrong)?;
+        let Login { username, password } = login.ok_or(Denied::NoLogin)?;
         let number = self.number(&username);
         let user = self.known.get(&username);
-        let Some(verified) = user.or_else(|| self.stand_in(number)) else { return Err(Denied::Wrong) };
+        let Some(verified) = user.or_else(|| self.stand_in(number)) else { return Err(Denied::NoUser) };
         let is_remembered = user.is_some_and(|user| self.passwords.remembers(user, &password));
         let is_right = is_remembered || self.verify(verified, password, (origin, number)).await?;
         match user {
             Some(user) if is_right => Ok((User::Named(username, user.role), user.account.clone())),
-            Some(user) if user.account.may_warn(Offence::Password) => {
-                warn!(user = username, "wrong password for the MQTT server");
-                Err(Denied::Wrong)
-            }
-            Some(_) | None => Err(Denied::Wrong),
+            Some(_) => Err(Denied::Wrong),
+            None => Err(Denied::NoUser),
         }
+    }
+
+    /// Whether there is a user of this name.
+    pub fn has(&self, name: &str) -> bool {
+        self.known.contains_key(name)
     }
 
     /// Stands for a name, which may be any text.
@@ -307,10 +312,15 @@ mod tests {
     async fn only_the_right_password_is_let_in_however_often() {
         let users = users();
         for _ in 0..2 {
-            let wrong = [("gw1", "wrong"), ("gw1", ""), ("gw2", "right"), ("", "right")];
-            for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
-                assert_eq!(admit(&users, wrong.clone()).await, Err(Denied::Wrong), "{wrong:?}");
+            for (name, password, denied) in [
+                ("gw1", "wrong", Denied::Wrong),
+                ("gw1", "", Denied::Wrong),
+                ("gw2", "right", Denied::NoUser),
+                ("", "right", Denied::NoUser),
+            ] {
+                assert_eq!(admit(&users, Some(login(name, password))).await, Err(denied), "{name} {password}");
             }
+            assert_eq!(admit(&users, None).await, Err(Denied::NoLogin));
             let worker = User::Named("gw1".into(), Role::Worker);
             assert_eq!(admit(&users, Some(login("gw1", "right"))).await, Ok(worker));
         }
@@ -375,8 +385,8 @@ mod tests {
     async fn a_guesser_is_stopped_and_others_are_not() {
         let users = users();
         // A name that no user has is no other to the guesser.
-        for name in ["gw1", "none"] {
-            assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(Denied::Wrong), "{name}");
+        for (name, denied) in [("gw1", Denied::Wrong), ("none", Denied::NoUser)] {
+            assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(denied), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());
             assert!(users.passwords.guesses.lock().may_try(client, number, now));
             // More than are forgotten while the machine is busy with other tests.
@@ -409,10 +419,12 @@ mod tests {
         let (users, credentials) = Users::own().unwrap();
         let own = User::Named(OWN.into(), Role::Broker);
         assert_eq!(admit(&users, Some(login(OWN, credentials.password.expose()))).await, Ok(own));
-        let wrong = [(OWN, ""), (OWN, "right"), ("", credentials.password.expose())];
-        for wrong in wrong.map(|(name, password)| Some(login(name, password))).into_iter().chain([None]) {
-            assert_eq!(admit(&users, wrong).await, Err(Denied::Wrong));
+        let password = credentials.password.expose();
+        let wrong = [(OWN, "", Denied::Wrong), (OWN, "right", Denied::Wrong), ("", password, Denied::NoUser)];
+        for (name, password, denied) in wrong {
+            assert_eq!(admit(&users, Some(login(name, password))).await, Err(denied), "{name}");
         }
+        assert_eq!(admit(&users, None).await, Err(Denied::NoLogin));
         assert_ne!(Users::own().unwrap().1, credentials);
     }
 

@@ -24,7 +24,9 @@ pub async fn on_hangup(config: Config, live: &[&str], mut apply: impl FnMut(&Con
         let started = config.clone();
         match spawn_blocking(move || started.reload()).await {
             Ok(Ok(new)) => {
-                new.warnings.iter().for_each(|problem| warn!("{problem}"));
+                for problem in &new.warnings {
+                    warn!("{problem}");
+                }
                 let changes = Changes::between(&config.source, &last, &new.source, live);
                 log::set_level(new.log_level);
                 apply(&new);
@@ -32,8 +34,12 @@ pub async fn on_hangup(config: Config, live: &[&str], mut apply: impl FnMut(&Con
                 last = new.source;
             }
             Ok(Err(ConfigError { mistakes, warnings })) => {
-                warnings.iter().for_each(|problem| warn!("{problem}"));
-                mistakes.iter().for_each(|problem| error!("{problem}"));
+                for problem in warnings {
+                    warn!("{problem}");
+                }
+                for problem in mistakes {
+                    error!("{problem}");
+                }
                 error!("the config was not reloaded, the one read before stays in effect");
             }
             Err(error) => error!(%error, "the config was not reloaded"),

@@ -44,6 +44,36 @@ pub fn join(stack: &Stack, name: &str, id: &str) -> RawClient {
 pub const TWO: [(&str, &str); 3] = [("gw1", "worker"), ("gw2", "worker"), ("b", "broker")];
 
 #[test]
+fn each_refused_client_is_logged_once_with_the_reason() {
+    let mut stack = stack(&TWO);
+    let refused = |connect: &Connect| {
+        for _ in 0..3 {
+            let (mut raw, code) = RawClient::try_connect(stack.mqtt, connect);
+            assert!(code.is_some_and(|code| code != ConnectReturnCode::Success), "{code:?}");
+            raw.wait_for_end();
+        }
+    };
+    refused(&Connect { login: Some(Login::new("gw1", "wrong")), ..connect("gw1") });
+    refused(&Connect { login: Some(Login::new("gw\n9", "gw1")), ..connect("gw9") });
+    refused(&connect("anonymous"));
+    refused(&as_user("gw1", "host1"));
+    drop(std::net::TcpStream::connect(stack.mqtt).unwrap());
+    stack.broker().wait_for_log("it does not speak MQTT");
+    let log = stack.broker().log();
+    for (level, user, client, reason) in [
+        ("WARN", Some("gw1"), "gw1", "wrong password"),
+        ("WARN", Some("gw\\n9"), "gw9", "mqtt_listen.users has no user of this name"),
+        ("WARN", None, "anonymous", "it gives no user and password"),
+        ("WARN", Some("gw1"), "host1", "begins with its user name: that has to be its host name"),
+    ] {
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(reason)).collect();
+        let [line] = lines.as_slice() else { panic!("{reason}: {lines:?}") };
+        assert!(line.contains(level) && line.contains(&format!("client=\"{client}\"")), "{line}");
+        assert!(user.is_none_or(|user| line.contains(&format!("user=\"{user}\""))), "{line}");
+    }
+}
+
+#[test]
 fn a_wrong_password_is_refused_and_the_right_one_admitted() {
     let mut stack = stack(&TWO);
     let wrong = |login: Option<Login>| Connect { login, ..connect("gw1") };

@@ -72,6 +72,8 @@ fn a_new_certificate_counts_without_a_restart_and_a_damaged_one_does_not() {
     issue(stack.dir(), "second");
     wait_until("the new certificate counts", || publish(&stack, "second", &[]).status.success().then_some(()));
     assert!(!publish(&stack, "first", &[]).status.success());
+    let line = stack.broker().wait_for_log("MQTT client refused");
+    assert!(line.contains("UnknownCA") && line.contains("mqtt_listen.tls.cert_file"), "{line}");
     assert_stands(&mut stack);
 }
 
