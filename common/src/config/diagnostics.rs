@@ -143,7 +143,10 @@ impl Diagnostics {
     /// A mistake reported without the value.
     pub fn error(&mut self, path: &Path, complaint: &str) {
         let problem = self.problem(path, complaint);
-        self.errors.push(problem);
+        // A value that is invalid was left out: that it is missing is no other mistake.
+        if self.errors.iter().all(|error| error.key != problem.key) {
+            self.errors.push(problem);
+        }
     }
 
     /// A mistake of the source as a whole, or in a line of it.

@@ -5,6 +5,7 @@
 
 mod address_owners;
 mod bus;
+mod examples;
 mod keys;
 mod links;
 mod own_server;
@@ -54,6 +55,7 @@ lanes! {
     start_and_stop: cap_net_admin_is_enough_and_its_absence_is_named;
     start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
+    examples: a_router_comes_into_the_mesh_by_the_examples_alone;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
