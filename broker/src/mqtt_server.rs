@@ -34,6 +34,7 @@ mod retained;
 mod retained_store;
 mod session;
 mod subscriptions;
+mod takeovers;
 mod users;
 
 use std::io;

@@ -17,6 +17,7 @@ use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
 use crate::mqtt_server::retained::{Found, Retained, RetainedFull, Unwritten};
+use crate::mqtt_server::takeovers::Takeovers;
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
@@ -36,6 +37,7 @@ pub struct MessageBroker {
     /// One lock for both, so that the message retained last on a topic was also published last.
     shared: Mutex<BrokerState>,
     clients: Arc<Mutex<BTreeMap<String, Registration>>>,
+    takeovers: Mutex<Takeovers>,
     began: Instant,
     metrics: Metrics,
 }
@@ -72,7 +74,7 @@ impl MessageBroker {
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
         let shared = Mutex::new(BrokerState { writer, retained, warned: LogThrottle::default() });
-        Ok(Self { log, shared, clients: Arc::default(), began: Instant::now(), metrics })
+        Ok(Self { log, shared, clients: Arc::default(), takeovers: Mutex::default(), began: Instant::now(), metrics })
     }
 
     /// Publishes a message to all subscribers, and retains it if it is to be retained.
@@ -102,6 +104,9 @@ impl MessageBroker {
     /// Gives `client` a slot, if fewer than `room` are taken. If it has one already, that connection is asked to end, and
     /// awaited; if its user has all slots of its account, the connection of that user that has been silent for longest.
     pub async fn register(&self, client: &str, account: &Account, room: usize) -> Option<ClientSlot> {
+        if self.clients.lock().contains_key(client) {
+            self.on_takeover(client);
+        }
         loop {
             let mut gone = {
                 let mut clients = self.clients.lock();
@@ -118,6 +123,15 @@ impl MessageBroker {
             };
             // Nothing is ever sent: it ends with the sender.
             let _ = gone.changed().await;
+        }
+    }
+
+    fn on_takeover(&self, client: &str) {
+        self.metrics.takeovers.inc();
+        if self.takeovers.lock().on_takeover(client, Instant::now()) {
+            // A client is known by its user and its id.
+            let client = client.rsplit_once('\n').map_or(client, |(_, id)| id);
+            warn!(client, "two programs use this name as their client id: each ends the other's connection");
         }
     }
 

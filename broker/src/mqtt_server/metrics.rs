@@ -15,6 +15,8 @@ pub struct Metrics {
     pub clients: IntGauge,
     /// Connections that were not admitted, by reason.
     pub refused: IntCounterVec,
+    /// Clients that connected while they were connected.
+    pub takeovers: IntCounter,
     /// How often nothing was read from a client for a while, by reason.
     pub slowed: IntCounterVec,
     /// What users wanted and may not, by operation (label `verb`).
@@ -35,6 +37,10 @@ impl Metrics {
                 "Connections that the embedded MQTT server did not let in",
                 "reason",
                 Refusal::VARIANTS.iter().copied(),
+            )?,
+            takeovers: registry.counter(
+                "wgkex_broker_mqtt_takeovers_total",
+                "Connections of the embedded MQTT server that ended since their client connected again",
             )?,
             slowed: registry.counters_of(
                 "wgkex_broker_mqtt_slowed_total",

@@ -35,6 +35,15 @@ fn any_client_id_may_connect_twice() {
         let _second = RawClient::connect(stack.mqtt, id);
         first.wait_for_end();
     }
+    let mut last = RawClient::connect(stack.mqtt, "shared");
+    for _ in 0..5 {
+        let next = RawClient::connect(stack.mqtt, "shared");
+        last.wait_for_end();
+        last = next;
+    }
+    let line = stack.broker().wait_for_log("two programs use this name");
+    assert!(line.contains("WARN") && line.contains("client=\"shared\""), "{line}");
+    stack.wait_for_metric("wgkex_broker_mqtt_takeovers_total", 11.0);
     for id in ["a\nb", "a\0b"] {
         let (_, code) = RawClient::try_connect(stack.mqtt, &connect(id));
         assert!(matches!(code, None | Some(ConnectReturnCode::BadClientId)), "{id:?}: {code:?}");
