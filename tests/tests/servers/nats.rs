@@ -18,9 +18,12 @@ const COMPLETE: Duration = Duration::from_secs(240);
 /// How long nodes are gone, and what comes before and after that.
 const WHILE: Duration = Duration::from_secs(3);
 
-/// Nothing that got a 200 is missing at a gateway in the end, whichever nodes died meanwhile.
+/// Nothing that got a 200 is missing at a gateway in the end, whichever nodes died meanwhile; and routers are served again
+/// after each return.
 ///
-/// Not seen to fail: it was one run in five by hand, with the programs of 45144ed.
+/// Seen to fail with the programs of 45144ed in one of eight runs of four such rounds: the cluster refused a subscription
+/// for a moment, and the broker never subscribed again. `bus::server` has the same with a scripted server, which fails each
+/// time.
 #[test]
 fn no_message_is_lost_when_nodes_stop_and_start() {
     let (mut cluster, mut stack) = start(3, Plan::new(Bus::Mosquitto));
@@ -39,6 +42,8 @@ fn no_message_is_lost_when_nodes_stop_and_start() {
                 cluster.start_again(*node);
             }
             thread::sleep(WHILE);
+            let before = routers.accepted().len();
+            wait_within(COMPLETE, "routers are served again", || (routers.accepted().len() > before + 20).then_some(()));
         });
         wait_within(COMPLETE, "every gateway has every key that got a 200", || {
             gateways.iter().all(|gateway| routers.accepted().is_subset(&peers(gateway))).then_some(())
