@@ -2,9 +2,9 @@
 //! the kernel, [`doctor`] at everything that it needs. They change nothing, and work while the worker runs.
 //!
 //! No task: each is a command of its own, which ends when it has printed. What they print is decided by [`crate::status`],
-//! [`crate::dry_run`] and others.
+//! [`crate::dry_run`] and [`crate::doctor`].
 
-
+pub mod doctor;
 pub mod dry_run;
 mod http_client;
 pub mod status;

@@ -116,7 +116,7 @@ mod tests {
     }
 
     fn said(device: &Device, remembered: &[(u32, Duration)], denied: &[u32], now: Clocks) -> Vec<String> {
-        let record = |ago: Duration| KeyRecord { last: now.monotonic - ago, established: false };
+        let record = |ago: Duration| KeyRecord { last: now.monotonic.checked_sub(ago).unwrap(), established: false };
         let denied: Vec<_> = denied.iter().map(|n| Entry::new(List::Deny, key(*n))).collect();
         let (domain, reserved) = (domain(), Reserved::default());
         let parts = PreviewParts {

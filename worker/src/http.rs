@@ -195,7 +195,10 @@ impl HttpState {
             refreshed: sum(&metrics.keys_refreshed),
             restored: sum(&metrics.keys_restored),
             failed: reconciler::FAILURES.iter().map(failed).sum(),
-            dropped: reconciler::DROPPED.iter().map(|place| metrics.keys_dropped.with_label_values(&[place]).get()).sum(),
+            dropped: reconciler::DROPPED
+                .iter()
+                .map(|place| metrics.keys_dropped.with_label_values(&[place]).get())
+                .sum(),
         }
     }
 }

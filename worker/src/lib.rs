@@ -10,6 +10,7 @@
 mod bus;
 pub mod cli;
 
+pub mod doctor;
 pub mod dry_run;
 mod http;
 mod lists;

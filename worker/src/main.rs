@@ -12,6 +12,7 @@ use wgkex_common::cli::{CheckConfig, ConfigFile};
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
+use wgkex_worker::cli::doctor::Doctor;
 use wgkex_worker::cli::dry_run::DryRun;
 use wgkex_worker::cli::status::StatusCommand;
 use wgkex_worker::setup;
@@ -47,6 +48,9 @@ enum Command {
     /// Shows what the worker would change in the kernel now, as commands of `wg`, `ip` and `bridge`, and changes nothing; exits
     /// with 0, or with 1 if that cannot be told
     DryRun(DryRun),
+    /// Checks everything that the worker needs, and says of each thing that is wrong what to do; changes nothing, and works
+    /// while the worker runs; exits with 0 if all is well, with 1 for warnings, with 3 for failures
+    Doctor(Doctor),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
         Some(Command::CheckConfig(check)) => check.run(file.path()),
         Some(Command::Status(status)) => status.run(file.path()),
+        Some(Command::Doctor(doctor)) => doctor.run(file.path()),
         Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),
     }
 }

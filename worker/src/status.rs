@@ -152,14 +152,16 @@ impl Status {
     /// What is wrong, from everything else in it.
     #[must_use]
     pub fn find_problems(&self) -> Vec<String> {
-        let mqtt = (!self.mqtt.connected).then(|| format!("MQTT: {}", self.mqtt.cause.as_deref().unwrap_or("no connection")));
+        let mqtt =
+            (!self.mqtt.connected).then(|| format!("MQTT: {}", self.mqtt.cause.as_deref().unwrap_or("no connection")));
         let domains = self.domains.iter().filter(|(_, domain)| !domain.up);
         let domains = domains.map(|(name, domain)| {
             format!("domain {name}: {}", domain.reason.as_deref().unwrap_or("its interfaces are not read yet"))
         });
-        let lists = self.lists_damaged.iter().map(|list| {
-            format!("list {list}: it cannot be read, what was last read of it counts: the log says why")
-        });
+        let lists = self
+            .lists_damaged
+            .iter()
+            .map(|list| format!("list {list}: it cannot be read, what was last read of it counts: the log says why"));
         let unkept = "a restart would lose them: the disk is full or state_dir cannot be written, the log says why";
         let state = (!self.state_kept).then(|| format!("state: the keys are not kept on disk, {unkept}"));
         let entries = (!self.lists_kept).then(|| format!("state: list entries are not kept on disk, {unkept}"));
@@ -242,7 +244,8 @@ impl BatchTotals {
         if self.batches == 0 {
             return "none so far".to_owned();
         }
-        let (keys, milliseconds) = (self.keys as f64 / self.batches as f64, 1000.0 * self.seconds / self.batches as f64);
+        let (keys, milliseconds) =
+            (self.keys as f64 / self.batches as f64, 1000.0 * self.seconds / self.batches as f64);
         format!("on average {keys:.1} keys in {milliseconds:.1} ms")
     }
 }
@@ -293,7 +296,10 @@ mod tests {
         type Spoil = fn(&mut Status);
         let table: [(Spoil, &str); 6] = [
             (|status| status.mqtt = MqttStatus { connected: false, cause: Some("refused".into()) }, "MQTT: refused"),
-            (|status| down(status, Some("interface wg-welt is missing")), "domain ffmuc_welt: interface wg-welt is missing"),
+            (
+                |status| down(status, Some("interface wg-welt is missing")),
+                "domain ffmuc_welt: interface wg-welt is missing",
+            ),
             (|status| down(status, None), "domain ffmuc_welt: its interfaces are not read yet"),
             (|status| status.lists_damaged = vec!["blacklist_file".into()], "list blacklist_file: it cannot be read"),
             (|status| status.state_kept = false, "state: the keys are not kept on disk"),

@@ -12,8 +12,8 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use crate::storage::schema::Schema;
 use crate::storage::process_lock::ProcessLock;
+use crate::storage::schema::Schema;
 use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.

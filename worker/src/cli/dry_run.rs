@@ -75,7 +75,8 @@ impl DryRun {
 fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let config = Config::load(file)?;
     let now = Clocks::read();
-    let remembered = key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
+    let remembered =
+        key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
     let admission = Arc::new(admission_on_disk(&config).context("the records of the access lists")?);
     let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
     let known = Known { remembered, admission, reserved };

@@ -25,7 +25,11 @@ pub fn status(listen: &Listen) -> anyhow::Result<Status> {
     let mut answer = answer.map_err(ureq::Error::into_io).with_context(is_running)?;
     let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
     let text = text.map_err(ureq::Error::into_io).with_context(is_running)?;
-    ensure!(answer.status() == 200, "worker_listen {listen}: answers {}: is it a worker, of this version?", answer.status());
+    ensure!(
+        answer.status() == 200,
+        "worker_listen {listen}: answers {}: is it a worker, of this version?",
+        answer.status()
+    );
     serde_json::from_str(&text).with_context(|| format!("worker_listen {listen}: is it a worker, of this version?"))
 }
 
