@@ -42,14 +42,21 @@ enum Command {
     },
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
-    /// Shows the state of the running worker on one screen; exits with 0 if all is well, with 3 if something is wrong, with 1 if
-    /// the worker cannot be reached
+    /// Shows the state of the running worker on one screen: domains, peers, what is wrong
+    #[command(
+        after_help = "Exits with 0 if all is well, with 3 if something is wrong, with 1 if the worker cannot be reached."
+    )]
     Status(StatusCommand),
-    /// Shows what the worker would change in the kernel now, as commands of `wg`, `ip` and `bridge`, and changes nothing; exits
-    /// with 0, or with 1 if that cannot be told
+    /// Shows what the worker would change in the kernel now, as commands of wg, ip and bridge, and changes nothing
+    #[command(
+        after_help = "Exits with 0, or with 1 if that cannot be told. Reads a copy of the state file. The commands have whole keys."
+    )]
     DryRun(DryRun),
-    /// Checks everything that the worker needs, and says of each thing that is wrong what to do; changes nothing, and works
-    /// while the worker runs; exits with 0 if all is well, with 1 for warnings, with 3 for failures
+    /// Checks everything that the worker needs, and says of each thing that is wrong what to do; changes nothing
+    #[command(
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the worker runs and \
+                            while it does not."
+    )]
     Doctor(Doctor),
 }
 

@@ -504,6 +504,7 @@ fn the_example_documents_every_key_with_its_default() {
     config.workers.clear();
     let users = &mut config.mqtt_listen.as_mut().unwrap().users;
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
+    assert!(std::mem::take(&mut config.is_setup_named));
     assert_eq!(config, least);
 
     let mut tree = yaml::parse(&everything, &mut Diagnostics::of_file("", "")).unwrap();

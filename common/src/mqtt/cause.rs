@@ -163,6 +163,10 @@ impl Attempt {
             () if *error == CertificateError::UnknownIssuer && self.has_ca_file => {
                 Some("mqtt.ca_file names no certificate by which the server's is signed (UnknownIssuer)")
             }
+            () if *error == CertificateError::BadSignature && self.has_ca_file => Some(
+                "mqtt.ca_file names a certificate of the same name as the one that signed the server's, and not that one \
+                 (BadSignature)",
+            ),
             () if *error == CertificateError::UnknownIssuer => Some(
                 "no certificate of this system signed the server's; mqtt.ca_file can name the one that did (UnknownIssuer)",
             ),
@@ -241,6 +245,11 @@ mod tests {
             (attempt(false, false), io(ErrorKind::UnexpectedEof), "mqtt.tls"),
             (attempt(true, false), unknown(), "mqtt.ca_file can name"),
             (attempt(true, true), unknown(), "mqtt.ca_file names no certificate"),
+            (
+                attempt(true, true),
+                tls(CertificateError::BadSignature.into()),
+                "mqtt.ca_file names a certificate of the same name",
+            ),
             (attempt(true, true), tls(CertificateError::Expired.into()), "clock"),
             (attempt(true, false), tls(rustls::InvalidMessage::InvalidContentType.into()), "mqtt.broker_port"),
             (attempt(false, false), ConnectionError::MqttState(StateError::ConnectionAborted), "server closed"),

@@ -9,8 +9,8 @@ use std::thread;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use wgkex_tests::gateway::{Host, Lane};
-use wgkex_tests::key;
 use wgkex_tests::process::hash;
+use wgkex_tests::{key, wait_until};
 
 use crate::looks::worker;
 use crate::own_server::certify;
@@ -66,7 +66,10 @@ fn passes(host: &Host) {
 pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     let host = Host::new("gateway", lane);
     let _broker = host.start_broker();
-    let take = || host.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 51820)).unwrap());
+    let take = || {
+        let bind = || host.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 51820)));
+        wait_until("the port is free", || bind().ok())
+    };
     names(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
     let taken = take();
     names(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
@@ -126,7 +129,7 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     host.run("chmod 700 /run/wgkex/state");
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
 
-    for (hours, trouble) in [(2, "fail clock: it is 72"), (-2, "fail clock: it is 7"), (0, "warn clock: it is ")] {
+    for (hours, trouble) in [(2, "fail clock: it is 7"), (-2, "fail clock: it is 7"), (0, "warn clock: it is ")] {
         let port = dated(&host, hours);
         let (code, said) = worker(&host, &format!("doctor --broker-url http://127.0.0.1:{port}"));
         assert!(said.contains(trouble) && said.contains("timedatectl set-ntp true"), "{trouble} is not in {said}");
@@ -187,7 +190,7 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
         hash("gw1")
     ));
     let _broker = hub.start_broker();
-    wgkex_tests::wait_until("the server lets it in", || {
+    wait_until("the server lets it in", || {
         doctor(&gateway).1.contains(&format!("ok   MQTT: {server}:1883 lets the worker in\n")).then_some(())
     });
     let (code, said) = doctor(&gateway);
@@ -200,7 +203,11 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
             "the server refuses the user name or password",
             "mqtt.password",
         ),
-        ("password: gw1, tls: true, ca_file: /run/other.crt", "TLS: mqtt.ca_file names no certificate", "mqtt.ca_file"),
+        (
+            "password: gw1, tls: true, ca_file: /run/other.crt",
+            "TLS: mqtt.ca_file names a certificate of the same name",
+            "mqtt.ca_file",
+        ),
         ("password: gw1", "the server closed the connection without an answer", "set mqtt.tls to true"),
     ] {
         gateway.configure(&mqtt(server, rest));

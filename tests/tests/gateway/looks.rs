@@ -68,7 +68,7 @@ pub fn status_shows_what_is_served_and_what_is_wrong(lane: Lane) {
 }
 
 pub fn dry_run_shows_what_the_worker_would_change_and_changes_nothing(lane: Lane) {
-    let Single { worker: mut process, host, .. } = Single::new(lane, "");
+    let Single { broker: _broker, worker: mut process, host } = Single::new(lane, "");
     for n in 0..3 {
         assert_eq!(host.post(2, &key(n)).status, 200);
     }

@@ -1,5 +1,6 @@
 //! `status`: what the running worker says of itself.
 
+use std::io::{self, IsTerminal as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread::sleep;
@@ -57,7 +58,7 @@ impl StatusCommand {
     /// Until nobody reads it any more.
     fn watch(&self, listen: &Listen) -> ExitCode {
         let mut before: Option<(Instant, Status)> = None;
-        let (style, begin) = (style(), if style() == Style::Coloured && !self.json { CLEAR } else { "" });
+        let (style, begin) = (style(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
         loop {
             let now = Instant::now();
             let text = match http_client::status(listen) {
