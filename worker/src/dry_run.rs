@@ -24,9 +24,28 @@ pub struct Command {
 #[must_use]
 pub fn commands(interface: &Interface, device: &Device, planned: &[Planned]) -> Vec<Command> {
     let commands = planned.iter().flat_map(|Planned { reason, changes }| {
-        changes.iter().map(|change| Command { command: command(interface, device, change), reason: reason.text() })
+        let changes = changes.iter().filter(|change| *reason == Reason::Silent || !is_so(device, change));
+        changes.map(|change| Command { command: command(interface, device, change), reason: reason.text() })
     });
     commands.collect()
+}
+
+/// Whether the tables have it like that: the worker asks for it all the same, since it can do no harm.
+fn is_so(device: &Device, change: &Change) -> bool {
+    match change {
+        Change::SetPeer(PeerConfig { key, allowed_ips, keepalive, preshared }) => {
+            device.peers.get(key).is_some_and(|actual| {
+                allowed_ips.iter().all(|network| actual.allowed_ips.contains(network))
+                    && (keepalive.is_none() || *keepalive == actual.keepalive)
+                    && (preshared.is_none() || *preshared == actual.preshared)
+            })
+        }
+        Change::SetRoute(network) => device.routes.contains(network),
+        Change::AddFdb(address) => device.fdb.contains(address),
+        Change::RemovePeer(key) => !device.peers.contains_key(key),
+        Change::RemoveRoute(network) => !device.routes.contains(network),
+        Change::RemoveFdb(address) => !device.fdb.contains(address),
+    }
 }
 
 /// The commands for people and for shells: each reason is a comment.
@@ -145,6 +164,11 @@ mod tests {
         ]
     }
 
+    fn expected_flood(n: u32) -> String {
+        let [_, _, flood] = all(n, ["set", "add", "append"]);
+        flood
+    }
+
     fn because(commands: &[String], reason: Reason) -> Vec<String> {
         commands.iter().map(|command| format!("{command}  # {}", reason.text())).collect()
     }
@@ -165,6 +189,15 @@ mod tests {
         let [[_, route, _], [_, _, flood]] = [1, 2].map(|n| all(n, ["set", "add", "append"]));
         let expected = because(&[route, flood], Reason::Missing);
         assert_eq!(said(&device, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now), expected);
+        let mut without_peer = device.clone();
+        without_peer.peers.remove(&key(1));
+        let [peer, _, _] = all(1, ["set", "add", "append"]);
+        let again = because(&[peer, all(1, ["set", "add", "append"])[1].clone(), expected_flood(2)], Reason::Missing);
+        assert_eq!(
+            said(&without_peer, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now),
+            again,
+            "what it has left is no orphan"
+        );
         let whole = because(&all(3, ["set", "add", "append"]), Reason::Missing);
         assert_eq!(said(&device, &[(1, 2 * HOUR), (2, 2 * HOUR), (3, HOUR)], &[], now), [whole, expected].concat());
     }

@@ -100,20 +100,14 @@ fn port(
 ) -> Vec<Finding> {
     let (port, wanted) = (device.port, domain.setup.listen_port);
     if port == 0 {
-        return vec![Finding::fail(wg, "it has no UDP port", SETUP)];
+        return vec![no_port(wg, wanted, &domain.port_owner)];
     }
+    let again = listen_again(wg, port);
     let bound = match &domain.port_owner {
-        PortOwner::Nobody => {
-            let advice = format!("set it down and up again: `ip link set {wg} down; ip link set {wg} up`");
-            Finding::fail(wg, format!("nobody listens on its UDP port {port}"), advice)
-        }
+        PortOwner::Nobody => Finding::fail(wg, format!("nobody listens on its UDP port {port}"), again),
         PortOwner::Process { pid, name } if is_kernels || !name.starts_with("wireguard") => {
             let found = format!("its UDP port {port} is taken by process {pid} ({name})");
-            Finding::fail(
-                wg,
-                found,
-                format!("end that, then `ip link set {wg} down; ip link set {wg} up`; or set another port"),
-            )
+            Finding::fail(wg, found, format!("end that, then {again}; or set another port"))
         }
         PortOwner::Kernel | PortOwner::Process { .. } => Finding::ok(wg, format!("it listens on UDP port {port}")),
     };
@@ -123,6 +117,23 @@ fn port(
         Finding::warn(wg, found, format!("routers are told {port}: let it through, or run `wgkex-worker setup`"))
     });
     [bound].into_iter().chain(differing).collect()
+}
+
+/// A userspace WireGuard opens its sockets anew by this, and not when it is set down and up.
+fn listen_again(wg: &str, port: u16) -> String {
+    format!("`wg set {wg} listen-port {port}`")
+}
+
+/// So a userspace WireGuard says it whose port is another's.
+fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
+    match owner {
+        PortOwner::Process { pid, name } => {
+            let found =
+                format!("it has no UDP port: {wanted}, which it is to have, is taken by process {pid} ({name})");
+            Finding::fail(wg, found, format!("end that, then {}; or set another port", listen_again(wg, wanted)))
+        }
+        PortOwner::Nobody | PortOwner::Kernel => Finding::fail(wg, "it has no UDP port", SETUP),
+    }
 }
 
 fn address(wg: &str, link: &LinkFacts) -> Finding {

@@ -136,6 +136,15 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
             "setup",
         ),
         (
+            Level::Fail,
+            |facts| {
+                wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
+                facts.domains[0].port_owner = process("openvpn");
+            },
+            "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
+            "wg set wg-welt listen-port 51820",
+        ),
+        (
             Level::Warn,
             |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
             "its UDP port is 40011, and 51820 in the config",
@@ -151,7 +160,7 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
             Level::Fail,
             |facts| facts.domains[0].port_owner = PortOwner::Nobody,
             "nobody listens on its UDP port 51820",
-            "up",
+            "wg set wg-welt listen-port 51820",
         ),
     ]);
 }

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use wgkex_common::access_lists::Admission;
 use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::{Domain, PublicKey, Reserved};
-use wgkex_kernel::{Change, Device};
+use wgkex_kernel::{Change, Device, host};
 
 use super::{DomainReconciler, KeyOutcomes};
 use crate::peers::{Clocks, ORPHANED, Policy};
@@ -104,8 +105,11 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
     plan(Reason::InTheWay, &evictions);
     plan(Reason::Silent, &domain.plan_renewals(device, now.monotonic));
 
-    let orphaned = domain.peers.orphaned(device, now.monotonic + ORPHANED);
     let missing = domain.peers.pending_steps(device, reserved);
+    let mut orphaned = domain.peers.orphaned(device, now.monotonic + ORPHANED);
+    // By then these have their peers.
+    let claimed: BTreeSet<_> = missing.iter().flat_map(|step| step.peer.destinations()).collect();
+    orphaned.retain(|change| destination(change).is_none_or(|network| !claimed.contains(&network)));
     planned.extend(orphaned.into_iter().map(|change| Planned { reason: Reason::Orphaned, changes: vec![change] }));
     planned.extend(missing.iter().map(|step| Planned::of(Reason::Missing, step)));
     planned
@@ -127,6 +131,15 @@ impl DomainReconciler {
         let peers = self.peers.remove_denied(|key| admission.must_remove(name, key));
         let ours = peers.into_iter().filter_map(|(key, is_ours)| is_ours.then_some(key)).collect();
         plan::remove_denied(self.peers.profile(), device, &ours, &BTreeSet::new())
+    }
+}
+
+/// Where a route or a flood entry leads.
+fn destination(change: &Change) -> Option<IpNet> {
+    match change {
+        Change::SetRoute(network) | Change::RemoveRoute(network) => Some(*network),
+        Change::AddFdb(address) | Change::RemoveFdb(address) => Some(host(*address)),
+        Change::SetPeer(_) | Change::RemovePeer(_) => None,
     }
 }
 
