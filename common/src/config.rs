@@ -109,6 +109,8 @@ pub struct Config {
     pub admin_token_hash: Option<Secret>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
+    /// Whether anything of that is in the file.
+    pub is_setup_named: bool,
     /// The least important events that are logged.
     pub log_level: Level,
     /// The form of the log's lines.

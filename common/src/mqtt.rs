@@ -7,7 +7,8 @@
 //! rumqttc forgets what was not acknowledged when the server has lost the session, and deadlocks when its own client is
 //! awaited where it is polled. So the session keeps what it publishes in an [`outbox`] until the server has acknowledged
 //! it, and never awaits anything but `poll` and its commands. [`subscriptions`] knows which filters are granted, [`echo`]
-//! whether they still work, [`reconnect`] when to connect again, [`pair`] what to do where a server allows one connection.
+//! whether they still work, [`reconnect`] when to connect again, [`pair`] what to do where a server allows one connection. [`trial`]
+//! is a single connection, by which a command sees what the server allows.
 
 mod cause;
 mod echo;
@@ -18,6 +19,7 @@ pub mod presence;
 mod reconnect;
 mod session;
 mod subscriptions;
+pub mod trial;
 
 use rumqttc::valid_topic;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -27,6 +29,7 @@ use self::outbox::PendingPublish;
 use self::subscriptions::Filter;
 use crate::Topic;
 
+pub use self::cause::Fault;
 pub use self::session::{Session, open, open_pair};
 pub use crate::runtime::tls::TlsError;
 pub use rumqttc::{Publish, QoS};

@@ -10,10 +10,11 @@
 //!
 //! For all of them: a file of an older version is migrated, one of a newer version stops the start and stays as it is, one
 //! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged
-//! once.
+//! once. A database that another process has stops the start, too ([`process_lock`]).
 
 pub mod json_file;
 pub mod key_store;
+pub mod process_lock;
 pub mod schema;
 pub mod sqlite;
 pub mod state_file;
@@ -35,9 +36,12 @@ pub enum StorageError {
     /// Its version is one that this program does not know, such as a later one. It stays as it is.
     #[error("{0}")]
     UnknownVersion(String),
-    /// The disk is full, the directory cannot be written, another process has the file.
+    /// The disk is full, the directory cannot be written, another process reads the file.
     #[error("{0}")]
     Unavailable(String),
+    /// Another process keeps its state there.
+    #[error("{0}")]
+    InUse(String),
 }
 
 impl StorageError {

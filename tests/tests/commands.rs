@@ -66,3 +66,34 @@ fn hash_password_says_what_is_missing() {
     assert_eq!(output.status.code(), Some(1));
     assert!(error.contains("the password is expected on the first line of stdin"), "{error}");
 }
+
+#[test]
+fn the_commands_that_look_at_a_worker_say_how_they_end() {
+    for (command, said) in [
+        ("status", "with 3 if something is wrong, with 1 if the worker cannot be reached"),
+        ("dry-run", "with 1 if that cannot be told"),
+        ("doctor", "with 1 for warnings, with 3 for failures"),
+    ] {
+        let help = run("wgkex-worker", &[command, "--help"]);
+        let help = String::from_utf8(help.stdout).unwrap();
+        assert!(help.contains(said) && help.contains("--json"), "{help}");
+    }
+}
+
+#[test]
+fn a_config_that_is_not_valid_is_the_doctors_first_finding() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("wgkex.yaml");
+    fs::write(&file, format!("{LEAST}mqtt:\n  broker_port: abc\nbroker_listn: x\n")).unwrap();
+    let path = file.to_str().unwrap();
+    for (command, code) in [("doctor", 3), ("status", 1), ("dry-run", 1)] {
+        let output = run("wgkex-worker", &[command, "--config", path]);
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{command}: {said}");
+        assert!(said.contains(":4: mqtt.broker_port: "), "{command}: {said}");
+        if command == "doctor" {
+            assert!(said.starts_with(&format!("fail config: {path}:4: ")), "{said}");
+            assert!(said.ends_with("checks: 2, warnings: 1, failures: 1\n"), "{said}");
+        }
+    }
+}

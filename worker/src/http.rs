@@ -1,28 +1,33 @@
-//! `/metrics`, `/healthz` and `/readyz`, for monitoring a gateway.
+//! `/metrics`, `/healthz`, `/readyz` and `/status.json`, for monitoring a gateway.
 //!
 //! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes
 //! here: each room registers its metrics in the [`Registry`] that is read here.
 
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs as _};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix_web::http::header::ContentType;
 use actix_web::web::Data;
 use actix_web::{App, HttpResponse};
 use futures_util::future::try_join_all;
+use prometheus::IntCounterVec;
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{error, info};
+use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::prepare;
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::{Domain, RejectReason};
 
-use crate::reconciler::{DomainState, DomainStates};
+use crate::reconciler::{self, DomainState, DomainStates, Waiting};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, PeerTotals, Status};
 
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);
@@ -36,6 +41,18 @@ pub struct HttpState {
     pub links: [watch::Receiver<ConnectionState>; 2],
     /// Whether routers can use each domain.
     pub domains: watch::Receiver<DomainStates>,
+    /// What the worker is called.
+    pub name: String,
+    /// The domains that it serves.
+    pub served: BTreeSet<Domain>,
+    /// When it started.
+    pub started: Instant,
+    /// The metrics of the lists.
+    pub lists: ListMetrics,
+    /// The metrics of the reconciler.
+    pub reconciler: reconciler::Metrics,
+    /// Which keys wait for the kernel.
+    pub waiting: watch::Receiver<Waiting>,
 }
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
@@ -78,6 +95,7 @@ fn server(listener: TcpListener, state: HttpState) -> io::Result<Server> {
             .service(readable("/metrics", text))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
+            .service(readable("/status.json", status))
     })
 }
 
@@ -98,10 +116,7 @@ async fn readyz(state: Data<HttpState>) -> HttpResponse {
 impl HttpState {
     /// Why this worker is not ready.
     fn reasons(&self) -> Vec<String> {
-        let down = self.links.iter().find_map(|link| match &*link.borrow() {
-            ConnectionState::Up => None,
-            ConnectionState::Down(reason) => Some(format!("MQTT: {reason}")),
-        });
+        let down = self.mqtt_down().map(|reason| format!("MQTT: {reason}"));
         let domains = self.domains.borrow();
         let unusable = domains.iter().filter_map(|(domain, state)| match state {
             DomainState::Up { .. } => None,
@@ -110,6 +125,86 @@ impl HttpState {
         let unread = domains.is_empty().then(|| "the interfaces are not read yet".to_owned());
         down.into_iter().chain(unread).chain(unusable).collect()
     }
+
+    /// Why there is no connection with the MQTT server, if there is none.
+    fn mqtt_down(&self) -> Option<String> {
+        self.links.iter().find_map(|link| match &*link.borrow() {
+            ConnectionState::Up => None,
+            ConnectionState::Down(reason) => Some(reason.clone()),
+        })
+    }
+
+    fn status(&self, now: Instant) -> Status {
+        let (cause, waiting, metrics) = (self.mqtt_down(), *self.waiting.borrow(), &self.reconciler);
+        let mut status = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            worker: self.name.clone(),
+            pid: std::process::id(),
+            uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
+            mqtt: MqttStatus { connected: cause.is_none(), cause },
+            domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
+            keys: self.key_totals(),
+            batches: BatchTotals {
+                batches: metrics.batch_keys.get_sample_count(),
+                keys: rounded(metrics.batch_keys.get_sample_sum()),
+                seconds: metrics.batch_duration.get_sample_sum(),
+            },
+            queue: metrics.queue_length.get().try_into().unwrap_or_default(),
+            pending: waiting.keys as u64,
+            oldest_pending_seconds: waiting.since.map(|since| now.saturating_duration_since(since).as_secs_f64()),
+            state_kept: metrics.state_kept.get() == 1,
+            lists_kept: self.lists.kept.get() == 1,
+            lists_damaged: self.lists.damaged_lists().into_iter().map(str::to_owned).collect(),
+            problems: Vec::new(),
+        };
+        status.problems = status.find_problems();
+        status
+    }
+
+    fn domain_status(&self, domain: &Domain) -> DomainStatus {
+        let (up, reason, port) = match self.domains.borrow().get(domain) {
+            Some(DomainState::Up { port, .. }) => (true, None, Some(*port)),
+            Some(DomainState::Down { reason }) => (false, Some(reason.clone()), None),
+            None => (false, None, None),
+        };
+        let peers = |state| {
+            let gauge = self.reconciler.peers.by_state.with_label_values(&[domain.name(), state]);
+            gauge.get().try_into().unwrap_or_default()
+        };
+        let peers = PeerTotals {
+            connected: peers("connected"),
+            idle: peers("idle"),
+            never_connected: peers("pending"),
+            stale: peers("stale"),
+        };
+        DomainStatus { wireguard: domain.wireguard(), vxlan: domain.vxlan(), up, reason, port, peers }
+    }
+
+    fn key_totals(&self) -> KeyTotals {
+        let metrics = &self.reconciler;
+        let sum = |counters: &IntCounterVec| {
+            self.served.iter().map(|domain| counters.with_label_values(&[domain.name()]).get()).sum()
+        };
+        let failed = |reason: &RejectReason| {
+            let of = |domain: &Domain| metrics.keys_failed.with_label_values(&[domain.name(), reason.as_ref()]).get();
+            self.served.iter().map(of).sum::<u64>()
+        };
+        KeyTotals {
+            received: sum(&metrics.keys_received),
+            installed: sum(&metrics.keys_installed),
+            refreshed: sum(&metrics.keys_refreshed),
+            restored: sum(&metrics.keys_restored),
+            failed: reconciler::FAILURES.iter().map(failed).sum(),
+            dropped: reconciler::DROPPED
+                .iter()
+                .map(|place| metrics.keys_dropped.with_label_values(&[place]).get())
+                .sum(),
+        }
+    }
+}
+
+async fn status(state: Data<HttpState>) -> HttpResponse {
+    HttpResponse::Ok().json(state.status(Instant::now()))
 }
 
 async fn text(state: Data<HttpState>) -> HttpResponse {
@@ -117,4 +212,10 @@ async fn text(state: Data<HttpState>) -> HttpResponse {
         Ok(text) => HttpResponse::Ok().insert_header(ContentType::plaintext()).body(text),
         Err(error) => HttpResponse::InternalServerError().body(error.to_string()),
     }
+}
+
+/// A sum of whole numbers.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is one that fits")]
+fn rounded(sum: f64) -> u64 {
+    sum.round() as u64
 }

@@ -8,6 +8,10 @@
 //! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the metrics server and the publisher.
 
 mod bus;
+pub mod cli;
+
+pub mod doctor;
+pub mod dry_run;
 mod http;
 mod lists;
 pub mod peers;
@@ -15,12 +19,13 @@ pub mod plan;
 pub mod profiles;
 pub mod reconciler;
 pub mod setup;
+pub mod status;
 #[cfg(test)]
 mod testing;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::watch;
@@ -122,6 +127,7 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
 impl Worker {
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
         let state_kept = self.metrics.reconciler.state_kept.clone();
+        state_kept.set(i64::from(!store.is_failing()));
         let apply_lists = lists::apply(self.reconciler.clone(), self.metrics.lists.clone());
         services
             .group(STOP_TIMEOUT, Some("the disk did not take the last state in time"))
@@ -160,6 +166,12 @@ impl Worker {
             registry: metrics.registry.clone(),
             links: [bus, confirmations].map(MqttHandle::connection_state),
             domains: reconciler.state(),
+            name: config.name.to_string(),
+            served: config.domains.clone(),
+            started: Instant::now(),
+            lists: metrics.lists.clone(),
+            reconciler: metrics.reconciler.clone(),
+            waiting: reconciler.waiting(),
         };
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);

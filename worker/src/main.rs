@@ -12,6 +12,9 @@ use wgkex_common::cli::{CheckConfig, ConfigFile};
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
+use wgkex_worker::cli::doctor::Doctor;
+use wgkex_worker::cli::dry_run::DryRun;
+use wgkex_worker::cli::status::StatusCommand;
 use wgkex_worker::setup;
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
@@ -39,6 +42,22 @@ enum Command {
     },
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
+    /// Shows the state of the running worker on one screen: domains, peers, what is wrong
+    #[command(
+        after_help = "Exits with 0 if all is well, with 3 if something is wrong, with 1 if the worker cannot be reached."
+    )]
+    Status(StatusCommand),
+    /// Shows what the worker would change in the kernel now, as commands of wg, ip and bridge, and changes nothing
+    #[command(
+        after_help = "Exits with 0, or with 1 if that cannot be told. Reads a copy of the state file. The commands have whole keys."
+    )]
+    DryRun(DryRun),
+    /// Checks everything that the worker needs, and says of each thing that is wrong what to do; changes nothing
+    #[command(
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the worker runs and \
+                            while it does not."
+    )]
+    Doctor(Doctor),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +71,9 @@ fn main() -> ExitCode {
         Some(Command::Setup { userspace: true, .. }) => run(Job::SetUp(Backend::Userspace)),
         Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
         Some(Command::CheckConfig(check)) => check.run(file.path()),
+        Some(Command::Status(status)) => status.run(file.path()),
+        Some(Command::Doctor(doctor)) => doctor.run(file.path()),
+        Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),
     }
 }
 

@@ -33,7 +33,7 @@ use wgkex_kernel::{Change, Device, Indexes};
 
 pub use self::arrivals::{Admitted, Missing, dedup_keep_last};
 use self::capacity::PeerCapacity;
-use self::departures::ORPHANED;
+pub(crate) use self::departures::ORPHANED;
 pub use self::metrics::Metrics;
 use self::owners::{AddressOwners, Claimant};
 use self::pending::{Pending, PendingKey};
@@ -264,6 +264,13 @@ impl KnownPeers {
     #[must_use]
     pub fn is_announced(&self, key: &PublicKey) -> bool {
         self.pending.get(key).is_some_and(|pending| pending.announced)
+    }
+
+    /// How many keys came that are not whole in the kernel, and when the oldest of them did.
+    #[must_use]
+    pub fn waiting(&self) -> (usize, Option<Instant>) {
+        let (number, oldest) = self.pending.announced();
+        (number, oldest.map(Instant::from))
     }
 
     /// Whether the peer of `key` vanished, which did not come since.

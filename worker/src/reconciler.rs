@@ -24,8 +24,9 @@ use std::time::{Instant, SystemTime};
 use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Age;
 
-pub use self::handle::ReconcilerHandle;
-pub use self::metrics::Metrics;
+pub use self::domain::preview;
+pub use self::handle::{ReconcilerHandle, Waiting};
+pub use self::metrics::{DROPPED, FAILURES, Metrics};
 pub use self::reports::{DomainState, DomainStates, Reports};
 pub use self::task::{Reconciler, ReconcilerParts};
 use crate::peers::Clocks;

@@ -20,6 +20,12 @@ pub struct ListMetrics {
 }
 
 impl ListMetrics {
+    /// The lists that cannot be read, by their keys in the config.
+    #[must_use]
+    pub fn damaged_lists(&self) -> Vec<&'static str> {
+        files::SOURCES.into_iter().filter(|list| self.damaged.with_label_values(&[list]).get() == 1).collect()
+    }
+
     /// Takes over the state of the lists.
     pub fn set(&self, update: &ListUpdate<'_>) {
         for list in files::SOURCES {

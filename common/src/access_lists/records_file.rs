@@ -49,7 +49,7 @@ impl RecordsWriter {
         let (records, health) = match found {
             Ok(records) => (records, Health::new(file.clone(), NOUN)),
             Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
-            Err(error @ (StorageError::Unavailable(_) | StorageError::Corrupt(_))) => {
+            Err(error @ (StorageError::Unavailable(_) | StorageError::InUse(_) | StorageError::Corrupt(_))) => {
                 let path = file.display();
                 warn!(file = %path, %error, "list entries cannot be read: those that were kept do not count until they are");
                 (Vec::new(), Health::unread(file.clone(), NOUN))
@@ -137,6 +137,12 @@ struct StoredRecords {
 /// Reads the records of a file; none if there is no file, or a corrupt one, which is set aside.
 fn load(file: &Path) -> Result<Vec<Record>, StorageError> {
     let content = json_file::load::<StoredRecords>(file, LAYOUT)?;
+    Ok(content.map(|content| content.records).unwrap_or_default())
+}
+
+/// The records of a file that another process has, which stays as it is.
+pub(super) fn peek(file: &Path) -> Result<Vec<Record>, StorageError> {
+    let content = json_file::read::<StoredRecords>(file, LAYOUT)?;
     Ok(content.map(|content| content.records).unwrap_or_default())
 }
 

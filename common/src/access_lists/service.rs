@@ -20,7 +20,7 @@ use self::handle::{COMMANDS, ListCommand};
 use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
 use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused};
-use crate::access_lists::records_file::{RecordsWriter, Written};
+use crate::access_lists::records_file::{self, RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
 use crate::storage::StorageError;
@@ -310,6 +310,16 @@ impl ListService {
 }
 
 /// What `files` and `records` come to.
+/// What the lists of a worker on this machine come to, by the files that `config` names and the records that it has kept.
+/// Nothing is written.
+pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
+    let mut files = Files::new(&config.key_lists);
+    files.read(true);
+    let now = unix(SystemTime::now());
+    let records = Records::restored(records_file::peek(&config.state_dir.join("worker.lists.json"))?, now);
+    Ok(Arc::unwrap_or_clone(take_snapshot(&files, &records, now).admission))
+}
+
 fn take_snapshot(files: &Files, records: &Records, now: u64) -> ListSnapshot {
     let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);

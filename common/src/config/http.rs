@@ -1,7 +1,7 @@
 //! Where both programs serve HTTP: `broker_listen`, `worker_listen`, `admin_listen`.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,19 @@ impl fmt::Display for Listen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { host, port } = self;
         if host.parse::<Ipv6Addr>().is_ok() { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
+impl Listen {
+    /// Host and port by which a program on this machine reaches it: where it listens on all addresses, the loopback one.
+    #[must_use]
+    pub fn reachable(&self) -> String {
+        let host = match self.host.parse() {
+            Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Ipv4Addr::LOCALHOST.to_string(),
+            Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Ipv6Addr::LOCALHOST.to_string(),
+            Ok(IpAddr::V4(_) | IpAddr::V6(_)) | Err(_) => self.host.clone(),
+        };
+        Self { host, port: self.port }.to_string()
     }
 }
 

@@ -120,6 +120,7 @@ impl Raw {
             key_lists: self.key_lists.check(self.blacklist_file, self.allowlist, whitelist, diagnostics),
             admin_listen: self.admin_listen.check(5001),
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
+            is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
             log_format: self.log_format.map_or_else(LogFormat::default, |format| format.0),

@@ -41,6 +41,12 @@ pub(super) struct RawSetupDomain {
 }
 
 impl RawSetup {
+    /// Whether anything is set.
+    pub fn is_named(&self) -> bool {
+        let Self { key_dir, listen_port, vxlan_id, vxlan_port, domains } = self;
+        key_dir.is_some() || listen_port.is_some() || vxlan_id.is_some() || vxlan_port.is_some() || !domains.is_empty()
+    }
+
     /// For `domains`, those served of the `listed` ones.
     pub fn check(&self, listed: &[Text], domains: &[Domain], diagnostics: &mut Diagnostics) -> BTreeMap<Domain, Setup> {
         for name in self.domains.keys().filter(|name| !listed.iter().any(|listed| listed.0 == **name)) {

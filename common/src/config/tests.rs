@@ -172,6 +172,7 @@ fn missing_keys_have_their_defaults() {
         key_lists: KeyLists { refresh: seconds(5), ..KeyLists::default() },
         admin_listen: Listen { host: "127.0.0.1".into(), port: 5001 },
         admin_token_hash: None,
+        is_setup_named: false,
         setup: config.setup.clone(),
         log_level: Level::INFO,
         log_format: LogFormat::Text,
@@ -505,6 +506,7 @@ fn the_example_documents_every_key_with_its_default() {
     config.workers.clear();
     let users = &mut config.mqtt_listen.as_mut().unwrap().users;
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
+    assert!(std::mem::take(&mut config.is_setup_named));
     assert_eq!(config, least);
 
     let mut tree = yaml::parse(&everything, &mut Diagnostics::of_file("", "")).unwrap();

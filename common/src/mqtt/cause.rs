@@ -7,6 +7,21 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
 
 use crate::config::Mqtt;
 
+/// What has to change for there to be a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The user name or the password.
+    Password,
+    /// The client id, which the user may not have.
+    ClientId,
+    /// The certificates, or which of the ports has TLS.
+    Tls,
+    /// There is no TLS, and there may have to be.
+    NoTls,
+    /// The server, or its name in the config.
+    Server,
+}
+
 /// How a session connects, as far as it may be the cause.
 #[derive(Debug, Clone)]
 pub(super) struct Attempt {
@@ -53,6 +68,36 @@ impl Attempt {
             ConnectionError::MqttState(error) => error.to_string(),
             ConnectionError::RequestsDone => "the session has ended".into(),
         }
+    }
+
+    /// What may have to change.
+    pub(super) fn fault(&self, error: &ConnectionError, accepted: bool) -> Fault {
+        match error {
+            ConnectionError::ConnectionRefused(
+                ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
+            ) => Fault::Password,
+            ConnectionError::ConnectionRefused(ConnectReturnCode::BadClientId) => Fault::ClientId,
+            ConnectionError::Tls(_) => Fault::Tls,
+            ConnectionError::Io(error)
+            | ConnectionError::MqttState(
+                StateError::Io(error) | StateError::Deserialization(rumqttc::mqttbytes::Error::Io(error)),
+            ) => match of_tls(error) {
+                Some(_) => Fault::Tls,
+                None if is_end(error) => self.fault_of_end(accepted),
+                None => Fault::Server,
+            },
+            ConnectionError::MqttState(StateError::ConnectionAborted) => self.fault_of_end(accepted),
+            ConnectionError::ConnectionRefused(_)
+            | ConnectionError::NetworkTimeout
+            | ConnectionError::FlushTimeout
+            | ConnectionError::MqttState(_)
+            | ConnectionError::NotConnAck(_)
+            | ConnectionError::RequestsDone => Fault::Server,
+        }
+    }
+
+    fn fault_of_end(&self, accepted: bool) -> Fault {
+        if accepted || self.has_tls { Fault::Server } else { Fault::NoTls }
     }
 
     fn bad_client_id(&self) -> String {
@@ -118,6 +163,10 @@ impl Attempt {
             () if *error == CertificateError::UnknownIssuer && self.has_ca_file => {
                 Some("mqtt.ca_file names no certificate by which the server's is signed (UnknownIssuer)")
             }
+            () if *error == CertificateError::BadSignature && self.has_ca_file => Some(
+                "mqtt.ca_file names a certificate of the same name as the one that signed the server's, and not that one \
+                 (BadSignature)",
+            ),
             () if *error == CertificateError::UnknownIssuer => Some(
                 "no certificate of this system signed the server's; mqtt.ca_file can name the one that did (UnknownIssuer)",
             ),
@@ -161,6 +210,29 @@ mod tests {
     }
 
     #[test]
+    fn each_fault_is_told_from_the_others() {
+        let refused = |code| ConnectionError::ConnectionRefused(code);
+        let tls =
+            ConnectionError::Tls(TlsError::Io(io::Error::other(rustls::Error::from(CertificateError::UnknownIssuer))));
+        let end = || ConnectionError::Io(ErrorKind::ConnectionReset.into());
+        for (has_tls, error, accepted, fault) in [
+            (false, refused(ConnectReturnCode::BadUserNamePassword), false, Fault::Password),
+            (false, refused(ConnectReturnCode::NotAuthorized), false, Fault::Password),
+            (false, refused(ConnectReturnCode::BadClientId), false, Fault::ClientId),
+            (false, refused(ConnectReturnCode::ServiceUnavailable), false, Fault::Server),
+            (true, tls, false, Fault::Tls),
+            (false, end(), false, Fault::NoTls),
+            (true, end(), false, Fault::Server),
+            (false, end(), true, Fault::Server),
+            (false, ConnectionError::MqttState(StateError::ConnectionAborted), false, Fault::NoTls),
+            (false, ConnectionError::Io(ErrorKind::ConnectionRefused.into()), false, Fault::Server),
+            (false, ConnectionError::NetworkTimeout, false, Fault::Server),
+        ] {
+            assert_eq!(attempt(has_tls, false).fault(&error, accepted), fault, "{error:?}");
+        }
+    }
+
+    #[test]
     fn each_cause_is_said_with_what_to_change() {
         let io = |kind: ErrorKind| ConnectionError::Io(kind.into());
         let tls = |error: rustls::Error| ConnectionError::Tls(TlsError::Io(io::Error::other(error)));
@@ -173,6 +245,11 @@ mod tests {
             (attempt(false, false), io(ErrorKind::UnexpectedEof), "mqtt.tls"),
             (attempt(true, false), unknown(), "mqtt.ca_file can name"),
             (attempt(true, true), unknown(), "mqtt.ca_file names no certificate"),
+            (
+                attempt(true, true),
+                tls(CertificateError::BadSignature.into()),
+                "mqtt.ca_file names a certificate of the same name",
+            ),
             (attempt(true, true), tls(CertificateError::Expired.into()), "clock"),
             (attempt(true, false), tls(rustls::InvalidMessage::InvalidContentType.into()), "mqtt.broker_port"),
             (attempt(false, false), ConnectionError::MqttState(StateError::ConnectionAborted), "server closed"),

@@ -29,6 +29,17 @@ struct LayoutVersion {
 /// Reads the content of `file`, whose version is `known` or an earlier one that reads the same; none if there is no file.
 /// A corrupt one is set aside, and then there is none either.
 pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, StorageError> {
+    match read(file, known) {
+        Err(StorageError::Corrupt(reason)) => {
+            state_file::quarantine(file, &reason)?;
+            Ok(None)
+        }
+        read => read,
+    }
+}
+
+/// The same, and a corrupt file is an error and stays.
+pub fn read<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, StorageError> {
     let mut json = Vec::new();
     let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
     match read {
@@ -42,13 +53,7 @@ pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, S
         let is_newer = layout.as_f64().is_some_and(|layout| layout > known.into());
         return Err(StorageError::unknown_version(file, layout, is_newer, known.into()));
     }
-    match serde_json::from_slice(&json) {
-        Ok(content) => Ok(Some(content)),
-        Err(error) => {
-            state_file::quarantine(file, &error.to_string())?;
-            Ok(None)
-        }
-    }
+    serde_json::from_slice(&json).map(Some).map_err(|error| StorageError::Corrupt(error.to_string()))
 }
 
 /// Writes the content of `file` as one of version `layout`, and returns when it is on the disk.

@@ -16,7 +16,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use crate::storage::schema::Schema;
 use crate::storage::write_behind::{Table, WriteBehind};
-use crate::storage::{Noun, StorageError};
+use crate::storage::{Noun, StorageError, sqlite};
 use crate::{Domain, KeyId, PublicKey};
 
 pub use crate::storage::write_behind::Clocks;
@@ -145,7 +145,7 @@ struct Clock {
 impl KeyStore {
     /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
     /// than `ttl`. A corrupt file is set aside; one that cannot be written is read all the same, and tried again later.
-    /// The only error is that the file has a version which is not known here.
+    /// The only errors are that the file has a version which is not known here, and that another process has it.
     pub fn open(
         dir: &Path,
         name: &str,
@@ -159,6 +159,15 @@ impl KeyStore {
         let store = if store.is_failing() { store } else { store.flush(now) };
         Ok((store, buffer, keys))
     }
+}
+
+/// The keys of `domains` in `NAME.sqlite` in `dir`, whichever process has it; none if there is no such file. Nothing of it is
+/// changed.
+pub fn read_copy(dir: &Path, name: &str, domains: &BTreeSet<Domain>, now: Clocks) -> Result<Keys, StorageError> {
+    let Some((_dir, connection)) = sqlite::open_copy(&dir.join(format!("{name}.sqlite")), KeyTable::SCHEMA)? else {
+        return Ok(Keys::new());
+    };
+    KeyTable::new(WriteBuffer::default(), domains.clone(), None, now).load(&connection, now)
 }
 
 impl KeyTable {

@@ -1,14 +1,22 @@
 //! Opens an SQLite file of a program, for writing or, where that is not possible, for reading.
 
-use std::fs::OpenOptions;
-use std::path::Path;
-use std::time::Duration;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::{Connection, OpenFlags};
+use tempfile::TempDir;
 use tracing::info;
 
 use crate::storage::schema::Schema;
 use crate::storage::{StorageError, state_file};
+
+/// How often a file is copied that its process changes meanwhile.
+const COPIES: u32 = 20;
+/// The pause between two copies.
+const COPY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Opens `file` for this process alone, making what is missing, and migrates it to today's version. What it reports as
 /// written is on the disk even if the power fails.
@@ -49,4 +57,54 @@ pub fn open_to_read(file: &Path, schema: Schema) -> Result<Connection, StorageEr
     } else {
         Err(StorageError::Unavailable("its layout is an old one, and cannot be brought to today's".into()))
     }
+}
+
+/// Copies `file`, which another process may have, and opens the copy; none if there is no such file. The process is not
+/// disturbed: it may hold its locks, and none is taken.
+pub fn open_copy(file: &Path, schema: Schema) -> Result<Option<(TempDir, Connection)>, StorageError> {
+    let dir = tempfile::tempdir()?;
+    let copy = dir.path().join("copy");
+    for _ in 0..COPIES {
+        let before = stamps(file);
+        match copy_to(&copy, file) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            copied => copied?,
+        }
+        if before == stamps(file)
+            && let Ok(connection) = Connection::open(&copy)
+            && let Ok(found) = schema.found(&connection, file)
+        {
+            return if found == schema.version() {
+                Ok(Some((dir, connection)))
+            } else {
+                Err(StorageError::Unavailable(format!("{} has an old layout, or none", file.display())))
+            };
+        }
+        sleep(COPY_PAUSE);
+    }
+    Err(StorageError::Corrupt(format!("{} cannot be copied whole, or is damaged", file.display())))
+}
+
+/// Its files: what was last written is in the second.
+fn parts(file: &Path) -> [PathBuf; 2] {
+    ["", "-wal"].map(|part| state_file::with_suffix(file, part.as_ref()))
+}
+
+/// Changes when one of its files does.
+fn stamps(file: &Path) -> [Option<(u64, SystemTime)>; 2] {
+    parts(file).map(|part| {
+        let metadata = part.symlink_metadata().ok()?;
+        Some((metadata.len(), metadata.modified().ok()?))
+    })
+}
+
+fn copy_to(copy: &Path, file: &Path) -> io::Result<()> {
+    for (from, to) in parts(file).iter().zip(parts(copy)) {
+        match state_file::open(from, OpenOptions::new().read(true)) {
+            Ok(mut from) => drop(io::copy(&mut from, &mut File::create(&to)?)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && from != file => drop(fs::remove_file(&to)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }

@@ -12,6 +12,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
+use crate::storage::process_lock::ProcessLock;
 use crate::storage::schema::Schema;
 use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
@@ -70,15 +71,22 @@ pub struct WriteBehind<T> {
     table: T,
     /// None while it cannot be opened.
     connection: Option<Connection>,
+    /// Keeps other processes from it; none where there cannot be a lock.
+    lock: Option<ProcessLock>,
     health: Health,
 }
 
 impl<T: Table> WriteBehind<T> {
     /// Opens `file`, making what is missing, and gives what it holds. A corrupt file is set aside; one that cannot be
-    /// written is read all the same, and tried again later. The only error is a version that is not known here.
+    /// written is read all the same, and tried again later. The only errors are a version that is not known here, and
+    /// another process that has the file.
     pub fn with_table(file: PathBuf, table: T, now: Clocks) -> Result<(Self, T::Content), StorageError> {
         let health = Health::new(file.clone(), T::NOUN);
-        let mut store = Self { file, table, connection: None, health };
+        let lock = match ProcessLock::acquire(&file) {
+            Err(taken @ StorageError::InUse(_)) => return Err(taken),
+            lock => lock.ok(),
+        };
+        let mut store = Self { file, table, connection: None, lock, health };
         let error = match store.open_or_recreate(now) {
             Ok(content) => return Ok((store, content)),
             Err(unknown @ StorageError::UnknownVersion(_)) => return Err(unknown),
@@ -105,6 +113,12 @@ impl<T: Table> WriteBehind<T> {
     }
 
     fn open_or_recreate(&mut self, now: Clocks) -> Result<T::Content, StorageError> {
+        if self.lock.is_none() {
+            self.lock = match ProcessLock::try_acquire(&self.file) {
+                Err(taken @ StorageError::InUse(_)) => return Err(taken),
+                lock => lock.ok(),
+            };
+        }
         match self.connect(now) {
             Err(StorageError::Corrupt(reason)) => {
                 state_file::quarantine(&self.file, &reason)?;

@@ -6,8 +6,10 @@
 mod address_owners;
 mod bus;
 mod examples;
+mod doctor;
 mod keys;
 mod links;
+mod looks;
 mod own_server;
 mod peers;
 mod privacy;
@@ -56,6 +58,13 @@ lanes! {
     start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
     examples: a_router_comes_into_the_mesh_by_the_examples_alone;
+    start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;
+    looks: status_shows_what_is_served_and_what_is_wrong;
+    looks: dry_run_shows_what_the_worker_would_change_and_changes_nothing;
+    doctor: a_gateway_on_which_all_is_well_passes_with_and_without_its_worker;
+    doctor: each_fault_of_interfaces_is_named;
+    doctor: each_fault_of_files_clock_and_other_managers_is_named;
+    doctor: each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named;
     links: interfaces_may_be_missing_and_come_and_go;
     peers: a_key_that_comes_again_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;

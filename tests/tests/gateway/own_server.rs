@@ -60,7 +60,7 @@ pub fn gateways_on_other_machines_use_tls_and_only_their_own_rights(lane: Lane) 
 }
 
 /// Gives the host a certificate for these addresses; returns that of its issuer.
-fn certify(host: &Host, addresses: [String; 2]) -> String {
+pub(crate) fn certify(host: &Host, addresses: [String; 2]) -> String {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.distinguished_name.push(DnType::CommonName, "issuer");

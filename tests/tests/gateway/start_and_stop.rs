@@ -199,3 +199,38 @@ fn fill(host: &Host, keys: u32) {
     file("fdb", &|_, address| format!("fdb append 00:00:00:00:00:00 dst {address} via wg-a dev vx-a\n"));
     host.run("wg addconf wg-a /run/peers && ip -6 -batch /run/routes && bridge -batch /run/fdb");
 }
+
+/// Two would undo each other's work. Seen to fail where SQLite's lock alone counted: the second served, without its state.
+pub fn a_second_worker_does_not_start_and_a_killed_ones_successor_does(lane: Lane) {
+    let Single { mut broker, mut worker, host } = Single::new(lane, "");
+    assert_eq!(host.post(2, &key(0)).status, 200);
+    let mut second = host.start_worker();
+    assert_eq!(second.wait().code(), Some(1));
+    let (said, pid) = (second.log(), worker.pid());
+    assert!(said.contains("/run/wgkex/state/worker.sqlite is in use by process "), "{said}");
+    assert!(said.contains(&pid.to_string()) && said.contains("(wgkex-worker)"), "{said}");
+    assert!(worker.is_running());
+
+    host.configure("broker_listen: {port: 5002}\nmqtt_listen: {port: 1884}\n");
+    let mut other_broker = host.start_broker();
+    assert_eq!(other_broker.wait().code(), Some(1));
+    assert!(other_broker.log().contains(".sqlite is in use by process "), "{}", other_broker.log());
+    assert!(broker.is_running());
+    host.configure("");
+
+    // A reader, and one of our own, is in nobody's way.
+    let reader = host.start(
+        "reader",
+        Path::new("/bin/sh"),
+        &["-c", "exec 9</run/wgkex/state/worker.sqlite.lock; flock -s 9; sleep 1"],
+        &[],
+    );
+    for _ in 0..3 {
+        worker.signal(Signal::SIGKILL);
+        worker = host.start_worker();
+        serves(&host);
+        wait_until("its keys are kept", || (host.metric(9586, "wgkex_worker_state_kept")? == "1").then_some(()));
+    }
+    drop(reader);
+    assert_eq!(host.tables("a").missing(&key(0)), Vec::<String>::new());
+}

@@ -5,7 +5,6 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 
 use futures_util::TryStreamExt as _;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
@@ -55,8 +54,12 @@ pub struct Link {
     pub auto_address: bool,
     /// Whether it is set up.
     pub up: bool,
+    /// The largest packet that it takes.
+    pub mtu: u32,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
+    /// Whether it has an IPv4 address.
+    pub has_ipv4: bool,
 }
 
 impl Links {
@@ -72,7 +75,7 @@ impl Links {
         match self.0.link().get().match_name(name).execute().try_next().await.map_err(plain) {
             Ok(Some(message)) => {
                 let addresses = self.addresses(message.header.index).await?;
-                Ok(Some(Link::new(&message, addresses)))
+                Ok(Some(Link::new(&message, &addresses)))
             }
             Ok(None) => Ok(None),
             Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => Ok(None),
@@ -80,12 +83,11 @@ impl Links {
         }
     }
 
-    async fn addresses(&self, index: u32) -> io::Result<BTreeSet<Ipv6Addr>> {
-        let mut request = self.0.address().get().set_link_index_filter(index);
-        request.message_mut().header.family = AddressFamily::Inet6;
+    async fn addresses(&self, index: u32) -> io::Result<Vec<IpAddr>> {
+        let request = self.0.address().get().set_link_index_filter(index);
         let messages: Vec<_> = request.execute().try_collect().await.map_err(plain)?;
         let attributes = messages.into_iter().flat_map(|message| message.attributes);
-        Ok(attributes.filter_map(|attribute| ipv6_address(&attribute)).collect())
+        Ok(attributes.filter_map(|attribute| address(&attribute)).collect())
     }
 
     /// Makes an interface of the kernel's WireGuard.
@@ -137,17 +139,22 @@ impl Links {
 }
 
 impl Link {
-    fn new(message: &LinkMessage, addresses: BTreeSet<Ipv6Addr>) -> Self {
+    fn new(message: &LinkMessage, addresses: &[IpAddr]) -> Self {
+        let ipv6 = |address: &IpAddr| if let IpAddr::V6(address) = address { Some(*address) } else { None };
         let mut link = Self {
             index: message.header.index,
             kind: LinkKind::Physical,
             auto_address: false,
             up: message.header.flags.contains(LinkFlags::Up),
-            addresses,
+            mtu: 0,
+            addresses: addresses.iter().filter_map(ipv6).collect(),
+            has_ipv4: addresses.iter().any(IpAddr::is_ipv4),
         };
         for attribute in &message.attributes {
             if let LinkAttribute::LinkInfo(infos) = attribute {
                 link.kind = LinkKind::new(infos);
+            } else if let LinkAttribute::Mtu(mtu) = attribute {
+                link.mtu = *mtu;
             } else if let LinkAttribute::AfSpecUnspec(specs) = attribute {
                 link.auto_address = specs.iter().any(gives_addresses);
             }
@@ -188,8 +195,8 @@ fn vxlan(info: &LinkInfo) -> Option<VxlanAttributes> {
     Some(vxlan)
 }
 
-fn ipv6_address(attribute: &AddressAttribute) -> Option<Ipv6Addr> {
-    if let AddressAttribute::Address(IpAddr::V6(address)) = attribute { Some(*address) } else { None }
+fn address(attribute: &AddressAttribute) -> Option<IpAddr> {
+    if let AddressAttribute::Address(address) = attribute { Some(*address) } else { None }
 }
 
 fn gives_addresses(spec: &AfSpecUnspec) -> bool {

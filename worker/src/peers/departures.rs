@@ -8,12 +8,12 @@ use wgkex_common::PublicKey;
 use super::KnownPeers;
 use super::capacity::evictions;
 use super::compact_instant::CompactInstant;
-use super::policy::PeerState;
+use super::policy::{PeerState, Policy};
 use super::table::{Handshake, PeerEntry};
 use crate::profiles::Sweep;
 
 /// What has no peer goes when it had none for this long: somebody may be making one.
-pub(super) const ORPHANED: Duration = Duration::from_secs(30);
+pub(crate) const ORPHANED: Duration = Duration::from_secs(30);
 
 impl KnownPeers {
     /// Whether there is a peer whose address another key has.
@@ -64,8 +64,18 @@ impl KnownPeers {
     /// The peers of ours that are stale, judged by the last read.
     #[must_use]
     pub fn stale(&self, now: Instant) -> BTreeSet<PublicKey> {
+        self.stale_by(&self.policy, now)
+    }
+
+    /// The same, whenever their keys came.
+    #[must_use]
+    pub fn stale_without_grace(&self, now: Instant) -> BTreeSet<PublicKey> {
+        self.stale_by(&Policy { grace: Duration::ZERO, ..self.policy }, now)
+    }
+
+    fn stale_by(&self, policy: &Policy, now: Instant) -> BTreeSet<PublicKey> {
         let is_stale = |entry: &PeerEntry| {
-            entry.ours && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
+            entry.ours && entry.sweep == Sweep::WhenStale && entry.state(policy, now) == PeerState::Stale
         };
         let stale = self.table.iter().filter(|(key, entry)| is_stale(entry) && !self.admission.trusts(key));
         stale.map(|(key, _)| *key).collect()

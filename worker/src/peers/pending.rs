@@ -60,6 +60,12 @@ impl Pending {
         self.keys.get(key).is_some_and(|pending| pending.has_slot)
     }
 
+    /// How many keys somebody may wait for, and when the oldest of them arrived.
+    pub(super) fn announced(&self) -> (usize, Option<CompactInstant>) {
+        let arrivals = self.keys.values().filter(|pending| pending.announced).map(|pending| pending.arrived);
+        arrivals.fold((0, None), |(number, oldest), arrived| (number + 1, oldest.into_iter().chain([arrived]).min()))
+    }
+
     pub(super) fn oldest_first(&self) -> Vec<PublicKey> {
         let mut keys: Vec<_> = self.keys.iter().map(|(key, pending)| (pending.arrived, *key)).collect();
         keys.sort_unstable();

@@ -8,6 +8,7 @@
 //! stops: [`crate::peers`] and [`crate::plan`].
 
 mod installs;
+pub mod preview;
 mod removals;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -146,6 +147,11 @@ impl DomainReconciler {
 
     pub(super) fn backlog_len(&self) -> usize {
         self.backlog.len()
+    }
+
+    /// How many keys came that are not whole in the kernel, and when the oldest of them did.
+    pub(super) fn waiting(&self) -> (usize, Option<Instant>) {
+        self.peers.waiting()
     }
 
     pub(super) fn has_backlog(&self) -> bool {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
@@ -22,6 +23,15 @@ pub(super) struct AdmissionUpdate {
     pub denied: BTreeMap<PublicKey, u64>,
 }
 
+/// Keys that came and are not in the kernel, those of the queue apart.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// How many.
+    pub keys: usize,
+    /// When the oldest of them came.
+    pub since: Option<Instant>,
+}
+
 /// What others hand over, at the task's end.
 pub(super) struct Inbox {
     pub keys: mpsc::Receiver<KeyId>,
@@ -30,6 +40,7 @@ pub(super) struct Inbox {
     pub admission_changed: Arc<Notify>,
     pub reconnected: Arc<Notify>,
     pub refresh: Arc<Notify>,
+    pub waiting: watch::Sender<Waiting>,
 }
 
 /// By which others reach the [`Reconciler`](super::Reconciler). It ends when all of them are gone.
@@ -42,6 +53,7 @@ pub struct ReconcilerHandle {
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<DomainStates>,
+    waiting: watch::Receiver<Waiting>,
     pub(super) metrics: Metrics,
 }
 
@@ -49,6 +61,7 @@ pub struct ReconcilerHandle {
 pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) -> (ReconcilerHandle, Inbox) {
     let (keys, keys_receiver) = mpsc::channel(MAX_QUEUED_KEYS);
     let (live, live_receiver) = mpsc::channel(1);
+    let (waiting_sender, waiting) = watch::channel(Waiting::default());
     let handle = ReconcilerHandle {
         keys,
         live,
@@ -57,6 +70,7 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
         reconnected: Arc::default(),
         refresh: Arc::default(),
         state,
+        waiting,
         metrics,
     };
     let inbox = Inbox {
@@ -66,6 +80,7 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
         admission_changed: handle.admission_changed.clone(),
         reconnected: handle.reconnected.clone(),
         refresh: handle.refresh.clone(),
+        waiting: waiting_sender,
     };
     (handle, inbox)
 }
@@ -118,5 +133,11 @@ impl ReconcilerHandle {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<DomainStates> {
         self.state.clone()
+    }
+
+    /// Which keys wait for the kernel.
+    #[must_use]
+    pub fn waiting(&self) -> watch::Receiver<Waiting> {
+        self.waiting.clone()
     }
 }

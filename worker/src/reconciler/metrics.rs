@@ -9,7 +9,7 @@ use wgkex_common::{Domain, RejectReason};
 use crate::peers;
 
 /// Why a key is not in the kernel; also the reason in its confirmation.
-const FAILURES: [RejectReason; 8] = [
+pub const FAILURES: [RejectReason; 8] = [
     RejectReason::OwnKey,
     RejectReason::Reserved,
     RejectReason::AddressTaken,
@@ -21,7 +21,7 @@ const FAILURES: [RejectReason; 8] = [
 ];
 
 /// The place that was full when a key was dropped.
-const DROPPED: [&str; 2] = ["queue", "waiting"];
+pub const DROPPED: [&str; 2] = ["queue", "waiting"];
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]

@@ -17,7 +17,7 @@ use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
 use super::driver::Driver;
-use super::handle::{self, AdmissionUpdate, Inbox, ReconcilerHandle};
+use super::handle::{self, AdmissionUpdate, Inbox, ReconcilerHandle, Waiting};
 use super::reports::{ReportSender, Reports, RevokedKey};
 use super::{DomainStates, Metrics, Snapshot, clock, clocks};
 use crate::peers::{Clocks, Policy};
@@ -36,6 +36,9 @@ const BATCH_WINDOW: Duration = Duration::from_millis(50);
 /// Where so many keys wait after a batch, the next one is not collected any longer.
 const BATCH_FULL_ENOUGH: usize = 64;
 
+/// Where many keys wait, they are counted this often.
+const COUNT_WAITING: Duration = Duration::from_millis(500);
+
 /// While the backlog is longer than this, live keys that may be lacking are not looked at: they wait with their sender.
 const MAX_BACKLOG: usize = 2_048;
 
@@ -53,6 +56,8 @@ pub struct Reconciler<K> {
     other_work_first: bool,
     /// The next batch is collected until then.
     collects_until: Option<Instant>,
+    /// When it was last counted how many keys wait.
+    counted_at: Option<std::time::Instant>,
     reports: ReportSender,
     metrics: Metrics,
 }
@@ -124,6 +129,7 @@ impl<K: Kernel> Reconciler<K> {
             buffer,
             other_work_first: false,
             collects_until: None,
+            counted_at: None,
             reports: sender,
             metrics,
         };
@@ -208,6 +214,22 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         self.write_changes();
+        self.count_waiting(now.monotonic);
+    }
+
+    /// Publishes how many keys wait, not more often than that is worth its time.
+    fn count_waiting(&mut self, now: std::time::Instant) {
+        let is_recent = self.counted_at.is_some_and(|at| now.saturating_duration_since(at) < COUNT_WAITING);
+        if is_recent && self.domains.values().any(DomainReconciler::has_backlog) {
+            return;
+        }
+        self.counted_at = Some(now);
+        let counts = self.domains.values().map(DomainReconciler::waiting);
+        let waiting = counts.fold(Waiting::default(), |Waiting { keys, since }, (number, oldest)| Waiting {
+            keys: keys + number,
+            since: since.into_iter().chain(oldest).min(),
+        });
+        self.inbox.waiting.send_replace(waiting);
     }
 
     fn driver(&mut self, domain: &Domain, now: Clocks) -> Option<Driver<'_, K>> {

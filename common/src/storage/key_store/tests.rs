@@ -183,17 +183,21 @@ fn another_layout_is_no_damage() {
 #[test]
 fn failed_writes_are_kept_and_tried_again() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
-    let (first, _, _) = open(&dir, now);
-    // The database is another process's; a directory stands in its place; a file in that of its directory.
+    drop(open(&dir, now));
+    // Somebody reads the database; a directory stands in its place; a file in that of its directory.
+    let reader = Connection::open(dir.path().join("test.sqlite")).unwrap();
+    reader.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN IMMEDIATE").unwrap();
     let (store, buffer, _) = open(&dir, now);
     assert!(store.is_failing());
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
     assert!(store.is_failing());
     buffer.put(&domain("ff_a"), key(1), KeyRecord { established: true, ..kept(now.monotonic) });
-    drop(first);
+    drop(reader);
     let store = store.flush(now);
     assert!(!store.is_failing());
+    let second = KeyStore::open(dir.path(), "test", &domains(), TTL, now).map(drop);
+    assert!(matches!(second, Err(StorageError::InUse(_))), "{second:?}");
     drop(store);
     assert!(open(&dir, now).2[&id("ff_a", 1)].established);
 
@@ -307,4 +311,22 @@ fn keys_of_the_first_release_are_taken_over() {
         drop(store);
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is set aside");
+}
+
+#[test]
+fn a_file_in_use_is_read_with_its_last_changes_and_stays_as_it_is() {
+    let (dir, now) = (tempdir().unwrap(), Clocks::read());
+    assert!(read_copy(dir.path(), "test", &domains(), now).unwrap().is_empty());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    let (store, buffer, _) = open(&dir, now);
+    buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
+    let store = store.flush(now);
+    let bytes = || ["test.sqlite", "test.sqlite-wal"].map(|name| fs::read(dir.path().join(name)).unwrap());
+    let before = bytes();
+    assert_eq!(read_copy(dir.path(), "test", &domains(), now).unwrap().keys().collect::<Vec<_>>(), [&id("ff_a", 1)]);
+    assert!(bytes() == before);
+    buffer.put(&domain("ff_a"), key(2), kept(now.monotonic));
+    let store = store.flush(now);
+    assert!(!store.is_failing());
+    assert_eq!(read_copy(dir.path(), "test", &domains(), now).unwrap().len(), 2);
 }

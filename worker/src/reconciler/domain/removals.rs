@@ -108,7 +108,7 @@ impl DomainReconciler {
     }
 
     /// Peers were removed, or could not be removed whole; returns how many were.
-    fn on_removed(&mut self, outcomes: &KeyOutcomes) -> usize {
+    pub(super) fn on_removed(&mut self, outcomes: &KeyOutcomes) -> usize {
         for (key, outcome) in outcomes {
             match outcome {
                 Ok(()) => self.peers.removed(key),

@@ -1,0 +1,188 @@
+//! One connection to the MQTT server to see whether a program may do there what it needs. It changes nothing: what it
+//! publishes is an echo to itself, which nobody keeps.
+//!
+//! No task of its own: a command awaits [`attempt`].
+
+use std::time::Duration;
+
+use rumqttc::{
+    AsyncClient, ConnectionError, Event, EventLoop, Incoming, Publish, QoS, SubscribeFilter, SubscribeReasonCode,
+};
+use tokio::time::{Instant, timeout_at};
+
+use super::cause::{Attempt, Fault};
+use super::subscriptions::Filter;
+use super::{INFLIGHT, SessionConfig, TlsError, options};
+use crate::Topic;
+use crate::config::Mqtt;
+
+/// How long the server may take to let the client in, and to answer its subscriptions.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long the echo may take.
+const ECHO: Duration = Duration::from_secs(3);
+/// How long retained messages may come after it.
+const REST: Duration = Duration::from_millis(300);
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trial {
+    /// The server, for people.
+    pub server: String,
+    /// What it allows; or why there is no connection.
+    pub outcome: Result<Allowed, Failure>,
+}
+
+/// Why there is no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What has to change.
+    pub fault: Fault,
+    /// The cause, in one line.
+    pub cause: String,
+}
+
+/// What the server allows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// Subscriptions that it refuses, without which the program cannot work.
+    pub refused: Vec<String>,
+    /// Others that it refuses.
+    pub refused_optional: Vec<String>,
+    /// What became of a message that the client published to itself.
+    pub echo: Echo,
+    /// What is retained of what was asked for.
+    pub retained: Vec<Retained>,
+}
+
+/// What became of a message that the client published to itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Echo {
+    /// It came back.
+    Came,
+    /// It did not.
+    #[default]
+    Lost,
+    /// The server ended the connection.
+    Closed,
+}
+
+/// A retained message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retained {
+    /// Its topic.
+    pub topic: String,
+    /// What is retained.
+    pub payload: Vec<u8>,
+}
+
+/// Connects as the client `id`, asks for what `sessions` subscribe to, and publishes to `echo`; what is retained on topics
+/// that are `wanted` is given back.
+pub async fn attempt(
+    config: &Mqtt,
+    id: String,
+    sessions: &[SessionConfig],
+    echo: &Topic,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Trial, TlsError> {
+    let (options, network, server) = options::options(config, &SessionConfig::secondary(id.clone()))?;
+    let (client, mut eventloop) = AsyncClient::new(options, usize::from(INFLIGHT));
+    eventloop.set_network_options(network);
+    let mut filters: Vec<Filter> = Vec::new();
+    for filter in sessions.iter().flat_map(SessionConfig::filters) {
+        if !filters.iter().any(|known| known.text == filter.text) {
+            filters.push(filter);
+        }
+    }
+    let cause = Attempt::new(config, &id);
+    let mut line = Line { client, eventloop, retained: Vec::new(), wanted };
+    let outcome = match line.connect().await {
+        Ok(()) => line.try_out(&filters, echo, &id).await.map_err(|error| (error, true)),
+        Err(error) => Err((error, false)),
+    };
+    let outcome = outcome.map_err(|(error, accepted)| Failure {
+        fault: cause.fault(&error, accepted),
+        cause: cause.describe(&error, accepted),
+    });
+    Ok(Trial { server, outcome })
+}
+
+/// The connection.
+struct Line<W> {
+    client: AsyncClient,
+    eventloop: EventLoop,
+    retained: Vec<Retained>,
+    wanted: W,
+}
+
+impl<W: Fn(&str) -> bool> Line<W> {
+    async fn connect(&mut self) -> Result<(), ConnectionError> {
+        let until = Instant::now() + ANSWER;
+        self.wait(until, |incoming| matches!(incoming, Incoming::ConnAck(_)).then_some(())).await
+    }
+
+    async fn try_out(&mut self, filters: &[Filter], echo: &Topic, id: &str) -> Result<Allowed, ConnectionError> {
+        let mut allowed = Allowed::default();
+        let wanted = filters.iter().map(|filter| SubscribeFilter::new(filter.text.clone(), filter.qos));
+        if self.client.try_subscribe_many(wanted).is_err() {
+            return Err(ConnectionError::RequestsDone);
+        }
+        let until = Instant::now() + ANSWER;
+        let codes = self
+            .wait(
+                until,
+                |incoming| if let Incoming::SubAck(ack) = incoming { Some(ack.return_codes.clone()) } else { None },
+            )
+            .await?;
+        for (place, filter) in filters.iter().enumerate() {
+            let is_granted = matches!(codes.get(place), Some(SubscribeReasonCode::Success(_)));
+            let refused = if filter.is_required { &mut allowed.refused } else { &mut allowed.refused_optional };
+            refused.extend((!is_granted).then(|| filter.text.clone()));
+        }
+        allowed.echo = self.echo(&echo.to_string(), &format!("{id} {:016x}", fastrand::u64(..))).await;
+        if allowed.echo != Echo::Closed {
+            // Only the end of it matters.
+            let _ = self.wait(Instant::now() + REST, |_| None::<()>).await;
+            let _ = self.client.try_disconnect();
+            let _ = self.wait(Instant::now() + REST, |_| None::<()>).await;
+        }
+        allowed.retained = std::mem::take(&mut self.retained);
+        Ok(allowed)
+    }
+
+    async fn echo(&mut self, topic: &str, text: &str) -> Echo {
+        if self.client.try_publish(topic, QoS::AtMostOnce, false, text).is_err() {
+            return Echo::Lost;
+        }
+        let is_echo = |publish: &Publish| publish.topic == topic && publish.payload == text.as_bytes();
+        let came = self.wait(Instant::now() + ECHO, |incoming| {
+            if let Incoming::Publish(publish) = incoming { is_echo(publish).then_some(()) } else { None }
+        });
+        match came.await {
+            Ok(()) => Echo::Came,
+            Err(ConnectionError::NetworkTimeout) => Echo::Lost,
+            Err(_) => Echo::Closed,
+        }
+    }
+
+    /// What `found` makes of the packets that come until then.
+    async fn wait<T>(
+        &mut self,
+        until: Instant,
+        mut found: impl FnMut(&Incoming) -> Option<T>,
+    ) -> Result<T, ConnectionError> {
+        loop {
+            let event =
+                timeout_at(until, self.eventloop.poll()).await.unwrap_or(Err(ConnectionError::NetworkTimeout))?;
+            let Event::Incoming(incoming) = event else { continue };
+            if let Incoming::Publish(publish) = &incoming
+                && publish.retain
+                && (self.wanted)(&publish.topic)
+            {
+                self.retained.push(Retained { topic: publish.topic.clone(), payload: publish.payload.to_vec() });
+            }
+            if let Some(found) = found(&incoming) {
+                return Ok(found);
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! `wgkex-worker doctor` names what is wrong with a gateway, and changes nothing.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
+use std::path::Path;
+use std::thread;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::process::hash;
+use wgkex_tests::{key, wait_until};
+
+use crate::looks::worker;
+use crate::own_server::certify;
+use crate::{Single, serves};
+
+/// Runs it: its exit code, and its lines.
+fn doctor(host: &Host) -> (i32, String) {
+    worker(host, "doctor")
+}
+
+/// It fails, and says so in a line that begins like this and has this advice.
+fn names(host: &Host, trouble: &str, advice: &str) {
+    let (code, said) = doctor(host);
+    let line = said.lines().find(|line| line.starts_with(trouble));
+    assert!(line.is_some_and(|line| line.contains(advice)), "{trouble} ... {advice} is not in {said}");
+    let expected = if trouble.starts_with("fail") { 3 } else { 1 };
+    assert!(code == expected || (code == 3 && expected == 1), "{code}: {said}");
+}
+
+pub fn a_gateway_on_which_all_is_well_passes_with_and_without_its_worker(lane: Lane) {
+    let Single { broker: _broker, worker: mut process, host } = Single::new(lane, "");
+    assert_eq!(host.post(2, &key(0)).status, 200);
+    let before = (host.tables("a"), host.wireguard("wg-a"));
+    let losses = || process.log().matches("MQTT not connected").count();
+    let lost = losses();
+    passes(&host);
+    assert_eq!(losses(), lost, "it kept its connections: {}", process.log());
+    assert_eq!(host.metric(9586, "wgkex_worker_mqtt_connected").as_deref(), Some("1"));
+    assert!(process.end_by(Signal::SIGTERM).success());
+    passes(&host);
+    assert_eq!((host.tables("a"), host.wireguard("wg-a")), before);
+}
+
+/// Only the machine's own clock may be a matter of doubt.
+fn passes(host: &Host) {
+    let (code, said) = worker(host, "doctor --broker-url http://127.0.0.1:5000");
+    let troubles: Vec<_> =
+        said.lines().filter(|line| !line.starts_with("ok ") && !line.starts_with("checks: ")).collect();
+    assert!(troubles.iter().all(|line| line.starts_with("warn clock: it is not synchronised")), "{said}");
+    assert_eq!(code, i32::from(!troubles.is_empty()), "{said}");
+    for line in [
+        "ok   wg-a: it listens on UDP port 51820\n",
+        "ok   vx-b: its MTU 1350 fits into the 1420 of wg-b\n",
+        "ok   MQTT: it may subscribe to all that it needs\n",
+        "ok   MQTT: what it publishes below wgkex/ comes back\n",
+        "ok   MQTT: no other worker is called gateway\n",
+    ] {
+        assert!(said.contains(line), "{line} is not in {said}");
+    }
+    let (_, json) = worker(host, "doctor --json --broker-url http://127.0.0.1:5000");
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert!(json["worst"] != "fail" && json["findings"].as_array().is_some_and(|found| found.len() > 20), "{json}");
+}
+
+pub fn each_fault_of_interfaces_is_named(lane: Lane) {
+    let host = Host::new("gateway", lane);
+    let _broker = host.start_broker();
+    let take = || {
+        let bind = || host.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 51820)));
+        wait_until("the port is free", || bind().ok())
+    };
+    names(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
+    let taken = take();
+    names(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
+    drop(taken);
+
+    host.setup();
+    let local = host.run("ip -6 -o addr show dev wg-a | grep -o 'fe80::[^/]*' | head -1");
+    host.run("wg set wg-a listen-port 51999");
+    let taken = take();
+    let _ = host.try_run("wg set wg-a listen-port 51820");
+    let trouble = match lane {
+        Lane::Userspace => "fail wg-a: it has no UDP port: 51820, which it is to have, is taken by process ",
+        Lane::Kernel => "fail wg-a: its UDP port 51820 is taken by process ",
+    };
+    names(&host, trouble, "then `wg set wg-a listen-port 51820`");
+    drop(taken);
+    host.run("wg set wg-a listen-port 51820");
+    assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
+    let whole = || {
+        host.run("ip link set wg-a down");
+        host.setup();
+        assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
+    };
+    whole();
+
+    host.run("ip link set wg-a mtu 1300");
+    names(&host, "fail vx-a: the MTU 1300 of wg-a is too small", "`ip link set wg-a mtu 1420`");
+    host.run("ip link set wg-a mtu 1420 && ip link set vx-a mtu 1400");
+    names(&host, "fail vx-a: its MTU 1400 is too large", "`ip link set vx-a mtu 1350`");
+
+    for (made, trouble, advice) in [
+        (
+            format!("vxlan id 7 dstport 8472 local {local} dev wg-a"),
+            "fail vx-a: its VXLAN id is 7, and 99 in the config",
+            "setup.vxlan_id",
+        ),
+        (
+            format!("vxlan id 99 dstport 8472 local {local} dev wg-b"),
+            "fail vx-a: the device under it is not wg-a",
+            "make it anew",
+        ),
+        ("vxlan id 99 dstport 8472 local ::1 dev wg-a".into(), "fail vx-a: its local address ::1", "make it anew"),
+        ("dummy".into(), "fail vx-a: it is of kind dummy, and not a VXLAN interface", "`ip link del vx-a`"),
+    ] {
+        host.run(&format!("ip link del vx-a; ip link add vx-a type {made} && ip link set vx-a up"));
+        names(&host, trouble, advice);
+    }
+    host.run("ip link del vx-a");
+    names(&host, "fail vx-a: it is missing", "run `wgkex-worker setup`");
+    whole();
+    host.run("ip link set wg-b down");
+    names(&host, "fail wg-b: it is down", "`ip link set wg-b up`");
+    host.run("ip link del wg-b; ip link add wg-b type dummy");
+    names(&host, "fail wg-b: it is of kind dummy, and not a WireGuard interface", "`ip link del wg-b`");
+}
+
+pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
+    let host = Host::new("gateway", lane);
+    host.configure("blacklist_file: /run/denied\n");
+    host.setup();
+    let _broker = host.start_broker();
+    names(&host, "fail blacklist_file: /run/denied is missing", "write it");
+    host.run("echo '[]' > /run/denied; mkdir -p /run/wgkex/state; chmod 500 /run/wgkex/state");
+    names(&host, "fail state: root cannot write to /run/wgkex/state", "install -d -m 700 -o root /run/wgkex/state");
+    host.run("chmod 700 /run/wgkex/state");
+    assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
+
+    for (hours, trouble) in [(2, "fail clock: it is 7"), (-2, "fail clock: it is 7"), (0, "warn clock: it is ")] {
+        let port = dated(&host, hours);
+        let (code, said) = worker(&host, &format!("doctor --broker-url http://127.0.0.1:{port}"));
+        assert!(said.contains(trouble) && said.contains("timedatectl set-ntp true"), "{trouble} is not in {said}");
+        assert_eq!(code, if hours == 0 { 1 } else { 3 }, "{said}");
+    }
+
+    // systemd-networkd, as far as it can be seen.
+    host.run("mkdir -p /run/systemd/network && cp \"$(command -v sleep)\" /run/systemd-networkd");
+    fs::write(host.path("/run/systemd/network/10-vpn.network"), "[Match]\nName=wg-*\n[Network]\nDHCP=yes\n").unwrap();
+    let _networkd = host.start("networkd", Path::new("/run/systemd-networkd"), &["infinity"], &[]);
+    names(
+        &host,
+        "fail wg-a: systemd-networkd manages it, too, by /run/systemd/network/10-vpn.network",
+        "Unmanaged=yes",
+    );
+    fs::remove_file(host.path("/run/systemd/network/10-vpn.network")).unwrap();
+    names(&host, "warn managers: systemd-networkd runs, and removes routes", "ManageForeignRoutes=no");
+    let wants = "/run/systemd/system/multi-user.target.wants";
+    host.run(&format!("mkdir -p {wants} && touch {wants}/wg-quick@wg-b.service"));
+    names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
+}
+
+/// A server on the host whose clock is off by so many hours, or by ten seconds; returns its port.
+fn dated(host: &Host, hours: i64) -> u16 {
+    let listener = host.inside(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
+    let port = listener.local_addr().unwrap().port();
+    let seconds = if hours == 0 { 10 } else { 3600 * hours };
+    let date = host.run(&format!("date -u -d '{seconds} seconds' '+%a, %d %b %Y %H:%M:%S GMT'"));
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 1024]);
+        let answer = format!("HTTP/1.1 200 OK\r\nDate: {date}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    port
+}
+
+/// A gateway of the broker on another machine, with TLS and a password; and one more machine of the same name.
+pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(lane: Lane) {
+    let (hub, gateway, twin) = (Host::new("hub", lane), Host::new("gw1", lane), Host::new("gw1", lane));
+    let (server, _) = hub.connect(&gateway, 1);
+    let (for_twin, _) = hub.connect(&twin, 2);
+    let ca = certify(&hub, [server.to_string(), for_twin.to_string()]);
+    let other_ca = certify(&gateway, [server.to_string(), for_twin.to_string()]);
+    for host in [&gateway, &twin] {
+        fs::write(host.path("/run/ca.crt"), &ca).unwrap();
+    }
+    fs::write(gateway.path("/run/other.crt"), other_ca).unwrap();
+    let mqtt = |server: Ipv4Addr, rest: &str| format!("mqtt: {{broker_url: {server}, username: gw1, {rest}}}\n");
+    let right = "password: gw1, tls: true, ca_file: /run/ca.crt";
+    gateway.configure(&mqtt(server, right));
+    gateway.setup();
+    names(&gateway, &format!("fail MQTT: {server}:1883: "), "start the MQTT server");
+
+    hub.configure(&format!(
+        "mqtt_listen: {{host: 0.0.0.0, tls: {{cert_file: /run/server.crt, key_file: /run/server.key}}, \
+         users: {{gw1: {{password_hash: \"{}\"}}}}}}\n",
+        hash("gw1")
+    ));
+    let _broker = hub.start_broker();
+    wait_until("the server lets it in", || {
+        doctor(&gateway).1.contains(&format!("ok   MQTT: {server}:1883 lets the worker in\n")).then_some(())
+    });
+    let (code, said) = doctor(&gateway);
+    assert!(code < 3 && said.contains("ok   MQTT: it may subscribe to all that it needs\n"), "{said}");
+    assert!(said.contains("ok   MQTT: what it publishes below wgkex/ comes back\n"), "{said}");
+
+    for (rest, trouble, advice) in [
+        (
+            "password: wrong, tls: true, ca_file: /run/ca.crt",
+            "the server refuses the user name or password",
+            "mqtt.password",
+        ),
+        (
+            "password: gw1, tls: true, ca_file: /run/other.crt",
+            "TLS: mqtt.ca_file names a certificate of the same name",
+            "mqtt.ca_file",
+        ),
+        ("password: gw1", "the server closed the connection without an answer", "set mqtt.tls to true"),
+    ] {
+        gateway.configure(&mqtt(server, rest));
+        names(&gateway, &format!("fail MQTT: {server}:1883: {trouble}"), advice);
+    }
+
+    twin.configure(&mqtt(for_twin, right));
+    twin.setup();
+    let _twins = twin.start_worker();
+    serves(&hub);
+    gateway.configure(&mqtt(server, right));
+    names(&gateway, "fail MQTT: a worker on another machine, or with other interfaces, publishes as gw1", "host name");
+    gateway.run("ip link del wg-a; ip link del wg-b");
+    names(&gateway, "fail MQTT: a worker gw1 is online, and none runs here", "another machine has this name");
+}

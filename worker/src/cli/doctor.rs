@@ -1,0 +1,272 @@
+//! `doctor`: gathers what the checks need. It asks the kernel, the file system, the running worker and the MQTT server, and
+//! changes none of them.
+
+mod access;
+mod clock;
+mod managers;
+mod sockets;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::{env, fs, io};
+
+use anyhow::Context as _;
+use caps::{CapSet, Capability};
+use clap::Args;
+use serde_json::json;
+use tokio::runtime::Builder;
+use wgkex_common::config::{KeyLists, Setup};
+use wgkex_common::mqtt::Fault;
+use wgkex_common::mqtt::trial::{self, Failure, Retained};
+use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::wire::message::WorkerData;
+use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
+use wgkex_kernel::links::{Link, LinkKind, Links};
+use wgkex_kernel::{Backend, Key, wireguard};
+
+use self::access::{Identity, Need};
+use self::managers::Machine;
+use super::{WRONG, complain, http_client, print, style};
+use crate::bus::subscriber;
+use crate::doctor::facts::{
+    BusFacts, DomainFacts, Facts, LinkFacts, ListFacts, MqttFacts, RunningWorker, StateFacts, WireguardDevice,
+    WireguardFacts, WireguardSource,
+};
+use crate::doctor::{Finding, Level, findings, invalid_config, report, worst};
+
+/// The exit code where there are warnings only.
+const WARNINGS: u8 = 1;
+
+/// The command `doctor`.
+#[derive(Debug, Clone, Args)]
+pub struct Doctor {
+    /// Compares the clock with that of this HTTP server, such as `http://HOST:5000` of the broker
+    #[arg(long, value_name = "URL")]
+    broker_url: Option<String>,
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    /// Prints what it finds, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        let findings = match Config::load(file) {
+            Err(error) => invalid_config(&error),
+            Ok(config) => match self.facts(&config) {
+                Ok(facts) => findings(&facts),
+                Err(error) => {
+                    complain(&error);
+                    return WRONG.into();
+                }
+            },
+        };
+        if print(&self.text(&findings)).is_err() {
+            return WRONG.into();
+        }
+        match worst(&findings) {
+            Level::Ok => ExitCode::SUCCESS,
+            Level::Warn => WARNINGS.into(),
+            Level::Fail => WRONG.into(),
+        }
+    }
+
+    fn text(&self, findings: &[Finding]) -> String {
+        if self.json {
+            format!("{:#}\n", json!({ "worst": worst(findings), "findings": findings }))
+        } else {
+            report(findings, style())
+        }
+    }
+
+    fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
+        let (domains, mqtt) = runtime.block_on(async { (domains(config).await, mqtt(config).await) });
+        // A kernel that does not answer must not keep the process from its end.
+        runtime.shutdown_background();
+        let domains = domains.context("netlink")?;
+        let interfaces = config.domains.iter().flat_map(|domain| [domain.wireguard(), domain.vxlan()]);
+        let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
+        Ok(Facts {
+            config_warnings: config.warnings.clone(),
+            is_setup_named: config.is_setup_named,
+            has_net_admin: caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false),
+            wireguard: WireguardSource {
+                kernel: domains.iter().any(is_kernels) || has_kernel_wireguard(),
+                userspace: is_program("wireguard-go"),
+            },
+            managers: Machine::this().managers(&interfaces.collect::<Vec<_>>()),
+            domains,
+            clock: clock::facts(self.broker_url.as_deref()),
+            worker: config.name.to_string(),
+            running: running(config),
+            state: state(config),
+            lists: lists(config),
+            mqtt,
+        })
+    }
+}
+
+/// The worker that answers on `worker_listen`.
+fn running(config: &Config) -> Option<RunningWorker> {
+    let status = http_client::status(&config.worker_listen).ok()?;
+    Some(RunningWorker {
+        name: status.worker,
+        pid: status.pid,
+        is_connected: status.mqtt.connected,
+        keeps_state: status.state_kept,
+        lists_damaged: status.lists_damaged,
+    })
+}
+
+async fn domains(config: &Config) -> io::Result<Vec<DomainFacts>> {
+    let links = Links::open()?;
+    let mut domains = Vec::new();
+    for (domain, setup) in &config.setup {
+        domains.push(self::domain(&links, domain, setup).await);
+    }
+    Ok(domains)
+}
+
+async fn domain(links: &Links, domain: &Domain, setup: &Setup) -> DomainFacts {
+    let (wg, vx) = (domain.wireguard(), domain.vxlan());
+    let vxlan = links.find(&vx).await.map_err(|error| error.to_string());
+    let wireguard = match links.find(&wg).await {
+        Ok(Some(link)) => Ok(Some(wireguard_facts(&wg, link).await)),
+        Ok(None) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    };
+    let device = wireguard.as_ref().ok().and_then(|facts| facts.as_ref()?.device.as_ref().ok()?.as_ref());
+    let port = device.map(|device| device.port).filter(|port| *port != 0).unwrap_or(setup.listen_port);
+    DomainFacts {
+        domain: domain.clone(),
+        setup: setup.clone(),
+        vxlan: vxlan.map(|link| link.map(|link| link_facts(&vx, link))),
+        port_owner: sockets::owner(port),
+        wireguard,
+    }
+}
+
+async fn wireguard_facts(name: &str, link: Link) -> WireguardFacts {
+    let is_userspace = link.kind == LinkKind::Tun && wireguard::listens(name);
+    let backend = match link.kind {
+        LinkKind::Wireguard => Some(Backend::Kernel),
+        LinkKind::Tun if is_userspace => Some(Backend::Userspace),
+        LinkKind::Tun | LinkKind::Vxlan(_) | LinkKind::Other(_) | LinkKind::Physical => None,
+    };
+    let device = match backend {
+        None => Ok(None),
+        Some(backend) => match wireguard::get(name, backend).await {
+            Ok(device) => Ok(Some(WireguardDevice {
+                public_key: device
+                    .public_key
+                    .filter(|_| device.private_key.is_some_and(|key| key != Key::zero()))
+                    .and_then(|key| PublicKey::from_bytes(key.0).ok()),
+                port: device.listen_port.unwrap_or(0),
+            })),
+            Err(error) => Err(error.to_string()),
+        },
+    };
+    WireguardFacts { link: link_facts(name, link), is_userspace, device }
+}
+
+fn link_facts(name: &str, link: Link) -> LinkFacts {
+    let Link { index, kind, up, mtu, addresses, has_ipv4, auto_address: _ } = link;
+    let filter = |of: &str| {
+        let text = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/rp_filter"));
+        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    };
+    // The larger one counts (ip-sysctl).
+    LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter: filter("all").max(filter(name)) }
+}
+
+/// Whether the kernel has WireGuard, or can load it.
+fn has_kernel_wireguard() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let lists = ["modules.builtin", "modules.dep"].map(|list| format!("/lib/modules/{}/{list}", release.trim()));
+    let is_listed = |list: &String| fs::read_to_string(list).is_ok_and(|text| text.contains("/wireguard.ko"));
+    Path::new("/sys/module/wireguard").exists() || lists.iter().any(is_listed)
+}
+
+fn is_program(name: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+fn state(config: &Config) -> StateFacts {
+    let (dir, file) = (config.state_dir.clone(), config.state_dir.join("worker.sqlite"));
+    let user = Identity::of_worker(config.worker_user.as_deref());
+    let mut access = access::find(&dir, user.as_ref(), Need::Write);
+    if access == crate::doctor::facts::Access::Granted && file.exists() {
+        access = access::find(&file, user.as_ref(), Need::Write);
+    }
+    let holder = Holder::of(&file).map_err(|error| error.to_string());
+    StateFacts { dir, user: user.map_or_else(|error| error.name, |user| user.name), access, holder }
+}
+
+fn lists(config: &Config) -> Vec<ListFacts> {
+    let KeyLists { deny_file, deny_dir, allow, trusted_dir, .. } = &config.key_lists;
+    let allow = allow.as_ref();
+    let user = Identity::of_worker(config.worker_user.as_deref());
+    let paths: [(&'static str, Option<&PathBuf>, Need); 5] = [
+        ("blacklist_file", deny_file.as_ref(), Need::Read),
+        ("allowlist.file", allow.and_then(|allow| allow.file.as_ref()), Need::Read),
+        ("key_lists.deny_dir", deny_dir.as_ref(), Need::List),
+        ("key_lists.allow_dir", allow.and_then(|allow| allow.dir.as_ref()), Need::List),
+        ("key_lists.trusted_dir", trusted_dir.as_ref(), Need::List),
+    ];
+    let facts = paths.into_iter().filter_map(|(key, path, need)| {
+        let path = path?.clone();
+        Some(ListFacts { key, access: access::find(&path, user.as_ref(), need), path })
+    });
+    facts.collect()
+}
+
+/// Connects as a client of its own: one that begins with the worker's name, as the second one of the worker does, so that
+/// the worker keeps its connections.
+async fn mqtt(config: &Config) -> MqttFacts {
+    let worker = || WorkerName::from(&config.name);
+    let own: BTreeSet<String> = [Topic::WorkerStatus { worker: worker() }.to_string()]
+        .into_iter()
+        .chain(config.domains.iter().map(|domain| data(&worker(), domain)))
+        .collect();
+    let sessions = [subscriber::session(config), subscriber::secondary_session(config)];
+    let (id, echo) = (format!("{}-doctor", config.name), Topic::WorkerEcho { worker: worker() });
+    match trial::attempt(&config.mqtt, id, &sessions, &echo, |topic| own.contains(topic)).await {
+        Err(error) => {
+            let cause = error.to_string();
+            MqttFacts { server: "certificates".into(), outcome: Err(Failure { fault: Fault::Tls, cause }) }
+        }
+        Ok(trial) => {
+            let outcome = trial.outcome.map(|allowed| BusFacts {
+                online: online(&allowed.retained, &worker()),
+                published_keys: config
+                    .domains
+                    .iter()
+                    .filter_map(|domain| {
+                        let topic = data(&worker(), domain);
+                        let retained = allowed.retained.iter().rfind(|retained| retained.topic == topic)?;
+                        let data = WorkerData::parse(&retained.payload).ok().flatten()?;
+                        Some((domain.to_string(), data.public_key))
+                    })
+                    .collect(),
+                refused: allowed.refused,
+                refused_optional: allowed.refused_optional,
+                echo: allowed.echo,
+            });
+            MqttFacts { server: trial.server, outcome }
+        }
+    }
+}
+
+fn data(worker: &WorkerName, domain: &Domain) -> String {
+    Topic::WorkerData { worker: worker.clone(), domain: domain.name().into() }.to_string()
+}
+
+fn online(retained: &[Retained], worker: &WorkerName) -> Option<bool> {
+    let topic = Topic::WorkerStatus { worker: worker.clone() }.to_string();
+    let status = retained.iter().rfind(|retained| retained.topic == topic)?;
+    Some(status.payload == b"1")
+}

@@ -1,0 +1,248 @@
+//! Which other programs may manage the interfaces, by their configs and by what runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::sockets;
+use crate::doctor::facts::{Managers, WgQuick};
+
+/// Where configs are, the most important place last.
+const PLACES: [&str; 3] = ["usr/lib", "run", "etc"];
+
+/// A machine's files and processes.
+pub(super) struct Machine {
+    root: PathBuf,
+    /// The names of the processes in this network namespace.
+    processes: BTreeSet<String>,
+}
+
+/// An assignment of a config file: its section, key and value.
+struct Assignment<'a> {
+    section: &'a str,
+    key: &'a str,
+    value: &'a str,
+}
+
+impl Machine {
+    pub(super) fn this() -> Self {
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+        let own = namespace("self");
+        let processes = sockets::processes().into_iter().filter(|pid| namespace(&pid.to_string()) == own);
+        Self { root: "/".into(), processes: processes.map(sockets::name).collect() }
+    }
+
+    /// What may manage `interfaces`.
+    pub(super) fn managers(&self, interfaces: &[String]) -> Managers {
+        let networkd_files = interfaces.iter().filter_map(|name| Some((name.clone(), self.networkd_file(name)?)));
+        let unmanaged = self.unmanaged();
+        let is_managed = |name: &&String| !unmanaged.iter().any(|pattern| matches(pattern, name));
+        Managers {
+            // The kernel cuts a name after 15 characters.
+            networkd_runs: self.processes.contains("systemd-network"),
+            networkd_keeps_foreign: self.keeps_foreign(),
+            networkd_files: networkd_files.collect(),
+            wg_quick: interfaces.iter().filter_map(|name| self.wg_quick(name)).collect(),
+            network_manager_runs: self.processes.contains("NetworkManager"),
+            network_manager_manages: interfaces.iter().filter(is_managed).cloned().collect(),
+        }
+    }
+
+    fn keeps_foreign(&self) -> bool {
+        let mut files = vec![self.root.join("etc/systemd/networkd.conf")];
+        files.extend(self.files("systemd/networkd.conf.d", "conf"));
+        let (mut routes, mut rules) = (false, false);
+        for text in files.iter().filter_map(|file| fs::read_to_string(file).ok()) {
+            for Assignment { key, value, .. } in assignments(&text) {
+                let is_off = ["no", "false", "off", "0"].contains(&value.to_ascii_lowercase().as_str());
+                match key {
+                    "ManageForeignRoutes" => routes = is_off,
+                    "ManageForeignRoutingPolicyRules" => rules = is_off,
+                    _ => {}
+                }
+            }
+        }
+        routes && rules
+    }
+
+    /// The first .network file that matches the interface, unless it says that it is unmanaged.
+    fn networkd_file(&self, interface: &str) -> Option<PathBuf> {
+        let files = self.files("systemd/network", "network").into_iter();
+        let mut texts = files.filter_map(|file| Some((fs::read_to_string(&file).ok()?, file)));
+        let (text, file) = texts.find(|(text, _)| is_match(text, interface))?;
+        let is_unmanaged = assignments(&text).any(|Assignment { section, key, value }| {
+            (section, key) == ("Link", "Unmanaged") && ["yes", "true", "on", "1"].contains(&value)
+        });
+        (!is_unmanaged).then_some(file)
+    }
+
+    fn wg_quick(&self, interface: &str) -> Option<WgQuick> {
+        if !interface.starts_with("wg-") {
+            return None;
+        }
+        let units = ["etc", "run"].map(|place| {
+            self.root.join(format!("{place}/systemd/system/multi-user.target.wants/wg-quick@{interface}.service"))
+        });
+        let config = self.root.join(format!("etc/wireguard/{interface}.conf"));
+        let unit = units.into_iter().find(|unit| unit.symlink_metadata().is_ok());
+        let is_enabled = unit.is_some();
+        let file = unit.or_else(|| config.exists().then_some(config))?;
+        Some(WgQuick { interface: interface.to_owned(), file, is_enabled })
+    }
+
+    /// What `NetworkManager` is told to leave alone, as patterns of names.
+    fn unmanaged(&self) -> Vec<String> {
+        let mut files = vec![self.root.join("etc/NetworkManager/NetworkManager.conf")];
+        files.extend(self.files("NetworkManager/conf.d", "conf"));
+        let texts: Vec<_> = files.iter().filter_map(|file| fs::read_to_string(file).ok()).collect();
+        let values =
+            texts.iter().flat_map(|text| assignments(text)).filter(|one| one.key.starts_with("unmanaged-devices"));
+        let specs = values.flat_map(|one| one.value.split([';', ',']));
+        specs
+            .filter_map(|spec| Some(spec.trim().strip_prefix("interface-name:")?.trim_start_matches('=').to_owned()))
+            .collect()
+    }
+
+    /// The files of this kind, by name; of several with one name that in the most important place.
+    fn files(&self, dir: &str, extension: &str) -> Vec<PathBuf> {
+        let mut files = BTreeMap::new();
+        for place in PLACES {
+            let entries = fs::read_dir(self.root.join(place).join(dir)).into_iter().flatten().flatten();
+            let of_kind =
+                entries.filter(|entry| Path::new(&entry.file_name()).extension().is_some_and(|is| is == extension));
+            files.extend(of_kind.map(|entry| (entry.file_name(), entry.path())));
+        }
+        files.into_values().collect()
+    }
+}
+
+/// The assignments of a file in the format of systemd's.
+fn assignments(text: &str) -> impl Iterator<Item = Assignment<'_>> {
+    let mut section = "";
+    text.lines().filter_map(move |line| {
+        let line = line.trim();
+        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            section = name;
+        }
+        let (key, value) = line.split_once('=').filter(|_| !line.starts_with(['#', ';']))?;
+        Some(Assignment { section, key: key.trim(), value: value.trim().trim_matches('"') })
+    })
+}
+
+/// Whether a .network file is for this interface: by its name or kind, and by nothing that only others have.
+fn is_match(text: &str, interface: &str) -> bool {
+    let kind = if interface.starts_with("wg-") { "wireguard" } else { "vxlan" };
+    let mut conditions = assignments(text).filter(|one| one.section == "Match" && !one.value.is_empty()).peekable();
+    conditions.peek().is_some()
+        && conditions.all(|Assignment { key, value, .. }| match key {
+            "Name" | "OriginalName" => is_one(value, interface),
+            "Kind" | "Type" => is_one(value, kind),
+            _ => false,
+        })
+}
+
+/// Whether `text` is one of these patterns, or with an exclamation mark none of them.
+fn is_one(patterns: &str, text: &str) -> bool {
+    let (patterns, inverted) = match patterns.strip_prefix('!') {
+        Some(patterns) => (patterns, true),
+        None => (patterns, false),
+    };
+    patterns.split_whitespace().any(|pattern| matches(pattern, text)) != inverted
+}
+
+/// Whether a pattern with `*` and `?` is for this text.
+fn matches(pattern: &str, text: &str) -> bool {
+    let (mut pattern, mut rest) = (pattern.chars(), text.chars());
+    match (pattern.next(), rest.next()) {
+        (None, None) => true,
+        (Some('*'), _) => {
+            (0..=text.len()).any(|from| text.get(from..).is_some_and(|text| matches(pattern.as_str(), text)))
+        }
+        (Some('?'), Some(_)) => matches(pattern.as_str(), rest.as_str()),
+        (Some(wanted), Some(found)) => wanted == found && matches(pattern.as_str(), rest.as_str()),
+        (Some(_), None) | (None, Some(_)) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn machine(processes: &[&str], files: &[(&str, &str)]) -> (TempDir, Managers) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let processes = processes.iter().map(ToString::to_string).collect();
+        let machine = Machine { root: dir.path().into(), processes };
+        let managers = machine.managers(&["wg-welt".to_owned(), "vx-welt".to_owned()]);
+        (dir, managers)
+    }
+
+    #[test]
+    fn the_first_network_file_that_matches_counts() {
+        let file = |dir: &TempDir, name: &str| dir.path().join(name);
+        for (text, interfaces) in [
+            ("[Match]\nName=wg-*\n", vec!["wg-welt"]),
+            ("[Match]\nName = en* vx-welt\n", vec!["vx-welt"]),
+            ("[Match]\nName=!en*\n", vec!["vx-welt", "wg-welt"]),
+            ("[Match]\nName=*\nKind=wireguard\n", vec!["wg-welt"]),
+            ("[Match]\nName=*\nMACAddress=02:00:00:00:00:01\n", vec![]),
+            ("[Match]\nType=ether\n", vec![]),
+            ("[Match]\nName=*\n[Link]\nUnmanaged=yes\n", vec![]),
+            ("# [Match]\n#Name=*\n[Network]\nDHCP=yes\n", vec![]),
+        ] {
+            let (dir, managers) = machine(&[], &[("etc/systemd/network/20-a.network", text)]);
+            let expected =
+                interfaces.iter().map(|name| ((*name).to_owned(), file(&dir, "etc/systemd/network/20-a.network")));
+            assert_eq!(managers.networkd_files, expected.collect(), "{text}");
+        }
+        let (dir, managers) = machine(
+            &["systemd-network"],
+            &[
+                ("usr/lib/systemd/network/10-a.network", "[Match]\nName=wg-*"),
+                ("etc/systemd/network/10-a.network", "[Match]\nName=other"),
+                ("run/systemd/network/30-b.network", "[Match]\nName=wg-*"),
+            ],
+        );
+        assert!(managers.networkd_runs && !managers.network_manager_runs);
+        assert_eq!(managers.networkd_files["wg-welt"], file(&dir, "run/systemd/network/30-b.network"));
+    }
+
+    #[test]
+    fn networkd_keeps_what_others_made_only_if_it_is_told_so_twice() {
+        let both = "[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=false\n";
+        for (conf, drop_in, keeps) in [
+            ("", "", false),
+            (both, "", true),
+            ("[Network]\nManageForeignRoutes=no\n", "", false),
+            ("", both, true),
+            (both, "[Network]\nManageForeignRoutes=yes\n", false),
+            ("[Network]\n#ManageForeignRoutes=no\n#ManageForeignRoutingPolicyRules=no", "", false),
+        ] {
+            let (_dir, managers) =
+                machine(&[], &[("etc/systemd/networkd.conf", conf), ("etc/systemd/networkd.conf.d/a.conf", drop_in)]);
+            assert_eq!(managers.networkd_keeps_foreign, keeps, "{conf} {drop_in}");
+        }
+    }
+
+    #[test]
+    fn wg_quick_and_network_manager_are_found() {
+        let (_dir, managers) = machine(&["NetworkManager"], &[("etc/wireguard/wg-welt.conf", "")]);
+        assert!(!managers.wg_quick[0].is_enabled && managers.network_manager_runs);
+        assert_eq!(managers.network_manager_manages.len(), 2);
+        let (_dir, managers) = machine(
+            &[],
+            &[
+                ("run/systemd/system/multi-user.target.wants/wg-quick@wg-welt.service", ""),
+                ("etc/NetworkManager/conf.d/a.conf", "[keyfile]\nunmanaged-devices=mac:1;interface-name:wg-*"),
+            ],
+        );
+        assert!(managers.wg_quick[0].is_enabled);
+        assert_eq!(managers.network_manager_manages, ["vx-welt".to_owned()].into());
+    }
+}

@@ -1,0 +1,88 @@
+//! `status`: what the running worker says of itself.
+
+use std::io::{self, IsTerminal as _};
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use wgkex_common::Config;
+use wgkex_common::config::Listen;
+
+use super::{WRONG, complain, http_client, print, style};
+use crate::status::{Status, Style};
+
+/// The pause between two looks.
+const REFRESH: Duration = Duration::from_secs(1);
+/// Makes a terminal begin anew at its top.
+const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
+
+/// The command `status`.
+#[derive(Debug, Clone, Args)]
+pub struct StatusCommand {
+    /// Look again every second, until it is ended
+    #[arg(long)]
+    watch: bool,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl StatusCommand {
+    /// Prints it, and says how the process ends: 0 if all is well, 3 if something is wrong, 1 if the worker cannot be reached.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        let config = match Config::load(file) {
+            Ok(config) => config,
+            Err(error) => {
+                complain(&error.into());
+                return ExitCode::FAILURE;
+            }
+        };
+        if self.watch { self.watch(&config.worker_listen) } else { self.look(&config.worker_listen) }
+    }
+
+    fn look(&self, listen: &Listen) -> ExitCode {
+        match http_client::status(listen) {
+            Ok(status) if print(&self.text(&status, None, style())).is_err() => ExitCode::FAILURE,
+            Ok(status) if status.problems.is_empty() => ExitCode::SUCCESS,
+            Ok(_) => WRONG.into(),
+            Err(error) => {
+                complain(&error);
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    /// Until nobody reads it any more.
+    fn watch(&self, listen: &Listen) -> ExitCode {
+        let mut before: Option<(Instant, Status)> = None;
+        let (style, begin) = (style(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
+        loop {
+            let now = Instant::now();
+            let text = match http_client::status(listen) {
+                Ok(status) => {
+                    let text = self.text(&status, before.as_ref().map(|(then, before)| (before, now - *then)), style);
+                    before = Some((now, status));
+                    text
+                }
+                Err(error) if self.json => format!("{}\n", serde_json::json!({ "error": format!("{error:#}") })),
+                Err(error) => format!("{error:#}\n"),
+            };
+            let end = if begin.is_empty() && !self.json { "\n" } else { "" };
+            if print(&format!("{begin}{text}{end}")).is_err() {
+                return ExitCode::FAILURE;
+            }
+            sleep(REFRESH);
+        }
+    }
+
+    fn text(&self, status: &Status, before: Option<(&Status, Duration)>, style: Style) -> String {
+        if !self.json {
+            return status.screen(before.and_then(|(before, elapsed)| status.rates(before, elapsed)), style);
+        }
+        let json = serde_json::to_value(status).unwrap_or_default();
+        if self.watch { format!("{json}\n") } else { format!("{json:#}\n") }
+    }
+}

@@ -1,0 +1,233 @@
+//! What is known of a gateway when the checks decide.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv6Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use wgkex_common::config::{Problem, Setup};
+use wgkex_common::mqtt::trial::{Echo, Failure};
+use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::{Domain, PublicKey};
+use wgkex_kernel::links::LinkKind;
+
+/// Everything that is known.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// What is odd in the config.
+    pub config_warnings: Vec<Problem>,
+    /// Whether the config has a section `setup`.
+    pub is_setup_named: bool,
+    /// Whether this process has `CAP_NET_ADMIN`.
+    pub has_net_admin: bool,
+    /// Where WireGuard can come from.
+    pub wireguard: WireguardSource,
+    /// Each domain.
+    pub domains: Vec<DomainFacts>,
+    /// Other programs that may manage the interfaces.
+    pub managers: Managers,
+    /// The clock.
+    pub clock: ClockFacts,
+    /// The name of this machine's worker on the bus.
+    pub worker: String,
+    /// The worker that answers on `worker_listen`, if one does.
+    pub running: Option<RunningWorker>,
+    /// Where the state is kept.
+    pub state: StateFacts,
+    /// The files and directories of the access lists, by their keys in the config.
+    pub lists: Vec<ListFacts>,
+    /// The MQTT server, and what it allows.
+    pub mqtt: MqttFacts,
+}
+
+/// Where WireGuard can come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WireguardSource {
+    /// The kernel has it, or has a module of it.
+    pub kernel: bool,
+    /// There is a program `wireguard-go`.
+    pub userspace: bool,
+}
+
+/// A domain's interfaces.
+#[derive(Debug, Clone)]
+pub struct DomainFacts {
+    /// The domain.
+    pub domain: Domain,
+    /// What the config says of them.
+    pub setup: Setup,
+    /// `wg-REST`, if it is there; or why that cannot be told.
+    pub wireguard: Result<Option<WireguardFacts>, String>,
+    /// `vx-REST`.
+    pub vxlan: Result<Option<LinkFacts>, String>,
+    /// Who has the UDP port of `wg-REST`, or the one that it is to have.
+    pub port_owner: PortOwner,
+}
+
+/// An interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkFacts {
+    /// Its index.
+    pub index: u32,
+    /// What made it.
+    pub kind: LinkKind,
+    /// Whether it is set up.
+    pub up: bool,
+    /// The largest packet that it takes.
+    pub mtu: u32,
+    /// Its IPv6 addresses.
+    pub addresses: BTreeSet<Ipv6Addr>,
+    /// Whether it has an IPv4 address.
+    pub has_ipv4: bool,
+    /// The `rp_filter` that counts for it, of IPv4; 1 is the strict one.
+    pub rp_filter: u8,
+}
+
+/// `wg-REST`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireguardFacts {
+    /// As an interface.
+    pub link: LinkFacts,
+    /// Whether a userspace WireGuard listens for commands by its name.
+    pub is_userspace: bool,
+    /// What WireGuard says of it; none if it is no WireGuard interface, or why it does not answer.
+    pub device: Result<Option<WireguardDevice>, String>,
+}
+
+/// What WireGuard says of its interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WireguardDevice {
+    /// Its own key.
+    pub public_key: Option<PublicKey>,
+    /// Its UDP port; 0 while it has none.
+    pub port: u16,
+}
+
+/// Who has a UDP port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortOwner {
+    /// Nobody.
+    Nobody,
+    /// No process that this one sees: the kernel's WireGuard, or somebody else's process.
+    Kernel,
+    /// A process.
+    Process {
+        /// Its id.
+        pid: u32,
+        /// Its name.
+        name: String,
+    },
+}
+
+/// Other programs that may manage the domains' interfaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Managers {
+    /// Whether systemd-networkd runs.
+    pub networkd_runs: bool,
+    /// Whether it leaves alone routes and rules that it did not make.
+    pub networkd_keeps_foreign: bool,
+    /// Its file for each interface that has one.
+    pub networkd_files: BTreeMap<String, PathBuf>,
+    /// What of wg-quick there is for an interface.
+    pub wg_quick: Vec<WgQuick>,
+    /// Whether `NetworkManager` runs.
+    pub network_manager_runs: bool,
+    /// The interfaces that it is not told to leave alone.
+    pub network_manager_manages: BTreeSet<String>,
+}
+
+/// What of wg-quick there is for an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WgQuick {
+    /// The interface.
+    pub interface: String,
+    /// Its unit or its config.
+    pub file: PathBuf,
+    /// Whether it is started with the machine.
+    pub is_enabled: bool,
+}
+
+/// The clock.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClockFacts {
+    /// How far it is from that of the HTTP server that was named; or why that cannot be told.
+    pub server: Option<Result<Duration, String>>,
+    /// Whether the system says that it is synchronised; none if it does not say.
+    pub is_synchronised: Option<bool>,
+}
+
+/// The worker that answers on `worker_listen`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunningWorker {
+    /// Its name on the bus.
+    pub name: String,
+    /// Its process, as it numbers itself.
+    pub pid: u32,
+    /// Whether its connection with the MQTT server stands.
+    pub is_connected: bool,
+    /// Whether it can write its state.
+    pub keeps_state: bool,
+    /// The lists that it cannot read.
+    pub lists_damaged: Vec<String>,
+}
+
+/// Where the state is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateFacts {
+    /// `state_dir`.
+    pub dir: PathBuf,
+    /// The user as whom the worker serves.
+    pub user: String,
+    /// Whether this user may write there.
+    pub access: Access,
+    /// Who has the worker's state file; or why that cannot be told.
+    pub holder: Result<Option<Holder>, String>,
+}
+
+/// What a user may do with a file or directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// What is needed.
+    Granted,
+    /// It is not there, and can be made.
+    Creatable,
+    /// Not that; only this other user may.
+    OnlyFor(String),
+    /// Not that, for this reason.
+    Denied(String),
+}
+
+/// A file or directory of an access list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListFacts {
+    /// The key of the config that names it.
+    pub key: &'static str,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether the worker may read it.
+    pub access: Access,
+}
+
+/// The MQTT server, and what it allows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttFacts {
+    /// The server, for people.
+    pub server: String,
+    /// What it allows; or why there is no connection.
+    pub outcome: Result<BusFacts, Failure>,
+}
+
+/// What the MQTT server allows, and what is retained there of this worker.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BusFacts {
+    /// Subscriptions that it refuses, without which the worker cannot work.
+    pub refused: Vec<String>,
+    /// Others that it refuses.
+    pub refused_optional: Vec<String>,
+    /// What became of a message below `wgkex/`.
+    pub echo: Echo,
+    /// Whether a worker of this name is online; none if nothing is retained of that.
+    pub online: Option<bool>,
+    /// The key of the WireGuard interface of each domain, as a worker of this name published it.
+    pub published_keys: BTreeMap<String, PublicKey>,
+}

@@ -1,0 +1,122 @@
+//! Checks of what is the same for all domains: config, privileges, other managers of interfaces, the clock.
+
+use std::time::Duration;
+
+use wgkex_common::config::Problem;
+
+use super::facts::{ClockFacts, Facts, Managers, WireguardSource};
+use super::{Finding, Level};
+
+/// A clock that is off by more than this needs a look.
+const CLOCK_ODD: Duration = Duration::from_secs(5);
+/// By so much, list entries and certificates are judged wrongly.
+const CLOCK_WRONG: Duration = Duration::from_secs(3600);
+
+const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony";
+
+pub(super) fn config(odd: &[Problem]) -> Vec<Finding> {
+    let mut findings = vec![Finding::ok("config", "it is valid")];
+    findings.extend(warnings(odd));
+    findings
+}
+
+pub(super) fn warnings(warnings: &[Problem]) -> Vec<Finding> {
+    let advice = "correct it, or take it out";
+    warnings.iter().map(|warning| Finding::warn("config", warning.to_string(), advice)).collect()
+}
+
+pub(super) fn capability(has_net_admin: bool) -> Finding {
+    let missing = (!has_net_admin).then(|| {
+        let advice = "run it as root, and the worker as root or with AmbientCapabilities=CAP_NET_ADMIN";
+        ("CAP_NET_ADMIN is missing here".to_owned(), advice.to_owned())
+    });
+    Finding::judge("privileges", Level::Fail, "CAP_NET_ADMIN is there", missing)
+}
+
+pub(super) fn wireguard(facts: &Facts) -> Finding {
+    let subject = "WireGuard";
+    match facts.wireguard {
+        WireguardSource { kernel: true, .. } => Finding::ok(subject, "the kernel has it"),
+        WireguardSource { kernel: false, userspace: true } => {
+            Finding::ok(subject, "the kernel has none, wireguard-go is there, which is slower")
+        }
+        WireguardSource { kernel: false, userspace: false } => Finding::fail(
+            subject,
+            "the kernel has none, and there is no wireguard-go",
+            "install a kernel with WireGuard, or `apt-get install wireguard-go`",
+        ),
+    }
+}
+
+/// Who else changes the domains' interfaces, and takes away what the worker made.
+pub(super) fn managers(managers: &Managers) -> Vec<Finding> {
+    let mut findings = networkd(managers);
+    for quick in &managers.wg_quick {
+        let (interface, file) = (&quick.interface, quick.file.display());
+        findings.push(if quick.is_enabled {
+            let found = format!("wg-quick manages it, too ({file}), and removes its peers at each start");
+            Finding::fail(interface, found, format!("`systemctl disable --now wg-quick@{interface}`"))
+        } else {
+            let found = format!("there is a config of wg-quick for it ({file})");
+            Finding::warn(interface, found, "move it away, lest somebody start it")
+        });
+    }
+    if managers.network_manager_runs {
+        for interface in &managers.network_manager_manages {
+            findings.push(Finding::warn(
+                interface,
+                "NetworkManager runs and is not told to leave it alone",
+                "[keyfile] unmanaged-devices=interface-name:wg-*;interface-name:vx-* in a file in /etc/NetworkManager/conf.d",
+            ));
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok("managers", "no other program manages the interfaces"));
+    }
+    findings
+}
+
+fn networkd(managers: &Managers) -> Vec<Finding> {
+    let level = if managers.networkd_runs { Level::Fail } else { Level::Warn };
+    let mut findings = Vec::new();
+    for (interface, file) in &managers.networkd_files {
+        let found =
+            format!("systemd-networkd manages it, too, by {}, and removes routes of the worker", file.display());
+        let advice = "narrow its [Match], or set Unmanaged=yes in its [Link]";
+        findings.push(Finding { level, ..Finding::warn(interface, found, advice) });
+    }
+    if managers.networkd_runs && !managers.networkd_keeps_foreign {
+        findings.push(Finding::warn(
+            "managers",
+            "systemd-networkd runs, and removes routes and rules that it did not make when it starts",
+            "ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no in [Network] of /etc/systemd/networkd.conf",
+        ));
+    }
+    findings
+}
+
+pub(super) fn clock(facts: &ClockFacts) -> Finding {
+    let subject = "clock";
+    let seconds = |off: &Duration| off.as_secs();
+    match (&facts.server, facts.is_synchronised) {
+        (Some(Ok(off)), _) if *off >= CLOCK_WRONG => {
+            Finding::fail(subject, format!("it is {} s away from that of the HTTP server", seconds(off)), SYNCHRONISE)
+        }
+        (Some(Ok(off)), _) if *off > CLOCK_ODD => {
+            Finding::warn(subject, format!("it is {} s away from that of the HTTP server", seconds(off)), SYNCHRONISE)
+        }
+        (Some(Err(error)), _) => Finding::warn(
+            subject,
+            format!("it cannot be compared: {error}"),
+            "name another --broker-url, such as http://HOST:5000",
+        ),
+        (_, Some(false)) => Finding::warn(subject, "it is not synchronised", SYNCHRONISE),
+        (Some(Ok(_)), _) => Finding::ok(subject, "it is that of the HTTP server"),
+        (None, Some(true)) => Finding::ok(subject, "it is synchronised"),
+        (None, None) => Finding::warn(
+            subject,
+            "the system does not say whether it is synchronised",
+            "compare it with that of the broker: --broker-url http://HOST:5000",
+        ),
+    }
+}

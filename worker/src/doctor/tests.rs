@@ -1,0 +1,461 @@
+use std::net::Ipv6Addr;
+use std::time::Duration;
+
+use wgkex_common::PublicKey;
+use wgkex_common::config::Setup;
+use wgkex_common::mqtt::Fault;
+use wgkex_common::mqtt::trial::{Echo, Failure};
+use wgkex_common::storage::process_lock::Holder;
+use wgkex_kernel::links::{LinkKind, VxlanAttributes};
+
+use super::facts::*;
+use super::*;
+use crate::testing::{domain, key};
+
+type Spoil = fn(&mut Facts);
+
+const LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 2, 2, 2, 2);
+
+/// A gateway on which all is well, without a worker.
+fn well() -> Facts {
+    let link = |index, kind, mtu| LinkFacts {
+        index,
+        kind,
+        up: true,
+        mtu,
+        addresses: [LOCAL].into(),
+        has_ipv4: false,
+        rp_filter: 1,
+    };
+    let vxlan = VxlanAttributes { id: 99, port: 8472, local: Some(LOCAL.into()), under: Some(1) };
+    let device = WireguardDevice { public_key: Some(key(1)), port: 51820 };
+    let wireguard =
+        WireguardFacts { link: link(1, LinkKind::Wireguard, 1420), is_userspace: false, device: Ok(Some(device)) };
+    Facts {
+        config_warnings: Vec::new(),
+        is_setup_named: true,
+        has_net_admin: true,
+        wireguard: WireguardSource { kernel: true, userspace: false },
+        domains: vec![DomainFacts {
+            domain: domain(),
+            setup: Setup { key_file: "/k".into(), listen_port: 51820, vxlan_id: 99, vxlan_port: 8472 },
+            wireguard: Ok(Some(wireguard)),
+            vxlan: Ok(Some(link(2, LinkKind::Vxlan(vxlan), 1350))),
+            port_owner: PortOwner::Kernel,
+        }],
+        managers: Managers { networkd_keeps_foreign: true, ..Managers::default() },
+        clock: ClockFacts { server: None, is_synchronised: Some(true) },
+        worker: "gw01".into(),
+        running: None,
+        state: StateFacts { dir: "/state".into(), user: "root".into(), access: Access::Granted, holder: Ok(None) },
+        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted }],
+        mqtt: MqttFacts {
+            server: "mqtt:1883".into(),
+            outcome: Ok(BusFacts { echo: Echo::Came, online: Some(false), ..BusFacts::default() }),
+        },
+    }
+}
+
+fn running() -> RunningWorker {
+    RunningWorker { name: "gw01".into(), pid: 7, is_connected: true, keeps_state: true, lists_damaged: Vec::new() }
+}
+
+fn wg(facts: &mut Facts) -> &mut WireguardFacts {
+    facts.domains[0].wireguard.as_mut().unwrap().as_mut().unwrap()
+}
+
+fn vx(facts: &mut Facts) -> &mut LinkFacts {
+    facts.domains[0].vxlan.as_mut().unwrap().as_mut().unwrap()
+}
+
+fn attributes(facts: &mut Facts) -> &mut VxlanAttributes {
+    let LinkKind::Vxlan(attributes) = &mut vx(facts).kind else { panic!("it is a VXLAN") };
+    attributes
+}
+
+fn bus(facts: &mut Facts) -> &mut BusFacts {
+    facts.mqtt.outcome.as_mut().unwrap()
+}
+
+fn process(name: &str) -> PortOwner {
+    PortOwner::Process { pid: 7, name: name.into() }
+}
+
+fn no_mqtt(facts: &mut Facts, fault: Fault) {
+    facts.mqtt.outcome = Err(Failure { fault, cause: "the cause".into() });
+}
+
+/// Each spoiled thing makes one finding, at this level, with these words of what was found and what to do.
+fn each_is_found(table: &[(Level, Spoil, &str, &str)]) {
+    for (level, spoil, found, advice) in table {
+        let mut facts = well();
+        spoil(&mut facts);
+        let findings = findings(&facts);
+        let troubles: Vec<_> = findings.iter().filter(|finding| finding.level != Level::Ok).collect();
+        assert_eq!(troubles.len(), 1, "{found}: {troubles:?}");
+        let line = format!("{}: {}", troubles[0].subject, troubles[0].found);
+        assert_eq!(troubles[0].level, *level, "{line}");
+        assert!(line.contains(found), "{found} is not in {line}");
+        let said = troubles[0].advice.as_deref().unwrap_or_default();
+        assert!(said.contains(advice), "{advice} is not in {said}");
+    }
+}
+
+#[test]
+fn a_gateway_on_which_all_is_well_has_only_ok_lines() {
+    for running in [None, Some(running())] {
+        let mut facts = well();
+        if running.is_some() {
+            facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+            bus(&mut facts).online = Some(true);
+            bus(&mut facts).published_keys = [("ffmuc_welt".to_owned(), key(1))].into();
+        }
+        facts.running = running;
+        let findings = findings(&facts);
+        assert!(worst(&findings) == Level::Ok && findings.len() > 15, "{findings:?}");
+    }
+}
+
+#[test]
+fn each_trouble_of_interfaces_is_named_with_what_to_do() {
+    each_is_found(&[
+        (Level::Fail, |facts| facts.domains[0].vxlan = Ok(None), "vx-welt: it is missing", "wgkex-worker setup"),
+        (Level::Fail, |facts| wg(facts).link.up = false, "wg-welt: it is down", "ip link set wg-welt up"),
+        (Level::Fail, |facts| vx(facts).up = false, "vx-welt: it is down", "ip link set vx-welt up"),
+        (Level::Fail, |facts| wg(facts).device = Err("no".into()), "wg-welt: WireGuard does not answer: no", "as root"),
+        (
+            Level::Fail,
+            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: None, port: 51820 })),
+            "wg-welt: it has no private key",
+            "setup",
+        ),
+        (
+            Level::Fail,
+            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 })),
+            "wg-welt: it has no UDP port",
+            "setup",
+        ),
+        (
+            Level::Fail,
+            |facts| {
+                wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
+                facts.domains[0].port_owner = process("openvpn");
+            },
+            "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
+            "wg set wg-welt listen-port 51820",
+        ),
+        (
+            Level::Warn,
+            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
+            "its UDP port is 40011, and 51820 in the config",
+            "routers are told 40011",
+        ),
+        (
+            Level::Fail,
+            |facts| facts.domains[0].port_owner = process("openvpn"),
+            "its UDP port 51820 is taken by process 7 (openvpn)",
+            "end that",
+        ),
+        (
+            Level::Fail,
+            |facts| facts.domains[0].port_owner = PortOwner::Nobody,
+            "nobody listens on its UDP port 51820",
+            "wg set wg-welt listen-port 51820",
+        ),
+    ]);
+}
+
+#[test]
+fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
+    each_is_found(&[
+        (
+            Level::Fail,
+            |facts| attributes(facts).id = 7,
+            "vx-welt: its VXLAN id is 7, and 99 in the config",
+            "setup.vxlan_id",
+        ),
+        (
+            Level::Fail,
+            |facts| attributes(facts).port = 1,
+            "its VXLAN port is 1, and 8472 in the config",
+            "setup.vxlan_port",
+        ),
+        (
+            Level::Fail,
+            |facts| attributes(facts).local = None,
+            "vx-welt: it has no local address",
+            "ip link del vx-welt",
+        ),
+        (
+            Level::Fail,
+            |facts| attributes(facts).local = Some(Ipv6Addr::LOCALHOST.into()),
+            "its local address ::1 is not one of wg-welt",
+            "ip link del vx-welt",
+        ),
+        (Level::Fail, |facts| attributes(facts).under = Some(9), "the device under it is not wg-welt", "ip link del"),
+        (
+            Level::Fail,
+            |facts| vx(facts).mtu = 1400,
+            "vx-welt: its MTU 1400 is too large",
+            "ip link set vx-welt mtu 1350",
+        ),
+        (
+            Level::Fail,
+            |facts| vx(facts).mtu = 1279,
+            "vx-welt: its MTU 1279 is too small",
+            "ip link set vx-welt mtu 1350",
+        ),
+        (Level::Fail, |facts| wg(facts).link.mtu = 1349, "the MTU 1349 of wg-welt is too small", "at least 1350"),
+        (
+            Level::Fail,
+            |facts| wg(facts).link.kind = LinkKind::Other("dummy".into()),
+            "wg-welt: it is of kind dummy, and not a WireGuard interface",
+            "ip link del wg-welt",
+        ),
+        (
+            Level::Fail,
+            |facts| wg(facts).link.kind = LinkKind::Tun,
+            "it is a TUN device without a WireGuard behind it",
+            "ip link del wg-welt",
+        ),
+        (
+            Level::Fail,
+            |facts| vx(facts).kind = LinkKind::Physical,
+            "a device of no kind, and not a VXLAN",
+            "ip link del",
+        ),
+        (
+            Level::Warn,
+            |facts| vx(facts).has_ipv4 = true,
+            "vx-welt: it has an IPv4 address, and rp_filter is strict",
+            "to 2",
+        ),
+    ]);
+    let mut loose = well();
+    (vx(&mut loose).has_ipv4, vx(&mut loose).rp_filter) = (true, 2);
+    assert_eq!(worst(&findings(&loose)), Level::Ok);
+}
+
+#[test]
+fn a_missing_wireguard_interface_is_told_together_with_who_has_its_port() {
+    let mut facts = well();
+    facts.domains[0].wireguard = Ok(None);
+    facts.domains[0].port_owner = PortOwner::Nobody;
+    let missing = |facts: &Facts| {
+        let findings = findings(facts);
+        findings
+            .iter()
+            .filter(|finding| finding.level == Level::Fail)
+            .map(|finding| finding.found.clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(missing(&facts), ["it is missing"]);
+    facts.domains[0].port_owner = process("openvpn");
+    assert_eq!(missing(&facts)[1], "UDP port 51820, which it is to have, is taken by process 7 (openvpn)");
+}
+
+#[test]
+fn a_userspace_wireguard_is_as_good_as_the_kernels() {
+    let mut facts = well();
+    facts.wireguard = WireguardSource { kernel: false, userspace: true };
+    (wg(&mut facts).link.kind, wg(&mut facts).is_userspace) = (LinkKind::Tun, true);
+    facts.domains[0].port_owner = process("wireguard-go");
+    assert_eq!(worst(&findings(&facts)), Level::Ok);
+}
+
+/// Interfaces that other programs made need no section `setup`, whose defaults then say nothing.
+#[test]
+fn defaults_of_setup_are_no_demands() {
+    let mut facts = well();
+    facts.is_setup_named = false;
+    attributes(&mut facts).id = 7;
+    wg(&mut facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 }));
+    assert_eq!(worst(&findings(&facts)), Level::Warn);
+}
+
+#[test]
+fn each_trouble_of_the_machine_is_named_with_what_to_do() {
+    each_is_found(&[
+        (Level::Fail, |facts| facts.has_net_admin = false, "privileges: CAP_NET_ADMIN is missing", "as root"),
+        (Level::Fail, |facts| facts.wireguard.kernel = false, "there is no wireguard-go", "apt-get install"),
+        (
+            Level::Fail,
+            |facts| {
+                facts.managers.networkd_runs = true;
+                facts.managers.networkd_files = [("wg-welt".to_owned(), "/etc/a.network".into())].into();
+            },
+            "wg-welt: systemd-networkd manages it, too, by /etc/a.network",
+            "Unmanaged=yes",
+        ),
+        (
+            Level::Warn,
+            |facts| facts.managers.networkd_files = [("wg-welt".to_owned(), "/etc/a.network".into())].into(),
+            "systemd-networkd manages it",
+            "[Match]",
+        ),
+        (
+            Level::Warn,
+            |facts| (facts.managers.networkd_runs, facts.managers.networkd_keeps_foreign) = (true, false),
+            "managers: systemd-networkd runs, and removes routes",
+            "ManageForeignRoutes=no",
+        ),
+        (
+            Level::Fail,
+            |facts| {
+                facts.managers.wg_quick =
+                    vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: true }];
+            },
+            "wg-welt: wg-quick manages it, too (/f)",
+            "systemctl disable --now wg-quick@wg-welt",
+        ),
+        (
+            Level::Warn,
+            |facts| {
+                facts.managers.wg_quick =
+                    vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: false }];
+            },
+            "there is a config of wg-quick for it (/f)",
+            "move it away",
+        ),
+        (
+            Level::Warn,
+            |facts| {
+                facts.managers.network_manager_runs = true;
+                facts.managers.network_manager_manages = ["vx-welt".to_owned()].into();
+            },
+            "vx-welt: NetworkManager runs",
+            "unmanaged-devices",
+        ),
+    ]);
+}
+
+#[test]
+fn the_clock_is_compared_where_it_can_be() {
+    let server = |seconds| Some(Ok(Duration::from_secs(seconds)));
+    for (server, is_synchronised, level) in [
+        (None, Some(true), Level::Ok),
+        (None, Some(false), Level::Warn),
+        (None, None, Level::Warn),
+        (server(5), None, Level::Ok),
+        (server(5), Some(true), Level::Ok),
+        (server(5), Some(false), Level::Warn),
+        (server(6), Some(true), Level::Warn),
+        (server(3599), Some(true), Level::Warn),
+        (server(3600), Some(true), Level::Fail),
+        (Some(Err("refused".into())), Some(true), Level::Warn),
+    ] {
+        let facts = Facts { clock: ClockFacts { server, is_synchronised }, ..well() };
+        assert_eq!(worst(&findings(&facts)), level, "{:?}", facts.clock);
+    }
+}
+
+#[test]
+fn each_trouble_of_files_is_named_with_what_to_do() {
+    each_is_found(&[
+        (
+            Level::Fail,
+            |facts| facts.state.access = Access::Denied("it is read-only".into()),
+            "state: root cannot write to /state: it is read-only",
+            "install -d -m 700 -o root /state",
+        ),
+        (
+            Level::Warn,
+            |facts| facts.state.access = Access::OnlyFor("wgkex".into()),
+            "/state is writable for wgkex and not for root",
+            "start the worker as wgkex",
+        ),
+        (
+            Level::Warn,
+            |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: Some("wgkex-worker".into()) })),
+            "process 8 (wgkex-worker) has the state file, and no worker answers",
+            "log",
+        ),
+        (
+            Level::Fail,
+            |facts| {
+                facts.running = Some(running());
+                bus(facts).online = Some(true);
+                facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None }));
+            },
+            "two workers on one machine",
+            "end one",
+        ),
+        (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
+        (
+            Level::Fail,
+            |facts| facts.lists[0].access = Access::Creatable,
+            "blacklist_file: /list is missing",
+            "write it",
+        ),
+        (
+            Level::Fail,
+            |facts| facts.lists[0].access = Access::Denied("mode 600".into()),
+            "root cannot read /list: mode 600",
+            "chmod",
+        ),
+        (
+            Level::Fail,
+            |facts| {
+                facts.running = Some(RunningWorker { lists_damaged: vec!["blacklist_file".into()], ..running() });
+                bus(facts).online = Some(true);
+            },
+            "/list is damaged",
+            "log",
+        ),
+    ]);
+}
+
+#[test]
+fn each_trouble_of_mqtt_is_named_with_what_to_do() {
+    each_is_found(&[
+        (Level::Fail, |facts| no_mqtt(facts, Fault::Password), "MQTT: mqtt:1883: the cause", "mqtt.password"),
+        (Level::Fail, |facts| no_mqtt(facts, Fault::ClientId), "the cause", "host name"),
+        (Level::Fail, |facts| no_mqtt(facts, Fault::Tls), "the cause", "mqtt.ca_file"),
+        (Level::Fail, |facts| no_mqtt(facts, Fault::NoTls), "the cause", "mqtt.tls to true"),
+        (Level::Fail, |facts| no_mqtt(facts, Fault::Server), "the cause", "start the MQTT server"),
+        (
+            Level::Fail,
+            |facts| bus(facts).refused = vec!["wireguard/x/+".into()],
+            "subscribe to wireguard/x/+",
+            "mqtt-acl",
+        ),
+        (Level::Warn, |facts| bus(facts).refused_optional = vec!["a/b".into()], "subscribe to a/b", "mqtt-acl"),
+        (Level::Warn, |facts| bus(facts).echo = Echo::Lost, "does not come back", "mqtt-acl"),
+        (Level::Warn, |facts| bus(facts).echo = Echo::Closed, "ends the connection", "mqtt-acl"),
+        (
+            Level::Fail,
+            |facts| bus(facts).online = Some(true),
+            "a worker gw01 is online, and none runs here",
+            "host name",
+        ),
+        (
+            Level::Fail,
+            |facts| {
+                facts.running = Some(running());
+                bus(facts).online = Some(true);
+                bus(facts).published_keys = [("ffmuc_welt".to_owned(), key(2))].into();
+            },
+            "publishes as gw01 in ffmuc_welt",
+            "host name",
+        ),
+        (
+            Level::Warn,
+            |facts| facts.running = Some(running()),
+            "nothing is retained that shows worker gw01 online",
+            "again",
+        ),
+    ]);
+}
+
+#[test]
+fn the_report_has_a_line_for_each_and_no_key() {
+    let mut facts = well();
+    attributes(&mut facts).id = 7;
+    let findings = findings(&facts);
+    let text = report(&findings, Style::Plain);
+    assert!(text.contains("\nfail vx-welt: its VXLAN id is 7, and 99 in the config; make it anew"), "{text}");
+    assert!(text.contains("\nok   config: it is valid\n") || text.starts_with("ok   config: it is valid\n"), "{text}");
+    assert!(text.ends_with(&format!("checks: {}, warnings: 0, failures: 1\n", findings.len())), "{text}");
+    let own: PublicKey = key(1);
+    assert!(!text.contains(&own.to_string()));
+}

@@ -1,0 +1,148 @@
+//! What a worker would do about a domain's tables as they are, without doing it: the same state, the same plans.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use wgkex_common::access_lists::Admission;
+use wgkex_common::storage::key_store::KeyRecord;
+use wgkex_common::{Domain, PublicKey, Reserved};
+use wgkex_kernel::{Change, Device, host};
+
+use super::{DomainReconciler, KeyOutcomes};
+use crate::peers::{Clocks, ORPHANED, Policy};
+use crate::plan::{self, Step};
+use crate::profiles::Profile;
+
+/// Why something of the tables would change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// A list excludes the key.
+    Denied,
+    /// The peer is stale: it goes at the next sweep.
+    Stale,
+    /// The peer makes room for others, or its address is another key's.
+    InTheWay,
+    /// The peer is silent for so long that its endpoint is forgotten.
+    Silent,
+    /// The route or flood entry has no peer.
+    Orphaned,
+    /// The key is to be here, and is not, or not whole.
+    Missing,
+}
+
+/// Changes that belong together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Planned {
+    /// Why.
+    pub reason: Reason,
+    /// What, in this order.
+    pub changes: Vec<Change>,
+}
+
+/// What decides about the changes, the tables apart.
+pub struct PreviewParts<'a> {
+    /// The domain.
+    pub domain: &'a Domain,
+    /// What its keys are to be.
+    pub profile: Arc<dyn Profile>,
+    /// When peers are stale, and how many there may be.
+    pub policy: Policy,
+    /// What the state file has of the domain.
+    pub remembered: BTreeMap<PublicKey, KeyRecord>,
+    /// Which keys the lists admit.
+    pub admission: Arc<Admission>,
+    /// What is left alone.
+    pub reserved: &'a Reserved,
+}
+
+impl Reason {
+    /// In a few words.
+    #[must_use]
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Denied => "a list excludes the key",
+            Self::Stale => "stale: removed by the next sweep, unless it shakes hands before",
+            Self::InTheWay => "makes room, or its address is another key's",
+            Self::Silent => "forgets its endpoint (forget_idle_after)",
+            Self::Orphaned => "has no peer: removed after 30 s",
+            Self::Missing => "is missing",
+        }
+    }
+}
+
+/// What a worker would change in these tables now, in its order. A key that arrived within the grace is not stale; that of
+/// a peer which the state file does not know came longer ago.
+#[must_use]
+pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Planned> {
+    let PreviewParts { domain: name, profile, policy, remembered, admission, reserved } = parts;
+    let mut domain = DomainReconciler::new(name.clone(), profile, policy, now.monotonic);
+    for (key, record) in &remembered {
+        domain.remember(*key, *record);
+    }
+    domain.apply_admission(admission);
+    domain.on_read(device, reserved, now);
+    let mut planned = Vec::new();
+    let mut plan = |reason, steps: &[Step]| planned.extend(steps.iter().map(|step| Planned::of(reason, step)));
+
+    let denials = domain.all_denials(device);
+    domain.on_denials(&all_done(&denials));
+    plan(Reason::Denied, &denials);
+
+    let is_new = |key: &PublicKey| {
+        let last = remembered.get(key).map(|record| record.last);
+        last.is_some_and(|last| now.monotonic.saturating_duration_since(last) < policy.grace)
+    };
+    // The first read does not show when the keys came.
+    let mut stale = domain.peers.stale_without_grace(now.monotonic);
+    stale.retain(|key| !is_new(key));
+    let removals = plan::remove(domain.peers.profile(), device, &stale);
+    domain.on_removed(&all_done(&removals));
+    plan(Reason::Stale, &removals);
+
+    domain.plan_evictions(device, now.monotonic);
+    let evictions: Vec<_> = std::mem::take(&mut domain.evictions.steps).into();
+    plan(Reason::InTheWay, &evictions);
+    plan(Reason::Silent, &domain.plan_renewals(device, now.monotonic));
+
+    let missing = domain.peers.pending_steps(device, reserved);
+    let mut orphaned = domain.peers.orphaned(device, now.monotonic + ORPHANED);
+    // By then these have their peers.
+    let claimed: BTreeSet<_> = missing.iter().flat_map(|step| step.peer.destinations()).collect();
+    orphaned.retain(|change| destination(change).is_none_or(|network| !claimed.contains(&network)));
+    planned.extend(orphaned.into_iter().map(|change| Planned { reason: Reason::Orphaned, changes: vec![change] }));
+    planned.extend(missing.iter().map(|step| Planned::of(Reason::Missing, step)));
+    planned
+}
+
+impl Planned {
+    fn of(reason: Reason, step: &Step) -> Self {
+        Self { reason, changes: plan::changes(std::slice::from_ref(step)) }
+    }
+}
+
+impl DomainReconciler {
+    /// The removals of all peers of keys that are not admitted, at once.
+    fn all_denials(&mut self, device: &Device) -> Vec<Step> {
+        let (admission, name) = (&self.admission, self.name.name());
+        if admission.removes_none() {
+            return Vec::new();
+        }
+        let peers = self.peers.remove_denied(|key| admission.must_remove(name, key));
+        let ours = peers.into_iter().filter_map(|(key, is_ours)| is_ours.then_some(key)).collect();
+        plan::remove_denied(self.peers.profile(), device, &ours, &BTreeSet::new())
+    }
+}
+
+/// Where a route or a flood entry leads.
+fn destination(change: &Change) -> Option<IpNet> {
+    match change {
+        Change::SetRoute(network) | Change::RemoveRoute(network) => Some(*network),
+        Change::AddFdb(address) | Change::RemoveFdb(address) => Some(host(*address)),
+        Change::SetPeer(_) | Change::RemovePeer(_) => None,
+    }
+}
+
+fn all_done(steps: &[Step]) -> KeyOutcomes {
+    steps.iter().map(|step| (step.key(), Ok(()))).collect()
+}
