@@ -1,13 +1,16 @@
 //! How often unknown keys may be requested, so that a flood of them costs next to nothing and keeps no others out. The
 //! token buckets are governor's. No IO; the clock is a parameter.
 
+use std::convert::Infallible;
 use std::hash::Hash;
+use std::sync::Arc;
 use std::time::Duration;
 
 use governor::clock::{Clock, MonotonicClock};
 use governor::middleware::NoOpMiddleware;
-use governor::state::keyed::HashMapStateStore;
-use governor::state::{InMemoryState, NotKeyed};
+use governor::nanos::Nanos;
+use governor::state::keyed::{HashMapStateStore, ShrinkableKeyedStateStore};
+use governor::state::{InMemoryState, NotKeyed, StateStore};
 use governor::{NotUntil, RateLimiter};
 use wgkex_common::{PublicKey, config};
 
@@ -38,7 +41,9 @@ pub struct Limited {
     pub seconds: u32,
 }
 
-type Keyed<K, C> = RateLimiter<K, HashMapStateStore<K>, C, Nothing<C>>;
+type Keyed<K, C> = RateLimiter<K, Buckets<HashMapStateStore<K>>, C, Nothing<C>>;
+type Global<C> = RateLimiter<NotKeyed, Buckets<InMemoryState>, C, Nothing<C>>;
+type SharedLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, Nothing<C>>;
 type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
 
 /// The limits, each with its buckets.
@@ -47,7 +52,68 @@ pub struct RateLimits<C: Clock = MonotonicClock> {
     keys: Option<Keyed<(String, PublicKey), C>>,
     clients: Option<Keyed<Bucket, C>>,
     domains: Option<Keyed<String, C>>,
-    global: Option<RateLimiter<NotKeyed, InMemoryState, C, Nothing<C>>>,
+    global: Option<Global<C>>,
+    /// The same buckets, from which nothing is taken.
+    untaken: Untaken<C>,
+}
+
+/// Limits by the buckets of others.
+struct Untaken<C: Clock> {
+    keys: Option<Keyed<(String, PublicKey), C>>,
+    domains: Option<Keyed<String, C>>,
+    global: Option<Global<C>>,
+}
+
+/// Buckets that several limits share; of them `is_taken` says which take from them.
+struct Buckets<S> {
+    store: Arc<S>,
+    is_taken: bool,
+}
+
+impl<S> Buckets<S> {
+    /// The buckets in `store`, once to take from and once to look into.
+    fn twice(store: S) -> [Self; 2] {
+        let store = Arc::new(store);
+        [true, false].map(|is_taken| Self { store: Arc::clone(&store), is_taken })
+    }
+}
+
+impl<S: StateStore> StateStore for Buckets<S> {
+    type Key = S::Key;
+
+    fn measure_and_replace<T, F, E>(&self, key: &S::Key, measure: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        if self.is_taken {
+            return self.store.measure_and_replace(key, measure);
+        }
+        // What is an error to the store leaves the bucket as it is.
+        let looked: Result<Infallible, _> =
+            self.store.measure_and_replace(key, |bucket| Err(measure(bucket).map(|(found, _)| found)));
+        match looked {
+            Ok(never) => match never {},
+            Err(found) => found,
+        }
+    }
+}
+
+impl<K: Hash + Eq + Clone, S: ShrinkableKeyedStateStore<K>> ShrinkableKeyedStateStore<K> for Buckets<S> {
+    fn retain_recent(&self, drop_below: Nanos) {
+        self.store.retain_recent(drop_below);
+    }
+
+    fn shrink_to_fit(&self) {
+        self.store.shrink_to_fit();
+    }
+
+    fn len(&self) -> usize {
+        self.store.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.store.is_empty()
+    }
 }
 
 /// The bucket of one client, or that of all for which there is none.
@@ -61,12 +127,28 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// The limits with full buckets.
     #[must_use]
     pub fn new(config: config::Limits, clock: C) -> Self {
-        Self {
-            keys: config.per_key.map(|quota| keyed(quota, &clock)),
-            clients: config.per_client.map(|quota| keyed(quota, &clock)),
-            domains: config.per_domain.map(|quota| keyed(quota, &clock)),
-            global: config.global.map(|quota| RateLimiter::direct_with_clock(rate(quota), clock.clone())),
-            clock,
+        let (keys, untaken_keys) = both(config.per_key, HashMapStateStore::default, &clock);
+        let (clients, _) = both(config.per_client, HashMapStateStore::default, &clock);
+        let (domains, untaken_domains) = both(config.per_domain, HashMapStateStore::default, &clock);
+        let (global, untaken_global) = both(config.global, InMemoryState::default, &clock);
+        let untaken = Untaken { keys: untaken_keys, domains: untaken_domains, global: untaken_global };
+        Self { keys, clients, domains, global, untaken, clock }
+    }
+
+    /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
+    pub fn look(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
+        let Untaken { keys, domains, global } = &self.untaken;
+        if let Some(domains) = domains {
+            self.limited(Limit::Domain, domains.check_key(&domain.to_owned()))?;
+        }
+        if let Some(global) = global {
+            self.limited(Limit::Global, global.check())?;
+        }
+        match keys {
+            Some(keys) if keys.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key)))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -117,8 +199,15 @@ impl<C: Clock + Clone> RateLimits<C> {
     }
 }
 
-fn keyed<K: Hash + Eq + Clone, C: Clock + Clone>(quota: config::Quota, clock: &C) -> Keyed<K, C> {
-    RateLimiter::new(rate(quota), HashMapStateStore::default(), clock.clone())
+/// A limit, and one that looks into its buckets; none without a quota.
+fn both<S: StateStore, C: Clock + Clone>(
+    quota: Option<config::Quota>,
+    store: impl FnOnce() -> S,
+    clock: &C,
+) -> (Option<SharedLimiter<S, C>>, Option<SharedLimiter<S, C>>) {
+    let Some(quota) = quota else { return (None, None) };
+    let [taken, untaken] = Buckets::twice(store()).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
+    (Some(taken), Some(untaken))
 }
 
 fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
@@ -205,6 +294,34 @@ mod tests {
         let (limits, _) = limits(config::Limits { global: two, ..NONE });
         let results = [1, 2, 3].map(|n| limits.check(&key(n), || client(n), "a"));
         assert_eq!(results, [Ok(()), Ok(()), limited(Limit::Global, 3)]);
+    }
+
+    #[test]
+    fn a_look_says_what_a_request_would_hear_and_takes_nothing() {
+        let two = quota(2, 0.5);
+        let cases = [
+            (config::Limits { per_key: two, ..NONE }, Limit::Key),
+            (config::Limits { per_domain: two, ..NONE }, Limit::Domain),
+            (config::Limits { global: two, ..NONE }, Limit::Global),
+        ];
+        for (config, limit) in cases {
+            let (limits, clock) = limits(config);
+            for _ in 0..2 {
+                for _ in 0..10 {
+                    assert_eq!(limits.look(&key(0), "a"), Ok(()));
+                }
+                assert_eq!(limits.check(&key(0), || client(0), "a"), Ok(()), "looking took something");
+            }
+            assert_eq!(limits.look(&key(0), "a"), limited(limit, 2));
+            assert_eq!(limits.look(&key(0), "a"), limits.check(&key(0), || client(0), "a"));
+            clock.advance(SECOND * 2);
+            assert_eq!(limits.look(&key(0), "a"), Ok(()));
+        }
+        let (limits, clock) = limits(config::Limits { per_key: two, ..NONE });
+        assert_eq!(limits.look(&key(0), "a"), Ok(()));
+        clock.advance(SECOND * 10);
+        limits.evict_idle();
+        assert!(limits.keys.as_ref().unwrap().is_empty(), "nothing is left of a look");
     }
 
     #[test]
