@@ -4,6 +4,7 @@
 
 pub mod admin_client;
 mod http_client;
+mod key_reports;
 pub mod mqtt_acl;
 pub mod status;
 mod table;

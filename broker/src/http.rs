@@ -9,6 +9,7 @@
 pub mod admin;
 mod body;
 mod key_exchange;
+pub mod key_reports;
 pub mod listen;
 mod metrics;
 mod refused_domains;

@@ -254,7 +254,7 @@ impl Broker {
     fn admin(&self, token_hash: Secret) -> Admin {
         Admin {
             lists: self.lists.clone(),
-            gateways: self.exchange.gateways.clone(),
+            exchange: self.exchange.clone(),
             revocations: self.revocations.clone(),
             bus: self.keys.clone(),
             domains: self.config.domains.clone(),

@@ -15,6 +15,8 @@ use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::key_reports;
+use crate::cli::table::Colours;
 use crate::fleet::revocation;
 use crate::http::admin::token_hash;
 
@@ -81,6 +83,31 @@ pub enum AdminCommand {
         /// Only keys with this in their name or reason, or that begin with it
         #[arg(long, value_name = "TEXT")]
         name: Option<String>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
+    /// Shows where a key is: its domains, which gateways have it, its last handshake, and the lists that have it
+    Where {
+        /// The WireGuard public key
+        key: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
+    /// Explains which gateway a router with this key would get and why, or why it would be refused; changes nothing
+    Explain {
+        /// The WireGuard public key
+        key: String,
+        /// In this domain; else in those where the key is known, or in all
+        #[arg(long)]
+        domain: Option<String>,
         /// As JSON
         #[arg(long)]
         json: bool,
@@ -161,8 +188,19 @@ impl AdminCommand {
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
                 let answer =
-                    call.make(file, "GET", &keys_path(&[("list", list), ("domain", domain), ("q", name)]), None)?;
+                    call.make(file, Call::get(&path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)])))?;
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
+            }
+            Self::Where { key, json, call } => {
+                let answer = call.make(file, Call::get(&path("/v1/where", &[("key", Some(key))])))?;
+                let text = |answer| Ok(key_reports::found(&serde_json::from_value(answer)?));
+                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
+            }
+            Self::Explain { key, domain, json, call } => {
+                let answer =
+                    call.make(file, Call::get(&path("/v1/explain", &[("key", Some(key)), ("domain", domain)])))?;
+                let text = |answer| Ok(key_reports::explained(&serde_json::from_value(answer)?, Colours::of_stdout()));
+                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
             }
         }
     }
@@ -187,20 +225,23 @@ impl ConnectionArgs {
         path: &str,
         body: &Value,
     ) -> anyhow::Result<(String, ExitCode)> {
-        let answer = self.make(file, method, path, Some(body))?;
+        let answer = self.make(file, Call { method, path, body: Some(body) })?;
+        if let Some(warning) = answer["warning"].as_str() {
+            let _ = writeln!(io::stderr(), "warning: {warning}");
+        }
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
         Ok((outcome(&answer), code))
     }
 
     /// Asks the broker on this machine.
-    fn make(&self, file: Option<&Path>, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+    fn make(&self, file: Option<&Path>, call: Call<'_>) -> anyhow::Result<Value> {
         let config = Config::load(file)?;
         if config.admin_token_hash.is_none() {
             bail!(
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
             );
         }
-        BrokerClient::for_admin(&config, self.token()?, TIMEOUT).send(Call { method, path, body })
+        BrokerClient::for_admin(&config, self.token()?, TIMEOUT).send(call)
     }
 
     fn token(&self) -> anyhow::Result<String> {
@@ -224,9 +265,13 @@ impl ConnectionArgs {
     }
 }
 
-/// The path that asks for these entries.
-fn keys_path(parameters: &[(&str, Option<String>)]) -> String {
-    let mut path = "/v1/keys?".to_owned();
+fn of_this_version(answer: Value, text: impl FnOnce(Value) -> anyhow::Result<String>) -> anyhow::Result<String> {
+    text(answer).context("the broker's answer is of another version")
+}
+
+/// The path with these parameters.
+fn path(path: &str, parameters: &[(&str, Option<String>)]) -> String {
+    let mut path = format!("{path}?");
     for (name, value) in parameters {
         if let Some(value) = value {
             let _ = write!(path, "{name}={}&", utf8_percent_encode(value, NON_ALPHANUMERIC));
@@ -345,7 +390,7 @@ mod tests {
 
     #[test]
     fn a_query_survives_the_path() {
-        let path = keys_path(&[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
+        let path = path("/v1/keys", &[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
         assert_eq!(path, "/v1/keys?list=deny&q=%C3%A4%20b%2F%2B%26&");
     }
 
