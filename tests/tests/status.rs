@@ -1,5 +1,7 @@
 //! What operators see of a broker and its fleet: the commands, the page and its JSON, the log, and admin calls that look.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by it")]
+
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Output, Stdio};
@@ -52,7 +54,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
     for part in [
         &address,
         "ready",
-        "ffx_b    gw1",
+        "ffx_b   gw1",
         "online",
         "0.1.0",
         "ffx_a 7, ffx_b 7",
@@ -60,7 +62,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
     ] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
-    assert!(!text.contains("\x1b"), "no colour where there is no terminal: {text}");
+    assert!(!text.contains('\x1b'), "no colour where there is no terminal: {text}");
     let json = run(&stack, &["status", "--json"]);
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!((&json["ready"], &json["domains"][1]), (&json!(true), &json!({ "name": "ffx_b", "gateways": ["gw1"] })));
@@ -79,11 +81,14 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
 
     // The domain goes, then the gateway, then the broker.
     worker.probe.say(peers_of("gw1", "ffx_b", "-1"));
-    wait_for_kinds(&stack, &["domain_without_gateway"]);
+    wait_for_kinds(&stack, &["domain_without_gateway", "domain_down"]);
     let shown = run(&stack, &["status"]);
     let text = printed(&shown);
     assert_eq!(shown.status.code(), Some(3), "{text}");
-    assert!(text.contains("! domain ffx_b: no gateway is online") && text.contains("ffx_b offline (-1) for"), "{text}");
+    assert!(
+        text.contains("! domain ffx_b: no gateway is online") && text.contains("ffx_b interface missing (-1) for"),
+        "{text}"
+    );
     worker.probe.say_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
     stack.wait_for_gateways(0);
     let gateways = run(&stack, &["gateways"]);
@@ -206,8 +211,8 @@ fn a_refused_domain_is_logged_once_by_its_name_and_nothing_else_of_it() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let mut http = stack.connect();
     let router = key(1);
-    let (long, tricky) = ("x".repeat(300), "ff\\n\\u001b[31m");
-    for domain in ["ffx_renamed", "ffx_renamed", router.as_str(), &long, tricky] {
+    let (endless, tricky) = ("x".repeat(300), "ff\\n\\u001b[31m");
+    for domain in ["ffx_renamed", "ffx_renamed", router.as_str(), &endless, tricky] {
         for _ in 0..3 {
             assert_eq!(http.post(V2, &ask(domain, &router)).status, 400);
         }

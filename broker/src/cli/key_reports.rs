@@ -131,11 +131,11 @@ fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
         let tone = if is_chosen { Tone::Good } else { Tone::Plain };
         [
             Cell::text(&each.name).toned(tone),
-            Cell::number(format!("{:.1}%", each.share * 100.0)),
-            Cell::number(each.connected),
-            Cell::number(each.assigned),
-            Cell::number(format!("{:.1}", each.target)),
-            Cell::number(format!("{:+.1}", each.distance)),
+            Cell::number(&format!("{:.1}%", each.share * 100.0)),
+            Cell::number(&each.connected),
+            Cell::number(&each.assigned),
+            Cell::number(&format!("{:.1}", each.target)),
+            Cell::number(&format!("{:+.1}", each.distance)),
             Cell::text(&note).toned(tone),
         ]
     };

@@ -14,7 +14,7 @@ use wgkex_common::Config;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, Tone, table};
-use crate::fleet::status::{DomainStatus, GatewayDomain, GatewayStatus, ProblemKind, age, printable};
+use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
 
 /// The exit code when the broker was reached, and something is wrong.
@@ -26,7 +26,7 @@ const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// The exit codes, for the help.
 pub const EXIT_CODES: &str = "Exit codes: 0 all is well, 1 the broker cannot be reached, 3 something is wrong: it is not ready, a domain \
-     has no gateway, a gateway that the config names is offline, a list cannot be read, state is not kept. Needs no token: it \
+     has no gateway, a gateway that the config names is offline, an interface is missing, a list cannot be read, state is not kept. Needs no token: it \
      shows what the page / on broker_listen shows.";
 
 /// The command `status`.
@@ -244,31 +244,24 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
     }
     let row = |gateway: &GatewayStatus| {
         let (state, tone) = if gateway.online { ("online", Tone::Good) } else { ("offline", Tone::Bad) };
-        let domains: Vec<_> = gateway.domains.iter().map(domain).collect();
+        let domains: Vec<_> =
+            gateway.domains.iter().map(|domain| format!("{} {}", domain.domain, domain.note(gateway.online))).collect();
         let offline = gateway.offline.as_ref().map(ToString::to_string);
         let notes = offline.into_iter().chain([domains.join(", ")]).filter(|note| !note.is_empty());
         [
             Cell::text(&gateway.name),
             Cell::text(state).toned(tone),
             Cell::text(gateway.version.as_deref().unwrap_or("unknown")),
-            Cell::number(gateway.connected),
-            Cell::number(gateway.assigned),
-            Cell::number(format!("{:.1}%", gateway.share * 100.0)),
-            Cell::number(format!("{:.1}", gateway.target)),
+            Cell::number(&gateway.connected),
+            Cell::number(&gateway.assigned),
+            Cell::number(&format!("{:.1}%", gateway.share * 100.0)),
+            Cell::number(&format!("{:.1}", gateway.target)),
             Cell::text(&notes.collect::<Vec<_>>().join("; ")),
         ]
     };
     let rows: Vec<_> = gateways.iter().map(row).collect();
     let head = ["GATEWAY", "STATE", "VERSION", "CONNECTED", "ASSIGNED", "SHARE", "TARGET", "DOMAINS"];
     table(head, &rows, colours)
-}
-
-fn domain(GatewayDomain { domain, state, connected, .. }: &GatewayDomain) -> String {
-    use crate::fleet::status::DomainState::{Down, NotCounted, Up};
-    match state {
-        Up => format!("{domain} {connected}"),
-        NotCounted | Down(_) => format!("{domain} {state}"),
-    }
 }
 
 #[cfg(test)]
@@ -322,7 +315,7 @@ mod tests {
             \n\
             GATEWAY  STATE    VERSION  CONNECTED  ASSIGNED  SHARE  TARGET  DOMAINS\n\
             gw1      online   9.9              7         2  66.7%     6.0  ff_a 7\n\
-            gw3      offline  unknown          0         0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline (-1) for 90 s\n\
+            gw3      offline  unknown          0         0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
             \n\
             keys accepted 41, refused 3: domain 3\n\
             live keys 7, 3 of them have had a handshake\n\

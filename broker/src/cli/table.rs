@@ -57,7 +57,7 @@ impl Cell {
 
     /// A number, or something else that stands to the right.
     #[must_use]
-    pub fn number(number: impl ToString) -> Self {
+    pub fn number(number: &impl ToString) -> Self {
         Self { is_number: true, ..Self::text(&number.to_string()) }
     }
 
@@ -97,8 +97,8 @@ mod tests {
     #[test]
     fn columns_are_aligned_whatever_their_colour() {
         let rows = [
-            [Cell::text("gw1"), Cell::number(7), Cell::text("online").toned(Tone::Good)],
-            [Cell::text("gateway2"), Cell::number(1234), Cell::text("")],
+            [Cell::text("gw1"), Cell::number(&7), Cell::text("online").toned(Tone::Good)],
+            [Cell::text("gateway2"), Cell::number(&1234), Cell::text("")],
         ];
         let expected = "NAME      COUNT  STATE\n\
                         gw1           7  online\n\

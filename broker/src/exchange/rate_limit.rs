@@ -10,7 +10,7 @@ use governor::clock::{Clock, MonotonicClock};
 use governor::middleware::NoOpMiddleware;
 use governor::nanos::Nanos;
 use governor::state::keyed::{HashMapStateStore, ShrinkableKeyedStateStore};
-use governor::state::{InMemoryState, NotKeyed, StateStore};
+use governor::state::{InMemoryState, StateStore};
 use governor::{NotUntil, RateLimiter};
 use wgkex_common::{PublicKey, config};
 
@@ -41,10 +41,8 @@ pub struct Limited {
     pub seconds: u32,
 }
 
-type Keyed<K, C> = RateLimiter<K, Buckets<HashMapStateStore<K>>, C, Nothing<C>>;
-type Global<C> = RateLimiter<NotKeyed, Buckets<InMemoryState>, C, Nothing<C>>;
-type SharedLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, Nothing<C>>;
-type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
+type Keyed<K, C> = Limiter<HashMapStateStore<K>, C>;
+type BucketLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, NoOpMiddleware<<C as Clock>::Instant>>;
 
 /// The limits, each with its buckets.
 pub struct RateLimits<C: Clock = MonotonicClock> {
@@ -52,16 +50,15 @@ pub struct RateLimits<C: Clock = MonotonicClock> {
     keys: Option<Keyed<(String, PublicKey), C>>,
     clients: Option<Keyed<Bucket, C>>,
     domains: Option<Keyed<String, C>>,
-    global: Option<Global<C>>,
-    /// The same buckets, from which nothing is taken.
-    untaken: Untaken<C>,
+    global: Option<Limiter<InMemoryState, C>>,
 }
 
-/// Limits by the buckets of others.
-struct Untaken<C: Clock> {
-    keys: Option<Keyed<(String, PublicKey), C>>,
-    domains: Option<Keyed<String, C>>,
-    global: Option<Global<C>>,
+/// A limit by its buckets.
+struct Limiter<S: StateStore, C: Clock> {
+    /// Takes from them.
+    taking: BucketLimiter<S, C>,
+    /// Looks into them.
+    looking: BucketLimiter<S, C>,
 }
 
 /// Buckets that several limits share; of them `is_taken` says which take from them.
@@ -127,26 +124,26 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// The limits with full buckets.
     #[must_use]
     pub fn new(config: config::Limits, clock: C) -> Self {
-        let (keys, untaken_keys) = both(config.per_key, HashMapStateStore::default, &clock);
-        let (clients, _) = both(config.per_client, HashMapStateStore::default, &clock);
-        let (domains, untaken_domains) = both(config.per_domain, HashMapStateStore::default, &clock);
-        let (global, untaken_global) = both(config.global, InMemoryState::default, &clock);
-        let untaken = Untaken { keys: untaken_keys, domains: untaken_domains, global: untaken_global };
-        Self { keys, clients, domains, global, untaken, clock }
+        Self {
+            keys: config.per_key.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            clients: config.per_client.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            domains: config.per_domain.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            global: config.global.map(|quota| Limiter::new(quota, InMemoryState::default(), &clock)),
+            clock,
+        }
     }
 
     /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
     pub fn look(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
-        let Untaken { keys, domains, global } = &self.untaken;
-        if let Some(domains) = domains {
-            self.limited(Limit::Domain, domains.check_key(&domain.to_owned()))?;
+        if let Some(domains) = &self.domains {
+            self.limited(Limit::Domain, domains.looking.check_key(&domain.to_owned()))?;
         }
-        if let Some(global) = global {
-            self.limited(Limit::Global, global.check())?;
+        if let Some(global) = &self.global {
+            self.limited(Limit::Global, global.looking.check())?;
         }
-        match keys {
-            Some(keys) if keys.len() < MAX_BUCKETS => {
-                self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key)))
+        match &self.keys {
+            Some(keys) if keys.looking.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.looking.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -157,18 +154,18 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// only if a limit needs it: it parses headers.
     pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_room = clients.len() < MAX_BUCKETS;
+            let has_room = clients.taking.len() < MAX_BUCKETS;
             let client = client();
             let bucket = if has_room { Bucket::One(client) } else { Bucket::Overflow };
             if !client.is_this_machine() {
-                self.limited(Limit::Client, clients.check_key(&bucket))?;
+                self.limited(Limit::Client, clients.taking.check_key(&bucket))?;
             }
         }
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.check_key(&domain.to_owned()))?;
+            self.limited(Limit::Domain, domains.taking.check_key(&domain.to_owned()))?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.check())?;
+            self.limited(Limit::Global, global.taking.check())?;
         }
         self.check_key(key, domain)
     }
@@ -177,8 +174,8 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// key, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.len() < MAX_BUCKETS => {
-                self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if keys.taking.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.taking.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -199,21 +196,18 @@ impl<C: Clock + Clone> RateLimits<C> {
     }
 }
 
-/// A limit, and one that looks into its buckets; none without a quota.
-fn both<S: StateStore, C: Clock + Clone>(
-    quota: Option<config::Quota>,
-    store: impl FnOnce() -> S,
-    clock: &C,
-) -> (Option<SharedLimiter<S, C>>, Option<SharedLimiter<S, C>>) {
-    let Some(quota) = quota else { return (None, None) };
-    let [taken, untaken] = Buckets::twice(store()).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
-    (Some(taken), Some(untaken))
+impl<S: StateStore, C: Clock + Clone> Limiter<S, C> {
+    fn new(quota: config::Quota, store: S, clock: &C) -> Self {
+        let [taking, looking] =
+            Buckets::twice(store).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
+        Self { taking, looking }
+    }
 }
 
 fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
     if let Some(limiter) = limiter {
-        limiter.retain_recent();
-        limiter.shrink_to_fit();
+        limiter.taking.retain_recent();
+        limiter.taking.shrink_to_fit();
     }
 }
 
@@ -321,7 +315,7 @@ mod tests {
         assert_eq!(limits.look(&key(0), "a"), Ok(()));
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.keys.as_ref().unwrap().is_empty(), "nothing is left of a look");
+        assert!(limits.keys.as_ref().unwrap().taking.is_empty(), "nothing is left of a look");
     }
 
     #[test]
@@ -386,11 +380,11 @@ mod tests {
         let most = u32::try_from(MAX_BUCKETS).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
         assert_eq!(passed, MAX_BUCKETS + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().len(), MAX_BUCKETS + 1);
-        assert!(limits.keys.as_ref().unwrap().len() <= MAX_BUCKETS);
+        assert_eq!(limits.clients.as_ref().unwrap().taking.len(), MAX_BUCKETS + 1);
+        assert!(limits.keys.as_ref().unwrap().taking.len() <= MAX_BUCKETS);
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.clients.as_ref().unwrap().is_empty() && limits.keys.as_ref().unwrap().is_empty());
+        assert!(limits.clients.as_ref().unwrap().taking.is_empty() && limits.keys.as_ref().unwrap().taking.is_empty());
         assert_eq!(limits.check(&key(1), || client(1), "a"), Ok(()));
     }
 

@@ -22,18 +22,18 @@ pub(super) fn find<'a>(published: impl Iterator<Item = PublishedData<'a>> + Clon
     let addresses = shared(published.clone(), |each| (each.domain, each.data.link_address.as_str()));
     let endpoints = shared(published, |each| (each.data.external_address.as_str(), each.data.port));
     let same_key = keys.into_values().map(|group| {
-        group.problem(ProblemKind::SameKey, "have the same WireGuard key: routers reach only one of them".into())
+        group.problem(ProblemKind::SameKey, "have the same WireGuard key: routers reach only one of them")
     });
     let same_address = addresses.into_iter().map(|((domain, address), group)| {
         group.problem(
             ProblemKind::SameLinkAddress,
-            format!("have the same link address {} in domain {domain}", printable(address)),
+            &format!("have the same link address {} in domain {domain}", printable(address)),
         )
     });
     let same_endpoint = endpoints.into_iter().filter(|(_, group)| group.keys.len() > 1);
     let same_endpoint = same_endpoint.map(|((address, port), group)| {
         let what = format!("publish the same address {}:{port} with different keys", printable(address));
-        group.problem(ProblemKind::SameExternalAddress, what)
+        group.problem(ProblemKind::SameExternalAddress, &what)
     });
     same_key.chain(same_address).chain(same_endpoint).collect()
 }
@@ -45,7 +45,7 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    fn problem(&self, kind: ProblemKind, what: String) -> Problem {
+    fn problem(&self, kind: ProblemKind, what: &str) -> Problem {
         let names: Vec<_> = self.workers.iter().map(|worker| worker.as_str()).collect();
         let subject = names.join(", ");
         Problem { kind, text: format!("gateways {subject} {what}"), subject }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::Domain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
-use crate::fleet::status::OfflineReason;
+use crate::fleet::status::{ORIGINAL, OfflineReason};
 
 /// How long one of these counts when nothing supports it: a status, which is retained; a count or confirmation without a
 /// status, after a last will that was published late; a hello that was not repeated. A little more than the minute after
@@ -28,10 +28,8 @@ pub(super) struct Gateway {
     pub online: bool,
     /// Since when it is offline, if it is known to be.
     offline: Option<Offline>,
-    /// The version in its last hello, also while it is offline; none for another program under the same name.
-    version: Option<String>,
-    /// It was online, so that no version means an original.
-    was_online: bool,
+    /// What it was when it was last online.
+    program: Program,
     status: Option<Status>,
     /// When it last published anything of its own, since its status was last offline.
     last_sign: Option<Instant>,
@@ -108,8 +106,19 @@ enum OfflineSign {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
     offline: Option<Offline>,
-    version: Option<String>,
-    was_online: bool,
+    program: Program,
+}
+
+/// The program of a gateway.
+#[derive(Debug, Clone, Default)]
+enum Program {
+    /// It was not heard of.
+    #[default]
+    Unknown,
+    /// It has no hello.
+    Original,
+    /// This version of ours.
+    Ours(String),
 }
 
 /// A status message.
@@ -192,24 +201,24 @@ impl Gateway {
     }
 
     /// A gateway of which this is remembered.
-    pub fn remembered(Memory { offline, version, was_online }: Memory) -> Self {
-        Self { offline, version, was_online, ..Self::default() }
+    pub fn remembered(Memory { offline, program }: Memory) -> Self {
+        Self { offline, program, ..Self::default() }
     }
 
     /// What to remember of it.
     pub fn memory(self) -> Memory {
-        Memory { offline: self.offline, version: self.version, was_online: self.was_online || self.online }
+        Memory { offline: self.offline, program: self.program }
     }
 
-    /// The version of its program, also while it is offline. None for an original, and where that is not known.
+    /// The version of its program, also while it is offline; [`ORIGINAL`] for an original, none where it is not known.
     pub fn version(&self) -> Option<&str> {
-        let hello = self.hello.as_ref().map(|hello| hello.version.as_str());
-        if self.online { hello } else { hello.or(self.version.as_deref()) }
-    }
-
-    /// Whether it is known to be an original.
-    pub fn is_original(&self) -> bool {
-        self.version().is_none() && (self.online || self.was_online)
+        match (&self.hello, &self.program) {
+            (Some(hello), _) => Some(&hello.version),
+            (None, _) if self.online => Some(ORIGINAL),
+            (None, Program::Ours(version)) => Some(version),
+            (None, Program::Original) => Some(ORIGINAL),
+            (None, Program::Unknown) => None,
+        }
     }
 
     /// Why it is offline; none while it is online.
@@ -247,9 +256,16 @@ impl Gateway {
     fn refresh(&mut self, since: Option<Instant>, sign: OfflineSign, now: Instant) {
         self.online = self.is_alive(now);
         if self.online {
-            (self.offline, self.was_online) = (None, true);
+            self.on_online();
         } else {
             self.offline.get_or_insert(Offline { since, sign });
+        }
+    }
+
+    fn on_online(&mut self) {
+        self.offline = None;
+        if self.hello.is_none() && matches!(self.program, Program::Unknown) {
+            self.program = Program::Original;
         }
     }
 
@@ -291,7 +307,7 @@ impl Gateway {
         let was_online = self.online;
         self.online = self.is_alive(now);
         if self.online {
-            (self.offline, self.was_online) = (None, true);
+            self.on_online();
         } else if was_online {
             self.offline = Some(Offline { since: Some(now), sign: OfflineSign::Status });
         }
@@ -306,7 +322,7 @@ impl Gateway {
             (self.last_sign, self.last_service, self.is_hello_live) = (None, None, false);
         }
         if online && !retained && !self.is_hello_live {
-            (self.hello, self.expired_hello, self.version) = (None, None, None);
+            (self.hello, self.expired_hello, self.program) = (None, None, Program::Original);
         }
         // What is found as retained may have been so for long.
         self.refresh(Some(now).filter(|_| !retained), OfflineSign::Status, now);
@@ -314,7 +330,9 @@ impl Gateway {
 
     pub fn apply_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
         self.is_hello_live = hello.is_some() && !retained;
-        self.version = hello.as_ref().map(|hello| hello.version.clone()).or(self.version.take());
+        if let Some(hello) = &hello {
+            self.program = Program::Ours(hello.version.clone());
+        }
         (self.hello, self.expired_hello, self.hello_renewed) = (hello, None, Some(now));
         if self.is_hello_live {
             self.on_sign_of_life(false, now);

@@ -144,6 +144,8 @@ pub enum ProblemKind {
     SameLinkAddress,
     /// Two gateways have one external address and port, and different keys.
     SameExternalAddress,
+    /// A gateway is online, and the interface of a domain is missing there.
+    DomainDown,
     /// A gateway that the config names is offline.
     GatewayOffline,
 }
@@ -158,7 +160,7 @@ impl ProblemKind {
     /// Whether it is known only while the retained states are.
     #[must_use]
     pub fn needs_states(self) -> bool {
-        self.is_clash() || matches!(self, Self::DomainWithoutGateway | Self::GatewayOffline)
+        self.is_clash() || matches!(self, Self::DomainWithoutGateway | Self::DomainDown | Self::GatewayOffline)
     }
 }
 
@@ -177,13 +179,16 @@ impl fmt::Display for Offline {
     }
 }
 
-impl fmt::Display for DomainState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Up => f.write_str("up"),
-            Self::NotCounted => f.write_str("not counted yet"),
-            Self::Down(None) => f.write_str("offline (-1)"),
-            Self::Down(Some(seconds)) => write!(f, "offline (-1) for {}", age(*seconds)),
+impl GatewayDomain {
+    /// The connected peers, or why there are none, at a gateway that is online or not.
+    #[must_use]
+    pub fn note(&self, is_online: bool) -> String {
+        match self.state {
+            _ if !is_online => "offline".into(),
+            DomainState::Up => self.connected.to_string(),
+            DomainState::NotCounted => "not counted yet".into(),
+            DomainState::Down(None) => "interface missing (-1)".into(),
+            DomainState::Down(Some(seconds)) => format!("interface missing (-1) for {}", age(seconds)),
         }
     }
 }
@@ -214,6 +219,16 @@ mod tests {
     fn ages_are_short() {
         let ages = [0, 119, 120, 7_199, 7_200, 172_799, 172_800].map(age);
         assert_eq!(ages, ["0 s", "119 s", "2 min", "119 min", "2 h 0 min", "47 h 59 min", "2 d 0 h"]);
+    }
+
+    #[test]
+    fn a_domain_at_a_gateway_has_its_peers_or_why_there_are_none() {
+        let note = |state, is_online| {
+            GatewayDomain { domain: "ff_a".into(), state, connected: 7, assigned: 1 }.note(is_online)
+        };
+        assert_eq!([note(DomainState::Up, true), note(DomainState::Up, false)], ["7", "offline"]);
+        assert_eq!(note(DomainState::Down(Some(150)), true), "interface missing (-1) for 2 min");
+        assert_eq!(note(DomainState::NotCounted, true), "not counted yet");
     }
 
     #[test]

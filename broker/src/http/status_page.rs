@@ -4,7 +4,7 @@ use maud::{DOCTYPE, Markup, html};
 use strum::VariantNames as _;
 
 use crate::exchange::Rejection;
-use crate::fleet::status::{DomainState, GatewayDomain, GatewayStatus, age};
+use crate::fleet::status::{GatewayDomain, GatewayStatus, age};
 use crate::http::metrics::APIS;
 use crate::http::status::{KeyStatus, Status};
 
@@ -68,7 +68,7 @@ fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
                 td.bad { "offline" @if let Some(offline) = offline { ": " (offline) } }
             }
             td { (version.as_deref().unwrap_or("unknown")) }
-            td { @for (number, domain) in domains.iter().enumerate() { @if number > 0 { ", " } (domain_of_gateway(domain)) } }
+            td { @for (number, domain) in domains.iter().enumerate() { @if number > 0 { ", " } (domain_of_gateway(domain, *online)) } }
             td.n { (connected) }
             td.n { (assigned) }
             td.n { (weight) }
@@ -77,11 +77,9 @@ fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
     }
 }
 
-fn domain_of_gateway(GatewayDomain { domain, state, connected, assigned: _ }: &GatewayDomain) -> Markup {
+fn domain_of_gateway(domain: &GatewayDomain, is_online: bool) -> Markup {
     html! {
-        (domain) " ("
-        @match state { DomainState::Up => (connected), DomainState::NotCounted | DomainState::Down(_) => (state) }
-        ")"
+        (domain.domain) " (" (domain.note(is_online)) ")"
     }
 }
 
@@ -120,7 +118,7 @@ fn now(keys: &KeyStatus) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::status::{Offline, OfflineReason, Problem, ProblemKind};
+    use crate::fleet::status::{DomainState, Offline, OfflineReason, Problem, ProblemKind};
     use crate::http::status::Durations;
 
     fn status(ready: bool, problems: Vec<Problem>, gateways: Vec<GatewayStatus>) -> Status {
@@ -167,7 +165,7 @@ mod tests {
             "&lt;script&gt;",
             ">online<",
             "original",
-            "ff_a (7), ff_c (offline (-1) for 9 s)",
+            "ff_a (7), ff_c (interface missing (-1) for 9 s)",
             ">offline: connection lost, offline for 3 min<",
             ">1.2.3<",
             "<td>refused: not confirmed</td>",

@@ -76,7 +76,9 @@ fn the_load_is_what_waits_and_a_trace_takes_nothing() {
     assert_eq!(table.load(at(3)), load);
     let sent = send(&mut table, at(3));
     assert_eq!((table.load(at(3)).queued, table.load(at(3)).unacknowledged), (0, 2));
-    sent.iter().for_each(|publication| table.settle(publication, true));
+    for publication in &sent {
+        table.settle(publication, true);
+    }
     table.timed_out(&first, true, at(4));
     table.end(&first, begun);
     assert_eq!(table.load(at(4)), Load::default());

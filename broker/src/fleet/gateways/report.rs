@@ -10,7 +10,7 @@ use crate::fleet::clashes::{self, PublishedData};
 use crate::fleet::gateway::{Gateway, Peers};
 use crate::fleet::selection::Shares;
 use crate::fleet::status::{
-    DomainState, DomainStatus, GatewayDomain, GatewayStatus, ORIGINAL, Offline, Problem, ProblemKind, Standing,
+    DomainState, DomainStatus, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind, Standing,
 };
 
 impl Gateways {
@@ -81,7 +81,21 @@ impl Gateways {
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
-        unserved.chain(self.clashes()).chain(offline).collect()
+        unserved.chain(self.clashes()).chain(self.domains_down(now)).chain(offline).collect()
+    }
+
+    /// The domains whose interface is missing at a gateway that is online.
+    fn domains_down(&self, now: Instant) -> impl Iterator<Item = Problem> {
+        let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
+        online.flat_map(move |(name, gateway)| {
+            let served = gateway.peers.keys().filter(|domain| gateway.may_serve(domain));
+            let states = served.map(move |domain| gateway.domain(domain, now));
+            states.filter(|domain| matches!(domain.state, DomainState::Down(_))).map(|domain| {
+                let (subject, note) = (format!("{}, {}", name.as_str(), domain.domain), domain.note(true));
+                let text = format!("gateway {}, domain {}: {note}", name.as_str(), domain.domain);
+                Problem { kind: ProblemKind::DomainDown, subject, text }
+            })
+        })
     }
 
     /// What gateways that are online publish alike, and only one of them can have.
@@ -102,7 +116,7 @@ impl Gateway {
         GatewayStatus {
             name: name.as_str().into(),
             online: self.online,
-            version: self.version().or(self.is_original().then_some(ORIGINAL)).map(str::to_owned),
+            version: self.version().map(str::to_owned),
             offline: self.offline(now),
             domains: domains.map(|domain| self.domain(domain, now)).collect(),
             connected,
@@ -129,7 +143,7 @@ impl Gateway {
             (Some(offline), _) => format!("offline: {offline}"),
             _ if !self.may_serve(domain) => "it does not serve this domain".into(),
             (None, None) => "it has not counted its peers of this domain".into(),
-            (None, Some(None)) => "the domain is offline there (-1)".into(),
+            (None, Some(None)) => "the interface is missing there (-1)".into(),
             (None, Some(Some(_))) => "it has published no data of this domain".into(),
         }
     }
