@@ -125,7 +125,7 @@ fn a_broker_that_is_not_ready_is_something_wrong() {
 #[test]
 fn the_commands_find_a_broker_that_listens_everywhere() {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
-    stack.plan.config = format!("broker_listen: {{host: \"0.0.0.0\", port: {}}}\n{ONE_ADDRESS}", stack.http.port());
+    stack.plan.config = format!("broker_listen: {{host: \"::\", port: {}}}\n{ONE_ADDRESS}", stack.http.port());
     stack.write_config();
     stack.start_broker();
     stack.wait_until_ready();

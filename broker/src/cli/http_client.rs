@@ -1,6 +1,6 @@
 //! The connection to the broker of this machine: which address of its config is tried, and what an error is said to be.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -113,12 +113,12 @@ fn agent(timeout: Duration) -> Agent {
     config.timeout_connect(Some(timeout)).timeout_per_read(Some(timeout)).build().into()
 }
 
-/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one.
+/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one, that of IPv4 also
+/// where it listens on `::`, as that is what it has where there is no IPv6.
 fn reachable(listen: &Listen) -> String {
     let port = listen.port;
-    match listen.host.parse() {
-        Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => format!("{}:{port}", Ipv4Addr::LOCALHOST),
-        Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => format!("[{}]:{port}", Ipv6Addr::LOCALHOST),
+    match listen.host.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => format!("{}:{port}", Ipv4Addr::LOCALHOST),
         Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
         Ok(IpAddr::V4(_)) | Err(_) => format!("{}:{port}", listen.host),
     }
@@ -127,7 +127,7 @@ fn reachable(listen: &Listen) -> String {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
-    use std::net::TcpListener;
+    use std::net::{Ipv6Addr, TcpListener};
     use std::thread;
 
     use serde_json::json;
@@ -191,7 +191,7 @@ mod tests {
         let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let config = config(&format!("{{host: \"::\", port: {port}}}"));
+        let config = config(&format!("{{host: \"::1\", port: {port}}}"));
         let error = |client: BrokerClient| format!("{:#}", client.send(Call::get("/")).unwrap_err());
         let expected = format!(
             "no broker answers on [::1]:{port} (broker_listen): is it running, and with this config?: Connection refused \
@@ -201,5 +201,13 @@ mod tests {
         let admin = error(BrokerClient::for_admin(&config, "t".into(), TIMEOUT));
         assert!(admin.starts_with(&format!("no broker answers on [::1]:{port} (admin_listen): ")), "{admin}");
         assert!(admin.contains("admin_token_hash") && !admin.contains("Bearer"), "{admin}");
+    }
+
+    #[test]
+    fn a_broker_on_all_addresses_is_reached_by_loopback() {
+        let address = |host: &str| reachable(&Listen { host: host.into(), port: 7 });
+        assert_eq!(["0.0.0.0", "::"].map(address), ["127.0.0.1:7", "127.0.0.1:7"]);
+        assert_eq!(["192.0.2.1", "2001:db8::1"].map(address), ["192.0.2.1:7", "[2001:db8::1]:7"]);
+        assert_eq!(address("broker.example"), "broker.example:7");
     }
 }
