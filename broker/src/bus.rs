@@ -9,9 +9,10 @@
 
 pub mod announcer;
 pub mod invalid_messages;
-mod line_budget;
+pub mod line_budget;
 mod metrics;
 pub mod online_log;
+mod problem_log;
 pub mod requesters;
 pub mod subscriber;
 pub mod sync_queue;

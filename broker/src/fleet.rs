@@ -7,12 +7,15 @@
 //! Previous stops: [`bus`](crate::bus), with the messages of workers and brokers, and [`exchange`](crate::exchange), with a
 //! router's key. Next stops: `exchange` again, which answers the router, and the sync clients of gateways and other brokers.
 
+mod clashes;
 mod gateway;
 pub mod gateways;
+pub mod key_places;
 pub mod live_keys;
 mod metrics;
 pub mod revocation;
 pub mod selection;
+pub mod status;
 mod unrequested;
 
 pub use self::metrics::Metrics;

@@ -9,8 +9,11 @@
 pub mod admin;
 mod body;
 mod key_exchange;
+pub mod key_reports;
 pub mod listen;
 mod metrics;
+mod refused_domains;
+pub mod status;
 mod status_page;
 
 use std::collections::BTreeSet;
@@ -26,6 +29,7 @@ use actix_web::http::header::{ContentType, RETRY_AFTER};
 use actix_web::web::{self, Data, ServiceConfig};
 use actix_web::{App as Routes, HttpResponse};
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use wgkex_common::Domain;
 pub use wgkex_common::http::Server;
@@ -36,10 +40,12 @@ use wgkex_common::runtime::tls::rustls::ServerConfig;
 
 use crate::exchange::Exchange;
 use crate::fleet;
+use crate::fleet::status::ProblemKind;
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
 
 pub use self::metrics::Metrics;
+pub use self::refused_domains::RefusedDomains;
 
 /// Seconds after which a router may ask again. Routers try every minute anyway.
 const RETRY_SECONDS: u32 = 10;
@@ -65,6 +71,10 @@ pub struct App {
     pub fleet_metrics: fleet::Metrics,
     /// All metrics.
     pub registry: Registry,
+    /// The domains of refused requests that were logged.
+    pub refused_domains: Arc<Mutex<RefusedDomains>>,
+    /// When the broker started.
+    pub started: Instant,
 }
 
 /// The server on `listener`, with `tls` for HTTPS; it runs when awaited. When it is stopped, requests in flight have
@@ -94,6 +104,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
             .app_data(app)
             .configure(key_exchange::routes)
             .service(readable("/", index))
+            .service(readable(status::PATH, status_json))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
             .service(readable("/metrics", scrape))
@@ -115,16 +126,16 @@ impl App {
 }
 
 async fn index(app: Data<App>) -> HttpResponse {
-    let (statuses, unserved) = {
-        let gateways = app.exchange.gateways();
-        (gateways.statuses(), gateways.unserved())
-    };
-    let page = status_page::render(&statuses, &unserved, app.unready().as_deref(), &app.metrics);
+    let page = status_page::render(&app.status(Instant::now()));
     HttpResponse::Ok()
         .content_type(ContentType::html())
         .insert_header(("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"))
         .insert_header(("Cache-Control", "no-store"))
         .body(page)
+}
+
+async fn status_json(app: Data<App>) -> HttpResponse {
+    HttpResponse::Ok().insert_header(("Cache-Control", "no-store")).json(app.status(Instant::now()))
 }
 
 async fn healthz(_: Data<App>) -> HttpResponse {
@@ -135,7 +146,10 @@ async fn readyz(app: Data<App>) -> HttpResponse {
     let (status, text) = match app.unready() {
         None => {
             let unserved = app.exchange.gateways().unserved();
-            (StatusCode::OK, unserved.iter().fold("ready\n".to_owned(), |text, unserved| format!("{text}{unserved}\n")))
+            let lists = status::list_problems(&app.exchange.lists.borrow());
+            let unread = lists.into_iter().filter(|problem| problem.kind == ProblemKind::AllowListUnread);
+            let lines = unserved.iter().map(ToString::to_string).chain(unread.map(|problem| problem.text));
+            (StatusCode::OK, lines.fold("ready\n".to_owned(), |text, line| format!("{text}{line}\n")))
         }
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
     };
@@ -143,7 +157,12 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 }
 
 async fn scrape(app: Data<App>) -> HttpResponse {
-    app.fleet_metrics.set_gateways(&app.exchange.gateways().statuses());
+    let (gateways, domains) = {
+        let gateways = app.exchange.gateways();
+        (gateways.statuses(Instant::now()), gateways.domain_statuses())
+    };
+    app.fleet_metrics.set_gateways(&gateways);
+    app.fleet_metrics.set_domains(&domains);
     app.fleet_metrics.set_live(app.exchange.live().counts());
     set(&app.metrics.connections, app.connections.open());
     match app.registry.text() {
@@ -163,7 +182,7 @@ pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
 
 /// The route as a label, from a fixed set.
 fn route(request: &ServiceRequest) -> &'static str {
-    [V1, V2, "/", "/healthz", "/readyz", "/metrics"]
+    [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"]
         .into_iter()
         .find(|route| *route == request.path())
         .unwrap_or("other")

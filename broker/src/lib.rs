@@ -57,8 +57,8 @@ use crate::exchange::rate_limit::RateLimits;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
-use crate::http::App;
 use crate::http::admin::Admin;
+use crate::http::{App, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
@@ -122,6 +122,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::session(&config), subscriber::secondary_session(&config))?;
     let (live, store) = live_keys(&config, &lists)?;
+    metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let broker = Broker { config, exchange, lists, revocations: PendingRevocations::default(), bus, keys, metrics };
 
@@ -224,8 +225,21 @@ impl Broker {
         }
         let links = [&self.bus, &self.keys].map(MqttHandle::connection_state);
         let (domains, exchange) = (domains.clone(), self.exchange.clone());
-        let app =
-            App { domains, exchange, links, connections, trusted, proxy_missed, metrics, fleet_metrics, registry };
+        let started = Instant::now();
+        let refused_domains = Arc::new(Mutex::new(RefusedDomains::new(started)));
+        let app = App {
+            domains,
+            exchange,
+            links,
+            connections,
+            trusted,
+            proxy_missed,
+            metrics,
+            fleet_metrics,
+            registry,
+            refused_domains,
+            started,
+        };
         let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
         let tls = listeners.tls.map(|(listener, certificate)| {
             let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
@@ -245,7 +259,7 @@ impl Broker {
     fn admin(&self, token_hash: Secret) -> Admin {
         Admin {
             lists: self.lists.clone(),
-            gateways: self.exchange.gateways.clone(),
+            exchange: self.exchange.clone(),
             revocations: self.revocations.clone(),
             bus: self.keys.clone(),
             domains: self.config.domains.clone(),

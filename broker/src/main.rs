@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::Runtime;
 use wgkex_broker::cli::admin_client;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
+use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile};
@@ -16,8 +17,9 @@ use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
-                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; revoke, \
-                          unrevoke, allow, trust and list call the one that does, on admin_listen.";
+                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status \
+                          and gateways ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
+                          where and explain on admin_listen, with the token.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
@@ -32,6 +34,10 @@ struct Args {
 enum Command {
     #[command(flatten)]
     Keys(admin_client::AdminCommand),
+    /// Shows which domains are served by which gateways, what is wrong now, and how keys fare
+    Status(StatusCommand),
+    /// Shows each gateway: its state, version, peers, share and target, and why it is offline
+    Gateways(GatewaysCommand),
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
     /// Reads a password from the first line of stdin and prints its hash, as the config has it
@@ -48,6 +54,8 @@ fn main() -> ExitCode {
     match command {
         None => with_config(file, serve),
         Some(Command::Keys(command)) => command.run(file),
+        Some(Command::Status(command)) => command.run(file),
+        Some(Command::Gateways(command)) => command.run(file),
         Some(Command::CheckConfig(check)) => check.run(file),
         Some(Command::HashPassword) => hash_password().map_or_else(
             |error| {

@@ -147,6 +147,7 @@ fn unknown_paths_and_methods_are_answered_in_json() {
         ("POST", "/", "GET"),
         ("POST", "/healthz", "GET"),
         ("POST", "/readyz", "GET"),
+        ("POST", "/status.json", "GET"),
         ("PUT", "/metrics", "GET"),
     ] {
         let response = http.request(method, path, &[], b"");
@@ -182,9 +183,15 @@ fn the_forms_of_requests_are_served_that_the_originals_web_server_takes() {
         let response = if query == V1 { http.post(&path, &body) } else { http.get(&path) };
         assert_eq!(response.status, 200, "{path}: {response:?}");
     }
-    for (path, allowed) in
-        [(V1, "POST"), (V2, "POST"), ("/", "GET"), ("/healthz", "GET"), ("/readyz", "GET"), ("/metrics", "HEAD")]
-    {
+    for (path, allowed) in [
+        (V1, "POST"),
+        (V2, "POST"),
+        ("/", "GET"),
+        ("/healthz", "GET"),
+        ("/readyz", "GET"),
+        ("/metrics", "HEAD"),
+        ("/status.json", "GET"),
+    ] {
         let response = http.request("OPTIONS", path, &[], b"");
         assert_eq!((response.status, response.body.as_str()), (200, ""), "{path}");
         let allow: Vec<_> = response.header("allow").unwrap().split(", ").collect();
@@ -213,7 +220,7 @@ fn the_forms_of_requests_are_served_that_the_originals_web_server_takes() {
 fn head_has_the_head_of_get() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
     let mut http = stack.connect();
-    for path in ["/", "/healthz", "/readyz", "/metrics"] {
+    for path in ["/", "/healthz", "/readyz", "/metrics", "/status.json"] {
         let get = http.get(path);
         let head = http.request("HEAD", path, &[], b"");
         assert_eq!((head.status, head.header("content-type")), (get.status, get.header("content-type")), "{path}");
@@ -261,6 +268,10 @@ fn every_metric_of_the_broker_is_there_and_parses() {
         "wgkex_broker_mqtt_connected",
         "wgkex_broker_confirmation_seconds_bucket",
         "wgkex_broker_gateways",
+        "wgkex_broker_gateway_up",
+        "wgkex_broker_gateway_connected",
+        "wgkex_broker_gateway_assigned",
+        "wgkex_broker_domain_gateways",
         "wgkex_broker_build_info",
     ] {
         assert!(families.contains(family), "{family} is missing in {families:?}");
@@ -270,6 +281,10 @@ fn every_metric_of_the_broker_is_there_and_parses() {
         (r#"wgkex_broker_keys_refused_total{api="v1",reason="domain"}"#, 1.0),
         ("wgkex_broker_mqtt_connected", 1.0),
         ("wgkex_broker_confirmation_seconds_count", 1.0),
+        (r#"wgkex_broker_gateway_up{gateway="gw1"}"#, 1.0),
+        (r#"wgkex_broker_gateway_connected{domain="ffx_a",gateway="gw1"}"#, 0.0),
+        (r#"wgkex_broker_gateway_assigned{domain="ffx_a",gateway="gw1"}"#, 1.0),
+        (r#"wgkex_broker_domain_gateways{domain="ffx_a"}"#, 1.0),
     ] {
         assert_eq!(stack.metric(series), Some(value), "{series}");
     }

@@ -18,6 +18,7 @@ use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::online_log::OnlineLog;
+use crate::bus::problem_log::ProblemLog;
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
@@ -47,6 +48,7 @@ pub struct Announcer {
     gateways: Arc<Mutex<Gateways>>,
     in_flight: InFlightHandle,
     online_log: OnlineLog,
+    problem_log: ProblemLog,
     presence: Presence,
     /// When the status was published on this connection; none without one.
     status_published: Option<Instant>,
@@ -98,6 +100,7 @@ impl Announcer {
             gateways,
             in_flight,
             online_log,
+            problem_log: ProblemLog::new(Instant::now()),
             presence: Presence::default(),
             status_published: None,
             hello_due: None,
@@ -206,7 +209,9 @@ impl Announcer {
             info!("ready: all retained states are received");
         }
         let expired = gateways.expire(now);
+        let (problems, is_synced) = (gateways.problems(now), gateways.is_synced());
         drop(gateways);
+        self.problem_log.update(problems, is_synced, now);
         for worker in expired {
             self.online_log.on_expired(&worker);
             self.in_flight.lock().invalidate(&worker, None);

@@ -126,6 +126,7 @@ impl Primary {
             let can_confirm = self.gateways.lock().can_confirm(worker, &applied.domain);
             self.on_confirmation(worker, now);
             if can_confirm {
+                self.on_outcomes(worker, &applied, now);
                 self.in_flight.confirmed(worker, applied);
             }
         } else if let Topic::Handshakes { worker } = topic {
@@ -149,6 +150,15 @@ impl Primary {
             self.online_log.on_change(worker, true, now);
         }
         confirms
+    }
+
+    /// What operators are shown of the keys.
+    fn on_outcomes(&self, worker: &WorkerName, Applied { domain, installed, failed }: &Applied, now: Instant) {
+        let outcomes = installed.iter().map(|key| (key, true)).chain(failed.keys().map(|key| (key, false)));
+        let mut live = self.live.lock();
+        for (key, is_installed) in outcomes {
+            live.on_outcome(worker, domain, key, is_installed, now);
+        }
     }
 
     /// No gateway's report makes a key that it claims as its own a router's.

@@ -2,10 +2,8 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -13,20 +11,17 @@ use clap::{Args, Subcommand, ValueEnum};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Value, json};
-use ureq::Agent;
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
-use wgkex_common::config::Listen;
 
+use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::key_reports;
+use crate::cli::table::Colours;
 use crate::fleet::revocation;
 use crate::http::admin::token_hash;
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
-/// How long the broker may take to accept the connection, and for each part of its answer.
-const TIMEOUT: Duration = Duration::from_secs(15);
-/// The largest answer, in bytes: larger ones are none of a broker's.
-const ANSWER_MAX: u64 = 256 << 20;
 /// The exit code when it was done, but not everywhere.
 const NOT_EVERYWHERE: u8 = 2;
 
@@ -88,6 +83,31 @@ pub enum AdminCommand {
         /// Only keys with this in their name or reason, or that begin with it
         #[arg(long, value_name = "TEXT")]
         name: Option<String>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
+    /// Shows where a key is: its domains, which gateways have it, its last handshake, and the lists that have it
+    Where {
+        /// The WireGuard public key
+        key: String,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
+    /// Explains which gateway a router with this key would get and why, or why it would be refused; changes nothing
+    Explain {
+        /// The WireGuard public key
+        key: String,
+        /// In this domain; else in those where the key is known, or in all
+        #[arg(long)]
+        domain: Option<String>,
         /// As JSON
         #[arg(long)]
         json: bool,
@@ -168,8 +188,19 @@ impl AdminCommand {
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
                 let answer =
-                    call.make(file, "GET", &keys_path(&[("list", list), ("domain", domain), ("q", name)]), None)?;
+                    call.make(file, Call::get(&path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)])))?;
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
+            }
+            Self::Where { key, json, call } => {
+                let answer = call.make(file, Call::get(&path("/v1/where", &[("key", Some(key))])))?;
+                let text = |answer| Ok(key_reports::found(&serde_json::from_value(answer)?));
+                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
+            }
+            Self::Explain { key, domain, json, call } => {
+                let answer =
+                    call.make(file, Call::get(&path("/v1/explain", &[("key", Some(key)), ("domain", domain)])))?;
+                let text = |answer| Ok(key_reports::explained(&serde_json::from_value(answer)?, Colours::of_stdout()));
+                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
             }
         }
     }
@@ -194,20 +225,23 @@ impl ConnectionArgs {
         path: &str,
         body: &Value,
     ) -> anyhow::Result<(String, ExitCode)> {
-        let answer = self.make(file, method, path, Some(body))?;
+        let answer = self.make(file, Call { method, path, body: Some(body) })?;
+        if let Some(warning) = answer["warning"].as_str() {
+            let _ = writeln!(io::stderr(), "warning: {warning}");
+        }
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
         Ok((outcome(&answer), code))
     }
 
     /// Asks the broker on this machine.
-    fn make(&self, file: Option<&Path>, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+    fn make(&self, file: Option<&Path>, call: Call<'_>) -> anyhow::Result<Value> {
         let config = Config::load(file)?;
         if config.admin_token_hash.is_none() {
             bail!(
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
             );
         }
-        http_request(&agent(TIMEOUT), &config.admin_listen, (method, path), &self.token()?, body)
+        BrokerClient::for_admin(&config, self.token()?, TIMEOUT).send(call)
     }
 
     fn token(&self) -> anyhow::Result<String> {
@@ -231,54 +265,13 @@ impl ConnectionArgs {
     }
 }
 
-/// An HTTP client of this machine's broker, that waits so long for a connection and for each part of an answer.
-fn agent(timeout: Duration) -> Agent {
-    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
-    config.timeout_connect(Some(timeout)).timeout_per_read(Some(timeout)).build().into()
+fn of_this_version(answer: Value, text: impl FnOnce(Value) -> anyhow::Result<String>) -> anyhow::Result<String> {
+    text(answer).context("the broker's answer is of another version")
 }
 
-/// Sends one HTTP request and reads the answer, which has to be JSON; the error is the broker's, or what is wrong.
-fn http_request(
-    agent: &Agent,
-    listen: &Listen,
-    (method, path): (&str, &str),
-    token: &str,
-    body: Option<&Value>,
-) -> anyhow::Result<Value> {
-    let (url, authorization) = (format!("http://{}{path}", reachable(listen)), format!("Bearer {token}"));
-    let is_running = || format!("admin_listen {listen}: is the broker running?");
-    let answer = match body {
-        None => agent.get(url).header("Authorization", authorization).call(),
-        Some(body) => {
-            let request = if method == "DELETE" { agent.delete(url).force_send_body() } else { agent.post(url) };
-            let request = request.header("Authorization", authorization).header("Content-Type", "application/json");
-            request.send(body.to_string())
-        }
-    };
-    let mut answer = answer.map_err(ureq::Error::into_io).with_context(is_running)?;
-    let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
-    let text = text.map_err(ureq::Error::into_io).with_context(is_running)?;
-    let value: Value = serde_json::from_str(&text).context("the answer is not JSON: is this the broker?")?;
-    if answer.status() != 200 {
-        bail!("{}", value["error"]["message"].as_str().unwrap_or("the broker refuses"));
-    }
-    Ok(value)
-}
-
-/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one.
-fn reachable(listen: &Listen) -> String {
-    let port = listen.port;
-    match listen.host.parse() {
-        Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => format!("{}:{port}", Ipv4Addr::LOCALHOST),
-        Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => format!("[{}]:{port}", Ipv6Addr::LOCALHOST),
-        Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
-        Ok(IpAddr::V4(_)) | Err(_) => format!("{}:{port}", listen.host),
-    }
-}
-
-/// The path that asks for these entries.
-fn keys_path(parameters: &[(&str, Option<String>)]) -> String {
-    let mut path = "/v1/keys?".to_owned();
+/// The path with these parameters.
+fn path(path: &str, parameters: &[(&str, Option<String>)]) -> String {
+    let mut path = format!("{path}?");
     for (name, value) in parameters {
         if let Some(value) = value {
             let _ = write!(path, "{name}={}&", utf8_percent_encode(value, NON_ALPHANUMERIC));
@@ -370,10 +363,6 @@ fn admin_token() -> anyhow::Result<(String, ExitCode)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
-    use std::net::TcpListener;
-    use std::thread;
-
     use super::*;
 
     #[test]
@@ -399,55 +388,9 @@ mod tests {
         assert_eq!(outcome(&answer), expected);
     }
 
-    /// What a call comes to whose connection is answered with `answer`, and then left open or closed.
-    fn call(answer: &'static str, is_left_open: bool) -> Result<Value, String> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let listen = Listen { host: "0.0.0.0".into(), port: listener.local_addr().unwrap().port() };
-        let server = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let _ = stream.read(&mut [0; 4096]).unwrap();
-            stream.write_all(answer.as_bytes()).unwrap();
-            is_left_open.then_some(stream)
-        });
-        let agent = agent(Duration::from_millis(500));
-        let result = http_request(&agent, &listen, ("DELETE", "/v1/lists/allow"), "t", Some(&json!({})));
-        drop(server.join());
-        result.map_err(|error| format!("{error:#}").replace(&listen.to_string(), "HERE"))
-    }
-
-    #[test]
-    fn an_answer_is_json_or_an_error_with_its_cause() {
-        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"done\":true}";
-        assert_eq!(call(ok, true), Ok(json!({ "done": true })));
-        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{\"done\":true}\r\n0\r\n\r\n";
-        assert_eq!(call(chunked, true), Ok(json!({ "done": true })));
-        let refused = "HTTP/1.1 409 Conflict\r\nContent-Length: 27\r\n\r\n{\"error\":{\"message\":\"no.\"}}";
-        assert_eq!(call(refused, false), Err("no.".into()));
-        for (answer, is_left_open, starts) in [
-            ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", true, "the answer is not JSON: is this the broker?: "),
-            ("", false, "admin_listen HERE: is the broker running?: "),
-            ("", true, "admin_listen HERE: is the broker running?: timeout"),
-            ("SSH-2.0-x\r\n", true, "admin_listen HERE: is the broker running?: "),
-            ("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", false, "admin_listen HERE: is the broker running?: "),
-        ] {
-            let error = call(answer, is_left_open).unwrap_err();
-            assert!(error.starts_with(starts), "{answer}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_refused_connection_is_named() {
-        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
-        let listen = Listen { host: "::".into(), port: listener.local_addr().unwrap().port() };
-        drop(listener);
-        let error = http_request(&agent(TIMEOUT), &listen, ("GET", "/v1/keys?"), "t", None).unwrap_err();
-        let expected = format!("admin_listen {listen}: is the broker running?: Connection refused (os error 111)");
-        assert_eq!(format!("{error:#}"), expected);
-    }
-
     #[test]
     fn a_query_survives_the_path() {
-        let path = keys_path(&[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
+        let path = path("/v1/keys", &[("list", Some("deny".into())), ("domain", None), ("q", Some("ä b/+&".into()))]);
         assert_eq!(path, "/v1/keys?list=deny&q=%C3%A4%20b%2F%2B%26&");
     }
 

@@ -76,6 +76,34 @@ pub struct Publication {
     pub since: Instant,
 }
 
+/// How much is in flight.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Keys that wait to be published.
+    pub queued: usize,
+    /// Keys that are published and not acknowledged.
+    pub unacknowledged: usize,
+    /// Requests that wait.
+    pub waiting: usize,
+    /// For how long the oldest of these has waited.
+    pub oldest: Option<Duration>,
+}
+
+/// Where one key is on its way.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FlightTrace {
+    /// For how long it has been queued.
+    pub queued: Option<Duration>,
+    /// Publications that are not acknowledged.
+    pub unacknowledged: usize,
+    /// Requests that wait for it.
+    pub waiting: usize,
+    /// A request for it timed out so long ago; confirmations are kept for the next one.
+    pub late: Option<Duration>,
+    /// Its outcomes so far at each gateway.
+    pub outcomes: BTreeMap<WorkerName, Result<(), RejectReason>>,
+}
+
 /// All keys in flight. Numbers of requests, publications and outcomes are from one counter: their order is their order in
 /// time.
 #[derive(Debug)]
@@ -86,6 +114,8 @@ pub struct InFlight {
     keys: HashMap<KeyId, Flight>,
     /// The keys for which requests wait.
     waiting: HashSet<KeyId>,
+    /// When each request that waits began, by its number.
+    begun: BTreeMap<u64, Instant>,
     established: PublishQueue,
     unestablished: PublishQueue,
     /// How many keys are late.
@@ -188,6 +218,7 @@ impl InFlight {
             last: 0,
             keys: HashMap::new(),
             waiting: HashSet::new(),
+            begun: BTreeMap::new(),
             established: PublishQueue::default(),
             unestablished: PublishQueue::default(),
             late_keys: 0,
@@ -208,6 +239,7 @@ impl InFlight {
         let flight = self.keys.entry(key.clone()).or_default();
         flight.requests.insert(begun);
         self.waiting.insert(key.clone());
+        self.begun.insert(begun, now);
         Some(Ticket { begun, publication, is_joined, changed: Arc::clone(&flight.changed) })
     }
 
@@ -362,6 +394,7 @@ impl InFlight {
 
     /// A request ends.
     pub fn end(&mut self, key: &KeyId, begun: u64) {
+        self.begun.remove(&begun);
         let Some(flight) = self.keys.get_mut(key) else { return };
         flight.requests.remove(&begun);
         if flight.requests.is_empty() {
@@ -385,9 +418,19 @@ impl InFlight {
     /// Takes the gateways that confirmed `key` after a request for it timed out.
     #[must_use]
     pub fn take_late(&mut self, key: &KeyId, now: Instant) -> BTreeSet<WorkerName> {
-        let Some(flight) = self.keys.get_mut(key) else { return BTreeSet::new() };
-        let Some(late) = flight.late.take() else { return BTreeSet::new() };
-        self.late_keys -= 1;
+        let installed = self.late(key, now);
+        if self.keys.get_mut(key).is_some_and(|flight| flight.late.take().is_some()) {
+            self.late_keys -= 1;
+            self.drop_if_idle(key);
+        }
+        installed
+    }
+
+    /// The gateways that confirmed `key` after a request for it timed out.
+    #[must_use]
+    pub fn late(&self, key: &KeyId, now: Instant) -> BTreeSet<WorkerName> {
+        let Some(flight) = self.keys.get(key) else { return BTreeSet::new() };
+        let Some(late) = &flight.late else { return BTreeSet::new() };
         let is_invalid = |worker: &WorkerName, number: u64| {
             let invalidated = |domain: Option<&Domain>| self.invalidated.get(&(worker.clone(), domain.cloned()));
             [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= number)
@@ -396,9 +439,37 @@ impl InFlight {
         let installed = flight.outcomes.iter().filter(|(worker, Outcome { number, result })| {
             result.is_ok() && *number > late.after && !is_over && !is_invalid(worker, *number)
         });
-        let installed = installed.map(|(worker, _)| worker.clone()).collect();
-        self.drop_if_idle(key);
-        installed
+        installed.map(|(worker, _)| worker.clone()).collect()
+    }
+
+    /// How much is in flight.
+    #[must_use]
+    pub fn load(&self, now: Instant) -> Load {
+        let lanes = [&self.established, &self.unestablished];
+        // A key that became established is behind younger ones; that of a request counts by the request.
+        let fronts = lanes.into_iter().filter_map(|lane| self.keys.get(lane.queue.front()?)?.queued.as_ref());
+        let oldest = fronts.map(|queued| queued.since).chain(self.begun.values().next().copied()).min();
+        Load {
+            queued: lanes.iter().map(|lane| lane.queue.len()).sum(),
+            unacknowledged: lanes.iter().map(|lane| lane.sent).sum(),
+            waiting: self.begun.len(),
+            oldest: oldest.map(|since| now.saturating_duration_since(since)),
+        }
+    }
+
+    /// Where `key` is on its way; none if it is not in flight.
+    #[must_use]
+    pub fn trace(&self, key: &KeyId, now: Instant) -> Option<FlightTrace> {
+        let flight = self.keys.get(key)?;
+        let age = |since: Instant| now.saturating_duration_since(since);
+        let outcomes = flight.outcomes.iter().map(|(worker, outcome)| (worker.clone(), outcome.result.clone()));
+        Some(FlightTrace {
+            queued: flight.queued.as_ref().map(|queued| age(queued.since)),
+            unacknowledged: flight.sent.len(),
+            waiting: flight.requests.len(),
+            late: flight.late.as_ref().map(|late| age(late.since)).filter(|age| *age < RETRY_WINDOW),
+            outcomes: outcomes.collect(),
+        })
     }
 
     /// Caches the answer to the router of `key`, if there is room.

@@ -1,13 +1,16 @@
 //! How often unknown keys may be requested, so that a flood of them costs next to nothing and keeps no others out. The
 //! token buckets are governor's. No IO; the clock is a parameter.
 
+use std::convert::Infallible;
 use std::hash::Hash;
+use std::sync::Arc;
 use std::time::Duration;
 
 use governor::clock::{Clock, MonotonicClock};
 use governor::middleware::NoOpMiddleware;
-use governor::state::keyed::HashMapStateStore;
-use governor::state::{InMemoryState, NotKeyed};
+use governor::nanos::Nanos;
+use governor::state::keyed::{HashMapStateStore, ShrinkableKeyedStateStore};
+use governor::state::{InMemoryState, StateStore};
 use governor::{NotUntil, RateLimiter};
 use wgkex_common::{PublicKey, config};
 
@@ -38,8 +41,8 @@ pub struct Limited {
     pub seconds: u32,
 }
 
-type Keyed<K, C> = RateLimiter<K, HashMapStateStore<K>, C, Nothing<C>>;
-type Nothing<C> = NoOpMiddleware<<C as Clock>::Instant>;
+type Keyed<K, C> = Limiter<HashMapStateStore<K>, C>;
+type BucketLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, NoOpMiddleware<<C as Clock>::Instant>>;
 
 /// The limits, each with its buckets.
 pub struct RateLimits<C: Clock = MonotonicClock> {
@@ -47,7 +50,67 @@ pub struct RateLimits<C: Clock = MonotonicClock> {
     keys: Option<Keyed<(String, PublicKey), C>>,
     clients: Option<Keyed<Bucket, C>>,
     domains: Option<Keyed<String, C>>,
-    global: Option<RateLimiter<NotKeyed, InMemoryState, C, Nothing<C>>>,
+    global: Option<Limiter<InMemoryState, C>>,
+}
+
+/// A limit by its buckets.
+struct Limiter<S: StateStore, C: Clock> {
+    /// Takes from them.
+    taking: BucketLimiter<S, C>,
+    /// Looks into them.
+    looking: BucketLimiter<S, C>,
+}
+
+/// Buckets that several limits share; of them `is_taken` says which take from them.
+struct Buckets<S> {
+    store: Arc<S>,
+    is_taken: bool,
+}
+
+impl<S> Buckets<S> {
+    /// The buckets in `store`, once to take from and once to look into.
+    fn twice(store: S) -> [Self; 2] {
+        let store = Arc::new(store);
+        [true, false].map(|is_taken| Self { store: Arc::clone(&store), is_taken })
+    }
+}
+
+impl<S: StateStore> StateStore for Buckets<S> {
+    type Key = S::Key;
+
+    fn measure_and_replace<T, F, E>(&self, key: &S::Key, measure: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        if self.is_taken {
+            return self.store.measure_and_replace(key, measure);
+        }
+        // What is an error to the store leaves the bucket as it is.
+        let looked: Result<Infallible, _> =
+            self.store.measure_and_replace(key, |bucket| Err(measure(bucket).map(|(found, _)| found)));
+        match looked {
+            Ok(never) => match never {},
+            Err(found) => found,
+        }
+    }
+}
+
+impl<K: Hash + Eq + Clone, S: ShrinkableKeyedStateStore<K>> ShrinkableKeyedStateStore<K> for Buckets<S> {
+    fn retain_recent(&self, drop_below: Nanos) {
+        self.store.retain_recent(drop_below);
+    }
+
+    fn shrink_to_fit(&self) {
+        self.store.shrink_to_fit();
+    }
+
+    fn len(&self) -> usize {
+        self.store.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.store.is_empty()
+    }
 }
 
 /// The bucket of one client, or that of all for which there is none.
@@ -62,11 +125,27 @@ impl<C: Clock + Clone> RateLimits<C> {
     #[must_use]
     pub fn new(config: config::Limits, clock: C) -> Self {
         Self {
-            keys: config.per_key.map(|quota| keyed(quota, &clock)),
-            clients: config.per_client.map(|quota| keyed(quota, &clock)),
-            domains: config.per_domain.map(|quota| keyed(quota, &clock)),
-            global: config.global.map(|quota| RateLimiter::direct_with_clock(rate(quota), clock.clone())),
+            keys: config.per_key.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            clients: config.per_client.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            domains: config.per_domain.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
+            global: config.global.map(|quota| Limiter::new(quota, InMemoryState::default(), &clock)),
             clock,
+        }
+    }
+
+    /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
+    pub fn look(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
+        if let Some(domains) = &self.domains {
+            self.limited(Limit::Domain, domains.looking.check_key(&domain.to_owned()))?;
+        }
+        if let Some(global) = &self.global {
+            self.limited(Limit::Global, global.looking.check())?;
+        }
+        match &self.keys {
+            Some(keys) if keys.looking.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.looking.check_key(&(domain.to_owned(), *key)))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -75,18 +154,18 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// only if a limit needs it: it parses headers.
     pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_room = clients.len() < MAX_BUCKETS;
+            let has_room = clients.taking.len() < MAX_BUCKETS;
             let client = client();
             let bucket = if has_room { Bucket::One(client) } else { Bucket::Overflow };
             if !client.is_this_machine() {
-                self.limited(Limit::Client, clients.check_key(&bucket))?;
+                self.limited(Limit::Client, clients.taking.check_key(&bucket))?;
             }
         }
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.check_key(&domain.to_owned()))?;
+            self.limited(Limit::Domain, domains.taking.check_key(&domain.to_owned()))?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.check())?;
+            self.limited(Limit::Global, global.taking.check())?;
         }
         self.check_key(key, domain)
     }
@@ -95,8 +174,8 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// key, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.len() < MAX_BUCKETS => {
-                self.limited(Limit::Key, keys.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if keys.taking.len() < MAX_BUCKETS => {
+                self.limited(Limit::Key, keys.taking.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -117,14 +196,18 @@ impl<C: Clock + Clone> RateLimits<C> {
     }
 }
 
-fn keyed<K: Hash + Eq + Clone, C: Clock + Clone>(quota: config::Quota, clock: &C) -> Keyed<K, C> {
-    RateLimiter::new(rate(quota), HashMapStateStore::default(), clock.clone())
+impl<S: StateStore, C: Clock + Clone> Limiter<S, C> {
+    fn new(quota: config::Quota, store: S, clock: &C) -> Self {
+        let [taking, looking] =
+            Buckets::twice(store).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
+        Self { taking, looking }
+    }
 }
 
 fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
     if let Some(limiter) = limiter {
-        limiter.retain_recent();
-        limiter.shrink_to_fit();
+        limiter.taking.retain_recent();
+        limiter.taking.shrink_to_fit();
     }
 }
 
@@ -208,6 +291,34 @@ mod tests {
     }
 
     #[test]
+    fn a_look_says_what_a_request_would_hear_and_takes_nothing() {
+        let two = quota(2, 0.5);
+        let cases = [
+            (config::Limits { per_key: two, ..NONE }, Limit::Key),
+            (config::Limits { per_domain: two, ..NONE }, Limit::Domain),
+            (config::Limits { global: two, ..NONE }, Limit::Global),
+        ];
+        for (config, limit) in cases {
+            let (limits, clock) = limits(config);
+            for _ in 0..2 {
+                for _ in 0..10 {
+                    assert_eq!(limits.look(&key(0), "a"), Ok(()));
+                }
+                assert_eq!(limits.check(&key(0), || client(0), "a"), Ok(()), "looking took something");
+            }
+            assert_eq!(limits.look(&key(0), "a"), limited(limit, 2));
+            assert_eq!(limits.look(&key(0), "a"), limits.check(&key(0), || client(0), "a"));
+            clock.advance(SECOND * 2);
+            assert_eq!(limits.look(&key(0), "a"), Ok(()));
+        }
+        let (limits, clock) = limits(config::Limits { per_key: two, ..NONE });
+        assert_eq!(limits.look(&key(0), "a"), Ok(()));
+        clock.advance(SECOND * 10);
+        limits.evict_idle();
+        assert!(limits.keys.as_ref().unwrap().taking.is_empty(), "nothing is left of a look");
+    }
+
+    #[test]
     fn without_limits_nothing_is_limited_and_no_header_is_parsed() {
         let (limits, _) = limits(NONE);
         assert!((0..1000).all(|_| limits.check(&key(0), || unreachable!(), "a").is_ok()));
@@ -269,11 +380,11 @@ mod tests {
         let most = u32::try_from(MAX_BUCKETS).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
         assert_eq!(passed, MAX_BUCKETS + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().len(), MAX_BUCKETS + 1);
-        assert!(limits.keys.as_ref().unwrap().len() <= MAX_BUCKETS);
+        assert_eq!(limits.clients.as_ref().unwrap().taking.len(), MAX_BUCKETS + 1);
+        assert!(limits.keys.as_ref().unwrap().taking.len() <= MAX_BUCKETS);
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.clients.as_ref().unwrap().is_empty() && limits.keys.as_ref().unwrap().is_empty());
+        assert!(limits.clients.as_ref().unwrap().taking.is_empty() && limits.keys.as_ref().unwrap().taking.is_empty());
         assert_eq!(limits.check(&key(1), || client(1), "a"), Ok(()));
     }
 

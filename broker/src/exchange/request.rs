@@ -18,6 +18,13 @@ pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<KeyId, Rejection
     Ok(KeyId { domain, key: key.parse().map_err(Rejection::Key)? })
 }
 
+/// The domain in a router's request, as it is there.
+#[must_use]
+pub fn domain(body: &[u8]) -> Option<String> {
+    let json: serde_json::Value = serde_json::from_slice(body).ok()?;
+    Some(json.get("domain")?.as_str()?.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

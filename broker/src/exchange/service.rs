@@ -18,11 +18,12 @@ use wgkex_common::{Domain, KeyId, RejectReason, WorkerName};
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
-use crate::exchange::rate_limit::RateLimits;
+use crate::exchange::rate_limit::{Limited, RateLimits};
 use crate::exchange::{Metrics, Rejection};
 use crate::fleet::gateways::{Gateways, Online};
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::selection::Selection;
+use crate::fleet::status::Standing;
 
 /// What this broker knows of a key when a request for it begins.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +32,19 @@ struct KeyStatus {
     is_established: bool,
     /// It is known, and is requested more often than a router needs.
     is_too_frequent: bool,
+}
+
+/// What a request would come to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outlook {
+    /// Why it would be rejected at once.
+    pub rejection: Option<Rejection>,
+    /// The gateway that it would be given first; version 1 gives none.
+    pub gateway: Option<WorkerName>,
+    /// That is the best of those that confirmed the key after the request before timed out.
+    pub is_late: bool,
+    /// Each gateway in the choice, or why it is not.
+    pub standings: Vec<Standing>,
 }
 
 /// Answers routers. Clones share everything.
@@ -96,27 +110,50 @@ impl Exchange {
 
     /// What is known of the key, if a request for it is admitted now.
     fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KeyStatus, Rejection> {
-        let established = self.live().is_established(&id.domain, &id.key);
-        if established.is_none() {
-            self.limits.check(&id.key, client, id.domain.name())?;
-        }
-        self.check_owner(id)?;
+        let established = self.admit(id, || self.limits.check(&id.key, client, id.domain.name()));
+        let established = established.inspect_err(|rejection| {
+            if matches!(rejection, Rejection::Reserved | Rejection::AddressTaken) {
+                warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
+            }
+        })?;
         let is_too_frequent = established.is_some() && self.limits.check_key(&id.key, id.domain.name()).is_err();
         Ok(KeyStatus { is_established: established == Some(true), is_too_frequent })
     }
 
-    /// Rejects a key that a gateway has, or whose address another key has.
-    fn check_owner(&self, id: &KeyId) -> Result<(), Rejection> {
+    /// Whether the key has had a handshake, if it is known and its request is admitted. `limit` is asked for an unknown key.
+    fn admit(&self, id: &KeyId, limit: impl FnOnce() -> Result<(), Limited>) -> Result<Option<bool>, Rejection> {
+        let established = self.live().is_established(&id.domain, &id.key);
+        if established.is_none() {
+            limit()?;
+        }
+        self.owner_rejection(id).map_or(Ok(established), Err)
+    }
+
+    /// Why no router may have the key: a gateway has it, or another key has its address.
+    fn owner_rejection(&self, id: &KeyId) -> Option<Rejection> {
         let is_routers = self.live().has_handshake(&id.key);
-        let rejection = if self.gateways().is_reserved(&id.key, is_routers) {
-            Rejection::Reserved
+        if self.gateways().is_reserved(&id.key, is_routers) {
+            Some(Rejection::Reserved)
         } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {
-            Rejection::AddressTaken
+            Some(Rejection::AddressTaken)
         } else {
-            return Ok(());
-        };
-        warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
-        Err(rejection)
+            None
+        }
+    }
+
+    /// What a request for the key would come to now, by the checks and the choice that serve requests. Nothing is counted,
+    /// published or logged.
+    #[must_use]
+    pub fn outlook(&self, id: &KeyId) -> Outlook {
+        let now = Instant::now().into_std();
+        let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.look(&id.key, id.domain.name())));
+        let late = self.in_flight.lock().late(id, now);
+        let gateways = self.gateways();
+        let by_confirmation = gateways.select(&id.domain, has_confirmed(&late)).map(|selection| selection.worker);
+        let best = || gateways.select(&id.domain, |_, _| true).map(|selection| selection.worker);
+        let (is_late, gateway) = (by_confirmation.is_some(), by_confirmation.or_else(best));
+        let rejection = admitted.err().or(gateway.is_none().then_some(Rejection::NoGateway));
+        Outlook { rejection, gateway, is_late, standings: gateways.standings(&id.domain, now) }
     }
 
     fn cached(&self, id: &KeyId) -> Option<Answer> {
@@ -177,7 +214,7 @@ impl Exchange {
         let deadlines = Deadlines::now(self.confirm);
         let late = self.late_confirmations(id);
         if !late.is_empty()
-            && let Some(selection) = self.select(id, |worker, confirms| confirms && late.contains(worker))
+            && let Some(selection) = self.select(id, has_confirmed(&late))
         {
             self.publish_again(id, status);
             return Ok(selection);
@@ -291,6 +328,11 @@ impl Exchange {
     fn confirmed(&self, published: Instant) {
         self.metrics.confirmation.observe(published.elapsed().as_secs_f64());
     }
+}
+
+/// The gateways that confirm keys and have confirmed this one late.
+fn has_confirmed(late: &BTreeSet<WorkerName>) -> impl Fn(&WorkerName, bool) -> bool {
+    |worker, confirms| confirms && late.contains(worker)
 }
 
 /// Ends a request with its rejection. After a timeout, confirmations that are received later are kept for the router's next

@@ -2,10 +2,13 @@
 //! IO, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter::Sum;
 use std::time::{Duration, Instant};
 
 use wgkex_common::Domain;
 use wgkex_common::wire::message::{Hello, WorkerData};
+
+use crate::fleet::status::{ORIGINAL, OfflineReason};
 
 /// How long one of these counts when nothing supports it: a status, which is retained; a count or confirmation without a
 /// status, after a last will that was published late; a hello that was not repeated. A little more than the minute after
@@ -13,6 +16,8 @@ use wgkex_common::wire::message::{Hello, WorkerData};
 const UNSUPPORTED_LIFETIME: Duration = Duration::from_secs(65);
 /// How long a worker whose status is online may publish nothing. The original skips a count when its dump was interrupted.
 const LIVENESS: Duration = Duration::from_secs(150);
+/// A status that goes offline so soon after all domains did is that of a worker that stops: it publishes those first.
+const STOP_DURATION: Duration = Duration::from_secs(5);
 /// The same count again within this time is a repetition for a program that has just connected: new counts are published every minute.
 pub(super) const REPEATED: Duration = Duration::from_secs(50);
 
@@ -21,6 +26,10 @@ pub(super) const REPEATED: Duration = Duration::from_secs(50);
 pub(super) struct Gateway {
     /// Whether it is taken to be alive: [`Gateway::alive_until`] is not over.
     pub online: bool,
+    /// Since when it is offline, if it is known to be.
+    offline: Option<Offline>,
+    /// What it was when it was last online.
+    program: Program,
     status: Option<Status>,
     /// When it last published anything of its own, since its status was last offline.
     last_sign: Option<Instant>,
@@ -41,12 +50,75 @@ pub(super) struct Gateway {
     /// Domains whose data was removed from the server, and not published again. It is still in `data` where the worker goes on
     /// counting.
     pub removed_data: BTreeSet<Domain>,
-    /// Connected peers of each domain with a count, corrected by the answers given since; none if the domain is offline.
-    pub peers: BTreeMap<Domain, Option<u64>>,
+    /// The peers of each domain with a count; none if the domain is offline.
+    pub peers: BTreeMap<Domain, Option<Peers>>,
+    /// When each domain that is offline here became so, if this broker has seen it.
+    down_since: BTreeMap<Domain, Instant>,
     /// The last new count of each domain.
     counts: BTreeMap<Domain, Count>,
     /// When the last count of each domain arrived, new or not.
     last_counted: BTreeMap<Domain, Instant>,
+}
+
+/// The peers of a gateway in a domain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Peers {
+    /// Those with handshakes, by its last count.
+    pub connected: u64,
+    /// The answers that named it since then, those that other brokers are taken to have given included.
+    pub assigned: u64,
+}
+
+impl Peers {
+    /// All of them.
+    #[must_use]
+    pub fn total(self) -> u64 {
+        self.connected + self.assigned
+    }
+}
+
+impl Sum for Peers {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, each| Self {
+            connected: sum.connected + each.connected,
+            assigned: sum.assigned + each.assigned,
+        })
+    }
+}
+
+/// Since when a gateway is offline, and by which sign.
+#[derive(Debug, Clone, Copy)]
+struct Offline {
+    /// None if it was so when this broker connected.
+    since: Option<Instant>,
+    sign: OfflineSign,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum OfflineSign {
+    /// Its status, which is its last will, too.
+    Status,
+    /// It published nothing for so long.
+    Silence(Duration),
+}
+
+/// What is remembered of a gateway while the connection to the MQTT server is lost.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Memory {
+    offline: Option<Offline>,
+    program: Program,
+}
+
+/// The program of a gateway.
+#[derive(Debug, Clone, Default)]
+enum Program {
+    /// It was not heard of.
+    #[default]
+    Unknown,
+    /// It has no hello.
+    Original,
+    /// This version of ours.
+    Ours(String),
 }
 
 /// A status message.
@@ -123,9 +195,90 @@ impl Gateway {
             || self.hello.as_ref().or(self.expired_hello.as_ref()).is_some_and(is_named)
     }
 
-    /// Connected peers of all domains.
-    pub fn peers(&self) -> u64 {
-        self.peers.values().flatten().sum()
+    /// The peers of all domains.
+    pub fn peers(&self) -> Peers {
+        self.peers.values().copied().flatten().sum()
+    }
+
+    /// A gateway of which this is remembered.
+    pub fn remembered(Memory { offline, program }: Memory) -> Self {
+        Self { offline, program, ..Self::default() }
+    }
+
+    /// What to remember of it.
+    pub fn memory(self) -> Memory {
+        Memory { offline: self.offline, program: self.program }
+    }
+
+    /// The version of its program, also while it is offline; [`ORIGINAL`] for an original, none where it is not known.
+    pub fn version(&self) -> Option<&str> {
+        match (&self.hello, &self.program) {
+            (Some(hello), _) => Some(&hello.version),
+            (None, _) if self.online => Some(ORIGINAL),
+            (None, Program::Ours(version)) => Some(version),
+            (None, Program::Original) => Some(ORIGINAL),
+            (None, Program::Unknown) => None,
+        }
+    }
+
+    /// Why it is offline; none while it is online.
+    pub fn offline_reason(&self) -> Option<OfflineReason> {
+        match self.offline {
+            _ if self.online => None,
+            None => Some(OfflineReason::NeverOnline),
+            Some(Offline { sign: OfflineSign::Silence(silence), .. }) => Some(OfflineReason::Silent(silence.as_secs())),
+            Some(Offline { sign: OfflineSign::Status, since }) if self.has_stopped(since) => {
+                Some(OfflineReason::Stopped)
+            }
+            Some(Offline { sign: OfflineSign::Status, .. }) => Some(OfflineReason::ConnectionLost),
+        }
+    }
+
+    /// Since when it is offline, as far as this broker has seen.
+    pub fn offline_since(&self) -> Option<Instant> {
+        self.offline.filter(|_| !self.online)?.since
+    }
+
+    /// Since when the domain is offline here, be the gateway online or not.
+    pub fn down_since(&self, domain: &Domain) -> Option<Instant> {
+        self.down_since.get(domain).copied()
+    }
+
+    /// Whether all its domains went offline shortly before `offline`; or at all, if that is not known.
+    fn has_stopped(&self, offline: Option<Instant>) -> bool {
+        let all_down = !self.peers.is_empty() && self.peers.values().all(Option::is_none);
+        let last = self.down_since.values().max();
+        let is_close = |at: Instant| last.is_some_and(|last| at.saturating_duration_since(*last) < STOP_DURATION);
+        all_down && offline.is_none_or(is_close)
+    }
+
+    /// Whether it is online by now; if it is not, `sign` showed that first.
+    fn refresh(&mut self, since: Option<Instant>, sign: OfflineSign, now: Instant) {
+        self.online = self.is_alive(now);
+        if self.online {
+            self.on_online();
+        } else {
+            self.offline.get_or_insert(Offline { since, sign });
+        }
+    }
+
+    fn on_online(&mut self) {
+        self.offline = None;
+        if self.hello.is_none() && matches!(self.program, Program::Unknown) {
+            self.program = Program::Original;
+        }
+    }
+
+    /// Takes it for offline if it published nothing for too long. Says whether that is news.
+    pub fn expire(&mut self, now: Instant) -> bool {
+        if !self.online || self.is_alive(now) {
+            return false;
+        }
+        let at = self.status.map(|status| status.at);
+        let last = self.last_sign.max(self.last_service).or(at);
+        let silence = last.map_or(LIVENESS, |last| now.saturating_duration_since(last));
+        self.refresh(Some(now), OfflineSign::Silence(silence), now);
+        true
     }
 
     /// Until when it is taken to be alive. A status that nothing supports counts as long as a count without a status: either
@@ -151,7 +304,13 @@ impl Gateway {
         if is_service {
             self.last_service = Some(now);
         }
+        let was_online = self.online;
         self.online = self.is_alive(now);
+        if self.online {
+            self.on_online();
+        } else if was_online {
+            self.offline = Some(Offline { since: Some(now), sign: OfflineSign::Status });
+        }
     }
 
     /// A worker of ours publishes its hello before its status. One that comes online without a hello is another program under
@@ -163,13 +322,17 @@ impl Gateway {
             (self.last_sign, self.last_service, self.is_hello_live) = (None, None, false);
         }
         if online && !retained && !self.is_hello_live {
-            (self.hello, self.expired_hello) = (None, None);
+            (self.hello, self.expired_hello, self.program) = (None, None, Program::Original);
         }
-        self.online = self.is_alive(now);
+        // What is found as retained may have been so for long.
+        self.refresh(Some(now).filter(|_| !retained), OfflineSign::Status, now);
     }
 
     pub fn apply_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
         self.is_hello_live = hello.is_some() && !retained;
+        if let Some(hello) = &hello {
+            self.program = Program::Ours(hello.version.clone());
+        }
         (self.hello, self.expired_hello, self.hello_renewed) = (hello, None, Some(now));
         if self.is_hello_live {
             self.on_sign_of_life(false, now);
@@ -247,11 +410,16 @@ impl Gateway {
         if matches!(count, PeerCount::Connected(_)) {
             self.last_counted.insert(domain.clone(), now);
         }
+        if count != PeerCount::Offline {
+            self.down_since.remove(&domain);
+        } else if !retained && !self.peers.get(&domain).is_some_and(Option::is_none) {
+            self.down_since.insert(domain.clone(), now);
+        }
         match count {
             PeerCount::Connected(peers) if self.is_repeated(&domain, peers, now) => None,
             PeerCount::Connected(peers) => {
                 self.counts.insert(domain.clone(), Count { at: now, peers });
-                self.peers.insert(domain, Some(peers))
+                self.peers.insert(domain, Some(Peers { connected: peers, assigned: 0 }))
             }
             PeerCount::Offline => self.peers.insert(domain, None),
             PeerCount::Removed => self.peers.remove(&domain),

@@ -4,6 +4,8 @@
 //! The previous stop of a message is [`crate::bus`]; [`gateway`](super::gateway) has the state of one gateway,
 //! [`selection`](super::selection) selects. The next stop of a selection is [`crate::exchange`].
 
+mod report;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::{BrokerName, Config, Domain, PublicKey, Reserved, Topic, WorkerName};
 
-use crate::fleet::gateway::{Gateway, PeerCount};
+use crate::fleet::gateway::{Gateway, Memory, PeerCount};
 use crate::fleet::selection::{Candidate, Selection, Shares};
 
 /// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
@@ -34,6 +36,8 @@ pub struct Gateways {
     domains: BTreeSet<Domain>,
     weights: BTreeMap<WorkerName, f64>,
     by_name: BTreeMap<WorkerName, Gateway>,
+    /// What was known of gateways on an earlier connection.
+    remembered: BTreeMap<WorkerName, Memory>,
     /// The brokers that are online.
     brokers: BTreeSet<BrokerName>,
     /// Gateways' keys and addresses. They stay when the connection is lost.
@@ -86,25 +90,6 @@ pub enum Reachability {
     Unsupported,
 }
 
-/// A gateway for the status page and the metrics.
-#[derive(Debug, Clone, PartialEq)]
-pub struct GatewayStatus {
-    /// The worker's name.
-    pub worker: WorkerName,
-    /// Whether it is online.
-    pub online: bool,
-    /// Its program's version; none for an original.
-    pub version: Option<String>,
-    /// Connected peers of each domain; none while the domain is offline there.
-    pub domains: BTreeMap<Domain, Option<u64>>,
-    /// Connected peers of all domains, with the answers given since the last counts.
-    pub peers: u64,
-    /// Its weight.
-    pub weight: f64,
-    /// The peers it should have, by its weight.
-    pub target: f64,
-}
-
 /// A payload that is invalid on its topic, and changes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a {0}")]
@@ -130,6 +115,7 @@ impl Gateways {
             domains: config.domains.clone(),
             weights: weights(config),
             by_name: BTreeMap::new(),
+            remembered: BTreeMap::new(),
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
             known: BTreeMap::new(),
@@ -167,7 +153,11 @@ impl Gateways {
             }
             forget(&mut self.known, name, &gateway.removed_data);
         }
-        self.by_name.clear();
+        let memories = std::mem::take(&mut self.by_name).into_iter().map(|(name, gateway)| (name, gateway.memory()));
+        self.remembered.extend(memories);
+        while self.remembered.len() > NAMES_MAX {
+            self.remembered.pop_first();
+        }
         self.brokers.clear();
         (self.echo, self.last_retained, self.is_synced) = (None, None, false);
     }
@@ -211,11 +201,7 @@ impl Gateways {
                 self.reserved.update(name, domain.name(), None);
             }
         }
-        let expired = self.by_name.iter_mut().filter(|(_, gateway)| gateway.online && !gateway.is_alive(now));
-        let expired = expired.map(|(name, gateway)| {
-            gateway.online = false;
-            name.clone()
-        });
+        let expired = self.by_name.iter_mut().filter_map(|(name, gateway)| gateway.expire(now).then(|| name.clone()));
         let expired = expired.collect();
         for (name, gateway) in &self.by_name {
             forget(&mut self.known, name, gateway.removed_data.iter().filter(|domain| !gateway.is_at_work(domain)));
@@ -277,7 +263,9 @@ impl Gateways {
         if self.by_name.len() >= NAMES_MAX && !self.by_name.contains_key(name) {
             return Err(InvalidPayload("worker's name"));
         }
-        Ok(self.by_name.entry(name.clone()).or_default())
+        let Self { by_name, remembered, .. } = self;
+        let new = || remembered.remove(name).map(Gateway::remembered).unwrap_or_default();
+        Ok(by_name.entry(name.clone()).or_insert_with(new))
     }
 
     fn apply_data(
@@ -347,7 +335,7 @@ impl Gateways {
         let candidates = self.by_name.iter().filter_map(|(worker, gateway)| {
             let data = gateway.serves(domain)?;
             let (confirms, is_unresponsive) = (gateway.confirms(), gateway.is_unresponsive);
-            let candidate = || Candidate { worker, data, confirms, is_unresponsive, peers: gateway.peers() };
+            let candidate = || Candidate { worker, data, confirms, is_unresponsive, peers: gateway.peers().total() };
             eligible(worker, confirms).then(candidate)
         });
         self.shares().select(candidates)
@@ -359,7 +347,7 @@ impl Gateways {
         let brokers = self.brokers.len().max(1) as u64;
         let peers = self.by_name.get_mut(worker).and_then(|gateway| gateway.peers.get_mut(domain));
         if let Some(Some(peers)) = peers {
-            *peers = (*peers + brokers).min(PEERS_MAX);
+            peers.assigned = (peers.assigned + brokers).min(PEERS_MAX.saturating_sub(peers.connected));
         }
     }
 
@@ -468,38 +456,9 @@ impl Gateways {
         self.by_name.values().any(|gateway| gateway.installs(domain))
     }
 
-    /// The domains that no gateway serves now.
-    #[must_use]
-    pub fn unserved(&self) -> Vec<Unserved> {
-        let unserved = self.domains.iter().filter(|domain| !self.is_any_online(domain));
-        unserved.map(|domain| Unserved { domain: domain.clone(), is_known: self.is_known(domain) }).collect()
-    }
-
-    /// Every gateway on the bus, by name.
-    #[must_use]
-    pub fn statuses(&self) -> Vec<GatewayStatus> {
-        let shares = self.shares();
-        let status = |(name, gateway): (&WorkerName, &Gateway)| GatewayStatus {
-            worker: name.clone(),
-            online: gateway.online,
-            version: gateway.hello.as_ref().map(|hello| hello.version.clone()),
-            domains: gateway
-                .data
-                .keys()
-                .chain(gateway.peers.keys())
-                .filter(|domain| gateway.may_serve(domain))
-                .map(|domain| (domain.clone(), gateway.peers.get(domain).copied().flatten()))
-                .collect(),
-            peers: gateway.peers(),
-            weight: shares.weight(name),
-            target: shares.target(name),
-        };
-        self.by_name.iter().map(status).collect()
-    }
-
     fn shares(&self) -> Shares<'_> {
         let online = self.by_name.values().filter(|gateway| gateway.online);
-        Shares::new(&self.weights, online.map(Gateway::peers))
+        Shares::new(&self.weights, online.map(|gateway| gateway.peers().total()))
     }
 }
 

@@ -7,6 +7,7 @@ use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use wgkex_common::access_lists::Admission;
 use wgkex_common::address::claim::{self, Claim, ClaimState};
 use wgkex_common::config::{self, Cleanup};
@@ -15,7 +16,8 @@ use wgkex_common::sync::CHUNK;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, WorkerName};
 
-use crate::fleet::unrequested::UnrequestedKeys;
+use crate::fleet::key_places::{GatewayNumbers, KeyPlaces, NamedPlaces};
+use crate::fleet::unrequested::{HandshakeReport, UnrequestedKeys};
 
 /// A router's request that arrives a second time within this, by HTTP and by MQTT, counts once.
 const SAME_REQUEST: Duration = Duration::from_secs(3);
@@ -37,6 +39,7 @@ pub struct LiveKeys {
     handshake_lifetime: Duration,
     domains: BTreeMap<Domain, DomainKeys>,
     unrequested: UnrequestedKeys,
+    numbers: GatewayNumbers,
     write_buffer: WriteBuffer,
     admission: Arc<Admission>,
 }
@@ -63,6 +66,39 @@ struct LiveKey {
     returned: Option<Instant>,
     /// When this broker last changed it: a sync client may lack it from then on.
     updated_at: Instant,
+    /// The gateways that have it.
+    places: KeyPlaces,
+}
+
+/// What is known of a key in a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyTrace {
+    /// The domain.
+    pub domain: Domain,
+    /// What it is here.
+    pub state: KeyState,
+    /// How long ago this run of the program first received it.
+    pub first: Option<Duration>,
+    /// How long ago a router last sent it, or it last had a handshake.
+    pub last: Duration,
+    /// How long ago its last handshake was, as far as it is known.
+    pub last_handshake: Option<Duration>,
+    /// Its gateways.
+    pub places: NamedPlaces,
+}
+
+/// What a key is in a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyState {
+    /// Live, and has had a handshake.
+    Established,
+    /// Live, and has had none.
+    Unestablished,
+    /// It has had handshakes, and another key has its address now.
+    Displaced,
+    /// No router sent it; a worker reports handshakes.
+    Claimed,
 }
 
 /// How many keys of a domain there are.
@@ -90,14 +126,15 @@ impl LiveKeys {
             handshake_lifetime: stale + claim::handshake_report_interval(ttl, stale),
             domains,
             unrequested: UnrequestedKeys::new(max),
+            numbers: GatewayNumbers::new(now),
             write_buffer,
             admission: Arc::default(),
         };
         for (KeyId { domain, key }, record) in remembered {
             // A client of the last run may not have got what that received last: all of it counts as updated now.
-            let last_handshake = record.established.then_some(record.last);
+            let (last_handshake, places) = (record.established.then_some(record.last), KeyPlaces::default());
             let key_of_last_run =
-                LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now };
+                LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now, places };
             if !live.insert(&domain, key, key_of_last_run, now) {
                 live.write_buffer.remove(&domain, key);
             }
@@ -208,10 +245,50 @@ impl LiveKeys {
         match self.domains.get_key_value(domain) {
             Some((_, known)) if known.keys.contains_key(&key) => {
                 self.merge(domain, key, KeyRecord { last: now, established: true }, SAME_REQUEST, now);
+                self.place(domain, &key, |numbers, places| numbers.on_handshake(places, worker));
             }
             Some((domain, _)) => self.unrequested.on_handshake(worker, domain, key, now),
             None => {}
         }
+    }
+
+    /// `worker` has published what became of a key.
+    pub fn on_outcome(&mut self, worker: &WorkerName, domain: &str, key: &PublicKey, is_installed: bool, now: Instant) {
+        self.place(domain, key, |numbers, places| numbers.confirm(places, worker, is_installed, now));
+    }
+
+    fn place(&mut self, domain: &str, key: &PublicKey, change: impl FnOnce(&mut GatewayNumbers, &mut KeyPlaces)) {
+        let live = self.domains.get_mut(domain).and_then(|known| known.keys.get_mut(key));
+        if let Some(live) = live {
+            change(&mut self.numbers, &mut live.places);
+        }
+    }
+
+    /// What is known of a key, in each domain where it is known.
+    #[must_use]
+    pub fn trace(&self, key: &PublicKey, now: Instant) -> Vec<KeyTrace> {
+        let age = |since: Instant| now.saturating_duration_since(since);
+        let live = |domain: &Domain, live: &LiveKey, state| KeyTrace {
+            domain: domain.clone(),
+            state,
+            first: Some(age(live.first)),
+            last: age(live.record.last),
+            last_handshake: live.last_handshake.map(age),
+            places: self.numbers.named(&live.places, now),
+        };
+        let claimed = |domain: &Domain| {
+            let HandshakeReport { worker, at } = self.unrequested.report(domain, key)?;
+            let places = NamedPlaces { handshakes: Some(worker.clone()), ..NamedPlaces::default() };
+            let (state, age) = (KeyState::Claimed, age(*at));
+            Some(KeyTrace { domain: domain.clone(), state, first: None, last: age, last_handshake: Some(age), places })
+        };
+        let trace = |(domain, known): (&Domain, &DomainKeys)| match (known.keys.get(key), known.displaced.get(key)) {
+            (Some(found), _) if found.record.established => Some(live(domain, found, KeyState::Established)),
+            (Some(found), _) => Some(live(domain, found, KeyState::Unestablished)),
+            (None, Some(found)) => Some(live(domain, found, KeyState::Displaced)),
+            (None, None) => claimed(domain),
+        };
+        self.domains.iter().filter_map(trace).collect()
     }
 
     /// Merges the live keys of another broker.
@@ -250,8 +327,9 @@ impl LiveKeys {
         }
         self.write_buffer.put(&domain, key, live.record);
         if is_new {
-            if let Some(at) = self.unrequested.take(&domain, &key) {
+            if let Some(HandshakeReport { worker, at }) = self.unrequested.take(&domain, &key) {
                 self.merge(domain.name(), key, KeyRecord { last: at, established: true }, SAME_REQUEST, now);
+                self.place(domain.name(), &key, |numbers, places| numbers.on_handshake(places, &worker));
             }
             self.evict();
         }
@@ -397,7 +475,8 @@ impl LiveKey {
 fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
     let last_handshake = news.established.then_some(news.last);
     let Some(before) = before else {
-        return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now };
+        let places = KeyPlaces::default();
+        return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now, places };
     };
     LiveKey {
         record: KeyRecord {
@@ -408,6 +487,7 @@ fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
         last_handshake: last_handshake.max(before.last_handshake),
         returned: before.returned,
         updated_at: now,
+        places: before.places,
     }
 }
 

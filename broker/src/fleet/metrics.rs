@@ -1,12 +1,45 @@
 //! The metrics of gateways, live keys and the lists that admit keys.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 use prometheus::{Error, IntGauge, IntGaugeVec};
 use wgkex_common::Domain;
 use wgkex_common::access_lists::metrics::ListMetrics;
 
-use crate::fleet::gateways::GatewayStatus;
 use crate::fleet::live_keys::LiveKeyCounts;
+use crate::fleet::status::{DomainStatus, GatewayDomain, GatewayStatus};
 use crate::metrics::{Registry, set};
+
+/// Gauges of what comes and goes: what is not there any more has no series.
+#[derive(Debug, Clone)]
+struct KnownSeries<const LABELS: usize> {
+    gauges: IntGaugeVec,
+    known: Arc<Mutex<BTreeSet<[String; LABELS]>>>,
+}
+
+impl<const LABELS: usize> KnownSeries<LABELS> {
+    fn new(gauges: IntGaugeVec) -> Self {
+        Self { gauges, known: Arc::default() }
+    }
+
+    /// These series, and no others.
+    fn set<'a>(&self, values: impl Iterator<Item = ([&'a str; LABELS], u64)>) {
+        let mut known = self.known.lock();
+        let mut gone = std::mem::take(&mut *known);
+        for (labels, value) in values {
+            self.gauges.with_label_values(&labels).set(i64::try_from(value).unwrap_or(i64::MAX));
+            let labels = labels.map(str::to_owned);
+            gone.remove(&labels);
+            known.insert(labels);
+        }
+        for labels in &gone {
+            // It is there: nobody else removes it.
+            let _ = self.gauges.remove_label_values(labels);
+        }
+    }
+}
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -15,6 +48,10 @@ pub struct Metrics {
     pub state_kept: IntGauge,
     live: IntGaugeVec,
     gateways: IntGaugeVec,
+    gateway_up: KnownSeries<1>,
+    gateway_connected: KnownSeries<2>,
+    gateway_assigned: KnownSeries<2>,
+    domain_gateways: IntGaugeVec,
     /// The state of the access lists.
     pub lists: ListMetrics,
 }
@@ -26,6 +63,26 @@ impl Metrics {
             state_kept: registry.gauge("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
             live: registry.gauges("wgkex_broker_live_keys", "Live keys by state", &["domain", "state"])?,
             gateways: registry.gauges("wgkex_broker_gateways", "Gateways by state", &["state"])?,
+            gateway_up: KnownSeries::new(registry.gauges(
+                "wgkex_broker_gateway_up",
+                "1 while the gateway is online",
+                &["gateway"],
+            )?),
+            gateway_connected: KnownSeries::new(registry.gauges(
+                "wgkex_broker_gateway_connected",
+                "Peers with handshakes, by the gateway's last count",
+                &["gateway", "domain"],
+            )?),
+            gateway_assigned: KnownSeries::new(registry.gauges(
+                "wgkex_broker_gateway_assigned",
+                "Answers that named the gateway since that count",
+                &["gateway", "domain"],
+            )?),
+            domain_gateways: registry.gauges(
+                "wgkex_broker_domain_gateways",
+                "Gateways that are online and serve the domain",
+                &["domain"],
+            )?,
             lists: ListMetrics {
                 damaged: registry.gauges("wgkex_broker_lists_damaged", "1 while a list cannot be read", &["list"])?,
                 keys: registry.gauges("wgkex_broker_list_keys", "Keys on each list", &["list"])?,
@@ -42,12 +99,27 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Takes over how many gateways are in which state.
+    /// Takes over how many gateways serve each domain.
+    pub fn set_domains(&self, domains: &[DomainStatus]) {
+        for DomainStatus { name, gateways } in domains {
+            set(&self.domain_gateways.with_label_values(&[name]), gateways.len());
+        }
+    }
+
+    /// Takes over how many gateways are in which state, and how many peers each has.
     pub fn set_gateways(&self, gateways: &[GatewayStatus]) {
         let online = gateways.iter().filter(|gateway| gateway.online).count();
         for (state, number) in [("online", online), ("offline", gateways.len() - online)] {
             set(&self.gateways.with_label_values(&[state]), number);
         }
+        self.gateway_up.set(gateways.iter().map(|gateway| ([gateway.name.as_str()], gateway.online.into())));
+        let domains =
+            || gateways.iter().flat_map(|gateway| gateway.domains.iter().map(move |domain| (gateway, domain)));
+        let peers = |of: fn(&GatewayDomain) -> u64| {
+            domains().map(move |(gateway, domain)| ([gateway.name.as_str(), domain.domain.as_str()], of(domain)))
+        };
+        self.gateway_connected.set(peers(|domain| domain.connected));
+        self.gateway_assigned.set(peers(|domain| domain.assigned));
     }
 
     /// Takes over how many live keys there are.
@@ -70,5 +142,42 @@ mod tests {
         let registry = Registry::default();
         Metrics::register(&registry).unwrap();
         assert_has(&registry, &[r#"wgkex_broker_gateways{state="online"} 0"#]);
+    }
+
+    #[test]
+    fn a_gateway_has_series_as_long_as_it_is_known() {
+        use crate::fleet::status::DomainState;
+
+        let registry = Registry::default();
+        let metrics = Metrics::register(&registry).unwrap();
+        let domain =
+            |connected| GatewayDomain { domain: "ff_a".into(), state: DomainState::Up, connected, assigned: 2 };
+        let gateway = |name: &str, online, connected| GatewayStatus {
+            name: name.into(),
+            online,
+            version: None,
+            offline: None,
+            domains: vec![domain(connected)],
+            connected,
+            assigned: 2,
+            weight: 1.0,
+            share: 1.0,
+            target: 1.0,
+        };
+        metrics.set_gateways(&[gateway("gw1", true, 7), gateway("gw2", false, 0)]);
+        metrics.set_domains(&[DomainStatus { name: "ff_a".into(), gateways: Vec::new() }]);
+        assert_has(
+            &registry,
+            &[
+                r#"wgkex_broker_gateway_up{gateway="gw1"} 1"#,
+                r#"wgkex_broker_gateway_up{gateway="gw2"} 0"#,
+                r#"wgkex_broker_gateway_connected{domain="ff_a",gateway="gw1"} 7"#,
+                r#"wgkex_broker_gateway_assigned{domain="ff_a",gateway="gw1"} 2"#,
+                r#"wgkex_broker_domain_gateways{domain="ff_a"} 0"#,
+            ],
+        );
+        metrics.set_gateways(&[gateway("gw2", true, 0)]);
+        let text = String::from_utf8(registry.text().unwrap()).unwrap();
+        assert!(!text.contains("gw1") && text.contains(r#"wgkex_broker_gateway_up{gateway="gw2"} 1"#), "{text}");
     }
 }

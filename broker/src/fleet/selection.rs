@@ -29,6 +29,15 @@ pub struct Selection {
     pub data: WorkerData,
 }
 
+/// A gateway's place in the choice: the smaller one is better.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rank {
+    /// It was unresponsive, or weighs nothing.
+    pub is_last_resort: bool,
+    /// Its peers beyond its target.
+    pub excess: f64,
+}
+
 /// The gateways' weights, and the sums by which they become targets.
 #[derive(Debug)]
 pub(super) struct Shares<'a> {
@@ -53,24 +62,33 @@ impl<'a> Shares<'a> {
         self.weights.get(worker).copied().unwrap_or(1.0)
     }
 
+    /// Its part of all weights.
+    pub fn share(&self, worker: &WorkerName) -> f64 {
+        self.weight(worker) / self.total_weight
+    }
+
     /// The peers that a gateway should have by its weight.
     pub fn target(&self, worker: &WorkerName) -> f64 {
-        self.weight(worker) / self.total_weight * self.total_peers
+        self.share(worker) * self.total_peers
     }
 
     /// The candidate furthest below its target. One that was unresponsive, or that weighs nothing, is the last resort.
     pub fn select<'b>(&self, candidates: impl Iterator<Item = Candidate<'b>>) -> Option<Selection> {
-        let ranked = candidates.map(|candidate| {
-            let is_last_resort = candidate.is_unresponsive || self.weight(candidate.worker) == 0.0;
-            #[expect(clippy::cast_precision_loss, reason = "counts of peers stay far below 2^52")]
-            let excess = candidate.peers as f64 - self.target(candidate.worker);
-            (is_last_resort, excess, candidate)
-        });
-        let best = ranked.min_by(|(a, excess, _), (b, other, _)| a.cmp(b).then(excess.total_cmp(other)));
-        best.map(|(_, _, Candidate { worker, data, confirms, .. })| Selection {
+        let ranked = candidates
+            .map(|candidate| (self.rank(candidate.worker, candidate.peers, candidate.is_unresponsive), candidate));
+        let best =
+            ranked.min_by(|(a, _), (b, _)| a.is_last_resort.cmp(&b.is_last_resort).then(a.excess.total_cmp(&b.excess)));
+        best.map(|(_, Candidate { worker, data, confirms, .. })| Selection {
             worker: worker.clone(),
             confirms,
             data: data.clone(),
         })
+    }
+
+    /// The place of a gateway with so many peers in the choice.
+    pub fn rank(&self, worker: &WorkerName, peers: u64, is_unresponsive: bool) -> Rank {
+        #[expect(clippy::cast_precision_loss, reason = "counts of peers stay far below 2^52")]
+        let excess = peers as f64 - self.target(worker);
+        Rank { is_last_resort: is_unresponsive || self.weight(worker) == 0.0, excess }
     }
 }

@@ -19,10 +19,13 @@ pub struct UnrequestedKeys {
     by_worker: BTreeMap<WorkerName, usize>,
 }
 
+/// The last report of a handshake.
 #[derive(Debug, Clone)]
-struct HandshakeReport {
-    worker: WorkerName,
-    at: Instant,
+pub struct HandshakeReport {
+    /// Who reported it.
+    pub worker: WorkerName,
+    /// When.
+    pub at: Instant,
 }
 
 impl UnrequestedKeys {
@@ -56,12 +59,17 @@ impl UnrequestedKeys {
         *self.by_worker.entry(worker).or_default() += 1;
     }
 
-    /// Takes the time of the last reported handshake of `key`, which is live from now on.
-    pub fn take(&mut self, domain: &Domain, key: &PublicKey) -> Option<Instant> {
+    /// Takes the last reported handshake of `key`, which is live from now on.
+    pub fn take(&mut self, domain: &Domain, key: &PublicKey) -> Option<HandshakeReport> {
         let report = self.domains.get_mut(domain)?.remove(key)?;
-        let at = report.at;
-        self.release(Some(report));
-        Some(at)
+        self.release(Some(report.clone()));
+        Some(report)
+    }
+
+    /// The last reported handshake of `key`.
+    #[must_use]
+    pub fn report(&self, domain: &Domain, key: &PublicKey) -> Option<&HandshakeReport> {
+        self.domains.get(domain)?.get(key)
     }
 
     /// Whether handshakes of `key` are reported, in any domain.
@@ -143,8 +151,8 @@ mod tests {
         );
         unrequested.on_handshake(&worker("thief"), &domain, key(5_000), now);
         unrequested.on_handshake(&worker("thief"), &domain, key(1), now + 2 * LIMIT);
-        assert_eq!(unrequested.take(&domain, &key(1)), Some(now + 2 * LIMIT));
-        assert_eq!(unrequested.take(&domain, &key(1)), None);
+        assert_eq!(unrequested.take(&domain, &key(1)).unwrap().at, now + 2 * LIMIT);
+        assert!(unrequested.take(&domain, &key(1)).is_none());
         for n in 0..1_000 {
             unrequested.on_handshake(&worker(&n.to_string()), &domain, key(10_000 + n), now);
         }

@@ -26,9 +26,10 @@ use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic};
 
-use crate::fleet::gateways::Gateways;
+use crate::exchange::Exchange;
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
 use crate::http::error;
+use crate::http::key_reports::{self, WhereReport};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
@@ -43,13 +44,17 @@ const UNAUTHORIZED_BURST: u32 = 10;
 /// The fields of a call that changes a list.
 const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
 
+/// What a caller is told who allows a key where all may come.
+const NO_ALLOW_LIST: &str =
+    "the entry is kept, but has no effect until allowlist.enabled is true: every key may come that is not denied";
+
 /// What every call needs.
 #[derive(Clone)]
 pub struct Admin {
     /// The lists.
     pub lists: Handle,
-    /// The gateways that a change has to reach.
-    pub gateways: Arc<Mutex<Gateways>>,
+    /// The gateways that a change has to reach, and what requests would come to.
+    pub exchange: Exchange,
     /// The changes that wait for their results.
     pub revocations: PendingRevocations,
     /// The session that it is published by.
@@ -110,6 +115,8 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
             .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
             .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
             .service(readable("/v1/keys", keys))
+            .service(readable("/v1/where", find))
+            .service(readable("/v1/explain", explain))
             .service(lists.route(web::post().to(add)).route(web::delete().to(remove)))
             .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
@@ -157,6 +164,21 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
     }
 }
 
+async fn find(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
+    admin.look("where", &query, &["key"], |_, found, _| json!(found)).await
+}
+
+async fn explain(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
+    let explained = |admin: &Admin, found: WhereReport, domain: Option<Domain>| {
+        let known = found.domains.iter().filter(|known| known.state.is_some());
+        let known = known.filter_map(|known| admin.domains.get(known.domain.as_str()).cloned());
+        let domains: BTreeSet<_> = domain.map_or_else(|| known.collect(), |domain| [domain].into());
+        let domains = if domains.is_empty() { &admin.domains } else { &domains };
+        json!(key_reports::explain(&admin.exchange, domains, found))
+    };
+    admin.look("explain", &query, &["key", "domain"], explained).await
+}
+
 impl AuditThrottle {
     /// One more call; if it is to be logged, returns how many before it were not.
     fn log(&mut self, now: Instant) -> Option<u64> {
@@ -177,6 +199,40 @@ impl Admin {
         let token = header.and_then(|header| header.split_once(' '));
         let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer")).map(|(_, token)| token.trim());
         token.is_some_and(|token| bool::from(token_hash(token).as_bytes().ct_eq(self.token_hash.expose().as_bytes())))
+    }
+
+    /// Answers a call that looks at one key, by `report` of where it is and the domain that is asked for.
+    async fn look(
+        &self,
+        call: &str,
+        query: &BTreeMap<String, String>,
+        known: &[&str],
+        report: impl FnOnce(&Self, WhereReport, Option<Domain>) -> Value,
+    ) -> HttpResponse {
+        let read = || {
+            if query.keys().any(|field| !known.contains(&field.as_str())) {
+                return Err(bad_request(format!("a parameter is not known: {} are allowed", known.join(", "))));
+            }
+            let key =
+                query.get("key").ok_or_else(|| bad_request("key: is missing, a WireGuard public key is expected"))?;
+            let key: PublicKey = key.parse().map_err(|error| bad_request(format!("key: {error}")))?;
+            let domain = query.get("domain").map(|name| {
+                let served = self.domains.get(name.as_str()).cloned();
+                served.ok_or_else(|| bad_request("domain: this is not a domain that is served here"))
+            });
+            Ok((key, domain.transpose()?))
+        };
+        match read() {
+            Ok((key, domain)) => {
+                info!(target: AUDIT, call, ?key, outcome = "ok", "admin call");
+                let found = key_reports::find(&self.exchange, &self.domains, key, self.lists.list().await);
+                HttpResponse::Ok().json(report(self, found, domain))
+            }
+            Err(ApiError(status, message)) => {
+                info!(target: AUDIT, call, outcome = message, "admin call");
+                error(status, &message)
+            }
+        }
     }
 
     /// Adds the key in the body to a list or removes it; the answer has the result at each gateway.
@@ -213,7 +269,7 @@ impl Admin {
         let pending = (on && list == List::Deny).then(|| self.revocations.begin(key, record.at));
         let is_kept = timeout(DISK_TIMEOUT, kept).await.is_ok_and(|kept| kept.is_ok());
         let (reachability, is_synced) = {
-            let gateways = self.gateways.lock();
+            let gateways = self.exchange.gateways();
             (gateways.reachability(), gateways.is_synced())
         };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();
@@ -223,6 +279,9 @@ impl Admin {
             "key": key, "list": list, "domain": record.entry.domain, "until": record.entry.until,
             "was_on": was_on, "kept": is_kept, "published": is_published, "done": is_kept && is_published,
         });
+        if on && list == List::Allow && !self.lists.admission().only_allows() {
+            answer["warning"] = NO_ALLOW_LIST.into();
+        }
         if let Some(pending) = pending {
             let results = pending.results(reachability, until).await;
             // Until the retained messages have arrived it is not known which gateways there are.

@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix_web::guard::{Guard, GuardContext};
 use actix_web::http::StatusCode;
@@ -79,7 +79,11 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     let body = read(body).await?;
     let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
-    request::parse(text.as_bytes(), &app.domains)
+    let asked = request::parse(text.as_bytes(), &app.domains);
+    if asked == Err(Rejection::Domain) {
+        app.log_refused_domain(text.as_bytes());
+    }
+    asked
 }
 
 /// The body, whatever its content type.
@@ -108,6 +112,17 @@ impl App {
             Err(rejection) => self.metrics.keys_refused.with_label_values(&[api, rejection.reason()]).inc(),
         }
         result
+    }
+
+    /// Logs the domain in a body that was refused for it, if it was not before.
+    fn log_refused_domain(&self, body: &[u8]) {
+        let logged = request::domain(body).and_then(|name| {
+            let mut refused = self.refused_domains.lock();
+            refused.on_refused(&name, Instant::now())
+        });
+        if let Some(domain) = logged {
+            warn!(domain, "routers ask for a domain that is not served here");
+        }
     }
 
     /// The client whose request it is.

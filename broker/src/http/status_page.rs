@@ -1,18 +1,20 @@
-//! The status page: one table of gateways and two of counts, no key, no script, nothing from elsewhere.
+//! The status page: what is wrong, one table of gateways and two of counts, no key, no script, nothing from elsewhere.
 
 use maud::{DOCTYPE, Markup, html};
 use strum::VariantNames as _;
 
 use crate::exchange::Rejection;
-use crate::fleet::gateways::{GatewayStatus, Unserved};
-use crate::http::metrics::{APIS, Metrics};
+use crate::fleet::status::{GatewayDomain, GatewayStatus, age};
+use crate::http::metrics::APIS;
+use crate::http::status::{KeyStatus, Status};
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
 table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #ccc;padding:.2rem .8rem;text-align:left}\
-td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}";
+td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}small{color:#555}";
 
-/// The whole page. `unready` is why this broker cannot serve routers now.
-pub fn render(gateways: &[GatewayStatus], unserved: &[Unserved], unready: Option<&str>, metrics: &Metrics) -> String {
+/// The whole page.
+pub fn render(status: &Status) -> String {
+    let Status { version, uptime_secs, ready, problems, domains: _, gateways, keys } = status;
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -23,17 +25,15 @@ pub fn render(gateways: &[GatewayStatus], unserved: &[Unserved], unready: Option
             style { (STYLE) }
             h1 { "wgkex" }
             p {
-                "Broker " (env!("CARGO_PKG_VERSION")) ": "
-                @match unready {
-                    None => span.good { "ready" },
-                    Some(reason) => span.bad { "not ready: " (reason) },
-                }
+                "Broker " (version) ", up for " (age(*uptime_secs)) ": "
+                @if *ready { span.good { "ready" } } @else { span.bad { "cannot serve routers" } }
             }
+            @for problem in problems { p.bad { (problem.text) } }
             h2 { "Gateways" }
-            @for unserved in unserved { p.bad { (unserved) } }
             (table_of_gateways(gateways))
             h2 { "Keys" }
-            (table_of_keys(metrics))
+            (table_of_keys(keys))
+            (now(keys))
         }
     };
     page.into_string()
@@ -44,39 +44,48 @@ fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
         table {
             tr {
                 th { "Gateway" } th { "State" } th { "Version" } th { "Domains (connected peers)" }
-                th.n { "Peers" } th.n { "Weight" } th.n { "Target" }
+                th.n { "Connected" } th.n { "Assigned" } th.n { "Weight" } th.n { "Target" }
             }
-            @if gateways.is_empty() { tr { td colspan="7" { "none was heard of" } } }
+            @if gateways.is_empty() { tr { td colspan="8" { "none was heard of" } } }
             @for gateway in gateways { (row_of_gateway(gateway)) }
         }
+        p { small {
+            "Connected: peers with handshakes, as the gateway counts them every minute. "
+            "Assigned: answers that named it since that count, those of other brokers estimated. "
+            "Target: the peers that it should have, its part of all weights times the peers of all gateways that are online; "
+            "the next router gets the gateway that is furthest below its target."
+        } }
     }
 }
 
-fn row_of_gateway(GatewayStatus { worker, online, version, domains, peers, weight, target }: &GatewayStatus) -> Markup {
-    let (class, state) = if *online { ("good", "online") } else { ("bad", "offline") };
+fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
+    let GatewayStatus { name, online, version, offline, domains, connected, assigned, weight, share: _, target } =
+        gateway;
     html! {
         tr {
-            td { (worker.as_str()) }
-            td class=(class) { (state) }
-            td { (version.as_deref().unwrap_or("original")) }
-            td {
-                @for (number, (domain, peers)) in domains.iter().enumerate() {
-                    @if number > 0 { ", " }
-                    (domain.name()) " ("
-                    @match peers { Some(peers) => (peers), None => "offline" }
-                    ")"
-                }
+            td { (name) }
+            @if *online { td.good { "online" } } @else {
+                td.bad { "offline" @if let Some(offline) = offline { ": " (offline) } }
             }
-            td.n { (peers) }
+            td { (version.as_deref().unwrap_or("unknown")) }
+            td { @for (number, domain) in domains.iter().enumerate() { @if number > 0 { ", " } (domain_of_gateway(domain, *online)) } }
+            td.n { (connected) }
+            td.n { (assigned) }
             td.n { (weight) }
             td.n { (format_args!("{target:.1}")) }
         }
     }
 }
 
-fn table_of_keys(metrics: &Metrics) -> Markup {
-    let accepted = |api| metrics.keys_accepted.with_label_values(&[api]).get();
-    let refused = |api, reason| metrics.keys_refused.with_label_values(&[api, reason]).get();
+fn domain_of_gateway(domain: &GatewayDomain, is_online: bool) -> Markup {
+    html! {
+        (domain.domain) " (" (domain.note(is_online)) ")"
+    }
+}
+
+fn table_of_keys(keys: &KeyStatus) -> Markup {
+    let accepted = |api| keys.accepted.get(api).copied().unwrap_or_default();
+    let refused = |api, reason| keys.refused.get(api).and_then(|by| by.get(reason)).copied().unwrap_or_default();
     html! {
         table {
             tr { th {} th.n { "v1" } th.n { "v2" } }
@@ -91,45 +100,87 @@ fn table_of_keys(metrics: &Metrics) -> Markup {
     }
 }
 
+/// What is under way.
+fn now(keys: &KeyStatus) -> Markup {
+    let seconds = |seconds: Option<f64>| seconds.map_or("-".to_owned(), |seconds| format!("{seconds:.3} s"));
+    let rows = [
+        ("live keys that have had a handshake", keys.established.to_string()),
+        ("other live keys", keys.unestablished.to_string()),
+        ("keys that wait to be published", keys.queued.to_string()),
+        ("requests that wait", keys.waiting.to_string()),
+        ("the oldest of them has waited", seconds(keys.oldest_pending_secs)),
+        ("confirmation, median", seconds(keys.confirmation.p50)),
+        ("confirmation, 99 of 100", seconds(keys.confirmation.p99)),
+    ];
+    html! { table { @for (what, value) in rows { tr { td { (what) } td.n { (value) } } } } }
+}
+
 #[cfg(test)]
 mod tests {
-    use wgkex_common::Domain;
-
     use super::*;
-    use crate::metrics::Registry;
+    use crate::fleet::status::{DomainState, Offline, OfflineReason, Problem, ProblemKind};
+    use crate::http::status::Durations;
+
+    fn status(ready: bool, problems: Vec<Problem>, gateways: Vec<GatewayStatus>) -> Status {
+        let keys = KeyStatus {
+            accepted: [("v2".to_owned(), 41)].into(),
+            refused: [].into(),
+            established: 3,
+            unestablished: 4,
+            queued: 0,
+            unacknowledged: 0,
+            waiting: 0,
+            oldest_pending_secs: None,
+            confirmation: Durations { p99: Some(0.25), ..Durations::default() },
+        };
+        Status { version: "9".into(), uptime_secs: 7, ready, problems, domains: Vec::new(), gateways, keys }
+    }
 
     #[test]
     fn the_page_shows_gateways_and_counts_and_no_markup_of_strangers() {
-        let domain = Domain::new("ff_a", &["ff_".into()]).unwrap();
-        let gateway = GatewayStatus {
-            worker: "<script>".parse().unwrap(),
+        let domain = |domain: &str, state| GatewayDomain { domain: domain.into(), state, connected: 7, assigned: 5 };
+        let online = GatewayStatus {
+            name: "<script>".into(),
             online: true,
-            version: None,
-            domains: [(domain, Some(7)), (Domain::new("ff_c", &["ff_".into()]).unwrap(), None)].into(),
-            peers: 7,
+            version: Some("original".into()),
+            offline: None,
+            domains: vec![domain("ff_a", DomainState::Up), domain("ff_c", DomainState::Down(Some(9)))],
+            connected: 7,
+            assigned: 5,
             weight: 84.0,
+            share: 0.5,
             target: 9.5,
         };
-        let metrics = Metrics::register(&Registry::default()).unwrap();
-        metrics.keys_accepted.with_label_values(&["v2"]).inc_by(41);
-        let unserved = Unserved { domain: Domain::new("ff_b", &["ff_".into()]).unwrap(), is_known: true };
-        let page = render(&[gateway], &[unserved], Some("<b>"), &metrics);
+        let offline = GatewayStatus {
+            name: "gone".into(),
+            online: false,
+            version: Some("1.2.3".into()),
+            offline: Some(Offline { reason: OfflineReason::ConnectionLost, for_secs: Some(180) }),
+            ..online.clone()
+        };
+        let problem = |text: &str| Problem { kind: ProblemKind::NotReady, subject: String::new(), text: text.into() };
+        let problems = vec![problem("not ready: <b>"), problem("domain ff_b: no gateway is online")];
+        let page = render(&status(false, problems, vec![online, offline]));
         for part in [
             "&lt;script&gt;",
-            "online",
+            ">online<",
             "original",
-            "ff_a (7), ff_c (offline)",
+            "ff_a (7), ff_c (interface missing (-1) for 9 s)",
+            ">offline: connection lost, offline for 3 min<",
+            ">1.2.3<",
             "<td>refused: not confirmed</td>",
-            ">84<",
-            ">9.5<",
+            r#"<td class="n">7</td><td class="n">5</td><td class="n">84</td><td class="n">9.5</td>"#,
             ">41<",
+            ">0.250 s<",
             "not ready: &lt;b&gt;",
+            "cannot serve routers",
             "domain ff_b: no gateway",
+            "Target: the peers that it should have",
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }
         assert!(!page.contains("<script") && !page.contains("<b>"));
-        let empty = render(&[], &[], None, &metrics);
+        let empty = render(&status(true, Vec::new(), Vec::new()));
         assert!(empty.contains("none was heard of") && empty.contains(">ready<"), "{empty}");
     }
 }

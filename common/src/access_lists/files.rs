@@ -88,6 +88,12 @@ impl Files {
         }
     }
 
+    /// Those of allowed keys that could not be read since the start, of [`SOURCES`].
+    #[must_use]
+    pub fn unread(&self) -> Vec<&'static str> {
+        self.sources.iter().filter(|source| source.was_never_read_to_allow()).map(|source| source.name).collect()
+    }
+
     /// Those that cannot be read now, of [`SOURCES`].
     #[must_use]
     pub fn damaged(&self) -> Vec<&'static str> {
@@ -169,6 +175,7 @@ mod tests {
         // At the start there is no time for a second look, but nobody goes before it.
         assert!(files.read(true) && files.is_unsettled());
         assert_eq!((names(&files).len(), files.allow_list()), (3, AllowList::Unread));
+        assert!(files.unread().is_empty(), "it was read, if once only");
         let first = files.clone();
         assert!(files.read(false) && files.differ(&first) && !files.is_unsettled());
         assert_eq!(files.allow_list(), AllowList::Read);
@@ -277,6 +284,7 @@ mod tests {
         let mut files = Files::new(&KeyLists { allow: Some(allow), ..KeyLists::default() });
         twice(&mut files);
         assert_eq!(files.allow_list(), AllowList::Unread);
+        assert_eq!(files.unread(), ["allowlist.file"]);
         assert_eq!(Files::new(&KeyLists::default()).allow_list(), AllowList::Off);
     }
 }

@@ -93,6 +93,12 @@ impl Admission {
         self.denied.is_empty() && self.allow_list != AllowList::Read
     }
 
+    /// Whether only keys may come that are on an allow list.
+    #[must_use]
+    pub fn only_allows(&self) -> bool {
+        self.allow_list != AllowList::Off
+    }
+
     /// Whether the peer of `key` is never swept.
     #[must_use]
     pub fn trusts(&self, key: &PublicKey) -> bool {

@@ -71,7 +71,7 @@ impl ListService {
         files.read(true);
         let (writer, restored) = RecordsWriter::open(file)?;
         let records = Records::restored(restored, now);
-        let (snapshot, snapshot_receiver) = watch::channel(take_snapshot(&files, &records, now));
+        let (snapshot, snapshot_receiver) = watch::channel(take_snapshot(&files, &records, !writer.is_failing(), now));
         let gate = Arc::new(watch::channel(None).0);
         let (handle, commands) = handle::channel(snapshot_receiver, gate.clone());
         let own_broker = if let Participant::Broker(name) = &own { Some(name.clone()) } else { None };
@@ -261,14 +261,15 @@ impl ListService {
 
     fn notify(&mut self, wall: u64, notify: &mut impl FnMut(ListUpdate<'_>)) {
         self.is_stale = false;
-        let (snapshot, damaged) = (take_snapshot(&self.files, &self.records, wall), self.files.damaged());
         let (records, is_kept) = (mem::take(&mut self.new_records), !self.writer.is_failing());
+        let snapshot = take_snapshot(&self.files, &self.records, is_kept, wall);
         if !records.is_empty() {
             let [denied, allowed, trusted] = List::ALL.map(|list| snapshot.admission.len(list));
             info!(new = records.len(), denied, allowed, trusted, "list entries changed");
         }
         let refused = self.refused;
-        notify(ListUpdate { admission: &snapshot.admission, records: &records, damaged: &damaged, is_kept, refused });
+        let ListSnapshot { admission, damaged, .. } = &snapshot;
+        notify(ListUpdate { admission, records: &records, damaged, is_kept, refused });
         self.snapshot.send_replace(snapshot);
     }
 
@@ -309,7 +310,6 @@ impl ListService {
     }
 }
 
-/// What `files` and `records` come to.
 /// What the lists of a worker on this machine come to, by the files that `config` names and the records that it has kept.
 /// Nothing is written.
 pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
@@ -317,14 +317,16 @@ pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
     files.read(true);
     let now = unix(SystemTime::now());
     let records = Records::restored(records_file::peek(&config.state_dir.join("worker.lists.json"))?, now);
-    Ok(Arc::unwrap_or_clone(take_snapshot(&files, &records, now).admission))
+    Ok(Arc::unwrap_or_clone(take_snapshot(&files, &records, true, now).admission))
 }
 
-fn take_snapshot(files: &Files, records: &Records, now: u64) -> ListSnapshot {
+/// What `files` and `records` come to.
+fn take_snapshot(files: &Files, records: &Records, is_kept: bool, now: u64) -> ListSnapshot {
     let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);
     let admission = Admission::of(entries, files.allow_list(), now);
-    ListSnapshot { admission: Arc::new(admission), digest: records.digest(now) }
+    let (digest, damaged, unread) = (records.digest(now), files.damaged(), files.unread());
+    ListSnapshot { admission: Arc::new(admission), digest, damaged, unread, is_kept }
 }
 
 async fn done(reading: &mut Option<JoinHandle<Files>>) -> Option<Files> {

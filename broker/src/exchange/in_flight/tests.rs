@@ -65,6 +65,35 @@ fn an_outcome_reaches_every_request_for_that_key_in_that_domain_and_no_other() {
 }
 
 #[test]
+fn the_load_is_what_waits_and_a_trace_takes_nothing() {
+    let (mut table, now) = (in_flight(), Instant::now());
+    let [first, second] = [id(0, 1), id(0, 2)];
+    let at = |seconds| now + Duration::from_secs(seconds);
+    assert_eq!((table.load(now), table.trace(&first, now)), (Load::default(), None));
+    let begun = table.request(&first, true, now).unwrap().begun;
+    let _ = table.publish(&second, false, at(1));
+    let load = Load { queued: 2, unacknowledged: 0, waiting: 1, oldest: Some(Duration::from_secs(3)) };
+    assert_eq!(table.load(at(3)), load);
+    let sent = send(&mut table, at(3));
+    assert_eq!((table.load(at(3)).queued, table.load(at(3)).unacknowledged), (0, 2));
+    for publication in &sent {
+        table.settle(publication, true);
+    }
+    table.timed_out(&first, true, at(4));
+    table.end(&first, begun);
+    assert_eq!(table.load(at(4)), Load::default());
+    installed(&mut table, "gw1", &first);
+    for _ in 0..2 {
+        let trace = table.trace(&first, at(6)).unwrap();
+        assert_eq!((trace.late, trace.waiting, trace.queued), (Some(Duration::from_secs(2)), 0, None));
+        assert_eq!(trace.outcomes, [(worker("gw1"), Ok(()))].into());
+        assert_eq!(names(&table.late(&first, at(6))), ["gw1"], "looking takes nothing");
+    }
+    assert_eq!(names(&table.take_late(&first, at(6))), ["gw1"]);
+    assert_eq!(table.trace(&first, at(6)), None);
+}
+
+#[test]
 fn a_gateway_that_goes_has_no_key_any_more() {
     let (mut table, now) = (in_flight(), Instant::now());
     let keys = [id(0, 1), id(1, 1)];

@@ -3,6 +3,7 @@ use wgkex_common::config;
 
 use super::*;
 use crate::fleet::gateway::REPEATED;
+use crate::fleet::status::{DomainState, Offline, OfflineReason, ProblemKind};
 
 const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
 
@@ -93,6 +94,11 @@ impl Gateways {
         self.live(&format!("wireguard-worker/{worker}/{domain}/data"), &data);
     }
 
+    /// The peers of the first gateway.
+    fn peers(&self) -> u64 {
+        self.by_name.values().next().unwrap().peers().total()
+    }
+
     fn best(&self, domain: &str) -> Option<String> {
         self.select(&self::domain(domain), |_, _| true).map(|selection| selection.worker.into())
     }
@@ -169,12 +175,13 @@ fn an_invalid_payload_changes_nothing() {
     ] {
         let mut gateways = gateways(&[]);
         gateways.arrive("a", 3);
-        let before = gateways.statuses();
+        let now = Instant::now();
+        let before = gateways.statuses(now);
         assert!(
             gateways.apply(&Topic::parse(topic).unwrap(), payload.as_bytes(), false, Instant::now()).is_err(),
             "{topic} {payload}"
         );
-        assert_eq!(gateways.statuses(), before);
+        assert_eq!(gateways.statuses(now), before);
         assert_eq!(gateways.best("ff_a").unwrap(), "a");
     }
 }
@@ -185,7 +192,7 @@ fn an_invalid_payload_of_a_stranger_makes_no_gateway() {
     for topic in ["wireguard-worker/x/status", "wgkex/worker/x/hello", "wireguard-metrics/ff_a/x/connected_peers"] {
         assert!(gateways.apply(&Topic::parse(topic).unwrap(), b"nonsense", false, Instant::now()).is_err());
     }
-    assert_eq!(gateways.statuses(), []);
+    assert_eq!(gateways.statuses(Instant::now()), []);
 }
 
 #[test]
@@ -193,7 +200,7 @@ fn domains_of_other_fleets_are_not_remembered() {
     let mut gateways = gateways(&[]);
     gateways.live("wireguard-worker/a/other/data", "{");
     gateways.live("wireguard-metrics/other/a/connected_peers", "7");
-    assert_eq!(gateways.statuses(), []);
+    assert_eq!(gateways.statuses(Instant::now()), []);
 }
 
 #[test]
@@ -251,14 +258,14 @@ fn each_answer_counts_once_for_every_broker_online() {
     gateways.arrive("a", 0);
     gateways.live("wireguard-broker/broker1/status", "1");
     gateways.answer();
-    assert_eq!(gateways.statuses()[0].peers, 1);
+    assert_eq!(gateways.peers(), 1);
     gateways.live("wireguard-broker/broker2/status", "1");
     gateways.live("wireguard-broker/broker3/status", "1");
     gateways.live("wireguard-broker/broker3/status", "0");
     gateways.answer();
-    assert_eq!(gateways.statuses()[0].peers, 3);
+    assert_eq!(gateways.peers(), 3);
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "2");
-    assert_eq!(gateways.statuses()[0].peers, 2);
+    assert_eq!(gateways.peers(), 2);
 }
 
 #[test]
@@ -267,13 +274,13 @@ fn a_count_that_is_published_again_for_a_newcomer_does_not_take_back_answers() {
     gateways.arrive("a", 0);
     gateways.answer();
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
-    assert_eq!(gateways.statuses()[0].peers, 1);
+    assert_eq!(gateways.peers(), 1);
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "5");
-    assert_eq!(gateways.statuses()[0].peers, 5);
+    assert_eq!(gateways.peers(), 5);
     let topic = Topic::parse("wireguard-metrics/ff_a/a/connected_peers").unwrap();
     gateways.answer();
     gateways.apply(&topic, b"5", false, Instant::now() + REPEATED).unwrap();
-    assert_eq!(gateways.statuses()[0].peers, 5);
+    assert_eq!(gateways.peers(), 5);
 }
 
 #[test]
@@ -359,7 +366,7 @@ fn retained_states_of_a_domain_that_the_hello_does_not_name_do_not_count() {
     assert_eq!(gateways.best("ff_b"), None);
     assert_eq!(gateways.online(&domain("ff_b")), Online::default());
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
-    assert_eq!(gateways.statuses()[0].domains.len(), 1);
+    assert_eq!(gateways.statuses(Instant::now())[0].domains.len(), 1);
 }
 
 #[test]
@@ -573,7 +580,7 @@ fn removed_retained_messages_make_no_gateway() {
         gateways.live(topic, "");
         gateways.found(topic, "");
         assert!(!gateways.is_known(&domain("ff_a")), "{topic}");
-        assert_eq!(gateways.statuses(), [], "{topic}");
+        assert_eq!(gateways.statuses(Instant::now()), [], "{topic}");
         assert!(gateways.reachability().is_empty(), "{topic}");
     }
 }
@@ -612,6 +619,122 @@ fn unserved_domains_and_whether_a_gateway_ever_served_them() {
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), false)]);
     gateways.live("wgkex/worker/b/hello", r#"{"version":"1","can":["confirm"]}"#);
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), true)], "it may serve any");
+}
+
+#[test]
+fn connected_peers_are_those_that_are_counted_and_assigned_ones_stand_apart() {
+    let mut gateways = gateways(&[]);
+    gateways.arrive("a", 5);
+    gateways.answer();
+    gateways.answer();
+    let status = gateways.statuses(Instant::now()).remove(0);
+    assert_eq!((status.connected, status.assigned, status.target), (5, 2, 7.0));
+    assert_eq!((status.domains[0].connected, status.domains[0].assigned), (5, 2));
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "6");
+    let status = gateways.statuses(Instant::now()).remove(0);
+    assert_eq!((status.connected, status.assigned), (6, 0));
+}
+
+/// The version was that of an original, and nothing told why.
+#[test]
+fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
+    let mut gateways = gateways(&[]);
+    let offline = |gateways: &Gateways, after: u64| {
+        let now = Instant::now() + Duration::from_secs(after);
+        let status = gateways.statuses(now).remove(0);
+        (status.online, status.version, status.offline.map(|offline| (offline.reason, offline.for_secs.is_some())))
+    };
+    let version = || Some("1".to_owned());
+    gateways.arrive("a", 0);
+    assert_eq!(offline(&gateways, 0), (true, version(), None));
+    gateways.live("wireguard-worker/a/status", "0");
+    assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::ConnectionLost, true))));
+    gateways.arrive("a", 0);
+    // As a worker says that it stops.
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
+    gateways.live("wgkex/worker/a/hello", "");
+    assert_eq!(gateways.statuses(Instant::now())[0].domains[0].state, DomainState::Down(Some(0)));
+    gateways.live("wireguard-worker/a/status", "0");
+    assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::Stopped, true))));
+    let later = Instant::now() + Duration::from_secs(90);
+    assert_eq!(gateways.statuses(later)[0].offline.as_ref().unwrap().for_secs, Some(90));
+    // What is found after a reconnection was so before, and the version is not forgotten.
+    gateways.on_disconnect();
+    gateways.found("wireguard-worker/a/status", "0");
+    gateways.found("wireguard-metrics/ff_a/a/connected_peers", "-1");
+    assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::ConnectionLost, true))));
+    // An original takes its place.
+    gateways.live("wireguard-worker/a/status", "1");
+    assert_eq!(offline(&gateways, 0), (true, Some("original".into()), None));
+    gateways.live("wireguard-worker/a/status", "0");
+    assert_eq!(offline(&gateways, 0).1, Some("original".into()));
+    gateways.arrive("a", 0);
+    let silent = Instant::now() + Duration::from_secs(200);
+    assert_eq!(gateways.expire(silent), [name("a")]);
+    let status = gateways.statuses(silent + Duration::from_secs(7)).remove(0);
+    let Offline { reason: OfflineReason::Silent(silence), for_secs } = status.offline.unwrap() else { panic!() };
+    assert!((199..=200).contains(&silence) && for_secs == Some(7));
+    let mut newcomer = self::gateways(&[]);
+    newcomer.found("wireguard-worker/a/status", "0");
+    assert_eq!(offline(&newcomer, 0), (false, None, Some((OfflineReason::ConnectionLost, false))));
+    newcomer.data("b", "ff_a");
+    let status = newcomer.statuses(Instant::now()).remove(1);
+    assert_eq!(status.offline.map(|offline| offline.reason), Some(OfflineReason::NeverOnline));
+}
+
+#[test]
+fn what_is_remembered_while_there_is_no_connection_is_bounded() {
+    let mut gateways = gateways(&[]);
+    for round in 0..2 {
+        for number in 0..NAMES_MAX {
+            let topic = Topic::WorkerStatus { worker: name(&format!("{round}-{number}")) };
+            gateways.apply(&topic, b"1", false, Instant::now()).unwrap();
+        }
+        gateways.on_disconnect();
+    }
+    assert_eq!(gateways.remembered.len(), NAMES_MAX);
+}
+
+#[test]
+fn problems_of_the_fleet_are_known_once_the_states_are() {
+    let mut gateways = gateways(&[("a", 1.0), ("never", 1.0)]);
+    let kinds = |gateways: &Gateways| {
+        let problems = gateways.problems(Instant::now()).into_iter();
+        problems.map(|problem| (problem.kind, problem.subject)).collect::<Vec<_>>()
+    };
+    assert_eq!(kinds(&gateways), []);
+    gateways.is_synced = true;
+    gateways.arrive("a", 0);
+    let unserved = (ProblemKind::DomainWithoutGateway, "ff_b".to_owned());
+    let never = (ProblemKind::GatewayOffline, "never".to_owned());
+    assert_eq!(kinds(&gateways), [unserved, never]);
+    gateways.arrive("b", 0);
+    assert!(kinds(&gateways).contains(&(ProblemKind::SameKey, "a, b".into())), "{:?}", kinds(&gateways));
+    gateways.live("wireguard-worker/b/status", "0");
+    assert_eq!(kinds(&gateways).len(), 2, "what an offline gateway has left disturbs nobody");
+}
+
+#[test]
+fn the_standings_agree_with_the_choice() {
+    let mut gateways = gateways(&[("a", 2.0), ("b", 1.0), ("null", 0.0)]);
+    for (worker, peers) in [("a", 9), ("b", 3), ("null", 0)] {
+        gateways.arrive(worker, peers);
+    }
+    gateways.arrive("down", 0);
+    gateways.live("wireguard-metrics/ff_a/down/connected_peers", "-1");
+    gateways.data("gone", "ff_a");
+    let standings = gateways.standings(&domain("ff_a"), Instant::now());
+    for standing in &standings {
+        let worker = name(&standing.name);
+        let is_selected = gateways.select(&domain("ff_a"), |candidate, _| *candidate == worker).is_some();
+        assert_eq!(standing.unfit.is_none(), is_selected, "{standing:?}");
+    }
+    let fit = standings.iter().filter(|standing| standing.unfit.is_none() && standing.last_resort.is_none());
+    let best = fit.min_by(|a, b| a.distance.total_cmp(&b.distance)).unwrap();
+    assert_eq!(Some(best.name.clone()), gateways.best("ff_a"));
+    assert_eq!((best.name.as_str(), best.target, best.distance), ("b", 4.0, -1.0));
+    let texts: Vec<_> = standings.iter().filter_map(|standing| standing.unfit.as_deref()).collect();
+    assert_eq!(texts, ["the interface is missing there (-1)", "offline: it has not said that it is online"]);
 }
 
 proptest! {

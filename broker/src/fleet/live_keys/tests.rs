@@ -107,6 +107,34 @@ fn a_key_is_live_for_its_time_after_its_last_update() {
 }
 
 #[test]
+fn a_key_is_traced_with_its_gateways_wherever_it_is_known() {
+    let (mut live, now) = live(10);
+    let [gw1, gw2] = ["gw1", "gw2"].map(|name| name.parse::<WorkerName>().unwrap());
+    assert_eq!(live.trace(&key(1), now), []);
+    live.on_handshake(&gw1, "ff_a", key(1), now);
+    let claimed = live.trace(&key(1), now + SECOND).remove(0);
+    assert_eq!((claimed.state, claimed.first, claimed.last), (KeyState::Claimed, None, SECOND));
+    assert_eq!(claimed.places.handshakes, Some(gw1.clone()));
+    live.on_request("ff_a", key(1), now);
+    let traced = live.trace(&key(1), now).remove(0);
+    assert_eq!((traced.state, traced.places.handshakes), (KeyState::Established, Some(gw1.clone())));
+    live.on_request("ff_a", key(2), now);
+    live.on_outcome(&gw1, "ff_a", &key(2), true, now);
+    live.on_outcome(&gw2, "ff_a", &key(2), true, now + SECOND);
+    live.on_outcome(&gw1, "ff_a", &key(2), false, now + SECOND);
+    live.on_outcome(&gw1, "ff_a", &key(3), true, now);
+    assert_eq!(live.trace(&key(3), now), [], "an outcome makes no key live");
+    let traced = live.trace(&key(2), now + 3 * SECOND).remove(0);
+    assert_eq!((traced.state, traced.last_handshake, traced.last), (KeyState::Unestablished, None, 3 * SECOND));
+    assert_eq!((traced.places.confirmed, traced.places.handshakes), (vec![gw2.clone()], None));
+    live.on_handshake(&gw2, "ff_a", key(2), now + HOUR);
+    live.on_request("ff_a", key(2), now + 2 * HOUR);
+    let traced = live.trace(&key(2), now + 2 * HOUR).remove(0);
+    assert_eq!((traced.first, traced.last, traced.last_handshake), (Some(2 * HOUR), Duration::ZERO, Some(HOUR)));
+    assert_eq!((traced.places.confirmed, traced.places.handshakes), (vec![gw2.clone()], Some(gw2)));
+}
+
+#[test]
 fn only_recent_updates_answer_a_request_for_those() {
     let (mut live, now) = live(10);
     let young = |live: &LiveKeys, now| all(live, SyncRequest { younger_than: Some(20), ..question() }, now);

@@ -97,6 +97,11 @@ impl Source {
         self.kind.allows() && (self.good.is_none() || !self.is_settled)
     }
 
+    /// Whether only keys on it may come, and no look at it so far could be used.
+    pub fn was_never_read_to_allow(&self) -> bool {
+        self.kind.allows() && self.good.is_none()
+    }
+
     /// Whether it cannot be read now.
     pub fn is_damaged(&self) -> bool {
         self.damage.is_some()
@@ -163,7 +168,17 @@ impl Source {
     fn reject(&mut self, reason: String) {
         if self.damage.as_ref() != Some(&reason) {
             let (list, path) = (self.name, self.path.display());
-            warn!(list, %path, reason, "list is damaged, what was last read of it counts");
+            let message = match (&self.good, self.kind.allows()) {
+                (Some(_), _) => "list is damaged, what was last read of it counts",
+                (None, true) => {
+                    "list is damaged, and was never read since the start: every key that no admin call allows is refused \
+                     until it can be read"
+                }
+                (None, false) => {
+                    "list is damaged, and was never read since the start: nothing of it counts until it can be read"
+                }
+            };
+            warn!(list, %path, reason, "{message}");
             self.damage = Some(reason);
         }
     }

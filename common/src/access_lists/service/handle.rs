@@ -21,6 +21,12 @@ pub struct ListSnapshot {
     pub admission: Arc<Admission>,
     /// The same for all programs with the same records.
     pub digest: String,
+    /// The lists that cannot be read now, of [`SOURCES`](crate::access_lists::files::SOURCES).
+    pub damaged: Vec<&'static str>,
+    /// Those of allowed keys that could not be read since the start.
+    pub unread: Vec<&'static str>,
+    /// Whether all records are on the disk, or about to be.
+    pub is_kept: bool,
 }
 
 /// A change of the lists, for the rest of the program.

@@ -1,0 +1,213 @@
+//! The connection to the broker of this machine: which address of its config is tried, and what an error is said to be.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde_json::Value;
+use ureq::Agent;
+use wgkex_common::Config;
+use wgkex_common::config::Listen;
+
+/// How long the broker may take to accept the connection, and for each part of its answer.
+pub const TIMEOUT: Duration = Duration::from_secs(15);
+/// The largest answer, in bytes: larger ones are none of a broker's.
+const ANSWER_MAX: u64 = 256 << 20;
+
+/// A listener of the broker, and how it is asked.
+pub struct BrokerClient {
+    agent: Agent,
+    listen: Listen,
+    /// The key of the config that names it.
+    key: &'static str,
+    /// What to check if nobody answers there.
+    hint: &'static str,
+    token: Option<String>,
+}
+
+/// What is sent.
+#[derive(Debug, Clone, Copy)]
+pub struct Call<'a> {
+    /// GET, POST or DELETE.
+    pub method: &'a str,
+    /// Path and query.
+    pub path: &'a str,
+    /// The body, for POST and DELETE.
+    pub body: Option<&'a Value>,
+}
+
+impl<'a> Call<'a> {
+    /// Asks for `path`.
+    #[must_use]
+    pub fn get(path: &'a str) -> Self {
+        Self { method: "GET", path, body: None }
+    }
+}
+
+impl BrokerClient {
+    /// The one that routers use.
+    #[must_use]
+    pub fn for_anybody(config: &Config, timeout: Duration) -> Self {
+        let (key, hint) = ("broker_listen", "is it running, and with this config?");
+        Self { agent: agent(timeout), listen: config.broker_listen.clone(), key, hint, token: None }
+    }
+
+    /// The one for admin calls.
+    #[must_use]
+    pub fn for_admin(config: &Config, token: String, timeout: Duration) -> Self {
+        let (key, hint) =
+            ("admin_listen", "is it running, and was it started with this config and its admin_token_hash?");
+        Self { agent: agent(timeout), listen: config.admin_listen.clone(), key, hint, token: Some(token) }
+    }
+
+    /// The address that is tried.
+    #[must_use]
+    pub fn address(&self) -> String {
+        reachable(&self.listen)
+    }
+
+    /// Sends one HTTP request and reads the answer, which has to be JSON; the error is the broker's, or what is wrong.
+    pub fn send(&self, Call { method, path, body }: Call<'_>) -> anyhow::Result<Value> {
+        let (address, key, hint) = (self.address(), self.key, self.hint);
+        let url = format!("http://{address}{path}");
+        let authorization = self.token.as_ref().map(|token| format!("Bearer {token}"));
+        let answer = match body {
+            None => {
+                let request = self.agent.get(url);
+                match authorization {
+                    Some(authorization) => request.header("Authorization", authorization),
+                    None => request,
+                }
+                .call()
+            }
+            Some(body) => {
+                let agent = &self.agent;
+                let request = if method == "DELETE" { agent.delete(url).force_send_body() } else { agent.post(url) };
+                let request = request.header("Content-Type", "application/json");
+                let request = match authorization {
+                    Some(authorization) => request.header("Authorization", authorization),
+                    None => request,
+                };
+                request.send(body.to_string())
+            }
+        };
+        let nobody = || format!("no broker answers on {address} ({key}): {hint}");
+        let mut answer = answer.map_err(ureq::Error::into_io).with_context(nobody)?;
+        let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
+        let text = text.map_err(ureq::Error::into_io).with_context(nobody)?;
+        let value: Value = serde_json::from_str(&text)
+            .with_context(|| format!("what {address} ({key}) answers is not JSON: is this the broker?"))?;
+        match answer.status().as_u16() {
+            200 => Ok(value),
+            404 if value["error"]["message"] == "there is nothing here" => {
+                bail!("the broker on {address} ({key}) does not know this call: it is of another version")
+            }
+            _ => bail!("{}", value["error"]["message"].as_str().unwrap_or("the broker refuses")),
+        }
+    }
+}
+
+/// An HTTP client of this machine's broker, that waits so long for a connection and for each part of an answer.
+fn agent(timeout: Duration) -> Agent {
+    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
+    config.timeout_connect(Some(timeout)).timeout_per_read(Some(timeout)).build().into()
+}
+
+/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one, that of IPv4 also
+/// where it listens on `::`, as that is what it has where there is no IPv6.
+fn reachable(listen: &Listen) -> String {
+    let port = listen.port;
+    match listen.host.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => format!("{}:{port}", Ipv4Addr::LOCALHOST),
+        Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
+        Ok(IpAddr::V4(_)) | Err(_) => format!("{}:{port}", listen.host),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{Ipv6Addr, TcpListener};
+    use std::thread;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(listen: &str) -> Config {
+        let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nadmin_listen: {listen}\nbroker_listen: {listen}");
+        Config::parse("", &yaml, "h").unwrap()
+    }
+
+    /// What a call comes to whose connection is answered with `answer`, and then left open or closed.
+    fn call(answer: &'static str, is_left_open: bool) -> Result<Value, String> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            stream.write_all(answer.as_bytes()).unwrap();
+            is_left_open.then_some(stream)
+        });
+        let config = config(&format!("{{host: 0.0.0.0, port: {port}}}"));
+        let client = BrokerClient::for_admin(&config, "t".into(), Duration::from_millis(500));
+        let result = client.send(Call { method: "DELETE", path: "/v1/lists/allow", body: Some(&json!({})) });
+        drop(server.join());
+        result.map_err(|error| format!("{error:#}").replace(&format!("127.0.0.1:{port}"), "HERE"))
+    }
+
+    #[test]
+    fn an_answer_is_json_or_an_error_with_its_cause() {
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{\"done\":true}";
+        assert_eq!(call(ok, true), Ok(json!({ "done": true })));
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nd\r\n{\"done\":true}\r\n0\r\n\r\n";
+        assert_eq!(call(chunked, true), Ok(json!({ "done": true })));
+        let refused = "HTTP/1.1 409 Conflict\r\nContent-Length: 27\r\n\r\n{\"error\":{\"message\":\"no.\"}}";
+        assert_eq!(call(refused, false), Err("no.".into()));
+        let older =
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 45\r\n\r\n{\"error\":{\"message\":\"there is nothing here\"}}";
+        let other = "the broker on HERE (admin_listen) does not know this call: it is of another version";
+        assert_eq!(call(older, false), Err(other.into()));
+        let nobody = "no broker answers on HERE (admin_listen): is it running, and was it started with this config and its \
+                      admin_token_hash?: ";
+        for (answer, is_left_open, starts) in [
+            (
+                "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+                true,
+                "what HERE (admin_listen) answers is not JSON: is this the broker?: ",
+            ),
+            ("", false, nobody),
+            ("", true, &format!("{nobody}timeout")),
+            ("SSH-2.0-x\r\n", true, nobody),
+            ("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", false, nobody),
+        ] {
+            let error = call(answer, is_left_open).unwrap_err();
+            assert!(error.starts_with(starts), "{answer}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_refused_connection_names_the_address_and_its_key_of_the_config() {
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let config = config(&format!("{{host: \"::1\", port: {port}}}"));
+        let error = |client: BrokerClient| format!("{:#}", client.send(Call::get("/")).unwrap_err());
+        let expected = format!(
+            "no broker answers on [::1]:{port} (broker_listen): is it running, and with this config?: Connection refused \
+             (os error 111)"
+        );
+        assert_eq!(error(BrokerClient::for_anybody(&config, TIMEOUT)), expected);
+        let admin = error(BrokerClient::for_admin(&config, "t".into(), TIMEOUT));
+        assert!(admin.starts_with(&format!("no broker answers on [::1]:{port} (admin_listen): ")), "{admin}");
+        assert!(admin.contains("admin_token_hash") && !admin.contains("Bearer"), "{admin}");
+    }
+
+    #[test]
+    fn a_broker_on_all_addresses_is_reached_by_loopback() {
+        let address = |host: &str| reachable(&Listen { host: host.into(), port: 7 });
+        assert_eq!(["0.0.0.0", "::"].map(address), ["127.0.0.1:7", "127.0.0.1:7"]);
+        assert_eq!(["192.0.2.1", "2001:db8::1"].map(address), ["192.0.2.1:7", "[2001:db8::1]:7"]);
+        assert_eq!(address("broker.example"), "broker.example:7");
+    }
+}

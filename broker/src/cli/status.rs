@@ -1,0 +1,338 @@
+//! `status` and `gateways`: what the status page shows, for a terminal or a script. They need no token.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Args;
+use serde_json::Value;
+use wgkex_common::Config;
+
+use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::table::{Cell, Colours, Tone, table};
+use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
+use crate::http::status::{Durations, KeyStatus, PATH, Status};
+
+/// The exit code when the broker was reached, and something is wrong.
+const WRONG: u8 = 3;
+/// How often `--watch` looks.
+const WATCH_INTERVAL: Duration = Duration::from_secs(2);
+/// What moves the cursor of a terminal to its first place, and clears what is there.
+const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
+
+/// The exit codes, for the help.
+pub const EXIT_CODES: &str = "Exit codes: 0 all is well, 1 the broker cannot be reached, 3 something is wrong: it is not ready, a domain \
+     has no gateway, a gateway that the config names is offline, an interface is missing, a list cannot be read, state is not kept. Needs no token: it \
+     shows what the page / on broker_listen shows.";
+
+/// The command `status`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct StatusCommand {
+    /// Look again every 2 s, with rates, until Ctrl-C
+    #[arg(long)]
+    watch: bool,
+    /// As JSON; with --watch a line each time
+    #[arg(long)]
+    json: bool,
+}
+
+/// The command `gateways`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct GatewaysCommand {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the broker answered, and when.
+struct Sample {
+    at: Instant,
+    json: Value,
+    status: Status,
+}
+
+impl GatewaysCommand {
+    /// Prints the gateways, and says how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    #[must_use]
+    pub fn run(self, file: Option<&Path>) -> ExitCode {
+        let printed = client(file).and_then(|client| {
+            let Sample { json, status, .. } = ask(&client)?;
+            let text = if self.json {
+                format!("{:#}\n", json["gateways"])
+            } else {
+                gateways(&status.gateways, Colours::of_stdout())
+            };
+            print(&text)?;
+            Ok(exit_code(&status))
+        });
+        or_failure(printed)
+    }
+}
+
+impl StatusCommand {
+    /// Prints the status, and says how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    #[must_use]
+    pub fn run(self, file: Option<&Path>) -> ExitCode {
+        or_failure(client(file).and_then(|client| if self.watch { self.watch(&client) } else { self.once(&client) }))
+    }
+
+    fn once(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
+        let sample = ask(client)?;
+        let text = if self.json {
+            format!("{:#}\n", sample.json)
+        } else {
+            screen(&client.address(), &sample, None, Colours::of_stdout())
+        };
+        print(&text)?;
+        Ok(exit_code(&sample.status))
+    }
+
+    /// Looks until nobody reads any more what is printed. A broker that does not answer is one that is waited for.
+    fn watch(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
+        let colours = Colours::of_stdout();
+        let is_terminal = io::IsTerminal::is_terminal(&io::stdout());
+        let mut before: Option<Sample> = None;
+        loop {
+            let sample = ask(client);
+            let text = match &sample {
+                Ok(sample) if self.json => format!("{}\n", sample.json),
+                Ok(sample) => screen(&client.address(), sample, before.as_ref(), colours) + "\n",
+                Err(error) if self.json => {
+                    complain(error);
+                    String::new()
+                }
+                Err(error) => format!("{}\n\n", colours.paint(&printable(&format!("error: {error:#}")), Tone::Bad)),
+            };
+            let clear = if is_terminal && !self.json { CLEAR } else { "" };
+            print(&format!("{clear}{text}"))?;
+            before = sample.ok();
+            sleep(WATCH_INTERVAL);
+        }
+    }
+}
+
+fn client(file: Option<&Path>) -> anyhow::Result<BrokerClient> {
+    Ok(BrokerClient::for_anybody(&Config::load(file)?, TIMEOUT))
+}
+
+fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
+    let json = client.send(Call::get(PATH))?;
+    let at = Instant::now();
+    let status = serde_json::from_value(json.clone()).context("the broker's status is of another version")?;
+    Ok(Sample { at, json, status })
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")
+}
+
+fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        complain(&error);
+        ExitCode::FAILURE
+    })
+}
+
+fn complain(error: &anyhow::Error) {
+    // There is nobody else to tell.
+    let _ = writeln!(io::stderr(), "error: {error:#}");
+}
+
+fn exit_code(status: &Status) -> ExitCode {
+    if status.ready && status.problems.is_empty() { ExitCode::SUCCESS } else { WRONG.into() }
+}
+
+/// Everything on one screen, with rates since the sample `before`.
+fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
+    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now } = &sample.status;
+    let state =
+        if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
+    let up = age(*uptime_secs);
+    let mut text = format!("wgkex-broker {} on {address}: {state}, up for {up}\n", printable(version));
+    for problem in problems {
+        let _ = writeln!(text, "{}", colours.paint(&format!("! {}", printable(&problem.text)), Tone::Bad));
+    }
+    let rates = before.map(|before| Rates::between(before, sample));
+    let unserved = |name: &str| {
+        let is_so = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
+        problems.iter().any(|problem| is_so(problem.kind, &problem.subject))
+    };
+    let row = |DomainStatus { name, gateways }: &DomainStatus| {
+        let served = if gateways.is_empty() { Cell::text("none") } else { Cell::text(&gateways.join(", ")) };
+        let tone = if gateways.is_empty() && unserved(name) { Tone::Bad } else { Tone::Plain };
+        [Cell::text(name), served.toned(tone)]
+    };
+    let domains: Vec<_> = domains.iter().map(row).collect();
+    let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
+    text + &keys(now, rates.as_ref())
+}
+
+/// What happened between two samples.
+struct Rates {
+    accepted: f64,
+    refused: f64,
+    confirmation: Durations,
+}
+
+impl Rates {
+    fn between(before: &Sample, after: &Sample) -> Self {
+        let seconds = after.at.saturating_duration_since(before.at).as_secs_f64().max(f64::MIN_POSITIVE);
+        #[expect(clippy::cast_precision_loss, reason = "counts of keys stay far below 2^52")]
+        let rate =
+            |of: fn(&KeyStatus) -> u64| of(&after.status.keys).saturating_sub(of(&before.status.keys)) as f64 / seconds;
+        Self {
+            accepted: rate(accepted),
+            refused: rate(refused),
+            confirmation: after.status.keys.confirmation.since(&before.status.keys.confirmation),
+        }
+    }
+}
+
+fn accepted(keys: &KeyStatus) -> u64 {
+    keys.accepted.values().sum()
+}
+
+fn refused(keys: &KeyStatus) -> u64 {
+    keys.refused.values().flat_map(|by_reason| by_reason.values()).sum()
+}
+
+fn keys(keys: &KeyStatus, rates: Option<&Rates>) -> String {
+    let KeyStatus { established, unestablished, queued, unacknowledged, waiting, oldest_pending_secs, .. } = keys;
+    let rate = |of: fn(&Rates) -> f64| rates.map_or(String::new(), |rates| format!(" ({:.1}/s)", of(rates)));
+    let oldest = oldest_pending_secs.map_or("-".to_owned(), |seconds| format!("{seconds:.1} s"));
+    let (Durations { count, p50, p99, .. }, period) = match rates {
+        Some(rates) => (&rates.confirmation, "just now"),
+        None => (&keys.confirmation, "since the start"),
+    };
+    let reasons = keys.refused.values().flatten().filter(|(_, count)| **count > 0);
+    let mut by_reason = std::collections::BTreeMap::<&str, u64>::new();
+    for (reason, count) in reasons {
+        *by_reason.entry(reason).or_default() += count;
+    }
+    let by_reason: Vec<_> = by_reason.iter().map(|(reason, count)| format!("{} {count}", printable(reason))).collect();
+    let by_reason = if by_reason.is_empty() { String::new() } else { format!(": {}", by_reason.join(", ")) };
+    format!(
+        "keys accepted{} {}, refused{} {}{by_reason}\n\
+         live keys {}, {established} of them have had a handshake\n\
+         queued {queued}, unacknowledged {unacknowledged}, requests waiting {waiting}, oldest pending {oldest}\n\
+         confirmation {period}: {count} keys, p50 {}, p99 {}\n",
+        rate(|rates| rates.accepted),
+        accepted(keys),
+        rate(|rates| rates.refused),
+        refused(keys),
+        established + unestablished,
+        milliseconds(*p50),
+        milliseconds(*p99),
+    )
+}
+
+fn milliseconds(seconds: Option<f64>) -> String {
+    seconds.map_or("-".into(), |seconds| format!("{:.1} ms", seconds * 1000.0))
+}
+
+/// The table of gateways.
+fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
+    if gateways.is_empty() {
+        return "no gateway was heard of\n".into();
+    }
+    let row = |gateway: &GatewayStatus| {
+        let (state, tone) = if gateway.online { ("online", Tone::Good) } else { ("offline", Tone::Bad) };
+        let domains: Vec<_> =
+            gateway.domains.iter().map(|domain| format!("{} {}", domain.domain, domain.note(gateway.online))).collect();
+        let offline = gateway.offline.as_ref().map(ToString::to_string);
+        let notes = offline.into_iter().chain([domains.join(", ")]).filter(|note| !note.is_empty());
+        [
+            Cell::text(&gateway.name),
+            Cell::text(state).toned(tone),
+            Cell::text(gateway.version.as_deref().unwrap_or("unknown")),
+            Cell::number(&gateway.connected),
+            Cell::number(&gateway.assigned),
+            Cell::number(&format!("{:.1}%", gateway.share * 100.0)),
+            Cell::number(&format!("{:.1}", gateway.target)),
+            Cell::text(&notes.collect::<Vec<_>>().join("; ")),
+        ]
+    };
+    let rows: Vec<_> = gateways.iter().map(row).collect();
+    let head = ["GATEWAY", "STATE", "VERSION", "CONNECTED", "ASSIGNED", "SHARE", "TARGET", "DOMAINS"];
+    table(head, &rows, colours)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn sample(at: Instant, accepted: u64) -> Sample {
+        let status = json!({
+            "version": "9.9", "uptime_secs": 7500, "ready": true,
+            "problems": [
+                { "kind": "domain_without_gateway", "subject": "ff_b", "text": "domain ff_b: no gateway is online\u{1b}" },
+            ],
+            "domains": [{ "name": "ff_a", "gateways": ["gw1", "gw2"] }, { "name": "ff_b", "gateways": [] }],
+            "gateways": [
+                {
+                    "name": "gw1", "online": true, "version": "9.9", "offline": null, "connected": 7, "assigned": 2,
+                    "weight": 84.0, "share": 0.6667, "target": 6.0,
+                    "domains": [{ "domain": "ff_a", "state": "up", "connected": 7, "assigned": 2 }],
+                },
+                {
+                    "name": "gw3", "online": false, "version": null, "connected": 0, "assigned": 0,
+                    "offline": { "reason": { "silent": 150 }, "for_secs": 60 },
+                    "weight": 1.0, "share": 0.01, "target": 0.1,
+                    "domains": [{ "domain": "ff_b", "state": { "down": 90 }, "connected": 0, "assigned": 0 }],
+                },
+            ],
+            "keys": {
+                "accepted": { "v1": 1, "v2": accepted }, "refused": { "v1": { "domain": 2, "key": 0 }, "v2": { "domain": 1 } },
+                "established": 3, "unestablished": 4, "queued": 5, "unacknowledged": 6, "waiting": 7,
+                "oldest_pending_secs": 1.25,
+                "confirmation": {
+                    "count": accepted, "p50": 0.002, "p99": 0.2,
+                    "buckets": [{ "le": 0.1, "count": accepted }],
+                },
+            },
+        });
+        Sample { at, status: serde_json::from_value(status.clone()).unwrap(), json: status }
+    }
+
+    #[test]
+    fn one_screen_has_all_that_is_served_and_all_that_is_wrong() {
+        let sample = sample(Instant::now(), 40);
+        let expected = "wgkex-broker 9.9 on 127.0.0.1:5000: ready, up for 2 h 5 min\n\
+            ! domain ff_b: no gateway is online?\n\
+            \n\
+            DOMAIN  SERVED BY\n\
+            ff_a    gw1, gw2\n\
+            ff_b    none\n\
+            \n\
+            GATEWAY  STATE    VERSION  CONNECTED  ASSIGNED  SHARE  TARGET  DOMAINS\n\
+            gw1      online   9.9              7         2  66.7%     6.0  ff_a 7\n\
+            gw3      offline  unknown          0         0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            \n\
+            keys accepted 41, refused 3: domain 3\n\
+            live keys 7, 3 of them have had a handshake\n\
+            queued 5, unacknowledged 6, requests waiting 7, oldest pending 1.2 s\n\
+            confirmation since the start: 40 keys, p50 2.0 ms, p99 200.0 ms\n";
+        assert_eq!(screen("127.0.0.1:5000", &sample, None, Colours(false)), expected);
+        let coloured = screen("127.0.0.1:5000", &sample, None, Colours(true));
+        assert!(coloured.contains("\x1b[31mnone\x1b[0m") && coloured.contains("\x1b[32mready\x1b[0m"), "{coloured}");
+        assert_eq!(exit_code(&sample.status), WRONG.into());
+    }
+
+    #[test]
+    fn rates_are_those_between_two_looks() {
+        let begun = Instant::now();
+        let (before, after) = (sample(begun, 40), sample(begun + Duration::from_secs(2), 140));
+        let text = screen("x", &after, Some(&before), Colours(false));
+        assert!(text.contains("keys accepted (50.0/s) 141, refused (0.0/s) 3: domain 3\n"), "{text}");
+        assert!(text.contains("confirmation just now: 100 keys, p50 50.0 ms, p99 99.0 ms\n"), "{text}");
+    }
+}

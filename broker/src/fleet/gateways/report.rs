@@ -1,0 +1,160 @@
+//! The gateways and domains as [`status`](crate::fleet::status) has them.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use wgkex_common::{Domain, WorkerName};
+
+use super::{Gateways, Unserved};
+use crate::fleet::clashes::{self, PublishedData};
+use crate::fleet::gateway::{Gateway, Peers};
+use crate::fleet::selection::Shares;
+use crate::fleet::status::{
+    DomainState, DomainStatus, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind, Standing,
+};
+
+impl Gateways {
+    /// The domains that no gateway serves now.
+    #[must_use]
+    pub fn unserved(&self) -> Vec<Unserved> {
+        let unserved = self.domains.iter().filter(|domain| !self.is_any_online(domain));
+        unserved.map(|domain| Unserved { domain: domain.clone(), is_known: self.is_known(domain) }).collect()
+    }
+
+    /// Every gateway on the bus, by name.
+    #[must_use]
+    pub fn statuses(&self, now: Instant) -> Vec<GatewayStatus> {
+        let shares = self.shares();
+        self.by_name.iter().map(|(name, gateway)| gateway.status(name, &shares, now)).collect()
+    }
+
+    /// Every domain that is served here, with its gateways.
+    #[must_use]
+    pub fn domain_statuses(&self) -> Vec<DomainStatus> {
+        let status = |domain: &Domain| {
+            let installing = self.by_name.iter().filter(|(_, gateway)| gateway.installs(domain));
+            let gateways = installing.map(|(name, _)| name.as_str().to_owned()).collect();
+            DomainStatus { name: domain.to_string(), gateways }
+        };
+        self.domains.iter().map(status).collect()
+    }
+
+    /// Each gateway in the choice for a router of `domain`.
+    #[must_use]
+    pub fn standings(&self, domain: &Domain, now: Instant) -> Vec<Standing> {
+        let shares = self.shares();
+        let standing = |(name, gateway): (&WorkerName, &Gateway)| {
+            let Peers { connected, assigned } = gateway.peers();
+            let rank = shares.rank(name, connected + assigned, gateway.is_unresponsive);
+            let why_last =
+                if gateway.is_unresponsive { "it did not confirm the last key in time" } else { "its weight is 0" };
+            Standing {
+                name: name.as_str().into(),
+                share: shares.share(name),
+                connected,
+                assigned,
+                target: shares.target(name),
+                distance: rank.excess,
+                last_resort: rank.is_last_resort.then(|| why_last.into()),
+                unfit: gateway.serves(domain).is_none().then(|| gateway.unfit(domain, now)),
+            }
+        };
+        self.by_name.iter().map(standing).collect()
+    }
+
+    /// What is wrong with domains and gateways. Until the retained states are received nobody knows.
+    #[must_use]
+    pub fn problems(&self, now: Instant) -> Vec<Problem> {
+        if !self.is_synced() {
+            return Vec::new();
+        }
+        let unserved = self.unserved().into_iter().map(|unserved| Problem {
+            kind: ProblemKind::DomainWithoutGateway,
+            subject: unserved.domain.to_string(),
+            text: unserved.to_string(),
+        });
+        let offline = self.weights.keys().filter_map(|name| {
+            let why = match self.by_name.get(name) {
+                None => "nothing was heard of it".to_owned(),
+                Some(gateway) => gateway.offline(now)?.to_string(),
+            };
+            let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
+            Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
+        });
+        unserved.chain(self.clashes()).chain(self.domains_down(now)).chain(offline).collect()
+    }
+
+    /// The domains whose interface is missing at a gateway that is online.
+    fn domains_down(&self, now: Instant) -> impl Iterator<Item = Problem> {
+        let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
+        online.flat_map(move |(name, gateway)| {
+            let served = gateway.peers.keys().filter(|domain| gateway.may_serve(domain));
+            let states = served.map(move |domain| gateway.domain(domain, now));
+            states.filter(|domain| matches!(domain.state, DomainState::Down(_))).map(|domain| {
+                let (subject, note) = (format!("{}, {}", name.as_str(), domain.domain), domain.note(true));
+                let text = format!("gateway {}, domain {}: {note}", name.as_str(), domain.domain);
+                Problem { kind: ProblemKind::DomainDown, subject, text }
+            })
+        })
+    }
+
+    /// What gateways that are online publish alike, and only one of them can have.
+    fn clashes(&self) -> Vec<Problem> {
+        let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
+        clashes::find(online.flat_map(|(worker, gateway)| {
+            let served = gateway.data.iter().filter(|(domain, _)| gateway.may_serve(domain));
+            served.map(move |(domain, data)| PublishedData { worker, domain, data })
+        }))
+    }
+}
+
+impl Gateway {
+    fn status(&self, name: &WorkerName, shares: &Shares<'_>, now: Instant) -> GatewayStatus {
+        let domains: BTreeSet<_> = self.data.keys().chain(self.peers.keys()).collect();
+        let domains = domains.into_iter().filter(|domain| self.may_serve(domain));
+        let Peers { connected, assigned } = self.peers();
+        GatewayStatus {
+            name: name.as_str().into(),
+            online: self.online,
+            version: self.version().map(str::to_owned),
+            offline: self.offline(now),
+            domains: domains.map(|domain| self.domain(domain, now)).collect(),
+            connected,
+            assigned,
+            weight: shares.weight(name),
+            share: shares.share(name),
+            target: shares.target(name),
+        }
+    }
+
+    fn domain(&self, domain: &Domain, now: Instant) -> GatewayDomain {
+        let state = match self.peers.get(domain) {
+            None => DomainState::NotCounted,
+            Some(Some(_)) => DomainState::Up,
+            Some(None) => DomainState::Down(self.down_since(domain).map(|since| secs(since, now))),
+        };
+        let Peers { connected, assigned } = self.peers.get(domain).copied().flatten().unwrap_or_default();
+        GatewayDomain { domain: domain.to_string(), state, connected, assigned }
+    }
+
+    /// Why no router of `domain` can be given this gateway, if it does not serve the domain.
+    fn unfit(&self, domain: &Domain, now: Instant) -> String {
+        match (self.offline(now), self.peers.get(domain)) {
+            (Some(offline), _) => format!("offline: {offline}"),
+            _ if !self.may_serve(domain) => "it does not serve this domain".into(),
+            (None, None) => "it has not counted its peers of this domain".into(),
+            (None, Some(None)) => "the interface is missing there (-1)".into(),
+            (None, Some(Some(_))) => "it has published no data of this domain".into(),
+        }
+    }
+
+    /// Why it is offline; none while it is online.
+    pub fn offline(&self, now: Instant) -> Option<Offline> {
+        let reason = self.offline_reason()?;
+        Some(Offline { reason, for_secs: self.offline_since().map(|since| secs(since, now)) })
+    }
+}
+
+fn secs(since: Instant, now: Instant) -> u64 {
+    now.saturating_duration_since(since).as_secs()
+}

@@ -1,0 +1,243 @@
+//! The gateways and domains as operators see them: in metrics, on the status page, in its JSON, and in the commands that
+//! read that. No key, no IO, no clock: times are ages.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The [`GatewayStatus::version`] of a worker of the original.
+pub const ORIGINAL: &str = "original";
+
+/// A gateway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GatewayStatus {
+    /// The worker's name.
+    pub name: String,
+    /// Whether it is online.
+    pub online: bool,
+    /// Its program's version, also while it is offline; [`ORIGINAL`]; none if it is not known.
+    pub version: Option<String>,
+    /// Why it is offline; none while it is online.
+    pub offline: Option<Offline>,
+    /// Its domains.
+    pub domains: Vec<GatewayDomain>,
+    /// Peers of all domains with handshakes, by its last counts.
+    pub connected: u64,
+    /// The answers that named it since those counts.
+    pub assigned: u64,
+    /// Its weight.
+    pub weight: f64,
+    /// Its part of all weights.
+    pub share: f64,
+    /// The peers it should have, by its weight.
+    pub target: f64,
+}
+
+/// Why a gateway is offline, and since when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offline {
+    /// Why.
+    pub reason: OfflineReason,
+    /// For how many seconds; none if it was so before this broker connected.
+    pub for_secs: Option<u64>,
+}
+
+/// By which sign a gateway is taken for offline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OfflineReason {
+    /// It has published nothing that a gateway at work publishes.
+    NeverOnline,
+    /// It was stopped.
+    Stopped,
+    /// The MQTT server has published its last will.
+    ConnectionLost,
+    /// It published nothing for this many seconds.
+    Silent(u64),
+}
+
+/// A domain at a gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayDomain {
+    /// The domain's name.
+    pub domain: String,
+    /// Whether routers can use it there, as far as the gateway says.
+    pub state: DomainState,
+    /// Peers with handshakes, by its last count.
+    pub connected: u64,
+    /// The answers that named it since that count.
+    pub assigned: u64,
+}
+
+/// What a gateway says of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DomainState {
+    /// It has counted its peers.
+    Up,
+    /// It has not counted its peers so far.
+    NotCounted,
+    /// It publishes -1: the interface is missing, or it stops; for so many seconds, if this broker has seen that begin.
+    Down(Option<u64>),
+}
+
+/// A domain that is served here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainStatus {
+    /// The domain's name.
+    pub name: String,
+    /// The gateways that install keys of it now.
+    pub gateways: Vec<String>,
+}
+
+/// A gateway in the choice for a router of a domain.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Standing {
+    /// The worker's name.
+    pub name: String,
+    /// Its part of all weights.
+    pub share: f64,
+    /// Peers of all domains with handshakes, by its last counts.
+    pub connected: u64,
+    /// The answers that named it since those counts.
+    pub assigned: u64,
+    /// The peers it should have, by its weight.
+    pub target: f64,
+    /// How many it has beyond that: the smallest number is chosen.
+    pub distance: f64,
+    /// Why it is chosen only where there is no other.
+    pub last_resort: Option<String>,
+    /// Why it cannot be chosen.
+    pub unfit: Option<String>,
+}
+
+/// Something that an operator should look at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Problem {
+    /// What it is.
+    pub kind: ProblemKind,
+    /// What it is about: a domain, a gateway, several gateways, a list; nothing if it is the broker itself.
+    pub subject: String,
+    /// One sentence.
+    pub text: String,
+}
+
+/// What an operator should look at, the worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProblemKind {
+    /// The broker cannot serve routers.
+    NotReady,
+    /// No gateway serves a domain.
+    DomainWithoutGateway,
+    /// A list of allowed keys was never read, so that every key that is not allowed by a call is refused.
+    AllowListUnread,
+    /// A list cannot be read.
+    ListDamaged,
+    /// Live keys are not written to disk.
+    StateNotKept,
+    /// Entries made by admin calls are not written to disk.
+    ListsNotKept,
+    /// Two gateways have one key.
+    SameKey,
+    /// Two gateways have one link address in a domain.
+    SameLinkAddress,
+    /// Two gateways have one external address and port, and different keys.
+    SameExternalAddress,
+    /// A gateway is online, and the interface of a domain is missing there.
+    DomainDown,
+    /// A gateway that the config names is offline.
+    GatewayOffline,
+}
+
+impl ProblemKind {
+    /// Whether two gateways publish what only one can have.
+    #[must_use]
+    pub fn is_clash(self) -> bool {
+        matches!(self, Self::SameKey | Self::SameLinkAddress | Self::SameExternalAddress)
+    }
+
+    /// Whether it is known only while the retained states are.
+    #[must_use]
+    pub fn needs_states(self) -> bool {
+        self.is_clash() || matches!(self, Self::DomainWithoutGateway | Self::DomainDown | Self::GatewayOffline)
+    }
+}
+
+impl fmt::Display for Offline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.reason {
+            OfflineReason::NeverOnline => return f.write_str("it has not said that it is online"),
+            OfflineReason::Stopped => f.write_str("stopped")?,
+            OfflineReason::ConnectionLost => f.write_str("connection lost")?,
+            OfflineReason::Silent(seconds) => write!(f, "nothing heard for {}", age(seconds))?,
+        }
+        match self.for_secs {
+            Some(seconds) => write!(f, ", offline for {}", age(seconds)),
+            None => f.write_str(", offline since before this broker connected"),
+        }
+    }
+}
+
+impl GatewayDomain {
+    /// The connected peers, or why there are none, at a gateway that is online or not.
+    #[must_use]
+    pub fn note(&self, is_online: bool) -> String {
+        match self.state {
+            _ if !is_online => "offline".into(),
+            DomainState::Up => self.connected.to_string(),
+            DomainState::NotCounted => "not counted yet".into(),
+            DomainState::Down(None) => "interface missing (-1)".into(),
+            DomainState::Down(Some(seconds)) => format!("interface missing (-1) for {}", age(seconds)),
+        }
+    }
+}
+
+/// A duration for people, as 40 s, 12 min, 3 h 5 min or 2 d 1 h.
+#[must_use]
+pub fn age(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{minutes} min"),
+        7200..172_800 => format!("{hours} h {} min", minutes % 60),
+        _ => format!("{days} d {} h", hours % 24),
+    }
+}
+
+/// The text without what could control a terminal.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_short() {
+        let ages = [0, 119, 120, 7_199, 7_200, 172_799, 172_800].map(age);
+        assert_eq!(ages, ["0 s", "119 s", "2 min", "119 min", "2 h 0 min", "47 h 59 min", "2 d 0 h"]);
+    }
+
+    #[test]
+    fn a_domain_at_a_gateway_has_its_peers_or_why_there_are_none() {
+        let note = |state, is_online| {
+            GatewayDomain { domain: "ff_a".into(), state, connected: 7, assigned: 1 }.note(is_online)
+        };
+        assert_eq!([note(DomainState::Up, true), note(DomainState::Up, false)], ["7", "offline"]);
+        assert_eq!(note(DomainState::Down(Some(150)), true), "interface missing (-1) for 2 min");
+        assert_eq!(note(DomainState::NotCounted, true), "not counted yet");
+    }
+
+    #[test]
+    fn why_a_gateway_is_offline_is_said_in_words() {
+        let text = |reason, for_secs| Offline { reason, for_secs }.to_string();
+        assert_eq!(text(OfflineReason::Stopped, Some(7)), "stopped, offline for 7 s");
+        assert_eq!(text(OfflineReason::Silent(150), Some(7)), "nothing heard for 2 min, offline for 7 s");
+        let lost = "connection lost, offline since before this broker connected";
+        assert_eq!(text(OfflineReason::ConnectionLost, None), lost);
+        assert_eq!(text(OfflineReason::NeverOnline, None), "it has not said that it is online");
+    }
+}

@@ -1,0 +1,264 @@
+//! What the broker shows of itself to anybody, without keys: one value for the page, for `/status.json`, and for the
+//! commands that read that.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use prometheus::Histogram;
+use prometheus::core::Metric as _;
+use serde::{Deserialize, Serialize};
+use strum::VariantNames as _;
+use wgkex_common::access_lists::service::ListSnapshot;
+
+use crate::exchange::Rejection;
+use crate::exchange::in_flight::Load;
+use crate::fleet::live_keys::LiveKeyCounts;
+use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind};
+use crate::http::App;
+use crate::http::metrics::APIS;
+
+/// The path of the status as JSON.
+pub const PATH: &str = "/status.json";
+
+/// The broker and its fleet at one time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The broker's version.
+    pub version: String,
+    /// For how long it has run.
+    pub uptime_secs: u64,
+    /// Whether it can serve routers.
+    pub ready: bool,
+    /// What an operator should look at, the worst first.
+    pub problems: Vec<Problem>,
+    /// The domains that are served.
+    pub domains: Vec<DomainStatus>,
+    /// The gateways on the bus.
+    pub gateways: Vec<GatewayStatus>,
+    /// The keys.
+    pub keys: KeyStatus,
+}
+
+/// How many keys there are, since the start and now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KeyStatus {
+    /// Keys answered with 200, by version of the API.
+    pub accepted: BTreeMap<String, u64>,
+    /// Keys that were not, by version and reason.
+    pub refused: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Live keys that have had a handshake, of all domains.
+    pub established: usize,
+    /// The other live keys.
+    pub unestablished: usize,
+    /// Keys that wait to be published.
+    pub queued: usize,
+    /// Keys that are published, and not acknowledged by the MQTT server.
+    pub unacknowledged: usize,
+    /// Requests that wait for their answer.
+    pub waiting: usize,
+    /// For how long the oldest of these has waited.
+    pub oldest_pending_secs: Option<f64>,
+    /// From publishing a key to its confirmation.
+    pub confirmation: Durations,
+}
+
+/// Durations since the start, counted in buckets.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Durations {
+    /// How many.
+    pub count: u64,
+    /// Half of them were shorter, in seconds.
+    pub p50: Option<f64>,
+    /// So were 99 of 100.
+    pub p99: Option<f64>,
+    /// How many were at most so long.
+    pub buckets: Vec<Bucket>,
+}
+
+/// How many durations were at most so long.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Bucket {
+    /// The limit, in seconds.
+    pub le: f64,
+    /// How many.
+    pub count: u64,
+}
+
+impl Durations {
+    /// Those of a metric.
+    #[must_use]
+    pub fn of(histogram: &Histogram) -> Self {
+        let metric = histogram.metric();
+        let found = metric.get_histogram();
+        let buckets = found.get_bucket().iter();
+        let buckets = buckets.map(|bucket| Bucket { le: bucket.upper_bound(), count: bucket.cumulative_count() });
+        // The last bucket is for all, and JSON has no infinity.
+        Self::counted(found.get_sample_count(), buckets.filter(|bucket| bucket.le.is_finite()).collect())
+    }
+
+    fn counted(count: u64, buckets: Vec<Bucket>) -> Self {
+        let durations = Self { count, p50: None, p99: None, buckets };
+        let (p50, p99) = (durations.quantile(0.5), durations.quantile(0.99));
+        Self { p50, p99, ..durations }
+    }
+
+    /// Those since it was as `before`; all if that is of another run.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let pairs = self.buckets.iter().zip(&before.buckets);
+        let is_later = self.buckets.len() == before.buckets.len()
+            && self.count >= before.count
+            && pairs.clone().all(|(now, then)| now.count >= then.count);
+        if !is_later {
+            return self.clone();
+        }
+        let buckets = pairs.map(|(now, then)| Bucket { le: now.le, count: now.count - then.count });
+        Self::counted(self.count - before.count, buckets.collect())
+    }
+
+    /// The duration that this part of all does not exceed, by its place in its bucket; the highest limit if it is above that.
+    fn quantile(&self, part: f64) -> Option<f64> {
+        #[expect(clippy::cast_precision_loss, reason = "counts of keys stay far below 2^52")]
+        let number = |count: u64| count as f64;
+        let rank = part * number(self.count);
+        let at = self.buckets.iter().position(|bucket| bucket.count > 0 && number(bucket.count) >= rank);
+        let last = || self.buckets.last().map(|bucket| bucket.le);
+        let Some(at) = at else { return last().filter(|_| self.count > 0) };
+        let (low, below) = at.checked_sub(1).map_or((0.0, 0), |at| (self.buckets[at].le, self.buckets[at].count));
+        let Bucket { le, count } = self.buckets[at];
+        Some(low + (le - low) * (rank - number(below)) / number((count - below).max(1)))
+    }
+}
+
+impl App {
+    /// The broker and its fleet now.
+    pub fn status(&self, now: Instant) -> Status {
+        let unready = self.unready();
+        let (domains, gateways, fleet) = {
+            let gateways = self.exchange.gateways();
+            (gateways.domain_statuses(), gateways.statuses(now), gateways.problems(now))
+        };
+        let lists = list_problems(&self.exchange.lists.borrow());
+        let state = (self.fleet_metrics.state_kept.get() == 0).then(|| Problem {
+            kind: ProblemKind::StateNotKept,
+            subject: String::new(),
+            text: "live keys are not written to disk: a restart of this broker may lose them".into(),
+        });
+        let not_ready = unready.as_ref().map(|reason| Problem {
+            kind: ProblemKind::NotReady,
+            subject: String::new(),
+            text: format!("not ready: {reason}"),
+        });
+        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet).chain(lists).chain(state).collect();
+        problems.sort();
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_secs: now.saturating_duration_since(self.started).as_secs(),
+            ready: unready.is_none(),
+            problems,
+            domains,
+            gateways,
+            keys: self.keys(now),
+        }
+    }
+
+    fn keys(&self, now: Instant) -> KeyStatus {
+        let accepted = |api: &str| self.metrics.keys_accepted.with_label_values(&[api]).get();
+        let refused = |api: &str| {
+            let count = |reason: &str| self.metrics.keys_refused.with_label_values(&[api, reason]).get();
+            Rejection::VARIANTS.iter().map(|reason| ((*reason).to_owned(), count(reason))).collect()
+        };
+        let Load { queued, unacknowledged, waiting, oldest } = self.exchange.in_flight.lock().load(now);
+        let live = self.exchange.live().counts().fold(LiveKeyCounts::default(), |sum, (_, each)| LiveKeyCounts {
+            established: sum.established + each.established,
+            unestablished: sum.unestablished + each.unestablished,
+            ..sum
+        });
+        KeyStatus {
+            accepted: APIS.map(|api| (api.to_owned(), accepted(api))).into(),
+            refused: APIS.map(|api| (api.to_owned(), refused(api))).into(),
+            established: live.established,
+            unestablished: live.unestablished,
+            queued,
+            unacknowledged,
+            waiting,
+            oldest_pending_secs: oldest.as_ref().map(Duration::as_secs_f64),
+            confirmation: Durations::of(&self.exchange.metrics.confirmation),
+        }
+    }
+}
+
+/// What is wrong with the access lists.
+pub fn list_problems(lists: &ListSnapshot) -> Vec<Problem> {
+    let unread = lists.unread.iter().map(|list| Problem {
+        kind: ProblemKind::AllowListUnread,
+        subject: (*list).to_owned(),
+        text: format!(
+            "{list} was never read since the start: every key that no admin call allows is refused until it can be read"
+        ),
+    });
+    let damaged = lists.damaged.iter().filter(|list| !lists.unread.contains(list)).map(|list| Problem {
+        kind: ProblemKind::ListDamaged,
+        subject: (*list).to_owned(),
+        text: format!("{list} cannot be read: what was last read of it counts, nothing if it never was"),
+    });
+    let not_kept = (!lists.is_kept).then(|| Problem {
+        kind: ProblemKind::ListsNotKept,
+        subject: String::new(),
+        text: "list entries made by admin calls are not written to disk: a restart of this broker may lose them".into(),
+    });
+    unread.chain(damaged).chain(not_kept).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Registry;
+
+    fn seconds(observed: &[f64]) -> Durations {
+        let histogram = Registry::default().seconds("x", "x").unwrap();
+        for seconds in observed {
+            histogram.observe(*seconds);
+        }
+        Durations::of(&histogram)
+    }
+
+    #[test]
+    fn quantiles_are_between_the_limits_of_their_buckets() {
+        let close = |found: Option<f64>, expected: f64| {
+            assert!(found.is_some_and(|found| (found - expected).abs() < 1e-9), "{found:?} is not {expected}");
+        };
+        let none = seconds(&[]);
+        assert_eq!((none.count, none.p50, none.p99), (0, None, None));
+        let one = seconds(&[0.002]);
+        close(one.p50, 0.00175);
+        let mixed = seconds(&[vec![0.0005; 50], vec![0.2; 50]].concat());
+        close(mixed.p50, 0.001);
+        close(mixed.p99, 0.1 + 0.15 * 49.0 / 50.0);
+        let beyond = seconds(&[100.0]);
+        close(beyond.p99, 10.0);
+    }
+
+    #[test]
+    fn what_was_counted_before_is_taken_off_unless_it_is_of_another_run() {
+        let (before, after) = (seconds(&[0.0005; 9]), seconds(&[vec![0.0005; 9], vec![3.0]].concat()));
+        let since = after.since(&before);
+        assert_eq!((since.count, since.p50), (1, Some(3.75)));
+        assert_eq!(before.since(&after), before, "the broker was restarted");
+        assert_eq!(after.since(&Durations::default()), after);
+    }
+
+    #[test]
+    fn a_list_that_was_never_read_is_said_once_and_as_what_it_is() {
+        let lists = ListSnapshot {
+            damaged: vec!["allowlist.file", "blacklist_file"],
+            unread: vec!["allowlist.file"],
+            is_kept: true,
+            ..ListSnapshot::default()
+        };
+        let problems: Vec<_> =
+            list_problems(&lists).into_iter().map(|problem| (problem.kind, problem.subject)).collect();
+        let unread = (ProblemKind::AllowListUnread, "allowlist.file".to_owned());
+        assert_eq!(problems, [unread, (ProblemKind::ListDamaged, "blacklist_file".to_owned())]);
+    }
+}
