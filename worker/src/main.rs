@@ -5,10 +5,10 @@ mod privileges;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
-use wgkex_common::cli::{CheckConfig, ConfigFile};
+use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
@@ -39,6 +39,8 @@ enum Command {
     },
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
+    #[command(flatten)]
+    Documents(Documents),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Some(Command::Setup { userspace: true, .. }) => run(Job::SetUp(Backend::Userspace)),
         Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
         Some(Command::CheckConfig(check)) => check.run(file.path()),
+        Some(Command::Documents(documents)) => documents.run(Args::command()),
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, Reserved};
@@ -54,6 +55,7 @@ pub struct Reconciler<K> {
     /// The next batch is collected until then.
     collects_until: Option<Instant>,
     reports: ReportSender,
+    heartbeat: Heartbeat,
     metrics: Metrics,
 }
 
@@ -125,9 +127,16 @@ impl<K: Kernel> Reconciler<K> {
             other_work_first: false,
             collects_until: None,
             reports: sender,
+            heartbeat: Heartbeat::default(),
             metrics,
         };
         (reconciler, handle, reports)
+    }
+
+    /// The heartbeat of its task.
+    #[must_use]
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
     }
 
     /// Works until `stop`, or until every [`ReconcilerHandle`] is gone. What the kernel is doing at that moment is not
@@ -146,7 +155,8 @@ impl<K: Kernel> Reconciler<K> {
         for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
             self.handle(TaskEvent::ReadDue(domain), clocks()).await;
         }
-        while let Some(event) = self.next().await {
+        let heartbeat = self.heartbeat();
+        while let Some(event) = heartbeat.wait_for(self.next()).await {
             self.handle(event, clocks()).await;
         }
     }
@@ -211,9 +221,9 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     fn driver(&mut self, domain: &Domain, now: Clocks) -> Option<Driver<'_, K>> {
-        let Self { kernel, domains, reserved, reports, metrics, .. } = self;
+        let Self { kernel, domains, reserved, reports, heartbeat, metrics, .. } = self;
         let domain = domains.get_mut(domain)?;
-        Some(Driver { kernel, domain, reports, reserved, metrics, now })
+        Some(Driver { kernel, domain, reports, reserved, heartbeat, metrics, now })
     }
 
     async fn install(&mut self, keys: Vec<KeyId>, now: Clocks) {
