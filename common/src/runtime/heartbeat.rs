@@ -1,6 +1,6 @@
 //! Signs that a task makes progress, for the watchdog of [`super::service_manager`].
 //!
-//! A watched task beats after each step of its work, and every few seconds while it waits: waiting is no lack of progress,
+//! A watched task beats after each step of its work, and every second while it waits: waiting is no lack of progress,
 //! not even for a server that is down. A task beats no more if it is blocked, or if a step of its work never ends.
 
 use std::pin::pin;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 
 /// How often a task that waits beats.
-pub const INTERVAL: Duration = Duration::from_secs(5);
+pub const INTERVAL: Duration = Duration::from_secs(1);
 
 /// The heartbeat of one task. Clones share it.
 #[derive(Debug, Clone)]
