@@ -114,7 +114,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
 
 impl App {
     /// Why this broker cannot serve routers now.
-    fn unready(&self) -> Option<String> {
+    pub fn unready(&self) -> Option<String> {
         for link in &self.links {
             if let ConnectionState::Down(reason) = &*link.borrow() {
                 return Some(format!("MQTT is not connected: {reason}"));

@@ -36,6 +36,7 @@ use wgkex_common::http::listener::prepare;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::reload;
+use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
@@ -131,8 +132,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
     }
     broker.start_storage(&mut services, store, list_service);
+    let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];
     broker.start_bus(&mut services, session, keys_session);
-    broker.start_http(&mut services, listeners)?;
+    broker.start_http(&mut services, listeners, watched)?;
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
     Ok(services.run_until("broker", stop).await?)
@@ -212,7 +214,13 @@ impl Broker {
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
-    fn start_http(&self, services: &mut Services, listeners: Listeners) -> anyhow::Result<()> {
+    /// What answers routers and operators, and what tells the service manager how this broker is.
+    fn start_http<const N: usize>(
+        &self,
+        services: &mut Services,
+        listeners: Listeners,
+        watched: [Watched; N],
+    ) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
         let (trusted, proxy_missed) = (Arc::from(trusted_proxies.clone()), Arc::default());
         let Metrics { http: metrics, fleet: fleet_metrics, registry, .. } = self.metrics.clone();
@@ -241,6 +249,8 @@ impl Broker {
             started,
         };
         let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
+        let told = app.clone();
+        services.spawn("the service manager", |_| service_manager::run(watched, move || told.unready()));
         let tls = listeners.tls.map(|(listener, certificate)| {
             let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
             anyhow::Ok((server, certificate))

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Runtime;
 use wgkex_broker::cli::admin_client;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
-use wgkex_common::cli::{CheckConfig, ConfigFile};
+use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
 use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
@@ -45,6 +45,8 @@ enum Command {
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may publish only on its own topics
     MqttAcl(MqttAcl),
+    #[command(flatten)]
+    Documents(Documents),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
             },
             |()| ExitCode::SUCCESS,
         ),
+        Some(Command::Documents(documents)) => documents.run(Args::command()),
         Some(Command::MqttAcl(list)) => with_config(file, |config| print(&list.text(&config)?)),
     }
 }

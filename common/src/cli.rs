@@ -6,7 +6,8 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Command, Subcommand};
+use clap_complete::Shell;
 use serde_json::json;
 
 use crate::Config;
@@ -63,6 +64,47 @@ impl CheckConfig {
             Ok(()) if !mistakes.is_empty() => MISTAKES.into(),
             Ok(()) if self.strict && !warnings.is_empty() => ONLY_WARNINGS.into(),
             Ok(()) => ExitCode::SUCCESS,
+        }
+    }
+}
+
+/// The commands that write what packages ship beside a program, from its own definition of its command line.
+#[derive(Debug, Subcommand)]
+pub enum Documents {
+    /// Prints the completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Writes the manual pages, one for each command
+    #[command(hide = true)]
+    ManPages {
+        /// The directory in which they are written
+        dir: PathBuf,
+    },
+}
+
+impl Documents {
+    /// Writes what is asked for, of the program that has this `command` line, and returns how the process ends.
+    #[must_use]
+    pub fn run(&self, command: Command) -> ExitCode {
+        match self.write(command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                let _ = writeln!(io::stderr(), "error: cannot be written: {error}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    fn write(&self, mut command: Command) -> io::Result<()> {
+        match self {
+            Self::ManPages { dir } => clap_mangen::generate_to(command, dir),
+            Self::Completions { shell } => {
+                let (name, mut text) = (command.get_name().to_owned(), Vec::new());
+                clap_complete::generate(*shell, &mut command, name, &mut text);
+                io::stdout().write_all(&text)
+            }
         }
     }
 }

@@ -59,6 +59,8 @@ use crate::{Domain, HostName, PublicKey, WorkerName};
 
 /// Where the original has its config.
 const FILE: &str = "/etc/wgkex.yaml";
+/// How units call the credential that is the password of the MQTT server.
+const PASSWORD_CREDENTIAL: &str = "mqtt-password";
 
 /// Everything an operator may decide; it can be relied on without another check.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,6 +133,14 @@ pub struct ConfigError {
     pub warnings: Vec<Problem>,
 }
 
+/// What the config takes from the machine that it is read on.
+#[derive(Clone, Copy)]
+struct Machine<'a> {
+    host_name: &'a str,
+    /// The file that the service manager has put the password of the MQTT server in, if it has.
+    credential: Option<&'a str>,
+}
+
 impl ConfigError {
     fn one(problem: String) -> Self {
         Self { mistakes: vec![Problem::other(problem)], warnings: Vec::new() }
@@ -156,28 +166,38 @@ impl Config {
         let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
         let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
         let host_name = host_name.to_string_lossy();
+        let credential = password_credential(&variables);
+        let machine = Machine { host_name: &host_name, credential: credential.as_deref() };
         if let Some(file) = file {
             let name = file.to_string_lossy();
             let yaml = fs::read_to_string(file)
                 .map_err(|error| ConfigError::of_file(&name, format!("cannot be read: {error}")))?;
-            let config = Self::parse(&name, &yaml, &host_name)?;
+            let config = Self::of_file(&name, &yaml, machine)?;
             return Ok(Self { source: config.source.in_file(file), ..config });
         }
         let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
-        Self::choose(file, fs::read_to_string(file), &variables, &host_name)
+        Self::choose(file, fs::read_to_string(file), &variables, machine)
     }
 
     /// The config in `yaml`; `source_name` names it in errors, `host_name` is this machine's.
     pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
-        let mut diagnostics = Diagnostics::of_file(source_name, yaml);
+        Self::of_file(source_name, yaml, Machine { host_name, credential: None })
+    }
+
+    fn of_file(source: &str, yaml: &str, machine: Machine<'_>) -> Result<Self, ConfigError> {
+        let mut diagnostics = Diagnostics::of_file(source, yaml);
         let tree = yaml::parse(yaml, &mut diagnostics);
-        Self::from_tree(tree, host_name, diagnostics)
+        Self::from_tree(tree, machine, diagnostics)
     }
 
     /// The config in a container's variables (contract section 7); other variables do not count.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
+        Self::of_variables(variables, Machine { host_name, credential: None })
+    }
+
+    fn of_variables(variables: &BTreeMap<String, String>, machine: Machine<'_>) -> Result<Self, ConfigError> {
         let diagnostics = Diagnostics::of_variables(&variables::ALIASES);
-        Self::from_tree(Some(variables::tree(variables)), host_name, diagnostics)
+        Self::from_tree(Some(variables::tree(variables)), machine, diagnostics)
     }
 
     /// A file counts alone; where there is none, the variables do.
@@ -185,12 +205,12 @@ impl Config {
         file: &str,
         content: io::Result<String>,
         variables: &BTreeMap<String, String>,
-        host_name: &str,
+        machine: Machine<'_>,
     ) -> Result<Self, ConfigError> {
         let set = |name: &str| variables::value(variables, name).is_some();
         match content {
             Ok(yaml) => {
-                let mut config = Self::parse(file, &yaml, host_name)?;
+                let mut config = Self::of_file(file, &yaml, machine)?;
                 let ignored: Vec<&str> =
                     variables::ALIASES.map(|(name, _)| name).into_iter().filter(|name| set(name)).collect();
                 if !ignored.is_empty() {
@@ -201,7 +221,7 @@ impl Config {
                 Ok(config)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && set("WGKEX_DOMAINS") => {
-                Self::from_variables(variables, host_name)
+                Self::of_variables(variables, machine)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::of_file(
                 file,
@@ -213,13 +233,14 @@ impl Config {
         }
     }
 
-    fn from_tree(tree: Option<Value>, host_name: &str, mut diagnostics: Diagnostics) -> Result<Self, ConfigError> {
+    fn from_tree(tree: Option<Value>, machine: Machine<'_>, mut diagnostics: Diagnostics) -> Result<Self, ConfigError> {
         let config = tree.and_then(|mut tree| {
             diagnostics.keep_secret(&tree);
             keys::normalize(&mut tree, &mut diagnostics);
             let source = Source::of(tree.clone());
-            let raw = Raw::read(&mut tree, &mut diagnostics)?;
-            Some(Self { source, ..raw.check(host_name, &mut diagnostics) })
+            let mut raw = Raw::read(&mut tree, &mut diagnostics)?;
+            raw.mqtt.offer_password_file(machine.credential);
+            Some(Self { source, ..raw.check(machine.host_name, &mut diagnostics) })
         });
         let Problems { errors, warnings } = diagnostics.into_problems();
         match config {
@@ -227,4 +248,10 @@ impl Config {
             _ => Err(ConfigError { mistakes: errors, warnings }),
         }
     }
+}
+
+/// The password of the MQTT server that the service manager loaded for this program (`LoadCredential=` in its unit).
+fn password_credential(variables: &BTreeMap<String, String>) -> Option<String> {
+    let file = format!("{}/{PASSWORD_CREDENTIAL}", variables::value(variables, "CREDENTIALS_DIRECTORY")?);
+    Path::new(&file).exists().then_some(file)
 }

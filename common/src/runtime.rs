@@ -1,10 +1,13 @@
-//! What both programs do around their work: start and end, supervise their tasks, log, count, read certificates.
+//! What both programs do around their work: start and end, supervise their tasks, log, count, read certificates,
+//! tell the service manager how they are.
 //!
 //! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
 
+pub mod heartbeat;
 pub mod log;
 pub mod metrics;
 pub mod process;
 pub mod reload;
+pub mod service_manager;
 pub mod services;
 pub mod tls;

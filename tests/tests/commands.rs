@@ -60,6 +60,26 @@ fn the_example_is_valid() {
 }
 
 #[test]
+fn each_program_writes_completions_for_five_shells_and_a_manual_page_for_each_command() {
+    for (program, command) in [("wgkex-broker", "hash-password"), ("wgkex-worker", "setup")] {
+        for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+            let output = run(program, &["completions", shell]);
+            assert!(output.status.success(), "{output:?}");
+            let text = String::from_utf8(output.stdout).unwrap();
+            assert!([program, command, "check-config"].iter().all(|part| text.contains(part)), "{shell}: {text}");
+        }
+        let dir = TempDir::new().unwrap();
+        assert!(run(program, &["man-pages", dir.path().to_str().unwrap()]).status.success());
+        let page = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(page(&format!("{program}.1")).contains("WGKEX_CONFIG_FILE"));
+        assert!(page(&format!("{program}-{command}.1")).starts_with(".ie"));
+        let missing = run(program, &["man-pages", "/nonexistent"]);
+        assert_eq!(missing.status.code(), Some(1));
+        assert!(String::from_utf8(missing.stderr).unwrap().starts_with("error: cannot be written: "));
+    }
+}
+
+#[test]
 fn hash_password_says_what_is_missing() {
     let output = run("wgkex-broker", &["hash-password"]);
     let error = String::from_utf8(output.stderr).unwrap();

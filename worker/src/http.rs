@@ -105,17 +105,15 @@ async fn healthz() -> HttpResponse {
 
 /// Ready if keys arrive and every domain can be used; else each reason is a line.
 async fn readyz(state: Data<HttpState>) -> HttpResponse {
-    let reasons = state.reasons();
-    if reasons.is_empty() {
-        HttpResponse::Ok().body("ready\n")
-    } else {
-        HttpResponse::ServiceUnavailable().body(reasons.join("\n") + "\n")
+    match state.unready() {
+        None => HttpResponse::Ok().body("ready\n"),
+        Some(reasons) => HttpResponse::ServiceUnavailable().body(reasons),
     }
 }
 
 impl HttpState {
-    /// Why this worker is not ready.
-    fn reasons(&self) -> Vec<String> {
+    /// Why this worker is not ready, each reason in a line; none if it is ready.
+    pub fn unready(&self) -> Option<String> {
         let down = self.mqtt_down().map(|reason| format!("MQTT: {reason}"));
         let domains = self.domains.borrow();
         let unusable = domains.iter().filter_map(|(domain, state)| match state {
@@ -123,7 +121,8 @@ impl HttpState {
             DomainState::Down { reason } => Some(format!("domain {domain}: {reason}")),
         });
         let unread = domains.is_empty().then(|| "the interfaces are not read yet".to_owned());
-        down.into_iter().chain(unread).chain(unusable).collect()
+        let reasons: Vec<String> = down.into_iter().chain(unread).chain(unusable).collect();
+        (!reasons.is_empty()).then(|| reasons.join("\n") + "\n")
     }
 
     /// Why there is no connection with the MQTT server, if there is none.

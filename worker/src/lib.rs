@@ -5,7 +5,8 @@
 //! [`wgkex_kernel`] applies them. The outcome goes back by [`bus`].
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
-//! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the metrics server and the publisher.
+//! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the publisher, the metrics server and
+//! what the service manager is told.
 
 mod bus;
 pub mod cli;
@@ -38,6 +39,7 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::runtime::reload;
+use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
@@ -114,10 +116,17 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     )?;
     let worker = Worker { config, metrics, lists, reconciler, bus, confirmations };
 
+    let watched = [
+        ("the reconciler", task.heartbeat()),
+        ("the MQTT session", session.heartbeat()),
+        ("the MQTT session for confirmations", confirming.heartbeat()),
+    ];
+
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
+    worker.start_http(&mut services, watched);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
     drop(worker);
@@ -162,17 +171,6 @@ impl Worker {
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
         let on_confirming_event =
             subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.bus.clone());
-        let http_state = http::HttpState {
-            registry: metrics.registry.clone(),
-            links: [bus, confirmations].map(MqttHandle::connection_state),
-            domains: reconciler.state(),
-            name: config.name.to_string(),
-            served: config.domains.clone(),
-            started: Instant::now(),
-            lists: metrics.lists.clone(),
-            reconciler: metrics.reconciler.clone(),
-            waiting: reconciler.waiting(),
-        };
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -185,9 +183,28 @@ impl Worker {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("the config", |_| reload::on_hangup(config.clone(), &[], |_| {}))
-            .spawn("worker_listen", |_| http::serve(config.worker_listen.clone(), http_state));
+            .spawn("the config", |_| reload::on_hangup(config.clone(), &[], |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
+    }
+
+    /// What tells others how this worker is: Prometheus, and the service manager.
+    fn start_http<const N: usize>(&self, services: &mut Services, watched: [Watched; N]) {
+        let state = http::HttpState {
+            registry: self.metrics.registry.clone(),
+            links: [&self.bus, &self.confirmations].map(MqttHandle::connection_state),
+            domains: self.reconciler.state(),
+            name: self.config.name.to_string(),
+            served: self.config.domains.clone(),
+            started: Instant::now(),
+            lists: self.metrics.lists.clone(),
+            reconciler: self.metrics.reconciler.clone(),
+            waiting: self.reconciler.waiting(),
+        };
+        let (listen, served) = (self.config.worker_listen.clone(), state.clone());
+        services
+            .background()
+            .spawn("worker_listen", |_| http::serve(listen, served))
+            .spawn("the service manager", |_| service_manager::run(watched, move || state.unready()));
     }
 }
 

@@ -5,10 +5,10 @@ mod privileges;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
-use wgkex_common::cli::{CheckConfig, ConfigFile};
+use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
@@ -58,6 +58,8 @@ enum Command {
                             while it does not."
     )]
     Doctor(Doctor),
+    #[command(flatten)]
+    Documents(Documents),
 }
 
 fn main() -> ExitCode {
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Some(Command::Status(status)) => status.run(file.path()),
         Some(Command::Doctor(doctor)) => doctor.run(file.path()),
         Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),
+        Some(Command::Documents(documents)) => documents.run(Args::command()),
     }
 }
 

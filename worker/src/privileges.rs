@@ -52,10 +52,16 @@ fn become_user(name: &str) -> anyhow::Result<()> {
     Ok(setuid(uid)?)
 }
 
+/// The unit leaves no other privilege, and forbids capset(2).
 fn drop_others() -> Result<(), caps::errors::CapsError> {
     let needed = CapsHashSet::from([NEEDED]);
     caps::clear(None, CapSet::Ambient)?;
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &needed)?;
-    caps::set(None, CapSet::Permitted, &needed)
+    // What stays there is of no use: it would only count for a program with privileges of its own.
+    let _ = caps::clear(None, CapSet::Inheritable);
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        if caps::read(None, set)? != needed {
+            caps::set(None, set, &needed)?;
+        }
+    }
+    Ok(())
 }

@@ -23,6 +23,7 @@ use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused
 use crate::access_lists::records_file::{self, RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
+use crate::runtime::service_manager;
 use crate::storage::StorageError;
 use crate::wire::message::{Participant, RecordsRequest};
 use crate::{Config, Topic};
@@ -105,11 +106,12 @@ impl ListService {
         let mut hangup = signal(SignalKind::hangup()).ok();
         let mut reading: Option<JoinHandle<Files>> = None;
         let mut read_at = Instant::now() + self.pause();
-        let (mut gate, mut is_hurried) = (self.gate.subscribe(), false);
+        let (mut gate, mut is_hurried, mut is_reloading) = (self.gate.subscribe(), false, false);
         loop {
             self.settle(&bus, &mut notify);
             if reading.is_none() && (is_hurried || read_at <= Instant::now()) {
-                reading = Some(self.read_files(mem::take(&mut is_hurried)));
+                is_reloading = mem::take(&mut is_hurried);
+                reading = Some(self.read_files(is_reloading));
             }
             let poll = if self.gate.borrow().is_some() {
                 DUE_CHECK_INTERVAL_CLOSED
@@ -124,6 +126,9 @@ impl ListService {
                 files = done(&mut reading) => {
                     self.take_files(files);
                     (reading, read_at) = (None, Instant::now() + self.pause());
+                    if mem::take(&mut is_reloading) {
+                        service_manager::reloaded();
+                    }
                 }
                 written = self.writer.done() => self.written(written),
                 () = hung_up(&mut hangup) => is_hurried = true,
@@ -143,6 +148,7 @@ impl ListService {
     /// Reads the files, on a thread that may wait for them.
     fn read_files(&self, anew: bool) -> JoinHandle<Files> {
         if anew {
+            service_manager::reloading();
             info!("lists are read again");
         }
         let mut files = self.files.clone();

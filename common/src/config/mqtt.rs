@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +11,9 @@ use super::certificate::pair;
 use super::diagnostics::{Diagnostics, Path};
 use super::mqtt_listen::{self, MqttListen};
 use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, port};
+
+/// Longer ones are no passwords.
+const PASSWORD_FILE_MAX: u64 = 4096;
 
 /// The session with the MQTT server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +69,7 @@ pub(super) struct RawMqtt {
     pub broker_port: Option<Port>,
     pub username: Option<Text>,
     pub password: Option<Text>,
+    pub password_file: Option<File>,
     pub keepalive: Option<Keepalive>,
     pub tls: Option<Flag>,
     pub ca_file: Option<File>,
@@ -73,6 +78,13 @@ pub(super) struct RawMqtt {
 }
 
 impl RawMqtt {
+    /// Has the password read from `file`, unless the config has one.
+    pub fn offer_password_file(&mut self, file: Option<&str>) {
+        if self.password.is_none() && self.password_file.is_none() {
+            self.password_file = file.map(|file| File(file.to_owned()));
+        }
+    }
+
     /// `own` is the server inside the broker, if no other is named; `is_listen_set` whether its section is in the file.
     pub fn check(self, own: Option<&MqttListen>, is_listen_set: bool, diagnostics: &mut Diagnostics) -> Mqtt {
         let is_encrypted = self.tls.is_some_and(|tls| tls.0);
@@ -94,7 +106,7 @@ impl RawMqtt {
         let tls = Tls { ca_file: self.ca_file.map(|file| file.0.into()), own: own_files };
         let external = |host: Host| MqttAddress::External { host: host.0, port: port(self.broker_port.as_ref(), 1883) };
         Mqtt {
-            credentials: credentials(self.username, self.password, diagnostics),
+            credentials: credentials(self.username, self.password, self.password_file, diagnostics),
             keepalive: Duration::from_secs(self.keepalive.map_or(5, |Keepalive(seconds)| keepalive(seconds))),
             tls: (is_encrypted && is_external).then_some(tls),
             server: match (self.broker_url, own) {
@@ -117,9 +129,29 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 }
 
 /// A user has both, as in the original.
-fn credentials(username: Option<Text>, password: Option<Text>, diagnostics: &mut Diagnostics) -> Option<Credentials> {
+fn credentials(
+    username: Option<Text>,
+    password: Option<Text>,
+    file: Option<File>,
+    diagnostics: &mut Diagnostics,
+) -> Option<Credentials> {
     let given = |text: Option<Text>| text.map(|text| text.0).filter(|text| !text.is_empty());
-    match (given(username), given(password)) {
+    let key = if file.is_some() { "mqtt.password_file" } else { "mqtt.password" };
+    let password = match (given(password), file) {
+        (Some(_), Some(_)) => {
+            diagnostics.error(&Path::of(key), "is set beside mqtt.password, one of the two is allowed");
+            return None;
+        }
+        (None, Some(file)) => match password_in(&file.0) {
+            Ok(password) => Some(password),
+            Err(problem) => {
+                diagnostics.error(&Path::of(key), &format!("{}: {problem}", file.0));
+                return None;
+            }
+        },
+        (password, None) => password,
+    };
+    match (given(username), password) {
         (Some(username), Some(password)) => Some(Credentials { username, password: Secret::new(password) }),
         (None, None) => None,
         (Some(_), None) => {
@@ -127,8 +159,74 @@ fn credentials(username: Option<Text>, password: Option<Text>, diagnostics: &mut
             None
         }
         (None, Some(_)) => {
-            diagnostics.warn(&Path::of("mqtt.password"), "is not used, as mqtt.username is not set");
+            diagnostics.warn(&Path::of(key), "is not used, as mqtt.username is not set");
             None
+        }
+    }
+}
+
+/// The password in a file: its only line.
+fn password_in(file: &str) -> Result<String, String> {
+    let unreadable = |error: io::Error| format!("cannot be read: {error}");
+    let metadata = fs::metadata(file).map_err(unreadable)?;
+    // Others, such as a pipe, could keep the program waiting.
+    if !metadata.is_file() || metadata.len() > PASSWORD_FILE_MAX {
+        return Err(format!("is not a password, a file of at most {PASSWORD_FILE_MAX} bytes is allowed"));
+    }
+    let text = fs::read_to_string(file).map_err(unreadable)?;
+    let password = text.strip_suffix('\n').unwrap_or(&text);
+    let password = password.strip_suffix('\r').unwrap_or(password);
+    if password.is_empty() || password.contains(['\n', '\r']) {
+        return Err("is not a password, a file with one line is allowed".to_owned());
+    }
+    Ok(password.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use crate::Config;
+
+    const CONFIG: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
+
+    /// The password that a file with this content gives, or what is said of it.
+    fn password(content: &[u8]) -> Result<String, String> {
+        let dir = TempDir::new().unwrap();
+        let file = dir.path().join("secret");
+        std::fs::write(&file, content).unwrap();
+        let yaml = format!("{CONFIG}mqtt:\n  username: gw1\n  password_file: {}\n", file.display());
+        let config = Config::parse("test.yaml", &yaml, "gw1").map_err(|error| error.to_string())?;
+        assert_eq!(config.warnings, []);
+        Ok(config.mqtt.credentials.unwrap().password.expose().to_owned())
+    }
+
+    #[test]
+    fn a_password_file_has_the_password_in_its_only_line() {
+        for content in ["se cret", "se cret\n", "se cret\r\n"] {
+            assert_eq!(password(content.as_bytes()).as_deref(), Ok("se cret"), "{content:?}");
+        }
+        for content in ["", "\n", "one\ntwo\n", "one\n\n"] {
+            let error = password(content.as_bytes()).unwrap_err();
+            assert!(error.starts_with("test.yaml:5: mqtt.password_file: /"), "{error}");
+            assert!(error.ends_with("secret: is not a password, a file with one line is allowed"), "{error}");
+        }
+        assert!(password(b"\xff").unwrap_err().contains("cannot be read: "));
+        assert!(password(&[b'a'; 5000]).unwrap_err().contains("a file of at most 4096 bytes"));
+    }
+
+    #[test]
+    fn a_password_file_that_cannot_be_used_is_an_error_that_names_its_key() {
+        let cases = [
+            ("/nonexistent/secret", "mqtt.password_file: /nonexistent/secret: cannot be read: No such file"),
+            ("/dev/zero", "mqtt.password_file: /dev/zero: is not a password, a file"),
+            ("secret", "mqtt.password_file: \"secret\" is not a file, an absolute path is allowed"),
+            ("/dev/null\n  password: x", "mqtt.password_file: is set beside mqtt.password, one of the two is allowed"),
+        ];
+        for (file, problem) in cases {
+            let yaml = format!("{CONFIG}mqtt:\n  username: gw1\n  password_file: {file}\n");
+            let error = Config::parse("test.yaml", &yaml, "gw1").unwrap_err().to_string();
+            assert!(error.starts_with(&format!("test.yaml:5: {problem}")), "{error}");
         }
     }
 }

@@ -469,7 +469,7 @@ fn a_mistake_in_a_variable_names_the_variable() {
 #[test]
 fn a_file_counts_alone_and_variables_stand_in_for_none() {
     let set = variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("MQTT_PASSWORD", "hidden")]);
-    let choose = |content, set: &_| Config::choose("/f", content, set, "gw1");
+    let choose = |content, set: &_| Config::choose("/f", content, set, Machine { host_name: "gw1", credential: None });
     let no_file = || Err(io::Error::from(io::ErrorKind::NotFound));
     let config = choose(Ok(LEAST.to_owned()), &set).unwrap();
     assert_eq!(config.domains.len(), 2);
@@ -484,6 +484,29 @@ fn a_file_counts_alone_and_variables_stand_in_for_none() {
     );
     let denied = Err(io::Error::from(io::ErrorKind::PermissionDenied));
     assert_eq!(choose(denied, &set).unwrap_err().to_string(), "/f: cannot be read: permission denied");
+}
+
+#[test]
+fn a_credential_of_the_service_manager_is_the_password_unless_the_config_has_one() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let credentials = variables(&[("CREDENTIALS_DIRECTORY", dir.path().to_str().unwrap())]);
+    assert_eq!(password_credential(&credentials), None);
+    std::fs::write(dir.path().join("mqtt-password"), "from-unit\n").unwrap();
+    let file = password_credential(&credentials).unwrap();
+    let machine = Machine { host_name: "gw1", credential: Some(&file) };
+    let password = |config: &Config| config.mqtt.credentials.as_ref().map(|of| of.password.expose().to_owned());
+    let of_file = |more: &str| Config::of_file("/f", &format!("{LEAST}mqtt: {{{more}}}\n"), machine).unwrap();
+    assert_eq!(password(&of_file("username: gw1")).as_deref(), Some("from-unit"));
+    assert_eq!(password(&of_file("username: gw1, password: own")).as_deref(), Some("own"));
+    let unused = of_file("");
+    assert_eq!(password(&unused), None);
+    assert_eq!(texts(&unused.warnings), ["/f: mqtt.password_file: is not used, as mqtt.username is not set"]);
+
+    let set = [("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("MQTT_USERNAME", "gw1")];
+    assert_eq!(password(&Config::of_variables(&variables(&set), machine).unwrap()).as_deref(), Some("from-unit"));
+    let missing = variables(&[&set[..], &[("MQTT_PASSWORD_FILE", "/nonexistent")]].concat());
+    let error = Config::of_variables(&missing, machine).unwrap_err();
+    assert!(texts(&error.mistakes)[0].starts_with("MQTT_PASSWORD_FILE: /nonexistent: cannot be read: "), "{error}");
 }
 
 /// The example with every commented-out key taken in: "#key" is one, "# text" is prose.

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::value::truth;
 
 /// Each variable with the key that it stands for.
-pub(super) const ALIASES: [(&str, &str); 10] = [
+pub(super) const ALIASES: [(&str, &str); 11] = [
     ("WGKEX_DOMAIN_PREFIXES", "domain_prefixes"),
     ("WGKEX_DOMAINS", "domains"),
     ("WGKEX_DEBUG", "log_level"),
@@ -15,6 +15,8 @@ pub(super) const ALIASES: [(&str, &str); 10] = [
     ("MQTT_BROKER_URL", "mqtt.broker_url"),
     ("MQTT_BROKER_PORT", "mqtt.broker_port"),
     ("MQTT_USERNAME", "mqtt.username"),
+    // Before the one that its path begins with.
+    ("MQTT_PASSWORD_FILE", "mqtt.password_file"),
     ("MQTT_PASSWORD", "mqtt.password"),
     ("MQTT_KEEPALIVE", "mqtt.keepalive"),
     ("MQTT_TLS", "mqtt.tls"),

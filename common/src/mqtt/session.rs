@@ -23,6 +23,7 @@ use super::subscriptions::Subscriptions;
 use super::{ConnectionState, Event, INFLIGHT, Message, MqttHandle, PublishError, SessionConfig, TlsError};
 use crate::Topic;
 use crate::config::Mqtt;
+use crate::runtime::heartbeat::Heartbeat;
 
 /// Messages that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
 const MAX_QUEUED_MESSAGES: usize = 1024;
@@ -46,6 +47,7 @@ pub struct Session {
     reconnect: Reconnect,
     /// A name in its topics with a dot.
     dotted: Option<String>,
+    heartbeat: Heartbeat,
     /// What it has of the program's other session.
     pair: Option<Pair>,
     /// The other session, if that publishes and subscribes through this one.
@@ -88,6 +90,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         is_secondary: client.is_secondary,
         server,
         reconnect: Reconnect::default(),
+        heartbeat: Heartbeat::default(),
         pair: None,
         guest: None,
     };
@@ -99,7 +102,8 @@ impl Session {
     /// acknowledged before that, its publisher awaits first. `on_event` is called in this task: it must not block.
     pub async fn run(mut self, mut on_event: impl FnMut(Event), stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
-        while let Some(event) = self.next(stop.as_mut()).await {
+        let heartbeat = self.heartbeat();
+        while let Some(event) = heartbeat.wait_for(self.next(stop.as_mut())).await {
             match event {
                 Ok(event) => self.handle(event, &mut on_event),
                 Err(error) => {
@@ -108,13 +112,19 @@ impl Session {
                         return self.join(&mut on_event, stop).await;
                     }
                     tokio::select! {
-                        () = sleep(self.reconnect.pause()) => {}
+                        () = heartbeat.wait_for(sleep(self.reconnect.pause())) => {}
                         () = &mut stop => return,
                     }
                 }
             }
         }
         self.disconnect().await;
+    }
+
+    /// The heartbeat of its task.
+    #[must_use]
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
     }
 
     /// The next event of rumqttc, or none when it is time to stop. Publish requests are taken meanwhile; a

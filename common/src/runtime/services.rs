@@ -10,6 +10,8 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tracing::{error, info};
 
+use super::service_manager;
+
 /// Tasks that run. Those that are left when this is dropped are aborted.
 #[derive(Debug, Default)]
 pub struct Services {
@@ -72,6 +74,7 @@ impl Services {
             ended = self.ended() => Err(ended),
             () = stop => Ok(()),
         };
+        service_manager::stopping();
         info!("{program} stops");
         while let Some(group) = self.groups.pop() {
             self.stop(group).await;

@@ -5,8 +5,8 @@
 
 mod address_owners;
 mod bus;
-mod examples;
 mod doctor;
+mod examples;
 mod keys;
 mod links;
 mod looks;

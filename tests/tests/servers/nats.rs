@@ -43,7 +43,9 @@ fn no_message_is_lost_when_nodes_stop_and_start() {
             }
             thread::sleep(WHILE);
             let before = routers.accepted().len();
-            wait_within(COMPLETE, "routers are served again", || (routers.accepted().len() > before + 20).then_some(()));
+            wait_within(COMPLETE, "routers are served again", || {
+                (routers.accepted().len() > before + 20).then_some(())
+            });
         });
         wait_within(COMPLETE, "every gateway has every key that got a 200", || {
             gateways.iter().all(|gateway| routers.accepted().is_subset(&peers(gateway))).then_some(())

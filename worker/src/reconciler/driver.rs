@@ -9,6 +9,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 use tokio::task::yield_now;
 use tracing::{debug, info, warn};
+use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Kernel, KernelError};
 
@@ -24,6 +25,8 @@ pub(super) struct Driver<'a, K> {
     pub domain: &'a mut DomainReconciler,
     pub reports: &'a mut ReportSender,
     pub reserved: &'a watch::Receiver<Reserved>,
+    /// Beats after each call of the kernel.
+    pub heartbeat: &'a Heartbeat,
     pub metrics: &'a Metrics,
     pub now: Clocks,
 }
@@ -102,6 +105,7 @@ impl<K: Kernel> Driver<'_, K> {
     pub(super) async fn read(&mut self, denied: &BTreeSet<PublicKey>) -> Result<Report, RejectReason> {
         let begun = tokio::time::Instant::now();
         let read = self.kernel.read(self.domain.interface()).await;
+        self.heartbeat.beat();
         self.domain.on_read_ended(self.now(), begun.elapsed());
         match read {
             Ok(device) => Ok(self.conclude(&device, denied).await),
@@ -226,6 +230,7 @@ impl<K: Kernel> Driver<'_, K> {
         }
         let begun = tokio::time::Instant::now();
         let applied = self.kernel.apply(self.domain.interface(), plan::changes(steps)).await;
+        self.heartbeat.beat();
         #[expect(clippy::cast_precision_loss, reason = "a batch is small")]
         self.metrics.batch_keys.observe(steps.len() as f64);
         self.metrics.batch_duration.observe(begun.elapsed().as_secs_f64());

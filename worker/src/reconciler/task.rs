@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, Reserved};
@@ -59,6 +60,7 @@ pub struct Reconciler<K> {
     /// When it was last counted how many keys wait.
     counted_at: Option<std::time::Instant>,
     reports: ReportSender,
+    heartbeat: Heartbeat,
     metrics: Metrics,
 }
 
@@ -131,9 +133,16 @@ impl<K: Kernel> Reconciler<K> {
             collects_until: None,
             counted_at: None,
             reports: sender,
+            heartbeat: Heartbeat::default(),
             metrics,
         };
         (reconciler, handle, reports)
+    }
+
+    /// The heartbeat of its task.
+    #[must_use]
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
     }
 
     /// Works until `stop`, or until every [`ReconcilerHandle`] is gone. What the kernel is doing at that moment is not
@@ -152,7 +161,8 @@ impl<K: Kernel> Reconciler<K> {
         for domain in self.domains.keys().cloned().collect::<Vec<_>>() {
             self.handle(TaskEvent::ReadDue(domain), clocks()).await;
         }
-        while let Some(event) = self.next().await {
+        let heartbeat = self.heartbeat();
+        while let Some(event) = heartbeat.wait_for(self.next()).await {
             self.handle(event, clocks()).await;
         }
     }
@@ -233,9 +243,9 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     fn driver(&mut self, domain: &Domain, now: Clocks) -> Option<Driver<'_, K>> {
-        let Self { kernel, domains, reserved, reports, metrics, .. } = self;
+        let Self { kernel, domains, reserved, reports, heartbeat, metrics, .. } = self;
         let domain = domains.get_mut(domain)?;
-        Some(Driver { kernel, domain, reports, reserved, metrics, now })
+        Some(Driver { kernel, domain, reports, reserved, heartbeat, metrics, now })
     }
 
     async fn install(&mut self, keys: Vec<KeyId>, now: Clocks) {

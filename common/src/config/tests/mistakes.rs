@@ -52,13 +52,13 @@ const MISTAKES: &[(&str, &[&str])] = &[
     (
         "mqtt: mqtt.example.org",
         &[
-            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, tls, username",
+            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username",
         ],
     ),
     (
         "mqtt: [{password: secret}]",
         &[
-            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, tls, username",
+            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username",
         ],
     ),
     ("workers: [gw1]", &["workers: a list is not a mapping, one with these keys is allowed: a name"]),

@@ -48,8 +48,11 @@ impl Capacity {
 
 /// Raises the number of files that may be open to what the system allows; returns that number.
 fn open_files() -> usize {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        // A unit may forbid the call.
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        }
         Ok(hard)
     });
     let files = raised.or_else(|error| {

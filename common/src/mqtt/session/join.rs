@@ -2,17 +2,19 @@
 
 use std::pin::Pin;
 
+use tokio::time::sleep;
 use tracing::warn;
 
 use super::Session;
 use crate::mqtt::outbox::PendingPublish;
 use crate::mqtt::pair::{Guest, Joining, Pair};
 use crate::mqtt::{ConnectionState, Event};
+use crate::runtime::heartbeat;
 
 impl Session {
     /// Goes on through the program's first session, until `stop` returns.
     pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        let Self { client, eventloop, mut queue, mut outbox, state, subscriptions, server, pair, .. } = self;
+        let Self { client, eventloop, mut queue, mut outbox, state, subscriptions, server, heartbeat, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, queue: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
@@ -22,6 +24,7 @@ impl Session {
         }
         let mut next: Option<PendingPublish> = None;
         loop {
+            heartbeat.beat();
             let up = *state.borrow() == ConnectionState::Up;
             if up && next.is_none() {
                 next = outbox.next();
@@ -41,6 +44,7 @@ impl Session {
                     let (Ok(permit), Some(publish)) = (permit, next.take()) else { return };
                     permit.send(publish);
                 }
+                () = sleep(heartbeat::INTERVAL) => {}
                 () = &mut stop => return,
             }
         }

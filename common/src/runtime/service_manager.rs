@@ -1,0 +1,174 @@
+//! What the service manager (systemd) is told of a program: that it serves, how it is, that it makes progress, that it reads
+//! its lists again, and that it stops (`sd_notify(3)`). Where none asks, nothing is said.
+//!
+//! One task, [`run`], which `run` of the broker and of the worker start.
+
+use std::env;
+use std::future::pending;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, error};
+
+use super::heartbeat::Heartbeat;
+
+/// How often the program is looked at.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// A program that is still not ready after this time counts as started: it answers with the reason. Otherwise a boot, or
+/// the installation of a package, would wait for as long as an MQTT server is down.
+const READY_WITHIN: Duration = Duration::from_secs(10);
+
+/// A task that is watched, and its name in the log.
+pub type Watched = (&'static str, Heartbeat);
+
+/// What is said, and what was said before.
+struct Report {
+    begun: Instant,
+    /// A task that makes no progress for so long is stuck; none if the service manager has no watchdog for the program.
+    limit: Option<Duration>,
+    is_started: bool,
+    status: String,
+}
+
+/// One message to the service manager.
+#[derive(Debug, PartialEq, Eq)]
+enum Message {
+    Ready,
+    Status(String),
+    Watchdog,
+}
+
+/// Runs for ever. `unready` is why the program is not ready, if it is not, as `/readyz` says it.
+pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Option<String>) {
+    if env::var_os("NOTIFY_SOCKET").is_none() {
+        return pending().await;
+    }
+    let mut report = Report::new(sd_notify::watchdog_enabled(), Instant::now());
+    let mut was_stuck = None;
+    loop {
+        let stuck = report.stuck(&watched);
+        if let Some(task) = stuck.filter(|_| stuck != was_stuck) {
+            error!(task, "no progress, so the watchdog is not fed any more");
+        }
+        was_stuck = stuck;
+        for message in report.next(unready(), stuck, Instant::now()) {
+            send(message.state());
+        }
+        sleep(INTERVAL).await;
+    }
+}
+
+/// The lists are being read again, on SIGHUP; [`reloaded`] ends that.
+pub fn reloading() {
+    send(NotifyState::Reloading);
+}
+
+/// The lists are read.
+pub fn reloaded() {
+    send(NotifyState::Ready);
+}
+
+/// The program stops.
+pub fn stopping() {
+    send(NotifyState::Stopping);
+}
+
+fn send(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        debug!(%error, "the service manager cannot be told");
+    }
+}
+
+impl Report {
+    fn new(limit: Option<Duration>, begun: Instant) -> Self {
+        Self { begun, limit, is_started: false, status: String::new() }
+    }
+
+    /// The first task that is stuck.
+    fn stuck(&self, watched: &[Watched]) -> Option<&'static str> {
+        let limit = self.limit?;
+        watched.iter().find(|(_, heartbeat)| heartbeat.age() > limit).map(|(task, _)| *task)
+    }
+
+    /// What is to be said now.
+    fn next(&mut self, unready: Option<String>, stuck: Option<&str>, now: Instant) -> Vec<Message> {
+        let mut messages = Vec::new();
+        if !self.is_started && (unready.is_none() || now - self.begun >= READY_WITHIN) {
+            self.is_started = true;
+            messages.push(Message::Ready);
+        }
+        let status = match (stuck, unready) {
+            (Some(task), _) => format!("no progress: {task}"),
+            (None, Some(reason)) => format!("not ready: {}", reason.trim_end().replace('\n', "; ")),
+            (None, None) => "ready".to_owned(),
+        };
+        if status != self.status {
+            self.status.clone_from(&status);
+            messages.push(Message::Status(status));
+        }
+        if self.limit.is_some() && stuck.is_none() {
+            messages.push(Message::Watchdog);
+        }
+        messages
+    }
+}
+
+impl Message {
+    fn state(&self) -> NotifyState<'_> {
+        match self {
+            Self::Ready => NotifyState::Ready,
+            Self::Status(status) => NotifyState::Status(status),
+            Self::Watchdog => NotifyState::Watchdog,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn status(text: &str) -> Message {
+        Message::Status(text.into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_program_is_started_when_it_is_ready_and_each_status_is_said_once() {
+        let mut report = Report::new(None, Instant::now());
+        let mut next = |unready: Option<&str>| report.next(unready.map(str::to_owned), None, Instant::now());
+        assert_eq!(next(Some("one\ntwo\n")), [status("not ready: one; two")]);
+        assert_eq!(next(Some("one\ntwo\n")), []);
+        assert_eq!(next(None), [Message::Ready, status("ready")]);
+        assert_eq!(next(None), []);
+        assert_eq!(next(Some("lost")), [status("not ready: lost")]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_program_that_does_not_become_ready_is_started_in_time_all_the_same() {
+        let mut report = Report::new(None, Instant::now());
+        assert_eq!(report.next(Some("lost".into()), None, Instant::now()), [status("not ready: lost")]);
+        sleep(READY_WITHIN).await;
+        assert_eq!(report.next(Some("lost".into()), None, Instant::now()), [Message::Ready]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_watchdog_is_fed_without_a_server_and_not_while_a_task_is_stuck() {
+        let mut report = Report::new(Some(LIMIT), Instant::now());
+        let (works, stuck) = (Heartbeat::default(), Heartbeat::default());
+        let watched = [("works", works.clone()), ("stuck", stuck.clone())];
+        let mut next = |unready: Option<&str>| {
+            let stuck = report.stuck(&watched);
+            report.next(unready.map(str::to_owned), stuck, Instant::now())
+        };
+        assert_eq!(next(None), [Message::Ready, status("ready"), Message::Watchdog]);
+        assert_eq!(next(Some("lost")), [status("not ready: lost"), Message::Watchdog]);
+        sleep(LIMIT + INTERVAL).await;
+        works.beat();
+        assert_eq!(next(None), [status("no progress: stuck")]);
+        stuck.beat();
+        assert_eq!(next(None), [status("ready"), Message::Watchdog]);
+    }
+}

@@ -1,0 +1,100 @@
+//! The files for containers, as far as they can be checked without an engine: they name files that are there, the configs in
+//! them are valid, and Mosquitto takes its own.
+
+#![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+use wgkex_tests::process::{Process, binary};
+use yaml_rust2::{Yaml, YamlLoader};
+
+fn dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/container")
+}
+
+fn read(file: &str) -> String {
+    fs::read_to_string(dir().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
+}
+
+fn compose() -> Yaml {
+    YamlLoader::load_from_str(&read("compose.yaml")).unwrap().remove(0)
+}
+
+/// The texts in a list.
+fn texts(list: &Yaml) -> Vec<&str> {
+    list.as_vec().into_iter().flatten().map(|text| text.as_str().unwrap()).collect()
+}
+
+/// A copy of `file` in `place` whose secrets are there, each with one line.
+fn with_secrets(file: &str, place: &TempDir) -> PathBuf {
+    let copy = place.path().join(file);
+    fs::write(&copy, read(file).replace("/run/secrets", place.path().to_str().unwrap())).unwrap();
+    for secret in compose()["secrets"].as_hash().unwrap().keys() {
+        fs::write(place.path().join(secret.as_str().unwrap()), "secret\n").unwrap();
+    }
+    copy
+}
+
+fn run(program: &str, config: &Path, arguments: &[&str]) -> Output {
+    Command::new(binary(program)).arg("--config").arg(config).args(arguments).output().unwrap()
+}
+
+#[test]
+fn every_service_has_its_files_its_secrets_and_its_image() {
+    let (compose, images) = (compose(), read("Containerfile"));
+    for (name, service) in compose["services"].as_hash().unwrap() {
+        for volume in texts(&service["volumes"]) {
+            let source = volume.split(':').next().unwrap();
+            let is_there = match source.strip_prefix("./") {
+                Some(file) => dir().join(file).exists(),
+                None => !compose["volumes"][source].is_badvalue(),
+            };
+            assert!(is_there, "{name:?}: {volume}");
+        }
+        for secret in texts(&service["secrets"]) {
+            assert!(compose["secrets"][secret]["file"].as_str().unwrap().starts_with("secrets/"), "{name:?}: {secret}");
+        }
+        if let Some(target) = service["build"]["target"].as_str() {
+            assert!(images.contains(&format!(" AS {target}\n")), "{target}");
+            assert!(dir().join("../..").join(service["build"]["dockerfile"].as_str().unwrap()).exists());
+        }
+    }
+}
+
+#[test]
+fn the_configs_are_valid_and_name_only_secrets_of_their_service() {
+    let place = TempDir::new().unwrap();
+    let compose = compose();
+    for service in ["broker", "worker"] {
+        let file = format!("{service}.yaml");
+        let output = run(&format!("wgkex-{service}"), &with_secrets(&file, &place), &["check-config", "--strict"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let secrets = texts(&compose["services"][service]["secrets"]);
+        let named = read(&file);
+        let named: Vec<&str> = named.split("/run/secrets/").skip(1).map(|rest| rest.lines().next().unwrap()).collect();
+        assert_eq!(named, secrets, "{file}");
+    }
+}
+
+#[test]
+fn mosquitto_takes_its_config_and_the_access_list_is_the_brokers() {
+    let place = TempDir::new().unwrap();
+    let acl = run("wgkex-broker", &with_secrets("broker.yaml", &place), &["mqtt-acl"]);
+    assert_eq!(String::from_utf8(acl.stdout).unwrap(), read("acl"));
+
+    let config = with_secrets("mosquitto.conf", &place);
+    let certificate = rcgen::generate_simple_self_signed(["mqtt".to_owned()]).unwrap();
+    fs::write(place.path().join("mqtt-certificate"), certificate.cert.pem()).unwrap();
+    fs::write(place.path().join("mqtt-key"), certificate.signing_key.serialize_pem()).unwrap();
+    fs::write(place.path().join("mqtt-passwords"), "").unwrap();
+    let port = wgkex_tests::stack::free_address().port();
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace("listener 8883", &format!("user root\nlog_dest stderr\nlistener {port} 127.0.0.1"));
+    let text = text.replace("/mosquitto/config/acl", dir().join("acl").to_str().unwrap());
+    fs::write(&config, text.replace("/mosquitto/data/", &format!("{}/", place.path().display()))).unwrap();
+    let mosquitto = Process::start("mosquitto", Command::new("mosquitto").arg("-c").arg(&config));
+    mosquitto.wait_for_log(" running");
+}
