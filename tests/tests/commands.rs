@@ -6,7 +6,8 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use wgkex_tests::process::binary;
+use wgkex_tests::process::{Process, binary};
+use wgkex_tests::stack::free_address;
 
 const PROGRAMS: [&str; 2] = ["wgkex-broker", "wgkex-worker"];
 const LEAST: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
@@ -115,5 +116,45 @@ fn a_config_that_is_not_valid_is_the_doctors_first_finding() {
             assert!(said.starts_with(&format!("fail config: {path}:4: ")), "{said}");
             assert!(said.ends_with("checks: 2, warnings: 1, failures: 1\n"), "{said}");
         }
+    }
+}
+
+/// Access lists of the original's allow nothing below `wgkex/`; with a queue without bounds Mosquitto ends the connection.
+#[test]
+fn the_doctor_names_rights_that_the_mqtt_server_does_not_give() {
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let acl = |allowed: &str| {
+        let topics = ["wireguard", "wireguard-worker", "wireguard-metrics", "wireguard-broker", allowed];
+        let lines = topics.map(|topic| format!("topic readwrite {topic}/#\n")).concat();
+        fs::write(at("acl"), lines).unwrap();
+    };
+    for (more, allowed, said) in [
+        ("", "other", "warn MQTT: what it publishes below wgkex/ does not come back"),
+        (
+            "max_queued_messages 0\n",
+            "other",
+            "warn MQTT: the server ends the connection when it publishes below wgkex/",
+        ),
+        ("max_queued_messages 0\n", "wgkex", "ok   MQTT: what it publishes below wgkex/ comes back\n"),
+    ] {
+        acl(allowed);
+        let address = free_address();
+        let (port, list) = (address.port(), at("acl").display().to_string());
+        let text = format!("listener {port} 127.0.0.1\nallow_anonymous true\nacl_file {list}\nuser root\n{more}");
+        fs::write(at("mosquitto.conf"), text).unwrap();
+        let mut mosquitto = Command::new("/usr/sbin/mosquitto");
+        let mosquitto = Process::start("mosquitto", mosquitto.arg("-c").arg(at("mosquitto.conf")).arg("-v"));
+        mosquitto.wait_for_log(" running");
+        let config = format!(
+            "{LEAST}state_dir: {}\nmqtt: {{broker_url: 127.0.0.1, broker_port: {port}}}\n",
+            dir.path().display()
+        );
+        fs::write(at("wgkex.yaml"), config).unwrap();
+        let output = run("wgkex-worker", &["doctor", "--config", at("wgkex.yaml").to_str().unwrap()]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(said), "{said} is not in {text}");
+        assert_eq!(text.contains("`wgkex-broker mqtt-acl` prints them"), said.starts_with("warn"), "{text}");
+        assert!(text.contains("fail wg-welt: it is missing"), "{text}");
     }
 }

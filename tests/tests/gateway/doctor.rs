@@ -99,8 +99,11 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
 
     host.run("ip link set wg-a mtu 1300");
     names(&host, "fail vx-a: the MTU 1300 of wg-a is too small", "`ip link set wg-a mtu 1420`");
-    host.run("ip link set wg-a mtu 1420 && ip link set vx-a mtu 1400");
-    names(&host, "fail vx-a: its MTU 1400 is too large", "`ip link set vx-a mtu 1350`");
+    host.run("ip link set wg-a mtu 1400");
+    names(&host, "fail vx-a: its MTU 1350 is too large", "`ip link set vx-a mtu 1330`");
+    host.run("ip link set vx-a mtu 1330");
+    assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
+    host.run("ip link set wg-a mtu 1420 && ip link add other type veth peer name another");
 
     for (made, trouble, advice) in [
         (
@@ -109,12 +112,20 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
             "setup.vxlan_id",
         ),
         (
-            format!("vxlan id 99 dstport 8472 local {local} dev wg-b"),
+            format!("vxlan id 99 dstport 8472 local {local} dev other"),
             "fail vx-a: the device under it is not wg-a",
             "make it anew",
         ),
-        ("vxlan id 99 dstport 8472 local ::1 dev wg-a".into(), "fail vx-a: its local address ::1", "make it anew"),
-        ("dummy".into(), "fail vx-a: it is of kind dummy, and not a VXLAN interface", "`ip link del vx-a`"),
+        (
+            "vxlan id 99 dstport 8472 local fe80::99 dev wg-a".into(),
+            "fail vx-a: its local address fe80::99",
+            "make it anew",
+        ),
+        (
+            "veth peer name vx-c".into(),
+            "fail vx-a: it is of kind veth, and not a VXLAN interface",
+            "`ip link del vx-a`",
+        ),
     ] {
         host.run(&format!("ip link del vx-a; ip link add vx-a type {made} && ip link set vx-a up"));
         names(&host, trouble, advice);
@@ -124,8 +135,8 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     whole();
     host.run("ip link set wg-b down");
     names(&host, "fail wg-b: it is down", "`ip link set wg-b up`");
-    host.run("ip link del wg-b; ip link add wg-b type dummy");
-    names(&host, "fail wg-b: it is of kind dummy, and not a WireGuard interface", "`ip link del wg-b`");
+    host.run("ip link del wg-b; ip link add wg-b type veth peer name wg-c");
+    names(&host, "fail wg-b: it is of kind veth, and not a WireGuard interface", "`ip link del wg-b`");
 }
 
 pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {

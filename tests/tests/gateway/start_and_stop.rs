@@ -200,7 +200,7 @@ fn fill(host: &Host, keys: u32) {
     host.run("wg addconf wg-a /run/peers && ip -6 -batch /run/routes && bridge -batch /run/fdb");
 }
 
-/// Two would undo each other's work. Seen to fail where SQLite's lock alone counted: the second served, without its state.
+/// Two would undo each other's work.
 pub fn a_second_worker_does_not_start_and_a_killed_ones_successor_does(lane: Lane) {
     let Single { mut broker, mut worker, host } = Single::new(lane, "");
     assert_eq!(host.post(2, &key(0)).status, 200);

@@ -51,28 +51,36 @@ fn holder(facts: &Facts) -> Option<Finding> {
 }
 
 pub(super) fn lists(facts: &Facts) -> Vec<Finding> {
-    let damaged = |key: &str| {
-        facts.running.as_ref().is_some_and(|running| running.lists_damaged.iter().any(|damaged| damaged == key))
+    let (user, running) = (&facts.state.user, facts.running.as_ref());
+    let is_damaged = |running: &RunningWorker, key: &str| running.lists_damaged.iter().any(|damaged| damaged == key);
+    let check = |list: &ListFacts| match running {
+        Some(running) => read_list(list, is_damaged(running, list.key)),
+        None => unread_list(list, user),
     };
-    facts.lists.iter().map(|list| self::list(list, &facts.state.user, damaged(list.key))).collect()
+    facts.lists.iter().map(check).collect()
 }
 
-fn list(ListFacts { key, path, access }: &ListFacts, user: &str, is_damaged: bool) -> Finding {
+/// What the running worker says of a list, whoever it is.
+fn read_list(ListFacts { key, path, .. }: &ListFacts, is_damaged: bool) -> Finding {
     let path = path.display();
-    let trouble = match access {
-        Access::Granted if is_damaged => Some((
-            format!("{path} is damaged: the running worker uses what it last read"),
-            "its log has the line".to_owned(),
-        )),
-        Access::Granted => None,
-        Access::Creatable => Some((format!("{path} is missing"), format!("write it, or take {key} out of the config"))),
-        Access::OnlyFor(other) => Some((
-            format!("{path} is readable for {other} and not for {user}"),
-            format!("let {user} read it (chmod, chown)"),
-        )),
-        Access::Denied(reason) => {
-            Some((format!("{user} cannot read {path}: {reason}"), format!("let {user} read it (chmod, chown)")))
+    let damaged = is_damaged.then(|| {
+        let found = format!("the running worker cannot read {path}, or it is damaged: what it last read counts");
+        (found, "its log says why, with the line".to_owned())
+    });
+    Finding::judge(key, Level::Fail, format!("the running worker has read {path}"), damaged)
+}
+
+fn unread_list(ListFacts { key, path, access }: &ListFacts, user: &str) -> Finding {
+    let (path, advice) = (path.display(), format!("let {user} read it (chmod, chown)"));
+    match access {
+        Access::Granted => Finding::ok(key, format!("{user} may read {path}")),
+        Access::Creatable => {
+            Finding::fail(key, format!("{path} is missing"), format!("write it, or take {key} out of the config"))
         }
-    };
-    Finding::judge(key, Level::Fail, format!("{user} may read {path}"), trouble)
+        Access::OnlyFor(other) => {
+            let advice = format!("start the worker as {other} (User= of its unit, or worker_user), or {advice}");
+            Finding::warn(key, format!("{path} is readable for {other} and not for {user}"), advice)
+        }
+        Access::Denied(reason) => Finding::fail(key, format!("{user} cannot read {path}: {reason}"), advice),
+    }
 }

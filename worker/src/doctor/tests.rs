@@ -349,6 +349,17 @@ fn the_clock_is_compared_where_it_can_be() {
     }
 }
 
+/// The doctor may be another user than the worker.
+#[test]
+fn what_the_running_worker_reads_and_writes_it_may() {
+    let mut facts = well();
+    facts.running = Some(running());
+    bus(&mut facts).online = Some(true);
+    facts.state.access = Access::Denied("mode 700".into());
+    facts.lists[0].access = Access::Denied("mode 600".into());
+    assert_eq!(worst(&findings(&facts)), Level::Ok);
+}
+
 #[test]
 fn each_trouble_of_files_is_named_with_what_to_do() {
     each_is_found(&[
@@ -388,6 +399,12 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
             "write it",
         ),
         (
+            Level::Warn,
+            |facts| facts.lists[0].access = Access::OnlyFor("wgkex".into()),
+            "/list is readable for wgkex and not for root",
+            "start the worker as wgkex",
+        ),
+        (
             Level::Fail,
             |facts| facts.lists[0].access = Access::Denied("mode 600".into()),
             "root cannot read /list: mode 600",
@@ -399,7 +416,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
                 facts.running = Some(RunningWorker { lists_damaged: vec!["blacklist_file".into()], ..running() });
                 bus(facts).online = Some(true);
             },
-            "/list is damaged",
+            "the running worker cannot read /list, or it is damaged",
             "log",
         ),
     ]);
