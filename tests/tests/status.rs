@@ -3,8 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -132,35 +131,28 @@ fn the_commands_find_a_broker_that_listens_everywhere() {
     assert!(printed(&run(&stack, &["status"])).contains(&format!("on {}: ready", stack.http)));
 }
 
-/// A program that is ended with the test.
-struct Watching(Child);
-
-impl Drop for Watching {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn watch_shows_rates_and_waits_for_a_broker_that_is_away() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);
-    let child = command(&stack, &["status", "--watch"]).stdout(Stdio::piped()).spawn().unwrap();
-    let mut watching = Watching(child);
-    let mut lines = BufReader::new(watching.0.stdout.take().unwrap()).lines().map(Result::unwrap);
-    lines.by_ref().find(|line| line.starts_with("keys accepted 0,")).unwrap();
+    let watching = stack.program("wgkex-broker", &["status", "--watch"]);
+    watching.wait_for_log("keys accepted 0,");
     for n in 0..20 {
         assert_eq!(stack.v2(DOMAIN, &key(n)).status, 200);
     }
-    let rate = lines.by_ref().find(|line| line.starts_with("keys accepted (") && line.contains("/s) 20,")).unwrap();
-    assert!(!rate.contains("(0.0/s) 20"), "{rate}");
-    lines.by_ref().find(|line| line.starts_with("confirmation just now: 20 keys, p50 ")).unwrap();
+    let rate = watching.wait_for_log("/s) 20,");
+    assert!(rate.starts_with("keys accepted (") && !rate.contains("(0.0/s) 20"), "{rate}");
+    wait_until("confirmations since the look before", || {
+        let log = watching.log();
+        let mut lines = log.lines().filter_map(|line| line.strip_prefix("confirmation just now: "));
+        lines.find(|line| !line.starts_with("0 ") && line.contains(" ms, p99 ")).map(str::to_owned)
+    });
     let _ = stack.stop_broker();
-    lines.by_ref().find(|line| line.contains("no broker answers on")).unwrap();
+    watching.wait_for_log("no broker answers on");
+    let before = watching.log().matches(": ready, up for").count();
     stack.start_broker();
-    lines.by_ref().find(|line| line.contains(": ready, up for")).unwrap();
+    wait_until("it is shown again", || (watching.log().matches(": ready, up for").count() > before).then_some(()));
 }
 
 #[test]
