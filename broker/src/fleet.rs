@@ -13,6 +13,7 @@ pub mod gateways;
 pub mod key_places;
 pub mod live_keys;
 mod metrics;
+pub mod reach;
 pub mod revocation;
 pub mod selection;
 pub mod status;

@@ -404,7 +404,7 @@ fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUp
 async fn expire(exchange: Exchange) {
     loop {
         sleep(EXPIRY_INTERVAL).await;
-        exchange.gateways().tick();
+        exchange.gateways().tick(Instant::now());
         exchange.limits.evict_idle();
         exchange.in_flight.expire();
         let expired = exchange.live().expire(Instant::now());

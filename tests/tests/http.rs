@@ -284,6 +284,7 @@ fn every_metric_of_the_broker_is_there_and_parses() {
         (r#"wgkex_broker_gateway_up{gateway="gw1"}"#, 1.0),
         (r#"wgkex_broker_gateway_connected{domain="ffx_a",gateway="gw1"}"#, 0.0),
         (r#"wgkex_broker_gateway_assigned{domain="ffx_a",gateway="gw1"}"#, 1.0),
+        (r#"wgkex_broker_gateway_routers{gateway="gw1",state="waiting"}"#, 1.0),
         (r#"wgkex_broker_domain_gateways{domain="ffx_a"}"#, 1.0),
     ] {
         assert_eq!(stack.metric(series), Some(value), "{series}");

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, ask};
+use wgkex_tests::probe::said;
 use wgkex_tests::process::binary;
 use wgkex_tests::scripted::{Manner, Worker, data, gateway_key, hello, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, ONE_ADDRESS, Plan, Stack, V2};
@@ -402,4 +403,21 @@ fn explain_says_what_stands_in_the_way_of_a_key() {
     let own = asked(&operator, &format!("/v1/explain?key={}", encoded(&gateway_key("gw1"))))["domains"][0].clone();
     assert_eq!(own["refused"]["reason"], "reserved");
     assert_eq!(stack.v2(DOMAIN, &gateway_key("gw1")).status, 403);
+}
+
+#[test]
+fn a_router_is_waited_for_until_its_gateway_reports_a_handshake() {
+    let stack = Stack::start(Plan::new(Bus::Embedded));
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let routers = |state| format!(r#"wgkex_broker_gateway_routers{{gateway="gw1",state="{state}"}}"#);
+    for n in 1..=2 {
+        assert_eq!(stack.v2(DOMAIN, &key(n)).status, 200);
+    }
+    stack.wait_for_metric(&routers("waiting"), 2.0);
+    let payload = json!({ "domain": DOMAIN, "keys": [key(1)] });
+    worker.probe.say(said("wgkex/worker/gw1/seen", payload.to_string(), 1, false));
+    stack.wait_for_metric(&routers("reached"), 1.0);
+    stack.wait_for_metric(&routers("waiting"), 1.0);
+    assert_eq!(stack.metric(&routers("unreached")), Some(0.0));
 }

@@ -93,7 +93,7 @@ impl ProblemLog {
 
 /// Other places log the others.
 fn is_logged_here(kind: ProblemKind) -> bool {
-    kind == ProblemKind::DomainWithoutGateway || kind.is_clash()
+    matches!(kind, ProblemKind::DomainWithoutGateway | ProblemKind::RoutersUnreached) || kind.is_clash()
 }
 
 #[cfg(test)]

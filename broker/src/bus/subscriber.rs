@@ -16,7 +16,7 @@ use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::ignored::{Ignored, json, key};
 use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
-use wgkex_common::{BrokerName, Config, Topic, WorkerName};
+use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
 use crate::bus::metrics::Metrics;
@@ -170,10 +170,15 @@ impl Primary {
         let not_routers: BTreeSet<_> = handshakes.keys.iter().filter(|key| !gateways.may_report(worker, key)).collect();
         drop(gateways);
         let (now, mut live) = (Instant::now(), self.live.lock());
-        for key in &handshakes.keys {
-            if !not_routers.contains(key) || live.is_routers(key) {
-                live.on_handshake(worker, &handshakes.domain, *key, now);
-            }
+        let is_routers = |key: &&PublicKey| !not_routers.contains(key) || live.is_routers(key);
+        let keys: Vec<PublicKey> = handshakes.keys.iter().filter(is_routers).copied().collect();
+        for key in &keys {
+            live.on_handshake(worker, &handshakes.domain, *key, now);
+        }
+        drop(live);
+        let mut gateways = self.gateways.lock();
+        for key in keys {
+            gateways.on_handshake(worker, &handshakes.domain, key);
         }
     }
 

@@ -254,13 +254,14 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
             Cell::text(gateway.version.as_deref().unwrap_or("unknown")),
             Cell::number(&gateway.connected),
             Cell::number(&gateway.assigned),
+            Cell::number(&gateway.reach.unreached),
             Cell::number(&format!("{:.1}%", gateway.share * 100.0)),
             Cell::number(&format!("{:.1}", gateway.target)),
             Cell::text(&notes.collect::<Vec<_>>().join("; ")),
         ]
     };
     let rows: Vec<_> = gateways.iter().map(row).collect();
-    let head = ["GATEWAY", "STATE", "VERSION", "CONNECTED", "ASSIGNED", "SHARE", "TARGET", "DOMAINS"];
+    let head = ["GATEWAY", "STATE", "VERSION", "CONNECTED", "ASSIGNED", "UNREACHED", "SHARE", "TARGET", "DOMAINS"];
     table(head, &rows, colours)
 }
 
@@ -313,9 +314,9 @@ mod tests {
             ff_a    gw1, gw2\n\
             ff_b    none\n\
             \n\
-            GATEWAY  STATE    VERSION  CONNECTED  ASSIGNED  SHARE  TARGET  DOMAINS\n\
-            gw1      online   9.9              7         2  66.7%     6.0  ff_a 7\n\
-            gw3      offline  unknown          0         0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            GATEWAY  STATE    VERSION  CONNECTED  ASSIGNED  UNREACHED  SHARE  TARGET  DOMAINS\n\
+            gw1      online   9.9              7         2          0  66.7%     6.0  ff_a 7\n\
+            gw3      offline  unknown          0         0          0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
             \n\
             keys accepted 41, refused 3: domain 3\n\
             live keys 7, 3 of them have had a handshake\n\

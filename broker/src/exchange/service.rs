@@ -104,6 +104,9 @@ impl Exchange {
             return Ok(selection.data);
         }
         let selection = self.uncached_v2(id, status).await?;
+        let now = Instant::now().into_std();
+        let is_connected = self.live().is_connected_to(&selection.worker, id, now);
+        self.gateways().on_given(&selection.worker, id, is_connected, now);
         self.cache(id, status, Some(selection.worker));
         Ok(selection.data)
     }

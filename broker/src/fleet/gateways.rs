@@ -11,9 +11,10 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use wgkex_common::wire::message::{Hello, WorkerData};
-use wgkex_common::{BrokerName, Config, Domain, PublicKey, Reserved, Topic, WorkerName};
+use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic, WorkerName};
 
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
+use crate::fleet::reach::Reach;
 use crate::fleet::selection::{Candidate, Selection, Shares};
 
 /// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
@@ -44,6 +45,8 @@ pub struct Gateways {
     reserved: Reserved,
     /// The workers that have published a state of each domain, and whose data of it was not removed since. They stay, too.
     known: BTreeMap<Domain, BTreeSet<WorkerName>>,
+    /// Whether routers get through to them. It stays, too.
+    reach: Reach,
     /// When the own status came back on this connection.
     echo: Option<Instant>,
     /// It came back on this connection or an earlier one.
@@ -119,6 +122,7 @@ impl Gateways {
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
             known: BTreeMap::new(),
+            reach: Reach::default(),
             echo: None,
             has_ever_echoed: false,
             last_retained: None,
@@ -141,8 +145,9 @@ impl Gateways {
     }
 
     /// Lets ten seconds pass.
-    pub fn tick(&mut self) {
+    pub fn tick(&mut self, now: Instant) {
         self.reserved.tick();
+        self.reach.expire(now);
     }
 
     /// The connection is lost: states may change without notice.
@@ -348,6 +353,19 @@ impl Gateways {
         let peers = self.by_name.get_mut(worker).and_then(|gateway| gateway.peers.get_mut(domain));
         if let Some(Some(peers)) = peers {
             peers.assigned = (peers.assigned + brokers).min(PEERS_MAX.saturating_sub(peers.connected));
+        }
+    }
+
+    /// A router's request was answered with `worker`; `is_connected` if that is the gateway that last reported handshakes of
+    /// the router.
+    pub fn on_given(&mut self, worker: &WorkerName, id: &KeyId, is_connected: bool, now: Instant) {
+        self.reach.on_given(worker, &id.domain, id.key, is_connected, now);
+    }
+
+    /// `worker` reported a handshake of a router.
+    pub fn on_handshake(&mut self, worker: &WorkerName, domain: &str, key: PublicKey) {
+        if let Some(domain) = self.domains.get(domain) {
+            self.reach.on_handshake(worker, domain, key);
         }
     }
 

@@ -264,6 +264,13 @@ impl LiveKeys {
         }
     }
 
+    /// Whether `worker` is the gateway that last reported handshakes of a key.
+    #[must_use]
+    pub fn is_connected_to(&self, worker: &WorkerName, id: &KeyId, now: Instant) -> bool {
+        let live = self.domains.get(&id.domain).and_then(|known| known.keys.get(&id.key));
+        live.is_some_and(|live| self.numbers.named(&live.places, now).handshakes.as_ref() == Some(worker))
+    }
+
     /// What is known of a key, in each domain where it is known.
     #[must_use]
     pub fn trace(&self, key: &PublicKey, now: Instant) -> Vec<KeyTrace> {

@@ -9,6 +9,7 @@ use wgkex_common::Domain;
 use wgkex_common::access_lists::metrics::ListMetrics;
 
 use crate::fleet::live_keys::LiveKeyCounts;
+use crate::fleet::reach::Reached;
 use crate::fleet::status::{DomainStatus, GatewayDomain, GatewayStatus};
 use crate::metrics::{Registry, set};
 
@@ -51,6 +52,7 @@ pub struct Metrics {
     gateway_up: KnownSeries<1>,
     gateway_connected: KnownSeries<2>,
     gateway_assigned: KnownSeries<2>,
+    gateway_routers: KnownSeries<2>,
     domain_gateways: IntGaugeVec,
     /// The state of the access lists.
     pub lists: ListMetrics,
@@ -77,6 +79,11 @@ impl Metrics {
                 "wgkex_broker_gateway_assigned",
                 "Answers that named the gateway since that count",
                 &["gateway", "domain"],
+            )?),
+            gateway_routers: KnownSeries::new(registry.gauges(
+                "wgkex_broker_gateway_routers",
+                "Routers that this broker answered with the gateway in the last 20 minutes",
+                &["gateway", "state"],
             )?),
             domain_gateways: registry.gauges(
                 "wgkex_broker_domain_gateways",
@@ -120,6 +127,14 @@ impl Metrics {
         };
         self.gateway_connected.set(peers(|domain| domain.connected));
         self.gateway_assigned.set(peers(|domain| domain.assigned));
+        let routers = |gateway: &GatewayStatus| {
+            let Reached { reached, waiting, unreached } = gateway.reach;
+            [("reached", reached), ("waiting", waiting), ("unreached", unreached)]
+        };
+        self.gateway_routers.set(gateways.iter().flat_map(|gateway| {
+            let name = gateway.name.as_str();
+            routers(gateway).map(move |(state, number)| ([name, state], number))
+        }));
     }
 
     /// Takes over how many live keys there are.
@@ -160,6 +175,7 @@ mod tests {
             domains: vec![domain(connected)],
             connected,
             assigned: 2,
+            reach: Reached { reached: 4, waiting: 5, unreached: 6 },
             weight: 1.0,
             share: 1.0,
             target: 1.0,
@@ -173,6 +189,9 @@ mod tests {
                 r#"wgkex_broker_gateway_up{gateway="gw2"} 0"#,
                 r#"wgkex_broker_gateway_connected{domain="ff_a",gateway="gw1"} 7"#,
                 r#"wgkex_broker_gateway_assigned{domain="ff_a",gateway="gw1"} 2"#,
+                r#"wgkex_broker_gateway_routers{gateway="gw1",state="reached"} 4"#,
+                r#"wgkex_broker_gateway_routers{gateway="gw1",state="waiting"} 5"#,
+                r#"wgkex_broker_gateway_routers{gateway="gw1",state="unreached"} 6"#,
                 r#"wgkex_broker_domain_gateways{domain="ff_a"} 0"#,
             ],
         );

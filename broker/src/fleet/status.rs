@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fleet::reach::Reached;
+
 /// The [`GatewayStatus::version`] of a worker of the original.
 pub const ORIGINAL: &str = "original";
 
@@ -25,6 +27,9 @@ pub struct GatewayStatus {
     pub connected: u64,
     /// The answers that named it since those counts.
     pub assigned: u64,
+    /// The routers that this broker answered with it.
+    #[serde(default)]
+    pub reach: Reached,
     /// Its weight.
     pub weight: f64,
     /// Its part of all weights.
@@ -144,6 +149,8 @@ pub enum ProblemKind {
     SameLinkAddress,
     /// Two gateways have one external address and port, and different keys.
     SameExternalAddress,
+    /// Routers that were given a gateway have no handshake there.
+    RoutersUnreached,
     /// A gateway is online, and the interface of a domain is missing there.
     DomainDown,
     /// A gateway that the config names is offline.

@@ -44,14 +44,15 @@ fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
         table {
             tr {
                 th { "Gateway" } th { "State" } th { "Version" } th { "Domains (connected peers)" }
-                th.n { "Connected" } th.n { "Assigned" } th.n { "Weight" } th.n { "Target" }
+                th.n { "Connected" } th.n { "Assigned" } th.n { "Unreached" } th.n { "Weight" } th.n { "Target" }
             }
-            @if gateways.is_empty() { tr { td colspan="8" { "none was heard of" } } }
+            @if gateways.is_empty() { tr { td colspan="9" { "none was heard of" } } }
             @for gateway in gateways { (row_of_gateway(gateway)) }
         }
         p { small {
             "Connected: peers with handshakes, as the gateway counts them every minute. "
             "Assigned: answers that named it since that count, those of other brokers estimated. "
+            "Unreached: routers that still request it 5 minutes after they were given it, and have no handshake there. "
             "Target: the peers that it should have, its part of all weights times the peers of all gateways that are online; "
             "the next router gets the gateway that is furthest below its target."
         } }
@@ -59,7 +60,7 @@ fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
 }
 
 fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
-    let GatewayStatus { name, online, version, offline, domains, connected, assigned, weight, share: _, target } =
+    let GatewayStatus { name, online, version, offline, domains, connected, assigned, reach, weight, share: _, target } =
         gateway;
     html! {
         tr {
@@ -71,6 +72,7 @@ fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
             td { @for (number, domain) in domains.iter().enumerate() { @if number > 0 { ", " } (domain_of_gateway(domain, *online)) } }
             td.n { (connected) }
             td.n { (assigned) }
+            td.n { (reach.unreached) }
             td.n { (weight) }
             td.n { (format_args!("{target:.1}")) }
         }
@@ -118,6 +120,7 @@ fn now(keys: &KeyStatus) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::reach::Reached;
     use crate::fleet::status::{DomainState, Offline, OfflineReason, Problem, ProblemKind};
     use crate::http::status::Durations;
 
@@ -147,6 +150,7 @@ mod tests {
             domains: vec![domain("ff_a", DomainState::Up), domain("ff_c", DomainState::Down(Some(9)))],
             connected: 7,
             assigned: 5,
+            reach: Reached { unreached: 6, ..Reached::default() },
             weight: 84.0,
             share: 0.5,
             target: 9.5,
@@ -169,7 +173,7 @@ mod tests {
             ">offline: connection lost, offline for 3 min<",
             ">1.2.3<",
             "<td>refused: not confirmed</td>",
-            r#"<td class="n">7</td><td class="n">5</td><td class="n">84</td><td class="n">9.5</td>"#,
+            r#"<td class="n">7</td><td class="n">5</td><td class="n">6</td><td class="n">84</td><td class="n">9.5</td>"#,
             ">41<",
             ">0.250 s<",
             "not ready: &lt;b&gt;",

@@ -8,6 +8,7 @@ use wgkex_common::{Domain, WorkerName};
 use super::{Gateways, Unserved};
 use crate::fleet::clashes::{self, PublishedData};
 use crate::fleet::gateway::{Gateway, Peers};
+use crate::fleet::reach::Reached;
 use crate::fleet::selection::Shares;
 use crate::fleet::status::{
     DomainState, DomainStatus, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind, Standing,
@@ -24,8 +25,9 @@ impl Gateways {
     /// Every gateway on the bus, by name.
     #[must_use]
     pub fn statuses(&self, now: Instant) -> Vec<GatewayStatus> {
-        let shares = self.shares();
-        self.by_name.iter().map(|(name, gateway)| gateway.status(name, &shares, now)).collect()
+        let (shares, reach) = (self.shares(), self.reach.by_gateway());
+        let reach = |name| reach.get(name).copied().unwrap_or_default();
+        self.by_name.iter().map(|(name, gateway)| gateway.status(name, &shares, reach(name), now)).collect()
     }
 
     /// Every domain that is served here, with its gateways.
@@ -81,7 +83,7 @@ impl Gateways {
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
-        unserved.chain(self.clashes()).chain(self.domains_down(now)).chain(offline).collect()
+        unserved.chain(self.clashes()).chain(self.unreached()).chain(self.domains_down(now)).chain(offline).collect()
     }
 
     /// The domains whose interface is missing at a gateway that is online.
@@ -98,6 +100,21 @@ impl Gateways {
         })
     }
 
+    /// The gateways to which routers do not get through.
+    fn unreached(&self) -> impl Iterator<Item = Problem> {
+        let suspicious = self.reach.by_gateway().into_iter().filter(|(_, reached)| reached.is_suspicious());
+        suspicious.map(|(name, Reached { reached, unreached, .. })| Problem {
+            kind: ProblemKind::RoutersUnreached,
+            subject: name.as_str().into(),
+            text: format!(
+                "gateway {}: {unreached} of {} routers that were given it have no handshake there after 5 minutes: is its UDP \
+                 port blocked, or its external address wrong?",
+                name.as_str(),
+                reached + unreached
+            ),
+        })
+    }
+
     /// What gateways that are online publish alike, and only one of them can have.
     fn clashes(&self) -> Vec<Problem> {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
@@ -109,7 +126,7 @@ impl Gateways {
 }
 
 impl Gateway {
-    fn status(&self, name: &WorkerName, shares: &Shares<'_>, now: Instant) -> GatewayStatus {
+    fn status(&self, name: &WorkerName, shares: &Shares<'_>, reach: Reached, now: Instant) -> GatewayStatus {
         let domains: BTreeSet<_> = self.data.keys().chain(self.peers.keys()).collect();
         let domains = domains.into_iter().filter(|domain| self.may_serve(domain));
         let Peers { connected, assigned } = self.peers();
@@ -121,6 +138,7 @@ impl Gateway {
             domains: domains.map(|domain| self.domain(domain, now)).collect(),
             connected,
             assigned,
+            reach,
             weight: shares.weight(name),
             share: shares.share(name),
             target: shares.target(name),

@@ -820,3 +820,34 @@ fn gateways_that_are_online_and_revoke_are_reachable() {
     ];
     assert_eq!(reach, expected.map(|(worker, reach)| (name(worker), reach)));
 }
+
+#[test]
+fn a_gateway_that_routers_do_not_reach_is_a_problem() {
+    let mut gateways = gateways(&[]);
+    gateways.is_synced = true;
+    gateways.arrive("gw1", 0);
+    let id = |n: u8| KeyId { domain: domain("ff_a"), key: PublicKey::from_bytes([n; 32]).unwrap() };
+    let begun = Instant::now();
+    let unreached = |gateways: &Gateways| {
+        let problems = gateways.problems(Instant::now()).into_iter();
+        let found = problems.filter(|problem| problem.kind == ProblemKind::RoutersUnreached);
+        (found.map(|problem| problem.text).collect::<Vec<_>>(), gateways.statuses(begun)[0].reach)
+    };
+    for minute in 0..=5 {
+        assert_eq!(unreached(&gateways).0, Vec::<String>::new(), "{minute} min");
+        for n in 10..15 {
+            gateways.on_given(&name("gw1"), &id(n), false, begun + Duration::from_secs(minute * 60));
+        }
+    }
+    let (problems, reach) = unreached(&gateways);
+    assert!(
+        problems[0].starts_with("gateway gw1: 5 of 5 routers that were given it have no handshake"),
+        "{problems:?}"
+    );
+    assert_eq!(reach.unreached, 5);
+    for n in 10..13 {
+        gateways.on_handshake(&name("gw1"), "ff_a", id(n).key);
+    }
+    let (problems, reach) = unreached(&gateways);
+    assert_eq!((problems.len(), reach.reached, reach.unreached), (0, 3, 2));
+}

@@ -1,0 +1,183 @@
+//! Whether routers get through to the gateways that they were given: a blocked UDP port or a wrong external name shows nowhere
+//! else. No IO, no clock.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use wgkex_common::{Domain, PublicKey, WorkerName};
+
+/// A router that still requests a gateway so long after it was first given one, without a handshake there, does not reach it.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// An answer is forgotten after this long.
+const MEMORY: Duration = Duration::from_secs(1_200);
+/// The most answers that are remembered; others are not watched.
+const MAX_ANSWERS: usize = 20_000;
+/// A gateway with fewer unreached routers is not reported: one router may have a reason of its own.
+const MIN_UNREACHED: u64 = 3;
+
+/// The answers that named a gateway, in the last 20 minutes.
+#[derive(Debug, Default)]
+pub struct Reach {
+    answers: HashMap<Given, Answer>,
+}
+
+/// A router that was given a gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Given {
+    key: PublicKey,
+    domain: Domain,
+    gateway: WorkerName,
+}
+
+#[derive(Debug)]
+struct Answer {
+    first: Instant,
+    last: Instant,
+    /// The gateway reported a handshake of the router.
+    is_reached: bool,
+}
+
+/// The routers that were given a gateway in the last 20 minutes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// Those with a handshake there.
+    pub reached: u64,
+    /// Those without one so far.
+    pub waiting: u64,
+    /// Those that still request it 5 minutes after they were first given it, and have had no handshake there.
+    pub unreached: u64,
+}
+
+impl Reached {
+    /// Whether so many routers do not get through that the gateway is the cause.
+    #[must_use]
+    pub fn is_suspicious(&self) -> bool {
+        self.unreached >= MIN_UNREACHED && self.unreached >= self.reached
+    }
+}
+
+impl Reach {
+    /// A router was given a gateway; `is_reached` if that is the one that last reported handshakes of it.
+    pub fn on_given(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey, is_reached: bool, now: Instant) {
+        let given = Given { key, domain: domain.clone(), gateway: gateway.clone() };
+        if self.answers.len() >= MAX_ANSWERS && !self.answers.contains_key(&given) {
+            return;
+        }
+        let answer = self.answers.entry(given).or_insert(Answer { first: now, last: now, is_reached });
+        answer.last = now;
+        answer.is_reached |= is_reached;
+    }
+
+    /// A gateway reports a handshake of a router.
+    pub fn on_handshake(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey) {
+        let given = Given { key, domain: domain.clone(), gateway: gateway.clone() };
+        if let Some(answer) = self.answers.get_mut(&given) {
+            answer.is_reached = true;
+        }
+    }
+
+    /// Forgets what is old.
+    pub fn expire(&mut self, now: Instant) {
+        self.answers.retain(|_, answer| now.saturating_duration_since(answer.last) < MEMORY);
+    }
+
+    /// The routers of each gateway.
+    #[must_use]
+    pub fn by_gateway(&self) -> BTreeMap<WorkerName, Reached> {
+        let mut gateways: BTreeMap<WorkerName, Reached> = BTreeMap::new();
+        for (Given { gateway, .. }, answer) in &self.answers {
+            let reached = match gateways.get_mut(gateway) {
+                Some(reached) => reached,
+                None => gateways.entry(gateway.clone()).or_default(),
+            };
+            if answer.is_reached {
+                reached.reached += 1;
+            } else if answer.last.saturating_duration_since(answer.first) >= PATIENCE {
+                reached.unreached += 1;
+            } else {
+                reached.waiting += 1;
+            }
+        }
+        gateways
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u32) -> PublicKey {
+        let mut bytes = [7; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    }
+
+    fn at(begun: Instant, minutes: u64) -> Instant {
+        begun + Duration::from_secs(minutes * 60)
+    }
+
+    fn scene() -> (Reach, WorkerName, Domain, Instant) {
+        let domain = Domain::new("ff_a", &["ff_".into()]).unwrap();
+        (Reach::default(), "gw1".parse().unwrap(), domain, Instant::now())
+    }
+
+    #[test]
+    fn routers_that_go_on_requesting_a_gateway_without_a_handshake_do_not_reach_it() {
+        let (mut reach, gateway, domain, begun) = scene();
+        // The first has a handshake in time, the second late, the third never, the fourth does not ask again.
+        for minute in 0..=6 {
+            for n in 1..=3 {
+                reach.on_given(&gateway, &domain, key(n), false, at(begun, minute));
+            }
+            if minute == 0 {
+                reach.on_given(&gateway, &domain, key(4), false, at(begun, 0));
+            }
+            if minute == 1 {
+                reach.on_handshake(&gateway, &domain, key(1));
+            }
+            reach.expire(at(begun, minute));
+            let unreached = if minute < 5 { 0 } else { 2 };
+            let reached = u64::from(minute >= 1);
+            let expected = Reached { reached, waiting: 4 - unreached - reached, unreached };
+            assert_eq!(reach.by_gateway()[&gateway], expected, "{minute} min");
+        }
+        reach.on_handshake(&gateway, &domain, key(2));
+        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 2, waiting: 1, unreached: 1 });
+        reach.expire(at(begun, 20));
+        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 2, waiting: 0, unreached: 1 });
+        reach.expire(at(begun, 26));
+        assert!(reach.by_gateway().is_empty());
+    }
+
+    #[test]
+    fn a_router_that_is_connected_there_is_reached_and_another_gateways_word_does_not_count() {
+        let (mut reach, gateway, domain, begun) = scene();
+        let other: WorkerName = "gw2".parse().unwrap();
+        reach.on_given(&gateway, &domain, key(1), true, begun);
+        reach.on_given(&gateway, &domain, key(2), false, begun);
+        reach.on_handshake(&other, &domain, key(2));
+        reach.on_given(&gateway, &domain, key(1), false, at(begun, 9));
+        reach.on_given(&gateway, &domain, key(2), false, at(begun, 9));
+        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 1, waiting: 0, unreached: 1 });
+        assert!(!reach.by_gateway().contains_key(&other));
+    }
+
+    #[test]
+    fn one_router_alone_and_a_minority_make_no_gateway_suspicious() {
+        for (reached, unreached, suspicious) in [(0, 2, false), (0, 3, true), (3, 3, true), (4, 3, false)] {
+            let found = Reached { reached, waiting: 50, unreached };
+            assert_eq!(found.is_suspicious(), suspicious, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_flood_of_keys_takes_bounded_room_and_is_not_unreached() {
+        let (mut reach, gateway, domain, begun) = scene();
+        for n in 0..30_000 {
+            reach.on_given(&gateway, &domain, key(n), false, begun);
+        }
+        reach.expire(at(begun, 19));
+        assert_eq!(reach.by_gateway()[&gateway], Reached { waiting: MAX_ANSWERS as u64, ..Reached::default() });
+    }
+}
