@@ -79,16 +79,24 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
 
     host.setup();
     let local = host.run("ip -6 -o addr show dev wg-a | grep -o 'fe80::[^/]*' | head -1");
-    host.run("wg set wg-a listen-port 51999");
-    let taken = take();
-    let _ = host.try_run("wg set wg-a listen-port 51820");
-    let trouble = match lane {
-        Lane::Userspace => "fail wg-a: it has no UDP port: 51820, which it is to have, is taken by process ",
-        Lane::Kernel => "fail wg-a: its UDP port 51820 is taken by process ",
+    // wireguard-go loses its port, and the kernel refuses to open the interface.
+    let (open, trouble) = match lane {
+        Lane::Userspace => {
+            host.run("wg set wg-a listen-port 51999");
+            let trouble = "fail wg-a: it has no UDP port: 51820, which it is to have, is taken by process ";
+            ("wg set wg-a listen-port 51820", trouble)
+        }
+        Lane::Kernel => {
+            host.run("ip link set wg-a down");
+            ("ip link set wg-a up", "fail wg-a: its UDP port 51820 is taken by process ")
+        }
     };
+    let taken = take();
+    let _ = host.try_run(open);
     names(&host, trouble, "then `wg set wg-a listen-port 51820`");
     drop(taken);
-    host.run("wg set wg-a listen-port 51820");
+    host.run(open);
+    host.setup();
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
     let whole = || {
         host.run("ip link set wg-a down");
