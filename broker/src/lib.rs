@@ -35,7 +35,7 @@ use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::prepare;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
-use wgkex_common::runtime::reload;
+use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
@@ -74,6 +74,12 @@ const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 /// How often to look for idle connections.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
+
+/// What a changed config means to a broker that runs.
+const KEY_USE: KeyUse = KeyUse {
+    live: &["workers"],
+    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName"],
+};
 
 /// What several services use.
 struct Broker {
@@ -207,7 +213,7 @@ impl Broker {
             .spawn("the expiry", |_| expire(exchange.clone()))
             .spawn("the config", |_| {
                 let gateways = gateways.clone();
-                reload::on_hangup(config.clone(), &["workers"], move |config| gateways.lock().set_weights(config))
+                reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().set_weights(config))
             });
         services
             .group(2 * FAREWELL_TIMEOUT, None)

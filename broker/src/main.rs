@@ -1,6 +1,6 @@
 //! `wgkex-broker`: takes routers' keys and announces them to the gateways; or makes an operator's admin call.
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -40,7 +40,7 @@ enum Command {
     Gateways(GatewaysCommand),
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
-    /// Reads a password from the first line of stdin and prints its hash, as the config has it
+    /// Asks for a password, or reads it from the first line of stdin, and prints its hash, as the config has it
     HashPassword,
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may publish only on its own topics
@@ -84,8 +84,13 @@ fn serve(config: Config) -> anyhow::Result<()> {
 }
 
 fn hash_password() -> anyhow::Result<()> {
-    let mut line = String::new();
-    io::stdin().read_line(&mut line).context("stdin")?;
+    let line = if io::stdin().is_terminal() {
+        rpassword::prompt_password("Password: ").context("the terminal")?
+    } else {
+        let mut line = String::new();
+        io::stdin().read_line(&mut line).context("stdin")?;
+        line
+    };
     let password = line.trim_end_matches(['\n', '\r']);
     ensure!(!password.is_empty(), "the password is expected on the first line of stdin, there is none");
     print(&format!("{}\n", password::hash(password)?))

@@ -398,10 +398,11 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
         stack.write_config();
         stack.broker().signal(Signal::SIGHUP);
     };
-    reload(&mut stack, "workers: {gw1: {weight: 0}, gw2: {weight: 1}}\npeers: {max: 9}\nlog_level: DEBUG");
+    reload(&mut stack, "workers: {gw1: {weight: 0}, gw2: {weight: 1}}\nconfirm_timeout: 2\npeers: {max: 9}\nlog_level: DEBUG");
     let line = stack.broker().wait_for_log("config reloaded");
     assert!(line.contains("log_level, workers.gw1.weight, workers.gw2.weight"), "{line}");
-    assert!(stack.broker().wait_for_log("after a restart only").contains("peers.max"));
+    let line = stack.broker().wait_for_log("take effect after a restart");
+    assert!(line.contains("keys=\"confirm_timeout\""), "peers mean nothing to a broker: {line}");
     assert_eq!(chosen(&stack, 2), "gw2.example");
     drop(Worker::start(&stack, "gw3", Manner::Confirms, 0));
     stack.broker().wait_for_log(" DEBUG ");

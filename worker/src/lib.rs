@@ -38,7 +38,7 @@ use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
-use wgkex_common::runtime::reload;
+use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
@@ -61,6 +61,22 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What a changed config means to a worker that runs.
+const KEY_USE: KeyUse = KeyUse {
+    live: &[],
+    unused: &[
+        "workers",
+        "broker_listen",
+        "trusted_proxies",
+        "limits",
+        "live_keys",
+        "confirm_timeout",
+        "confirm_budget",
+        "admin_listen",
+        "admin_token_hash",
+    ],
+};
 
 /// What several services use.
 struct Worker {
@@ -183,7 +199,7 @@ impl Worker {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("the config", |_| reload::on_hangup(config.clone(), &[], |_| {}));
+            .spawn("the config", |_| reload::on_hangup(config.clone(), KEY_USE, |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 

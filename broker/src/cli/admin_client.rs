@@ -356,8 +356,9 @@ fn admin_token() -> anyhow::Result<(String, ExitCode)> {
     SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("the system gives no random numbers"))?;
     let token = hex::encode(random);
     let hash = token_hash(&token);
-    let text =
-        format!("The token, for {TOKEN} or --token-file:\n{token}\nFor the config:\nadmin_token_hash: \"{hash}\"\n");
+    let text = format!(
+        "The token, for {TOKEN} or --token-file:\n{token}\nFor the config of the broker, which then has to be restarted:\nadmin_token_hash: \"{hash}\"\n"
+    );
     Ok((text, ExitCode::SUCCESS))
 }
 

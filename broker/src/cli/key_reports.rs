@@ -55,7 +55,7 @@ fn in_domain(text: &mut String, found: &KeyInDomain) {
         format!("{}{last}", confirmed.join(", "))
     });
     let lines = [
-        ("first received by this run of the broker", ago(first_secs)),
+        ("known since", ago(first_secs)),
         ("last sent by its router, or connected", ago(last_secs)),
         ("last handshake reported", ago(last_handshake_secs).map(|ago| format!("{ago}{at}"))),
         ("confirmed by", confirmed),
@@ -66,7 +66,7 @@ fn in_domain(text: &mut String, found: &KeyInDomain) {
         }
     }
     if found.state.is_some_and(|state| state != KeyState::Claimed) && found.confirmed_by.is_empty() {
-        text.push_str("  confirmed by no gateway since this broker started\n");
+        text.push_str("  confirmed by no gateway since this broker started (one that took it from a snapshot does not report that)\n");
     }
     if let Some(flight) = &found.in_flight {
         let _ = writeln!(text, "  in flight: {}", printable(&in_flight(flight)));
@@ -169,7 +169,7 @@ mod tests {
             }],
         });
         let expected = "ff_a: live, established, denied\n\
-            \x20 first received by this run of the broker: 2 h 1 min ago\n\
+            \x20 known since: 2 h 1 min ago\n\
             \x20 last sent by its router, or connected: 12 s ago\n\
             \x20 last handshake reported: 12 s ago at gw2\n\
             \x20 confirmed by: gw1, gw2 (offline), last 90 s ago\n\

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
+use tracing::warn;
 use wgkex_common::Config;
 use wgkex_common::config::Role;
 use wgkex_common::wire::name::BrokerName;
@@ -35,6 +36,9 @@ impl MqttAcl {
     pub fn text(&self, config: &Config) -> anyhow::Result<String> {
         let broker = self.broker.as_str();
         ensure!(!config.workers.contains_key(broker), "workers.{broker}: is the user name of the brokers (--broker)");
+        if config.workers.is_empty() {
+            warn!("workers is empty: the list has rights for brokers alone");
+        }
         let workers = config.workers.keys().map(|name| (name.as_str(), Role::Worker));
         let users = workers.chain([(broker, Role::Broker)]);
         Ok(match self.format {

@@ -207,7 +207,7 @@ impl Exchange {
             return Err(Rejection::NoGateway);
         }
         if self.warned_domains.lock().insert(id.domain.clone()) {
-            warn!(domain = %id.domain, "no gateway has ever published its state: v1 keys are answered once MQTT took them");
+            warn!(domain = %id.domain, "no gateway has ever published its state: v1 requests get 200 without a gateway's confirmation");
         }
         self.metrics.keys_unwitnessed.inc();
         Ok(())

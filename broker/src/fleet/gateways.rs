@@ -103,7 +103,7 @@ impl fmt::Display for Unserved {
         let why = if self.is_known {
             "no gateway is online"
         } else {
-            "no gateway has published its state; v1 keys are answered once MQTT took them"
+            "no gateway has published its state; v1 requests get 200 without a gateway's confirmation"
         };
         write!(f, "domain {}: {why}", self.domain)
     }

@@ -301,7 +301,7 @@ impl ListService {
         let since = *self.gate.borrow();
         if let Some(opened) = since.and_then(|since| self.anti_entropy.gate_state(since, &digest, now)) {
             if opened == Err(TimedOut) {
-                warn!("no broker said its list entries in time, keys are taken without them");
+                warn!("no broker sent its revocation list in time: keys are accepted without it");
             }
             self.gate.send_if_modified(|gate| *gate == since && gate.take().is_some());
         }

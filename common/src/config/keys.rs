@@ -116,7 +116,7 @@ fn merge(keys: &mut Map<String, Value>) {
 fn warn_unknown(path: &Path, place: &Path, key: &str, diagnostics: &mut Diagnostics) {
     let guess = match nearest(path, place, key) {
         None => String::new(),
-        Some(Near { path, parent: Some(parent), .. }) => {
+        Some(Near { path, parent: Some(parent), .. }) if !parent.0.is_empty() => {
             format!(", did you mean {path}? It belongs below {parent}, with spaces before it")
         }
         Some(Near { path, .. }) => format!(", did you mean {path}?"),

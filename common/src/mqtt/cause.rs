@@ -18,6 +18,8 @@ pub enum Fault {
     Tls,
     /// There is no TLS, and there may have to be.
     NoTls,
+    /// The server is full, or does not look at passwords for now: too many were wrong.
+    Busy,
     /// The server, or its name in the config.
     Server,
 }
@@ -77,6 +79,7 @@ impl Attempt {
                 ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
             ) => Fault::Password,
             ConnectionError::ConnectionRefused(ConnectReturnCode::BadClientId) => Fault::ClientId,
+            ConnectionError::ConnectionRefused(ConnectReturnCode::ServiceUnavailable) => Fault::Busy,
             ConnectionError::Tls(_) => Fault::Tls,
             ConnectionError::Io(error)
             | ConnectionError::MqttState(
@@ -219,7 +222,7 @@ mod tests {
             (false, refused(ConnectReturnCode::BadUserNamePassword), false, Fault::Password),
             (false, refused(ConnectReturnCode::NotAuthorized), false, Fault::Password),
             (false, refused(ConnectReturnCode::BadClientId), false, Fault::ClientId),
-            (false, refused(ConnectReturnCode::ServiceUnavailable), false, Fault::Server),
+            (false, refused(ConnectReturnCode::ServiceUnavailable), false, Fault::Busy),
             (true, tls, false, Fault::Tls),
             (false, end(), false, Fault::NoTls),
             (true, end(), false, Fault::Server),

@@ -15,9 +15,18 @@ use crate::runtime::log;
 /// The keys that every program applies while it runs.
 const LOG_LEVEL: [&str; 2] = ["log_level", "logging_config"];
 
-/// Reads the config again on each SIGHUP: applies its log level, and `apply` the values of the keys in `live` and below
-/// them. Logs which keys changed, and which of them count after a restart only. A config with errors changes nothing.
-pub async fn on_hangup(config: Config, live: &[&str], mut apply: impl FnMut(&Config)) {
+/// What a program does with keys, and with those below them, when they change while it runs.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyUse {
+    /// They are applied at once.
+    pub live: &'static [&'static str],
+    /// They mean nothing to this program.
+    pub unused: &'static [&'static str],
+}
+
+/// Reads the config again on each SIGHUP: applies its log level, and `apply` the values of the live keys. Logs which keys
+/// changed, and which of them take effect after a restart. A config with errors changes nothing.
+pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Config)) {
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return pending().await };
     let mut last = config.source.clone();
     while hangup.recv().await.is_some() {
@@ -27,7 +36,7 @@ pub async fn on_hangup(config: Config, live: &[&str], mut apply: impl FnMut(&Con
                 for problem in &new.warnings {
                     warn!("{problem}");
                 }
-                let changes = Changes::between(&config.source, &last, &new.source, live);
+                let changes = Changes::between(&config.source, &last, &new.source, keys);
                 log::set_level(new.log_level);
                 apply(&new);
                 changes.log();
@@ -52,20 +61,20 @@ pub async fn on_hangup(config: Config, live: &[&str], mut apply: impl FnMut(&Con
 struct Changes {
     /// Since the config was last read, and they are applied.
     applied: Vec<String>,
-    /// Since the start, and they count after a restart only.
+    /// Since the start, and they take effect after a restart.
     need_restart: Vec<String>,
 }
 
 impl Changes {
-    fn between(started: &Source, last: &Source, new: &Source, live: &[&str]) -> Self {
-        let is_live = |key: &String| {
-            let is_below =
-                |root: &&str| key.strip_prefix(*root).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-            live.iter().chain(&LOG_LEVEL).any(is_below)
+    fn between(started: &Source, last: &Source, new: &Source, KeyUse { live, unused }: KeyUse) -> Self {
+        let is_in = |key: &str, roots: &[&str]| {
+            roots.iter().any(|root| key.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
         };
+        let is_live = |key: &String| is_in(key, live) || is_in(key, &LOG_LEVEL);
+        let needs_restart = |key: &String| !is_live(key) && !is_in(key, unused);
         Self {
             applied: last.changes(new).into_iter().filter(is_live).collect(),
-            need_restart: started.changes(new).into_iter().filter(|key| !is_live(key)).collect(),
+            need_restart: started.changes(new).into_iter().filter(needs_restart).collect(),
         }
     }
 
@@ -73,7 +82,7 @@ impl Changes {
         let Self { applied, need_restart } = self;
         info!(changed = applied.join(", "), "config reloaded");
         if !need_restart.is_empty() {
-            warn!(keys = need_restart.join(", "), "changed keys count after a restart only");
+            warn!(keys = need_restart.join(", "), "changed keys take effect after a restart");
         }
     }
 }
@@ -89,7 +98,8 @@ mod tests {
             Config::parse("f", &yaml, "gw").unwrap().source
         };
         let changes = |started, last, new| {
-            let changes = Changes::between(&source(started), &source(last), &source(new), &["workers"]);
+            let keys = KeyUse { live: &["workers"], unused: &["setup"] };
+            let changes = Changes::between(&source(started), &source(last), &source(new), keys);
             (changes.applied.join(" "), changes.need_restart.join(" "))
         };
         let of = |applied: &str, need_restart: &str| (applied.to_owned(), need_restart.to_owned());

@@ -378,7 +378,7 @@ fn version_1_is_not_answered_from_memory_when_all_gateways_are_offline(bus: Bus)
 fn version_1_is_answered_where_no_gateway_ever_published_its_state(bus: Bus) {
     let mut stack = stack(bus, LONG);
     let witness = stack.witness();
-    let text = "no gateway has published its state; v1 keys are answered once MQTT took them";
+    let text = "no gateway has published its state; v1 requests get 200 without a gateway's confirmation";
     assert!(stack.get("/readyz").body.contains(text) && stack.get("/").body.contains(text));
     for n in [1, 2] {
         let (response, took) = Router::v1(&stack, &key(n)).answer();

@@ -57,7 +57,7 @@ fn parse(bytes: &[u8]) -> Option<Key> {
 fn make(path: &Path, key: &Key) -> io::Result<()> {
     let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let written = writeln!(file, "{}", key.to_base64()).and_then(|()| file.sync_all());
     if written.is_err() {
@@ -81,7 +81,7 @@ mod tests {
         let path = place.path().join("a/b/wg-welt.key");
         let key = load_or_make(&path, None).unwrap();
         assert_eq!(mode(&path), 0o600);
-        assert_eq!(mode(path.parent().unwrap()), 0o700);
+        assert_eq!(mode(path.parent().unwrap()), 0o755, "certificates may be there, too");
         assert_eq!(load_or_make(&path, None).unwrap().to_base64(), key.to_base64());
         assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\n", key.to_base64()));
     }

@@ -26,9 +26,10 @@ fn advice(fault: Fault) -> &'static str {
         Fault::Password => "set mqtt.username and mqtt.password to what the server knows",
         Fault::ClientId => "set mqtt.username to the host name of this machine",
         Fault::Tls => {
-            "check mqtt.tls, mqtt.broker_port, and that mqtt.ca_file names who signed the server's certificate"
+            "check mqtt.tls and mqtt.broker_port, that mqtt.broker_url is a name in the server's certificate, and that mqtt.ca_file names who signed it"
         }
         Fault::NoTls => "set mqtt.tls to true if the server has TLS on this port, or mqtt.broker_port to one without",
+        Fault::Busy => "correct mqtt.username and mqtt.password, then wait a minute; the broker's log names the cause",
         Fault::Server => "start the MQTT server, or correct mqtt.broker_url and mqtt.broker_port",
     }
 }

@@ -429,6 +429,7 @@ fn each_trouble_of_mqtt_is_named_with_what_to_do() {
         (Level::Fail, |facts| no_mqtt(facts, Fault::ClientId), "the cause", "host name"),
         (Level::Fail, |facts| no_mqtt(facts, Fault::Tls), "the cause", "mqtt.ca_file"),
         (Level::Fail, |facts| no_mqtt(facts, Fault::NoTls), "the cause", "mqtt.tls to true"),
+        (Level::Fail, |facts| no_mqtt(facts, Fault::Busy), "the cause", "mqtt.password"),
         (Level::Fail, |facts| no_mqtt(facts, Fault::Server), "the cause", "start the MQTT server"),
         (
             Level::Fail,
