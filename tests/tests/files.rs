@@ -398,7 +398,10 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
         stack.write_config();
         stack.broker().signal(Signal::SIGHUP);
     };
-    reload(&mut stack, "workers: {gw1: {weight: 0}, gw2: {weight: 1}}\nconfirm_timeout: 2\npeers: {max: 9}\nlog_level: DEBUG");
+    reload(
+        &mut stack,
+        "workers: {gw1: {weight: 0}, gw2: {weight: 1}}\nconfirm_timeout: 2\npeers: {max: 9}\nlog_level: DEBUG",
+    );
     let line = stack.broker().wait_for_log("config reloaded");
     assert!(line.contains("log_level, workers.gw1.weight, workers.gw2.weight"), "{line}");
     let line = stack.broker().wait_for_log("take effect after a restart");
