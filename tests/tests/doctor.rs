@@ -103,7 +103,7 @@ fn a_broker_on_which_all_is_well_passes_and_a_stopped_one_is_said_to_be_stopped(
 fn files(stack: &Stack) -> Vec<String> {
     let entries = fs::read_dir(stack.state_dir()).unwrap().map(|entry| entry.unwrap());
     let mut files: Vec<_> =
-        entries.map(|entry| format!("{:?} {}", entry.file_name(), entry.metadata().unwrap().len())).collect();
+        entries.map(|entry| format!("{} {}", entry.file_name().display(), entry.metadata().unwrap().len())).collect();
     files.sort();
     files
 }

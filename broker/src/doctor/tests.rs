@@ -207,7 +207,7 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             (Level::Fail, |facts| facts.ports[1].owner = Err("no such".into()), "nobody can listen on", "\"::\""),
             (
                 Level::Warn,
-                |facts| facts.certificates[0].validity = Ok(Validity::Left(30 * DAY - Duration::from_secs(1))),
+                |facts| facts.certificates[0].validity = Ok(Validity::Left(Duration::from_secs(30 * 86_400 - 1))),
                 "broker_listen.tls: /c.pem expires in 29 days",
                 "renew it",
             ),

@@ -38,12 +38,12 @@ fn unit_user(root: &Path) -> Option<String> {
         .collect();
     added.sort_by(|one, other| one.file_name().cmp(&other.file_name()));
     let texts = added.iter().filter_map(|path| fs::read_to_string(path).ok());
-    [unit].into_iter().chain(texts).filter_map(|text| user_in(&text)).last().filter(|user| !user.is_empty())
+    [unit].into_iter().chain(texts).filter_map(|text| user_in(&text)).next_back().filter(|user| !user.is_empty())
 }
 
 /// The last `User=` of a unit; an empty one takes back those before.
 fn user_in(unit: &str) -> Option<String> {
-    unit.lines().filter_map(|line| line.trim().strip_prefix("User=")).last().map(|user| user.trim().to_owned())
+    unit.lines().filter_map(|line| line.trim().strip_prefix("User=")).next_back().map(|user| user.trim().to_owned())
 }
 
 #[cfg(test)]
