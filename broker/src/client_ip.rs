@@ -1,5 +1,5 @@
 //! The client of a connection or request, which limits are counted by: the address that connected, or the one that a
-//! trusted proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`. No IO, no task, no state. Addresses are never logged.
+//! trusted proxy names in `Forwarded` (RFC 7239) or `X-Forwarded-For`. No IO, no task, no state. Addresses of clients are never logged.
 //!
 //! Previous stop: [`crate::http`] and the handshake of [`crate::mqtt_server`]; next stop: their limits.
 

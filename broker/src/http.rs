@@ -12,6 +12,7 @@ mod key_exchange;
 pub mod key_reports;
 pub mod listen;
 mod metrics;
+mod missed_proxies;
 mod refused_domains;
 pub mod status;
 mod status_page;
@@ -19,7 +20,6 @@ mod status_page;
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,7 @@ use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
 
 pub use self::metrics::Metrics;
+pub use self::missed_proxies::MissedProxies;
 pub use self::refused_domains::RefusedDomains;
 
 /// Seconds after which a router may ask again. Routers try every minute anyway.
@@ -63,8 +64,8 @@ pub struct App {
     pub connections: Connections,
     /// The networks of the trusted proxies.
     pub trusted: Arc<[IpNet]>,
-    /// Whether a request came from a proxy nearby that is not trusted.
-    pub proxy_missed: Arc<AtomicBool>,
+    /// The proxies nearby that bring requests and are not trusted.
+    pub missed_proxies: Arc<MissedProxies>,
     /// What is counted here.
     pub metrics: Metrics,
     /// The metrics of the fleet, which are up to date only when they are read.

@@ -4,6 +4,7 @@
 //! [`fleet`] selects the gateway, and remembers the key for gateways that lack it later.
 //!
 //! `wgkex_common::access_lists` decides which keys are admitted; operators change that by the calls that [`cli`] makes.
+//! [`doctor`] decides what is wrong with a broker.
 //! [`mqtt_server`] is the MQTT server for all of that, unless the config names another one.
 //!
 //! Tasks: [`run`] starts and supervises all of them, as a list of named services.
@@ -11,6 +12,7 @@
 mod bus;
 pub mod cli;
 mod client_ip;
+pub mod doctor;
 pub mod exchange;
 pub mod fleet;
 mod http;
@@ -20,7 +22,6 @@ mod tls;
 
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -59,7 +60,7 @@ use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
-use crate::http::{App, RefusedDomains};
+use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
 use crate::tls::Certificate;
@@ -228,9 +229,9 @@ impl Broker {
         watched: [Watched; N],
     ) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
-        let (trusted, proxy_missed) = (Arc::from(trusted_proxies.clone()), Arc::default());
+        let (trusted, missed_proxies) = (Arc::from(trusted_proxies.clone()), Arc::default());
         let Metrics { http: metrics, fleet: fleet_metrics, registry, .. } = self.metrics.clone();
-        let connections = connections(Arc::clone(&trusted), Arc::clone(&proxy_missed), metrics.clone());
+        let connections = connections(Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
         services.background().spawn("the idle connections", |_| evict_idle(connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
@@ -247,7 +248,7 @@ impl Broker {
             links,
             connections,
             trusted,
-            proxy_missed,
+            missed_proxies,
             metrics,
             fleet_metrics,
             registry,
@@ -392,8 +393,8 @@ async fn evict_idle(connections: Connections) {
 }
 
 /// The connections of routers, none of which is open yet.
-fn connections(trusted: Arc<[IpNet]>, proxy_missed: Arc<AtomicBool>, metrics: http::Metrics) -> Connections {
-    let peer_kind = move |peer| client_ip::peer_kind(peer, &trusted, proxy_missed.load(Ordering::Relaxed));
+fn connections(trusted: Arc<[IpNet]>, missed: Arc<MissedProxies>, metrics: http::Metrics) -> Connections {
+    let peer_kind = move |peer| client_ip::peer_kind(peer, &trusted, missed.is_any());
     let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
     Connections::new(Capacity::of_fleet(), peer_kind, closed)
 }

@@ -8,6 +8,7 @@ use anyhow::{Context as _, ensure};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Runtime;
 use wgkex_broker::cli::admin_client;
+use wgkex_broker::cli::doctor::Doctor;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
@@ -17,8 +18,8 @@ use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
-                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status \
-                          and gateways ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
+                          the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status, \
+                          gateways and doctor ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
                           where and explain on admin_listen, with the token.";
 
 #[derive(Parser)]
@@ -38,6 +39,13 @@ enum Command {
     Status(StatusCommand),
     /// Shows each gateway: its state, version, peers, share and target, and why it is offline
     Gateways(GatewaysCommand),
+    /// Checks everything that the broker needs, and says of each thing that is wrong what to do; changes nothing
+    #[command(
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the broker runs and \
+                            while it does not. Needs no token. Connects to another MQTT server as the client \
+                            wgkex-broker-NAME-doctor."
+    )]
+    Doctor(Doctor),
     /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
     CheckConfig(CheckConfig),
     /// Asks for a password, or reads it from the first line of stdin, and prints its hash, as the config has it
@@ -58,6 +66,7 @@ fn main() -> ExitCode {
         Some(Command::Keys(command)) => command.run(file),
         Some(Command::Status(command)) => command.run(file),
         Some(Command::Gateways(command)) => command.run(file),
+        Some(Command::Doctor(doctor)) => doctor.run(file),
         Some(Command::CheckConfig(check)) => check.run(file),
         Some(Command::HashPassword) => hash_password().map_or_else(
             |error| {

@@ -11,13 +11,19 @@ use parking_lot::RwLock;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
-use wgkex_common::runtime::tls::rustls::ServerConfig;
+use wgkex_common::runtime::tls::rustls::client::verify_server_cert_signed_by_trust_anchor;
+use wgkex_common::runtime::tls::rustls::pki_types::{CertificateDer, UnixTime};
+use wgkex_common::runtime::tls::rustls::server::ParsedCertificate;
 use wgkex_common::runtime::tls::rustls::server::{ClientHello, ResolvesServerCert};
 use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
+use wgkex_common::runtime::tls::rustls::{self, CertificateError, RootCertStore, ServerConfig};
 use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
 
 /// How often the files are looked at.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// After the last end that a certificate can have, that of the year 9999.
+const AFTER_ALL: Duration = Duration::from_secs(253_402_300_800);
+
 /// The certificate that is in use.
 pub struct Certificate {
     /// The part of the config that names the files.
@@ -105,6 +111,64 @@ impl FileWatcher {
     }
 }
 
+/// For how long a certificate counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validity {
+    /// It does not count yet.
+    NotYet,
+    /// It counts for so long.
+    Left(Duration),
+    /// It has not counted for so long.
+    Expired(Duration),
+}
+
+/// For how long the certificates that `section` of the config names count, all of the chain; an error if they cannot be
+/// read, or the key is not theirs.
+pub fn validity(section: &str, cert_file: &Path, key_file: &Path) -> Result<Validity, TlsError> {
+    let key = read(section, cert_file, key_file)?;
+    let now = UnixTime::now();
+    let validities: Result<Vec<_>, _> = key.cert.iter().map(|certificate| validity_of(certificate, now)).collect();
+    let validities =
+        validities.map_err(|error| TlsError::in_file(&format!("{section}.cert_file"), cert_file, &error))?;
+    Ok(validities.into_iter().min_by_key(Validity::order).unwrap_or(Validity::NotYet))
+}
+
+impl Validity {
+    /// What is worst is least.
+    fn order(&self) -> (u8, Duration) {
+        match self {
+            Self::Expired(_) => (0, Duration::ZERO),
+            Self::NotYet => (1, Duration::ZERO),
+            Self::Left(left) => (2, *left),
+        }
+    }
+}
+
+/// Rustls says when a certificate ends to whom it counts no more, before it looks who signed it.
+fn validity_of(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<Validity, rustls::Error> {
+    let parsed = ParsedCertificate::try_from(certificate)?;
+    let algorithms = provider().signature_verification_algorithms.all;
+    let verified =
+        |at| verify_server_cert_signed_by_trust_anchor(&parsed, &RootCertStore::empty(), &[], at, algorithms);
+    let end = match verified(UnixTime::since_unix_epoch(AFTER_ALL)) {
+        Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => not_after,
+        Err(error) => return Err(error),
+        Ok(()) => return Err(CertificateError::BadEncoding.into()),
+    };
+    let is_early = matches!(
+        verified(now),
+        Err(rustls::Error::InvalidCertificate(
+            CertificateError::NotValidYetContext { .. } | CertificateError::NotValidYet
+        ))
+    );
+    let (end, now) = (Duration::from_secs(end.as_secs()), Duration::from_secs(now.as_secs()));
+    Ok(match end.checked_sub(now) {
+        _ if is_early => Validity::NotYet,
+        Some(left) => Validity::Left(left),
+        None => Validity::Expired(now.saturating_sub(end)),
+    })
+}
+
 fn version(file: &Metadata) -> (i64, i64, u64, u64) {
     (file.mtime(), file.mtime_nsec(), file.len(), file.ino())
 }
@@ -118,7 +182,26 @@ fn read(section: &str, cert_file: &Path, key_file: &Path) -> Result<CertifiedKey
 
 #[cfg(test)]
 mod tests {
+    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+
     use super::*;
+
+    #[test]
+    fn a_certificate_says_when_it_begins_and_ends() {
+        let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2020, 1, 11));
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        let day = |day: u64| UnixTime::since_unix_epoch(Duration::from_secs(86_400 * day));
+        let first = 18_262;
+        for (at, validity) in [
+            (day(first - 1), Validity::NotYet),
+            (day(first), Validity::Left(Duration::from_hours(240))),
+            (day(first + 10), Validity::Left(Duration::ZERO)),
+            (day(first + 13), Validity::Expired(Duration::from_hours(72))),
+        ] {
+            assert_eq!(validity_of(certificate.der(), at).unwrap(), validity);
+        }
+    }
 
     #[test]
     fn new_files_are_taken_once_both_stay_as_they_are() {

@@ -89,13 +89,14 @@ fn hash_password_says_what_is_missing() {
 }
 
 #[test]
-fn the_commands_that_look_at_a_worker_say_how_they_end() {
-    for (command, said) in [
-        ("status", "with 3 if something is wrong, with 1 if the worker cannot be reached"),
-        ("dry-run", "with 1 if that cannot be told"),
-        ("doctor", "with 1 for warnings, with 3 for failures"),
+fn the_commands_that_look_at_a_program_say_how_they_end() {
+    for (program, command, said) in [
+        ("wgkex-worker", "status", "with 3 if something is wrong, with 1 if the worker cannot be reached"),
+        ("wgkex-worker", "dry-run", "with 1 if that cannot be told"),
+        ("wgkex-worker", "doctor", "with 1 for warnings, with 3 for failures"),
+        ("wgkex-broker", "doctor", "with 1 for warnings, with 3 for failures"),
     ] {
-        let help = run("wgkex-worker", &[command, "--help"]);
+        let help = run(program, &[command, "--help"]);
         let help = String::from_utf8(help.stdout).unwrap();
         assert!(help.contains(said) && help.contains("--json"), "{help}");
     }

@@ -9,19 +9,10 @@ pub mod dry_run;
 mod http_client;
 pub mod status;
 
-use std::env;
-use std::io::{self, IsTerminal as _, Write as _};
-
-use crate::status::Style;
+use std::io::{self, Write as _};
 
 /// The exit code where something is wrong.
 const WRONG: u8 = 3;
-
-/// Colours only where a person looks, who has not asked for none.
-fn style() -> Style {
-    let is_unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    if io::stdout().is_terminal() && !is_unwanted { Style::Coloured } else { Style::Plain }
-}
 
 fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();

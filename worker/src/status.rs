@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use wgkex_common::cli::style::{Colour, Style};
 
 /// The state of a worker at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -117,35 +118,6 @@ pub struct Rates {
     pub keys: f64,
     /// Batches.
     pub batches: f64,
-}
-
-/// How the screen is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Style {
-    /// As text.
-    Plain,
-    /// With colours for a terminal.
-    Coloured,
-}
-
-/// The colour of a word.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Colour {
-    Good,
-    Odd,
-    Bad,
-}
-
-impl Style {
-    pub(crate) fn paint(self, colour: Colour, text: &str) -> String {
-        let code = match (self, colour) {
-            (Self::Plain, _) => return text.to_owned(),
-            (Self::Coloured, Colour::Good) => 32,
-            (Self::Coloured, Colour::Odd) => 33,
-            (Self::Coloured, Colour::Bad) => 31,
-        };
-        format!("\x1b[{code}m{text}\x1b[0m")
-    }
 }
 
 impl Status {

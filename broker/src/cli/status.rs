@@ -26,7 +26,7 @@ const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// The exit codes, for the help.
 pub const EXIT_CODES: &str = "Exit codes: 0 all is well, 1 the broker cannot be reached, 3 something is wrong: it is not ready, a domain \
-     has no gateway, a gateway that the config names is offline, an interface is missing, a list cannot be read, state is not kept. Needs no token: it \
+     has no gateway, a gateway that the config names is offline, an interface is missing, a proxy is not in trusted_proxies, a list cannot be read, state is not kept. Needs no token: it \
      shows what the page / on broker_listen shows.";
 
 /// The command `status`.
@@ -51,10 +51,10 @@ pub struct GatewaysCommand {
 }
 
 /// What the broker answered, and when.
-struct Sample {
+pub(super) struct Sample {
     at: Instant,
     json: Value,
-    status: Status,
+    pub(super) status: Status,
 }
 
 impl GatewaysCommand {
@@ -121,7 +121,8 @@ fn client(file: Option<&Path>) -> anyhow::Result<BrokerClient> {
     Ok(BrokerClient::for_anybody(&Config::load(file)?, TIMEOUT))
 }
 
-fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
+/// Asks the broker for its status.
+pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
     let json = client.send(Call::get(PATH))?;
     let at = Instant::now();
     let status = serde_json::from_value(json.clone()).context("the broker's status is of another version")?;
@@ -140,7 +141,8 @@ fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
     })
 }
 
-fn complain(error: &anyhow::Error) {
+/// Says why a command cannot be done.
+pub(super) fn complain(error: &anyhow::Error) {
     // There is nobody else to tell.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }
@@ -151,7 +153,7 @@ fn exit_code(status: &Status) -> ExitCode {
 
 /// Everything on one screen, with rates since the sample `before`.
 fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
-    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now } = &sample.status;
+    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now, pid: _ } = &sample.status;
     let state =
         if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
     let up = age(*uptime_secs);

@@ -149,8 +149,12 @@ pub enum ProblemKind {
     SameLinkAddress,
     /// Two gateways have one external address and port, and different keys.
     SameExternalAddress,
+    /// A proxy sends requests that `trusted_proxies` does not name.
+    ProxyNotTrusted,
     /// Routers that were given a gateway have no handshake there.
     RoutersUnreached,
+    /// A gateway is online and counts the peers of a domain, and no router can be given it, as its data is missing.
+    DataMissing,
     /// A gateway is online, and the interface of a domain is missing there.
     DomainDown,
     /// A gateway that the config names is offline.
@@ -167,7 +171,9 @@ impl ProblemKind {
     /// Whether it is known only while the retained states are.
     #[must_use]
     pub fn needs_states(self) -> bool {
-        self.is_clash() || matches!(self, Self::DomainWithoutGateway | Self::DomainDown | Self::GatewayOffline)
+        let of_gateways =
+            matches!(self, Self::DomainWithoutGateway | Self::DataMissing | Self::DomainDown | Self::GatewayOffline);
+        self.is_clash() || of_gateways
     }
 }
 

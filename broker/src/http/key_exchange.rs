@@ -2,7 +2,6 @@
 //! rejection out, as JSON.
 
 use std::net::Ipv4Addr;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use actix_web::guard::{Guard, GuardContext};
@@ -132,12 +131,9 @@ impl App {
         // A value that is not text is as invalid as an empty one.
         let values = |name: HeaderName| headers.get_all(name).map(|value| value.to_str().unwrap_or_default());
         let is_proxied = PROXIED.iter().any(|name| headers.contains_key(name));
-        if is_proxied
-            && is_private(peer)
-            && !is_in(&self.trusted, peer)
-            && !self.proxy_missed.swap(true, Ordering::Relaxed)
-        {
-            warn!("a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
+        if is_proxied && is_private(peer) && !is_in(&self.trusted, peer) && self.missed_proxies.add(peer) {
+            let proxy = peer.to_canonical();
+            warn!(%proxy, "a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
         }
         client_of_request(peer, &self.trusted, is_proxied, values(FORWARDED), values(X_FORWARDED_FOR))
     }

@@ -25,6 +25,9 @@ pub const PATH: &str = "/status.json";
 pub struct Status {
     /// The broker's version.
     pub version: String,
+    /// Its process, as it numbers itself; 0 if it does not say.
+    #[serde(default)]
+    pub pid: u32,
     /// For how long it has run.
     pub uptime_secs: u64,
     /// Whether it can serve routers.
@@ -150,9 +153,11 @@ impl App {
             text: format!("not ready: {reason}"),
         });
         let mut problems: Vec<_> = not_ready.into_iter().chain(fleet).chain(lists).chain(state).collect();
+        problems.extend(self.missed_proxies.problems());
         problems.sort();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
             uptime_secs: now.saturating_duration_since(self.started).as_secs(),
             ready: unready.is_none(),
             problems,

@@ -14,7 +14,7 @@ td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}small{color:#5
 
 /// The whole page.
 pub fn render(status: &Status) -> String {
-    let Status { version, uptime_secs, ready, problems, domains: _, gateways, keys } = status;
+    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, keys } = status;
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -136,7 +136,7 @@ mod tests {
             oldest_pending_secs: None,
             confirmation: Durations { p99: Some(0.25), ..Durations::default() },
         };
-        Status { version: "9".into(), uptime_secs: 7, ready, problems, domains: Vec::new(), gateways, keys }
+        Status { version: "9".into(), pid: 1, uptime_secs: 7, ready, problems, domains: Vec::new(), gateways, keys }
     }
 
     #[test]

@@ -1,42 +1,37 @@
 //! `doctor`: gathers what the checks need. It asks the kernel, the file system, the running worker and the MQTT server, and
 //! changes none of them.
 
-mod access;
 mod clock;
 mod managers;
-mod sockets;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs, io};
 
 use anyhow::Context as _;
 use caps::{CapSet, Capability};
 use clap::Args;
-use serde_json::json;
 use tokio::runtime::Builder;
-use wgkex_common::config::{KeyLists, Setup};
+use wgkex_common::config::Setup;
+use wgkex_common::doctor::access::Identity;
+use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::{conclude, invalid_config, sockets};
 use wgkex_common::mqtt::Fault;
 use wgkex_common::mqtt::trial::{self, Failure, Retained};
-use wgkex_common::storage::process_lock::Holder;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
 use wgkex_kernel::links::{Link, LinkKind, Links};
 use wgkex_kernel::{Backend, Key, wireguard};
 
-use self::access::{Identity, Need};
 use self::managers::Machine;
-use super::{WRONG, complain, http_client, print, style};
+use super::{WRONG, complain, http_client};
 use crate::bus::subscriber;
 use crate::doctor::facts::{
-    BusFacts, DomainFacts, Facts, LinkFacts, ListFacts, MqttFacts, RunningWorker, StateFacts, WireguardDevice,
-    WireguardFacts, WireguardSource,
+    BusFacts, DomainFacts, Facts, LinkFacts, MqttFacts, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
 };
-use crate::doctor::{Finding, Level, findings, invalid_config, report, worst};
-
-/// The exit code where there are warnings only.
-const WARNINGS: u8 = 1;
+use crate::doctor::findings;
 
 /// The command `doctor`.
 #[derive(Debug, Clone, Args)]
@@ -63,22 +58,7 @@ impl Doctor {
                 }
             },
         };
-        if print(&self.text(&findings)).is_err() {
-            return WRONG.into();
-        }
-        match worst(&findings) {
-            Level::Ok => ExitCode::SUCCESS,
-            Level::Warn => WARNINGS.into(),
-            Level::Fail => WRONG.into(),
-        }
-    }
-
-    fn text(&self, findings: &[Finding]) -> String {
-        if self.json {
-            format!("{:#}\n", json!({ "worst": worst(findings), "findings": findings }))
-        } else {
-            report(findings, style())
-        }
+        conclude(&findings, self.json)
     }
 
     fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
@@ -89,6 +69,7 @@ impl Doctor {
         let domains = domains.context("netlink")?;
         let interfaces = config.domains.iter().flat_map(|domain| [domain.wireguard(), domain.vxlan()]);
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
+        let user = Identity::named(config.worker_user.as_deref());
         Ok(Facts {
             config_warnings: config.warnings.clone(),
             is_setup_named: config.is_setup_named,
@@ -102,8 +83,8 @@ impl Doctor {
             clock: clock::facts(self.broker_url.as_deref()),
             worker: config.name.to_string(),
             running: running(config),
-            state: state(config),
-            lists: lists(config),
+            state: StateFacts::of(&config.state_dir, "worker.sqlite", user.as_ref()),
+            lists: ListFacts::of(&config.key_lists, user.as_ref()),
             mqtt,
         })
     }
@@ -114,10 +95,8 @@ fn running(config: &Config) -> Option<RunningWorker> {
     let status = http_client::status(&config.worker_listen).ok()?;
     Some(RunningWorker {
         name: status.worker,
-        pid: status.pid,
+        process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
         is_connected: status.mqtt.connected,
-        keeps_state: status.state_kept,
-        lists_damaged: status.lists_damaged,
     })
 }
 
@@ -144,7 +123,7 @@ async fn domain(links: &Links, domain: &Domain, setup: &Setup) -> DomainFacts {
         domain: domain.clone(),
         setup: setup.clone(),
         vxlan: vxlan.map(|link| link.map(|link| link_facts(&vx, link))),
-        port_owner: sockets::owner(port),
+        port_owner: sockets::of_udp(port),
         wireguard,
     }
 }
@@ -195,35 +174,6 @@ fn is_program(name: &str) -> bool {
     env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
-fn state(config: &Config) -> StateFacts {
-    let (dir, file) = (config.state_dir.clone(), config.state_dir.join("worker.sqlite"));
-    let user = Identity::of_worker(config.worker_user.as_deref());
-    let mut access = access::find(&dir, user.as_ref(), Need::Write);
-    if access == crate::doctor::facts::Access::Granted && file.exists() {
-        access = access::find(&file, user.as_ref(), Need::Write);
-    }
-    let holder = Holder::of(&file).map_err(|error| error.to_string());
-    StateFacts { dir, user: user.map_or_else(|error| error.name, |user| user.name), access, holder }
-}
-
-fn lists(config: &Config) -> Vec<ListFacts> {
-    let KeyLists { deny_file, deny_dir, allow, trusted_dir, .. } = &config.key_lists;
-    let allow = allow.as_ref();
-    let user = Identity::of_worker(config.worker_user.as_deref());
-    let paths: [(&'static str, Option<&PathBuf>, Need); 5] = [
-        ("blacklist_file", deny_file.as_ref(), Need::Read),
-        ("allowlist.file", allow.and_then(|allow| allow.file.as_ref()), Need::Read),
-        ("key_lists.deny_dir", deny_dir.as_ref(), Need::List),
-        ("key_lists.allow_dir", allow.and_then(|allow| allow.dir.as_ref()), Need::List),
-        ("key_lists.trusted_dir", trusted_dir.as_ref(), Need::List),
-    ];
-    let facts = paths.into_iter().filter_map(|(key, path, need)| {
-        let path = path?.clone();
-        Some(ListFacts { key, access: access::find(&path, user.as_ref(), need), path })
-    });
-    facts.collect()
-}
-
 /// Connects as a client of its own: one that begins with the worker's name, as the second one of the worker does, so that
 /// the worker keeps its connections.
 async fn mqtt(config: &Config) -> MqttFacts {
@@ -252,9 +202,7 @@ async fn mqtt(config: &Config) -> MqttFacts {
                         Some((domain.to_string(), data.public_key))
                     })
                     .collect(),
-                refused: allowed.refused,
-                refused_optional: allowed.refused_optional,
-                echo: allowed.echo,
+                rights: Rights::from(&allowed),
             });
             MqttFacts { server: trial.server, outcome }
         }

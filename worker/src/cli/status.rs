@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use wgkex_common::Config;
+use wgkex_common::cli::style::Style;
 use wgkex_common::config::Listen;
 
-use super::{WRONG, complain, http_client, print, style};
-use crate::status::{Status, Style};
+use super::{WRONG, complain, http_client, print};
+use crate::status::Status;
 
 /// The pause between two looks.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -45,7 +46,7 @@ impl StatusCommand {
 
     fn look(&self, listen: &Listen) -> ExitCode {
         match http_client::status(listen) {
-            Ok(status) if print(&self.text(&status, None, style())).is_err() => ExitCode::FAILURE,
+            Ok(status) if print(&self.text(&status, None, Style::of_stdout())).is_err() => ExitCode::FAILURE,
             Ok(status) if status.problems.is_empty() => ExitCode::SUCCESS,
             Ok(_) => WRONG.into(),
             Err(error) => {
@@ -58,7 +59,7 @@ impl StatusCommand {
     /// Until nobody reads it any more.
     fn watch(&self, listen: &Listen) -> ExitCode {
         let mut before: Option<(Instant, Status)> = None;
-        let (style, begin) = (style(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
+        let (style, begin) = (Style::of_stdout(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
         loop {
             let now = Instant::now();
             let text = match http_client::status(listen) {

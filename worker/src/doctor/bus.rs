@@ -1,61 +1,19 @@
 //! Checks of the MQTT server: the connection, what it allows, and who else is there by this worker's name.
 
-use wgkex_common::mqtt::Fault;
-use wgkex_common::mqtt::trial::{Echo, Failure};
+use wgkex_common::doctor::bus::{SUBJECT, no_connection, rights};
+use wgkex_common::doctor::{Finding, Program};
 
-use super::Finding;
 use super::facts::{BusFacts, DomainFacts, Facts};
-
-const SUBJECT: &str = "MQTT";
-const RIGHTS: &str = "give the worker's user its rights: `wgkex-broker mqtt-acl` prints them for Mosquitto and EMQX";
 
 pub(super) fn mqtt(facts: &Facts) -> Vec<Finding> {
     let server = &facts.mqtt.server;
     match &facts.mqtt.outcome {
-        Err(Failure { fault, cause }) => vec![Finding::fail(SUBJECT, format!("{server}: {cause}"), advice(*fault))],
+        Err(failure) => vec![no_connection(Program::Worker, server, failure)],
         Ok(bus) => {
-            let connected = Finding::ok(SUBJECT, format!("{server} lets the worker in"));
-            let rights = [subscriptions(bus), echo(bus.echo)];
-            [connected].into_iter().chain(rights).chain([namesake(facts, bus)]).collect()
+            let mut findings = rights(Program::Worker, server, &bus.rights);
+            findings.push(namesake(facts, bus));
+            findings
         }
-    }
-}
-
-fn advice(fault: Fault) -> &'static str {
-    match fault {
-        Fault::Password => "set mqtt.username and mqtt.password to what the server knows",
-        Fault::ClientId => "set mqtt.username to the host name of this machine",
-        Fault::Tls => {
-            "check mqtt.tls and mqtt.broker_port, that mqtt.broker_url is a name in the server's certificate, and that mqtt.ca_file names who signed it"
-        }
-        Fault::NoTls => "set mqtt.tls to true if the server has TLS on this port, or mqtt.broker_port to one without",
-        Fault::Busy => "correct mqtt.username and mqtt.password, then wait a minute; the broker's log names the cause",
-        Fault::Server => "start the MQTT server, or correct mqtt.broker_url and mqtt.broker_port",
-    }
-}
-
-fn subscriptions(bus: &BusFacts) -> Finding {
-    let refused = |filters: &[String]| format!("the server refuses to let it subscribe to {}", filters.join(", "));
-    match (&bus.refused[..], &bus.refused_optional[..]) {
-        ([], []) => Finding::ok(SUBJECT, "it may subscribe to all that it needs"),
-        ([], optional) => Finding::warn(SUBJECT, refused(optional), RIGHTS),
-        (required, _) => Finding::fail(SUBJECT, refused(required), RIGHTS),
-    }
-}
-
-fn echo(echo: Echo) -> Finding {
-    match echo {
-        Echo::Came => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
-        Echo::Lost => Finding::warn(
-            SUBJECT,
-            "what it publishes below wgkex/ does not come back: brokers get no confirmations",
-            RIGHTS,
-        ),
-        Echo::Closed => Finding::warn(
-            SUBJECT,
-            "the server ends the connection when it publishes below wgkex/: brokers get no confirmations",
-            RIGHTS,
-        ),
     }
 }
 

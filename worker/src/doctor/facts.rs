@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use wgkex_common::config::{Problem, Setup};
-use wgkex_common::mqtt::trial::{Echo, Failure};
-use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::clock::ClockFacts;
+use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::mqtt::trial::Failure;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
@@ -103,22 +105,6 @@ pub struct WireguardDevice {
     pub port: u16,
 }
 
-/// Who has a UDP port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PortOwner {
-    /// Nobody.
-    Nobody,
-    /// No process that this one sees: the kernel's WireGuard, or somebody else's process.
-    Kernel,
-    /// A process.
-    Process {
-        /// Its id.
-        pid: u32,
-        /// Its name.
-        name: String,
-    },
-}
-
 /// Other programs that may manage the domains' interfaces.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Managers {
@@ -147,65 +133,15 @@ pub struct WgQuick {
     pub is_enabled: bool,
 }
 
-/// The clock.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ClockFacts {
-    /// How far it is from that of the HTTP server that was named; or why that cannot be told.
-    pub server: Option<Result<Duration, String>>,
-    /// Whether the system says that it is synchronised; none if it does not say.
-    pub is_synchronised: Option<bool>,
-}
-
 /// The worker that answers on `worker_listen`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunningWorker {
     /// Its name on the bus.
     pub name: String,
-    /// Its process, as it numbers itself.
-    pub pid: u32,
+    /// Its process, and what it says of its files.
+    pub process: Running,
     /// Whether its connection with the MQTT server stands.
     pub is_connected: bool,
-    /// Whether it can write its state.
-    pub keeps_state: bool,
-    /// The lists that it cannot read.
-    pub lists_damaged: Vec<String>,
-}
-
-/// Where the state is kept.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateFacts {
-    /// `state_dir`.
-    pub dir: PathBuf,
-    /// The user as whom the worker serves.
-    pub user: String,
-    /// Whether this user may write there.
-    pub access: Access,
-    /// Who has the worker's state file; or why that cannot be told.
-    pub holder: Result<Option<Holder>, String>,
-}
-
-/// What a user may do with a file or directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Access {
-    /// What is needed.
-    Granted,
-    /// It is not there, and can be made.
-    Creatable,
-    /// Not that; only this other user may.
-    OnlyFor(String),
-    /// Not that, for this reason.
-    Denied(String),
-}
-
-/// A file or directory of an access list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ListFacts {
-    /// The key of the config that names it.
-    pub key: &'static str,
-    /// Where it is.
-    pub path: PathBuf,
-    /// Whether the worker may read it.
-    pub access: Access,
 }
 
 /// The MQTT server, and what it allows.
@@ -220,12 +156,8 @@ pub struct MqttFacts {
 /// What the MQTT server allows, and what is retained there of this worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BusFacts {
-    /// Subscriptions that it refuses, without which the worker cannot work.
-    pub refused: Vec<String>,
-    /// Others that it refuses.
-    pub refused_optional: Vec<String>,
-    /// What became of a message below `wgkex/`.
-    pub echo: Echo,
+    /// What it refuses.
+    pub rights: Rights,
     /// Whether a worker of this name is online; none if nothing is retained of that.
     pub online: Option<bool>,
     /// The key of the WireGuard interface of each domain, as a worker of this name published it.

@@ -1,10 +1,11 @@
 //! Checks of a domain's interfaces.
 
 use wgkex_common::config::Setup;
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::doctor::{Finding, Level, Trouble};
 use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
-use super::facts::{DomainFacts, LinkFacts, PortOwner, WireguardDevice, WireguardFacts};
-use super::{Finding, Level};
+use super::facts::{DomainFacts, LinkFacts, WireguardDevice, WireguardFacts};
 
 /// What VXLAN over IPv6 adds to a packet: Ethernet 14, VXLAN 8, UDP 8, IPv6 40.
 const VXLAN_OVERHEAD: u32 = 70;
@@ -74,7 +75,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
             findings.push(Finding::fail(wg, format!("WireGuard does not answer: {error}"), advice));
         }
         Ok(Some(device)) => {
-            let key = device.public_key.is_none().then(|| ("it has no private key".to_owned(), SETUP.to_owned()));
+            let key = device.public_key.is_none().then(|| Trouble::new("it has no private key", SETUP));
             findings.push(Finding::judge(wg, Level::Fail, "it has a private key", key));
             let is_kernels = link.kind == LinkKind::Wireguard;
             findings.extend(port(wg, *device, is_kernels, domain, is_setup_named));
@@ -86,7 +87,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
 }
 
 fn is_up(name: &str, link: &LinkFacts, kind: &str) -> Finding {
-    let down = (!link.up).then(|| ("it is down".to_owned(), format!("`ip link set {name} up`")));
+    let down = (!link.up).then(|| Trouble::new("it is down", format!("`ip link set {name} up`")));
     Finding::judge(name, Level::Fail, format!("{kind}, up"), down)
 }
 
@@ -137,7 +138,7 @@ fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
 }
 
 fn address(wg: &str, link: &LinkFacts) -> Finding {
-    let none = link.addresses.is_empty().then(|| ("it has no IPv6 address".to_owned(), SETUP.to_owned()));
+    let none = link.addresses.is_empty().then(|| Trouble::new("it has no IPv6 address", SETUP));
     Finding::judge(wg, Level::Fail, "it has a link address", none)
 }
 
@@ -184,7 +185,7 @@ fn shape(vx: &str, attributes: &VxlanAttributes, setup: &Setup, is_setup_named: 
     let check = |what: &str, key: &str, is: u32, wanted: u32| {
         let differs = (is != wanted).then(|| {
             let found = format!("its {what} is {is}, and {wanted} in the config");
-            (found, format!("make it anew ({anew}), or set setup.{key} if routers have {is}"))
+            Trouble::new(found, format!("make it anew ({anew}), or set setup.{key} if routers have {is}"))
         });
         Finding::judge(vx, level, format!("its {what} is {is}"), differs)
     };
@@ -203,12 +204,14 @@ fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) 
     };
     let trouble = if attributes.under == Some(link.index) {
         match attributes.local {
-            None => Some(("it has no local address".to_owned(), anew())),
-            Some(local) if !is_own(&local) => Some((format!("its local address {local} is not one of {wg}"), anew())),
+            None => Some(Trouble::new("it has no local address", anew())),
+            Some(local) if !is_own(&local) => {
+                Some(Trouble::new(format!("its local address {local} is not one of {wg}"), anew()))
+            }
             Some(_) => None,
         }
     } else {
-        Some((format!("the device under it is not {wg}"), anew()))
+        Some(Trouble::new(format!("the device under it is not {wg}"), anew()))
     };
     Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), trouble)
 }
@@ -219,13 +222,16 @@ fn mtu((vx, inner): (&str, u32), (wg, outer): (&str, u32)) -> Finding {
         let found = format!(
             "the MTU {outer} of {wg} is too small: VXLAN takes {VXLAN_OVERHEAD} of it, BATMAN and IPv6 need {MTU_MIN}"
         );
-        Some((found, format!("`ip link set {wg} mtu 1420`, at least {least}, and {vx} {VXLAN_OVERHEAD} less")))
+        Some(Trouble::new(
+            found,
+            format!("`ip link set {wg} mtu 1420`, at least {least}, and {vx} {VXLAN_OVERHEAD} less"),
+        ))
     } else if inner > fits {
         let found = format!("its MTU {inner} is too large: {wg} has {outer}, and VXLAN takes {VXLAN_OVERHEAD} of it");
-        Some((found, format!("`ip link set {vx} mtu {fits}`")))
+        Some(Trouble::new(found, format!("`ip link set {vx} mtu {fits}`")))
     } else if inner < MTU_MIN {
         let found = format!("its MTU {inner} is too small: BATMAN and IPv6 need {MTU_MIN}");
-        Some((found, format!("`ip link set {vx} mtu {fits}`")))
+        Some(Trouble::new(found, format!("`ip link set {vx} mtu {fits}`")))
     } else {
         None
     };

@@ -1,34 +1,13 @@
-//! Checks of what is the same for all domains: config, privileges, other managers of interfaces, the clock.
+//! Checks of what is the same for all domains: privileges, WireGuard, other managers of interfaces.
 
-use std::time::Duration;
+use wgkex_common::doctor::{Finding, Level, Trouble};
 
-use wgkex_common::config::Problem;
-
-use super::facts::{ClockFacts, Facts, Managers, WireguardSource};
-use super::{Finding, Level};
-
-/// A clock that is off by more than this needs a look.
-const CLOCK_ODD: Duration = Duration::from_secs(5);
-/// By so much, list entries and certificates are judged wrongly.
-const CLOCK_WRONG: Duration = Duration::from_secs(3600);
-
-const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony";
-
-pub(super) fn config(odd: &[Problem]) -> Vec<Finding> {
-    let mut findings = vec![Finding::ok("config", "it is valid")];
-    findings.extend(warnings(odd));
-    findings
-}
-
-pub(super) fn warnings(warnings: &[Problem]) -> Vec<Finding> {
-    let advice = "correct it, or take it out";
-    warnings.iter().map(|warning| Finding::warn("config", warning.to_string(), advice)).collect()
-}
+use super::facts::{Facts, Managers, WireguardSource};
 
 pub(super) fn capability(has_net_admin: bool) -> Finding {
-    let missing = (!has_net_admin).then(|| {
-        let advice = "run it as root, and the worker as root or with AmbientCapabilities=CAP_NET_ADMIN";
-        ("CAP_NET_ADMIN is missing here".to_owned(), advice.to_owned())
+    let missing = (!has_net_admin).then(|| Trouble {
+        found: "CAP_NET_ADMIN is missing here".into(),
+        advice: "run it as root, and the worker as root or with AmbientCapabilities=CAP_NET_ADMIN".into(),
     });
     Finding::judge("privileges", Level::Fail, "CAP_NET_ADMIN is there", missing)
 }
@@ -93,30 +72,4 @@ fn networkd(managers: &Managers) -> Vec<Finding> {
         ));
     }
     findings
-}
-
-pub(super) fn clock(facts: &ClockFacts) -> Finding {
-    let subject = "clock";
-    let seconds = |off: &Duration| off.as_secs();
-    match (&facts.server, facts.is_synchronised) {
-        (Some(Ok(off)), _) if *off >= CLOCK_WRONG => {
-            Finding::fail(subject, format!("it is {} s away from that of the HTTP server", seconds(off)), SYNCHRONISE)
-        }
-        (Some(Ok(off)), _) if *off > CLOCK_ODD => {
-            Finding::warn(subject, format!("it is {} s away from that of the HTTP server", seconds(off)), SYNCHRONISE)
-        }
-        (Some(Err(error)), _) => Finding::warn(
-            subject,
-            format!("it cannot be compared: {error}"),
-            "name another --broker-url, such as http://HOST:5000",
-        ),
-        (_, Some(false)) => Finding::warn(subject, "it is not synchronised", SYNCHRONISE),
-        (Some(Ok(_)), _) => Finding::ok(subject, "it is that of the HTTP server"),
-        (None, Some(true)) => Finding::ok(subject, "it is synchronised"),
-        (None, None) => Finding::warn(
-            subject,
-            "the system does not say whether it is synchronised",
-            "compare it with that of the broker: --broker-url http://HOST:5000",
-        ),
-    }
 }

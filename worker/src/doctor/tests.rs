@@ -2,7 +2,14 @@ use std::net::Ipv6Addr;
 use std::time::Duration;
 
 use wgkex_common::PublicKey;
+use wgkex_common::cli::style::Style;
 use wgkex_common::config::Setup;
+use wgkex_common::doctor::access::Access;
+use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::clock::ClockFacts;
+use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::doctor::{Level, report, worst};
 use wgkex_common::mqtt::Fault;
 use wgkex_common::mqtt::trial::{Echo, Failure};
 use wgkex_common::storage::process_lock::Holder;
@@ -51,13 +58,18 @@ fn well() -> Facts {
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted }],
         mqtt: MqttFacts {
             server: "mqtt:1883".into(),
-            outcome: Ok(BusFacts { echo: Echo::Came, online: Some(false), ..BusFacts::default() }),
+            outcome: Ok(BusFacts {
+                rights: Rights { echo: Echo::Came, ..Rights::default() },
+                online: Some(false),
+                ..BusFacts::default()
+            }),
         },
     }
 }
 
 fn running() -> RunningWorker {
-    RunningWorker { name: "gw01".into(), pid: 7, is_connected: true, keeps_state: true, lists_damaged: Vec::new() }
+    let process = Running { pid: 7, keeps_state: true, lists_damaged: Vec::new() };
+    RunningWorker { name: "gw01".into(), process, is_connected: true }
 }
 
 fn wg(facts: &mut Facts) -> &mut WireguardFacts {
@@ -413,7 +425,9 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
         (
             Level::Fail,
             |facts| {
-                facts.running = Some(RunningWorker { lists_damaged: vec!["blacklist_file".into()], ..running() });
+                let mut running = running();
+                running.process.lists_damaged = vec!["blacklist_file".into()];
+                facts.running = Some(running);
                 bus(facts).online = Some(true);
             },
             "the running worker cannot read /list, or it is damaged",
@@ -433,13 +447,13 @@ fn each_trouble_of_mqtt_is_named_with_what_to_do() {
         (Level::Fail, |facts| no_mqtt(facts, Fault::Server), "the cause", "start the MQTT server"),
         (
             Level::Fail,
-            |facts| bus(facts).refused = vec!["wireguard/x/+".into()],
+            |facts| bus(facts).rights.refused = vec!["wireguard/x/+".into()],
             "subscribe to wireguard/x/+",
             "mqtt-acl",
         ),
-        (Level::Warn, |facts| bus(facts).refused_optional = vec!["a/b".into()], "subscribe to a/b", "mqtt-acl"),
-        (Level::Warn, |facts| bus(facts).echo = Echo::Lost, "does not come back", "mqtt-acl"),
-        (Level::Warn, |facts| bus(facts).echo = Echo::Closed, "ends the connection", "mqtt-acl"),
+        (Level::Warn, |facts| bus(facts).rights.refused_optional = vec!["a/b".into()], "subscribe to a/b", "mqtt-acl"),
+        (Level::Warn, |facts| bus(facts).rights.echo = Echo::Lost, "does not come back", "mqtt-acl"),
+        (Level::Warn, |facts| bus(facts).rights.echo = Echo::Closed, "ends the connection", "mqtt-acl"),
         (
             Level::Fail,
             |facts| bus(facts).online = Some(true),

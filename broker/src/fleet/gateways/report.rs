@@ -83,7 +83,22 @@ impl Gateways {
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
-        unserved.chain(self.clashes()).chain(self.unreached()).chain(self.domains_down(now)).chain(offline).collect()
+        let gateways = self.unreached().chain(self.data_missing()).chain(self.domains_down(now));
+        unserved.chain(self.clashes()).chain(gateways).chain(offline).collect()
+    }
+
+    /// The domains that a gateway counts without having published what routers need.
+    fn data_missing(&self) -> impl Iterator<Item = Problem> {
+        self.by_name.iter().flat_map(|(name, gateway)| {
+            let counted = self.domains.iter().filter(|domain| gateway.has_online(domain));
+            counted.filter(|domain| gateway.serves(domain).is_none()).map(move |domain| {
+                let text = format!(
+                    "gateway {}, domain {domain}: it has published no data, so no router is given it",
+                    name.as_str()
+                );
+                Problem { kind: ProblemKind::DataMissing, subject: format!("{}, {domain}", name.as_str()), text }
+            })
+        })
     }
 
     /// The domains whose interface is missing at a gateway that is online.

@@ -37,9 +37,10 @@ impl Capacity {
         Self::of_files(open_files())
     }
 
-    /// Each connection has two files, and a quarter of them may come by HTTPS beside that; and both servers have some
-    /// that arrive.
-    fn of_files(files: usize) -> Self {
+    /// Of a listener for a fleet where so many files may be open. Each connection has two files, and a quarter of them may
+    /// come by HTTPS beside that; and both servers have some that arrive.
+    #[must_use]
+    pub fn of_files(files: usize) -> Self {
         let pending = (files / 8).clamp(16, MAX_PENDING);
         let open = (files.saturating_sub(FILES + 2 * pending) / 9 * 4).clamp(64, MAX_OPEN);
         Self { open, of_client: MAX_OF_CLIENT, pending, held: MAX_HELD }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::sockets;
 use crate::doctor::facts::{Managers, WgQuick};
+use wgkex_common::doctor::sockets;
 
 /// Where configs are, the most important place last.
 const PLACES: [&str; 3] = ["usr/lib", "run", "etc"];

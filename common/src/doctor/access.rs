@@ -1,18 +1,30 @@
-//! What the worker's user may do with files. It has no capability that lets it pass over modes, not even as root.
+//! What a program's user may do with files. It has no capability that lets it pass over modes, not even as root.
 
+use std::ffi::CString;
 use std::fs::{self, Metadata};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use nix::sys::statvfs::{FsFlags, statvfs};
-use nix::unistd::{Gid, Uid, User, getgroups};
+use nix::unistd::{Gid, Uid, User, getgrouplist, getgroups};
 
-use crate::doctor::facts::Access;
+/// What a user may do with a file or directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// What is needed.
+    Granted,
+    /// It is not there, and can be made.
+    Creatable,
+    /// Not that; only this other user may.
+    OnlyFor(String),
+    /// Not that, for this reason.
+    Denied(String),
+}
 
 /// What is to be done with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Need {
+pub enum Need {
     /// To read a file.
     Read,
     /// To read what is in a directory.
@@ -21,31 +33,52 @@ pub(super) enum Need {
     Write,
 }
 
-/// As whom the worker serves.
+/// As whom a program serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Identity {
+pub struct Identity {
+    /// Its name.
     pub name: String,
     uid: u32,
     groups: Vec<u32>,
-    /// The config names it.
+    /// The config or the command line names it.
     is_named: bool,
 }
 
-/// The config names a user whom this system does not know.
+/// A user is named whom this system does not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Unknown {
+pub struct Unknown {
+    /// The name.
     pub name: String,
 }
 
 impl Identity {
-    /// `worker_user`, or who runs this.
-    pub(super) fn of_worker(user: Option<&str>) -> Result<Self, Unknown> {
+    /// The user of this name, or who runs this.
+    pub fn named(user: Option<&str>) -> Result<Self, Unknown> {
         let Some(name) = user else { return Ok(Self::own()) };
         let found = User::from_name(name).ok().flatten().ok_or_else(|| Unknown { name: name.to_owned() })?;
         if found.uid == Uid::effective() {
             return Ok(Self { is_named: true, ..Self::own() });
         }
         Ok(Self { name: name.to_owned(), uid: found.uid.as_raw(), groups: vec![found.gid.as_raw()], is_named: true })
+    }
+
+    /// The user of this name, with all groups that the service manager gives to a unit of this user.
+    pub fn of_account(name: &str) -> Result<Self, Unknown> {
+        let identity = Self::named(Some(name))?;
+        let listed = CString::new(name).ok().and_then(|name| {
+            let gid = identity.groups.last().copied()?;
+            getgrouplist(&name, Gid::from_raw(gid)).ok()
+        });
+        let groups = listed.into_iter().flatten().map(Gid::as_raw).chain(identity.groups.iter().copied()).collect();
+        Ok(Self { groups, ..identity })
+    }
+
+    /// The user with this number.
+    #[must_use]
+    pub fn of_process(uid: u32) -> Self {
+        let name = user_name(uid);
+        let nameless = Self { name: name.clone(), uid, groups: Vec::new(), is_named: true };
+        Self::of_account(&name).unwrap_or(nameless)
     }
 
     fn own() -> Self {
@@ -74,11 +107,12 @@ fn user_name(uid: u32) -> String {
 }
 
 /// Whether `user` may do that with `path`.
-pub(super) fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Access {
+#[must_use]
+pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Access {
     let user = match user {
         Ok(user) => user,
         Err(Unknown { name }) => {
-            return Access::Denied(format!("there is no user {name} on this system (worker_user)"));
+            return Access::Denied(format!("there is no user {name} on this system"));
         }
     };
     for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
@@ -174,7 +208,7 @@ mod tests {
         assert!(
             matches!(find(&at("state/x"), Ok(&own), Need::Read), Access::Denied(reason) if reason.contains("enter"))
         );
-        let unknown = Identity::of_worker(Some("no such user")).unwrap_err();
+        let unknown = Identity::named(Some("no such user")).unwrap_err();
         assert!(
             matches!(find(&at("state"), Err(&unknown), Need::Read), Access::Denied(reason) if reason.contains("no such user"))
         );

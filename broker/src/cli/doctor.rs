@@ -1,0 +1,200 @@
+//! `doctor`: gathers what the checks need. It asks the running broker, the file system, the kernel and the MQTT server, and
+//! changes none of them.
+
+mod identity;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{TcpListener, ToSocketAddrs as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Args;
+use tokio::runtime::Builder;
+use wgkex_common::config::{Https, Listen, MqttAddress, MqttListen, Role};
+use wgkex_common::doctor::access::{Access, Identity, Need, Unknown, find};
+use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
+use wgkex_common::doctor::files::{ListFacts, StateFacts};
+use wgkex_common::doctor::{conclude, invalid_config, sockets};
+use wgkex_common::mqtt::Fault;
+use wgkex_common::mqtt::trial::{self, Failure, Retained};
+use wgkex_common::{BrokerName, Config, Topic, WorkerName};
+
+use crate::bus::subscriber;
+use crate::cli::http_client::BrokerClient;
+use crate::cli::status::{ask, complain};
+use crate::doctor::facts::{BusFacts, CertificateFacts, EmbeddedFacts, Facts, MqttFacts, PortFacts};
+use crate::doctor::findings;
+use crate::http::status::Status;
+use crate::tls;
+
+/// How long the running broker may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The command `doctor`.
+#[derive(Debug, Clone, Args)]
+pub struct Doctor {
+    /// Check files for this user instead of the one as whom the broker runs, or its unit starts it
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// Print the findings as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Doctor {
+    /// Prints what it finds, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        let findings = match Config::load(file) {
+            Err(error) => invalid_config(&error),
+            Ok(config) => match self.facts(&config) {
+                Ok(facts) => findings(&facts),
+                Err(error) => {
+                    complain(&error);
+                    return ExitCode::FAILURE;
+                }
+            },
+        };
+        conclude(&findings, self.json)
+    }
+
+    fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
+        let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
+        let mqtt = runtime.block_on(mqtt(config));
+        // A server whose name does not resolve must not keep the process from its end.
+        runtime.shutdown_background();
+        let running = ask(&BrokerClient::for_anybody(config, TIMEOUT)).map(|sample| sample.status);
+        let running = running.map_err(|error| format!("{error:#}"));
+        let pid = running.as_ref().ok().and_then(broker_process);
+        let user = identity::find(self.user.as_deref(), pid);
+        Ok(Facts {
+            config_warnings: config.warnings.clone(),
+            ports: ports(config),
+            certificates: certificates(config, user.as_ref()),
+            workers: config.workers.keys().map(|name| name.as_str().to_owned()).collect(),
+            embedded: config.mqtt_listen.as_ref().map(embedded),
+            mqtt,
+            state: StateFacts::of(&config.state_dir, "broker.sqlite", user.as_ref()),
+            lists: ListFacts::of(&config.key_lists, user.as_ref()),
+            files: pid.and_then(files),
+            clock: ClockFacts { server: None, is_synchronised: is_synchronised() },
+            running,
+        })
+    }
+}
+
+/// The process of the broker that answers, if it has the same number here as it has itself.
+fn broker_process(status: &Status) -> Option<u32> {
+    Some(status.pid).filter(|pid| sockets::name(*pid) == "wgkex-broker")
+}
+
+/// How many files a process may open.
+fn files(pid: u32) -> Option<usize> {
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    Some(line.split_whitespace().next()?.parse().unwrap_or(usize::MAX))
+}
+
+fn ports(config: &Config) -> Vec<PortFacts> {
+    let https = config.https.as_ref().map(|https| &https.listen);
+    let admin = config.admin_token_hash.as_ref().map(|_| &config.admin_listen);
+    let http = [("broker_listen", Some(&config.broker_listen)), ("broker_listen.tls", https), ("admin_listen", admin)];
+    let http = http.into_iter().filter_map(|(key, listen)| Some((key, listen?.clone())));
+    let mqtt = config.mqtt_listen.as_ref().map(|MqttListen { address, .. }| {
+        ("mqtt_listen", Listen { host: address.ip().to_string(), port: address.port() })
+    });
+    http.chain(mqtt).map(|(key, listen)| port(key, &listen)).collect()
+}
+
+fn port(key: &'static str, listen: &Listen) -> PortFacts {
+    let owner = || {
+        let mut addresses = (&listen.host[..], listen.port).to_socket_addrs()?;
+        let address = addresses.next().context("the name has no address")?;
+        if !address.ip().is_unspecified() {
+            // Whether this machine has the address, at a port that is free.
+            TcpListener::bind((address.ip(), 0))?;
+        }
+        anyhow::Ok(sockets::of_listener(address.ip(), address.port()))
+    };
+    PortFacts { key, listen: listen.to_string(), owner: owner().map_err(|error| format!("{error:#}")) }
+}
+
+fn certificates(config: &Config, user: Result<&Identity, &Unknown>) -> Vec<CertificateFacts> {
+    let https = config.https.as_ref().map(|Https { cert_file, key_file, .. }| (cert_file, key_file));
+    let embedded = config.mqtt_listen.as_ref().and_then(|listen| listen.tls.as_ref()).map(|(file, key)| (file, key));
+    let own = config.mqtt.tls.as_ref().and_then(|tls| tls.own.as_ref()).map(|(file, key)| (file, key));
+    let named = [("broker_listen.tls", https), ("mqtt_listen.tls", embedded), ("mqtt", own)];
+    let named = named.into_iter().filter_map(|(section, files)| Some((section, files?)));
+    named.map(|(section, (file, key_file))| certificate(section, file, key_file, user)).collect()
+}
+
+fn certificate(
+    section: &'static str,
+    file: &Path,
+    key_file: &Path,
+    user: Result<&Identity, &Unknown>,
+) -> CertificateFacts {
+    let name = user.map_or_else(|unknown| &unknown.name, |user| &user.name);
+    let denied = [file, key_file].into_iter().find_map(|path| match find(path, user, Need::Read) {
+        Access::Denied(reason) => Some(format!("{name} cannot read {}: {reason}", path.display())),
+        Access::Granted | Access::Creatable | Access::OnlyFor(_) => None,
+    });
+    let validity = tls::validity(section, file, key_file).map_err(|error| error.to_string());
+    CertificateFacts { section, file: PathBuf::from(file), denied, validity }
+}
+
+fn embedded(MqttListen { address, users, .. }: &MqttListen) -> EmbeddedFacts {
+    let workers = users.iter().filter(|(_, user)| user.role == Role::Worker);
+    EmbeddedFacts {
+        is_reachable: !address.ip().is_loopback(),
+        has_users: !users.is_empty(),
+        workers: workers.map(|(name, _)| name.clone()).collect(),
+    }
+}
+
+/// Connects to another server as a client of its own, so that the running broker keeps its connections. That inside the
+/// broker knows no password of the broker's, and nothing that this does not tell.
+async fn mqtt(config: &Config) -> Option<MqttFacts> {
+    let MqttAddress::External { .. } = config.mqtt.server else { return None };
+    let sessions = [subscriber::session(config), subscriber::secondary_session(config)];
+    let echo = Topic::BrokerEcho { broker: BrokerName::from(&config.name) };
+    let id = format!("wgkex-broker-{}-doctor", config.name);
+    let wanted = |topic: &str| Topic::parse(topic).is_some_and(|topic| worker_of(&topic).is_some());
+    Some(match trial::attempt(&config.mqtt, id, &sessions, &echo, wanted).await {
+        Err(error) => {
+            let cause = error.to_string();
+            MqttFacts { server: "certificates".into(), outcome: Err(Failure { fault: Fault::Tls, cause }) }
+        }
+        Ok(trial) => {
+            let outcome = trial.outcome.map(|allowed| BusFacts {
+                rights: Rights::from(&allowed),
+                hellos: workers(&allowed.retained, |topic| matches!(topic, Topic::WorkerHello { .. })),
+                heard: workers(&allowed.retained, |_| true),
+            });
+            MqttFacts { server: trial.server, outcome }
+        }
+    })
+}
+
+/// The workers of which such a topic is retained.
+fn workers(retained: &[Retained], is_it: fn(&Topic) -> bool) -> BTreeSet<String> {
+    let topics = retained.iter().filter_map(|retained| Topic::parse(&retained.topic));
+    topics.filter(is_it).filter_map(|topic| Some(worker_of(&topic)?.as_str().to_owned())).collect()
+}
+
+/// The worker whose state it is.
+fn worker_of(topic: &Topic) -> Option<&WorkerName> {
+    if let Topic::WorkerStatus { worker }
+    | Topic::WorkerHello { worker }
+    | Topic::WorkerData { worker, .. }
+    | Topic::ConnectedPeers { worker, .. } = topic
+    {
+        Some(worker)
+    } else {
+        None
+    }
+}

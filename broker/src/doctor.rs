@@ -1,0 +1,77 @@
+//! `doctor`: what is wrong with a broker, and what to do about it. No IO: [`crate::cli::doctor`] gathers [`Facts`], and
+//! [`findings`] decides about them.
+//!
+//! Each room of checks is a file: [`fleet`], [`listeners`], [`workers`]; what the worker's doctor checks, too, is in
+//! [`wgkex_common::doctor`].
+
+pub mod facts;
+mod fleet;
+mod listeners;
+#[cfg(test)]
+mod tests;
+mod workers;
+
+use wgkex_common::doctor::files::Running;
+use wgkex_common::doctor::{Finding, Program, bus, clock, config, files};
+use wgkex_common::http::connections::Capacity;
+
+use self::facts::{Facts, MqttFacts};
+use crate::fleet::status::ProblemKind;
+use crate::http::status::Status;
+
+/// With room for fewer connections a fleet of 3,300 routers is kept waiting when all come at once.
+const CONNECTIONS: usize = 4096;
+
+/// What every check finds, in the order in which one would look.
+#[must_use]
+pub fn findings(facts: &Facts) -> Vec<Finding> {
+    let status = facts.running.as_ref().ok();
+    let running = status.map(process);
+    let mut findings = config(&facts.config_warnings);
+    findings.extend(fleet::broker(facts));
+    findings.extend(facts.ports.iter().map(|port| listeners::port(port, status)));
+    findings.extend(facts.certificates.iter().map(listeners::certificate));
+    findings.extend(facts.embedded.iter().map(listeners::embedded));
+    findings.extend(facts.mqtt.iter().flat_map(mqtt));
+    findings.extend(workers::retained(facts));
+    findings.extend(workers::named(facts));
+    findings.extend(files::state(Program::Broker, &facts.state, running.as_ref()));
+    // What the running broker cannot read is one of its problems.
+    let is_problem = |key: &str| running.iter().any(|running| running.lists_damaged.iter().any(|list| list == key));
+    let lists: Vec<_> = facts.lists.iter().filter(|list| !is_problem(list.key)).cloned().collect();
+    findings.extend(files::lists(Program::Broker, &facts.state.user, &lists, running.as_ref()));
+    findings.extend(facts.files.map(open_files));
+    findings.push(clock::clock(Program::Broker, &facts.clock));
+    findings
+}
+
+/// What the broker says of its process.
+fn process(status: &Status) -> Running {
+    let subjects = |is_it: fn(ProblemKind) -> bool| {
+        status.problems.iter().filter(move |problem| is_it(problem.kind)).map(|problem| problem.subject.clone())
+    };
+    let is_list = |kind| matches!(kind, ProblemKind::ListDamaged | ProblemKind::AllowListUnread);
+    Running {
+        pid: status.pid,
+        keeps_state: subjects(|kind| kind == ProblemKind::StateNotKept).next().is_none(),
+        lists_damaged: subjects(is_list).collect(),
+    }
+}
+
+/// Another MQTT server.
+fn mqtt(MqttFacts { server, outcome }: &MqttFacts) -> Vec<Finding> {
+    match outcome {
+        Err(failure) => vec![bus::no_connection(Program::Broker, server, failure)],
+        Ok(found) => bus::rights(Program::Broker, server, &found.rights),
+    }
+}
+
+fn open_files(files: usize) -> Finding {
+    let (subject, open) = ("files", Capacity::of_files(files).open);
+    let found = format!("the running broker may open {files}, which is enough for {open} connections of routers");
+    if open < CONNECTIONS {
+        Finding::warn(subject, found, "set LimitNOFILE=524288 in its unit, or `ulimit -n` where it is started")
+    } else {
+        Finding::ok(subject, found)
+    }
+}

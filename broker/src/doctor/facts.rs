@@ -1,0 +1,96 @@
+//! What is known of a broker when the checks decide.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use wgkex_common::config::Problem;
+use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::clock::ClockFacts;
+use wgkex_common::doctor::files::{ListFacts, StateFacts};
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::mqtt::trial::Failure;
+
+use crate::http::status::Status;
+use crate::tls::Validity;
+
+/// Everything that is known.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// What is odd in the config.
+    pub config_warnings: Vec<Problem>,
+    /// What the broker says that answers on `broker_listen`; or why none does.
+    pub running: Result<Status, String>,
+    /// Each port that the config names.
+    pub ports: Vec<PortFacts>,
+    /// Each certificate that the config names.
+    pub certificates: Vec<CertificateFacts>,
+    /// The gateways that the config names in `workers`.
+    pub workers: BTreeSet<String>,
+    /// The MQTT server inside the broker, if it is that one.
+    pub embedded: Option<EmbeddedFacts>,
+    /// The MQTT server, if it is another one.
+    pub mqtt: Option<MqttFacts>,
+    /// Where the state is kept.
+    pub state: StateFacts,
+    /// The files and directories of the access lists, by their keys in the config.
+    pub lists: Vec<ListFacts>,
+    /// How many files the running broker may open, if that can be told.
+    pub files: Option<usize>,
+    /// The clock.
+    pub clock: ClockFacts,
+}
+
+/// A port on which the broker listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortFacts {
+    /// The key of the config that names it.
+    pub key: &'static str,
+    /// Host and port.
+    pub listen: String,
+    /// Who has it; or why nobody can.
+    pub owner: Result<PortOwner, String>,
+}
+
+/// A certificate that the broker shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertificateFacts {
+    /// The section of the config that names its files.
+    pub section: &'static str,
+    /// The file of the certificate.
+    pub file: PathBuf,
+    /// Why the broker's user cannot read it or its key.
+    pub denied: Option<String>,
+    /// For how long it counts; or why it cannot be used.
+    pub validity: Result<Validity, String>,
+}
+
+/// The MQTT server inside the broker.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EmbeddedFacts {
+    /// Whether other machines reach it.
+    pub is_reachable: bool,
+    /// Its users, if it has any.
+    pub has_users: bool,
+    /// Those of them that are workers.
+    pub workers: BTreeSet<String>,
+}
+
+/// Another MQTT server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttFacts {
+    /// The server, for people.
+    pub server: String,
+    /// What it allows; or why there is no connection.
+    pub outcome: Result<BusFacts, Failure>,
+}
+
+/// What the MQTT server allows, and what is retained there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BusFacts {
+    /// What it refuses.
+    pub rights: Rights,
+    /// The workers whose hello is retained.
+    pub hellos: BTreeSet<String>,
+    /// The workers of which anything is retained.
+    pub heard: BTreeSet<String>,
+}

@@ -1,0 +1,111 @@
+//! What the running broker says of itself and of its fleet.
+
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::doctor::{Finding, Level};
+
+use super::facts::Facts;
+use crate::fleet::status::{Problem, ProblemKind, age, printable};
+use crate::http::status::Status;
+
+const BROKER: &str = "broker";
+const FLEET: &str = "fleet";
+
+/// Whether it runs, and each of its problems.
+pub(super) fn broker(facts: &Facts) -> Vec<Finding> {
+    match &facts.running {
+        Ok(status) => {
+            let mut findings = vec![runs(status)];
+            findings.extend(status.problems.iter().map(problem));
+            if status.problems.is_empty() {
+                let online = status.gateways.iter().filter(|gateway| gateway.online).count();
+                findings.push(Finding::ok(FLEET, format!("gateways online: {online}, and no problem")));
+            }
+            findings
+        }
+        Err(error) => vec![does_not_answer(facts, error)],
+    }
+}
+
+fn runs(Status { version, uptime_secs, ready, .. }: &Status) -> Finding {
+    let runs = format!("version {} runs, for {}", printable(version), age(*uptime_secs));
+    if *ready {
+        Finding::ok(BROKER, format!("{runs}, and is ready"))
+    } else {
+        Finding::fail(BROKER, format!("{runs}, and is not ready: routers get a 503"), "see why below")
+    }
+}
+
+fn does_not_answer(facts: &Facts, error: &str) -> Finding {
+    let listen = facts.ports.iter().find(|port| port.key == "broker_listen");
+    if listen.is_none_or(|port| port.owner == Ok(PortOwner::Nobody)) {
+        let found = "none runs here: what only a running one knows is not checked";
+        return Finding::warn(BROKER, found, "`systemctl start wgkex-broker`; its log says why it ended");
+    }
+    let advice =
+        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below who has the port";
+    Finding::fail(BROKER, printable(error), advice)
+}
+
+fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
+    let subject = match kind {
+        ProblemKind::NotReady | ProblemKind::StateNotKept | ProblemKind::ListsNotKept => BROKER,
+        ProblemKind::ProxyNotTrusted => "trusted_proxies",
+        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
+        ProblemKind::DomainWithoutGateway
+        | ProblemKind::SameKey
+        | ProblemKind::SameLinkAddress
+        | ProblemKind::SameExternalAddress
+        | ProblemKind::RoutersUnreached
+        | ProblemKind::DataMissing
+        | ProblemKind::DomainDown
+        | ProblemKind::GatewayOffline => FLEET,
+    };
+    Finding { level: level(*kind), ..Finding::warn(subject, printable(text), advice(*kind)) }
+}
+
+/// It fails where routers are not served.
+fn level(kind: ProblemKind) -> Level {
+    match kind {
+        ProblemKind::NotReady
+        | ProblemKind::DomainWithoutGateway
+        | ProblemKind::AllowListUnread
+        | ProblemKind::ListDamaged
+        | ProblemKind::SameKey
+        | ProblemKind::SameLinkAddress
+        | ProblemKind::SameExternalAddress
+        | ProblemKind::DataMissing => Level::Fail,
+        ProblemKind::StateNotKept
+        | ProblemKind::ListsNotKept
+        | ProblemKind::ProxyNotTrusted
+        | ProblemKind::RoutersUnreached
+        | ProblemKind::DomainDown
+        | ProblemKind::GatewayOffline => Level::Warn,
+    }
+}
+
+fn advice(kind: ProblemKind) -> &'static str {
+    match kind {
+        ProblemKind::NotReady => "see the lines about MQTT, and its log",
+        ProblemKind::DomainWithoutGateway => {
+            "`wgkex-broker gateways` shows why; run `wgkex-worker doctor` on a gateway that is to serve it, or take it out of \
+             domains"
+        }
+        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "its log says why, with the line",
+        ProblemKind::StateNotKept | ProblemKind::ListsNotKept => {
+            "see the lines about the state, and whether the disk is full or read-only"
+        }
+        ProblemKind::SameKey => {
+            "give one of them a key of its own: take away its key file, and run `wgkex-worker setup`"
+        }
+        ProblemKind::SameLinkAddress => "give one of them a link address of its own: it follows from its key",
+        ProblemKind::SameExternalAddress => "correct externalName or setup.listen_port of one of them",
+        ProblemKind::ProxyNotTrusted => {
+            "add its address to trusted_proxies, and have it send X-Forwarded-For or Forwarded; then restart the broker"
+        }
+        ProblemKind::RoutersUnreached => {
+            "open its UDP port in each firewall on the way, or correct externalName; see `wgkex-worker doctor` there"
+        }
+        ProblemKind::DataMissing | ProblemKind::DomainDown => "run `wgkex-worker doctor` there",
+        ProblemKind::GatewayOffline => "run `wgkex-worker doctor` there, or take it out of workers",
+    }
+}

@@ -1,0 +1,91 @@
+//! Checks of where the broker listens: the ports, their certificates, and who may connect to its MQTT server.
+
+use std::time::Duration;
+
+use wgkex_common::doctor::Finding;
+use wgkex_common::doctor::sockets::PortOwner;
+
+use super::facts::{CertificateFacts, EmbeddedFacts, PortFacts};
+use crate::fleet::status::printable;
+use crate::http::status::Status;
+use crate::tls::Validity;
+
+/// What the broker's process is called.
+const PROGRAM: &str = "wgkex-broker";
+const DAY: Duration = Duration::from_secs(86_400);
+/// A certificate that ends sooner should have been renewed.
+const SOON: Duration = Duration::from_secs(30 * 86_400);
+
+/// Whether the broker has the port, or can have it.
+pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option<&Status>) -> Finding {
+    let other = || format!("end that, or set {key} to another port; `ss -tlnp` shows who has it");
+    match (owner, running) {
+        (Err(error), _) => {
+            let advice = format!("set {key} to an address of this machine, or to \"::\" for all");
+            Finding::fail(key, format!("nobody can listen on {listen}: {error}"), advice)
+        }
+        (Ok(PortOwner::Nobody), None) => Finding::ok(key, format!("{listen} is free")),
+        (Ok(PortOwner::Nobody), Some(_)) => Finding::fail(
+            key,
+            format!("the running broker does not listen on {listen}"),
+            "restart it: it was started with another config",
+        ),
+        // It may have another number in its container.
+        (Ok(PortOwner::Process { pid, name }), Some(status)) if *pid == status.pid || name == PROGRAM => {
+            Finding::ok(key, format!("the running broker listens on {listen}"))
+        }
+        (Ok(PortOwner::Process { pid, name }), _) => {
+            Finding::fail(key, format!("{listen} is taken by process {pid} ({})", printable(name)), other())
+        }
+        (Ok(PortOwner::Kernel), Some(_)) => {
+            Finding::ok(key, format!("somebody listens on {listen}; who it is, only root sees"))
+        }
+        (Ok(PortOwner::Kernel), None) => {
+            Finding::fail(key, format!("{listen} is taken by a process that is not seen from here"), other())
+        }
+    }
+}
+
+/// Whether the certificate can be used, and for how long.
+pub(super) fn certificate(facts: &CertificateFacts) -> Finding {
+    let CertificateFacts { section, file, denied, validity } = facts;
+    let (file, renew) = (file.display(), "renew it; the running broker reads it again by itself");
+    let readable = "let the broker's user read both files (chmod, chown)";
+    let days = |duration: &Duration| duration.as_secs() / DAY.as_secs();
+    match (denied, validity) {
+        (Some(denied), _) => Finding::fail(section, denied.clone(), readable),
+        (None, Err(error)) => Finding::fail(
+            section,
+            error.clone(),
+            format!("name a certificate and its own key as PEM in {section}.cert_file and .key_file"),
+        ),
+        (None, Ok(Validity::NotYet)) => {
+            Finding::fail(section, format!("{file} is not valid yet"), "see whether the clock is right, or renew it")
+        }
+        (None, Ok(Validity::Expired(ago))) => {
+            Finding::fail(section, format!("{file} has expired, {} days ago", days(ago)), renew)
+        }
+        (None, Ok(Validity::Left(left))) if *left < SOON => {
+            Finding::warn(section, format!("{file} expires in {} days", days(left)), renew)
+        }
+        (None, Ok(Validity::Left(left))) => {
+            Finding::ok(section, format!("{file} has its key, and expires in {} days", days(left)))
+        }
+    }
+}
+
+/// Who may connect to the MQTT server inside the broker.
+pub(super) fn embedded(facts: &EmbeddedFacts) -> Finding {
+    let key = "mqtt_listen";
+    match facts {
+        EmbeddedFacts { has_users: true, .. } => Finding::ok(key, "users and their passwords are asked for"),
+        EmbeddedFacts { is_reachable: false, .. } => {
+            Finding::ok(key, "only programs of this machine reach it, and each may do everything")
+        }
+        EmbeddedFacts { is_reachable: true, .. } => Finding::fail(
+            key,
+            "other machines reach it, and each may do everything",
+            "set mqtt_listen.users; `wgkex-broker hash-password` makes the hashes",
+        ),
+    }
+}

@@ -1,0 +1,56 @@
+//! The proxies that bring requests and are not in `trusted_proxies`. No IO.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use parking_lot::Mutex;
+
+use crate::fleet::status::{Problem, ProblemKind};
+
+/// So many are named; who has more has one mistake, and not many.
+const MAX: usize = 8;
+
+/// The addresses of proxies nearby that are not trusted, as far as they have brought requests.
+#[derive(Debug, Default)]
+pub struct MissedProxies(Mutex<BTreeSet<IpAddr>>);
+
+impl MissedProxies {
+    /// Takes down a proxy; true if it is to be named, as it was not so far.
+    pub fn add(&self, proxy: IpAddr) -> bool {
+        let mut known = self.0.lock();
+        (known.len() < MAX) && known.insert(proxy.to_canonical())
+    }
+
+    /// Whether there is any.
+    pub fn is_any(&self) -> bool {
+        !self.0.lock().is_empty()
+    }
+
+    /// A problem for each.
+    pub fn problems(&self) -> Vec<Problem> {
+        let problem = |proxy: &IpAddr| Problem {
+            kind: ProblemKind::ProxyNotTrusted,
+            subject: proxy.to_string(),
+            text: format!("proxy {proxy} is not in trusted_proxies: all routers behind it count as one client"),
+        };
+        self.0.lock().iter().map(problem).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_proxy_is_named_once_and_not_too_many() {
+        let missed = MissedProxies::default();
+        assert!(!missed.is_any());
+        let proxy = |n: u8| IpAddr::from([10, 0, 0, n]);
+        assert!(missed.add(proxy(1)) && !missed.add(proxy(1)) && missed.is_any());
+        assert!(!missed.add("::ffff:10.0.0.1".parse().unwrap()));
+        let named = (2..100).filter(|n| missed.add(proxy(*n))).count();
+        assert_eq!((named, missed.problems().len()), (MAX - 1, MAX));
+        let first = &missed.problems()[0];
+        assert!(first.subject == "10.0.0.1" && first.text.starts_with("proxy 10.0.0.1 is not in trusted_proxies"));
+    }
+}

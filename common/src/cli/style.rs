@@ -1,0 +1,45 @@
+//! Colours of what commands print.
+
+use std::env;
+use std::io::{self, IsTerminal as _};
+
+/// How a text is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// As text.
+    Plain,
+    /// With colours for a terminal.
+    Coloured,
+}
+
+/// The colour of a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colour {
+    /// All is well.
+    Good,
+    /// Somebody should look.
+    Odd,
+    /// Something is wrong.
+    Bad,
+}
+
+impl Style {
+    /// Colours only where a person looks, who has not asked for none.
+    #[must_use]
+    pub fn of_stdout() -> Self {
+        let is_unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        if io::stdout().is_terminal() && !is_unwanted { Self::Coloured } else { Self::Plain }
+    }
+
+    /// The text in this colour.
+    #[must_use]
+    pub fn paint(self, colour: Colour, text: &str) -> String {
+        let code = match (self, colour) {
+            (Self::Plain, _) => return text.to_owned(),
+            (Self::Coloured, Colour::Good) => 32,
+            (Self::Coloured, Colour::Odd) => 33,
+            (Self::Coloured, Colour::Bad) => 31,
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+}

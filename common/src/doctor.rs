@@ -1,0 +1,210 @@
+//! What the commands `doctor` of both programs have in common: a [`Finding`] for each check, and how they are printed.
+//!
+//! Each program gathers facts, in its room `cli`, and decides about them without IO, in its room `doctor`. Here are the
+//! checks that both make: [`files`], [`bus`], [`clock`], [`config`]; and what gathers facts for them: [`access`],
+//! [`sockets`].
+
+pub mod access;
+pub mod bus;
+pub mod clock;
+pub mod files;
+pub mod sockets;
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::cli::style::{Colour, Style};
+use crate::config::{ConfigError, Problem};
+
+/// The exit code where there are warnings only.
+const WARNINGS: u8 = 1;
+/// The exit code where something fails.
+const FAILURES: u8 = 3;
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// It is as it should be.
+    Ok,
+    /// Somebody should look.
+    Warn,
+    /// Routers are not served, or will not be.
+    Fail,
+}
+
+/// What one check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub level: Level,
+    /// What was looked at, as `wg-welt` or `clock`.
+    pub subject: String,
+    /// What was found.
+    pub found: String,
+    /// What to do; none if it is as it should be.
+    pub advice: Option<String>,
+}
+
+/// What is wrong, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// What was found.
+    pub found: String,
+    /// What to do.
+    pub advice: String,
+}
+
+/// Whose doctor it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// The broker's.
+    Broker,
+    /// The worker's.
+    Worker,
+}
+
+impl Program {
+    /// What the program is called in a sentence.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Broker => "broker",
+            Self::Worker => "worker",
+        }
+    }
+
+    /// The key of the config that names where it answers.
+    fn listen(self) -> &'static str {
+        match self {
+            Self::Broker => "broker_listen",
+            Self::Worker => "worker_listen",
+        }
+    }
+
+    /// What says as which user it is started.
+    fn user(self) -> &'static str {
+        match self {
+            Self::Broker => "User= of its unit; --user NAME checks for another one",
+            Self::Worker => "User= of its unit, or worker_user",
+        }
+    }
+}
+
+impl Trouble {
+    /// What was found, and what to do.
+    #[must_use]
+    pub fn new(found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { found: found.into(), advice: advice.into() }
+    }
+}
+
+impl Level {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "fail",
+        }
+    }
+
+    fn colour(self) -> Colour {
+        match self {
+            Self::Ok => Colour::Good,
+            Self::Warn => Colour::Odd,
+            Self::Fail => Colour::Bad,
+        }
+    }
+}
+
+impl Finding {
+    /// It is as it should be.
+    #[must_use]
+    pub fn ok(subject: &str, found: impl Into<String>) -> Self {
+        Self { level: Level::Ok, subject: subject.into(), found: found.into(), advice: None }
+    }
+
+    /// Somebody should look.
+    #[must_use]
+    pub fn warn(subject: &str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { level: Level::Warn, subject: subject.into(), found: found.into(), advice: Some(advice.into()) }
+    }
+
+    /// Routers are not served, or will not be.
+    #[must_use]
+    pub fn fail(subject: &str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { level: Level::Fail, ..Self::warn(subject, found, advice) }
+    }
+
+    /// `ok` if `trouble` is none, else that.
+    #[must_use]
+    pub fn judge(subject: &str, level: Level, ok: impl Into<String>, trouble: Option<Trouble>) -> Self {
+        match trouble {
+            None => Self::ok(subject, ok),
+            Some(Trouble { found, advice }) => Self { level, ..Self::warn(subject, found, advice) },
+        }
+    }
+}
+
+/// A config that is valid, with what is odd in it.
+#[must_use]
+pub fn config(odd: &[Problem]) -> Vec<Finding> {
+    let mut findings = vec![Finding::ok("config", "it is valid")];
+    findings.extend(warnings(odd));
+    findings
+}
+
+/// What is wrong with a config by which nothing else can be checked.
+#[must_use]
+pub fn invalid_config(error: &ConfigError) -> Vec<Finding> {
+    let advice = "correct it: wgkex.yaml.example describes every key";
+    let mut findings: Vec<_> =
+        error.mistakes.iter().map(|mistake| Finding::fail("config", mistake.to_string(), advice)).collect();
+    findings.extend(warnings(&error.warnings));
+    findings
+}
+
+fn warnings(warnings: &[Problem]) -> impl Iterator<Item = Finding> {
+    let advice = "correct it, or take it out";
+    warnings.iter().map(move |warning| Finding::warn("config", warning.to_string(), advice))
+}
+
+/// The worst of all.
+#[must_use]
+pub fn worst(findings: &[Finding]) -> Level {
+    findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok)
+}
+
+/// One line for each finding, and one for all.
+#[must_use]
+pub fn report(findings: &[Finding], style: Style) -> String {
+    let mut report = String::new();
+    for Finding { level, subject, found, advice } in findings {
+        let word = style.paint(level.colour(), &format!("{:<4}", level.word()));
+        let advice = advice.as_ref().map_or_else(String::new, |advice| format!("; {advice}"));
+        let _ = writeln!(report, "{word} {subject}: {found}{advice}");
+    }
+    let number = |level| findings.iter().filter(|finding| finding.level == level).count();
+    let (checks, warnings, failures) = (findings.len(), number(Level::Warn), number(Level::Fail));
+    let _ = writeln!(report, "checks: {checks}, warnings: {warnings}, failures: {failures}");
+    report
+}
+
+/// Prints what was found, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+#[must_use]
+pub fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
+    let text = if is_json {
+        format!("{:#}\n", json!({ "worst": worst(findings), "findings": findings }))
+    } else {
+        report(findings, Style::of_stdout())
+    };
+    let mut out = io::stdout().lock();
+    match (out.write_all(text.as_bytes()).and_then(|()| out.flush()), worst(findings)) {
+        (Err(_), _) | (Ok(()), Level::Fail) => FAILURES.into(),
+        (Ok(()), Level::Warn) => WARNINGS.into(),
+        (Ok(()), Level::Ok) => ExitCode::SUCCESS,
+    }
+}

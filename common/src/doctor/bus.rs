@@ -1,0 +1,89 @@
+//! Checks of a connection to the MQTT server: whether there is one, and what it allows.
+
+use super::{Finding, Program};
+use crate::mqtt::Fault;
+use crate::mqtt::trial::{Allowed, Echo, Failure};
+
+/// What these findings are about.
+pub const SUBJECT: &str = "MQTT";
+
+/// What the MQTT server does not allow.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rights {
+    /// Subscriptions that it refuses, without which the program cannot work.
+    pub refused: Vec<String>,
+    /// Others that it refuses.
+    pub refused_optional: Vec<String>,
+    /// What became of a message below `wgkex/`.
+    pub echo: Echo,
+}
+
+impl From<&Allowed> for Rights {
+    fn from(Allowed { refused, refused_optional, echo, .. }: &Allowed) -> Self {
+        Self { refused: refused.clone(), refused_optional: refused_optional.clone(), echo: *echo }
+    }
+}
+
+/// Why there is no connection.
+#[must_use]
+pub fn no_connection(program: Program, server: &str, Failure { fault, cause }: &Failure) -> Finding {
+    Finding::fail(SUBJECT, format!("{server}: {cause}"), advice(program, *fault))
+}
+
+fn advice(program: Program, fault: Fault) -> &'static str {
+    match fault {
+        Fault::Password => "set mqtt.username and mqtt.password to what the server knows",
+        Fault::ClientId => match program {
+            Program::Worker => "set mqtt.username to the host name of this machine",
+            Program::Broker => "let its user have the client ids wgkex-broker-NAME, -NAME-keys and -NAME-doctor",
+        },
+        Fault::Tls => {
+            "check mqtt.tls and mqtt.broker_port, that mqtt.broker_url is a name in the server's certificate, and that mqtt.ca_file \
+             names who signed it"
+        }
+        Fault::NoTls => "set mqtt.tls to true if the server has TLS on this port, or mqtt.broker_port to one without",
+        Fault::Busy => "correct mqtt.username and mqtt.password, then wait a minute; the broker's log names the cause",
+        Fault::Server => "start the MQTT server, or correct mqtt.broker_url and mqtt.broker_port",
+    }
+}
+
+/// What a server that lets the program in allows.
+#[must_use]
+pub fn rights(program: Program, server: &str, rights: &Rights) -> Vec<Finding> {
+    let connected = Finding::ok(SUBJECT, format!("{server} lets the {} in", program.word()));
+    vec![connected, subscriptions(program, rights), echo(program, rights.echo)]
+}
+
+fn lacking(program: Program) -> String {
+    let user = program.word();
+    format!("give the {user}'s user its rights: `wgkex-broker mqtt-acl` prints them for Mosquitto and EMQX")
+}
+
+fn subscriptions(program: Program, rights: &Rights) -> Finding {
+    let refused = |filters: &[String]| format!("the server refuses to let it subscribe to {}", filters.join(", "));
+    match (&rights.refused[..], &rights.refused_optional[..]) {
+        ([], []) => Finding::ok(SUBJECT, "it may subscribe to all that it needs"),
+        ([], optional) => Finding::warn(SUBJECT, refused(optional), lacking(program)),
+        (required, _) => Finding::fail(SUBJECT, refused(required), lacking(program)),
+    }
+}
+
+fn echo(program: Program, echo: Echo) -> Finding {
+    let follows = match program {
+        Program::Worker => "brokers get no confirmations",
+        Program::Broker => "workers hear nothing of revocations, and may miss keys",
+    };
+    match echo {
+        Echo::Came => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
+        Echo::Lost => Finding::warn(
+            SUBJECT,
+            format!("what it publishes below wgkex/ does not come back: {follows}"),
+            lacking(program),
+        ),
+        Echo::Closed => Finding::warn(
+            SUBJECT,
+            format!("the server ends the connection when it publishes below wgkex/: {follows}"),
+            lacking(program),
+        ),
+    }
+}

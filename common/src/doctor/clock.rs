@@ -1,0 +1,65 @@
+//! Whether the clock is right: by it list entries and certificates are judged.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use super::{Finding, Program};
+
+/// A clock that is off by more than this needs a look.
+const ODD: Duration = Duration::from_secs(5);
+/// By so much, list entries and certificates are judged wrongly.
+const WRONG: Duration = Duration::from_secs(3600);
+
+const SUBJECT: &str = "clock";
+const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony";
+
+/// The clock.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClockFacts {
+    /// How far it is from that of the HTTP server that was named; or why that cannot be told.
+    pub server: Option<Result<Duration, String>>,
+    /// Whether the system says that it is synchronised; none if it does not say.
+    pub is_synchronised: Option<bool>,
+}
+
+/// Whether the system says that the clock is synchronised.
+#[must_use]
+pub fn is_synchronised() -> Option<bool> {
+    if Path::new("/run/systemd/timesync/synchronized").exists() {
+        return Some(true);
+    }
+    let mut command = Command::new("timedatectl");
+    command.args(["show", "--property=NTPSynchronized", "--value"]).stdin(Stdio::null());
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    match output.stdout.trim_ascii() {
+        b"yes" => Some(true),
+        b"no" => Some(false),
+        _ => None,
+    }
+}
+
+/// What it is said to be.
+#[must_use]
+pub fn clock(program: Program, facts: &ClockFacts) -> Finding {
+    let away = |off: &Duration| format!("it is {} s away from that of the HTTP server", off.as_secs());
+    match (&facts.server, facts.is_synchronised) {
+        (Some(Ok(off)), _) if *off >= WRONG => Finding::fail(SUBJECT, away(off), SYNCHRONISE),
+        (Some(Ok(off)), _) if *off > ODD => Finding::warn(SUBJECT, away(off), SYNCHRONISE),
+        (Some(Err(error)), _) => Finding::warn(
+            SUBJECT,
+            format!("it cannot be compared: {error}"),
+            "name another --broker-url, such as http://HOST:5000",
+        ),
+        (_, Some(false)) => Finding::warn(SUBJECT, "it is not synchronised", SYNCHRONISE),
+        (Some(Ok(_)), _) => Finding::ok(SUBJECT, "it is that of the HTTP server"),
+        (None, Some(true)) => Finding::ok(SUBJECT, "it is synchronised"),
+        (None, None) => {
+            let compare = match program {
+                Program::Worker => "compare it with that of the broker: --broker-url http://HOST:5000",
+                Program::Broker => "compare it with another one, as `chronyc tracking` does",
+            };
+            Finding::warn(SUBJECT, "the system does not say whether it is synchronised", compare)
+        }
+    }
+}
