@@ -97,7 +97,7 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
     let home = key(6);
     assert_eq!(stack.v1(DOMAIN, &home).status, 200);
     let report = json!({ "domain": DOMAIN, "keys": [home] }).to_string();
-    ours.probe.say(said("wgkex/worker/gw2/handshakes", report, 1, false));
+    ours.probe.say(said("wgkex/worker/gw2/seen", report, 1, false));
     let shown = || printed(&operator.run(&stack, &["where", &home]));
     wait_until("the handshake is known", || shown().contains("at gw2").then_some(()));
     assert!(operator.run(&stack, &["drain", "gw2", "--for", "1h"]).status.success());

@@ -11,7 +11,7 @@
 mod bus;
 pub mod cli;
 pub mod doctor;
-pub mod drain;
+mod drain;
 pub mod dry_run;
 mod http;
 mod lists;
@@ -130,9 +130,10 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
+    // Before the publisher, which ends when this does, and has to say that the worker goes.
+    services.background().spawn("the drain", |_| watch_drain.run());
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
     worker.start_http(&mut services, watched);
-    services.background().spawn("the drain", |_| watch_drain.run());
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
     drop(worker);

@@ -94,7 +94,7 @@ impl DrainStore {
             Ok(drains) => gateways.lock().set_drains(drains.unwrap_or_default()),
             Err(error @ StorageError::UnknownVersion(_)) => return Err(error),
             Err(error) => {
-                warn!(file = %file.display(), %error, "drains cannot be read, no gateway is drained by this broker")
+                warn!(file = %file.display(), %error, "drains cannot be read, no gateway is drained by this broker");
             }
         }
         gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
