@@ -75,7 +75,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
     let gateways = run(&stack, &["gateways"]);
     assert_eq!(gateways.status.code(), Some(0));
     let row = printed(&gateways).lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
-    assert_eq!(row, "gw1 online 0.1.0 14 1 100.0% 15.0 ffx_a 7, ffx_b 7");
+    assert_eq!(row, "gw1 online 0.1.0 14 1 0 100.0% 15.0 ffx_a 7, ffx_b 7");
     let gateways: Value = serde_json::from_slice(&run(&stack, &["gateways", "--json"]).stdout).unwrap();
     assert_eq!(gateways[0]["name"], "gw1");
 

@@ -293,7 +293,7 @@ mod tests {
             for gateway in given(&rows, OVER, None, 20) {
                 peers[gateway] += 1;
             }
-            let fair = (peers[0] + peers[1]) / 2;
+            let fair = u64::midpoint(peers[0], peers[1]);
             let most = fair * (second + 1) / 900 + 40;
             assert!(peers[1] <= most || peers[1] * 10 >= fair * 9, "{second}: {peers:?}");
         }
