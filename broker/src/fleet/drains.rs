@@ -1,15 +1,17 @@
 //! The gateways that this broker's operator drains, in `state_dir/broker.drain.json`.
 //!
 //! [`Drains`] is the content, part of [`Gateways`]; [`DrainStore`] writes it: at once for an admin call, which waits for it,
-//! and by one task when a drain ends by itself.
+//! and by one task when a drain ends by itself. That task reads it again on SIGHUP.
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
@@ -39,6 +41,11 @@ pub struct Drains {
 pub struct TooManyDrains;
 
 impl Drains {
+    /// The gateways that drain.
+    pub fn workers(&self) -> impl Iterator<Item = &WorkerName> {
+        self.gateways.keys()
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -81,7 +88,7 @@ impl Drains {
 pub struct DrainStore {
     file: PathBuf,
     gateways: Arc<Mutex<Gateways>>,
-    /// Held while the file is written, so that the last state is what stays.
+    /// Held while the drains are changed and written, or read again, so that the last change is what stays.
     writing: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -103,14 +110,23 @@ impl DrainStore {
 
     /// Drains a gateway, or no longer does. Says whether the disk has taken it.
     pub async fn set(&self, worker: &WorkerName, drain: Option<Drain>) -> Result<DrainOutcome, TooManyDrains> {
+        let _writing = self.writing.lock().await;
         let was_on = self.gateways.lock().set_drain(worker, drain, Instant::now())?;
         Ok(DrainOutcome { was_on, is_kept: self.save().await })
     }
 
-    /// Ends each drain at its time.
+    /// Ends each drain at its time, and reads the file again on SIGHUP.
     pub async fn run(self) {
+        let mut hangup = signal(SignalKind::hangup()).ok();
         loop {
-            sleep(INTERVAL).await;
+            let is_hangup = tokio::select! {
+                () = sleep(INTERVAL) => false,
+                () = received(hangup.as_mut()) => true,
+            };
+            let _writing = self.writing.lock().await;
+            if is_hangup {
+                self.reload().await;
+            }
             let over = self.gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
             if over.is_empty() {
                 continue;
@@ -122,8 +138,20 @@ impl DrainStore {
         }
     }
 
+    /// A file that is missing or cannot be read changes nothing.
+    async fn reload(&self) {
+        let file = self.file.clone();
+        match spawn_blocking(move || json_file::read::<Drains>(&file, LAYOUT)).await {
+            Ok(Ok(Some(drains))) => self.gateways.lock().replace_drains(drains, Instant::now()),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => {
+                warn!(file = %self.file.display(), %error, "drains cannot be read, they stay as they are");
+            }
+            Err(error) => warn!(%error, "drains cannot be read, they stay as they are"),
+        }
+    }
+
     async fn save(&self) -> bool {
-        let _writing = self.writing.lock().await;
         let (file, drains) = (self.file.clone(), self.gateways.lock().drains().clone());
         let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
         let failure = match saved {
@@ -133,6 +161,16 @@ impl DrainStore {
         };
         warn!(file = %self.file.display(), failure, "drains cannot be kept, a restart would lose them");
         false
+    }
+}
+
+async fn received(signal: Option<&mut Signal>) {
+    let is_over = match signal {
+        Some(signal) => signal.recv().await.is_none(),
+        None => true,
+    };
+    if is_over {
+        pending::<()>().await;
     }
 }
 
@@ -176,6 +214,13 @@ mod tests {
         let again = open().unwrap();
         assert_eq!(again.gateways.lock().drains().get(&worker), Some(&drain));
         assert!(again.set(&worker, None).await.unwrap().was_on);
+        std::fs::write(store.file.clone(), r#"{"layout":1,"gateways":{"gw2":{"since":9}}}"#).unwrap();
+        again.reload().await;
+        let is_drained = |name: &str| again.gateways.lock().drains().get(&name.parse().unwrap()).is_some();
+        assert_eq!([is_drained("gw1"), is_drained("gw2")], [false, true], "read again");
+        std::fs::write(store.file.clone(), "{").unwrap();
+        again.reload().await;
+        assert!(is_drained("gw2"), "a damaged file changes nothing");
         let over = Drain { until: Some(8), ..drain };
         let _ = again.set(&worker, Some(over)).await.unwrap();
         assert_eq!(open().unwrap().gateways.lock().drains().get(&worker), None, "it ended meanwhile");

@@ -423,6 +423,14 @@ impl Gateways {
         self.drains = drains;
     }
 
+    /// Goes on with these drains.
+    pub fn replace_drains(&mut self, drains: Drains, now: Instant) {
+        let before = std::mem::replace(&mut self.drains, drains);
+        for worker in before.workers().filter(|worker| self.drains.get(worker).is_none()).cloned().collect::<Vec<_>>() {
+            self.on_undrained(&worker, now);
+        }
+    }
+
     /// Drains a gateway, or no longer does. Says whether it did before.
     pub fn set_drain(
         &mut self,
