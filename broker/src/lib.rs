@@ -56,6 +56,7 @@ use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::KeyPublisher;
 use crate::exchange::rate_limit::RateLimits;
+use crate::fleet::drains::DrainStore;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
@@ -78,7 +79,7 @@ const IDLE_CHECK: Duration = Duration::from_secs(1);
 
 /// What a changed config means to a broker that runs.
 const KEY_USE: KeyUse = KeyUse {
-    live: &["workers"],
+    live: &["workers", "rebalance"],
     unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName"],
 };
 
@@ -88,6 +89,7 @@ struct Broker {
     exchange: Exchange,
     lists: Handle,
     revocations: PendingRevocations,
+    drains: DrainStore,
     /// The session that receives what workers publish.
     bus: MqttHandle,
     /// The session that publishes keys.
@@ -132,7 +134,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (live, store) = live_keys(&config, &lists)?;
     metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
-    let broker = Broker { config, exchange, lists, revocations: PendingRevocations::default(), bus, keys, metrics };
+    let drains = DrainStore::open(&config, exchange.gateways.clone())?;
+    let revocations = PendingRevocations::default();
+    let broker = Broker { config, exchange, lists, revocations, drains, bus, keys, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -164,7 +168,7 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
-        let Self { config, exchange, lists, revocations, bus, keys, metrics } = self;
+        let Self { config, exchange, lists, revocations, drains, bus, keys, metrics } = self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
@@ -212,9 +216,10 @@ impl Broker {
                 KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
             .spawn("the expiry", |_| expire(exchange.clone()))
+            .spawn("the drains", |_| drains.clone().run())
             .spawn("the config", |_| {
                 let gateways = gateways.clone();
-                reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().set_weights(config))
+                reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().reconfigure(config))
             });
         services
             .group(2 * FAREWELL_TIMEOUT, None)
@@ -278,6 +283,7 @@ impl Broker {
             lists: self.lists.clone(),
             exchange: self.exchange.clone(),
             revocations: self.revocations.clone(),
+            drains: self.drains.clone(),
             bus: self.keys.clone(),
             domains: self.config.domains.clone(),
             token_hash,

@@ -20,7 +20,7 @@ const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them 
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
                           the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status, \
                           gateways and doctor ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
-                          where and explain on admin_listen, with the token.";
+                          where, explain, drain and undrain on admin_listen, with the token.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]

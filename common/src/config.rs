@@ -21,6 +21,7 @@ mod original;
 mod peers;
 mod problem;
 mod raw;
+mod rebalance;
 mod reload;
 mod setup;
 #[cfg(test)]
@@ -51,6 +52,7 @@ pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;
 use self::raw::Raw;
+pub use self::rebalance::Rebalance;
 pub use self::reload::Source;
 pub use self::setup::Setup;
 pub use self::value::Secret;
@@ -105,6 +107,8 @@ pub struct Config {
     pub limits: Limits,
     /// Which keys may come, and stay.
     pub key_lists: KeyLists,
+    /// How fast a gateway that came back is filled.
+    pub rebalance: Rebalance,
     /// Where the broker takes admin calls.
     pub admin_listen: Listen,
     /// The SHA-256 of the token that admin calls need, 64 hexadecimal digits in lower case; without it there are none.

@@ -1,7 +1,8 @@
 //! What broker and worker share. [`PublicKey`] and [`Domain`] are at the face; each room has a part of the way of a key:
 //! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
 //! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
-//! a restart. [`config`], [`http`] and [`runtime`] are under all of that; [`cli`] and [`doctor`] have what the commands of both have in common.
+//! a restart, [`drain`] which gateways get no new routers. [`config`], [`http`] and [`runtime`] are under all of that; [`cli`]
+//! and [`doctor`] have what the commands of both have in common.
 
 pub mod access_lists;
 pub mod address;
@@ -9,6 +10,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 mod domain;
+pub mod drain;
 pub mod http;
 mod key;
 mod key_id;

@@ -1,10 +1,12 @@
 //! The commands of `wgkex-worker` that only look: [`status`] at the running worker, [`dry_run`] at what it would change in
-//! the kernel, [`doctor`] at everything that it needs. They change nothing, and work while the worker runs.
+//! the kernel, [`doctor`] at everything that it needs. They change nothing, and work while the worker runs. And [`drain`],
+//! which writes a file that the running worker reads.
 //!
 //! No task: each is a command of its own, which ends when it has printed. What they print is decided by [`crate::status`],
 //! [`crate::dry_run`] and [`crate::doctor`].
 
 pub mod doctor;
+pub mod drain;
 pub mod dry_run;
 mod http_client;
 pub mod status;

@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use tracing::{error, info};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
+use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::prepare;
 use wgkex_common::http::{Server, Settings, readable};
@@ -41,6 +42,8 @@ pub struct HttpState {
     pub links: [watch::Receiver<ConnectionState>; 2],
     /// Whether routers can use each domain.
     pub domains: watch::Receiver<DomainStates>,
+    /// Whether the gateway drains.
+    pub drain: watch::Receiver<Option<Drain>>,
     /// What the worker is called.
     pub name: String,
     /// The domains that it serves.
@@ -141,6 +144,7 @@ impl HttpState {
             pid: std::process::id(),
             uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
             mqtt: MqttStatus { connected: cause.is_none(), cause },
+            drain: self.drain.borrow().clone(),
             domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
             keys: self.key_totals(),
             batches: BatchTotals {

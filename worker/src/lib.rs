@@ -10,8 +10,8 @@
 
 mod bus;
 pub mod cli;
-
 pub mod doctor;
+mod drain;
 pub mod dry_run;
 mod http;
 mod lists;
@@ -35,6 +35,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::{Cleanup, Peers};
+use wgkex_common::drain::Drain;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
@@ -51,6 +52,7 @@ use crate::bus::publisher::{self, Publisher};
 use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
+use crate::drain::DrainWatch;
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
@@ -69,6 +71,7 @@ const KEY_USE: KeyUse = KeyUse {
         "workers",
         "broker_listen",
         "trusted_proxies",
+        "rebalance",
         "limits",
         "live_keys",
         "confirm_timeout",
@@ -88,6 +91,8 @@ struct Worker {
     bus: MqttHandle,
     /// The session that publishes what became of keys.
     confirmations: MqttHandle,
+    /// Whether the gateway drains.
+    drain: watch::Receiver<Option<Drain>>,
 }
 
 /// Each room's metrics.
@@ -130,7 +135,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
         subscriber::session(&config),
         subscriber::secondary_session(&config),
     )?;
-    let worker = Worker { config, metrics, lists, reconciler, bus, confirmations };
+    let watch_drain = DrainWatch::open(&config.state_dir, metrics.bus.draining.clone());
+    let worker = Worker { drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
 
     let watched = [
         ("the reconciler", task.heartbeat()),
@@ -141,6 +147,8 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
+    // Before the publisher, which ends when this does, and has to say that the worker goes.
+    services.background().spawn("the drain", |_| watch_drain.run());
     worker.start_bus(&mut services, [session, confirming], reports, reserved);
     worker.start_http(&mut services, watched);
     let Config { name, domains, .. } = &worker.config;
@@ -168,7 +176,7 @@ impl Worker {
         reports: Reports,
         reserved: watch::Sender<Reserved>,
     ) {
-        let Self { config, metrics, lists, reconciler, bus, confirmations } = self;
+        let Self { config, metrics, lists, reconciler, bus, confirmations, drain } = self;
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let (reporter, presence_events) = Reporter::new(own.clone());
@@ -176,6 +184,7 @@ impl Worker {
             bus: bus.clone(),
             confirmations: confirmations.clone(),
             state: reconciler.state(),
+            drain: drain.clone(),
             reports,
             presence_events,
             metrics: metrics.bus.clone(),
@@ -209,6 +218,7 @@ impl Worker {
             registry: self.metrics.registry.clone(),
             links: [&self.bus, &self.confirmations].map(MqttHandle::connection_state),
             domains: self.reconciler.state(),
+            drain: self.drain.clone(),
             name: self.config.name.to_string(),
             served: self.config.domains.clone(),
             started: Instant::now(),

@@ -13,6 +13,7 @@ use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
 use wgkex_worker::cli::doctor::Doctor;
+use wgkex_worker::cli::drain::{DrainCommand, UndrainCommand};
 use wgkex_worker::cli::dry_run::DryRun;
 use wgkex_worker::cli::status::StatusCommand;
 use wgkex_worker::setup;
@@ -58,6 +59,14 @@ enum Command {
                             while it does not."
     )]
     Doctor(Doctor),
+    /// Gives this gateway no new routers; those there stay. The running worker notices within 2 s; a restart changes nothing
+    #[command(
+        after_help = "Kept in state_dir/worker.drain.json. Run it as root or as the worker's user. For originals: \
+                            wgkex-broker drain GATEWAY."
+    )]
+    Drain(DrainCommand),
+    /// Gives this gateway new routers again
+    Undrain(UndrainCommand),
     #[command(flatten)]
     Documents(Documents),
 }
@@ -76,6 +85,8 @@ fn main() -> ExitCode {
         Some(Command::Status(status)) => status.run(file.path()),
         Some(Command::Doctor(doctor)) => doctor.run(file.path()),
         Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),
+        Some(Command::Drain(drain)) => drain.run(file.path()),
+        Some(Command::Undrain(undrain)) => undrain.run(file.path()),
         Some(Command::Documents(documents)) => documents.run(Args::command()),
     }
 }

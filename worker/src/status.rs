@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use wgkex_common::cli::style::{Colour, Style};
+use wgkex_common::drain::Drain;
 
 /// The state of a worker at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +23,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Its connection with the MQTT server.
     pub mqtt: MqttStatus,
+    /// That the gateway gets no new routers.
+    #[serde(default)]
+    pub drain: Option<Drain>,
     /// Each domain that it serves.
     pub domains: BTreeMap<String, DomainStatus>,
     /// What became of keys since it started.
@@ -170,6 +174,9 @@ impl Status {
             style.paint(Colour::Bad, "not connected")
         };
         let _ = writeln!(screen, "MQTT {mqtt}");
+        if let Some(drain) = &self.drain {
+            let _ = writeln!(screen, "{} {drain}", style.paint(Colour::Odd, "draining"));
+        }
         for (name, domain) in &self.domains {
             let _ = writeln!(screen, "{}", domain.line(name, style));
         }
@@ -250,6 +257,7 @@ mod tests {
             pid: 7,
             uptime_seconds: 180,
             mqtt: MqttStatus { connected: true, cause: None },
+            drain: None,
             domains: [("ffmuc_welt".to_owned(), domain)].into(),
             keys: KeyTotals { received: 20, ..KeyTotals::default() },
             batches: BatchTotals { batches: 4, keys: 20, seconds: 0.1 },
@@ -298,6 +306,7 @@ mod tests {
         let mut now = Status { keys: KeyTotals { received: 40, ..before.keys }, ..well() };
         now.batches.batches = 14;
         now.problems = vec!["MQTT: refused".into()];
+        now.drain = Some(Drain { since: 0, until: None, reason: Some("kernel".into()) });
         let rates = now.rates(&before, Duration::from_secs(2));
         assert_eq!(rates, Some(Rates { keys: 10.0, batches: 5.0 }));
         assert_eq!(Status { pid: 8, ..well() }.rates(&before, Duration::from_secs(2)), None, "it was restarted");
@@ -309,6 +318,7 @@ mod tests {
             "batches: 14, 5.0/s, on average 1.4 keys in 7.1 ms\n",
             "waiting: 5 in the queue, 6 pending, the oldest for 1.2 s\n",
             "wrong: MQTT: refused\n",
+            "draining since 1970-01-01T00:00:00Z: kernel\n",
         ] {
             assert!(screen.contains(text), "{text} is not in {screen}");
         }

@@ -18,6 +18,7 @@ use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::key_reports;
 use crate::cli::table::Colours;
 use crate::fleet::revocation;
+use crate::fleet::status::printable;
 use crate::http::admin::token_hash;
 
 /// The variable with the token.
@@ -115,6 +116,28 @@ pub enum AdminCommand {
         #[command(flatten)]
         call: ConnectionArgs,
     },
+    /// Gives a gateway no new routers, also an original; those there stay. At this broker: with several, run it at each
+    Drain {
+        /// The gateway's host name
+        gateway: String,
+        /// Why; shown to operators only
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// For how long, as 30m, 12h or 7d; until undrain if left out
+        #[arg(long = "for", value_name = "DURATION")]
+        lasts: Option<String>,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
+    /// Gives a gateway new routers again that was drained at this broker
+    Undrain {
+        /// The gateway's host name
+        gateway: String,
+        /// The connection to the broker.
+        #[command(flatten)]
+        call: ConnectionArgs,
+    },
     /// Makes a token for admin calls, and the line of the config that lets it in
     AdminToken,
 }
@@ -177,6 +200,10 @@ impl AdminCommand {
     fn text(self, file: Option<&Path>) -> anyhow::Result<(String, ExitCode)> {
         match self {
             Self::AdminToken => admin_token(),
+            Self::Drain { gateway, reason, lasts, call } => {
+                call.drain(file, "/v1/drain", &json!({ "gateway": gateway, "reason": reason, "for": lasts }))
+            }
+            Self::Undrain { gateway, call } => call.drain(file, "/v1/undrain", &json!({ "gateway": gateway })),
             Self::Revoke { about, call } => call.change(file, "POST", "/v1/revoke", &about.fields(None)),
             Self::Unrevoke { key, call } => call.change(file, "POST", "/v1/unrevoke", &json!({ "key": key })),
             Self::Allow { about, domain, remove, call } => {
@@ -231,6 +258,12 @@ impl ConnectionArgs {
         }
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
         Ok((outcome(&answer), code))
+    }
+
+    fn drain(&self, file: Option<&Path>, path: &str, body: &Value) -> anyhow::Result<(String, ExitCode)> {
+        let answer = self.make(file, Call { method: "POST", path, body: Some(body) })?;
+        let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
+        Ok((drained(&answer, path == "/v1/drain"), code))
     }
 
     /// Asks the broker on this machine.
@@ -318,6 +351,31 @@ fn outcome(answer: &Value) -> String {
     lines
 }
 
+/// What a drain, or its end, came to, for people.
+fn drained(answer: &Value, on: bool) -> String {
+    let is = |field: &str| answer[field] == true;
+    let mut lines = format!(
+        "{}: {}",
+        printable(answer["gateway"].as_str().unwrap_or_default()),
+        if on { "draining" } else { "not drained by this broker any more" }
+    );
+    if let Some(until) = answer["until"].as_u64().filter(|_| on) {
+        let _ = write!(lines, ", until {}", parse::utc(until));
+    }
+    lines.push_str(match (on, is("was_on")) {
+        (true, true) => " (it was before)\n",
+        (false, false) => " (it was not)\n",
+        _ => "\n",
+    });
+    if !is("known") {
+        lines.push_str("no gateway of this name was heard of, and the config names none\n");
+    }
+    if !is("kept") {
+        lines.push_str("the disk does not take it: a restart of this broker loses it\n");
+    }
+    lines
+}
+
 fn explained(result: &str) -> String {
     match result {
         revocation::OFFLINE => format!("{result} (applies it when it is back, before it takes keys)"),
@@ -387,6 +445,17 @@ mod tests {
                         MQTT does not take it: gateways and other brokers get it when it does\n\
                         the disk does not take it: a restart of this broker may lose it\n";
         assert_eq!(outcome(&answer), expected);
+    }
+
+    #[test]
+    fn a_drain_is_a_line_and_what_is_odd_about_it() {
+        let answer = json!({ "gateway": "gw1", "until": 0, "was_on": false, "known": true, "kept": true });
+        assert_eq!(drained(&answer, true), "gw1: draining, until 1970-01-01T00:00:00Z\n");
+        let answer = json!({ "gateway": "gw1", "until": null, "was_on": false, "known": false, "kept": false });
+        let expected = "gw1: not drained by this broker any more (it was not)\n\
+                        no gateway of this name was heard of, and the config names none\n\
+                        the disk does not take it: a restart of this broker loses it\n";
+        assert_eq!(drained(&answer, false), expected);
     }
 
     #[test]

@@ -126,7 +126,7 @@ fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
             (Some(unfit), _) => format!("not possible: {unfit}"),
             (None, _) if is_chosen => "chosen".into(),
             (None, Some(reason)) => format!("last resort: {reason}"),
-            (None, None) => String::new(),
+            (None, None) => each.note.clone().unwrap_or_default(),
         };
         let tone = if is_chosen { Tone::Good } else { Tone::Plain };
         [

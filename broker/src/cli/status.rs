@@ -245,14 +245,16 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
         return "no gateway was heard of\n".into();
     }
     let row = |gateway: &GatewayStatus| {
-        let (state, tone) = if gateway.online { ("online", Tone::Good) } else { ("offline", Tone::Bad) };
+        let tone = if gateway.online { Tone::Good } else { Tone::Bad };
+        let tone = if gateway.draining.is_empty() { tone } else { Tone::Plain };
         let domains: Vec<_> =
             gateway.domains.iter().map(|domain| format!("{} {}", domain.domain, domain.note(gateway.online))).collect();
         let offline = gateway.offline.as_ref().map(ToString::to_string);
-        let notes = offline.into_iter().chain([domains.join(", ")]).filter(|note| !note.is_empty());
+        let draining = gateway.draining.iter().map(ToString::to_string);
+        let notes = offline.into_iter().chain(draining).chain([domains.join(", ")]).filter(|note| !note.is_empty());
         [
             Cell::text(&gateway.name),
-            Cell::text(state).toned(tone),
+            Cell::text(gateway.state()).toned(tone),
             Cell::text(gateway.version.as_deref().unwrap_or("unknown")),
             Cell::number(&gateway.connected),
             Cell::number(&gateway.assigned),
@@ -292,6 +294,11 @@ mod tests {
                     "weight": 1.0, "share": 0.01, "target": 0.1,
                     "domains": [{ "domain": "ff_b", "state": { "down": 90 }, "connected": 0, "assigned": 0 }],
                 },
+                {
+                    "name": "gw4", "online": true, "version": "9.9", "offline": null, "connected": 1, "assigned": 0,
+                    "draining": [{ "by": "broker", "since": 0, "until": 60, "reason": "kernel" }],
+                    "weight": 1.0, "share": 0.01, "target": 0.1, "domains": [],
+                },
             ],
             "keys": {
                 "accepted": { "v1": 1, "v2": accepted }, "refused": { "v1": { "domain": 2, "key": 0 }, "v2": { "domain": 1 } },
@@ -316,9 +323,10 @@ mod tests {
             ff_a    gw1, gw2\n\
             ff_b    none\n\
             \n\
-            GATEWAY  STATE    VERSION  CONNECTED  ASSIGNED  UNREACHED  SHARE  TARGET  DOMAINS\n\
-            gw1      online   9.9              7         2          0  66.7%     6.0  ff_a 7\n\
-            gw3      offline  unknown          0         0          0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            GATEWAY  STATE     VERSION  CONNECTED  ASSIGNED  UNREACHED  SHARE  TARGET  DOMAINS\n\
+            gw1      online    9.9              7         2          0  66.7%     6.0  ff_a 7\n\
+            gw3      offline   unknown          0         0          0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            gw4      draining  9.9              1         0          0   1.0%     0.1  draining by this broker, since 1970-01-01T00:00:00Z, until 1970-01-01T00:01:00Z: kernel\n\
             \n\
             keys accepted 41, refused 3: domain 3\n\
             live keys 7, 3 of them have had a handshake\n\

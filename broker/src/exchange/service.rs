@@ -20,7 +20,7 @@ use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
 use crate::exchange::rate_limit::{Limited, RateLimits};
 use crate::exchange::{Metrics, Rejection};
-use crate::fleet::gateways::{Gateways, Online};
+use crate::fleet::gateways::{Gateways, Online, Router};
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::selection::Selection;
 use crate::fleet::status::Standing;
@@ -99,7 +99,7 @@ impl Exchange {
         let status = self.status(id, client)?;
         if status.is_too_frequent
             && let Some(Answer { worker: Some(worker), .. }) = self.cached(id)
-            && let Some(selection) = self.gateways().select(&id.domain, |name, _| *name == worker)
+            && let Some(selection) = self.gateways().select(router(id, None), |name, _| *name == worker)
         {
             return Ok(selection.data);
         }
@@ -151,12 +151,13 @@ impl Exchange {
         let now = Instant::now().into_std();
         let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.look(&id.key, id.domain.name())));
         let late = self.in_flight.lock().late(id, now);
-        let gateways = self.gateways();
-        let by_confirmation = gateways.select(&id.domain, has_confirmed(&late)).map(|selection| selection.worker);
-        let best = || gateways.select(&id.domain, |_, _| true).map(|selection| selection.worker);
+        let home = self.home(id);
+        let (gateways, router) = (self.gateways(), router(id, home.as_ref()));
+        let by_confirmation = gateways.select(router, has_confirmed(&late)).map(|selection| selection.worker);
+        let best = || gateways.select(router, |_, _| true).map(|selection| selection.worker);
         let (is_late, gateway) = (by_confirmation.is_some(), by_confirmation.or_else(best));
         let rejection = admitted.err().or(gateway.is_none().then_some(Rejection::NoGateway));
-        Outlook { rejection, gateway, is_late, standings: gateways.standings(&id.domain, now) }
+        Outlook { rejection, gateway, is_late, standings: gateways.standings(router) }
     }
 
     fn cached(&self, id: &KeyId) -> Option<Answer> {
@@ -290,11 +291,18 @@ impl Exchange {
         self.gateways().can_confirm(worker, id.domain.name())
     }
 
+    /// The gateway where the router is connected; it only counts while some gateway drains.
+    fn home(&self, id: &KeyId) -> Option<WorkerName> {
+        let is_any_draining = self.gateways().is_any_draining();
+        is_any_draining.then(|| self.live().home(id, Instant::now().into_std())).flatten()
+    }
+
     /// The best gateway of those that are `eligible`. The router counts as its peer from here on, so that requests at the
     /// same time spread; if the request fails, the gateway's own next count corrects that.
     fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
+        let home = self.home(id);
         let mut gateways = self.gateways();
-        let selection = gateways.select(&id.domain, eligible)?;
+        let selection = gateways.select(router(id, home.as_ref()), eligible)?;
         gateways.on_assigned(&selection.worker, &id.domain);
         Some(selection)
     }
@@ -334,6 +342,11 @@ impl Exchange {
 }
 
 /// The gateways that confirm keys and have confirmed this one late.
+/// The router of a key that asks now.
+fn router<'a>(id: &'a KeyId, home: Option<&'a WorkerName>) -> Router<'a> {
+    Router { domain: &id.domain, home, now: Instant::now().into_std() }
+}
+
 fn has_confirmed(late: &BTreeSet<WorkerName>) -> impl Fn(&WorkerName, bool) -> bool {
     |worker, confirms| confirms && late.contains(worker)
 }

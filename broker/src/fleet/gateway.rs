@@ -6,6 +6,7 @@ use std::iter::Sum;
 use std::time::{Duration, Instant};
 
 use wgkex_common::Domain;
+use wgkex_common::drain::Drain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
 use crate::fleet::status::{ORIGINAL, OfflineReason};
@@ -28,6 +29,8 @@ pub(super) struct Gateway {
     pub online: bool,
     /// Since when it is offline, if it is known to be.
     offline: Option<Offline>,
+    /// When it last came online, or stopped draining; none if it was online before this broker looked.
+    pub came_back: Option<Instant>,
     /// What it was when it was last online.
     program: Program,
     status: Option<Status>,
@@ -106,6 +109,7 @@ enum OfflineSign {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
     offline: Option<Offline>,
+    came_back: Option<Instant>,
     program: Program,
 }
 
@@ -156,6 +160,11 @@ impl Gateway {
             || !self.peers.is_empty()
     }
 
+    /// The drain that it publishes.
+    pub fn drain(&self) -> Option<&Drain> {
+        self.hello.as_ref()?.drain.as_ref()
+    }
+
     pub fn confirms(&self) -> bool {
         self.hello.as_ref().is_some_and(Hello::confirms)
     }
@@ -201,13 +210,13 @@ impl Gateway {
     }
 
     /// A gateway of which this is remembered.
-    pub fn remembered(Memory { offline, program }: Memory) -> Self {
-        Self { offline, program, ..Self::default() }
+    pub fn remembered(Memory { offline, came_back, program }: Memory) -> Self {
+        Self { offline, came_back, program, ..Self::default() }
     }
 
     /// What to remember of it.
     pub fn memory(self) -> Memory {
-        Memory { offline: self.offline, program: self.program }
+        Memory { offline: self.offline, came_back: self.came_back, program: self.program }
     }
 
     /// The version of its program, also while it is offline; [`ORIGINAL`] for an original, none where it is not known.
@@ -254,8 +263,10 @@ impl Gateway {
 
     /// Whether it is online by now; if it is not, `sign` showed that first.
     fn refresh(&mut self, since: Option<Instant>, sign: OfflineSign, now: Instant) {
+        let is_return = !self.online && (since.is_some() || self.offline.is_some());
         self.online = self.is_alive(now);
         if self.online {
+            self.came_back = self.came_back.filter(|_| !is_return).or(is_return.then_some(now));
             self.on_online();
         } else {
             self.offline.get_or_insert(Offline { since, sign });
@@ -307,6 +318,9 @@ impl Gateway {
         let was_online = self.online;
         self.online = self.is_alive(now);
         if self.online {
+            if !was_online {
+                self.came_back = Some(now);
+            }
             self.on_online();
         } else if was_online {
             self.offline = Some(Offline { since: Some(now), sign: OfflineSign::Status });
@@ -330,6 +344,9 @@ impl Gateway {
 
     pub fn apply_hello(&mut self, hello: Option<Hello>, retained: bool, now: Instant) {
         self.is_hello_live = hello.is_some() && !retained;
+        if self.drain().is_some() && hello.as_ref().is_some_and(|hello| hello.drain.is_none()) {
+            self.came_back = Some(now);
+        }
         if let Some(hello) = &hello {
             self.program = Program::Ours(hello.version.clone());
         }

@@ -10,12 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use wgkex_common::drain::Drain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic, WorkerName};
 
+use crate::fleet::drains::{Drains, TooManyDrains};
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
 use crate::fleet::reach::Reach;
-use crate::fleet::selection::{Candidate, Selection, Shares};
+use crate::fleet::selection::{Candidate, Contender, Selection, Shares};
 
 /// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
@@ -36,6 +38,10 @@ pub struct Gateways {
     own_name: BrokerName,
     domains: BTreeSet<Domain>,
     weights: BTreeMap<WorkerName, f64>,
+    /// In which time a gateway that came back is filled.
+    fill_time: Duration,
+    /// The gateways that the operator of this broker drains. They stay.
+    drains: Drains,
     by_name: BTreeMap<WorkerName, Gateway>,
     /// What was known of gateways on an earlier connection.
     remembered: BTreeMap<WorkerName, Memory>,
@@ -54,6 +60,17 @@ pub struct Gateways {
     /// When the last retained message arrived.
     last_retained: Option<Instant>,
     is_synced: bool,
+}
+
+/// The router that a gateway is selected for.
+#[derive(Debug, Clone, Copy)]
+pub struct Router<'a> {
+    /// Its domain.
+    pub domain: &'a Domain,
+    /// The gateway that last reported handshakes of it: one that drains keeps it.
+    pub home: Option<&'a WorkerName>,
+    /// When it asks.
+    pub now: Instant,
 }
 
 /// The gateways that install keys of a domain now.
@@ -117,6 +134,8 @@ impl Gateways {
             own_name: (&config.name).into(),
             domains: config.domains.clone(),
             weights: weights(config),
+            fill_time: config.rebalance.over,
+            drains: Drains::default(),
             by_name: BTreeMap::new(),
             remembered: BTreeMap::new(),
             brokers: BTreeSet::new(),
@@ -217,6 +236,36 @@ impl Gateways {
     /// Applies one message; `retained` if the server sent it because of the subscription (MQTT 3.1.1 section 3.3.1.3).
     /// Topics of domains that are not served here, and those that are not about gateways, change nothing.
     pub fn apply(&mut self, topic: &Topic, payload: &[u8], retained: bool, now: Instant) -> Result<(), InvalidPayload> {
+        let applied = self.apply_message(topic, payload, retained, now);
+        if let Topic::WorkerStatus { worker }
+        | Topic::WorkerData { worker, .. }
+        | Topic::ConnectedPeers { worker, .. }
+        | Topic::WorkerHello { worker } = topic
+        {
+            self.start_as_a_whole(worker, now);
+        }
+        applied
+    }
+
+    /// Where a gateway comes online just now, and no other has peers, all of them begin together.
+    fn start_as_a_whole(&mut self, worker: &WorkerName, now: Instant) {
+        let is_back = self.by_name.get(worker).is_some_and(|gateway| gateway.came_back == Some(now));
+        let has_peers =
+            |(name, gateway): (&WorkerName, &Gateway)| name != worker && gateway.online && gateway.peers().total() > 0;
+        if is_back && !self.by_name.iter().any(has_peers) {
+            for gateway in self.by_name.values_mut().filter(|gateway| gateway.online) {
+                gateway.came_back = Some(now);
+            }
+        }
+    }
+
+    fn apply_message(
+        &mut self,
+        topic: &Topic,
+        payload: &[u8],
+        retained: bool,
+        now: Instant,
+    ) -> Result<(), InvalidPayload> {
         if retained {
             self.last_retained = Some(now);
         }
@@ -334,16 +383,83 @@ impl Gateways {
         Ok(())
     }
 
-    /// The best gateway of `domain` among those that are `eligible`, by name and by whether they confirm.
+    /// The best gateway for a router among those that are `eligible`, by name and by whether they confirm.
     #[must_use]
-    pub fn select(&self, domain: &Domain, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
+    pub fn select(&self, router: Router<'_>, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
         let candidates = self.by_name.iter().filter_map(|(worker, gateway)| {
-            let data = gateway.serves(domain)?;
-            let (confirms, is_unresponsive) = (gateway.confirms(), gateway.is_unresponsive);
-            let candidate = || Candidate { worker, data, confirms, is_unresponsive, peers: gateway.peers().total() };
+            let (data, confirms) = (gateway.serves(router.domain)?, gateway.confirms());
+            let contender = || self.contender(worker, gateway, router.now);
+            let candidate =
+                || Candidate { contender: contender(), data, confirms, is_home: router.home == Some(worker) };
             eligible(worker, confirms).then(candidate)
         });
-        self.shares().select(candidates)
+        self.shares(router.now).select(candidates)
+    }
+
+    fn contender<'a>(&self, worker: &'a WorkerName, gateway: &Gateway, now: Instant) -> Contender<'a> {
+        Contender {
+            worker,
+            peers: gateway.peers().total(),
+            is_unresponsive: gateway.is_unresponsive,
+            is_draining: gateway.drain().is_some() || self.drains.get(worker).is_some(),
+            age: gateway.came_back.map(|since| now.saturating_duration_since(since)),
+        }
+    }
+
+    /// Whether some gateway drains.
+    #[must_use]
+    pub fn is_any_draining(&self) -> bool {
+        !self.drains.is_empty() || self.by_name.values().any(|gateway| gateway.drain().is_some())
+    }
+
+    /// The drains that the operator of this broker asked for.
+    #[must_use]
+    pub fn drains(&self) -> &Drains {
+        &self.drains
+    }
+
+    /// Begins with these drains.
+    pub fn set_drains(&mut self, drains: Drains) {
+        self.drains = drains;
+    }
+
+    /// Goes on with these drains.
+    pub fn replace_drains(&mut self, drains: Drains, now: Instant) {
+        let before = std::mem::replace(&mut self.drains, drains);
+        for worker in before.workers().filter(|worker| self.drains.get(worker).is_none()).cloned().collect::<Vec<_>>() {
+            self.on_undrained(&worker, now);
+        }
+    }
+
+    /// Drains a gateway, or no longer does. Says whether it did before.
+    pub fn set_drain(
+        &mut self,
+        worker: &WorkerName,
+        drain: Option<Drain>,
+        now: Instant,
+    ) -> Result<bool, TooManyDrains> {
+        let was_on = self.drains.get(worker).is_some();
+        match drain {
+            Some(drain) => self.drains.insert(worker.clone(), drain)?,
+            None if self.drains.remove(worker) => self.on_undrained(worker, now),
+            None => {}
+        }
+        Ok(was_on)
+    }
+
+    /// Ends the drains that are over by the wall clock, and returns whose.
+    pub fn expire_drains(&mut self, unix_now: u64, now: Instant) -> Vec<WorkerName> {
+        let over = self.drains.expire(unix_now);
+        for worker in &over {
+            self.on_undrained(worker, now);
+        }
+        over
+    }
+
+    fn on_undrained(&mut self, worker: &WorkerName, now: Instant) {
+        if let Some(gateway) = self.by_name.get_mut(worker) {
+            gateway.came_back = Some(now);
+        }
     }
 
     /// A router was given `worker`. It counts as a peer until the gateway's next count. Each other broker is taken to give as
@@ -399,9 +515,9 @@ impl Gateways {
         domain.is_some_and(|(domain, gateway)| gateway.online && gateway.confirms() && gateway.may_serve(domain))
     }
 
-    /// Selects by the weights in `config` from now on.
-    pub fn set_weights(&mut self, config: &Config) {
-        self.weights = weights(config);
+    /// Selects by the weights and the time to fill a gateway in `config` from now on.
+    pub fn reconfigure(&mut self, config: &Config) {
+        (self.weights, self.fill_time) = (weights(config), config.rebalance.over);
     }
 
     /// Which gateways can remove a denied key: those on the bus, and those that the config names.
@@ -424,6 +540,12 @@ impl Gateways {
     #[must_use]
     pub fn is_served(&self, domain: &str) -> bool {
         self.domains.contains(domain)
+    }
+
+    /// Whether the config names this worker, or it was heard of on this connection.
+    #[must_use]
+    pub fn is_heard_of(&self, worker: &WorkerName) -> bool {
+        self.weights.contains_key(worker) || self.by_name.contains_key(worker)
     }
 
     /// Whether this worker is online.
@@ -474,9 +596,10 @@ impl Gateways {
         self.by_name.values().any(|gateway| gateway.installs(domain))
     }
 
-    fn shares(&self) -> Shares<'_> {
-        let online = self.by_name.values().filter(|gateway| gateway.online);
-        Shares::new(&self.weights, online.map(|gateway| gateway.peers().total()))
+    fn shares(&self, now: Instant) -> Shares<'_> {
+        let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
+        let online = online.map(|(worker, gateway)| self.contender(worker, gateway, now));
+        Shares::new(&self.weights, self.fill_time, online)
     }
 }
 

@@ -267,8 +267,14 @@ impl LiveKeys {
     /// Whether `worker` is the gateway that last reported handshakes of a key.
     #[must_use]
     pub fn is_connected_to(&self, worker: &WorkerName, id: &KeyId, now: Instant) -> bool {
+        self.home(id, now).as_ref() == Some(worker)
+    }
+
+    /// The gateway that last reported handshakes of a key.
+    #[must_use]
+    pub fn home(&self, id: &KeyId, now: Instant) -> Option<WorkerName> {
         let live = self.domains.get(&id.domain).and_then(|known| known.keys.get(&id.key));
-        live.is_some_and(|live| self.numbers.named(&live.places, now).handshakes.as_ref() == Some(worker))
+        live.and_then(|live| self.numbers.named(&live.places, now).handshakes)
     }
 
     /// What is known of a key, in each domain where it is known.

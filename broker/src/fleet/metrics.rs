@@ -50,6 +50,7 @@ pub struct Metrics {
     live: IntGaugeVec,
     gateways: IntGaugeVec,
     gateway_up: KnownSeries<1>,
+    gateway_draining: KnownSeries<1>,
     gateway_connected: KnownSeries<2>,
     gateway_assigned: KnownSeries<2>,
     gateway_routers: KnownSeries<2>,
@@ -68,6 +69,11 @@ impl Metrics {
             gateway_up: KnownSeries::new(registry.gauges(
                 "wgkex_broker_gateway_up",
                 "1 while the gateway is online",
+                &["gateway"],
+            )?),
+            gateway_draining: KnownSeries::new(registry.gauges(
+                "wgkex_broker_gateway_draining",
+                "1 while the gateway gets no new routers",
                 &["gateway"],
             )?),
             gateway_connected: KnownSeries::new(registry.gauges(
@@ -120,6 +126,8 @@ impl Metrics {
             set(&self.gateways.with_label_values(&[state]), number);
         }
         self.gateway_up.set(gateways.iter().map(|gateway| ([gateway.name.as_str()], gateway.online.into())));
+        let draining = |gateway: &GatewayStatus| u64::from(!gateway.draining.is_empty());
+        self.gateway_draining.set(gateways.iter().map(|gateway| ([gateway.name.as_str()], draining(gateway))));
         let domains =
             || gateways.iter().flat_map(|gateway| gateway.domains.iter().map(move |domain| (gateway, domain)));
         let peers = |of: fn(&GatewayDomain) -> u64| {
@@ -161,15 +169,18 @@ mod tests {
 
     #[test]
     fn a_gateway_has_series_as_long_as_it_is_known() {
-        use crate::fleet::status::DomainState;
+        use crate::fleet::status::{DomainState, DrainSource, Draining};
 
         let registry = Registry::default();
         let metrics = Metrics::register(&registry).unwrap();
         let domain =
             |connected| GatewayDomain { domain: "ff_a".into(), state: DomainState::Up, connected, assigned: 2 };
+        let drain = wgkex_common::drain::Drain { since: 7, until: None, reason: None };
+        let draining = Draining { by: DrainSource::Broker, drain };
         let gateway = |name: &str, online, connected| GatewayStatus {
             name: name.into(),
             online,
+            draining: if online { vec![draining.clone()] } else { Vec::new() },
             version: None,
             offline: None,
             domains: vec![domain(connected)],
@@ -187,6 +198,8 @@ mod tests {
             &[
                 r#"wgkex_broker_gateway_up{gateway="gw1"} 1"#,
                 r#"wgkex_broker_gateway_up{gateway="gw2"} 0"#,
+                r#"wgkex_broker_gateway_draining{gateway="gw1"} 1"#,
+                r#"wgkex_broker_gateway_draining{gateway="gw2"} 0"#,
                 r#"wgkex_broker_gateway_connected{domain="ff_a",gateway="gw1"} 7"#,
                 r#"wgkex_broker_gateway_assigned{domain="ff_a",gateway="gw1"} 2"#,
                 r#"wgkex_broker_gateway_routers{gateway="gw1",state="reached"} 4"#,

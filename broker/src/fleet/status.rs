@@ -4,6 +4,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use wgkex_common::drain::Drain;
 
 use crate::fleet::reach::Reached;
 
@@ -17,6 +18,9 @@ pub struct GatewayStatus {
     pub name: String,
     /// Whether it is online.
     pub online: bool,
+    /// Why it gets no new routers; nothing if it does.
+    #[serde(default)]
+    pub draining: Vec<Draining>,
     /// Its program's version, also while it is offline; [`ORIGINAL`]; none if it is not known.
     pub version: Option<String>,
     /// Why it is offline; none while it is online.
@@ -36,6 +40,26 @@ pub struct GatewayStatus {
     pub share: f64,
     /// The peers it should have, by its weight.
     pub target: f64,
+}
+
+/// A drain of a gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draining {
+    /// Who said so.
+    pub by: DrainSource,
+    /// Since when, until when and why.
+    #[serde(flatten)]
+    pub drain: Drain,
+}
+
+/// Who said that a gateway drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainSource {
+    /// The gateway itself.
+    Gateway,
+    /// The operator of this broker.
+    Broker,
 }
 
 /// Why a gateway is offline, and since when.
@@ -112,6 +136,9 @@ pub struct Standing {
     pub distance: f64,
     /// Why it is chosen only where there is no other.
     pub last_resort: Option<String>,
+    /// What else makes it better or worse than its distance.
+    #[serde(default)]
+    pub note: Option<String>,
     /// Why it cannot be chosen.
     pub unfit: Option<String>,
 }
@@ -174,6 +201,28 @@ impl ProblemKind {
         let of_gateways =
             matches!(self, Self::DomainWithoutGateway | Self::DataMissing | Self::DomainDown | Self::GatewayOffline);
         self.is_clash() || of_gateways
+    }
+}
+
+impl GatewayStatus {
+    /// Its state in one word.
+    #[must_use]
+    pub fn state(&self) -> &'static str {
+        match self.online {
+            false => "offline",
+            true if self.draining.is_empty() => "online",
+            true => "draining",
+        }
+    }
+}
+
+impl fmt::Display for Draining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let by = match self.by {
+            DrainSource::Gateway => "",
+            DrainSource::Broker => "by this broker, ",
+        };
+        write!(f, "draining {by}{}", self.drain)
     }
 }
 

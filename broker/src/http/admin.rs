@@ -20,13 +20,15 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
 use wgkex_common::access_lists::{Entry, List, parse, unix};
 use wgkex_common::config::Secret;
+use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
 use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
-use wgkex_common::{Domain, PublicKey, Topic};
+use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 
 use crate::exchange::Exchange;
+use crate::fleet::drains::{DrainOutcome, DrainStore};
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
 use crate::http::error;
 use crate::http::key_reports::{self, WhereReport};
@@ -43,6 +45,11 @@ const UNAUTHORIZED_INTERVAL: Duration = Duration::from_secs(10);
 const UNAUTHORIZED_BURST: u32 = 10;
 /// The fields of a call that changes a list.
 const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
+/// The fields of a call that drains a gateway.
+const DRAIN_FIELDS: [&str; 3] = ["gateway", "reason", "for"];
+
+/// The longest name of a gateway.
+const GATEWAY_MAX: usize = 255;
 
 /// What a caller is told who allows a key where all may come.
 const NO_ALLOW_LIST: &str =
@@ -57,6 +64,8 @@ pub struct Admin {
     pub exchange: Exchange,
     /// The changes that wait for their results.
     pub revocations: PendingRevocations,
+    /// The gateways that get no new routers.
+    pub drains: DrainStore,
     /// The session that it is published by.
     pub bus: MqttHandle,
     /// The domains that are served.
@@ -114,6 +123,8 @@ fn routes(admin: &Admin) -> impl FnOnce(&mut ServiceConfig) {
             .app_data(admin)
             .service(resource("/v1/revoke", "POST, OPTIONS").route(web::post().to(revoke)))
             .service(resource("/v1/unrevoke", "POST, OPTIONS").route(web::post().to(unrevoke)))
+            .service(resource("/v1/drain", "POST, OPTIONS").route(web::post().to(drain)))
+            .service(resource("/v1/undrain", "POST, OPTIONS").route(web::post().to(undrain)))
             .service(readable("/v1/keys", keys))
             .service(readable("/v1/where", find))
             .service(readable("/v1/explain", explain))
@@ -150,6 +161,14 @@ async fn add(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpRespo
 
 async fn remove(admin: Data<Admin>, list: Path<String>, body: Payload) -> HttpResponse {
     admin.change("take off list", list_named(&list), body, false).await
+}
+
+async fn drain(admin: Data<Admin>, body: Payload) -> HttpResponse {
+    admin.drain("drain", body, true).await
+}
+
+async fn undrain(admin: Data<Admin>, body: Payload) -> HttpResponse {
+    admin.drain("undrain", body, false).await
 }
 
 async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
@@ -231,6 +250,32 @@ impl Admin {
             Err(ApiError(status, message)) => {
                 info!(target: AUDIT, call, outcome = message, "admin call");
                 error(status, &message)
+            }
+        }
+    }
+
+    /// Drains the gateway in the body, or no longer does.
+    async fn drain(&self, call: &str, body: Payload, on: bool) -> HttpResponse {
+        let read = async { drain_fields(&read(body).await?, unix(SystemTime::now())) };
+        let DrainFields { gateway, drain } = match read.await {
+            Ok(fields) => fields,
+            Err(ApiError(status, message)) => {
+                info!(target: AUDIT, call, outcome = message, "admin call");
+                return error(status, &message);
+            }
+        };
+        let (worker, is_known) = (gateway.as_str(), self.exchange.gateways().is_heard_of(&gateway));
+        match self.drains.set(&gateway, on.then_some(drain)).await {
+            Ok(DrainOutcome { was_on, is_kept }) => {
+                info!(target: AUDIT, call, worker, outcome = if is_kept { "done" } else { "not kept" }, "admin call");
+                let until = self.exchange.gateways().drains().get(&gateway).and_then(|drain| drain.until);
+                HttpResponse::Ok().json(json!({
+                    "gateway": worker, "until": until, "was_on": was_on, "known": is_known, "kept": is_kept, "done": is_kept,
+                }))
+            }
+            Err(refused) => {
+                warn!(target: AUDIT, call, worker, outcome = %refused, "admin call");
+                error(StatusCode::INSUFFICIENT_STORAGE, &refused.to_string())
             }
         }
     }
@@ -319,6 +364,29 @@ async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
     let body = timeout(BODY_TIMEOUT, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
     let body = body.map_err(|_| bad_request("the body is not complete"))?;
     serde_json::from_slice(&body).map_err(|_| bad_request("the body is not a JSON object"))
+}
+
+/// The fields of a call that drains a gateway, or no longer does.
+#[derive(Debug, PartialEq)]
+struct DrainFields {
+    gateway: WorkerName,
+    drain: Drain,
+}
+
+fn drain_fields(fields: &Map<String, Value>, now: u64) -> Result<DrainFields, ApiError> {
+    if fields.keys().any(|field| !DRAIN_FIELDS.contains(&field.as_str())) {
+        return Err(bad_request(format!("a field is not known: {} are allowed", DRAIN_FIELDS.join(", "))));
+    }
+    let text = |field: &'static str| match fields.get(field) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str())),
+        Some(_) => Err(bad_request(format!("{field}: a text is expected"))),
+    };
+    let gateway = text("gateway")?.filter(|name| (1..=GATEWAY_MAX).contains(&name.len()));
+    let gateway = gateway.ok_or_else(|| bad_request("gateway: is missing or too long, a host name is expected"))?;
+    let gateway = gateway.parse().map_err(|error| bad_request(format!("gateway: {error}")))?;
+    let drain = Drain::begin(text("reason")?, text("for")?, now).map_err(|error| bad_request(error.to_string()))?;
+    Ok(DrainFields { gateway, drain })
 }
 
 /// The entry in the fields of a call.
@@ -435,6 +503,32 @@ mod tests {
             (List::Deny, json!({ "key": KEY, "until": 7 }), "a field is not known: "),
         ] {
             let message = parse_entry(list, &body).unwrap_err();
+            assert!(message.starts_with(named) && !message.contains('\n'), "{body}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_drains_is_read_or_its_mistake_named() {
+        let read = |body: Value| {
+            drain_fields(body.as_object().unwrap(), 1_000).map_err(|ApiError(status, message)| {
+                assert_eq!(status, StatusCode::BAD_REQUEST);
+                message
+            })
+        };
+        let drain = Drain { since: 1_000, until: Some(1_060), reason: Some("r".into()) };
+        let expected = DrainFields { gateway: "gw1".parse().unwrap(), drain };
+        assert_eq!(read(json!({ "gateway": "gw1", "reason": "r", "for": "1m" })), Ok(expected));
+        assert_eq!(read(json!({ "gateway": "gw1" })).unwrap().drain.until, None);
+        for (body, named) in [
+            (json!({}), "gateway: "),
+            (json!({ "gateway": 7 }), "gateway: "),
+            (json!({ "gateway": "a/b" }), "gateway: "),
+            (json!({ "gateway": "x".repeat(256) }), "gateway: "),
+            (json!({ "gateway": "gw1", "for": "x" }), "for: "),
+            (json!({ "gateway": "gw1", "reason": "a\nb" }), "reason: "),
+            (json!({ "gateway": "gw1", "key": "x" }), "a field is not known: "),
+        ] {
+            let message = read(body.clone()).unwrap_err();
             assert!(message.starts_with(named) && !message.contains('\n'), "{body}: {message}");
         }
     }

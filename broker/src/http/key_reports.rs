@@ -252,11 +252,12 @@ impl ExplainedDomain {
     fn new(domain: &Domain, outlook: Outlook, is_new: bool, now: &WhereReport, exchange: &Exchange) -> Self {
         let Outlook { rejection, gateway, is_late, standings } = outlook;
         let chosen = gateway.as_ref().and_then(|name| standings.iter().find(|each| each.name == name.as_str()));
-        let why = chosen.map(|chosen| match &chosen.last_resort {
+        let why = chosen.map(|chosen| match chosen.last_resort.as_ref().or(chosen.note.as_ref()) {
             _ if is_late => {
                 "it is the best of those that confirmed the key after the last request timed out".to_owned()
             }
-            Some(reason) => format!("there is no other: {reason}"),
+            Some(reason) if chosen.last_resort.is_some() => format!("there is no other: {reason}"),
+            Some(note) => note.clone(),
             None => format!("it is the furthest below its target: {:+.1}", chosen.distance),
         });
         let refused = rejection.map(|rejection| Refused {

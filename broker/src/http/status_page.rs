@@ -60,12 +60,26 @@ fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
 }
 
 fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
-    let GatewayStatus { name, online, version, offline, domains, connected, assigned, reach, weight, share: _, target } =
-        gateway;
+    let GatewayStatus {
+        name,
+        online,
+        draining,
+        version,
+        offline,
+        domains,
+        connected,
+        assigned,
+        reach,
+        weight,
+        share: _,
+        target,
+    } = gateway;
     html! {
         tr {
             td { (name) }
-            @if *online { td.good { "online" } } @else {
+            @if *online && !draining.is_empty() {
+                td { @for (number, each) in draining.iter().enumerate() { @if number > 0 { "; " } (each) } }
+            } @else if *online { td.good { "online" } } @else {
                 td.bad { "offline" @if let Some(offline) = offline { ": " (offline) } }
             }
             td { (version.as_deref().unwrap_or("unknown")) }
@@ -121,7 +135,9 @@ fn now(keys: &KeyStatus) -> Markup {
 mod tests {
     use super::*;
     use crate::fleet::reach::Reached;
-    use crate::fleet::status::{DomainState, Offline, OfflineReason, Problem, ProblemKind};
+    use wgkex_common::drain::Drain;
+
+    use crate::fleet::status::{DomainState, DrainSource, Draining, Offline, OfflineReason, Problem, ProblemKind};
     use crate::http::status::Durations;
 
     fn status(ready: bool, problems: Vec<Problem>, gateways: Vec<GatewayStatus>) -> Status {
@@ -145,6 +161,7 @@ mod tests {
         let online = GatewayStatus {
             name: "<script>".into(),
             online: true,
+            draining: Vec::new(),
             version: Some("original".into()),
             offline: None,
             domains: vec![domain("ff_a", DomainState::Up), domain("ff_c", DomainState::Down(Some(9)))],
@@ -162,9 +179,15 @@ mod tests {
             offline: Some(Offline { reason: OfflineReason::ConnectionLost, for_secs: Some(180) }),
             ..online.clone()
         };
+        let drain = Drain { since: 0, until: None, reason: Some("<i>kernel".into()) };
+        let draining = GatewayStatus {
+            name: "gw2".into(),
+            draining: vec![Draining { by: DrainSource::Gateway, drain }],
+            ..online.clone()
+        };
         let problem = |text: &str| Problem { kind: ProblemKind::NotReady, subject: String::new(), text: text.into() };
         let problems = vec![problem("not ready: <b>"), problem("domain ff_b: no gateway is online")];
-        let page = render(&status(false, problems, vec![online, offline]));
+        let page = render(&status(false, problems, vec![online, offline, draining]));
         for part in [
             "&lt;script&gt;",
             ">online<",
@@ -172,6 +195,7 @@ mod tests {
             "ff_a (7), ff_c (interface missing (-1) for 9 s)",
             ">offline: connection lost, offline for 3 min<",
             ">1.2.3<",
+            ">draining since 1970-01-01T00:00:00Z: &lt;i&gt;kernel<",
             "<td>refused: not confirmed</td>",
             r#"<td class="n">7</td><td class="n">5</td><td class="n">6</td><td class="n">84</td><td class="n">9.5</td>"#,
             ">41<",

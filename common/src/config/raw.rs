@@ -17,6 +17,7 @@ use super::mqtt::RawMqtt;
 use super::mqtt_listen::{RawMqttListen, RawMqttUser};
 use super::original::{Netbox, Parker};
 use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
+use super::rebalance::RawRebalance;
 use super::setup::{RawSetup, RawSetupDomain};
 use super::value::{Directory, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
 use super::{Config, Source};
@@ -61,6 +62,7 @@ pub(super) struct Raw {
     pub forget_idle_after: Option<Seconds>,
     pub trusted_proxies: Vec<Option<Net>>,
     pub limits: RawLimits,
+    pub rebalance: RawRebalance,
     pub setup: RawSetup,
     pub key_lists: RawKeyLists,
     pub admin_listen: RawListen,
@@ -118,6 +120,7 @@ impl Raw {
             trusted_proxies: self.trusted_proxies.into_iter().flatten().map(|net| IpNet::trunc(&net.0)).collect(),
             limits: self.limits.check(),
             key_lists: self.key_lists.check(self.blacklist_file, self.allowlist, whitelist, diagnostics),
+            rebalance: self.rebalance.check(),
             admin_listen: self.admin_listen.check(5001),
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
             is_setup_named: self.setup.is_named(),

@@ -131,6 +131,17 @@ fn the_originals_file_works_without_a_warning() {
 }
 
 #[test]
+fn the_time_to_fill_a_gateway_may_be_none() {
+    let over = |yaml: &str| parse(&format!("{LEAST}{yaml}")).map(|config| config.rebalance.over);
+    assert_eq!(over("rebalance: {over: 0}").unwrap(), Duration::ZERO);
+    assert_eq!(over("rebalance: {over: 60}").unwrap(), Duration::from_secs(60));
+    for wrong in ["-1", "1000001", "never"] {
+        let error = over(&format!("rebalance: {{over: {wrong}}}")).unwrap_err().to_string();
+        assert!(error.contains("rebalance.over") && error.contains("from 0 (off) to 1000000"), "{error}");
+    }
+}
+
+#[test]
 fn missing_keys_have_their_defaults() {
     let config = parse(LEAST).unwrap();
     let seconds = Duration::from_secs;
@@ -160,6 +171,7 @@ fn missing_keys_have_their_defaults() {
         worker_user: None,
         forget_idle_after: None,
         peers: Peers { max: 100_000, unproven: 30_000 },
+        rebalance: Rebalance { over: seconds(900) },
         protected_keys: BTreeSet::new(),
         trusted_proxies: vec![],
         limits: Limits {

@@ -127,6 +127,12 @@ value_type!(
     "is not a time, a number of seconds from 0.001 to 1000000000 is allowed"
 );
 value_type!(
+    /// 0 means at once.
+    FillTime(Duration),
+    |value: &Value| number(value).filter(|seconds| (0.0..=1e6).contains(seconds)).map(Duration::from_secs_f64),
+    "is not a time, a number of seconds from 0 (off) to 1000000 is allowed"
+);
+value_type!(
     Share(f64),
     |value: &Value| number(value).filter(|share| (0.0..=1e9).contains(share)),
     "is not a share, a number from 0 to 1000000000 is allowed"

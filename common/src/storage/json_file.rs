@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -67,12 +68,23 @@ pub fn save(file: &Path, layout: u32, content: impl Serialize) -> Result<(), Sto
         _ => {}
     }
     let mut written = state_file::open(&new, OpenOptions::new().write(true).create_new(true))?;
+    give_to_owner_of(file.parent(), &written)?;
     written.write_all(&json)?;
     written.sync_all()?;
     fs::rename(&new, &file)?;
     // The name, too.
     File::open(file.parent().ok_or(io::Error::from(io::ErrorKind::InvalidInput))?)?.sync_all()?;
     Ok(())
+}
+
+/// What root writes for a program of another user, in the directory of that user, is that user's.
+fn give_to_owner_of(dir: Option<&Path>, file: &File) -> io::Result<()> {
+    let (Some(dir), made) = (dir, file.metadata()?) else { return Ok(()) };
+    let owner = fs::metadata(dir)?;
+    if made.uid() != 0 || owner.uid() == 0 {
+        return Ok(());
+    }
+    fchown(file, Some(owner.uid()), Some(owner.gid()))
 }
 
 /// What is written, until it is whole.
@@ -123,6 +135,17 @@ mod tests {
         fs::write(&file, "{").unwrap();
         assert_eq!(load::<Names>(&file, 2).unwrap(), None);
         assert!(!file.exists() && dir.path().join("f.json.damaged").exists());
+    }
+
+    #[test]
+    fn a_file_is_of_the_owner_of_its_directory_where_root_writes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, is_root) = (dir.path().join("f.json"), fs::metadata(dir.path()).unwrap().uid() == 0);
+        if is_root {
+            std::os::unix::fs::chown(dir.path(), Some(65_534), Some(65_534)).unwrap();
+        }
+        save(&file, 1, names("a")).unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().uid(), fs::metadata(dir.path()).unwrap().uid());
     }
 
     #[test]

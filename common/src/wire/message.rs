@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::drain::Drain;
 use crate::wire::revoke_outcome::RevokeOutcome;
 use crate::{BrokerName, PublicKey, RejectReason, Topic, WorkerName};
 
@@ -17,6 +18,8 @@ const WORD_MAX: usize = 64;
 /// So many abilities at most, and so many domains.
 const ABILITIES_MAX: usize = 64;
 const DOMAINS_MAX: usize = 1024;
+/// The longest reason of a drain.
+const REASON_MAX: usize = 200;
 
 /// What is wrong with a payload, for the log: nothing of the payload is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -122,6 +125,13 @@ fn text(value: &Value, max: usize) -> Option<String> {
     value.as_str().filter(|text| text.len() <= max).map(str::to_owned)
 }
 
+/// Unknown fields are ignored.
+fn drain(value: &Value) -> Result<Drain, Malformed> {
+    let drain = Drain::deserialize(value).ok();
+    let is_short = |drain: &Drain| drain.reason.as_ref().is_none_or(|reason| reason.len() <= REASON_MAX);
+    drain.filter(is_short).ok_or(Malformed::Field("drain", "a time and a short text"))
+}
+
 /// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Hello {
@@ -141,6 +151,9 @@ pub struct Hello {
     /// shares none.
     #[serde(rename = "revocations", skip_serializing_if = "Option::is_none")]
     pub records: Option<String>,
+    /// That this worker gets no new routers. None if it has no such field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
 }
 
 impl Hello {
@@ -170,6 +183,7 @@ impl Hello {
             domains: said("domains").then(|| fields.texts("domains", (DOMAINS_MAX, NAME_MAX))).transpose()?,
             instance: fields.get("instance").map(number).transpose()?,
             records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
+            drain: fields.get("drain").map(drain).transpose()?,
         }))
     }
 
@@ -188,7 +202,7 @@ impl Hello {
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
         let capabilities = abilities.iter().map(|&ability| ability.to_owned()).collect();
-        Self { version, capabilities, domains: Some(domains), instance, records: None }
+        Self { version, capabilities, domains: Some(domains), instance, records: None, drain: None }
     }
 
     /// Whether the worker may serve the domain with this name.
@@ -465,6 +479,22 @@ mod tests {
         }
         assert!(with("domains", &list(1024, 40)).is_ok() && with("instance", "-1").is_err());
         assert_eq!(hello(r#"{"version":"1"}"#), Err(Malformed::Missing("can")));
+    }
+
+    #[test]
+    fn a_drain_in_a_hello_is_bounded_and_older_programs_say_nothing_of_it() {
+        let plain = Hello::worker(Vec::new());
+        assert!(!serde_json::to_string(&plain).unwrap().contains("drain"));
+        let drain = Drain { since: 7, until: Some(9), reason: Some("x".repeat(REASON_MAX)) };
+        let made = Hello { drain: Some(drain), ..plain };
+        assert_eq!(Hello::parse(&serde_json::to_vec(&made).unwrap()), Ok(Some(made)));
+        let with = |drain: &str| Hello::parse(format!(r#"{{"version":"1","can":[],"drain":{drain}}}"#).as_bytes());
+        assert_eq!(with("null").unwrap().unwrap().drain, None);
+        assert_eq!(with(r#"{"since":7,"new":[]}"#).unwrap().unwrap().drain.unwrap().since, 7);
+        let long = format!(r#"{{"since":7,"reason":{:?}}}"#, "x".repeat(REASON_MAX + 1));
+        for wrong in ["7", "{}", r#"{"since":-1}"#, r#"{"since":7,"reason":7}"#, &long] {
+            assert_eq!(with(wrong), Err(Malformed::Field("drain", "a time and a short text")), "{wrong}");
+        }
     }
 
     #[test]

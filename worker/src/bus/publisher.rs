@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
+use wgkex_common::drain::Drain;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerData};
@@ -25,6 +26,7 @@ pub struct Publisher {
     confirmations: MqttHandle,
     connection: watch::Receiver<ConnectionState>,
     state: watch::Receiver<DomainStates>,
+    drain: watch::Receiver<Option<Drain>>,
     reports: Reports,
     presence_events: mpsc::Receiver<PresenceEvent>,
     presence: Presence,
@@ -38,6 +40,8 @@ enum Trigger {
     Connection,
     /// A domain is not as it was published.
     State,
+    /// The gateway begins to drain, or no longer does.
+    Drain,
     /// A batch of keys is done.
     Applied(Applied),
     /// Keys have handshakes.
@@ -60,6 +64,8 @@ pub struct PublisherParts {
     pub confirmations: MqttHandle,
     /// The states to be published.
     pub state: watch::Receiver<DomainStates>,
+    /// Whether the gateway drains.
+    pub drain: watch::Receiver<Option<Drain>>,
     /// What became of keys.
     pub reports: Reports,
     /// Which programs are there, and what is retained of this one.
@@ -71,7 +77,7 @@ pub struct PublisherParts {
 impl Publisher {
     /// The publisher of this worker, with nothing published yet.
     pub fn new(config: &Config, parts: PublisherParts) -> Self {
-        let PublisherParts { bus, confirmations, state, reports, presence_events, metrics } = parts;
+        let PublisherParts { bus, confirmations, state, drain, reports, presence_events, metrics } = parts;
         Self {
             worker: WorkerName::from(&config.name),
             external_name: config.external_name.clone(),
@@ -80,6 +86,7 @@ impl Publisher {
             bus,
             confirmations,
             state,
+            drain,
             reports,
             presence_events,
             presence: Presence::default(),
@@ -98,6 +105,7 @@ impl Publisher {
                 }
                 Trigger::Connection => self.presence.disconnected(),
                 Trigger::State => self.publish_changes(),
+                Trigger::Drain => self.publish_drain(),
                 Trigger::Applied(applied) => self.publish_applied(&applied),
                 Trigger::Handshakes(handshakes) => self.publish_handshakes(&handshakes),
                 Trigger::Revoked(revoked) => self.publish_revoked(&revoked),
@@ -117,6 +125,7 @@ impl Publisher {
             handshakes = self.reports.handshakes.recv() => handshakes.map_or(Trigger::End, Trigger::Handshakes),
             revoked = self.reports.revoked.recv() => revoked.map_or(Trigger::End, Trigger::Revoked),
             changed = self.state.changed() => if changed.is_ok() { Trigger::State } else { Trigger::End },
+            changed = self.drain.changed() => if changed.is_ok() { Trigger::Drain } else { Trigger::End },
             event = self.presence_events.recv() => event.map_or(Trigger::End, Trigger::Presence),
             () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => Trigger::Due,
         }
@@ -183,7 +192,15 @@ impl Publisher {
     }
 
     fn hello(&self) -> Hello {
-        Hello::worker(self.domains.iter().map(ToString::to_string).collect())
+        let domains = self.domains.iter().map(ToString::to_string).collect();
+        Hello { drain: self.drain.borrow().clone(), ..Hello::worker(domains) }
+    }
+
+    /// Without a connection the hello of the next one says it.
+    fn publish_drain(&mut self) {
+        if *self.connection.borrow() == ConnectionState::Up {
+            self.publish_hello(Announcement::Retained);
+        }
     }
 
     fn publish_hello(&self, announcement: Announcement) {

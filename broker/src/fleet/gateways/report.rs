@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use wgkex_common::{Domain, WorkerName};
 
-use super::{Gateways, Unserved};
+use super::{Gateways, Router, Unserved};
 use crate::fleet::clashes::{self, PublishedData};
 use crate::fleet::gateway::{Gateway, Peers};
 use crate::fleet::reach::Reached;
-use crate::fleet::selection::Shares;
+use crate::fleet::selection::{Shares, Tier};
 use crate::fleet::status::{
-    DomainState, DomainStatus, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind, Standing,
+    DomainState, DomainStatus, DrainSource, Draining, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind,
+    Standing,
 };
 
 impl Gateways {
@@ -25,9 +26,13 @@ impl Gateways {
     /// Every gateway on the bus, by name.
     #[must_use]
     pub fn statuses(&self, now: Instant) -> Vec<GatewayStatus> {
-        let (shares, reach) = (self.shares(), self.reach.by_gateway());
-        let reach = |name| reach.get(name).copied().unwrap_or_default();
-        self.by_name.iter().map(|(name, gateway)| gateway.status(name, &shares, reach(name), now)).collect()
+        let (shares, reach) = (self.shares(now), self.reach.by_gateway());
+        let reach = |name: &WorkerName| reach.get(name).copied().unwrap_or_default();
+        let status = |(name, gateway): (&WorkerName, &Gateway)| GatewayStatus {
+            draining: self.draining(name, gateway),
+            ..gateway.status(name, &shares, reach(name), now)
+        };
+        self.by_name.iter().map(status).collect()
     }
 
     /// Every domain that is served here, with its gateways.
@@ -41,15 +46,35 @@ impl Gateways {
         self.domains.iter().map(status).collect()
     }
 
-    /// Each gateway in the choice for a router of `domain`.
+    /// Why a gateway gets no new routers: by its own word, and by this broker's operator.
+    fn draining(&self, name: &WorkerName, gateway: &Gateway) -> Vec<Draining> {
+        let worker = gateway.drain().map(|drain| Draining { by: DrainSource::Gateway, drain: drain.clone() });
+        let broker = self.drains().get(name).map(|drain| Draining { by: DrainSource::Broker, drain: drain.clone() });
+        worker.into_iter().chain(broker).collect()
+    }
+
+    /// Each gateway in the choice for a router.
     #[must_use]
-    pub fn standings(&self, domain: &Domain, now: Instant) -> Vec<Standing> {
-        let shares = self.shares();
+    pub fn standings(&self, router: Router<'_>) -> Vec<Standing> {
+        let Router { domain, home, now } = router;
+        let shares = self.shares(now);
         let standing = |(name, gateway): (&WorkerName, &Gateway)| {
             let Peers { connected, assigned } = gateway.peers();
-            let rank = shares.rank(name, connected + assigned, gateway.is_unresponsive);
-            let why_last =
-                if gateway.is_unresponsive { "it did not confirm the last key in time" } else { "its weight is 0" };
+            let rank = shares.rank_for_router(self.contender(name, gateway, now), home == Some(name));
+            let why_last = match rank.tier {
+                Tier::Unresponsive => Some("it did not confirm the last key in time".to_owned()),
+                Tier::Weightless => Some("its weight is 0".to_owned()),
+                Tier::Draining => {
+                    let draining = self.draining(name, gateway);
+                    Some(draining.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+                }
+                Tier::Stays | Tier::Regular | Tier::Filling => None,
+            };
+            let note = match rank.tier {
+                Tier::Stays => Some("it drains, and the router is connected there".to_owned()),
+                Tier::Filling => Some("it came back, and is filled slowly (rebalance.over)".to_owned()),
+                Tier::Regular | Tier::Draining | Tier::Weightless | Tier::Unresponsive => None,
+            };
             Standing {
                 name: name.as_str().into(),
                 share: shares.share(name),
@@ -57,7 +82,8 @@ impl Gateways {
                 assigned,
                 target: shares.target(name),
                 distance: rank.excess,
-                last_resort: rank.is_last_resort.then(|| why_last.into()),
+                last_resort: why_last,
+                note,
                 unfit: gateway.serves(domain).is_none().then(|| gateway.unfit(domain, now)),
             }
         };
@@ -148,6 +174,7 @@ impl Gateway {
         GatewayStatus {
             name: name.as_str().into(),
             online: self.online,
+            draining: Vec::new(),
             version: self.version().map(str::to_owned),
             offline: self.offline(now),
             domains: domains.map(|domain| self.domain(domain, now)).collect(),

@@ -15,6 +15,11 @@ fn domain(name: &str) -> Domain {
     Domain::new(name, &["ff_".into()]).unwrap()
 }
 
+/// A router that is connected nowhere.
+fn router(domain: &Domain) -> Router<'_> {
+    Router { domain, home: None, now: Instant::now() }
+}
+
 fn gateways(weights: &[(&str, f64)]) -> Gateways {
     let yaml = "domains: [ff_a, ff_b]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let mut config = Config::parse("", yaml, "broker1").unwrap();
@@ -100,7 +105,7 @@ impl Gateways {
     }
 
     fn best(&self, domain: &str) -> Option<String> {
-        self.select(&self::domain(domain), |_, _| true).map(|selection| selection.worker.into())
+        self.select(router(&self::domain(domain)), |_, _| true).map(|selection| selection.worker.into())
     }
 
     fn answer(&mut self) -> String {
@@ -292,7 +297,7 @@ fn an_unresponsive_worker_is_the_last_resort_until_it_publishes_again() {
     let is_logged = [0, 9_999, 10_000].map(|ms| gateways.on_timeout(&name("a"), now + Duration::from_millis(ms)));
     assert_eq!(is_logged, [true, false, true]);
     assert_eq!(gateways.best("ff_a").unwrap(), "b");
-    let only_a = gateways.select(&domain("ff_a"), |worker, _| worker.as_str() == "a");
+    let only_a = gateways.select(router(&domain("ff_a")), |worker, _| worker.as_str() == "a");
     assert_eq!(only_a.unwrap().worker, name("a"));
     assert!(gateways.on_confirmation(&name("a"), Instant::now()));
     assert_eq!(gateways.best("ff_a").unwrap(), "a");
@@ -304,7 +309,7 @@ fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
     let mut gateways = gateways(&[]);
     gateways.arrive("a", 0);
     let confirms =
-        |gateways: &Gateways| gateways.select(&domain("ff_a"), |_, _| true).map(|selection| selection.confirms);
+        |gateways: &Gateways| gateways.select(router(&domain("ff_a")), |_, _| true).map(|selection| selection.confirms);
     assert_eq!(confirms(&gateways), Some(true));
 
     // An original takes the place: no hello of its own.
@@ -465,7 +470,7 @@ fn a_hello_counts_as_long_as_it_is_repeated_or_the_worker_confirms() {
         assert!(!counts(&gateways), "{hello}");
         assert_eq!(gateways.online(&domain("ff_a")), online(&[], &["a"]), "{hello}");
         assert_eq!(
-            gateways.select(&domain("ff_a"), |_, _| true).map(|selection| selection.confirms),
+            gateways.select(router(&domain("ff_a")), |_, _| true).map(|selection| selection.confirms),
             Some(false),
             "{hello}"
         );
@@ -723,10 +728,10 @@ fn the_standings_agree_with_the_choice() {
     gateways.arrive("down", 0);
     gateways.live("wireguard-metrics/ff_a/down/connected_peers", "-1");
     gateways.data("gone", "ff_a");
-    let standings = gateways.standings(&domain("ff_a"), Instant::now());
+    let standings = gateways.standings(router(&domain("ff_a")));
     for standing in &standings {
         let worker = name(&standing.name);
-        let is_selected = gateways.select(&domain("ff_a"), |candidate, _| *candidate == worker).is_some();
+        let is_selected = gateways.select(router(&domain("ff_a")), |candidate, _| *candidate == worker).is_some();
         assert_eq!(standing.unfit.is_none(), is_selected, "{standing:?}");
     }
     let fit = standings.iter().filter(|standing| standing.unfit.is_none() && standing.last_resort.is_none());
@@ -850,4 +855,78 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     }
     let (problems, reach) = unreached(&gateways);
     assert_eq!((problems.len(), reach.reached, reach.unreached), (0, 3, 2));
+}
+
+/// `worker` says hello again, with a drain or without.
+fn hello(gateways: &mut Gateways, worker: &str, drain: &str) {
+    let hello = format!(r#"{{"version":"1","can":["confirm"]{drain}}}"#);
+    gateways.live(&format!("wgkex/worker/{worker}/hello"), &hello);
+}
+
+const DRAIN: &str = r#","drain":{"since":7,"reason":"kernel"}"#;
+
+#[test]
+fn a_gateway_that_drains_is_passed_over_by_its_own_word_or_by_the_brokers() {
+    let mut gateways = gateways(&[("a", 1.0), ("b", 1.0)]);
+    gateways.arrive("a", 5);
+    gateways.arrive("b", 90);
+    assert!(gateways.best("ff_a").as_deref() == Some("a") && !gateways.is_any_draining());
+    hello(&mut gateways, "a", DRAIN);
+    assert!(gateways.best("ff_a").as_deref() == Some("b") && gateways.is_any_draining());
+    let (domain, home) = (domain("ff_a"), name("a"));
+    let router = Router { home: Some(&home), ..router(&domain) };
+    assert_eq!(gateways.select(router, |_, _| true).unwrap().worker, home, "a router that is there stays");
+    let status = &gateways.statuses(Instant::now())[0];
+    assert_eq!((status.state(), status.draining.len()), ("draining", 1));
+    let standing = &gateways.standings(self::router(&domain))[0];
+    assert_eq!(standing.last_resort.as_deref(), Some("draining since 1970-01-01T00:00:07Z: kernel"));
+    assert!(gateways.online(&domain).confirming.contains(&home), "keys still go there");
+    let drain = Drain { since: 8, until: Some(9), reason: None };
+    assert_eq!(gateways.set_drain(&name("b"), Some(drain), Instant::now()), Ok(false));
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "there is no other");
+    gateways.on_disconnect();
+    gateways.arrive("a", 5);
+    gateways.arrive("b", 0);
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "what the broker drains stays");
+    assert_eq!(gateways.expire_drains(9, Instant::now()), [name("b")]);
+    assert!(!gateways.is_any_draining());
+}
+
+#[test]
+fn a_gateway_that_comes_back_to_peers_elsewhere_is_filled_slowly() {
+    let mut gateways = gateways(&[("a", 1.0), ("b", 1.0)]);
+    for worker in ["a", "b"] {
+        gateways.found(&format!("wgkex/worker/{worker}/hello"), r#"{"version":"1","can":["confirm"]}"#);
+        gateways.data(worker, "ff_a");
+        gateways.found(&format!("wireguard-metrics/ff_a/{worker}/connected_peers"), "500");
+        gateways.found(&format!("wireguard-worker/{worker}/status"), "1");
+    }
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "0");
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "it was there before this broker looked");
+    gateways.live("wireguard-worker/a/status", "0");
+    gateways.arrive("a", 1);
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("b"));
+    let note = gateways.standings(router(&domain("ff_a")))[0].note.clone();
+    assert!(note.unwrap().starts_with("it came back"));
+    let later = |seconds| Instant::now() + Duration::from_secs(seconds);
+    let best = |gateways: &Gateways, now| {
+        let domain = domain("ff_a");
+        gateways.select(Router { now, ..router(&domain) }, |_, _| true).unwrap().worker.to_string()
+    };
+    assert_eq!((best(&gateways, later(90)), best(&gateways, later(901))), ("a".into(), "a".into()));
+    hello(&mut gateways, "a", DRAIN);
+    hello(&mut gateways, "a", "");
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("b"), "a drain that ends is a return");
+    gateways.live("wireguard-metrics/ff_a/a/connected_peers", "480");
+    assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "it has its peers");
+}
+
+#[test]
+fn a_fleet_without_peers_starts_as_a_whole() {
+    let mut gateways = gateways(&[]);
+    gateways.found("wireguard-worker/a/status", "1");
+    gateways.arrive("a", 0);
+    gateways.arrive("b", 0);
+    let answers: Vec<_> = (0..6).map(|_| gateways.answer()).collect();
+    assert_eq!(answers.iter().filter(|worker| *worker == "a").count(), 3, "{answers:?}");
 }

@@ -1,0 +1,232 @@
+//! The gateways that this broker's operator drains, in `state_dir/broker.drain.json`.
+//!
+//! [`Drains`] is the content, part of [`Gateways`]; [`DrainStore`] writes it: at once for an admin call, which waits for it,
+//! and by one task when a drain ends by itself. That task reads it again on SIGHUP.
+
+use std::collections::BTreeMap;
+use std::future::pending;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+use tracing::{info, warn};
+use wgkex_common::access_lists::unix;
+use wgkex_common::drain::Drain;
+use wgkex_common::storage::{StorageError, json_file};
+use wgkex_common::{Config, WorkerName};
+
+use crate::fleet::gateways::Gateways;
+
+/// The version of the file.
+const LAYOUT: u32 = 1;
+/// How often to look for drains that are over.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// So many at most: more than any fleet has gateways.
+const DRAINS_MAX: usize = 4096;
+
+/// The drains, by gateway.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drains {
+    gateways: BTreeMap<WorkerName, Drain>,
+}
+
+/// There are too many drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{DRAINS_MAX} gateways drain already")]
+pub struct TooManyDrains;
+
+impl Drains {
+    /// The gateways that drain.
+    pub fn workers(&self) -> impl Iterator<Item = &WorkerName> {
+        self.gateways.keys()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.gateways.is_empty()
+    }
+
+    /// The drain of a gateway.
+    #[must_use]
+    pub fn get(&self, worker: &WorkerName) -> Option<&Drain> {
+        self.gateways.get(worker)
+    }
+
+    /// A drain of a gateway, in place of an earlier one.
+    pub fn insert(&mut self, worker: WorkerName, drain: Drain) -> Result<(), TooManyDrains> {
+        if self.gateways.len() >= DRAINS_MAX && !self.gateways.contains_key(&worker) {
+            return Err(TooManyDrains);
+        }
+        self.gateways.insert(worker, drain);
+        Ok(())
+    }
+
+    /// Ends the drain of a gateway; false if there is none.
+    pub fn remove(&mut self, worker: &WorkerName) -> bool {
+        self.gateways.remove(worker).is_some()
+    }
+
+    /// Ends the drains that are over, and returns whose.
+    pub fn expire(&mut self, now: u64) -> Vec<WorkerName> {
+        let over: Vec<_> =
+            self.gateways.iter().filter(|(_, drain)| drain.is_over(now)).map(|(worker, _)| worker.clone()).collect();
+        for worker in &over {
+            self.gateways.remove(worker);
+        }
+        over
+    }
+}
+
+/// Keeps the drains on disk. Clones share it.
+#[derive(Debug, Clone)]
+pub struct DrainStore {
+    file: PathBuf,
+    gateways: Arc<Mutex<Gateways>>,
+    /// Held while the drains are changed and written, or read again, so that the last change is what stays.
+    writing: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl DrainStore {
+    /// Reads the file into `gateways`. One of a newer version is an error; one that is damaged is set aside, and one that
+    /// cannot be read counts as none.
+    pub fn open(config: &Config, gateways: Arc<Mutex<Gateways>>) -> Result<Self, StorageError> {
+        let file = config.state_dir.join("broker.drain.json");
+        match json_file::load::<Drains>(&file, LAYOUT) {
+            Ok(drains) => gateways.lock().set_drains(drains.unwrap_or_default()),
+            Err(error @ StorageError::UnknownVersion(_)) => return Err(error),
+            Err(error) => {
+                warn!(file = %file.display(), %error, "drains cannot be read, no gateway is drained by this broker");
+            }
+        }
+        gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
+        Ok(Self { file, gateways, writing: Arc::default() })
+    }
+
+    /// Drains a gateway, or no longer does. Says whether the disk has taken it.
+    pub async fn set(&self, worker: &WorkerName, drain: Option<Drain>) -> Result<DrainOutcome, TooManyDrains> {
+        let _writing = self.writing.lock().await;
+        let was_on = self.gateways.lock().set_drain(worker, drain, Instant::now())?;
+        Ok(DrainOutcome { was_on, is_kept: self.save().await })
+    }
+
+    /// Ends each drain at its time, and reads the file again on SIGHUP.
+    pub async fn run(self) {
+        let mut hangup = signal(SignalKind::hangup()).ok();
+        loop {
+            let is_hangup = tokio::select! {
+                () = sleep(INTERVAL) => false,
+                () = received(hangup.as_mut()) => true,
+            };
+            let _writing = self.writing.lock().await;
+            if is_hangup {
+                self.reload().await;
+            }
+            let over = self.gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
+            if over.is_empty() {
+                continue;
+            }
+            for worker in &over {
+                info!(worker = worker.as_str(), "drain is over: the gateway gets new routers");
+            }
+            self.save().await;
+        }
+    }
+
+    /// A file that is missing or cannot be read changes nothing.
+    async fn reload(&self) {
+        let file = self.file.clone();
+        match spawn_blocking(move || json_file::read::<Drains>(&file, LAYOUT)).await {
+            Ok(Ok(Some(drains))) => self.gateways.lock().replace_drains(drains, Instant::now()),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => {
+                warn!(file = %self.file.display(), %error, "drains cannot be read, they stay as they are");
+            }
+            Err(error) => warn!(%error, "drains cannot be read, they stay as they are"),
+        }
+    }
+
+    async fn save(&self) -> bool {
+        let (file, drains) = (self.file.clone(), self.gateways.lock().drains().clone());
+        let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
+        let failure = match saved {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        warn!(file = %self.file.display(), failure, "drains cannot be kept, a restart would lose them");
+        false
+    }
+}
+
+async fn received(signal: Option<&mut Signal>) {
+    let is_over = match signal {
+        Some(signal) => signal.recv().await.is_none(),
+        None => true,
+    };
+    if is_over {
+        pending::<()>().await;
+    }
+}
+
+/// What became of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DrainOutcome {
+    /// The gateway drained before.
+    pub was_on: bool,
+    /// It is on the disk.
+    pub is_kept: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drains_are_bounded_and_end_at_their_time() {
+        let drain = |until| Drain { since: 0, until, reason: None };
+        let name = |number: usize| format!("gw{number}").parse::<WorkerName>().unwrap();
+        let mut drains = Drains::default();
+        for number in 0..DRAINS_MAX {
+            drains.insert(name(number), drain((number < 2).then_some(10))).unwrap();
+        }
+        assert_eq!(drains.insert(name(DRAINS_MAX), drain(None)), Err(TooManyDrains));
+        assert_eq!(drains.insert(name(1), drain(Some(20))), Ok(()), "in place of another");
+        assert_eq!((drains.expire(9), drains.expire(10)), (Vec::new(), vec![name(0)]));
+        assert!(drains.get(&name(1)).is_some() && drains.remove(&name(1)) && !drains.remove(&name(1)));
+    }
+
+    #[tokio::test]
+    async fn drains_survive_a_restart_and_a_newer_file_stops_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
+        let config = Config::parse("", &yaml, "b").unwrap();
+        let open = || DrainStore::open(&config, Arc::new(Mutex::new(Gateways::new(&config))));
+        let (store, worker) = (open().unwrap(), "gw1".parse().unwrap());
+        let drain = Drain { since: 7, until: None, reason: Some("r".into()) };
+        let outcome = store.set(&worker, Some(drain.clone())).await.unwrap();
+        assert_eq!(outcome, DrainOutcome { was_on: false, is_kept: true });
+        let again = open().unwrap();
+        assert_eq!(again.gateways.lock().drains().get(&worker), Some(&drain));
+        assert!(again.set(&worker, None).await.unwrap().was_on);
+        std::fs::write(store.file.clone(), r#"{"layout":1,"gateways":{"gw2":{"since":9}}}"#).unwrap();
+        again.reload().await;
+        let is_drained = |name: &str| again.gateways.lock().drains().get(&name.parse().unwrap()).is_some();
+        assert_eq!([is_drained("gw1"), is_drained("gw2")], [false, true], "read again");
+        std::fs::write(store.file.clone(), "{").unwrap();
+        again.reload().await;
+        assert!(is_drained("gw2"), "a damaged file changes nothing");
+        let over = Drain { until: Some(8), ..drain };
+        let _ = again.set(&worker, Some(over)).await.unwrap();
+        assert_eq!(open().unwrap().gateways.lock().drains().get(&worker), None, "it ended meanwhile");
+        let file = dir.path().join("broker.drain.json");
+        assert!(std::fs::read_to_string(&file).unwrap().starts_with(r#"{"layout":1,"gateways":{"gw1""#));
+        std::fs::write(&file, r#"{"layout":2}"#).unwrap();
+        assert!(open().is_err());
+    }
+}

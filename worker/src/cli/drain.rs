@@ -1,0 +1,66 @@
+//! `drain` and `undrain`: whether this gateway gets new routers.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::Context as _;
+use clap::Args;
+use wgkex_common::Config;
+use wgkex_common::access_lists::unix;
+use wgkex_common::drain::{self, Drain};
+
+use super::{complain, print};
+
+/// The command `drain`.
+#[derive(Debug, Clone, Args)]
+pub struct DrainCommand {
+    /// Why; shown to operators only
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// For how long, as 30m, 12h or 7d; until undrain if left out
+    #[arg(long = "for", value_name = "DURATION")]
+    lasts: Option<String>,
+}
+
+/// The command `undrain`.
+#[derive(Debug, Clone, Args)]
+pub struct UndrainCommand {}
+
+impl DrainCommand {
+    /// Writes the file of the drain, and says how the process ends: 0, or 1 if that cannot be done.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        let now = unix(SystemTime::now());
+        let drain = Drain::begin(self.reason.as_deref(), self.lasts.as_deref(), now);
+        finish(drain.map_err(Into::into).and_then(|drain| {
+            save(file, Some(drain.clone()))?;
+            Ok(format!("draining {drain}\n"))
+        }))
+    }
+}
+
+impl UndrainCommand {
+    /// Writes that there is no drain, and says how the process ends: 0, or 1 if that cannot be done.
+    #[must_use]
+    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+        finish(save(file, None).map(|()| "not draining\n".into()))
+    }
+}
+
+fn save(file: Option<&Path>, drain: Option<Drain>) -> anyhow::Result<()> {
+    let config = Config::load(file)?;
+    let file = drain::worker_file(&config.state_dir);
+    drain::save(&file, drain).with_context(|| file.display().to_string())
+}
+
+fn finish(done: anyhow::Result<String>) -> ExitCode {
+    match done {
+        Ok(text) if print(&text).is_ok() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
