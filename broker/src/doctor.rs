@@ -45,7 +45,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-/// What the broker says of its process.
+/// What the running broker publishes of its process.
 fn process(status: &Status) -> Running {
     let subjects = |is_it: fn(ProblemKind) -> bool| {
         status.problems.iter().filter(move |problem| is_it(problem.kind)).map(|problem| problem.subject.clone())

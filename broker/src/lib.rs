@@ -226,7 +226,7 @@ impl Broker {
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
-    /// What answers routers and operators, and what tells the service manager how this broker is.
+    /// What answers routers and operators, and what reports this broker's state to the service manager.
     fn start_http<const N: usize>(
         &self,
         services: &mut Services,

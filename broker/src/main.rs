@@ -39,7 +39,7 @@ enum Command {
     Status(StatusCommand),
     /// Shows each gateway: its state, version, peers, share and target, and why it is offline
     Gateways(GatewaysCommand),
-    /// Checks everything that the broker needs, and says of each thing that is wrong what to do; changes nothing
+    /// Checks everything that the broker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
         after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the broker runs and \
                             while it does not. Needs no token. Connects to another MQTT server as the client \

@@ -85,7 +85,7 @@ impl Program {
         }
     }
 
-    /// What says as which user it is started.
+    /// The unit that names the user as which it is started.
     fn user(self) -> &'static str {
         match self {
             Self::Broker => "User= of its unit; --user NAME checks for another one",
@@ -193,7 +193,7 @@ pub fn report(findings: &[Finding], style: Style) -> String {
     report
 }
 
-/// Prints what was found, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+/// Prints what was found, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
 #[must_use]
 pub fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
     let text = if is_json {

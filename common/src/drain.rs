@@ -79,7 +79,7 @@ pub fn worker_file(state_dir: &Path) -> PathBuf {
     state_dir.join("worker.drain.json")
 }
 
-/// The drain in the worker's file; none if there is no file, or it says that there is none.
+/// The drain in the worker's file; none if there is no file, or one without a drain.
 pub fn read(file: &Path) -> Result<Option<Drain>, StorageError> {
     Ok(json_file::read::<Kept>(file, LAYOUT)?.unwrap_or_default().drain)
 }

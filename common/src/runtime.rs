@@ -1,5 +1,5 @@
 //! What both programs do around their work: start and end, supervise their tasks, log, count, read certificates,
-//! tell the service manager how they are.
+//! report their state to the service manager.
 //!
 //! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
 

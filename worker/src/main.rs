@@ -53,7 +53,7 @@ enum Command {
         after_help = "Exits with 0, or with 1 if that cannot be told. Reads a copy of the state file. The commands have whole keys."
     )]
     DryRun(DryRun),
-    /// Checks everything that the worker needs, and says of each thing that is wrong what to do; changes nothing
+    /// Checks everything that the worker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
         after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the worker runs and \
                             while it does not."

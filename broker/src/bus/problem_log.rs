@@ -8,7 +8,7 @@ use tracing::{info, warn};
 use crate::bus::line_budget::LineBudget;
 use crate::fleet::status::{Problem, ProblemKind};
 
-/// How long a problem lasts before it is logged: at a start gateways need seconds to be heard of, and one that restarts
+/// How long a problem lasts before it is logged: after a start the states of gateways arrive within seconds, and one that restarts
 /// is no news.
 const GRACE: Duration = Duration::from_secs(10);
 

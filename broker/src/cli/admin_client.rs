@@ -142,7 +142,7 @@ pub enum AdminCommand {
     AdminToken,
 }
 
-/// A key, and what is to be said of it.
+/// A key, and the texts of its entry.
 #[derive(Debug, Args)]
 pub struct KeyArgs {
     /// The WireGuard public key
@@ -180,7 +180,7 @@ pub enum ListName {
 }
 
 impl AdminCommand {
-    /// Does it, and says how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
+    /// Makes the call, and returns how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         match self.text(file) {

@@ -46,7 +46,7 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Prints what it finds, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let findings = match Config::load(file) {
@@ -157,7 +157,7 @@ fn embedded(MqttListen { address, users, .. }: &MqttListen) -> EmbeddedFacts {
 }
 
 /// Connects to another server as a client of its own, so that the running broker keeps its connections. That inside the
-/// broker knows no password of the broker's, and nothing that this does not tell.
+/// broker has no password for the doctor, and would show nothing more.
 async fn mqtt(config: &Config) -> Option<MqttFacts> {
     let MqttAddress::External { .. } = config.mqtt.server else { return None };
     let sessions = [subscriber::session(config), subscriber::secondary_session(config)];

@@ -1,4 +1,4 @@
-//! The connection to the broker of this machine: which address of its config is tried, and what an error is said to be.
+//! The connection to the broker of this machine: which address of its config is tried, and the text of an error.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;

@@ -58,7 +58,7 @@ pub(super) struct Sample {
 }
 
 impl GatewaysCommand {
-    /// Prints the gateways, and says how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    /// Prints the gateways, and returns how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         let printed = client(file).and_then(|client| {
@@ -76,7 +76,7 @@ impl GatewaysCommand {
 }
 
 impl StatusCommand {
-    /// Prints the status, and says how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    /// Prints the status, and returns how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         or_failure(client(file).and_then(|client| if self.watch { self.watch(&client) } else { self.once(&client) }))

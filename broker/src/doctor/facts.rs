@@ -18,7 +18,7 @@ use crate::tls::Validity;
 pub struct Facts {
     /// What is odd in the config.
     pub config_warnings: Vec<Problem>,
-    /// What the broker says that answers on `broker_listen`; or why none does.
+    /// The status of the broker that answers on `broker_listen`, or why none answers.
     pub running: Result<Status, String>,
     /// Each port that the config names.
     pub ports: Vec<PortFacts>,
@@ -34,7 +34,7 @@ pub struct Facts {
     pub state: StateFacts,
     /// The files and directories of the access lists, by their keys in the config.
     pub lists: Vec<ListFacts>,
-    /// How many files the running broker may open, if that can be told.
+    /// How many files the running broker may open, if that is known.
     pub files: Option<usize>,
     /// The clock.
     pub clock: ClockFacts,

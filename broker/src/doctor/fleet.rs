@@ -1,4 +1,4 @@
-//! What the running broker says of itself and of its fleet.
+//! The running broker's status of itself and of its fleet.
 
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Finding, Level};

@@ -58,7 +58,7 @@ fn greeting(status: &Status) -> Names<'_> {
     ours.map(|gateway| gateway.name.as_str()).collect()
 }
 
-/// Whether each worker that the config names is heard of, and is a user where there are users.
+/// Whether each worker that the config names is on the bus, and is a user where there are users.
 pub(super) fn named(facts: &Facts) -> Vec<Finding> {
     let named: Names = facts.workers.iter().map(String::as_str).collect();
     let mut findings: Vec<_> = unheard(facts, &named).into_iter().collect();

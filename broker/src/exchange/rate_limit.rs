@@ -61,7 +61,7 @@ struct Limiter<S: StateStore, C: Clock> {
     looking: BucketLimiter<S, C>,
 }
 
-/// Buckets that several limits share; of them `is_taken` says which take from them.
+/// Buckets that several limits share; `is_taken` is true for a limit that takes from them.
 struct Buckets<S> {
     store: Arc<S>,
     is_taken: bool,

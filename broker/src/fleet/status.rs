@@ -45,14 +45,14 @@ pub struct GatewayStatus {
 /// A drain of a gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draining {
-    /// Who said so.
+    /// Where the drain was set.
     pub by: DrainSource,
     /// Since when, until when and why.
     #[serde(flatten)]
     pub drain: Drain,
 }
 
-/// Who said that a gateway drains.
+/// Where a drain was set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DrainSource {
@@ -90,7 +90,7 @@ pub enum OfflineReason {
 pub struct GatewayDomain {
     /// The domain's name.
     pub domain: String,
-    /// Whether routers can use it there, as far as the gateway says.
+    /// Whether routers can use it there, as far as the gateway publishes.
     pub state: DomainState,
     /// Peers with handshakes, by its last count.
     pub connected: u64,
@@ -98,7 +98,7 @@ pub struct GatewayDomain {
     pub assigned: u64,
 }
 
-/// What a gateway says of a domain.
+/// What a gateway publishes of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DomainState {

@@ -51,7 +51,7 @@ const DRAIN_FIELDS: [&str; 3] = ["gateway", "reason", "for"];
 /// The longest name of a gateway.
 const GATEWAY_MAX: usize = 255;
 
-/// What a caller is told who allows a key where all may come.
+/// The answer to a call that allows a key where no allow list is enabled.
 const NO_ALLOW_LIST: &str =
     "the entry is kept, but has no effect until allowlist.enabled is true: every key may come that is not denied";
 

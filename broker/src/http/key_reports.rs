@@ -34,7 +34,7 @@ pub struct KeyInDomain {
     pub domain: String,
     /// What it is; none if no router sent it and no gateway reports it.
     pub state: Option<KeyState>,
-    /// What the access lists say of it here.
+    /// Its admission by the access lists of this broker.
     pub access: Access,
     /// How many seconds ago this run of the broker first received it.
     pub first_secs: Option<u64>,
@@ -44,9 +44,9 @@ pub struct KeyInDomain {
     pub last_handshake_secs: Option<u64>,
     /// The gateway that reported it last.
     pub last_handshake_at: Option<String>,
-    /// The gateways that have it, as far as they said since this broker started.
+    /// The gateways that confirmed it since this broker started.
     pub confirmed_by: Vec<Confirming>,
-    /// How many seconds ago one last said that.
+    /// How many seconds ago the last one did.
     pub confirmed_secs: Option<u64>,
     /// Where it is on its way, if it is.
     pub in_flight: Option<InFlightKey>,
@@ -61,7 +61,7 @@ pub struct Confirming {
     pub online: bool,
 }
 
-/// What the access lists say of a key.
+/// The admission of a key by the access lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Access {
@@ -86,7 +86,7 @@ pub struct InFlightKey {
     pub waiting: usize,
     /// How many seconds ago a request for it timed out; later confirmations answer the next one.
     pub late_secs: Option<u64>,
-    /// What gateways said of it: `installed`, or why not.
+    /// The outcomes that gateways reported: `installed`, or why not.
     pub outcomes: BTreeMap<String, String>,
 }
 
@@ -143,7 +143,7 @@ pub struct Refused {
     pub status: u16,
     /// The word of the metrics.
     pub reason: String,
-    /// What the router would hear.
+    /// The answer that the router would get.
     pub message: String,
     /// What an operator can know beyond that.
     pub detail: String,

@@ -25,7 +25,7 @@ pub const PATH: &str = "/status.json";
 pub struct Status {
     /// The broker's version.
     pub version: String,
-    /// Its process, as it numbers itself; 0 if it does not say.
+    /// Its process id; 0 if it is not known.
     #[serde(default)]
     pub pid: u32,
     /// For how long it has run.

@@ -190,7 +190,7 @@ mod tests {
 
     const CONFIG: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
 
-    /// The password that a file with this content gives, or what is said of it.
+    /// The password in a file with this content, or what is wrong with it.
     fn password(content: &[u8]) -> Result<String, String> {
         let dir = TempDir::new().unwrap();
         let file = dir.path().join("secret");

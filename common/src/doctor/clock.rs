@@ -17,13 +17,13 @@ const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony
 /// The clock.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClockFacts {
-    /// How far it is from that of the HTTP server that was named; or why that cannot be told.
+    /// How far it is from that of the HTTP server that was named; or why that is not known.
     pub server: Option<Result<Duration, String>>,
-    /// Whether the system says that it is synchronised; none if it does not say.
+    /// Whether it is synchronised, by the system's own report; none without one.
     pub is_synchronised: Option<bool>,
 }
 
-/// Whether the system says that the clock is synchronised.
+/// Whether the clock is synchronised, by the system's own report.
 #[must_use]
 pub fn is_synchronised() -> Option<bool> {
     if Path::new("/run/systemd/timesync/synchronized").exists() {
@@ -39,7 +39,7 @@ pub fn is_synchronised() -> Option<bool> {
     }
 }
 
-/// What it is said to be.
+/// The report, as text.
 #[must_use]
 pub fn clock(program: Program, facts: &ClockFacts) -> Finding {
     let away = |off: &Duration| format!("it is {} s away from that of the HTTP server", off.as_secs());

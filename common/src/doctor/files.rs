@@ -27,7 +27,7 @@ pub struct StateFacts {
     pub user: String,
     /// Whether this user may write there.
     pub access: Access,
-    /// Who has the program's state file; or why that cannot be told.
+    /// Who has the program's state file; or why that is not known.
     pub holder: Result<Option<Holder>, String>,
 }
 
@@ -137,7 +137,7 @@ pub fn lists(program: Program, user: &str, lists: &[ListFacts], running: Option<
     lists.iter().map(check).collect()
 }
 
-/// What the running program says of a list, whoever it is.
+/// The state of a list in the running program, whichever program that is.
 fn read_list(program: Program, ListFacts { key, path, .. }: &ListFacts, is_damaged: bool) -> Finding {
     let (path, word) = (path.display(), program.word());
     let damaged = is_damaged.then(|| Trouble {

@@ -40,7 +40,7 @@ pub fn init(level: Level, format: LogFormat) {
     }
 }
 
-/// Logs events of `level` and above from now on, unless `RUST_LOG` says what is logged.
+/// Logs events of `level` and above from now on, unless `RUST_LOG` is set.
 pub fn set_level(level: Level) {
     if let Some(filter) = FILTER.get() {
         // It fails only when nothing is logged any more.

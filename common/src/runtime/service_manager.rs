@@ -1,5 +1,5 @@
-//! What the service manager (systemd) is told of a program: that it serves, how it is, that it makes progress, that it reads
-//! its lists again, and that it stops (`sd_notify(3)`). Where none asks, nothing is said.
+//! What a program reports to the service manager (systemd): that it serves, its state, that it makes progress, that it reads
+//! its lists again, and that it stops (`sd_notify(3)`). Without a service manager nothing is sent.
 //!
 //! One task, [`run`], which `run` of the broker and of the worker start.
 
@@ -23,7 +23,7 @@ const READY_WITHIN: Duration = Duration::from_secs(10);
 /// A task that is watched, and its name in the log.
 pub type Watched = (&'static str, Heartbeat);
 
-/// What is said, and what was said before.
+/// What is sent, and what was sent before.
 struct Report {
     begun: Instant,
     /// A task that makes no progress for so long is stuck; none if the service manager has no watchdog for the program.
@@ -40,7 +40,7 @@ enum Message {
     Watchdog,
 }
 
-/// Runs for ever. `unready` is why the program is not ready, if it is not, as `/readyz` says it.
+/// Runs for ever. `unready` is why the program is not ready, if it is not, as in `/readyz`.
 pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Option<String>) {
     if env::var_os("NOTIFY_SOCKET").is_none() {
         return pending().await;
@@ -92,7 +92,7 @@ impl Report {
         watched.iter().find(|(_, heartbeat)| heartbeat.age() > limit).map(|(task, _)| *task)
     }
 
-    /// What is to be said now.
+    /// What is to be sent now.
     fn next(&mut self, unready: Option<String>, stuck: Option<&str>, now: Instant) -> Vec<Message> {
         let mut messages = Vec::new();
         if !self.is_started && (unready.is_none() || now - self.begun >= READY_WITHIN) {

@@ -196,7 +196,7 @@ impl Publisher {
         Hello { drain: self.drain.borrow().clone(), ..Hello::worker(domains) }
     }
 
-    /// Without a connection the hello of the next one says it.
+    /// Without a connection the hello of the next one has it.
     fn publish_drain(&mut self) {
         if *self.connection.borrow() == ConnectionState::Up {
             self.publish_hello(Announcement::Retained);

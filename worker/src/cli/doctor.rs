@@ -45,7 +45,7 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Prints what it finds, and says how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let findings = match Config::load(file) {

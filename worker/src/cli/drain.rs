@@ -28,7 +28,7 @@ pub struct DrainCommand {
 pub struct UndrainCommand {}
 
 impl DrainCommand {
-    /// Writes the file of the drain, and says how the process ends: 0, or 1 if that cannot be done.
+    /// Writes the file of the drain, and returns how the process ends: 0, or 1 if that cannot be done.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let now = unix(SystemTime::now());
@@ -41,7 +41,7 @@ impl DrainCommand {
 }
 
 impl UndrainCommand {
-    /// Writes that there is no drain, and says how the process ends: 0, or 1 if that cannot be done.
+    /// Writes that there is no drain, and returns how the process ends: 0, or 1 if that cannot be done.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         finish(save(file, None).map(|()| "not draining\n".into()))

@@ -28,7 +28,7 @@ pub struct DryRun {
     json: bool,
 }
 
-/// What the worker would do at one domain; or why that cannot be told.
+/// What the worker would do at one domain; or why that is not known.
 type Outcome = Result<Vec<Command>, String>;
 
 /// What the changes of every domain depend on.
@@ -39,7 +39,7 @@ struct Known {
 }
 
 impl DryRun {
-    /// Prints the commands, and says how the process ends: 0 if it could tell, 1 if not.
+    /// Prints the commands, and returns how the process ends: 0, or 1 if a domain could not be read.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let outcomes = match outcomes(file) {

@@ -18,7 +18,7 @@ fn agent() -> Agent {
     config.timeout_connect(Some(TIMEOUT)).timeout_per_read(Some(TIMEOUT)).build().into()
 }
 
-/// What the worker says of itself.
+/// The worker's status.
 pub fn status(listen: &Listen) -> anyhow::Result<Status> {
     let is_running = || format!("worker_listen {listen}: is the worker running?");
     let answer = agent().get(format!("http://{}/status.json", listen.reachable())).call();

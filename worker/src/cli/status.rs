@@ -1,4 +1,4 @@
-//! `status`: what the running worker says of itself.
+//! `status`: the state of the running worker.
 
 use std::io::{self, IsTerminal as _};
 use std::path::Path;
@@ -31,7 +31,7 @@ pub struct StatusCommand {
 }
 
 impl StatusCommand {
-    /// Prints it, and says how the process ends: 0 if all is well, 3 if something is wrong, 1 if the worker cannot be reached.
+    /// Prints it, and returns how the process ends: 0 if all is well, 3 if something is wrong, 1 if the worker cannot be reached.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let config = match Config::load(file) {

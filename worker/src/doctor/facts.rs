@@ -56,9 +56,9 @@ pub struct WireguardSource {
 pub struct DomainFacts {
     /// The domain.
     pub domain: Domain,
-    /// What the config says of them.
+    /// The config's section for them.
     pub setup: Setup,
-    /// `wg-REST`, if it is there; or why that cannot be told.
+    /// `wg-REST`, if it is there; or why that is not known.
     pub wireguard: Result<Option<WireguardFacts>, String>,
     /// `vx-REST`.
     pub vxlan: Result<Option<LinkFacts>, String>,
@@ -92,11 +92,11 @@ pub struct WireguardFacts {
     pub link: LinkFacts,
     /// Whether a userspace WireGuard listens for commands by its name.
     pub is_userspace: bool,
-    /// What WireGuard says of it; none if it is no WireGuard interface, or why it does not answer.
+    /// The WireGuard device; none if it is no WireGuard interface, or why it does not answer.
     pub device: Result<Option<WireguardDevice>, String>,
 }
 
-/// What WireGuard says of its interface.
+/// A WireGuard device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WireguardDevice {
     /// Its own key.
@@ -118,7 +118,7 @@ pub struct Managers {
     pub wg_quick: Vec<WgQuick>,
     /// Whether `NetworkManager` runs.
     pub network_manager_runs: bool,
-    /// The interfaces that it is not told to leave alone.
+    /// The interfaces that it manages.
     pub network_manager_manages: BTreeSet<String>,
 }
 
@@ -138,7 +138,7 @@ pub struct WgQuick {
 pub struct RunningWorker {
     /// Its name on the bus.
     pub name: String,
-    /// Its process, and what it says of its files.
+    /// Its process, and the state of its files as it reports them.
     pub process: Running,
     /// Whether its connection with the MQTT server stands.
     pub is_connected: bool,

@@ -14,7 +14,7 @@ const MTU_MIN: u32 = 1280;
 
 const SETUP: &str = "run `wgkex-worker setup`, or what else makes it";
 
-/// Every check of a domain; the config `is_setup_named` if what it says of the interfaces is more than defaults.
+/// Every check of a domain; the config `is_setup_named` if it has a section for the interfaces.
 pub(super) fn domain(facts: &DomainFacts, is_setup_named: bool) -> Vec<Finding> {
     let (wg, vx) = (facts.domain.wireguard(), facts.domain.vxlan());
     let mut findings = Vec::new();

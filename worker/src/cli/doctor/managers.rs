@@ -65,7 +65,7 @@ impl Machine {
         routes && rules
     }
 
-    /// The first .network file that matches the interface, unless it says that it is unmanaged.
+    /// The first .network file that matches the interface, unless that makes it unmanaged.
     fn networkd_file(&self, interface: &str) -> Option<PathBuf> {
         let files = self.files("systemd/network", "network").into_iter();
         let mut texts = files.filter_map(|file| Some((fs::read_to_string(&file).ok()?, file)));
@@ -90,7 +90,7 @@ impl Machine {
         Some(WgQuick { interface: interface.to_owned(), file, is_enabled })
     }
 
-    /// What `NetworkManager` is told to leave alone, as patterns of names.
+    /// The interfaces that `NetworkManager` is configured to leave alone, as patterns of names.
     fn unmanaged(&self) -> Vec<String> {
         let mut files = vec![self.root.join("etc/NetworkManager/NetworkManager.conf")];
         files.extend(self.files("NetworkManager/conf.d", "conf"));
