@@ -23,6 +23,8 @@ use crate::http::admin::token_hash;
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
+/// How a command ends that makes one call.
+const CALL_ENDS: &str = "Exits with 0, or with 1 if the broker cannot be reached or refuses the call.";
 /// The exit code when it was done, but not everywhere.
 const NOT_EVERYWHERE: u8 = 2;
 
@@ -30,6 +32,10 @@ const NOT_EVERYWHERE: u8 = 2;
 #[derive(Debug, Subcommand)]
 pub enum AdminCommand {
     /// Denies a key at all gateways: its peer, route and FDB entry go, and it may not come again
+    #[command(
+        after_help = "Exits with 0 if the key is known to be gone everywhere, with 2 if not, with 1 if the broker cannot be reached or \
+                           refuses the call."
+    )]
     Revoke {
         /// The key.
         #[command(flatten)]
@@ -39,6 +45,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Lets a key come again that was revoked
+    #[command(after_help = CALL_ENDS)]
     Unrevoke {
         /// The WireGuard public key
         key: String,
@@ -47,6 +54,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Allows a key where only listed keys may come (allowlist.enabled)
+    #[command(after_help = CALL_ENDS)]
     Allow {
         /// The key.
         #[command(flatten)]
@@ -62,6 +70,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Keeps the peer of a key from being swept, however long it is silent
+    #[command(after_help = CALL_ENDS)]
     Trust {
         /// The key.
         #[command(flatten)]
@@ -74,6 +83,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Shows which keys are denied, allowed and trusted, and why
+    #[command(after_help = CALL_ENDS)]
     List {
         /// Only this list; revoked: what admin calls denied
         #[arg(long)]
@@ -92,6 +102,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Shows where a key is: its domains, which gateways have it, its last handshake, and the lists that have it
+    #[command(after_help = CALL_ENDS)]
     Where {
         /// The WireGuard public key
         key: String,
@@ -103,6 +114,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Explains which gateway a router with this key would get and why, or why it would be refused; changes nothing
+    #[command(after_help = CALL_ENDS)]
     Explain {
         /// The WireGuard public key
         key: String,
@@ -117,6 +129,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Gives a gateway no new routers, also an original; those there stay. At this broker: with several, run it at each
+    #[command(after_help = CALL_ENDS)]
     Drain {
         /// The gateway's host name
         gateway: String,
@@ -131,6 +144,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Gives a gateway new routers again that was drained at this broker
+    #[command(after_help = CALL_ENDS)]
     Undrain {
         /// The gateway's host name
         gateway: String,
@@ -405,7 +419,7 @@ fn table(answer: &Value) -> String {
         }
         lines.push('\n');
     }
-    lines
+    if lines.is_empty() { "no entries\n".into() } else { lines }
 }
 
 /// A new token of 256 random bits.
@@ -473,5 +487,6 @@ mod tests {
         let expected = "deny    K  name: attic  until: 1970-01-01T00:00:00Z  by: admin  reason: spam\n\
                         trusted L  by: key_whitelist\n";
         assert_eq!(table(&answer), expected);
+        assert_eq!(table(&json!({ "keys": [] })), "no entries\n");
     }
 }
