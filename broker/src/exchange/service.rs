@@ -105,7 +105,7 @@ impl Exchange {
         }
         let selection = self.uncached_v2(id, status).await?;
         let now = Instant::now().into_std();
-        let is_connected = self.live().is_connected_to(&selection.worker, id, now);
+        let is_connected = self.live().home(id) == Some(&selection.worker);
         self.gateways().on_given(&selection.worker, id, is_connected, now);
         self.cache(id, status, Some(selection.worker));
         Ok(selection.data)
@@ -294,7 +294,7 @@ impl Exchange {
     /// The gateway where the router is connected; it only counts while some gateway drains.
     fn home(&self, id: &KeyId) -> Option<WorkerName> {
         let is_any_draining = self.gateways().is_any_draining();
-        is_any_draining.then(|| self.live().home(id, Instant::now().into_std())).flatten()
+        is_any_draining.then(|| self.live().home(id).cloned()).flatten()
     }
 
     /// The best gateway of those that are `eligible`. The router counts as its peer from here on, so that requests at the
@@ -341,12 +341,12 @@ impl Exchange {
     }
 }
 
-/// The gateways that confirm keys and have confirmed this one late.
 /// The router of a key that asks now.
 fn router<'a>(id: &'a KeyId, home: Option<&'a WorkerName>) -> Router<'a> {
     Router { domain: &id.domain, home, now: Instant::now().into_std() }
 }
 
+/// The gateways that confirm keys and have confirmed this one late.
 fn has_confirmed(late: &BTreeSet<WorkerName>) -> impl Fn(&WorkerName, bool) -> bool {
     |worker, confirms| confirms && late.contains(worker)
 }

@@ -75,16 +75,22 @@ impl GatewayNumbers {
         }
     }
 
+    /// The gateway that last reported handshakes of a key.
+    #[must_use]
+    pub fn last_with_handshakes(&self, places: &KeyPlaces) -> Option<&WorkerName> {
+        self.names.get(usize::from(places.handshakes?.get()) - 1)
+    }
+
     /// The gateways of a key.
     #[must_use]
     pub fn named(&self, places: &KeyPlaces, now: Instant) -> NamedPlaces {
-        let KeyPlaces { confirmed, confirmed_at, handshakes } = *places;
+        let KeyPlaces { confirmed, confirmed_at, .. } = *places;
         let is_confirmed = |(number, _): &(usize, &WorkerName)| confirmed & (1 << number) != 0;
         let at = self.begun + Duration::from_secs(confirmed_at.into());
         NamedPlaces {
             confirmed: self.names.iter().enumerate().filter(is_confirmed).map(|(_, name)| name.clone()).collect(),
             confirmed_ago: (confirmed != 0).then(|| now.saturating_duration_since(at)),
-            handshakes: handshakes.and_then(|number| self.names.get(usize::from(number.get()) - 1)).cloned(),
+            handshakes: self.last_with_handshakes(places).cloned(),
         }
     }
 }

@@ -264,17 +264,11 @@ impl LiveKeys {
         }
     }
 
-    /// Whether `worker` is the gateway that last reported handshakes of a key.
-    #[must_use]
-    pub fn is_connected_to(&self, worker: &WorkerName, id: &KeyId, now: Instant) -> bool {
-        self.home(id, now).as_ref() == Some(worker)
-    }
-
     /// The gateway that last reported handshakes of a key.
     #[must_use]
-    pub fn home(&self, id: &KeyId, now: Instant) -> Option<WorkerName> {
-        let live = self.domains.get(&id.domain).and_then(|known| known.keys.get(&id.key));
-        live.and_then(|live| self.numbers.named(&live.places, now).handshakes)
+    pub fn home(&self, id: &KeyId) -> Option<&WorkerName> {
+        let live = self.domains.get(&id.domain)?.keys.get(&id.key)?;
+        self.numbers.last_with_handshakes(&live.places)
     }
 
     /// What is known of a key, in each domain where it is known.

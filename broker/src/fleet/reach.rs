@@ -1,6 +1,7 @@
 //! Whether routers get through to the gateways that they were given: a blocked UDP port or a wrong external name shows nowhere
 //! else. No IO, no clock.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ const MIN_UNREACHED: u64 = 3;
 #[derive(Debug, Default)]
 pub struct Reach {
     answers: HashMap<Given, Answer>,
+    /// How many of them each gateway has in each state; none without any.
+    counts: BTreeMap<WorkerName, Reached>,
 }
 
 /// A router that was given a gateway.
@@ -49,6 +52,19 @@ pub struct Reached {
     pub unreached: u64,
 }
 
+impl Answer {
+    /// The count of the gateway in which it stands.
+    fn place<'a>(&self, Reached { reached, waiting, unreached }: &'a mut Reached) -> &'a mut u64 {
+        if self.is_reached {
+            reached
+        } else if self.last.saturating_duration_since(self.first) >= PATIENCE {
+            unreached
+        } else {
+            waiting
+        }
+    }
+}
+
 impl Reached {
     /// Whether so many routers do not get through that the gateway is the cause.
     #[must_use]
@@ -64,47 +80,54 @@ impl Reach {
         if self.answers.len() >= MAX_ANSWERS && !self.answers.contains_key(&given) {
             return;
         }
-        let answer = self.answers.entry(given).or_insert(Answer { first: now, last: now, is_reached });
+        let counts = self.counts.entry(gateway.clone()).or_default();
+        let answer = match self.answers.entry(given) {
+            Entry::Occupied(known) => {
+                let answer = known.into_mut();
+                *answer.place(counts) -= 1;
+                answer
+            }
+            Entry::Vacant(unknown) => unknown.insert(Answer { first: now, last: now, is_reached }),
+        };
         answer.last = now;
         answer.is_reached |= is_reached;
+        *answer.place(counts) += 1;
     }
 
     /// A gateway reports a handshake of a router.
     pub fn on_handshake(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey) {
         let given = Given { key, domain: domain.clone(), gateway: gateway.clone() };
-        if let Some(answer) = self.answers.get_mut(&given) {
+        if let (Some(answer), Some(counts)) = (self.answers.get_mut(&given), self.counts.get_mut(gateway)) {
+            *answer.place(counts) -= 1;
             answer.is_reached = true;
+            *answer.place(counts) += 1;
         }
     }
 
     /// Forgets what is old.
     pub fn expire(&mut self, now: Instant) {
-        self.answers.retain(|_, answer| now.saturating_duration_since(answer.last) < MEMORY);
+        let counts = &mut self.counts;
+        self.answers.retain(|given, answer| {
+            let is_kept = now.saturating_duration_since(answer.last) < MEMORY;
+            if let (false, Some(counts)) = (is_kept, counts.get_mut(&given.gateway)) {
+                *answer.place(counts) -= 1;
+            }
+            is_kept
+        });
+        counts.retain(|_, counts| *counts != Reached::default());
     }
 
     /// The routers of each gateway.
     #[must_use]
-    pub fn by_gateway(&self) -> BTreeMap<WorkerName, Reached> {
-        let mut gateways: BTreeMap<WorkerName, Reached> = BTreeMap::new();
-        for (Given { gateway, .. }, answer) in &self.answers {
-            let reached = match gateways.get_mut(gateway) {
-                Some(reached) => reached,
-                None => gateways.entry(gateway.clone()).or_default(),
-            };
-            if answer.is_reached {
-                reached.reached += 1;
-            } else if answer.last.saturating_duration_since(answer.first) >= PATIENCE {
-                reached.unreached += 1;
-            } else {
-                reached.waiting += 1;
-            }
-        }
-        gateways
+    pub fn by_gateway(&self) -> &BTreeMap<WorkerName, Reached> {
+        &self.counts
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn key(n: u32) -> PublicKey {
@@ -179,5 +202,29 @@ mod tests {
         }
         reach.expire(at(begun, 19));
         assert_eq!(reach.by_gateway()[&gateway], Reached { waiting: MAX_ANSWERS as u64, ..Reached::default() });
+    }
+
+    proptest! {
+        #[test]
+        fn the_counts_are_those_of_a_recount(
+            events in prop::collection::vec((0..4_u8, 0..3_u32, 0..2_u8, any::<bool>(), 0..600_u64), 0..80)
+        ) {
+            let (mut reach, _, domain, begun) = scene();
+            let mut now = begun;
+            for (kind, n, gateway, is_reached, seconds) in events {
+                let gateway: WorkerName = format!("gw{gateway}").parse().unwrap();
+                now += Duration::from_secs(seconds);
+                match kind {
+                    0 | 1 => reach.on_given(&gateway, &domain, key(n), is_reached, now),
+                    2 => reach.on_handshake(&gateway, &domain, key(n)),
+                    _ => reach.expire(now),
+                }
+                let mut recount: BTreeMap<WorkerName, Reached> = BTreeMap::new();
+                for (given, answer) in &reach.answers {
+                    *answer.place(recount.entry(given.gateway.clone()).or_default()) += 1;
+                }
+                prop_assert_eq!(reach.by_gateway(), &recount);
+            }
+        }
     }
 }

@@ -143,7 +143,7 @@ impl Gateways {
 
     /// The gateways to which routers do not get through.
     fn unreached(&self) -> impl Iterator<Item = Problem> {
-        let suspicious = self.reach.by_gateway().into_iter().filter(|(_, reached)| reached.is_suspicious());
+        let suspicious = self.reach.by_gateway().iter().filter(|(_, reached)| reached.is_suspicious());
         suspicious.map(|(name, Reached { reached, unreached, .. })| Problem {
             kind: ProblemKind::RoutersUnreached,
             subject: name.as_str().into(),
