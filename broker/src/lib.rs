@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod exchange;
 pub mod fleet;
 mod http;
+mod ipam;
 mod metrics;
 pub mod mqtt_server;
 mod tls;
