@@ -7,5 +7,6 @@ pub mod doctor;
 mod http_client;
 mod key_reports;
 pub mod mqtt_acl;
+pub mod registry;
 pub mod status;
 mod table;

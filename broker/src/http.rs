@@ -7,7 +7,7 @@
 //! [`crate::bus`] and [`crate::fleet`], whose gateways confirm it.
 
 pub mod admin;
-mod body;
+pub(crate) mod body;
 mod key_exchange;
 pub mod key_reports;
 pub mod listen;
@@ -43,6 +43,7 @@ use crate::fleet;
 use crate::fleet::status::ProblemKind;
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
+use crate::registry;
 
 pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
@@ -71,7 +72,9 @@ pub struct App {
     /// The metrics of the fleet, which are up to date only when they are read.
     pub fleet_metrics: fleet::Metrics,
     /// All metrics.
-    pub registry: Registry,
+    pub all_metrics: Registry,
+    /// The registry of servers and clients, if it is enabled.
+    pub registry: Option<registry::Registry>,
     /// The domains of refused requests that were logged.
     pub refused_domains: Arc<Mutex<RefusedDomains>>,
     /// When the broker started.
@@ -99,8 +102,11 @@ pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain:
 }
 
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
-    let app = Data::new(app.clone());
+    let (app, registry) = (Data::new(app.clone()), app.registry.clone());
     move |config| {
+        if let Some(registry) = registry {
+            registry::routes::routes(&registry, config);
+        }
         config
             .app_data(app)
             .configure(key_exchange::routes)
@@ -158,6 +164,9 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 }
 
 async fn scrape(app: Data<App>) -> HttpResponse {
+    if let Some(registry) = &app.registry {
+        registry.set_metrics().await;
+    }
     let (gateways, domains) = {
         let gateways = app.exchange.gateways();
         (gateways.statuses(Instant::now()), gateways.domain_statuses())
@@ -166,7 +175,7 @@ async fn scrape(app: Data<App>) -> HttpResponse {
     app.fleet_metrics.set_domains(&domains);
     app.fleet_metrics.set_live(app.exchange.live().counts());
     set(&app.metrics.connections, app.connections.open());
-    match app.registry.text() {
+    match app.all_metrics.text() {
         Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
         Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),
     }
@@ -186,5 +195,6 @@ fn route(request: &ServiceRequest) -> &'static str {
     [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"]
         .into_iter()
         .find(|route| *route == request.path())
+        .or_else(|| registry::routes::label(request.path()))
         .unwrap_or("other")
 }

@@ -12,12 +12,15 @@
 mod bus;
 pub mod cli;
 mod client_ip;
+pub mod database;
 pub mod doctor;
 pub mod exchange;
 pub mod fleet;
 mod http;
+pub mod ipam;
 mod metrics;
 pub mod mqtt_server;
+pub mod registry;
 mod tls;
 
 use std::net::TcpListener;
@@ -100,12 +103,13 @@ struct Broker {
 /// Each room's metrics.
 #[derive(Clone)]
 struct Metrics {
-    registry: Registry,
+    all: Registry,
     bus: bus::Metrics,
     exchange: exchange::Metrics,
     fleet: fleet::Metrics,
     http: http::Metrics,
     mqtt_server: mqtt_server::Metrics,
+    registry: registry::Metrics,
 }
 
 /// The ports that the config names, bound.
@@ -235,7 +239,7 @@ impl Broker {
     ) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
         let (trusted, missed_proxies) = (Arc::from(trusted_proxies.clone()), Arc::default());
-        let Metrics { http: metrics, fleet: fleet_metrics, registry, .. } = self.metrics.clone();
+        let Metrics { http: metrics, fleet: fleet_metrics, all: all_metrics, .. } = self.metrics.clone();
         let connections = connections(Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
         services.background().spawn("the idle connections", |_| evict_idle(connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
@@ -256,7 +260,8 @@ impl Broker {
             missed_proxies,
             metrics,
             fleet_metrics,
-            registry,
+            all_metrics,
+            registry: self.start_registry(services)?,
             refused_domains,
             started,
         };
@@ -278,6 +283,14 @@ impl Broker {
         Ok(())
     }
 
+    /// The registry of servers and clients, if it is enabled.
+    fn start_registry(&self, services: &mut Services) -> anyhow::Result<Option<registry::Registry>> {
+        let Some(enabled) = &self.config.registry else { return Ok(None) };
+        let (registry, end) = registry::Registry::open(&self.config, enabled, self.metrics.registry.clone())?;
+        services.background().spawn("the database", |_| async move { drop(end.await) });
+        Ok(Some(registry))
+    }
+
     fn admin(&self, token_hash: Secret) -> Admin {
         Admin {
             lists: self.lists.clone(),
@@ -293,16 +306,17 @@ impl Broker {
 
 impl Metrics {
     fn register() -> Result<Self, prometheus::Error> {
-        let registry = Registry::default();
-        let version = registry.gauges("wgkex_broker_build_info", "1, with the version", &["version"])?;
+        let all = Registry::default();
+        let version = all.gauges("wgkex_broker_build_info", "1, with the version", &["version"])?;
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
-            bus: bus::Metrics::register(&registry)?,
-            exchange: exchange::Metrics::register(&registry)?,
-            fleet: fleet::Metrics::register(&registry)?,
-            http: http::Metrics::register(&registry)?,
-            mqtt_server: mqtt_server::Metrics::register(&registry)?,
-            registry,
+            bus: bus::Metrics::register(&all)?,
+            exchange: exchange::Metrics::register(&all)?,
+            fleet: fleet::Metrics::register(&all)?,
+            http: http::Metrics::register(&all)?,
+            mqtt_server: mqtt_server::Metrics::register(&all)?,
+            registry: registry::Metrics::register(&all)?,
+            all,
         })
     }
 }

@@ -10,6 +10,7 @@ use tokio::runtime::Runtime;
 use wgkex_broker::cli::admin_client;
 use wgkex_broker::cli::doctor::Doctor;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
+use wgkex_broker::cli::registry::{ClientCommand, ServerCommand};
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
@@ -53,6 +54,12 @@ enum Command {
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may publish only on its own topics
     MqttAcl(MqttAcl),
+    /// Adds, shows and removes the servers of the registry (registry.enabled)
+    #[command(subcommand)]
+    Server(ServerCommand),
+    /// Adds, shows and removes the clients of the registry (registry.enabled)
+    #[command(subcommand)]
+    Client(ClientCommand),
     #[command(flatten)]
     Documents(Documents),
 }
@@ -75,6 +82,8 @@ fn main() -> ExitCode {
             },
             |()| ExitCode::SUCCESS,
         ),
+        Some(Command::Server(command)) => command.run(file),
+        Some(Command::Client(command)) => command.run(file),
         Some(Command::Documents(documents)) => documents.run(Args::command()),
         Some(Command::MqttAcl(list)) => with_config(file, |config| print(&list.text(&config)?)),
     }

@@ -22,6 +22,7 @@ mod peers;
 mod problem;
 mod raw;
 mod rebalance;
+mod registry;
 mod reload;
 mod setup;
 #[cfg(test)]
@@ -53,6 +54,7 @@ pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;
 use self::raw::Raw;
 pub use self::rebalance::Rebalance;
+pub use self::registry::{Registry, Storage};
 pub use self::reload::Source;
 pub use self::setup::Setup;
 pub use self::value::Secret;
@@ -113,6 +115,10 @@ pub struct Config {
     pub admin_listen: Listen,
     /// The SHA-256 of the token that admin calls need, 64 hexadecimal digits in lower case; without it there are none.
     pub admin_token_hash: Option<Secret>,
+    /// Where tables are that several brokers may share.
+    pub storage: Storage,
+    /// The registry of servers and clients; none if it is not enabled.
+    pub registry: Option<Registry>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// Whether anything of that is in the file.

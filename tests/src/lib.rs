@@ -10,6 +10,7 @@ pub mod http;
 pub mod in_memory;
 pub mod many_routers;
 pub mod nats;
+pub mod postgres;
 pub mod probe;
 pub mod process;
 pub mod proxy;

@@ -288,7 +288,7 @@ impl ConnectionArgs {
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
             );
         }
-        BrokerClient::for_admin(&config, self.token()?, TIMEOUT).send(call)
+        BrokerClient::for_admin(&config, &self.token()?, TIMEOUT).send(call)
     }
 
     fn token(&self) -> anyhow::Result<String> {

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use ureq::Agent;
 use wgkex_common::Config;
@@ -22,7 +24,7 @@ pub struct BrokerClient {
     key: &'static str,
     /// What to check if nobody answers there.
     hint: &'static str,
-    token: Option<String>,
+    authorization: Option<String>,
 }
 
 /// What is sent.
@@ -49,15 +51,23 @@ impl BrokerClient {
     #[must_use]
     pub fn for_anybody(config: &Config, timeout: Duration) -> Self {
         let (key, hint) = ("broker_listen", "is it running, and with this config?");
-        Self { agent: agent(timeout), listen: config.broker_listen.clone(), key, hint, token: None }
+        Self { agent: agent(timeout), listen: config.broker_listen.clone(), key, hint, authorization: None }
     }
 
     /// The one for admin calls.
     #[must_use]
-    pub fn for_admin(config: &Config, token: String, timeout: Duration) -> Self {
+    pub fn for_admin(config: &Config, token: &str, timeout: Duration) -> Self {
         let (key, hint) =
             ("admin_listen", "is it running, and was it started with this config and its admin_token_hash?");
-        Self { agent: agent(timeout), listen: config.admin_listen.clone(), key, hint, token: Some(token) }
+        let authorization = Some(format!("Bearer {token}"));
+        Self { agent: agent(timeout), listen: config.admin_listen.clone(), key, hint, authorization }
+    }
+
+    /// The one for calls of the registry, as this user.
+    #[must_use]
+    pub fn for_registry(config: &Config, user: &str, password: &str, timeout: Duration) -> Self {
+        let credentials = STANDARD.encode(format!("{user}:{password}"));
+        Self { authorization: Some(format!("Basic {credentials}")), ..Self::for_anybody(config, timeout) }
     }
 
     /// The address that is tried.
@@ -66,11 +76,12 @@ impl BrokerClient {
         reachable(&self.listen)
     }
 
-    /// Sends one HTTP request and reads the answer, which has to be JSON; the error is the broker's, or what is wrong.
+    /// Sends one HTTP request and reads the answer, which has to be JSON, or empty for null; the error is the broker's, or
+    /// what is wrong.
     pub fn send(&self, Call { method, path, body }: Call<'_>) -> anyhow::Result<Value> {
         let (address, key, hint) = (self.address(), self.key, self.hint);
         let url = format!("http://{address}{path}");
-        let authorization = self.token.as_ref().map(|token| format!("Bearer {token}"));
+        let authorization = self.authorization.as_ref();
         let answer = match body {
             None => {
                 let request = self.agent.get(url);
@@ -95,10 +106,10 @@ impl BrokerClient {
         let mut answer = answer.map_err(ureq::Error::into_io).with_context(nobody)?;
         let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
         let text = text.map_err(ureq::Error::into_io).with_context(nobody)?;
-        let value: Value = serde_json::from_str(&text)
+        let value: Value = if text.is_empty() { Ok(Value::Null) } else { serde_json::from_str(&text) }
             .with_context(|| format!("what {address} ({key}) answers is not JSON: is this the broker?"))?;
         match answer.status().as_u16() {
-            200 => Ok(value),
+            200 | 201 => Ok(value),
             404 if value["error"]["message"] == "there is nothing here" => {
                 bail!("the broker on {address} ({key}) does not know this call: it is of another version")
             }
@@ -150,7 +161,7 @@ mod tests {
             is_left_open.then_some(stream)
         });
         let config = config(&format!("{{host: 0.0.0.0, port: {port}}}"));
-        let client = BrokerClient::for_admin(&config, "t".into(), Duration::from_millis(500));
+        let client = BrokerClient::for_admin(&config, "t", Duration::from_millis(500));
         let result = client.send(Call { method: "DELETE", path: "/v1/lists/allow", body: Some(&json!({})) });
         drop(server.join());
         result.map_err(|error| format!("{error:#}").replace(&format!("127.0.0.1:{port}"), "HERE"))
@@ -198,7 +209,7 @@ mod tests {
              (os error 111)"
         );
         assert_eq!(error(BrokerClient::for_anybody(&config, TIMEOUT)), expected);
-        let admin = error(BrokerClient::for_admin(&config, "t".into(), TIMEOUT));
+        let admin = error(BrokerClient::for_admin(&config, "t", TIMEOUT));
         assert!(admin.starts_with(&format!("no broker answers on [::1]:{port} (admin_listen): ")), "{admin}");
         assert!(admin.contains("admin_token_hash") && !admin.contains("Bearer"), "{admin}");
     }

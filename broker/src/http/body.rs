@@ -1,7 +1,48 @@
-//! The text of a request's body, in every encoding of JSON that Python's `json.loads` accepts, and so the original. No IO.
+//! A request's body: its bytes, as far as they may be; and its text, in every encoding of JSON that Python's `json.loads`
+//! accepts, and so the original.
 
 use std::borrow::Cow;
 use std::str;
+use std::time::Duration;
+
+use actix_web::web::{BytesMut, Payload};
+use futures_util::StreamExt as _;
+use tokio::time::timeout;
+
+/// The most bytes that are read of a body that is too large, so that its sender receives the answer.
+const DRAIN: usize = 1 << 20;
+/// How long the body of a request may take to arrive.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a body is not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unread {
+    /// It ended too early.
+    Incomplete,
+    /// It did not arrive in time.
+    Slow,
+    /// It is larger than it may be.
+    TooLarge,
+}
+
+/// The body, of at most so many bytes, whatever its content type.
+pub async fn read(body: Payload, most: usize) -> Result<BytesMut, Unread> {
+    timeout(TIMEOUT, collect(body, most)).await.unwrap_or(Err(Unread::Slow))
+}
+
+async fn collect(mut body: Payload, most: usize) -> Result<BytesMut, Unread> {
+    let (mut taken, mut size) = (BytesMut::new(), 0);
+    while let Some(part) = body.next().await {
+        let part = part.map_err(|_| Unread::Incomplete)?;
+        size += part.len();
+        if size <= most {
+            taken.extend_from_slice(&part);
+        } else if size > DRAIN {
+            break;
+        }
+    }
+    if size > most { Err(Unread::TooLarge) } else { Ok(taken) }
+}
 
 /// How the text is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

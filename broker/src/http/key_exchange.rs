@@ -2,7 +2,7 @@
 //! rejection out, as JSON.
 
 use std::net::Ipv4Addr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use actix_web::guard::{Guard, GuardContext};
 use actix_web::http::StatusCode;
@@ -10,10 +10,8 @@ use actix_web::http::header::{
     CONTENT_LENGTH, FORWARDED, HeaderName, RETRY_AFTER, TRANSFER_ENCODING, VIA, X_FORWARDED_FOR, X_FORWARDED_HOST,
     X_FORWARDED_PROTO,
 };
-use actix_web::web::{self, BytesMut, Data, Payload, ServiceConfig};
+use actix_web::web::{self, Data, Payload, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse, Resource, ResponseError};
-use futures_util::StreamExt as _;
-use tokio::time::timeout;
 use tracing::warn;
 use wgkex_common::KeyId;
 use wgkex_common::http::resource;
@@ -21,7 +19,8 @@ use wgkex_common::wire::message::WorkerData;
 
 use crate::client_ip::{Client, client_of_request, is_in, is_private};
 use crate::exchange::{Rejection, request};
-use crate::http::{App, body, error};
+use crate::http::body::{self, Unread};
+use crate::http::{App, error};
 
 /// The path of version 1.
 pub const V1: &str = "/api/v1/wg/key/exchange";
@@ -30,10 +29,6 @@ pub const V2: &str = "/api/v2/wg/key/exchange";
 
 /// The largest body of a request; a router's has about 100 bytes.
 const BODY_MAX: usize = 4096;
-/// The most bytes that are read of a body that is too large, so that its sender receives the answer.
-const BODY_DRAIN: usize = 1 << 20;
-/// How long the body of a request may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// The `Retry-After` when no gateway has room: by then peers may have left.
 const ROOM_SECONDS: u32 = 60;
 
@@ -76,32 +71,13 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 }
 
 async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
-    let body = read(body).await?;
+    let body = body::read(body, BODY_MAX).await?;
     let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
     let asked = request::parse(text.as_bytes(), &app.domains);
     if asked == Err(Rejection::Domain) {
         app.log_refused_domain(text.as_bytes());
     }
     asked
-}
-
-/// The body, whatever its content type.
-async fn read(body: Payload) -> Result<BytesMut, Rejection> {
-    timeout(BODY_TIMEOUT, collect(body)).await.unwrap_or(Err(Rejection::Slow))
-}
-
-async fn collect(mut body: Payload) -> Result<BytesMut, Rejection> {
-    let (mut taken, mut size) = (BytesMut::new(), 0);
-    while let Some(part) = body.next().await {
-        let part = part.map_err(|_| Rejection::Body("the body is not complete"))?;
-        size += part.len();
-        if size <= BODY_MAX {
-            taken.extend_from_slice(&part);
-        } else if size > BODY_DRAIN {
-            break;
-        }
-    }
-    if size > BODY_MAX { Err(Rejection::TooLarge) } else { Ok(taken) }
 }
 
 impl App {
@@ -181,6 +157,16 @@ impl Rejection {
             Some(seconds)
         } else {
             (self == Self::Full).then_some(ROOM_SECONDS)
+        }
+    }
+}
+
+impl From<Unread> for Rejection {
+    fn from(unread: Unread) -> Self {
+        match unread {
+            Unread::Incomplete => Self::Body("the body is not complete"),
+            Unread::Slow => Self::Slow,
+            Unread::TooLarge => Self::TooLarge,
         }
     }
 }

@@ -18,8 +18,9 @@ use super::mqtt_listen::{RawMqttListen, RawMqttUser};
 use super::original::{Netbox, Parker};
 use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
 use super::rebalance::RawRebalance;
+use super::registry::{self, RawRegistry};
 use super::setup::{RawSetup, RawSetupDomain};
-use super::value::{Directory, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
+use super::value::{DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
 use super::{Config, Source};
 use crate::{HostName, PublicKey};
 
@@ -67,6 +68,9 @@ pub(super) struct Raw {
     pub key_lists: RawKeyLists,
     pub admin_listen: RawListen,
     pub admin_token_hash: Option<Hash>,
+    pub storage: Option<DatabaseUrl>,
+    pub storage_password_file: Option<File>,
+    pub registry: RawRegistry,
 }
 
 impl Raw {
@@ -123,6 +127,8 @@ impl Raw {
             rebalance: self.rebalance.check(),
             admin_listen: self.admin_listen.check(5001),
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
+            storage: registry::storage(self.storage, self.storage_password_file, diagnostics),
+            registry: self.registry.check(diagnostics),
             is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),

@@ -184,6 +184,8 @@ fn missing_keys_have_their_defaults() {
         key_lists: KeyLists { refresh: seconds(5), ..KeyLists::default() },
         admin_listen: Listen { host: "127.0.0.1".into(), port: 5001 },
         admin_token_hash: None,
+        storage: Storage::default(),
+        registry: None,
         is_setup_named: false,
         setup: config.setup.clone(),
         log_level: Level::INFO,
@@ -600,5 +602,30 @@ proptest! {
     #[test]
     fn a_mistyped_file_shows_no_secret(text in mistyped(ORIGINAL)) {
         check_lines(parse(&text))?;
+    }
+}
+
+#[test]
+fn the_registry_needs_a_password_file_and_its_database_no_password() {
+    let with = |yaml: &str| parse(&format!("{LEAST}{yaml}"));
+    let config = with(
+        "registry: {enabled: true, password_file: /p}\nstorage: postgres://u@h:5432/d\nstorage_password_file: /q\n",
+    );
+    let config = config.unwrap();
+    let expected = Registry { user: "admin".into(), password_file: "/p".into(), open_client_config: false };
+    assert_eq!(config.registry, Some(expected));
+    assert_eq!(config.storage, Storage { url: Some("postgres://u@h:5432/d".into()), password_file: Some("/q".into()) });
+    assert_eq!(with("registry: {enabled: false}").unwrap().registry, None);
+    for (yaml, key) in [
+        ("registry: {enabled: true}", "registry.password_file"),
+        ("registry: {enabled: true, password_file: p}", "registry.password_file"),
+        ("registry: {enabled: true, password_file: /p, user: \"a:b\"}", "registry.user"),
+        ("registry: {enabled: maybe, password_file: /p}", "registry.enabled"),
+        ("storage: mysql://u@h/d", "storage"),
+        ("storage: postgres://u:secret@h/d", "storage"),
+        ("storage: postgres://h/d", "storage"),
+    ] {
+        let error = with(yaml).unwrap_err().to_string();
+        assert!(error.contains(key) && !error.contains("secret"), "{yaml}: {error}");
     }
 }

@@ -100,6 +100,17 @@ value_type!(
     "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
 value_type!(
+    /// The password has a file of its own.
+    DatabaseUrl(String),
+    |value: &Value| {
+        let text = text(value)?;
+        let rest = text.strip_prefix("postgres://").or_else(|| text.strip_prefix("postgresql://"))?;
+        let (user, place) = rest.split_once('@')?;
+        (!user.is_empty() && !user.contains([':', '/']) && !place.is_empty()).then(|| text.clone())
+    },
+    "must be postgres://USER@HOST:PORT/DATABASE (the password is in storage_password_file), or nothing for SQLite in state_dir"
+);
+value_type!(
     /// As many as a process may have files open at the very most.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),

@@ -1,0 +1,285 @@
+//! The database of what must not be a second late, such as leases: each change is a transaction that is committed before it is
+//! acknowledged. SQLite in `state_dir`, or `PostgreSQL` where several brokers share it; one SQL for both.
+//!
+//! Tasks: a thread of its own ([`Database::start`]) owns the connection and runs one job after the other, so that neither a slow
+//! disk nor a slow server keeps a thread of the HTTP servers waiting. What has queued meanwhile is committed together.
+//! Callers: the rooms with tables, by [`Database::run`].
+
+mod connection;
+mod postgres;
+mod row;
+mod sqlite;
+
+use std::io;
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use self::connection::{Connection, Connector};
+pub use self::connection::{Location, Transaction};
+pub use self::row::{Row, Value};
+
+/// Jobs that wait at most; further ones are refused at once.
+const QUEUE: usize = 1024;
+/// Jobs that are committed together at most.
+const BATCH: usize = 128;
+/// How long a caller waits for its job.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// The tables of all rooms, as numbered migrations for both servers. `BLOB` and `INTEGER` stand for the types that `PostgreSQL`
+/// calls `BYTEA` and `BIGINT`. What a release had stays for ever; a change is a new one at the end.
+#[derive(Debug, Clone, Copy)]
+pub struct Migrations(pub &'static [&'static str]);
+
+/// Why a job was not done. Nothing of it is in the database, unless the connection was lost during the commit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DatabaseError {
+    /// The server is away, the disk is full, too many jobs wait. The job may be tried again.
+    #[error("the database is not available: {0}")]
+    Unavailable(String),
+    /// What is in the database is not what this program writes.
+    #[error("the database has a value that cannot be: {0}")]
+    Corrupt(String),
+}
+
+/// Whether a job changes anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It reads.
+    Read,
+    /// It may write. No other job that may write, of any broker, runs at the same time.
+    Write,
+}
+
+/// Gives jobs to the thread. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Database {
+    jobs: mpsc::Sender<Job>,
+    state: watch::Receiver<State>,
+}
+
+/// Whether the database can be used.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum State {
+    /// It was not tried yet.
+    #[default]
+    Starting,
+    /// The last job was done.
+    Up,
+    /// It cannot be used, for this reason.
+    Down(String),
+}
+
+/// Work for the thread. `run` does it within a transaction and returns what is to be done when that has ended.
+struct Job {
+    access: Access,
+    run: Box<dyn FnOnce(&mut Transaction<'_>) -> Finish + Send>,
+}
+
+/// Reports the outcome of a job, which may be that of the commit.
+type Finish = Box<dyn FnOnce(Result<(), DatabaseError>)>;
+
+impl Database {
+    /// Starts the thread. It opens the database at its first job and again after each failure, so that a server which is away
+    /// keeps nobody from starting. The receiver ends with the thread.
+    pub fn start(location: Location, migrations: Migrations) -> io::Result<(Self, oneshot::Receiver<()>)> {
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let (publish, state) = watch::channel(State::Starting);
+        let (ended, end) = oneshot::channel();
+        thread::Builder::new().name("database".into()).spawn(move || {
+            Worker { connector: Connector::new(location, migrations), connection: None, state: publish }.run(queue);
+            drop(ended);
+        })?;
+        Ok((Self { jobs, state }, end))
+    }
+
+    /// Whether it can be used, as of the last job.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Runs `work` in a transaction, and returns when that is committed. An error of `work` takes back what it did.
+    pub async fn run<T, E>(
+        &self,
+        access: Access,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<DatabaseError> + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let run = move |transaction: &mut Transaction<'_>| {
+            let result = transaction.within_savepoint(work);
+            let finish: Finish = Box::new(move |committed: Result<(), DatabaseError>| {
+                // The caller may have gone.
+                let _ = answer.send(committed.map_err(E::from).and(result));
+            });
+            finish
+        };
+        let unavailable = |reason: &str| E::from(DatabaseError::Unavailable(reason.into()));
+        let job = Job { access, run: Box::new(run) };
+        self.jobs.try_send(job).map_err(|_| unavailable("too many calls wait for it"))?;
+        match timeout(PATIENCE, answered).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(unavailable(&self.reason())),
+            Err(_) => Err(unavailable("it does not answer in time")),
+        }
+    }
+
+    fn reason(&self) -> String {
+        match self.state() {
+            State::Down(reason) => reason,
+            State::Starting | State::Up => "it was lost".into(),
+        }
+    }
+}
+
+/// What the thread has.
+struct Worker {
+    connector: Connector,
+    connection: Option<Connection>,
+    state: watch::Sender<State>,
+}
+
+impl Worker {
+    /// Runs jobs until nobody can send any more.
+    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        let mut jobs = Vec::with_capacity(BATCH);
+        while queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
+            let outcome = self.run_batch(&mut jobs);
+            self.report(outcome);
+            // Those that were not run; their callers notice.
+            jobs.clear();
+        }
+    }
+
+    /// Runs jobs in one transaction. If that cannot begin, they stay.
+    fn run_batch(&mut self, jobs: &mut Vec<Job>) -> Result<(), DatabaseError> {
+        let may_write = jobs.iter().any(|job| job.access == Access::Write);
+        let mut connection = self.begun(if may_write { Access::Write } else { Access::Read })?;
+        let mut transaction = Transaction::of(&mut connection);
+        let finishes: Vec<Finish> = jobs.drain(..).map(|job| (job.run)(&mut transaction)).collect();
+        let committed = transaction.commit();
+        for finish in finishes {
+            finish(committed.clone());
+        }
+        self.connection = committed.is_ok().then_some(connection);
+        committed
+    }
+
+    /// A connection in a transaction. One that the server has closed meanwhile is replaced.
+    fn begun(&mut self, access: Access) -> Result<Connection, DatabaseError> {
+        if let Some(mut connection) = self.connection.take()
+            && connection.begin(access).is_ok()
+        {
+            return Ok(connection);
+        }
+        let mut connection = self.connector.connect()?;
+        connection.begin(access)?;
+        Ok(connection)
+    }
+
+    /// Publishes whether the database can be used, and logs each change of that.
+    fn report(&self, outcome: Result<(), DatabaseError>) {
+        let database = self.connector.location();
+        let next = match outcome {
+            Ok(()) => State::Up,
+            Err(error) => State::Down(error.to_string()),
+        };
+        let before = self.state.send_replace(next.clone());
+        match (before, next) {
+            (State::Down(_), State::Up) => info!(%database, "the database is back"),
+            (State::Starting, State::Up) => info!(%database, "the database is open"),
+            (State::Starting | State::Up, State::Down(reason)) => {
+                warn!(%database, reason, "the database cannot be used, calls that need it are answered 503");
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const TABLE: Migrations = Migrations(&["CREATE TABLE t (a INTEGER NOT NULL, b TEXT NOT NULL, c BLOB NOT NULL)"]);
+    const NEWER: Migrations = Migrations(&[TABLE.0[0], "CREATE TABLE u (a INTEGER)"]);
+
+    fn open(file: &Path, migrations: Migrations) -> Database {
+        Database::start(Location::File(file.to_owned()), migrations).unwrap().0
+    }
+
+    fn insert(transaction: &mut Transaction<'_>, number: i64) -> Result<(), DatabaseError> {
+        let values = [number.into(), "é'%".into(), 7_u128.into()];
+        transaction.execute("INSERT INTO t VALUES (?1, ?2, ?3)", &values).map(drop)
+    }
+
+    async fn rows(database: &Database) -> Result<Vec<Row>, DatabaseError> {
+        database.run(Access::Read, |transaction| transaction.query("SELECT a, b, c FROM t ORDER BY a", &[])).await
+    }
+
+    #[tokio::test]
+    async fn a_job_that_fails_takes_back_what_it_did_and_only_that() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        let database = open(&file, TABLE);
+        assert_eq!(database.state(), State::Starting);
+        let job = |number: i64| {
+            database.run(Access::Write, move |transaction| {
+                insert(transaction, number)?;
+                if number % 2 == 0 { Err(DatabaseError::Corrupt("even".into())) } else { Ok(number) }
+            })
+        };
+        let results = futures_util::future::join_all((0..20).map(job)).await;
+        assert!(results.iter().zip(0_i64..).all(|(result, number)| result.is_ok() == (number % 2 == 1)));
+        let found = rows(&database).await.unwrap();
+        assert_eq!(
+            found.iter().map(|row| row.integer(0).unwrap()).collect::<Vec<_>>(),
+            [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
+        );
+        assert_eq!((found[0].text(1), found[0].big(2)), (Ok("é'%"), Ok(7)));
+        assert!(found[0].text(0).is_err() && found[0].integer(9).is_err());
+        assert_eq!(database.state(), State::Up);
+    }
+
+    #[tokio::test]
+    async fn a_newer_layout_is_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        let newer = open(&file, NEWER);
+        newer.run(Access::Write, |transaction| insert(transaction, 1)).await.unwrap();
+        drop(newer);
+        let error = loop {
+            // The thread of the newer one gives the file back when it has ended.
+            let error = rows(&open(&file, TABLE)).await.unwrap_err().to_string();
+            if !error.contains("another process") {
+                break error;
+            }
+        };
+        assert!(error.contains("newer than those up to 1"), "{error}");
+        let newer = open(&file, NEWER);
+        assert_eq!(rows(&newer).await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_database_that_was_away_is_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        std::fs::create_dir(&file).unwrap();
+        let database = open(&file, TABLE);
+        assert!(matches!(rows(&database).await, Err(DatabaseError::Unavailable(_))));
+        assert!(matches!(database.state(), State::Down(_)));
+        std::fs::remove_dir(&file).unwrap();
+        while rows(&database).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(database.state(), State::Up);
+    }
+}

@@ -1,0 +1,142 @@
+//! A connection to either server, and what happens within one of its transactions.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use wgkex_common::config::Secret;
+
+use super::postgres::Postgres;
+use super::sqlite::Sqlite;
+use super::{Access, DatabaseError, Migrations, Row, Value};
+
+/// The least time between two attempts to open the database.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Where the database is.
+#[derive(Debug, Clone)]
+pub enum Location {
+    /// An SQLite file, made if it is missing.
+    File(PathBuf),
+    /// A `PostgreSQL` server: a URL without a password, and the password.
+    Server(Box<tokio_postgres::Config>, Option<Secret>),
+}
+
+/// As the log shows it, without user and password.
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(file) => write!(f, "{}", file.display()),
+            Self::Server(server, _) => {
+                write!(f, "PostgreSQL database {}", server.get_dbname().or(server.get_user()).unwrap_or_default())
+            }
+        }
+    }
+}
+
+/// Opens the database, not too often.
+pub(super) struct Connector {
+    location: Location,
+    migrations: Migrations,
+    failed: Option<(Instant, DatabaseError)>,
+}
+
+pub(super) enum Connection {
+    Sqlite(Sqlite),
+    Postgres(Box<Postgres>),
+}
+
+/// What a job can do. What is read was committed, or written by jobs before it in the same transaction.
+pub struct Transaction<'a> {
+    connection: &'a mut Connection,
+}
+
+impl Connector {
+    pub fn new(location: Location, migrations: Migrations) -> Self {
+        Self { location, migrations, failed: None }
+    }
+
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// A connection to a database of today's layout.
+    pub fn connect(&mut self) -> Result<Connection, DatabaseError> {
+        if let Some((failed, error)) = &self.failed
+            && failed.elapsed() < PAUSE
+        {
+            return Err(error.clone());
+        }
+        let connected = match &self.location {
+            Location::File(file) => Sqlite::open(file, self.migrations).map(Connection::Sqlite),
+            Location::Server(server, password) => {
+                let connected = Postgres::connect(server, password.as_ref(), self.migrations);
+                connected.map(|connected| Connection::Postgres(Box::new(connected)))
+            }
+        };
+        self.failed = connected.as_ref().err().map(|error| (Instant::now(), error.clone()));
+        connected
+    }
+}
+
+impl Connection {
+    pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.begin(access),
+            Self::Postgres(postgres) => postgres.begin(access),
+        }
+    }
+
+    fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.command(sql),
+            Self::Postgres(postgres) => postgres.command(sql),
+        }
+    }
+}
+
+impl<'a> Transaction<'a> {
+    /// The one that `connection` has begun.
+    pub(super) fn of(connection: &'a mut Connection) -> Self {
+        Self { connection }
+    }
+
+    /// The rows of a query; `?1`, `?2` and so on in it stand for the values.
+    pub fn query(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
+        match self.connection {
+            Connection::Sqlite(sqlite) => sqlite.query(sql, values),
+            Connection::Postgres(postgres) => postgres.query(sql, values),
+        }
+    }
+
+    /// The first row of a query.
+    pub fn first(&mut self, sql: &'static str, values: &[Value]) -> Result<Option<Row>, DatabaseError> {
+        Ok(self.query(sql, values)?.into_iter().next())
+    }
+
+    /// Changes rows, and returns how many.
+    pub fn execute(&mut self, sql: &'static str, values: &[Value]) -> Result<u64, DatabaseError> {
+        match self.connection {
+            Connection::Sqlite(sqlite) => sqlite.execute(sql, values),
+            Connection::Postgres(postgres) => postgres.execute(sql, values),
+        }
+    }
+
+    pub(super) fn commit(self) -> Result<(), DatabaseError> {
+        self.connection.command("COMMIT")
+    }
+
+    /// Does `work`; if it fails, what it did is taken back, and what was done before it stays.
+    pub(super) fn within_savepoint<T, E: From<DatabaseError>>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> Result<T, E> {
+        self.connection.command("SAVEPOINT job")?;
+        let result = work(self);
+        if result.is_err() {
+            self.connection.command("ROLLBACK TO SAVEPOINT job")?;
+        }
+        self.connection.command("RELEASE SAVEPOINT job")?;
+        result
+    }
+}

@@ -1,0 +1,45 @@
+//! Who may call: one user with one password, by HTTP Basic (RFC 7617).
+
+use std::sync::Arc;
+use std::{fs, io};
+
+use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use sha2::{Digest as _, Sha256};
+use subtle::ConstantTimeEq as _;
+use wgkex_common::config;
+
+/// The digest of the one pair of user and password.
+#[derive(Debug, Clone)]
+pub(super) struct Login(Arc<[u8; 32]>);
+
+impl Login {
+    /// Reads the password; the end of its line is no part of it.
+    pub fn read(config: &config::Registry) -> io::Result<Self> {
+        let file = &config.password_file;
+        let failed = |error: &dyn std::fmt::Display| {
+            io::Error::other(format!("registry.password_file {}: {error}", file.display()))
+        };
+        let text = fs::read_to_string(file).map_err(|error| failed(&error))?;
+        let password = text.trim_end_matches(['\n', '\r']);
+        if password.is_empty() {
+            return Err(failed(&"must have a password in its first line"));
+        }
+        Ok(Self::of(&format!("{}:{password}", config.user)))
+    }
+
+    /// Of a user and a password, with a colon between.
+    pub(super) fn of(credentials: &str) -> Self {
+        Self(Arc::new(Sha256::digest(credentials).into()))
+    }
+
+    /// Whether a request has the user and the password. How long that takes does not depend on what is wrong.
+    pub fn admits(&self, headers: &HeaderMap) -> bool {
+        let value = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let (scheme, encoded) = value.trim().split_once(' ').unwrap_or_default();
+        let credentials = STANDARD.decode(encoded.trim()).unwrap_or_default();
+        let is_right: bool = Sha256::digest(credentials).ct_eq(&*self.0).into();
+        is_right && scheme.eq_ignore_ascii_case("basic")
+    }
+}

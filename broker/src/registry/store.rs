@@ -1,0 +1,394 @@
+//! The tables of the registry, and what a call does to them: each function runs within one transaction, checks first, and
+//! writes when nothing stands against it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+use strum::IntoStaticStr;
+
+use crate::database::{DatabaseError, Row, Transaction, Value};
+use crate::ipam;
+use crate::registry::CallError;
+use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases, server_address};
+
+/// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte for
+/// the IP version, so that the order
+/// of bytes is theirs. Below `next_free` a server has no free number. A server's `id` is random, so that
+/// one which was deleted and added again has another.
+pub(super) const CREATE_TABLES: &str = "
+    CREATE TABLE servers (
+        id INTEGER PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        public_key TEXT NOT NULL UNIQUE,
+        network TEXT NOT NULL,
+        first_address BLOB NOT NULL UNIQUE,
+        last_address BLOB NOT NULL,
+        reserved BLOB NOT NULL,
+        next_free BLOB NOT NULL,
+        endpoint_address TEXT NOT NULL,
+        endpoint_port INTEGER NOT NULL,
+        allowed_ips TEXT NOT NULL,
+        revision INTEGER NOT NULL
+    );
+    CREATE TABLE peerings (
+        id INTEGER PRIMARY KEY,
+        server INTEGER NOT NULL REFERENCES servers (id),
+        client TEXT NOT NULL,
+        public_key TEXT NOT NULL,
+        number BLOB NOT NULL,
+        UNIQUE (server, client),
+        UNIQUE (server, public_key),
+        UNIQUE (server, number)
+    );
+    CREATE INDEX peerings_of_client ON peerings (client);
+    CREATE INDEX peerings_of_key ON peerings (public_key);
+    CREATE TABLE last_peering (id INTEGER NOT NULL);
+    INSERT INTO last_peering VALUES (0);
+";
+
+/// Taken addresses that are read at once, to find a free one.
+const PAGE: usize = 256;
+
+/// Why a call is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum Refusal {
+    /// There is no such server.
+    #[error("there is no server of this name")]
+    UnknownServer,
+    /// The client has no address at this server.
+    #[error("this client has no lease at this server")]
+    UnknownPeering,
+    /// There is a server of this name.
+    #[error("there is a server of this name already")]
+    NameTaken,
+    /// Another client, or a server, has this key.
+    #[error("another client or a server has this key")]
+    KeyTaken,
+    /// A server's network has some of these addresses.
+    #[error("the network overlaps with that of another server")]
+    NetworkTaken,
+    /// The server has no address left.
+    #[error("the server has no free address")]
+    Exhausted,
+}
+
+/// How much there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Servers.
+    pub servers: u64,
+    /// Leases: pairs of a client and a server.
+    pub leases: u64,
+}
+
+/// A server as `server/list_all` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ShownServer {
+    endpoint_address: String,
+    endpoint_port: i64,
+    public_key: String,
+}
+
+/// A peering as `client/list_all` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ShownPeering {
+    public_key: String,
+    server: String,
+}
+
+/// A peer as `server/config` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ShownPeer {
+    ip_address: IpAddr,
+    public_key: String,
+}
+
+/// What a client has to know, as `client/config` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ClientConfig {
+    server: ShownServer,
+    subnet: ShownLease,
+}
+
+/// A client's part of a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ShownLease {
+    allowed_ips: String,
+    lease: IpAddr,
+}
+
+/// The clients of a server, which are the same as long as the version is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerConfig {
+    /// Names this content and no other.
+    pub version: String,
+    /// The clients, in the order of their addresses; none if the caller has this version.
+    pub peers: Option<Vec<ShownPeer>>,
+}
+
+/// What is needed of a server to hand out its addresses.
+struct Server {
+    id: i64,
+    network: IpNet,
+    reserved: u64,
+    next_free: u128,
+}
+
+/// How many servers and leases there are.
+pub fn counts(transaction: &mut Transaction<'_>) -> Result<Counts, CallError> {
+    let mut count = |sql| -> Result<u64, DatabaseError> {
+        let row = transaction.first(sql, &[])?;
+        Ok(row.map_or(Ok(0), |row| row.integer(0))?.unsigned_abs())
+    };
+    Ok(Counts { servers: count("SELECT count(*) FROM servers")?, leases: count("SELECT count(*) FROM peerings")? })
+}
+
+/// Adds a server, which is to have this id.
+pub fn add_server(transaction: &mut Transaction<'_>, new: &NewServer, id: i64) -> Result<(), CallError> {
+    let [first, last] = bounds(new.network);
+    let (name, key) = (Value::from(new.name.as_str()), Value::from(&*new.public_key.to_string()));
+    let taken: [(&'static str, &[Value], Refusal); 4] = [
+        ("SELECT id FROM servers WHERE name = ?1", std::slice::from_ref(&name), Refusal::NameTaken),
+        ("SELECT id FROM servers WHERE public_key = ?1", std::slice::from_ref(&key), Refusal::KeyTaken),
+        ("SELECT id FROM peerings WHERE public_key = ?1", std::slice::from_ref(&key), Refusal::KeyTaken),
+        (
+            "SELECT id FROM servers WHERE first_address <= ?1 AND last_address >= ?2",
+            &[last.clone(), first.clone()],
+            Refusal::NetworkTaken,
+        ),
+    ];
+    for (sql, values, refusal) in taken {
+        if transaction.first(sql, values)?.is_some() {
+            return Err(refusal.into());
+        }
+    }
+    transaction.execute(
+        "INSERT INTO servers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0)",
+        &[
+            id.into(),
+            name,
+            key,
+            new.network.to_string().as_str().into(),
+            first,
+            last,
+            u128::from(new.reserved).into(),
+            new.leases().first().into(),
+            new.endpoint.address.as_str().into(),
+            i64::from(new.endpoint.port.get()).into(),
+            new.allowed_ips.as_str().into(),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Adds a client to a server, or gives it another key. It keeps the address that it has there.
+pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<(), CallError> {
+    let server = server(transaction, &new.server)?;
+    let (name, key) = (new.name.as_str(), new.public_key.to_string());
+    if is_key_taken(transaction, &key, name)? {
+        return Err(Refusal::KeyTaken.into());
+    }
+    let leased = transaction
+        .first("SELECT number FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
+    let address = match leased {
+        Some(row) => row.big(0)?,
+        None => lease(transaction, &server)?,
+    };
+    transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
+    transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
+    transaction.execute(
+        "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
+        &[server.id.into(), name.into(), key.as_str().into(), address.into()],
+    )?;
+    touch(transaction, server.id)
+}
+
+/// Whether a server has the key, or a client of another name. One client may have it at several servers.
+fn is_key_taken(transaction: &mut Transaction<'_>, key: &str, client: &str) -> Result<bool, DatabaseError> {
+    let server = transaction.first("SELECT id FROM servers WHERE public_key = ?1", &[key.into()])?;
+    let other = transaction
+        .first("SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?2", &[key.into(), client.into()])?;
+    Ok(server.is_some() || other.is_some())
+}
+
+/// The lowest free address of a server, which is no longer free then.
+fn lease(transaction: &mut Transaction<'_>, server: &Server) -> Result<u128, CallError> {
+    let range = leases(server.network, server.reserved);
+    let mut from = server.next_free;
+    loop {
+        let taken = transaction.query(
+            "SELECT number FROM peerings WHERE server = ?1 AND number >= ?2 ORDER BY number LIMIT 256",
+            &[server.id.into(), from.into()],
+        )?;
+        let taken = taken.iter().map(|row| row.big(0)).collect::<Result<Vec<_>, _>>()?;
+        let (length, last) = (taken.len(), taken.last().copied());
+        let free = ipam::lowest_free(range, from, taken).ok_or(Refusal::Exhausted)?;
+        if length == PAGE && last.is_some_and(|last| free > last) {
+            from = free;
+            continue;
+        }
+        transaction
+            .execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), (free + 1).into()])?;
+        return Ok(free);
+    }
+}
+
+/// Removes a server and all its leases. That there is none is no error.
+pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<(), CallError> {
+    if let Some(row) = transaction.first("SELECT id FROM servers WHERE name = ?1", &[name.as_str().into()])? {
+        let id = [Value::from(row.integer(0)?)];
+        transaction.execute("DELETE FROM peerings WHERE server = ?1", &id)?;
+        transaction.execute("DELETE FROM servers WHERE id = ?1", &id)?;
+    }
+    Ok(())
+}
+
+/// Removes a client from all servers.
+pub fn delete_client(transaction: &mut Transaction<'_>, name: &ClientName) -> Result<(), CallError> {
+    let leased =
+        transaction.query("SELECT id, server, number FROM peerings WHERE client = ?1", &[name.as_str().into()])?;
+    leased.iter().try_for_each(|row| free(transaction, row))
+}
+
+/// Removes a client from one server.
+pub fn remove_peer(
+    transaction: &mut Transaction<'_>,
+    client: &ClientName,
+    server: &ServerName,
+) -> Result<(), CallError> {
+    let leased = transaction.query(
+        "SELECT peerings.id, server, number FROM peerings JOIN servers ON servers.id = server
+         WHERE client = ?1 AND name = ?2",
+        &[client.as_str().into(), server.as_str().into()],
+    )?;
+    leased.iter().try_for_each(|row| free(transaction, row))
+}
+
+/// Removes a peering, a row of its id, its server and its address.
+fn free(transaction: &mut Transaction<'_>, peering: &Row) -> Result<(), CallError> {
+    let (id, server, address) = (peering.integer(0)?, peering.integer(1)?, peering.big(2)?);
+    transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
+    transaction.execute(
+        "UPDATE servers SET next_free = ?2 WHERE id = ?1 AND next_free > ?2",
+        &[server.into(), address.into()],
+    )?;
+    touch(transaction, server)
+}
+
+/// The clients of a server are not what they were.
+fn touch(transaction: &mut Transaction<'_>, server: i64) -> Result<(), CallError> {
+    transaction.execute("UPDATE servers SET revision = revision + 1 WHERE id = ?1", &[server.into()])?;
+    Ok(())
+}
+
+/// All servers by name.
+pub fn list_servers(transaction: &mut Transaction<'_>) -> Result<BTreeMap<String, ShownServer>, CallError> {
+    let rows = transaction
+        .query("SELECT endpoint_address, endpoint_port, public_key, name FROM servers ORDER BY name", &[])?;
+    rows.iter().map(|row| Ok((row.text(3)?.to_owned(), shown_server(row)?))).collect()
+}
+
+/// All clients by name, with their peerings by id.
+pub fn list_clients(
+    transaction: &mut Transaction<'_>,
+) -> Result<BTreeMap<String, BTreeMap<i64, ShownPeering>>, CallError> {
+    let rows = transaction.query(
+        "SELECT client, peerings.id, peerings.public_key, name FROM peerings JOIN servers ON servers.id = server",
+        &[],
+    )?;
+    let mut clients = BTreeMap::<_, BTreeMap<_, _>>::new();
+    for row in rows {
+        let peering = ShownPeering { public_key: row.text(2)?.to_owned(), server: row.text(3)?.to_owned() };
+        clients.entry(row.text(0)?.to_owned()).or_default().insert(row.integer(1)?, peering);
+    }
+    Ok(clients)
+}
+
+/// Whether there is a server of this name.
+pub fn require_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<(), CallError> {
+    server(transaction, name).map(drop)
+}
+
+/// The own address of a server.
+pub fn wireguard_ip(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<IpAddr, CallError> {
+    Ok(server_address(server(transaction, name)?.network))
+}
+
+/// The clients of a server, unless the caller has one of the versions `known`.
+pub fn server_config(
+    transaction: &mut Transaction<'_>,
+    name: &ServerName,
+    is_known: impl FnOnce(&str) -> bool,
+) -> Result<ServerConfig, CallError> {
+    let row =
+        transaction.first("SELECT id, network, revision FROM servers WHERE name = ?1", &[name.as_str().into()])?;
+    let row = row.ok_or(Refusal::UnknownServer)?;
+    let (id, network, revision) = (row.integer(0)?, row.parsed::<IpNet>(1)?, row.integer(2)?);
+    let version = format!("{id:x}-{revision:x}");
+    if is_known(&version) {
+        return Ok(ServerConfig { version, peers: None });
+    }
+    let peers =
+        transaction.query("SELECT number, public_key FROM peerings WHERE server = ?1 ORDER BY number", &[id.into()])?;
+    let peer = |row: &Row| Ok(ShownPeer { ip_address: leased(network, row, 0)?, public_key: row.text(1)?.to_owned() });
+    Ok(ServerConfig { version, peers: Some(peers.iter().map(peer).collect::<Result<_, CallError>>()?) })
+}
+
+/// What a client has to know to reach a server.
+pub fn client_config(
+    transaction: &mut Transaction<'_>,
+    client: &ClientName,
+    server: &ServerName,
+) -> Result<ClientConfig, CallError> {
+    let row = transaction.first(
+        "SELECT endpoint_address, endpoint_port, servers.public_key, network, allowed_ips, number
+         FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
+        &[client.as_str().into(), server.as_str().into()],
+    )?;
+    let row = row.ok_or(Refusal::UnknownPeering)?;
+    let subnet = ShownLease { allowed_ips: row.text(4)?.to_owned(), lease: leased(row.parsed::<IpNet>(3)?, &row, 5)? };
+    Ok(ClientConfig { server: shown_server(&row)?, subnet })
+}
+
+fn server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Server, CallError> {
+    let row = transaction
+        .first("SELECT id, network, reserved, next_free FROM servers WHERE name = ?1", &[name.as_str().into()])?;
+    let row = row.ok_or(Refusal::UnknownServer)?;
+    let reserved = u64::try_from(row.big(2)?).unwrap_or(u64::MAX);
+    Ok(Server { id: row.integer(0)?, network: row.parsed(1)?, reserved, next_free: row.big(3)? })
+}
+
+/// A row that begins with a server's endpoint and key.
+fn shown_server(row: &Row) -> Result<ShownServer, DatabaseError> {
+    Ok(ShownServer {
+        endpoint_address: row.text(0)?.to_owned(),
+        endpoint_port: row.integer(1)?,
+        public_key: row.text(2)?.to_owned(),
+    })
+}
+
+/// The address in a column, of this network.
+fn leased(network: IpNet, row: &Row, column: usize) -> Result<IpAddr, DatabaseError> {
+    let address = ipam::Range::hosts(network).address(row.big(column)?);
+    address.ok_or_else(|| DatabaseError::Corrupt("an address is outside of its network".into()))
+}
+
+/// The first and the last address of a network.
+fn bounds(network: IpNet) -> [Value; 2] {
+    [network.network(), network.broadcast()].map(|address| {
+        let (version, bits) = match address {
+            IpAddr::V4(address) => (4, u128::from(address.to_bits())),
+            IpAddr::V6(address) => (6, address.to_bits()),
+        };
+        Value::Bytes([&[version], bits.to_be_bytes().as_slice()].concat())
+    })
+}
+
+/// An id for a new server.
+#[must_use]
+pub fn new_id() -> i64 {
+    fastrand::i64(1..)
+}

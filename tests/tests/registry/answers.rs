@@ -1,0 +1,224 @@
+//! The forms of calls and of answers.
+
+use serde_json::{Value, json};
+use wgkex_tests::http::Response;
+
+use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
+
+/// Refuses with JSON that has a text, and the field if there is one.
+fn assert_error(answer: &Response, status: u16, field: Option<&str>) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    let error = &answer.json()["error"];
+    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{answer:?}");
+    assert_eq!(error["field"].as_str(), field, "{answer:?}");
+}
+
+#[test]
+fn wa1_each_route_wants_user_and_password_before_it_looks_at_the_body() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        desk.add_client("c1", "s1", 1);
+        let before = desk.everything();
+        let body = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
+        let wrong = ["", "Basic", "Basic !!!", "Basic YWRtaW46czNjcmV1", "Bearer YWRtaW46czNjcmV0", "Basic czNjcmV0"];
+        for route in READS.iter().chain(&CHANGES) {
+            for value in wrong {
+                let header = format!("Authorization: {value}");
+                let headers: &[&str] = if value.is_empty() { &[] } else { &[&header] };
+                for body in [body.as_bytes(), b"no json"] {
+                    let answer = desk.stack.connect().request("POST", &format!("/api/v1/{route}"), headers, body);
+                    assert_error(&answer, 401, None);
+                    assert_eq!(answer.header("www-authenticate"), Some("Basic realm=\"Login Required\""));
+                }
+            }
+        }
+        assert_eq!(desk.everything(), before);
+    });
+}
+
+#[test]
+fn the_config_of_a_client_can_be_open_and_nothing_else() {
+    let desk = Desk::start(&Store::Sqlite, "open_client_config: true");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.add_client("c1", "s1", 1);
+    let body = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
+    for route in READS {
+        let answer = desk.stack.connect().request("GET", &format!("/api/v1/{route}/"), &[], body.as_bytes());
+        assert_eq!(answer.status, if route == "client/config" { 200 } else { 401 }, "{route}");
+    }
+}
+
+#[test]
+fn wa2_the_end_of_the_line_is_no_part_of_the_password() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    assert_eq!(std::fs::read(desk.stack.dir().join("password")).unwrap(), b"s3cret\n");
+    assert_eq!(desk.get("server/list_all", &json!({})).status, 200);
+}
+
+#[test]
+fn wa3_wa4_wa5_a_server_is_added_listed_and_found() {
+    with_each_store(|desk| {
+        let new = server("s1", "192.168.2.0", 24, 20);
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        let shown =
+            json!({ "endpoint_address": "203.0.113.5", "endpoint_port": 5128, "public_key": new["public_key"] });
+        assert_eq!(desk.get("server/list_all", &json!({})).json(), json!({ "s1": shown }));
+        let [known, unknown] = ["s1", "s2"].map(|name| json!({ "server_name": name }));
+        assert_eq!(desk.get("server/wireguard_ip/", &known).json(), json!({ "server_wg_ip": "192.168.2.1" }));
+        assert_error(&desk.get("server/wireguard_ip/", &unknown), 404, Some("server_name"));
+        let found = desk.get("server/exists/", &known);
+        assert_eq!((found.status, found.body.as_str()), (200, ""));
+        assert_error(&desk.get("server/exists/", &unknown), 404, Some("server_name"));
+        assert_eq!(desk.get("server/config/", &known).json(), json!({ "peers": [] }));
+        assert_error(&desk.get("server/config/", &unknown), 404, Some("server_name"));
+        assert_eq!(desk.get("client/list_all", &json!({})).json(), json!({}));
+    });
+}
+
+#[test]
+fn wa7_a_client_gets_its_config() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        assert_eq!(desk.add_client("c1", "s1", 1), 201);
+        let names = json!({ "client_name": "c1", "server_name": "s1" });
+        let expected = json!({
+            "server": {
+                "endpoint_address": "203.0.113.5",
+                "endpoint_port": 5128,
+                "public_key": server("s1", "192.168.2.0", 24, 20)["public_key"],
+            },
+            "subnet": { "allowed_ips": "192.168.2.0/24", "lease": "192.168.2.21" },
+        });
+        assert_eq!(desk.get("client/config/", &names).json(), expected);
+        for other in
+            [json!({ "client_name": "c2", "server_name": "s1" }), json!({ "client_name": "c1", "server_name": "s2" })]
+        {
+            assert_error(&desk.get("client/config/", &other), 404, Some("client_name"));
+        }
+    });
+}
+
+#[test]
+fn wa20_reads_answer_alike_to_each_form_of_a_call() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        desk.add_client("c 1", "s1", 1);
+        let fields = json!({ "server_name": "s1", "client_name": "c 1" }).to_string();
+        let chunked = format!("{:x}\r\n{fields}\r\n0\r\n\r\n", fields.len());
+        for route in READS {
+            let expected =
+                desk.stack.connect().request("POST", &format!("/api/v1/{route}"), &[LOGIN], fields.as_bytes());
+            assert_eq!(expected.status, 200, "{route}: {expected:?}");
+            for path in [format!("/api/v1/{route}"), format!("/api/v1/{route}/")] {
+                for kind in
+                    ["", "application/json", "application/json;", "text/plain", "application/x-www-form-urlencoded"]
+                {
+                    let header = format!("Content-Type: {kind}");
+                    let headers: &[&str] = if kind.is_empty() { &[LOGIN] } else { &[LOGIN, &header] };
+                    for method in ["GET", "POST"] {
+                        let answer = desk.stack.connect().request(method, &path, headers, fields.as_bytes());
+                        assert_eq!((answer.status, &answer.body), (200, &expected.body), "{method} {path} {kind}");
+                    }
+                }
+                let query = format!("{path}?server_name=s1&client_name=c%201");
+                let answer = desk.stack.connect().request("GET", &query, &[LOGIN], b"");
+                assert_eq!((answer.status, &answer.body), (200, &expected.body), "{query}");
+                let mut http = desk.stack.connect();
+                http.send(
+                    format!("GET {path} HTTP/1.1\r\nHost: b\r\n{LOGIN}\r\nTransfer-Encoding: chunked\r\n\r\n{chunked}")
+                        .as_bytes(),
+                );
+                assert_eq!(http.response("GET").body, expected.body, "{path} in chunks");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_method_that_does_not_fit_changes_nothing() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.add_client("c1", "s1", 1);
+    let before = desk.everything();
+    let fields = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
+    let wrong =
+        READS.iter().map(|route| (route, ["PUT", "DELETE"])).chain(CHANGES.iter().map(|route| (route, ["GET", "PUT"])));
+    for (route, methods) in wrong {
+        for method in methods {
+            let answer =
+                desk.stack.connect().request(method, &format!("/api/v1/{route}/"), &[LOGIN], fields.as_bytes());
+            assert_eq!(answer.status, 405, "{method} {route}");
+            assert!(answer.json()["error"]["message"].is_string(), "{answer:?}");
+        }
+    }
+    assert_eq!(desk.everything(), before);
+}
+
+#[test]
+fn a_body_that_is_no_object_is_refused() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    let deep = [b"[".repeat(60_000), b"]".repeat(5)].concat();
+    let bodies: [&[u8]; 8] = [b"{", b"null", b"[]", b"1", b"\"x\"", b"{\"server_name\": \"\xff\"}", b"{} {}", &deep];
+    for route in READS.iter().chain(&CHANGES) {
+        for body in bodies {
+            let answer = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[LOGIN], body);
+            assert_error(&answer, 400, None);
+        }
+    }
+    assert_eq!(desk.everything(), json!({ "clients": {}, "servers": {} }));
+}
+
+#[test]
+fn wa22_values_of_another_type_and_huge_ones_are_refused() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        for value in [json!(["a"]), json!({ "a": 1 }), json!(7), json!(true), Value::Null, json!("x".repeat(10_000))] {
+            let answer = desk.get("client/config/", &json!({ "client_name": value, "server_name": "s1" }));
+            assert_error(&answer, 400, Some("client_name"));
+        }
+        let large = json!({ "client_name": "x".repeat(1 << 20), "server_name": "s1" });
+        assert_error(&desk.get("client/config/", &large), 413, None);
+        assert_eq!(desk.get("server/exists/", &json!({ "server_name": "s1" })).status, 200);
+    });
+}
+
+#[test]
+fn many_megabytes_are_refused_before_they_are_read() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    let mut http = desk.stack.connect();
+    let head = format!("POST /api/v1/client/add/ HTTP/1.1\r\nHost: b\r\n{LOGIN}\r\nContent-Length: 1000000000\r\n\r\n");
+    http.send(&[head.as_bytes(), &vec![b'x'; 1_200_000]].concat());
+    assert_error(&http.response("POST"), 413, None);
+}
+
+#[test]
+fn an_unchanged_config_is_not_sent_again() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        let ask = |known: Option<&str>| {
+            let known = known.map(|tag| format!("If-None-Match: {tag}"));
+            let headers: Vec<&str> = [LOGIN].into_iter().chain(known.as_deref()).collect();
+            desk.stack.connect().request("HEAD", "/api/v1/server/config/?server_name=s1", &headers, b"")
+        };
+        let tag = |answer: &Response| answer.header("etag").unwrap().to_owned();
+        let mut last = tag(&ask(None));
+        let changes = [
+            ("client/add/", client("c1", "s1", 1)),
+            ("client/add/", client("c1", "s1", 2)),
+            ("client/add/", client("c2", "s1", 3)),
+            ("server/remove_peer/", json!({ "client_name": "c2", "server_name": "s1" })),
+            ("client/delete/", json!({ "client_name": "c1" })),
+        ];
+        for (route, fields) in changes {
+            assert_eq!(ask(Some(&last)).status, 304);
+            assert_eq!(ask(Some(&format!("\"x\", W/{last}"))).status, 304);
+            assert!(desk.post(route, &fields).status < 300);
+            let next = ask(Some(&last));
+            assert_eq!(next.status, 200, "{route}");
+            last = tag(&next);
+        }
+        desk.post("server/delete/", &json!({ "server_name": "s1" }));
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        assert_eq!(ask(Some(&last)).status, 200, "another server of the same name");
+    });
+}

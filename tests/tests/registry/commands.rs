@@ -1,0 +1,74 @@
+//! The commands `server` and `client`.
+
+use serde_json::{Value, json};
+use wgkex_tests::key;
+
+use crate::desk::{Desk, Store};
+
+/// What a command of the broker prints, if it ends well; else its errors.
+fn run(desk: &Desk, arguments: &[&str]) -> Result<String, String> {
+    let mut process = desk.stack.program("wgkex-broker", arguments);
+    let status = process.wait();
+    if status.success() { Ok(process.log()) } else { Err(process.log()) }
+}
+
+#[test]
+fn servers_and_clients_are_managed_by_commands() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    let (server_key, client_key) = (key(1), key(2));
+    let add = [
+        "server",
+        "add",
+        "s1",
+        "--key",
+        &server_key,
+        "--network",
+        "192.168.2.0/24",
+        "--reserved",
+        "20",
+        "--endpoint",
+        "gw.example.org",
+        "--port",
+        "5128",
+    ];
+    assert_eq!(run(&desk, &add).unwrap(), "server s1 is added, its own address is 192.168.2.1\n");
+    assert!(run(&desk, &add).unwrap_err().contains("there is a server of this name already"));
+    let add = ["client", "add", "c1", "--server", "s1", "--key", &client_key];
+    assert_eq!(run(&desk, &add).unwrap(), "client c1 has the address 192.168.2.21 at s1\n");
+    let listed: Value = serde_json::from_str(&run(&desk, &["server", "list", "--json"]).unwrap()).unwrap();
+    assert_eq!(listed, desk.get("server/list_all", &json!({})).json());
+    let table = run(&desk, &["client", "list"]).unwrap();
+    assert!(table.starts_with("CLIENT  SERVER  KEY\nc1      s1      "), "{table}");
+    let shown = run(&desk, &["server", "show", "s1"]).unwrap();
+    assert!(
+        shown.contains("address   192.168.2.1\nendpoint  gw.example.org:5128\n") && shown.contains(&client_key),
+        "{shown}"
+    );
+    std::fs::write(desk.stack.dir().join("private"), "PRIVATE\n").unwrap();
+    let private = desk.stack.dir().join("private").display().to_string();
+    let show = ["client", "show", "c1", "--server", "s1"];
+    let file = run(&desk, &[&show[..], &["--wg-quick", "--private-key-file", &private]].concat()).unwrap();
+    let expected = format!(
+        "[Interface]\nPrivateKey = PRIVATE\nAddress = 192.168.2.21\n\n[Peer]\nPublicKey = {server_key}\n\
+         AllowedIPs = 192.168.2.0/24\nEndpoint = gw.example.org:5128\n"
+    );
+    assert_eq!(file, expected);
+    let code = run(&desk, &[&show[..], &["--qr", "--private-key-file", &private]].concat()).unwrap();
+    assert!(code.lines().count() > 15 && code.contains('█'), "{code}");
+    let text = run(&desk, &show).unwrap();
+    assert!(text.contains("address      192.168.2.21\n"), "{text}");
+    assert!(run(&desk, &["client", "show", "c2", "--server", "s1"]).unwrap_err().contains("no lease"));
+    run(&desk, &["client", "delete", "c1", "--server", "s1"]).unwrap();
+    assert_eq!(desk.lease("c1", "s1"), None);
+    run(&desk, &["server", "delete", "s1"]).unwrap();
+    assert!(run(&desk, &["server", "delete", "s1"]).unwrap_err().contains("no server of this name"));
+}
+
+#[test]
+fn a_command_names_what_is_missing() {
+    let mut desk = Desk::prepare(&Store::Sqlite, "");
+    assert!(run(&desk, &["client", "list"]).unwrap_err().contains("no broker answers"));
+    desk.stack.plan.config = String::new();
+    desk.stack.write_config();
+    assert!(run(&desk, &["client", "list"]).unwrap_err().contains("registry.enabled"));
+}

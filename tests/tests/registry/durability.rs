@@ -1,0 +1,162 @@
+//! What was acknowledged is there after a kill, and a database that is away harms nothing else.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use wgkex_tests::postgres::{self, Postgres};
+use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::stack::DOMAIN;
+use wgkex_tests::{key, wait_within};
+
+use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
+
+/// How long a call may take while the database is away.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the registry may take to be back.
+const RETURN: Duration = Duration::from_secs(20);
+
+#[test]
+fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "10.0.0.0", 16, 20);
+        let is_over = AtomicBool::new(false);
+        let address = desk.stack.http;
+        let acknowledged: BTreeMap<String, u32> = thread::scope(|scope| {
+            let callers: Vec<_> = (0..4_u32)
+                .map(|caller| {
+                    let is_over = &is_over;
+                    scope.spawn(move || add_until(address, caller, is_over))
+                })
+                .collect();
+            for _ in 0..3 {
+                thread::sleep(Duration::from_millis(300));
+                desk.restart_by(Signal::SIGKILL);
+            }
+            is_over.store(true, Ordering::SeqCst);
+            callers.into_iter().flat_map(|caller| caller.join().unwrap()).collect()
+        });
+        assert!(acknowledged.len() > 20, "too few for a test: {}", acknowledged.len());
+        let config = desk.get("server/config/", &json!({ "server_name": "s1" })).json();
+        let peers = config["peers"].as_array().unwrap();
+        let keys: BTreeMap<_, _> = peers
+            .iter()
+            .map(|peer| (peer["public_key"].as_str().unwrap(), peer["ip_address"].as_str().unwrap()))
+            .collect();
+        assert_eq!(keys.len(), peers.len());
+        assert_eq!(keys.values().collect::<std::collections::BTreeSet<_>>().len(), peers.len(), "no address twice");
+        for (name, number) in &acknowledged {
+            assert!(keys.contains_key(key(*number).as_str()), "{name} is lost");
+        }
+    });
+}
+
+/// Adds clients over and over, also while nobody listens, and returns those that were acknowledged.
+fn add_until(broker: std::net::SocketAddr, caller: u32, is_over: &AtomicBool) -> BTreeMap<String, u32> {
+    use wgkex_tests::http::Http;
+    let mut acknowledged = BTreeMap::new();
+    let mut number = caller * 100_000;
+    while !is_over.load(Ordering::SeqCst) {
+        number += 1;
+        let name = format!("c{number}");
+        let body = client(&name, "s1", number).to_string();
+        let head = format!(
+            "POST /api/v1/client/add HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
+            crate::desk::LOGIN,
+            body.len()
+        );
+        let answered = Http::try_connect(broker).and_then(|mut http| {
+            http.send(&[head.as_bytes(), body.as_bytes()].concat());
+            http.try_response("POST")
+        });
+        match answered {
+            Ok(answer) if answer.status == 201 => drop(acknowledged.insert(name, number)),
+            Ok(_) => {}
+            // It is not up again.
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    acknowledged
+}
+
+#[test]
+fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_notice() {
+    let mut server_of_tables = Postgres::start();
+    let desk = Desk::start(&Store::Postgres(server_of_tables.database("registry")), "");
+    let _worker = Worker::start(&desk.stack, "gw1", Manner::Confirms, 0);
+    desk.stack.wait_for_gateways(1);
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.leased("c1", "s1", 1);
+    let before = desk.everything();
+    for is_frozen in [false, true] {
+        if is_frozen {
+            server_of_tables.freeze(true);
+        } else {
+            server_of_tables.kill();
+        }
+        let fields = bodies();
+        for route in READS.iter().chain(&CHANGES) {
+            let begun = Instant::now();
+            let answer = desk.post(&format!("{route}/"), &fields);
+            assert_eq!(answer.status, 503, "{route}: {answer:?}");
+            assert!(answer.header("retry-after").is_some() && begun.elapsed() < PATIENCE, "{route}");
+            let unauthorized = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[], b"{}");
+            assert_eq!(unauthorized.status, 401);
+        }
+        assert_eq!(desk.stack.v2(DOMAIN, &key(77)).status, 200, "routers do not need it");
+        if is_frozen {
+            server_of_tables.freeze(false);
+        } else {
+            server_of_tables.start_again();
+        }
+        wait_within(RETURN, "the registry is back", || {
+            (desk.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
+        });
+        assert_eq!(desk.everything(), before);
+    }
+}
+
+/// Fields that fit every route.
+fn bodies() -> Value {
+    let mut fields = server("s1", "192.168.9.0", 24, 20);
+    fields["client_name"] = json!("c1");
+    fields
+}
+
+#[test]
+fn two_brokers_on_one_postgresql_serve_one_registry() {
+    let store = Store::Postgres(postgres::database());
+    let (first, second) = (Desk::start(&store, ""), Desk::start(&store, ""));
+    first.add_server("s1", "192.168.2.0", 24, 20);
+    thread::scope(|scope| {
+        for (desk, begin) in [(&first, 0), (&second, 50)] {
+            scope.spawn(move || {
+                for n in begin..begin + 50 {
+                    assert_eq!(desk.add_client(&format!("c{n}"), "s1", n), 201);
+                }
+            });
+        }
+    });
+    let peers = second.get("server/config/", &json!({ "server_name": "s1" })).json();
+    let addresses: Vec<_> = peers["peers"].as_array().unwrap().iter().map(|peer| peer["ip_address"].clone()).collect();
+    assert_eq!(addresses, (21..121).map(|last| json!(format!("192.168.2.{last}"))).collect::<Vec<_>>());
+    assert_eq!(first.everything(), second.everything());
+}
+
+#[test]
+fn a_damaged_database_is_left_alone() {
+    let mut desk = Desk::start(&Store::Sqlite, "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.stack.stop_broker();
+    let file = desk.stack.state_dir().join("registry.sqlite");
+    std::fs::write(&file, b"this is no database, and was one once").unwrap();
+    desk.stack.start_broker();
+    desk.stack.wait_until_ready();
+    assert_eq!(desk.get("server/list_all", &json!({})).status, 503, "an empty answer would make gateways forget");
+    assert_eq!(std::fs::read(&file).unwrap(), b"this is no database, and was one once");
+    let line = desk.stack.broker().wait_for_log("the database cannot be used");
+    assert!(line.contains("registry.sqlite") && line.contains("WARN"), "{line}");
+}
