@@ -1,0 +1,154 @@
+//! Row `leases`: how many clients a second get an address from the registry while many have one, beside how many got one while there
+//! were few; what a gateway's poll costs; and whether a router waits longer meanwhile.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use wgkex_tests::http::{Http, Response};
+use wgkex_tests::key;
+use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+
+use crate::measure::{median, memory, percentile};
+use crate::table::{Report, mebibytes, milliseconds, ratio};
+
+/// Callers at the same time.
+const CALLERS: u32 = 16;
+/// Leases by which a rate is measured.
+const PART: u32 = 5_000;
+/// Routers that ask, one after the other.
+const ROUTERS: u32 = 500;
+/// `admin:s3cret`.
+const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
+
+/// Measures with so many leases.
+pub fn measure(report: Report, leases: u32) {
+    let (mut stack, _worker) = start();
+    let http = stack.http;
+    let few = add(http, 0..PART.min(leases));
+    add(http, PART.min(leases)..leases);
+    let many = add(http, leases..leases + PART);
+    let rate = |time: Duration| format!("{:.0} leases/s", f64::from(PART) / time.as_secs_f64());
+    report
+        .line(format!("{CALLERS} callers, {leases} leases there"), rate(many))
+        .against(format!("with none there: {}", rate(few)), ratio(many, few))
+        .wanted("<= 1.50", ratio(many, few) <= 1.5)
+        .print();
+    poll(report, http, leases + PART);
+    report.line("memory of the broker with them", mebibytes(memory(stack.broker().pid())[0])).print();
+    routers(report, &stack, leases + PART);
+    let _ = stack.stop_broker();
+}
+
+fn start() -> (Stack, Worker) {
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
+    let file = stack.dir().join("password");
+    fs::write(&file, "s3cret").unwrap();
+    stack.plan.config = format!("registry: {{enabled: true, password_file: {}}}", file.display());
+    stack.write_config();
+    stack.start_broker();
+    stack.wait_until_ready();
+    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    stack.wait_for_gateways(1);
+    let server = json!({
+        "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
+        "endpoint_address": "192.0.2.1", "endpoint_port": 51820, "n_reserved_ips": 20, "allowed_ips": "10.0.0.0/8",
+    });
+    let added = call(&mut stack.connect(), "server/add", &server.to_string());
+    assert_eq!(added.status, 201, "{added:?}");
+    (stack, worker)
+}
+
+fn call(http: &mut Http, route: &str, body: &str) -> Response {
+    http.request("POST", &format!("/api/v1/{route}"), &[LOGIN], body.as_bytes())
+}
+
+fn lease(http: &mut Http, number: u32) {
+    let client = json!({ "client_name": format!("c{number}"), "server_name": "s1", "public_key": key(number) });
+    let added = call(http, "client/add", &client.to_string());
+    assert_eq!(added.status, 201, "{added:?}");
+}
+
+/// Adds these clients, and returns how long that took.
+fn add(server: SocketAddr, numbers: std::ops::Range<u32>) -> Duration {
+    let (begun, next) = (Instant::now(), AtomicU32::new(numbers.start));
+    thread::scope(|scope| {
+        for _ in 0..CALLERS {
+            scope.spawn(|| {
+                let mut http = Http::connect(server);
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= numbers.end {
+                        return;
+                    }
+                    lease(&mut http, number);
+                }
+            });
+        }
+    });
+    begun.elapsed()
+}
+
+/// What a gateway's poll takes: the whole list, and that it has not changed.
+fn poll(report: Report, server: SocketAddr, leases: u32) {
+    let mut http = Http::connect(server);
+    let ask = |http: &mut Http, known: &str| {
+        let begun = Instant::now();
+        let answer = http.request("GET", "/api/v1/server/config?server_name=s1", &[LOGIN, known], b"");
+        (begun.elapsed(), answer)
+    };
+    let (whole, answer) = ask(&mut http, "If-None-Match: \"none\"");
+    assert_eq!((answer.status, answer.json()["peers"].as_array().unwrap().len()), (200, leases as usize));
+    let known = format!("If-None-Match: {}", answer.header("etag").unwrap());
+    let unchanged = median((0..100).map(|_| {
+        // A 304 has no body, and says so by its status alone (RFC 9110 section 15.4.5).
+        let begun = Instant::now();
+        let answer = http.request("HEAD", "/api/v1/server/config?server_name=s1", &[LOGIN, &known], b"");
+        assert_eq!(answer.status, 304);
+        begun.elapsed()
+    }));
+    report
+        .line(format!("poll of {leases} leases that are known"), milliseconds(unchanged))
+        .against(format!("all of them: {}", milliseconds(whole)), ratio(unchanged, whole))
+        .print();
+}
+
+/// How long routers wait while clients are added as fast as that goes.
+fn routers(report: Report, stack: &Stack, first: u32) {
+    let quiet = ask(stack, 1 << 30);
+    let (is_over, next) = (AtomicBool::new(false), AtomicU32::new(first));
+    let busy = thread::scope(|scope| {
+        for _ in 0..CALLERS {
+            scope.spawn(|| {
+                let mut http = stack.connect();
+                while !is_over.load(Ordering::Relaxed) {
+                    lease(&mut http, next.fetch_add(1, Ordering::Relaxed));
+                }
+            });
+        }
+        let busy = ask(stack, 2 << 30);
+        is_over.store(true, Ordering::Relaxed);
+        busy
+    });
+    let shown = |times: &[Duration; 2]| times.map(milliseconds).join(", ");
+    report
+        .line(format!("a router's POST while {CALLERS} callers add clients: p50, p99"), shown(&busy))
+        .against(format!("without them: {}", shown(&quiet)), ratio(busy[0], quiet[0]))
+        .print();
+}
+
+fn ask(stack: &Stack, first: u32) -> [Duration; 2] {
+    let mut times: Vec<_> = (first..first + ROUTERS)
+        .map(|number| {
+            let begun = Instant::now();
+            let answer = stack.v2(DOMAIN, &key(number));
+            assert_eq!(answer.status, 200, "{answer:?}");
+            begun.elapsed()
+        })
+        .collect();
+    [50, 99].map(|share| percentile(&mut times, share))
+}
