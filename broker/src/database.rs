@@ -103,10 +103,13 @@ impl Database {
     }
 
     /// Runs `work` in a transaction, and returns when that is committed. An error of `work` takes back what it did.
+    /// `committed` is called on the thread, after the commit and before anything else is done there: calls have the order of
+    /// the changes.
     pub async fn run<T, E>(
         &self,
         access: Access,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
+        committed: impl FnOnce(&T) + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
@@ -115,9 +118,13 @@ impl Database {
         let (answer, answered) = oneshot::channel();
         let run = move |transaction: &mut Transaction<'_>| {
             let result = transaction.within_savepoint(work);
-            let finish: Finish = Box::new(move |committed: Result<(), DatabaseError>| {
+            let finish: Finish = Box::new(move |outcome: Result<(), DatabaseError>| {
+                let result = outcome.map_err(E::from).and(result);
+                if let Ok(result) = &result {
+                    committed(result);
+                }
                 // The caller may have gone.
-                let _ = answer.send(committed.map_err(E::from).and(result));
+                let _ = answer.send(result);
             });
             finish
         };
@@ -222,7 +229,9 @@ mod tests {
     }
 
     async fn rows(database: &Database) -> Result<Vec<Row>, DatabaseError> {
-        database.run(Access::Read, |transaction| transaction.query("SELECT a, b, c FROM t ORDER BY a", &[])).await
+        database
+            .run(Access::Read, |transaction| transaction.query("SELECT a, b, c FROM t ORDER BY a", &[]), |_| {})
+            .await
     }
 
     #[tokio::test]
@@ -231,19 +240,20 @@ mod tests {
         let file = dir.path().join("f");
         let database = open(&file, TABLE);
         assert_eq!(database.state(), State::Starting);
+        let order = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
         let job = |number: i64| {
-            database.run(Access::Write, move |transaction| {
+            let order = order.clone();
+            let work = move |transaction: &mut Transaction<'_>| {
                 insert(transaction, number)?;
                 if number % 2 == 0 { Err(DatabaseError::Corrupt("even".into())) } else { Ok(number) }
-            })
+            };
+            database.run(Access::Write, work, move |number| order.lock().push(*number))
         };
         let results = futures_util::future::join_all((0..20).map(job)).await;
         assert!(results.iter().zip(0_i64..).all(|(result, number)| result.is_ok() == (number % 2 == 1)));
         let found = rows(&database).await.unwrap();
-        assert_eq!(
-            found.iter().map(|row| row.integer(0).unwrap()).collect::<Vec<_>>(),
-            [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
-        );
+        assert_eq!(*order.lock(), [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]);
+        assert_eq!(found.iter().map(|row| row.integer(0).unwrap()).collect::<Vec<_>>(), *order.lock());
         assert_eq!((found[0].text(1), found[0].big(2)), (Ok("é'%"), Ok(7)));
         assert!(found[0].text(0).is_err() && found[0].integer(9).is_err());
         assert_eq!(database.state(), State::Up);
@@ -254,7 +264,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         let newer = open(&file, NEWER);
-        newer.run(Access::Write, |transaction| insert(transaction, 1)).await.unwrap();
+        newer.run(Access::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
         drop(newer);
         let error = loop {
             // The thread of the newer one gives the file back when it has ended.

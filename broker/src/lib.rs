@@ -67,6 +67,7 @@ use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::MqttServer;
+use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
 use crate::tls::Certificate;
 
 /// How long the MQTT server may take to acknowledge that this broker goes.
@@ -83,7 +84,7 @@ const IDLE_CHECK: Duration = Duration::from_secs(1);
 /// What a changed config means to a broker that runs.
 const KEY_USE: KeyUse = KeyUse {
     live: &["workers", "rebalance"],
-    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName"],
+    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName", "servers"],
 };
 
 /// What several services use.
@@ -97,6 +98,8 @@ struct Broker {
     bus: MqttHandle,
     /// The session that publishes keys.
     keys: MqttHandle,
+    /// The registry of servers and clients, if it is enabled.
+    registry: Option<registry::Registry>,
     metrics: Metrics,
 }
 
@@ -140,7 +143,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
-    let broker = Broker { config, exchange, lists, revocations, drains, bus, keys, metrics };
+    let (leases, lease_events) = registry::push::channel();
+    let opened = config
+        .registry
+        .as_ref()
+        .map(|enabled| registry::Registry::open(&config, enabled, leases.clone(), metrics.registry.clone()));
+    let (registry, database_end) = opened.transpose()?.unzip();
+    let broker = Broker { config, exchange, lists, revocations, drains, bus, keys, registry, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -148,7 +157,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     }
     broker.start_storage(&mut services, store, list_service);
     let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];
-    broker.start_bus(&mut services, session, keys_session);
+    if let Some(end) = database_end {
+        services.background().spawn("the database", |_| async move { drop(end.await) });
+    }
+    broker.start_bus(&mut services, session, keys_session, leases);
+    broker.start_registry(&mut services, lease_events);
     broker.start_http(&mut services, listeners, watched)?;
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
@@ -171,8 +184,8 @@ impl Broker {
     }
 
     /// The two sessions, and what works with what they receive.
-    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
-        let Self { config, exchange, lists, revocations, drains, bus, keys, metrics } = self;
+    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, leases: LeaseSender) {
+        let Self { config, exchange, lists, revocations, drains, bus, keys, registry, metrics } = self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
@@ -194,6 +207,7 @@ impl Broker {
             sync: sync_sender,
             lists: lists.clone(),
             requesters: Requesters::new(name.clone(), sync_requests.clone()),
+            leases: registry.is_some().then_some(leases),
             reporter,
             metrics: metrics.clone(),
         };
@@ -261,7 +275,7 @@ impl Broker {
             metrics,
             fleet_metrics,
             all_metrics,
-            registry: self.start_registry(services)?,
+            registry: self.registry.clone(),
             refused_domains,
             started,
         };
@@ -283,12 +297,13 @@ impl Broker {
         Ok(())
     }
 
-    /// The registry of servers and clients, if it is enabled.
-    fn start_registry(&self, services: &mut Services) -> anyhow::Result<Option<registry::Registry>> {
-        let Some(enabled) = &self.config.registry else { return Ok(None) };
-        let (registry, end) = registry::Registry::open(&self.config, enabled, self.metrics.registry.clone())?;
-        services.background().spawn("the database", |_| async move { drop(end.await) });
-        Ok(Some(registry))
+    /// What brings leases to the gateways that are servers.
+    fn start_registry(&self, services: &mut Services, events: LeaseReceiver) {
+        if let Some(registry) = &self.registry {
+            let publisher =
+                LeasePublisher::new(registry.clone(), self.keys.clone(), (&self.config.name).into(), events);
+            services.background().spawn("the publisher of leases", |_| publisher.run());
+        }
     }
 
     fn admin(&self, token_hash: Secret) -> Admin {

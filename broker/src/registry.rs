@@ -1,13 +1,14 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: none of its own; the thread of [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's
+//! Tasks: [`push`], which brings leases to the gateways; the thread of [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's
 //! routes ([`routes`]), which read it into checked values ([`model`]). [`store`] decides within a transaction, and
 //! [`crate::ipam`] which address is free.
 
 mod login;
 mod metrics;
 pub mod model;
+pub mod push;
 pub mod routes;
 pub mod store;
 
@@ -19,7 +20,8 @@ use wgkex_common::config::{self, Config, Secret};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
 use crate::registry::login::Login;
-use crate::registry::store::Counts;
+use crate::registry::push::{LeaseEvent, LeaseSender};
+use crate::registry::store::{Counts, ServerChange};
 
 pub use self::metrics::Metrics;
 pub use self::store::Refusal;
@@ -34,6 +36,8 @@ pub struct Registry {
     login: Login,
     /// Whether the config of a client is open to everybody who knows its name.
     is_client_config_open: bool,
+    /// What changed at workers' servers goes there.
+    leases: LeaseSender,
     metrics: Metrics,
 }
 
@@ -54,11 +58,12 @@ impl Registry {
     pub fn open(
         config: &Config,
         registry: &config::Registry,
+        leases: LeaseSender,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
         let login = Login::read(registry)?;
         let (database, end) = Database::start(location(config)?, MIGRATIONS)?;
-        Ok((Self { database, login, is_client_config_open: registry.open_client_config, metrics }, end))
+        Ok((Self { database, login, is_client_config_open: registry.open_client_config, leases, metrics }, end))
     }
 
     /// How much there is, for the status and the metrics.
@@ -86,14 +91,21 @@ impl Registry {
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, CallError> {
-        self.database.run(Access::Read, work).await
+        self.database.run(Access::Read, work, |_| {}).await
     }
 
-    async fn change<T: Send + 'static>(
+    /// Changes something, and has what changed at workers' servers published.
+    async fn change(
         &self,
-        work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
-    ) -> Result<T, CallError> {
-        self.database.run(Access::Write, work).await
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
+    ) -> Result<(), CallError> {
+        let leases = self.leases.clone();
+        let publish = move |changes: &Vec<ServerChange>| {
+            if !changes.is_empty() {
+                let _ = leases.try_send(LeaseEvent::Changed(changes.clone()));
+            }
+        };
+        self.database.run(Access::Write, work, publish).await.map(drop)
     }
 }
 

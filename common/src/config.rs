@@ -24,6 +24,7 @@ mod raw;
 mod rebalance;
 mod registry;
 mod reload;
+mod servers;
 mod setup;
 #[cfg(test)]
 mod tests;
@@ -56,6 +57,7 @@ use self::raw::Raw;
 pub use self::rebalance::Rebalance;
 pub use self::registry::{Registry, Storage};
 pub use self::reload::Source;
+pub use self::servers::Server;
 pub use self::setup::Setup;
 pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
@@ -119,6 +121,8 @@ pub struct Config {
     pub storage: Storage,
     /// The registry of servers and clients; none if it is not enabled.
     pub registry: Option<Registry>,
+    /// The servers of the registry that this gateway is, by name.
+    pub servers: BTreeMap<String, Server>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// Whether anything of that is in the file.

@@ -4,6 +4,7 @@
 //! `bus` room of the program that subscribes.
 
 pub mod ignored;
+pub mod lease;
 pub mod message;
 pub mod name;
 pub mod reject_reason;

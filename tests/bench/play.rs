@@ -185,7 +185,10 @@ async fn workers(file: &str, wanted: u32, delays: Delays, first: u16, names: &[&
         let domains: Vec<_> = config.domains.iter().cloned().collect();
         let kernel = Counted::new(&domains, delays);
         counts.push(kernel.count());
-        tokio::spawn(async { wgkex_worker::run(config, kernel, pending()).await.expect("a worker that runs") });
+        let no_servers = || Err(std::io::Error::other("a gateway without servers"));
+        tokio::spawn(async move {
+            wgkex_worker::run(config, kernel, no_servers, pending()).await.expect("a worker that runs")
+        });
     }
     let least = |counts: &[Arc<AtomicU32>]| counts.iter().map(|count| count.load(Ordering::Relaxed)).min();
     let mut said = 0;

@@ -44,9 +44,14 @@ impl InMemory {
         let worker = kernel.clone();
         let thread = thread::spawn(move || {
             let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-            let _ = runtime.expect("a runtime").block_on(wgkex_worker::run(config, worker, async {
-                let _ = stopped.await;
-            }));
+            let _ = runtime.expect("a runtime").block_on(wgkex_worker::run(
+                config,
+                worker.clone(),
+                move || Ok(worker),
+                async {
+                    let _ = stopped.await;
+                },
+            ));
         });
         Self { kernel, stop: Some(stop), thread: Some(thread) }
     }

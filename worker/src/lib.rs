@@ -14,6 +14,7 @@ pub mod doctor;
 mod drain;
 pub mod dry_run;
 mod http;
+mod leases;
 mod lists;
 pub mod peers;
 pub mod plan;
@@ -24,7 +25,7 @@ pub mod status;
 #[cfg(test)]
 mod testing;
 
-use std::collections::BTreeSet;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,7 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
 use crate::drain::DrainWatch;
+use crate::leases::{LeaseParts, LeaseSender, LeaseTask};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
@@ -78,6 +80,9 @@ const KEY_USE: KeyUse = KeyUse {
         "confirm_budget",
         "admin_listen",
         "admin_token_hash",
+        "storage",
+        "storage_password_file",
+        "registry",
     ],
 };
 
@@ -101,15 +106,21 @@ struct Metrics {
     bus: bus::Metrics,
     lists: ListMetrics,
     reconciler: reconciler::Metrics,
+    leases: leases::Metrics,
 }
 
-/// Serves the configured domains with `kernel` until `stop` returns, then publishes that it goes. The error names a task
-/// that ended by itself, or the reason why the worker cannot start.
+/// Serves the configured domains with `kernel`, and servers with what `servers_kernel` opens, until `stop` returns, then publishes
+/// that it goes. The error names a task that ended by itself, or the reason why the worker cannot start.
 ///
 /// The services are stopped in the reverse order of their start: the farewell needs the sessions, and what the reconciler
 /// changed last has to reach the disk.
-pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let metrics = Metrics::register(&config.domains).context("metrics")?;
+pub async fn run<K: Kernel>(
+    config: Config,
+    kernel: K,
+    servers_kernel: impl FnOnce() -> io::Result<K>,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let metrics = Metrics::register(&config).context("metrics")?;
     let (list_service, lists) = ListService::open(&config, Participant::Worker((&config.name).into()))?;
     let (store, buffer, remembered) =
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
@@ -135,6 +146,14 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
         subscriber::session(&config),
         subscriber::secondary_session(&config),
     )?;
+    let (lease_sender, lease_events) = leases::channel();
+    let lease_task = if config.servers.is_empty() {
+        None
+    } else {
+        let (bus, metrics) = (confirmations.clone(), metrics.leases.clone());
+        let kernel = servers_kernel().context("netlink")?;
+        Some(LeaseTask::open(&config, LeaseParts { kernel, bus, events: lease_events, metrics })?)
+    };
     let watch_drain = DrainWatch::open(&config.state_dir, metrics.bus.draining.clone());
     let worker = Worker { drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
 
@@ -149,7 +168,10 @@ pub async fn run<K: Kernel>(config: Config, kernel: K, stop: impl Future<Output 
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
     // Before the publisher, which ends when this does, and has to say that the worker goes.
     services.background().spawn("the drain", |_| watch_drain.run());
-    worker.start_bus(&mut services, [session, confirming], reports, reserved);
+    worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender);
+    if let Some(task) = lease_task {
+        services.background().spawn("the leases", |_| task.run());
+    }
     worker.start_http(&mut services, watched);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
@@ -175,6 +197,7 @@ impl Worker {
         [session, confirming]: [Session; 2],
         reports: Reports,
         reserved: watch::Sender<Reserved>,
+        leases: LeaseSender,
     ) {
         let Self { config, metrics, lists, reconciler, bus, confirmations, drain } = self;
         let own = Participant::Worker((&config.name).into());
@@ -195,7 +218,7 @@ impl Worker {
         let on_event =
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
         let on_confirming_event =
-            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), metrics.bus.clone());
+            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), leases, metrics.bus.clone());
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -235,7 +258,7 @@ impl Worker {
 }
 
 impl Metrics {
-    fn register(domains: &BTreeSet<Domain>) -> Result<Self, prometheus::Error> {
+    fn register(config: &Config) -> Result<Self, prometheus::Error> {
         let registry = Registry::default();
         let version = registry.gauges(
             "wgkex_worker_build_info",
@@ -246,7 +269,8 @@ impl Metrics {
         Ok(Self {
             bus: bus::Metrics::register(&registry)?,
             lists: lists::register(&registry)?,
-            reconciler: reconciler::Metrics::register(&registry, domains)?,
+            reconciler: reconciler::Metrics::register(&registry, &config.domains)?,
+            leases: leases::Metrics::register(&registry, config.servers.keys().map(String::as_str))?,
             registry,
         })
     }

@@ -107,8 +107,8 @@ fn execute(job: Job, config: Config) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         match job {
             Job::Serve => serve(config).await,
-            Job::SetUp(backend) => Ok(setup::setup(&config.setup, backend).await?),
-            Job::RemoveInterfaces => Ok(setup::remove(&config.setup).await?),
+            Job::SetUp(backend) => Ok(setup::setup(&config, backend).await?),
+            Job::RemoveInterfaces => Ok(setup::remove(&config).await?),
         }
     });
     // A kernel that does not answer must not keep the process from its end.
@@ -118,5 +118,5 @@ fn execute(job: Job, config: Config) -> anyhow::Result<()> {
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let kernel = Netlink::open().context("netlink")?;
-    wgkex_worker::run(config, kernel, process::stop()?).await
+    wgkex_worker::run(config, kernel, Netlink::open, process::stop()?).await
 }

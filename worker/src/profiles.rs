@@ -2,10 +2,11 @@
 //!
 //! A [`Profile`] makes a [`DesiredPeer`] of each key. Nothing below this room knows a kind: [`crate::plan`] compares
 //! desired peers with the tables, [`crate::peers`] remembers which keys have them. [`mesh`] is the profile of routers of
-//! a mesh, and the only one yet.
+//! a mesh, [`lease`] that of clients of a server.
 //!
 //! No task, no state. Previous stop of a key: [`crate::peers`], which admits it; next stop: [`crate::plan`].
 
+pub mod lease;
 pub mod mesh;
 #[cfg(test)]
 mod tests;

@@ -1,25 +1,28 @@
 //! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and deletes them.
 //!
 //! No task: a command of its own, which ends when all is done. It reads the interfaces, [`differences`] finds the steps to
-//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]. The worker later
+//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; those of servers are made
+//! in [`server`]. The worker later
 //! serves these interfaces; no key comes here but the gateway's own, in its key file.
 
 mod differences;
+mod link;
+mod server;
 
-use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use tracing::info;
-use wgkex_common::config::Setup;
-use wgkex_common::{Domain, KeyError, PublicKey};
+use wgkex_common::config::{Server, Setup};
+use wgkex_common::{Config, Domain, KeyError, PublicKey};
 use wgkex_kernel::key_file::{self, KeyFileError};
 use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, wireguard};
 
 use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
+use self::link::WireguardLink;
 
 /// What stood in the way. Each is one line that names the interface or the file.
 #[derive(Debug, thiserror::Error)]
@@ -72,13 +75,13 @@ pub enum Error {
     },
 }
 
-/// Makes the interfaces of each domain, or completes them. What is there already stays, its peers included; only
+/// Makes the interfaces of each domain and server, or completes them. What is there already stays, its peers included; only
 /// what differs is set. A new WireGuard interface is the kernel's, or wireguard-go's where the kernel has no WireGuard
 /// or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the domains cannot be set up as the config says.
-pub async fn setup(domains: &BTreeMap<Domain, Setup>, backend: Backend) -> Result<(), Error> {
-    let links = open(domains)?;
+pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
+    let links = open(config)?;
     let mut plans = Vec::new();
-    for (domain, setup) in domains {
+    for (domain, setup) in &config.setup {
         let site = Site { links: &links, domain, backend };
         let (key, steps) = site.plan(setup).await?;
         plans.push((site, key, steps));
@@ -90,18 +93,25 @@ pub async fn setup(domains: &BTreeMap<Domain, Setup>, backend: Backend) -> Resul
         }
         info!(domain = %site.domain, changes = steps.len(), "domain is set up");
     }
+    for server in config.servers.values() {
+        server::set_up(WireguardLink { links: &links, name: &server.interface, backend }, server).await?;
+    }
     Ok(())
 }
 
-/// Deletes the interfaces of each domain. What is gone already is no error; the key files stay. Nothing is
+/// Deletes the interfaces of each domain and server. What is gone already is no error; the key files stay. Nothing is
 /// deleted as long as one of the names belongs to an interface of another kind.
-pub async fn remove(domains: &BTreeMap<Domain, Setup>) -> Result<(), Error> {
-    let links = open(domains)?;
+pub async fn remove(config: &Config) -> Result<(), Error> {
+    let links = open(config)?;
     let mut doomed = Vec::new();
-    for domain in domains.keys() {
+    for domain in config.setup.keys() {
         let site = Site { links: &links, domain, backend: Backend::Kernel };
         doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
         doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
+    }
+    for Server { interface, .. } in config.servers.values() {
+        let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
+        doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
     }
     for (interface, backend) in doomed {
         links.delete(&interface).await.map_err(|error| refused(&interface, "delete it", error))?;
@@ -113,8 +123,8 @@ pub async fn remove(domains: &BTreeMap<Domain, Setup>) -> Result<(), Error> {
     Ok(())
 }
 
-fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
-    let first = domains.keys().next().map(Domain::wireguard).unwrap_or_default();
+fn open(config: &Config) -> Result<Links, Error> {
+    let first = config.setup.keys().next().map(Domain::wireguard).unwrap_or_default();
     // An unreadable set of capabilities does not count: the kernel has the last word.
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(true) {
         return Err(Error::Capability(first));
@@ -175,16 +185,11 @@ impl Site<'_> {
 
     /// `wg-REST`, if it is there.
     async fn wireguard(&self) -> Result<Option<(Link, Backend)>, Error> {
-        let name = self.domain.wireguard();
-        let link = self.links.find(&name).await.map_err(|error| refused(&name, "look it up", error))?;
-        match link {
-            Some(link) if link.kind == LinkKind::Wireguard => Ok(Some((link, Backend::Kernel))),
-            Some(link) if link.kind == LinkKind::Tun && wireguard::listens(&name) => {
-                Ok(Some((link, Backend::Userspace)))
-            }
-            Some(link) => Err(other_kind(name, &link, "a WireGuard interface")),
-            None => Ok(None),
-        }
+        self.link(&self.domain.wireguard()).find().await
+    }
+
+    fn link<'a>(&'a self, name: &'a str) -> WireguardLink<'a> {
+        WireguardLink { links: self.links, name, backend: self.backend }
     }
 
     /// `vx-REST`, if it is there.
@@ -203,10 +208,10 @@ impl Site<'_> {
     async fn apply(&self, step: SetupStep, key: &Key) -> Result<(), Error> {
         let (links, wg, vx) = (self.links, &self.domain.wireguard(), &self.domain.vxlan());
         let done = match step {
-            SetupStep::AddWireguard => return self.add_wireguard(wg).await,
+            SetupStep::AddWireguard => return self.link(wg).add().await,
             SetupStep::NoAutoAddress => links.no_auto_address(wg).await,
-            SetupStep::SetKey => wireguard::set_key(wg, self.backend().await?, key.clone()).await,
-            SetupStep::SetPort(port) => wireguard::set_port(wg, self.backend().await?, port).await,
+            SetupStep::SetKey => wireguard::set_key(wg, self.link(wg).backend().await?, key.clone()).await,
+            SetupStep::SetPort(port) => wireguard::set_port(wg, self.link(wg).backend().await?, port).await,
             SetupStep::AddAddress(address) => links.add_address(wg, address, 128).await,
             SetupStep::UpWireguard => links.up(wg).await,
             SetupStep::AddVxlan { id, port, local } => links.add_vxlan(vx, id, port, local, wg).await,
@@ -214,31 +219,6 @@ impl Site<'_> {
             SetupStep::UpVxlan => links.up(vx).await,
         };
         done.map_err(|error| refused_step(&self.name_for(step), step, error))
-    }
-
-    async fn add_wireguard(&self, interface: &str) -> Result<(), Error> {
-        if self.backend == Backend::Kernel {
-            match self.links.add_wireguard(interface).await {
-                Err(error) if error.kind() == ErrorKind::Unsupported => {}
-                made => return made.map_err(|error| refused_step(interface, SetupStep::AddWireguard, error)),
-            }
-        }
-        if wireguard::listens(interface) {
-            return Err(Error::Elsewhere(interface.into(), wireguard::socket(interface)));
-        }
-        let started = wireguard::start_userspace(interface).await;
-        started.map_err(|error| {
-            if error.kind() == ErrorKind::NotFound {
-                Error::NoWireguard(interface.into())
-            } else {
-                refused_step(interface, SetupStep::AddWireguard, error)
-            }
-        })
-    }
-
-    async fn backend(&self) -> Result<Backend, Error> {
-        let missing = || refused(&self.domain.wireguard(), "look it up", ErrorKind::NotFound.into());
-        Ok(self.wireguard().await?.ok_or_else(missing)?.1)
     }
 
     fn name_for(&self, step: SetupStep) -> String {

@@ -39,6 +39,7 @@ const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
+    has_registry: bool,
     instance: u64,
     bus: MqttHandle,
     keys: MqttHandle,
@@ -91,6 +92,7 @@ impl Announcer {
         Self {
             broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
+            has_registry: config.registry.is_some(),
             instance: fastrand::u64(..),
             connections: [bus.connection_state(), keys.connection_state()],
             bus,
@@ -233,6 +235,7 @@ impl Announcer {
 
     fn hello_payload(&self, digest: String) -> Vec<u8> {
         let hello = Hello { records: Some(digest), ..Hello::broker(self.domains.clone(), self.instance) };
+        let hello = if self.has_registry { hello.with_leases() } else { hello };
         serde_json::to_vec(&hello).unwrap_or_default()
     }
 }

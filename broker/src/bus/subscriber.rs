@@ -15,6 +15,7 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::ignored::{Ignored, json, key};
+use wgkex_common::wire::lease::AnnouncedServers;
 use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
@@ -26,6 +27,7 @@ use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
+use crate::registry::push::{LeaseEvent, LeaseSender};
 
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
 const MAX_KEYS: usize = 4_096;
@@ -52,9 +54,11 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
     let requests =
         [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
     let requests = requests.into_iter().chain([Topic::worker_requests()]);
+    let has_registry = config.registry.is_some();
+    let requests = requests.chain(has_registry.then(Topic::lease_requests));
     SessionConfig {
         will: Some(hello(&own(), Vec::new())),
-        qos0_filters: vec![Topic::broker_hellos()],
+        qos0_filters: [Topic::broker_hellos()].into_iter().chain(has_registry.then(Topic::worker_servers)).collect(),
         echo: Some(Topic::BrokerEcho { broker: own() }),
         qos1_filters: keys.chain(requests).chain([Topic::Revocations.to_string()]).collect(),
         ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
@@ -218,6 +222,8 @@ pub struct Secondary {
     pub lists: service::Handle,
     /// Requests for keys.
     pub requesters: Requesters,
+    /// Servers of workers, and requests for their leases; none without a registry.
+    pub leases: Option<LeaseSender>,
     /// What is published under this broker's name.
     pub reporter: Reporter,
     /// What is counted.
@@ -276,12 +282,29 @@ impl Secondary {
                 Request::Records(_) => self.lists.on_event(ListEvent::Asked(Requester::Shared)),
                 Request::Keys(request) => self.requesters.by_anybody(request)?,
             }
+        } else if let Topic::WorkerServers { worker } = topic {
+            // Empty if the worker took it back; what it was before stays in the registry.
+            if !publish.payload.is_empty() {
+                let servers: AnnouncedServers = json(&publish.payload)?;
+                self.on_leases(LeaseEvent::Announced(worker, servers.bounded().ok_or(Ignored::Payload)?));
+            }
+        } else if let Topic::LeaseRequests { worker } = topic {
+            self.on_leases(LeaseEvent::Requested(worker, json(&publish.payload)?));
         } else if topic == Topic::Revocations {
             self.lists.on_event(ListEvent::Records(json(&publish.payload)?));
         } else {
             return Err(Ignored::Topic);
         }
         Ok(())
+    }
+}
+
+impl Secondary {
+    /// What finds no place is announced or asked for again.
+    fn on_leases(&self, event: LeaseEvent) {
+        if let Some(leases) = &self.leases {
+            let _ = leases.try_send(event);
+        }
     }
 }
 
@@ -313,6 +336,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::sync;
 
     use crate::bus::sync_queue::SyncQueue;
+    use crate::registry::push;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
@@ -340,7 +364,9 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     };
     primary.on_event(Event::Message(publish.clone()));
     let requesters = Requesters::new(own, SyncQueue::default());
-    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, reporter, metrics };
+    let (leases, _lease_events) = push::channel();
+    let leases = Some(leases);
+    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, leases, reporter, metrics };
     secondary.on_event(Event::Message(publish));
     assert!(live.lock().len() <= 10);
 }
@@ -353,7 +379,9 @@ mod tests {
     use super::*;
 
     /// Payloads that are nearly right find more than any bytes do.
-    const PAYLOADS: [&str; 11] = [
+    const PAYLOADS: [&str; 13] = [
+        r#"{"servers":{"s1":{"public_key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","network":"10.0.0.0/8","reserved":1,"endpoint_address":"x","endpoint_port":1,"allowed_ips":"x"}}}"#,
+        r#"{"to":"b","server":"s1","known":{"id":1,"revision":2}}"#,
         r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
         r#"{"domain":"ff_a","installed":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="],"failed":{}}"#,
         r#"{"domain":"ff_a","keys":["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g="]}"#,
@@ -401,6 +429,8 @@ mod tests {
             "wgkex/worker/w/applied",
             "wgkex/worker/w/seen",
             "wgkex/worker/a/questions",
+            "wgkex/worker/w/servers",
+            "wgkex/worker/w/lease-requests",
             "wgkex/worker/w/pages",
             "wgkex/broker/b/hello",
             "wgkex/broker/b/questions",

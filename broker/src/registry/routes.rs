@@ -150,7 +150,8 @@ impl Registry {
             }
             Operation::AddServer => {
                 let new = fields.new_server()?;
-                let added = self.change(move |tables| store::add_server(tables, &new, store::new_id()));
+                let added = self
+                    .change(move |tables| store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new()));
                 empty(StatusCode::CREATED, added).await
             }
             Operation::AddClient => {
@@ -236,7 +237,9 @@ impl Rejection {
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Call(CallError::Refused(refusal)) => match refusal {
                 Refusal::UnknownServer | Refusal::UnknownPeering => StatusCode::NOT_FOUND,
-                Refusal::NameTaken | Refusal::KeyTaken | Refusal::NetworkTaken => StatusCode::CONFLICT,
+                Refusal::NameTaken | Refusal::KeyTaken | Refusal::NetworkTaken | Refusal::NetworkChanged => {
+                    StatusCode::CONFLICT
+                }
                 Refusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
             },
             Self::Call(CallError::Database(_)) => StatusCode::SERVICE_UNAVAILABLE,
@@ -251,7 +254,7 @@ impl Rejection {
                 Refusal::UnknownServer | Refusal::NameTaken | Refusal::Exhausted => Some("server_name"),
                 Refusal::UnknownPeering => Some("client_name"),
                 Refusal::KeyTaken => Some("public_key"),
-                Refusal::NetworkTaken => Some("network_address"),
+                Refusal::NetworkTaken | Refusal::NetworkChanged => Some("network_address"),
             },
             Self::Unauthorized | Self::Body(_) | Self::Slow | Self::TooLarge | Self::Call(CallError::Database(_)) => {
                 None

@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 use strum::IntoStaticStr;
+use wgkex_common::wire::lease::{LeaseChange, LeaseContent, LeaseMessage, LeaseVersion};
+use wgkex_common::{PublicKey, WorkerName};
 
 use crate::database::{DatabaseError, Row, Transaction, Value};
 use crate::ipam;
@@ -16,7 +18,7 @@ use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, lease
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte for
 /// the IP version, so that the order
 /// of bytes is theirs. Below `next_free` a server has no free number. A server's `id` is random, so that
-/// one which was deleted and added again has another.
+/// one which was deleted and added again has another. `worker` is the one that registered it, empty if it was added by a call.
 pub(super) const CREATE_TABLES: &str = "
     CREATE TABLE servers (
         id INTEGER PRIMARY KEY,
@@ -30,7 +32,8 @@ pub(super) const CREATE_TABLES: &str = "
         endpoint_address TEXT NOT NULL,
         endpoint_port INTEGER NOT NULL,
         allowed_ips TEXT NOT NULL,
-        revision INTEGER NOT NULL
+        revision INTEGER NOT NULL,
+        worker TEXT NOT NULL
     );
     CREATE TABLE peerings (
         id INTEGER PRIMARY KEY,
@@ -67,12 +70,24 @@ pub enum Refusal {
     /// Another client, or a server, has this key.
     #[error("another client or a server has this key")]
     KeyTaken,
+    /// A worker announces another network than the one that its clients have leases of.
+    #[error("the server has another network, or other reserved addresses: delete it first")]
+    NetworkChanged,
     /// A server's network has some of these addresses.
     #[error("the network overlaps with that of another server")]
     NetworkTaken,
     /// The server has no address left.
     #[error("the server has no free address")]
     Exhausted,
+}
+
+/// What a call changed at a server that is a worker of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerChange {
+    /// The worker.
+    pub worker: WorkerName,
+    /// What it is to know.
+    pub message: LeaseMessage,
 }
 
 /// How much there is.
@@ -129,12 +144,22 @@ pub struct ServerConfig {
     pub peers: Option<Vec<ShownPeer>>,
 }
 
+/// All leases of a server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Their version.
+    pub version: LeaseVersion,
+    /// The leases; none if the caller has this version.
+    pub leases: Option<BTreeMap<PublicKey, IpAddr>>,
+}
+
 /// What is needed of a server to hand out its addresses.
 struct Server {
     id: i64,
     network: IpNet,
     reserved: u64,
     next_free: u128,
+    worker: String,
 }
 
 /// How many servers and leases there are.
@@ -146,8 +171,13 @@ pub fn counts(transaction: &mut Transaction<'_>) -> Result<Counts, CallError> {
     Ok(Counts { servers: count("SELECT count(*) FROM servers")?, leases: count("SELECT count(*) FROM peerings")? })
 }
 
-/// Adds a server, which is to have this id.
-pub fn add_server(transaction: &mut Transaction<'_>, new: &NewServer, id: i64) -> Result<(), CallError> {
+/// Adds a server, which is to have this id, and is this worker if it is one of ours.
+pub fn add_server(
+    transaction: &mut Transaction<'_>,
+    new: &NewServer,
+    id: i64,
+    worker: Option<&WorkerName>,
+) -> Result<(), CallError> {
     let [first, last] = bounds(new.network);
     let (name, key) = (Value::from(new.name.as_str()), Value::from(&*new.public_key.to_string()));
     let taken: [(&'static str, &[Value], Refusal); 4] = [
@@ -166,7 +196,7 @@ pub fn add_server(transaction: &mut Transaction<'_>, new: &NewServer, id: i64) -
         }
     }
     transaction.execute(
-        "INSERT INTO servers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0)",
+        "INSERT INTO servers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, ?12)",
         &[
             id.into(),
             name,
@@ -179,31 +209,79 @@ pub fn add_server(transaction: &mut Transaction<'_>, new: &NewServer, id: i64) -
             new.endpoint.address.as_str().into(),
             i64::from(new.endpoint.port.get()).into(),
             new.allowed_ips.as_str().into(),
+            worker.map_or("", WorkerName::as_str).into(),
+        ],
+    )?;
+    Ok(())
+}
+
+/// Adds the server that a worker is, or takes over its key and endpoint. A network that is in use cannot be changed.
+pub fn register(
+    transaction: &mut Transaction<'_>,
+    new: &NewServer,
+    id: i64,
+    worker: &WorkerName,
+) -> Result<(), CallError> {
+    let name = new.name.as_str();
+    let found = match server(transaction, &new.name) {
+        Err(CallError::Refused(Refusal::UnknownServer)) => return add_server(transaction, new, id, Some(worker)),
+        found => found?,
+    };
+    if found.worker != worker.as_str() {
+        return Err(Refusal::NameTaken.into());
+    }
+    if (found.network, found.reserved) != (new.network, new.reserved) {
+        return Err(Refusal::NetworkChanged.into());
+    }
+    let key = new.public_key.to_string();
+    let other = transaction
+        .first("SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2", &[key.as_str().into(), found.id.into()])?;
+    let client = transaction.first("SELECT id FROM peerings WHERE public_key = ?1", &[key.as_str().into()])?;
+    if other.is_some() || client.is_some() {
+        return Err(Refusal::KeyTaken.into());
+    }
+    transaction.execute(
+        "UPDATE servers SET public_key = ?2, endpoint_address = ?3, endpoint_port = ?4, allowed_ips = ?5 WHERE name = ?1",
+        &[
+            name.into(),
+            key.as_str().into(),
+            new.endpoint.address.as_str().into(),
+            i64::from(new.endpoint.port.get()).into(),
+            new.allowed_ips.as_str().into(),
         ],
     )?;
     Ok(())
 }
 
 /// Adds a client to a server, or gives it another key. It keeps the address that it has there.
-pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<(), CallError> {
+pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<Vec<ServerChange>, CallError> {
     let server = server(transaction, &new.server)?;
     let (name, key) = (new.name.as_str(), new.public_key.to_string());
     if is_key_taken(transaction, &key, name)? {
         return Err(Refusal::KeyTaken.into());
     }
-    let leased = transaction
-        .first("SELECT number FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
-    let address = match leased {
+    let leased = transaction.first(
+        "SELECT number, public_key FROM peerings WHERE server = ?1 AND client = ?2",
+        &[server.id.into(), name.into()],
+    )?;
+    let number = match &leased {
         Some(row) => row.big(0)?,
         None => lease(transaction, &server)?,
     };
+    let mut change =
+        LeaseChange { added: [(new.public_key, address_of(server.network, number)?)].into(), ..LeaseChange::default() };
+    if let Some(row) = leased
+        && row.text(1)? != key
+    {
+        change.removed.insert(row.parsed(1)?);
+    }
     transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
         "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
-        &[server.id.into(), name.into(), key.as_str().into(), address.into()],
+        &[server.id.into(), name.into(), key.as_str().into(), number.into()],
     )?;
-    touch(transaction, server.id)
+    touch(transaction, server.id, change)
 }
 
 /// Whether a server has the key, or a client of another name. One client may have it at several servers.
@@ -237,20 +315,24 @@ fn lease(transaction: &mut Transaction<'_>, server: &Server) -> Result<u128, Cal
 }
 
 /// Removes a server and all its leases. That there is none is no error.
-pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<(), CallError> {
-    if let Some(row) = transaction.first("SELECT id FROM servers WHERE name = ?1", &[name.as_str().into()])? {
-        let id = [Value::from(row.integer(0)?)];
-        transaction.execute("DELETE FROM peerings WHERE server = ?1", &id)?;
-        transaction.execute("DELETE FROM servers WHERE id = ?1", &id)?;
-    }
-    Ok(())
+pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Vec<ServerChange>, CallError> {
+    let found =
+        transaction.first("SELECT id, worker, revision FROM servers WHERE name = ?1", &[name.as_str().into()])?;
+    let Some(row) = found else { return Ok(Vec::new()) };
+    let version = LeaseVersion { id: row.integer(0)?, revision: row.integer(2)? + 1 };
+    transaction.execute("DELETE FROM peerings WHERE server = ?1", &[version.id.into()])?;
+    transaction.execute("DELETE FROM servers WHERE id = ?1", &[version.id.into()])?;
+    let message = LeaseMessage { server: name.to_string(), version, content: LeaseContent::Deleted };
+    change_for(row.text(1)?, message)
 }
 
 /// Removes a client from all servers.
-pub fn delete_client(transaction: &mut Transaction<'_>, name: &ClientName) -> Result<(), CallError> {
-    let leased =
-        transaction.query("SELECT id, server, number FROM peerings WHERE client = ?1", &[name.as_str().into()])?;
-    leased.iter().try_for_each(|row| free(transaction, row))
+pub fn delete_client(transaction: &mut Transaction<'_>, name: &ClientName) -> Result<Vec<ServerChange>, CallError> {
+    let leased = transaction.query(
+        "SELECT id, server, number, public_key FROM peerings WHERE client = ?1 ORDER BY server",
+        &[name.as_str().into()],
+    )?;
+    free(transaction, &leased)
 }
 
 /// Removes a client from one server.
@@ -258,30 +340,70 @@ pub fn remove_peer(
     transaction: &mut Transaction<'_>,
     client: &ClientName,
     server: &ServerName,
-) -> Result<(), CallError> {
+) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
-        "SELECT peerings.id, server, number FROM peerings JOIN servers ON servers.id = server
+        "SELECT peerings.id, server, number, peerings.public_key FROM peerings JOIN servers ON servers.id = server
          WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
-    leased.iter().try_for_each(|row| free(transaction, row))
+    free(transaction, &leased)
 }
 
-/// Removes a peering, a row of its id, its server and its address.
-fn free(transaction: &mut Transaction<'_>, peering: &Row) -> Result<(), CallError> {
-    let (id, server, address) = (peering.integer(0)?, peering.integer(1)?, peering.big(2)?);
-    transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
-    transaction.execute(
-        "UPDATE servers SET next_free = ?2 WHERE id = ?1 AND next_free > ?2",
-        &[server.into(), address.into()],
+/// Removes peerings, rows of an id, a server, a number and a key.
+fn free(transaction: &mut Transaction<'_>, peerings: &[Row]) -> Result<Vec<ServerChange>, CallError> {
+    let mut changes = Vec::new();
+    for peering in peerings {
+        let (id, server, number) = (peering.integer(0)?, peering.integer(1)?, peering.big(2)?);
+        transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
+        transaction.execute(
+            "UPDATE servers SET next_free = ?2 WHERE id = ?1 AND next_free > ?2",
+            &[server.into(), number.into()],
+        )?;
+        let change = LeaseChange { removed: [peering.parsed(3)?].into(), ..LeaseChange::default() };
+        changes.append(&mut touch(transaction, server, change)?);
+    }
+    Ok(changes)
+}
+
+/// The clients of a server are not what they were: this is what changed.
+fn touch(transaction: &mut Transaction<'_>, id: i64, change: LeaseChange) -> Result<Vec<ServerChange>, CallError> {
+    transaction.execute("UPDATE servers SET revision = revision + 1 WHERE id = ?1", &[id.into()])?;
+    let row = transaction.first("SELECT name, worker, revision FROM servers WHERE id = ?1", &[id.into()])?;
+    let row = row.ok_or(Refusal::UnknownServer)?;
+    let version = LeaseVersion { id, revision: row.integer(2)? };
+    let message = LeaseMessage { server: row.text(0)?.to_owned(), version, content: LeaseContent::Change(change) };
+    change_for(row.text(1)?, message)
+}
+
+/// What the worker of this name is to know; nothing if it is none.
+fn change_for(worker: &str, message: LeaseMessage) -> Result<Vec<ServerChange>, CallError> {
+    if worker.is_empty() {
+        return Ok(Vec::new());
+    }
+    let worker = worker.parse().map_err(|_| DatabaseError::Corrupt("a server has no worker's name".into()))?;
+    Ok(vec![ServerChange { worker, message }])
+}
+
+/// All leases of a worker's server, unless it has the version `known`. None if there is no such server of this worker.
+pub fn snapshot(
+    transaction: &mut Transaction<'_>,
+    worker: &WorkerName,
+    server: &str,
+    known: Option<LeaseVersion>,
+) -> Result<Option<Snapshot>, CallError> {
+    let row = transaction.first(
+        "SELECT id, revision, network FROM servers WHERE name = ?1 AND worker = ?2",
+        &[server.into(), worker.as_str().into()],
     )?;
-    touch(transaction, server)
-}
-
-/// The clients of a server are not what they were.
-fn touch(transaction: &mut Transaction<'_>, server: i64) -> Result<(), CallError> {
-    transaction.execute("UPDATE servers SET revision = revision + 1 WHERE id = ?1", &[server.into()])?;
-    Ok(())
+    let Some(row) = row else { return Ok(None) };
+    let (version, network) = (LeaseVersion { id: row.integer(0)?, revision: row.integer(1)? }, row.parsed::<IpNet>(2)?);
+    if known == Some(version) {
+        return Ok(Some(Snapshot { version, leases: None }));
+    }
+    let peers = transaction.query("SELECT public_key, number FROM peerings WHERE server = ?1", &[version.id.into()])?;
+    let lease = |row: &Row| Ok((row.parsed(0)?, leased(network, row, 1)?));
+    let leases = peers.iter().map(lease).collect::<Result<_, CallError>>()?;
+    Ok(Some(Snapshot { version, leases: Some(leases) }))
 }
 
 /// All servers by name.
@@ -354,11 +476,14 @@ pub fn client_config(
 }
 
 fn server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Server, CallError> {
-    let row = transaction
-        .first("SELECT id, network, reserved, next_free FROM servers WHERE name = ?1", &[name.as_str().into()])?;
+    let row = transaction.first(
+        "SELECT id, network, reserved, next_free, worker FROM servers WHERE name = ?1",
+        &[name.as_str().into()],
+    )?;
     let row = row.ok_or(Refusal::UnknownServer)?;
     let reserved = u64::try_from(row.big(2)?).unwrap_or(u64::MAX);
-    Ok(Server { id: row.integer(0)?, network: row.parsed(1)?, reserved, next_free: row.big(3)? })
+    let (id, network, next_free) = (row.integer(0)?, row.parsed(1)?, row.big(3)?);
+    Ok(Server { id, network, reserved, next_free, worker: row.text(4)?.to_owned() })
 }
 
 /// A row that begins with a server's endpoint and key.
@@ -372,8 +497,13 @@ fn shown_server(row: &Row) -> Result<ShownServer, DatabaseError> {
 
 /// The address in a column, of this network.
 fn leased(network: IpNet, row: &Row, column: usize) -> Result<IpAddr, DatabaseError> {
-    let address = ipam::Range::hosts(network).address(row.big(column)?);
-    address.ok_or_else(|| DatabaseError::Corrupt("an address is outside of its network".into()))
+    address_of(network, row.big(column)?)
+}
+
+fn address_of(network: IpNet, number: u128) -> Result<IpAddr, DatabaseError> {
+    ipam::Range::hosts(network)
+        .address(number)
+        .ok_or_else(|| DatabaseError::Corrupt("an address is outside of its network".into()))
 }
 
 /// The first and the last address of a network.

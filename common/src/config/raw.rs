@@ -19,6 +19,7 @@ use super::original::{Netbox, Parker};
 use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
 use super::rebalance::RawRebalance;
 use super::registry::{self, RawRegistry};
+use super::servers::{self, RawServer};
 use super::setup::{RawSetup, RawSetupDomain};
 use super::value::{DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
 use super::{Config, Source};
@@ -71,6 +72,7 @@ pub(super) struct Raw {
     pub storage: Option<DatabaseUrl>,
     pub storage_password_file: Option<File>,
     pub registry: RawRegistry,
+    pub servers: BTreeMap<String, RawServer>,
 }
 
 impl Raw {
@@ -129,6 +131,7 @@ impl Raw {
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
             storage: registry::storage(self.storage, self.storage_password_file, diagnostics),
             registry: self.registry.check(diagnostics),
+            servers: servers::check(self.servers, &self.setup.key_dir(), diagnostics),
             is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
@@ -153,6 +156,7 @@ impl Raw {
                 users: BTreeMap::from([(ANY.to_owned(), RawMqttUser::default())]),
                 ..RawMqttListen::default()
             },
+            servers: BTreeMap::from([(ANY.to_owned(), RawServer::default())]),
             setup: RawSetup {
                 domains: BTreeMap::from([(ANY.to_owned(), RawSetupDomain::default())]),
                 ..RawSetup::default()

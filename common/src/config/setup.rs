@@ -1,7 +1,7 @@
 //! The interfaces that `wgkex-worker setup` makes: `setup`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path as FilePath, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -47,12 +47,17 @@ impl RawSetup {
         key_dir.is_some() || listen_port.is_some() || vxlan_id.is_some() || vxlan_port.is_some() || !domains.is_empty()
     }
 
+    /// The directory of private keys.
+    pub fn key_dir(&self) -> PathBuf {
+        self.key_dir.as_ref().map_or("/etc/wgkex", |dir| &dir.0).into()
+    }
+
     /// For `domains`, those served of the `listed` ones.
     pub fn check(&self, listed: &[Text], domains: &[Domain], diagnostics: &mut Diagnostics) -> BTreeMap<Domain, Setup> {
         for name in self.domains.keys().filter(|name| !listed.iter().any(|listed| listed.0 == **name)) {
             diagnostics.error(&Path::of("setup.domains").then(name), "is not one of domains, one of them is allowed");
         }
-        let key_dir = FilePath::new(self.key_dir.as_ref().map_or("/etc/wgkex", |dir| &dir.0));
+        let key_dir = self.key_dir();
         let first_port = port(self.listen_port.as_ref(), 51820);
         let default = RawSetupDomain::default();
         let mut interfaces = BTreeMap::new();

@@ -186,6 +186,7 @@ fn missing_keys_have_their_defaults() {
         admin_token_hash: None,
         storage: Storage::default(),
         registry: None,
+        servers: BTreeMap::new(),
         is_setup_named: false,
         setup: config.setup.clone(),
         log_level: Level::INFO,
@@ -627,5 +628,41 @@ fn the_registry_needs_a_password_file_and_its_database_no_password() {
     ] {
         let error = with(yaml).unwrap_err().to_string();
         assert!(error.contains(key) && !error.contains("secret"), "{yaml}: {error}");
+    }
+}
+
+#[test]
+fn a_server_needs_a_network_and_an_interface() {
+    let with = |yaml: &str| parse(&format!("{LEAST}servers: {{{yaml}}}"));
+    let config = with(
+        "s1: {network: 192.168.2.0/24}, long-name-of-server: {interface: wg1, network: \"fd00::/64\", reserved: 20}",
+    );
+    let servers = config.unwrap().servers;
+    let expected = Server {
+        interface: "s1".into(),
+        key_file: "/etc/wgkex/s1.key".into(),
+        listen_port: 51820,
+        network: "192.168.2.0/24".parse().unwrap(),
+        reserved: 0,
+        endpoint: None,
+        allowed_ips: None,
+    };
+    assert_eq!(servers["s1"], expected);
+    assert_eq!(
+        (servers["long-name-of-server"].interface.as_str(), servers["long-name-of-server"].reserved),
+        ("wg1", 20)
+    );
+    assert_eq!(servers["s1"].address().to_string(), "192.168.2.1");
+    assert_eq!(servers["long-name-of-server"].address().to_string(), "fd00::1");
+    for (yaml, key) in [
+        ("s1: {}", "servers.s1.network"),
+        ("s1: {network: 192.168.2.0/31}", "servers.s1.network"),
+        ("long-name-of-server: {network: 192.168.2.0/24}", "servers.long-name-of-server.interface"),
+        ("s1: {network: 192.168.2.0/24, interface: a/b}", "servers.s1.interface"),
+        ("s1: {network: 192.168.2.0/24, reserved: -1}", "servers.s1.reserved"),
+        ("s1: {network: 192.168.2.0/24, listen_port: 0}", "servers.s1.listen_port"),
+    ] {
+        let error = with(yaml).unwrap_err().to_string();
+        assert!(error.contains(key), "{yaml}: {error}");
     }
 }

@@ -99,6 +99,7 @@ value_type!(
     },
     "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
+value_type!(Whole(u64), |value: &Value| whole(value, 0..=u64::MAX), "must be a whole number, 0 or more");
 value_type!(
     /// The password has a file of its own.
     DatabaseUrl(String),

@@ -172,6 +172,9 @@ impl Hello {
     /// A broker's ability to receive requests for records there, too.
     pub const NAMED_RECORDS: &str = "named records";
 
+    /// A broker's ability to answer requests for leases, as it has a registry.
+    pub const LEASES: &str = "leases";
+
     /// The hello in this payload; none if it is empty, which clears it.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
@@ -239,6 +242,19 @@ impl Hello {
     #[must_use]
     pub fn names_records(&self) -> bool {
         self.can(Self::NAMED_RECORDS)
+    }
+
+    /// The same of a broker that has a registry.
+    #[must_use]
+    pub fn with_leases(mut self) -> Self {
+        self.capabilities.push(Self::LEASES.to_owned());
+        self
+    }
+
+    /// Whether the broker has a registry.
+    #[must_use]
+    pub fn has_leases(&self) -> bool {
+        self.can(Self::LEASES)
     }
 
     fn can(&self, wanted: &str) -> bool {

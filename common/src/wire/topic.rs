@@ -77,6 +77,21 @@ pub enum Topic {
         /// The worker's name.
         worker: WorkerName,
     },
+    /// The servers of the registry that a worker is. Ours.
+    WorkerServers {
+        /// The worker's name.
+        worker: WorkerName,
+    },
+    /// A worker's requests for the leases of its servers, to a broker that they name. Ours.
+    LeaseRequests {
+        /// The worker's name.
+        worker: WorkerName,
+    },
+    /// Leases of a worker's servers. Ours.
+    WorkerLeases {
+        /// The worker's name.
+        worker: WorkerName,
+    },
     /// What a worker publishes to itself. Ours.
     WorkerEcho {
         /// The worker's name.
@@ -112,13 +127,16 @@ impl Topic {
 
     /// One topic of each kind, of this domain, worker and broker; `+` stands for all of them in a filter.
     #[must_use]
-    pub fn each(domain: &str, worker: &WorkerName, broker: &BrokerName) -> [Self; 17] {
+    pub fn each(domain: &str, worker: &WorkerName, broker: &BrokerName) -> [Self; 20] {
         let (domain, worker, broker) = (|| domain.to_owned(), || worker.clone(), || broker.clone());
         [
             Self::Key { domain: domain() },
             Self::WorkerChunks { worker: worker() },
             Self::WorkerHello { worker: worker() },
             Self::WorkerEcho { worker: worker() },
+            Self::WorkerServers { worker: worker() },
+            Self::LeaseRequests { worker: worker() },
+            Self::WorkerLeases { worker: worker() },
             Self::Applied { worker: worker() },
             Self::Handshakes { worker: worker() },
             Self::Revoked { worker: worker() },
@@ -149,6 +167,9 @@ impl Topic {
             Self::Revoked { .. } => "revoked",
             Self::WorkerRequests { .. } | Self::BrokerRequests { .. } => "questions",
             Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => "pages",
+            Self::WorkerServers { .. } => "servers",
+            Self::LeaseRequests { .. } => "lease-requests",
+            Self::WorkerLeases { .. } => "leases",
             Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => "echo",
             Self::Revocations => "revocations",
         }
@@ -188,6 +209,9 @@ impl Topic {
             ["wgkex", "worker", worker, "seen"] => Some(Self::Handshakes { worker: worker.parse().ok()? }),
             ["wgkex", "worker", worker, "questions"] => Some(Self::WorkerRequests { worker: worker.parse().ok()? }),
             ["wgkex", "worker", worker, "pages"] => Some(Self::WorkerChunks { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "servers"] => Some(Self::WorkerServers { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "lease-requests"] => Some(Self::LeaseRequests { worker: worker.parse().ok()? }),
+            ["wgkex", "worker", worker, "leases"] => Some(Self::WorkerLeases { worker: worker.parse().ok()? }),
             ["wgkex", "worker", worker, "echo"] => Some(Self::WorkerEcho { worker: worker.parse().ok()? }),
             ["wgkex", "broker", broker, "echo"] => Some(Self::BrokerEcho { broker: broker.parse().ok()? }),
             ["wgkex", "worker", worker, "revoked"] => Some(Self::Revoked { worker: worker.parse().ok()? }),
@@ -272,6 +296,18 @@ impl Topic {
     #[must_use]
     pub fn worker_requests() -> String {
         Self::WorkerRequests { worker: WorkerName::any() }.to_string()
+    }
+
+    /// The filter for the servers that workers are.
+    #[must_use]
+    pub fn worker_servers() -> String {
+        Self::WorkerServers { worker: WorkerName::any() }.to_string()
+    }
+
+    /// The filter for the requests for leases of all workers.
+    #[must_use]
+    pub fn lease_requests() -> String {
+        Self::LeaseRequests { worker: WorkerName::any() }.to_string()
     }
 
     /// The filter for what brokers can do.

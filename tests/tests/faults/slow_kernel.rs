@@ -39,7 +39,7 @@ fn a_kernel_slower_than_the_keep_alive_costs_no_connection_and_no_confirmation()
         let kernel = kernel.clone();
         thread::spawn(move || {
             let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-            runtime.block_on(wgkex_worker::run(config, kernel, async {
+            runtime.block_on(wgkex_worker::run(config, kernel.clone(), move || Ok(kernel), async {
                 let _ = stopped.await;
             }))
         })

@@ -81,7 +81,7 @@ fn unread_answers_of_the_worker_take_bounded_memory() {
     let worker = thread::spawn(move || {
         let runtime = runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let stop = async { stopped.await.unwrap_or_default() };
-        runtime.block_on(wgkex_worker::run(config, kernel, stop))
+        runtime.block_on(wgkex_worker::run(config, kernel.clone(), move || Ok(kernel), stop))
     });
     let alive = || Some(Http::try_connect(listen).ok()?.get("/healthz"));
     assert_eq!(wait_until("the worker's metrics", alive).status, 200);

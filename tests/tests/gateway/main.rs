@@ -13,6 +13,7 @@ mod looks;
 mod own_server;
 mod peers;
 mod privacy;
+mod servers;
 mod several_gateways;
 mod start_and_stop;
 
@@ -57,6 +58,8 @@ lanes! {
     start_and_stop: cap_net_admin_is_enough_and_its_absence_is_named;
     start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
+    servers: wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages;
+    servers: a_client_reaches_the_server_by_the_config_that_the_command_prints;
     examples: a_router_comes_into_the_mesh_by_the_examples_alone;
     start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;
     looks: status_shows_what_is_served_and_what_is_wrong;

@@ -119,7 +119,7 @@ impl Links {
     }
 
     /// Gives the interface an address.
-    pub async fn add_address(&self, name: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+    pub async fn add_address(&self, name: &str, address: impl Into<IpAddr>, prefix: u8) -> io::Result<()> {
         let index = self.index(name).await?;
         self.0.address().add(index, address.into(), prefix).execute().await.map_err(plain)
     }

@@ -16,6 +16,7 @@ use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, KeyId, Reserved, Topic, WorkerName};
 
 use crate::bus::Metrics;
+use crate::leases::{LeaseEvent, LeaseSender};
 use crate::reconciler::ReconcilerHandle;
 
 /// The session that receives keys and publishes the states of this worker.
@@ -42,7 +43,11 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
     let worker = || WorkerName::from(&config.name);
     SessionConfig {
         qos0_filters: vec![Topic::broker_hellos()],
-        qos1_filters: vec![Topic::WorkerChunks { worker: worker() }.to_string(), Topic::Revocations.to_string()],
+        qos1_filters: [Topic::WorkerChunks { worker: worker() }, Topic::Revocations]
+            .into_iter()
+            .chain((!config.servers.is_empty()).then(|| Topic::WorkerLeases { worker: worker() }))
+            .map(|topic| topic.to_string())
+            .collect(),
         echo: Some(Topic::WorkerEcho { worker: worker() }),
         ..SessionConfig::secondary(format!("{}-applied", config.name))
     }
@@ -97,11 +102,12 @@ fn reserve(
 }
 
 /// Hands what brokers publish of themselves, and the live keys that they send, to the sync client by `sync`; the former, and
-/// the records that they share, to `lists`.
+/// the records that they share, to `lists`; the former, and leases, to `leases`.
 pub fn on_secondary_event(
     handle: ReconcilerHandle,
     sync: SyncSender,
     lists: service::Handle,
+    leases: LeaseSender,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -112,7 +118,7 @@ pub fn on_secondary_event(
         Event::Down => lists.on_event(ListEvent::Down),
         // What finds no place is asked for again.
         Event::Message(publish) => {
-            if let Err(reason) = receive(&sync, &lists, &publish) {
+            if let Err(reason) = receive(&sync, &lists, &leases, &publish) {
                 ignore(&metrics, &publish, reason);
             }
         }
@@ -133,14 +139,20 @@ fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> R
 }
 
 /// Takes in a message of a broker, or returns why it is ignored.
-fn receive(sync: &SyncSender, lists: &service::Handle, publish: &Publish) -> Result<(), Ignored> {
+fn receive(sync: &SyncSender, lists: &service::Handle, leases: &LeaseSender, publish: &Publish) -> Result<(), Ignored> {
     let topic = Topic::received(&publish.topic, publish.retain).ok_or(Ignored::Topic)?;
     if topic == Topic::Revocations {
         lists.on_event(ListEvent::Records(ignored::json(&publish.payload)?));
         return Ok(());
     }
+    if let Topic::WorkerLeases { .. } = topic {
+        // What finds no place is asked for again.
+        let _ = leases.try_send(LeaseEvent::Leases(ignored::json(&publish.payload)?));
+        return Ok(());
+    }
     let event = SyncEvent::read(topic, &publish.payload)?;
     if let SyncEvent::Broker(name, hello) = &event {
+        let _ = leases.try_send(LeaseEvent::Broker(name.clone(), hello.clone()));
         lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
     }
     let _ = sync.try_send(event);
@@ -157,11 +169,12 @@ pub fn receive_anything(topic: &str, payload: &[u8]) {
         service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker((&config.name).into()));
     let Ok((_keeper, lists)) = opened else { return };
     let (sync, _events) = wgkex_common::sync::channel();
+    let (leases, _lease_events) = crate::leases::channel();
     let reserved = watch::Sender::new(Reserved::default());
     if let Some(Topic::WorkerData { worker, domain }) = Topic::parse(topic) {
         let _ = reserve(&reserved, &worker, &domain, payload);
     }
-    let _ = (key(&config.domains, Topic::parse(topic), &publish), receive(&sync, &lists, &publish));
+    let _ = (key(&config.domains, Topic::parse(topic), &publish), receive(&sync, &lists, &leases, &publish));
 }
 
 #[cfg(test)]
@@ -179,6 +192,7 @@ mod tests {
                 Just("wireguard/ff_a/all".to_owned()),
                 Just("wireguard-worker/w/ff_a/data".to_owned()),
                 Just("wgkex/worker/w/pages".to_owned()),
+                Just("wgkex/worker/w/leases".to_owned()),
                 Just("wgkex/broker/b/hello".to_owned()),
                 Just("wgkex/revocations".to_owned()),
                 "[a-z+#/\\u{0}\\u{fc}]{0,30}",

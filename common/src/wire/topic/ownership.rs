@@ -50,6 +50,9 @@ impl Topic {
             | Self::Revoked { worker }
             | Self::WorkerRequests { worker }
             | Self::WorkerChunks { worker }
+            | Self::WorkerServers { worker }
+            | Self::LeaseRequests { worker }
+            | Self::WorkerLeases { worker }
             | Self::WorkerEcho { worker } => Owner::Worker(worker),
             Self::BrokerStatus { broker }
             | Self::BrokerHello { broker }
@@ -69,11 +72,15 @@ impl Topic {
             | Self::WorkerData { .. }
             | Self::BrokerStatus { .. }
             | Self::BrokerHello { .. } => Direction::StateForAll,
-            Self::ConnectedPeers { .. } | Self::WorkerHello { .. } => Direction::StateForBrokers,
-            Self::Applied { .. } | Self::Handshakes { .. } | Self::Revoked { .. } | Self::WorkerRequests { .. } => {
-                Direction::ToBrokers
+            Self::ConnectedPeers { .. } | Self::WorkerHello { .. } | Self::WorkerServers { .. } => {
+                Direction::StateForBrokers
             }
-            Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => Direction::FromBrokers,
+            Self::Applied { .. }
+            | Self::Handshakes { .. }
+            | Self::Revoked { .. }
+            | Self::WorkerRequests { .. }
+            | Self::LeaseRequests { .. } => Direction::ToBrokers,
+            Self::WorkerChunks { .. } | Self::WorkerLeases { .. } | Self::BrokerChunks { .. } => Direction::FromBrokers,
             Self::BrokerRequests { .. } => Direction::FromAll,
             Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => Direction::Echo,
             Self::Key { .. } | Self::Revocations => Direction::Broadcast,

@@ -1,0 +1,119 @@
+//! The messages by which a broker's registry and the worker that is one of its servers keep the same leases. A revision counts
+//! the changes of one server; who knows revision `n` and gets `n + 1` has missed nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::{BrokerName, PublicKey};
+
+/// Leases of a chunk at most.
+pub const CHUNK: usize = 1000;
+/// Servers of one worker at most.
+pub const SERVERS_MAX: usize = 16;
+/// The longest list of allowed-ips, and the longest endpoint.
+const TEXT_MAX: usize = 4096;
+
+/// The servers that a worker is, by name; retained.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedServers {
+    /// By name.
+    pub servers: BTreeMap<String, AnnouncedServer>,
+}
+
+/// What a worker publishes of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedServer {
+    /// The key of its interface.
+    pub public_key: PublicKey,
+    /// The network of its addresses.
+    pub network: IpNet,
+    /// Clients get no addresses up to that with this number.
+    pub reserved: u64,
+    /// Where clients reach it.
+    pub endpoint_address: String,
+    /// Its UDP port.
+    pub endpoint_port: u16,
+    /// What clients send to it.
+    pub allowed_ips: String,
+}
+
+impl AnnouncedServers {
+    /// None if there are more than a worker may have, or one is longer than it may be.
+    #[must_use]
+    pub fn bounded(self) -> Option<Self> {
+        let is_bounded = |server: &AnnouncedServer| {
+            server.endpoint_address.len() <= TEXT_MAX && server.allowed_ips.len() <= TEXT_MAX
+        };
+        (self.servers.len() <= SERVERS_MAX && self.servers.values().all(is_bounded)).then_some(self)
+    }
+}
+
+/// Which state of a server's leases is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseVersion {
+    /// Another number means another server, of the same name perhaps.
+    pub id: i64,
+    /// How many changes there were.
+    pub revision: i64,
+}
+
+/// A worker asks a broker for the leases of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseRequest {
+    /// The broker.
+    pub to: BrokerName,
+    /// The server's name.
+    pub server: String,
+    /// What the worker has.
+    pub known: Option<LeaseVersion>,
+}
+
+/// What a broker publishes to a worker about the leases of one of its servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseMessage {
+    /// The server's name.
+    pub server: String,
+    /// The state that this leads to.
+    pub version: LeaseVersion,
+    /// What it has of that.
+    pub content: LeaseContent,
+}
+
+/// What a [`LeaseMessage`] has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeaseContent {
+    /// The change from the revision before.
+    Change(LeaseChange),
+    /// A part of all leases.
+    Chunk(LeaseChunk),
+    /// Nothing: the worker has this version.
+    Current,
+    /// The server was deleted.
+    Deleted,
+}
+
+/// What one change did.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseChange {
+    /// Keys that have no lease any more.
+    #[serde(default)]
+    pub removed: BTreeSet<PublicKey>,
+    /// Keys that have one now.
+    #[serde(default)]
+    pub added: BTreeMap<PublicKey, IpAddr>,
+}
+
+/// A part of all leases of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseChunk {
+    /// 0 for the first one.
+    pub number: u32,
+    /// Whether no other follows.
+    pub is_last: bool,
+    /// The leases.
+    pub leases: BTreeMap<PublicKey, IpAddr>,
+}

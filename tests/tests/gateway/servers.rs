@@ -1,0 +1,132 @@
+//! A gateway that is a server of the registry: its interface has the peers of its clients, and nothing else of it changes.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::http::Http;
+use wgkex_tests::process::{Process, binary};
+use wgkex_tests::{key, wait_until, wait_within};
+
+/// How soon the interface has what changed.
+const SOON: Duration = Duration::from_secs(2);
+/// `admin:s3cret`.
+const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
+
+/// A gateway whose broker has a registry, with the server `s1`, and both programs.
+fn started(host: &Host, more: &str) -> (Process, Process) {
+    fs::write(host.path("/run/registry.password"), "s3cret\n").unwrap();
+    host.configure(&format!(
+        "registry: {{enabled: true, password_file: /run/registry.password}}\n\
+         servers: {{s1: {{network: 10.77.0.0/24, reserved: 20, listen_port: 52820{more}}}}}\n"
+    ));
+    host.setup();
+    let programs = (host.start_broker(), host.start_worker());
+    wait_until("the server is in the registry", || {
+        (call(host, "server/exists", &json!({ "server_name": "s1" })) == Some(200)).then_some(())
+    });
+    programs
+}
+
+/// The status of a call of the registry.
+fn call(host: &Host, route: &str, fields: &serde_json::Value) -> Option<u16> {
+    let body = fields.to_string();
+    host.inside(|| {
+        let mut http = Http::try_connect("127.0.0.1:5000".parse().unwrap()).ok()?;
+        Some(http.request("POST", &format!("/api/v1/{route}"), &[LOGIN], body.as_bytes()).status)
+    })
+}
+
+fn add(host: &Host, name: &str, number: u32) {
+    let fields = json!({ "client_name": name, "server_name": "s1", "public_key": key(number) });
+    assert_eq!(call(host, "client/add", &fields), Some(201), "{name}");
+}
+
+fn delete(host: &Host, name: &str) {
+    assert_eq!(call(host, "client/delete", &json!({ "client_name": name })), Some(200), "{name}");
+}
+
+/// Keys and allowed-ips of the server's peers.
+fn peers(host: &Host) -> BTreeSet<String> {
+    host.run("wg show s1 allowed-ips").lines().map(str::to_owned).collect()
+}
+
+fn peer(number: u32, last: u8) -> String {
+    format!("{}\t10.77.0.{last}/32", key(number))
+}
+
+fn wait_for_peers(host: &Host, limit: Duration, expected: &[String]) {
+    let expected: BTreeSet<_> = expected.iter().cloned().collect();
+    wait_within(limit, "the server has the peers of its leases", || (peers(host) == expected).then_some(()));
+}
+
+/// The pushes are timed from outside; a machine that is busy has the same time again.
+pub fn wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages(lane: Lane) {
+    let host = Host::new("gw1", lane);
+    let (mut broker, mut worker) = started(&host, "");
+    assert!(host.run("ip -4 addr show dev s1").contains("10.77.0.1/24"));
+    let stranger = key(900);
+    host.run(&format!("wg set s1 peer {stranger} allowed-ips 10.99.0.0/16 persistent-keepalive 7"));
+    let foreign = format!("{stranger}\t10.99.0.0/16");
+    let begun = Instant::now();
+    add(&host, "c1", 1);
+    wait_for_peers(&host, 2 * SOON, &[foreign.clone(), peer(1, 21)]);
+    add(&host, "c2", 2);
+    add(&host, "c3", 3);
+    wait_for_peers(&host, 2 * SOON, &[foreign.clone(), peer(1, 21), peer(2, 22), peer(3, 23)]);
+    let before = host.wireguard("s1");
+    delete(&host, "c2");
+    wait_for_peers(&host, 2 * SOON, &[foreign.clone(), peer(1, 21), peer(3, 23)]);
+    assert!(before.is_superset(&host.wireguard("s1")), "the others are as they were");
+    add(&host, "c4", 4);
+    add(&host, "c1", 11);
+    wait_for_peers(&host, 2 * SOON, &[foreign.clone(), peer(11, 21), peer(4, 22), peer(3, 23)]);
+    assert!(begun.elapsed() < 30 * SOON);
+
+    // Without a broker, and without its database, nothing goes.
+    let all = [foreign.clone(), peer(11, 21), peer(4, 22), peer(3, 23)];
+    let _ = broker.end_by(Signal::SIGKILL);
+    let _ = worker.end_by(Signal::SIGKILL);
+    host.run(&format!("wg set s1 peer {} remove", key(4)));
+    let mut worker = host.start_worker();
+    wait_for_peers(&host, Duration::from_secs(30), &all);
+    let _ = worker.end_by(Signal::SIGKILL);
+
+    // What is deleted while the worker is down is gone when it is back, and what it has not made stays.
+    let _broker = host.start_broker();
+    wait_until("the broker answers", || call(&host, "server/exists", &json!({ "server_name": "s1" })));
+    delete(&host, "c3");
+    add(&host, "c5", 5);
+    host.run(&format!("wg set s1 peer {} remove", key(11)));
+    let _worker = host.start_worker();
+    wait_for_peers(&host, Duration::from_secs(30), &[foreign.clone(), peer(11, 21), peer(4, 22), peer(5, 23)]);
+    host.run(&format!("wg set s1 peer {stranger} allowed-ips 10.99.0.0/16,10.77.0.24/32"));
+    assert_eq!(call(&host, "server/delete", &json!({ "server_name": "s1" })), Some(200));
+    wait_for_peers(&host, 2 * SOON, &[format!("{stranger}\t10.77.0.24/32 10.99.0.0/16")]);
+}
+
+pub fn a_client_reaches_the_server_by_the_config_that_the_command_prints(lane: Lane) {
+    let (gateway, client) = (Host::new("gw1", lane), Host::new("c1", lane));
+    let (address, _) = gateway.connect(&client, 1);
+    let _programs = started(&gateway, &format!(", endpoint: {address}"));
+    client.run("umask 077 && wg genkey > /run/private");
+    let public = client.run("wg pubkey < /run/private");
+    let broker = binary("wgkex-broker").display().to_string();
+    let added = gateway.run(&format!("{broker} client add c1 --server s1 --key '{public}'"));
+    assert_eq!(added, "client c1 has the address 10.77.0.21 at s1");
+    let private = fs::read_to_string(client.path("/run/private")).unwrap();
+    fs::write(gateway.path("/run/private"), private).unwrap();
+    let config =
+        gateway.run(&format!("{broker} client show c1 --server s1 --wg-quick --private-key-file /run/private"));
+    fs::write(client.path("/run/c1.conf"), config + "\n").unwrap();
+    let userspace = if lane == Lane::Userspace { "WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go " } else { "" };
+    client.run(&format!(
+        "mount --make-rprivate / && {userspace}wg-quick up /run/c1.conf >/run/up 2>&1 || {{ cat /run/up; exit 1; }}"
+    ));
+    wait_until("the client reaches the server", || {
+        client.try_run("ping -c 1 -W 1 10.77.0.1").status.success().then_some(())
+    });
+}

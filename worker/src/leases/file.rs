@@ -1,0 +1,45 @@
+//! The leases on disk: `worker.leases.json` in `state_dir`, written whole before the kernel is changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use wgkex_common::PublicKey;
+use wgkex_common::storage::{StorageError, json_file};
+use wgkex_common::wire::lease::LeaseVersion;
+
+/// The version of the file.
+const LAYOUT: u32 = 1;
+
+/// What is kept of all servers, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptLeases {
+    pub servers: BTreeMap<String, KeptServer>,
+}
+
+/// What is kept of a server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptServer {
+    pub version: Option<LeaseVersion>,
+    pub leases: BTreeMap<PublicKey, IpAddr>,
+    /// Keys without a lease whose peers were made here and may still be there.
+    pub removed: BTreeSet<PublicKey>,
+    /// Keys with a lease whose peers somebody else made.
+    pub foreign: BTreeSet<PublicKey>,
+}
+
+/// The file in `state_dir`.
+pub fn path(state_dir: &Path) -> PathBuf {
+    state_dir.join("worker.leases.json")
+}
+
+/// What is in the file; nothing if there is none. A corrupt one is set aside.
+pub fn load(file: &Path) -> Result<KeptLeases, StorageError> {
+    Ok(json_file::load(file, LAYOUT)?.unwrap_or_default())
+}
+
+/// Writes the file, and returns when it is on the disk.
+pub fn save(file: &Path, kept: &KeptLeases) -> Result<(), StorageError> {
+    json_file::save(file, LAYOUT, kept)
+}

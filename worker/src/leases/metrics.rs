@@ -1,0 +1,34 @@
+//! The metrics of this gateway's servers.
+
+use prometheus::{Error, IntGaugeVec};
+use wgkex_common::runtime::metrics::Registry;
+
+/// By server.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    pub(super) leases: IntGaugeVec,
+    pub(super) up: IntGaugeVec,
+}
+
+impl Metrics {
+    /// Registers them, with a series for each of these servers.
+    pub fn register<'a>(registry: &Registry, servers: impl Iterator<Item = &'a str>) -> Result<Self, Error> {
+        let metrics = Self {
+            leases: registry.gauges(
+                "wgkex_worker_server_leases",
+                "Leases of the server that are known here.",
+                &["server"],
+            )?,
+            up: registry.gauges(
+                "wgkex_worker_server_up",
+                "1 if the server's interface is there and has the peers of all its leases, 0 otherwise.",
+                &["server"],
+            )?,
+        };
+        for server in servers {
+            metrics.leases.with_label_values(&[server]).set(0);
+            metrics.up.with_label_values(&[server]).set(0);
+        }
+        Ok(metrics)
+    }
+}

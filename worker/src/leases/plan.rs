@@ -1,0 +1,110 @@
+//! The steps from the peers of a server's interface to those that its leases want. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use wgkex_common::PublicKey;
+use wgkex_kernel::Device;
+
+use crate::plan::{Action, Objects, Step};
+use crate::profiles::{Ownership, lease};
+
+/// What to do, and what stands against it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct LeasePlan {
+    /// The steps, removals first: another key may have the address.
+    pub steps: Vec<Step>,
+    /// Keys with a lease whose peers somebody else made, or altered: they stay as they are.
+    pub foreign: BTreeSet<PublicKey>,
+}
+
+/// What is to be so: who leases what, and which peers were made here for a lease.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The network of the server.
+    pub network: IpNet,
+    /// Its leases. Those outside of the network are nobody's.
+    pub leases: &'a BTreeMap<PublicKey, IpAddr>,
+    /// The keys of peers that were made here.
+    pub made: &'a BTreeSet<PublicKey>,
+}
+
+/// The steps on an interface with these peers.
+pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
+    let mut plan = LeasePlan::default();
+    for key in wanted.made.iter().filter(|key| !wanted.leases.contains_key(key)) {
+        if device.peers.contains_key(key) {
+            let networks = device.peers[key].allowed_ips.first().map(IpNet::addr);
+            let peer = lease::desired(*key, networks.unwrap_or_else(|| wanted.network.addr()));
+            plan.steps.push(Step { peer, action: Action::Remove(Objects::ALL) });
+        }
+    }
+    for (key, address) in wanted.leases.iter().filter(|(_, address)| wanted.network.contains(*address)) {
+        let desired = lease::desired(*key, *address);
+        let is_ours = wanted.made.contains(key);
+        match device.peers.get(key).map(|peer| desired.ownership(peer)) {
+            Some(Ownership::Ours) => {}
+            None | Some(Ownership::Partial) => plan.steps.push(Step::install(desired)),
+            Some(Ownership::Foreign) if is_ours => plan.steps.push(Step::renew(desired)),
+            Some(Ownership::Foreign) => drop(plan.foreign.insert(*key)),
+        }
+    }
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use wgkex_kernel::{Indexes, Peer, PeerConfig};
+
+    use super::*;
+    use crate::testing::key;
+
+    fn device(peers: &[(u32, &[&str])]) -> Device {
+        let peer = |networks: &[&str]| Peer {
+            allowed_ips: networks.iter().map(|network| network.parse().unwrap()).collect(),
+            ..Peer::default()
+        };
+        Device {
+            indexes: Indexes { wireguard: 1, vxlan: None },
+            public_key: None,
+            listen_port: 1,
+            link_address: None,
+            peers: peers.iter().map(|(n, networks)| (key(*n), peer(networks))).collect(),
+            routes: BTreeSet::new(),
+            fdb: BTreeSet::new(),
+        }
+    }
+
+    fn config(n: u32, address: &str) -> PeerConfig {
+        lease::desired(key(n), address.parse().unwrap()).peer
+    }
+
+    #[test]
+    fn peers_are_made_for_leases_and_only_those_are_removed_again() {
+        let leases =
+            [(1, "10.0.0.2"), (2, "10.0.0.3"), (3, "10.0.0.4"), (4, "10.0.0.5"), (5, "10.0.0.6"), (6, "192.0.2.1")];
+        let leases = leases.map(|(n, address)| (key(n), address.parse().unwrap())).into();
+        let made = [2, 3, 7].map(key).into();
+        let device = device(&[
+            (2, &["10.0.0.3/32"]),
+            (3, &["10.0.0.9/32"]),
+            (4, &["10.9.0.0/16"]),
+            (5, &[]),
+            (7, &["10.0.0.7/32"]),
+            (8, &["10.0.0.8/32"]),
+        ]);
+        let plan = plan(&device, Wanted { network: "10.0.0.0/24".parse().unwrap(), leases: &leases, made: &made });
+        let shown: Vec<_> = plan.steps.iter().map(|step| (step.peer.peer.clone(), step.action)).collect();
+        let expected = [
+            (config(7, "10.0.0.7"), Action::Remove(Objects::ALL)),
+            (config(1, "10.0.0.2"), Action::Set(Objects::ALL)),
+            (config(3, "10.0.0.4"), Action::Renew),
+            (config(5, "10.0.0.6"), Action::Set(Objects::ALL)),
+        ];
+        let mut sorted = expected.to_vec();
+        sorted[1..].sort_by_key(|(peer, _)| peer.key);
+        assert_eq!(shown, sorted);
+        assert_eq!(plan.foreign, [key(4)].into());
+    }
+}

@@ -1,0 +1,125 @@
+//! The state of one server: its leases, which of its peers were made here, and when to ask a broker. Pure: what happened comes in
+//! with the time.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use wgkex_common::PublicKey;
+use wgkex_common::config::Server;
+use wgkex_common::wire::lease::{AnnouncedServer, LeaseMessage};
+use wgkex_kernel::{Device, Interface};
+
+use super::file::KeptServer;
+use super::plan::{LeasePlan, Wanted, plan};
+use super::table::{LeaseTable, Progress};
+
+/// How long a broker may take to answer before another one is asked.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often to ask for all leases: what was missed otherwise is found then.
+const FULL_INTERVAL: Duration = Duration::from_secs(3600);
+/// How long a missing change may be under way.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How often the peers are compared with the leases.
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+
+pub(super) struct ServerState {
+    pub name: String,
+    pub config: Server,
+    pub interface: Interface,
+    pub table: LeaseTable,
+    /// What it is to brokers, once its interface was read.
+    pub announced: Option<AnnouncedServer>,
+    made: BTreeSet<PublicKey>,
+    foreign: BTreeSet<PublicKey>,
+    ask_at: Instant,
+    check_at: Instant,
+    /// The peers could not be brought to what they are to be, and that is logged.
+    pub is_failing: bool,
+}
+
+impl ServerState {
+    pub fn new(name: String, config: Server, kept: KeptServer, now: Instant) -> Self {
+        let KeptServer { version, leases, removed, foreign } = kept;
+        let made = leases.keys().filter(|key| !foreign.contains(key)).chain(&removed).copied().collect();
+        Self {
+            name,
+            interface: Interface { name: config.interface.clone(), vxlan: None },
+            config,
+            table: LeaseTable::restored(version, leases),
+            announced: None,
+            made,
+            foreign,
+            ask_at: now,
+            check_at: now,
+            is_failing: false,
+        }
+    }
+
+    /// What is kept of it.
+    pub fn kept(&self) -> KeptServer {
+        let leases = self.table.leases();
+        KeptServer {
+            version: self.table.version(),
+            leases: leases.clone(),
+            removed: self.made.iter().filter(|key| !leases.contains_key(key)).copied().collect(),
+            foreign: self.foreign.clone(),
+        }
+    }
+
+    /// A broker's message; true if the leases are other ones.
+    pub fn on_message(&mut self, message: LeaseMessage, now: Instant) -> bool {
+        let progress = self.table.apply(message.version, message.content);
+        match progress {
+            Progress::Changed | Progress::Current => self.ask_at = now + FULL_INTERVAL,
+            Progress::Partial => self.ask_at = now + ANSWER_TIMEOUT,
+            Progress::Behind => self.ask_at = self.ask_at.min(now + PATIENCE),
+        }
+        if progress == Progress::Changed {
+            self.check_at = now;
+        }
+        progress == Progress::Changed
+    }
+
+    /// There is a broker that was not asked yet: it is, a moment later, as all of a fleet do.
+    pub fn on_broker(&mut self, delay: Duration, now: Instant) {
+        self.ask_at = self.ask_at.min(now + delay);
+    }
+
+    /// Whether a broker is to be asked now; then the next one is when it has not answered.
+    pub fn take_ask(&mut self, now: Instant) -> bool {
+        let is_due = self.ask_at <= now;
+        if is_due {
+            self.ask_at = now + ANSWER_TIMEOUT;
+        }
+        is_due
+    }
+
+    /// The interface may have changed.
+    pub fn expedite(&mut self, now: Instant) {
+        self.check_at = now;
+    }
+
+    /// Whether the peers are to be compared now; then the next time is a while later.
+    pub fn take_check(&mut self, now: Instant) -> bool {
+        let is_due = self.check_at <= now;
+        if is_due {
+            self.check_at = now + CHECK_INTERVAL;
+        }
+        is_due
+    }
+
+    /// When something is due.
+    pub fn due(&self) -> Instant {
+        self.ask_at.min(self.check_at)
+    }
+
+    /// What is to be done about the peers of the interface. Before it is, it has to be on disk.
+    pub fn plan(&mut self, device: &Device) -> LeasePlan {
+        let wanted = Wanted { network: self.config.network, leases: self.table.leases(), made: &self.made };
+        let plan = plan(device, wanted);
+        self.made.retain(|key| self.table.leases().contains_key(key) || device.peers.contains_key(key));
+        self.made.extend(self.table.leases().keys().filter(|key| !plan.foreign.contains(key)));
+        self.foreign.clone_from(&plan.foreign);
+        plan
+    }
+}

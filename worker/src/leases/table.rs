@@ -1,0 +1,262 @@
+//! What is known of the leases of one server: a copy of the broker's, by changes and by chunks of all. Pure.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use wgkex_common::PublicKey;
+use wgkex_common::wire::lease::{LeaseChange, LeaseChunk, LeaseContent, LeaseVersion};
+
+/// Changes that are kept until those before them come.
+const EARLY_MAX: usize = 64;
+/// Leases of a server at most: more than an interface serves.
+const LEASES_MAX: usize = 1_000_000;
+
+/// The leases of one server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LeaseTable {
+    version: Option<LeaseVersion>,
+    leases: BTreeMap<PublicKey, IpAddr>,
+    /// Chunks of another version, as far as they came.
+    partial: Option<Partial>,
+    /// Changes that came before one before them, by revision, all of the same server.
+    early: BTreeMap<i64, (i64, LeaseChange)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Partial {
+    version: LeaseVersion,
+    chunks: u32,
+    leases: BTreeMap<PublicKey, IpAddr>,
+}
+
+/// What a message led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The leases are other ones, and all that is known of.
+    Changed,
+    /// They are as they were, and all that is known of.
+    Current,
+    /// A part came, and another follows.
+    Partial,
+    /// Something is missing: all have to be asked for.
+    Behind,
+}
+
+impl LeaseTable {
+    /// As it was kept.
+    pub fn restored(version: Option<LeaseVersion>, leases: BTreeMap<PublicKey, IpAddr>) -> Self {
+        Self { version, leases, ..Self::default() }
+    }
+
+    /// Which version it has.
+    pub fn version(&self) -> Option<LeaseVersion> {
+        self.version
+    }
+
+    /// The leases.
+    pub fn leases(&self) -> &BTreeMap<PublicKey, IpAddr> {
+        &self.leases
+    }
+
+    /// Takes in a message that leads to `version`.
+    pub fn apply(&mut self, version: LeaseVersion, content: LeaseContent) -> Progress {
+        match content {
+            LeaseContent::Current if self.version == Some(version) => Progress::Current,
+            LeaseContent::Current => Progress::Behind,
+            LeaseContent::Deleted => self.on_deleted(version),
+            LeaseContent::Change(change) => self.on_change(version, change),
+            LeaseContent::Chunk(chunk) => self.on_chunk(version, chunk),
+        }
+    }
+
+    fn on_deleted(&mut self, version: LeaseVersion) -> Progress {
+        if self.version.is_some_and(|known| known.id != version.id) {
+            return Progress::Current;
+        }
+        *self = Self::default();
+        Progress::Changed
+    }
+
+    fn on_change(&mut self, version: LeaseVersion, change: LeaseChange) -> Progress {
+        match self.version {
+            Some(known) if known.id == version.id && version.revision <= known.revision => Progress::Current,
+            Some(known) if known.id == version.id && version.revision == known.revision + 1 => {
+                self.change(version, change);
+                self.take_early();
+                Progress::Changed
+            }
+            Some(_) | None => {
+                if self.early.len() < EARLY_MAX {
+                    self.early.insert(version.revision, (version.id, change));
+                }
+                Progress::Behind
+            }
+        }
+    }
+
+    fn on_chunk(&mut self, version: LeaseVersion, chunk: LeaseChunk) -> Progress {
+        if self.version.is_some_and(|known| known.id == version.id && known.revision >= version.revision) {
+            self.partial = None;
+            return if chunk.is_last { Progress::Current } else { Progress::Partial };
+        }
+        let mut partial = match self.partial.take() {
+            _ if chunk.number == 0 => Partial { version, chunks: 0, leases: BTreeMap::new() },
+            Some(partial) if (partial.version, partial.chunks) == (version, chunk.number) => partial,
+            Some(_) | None => return Progress::Behind,
+        };
+        partial.leases.extend(chunk.leases);
+        partial.chunks += 1;
+        if partial.leases.len() > LEASES_MAX {
+            return Progress::Behind;
+        }
+        if !chunk.is_last {
+            self.partial = Some(partial);
+            return Progress::Partial;
+        }
+        (self.version, self.leases) = (Some(version), partial.leases);
+        self.take_early();
+        Progress::Changed
+    }
+
+    fn change(&mut self, version: LeaseVersion, change: LeaseChange) {
+        for key in change.removed {
+            self.leases.remove(&key);
+        }
+        if self.leases.len() + change.added.len() <= LEASES_MAX {
+            self.leases.extend(change.added);
+        }
+        self.version = Some(version);
+    }
+
+    /// Makes the changes that came early and are next now, and forgets those that are done.
+    fn take_early(&mut self) {
+        while let Some(known) = self.version {
+            self.early.retain(|revision, (id, _)| *id == known.id && *revision > known.revision);
+            let next = LeaseVersion { revision: known.revision + 1, ..known };
+            let Some((_, change)) = self.early.remove(&next.revision) else { return };
+            self.change(next, change);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::key;
+
+    fn version(revision: i64) -> LeaseVersion {
+        LeaseVersion { id: 7, revision }
+    }
+
+    fn lease(n: u32) -> (PublicKey, IpAddr) {
+        (key(n), Ipv4Addr::from(n).into())
+    }
+
+    fn added(n: u32) -> LeaseContent {
+        LeaseContent::Change(LeaseChange { added: [lease(n)].into(), ..LeaseChange::default() })
+    }
+
+    fn removed(n: u32) -> LeaseContent {
+        LeaseContent::Change(LeaseChange { removed: [key(n)].into(), ..LeaseChange::default() })
+    }
+
+    fn chunk(number: u32, is_last: bool, leases: &[u32]) -> LeaseContent {
+        LeaseContent::Chunk(LeaseChunk { number, is_last, leases: leases.iter().map(|n| lease(*n)).collect() })
+    }
+
+    fn numbers(table: &LeaseTable) -> Vec<u32> {
+        (0..100).filter(|n| table.leases().contains_key(&key(*n))).collect()
+    }
+
+    #[test]
+    fn changes_follow_one_another_and_a_gap_is_noticed() {
+        let mut table = LeaseTable::default();
+        for (revision, content, progress, leases) in [
+            (3, added(9), Progress::Behind, vec![]),
+            (2, chunk(0, false, &[1]), Progress::Partial, vec![]),
+            (2, chunk(1, true, &[2]), Progress::Changed, vec![1, 2, 9]),
+            (3, added(9), Progress::Current, vec![1, 2, 9]),
+            (4, removed(1), Progress::Changed, vec![2, 9]),
+            (6, added(6), Progress::Behind, vec![2, 9]),
+            (4, LeaseContent::Current, Progress::Current, vec![2, 9]),
+            (6, LeaseContent::Current, Progress::Behind, vec![2, 9]),
+            (3, chunk(0, true, &[1]), Progress::Current, vec![2, 9]),
+            (5, removed(9), Progress::Changed, vec![2, 6]),
+            (8, chunk(1, true, &[1]), Progress::Behind, vec![2, 6]),
+        ] {
+            assert_eq!(table.apply(version(revision), content.clone()), progress, "{revision} {content:?}");
+            assert_eq!(numbers(&table), leases, "{revision} {content:?}");
+        }
+    }
+
+    #[test]
+    fn another_server_of_the_name_replaces_the_first_one() {
+        let mut table = LeaseTable::restored(Some(version(5)), [lease(1)].into());
+        let other = LeaseVersion { id: 8, revision: 0 };
+        assert_eq!(table.apply(other, LeaseContent::Deleted), Progress::Current, "none of this one");
+        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(2)), Progress::Behind);
+        assert_eq!(table.apply(other, chunk(0, true, &[])), Progress::Changed);
+        assert_eq!(numbers(&table), [2]);
+        assert_eq!(table.apply(LeaseVersion { revision: 2, ..other }, LeaseContent::Deleted), Progress::Changed);
+        assert_eq!((numbers(&table), table.version()), (vec![], None));
+    }
+
+    /// What became of a broker's message on its way.
+    #[derive(Debug, Clone, Copy)]
+    enum Way {
+        Arrives,
+        Lost,
+        Twice,
+        Swapped,
+    }
+
+    proptest! {
+        /// Whatever is lost, doubled or out of order: a worker that is not told to ask has what the broker has.
+        #[test]
+        fn a_worker_that_is_not_behind_has_the_brokers_leases(
+            steps in prop::collection::vec(
+                (0_u32..12, prop::sample::select(vec![Way::Arrives, Way::Lost, Way::Twice, Way::Swapped])),
+                0..60,
+            ),
+        ) {
+            let (mut table, mut broker) = (LeaseTable::default(), LeaseTable::default());
+            broker.apply(version(0), chunk(0, true, &[]));
+            table.apply(version(0), chunk(0, true, &[]));
+            let (mut held, mut revision) = (None, 0);
+            for (n, way) in steps {
+                revision += 1;
+                let content = if broker.leases().contains_key(&key(n)) { removed(n) } else { added(n) };
+                broker.apply(version(revision), content.clone());
+                let mut sent = match way {
+                    Way::Arrives => vec![(revision, content)],
+                    Way::Lost => vec![],
+                    Way::Twice => vec![(revision, content.clone()), (revision, content)],
+                    Way::Swapped => {
+                        held = Some((revision, content));
+                        continue;
+                    }
+                };
+                sent.extend(held.take());
+                let mut last = None;
+                for (revision, content) in sent {
+                    last = Some(table.apply(version(revision), content));
+                }
+                if last == Some(Progress::Behind) {
+                    let all: Vec<u32> = numbers(&broker);
+                    let progress = table.apply(version(revision), chunk(0, true, &all));
+                    prop_assert!(progress != Progress::Behind);
+                }
+                if table.version() == broker.version() {
+                    prop_assert_eq!(table.leases(), broker.leases());
+                }
+            }
+            let all: Vec<u32> = numbers(&broker);
+            table.apply(version(revision), chunk(0, true, &all));
+            prop_assert_eq!(table.leases(), broker.leases());
+        }
+    }
+}

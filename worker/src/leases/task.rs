@@ -1,0 +1,296 @@
+//! The task of the leases: it asks brokers, keeps what they answer, and brings the peers of the servers' interfaces to that.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep_until;
+use tracing::{info, warn};
+use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::storage::{Health, Noun, StorageError};
+use wgkex_common::wire::lease::{AnnouncedServer, AnnouncedServers, LeaseMessage, LeaseRequest};
+use wgkex_common::wire::message::Hello;
+use wgkex_common::{BrokerName, Config, Topic, WorkerName};
+use wgkex_kernel::{Device, Kernel};
+
+use super::Metrics;
+use super::file::{self, KeptLeases};
+use super::server::ServerState;
+use crate::plan::{changes, outcomes};
+
+/// Events that wait at most.
+const QUEUE: usize = 4096;
+/// Brokers that are remembered at most.
+const BROKERS_MAX: usize = 1024;
+/// Workers that see a broker come up ask it spread over this time.
+const JITTER: Duration = Duration::from_secs(1);
+
+/// What the task is told.
+#[derive(Debug, Clone)]
+pub enum LeaseEvent {
+    /// What a broker is; none if it goes.
+    Broker(BrokerName, Option<Hello>),
+    /// Leases of a server.
+    Leases(LeaseMessage),
+}
+
+/// Tells the task. Clones share it.
+pub type LeaseSender = mpsc::Sender<LeaseEvent>;
+
+/// The queue of the task.
+#[must_use]
+pub fn channel() -> (LeaseSender, mpsc::Receiver<LeaseEvent>) {
+    mpsc::channel(QUEUE)
+}
+
+/// What the task starts with.
+pub struct LeaseParts<K> {
+    /// The kernel with the servers' interfaces.
+    pub kernel: K,
+    /// What is published goes there.
+    pub bus: MqttHandle,
+    /// What it is told.
+    pub events: mpsc::Receiver<LeaseEvent>,
+    /// What it counts in.
+    pub metrics: Metrics,
+}
+
+/// The owner of the servers' leases and peers.
+pub struct LeaseTask<K> {
+    kernel: K,
+    bus: MqttHandle,
+    connection: watch::Receiver<ConnectionState>,
+    events: mpsc::Receiver<LeaseEvent>,
+    metrics: Metrics,
+    worker: WorkerName,
+    external_name: String,
+    servers: Vec<ServerState>,
+    /// Brokers with a registry.
+    brokers: BTreeSet<BrokerName>,
+    /// The one that was asked last.
+    asked: Option<BrokerName>,
+    file: PathBuf,
+    /// As it is on disk.
+    kept: KeptLeases,
+    health: Health,
+}
+
+impl<K: Kernel> LeaseTask<K> {
+    /// Reads what was kept. The errors are that the file is of a newer version, and that another process has it.
+    pub fn open(config: &Config, parts: LeaseParts<K>) -> Result<Self, StorageError> {
+        let LeaseParts { kernel, bus, events, metrics } = parts;
+        let file = file::path(&config.state_dir);
+        let kept = file::load(&file)?;
+        let (mut remembered, now) = (kept.servers.clone(), Instant::now());
+        let servers = config.servers.iter().map(|(name, server)| {
+            let kept = remembered.remove(name).unwrap_or_default();
+            ServerState::new(name.clone(), server.clone(), kept, now)
+        });
+        Ok(Self {
+            kernel,
+            connection: bus.connection_state(),
+            bus,
+            events,
+            metrics,
+            worker: (&config.name).into(),
+            external_name: config.external_name.clone(),
+            servers: servers.collect(),
+            brokers: BTreeSet::new(),
+            asked: None,
+            health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
+            file,
+            kept,
+        })
+    }
+
+    /// Runs until nobody can tell it anything any more, or the MQTT session has ended.
+    pub async fn run(mut self) {
+        loop {
+            let due = self.servers.iter().map(ServerState::due).min().unwrap_or_else(Instant::now);
+            tokio::select! {
+                biased;
+                changed = self.connection.changed() => match changed {
+                    Ok(()) => self.announce(),
+                    Err(_) => return,
+                },
+                event = self.events.recv() => match event {
+                    Some(event) => self.on_events(event),
+                    None => return,
+                },
+                () = self.kernel.changed() => self.expedite(),
+                () = sleep_until(due.into()) => self.on_due().await,
+            }
+        }
+    }
+
+    fn expedite(&mut self) {
+        let now = Instant::now();
+        for server in &mut self.servers {
+            server.expedite(now);
+        }
+    }
+
+    /// Takes in an event, and all that wait behind it.
+    fn on_events(&mut self, first: LeaseEvent) {
+        let mut next = Some(first);
+        while let Some(event) = next {
+            match event {
+                LeaseEvent::Broker(name, hello) => self.on_broker(name, hello.as_ref()),
+                LeaseEvent::Leases(message) => self.on_leases(message),
+            }
+            next = self.events.try_recv().ok();
+        }
+    }
+
+    /// A broker that comes up may not know the servers, and may have missed a change.
+    fn on_broker(&mut self, name: BrokerName, hello: Option<&Hello>) {
+        if !hello.is_some_and(Hello::has_leases) {
+            self.brokers.remove(&name);
+            return;
+        }
+        if self.brokers.len() < BROKERS_MAX {
+            self.brokers.insert(name);
+        }
+        let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
+        for server in &mut self.servers {
+            server.on_broker(delay, now);
+        }
+        self.announce();
+    }
+
+    fn on_leases(&mut self, message: LeaseMessage) {
+        let Some(server) = self.servers.iter_mut().find(|server| server.name == message.server) else { return };
+        if server.on_message(message, Instant::now()) {
+            let (name, leases) = (&server.name, server.table.leases().len());
+            self.metrics.leases.with_label_values(&[name]).set(i64::try_from(leases).unwrap_or(i64::MAX));
+        }
+    }
+
+    async fn on_due(&mut self) {
+        let now = Instant::now();
+        for index in 0..self.servers.len() {
+            if self.servers[index].take_check(now) {
+                self.reconcile(index).await;
+            }
+            if self.servers[index].take_ask(now) {
+                self.ask(index);
+            }
+        }
+    }
+
+    /// Asks the next broker for what this server lacks.
+    fn ask(&mut self, index: usize) {
+        let after = self.asked.clone();
+        let is_later = |name: &&BrokerName| after.as_ref().is_none_or(|asked| *name > asked);
+        let Some(to) = self.brokers.iter().find(is_later).or_else(|| self.brokers.first()).cloned() else { return };
+        self.asked = Some(to.clone());
+        let server = &self.servers[index];
+        let request = LeaseRequest { to, server: server.name.clone(), known: server.table.version() };
+        self.publish(Topic::LeaseRequests { worker: self.worker.clone() }, &request, Message::transient);
+    }
+
+    /// Publishes what this worker's servers are, once all of their interfaces were read.
+    fn announce(&self) {
+        let is_up = *self.connection.borrow() == ConnectionState::Up;
+        let announced = |server: &ServerState| Some((server.name.clone(), server.announced.clone()?));
+        let servers = self.servers.iter().filter_map(announced).collect();
+        if is_up {
+            let topic = Topic::WorkerServers { worker: self.worker.clone() };
+            self.publish(topic, &AnnouncedServers { servers }, Message::retained);
+        }
+    }
+
+    fn publish<T: serde::Serialize>(&self, topic: Topic, payload: &T, message: fn(Topic, Vec<u8>) -> Message) {
+        let payload = serde_json::to_vec(payload).unwrap_or_default();
+        // What finds no place is published again later.
+        let _ = self.bus.try_publish(message(topic, payload));
+    }
+
+    /// Brings the peers of a server's interface to its leases.
+    async fn reconcile(&mut self, index: usize) {
+        let interface = self.servers[index].interface.clone();
+        let device = match self.kernel.read(&interface).await {
+            Ok(device) => device,
+            Err(error) => return self.on_failure(index, &error.to_string()),
+        };
+        self.on_device(index, &device);
+        let plan = self.servers[index].plan(&device);
+        self.save().await;
+        let results = self.kernel.apply(&interface, changes(&plan.steps)).await;
+        let failed = outcomes(&plan.steps, results).into_iter().find_map(|(_, outcome)| outcome.err());
+        match failed {
+            Some(error) => self.on_failure(index, &error.to_string()),
+            None if plan.foreign.is_empty() => self.on_success(index, plan.steps.len()),
+            None => {
+                let reason = format!("peers that are not of leases have {} of its keys", plan.foreign.len());
+                self.on_failure(index, &reason);
+            }
+        }
+    }
+
+    /// What brokers are to know of the interface.
+    fn on_device(&mut self, index: usize, device: &Device) {
+        let server = &mut self.servers[index];
+        let config = &server.config;
+        let announced = device.public_key.filter(|_| device.listen_port != 0).map(|public_key| AnnouncedServer {
+            public_key,
+            network: config.network,
+            reserved: config.reserved,
+            endpoint_address: config.endpoint.clone().unwrap_or_else(|| self.external_name.clone()),
+            endpoint_port: device.listen_port,
+            allowed_ips: config.allowed_ips.clone().unwrap_or_else(|| config.network.to_string()),
+        });
+        if announced.is_some() && announced != server.announced {
+            server.announced = announced;
+            self.announce();
+        }
+    }
+
+    fn on_failure(&mut self, index: usize, reason: &str) {
+        let ServerState { name, interface, is_failing, .. } = &mut self.servers[index];
+        self.metrics.up.with_label_values(&[name.as_str()]).set(0);
+        if !std::mem::replace(is_failing, true) {
+            warn!(
+                server = name.as_str(),
+                interface = interface.name,
+                reason,
+                "the peers of the server are not all there"
+            );
+        }
+    }
+
+    fn on_success(&mut self, index: usize, steps: usize) {
+        let ServerState { name, table, is_failing, .. } = &mut self.servers[index];
+        self.metrics.up.with_label_values(&[name.as_str()]).set(1);
+        if std::mem::take(is_failing) || steps > 0 {
+            info!(
+                server = name,
+                leases = table.leases().len(),
+                changes = steps,
+                "the server has the peers of its leases"
+            );
+        }
+    }
+
+    /// Writes what is not on disk.
+    async fn save(&mut self) {
+        let servers = self.servers.iter().map(|server| (server.name.clone(), server.kept()));
+        // Servers that the config does not name now keep what they had.
+        let mut kept = KeptLeases { servers: self.kept.servers.clone() };
+        kept.servers.extend(servers);
+        if kept == self.kept {
+            return;
+        }
+        let (file, content) = (self.file.clone(), kept.clone());
+        match spawn_blocking(move || file::save(&file, &content)).await {
+            Ok(Ok(())) => {
+                self.kept = kept;
+                self.health.succeeded();
+            }
+            Ok(Err(error)) => self.health.failed(&error),
+            Err(error) => self.health.failed(&error),
+        }
+    }
+}
