@@ -12,7 +12,7 @@ mod sqlite;
 
 use std::io;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -26,6 +26,8 @@ pub use self::row::{Row, Value};
 const QUEUE: usize = 1024;
 /// Jobs that are committed together at most.
 const BATCH: usize = 128;
+/// How long they may take together; those that are left then are refused.
+const BATCH_TIME: Duration = Duration::from_secs(4);
 /// How long a caller waits for its job.
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -34,7 +36,8 @@ const PATIENCE: Duration = Duration::from_secs(8);
 #[derive(Debug, Clone, Copy)]
 pub struct Migrations(pub &'static [&'static str]);
 
-/// Why a job was not done. Nothing of it is in the database, unless the connection was lost during the commit.
+/// Why a job was not done. Nothing of it is in the database, unless the connection was lost during the commit, or the caller had
+/// waited for as long as it does.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DatabaseError {
     /// The server is away, the disk is full, too many jobs wait. The job may be tried again.
@@ -90,7 +93,8 @@ impl Database {
         let (publish, state) = watch::channel(State::Starting);
         let (ended, end) = oneshot::channel();
         thread::Builder::new().name("database".into()).spawn(move || {
-            Worker { connector: Connector::new(location, migrations), connection: None, state: publish }.run(queue);
+            let connector = Connector::new(location, migrations);
+            Worker { connector, connection: None, state: publish, is_write_failing: false }.run(queue);
             drop(ended);
         })?;
         Ok((Self { jobs, state }, end))
@@ -117,6 +121,11 @@ impl Database {
     {
         let (answer, answered) = oneshot::channel();
         let run = move |transaction: &mut Transaction<'_>| {
+            if answer.is_closed() {
+                // Nobody waits any more, and the caller was told that it is not done.
+                let nothing: Finish = Box::new(|_| {});
+                return nothing;
+            }
             let result = transaction.within_savepoint(work);
             let finish: Finish = Box::new(move |outcome: Result<(), DatabaseError>| {
                 let result = outcome.map_err(E::from).and(result);
@@ -151,26 +160,38 @@ struct Worker {
     connector: Connector,
     connection: Option<Connection>,
     state: watch::Sender<State>,
+    /// The last job that may write could not.
+    is_write_failing: bool,
 }
 
 impl Worker {
-    /// Runs jobs until nobody can send any more.
+    /// Runs jobs until nobody can send any more. Those that only read wait for no other broker's changes.
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         let mut jobs = Vec::with_capacity(BATCH);
         while queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
-            let outcome = self.run_batch(&mut jobs);
-            self.report(outcome);
-            // Those that were not run; their callers notice.
-            jobs.clear();
+            let (reads, writes): (Vec<_>, Vec<_>) = jobs.drain(..).partition(|job| job.access == Access::Read);
+            for (access, mut batch) in [(Access::Read, reads), (Access::Write, writes)] {
+                if !batch.is_empty() {
+                    let outcome = self.run_batch(access, &mut batch);
+                    self.report(access, outcome);
+                }
+                // Those that were not run are dropped here; their callers notice.
+            }
         }
     }
 
-    /// Runs jobs in one transaction. If that cannot begin, they stay.
-    fn run_batch(&mut self, jobs: &mut Vec<Job>) -> Result<(), DatabaseError> {
-        let may_write = jobs.iter().any(|job| job.access == Access::Write);
-        let mut connection = self.begun(if may_write { Access::Write } else { Access::Read })?;
+    /// Runs jobs in one transaction. If that cannot begin, or the connection is lost, the others stay.
+    fn run_batch(&mut self, access: Access, jobs: &mut Vec<Job>) -> Result<(), DatabaseError> {
+        let (mut connection, until) = (self.begun(access)?, Instant::now() + BATCH_TIME);
         let mut transaction = Transaction::of(&mut connection);
-        let finishes: Vec<Finish> = jobs.drain(..).map(|job| (job.run)(&mut transaction)).collect();
+        let mut finishes = Vec::<Finish>::new();
+        for job in std::mem::take(jobs) {
+            if transaction.is_lost() || Instant::now() > until {
+                jobs.push(job);
+            } else {
+                finishes.push((job.run)(&mut transaction));
+            }
+        }
         let committed = transaction.commit();
         for finish in finishes {
             finish(committed.clone());
@@ -191,10 +212,15 @@ impl Worker {
         Ok(connection)
     }
 
-    /// Publishes whether the database can be used, and logs each change of that.
-    fn report(&self, outcome: Result<(), DatabaseError>) {
+    /// Publishes whether the database can be used, and logs each change of that. After a write that failed only one that does
+    /// not means that it can.
+    fn report(&mut self, access: Access, outcome: Result<(), DatabaseError>) {
+        if access == Access::Write {
+            self.is_write_failing = outcome.is_err();
+        }
         let database = self.connector.location();
         let next = match outcome {
+            Ok(()) if self.is_write_failing => return,
             Ok(()) => State::Up,
             Err(error) => State::Down(error.to_string()),
         };

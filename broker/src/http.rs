@@ -165,7 +165,7 @@ async fn readyz(app: Data<App>) -> HttpResponse {
 
 async fn scrape(app: Data<App>) -> HttpResponse {
     if let Some(registry) = &app.registry {
-        registry.set_metrics().await;
+        registry.set_metrics();
     }
     let (gateways, domains) = {
         let gateways = app.exchange.gateways();

@@ -2,8 +2,8 @@
 //! network ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number what they have, and who hands it
 //! out takes the lowest free number.
 //!
-//! Callers keep what is taken: the registry in its database, so it gives [`lowest_free`] the taken numbers in order; the
-//! tenants in memory, by a [`FreeList`].
+//! Callers keep what is taken: in a database, of which [`lowest_free`] gets the taken numbers in order; or in memory, by a
+//! [`FreeList`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -101,23 +101,27 @@ impl Blocks {
     }
 }
 
-/// The lowest number of `range` that is at least `from` and not in `taken`, which are numbers in rising order.
-pub fn lowest_free(range: Range, from: u128, taken: impl IntoIterator<Item = u128>) -> Option<u128> {
-    let mut free = range.first.max(from);
+/// The lowest number that is at least `from` and not in `taken`, which are numbers in rising order.
+pub fn lowest_free(from: u128, taken: impl IntoIterator<Item = u128>) -> u128 {
+    let mut free = from;
     for number in taken {
         if number > free {
             break;
         }
         if number == free {
-            free = free.checked_add(1)?;
+            free = free.saturating_add(1);
         }
     }
-    range.contains(free).then_some(free)
+    free
 }
+
+/// How far beyond the numbers handed out [`FreeList::take_this`] goes: it remembers each number between.
+const SKIPPED_MAX: u128 = 1 << 16;
 
 /// The free ones of the numbers from `first` to `last`, in memory. Its size is that of what was handed out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FreeList {
+    first: u128,
     /// Free numbers below `next`.
     returned: BTreeSet<u128>,
     /// The lowest number that was never handed out.
@@ -129,13 +133,13 @@ impl FreeList {
     /// All addresses of `range` are free.
     #[must_use]
     pub fn of_range(range: Range) -> Self {
-        Self { returned: BTreeSet::new(), next: range.first, last: range.last }
+        Self { first: range.first, returned: BTreeSet::new(), next: range.first, last: range.last }
     }
 
     /// All networks of `blocks` are free.
     #[must_use]
     pub fn of_blocks(blocks: Blocks) -> Self {
-        Self { returned: BTreeSet::new(), next: 0, last: blocks.size() - 1 }
+        Self { first: 0, returned: BTreeSet::new(), next: 0, last: blocks.size() - 1 }
     }
 
     /// Hands out the lowest free number; none if all are taken.
@@ -165,7 +169,7 @@ impl FreeList {
 
     /// Takes back a number that was handed out.
     pub fn give_back(&mut self, number: u128) {
-        if number < self.next {
+        if (self.first..self.next).contains(&number) {
             self.returned.insert(number);
         }
         while self.next.checked_sub(1).is_some_and(|below| self.returned.remove(&below)) {
@@ -173,9 +177,6 @@ impl FreeList {
         }
     }
 }
-
-/// How far beyond the numbers handed out [`FreeList::take_this`] goes: it remembers each number between.
-const SKIPPED_MAX: u128 = 1 << 16;
 
 /// The number of the last address of a network.
 fn last(network: IpNet) -> u128 {
@@ -213,7 +214,8 @@ mod tests {
 
     fn first_address(network: &str, reserved: u128) -> Option<String> {
         let range = Range::above(net(network), reserved);
-        Some(range.address(lowest_free(range, 0, [])?)?.to_string())
+        let free = Some(lowest_free(range.first(), [])).filter(|free| range.contains(*free))?;
+        Some(range.address(free)?.to_string())
     }
 
     #[test]
@@ -284,7 +286,8 @@ mod tests {
             let (mut list, mut taken) = (FreeList::of_range(range), BTreeSet::new());
             for step in steps {
                 let expected = (range.first..=range.last).find(|number| !taken.contains(number));
-                prop_assert_eq!(lowest_free(range, 0, taken.iter().copied()), expected);
+                let free = lowest_free(range.first(), taken.iter().copied());
+                prop_assert_eq!(Some(free).filter(|free| range.contains(*free)), expected);
                 match step {
                     Step::Take => {
                         prop_assert_eq!(list.take(), expected);

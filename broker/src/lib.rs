@@ -302,7 +302,10 @@ impl Broker {
         if let Some(registry) = &self.registry {
             let publisher =
                 LeasePublisher::new(registry.clone(), self.keys.clone(), (&self.config.name).into(), events);
-            services.background().spawn("the publisher of leases", |_| publisher.run());
+            services
+                .background()
+                .spawn("the publisher of leases", |_| publisher.run())
+                .spawn("the counts of the registry", |_| registry.clone().count());
         }
     }
 

@@ -5,7 +5,7 @@
 //! routes ([`routes`]), which read it into checked values ([`model`]). [`store`] decides within a transaction, and
 //! [`crate::ipam`] which address is free.
 
-mod login;
+pub mod login;
 mod metrics;
 pub mod model;
 pub mod push;
@@ -13,18 +13,26 @@ pub mod routes;
 pub mod store;
 
 use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::sleep;
 use wgkex_common::config::{self, Config, Secret};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
 use crate::registry::login::Login;
 use crate::registry::push::{LeaseEvent, LeaseSender};
-use crate::registry::store::{Counts, ServerChange};
+use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
 pub use self::metrics::Metrics;
 pub use self::store::Refusal;
+
+/// Large answers that callers do not share, at the same time.
+const LARGE_ANSWERS: usize = 4;
+/// How often servers and leases are counted.
+const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The tables.
 pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES]);
@@ -36,6 +44,10 @@ pub struct Registry {
     login: Login,
     /// Whether the config of a client is open to everybody who knows its name.
     is_client_config_open: bool,
+    /// Lists of servers' clients as they were sent last.
+    config_cache: ConfigCache,
+    /// Places for large answers that callers do not share.
+    large_answers: Arc<Semaphore>,
     /// What changed at workers' servers goes there.
     leases: LeaseSender,
     metrics: Metrics,
@@ -63,22 +75,35 @@ impl Registry {
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
         let login = Login::read(registry)?;
         let (database, end) = Database::start(location(config)?, MIGRATIONS)?;
-        Ok((Self { database, login, is_client_config_open: registry.open_client_config, leases, metrics }, end))
+        Ok((
+            Self {
+                database,
+                login,
+                is_client_config_open: registry.open_client_config,
+                config_cache: ConfigCache::default(),
+                large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
+                leases,
+                metrics,
+            },
+            end,
+        ))
     }
 
-    /// How much there is, for the status and the metrics.
-    pub async fn counts(&self) -> Result<Counts, CallError> {
-        self.read(store::counts).await
-    }
-
-    /// Brings the gauges up to date, if the database can be used.
-    pub async fn set_metrics(&self) {
-        let counts = self.counts().await;
-        self.metrics.storage_up.set(counts.is_ok().into());
-        if let Ok(Counts { servers, leases }) = counts {
-            self.metrics.servers.set(i64::try_from(servers).unwrap_or(i64::MAX));
-            self.metrics.leases.set(i64::try_from(leases).unwrap_or(i64::MAX));
+    /// Counts servers and leases from time to time, for the metrics.
+    pub async fn count(self) {
+        loop {
+            let counts = self.read(store::counts).await;
+            if let Ok(Counts { servers, leases }) = counts {
+                self.metrics.servers.set(i64::try_from(servers).unwrap_or(i64::MAX));
+                self.metrics.leases.set(i64::try_from(leases).unwrap_or(i64::MAX));
+            }
+            sleep(COUNT_INTERVAL).await;
         }
+    }
+
+    /// Brings the gauge of the database up to date.
+    pub fn set_metrics(&self) {
+        self.metrics.storage_up.set((self.state() == State::Up).into());
     }
 
     /// Whether the database can be used.

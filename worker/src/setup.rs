@@ -9,6 +9,7 @@ mod differences;
 mod link;
 mod server;
 
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
@@ -16,7 +17,7 @@ use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use tracing::info;
 use wgkex_common::config::{Server, Setup};
-use wgkex_common::{Config, Domain, KeyError, PublicKey};
+use wgkex_common::{Domain, KeyError, PublicKey};
 use wgkex_kernel::key_file::{self, KeyFileError};
 use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, wireguard};
@@ -78,10 +79,14 @@ pub enum Error {
 /// Makes the interfaces of each domain and server, or completes them. What is there already stays, its peers included; only
 /// what differs is set. A new WireGuard interface is the kernel's, or wireguard-go's where the kernel has no WireGuard
 /// or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the domains cannot be set up as the config says.
-pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
-    let links = open(config)?;
+pub async fn setup(
+    domains: &BTreeMap<Domain, Setup>,
+    servers: &BTreeMap<String, Server>,
+    backend: Backend,
+) -> Result<(), Error> {
+    let links = open(domains)?;
     let mut plans = Vec::new();
-    for (domain, setup) in &config.setup {
+    for (domain, setup) in domains {
         let site = Site { links: &links, domain, backend };
         let (key, steps) = site.plan(setup).await?;
         plans.push((site, key, steps));
@@ -93,7 +98,7 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
         }
         info!(domain = %site.domain, changes = steps.len(), "domain is set up");
     }
-    for server in config.servers.values() {
+    for server in servers.values() {
         server::set_up(WireguardLink { links: &links, name: &server.interface, backend }, server).await?;
     }
     Ok(())
@@ -101,15 +106,15 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
 
 /// Deletes the interfaces of each domain and server. What is gone already is no error; the key files stay. Nothing is
 /// deleted as long as one of the names belongs to an interface of another kind.
-pub async fn remove(config: &Config) -> Result<(), Error> {
-    let links = open(config)?;
+pub async fn remove(domains: &BTreeMap<Domain, Setup>, servers: &BTreeMap<String, Server>) -> Result<(), Error> {
+    let links = open(domains)?;
     let mut doomed = Vec::new();
-    for domain in config.setup.keys() {
+    for domain in domains.keys() {
         let site = Site { links: &links, domain, backend: Backend::Kernel };
         doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
         doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
     }
-    for Server { interface, .. } in config.servers.values() {
+    for Server { interface, .. } in servers.values() {
         let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
         doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
     }
@@ -123,8 +128,8 @@ pub async fn remove(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
-fn open(config: &Config) -> Result<Links, Error> {
-    let first = config.setup.keys().next().map(Domain::wireguard).unwrap_or_default();
+fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
+    let first = domains.keys().next().map(Domain::wireguard).unwrap_or_default();
     // An unreadable set of capabilities does not count: the kernel has the last word.
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(true) {
         return Err(Error::Capability(first));

@@ -107,14 +107,14 @@ async fn removes(place: &Place) {
     run("ip link add wg-other type vxlan id 1 dstport 1 local ::1");
     place.setup().await.unwrap();
     let key = run("wg show wg-welt public-key");
-    remove(&place.domains).await.unwrap();
+    remove(&place.domains, &BTreeMap::new()).await.unwrap();
     assert_eq!(interfaces(), ["lo", "wg-other"]);
     assert_eq!(fs::read_dir("/run/wireguard").unwrap().count(), 0, "a userspace WireGuard is still there");
-    remove(&place.domains).await.unwrap();
+    remove(&place.domains, &BTreeMap::new()).await.unwrap();
     place.setup().await.unwrap();
     assert_eq!(run("wg show wg-welt public-key"), key);
     run("ip link del vx-welt");
-    remove(&place.domains).await.unwrap();
+    remove(&place.domains, &BTreeMap::new()).await.unwrap();
     assert_eq!(interfaces(), ["lo", "wg-other"]);
 }
 
@@ -141,7 +141,7 @@ async fn leaves_others(place: &Place) {
         run(add);
         let state = || (interfaces(), run(&format!("ip -d addr show {name}")));
         let before = state();
-        for refusal in [place.setup().await.unwrap_err(), remove(&place.domains).await.unwrap_err()] {
+        for refusal in [place.setup().await.unwrap_err(), remove(&place.domains, &BTreeMap::new()).await.unwrap_err()] {
             assert!(matches!(&refusal, Error::OtherKind { interface, .. } if interface == name), "{refusal}");
         }
         assert_eq!(state(), before);
@@ -156,7 +156,7 @@ async fn leaves_another_vxlan(place: &Place) {
     assert!(refusal.starts_with("vx-welt has id 98 instead of 99, local address ::1 instead of fe80::"), "{refusal}");
     assert!(refusal.contains("--remove") && !refusal.contains('\n'), "{refusal}");
     assert_eq!(run("ip -d addr show"), before);
-    remove(&place.domains).await.unwrap();
+    remove(&place.domains, &BTreeMap::new()).await.unwrap();
     makes(place).await;
 }
 
@@ -247,8 +247,9 @@ fn netns_a_missing_capability_is_named() {
 fn without_capability() {
     let place = Place::new(Backend::Kernel);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let refusals =
-        runtime.block_on(async { [place.setup().await.unwrap_err(), remove(&place.domains).await.unwrap_err()] });
+    let refusals = runtime.block_on(async {
+        [place.setup().await.unwrap_err(), remove(&place.domains, &BTreeMap::new()).await.unwrap_err()]
+    });
     for refusal in refusals {
         assert!(refusal.to_string().starts_with("wg-welt: CAP_NET_ADMIN is missing"), "{refusal}");
     }
@@ -315,7 +316,7 @@ impl Place {
     }
 
     async fn setup(&self) -> Result<(), Error> {
-        setup(&self.domains, self.backend).await
+        setup(&self.domains, &BTreeMap::new(), self.backend).await
     }
 }
 

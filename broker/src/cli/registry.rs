@@ -6,7 +6,9 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use qrcode::QrCode;
@@ -16,6 +18,7 @@ use wgkex_common::Config;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, table};
+use crate::registry::login::password;
 
 /// How a command ends.
 const ENDS: &str =
@@ -235,7 +238,14 @@ impl ShowClient {
     fn private_key(&self) -> anyhow::Result<Option<String>> {
         let read = |file: &PathBuf| {
             let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            anyhow::Ok(text.trim().to_owned())
+            let key = text.strip_suffix('\n').unwrap_or(&text);
+            let is_key = STANDARD.decode(key).is_ok_and(|key| key.len() == 32);
+            ensure!(
+                is_key,
+                "{} must have one line with a WireGuard private key, as wg genkey prints it",
+                file.display()
+            );
+            Ok(key.to_owned())
         };
         self.private_key_file.as_ref().map(read).transpose()
     }
@@ -250,10 +260,8 @@ impl RegistryClient {
         let Some(registry) = &config.registry else {
             bail!("registry.enabled is not true in the config, so the broker has no registry");
         };
-        let password = fs::read_to_string(&registry.password_file)
-            .with_context(|| format!("registry.password_file {}", registry.password_file.display()))?;
-        let password = password.trim_end_matches(['\n', '\r']);
-        Ok(Self(BrokerClient::for_registry(&config, &registry.user, password, TIMEOUT)))
+        let password = password(registry)?;
+        Ok(Self(BrokerClient::for_registry(&config, &registry.user, &password, TIMEOUT)))
     }
 
     fn call(&self, route: &str, fields: &Value) -> anyhow::Result<Value> {

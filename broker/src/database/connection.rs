@@ -101,7 +101,7 @@ impl<'a> Transaction<'a> {
         Self { connection }
     }
 
-    /// The rows of a query; `?1`, `?2` and so on in it stand for the values.
+    /// The rows of a query; `?1`, `?2` and so on in it stand for the values, and no other question mark is in it.
     pub fn query(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
         match self.connection {
             Connection::Sqlite(sqlite) => sqlite.query(sql, values),
@@ -119,6 +119,14 @@ impl<'a> Transaction<'a> {
         match self.connection {
             Connection::Sqlite(sqlite) => sqlite.execute(sql, values),
             Connection::Postgres(postgres) => postgres.execute(sql, values),
+        }
+    }
+
+    /// Whether the connection is of no use any more.
+    pub(super) fn is_lost(&self) -> bool {
+        match &self.connection {
+            Connection::Sqlite(_) => false,
+            Connection::Postgres(postgres) => postgres.is_lost(),
         }
     }
 

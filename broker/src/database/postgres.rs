@@ -17,15 +17,23 @@ use super::{Access, DatabaseError, Migrations, Row, Value};
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long it may take for one statement.
 const STATEMENT: Duration = Duration::from_secs(5);
-/// The advisory lock of whoever writes; `wgkex` as a number.
-const WRITERS: &str = "SELECT pg_advisory_xact_lock(512955606392)";
+/// Takes the advisory lock of whoever writes (`wgkex` as a number), in a row with a value.
+const WRITERS: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
 const CREATE_LAYOUT: &str = "CREATE TABLE IF NOT EXISTS wgkex_layout (version BIGINT NOT NULL)";
+const HAS_LAYOUT: &str = "SELECT count(*) FROM information_schema.tables
+    WHERE table_name = 'wgkex_layout' AND table_schema = ANY (current_schemas(false))";
+/// What keeps a broker that is frozen, or cut off, from holding locks: the server ends its transaction, and notices soon that it is
+/// gone.
+const LIMITS: &str = "SET statement_timeout = '4s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '6s';
+    SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000";
 
 pub(super) struct Postgres {
     client: Client,
     statements: HashMap<&'static str, Statement>,
     /// What the connection runs on, while a statement is waited for.
     runtime: Runtime,
+    /// A statement was not answered in time.
+    is_silent: bool,
 }
 
 impl Postgres {
@@ -43,32 +51,50 @@ impl Postgres {
             tokio::spawn(connection);
             Ok::<_, DatabaseError>(client)
         })?;
-        let mut postgres = Self { client, statements: HashMap::new(), runtime };
+        let mut postgres = Self { client, statements: HashMap::new(), runtime, is_silent: false };
+        postgres.command(LIMITS)?;
+        postgres.check_encoding()?;
         postgres.migrate(migrations)?;
         Ok(postgres)
+    }
+
+    /// Whether the server has closed the connection, or does not answer.
+    pub fn is_lost(&self) -> bool {
+        self.is_silent || self.client.is_closed()
+    }
+
+    /// Names may have any character.
+    fn check_encoding(&mut self) -> Result<(), DatabaseError> {
+        let encoding = self.query("SELECT current_setting('server_encoding')", &[])?;
+        match encoding.first().map_or(Ok(""), |row| row.text(0))? {
+            "UTF8" => Ok(()),
+            other => Err(DatabaseError::Unavailable(format!("its encoding is {other}, it must be UTF8"))),
+        }
     }
 
     pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
         self.command("BEGIN")?;
         match access {
             Access::Read => Ok(()),
-            Access::Write => self.query(WRITERS_OF_JOBS, &[]).map(drop),
+            Access::Write => self.query(WRITERS, &[]).map(drop),
         }
     }
 
     pub fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
-        self.runtime.block_on(within(STATEMENT, self.client.batch_execute(sql)))
+        let answer = self.runtime.block_on(within(STATEMENT, self.client.batch_execute(sql)));
+        self.noted(answer)
     }
 
     pub fn query(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
         let statement = self.prepare(sql)?;
-        let rows = self.runtime.block_on(within(STATEMENT, self.client.query(&statement, &params(values))))?;
-        rows.iter().map(row).collect()
+        let answer = self.runtime.block_on(within(STATEMENT, self.client.query(&statement, &params(values))));
+        self.noted(answer)?.iter().map(row).collect()
     }
 
     pub fn execute(&mut self, sql: &'static str, values: &[Value]) -> Result<u64, DatabaseError> {
         let statement = self.prepare(sql)?;
-        self.runtime.block_on(within(STATEMENT, self.client.execute(&statement, &params(values))))
+        let answer = self.runtime.block_on(within(STATEMENT, self.client.execute(&statement, &params(values))));
+        self.noted(answer)
     }
 
     fn prepare(&mut self, sql: &'static str) -> Result<Statement, DatabaseError> {
@@ -76,24 +102,29 @@ impl Postgres {
             return Ok(statement.clone());
         }
         let text = sql.replace('?', "$");
-        let statement = self.runtime.block_on(within(STATEMENT, self.client.prepare(&text)))?;
+        let answer = self.runtime.block_on(within(STATEMENT, self.client.prepare(&text)));
+        let statement = self.noted(answer)?;
         self.statements.insert(sql, statement.clone());
         Ok(statement)
     }
 
-    /// Runs the migrations that the tables lack, all in one transaction. Another broker may want to at the same time.
+    /// What was not answered in time makes the connection one that is lost.
+    fn noted<T>(&mut self, answer: Result<T, DatabaseError>) -> Result<T, DatabaseError> {
+        self.is_silent |= matches!(&answer, Err(DatabaseError::Unavailable(reason)) if reason == SILENT);
+        answer
+    }
+
+    /// Runs the migrations that the tables lack, all in one transaction. Another broker may want to at the same time. Where the
+    /// tables are today's, nothing is needed but to read them.
     fn migrate(&mut self, migrations: Migrations) -> Result<(), DatabaseError> {
+        let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
+        if self.layout(known)? == known {
+            return Ok(());
+        }
         self.command("BEGIN")?;
         self.command(WRITERS)?;
         self.command(CREATE_LAYOUT)?;
-        let found = self.query("SELECT version FROM wgkex_layout", &[])?;
-        let found = found.first().map_or(Ok(0), |row| row.integer(0))?;
-        let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
-        if found > known {
-            return Err(DatabaseError::Unavailable(format!(
-                "its layout has the number {found}, newer than those up to {known} that this version knows; it is left as it is"
-            )));
-        }
+        let found = self.layout(known)?;
         for migration in migrations.0.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
             self.command(&migration.replace("BLOB", "BYTEA").replace("INTEGER", "BIGINT"))?;
         }
@@ -103,10 +134,25 @@ impl Postgres {
         }
         self.command("COMMIT")
     }
+
+    /// The version of the tables, 0 if there are none.
+    fn layout(&mut self, known: i64) -> Result<i64, DatabaseError> {
+        if self.query(HAS_LAYOUT, &[])?.first().map_or(Ok(0), |row| row.integer(0))? == 0 {
+            return Ok(0);
+        }
+        let found = self.query("SELECT version FROM wgkex_layout", &[])?;
+        let found = found.first().map_or(Ok(0), |row| row.integer(0))?;
+        if found > known {
+            return Err(DatabaseError::Unavailable(format!(
+                "its layout has the number {found}, newer than those up to {known} that this version knows; it is left as it is"
+            )));
+        }
+        Ok(found)
+    }
 }
 
-/// The same as [`WRITERS`], with a row that has a value.
-const WRITERS_OF_JOBS: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
+/// Why a statement failed that was not answered.
+const SILENT: &str = "it does not answer in time";
 
 /// What the server answers in time.
 async fn within<T>(
@@ -115,7 +161,7 @@ async fn within<T>(
 ) -> Result<T, DatabaseError> {
     match timeout(time, answer).await {
         Ok(answer) => answer.map_err(|error| DatabaseError::Unavailable(reason(&error))),
-        Err(_) => Err(DatabaseError::Unavailable("it does not answer in time".into())),
+        Err(_) => Err(DatabaseError::Unavailable(SILENT.into())),
     }
 }
 

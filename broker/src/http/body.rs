@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use actix_web::web::{BytesMut, Payload};
 use futures_util::StreamExt as _;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 /// The most bytes that are read of a body that is too large, so that its sender receives the answer.
 const DRAIN: usize = 1 << 20;
@@ -26,22 +26,22 @@ pub enum Unread {
 }
 
 /// The body, of at most so many bytes, whatever its content type.
-pub async fn read(body: Payload, most: usize) -> Result<BytesMut, Unread> {
-    timeout(TIMEOUT, collect(body, most)).await.unwrap_or(Err(Unread::Slow))
-}
-
-async fn collect(mut body: Payload, most: usize) -> Result<BytesMut, Unread> {
-    let (mut taken, mut size) = (BytesMut::new(), 0);
-    while let Some(part) = body.next().await {
-        let part = part.map_err(|_| Unread::Incomplete)?;
+pub async fn read(mut body: Payload, most: usize) -> Result<BytesMut, Unread> {
+    let (mut taken, mut size, until) = (BytesMut::new(), 0, Instant::now() + TIMEOUT);
+    loop {
+        let part = match timeout_at(until, body.next()).await {
+            Ok(Some(part)) => part.map_err(|_| Unread::Incomplete)?,
+            Ok(None) if size <= most => return Ok(taken),
+            Err(_) if size <= most => return Err(Unread::Slow),
+            Ok(None) | Err(_) => return Err(Unread::TooLarge),
+        };
         size += part.len();
         if size <= most {
             taken.extend_from_slice(&part);
         } else if size > DRAIN {
-            break;
+            return Err(Unread::TooLarge);
         }
     }
-    if size > most { Err(Unread::TooLarge) } else { Ok(taken) }
 }
 
 /// How the text is encoded.

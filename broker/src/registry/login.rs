@@ -12,21 +12,12 @@ use wgkex_common::config;
 
 /// The digest of the one pair of user and password.
 #[derive(Debug, Clone)]
-pub(super) struct Login(Arc<[u8; 32]>);
+pub struct Login(Arc<[u8; 32]>);
 
 impl Login {
-    /// Reads the password; the end of its line is no part of it.
+    /// Of the user and the password in the file.
     pub fn read(config: &config::Registry) -> io::Result<Self> {
-        let file = &config.password_file;
-        let failed = |error: &dyn std::fmt::Display| {
-            io::Error::other(format!("registry.password_file {}: {error}", file.display()))
-        };
-        let text = fs::read_to_string(file).map_err(|error| failed(&error))?;
-        let password = text.trim_end_matches(['\n', '\r']);
-        if password.is_empty() {
-            return Err(failed(&"must have a password in its first line"));
-        }
-        Ok(Self::of(&format!("{}:{password}", config.user)))
+        Ok(Self::of(&format!("{}:{}", config.user, password(config)?)))
     }
 
     /// Of a user and a password, with a colon between.
@@ -42,4 +33,13 @@ impl Login {
         let is_right: bool = Sha256::digest(credentials).ct_eq(&*self.0).into();
         is_right && scheme.eq_ignore_ascii_case("basic")
     }
+}
+
+/// The password: the first line of its file.
+pub fn password(config: &config::Registry) -> io::Result<String> {
+    let file = config.password_file.display();
+    let failed = |error: &dyn std::fmt::Display| io::Error::other(format!("registry.password_file {file}: {error}"));
+    let text = fs::read_to_string(&config.password_file).map_err(|error| failed(&error))?;
+    let password = text.lines().next().unwrap_or_default();
+    if password.is_empty() { Err(failed(&"must have the password in its first line")) } else { Ok(password.to_owned()) }
 }

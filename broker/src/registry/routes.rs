@@ -2,14 +2,20 @@
 //! query, or POST; changes are POST; each with or without a slash at the end.
 
 use std::future::Future;
+use std::time::Duration;
 
-use actix_web::http::StatusCode;
-use actix_web::http::header::{ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER, WWW_AUTHENTICATE};
+use actix_web::body::SizedStream;
+use actix_web::http::header::{ALLOW, ContentType, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER, WWW_AUTHENTICATE};
+use actix_web::http::{Method, StatusCode};
 use actix_web::web::{self, Data, Payload, Query, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse};
+use bytes::Bytes;
+use futures_util::stream;
+use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use wgkex_common::http::resource;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout;
 
 use crate::database::DatabaseError;
 use crate::http::body::{self, Unread};
@@ -19,6 +25,10 @@ use crate::registry::{CallError, Refusal, Registry};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
+/// What of a large answer is handed on at once.
+const PART: usize = 16 << 10;
+/// How long a caller waits for others to have read their large answers.
+const LARGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After how many seconds a call may be tried again.
 const RETRY_SECONDS: u32 = 10;
 
@@ -60,6 +70,8 @@ enum Rejection {
     Unauthorized,
     #[error("{0}")]
     Body(&'static str),
+    #[error("other large answers are not read yet")]
+    Busy,
     #[error("the body did not arrive in time")]
     Slow,
     #[error("the body has more than 64 KiB")]
@@ -79,13 +91,29 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
                 registry.answer(operation, &request, body).await
             };
             let allow = if operation.is_read() { "GET, HEAD, POST, OPTIONS" } else { "POST, OPTIONS" };
-            let mut resource = resource(&path, allow).route(web::post().to(handler));
+            let mut resource = web::resource(path).default_service(web::to(move |method| not_allowed(method, allow)));
+            resource = resource.route(web::post().to(handler));
             if operation.is_read() {
                 resource = resource.route(web::get().to(handler)).route(web::head().to(handler));
             }
             config.service(resource);
         }
     }
+}
+
+/// The answer to a method that a route does not have.
+async fn not_allowed(method: Method, allow: &'static str) -> HttpResponse {
+    let mut response = match method {
+        Method::OPTIONS => HttpResponse::Ok().finish(),
+        _ => error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here", None),
+    };
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+    response
+}
+
+/// An error as all routes have it.
+fn error(status: StatusCode, message: &str, field: Option<&str>) -> HttpResponse {
+    HttpResponse::build(status).json(json!({ "error": { "message": message, "field": field } }))
 }
 
 /// The route of a path, as a label.
@@ -132,8 +160,15 @@ impl Registry {
         let body = body::read(body, BODY_MAX).await?;
         let fields = fields(&body, if operation.is_read() { request.query_string() } else { "" })?;
         match operation {
-            Operation::ListClients => json_of(self.read(store::list_clients)).await,
-            Operation::ListServers => json_of(self.read(store::list_servers)).await,
+            Operation::ListClients => {
+                let place = self.large_place().await?;
+                let json = self.read(|tables| store::json_of(&store::list_clients(tables)?)).await?;
+                Ok(large(StatusCode::OK, json, Some(place)))
+            }
+            Operation::ListServers => {
+                let json = self.read(|tables| store::json_of(&store::list_servers(tables)?)).await?;
+                Ok(large(StatusCode::OK, json, None))
+            }
             Operation::ServerConfig => self.server_config(&fields, request).await,
             Operation::ServerAddress => {
                 let name = fields.server_name()?;
@@ -177,18 +212,43 @@ impl Registry {
     async fn server_config(&self, fields: &Fields, request: &HttpRequest) -> Result<HttpResponse, Rejection> {
         let name = fields.server_name()?;
         let known = request.headers().get_all(IF_NONE_MATCH).filter_map(|value| value.to_str().ok());
-        let known: Vec<String> = known.flat_map(|value| value.split(',')).map(|tag| tag.trim().to_owned()).collect();
-        let is_known = move |version: &str| known.iter().any(|tag| tag.trim_start_matches("W/") == quoted(version));
-        let ServerConfig { version, peers } =
-            self.read(move |tables| store::server_config(tables, &name, is_known)).await?;
-        let status = if peers.is_some() { StatusCode::OK } else { StatusCode::NOT_MODIFIED };
-        let mut response = HttpResponse::build(status);
-        response.insert_header((ETAG, quoted(&version)));
-        Ok(match peers {
-            None => response.finish(),
-            Some(peers) => response.json(json!({ "peers": peers })),
-        })
+        let mut known: Vec<String> = known
+            .flat_map(|value| value.split(','))
+            .map(|tag| tag.trim().trim_start_matches("W/").to_owned())
+            .collect();
+        if request.method() == Method::POST {
+            known.clear();
+        }
+        let is_known = move |version: &str| known.iter().any(|tag| tag == "*" || *tag == quoted(version));
+        let cache = self.config_cache.clone();
+        let ServerConfig { version, json } =
+            self.read(move |tables| store::server_config(tables, &name, &cache, is_known)).await?;
+        let mut response = match json {
+            None => HttpResponse::new(StatusCode::NOT_MODIFIED),
+            Some(json) => large(StatusCode::OK, json, None),
+        };
+        if let Ok(tag) = HeaderValue::from_str(&quoted(&version)) {
+            response.headers_mut().insert(ETAG, tag);
+        }
+        Ok(response)
     }
+
+    /// A place for an answer that may be large and that no other caller shares.
+    async fn large_place(&self) -> Result<OwnedSemaphorePermit, Rejection> {
+        let place = timeout(LARGE_TIMEOUT, self.large_answers.clone().acquire_owned()).await;
+        place.ok().and_then(Result::ok).ok_or(Rejection::Busy)
+    }
+}
+
+/// An answer that is handed on in parts, so that what is not sent is held once for all who read it.
+fn large(status: StatusCode, json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse {
+    let size = u64::try_from(json.len()).unwrap_or(u64::MAX);
+    let parts = stream::unfold((json, place), |(mut rest, place)| async move {
+        let part = rest.split_to(PART.min(rest.len()));
+        (!part.is_empty()).then_some((Ok::<_, actix_web::Error>(part), (rest, place)))
+    });
+    let body = SizedStream::new(size, Box::pin(parts));
+    HttpResponse::build(status).content_type(ContentType::json()).body(body)
 }
 
 fn quoted(version: &str) -> String {
@@ -223,8 +283,11 @@ fn fields(body: &[u8], query: &str) -> Result<Fields, Rejection> {
 }
 
 fn from_query(query: &str) -> Result<Fields, Rejection> {
-    let pairs = Query::<Vec<(String, String)>>::from_query(query);
-    let pairs = pairs.map_err(|_| Rejection::Body("the query must have the form name=value&name=value"))?;
+    let invalid = Rejection::Body("the query must have the form name=value&name=value, in UTF-8");
+    if percent_decode_str(query).decode_utf8().is_err() {
+        return Err(invalid);
+    }
+    let pairs = Query::<Vec<(String, String)>>::from_query(query).map_err(|_| invalid)?;
     Ok(Fields(pairs.into_inner().into_iter().map(|(name, value)| (name, Value::String(value))).collect::<Map<_, _>>()))
 }
 
@@ -242,7 +305,7 @@ impl Rejection {
                 }
                 Refusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
             },
-            Self::Call(CallError::Database(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy | Self::Call(CallError::Database(_)) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -267,6 +330,7 @@ impl Rejection {
         match self {
             Self::Unauthorized => "unauthorized",
             Self::Body(_) => "body",
+            Self::Busy => "busy",
             Self::Slow => "slow",
             Self::TooLarge => "too_large",
             Self::Field(_) => "field",
@@ -281,8 +345,7 @@ impl Rejection {
         let is_database = matches!(self, Self::Call(CallError::Database(_)));
         let message = if is_database { "the database cannot be used now".to_owned() } else { self.to_string() };
         let status = self.status();
-        let mut response =
-            HttpResponse::build(status).json(json!({ "error": { "message": message, "field": self.field() } }));
+        let mut response = error(status, &message, self.field());
         if status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(RETRY_AFTER, RETRY_SECONDS.into());
         }

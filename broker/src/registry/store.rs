@@ -1,10 +1,13 @@
 //! The tables of the registry, and what a call does to them: each function runs within one transaction, checks first, and
 //! writes when nothing stands against it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use serde::Serialize;
 use strum::IntoStaticStr;
 use wgkex_common::wire::lease::{LeaseChange, LeaseContent, LeaseMessage, LeaseVersion};
@@ -17,7 +20,7 @@ use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, lease
 
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte for
 /// the IP version, so that the order
-/// of bytes is theirs. Below `next_free` a server has no free number. A server's `id` is random, so that
+/// of bytes is theirs. `next_free` is a server's lowest free number, or one beyond its addresses. A server's `id` is random, so that
 /// one which was deleted and added again has another. `worker` is the one that registered it, empty if it was added by a call.
 pub(super) const CREATE_TABLES: &str = "
     CREATE TABLE servers (
@@ -52,7 +55,7 @@ pub(super) const CREATE_TABLES: &str = "
 ";
 
 /// Taken addresses that are read at once, to find a free one.
-const PAGE: usize = 256;
+const PAGE: i64 = 256;
 
 /// Why a call is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
@@ -135,13 +138,40 @@ pub struct ShownLease {
     lease: IpAddr,
 }
 
-/// The clients of a server, which are the same as long as the version is.
+/// The clients of a server, as JSON.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerConfig {
     /// Names this content and no other.
     pub version: String,
-    /// The clients, in the order of their addresses; none if the caller has this version.
-    pub peers: Option<Vec<ShownPeer>>,
+    /// The JSON; none if the caller has this version.
+    pub json: Option<Bytes>,
+}
+
+/// The last JSON of some servers' clients, by version. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct ConfigCache(Arc<Mutex<VecDeque<(String, Bytes)>>>);
+
+/// Servers whose JSON is kept.
+const CACHED_MAX: usize = 8;
+
+impl ConfigCache {
+    fn get(&self, version: &str) -> Option<Bytes> {
+        self.0.lock().iter().find(|(cached, _)| cached == version).map(|(_, json)| json.clone())
+    }
+
+    fn put(&self, version: &str, json: &Bytes) {
+        let mut cached = self.0.lock();
+        let server = version.split('-').next();
+        cached.retain(|(version, _)| version.split('-').next() != server);
+        cached.truncate(CACHED_MAX - 1);
+        cached.push_front((version.to_owned(), json.clone()));
+    }
+}
+
+/// JSON of what a job read: made where the job runs.
+pub fn json_of<T: Serialize>(value: &T) -> Result<Bytes, CallError> {
+    let json = serde_json::to_vec(value).map_err(|error| DatabaseError::Corrupt(error.to_string()))?;
+    Ok(json.into())
 }
 
 /// All leases of a server.
@@ -292,25 +322,31 @@ fn is_key_taken(transaction: &mut Transaction<'_>, key: &str, client: &str) -> R
     Ok(server.is_some() || other.is_some())
 }
 
-/// The lowest free address of a server, which is no longer free then.
+/// The lowest free number of a server, which is no longer free then.
 fn lease(transaction: &mut Transaction<'_>, server: &Server) -> Result<u128, CallError> {
-    let range = leases(server.network, server.reserved);
-    let mut from = server.next_free;
+    let (range, free) = (leases(server.network, server.reserved), server.next_free);
+    if !range.contains(free) {
+        return Err(Refusal::Exhausted.into());
+    }
+    let next = next_free(transaction, server.id, free + 1)?;
+    transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), next.into()])?;
+    Ok(free)
+}
+
+/// The lowest number from `from` on that no client of a server has.
+fn next_free(transaction: &mut Transaction<'_>, server: i64, from: u128) -> Result<u128, CallError> {
+    let mut next = from;
     loop {
-        let taken = transaction.query(
-            "SELECT number FROM peerings WHERE server = ?1 AND number >= ?2 ORDER BY number LIMIT 256",
-            &[server.id.into(), from.into()],
+        let page = transaction.query(
+            "SELECT number FROM peerings WHERE server = ?1 AND number >= ?2 ORDER BY number LIMIT ?3",
+            &[server.into(), next.into(), PAGE.into()],
         )?;
-        let taken = taken.iter().map(|row| row.big(0)).collect::<Result<Vec<_>, _>>()?;
-        let (length, last) = (taken.len(), taken.last().copied());
-        let free = ipam::lowest_free(range, from, taken).ok_or(Refusal::Exhausted)?;
-        if length == PAGE && last.is_some_and(|last| free > last) {
-            from = free;
-            continue;
+        let taken = page.iter().map(|row| row.big(0)).collect::<Result<Vec<_>, _>>()?;
+        let (is_last, free) = (i64::try_from(taken.len()) != Ok(PAGE), ipam::lowest_free(next, taken.iter().copied()));
+        if is_last || taken.last().is_some_and(|last| free < *last) {
+            return Ok(free);
         }
-        transaction
-            .execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), (free + 1).into()])?;
-        return Ok(free);
+        next = free;
     }
 }
 
@@ -439,10 +475,11 @@ pub fn wireguard_ip(transaction: &mut Transaction<'_>, name: &ServerName) -> Res
     Ok(server_address(server(transaction, name)?.network))
 }
 
-/// The clients of a server, unless the caller has one of the versions `known`.
+/// The clients of a server in the order of their addresses, unless the caller has one of the versions that `is_known` names.
 pub fn server_config(
     transaction: &mut Transaction<'_>,
     name: &ServerName,
+    cache: &ConfigCache,
     is_known: impl FnOnce(&str) -> bool,
 ) -> Result<ServerConfig, CallError> {
     let row =
@@ -451,12 +488,18 @@ pub fn server_config(
     let (id, network, revision) = (row.integer(0)?, row.parsed::<IpNet>(1)?, row.integer(2)?);
     let version = format!("{id:x}-{revision:x}");
     if is_known(&version) {
-        return Ok(ServerConfig { version, peers: None });
+        return Ok(ServerConfig { version, json: None });
     }
-    let peers =
+    if let Some(json) = cache.get(&version) {
+        return Ok(ServerConfig { version, json: Some(json) });
+    }
+    let rows =
         transaction.query("SELECT number, public_key FROM peerings WHERE server = ?1 ORDER BY number", &[id.into()])?;
     let peer = |row: &Row| Ok(ShownPeer { ip_address: leased(network, row, 0)?, public_key: row.text(1)?.to_owned() });
-    Ok(ServerConfig { version, peers: Some(peers.iter().map(peer).collect::<Result<_, CallError>>()?) })
+    let peers: Vec<ShownPeer> = rows.iter().map(peer).collect::<Result<_, CallError>>()?;
+    let json = json_of(&BTreeMap::from([("peers", peers)]))?;
+    cache.put(&version, &json);
+    Ok(ServerConfig { version, json: Some(json) })
 }
 
 /// What a client has to know to reach a server.

@@ -625,6 +625,10 @@ fn the_registry_needs_a_password_file_and_its_database_no_password() {
         ("storage: mysql://u@h/d", "storage"),
         ("storage: postgres://u:secret@h/d", "storage"),
         ("storage: postgres://h/d", "storage"),
+        ("storage: postgres://u@h", "storage"),
+        ("storage: postgres://u@h:99999/d", "storage"),
+        ("storage: postgres://u@h:port/d", "storage"),
+        ("storage: postgres://u@h/d?sslmode=require", "storage"),
     ] {
         let error = with(yaml).unwrap_err().to_string();
         assert!(error.contains(key) && !error.contains("secret"), "{yaml}: {error}");

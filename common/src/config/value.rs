@@ -103,12 +103,7 @@ value_type!(Whole(u64), |value: &Value| whole(value, 0..=u64::MAX), "must be a w
 value_type!(
     /// The password has a file of its own.
     DatabaseUrl(String),
-    |value: &Value| {
-        let text = text(value)?;
-        let rest = text.strip_prefix("postgres://").or_else(|| text.strip_prefix("postgresql://"))?;
-        let (user, place) = rest.split_once('@')?;
-        (!user.is_empty() && !user.contains([':', '/']) && !place.is_empty()).then(|| text.clone())
-    },
+    |value: &Value| text(value).filter(|text| is_database_url(text)),
     "must be postgres://USER@HOST:PORT/DATABASE (the password is in storage_password_file), or nothing for SQLite in state_dir"
 );
 value_type!(
@@ -223,6 +218,20 @@ fn host(text: &str) -> Option<String> {
     let address = bare.split('%').next().unwrap_or_default();
     let name = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || ".-_".contains(c));
     (name || address.parse::<Ipv6Addr>().is_ok()).then(|| bare.to_owned())
+}
+
+/// Whether a text names user, host and database, perhaps a port, and nothing else.
+fn is_database_url(text: &str) -> bool {
+    let rest = text.strip_prefix("postgres://").or_else(|| text.strip_prefix("postgresql://"));
+    let parts = rest.and_then(|rest| rest.split_once('@')).and_then(|(user, rest)| Some((user, rest.split_once('/')?)));
+    let Some((user, (place, database))) = parts else { return false };
+    let (name, port) = match place.rsplit_once(':') {
+        Some((name, port)) if !port.ends_with(']') => (name, Some(port)),
+        Some(_) | None => (place, None),
+    };
+    let is_name = |text: &str| !text.is_empty() && !text.contains([':', '/', '?', '#', '&', ' ']);
+    let is_port = port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0));
+    is_name(user) && is_name(database) && is_port && host(name).is_some()
 }
 
 /// The truth value that a text stands for in YAML 1.1 as Python reads it.

@@ -44,15 +44,20 @@ fn servers_and_clients_are_managed_by_commands() {
         shown.contains("address   192.168.2.1\nendpoint  gw.example.org:5128\n") && shown.contains(&client_key),
         "{shown}"
     );
-    std::fs::write(desk.stack.dir().join("private"), "PRIVATE\n").unwrap();
+    let private_key = key(77);
+    std::fs::write(desk.stack.dir().join("private"), format!("{private_key}\n")).unwrap();
     let private = desk.stack.dir().join("private").display().to_string();
     let show = ["client", "show", "c1", "--server", "s1"];
     let file = run(&desk, &[&show[..], &["--wg-quick", "--private-key-file", &private]].concat()).unwrap();
     let expected = format!(
-        "[Interface]\nPrivateKey = PRIVATE\nAddress = 192.168.2.21\n\n[Peer]\nPublicKey = {server_key}\n\
+        "[Interface]\nPrivateKey = {private_key}\nAddress = 192.168.2.21\n\n[Peer]\nPublicKey = {server_key}\n\
          AllowedIPs = 192.168.2.0/24\nEndpoint = gw.example.org:5128\n"
     );
     assert_eq!(file, expected);
+    std::fs::write(desk.stack.dir().join("other"), format!("{private_key}\nPostUp = true\n")).unwrap();
+    let other = desk.stack.dir().join("other").display().to_string();
+    let refused = run(&desk, &[&show[..], &["--wg-quick", "--private-key-file", &other]].concat());
+    assert!(refused.unwrap_err().contains("must have one line with a WireGuard private key"));
     let code = run(&desk, &[&show[..], &["--qr", "--private-key-file", &private]].concat()).unwrap();
     assert!(code.lines().count() > 15 && code.contains('█'), "{code}");
     let text = run(&desk, &show).unwrap();
