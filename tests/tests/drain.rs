@@ -98,7 +98,7 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
     assert_eq!(printed(&operator.run(&stack, &["undrain", "gw1"])), "gw1: not drained by this broker any more\n");
     assert_eq!(stack.v2(DOMAIN, &key(5)).json(), endpoint("gw1"));
     ours.probe.say(peers_of("gw2", DOMAIN, "1"));
-    stack.wait_for_metric(&format!("wgkex_broker_gateway_connected{{gateway=\"gw2\",domain=\"{DOMAIN}\"}}"), 1.0);
+    wait_for_connected(&stack, "gw2", 1);
     let home = key(6);
     assert_eq!(stack.v2(DOMAIN, &home).json(), endpoint("gw2"));
     let report = json!({ "domain": DOMAIN, "keys": [home] }).to_string();
@@ -153,7 +153,7 @@ fn connected(gateway: &InMemory) -> BTreeSet<String> {
 }
 
 fn wait_for_connected(stack: &Stack, gateway: &str, routers: usize) {
-    let series = format!("wgkex_broker_gateway_connected{{gateway=\"{gateway}\",domain=\"{DOMAIN}\"}}");
+    let series = format!("wgkex_broker_gateway_connected{{domain=\"{DOMAIN}\",gateway=\"{gateway}\"}}");
     stack.wait_for_metric(&series, f64::from(u32::try_from(routers).unwrap()));
 }
 

@@ -185,7 +185,7 @@ fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
     let thief = gateway(&mut stack, "gw2", Manner::Confirms);
     stack.wait_for_gateways(2);
     thief.probe.say(peers_of("gw2", DOMAIN, "500"));
-    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{gateway="gw2",domain="{DOMAIN}"}}"#), 500.0);
+    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{domain="{DOMAIN}",gateway="gw2"}}"#), 500.0);
     let routers = keys(0..20);
     for router in &routers {
         assert_eq!(stack.v2(DOMAIN, router).json(), endpoint("gw1"));
@@ -210,7 +210,7 @@ fn a_router_that_was_sent_back_to_its_gateway_and_requests_again_at_once_gets_an
     let thief = gateway(&mut stack, "gw2", Manner::Confirms);
     stack.wait_for_gateways(2);
     honest.probe.say(peers_of("gw1", DOMAIN, "500"));
-    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{gateway="gw1",domain="{DOMAIN}"}}"#), 500.0);
+    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{domain="{DOMAIN}",gateway="gw1"}}"#), 500.0);
     let router = key(1);
     assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw2"), "by its share");
     thief.probe.say_all([seen("gw2", std::slice::from_ref(&router)), draining("gw2")]);
