@@ -164,9 +164,10 @@ impl fmt::Display for Drain {
 impl fmt::Display for Deadline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (at, Percent(percent)) = (parse::utc(self.at), self.percent);
-        match self.is_over {
-            false => write!(f, "peers are removed from {at} on, {percent} % a minute"),
-            true => write!(f, "peers are being removed since {at}, {percent} % a minute"),
+        if self.is_over {
+            write!(f, "peers are being removed since {at}, {percent} % a minute")
+        } else {
+            write!(f, "peers are removed from {at} on, {percent} % a minute")
         }
     }
 }

@@ -25,11 +25,13 @@ pub struct Drainable {
 
 impl Drainable {
     /// The peers whose routers are connected.
+    #[must_use]
     pub fn connected(&self) -> impl ExactSizeIterator<Item = PublicKey> {
         self.connected.iter().map(|(_, key)| *key)
     }
 
     /// The other ones.
+    #[must_use]
     pub fn silent(&self) -> impl ExactSizeIterator<Item = PublicKey> {
         self.silent.iter().map(|(_, key)| *key)
     }

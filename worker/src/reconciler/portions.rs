@@ -103,10 +103,10 @@ mod tests {
             let (mut portions, begun) = (portions(percent, peers), Instant::now());
             assert_eq!((portions.allowed(begun), portions.due(begun)), (most, begun), "{percent} % of {peers}");
             portions.on_removed(most, begun);
-            let due = begun + Duration::from_secs(seconds);
-            assert_eq!(portions.due(begun), due);
-            assert_eq!(portions.allowed(due - Duration::from_millis(1)), 0);
-            assert_eq!(portions.allowed(due), most);
+            let at = |milliseconds| begun + Duration::from_millis(milliseconds);
+            assert_eq!(portions.due(begun), at(1_000 * seconds));
+            assert_eq!(portions.allowed(at(1_000 * seconds - 1)), 0);
+            assert_eq!(portions.allowed(at(1_000 * seconds)), most);
         }
     }
 

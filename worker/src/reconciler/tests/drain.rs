@@ -5,9 +5,9 @@ use wgkex_common::drain::{Drain, DrainRequest};
 use super::*;
 
 /// A drain whose deadline is over.
-fn over(percent: u8) -> Option<Drain> {
+fn over(percent: u8) -> Drain {
     let request = DrainRequest { deadline: Some("1s"), percent: Some(percent), ..DrainRequest::default() };
-    Some(Drain::begin(request, 0).unwrap().at(1))
+    Drain::begin(request, 0).unwrap().at(1)
 }
 
 /// A gateway, and what tells it to drain. Of its peers these are connected, and go on shaking hands while they are there.
@@ -63,13 +63,13 @@ async fn past_the_deadline_connected_and_other_peers_go_in_portions_of_their_own
     let mut draining = Draining::with(100, 40).await;
     sleep(Duration::from_secs(1)).await;
     assert_eq!(draining.peers(), (40, 60), "a drain removes none");
-    draining.drain.send_replace(Some(Drain { deadline: None, ..over(10).unwrap() }));
+    draining.drain.send_replace(Some(Drain { deadline: None, ..over(10) }));
     sleep(10 * MINUTE).await;
     draining.shake_hands();
     sleep(Duration::from_secs(1)).await;
     assert_eq!(draining.peers(), (40, 60), "nor does one without a deadline");
 
-    draining.drain.send_replace(over(10));
+    draining.drain.send_replace(Some(over(10)));
     for minute in 1..=10 {
         sleep(Duration::from_secs(1)).await;
         assert_eq!(draining.peers(), (40 - 4 * minute, 60 - 6 * minute), "after {minute} portions");
@@ -95,10 +95,10 @@ async fn those_that_are_silent_for_longest_go_first() {
         sleep(MINUTE).await;
     }
     sleep(5 * MINUTE).await;
-    draining.drain.send_replace(over(90));
+    draining.drain.send_replace(Some(over(90)));
     sleep(Duration::from_secs(1)).await;
     assert_eq!(draining.gateway.device().peers.into_keys().collect::<Vec<_>>(), [key(3), key(7)]);
-    draining.drain.send_replace(over(5));
+    draining.drain.send_replace(Some(over(5)));
     sleep(9 * MINUTE).await;
     assert!(draining.has(3) && draining.has(7), "what went before counts");
     sleep(2 * MINUTE).await;
@@ -115,7 +115,7 @@ async fn peers_that_others_made_and_trusted_keys_stay() {
             device.peers.get_mut(&key(n)).unwrap().allowed_ips.push("fd00::/64".parse().unwrap());
         }
     });
-    draining.drain.send_replace(over(100));
+    draining.drain.send_replace(Some(over(100)));
     sleep(5 * MINUTE).await;
     assert_eq!(draining.gateway.device().peers.into_keys().collect::<Vec<_>>(), [1, 2, 8, 9].map(key));
 }
@@ -123,7 +123,7 @@ async fn peers_that_others_made_and_trusted_keys_stay() {
 #[tokio::test(start_paused = true)]
 async fn what_is_removed_comes_back_by_a_routers_request_only_and_stays_if_the_router_connects() {
     let mut draining = Draining::with(6, 6).await;
-    draining.drain.send_replace(over(100));
+    draining.drain.send_replace(Some(over(100)));
     sleep(Duration::from_secs(1)).await;
     assert_eq!(draining.peers(), (0, 0));
     draining.gateway.settle().await;
@@ -157,7 +157,7 @@ async fn what_is_removed_comes_back_by_a_routers_request_only_and_stays_if_the_r
 #[tokio::test(start_paused = true)]
 async fn peers_that_somebody_else_removed_are_put_back_also_past_the_deadline() {
     let draining = Draining::with(100, 0).await;
-    draining.drain.send_replace(over(1));
+    draining.drain.send_replace(Some(over(1)));
     sleep(Duration::from_secs(1)).await;
     draining.gateway.memory.alter(&domain(), |device| device.peers.clear());
     draining.gateway.memory.trigger();
@@ -168,14 +168,14 @@ async fn peers_that_somebody_else_removed_are_put_back_also_past_the_deadline() 
 #[tokio::test(start_paused = true)]
 async fn a_worker_that_is_restarted_goes_on_after_a_minute_and_restores_no_key() {
     let draining = Draining::with(100, 0).await;
-    draining.drain.send_replace(over(20));
+    draining.drain.send_replace(Some(over(20)));
     sleep(Duration::from_secs(1)).await;
     assert_eq!(draining.peers(), (0, 80));
     let Draining { gateway: Gateway { memory, stop, task, .. }, .. } = draining;
     stop.send(()).unwrap();
     task.await.unwrap();
 
-    let draining = Draining::on(&memory, over(20), remembered(0..200));
+    let draining = Draining::on(&memory, Some(over(20)), remembered(0..200));
     sleep(Duration::from_secs(59)).await;
     assert_eq!(draining.peers(), (0, 80), "the last portion may have been removed just before");
     sleep(Duration::from_secs(2)).await;
@@ -191,7 +191,7 @@ async fn a_worker_that_is_restarted_goes_on_after_a_minute_and_restores_no_key()
 async fn a_large_portion_goes_in_parts_between_which_keys_have_their_turn() {
     let mut draining = Draining::with(6_000, 0).await;
     draining.gateway.applies();
-    draining.drain.send_replace(over(50));
+    draining.drain.send_replace(Some(over(50)));
     draining.gateway.memory.delay(Delays { apply: Duration::from_millis(10), ..Delays::default() });
     sleep(Duration::from_millis(200)).await;
     draining.gateway.enqueue([10_000]);
