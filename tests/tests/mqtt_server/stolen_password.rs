@@ -176,8 +176,8 @@ fn is_draining(stack: &Stack, worker: &str) {
     stack.wait_for_metric(&format!("wgkex_broker_gateway_draining{{gateway=\"{worker}\"}}"), 1.0);
 }
 
-/// Seen to fail where the last report of a handshake alone said where a router is: all twenty got the thief's gateway, those
-/// that had never been there and those of which another gateway had reported handshakes.
+/// Seen to fail where the last report of a handshake alone decided where a router is connected: it got the thief's gateway,
+/// where it had never been, although its own had reported handshakes.
 #[test]
 fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
     let mut stack = stack("rebalance: {over: 0}");

@@ -30,9 +30,9 @@ impl Portions {
         (self.percent, self.peers) = (percent, peers);
     }
 
-    /// A portion may have been removed just before `now`, by an earlier run of the program.
+    /// Any number of peers may have been removed just before `now`, by an earlier run of the program.
     pub fn assume_removed(&mut self, now: Instant) {
-        self.on_removed(self.most(), now);
+        self.on_removed(usize::MAX, now);
     }
 
     /// So many peers were removed.
@@ -46,7 +46,7 @@ impl Portions {
     /// How many peers may be removed now.
     pub fn allowed(&mut self, now: Instant) -> usize {
         self.forget_old(now);
-        let removed: usize = self.removals.iter().map(|removal| removal.peers).sum();
+        let removed = self.removals.iter().map(|removal| removal.peers).fold(0, usize::saturating_add);
         self.most().saturating_sub(removed)
     }
 
@@ -119,6 +119,17 @@ mod tests {
         assert_eq!(portions.allowed(begun + MINUTE), 5);
     }
 
+    #[test]
+    fn after_a_restart_nothing_goes_for_a_minute_whatever_the_operator_changes() {
+        let (mut portions, begun) = (Portions::default(), Instant::now());
+        portions.assume_removed(begun);
+        for percent in [1, 100] {
+            portions.restart(percent.try_into().unwrap(), 200);
+            assert_eq!(portions.allowed(begun + MINUTE / 2), 0, "{percent}");
+        }
+        assert_eq!(portions.allowed(begun + MINUTE), 200);
+    }
+
     #[derive(Debug, Clone, Copy)]
     enum Act {
         Pass(u64),
@@ -158,8 +169,8 @@ mod tests {
                     Act::Restart => {
                         let percent = portions.percent;
                         portions = Portions::default();
-                        portions.restart(percent, left);
                         portions.assume_removed(now);
+                        portions.restart(percent, left);
                     }
                     Act::Again(percent) => {
                         highest = highest.max(percent);

@@ -124,7 +124,9 @@ impl<K: Kernel> Reconciler<K> {
         let deadline = passed_deadline(drain.borrow().as_ref());
         let domain = |name: Domain| {
             let mut domain = DomainReconciler::new(name.clone(), profile.clone(), policy, clock());
-            domain.resume_removals(deadline);
+            if let Some(deadline) = deadline {
+                domain.resume_removals(deadline, clock());
+            }
             (name, domain)
         };
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(domain).collect();

@@ -14,6 +14,7 @@ use wgkex_common::drain::Deadline;
 use wgkex_kernel::Device;
 
 use super::{DomainReconciler, KeyOutcomes, SLICE};
+use crate::peers::Drainable;
 use crate::plan::{self, Step};
 use crate::reconciler::portions::Portions;
 
@@ -24,8 +25,6 @@ pub(super) struct Removals {
     deadline: Option<Deadline>,
     /// The portions are those of the peers that there were at the deadline.
     is_begun: bool,
-    /// An earlier run of the program may have removed a portion just now.
-    is_resumed: bool,
     connected: Portions,
     silent: Portions,
     /// When routers sent their keys, past the deadline.
@@ -65,29 +64,26 @@ impl Removals {
     fn set(&mut self, deadline: Option<Deadline>) -> bool {
         let is_news = self.deadline != deadline;
         if is_news {
-            (self.deadline, self.is_begun, self.is_resumed) = (deadline, false, false);
+            (self.deadline, self.is_begun) = (deadline, false);
             self.requested.clear();
         }
         is_news
     }
 
     /// At the first read past the deadline.
-    fn begin(&mut self, deadline: Deadline, [connected, silent]: [usize; 2], now: Instant) {
-        for (portions, peers) in [(&mut self.connected, connected), (&mut self.silent, silent)] {
-            portions.restart(deadline.percent, peers);
-            if self.is_resumed {
-                portions.assume_removed(now);
-            }
-        }
+    fn begin(&mut self, deadline: Deadline, drainable: &Drainable) {
+        self.connected.restart(deadline.percent, drainable.connected().len());
+        self.silent.restart(deadline.percent, drainable.silent().len());
         self.is_begun = true;
     }
 }
 
 impl DomainReconciler {
-    /// Goes on with what an earlier run of the program did, if the deadline of a drain was over when this one started.
-    pub fn resume_removals(&mut self, deadline: Option<Deadline>) {
-        self.drain.set(deadline);
-        self.drain.is_resumed = deadline.is_some();
+    /// Goes on with what an earlier run of the program did: the deadline of a drain was over when this one started.
+    pub fn resume_removals(&mut self, deadline: Deadline, now: Instant) {
+        self.drain.set(Some(deadline));
+        self.drain.connected.assume_removed(now);
+        self.drain.silent.assume_removed(now);
     }
 
     /// The deadline of a drain is over, or there is none any more.
@@ -105,7 +101,7 @@ impl DomainReconciler {
         drain.requested.retain(|key, _| peers.contains(key));
         let drainable = peers.drainable(&drain.requested, now);
         if !drain.is_begun {
-            drain.begin(deadline, [drainable.connected().len(), drainable.silent().len()], now);
+            drain.begin(deadline, &drainable);
         }
         let connected: BTreeSet<_> = drainable.connected().take(drain.connected.allowed(now).min(SLICE)).collect();
         let silent = drainable.silent().take(drain.silent.allowed(now).min(SLICE - connected.len()));
