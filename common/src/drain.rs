@@ -1,7 +1,9 @@
-//! Drains: a gateway that drains gets no new routers, and keeps those that it has.
+//! Drains: a gateway that drains gets no new routers, and keeps those that it has; past a deadline its worker removes their
+//! peers, a portion each minute.
 //!
 //! A worker keeps its own drain in a file that `wgkex-worker drain` writes, and publishes it in its
-//! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator asked for. No clock: `now` is passed in.
+//! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator asked for, which have no deadline. No
+//! clock: `now` is passed in.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use crate::storage::{StorageError, json_file};
 
 /// The version of the worker's file.
 const LAYOUT: u32 = 1;
+/// The portion of a minute, unless the operator names another.
+const PERCENT: u8 = 10;
 
 /// That a gateway gets no new routers. Times are seconds of Unix time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +29,60 @@ pub struct Drain {
     /// Why; shown to operators only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// From when on the gateway's worker removes its peers; never if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Deadline>,
+}
+
+/// When the worker of a gateway that drains begins to remove its peers, and how fast it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deadline {
+    /// When, in seconds of Unix time.
+    pub at: u64,
+    /// How many of the peers that are there at the deadline go in a minute, at most.
+    pub percent: Percent,
+    /// It is over by the clock of the gateway, which publishes that. Never so in a file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_over: bool,
+}
+
+/// A part, from 1 to 100 hundredths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
+pub struct Percent(u8);
+
+impl TryFrom<u8> for Percent {
+    type Error = InvalidDrain;
+
+    fn try_from(percent: u8) -> Result<Self, InvalidDrain> {
+        let invalid = || InvalidDrain("percent: is not a portion for each minute, 1 to 100 is allowed".into());
+        if (1..=100).contains(&percent) { Ok(Self(percent)) } else { Err(invalid()) }
+    }
+}
+
+impl From<Percent> for u8 {
+    fn from(Percent(percent): Percent) -> Self {
+        percent
+    }
+}
+
+impl Default for Percent {
+    fn default() -> Self {
+        Self(PERCENT)
+    }
+}
+
+/// What a command or a call asks for. Durations are such as `30m` or `12h`.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DrainRequest<'a> {
+    /// Why, in one short line.
+    pub reason: Option<&'a str>,
+    /// For how long; without an end if there is none.
+    pub lasts: Option<&'a str>,
+    /// After how long peers are removed; never if there is none.
+    pub deadline: Option<&'a str>,
+    /// How many of them in a minute, in hundredths.
+    pub percent: Option<u8>,
 }
 
 /// What a mistake in a command or a call is.
@@ -33,16 +91,28 @@ pub struct Drain {
 pub struct InvalidDrain(String);
 
 impl Drain {
-    /// One that begins `now`, with a reason of one short line, for a duration such as `30m` or `12h`.
-    pub fn begin(reason: Option<&str>, lasts: Option<&str>, now: u64) -> Result<Self, InvalidDrain> {
+    /// One that begins `now`. The error names the field and what is allowed.
+    pub fn begin(request: DrainRequest<'_>, now: u64) -> Result<Self, InvalidDrain> {
+        let DrainRequest { reason, lasts, deadline, percent } = request;
         let reason = reason.map(|reason| parse::text("reason", reason)).transpose().map_err(InvalidDrain)?;
-        let seconds = |text| {
-            parse::duration(text).ok_or_else(|| {
-                InvalidDrain("for: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed".into())
-            })
+        let until = lasts.map(|text| after("for", text, now)).transpose()?;
+        let percent = percent.map(Percent::try_from).transpose()?;
+        let deadline = match deadline {
+            None if percent.is_some() => {
+                return Err(InvalidDrain(
+                    "percent: has no effect without a deadline, which is to be given, too".into(),
+                ));
+            }
+            None => None,
+            Some(text) => {
+                let at = after("deadline", text, now)?;
+                Some(Deadline { at, percent: percent.unwrap_or_default(), is_over: false })
+            }
         };
-        let until = lasts.map(seconds).transpose()?.map(|lasts| now.saturating_add(lasts));
-        Ok(Self { since: now, until, reason })
+        if deadline.is_some_and(|deadline| until.is_some_and(|until| until <= deadline.at)) {
+            return Err(InvalidDrain("deadline: the drain ends before it (for), a shorter duration is allowed".into()));
+        }
+        Ok(Self { since: now, until, reason, deadline })
     }
 
     /// Whether it has ended by itself.
@@ -50,18 +120,54 @@ impl Drain {
     pub fn is_over(&self, now: u64) -> bool {
         self.until.is_some_and(|until| until <= now)
     }
+
+    /// The same as it is `now` by the clock of its gateway, which decides whether the deadline is over.
+    #[must_use]
+    pub fn at(self, now: u64) -> Self {
+        let deadline = self.deadline.map(|deadline| Deadline { is_over: deadline.at <= now, ..deadline });
+        Self { deadline, ..self }
+    }
+
+    /// The deadline, if it is over.
+    #[must_use]
+    pub fn passed_deadline(&self) -> Option<Deadline> {
+        self.deadline.filter(|deadline| deadline.is_over)
+    }
 }
 
-/// As `since 2026-11-30T06:00:00Z, until 2026-11-30T08:00:00Z: kernel update`. The reason may be a stranger's text.
+/// The time so long after `now`.
+fn after(field: &str, duration: &str, now: u64) -> Result<u64, InvalidDrain> {
+    let seconds = parse::duration(duration).ok_or_else(|| {
+        InvalidDrain(format!("{field}: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed"))
+    })?;
+    Ok(now.saturating_add(seconds))
+}
+
+/// As `since 2026-11-30T06:00:00Z, until 2026-11-30T08:00:00Z, peers are removed from 2026-11-30T07:00:00Z on, 10 % a minute:
+/// kernel update`. The reason may be a stranger's text.
 impl fmt::Display for Drain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "since {}", parse::utc(self.since))?;
         if let Some(until) = self.until {
             write!(f, ", until {}", parse::utc(until))?;
         }
+        if let Some(deadline) = self.deadline {
+            write!(f, ", {deadline}")?;
+        }
         match &self.reason {
             Some(reason) => write!(f, ": {}", reason.replace(char::is_control, "?")),
             None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Deadline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (at, Percent(percent)) = (parse::utc(self.at), self.percent);
+        if self.is_over {
+            write!(f, "peers are being removed since {at}, {percent} % a minute")
+        } else {
+            write!(f, "peers are removed from {at} on, {percent} % a minute")
         }
     }
 }
@@ -95,16 +201,50 @@ mod tests {
 
     #[test]
     fn a_drain_is_read_from_words_and_ends_by_itself() {
-        let drain = Drain::begin(Some("kernel"), Some("2m"), 1_000).unwrap();
-        assert_eq!(drain, Drain { since: 1_000, until: Some(1_120), reason: Some("kernel".into()) });
+        let request = DrainRequest { reason: Some("kernel"), lasts: Some("2m"), ..DrainRequest::default() };
+        let drain = Drain::begin(request, 1_000).unwrap();
+        let expected = Drain { since: 1_000, until: Some(1_120), reason: Some("kernel".into()), deadline: None };
+        assert_eq!(drain, expected);
         assert_eq!([1_000, 1_119, 1_120, u64::MAX].map(|now| drain.is_over(now)), [false, false, true, true]);
-        assert!(!Drain::begin(None, None, 0).unwrap().is_over(u64::MAX), "for good");
-        for (reason, lasts) in [(Some("a\nb"), None), (Some(&*"x".repeat(201)), None), (None, Some("soon"))] {
-            let error = Drain::begin(reason, lasts, 0).unwrap_err().to_string();
-            assert!(error.starts_with(if reason.is_some() { "reason: " } else { "for: " }), "{error}");
-        }
+        assert!(!Drain::begin(DrainRequest::default(), 0).unwrap().is_over(u64::MAX), "for good");
         let drain = Drain { reason: Some("a\u{1b}[2J".into()), ..drain };
         assert_eq!(drain.to_string(), "since 1970-01-01T00:16:40Z, until 1970-01-01T00:18:40Z: a?[2J");
+    }
+
+    #[test]
+    fn a_deadline_is_over_by_the_clock_that_is_asked() {
+        let request = DrainRequest { lasts: Some("2h"), deadline: Some("1m"), ..DrainRequest::default() };
+        let drain = Drain::begin(request, 0).unwrap();
+        assert_eq!(drain.passed_deadline(), None);
+        assert_eq!(
+            drain.to_string(),
+            "since 1970-01-01T00:00:00Z, until 1970-01-01T02:00:00Z, peers are removed from 1970-01-01T00:01:00Z on, \
+             10 % a minute"
+        );
+        assert_eq!(drain.clone().at(59).passed_deadline(), None);
+        let over = drain.clone().at(60);
+        assert_eq!(over.passed_deadline(), Some(Deadline { at: 60, percent: Percent(10), is_over: true }));
+        assert!(over.to_string().ends_with(", peers are being removed since 1970-01-01T00:01:00Z, 10 % a minute"));
+        assert_eq!(over.at(59), drain, "a clock that is set back");
+    }
+
+    #[test]
+    fn each_mistake_names_its_field() {
+        let none = DrainRequest::default();
+        let long = "x".repeat(201);
+        for (request, field) in [
+            (DrainRequest { reason: Some("a\nb"), ..none }, "reason: "),
+            (DrainRequest { reason: Some(&long), ..none }, "reason: "),
+            (DrainRequest { lasts: Some("soon"), ..none }, "for: "),
+            (DrainRequest { deadline: Some("soon"), ..none }, "deadline: "),
+            (DrainRequest { deadline: Some("1h"), lasts: Some("60m"), ..none }, "deadline: "),
+            (DrainRequest { percent: Some(5), ..none }, "percent: "),
+            (DrainRequest { deadline: Some("1h"), percent: Some(0), ..none }, "percent: "),
+            (DrainRequest { deadline: Some("1h"), percent: Some(101), ..none }, "percent: "),
+        ] {
+            let error = Drain::begin(request, 0).unwrap_err().to_string();
+            assert!(error.starts_with(field) && error.contains("allowed") | error.contains("given"), "{error}");
+        }
     }
 
     #[test]
@@ -112,13 +252,23 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = worker_file(dir.path());
         assert_eq!(read(&file).unwrap(), None);
-        let drain = Drain { since: 7, until: None, reason: None };
+        let drain = Drain { since: 7, until: None, reason: None, deadline: None };
         save(&file, Some(drain.clone())).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), r#"{"layout":1,"drain":{"since":7}}"#);
-        assert_eq!(read(&file).unwrap(), Some(drain));
+        assert_eq!(read(&file).unwrap(), Some(drain.clone()));
+        let deadline = Some(Deadline { at: 9, percent: Percent(25), is_over: false });
+        save(&file, Some(Drain { deadline, ..drain })).unwrap();
+        let text = r#"{"layout":1,"drain":{"since":7,"deadline":{"at":9,"percent":25}}}"#;
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+        assert_eq!(read(&file).unwrap().unwrap().deadline, deadline);
         save(&file, None).unwrap();
         assert_eq!(read(&file).unwrap(), None);
-        for text in ["{", r#"{"layout":2}"#, r#"{"layout":1,"drain":{"since":"x"}}"#] {
+        for text in [
+            "{",
+            r#"{"layout":2}"#,
+            r#"{"layout":1,"drain":{"since":"x"}}"#,
+            r#"{"layout":1,"drain":{"since":7,"deadline":{"at":9,"percent":0}}}"#,
+        ] {
             std::fs::write(&file, text).unwrap();
             assert!(read(&file).is_err() && file.exists(), "{text}");
         }

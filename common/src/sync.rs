@@ -156,6 +156,16 @@ impl SyncClient {
         self.state = SyncState::Offline;
     }
 
+    /// Keys that were received are gone here: the next round with each broker, at once, is for all keys.
+    pub fn keys_removed(&mut self, now: Instant) {
+        for broker in self.brokers.values_mut() {
+            broker.asked_for_all = None;
+        }
+        if !matches!(self.state, SyncState::Offline) {
+            self.state = SyncState::Resting { until: now };
+        }
+    }
+
     /// When there is something to do next, if nothing is received until then.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
@@ -288,6 +298,8 @@ pub enum SyncEvent {
     Broker(BrokerName, Option<Hello>),
     /// An answer.
     Chunk(SnapshotChunk),
+    /// This program has removed keys that are live, and is to have them again.
+    KeysRemoved,
 }
 
 impl SyncEvent {
@@ -352,6 +364,7 @@ pub async fn run<F: Future<Output = ()>>(
                         take(domain, chunk).await;
                     }
                 }
+                Some(SyncEvent::KeysRemoved) => client.keys_removed(Instant::now()),
                 None => return,
             },
             () = sleep_until(due.into()) => {}

@@ -1,5 +1,6 @@
 //! A real worker in this process, on a kernel in memory.
 
+use std::net::SocketAddr;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
@@ -15,6 +16,8 @@ use crate::stack::{Stack, free_address};
 pub struct InMemory {
     /// Its kernel.
     pub kernel: MemoryKernel,
+    /// Where it serves its metrics.
+    pub http: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -29,12 +32,13 @@ impl InMemory {
     /// The same with more in `mqtt`, as keys of a YAML mapping that begin with a comma.
     #[must_use]
     pub fn start_as(stack: &Stack, name: &str, mqtt: &str) -> Self {
+        let http = free_address();
         let yaml = format!(
             "domains: [{}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\
              mqtt: {{broker_url: {}, broker_port: {}{mqtt}}}\n",
             stack.plan.domains.join(", "),
             stack.dir().join(name).display(),
-            free_address(),
+            http,
             stack.mqtt.ip(),
             stack.mqtt.port(),
         );
@@ -53,7 +57,7 @@ impl InMemory {
                 },
             ));
         });
-        Self { kernel, stop: Some(stop), thread: Some(thread) }
+        Self { kernel, http, stop: Some(stop), thread: Some(thread) }
     }
 
     /// Whether these changes set the peer of this key.

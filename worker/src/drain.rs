@@ -1,7 +1,8 @@
 //! Whether this gateway drains: what `wgkex-worker drain` wrote into a file.
 //!
-//! One task, [`DrainWatch::run`], which `run` of the worker owns; the next stop is the hello of the
-//! [`publisher`](crate::bus::publisher). The file is read as it is: only the command writes it.
+//! Two tasks, which `run` of the worker owns: [`DrainWatch::run`], and [`sync_again`] for what a drain removed. The next
+//! stops are the hello of the [`publisher`](crate::bus::publisher), and the [`reconciler`](crate::reconciler), which removes
+//! peers past the deadline. The file is read as it is: only the command writes it.
 
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::unix;
 use wgkex_common::drain::{self, Drain};
 use wgkex_common::storage::StorageError;
+use wgkex_common::sync::{SyncEvent, SyncSender};
 
 /// The time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -73,7 +75,7 @@ impl DrainWatch {
                 self.current.borrow().clone()
             }
         };
-        let drain = read.filter(|drain| !drain.is_over(now));
+        let drain = read.filter(|drain| !drain.is_over(now)).map(|drain| drain.at(now));
         self.metric.set(drain.is_some().into());
         let is_news = self.current.send_if_modified(|current| {
             let is_news = *current != drain;
@@ -81,9 +83,27 @@ impl DrainWatch {
             is_news
         });
         match drain {
+            Some(drain) if is_news && drain.passed_deadline().is_some() => {
+                info!(%drain, "draining, and the deadline is over: peers are removed in portions");
+            }
             Some(drain) if is_news => info!(%drain, "draining: this gateway gets no new routers"),
             None if is_news => info!("no longer draining: this gateway gets new routers"),
             _ => {}
+        }
+    }
+}
+
+/// Has all live keys requested again whenever peers are removed by a drain no longer: this gateway lacks those keys.
+pub async fn sync_again(mut drain: watch::Receiver<Option<Drain>>, sync: SyncSender) {
+    let mut was_removing = false;
+    loop {
+        let removes = drain.borrow_and_update().as_ref().is_some_and(|drain| drain.passed_deadline().is_some());
+        if std::mem::replace(&mut was_removing, removes) && !removes {
+            // If there is no place for it, the request of the next hour is for all keys, too.
+            let _ = sync.try_send(SyncEvent::KeysRemoved);
+        }
+        if drain.changed().await.is_err() {
+            pending::<()>().await;
         }
     }
 }
@@ -100,13 +120,15 @@ async fn received(signal: Option<&mut Signal>) {
 
 #[cfg(test)]
 mod tests {
+    use wgkex_common::drain::DrainRequest;
+
     use super::*;
 
     #[test]
     fn a_drain_counts_from_the_start_until_its_end_and_through_a_damaged_file() {
         let dir = tempfile::tempdir().unwrap();
         let (file, now) = (drain::worker_file(dir.path()), unix(SystemTime::now()));
-        let made = Drain { since: now, until: Some(now + 60), reason: None };
+        let made = Drain { since: now, until: Some(now + 60), reason: None, deadline: None };
         drain::save(&file, Some(made.clone())).unwrap();
         let metric = IntGauge::new("m", "m").unwrap();
         let mut watch = DrainWatch::open(dir.path(), metric.clone());
@@ -122,5 +144,34 @@ mod tests {
         assert_eq!(*receiver.borrow(), Some(made));
         watch.apply(Ok(None), now);
         assert_eq!((receiver.borrow().clone(), metric.get()), (None, 0));
+
+        let request = DrainRequest { deadline: Some("1m"), ..DrainRequest::default() };
+        let made = Drain::begin(request, now).unwrap();
+        for (seconds, is_over) in [(59, false), (60, true), (61, true)] {
+            watch.apply(Ok(Some(made.clone())), now + seconds);
+            let seen = receiver.borrow_and_update().clone().unwrap();
+            assert_eq!(seen.passed_deadline().is_some(), is_over, "{seconds}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_peers_are_removed_no_longer_all_live_keys_are_requested() {
+        let request = DrainRequest { deadline: Some("1m"), ..DrainRequest::default() };
+        let made = Drain::begin(request, 0).unwrap();
+        let (drain, receiver) = watch::channel(None);
+        let (sync, mut events) = wgkex_common::sync::channel();
+        tokio::spawn(sync_again(receiver, sync));
+        for (state, is_asked) in [
+            (Some(made.clone()), false),
+            (None, false),
+            (Some(made.clone().at(60)), false),
+            (Some(Drain { reason: Some("more".into()), ..made.clone().at(60) }), false),
+            (None, true),
+            (Some(made.at(60)), false),
+        ] {
+            drain.send_replace(state.clone());
+            sleep(INTERVAL).await;
+            assert_eq!(events.try_recv().is_ok(), is_asked, "{state:?}");
+        }
     }
 }

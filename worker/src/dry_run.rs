@@ -101,6 +101,7 @@ mod tests {
     use std::time::{Duration, Instant, SystemTime};
 
     use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
+    use wgkex_common::drain::Deadline;
     use wgkex_common::storage::key_store::KeyRecord;
     use wgkex_common::{PublicKey, Reserved};
     use wgkex_kernel::{Indexes, Peer, host};
@@ -135,6 +136,16 @@ mod tests {
     }
 
     fn said(device: &Device, remembered: &[(u32, Duration)], denied: &[u32], now: Clocks) -> Vec<String> {
+        said_past(None, device, remembered, denied, now)
+    }
+
+    fn said_past(
+        deadline: Option<Deadline>,
+        device: &Device,
+        remembered: &[(u32, Duration)],
+        denied: &[u32],
+        now: Clocks,
+    ) -> Vec<String> {
         let record = |ago: Duration| KeyRecord { last: now.monotonic.checked_sub(ago).unwrap(), established: false };
         let denied: Vec<_> = denied.iter().map(|n| Entry::new(List::Deny, key(*n))).collect();
         let (domain, reserved) = (domain(), Reserved::default());
@@ -144,6 +155,7 @@ mod tests {
             policy: Policy::default(),
             remembered: remembered.iter().map(|(n, ago)| (key(*n), record(*ago))).collect::<BTreeMap<PublicKey, _>>(),
             admission: Arc::new(Admission::of(&denied, AllowList::Off, 0)),
+            deadline,
             reserved: &reserved,
         };
         let commands = commands(&Interface::from(&domain), device, &preview(parts, device, now));
@@ -221,6 +233,17 @@ mod tests {
         orphans.routes.insert(host(key(5).link_local()));
         let [_, route, _] = all(5, ["remove", "del", "del"]);
         assert_eq!(said(&orphans, &[], &[], now), because(&[route], Reason::Orphaned));
+    }
+
+    #[test]
+    fn past_the_deadline_of_a_drain_a_portion_goes_and_nothing_is_restored() {
+        let now = now();
+        let device = device(&[(1, Some(HOUR)), (2, Some(2 * HOUR))], now);
+        let deadline = Deadline { at: 0, percent: 50.try_into().unwrap(), is_over: true };
+        let [peer, route, flood] = all(2, ["remove", "del", "del"]);
+        let remembered = [(1, 3 * HOUR), (2, 3 * HOUR), (3, HOUR / 60)];
+        let expected = because(&[route, flood, peer], Reason::Drained);
+        assert_eq!(said_past(Some(deadline), &device, &remembered, &[], now), expected);
     }
 
     #[test]

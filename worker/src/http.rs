@@ -145,6 +145,7 @@ impl HttpState {
             uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
             mqtt: MqttStatus { connected: cause.is_none(), cause },
             drain: self.drain.borrow().clone(),
+            peers_drained: self.sum(&metrics.peers.drained),
             domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
             keys: self.key_totals(),
             batches: BatchTotals {
@@ -183,20 +184,22 @@ impl HttpState {
         DomainStatus { wireguard: domain.wireguard(), vxlan: domain.vxlan(), up, reason, port, peers }
     }
 
+    /// The sum of a counter over all domains.
+    fn sum(&self, counters: &IntCounterVec) -> u64 {
+        self.served.iter().map(|domain| counters.with_label_values(&[domain.name()]).get()).sum()
+    }
+
     fn key_totals(&self) -> KeyTotals {
         let metrics = &self.reconciler;
-        let sum = |counters: &IntCounterVec| {
-            self.served.iter().map(|domain| counters.with_label_values(&[domain.name()]).get()).sum()
-        };
         let failed = |reason: &RejectReason| {
             let of = |domain: &Domain| metrics.keys_failed.with_label_values(&[domain.name(), reason.as_ref()]).get();
             self.served.iter().map(of).sum::<u64>()
         };
         KeyTotals {
-            received: sum(&metrics.keys_received),
-            installed: sum(&metrics.keys_installed),
-            refreshed: sum(&metrics.keys_refreshed),
-            restored: sum(&metrics.keys_restored),
+            received: self.sum(&metrics.keys_received),
+            installed: self.sum(&metrics.keys_installed),
+            refreshed: self.sum(&metrics.keys_refreshed),
+            restored: self.sum(&metrics.keys_restored),
             failed: reconciler::FAILURES.iter().map(failed).sum(),
             dropped: reconciler::DROPPED
                 .iter()

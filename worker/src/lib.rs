@@ -5,8 +5,8 @@
 //! [`wgkex_kernel`] applies them. The outcome goes back by [`bus`].
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
-//! reconciler, the two MQTT sessions, the sync client, the tick of reserved keys, the publisher, the metrics server and
-//! what the service manager is told.
+//! reconciler, the drain, the two MQTT sessions, the sync client, the keys after a drain, the tick of reserved keys, the
+//! publisher, the metrics server and what the service manager is told.
 
 mod bus;
 pub mod cli;
@@ -126,6 +126,7 @@ pub async fn run<K: Kernel>(
         KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let reserved = watch::Sender::new(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
+    let watch_drain = DrainWatch::open(&config.state_dir, metrics.bus.draining.clone());
     let (task, reconciler, reports) = Reconciler::new(ReconcilerParts {
         kernel,
         domains: config.domains.clone(),
@@ -135,6 +136,7 @@ pub async fn run<K: Kernel>(
         remembered,
         reserved: reserved.subscribe(),
         gate: lists.gate(),
+        drain: watch_drain.receiver(),
         metrics: metrics.reconciler.clone(),
     });
     // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
@@ -154,7 +156,6 @@ pub async fn run<K: Kernel>(
         let kernel = servers_kernel().context("netlink")?;
         Some(LeaseTask::open(&config, LeaseParts { kernel, bus, events: lease_events, metrics })?)
     };
-    let watch_drain = DrainWatch::open(&config.state_dir, metrics.bus.draining.clone());
     let worker = Worker { drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
 
     let watched = [
@@ -202,6 +203,7 @@ impl Worker {
         let Self { config, metrics, lists, reconciler, bus, confirmations, drain } = self;
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
+        let resync = drain::sync_again(drain.clone(), sync_sender.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let parts = publisher::PublisherParts {
             bus: bus.clone(),
@@ -230,6 +232,7 @@ impl Worker {
             .spawn("the sync client", |_| {
                 sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
             })
+            .spawn("the keys after a drain", |_| resync)
             .spawn("the reserved keys", |_| tick(ticking))
             .spawn("the config", |_| reload::on_hangup(config.clone(), KEY_USE, |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));

@@ -59,9 +59,12 @@ enum Command {
                             while it does not."
     )]
     Doctor(Doctor),
-    /// Gives this gateway no new routers; those there stay. The running worker notices within 2 s; a restart changes nothing
+    /// Gives this gateway no new routers; those there stay, or go in portions after --deadline. The running worker notices within
+    /// 2 s; a restart changes nothing
     #[command(
-        after_help = "Kept in state_dir/worker.drain.json. Run it as root or as the worker's user. For originals: \
+        after_help = "After the deadline, peers that connect go in portions of --percent a minute, and so do the others, those that \
+                            are silent for longest first. Peers that wgkex did not make, and trusted keys, stay.\n\
+                            Kept in state_dir/worker.drain.json. Run it as root or as the worker's user. For originals: \
                             wgkex-broker drain GATEWAY."
     )]
     Drain(DrainCommand),

@@ -33,6 +33,7 @@ use wgkex_kernel::{Change, Device, Indexes};
 
 pub use self::arrivals::{Admitted, Missing, dedup_keep_last};
 use self::capacity::PeerCapacity;
+pub use self::departures::Drainable;
 pub(crate) use self::departures::ORPHANED;
 pub use self::metrics::Metrics;
 use self::owners::{AddressOwners, Claimant};

@@ -12,6 +12,7 @@ mod domain;
 mod driver;
 mod handle;
 mod metrics;
+mod portions;
 pub mod reports;
 pub mod schedule;
 mod task;

@@ -26,6 +26,9 @@ pub struct Status {
     /// That the gateway gets no new routers.
     #[serde(default)]
     pub drain: Option<Drain>,
+    /// Peers that drains past their deadlines have removed since it started.
+    #[serde(default)]
+    pub peers_drained: u64,
     /// Each domain that it serves.
     pub domains: BTreeMap<String, DomainStatus>,
     /// What became of keys since it started.
@@ -177,6 +180,9 @@ impl Status {
         if let Some(drain) = &self.drain {
             let _ = writeln!(screen, "{} {drain}", style.paint(Colour::Odd, "draining"));
         }
+        if self.peers_drained > 0 {
+            let _ = writeln!(screen, "peers removed by drains: {}", self.peers_drained);
+        }
         for (name, domain) in &self.domains {
             let _ = writeln!(screen, "{}", domain.line(name, style));
         }
@@ -258,6 +264,7 @@ mod tests {
             uptime_seconds: 180,
             mqtt: MqttStatus { connected: true, cause: None },
             drain: None,
+            peers_drained: 0,
             domains: [("ffmuc_welt".to_owned(), domain)].into(),
             keys: KeyTotals { received: 20, ..KeyTotals::default() },
             batches: BatchTotals { batches: 4, keys: 20, seconds: 0.1 },
@@ -306,7 +313,8 @@ mod tests {
         let mut now = Status { keys: KeyTotals { received: 40, ..before.keys }, ..well() };
         now.batches.batches = 14;
         now.problems = vec!["MQTT: refused".into()];
-        now.drain = Some(Drain { since: 0, until: None, reason: Some("kernel".into()) });
+        now.peers_drained = 12;
+        now.drain = Some(Drain { since: 0, until: None, reason: Some("kernel".into()), deadline: None });
         let rates = now.rates(&before, Duration::from_secs(2));
         assert_eq!(rates, Some(Rates { keys: 10.0, batches: 5.0 }));
         assert_eq!(Status { pid: 8, ..well() }.rates(&before, Duration::from_secs(2)), None, "it was restarted");
@@ -319,6 +327,7 @@ mod tests {
             "waiting: 5 in the queue, 6 pending, the oldest for 1.2 s\n",
             "wrong: MQTT: refused\n",
             "draining since 1970-01-01T00:00:00Z: kernel\n",
+            "peers removed by drains: 12\n",
         ] {
             assert!(screen.contains(text), "{text} is not in {screen}");
         }

@@ -19,7 +19,7 @@ use crate::cli::key_reports;
 use crate::cli::table::Colours;
 use crate::fleet::revocation;
 use crate::fleet::status::printable;
-use crate::http::admin::token_hash;
+use crate::http::admin::{NO_DEADLINE, token_hash};
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
@@ -139,6 +139,9 @@ pub enum AdminCommand {
         /// For how long, as 30m, 12h or 7d; until undrain if left out
         #[arg(long = "for", value_name = "DURATION")]
         lasts: Option<String>,
+        /// Not at a broker, which cannot remove peers from a gateway: wgkex-worker drain has it
+        #[arg(long, value_name = "DURATION")]
+        deadline: Option<String>,
         /// The connection to the broker.
         #[command(flatten)]
         call: ConnectionArgs,
@@ -214,7 +217,8 @@ impl AdminCommand {
     fn text(self, file: Option<&Path>) -> anyhow::Result<(String, ExitCode)> {
         match self {
             Self::AdminToken => admin_token(),
-            Self::Drain { gateway, reason, lasts, call } => {
+            Self::Drain { deadline: Some(_), .. } => bail!("deadline: {NO_DEADLINE}"),
+            Self::Drain { gateway, reason, lasts, deadline: None, call } => {
                 call.drain(file, "/v1/drain", &json!({ "gateway": gateway, "reason": reason, "for": lasts }))
             }
             Self::Undrain { gateway, call } => call.drain(file, "/v1/undrain", &json!({ "gateway": gateway })),

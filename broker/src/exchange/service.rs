@@ -105,10 +105,17 @@ impl Exchange {
         }
         let selection = self.uncached_v2(id, status).await?;
         let now = Instant::now().into_std();
-        let is_connected = self.live().home(id) == Some(&selection.worker);
+        let is_connected = self.on_given(id, &selection.worker, now);
         self.gateways().on_given(&selection.worker, id, is_connected, now);
         self.cache(id, status, Some(selection.worker));
         Ok(selection.data)
+    }
+
+    /// Remembers that the router is sent to `worker`; true if that is the gateway that last reported handshakes of it.
+    fn on_given(&self, id: &KeyId, worker: &WorkerName, now: std::time::Instant) -> bool {
+        let mut live = self.live();
+        live.on_given(id, worker, now);
+        live.last_with_handshakes(id) == Some(worker)
     }
 
     /// What is known of the key, if a request for it is admitted now.
@@ -294,7 +301,7 @@ impl Exchange {
     /// The gateway where the router is connected; it only counts while some gateway drains.
     fn home(&self, id: &KeyId) -> Option<WorkerName> {
         let is_any_draining = self.gateways().is_any_draining();
-        is_any_draining.then(|| self.live().home(id).cloned()).flatten()
+        is_any_draining.then(|| self.live().home(id, Instant::now().into_std()).cloned()).flatten()
     }
 
     /// The best gateway of those that are `eligible`. The router counts as its peer from here on, so that requests at the

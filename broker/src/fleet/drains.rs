@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn drains_are_bounded_and_end_at_their_time() {
-        let drain = |until| Drain { since: 0, until, reason: None };
+        let drain = |until| Drain { since: 0, until, reason: None, deadline: None };
         let name = |number: usize| format!("gw{number}").parse::<WorkerName>().unwrap();
         let mut drains = Drains::default();
         for number in 0..DRAINS_MAX {
@@ -208,7 +208,7 @@ mod tests {
         let config = Config::parse("", &yaml, "b").unwrap();
         let open = || DrainStore::open(&config, Arc::new(Mutex::new(Gateways::new(&config))));
         let (store, worker) = (open().unwrap(), "gw1".parse().unwrap());
-        let drain = Drain { since: 7, until: None, reason: Some("r".into()) };
+        let drain = Drain { since: 7, until: None, reason: Some("r".into()), deadline: None };
         let outcome = store.set(&worker, Some(drain.clone())).await.unwrap();
         assert_eq!(outcome, DrainOutcome { was_on: false, is_kept: true });
         let again = open().unwrap();

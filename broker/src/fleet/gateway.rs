@@ -9,6 +9,7 @@ use wgkex_common::Domain;
 use wgkex_common::drain::Drain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
+use crate::fleet::selection::DrainPhase;
 use crate::fleet::status::{ORIGINAL, OfflineReason};
 
 /// How long one of these counts when nothing supports it: a status, which is retained; a count or confirmation without a
@@ -163,6 +164,12 @@ impl Gateway {
     /// The drain that it publishes.
     pub fn drain(&self) -> Option<&Drain> {
         self.hello.as_ref()?.drain.as_ref()
+    }
+
+    /// What becomes of its routers, if it publishes that it drains.
+    pub fn drain_phase(&self) -> Option<DrainPhase> {
+        let removes = |drain: &Drain| drain.passed_deadline().is_some();
+        self.drain().map(|drain| if removes(drain) { DrainPhase::Removes } else { DrainPhase::Keeps })
     }
 
     pub fn confirms(&self) -> bool {

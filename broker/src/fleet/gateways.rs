@@ -17,7 +17,7 @@ use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic
 use crate::fleet::drains::{Drains, TooManyDrains};
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
 use crate::fleet::reach::Reach;
-use crate::fleet::selection::{Candidate, Contender, Selection, Shares};
+use crate::fleet::selection::{Candidate, Contender, DrainPhase, Selection, Shares};
 
 /// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
@@ -67,7 +67,7 @@ pub struct Gateways {
 pub struct Router<'a> {
     /// Its domain.
     pub domain: &'a Domain,
-    /// The gateway that last reported handshakes of it: one that drains keeps it.
+    /// The gateway where it is connected: one that drains keeps it.
     pub home: Option<&'a WorkerName>,
     /// When it asks.
     pub now: Instant,
@@ -401,7 +401,7 @@ impl Gateways {
             worker,
             peers: gateway.peers().total(),
             is_unresponsive: gateway.is_unresponsive,
-            is_draining: gateway.drain().is_some() || self.drains.get(worker).is_some(),
+            drain: gateway.drain_phase().or(self.drains.get(worker).map(|_| DrainPhase::Keeps)),
             age: gateway.came_back.map(|since| now.saturating_duration_since(since)),
         }
     }

@@ -1,12 +1,18 @@
-//! At which gateways a key is, as far as they published it: for operators, in a few bytes per key. No IO, no clock.
+//! At which gateways a key is, as far as they published it, and which one this broker named to its router, in a few bytes per
+//! key: for operators, and for the choice of a gateway. No IO, no clock.
+//!
+//! What a worker publishes of keys may be false. For the choice it counts only where this broker's own answers agree: a worker
+//! can neither keep nor attract routers that this broker sent elsewhere.
 
-use std::num::NonZeroU8;
+use std::num::{NonZeroU8, NonZeroU16};
 use std::time::{Duration, Instant};
 
 use wgkex_common::WorkerName;
 
 /// The most gateways that are told apart; what others publish of keys is not remembered.
 const MAX_GATEWAYS: usize = 64;
+/// A router that requests a gateway again so soon after it was sent back to its gateway is not connected there.
+const STAY_RETRY_MINUTES: u16 = 5;
 
 /// The gateways that have published anything of keys, each with a number.
 #[derive(Debug)]
@@ -24,6 +30,10 @@ pub struct KeyPlaces {
     confirmed_at: u32,
     /// The gateway that last reported handshakes, counted from 1.
     handshakes: Option<NonZeroU8>,
+    /// The gateway that this broker last named to the router, counted from 1.
+    given: Option<NonZeroU8>,
+    /// When that was where the router was connected by then, in minutes of a clock that starts anew after 45 days.
+    stayed_at: Option<NonZeroU16>,
 }
 
 /// The gateways of a key, by name.
@@ -42,6 +52,22 @@ impl GatewayNumbers {
     #[must_use]
     pub fn new(begun: Instant) -> Self {
         Self { begun, names: Vec::new() }
+    }
+
+    /// The number of a gateway counted from 1, a new one if there is room.
+    fn ordinal(&mut self, worker: &WorkerName) -> Option<NonZeroU8> {
+        self.number(worker).and_then(|number| u8::try_from(number + 1).ok()).and_then(NonZeroU8::new)
+    }
+
+    fn name(&self, number: Option<NonZeroU8>) -> Option<&WorkerName> {
+        self.names.get(usize::from(number?.get()) - 1)
+    }
+
+    /// The minutes since it began, from 1 to 65535 and then from 1 again.
+    fn minute(&self, now: Instant) -> NonZeroU16 {
+        let minutes = now.saturating_duration_since(self.begun).as_secs() / 60;
+        let minute = u16::try_from(minutes % u64::from(u16::MAX)).unwrap_or_default();
+        NonZeroU16::MIN.saturating_add(minute)
     }
 
     /// The number of a gateway, a new one if there is room.
@@ -69,16 +95,36 @@ impl GatewayNumbers {
 
     /// `worker` has reported handshakes of the key.
     pub fn on_handshake(&mut self, places: &mut KeyPlaces, worker: &WorkerName) {
-        let number = self.number(worker).and_then(|number| u8::try_from(number + 1).ok());
-        if let Some(number) = number {
-            places.handshakes = NonZeroU8::new(number);
+        if let Some(number) = self.ordinal(worker) {
+            places.handshakes = Some(number);
         }
+    }
+
+    /// This broker named `worker` to the router.
+    pub fn give(&mut self, places: &mut KeyPlaces, worker: &WorkerName, now: Instant) {
+        let stays = self.home(places, now) == Some(worker);
+        places.given = self.ordinal(worker);
+        places.stayed_at = stays.then(|| self.minute(now));
+    }
+
+    /// The gateway where the router is connected: this broker named it to the router, and it is the one that last reported
+    /// handshakes. None for a router that requests one again soon after it was sent back there.
+    #[must_use]
+    pub fn home(&self, places: &KeyPlaces, now: Instant) -> Option<&WorkerName> {
+        let is_recent = |at: NonZeroU16| {
+            let minute = self.minute(now).get();
+            // One of the two begins anew at 1, and has no 0.
+            let passed = if minute >= at.get() { minute - at.get() } else { minute + (u16::MAX - at.get()) };
+            passed < STAY_RETRY_MINUTES
+        };
+        let is_home = places.given == places.handshakes && !places.stayed_at.is_some_and(is_recent);
+        self.name(places.given.filter(|_| is_home))
     }
 
     /// The gateway that last reported handshakes of a key.
     #[must_use]
     pub fn last_with_handshakes(&self, places: &KeyPlaces) -> Option<&WorkerName> {
-        self.names.get(usize::from(places.handshakes?.get()) - 1)
+        self.name(places.handshakes)
     }
 
     /// The gateways of a key.
@@ -117,6 +163,39 @@ mod tests {
         let named = numbers.named(&places, at(22));
         assert_eq!((named.confirmed, named.handshakes), (vec![worker(2)], Some(worker(2))));
         assert_eq!(named.confirmed_ago, Some(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn a_router_is_at_home_where_this_broker_sent_it_and_the_gateway_reports_it() {
+        let begun = Instant::now();
+        let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
+        numbers.on_handshake(&mut places, &worker(2));
+        assert_eq!(numbers.home(&places, begun), None, "only the gateway claims it");
+        numbers.give(&mut places, &worker(1), begun);
+        assert_eq!(numbers.home(&places, begun), None, "another one claims it");
+        numbers.on_handshake(&mut places, &worker(1));
+        assert_eq!(numbers.home(&places, begun), Some(&worker(1)));
+        numbers.on_handshake(&mut places, &worker(2));
+        assert_eq!(numbers.home(&places, begun), None, "it may have moved");
+        numbers.on_handshake(&mut places, &worker(1));
+        numbers.give(&mut places, &worker(2), begun);
+        assert_eq!(numbers.home(&places, begun), None, "it was sent elsewhere");
+    }
+
+    #[test]
+    fn a_router_that_was_sent_back_and_requests_again_soon_has_no_home() {
+        let begun = Instant::now();
+        // Also where the clock of minutes begins anew.
+        for first in [0, 65_532, 65_534, 65_535, 131_069] {
+            let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
+            let at = |minutes: u64| begun + Duration::from_secs(60 * (first + minutes));
+            numbers.on_handshake(&mut places, &worker(1));
+            numbers.give(&mut places, &worker(1), at(0));
+            assert_eq!(numbers.home(&places, at(0)), Some(&worker(1)), "its first request since it is connected");
+            numbers.give(&mut places, &worker(1), at(0));
+            let homes = [0, 1, 4, 5, 90].map(|minutes| numbers.home(&places, at(minutes)).is_some());
+            assert_eq!(homes, [false, false, false, true, true], "{first}");
+        }
     }
 
     #[test]

@@ -266,9 +266,23 @@ impl LiveKeys {
 
     /// The gateway that last reported handshakes of a key.
     #[must_use]
-    pub fn home(&self, id: &KeyId) -> Option<&WorkerName> {
-        let live = self.domains.get(&id.domain)?.keys.get(&id.key)?;
-        self.numbers.last_with_handshakes(&live.places)
+    pub fn last_with_handshakes(&self, id: &KeyId) -> Option<&WorkerName> {
+        self.numbers.last_with_handshakes(self.places(id)?)
+    }
+
+    /// The gateway where the router of a key is connected, by its reports and by this broker's own answers.
+    #[must_use]
+    pub fn home(&self, id: &KeyId, now: Instant) -> Option<&WorkerName> {
+        self.numbers.home(self.places(id)?, now)
+    }
+
+    /// This broker answered a request of the key's router with `worker`.
+    pub fn on_given(&mut self, id: &KeyId, worker: &WorkerName, now: Instant) {
+        self.place(id.domain.name(), &id.key, |numbers, places| numbers.give(places, worker, now));
+    }
+
+    fn places(&self, id: &KeyId) -> Option<&KeyPlaces> {
+        Some(&self.domains.get(&id.domain)?.keys.get(&id.key)?.places)
     }
 
     /// What is known of a key, in each domain where it is known.

@@ -1,5 +1,6 @@
 //! Which gateway the next router is given: of those that can serve it, the one furthest below its share of all peers
-//! (contract section 6). A gateway that drains keeps its routers and gets no others; one that came back is filled slowly.
+//! (contract section 6). A gateway that drains keeps its routers until its deadline, and gets no others; one that came back is
+//! filled slowly.
 //! No IO, no clock, no state.
 
 use std::collections::BTreeMap;
@@ -21,10 +22,19 @@ pub(super) struct Contender<'a> {
     pub peers: u64,
     /// It did not confirm the last key in time.
     pub is_unresponsive: bool,
-    /// It gets no new routers.
-    pub is_draining: bool,
+    /// What becomes of its routers, if it drains.
+    pub drain: Option<DrainPhase>,
     /// Since how long it is online and does not drain; none if that was so before anybody looked.
     pub age: Option<Duration>,
+}
+
+/// What becomes of the routers of a gateway that drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DrainPhase {
+    /// They stay.
+    Keeps,
+    /// It removes their peers: the deadline is over.
+    Removes,
 }
 
 /// A gateway that can serve the router.
@@ -63,16 +73,18 @@ pub(super) enum Tier {
     Weightless,
     /// It did not confirm the last key in time.
     Unresponsive,
+    /// It removes the peers of its routers.
+    Removing,
 }
 
 impl Tier {
-    /// Whether it is chosen only if there is no other. All of these are equal.
-    pub fn is_last_resort(self) -> bool {
-        matches!(self, Self::Draining | Self::Weightless | Self::Unresponsive)
-    }
-
+    /// Those that are chosen only if there is no better one are equal, apart from one that removes peers: its routers would
+    /// come back to it.
     fn place(self) -> Self {
-        if self.is_last_resort() { Self::Draining } else { self }
+        match self {
+            Self::Draining | Self::Weightless | Self::Unresponsive => Self::Draining,
+            Self::Stays | Self::Regular | Self::Filling | Self::Removing => self,
+        }
     }
 }
 
@@ -106,10 +118,10 @@ impl<'a> Shares<'a> {
     ) -> Self {
         let none = Self { weights, total_weight: 0.0, total_peers: 0.0, online_weight: 0.0, fill_time: Duration::ZERO };
         let (mut shares, mut number) = (none, 0.0_f64);
-        for Contender { worker, peers, is_draining, age, .. } in online {
+        for Contender { worker, peers, drain, age, .. } in online {
             number += 1.0;
             shares.total_peers += real(peers);
-            if !is_draining {
+            if drain.is_none() {
                 shares.online_weight += shares.weight(worker);
                 shares.fill_time = shares.fill_time.max(age.unwrap_or(fill_time).min(fill_time));
             }
@@ -137,8 +149,9 @@ impl<'a> Shares<'a> {
         self.share(worker) * self.total_peers
     }
 
-    /// The candidate furthest below its target. One that was unresponsive, drains, or weighs nothing, is the last resort;
-    /// but one that drains keeps the routers that are connected there.
+    /// The candidate furthest below its target. One that was unresponsive, drains, or weighs nothing, is the last resort, and
+    /// one that removes peers only where there is none of these; but one that drains keeps the routers that are connected
+    /// there, until it removes them.
     pub fn select<'b>(&self, candidates: impl Iterator<Item = Candidate<'b>>) -> Option<Selection> {
         let ranked =
             candidates.map(|candidate| (self.rank_for_router(candidate.contender, candidate.is_home), candidate));
@@ -159,10 +172,12 @@ impl<'a> Shares<'a> {
     }
 
     /// The place of a gateway in the choice for a router that is new there.
-    fn rank(&self, Contender { worker, peers, is_unresponsive, is_draining, age }: Contender<'_>) -> Rank {
-        let tier = if is_unresponsive {
+    fn rank(&self, Contender { worker, peers, is_unresponsive, drain, age }: Contender<'_>) -> Rank {
+        let tier = if drain == Some(DrainPhase::Removes) {
+            Tier::Removing
+        } else if is_unresponsive {
             Tier::Unresponsive
-        } else if is_draining {
+        } else if drain.is_some() {
             Tier::Draining
         } else if self.weight(worker) == 0.0 {
             Tier::Weightless
@@ -202,11 +217,11 @@ mod tests {
     struct Row {
         peers: u64,
         age: Option<u64>,
-        drains: bool,
+        drain: Option<DrainPhase>,
     }
 
     fn there(peers: u64) -> Row {
-        Row { peers, age: None, drains: false }
+        Row { peers, age: None, drain: None }
     }
 
     fn back(peers: u64, age: u64) -> Row {
@@ -214,7 +229,11 @@ mod tests {
     }
 
     fn draining(peers: u64) -> Row {
-        Row { drains: true, ..there(peers) }
+        Row { drain: Some(DrainPhase::Keeps), ..there(peers) }
+    }
+
+    fn removing(peers: u64) -> Row {
+        Row { drain: Some(DrainPhase::Removes), ..there(peers) }
     }
 
     /// The gateway, by its place in `rows`, that each of `routers` new ones is given, all at once.
@@ -235,7 +254,7 @@ mod tests {
                     worker,
                     peers: row.peers,
                     is_unresponsive: false,
-                    is_draining: row.drains,
+                    drain: row.drain,
                     age: row.age.map(Duration::from_secs),
                 })
                 .collect();
@@ -268,6 +287,10 @@ mod tests {
             (&[draining(9), draining(5)], None, 1),
             (&[draining(5)], None, 0),
             (&[back(0, 1), draining(90)], None, 0),
+            (&[there(90), removing(5)], Some(1), 0),
+            (&[draining(90), removing(5)], Some(1), 0),
+            (&[removing(90), removing(5)], Some(0), 1),
+            (&[removing(5)], Some(0), 0),
         ] {
             assert_eq!(given(rows, OVER, home, 1), [expected], "{rows:?} {home:?}");
         }

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
 use wgkex_common::access_lists::{Entry, List, parse, unix};
 use wgkex_common::config::Secret;
-use wgkex_common::drain::Drain;
+use wgkex_common::drain::{Drain, DrainRequest};
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
 use wgkex_common::mqtt::{Message, MqttHandle};
@@ -47,6 +47,9 @@ const UNAUTHORIZED_BURST: u32 = 10;
 const FIELDS: [&str; 5] = ["key", "domain", "name", "reason", "for"];
 /// The fields of a call that drains a gateway.
 const DRAIN_FIELDS: [&str; 3] = ["gateway", "reason", "for"];
+/// Why the drains of a broker have no deadline.
+pub const NO_DEADLINE: &str = "a broker cannot remove peers from a gateway: run wgkex-worker drain --deadline on the gateway; an \
+                               original keeps its peers until its sweep";
 
 /// The longest name of a gateway.
 const GATEWAY_MAX: usize = 255;
@@ -374,6 +377,9 @@ struct DrainFields {
 }
 
 fn drain_fields(fields: &Map<String, Value>, now: u64) -> Result<DrainFields, ApiError> {
+    if fields.contains_key("deadline") || fields.contains_key("percent") {
+        return Err(bad_request(format!("deadline: {NO_DEADLINE}")));
+    }
     if fields.keys().any(|field| !DRAIN_FIELDS.contains(&field.as_str())) {
         return Err(bad_request(format!("a field is not known: {} are allowed", DRAIN_FIELDS.join(", "))));
     }
@@ -385,7 +391,8 @@ fn drain_fields(fields: &Map<String, Value>, now: u64) -> Result<DrainFields, Ap
     let gateway = text("gateway")?.filter(|name| (1..=GATEWAY_MAX).contains(&name.len()));
     let gateway = gateway.ok_or_else(|| bad_request("gateway: is missing or too long, a host name is expected"))?;
     let gateway = gateway.parse().map_err(|error| bad_request(format!("gateway: {error}")))?;
-    let drain = Drain::begin(text("reason")?, text("for")?, now).map_err(|error| bad_request(error.to_string()))?;
+    let request = DrainRequest { reason: text("reason")?, lasts: text("for")?, ..DrainRequest::default() };
+    let drain = Drain::begin(request, now).map_err(|error| bad_request(error.to_string()))?;
     Ok(DrainFields { gateway, drain })
 }
 
@@ -515,7 +522,7 @@ mod tests {
                 message
             })
         };
-        let drain = Drain { since: 1_000, until: Some(1_060), reason: Some("r".into()) };
+        let drain = Drain { since: 1_000, until: Some(1_060), reason: Some("r".into()), deadline: None };
         let expected = DrainFields { gateway: "gw1".parse().unwrap(), drain };
         assert_eq!(read(json!({ "gateway": "gw1", "reason": "r", "for": "1m" })), Ok(expected));
         assert_eq!(read(json!({ "gateway": "gw1" })).unwrap().drain.until, None);
@@ -527,6 +534,7 @@ mod tests {
             (json!({ "gateway": "gw1", "for": "x" }), "for: "),
             (json!({ "gateway": "gw1", "reason": "a\nb" }), "reason: "),
             (json!({ "gateway": "gw1", "key": "x" }), "a field is not known: "),
+            (json!({ "gateway": "gw1", "deadline": "1h" }), "deadline: a broker cannot remove peers"),
         ] {
             let message = read(body.clone()).unwrap_err();
             assert!(message.starts_with(named) && !message.contains('\n'), "{body}: {message}");

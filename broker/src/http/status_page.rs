@@ -179,7 +179,7 @@ mod tests {
             offline: Some(Offline { reason: OfflineReason::ConnectionLost, for_secs: Some(180) }),
             ..online.clone()
         };
-        let drain = Drain { since: 0, until: None, reason: Some("<i>kernel".into()) };
+        let drain = Drain { since: 0, until: None, reason: Some("<i>kernel".into()), deadline: None };
         let draining = GatewayStatus {
             name: "gw2".into(),
             draining: vec![Draining { by: DrainSource::Gateway, drain }],

@@ -97,6 +97,20 @@ fn after_a_round_only_newer_keys_are_requested() {
     assert_eq!(request.younger_than, Some(621), "a round that did not come to its end does not count");
 }
 
+#[test]
+fn a_program_that_removed_keys_requests_all_of_them_at_once() {
+    let mut world = World::worker(&["b1"]);
+    world.round();
+    world.client.keys_removed(world.now);
+    assert_eq!(world.ask().unwrap().1.younger_than, None);
+    world.client.keys_removed(world.now);
+    world.client.offline();
+    world.client.keys_removed(world.now);
+    assert_eq!(world.ask(), None, "without a bus nobody is asked");
+    world.client.online(world.now, Duration::ZERO);
+    assert_eq!(world.ask().unwrap().1.younger_than, None);
+}
+
 /// Lets so much time pass, second by second, and gives what is asked meanwhile.
 fn asked_within(world: &mut World, time: Duration) -> Vec<(BrokerName, SyncRequest)> {
     let end = world.now + time;

@@ -501,14 +501,17 @@ mod tests {
     fn a_drain_in_a_hello_is_bounded_and_older_programs_say_nothing_of_it() {
         let plain = Hello::worker(Vec::new());
         assert!(!serde_json::to_string(&plain).unwrap().contains("drain"));
-        let drain = Drain { since: 7, until: Some(9), reason: Some("x".repeat(REASON_MAX)) };
+        let drain = Drain { since: 7, until: Some(9), reason: Some("x".repeat(REASON_MAX)), deadline: None };
         let made = Hello { drain: Some(drain), ..plain };
         assert_eq!(Hello::parse(&serde_json::to_vec(&made).unwrap()), Ok(Some(made)));
         let with = |drain: &str| Hello::parse(format!(r#"{{"version":"1","can":[],"drain":{drain}}}"#).as_bytes());
         assert_eq!(with("null").unwrap().unwrap().drain, None);
         assert_eq!(with(r#"{"since":7,"new":[]}"#).unwrap().unwrap().drain.unwrap().since, 7);
         let long = format!(r#"{{"since":7,"reason":{:?}}}"#, "x".repeat(REASON_MAX + 1));
-        for wrong in ["7", "{}", r#"{"since":-1}"#, r#"{"since":7,"reason":7}"#, &long] {
+        let deadline = with(r#"{"since":7,"deadline":{"at":9,"percent":5,"is_over":true}}"#).unwrap().unwrap();
+        assert_eq!(deadline.drain.unwrap().passed_deadline().unwrap().at, 9);
+        let none = r#"{"since":7,"deadline":{"at":9,"percent":101}}"#;
+        for wrong in ["7", "{}", r#"{"since":-1}"#, r#"{"since":7,"reason":7}"#, &long, none] {
             assert_eq!(with(wrong), Err(Malformed::Field("drain", "a time and a short text")), "{wrong}");
         }
     }

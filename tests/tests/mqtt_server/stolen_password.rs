@@ -6,7 +6,7 @@ use std::ops::Range;
 use serde_json::{Value, json};
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::process::hash;
-use wgkex_tests::scripted::{Manner, Worker, applied, hello, key_topic, peers_of, status};
+use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key};
 
@@ -164,6 +164,64 @@ fn a_handshake_that_another_worker_reports_makes_a_claimed_key_a_routers() {
     stack.wait_for_metric(&claimed, 2.0);
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
     drop(thief);
+}
+
+/// What a worker says of itself that drains.
+fn draining(worker: &str) -> Said {
+    let hello = r#"{"version":"1","can":["confirm"],"drain":{"since":7}}"#;
+    said(format!("wgkex/worker/{worker}/hello"), hello, 1, true)
+}
+
+fn is_draining(stack: &Stack, worker: &str) {
+    stack.wait_for_metric(&format!("wgkex_broker_gateway_draining{{gateway=\"{worker}\"}}"), 1.0);
+}
+
+/// Seen to fail where the last report of a handshake alone decided where a router is connected: it got the thief's gateway,
+/// where it had never been, although its own had reported handshakes.
+#[test]
+fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
+    let mut stack = stack("rebalance: {over: 0}");
+    let honest = gateway(&mut stack, "gw1", Manner::Confirms);
+    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    stack.wait_for_gateways(2);
+    thief.probe.say(peers_of("gw2", DOMAIN, "500"));
+    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{domain="{DOMAIN}",gateway="gw2"}}"#), 500.0);
+    let routers = keys(0..20);
+    for router in &routers {
+        assert_eq!(stack.v2(DOMAIN, router).json(), endpoint("gw1"));
+    }
+    honest.probe.say(seen("gw1", &routers[..10]));
+    stack.wait_for_metric(&proven(), 10.0);
+
+    thief.probe.say_all([seen("gw2", &routers), draining("gw2")]);
+    stack.wait_for_metric(&proven(), 20.0);
+    is_heard(&stack, &thief, 100);
+    is_draining(&stack, "gw2");
+    for router in &routers {
+        assert_eq!(stack.v2(DOMAIN, router).json(), endpoint("gw1"));
+    }
+}
+
+/// Seen to fail where a gateway that drains kept such a router for ever.
+#[test]
+fn a_router_that_was_sent_back_to_its_gateway_and_requests_again_at_once_gets_another() {
+    let mut stack = stack("rebalance: {over: 0}");
+    let honest = gateway(&mut stack, "gw1", Manner::Confirms);
+    let thief = gateway(&mut stack, "gw2", Manner::Confirms);
+    stack.wait_for_gateways(2);
+    honest.probe.say(peers_of("gw1", DOMAIN, "500"));
+    stack.wait_for_metric(&format!(r#"wgkex_broker_gateway_connected{{domain="{DOMAIN}",gateway="gw1"}}"#), 500.0);
+    let router = key(1);
+    assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw2"), "by its share");
+    thief.probe.say_all([seen("gw2", std::slice::from_ref(&router)), draining("gw2")]);
+    stack.wait_for_metric(&proven(), 1.0);
+    is_draining(&stack, "gw2");
+    assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw2"), "it may be connected there, and be restarted");
+    for n in 100..103 {
+        thief.probe.say(seen("gw2", std::slice::from_ref(&router)));
+        is_heard(&stack, &thief, n);
+        assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw1"), "it is not");
+    }
 }
 
 /// Seen to fail where the word of any worker that confirms counted in any domain.

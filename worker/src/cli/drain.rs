@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use clap::Args;
 use wgkex_common::Config;
 use wgkex_common::access_lists::unix;
-use wgkex_common::drain::{self, Drain};
+use wgkex_common::drain::{self, Drain, DrainRequest};
 
 use super::{complain, print};
 
@@ -21,6 +21,12 @@ pub struct DrainCommand {
     /// For how long, as 30m, 12h or 7d; until undrain if left out
     #[arg(long = "for", value_name = "DURATION")]
     lasts: Option<String>,
+    /// After how long the worker begins to remove peers that it made, so that their routers ask for another gateway
+    #[arg(long, value_name = "DURATION")]
+    deadline: Option<String>,
+    /// How many percent of the peers that are there at the deadline go in a minute, at most: 1 to 100; 10 if left out
+    #[arg(long, value_name = "NUMBER", requires = "deadline")]
+    percent: Option<u8>,
 }
 
 /// The command `undrain`.
@@ -32,8 +38,13 @@ impl DrainCommand {
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
         let now = unix(SystemTime::now());
-        let drain = Drain::begin(self.reason.as_deref(), self.lasts.as_deref(), now);
-        finish(drain.map_err(Into::into).and_then(|drain| {
+        let request = DrainRequest {
+            reason: self.reason.as_deref(),
+            lasts: self.lasts.as_deref(),
+            deadline: self.deadline.as_deref(),
+            percent: self.percent,
+        };
+        finish(Drain::begin(request, now).map_err(Into::into).and_then(|drain| {
             save(file, Some(drain.clone()))?;
             Ok(format!("draining {drain}\n"))
         }))

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 use tokio::runtime::Builder;
-use wgkex_common::access_lists::Admission;
 use wgkex_common::access_lists::service::admission_on_disk;
+use wgkex_common::access_lists::{Admission, unix};
+use wgkex_common::drain::{self, Deadline};
 use wgkex_common::storage::key_store::{self, Clocks, Keys};
 use wgkex_common::{Config, Domain, PublicKey, Reserved};
 use wgkex_kernel::netlink::Netlink;
@@ -35,6 +37,7 @@ type Outcome = Result<Vec<Command>, String>;
 struct Known {
     remembered: Keys,
     admission: Arc<Admission>,
+    deadline: Option<Deadline>,
     reserved: Reserved,
 }
 
@@ -79,7 +82,9 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
         key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
     let admission = Arc::new(admission_on_disk(&config).context("the records of the access lists")?);
     let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
-    let known = Known { remembered, admission, reserved };
+    let drain = drain::read(&drain::worker_file(&config.state_dir)).context("the drain")?;
+    let deadline = drain.and_then(|drain| drain.at(unix(SystemTime::now())).passed_deadline());
+    let known = Known { remembered, admission, deadline, reserved };
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let outcomes = runtime.block_on(async {
         let mut kernel = Netlink::open().context("netlink")?;
@@ -104,6 +109,7 @@ async fn outcome(config: &Config, domain: &Domain, kernel: &mut Netlink, known: 
         policy: crate::policy(config),
         remembered: of_domain.map(|(id, record)| (id.key, *record)).collect::<BTreeMap<PublicKey, _>>(),
         admission: known.admission.clone(),
+        deadline: known.deadline,
         reserved: &known.reserved,
     };
     Ok(commands(&interface, &device, &preview(parts, &device, Clocks::read())))

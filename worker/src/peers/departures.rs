@@ -15,6 +15,28 @@ use crate::profiles::Sweep;
 /// What has no peer goes when it had none for this long: somebody may be making one.
 pub(crate) const ORPHANED: Duration = Duration::from_secs(30);
 
+/// The peers that a drain may remove, those first that had no handshake for longest: their routers are gone already, most
+/// likely.
+#[derive(Debug, Default)]
+pub struct Drainable {
+    connected: Vec<(Option<CompactInstant>, PublicKey)>,
+    silent: Vec<(Option<CompactInstant>, PublicKey)>,
+}
+
+impl Drainable {
+    /// The peers whose routers are connected.
+    #[must_use]
+    pub fn connected(&self) -> impl ExactSizeIterator<Item = PublicKey> {
+        self.connected.iter().map(|(_, key)| *key)
+    }
+
+    /// The other ones.
+    #[must_use]
+    pub fn silent(&self) -> impl ExactSizeIterator<Item = PublicKey> {
+        self.silent.iter().map(|(_, key)| *key)
+    }
+}
+
 impl KnownPeers {
     /// Whether there is a peer whose address another key has.
     #[must_use]
@@ -79,6 +101,41 @@ impl KnownPeers {
         };
         let stale = self.table.iter().filter(|(key, entry)| is_stale(entry) && !self.admission.trusts(key));
         stale.map(|(key, _)| *key).collect()
+    }
+
+    /// The peers of ours that a drain removes past its deadline, judged by the last read. `requested` has when routers sent
+    /// their keys past the deadline: such a peer stays for its grace, and while its router is connected since then, as it got
+    /// no other gateway.
+    #[must_use]
+    pub fn drainable(&self, requested: &BTreeMap<PublicKey, Instant>, now: Instant) -> Drainable {
+        let mut drainable = Drainable::default();
+        for (key, entry) in self.table.iter() {
+            if !entry.ours || entry.sweep != Sweep::WhenStale || self.admission.trusts(key) {
+                continue;
+            }
+            let is_connected = entry.state(&self.policy, now) == PeerState::Connected;
+            let quiet_since = entry.handshake.map(|handshake| handshake.quiet_since);
+            if let Some(requested) = requested.get(key) {
+                let has_grace = now.saturating_duration_since(*requested) < self.policy.grace;
+                let has_returned = is_connected && quiet_since.is_some_and(|since| Instant::from(since) >= *requested);
+                if has_grace || has_returned {
+                    continue;
+                }
+            }
+            let class = if is_connected { &mut drainable.connected } else { &mut drainable.silent };
+            class.push((quiet_since, *key));
+        }
+        drainable.connected.sort_unstable();
+        drainable.silent.sort_unstable();
+        drainable
+    }
+
+    /// Forgets pending keys that no router sent to this run of the program, apart from those that have peers, or whose peers vanished.
+    pub fn forget_unrequested(&mut self) {
+        let is_unrequested = |key: &&PublicKey| !self.is_announced(key) && self.table.known(key).is_none();
+        for key in self.pending.keys().filter(is_unrequested).copied().collect::<Vec<_>>() {
+            self.forget_pending(&key);
+        }
     }
 
     /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.

@@ -21,6 +21,8 @@ pub struct Metrics {
     pub evicted: IntCounterVec,
     /// Peers removed because their keys are not admitted, by domain.
     pub denied: IntCounterVec,
+    /// Peers removed by a drain past its deadline, by domain.
+    pub drained: IntCounterVec,
     /// Idle peers whose endpoint the kernel was made to forget, by domain.
     pub renewed: IntCounterVec,
     /// Routes and flood entries without a peer that were removed, by domain.
@@ -40,6 +42,7 @@ impl Metrics {
             stale: by_domain("wgkex_worker_peers_removed_total", "Stale peers removed.")?,
             evicted: by_domain("wgkex_worker_peers_ousted_total", "Peers that others took the place of.")?,
             denied: by_domain("wgkex_worker_peers_revoked_total", "Peers of keys that may not be here, removed.")?,
+            drained: by_domain("wgkex_worker_peers_drained_total", "Peers removed by a drain past its deadline.")?,
             renewed: by_domain("wgkex_worker_peers_forgotten_total", "Silent peers whose endpoint is forgotten.")?,
             orphans: by_domain(
                 "wgkex_worker_orphans_removed_total",
@@ -76,6 +79,7 @@ mod tests {
                 r#"wgkex_worker_peers{domain="ffmuc_welt",state="stale"} 0"#,
                 r#"wgkex_worker_sweeps_total{domain="ffmuc_welt"} 0"#,
                 r#"wgkex_worker_peers_removed_total{domain="ffmuc_welt"} 0"#,
+                r#"wgkex_worker_peers_drained_total{domain="ffmuc_welt"} 0"#,
             ],
         );
     }

@@ -1,12 +1,13 @@
 //! The state of one domain: what is known of its interface, and what is to be done there next. Pure: what happened comes
 //! in with the time, what is to be applied and counted goes out; no kernel, no log, no metrics.
 //!
-//! Keys that come are in [`installs`], peers that go in [`removals`]; here is what a read of the tables and the backlog lead
+//! Keys that come are in [`installs`], peers that go in [`removals`], and in [`drain`] past its deadline; here is what a read of the tables and the backlog lead
 //! to.
 //!
 //! Owner: the reconciler's task. Previous stop of a key: [`super::driver`], which carries out what this decides; next
 //! stops: [`crate::peers`] and [`crate::plan`].
 
+mod drain;
 mod installs;
 pub mod preview;
 mod removals;
@@ -20,6 +21,7 @@ use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::{Domain, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Interface, KernelError};
 
+use self::drain::Removals;
 use self::removals::Evictions;
 pub(super) use self::removals::{Evicted, Renewed};
 use super::reports::{Report, reject_reason};
@@ -44,6 +46,8 @@ pub(super) struct DomainReconciler {
     /// What the last read showed to be missing, as far as it is not done.
     backlog: VecDeque<Step>,
     evictions: Evictions,
+    /// What a drain past its deadline removes.
+    drain: Removals,
     admission: Arc<Admission>,
     /// Reads fail for another reason than a missing interface, and that is known.
     unreadable: bool,
@@ -97,6 +101,7 @@ impl DomainReconciler {
             interface_key: Err(RejectReason::Interface),
             backlog: VecDeque::new(),
             evictions: Evictions::default(),
+            drain: Removals::default(),
             admission: Arc::default(),
             unreadable: false,
         }

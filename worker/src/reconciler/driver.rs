@@ -137,6 +137,7 @@ impl<K: Kernel> Driver<'_, K> {
         yield_now().await;
         let report = self.deny(device, denied).await;
         self.sweep(device).await;
+        self.drain(device).await;
         self.domain.plan_evictions(device, clock());
         self.evict().await;
         self.renew(device).await;
@@ -171,6 +172,19 @@ impl<K: Kernel> Driver<'_, K> {
         self.metrics.peers.stale.with_label_values(&[domain.name()]).inc_by(removed as u64);
         if removed > 0 {
             info!(%domain, removed, "stale peers are removed");
+        }
+    }
+
+    /// Removes a portion of the peers, if the deadline of a drain is over.
+    async fn drain(&mut self, device: &Device) {
+        let portion = self.domain.plan_portion(device, clock());
+        let outcomes = self.apply(&portion.steps).await;
+        self.publish_gone(&outcomes, &RejectReason::Removed);
+        let removed = self.domain.on_portion(&portion, &outcomes, clock());
+        let domain = self.domain.name();
+        self.metrics.peers.drained.with_label_values(&[domain.name()]).inc_by(removed as u64);
+        if removed > 0 {
+            info!(%domain, removed, left = portion.left(), "peers are removed by the drain");
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+use wgkex_common::drain::{Deadline, Drain};
 use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 use wgkex_common::wire::revoke_outcome::RevokeOutcome;
@@ -52,6 +53,8 @@ pub struct Reconciler<K> {
     reserved: watch::Receiver<Reserved>,
     /// Since when keys have to wait, if they have to.
     gate: watch::Receiver<Option<std::time::Instant>>,
+    /// Whether the gateway drains.
+    drain: watch::Receiver<Option<Drain>>,
     buffer: WriteBuffer,
     /// The last event was a batch of keys.
     other_work_first: bool,
@@ -82,6 +85,8 @@ pub struct ReconcilerParts<K> {
     pub reserved: watch::Receiver<Reserved>,
     /// Since when keys have to wait, those that arrive and those that are missing, if they have to.
     pub gate: watch::Receiver<Option<std::time::Instant>>,
+    /// Whether the gateway drains: past the deadline peers are removed.
+    pub drain: watch::Receiver<Option<Drain>>,
     /// What it counts in.
     pub metrics: Metrics,
 }
@@ -99,6 +104,8 @@ pub(super) enum TaskEvent {
     AdmissionChanged,
     /// Keys have to wait from now on, or no longer.
     GateChanged,
+    /// The gateway begins to drain, is past the deadline of that, or drains no longer.
+    DrainChanged,
     /// Links or addresses may have changed, or somebody wants to know.
     LinkChanged,
     /// It is time to read this domain's tables.
@@ -110,10 +117,18 @@ pub(super) enum TaskEvent {
 impl<K: Kernel> Reconciler<K> {
     /// A reconciler whose domains are read at once, how others reach it, and what it reports.
     pub fn new(parts: ReconcilerParts<K>) -> (Self, ReconcilerHandle, Reports) {
-        let ReconcilerParts { kernel, domains, profile, policy, buffer, remembered, reserved, gate, metrics } = parts;
+        let ReconcilerParts { kernel, domains, profile, policy, buffer, remembered, reserved, gate, drain, metrics } =
+            parts;
         let (state, state_receiver) = watch::channel(DomainStates::new());
         let (handle, inbox) = handle::channel(state_receiver, metrics.clone());
-        let domain = |name: Domain| (name.clone(), DomainReconciler::new(name, profile.clone(), policy, clock()));
+        let deadline = passed_deadline(drain.borrow().as_ref());
+        let domain = |name: Domain| {
+            let mut domain = DomainReconciler::new(name.clone(), profile.clone(), policy, clock());
+            if let Some(deadline) = deadline {
+                domain.resume_removals(deadline, clock());
+            }
+            (name, domain)
+        };
         let mut domains: BTreeMap<_, _> = domains.into_iter().map(domain).collect();
         for (KeyId { domain, key }, record) in remembered {
             if let Some(domain) = domains.get_mut(&domain) {
@@ -128,6 +143,7 @@ impl<K: Kernel> Reconciler<K> {
             batch: Vec::new(),
             reserved,
             gate,
+            drain,
             buffer,
             other_work_first: false,
             collects_until: None,
@@ -191,6 +207,7 @@ impl<K: Kernel> Reconciler<K> {
             biased;
             () = inbox.admission_changed.notified() => Some(TaskEvent::AdmissionChanged),
             () = changed(&mut self.gate) => Some(TaskEvent::GateChanged),
+            () = changed(&mut self.drain) => Some(TaskEvent::DrainChanged),
             () = self.kernel.changed() => Some(TaskEvent::LinkChanged),
             () = inbox.refresh.notified() => Some(TaskEvent::LinkChanged),
             () = inbox.reconnected.notified() => Some(TaskEvent::Reconnected),
@@ -210,6 +227,7 @@ impl<K: Kernel> Reconciler<K> {
             TaskEvent::Reconnected => self.domains.values_mut().for_each(DomainReconciler::report_all),
             TaskEvent::AdmissionChanged => self.apply_admission(now).await,
             TaskEvent::GateChanged => {}
+            TaskEvent::DrainChanged => self.apply_drain(now),
             TaskEvent::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
             TaskEvent::ReadDue(domain) => {
                 if let Some(mut driver) = self.driver(&domain, now) {
@@ -273,6 +291,14 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
+    /// Begins to remove peers where a deadline is over, and ends that where the gateway drains no longer.
+    fn apply_drain(&mut self, now: Clocks) {
+        let deadline = passed_deadline(self.drain.borrow().as_ref());
+        for domain in self.domains.values_mut() {
+            domain.set_deadline(deadline, now.monotonic);
+        }
+    }
+
     /// Takes over which keys are admitted, removes others, and publishes what became of keys that were denied just now.
     async fn apply_admission(&mut self, now: Clocks) {
         let AdmissionUpdate { admission, denied } = self.inbox.take_admission_update();
@@ -324,9 +350,14 @@ async fn collect_batch(until: Option<Instant>, keys: &mut mpsc::Receiver<KeyId>,
     keys.recv_many(batch, BATCH).await
 }
 
-/// Returns when keys have to wait from now on, or no longer.
-async fn changed(gate: &mut watch::Receiver<Option<std::time::Instant>>) {
-    if gate.changed().await.is_err() {
+/// The deadline of the drain, if it is over.
+fn passed_deadline(drain: Option<&Drain>) -> Option<Deadline> {
+    drain.and_then(Drain::passed_deadline)
+}
+
+/// Returns when the value is another one than last looked at.
+async fn changed<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
         pending::<()>().await;
     }
 }

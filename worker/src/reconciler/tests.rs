@@ -1,3 +1,5 @@
+mod drain;
+
 use std::collections::BTreeSet;
 use std::future::pending;
 use std::sync::Arc;
@@ -1048,7 +1050,14 @@ impl Gateway {
     }
 
     fn on(memory: MemoryKernel, policy: Policy) -> Self {
-        let (reconciler, handle, said) = reconciler(memory.clone(), &policy);
+        let parts = reconciler(memory.clone(), &policy);
+        Self::of(memory, parts)
+    }
+
+    fn of(
+        memory: MemoryKernel,
+        (reconciler, handle, said): (Reconciler<MemoryKernel>, ReconcilerHandle, Reports),
+    ) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(reconciler.run(async { drop(stopped.await) }));
         Self { memory, metrics: handle.metrics.clone(), handle, said, stop, task }
@@ -1174,6 +1183,7 @@ fn start_with(memory: MemoryKernel) -> ReconcilerParts<MemoryKernel> {
         remembered: Keys::default(),
         reserved: watch::channel(Reserved::default()).1,
         gate: watch::channel(None).1,
+        drain: watch::channel(None).1,
         metrics: Metrics::register(&Registry::default(), &[domain()].into()).unwrap(),
     }
 }

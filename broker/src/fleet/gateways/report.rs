@@ -64,7 +64,7 @@ impl Gateways {
             let why_last = match rank.tier {
                 Tier::Unresponsive => Some("it did not confirm the last key in time".to_owned()),
                 Tier::Weightless => Some("its weight is 0".to_owned()),
-                Tier::Draining => {
+                Tier::Draining | Tier::Removing => {
                     let draining = self.draining(name, gateway);
                     Some(draining.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
                 }
@@ -73,7 +73,7 @@ impl Gateways {
             let note = match rank.tier {
                 Tier::Stays => Some("it drains, and the router is connected there".to_owned()),
                 Tier::Filling => Some("it came back, and is filled slowly (rebalance.over)".to_owned()),
-                Tier::Regular | Tier::Draining | Tier::Weightless | Tier::Unresponsive => None,
+                Tier::Regular | Tier::Draining | Tier::Weightless | Tier::Unresponsive | Tier::Removing => None,
             };
             Standing {
                 name: name.as_str().into(),

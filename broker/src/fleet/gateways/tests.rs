@@ -881,7 +881,7 @@ fn a_gateway_that_drains_is_passed_over_by_its_own_word_or_by_the_brokers() {
     let standing = &gateways.standings(self::router(&domain))[0];
     assert_eq!(standing.last_resort.as_deref(), Some("draining since 1970-01-01T00:00:07Z: kernel"));
     assert!(gateways.online(&domain).confirming.contains(&home), "keys still go there");
-    let drain = Drain { since: 8, until: Some(9), reason: None };
+    let drain = Drain { since: 8, until: Some(9), reason: None, deadline: None };
     assert_eq!(gateways.set_drain(&name("b"), Some(drain), Instant::now()), Ok(false));
     assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "there is no other");
     gateways.on_disconnect();
@@ -890,6 +890,33 @@ fn a_gateway_that_drains_is_passed_over_by_its_own_word_or_by_the_brokers() {
     assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "what the broker drains stays");
     assert_eq!(gateways.expire_drains(9, Instant::now()), [name("b")]);
     assert!(!gateways.is_any_draining());
+}
+
+#[test]
+fn a_gateway_past_the_deadline_of_its_drain_keeps_no_router_and_is_the_very_last_resort() {
+    let mut gateways = gateways(&[("a", 1.0), ("b", 1.0)]);
+    gateways.arrive("a", 5);
+    gateways.arrive("b", 90);
+    let drain =
+        |is_over: bool| format!(r#","drain":{{"since":7,"deadline":{{"at":9,"percent":25,"is_over":{is_over}}}}}"#);
+    let (domain, home) = (domain("ff_a"), name("a"));
+    let router = Router { home: Some(&home), ..router(&domain) };
+    let best = |gateways: &Gateways| gateways.select(router, |_, _| true).unwrap().worker.to_string();
+    hello(&mut gateways, "a", &drain(false));
+    assert_eq!(best(&gateways), "a", "it stays until the deadline");
+    hello(&mut gateways, "a", &drain(true));
+    assert_eq!(best(&gateways), "b");
+    let standing = &gateways.standings(router)[0];
+    let why = "draining since 1970-01-01T00:00:07Z, peers are being removed since 1970-01-01T00:00:09Z, 25 % a minute";
+    assert_eq!((standing.last_resort.as_deref(), &standing.note), (Some(why), &None));
+    let drained = Drain { since: 8, until: None, reason: None, deadline: None };
+    gateways.set_drain(&name("b"), Some(drained.clone()), Instant::now()).unwrap();
+    assert_eq!(best(&gateways), "b", "another one that drains is better");
+    gateways.set_drain(&name("a"), Some(drained), Instant::now()).unwrap();
+    assert_eq!(best(&gateways), "b", "its own word is the stronger one");
+    gateways.live("wireguard-worker/b/status", "0");
+    assert_eq!(best(&gateways), "a", "there is no other");
+    assert!(gateways.online(&domain).confirming.contains(&home), "keys still go there");
 }
 
 #[test]

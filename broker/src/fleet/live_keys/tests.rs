@@ -445,3 +445,19 @@ fn denied_keys_are_forgotten_and_come_by_no_way() {
     live.on_request("ff_a", key(1), now);
     assert_eq!(live.len(), 3);
 }
+
+#[test]
+fn a_routers_home_is_where_this_run_of_the_broker_sent_it_whatever_workers_report() {
+    let (mut live, now) = live(10);
+    let [gateway, thief]: [WorkerName; 2] = ["gw", "thief"].map(|name| name.parse().unwrap());
+    live.on_handshake(&thief, "ff_a", key(1), now);
+    live.on_request("ff_a", key(1), now);
+    assert_eq!((live.last_with_handshakes(&id(1)), live.home(&id(1), now)), (Some(&thief), None));
+    live.on_given(&id(1), &gateway, now);
+    live.on_handshake(&gateway, "ff_a", key(1), now);
+    assert_eq!(live.home(&id(1), now), Some(&gateway));
+    live.on_request("ff_a", key(1), now + HOUR);
+    assert_eq!(live.home(&id(1), now + HOUR), Some(&gateway), "it stays when the router comes again");
+    live.on_given(&id(2), &gateway, now);
+    assert_eq!(live.home(&id(2), now), None, "a key that is not live");
+}

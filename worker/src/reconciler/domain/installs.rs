@@ -38,10 +38,10 @@ pub struct Rest {
 
 impl DomainReconciler {
     /// Keys are live that this gateway may lack: those that it does are pending from now on. Returns how many.
-    pub fn on_live(&mut self, keys: BTreeMap<PublicKey, Age>, reserved: &Reserved, now: Instant) -> usize {
+    pub fn on_live(&mut self, mut keys: BTreeMap<PublicKey, Age>, reserved: &Reserved, now: Instant) -> usize {
         let own = self.interface_key.clone().ok().flatten();
         let (admission, name) = (&self.admission, self.name.name());
-        let keys = keys.into_iter().filter(|(key, _)| !admission.denies(name, key));
+        keys.retain(|key, _| !admission.denies(name, key) && (!self.drain.is_on() || self.peers.contains(key)));
         let missing = self.peers.learn(keys, own, reserved, now);
         if self.interface_key.is_ok() {
             self.make_room(missing.number - missing.next.len(), now);
@@ -97,6 +97,9 @@ impl DomainReconciler {
         outcome: &Result<(), RejectReason>,
         now: Instant,
     ) {
+        if outcome.is_ok() {
+            self.drain.on_request(key, now);
+        }
         match outcome {
             Ok(()) if self.peers.mark_installed(key, now) => recorded.installed += 1,
             Ok(()) => recorded.refreshed += 1,

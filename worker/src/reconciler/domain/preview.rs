@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use wgkex_common::access_lists::Admission;
+use wgkex_common::drain::Deadline;
 use wgkex_common::storage::key_store::KeyRecord;
 use wgkex_common::{Domain, PublicKey, Reserved};
 use wgkex_kernel::{Change, Device, host};
@@ -21,6 +22,8 @@ pub enum Reason {
     Denied,
     /// The peer is stale: it goes at the next sweep.
     Stale,
+    /// The deadline of a drain is over: the peer is in the next portion.
+    Drained,
     /// The peer makes room for others, or its address is another key's.
     InTheWay,
     /// The peer is silent for so long that its endpoint is forgotten.
@@ -52,6 +55,8 @@ pub struct PreviewParts<'a> {
     pub remembered: BTreeMap<PublicKey, KeyRecord>,
     /// Which keys the lists admit.
     pub admission: Arc<Admission>,
+    /// The deadline of a drain, if it is over.
+    pub deadline: Option<Deadline>,
     /// What is left alone.
     pub reserved: &'a Reserved,
 }
@@ -63,6 +68,7 @@ impl Reason {
         match self {
             Self::Denied => "a list excludes the key",
             Self::Stale => "stale: removed by the next sweep, unless it shakes hands before",
+            Self::Drained => "in the next portion of the drain, whose deadline is over",
             Self::InTheWay => "makes room, or its address is another key's",
             Self::Silent => "forgets its endpoint (forget_idle_after)",
             Self::Orphaned => "has no peer: removed after 30 s",
@@ -75,7 +81,7 @@ impl Reason {
 /// a peer which the state file does not know came longer ago.
 #[must_use]
 pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Planned> {
-    let PreviewParts { domain: name, profile, policy, remembered, admission, reserved } = parts;
+    let PreviewParts { domain: name, profile, policy, remembered, admission, deadline, reserved } = parts;
     let mut domain = DomainReconciler::new(name.clone(), profile, policy, now.monotonic);
     for (key, record) in &remembered {
         domain.remember(*key, *record);
@@ -99,6 +105,11 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
     let removals = plan::remove(domain.peers.profile(), device, &stale);
     domain.on_removed(&all_done(&removals));
     plan(Reason::Stale, &removals);
+
+    domain.set_deadline(deadline, now.monotonic);
+    let portion = domain.plan_portion(device, now.monotonic);
+    domain.on_portion(&portion, &all_done(&portion.steps), now.monotonic);
+    plan(Reason::Drained, &portion.steps);
 
     domain.plan_evictions(device, now.monotonic);
     let evictions: Vec<_> = std::mem::take(&mut domain.evictions.steps).into();

@@ -1,0 +1,128 @@
+//! A drain past its deadline: which peers go, and when. Peers of connected routers go in portions of so many percent a
+//! minute, and so do the other ones, in portions of their own: else a gateway that has the keys of the whole fleet would lose
+//! all of its few connected routers in a minute.
+//!
+//! A key that a router sends is installed as ever: brokers that know no other gateway, and originals, which know nothing of
+//! drains, name this one. If the router does not connect here within the grace, the peer goes again. Nothing else makes a
+//! peer past the deadline, no snapshot and no state file.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use wgkex_common::PublicKey;
+use wgkex_common::drain::Deadline;
+use wgkex_kernel::Device;
+
+use super::{DomainReconciler, KeyOutcomes, SLICE};
+use crate::peers::Drainable;
+use crate::plan::{self, Step};
+use crate::reconciler::portions::Portions;
+
+/// What a drain past its deadline removes.
+#[derive(Debug, Default)]
+pub(super) struct Removals {
+    /// It is over; none if there is no such drain.
+    deadline: Option<Deadline>,
+    /// The portions are those of the peers that there were at the deadline.
+    is_begun: bool,
+    connected: Portions,
+    silent: Portions,
+    /// When routers sent their keys, past the deadline.
+    requested: BTreeMap<PublicKey, Instant>,
+}
+
+/// Peers that go now.
+#[derive(Default)]
+pub struct Portion {
+    pub steps: Vec<Step>,
+    /// Those of them whose routers are connected.
+    connected: BTreeSet<PublicKey>,
+    /// How many stay for later portions, whose routers are connected, and others.
+    left: [usize; 2],
+}
+
+impl Portion {
+    /// How many stay for later portions.
+    pub fn left(&self) -> usize {
+        self.left.iter().sum()
+    }
+}
+
+impl Removals {
+    /// Whether the deadline of a drain is over.
+    pub(super) fn is_on(&self) -> bool {
+        self.deadline.is_some()
+    }
+
+    /// A router sent `key`, which is in the kernel.
+    pub(super) fn on_request(&mut self, key: PublicKey, now: Instant) {
+        if self.is_on() {
+            self.requested.insert(key, now);
+        }
+    }
+
+    fn set(&mut self, deadline: Option<Deadline>) -> bool {
+        let is_news = self.deadline != deadline;
+        if is_news {
+            (self.deadline, self.is_begun) = (deadline, false);
+            self.requested.clear();
+        }
+        is_news
+    }
+
+    /// At the first read past the deadline.
+    fn begin(&mut self, deadline: Deadline, drainable: &Drainable) {
+        self.connected.restart(deadline.percent, drainable.connected().len());
+        self.silent.restart(deadline.percent, drainable.silent().len());
+        self.is_begun = true;
+    }
+}
+
+impl DomainReconciler {
+    /// Goes on with what an earlier run of the program did: the deadline of a drain was over when this one started.
+    pub fn resume_removals(&mut self, deadline: Deadline, now: Instant) {
+        self.drain.set(Some(deadline));
+        self.drain.connected.assume_removed(now);
+        self.drain.silent.assume_removed(now);
+    }
+
+    /// The deadline of a drain is over, or there is none any more.
+    pub fn set_deadline(&mut self, deadline: Option<Deadline>, now: Instant) {
+        if self.drain.set(deadline) && deadline.is_some() {
+            self.schedule.expedite(now);
+        }
+    }
+
+    /// The peers that go now, if the deadline of a drain is over.
+    pub fn plan_portion(&mut self, device: &Device, now: Instant) -> Portion {
+        let Some(deadline) = self.drain.deadline else { return Portion::default() };
+        self.peers.forget_unrequested();
+        let (drain, peers) = (&mut self.drain, &self.peers);
+        drain.requested.retain(|key, _| peers.contains(key));
+        let drainable = peers.drainable(&drain.requested, now);
+        if !drain.is_begun {
+            drain.begin(deadline, &drainable);
+        }
+        let connected: BTreeSet<_> = drainable.connected().take(drain.connected.allowed(now).min(SLICE)).collect();
+        let silent = drainable.silent().take(drain.silent.allowed(now).min(SLICE - connected.len()));
+        let removed = connected.iter().copied().chain(silent).collect::<BTreeSet<_>>();
+        let silent = removed.len() - connected.len();
+        let left = [drainable.connected().len() - connected.len(), drainable.silent().len() - silent];
+        Portion { steps: plan::remove(peers.profile(), device, &removed), connected, left }
+    }
+
+    /// Peers of a portion were removed, or could not be; returns how many were.
+    pub fn on_portion(&mut self, portion: &Portion, outcomes: &KeyOutcomes, now: Instant) -> usize {
+        let removed = self.on_removed(outcomes);
+        let drain = &mut self.drain;
+        let connected = outcomes.iter().filter(|(key, _)| portion.connected.contains(key)).count();
+        drain.connected.on_removed(connected, now);
+        drain.silent.on_removed(outcomes.len() - connected, now);
+        for (portions, left) in [&mut drain.connected, &mut drain.silent].into_iter().zip(portion.left) {
+            if left > 0 {
+                self.schedule.expedite(portions.due(now));
+            }
+        }
+        removed
+    }
+}
