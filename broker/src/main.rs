@@ -14,6 +14,7 @@ use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
+use wgkex_common::doctor::Program;
 use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
         Some(Command::Status(command)) => command.run(file),
         Some(Command::Gateways(command)) => command.run(file),
         Some(Command::Doctor(doctor)) => doctor.run(file),
-        Some(Command::CheckConfig(check)) => check.run(file),
+        Some(Command::CheckConfig(check)) => check.run(file, Program::Broker),
         Some(Command::HashPassword) => hash_password().map_or_else(
             |error| {
                 let _ = writeln!(io::stderr(), "error: {error:#}");

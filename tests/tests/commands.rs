@@ -52,6 +52,46 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
     }
 }
 
+/// A file without which a program does not start is a mistake, another one a warning; both have the line of their key.
+#[test]
+fn check_config_names_files_that_cannot_be_read() {
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let file = dir.path().join("wgkex.yaml");
+    let files = |name: &str| format!("{{cert_file: {}, key_file: {}}}", at(name), at(name));
+    let (both, one, none) = ([Some(2), Some(2)], [Some(2), Some(0)], [Some(0), Some(0)]);
+    let cases = [
+        (format!("broker_listen:\n  tls: {}\n", files("none")), one, ":4: broker_listen.tls.cert_file: "),
+        (format!("mqtt_listen:\n  tls: {}\n", files("none")), one, ":4: mqtt_listen.tls.key_file: "),
+        (format!("mqtt:\n  broker_url: x\n  tls: yes\n  ca_file: {}\n", at("none")), both, ":6: mqtt.ca_file: "),
+        (format!("blacklist_file: {}\n", at("none")), none, ":3: blacklist_file: "),
+        (format!("allowlist: {{enabled: yes, file: {}}}\n", at("none")), none, ":3: allowlist.file: "),
+        (format!("key_lists:\n  trusted_dir: {}\n", at("none")), none, ":4: key_lists.trusted_dir: "),
+    ];
+    for (more, codes, said) in &cases {
+        fs::write(&file, format!("{LEAST}{more}")).unwrap();
+        for (program, code) in PROGRAMS.iter().zip(codes) {
+            let (found, text) = check(program, &file, &[]);
+            assert_eq!(found, *code, "{program}: {more}: {text}");
+            assert!(text.contains(&format!("{said}{}: does not exist\n", at("none"))), "{program}: {text}");
+            let strict = if *code == Some(0) { Some(1) } else { *code };
+            assert_eq!(check(program, &file, &["--strict"]).0, strict, "{program}: {more}");
+        }
+    }
+    // One that is there, a directory that is, and a credential, which is there while its unit runs.
+    fs::write(at("there"), "- x\n").unwrap();
+    let credential = "{cert_file: /run/credentials/wgkex-broker.service/c, key_file: /run/credentials/x.service/k}";
+    let more = format!(
+        "blacklist_file: {}\nkey_lists: {{deny_dir: {}}}\nbroker_listen: {{tls: {credential}}}\n",
+        at("there"),
+        dir.path().display()
+    );
+    fs::write(&file, format!("{LEAST}{more}")).unwrap();
+    for program in PROGRAMS {
+        assert_eq!(check(program, &file, &["--strict"]), (Some(0), "the config is valid\n".to_owned()));
+    }
+}
+
 #[test]
 fn the_example_is_valid() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../wgkex.yaml.example");

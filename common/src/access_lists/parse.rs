@@ -250,7 +250,7 @@ mod tests {
                 format!("{A}: {{until: tomorrow}}"),
                 "\"o52Ge+Rp\": until: is not a time, one as 2030-12-31 or 2030-12-31T23:59:59Z (UTC), or seconds of Unix time, is allowed",
             ),
-            (format!("- {A}\n\t- {B}"), "line 2: begins with a tab, spaces are allowed"),
+            (format!("- {A}\n\t- {B}"), "line 2: must begin with spaces, not with a tab"),
             ("[".into(), "line 1: is not YAML"),
             (format!("- {A}\n- \0\0"), "line 2: has a NUL byte"),
         ] {

@@ -105,7 +105,7 @@ impl RawListenTls {
             diagnostics.invalid(
                 &Path::of(TLS).then("port"),
                 &Value::from(port),
-                "is that of broker_listen, another is allowed",
+                "must be another port than that of broker_listen",
             );
         }
         Some(Https { listen: Listen { host: http.host.clone(), port }, cert_file, key_file })
