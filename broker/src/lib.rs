@@ -122,17 +122,18 @@ struct Listeners {
 /// The services are stopped in the reverse order of their start: requests in flight still need MQTT for their answers,
 /// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let listeners = Listeners::bind(&config)?;
     let metrics = Metrics::register().context("metrics")?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
+    // Before the ports: of a second broker on the same machine, the state names the process of the first.
+    let (live, store) = live_keys(&config, &lists)?;
+    metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
+    let listeners = Listeners::bind(&config)?;
     let embedded = config.mqtt_listen.as_ref();
     let embedded =
         embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics.mqtt_server)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::session(&config), subscriber::secondary_session(&config))?;
-    let (live, store) = live_keys(&config, &lists)?;
-    metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
