@@ -213,7 +213,9 @@ impl Announcer {
         drop(gateways);
         self.problem_log.update(problems, is_synced, now);
         for worker in expired {
-            self.online_log.on_expired(&worker);
+            if let Some(offline) = self.gateways.lock().offline(&worker, now) {
+                self.online_log.on_expired(&worker, offline);
+            }
             self.in_flight.lock().invalidate(&worker, None);
         }
         self.online_log.on_due(now);

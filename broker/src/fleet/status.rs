@@ -226,15 +226,22 @@ impl fmt::Display for Draining {
     }
 }
 
+impl fmt::Display for OfflineReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeverOnline => f.write_str("it has not said that it is online"),
+            Self::Stopped => f.write_str("stopped"),
+            Self::ConnectionLost => f.write_str("connection lost"),
+            Self::Silent(seconds) => write!(f, "nothing heard for {}", age(*seconds)),
+        }
+    }
+}
+
 impl fmt::Display for Offline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.reason {
-            OfflineReason::NeverOnline => return f.write_str("it has not said that it is online"),
-            OfflineReason::Stopped => f.write_str("stopped")?,
-            OfflineReason::ConnectionLost => f.write_str("connection lost")?,
-            OfflineReason::Silent(seconds) => write!(f, "nothing heard for {}", age(seconds))?,
-        }
+        write!(f, "{}", self.reason)?;
         match self.for_secs {
+            _ if self.reason == OfflineReason::NeverOnline => Ok(()),
             Some(seconds) => write!(f, ", offline for {}", age(seconds)),
             None => f.write_str(", offline since before this broker connected"),
         }

@@ -53,6 +53,12 @@ impl Gateways {
         worker.into_iter().chain(broker).collect()
     }
 
+    /// Why this worker is offline; none while it is online, or if nothing is known of it.
+    #[must_use]
+    pub fn offline(&self, worker: &WorkerName, now: Instant) -> Option<Offline> {
+        self.by_name.get(worker)?.offline(now)
+    }
+
     /// Each gateway in the choice for a router.
     #[must_use]
     pub fn standings(&self, router: Router<'_>) -> Vec<Standing> {
