@@ -11,11 +11,12 @@ mod listeners;
 mod tests;
 mod workers;
 
+use wgkex_common::doctor::bus::MqttFacts;
 use wgkex_common::doctor::files::Running;
 use wgkex_common::doctor::{Finding, Program, bus, clock, config, files};
 use wgkex_common::http::connections::Capacity;
 
-use self::facts::{Facts, MqttFacts};
+use self::facts::{BusFacts, Facts};
 use crate::fleet::status::ProblemKind;
 use crate::http::status::Status;
 
@@ -59,7 +60,7 @@ fn process(status: &Status) -> Running {
 }
 
 /// Another MQTT server.
-fn mqtt(MqttFacts { server, outcome }: &MqttFacts) -> Vec<Finding> {
+fn mqtt(MqttFacts { server, outcome }: &MqttFacts<BusFacts>) -> Vec<Finding> {
     match outcome {
         Err(failure) => vec![bus::no_connection(Program::Broker, server, failure)],
         Ok(found) => bus::rights(Program::Broker, server, &found.rights),

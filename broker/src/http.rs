@@ -10,7 +10,6 @@ pub mod admin;
 mod body;
 mod key_exchange;
 pub mod key_reports;
-pub mod listen;
 mod metrics;
 mod missed_proxies;
 mod refused_domains;

@@ -33,7 +33,7 @@ use tracing::{error, info};
 use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::http::connections::{Capacity, Closed, Connections};
-use wgkex_common::http::listener::prepare;
+use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::reload::{self, KeyUse};
@@ -429,6 +429,6 @@ async fn expire(exchange: Exchange) {
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bound = http::listen::open(host, port);
+    let bound = if host == "::" { everywhere(port) } else { TcpListener::bind((host, port)) };
     bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
 }

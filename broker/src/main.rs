@@ -42,7 +42,7 @@ enum Command {
     Gateways(GatewaysCommand),
     /// Checks everything that the broker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
-        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the broker runs and \
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures, also where the checks cannot be made. Works while the broker runs and \
                             while it does not. Needs no token. Connects to another MQTT server as the client \
                             wgkex-broker-NAME-doctor."
     )]

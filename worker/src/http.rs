@@ -21,7 +21,7 @@ use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
 use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::listener::prepare;
+use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
@@ -82,6 +82,9 @@ pub async fn serve(listen: Listen, state: HttpState) {
 
 /// A server on each address of the host that can be had.
 fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<Server>> {
+    if listen.host == "::" {
+        return Ok(vec![server(prepare(everywhere(listen.port)?)?, state.clone())?]);
+    }
     let addresses = (listen.host.as_str(), listen.port).to_socket_addrs()?;
     let (listeners, failed): (Vec<_>, Vec<_>) = addresses.map(TcpListener::bind).partition(Result::is_ok);
     match failed.into_iter().find_map(Result::err) {

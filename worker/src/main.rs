@@ -56,7 +56,7 @@ enum Command {
     DryRun(DryRun),
     /// Checks everything that the worker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
-        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the worker runs and \
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures, also where the checks cannot be made. Works while the worker runs and \
                             while it does not."
     )]
     Doctor(Doctor),

@@ -142,7 +142,7 @@ fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
 }
 
 /// Says why a command cannot be done.
-pub(super) fn complain(error: &anyhow::Error) {
+fn complain(error: &anyhow::Error) {
     // There is nobody else to tell.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

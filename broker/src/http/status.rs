@@ -152,7 +152,7 @@ impl App {
             subject: String::new(),
             text: format!("not ready: {reason}"),
         });
-        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet).chain(lists).chain(state).collect();
+        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).collect();
         problems.extend(self.missed_proxies.problems());
         problems.sort();
         Status {

@@ -297,6 +297,14 @@ fn listeners_are_given_as_keys_or_as_text() {
 }
 
 #[test]
+fn a_listener_on_all_addresses_is_reached_by_loopback() {
+    let reachable = |host: &str| Listen { host: host.into(), port: 7 }.reachable();
+    assert_eq!(["0.0.0.0", "::"].map(reachable), ["127.0.0.1:7", "127.0.0.1:7"]);
+    assert_eq!(["192.0.2.1", "2001:db8::1"].map(reachable), ["192.0.2.1:7", "[2001:db8::1]:7"]);
+    assert_eq!(reachable("broker.example"), "broker.example:7");
+}
+
+#[test]
 fn https_has_the_host_of_plain_http_and_a_port_of_its_own() {
     let https = |text: &str| parse(&format!("{LEAST}broker_listen: {text}")).unwrap().https;
     let files = "cert_file: /c.pem, key_file: /k.pem";

@@ -5,7 +5,7 @@ use wgkex_common::PublicKey;
 use wgkex_common::cli::style::Style;
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::access::Access;
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;

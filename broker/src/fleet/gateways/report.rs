@@ -15,6 +15,14 @@ use crate::fleet::status::{
     Standing,
 };
 
+/// What is wrong with domains and gateways, as far as that is found while others wait for the gateways.
+#[derive(Debug, Default)]
+pub struct FleetProblems {
+    found: Vec<Problem>,
+    /// What gateways publish, of which some may clash.
+    published: Vec<PublishedData>,
+}
+
 impl Gateways {
     /// The domains that no gateway serves now.
     #[must_use]
@@ -98,9 +106,9 @@ impl Gateways {
 
     /// What is wrong with domains and gateways. Until the retained states are received nobody knows.
     #[must_use]
-    pub fn problems(&self, now: Instant) -> Vec<Problem> {
+    pub fn problems(&self, now: Instant) -> FleetProblems {
         if !self.is_synced() {
-            return Vec::new();
+            return FleetProblems::default();
         }
         let unserved = self.unserved().into_iter().map(|unserved| Problem {
             kind: ProblemKind::DomainWithoutGateway,
@@ -116,7 +124,7 @@ impl Gateways {
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
         let gateways = self.unreached().chain(self.data_missing()).chain(self.domains_down(now));
-        unserved.chain(self.clashes()).chain(gateways).chain(offline).collect()
+        FleetProblems { found: unserved.chain(gateways).chain(offline).collect(), published: self.published() }
     }
 
     /// The domains that a gateway counts without having published what routers need.
@@ -162,13 +170,27 @@ impl Gateways {
         })
     }
 
-    /// What gateways that are online publish alike, and only one of them can have.
-    fn clashes(&self) -> Vec<Problem> {
+    /// What gateways that are online publish.
+    fn published(&self) -> Vec<PublishedData> {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
-        clashes::find(online.flat_map(|(worker, gateway)| {
+        let published = online.flat_map(|(worker, gateway)| {
             let served = gateway.data.iter().filter(|(domain, _)| gateway.may_serve(domain));
-            served.map(move |(domain, data)| PublishedData { worker, domain, data })
-        }))
+            served.map(|(domain, data)| PublishedData {
+                worker: worker.clone(),
+                domain: domain.clone(),
+                data: data.clone(),
+            })
+        });
+        published.collect()
+    }
+}
+
+impl FleetProblems {
+    /// All of them. It compares what the gateways publish, for which nobody has to wait.
+    #[must_use]
+    pub fn all(mut self) -> Vec<Problem> {
+        self.found.extend(clashes::find(&self.published));
+        self.found
     }
 }
 

@@ -704,7 +704,7 @@ fn what_is_remembered_while_there_is_no_connection_is_bounded() {
 fn problems_of_the_fleet_are_known_once_the_states_are() {
     let mut gateways = gateways(&[("a", 1.0), ("never", 1.0)]);
     let kinds = |gateways: &Gateways| {
-        let problems = gateways.problems(Instant::now()).into_iter();
+        let problems = gateways.problems(Instant::now()).all().into_iter();
         problems.map(|problem| (problem.kind, problem.subject)).collect::<Vec<_>>()
     };
     assert_eq!(kinds(&gateways), []);
@@ -834,7 +834,7 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     let id = |n: u8| KeyId { domain: domain("ff_a"), key: PublicKey::from_bytes([n; 32]).unwrap() };
     let begun = Instant::now();
     let unreached = |gateways: &Gateways| {
-        let problems = gateways.problems(Instant::now()).into_iter();
+        let problems = gateways.problems(Instant::now()).all().into_iter();
         let found = problems.filter(|problem| problem.kind == ProblemKind::RoutersUnreached);
         (found.map(|problem| problem.text).collect::<Vec<_>>(), gateways.statuses(begun)[0].reach)
     };
