@@ -63,7 +63,7 @@ use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
-use crate::mqtt_server::MqttServer;
+use crate::mqtt_server::{ClientTroubles, MqttServer};
 use crate::tls::Certificate;
 
 /// How long the MQTT server may take to acknowledge that this broker goes.
@@ -90,6 +90,8 @@ struct Broker {
     lists: Handle,
     revocations: PendingRevocations,
     drains: DrainStore,
+    /// The clients that the embedded MQTT server had trouble with.
+    client_troubles: ClientTroubles,
     /// The session that receives what workers publish.
     bus: MqttHandle,
     /// The session that publishes keys.
@@ -137,7 +139,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
-    let broker = Broker { config, exchange, lists, revocations, drains, bus, keys, metrics };
+    let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
+    let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -169,7 +172,7 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session) {
-        let Self { config, exchange, lists, revocations, drains, bus, keys, metrics } = self;
+        let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, metrics } = self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
@@ -252,6 +255,8 @@ impl Broker {
             domains,
             exchange,
             links,
+            name_suspects: [&self.bus, &self.keys].map(MqttHandle::name_suspect),
+            client_troubles: self.client_troubles.clone(),
             connections,
             trusted,
             missed_proxies,

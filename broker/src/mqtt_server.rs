@@ -17,6 +17,7 @@
 
 pub(crate) mod acl;
 mod broker;
+mod client_troubles;
 mod connection;
 pub(crate) mod filter;
 mod guesses;
@@ -30,6 +31,7 @@ pub mod password;
 mod progress;
 mod quota;
 mod refusal_log;
+mod refused_clients;
 mod retained;
 mod retained_store;
 mod session;
@@ -73,7 +75,9 @@ use self::session::ClientSession;
 use self::users::Users;
 use crate::tls::Certificate;
 
+pub use self::client_troubles::ClientTroubles;
 pub use self::metrics::Metrics;
+pub use self::refused_clients::RefusedClient;
 
 /// The most connections of this broker itself: two, and two that are about to end.
 const MAX_OWN: usize = 4;
@@ -90,6 +94,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
+    troubles: ClientTroubles,
     over: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
@@ -110,10 +115,11 @@ impl MqttServer {
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let broker = Arc::new(MessageBroker::open(retained, room + MAX_OWN, metrics.clone())?);
+        let troubles = broker.troubles.clone();
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, troubles, over, ended: Some(ended) })
     }
 
     /// Returns when it ends, which it should not do of itself.
@@ -129,6 +135,12 @@ impl MqttServer {
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
         Mqtt { server: MqttAddress::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
+    }
+
+    /// The clients that it had trouble with.
+    #[must_use]
+    pub fn troubles(&self) -> ClientTroubles {
+        self.troubles.clone()
     }
 
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
@@ -307,7 +319,9 @@ impl Context {
 
     fn refused(&self, refused: &Refused) {
         self.metrics.refused.with_label_values(&[refused.refusal.reason()]).inc();
-        let Some(unlogged) = self.refusals.lock().line(refused, std::time::Instant::now()) else { return };
+        let now = std::time::Instant::now();
+        self.broker.troubles.on_refused(refused, now);
+        let Some(unlogged) = self.refusals.lock().line(refused, now) else { return };
         let Refused { user, client_id, cause, .. } = refused;
         if refused.is_noise() {
             info!(reason = %cause, unlogged, "MQTT client refused");

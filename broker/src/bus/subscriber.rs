@@ -98,7 +98,7 @@ impl Primary {
             Event::Up => self.metrics.connected.set(1),
             Event::Down => {
                 self.metrics.connected.set(0);
-                self.gateways.lock().on_disconnect();
+                self.gateways.lock().on_disconnect(Instant::now());
                 self.in_flight.lock().invalidate_late();
             }
             Event::Message(publish) => {

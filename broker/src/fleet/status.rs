@@ -40,6 +40,9 @@ pub struct GatewayStatus {
     pub share: f64,
     /// The peers it should have, by its weight.
     pub target: f64,
+    /// For how many seconds there has been no MQTT, if all of this is what was known before; none if it is up to date.
+    #[serde(default)]
+    pub last_known_secs: Option<u64>,
 }
 
 /// A drain of a gateway.
@@ -176,6 +179,8 @@ pub enum ProblemKind {
     SameLinkAddress,
     /// Two gateways have one external address and port, and different keys.
     SameExternalAddress,
+    /// Two programs use one client id at the MQTT server.
+    NameInUse,
     /// A proxy sends requests that `trusted_proxies` does not name.
     ProxyNotTrusted,
     /// Routers that were given a gateway have no handshake there.
@@ -213,6 +218,12 @@ impl GatewayStatus {
             true if self.draining.is_empty() => "online",
             true => "draining",
         }
+    }
+
+    /// Since when its state is the last known one; none if it is up to date.
+    #[must_use]
+    pub fn last_known(&self) -> Option<String> {
+        self.last_known_secs.map(|seconds| format!("last known state: no MQTT for {}", age(seconds)))
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use wgkex_common::{Domain, WorkerName};
 
-use super::{Gateways, Router, Unserved};
+use super::{Gateways, LastKnown, Router, Unserved};
 use crate::fleet::clashes::{self, PublishedData};
 use crate::fleet::gateway::{Gateway, Peers};
 use crate::fleet::reach::Reached;
@@ -41,6 +41,21 @@ impl Gateways {
             ..gateway.status(name, &shares, reach(name), now)
         };
         self.by_name.iter().map(status).collect()
+    }
+
+    /// The same for operators: until the retained states are received again, also what was known before the connection was
+    /// lost.
+    #[must_use]
+    pub fn shown(&self, now: Instant) -> Vec<GatewayStatus> {
+        let mut shown = self.statuses(now);
+        if let Some(LastKnown { lost, gateways }) = &self.last_known {
+            let is_missing = |known: &&GatewayStatus| shown.iter().all(|gateway| gateway.name != known.name);
+            let missing: Vec<_> = gateways.iter().filter(is_missing).cloned().collect();
+            let last_known_secs = Some(secs(*lost, now));
+            shown.extend(missing.into_iter().map(|known| GatewayStatus { last_known_secs, ..known }));
+            shown.sort_by(|one, other| one.name.cmp(&other.name));
+        }
+        shown
     }
 
     /// Every domain that is served here, with its gateways.
@@ -212,6 +227,7 @@ impl Gateway {
             weight: shares.weight(name),
             share: shares.share(name),
             target: shares.target(name),
+            last_known_secs: None,
         }
     }
 
