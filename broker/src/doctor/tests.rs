@@ -44,7 +44,7 @@ fn stopped() -> Facts {
             }),
         }),
         state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: Access::Granted, holder: Ok(None) },
-        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted }],
+        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
         files: None,
         clock: ClockFacts { server: None, is_synchronised: Some(true) },
     }

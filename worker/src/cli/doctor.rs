@@ -28,7 +28,7 @@ use self::managers::Machine;
 use super::http_client;
 use crate::bus::subscriber;
 use crate::doctor::facts::{
-    BusFacts, DomainFacts, Facts, LinkFacts, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
+    BusFacts, DomainFacts, Facts, LinkFacts, Received, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
 };
 use crate::doctor::findings;
 
@@ -148,7 +148,20 @@ fn link_facts(name: &str, link: Link) -> LinkFacts {
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     };
     // The larger one counts (ip-sysctl).
-    LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter: filter("all").max(filter(name)) }
+    let rp_filter = filter("all").max(filter(name));
+    LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter, received: received(name) }
+}
+
+/// What the interface has received, in this network namespace.
+fn received(name: &str) -> Received {
+    let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
+    let (all, own) = (read("dev"), read(&format!("dev_snmp6/{name}")));
+    let packets = all.lines().find_map(|line| {
+        let counters = line.trim_start().strip_prefix(name)?.strip_prefix(':')?;
+        counters.split_whitespace().nth(1)?.parse().ok()
+    });
+    let own_ipv6 = own.lines().find_map(|line| line.strip_prefix("Ip6InDelivers")?.trim().parse().ok());
+    Received { packets: packets.unwrap_or(0), own_ipv6: own_ipv6.unwrap_or(0) }
 }
 
 /// Whether the kernel has WireGuard, or can load it.

@@ -82,6 +82,17 @@ pub struct LinkFacts {
     pub has_ipv4: bool,
     /// The `rp_filter` that counts for it, of IPv4; 1 is the strict one.
     pub rp_filter: u8,
+    /// The packets that it has received.
+    pub received: Received,
+}
+
+/// The packets that an interface has received.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Received {
+    /// All of them.
+    pub packets: u64,
+    /// Those of IPv6 that were for this machine.
+    pub own_ipv6: u64,
 }
 
 /// `wg-REST`.
