@@ -29,7 +29,7 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
     let file = dir.path().join("wgkex.yaml");
     let cases = [
         ("", 0, 0, [].as_slice()),
-        ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "trusted_proxies"]),
+        ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "did you mean trusted_proxies?"]),
         ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "below mqtt_listen"]),
         ("mqtt:\n  broker_port: abc\nbroker_listn: x\n", 2, 2, &[":4: mqtt.broker_port: ", ":5: broker_listn: "]),
         ("mqtt: [\n", 2, 2, &["is not YAML"]),
@@ -197,6 +197,38 @@ fn the_doctor_names_rights_that_the_mqtt_server_does_not_give() {
         assert!(text.contains(said), "{said} is not in {text}");
         assert_eq!(text.contains("`wgkex-broker mqtt-acl` prints them"), said.starts_with("warn"), "{text}");
         assert!(text.contains("fail wg-welt: it is missing"), "{text}");
+    }
+}
+
+/// What troubleshooting.md says that programs print, they print in some test.
+#[test]
+fn each_cause_that_is_documented_is_the_text_of_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut tests = String::new();
+    for (dir, name) in [("tests/tests", ".rs"), ("broker/src", "tests.rs"), ("worker/src", "tests.rs")] {
+        collect(&root.join(dir), name, &mut tests);
+    }
+    let text = fs::read_to_string(root.join("deploy/docs/troubleshooting.md")).unwrap();
+    let (_, table) = text.split_once("## What names the cause").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    let rows: Vec<_> = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| What")).collect();
+    assert!(rows.len() >= 20, "{rows:?}");
+    for row in rows {
+        let shown = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for part in shown.split('`').skip(1).step_by(2) {
+            assert!(tests.contains(part), "no test has {part}: {row}");
+        }
+    }
+}
+
+/// Appends the text of each file below `dir` whose name ends like this.
+fn collect(dir: &Path, name: &str, text: &mut String) {
+    for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+        if path.is_dir() {
+            collect(&path, name, text);
+        } else if path.to_string_lossy().ends_with(name) {
+            text.push_str(&fs::read_to_string(&path).unwrap());
+        }
     }
 }
 
