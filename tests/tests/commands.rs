@@ -223,11 +223,11 @@ fn each_cause_that_is_documented_is_the_text_of_a_test() {
 
 /// Appends the text of each file below `dir` whose name ends like this.
 fn collect(dir: &Path, name: &str, text: &mut String) {
-    for path in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+    for path in fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path()) {
         if path.is_dir() {
             collect(&path, name, text);
         } else if path.to_string_lossy().ends_with(name) {
-            text.push_str(&fs::read_to_string(&path).unwrap());
+            text.push_str(&fs::read_to_string(&path).expect("a text"));
         }
     }
 }

@@ -51,9 +51,9 @@ impl LoggedState {
 
 impl OnlineLog {
     /// A gateway came online or went offline.
-    pub fn on_change(&self, worker: &WorkerName, state: LoggedState, now: Instant) {
-        if self.0.lock().is_line_due(worker, &state, now) {
-            log(worker, &state);
+    pub fn on_change(&self, worker: &WorkerName, state: &LoggedState, now: Instant) {
+        if self.0.lock().is_line_due(worker, state, now) {
+            log(worker, state);
         }
     }
 

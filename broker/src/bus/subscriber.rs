@@ -147,7 +147,7 @@ impl Primary {
         let was_online = gateways.is_online(worker);
         let confirms = gateways.on_confirmation(worker, now);
         if confirms && !was_online {
-            self.online_log.on_change(worker, LoggedState::Online, now);
+            self.online_log.on_change(worker, &LoggedState::Online, now);
         }
         confirms
     }
@@ -204,7 +204,7 @@ impl Primary {
             self.in_flight.lock().invalidate(worker, domain);
         }
         if let Some((worker, state)) = changed {
-            self.online_log.on_change(worker, state, now);
+            self.online_log.on_change(worker, &state, now);
         }
         Ok(())
     }

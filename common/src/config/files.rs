@@ -87,10 +87,11 @@ impl Config {
 /// Why it cannot be read; none if it can, or if that shows only while a unit runs.
 fn trouble(path: &Path) -> Option<String> {
     let error = read(path).err()?;
-    match error.kind() {
-        ErrorKind::NotFound if path.starts_with(CREDENTIALS) => None,
-        ErrorKind::NotFound => Some("does not exist".to_owned()),
-        _ => Some(format!("cannot be read: {error}")),
+    let is_missing = error.kind() == ErrorKind::NotFound;
+    match is_missing {
+        true if path.starts_with(CREDENTIALS) => None,
+        true => Some("does not exist".to_owned()),
+        false => Some(format!("cannot be read: {error}")),
     }
 }
 
