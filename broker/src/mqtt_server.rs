@@ -4,7 +4,8 @@
 //! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
 //! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
 //! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained. No client publishes more than
-//! the others can read, see [`progress`].
+//! the others can read, see [`progress`]. What operators are shown of clients that are refused, or that replace each other, is
+//! in [`client_troubles`].
 //!
 //! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
 //! connections; each connection owns its session; [`retained_store`] owns the file. Tasks: one accept loop for each of the

@@ -49,8 +49,9 @@ impl Gateways {
     pub fn shown(&self, now: Instant) -> Vec<GatewayStatus> {
         let mut shown = self.statuses(now);
         if let Some(LastKnown { lost, gateways }) = &self.last_known {
-            let is_missing = |known: &&GatewayStatus| shown.iter().all(|gateway| gateway.name != known.name);
-            let missing: Vec<_> = gateways.iter().filter(is_missing).cloned().collect();
+            let present: BTreeSet<&str> = shown.iter().map(|gateway| gateway.name.as_str()).collect();
+            let missing = gateways.iter().filter(|known| !present.contains(known.name.as_str()));
+            let missing: Vec<_> = missing.cloned().collect();
             let last_known_secs = Some(secs(*lost, now));
             shown.extend(missing.into_iter().map(|known| GatewayStatus { last_known_secs, ..known }));
             shown.sort_by(|one, other| one.name.cmp(&other.name));
