@@ -30,7 +30,7 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
     let cases = [
         ("", 0, 0, [].as_slice()),
         ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "did you mean trusted_proxies?"]),
-        ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "below mqtt_listen"]),
+        ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "It belongs below mqtt_listen, with spaces before it"]),
         ("mqtt:\n  broker_port: abc\nbroker_listn: x\n", 2, 2, &[":4: mqtt.broker_port: ", ":5: broker_listn: "]),
         ("mqtt: [\n", 2, 2, &["is not YAML"]),
     ];

@@ -252,7 +252,7 @@ mod tests {
             ),
             (format!("- {A}\n\t- {B}"), "line 2: must begin with spaces, not with a tab"),
             ("[".into(), "line 1: is not YAML"),
-            (format!("- {A}\n- \0\0"), "line 2: has a NUL byte"),
+            (format!("- {A}\n- \0\0"), "line 2: must not have a NUL byte"),
         ] {
             let wrong = keys(&text, List::Deny).unwrap_err();
             assert!(wrong.starts_with(said), "{text}: {wrong}");
