@@ -11,11 +11,12 @@ mod listeners;
 mod tests;
 mod workers;
 
-use wgkex_common::doctor::files::Running;
+use wgkex_common::doctor::bus::MqttFacts;
+use wgkex_common::doctor::files::{ListFacts, Running};
 use wgkex_common::doctor::{Finding, Program, bus, clock, config, files};
 use wgkex_common::http::connections::Capacity;
 
-use self::facts::{Facts, MqttFacts};
+use self::facts::{BusFacts, Facts};
 use crate::fleet::status::ProblemKind;
 use crate::http::status::Status;
 
@@ -36,9 +37,10 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings.extend(workers::retained(facts));
     findings.extend(workers::named(facts));
     findings.extend(files::state(Program::Broker, &facts.state, running.as_ref()));
-    // What the running broker cannot read is one of its problems.
+    // What the running broker cannot read is one of its problems, without the line.
     let is_problem = |key: &str| running.iter().any(|running| running.lists_damaged.iter().any(|list| list == key));
-    let lists: Vec<_> = facts.lists.iter().filter(|list| !is_problem(list.key)).cloned().collect();
+    let is_new = |list: &&ListFacts| list.damage.is_some() || !is_problem(list.key);
+    let lists: Vec<_> = facts.lists.iter().filter(is_new).cloned().collect();
     findings.extend(files::lists(Program::Broker, &facts.state.user, &lists, running.as_ref()));
     findings.extend(facts.files.map(open_files));
     findings.push(clock::clock(Program::Broker, &facts.clock));
@@ -59,7 +61,7 @@ fn process(status: &Status) -> Running {
 }
 
 /// Another MQTT server.
-fn mqtt(MqttFacts { server, outcome }: &MqttFacts) -> Vec<Finding> {
+fn mqtt(MqttFacts { server, outcome }: &MqttFacts<BusFacts>) -> Vec<Finding> {
     match outcome {
         Err(failure) => vec![bus::no_connection(Program::Broker, server, failure)],
         Ok(found) => bus::rights(Program::Broker, server, &found.rights),

@@ -10,7 +10,6 @@ pub mod admin;
 pub(crate) mod body;
 mod key_exchange;
 pub mod key_reports;
-pub mod listen;
 mod metrics;
 mod missed_proxies;
 mod refused_domains;
@@ -43,6 +42,7 @@ use crate::fleet;
 use crate::fleet::status::ProblemKind;
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
+use crate::mqtt_server::ClientTroubles;
 use crate::registry;
 
 pub use self::metrics::Metrics;
@@ -61,6 +61,10 @@ pub struct App {
     pub exchange: Exchange,
     /// The states of the two MQTT sessions.
     pub links: [watch::Receiver<ConnectionState>; 2],
+    /// Whether another program may use the client ids of these sessions.
+    pub name_suspects: [watch::Receiver<bool>; 2],
+    /// The clients that this broker's MQTT server had trouble with.
+    pub client_troubles: ClientTroubles,
     /// The connections that are open.
     pub connections: Connections,
     /// The networks of the trusted proxies.
@@ -155,7 +159,8 @@ async fn readyz(app: Data<App>) -> HttpResponse {
             let unserved = app.exchange.gateways().unserved();
             let lists = status::list_problems(&app.exchange.lists.borrow());
             let unread = lists.into_iter().filter(|problem| problem.kind == ProblemKind::AllowListUnread);
-            let lines = unserved.iter().map(ToString::to_string).chain(unread.map(|problem| problem.text));
+            let problems = unread.chain(app.names_in_use(Instant::now()));
+            let lines = unserved.iter().map(ToString::to_string).chain(problems.map(|problem| problem.text));
             (StatusCode::OK, lines.fold("ready\n".to_owned(), |text, line| format!("{text}{line}\n")))
         }
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
@@ -175,6 +180,7 @@ async fn scrape(app: Data<App>) -> HttpResponse {
     app.fleet_metrics.set_domains(&domains);
     app.fleet_metrics.set_live(app.exchange.live().counts());
     set(&app.metrics.connections, app.connections.open());
+    app.metrics.name_in_use.set(i64::from(!app.names_in_use(Instant::now()).is_empty()));
     match app.all_metrics.text() {
         Ok(text) => HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text),
         Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),

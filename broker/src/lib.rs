@@ -36,7 +36,7 @@ use tracing::{error, info};
 use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
 use wgkex_common::config::{Https, Secret};
 use wgkex_common::http::connections::{Capacity, Closed, Connections};
-use wgkex_common::http::listener::prepare;
+use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::reload::{self, KeyUse};
@@ -66,7 +66,7 @@ use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
-use crate::mqtt_server::MqttServer;
+use crate::mqtt_server::{ClientTroubles, MqttServer};
 use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
 use crate::tls::Certificate;
 
@@ -94,6 +94,8 @@ struct Broker {
     lists: Handle,
     revocations: PendingRevocations,
     drains: DrainStore,
+    /// The clients that the embedded MQTT server had trouble with.
+    client_troubles: ClientTroubles,
     /// The session that receives what workers publish.
     bus: MqttHandle,
     /// The session that publishes keys.
@@ -129,27 +131,29 @@ struct Listeners {
 /// The services are stopped in the reverse order of their start: requests in flight still need MQTT for their answers,
 /// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let listeners = Listeners::bind(&config)?;
     let metrics = Metrics::register().context("metrics")?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
+    // Before the ports: of a second broker on the same machine, the state names the process of the first.
+    let (live, store) = live_keys(&config, &lists)?;
+    metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
+    let listeners = Listeners::bind(&config)?;
     let embedded = config.mqtt_listen.as_ref();
     let embedded =
         embedded.map(|listen| MqttServer::start(listen, &config.state_dir, &metrics.mqtt_server)).transpose()?;
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::session(&config), subscriber::secondary_session(&config))?;
-    let (live, store) = live_keys(&config, &lists)?;
-    metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
     let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
+    let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
     let (leases, lease_events) = registry::push::channel();
     let opened = config
         .registry
         .as_ref()
         .map(|enabled| registry::Registry::open(&config, enabled, leases.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
-    let broker = Broker { config, exchange, lists, revocations, drains, bus, keys, registry, metrics };
+    let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -185,7 +189,7 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, leases: LeaseSender) {
-        let Self { config, exchange, lists, revocations, drains, bus, keys, registry, metrics } = self;
+        let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } = self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
@@ -269,6 +273,8 @@ impl Broker {
             domains,
             exchange,
             links,
+            name_suspects: [&self.bus, &self.keys].map(MqttHandle::name_suspect),
+            client_troubles: self.client_troubles.clone(),
             connections,
             trusted,
             missed_proxies,
@@ -460,6 +466,6 @@ async fn expire(exchange: Exchange) {
 }
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
-    let bound = http::listen::open(host, port);
+    let bound = if host == "::" { everywhere(port) } else { TcpListener::bind((host, port)) };
     bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
 }

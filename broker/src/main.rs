@@ -15,6 +15,7 @@ use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
+use wgkex_common::doctor::Program;
 use wgkex_common::runtime::process;
 
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
@@ -42,7 +43,7 @@ enum Command {
     Gateways(GatewaysCommand),
     /// Checks everything that the broker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
-        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the broker runs and \
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures, also where the checks cannot be made. Works while the broker runs and \
                             while it does not. Needs no token. Connects to another MQTT server as the client \
                             wgkex-broker-NAME-doctor."
     )]
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
         Some(Command::Status(command)) => command.run(file),
         Some(Command::Gateways(command)) => command.run(file),
         Some(Command::Doctor(doctor)) => doctor.run(file),
-        Some(Command::CheckConfig(check)) => check.run(file),
+        Some(Command::CheckConfig(check)) => check.run(file, Program::Broker),
         Some(Command::HashPassword) => hash_password().map_or_else(
             |error| {
                 let _ = writeln!(io::stderr(), "error: {error:#}");

@@ -4,7 +4,8 @@
 //! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
 //! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
 //! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained. No client publishes more than
-//! the others can read, see [`progress`].
+//! the others can read, see [`progress`]. What operators are shown of clients that are refused, or that replace each other, is
+//! in [`client_troubles`].
 //!
 //! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
 //! connections; each connection owns its session; [`retained_store`] owns the file. Tasks: one accept loop for each of the
@@ -17,6 +18,7 @@
 
 pub(crate) mod acl;
 mod broker;
+mod client_troubles;
 mod connection;
 pub(crate) mod filter;
 mod guesses;
@@ -30,6 +32,7 @@ pub mod password;
 mod progress;
 mod quota;
 mod refusal_log;
+mod refused_clients;
 mod retained;
 mod retained_store;
 mod session;
@@ -73,7 +76,9 @@ use self::session::ClientSession;
 use self::users::Users;
 use crate::tls::Certificate;
 
+pub use self::client_troubles::ClientTroubles;
 pub use self::metrics::Metrics;
+pub use self::refused_clients::RefusedClient;
 
 /// The most connections of this broker itself: two, and two that are about to end.
 const MAX_OWN: usize = 4;
@@ -90,6 +95,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
+    troubles: ClientTroubles,
     over: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
@@ -110,10 +116,11 @@ impl MqttServer {
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
         let broker = Arc::new(MessageBroker::open(retained, room + MAX_OWN, metrics.clone())?);
+        let troubles = broker.troubles.clone();
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, troubles, over, ended: Some(ended) })
     }
 
     /// Returns when it ends, which it should not do of itself.
@@ -129,6 +136,12 @@ impl MqttServer {
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
         Mqtt { server: MqttAddress::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
+    }
+
+    /// The clients that it had trouble with.
+    #[must_use]
+    pub fn troubles(&self) -> ClientTroubles {
+        self.troubles.clone()
     }
 
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
@@ -307,7 +320,9 @@ impl Context {
 
     fn refused(&self, refused: &Refused) {
         self.metrics.refused.with_label_values(&[refused.refusal.reason()]).inc();
-        let Some(unlogged) = self.refusals.lock().line(refused, std::time::Instant::now()) else { return };
+        let now = std::time::Instant::now();
+        self.broker.troubles.on_refused(refused, now);
+        let Some(unlogged) = self.refusals.lock().line(refused, now) else { return };
         let Refused { user, client_id, cause, .. } = refused;
         if refused.is_noise() {
             info!(reason = %cause, unlogged, "MQTT client refused");

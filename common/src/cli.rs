@@ -13,7 +13,8 @@ use clap_complete::Shell;
 use serde_json::json;
 
 use crate::Config;
-use crate::config::Problem;
+use crate::config::{NeededBy, Problem, UnreadableFile};
+use crate::doctor::Program;
 
 /// The exit code of `check-config` where only `--strict` finds fault.
 const ONLY_WARNINGS: u8 = 1;
@@ -49,11 +50,14 @@ pub struct CheckConfig {
 
 impl CheckConfig {
     /// Prints what is wrong with the config and returns how the process ends: 0 if nothing is, 1 if there are warnings and
-    /// the check is strict, 2 if the program would not start.
+    /// the check is strict, 2 if `program` would not start.
     #[must_use]
-    pub fn run(&self, file: Option<&Path>) -> ExitCode {
+    pub fn run(&self, file: Option<&Path>, program: Program) -> ExitCode {
         let (mistakes, warnings) = match Config::load(file) {
-            Ok(config) => (Vec::new(), config.warnings),
+            Ok(config) => {
+                let (mistakes, missed) = unreadable_files(&config, program);
+                (mistakes, [config.warnings, missed].concat())
+            }
             Err(error) => (error.mistakes, error.warnings),
         };
         let text = if self.json {
@@ -109,6 +113,18 @@ impl Documents {
             }
         }
     }
+}
+
+/// The files without which `program` does not start, and the others, that cannot be read.
+fn unreadable_files(config: &Config, program: Program) -> (Vec<Problem>, Vec<Problem>) {
+    let is_needed = |file: &UnreadableFile| match file.needed_by {
+        NeededBy::Broker => program == Program::Broker,
+        NeededBy::Both => true,
+        NeededBy::None => false,
+    };
+    let (needed, others): (Vec<_>, Vec<_>) = config.unreadable_files().into_iter().partition(is_needed);
+    let problems = |files: Vec<UnreadableFile>| files.into_iter().map(|file| file.problem).collect();
+    (problems(needed), problems(others))
 }
 
 fn report(mistakes: &[Problem], warnings: &[Problem]) -> String {

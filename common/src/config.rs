@@ -10,6 +10,7 @@
 mod certificate;
 mod diagnostics;
 mod domains;
+mod files;
 mod http;
 mod keys;
 mod limits;
@@ -45,6 +46,7 @@ pub use tracing::Level;
 
 use self::diagnostics::{Diagnostics, Problems};
 pub use self::domains::GatewayShare;
+pub use self::files::{NeededBy, UnreadableFile};
 pub use self::http::{Https, Listen};
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
@@ -251,7 +253,7 @@ impl Config {
         let config = tree.and_then(|mut tree| {
             diagnostics.keep_secret(&tree);
             keys::normalize(&mut tree, &mut diagnostics);
-            let source = Source::of(tree.clone());
+            let source = Source::of(tree.clone(), diagnostics.places(&files::KEYS));
             let mut raw = Raw::read(&mut tree, &mut diagnostics)?;
             raw.mqtt.offer_password_file(machine.credential);
             Some(Self { source, ..raw.check(machine.host_name, &mut diagnostics) })

@@ -12,11 +12,13 @@ pub mod sockets;
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
 use serde_json::json;
 
+use crate::Config;
 use crate::cli::style::{Colour, Style};
 use crate::config::{ConfigError, Problem};
 
@@ -157,9 +159,27 @@ pub fn config(odd: &[Problem]) -> Vec<Finding> {
     findings
 }
 
-/// What is wrong with a config by which nothing else can be checked.
+/// The command `doctor`: prints what `check` finds by the config in `file`, and returns how the process ends: 0 if all is
+/// well, 1 if there are warnings, 3 if something fails, or if the checks cannot be made.
 #[must_use]
-pub fn invalid_config(error: &ConfigError) -> Vec<Finding> {
+pub fn run(
+    file: Option<&Path>,
+    is_json: bool,
+    check: impl FnOnce(&Config) -> anyhow::Result<Vec<Finding>>,
+) -> ExitCode {
+    let checked = match Config::load(file) {
+        Err(error) => Ok(invalid_config(&error)),
+        Ok(config) => check(&config),
+    };
+    let findings = checked.unwrap_or_else(|error| {
+        let advice = "run the doctor as root, and look at the system's log";
+        vec![Finding::fail("doctor", format!("the checks cannot be made: {error:#}"), advice)]
+    });
+    conclude(&findings, is_json)
+}
+
+/// What is wrong with a config by which nothing else can be checked.
+fn invalid_config(error: &ConfigError) -> Vec<Finding> {
     let advice = "correct it: wgkex.yaml.example describes every key";
     let mut findings: Vec<_> =
         error.mistakes.iter().map(|mistake| Finding::fail("config", mistake.to_string(), advice)).collect();
@@ -193,9 +213,7 @@ pub fn report(findings: &[Finding], style: Style) -> String {
     report
 }
 
-/// Prints what was found, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
-#[must_use]
-pub fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
+fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
     let text = if is_json {
         format!("{:#}\n", json!({ "worst": worst(findings), "findings": findings }))
     } else {
@@ -206,5 +224,19 @@ pub fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
         (Err(_), _) | (Ok(()), Level::Fail) => FAILURES.into(),
         (Ok(()), Level::Warn) => WARNINGS.into(),
         (Ok(()), Level::Ok) => ExitCode::SUCCESS,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checks_that_cannot_be_made_end_like_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("wgkex.yaml");
+        std::fs::write(&file, "domains: [ff_a]\ndomain_prefixes: [ff_]\n").unwrap();
+        assert_eq!(run(Some(&file), false, |_| Ok(vec![Finding::ok("x", "it is well")])), ExitCode::SUCCESS);
+        assert_eq!(run(Some(&file), false, |_| anyhow::bail!("netlink")), FAILURES.into());
     }
 }

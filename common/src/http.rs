@@ -1,10 +1,12 @@
 //! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and however
 //! little they read. actix-http decodes at once all requests that a client sends ahead, 6 KiB each; [`paced`] hands it one
-//! after the other. [`connections`] knows all that are open, and which of them go when there are too many.
+//! after the other. [`connections`] knows all that are open, and which of them go when there are too many. [`client`] is for
+//! the commands that ask a running program.
 //!
 //! Owners: each server has its table of connections. Previous stop of a request: a client; next stop: the `http` room of the
 //! program, which has the routes.
 
+pub mod client;
 pub mod connections;
 pub mod listener;
 mod paced;

@@ -19,6 +19,7 @@ pub mod presence;
 mod reconnect;
 mod session;
 mod subscriptions;
+mod tls_probe;
 pub mod trial;
 
 use rumqttc::valid_topic;
@@ -170,6 +171,7 @@ pub enum PublishError {
 pub struct MqttHandle {
     queue: mpsc::Sender<PendingPublish>,
     state: watch::Receiver<ConnectionState>,
+    name_suspect: watch::Receiver<bool>,
 }
 
 impl MqttHandle {
@@ -195,5 +197,11 @@ impl MqttHandle {
     #[must_use]
     pub fn connection_state(&self) -> watch::Receiver<ConnectionState> {
         self.state.clone()
+    }
+
+    /// Whether another program may use the client id of this session: the server ends its connections again and again.
+    #[must_use]
+    pub fn name_suspect(&self) -> watch::Receiver<bool> {
+        self.name_suspect.clone()
     }
 }

@@ -29,8 +29,8 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
     let file = dir.path().join("wgkex.yaml");
     let cases = [
         ("", 0, 0, [].as_slice()),
-        ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "trusted_proxies"]),
-        ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "below mqtt_listen"]),
+        ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "did you mean trusted_proxies?"]),
+        ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "It belongs below mqtt_listen, with spaces before it"]),
         ("mqtt:\n  broker_port: abc\nbroker_listn: x\n", 2, 2, &[":4: mqtt.broker_port: ", ":5: broker_listn: "]),
         ("mqtt: [\n", 2, 2, &["is not YAML"]),
     ];
@@ -49,6 +49,46 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
         let missing = check(program, &dir.path().join("none.yaml"), &[]);
         assert_eq!(missing.0, Some(2));
         assert!(missing.1.contains("none.yaml: cannot be read: "), "{}", missing.1);
+    }
+}
+
+/// A file without which a program does not start is a mistake, another one a warning; both have the line of their key.
+#[test]
+fn check_config_names_files_that_cannot_be_read() {
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let file = dir.path().join("wgkex.yaml");
+    let files = |name: &str| format!("{{cert_file: {}, key_file: {}}}", at(name), at(name));
+    let (both, one, none) = ([Some(2), Some(2)], [Some(2), Some(0)], [Some(0), Some(0)]);
+    let cases = [
+        (format!("broker_listen:\n  tls: {}\n", files("none")), one, ":4: broker_listen.tls.cert_file: "),
+        (format!("mqtt_listen:\n  tls: {}\n", files("none")), one, ":4: mqtt_listen.tls.key_file: "),
+        (format!("mqtt:\n  broker_url: x\n  tls: yes\n  ca_file: {}\n", at("none")), both, ":6: mqtt.ca_file: "),
+        (format!("blacklist_file: {}\n", at("none")), none, ":3: blacklist_file: "),
+        (format!("allowlist: {{enabled: yes, file: {}}}\n", at("none")), none, ":3: allowlist.file: "),
+        (format!("key_lists:\n  trusted_dir: {}\n", at("none")), none, ":4: key_lists.trusted_dir: "),
+    ];
+    for (more, codes, said) in &cases {
+        fs::write(&file, format!("{LEAST}{more}")).unwrap();
+        for (program, code) in PROGRAMS.iter().zip(codes) {
+            let (found, text) = check(program, &file, &[]);
+            assert_eq!(found, *code, "{program}: {more}: {text}");
+            assert!(text.contains(&format!("{said}{}: does not exist\n", at("none"))), "{program}: {text}");
+            let strict = if *code == Some(0) { Some(1) } else { *code };
+            assert_eq!(check(program, &file, &["--strict"]).0, strict, "{program}: {more}");
+        }
+    }
+    // One that is there, a directory that is, and a credential, which is there while its unit runs.
+    fs::write(at("there"), "- x\n").unwrap();
+    let credential = "{cert_file: /run/credentials/wgkex-broker.service/c, key_file: /run/credentials/x.service/k}";
+    let more = format!(
+        "blacklist_file: {}\nkey_lists: {{deny_dir: {}}}\nbroker_listen: {{tls: {credential}}}\n",
+        at("there"),
+        dir.path().display()
+    );
+    fs::write(&file, format!("{LEAST}{more}")).unwrap();
+    for program in PROGRAMS {
+        assert_eq!(check(program, &file, &["--strict"]), (Some(0), "the config is valid\n".to_owned()));
     }
 }
 
@@ -157,6 +197,38 @@ fn the_doctor_names_rights_that_the_mqtt_server_does_not_give() {
         assert!(text.contains(said), "{said} is not in {text}");
         assert_eq!(text.contains("`wgkex-broker mqtt-acl` prints them"), said.starts_with("warn"), "{text}");
         assert!(text.contains("fail wg-welt: it is missing"), "{text}");
+    }
+}
+
+/// What troubleshooting.md says that programs print, they print in some test.
+#[test]
+fn each_cause_that_is_documented_is_the_text_of_a_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut tests = String::new();
+    for (dir, name) in [("tests/tests", ".rs"), ("broker/src", "tests.rs"), ("worker/src", "tests.rs")] {
+        collect(&root.join(dir), name, &mut tests);
+    }
+    let text = fs::read_to_string(root.join("deploy/docs/troubleshooting.md")).unwrap();
+    let (_, table) = text.split_once("## What names the cause").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    let rows: Vec<_> = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| What")).collect();
+    assert!(rows.len() >= 20, "{rows:?}");
+    for row in rows {
+        let shown = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for part in shown.split('`').skip(1).step_by(2) {
+            assert!(tests.contains(part), "no test has {part}: {row}");
+        }
+    }
+}
+
+/// Appends the text of each file below `dir` whose name ends like this.
+fn collect(dir: &Path, name: &str, text: &mut String) {
+    for path in fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path()) {
+        if path.is_dir() {
+            collect(&path, name, text);
+        } else if path.to_string_lossy().ends_with(name) {
+            text.push_str(&fs::read_to_string(&path).expect("a text"));
+        }
     }
 }
 

@@ -150,7 +150,7 @@ fn a_server_with_tls_is_not_taken_for_one_without() {
     let dir = stack.dir().display().to_string();
     stack.plan.mosquitto = format!("certfile {dir}/cert.pem\nkeyfile {dir}/key.pem");
     stack.start_mosquitto();
-    let trouble = format!("fail MQTT: {}: the server closed the connection without an answer", stack.mqtt);
+    let trouble = format!("fail MQTT: {}: the server speaks TLS on this port", stack.mqtt);
     names(&stack, &trouble, "set mqtt.tls to true");
 }
 
@@ -271,8 +271,11 @@ fn a_list_that_is_missing_is_named_and_so_is_one_that_the_running_broker_cannot_
     fs::write(&list, "[]").unwrap();
     let text = passes(&stack, &["warn broker: none runs here"]);
     assert!(text.contains("ok   blacklist_file: "), "{text}");
-    fs::write(&list, "nonsense").unwrap();
+    fs::write(&list, format!("- {}\n\t- {}\n", key(1), key(2))).unwrap();
+    let named = format!("fail blacklist_file: {}: line 2: must begin with spaces, not with a tab", list.display());
+    names(&stack, &named, "correct it");
     stack.start_broker();
     stack.wait_until_ready();
     names(&stack, "fail lists: blacklist_file cannot be read", "log");
+    names(&stack, &named, "correct it");
 }

@@ -345,6 +345,15 @@ fn a_taken_broker_listen_ends_the_broker_with_one_line_that_names_it() {
     does_not_start(&stack, &["broker_listen", &stack.http.to_string(), "in use"]);
 }
 
+/// The port that is taken was all that it said.
+#[test]
+fn a_second_broker_with_the_same_config_names_the_process_of_the_first() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+    let first = format!("in use by process {}", stack.broker().pid());
+    let log = does_not_start(&stack, &["broker.sqlite", &first, "state_dir"]);
+    assert!(!log.contains("broker_listen"), "{log}");
+}
+
 #[test]
 fn a_taken_mqtt_listen_ends_the_broker_with_the_reason() {
     let stack = Stack::prepare(Plan::new(Bus::Embedded));

@@ -3,16 +3,19 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
 use std::fs;
+use std::net::SocketAddr;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, ask};
 use wgkex_tests::probe::said;
 use wgkex_tests::process::binary;
+use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::scripted::{Manner, Worker, data, gateway_key, hello, peers_of, status};
-use wgkex_tests::stack::{Bus, DOMAIN, ONE_ADDRESS, Plan, Stack, V2};
+use wgkex_tests::stack::{Bus, DOMAIN, ONE_ADDRESS, Plan, Stack, V2, free_address};
 use wgkex_tests::{key, wait_until};
 
 /// Runs `wgkex-broker` with a stack's config, without a token.
@@ -197,6 +200,98 @@ fn gateways_that_publish_the_same_are_one_warning_and_stand_on_the_page() {
     two.probe.say(status("gw2", "0"));
     stack.broker().wait_for_log(&format!("over: {said}"));
     assert_eq!(stack.broker().log().matches(said).count(), 2);
+}
+
+#[test]
+fn the_log_says_why_a_gateway_goes_offline() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+    let workers = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 7));
+    stack.wait_for_gateways(2);
+    workers[0].probe.say_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
+    // A last will is the same message without the counts before it.
+    workers[1].probe.say(status("gw2", "0"));
+    for (worker, reason) in [("gw1", "reason=stopped"), ("gw2", "reason=connection lost")] {
+        let broker = stack.broker();
+        let line = wait_until("the line", || {
+            let log = broker.log();
+            log.lines().find(|line| line.contains("gateway is offline") && line.contains(worker)).map(str::to_owned)
+        });
+        assert!(line.contains(reason), "{line}");
+    }
+}
+
+/// They were gone from page and commands as soon as the connection was.
+#[test]
+fn gateways_stay_shown_as_last_known_while_mqtt_is_away() {
+    let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
+    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 7);
+    stack.wait_for_gateways(1);
+    assert_eq!(wait_for_kinds(&stack, &[])["gateways"][0]["last_known_secs"], Value::Null);
+    let _ = stack.mosquitto().end_by(Signal::SIGKILL);
+    let json = wait_for_kinds(&stack, &["not_ready"]);
+    let gateway = &json["gateways"][0];
+    assert_eq!((&gateway["name"], &gateway["online"], &gateway["connected"]), (&json!("gw1"), &json!(true), &json!(7)));
+    assert!(gateway["last_known_secs"].is_u64(), "{gateway}");
+    for command in ["gateways", "status"] {
+        let text = printed(&run(&stack, &[command]));
+        assert!(text.contains("last known state: no MQTT for ") && text.contains("gw1"), "{text}");
+    }
+    let page = stack.get("/").body;
+    assert!(page.contains("online (last known state: no MQTT for "), "{page}");
+    stack.wait_for_gateways(0);
+    assert_eq!(stack.v2(DOMAIN, &key(1)).status, 503, "nobody is sent there");
+    stack.start_mosquitto();
+    assert_eq!(wait_for_kinds(&stack, &[])["gateways"][0]["last_known_secs"], Value::Null);
+}
+
+/// Whether the problems of a page have this text.
+fn names_problem(status: &Value, text: &str) -> bool {
+    status["problems"].to_string().contains(text)
+}
+
+#[test]
+fn a_client_id_that_two_programs_use_at_the_brokers_server_is_a_problem_and_a_metric() {
+    let stack = Stack::start(Plan::new(Bus::Embedded));
+    assert_eq!(stack.metric("wgkex_broker_mqtt_name_in_use"), Some(0.0));
+    let _twins: Vec<_> = (0..6).map(|_| RawClient::connect(stack.mqtt, "twice")).collect();
+    stack.wait_for_metric("wgkex_broker_mqtt_name_in_use", 1.0);
+    let text = "two programs use the MQTT client id twice: each ends the other's connection";
+    assert!(names_problem(&stack.get("/status.json").json(), text));
+    assert!(stack.get("/").body.contains("two programs use the MQTT client id twice"));
+    assert!(stack.get("/readyz").body.contains(text));
+    let shown = run(&stack, &["status"]);
+    assert!(shown.status.code() == Some(3) && printed(&shown).contains(text), "{shown:?}");
+}
+
+/// The server is not ours, so each of them has only its own connections to see that by.
+#[test]
+fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
+    let worker_listen = [free_address(), free_address()];
+    let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
+    let stack = Stack::start(plan(&worker_listen[0]));
+    let mut other = Stack::prepare(plan(&worker_listen[1]));
+    other.mqtt = stack.mqtt;
+    other.write_config();
+    other.start_broker();
+    let in_use = |server: SocketAddr, metric: &str| {
+        wait_until(&format!("{metric} at {server}"), || {
+            let metrics = Http::try_connect(server).ok()?.get("/metrics").body;
+            metrics.lines().any(|line| line == format!("{metric} 1")).then_some(())
+        });
+    };
+    let text = "another program may use";
+    for broker in [&stack, &other] {
+        in_use(broker.http, "wgkex_broker_mqtt_name_in_use");
+        let status = broker.get("/status.json").json();
+        assert!(names_problem(&status, text) && kinds(&status).contains(&"name_in_use"), "{status}");
+        assert!(broker.get("/readyz").body.contains(text));
+    }
+    let _workers = [&stack, &other].map(|stack| stack.program("wgkex-worker", &[]));
+    for server in worker_listen {
+        in_use(server, "wgkex_worker_mqtt_name_in_use");
+        let status = Http::connect(server).get("/status.json").json();
+        assert!(names_problem(&status, "another program may use this worker's name"), "{status}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use actix_web::http::header::ContentType;
 use actix_web::web::Data;
 use actix_web::{App, HttpResponse};
 use futures_util::future::try_join_all;
-use prometheus::IntCounterVec;
+use prometheus::{IntCounterVec, IntGauge};
 use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{error, info};
@@ -21,14 +21,14 @@ use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
 use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::listener::prepare;
+use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
-use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, PeerTotals, Status};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
 
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);
@@ -40,6 +40,10 @@ pub struct HttpState {
     pub registry: Registry,
     /// Whether the sessions are connected.
     pub links: [watch::Receiver<ConnectionState>; 2],
+    /// Whether another program may use the client ids of the sessions.
+    pub name_suspects: [watch::Receiver<bool>; 2],
+    /// The metric of that.
+    pub name_in_use: IntGauge,
     /// Whether routers can use each domain.
     pub domains: watch::Receiver<DomainStates>,
     /// Whether the gateway drains.
@@ -82,6 +86,9 @@ pub async fn serve(listen: Listen, state: HttpState) {
 
 /// A server on each address of the host that can be had.
 fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<Server>> {
+    if listen.host == "::" {
+        return Ok(vec![server(prepare(everywhere(listen.port)?)?, state.clone())?]);
+    }
     let addresses = (listen.host.as_str(), listen.port).to_socket_addrs()?;
     let (listeners, failed): (Vec<_>, Vec<_>) = addresses.map(TcpListener::bind).partition(Result::is_ok);
     match failed.into_iter().find_map(Result::err) {
@@ -109,6 +116,7 @@ async fn healthz() -> HttpResponse {
 /// Ready if keys arrive and every domain can be used; else each reason is a line.
 async fn readyz(state: Data<HttpState>) -> HttpResponse {
     match state.unready() {
+        None if state.is_name_in_use() => HttpResponse::Ok().body(format!("ready\n{NAME_IN_USE}\n")),
         None => HttpResponse::Ok().body("ready\n"),
         Some(reasons) => HttpResponse::ServiceUnavailable().body(reasons),
     }
@@ -136,6 +144,11 @@ impl HttpState {
         })
     }
 
+    /// Whether another program seems to use the name of this worker.
+    fn is_name_in_use(&self) -> bool {
+        self.name_suspects.iter().any(|suspect| *suspect.borrow())
+    }
+
     fn status(&self, now: Instant) -> Status {
         let (cause, waiting, metrics) = (self.mqtt_down(), *self.waiting.borrow(), &self.reconciler);
         let mut status = Status {
@@ -143,7 +156,7 @@ impl HttpState {
             worker: self.name.clone(),
             pid: std::process::id(),
             uptime_seconds: now.saturating_duration_since(self.started).as_secs(),
-            mqtt: MqttStatus { connected: cause.is_none(), cause },
+            mqtt: MqttStatus { connected: cause.is_none(), cause, name_in_use: self.is_name_in_use() },
             drain: self.drain.borrow().clone(),
             peers_drained: self.sum(&metrics.peers.drained),
             domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
@@ -214,6 +227,7 @@ async fn status(state: Data<HttpState>) -> HttpResponse {
 }
 
 async fn text(state: Data<HttpState>) -> HttpResponse {
+    state.name_in_use.set(i64::from(state.is_name_in_use()));
     match state.registry.text() {
         Ok(text) => HttpResponse::Ok().insert_header(ContentType::plaintext()).body(text),
         Err(error) => HttpResponse::InternalServerError().body(error.to_string()),

@@ -243,6 +243,8 @@ impl Worker {
         let state = http::HttpState {
             registry: self.metrics.registry.clone(),
             links: [&self.bus, &self.confirmations].map(MqttHandle::connection_state),
+            name_suspects: [&self.bus, &self.confirmations].map(MqttHandle::name_suspect),
+            name_in_use: self.metrics.bus.name_in_use.clone(),
             domains: self.reconciler.state(),
             drain: self.drain.clone(),
             name: self.config.name.to_string(),

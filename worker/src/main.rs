@@ -9,6 +9,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
+use wgkex_common::doctor::Program;
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
 use wgkex_kernel::netlink::Netlink;
@@ -55,7 +56,7 @@ enum Command {
     DryRun(DryRun),
     /// Checks everything that the worker needs, and prints what to do about each thing that is wrong; changes nothing
     #[command(
-        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures. Works while the worker runs and \
+        after_help = "Exits with 0 if all is well, with 1 for warnings, with 3 for failures, also where the checks cannot be made. Works while the worker runs and \
                             while it does not."
     )]
     Doctor(Doctor),
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
         Some(Command::Setup { remove: true, .. }) => run(Job::RemoveInterfaces),
         Some(Command::Setup { userspace: true, .. }) => run(Job::SetUp(Backend::Userspace)),
         Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
-        Some(Command::CheckConfig(check)) => check.run(file.path()),
+        Some(Command::CheckConfig(check)) => check.run(file.path(), Program::Worker),
         Some(Command::Status(status)) => status.run(file.path()),
         Some(Command::Doctor(doctor)) => doctor.run(file.path()),
         Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),

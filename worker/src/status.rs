@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 use wgkex_common::cli::style::{Colour, Style};
 use wgkex_common::drain::Drain;
 
+/// What is wrong where another program seems to use the worker's name.
+pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name: the server ends its connections again and again; each \
+     worker needs a host name of its own";
+
 /// The state of a worker at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -58,6 +62,9 @@ pub struct MqttStatus {
     pub connected: bool,
     /// Why not.
     pub cause: Option<String>,
+    /// Whether another program seems to use the worker's name: the server ends its connections again and again.
+    #[serde(default)]
+    pub name_in_use: bool,
 }
 
 /// A domain at this gateway.
@@ -133,6 +140,7 @@ impl Status {
     pub fn find_problems(&self) -> Vec<String> {
         let mqtt =
             (!self.mqtt.connected).then(|| format!("MQTT: {}", self.mqtt.cause.as_deref().unwrap_or("no connection")));
+        let in_use = self.mqtt.name_in_use.then(|| NAME_IN_USE.to_owned());
         let domains = self.domains.iter().filter(|(_, domain)| !domain.up);
         let domains = domains.map(|(name, domain)| {
             format!("domain {name}: {}", domain.reason.as_deref().unwrap_or("its interfaces are not read yet"))
@@ -144,7 +152,7 @@ impl Status {
         let unkept = "a restart would lose them: the disk is full or state_dir cannot be written, the log says why";
         let state = (!self.state_kept).then(|| format!("state: the keys are not kept on disk, {unkept}"));
         let entries = (!self.lists_kept).then(|| format!("state: list entries are not kept on disk, {unkept}"));
-        mqtt.into_iter().chain(domains).chain(lists).chain(state).chain(entries).collect()
+        mqtt.into_iter().chain(in_use).chain(domains).chain(lists).chain(state).chain(entries).collect()
     }
 
     /// What changed since `before`, `elapsed` ago; none if another process said that.
@@ -262,7 +270,7 @@ mod tests {
             worker: "gw01".into(),
             pid: 7,
             uptime_seconds: 180,
-            mqtt: MqttStatus { connected: true, cause: None },
+            mqtt: MqttStatus { connected: true, cause: None, name_in_use: false },
             drain: None,
             peers_drained: 0,
             domains: [("ffmuc_welt".to_owned(), domain)].into(),
@@ -281,8 +289,14 @@ mod tests {
     #[test]
     fn each_thing_that_is_wrong_is_one_line() {
         type Spoil = fn(&mut Status);
-        let table: [(Spoil, &str); 6] = [
-            (|status| status.mqtt = MqttStatus { connected: false, cause: Some("refused".into()) }, "MQTT: refused"),
+        let table: [(Spoil, &str); 7] = [
+            (
+                |status| {
+                    status.mqtt = MqttStatus { connected: false, cause: Some("refused".into()), name_in_use: false }
+                },
+                "MQTT: refused",
+            ),
+            (|status| status.mqtt.name_in_use = true, "MQTT: another program may use this worker's name"),
             (
                 |status| down(status, Some("interface wg-welt is missing")),
                 "domain ffmuc_welt: interface wg-welt is missing",

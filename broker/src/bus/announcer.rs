@@ -213,9 +213,11 @@ impl Announcer {
         let expired = gateways.expire(now);
         let (problems, is_synced) = (gateways.problems(now), gateways.is_synced());
         drop(gateways);
-        self.problem_log.update(problems, is_synced, now);
+        self.problem_log.update(problems.all(), is_synced, now);
         for worker in expired {
-            self.online_log.on_expired(&worker);
+            if let Some(offline) = self.gateways.lock().offline(&worker, now) {
+                self.online_log.on_expired(&worker, offline);
+            }
             self.in_flight.lock().invalidate(&worker, None);
         }
         self.online_log.on_due(now);

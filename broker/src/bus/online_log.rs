@@ -9,6 +9,7 @@ use tracing::{info, warn};
 use wgkex_common::WorkerName;
 
 use crate::bus::line_budget::{LineBudget, MAX_LOGGED_GATEWAYS};
+use crate::fleet::status::Offline;
 
 /// Logs whether gateways are online; what changes beyond the [`LineBudget`] once, when its period is over. Clones share
 /// everything.
@@ -21,74 +22,96 @@ struct GatewayLogs(BTreeMap<WorkerName, GatewayLog>);
 /// What was logged of a gateway.
 #[derive(Debug)]
 struct GatewayLog {
-    is_online: bool,
-    /// The state in the last line; none before the first.
+    state: LoggedState,
+    /// Whether it is online by the last line; none before the first.
     logged: Option<bool>,
     budget: LineBudget,
 }
 
+/// Whether a gateway is online.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LoggedState {
+    /// It is.
+    Online,
+    /// It is not, for this reason.
+    Offline(Offline),
+}
+
+impl LoggedState {
+    /// None if it is online.
+    #[must_use]
+    pub fn of(offline: Option<Offline>) -> Self {
+        offline.map_or(Self::Online, Self::Offline)
+    }
+
+    fn is_online(&self) -> bool {
+        *self == Self::Online
+    }
+}
+
 impl OnlineLog {
     /// A gateway came online or went offline.
-    pub fn on_change(&self, worker: &WorkerName, online: bool, now: Instant) {
-        if self.0.lock().is_line_due(worker, online, now) {
-            log(worker, online);
+    pub fn on_change(&self, worker: &WorkerName, state: &LoggedState, now: Instant) {
+        if self.0.lock().is_line_due(worker, state, now) {
+            log(worker, state);
         }
     }
 
     /// A gateway published nothing for too long. That takes so long that the lines need no bound.
-    pub fn on_expired(&self, worker: &WorkerName) {
+    pub fn on_expired(&self, worker: &WorkerName, offline: Offline) {
         warn!(
             worker = worker.as_str(),
             online = false,
+            reason = %offline.reason,
             "gateway published nothing for too long, it is taken for offline"
         );
         if let Some(gateway) = self.0.lock().0.get_mut(worker) {
-            (gateway.is_online, gateway.logged) = (false, Some(false));
+            (gateway.state, gateway.logged) = (LoggedState::Offline(offline), Some(false));
         }
     }
 
     /// Logs the states of gateways that changed too often, once their periods are over.
     pub fn on_due(&self, now: Instant) {
-        for (worker, online) in self.0.lock().take_due(now) {
-            log(&worker, online);
+        for (worker, state) in self.0.lock().take_due(now) {
+            log(&worker, &state);
         }
     }
 }
 
-fn log(worker: &WorkerName, online: bool) {
-    let worker = worker.as_str();
-    if online {
-        info!(worker, online, "gateway is online");
-    } else {
-        info!(worker, online, "gateway is offline");
+fn log(worker: &WorkerName, state: &LoggedState) {
+    let (worker, online) = (worker.as_str(), state.is_online());
+    match state {
+        LoggedState::Online => info!(worker, online, "gateway is online"),
+        LoggedState::Offline(Offline { reason, .. }) => info!(worker, online, %reason, "gateway is offline"),
     }
 }
 
 impl GatewayLogs {
-    fn is_line_due(&mut self, worker: &WorkerName, online: bool, now: Instant) -> bool {
+    fn is_line_due(&mut self, worker: &WorkerName, state: &LoggedState, now: Instant) -> bool {
         if self.0.len() >= MAX_LOGGED_GATEWAYS && !self.0.contains_key(worker) {
             return false;
         }
-        let new = || GatewayLog { is_online: online, logged: None, budget: LineBudget::new(now) };
+        let new = || GatewayLog { state: state.clone(), logged: None, budget: LineBudget::new(now) };
         let gateway = self.0.entry(worker.clone()).or_insert_with(new);
         gateway.budget.renew(now);
-        gateway.is_online = online;
+        gateway.state = state.clone();
         let is_due = !gateway.budget.is_spent();
         if is_due {
-            gateway.logged = Some(online);
+            gateway.logged = Some(state.is_online());
             gateway.budget.spend();
         }
         is_due
     }
 
     /// The states that are not in the log, of gateways whose periods are over. What is over and logged is forgotten.
-    fn take_due(&mut self, now: Instant) -> Vec<(WorkerName, bool)> {
+    fn take_due(&mut self, now: Instant) -> Vec<(WorkerName, LoggedState)> {
         let mut due = Vec::new();
         self.0.retain(|worker, gateway| {
             let is_over = gateway.budget.is_over(now);
-            if is_over && gateway.logged != Some(gateway.is_online) {
-                due.push((worker.clone(), gateway.is_online));
-                gateway.logged = Some(gateway.is_online);
+            let is_online = gateway.state.is_online();
+            if is_over && gateway.logged != Some(is_online) {
+                due.push((worker.clone(), gateway.state.clone()));
+                gateway.logged = Some(is_online);
                 gateway.budget.renew(now);
                 gateway.budget.spend();
                 return true;
@@ -104,9 +127,15 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::fleet::status::OfflineReason;
 
     fn name(name: &str) -> WorkerName {
         name.parse().unwrap()
+    }
+
+    fn state(is_online: bool) -> LoggedState {
+        let stopped = Offline { reason: OfflineReason::Stopped, for_secs: Some(0) };
+        LoggedState::of((!is_online).then_some(stopped))
     }
 
     #[test]
@@ -115,10 +144,10 @@ mod tests {
         let at = |seconds| begun + Duration::from_secs(seconds);
         for last in [true, false] {
             let flips = (0..10_001).map(|n| (n % 2 == 0) == last);
-            assert_eq!(flips.filter(|online| log.is_line_due(&name("gw"), *online, at(0))).count(), 10);
-            assert!(log.is_line_due(&name(&format!("other-{last}")), true, at(0)), "each has its own bound");
+            assert_eq!(flips.filter(|online| log.is_line_due(&name("gw"), &state(*online), at(0))).count(), 10);
+            assert!(log.is_line_due(&name(&format!("other-{last}")), &state(true), at(0)), "each has its own bound");
             assert_eq!(log.take_due(at(59)), []);
-            assert_eq!(log.take_due(at(60)), [(name("gw"), last)]);
+            assert_eq!(log.take_due(at(60)), [(name("gw"), state(last))]);
             assert_eq!((log.take_due(at(61)), log.0.len()), (Vec::new(), 1));
             assert_eq!((log.take_due(at(120)), log.0.len()), (Vec::new(), 0), "what is logged is forgotten");
         }
@@ -127,7 +156,9 @@ mod tests {
     #[test]
     fn what_is_remembered_is_bounded() {
         let (mut log, now) = (GatewayLogs::default(), Instant::now());
-        let lines = (0..2 * MAX_LOGGED_GATEWAYS).filter(|n| log.is_line_due(&name(&n.to_string()), true, now)).count();
+        let lines = (0..2 * MAX_LOGGED_GATEWAYS)
+            .filter(|n| log.is_line_due(&name(&n.to_string()), &LoggedState::Online, now))
+            .count();
         assert_eq!((lines, log.0.len()), (MAX_LOGGED_GATEWAYS, MAX_LOGGED_GATEWAYS));
     }
 }

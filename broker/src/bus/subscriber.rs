@@ -21,7 +21,7 @@ use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
 use crate::bus::metrics::Metrics;
-use crate::bus::online_log::OnlineLog;
+use crate::bus::online_log::{LoggedState, OnlineLog};
 use crate::bus::requesters::Requesters;
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
@@ -102,7 +102,7 @@ impl Primary {
             Event::Up => self.metrics.connected.set(1),
             Event::Down => {
                 self.metrics.connected.set(0);
-                self.gateways.lock().on_disconnect();
+                self.gateways.lock().on_disconnect(Instant::now());
                 self.in_flight.lock().invalidate_late();
             }
             Event::Message(publish) => {
@@ -151,7 +151,7 @@ impl Primary {
         let was_online = gateways.is_online(worker);
         let confirms = gateways.on_confirmation(worker, now);
         if confirms && !was_online {
-            self.online_log.on_change(worker, true, now);
+            self.online_log.on_change(worker, &LoggedState::Online, now);
         }
         confirms
     }
@@ -201,12 +201,14 @@ impl Primary {
         } else {
             worker.filter(|_| online != was_online).map(|worker| (worker, None))
         };
+        let changed = worker.filter(|_| online != was_online);
+        let changed = changed.map(|worker| (worker, LoggedState::of(gateways.offline(worker, now))));
         drop(gateways);
         if let Some((worker, domain)) = invalidated {
             self.in_flight.lock().invalidate(worker, domain);
         }
-        if let Some(worker) = worker.filter(|_| online != was_online) {
-            self.online_log.on_change(worker, online, now);
+        if let Some((worker, state)) = changed {
+            self.online_log.on_change(worker, &state, now);
         }
         Ok(())
     }

@@ -15,18 +15,17 @@ use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::{Https, Listen, MqttAddress, MqttListen, Role};
 use wgkex_common::doctor::access::{Access, Identity, Need, Unknown, find};
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
 use wgkex_common::doctor::files::{ListFacts, StateFacts};
-use wgkex_common::doctor::{conclude, invalid_config, sockets};
-use wgkex_common::mqtt::Fault;
-use wgkex_common::mqtt::trial::{self, Failure, Retained};
+use wgkex_common::doctor::{self, sockets};
+use wgkex_common::mqtt::trial::{self, Retained};
 use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 
 use crate::bus::subscriber;
 use crate::cli::http_client::BrokerClient;
-use crate::cli::status::{ask, complain};
-use crate::doctor::facts::{BusFacts, CertificateFacts, EmbeddedFacts, Facts, MqttFacts, PortFacts};
+use crate::cli::status::ask;
+use crate::doctor::facts::{BusFacts, CertificateFacts, EmbeddedFacts, Facts, PortFacts};
 use crate::doctor::findings;
 use crate::http::status::Status;
 use crate::tls;
@@ -46,20 +45,11 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails
+    /// or the checks cannot be made.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
-        let findings = match Config::load(file) {
-            Err(error) => invalid_config(&error),
-            Ok(config) => match self.facts(&config) {
-                Ok(facts) => findings(&facts),
-                Err(error) => {
-                    complain(&error);
-                    return ExitCode::FAILURE;
-                }
-            },
-        };
-        conclude(&findings, self.json)
+        doctor::run(file, self.json, |config| Ok(findings(&self.facts(config)?)))
     }
 
     fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
@@ -158,26 +148,18 @@ fn embedded(MqttListen { address, users, .. }: &MqttListen) -> EmbeddedFacts {
 
 /// Connects to another server as a client of its own, so that the running broker keeps its connections. That inside the
 /// broker has no password for the doctor, and would show nothing more.
-async fn mqtt(config: &Config) -> Option<MqttFacts> {
+async fn mqtt(config: &Config) -> Option<MqttFacts<BusFacts>> {
     let MqttAddress::External { .. } = config.mqtt.server else { return None };
     let sessions = [subscriber::session(config), subscriber::secondary_session(config)];
     let echo = Topic::BrokerEcho { broker: BrokerName::from(&config.name) };
     let id = format!("wgkex-broker-{}-doctor", config.name);
     let wanted = |topic: &str| Topic::parse(topic).is_some_and(|topic| worker_of(&topic).is_some());
-    Some(match trial::attempt(&config.mqtt, id, &sessions, &echo, wanted).await {
-        Err(error) => {
-            let cause = error.to_string();
-            MqttFacts { server: "certificates".into(), outcome: Err(Failure { fault: Fault::Tls, cause }) }
-        }
-        Ok(trial) => {
-            let outcome = trial.outcome.map(|allowed| BusFacts {
-                rights: Rights::from(&allowed),
-                hellos: workers(&allowed.retained, |topic| matches!(topic, Topic::WorkerHello { .. })),
-                heard: workers(&allowed.retained, |_| true),
-            });
-            MqttFacts { server: trial.server, outcome }
-        }
-    })
+    let trial = trial::attempt(&config.mqtt, id, &sessions, &echo, wanted).await;
+    Some(MqttFacts::of(trial, |allowed| BusFacts {
+        rights: Rights::from(allowed),
+        hellos: workers(&allowed.retained, |topic| matches!(topic, Topic::WorkerHello { .. })),
+        heard: workers(&allowed.retained, |_| true),
+    }))
 }
 
 /// The workers of which such a topic is retained.

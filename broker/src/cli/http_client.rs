@@ -1,6 +1,5 @@
 //! The connection to the broker of this machine: which address of its config is tried, and the text of an error.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -10,6 +9,7 @@ use serde_json::Value;
 use ureq::Agent;
 use wgkex_common::Config;
 use wgkex_common::config::Listen;
+use wgkex_common::http::client::agent;
 
 /// How long the broker may take to accept the connection, and for each part of its answer.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
@@ -73,7 +73,7 @@ impl BrokerClient {
     /// The address that is tried.
     #[must_use]
     pub fn address(&self) -> String {
-        reachable(&self.listen)
+        self.listen.reachable()
     }
 
     /// Sends one HTTP request and reads the answer, which has to be JSON, or empty for null; the error is the broker's, or
@@ -118,27 +118,10 @@ impl BrokerClient {
     }
 }
 
-/// An HTTP client of this machine's broker, that waits so long for a connection and for each part of an answer.
-fn agent(timeout: Duration) -> Agent {
-    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
-    config.timeout_connect(Some(timeout)).timeout_per_read(Some(timeout)).build().into()
-}
-
-/// Host and port to connect to: a broker that listens on all addresses is reached by the loopback one, that of IPv4 also
-/// where it listens on `::`, as that is what it has where there is no IPv6.
-fn reachable(listen: &Listen) -> String {
-    let port = listen.port;
-    match listen.host.parse::<IpAddr>() {
-        Ok(address) if address.is_unspecified() => format!("{}:{port}", Ipv4Addr::LOCALHOST),
-        Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
-        Ok(IpAddr::V4(_)) | Err(_) => format!("{}:{port}", listen.host),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
-    use std::net::{Ipv6Addr, TcpListener};
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
     use std::thread;
 
     use serde_json::json;
@@ -212,13 +195,5 @@ mod tests {
         let admin = error(BrokerClient::for_admin(&config, "t", TIMEOUT));
         assert!(admin.starts_with(&format!("no broker answers on [::1]:{port} (admin_listen): ")), "{admin}");
         assert!(admin.contains("admin_token_hash") && !admin.contains("Bearer"), "{admin}");
-    }
-
-    #[test]
-    fn a_broker_on_all_addresses_is_reached_by_loopback() {
-        let address = |host: &str| reachable(&Listen { host: host.into(), port: 7 });
-        assert_eq!(["0.0.0.0", "::"].map(address), ["127.0.0.1:7", "127.0.0.1:7"]);
-        assert_eq!(["192.0.2.1", "2001:db8::1"].map(address), ["192.0.2.1:7", "[2001:db8::1]:7"]);
-        assert_eq!(address("broker.example"), "broker.example:7");
     }
 }

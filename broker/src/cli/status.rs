@@ -16,6 +16,7 @@ use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
+use crate::mqtt_server::RefusedClient;
 
 /// The exit code when the broker was reached, and something is wrong.
 const WRONG: u8 = 3;
@@ -142,7 +143,7 @@ fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
 }
 
 /// Says why a command cannot be done.
-pub(super) fn complain(error: &anyhow::Error) {
+fn complain(error: &anyhow::Error) {
     // There is nobody else to tell.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }
@@ -153,7 +154,8 @@ fn exit_code(status: &Status) -> ExitCode {
 
 /// Everything on one screen, with rates since the sample `before`.
 fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
-    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now, pid: _ } = &sample.status;
+    let Status { version, uptime_secs, ready, problems, domains, gateways: all, refused_clients, keys: now, pid: _ } =
+        &sample.status;
     let state =
         if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
     let up = age(*uptime_secs);
@@ -173,7 +175,24 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     };
     let domains: Vec<_> = domains.iter().map(row).collect();
     let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
-    text + &keys(now, rates.as_ref())
+    text + &keys(now, rates.as_ref()) + &refused(refused_clients, colours)
+}
+
+/// The clients that the MQTT server refused last; nothing if there are none.
+fn refused(clients: &[RefusedClient], colours: Colours) -> String {
+    let row = |client: &RefusedClient| {
+        let or_none = |text: &Option<String>| Cell::text(text.as_deref().unwrap_or("-"));
+        [
+            or_none(&client.user),
+            or_none(&client.client),
+            Cell::number(&client.count),
+            Cell::number(&format!("{} ago", age(client.last_secs))),
+            Cell::text(&client.cause),
+        ]
+    };
+    let rows: Vec<_> = clients.iter().map(row).collect();
+    let head = ["REFUSED MQTT USER", "CLIENT ID", "TIMES", "LAST", "WHY"];
+    if rows.is_empty() { String::new() } else { format!("\n{}", table(head, &rows, colours)) }
 }
 
 /// What happened between two samples.
@@ -191,7 +210,7 @@ impl Rates {
             |of: fn(&KeyStatus) -> u64| of(&after.status.keys).saturating_sub(of(&before.status.keys)) as f64 / seconds;
         Self {
             accepted: rate(accepted),
-            refused: rate(refused),
+            refused: rate(refused_keys),
             confirmation: after.status.keys.confirmation.since(&before.status.keys.confirmation),
         }
     }
@@ -201,7 +220,7 @@ fn accepted(keys: &KeyStatus) -> u64 {
     keys.accepted.values().sum()
 }
 
-fn refused(keys: &KeyStatus) -> u64 {
+fn refused_keys(keys: &KeyStatus) -> u64 {
     keys.refused.values().flat_map(|by_reason| by_reason.values()).sum()
 }
 
@@ -228,7 +247,7 @@ fn keys(keys: &KeyStatus, rates: Option<&Rates>) -> String {
         rate(|rates| rates.accepted),
         accepted(keys),
         rate(|rates| rates.refused),
-        refused(keys),
+        refused_keys(keys),
         established + unestablished,
         milliseconds(*p50),
         milliseconds(*p99),
@@ -246,12 +265,19 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
     }
     let row = |gateway: &GatewayStatus| {
         let tone = if gateway.online { Tone::Good } else { Tone::Bad };
-        let tone = if gateway.draining.is_empty() { tone } else { Tone::Plain };
+        let is_sure = gateway.draining.is_empty() && gateway.last_known_secs.is_none();
+        let tone = if is_sure { tone } else { Tone::Plain };
         let domains: Vec<_> =
             gateway.domains.iter().map(|domain| format!("{} {}", domain.domain, domain.note(gateway.online))).collect();
         let offline = gateway.offline.as_ref().map(ToString::to_string);
         let draining = gateway.draining.iter().map(ToString::to_string);
-        let notes = offline.into_iter().chain(draining).chain([domains.join(", ")]).filter(|note| !note.is_empty());
+        let notes = gateway
+            .last_known()
+            .into_iter()
+            .chain(offline)
+            .chain(draining)
+            .chain([domains.join(", ")])
+            .filter(|note| !note.is_empty());
         [
             Cell::text(&gateway.name),
             Cell::text(gateway.state()).toned(tone),
@@ -300,6 +326,9 @@ mod tests {
                     "weight": 1.0, "share": 0.01, "target": 0.1, "domains": [],
                 },
             ],
+            "refused_clients": [{
+                "user": "gw1\u{1b}", "client": null, "reason": "password", "cause": "wrong password", "count": 3, "last_secs": 40,
+            }],
             "keys": {
                 "accepted": { "v1": 1, "v2": accepted }, "refused": { "v1": { "domain": 2, "key": 0 }, "v2": { "domain": 1 } },
                 "established": 3, "unestablished": 4, "queued": 5, "unacknowledged": 6, "waiting": 7,
@@ -331,7 +360,10 @@ mod tests {
             keys accepted 41, refused 3: domain 3\n\
             live keys 7, 3 of them have had a handshake\n\
             queued 5, unacknowledged 6, requests waiting 7, oldest pending 1.2 s\n\
-            confirmation since the start: 40 keys, p50 2.0 ms, p99 200.0 ms\n";
+            confirmation since the start: 40 keys, p50 2.0 ms, p99 200.0 ms\n\
+            \n\
+            REFUSED MQTT USER  CLIENT ID  TIMES      LAST  WHY\n\
+            gw1?               -              3  40 s ago  wrong password\n";
         assert_eq!(screen("127.0.0.1:5000", &sample, None, Colours(false)), expected);
         let coloured = screen("127.0.0.1:5000", &sample, None, Colours(true));
         assert!(coloured.contains("\x1b[31mnone\x1b[0m") && coloured.contains("\x1b[32mready\x1b[0m"), "{coloured}");

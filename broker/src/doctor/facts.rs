@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use wgkex_common::config::Problem;
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{ListFacts, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
-use wgkex_common::mqtt::trial::Failure;
 
 use crate::http::status::Status;
 use crate::tls::Validity;
@@ -29,7 +28,7 @@ pub struct Facts {
     /// The MQTT server inside the broker, if it is that one.
     pub embedded: Option<EmbeddedFacts>,
     /// The MQTT server, if it is another one.
-    pub mqtt: Option<MqttFacts>,
+    pub mqtt: Option<MqttFacts<BusFacts>>,
     /// Where the state is kept.
     pub state: StateFacts,
     /// The files and directories of the access lists, by their keys in the config.
@@ -73,15 +72,6 @@ pub struct EmbeddedFacts {
     pub has_users: bool,
     /// Those of them that are workers.
     pub workers: BTreeSet<String>,
-}
-
-/// Another MQTT server.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MqttFacts {
-    /// The server, for people.
-    pub server: String,
-    /// What it allows; or why there is no connection.
-    pub outcome: Result<BusFacts, Failure>,
 }
 
 /// What the MQTT server allows, and what is retained there.

@@ -1,5 +1,6 @@
 //! The running broker's status of itself and of its fleet.
 
+use wgkex_common::doctor::bus::SUBJECT;
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Finding, Level};
 
@@ -51,6 +52,7 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::NotReady | ProblemKind::StateNotKept | ProblemKind::ListsNotKept => BROKER,
         ProblemKind::ProxyNotTrusted => "trusted_proxies",
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
+        ProblemKind::NameInUse => SUBJECT,
         ProblemKind::DomainWithoutGateway
         | ProblemKind::SameKey
         | ProblemKind::SameLinkAddress
@@ -73,6 +75,7 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::SameKey
         | ProblemKind::SameLinkAddress
         | ProblemKind::SameExternalAddress
+        | ProblemKind::NameInUse
         | ProblemKind::DataMissing => Level::Fail,
         ProblemKind::StateNotKept
         | ProblemKind::ListsNotKept
@@ -99,6 +102,7 @@ fn advice(kind: ProblemKind) -> &'static str {
         }
         ProblemKind::SameLinkAddress => "give one of them a link address of its own: it follows from its key",
         ProblemKind::SameExternalAddress => "correct externalName or setup.listen_port of one of them",
+        ProblemKind::NameInUse => "give each machine a host name of its own, and each program a machine of its own",
         ProblemKind::ProxyNotTrusted => {
             "add its address to trusted_proxies, and have it send X-Forwarded-For or Forwarded; then restart the broker"
         }

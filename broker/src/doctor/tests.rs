@@ -44,7 +44,7 @@ fn stopped() -> Facts {
             }),
         }),
         state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: Access::Granted, holder: Ok(None) },
-        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted }],
+        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
         files: None,
         clock: ClockFacts { server: None, is_synchronised: Some(true) },
     }
@@ -157,6 +157,13 @@ fn each_trouble_of_a_running_broker_is_named_with_what_to_do() {
             (Level::Fail, |facts| add_problem(facts, ProblemKind::SameKey, "a, b"), "fleet: a, b is wrong", "key file"),
             (Level::Fail, |facts| add_problem(facts, ProblemKind::SameLinkAddress, "a, b"), "a, b is", "link address"),
             (Level::Fail, |facts| add_problem(facts, ProblemKind::SameExternalAddress, "a, b"), "a, b", "externalName"),
+            (
+                Level::Warn,
+                |facts| add_problem(facts, ProblemKind::RoutersUnreached, "gw1"),
+                "fleet: gw1 is",
+                "UDP port",
+            ),
+            (Level::Fail, |facts| add_problem(facts, ProblemKind::NameInUse, "gw1"), "MQTT: gw1 is wrong", "host name"),
             (
                 Level::Fail,
                 |facts| add_problem(facts, ProblemKind::DataMissing, "gw1, ff_a"),

@@ -9,17 +9,17 @@ use wgkex_common::{Domain, WorkerName};
 use crate::fleet::status::{Problem, ProblemKind, printable};
 
 /// What a gateway publishes of a domain.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PublishedData<'a> {
-    pub worker: &'a WorkerName,
-    pub domain: &'a Domain,
-    pub data: &'a WorkerData,
+#[derive(Debug, Clone)]
+pub(super) struct PublishedData {
+    pub worker: WorkerName,
+    pub domain: Domain,
+    pub data: WorkerData,
 }
 
 /// Each clash once, with the names of its gateways.
-pub(super) fn find<'a>(published: impl Iterator<Item = PublishedData<'a>> + Clone) -> Vec<Problem> {
-    let keys = shared(published.clone(), |each| each.data.public_key);
-    let addresses = shared(published.clone(), |each| (each.domain, each.data.link_address.as_str()));
+pub(super) fn find(published: &[PublishedData]) -> Vec<Problem> {
+    let keys = shared(published, |each| each.data.public_key);
+    let addresses = shared(published, |each| (&each.domain, each.data.link_address.as_str()));
     let endpoints = shared(published, |each| (each.data.external_address.as_str(), each.data.port));
     let same_key = keys.into_values().map(|group| {
         group.problem(ProblemKind::SameKey, "have the same WireGuard key: routers reach only one of them")
@@ -53,15 +53,12 @@ impl Group<'_> {
 }
 
 /// What several gateways publish, by what it is.
-fn shared<'a, K: Ord>(
-    published: impl Iterator<Item = PublishedData<'a>>,
-    what: impl Fn(PublishedData<'a>) -> K,
-) -> BTreeMap<K, Group<'a>> {
+fn shared<'a, K: Ord>(published: &'a [PublishedData], what: impl Fn(&'a PublishedData) -> K) -> BTreeMap<K, Group<'a>> {
     let mut groups: BTreeMap<K, Group<'a>> = BTreeMap::new();
     for each in published {
         let new = || Group { workers: BTreeSet::new(), keys: BTreeSet::new() };
         let group = groups.entry(what(each)).or_insert_with(new);
-        group.workers.insert(each.worker);
+        group.workers.insert(&each.worker);
         group.keys.insert(each.data.public_key);
     }
     groups.retain(|_, group| group.workers.len() > 1);
@@ -76,7 +73,7 @@ mod tests {
     const B: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
 
     fn found(published: &[(&str, &str, &str, u16, &str, &str)]) -> Vec<(ProblemKind, String, String)> {
-        let owned: Vec<_> = published
+        let published: Vec<_> = published
             .iter()
             .map(|(worker, domain, external, port, key, link)| {
                 let data = WorkerData {
@@ -85,11 +82,11 @@ mod tests {
                     public_key: key.parse().unwrap(),
                     link_address: (*link).into(),
                 };
-                (worker.parse::<WorkerName>().unwrap(), Domain::new(domain, &["ff_".into()]).unwrap(), data)
+                let domain = Domain::new(domain, &["ff_".into()]).unwrap();
+                PublishedData { worker: worker.parse().unwrap(), domain, data }
             })
             .collect();
-        let published = owned.iter().map(|(worker, domain, data)| PublishedData { worker, domain, data });
-        find(published).into_iter().map(|problem| (problem.kind, problem.subject, problem.text)).collect()
+        find(&published).into_iter().map(|problem| (problem.kind, problem.subject, problem.text)).collect()
     }
 
     #[test]

@@ -18,6 +18,9 @@ use crate::fleet::drains::{Drains, TooManyDrains};
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
 use crate::fleet::reach::Reach;
 use crate::fleet::selection::{Candidate, Contender, DrainPhase, Selection, Shares};
+use crate::fleet::status::GatewayStatus;
+
+pub use self::report::FleetProblems;
 
 /// The most peers of a WireGuard interface (drivers/net/wireguard/messages.h, `MAX_PEERS_PER_DEVICE`).
 const PEERS_MAX: u64 = 1 << 20;
@@ -45,6 +48,8 @@ pub struct Gateways {
     by_name: BTreeMap<WorkerName, Gateway>,
     /// What was known of gateways on an earlier connection.
     remembered: BTreeMap<WorkerName, Memory>,
+    /// What operators are shown until the retained states are received again.
+    last_known: Option<LastKnown>,
     /// The brokers that are online.
     brokers: BTreeSet<BrokerName>,
     /// Gateways' keys and addresses. They stay when the connection is lost.
@@ -60,6 +65,13 @@ pub struct Gateways {
     /// When the last retained message arrived.
     last_retained: Option<Instant>,
     is_synced: bool,
+}
+
+/// The gateways as they were when the connection was lost.
+#[derive(Debug)]
+struct LastKnown {
+    lost: Instant,
+    gateways: Vec<GatewayStatus>,
 }
 
 /// The router that a gateway is selected for.
@@ -138,6 +150,7 @@ impl Gateways {
             drains: Drains::default(),
             by_name: BTreeMap::new(),
             remembered: BTreeMap::new(),
+            last_known: None,
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
             known: BTreeMap::new(),
@@ -170,7 +183,10 @@ impl Gateways {
     }
 
     /// The connection is lost: states may change without notice.
-    pub fn on_disconnect(&mut self) {
+    pub fn on_disconnect(&mut self, now: Instant) {
+        if self.is_synced {
+            self.last_known = Some(LastKnown { lost: now, gateways: self.statuses(now) });
+        }
         for (name, gateway) in &self.by_name {
             for domain in &gateway.removed_data {
                 self.reserved.update(name, domain.name(), None);
@@ -214,6 +230,9 @@ impl Gateways {
         let Some(echo) = self.echo.filter(|_| !self.is_synced) else { return false };
         let age = |since: Instant| now.saturating_duration_since(since);
         self.is_synced = age(self.last_retained.unwrap_or(echo).max(echo)) >= QUIET || age(echo) >= QUIET_MAX;
+        if self.is_synced {
+            self.last_known = None;
+        }
         self.is_synced
     }
 

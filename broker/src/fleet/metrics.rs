@@ -190,6 +190,7 @@ mod tests {
             weight: 1.0,
             share: 1.0,
             target: 1.0,
+            last_known_secs: None,
         };
         metrics.set_gateways(&[gateway("gw1", true, 7), gateway("gw2", false, 0)]);
         metrics.set_domains(&[DomainStatus { name: "ff_a".into(), gateways: Vec::new() }]);

@@ -40,6 +40,9 @@ pub struct GatewayStatus {
     pub share: f64,
     /// The peers it should have, by its weight.
     pub target: f64,
+    /// For how many seconds there has been no MQTT, if all of this is what was known before; none if it is up to date.
+    #[serde(default)]
+    pub last_known_secs: Option<u64>,
 }
 
 /// A drain of a gateway.
@@ -176,6 +179,8 @@ pub enum ProblemKind {
     SameLinkAddress,
     /// Two gateways have one external address and port, and different keys.
     SameExternalAddress,
+    /// Two programs use one client id at the MQTT server.
+    NameInUse,
     /// A proxy sends requests that `trusted_proxies` does not name.
     ProxyNotTrusted,
     /// Routers that were given a gateway have no handshake there.
@@ -214,6 +219,12 @@ impl GatewayStatus {
             true => "draining",
         }
     }
+
+    /// Since when its state is the last known one; none if it is up to date.
+    #[must_use]
+    pub fn last_known(&self) -> Option<String> {
+        self.last_known_secs.map(|seconds| format!("last known state: no MQTT for {}", age(seconds)))
+    }
 }
 
 impl fmt::Display for Draining {
@@ -226,15 +237,22 @@ impl fmt::Display for Draining {
     }
 }
 
+impl fmt::Display for OfflineReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeverOnline => f.write_str("it has not said that it is online"),
+            Self::Stopped => f.write_str("stopped"),
+            Self::ConnectionLost => f.write_str("connection lost"),
+            Self::Silent(seconds) => write!(f, "nothing heard for {}", age(*seconds)),
+        }
+    }
+}
+
 impl fmt::Display for Offline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.reason {
-            OfflineReason::NeverOnline => return f.write_str("it has not said that it is online"),
-            OfflineReason::Stopped => f.write_str("stopped")?,
-            OfflineReason::ConnectionLost => f.write_str("connection lost")?,
-            OfflineReason::Silent(seconds) => write!(f, "nothing heard for {}", age(seconds))?,
-        }
+        write!(f, "{}", self.reason)?;
         match self.for_secs {
+            _ if self.reason == OfflineReason::NeverOnline => Ok(()),
             Some(seconds) => write!(f, ", offline for {}", age(seconds)),
             None => f.write_str(", offline since before this broker connected"),
         }

@@ -23,6 +23,8 @@ pub struct Metrics {
     pub connections: IntGauge,
     /// Connections that were closed before their time, by reason.
     pub connections_closed: IntCounterVec,
+    /// Whether two programs use one client id of MQTT, as far as this broker sees.
+    pub name_in_use: IntGauge,
 }
 
 impl Metrics {
@@ -55,6 +57,8 @@ impl Metrics {
                 "reason",
                 Closed::ALL.map(Closed::reason),
             )?,
+            name_in_use: registry
+                .gauge("wgkex_broker_mqtt_name_in_use", "1 while two programs seem to use one MQTT client id")?,
         })
     }
 }
@@ -75,6 +79,7 @@ mod tests {
                 r#"wgkex_broker_keys_refused_total{api="v1",reason="not_confirmed"} 0"#,
                 r#"wgkex_broker_keys_refused_total{api="v2",reason="limit_client"} 0"#,
                 r#"wgkex_broker_http_connections_closed_total{reason="idle"} 0"#,
+                "wgkex_broker_mqtt_name_in_use 0",
             ],
         );
     }

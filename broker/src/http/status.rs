@@ -16,6 +16,7 @@ use crate::fleet::live_keys::LiveKeyCounts;
 use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind};
 use crate::http::App;
 use crate::http::metrics::APIS;
+use crate::mqtt_server::RefusedClient;
 
 /// The path of the status as JSON.
 pub const PATH: &str = "/status.json";
@@ -38,6 +39,9 @@ pub struct Status {
     pub domains: Vec<DomainStatus>,
     /// The gateways on the bus.
     pub gateways: Vec<GatewayStatus>,
+    /// The clients that this broker's MQTT server refused last, the newest first.
+    #[serde(default)]
+    pub refused_clients: Vec<RefusedClient>,
     /// The keys.
     pub keys: KeyStatus,
 }
@@ -139,7 +143,7 @@ impl App {
         let unready = self.unready();
         let (domains, gateways, fleet) = {
             let gateways = self.exchange.gateways();
-            (gateways.domain_statuses(), gateways.statuses(now), gateways.problems(now))
+            (gateways.domain_statuses(), gateways.shown(now), gateways.problems(now))
         };
         let lists = list_problems(&self.exchange.lists.borrow());
         let state = (self.fleet_metrics.state_kept.get() == 0).then(|| Problem {
@@ -152,8 +156,9 @@ impl App {
             subject: String::new(),
             text: format!("not ready: {reason}"),
         });
-        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet).chain(lists).chain(state).collect();
+        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).collect();
         problems.extend(self.missed_proxies.problems());
+        problems.extend(self.names_in_use(now));
         problems.sort();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -163,8 +168,24 @@ impl App {
             problems,
             domains,
             gateways,
+            refused_clients: self.client_troubles.refused(now),
             keys: self.keys(now),
         }
+    }
+
+    /// The client ids of MQTT that two programs use: those of this broker, and those of clients of its MQTT server.
+    pub fn names_in_use(&self, now: Instant) -> Vec<Problem> {
+        let problem = |subject: String, text| Problem { kind: ProblemKind::NameInUse, subject, text };
+        let own = self.name_suspects.iter().any(|suspect| *suspect.borrow()).then(|| {
+            let text = "another program may use the MQTT client ids of this broker: the server ends its connections again \
+                        and again";
+            problem(String::new(), text.to_owned())
+        });
+        let of_clients = self.client_troubles.ids_in_use(now).into_iter().map(|id| {
+            let text = format!("two programs use the MQTT client id {id}: each ends the other's connection");
+            problem(id, text)
+        });
+        own.into_iter().chain(of_clients).collect()
     }
 
     fn keys(&self, now: Instant) -> KeyStatus {

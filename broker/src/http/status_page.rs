@@ -7,6 +7,7 @@ use crate::exchange::Rejection;
 use crate::fleet::status::{GatewayDomain, GatewayStatus, age};
 use crate::http::metrics::APIS;
 use crate::http::status::{KeyStatus, Status};
+use crate::mqtt_server::RefusedClient;
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
 table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #ccc;padding:.2rem .8rem;text-align:left}\
@@ -14,7 +15,7 @@ td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}small{color:#5
 
 /// The whole page.
 pub fn render(status: &Status) -> String {
-    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, keys } = status;
+    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, refused_clients, keys } = status;
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -34,6 +35,7 @@ pub fn render(status: &Status) -> String {
             h2 { "Keys" }
             (table_of_keys(keys))
             (now(keys))
+            @if !refused_clients.is_empty() { (table_of_refused(refused_clients)) }
         }
     };
     page.into_string()
@@ -73,11 +75,14 @@ fn row_of_gateway(gateway: &GatewayStatus) -> Markup {
         weight,
         share: _,
         target,
+        last_known_secs: _,
     } = gateway;
     html! {
         tr {
             td { (name) }
-            @if *online && !draining.is_empty() {
+            @if let Some(last_known) = gateway.last_known() {
+                td { (gateway.state()) " (" (last_known) ")" }
+            } @else if *online && !draining.is_empty() {
                 td { @for (number, each) in draining.iter().enumerate() { @if number > 0 { "; " } (each) } }
             } @else if *online { td.good { "online" } } @else {
                 td.bad { "offline" @if let Some(offline) = offline { ": " (offline) } }
@@ -110,6 +115,23 @@ fn table_of_keys(keys: &KeyStatus) -> Markup {
                 tr {
                     td { "refused: " (reason.replace('_', " ")) }
                     @for api in APIS { td.n { (refused(api, reason)) } }
+                }
+            }
+        }
+    }
+}
+
+/// The clients that the MQTT server refused last.
+fn table_of_refused(clients: &[RefusedClient]) -> Markup {
+    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".into());
+    html! {
+        h2 { "Refused MQTT clients" }
+        table {
+            tr { th { "User" } th { "Client id" } th { "Why" } th.n { "Times" } th.n { "Last" } }
+            @for RefusedClient { user, client, reason: _, cause, count, last_secs } in clients {
+                tr {
+                    td { (or_none(user)) } td { (or_none(client)) } td { (cause) } td.n { (count) }
+                    td.n { (age(*last_secs)) " ago" }
                 }
             }
         }
@@ -152,7 +174,25 @@ mod tests {
             oldest_pending_secs: None,
             confirmation: Durations { p99: Some(0.25), ..Durations::default() },
         };
-        Status { version: "9".into(), pid: 1, uptime_secs: 7, ready, problems, domains: Vec::new(), gateways, keys }
+        let refused = RefusedClient {
+            user: Some("<u>gw1".into()),
+            client: None,
+            reason: "password".into(),
+            cause: "wrong password".into(),
+            count: 3,
+            last_secs: 40,
+        };
+        Status {
+            version: "9".into(),
+            pid: 1,
+            uptime_secs: 7,
+            ready,
+            problems,
+            domains: Vec::new(),
+            gateways,
+            refused_clients: vec![refused],
+            keys,
+        }
     }
 
     #[test]
@@ -171,6 +211,7 @@ mod tests {
             weight: 84.0,
             share: 0.5,
             target: 9.5,
+            last_known_secs: None,
         };
         let offline = GatewayStatus {
             name: "gone".into(),
@@ -185,9 +226,10 @@ mod tests {
             draining: vec![Draining { by: DrainSource::Gateway, drain }],
             ..online.clone()
         };
+        let away = GatewayStatus { name: "gw3".into(), last_known_secs: Some(40), ..online.clone() };
         let problem = |text: &str| Problem { kind: ProblemKind::NotReady, subject: String::new(), text: text.into() };
         let problems = vec![problem("not ready: <b>"), problem("domain ff_b: no gateway is online")];
-        let page = render(&status(false, problems, vec![online, offline, draining]));
+        let page = render(&status(false, problems, vec![online, offline, draining, away]));
         for part in [
             "&lt;script&gt;",
             ">online<",
@@ -195,6 +237,7 @@ mod tests {
             "ff_a (7), ff_c (interface missing (-1) for 9 s)",
             ">offline: connection lost, offline for 3 min<",
             ">1.2.3<",
+            "<td>online (last known state: no MQTT for 40 s)</td>",
             ">draining since 1970-01-01T00:00:00Z: &lt;i&gt;kernel<",
             "<td>refused: not confirmed</td>",
             r#"<td class="n">7</td><td class="n">5</td><td class="n">6</td><td class="n">84</td><td class="n">9.5</td>"#,
@@ -204,6 +247,7 @@ mod tests {
             "cannot serve routers",
             "domain ff_b: no gateway",
             "Target: the peers that it should have",
+            r#"<td>&lt;u&gt;gw1</td><td>-</td><td>wrong password</td><td class="n">3</td><td class="n">40 s ago</td>"#,
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }

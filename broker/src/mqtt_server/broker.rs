@@ -12,12 +12,13 @@ use tokio::time::sleep;
 use tracing::warn;
 
 use crate::metrics::set;
+use crate::mqtt_server::client_troubles::ClientTroubles;
 use crate::mqtt_server::log::{Log, LogReader, LogWriter};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
 use crate::mqtt_server::retained::{Found, Retained, RetainedFull, Unwritten};
-use crate::mqtt_server::takeovers::Takeovers;
+use crate::mqtt_server::takeovers::client_id;
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
@@ -37,7 +38,8 @@ pub struct MessageBroker {
     /// One lock for both, so that the message retained last on a topic was also published last.
     shared: Mutex<BrokerState>,
     clients: Arc<Mutex<BTreeMap<String, Registration>>>,
-    takeovers: Mutex<Takeovers>,
+    /// The clients that it had trouble with.
+    pub troubles: ClientTroubles,
     began: Instant,
     metrics: Metrics,
 }
@@ -74,7 +76,14 @@ impl MessageBroker {
     pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
         let shared = Mutex::new(BrokerState { writer, retained, warned: LogThrottle::default() });
-        Ok(Self { log, shared, clients: Arc::default(), takeovers: Mutex::default(), began: Instant::now(), metrics })
+        Ok(Self {
+            log,
+            shared,
+            clients: Arc::default(),
+            troubles: ClientTroubles::default(),
+            began: Instant::now(),
+            metrics,
+        })
     }
 
     /// Publishes a message to all subscribers, and retains it if it is to be retained.
@@ -128,10 +137,11 @@ impl MessageBroker {
 
     fn on_takeover(&self, client: &str) {
         self.metrics.takeovers.inc();
-        if self.takeovers.lock().on_takeover(client, Instant::now()) {
-            // A client is known by its user and its id.
-            let client = client.rsplit_once('\n').map_or(client, |(_, id)| id);
-            warn!(client, "two programs use this name as their client id: each ends the other's connection");
+        if self.troubles.on_takeover(client, Instant::now()) {
+            warn!(
+                client = client_id(client),
+                "two programs use this name as their client id: each ends the other's connection"
+            );
         }
     }
 

@@ -9,6 +9,11 @@ const PERIOD: Duration = Duration::from_secs(300);
 /// After how long the same client is named again.
 const REPEAT: Duration = Duration::from_secs(3_600);
 
+/// After how long without a takeover a client id is not in use by two programs any more: they try again every 30 s.
+const OVER: Duration = Duration::from_secs(120);
+/// The most client ids that are named at once.
+const MAX_NAMED: usize = 10;
+
 /// The shortest time between two lines: one user may have many client ids.
 const PAUSE: Duration = Duration::from_secs(10);
 
@@ -22,7 +27,10 @@ pub struct Takeovers {
 #[derive(Debug)]
 struct Takeover {
     since: Instant,
+    last: Instant,
     count: u32,
+    /// It happened so often that two programs use the client id.
+    is_in_use: bool,
     warned: Option<Instant>,
 }
 
@@ -33,11 +41,13 @@ impl Takeovers {
         self.clients.retain(|_, takeover| {
             is_recent(takeover.since, PERIOD) || takeover.warned.is_some_and(|warned| is_recent(warned, REPEAT))
         });
-        let takeover = self.clients.entry(client.to_owned()).or_insert(Takeover { since: now, count: 0, warned: None });
+        let takeover = self.clients.entry(client.to_owned()).or_insert_with(|| Takeover::new(now));
         if !is_recent(takeover.since, PERIOD) {
             (takeover.since, takeover.count) = (now, 0);
         }
-        takeover.count += 1;
+        let is_over = !is_recent(takeover.last, OVER);
+        (takeover.count, takeover.last) = (takeover.count + 1, now);
+        takeover.is_in_use = takeover.count >= SUSPICIOUS || (takeover.is_in_use && !is_over);
         let is_due = takeover.count >= SUSPICIOUS
             && !takeover.warned.is_some_and(|warned| is_recent(warned, REPEAT))
             && !self.last_line.is_some_and(|line| is_recent(line, PAUSE));
@@ -46,6 +56,24 @@ impl Takeovers {
         }
         is_due
     }
+
+    /// The client ids that two programs use now, without their users.
+    pub fn in_use(&self, now: Instant) -> Vec<String> {
+        let is_now = |takeover: &Takeover| takeover.is_in_use && now.saturating_duration_since(takeover.last) < OVER;
+        let clients = self.clients.iter().filter(|(_, takeover)| is_now(takeover)).take(MAX_NAMED);
+        clients.map(|(client, _)| client_id(client).to_owned()).collect()
+    }
+}
+
+impl Takeover {
+    fn new(now: Instant) -> Self {
+        Self { since: now, last: now, count: 0, is_in_use: false, warned: None }
+    }
+}
+
+/// The id of a client, which is known by its user and its id.
+pub fn client_id(client: &str) -> &str {
+    client.rsplit_once('\n').map_or(client, |(_, id)| id)
 }
 
 #[cfg(test)]
@@ -57,6 +85,24 @@ mod tests {
         let (mut takeovers, begun) = (Takeovers::default(), Instant::now());
         let take = |n: u64| takeovers.on_takeover(&(n % 100).to_string(), begun + Duration::from_millis(n * 10));
         assert_eq!((0..6_000).map(take).filter(|is_line| *is_line).count(), 6);
+    }
+
+    #[test]
+    fn a_client_id_is_in_use_by_two_programs_until_they_stop_to_take_it_over() {
+        let (mut takeovers, begun) = (Takeovers::default(), Instant::now());
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        for (n, named) in [(0, false), (1, false), (2, false), (3, true)] {
+            takeovers.on_takeover("gw1\ngw1-applied", at(n));
+            assert_eq!(!takeovers.in_use(at(n)).is_empty(), named, "{n}");
+        }
+        // They try again more and more seldom.
+        for n in (30..900).step_by(30) {
+            takeovers.on_takeover("gw1\ngw1-applied", at(n));
+            assert_eq!(takeovers.in_use(at(n + 29)), ["gw1-applied"], "{n}");
+        }
+        assert!(takeovers.in_use(at(870 + 120)).is_empty());
+        takeovers.on_takeover("gw1\ngw1-applied", at(2_000));
+        assert!(takeovers.in_use(at(2_000)).is_empty(), "it begins anew");
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Files {
         self.sources.iter().filter(|source| source.was_never_read_to_allow()).map(|source| source.name).collect()
     }
 
+    /// Those that cannot be read now, of [`SOURCES`], with what is wrong with each.
+    pub fn damages(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.sources.iter().filter_map(|source| Some((source.name, source.damage()?)))
+    }
+
     /// Those that cannot be read now, of [`SOURCES`].
     #[must_use]
     pub fn damaged(&self) -> Vec<&'static str> {

@@ -250,9 +250,9 @@ mod tests {
                 format!("{A}: {{until: tomorrow}}"),
                 "\"o52Ge+Rp\": until: is not a time, one as 2030-12-31 or 2030-12-31T23:59:59Z (UTC), or seconds of Unix time, is allowed",
             ),
-            (format!("- {A}\n\t- {B}"), "line 2: begins with a tab, spaces are allowed"),
+            (format!("- {A}\n\t- {B}"), "line 2: must begin with spaces, not with a tab"),
             ("[".into(), "line 1: is not YAML"),
-            (format!("- {A}\n- \0\0"), "line 2: has a NUL byte"),
+            (format!("- {A}\n- \0\0"), "line 2: must not have a NUL byte"),
         ] {
             let wrong = keys(&text, List::Deny).unwrap_err();
             assert!(wrong.starts_with(said), "{text}: {wrong}");

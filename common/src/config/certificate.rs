@@ -13,7 +13,7 @@ pub(super) fn pair(
     diagnostics: &mut Diagnostics,
 ) -> Option<(PathBuf, PathBuf)> {
     let mut lacks = |lacks: &str, has: &str| {
-        let complaint = format!("is missing, as {section}.{has} is set, a file is needed");
+        let complaint = format!("must be set, as {section}.{has} is");
         diagnostics.error(&Path::of(section).then(lacks), &complaint);
         None
     };

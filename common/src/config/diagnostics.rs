@@ -91,6 +91,15 @@ pub(super) struct Diagnostics {
     warnings: Vec<Problem>,
 }
 
+/// Where some keys are.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Places {
+    /// The file; none if they are variables.
+    pub file: Option<String>,
+    /// The line of each key that is there.
+    pub lines: BTreeMap<&'static str, usize>,
+}
+
 /// What a config is read with: its mistakes, and what is odd and does no harm.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
@@ -134,10 +143,12 @@ impl Diagnostics {
         self.secrets.retain(|secret| !secret.is_empty());
     }
 
-    /// A mistake: `value` at `path` is not what it has to be.
-    pub fn invalid(&mut self, path: &Path, value: &Value, complaint: &str) {
-        let shown = self.show(path, value);
-        self.error(path, &format!("{shown} {complaint}"));
+    /// A mistake: `value` at `path` is not what it has to be, by `requirement`, as "must be true or false".
+    pub fn invalid(&mut self, path: &Path, value: &Value, requirement: &str) {
+        match self.show(path, value) {
+            Some(shown) => self.error(path, &format!("{requirement}, not {shown}")),
+            None => self.error(path, requirement),
+        }
     }
 
     /// A mistake reported without the value.
@@ -157,6 +168,12 @@ impl Diagnostics {
     /// The lines of the keys, from which each problem has its own.
     pub fn set_lines(&mut self, lines: BTreeMap<Path, usize>) {
         self.lines = lines;
+    }
+
+    /// Where these keys are.
+    pub fn places(&self, keys: &[&'static str]) -> Places {
+        let line = |key: &&'static str| Some((*key, *self.lines.get(&Path::of(key))?));
+        Places { file: self.file.clone(), lines: keys.iter().filter_map(line).collect() }
     }
 
     /// Something odd that does no harm.
@@ -180,23 +197,20 @@ impl Diagnostics {
         Problems { errors: self.errors, warnings: self.warnings }
     }
 
-    fn show(&self, path: &Path, value: &Value) -> String {
-        let hidden = || "the value".to_owned();
+    /// A value for people; none if it may be a secret, or is long.
+    fn show(&self, path: &Path, value: &Value) -> Option<String> {
         if path.0.iter().any(|step| SECRET_KEYS.contains(&step.as_str())) {
-            return hidden();
+            return None;
         }
         match value {
-            Value::Null => "nothing".into(),
-            Value::Array(_) => "a list".into(),
-            Value::Object(_) => "a mapping".into(),
-            Value::Bool(flag) => flag.to_string(),
-            Value::Number(number) if self.contains_secret(&number.to_string()) => hidden(),
-            Value::Number(number) => number.to_string(),
+            Value::Null => Some("nothing".into()),
+            Value::Array(_) => Some("a list".into()),
+            Value::Object(_) => Some("a mapping".into()),
+            Value::Bool(flag) => Some(flag.to_string()),
+            Value::Number(number) => Some(number.to_string()).filter(|number| !self.contains_secret(number)),
             // An address with a user in it would show that user's password.
-            Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.contains_secret(text) => {
-                hidden()
-            }
-            Value::String(text) => format!("{text:?}"),
+            Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.contains_secret(text) => None,
+            Value::String(text) => Some(format!("{text:?}")),
         }
     }
 

@@ -9,7 +9,7 @@ use super::value::{Id, Label, Share, Text};
 use crate::{Domain, DomainError, WorkerName};
 
 /// What is left of a quote too many, or of one that YAML or a shell did not take off.
-const QUOTED: &str = "has a quote in it, a name without quotes is allowed";
+const QUOTED: &str = "must be a name without quotes";
 
 /// A gateway's place in the balance (contract section 6).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,7 +31,7 @@ pub(super) struct RawWorker {
 pub(super) fn check_present(domains: &[Option<Text>], prefixes: &[Option<Text>], diagnostics: &mut Diagnostics) {
     for (key, is_missing) in [("domains", domains.is_empty()), ("domain_prefixes", prefixes.is_empty())] {
         if is_missing {
-            diagnostics.error(&Path::of(key), "is missing, a list with at least one entry is needed");
+            diagnostics.error(&Path::of(key), "must be a list with at least one entry");
         }
     }
 }
@@ -45,8 +45,7 @@ pub(super) fn check(listed: &[Text], prefixes: Vec<Option<Text>>, diagnostics: &
     let served = served(listed, &prefixes, diagnostics);
     let fits = |Text(name): &Text| prefixes.iter().any(|prefix| name.starts_with(prefix));
     if !listed.is_empty() && !prefixes.is_empty() && !listed.iter().any(fits) {
-        diagnostics
-            .error(&Path::of("domains"), "none can be served, at least one must begin with one of domain_prefixes");
+        diagnostics.error(&Path::of("domains"), "must have at least one that begins with one of domain_prefixes");
     }
     served
 }
@@ -97,7 +96,7 @@ pub(super) fn workers(
         if let Ok(name) = name.parse() {
             workers.insert(name, GatewayShare { weight: raw.weight.as_ref().map_or(1.0, |weight| weight.0) });
         } else {
-            let complaint = "is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed";
+            let complaint = "must be a host name without \"/\", \"+\" and \"#\"";
             diagnostics.error(&Path::of("workers").then(name), complaint);
         }
     }

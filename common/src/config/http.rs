@@ -28,14 +28,12 @@ impl fmt::Display for Listen {
 }
 
 impl Listen {
-    /// Host and port by which a program on this machine reaches it: where it listens on all addresses, the loopback one.
+    /// Host and port by which a program on this machine reaches it: where it listens on all addresses, the loopback one of
+    /// IPv4. That is there also where `::` is given and the machine has no IPv6.
     #[must_use]
     pub fn reachable(&self) -> String {
-        let host = match self.host.parse() {
-            Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Ipv4Addr::LOCALHOST.to_string(),
-            Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Ipv6Addr::LOCALHOST.to_string(),
-            Ok(IpAddr::V4(_) | IpAddr::V6(_)) | Err(_) => self.host.clone(),
-        };
+        let is_everywhere = self.host.parse().is_ok_and(|address: IpAddr| address.is_unspecified());
+        let host = if is_everywhere { Ipv4Addr::LOCALHOST.to_string() } else { self.host.clone() };
         Self { host, port: self.port }.to_string()
     }
 }
@@ -105,7 +103,7 @@ impl RawListenTls {
             diagnostics.invalid(
                 &Path::of(TLS).then("port"),
                 &Value::from(port),
-                "is that of broker_listen, another is allowed",
+                "must be another port than that of broker_listen",
             );
         }
         Some(Https { listen: Listen { host: http.host.clone(), port }, cert_file, key_file })

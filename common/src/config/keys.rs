@@ -44,12 +44,12 @@ fn normalize_list(path: &Path, value: &mut Value, diagnostics: &mut Diagnostics)
     match value {
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate().filter(|(_, item)| item.is_null()) {
-                diagnostics.invalid(&path.index(index), item, "is not an entry, one has to follow \"- \"");
+                diagnostics.invalid(&path.index(index), item, "must be an entry, a value behind \"- \"");
             }
         }
         Value::Null => *value = Value::Array(Vec::new()),
         Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
-            diagnostics.invalid(path, value, "is not a list, lines that begin with \"- \" are allowed");
+            diagnostics.invalid(path, value, "must be a list, lines that begin with \"- \"");
             *value = Value::Array(vec![Value::Null]);
         }
     }
@@ -70,8 +70,7 @@ fn normalize_mapping(
         Value::Null => Map::new(),
         other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
             let names: Vec<&str> = known.keys().map(|key| if key == ANY { "a name" } else { key }).collect();
-            let complaint = format!("is not a mapping, one with these keys is allowed: {}", names.join(", "));
-            diagnostics.invalid(path, &other, &complaint);
+            diagnostics.invalid(path, &other, &format!("must be a mapping (keys: {})", names.join(", ")));
             Map::new()
         }
     };
@@ -119,6 +118,9 @@ fn warn_unknown(path: &Path, place: &Path, key: &str, diagnostics: &mut Diagnost
         Some(Near { path, parent: Some(parent), .. }) if !parent.0.is_empty() => {
             format!(", did you mean {path}? It belongs below {parent}, with spaces before it")
         }
+        Some(Near { path, .. }) if path.0.last().is_some_and(|name| name == "password_hash") => {
+            format!(", did you mean {path}? \"wgkex-broker hash-password\" prints what it must be")
+        }
         Some(Near { path, .. }) => format!(", did you mean {path}?"),
     };
     diagnostics.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
@@ -138,22 +140,24 @@ struct Near {
 fn nearest(path: &Path, place: &Path, key: &str) -> Option<Near> {
     let candidates = paths().into_iter().filter_map(|known| {
         let (name, parent) = known.0.split_last()?;
-        let typos = typos(&name.to_ascii_lowercase(), &key.to_ascii_lowercase())?;
         let is_elsewhere = parent != place.0;
+        // Elsewhere, and at the top, a single word is part of too many keys.
+        let may_lack_words = key.contains('_') || !(is_elsewhere || parent.is_empty());
+        let typos = typos(&name.to_ascii_lowercase(), &key.to_ascii_lowercase(), may_lack_words)?;
         let named =
             |steps: &[String]| Path(steps.iter().map(|step| if step == ANY { NAME } else { step }.into()).collect());
         let parent = (typos == 0 && parent.starts_with(&place.0)).then(|| named(parent));
         let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
         (name != ANY).then_some(Near { path, typos, is_elsewhere, parent })
     });
-    candidates.min_by_key(|near| (near.typos, near.is_elsewhere, near.path.0.len()))
+    candidates.min_by_key(|near| (near.is_elsewhere, near.typos, near.path.0.len()))
 }
 
-/// How many letters make `key` the `known` one; none if too many do. A first or last word that is left out counts as one.
-fn typos(known: &str, key: &str) -> Option<usize> {
+/// How many letters make `key` the `known` one; none if too many do. A first or last word that is left out, if that
+/// `may_lack_words`, counts as one.
+fn typos(known: &str, key: &str, may_lack_words: bool) -> Option<usize> {
     let typos = strsim::damerau_levenshtein(known, key);
-    let lacks_a_word =
-        key.contains('_') && (known.ends_with(&format!("_{key}")) || known.starts_with(&format!("{key}_")));
+    let lacks_a_word = may_lack_words && (known.ends_with(&format!("_{key}")) || known.starts_with(&format!("{key}_")));
     match typos {
         _ if typos <= TYPO_MAX.min(known.len() / 3) => Some(typos),
         _ => lacks_a_word.then_some(1),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::pair;
 use super::diagnostics::{Diagnostics, Path};
 use super::mqtt_listen::{self, MqttListen};
-use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, port};
+use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, is_placeholder, port};
 
 /// Longer ones are no passwords.
 const PASSWORD_FILE_MAX: u64 = 4096;
@@ -139,7 +139,7 @@ fn credentials(
     let key = if file.is_some() { "mqtt.password_file" } else { "mqtt.password" };
     let password = match (given(password), file) {
         (Some(_), Some(_)) => {
-            diagnostics.error(&Path::of(key), "is set beside mqtt.password, one of the two is allowed");
+            diagnostics.error(&Path::of(key), "must not be set beside mqtt.password");
             return None;
         }
         (None, Some(file)) => match password_in(&file.0) {
@@ -151,6 +151,10 @@ fn credentials(
         },
         (password, None) => password,
     };
+    if password.as_deref().is_some_and(is_placeholder) {
+        diagnostics.error(&Path::of(key), "must be the password of mqtt.username, not that of an example");
+        return None;
+    }
     match (given(username), password) {
         (Some(username), Some(password)) => Some(Credentials { username, password: Secret::new(password) }),
         (None, None) => None,
@@ -171,13 +175,13 @@ fn password_in(file: &str) -> Result<String, String> {
     let metadata = fs::metadata(file).map_err(unreadable)?;
     // Others, such as a pipe, could keep the program waiting.
     if !metadata.is_file() || metadata.len() > PASSWORD_FILE_MAX {
-        return Err(format!("is not a password, a file of at most {PASSWORD_FILE_MAX} bytes is allowed"));
+        return Err(format!("must be a file of at most {PASSWORD_FILE_MAX} bytes"));
     }
     let text = fs::read_to_string(file).map_err(unreadable)?;
     let password = text.strip_suffix('\n').unwrap_or(&text);
     let password = password.strip_suffix('\r').unwrap_or(password);
     if password.is_empty() || password.contains(['\n', '\r']) {
-        return Err("is not a password, a file with one line is allowed".to_owned());
+        return Err("must have one line, the password".to_owned());
     }
     Ok(password.to_owned())
 }
@@ -209,7 +213,7 @@ mod tests {
         for content in ["", "\n", "one\ntwo\n", "one\n\n"] {
             let error = password(content.as_bytes()).unwrap_err();
             assert!(error.starts_with("test.yaml:5: mqtt.password_file: /"), "{error}");
-            assert!(error.ends_with("secret: is not a password, a file with one line is allowed"), "{error}");
+            assert!(error.ends_with("secret: must have one line, the password"), "{error}");
         }
         assert!(password(b"\xff").unwrap_err().contains("cannot be read: "));
         assert!(password(&[b'a'; 5000]).unwrap_err().contains("a file of at most 4096 bytes"));
@@ -219,9 +223,9 @@ mod tests {
     fn a_password_file_that_cannot_be_used_is_an_error_that_names_its_key() {
         let cases = [
             ("/nonexistent/secret", "mqtt.password_file: /nonexistent/secret: cannot be read: No such file"),
-            ("/dev/zero", "mqtt.password_file: /dev/zero: is not a password, a file"),
-            ("secret", "mqtt.password_file: \"secret\" is not a file, an absolute path is allowed"),
-            ("/dev/null\n  password: x", "mqtt.password_file: is set beside mqtt.password, one of the two is allowed"),
+            ("/dev/zero", "mqtt.password_file: /dev/zero: must be a file of at most"),
+            ("secret", "mqtt.password_file: must be the absolute path of a file, not \"secret\""),
+            ("/dev/null\n  password: x", "mqtt.password_file: must not be set beside mqtt.password"),
         ];
         for (file, problem) in cases {
             let yaml = format!("{CONFIG}mqtt:\n  username: gw1\n  password_file: {file}\n");

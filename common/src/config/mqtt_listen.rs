@@ -102,10 +102,10 @@ fn ip(host: &str, has_users: bool, diagnostics: &mut Diagnostics) -> IpAddr {
     let complaint = match address {
         Some(ip) if has_users || IpAddr::is_loopback(&ip) => return ip,
         Some(_) => {
-            "is not a loopback address, one such as 127.0.0.1 is allowed (another only with mqtt_listen.users, as \
-             without them everybody may say everything)"
+            "must be a loopback address such as 127.0.0.1 (another only with mqtt_listen.users, as without them everybody \
+             may publish everything)"
         }
-        None => "is not an address, one such as 127.0.0.1 or \"::\" is allowed",
+        None => "must be an address such as 127.0.0.1 or \"::\"",
     };
     diagnostics.invalid(&Path::of("mqtt_listen.host"), &Value::from(host), complaint);
     DEFAULT.ip()
@@ -115,11 +115,11 @@ impl RawMqttUser {
     fn check(self, name: String, diagnostics: &mut Diagnostics) -> Option<(String, MqttUser)> {
         let path = Path::of("mqtt_listen.users").then(&name);
         if !is_topic_level(&name) {
-            diagnostics.error(&path, "is not a user's name, one without \"/\", \"+\" and \"#\" is allowed");
+            diagnostics.error(&path, "must be a user name without \"/\", \"+\" and \"#\"");
         }
         let Some(hash) = self.password_hash else {
             diagnostics
-                .error(&path.then("password_hash"), "is missing, what \"wgkex-broker hash-password\" prints is needed");
+                .error(&path.then("password_hash"), "must be set, to what \"wgkex-broker hash-password\" prints");
             return None;
         };
         let role = self.role.map_or(Role::Worker, |UserRole(role)| role);

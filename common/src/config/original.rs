@@ -53,11 +53,8 @@ impl Parker {
     /// Refused where the fleet would miss it.
     pub fn check(&self, diagnostics: &mut Diagnostics) {
         if matches!(self.enabled, Some(Flag(true))) {
-            diagnostics.invalid(
-                &Path::of("parker.enabled"),
-                &Value::Bool(true),
-                "is not supported by this version (routed networks), false is allowed",
-            );
+            let complaint = "must be false, as this version does not support routed networks";
+            diagnostics.error(&Path::of("parker.enabled"), complaint);
         }
     }
 }

@@ -108,7 +108,7 @@ pub(super) fn confirm(timeout: Option<&Seconds>, budget: Option<&Seconds>, diagn
         diagnostics.invalid(
             &Path::of("confirm_timeout"),
             &Value::from(timeout),
-            &format!("is more than confirm_budget, at most {budget} is allowed"),
+            &format!("must be at most {budget}, as confirm_budget is"),
         );
     }
     confirm

@@ -21,7 +21,9 @@ use super::rebalance::RawRebalance;
 use super::registry::{self, RawRegistry};
 use super::servers::{self, RawServer};
 use super::setup::{RawSetup, RawSetupDomain};
-use super::value::{DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
+use super::value::{
+    DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, PublicHost, Seconds, Secret, Share, Text,
+};
 use super::{Config, Source};
 use crate::{HostName, PublicKey};
 
@@ -39,7 +41,7 @@ pub(super) struct Raw {
     pub workers: BTreeMap<String, RawWorker>,
     pub sticky_worker_tolerance: Option<Share>,
     #[serde(rename = "externalName")]
-    pub external_name: Option<Text>,
+    pub external_name: Option<PublicHost>,
     pub cleanup: RawCleanup,
     pub parker: Parker,
     pub broker_signing_key: Option<Text>,
@@ -170,8 +172,8 @@ impl Raw {
 fn check_name(host_name: &str, diagnostics: &mut Diagnostics) -> HostName {
     host_name.parse().unwrap_or_else(|_| {
         diagnostics.error_of_source(None, &format!(
-            "the host name {host_name:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters \
-             are not allowed"
+            "the host name must be one without \"/\", \"+\", \"#\" and control characters, as it is part of MQTT topics, not \
+             {host_name:?}"
         ));
         HostName::any()
     })

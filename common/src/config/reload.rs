@@ -7,19 +7,28 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Config, ConfigError};
+use super::diagnostics::Places;
+use super::{Config, ConfigError, Problem};
 
 /// Where a config was read, and the values of all its keys. It is no part of what the config means, so all are equal.
 #[derive(Clone, Default)]
 pub struct Source {
     /// The file, if the caller named one.
     file: Option<PathBuf>,
+    /// Where keys are that may have a problem only later.
+    places: Places,
     values: Value,
 }
 
 impl Source {
-    pub(super) fn of(values: Value) -> Self {
-        Self { file: None, values }
+    pub(super) fn of(values: Value, places: Places) -> Self {
+        Self { file: None, places, values }
+    }
+
+    /// A problem of this key.
+    pub(super) fn problem(&self, key: &str, problem: String) -> Problem {
+        let Places { file, lines } = &self.places;
+        Problem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
     }
 
     pub(super) fn in_file(self, file: &Path) -> Self {

@@ -55,7 +55,7 @@ impl RawSetup {
     /// For `domains`, those served of the `listed` ones.
     pub fn check(&self, listed: &[Text], domains: &[Domain], diagnostics: &mut Diagnostics) -> BTreeMap<Domain, Setup> {
         for name in self.domains.keys().filter(|name| !listed.iter().any(|listed| listed.0 == **name)) {
-            diagnostics.error(&Path::of("setup.domains").then(name), "is not one of domains, one of them is allowed");
+            diagnostics.error(&Path::of("setup.domains").then(name), "must be one of domains");
         }
         let key_dir = self.key_dir();
         let first_port = port(self.listen_port.as_ref(), 51820);
@@ -83,7 +83,7 @@ impl RawSetup {
 
 fn counted_port(counted: u32, domain: &Domain, diagnostics: &mut Diagnostics) -> u16 {
     u16::try_from(counted).unwrap_or_else(|_| {
-        let complaint = format!("is too high, as it counts up to {counted} for {domain} and 65535 is the last port");
+        let complaint = format!("must be lower, as it counts up to {counted} for {domain}, and 65535 is the last port");
         diagnostics.error(&Path::of("setup.listen_port"), &complaint);
         0
     })
@@ -100,10 +100,10 @@ fn check_udp_ports(domains: &[Domain], interfaces: &BTreeMap<Domain, Setup>, dia
             continue; // reported where it was counted
         }
         if vxlan.contains(&port) {
-            diagnostics.error(&path, &format!("{port} is a vxlan_port, another one is allowed"));
+            diagnostics.error(&path, &format!("must be another port than {port}, which is a vxlan_port"));
         }
         if let Some(other) = taken.insert(port, domain) {
-            diagnostics.error(&path, &format!("{port} is also that of {other}, another one is allowed"));
+            diagnostics.error(&path, &format!("must be another port than {port}, which is that of {other}"));
         }
     }
 }

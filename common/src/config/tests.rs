@@ -1,5 +1,12 @@
 //! The config as operators write it, mistakes included.
 
+/// What "wgkex-broker hash-password" prints, as a literal.
+macro_rules! hash {
+    () => {
+        "$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHQ$9sTbSlTio3Biev89thdrlKKiCaYsjjYVJxGAL3swxpQ"
+    };
+}
+
 mod mistakes;
 
 use std::io;
@@ -128,6 +135,15 @@ fn the_originals_file_works_without_a_warning() {
     assert_eq!(config.broker_listen.to_string(), "0.0.0.0:5000");
     assert_eq!(config.log_level, Level::DEBUG);
     assert!(!format!("{config:?}").contains("very-secret"), "{config:?}");
+}
+
+#[test]
+fn routers_are_told_the_external_name_as_it_is_written() {
+    let told = |yaml: &str| parse(&format!("{LEAST}{yaml}")).unwrap().external_name;
+    for name in ["gw04.ext.ffmuc.net", "192.0.2.1", "2001:db8::1", "[2001:db8::1]"] {
+        assert_eq!(told(&format!("externalName: '{name}'")), name);
+    }
+    assert_eq!(told("externalName: ''"), "gw04.in.ffmuc.net");
 }
 
 #[test]
@@ -284,6 +300,14 @@ fn listeners_are_given_as_keys_or_as_text() {
 }
 
 #[test]
+fn a_listener_on_all_addresses_is_reached_by_loopback() {
+    let reachable = |host: &str| Listen { host: host.into(), port: 7 }.reachable();
+    assert_eq!(["0.0.0.0", "::"].map(reachable), ["127.0.0.1:7", "127.0.0.1:7"]);
+    assert_eq!(["192.0.2.1", "2001:db8::1"].map(reachable), ["192.0.2.1:7", "[2001:db8::1]:7"]);
+    assert_eq!(reachable("broker.example"), "broker.example:7");
+}
+
+#[test]
 fn https_has_the_host_of_plain_http_and_a_port_of_its_own() {
     let https = |text: &str| parse(&format!("{LEAST}broker_listen: {text}")).unwrap().https;
     let files = "cert_file: /c.pem, key_file: /k.pem";
@@ -317,8 +341,8 @@ fn proxies_are_networks_or_single_addresses() {
 #[test]
 fn the_embedded_server_has_users_and_tls() {
     let listen = "mqtt_listen: {host: '::', tls: {cert_file: /c, key_file: /k}, max_connections: 50, users: {\
-                  gw1: {password_hash: '$argon2id$1'}, b: {password_hash: '$argon2id$2', role: broker}}}";
-    let config = parse(&format!("{LEAST}{listen}")).unwrap();
+                  gw1: {password_hash: 'HASH'}, b: {password_hash: 'HASH', role: broker}}}";
+    let config = parse(&format!("{LEAST}{listen}").replace("HASH", hash!())).unwrap();
     assert_eq!(texts(&config.warnings), [""; 0]);
     assert_eq!(
         config.mqtt.server,
@@ -329,10 +353,7 @@ fn the_embedded_server_has_users_and_tls() {
     let expected = MqttListen {
         address: "[::]:1883".parse().unwrap(),
         tls: Some(("/c".into(), "/k".into())),
-        users: BTreeMap::from([
-            ("gw1".into(), user("$argon2id$1", Role::Worker)),
-            ("b".into(), user("$argon2id$2", Role::Broker)),
-        ]),
+        users: BTreeMap::from([("gw1".into(), user(hash!(), Role::Worker)), ("b".into(), user(hash!(), Role::Broker))]),
         max_connections: 50,
     };
     assert!(!format!("{config:?}").contains("argon2id"));
@@ -392,7 +413,10 @@ fn a_host_name_that_no_topic_can_have_is_refused() {
     for name in ["", "a/b", "a+", "#"] {
         let [line] = &Config::parse("f", LEAST, name).unwrap_err().mistakes[..] else { panic!("{name}") };
         let line = line.to_string();
-        assert!(line.starts_with(&format!("f: the host name {name:?} cannot be part of an MQTT topic")), "{line}");
+        assert!(
+            line.starts_with("f: the host name must be one without") && line.ends_with(&format!("not {name:?}")),
+            "{line}"
+        );
     }
 }
 
@@ -458,7 +482,7 @@ fn one_pair_of_quotes_around_a_variable_is_taken_off() {
         variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("WGKEX_BROKER_LISTEN", "5009")]);
     assert_eq!(Config::from_variables(&of_port, "gw1").unwrap().broker_listen.to_string(), "[::]:5009");
     let set = variables(&[("WGKEX_DOMAINS", "\"x_a,x_b"), ("WGKEX_DOMAIN_PREFIXES", "\"x_")]);
-    let quoted = "has a quote in it, a name without quotes is allowed";
+    let quoted = "must be a name without quotes";
     let expected = [format!("WGKEX_DOMAIN_PREFIXES[0]: {quoted}"), format!("WGKEX_DOMAINS[0]: {quoted}")];
     let error = Config::from_variables(&set, "gw1").unwrap_err();
     assert_eq!(texts(&error.mistakes)[..2], expected);
@@ -471,14 +495,14 @@ fn a_mistake_in_a_variable_names_the_variable() {
     let set = variables(&[("WGKEX_DOMAINS", "ffmuc_1234567890123"), ("MQTT_BROKER_PORT", "abc"), ("WGKEX_DEBUG", "x")]);
     let error = Config::from_variables(&set, "gw1").unwrap_err();
     let expected = [
-        "WGKEX_DEBUG: \"x\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed",
-        "MQTT_BROKER_PORT: \"abc\" is not a port, a number from 1 to 65535 is allowed",
-        "WGKEX_DOMAIN_PREFIXES: is missing, a list with at least one entry is needed",
+        "WGKEX_DEBUG: must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not \"x\"",
+        "MQTT_BROKER_PORT: must be a number from 1 to 65535, not \"abc\"",
+        "WGKEX_DOMAIN_PREFIXES: must be a list with at least one entry",
     ];
     assert_eq!(texts(&error.mistakes), expected);
     let set = variables(&[("MQTT_PASSWORD", "very-secret"), ("MQTT_BROKER_URL", "very-secret/")]);
     let error = Config::from_variables(&set, "gw1").unwrap_err();
-    assert!(texts(&error.mistakes)[0].starts_with("MQTT_BROKER_URL: the value is not a host"), "{error}");
+    assert!(texts(&error.mistakes)[0].starts_with("MQTT_BROKER_URL: must be a host name"), "{error}");
 }
 
 #[test]
@@ -530,7 +554,7 @@ fn everything_of_the_example() -> String {
         Some((indent, key)) if indent.trim().is_empty() && !key.starts_with(' ') => format!("{indent}{key}\n"),
         _ => format!("{line}\n"),
     };
-    EXAMPLE.lines().map(line).collect()
+    EXAMPLE.lines().map(line).collect::<String>().replace("$argon2id$v=19$m=19456,t=2,p=1$...", hash!())
 }
 
 #[test]

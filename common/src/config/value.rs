@@ -37,57 +37,55 @@ macro_rules! value_type {
     };
 }
 
-value_type!(Text(String), text, "is not a text, one is allowed (a number needs quotes around it)");
+value_type!(Text(String), text, "must be a text (a number needs quotes around it)");
 value_type!(
     /// A text, or a number that serves as a name.
     Label(()),
     |value: &Value| (value.is_string() || value.is_number()).then_some(()),
-    "is not a name, a text or a number is allowed"
+    "must be a text or a number"
 );
 value_type!(
     Host(String),
     |value: &Value| text(value).and_then(|text| host(&text)),
-    "is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)"
+    "must be a host name or an address (no scheme, no path; a port has its own key)"
+);
+value_type!(
+    /// What routers are told, as it is written; empty for the host name.
+    PublicHost(String),
+    |value: &Value| text(value).filter(|text| text.is_empty() || host(text).is_some()),
+    "must be a host name or an address (no scheme, no port, no path, no blanks)"
 );
 value_type!(
     Directory(String),
     |value: &Value| text(value).filter(|text| text.starts_with('/')),
-    "is not a directory, an absolute path is allowed"
+    "must be the absolute path of a directory"
 );
 value_type!(
     File(String),
     |value: &Value| text(value).filter(|text| text.starts_with('/')),
-    "is not a file, an absolute path is allowed"
+    "must be the absolute path of a file"
 );
-value_type!(Flag(bool), flag, "is not a truth value, true or false is allowed");
-value_type!(Port(u16), |value: &Value| whole(value, 1..=65535), "is not a port, a number from 1 to 65535 is allowed");
-value_type!(
-    Vni(u32),
-    |value: &Value| whole(value, 1..=0x00ff_ffff),
-    "is not a VXLAN id, a number from 1 to 16777215 is allowed"
-);
-value_type!(
-    PrefixLength(()),
-    |value: &Value| whole(value, 0..=128u8).map(drop),
-    "is not a prefix length, a number from 0 to 128 is allowed"
-);
-value_type!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "is not an id, a whole number is allowed");
+value_type!(Flag(bool), flag, "must be true or false");
+value_type!(Port(u16), |value: &Value| whole(value, 1..=65535), "must be a number from 1 to 65535");
+value_type!(Vni(u32), |value: &Value| whole(value, 1..=0x00ff_ffff), "must be a number from 1 to 16777215");
+value_type!(PrefixLength(()), |value: &Value| whole(value, 0..=128u8).map(drop), "must be a number from 0 to 128");
+value_type!(Id(()), |value: &Value| whole(value, 0..=u32::MAX).map(drop), "must be a whole number");
 value_type!(
     /// Enough for any fleet, and few enough to fit into memory.
     Count(usize),
     |value: &Value| whole::<u32>(value, 1..=100_000_000).and_then(|count| usize::try_from(count).ok()),
-    "is not a number of keys, a whole number from 1 to 100000000 is allowed"
+    "must be a whole number from 1 to 100000000"
 );
 value_type!(
     /// 0 means that there is no limit. The highest, at the lowest [`Rate`], still fits into 64 bits of nanoseconds.
     Burst(u32),
     |value: &Value| whole(value, 0..=1_000_000),
-    "is not a burst, a whole number from 0 (no limit) to 1000000 is allowed"
+    "must be a whole number from 0 (no limit) to 1000000"
 );
 value_type!(
     Rate(f64),
     |value: &Value| number(value).filter(|rate| (0.001..=1e6).contains(rate)),
-    "is not a rate, a number from 0.001 to 1000000 is allowed"
+    "must be a number from 0.001 to 1000000"
 );
 value_type!(
     /// The addresses of a network, or a single one. An IPv4 address is one, however it is written.
@@ -97,7 +95,7 @@ value_type!(
         let single = || text.parse::<IpAddr>().map(|address| IpNet::from(address.to_canonical()));
         text.parse().or_else(|_| single()).ok()
     },
-    "is not a network, an address or one such as 192.0.2.0/24 is allowed"
+    "must be an address, or a network such as 192.0.2.0/24"
 );
 value_type!(Whole(u64), |value: &Value| whole(value, 0..=u64::MAX), "must be a whole number, 0 or more");
 value_type!(
@@ -110,20 +108,20 @@ value_type!(
     /// As many as a process may have files open at the very most.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
-    "is not a number of connections, a whole number from 10 to 1000000 is allowed"
+    "must be a whole number from 10 to 1000000"
 );
 value_type!(
-    /// Whether it is a whole PHC string is checked where passwords are verified.
+    /// Not the beginning of one; the parameters are checked where passwords are verified.
     PasswordHash(String),
-    |value: &Value| text(value).filter(|text| text.starts_with("$argon2id$")),
-    "is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed"
+    |value: &Value| text(value).filter(|text| is_whole_hash(text)),
+    "must be what \"wgkex-broker hash-password\" prints, all of it"
 );
-value_type!(UserRole(Role), role, "is not a role, worker or broker is allowed");
+value_type!(UserRole(Role), role, "must be worker or broker");
 value_type!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
     |value: &Value| whole(value, 0..=65535),
-    "is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"
+    "must be a whole number of seconds from 0 to 65535"
 );
 value_type!(
     /// The upper bound keeps every sum with a clock's reading far from an overflow.
@@ -131,20 +129,20 @@ value_type!(
     |value: &Value| {
         number(value).filter(|seconds| (0.001..=1e9).contains(seconds)).map(Duration::from_secs_f64)
     },
-    "is not a time, a number of seconds from 0.001 to 1000000000 is allowed"
+    "must be a number of seconds from 0.001 to 1000000000"
 );
 value_type!(
     /// 0 means at once.
     FillTime(Duration),
     |value: &Value| number(value).filter(|seconds| (0.0..=1e6).contains(seconds)).map(Duration::from_secs_f64),
-    "is not a time, a number of seconds from 0 (off) to 1000000 is allowed"
+    "must be a number of seconds from 0 (off) to 1000000"
 );
 value_type!(
     Share(f64),
     |value: &Value| number(value).filter(|share| (0.0..=1e9).contains(share)),
-    "is not a share, a number from 0 to 1000000000 is allowed"
+    "must be a number from 0 to 1000000000"
 );
-value_type!(LogLevel(Level), level, "is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed");
+value_type!(LogLevel(Level), level, "must be DEBUG, INFO, WARNING, ERROR or CRITICAL");
 value_type!(
     Format(LogFormat),
     |value: &Value| match text(value)?.as_str() {
@@ -152,12 +150,12 @@ value_type!(
         "json" => Some(LogFormat::Json),
         _ => None,
     },
-    "is not a log format, text or json is allowed"
+    "must be text or json"
 );
 value_type!(
     Ipam(()),
     |value: &Value| text(value).filter(|name| ["json", "netbox"].contains(&name.as_str())).map(drop),
-    "is not an IPAM, json or netbox is allowed"
+    "must be json or netbox"
 );
 value_type!(
     /// In lower case.
@@ -166,13 +164,27 @@ value_type!(
         let is_hash = |text: &String| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         text(value).filter(is_hash).map(|text| text.to_ascii_lowercase())
     },
-    "is not a SHA-256 hash, 64 hexadecimal digits are allowed (\"wgkex-broker admin-token\" makes a token and its hash)"
+    "must be a SHA-256 hash, 64 hexadecimal digits (\"wgkex-broker admin-token\" makes a token and its hash)"
 );
 value_type!(
     Key(PublicKey),
     |value: &Value| text(value)?.parse::<PublicKey>().ok(),
-    "is not a WireGuard public key, 44 characters of base64 are allowed"
+    "must be a WireGuard public key, 44 characters of base64"
 );
+
+/// A password of our examples, which is there to be replaced.
+pub(super) fn is_placeholder(password: &str) -> bool {
+    password.starts_with("PASSWORD OF ") || password.chars().all(|c| c == '.' || c == '…')
+}
+
+/// Whether it has all parts of a PHC string of Argon2id, with 32 bytes of hash: one that was cut off verifies nothing.
+fn is_whole_hash(text: &str) -> bool {
+    let is_base64 =
+        |part: &&str, least| part.len() >= least && part.chars().all(|c| c.is_ascii_alphanumeric() || "+/".contains(c));
+    let Some(rest) = text.strip_prefix("$argon2id$") else { return false };
+    let parts: Vec<&str> = rest.split('$').skip_while(|part| part.starts_with("v=")).collect();
+    matches!(&parts[..], [parameters, salt, hash] if parameters.starts_with("m=") && is_base64(salt, 11) && is_base64(hash, 43))
+}
 
 /// A text that neither logs nor errors may show.
 #[derive(Clone, PartialEq, Eq)]

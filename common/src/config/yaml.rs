@@ -138,27 +138,27 @@ impl FileStoredFormat for BoundedYaml {
 /// Why a text is refused. No line shows a word of it.
 #[derive(Debug, thiserror::Error)]
 enum Mistake {
-    #[error("has {0} bytes, {1} are allowed")]
+    #[error("must have at most {1} bytes, not {0}")]
     Long(usize, usize),
-    #[error("is empty, domains and domain_prefixes are needed at least")]
+    #[error("must have domains and domain_prefixes at least, and is empty")]
     Empty,
-    #[error("is not a mapping, keys with values such as \"domains:\" are allowed at the top")]
+    #[error("must be a mapping, with keys such as \"domains:\" at its top")]
     NoMapping,
-    #[error("has a NUL byte, as in a file that was not wholly written")]
+    #[error("must not have a NUL byte, as a file has that was not wholly written")]
     Nul(usize),
-    #[error("opens more than {DEPTH_MAX} levels, fewer are allowed")]
+    #[error("must not open more than {DEPTH_MAX} levels")]
     Deep(usize),
-    #[error("its aliases stand for more than {1} bytes, fewer are allowed")]
+    #[error("must not have aliases that stand for more than {1} bytes")]
     Copies(usize, usize),
-    #[error("has an alias for what it stands in itself")]
+    #[error("must not have an alias for what it stands in itself")]
     Circle(usize),
-    #[error("has more than one document, one is allowed (no second line \"---\")")]
+    #[error("must have one document only (no second line \"---\")")]
     Documents,
-    #[error("has a value that is no number and no text, such as .inf or .nan; quotes make it a text")]
+    #[error("must not have a value that is no number and no text, such as .inf or .nan; quotes make it a text")]
     Number,
-    #[error("has a key that is a list or a mapping or nothing, a text is allowed")]
+    #[error("must have a text as each key, and has a list, a mapping or nothing")]
     Key,
-    #[error("begins with a tab, spaces are allowed")]
+    #[error("must begin with spaces, not with a tab")]
     Tab(usize),
     #[error("is not YAML: {reason}")]
     Yaml { line: usize, reason: String },

@@ -1,11 +1,33 @@
 //! Checks of a connection to the MQTT server: whether there is one, and what it allows.
 
 use super::{Finding, Program};
-use crate::mqtt::Fault;
-use crate::mqtt::trial::{Allowed, Echo, Failure};
+use crate::mqtt::trial::{Allowed, Echo, Failure, Trial};
+use crate::mqtt::{Fault, TlsError};
 
 /// What these findings are about.
 pub const SUBJECT: &str = "MQTT";
+
+/// The MQTT server, and what a program knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MqttFacts<B> {
+    /// The server, for people.
+    pub server: String,
+    /// What it allows, and what is retained there; or why there is no connection.
+    pub outcome: Result<B, Failure>,
+}
+
+impl<B> MqttFacts<B> {
+    /// Those of a `trial`: `known` makes what the program knows of what the server allows.
+    pub fn of(trial: Result<Trial, TlsError>, known: impl FnOnce(&Allowed) -> B) -> Self {
+        match trial {
+            Err(error) => {
+                let failure = Failure { fault: Fault::Tls, cause: error.to_string() };
+                Self { server: "certificates".into(), outcome: Err(failure) }
+            }
+            Ok(Trial { server, outcome }) => Self { server, outcome: outcome.map(|allowed| known(&allowed)) },
+        }
+    }
+}
 
 /// What the MQTT server does not allow.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::access::{Access, Identity, Need, Unknown, find};
 use super::{Finding, Level, Program, Trouble};
+use crate::access_lists::files::Files;
 use crate::config::KeyLists;
 use crate::storage::process_lock::Holder;
 
@@ -40,6 +41,8 @@ pub struct ListFacts {
     pub path: PathBuf,
     /// Whether the program may read it.
     pub access: Access,
+    /// What is wrong with its content, with the line; none if nothing is, or if it was not read.
+    pub damage: Option<String>,
 }
 
 impl StateFacts {
@@ -70,9 +73,13 @@ impl ListFacts {
             ("key_lists.allow_dir", allow.and_then(|allow| allow.dir.as_ref()), Need::List),
             ("key_lists.trusted_dir", trusted_dir.as_ref(), Need::List),
         ];
+        let mut files = Files::new(lists);
+        files.read(true);
         let facts = paths.into_iter().filter_map(|(key, path, need)| {
             let path = path?.clone();
-            Some(Self { key, access: find(&path, user, need), path })
+            let access = find(&path, user, need);
+            let damage = files.damages().find(|(list, _)| *list == key && access == Access::Granted);
+            Some(Self { key, damage: damage.map(|(_, damage)| damage.to_owned()), access, path })
         });
         facts.collect()
     }
@@ -138,8 +145,16 @@ pub fn lists(program: Program, user: &str, lists: &[ListFacts], running: Option<
 }
 
 /// The state of a list in the running program, whichever program that is.
-fn read_list(program: Program, ListFacts { key, path, .. }: &ListFacts, is_damaged: bool) -> Finding {
+fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
+    let ListFacts { key, path, damage, .. } = list;
     let (path, word) = (path.display(), program.word());
+    if let Some(damage) = damage {
+        return Finding::fail(
+            key,
+            format!("{path}: {damage}: what the running {word} last read of it counts"),
+            "correct it: it is read again by itself",
+        );
+    }
     let damaged = is_damaged.then(|| Trouble {
         found: format!("the running {word} cannot read {path}, or it is damaged: what it last read counts"),
         advice: "its log says why, with the line".into(),
@@ -147,8 +162,11 @@ fn read_list(program: Program, ListFacts { key, path, .. }: &ListFacts, is_damag
     Finding::judge(key, Level::Fail, format!("the running {word} has read {path}"), damaged)
 }
 
-fn unread_list(program: Program, ListFacts { key, path, access }: &ListFacts, user: &str) -> Finding {
+fn unread_list(program: Program, ListFacts { key, path, access, damage }: &ListFacts, user: &str) -> Finding {
     let (path, advice) = (path.display(), format!("let {user} read it (chmod, chown)"));
+    if let Some(damage) = damage {
+        return Finding::fail(key, format!("{path}: {damage}"), "correct it");
+    }
     match access {
         Access::Granted => Finding::ok(key, format!("{user} may read {path}")),
         Access::Creatable => {

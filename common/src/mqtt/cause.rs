@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use rumqttc::{ConnectReturnCode, ConnectionError, StateError, TlsError};
 use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
 
-use crate::config::Mqtt;
+use crate::config::{Mqtt, MqttAddress};
 
 /// What has to change for there to be a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,10 @@ pub(super) struct Attempt {
     username: Option<String>,
     has_tls: bool,
     has_ca_file: bool,
+    /// The server, if it is not the embedded one, which needs no TLS from this machine.
+    server: Option<(String, u16)>,
+    /// Whether the server speaks TLS there, if that was looked for.
+    server_speaks_tls: Option<bool>,
 }
 
 impl Attempt {
@@ -40,7 +44,33 @@ impl Attempt {
             username: config.credentials.as_ref().map(|credentials| credentials.username.clone()),
             has_tls: config.tls.is_some(),
             has_ca_file: config.tls.as_ref().is_some_and(|tls| tls.ca_file.is_some()),
+            server: match &config.server {
+                MqttAddress::External { host, port } => Some((host.clone(), *port)),
+                MqttAddress::Embedded(_) | MqttAddress::Own(_) => None,
+            },
+            server_speaks_tls: None,
         }
+    }
+
+    /// Host and port of a server that ended the connection as one does that wants TLS, unless it was looked for.
+    pub(super) fn may_need_tls(&self, error: &ConnectionError, accepted: bool) -> Option<(String, u16)> {
+        let may_be = self.server_speaks_tls.is_none() && self.fault(error, accepted) == Fault::NoTls;
+        self.server.clone().filter(|_| may_be)
+    }
+
+    /// Whether the server speaks TLS.
+    pub(super) fn server_speaks_tls(&mut self, does_it: bool) {
+        self.server_speaks_tls = Some(does_it);
+    }
+
+    /// Whether the connection, which the server had `accepted` or not, ended for want of TLS.
+    pub(super) fn lacks_tls(&self, accepted: bool) -> bool {
+        !accepted && !self.has_tls && self.server_speaks_tls == Some(true)
+    }
+
+    /// The server lets this client in: whatever is the cause the next time is another one.
+    pub(super) fn connected(&mut self) {
+        self.server_speaks_tls = None;
     }
 
     /// One line about a connection that is lost, or was not made if the server had not `accepted` it. It has no number that
@@ -126,7 +156,11 @@ impl Attempt {
         match (accepted, self.has_tls) {
             (true, _) => "the server closed the connection".into(),
             (false, true) => "the server closed the connection without an answer".into(),
-            (false, false) => "the server closed the connection without an answer: does it want TLS (mqtt.tls)?".into(),
+            (false, false) => match self.server_speaks_tls {
+                Some(true) => "the server speaks TLS on this port: set mqtt.tls to true".into(),
+                Some(false) => "the server closed the connection without an answer".into(),
+                None => "the server closed the connection without an answer: does it want TLS (mqtt.tls)?".into(),
+            },
         }
     }
 
@@ -209,7 +243,14 @@ mod tests {
     use super::*;
 
     fn attempt(has_tls: bool, has_ca_file: bool) -> Attempt {
-        Attempt { id: "gw1".into(), username: Some("gw2".into()), has_tls, has_ca_file }
+        Attempt {
+            id: "gw1".into(),
+            username: Some("gw2".into()),
+            has_tls,
+            has_ca_file,
+            server: Some(("mqtt".into(), 1883)),
+            server_speaks_tls: None,
+        }
     }
 
     #[test]
@@ -264,6 +305,18 @@ mod tests {
         ] {
             let text = attempt.describe(&error, false);
             assert!(text.contains(said) && !text.contains('\n'), "{error:?}: {text}");
+        }
+        let end = io(ErrorKind::ConnectionReset);
+        let mut plain = attempt(false, false);
+        assert_eq!(plain.may_need_tls(&end, false), Some(("mqtt".into(), 1883)));
+        assert_eq!(plain.may_need_tls(&end, true), None);
+        for (does_it, said) in
+            [(true, "the server speaks TLS on this port: set mqtt.tls"), (false, "without an answer")]
+        {
+            plain.server_speaks_tls(does_it);
+            assert!(plain.describe(&end, false).contains(said), "{}", plain.describe(&end, false));
+            assert_eq!((plain.lacks_tls(false), plain.lacks_tls(true)), (does_it, false));
+            assert_eq!(plain.may_need_tls(&end, false), None, "it is looked for once");
         }
         let lost = attempt(false, false).describe(&io(ErrorKind::ConnectionReset), true);
         assert_eq!(lost, "the server closed the connection");

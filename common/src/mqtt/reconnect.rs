@@ -15,6 +15,8 @@ const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
 const CLOSED_EARLY: u32 = 3;
 /// After so many of these the likely cause is logged.
 const THROWN_OUT: u32 = 5;
+/// Whoever is thrown out comes back within [`PAUSE_THROWN_OUT`]: a connection that held twice as long has its name alone.
+const UNDISPUTED_AFTER: Duration = Duration::from_secs(60);
 /// A connection that held this long was a good one: the next attempt after it comes soon.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 
@@ -29,11 +31,13 @@ pub(super) struct Reconnect {
     thrown_out: u32,
     /// Connections in a row that the server closed before it had granted every subscription.
     closed_early: u32,
+    /// Another program may use this client id.
+    is_name_suspect: bool,
 }
 
 impl Default for Reconnect {
     fn default() -> Self {
-        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, closed_early: 0 }
+        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, closed_early: 0, is_name_suspect: false }
     }
 }
 
@@ -48,7 +52,26 @@ impl Reconnect {
         // MQTT 3.1.1 has no way to refuse a name: the server closes the connection.
         self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
         self.count_thrown_out(error);
+        self.is_name_suspect |= self.thrown_out >= THROWN_OUT;
         self.thrown_out == THROWN_OUT
+    }
+
+    /// Whether another program may use this client id.
+    pub(super) fn is_name_suspect(&self) -> bool {
+        self.is_name_suspect
+    }
+
+    /// When the connection that stands will have shown that no other program uses this client id; none if nothing suggests
+    /// that one does.
+    pub(super) fn undisputed_at(&self) -> Option<Instant> {
+        self.since.filter(|_| self.is_name_suspect).map(|since| since + UNDISPUTED_AFTER)
+    }
+
+    /// The connection stands at this time.
+    pub(super) fn on_standing(&mut self, now: Instant) {
+        if self.undisputed_at().is_some_and(|at| at <= now) {
+            (self.is_name_suspect, self.thrown_out) = (false, 0);
+        }
     }
 
     /// Nor has it a way to say that another client of the same id has connected.
@@ -97,6 +120,28 @@ pub(super) fn is_closed(error: &ConnectionError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_id_is_suspect_until_a_connection_stands_undisputed() {
+        let mut reconnect = Reconnect::default();
+        let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
+        for n in 0..THROWN_OUT {
+            assert!(!reconnect.is_name_suspect(), "{n}");
+            reconnect.connected(Instant::now());
+            reconnect.lost(&closed, true);
+        }
+        assert!(reconnect.is_name_suspect());
+        let stands = |reconnect: &mut Reconnect, after| reconnect.on_standing(Instant::now() + after);
+        let _ = reconnect.pause();
+        stands(&mut reconnect, UNDISPUTED_AFTER);
+        assert!(reconnect.is_name_suspect(), "there is no connection");
+        reconnect.connected(Instant::now());
+        stands(&mut reconnect, PAUSE_THROWN_OUT);
+        assert!(reconnect.is_name_suspect());
+        assert_eq!(reconnect.undisputed_at(), Some(Instant::now() + UNDISPUTED_AFTER));
+        stands(&mut reconnect, UNDISPUTED_AFTER);
+        assert!(!reconnect.is_name_suspect() && reconnect.undisputed_at().is_none());
+    }
 
     /// Quick restarts of the server were taken for another program of the same name, and cost up to 30 s each.
     #[test]

@@ -20,6 +20,7 @@ use super::outbox::{Outbox, PendingPublish};
 use super::pair::{Guest, Joining, Pair};
 use super::reconnect::Reconnect;
 use super::subscriptions::Subscriptions;
+use super::tls_probe;
 use super::{ConnectionState, Event, INFLIGHT, Message, MqttHandle, PublishError, SessionConfig, TlsError};
 use crate::Topic;
 use crate::config::Mqtt;
@@ -35,6 +36,7 @@ pub struct Session {
     queue: mpsc::Receiver<PendingPublish>,
     outbox: Outbox,
     state: watch::Sender<ConnectionState>,
+    name_suspect: watch::Sender<bool>,
     subscriptions: Subscriptions,
     /// Where it publishes to itself, as a topic and as text, and what it knows of that.
     echo_topic: Option<(Topic, String)>,
@@ -74,12 +76,14 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
     eventloop.set_network_options(network);
     let (sender, queue) = mpsc::channel(MAX_QUEUED_MESSAGES);
     let (state, watched) = watch::channel(ConnectionState::Down(format!("not connected to {server} yet")));
+    let (name_suspect, suspected) = watch::channel(false);
     let session = Session {
         client: rumqtt,
         eventloop,
         queue,
         outbox: Outbox::default(),
         state,
+        name_suspect,
         subscriptions: Subscriptions::new(client.filters()),
         dotted: client.dotted(),
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
@@ -94,7 +98,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         pair: None,
         guest: None,
     };
-    Ok((MqttHandle { queue: sender, state: watched }, session))
+    Ok((MqttHandle { queue: sender, state: watched, name_suspect: suspected }, session))
 }
 
 impl Session {
@@ -107,6 +111,10 @@ impl Session {
             match event {
                 Ok(event) => self.handle(event, &mut on_event),
                 Err(error) => {
+                    tokio::select! {
+                        () = heartbeat.wait_for(self.look_for_tls(&error)) => {}
+                        () = &mut stop => return,
+                    }
                     self.on_disconnect(&error, &mut on_event);
                     if self.pair.as_ref().is_some_and(Pair::has_to_join) {
                         return self.join(&mut on_event, stop).await;
@@ -127,6 +135,13 @@ impl Session {
         self.heartbeat.clone()
     }
 
+    /// Looks once whether a server that closes the connection without an answer speaks TLS.
+    async fn look_for_tls(&mut self, error: &ConnectionError) {
+        if let Some((host, port)) = self.attempt.may_need_tls(error, self.is_connected) {
+            self.attempt.server_speaks_tls(tls_probe::speaks_tls(&host, port).await);
+        }
+    }
+
     /// The next event of rumqttc, or none when it is time to stop. Publish requests are taken meanwhile; a
     /// poll is never dropped half done while the connection lives.
     async fn next(
@@ -137,6 +152,10 @@ impl Session {
         let up = *self.state.borrow() == ConnectionState::Up;
         loop {
             let now = Instant::now();
+            if self.is_connected {
+                self.reconnect.on_standing(now);
+                set(&self.name_suspect, self.reconnect.is_name_suspect());
+            }
             let is_overdue = self.subscriptions.is_overdue(now) || self.outbox.is_overdue(now);
             if self.is_connected && (is_overdue || self.echo.is_lost(now)) {
                 return Some(Err(ConnectionError::NetworkTimeout));
@@ -161,7 +180,8 @@ impl Session {
                 enqueue(publish, is_silenced, &mut self.outbox, &self.client);
                 continue;
             }
-            let due = self.subscriptions.due().into_iter().chain(self.echo.next(now)).chain(self.outbox.due()).min();
+            let due = self.subscriptions.due().into_iter().chain(self.echo.next(now)).chain(self.outbox.due());
+            let due = due.chain(self.reconnect.undisputed_at()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(publish) = self.queue.recv(), if room => {
@@ -190,6 +210,11 @@ impl Session {
             }
         }
     }
+}
+
+/// Says so to those who watch, if it is new.
+pub(super) fn set(watched: &watch::Sender<bool>, value: bool) {
+    watched.send_if_modified(|before| std::mem::replace(before, value) != value);
 }
 
 /// The other session of a program, when it joins the first one's connection.

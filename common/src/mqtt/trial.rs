@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::cause::{Attempt, Fault};
 use super::subscriptions::Filter;
+use super::tls_probe::speaks_tls;
 use super::{INFLIGHT, SessionConfig, TlsError, options};
 use crate::Topic;
 use crate::config::Mqtt;
@@ -93,12 +94,17 @@ pub async fn attempt(
             filters.push(filter);
         }
     }
-    let cause = Attempt::new(config, &id);
+    let mut cause = Attempt::new(config, &id);
     let mut line = Line { client, eventloop, retained: Vec::new(), wanted };
     let outcome = match line.connect().await {
         Ok(()) => line.try_out(&filters, echo, &id).await.map_err(|error| (error, true)),
         Err(error) => Err((error, false)),
     };
+    if let Err((error, accepted)) = &outcome
+        && let Some((host, port)) = cause.may_need_tls(error, *accepted)
+    {
+        cause.server_speaks_tls(speaks_tls(&host, port).await);
+    }
     let outcome = outcome.map_err(|(error, accepted)| Failure {
         fault: cause.fault(&error, accepted),
         cause: cause.describe(&error, accepted),

@@ -8,12 +8,13 @@ use std::thread;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::process::hash;
 use wgkex_tests::{key, wait_until};
 
 use crate::looks::worker;
 use crate::own_server::certify;
+use crate::peers::router;
 use crate::{Single, serves};
 
 /// Runs it: its exit code, and its lines.
@@ -181,6 +182,26 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
 }
 
+/// The routers' VXLAN packets come by the tunnels, and the kernel drops them without a trace.
+pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
+    let single = Single::new(lane, "");
+    let host = &single.host;
+    let (router, key) = router(host, lane);
+    let (own, remote) = (link_local(&key), link_local(&host.run("wg show wg-a public-key")));
+    let send_by = |id: u32| {
+        router.run(&format!(
+            "ip link del vx-r 2>/dev/null
+             ip link add vx-r type vxlan id {id} dstport 8472 local {own} remote {remote} dev wg-router &&
+             ip addr add fe80::2/64 dev vx-r nodad && ip link set vx-r up && ping -q -i 0.01 -c 150 -W 1 ff02::1%vx-r || true"
+        ));
+    };
+    send_by(7);
+    names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
+    send_by(99);
+    let (_, said) = doctor(host);
+    assert!(!said.contains("never received anything"), "{said}");
+}
+
 /// A server on the host whose clock is off by so many hours, or by ten seconds; returns its port.
 fn dated(host: &Host, hours: i64) -> u16 {
     let listener = host.inside(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
@@ -215,7 +236,7 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
 
     hub.configure(&format!(
         "mqtt_listen: {{host: 0.0.0.0, tls: {{cert_file: /run/server.crt, key_file: /run/server.key}}, \
-         users: {{gw1: {{password_hash: \"{}\"}}}}}}\n",
+         users: {{gw1: {{password_hash: \"{0}\"}}, other: {{password_hash: \"{0}\"}}}}}}\n",
         hash("gw1")
     ));
     let _broker = hub.start_broker();
@@ -237,11 +258,15 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
             "TLS: mqtt.ca_file names a certificate of the same name",
             "mqtt.ca_file",
         ),
-        ("password: gw1", "the server closed the connection without an answer", "set mqtt.tls to true"),
+        ("password: gw1", "the server speaks TLS on this port", "set mqtt.tls to true"),
     ] {
         gateway.configure(&mqtt(server, rest));
         names(&gateway, &format!("fail MQTT: {server}:1883: {trouble}"), advice);
     }
+
+    gateway.configure(&mqtt(server, right).replace("username: gw1", "username: other"));
+    let trouble = format!("fail MQTT: {server}:1883: the server refuses the client id gw1-doctor of user other");
+    names(&gateway, &trouble, "set mqtt.username to the host name of this machine");
 
     twin.configure(&mqtt(for_twin, right));
     twin.setup();

@@ -45,6 +45,11 @@ pub fn gateways_on_other_machines_use_tls_and_only_their_own_rights(lane: Lane) 
         ))
     };
     assert!(!say("").status.success());
+    let refused = wait_until("the client is shown that was refused", || {
+        let refused = hub.get(5000, "/status.json")?.json()["refused_clients"][0]["cause"].clone();
+        refused.as_str().map(str::to_owned)
+    });
+    assert!(refused.starts_with("it does not use TLS"), "{refused}");
     let said = say("--cafile /run/ca.crt");
     assert!(said.status.success(), "{said:?}");
     for n in 0..10 {

@@ -138,7 +138,7 @@ pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_no
 }
 
 /// A router that has asked and had a handshake; returns its key, too.
-fn router(gateway: &Host, lane: Lane) -> (Host, String) {
+pub fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);
     let (address, _) = gateway.connect(&router, 1);
     let key = router.run("umask 077 && wg genkey > /run/key && wg pubkey < /run/key");

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet, QoS, SubscribeReasonCode};
+use serde_json::Value;
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::process::{Process, binary, hash};
 use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
@@ -71,6 +72,27 @@ fn each_refused_client_is_logged_once_with_the_reason() {
         assert!(line.contains(level) && line.contains(&format!("client=\"{client}\"")), "{line}");
         assert!(user.is_none_or(|user| line.contains(&format!("user=\"{user}\""))), "{line}");
     }
+
+    // Operators see them without the log, too: neither what strangers do everywhere, nor an address.
+    let refused = stack.get("/status.json").json()["refused_clients"].clone();
+    assert_eq!(refused.as_array().unwrap().len(), 4, "{refused}");
+    for (user, client, reason) in [
+        (Some("gw1"), "gw1", "password"),
+        (Some("gw\n9"), "gw9", "password"),
+        (None, "anonymous", "password"),
+        (Some("gw1"), "host1", "client_id"),
+    ] {
+        let is_it = |shown: &&Value| shown["user"].as_str() == user && shown["client"] == client;
+        let shown = refused.as_array().unwrap().iter().find(is_it).unwrap();
+        assert_eq!((&shown["reason"], &shown["count"]), (&reason.into(), &3.into()), "{shown}");
+    }
+    assert!(!refused.to_string().contains("127.0.0.1"), "{refused}");
+    let page = stack.get("/").body;
+    assert!(page.contains("Refused MQTT clients") && page.contains("wrong password"), "{page}");
+    let mut command = Command::new(binary("wgkex-broker"));
+    let output = command.arg("status").env("WGKEX_CONFIG_FILE", stack.config_file()).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("REFUSED MQTT USER") && text.contains("host1"), "{text}");
 }
 
 #[test]

@@ -11,6 +11,8 @@ pub struct Metrics {
     pub messages_ignored: IntCounterVec,
     /// Whether MQTT is connected.
     pub connected: IntGauge,
+    /// Whether another program seems to use the name of this worker.
+    pub name_in_use: IntGauge,
     /// Whether the gateway drains.
     pub draining: IntGauge,
     /// MQTT messages that could not be published.
@@ -28,6 +30,10 @@ impl Metrics {
                 [Ignored::Topic, Ignored::Domain, Ignored::Payload],
             )?,
             connected: registry.gauge("wgkex_worker_mqtt_connected", "1 while MQTT is connected.")?,
+            name_in_use: registry.gauge(
+                "wgkex_worker_mqtt_name_in_use",
+                "1 while another program seems to use this worker's MQTT client ids.",
+            )?,
             draining: registry.gauge("wgkex_worker_draining", "1 while the gateway gets no new routers.")?,
             publish_failures: registry
                 .counter("wgkex_worker_mqtt_publish_failures_total", "Messages that could not be published.")?,
@@ -49,6 +55,7 @@ mod tests {
             &[
                 r#"wgkex_worker_messages_ignored_total{reason="payload"} 0"#,
                 "wgkex_worker_mqtt_connected 0",
+                "wgkex_worker_mqtt_name_in_use 0",
                 "wgkex_worker_draining 0",
                 "wgkex_worker_mqtt_publish_failures_total 0",
             ],

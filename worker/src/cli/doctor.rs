@@ -15,21 +15,20 @@ use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::access::Identity;
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
-use wgkex_common::doctor::{conclude, invalid_config, sockets};
-use wgkex_common::mqtt::Fault;
-use wgkex_common::mqtt::trial::{self, Failure, Retained};
+use wgkex_common::doctor::{self, sockets};
+use wgkex_common::mqtt::trial::{self, Retained};
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
 use wgkex_kernel::links::{Link, LinkKind, Links};
 use wgkex_kernel::{Backend, Key, wireguard};
 
 use self::managers::Machine;
-use super::{WRONG, complain, http_client};
+use super::http_client;
 use crate::bus::subscriber;
 use crate::doctor::facts::{
-    BusFacts, DomainFacts, Facts, LinkFacts, MqttFacts, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
+    BusFacts, DomainFacts, Facts, LinkFacts, Received, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
 };
 use crate::doctor::findings;
 
@@ -45,20 +44,11 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails.
+    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails
+    /// or the checks cannot be made.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
-        let findings = match Config::load(file) {
-            Err(error) => invalid_config(&error),
-            Ok(config) => match self.facts(&config) {
-                Ok(facts) => findings(&facts),
-                Err(error) => {
-                    complain(&error);
-                    return WRONG.into();
-                }
-            },
-        };
-        conclude(&findings, self.json)
+        doctor::run(file, self.json, |config| Ok(findings(&self.facts(config)?)))
     }
 
     fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
@@ -158,7 +148,20 @@ fn link_facts(name: &str, link: Link) -> LinkFacts {
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     };
     // The larger one counts (ip-sysctl).
-    LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter: filter("all").max(filter(name)) }
+    let rp_filter = filter("all").max(filter(name));
+    LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter, received: received(name) }
+}
+
+/// What the interface has received, in this network namespace.
+fn received(name: &str) -> Received {
+    let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
+    let (all, own) = (read("dev"), read(&format!("dev_snmp6/{name}")));
+    let packets = all.lines().find_map(|line| {
+        let counters = line.trim_start().strip_prefix(name)?.strip_prefix(':')?;
+        counters.split_whitespace().nth(1)?.parse().ok()
+    });
+    let own_ipv6 = own.lines().find_map(|line| line.strip_prefix("Ip6InDelivers")?.trim().parse().ok());
+    Received { packets: packets.unwrap_or(0), own_ipv6: own_ipv6.unwrap_or(0) }
 }
 
 /// Whether the kernel has WireGuard, or can load it.
@@ -176,7 +179,7 @@ fn is_program(name: &str) -> bool {
 
 /// Connects as a client of its own: one that begins with the worker's name, as the second one of the worker does, so that
 /// the worker keeps its connections.
-async fn mqtt(config: &Config) -> MqttFacts {
+async fn mqtt(config: &Config) -> MqttFacts<BusFacts> {
     let worker = || WorkerName::from(&config.name);
     let own: BTreeSet<String> = [Topic::WorkerStatus { worker: worker() }.to_string()]
         .into_iter()
@@ -184,29 +187,20 @@ async fn mqtt(config: &Config) -> MqttFacts {
         .collect();
     let sessions = [subscriber::session(config), subscriber::secondary_session(config)];
     let (id, echo) = (format!("{}-doctor", config.name), Topic::WorkerEcho { worker: worker() });
-    match trial::attempt(&config.mqtt, id, &sessions, &echo, |topic| own.contains(topic)).await {
-        Err(error) => {
-            let cause = error.to_string();
-            MqttFacts { server: "certificates".into(), outcome: Err(Failure { fault: Fault::Tls, cause }) }
+    let trial = trial::attempt(&config.mqtt, id, &sessions, &echo, |topic| own.contains(topic)).await;
+    MqttFacts::of(trial, |allowed| {
+        let published = |domain: &Domain| {
+            let topic = data(&worker(), domain);
+            let retained = allowed.retained.iter().rfind(|retained| retained.topic == topic)?;
+            let data = WorkerData::parse(&retained.payload).ok().flatten()?;
+            Some((domain.to_string(), data.public_key))
+        };
+        BusFacts {
+            online: online(&allowed.retained, &worker()),
+            published_keys: config.domains.iter().filter_map(published).collect(),
+            rights: Rights::from(allowed),
         }
-        Ok(trial) => {
-            let outcome = trial.outcome.map(|allowed| BusFacts {
-                online: online(&allowed.retained, &worker()),
-                published_keys: config
-                    .domains
-                    .iter()
-                    .filter_map(|domain| {
-                        let topic = data(&worker(), domain);
-                        let retained = allowed.retained.iter().rfind(|retained| retained.topic == topic)?;
-                        let data = WorkerData::parse(&retained.payload).ok().flatten()?;
-                        Some((domain.to_string(), data.public_key))
-                    })
-                    .collect(),
-                rights: Rights::from(&allowed),
-            });
-            MqttFacts { server: trial.server, outcome }
-        }
-    }
+    })
 }
 
 fn data(worker: &WorkerName, domain: &Domain) -> String {

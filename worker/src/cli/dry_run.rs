@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -14,13 +15,20 @@ use wgkex_common::access_lists::service::admission_on_disk;
 use wgkex_common::access_lists::{Admission, unix};
 use wgkex_common::drain::{self, Deadline};
 use wgkex_common::storage::key_store::{self, Clocks, Keys};
-use wgkex_common::{Config, Domain, PublicKey, Reserved};
+use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::{Config, Domain, KeyId, PublicKey, Reserved};
 use wgkex_kernel::netlink::Netlink;
-use wgkex_kernel::{Interface, Kernel};
+use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
 
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
 use crate::profiles::mesh::Mesh;
+use crate::profiles::{Ownership, Profile as _};
+
+/// How long a running worker may take to write what it did: a second, and more where the machine is busy.
+const STATE_PATIENCE: Duration = Duration::from_secs(5);
+/// The pause between two looks at its state file.
+const STATE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The command `dry-run`.
 #[derive(Debug, Clone, Args)]
@@ -32,6 +40,9 @@ pub struct DryRun {
 
 /// What the worker would do at one domain; or why that is not known.
 type Outcome = Result<Vec<Command>, String>;
+
+/// The tables of every domain, or why they cannot be read.
+type Tables = BTreeMap<Domain, Result<Device, String>>;
 
 /// What the changes of every domain depend on.
 struct Known {
@@ -77,31 +88,62 @@ impl DryRun {
 
 fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let config = Config::load(file)?;
-    let now = Clocks::read();
-    let remembered =
-        key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
+    let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
+    let tables = runtime.block_on(tables(&config));
+    // A kernel that does not answer must not keep the process from its end.
+    runtime.shutdown_background();
+    let tables = tables?;
+    let remembered = remembered(&config, &tables)?;
     let admission = Arc::new(admission_on_disk(&config).context("the records of the access lists")?);
     let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
     let drain = drain::read(&drain::worker_file(&config.state_dir)).context("the drain")?;
     let deadline = drain.and_then(|drain| drain.at(unix(SystemTime::now())).passed_deadline());
     let known = Known { remembered, admission, deadline, reserved };
-    let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
-    let outcomes = runtime.block_on(async {
-        let mut kernel = Netlink::open().context("netlink")?;
-        let mut outcomes = BTreeMap::new();
-        for domain in &config.domains {
-            outcomes.insert(domain.to_string(), outcome(&config, domain, &mut kernel, &known).await);
-        }
-        Ok(outcomes)
-    });
-    // A kernel that does not answer must not keep the process from its end.
-    runtime.shutdown_background();
-    outcomes
+    let outcome = |(domain, device): (Domain, Result<Device, String>)| {
+        (domain.to_string(), device.map(|device| outcome(&config, &domain, &device, &known)))
+    };
+    Ok(tables.into_iter().map(outcome).collect())
 }
 
-async fn outcome(config: &Config, domain: &Domain, kernel: &mut Netlink, known: &Known) -> Outcome {
+async fn tables(config: &Config) -> anyhow::Result<Tables> {
+    let mut kernel = Netlink::open().context("netlink")?;
+    let mut tables = Tables::new();
+    for domain in &config.domains {
+        let device = kernel.read(&Interface::from(domain)).await.map_err(|error| error.to_string());
+        tables.insert(domain.clone(), device);
+    }
+    Ok(tables)
+}
+
+/// What the state file has. A running worker writes it up to a second after the kernel: what the tables had before that is
+/// waited for, as it would be taken for peers that nobody knows.
+fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
+    let (file, until) = (config.state_dir.join("worker.sqlite"), Instant::now() + STATE_PATIENCE);
+    loop {
+        let now = Clocks::read();
+        let keys = key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
+        let is_running = || matches!(Holder::of(&file), Ok(Some(_)));
+        if knows_new_peers(&keys, tables) || Instant::now() >= until || !is_running() {
+            return Ok(keys);
+        }
+        sleep(STATE_PAUSE);
+    }
+}
+
+/// Whether `keys` has each peer of a worker in these tables that had no handshake yet.
+fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
+    let is_known = |domain: &Domain, key: &PublicKey, peer: &Peer| {
+        let is_ours = || Mesh.desired(key).is_some_and(|desired| desired.ownership(peer) == Ownership::Ours);
+        let id = KeyId { domain: domain.clone(), key: *key };
+        peer.last_handshake.is_some() || keys.contains_key(&id) || !is_ours()
+    };
+    let read = tables.iter().filter_map(|(domain, device)| Some((domain, device.as_ref().ok()?)));
+    read.flat_map(|(domain, device)| device.peers.iter().map(move |(key, peer)| (domain, key, peer)))
+        .all(|(domain, key, peer)| is_known(domain, key, peer))
+}
+
+fn outcome(config: &Config, domain: &Domain, device: &Device, known: &Known) -> Vec<Command> {
     let interface = Interface::from(domain);
-    let device = kernel.read(&interface).await.map_err(|error| error.to_string())?;
     let of_domain = known.remembered.iter().filter(|(id, _)| id.domain == *domain);
     let parts = PreviewParts {
         domain,
@@ -112,5 +154,5 @@ async fn outcome(config: &Config, domain: &Domain, kernel: &mut Netlink, known: 
         deadline: known.deadline,
         reserved: &known.reserved,
     };
-    Ok(commands(&interface, &device, &preview(parts, &device, Clocks::read())))
+    commands(&interface, device, &preview(parts, device, Clocks::read()))
 }

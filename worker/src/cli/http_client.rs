@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use ureq::Agent;
 use wgkex_common::config::Listen;
+use wgkex_common::http::client::agent;
 
 use crate::status::Status;
 
@@ -13,15 +13,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The largest answer, in bytes.
 const ANSWER_MAX: u64 = 16 << 20;
 
-fn agent() -> Agent {
-    let config = Agent::config_builder().proxy(None).max_redirects(0).http_status_as_error(false);
-    config.timeout_connect(Some(TIMEOUT)).timeout_per_read(Some(TIMEOUT)).build().into()
-}
-
 /// The worker's status.
 pub fn status(listen: &Listen) -> anyhow::Result<Status> {
     let is_running = || format!("worker_listen {listen}: is the worker running?");
-    let answer = agent().get(format!("http://{}/status.json", listen.reachable())).call();
+    let answer = agent(TIMEOUT).get(format!("http://{}/status.json", listen.reachable())).call();
     let mut answer = answer.map_err(ureq::Error::into_io).with_context(is_running)?;
     let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
     let text = text.map_err(ureq::Error::into_io).with_context(is_running)?;
@@ -35,7 +30,7 @@ pub fn status(listen: &Listen) -> anyhow::Result<Status> {
 
 /// The header `Date` of a server's answer, whatever it answers.
 pub fn date(url: &str) -> anyhow::Result<String> {
-    let answer = agent().get(url).call().map_err(ureq::Error::into_io).with_context(|| url.to_owned())?;
+    let answer = agent(TIMEOUT).get(url).call().map_err(ureq::Error::into_io).with_context(|| url.to_owned())?;
     let date = answer.headers().get("date").with_context(|| format!("{url}: its answer has no header Date"))?;
     Ok(date.to_str().with_context(|| format!("{url}: its header Date is no text"))?.to_owned())
 }

@@ -5,11 +5,10 @@ use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
 use wgkex_common::config::{Problem, Setup};
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
-use wgkex_common::mqtt::trial::Failure;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
@@ -39,7 +38,7 @@ pub struct Facts {
     /// The files and directories of the access lists, by their keys in the config.
     pub lists: Vec<ListFacts>,
     /// The MQTT server, and what it allows.
-    pub mqtt: MqttFacts,
+    pub mqtt: MqttFacts<BusFacts>,
 }
 
 /// Where WireGuard can come from.
@@ -83,6 +82,17 @@ pub struct LinkFacts {
     pub has_ipv4: bool,
     /// The `rp_filter` that counts for it, of IPv4; 1 is the strict one.
     pub rp_filter: u8,
+    /// The packets that it has received.
+    pub received: Received,
+}
+
+/// The packets that an interface has received.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Received {
+    /// All of them.
+    pub packets: u64,
+    /// Those of IPv6 that were for this machine.
+    pub own_ipv6: u64,
 }
 
 /// `wg-REST`.
@@ -142,15 +152,6 @@ pub struct RunningWorker {
     pub process: Running,
     /// Whether its connection with the MQTT server stands.
     pub is_connected: bool,
-}
-
-/// The MQTT server, and what it allows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MqttFacts {
-    /// The server, for people.
-    pub server: String,
-    /// What it allows; or why there is no connection.
-    pub outcome: Result<BusFacts, Failure>,
 }
 
 /// What the MQTT server allows, and what is retained there of this worker.

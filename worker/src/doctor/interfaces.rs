@@ -12,6 +12,9 @@ const VXLAN_OVERHEAD: u32 = 70;
 /// The least that IPv6 needs, and the largest fragment that BATMAN makes.
 const MTU_MIN: u32 = 1280;
 
+/// So many packets for this machine come by a tunnel and none by the VXLAN in it, if that has another id than routers have.
+const DEAF_AFTER: u64 = 100;
+
 const SETUP: &str = "run `wgkex-worker setup`, or what else makes it";
 
 /// Every check of a domain; the config `is_setup_named` if it has a section for the interfaces.
@@ -173,6 +176,7 @@ fn vxlan(
     if let Some(wireguard) = wireguard {
         findings.push(path(vx, attributes, (wg, &wireguard.link)));
         findings.push(mtu((vx, link.mtu), (wg, wireguard.link.mtu)));
+        findings.extend(deaf((vx, link), (wg, &wireguard.link), attributes));
     }
     findings.extend(rp_filter(vx, link));
     findings
@@ -214,6 +218,26 @@ fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) 
         Some(Trouble::new(format!("the device under it is not {wg}"), anew()))
     };
     Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), trouble)
+}
+
+/// What comes out of the tunnels is VXLAN for the most part. The kernel drops what has another id without a trace.
+fn deaf(
+    (vx, link): (&str, &LinkFacts),
+    (wg, outer): (&str, &LinkFacts),
+    attributes: &VxlanAttributes,
+) -> Option<Finding> {
+    let (packets, VxlanAttributes { id, port, .. }) = (outer.received.own_ipv6, attributes);
+    (link.received.packets == 0 && packets >= DEAF_AFTER).then(|| {
+        let found = format!(
+            "it has never received anything, although {packets} packets came by {wg}: do routers have another VXLAN id \
+             than {id}, or another port than {port}?"
+        );
+        Finding::warn(
+            vx,
+            found,
+            "set setup.vxlan_id and setup.vxlan_port as the firmware has them; if it was made just now, look again",
+        )
+    })
 }
 
 fn mtu((vx, inner): (&str, u32), (wg, outer): (&str, u32)) -> Finding {

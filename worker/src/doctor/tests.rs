@@ -5,7 +5,7 @@ use wgkex_common::PublicKey;
 use wgkex_common::cli::style::Style;
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::access::Access;
-use wgkex_common::doctor::bus::Rights;
+use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
@@ -33,6 +33,7 @@ fn well() -> Facts {
         addresses: [LOCAL].into(),
         has_ipv4: false,
         rp_filter: 1,
+        received: Received { packets: 1_000, own_ipv6: 1_000 },
     };
     let vxlan = VxlanAttributes { id: 99, port: 8472, local: Some(LOCAL.into()), under: Some(1) };
     let device = WireguardDevice { public_key: Some(key(1)), port: 51820 };
@@ -55,7 +56,7 @@ fn well() -> Facts {
         worker: "gw01".into(),
         running: None,
         state: StateFacts { dir: "/state".into(), user: "root".into(), access: Access::Granted, holder: Ok(None) },
-        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted }],
+        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
         mqtt: MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
@@ -238,11 +239,21 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
         ),
         (
             Level::Warn,
+            |facts| vx(facts).received.packets = 0,
+            "vx-welt: it has never received anything, although 1000 packets came by wg-welt",
+            "setup.vxlan_id",
+        ),
+        (
+            Level::Warn,
             |facts| vx(facts).has_ipv4 = true,
             "vx-welt: it has an IPv4 address, and rp_filter is strict",
             "to 2",
         ),
     ]);
+    let mut quiet = well();
+    (vx(&mut quiet).received, wg(&mut quiet).link.received) =
+        (Received::default(), Received { packets: 9, own_ipv6: 9 });
+    assert_eq!(worst(&findings(&quiet)), Level::Ok);
     let mut loose = well();
     (vx(&mut loose).has_ipv4, vx(&mut loose).rp_filter) = (true, 2);
     assert_eq!(worst(&findings(&loose)), Level::Ok);

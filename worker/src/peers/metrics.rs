@@ -55,6 +55,12 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// So many peers of `domain` are new since they were counted.
+    pub fn add_new(&self, domain: &Domain, peers: u64) {
+        let peers = i64::try_from(peers).unwrap_or(i64::MAX);
+        self.by_state.with_label_values(&[domain.name(), "pending"]).add(peers);
+    }
+
     /// Sets how many peers of `domain` are in which state.
     pub fn set_counts(&self, domain: &Domain, PeerCounts { connected, idle, new, stale }: PeerCounts) {
         for (state, count) in [("connected", connected), ("idle", idle), ("pending", new), ("stale", stale)] {

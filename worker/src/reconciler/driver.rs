@@ -268,6 +268,7 @@ impl<K: Kernel> Driver<'_, K> {
     fn count(&self, recorded: &Recorded) {
         let labels = [self.domain.name().name()];
         self.metrics.keys_installed.with_label_values(&labels).inc_by(recorded.installed);
+        self.metrics.peers.add_new(self.domain.name(), recorded.installed);
         self.metrics.keys_refreshed.with_label_values(&labels).inc_by(recorded.refreshed);
         self.metrics.keys_restored.with_label_values(&labels).inc_by(recorded.restored);
         for reason in &recorded.failed {

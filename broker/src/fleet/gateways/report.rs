@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use wgkex_common::{Domain, WorkerName};
 
-use super::{Gateways, Router, Unserved};
+use super::{Gateways, LastKnown, Router, Unserved};
 use crate::fleet::clashes::{self, PublishedData};
 use crate::fleet::gateway::{Gateway, Peers};
 use crate::fleet::reach::Reached;
@@ -14,6 +14,14 @@ use crate::fleet::status::{
     DomainState, DomainStatus, DrainSource, Draining, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind,
     Standing,
 };
+
+/// What is wrong with domains and gateways, as far as that is found while others wait for the gateways.
+#[derive(Debug, Default)]
+pub struct FleetProblems {
+    found: Vec<Problem>,
+    /// What gateways publish, of which some may clash.
+    published: Vec<PublishedData>,
+}
 
 impl Gateways {
     /// The domains that no gateway serves now.
@@ -35,6 +43,22 @@ impl Gateways {
         self.by_name.iter().map(status).collect()
     }
 
+    /// The same for operators: until the retained states are received again, also what was known before the connection was
+    /// lost.
+    #[must_use]
+    pub fn shown(&self, now: Instant) -> Vec<GatewayStatus> {
+        let mut shown = self.statuses(now);
+        if let Some(LastKnown { lost, gateways }) = &self.last_known {
+            let present: BTreeSet<&str> = shown.iter().map(|gateway| gateway.name.as_str()).collect();
+            let missing = gateways.iter().filter(|known| !present.contains(known.name.as_str()));
+            let missing: Vec<_> = missing.cloned().collect();
+            let last_known_secs = Some(secs(*lost, now));
+            shown.extend(missing.into_iter().map(|known| GatewayStatus { last_known_secs, ..known }));
+            shown.sort_by(|one, other| one.name.cmp(&other.name));
+        }
+        shown
+    }
+
     /// Every domain that is served here, with its gateways.
     #[must_use]
     pub fn domain_statuses(&self) -> Vec<DomainStatus> {
@@ -51,6 +75,12 @@ impl Gateways {
         let worker = gateway.drain().map(|drain| Draining { by: DrainSource::Gateway, drain: drain.clone() });
         let broker = self.drains().get(name).map(|drain| Draining { by: DrainSource::Broker, drain: drain.clone() });
         worker.into_iter().chain(broker).collect()
+    }
+
+    /// Why this worker is offline; none while it is online, or if nothing is known of it.
+    #[must_use]
+    pub fn offline(&self, worker: &WorkerName, now: Instant) -> Option<Offline> {
+        self.by_name.get(worker)?.offline(now)
     }
 
     /// Each gateway in the choice for a router.
@@ -92,9 +122,9 @@ impl Gateways {
 
     /// What is wrong with domains and gateways. Until the retained states are received nobody knows.
     #[must_use]
-    pub fn problems(&self, now: Instant) -> Vec<Problem> {
+    pub fn problems(&self, now: Instant) -> FleetProblems {
         if !self.is_synced() {
-            return Vec::new();
+            return FleetProblems::default();
         }
         let unserved = self.unserved().into_iter().map(|unserved| Problem {
             kind: ProblemKind::DomainWithoutGateway,
@@ -110,7 +140,7 @@ impl Gateways {
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
         let gateways = self.unreached().chain(self.data_missing()).chain(self.domains_down(now));
-        unserved.chain(self.clashes()).chain(gateways).chain(offline).collect()
+        FleetProblems { found: unserved.chain(gateways).chain(offline).collect(), published: self.published() }
     }
 
     /// The domains that a gateway counts without having published what routers need.
@@ -156,13 +186,27 @@ impl Gateways {
         })
     }
 
-    /// What gateways that are online publish alike, and only one of them can have.
-    fn clashes(&self) -> Vec<Problem> {
+    /// What gateways that are online publish.
+    fn published(&self) -> Vec<PublishedData> {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
-        clashes::find(online.flat_map(|(worker, gateway)| {
+        let published = online.flat_map(|(worker, gateway)| {
             let served = gateway.data.iter().filter(|(domain, _)| gateway.may_serve(domain));
-            served.map(move |(domain, data)| PublishedData { worker, domain, data })
-        }))
+            served.map(|(domain, data)| PublishedData {
+                worker: worker.clone(),
+                domain: domain.clone(),
+                data: data.clone(),
+            })
+        });
+        published.collect()
+    }
+}
+
+impl FleetProblems {
+    /// All of them. It compares what the gateways publish, for which nobody has to wait.
+    #[must_use]
+    pub fn all(mut self) -> Vec<Problem> {
+        self.found.extend(clashes::find(&self.published));
+        self.found
     }
 }
 
@@ -184,6 +228,7 @@ impl Gateway {
             weight: shares.weight(name),
             share: shares.share(name),
             target: shares.target(name),
+            last_known_secs: None,
         }
     }
 

@@ -36,7 +36,7 @@ fn a_gateways_key_and_address_are_no_new_routers_also_when_the_bus_is_lost() {
     gateways.data("gw1", "ff_none");
     assert!(!gateways.is_reserved(&key, false), "a domain that is not served counts for nothing");
     gateways.data("gw1", "ff_b");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert!(gateways.is_reserved(&key, false) && !gateways.is_reserved(&key, true));
     gateways.live("wireguard-worker/gw1/ff_b/data", "");
     assert!(!gateways.is_reserved(&key, false));
@@ -48,7 +48,7 @@ fn a_report_makes_a_key_a_routers_unless_the_worker_claims_that_key() {
     let key: PublicKey = KEY.parse().unwrap();
     gateways.data("thief", "ff_a");
     assert!(!gateways.may_report(&name("thief"), &key) && gateways.may_report(&name("gw1"), &key));
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert!(!gateways.may_report(&name("thief"), &key));
     let mut config = Config::parse("", "domains: [ff_a]\ndomain_prefixes: [ff_]", "broker1").unwrap();
     config.protected_keys = [key].into();
@@ -239,7 +239,7 @@ fn states_are_complete_when_the_own_greeting_comes_back() {
     assert!(!gateways.check_synced(found + QUIET / 2));
     assert!(gateways.check_synced(found + QUIET) && gateways.is_synced());
     assert!(!gateways.check_synced(found + QUIET), "only once");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert!(!gateways.is_synced());
 }
 
@@ -324,7 +324,7 @@ fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
 
     // A broker that starts finds both, in either order.
     for hello_first in [true, false] {
-        gateways.on_disconnect();
+        gateways.on_disconnect(Instant::now());
         gateways.data("a", "ff_a");
         gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
         let mut messages =
@@ -339,7 +339,7 @@ fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
     }
 
     // It finds a hello that was left behind, and an original comes online.
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     gateways.data("a", "ff_a");
     gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
     gateways.found("wireguard-worker/a/status", "0");
@@ -536,7 +536,7 @@ fn a_domain_whose_gateways_data_was_removed_counts_as_never_published() {
         gateways.live(hello, r#"{"version":"1","can":["confirm"],"domains":["ff_a"]}"#);
         gateways.live(status, "0");
         if is_lost {
-            gateways.on_disconnect();
+            gateways.on_disconnect(Instant::now());
         }
         assert!(is_known(&gateways));
         for topic in order {
@@ -565,11 +565,11 @@ fn data_that_was_removed_does_not_outlive_the_bus_and_is_good_when_it_comes_agai
     gateways.arrive("a", 0);
     gateways.live("wireguard-worker/a/ff_a/data", "");
     gateways.data("a", "ff_a");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert!(gateways.is_reserved(&key, false));
     gateways.arrive("a", 0);
     gateways.live("wireguard-worker/a/ff_a/data", "");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert!(!gateways.is_reserved(&key, false));
 }
 
@@ -620,7 +620,7 @@ fn unserved_domains_and_whether_a_gateway_ever_served_them() {
     gateways.live("wireguard-worker/a/status", "1");
     assert_eq!(unserved(&gateways), [("ff_b".into(), false)]);
     gateways.live("wireguard-worker/a/status", "0");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), false)]);
     gateways.live("wgkex/worker/b/hello", r#"{"version":"1","can":["confirm"]}"#);
     assert_eq!(unserved(&gateways), [("ff_a".into(), true), ("ff_b".into(), true)], "it may serve any");
@@ -664,7 +664,7 @@ fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
     let later = Instant::now() + Duration::from_secs(90);
     assert_eq!(gateways.statuses(later)[0].offline.as_ref().unwrap().for_secs, Some(90));
     // What is found after a reconnection was so before, and the version is not forgotten.
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     gateways.found("wireguard-worker/a/status", "0");
     gateways.found("wireguard-metrics/ff_a/a/connected_peers", "-1");
     assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::ConnectionLost, true))));
@@ -695,16 +695,42 @@ fn what_is_remembered_while_there_is_no_connection_is_bounded() {
             let topic = Topic::WorkerStatus { worker: name(&format!("{round}-{number}")) };
             gateways.apply(&topic, b"1", false, Instant::now()).unwrap();
         }
-        gateways.on_disconnect();
+        gateways.on_disconnect(Instant::now());
     }
     assert_eq!(gateways.remembered.len(), NAMES_MAX);
+}
+
+/// They were gone from the page as soon as the connection was.
+#[test]
+fn operators_see_what_was_last_known_until_the_states_are_received_again() {
+    let mut gateways = gateways(&[]);
+    let begun = Instant::now();
+    let shown = |gateways: &Gateways, seconds| {
+        let shown = gateways.shown(begun + Duration::from_secs(seconds)).into_iter();
+        shown.map(|gateway| (gateway.name, gateway.online, gateway.last_known_secs)).collect::<Vec<_>>()
+    };
+    gateways.is_synced = true;
+    gateways.arrive("a", 7);
+    gateways.arrive("b", 0);
+    assert_eq!(shown(&gateways, 0), [("a".into(), true, None), ("b".into(), true, None)]);
+    gateways.on_disconnect(begun);
+    assert_eq!(shown(&gateways, 40), [("a".into(), true, Some(40)), ("b".into(), true, Some(40))]);
+    assert_eq!(gateways.statuses(begun), [], "selection and metrics do not count them");
+    // A connection that is lost before the states are received takes nothing away.
+    gateways.found("wireguard-worker/b/status", "0");
+    assert_eq!(shown(&gateways, 50), [("a".into(), true, Some(50)), ("b".into(), false, None)]);
+    gateways.on_disconnect(begun + Duration::from_secs(60));
+    assert_eq!(shown(&gateways, 70), [("a".into(), true, Some(70)), ("b".into(), true, Some(70))]);
+    gateways.echo = Some(begun);
+    assert!(gateways.check_synced(begun + QUIET_MAX));
+    assert_eq!(shown(&gateways, 80), []);
 }
 
 #[test]
 fn problems_of_the_fleet_are_known_once_the_states_are() {
     let mut gateways = gateways(&[("a", 1.0), ("never", 1.0)]);
     let kinds = |gateways: &Gateways| {
-        let problems = gateways.problems(Instant::now()).into_iter();
+        let problems = gateways.problems(Instant::now()).all().into_iter();
         problems.map(|problem| (problem.kind, problem.subject)).collect::<Vec<_>>()
     };
     assert_eq!(kinds(&gateways), []);
@@ -834,7 +860,7 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     let id = |n: u8| KeyId { domain: domain("ff_a"), key: PublicKey::from_bytes([n; 32]).unwrap() };
     let begun = Instant::now();
     let unreached = |gateways: &Gateways| {
-        let problems = gateways.problems(Instant::now()).into_iter();
+        let problems = gateways.problems(Instant::now()).all().into_iter();
         let found = problems.filter(|problem| problem.kind == ProblemKind::RoutersUnreached);
         (found.map(|problem| problem.text).collect::<Vec<_>>(), gateways.statuses(begun)[0].reach)
     };
@@ -884,7 +910,7 @@ fn a_gateway_that_drains_is_passed_over_by_its_own_word_or_by_the_brokers() {
     let drain = Drain { since: 8, until: Some(9), reason: None, deadline: None };
     assert_eq!(gateways.set_drain(&name("b"), Some(drain), Instant::now()), Ok(false));
     assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "there is no other");
-    gateways.on_disconnect();
+    gateways.on_disconnect(Instant::now());
     gateways.arrive("a", 5);
     gateways.arrive("b", 0);
     assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "what the broker drains stays");

@@ -107,6 +107,11 @@ impl Source {
         self.damage.is_some()
     }
 
+    /// What is wrong with it now; none if it can be read.
+    pub fn damage(&self) -> Option<&str> {
+        self.damage.as_deref()
+    }
+
     /// Whether it has, or lacks, something else than `other`.
     pub fn differs(&self, other: &Self) -> bool {
         self.good != other.good || self.is_damaged() != other.is_damaged()

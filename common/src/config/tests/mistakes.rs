@@ -4,227 +4,222 @@ use super::*;
 
 /// What stands below [`LEAST`], and the lines that it is refused with.
 const MISTAKES: &[(&str, &[&str])] = &[
-    ("mqtt: {broker_port: abc}", &["mqtt.broker_port: \"abc\" is not a port, a number from 1 to 65535 is allowed"]),
-    ("mqtt: {broker_port: 0}", &["mqtt.broker_port: 0 is not a port, a number from 1 to 65535 is allowed"]),
-    ("mqtt: {broker_port: 70000}", &["mqtt.broker_port: 70000 is not a port, a number from 1 to 65535 is allowed"]),
-    ("mqtt: {broker_port: -1}", &["mqtt.broker_port: -1 is not a port, a number from 1 to 65535 is allowed"]),
-    ("mqtt: {broker_port: [1]}", &["mqtt.broker_port: a list is not a port, a number from 1 to 65535 is allowed"]),
+    ("mqtt: {broker_port: abc}", &["mqtt.broker_port: must be a number from 1 to 65535, not \"abc\""]),
+    ("mqtt: {broker_port: 0}", &["mqtt.broker_port: must be a number from 1 to 65535, not 0"]),
+    ("mqtt: {broker_port: 70000}", &["mqtt.broker_port: must be a number from 1 to 65535, not 70000"]),
+    ("mqtt: {broker_port: -1}", &["mqtt.broker_port: must be a number from 1 to 65535, not -1"]),
+    ("mqtt: {broker_port: [1]}", &["mqtt.broker_port: must be a number from 1 to 65535, not a list"]),
     (
         "mqtt: {broker_url: 'mqtt://example.org'}",
         &[
-            "mqtt.broker_url: \"mqtt://example.org\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+            "mqtt.broker_url: must be a host name or an address (no scheme, no path; a port has its own key), not \"mqtt://example.org\"",
         ],
     ),
     (
         "mqtt: {broker_url: 'example.org:1883'}",
         &[
-            "mqtt.broker_url: \"example.org:1883\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+            "mqtt.broker_url: must be a host name or an address (no scheme, no path; a port has its own key), not \"example.org:1883\"",
         ],
     ),
     (
         "mqtt: {broker_url: 'user:pw@example.org'}",
-        &[
-            "mqtt.broker_url: the value is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
-        ],
+        &["mqtt.broker_url: must be a host name or an address (no scheme, no path; a port has its own key)"],
     ),
-    (
-        "mqtt: {keepalive: -1}",
-        &["mqtt.keepalive: -1 is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"],
-    ),
-    (
-        "mqtt: {keepalive: 70000}",
-        &["mqtt.keepalive: 70000 is not a keepalive, a whole number of seconds from 0 to 65535 is allowed"],
-    ),
-    (
-        "mqtt: {broker_url: a, tls: on, cert_file: /a}",
-        &["mqtt.key_file: is missing, as mqtt.cert_file is set, a file is needed"],
-    ),
-    ("mqtt: {ca_file: ca.pem}", &["mqtt.ca_file: \"ca.pem\" is not a file, an absolute path is allowed"]),
-    ("mqtt: {tls: maybe}", &["mqtt.tls: \"maybe\" is not a truth value, true or false is allowed"]),
-    (
-        "mqtt: {password: 12345}",
-        &["mqtt.password: the value is not a text, one is allowed (a number needs quotes around it)"],
-    ),
-    (
-        "mqtt: {password: [secret]}",
-        &["mqtt.password: the value is not a text, one is allowed (a number needs quotes around it)"],
-    ),
+    ("mqtt: {keepalive: -1}", &["mqtt.keepalive: must be a whole number of seconds from 0 to 65535, not -1"]),
+    ("mqtt: {keepalive: 70000}", &["mqtt.keepalive: must be a whole number of seconds from 0 to 65535, not 70000"]),
+    ("mqtt: {broker_url: a, tls: on, cert_file: /a}", &["mqtt.key_file: must be set, as mqtt.cert_file is"]),
+    ("mqtt: {ca_file: ca.pem}", &["mqtt.ca_file: must be the absolute path of a file, not \"ca.pem\""]),
+    ("mqtt: {tls: maybe}", &["mqtt.tls: must be true or false, not \"maybe\""]),
+    ("mqtt: {password: 12345}", &["mqtt.password: must be a text (a number needs quotes around it)"]),
+    ("mqtt: {password: [secret]}", &["mqtt.password: must be a text (a number needs quotes around it)"]),
     (
         "mqtt: mqtt.example.org",
         &[
-            "mqtt: \"mqtt.example.org\" is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username",
+            "mqtt: must be a mapping (keys: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username), not \"mqtt.example.org\"",
         ],
     ),
     (
         "mqtt: [{password: secret}]",
         &[
-            "mqtt: a list is not a mapping, one with these keys is allowed: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username",
+            "mqtt: must be a mapping (keys: broker_port, broker_url, ca_file, cert_file, keepalive, key_file, password, password_file, tls, username), not a list",
         ],
     ),
-    ("workers: [gw1]", &["workers: a list is not a mapping, one with these keys is allowed: a name"]),
-    (
-        "workers: {gw1: {weight: -1}}",
-        &["workers.gw1.weight: -1 is not a share, a number from 0 to 1000000000 is allowed"],
-    ),
+    ("workers: [gw1]", &["workers: must be a mapping (keys: a name), not a list"]),
+    ("workers: {gw1: {weight: -1}}", &["workers.gw1.weight: must be a number from 0 to 1000000000, not -1"]),
     (
         "workers: {gw1.example.org: {weight: 1e999}}",
-        &["workers.gw1.example.org.weight: \"inf\" is not a share, a number from 0 to 1000000000 is allowed"],
+        &["workers.gw1.example.org.weight: must be a number from 0 to 1000000000, not \"inf\""],
     ),
-    ("workers: {gw1: {id: one}}", &["workers.gw1.id: \"one\" is not an id, a whole number is allowed"]),
-    ("externalName: 12", &["externalName: 12 is not a text, one is allowed (a number needs quotes around it)"]),
+    ("workers: {gw1: {id: one}}", &["workers.gw1.id: must be a whole number, not \"one\""]),
     (
-        "cleanup: {interval: 0}",
-        &["cleanup.interval: 0 is not a time, a number of seconds from 0.001 to 1000000000 is allowed"],
+        "externalName: 12",
+        &["externalName: must be a host name or an address (no scheme, no port, no path, no blanks), not 12"],
     ),
     (
-        "cleanup: {legacy_stale_timeout: 3h}",
+        "externalName: 'http://gw01.example.org/'",
         &[
-            "cleanup.legacy_stale_timeout: \"3h\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
+            "externalName: must be a host name or an address (no scheme, no port, no path, no blanks), not \"http://gw01.example.org/\"",
         ],
     ),
     (
-        "parker: {enabled: yes}",
-        &["parker.enabled: true is not supported by this version (routed networks), false is allowed"],
+        "externalName: gw01.example.org:51820",
+        &[
+            "externalName: must be a host name or an address (no scheme, no port, no path, no blanks), not \"gw01.example.org:51820\"",
+        ],
     ),
-    ("parker: {ipam: excel}", &["parker.ipam: \"excel\" is not an IPAM, json or netbox is allowed"]),
+    (
+        "externalName: gw 01",
+        &["externalName: must be a host name or an address (no scheme, no port, no path, no blanks), not \"gw 01\""],
+    ),
+    (
+        "mqtt: {username: gw1, password: '...'}",
+        &["mqtt.password: must be the password of mqtt.username, not that of an example"],
+    ),
+    (
+        "mqtt: {username: gw1, password: PASSWORD OF GW01}",
+        &["mqtt.password: must be the password of mqtt.username, not that of an example"],
+    ),
+    (
+        "mqtt_listen: {users: {gw1: {password_hash: $argon2id$...}, gw2: {password_hash: '$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHQ$9sTb'}}}",
+        &[
+            "mqtt_listen.users.gw1.password_hash: must be what \"wgkex-broker hash-password\" prints, all of it",
+            "mqtt_listen.users.gw2.password_hash: must be what \"wgkex-broker hash-password\" prints, all of it",
+        ],
+    ),
+    ("cleanup: {interval: 0}", &["cleanup.interval: must be a number of seconds from 0.001 to 1000000000, not 0"]),
+    (
+        "cleanup: {legacy_stale_timeout: 3h}",
+        &["cleanup.legacy_stale_timeout: must be a number of seconds from 0.001 to 1000000000, not \"3h\""],
+    ),
+    ("parker: {enabled: yes}", &["parker.enabled: must be false, as this version does not support routed networks"]),
+    ("parker: {ipam: excel}", &["parker.ipam: must be json or netbox, not \"excel\""]),
     (
         "parker: {prefixes: {ipv6: {length: 129}}}",
-        &["parker.prefixes.ipv6.length: 129 is not a prefix length, a number from 0 to 128 is allowed"],
+        &["parker.prefixes.ipv6.length: must be a number from 0 to 128, not 129"],
     ),
-    (
-        "broker_listen: '127.0.0.1:http'",
-        &["broker_listen.port: \"http\" is not a port, a number from 1 to 65535 is allowed"],
-    ),
-    ("broker_listen: 5000", &["broker_listen: 5000 is not a mapping, one with these keys is allowed: host, port, tls"]),
+    ("broker_listen: '127.0.0.1:http'", &["broker_listen.port: must be a number from 1 to 65535, not \"http\""]),
+    ("broker_listen: 5000", &["broker_listen: must be a mapping (keys: host, port, tls), not 5000"]),
     (
         "worker_listen: {host: 'a b'}",
         &[
-            "worker_listen.host: \"a b\" is not a host, a name or an address is allowed (no scheme, no path; a port has its own key)",
+            "worker_listen.host: must be a host name or an address (no scheme, no path; a port has its own key), not \"a b\"",
         ],
     ),
     (
         "mqtt_listen: {host: 0.0.0.0}",
         &[
-            "mqtt_listen.host: \"0.0.0.0\" is not a loopback address, one such as 127.0.0.1 is allowed (another only with mqtt_listen.users, as without them everybody may say everything)",
+            "mqtt_listen.host: must be a loopback address such as 127.0.0.1 (another only with mqtt_listen.users, as without them everybody may publish everything), not \"0.0.0.0\"",
         ],
     ),
     (
         "mqtt_listen: {host: mqtt.example.org, tls: {cert_file: /c}, max_connections: 1}",
         &[
-            "mqtt_listen.max_connections: 1 is not a number of connections, a whole number from 10 to 1000000 is allowed",
-            "mqtt_listen.tls.key_file: is missing, as mqtt_listen.tls.cert_file is set, a file is needed",
-            "mqtt_listen.host: \"mqtt.example.org\" is not an address, one such as 127.0.0.1 or \"::\" is allowed",
+            "mqtt_listen.max_connections: must be a whole number from 10 to 1000000, not 1",
+            "mqtt_listen.tls.key_file: must be set, as mqtt_listen.tls.cert_file is",
+            "mqtt_listen.host: must be an address such as 127.0.0.1 or \"::\", not \"mqtt.example.org\"",
         ],
     ),
     (
-        "mqtt_listen: {users: {gw1: {role: worker}, gw2: {password_hash: very-secret}, gw3: {password_hash: $argon2id$x, role: root}, a/b: {password_hash: $argon2id$x}}}",
+        concat!(
+            "mqtt_listen: {users: {gw1: {role: worker}, gw2: {password_hash: very-secret}, gw3: {password_hash: '",
+            hash!(),
+            "', role: root}, a/b: {password_hash: '",
+            hash!(),
+            "'}}}"
+        ),
         &[
-            "mqtt_listen.users.gw2.password_hash: the value is not a password's hash, what \"wgkex-broker hash-password\" prints is allowed",
-            "mqtt_listen.users.gw3.role: \"root\" is not a role, worker or broker is allowed",
-            "mqtt_listen.users.a/b: is not a user's name, one without \"/\", \"+\" and \"#\" is allowed",
-            "mqtt_listen.users.gw1.password_hash: is missing, what \"wgkex-broker hash-password\" prints is needed",
+            "mqtt_listen.users.gw2.password_hash: must be what \"wgkex-broker hash-password\" prints, all of it",
+            "mqtt_listen.users.gw3.role: must be worker or broker, not \"root\"",
+            "mqtt_listen.users.a/b: must be a user name without \"/\", \"+\" and \"#\"",
+            "mqtt_listen.users.gw1.password_hash: must be set, to what \"wgkex-broker hash-password\" prints",
         ],
     ),
-    (
-        "log_level: LOUD",
-        &["log_level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
-    ),
+    ("log_level: LOUD", &["log_level: must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not \"LOUD\""]),
     (
         "logging_config: {root: {level: LOUD}}",
-        &["logging_config.root.level: \"LOUD\" is not a log level, DEBUG, INFO, WARNING, ERROR or CRITICAL is allowed"],
+        &["logging_config.root.level: must be DEBUG, INFO, WARNING, ERROR or CRITICAL, not \"LOUD\""],
     ),
     (
         "broker_listen: {tls: {cert_file: /c}}",
-        &["broker_listen.tls.key_file: is missing, as broker_listen.tls.cert_file is set, a file is needed"],
+        &["broker_listen.tls.key_file: must be set, as broker_listen.tls.cert_file is"],
     ),
     (
         "broker_listen: {tls: {port: 5000, cert_file: /c, key_file: /k}}",
-        &["broker_listen.tls.port: 5000 is that of broker_listen, another is allowed"],
+        &["broker_listen.tls.port: must be another port than that of broker_listen, not 5000"],
     ),
     (
         "trusted_proxies: [proxy.example.org]",
-        &[
-            "trusted_proxies[0]: \"proxy.example.org\" is not a network, an address or one such as 192.0.2.0/24 is allowed",
-        ],
+        &["trusted_proxies[0]: must be an address, or a network such as 192.0.2.0/24, not \"proxy.example.org\""],
     ),
     (
         "limits: {per_client: {burst: -1, per_second: 0}}",
         &[
-            "limits.per_client.burst: -1 is not a burst, a whole number from 0 (no limit) to 1000000 is allowed",
-            "limits.per_client.per_second: 0 is not a rate, a number from 0.001 to 1000000 is allowed",
+            "limits.per_client.burst: must be a whole number from 0 (no limit) to 1000000, not -1",
+            "limits.per_client.per_second: must be a number from 0.001 to 1000000, not 0",
         ],
     ),
-    (
-        "limits: {global: 500}",
-        &["limits.global: 500 is not a mapping, one with these keys is allowed: burst, per_second"],
-    ),
-    ("state_dir: state", &["state_dir: \"state\" is not a directory, an absolute path is allowed"]),
+    ("limits: {global: 500}", &["limits.global: must be a mapping (keys: burst, per_second), not 500"]),
+    ("state_dir: state", &["state_dir: must be the absolute path of a directory, not \"state\""]),
     (
         "live_keys: {max: 0, ttl: never}",
         &[
-            "live_keys.max: 0 is not a number of keys, a whole number from 1 to 100000000 is allowed",
-            "live_keys.ttl: \"never\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
+            "live_keys.max: must be a whole number from 1 to 100000000, not 0",
+            "live_keys.ttl: must be a number of seconds from 0.001 to 1000000000, not \"never\"",
         ],
     ),
-    ("confirm_timeout: 5", &["confirm_timeout: 5.0 is more than confirm_budget, at most 3 is allowed"]),
+    ("confirm_timeout: 5", &["confirm_timeout: must be at most 3, as confirm_budget is, not 5.0"]),
     (
         "key_whitelist: [abc]",
-        &["key_whitelist[0]: \"abc\" is not a WireGuard public key, 44 characters of base64 are allowed"],
+        &["key_whitelist[0]: must be a WireGuard public key, 44 characters of base64, not \"abc\""],
     ),
-    ("key_lists: {deny_dir: keys}", &["key_lists.deny_dir: \"keys\" is not a directory, an absolute path is allowed"]),
+    ("key_lists: {deny_dir: keys}", &["key_lists.deny_dir: must be the absolute path of a directory, not \"keys\""]),
     (
         "admin_token_hash: abc",
         &[
-            "admin_token_hash: the value is not a SHA-256 hash, 64 hexadecimal digits are allowed (\"wgkex-broker admin-token\" makes a token and its hash)",
+            "admin_token_hash: must be a SHA-256 hash, 64 hexadecimal digits (\"wgkex-broker admin-token\" makes a token and its hash)",
         ],
     ),
-    ("setup: {key_dir: keys}", &["setup.key_dir: \"keys\" is not a directory, an absolute path is allowed"]),
-    (
-        "setup: {vxlan_id: 16777216}",
-        &["setup.vxlan_id: 16777216 is not a VXLAN id, a number from 1 to 16777215 is allowed"],
-    ),
-    (
-        "setup: {domains: {ffmuc_wlet: {vxlan_id: 5}}}",
-        &["setup.domains.ffmuc_wlet: is not one of domains, one of them is allowed"],
-    ),
+    ("setup: {key_dir: keys}", &["setup.key_dir: must be the absolute path of a directory, not \"keys\""]),
+    ("setup: {vxlan_id: 16777216}", &["setup.vxlan_id: must be a number from 1 to 16777215, not 16777216"]),
+    ("setup: {domains: {ffmuc_wlet: {vxlan_id: 5}}}", &["setup.domains.ffmuc_wlet: must be one of domains"]),
     (
         "setup: {domains: {ffmuc_umland: {listen_port: 51820}}}",
-        &["setup.domains.ffmuc_umland.listen_port: 51820 is also that of ffmuc_welt, another one is allowed"],
+        &["setup.domains.ffmuc_umland.listen_port: must be another port than 51820, which is that of ffmuc_welt"],
     ),
     (
         "setup: {listen_port: 8471}",
-        &["setup.domains.ffmuc_umland.listen_port: 8472 is a vxlan_port, another one is allowed"],
+        &["setup.domains.ffmuc_umland.listen_port: must be another port than 8472, which is a vxlan_port"],
     ),
     (
         "setup: {listen_port: 65535}",
-        &["setup.listen_port: is too high, as it counts up to 65536 for ffmuc_umland and 65535 is the last port"],
+        &["setup.listen_port: must be lower, as it counts up to 65536 for ffmuc_umland, and 65535 is the last port"],
     ),
     (
         "mqtt: {broker_port: abc, tls: maybe}\nconfirm_budget: no",
         &[
-            "confirm_budget: \"no\" is not a time, a number of seconds from 0.001 to 1000000000 is allowed",
-            "mqtt.broker_port: \"abc\" is not a port, a number from 1 to 65535 is allowed",
-            "mqtt.tls: \"maybe\" is not a truth value, true or false is allowed",
+            "confirm_budget: must be a number of seconds from 0.001 to 1000000000, not \"no\"",
+            "mqtt.broker_port: must be a number from 1 to 65535, not \"abc\"",
+            "mqtt.tls: must be true or false, not \"maybe\"",
         ],
     ),
     (
         "workers: {'+': {}, a/b: ~, '': {weight: 1}, gw1: {}}",
         &[
-            "workers.: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
-            "workers.+: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
-            "workers.a/b: is not a gateway's name, a host name without \"/\", \"+\" and \"#\" is allowed",
+            "workers.: must be a host name without \"/\", \"+\" and \"#\"",
+            "workers.+: must be a host name without \"/\", \"+\" and \"#\"",
+            "workers.a/b: must be a host name without \"/\", \"+\" and \"#\"",
         ],
     ),
-    ("log_level: INFO\n\0\0\0", &["line 4: has a NUL byte, as in a file that was not wholly written"]),
-    ("logging_config: &a {a: *a}", &["line 3: has an alias for what it stands in itself"]),
-    ("mqtt:\n\ttls: yes", &["line 4: begins with a tab, spaces are allowed"]),
+    ("log_level: INFO\n\0\0\0", &["line 4: must not have a NUL byte, as a file has that was not wholly written"]),
+    ("logging_config: &a {a: *a}", &["line 3: must not have an alias for what it stands in itself"]),
+    ("mqtt:\n\ttls: yes", &["line 4: must begin with spaces, not with a tab"]),
     ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
     (
         "mqtt: {password: .inf}",
-        &["has a value that is no number and no text, such as .inf or .nan; quotes make it a text"],
+        &["must not have a value that is no number and no text, such as .inf or .nan; quotes make it a text"],
     ),
-    ("? [a, b]\n: c", &["has a key that is a list or a mapping or nothing, a text is allowed"]),
-    ("---\nmqtt: ~", &["has more than one document, one is allowed (no second line \"---\")"]),
+    ("? [a, b]\n: c", &["must have a text as each key, and has a list, a mapping or nothing"]),
+    ("---\nmqtt: ~", &["must have one document only (no second line \"---\")"]),
 ];
 
 #[test]
@@ -236,30 +231,30 @@ fn each_mistake_is_one_line_that_says_what_is_allowed() {
 
 #[test]
 fn a_file_without_domains_is_refused() {
-    let empty = "is empty, domains and domain_prefixes are needed at least";
-    let no_domains = "domains: is missing, a list with at least one entry is needed";
-    let no_prefixes = "domain_prefixes: is missing, a list with at least one entry is needed";
+    let empty = "must have domains and domain_prefixes at least, and is empty";
+    let no_domains = "domains: must be a list with at least one entry";
+    let no_prefixes = "domain_prefixes: must be a list with at least one entry";
     let cases: &[(&str, &[&str])] = &[
         ("", &[empty]),
         ("# nothing\n", &[empty]),
         ("---\n", &[empty]),
         ("{}", &[empty]),
-        ("wgkex", &["is not a mapping, keys with values such as \"domains:\" are allowed at the top"]),
-        ("- domains\n", &["is not a mapping, keys with values such as \"domains:\" are allowed at the top"]),
+        ("wgkex", &["must be a mapping, with keys such as \"domains:\" at its top"]),
+        ("- domains\n", &["must be a mapping, with keys such as \"domains:\" at its top"]),
         ("log_level: INFO\n", &[no_domains, no_prefixes]),
         ("domains: [ffmuc_welt]\n", &[no_prefixes]),
         ("domains:\ndomain_prefixes: [ffmuc_]\n", &[no_domains]),
         (
             "domains: ffmuc_welt\ndomain_prefixes: [ffmuc_]\n",
-            &["domains: \"ffmuc_welt\" is not a list, lines that begin with \"- \" are allowed"],
+            &["domains: must be a list, lines that begin with \"- \", not \"ffmuc_welt\""],
         ),
         (
             "domains:\n-\ndomain_prefixes: [ffmuc_]\n",
-            &["domains[0]: nothing is not an entry, one has to follow \"- \""],
+            &["domains[0]: must be an entry, a value behind \"- \", not nothing"],
         ),
         (
             "domains: [12, ffmuc_a]\ndomain_prefixes: [ffmuc_]\n",
-            &["domains[0]: 12 is not a text, one is allowed (a number needs quotes around it)"],
+            &["domains[0]: must be a text (a number needs quotes around it), not 12"],
         ),
         (
             "domains: [ffmuc_1234567890123]\ndomain_prefixes: [ffmuc_]\n",
@@ -269,7 +264,7 @@ fn a_file_without_domains_is_refused() {
         ),
         (
             "domains: [ffmuc_x, welt]\ndomain_prefixes: [ffmcu_]\n",
-            &["domains: none can be served, at least one must begin with one of domain_prefixes"],
+            &["domains: must have at least one that begins with one of domain_prefixes"],
         ),
         (
             "domains: [ffmuc_x, ffdon_x]\ndomain_prefixes: [ffmuc_, ffdon_]\n",
@@ -299,7 +294,9 @@ fn odd_but_harmless_settings_are_warnings() {
         ),
         (
             "pasword_hash: x",
-            &["pasword_hash: is not a known key and is ignored, did you mean mqtt_listen.users.NAME.password_hash?"],
+            &[
+                "pasword_hash: is not a known key and is ignored, did you mean mqtt_listen.users.NAME.password_hash? \"wgkex-broker hash-password\" prints what it must be",
+            ],
         ),
         (
             "users: {}",
@@ -307,6 +304,7 @@ fn odd_but_harmless_settings_are_warnings() {
                 "users: is not a known key and is ignored, did you mean mqtt_listen.users? It belongs below mqtt_listen, with spaces before it",
             ],
         ),
+        ("mqtt: {port: 1}", &["mqtt.port: is not a known key and is ignored, did you mean mqtt.broker_port?"]),
         ("external_name: x", &["external_name: is not a known key and is ignored, did you mean externalName?"]),
         (
             "workers: {gw1: {wieght: 2}}",
@@ -326,7 +324,7 @@ fn odd_but_harmless_settings_are_warnings() {
             &["broker_listen.tls.port: is not used, as broker_listen.tls.cert_file is not set"],
         ),
         (
-            "mqtt_listen: {host: '::', users: {gw1: {password_hash: $argon2id$x}}}",
+            concat!("mqtt_listen: {host: '::', users: {gw1: {password_hash: '", hash!(), "'}}}"),
             &["mqtt_listen: passwords and keys are not encrypted, as mqtt_listen.tls is not set"],
         ),
         ("mqtt: {username: x}", &["mqtt.username: is not used, as mqtt.password is not set"]),
@@ -363,26 +361,26 @@ fn odd_but_harmless_settings_are_warnings() {
 #[test]
 fn a_secret_inside_another_value_or_key_is_not_shown() {
     let cases = [
-        ("log_level: \"x\n  password: very-secret\"", "log_level: the value is not a log level"),
+        ("log_level: \"x\n  password: very-secret\"", "log_level: must be DEBUG"),
         ("\"x password: very-secret\": {}", "?: is not a known key and is ignored"),
         (
             "workers: {very-secret: {weight: x}}\nnetbox: {api_key: very-secret}",
-            "workers.?.weight: \"x\" is not a share",
+            "workers.?.weight: must be a number from 0 to 1000000000, not \"x\"",
         ),
         (
             "workers: {very-secret: {}, very-secret: {}} # password: very-secret",
             "workers.?: is given twice in one mapping (line 3)",
         ),
-        ("mqtt: {password: very-secret, broker_url: 'very-secret/'}", "mqtt.broker_url: the value is not a host"),
+        ("mqtt: {password: very-secret, broker_url: 'very-secret/'}", "mqtt.broker_url: must be a host name"),
+        ("mqtt: {password: \"very\\x2dsecret\", broker_url: 'very-secret/'}", "mqtt.broker_url: must be a host name"),
+        ("mqtt: {password: 4711, broker_port: 471100}", "mqtt.broker_port: must be a number"),
         (
-            "mqtt: {password: \"very\\x2dsecret\", broker_url: 'very-secret/'}",
-            "mqtt.broker_url: the value is not a host",
+            "mqtt: {broker_port: {password: very-secret}}",
+            "mqtt.broker_port: must be a number from 1 to 65535, not a mapping",
         ),
-        ("mqtt: {password: 4711, broker_port: 471100}", "mqtt.broker_port: the value is not a port"),
-        ("mqtt: {broker_port: {password: very-secret}}", "mqtt.broker_port: a mapping is not a port"),
         (
             "setup: {domains: {very-secret: {}}}\nbroker_signing_key: very-secret",
-            "setup.domains.?: is not one of domains",
+            "setup.domains.?: must be one of domains",
         ),
     ];
     for (yaml, expected) in cases {
@@ -405,17 +403,17 @@ fn text_of_any_size_and_depth_is_parsed_or_refused() {
         let _ = parse(&yaml);
     }
     for (text, levels) in [("- ".repeat(100_000), 200), (format!("a: {}", "[".repeat(201)), 200)] {
-        let said = format!("line 1: opens more than {levels} levels, fewer are allowed");
+        let said = format!("line 1: must not open more than {levels} levels");
         assert_eq!(lines(parse(&text).unwrap_err()), [said]);
     }
     let nested: Vec<_> = (1..150).map(|n| format!("a{n}: &a{n} [[*a{}]]", n - 1)).collect();
     let nested = lines(parse(&format!("a0: &a0 []\n{}", nested.join("\n"))).unwrap_err());
-    assert!(nested[0].ends_with("opens more than 200 levels, fewer are allowed"), "{nested:?}");
+    assert!(nested[0].ends_with("must not open more than 200 levels"), "{nested:?}");
     let wide: Vec<_> = (1..9).map(|n| format!("b{n}: &b{n} [{}]", vec![format!("*b{}", n - 1); 9].join(","))).collect();
     let wide = lines(parse(&format!("b0: &b0 [x,x,x,x,x,x,x,x,x]\n{}", wide.join("\n"))).unwrap_err());
-    assert_eq!(wide, ["line 5: its aliases stand for more than 4194304 bytes, fewer are allowed"]);
+    assert_eq!(wide, ["line 5: must not have aliases that stand for more than 4194304 bytes"]);
     let long = format!("# {}", "x".repeat(1 << 20));
-    assert_eq!(lines(parse(&long).unwrap_err()), ["has 1048578 bytes, 1048576 are allowed"]);
+    assert_eq!(lines(parse(&long).unwrap_err()), ["must have at most 1048576 bytes, not 1048578"]);
     let wrong = format!("domains: [{}]\ndomain_prefixes: [x_]", "1, ".repeat(1000));
     assert_eq!(parse(&wrong).unwrap_err().mistakes.len(), 50);
 }
@@ -453,9 +451,16 @@ fn each_problem_has_the_line_of_its_key() {
         (14, "log_levl"),
     ];
     assert_eq!(places, expected.map(|(line, key)| (line, key.to_owned())));
-    assert!(error.to_string().contains("f:7: mqtt.broker_port: \"abc\" is not a port, "), "{error}");
+    assert!(
+        error.to_string().contains("f:7: mqtt.broker_port: must be a number from 1 to 65535, not \"abc\""),
+        "{error}"
+    );
     let error = Config::parse("f", "domains: [x_a\nmqtt: {}\n", "gw1").unwrap_err();
     assert!(error.to_string().starts_with("f:2: is not YAML"), "{error}");
     let error = parse(&format!("{LEAST}mqtt_listen: {{users: {{gw1: {{pasword_hash: x}}}}}}")).unwrap_err();
     assert!(error.warnings[0].to_string().contains("did you mean mqtt_listen.users.gw1.password_hash?"), "{error:?}");
+    let error = parse(&format!("{LEAST}mqtt_listen:\n  users:\n    gw1: {{password: x}}")).unwrap_err();
+    let expected = "/etc/wgkex.yaml:5: mqtt_listen.users.gw1.password: is not a known key and is ignored, did you mean \
+                    mqtt_listen.users.gw1.password_hash? \"wgkex-broker hash-password\" prints what it must be";
+    assert_eq!(error.warnings[0].to_string(), expected);
 }

@@ -6,7 +6,7 @@ use rumqttc::{ConnectionError, Incoming, MqttState, Outgoing, Publish, SubAck};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::Session;
+use super::{Session, set};
 use crate::mqtt::cause::dot_hint;
 use crate::mqtt::reconnect::is_closed;
 use crate::mqtt::{ConnectionState, Event, INFLIGHT};
@@ -39,6 +39,7 @@ impl Session {
     fn connected(&mut self, on_event: &mut impl FnMut(Event)) {
         let now = Instant::now();
         self.is_connected = true;
+        self.attempt.connected();
         self.reconnect.connected(now);
         if let Some(pair) = &self.pair {
             pair.connected(now);
@@ -131,10 +132,11 @@ impl Session {
         if !is_over_echo {
             self.count(error);
         }
-        let is_name_suspect = self.reconnect.is_closed_early();
-        let hint = self.dotted.as_ref().filter(|_| is_name_suspect).map(|name| dot_hint(name));
+        let is_dot_suspect = self.reconnect.is_closed_early() && !self.attempt.lacks_tls(accepted);
+        let hint = self.dotted.as_ref().filter(|_| is_dot_suspect).map(|name| dot_hint(name));
+        let in_use = if *self.name_suspect.borrow() { "; another program may use this client id" } else { "" };
         let down = ConnectionState::Down(format!(
-            "{}: {}{}",
+            "{}: {}{}{in_use}",
             self.server,
             self.attempt.describe(error, accepted),
             hint.as_deref().unwrap_or_default()
@@ -153,7 +155,9 @@ impl Session {
 
     fn count(&mut self, error: &ConnectionError) {
         let was_up = *self.state.borrow() == ConnectionState::Up;
-        if self.reconnect.lost(error, was_up) {
+        let is_thrown_out = self.reconnect.lost(error, was_up);
+        set(&self.name_suspect, self.reconnect.is_name_suspect());
+        if is_thrown_out {
             warn!(
                 server = self.server,
                 client = self.id,

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use tokio::time::sleep;
 use tracing::warn;
 
-use super::Session;
+use super::{Session, set};
 use crate::mqtt::outbox::PendingPublish;
 use crate::mqtt::pair::{Guest, Joining, Pair};
 use crate::mqtt::{ConnectionState, Event};
@@ -14,6 +14,8 @@ use crate::runtime::heartbeat;
 impl Session {
     /// Goes on through the program's first session, until `stop` returns.
     pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
+        // It was this program itself that used the name twice.
+        set(&self.name_suspect, false);
         let Self { client, eventloop, mut queue, mut outbox, state, subscriptions, server, heartbeat, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, queue: first }, .. }) = pair else { return };

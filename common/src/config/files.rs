@@ -1,0 +1,108 @@
+//! The files that a config names, as far as it can be seen before a program starts whether they can be read. The password's
+//! file is not among them: it is read with the config.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read as _};
+use std::path::Path;
+
+use super::{Config, Https, MqttListen, Problem};
+
+/// The keys that name files.
+pub(super) const KEYS: [&str; 12] = [
+    "broker_listen.tls.cert_file",
+    "broker_listen.tls.key_file",
+    "mqtt_listen.tls.cert_file",
+    "mqtt_listen.tls.key_file",
+    "mqtt.ca_file",
+    "mqtt.cert_file",
+    "mqtt.key_file",
+    "blacklist_file",
+    "allowlist.file",
+    "key_lists.deny_dir",
+    "key_lists.allow_dir",
+    "key_lists.trusted_dir",
+];
+/// Where a unit has its credentials, only while it runs.
+const CREDENTIALS: &str = "/run/credentials/";
+
+/// Which program does not start without a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NeededBy {
+    /// The broker.
+    Broker,
+    /// The broker and the worker.
+    Both,
+    /// None: it is read again until it is there.
+    None,
+}
+
+/// A file or directory that the config names and that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadableFile {
+    /// Which program does not start without it.
+    pub needed_by: NeededBy,
+    /// What is wrong with it, at its key.
+    pub problem: Problem,
+}
+
+impl Config {
+    /// The files and directories that the config names, that a program reads, and that this process cannot read now.
+    #[must_use]
+    pub fn unreadable_files(&self) -> Vec<UnreadableFile> {
+        let unreadable = |(key, needed_by, path): (&'static str, NeededBy, Option<&Path>)| {
+            let path = path?;
+            let problem = format!("{}: {}", path.display(), trouble(path)?);
+            Some(UnreadableFile { needed_by, problem: self.source.problem(key, problem) })
+        };
+        self.named_files().into_iter().filter_map(unreadable).collect()
+    }
+
+    fn named_files(&self) -> [(&'static str, NeededBy, Option<&Path>); KEYS.len()] {
+        let https = self.https.as_ref().map(|Https { cert_file, key_file, .. }| [&**cert_file, key_file]);
+        let server = self.mqtt_listen.as_ref().and_then(|MqttListen { tls, .. }| tls.as_ref());
+        let server = server.map(|(certificate, key)| [&**certificate, key]);
+        let session = self.mqtt.tls.as_ref();
+        let ca = session.and_then(|tls| tls.ca_file.as_deref());
+        let own = session.and_then(|tls| tls.own.as_ref()).map(|(certificate, key)| [&**certificate, key]);
+        let (lists, allow) = (&self.key_lists, self.key_lists.allow.as_ref());
+        let [certificate, key, server_certificate, server_key, ca_file, own_certificate, own_key, rest @ ..] = KEYS;
+        let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir] = rest;
+        [
+            (certificate, NeededBy::Broker, https.map(|[certificate, _]| certificate)),
+            (key, NeededBy::Broker, https.map(|[_, key]| key)),
+            (server_certificate, NeededBy::Broker, server.map(|[certificate, _]| certificate)),
+            (server_key, NeededBy::Broker, server.map(|[_, key]| key)),
+            (ca_file, NeededBy::Both, ca),
+            (own_certificate, NeededBy::Both, own.map(|[certificate, _]| certificate)),
+            (own_key, NeededBy::Both, own.map(|[_, key]| key)),
+            (deny_file, NeededBy::None, lists.deny_file.as_deref()),
+            (allow_file, NeededBy::None, allow.and_then(|allow| allow.file.as_deref())),
+            (deny_dir, NeededBy::None, lists.deny_dir.as_deref()),
+            (allow_dir, NeededBy::None, allow.and_then(|allow| allow.dir.as_deref())),
+            (trusted_dir, NeededBy::None, lists.trusted_dir.as_deref()),
+        ]
+    }
+}
+
+/// Why it cannot be read; none if it can, or if that shows only while a unit runs.
+fn trouble(path: &Path) -> Option<String> {
+    let error = read(path).err()?;
+    let is_missing = error.kind() == ErrorKind::NotFound;
+    match is_missing {
+        true if path.starts_with(CREDENTIALS) => None,
+        true => Some("does not exist".to_owned()),
+        false => Some(format!("cannot be read: {error}")),
+    }
+}
+
+/// Others than files and directories, such as a pipe, could keep the program waiting.
+fn read(path: &Path) -> io::Result<()> {
+    let metadata = fs::metadata(path)?;
+    if metadata.is_dir() {
+        fs::read_dir(path).map(drop)
+    } else if metadata.is_file() {
+        File::open(path)?.read(&mut [0]).map(drop)
+    } else {
+        Ok(())
+    }
+}
