@@ -189,7 +189,8 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, leases: LeaseSender) {
-        let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } = self;
+        let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
+            self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());

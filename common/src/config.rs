@@ -69,6 +69,8 @@ use crate::{Domain, HostName, PublicKey, WorkerName};
 const FILE: &str = "/etc/wgkex.yaml";
 /// How units call the credential that is the password of the MQTT server.
 const PASSWORD_CREDENTIAL: &str = "mqtt-password";
+/// Where they load it from.
+const PASSWORD_SOURCE: &str = "/etc/credstore/wgkex.mqtt-password";
 
 /// Everything an operator may decide; it can be relied on without another check.
 #[derive(Debug, Clone, PartialEq)]
@@ -266,8 +268,14 @@ impl Config {
     }
 }
 
-/// The password of the MQTT server that the service manager loaded for this program (`LoadCredential=` in its unit).
+/// The password of the MQTT server that the service manager loaded for this program (`LoadCredential=` in its unit). A command
+/// that root runs in a shell, such as `doctor`, reads it where the service manager does.
 fn password_credential(variables: &BTreeMap<String, String>) -> Option<String> {
-    let file = format!("{}/{PASSWORD_CREDENTIAL}", variables::value(variables, "CREDENTIALS_DIRECTORY")?);
-    Path::new(&file).exists().then_some(file)
+    match variables::value(variables, "CREDENTIALS_DIRECTORY") {
+        Some(directory) => {
+            let file = format!("{directory}/{PASSWORD_CREDENTIAL}");
+            Path::new(&file).exists().then_some(file)
+        }
+        None => fs::File::open(PASSWORD_SOURCE).is_ok().then(|| PASSWORD_SOURCE.to_owned()),
+    }
 }

@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -153,10 +154,31 @@ impl Host {
         self.run(&format!("{} setup --remove", binary("wgkex-worker").display()));
     }
 
-    /// Starts a worker.
+    /// Starts a worker: as its unit does where `WGKEX_TEST_UNITS` is set, as root elsewhere.
     #[must_use]
     pub fn start_worker(&self) -> Process {
+        match std::env::var_os("WGKEX_TEST_UNITS") {
+            Some(_) => self.start_unit("worker", "wgkex-worker"),
+            None => self.start_worker_as_root(),
+        }
+    }
+
+    /// Starts a worker with all privileges.
+    #[must_use]
+    pub fn start_worker_as_root(&self) -> Process {
         self.start("worker", &binary("wgkex-worker"), &[], &[])
+    }
+
+    /// Starts a program as its systemd unit does, with the same user, privileges and filters.
+    fn start_unit(&self, name: &str, unit: &str) -> Process {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let log = format!("/run/{unit}.{}.log", STARTED.fetch_add(1, Ordering::Relaxed));
+        let file = File::options().create_new(true).read(true).append(true).open(self.path(&log)).expect("a log");
+        let mut command = self.enter_by_command();
+        let runner = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/as-unit");
+        command.args(["setpriv", "--pdeathsig", "KILL", "--"]).arg(runner).arg(unit).arg(binary(unit)).arg(log);
+        command.env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml");
+        Process::start_below(&format!("{}/{name}", self.name), &mut command, unit, file)
     }
 
     /// Starts a broker.

@@ -1,22 +1,28 @@
 //! A program under test, or one that it needs: started with its log captured, and gone when the test is over.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::wait_until;
+use crate::{wait_until, wait_within};
+
+/// How long a systemd in an emulated machine may take to start a program.
+const STARTED: Duration = Duration::from_secs(120);
 
 /// A running program. Dropping it kills it; if the test fails, its log is printed then.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
+    /// That of the program, which may run below `child`.
+    pid: u32,
     /// Both its outputs, without a name. Not a pipe: what it has written can be read at once, so that a test that has
     /// seen an effect of the program finds the lines that were logged before it.
     log: File,
@@ -31,10 +37,19 @@ pub fn binary(name: &str) -> PathBuf {
     built.unwrap_or_else(|| panic!("{name} is not built beside {}: run `cargo build --workspace`", this.display()))
 }
 
+/// The process of this program among those that a process started, and those that these started.
+fn find_below(pid: u32, program: &str) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().filter_map(|child| child.parse().ok()).find_map(|child| {
+        let name = fs::read_to_string(format!("/proc/{child}/comm")).ok()?;
+        if name.trim_end() == program { Some(child) } else { find_below(child, program) }
+    })
+}
+
 /// The memory that a process has of the machine's, in KiB.
 #[must_use]
 pub fn memory(pid: u32) -> u32 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).expect("its memory")
 }
@@ -57,22 +72,37 @@ impl Process {
     /// Starts `command`, which the output calls `name`.
     #[must_use]
     pub fn start(name: &str, command: &mut Command) -> Self {
-        let log = tempfile::tempfile().expect("a file for the log");
+        Self::start_with_log(name, command, tempfile::tempfile().expect("a file for the log"))
+    }
+
+    /// Starts `command`, which starts `program` somewhere below itself, ends when that ends, with its exit code, and takes it
+    /// along when it is killed. Signals go to the program. Both write to `log`.
+    #[must_use]
+    pub fn start_below(name: &str, command: &mut Command, program: &str, log: File) -> Self {
+        let mut process = Self::start_with_log(name, command, log);
+        process.pid = wait_within(STARTED, &format!("{program} of {name} starts, or fails"), || {
+            let child = process.child.id();
+            find_below(child, program).or_else(|| (!process.is_running()).then_some(child))
+        });
+        process
+    }
+
+    fn start_with_log(name: &str, command: &mut Command, log: File) -> Self {
         let output = || Stdio::from(log.try_clone().expect("the log's descriptor"));
         let command = command.stdin(Stdio::null()).stdout(output()).stderr(output());
         let child = command.spawn().unwrap_or_else(|error| panic!("{name} does not start: {error} ({command:?})"));
-        Self { name: name.into(), child, log }
+        Self { name: name.into(), pid: child.id(), child, log }
     }
 
     /// Its process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     /// Sends it a signal: `SIGTERM` to end, `SIGKILL` to die, `SIGSTOP` to freeze, `SIGCONT` to thaw.
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().try_into().expect("a process id"));
+        let pid = Pid::from_raw(self.pid.try_into().expect("a process id"));
         kill(pid, signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::{Config, Https, MqttListen, Problem};
 
 /// The keys that name files.
-pub(super) const KEYS: [&str; 12] = [
+pub(super) const KEYS: [&str; 14] = [
     "broker_listen.tls.cert_file",
     "broker_listen.tls.key_file",
     "mqtt_listen.tls.cert_file",
@@ -21,6 +21,8 @@ pub(super) const KEYS: [&str; 12] = [
     "key_lists.deny_dir",
     "key_lists.allow_dir",
     "key_lists.trusted_dir",
+    "registry.password_file",
+    "storage_password_file",
 ];
 /// Where a unit has its credentials, only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
@@ -64,9 +66,10 @@ impl Config {
         let session = self.mqtt.tls.as_ref();
         let ca = session.and_then(|tls| tls.ca_file.as_deref());
         let own = session.and_then(|tls| tls.own.as_ref()).map(|(certificate, key)| [&**certificate, key]);
+        let database = self.registry.as_ref().map(|_| &self.storage).filter(|storage| storage.url.is_some());
         let (lists, allow) = (&self.key_lists, self.key_lists.allow.as_ref());
         let [certificate, key, server_certificate, server_key, ca_file, own_certificate, own_key, rest @ ..] = KEYS;
-        let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir] = rest;
+        let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir, registry_password, storage_password] = rest;
         [
             (certificate, NeededBy::Broker, https.map(|[certificate, _]| certificate)),
             (key, NeededBy::Broker, https.map(|[_, key]| key)),
@@ -80,6 +83,8 @@ impl Config {
             (deny_dir, NeededBy::None, lists.deny_dir.as_deref()),
             (allow_dir, NeededBy::None, allow.and_then(|allow| allow.dir.as_deref())),
             (trusted_dir, NeededBy::None, lists.trusted_dir.as_deref()),
+            (registry_password, NeededBy::Broker, self.registry.as_ref().map(|registry| &*registry.password_file)),
+            (storage_password, NeededBy::Broker, database.and_then(|storage| storage.password_file.as_deref())),
         ]
     }
 }

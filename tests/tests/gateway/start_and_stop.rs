@@ -117,7 +117,7 @@ pub fn a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_
         host.configure(&format!("worker_user: {user}\n"));
         host.run(&format!("rm -rf /run/wgkex/state && install -d -o {user} /run/wgkex/state"));
         let _broker = host.start_broker();
-        let mut worker = host.start_worker();
+        let mut worker = host.start_worker_as_root();
         serves(&host);
         let status = fs::read_to_string(format!("/proc/{}/status", worker.pid())).unwrap();
         let ids = format!("Uid:\t{uid}\t{uid}\t{uid}\t{uid}");
@@ -204,7 +204,7 @@ fn fill(host: &Host, keys: u32) {
 pub fn a_second_worker_does_not_start_and_a_killed_ones_successor_does(lane: Lane) {
     let Single { mut broker, mut worker, host } = Single::new(lane, "");
     assert_eq!(host.post(2, &key(0)).status, 200);
-    let mut second = host.start_worker();
+    let mut second = host.start_worker_as_root();
     assert_eq!(second.wait().code(), Some(1));
     let (said, pid) = (second.log(), worker.pid());
     assert!(said.contains("/run/wgkex/state/worker.sqlite is in use by process "), "{said}");
