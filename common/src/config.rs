@@ -24,6 +24,7 @@ mod raw;
 mod rebalance;
 mod reload;
 mod setup;
+mod tenants;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -55,6 +56,7 @@ use self::raw::Raw;
 pub use self::rebalance::Rebalance;
 pub use self::reload::Source;
 pub use self::setup::Setup;
+pub use self::tenants::TenantSettings;
 pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
 use crate::{Domain, HostName, PublicKey, WorkerName};
@@ -113,6 +115,8 @@ pub struct Config {
     pub admin_listen: Listen,
     /// The SHA-256 of the token that admin calls need, 64 hexadecimal digits in lower case; without it there are none.
     pub admin_token_hash: Option<Secret>,
+    /// What tenants get, if the broker serves any.
+    pub tenants: Option<TenantSettings>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// Whether anything of that is in the file.

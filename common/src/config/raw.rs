@@ -19,6 +19,7 @@ use super::original::{Netbox, Parker};
 use super::peers::{RawCleanup, RawLiveKeys, RawPeers, confirm, forget_idle_after};
 use super::rebalance::RawRebalance;
 use super::setup::{RawSetup, RawSetupDomain};
+use super::tenants::RawTenants;
 use super::value::{Directory, Format, Hash, Key, LogLevel, Net, Seconds, Secret, Share, Text};
 use super::{Config, Source};
 use crate::{HostName, PublicKey};
@@ -67,6 +68,7 @@ pub(super) struct Raw {
     pub key_lists: RawKeyLists,
     pub admin_listen: RawListen,
     pub admin_token_hash: Option<Hash>,
+    pub tenants: RawTenants,
 }
 
 impl Raw {
@@ -123,6 +125,7 @@ impl Raw {
             rebalance: self.rebalance.check(),
             admin_listen: self.admin_listen.check(5001),
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
+            tenants: self.tenants.check(diagnostics),
             is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),

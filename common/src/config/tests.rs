@@ -184,6 +184,7 @@ fn missing_keys_have_their_defaults() {
         key_lists: KeyLists { refresh: seconds(5), ..KeyLists::default() },
         admin_listen: Listen { host: "127.0.0.1".into(), port: 5001 },
         admin_token_hash: None,
+        tenants: None,
         is_setup_named: false,
         setup: config.setup.clone(),
         log_level: Level::INFO,

@@ -100,6 +100,24 @@ value_type!(
     "is not a network, an address or one such as 192.0.2.0/24 is allowed"
 );
 value_type!(
+    /// One network or more.
+    Pool(Vec<IpNet>),
+    |value: &Value| {
+        let networks = match value {
+            Value::Array(items) => items.iter().map(text).collect::<Option<Vec<_>>>()?,
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => vec![text(value)?],
+        };
+        let networks = networks.iter().map(|network| network.parse::<IpNet>().ok().map(|network| network.trunc()));
+        networks.collect::<Option<Vec<_>>>().filter(|networks| !networks.is_empty())
+    },
+    "is not a pool, a network such as 10.64.0.0/10 or a list of them is allowed"
+);
+value_type!(
+    TenantLength(u8),
+    |value: &Value| whole(value, 0..=128),
+    "is not a prefix length, a number from 8 to 28 (IPv6: 124) is allowed"
+);
+value_type!(
     /// As many as a process may have files open at the very most.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
@@ -127,7 +145,7 @@ value_type!(
     "is not a time, a number of seconds from 0.001 to 1000000000 is allowed"
 );
 value_type!(
-    /// 0 means at once.
+    /// 0 means at once, or not at all.
     FillTime(Duration),
     |value: &Value| number(value).filter(|seconds| (0.0..=1e6).contains(seconds)).map(Duration::from_secs_f64),
     "is not a time, a number of seconds from 0 (off) to 1000000 is allowed"

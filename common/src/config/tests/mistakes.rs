@@ -4,6 +4,31 @@ use super::*;
 
 /// What stands below [`LEAST`], and the lines that it is refused with.
 const MISTAKES: &[(&str, &[&str])] = &[
+    (
+        "tenants: {pool: 10.0.0.1}",
+        &["tenants.pool: \"10.0.0.1\" is not a pool, a network such as 10.64.0.0/10 or a list of them is allowed"],
+    ),
+    (
+        "tenants: {pool: [10.0.0.0/8, 10.1.0.0/16]}",
+        &["tenants.pool: \"10.1.0.0/16\" overlaps 10.0.0.0/8, networks apart from each other are allowed"],
+    ),
+    (
+        "tenants: {pool: [10.0.0.0/8, 'fd00::/48']}",
+        &["tenants.pool: \"fd00::/48\" is of another family than the others, either IPv4 or IPv6 is allowed"],
+    ),
+    (
+        "tenants: {pool: 10.0.0.0/29}",
+        &["tenants.pool: \"10.0.0.0/29\" is too small for a tenant, a prefix length of up to 28 is allowed"],
+    ),
+    ("tenants: {tenant_length: 29}", &["tenants.tenant_length: 29 does not fit the pool, 8 to 28 is allowed"]),
+    (
+        "tenants: {tenant_length: /20}",
+        &["tenants.tenant_length: \"/20\" is not a prefix length, a number from 8 to 28 (IPv6: 124) is allowed"],
+    ),
+    (
+        "tenants: {grace: -1}",
+        &["tenants.grace: -1 is not a time, a number of seconds from 0 (off) to 1000000 is allowed"],
+    ),
     ("mqtt: {broker_port: abc}", &["mqtt.broker_port: \"abc\" is not a port, a number from 1 to 65535 is allowed"]),
     ("mqtt: {broker_port: 0}", &["mqtt.broker_port: 0 is not a port, a number from 1 to 65535 is allowed"]),
     ("mqtt: {broker_port: 70000}", &["mqtt.broker_port: 70000 is not a port, a number from 1 to 65535 is allowed"]),
