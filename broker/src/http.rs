@@ -1,5 +1,5 @@
-//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health, metrics),
-//! on a plain and on a TLS port, and that of admin calls ([`admin`]), on a port of its own.
+//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health, metrics, and
+//! the WebSockets of [`crate::tenants`]), on a plain and on a TLS port, and that of admin calls ([`admin`]), on a port of its own.
 //!
 //! Tasks: none of their own; each server has actix's worker threads, and every handler runs on one of them. Owners:
 //! `wgkex_common::http::connections` has the open connections, [`App`] what the handlers share. Previous stop of a key:
@@ -43,6 +43,7 @@ use crate::fleet;
 use crate::fleet::status::ProblemKind;
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
+use crate::tenants::{self, FrontDoor};
 
 pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
@@ -74,6 +75,8 @@ pub struct App {
     pub registry: Registry,
     /// The domains of refused requests that were logged.
     pub refused_domains: Arc<Mutex<RefusedDomains>>,
+    /// Where clients join tenants, if the config enables that.
+    pub tenants: Option<FrontDoor>,
     /// When the broker started.
     pub started: Instant,
 }
@@ -101,6 +104,9 @@ pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain:
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     let app = Data::new(app.clone());
     move |config| {
+        if app.tenants.is_some() {
+            config.configure(tenants::routes::routes);
+        }
         config
             .app_data(app)
             .configure(key_exchange::routes)
@@ -183,8 +189,8 @@ pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
 
 /// The route as a label, from a fixed set.
 fn route(request: &ServiceRequest) -> &'static str {
-    [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"]
-        .into_iter()
-        .find(|route| *route == request.path())
-        .unwrap_or("other")
+    let path = request.path();
+    let found = [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"].into_iter().find(|route| *route == path);
+    // The tenant's id, which follows, is a secret.
+    found.or(path.starts_with(tenants::routes::PATH).then_some(tenants::routes::PATH)).unwrap_or("other")
 }

@@ -16,6 +16,7 @@ use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
+use crate::tenants::TenantStatus;
 
 /// The exit code when the broker was reached, and something is wrong.
 const WRONG: u8 = 3;
@@ -153,7 +154,8 @@ fn exit_code(status: &Status) -> ExitCode {
 
 /// Everything on one screen, with rates since the sample `before`.
 fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
-    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now, pid: _ } = &sample.status;
+    let Status { version, uptime_secs, ready, problems, domains, gateways: all, keys: now, tenants, pid: _ } =
+        &sample.status;
     let state =
         if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
     let up = age(*uptime_secs);
@@ -173,7 +175,11 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     };
     let domains: Vec<_> = domains.iter().map(row).collect();
     let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
-    text + &keys(now, rates.as_ref())
+    text + &keys(now, rates.as_ref()) + &tenants.as_ref().map(tenants_line).unwrap_or_default()
+}
+
+fn tenants_line(TenantStatus { tenants, members, held, sockets }: &TenantStatus) -> String {
+    format!("tenants {tenants}, members {members}, held addresses {held}, WebSockets {sockets}\n")
 }
 
 /// What happened between two samples.
