@@ -84,10 +84,7 @@ pub fn is_private(address: IpAddr) -> bool {
     }
 }
 
-/// The client of a request that `peer` brought, by the values of its headers in their order. A proxy adds at the right
-/// what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
-/// or the two headers differ, one of them may come from the sender, and the client is not known; nor is it where a proxy
-/// on this machine is not trusted. `is_proxied`: any header is a proxy's.
+/// The client of a request that `peer` brought, by [`address_of_request`].
 pub fn client_of_request<'a>(
     peer: IpAddr,
     trusted: &[IpNet],
@@ -95,18 +92,35 @@ pub fn client_of_request<'a>(
     forwarded: impl Iterator<Item = &'a str>,
     x_forwarded_for: impl Iterator<Item = &'a str>,
 ) -> Client {
+    match address_of_request(peer, trusted, is_proxied, forwarded, x_forwarded_for) {
+        None => Client::Unnamed,
+        Some(address) if is_in(trusted, peer) => Client::Address(client_prefix(address)),
+        Some(address) => address.into(),
+    }
+}
+
+/// The address of the client whose request `peer` brought, by the values of its headers in their order. A proxy adds at the
+/// right what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
+/// or the two headers differ, one of them may come from the sender, and the client is not known; nor is it where a proxy
+/// on this machine is not trusted. `is_proxied`: any header is a proxy's.
+pub fn address_of_request<'a>(
+    peer: IpAddr,
+    trusted: &[IpNet],
+    is_proxied: bool,
+    forwarded: impl Iterator<Item = &'a str>,
+    x_forwarded_for: impl Iterator<Item = &'a str>,
+) -> Option<IpAddr> {
     if !is_in(trusted, peer) {
-        return if is_local(peer) && is_proxied { Client::Unnamed } else { peer.into() };
+        return (!is_local(peer) || !is_proxied).then(|| peer.to_canonical());
     }
     let named: Vec<_> = forwarded.flat_map(|value| elements(value).unwrap_or_else(|| vec![None])).collect();
     let listed: Vec<_> = x_forwarded_for.flat_map(|value| value.split(',').map(parse_hop)).collect();
-    let found = match (&named[..], &listed[..]) {
+    match (&named[..], &listed[..]) {
         (hops, []) | ([], hops) => first_untrusted(hops, trusted),
         (named, listed) => {
             first_untrusted(named, trusted).filter(|found| first_untrusted(listed, trusted) == Some(*found))
         }
-    };
-    found.map_or(Client::Unnamed, |address| Client::Address(client_prefix(address)))
+    }
 }
 
 /// The last of the hops that is no trusted proxy, or the first of all.
@@ -216,6 +230,29 @@ mod tests {
             assert_eq!(said(peer, &["for=198.51.100.1"], &[]), "198.51.100.1");
         }
         assert_eq!(said(PROXY, &[], &[]), UNNAMED);
+    }
+
+    #[test]
+    fn an_address_is_the_whole_one() {
+        let address = |peer: &str, listed: &[&str]| {
+            address_of_request(
+                peer.parse().unwrap(),
+                &trusted(),
+                !listed.is_empty(),
+                [].into_iter(),
+                listed.iter().copied(),
+            )
+        };
+        for (peer, listed, expected) in [
+            ("2001:db8::1:2:3", vec![], Some("2001:db8::1:2:3")),
+            ("::ffff:203.0.113.9", vec!["198.51.100.1"], Some("203.0.113.9")),
+            (PROXY, vec!["2001:db8::1:2:3"], Some("2001:db8::1:2:3")),
+            (PROXY, vec![], None),
+            ("127.0.0.1", vec![], Some("127.0.0.1")),
+            ("127.0.0.1", vec!["198.51.100.1"], None),
+        ] {
+            assert_eq!(address(peer, &listed), expected.map(|address| address.parse().unwrap()), "{peer} {listed:?}");
+        }
     }
 
     /// Seen to fail with the proxy itself in the place of a sender who is not known: on loopback it had no limit.

@@ -1,5 +1,5 @@
-//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health, metrics),
-//! on a plain and on a TLS port, and that of admin calls ([`admin`]), on a port of its own.
+//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health, metrics, and
+//! the WebSockets of [`crate::tenants`]), on a plain and on a TLS port, and that of admin calls ([`admin`]), on a port of its own.
 //!
 //! Tasks: none of their own; each server has actix's worker threads, and every handler runs on one of them. Owners:
 //! `wgkex_common::http::connections` has the open connections, [`App`] what the handlers share. Previous stop of a key:
@@ -44,6 +44,7 @@ use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
 use crate::mqtt_server::ClientTroubles;
 use crate::registry;
+use crate::tenants::{self, FrontDoor};
 
 pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
@@ -81,6 +82,8 @@ pub struct App {
     pub registry: Option<registry::Registry>,
     /// The domains of refused requests that were logged.
     pub refused_domains: Arc<Mutex<RefusedDomains>>,
+    /// Where clients join tenants, if the config enables that.
+    pub tenants: Option<FrontDoor>,
     /// When the broker started.
     pub started: Instant,
 }
@@ -110,6 +113,9 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     move |config| {
         if let Some(registry) = registry {
             registry::routes::routes(&registry, config);
+        }
+        if app.tenants.is_some() {
+            config.configure(tenants::routes::routes);
         }
         config
             .app_data(app)
@@ -198,9 +204,9 @@ pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
 
 /// The route as a label, from a fixed set.
 fn route(request: &ServiceRequest) -> &'static str {
-    [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"]
-        .into_iter()
-        .find(|route| *route == request.path())
-        .or_else(|| registry::routes::label(request.path()))
-        .unwrap_or("other")
+    let path = request.path();
+    let found = [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"].into_iter().find(|route| *route == path);
+    // The tenant's id, which follows, is a secret.
+    let of_tenants = || path.starts_with(tenants::routes::PATH).then_some(tenants::routes::PATH);
+    found.or_else(|| registry::routes::label(path)).or_else(of_tenants).unwrap_or("other")
 }

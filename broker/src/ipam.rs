@@ -92,6 +92,12 @@ impl Blocks {
         (number < self.size()).then(|| IpNet::new(address(self.pool, distance)?, self.length).ok()).flatten()
     }
 
+    /// The number of the one that has this address.
+    #[must_use]
+    pub fn number_of(&self, address: IpAddr) -> Option<u128> {
+        self.number(IpNet::new(address, self.length).ok()?.trunc())
+    }
+
     /// The number of a network of these.
     #[must_use]
     pub fn number(&self, network: IpNet) -> Option<u128> {
@@ -136,10 +142,16 @@ impl FreeList {
         Self { first: range.first, returned: BTreeSet::new(), next: range.first, last: range.last }
     }
 
-    /// All networks of `blocks` are free.
+    /// All networks of a pool are free. They are numbered as those of its parts one after the other.
     #[must_use]
-    pub fn of_blocks(blocks: Blocks) -> Self {
-        Self { first: 0, returned: BTreeSet::new(), next: 0, last: blocks.size() - 1 }
+    pub fn of_blocks(parts: &[Blocks]) -> Self {
+        let size = parts.iter().fold(0, |sum: u128, blocks| sum.saturating_add(blocks.size()));
+        Self {
+            first: u128::from(size == 0),
+            returned: BTreeSet::new(),
+            next: u128::from(size == 0),
+            last: size.saturating_sub(1),
+        }
     }
 
     /// Hands out the lowest free number; none if all are taken.

@@ -7,6 +7,8 @@
 //! [`doctor`] decides what is wrong with a broker.
 //! [`mqtt_server`] is the MQTT server for all of that, unless the config names another one.
 //!
+//! [`tenants`] are a front door of their own: no key of theirs comes to a gateway.
+//!
 //! Tasks: [`run`] starts and supervises all of them, as a list of named services.
 
 mod bus;
@@ -15,12 +17,14 @@ mod client_ip;
 pub mod database;
 pub mod doctor;
 pub mod exchange;
+mod file_watcher;
 pub mod fleet;
 mod http;
 pub mod ipam;
 mod metrics;
 pub mod mqtt_server;
 pub mod registry;
+mod tenants;
 mod tls;
 
 use std::net::TcpListener;
@@ -68,6 +72,7 @@ use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer};
 use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
+use crate::tenants::{FrontDoor, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
 /// How long the MQTT server may take to acknowledge that this broker goes.
@@ -115,6 +120,7 @@ struct Metrics {
     http: http::Metrics,
     mqtt_server: mqtt_server::Metrics,
     registry: registry::Metrics,
+    tenants: tenants::Metrics,
 }
 
 /// The ports that the config names, bound.
@@ -153,6 +159,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         .as_ref()
         .map(|enabled| registry::Registry::open(&config, enabled, leases.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
+    let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
     let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
@@ -166,7 +173,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     }
     broker.start_bus(&mut services, session, keys_session, leases);
     broker.start_registry(&mut services, lease_events);
-    broker.start_http(&mut services, listeners, watched)?;
+    let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
+    broker.start_http(&mut services, listeners, watched, front_door)?;
+    // Stopped before the HTTP server, which waits for its WebSockets to end.
+    if let Some(service) = service {
+        services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(stop));
+    }
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
     Ok(services.run_until("broker", stop).await?)
@@ -249,17 +261,34 @@ impl Broker {
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
+    /// What writes and reads the files of tenants. Returns their service, which is to be started last.
+    fn start_tenant_files(&self, services: &mut Services, tasks: TenantTasks) -> TenantService {
+        let TenantTasks { service, store, tokens } = tasks;
+        let state_kept = self.metrics.tenants.state_kept.clone();
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last addresses of tenants in time"))
+            .spawn("the addresses of tenants", |stop| {
+                store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop)
+            });
+        if let Some(tokens) = tokens {
+            services.background().spawn("the tokens of tenants", |_| tokens.watch());
+        }
+        service
+    }
+
     /// What answers routers and operators, and what reports this broker's state to the service manager.
     fn start_http<const N: usize>(
         &self,
         services: &mut Services,
         listeners: Listeners,
         watched: [Watched; N],
+        tenants: Option<FrontDoor>,
     ) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
         let (trusted, missed_proxies) = (Arc::from(trusted_proxies.clone()), Arc::default());
         let Metrics { http: metrics, fleet: fleet_metrics, all: all_metrics, .. } = self.metrics.clone();
-        let connections = connections(Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
+        let capacity = if tenants.is_some() { Capacity::of_fleet_and_upgraded() } else { Capacity::of_fleet() };
+        let connections = connections(capacity, Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
         services.background().spawn("the idle connections", |_| evict_idle(connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
@@ -284,6 +313,7 @@ impl Broker {
             all_metrics,
             registry: self.registry.clone(),
             refused_domains,
+            tenants,
             started,
         };
         let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
@@ -341,6 +371,7 @@ impl Metrics {
             http: http::Metrics::register(&all)?,
             mqtt_server: mqtt_server::Metrics::register(&all)?,
             registry: registry::Metrics::register(&all)?,
+            tenants: tenants::Metrics::register(&all)?,
             all,
         })
     }
@@ -438,10 +469,15 @@ async fn evict_idle(connections: Connections) {
 }
 
 /// The connections of routers, none of which is open yet.
-fn connections(trusted: Arc<[IpNet]>, missed: Arc<MissedProxies>, metrics: http::Metrics) -> Connections {
+fn connections(
+    capacity: Capacity,
+    trusted: Arc<[IpNet]>,
+    missed: Arc<MissedProxies>,
+    metrics: http::Metrics,
+) -> Connections {
     let peer_kind = move |peer| client_ip::peer_kind(peer, &trusted, missed.is_any());
     let closed = move |closed: Closed| metrics.connections_closed.with_label_values(&[closed.reason()]).inc();
-    Connections::new(Capacity::of_fleet(), peer_kind, closed)
+    Connections::new(capacity, peer_kind, closed)
 }
 
 /// Applies changed access lists to the keys in flight and to the live keys.

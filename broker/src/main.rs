@@ -12,6 +12,7 @@ use wgkex_broker::cli::doctor::Doctor;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::cli::registry::{ClientCommand, ServerCommand};
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
+use wgkex_broker::cli::tenant_token::TenantToken;
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
@@ -52,6 +53,8 @@ enum Command {
     CheckConfig(CheckConfig),
     /// Asks for a password, or reads it from the first line of stdin, and prints its hash, as the config has it
     HashPassword,
+    /// Makes a token by which clients may join a tenant, and prints it with its line for the file of tokens
+    TenantToken(TenantToken),
     /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
     /// workers may publish only on its own topics
     MqttAcl(MqttAcl),
@@ -76,13 +79,8 @@ fn main() -> ExitCode {
         Some(Command::Gateways(command)) => command.run(file),
         Some(Command::Doctor(doctor)) => doctor.run(file),
         Some(Command::CheckConfig(check)) => check.run(file, Program::Broker),
-        Some(Command::HashPassword) => hash_password().map_or_else(
-            |error| {
-                let _ = writeln!(io::stderr(), "error: {error:#}");
-                ExitCode::FAILURE
-            },
-            |()| ExitCode::SUCCESS,
-        ),
+        Some(Command::HashPassword) => or_complain(hash_password()),
+        Some(Command::TenantToken(token)) => or_complain(token.text().and_then(|text| print(&text))),
         Some(Command::Server(command)) => command.run(file),
         Some(Command::Client(command)) => command.run(file),
         Some(Command::Documents(documents)) => documents.run(Args::command()),
@@ -100,6 +98,16 @@ fn serve(config: Config) -> anyhow::Result<()> {
     // A disk that does not answer must not keep the process from its end.
     runtime.shutdown_background();
     result
+}
+
+fn or_complain(result: anyhow::Result<()>) -> ExitCode {
+    result.map_or_else(
+        |error| {
+            let _ = writeln!(io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
 }
 
 fn hash_password() -> anyhow::Result<()> {

@@ -1,8 +1,6 @@
 //! The certificate of a TLS listener, for HTTPS and for MQTT. One task for each, [`Certificate::watch`], reads it again
 //! when its files change; new connections get the new one.
 
-use std::fs::{Metadata, metadata};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +17,8 @@ use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
 use wgkex_common::runtime::tls::rustls::{self, CertificateError, RootCertStore, ServerConfig};
 use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
 
-/// How often the files are looked at.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+use crate::file_watcher::{CHECK_INTERVAL, FileVersion, FileWatcher, file_version};
+
 /// After the last end that a certificate can have, that of the year 9999.
 const AFTER_ALL: Duration = Duration::from_secs(253_402_300_800);
 
@@ -32,9 +30,6 @@ pub struct Certificate {
     key_file: PathBuf,
     current: RwLock<Arc<CertifiedKey>>,
 }
-
-/// What tells one version of both files from another; none for a file that is not there.
-type FileVersion = [Option<(i64, i64, u64, u64)>; 2];
 
 impl Certificate {
     /// Reads the files of the certificate and of its key, which `section` of the config names.
@@ -76,8 +71,8 @@ impl Certificate {
         }
     }
 
-    fn version(&self) -> FileVersion {
-        [&self.cert_file, &self.key_file].map(|file| metadata(file).as_ref().map(version).ok())
+    fn version(&self) -> [FileVersion; 2] {
+        [&self.cert_file, &self.key_file].map(|file| file_version(file))
     }
 }
 
@@ -90,24 +85,6 @@ impl std::fmt::Debug for Certificate {
 impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.current.read().clone())
-    }
-}
-
-/// Detects when new versions of the files are complete: two files do not change at the same instant.
-struct FileWatcher {
-    taken: FileVersion,
-    last: FileVersion,
-}
-
-impl FileWatcher {
-    fn new(taken: FileVersion) -> Self {
-        Self { taken, last: taken }
-    }
-
-    /// Whether what is there `now` is new, and was so at the last look.
-    fn is_stable(&mut self, now: FileVersion) -> bool {
-        let is_still = std::mem::replace(&mut self.last, now) == now;
-        is_still && std::mem::replace(&mut self.taken, now) != now
     }
 }
 
@@ -169,10 +146,6 @@ fn validity_of(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<Validi
     })
 }
 
-fn version(file: &Metadata) -> (i64, i64, u64, u64) {
-    (file.mtime(), file.mtime_nsec(), file.len(), file.ino())
-}
-
 fn read(section: &str, cert_file: &Path, key_file: &Path) -> Result<CertifiedKey, TlsError> {
     let chain = certificates(&format!("{section}.cert_file"), cert_file)?;
     let key_name = format!("{section}.key_file");
@@ -200,27 +173,6 @@ mod tests {
             (day(first + 13), Validity::Expired(Duration::from_hours(72))),
         ] {
             assert_eq!(validity_of(certificate.der(), at).unwrap(), validity);
-        }
-    }
-
-    #[test]
-    fn new_files_are_taken_once_both_stay_as_they_are() {
-        let file = |time| Some((time, 0, 1, 1));
-        let old = [file(1), file(1)];
-        let mut watcher = FileWatcher::new(old);
-        for (now, is_stable) in [
-            (old, false),
-            ([file(2), file(1)], false),
-            ([file(2), file(2)], false),
-            ([file(2), file(2)], true),
-            ([file(2), file(2)], false),
-            ([None, file(2)], false),
-            ([None, file(2)], true),
-            ([None, file(2)], false),
-            ([file(2), file(2)], false),
-            ([file(2), file(2)], true),
-        ] {
-            assert_eq!(watcher.is_stable(now), is_stable, "{now:?}");
         }
     }
 }

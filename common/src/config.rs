@@ -27,6 +27,7 @@ mod registry;
 mod reload;
 mod servers;
 mod setup;
+mod tenants;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -61,6 +62,7 @@ pub use self::registry::{Registry, Storage};
 pub use self::reload::Source;
 pub use self::servers::Server;
 pub use self::setup::Setup;
+pub use self::tenants::TenantSettings;
 pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
 use crate::{Domain, HostName, PublicKey, WorkerName};
@@ -127,6 +129,8 @@ pub struct Config {
     pub registry: Option<Registry>,
     /// The servers of the registry that this gateway is, by name.
     pub servers: BTreeMap<String, Server>,
+    /// What tenants get, if the broker serves any.
+    pub tenants: Option<TenantSettings>,
     /// What `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
     /// Whether anything of that is in the file.

@@ -1,13 +1,15 @@
 //! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and however
 //! little they read. actix-http decodes at once all requests that a client sends ahead, 6 KiB each; [`paced`] hands it one
 //! after the other. [`connections`] knows all that are open, and which of them go when there are too many. [`client`] is for
-//! the commands that ask a running program.
+//! the commands that ask a running program. A connection that
+//! is upgraded to a WebSocket takes no place of the others; [`frames`] bounds what its client sends.
 //!
 //! Owners: each server has its table of connections. Previous stop of a request: a client; next stop: the `http` room of the
 //! program, which has the routes.
 
 pub mod client;
 pub mod connections;
+mod frames;
 pub mod listener;
 mod paced;
 
@@ -36,6 +38,8 @@ use futures_util::Stream;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+
+pub use self::frames::MESSAGE_MAX;
 
 use self::connections::{ActiveRequest, Connections, Flow, IDLE};
 use self::paced::Paced;
@@ -101,9 +105,10 @@ where
     let (connections, room) = (connections.clone(), connections.capacity());
     // Full, it would accept no more; the table makes room before that.
     let each = (room.open + room.pending).div_ceil(threads);
+    let upgraded = room.upgraded.div_ceil(threads);
     let builder = ServerBuilder::new()
         .workers(threads)
-        .max_concurrent_connections(if tls.is_none() { each } else { each.div_ceil(4) })
+        .max_concurrent_connections(if tls.is_none() { each + upgraded } else { each.div_ceil(4) + upgraded })
         .disable_signals()
         .shutdown_timeout(drain.as_secs() + 1);
     let stopped = builder.graceful_shutdown_signal();

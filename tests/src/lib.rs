@@ -20,6 +20,7 @@ pub mod scripted;
 pub mod scripted_server;
 pub mod stack;
 pub mod unread_answers;
+pub mod websocket;
 
 /// How long a test waits for what must happen; long enough for a machine that is busy with other things.
 pub const DEADLINE: Duration = Duration::from_secs(30);

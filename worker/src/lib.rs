@@ -74,6 +74,7 @@ const KEY_USE: KeyUse = KeyUse {
         "broker_listen",
         "trusted_proxies",
         "rebalance",
+        "tenants",
         "limits",
         "live_keys",
         "confirm_timeout",

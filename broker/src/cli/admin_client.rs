@@ -427,10 +427,14 @@ fn table(answer: &Value) -> String {
 }
 
 /// A new token of 256 random bits.
-fn admin_token() -> anyhow::Result<(String, ExitCode)> {
+pub(super) fn random_token() -> anyhow::Result<String> {
     let mut random = [0; 32];
     SystemRandom::new().fill(&mut random).map_err(|_| anyhow!("the system gives no random numbers"))?;
-    let token = hex::encode(random);
+    Ok(hex::encode(random))
+}
+
+fn admin_token() -> anyhow::Result<(String, ExitCode)> {
+    let token = random_token()?;
     let hash = token_hash(&token);
     let text = format!(
         "The token, for {TOKEN} or --token-file:\n{token}\nFor the config of the broker, which then has to be restarted:\nadmin_token_hash: \"{hash}\"\n"

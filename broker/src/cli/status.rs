@@ -17,6 +17,7 @@ use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
 use crate::mqtt_server::RefusedClient;
+use crate::tenants::TenantStatus;
 
 /// The exit code when the broker was reached, and something is wrong.
 const WRONG: u8 = 3;
@@ -154,8 +155,18 @@ fn exit_code(status: &Status) -> ExitCode {
 
 /// Everything on one screen, with rates since the sample `before`.
 fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
-    let Status { version, uptime_secs, ready, problems, domains, gateways: all, refused_clients, keys: now, pid: _ } =
-        &sample.status;
+    let Status {
+        version,
+        uptime_secs,
+        ready,
+        problems,
+        domains,
+        gateways: all,
+        refused_clients,
+        keys: now,
+        tenants,
+        pid: _,
+    } = &sample.status;
     let state =
         if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
     let up = age(*uptime_secs);
@@ -175,7 +186,8 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     };
     let domains: Vec<_> = domains.iter().map(row).collect();
     let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
-    text + &keys(now, rates.as_ref()) + &refused(refused_clients, colours)
+    let tenants = tenants.as_ref().map(tenants_line).unwrap_or_default();
+    text + &keys(now, rates.as_ref()) + &tenants + &refused(refused_clients, colours)
 }
 
 /// The clients that the MQTT server refused last; nothing if there are none.
@@ -193,6 +205,10 @@ fn refused(clients: &[RefusedClient], colours: Colours) -> String {
     let rows: Vec<_> = clients.iter().map(row).collect();
     let head = ["REFUSED MQTT USER", "CLIENT ID", "TIMES", "LAST", "WHY"];
     if rows.is_empty() { String::new() } else { format!("\n{}", table(head, &rows, colours)) }
+}
+
+fn tenants_line(TenantStatus { tenants, members, held, sockets }: &TenantStatus) -> String {
+    format!("tenants {tenants}, members {members}, held addresses {held}, WebSockets {sockets}\n")
 }
 
 /// What happened between two samples.

@@ -1,7 +1,7 @@
 //! The key exchange over HTTP (contract section 1): a router's request in, the answer of [`crate::exchange`] or its
 //! rejection out, as JSON.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
 use actix_web::guard::{Guard, GuardContext};
@@ -17,7 +17,7 @@ use wgkex_common::KeyId;
 use wgkex_common::http::resource;
 use wgkex_common::wire::message::WorkerData;
 
-use crate::client_ip::{Client, client_of_request, is_in, is_private};
+use crate::client_ip::{Client, address_of_request, client_of_request, is_in, is_private};
 use crate::exchange::{Rejection, request};
 use crate::http::body::{self, Unread};
 use crate::http::{App, error};
@@ -102,17 +102,37 @@ impl App {
 
     /// The client whose request it is.
     fn client(&self, request: &HttpRequest) -> Client {
+        let (peer, is_proxied) = self.peer(request);
+        client_of_request(peer, &self.trusted, is_proxied, values(request, FORWARDED), values(request, X_FORWARDED_FOR))
+    }
+
+    /// The address of the client whose request it is, if it is known.
+    pub fn client_address(&self, request: &HttpRequest) -> Option<IpAddr> {
+        let (peer, is_proxied) = self.peer(request);
+        address_of_request(
+            peer,
+            &self.trusted,
+            is_proxied,
+            values(request, FORWARDED),
+            values(request, X_FORWARDED_FOR),
+        )
+    }
+
+    /// Who brings a request, and whether any header is a proxy's.
+    fn peer(&self, request: &HttpRequest) -> (IpAddr, bool) {
         let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
-        let headers = request.headers();
-        // A value that is not text is as invalid as an empty one.
-        let values = |name: HeaderName| headers.get_all(name).map(|value| value.to_str().unwrap_or_default());
-        let is_proxied = PROXIED.iter().any(|name| headers.contains_key(name));
+        let is_proxied = PROXIED.iter().any(|name| request.headers().contains_key(name));
         if is_proxied && is_private(peer) && !is_in(&self.trusted, peer) && self.missed_proxies.add(peer) {
             let proxy = peer.to_canonical();
             warn!(%proxy, "a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
         }
-        client_of_request(peer, &self.trusted, is_proxied, values(FORWARDED), values(X_FORWARDED_FOR))
+        (peer, is_proxied)
     }
+}
+
+/// The values of a header. One that is not text is as invalid as an empty one.
+fn values(request: &HttpRequest, name: HeaderName) -> impl Iterator<Item = &str> {
+    request.headers().get_all(name).map(|value| value.to_str().unwrap_or_default())
 }
 
 /// The answer of version 2; the port is a text.

@@ -17,6 +17,7 @@ use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind};
 use crate::http::App;
 use crate::http::metrics::APIS;
 use crate::mqtt_server::RefusedClient;
+use crate::tenants::{FrontDoor, TenantStatus};
 
 /// The path of the status as JSON.
 pub const PATH: &str = "/status.json";
@@ -44,6 +45,9 @@ pub struct Status {
     pub refused_clients: Vec<RefusedClient>,
     /// The keys.
     pub keys: KeyStatus,
+    /// The tenants, if they are served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<TenantStatus>,
 }
 
 /// How many keys there are, since the start and now.
@@ -151,12 +155,20 @@ impl App {
             subject: String::new(),
             text: "live keys are not written to disk: a restart of this broker may lose them".into(),
         });
+        let is_lost = self.tenants.as_ref().is_some_and(|tenants| !tenants.is_kept());
+        let addresses = is_lost.then(|| Problem {
+            kind: ProblemKind::StateNotKept,
+            subject: "tenants".into(),
+            text: "addresses of tenants are not written to disk: after a restart of this broker members may get others"
+                .into(),
+        });
         let not_ready = unready.as_ref().map(|reason| Problem {
             kind: ProblemKind::NotReady,
             subject: String::new(),
             text: format!("not ready: {reason}"),
         });
-        let mut problems: Vec<_> = not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).collect();
+        let mut problems: Vec<_> =
+            not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).chain(addresses).collect();
         problems.extend(self.missed_proxies.problems());
         problems.extend(self.names_in_use(now));
         problems.sort();
@@ -170,6 +182,7 @@ impl App {
             gateways,
             refused_clients: self.client_troubles.refused(now),
             keys: self.keys(now),
+            tenants: self.tenants.as_ref().map(FrontDoor::status),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::fleet::status::{GatewayDomain, GatewayStatus, age};
 use crate::http::metrics::APIS;
 use crate::http::status::{KeyStatus, Status};
 use crate::mqtt_server::RefusedClient;
+use crate::tenants::TenantStatus;
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
 table{border-collapse:collapse;margin:0 0 2rem}th,td{border-bottom:1px solid #ccc;padding:.2rem .8rem;text-align:left}\
@@ -15,7 +16,8 @@ td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}small{color:#5
 
 /// The whole page.
 pub fn render(status: &Status) -> String {
-    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, refused_clients, keys } = status;
+    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, refused_clients, keys, tenants } =
+        status;
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -36,6 +38,7 @@ pub fn render(status: &Status) -> String {
             (table_of_keys(keys))
             (now(keys))
             @if !refused_clients.is_empty() { (table_of_refused(refused_clients)) }
+            @if let Some(tenants) = tenants { (table_of_tenants(tenants)) }
         }
     };
     page.into_string()
@@ -153,6 +156,17 @@ fn now(keys: &KeyStatus) -> Markup {
     html! { table { @for (what, value) in rows { tr { td { (what) } td.n { (value) } } } } }
 }
 
+fn table_of_tenants(tenants: &TenantStatus) -> Markup {
+    let TenantStatus { tenants, members, held, sockets } = tenants;
+    let rows = [
+        ("tenants that have a network", tenants),
+        ("their members", members),
+        ("addresses held for members that left", held),
+        ("open WebSockets", sockets),
+    ];
+    html! { h2 { "Tenants" } table { @for (what, count) in rows { tr { td { (what) } td.n { (count) } } } } }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,6 +196,7 @@ mod tests {
             count: 3,
             last_secs: 40,
         };
+        let tenants = Some(TenantStatus { tenants: 2, members: 31, held: 1, sockets: 33 });
         Status {
             version: "9".into(),
             pid: 1,
@@ -192,6 +207,7 @@ mod tests {
             gateways,
             refused_clients: vec![refused],
             keys,
+            tenants,
         }
     }
 
@@ -240,6 +256,7 @@ mod tests {
             "<td>online (last known state: no MQTT for 40 s)</td>",
             ">draining since 1970-01-01T00:00:00Z: &lt;i&gt;kernel<",
             "<td>refused: not confirmed</td>",
+            r#"<td>their members</td><td class="n">31</td>"#,
             r#"<td class="n">7</td><td class="n">5</td><td class="n">6</td><td class="n">84</td><td class="n">9.5</td>"#,
             ">41<",
             ">0.250 s<",

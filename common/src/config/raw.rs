@@ -21,6 +21,7 @@ use super::rebalance::RawRebalance;
 use super::registry::{self, RawRegistry};
 use super::servers::{self, RawServer};
 use super::setup::{RawSetup, RawSetupDomain};
+use super::tenants::RawTenants;
 use super::value::{
     DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, PublicHost, Seconds, Secret, Share, Text,
 };
@@ -75,6 +76,7 @@ pub(super) struct Raw {
     pub storage_password_file: Option<File>,
     pub registry: RawRegistry,
     pub servers: BTreeMap<String, RawServer>,
+    pub tenants: RawTenants,
 }
 
 impl Raw {
@@ -134,6 +136,7 @@ impl Raw {
             storage: registry::storage(self.storage, self.storage_password_file, diagnostics),
             registry: self.registry.check(diagnostics),
             servers: servers::check(self.servers, &self.setup.key_dir(), diagnostics),
+            tenants: self.tenants.check(diagnostics),
             is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),

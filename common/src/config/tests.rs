@@ -203,6 +203,7 @@ fn missing_keys_have_their_defaults() {
         storage: Storage::default(),
         registry: None,
         servers: BTreeMap::new(),
+        tenants: None,
         is_setup_named: false,
         setup: config.setup.clone(),
         log_level: Level::INFO,

@@ -105,6 +105,20 @@ value_type!(
     "must be postgres://USER@HOST:PORT/DATABASE (the password is in storage_password_file), or nothing for SQLite in state_dir"
 );
 value_type!(
+    /// One network or more.
+    Pool(Vec<IpNet>),
+    |value: &Value| {
+        let networks = match value {
+            Value::Array(items) => items.iter().map(text).collect::<Option<Vec<_>>>()?,
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => vec![text(value)?],
+        };
+        let networks = networks.iter().map(|network| network.parse::<IpNet>().ok().map(|network| network.trunc()));
+        networks.collect::<Option<Vec<_>>>().filter(|networks| !networks.is_empty())
+    },
+    "must be a network such as 10.64.0.0/10, or a list of them"
+);
+value_type!(TenantLength(u8), |value: &Value| whole(value, 0..=128), "must be a number from 8 to 28 (IPv6: 124)");
+value_type!(
     /// As many as a process may have files open at the very most.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
@@ -132,7 +146,7 @@ value_type!(
     "must be a number of seconds from 0.001 to 1000000000"
 );
 value_type!(
-    /// 0 means at once.
+    /// 0 means at once, or not at all.
     FillTime(Duration),
     |value: &Value| number(value).filter(|seconds| (0.0..=1e6).contains(seconds)).map(Duration::from_secs_f64),
     "must be a number of seconds from 0 (off) to 1000000"

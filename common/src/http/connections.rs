@@ -6,12 +6,14 @@ mod capacity;
 mod flow;
 mod table;
 
+use std::future::poll_fn;
 use std::net::{IpAddr, Shutdown};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use actix_web::HttpRequest;
 use nix::libc::linger;
 use nix::sys::socket::sockopt::Linger;
 use nix::sys::socket::{self, setsockopt, shutdown};
@@ -84,6 +86,14 @@ struct ConnectionsState {
 /// A connection's socket once more, to end it from elsewhere.
 struct Socket(std::net::TcpStream);
 
+/// A connection that is no longer HTTP's, as who has it now sees it. When this is dropped, all is said on it: it ends when its
+/// client has said the same, or a few seconds later.
+pub struct UpgradedConnection {
+    connections: Connections,
+    flow: Arc<Flow>,
+    id: u64,
+}
+
 /// A connection's entry in the table, for as long as it is open.
 pub(super) struct ConnectionGuard {
     connections: Connections,
@@ -115,6 +125,23 @@ impl Connections {
     #[must_use]
     pub fn open(&self) -> usize {
         self.table().len()
+    }
+
+    /// How many others are upgraded.
+    #[must_use]
+    pub fn upgraded(&self) -> usize {
+        self.table().upgraded()
+    }
+
+    /// The connection of a request is to be a WebSocket from its answer on; none if there are too many. It is kept until
+    /// others need its place, unless it is settled.
+    #[must_use]
+    pub fn upgrade(&self, request: &HttpRequest) -> Option<UpgradedConnection> {
+        let flow = request.conn_data::<Arc<Flow>>()?.clone();
+        let id = flow.id()?;
+        let evicted = self.table().upgrade(id)?;
+        self.evict(evicted, Closed::Full);
+        Some(UpgradedConnection { connections: self.clone(), flow, id })
     }
 
     /// How many there is room for.
@@ -161,11 +188,9 @@ impl Connections {
 
     /// Closes connections, and drops what the kernel has for their clients.
     fn evict(&self, sockets: impl IntoIterator<Item = Socket>, closed: Closed) {
-        let at_once = linger { l_onoff: 1, l_linger: 0 };
         for socket in sockets {
-            // It may have ended by itself.
-            let _ = setsockopt(&socket.0, Linger, &at_once);
-            self.close(&socket, closed);
+            socket.reset();
+            (self.0.closed)(closed);
         }
     }
 
@@ -178,6 +203,41 @@ impl Connections {
     /// Nothing that panics holds the lock, and panics end the process.
     fn table(&self) -> MutexGuard<'_, ConnectionTable<Socket>> {
         self.0.table.lock()
+    }
+}
+
+impl UpgradedConnection {
+    /// It stays, whoever needs a place.
+    pub fn settle(&self) {
+        self.flow.settle();
+    }
+
+    /// Returns when the client has begun a message that is larger than [`super::MESSAGE_MAX`]. Nothing that it sends arrives
+    /// from then on.
+    pub async fn too_large(&self) {
+        poll_fn(|cx| self.flow.poll_too_large(cx)).await;
+    }
+
+    /// Ends it at once, without what the client has not received.
+    pub fn abort(&self) {
+        if let Some(socket) = self.connections.table().remove(self.id) {
+            socket.reset();
+        }
+    }
+}
+
+impl Drop for UpgradedConnection {
+    fn drop(&mut self) {
+        self.flow.end();
+    }
+}
+
+impl Socket {
+    /// Closes it, and drops what the kernel has for its client.
+    fn reset(&self) {
+        // It may have ended by itself.
+        let _ = setsockopt(&self.0, Linger, &linger { l_onoff: 1, l_linger: 0 });
+        let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 

@@ -1,5 +1,6 @@
 //! A connection's stream as the HTTP server sees it: the requests of a client that sends many without waiting come one
-//! after the other, and none before the answer to the one before is out. What is held for the client is counted.
+//! after the other, and none before the answer to the one before is out. What is held for the client is counted. After an
+//! upgrade the frames of the client come as they are sent, and the stream ends when both sides have closed.
 
 use std::io;
 use std::pin::Pin;
@@ -9,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::connections::{ConnectionGuard, Flow};
+use super::frames::Frames;
 
 /// What is read at once, and so the most that waits here.
 const PIECE: usize = 4096;
@@ -37,13 +39,27 @@ pub struct Paced<S> {
     /// The most of it so far: the server keeps the room for an answer until all of it is out.
     most_unread: usize,
     is_flushing: bool,
+    /// After an upgrade.
+    frames: Option<Box<Frames>>,
+    upgrade: UpgradeHeader,
 }
 
 impl<S> Paced<S> {
     pub(super) fn new(stream: S, place: ConnectionGuard) -> Self {
-        let (ahead, ends) = (Vec::new(), Ends::default());
-        let (handed, input, most_input, unread, most_unread) = (0, 0, 0, 0, 0);
-        Self { stream, place, ahead, ends, handed, input, most_input, unread, most_unread, is_flushing: false }
+        Self {
+            stream,
+            place,
+            ahead: Vec::new(),
+            ends: Ends::default(),
+            handed: 0,
+            input: 0,
+            most_input: 0,
+            unread: 0,
+            most_unread: 0,
+            is_flushing: false,
+            frames: None,
+            upgrade: UpgradeHeader::default(),
+        }
     }
 
     pub(super) fn flow(&self) -> Arc<Flow> {
@@ -55,7 +71,7 @@ impl<S> Paced<S> {
         self.unread > 0 || self.is_flushing || self.place.flow().is_busy()
     }
 
-    /// Hands on what may be decoded now.
+    /// Hands on what may be decoded now. What follows a head with an upgrade waits: it may be frames.
     fn hand_on(&mut self, buf: &mut ReadBuf<'_>) {
         let most = self.ahead.len().min(buf.remaining());
         let mut length = 0;
@@ -63,19 +79,26 @@ impl<S> Paced<S> {
             let byte = self.ahead[length];
             length += 1;
             self.input += 1;
+            let is_upgrade = self.upgrade.is_found_with(byte);
             if self.ends.is_end(byte) {
-                self.handed += 1;
+                self.handed = if is_upgrade { HEADS } else { self.handed + 1 };
                 self.input = 0;
+                self.upgrade = UpgradeHeader::default();
             }
         }
+        self.put(length, buf);
+        self.most_input = self.most_input.max(self.input.min(HEAD_MAX));
+        self.count();
+    }
+
+    /// Hands on so much of what waits.
+    fn put(&mut self, length: usize, buf: &mut ReadBuf<'_>) {
         buf.put_slice(&self.ahead[..length]);
         if length == self.ahead.len() {
             self.ahead = Vec::new();
         } else {
             self.ahead.drain(..length);
         }
-        self.most_input = self.most_input.max(self.input.min(HEAD_MAX));
-        self.count();
     }
 
     fn count(&self) {
@@ -91,6 +114,34 @@ impl<S> Paced<S> {
 }
 
 impl<S: AsyncRead + Unpin> Paced<S> {
+    /// The frames of a client after an upgrade. The stream ends when both have closed.
+    fn read_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.frames.is_none() {
+            let early = std::mem::take(&mut self.ahead);
+            self.frames.get_or_insert_default().filter(&early, &mut self.ahead);
+            self.most_input = 0;
+        }
+        self.place.flow().register(cx.waker());
+        let frames = self.frames.get_or_insert_default();
+        while self.ahead.is_empty() {
+            if frames.is_too_large() {
+                self.place.flow().set_too_large();
+            }
+            if frames.is_closed() {
+                return if self.place.flow().is_ending() { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+            let mut piece = [0; PIECE];
+            let mut piece = ReadBuf::new(&mut piece);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
+            if piece.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            frames.filter(piece.filled(), &mut self.ahead);
+        }
+        self.put(self.ahead.len().min(buf.remaining()), buf);
+        Poll::Ready(Ok(()))
+    }
+
     fn read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.handed >= HEADS {
             // They are decoded first.
@@ -118,6 +169,9 @@ impl<S: AsyncRead + Unpin> Paced<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.place.flow().is_upgraded() {
+            return this.read_frames(cx, buf);
+        }
         let read = this.read(cx, buf);
         if read.is_pending() {
             this.handed = 0;
@@ -175,6 +229,26 @@ impl Ends {
         };
         *self = next;
         is_end
+    }
+}
+
+/// Finds the word "upgrade" in a head. Elsewhere it means as little as a head's end in a body.
+#[derive(Default)]
+struct UpgradeHeader {
+    /// How many letters of it have come; all, from then on.
+    letters: usize,
+}
+
+impl UpgradeHeader {
+    const WORD: &[u8] = b"upgrade";
+
+    /// Whether it has come, with this byte.
+    fn is_found_with(&mut self, byte: u8) -> bool {
+        if let Some(expected) = Self::WORD.get(self.letters) {
+            let byte = byte.to_ascii_lowercase();
+            self.letters = if byte == *expected { self.letters + 1 } else { usize::from(byte == Self::WORD[0]) };
+        }
+        self.letters == Self::WORD.len()
     }
 }
 
@@ -239,6 +313,36 @@ mod tests {
         assert_eq!(read(&mut server, 8192), None);
         assert_eq!(read(&mut server, 8192).as_deref(), Some(GET));
         assert_eq!(read(&mut server, 8192).as_deref(), Some(&b""[..]));
+    }
+
+    #[test]
+    fn frames_wait_for_the_upgrade_and_come_until_both_sides_have_closed() {
+        const UPGRADE: &[u8] = b"GET / HTTP/1.1\r\nUpGrade: websocket\r\n\r\n";
+        // A frame that looks like the ends of heads, and a close frame.
+        const TEXT: &[u8] = b"\x81\x8a\0\0\0\0\r\n\r\n\r\n\r\n\r\n";
+        const CLOSE: &[u8] = b"\x88\x80\0\0\0\0";
+        let (mut server, mut client) = paced(256);
+        let flow = server.flow();
+        assert_eq!(write(&mut client, &[UPGRADE, TEXT].concat()), Some(UPGRADE.len() + TEXT.len()));
+        assert_eq!(read(&mut server, 8192).as_deref(), Some(UPGRADE));
+        assert_eq!(read(&mut server, 8192), None);
+        let busy = flow.begin();
+        flow.upgrade();
+        assert_eq!(read(&mut server, 8192).as_deref(), Some(TEXT));
+        drop(busy);
+        assert!(write(&mut client, &[TEXT, CLOSE, TEXT].concat()).is_some());
+        assert_eq!(read(&mut server, 8192), Some([TEXT, CLOSE].concat()));
+        assert_eq!(read(&mut server, 8192), None, "it is to be answered");
+        flow.end();
+        assert_eq!(read(&mut server, 8192).as_deref(), Some(&b""[..]));
+
+        let (mut server, mut client) = paced(256);
+        let (flow, large) = (server.flow(), b"\x81\xff\0\0\0\0\xff\0\0\0\0\0\0\0secret");
+        flow.upgrade();
+        let is_too_large = || flow.poll_too_large(&Context::from_waker(Waker::noop())).is_ready();
+        assert!(!is_too_large() && write(&mut client, large).is_some());
+        assert_eq!(read(&mut server, 8192), None);
+        assert!(is_too_large());
     }
 
     /// Seen to fail with a count of what is not taken yet: 120 clients of a large page held twice what they may.

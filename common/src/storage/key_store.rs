@@ -1,4 +1,4 @@
-//! Keys on disk: what a program knows survives its restart. A [`WriteBuffer`] collects what changed, a [`KeyStore`]
+//! Keys on disk: what a program knows survives its restart. A [`ChangeBuffer`] collects what changed, a [`KeyStore`]
 //! writes it behind to an SQLite database.
 //!
 //! Ages count, not dates: the database keeps a clock of its own, which runs by the monotonic one. Only for the time that
@@ -7,15 +7,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use crate::storage::schema::Schema;
-use crate::storage::write_behind::{Table, WriteBehind};
+use crate::storage::write_behind::{ChangeBuffer, Table, WriteBehind};
 use crate::storage::{Noun, StorageError, sqlite};
 use crate::{Domain, KeyId, PublicKey};
 
@@ -23,8 +20,6 @@ pub use crate::storage::write_behind::Clocks;
 
 /// How often the database's clock is written when nothing changes.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// Changes that wait at most, while the disk takes none: about 50 MB.
-const MAX_CHANGES: usize = 400_000;
 /// A program is hardly ever down for longer; if the clock differs by more, it was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
 
@@ -53,12 +48,7 @@ pub struct KeyRecord {
 pub type Keys = BTreeMap<KeyId, KeyRecord>;
 
 /// What changed and is not on disk yet; the last state of each key. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct WriteBuffer {
-    changes: Arc<Mutex<Changes>>,
-    /// A new database has taken the place of a corrupt one, and is to have all keys.
-    full_write: Arc<AtomicBool>,
-}
+pub type WriteBuffer = ChangeBuffer<KeyId, KeyRecord>;
 
 /// What each key is now; none if it is gone.
 pub type Changes = BTreeMap<KeyId, Option<KeyRecord>>;
@@ -66,53 +56,12 @@ pub type Changes = BTreeMap<KeyId, Option<KeyRecord>>;
 impl WriteBuffer {
     /// The key is to be on disk like this.
     pub fn put(&self, domain: &Domain, key: PublicKey, kept: KeyRecord) {
-        self.note(domain, key, Some(kept));
+        self.note(KeyId { domain: domain.clone(), key }, Some(kept));
     }
 
     /// The key is to be gone from disk.
     pub fn remove(&self, domain: &Domain, key: PublicKey) {
-        self.note(domain, key, None);
-    }
-
-    /// One too many is left out: on disk the key then stays as it was.
-    fn note(&self, domain: &Domain, key: PublicKey, kept: Option<KeyRecord>) {
-        let (id, mut changes) = (KeyId { domain: domain.clone(), key }, self.changes.lock());
-        if changes.len() < MAX_CHANGES || changes.contains_key(&id) {
-            changes.insert(id, kept);
-        }
-    }
-
-    /// Whether all keys are to be put again; true once.
-    #[must_use]
-    pub fn needs_full_write(&self) -> bool {
-        self.full_write.swap(false, Ordering::SeqCst)
-    }
-
-    /// How many changes are not on disk yet.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.changes.lock().len()
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn take(&self) -> Changes {
-        std::mem::take(&mut *self.changes.lock())
-    }
-
-    /// Takes back what could not be written; what came meanwhile is newer.
-    fn requeue(&self, unwritten: Changes) {
-        let mut changes = self.changes.lock();
-        for (subject, kept) in unwritten {
-            if changes.len() >= MAX_CHANGES {
-                return;
-            }
-            changes.entry(subject).or_insert(kept);
-        }
+        self.note(KeyId { domain: domain.clone(), key }, None);
     }
 }
 
@@ -240,7 +189,7 @@ impl Table for KeyTable {
     }
 
     fn recreated(&mut self) {
-        self.buffer.full_write.store(true, Ordering::SeqCst);
+        self.buffer.request_full_write();
     }
 }
 

@@ -2,12 +2,16 @@
 //! cannot be written.
 //!
 //! One task for each database runs [`WriteBehind::run`]; the disk is waited for on a thread of its own. What changed is
-//! shared with the task that changes it, by [`Table::take`].
+//! shared with the task that changes it, by [`Table::take`], mostly in a [`ChangeBuffer`].
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::Mutex;
 use rusqlite::{Connection, Transaction, TransactionBehavior};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
@@ -18,6 +22,9 @@ use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
 /// How often what changed is written. With the time of a write it stays below the second that is promised.
 const FLUSH: Duration = Duration::from_millis(500);
+
+/// Changes that wait at most, while the disk takes none: about 50 MB of keys.
+pub(super) const MAX_CHANGES: usize = 400_000;
 
 /// The two clocks at one instant.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +70,76 @@ pub trait Table: Send + 'static {
     fn recreated(&mut self) {}
     /// The file can be written after it could not be.
     fn reopened(&mut self) {}
+}
+
+/// What changed and is not on disk yet: the last value of each entry, none if it is gone. Clones share it.
+#[derive(Debug)]
+pub struct ChangeBuffer<K, V> {
+    changes: Arc<Mutex<BTreeMap<K, Option<V>>>>,
+    /// A new database has taken the place of a corrupt one, and is to have all entries.
+    full_write: Arc<AtomicBool>,
+}
+
+impl<K, V> Clone for ChangeBuffer<K, V> {
+    fn clone(&self) -> Self {
+        Self { changes: self.changes.clone(), full_write: self.full_write.clone() }
+    }
+}
+
+impl<K, V> Default for ChangeBuffer<K, V> {
+    fn default() -> Self {
+        Self { changes: Arc::default(), full_write: Arc::default() }
+    }
+}
+
+impl<K: Ord, V> ChangeBuffer<K, V> {
+    /// The entry is to be on disk like this, or gone. One too many is left out: on disk it then stays as it was.
+    pub fn note(&self, entry: K, value: Option<V>) {
+        let mut changes = self.changes.lock();
+        if changes.len() < MAX_CHANGES || changes.contains_key(&entry) {
+            changes.insert(entry, value);
+        }
+    }
+
+    /// Whether all entries are to be noted again; true once.
+    #[must_use]
+    pub fn needs_full_write(&self) -> bool {
+        self.full_write.swap(false, Ordering::SeqCst)
+    }
+
+    /// A new database is to have all entries.
+    pub fn request_full_write(&self) {
+        self.full_write.store(true, Ordering::SeqCst);
+    }
+
+    /// How many changes are not on disk yet.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.changes.lock().len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What changed since the last time.
+    #[must_use]
+    pub fn take(&self) -> BTreeMap<K, Option<V>> {
+        std::mem::take(&mut *self.changes.lock())
+    }
+
+    /// Takes back what could not be written; what came meanwhile is newer.
+    pub fn requeue(&self, unwritten: BTreeMap<K, Option<V>>) {
+        let mut changes = self.changes.lock();
+        for (entry, value) in unwritten {
+            if changes.len() >= MAX_CHANGES {
+                return;
+            }
+            changes.entry(entry).or_insert(value);
+        }
+    }
 }
 
 /// The database of a [`Table`].

@@ -4,6 +4,28 @@ use super::*;
 
 /// What stands below [`LEAST`], and the lines that it is refused with.
 const MISTAKES: &[(&str, &[&str])] = &[
+    (
+        "tenants: {pool: 10.0.0.1}",
+        &["tenants.pool: must be a network such as 10.64.0.0/10, or a list of them, not \"10.0.0.1\""],
+    ),
+    (
+        "tenants: {pool: [10.0.0.0/8, 10.1.0.0/16]}",
+        &["tenants.pool: must be apart from the others, such as 10.0.0.0/8, not \"10.1.0.0/16\""],
+    ),
+    (
+        "tenants: {pool: [10.0.0.0/8, 'fd00::/48']}",
+        &["tenants.pool: must be of the family of the others, either IPv4 or IPv6, not \"fd00::/48\""],
+    ),
+    (
+        "tenants: {pool: 10.0.0.0/29}",
+        &["tenants.pool: must be a network with a prefix length of at most 28, not \"10.0.0.0/29\""],
+    ),
+    ("tenants: {tenant_length: 29}", &["tenants.tenant_length: must be a number from 8 to 28, not 29"]),
+    (
+        "tenants: {tenant_length: /20}",
+        &["tenants.tenant_length: must be a number from 8 to 28 (IPv6: 124), not \"/20\""],
+    ),
+    ("tenants: {grace: -1}", &["tenants.grace: must be a number of seconds from 0 (off) to 1000000, not -1"]),
     ("mqtt: {broker_port: abc}", &["mqtt.broker_port: must be a number from 1 to 65535, not \"abc\""]),
     ("mqtt: {broker_port: 0}", &["mqtt.broker_port: must be a number from 1 to 65535, not 0"]),
     ("mqtt: {broker_port: 70000}", &["mqtt.broker_port: must be a number from 1 to 65535, not 70000"]),

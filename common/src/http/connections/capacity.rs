@@ -7,6 +7,8 @@ use tracing::warn;
 const MAX_OPEN: usize = 8_192;
 /// The most of one client: more than routers behind one address have at the same time.
 pub(super) const MAX_OF_CLIENT: usize = 1_024;
+/// The most upgraded ones: twice as many as 500 tenants of ten members need.
+const MAX_UPGRADED: usize = 10_000;
 /// What all of them may hold beyond that, in bytes: answers that are not read, and heads that do not end.
 const MAX_HELD: usize = 16 << 20;
 /// The most connections of a server that are not in the table yet, TLS handshakes among them.
@@ -23,18 +25,28 @@ pub struct Capacity {
     pub of_client: usize,
     /// Those of a server that are not in the table yet.
     pub pending: usize,
-    /// What they may hold, in bytes.
+    /// Upgraded ones, beside those.
+    pub upgraded: usize,
+    /// What all may hold, in bytes.
     pub held: usize,
 }
 
 impl Capacity {
     /// Of a listener for a few clients.
-    pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, held: 4 << 20 };
+    pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, upgraded: 0, held: 4 << 20 };
 
     /// Of a listener for a fleet. As many files may be open from now on as the system lets this program have.
     #[must_use]
     pub fn of_fleet() -> Self {
         Self::of_files(open_files())
+    }
+
+    /// The same, of a listener that has upgraded connections, too.
+    #[must_use]
+    pub fn of_fleet_and_upgraded() -> Self {
+        let files = open_files();
+        let of_files = Self::of_files(files);
+        of_files.and_upgraded(files)
     }
 
     /// Of a listener for a fleet where so many files may be open. Each connection has two files, and a quarter of them may
@@ -43,7 +55,16 @@ impl Capacity {
     pub fn of_files(files: usize) -> Self {
         let pending = (files / 8).clamp(16, MAX_PENDING);
         let open = (files.saturating_sub(FILES + 2 * pending) / 9 * 4).clamp(64, MAX_OPEN);
-        Self { open, of_client: MAX_OF_CLIENT, pending, held: MAX_HELD }
+        Self { open, of_client: MAX_OF_CLIENT, pending, upgraded: 0, held: MAX_HELD }
+    }
+
+    /// With upgraded connections, of two files each. Where files are few, HTTP keeps three of seven: at 20,000 that is enough
+    /// for 3,300 routers and 5,000 members of tenants.
+    fn and_upgraded(self, files: usize) -> Self {
+        let files = files.saturating_sub(FILES + 2 * self.pending);
+        let open = self.open.min(files / 7 * 3 / 9 * 4).max(64);
+        let upgraded = (files.saturating_sub(open * 9 / 4) / 2).clamp(16, MAX_UPGRADED);
+        Self { open, upgraded, ..self }
     }
 }
 
@@ -69,7 +90,12 @@ mod tests {
 
     #[test]
     fn the_limit_of_open_files_bounds_the_connections() {
-        let open = [0, 1_024, 4_096, 20_000, 1_048_576].map(|files| Capacity::of_files(files).open);
-        assert_eq!(open, [64, 224, 1_248, 7_864, 8_192]);
+        let files = [0, 1_024, 4_096, 20_000, 1_048_576];
+        assert_eq!(files.map(|files| Capacity::of_files(files).open), [64, 224, 1_248, 7_864, 8_192]);
+        let both = files.map(|files| {
+            let Capacity { open, upgraded, .. } = Capacity::of_files(files).and_upgraded(files);
+            (open, upgraded)
+        });
+        assert_eq!(both, [(64, 16), (96, 148), (536, 805), (3_368, 5_059), (8_192, 10_000)]);
     }
 }

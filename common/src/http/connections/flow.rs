@@ -1,8 +1,8 @@
 //! Whose turn it is on a connection, since when, and what it holds.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::task::Waker;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use futures_util::task::AtomicWaker;
@@ -19,7 +19,22 @@ pub struct Flow {
     held: AtomicUsize,
     /// The task that waits until the next request may come.
     next: AtomicWaker,
+    /// Its number in the table.
+    id: OnceLock<u64>,
+    /// What became of it after its upgrade, as one of the constants below.
+    upgrade: AtomicU8,
+    /// The task that waits until the client has sent too much.
+    session: AtomicWaker,
 }
+
+/// It is HTTP's.
+const HTTP: u8 = 0;
+/// It is no longer HTTP's.
+const UPGRADED: u8 = 1;
+/// And its client has sent a message that is too large.
+const TOO_LARGE: u8 = 2;
+/// All is said: it ends when its client has said the same.
+const ENDING: u8 = 3;
 
 /// A request that is being served, until this is dropped.
 pub struct ActiveRequest {
@@ -30,7 +45,8 @@ pub struct ActiveRequest {
 impl Flow {
     pub fn new(began: Instant) -> Arc<Self> {
         let (idle, held) = (AtomicU64::new(since(began)), AtomicUsize::new(0));
-        Arc::new(Self { began, idle, held, next: AtomicWaker::new() })
+        let (id, upgrade, session) = (OnceLock::new(), AtomicU8::new(HTTP), AtomicWaker::new());
+        Arc::new(Self { began, idle, held, next: AtomicWaker::new(), id, upgrade, session })
     }
 
     /// A request is being served.
@@ -41,13 +57,64 @@ impl Flow {
 
     /// It is this program's turn.
     pub fn set_busy(&self) {
-        self.idle.store(BUSY, Ordering::Relaxed);
+        if !self.is_upgraded() {
+            self.idle.store(BUSY, Ordering::Relaxed);
+        }
     }
 
     /// It is the client's turn, since then.
     pub fn wait_for_client(&self, since: u64) {
-        self.idle.store(since, Ordering::Relaxed);
+        if !self.is_upgraded() {
+            self.idle.store(since, Ordering::Relaxed);
+        }
         self.wake();
+    }
+
+    /// Its number in the table.
+    pub fn id(&self) -> Option<u64> {
+        self.id.get().copied()
+    }
+
+    pub fn set_id(&self, id: u64) {
+        let _ = self.id.set(id);
+    }
+
+    /// It is no longer HTTP's. From now on it is idle until it is settled, and again when it ends.
+    pub fn upgrade(&self) {
+        self.upgrade.store(UPGRADED, Ordering::Relaxed);
+        self.idle.store(since(self.began), Ordering::Relaxed);
+    }
+
+    pub fn settle(&self) {
+        self.idle.store(BUSY, Ordering::Relaxed);
+    }
+
+    /// All is said.
+    pub fn end(&self) {
+        if self.upgrade.swap(ENDING, Ordering::Relaxed) != ENDING {
+            self.idle.store(since(self.began), Ordering::Relaxed);
+        }
+        self.wake();
+    }
+
+    pub fn is_upgraded(&self) -> bool {
+        self.upgrade.load(Ordering::Relaxed) != HTTP
+    }
+
+    pub fn is_ending(&self) -> bool {
+        self.upgrade.load(Ordering::Relaxed) == ENDING
+    }
+
+    /// The client has sent a message that is too large.
+    pub fn set_too_large(&self) {
+        let _ = self.upgrade.compare_exchange(UPGRADED, TOO_LARGE, Ordering::Relaxed, Ordering::Relaxed);
+        self.session.wake();
+    }
+
+    /// Ready when the client has sent a message that is too large.
+    pub fn poll_too_large(&self, cx: &Context<'_>) -> Poll<()> {
+        self.session.register(cx.waker());
+        if self.upgrade.load(Ordering::Relaxed) == TOO_LARGE { Poll::Ready(()) } else { Poll::Pending }
     }
 
     pub fn is_busy(&self) -> bool {

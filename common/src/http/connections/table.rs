@@ -10,12 +10,16 @@ use super::{Capacity, Closed, IDLE, PeerKind};
 
 /// The same when half of all are open.
 const IDLE_CROWDED: Duration = Duration::from_secs(5);
+/// How long an upgraded connection may take to end when all is said.
+const ENDING: Duration = Duration::from_secs(3);
 
 /// The open connections; `S` is the socket by which one is closed.
 pub struct ConnectionTable<S> {
     capacity: Capacity,
     last: u64,
     open: BTreeMap<u64, OpenConnection<S>>,
+    /// How many of them are upgraded; these take no place of the others.
+    upgraded: usize,
     clients: HashMap<IpAddr, usize>,
 }
 
@@ -23,6 +27,7 @@ struct OpenConnection<S> {
     peer: PeerKind,
     socket: S,
     flow: Arc<Flow>,
+    is_upgraded: bool,
 }
 
 /// An entry in the table, and the connections that are evicted for it.
@@ -43,11 +48,17 @@ impl<S> OpenConnection<S> {
 
 impl<S> ConnectionTable<S> {
     pub fn new(capacity: Capacity) -> Self {
-        Self { capacity, last: 0, open: BTreeMap::new(), clients: HashMap::new() }
+        Self { capacity, last: 0, open: BTreeMap::new(), upgraded: 0, clients: HashMap::new() }
     }
 
+    /// How many are HTTP's.
     pub fn len(&self) -> usize {
-        self.open.len()
+        self.open.len() - self.upgraded
+    }
+
+    /// How many are upgraded.
+    pub fn upgraded(&self) -> usize {
+        self.upgraded
     }
 
     /// Takes in a connection. In a full table those go whose client is waited for the longest, be it for a request or for
@@ -58,12 +69,13 @@ impl<S> ConnectionTable<S> {
         {
             return Err((Closed::Client, socket));
         }
-        let evicted = if self.open.len() < self.capacity.open { Vec::new() } else { self.make_room() };
-        if self.open.len() >= self.capacity.open {
+        let evicted = if self.len() < self.capacity.open { Vec::new() } else { self.make_room() };
+        if self.len() >= self.capacity.open {
             return Err((Closed::Full, socket));
         }
         self.last += 1;
-        self.open.insert(self.last, OpenConnection { peer, socket, flow });
+        flow.set_id(self.last);
+        self.open.insert(self.last, OpenConnection { peer, socket, flow, is_upgraded: false });
         if let PeerKind::Client(client) = peer {
             *self.clients.entry(client).or_default() += 1;
         }
@@ -71,9 +83,28 @@ impl<S> ConnectionTable<S> {
     }
 
     fn make_room(&mut self) -> Vec<S> {
-        let idle = self.longest_idle(|open| open.idle() != BUSY);
+        let idle = self.longest_idle(|open| !open.is_upgraded && open.idle() != BUSY);
         let room = (self.capacity.open / 16).max(1);
         idle.into_iter().take(room).filter_map(|id| self.remove(id)).collect()
+    }
+
+    /// A connection is no longer HTTP's. Where too many are not, those go that are not settled, as above. None if there is
+    /// no room all the same, or no such connection.
+    pub fn upgrade(&mut self, id: u64) -> Option<Vec<S>> {
+        if self.open.get(&id).is_none_or(|open| open.is_upgraded) {
+            return None;
+        }
+        let mut evicted = Vec::new();
+        if self.upgraded >= self.capacity.upgraded {
+            let idle = self.longest_idle(|open| open.is_upgraded && open.idle() != BUSY);
+            let room = self.capacity.upgraded / 16 + 1;
+            evicted.extend(idle.into_iter().take(room).filter_map(|id| self.remove(id)));
+        }
+        let open = self.open.get_mut(&id).filter(|_| self.upgraded < self.capacity.upgraded)?;
+        open.is_upgraded = true;
+        open.flow.upgrade();
+        self.upgraded += 1;
+        Some(evicted)
     }
 
     /// Takes out connections until the others hold a quarter less than they may, if they hold more.
@@ -94,16 +125,18 @@ impl<S> ConnectionTable<S> {
         evicted
     }
 
-    /// Which ones these are, the longest idle first and those with a request under way last.
+    /// Which ones these are: upgraded ones first, of these and of the others the longest idle first, and those with a request
+    /// under way last.
     fn longest_idle(&self, is_meant: impl Fn(&OpenConnection<S>) -> bool) -> Vec<u64> {
         let meant = self.open.iter().filter(|(_, open)| is_meant(open));
-        let mut meant: Vec<_> = meant.map(|(id, open)| (open.idle(), *id)).collect();
+        let mut meant: Vec<_> = meant.map(|(id, open)| (!open.is_upgraded, open.idle(), *id)).collect();
         meant.sort_unstable();
-        meant.into_iter().map(|(_, id)| id).collect()
+        meant.into_iter().map(|(_, _, id)| id).collect()
     }
 
     pub fn remove(&mut self, id: u64) -> Option<S> {
-        let OpenConnection { peer, socket, .. } = self.open.remove(&id)?;
+        let OpenConnection { peer, socket, is_upgraded, .. } = self.open.remove(&id)?;
+        self.upgraded -= usize::from(is_upgraded);
         if let PeerKind::Client(client) = peer
             && let Some(open) = self.clients.get_mut(&client)
         {
@@ -115,13 +148,18 @@ impl<S> ConnectionTable<S> {
         Some(socket)
     }
 
-    /// Takes out those on which no request came for too long.
+    /// Takes out those on which no request came for too long, and upgraded ones that do not end.
     pub fn expire(&mut self, now: u64) -> Vec<S> {
-        let is_crowded = self.open.len() * 2 > self.capacity.open;
+        let is_crowded = self.len() * 2 > self.capacity.open;
+        let limit = |open: &OpenConnection<S>| match open {
+            OpenConnection { is_upgraded: true, flow, .. } => flow.is_ending().then_some(ENDING),
+            open if is_crowded && open.peer != PeerKind::Proxy => Some(IDLE_CROWDED),
+            _ => Some(IDLE),
+        };
         let over = |open: &OpenConnection<S>| {
             let since = open.idle();
-            let limit = if is_crowded && open.peer != PeerKind::Proxy { IDLE_CROWDED } else { IDLE };
-            since != BUSY && Duration::from_millis(now.saturating_sub(since)) >= limit
+            let idle = Duration::from_millis(now.saturating_sub(since));
+            since != BUSY && limit(open).is_some_and(|limit| idle >= limit)
         };
         let over: Vec<_> = self.open.iter().filter(|(_, open)| over(open)).map(|(id, _)| *id).collect();
         over.into_iter().filter_map(|id| self.remove(id)).collect()
@@ -140,7 +178,7 @@ mod tests {
     }
 
     fn table(open: usize, held: usize) -> ConnectionTable<u64> {
-        ConnectionTable::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, held })
+        ConnectionTable::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, upgraded: 4, held })
     }
 
     /// Lets in a connection that is idle since then.
@@ -213,6 +251,46 @@ mod tests {
         assert_eq!(table.expire(idle + crowded + 1), [3]);
         assert_eq!(table.expire(2 * idle - 1), [0; 0], "a proxy keeps its connections");
         assert_eq!(table.expire(2 * idle), [4]);
+    }
+
+    #[test]
+    fn upgraded_connections_take_no_place_of_others_and_go_first_where_memory_is_short() {
+        let mut table = table(2, 100);
+        let mut upgraded = Vec::new();
+        for socket in 0..4 {
+            let (flow, admitted) = admit(&mut table, client(1), socket, 0).unwrap();
+            assert_eq!((admitted.evicted.len(), table.upgrade(admitted.id).map(|evicted| evicted.len())), (0, Some(0)));
+            upgraded.push((flow, admitted.id));
+        }
+        assert_eq!((table.len(), table.upgraded(), table.clients[&[192, 0, 2, 1].into()]), (0, 4, 4));
+        for (flow, _) in &upgraded[1..] {
+            flow.settle();
+        }
+        let (http, id) = admit(&mut table, client(2), 10, 0).map(|(flow, admitted)| (flow, admitted.id)).unwrap();
+        admit(&mut table, client(3), 11, 5).unwrap();
+        assert_eq!(table.upgrade(id), Some(vec![0]), "the one that is not settled");
+        assert_eq!(table.upgrade(id), None, "it is already");
+        http.settle();
+        let (_flow, admitted) = admit(&mut table, client(4), 12, 6).unwrap();
+        assert_eq!((table.upgrade(admitted.id), table.len(), table.upgraded()), (None, 2, 4));
+        assert_eq!(table.make_room(), [11], "none of the upgraded ones");
+
+        upgraded[2].0.hold(60);
+        table.open[&admitted.id].flow.hold(60);
+        assert_eq!(table.free_memory(), [2]);
+        table.open[&admitted.id].flow.hold(0);
+
+        let ending = u64::try_from(ENDING.as_millis()).unwrap();
+        upgraded[1].0.end();
+        let now = upgraded[1].0.idle();
+        let expired = |table: &mut ConnectionTable<u64>, now| -> Vec<_> {
+            table.expire(now).into_iter().filter(|socket| *socket != 12).collect()
+        };
+        assert_eq!(expired(&mut table, now + ending - 1), [0; 0]);
+        assert_eq!(expired(&mut table, now + ending), [1]);
+        assert_eq!(expired(&mut table, u64::MAX - 1), [0; 0], "a settled one stays");
+        assert_eq!((table.upgraded(), table.remove(upgraded[3].1)), (2, Some(3)));
+        assert_eq!(table.upgraded(), 1);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use tempfile::{TempDir, tempdir};
 
 use super::*;
 use crate::storage::sqlite;
+use crate::storage::write_behind::MAX_CHANGES;
 
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);

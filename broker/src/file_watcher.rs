@@ -1,0 +1,63 @@
+//! Detects when files that the config names have a new content that is complete.
+
+use std::fs::metadata;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+/// How often to look at files.
+pub const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What tells one version of a file from another: time, size and inode; none for a file that is not there.
+pub type FileVersion = Option<(i64, i64, u64, u64)>;
+
+/// The version that is there now.
+pub fn file_version(file: &Path) -> FileVersion {
+    let file = metadata(file).ok()?;
+    Some((file.mtime(), file.mtime_nsec(), file.len(), file.ino()))
+}
+
+/// Detects when new versions of files are complete: they do not change at the same instant.
+pub struct FileWatcher<V> {
+    taken: V,
+    last: V,
+}
+
+impl<V: Copy + PartialEq> FileWatcher<V> {
+    /// What is there is in use.
+    pub fn new(taken: V) -> Self {
+        Self { taken, last: taken }
+    }
+
+    /// Whether what is there `now` is new, and was so at the last look.
+    pub fn is_stable(&mut self, now: V) -> bool {
+        let is_still = std::mem::replace(&mut self.last, now) == now;
+        is_still && std::mem::replace(&mut self.taken, now) != now
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_files_are_taken_once_both_stay_as_they_are() {
+        let file = |time| Some((time, 0, 1, 1));
+        let old: [FileVersion; 2] = [file(1), file(1)];
+        let mut watcher = FileWatcher::new(old);
+        for (now, is_stable) in [
+            (old, false),
+            ([file(2), file(1)], false),
+            ([file(2), file(2)], false),
+            ([file(2), file(2)], true),
+            ([file(2), file(2)], false),
+            ([None, file(2)], false),
+            ([None, file(2)], true),
+            ([None, file(2)], false),
+            ([file(2), file(2)], false),
+            ([file(2), file(2)], true),
+        ] {
+            assert_eq!(watcher.is_stable(now), is_stable, "{now:?}");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What a tenant is called: a segment of a URL, which is its secret, too, where there are no tokens.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::sync::Arc;
+
+use percent_encoding::percent_decode_str;
+
+/// The most bytes of an id.
+const MAX: usize = 255;
+
+/// A tenant's id. Case counts. Logs never have it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TenantId(Arc<str>);
+
+/// Why a text is no tenant's id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IdError {
+    /// Nothing.
+    #[error("the tenant's id is missing: /tenants/ID is expected")]
+    Empty,
+    /// More than one segment, or a slash within one.
+    #[error("a tenant's id has no slash, nor %2F")]
+    Slash,
+    /// Too long.
+    #[error("a tenant's id has at most {MAX} bytes")]
+    TooLong,
+    /// Bytes that are no text.
+    #[error("a tenant's id is UTF-8")]
+    NotText,
+}
+
+impl TenantId {
+    /// The id in what follows `/tenants/` in the path of a request, percent-encoded.
+    pub fn of_path(rest: &str) -> Result<Self, IdError> {
+        let id = percent_decode_str(rest).decode_utf8().map_err(|_| IdError::NotText)?;
+        Self::new(&id)
+    }
+
+    /// The id `text`.
+    pub fn new(text: &str) -> Result<Self, IdError> {
+        match text {
+            "" => Err(IdError::Empty),
+            text if text.contains('/') => Err(IdError::Slash),
+            text if text.len() > MAX => Err(IdError::TooLong),
+            text => Ok(Self(text.into())),
+        }
+    }
+
+    /// The id as a text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for TenantId {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for TenantId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TenantId")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_one_segment_that_is_decoded_once() {
+        let id = |path: &str| TenantId::of_path(path).map(|id| id.as_str().to_owned());
+        for (path, expected) in [
+            ("3daf1997-d6eb-41ba-898f-ebc275da1f98", "3daf1997-d6eb-41ba-898f-ebc275da1f98"),
+            ("x%20y", "x y"),
+            ("%61bc", "abc"),
+            ("ABC", "ABC"),
+            ("a%252Fb", "a%2Fb"),
+            ("a+b", "a+b"),
+            ("%", "%"),
+            ("%C3%A4", "\u{e4}"),
+        ] {
+            assert_eq!(id(path).as_deref(), Ok(expected));
+        }
+        for (path, expected) in [
+            ("", IdError::Empty),
+            ("a/b", IdError::Slash),
+            ("a/", IdError::Slash),
+            ("a%2Fb", IdError::Slash),
+            ("a%2fb", IdError::Slash),
+            ("%FF", IdError::NotText),
+        ] {
+            assert_eq!(id(path), Err(expected), "{path}");
+        }
+        assert!(id(&"%61".repeat(255)).is_ok());
+        assert_eq!(id(&"a".repeat(256)), Err(IdError::TooLong));
+        assert_eq!(format!("{:?}", TenantId::of_path("secret").unwrap()), "TenantId");
+    }
+}

@@ -1,0 +1,196 @@
+//! What members and broker send each other (seed-systems 2.2): JSON objects without a type, known by their keys.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use wgkex_common::{KeyError, PublicKey};
+
+use crate::tenants::table::{Member, Newcomer};
+
+/// The most bytes of a name.
+const NAME_MAX: usize = 255;
+
+/// Why a first message is not a join.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinMessageError {
+    /// It is not what is expected.
+    #[error("not a JSON object with display_name and public_key as texts: {0}")]
+    Malformed(String),
+    /// The name is too long.
+    #[error("display_name has at most {NAME_MAX} bytes")]
+    LongName,
+    /// The key is none.
+    #[error("public_key is {0}")]
+    Key(KeyError),
+}
+
+#[derive(Deserialize)]
+struct JoinMessage {
+    display_name: String,
+    public_key: String,
+}
+
+/// The client in its first message. Further members of the object do not count.
+pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<Newcomer, JoinMessageError> {
+    if !text.trim_start().starts_with('{') {
+        return Err(JoinMessageError::Malformed("it is no object".into()));
+    }
+    let message: serde_json::Result<JoinMessage> = serde_json::from_str(text);
+    let JoinMessage { display_name, public_key } =
+        message.map_err(|error| JoinMessageError::Malformed(cause(&error)))?;
+    if display_name.len() > NAME_MAX {
+        return Err(JoinMessageError::LongName);
+    }
+    let public_key = public_key.parse::<PublicKey>().map_err(JoinMessageError::Key)?;
+    Ok(Newcomer { display_name, public_key, endpoint })
+}
+
+/// What is wrong, without what the client sent.
+fn cause(error: &serde_json::Error) -> String {
+    let (line, column) = (error.line(), error.column());
+    let text = error.to_string();
+    let is_field = ["missing field", "duplicate field"].iter().any(|cause| text.starts_with(cause));
+    match error.classify() {
+        serde_json::error::Category::Data if is_field => text.split(" at line ").next().unwrap_or_default().to_owned(),
+        serde_json::error::Category::Data => format!("a value of another type ends at column {column} of line {line}"),
+        serde_json::error::Category::Io | serde_json::error::Category::Syntax | serde_json::error::Category::Eof => {
+            format!("no JSON at column {column} of line {line}")
+        }
+    }
+}
+
+/// Whether a client gets the endpoints of those that show theirs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// The original's messages.
+    Plain,
+    /// With `endpoint` in each member's object.
+    WithEndpoints,
+}
+
+#[derive(Serialize)]
+struct MemberObject<'a> {
+    display_name: &'a str,
+    public_key: PublicKey,
+    virtual_ip: IpAddr,
+    #[serde(flatten)]
+    shown: Option<ShownEndpoint>,
+}
+
+/// It is null where a member does not show it.
+#[derive(Serialize)]
+struct ShownEndpoint {
+    endpoint: Option<IpAddr>,
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    virtual_ip: IpAddr,
+    peers: Vec<MemberObject<'a>>,
+}
+
+#[derive(Serialize)]
+struct Removal {
+    removed_peer: IpAddr,
+}
+
+impl<'a> MemberObject<'a> {
+    fn new(member: &'a Member, form: Form) -> Self {
+        let Newcomer { display_name, public_key, endpoint } = &member.client;
+        let shown = (form == Form::WithEndpoints).then_some(ShownEndpoint { endpoint: *endpoint });
+        Self { display_name, public_key: *public_key, virtual_ip: member.virtual_ip, shown }
+    }
+}
+
+/// The answer to a member's join: its address, and those that were members before.
+pub fn answer<'a>(virtual_ip: IpAddr, peers: impl Iterator<Item = &'a Member>, form: Form) -> String {
+    json(&Answer { virtual_ip, peers: peers.map(|peer| MemberObject::new(peer, form)).collect() })
+}
+
+/// A new member, as the others learn of it.
+pub fn announcement(member: &Member, form: Form) -> String {
+    json(&MemberObject::new(member, form))
+}
+
+/// A member that left, as the others learn of it.
+pub fn removal(virtual_ip: IpAddr) -> String {
+    json(&Removal { removed_peer: virtual_ip })
+}
+
+/// Texts, keys and addresses are always written.
+fn json(message: &impl Serialize) -> String {
+    serde_json::to_string(message).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
+
+    fn member(name: &str, endpoint: Option<&str>) -> Member {
+        let text = serde_json::json!({ "display_name": name, "public_key": KEY }).to_string();
+        let client = parse_join(&text, endpoint.map(|address| address.parse().unwrap())).unwrap();
+        Member { virtual_ip: "10.64.0.1".parse().unwrap(), client }
+    }
+
+    #[test]
+    fn messages_are_those_of_the_original_and_endpoints_are_added_on_demand() {
+        let (shown, hidden) = (member("A", Some("192.0.2.7")), member("A", None));
+        let plain = format!(r#"{{"display_name":"A","public_key":"{KEY}","virtual_ip":"10.64.0.1"}}"#);
+        assert_eq!(announcement(&shown, Form::Plain), plain);
+        let with = |endpoint: &str| plain.replace('}', &format!(r#","endpoint":{endpoint}}}"#));
+        assert_eq!(announcement(&shown, Form::WithEndpoints), with(r#""192.0.2.7""#));
+        assert_eq!(announcement(&hidden, Form::WithEndpoints), with("null"));
+        let address = "10.64.0.2".parse().unwrap();
+        assert_eq!(answer(address, [].into_iter(), Form::Plain), r#"{"virtual_ip":"10.64.0.2","peers":[]}"#);
+        let peers = answer(address, [&shown].into_iter(), Form::Plain);
+        assert_eq!(peers, format!(r#"{{"virtual_ip":"10.64.0.2","peers":[{plain}]}}"#));
+        assert_eq!(removal(address), r#"{"removed_peer":"10.64.0.2"}"#);
+    }
+
+    #[test]
+    fn white_space_and_further_members_are_accepted_and_names_are_echoed_as_given() {
+        let text = format!(" {{\"x\": [1], \"public_key\" :\n\"{KEY}\", \"display_name\": \" \\u00e4\\\"\\n\" }} ");
+        assert_eq!(parse_join(&text, None).unwrap().display_name, " \u{e4}\"\n");
+        for name in ["", "%_'", &"\u{e4}".repeat(127)] {
+            assert_eq!(member(name, None).client.display_name, name);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_join_is_named_without_what_was_sent() {
+        let parsed = |text: &str| parse_join(text, None).unwrap_err().to_string();
+        let named =
+            |name: &str, key: &str| parsed(&serde_json::json!({ "display_name": name, "public_key": key }).to_string());
+        for text in [
+            "x",
+            "",
+            "secret",
+            "[1]",
+            "[\"secret\",\"\"]",
+            "\"secret\"",
+            "7",
+            "null",
+            "{\"secret\"",
+            "{}",
+            "{\"public_key\":\"secret\"}",
+        ] {
+            let error = parsed(text);
+            assert!(error.contains("JSON object") && !error.contains("secret"), "{text}: {error}");
+            assert!(error.len() <= 123, "a close frame has room for it: {error}");
+        }
+        assert!(parsed("{}").ends_with("missing field `display_name`"));
+        let null = format!(r#"{{"display_name":null,"public_key":"{KEY}"}}"#);
+        let number = format!(r#"{{"display_name":7,"public_key":"{KEY}"}}"#);
+        for text in [null, number, r#"{"display_name":"A","public_key":7}"#.into()] {
+            assert!(parsed(&text).contains("another type"), "{text}");
+        }
+        assert!(parsed(&"[".repeat(10_000)).contains("JSON"));
+        assert_eq!(named(&"a".repeat(256), KEY), "display_name has at most 255 bytes");
+        for key in ["", "PeerA-PublicKey", "AAAA", &KEY[..43], &format!("{KEY} "), &"A".repeat(43)] {
+            assert!(named("A", key).starts_with("public_key is not a"), "{key}");
+        }
+        assert!(named("A", &format!("{}=", "A".repeat(43))).contains("small order"));
+    }
+}

@@ -1,0 +1,249 @@
+//! All tenants, and the pool of networks that they have. It has no IO and no clock.
+//!
+//! A tenant has a network from its first member's join until its last member has left and no address of it is held. Where
+//! no network is free, the tenant without members gives up its own that has been without for the longest time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use wgkex_common::PublicKey;
+
+use crate::ipam::{Blocks, FreeList};
+use crate::tenants::id::TenantId;
+use crate::tenants::table::{JoinError, Joined, Member, Newcomer, SessionId, Tenant};
+
+/// Addresses that are held at most; more are free at once when their members leave.
+const HELD_MAX: usize = 100_000;
+
+/// All tenants.
+#[derive(Debug)]
+pub struct Tenants {
+    parts: Vec<Blocks>,
+    free: FreeList,
+    grace: Duration,
+    by_id: BTreeMap<TenantId, TenantNetwork>,
+    /// Those without members, with when the last one left.
+    empty: BTreeSet<(Instant, TenantId)>,
+    counts: Counts,
+    changes: Vec<Change>,
+}
+
+/// How many there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Tenants that have a network.
+    pub tenants: usize,
+    /// Their members.
+    pub members: usize,
+    /// Addresses that are held for members that left.
+    pub held: usize,
+}
+
+/// What a key has, from now on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// In this tenant.
+    pub tenant: TenantId,
+    /// The key.
+    pub key: PublicKey,
+    /// Its address, be it a member's or held; none if it has none.
+    pub address: Option<IpAddr>,
+}
+
+#[derive(Debug)]
+struct TenantNetwork {
+    number: u128,
+    table: Tenant,
+    /// Since when it has no member.
+    empty: Option<Instant>,
+}
+
+impl Tenants {
+    /// No tenant is there. `pool`: networks that do not overlap, each of which is cut into such of `length`; one that is no
+    /// larger than these is one of them as it is. `grace`: how long an address is held.
+    pub fn new(pool: &[IpNet], length: u8, grace: Duration) -> Self {
+        let parts = pool.iter().filter_map(|part| Blocks::new(*part, length.max(part.prefix_len())));
+        let parts: Vec<_> = parts.collect();
+        Self {
+            free: FreeList::of_blocks(&parts),
+            parts,
+            grace,
+            by_id: BTreeMap::new(),
+            empty: BTreeSet::new(),
+            counts: Counts::default(),
+            changes: Vec::new(),
+        }
+    }
+
+    /// How many there are.
+    pub fn counts(&self) -> Counts {
+        Counts { tenants: self.by_id.len(), ..self.counts }
+    }
+
+    /// How many tenants there may be at the same time.
+    pub fn networks(&self) -> u128 {
+        self.parts.iter().fold(0, |sum: u128, part| sum.saturating_add(part.size()))
+    }
+
+    /// The members of a tenant, in the order in which their sessions began.
+    pub fn members(&self, id: &TenantId) -> impl Iterator<Item = (SessionId, &Arc<Member>)> {
+        self.by_id.get(id).into_iter().flat_map(|tenant| tenant.table.members())
+    }
+
+    /// Takes in a client.
+    pub fn join(
+        &mut self,
+        id: &TenantId,
+        session: SessionId,
+        client: Newcomer,
+        now: Instant,
+    ) -> Result<Arc<Member>, JoinError> {
+        if !self.by_id.contains_key(id) {
+            let number = self.take_network()?;
+            self.open(id, number, now);
+        }
+        let tenant = self.by_id.get_mut(id).ok_or(JoinError::NoNetwork)?;
+        let held = tenant.table.held();
+        let Joined { member, dispossessed } = tenant.table.join(session, client)?;
+        self.counts.members += 1;
+        self.counts.held -= held - tenant.table.held();
+        if let Some(since) = tenant.empty.take() {
+            self.empty.remove(&(since, id.clone()));
+        }
+        if let Some(key) = dispossessed {
+            self.note(id, key, None);
+        }
+        self.note(id, member.client.public_key, Some(member.virtual_ip));
+        Ok(member)
+    }
+
+    /// A member leaves; none if it is none.
+    pub fn leave(&mut self, id: &TenantId, session: SessionId, now: Instant) -> Option<Arc<Member>> {
+        let is_held = !self.grace.is_zero() && self.counts.held < HELD_MAX;
+        let tenant = self.by_id.get_mut(id)?;
+        let member = tenant.table.leave(session, is_held.then_some(now))?;
+        let is_empty = tenant.table.is_empty();
+        if is_empty {
+            tenant.empty = Some(now);
+            self.empty.insert((now, id.clone()));
+        }
+        self.counts.members -= 1;
+        if is_held {
+            self.counts.held += 1;
+        } else {
+            self.note(id, member.client.public_key, None);
+            self.close_if_unused(id);
+        }
+        Some(member)
+    }
+
+    /// Frees the addresses that were held for the grace time, and the networks that nobody has any more.
+    pub fn expire(&mut self, now: Instant) {
+        let grace = self.grace;
+        let expired = self.by_id.iter_mut().filter_map(|(id, tenant)| {
+            let keys = tenant.table.expire(grace, now);
+            (!keys.is_empty()).then(|| (id.clone(), keys))
+        });
+        for (id, keys) in expired.collect::<Vec<_>>() {
+            self.counts.held -= keys.len();
+            for key in keys {
+                self.note(&id, key, None);
+            }
+            self.close_if_unused(&id);
+        }
+    }
+
+    /// Holds an address for a key, as before a restart; false if that cannot be.
+    pub fn restore(&mut self, id: &TenantId, key: PublicKey, address: IpAddr, now: Instant) -> bool {
+        let Some(number) = self.network_of(address).filter(|_| self.counts.held < HELD_MAX) else { return false };
+        if !self.by_id.contains_key(id) {
+            if !self.free.take_this(number) {
+                return false;
+            }
+            self.open(id, number, now);
+        }
+        let is_restored = self.by_id.get_mut(id).is_some_and(|tenant| tenant.table.restore(key, address, now));
+        self.counts.held += usize::from(is_restored);
+        self.close_if_unused(id);
+        is_restored
+    }
+
+    /// What changed since the last time, in its order.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// The address of each member and each held one, as they are to be restored.
+    pub fn addresses(&self) -> Vec<Change> {
+        let of_tenant = |(id, tenant): (&TenantId, &TenantNetwork)| {
+            let id = id.clone();
+            tenant.table.addresses().map(move |(key, address)| Change { tenant: id.clone(), key, address }).collect()
+        };
+        self.by_id.iter().flat_map(|tenant| -> Vec<Change> { of_tenant(tenant) }).collect()
+    }
+
+    fn open(&mut self, id: &TenantId, number: u128, now: Instant) {
+        let Some(network) = self.network(number) else { return };
+        self.by_id.insert(id.clone(), TenantNetwork { number, table: Tenant::new(network), empty: Some(now) });
+        self.empty.insert((now, id.clone()));
+    }
+
+    fn take_network(&mut self) -> Result<u128, JoinError> {
+        if let Some(number) = self.free.take() {
+            return Ok(number);
+        }
+        let (_, oldest) = self.empty.first().cloned().ok_or(JoinError::NoNetwork)?;
+        self.close(&oldest);
+        self.free.take().ok_or(JoinError::NoNetwork)
+    }
+
+    fn close_if_unused(&mut self, id: &TenantId) {
+        if self.by_id.get(id).is_some_and(|tenant| tenant.table.is_empty() && tenant.table.held() == 0) {
+            self.close(id);
+        }
+    }
+
+    fn close(&mut self, id: &TenantId) {
+        let Some(TenantNetwork { number, table, empty }) = self.by_id.remove(id) else { return };
+        if let Some(since) = empty {
+            self.empty.remove(&(since, id.clone()));
+        }
+        self.counts.held -= table.held();
+        for key in table.held_keys() {
+            self.note(id, key, None);
+        }
+        self.free.give_back(number);
+    }
+
+    fn note(&mut self, tenant: &TenantId, key: PublicKey, address: Option<IpAddr>) {
+        self.changes.push(Change { tenant: tenant.clone(), key, address });
+    }
+
+    fn network(&self, mut number: u128) -> Option<IpNet> {
+        for part in &self.parts {
+            if number < part.size() {
+                return part.network(number);
+            }
+            number -= part.size();
+        }
+        None
+    }
+
+    /// The number of the network that has this address.
+    fn network_of(&self, address: IpAddr) -> Option<u128> {
+        let mut before = 0;
+        for part in &self.parts {
+            if let Some(number) = part.number_of(address) {
+                return Some(before + number);
+            }
+            before += part.size();
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;

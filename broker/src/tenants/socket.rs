@@ -1,0 +1,222 @@
+//! One WebSocket, from its upgrade to its end: the first message is a join, then what the tenants' task has for the member is
+//! sent, and what the member sends is only a sign that it is alive.
+
+use std::cell::Cell;
+use std::future::pending;
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use actix_ws::{AggregatedMessage, AggregatedMessageStream, CloseReason, ProtocolError, Session};
+use bytestring::ByteString;
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use wgkex_common::http::connections::UpgradedConnection;
+
+use crate::tenants::Metrics;
+use crate::tenants::close::{CloseCause, JOIN_TIMEOUT};
+use crate::tenants::id::TenantId;
+use crate::tenants::message::{Form, answer, parse_join};
+use crate::tenants::service::{Leave, Membership, Outgoing, Seat, TenantsHandle};
+
+/// How often a member is pinged. One that has not answered by the next time is lost.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// How long there may be no room for a close frame.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The payload of pings whose answer is reported.
+const PROBE: &[u8] = b"probe";
+
+/// What the request for the WebSocket said.
+#[derive(Debug)]
+pub struct Client {
+    /// The tenant that the client wants to join.
+    pub tenant: TenantId,
+    /// The form of the messages that it gets.
+    pub form: Form,
+    /// Its address, if it is to be shown.
+    pub endpoint: Option<IpAddr>,
+}
+
+/// A WebSocket that was just opened.
+pub struct Socket {
+    /// Its sending half.
+    pub session: Session,
+    /// Its receiving half.
+    pub messages: AggregatedMessageStream,
+    /// The connection below.
+    pub connection: UpgradedConnection,
+    /// Who opened it.
+    pub client: Client,
+    /// What it is to be a member of.
+    pub tenants: TenantsHandle,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// Why a WebSocket ends.
+enum End {
+    /// The client closes it.
+    Client(Option<CloseReason>),
+    /// The connection is lost.
+    Lost,
+    /// The broker closes it.
+    Broker(CloseCause),
+}
+
+/// What is received while the member is there.
+#[derive(Default)]
+struct Pulse {
+    /// Something came since the last ping.
+    is_heard: Cell<bool>,
+}
+
+impl Socket {
+    /// Serves it to its end.
+    pub async fn run(mut self) {
+        self.metrics.sockets.inc();
+        let end = match self.join().await {
+            Ok(membership) => self.be_member(membership).await,
+            Err(end) => {
+                self.count_refused(&end);
+                end
+            }
+        };
+        self.metrics.sockets.dec();
+        self.close(end).await;
+    }
+
+    async fn join(&mut self) -> Result<Membership, End> {
+        let Self { session, messages, connection, client: Client { tenant, form, endpoint }, tenants, .. } = self;
+        let text = tokio::select! {
+            text = first_text(messages, session) => text?,
+            () = connection.too_large() => return Err(End::Broker(CloseCause::TooLarge)),
+            () = sleep(JOIN_TIMEOUT) => return Err(End::Broker(CloseCause::JoinTimeout)),
+            () = tenants.stopped() => return Err(End::Broker(CloseCause::Stopping)),
+        };
+        let client = parse_join(&text, *endpoint).map_err(|error| End::Broker(CloseCause::Join(error)))?;
+        tenants.join(tenant.clone(), client, *form).await.map_err(End::Broker)
+    }
+
+    async fn be_member(&mut self, membership: Membership) -> End {
+        let Membership { seat, mut queue, mut end } = membership;
+        let (pulse, is_answered) = (Pulse::default(), Cell::new(false));
+        let ended = tokio::select! {
+            cause = &mut end => End::Broker(cause.unwrap_or(CloseCause::Stopping)),
+            ended = read(&mut self.messages, self.session.clone(), &pulse, &seat) => ended,
+            ended = write(&mut queue, self.session.clone(), self.client.form, || {
+                is_answered.set(true);
+                self.connection.settle();
+            }) => ended,
+            ended = watch(self.session.clone(), &pulse) => ended,
+            () = self.connection.too_large() => End::Broker(CloseCause::TooLarge),
+        };
+        if !is_answered.get() {
+            self.count_refused(&ended);
+        }
+        seat.leave(ended.leave()).await;
+        ended
+    }
+
+    fn count_refused(&self, end: &End) {
+        if let End::Broker(cause) = end {
+            self.metrics.refused.with_label_values(&[cause.label()]).inc();
+        }
+    }
+
+    /// The connection ends when the client has closed, too, or soon after; at once where it does not take the close frame.
+    async fn close(self, end: End) {
+        let Self { session, connection, .. } = self;
+        let reason = match end {
+            End::Lost => return,
+            End::Client(reason) => reason.map(|CloseReason { code, .. }| CloseReason { code, description: None }),
+            End::Broker(cause) => match cause.reason() {
+                None => return connection.abort(),
+                reason => reason,
+            },
+        };
+        if timeout(CLOSE_TIMEOUT, session.close(reason)).await.is_err() {
+            connection.abort();
+        }
+    }
+}
+
+impl End {
+    fn leave(&self) -> Leave {
+        match self {
+            Self::Client(_) | Self::Lost => Leave::Closed,
+            Self::Broker(CloseCause::Silent) => Leave::Silent,
+            Self::Broker(_) => Leave::Refused,
+        }
+    }
+}
+
+/// The first message.
+async fn first_text(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<ByteString, End> {
+    loop {
+        match receive(messages, session).await? {
+            AggregatedMessage::Text(text) => return Ok(text),
+            AggregatedMessage::Binary(_) => return Err(End::Broker(CloseCause::Binary)),
+            AggregatedMessage::Ping(_) | AggregatedMessage::Pong(_) | AggregatedMessage::Close(_) => {}
+        }
+    }
+}
+
+/// Receives for ever what a member sends: nothing of it matters but that it comes.
+async fn read(messages: &mut AggregatedMessageStream, mut session: Session, pulse: &Pulse, seat: &Seat) -> End {
+    loop {
+        match receive(messages, &mut session).await {
+            Err(end) => return end,
+            Ok(AggregatedMessage::Pong(payload)) if payload == PROBE => seat.alive().await,
+            Ok(_) => {}
+        }
+        pulse.is_heard.set(true);
+    }
+}
+
+/// The next message; pings are answered.
+async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<AggregatedMessage, End> {
+    match messages.recv().await {
+        None => Err(End::Lost),
+        Some(Err(ProtocolError::Io(error))) if error.kind() != io::ErrorKind::InvalidData => Err(End::Lost),
+        Some(Err(error)) => Err(End::Broker(CloseCause::Protocol(error.to_string()))),
+        Some(Ok(AggregatedMessage::Close(reason))) => Err(End::Client(reason)),
+        Some(Ok(message)) => {
+            if let AggregatedMessage::Ping(payload) = &message {
+                session.pong(payload).await.map_err(|_| End::Lost)?;
+            }
+            Ok(message)
+        }
+    }
+}
+
+/// Sends what the tenants' task has for the member. `joined` is called with the answer.
+async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut session: Session, form: Form, joined: impl Fn()) -> End {
+    while let Some(outgoing) = queue.recv().await {
+        let sent = match outgoing {
+            Outgoing::Answer(virtual_ip, peers) => {
+                joined();
+                session.text(answer(virtual_ip, peers.iter().map(AsRef::as_ref), form)).await
+            }
+            Outgoing::Text(text) => session.text(text).await,
+            Outgoing::Probe => session.ping(PROBE).await,
+        };
+        if sent.is_err() {
+            return End::Lost;
+        }
+    }
+    // Why, says the other end.
+    pending().await
+}
+
+/// Returns when the member is lost.
+async fn watch(mut session: Session, pulse: &Pulse) -> End {
+    sleep(PING_INTERVAL).await;
+    loop {
+        pulse.is_heard.set(false);
+        let is_sent = timeout(PING_INTERVAL, session.ping(b"")).await.is_ok();
+        sleep(PING_INTERVAL).await;
+        if !is_sent || !pulse.is_heard.get() {
+            return End::Broker(CloseCause::Silent);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! One tenant's table: who is a member at which address, and which addresses are held for members that left. It has no IO
+//! and no clock.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use wgkex_common::PublicKey;
+
+use crate::ipam::{FreeList, Range};
+
+/// The number of a WebSocket since the start; no other has the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+/// What a client says of itself when it joins, and what was seen of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newcomer {
+    /// As it was given.
+    pub display_name: String,
+    /// Its key.
+    pub public_key: PublicKey,
+    /// The address that it connects from, if it wants that to be shown, and if that is known.
+    pub endpoint: Option<IpAddr>,
+}
+
+/// A member of a tenant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its address in the tenant's network.
+    pub virtual_ip: IpAddr,
+    /// What it said.
+    pub client: Newcomer,
+}
+
+/// Why a client cannot join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JoinError {
+    /// This session has the key.
+    KeyInUse(SessionId),
+    /// Members have all addresses.
+    NoAddress,
+    /// Tenants with members have all networks.
+    NoNetwork,
+}
+
+/// A new member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joined {
+    /// The member.
+    pub member: Arc<Member>,
+    /// The key whose held address it got.
+    pub dispossessed: Option<PublicKey>,
+}
+
+/// The members of a tenant, and the addresses of its network.
+#[derive(Debug)]
+pub struct Tenant {
+    range: Range,
+    /// Neither taken nor held.
+    free: FreeList,
+    members: BTreeMap<SessionId, Arc<Member>>,
+    sessions: HashMap<PublicKey, SessionId>,
+    held: HashMap<PublicKey, HeldAddress>,
+    /// The same, the one that is held for the longest time first.
+    oldest: BTreeSet<(HeldAddress, PublicKey)>,
+}
+
+/// An address that its last member may have back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct HeldAddress {
+    since: Instant,
+    number: u128,
+}
+
+impl Tenant {
+    /// All addresses of `network` are free.
+    pub fn new(network: IpNet) -> Self {
+        let range = Range::hosts(network);
+        Self {
+            range,
+            free: FreeList::of_range(range),
+            members: BTreeMap::new(),
+            sessions: HashMap::new(),
+            held: HashMap::new(),
+            oldest: BTreeSet::new(),
+        }
+    }
+
+    /// Its members, in the order in which their sessions began.
+    pub fn members(&self) -> impl Iterator<Item = (SessionId, &Arc<Member>)> {
+        self.members.iter().map(|(session, member)| (*session, member))
+    }
+
+    /// Whether it has no member.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// How many addresses are held.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Takes in a client. It gets the address that is held for its key, else the lowest free one, else the one that is held
+    /// for the longest time.
+    pub fn join(&mut self, session: SessionId, client: Newcomer) -> Result<Joined, JoinError> {
+        let key = client.public_key;
+        if let Some(holder) = self.sessions.get(&key) {
+            return Err(JoinError::KeyInUse(*holder));
+        }
+        let (number, dispossessed) = self.take_address(key).ok_or(JoinError::NoAddress)?;
+        let virtual_ip = self.range.address(number).ok_or(JoinError::NoAddress)?;
+        let member = Arc::new(Member { virtual_ip, client });
+        self.members.insert(session, member.clone());
+        self.sessions.insert(key, session);
+        Ok(Joined { member, dispossessed })
+    }
+
+    /// A member leaves; none if it is none. Its address is held from `since` on, or free at once.
+    pub fn leave(&mut self, session: SessionId, since: Option<Instant>) -> Option<Arc<Member>> {
+        let member = self.members.remove(&session)?;
+        self.sessions.remove(&member.client.public_key);
+        if let Some(number) = self.range.number(member.virtual_ip) {
+            match since {
+                Some(since) => self.hold(member.client.public_key, HeldAddress { since, number }),
+                None => self.free.give_back(number),
+            }
+        }
+        Some(member)
+    }
+
+    /// Holds an address for a key, as before a restart; false if that cannot be.
+    pub fn restore(&mut self, key: PublicKey, address: IpAddr, since: Instant) -> bool {
+        let number = self.range.number(address).filter(|_| !self.held.contains_key(&key));
+        let Some(number) = number.filter(|number| self.free.take_this(*number)) else { return false };
+        self.hold(key, HeldAddress { since, number });
+        true
+    }
+
+    /// Frees the addresses that were held for `grace`, and returns for which keys.
+    pub fn expire(&mut self, grace: Duration, now: Instant) -> Vec<PublicKey> {
+        let mut expired = Vec::new();
+        while let Some((HeldAddress { since, number }, key)) = self.oldest.first().copied() {
+            if now.saturating_duration_since(since) < grace {
+                break;
+            }
+            self.unhold(key);
+            self.free.give_back(number);
+            expired.push(key);
+        }
+        expired
+    }
+
+    /// The keys for which addresses are held.
+    pub fn held_keys(&self) -> impl Iterator<Item = PublicKey> {
+        self.oldest.iter().map(|(_, key)| *key)
+    }
+
+    /// Each key with its address, be it a member's or held.
+    pub fn addresses(&self) -> impl Iterator<Item = (PublicKey, Option<IpAddr>)> {
+        let members = self.members.values().map(|member| (member.client.public_key, Some(member.virtual_ip)));
+        members.chain(self.oldest.iter().map(|(held, key)| (*key, self.range.address(held.number))))
+    }
+
+    /// An address for a key, and the key that it was held for, if that is another one.
+    fn take_address(&mut self, key: PublicKey) -> Option<(u128, Option<PublicKey>)> {
+        if let Some(number) = self.unhold(key).or_else(|| self.free.take()) {
+            return Some((number, None));
+        }
+        let (oldest, other) = self.oldest.first().copied()?;
+        self.unhold(other);
+        Some((oldest.number, Some(other)))
+    }
+
+    fn hold(&mut self, key: PublicKey, held: HeldAddress) {
+        self.held.insert(key, held);
+        self.oldest.insert((held, key));
+    }
+
+    fn unhold(&mut self, key: PublicKey) -> Option<u128> {
+        let held = self.held.remove(&key)?;
+        self.oldest.remove(&(held, key));
+        Some(held.number)
+    }
+}

@@ -1,0 +1,112 @@
+//! Tenants, whose members find each other over WebSockets: `tenants`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::diagnostics::{Diagnostics, Path};
+use super::value::{File, FillTime, Flag, Pool, TenantLength};
+
+/// The longest prefix of a tenant's network: 14 members by IPv4 or IPv6.
+const LENGTH_MAX: [u8; 2] = [28, 124];
+/// The shortest one.
+const LENGTH_MIN: u8 = 8;
+
+/// What tenants get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TenantSettings {
+    /// Networks of one family that do not overlap.
+    pub pool: Vec<IpNet>,
+    /// The prefix length of the networks that they are cut into; one that is no larger than these is one of them.
+    pub tenant_length: u8,
+    /// How long an address is held for a member that left.
+    pub grace: Duration,
+    /// Where the hashes of tokens stand; without it none are needed.
+    pub tokens_file: Option<PathBuf>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawTenants {
+    pub enabled: Option<Flag>,
+    pub pool: Option<Pool>,
+    pub tenant_length: Option<TenantLength>,
+    pub grace: Option<FillTime>,
+    pub tokens_file: Option<File>,
+}
+
+impl RawTenants {
+    /// None unless they are enabled.
+    pub fn check(self, diagnostics: &mut Diagnostics) -> Option<TenantSettings> {
+        let pool = self.pool.map_or_else(default_pool, |pool| pool.0);
+        let settings = TenantSettings {
+            tenant_length: self.tenant_length.map_or(20, |length| length.0),
+            grace: self.grace.map_or(Duration::from_secs(60), |grace| grace.0),
+            tokens_file: self.tokens_file.map(|file| file.0.into()),
+            pool,
+        };
+        settings.check_pool(diagnostics);
+        settings.check_length(diagnostics);
+        self.enabled.is_some_and(|flag| flag.0).then_some(settings)
+    }
+}
+
+impl TenantSettings {
+    fn check_pool(&self, diagnostics: &mut Diagnostics) {
+        let path = Path::of("tenants.pool");
+        let mut wrong = |network: &IpNet, complaint: &str| {
+            diagnostics.invalid(&path, &Value::from(network.to_string()), complaint);
+        };
+        for (at, network) in self.pool.iter().enumerate() {
+            let overlaps = |other: &&IpNet| other.contains(network) || network.contains(*other);
+            if let Some(other) = self.pool[..at].iter().find(overlaps) {
+                wrong(network, &format!("must be apart from the others, such as {other}"));
+            }
+            if family(network) != family(&self.pool[0]) {
+                wrong(network, "must be of the family of the others, either IPv4 or IPv6");
+            }
+        }
+        if let Some(public) = self.pool.iter().find(|network| !is_private(network)) {
+            diagnostics
+                .warn(&path, &format!("has {public}, which is not private: members could not reach those who own it"));
+        }
+    }
+
+    fn check_length(&self, diagnostics: &mut Diagnostics) {
+        let Some(first) = self.pool.first() else { return };
+        let max = LENGTH_MAX[family(first)];
+        let path = Path::of("tenants.tenant_length");
+        if !(LENGTH_MIN..=max).contains(&self.tenant_length) {
+            let complaint = format!("must be a number from {LENGTH_MIN} to {max}");
+            diagnostics.invalid(&path, &Value::from(self.tenant_length), &complaint);
+        }
+        if let Some(small) = self.pool.iter().find(|network| network.prefix_len() > max) {
+            let complaint = format!("must be a network with a prefix length of at most {max}");
+            diagnostics.invalid(&Path::of("tenants.pool"), &Value::from(small.to_string()), &complaint);
+        }
+    }
+}
+
+fn default_pool() -> Vec<IpNet> {
+    IpNet::new([10, 64, 0, 0].into(), 10).into_iter().collect()
+}
+
+fn family(network: &IpNet) -> usize {
+    usize::from(matches!(network, IpNet::V6(_)))
+}
+
+/// Whether nobody on the internet has its addresses.
+fn is_private(network: &IpNet) -> bool {
+    let is_private = |address: IpAddr| match address {
+        IpAddr::V4(address) => {
+            let [first, second, ..] = address.octets();
+            address.is_private() || (first, second & 0xc0) == (100, 64)
+        }
+        IpAddr::V6(address) => address.is_unique_local(),
+    };
+    is_private(network.network()) && is_private(network.broadcast())
+}
