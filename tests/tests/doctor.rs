@@ -145,13 +145,22 @@ fn each_fault_of_another_mqtt_server_is_named() {
 
 #[test]
 fn a_server_with_tls_is_not_taken_for_one_without() {
-    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains(["ffx_a.b"]));
     issue(&stack, None);
     let dir = stack.dir().display().to_string();
     stack.plan.mosquitto = format!("certfile {dir}/cert.pem\nkeyfile {dir}/key.pem");
     stack.start_mosquitto();
     let trouble = format!("fail MQTT: {}: the server speaks TLS on this port", stack.mqtt);
     names(&stack, &trouble, "set mqtt.tls to true");
+
+    // Nor for one that takes no dot in a name.
+    stack.start_broker();
+    let line = stack.broker().wait_for_log("MQTT not connected");
+    assert!(line.contains("the server speaks TLS on this port: set mqtt.tls to true"), "{line}");
+    let attempts = |stack: &mut Stack| stack.mosquitto().log().matches("OpenSSL Error").count();
+    let before = attempts(&mut stack);
+    wait_until("it has tried again and again", || (attempts(&mut stack) > before + 7).then_some(()));
+    assert!(!stack.broker().log().contains("NATS"), "{}", stack.broker().log());
 }
 
 #[test]
