@@ -5,7 +5,7 @@
 machine=wgkex-test-$$
 gateway=gw01.example.org
 units=(wgkex-broker wgkex-worker)
-debian_packages=systemd,systemd-sysv,iproute2,wireguard-go,man-db,curl,batctl
+debian_packages=systemd,systemd-sysv,iproute2,wireguard-go,wireguard-tools,man-db,curl,batctl
 
 make_debian() {
     [[ ! -e $work/base || $(cat "$work/base.packages") != "$debian_packages" ]] || return 0

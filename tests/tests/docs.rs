@@ -15,10 +15,31 @@ use wgkex_tests::process::{binary, hash};
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
 /// Commands that are run in another form: by which file, and the text in it that does so.
-const OTHERWISE: [(&str, &str, &str); 5] = [
+const OTHERWISE: [(&str, &str, &str); 10] = [
+    ("systemctl restart wgkex-broker", "tests/packages", "inside systemctl restart wgkex-broker"),
+    (
+        "python3 -m websockets ws://127.0.0.1:5000/tenants/3daf1997-d6eb-41ba-898f-ebc275da1f98",
+        "tests/tests/tenants/with_websockets.py",
+        "websockets.connect(",
+    ),
     ("deploy/demo", "tests/tests/docs.rs", "\"-c\", \"deploy/demo --once\""),
     ("tests/run", ".ci/run", "tests/run"),
     ("wgkex-broker mqtt-acl > /etc/mosquitto/acl", "tests/tests/gateway/examples.rs", "{} mqtt-acl"),
+    (
+        "wgkex-broker server add s1 --network 192.168.2.0/24 --endpoint gw01.example.org --key KEY",
+        "tests/tests/registry/commands.rs",
+        "\"add\",\n        \"s1\"",
+    ),
+    (
+        "wgkex-broker client add laptop --server s1 --key KEY",
+        "tests/tests/registry/commands.rs",
+        "[\"client\", \"add\", \"c1\", \"--server\", \"s1\", \"--key\"",
+    ),
+    (
+        "wgkex-broker client show laptop --server s1 --wg-quick",
+        "tests/tests/registry/commands.rs",
+        "[\"--wg-quick\"",
+    ),
     // It asks for a password.
     (
         "mosquitto_passwd -c /etc/mosquitto/passwords wgkex-broker",
@@ -134,7 +155,7 @@ fn every_config_in_the_documents_is_valid() {
     for block in blocks {
         let domains =
             if block.text.contains("domains:") { "" } else { "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n" };
-        fs::write(&file, format!("{domains}{}", block.text.replace("$argon2id$...", &hash))).unwrap();
+        fs::write(&file, format!("{domains}{}", block.text.replace("$argon2id$...", &hash).replace("password: \"...\"", "password: \"secret\""))).unwrap();
         for program in ["wgkex-broker", "wgkex-worker"] {
             let output =
                 Command::new(binary(program)).args(["--config"]).arg(&file).arg("check-config").output().unwrap();
