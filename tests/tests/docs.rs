@@ -35,11 +35,7 @@ const OTHERWISE: [(&str, &str, &str); 10] = [
         "tests/tests/registry/commands.rs",
         "[\"client\", \"add\", \"c1\", \"--server\", \"s1\", \"--key\"",
     ),
-    (
-        "wgkex-broker client show laptop --server s1 --wg-quick",
-        "tests/tests/registry/commands.rs",
-        "[\"--wg-quick\"",
-    ),
+    ("wgkex-broker client show laptop --server s1 --wg-quick", "tests/tests/registry/commands.rs", "[\"--wg-quick\""),
     // It asks for a password.
     (
         "mosquitto_passwd -c /etc/mosquitto/passwords wgkex-broker",
@@ -155,7 +151,14 @@ fn every_config_in_the_documents_is_valid() {
     for block in blocks {
         let domains =
             if block.text.contains("domains:") { "" } else { "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n" };
-        fs::write(&file, format!("{domains}{}", block.text.replace("$argon2id$...", &hash).replace("password: \"...\"", "password: \"secret\""))).unwrap();
+        fs::write(
+            &file,
+            format!(
+                "{domains}{}",
+                block.text.replace("$argon2id$...", &hash).replace("password: \"...\"", "password: \"secret\"")
+            ),
+        )
+        .unwrap();
         for program in ["wgkex-broker", "wgkex-worker"] {
             let output =
                 Command::new(binary(program)).args(["--config"]).arg(&file).arg("check-config").output().unwrap();
