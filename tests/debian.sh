@@ -1,6 +1,7 @@
-# shellcheck shell=bash disable=SC2154 # $work, $packages and $root are those of the scripts that source it
+# shellcheck shell=bash disable=SC2154 # $work, $packages, $root and $copy are those of the scripts that source it
 # A Debian 12 whose systemd runs the units, in systemd-nspawn, with its own network, and documents whose commands are run in
-# it. For tests/packages and tests/first-router, which set $work, the directory of what is kept, and call end when they end.
+# it. For tests/packages and tests/first-router, which set $work, the directory of what is kept, and call end when they end;
+# it removes $copy.
 
 machine=wgkex-test-$$
 gateway=gw01.example.org
@@ -151,7 +152,7 @@ end() {
         kill -KILL "$nspawn" ${first:+"$first"}
         wait "$nspawn"
     fi 2>/dev/null
-    [[ ! ${root-} ]] || rm -rf "$root"
+    [[ ! ${copy-} ]] || rm -rf "$copy"
     exit "$status"
 }
 

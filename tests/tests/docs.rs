@@ -69,7 +69,9 @@ fn read(file: &str) -> String {
 fn documents() -> Vec<String> {
     let docs = fs::read_dir(root().join("deploy/docs")).unwrap();
     let docs = docs.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let docs = docs.filter(|name| name.ends_with(".md")).map(|name| format!("deploy/docs/{name}"));
+    let docs = docs
+        .filter(|name| Path::new(name).extension().is_some_and(|extension| extension == "md"))
+        .map(|name| format!("deploy/docs/{name}"));
     docs.chain(["README.md".into()]).collect()
 }
 
@@ -79,7 +81,7 @@ fn blocks(document: &str) -> Vec<Block> {
     for line in read(document).lines() {
         match (open, line.strip_prefix("```")) {
             (true, Some(_)) => open = false,
-            (true, None) => blocks.last_mut().unwrap().text += &format!("{line}\n"),
+            (true, None) => blocks.last_mut().unwrap().text.extend([line, "\n"]),
             (false, Some(language)) => {
                 open = true;
                 let same = |block: &&Block| block.section == section && block.language == language;
