@@ -40,6 +40,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     let is_problem = |key: &str| running.iter().any(|running| running.lists_damaged.iter().any(|list| list == key));
     let lists: Vec<_> = facts.lists.iter().filter(|list| !is_problem(list.key)).cloned().collect();
     findings.extend(files::lists(Program::Broker, &facts.state.user, &lists, running.as_ref()));
+    findings.extend(facts.tokens.iter().map(listeners::tokens));
     findings.extend(facts.files.map(open_files));
     findings.push(clock::clock(Program::Broker, &facts.clock));
     findings
