@@ -42,6 +42,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     let is_new = |list: &&ListFacts| list.damage.is_some() || !is_problem(list.key);
     let lists: Vec<_> = facts.lists.iter().filter(is_new).cloned().collect();
     findings.extend(files::lists(Program::Broker, &facts.state.user, &lists, running.as_ref()));
+    findings.extend(facts.tokens.iter().map(listeners::tokens));
     findings.extend(facts.files.map(open_files));
     findings.push(clock::clock(Program::Broker, &facts.clock));
     findings

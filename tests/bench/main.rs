@@ -20,6 +20,7 @@ mod post;
 mod rebuild;
 mod storm;
 mod table;
+mod tenants;
 
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
@@ -44,7 +45,7 @@ struct Row {
 const BOTH: &[Place] = &[Place::Native, Place::Vm];
 
 /// The storm comes last in the virtual machine: its kernels' end disturbs whatever follows.
-const ROWS: [Row; 10] = [
+const ROWS: [Row; 11] = [
     row("post", "a POST until its key is in the kernel", ("peers there", 20_000), BOTH, post::measure),
     row("bound", "a POST where no more peers may be", ("peers without a handshake", 30_000), BOTH, bound::measure),
     row("bulk", "many keys through MQTT into the kernel", ("keys", 20_000), BOTH, bulk::measure),
@@ -53,6 +54,7 @@ const ROWS: [Row; 10] = [
     row("rebuild", "a gateway that lost all its peers", ("keys", 20_000), BOTH, rebuild::measure),
     row("memory", "memory per live key and per peer", ("peers", 20_000), &[Place::Native], memory::measure),
     row("leases", "clients that get an address", ("leases there", 100_000), &[Place::Native], leases::measure),
+    row("tenants", "joins of tenants, and memory per member", ("members", 5_000), &[Place::Native], tenants::measure),
     row("fleet", "50 workers, 5 brokers, one Mosquitto", ("keys", 1_000_000), &[Place::Native], fleet::measure),
     row("storm", "thousands of routers in 10 s, 4 gateways", ("routers", 3_300), BOTH, storm::measure),
 ];

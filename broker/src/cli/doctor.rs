@@ -28,6 +28,7 @@ use crate::cli::status::ask;
 use crate::doctor::facts::{BusFacts, CertificateFacts, EmbeddedFacts, Facts, PortFacts};
 use crate::doctor::findings;
 use crate::http::status::Status;
+use crate::tenants::tokens;
 use crate::tls;
 
 /// How long the running broker may take to answer.
@@ -70,6 +71,7 @@ impl Doctor {
             mqtt,
             state: StateFacts::of(&config.state_dir, "broker.sqlite", user.as_ref()),
             lists: ListFacts::of(&config.key_lists, user.as_ref()),
+            tokens: config.tenants.as_ref().and_then(|tenants| tenants.tokens_file.as_deref()).map(tokens::count),
             files: pid.and_then(files),
             clock: ClockFacts { server: None, is_synchronised: is_synchronised() },
             running,

@@ -33,6 +33,8 @@ pub struct Facts {
     pub state: StateFacts,
     /// The files and directories of the access lists, by their keys in the config.
     pub lists: Vec<ListFacts>,
+    /// How many tokens of tenants there are, or why their file cannot be used; none if the config names none.
+    pub tokens: Option<Result<usize, String>>,
     /// How many files the running broker may open, if that is known.
     pub files: Option<usize>,
     /// The clock.

@@ -74,6 +74,18 @@ pub(super) fn certificate(facts: &CertificateFacts) -> Finding {
     }
 }
 
+/// Whether the tokens of tenants can be used.
+pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
+    let key = "tenants.tokens_file";
+    match tokens {
+        Ok(0) => Finding::warn(key, "has no token: nobody can join a tenant", "wgkex-broker tenant-token ID makes one"),
+        Ok(count) => Finding::ok(key, format!("has {count} tokens")),
+        Err(problem) => {
+            Finding::fail(key, problem.clone(), "mend it; the running broker goes on with what it read before")
+        }
+    }
+}
+
 /// Who may connect to the MQTT server inside the broker.
 pub(super) fn embedded(facts: &EmbeddedFacts) -> Finding {
     let key = "mqtt_listen";

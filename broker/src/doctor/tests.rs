@@ -45,6 +45,7 @@ fn stopped() -> Facts {
         }),
         state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: Access::Granted, holder: Ok(None) },
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
+        tokens: Some(Ok(3)),
         files: None,
         clock: ClockFacts { server: None, is_synchronised: Some(true) },
     }
@@ -227,6 +228,8 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             (Level::Fail, |facts| facts.certificates[0].validity = Ok(Validity::NotYet), "not valid yet", "clock"),
             (Level::Fail, |facts| facts.certificates[0].validity = Err("no PEM".into()), "no PEM", "cert_file"),
             (Level::Fail, |facts| facts.certificates[0].denied = Some("mode 600".into()), "mode 600", "chmod"),
+            (Level::Fail, |facts| facts.tokens = Some(Err("line 3".into())), "tenants.tokens_file: line 3", "mend it"),
+            (Level::Warn, |facts| facts.tokens = Some(Ok(0)), "tenants.tokens_file: has no token", "tenant-token"),
         ],
     );
     each_is_found(

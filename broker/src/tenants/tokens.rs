@@ -92,6 +92,11 @@ impl Tokens {
     }
 }
 
+/// How many tokens `file` has, or why it cannot be used.
+pub fn count(file: &Path) -> Result<usize, String> {
+    read(file).map(|hashes| hashes.len()).map_err(|error| error.problem)
+}
+
 /// The SHA-256 of a token.
 pub fn hash(token: &str) -> Hash {
     Sha256::digest(token.as_bytes()).into()

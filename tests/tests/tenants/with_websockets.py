@@ -27,7 +27,7 @@ def key():
 
 
 def connect(tenant, **more):
-    return websockets.connect(f"{URL}/tenants/{tenant}", open_timeout=LIMIT, close_timeout=LIMIT, max_size=None, **more)
+    return websockets.connect(f"{URL}/tenants/{tenant}", open_timeout=LIMIT, close_timeout=LIMIT, max_size=None, max_queue=None, **more)
 
 
 async def receive(ws, limit=LIMIT):
