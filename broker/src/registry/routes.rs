@@ -319,9 +319,12 @@ impl Rejection {
                 Refusal::KeyTaken => Some("public_key"),
                 Refusal::NetworkTaken | Refusal::NetworkChanged => Some("network_address"),
             },
-            Self::Unauthorized | Self::Body(_) | Self::Slow | Self::TooLarge | Self::Call(CallError::Database(_)) => {
-                None
-            }
+            Self::Unauthorized
+            | Self::Body(_)
+            | Self::Busy
+            | Self::Slow
+            | Self::TooLarge
+            | Self::Call(CallError::Database(_)) => None,
         }
     }
 
