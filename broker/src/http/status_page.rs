@@ -1,4 +1,4 @@
-//! The status page: what is wrong, one table of gateways and two of counts, no key, no script, nothing from elsewhere.
+//! The status page: what is wrong, tables of gateways and of counts, no key, no tenant, no script, nothing from elsewhere.
 
 use maud::{DOCTYPE, Markup, html};
 use strum::VariantNames as _;
