@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -110,6 +110,13 @@ impl Process {
     #[must_use]
     pub fn wait(&mut self) -> ExitStatus {
         wait_until(&format!("{} ends", self.name), || self.child.try_wait().expect("wait for a child"))
+    }
+
+    /// Waits for the end of the program, and not for that of what it may run below.
+    pub fn wait_for_program(&mut self) {
+        wait_until(&format!("the program of {} ends", self.name), || {
+            (!self.is_running() || !Path::new(&format!("/proc/{}", self.pid)).exists()).then_some(())
+        });
     }
 
     /// Sends `signal` and waits for its end.

@@ -121,8 +121,10 @@ const SPARE: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
 /// Ends a program as an init system does, and checks that it obeys in time and is content.
 fn end(process: &mut Process, signal: Signal) {
     let begun = Instant::now();
-    let status = process.end_by(signal);
+    process.signal(signal);
+    process.wait_for_program();
     let took = begun.elapsed();
+    let status = process.wait();
     assert!(status.success(), "{signal}: {status}");
     assert!(took < END, "{signal}: ended after {took:?}");
 }
