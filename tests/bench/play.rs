@@ -187,7 +187,7 @@ async fn workers(file: &str, wanted: u32, delays: Delays, first: u16, names: &[&
         counts.push(kernel.count());
         let no_servers = || Err(std::io::Error::other("a gateway without servers"));
         tokio::spawn(async move {
-            wgkex_worker::run(config, kernel, no_servers, pending()).await.expect("a worker that runs")
+            wgkex_worker::run(config, kernel, no_servers, pending()).await.expect("a worker that runs");
         });
     }
     let least = |counts: &[Arc<AtomicU32>]| counts.iter().map(|count| count.load(Ordering::Relaxed)).min();

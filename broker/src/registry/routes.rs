@@ -91,7 +91,8 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
                 registry.answer(operation, &request, body).await
             };
             let allow = if operation.is_read() { "GET, HEAD, POST, OPTIONS" } else { "POST, OPTIONS" };
-            let mut resource = web::resource(path).default_service(web::to(move |method| not_allowed(method, allow)));
+            let mut resource = web::resource(path)
+                .default_service(web::to(move |method: Method| async move { not_allowed(&method, allow) }));
             resource = resource.route(web::post().to(handler));
             if operation.is_read() {
                 resource = resource.route(web::get().to(handler)).route(web::head().to(handler));
@@ -102,10 +103,11 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
 }
 
 /// The answer to a method that a route does not have.
-async fn not_allowed(method: Method, allow: &'static str) -> HttpResponse {
-    let mut response = match method {
-        Method::OPTIONS => HttpResponse::Ok().finish(),
-        _ => error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here", None),
+fn not_allowed(method: &Method, allow: &'static str) -> HttpResponse {
+    let mut response = if *method == Method::OPTIONS {
+        HttpResponse::Ok().finish()
+    } else {
+        error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here", None)
     };
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
     response
