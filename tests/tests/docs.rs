@@ -153,20 +153,26 @@ fn every_config_in_the_documents_is_valid() {
     for block in blocks {
         let domains =
             if block.text.contains("domains:") { "" } else { "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n" };
-        fs::write(
-            &file,
-            format!(
-                "{domains}{}",
-                block.text.replace("$argon2id$...", &hash).replace("password: \"...\"", "password: \"secret\"")
-            ),
-        )
-        .unwrap();
+        let text = block.text.replace("$argon2id$...", &hash).replace("password: \"...\"", "password: \"secret\"");
+        fs::write(&file, format!("{domains}{}", with_files(&text, dir.path()))).unwrap();
         for program in ["wgkex-broker", "wgkex-worker"] {
             let output =
                 Command::new(binary(program)).args(["--config"]).arg(&file).arg("check-config").output().unwrap();
             assert!(output.status.success(), "{}: {program}: {output:?}", block.place());
         }
     }
+}
+
+/// The config with the files that it names in `dir`, where they are.
+fn with_files(text: &str, dir: &Path) -> String {
+    let words = text.split(|next: char| next.is_whitespace() || ",{}\"".contains(next));
+    let files: BTreeSet<_> =
+        words.filter(|word| word.starts_with('/') && Path::new(word).extension().is_some()).collect();
+    files.iter().enumerate().fold(text.to_owned(), |text, (number, named)| {
+        let file = dir.join(number.to_string());
+        fs::write(&file, "secret\n").unwrap();
+        text.replace(named, &file.display().to_string())
+    })
 }
 
 #[test]

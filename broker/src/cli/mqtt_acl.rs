@@ -80,7 +80,7 @@ fn emqx<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
 mod tests {
     use super::*;
 
-    /// As it was printed when the rules were a table of their own.
+    /// As it was printed when the rules were a table of their own, and those of leases.
     const MOSQUITTO: &str = "\
 # Made by wgkex-broker mqtt-acl. For mosquitto.conf: acl_file FILE
 
@@ -104,6 +104,8 @@ topic read wgkex/broker/+/hello
 topic read wgkex/worker/gw1/pages
 topic read wgkex/worker/gw1/hello
 topic read wgkex/worker/gw1/echo
+topic read wgkex/worker/gw1/servers
+topic read wgkex/worker/gw1/leases
 topic read wireguard-metrics/+/gw1/connected_peers
 topic read wgkex/revocations
 
@@ -115,6 +117,7 @@ topic write wgkex/broker/+/questions
 topic write wgkex/broker/+/pages
 topic write wgkex/broker/+/echo
 topic write wgkex/worker/+/pages
+topic write wgkex/worker/+/leases
 topic write wgkex/revocations
 topic write parker/wireguard/+
 topic write parker/wireguard-broker/+/status

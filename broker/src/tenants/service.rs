@@ -191,6 +191,7 @@ impl TenantService {
             }
             self.keep_changes();
         }
+        self.keep_changes();
         self.stop();
     }
 

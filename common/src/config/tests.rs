@@ -567,6 +567,8 @@ fn the_example_documents_every_key_with_its_default() {
     let mut config = parse(&everything).unwrap();
     assert_eq!(config.workers, BTreeMap::from([("gw01.example.org".parse().unwrap(), GatewayShare { weight: 1.0 })]));
     config.workers.clear();
+    assert_eq!(config.servers, parse(&format!("{LEAST}servers: {{s1: {{network: 192.168.2.0/24}}}}")).unwrap().servers);
+    config.servers.clear();
     let users = &mut config.mqtt_listen.as_mut().unwrap().users;
     assert_eq!(users.remove("gw01.example.org").unwrap().role, Role::Worker);
     assert!(std::mem::take(&mut config.is_setup_named));
@@ -576,6 +578,7 @@ fn the_example_documents_every_key_with_its_default() {
     for path in keys::paths() {
         let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
             (raw::ANY, "workers" | "mqtt_listen") => "gw01.example.org".to_owned(),
+            (raw::ANY, "servers") => "s1".to_owned(),
             (raw::ANY, _) => "ffmuc_welt".to_owned(),
             _ => step.clone(),
         };

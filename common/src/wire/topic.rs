@@ -362,6 +362,9 @@ mod tests {
             (Topic::WorkerEcho { worker: worker.clone() }, "wgkex/worker/gw04.in.ffmuc.net/echo"),
             (Topic::BrokerEcho { broker: broker() }, "wgkex/broker/broker1/echo"),
             (Topic::Revoked { worker }, "wgkex/worker/gw04.in.ffmuc.net/revoked"),
+            (Topic::WorkerServers { worker: worker() }, "wgkex/worker/gw04.in.ffmuc.net/servers"),
+            (Topic::LeaseRequests { worker: worker() }, "wgkex/worker/gw04.in.ffmuc.net/lease-requests"),
+            (Topic::WorkerLeases { worker: worker() }, "wgkex/worker/gw04.in.ffmuc.net/leases"),
             (Topic::Revocations, "wgkex/revocations"),
             (Topic::BrokerHello { broker: broker() }, "wgkex/broker/broker1/hello"),
             (Topic::BrokerRequests { broker: broker() }, "wgkex/broker/broker1/questions"),
@@ -393,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_retained_message_is_received_only_on_the_topics_of_states() {
-        let states = ["connected_peers", "status", "data", "hello"];
+        let states = ["connected_peers", "status", "data", "hello", "servers"];
         for (topic, text) in table() {
             let is_state = states.contains(&topic.last_level());
             assert_eq!(Topic::received(text, true), is_state.then(|| topic.clone()), "{text}");
