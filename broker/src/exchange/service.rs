@@ -184,7 +184,9 @@ impl Exchange {
             return Ok(());
         }
         let (published, request) = self.publish(id, status, deadlines).await?;
-        let online = self.gateways().online(&id.domain);
+        let Some(online) = self.online(&id.domain) else {
+            return Err(ended(request, status, Rejection::NotConfirmed));
+        };
         if online.is_empty() {
             return self.unserved(id);
         }
@@ -206,6 +208,13 @@ impl Exchange {
         }
         let rejection = request.confirmations().rejection(&self.gateways().online(&id.domain));
         Err(ended(request, status, rejection))
+    }
+
+    /// The gateways of a domain that are online. None while the retained states are incomplete, as after a reconnect: a gateway of
+    /// ours whose hello is still to come would count as an original, of which no confirmation is waited for.
+    fn online(&self, domain: &Domain) -> Option<Online> {
+        let gateways = self.gateways();
+        gateways.is_synced().then(|| gateways.online(domain))
     }
 
     /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish nothing of themselves: where
@@ -304,11 +313,15 @@ impl Exchange {
         is_any_draining.then(|| self.live().home(id, Instant::now().into_std()).cloned()).flatten()
     }
 
-    /// The best gateway of those that are `eligible`. The router counts as its peer from here on, so that requests at the
-    /// same time spread; if the request fails, the gateway's own next count corrects that.
+    /// The best gateway of those that are `eligible`, none while the retained states are incomplete. The router counts as its
+    /// peer from here on, so that requests at the same time spread; if the request fails, the gateway's own next count
+    /// corrects that.
     fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
         let home = self.home(id);
         let mut gateways = self.gateways();
+        if !gateways.is_synced() {
+            return None;
+        }
         let selection = gateways.select(router(id, home.as_ref()), eligible)?;
         gateways.on_assigned(&selection.worker, &id.domain);
         Some(selection)
