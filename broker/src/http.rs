@@ -17,6 +17,7 @@ pub mod status;
 mod status_page;
 
 use std::collections::BTreeSet;
+use std::iter::once;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread::available_parallelism;
@@ -160,18 +161,19 @@ async fn healthz(_: Data<App>) -> HttpResponse {
 }
 
 async fn readyz(app: Data<App>) -> HttpResponse {
-    let (status, text) = match app.unready() {
+    let (status, mut lines) = match app.unready() {
         None => {
             let unserved = app.exchange.gateways().unserved();
             let lists = status::list_problems(&app.exchange.lists.borrow());
             let unread = lists.into_iter().filter(|problem| problem.kind == ProblemKind::AllowListUnread);
-            let problems = unread.chain(app.names_in_use(Instant::now()));
-            let lines = unserved.iter().map(ToString::to_string).chain(problems.map(|problem| problem.text));
-            (StatusCode::OK, lines.fold("ready\n".to_owned(), |text, line| format!("{text}{line}\n")))
+            let lines = unserved.iter().map(ToString::to_string).chain(unread.map(|problem| problem.text));
+            (StatusCode::OK, once("ready".to_owned()).chain(lines).collect::<Vec<_>>())
         }
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, vec![reason]),
     };
-    HttpResponse::build(status).content_type(ContentType::plaintext()).body(text)
+    // Whose client id is in use elsewhere is ready at one moment and not at the next.
+    lines.extend(app.names_in_use(Instant::now()).into_iter().map(|problem| problem.text));
+    HttpResponse::build(status).content_type(ContentType::plaintext()).body(lines.join("\n") + "\n")
 }
 
 async fn scrape(app: Data<App>) -> HttpResponse {
@@ -196,10 +198,15 @@ async fn scrape(app: Data<App>) -> HttpResponse {
 /// A refusal as routers and operators get it.
 pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
     let mut response = refusal(status, message);
-    if status == StatusCode::SERVICE_UNAVAILABLE {
+    retry_later(&mut response);
+    response
+}
+
+/// A 503 has the time after which to try again.
+pub(crate) fn retry_later(response: &mut HttpResponse) {
+    if response.status() == StatusCode::SERVICE_UNAVAILABLE {
         response.headers_mut().insert(RETRY_AFTER, RETRY_SECONDS.into());
     }
-    response
 }
 
 /// The route as a label, from a fixed set.

@@ -268,7 +268,7 @@ fn a_client_id_that_two_programs_use_at_the_brokers_server_is_a_problem_and_a_me
 fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
     let worker_listen = [free_address(), free_address()];
     let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
-    let stack = Stack::start(plan(&worker_listen[0]));
+    let mut stack = Stack::start(plan(&worker_listen[0]));
     let mut other = Stack::prepare(plan(&worker_listen[1]));
     other.mqtt = stack.mqtt;
     other.write_config();
@@ -291,6 +291,19 @@ fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
         in_use(server, "wgkex_worker_mqtt_name_in_use");
         let status = Http::connect(server).get("/status.json").json();
         assert!(names_problem(&status, "another program may use this worker's name"), "{status}");
+    }
+    let _ = stack.mosquitto().end_by(Signal::SIGKILL);
+    for (server, text) in [
+        (stack.http, "another program may use the MQTT client ids of this broker"),
+        (other.http, "another program may use the MQTT client ids of this broker"),
+        (worker_listen[0], "another program may use this worker's name"),
+        (worker_listen[1], "another program may use this worker's name"),
+    ] {
+        let ready = wait_until("it is not ready", || {
+            let ready = Http::connect(server).get("/readyz");
+            (ready.status == 503).then_some(ready)
+        });
+        assert!(ready.body.contains(text), "{}", ready.body);
     }
 }
 

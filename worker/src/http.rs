@@ -115,11 +115,14 @@ async fn healthz() -> HttpResponse {
 
 /// Ready if keys arrive and every domain can be used; else each reason is a line.
 async fn readyz(state: Data<HttpState>) -> HttpResponse {
-    match state.unready() {
-        None if state.is_name_in_use() => HttpResponse::Ok().body(format!("ready\n{NAME_IN_USE}\n")),
-        None => HttpResponse::Ok().body("ready\n"),
-        Some(reasons) => HttpResponse::ServiceUnavailable().body(reasons),
+    let (mut answer, mut text) = match state.unready() {
+        None => (HttpResponse::Ok(), "ready\n".to_owned()),
+        Some(reasons) => (HttpResponse::ServiceUnavailable(), reasons),
+    };
+    if state.is_name_in_use() {
+        text = text + NAME_IN_USE + "\n";
     }
+    answer.body(text)
 }
 
 impl HttpState {

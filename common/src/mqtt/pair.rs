@@ -102,6 +102,8 @@ pub(super) enum Joining {
 #[derive(Debug)]
 pub(super) struct Guest {
     pub filters: Vec<Filter>,
+    /// Another program may use its name.
+    pub is_name_suspect: bool,
     events: mpsc::Sender<Event>,
 }
 
@@ -135,9 +137,9 @@ impl Pair {
 }
 
 impl Guest {
-    pub(super) fn new(filters: Vec<Filter>) -> (Self, mpsc::Receiver<Event>) {
+    pub(super) fn new(filters: Vec<Filter>, is_name_suspect: bool) -> (Self, mpsc::Receiver<Event>) {
         let (events, received) = mpsc::channel(MAX_EVENTS);
-        (Self { filters, events }, received)
+        (Self { filters, is_name_suspect, events }, received)
     }
 
     /// Whether a message is for one of its filters.

@@ -29,6 +29,8 @@ pub(super) struct Reconnect {
     since: Option<Instant>,
     /// Connections in a row that the server closed soon after they stood.
     thrown_out: u32,
+    /// Connections in a row that the server closed within the time in which another program of the same name comes back.
+    disputed: u32,
     /// Connections in a row that the server closed before it had granted every subscription.
     closed_early: u32,
     /// Another program may use this client id.
@@ -37,7 +39,7 @@ pub(super) struct Reconnect {
 
 impl Default for Reconnect {
     fn default() -> Self {
-        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, closed_early: 0, is_name_suspect: false }
+        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, disputed: 0, closed_early: 0, is_name_suspect: false }
     }
 }
 
@@ -51,14 +53,20 @@ impl Reconnect {
     pub(super) fn lost(&mut self, error: &ConnectionError, was_up: bool) -> bool {
         // MQTT 3.1.1 has no way to refuse a name: the server closes the connection.
         self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
-        self.count_thrown_out(error);
-        self.is_name_suspect |= self.thrown_out >= THROWN_OUT;
+        self.thrown_out = self.closed_within(STABLE_AFTER, self.thrown_out, error);
+        self.disputed = self.closed_within(PAUSE_THROWN_OUT, self.disputed, error);
+        self.is_name_suspect |= self.disputed >= THROWN_OUT;
         self.thrown_out == THROWN_OUT
     }
 
     /// Whether another program may use this client id.
     pub(super) fn is_name_suspect(&self) -> bool {
         self.is_name_suspect
+    }
+
+    /// The other session of this program, which goes on through this one's connection, has seen another program use its name.
+    pub(super) fn suspect_name(&mut self) {
+        self.is_name_suspect = true;
     }
 
     /// When the connection that stands will have shown that no other program uses this client id; none if nothing suggests
@@ -70,19 +78,21 @@ impl Reconnect {
     /// The connection stands at this time.
     pub(super) fn on_standing(&mut self, now: Instant) {
         if self.undisputed_at().is_some_and(|at| at <= now) {
-            (self.is_name_suspect, self.thrown_out) = (false, 0);
+            (self.is_name_suspect, self.thrown_out, self.disputed) = (false, 0, 0);
         }
     }
 
-    /// Nor has it a way to say that another client of the same id has connected.
-    fn count_thrown_out(&mut self, error: &ConnectionError) {
+    /// How many connections in a row the server has closed within this time, after `before` of them. MQTT 3.1.1 has no way to say
+    /// that another client of the same id has connected.
+    fn closed_within(&self, time: Duration, before: u32, error: &ConnectionError) -> u32 {
         let is_closed = matches!(error, ConnectionError::Io(_) | ConnectionError::MqttState(_));
         match self.since {
-            Some(since) if is_closed && since.elapsed() < STABLE_AFTER => self.thrown_out += 1,
-            Some(_) => self.thrown_out = 0,
+            Some(since) if since.elapsed() >= time => 0,
+            Some(_) if is_closed => before.saturating_add(1),
             // Nobody listens there: the server was restarted.
-            None if matches!(error, ConnectionError::Io(_)) => self.thrown_out = 0,
-            None => {}
+            None if matches!(error, ConnectionError::Io(_)) => 0,
+            // None stood, or this program itself ended it.
+            _ => before,
         }
     }
 
@@ -141,6 +151,42 @@ mod tests {
         assert_eq!(reconnect.undisputed_at(), Some(Instant::now() + UNDISPUTED_AFTER));
         stands(&mut reconnect, UNDISPUTED_AFTER);
         assert!(!reconnect.is_name_suspect() && reconnect.undisputed_at().is_none());
+    }
+
+    /// A program whose rival waits longer and longer was never thrown out soon, and did not report it.
+    #[tokio::test(start_paused = true)]
+    async fn a_client_id_is_suspect_although_each_connection_stands_for_a_while() {
+        let mut reconnect = Reconnect::default();
+        let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
+        for (stood, is_suspect) in
+            [(20, false), (20, false), (31, false), (1, false), (10, false), (29, false), (6, false), (12, true)]
+        {
+            reconnect.connected(Instant::now());
+            tokio::time::advance(Duration::from_secs(stood)).await;
+            assert!(!reconnect.lost(&closed, true), "it is not thrown out as soon as it stands");
+            assert_eq!(reconnect.is_name_suspect(), is_suspect, "{stood}");
+            let _ = reconnect.pause();
+        }
+    }
+
+    /// A session that its program's other one joins ends its connection, and counted the losses before that no more.
+    #[test]
+    fn a_connection_that_the_program_itself_ends_says_nothing_of_its_client_id() {
+        let mut reconnect = Reconnect::default();
+        let lose = |reconnect: &mut Reconnect, error| {
+            reconnect.connected(Instant::now());
+            let is_thrown_out = reconnect.lost(&error, true);
+            let _ = reconnect.pause();
+            is_thrown_out
+        };
+        for _ in 1..THROWN_OUT {
+            assert!(!lose(&mut reconnect, ConnectionError::MqttState(StateError::ConnectionAborted)));
+        }
+        for _ in 0..3 {
+            assert!(!lose(&mut reconnect, ConnectionError::NetworkTimeout) && !reconnect.is_name_suspect());
+        }
+        assert!(lose(&mut reconnect, ConnectionError::MqttState(StateError::ConnectionAborted)));
+        assert!(reconnect.is_name_suspect());
     }
 
     /// Quick restarts of the server were taken for another program of the same name, and cost up to 30 s each.

@@ -191,6 +191,10 @@ impl Session {
                     // The next connection is one for both.
                     let filters = self.subscriptions.filters().chain(&guest.filters).cloned();
                     self.subscriptions = Subscriptions::new(filters);
+                    if guest.is_name_suspect {
+                        self.reconnect.suspect_name();
+                        set(&self.name_suspect, true);
+                    }
                     self.guest = Some(guest);
                     return Some(Err(ConnectionError::NetworkTimeout));
                 }

@@ -159,6 +159,11 @@ fn a_server_that_takes_the_user_name_for_the_client_id_has_one_connection_of_eac
         assert!(device.peers.contains_key(&public), "{n}");
     }
     assert_eq!(stack.broker().log().matches(one).count(), 1, "once");
+    assert_eq!(
+        stack.metric("wgkex_broker_mqtt_name_in_use"),
+        Some(0.0),
+        "it is the program itself that used its name twice"
+    );
     let connected = stack.mosquitto().log().matches("New client connected").count();
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(stack.mosquitto().log().matches("New client connected").count(), connected, "it is quiet");

@@ -14,13 +14,12 @@ use crate::runtime::heartbeat;
 impl Session {
     /// Goes on through the program's first session, until `stop` returns.
     pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
-        // It was this program itself that used the name twice.
-        set(&self.name_suspect, false);
-        let Self { client, eventloop, mut queue, mut outbox, state, subscriptions, server, heartbeat, pair, .. } = self;
+        let Self { client, eventloop, mut queue, mut outbox, state, name_suspect, .. } = self;
+        let Self { subscriptions, server, heartbeat, pair, .. } = self;
         drop((client, eventloop));
         let Some(Pair { joining: Joining::Second { guests, queue: first }, .. }) = pair else { return };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
-        let (guest, mut events) = Guest::new(subscriptions.filters().cloned().collect());
+        let (guest, mut events) = Guest::new(subscriptions.filters().cloned().collect(), *name_suspect.borrow());
         if guests.send(guest).await.is_err() {
             return;
         }
@@ -34,6 +33,8 @@ impl Session {
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return };
+                    // The first session, which has it from the guest, says it from now on.
+                    set(&name_suspect, false);
                     match &event {
                         Event::Up => drop(state.send_replace(ConnectionState::Up)),
                         Event::Down => drop(state.send_replace(ConnectionState::Down(format!("{server}: connection lost")))),
