@@ -11,3 +11,32 @@ pub mod registry;
 pub mod status;
 mod table;
 pub mod tenant_token;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+
+/// Prints what a command has to say.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")
+}
+
+/// Prints what a command has to say, or why it could not be done, and returns how the process ends: 0 or 1.
+#[must_use]
+pub fn print_or_complain(text: anyhow::Result<String>) -> ExitCode {
+    match text.and_then(|text| print(&text)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says why a command could not be done.
+fn complain(error: &anyhow::Error) {
+    // There is nobody else to tell.
+    let _ = writeln!(io::stderr(), "error: {error:#}");
+}

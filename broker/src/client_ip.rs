@@ -84,15 +84,9 @@ pub fn is_private(address: IpAddr) -> bool {
     }
 }
 
-/// The client of a request that `peer` brought, by [`address_of_request`].
-pub fn client_of_request<'a>(
-    peer: IpAddr,
-    trusted: &[IpNet],
-    is_proxied: bool,
-    forwarded: impl Iterator<Item = &'a str>,
-    x_forwarded_for: impl Iterator<Item = &'a str>,
-) -> Client {
-    match address_of_request(peer, trusted, is_proxied, forwarded, x_forwarded_for) {
+/// The client of a request that `peer` brought, whose [`address_of_request`] this is.
+pub fn client_of_request(peer: IpAddr, trusted: &[IpNet], address: Option<IpAddr>) -> Client {
+    match address {
         None => Client::Unnamed,
         Some(address) if is_in(trusted, peer) => Client::Address(client_prefix(address)),
         Some(address) => address.into(),
@@ -214,7 +208,9 @@ mod tests {
     fn said(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
         let is_proxied = !forwarded.is_empty() || !x_forwarded_for.is_empty();
         let (forwarded, listed) = (forwarded.iter().copied(), x_forwarded_for.iter().copied());
-        match client_of_request(peer.parse().unwrap(), &trusted(), is_proxied, forwarded, listed) {
+        let (peer, trusted) = (peer.parse().unwrap(), trusted());
+        let address = address_of_request(peer, &trusted, is_proxied, forwarded, listed);
+        match client_of_request(peer, &trusted, address) {
             Client::Address(address) => address.to_string(),
             Client::Unnamed => UNNAMED.into(),
             Client::Local => LOCAL.into(),
@@ -269,7 +265,8 @@ mod tests {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let peer = peer.parse().unwrap();
             let said = |forwarded: Option<&'static str>, listed: Option<&'static str>| {
-                client_of_request(peer, &trusted, true, forwarded.into_iter(), listed.into_iter())
+                let address = address_of_request(peer, &trusted, true, forwarded.into_iter(), listed.into_iter());
+                client_of_request(peer, &trusted, address)
             };
             assert!(said(None, None) == Client::Unnamed && said(Some("x"), None) == Client::Unnamed);
             assert!(said(Some("for=1.1.1.1"), Some("2.2.2.2")) == Client::Unnamed);

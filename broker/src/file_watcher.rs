@@ -3,10 +3,14 @@
 use std::fs::metadata;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
 /// How often to look at files.
-pub const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What tells one version of a file from another: time, size and inode; none for a file that is not there.
 pub type FileVersion = Option<(i64, i64, u64, u64)>;
@@ -17,20 +21,39 @@ pub fn file_version(file: &Path) -> FileVersion {
     Some((file.mtime(), file.mtime_nsec(), file.len(), file.ino()))
 }
 
+/// Has `renew` called whenever there is a complete new version of what `of` was read from, for ever. Files may be slow, and nothing
+/// else waits for them.
+pub async fn watch<T, V>(of: Arc<T>, version: fn(&T) -> V, renew: fn(&T))
+where
+    T: Send + Sync + 'static,
+    V: Copy + PartialEq + Send + 'static,
+{
+    let mut watcher = FileWatcher::new(version(&of));
+    loop {
+        sleep(CHECK_INTERVAL).await;
+        let seen = of.clone();
+        let Ok(now) = spawn_blocking(move || version(&seen)).await else { continue };
+        if watcher.is_stable(now) {
+            let stale = of.clone();
+            let _ = spawn_blocking(move || renew(&stale)).await;
+        }
+    }
+}
+
 /// Detects when new versions of files are complete: they do not change at the same instant.
-pub struct FileWatcher<V> {
+struct FileWatcher<V> {
     taken: V,
     last: V,
 }
 
 impl<V: Copy + PartialEq> FileWatcher<V> {
     /// What is there is in use.
-    pub fn new(taken: V) -> Self {
+    fn new(taken: V) -> Self {
         Self { taken, last: taken }
     }
 
     /// Whether what is there `now` is new, and was so at the last look.
-    pub fn is_stable(&mut self, now: V) -> bool {
+    fn is_stable(&mut self, now: V) -> bool {
         let is_still = std::mem::replace(&mut self.last, now) == now;
         is_still && std::mem::replace(&mut self.taken, now) != now
     }

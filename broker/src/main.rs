@@ -1,18 +1,18 @@
 //! `wgkex-broker`: takes routers' keys and announces them to the gateways; or makes an operator's admin call.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Runtime;
-use wgkex_broker::cli::admin_client;
 use wgkex_broker::cli::doctor::Doctor;
 use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::cli::registry::{ClientCommand, ServerCommand};
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::cli::tenant_token::TenantToken;
+use wgkex_broker::cli::{admin_client, print, print_or_complain};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
 use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
@@ -79,8 +79,8 @@ fn main() -> ExitCode {
         Some(Command::Gateways(command)) => command.run(file),
         Some(Command::Doctor(doctor)) => doctor.run(file),
         Some(Command::CheckConfig(check)) => check.run(file, Program::Broker),
-        Some(Command::HashPassword) => or_complain(hash_password()),
-        Some(Command::TenantToken(token)) => or_complain(token.text().and_then(|text| print(&text))),
+        Some(Command::HashPassword) => print_or_complain(hash_password()),
+        Some(Command::TenantToken(token)) => print_or_complain(token.text()),
         Some(Command::Server(command)) => command.run(file),
         Some(Command::Client(command)) => command.run(file),
         Some(Command::Documents(documents)) => documents.run(Args::command()),
@@ -100,17 +100,7 @@ fn serve(config: Config) -> anyhow::Result<()> {
     result
 }
 
-fn or_complain(result: anyhow::Result<()>) -> ExitCode {
-    result.map_or_else(
-        |error| {
-            let _ = writeln!(io::stderr(), "error: {error:#}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
-}
-
-fn hash_password() -> anyhow::Result<()> {
+fn hash_password() -> anyhow::Result<String> {
     let line = if io::stdin().is_terminal() {
         rpassword::prompt_password("Password: ").context("the terminal")?
     } else {
@@ -120,9 +110,5 @@ fn hash_password() -> anyhow::Result<()> {
     };
     let password = line.trim_end_matches(['\n', '\r']);
     ensure!(!password.is_empty(), "the password is expected on the first line of stdin, there is none");
-    print(&format!("{}\n", password::hash(password)?))
-}
-
-fn print(text: &str) -> anyhow::Result<()> {
-    io::stdout().write_all(text.as_bytes()).context("stdout")
+    Ok(format!("{}\n", password::hash(password)?))
 }

@@ -1,9 +1,9 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: [`push`], which brings leases to the gateways; the thread of [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's
-//! routes ([`routes`]), which read it into checked values ([`model`]). [`store`] decides within a transaction, and
-//! [`crate::ipam`] which address is free.
+//! Tasks: [`push`], which brings leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
+//! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
+//! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
 pub mod login;
 mod metrics;
@@ -12,7 +12,6 @@ pub mod push;
 pub mod routes;
 pub mod store;
 
-use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use tokio::time::sleep;
 use wgkex_common::config::{self, Config, Secret};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
-use crate::registry::login::Login;
+use crate::registry::login::{Login, password_of};
 use crate::registry::push::{LeaseEvent, LeaseSender};
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
@@ -103,13 +102,7 @@ impl Registry {
 
     /// Brings the gauge of the database up to date.
     pub fn set_metrics(&self) {
-        self.metrics.storage_up.set((self.state() == State::Up).into());
-    }
-
-    /// Whether the database can be used.
-    #[must_use]
-    pub fn state(&self) -> State {
-        self.database.state()
+        self.metrics.storage_up.set((self.database.state() == State::Up).into());
     }
 
     async fn read<T: Send + 'static>(
@@ -140,9 +133,7 @@ fn location(config: &Config) -> anyhow::Result<Location> {
         return Ok(Location::File(config.state_dir.join("registry.sqlite")));
     };
     let server = url.parse().with_context(|| "storage: must be postgres://USER@HOST:PORT/DATABASE")?;
-    let password = config.storage.password_file.as_ref().map(|file| {
-        let text = fs::read_to_string(file).with_context(|| format!("storage_password_file {}", file.display()))?;
-        anyhow::Ok(Secret::new(text.trim_end_matches(['\n', '\r']).to_owned()))
-    });
-    Ok(Location::Server(Box::new(server), password.transpose()?))
+    let password = config.storage.password_file.as_deref();
+    let password = password.map(|file| password_of("storage_password_file", file).map(Secret::new)).transpose()?;
+    Ok(Location::Server(Box::new(server), password))
 }

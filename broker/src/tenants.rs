@@ -1,5 +1,5 @@
 //! Tenants: programs that open a WebSocket at `/tenants/ID` get an address in the tenant's network, and learn which other
-//! members there are (seed-systems section 2). WireGuard itself is the members' affair.
+//! members there are. WireGuard itself is the members' affair.
 //!
 //! Tasks: [`service`] owns all tenants, one task for all since nothing there waits; [`store`] writes their addresses behind;
 //! [`tokens`] reads the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads.

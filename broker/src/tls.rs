@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
 use tracing::{info, warn};
 use wgkex_common::runtime::tls::rustls::client::verify_server_cert_signed_by_trust_anchor;
 use wgkex_common::runtime::tls::rustls::pki_types::{CertificateDer, UnixTime};
@@ -17,7 +15,7 @@ use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
 use wgkex_common::runtime::tls::rustls::{self, CertificateError, RootCertStore, ServerConfig};
 use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
 
-use crate::file_watcher::{CHECK_INTERVAL, FileVersion, FileWatcher, file_version};
+use crate::file_watcher::{self, FileVersion, file_version};
 
 /// After the last end that a certificate can have, that of the year 9999.
 const AFTER_ALL: Duration = Duration::from_secs(253_402_300_800);
@@ -48,17 +46,7 @@ impl Certificate {
 
     /// Looks for new files, for ever.
     pub async fn watch(self: Arc<Self>) {
-        let mut watcher = FileWatcher::new(self.version());
-        loop {
-            sleep(CHECK_INTERVAL).await;
-            let seen = self.clone();
-            // Files may be slow, and requests are not to wait for them.
-            let Ok(now) = spawn_blocking(move || seen.version()).await else { continue };
-            if watcher.is_stable(now) {
-                let stale = self.clone();
-                let _ = spawn_blocking(move || stale.renew()).await;
-            }
-        }
+        file_watcher::watch(self, Self::version, Self::renew).await;
     }
 
     fn renew(&self) {

@@ -5,3 +5,16 @@
 
 pub mod claim;
 pub mod reserved;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+/// The address after the network's: that of a server in its own network.
+#[must_use]
+pub fn first_of(network: IpNet) -> IpAddr {
+    match network.network() {
+        IpAddr::V4(address) => Ipv4Addr::from_bits(address.to_bits() | 1).into(),
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() | 1).into(),
+    }
+}

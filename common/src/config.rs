@@ -52,7 +52,7 @@ pub use self::http::{Https, Listen};
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
 pub use self::logging::LogFormat;
-pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls};
+pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls, password_in};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;

@@ -230,13 +230,23 @@ impl Stream for Body {
 /// A resource for which routes are still to be named, of the methods that `allow` lists.
 #[must_use]
 pub fn resource(path: &str, allow: &'static str) -> Resource {
-    web::resource(path).default_service(web::to(move |method: Method| async move {
+    resource_refusing(path, allow, refusal)
+}
+
+/// The same, where refusals have another form.
+#[must_use]
+pub fn resource_refusing(
+    path: &str,
+    allow: &'static str,
+    refuse: impl Fn(StatusCode, &str) -> HttpResponse + Clone + 'static,
+) -> Resource {
+    web::resource(path).default_service(web::to(move |method: Method| {
         let mut response = match method {
             Method::OPTIONS => HttpResponse::Ok().finish(),
-            _ => refusal(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here"),
+            _ => refuse(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here"),
         };
         response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
-        response
+        ready(response)
     }))
 }
 

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
 
+use crate::cli::complain;
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::key_reports;
 use crate::cli::table::Colours;
@@ -206,8 +207,7 @@ impl AdminCommand {
                 Err(_) => ExitCode::FAILURE,
             },
             Err(error) => {
-                // There is nobody else to tell.
-                let _ = writeln!(io::stderr(), "error: {error:#}");
+                complain(&error);
                 ExitCode::FAILURE
             }
         }

@@ -2,7 +2,6 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,8 +14,10 @@ use qrcode::QrCode;
 use qrcode::render::unicode::Dense1x2;
 use serde_json::{Value, json};
 use wgkex_common::Config;
+use wgkex_common::config::Listen;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::print_or_complain;
 use crate::cli::table::{Cell, Colours, table};
 use crate::registry::login::password;
 
@@ -137,7 +138,7 @@ impl ServerCommand {
     /// Makes the call, and returns how the process ends.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
-        print(RegistryClient::open(file).and_then(|client| self.text(&client)))
+        print_or_complain(RegistryClient::open(file).and_then(|client| self.text(&client)))
     }
 
     fn text(self, client: &RegistryClient) -> anyhow::Result<String> {
@@ -182,7 +183,7 @@ impl ClientCommand {
     /// Makes the call, and returns how the process ends.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
-        print(RegistryClient::open(file).and_then(|client| self.text(&client)))
+        print_or_complain(RegistryClient::open(file).and_then(|client| self.text(&client)))
     }
 
     fn text(self, client: &RegistryClient) -> anyhow::Result<String> {
@@ -328,25 +329,14 @@ fn wg_quick(config: &Value, private_key: &str) -> String {
     file
 }
 
-/// Host and port, with brackets around an IPv6 address.
+/// Host and port.
 fn endpoint(server: &Value) -> String {
-    let (host, port) = (text_of(&server["endpoint_address"]), &server["endpoint_port"]);
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    let port = server["endpoint_port"].as_u64().and_then(|port| u16::try_from(port).ok()).unwrap_or_default();
+    Listen { host: text_of(&server["endpoint_address"]).to_owned(), port }.to_string()
 }
 
 fn text_of(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
-}
-
-fn print(text: anyhow::Result<String>) -> ExitCode {
-    let written = text.and_then(|text| Ok(io::stdout().write_all(text.as_bytes())?));
-    match written {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
 }
 
 #[cfg(test)]

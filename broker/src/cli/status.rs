@@ -1,7 +1,7 @@
 //! `status` and `gateways`: what the status page shows, for a terminal or a script. They need no token.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread::sleep;
@@ -14,6 +14,7 @@ use wgkex_common::Config;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, Tone, table};
+use crate::cli::{complain, print};
 use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
 use crate::mqtt_server::RefusedClient;
@@ -131,22 +132,11 @@ pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
     Ok(Sample { at, json, status })
 }
 
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut stdout = io::stdout();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")
-}
-
 fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
         complain(&error);
         ExitCode::FAILURE
     })
-}
-
-/// Says why a command cannot be done.
-fn complain(error: &anyhow::Error) {
-    // There is nobody else to tell.
-    let _ = writeln!(io::stderr(), "error: {error:#}");
 }
 
 fn exit_code(status: &Status) -> ExitCode {

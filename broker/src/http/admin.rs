@@ -30,13 +30,12 @@ use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 use crate::exchange::Exchange;
 use crate::fleet::drains::{DrainOutcome, DrainStore};
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
+use crate::http::body::{self, Unread};
 use crate::http::error;
 use crate::http::key_reports::{self, WhereReport};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the disk may take before the answer has `kept: false`.
 const DISK_TIMEOUT: Duration = Duration::from_secs(1);
 /// The time per line about calls without the token, after the first ones.
@@ -361,11 +360,13 @@ fn list_named(name: &str) -> Result<List, ApiError> {
 }
 
 async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
-    let slow = |_| ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into());
-    let large =
-        |_| ApiError(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"));
-    let body = timeout(BODY_TIMEOUT, body.to_bytes_limited(BODY_MAX)).await.map_err(slow)?.map_err(large)?;
-    let body = body.map_err(|_| bad_request("the body is not complete"))?;
+    let body = body::read(body, BODY_MAX).await.map_err(|unread| match unread {
+        Unread::Incomplete => bad_request("the body is not complete"),
+        Unread::Slow => ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into()),
+        Unread::TooLarge => {
+            ApiError(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"))
+        }
+    })?;
     serde_json::from_slice(&body).map_err(|_| bad_request("the body is not a JSON object"))
 }
 

@@ -102,32 +102,25 @@ impl App {
 
     /// The client whose request it is.
     fn client(&self, request: &HttpRequest) -> Client {
-        let (peer, is_proxied) = self.peer(request);
-        client_of_request(peer, &self.trusted, is_proxied, values(request, FORWARDED), values(request, X_FORWARDED_FOR))
+        client_of_request(peer(request), &self.trusted, self.client_address(request))
     }
 
     /// The address of the client whose request it is, if it is known.
     pub fn client_address(&self, request: &HttpRequest) -> Option<IpAddr> {
-        let (peer, is_proxied) = self.peer(request);
-        address_of_request(
-            peer,
-            &self.trusted,
-            is_proxied,
-            values(request, FORWARDED),
-            values(request, X_FORWARDED_FOR),
-        )
-    }
-
-    /// Who brings a request, and whether any header is a proxy's.
-    fn peer(&self, request: &HttpRequest) -> (IpAddr, bool) {
-        let peer = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip());
+        let peer = peer(request);
         let is_proxied = PROXIED.iter().any(|name| request.headers().contains_key(name));
         if is_proxied && is_private(peer) && !is_in(&self.trusted, peer) && self.missed_proxies.add(peer) {
             let proxy = peer.to_canonical();
             warn!(%proxy, "a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
         }
-        (peer, is_proxied)
+        let (forwarded, x_forwarded_for) = (values(request, FORWARDED), values(request, X_FORWARDED_FOR));
+        address_of_request(peer, &self.trusted, is_proxied, forwarded, x_forwarded_for)
     }
+}
+
+/// Who brings a request.
+fn peer(request: &HttpRequest) -> IpAddr {
+    request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip())
 }
 
 /// The values of a header. One that is not text is as invalid as an empty one.

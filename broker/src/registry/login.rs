@@ -1,9 +1,10 @@
 //! Who may call: one user with one password, by HTTP Basic (RFC 7617).
 
+use std::path::Path;
 use std::sync::Arc;
-use std::{fs, io};
 
 use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+use anyhow::anyhow;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
@@ -16,7 +17,7 @@ pub struct Login(Arc<[u8; 32]>);
 
 impl Login {
     /// Of the user and the password in the file.
-    pub fn read(config: &config::Registry) -> io::Result<Self> {
+    pub fn read(config: &config::Registry) -> anyhow::Result<Self> {
         Ok(Self::of(&format!("{}:{}", config.user, password(config)?)))
     }
 
@@ -35,11 +36,12 @@ impl Login {
     }
 }
 
-/// The password: the first line of its file.
-pub fn password(config: &config::Registry) -> io::Result<String> {
-    let file = config.password_file.display();
-    let failed = |error: &dyn std::fmt::Display| io::Error::other(format!("registry.password_file {file}: {error}"));
-    let text = fs::read_to_string(&config.password_file).map_err(|error| failed(&error))?;
-    let password = text.lines().next().unwrap_or_default();
-    if password.is_empty() { Err(failed(&"must have the password in its first line")) } else { Ok(password.to_owned()) }
+/// The password of the one user.
+pub fn password(config: &config::Registry) -> anyhow::Result<String> {
+    password_of("registry.password_file", &config.password_file)
+}
+
+/// The password in the file that a key of the config names.
+pub(super) fn password_of(key: &str, file: &Path) -> anyhow::Result<String> {
+    config::password_in(file).map_err(|problem| anyhow!("{key}: {}: {problem}", file.display()))
 }

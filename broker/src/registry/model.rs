@@ -138,12 +138,6 @@ pub fn leases(network: IpNet, reserved: u64) -> Range {
     Range::above(network, u128::from(reserved).max(1))
 }
 
-/// The own address of a server with this network: the first one.
-#[must_use]
-pub fn server_address(network: IpNet) -> IpAddr {
-    Range::hosts(network).address(1).unwrap_or_else(|| network.addr())
-}
-
 impl Fields {
     /// The server that a call names.
     pub fn server_name(&self) -> Result<ServerName, InvalidField> {

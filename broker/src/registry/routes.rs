@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use actix_web::body::SizedStream;
-use actix_web::http::header::{ALLOW, ContentType, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER, WWW_AUTHENTICATE};
+use actix_web::http::header::{ContentType, ETAG, HeaderValue, IF_NONE_MATCH, WWW_AUTHENTICATE};
 use actix_web::http::{Method, StatusCode};
 use actix_web::web::{self, Data, Payload, Query, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse};
@@ -16,9 +16,11 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
+use wgkex_common::http::resource_refusing;
 
-use crate::database::DatabaseError;
+use crate::database::{DatabaseError, Transaction};
 use crate::http::body::{self, Unread};
+use crate::http::retry_later;
 use crate::registry::model::{Fields, InvalidField};
 use crate::registry::store::{self, ServerConfig};
 use crate::registry::{CallError, Refusal, Registry};
@@ -29,8 +31,6 @@ const BODY_MAX: usize = 64 << 10;
 const PART: usize = 16 << 10;
 /// How long a caller waits for others to have read their large answers.
 const LARGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// After how many seconds a call may be tried again.
-const RETRY_SECONDS: u32 = 10;
 
 /// What a route does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,9 +91,8 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
                 registry.answer(operation, &request, body).await
             };
             let allow = if operation.is_read() { "GET, HEAD, POST, OPTIONS" } else { "POST, OPTIONS" };
-            let mut resource = web::resource(path)
-                .default_service(web::to(move |method: Method| async move { not_allowed(&method, allow) }));
-            resource = resource.route(web::post().to(handler));
+            let refuse = |status, message: &str| error(status, message, None);
+            let mut resource = resource_refusing(&path, allow, refuse).route(web::post().to(handler));
             if operation.is_read() {
                 resource = resource.route(web::get().to(handler)).route(web::head().to(handler));
             }
@@ -102,20 +101,11 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
     }
 }
 
-/// The answer to a method that a route does not have.
-fn not_allowed(method: &Method, allow: &'static str) -> HttpResponse {
-    let mut response = if *method == Method::OPTIONS {
-        HttpResponse::Ok().finish()
-    } else {
-        error(StatusCode::METHOD_NOT_ALLOWED, "this method is not allowed here", None)
-    };
-    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
-    response
-}
-
 /// An error as all routes have it.
 fn error(status: StatusCode, message: &str, field: Option<&str>) -> HttpResponse {
-    HttpResponse::build(status).json(json!({ "error": { "message": message, "field": field } }))
+    let mut response = HttpResponse::build(status).json(json!({ "error": { "message": message, "field": field } }));
+    retry_later(&mut response);
+    response
 }
 
 /// The route of a path, as a label.
@@ -164,13 +154,9 @@ impl Registry {
         match operation {
             Operation::ListClients => {
                 let place = self.large_place().await?;
-                let json = self.read(|tables| store::json_of(&store::list_clients(tables)?)).await?;
-                Ok(large(StatusCode::OK, json, Some(place)))
+                Ok(json_answer(self.read_json(store::list_clients).await?, Some(place)))
             }
-            Operation::ListServers => {
-                let json = self.read(|tables| store::json_of(&store::list_servers(tables)?)).await?;
-                Ok(large(StatusCode::OK, json, None))
-            }
+            Operation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
             Operation::ServerConfig => self.server_config(&fields, request).await,
             Operation::ServerAddress => {
                 let name = fields.server_name()?;
@@ -183,7 +169,8 @@ impl Registry {
             }
             Operation::ClientConfig => {
                 let (client, server) = (fields.client_name()?, fields.server_name()?);
-                json_of(self.read(move |tables| store::client_config(tables, &client, &server))).await
+                let read = self.read_json(move |tables| store::client_config(tables, &client, &server));
+                Ok(json_answer(read.await?, None))
             }
             Operation::AddServer => {
                 let new = fields.new_server()?;
@@ -227,12 +214,20 @@ impl Registry {
             self.read(move |tables| store::server_config(tables, &name, &cache, is_known)).await?;
         let mut response = match json {
             None => HttpResponse::new(StatusCode::NOT_MODIFIED),
-            Some(json) => large(StatusCode::OK, json, None),
+            Some(json) => json_answer(json, None),
         };
         if let Ok(tag) = HeaderValue::from_str(&quoted(&version)) {
             response.headers_mut().insert(ETAG, tag);
         }
         Ok(response)
+    }
+
+    /// Reads something as JSON, which is made where the job runs.
+    async fn read_json<T: Serialize>(
+        &self,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
+    ) -> Result<Bytes, CallError> {
+        self.read(|tables| store::json_of(&work(tables)?)).await
     }
 
     /// A place for an answer that may be large and that no other caller shares.
@@ -243,23 +238,18 @@ impl Registry {
 }
 
 /// An answer that is handed on in parts, so that what is not sent is held once for all who read it.
-fn large(status: StatusCode, json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse {
+fn json_answer(json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse {
     let size = u64::try_from(json.len()).unwrap_or(u64::MAX);
     let parts = stream::unfold((json, place), |(mut rest, place)| async move {
         let part = rest.split_to(PART.min(rest.len()));
         (!part.is_empty()).then_some((Ok::<_, actix_web::Error>(part), (rest, place)))
     });
     let body = SizedStream::new(size, Box::pin(parts));
-    HttpResponse::build(status).content_type(ContentType::json()).body(body)
+    HttpResponse::Ok().content_type(ContentType::json()).body(body)
 }
 
 fn quoted(version: &str) -> String {
     format!("\"{version}\"")
-}
-
-/// The answer to a read.
-async fn json_of<T: Serialize>(read: impl Future<Output = Result<T, CallError>>) -> Result<HttpResponse, Rejection> {
-    Ok(HttpResponse::Ok().json(read.await?))
 }
 
 /// The answer to what has nothing to tell but that it was done.
@@ -349,11 +339,7 @@ impl Rejection {
     fn response(&self) -> HttpResponse {
         let is_database = matches!(self, Self::Call(CallError::Database(_)));
         let message = if is_database { "the database cannot be used now".to_owned() } else { self.to_string() };
-        let status = self.status();
-        let mut response = error(status, &message, self.field());
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(RETRY_AFTER, RETRY_SECONDS.into());
-        }
+        let mut response = error(self.status(), &message, self.field());
         if *self == Self::Unauthorized {
             let challenge = HeaderValue::from_static("Basic realm=\"Login Required\"");
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);

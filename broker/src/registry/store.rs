@@ -10,18 +10,19 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use serde::Serialize;
 use strum::IntoStaticStr;
+use wgkex_common::address::first_of;
 use wgkex_common::wire::lease::{LeaseChange, LeaseContent, LeaseMessage, LeaseVersion};
 use wgkex_common::{PublicKey, WorkerName};
 
 use crate::database::{DatabaseError, Row, Transaction, Value};
 use crate::ipam;
 use crate::registry::CallError;
-use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases, server_address};
+use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases};
 
-/// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte for
-/// the IP version, so that the order
-/// of bytes is theirs. `next_free` is a server's lowest free number, or one beyond its addresses. A server's `id` is random, so that
-/// one which was deleted and added again has another. `worker` is the one that registered it, empty if it was added by a call.
+/// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte
+/// for the IP version, so that the order of bytes is theirs. `next_free` is a server's lowest free number, or one beyond its
+/// addresses. A server's `id` is random, so that one which was deleted and added again has another. `worker` is the one that
+/// registered it, empty if it was added by a call.
 pub(super) const CREATE_TABLES: &str = "
     CREATE TABLE servers (
         id INTEGER PRIMARY KEY,
@@ -209,28 +210,21 @@ pub fn add_server(
     worker: Option<&WorkerName>,
 ) -> Result<(), CallError> {
     let [first, last] = bounds(new.network);
-    let (name, key) = (Value::from(new.name.as_str()), Value::from(&*new.public_key.to_string()));
-    let taken: [(&'static str, &[Value], Refusal); 4] = [
-        ("SELECT id FROM servers WHERE name = ?1", std::slice::from_ref(&name), Refusal::NameTaken),
-        ("SELECT id FROM servers WHERE public_key = ?1", std::slice::from_ref(&key), Refusal::KeyTaken),
-        ("SELECT id FROM peerings WHERE public_key = ?1", std::slice::from_ref(&key), Refusal::KeyTaken),
-        (
-            "SELECT id FROM servers WHERE first_address <= ?1 AND last_address >= ?2",
-            &[last.clone(), first.clone()],
-            Refusal::NetworkTaken,
-        ),
-    ];
-    for (sql, values, refusal) in taken {
-        if transaction.first(sql, values)?.is_some() {
-            return Err(refusal.into());
-        }
+    let (name, key) = (Value::from(new.name.as_str()), new.public_key.to_string());
+    if transaction.first("SELECT id FROM servers WHERE name = ?1", std::slice::from_ref(&name))?.is_some() {
+        return Err(Refusal::NameTaken.into());
+    }
+    require_free_key(transaction, &key, Holder::Nobody)?;
+    let overlapping = "SELECT id FROM servers WHERE first_address <= ?1 AND last_address >= ?2";
+    if transaction.first(overlapping, &[last.clone(), first.clone()])?.is_some() {
+        return Err(Refusal::NetworkTaken.into());
     }
     transaction.execute(
         "INSERT INTO servers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, ?12)",
         &[
             id.into(),
             name,
-            key,
+            key.as_str().into(),
             new.network.to_string().as_str().into(),
             first,
             last,
@@ -264,12 +258,7 @@ pub fn register(
         return Err(Refusal::NetworkChanged.into());
     }
     let key = new.public_key.to_string();
-    let other = transaction
-        .first("SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2", &[key.as_str().into(), found.id.into()])?;
-    let client = transaction.first("SELECT id FROM peerings WHERE public_key = ?1", &[key.as_str().into()])?;
-    if other.is_some() || client.is_some() {
-        return Err(Refusal::KeyTaken.into());
-    }
+    require_free_key(transaction, &key, Holder::Server(found.id))?;
     transaction.execute(
         "UPDATE servers SET public_key = ?2, endpoint_address = ?3, endpoint_port = ?4, allowed_ips = ?5 WHERE name = ?1",
         &[
@@ -287,9 +276,7 @@ pub fn register(
 pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<Vec<ServerChange>, CallError> {
     let server = server(transaction, &new.server)?;
     let (name, key) = (new.name.as_str(), new.public_key.to_string());
-    if is_key_taken(transaction, &key, name)? {
-        return Err(Refusal::KeyTaken.into());
-    }
+    require_free_key(transaction, &key, Holder::Client(name))?;
     let leased = transaction.first(
         "SELECT number, public_key FROM peerings WHERE server = ?1 AND client = ?2",
         &[server.id.into(), name.into()],
@@ -314,12 +301,34 @@ pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<
     touch(transaction, server.id, change)
 }
 
-/// Whether a server has the key, or a client of another name. One client may have it at several servers.
-fn is_key_taken(transaction: &mut Transaction<'_>, key: &str, client: &str) -> Result<bool, DatabaseError> {
-    let server = transaction.first("SELECT id FROM servers WHERE public_key = ?1", &[key.into()])?;
-    let other = transaction
-        .first("SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?2", &[key.into(), client.into()])?;
-    Ok(server.is_some() || other.is_some())
+/// Who may have a key already.
+#[derive(Debug, Clone, Copy)]
+enum Holder<'a> {
+    Nobody,
+    /// The server with this id.
+    Server(i64),
+    /// The client of this name, at any server.
+    Client(&'a str),
+}
+
+/// Refuses a key that another server or client has.
+fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: Holder<'_>) -> Result<(), CallError> {
+    // No server has the id 0, and no client an empty name.
+    let (server, client) = match holder {
+        Holder::Nobody => (0, ""),
+        Holder::Server(id) => (id, ""),
+        Holder::Client(name) => (0, name),
+    };
+    let others: [(&'static str, Value); 2] = [
+        ("SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2", server.into()),
+        ("SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?2", client.into()),
+    ];
+    for (sql, except) in others {
+        if transaction.first(sql, &[key.into(), except])?.is_some() {
+            return Err(Refusal::KeyTaken.into());
+        }
+    }
+    Ok(())
 }
 
 /// The lowest free number of a server, which is no longer free then.
@@ -472,7 +481,7 @@ pub fn require_server(transaction: &mut Transaction<'_>, name: &ServerName) -> R
 
 /// The own address of a server.
 pub fn wireguard_ip(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<IpAddr, CallError> {
-    Ok(server_address(server(transaction, name)?.network))
+    Ok(first_of(server(transaction, name)?.network))
 }
 
 /// The clients of a server in the order of their addresses, unless the caller has one of the versions that `is_known` names.

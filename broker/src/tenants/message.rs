@@ -1,4 +1,4 @@
-//! What members and broker send each other (seed-systems 2.2): JSON objects without a type, known by their keys.
+//! What members and broker send each other: JSON objects without a type, known by their keys.
 
 use std::net::IpAddr;
 

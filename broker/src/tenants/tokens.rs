@@ -9,11 +9,9 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 use sha2::{Digest as _, Sha256};
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
 use tracing::{info, warn};
 
-use crate::file_watcher::{CHECK_INTERVAL, FileVersion, FileWatcher, file_version};
+use crate::file_watcher::{self, file_version};
 use crate::tenants::id::TenantId;
 
 type Hash = [u8; 32];
@@ -69,16 +67,7 @@ impl Tokens {
 
     /// Looks for a new file, for ever.
     pub async fn watch(self: Arc<Self>) {
-        let mut watcher: FileWatcher<FileVersion> = FileWatcher::new(file_version(&self.file));
-        loop {
-            sleep(CHECK_INTERVAL).await;
-            let seen = self.clone();
-            let Ok(now) = spawn_blocking(move || file_version(&seen.file)).await else { continue };
-            if watcher.is_stable(now) {
-                let stale = self.clone();
-                let _ = spawn_blocking(move || stale.renew()).await;
-            }
-        }
+        file_watcher::watch(self, |tokens| file_version(&tokens.file), Self::renew).await;
     }
 
     fn renew(&self) {

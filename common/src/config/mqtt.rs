@@ -1,7 +1,7 @@
 //! The session with the MQTT server: `mqtt`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path as FilePath, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -142,7 +142,7 @@ fn credentials(
             diagnostics.error(&Path::of(key), "must not be set beside mqtt.password");
             return None;
         }
-        (None, Some(file)) => match password_in(&file.0) {
+        (None, Some(file)) => match password_in(FilePath::new(&file.0)) {
             Ok(password) => Some(password),
             Err(problem) => {
                 diagnostics.error(&Path::of(key), &format!("{}: {problem}", file.0));
@@ -169,8 +169,8 @@ fn credentials(
     }
 }
 
-/// The password in a file: its only line.
-fn password_in(file: &str) -> Result<String, String> {
+/// The password in a file: its only line. The error does not name the file.
+pub fn password_in(file: &FilePath) -> Result<String, String> {
     let unreadable = |error: io::Error| format!("cannot be read: {error}");
     let metadata = fs::metadata(file).map_err(unreadable)?;
     // Others, such as a pipe, could keep the program waiting.

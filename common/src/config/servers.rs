@@ -1,7 +1,6 @@
 //! The servers of the registry that this gateway is: `servers`.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path as FilePath, PathBuf};
 
 use ipnet::IpNet;
@@ -30,17 +29,6 @@ pub struct Server {
     pub endpoint: Option<String>,
     /// What clients send to it, separated by commas; none for `network`.
     pub allowed_ips: Option<String>,
-}
-
-impl Server {
-    /// Its own address: the one after the network's.
-    #[must_use]
-    pub fn address(&self) -> IpAddr {
-        match self.network.network() {
-            IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits() | 1).into(),
-            IpAddr::V6(first) => Ipv6Addr::from_bits(first.to_bits() | 1).into(),
-        }
-    }
 }
 
 #[derive(Default, Deserialize, Serialize)]

@@ -1,5 +1,5 @@
-//! Tenants: the numbered tests of seed-systems 2.4. Most of what a client sees, a client of another maker sees
-//! (`with_websockets.py`); what needs many connections or restarts is here.
+//! Tenants: the tests `os...` are those of the list of what the original does, by their numbers. Most of what a client sees, a
+//! client of another maker sees (`with_websockets.py`); what needs many connections or restarts is here.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 

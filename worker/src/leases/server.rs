@@ -31,6 +31,8 @@ pub(super) struct ServerState {
     pub announced: Option<AnnouncedServer>,
     made: BTreeSet<PublicKey>,
     foreign: BTreeSet<PublicKey>,
+    /// What is kept of it is not what is on disk.
+    is_unsaved: bool,
     ask_at: Instant,
     check_at: Instant,
     /// The peers could not be brought to what they are to be, and that is logged.
@@ -49,6 +51,7 @@ impl ServerState {
             announced: None,
             made,
             foreign,
+            is_unsaved: false,
             ask_at: now,
             check_at: now,
             is_failing: false,
@@ -66,8 +69,19 @@ impl ServerState {
         }
     }
 
-    /// A broker's message; true if the leases are other ones.
-    pub fn on_message(&mut self, message: LeaseMessage, now: Instant) -> bool {
+    /// Whether what is kept of it is to be written.
+    pub fn is_unsaved(&self) -> bool {
+        self.is_unsaved
+    }
+
+    /// What is kept of it is on disk.
+    pub fn saved(&mut self) {
+        self.is_unsaved = false;
+    }
+
+    /// A broker's message.
+    pub fn on_message(&mut self, message: LeaseMessage, now: Instant) {
+        let before = self.table.version();
         let progress = self.table.apply(message.version, message.content);
         match progress {
             Progress::Changed | Progress::Current => self.ask_at = now + FULL_INTERVAL,
@@ -77,7 +91,7 @@ impl ServerState {
         if progress == Progress::Changed {
             self.check_at = now;
         }
-        progress == Progress::Changed
+        self.is_unsaved |= self.table.version() != before;
     }
 
     /// There is a broker that was not asked yet: it is, a moment later, as all of a fleet do.
@@ -117,7 +131,10 @@ impl ServerState {
     pub fn plan(&mut self, device: &Device) -> LeasePlan {
         let wanted = Wanted { network: self.config.network, leases: self.table.leases(), made: &self.made };
         let plan = plan(device, wanted);
+        let made = self.made.len();
         self.made.retain(|key| self.table.leases().contains_key(key) || device.peers.contains_key(key));
+        // Those that are added have a lease, so that they are kept with the version or as no longer foreign.
+        self.is_unsaved |= self.made.len() != made || self.foreign != plan.foreign;
         self.made.extend(self.table.leases().keys().filter(|key| !plan.foreign.contains(key)));
         self.foreign.clone_from(&plan.foreign);
         plan

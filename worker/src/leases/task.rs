@@ -1,6 +1,6 @@
 //! The task of the leases: it asks brokers, keeps what they answer, and brings the peers of the servers' interfaces to that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 use wgkex_kernel::{Device, Kernel};
 
 use super::Metrics;
-use super::file::{self, KeptLeases};
+use super::file::{self, KeptLeases, KeptServer};
 use super::server::ServerState;
 use crate::plan::{changes, outcomes};
 
@@ -72,8 +72,8 @@ pub struct LeaseTask<K> {
     /// The one that was asked last.
     asked: Option<BrokerName>,
     file: PathBuf,
-    /// As it is on disk.
-    kept: KeptLeases,
+    /// Those of servers that the config does not name now: they keep what they had.
+    others: BTreeMap<String, KeptServer>,
     health: Health,
 }
 
@@ -82,12 +82,12 @@ impl<K: Kernel> LeaseTask<K> {
     pub fn open(config: &Config, parts: LeaseParts<K>) -> Result<Self, StorageError> {
         let LeaseParts { kernel, bus, events, metrics } = parts;
         let file = file::path(&config.state_dir);
-        let kept = file::load(&file)?;
-        let (mut remembered, now) = (kept.servers.clone(), Instant::now());
+        let (mut others, now) = (file::load(&file)?.servers, Instant::now());
         let servers = config.servers.iter().map(|(name, server)| {
-            let kept = remembered.remove(name).unwrap_or_default();
+            let kept = others.remove(name).unwrap_or_default();
             ServerState::new(name.clone(), server.clone(), kept, now)
         });
+        let servers = servers.collect();
         Ok(Self {
             kernel,
             connection: bus.connection_state(),
@@ -96,12 +96,12 @@ impl<K: Kernel> LeaseTask<K> {
             metrics,
             worker: (&config.name).into(),
             external_name: config.external_name.clone(),
-            servers: servers.collect(),
+            servers,
             brokers: BTreeSet::new(),
             asked: None,
             health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
             file,
-            kept,
+            others,
         })
     }
 
@@ -162,10 +162,7 @@ impl<K: Kernel> LeaseTask<K> {
 
     fn on_leases(&mut self, message: LeaseMessage) {
         let Some(server) = self.servers.iter_mut().find(|server| server.name == message.server) else { return };
-        if server.on_message(message, Instant::now()) {
-            let (name, leases) = (&server.name, server.table.leases().len());
-            self.metrics.leases.with_label_values(&[name]).set(i64::try_from(leases).unwrap_or(i64::MAX));
-        }
+        server.on_message(message, Instant::now());
     }
 
     async fn on_due(&mut self) {
@@ -216,7 +213,10 @@ impl<K: Kernel> LeaseTask<K> {
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
         self.on_device(index, &device);
-        let plan = self.servers[index].plan(&device);
+        let server = &mut self.servers[index];
+        let plan = server.plan(&device);
+        let leases = i64::try_from(server.table.leases().len()).unwrap_or(i64::MAX);
+        self.metrics.leases.with_label_values(&[server.name.as_str()]).set(leases);
         self.save().await;
         let results = self.kernel.apply(&interface, changes(&plan.steps)).await;
         let failed = outcomes(&plan.steps, results).into_iter().find_map(|(_, outcome)| outcome.err());
@@ -276,17 +276,15 @@ impl<K: Kernel> LeaseTask<K> {
 
     /// Writes what is not on disk.
     async fn save(&mut self) {
-        let servers = self.servers.iter().map(|server| (server.name.clone(), server.kept()));
-        // Servers that the config does not name now keep what they had.
-        let mut kept = KeptLeases { servers: self.kept.servers.clone() };
-        kept.servers.extend(servers);
-        if kept == self.kept {
+        if !self.servers.iter().any(ServerState::is_unsaved) {
             return;
         }
-        let (file, content) = (self.file.clone(), kept.clone());
-        match spawn_blocking(move || file::save(&file, &content)).await {
+        let servers = self.servers.iter().map(|server| (server.name.clone(), server.kept()));
+        let servers = servers.chain(self.others.clone()).collect();
+        let file = self.file.clone();
+        match spawn_blocking(move || file::save(&file, &KeptLeases { servers })).await {
             Ok(Ok(())) => {
-                self.kept = kept;
+                self.servers.iter_mut().for_each(ServerState::saved);
                 self.health.succeeded();
             }
             Ok(Err(error)) => self.health.failed(&error),

@@ -4,6 +4,7 @@
 use std::io::ErrorKind;
 
 use tracing::info;
+use wgkex_common::address::first_of;
 use wgkex_common::config::Server;
 use wgkex_kernel::{Key, key_file, wireguard};
 
@@ -32,7 +33,7 @@ pub(super) async fn set_up(link: WireguardLink<'_>, server: &Server) -> Result<(
         set.map_err(|error| refused(name, "set its port", error))?;
         changed("its port is set");
     }
-    match links.add_address(name, server.address(), server.network.prefix_len()).await {
+    match links.add_address(name, first_of(server.network), server.network.prefix_len()).await {
         Ok(()) => changed("its address is set"),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
         Err(error) => return Err(refused(name, "set its address", error)),
