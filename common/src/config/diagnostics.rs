@@ -110,12 +110,11 @@ pub(super) struct Problems {
 impl Diagnostics {
     /// For a file.
     pub fn of_file(name: &str, yaml: &str) -> Self {
-        let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key));
-        Self {
-            file: Some(name.to_owned()),
-            secrets: yaml.lines().flat_map(behind_keys).collect(),
-            ..Self::of_variables(&[])
-        }
+        let empty = Self::of_variables(&[]);
+        let known = &empty.known;
+        let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key, known));
+        let secrets = yaml.lines().flat_map(behind_keys).collect();
+        Self { file: Some(name.to_owned()), secrets, ..empty }
     }
 
     /// For variables; `aliases` has the path that each variable stands for.
@@ -234,12 +233,20 @@ fn collect_scalars(value: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// What stands behind `key:` in a line, however broken the text around it is: all of it, and its first word.
-fn after_key(line: &str, key: &str) -> Vec<String> {
-    let Some((_, rest)) = line.split_once(key) else { return Vec::new() };
-    let Some(rest) = rest.trim_start_matches(['"', '\'', ' ']).strip_prefix(':') else { return Vec::new() };
+/// What stands behind the secret `key` in a line, however broken the text around it is: all of it, and its first word.
+fn after_key(line: &str, key: &str, known: &BTreeSet<String>) -> Vec<String> {
+    let Some((before, rest)) = line.split_once(key) else { return Vec::new() };
     let is_around = |c: char| c.is_whitespace() || "\"',{}[]".contains(c);
-    let rest = rest.trim_matches(is_around);
-    let secrets = [Some(rest), rest.split(is_around).next(), rest.split(" #").next()];
+    let secret = if let Some(value) = rest.trim_start_matches(['"', '\'', ' ']).strip_prefix(':') {
+        value.trim_matches(is_around)
+    } else {
+        // A key without its colon, whose value became part of a name or of another value; or a longer key, or prose.
+        let (name, value) = rest.split_at(rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len()));
+        if before.contains('#') || known.contains(&format!("{key}{name}")) && !name.is_empty() {
+            return Vec::new();
+        }
+        value.trim_matches(|c: char| !c.is_alphanumeric())
+    };
+    let secrets = [Some(secret), secret.split(is_around).next(), secret.split(" #").next()];
     secrets.into_iter().flatten().filter(|secret| !secret.is_empty()).map(str::to_owned).collect()
 }

@@ -617,6 +617,23 @@ fn check_lines(result: Result<Config, ConfigError>) -> Result<(), TestCaseError>
     Ok(())
 }
 
+#[test]
+fn a_secret_whose_colon_is_mistyped_is_not_shown() {
+    for (right, mistyped) in [
+        ("api_key: very-secret-token\nmqtt:", "api_key% very-secret-toke{mqtt:"),
+        ("api_key: very-secret-token\nmqtt:", "api_key0very-secret-toke{mqtt:"),
+        ("api_key: very-secret-token\nmqtt:", "api_key\tvery-secret-token mqtt:"),
+        ("  keepalive: 5\n", "  keepalive: a\n   password very-secret-password\n"),
+        ("  broker_port: \"8883\"\n", "  broker_port: a\n    password- 'very-secret-password'\n"),
+    ] {
+        assert!(ORIGINAL.contains(right), "{right}");
+        check_lines(parse(&ORIGINAL.replace(right, mistyped))).unwrap();
+    }
+    // What is behind the name of a secret in the name of another key, or in prose, is none.
+    let others = "registry: {enabled: maybe, password_file: maybe}\n# the password of maybe\n";
+    assert!(parse(&format!("{LEAST}{others}")).unwrap_err().to_string().contains("\"maybe\""));
+}
+
 proptest! {
     #[test]
     fn any_text_is_a_config_or_an_error(text in any::<String>()) {
