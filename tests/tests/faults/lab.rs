@@ -60,15 +60,23 @@ impl Node {
 
     /// A figure of its metrics.
     pub fn figure(&self, series: &str) -> Option<u64> {
-        let port = if self.role == Role::Broker { 5000 } else { 9586 };
-        let figure = self.host.get_if_any(port, "/metrics")?;
-        figure.body.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
+        self.figures([series]).map(|[figure]| figure)
     }
 
-    /// How many live keys of `test_a` a broker knows.
+    /// Figures of its metrics, all of the same moment.
+    fn figures<const N: usize>(&self, series: [&str; N]) -> Option<[u64; N]> {
+        let port = if self.role == Role::Broker { 5000 } else { 9586 };
+        let metrics = self.host.get_if_any(port, "/metrics")?;
+        let figure = |series| metrics.body.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok());
+        let found: Vec<u64> = series.into_iter().filter_map(figure).collect();
+        found.try_into().ok()
+    }
+
+    /// How many live keys of `test_a` a broker knows. A key may become a proven one at any time.
     pub fn live(&self) -> Option<u64> {
-        let of = |state| self.figure(&format!(r#"wgkex_broker_live_keys{{domain="test_a",state="{state}"}} "#));
-        Some(of("proven")? + of("unproven")?)
+        let series = ["proven", "unproven"]
+            .map(|state| format!(r#"wgkex_broker_live_keys{{domain="test_a",state="{state}"}} "#));
+        self.figures(series.each_ref().map(String::as_str)).map(|states| states.iter().sum())
     }
 }
 
