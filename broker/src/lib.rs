@@ -48,7 +48,7 @@ use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, SnapshotChunk};
+use wgkex_common::wire::message::{Participant, ServedTenants, SnapshotChunk};
 use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
@@ -72,7 +72,7 @@ use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer};
 use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
-use crate::tenants::{FrontDoor, TenantService, TenantTasks};
+use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
 /// How long the MQTT server may take to acknowledge that this broker goes.
@@ -160,6 +160,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         .map(|enabled| registry::Registry::open(&config, enabled, leases.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
+    let tenant_bus = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone())).unzip();
     let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
@@ -171,13 +172,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
-    broker.start_bus(&mut services, session, keys_session, leases);
+    broker.start_bus(&mut services, session, keys_session, leases, tenant_bus);
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
     broker.start_http(&mut services, listeners, watched, front_door)?;
     // Stopped before the HTTP server, which waits for its WebSockets to end.
     if let Some(service) = service {
-        services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(stop));
+        services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(broker.keys.clone(), stop));
     }
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
@@ -200,7 +201,14 @@ impl Broker {
     }
 
     /// The two sessions, and what works with what they receive.
-    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, leases: LeaseSender) {
+    fn start_bus(
+        &self,
+        services: &mut Services,
+        session: Session,
+        keys_session: Session,
+        leases: LeaseSender,
+        (tenants, served_tenants): (Option<TenantEventSender>, Option<ServedTenants>),
+    ) {
         let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
             self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
@@ -217,6 +225,7 @@ impl Broker {
             reporter: reporter.clone(),
             online_log: online_log.clone(),
             invalid: InvalidMessages::default(),
+            tenants: tenants.clone(),
             metrics: metrics.clone(),
         };
         let mut secondary = subscriber::Secondary {
@@ -225,6 +234,7 @@ impl Broker {
             lists: lists.clone(),
             requesters: Requesters::new(name.clone(), sync_requests.clone()),
             leases: registry.is_some().then_some(leases),
+            tenants,
             reporter,
             metrics: metrics.clone(),
         };
@@ -237,7 +247,8 @@ impl Broker {
             gateways.clone(),
             in_flight.clone(),
             online_log,
-        );
+        )
+        .with_tenants(served_tenants);
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
         services
             .group(STOP_TIMEOUT, None)
@@ -263,7 +274,7 @@ impl Broker {
 
     /// What writes and reads the files of tenants. Returns their service, which is to be started last.
     fn start_tenant_files(&self, services: &mut Services, tasks: TenantTasks) -> TenantService {
-        let TenantTasks { service, store, tokens } = tasks;
+        let TenantTasks { service, store, tokens, .. } = tasks;
         let state_kept = self.metrics.tenants.state_kept.clone();
         services
             .group(STOP_TIMEOUT, Some("the disk did not take the last addresses of tenants in time"))

@@ -1,38 +1,52 @@
 //! Tenants: programs that open a WebSocket at `/tenants/ID` get an address in the tenant's network, and learn which other
 //! members there are. WireGuard itself is the members' affair.
 //!
-//! Tasks: [`service`] owns all tenants, one task for all since nothing there waits; [`store`] writes their addresses behind;
-//! [`tokens`] reads the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads.
-//! Decisions are made in [`pool`] and [`table`], without IO and clock; [`message`] has the messages, [`close`] the reasons
-//! for which a WebSocket is closed.
+//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`election`] says which;
+//! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
+//! was decided, here or there, and [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
+//! [`streams`]. All of that is without IO and clock.
 //!
-//! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`routes`]. Next stop: none.
+//! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind; [`tokens`] reads
+//! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads. [`message`] has the messages,
+//! [`close`] the reasons for which a WebSocket is closed.
+//!
+//! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`routes`]. Next stop: the other brokers, by MQTT.
 
+mod authority;
 mod close;
+mod coordination;
+mod election;
+mod frame;
 mod id;
 mod message;
 mod metrics;
 mod pool;
 pub mod routes;
 mod service;
+mod sessions;
 mod socket;
 mod store;
+mod streams;
 mod table;
 pub mod tokens;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use tracing::{info, warn};
-use wgkex_common::Config;
+use sha2::{Digest as _, Sha256};
+use tracing::info;
 use wgkex_common::config::TenantSettings;
+use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::{BrokerName, Config};
 
+use self::coordination::Coordination;
+use self::election::Election;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
-use self::pool::Tenants;
-pub use self::service::TenantService;
 use self::service::TenantsHandle;
+pub use self::service::{TenantEvent, TenantEventSender, TenantService};
+use self::sessions::Sessions;
 use self::store::AddressStore;
 use self::tokens::Tokens;
 
@@ -64,7 +78,14 @@ pub struct TenantTasks {
     pub store: AddressStore,
     /// What reads the file of tokens again, if there is one.
     pub tokens: Option<Arc<Tokens>>,
+    /// Tells it of other brokers.
+    pub events: TenantEventSender,
+    /// What this broker tells others that it serves.
+    pub served: ServedTenants,
 }
+
+/// What brokers send each other, and how they give addresses.
+const PROTOCOL: u32 = 1;
 
 /// Opens what is kept of tenants, and the file of tokens; none if the config does not enable them.
 pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(TenantTasks, FrontDoor)>> {
@@ -72,24 +93,22 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     let tokens = settings.tokens_file.as_deref().map(Tokens::open).transpose()?;
     let (store, buffer, addresses) = store::open(&config.state_dir).context("the addresses of tenants")?;
     metrics.state_kept.set(i64::from(!store.is_failing()));
-    let TenantSettings { pool, tenant_length, grace, .. } = settings;
-    let mut tenants = Tenants::new(pool, *tenant_length, *grace);
+    info!(addresses = addresses.len(), "tenants are served");
     let now = Instant::now();
-    let mut lost = 0_usize;
-    for ((tenant, key), address) in addresses {
-        if !tenants.restore(&tenant, key, address, now) {
-            buffer.note((tenant, key), None);
-            lost += 1;
-        }
-    }
-    if lost > 0 {
-        warn!(
-            addresses = lost,
-            "addresses of tenants are given up: they do not fit tenants.pool and tenants.tenant_length"
-        );
-    }
-    info!(held = tenants.counts().held, networks = %tenants.networks(), "tenants are served");
-    let (service, handle) = TenantService::new(tenants, buffer, metrics.clone());
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let since = u64::try_from(since).unwrap_or(u64::MAX);
+    let served = ServedTenants { since, rules: rules(settings) };
+    let own = BrokerName::from(&config.name);
+    let sessions = Sessions::new(own.clone(), addresses, buffer.clone(), metrics.clone());
+    let election = Election::new(own.clone(), served.clone(), now);
+    let tenants = Coordination::new(own, settings.clone(), sessions, election, since, metrics.clone());
+    let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
     let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone() };
-    Ok(Some((TenantTasks { service, store, tokens }, door)))
+    Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
+}
+
+/// A digest of what brokers have to have in common to serve the same tenants.
+fn rules(TenantSettings { pool, tenant_length, grace, .. }: &TenantSettings) -> String {
+    let digest = Sha256::digest(format!("{PROTOCOL} {pool:?} {tenant_length} {grace:?}"));
+    hex::encode(&digest[..8])
 }

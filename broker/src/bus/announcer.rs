@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
-use wgkex_common::wire::message::Hello;
+use wgkex_common::wire::message::{Hello, ServedTenants};
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::online_log::OnlineLog;
@@ -40,6 +40,7 @@ pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
     has_registry: bool,
+    tenants: Option<ServedTenants>,
     instance: u64,
     bus: MqttHandle,
     keys: MqttHandle,
@@ -93,6 +94,7 @@ impl Announcer {
             broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
             has_registry: config.registry.is_some(),
+            tenants: None,
             instance: fastrand::u64(..),
             connections: [bus.connection_state(), keys.connection_state()],
             bus,
@@ -108,6 +110,11 @@ impl Announcer {
             hello_due: None,
             last_hello: None,
         }
+    }
+
+    /// It says, too, that this broker serves tenants.
+    pub fn with_tenants(self, tenants: Option<ServedTenants>) -> Self {
+        Self { tenants, ..self }
     }
 
     /// Runs until a session ends.
@@ -236,7 +243,8 @@ impl Announcer {
     }
 
     fn hello_payload(&self, digest: String) -> Vec<u8> {
-        let hello = Hello { records: Some(digest), ..Hello::broker(self.domains.clone(), self.instance) };
+        let tenants = self.tenants.clone();
+        let hello = Hello { records: Some(digest), tenants, ..Hello::broker(self.domains.clone(), self.instance) };
         let hello = if self.has_registry { hello.with_leases() } else { hello };
         serde_json::to_vec(&hello).unwrap_or_default()
     }

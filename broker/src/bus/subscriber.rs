@@ -28,6 +28,7 @@ use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::registry::push::{LeaseEvent, LeaseSender};
+use crate::tenants::{TenantEvent, TenantEventSender};
 
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
 const MAX_KEYS: usize = 4_096;
@@ -56,6 +57,8 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
     let requests = requests.into_iter().chain([Topic::worker_requests()]);
     let has_registry = config.registry.is_some();
     let requests = requests.chain(has_registry.then(Topic::lease_requests));
+    let of_tenants = config.tenants.as_ref().map(|_| Topic::BrokerTenants { broker: own() }.to_string());
+    let requests = requests.chain(of_tenants);
     SessionConfig {
         will: Some(hello(&own(), Vec::new())),
         qos0_filters: [Topic::broker_hellos()].into_iter().chain(has_registry.then(Topic::worker_servers)).collect(),
@@ -91,6 +94,8 @@ pub struct Primary {
     pub online_log: OnlineLog,
     /// What cannot be used.
     pub invalid: InvalidMessages,
+    /// Which brokers are online; none without tenants.
+    pub tenants: Option<TenantEventSender>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -188,6 +193,9 @@ impl Primary {
 
     /// Applies a state. When a gateway or one of its domains goes offline, or comes online, its outcomes so far are invalid.
     fn on_state(&self, topic: &Topic, publish: &Publish, now: Instant) -> Result<(), Ignored> {
+        if let (Topic::BrokerStatus { broker }, Some(tenants)) = (topic, &self.tenants) {
+            let _ = tenants.try_send(TenantEvent::Status(broker.clone(), &*publish.payload == b"1"));
+        }
         let state_of = topic.state_of();
         let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
         let mut gateways = self.gateways.lock();
@@ -226,6 +234,8 @@ pub struct Secondary {
     pub requesters: Requesters,
     /// Servers of workers, and requests for their leases; none without a registry.
     pub leases: Option<LeaseSender>,
+    /// Tenants of other brokers; none without tenants here.
+    pub tenants: Option<TenantEventSender>,
     /// What is published under this broker's name.
     pub reporter: Reporter,
     /// What is counted.
@@ -258,6 +268,8 @@ impl Secondary {
                     if let SyncEvent::Broker(name, hello) = &event {
                         self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
                         self.requesters.on_broker(name, hello.as_ref());
+                        let served = hello.as_ref().and_then(|hello| hello.tenants.clone());
+                        self.on_tenants(TenantEvent::Hello(name.clone(), served));
                     }
                     let _ = self.sync.try_send(event);
                 }
@@ -292,6 +304,8 @@ impl Secondary {
             }
         } else if let Topic::LeaseRequests { worker } = topic {
             self.on_leases(LeaseEvent::Requested(worker, json(&publish.payload)?));
+        } else if let Topic::BrokerTenants { .. } = topic {
+            self.on_tenants(TenantEvent::Frame(json(&publish.payload)?));
         } else if topic == Topic::Revocations {
             self.lists.on_event(ListEvent::Records(json(&publish.payload)?));
         } else {
@@ -302,6 +316,13 @@ impl Secondary {
 }
 
 impl Secondary {
+    /// What finds no place is missed there, and registered again.
+    fn on_tenants(&self, event: TenantEvent) {
+        if let Some(tenants) = &self.tenants {
+            let _ = tenants.try_send(event);
+        }
+    }
+
     /// What finds no place is announced or asked for again.
     fn on_leases(&self, event: LeaseEvent) {
         if let Some(leases) = &self.leases {
@@ -362,13 +383,16 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
         reporter: reporter.clone(),
         online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
+        tenants: None,
         metrics: metrics.clone(),
     };
     primary.on_event(Event::Message(publish.clone()));
     let requesters = Requesters::new(own, SyncQueue::default());
     let (leases, _lease_events) = push::channel();
     let leases = Some(leases);
-    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, leases, reporter, metrics };
+    let (tenants, _tenant_events) = tokio::sync::mpsc::channel(1);
+    let tenants = Some(tenants);
+    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, leases, tenants, reporter, metrics };
     secondary.on_event(Event::Message(publish));
     assert!(live.lock().len() <= 10);
 }
@@ -381,7 +405,9 @@ mod tests {
     use super::*;
 
     /// Payloads that are nearly right find more than any bytes do.
-    const PAYLOADS: [&str; 13] = [
+    const PAYLOADS: [&str; 15] = [
+        r#"{"from":"b","epoch":1,"number":0,"content":{"requests":["register",{"leave":1}]}}"#,
+        r#"{"from":"b","epoch":1,"number":0,"content":{"updates":["snapshot",{"left":["t","10.0.0.1"]}]}}"#,
         r#"{"servers":{"s1":{"public_key":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","network":"10.0.0.0/8","reserved":1,"endpoint_address":"x","endpoint_port":1,"allowed_ips":"x"}}}"#,
         r#"{"to":"b","server":"s1","known":{"id":1,"revision":2}}"#,
         r#"{"ExternalAddress":"x","Port":1,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"x"}"#,
@@ -437,6 +463,7 @@ mod tests {
             "wgkex/broker/b/hello",
             "wgkex/broker/b/questions",
             "wgkex/broker/b/pages",
+            "wgkex/broker/b/tenants",
             "wgkex/worker/w/revoked",
             "wgkex/revocations",
         ]

@@ -34,6 +34,12 @@ pub enum CloseCause {
     /// All networks are taken.
     #[error("all networks are taken by other tenants")]
     NoNetwork,
+    /// Another member got its address while brokers did not reach each other.
+    #[error("another member has this address now: join again")]
+    Conflict,
+    /// No broker gives addresses.
+    #[error("no broker gives addresses now")]
+    NoCoordinator,
     /// A message is too large.
     #[error("a message has at most {MESSAGE_MAX} bytes")]
     TooLarge,
@@ -65,7 +71,7 @@ impl CloseCause {
             Self::JoinTimeout | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_)) | Self::KeyInUse => {
                 CloseCode::Policy
             }
-            Self::NoAddress | Self::NoNetwork => CloseCode::Again,
+            Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::NoCoordinator => CloseCode::Again,
             Self::TooLarge => CloseCode::Size,
             Self::Protocol(_) => CloseCode::Protocol,
             Self::Stopping => CloseCode::Away,

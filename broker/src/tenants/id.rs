@@ -5,12 +5,14 @@ use std::fmt;
 use std::sync::Arc;
 
 use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Serialize};
 
 /// The most bytes of an id.
 const MAX: usize = 255;
 
 /// A tenant's id. Case counts. Logs never have it.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct TenantId(Arc<str>);
 
 /// Why a text is no tenant's id.
@@ -50,6 +52,20 @@ impl TenantId {
     /// The id as a text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl TryFrom<String> for TenantId {
+    type Error = IdError;
+
+    fn try_from(text: String) -> Result<Self, IdError> {
+        Self::new(&text)
+    }
+}
+
+impl From<TenantId> for String {
+    fn from(id: TenantId) -> Self {
+        id.as_str().into()
     }
 }
 

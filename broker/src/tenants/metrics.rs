@@ -2,12 +2,11 @@
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use serde::{Deserialize, Serialize};
-use strum::VariantNames as _;
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::metrics::{Registry, set};
 use crate::tenants::close::CloseCause;
 use crate::tenants::pool::Counts;
-use crate::tenants::service::Leave;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -28,6 +27,22 @@ pub struct Metrics {
     pub leaves: IntCounterVec,
     /// Whether the addresses are kept on the disk.
     pub state_kept: IntGauge,
+    /// Whether this broker gives the addresses of all brokers' tenants.
+    pub coordinator: IntGauge,
+}
+
+/// Why a member leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
+#[strum(serialize_all = "snake_case")]
+pub enum Leave {
+    /// It closed its WebSocket, or lost the connection.
+    Closed,
+    /// It sent what is not allowed.
+    Refused,
+    /// It does not answer.
+    Silent,
+    /// It does not read.
+    Slow,
 }
 
 /// How many there are, for the status.
@@ -49,9 +64,9 @@ impl Metrics {
         let gauge = |name: &str, help| registry.gauge(&format!("wgkex_broker_tenants_{name}"), help);
         Ok(Self {
             sockets: gauge("sockets", "WebSockets of tenants that are open")?,
-            tenants: gauge("networks", "Tenants that have a network")?,
-            members: gauge("members", "Members of tenants")?,
-            held: gauge("held_addresses", "Addresses held for members that left")?,
+            tenants: gauge("networks", "Tenants that have a network, at all brokers of the bus")?,
+            members: gauge("members", "Members of tenants, at all brokers of the bus")?,
+            held: gauge("held_addresses", "Addresses held for members that left, at all brokers of the bus")?,
             joins: registry.counter("wgkex_broker_tenants_joins_total", "Clients that became members of a tenant")?,
             refused: registry.counters_of(
                 "wgkex_broker_tenants_refused_total",
@@ -64,6 +79,10 @@ impl Metrics {
                 "Members that left their tenant",
                 "reason",
                 Leave::VARIANTS,
+            )?,
+            coordinator: gauge(
+                "coordinator",
+                "1 if this broker gives the addresses of tenants, at all brokers of the bus",
             )?,
             state_kept: gauge("state_kept", "1 if the addresses of tenants are kept on the disk, 0 if not")?,
         })

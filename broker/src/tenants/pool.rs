@@ -13,7 +13,7 @@ use wgkex_common::PublicKey;
 
 use crate::ipam::{Blocks, FreeList};
 use crate::tenants::id::TenantId;
-use crate::tenants::table::{JoinError, Joined, Member, Newcomer, SessionId, Tenant};
+use crate::tenants::table::{JoinError, Joined, Member, MemberId, Newcomer, Tenant};
 
 /// Addresses that are held at most; more are free at once when their members leave.
 const HELD_MAX: usize = 100_000;
@@ -83,21 +83,16 @@ impl Tenants {
         Counts { tenants: self.by_id.len(), ..self.counts }
     }
 
-    /// How many tenants there may be at the same time.
-    pub fn networks(&self) -> u128 {
-        self.parts.iter().fold(0, |sum: u128, part| sum.saturating_add(part.size()))
-    }
-
-    /// The members of a tenant, in the order in which their sessions began.
-    pub fn members(&self, id: &TenantId) -> impl Iterator<Item = (SessionId, &Arc<Member>)> {
-        self.by_id.get(id).into_iter().flat_map(|tenant| tenant.table.members())
+    /// All members with their tenants.
+    pub fn members(&self) -> impl Iterator<Item = (&TenantId, MemberId, &Arc<Member>)> {
+        self.by_id.iter().flat_map(|(id, tenant)| tenant.table.members().map(move |(member, what)| (id, member, what)))
     }
 
     /// Takes in a client.
     pub fn join(
         &mut self,
         id: &TenantId,
-        session: SessionId,
+        session: MemberId,
         client: Newcomer,
         now: Instant,
     ) -> Result<Arc<Member>, JoinError> {
@@ -105,11 +100,51 @@ impl Tenants {
             let number = self.take_network()?;
             self.open(id, number, now);
         }
+        self.admit(id, |table| table.join(session, client))
+    }
+
+    /// Takes in a client that has this address already, by another broker or before a restart. Addresses and networks that are
+    /// only held give way.
+    pub fn adopt(
+        &mut self,
+        id: &TenantId,
+        session: MemberId,
+        client: Newcomer,
+        address: IpAddr,
+        now: Instant,
+    ) -> Result<Arc<Member>, JoinError> {
+        let number = self.network_of(address).ok_or(JoinError::NoAddress)?;
+        let in_the_way = self.by_id.iter().find(|(other, tenant)| (*other == id) != (tenant.number == number));
+        if let Some((other, tenant)) = in_the_way {
+            if !tenant.table.is_empty() {
+                return Err(JoinError::NoAddress);
+            }
+            let other = other.clone();
+            self.close(&other);
+            return self.adopt(id, session, client, address, now);
+        }
+        if !self.by_id.contains_key(id) {
+            if !self.free.take_this(number) {
+                return Err(JoinError::NoNetwork);
+            }
+            self.open(id, number, now);
+        }
+        let adopted = self.admit(id, |table| table.adopt(session, client, address));
+        self.close_if_unused(id);
+        adopted
+    }
+
+    fn admit(
+        &mut self,
+        id: &TenantId,
+        join: impl FnOnce(&mut Tenant) -> Result<Joined, JoinError>,
+    ) -> Result<Arc<Member>, JoinError> {
         let tenant = self.by_id.get_mut(id).ok_or(JoinError::NoNetwork)?;
         let held = tenant.table.held();
-        let Joined { member, dispossessed } = tenant.table.join(session, client)?;
-        self.counts.members += 1;
+        let joined = join(&mut tenant.table);
         self.counts.held -= held - tenant.table.held();
+        let Joined { member, dispossessed } = joined?;
+        self.counts.members += 1;
         if let Some(since) = tenant.empty.take() {
             self.empty.remove(&(since, id.clone()));
         }
@@ -121,7 +156,7 @@ impl Tenants {
     }
 
     /// A member leaves; none if it is none.
-    pub fn leave(&mut self, id: &TenantId, session: SessionId, now: Instant) -> Option<Arc<Member>> {
+    pub fn leave(&mut self, id: &TenantId, session: MemberId, now: Instant) -> Option<Arc<Member>> {
         let is_held = !self.grace.is_zero() && self.counts.held < HELD_MAX;
         let tenant = self.by_id.get_mut(id)?;
         let member = tenant.table.leave(session, is_held.then_some(now))?;

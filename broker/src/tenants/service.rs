@@ -1,31 +1,35 @@
-//! The one task that owns all tenants, and the handle by which sessions talk to it. It waits for no session: what a member is
-//! to receive goes into the member's queue, and a member whose queue is full is dropped.
+//! The one task that owns all tenants, and the handle by which sessions talk to it. It waits for nothing but what happens next:
+//! [`Coordination`] decides, and what is to be published and does not find a place is lost, which the other broker notices.
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytestring::ByteString;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
+use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::{BrokerName, Topic};
 
-use crate::tenants::Metrics;
 use crate::tenants::close::CloseCause;
+use crate::tenants::coordination::Coordination;
+use crate::tenants::frame::{Frame, SessionId, Wish};
 use crate::tenants::id::TenantId;
-use crate::tenants::message::{Form, announcement, removal};
-use crate::tenants::pool::{Change, Tenants};
+use crate::tenants::message::Form;
+use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::sessions::{Outgoing, SessionLink};
 use crate::tenants::store::AddressBuffer;
-use crate::tenants::table::{JoinError, Member, Newcomer, SessionId};
+use crate::tenants::table::Newcomer;
 
-/// How long a member has to show that it is alive, when another session joins with its key.
-pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often to look for what is over.
 const TICK: Duration = Duration::from_millis(250);
 /// What sessions may have asked for and did not get yet; more of them wait.
 const COMMANDS_MAX: usize = 1024;
+/// Messages of other brokers that wait; more are lost.
+const EVENTS_MAX: usize = 1024;
+/// Commands and events that are done before frames are sent.
+const BURST_MAX: usize = 256;
 /// What a member may have been sent and has not read yet, beyond what its connection holds: more messages than a large
 /// tenant has members. The texts in it are shared by all members.
 const QUEUE_MAX: usize = 4096;
@@ -33,53 +37,25 @@ const QUEUE_MAX: usize = 4096;
 /// What a session asks for.
 #[derive(Debug)]
 enum Command {
-    Join(Box<JoinRequest>),
+    Join(Wish, SessionLink),
     Leave(SessionId, Leave),
     /// The member has answered a probe.
     Alive(SessionId),
 }
 
-/// A session's wish to be a member.
+/// What other brokers say.
 #[derive(Debug)]
-struct JoinRequest {
-    session: SessionId,
-    tenant: TenantId,
-    client: Newcomer,
-    link: SessionLink,
+pub enum TenantEvent {
+    /// A broker is online, or no longer.
+    Status(BrokerName, bool),
+    /// What a broker serves.
+    Hello(BrokerName, Option<ServedTenants>),
+    /// A message to this broker.
+    Frame(Frame),
 }
 
-/// How a session is reached.
-#[derive(Debug)]
-struct SessionLink {
-    form: Form,
-    queue: mpsc::Sender<Outgoing>,
-    end: oneshot::Sender<CloseCause>,
-}
-
-/// What a session is to send.
-#[derive(Debug)]
-pub enum Outgoing {
-    /// It is a member at this address; these were before.
-    Answer(IpAddr, Vec<Arc<Member>>),
-    /// A message about another member.
-    Text(ByteString),
-    /// A ping whose answer is to be reported by [`Seat::alive`].
-    Probe,
-}
-
-/// Why a member leaves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantNames)]
-#[strum(serialize_all = "snake_case")]
-pub enum Leave {
-    /// It closed its WebSocket, or lost the connection.
-    Closed,
-    /// It sent what is not allowed.
-    Refused,
-    /// It does not answer.
-    Silent,
-    /// It does not read.
-    Slow,
-}
+/// Tells the task. What finds no place is lost.
+pub type TenantEventSender = mpsc::Sender<TenantEvent>;
 
 /// The way to the tenants. Clones lead to the same ones.
 #[derive(Debug, Clone)]
@@ -109,32 +85,11 @@ pub struct Seat {
 /// The task that owns the tenants.
 #[derive(Debug)]
 pub struct TenantService {
-    tenants: Tenants,
-    members: BTreeMap<SessionId, MemberSession>,
-    /// By the session that is to answer.
-    probes: BTreeMap<SessionId, Probe>,
+    tenants: Coordination,
     kept: AddressBuffer,
     metrics: Metrics,
     commands: mpsc::Receiver<Command>,
-}
-
-#[derive(Debug)]
-struct MemberSession {
-    tenant: TenantId,
-    link: SessionLink,
-}
-
-/// Sessions that wait for the answer of a member that has their key.
-#[derive(Debug)]
-struct Probe {
-    until: Instant,
-    waiting: Vec<JoinRequest>,
-}
-
-/// A message to several members, in both forms.
-struct Broadcast {
-    plain: ByteString,
-    with_endpoints: ByteString,
+    events: mpsc::Receiver<TenantEvent>,
 }
 
 impl TenantsHandle {
@@ -144,8 +99,8 @@ impl TenantsHandle {
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
         let (ended, end) = oneshot::channel();
         let link = SessionLink { form, queue: sender, end: ended };
-        let request = Box::new(JoinRequest { session, tenant, client, link });
-        self.commands.send(Command::Join(request)).await.map_err(|_| CloseCause::Stopping)?;
+        let command = Command::Join(Wish { session, tenant, client }, link);
+        self.commands.send(command).await.map_err(|_| CloseCause::Stopping)?;
         Ok(Membership { seat: Seat { session, commands: self.commands.clone() }, queue, end })
     }
 
@@ -169,189 +124,80 @@ impl Seat {
 }
 
 impl TenantService {
-    /// The task, and the way to it.
-    pub fn new(tenants: Tenants, kept: AddressBuffer, metrics: Metrics) -> (Self, TenantsHandle) {
+    /// The task, and the ways to it.
+    pub fn new(
+        tenants: Coordination,
+        kept: AddressBuffer,
+        metrics: Metrics,
+    ) -> (Self, TenantsHandle, TenantEventSender) {
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
+        let (event_sender, events) = mpsc::channel(EVENTS_MAX);
         let handle = TenantsHandle { commands: sender, last: Arc::default() };
-        let (members, probes) = (BTreeMap::new(), BTreeMap::new());
-        (Self { tenants, members, probes, kept, metrics, commands }, handle)
+        (Self { tenants, kept, metrics, commands, events }, handle, event_sender)
     }
 
-    /// Serves sessions until `stop` returns, and then ends them.
-    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+    /// Serves sessions until `stop` returns, and then ends them. Frames for other brokers go to `bus`.
+    pub async fn run(mut self, bus: MqttHandle, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let connection = bus.connection_state();
         loop {
             tokio::select! {
                 biased;
                 () = &mut stop => break,
-                _ = ticks.tick() => self.tick(Instant::now()),
+                _ = ticks.tick() => {
+                    let is_up = *connection.borrow() == ConnectionState::Up;
+                    self.tick(is_up, Instant::now());
+                }
+                Some(event) = self.events.recv() => self.on_event(event, Instant::now()),
                 Some(command) = self.commands.recv() => self.on_command(command, Instant::now()),
             }
-            self.keep_changes();
+            for _ in 0..BURST_MAX {
+                let now = Instant::now();
+                if let Ok(event) = self.events.try_recv() {
+                    self.on_event(event, now);
+                } else if let Ok(command) = self.commands.try_recv() {
+                    self.on_command(command, now);
+                } else {
+                    break;
+                }
+            }
+            publish(&bus, self.tenants.take_frames(Instant::now()));
+            self.metrics.set(self.tenants.counts());
         }
-        self.keep_changes();
-        self.stop();
+        publish(&bus, self.tenants.stop(Instant::now()));
     }
 
     fn on_command(&mut self, command: Command, now: Instant) {
         match command {
-            Command::Join(request) => self.join(*request, now),
-            Command::Leave(session, leave) => {
-                self.withdraw(session);
-                self.remove(session, leave, None, now);
-            }
-            Command::Alive(session) => {
-                for request in self.probes.remove(&session).into_iter().flat_map(|probe| probe.waiting) {
-                    request.refuse(CloseCause::KeyInUse);
-                }
-            }
+            Command::Join(wish, link) => self.tenants.join(wish, link, now),
+            Command::Leave(session, leave) => self.tenants.leave(session, leave, now),
+            Command::Alive(session) => self.tenants.alive(session, now),
         }
     }
 
-    fn tick(&mut self, now: Instant) {
-        self.tenants.expire(now);
-        let silent = self.probes.iter().filter(|(_, probe)| probe.until <= now).map(|(session, _)| *session);
-        for session in silent.collect::<Vec<_>>() {
-            self.remove(session, Leave::Silent, Some(CloseCause::Silent), now);
+    fn on_event(&mut self, event: TenantEvent, now: Instant) {
+        match event {
+            TenantEvent::Status(broker, is_online) => self.tenants.election().on_status(broker, is_online, now),
+            TenantEvent::Hello(broker, served) => self.tenants.election().on_hello(broker, served, now),
+            TenantEvent::Frame(frame) => self.tenants.on_frame(frame, now),
         }
     }
 
-    fn join(&mut self, request: JoinRequest, now: Instant) {
-        if request.link.queue.is_closed() {
-            return;
-        }
-        match self.tenants.join(&request.tenant, request.session, request.client.clone(), now) {
-            Ok(member) => self.admit(request, &member, now),
-            Err(JoinError::KeyInUse(holder)) => self.probe(holder, request, now),
-            Err(JoinError::NoAddress) => request.refuse(CloseCause::NoAddress),
-            Err(JoinError::NoNetwork) => request.refuse(CloseCause::NoNetwork),
-        }
-    }
-
-    /// Answers a new member, and announces it to the others.
-    fn admit(&mut self, request: JoinRequest, member: &Member, now: Instant) {
-        let JoinRequest { session, tenant, link, .. } = request;
-        let peers = self.tenants.members(&tenant).filter(|(other, _)| *other != session);
-        let answer = Outgoing::Answer(member.virtual_ip, peers.map(|(_, peer)| peer.clone()).collect());
-        if link.queue.try_send(answer).is_err() {
-            // Its session has ended, and nobody knows of it.
-            self.tenants.leave(&tenant, session, now);
-            return;
-        }
-        self.metrics.joins.inc();
-        self.members.insert(session, MemberSession { tenant: tenant.clone(), link });
-        let announced = Broadcast::announcement(member);
-        for slow in self.broadcast(&tenant, session, &announced) {
-            self.remove(slow, Leave::Slow, Some(CloseCause::Slow), now);
-        }
-    }
-
-    /// Asks the member that has a key whether it is alive, for a newcomer with the same key.
-    fn probe(&mut self, holder: SessionId, request: JoinRequest, now: Instant) {
-        if let Some(probe) = self.probes.get_mut(&holder) {
-            probe.waiting.push(request);
-            return;
-        }
-        self.probes.insert(holder, Probe { until: now + PROBE_TIMEOUT, waiting: vec![request] });
-        let is_asked =
-            self.members.get(&holder).is_some_and(|member| member.link.queue.try_send(Outgoing::Probe).is_ok());
-        if !is_asked {
-            self.remove(holder, Leave::Slow, Some(CloseCause::Slow), now);
-        }
-    }
-
-    /// Sends a message to the members of a tenant except one; returns those that have no room for it.
-    fn broadcast(&self, tenant: &TenantId, except: SessionId, message: &Broadcast) -> Vec<SessionId> {
-        let mut slow = Vec::new();
-        for (session, _) in self.tenants.members(tenant).filter(|(session, _)| *session != except) {
-            let Some(MemberSession { link, .. }) = self.members.get(&session) else { continue };
-            if link.queue.try_send(Outgoing::Text(message.text(link.form))).is_err() {
-                slow.push(session);
-            }
-        }
-        slow
-    }
-
-    /// A member leaves, which the others learn; those that have no room for that leave, too. `end` is what its session is
-    /// to end with.
-    fn remove(&mut self, session: SessionId, leave: Leave, end: Option<CloseCause>, now: Instant) {
-        let mut leaving = vec![(session, leave, end)];
-        while let Some((session, leave, end)) = leaving.pop() {
-            let Some(MemberSession { tenant, link }) = self.members.remove(&session) else { continue };
-            let Some(member) = self.tenants.leave(&tenant, session, now) else { continue };
-            self.metrics.leaves.with_label_values(&[<&str>::from(leave)]).inc();
-            if let Some(end) = end {
-                // It may have ended by itself.
-                let _ = link.end.send(end);
-            }
-            let slow = self.broadcast(&tenant, session, &Broadcast::removal(member.virtual_ip));
-            leaving.extend(slow.into_iter().map(|slow| (slow, Leave::Slow, Some(CloseCause::Slow))));
-            self.rejoin(session, now);
-        }
-    }
-
-    /// Those that waited for the answer of a member that left may join.
-    fn rejoin(&mut self, left: SessionId, now: Instant) {
-        for request in self.probes.remove(&left).into_iter().flat_map(|probe| probe.waiting) {
-            self.join(request, now);
-        }
-    }
-
-    /// A session that waits for the answer of a member is over.
-    fn withdraw(&mut self, session: SessionId) {
-        for probe in self.probes.values_mut() {
-            probe.waiting.retain(|request| request.session != session);
-        }
-    }
-
-    fn keep_changes(&mut self) {
-        for Change { tenant, key, address } in self.tenants.take_changes() {
-            self.kept.note((tenant, key), address);
-        }
+    fn tick(&mut self, is_bus_up: bool, now: Instant) {
+        self.tenants.election().on_bus(is_bus_up, now);
+        self.tenants.tick(now);
         if self.kept.needs_full_write() {
-            for Change { tenant, key, address } in self.tenants.addresses() {
-                self.kept.note((tenant, key), address);
-            }
-        }
-        self.metrics.set(self.tenants.counts());
-    }
-
-    /// The addresses of the members stay on the disk, so that they get them again.
-    fn stop(self) {
-        let waiting = self.probes.into_values().flat_map(|probe| probe.waiting).map(|request| request.link);
-        for link in self.members.into_values().map(|member| member.link).chain(waiting) {
-            let _ = link.end.send(CloseCause::Stopping);
+            self.tenants.write_all();
         }
     }
 }
 
-impl JoinRequest {
-    fn refuse(self, cause: CloseCause) {
-        // It may have ended by itself.
-        let _ = self.link.end.send(cause);
+/// A frame that finds no place is missed by the other broker, and all is registered again.
+fn publish(bus: &MqttHandle, frames: Vec<(BrokerName, Frame)>) {
+    for (broker, frame) in frames {
+        let payload = serde_json::to_vec(&frame).unwrap_or_default();
+        let _ = bus.try_publish(Message::transient(Topic::BrokerTenants { broker }, payload));
     }
 }
-
-impl Broadcast {
-    fn announcement(member: &Member) -> Self {
-        let [plain, with_endpoints] = [Form::Plain, Form::WithEndpoints].map(|form| announcement(member, form).into());
-        Self { plain, with_endpoints }
-    }
-
-    fn removal(virtual_ip: IpAddr) -> Self {
-        let text = ByteString::from(removal(virtual_ip));
-        Self { plain: text.clone(), with_endpoints: text }
-    }
-
-    fn text(&self, form: Form) -> ByteString {
-        match form {
-            Form::Plain => self.plain.clone(),
-            Form::WithEndpoints => self.with_endpoints.clone(),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

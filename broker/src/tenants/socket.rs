@@ -13,11 +13,12 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use wgkex_common::http::connections::UpgradedConnection;
 
-use crate::tenants::Metrics;
 use crate::tenants::close::{CloseCause, JOIN_TIMEOUT};
 use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, answer, parse_join};
-use crate::tenants::service::{Leave, Membership, Outgoing, Seat, TenantsHandle};
+use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::service::{Membership, Seat, TenantsHandle};
+use crate::tenants::sessions::Outgoing;
 
 /// How often a member is pinged. One that has not answered by the next time is lost.
 const PING_INTERVAL: Duration = Duration::from_secs(10);

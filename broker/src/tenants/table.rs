@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use wgkex_common::PublicKey;
 
 use crate::ipam::{FreeList, Range};
 
-/// The number of a WebSocket since the start; no other has the same.
+/// The number of a member at the broker that gives addresses; no other has the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SessionId(pub u64);
+pub struct MemberId(pub u64);
 
 /// What a client says of itself when it joins, and what was seen of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Newcomer {
     /// As it was given.
     pub display_name: String,
@@ -27,7 +28,7 @@ pub struct Newcomer {
 }
 
 /// A member of a tenant.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// Its address in the tenant's network.
     pub virtual_ip: IpAddr,
@@ -38,8 +39,8 @@ pub struct Member {
 /// Why a client cannot join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JoinError {
-    /// This session has the key.
-    KeyInUse(SessionId),
+    /// This member has the key.
+    KeyInUse(MemberId),
     /// Members have all addresses.
     NoAddress,
     /// Tenants with members have all networks.
@@ -61,8 +62,8 @@ pub struct Tenant {
     range: Range,
     /// Neither taken nor held.
     free: FreeList,
-    members: BTreeMap<SessionId, Arc<Member>>,
-    sessions: HashMap<PublicKey, SessionId>,
+    members: BTreeMap<MemberId, Arc<Member>>,
+    sessions: HashMap<PublicKey, MemberId>,
     held: HashMap<PublicKey, HeldAddress>,
     /// The same, the one that is held for the longest time first.
     oldest: BTreeSet<(HeldAddress, PublicKey)>,
@@ -89,8 +90,8 @@ impl Tenant {
         }
     }
 
-    /// Its members, in the order in which their sessions began.
-    pub fn members(&self) -> impl Iterator<Item = (SessionId, &Arc<Member>)> {
+    /// Its members, in the order in which they joined.
+    pub fn members(&self) -> impl Iterator<Item = (MemberId, &Arc<Member>)> {
         self.members.iter().map(|(session, member)| (*session, member))
     }
 
@@ -106,21 +107,46 @@ impl Tenant {
 
     /// Takes in a client. It gets the address that is held for its key, else the lowest free one, else the one that is held
     /// for the longest time.
-    pub fn join(&mut self, session: SessionId, client: Newcomer) -> Result<Joined, JoinError> {
+    pub fn join(&mut self, session: MemberId, client: Newcomer) -> Result<Joined, JoinError> {
         let key = client.public_key;
         if let Some(holder) = self.sessions.get(&key) {
             return Err(JoinError::KeyInUse(*holder));
         }
         let (number, dispossessed) = self.take_address(key).ok_or(JoinError::NoAddress)?;
         let virtual_ip = self.range.address(number).ok_or(JoinError::NoAddress)?;
-        let member = Arc::new(Member { virtual_ip, client });
+        Ok(self.insert(session, Member { virtual_ip, client }, dispossessed))
+    }
+
+    /// Takes in a client that has this address already. Another key for which it is held loses it.
+    pub fn adopt(&mut self, session: MemberId, client: Newcomer, virtual_ip: IpAddr) -> Result<Joined, JoinError> {
+        let key = client.public_key;
+        if let Some(holder) = self.sessions.get(&key) {
+            return Err(JoinError::KeyInUse(*holder));
+        }
+        let number = self.range.number(virtual_ip).ok_or(JoinError::NoAddress)?;
+        let holder = self.oldest.iter().find(|(held, _)| held.number == number).map(|(_, key)| *key);
+        if holder.is_none() && !self.free.take_this(number) {
+            return Err(JoinError::NoAddress);
+        }
+        if let Some(number) = self.unhold(key).filter(|held| *held != number) {
+            self.free.give_back(number);
+        }
+        let dispossessed = holder.filter(|holder| *holder != key);
+        if let Some(other) = dispossessed {
+            self.unhold(other);
+        }
+        Ok(self.insert(session, Member { virtual_ip, client }, dispossessed))
+    }
+
+    fn insert(&mut self, session: MemberId, member: Member, dispossessed: Option<PublicKey>) -> Joined {
+        let member = Arc::new(member);
         self.members.insert(session, member.clone());
-        self.sessions.insert(key, session);
-        Ok(Joined { member, dispossessed })
+        self.sessions.insert(member.client.public_key, session);
+        Joined { member, dispossessed }
     }
 
     /// A member leaves; none if it is none. Its address is held from `since` on, or free at once.
-    pub fn leave(&mut self, session: SessionId, since: Option<Instant>) -> Option<Arc<Member>> {
+    pub fn leave(&mut self, session: MemberId, since: Option<Instant>) -> Option<Arc<Member>> {
         let member = self.members.remove(&session)?;
         self.sessions.remove(&member.client.public_key);
         if let Some(number) = self.range.number(member.virtual_ip) {

@@ -132,6 +132,11 @@ fn drain(value: &Value) -> Result<Drain, Malformed> {
     drain.filter(is_short).ok_or(Malformed::Field("drain", "a time and a short text"))
 }
 
+fn served_tenants(value: &Value) -> Result<ServedTenants, Malformed> {
+    let served = ServedTenants::deserialize(value).ok().filter(|served| served.rules.len() <= WORD_MAX);
+    served.ok_or(Malformed::Field("tenants", "a time and a short text"))
+}
+
 /// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Hello {
@@ -154,6 +159,18 @@ pub struct Hello {
     /// That this worker gets no new routers. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain: Option<Drain>,
+    /// The tenants that this broker serves. None if it serves none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenants: Option<ServedTenants>,
+}
+
+/// That a broker serves tenants: those with the same rules do it together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServedTenants {
+    /// When it was started, in milliseconds since 1970 by its own clock: the first one gives all addresses.
+    pub since: u64,
+    /// A digest of the settings that have to be the same.
+    pub rules: String,
 }
 
 impl Hello {
@@ -187,6 +204,7 @@ impl Hello {
             instance: fields.get("instance").map(number).transpose()?,
             records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
             drain: fields.get("drain").map(drain).transpose()?,
+            tenants: fields.get("tenants").map(served_tenants).transpose()?,
         }))
     }
 
@@ -205,7 +223,7 @@ impl Hello {
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
         let capabilities = abilities.iter().map(|&ability| ability.to_owned()).collect();
-        Self { version, capabilities, domains: Some(domains), instance, records: None, drain: None }
+        Self { version, capabilities, domains: Some(domains), instance, records: None, drain: None, tenants: None }
     }
 
     /// Whether the worker may serve the domain with this name.

@@ -112,6 +112,11 @@ pub enum Topic {
         /// The broker's name.
         broker: BrokerName,
     },
+    /// What brokers that serve tenants tell a broker of their members. Ours.
+    BrokerTenants {
+        /// The broker's name.
+        broker: BrokerName,
+    },
     /// What a broker publishes to itself. Ours.
     BrokerEcho {
         /// The broker's name.
@@ -127,7 +132,7 @@ impl Topic {
 
     /// One topic of each kind, of this domain, worker and broker; `+` stands for all of them in a filter.
     #[must_use]
-    pub fn each(domain: &str, worker: &WorkerName, broker: &BrokerName) -> [Self; 20] {
+    pub fn each(domain: &str, worker: &WorkerName, broker: &BrokerName) -> [Self; 21] {
         let (domain, worker, broker) = (|| domain.to_owned(), || worker.clone(), || broker.clone());
         [
             Self::Key { domain: domain() },
@@ -148,6 +153,7 @@ impl Topic {
             Self::BrokerHello { broker: broker() },
             Self::BrokerRequests { broker: broker() },
             Self::BrokerChunks { broker: broker() },
+            Self::BrokerTenants { broker: broker() },
             Self::BrokerEcho { broker: broker() },
             Self::Revocations,
         ]
@@ -169,6 +175,7 @@ impl Topic {
             Self::WorkerChunks { .. } | Self::BrokerChunks { .. } => "pages",
             Self::WorkerServers { .. } => "servers",
             Self::LeaseRequests { .. } => "lease-requests",
+            Self::BrokerTenants { .. } => "tenants",
             Self::WorkerLeases { .. } => "leases",
             Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => "echo",
             Self::Revocations => "revocations",
@@ -218,6 +225,7 @@ impl Topic {
             ["wgkex", "revocations"] => Some(Self::Revocations),
             ["wgkex", "broker", broker, "hello"] => Some(Self::BrokerHello { broker: broker.parse().ok()? }),
             ["wgkex", "broker", broker, "questions"] => Some(Self::BrokerRequests { broker: broker.parse().ok()? }),
+            ["wgkex", "broker", broker, "tenants"] => Some(Self::BrokerTenants { broker: broker.parse().ok()? }),
             ["wgkex", "broker", broker, "pages"] => Some(Self::BrokerChunks { broker: broker.parse().ok()? }),
             _ => None,
         }

@@ -20,6 +20,8 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::websocket::{Frame, WebSocket};
 use wgkex_tests::{key, wait_until};
 
+mod brokers;
+
 const PYTHON: &str = "/usr/bin/python3";
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tenants/with_websockets.py");
 /// The tenants' database has one table so far.

@@ -58,6 +58,7 @@ impl Topic {
             | Self::BrokerHello { broker }
             | Self::BrokerRequests { broker }
             | Self::BrokerChunks { broker }
+            | Self::BrokerTenants { broker }
             | Self::BrokerEcho { broker } => Owner::Broker(broker),
             Self::Key { domain } => Owner::Domain(domain),
             Self::Revocations => Owner::Nobody,
@@ -80,7 +81,10 @@ impl Topic {
             | Self::Revoked { .. }
             | Self::WorkerRequests { .. }
             | Self::LeaseRequests { .. } => Direction::ToBrokers,
-            Self::WorkerChunks { .. } | Self::WorkerLeases { .. } | Self::BrokerChunks { .. } => Direction::FromBrokers,
+            Self::WorkerChunks { .. }
+            | Self::WorkerLeases { .. }
+            | Self::BrokerChunks { .. }
+            | Self::BrokerTenants { .. } => Direction::FromBrokers,
             Self::BrokerRequests { .. } => Direction::FromAll,
             Self::WorkerEcho { .. } | Self::BrokerEcho { .. } => Direction::Echo,
             Self::Key { .. } | Self::Revocations => Direction::Broadcast,

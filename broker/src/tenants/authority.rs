@@ -1,0 +1,326 @@
+//! What the coordinator decides: who becomes a member at which address, and who leaves. It has no IO and no clock; what follows
+//! from its decisions are [`Update`]s, for one broker or for all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wgkex_common::BrokerName;
+
+use crate::tenants::frame::{HeldAddress, Origin, Refusal, Update, Wish};
+use crate::tenants::id::TenantId;
+use crate::tenants::pool::{Change, Counts, Tenants};
+use crate::tenants::table::{JoinError, Member, MemberId};
+
+/// How long a member has to show that it is alive, when another session joins with its key.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long another broker's members stay without that broker's registration, after this one became the coordinator.
+const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long joins wait for such registrations: a member that another broker has keeps its address then.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The tenants, as the coordinator has them.
+#[derive(Debug)]
+pub struct Authority {
+    tenants: Tenants,
+    members: BTreeMap<MemberId, Seat>,
+    ids: BTreeMap<Origin, MemberId>,
+    /// By the member that is to answer.
+    probes: BTreeMap<MemberId, Probe>,
+    last: u64,
+    /// Brokers that are to register their sessions, with when their members leave otherwise.
+    awaited: BTreeMap<BrokerName, Instant>,
+    settled: Instant,
+    /// Joins that wait for these.
+    early: Vec<RemoteWish>,
+    updates: Vec<(Target, Update)>,
+}
+
+/// For which brokers an update is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// For all that have registered.
+    All,
+    /// For this one.
+    Broker(BrokerName),
+}
+
+/// A broker's sessions, as it registers them.
+#[derive(Debug, Default)]
+pub struct Registration {
+    /// All of them, with the addresses that they were told already.
+    pub sessions: Vec<(Wish, Option<IpAddr>)>,
+    /// Addresses that it knows to be held.
+    pub held: Vec<HeldAddress>,
+}
+
+#[derive(Debug)]
+struct Seat {
+    tenant: TenantId,
+    origin: Origin,
+}
+
+#[derive(Debug, Clone)]
+struct RemoteWish {
+    broker: BrokerName,
+    wish: Wish,
+}
+
+/// Sessions that wait for the answer of a member that has their key.
+#[derive(Debug)]
+struct Probe {
+    until: Instant,
+    waiting: Vec<RemoteWish>,
+}
+
+impl RemoteWish {
+    fn origin(&self) -> Origin {
+        Origin { broker: self.broker.clone(), session: self.wish.session }
+    }
+}
+
+impl Authority {
+    /// Nobody is a member of these tenants. `others` are the brokers that are to register themselves.
+    pub fn new(tenants: Tenants, others: impl IntoIterator<Item = BrokerName>, now: Instant) -> Self {
+        Self {
+            tenants,
+            members: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            probes: BTreeMap::new(),
+            last: 0,
+            awaited: others.into_iter().map(|broker| (broker, now + REGISTRATION_TIMEOUT)).collect(),
+            settled: now + SETTLE_TIMEOUT,
+            early: Vec::new(),
+            updates: Vec::new(),
+        }
+    }
+
+    /// Takes over a member of the coordinator before. Its broker is to register itself.
+    pub fn take_over(&mut self, tenant: &TenantId, origin: &Origin, member: &Member, now: Instant) {
+        let id = self.next_id();
+        if self.tenants.adopt(tenant, id, member.client.clone(), member.virtual_ip, now).is_ok() {
+            self.insert(id, tenant, origin);
+            self.awaited.entry(origin.broker.clone()).or_insert(now + REGISTRATION_TIMEOUT);
+        } else {
+            self.updates.push((Target::All, Update::Left(tenant.clone(), member.virtual_ip)));
+        }
+    }
+
+    /// Holds an address of the coordinator before.
+    pub fn hold(&mut self, HeldAddress { tenant, key, address }: &HeldAddress, now: Instant) {
+        self.tenants.restore(tenant, *key, *address, now);
+    }
+
+    /// How many there are.
+    pub fn counts(&self) -> Counts {
+        self.tenants.counts()
+    }
+
+    /// What followed from the decisions since the last time.
+    pub fn take_updates(&mut self) -> Vec<(Target, Update)> {
+        self.note_changes();
+        std::mem::take(&mut self.updates)
+    }
+
+    /// A broker registers its sessions: those that were there stay, and others of it leave.
+    pub fn register(&mut self, broker: &BrokerName, registration: Registration, now: Instant) {
+        let Registration { sessions, held } = registration;
+        self.awaited.remove(broker);
+        let there: BTreeSet<_> =
+            sessions.iter().map(|(wish, _)| (wish.session, &wish.tenant, wish.client.public_key)).collect();
+        let keys: BTreeMap<MemberId, _> =
+            self.tenants.members().map(|(_, id, member)| (id, member.client.public_key)).collect();
+        let is_gone = |(id, seat): (&MemberId, &Seat)| {
+            let is_there = keys.get(id).is_some_and(|key| there.contains(&(seat.origin.session, &seat.tenant, *key)));
+            (seat.origin.broker == *broker && !is_there).then_some(*id)
+        };
+        let gone: Vec<_> = self.members.iter().filter_map(is_gone).collect();
+        self.early.retain(|early| early.broker != *broker);
+        for probe in self.probes.values_mut() {
+            probe.waiting.retain(|waiting| waiting.broker != *broker);
+        }
+        for id in gone {
+            self.remove(id, None, now);
+        }
+        for (wish, address) in sessions {
+            let wish = RemoteWish { broker: broker.clone(), wish };
+            match address {
+                _ if self.ids.contains_key(&wish.origin()) => {}
+                Some(address) => self.adopt(wish, address, now),
+                None => self.join_settled(wish, now),
+            }
+        }
+        for held in &held {
+            self.hold(held, now);
+        }
+        self.snapshot(broker);
+        self.join_early(now);
+    }
+
+    /// A broker is gone, and its members with it.
+    pub fn broker_gone(&mut self, broker: &BrokerName, now: Instant) {
+        self.awaited.remove(broker);
+        self.early.retain(|early| early.broker != *broker);
+        for probe in self.probes.values_mut() {
+            probe.waiting.retain(|waiting| waiting.broker != *broker);
+        }
+        let of_broker = |(id, seat): (&MemberId, &Seat)| (seat.origin.broker == *broker).then_some(*id);
+        for id in self.members.iter().filter_map(of_broker).collect::<Vec<_>>() {
+            self.remove(id, None, now);
+        }
+        self.join_early(now);
+    }
+
+    /// A session wants to be a member.
+    pub fn join(&mut self, broker: &BrokerName, wish: Wish, now: Instant) {
+        self.join_settled(RemoteWish { broker: broker.clone(), wish }, now);
+    }
+
+    /// A session is over.
+    pub fn leave(&mut self, origin: &Origin, now: Instant) {
+        self.early.retain(|early| early.origin() != *origin);
+        for probe in self.probes.values_mut() {
+            probe.waiting.retain(|waiting| waiting.origin() != *origin);
+        }
+        if let Some(id) = self.ids.get(origin) {
+            self.remove(*id, None, now);
+        }
+    }
+
+    /// A session answered a probe.
+    pub fn alive(&mut self, origin: &Origin) {
+        let probe = self.ids.get(origin).and_then(|id| self.probes.remove(id));
+        for waiting in probe.into_iter().flat_map(|probe| probe.waiting) {
+            self.end(&waiting.origin(), Refusal::KeyInUse);
+        }
+    }
+
+    /// Looks for what is over.
+    pub fn tick(&mut self, now: Instant) {
+        self.tenants.expire(now);
+        let silent = self.probes.iter().filter(|(_, probe)| probe.until <= now).map(|(id, _)| *id);
+        for id in silent.collect::<Vec<_>>() {
+            self.remove(id, Some(Refusal::Silent), now);
+        }
+        let late = self.awaited.iter().filter(|(_, until)| **until <= now).map(|(broker, _)| broker.clone());
+        for broker in late.collect::<Vec<_>>() {
+            self.broker_gone(&broker, now);
+        }
+        self.join_early(now);
+    }
+
+    fn join_early(&mut self, now: Instant) {
+        if self.awaited.is_empty() || self.settled <= now {
+            for wish in std::mem::take(&mut self.early) {
+                self.join_now(wish, now);
+            }
+        }
+    }
+
+    fn join_settled(&mut self, wish: RemoteWish, now: Instant) {
+        if self.awaited.is_empty() || self.settled <= now {
+            self.join_now(wish, now);
+        } else {
+            self.early.push(wish);
+        }
+    }
+
+    fn join_now(&mut self, wish: RemoteWish, now: Instant) {
+        let id = self.next_id();
+        let Wish { tenant, client, .. } = &wish.wish;
+        let joined = self.tenants.join(tenant, id, client.clone(), now);
+        self.admit(wish, id, joined, now);
+    }
+
+    /// A member of another broker, which has an address already, keeps it where it can.
+    fn adopt(&mut self, wish: RemoteWish, address: IpAddr, now: Instant) {
+        let id = self.next_id();
+        let Wish { tenant, client, .. } = &wish.wish;
+        let adopted = self.tenants.adopt(tenant, id, client.clone(), address, now);
+        match adopted {
+            Err(JoinError::NoAddress | JoinError::NoNetwork) => self.end(&wish.origin(), Refusal::Conflict),
+            adopted => self.admit(wish, id, adopted, now),
+        }
+    }
+
+    fn admit(&mut self, wish: RemoteWish, id: MemberId, joined: Result<Arc<Member>, JoinError>, now: Instant) {
+        let origin = wish.origin();
+        match joined {
+            Ok(member) => {
+                let tenant = wish.wish.tenant;
+                self.insert(id, &tenant, &origin);
+                self.note_changes();
+                self.updates.push((Target::All, Update::Joined(tenant, origin, member)));
+            }
+            Err(JoinError::KeyInUse(holder)) => self.probe(holder, wish, now),
+            Err(JoinError::NoAddress) => self.end(&origin, Refusal::NoAddress),
+            Err(JoinError::NoNetwork) => self.end(&origin, Refusal::NoNetwork),
+        }
+    }
+
+    /// Asks the member that has a key whether it is alive, for a newcomer with the same key.
+    fn probe(&mut self, holder: MemberId, wish: RemoteWish, now: Instant) {
+        if let Some(probe) = self.probes.get_mut(&holder) {
+            probe.waiting.push(wish);
+            return;
+        }
+        let Some(Seat { origin, .. }) = self.members.get(&holder) else { return };
+        self.updates.push((Target::Broker(origin.broker.clone()), Update::Probe(origin.session)));
+        self.probes.insert(holder, Probe { until: now + PROBE_TIMEOUT, waiting: vec![wish] });
+    }
+
+    /// A member leaves. Those that waited for its answer may join.
+    fn remove(&mut self, id: MemberId, refusal: Option<Refusal>, now: Instant) {
+        let Some(Seat { tenant, origin }) = self.members.remove(&id) else { return };
+        self.ids.remove(&origin);
+        if let Some(refusal) = refusal {
+            self.end(&origin, refusal);
+        }
+        if let Some(member) = self.tenants.leave(&tenant, id, now) {
+            self.note_changes();
+            self.updates.push((Target::All, Update::Left(tenant, member.virtual_ip)));
+        }
+        for waiting in self.probes.remove(&id).into_iter().flat_map(|probe| probe.waiting) {
+            self.join_now(waiting, now);
+        }
+    }
+
+    fn end(&mut self, origin: &Origin, refusal: Refusal) {
+        self.updates.push((Target::Broker(origin.broker.clone()), Update::Ended(origin.session, refusal)));
+    }
+
+    /// All that there is, for a broker that has registered.
+    fn snapshot(&mut self, broker: &BrokerName) {
+        self.note_changes();
+        let to = |update| (Target::Broker(broker.clone()), update);
+        let members = self.tenants.members().filter_map(|(tenant, id, member)| {
+            let Seat { origin, .. } = self.members.get(&id)?;
+            Some(to(Update::Joined(tenant.clone(), origin.clone(), member.clone())))
+        });
+        let addresses = self.tenants.addresses();
+        let addresses = addresses.into_iter().map(|change| to(address(change)));
+        let all = [to(Update::Snapshot)].into_iter().chain(members).chain(addresses).chain([to(Update::Complete)]);
+        let all: Vec<_> = all.collect();
+        self.updates.extend(all);
+    }
+
+    fn note_changes(&mut self) {
+        let changes = self.tenants.take_changes();
+        self.updates.extend(changes.into_iter().map(|change| (Target::All, address(change))));
+    }
+
+    fn insert(&mut self, id: MemberId, tenant: &TenantId, origin: &Origin) {
+        self.members.insert(id, Seat { tenant: tenant.clone(), origin: origin.clone() });
+        self.ids.insert(origin.clone(), id);
+    }
+
+    fn next_id(&mut self) -> MemberId {
+        self.last += 1;
+        MemberId(self.last)
+    }
+}
+
+fn address(Change { tenant, key, address }: Change) -> Update {
+    Update::Address(tenant, key, address)
+}

@@ -1,0 +1,453 @@
+//! The tenants of one broker, among all brokers of its bus. The coordinator decides for its own sessions and for those of the
+//! others; the others follow it. It has no IO and no clock: commands of sessions and frames of brokers come in, and frames
+//! for brokers go out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem::take;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+use wgkex_common::BrokerName;
+use wgkex_common::config::TenantSettings;
+
+use crate::tenants::authority::{Authority, Registration, Target};
+use crate::tenants::close::CloseCause;
+use crate::tenants::election::Election;
+use crate::tenants::frame::{Content, Frame, HeldAddress, Origin, Request, SessionId, Update, Wish};
+use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::pool::{Counts, Tenants};
+use crate::tenants::sessions::{SessionLink, Sessions};
+use crate::tenants::streams::{Numbered, Stream};
+
+/// How long a session may wait for an address.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a broker's members stay while it is not there.
+const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long no frame may come from a broker that is there.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often sessions are registered at most.
+const REGISTER_INTERVAL: Duration = Duration::from_secs(1);
+/// Sessions and addresses that a broker registers at most.
+const REGISTERED_MAX: usize = 200_000;
+
+/// The tenants as this broker knows them.
+#[derive(Debug)]
+pub struct Coordination {
+    own: BrokerName,
+    settings: TenantSettings,
+    sessions: Sessions,
+    election: Election,
+    role: Role,
+    last_epoch: u64,
+    frames: Vec<(BrokerName, Frame)>,
+    /// Brokers whose rules are others, as it was logged.
+    strangers: BTreeSet<BrokerName>,
+    metrics: Metrics,
+}
+
+/// What this broker is for the tenants.
+#[derive(Debug)]
+enum Role {
+    /// That is not known yet: sessions wait.
+    Starting,
+    /// It gives the addresses.
+    Coordinator { authority: Box<Authority>, followers: BTreeMap<BrokerName, Follower> },
+    /// Another broker does.
+    Follower { coordinator: BrokerName, stream: Stream<Request>, registered: Instant },
+}
+
+/// A broker that follows this one.
+#[derive(Debug)]
+struct Follower {
+    stream: Stream<Update>,
+    state: FollowerState,
+    absent: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum FollowerState {
+    /// This much of its registration came.
+    Registering(Registration),
+    /// It is to get a snapshot, and what is not of this broker alone after that.
+    Registered,
+    /// It has a snapshot.
+    Current,
+}
+
+impl Follower {
+    /// Passes on an update.
+    fn push(&mut self, update: &Update, is_for_all: bool) {
+        if *update == Update::Snapshot {
+            self.state = FollowerState::Current;
+        }
+        let is_due = match self.state {
+            FollowerState::Registering(_) => false,
+            FollowerState::Registered => !is_for_all,
+            FollowerState::Current => true,
+        };
+        if is_due {
+            self.stream.push(update.clone());
+        }
+    }
+}
+
+impl Coordination {
+    /// Of this broker, whose election and sessions have just begun. `epoch` is larger than in any run before.
+    pub fn new(
+        own: BrokerName,
+        settings: TenantSettings,
+        sessions: Sessions,
+        election: Election,
+        epoch: u64,
+        metrics: Metrics,
+    ) -> Self {
+        let strangers = BTreeSet::new();
+        Self {
+            own,
+            settings,
+            sessions,
+            election,
+            role: Role::Starting,
+            last_epoch: epoch,
+            frames: Vec::new(),
+            strangers,
+            metrics,
+        }
+    }
+
+    /// What is known of the other brokers.
+    pub fn election(&mut self) -> &mut Election {
+        &mut self.election
+    }
+
+    /// A session wants to be a member.
+    pub fn join(&mut self, wish: Wish, link: SessionLink, now: Instant) {
+        if !link.queue.is_closed() {
+            self.sessions.insert(wish.clone(), link, now);
+            self.request(Request::Join(wish), now);
+        }
+    }
+
+    /// A session is over.
+    pub fn leave(&mut self, session: SessionId, leave: Leave, now: Instant) {
+        if self.sessions.remove(session, leave) {
+            self.request(Request::Leave(session), now);
+        }
+    }
+
+    /// A session answered a probe.
+    pub fn alive(&mut self, session: SessionId, now: Instant) {
+        self.request(Request::Alive(session), now);
+    }
+
+    /// A frame of another broker came.
+    pub fn on_frame(&mut self, frame: Frame, now: Instant) {
+        let Frame { from, epoch, number, content } = frame;
+        match (&mut self.role, content) {
+            (Role::Coordinator { .. }, Content::Requests(items)) => {
+                self.on_requests(from, Numbered { epoch, number, items }, now);
+            }
+            (Role::Follower { coordinator, stream, .. }, Content::Updates(items))
+                if *coordinator == from && stream.epoch() == epoch =>
+            {
+                if stream.receive(number, now) {
+                    self.apply(items);
+                } else {
+                    self.register(now);
+                }
+            }
+            (Role::Follower { coordinator, stream, .. }, Content::Unknown)
+                if *coordinator == from && stream.epoch() == epoch =>
+            {
+                self.register(now);
+            }
+            _ => {}
+        }
+    }
+
+    /// Looks for what is over, and whether this broker's role is another one now.
+    pub fn tick(&mut self, now: Instant) {
+        self.elect(now);
+        self.tick_followers(now);
+        if let Role::Coordinator { authority, .. } = &mut self.role {
+            authority.tick(now);
+            self.settle(now);
+        } else if let Role::Follower { stream, .. } = &self.role
+            && now.saturating_duration_since(stream.heard) >= SILENCE_TIMEOUT
+        {
+            self.register(now);
+        }
+        if let Some(then) = now.checked_sub(ANSWER_TIMEOUT) {
+            for session in self.sessions.waiting(then) {
+                self.sessions.end(session, CloseCause::NoCoordinator);
+                self.request(Request::Leave(session), now);
+            }
+        }
+        self.warn_of_strangers(now);
+    }
+
+    /// How many tenants, members and addresses there are, at all brokers.
+    pub fn counts(&self) -> Counts {
+        match &self.role {
+            Role::Coordinator { authority, .. } => authority.counts(),
+            Role::Starting | Role::Follower { .. } => self.sessions.counts(),
+        }
+    }
+
+    /// A damaged database was made anew, and is to have all addresses.
+    pub fn write_all(&self) {
+        self.sessions.write_all();
+    }
+
+    /// The frames that are to be sent now.
+    pub fn take_frames(&mut self, now: Instant) -> Vec<(BrokerName, Frame)> {
+        let mut frames = take(&mut self.frames);
+        let own = &self.own;
+        let frame = |epoch, number, content| Frame { from: own.clone(), epoch, number, content };
+        match &mut self.role {
+            Role::Starting => {}
+            Role::Coordinator { followers, .. } => {
+                for (broker, follower) in followers {
+                    let numbered = follower.stream.take_frames(now).into_iter();
+                    frames.extend(numbered.map(|Numbered { epoch, number, items }| {
+                        (broker.clone(), frame(epoch, number, Content::Updates(items)))
+                    }));
+                }
+            }
+            Role::Follower { coordinator, stream, .. } => {
+                let numbered = stream.take_frames(now).into_iter();
+                frames.extend(numbered.map(|Numbered { epoch, number, items }| {
+                    (coordinator.clone(), frame(epoch, number, Content::Requests(items)))
+                }));
+            }
+        }
+        frames
+    }
+
+    /// The broker stops: its members leave, whose addresses stay on the disk. Returns the last frames.
+    pub fn stop(mut self, now: Instant) -> Vec<(BrokerName, Frame)> {
+        for session in self.sessions.all().map(|(wish, _)| wish.session).collect::<Vec<_>>() {
+            self.sessions.end(session, CloseCause::Stopping);
+            self.request(Request::Leave(session), now);
+        }
+        self.take_frames(now)
+    }
+
+    /// Tells the coordinator.
+    fn request(&mut self, request: Request, now: Instant) {
+        match &mut self.role {
+            // It is told when it is known.
+            Role::Starting => {}
+            Role::Follower { stream, .. } => stream.push(request),
+            Role::Coordinator { authority, .. } => {
+                decide(authority, &self.own, request, now);
+                self.settle(now);
+            }
+        }
+    }
+
+    /// Passes on what the coordinator decided, and what follows from that.
+    fn settle(&mut self, now: Instant) {
+        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        loop {
+            let updates = authority.take_updates();
+            if updates.is_empty() {
+                return;
+            }
+            for (target, update) in updates {
+                for (broker, follower) in followers.iter_mut() {
+                    if target.is_for(broker) {
+                        follower.push(&update, target == Target::All);
+                    }
+                }
+                if target.is_for(&self.own) {
+                    for request in self.sessions.apply(update) {
+                        decide(authority, &self.own, request, now);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Updates of the coordinator.
+    fn apply(&mut self, updates: Vec<Update>) {
+        for request in updates.into_iter().flat_map(|update| self.sessions.apply(update)).collect::<Vec<_>>() {
+            if let Role::Follower { stream, .. } = &mut self.role {
+                stream.push(request);
+            }
+        }
+    }
+
+    /// Requests of a broker that follows.
+    fn on_requests(&mut self, from: BrokerName, frame: Numbered<Request>, now: Instant) {
+        let is_peer = self.election.peers(now).any(|(peer, _)| *peer == from);
+        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        if !is_peer {
+            return;
+        }
+        let Numbered { epoch, number, items } = frame;
+        let is_known = |follower: &Follower| follower.stream.epoch() == epoch;
+        if number == 0 && !followers.get(&from).is_some_and(is_known) {
+            let state = FollowerState::Registering(Registration::default());
+            followers.insert(from.clone(), Follower { stream: Stream::new(epoch, now), state, absent: None });
+        }
+        let follower = followers.get_mut(&from).filter(|follower| is_known(follower));
+        let Some(follower) = follower.and_then(|follower| follower.stream.receive(number, now).then_some(follower))
+        else {
+            let content = Content::Unknown;
+            self.frames.push((from, Frame { from: self.own.clone(), epoch, number: 0, content }));
+            return;
+        };
+        for request in items {
+            match (&mut follower.state, request) {
+                (FollowerState::Registering(registration), Request::Session(wish, address)) => {
+                    registration.sessions.push((wish, address));
+                }
+                (FollowerState::Registering(registration), Request::Held(held)) => registration.held.push(held),
+                (FollowerState::Registering(registration), Request::Registered) => {
+                    let registration = take(registration);
+                    follower.state = FollowerState::Registered;
+                    authority.register(&from, registration, now);
+                }
+                (FollowerState::Registering(_), _) => {}
+                (FollowerState::Registered | FollowerState::Current, request) => decide(authority, &from, request, now),
+            }
+        }
+        if let FollowerState::Registering(Registration { sessions, held }) = &follower.state
+            && sessions.len() + held.len() > REGISTERED_MAX
+        {
+            followers.remove(&from);
+        }
+        self.settle(now);
+    }
+
+    fn elect(&mut self, now: Instant) {
+        let Some(coordinator) = self.election.coordinator(now).cloned() else { return };
+        let is_same = match &self.role {
+            Role::Starting => false,
+            Role::Coordinator { .. } => coordinator == self.own,
+            Role::Follower { coordinator: current, .. } => coordinator == *current,
+        };
+        if is_same {
+            return;
+        }
+        info!(broker = coordinator.as_str(), "the addresses of all tenants are given by this broker");
+        self.metrics.coordinator.set(i64::from(coordinator == self.own));
+        if coordinator == self.own {
+            self.coordinate(now);
+        } else {
+            let stream = Stream::new(self.last_epoch, now);
+            self.role = Role::Follower { coordinator, stream, registered: now };
+            self.begin_epoch(now);
+        }
+    }
+
+    /// This broker becomes the coordinator, with all that it knows of the one before.
+    fn coordinate(&mut self, now: Instant) {
+        let TenantSettings { pool, tenant_length, grace, .. } = &self.settings;
+        let tenants = Tenants::new(pool, *tenant_length, *grace);
+        let others: Vec<_> = self.election.peers(now).map(|(name, _)| name.clone()).collect();
+        let mut authority = Box::new(Authority::new(tenants, others, now));
+        for (tenant, origin, member) in self.sessions.members() {
+            authority.take_over(tenant, origin, member, now);
+        }
+        for held in held(&self.sessions) {
+            authority.hold(&held, now);
+        }
+        let sessions = self.sessions.all().map(|(wish, address)| (wish.clone(), address)).collect();
+        authority.register(&self.own, Registration { sessions, held: Vec::new() }, now);
+        let known = self.sessions.addresses().len();
+        self.sessions.forget_partial();
+        self.role = Role::Coordinator { authority, followers: BTreeMap::new() };
+        self.settle(now);
+        let lost = known.saturating_sub(self.sessions.addresses().len());
+        if lost > 0 {
+            warn!(
+                addresses = lost,
+                "addresses of tenants are given up: they do not fit tenants.pool and tenants.tenant_length"
+            );
+        }
+    }
+
+    /// Registers the sessions with the coordinator again, if that was not done just now.
+    fn register(&mut self, now: Instant) {
+        if let Role::Follower { registered, .. } = &self.role
+            && now.saturating_duration_since(*registered) >= REGISTER_INTERVAL
+        {
+            self.begin_epoch(now);
+        }
+    }
+
+    fn begin_epoch(&mut self, now: Instant) {
+        let Role::Follower { stream, registered, .. } = &mut self.role else { return };
+        self.last_epoch += 1;
+        *stream = Stream::new(self.last_epoch, now);
+        *registered = now;
+        stream.push(Request::Register);
+        for (wish, address) in self.sessions.all() {
+            stream.push(Request::Session(wish.clone(), address));
+        }
+        for held in held(&self.sessions) {
+            stream.push(Request::Held(held));
+        }
+        stream.push(Request::Registered);
+        self.sessions.forget_partial();
+    }
+
+    /// Brokers that are not there any more, or say nothing, are gone with their members.
+    fn tick_followers(&mut self, now: Instant) {
+        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        let peers: BTreeSet<_> = self.election.peers(now).map(|(name, _)| name).collect();
+        let is_over = |since: Instant, timeout| now.saturating_duration_since(since) >= timeout;
+        followers.retain(|broker, follower| {
+            follower.absent = if peers.contains(broker) { None } else { follower.absent.or(Some(now)) };
+            let is_gone = follower.absent.is_some_and(|since| is_over(since, ABSENCE_TIMEOUT))
+                || is_over(follower.stream.heard, SILENCE_TIMEOUT);
+            if is_gone {
+                info!(broker = broker.as_str(), "the members of tenants at this broker are gone with it");
+                authority.broker_gone(broker, now);
+            }
+            !is_gone
+        });
+    }
+
+    fn warn_of_strangers(&mut self, now: Instant) {
+        let strangers: BTreeSet<_> = self.election.strangers(now).cloned().collect();
+        for broker in strangers.difference(&self.strangers) {
+            warn!(
+                broker = broker.as_str(),
+                "another broker has other tenants.pool, tenant_length or grace: its members and those here do not see each other"
+            );
+        }
+        self.strangers = strangers;
+    }
+}
+
+impl Target {
+    fn is_for(&self, broker: &BrokerName) -> bool {
+        match self {
+            Self::All => true,
+            Self::Broker(target) => target == broker,
+        }
+    }
+}
+
+/// The addresses that are known, members' among them.
+fn held(sessions: &Sessions) -> impl Iterator<Item = HeldAddress> {
+    let held = |((tenant, key), address): (&(_, _), &_)| (Clone::clone(tenant), *key, *address);
+    sessions.addresses().iter().map(held).map(|(tenant, key, address)| HeldAddress { tenant, key, address })
+}
+
+/// The coordinator decides about a request of a broker.
+fn decide(authority: &mut Authority, broker: &BrokerName, request: Request, now: Instant) {
+    let origin = |session| Origin { broker: broker.clone(), session };
+    match request {
+        Request::Join(wish) => authority.join(broker, wish, now),
+        Request::Leave(session) => authority.leave(&origin(session), now),
+        Request::Alive(session) => authority.alive(&origin(session)),
+        Request::Register | Request::Session(..) | Request::Held(_) | Request::Registered => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,587 @@
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use tokio::sync::{mpsc, oneshot};
+use wgkex_common::PublicKey;
+use wgkex_common::wire::message::ServedTenants;
+
+use super::*;
+use crate::metrics::Registry;
+use crate::tenants::authority::PROBE_TIMEOUT;
+use crate::tenants::id::TenantId;
+use crate::tenants::message::Form;
+use crate::tenants::sessions::Outgoing;
+use crate::tenants::store::{AddressBuffer, Addresses};
+use crate::tenants::table::{Member, Newcomer};
+
+const GRACE: Duration = Duration::from_secs(60);
+
+/// Brokers on a bus that is moved by hand, and sessions that are only channels.
+struct Rig {
+    brokers: Vec<Broker>,
+    now: Instant,
+    last: u64,
+}
+
+struct Broker {
+    name: BrokerName,
+    served: ServedTenants,
+    tenants: Coordination,
+    kept: AddressBuffer,
+    /// Whether the bus reaches it.
+    is_reached: bool,
+}
+
+/// A session that wants to be a member.
+struct Guest {
+    broker: usize,
+    session: SessionId,
+    queue: mpsc::Receiver<Outgoing>,
+    end: oneshot::Receiver<CloseCause>,
+}
+
+fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: Instant) -> Broker {
+    let name: BrokerName = format!("b{number}").parse().unwrap();
+    let served = ServedTenants { since: number, rules: "r".into() };
+    let metrics = Metrics::register(&Registry::default()).unwrap();
+    let kept = AddressBuffer::default();
+    let settings =
+        TenantSettings { pool: vec![pool.parse().unwrap()], tenant_length: length, grace: GRACE, tokens_file: None };
+    let sessions = Sessions::new(name.clone(), addresses, kept.clone(), metrics.clone());
+    let election = Election::new(name.clone(), served.clone(), now);
+    let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, metrics);
+    Broker { name, served, tenants, kept, is_reached: true }
+}
+
+impl Rig {
+    /// One broker, which is the coordinator.
+    fn new(pool: &str, length: u8) -> Self {
+        let now = Instant::now();
+        let mut rig = Self { brokers: vec![new_broker(0, pool, length, Addresses::new(), now)], now, last: 0 };
+        rig.wait(Duration::from_secs(5));
+        rig
+    }
+
+    /// Several brokers on one bus, of which the first is the coordinator.
+    fn of(brokers: u64) -> Self {
+        let mut rig = Self::new("10.64.0.0/10", 20);
+        for number in 1..brokers {
+            rig.brokers.push(new_broker(number, "10.64.0.0/10", 20, Addresses::new(), rig.now));
+        }
+        rig.introduce();
+        rig.wait(Duration::from_secs(5));
+        rig
+    }
+
+    /// All that the bus reaches know of each other.
+    fn introduce(&mut self) {
+        let known: Vec<_> =
+            self.brokers.iter().map(|broker| (broker.name.clone(), broker.served.clone(), broker.is_reached)).collect();
+        let now = self.now;
+        for broker in &mut self.brokers {
+            let own_is_reached = broker.is_reached;
+            let election = broker.tenants.election();
+            election.on_bus(own_is_reached, now);
+            if own_is_reached {
+                for (name, served, is_reached) in &known {
+                    election.on_status(name.clone(), *is_reached, now);
+                    election.on_hello(name.clone(), is_reached.then(|| served.clone()), now);
+                }
+            }
+        }
+    }
+
+    /// The bus loses a broker, or reaches it again.
+    fn reach(&mut self, broker: usize, is_reached: bool) {
+        self.brokers[broker].is_reached = is_reached;
+        self.introduce();
+    }
+
+    /// A broker ends without a word; the bus notices it.
+    fn kill(&mut self, broker: usize) -> Broker {
+        self.reach(broker, false);
+        let dead = new_broker(99, "10.64.0.0/10", 20, Addresses::new(), self.now);
+        std::mem::replace(&mut self.brokers[broker], Broker { is_reached: false, ..dead })
+    }
+
+    /// Delivers what brokers send each other, until nothing is left.
+    fn deliver(&mut self) {
+        self.deliver_some(|| true);
+    }
+
+    fn deliver_some(&mut self, mut arrives: impl FnMut() -> bool) {
+        for _ in 0..100 {
+            let mut frames = Vec::new();
+            for broker in self.brokers.iter_mut().filter(|broker| broker.is_reached) {
+                frames.extend(broker.tenants.take_frames(self.now));
+            }
+            if frames.is_empty() {
+                return;
+            }
+            for (to, frame) in frames {
+                // As it is on the wire.
+                let frame: Frame = serde_json::from_slice(&serde_json::to_vec(&frame).unwrap()).unwrap();
+                let found = self.brokers.iter_mut().find(|broker| broker.name == to && broker.is_reached);
+                if let Some(broker) = found.filter(|_| arrives()) {
+                    broker.tenants.on_frame(frame, self.now);
+                }
+            }
+        }
+        panic!("brokers do not stop talking");
+    }
+
+    fn join_at(&mut self, broker: usize, tenant: &str, number: u8, form: Form, room: usize) -> Guest {
+        self.last += 1;
+        let session = SessionId(self.last);
+        let (sender, queue) = mpsc::channel(room);
+        let (ended, end) = oneshot::channel();
+        let public_key = PublicKey::from_bytes([number; 32]).unwrap();
+        let endpoint = (form == Form::WithEndpoints).then(|| [192, 0, 2, number].into());
+        let client = Newcomer { display_name: format!("N{number}"), public_key, endpoint };
+        let link = SessionLink { form, queue: sender, end: ended };
+        let wish = Wish { session, tenant: TenantId::new(tenant).unwrap(), client };
+        self.brokers[broker].tenants.join(wish, link, self.now);
+        Guest { broker, session, queue, end }
+    }
+
+    fn join_in(&mut self, tenant: &str, number: u8, form: Form, room: usize) -> Guest {
+        self.join_at(0, tenant, number, form, room)
+    }
+
+    fn join(&mut self, number: u8) -> Guest {
+        self.join_in("t", number, Form::Plain, 100)
+    }
+
+    /// At a broker of several.
+    fn enter(&mut self, broker: usize, number: u8) -> Guest {
+        let guest = self.join_at(broker, "t", number, Form::Plain, 100);
+        self.deliver();
+        guest
+    }
+
+    fn leave(&mut self, guest: &Guest) {
+        self.brokers[guest.broker].tenants.leave(guest.session, Leave::Closed, self.now);
+        self.deliver();
+    }
+
+    fn alive(&mut self, guest: &Guest) {
+        self.brokers[guest.broker].tenants.alive(guest.session, self.now);
+        self.deliver();
+    }
+
+    /// Time passes, a second at a time.
+    fn wait(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.now = end.min(self.now + Duration::from_secs(1));
+            self.tick();
+            self.deliver();
+        }
+    }
+
+    fn tick(&mut self) {
+        for broker in &mut self.brokers {
+            broker.tenants.tick(self.now);
+        }
+    }
+
+    fn members(&self) -> usize {
+        let all: Vec<_> = self.brokers.iter().map(|broker| broker.tenants.counts().members).collect();
+        assert!(all.iter().all(|members| *members == all[0]), "{all:?}");
+        all[0]
+    }
+
+    fn coordinators(&self) -> Vec<usize> {
+        let is_one = |broker: &Broker| matches!(broker.tenants.role, Role::Coordinator { .. });
+        (0..self.brokers.len()).filter(|number| is_one(&self.brokers[*number])).collect()
+    }
+}
+
+impl Guest {
+    /// What came since the last time: `ADDRESS: NAMES` for an answer, `+NAME ADDRESS`, `-ADDRESS`, `?` for a probe.
+    fn received(&mut self) -> Vec<String> {
+        let mut received = Vec::new();
+        while let Ok(outgoing) = self.queue.try_recv() {
+            received.push(match outgoing {
+                Outgoing::Answer(address, peers) => {
+                    let names: Vec<_> = peers.iter().map(|peer| peer.client.display_name.as_str()).collect();
+                    format!("{address}: {}", names.join(" "))
+                }
+                Outgoing::Text(text) => shown(&text),
+                Outgoing::Probe => "?".into(),
+            });
+        }
+        received
+    }
+
+    fn end(&mut self) -> Option<CloseCause> {
+        self.end.try_recv().ok()
+    }
+}
+
+fn shown(text: &str) -> String {
+    let value: serde_json::Value = serde_json::from_str(text).unwrap();
+    let part = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
+    match value.get("removed_peer") {
+        Some(address) => format!("-{}", address.as_str().unwrap()),
+        None => format!("+{} {}{}", part("display_name"), part("virtual_ip"), part("endpoint")),
+    }
+}
+
+#[test]
+fn members_learn_of_each_other_once_and_not_of_themselves() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let [mut a, mut b, mut c] = [2, 3, 4].map(|number| rig.join(number));
+    let mut other = rig.join_in("T", 2, Form::Plain, 100);
+    assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "+N4 10.64.0.3"]);
+    assert_eq!(b.received(), ["10.64.0.2: N2", "+N4 10.64.0.3"]);
+    assert_eq!(c.received(), ["10.64.0.3: N2 N3"]);
+    assert_eq!(other.received(), ["10.64.16.1: "]);
+    rig.leave(&b);
+    rig.leave(&b);
+    assert_eq!((a.received(), c.received()), (vec!["-10.64.0.2".to_owned()], vec!["-10.64.0.2".to_owned()]));
+    assert_eq!((b.received(), other.received(), rig.members()), (vec![], vec![], 3));
+    let (mut d, mut again) = (rig.join(5), rig.join(3));
+    assert_eq!(d.received(), ["10.64.0.4: N2 N4", "+N3 10.64.0.2"]);
+    assert_eq!(again.received(), ["10.64.0.2: N2 N4 N5"]);
+    rig.leave(&a);
+    let (_first, mut last) = (rig.join(2), rig.join(6));
+    assert_eq!(last.received(), ["10.64.0.5: N4 N5 N3 N2"], "in the order of their joins");
+}
+
+#[test]
+fn endpoints_are_shown_to_those_who_show_theirs() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, mut b) = (rig.join(2), rig.join_in("t", 3, Form::WithEndpoints, 100));
+    let _c = rig.join_in("t", 4, Form::WithEndpoints, 100);
+    assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "+N4 10.64.0.3"]);
+    assert_eq!(b.received(), ["10.64.0.2: N2", "+N4 10.64.0.3192.0.2.4"]);
+}
+
+#[test]
+fn a_member_that_does_not_read_is_dropped_and_announced() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, mut slow) = (rig.join(2), rig.join_in("t", 3, Form::Plain, 2));
+    assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2"]);
+    let mut others = [rig.join(4), rig.join(5)];
+    assert_eq!(slow.end(), Some(CloseCause::Slow));
+    assert_eq!(a.received(), ["+N4 10.64.0.3", "+N5 10.64.0.4", "-10.64.0.2"]);
+    assert_eq!(others.each_mut().map(Guest::received)[1], ["10.64.0.4: N2 N3 N4", "-10.64.0.2"]);
+    assert_eq!(rig.members(), 3);
+    rig.leave(&slow);
+    assert!(a.received().is_empty());
+
+    let full: Vec<_> = (10..200).map(|number| rig.join_in("full", number, Form::Plain, 1000)).collect();
+    let mut tight: Vec<_> = (200..250).map(|number| rig.join_in("full", number, Form::Plain, 1)).collect();
+    assert!(
+        tight.iter_mut().all(|guest| guest.end() == Some(CloseCause::Slow)),
+        "the last one by the removal of another"
+    );
+    assert_eq!(rig.members(), 3 + full.len());
+}
+
+#[test]
+fn a_key_that_a_living_member_has_is_refused_and_nobody_learns_of_it() {
+    for brokers in [1, 2] {
+        let mut rig = Rig::of(brokers);
+        let last = rig.brokers.len() - 1;
+        let (mut a, mut b) = (rig.enter(0, 2), rig.enter(last, 3));
+        a.received();
+        let mut twin = rig.enter(0, 3);
+        assert_eq!((b.received(), twin.end()), (vec!["10.64.0.2: N2".to_owned(), "?".into()], None));
+        rig.alive(&b);
+        assert_eq!((twin.end(), twin.received()), (Some(CloseCause::KeyInUse), vec![]));
+        rig.wait(2 * PROBE_TIMEOUT);
+        assert_eq!((a.received(), b.received(), b.end()), (vec![], vec![], None));
+
+        let gone = rig.enter(0, 3);
+        rig.leave(&gone);
+        rig.wait(PROBE_TIMEOUT);
+        assert_eq!(b.end(), Some(CloseCause::Silent), "it did not answer, whoever asked");
+        assert_eq!((a.received(), rig.members()), (vec!["-10.64.0.2".to_owned()], 1));
+    }
+}
+
+#[test]
+fn a_member_that_does_not_answer_gives_its_address_to_one_of_those_with_its_key() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, mut silent) = (rig.join(2), rig.join(3));
+    a.received();
+    let mut ten: Vec<_> = (0..10).map(|_| rig.join(3)).collect();
+    assert_eq!(silent.received(), ["10.64.0.2: N2", "?"]);
+    rig.wait(PROBE_TIMEOUT / 2);
+    assert_eq!((a.received(), silent.end()), (vec![], None));
+    rig.wait(PROBE_TIMEOUT / 2);
+    assert_eq!(silent.end(), Some(CloseCause::Silent));
+    assert_eq!(a.received(), ["-10.64.0.2", "+N3 10.64.0.2"]);
+    assert_eq!(ten[0].received(), ["10.64.0.2: N2", "?"], "the others ask for it, too");
+    rig.alive(&ten[0]);
+    assert!(ten[1..].iter_mut().all(|guest| guest.end() == Some(CloseCause::KeyInUse)));
+    assert_eq!((rig.members(), a.received()), (2, vec![]));
+}
+
+#[test]
+fn a_member_that_leaves_while_it_is_asked_makes_room_at_once() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, b) = (rig.join(2), rig.join(3));
+    let mut twin = rig.join(3);
+    a.received();
+    rig.leave(&b);
+    assert_eq!(a.received(), ["-10.64.0.2", "+N3 10.64.0.2"]);
+    assert_eq!(twin.received(), ["10.64.0.2: N2"]);
+}
+
+#[test]
+fn who_is_refused_takes_nothing() {
+    let mut rig = Rig::new("10.0.0.0/28", 28);
+    let mut all: Vec<_> = (2..16).map(|number| rig.join(number)).collect();
+    assert_eq!(all[13].received().len(), 1);
+    for _ in 0..100 {
+        assert_eq!(rig.join(99).end(), Some(CloseCause::NoAddress));
+        assert_eq!(rig.join_in("u", 2, Form::Plain, 1).end(), Some(CloseCause::NoNetwork));
+    }
+    assert!(all[13].received().is_empty());
+    rig.leave(&all[3]);
+    assert_eq!(rig.join(99).received()[0].split(':').next(), Some("10.0.0.4"), "the one that is held goes");
+    assert_eq!(rig.members(), 14);
+}
+
+#[test]
+fn a_session_that_is_over_before_its_join_is_none() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let mut a = rig.join(2);
+    let (sender, queue) = mpsc::channel(1);
+    drop(queue);
+    let link = SessionLink { form: Form::Plain, queue: sender, end: oneshot::channel().0 };
+    let public_key = PublicKey::from_bytes([9; 32]).unwrap();
+    let client = Newcomer { display_name: String::new(), public_key, endpoint: None };
+    let wish = Wish { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
+    rig.brokers[0].tenants.join(wish, link, rig.now);
+    assert_eq!((rig.members(), a.received().len()), (1, 1));
+}
+
+#[test]
+fn when_the_broker_stops_each_session_is_ended_and_addresses_stay_kept() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, mut b) = (rig.join(2), rig.join(3));
+    let mut twin = rig.join(3);
+    let Broker { tenants, kept, .. } = rig.brokers.remove(0);
+    tenants.stop(rig.now);
+    assert!([&mut a, &mut b, &mut twin].map(Guest::end).iter().all(|end| *end == Some(CloseCause::Stopping)));
+    let changes = kept.take();
+    assert_eq!(changes.len(), 2);
+    assert!(changes.values().all(Option::is_some));
+}
+
+#[test]
+fn a_new_database_gets_all_addresses() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (_a, b) = (rig.join(2), rig.join(3));
+    rig.leave(&b);
+    let Broker { tenants, kept, .. } = &rig.brokers[0];
+    assert_eq!(kept.take().len(), 2);
+    assert!(kept.is_empty());
+    tenants.write_all();
+    assert_eq!(kept.take().values().filter(|address| address.is_some()).count(), 2);
+}
+
+#[test]
+fn addresses_of_the_disk_are_held_and_those_that_do_not_fit_are_given_up() {
+    let now = Instant::now();
+    let entry = |number: u8, address: &str| {
+        (
+            (TenantId::new("t").unwrap(), PublicKey::from_bytes([number; 32]).unwrap()),
+            address.parse::<IpAddr>().unwrap(),
+        )
+    };
+    let addresses = [entry(2, "10.64.0.7"), entry(3, "192.0.2.1"), entry(4, "10.64.0.0")].into();
+    let mut rig = Rig { brokers: vec![new_broker(0, "10.64.0.0/10", 20, addresses, now)], now, last: 0 };
+    let mut early = rig.join(2);
+    assert_eq!(early.received(), Vec::<String>::new(), "it is not known yet who gives addresses");
+    rig.wait(Duration::from_secs(5));
+    assert_eq!(early.received(), ["10.64.0.7: "]);
+    assert_eq!(rig.join(3).received(), ["10.64.0.1: N2"]);
+    let changes = rig.brokers[0].kept.take();
+    assert_eq!(changes.iter().filter(|(_, address)| address.is_none()).count(), 1, "{changes:?}");
+}
+
+#[test]
+fn members_at_different_brokers_see_each_other_as_at_one() {
+    let mut rig = Rig::of(3);
+    assert_eq!(rig.coordinators(), [0]);
+    let (mut a, mut b, mut c) = (rig.enter(1, 2), rig.enter(2, 3), rig.enter(0, 4));
+    assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "+N4 10.64.0.3"]);
+    assert_eq!(b.received(), ["10.64.0.2: N2", "+N4 10.64.0.3"]);
+    assert_eq!(c.received(), ["10.64.0.3: N2 N3"]);
+    rig.leave(&b);
+    assert_eq!((a.received(), c.received()), (vec!["-10.64.0.2".to_owned()], vec!["-10.64.0.2".to_owned()]));
+    let mut again = rig.enter(0, 3);
+    assert_eq!(again.received(), ["10.64.0.2: N2 N4"], "its address was held");
+    assert_eq!(rig.members(), 3);
+    let addresses: Vec<_> = rig.brokers.iter().map(|broker| broker.tenants.sessions.addresses().clone()).collect();
+    assert!(addresses.iter().all(|known| *known == addresses[0]));
+}
+
+#[test]
+fn the_death_of_a_broker_is_the_leave_of_its_members_and_another_gives_addresses() {
+    for dead in [0, 1] {
+        let mut rig = Rig::of(3);
+        let (mut a, mut b, mut c) = (rig.enter(0, 2), rig.enter(1, 3), rig.enter(2, 4));
+        for guest in [&mut a, &mut b, &mut c] {
+            guest.received();
+        }
+        rig.kill(dead);
+        rig.wait(Duration::from_secs(20));
+        assert_eq!(rig.coordinators(), [0, 1], "the dead one is by itself");
+        let (gone, left) = if dead == 0 { ("10.64.0.1", [&mut b, &mut c]) } else { ("10.64.0.2", [&mut a, &mut c]) };
+        let [first, second] = left;
+        assert_eq!((first.received(), second.received()), (vec![format!("-{gone}")], vec![format!("-{gone}")]));
+        let mut new = rig.enter(2, 9);
+        assert_eq!(new.received()[0].split(':').next(), Some("10.64.0.4"), "the address of the dead is held");
+        assert_eq!((first.received(), second.received()), (vec!["+N9 10.64.0.4".into()], vec!["+N9 10.64.0.4".into()]));
+        let back = rig.enter(2, if dead == 0 { 2 } else { 3 }).received();
+        assert_eq!(back[0].split(':').next(), Some(gone));
+    }
+}
+
+#[test]
+fn brokers_that_lost_each_other_serve_on_and_come_together_again() {
+    let mut rig = Rig::of(2);
+    let (mut a, mut b) = (rig.enter(0, 2), rig.enter(1, 3));
+    rig.reach(1, false);
+    rig.wait(Duration::from_secs(30));
+    assert_eq!(rig.coordinators(), [0, 1]);
+    assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "-10.64.0.2"]);
+    assert_eq!(b.received(), ["10.64.0.2: N2", "-10.64.0.1"]);
+    // Each gives the same address to another one.
+    let (mut c, mut d) = (rig.enter(0, 4), rig.enter(1, 5));
+    assert_eq!((c.received(), d.received()), (vec!["10.64.0.3: N2".to_owned()], vec!["10.64.0.3: N3".to_owned()]));
+    rig.reach(1, true);
+    rig.wait(Duration::from_secs(5));
+    assert_eq!(rig.coordinators(), [0]);
+    assert_eq!(d.end(), Some(CloseCause::Conflict));
+    assert_eq!((b.end(), c.end(), rig.members()), (None, None, 3));
+    assert_eq!(a.received(), ["+N4 10.64.0.3", "+N3 10.64.0.2"]);
+    assert_eq!(b.received(), ["+N5 10.64.0.3", "-10.64.0.3", "+N2 10.64.0.1", "+N4 10.64.0.3"]);
+    assert_eq!(rig.enter(1, 5).received(), ["10.64.0.4: N3 N2 N4"]);
+}
+
+#[test]
+fn a_broker_that_is_away_for_a_moment_costs_no_member() {
+    for away in [0, 1] {
+        let mut rig = Rig::of(2);
+        let (mut a, mut b) = (rig.enter(0, 2), rig.enter(1, 3));
+        a.received();
+        b.received();
+        rig.reach(away, false);
+        rig.wait(Duration::from_secs(2));
+        let mut late = rig.join_at(1 - away, "t", 4, Form::Plain, 10);
+        rig.reach(away, true);
+        rig.wait(Duration::from_secs(16));
+        assert_eq!((a.received(), b.received()), (vec!["+N4 10.64.0.3".to_owned()], vec!["+N4 10.64.0.3".to_owned()]));
+        assert_eq!((late.received(), rig.members()), (vec!["10.64.0.3: N2 N3".to_owned()], 3));
+    }
+}
+
+#[test]
+fn a_join_without_a_coordinator_ends_with_a_reason() {
+    let mut rig = Rig::of(2);
+    rig.brokers[0].is_reached = false;
+    let mut guest = rig.enter(1, 2);
+    rig.wait(Duration::from_secs(9));
+    assert_eq!(guest.end(), None);
+    rig.wait(Duration::from_secs(1));
+    assert_eq!(guest.end(), Some(CloseCause::NoCoordinator));
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Join { broker: usize, number: u8 },
+    Leave(u8),
+    Lose(usize),
+    Reach(usize),
+    Wait(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        6 => (0..3_usize, 2..20_u8).prop_map(|(broker, number)| Step::Join { broker, number }),
+        4 => (2..20_u8).prop_map(Step::Leave),
+        1 => (0..3_usize).prop_map(Step::Lose),
+        2 => (0..3_usize).prop_map(Step::Reach),
+        2 => (1..20_u64).prop_map(Step::Wait),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    /// Whatever brokers lose each other, and whatever frames are lost: in the end all members know all others once.
+    #[test]
+    fn members_of_all_brokers_come_to_know_the_same(steps in steps(), losses in prop::collection::vec(any::<bool>(), 0..40)) {
+        let mut rig = Rig::of(3);
+        let mut losses = losses.into_iter();
+        // By number: the guest, and what it knows.
+        let mut guests: BTreeMap<u8, (Guest, BTreeMap<String, String>)> = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::Join { broker, number } if !guests.contains_key(&number) => {
+                    let guest = rig.join_at(broker, "t", number, Form::Plain, 1000);
+                    guests.insert(number, (guest, BTreeMap::new()));
+                }
+                Step::Leave(number) => if let Some((guest, _)) = guests.remove(&number) {
+                    rig.brokers[guest.broker].tenants.leave(guest.session, Leave::Closed, rig.now);
+                },
+                Step::Lose(broker) => rig.reach(broker, false),
+                Step::Reach(broker) => rig.reach(broker, true),
+                Step::Wait(seconds) => rig.wait(Duration::from_secs(seconds)),
+                Step::Join { .. } => {}
+            }
+            rig.deliver_some(|| !losses.next().unwrap_or_default());
+            check(&mut rig, &mut guests)?;
+        }
+        (0..3).for_each(|broker| rig.reach(broker, true));
+        rig.wait(Duration::from_secs(40));
+        check(&mut rig, &mut guests)?;
+        let truth: BTreeMap<_, _> = guests.iter().map(|(number, (_, known))| (known["own"].clone(), format!("N{number}"))).collect();
+        prop_assert_eq!((truth.len(), rig.members()), (guests.len(), guests.len()));
+        for (guest, known) in guests.values() {
+            let mut expected = truth.clone();
+            expected.remove(&known["own"]);
+            let mut known = known.clone();
+            known.remove("own");
+            prop_assert_eq!(known, expected, "{:?}", guest.session);
+        }
+    }
+}
+
+/// Applies what guests received, as clients do. Those that were ended are gone.
+fn check(rig: &mut Rig, guests: &mut BTreeMap<u8, (Guest, BTreeMap<String, String>)>) -> Result<(), TestCaseError> {
+    for (guest, known) in guests.values_mut() {
+        while let Ok(outgoing) = guest.queue.try_recv() {
+            match outgoing {
+                Outgoing::Answer(own, peers) => {
+                    prop_assert!(known.is_empty(), "{own} again");
+                    let entry = |peer: &Arc<Member>| (peer.virtual_ip.to_string(), peer.client.display_name.clone());
+                    known.extend(peers.iter().map(entry));
+                    prop_assert!(
+                        known.insert("own".into(), own.to_string()).is_none() && !known.contains_key(&own.to_string())
+                    );
+                }
+                Outgoing::Text(text) => {
+                    let message = shown(&text);
+                    if let Some(address) = message.strip_prefix('-') {
+                        prop_assert!(known.remove(address).is_some(), "{message}");
+                    } else if let Some((name, address)) = message[1..].split_once(' ') {
+                        prop_assert!(known["own"] != address, "{message}");
+                        prop_assert!(known.insert(address.into(), name.into()).is_none(), "{message} again");
+                    }
+                }
+                Outgoing::Probe => rig.brokers[guest.broker].tenants.alive(guest.session, rig.now),
+            }
+        }
+    }
+    guests.retain(|_, (guest, _)| guest.end().is_none());
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! Which of the brokers of one bus is the coordinator, which gives the addresses of all tenants: of those that are online the
+//! one that was started first. Each broker decides that by itself, from their retained messages. It has no IO and no clock.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use wgkex_common::BrokerName;
+use wgkex_common::wire::message::ServedTenants;
+
+/// How long a broker that was just started waits for the states of others, at most.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same after its own state came back, which it does behind those that are retained.
+const ECHO_DELAY: Duration = Duration::from_millis(500);
+/// How long a broker may be away until it is taken for gone: one that connects anew is away for a moment.
+const ABSENCE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the bus may be away until the others are taken for gone.
+const BUS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Brokers that are remembered at most: more than any bus has.
+const BROKERS_MAX: usize = 256;
+
+/// What is known of the brokers.
+#[derive(Debug)]
+pub struct Election {
+    own: BrokerName,
+    served: ServedTenants,
+    others: BTreeMap<BrokerName, Candidate>,
+    /// When enough is known.
+    decided: Instant,
+    bus_lost: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Candidate {
+    is_online: bool,
+    serves: bool,
+    /// What it serves, or did at last.
+    served: Option<ServedTenants>,
+    absent: Option<Instant>,
+}
+
+impl Candidate {
+    fn changed(&mut self, now: Instant) {
+        self.absent = if self.is_online && self.serves { None } else { self.absent.or(Some(now)) };
+    }
+
+    fn served(&self, now: Instant) -> Option<&ServedTenants> {
+        let is_there = self.absent.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
+        self.served.as_ref().filter(|_| is_there)
+    }
+}
+
+impl Election {
+    /// Only the broker of this name is known, which has just started.
+    pub fn new(own: BrokerName, served: ServedTenants, now: Instant) -> Self {
+        Self { own, served, others: BTreeMap::new(), decided: now + START_TIMEOUT, bus_lost: Some(now) }
+    }
+
+    /// A broker is online, or no longer.
+    pub fn on_status(&mut self, broker: BrokerName, is_online: bool, now: Instant) {
+        if let Some(candidate) = self.candidate(broker, now) {
+            candidate.is_online = is_online;
+            candidate.changed(now);
+        }
+    }
+
+    /// A broker serves tenants, or no longer.
+    pub fn on_hello(&mut self, broker: BrokerName, served: Option<ServedTenants>, now: Instant) {
+        if broker == self.own {
+            self.decided = self.decided.min(now + ECHO_DELAY);
+        } else if let Some(candidate) = self.candidate(broker, now) {
+            candidate.serves = served.is_some();
+            candidate.served = served.or(candidate.served.take());
+            candidate.changed(now);
+        }
+    }
+
+    /// The bus is there, or away.
+    pub fn on_bus(&mut self, is_up: bool, now: Instant) {
+        self.bus_lost = if is_up { None } else { self.bus_lost.or(Some(now)) };
+    }
+
+    /// The coordinator; none until enough is known.
+    pub fn coordinator(&self, now: Instant) -> Option<&BrokerName> {
+        if now < self.decided {
+            return None;
+        }
+        let own = (self.served.since, &self.own);
+        let first = self.peers(now).map(|(name, served)| (served.since, name)).fold(own, Ord::min);
+        Some(first.1)
+    }
+
+    /// The other brokers that serve the same tenants, and are online.
+    pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServedTenants)> {
+        let is_reached = self.bus_lost.is_none_or(|lost| now.saturating_duration_since(lost) < BUS_TIMEOUT);
+        self.others(now).filter(move |(_, served)| is_reached && served.rules == self.served.rules)
+    }
+
+    /// Those that serve tenants by other rules.
+    pub fn strangers(&self, now: Instant) -> impl Iterator<Item = &BrokerName> {
+        self.others(now).filter(|(_, served)| served.rules != self.served.rules).map(|(name, _)| name)
+    }
+
+    fn others(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServedTenants)> {
+        self.others.iter().filter_map(move |(name, candidate)| Some((name, candidate.served(now)?)))
+    }
+
+    /// One that was never there is absent at once.
+    fn candidate(&mut self, broker: BrokerName, now: Instant) -> Option<&mut Candidate> {
+        let is_known = self.others.contains_key(&broker);
+        let has_room = self.others.len() < BROKERS_MAX && broker != self.own;
+        let long_ago = now.checked_sub(ABSENCE_TIMEOUT).unwrap_or(now);
+        let new = || Candidate { absent: Some(long_ago), ..Candidate::default() };
+        (is_known || has_room).then(|| self.others.entry(broker).or_insert_with(new))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(name: &str) -> BrokerName {
+        name.parse().unwrap()
+    }
+
+    fn served(since: u64, rules: &str) -> ServedTenants {
+        ServedTenants { since, rules: rules.into() }
+    }
+
+    #[test]
+    fn the_one_that_was_started_first_is_the_coordinator_as_long_as_it_is_there() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut election = Election::new(name("b"), served(20, "r"), start);
+        let who = |election: &Election, seconds| election.coordinator(at(seconds)).map(ToString::to_string);
+        assert_eq!((who(&election, 4), who(&election, 5).as_deref()), (None, Some("b")), "without a bus");
+        election.on_bus(true, at(1));
+        election.on_hello(name("b"), Some(served(20, "r")), at(1));
+        assert_eq!(who(&election, 1), None);
+        for (other, since, rules, is_online) in [
+            ("a", 30, "r", true),
+            ("c", 10, "r", true),
+            ("d", 5, "other", true),
+            ("e", 1, "r", false),
+            ("f", 10, "r", true),
+        ] {
+            election.on_hello(name(other), Some(served(since, rules)), at(1));
+            election.on_status(name(other), is_online, at(1));
+        }
+        election.on_status(name("g"), true, at(1));
+        assert_eq!(who(&election, 2).as_deref(), Some("c"), "of two that were started at the same time by name");
+        assert_eq!(election.peers(at(2)).map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "c", "f"]);
+        assert_eq!(election.strangers(at(2)).map(BrokerName::as_str).collect::<Vec<_>>(), ["d"]);
+        election.on_status(name("c"), false, at(3));
+        assert_eq!((who(&election, 5).as_deref(), who(&election, 6).as_deref()), (Some("c"), Some("f")));
+        election.on_hello(name("f"), None, at(7));
+        assert_eq!((who(&election, 9).as_deref(), who(&election, 10).as_deref()), (Some("f"), Some("b")));
+        election.on_status(name("c"), true, at(11));
+        election.on_bus(false, at(13));
+        election.on_bus(false, at(19));
+        assert_eq!((who(&election, 22).as_deref(), who(&election, 23).as_deref()), (Some("c"), Some("b")));
+        election.on_bus(true, at(24));
+        assert_eq!(who(&election, 24).as_deref(), Some("c"));
+    }
+}

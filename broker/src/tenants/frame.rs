@@ -1,0 +1,146 @@
+//! What brokers of one bus send each other of their tenants' members. One of them, the coordinator, gives all addresses; the
+//! others send it the wishes of their sessions and receive who is a member where.
+//!
+//! Frames between two brokers are numbered, each way by itself, in an epoch that begins when the broker that is no coordinator
+//! registers its sessions. Whatever was lost shows as a gap, and then it registers them again.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use wgkex_common::{BrokerName, PublicKey};
+
+use crate::tenants::close::CloseCause;
+use crate::tenants::id::TenantId;
+use crate::tenants::table::{Member, Newcomer};
+
+/// Items of a frame at most.
+pub const FRAME_MAX: usize = 100;
+
+/// The number of a WebSocket at its broker since that was started; no other there has the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SessionId(pub u64);
+
+/// A session of one of the brokers.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    /// The broker to which its client is connected.
+    pub broker: BrokerName,
+    /// Its number there.
+    pub session: SessionId,
+}
+
+/// One message of a broker to another one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Frame {
+    /// The sender.
+    pub from: BrokerName,
+    /// Of the registration since which the numbers count.
+    pub epoch: u64,
+    /// How many frames of this sender were before it in the epoch.
+    pub number: u64,
+    /// What it has.
+    pub content: Content,
+}
+
+/// What a [`Frame`] has. Nothing in it only says that its sender is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Content {
+    /// To the coordinator.
+    Requests(Vec<Request>),
+    /// From it.
+    Updates(Vec<Update>),
+    /// From it: frames are missing, or it knows no registration. Its number does not count.
+    Unknown,
+}
+
+/// What a broker tells the coordinator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// A registration begins: all sessions and held addresses up to [`Self::Registered`].
+    Register,
+    /// One of its sessions, with the address that it was told already.
+    Session(Wish, Option<IpAddr>),
+    /// An address that is held, or a member's.
+    Held(HeldAddress),
+    /// These were all.
+    Registered,
+    /// A new session.
+    Join(Wish),
+    /// A session is over.
+    Leave(SessionId),
+    /// A session answered a probe.
+    Alive(SessionId),
+}
+
+/// What the coordinator tells a broker, itself too.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Update {
+    /// A snapshot begins: all members and addresses up to [`Self::Complete`].
+    Snapshot,
+    /// The snapshot is complete.
+    Complete,
+    /// A session has become a member.
+    Joined(TenantId, Origin, Arc<Member>),
+    /// The member at this address has left.
+    Left(TenantId, IpAddr),
+    /// An address is held for the key from now on, be its owner a member or not; or none is.
+    Address(TenantId, PublicKey, Option<IpAddr>),
+    /// A session is to be asked whether it is alive.
+    Probe(SessionId),
+    /// A session is to end.
+    Ended(SessionId, Refusal),
+}
+
+/// What a session wants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wish {
+    /// The session.
+    pub session: SessionId,
+    /// The tenant that it wants to be a member of.
+    pub tenant: TenantId,
+    /// Who it says that it is.
+    pub client: Newcomer,
+}
+
+/// An address that its last member may have back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldAddress {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// For this key.
+    pub key: PublicKey,
+    /// The address.
+    pub address: IpAddr,
+}
+
+/// Why the coordinator ends a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// A member that is alive has the key.
+    KeyInUse,
+    /// All addresses of the tenant's network are taken.
+    NoAddress,
+    /// All networks are taken.
+    NoNetwork,
+    /// It does not answer.
+    Silent,
+    /// While brokers did not reach each other, another member was given its address.
+    Conflict,
+}
+
+impl From<Refusal> for CloseCause {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::KeyInUse => Self::KeyInUse,
+            Refusal::NoAddress => Self::NoAddress,
+            Refusal::NoNetwork => Self::NoNetwork,
+            Refusal::Silent => Self::Silent,
+            Refusal::Conflict => Self::Conflict,
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! This broker's sessions, and what they were told: who is a member at which address, by the updates of the coordinator. It
+//! waits for no session: what a member is to receive goes into the member's queue, and a member whose queue is full is dropped.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytestring::ByteString;
+use tokio::sync::{mpsc, oneshot};
+use wgkex_common::BrokerName;
+
+use crate::tenants::close::CloseCause;
+use crate::tenants::frame::{Origin, Refusal, Request, SessionId, Update, Wish};
+use crate::tenants::id::TenantId;
+use crate::tenants::message::{Form, announcement, removal};
+use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::pool::Counts;
+use crate::tenants::store::{AddressBuffer, Addresses, TenantKey};
+use crate::tenants::table::Member;
+
+/// How a session is reached.
+#[derive(Debug)]
+pub struct SessionLink {
+    /// The form of the messages that it gets.
+    pub form: Form,
+    /// What it is to send.
+    pub queue: mpsc::Sender<Outgoing>,
+    /// Why it is to end.
+    pub end: oneshot::Sender<CloseCause>,
+}
+
+/// What a session is to send.
+#[derive(Debug)]
+pub enum Outgoing {
+    /// It is a member at this address; these were before.
+    Answer(IpAddr, Vec<Arc<Member>>),
+    /// A message about another member.
+    Text(ByteString),
+    /// A ping whose answer is to be reported.
+    Probe,
+}
+
+/// The sessions, and all members that are known.
+#[derive(Debug)]
+pub struct Sessions {
+    own: BrokerName,
+    by_id: BTreeMap<SessionId, Session>,
+    members: Members,
+    addresses: Addresses,
+    /// A snapshot, as far as it came.
+    partial: Option<(Members, Addresses)>,
+    last_order: u64,
+    kept: AddressBuffer,
+    metrics: Metrics,
+}
+
+/// By tenant and address.
+type Members = BTreeMap<TenantId, BTreeMap<IpAddr, KnownMember>>;
+
+#[derive(Debug, Clone)]
+struct KnownMember {
+    origin: Origin,
+    member: Arc<Member>,
+    /// Larger than that of all who joined before.
+    order: u64,
+}
+
+#[derive(Debug)]
+struct Session {
+    wish: Wish,
+    link: SessionLink,
+    since: Instant,
+    /// What it was told.
+    address: Option<IpAddr>,
+}
+
+/// A message to several members, in both forms.
+struct Broadcast {
+    plain: ByteString,
+    with_endpoints: ByteString,
+}
+
+impl Sessions {
+    /// Of a broker of this name, whose disk has these addresses.
+    pub fn new(own: BrokerName, addresses: Addresses, kept: AddressBuffer, metrics: Metrics) -> Self {
+        let (by_id, members) = (BTreeMap::new(), Members::new());
+        Self { own, by_id, members, addresses, partial: None, last_order: 0, kept, metrics }
+    }
+
+    /// A session wants to be a member.
+    pub fn insert(&mut self, wish: Wish, link: SessionLink, now: Instant) {
+        self.by_id.insert(wish.session, Session { wish, link, since: now, address: None });
+    }
+
+    /// A session is over. False if that is known.
+    pub fn remove(&mut self, session: SessionId, leave: Leave) -> bool {
+        let removed = self.by_id.remove(&session);
+        if removed.as_ref().is_some_and(|session| session.address.is_some()) {
+            self.metrics.leaves.with_label_values(&[<&str>::from(leave)]).inc();
+        }
+        removed.is_some()
+    }
+
+    /// All sessions, as they are registered.
+    pub fn all(&self) -> impl Iterator<Item = (&Wish, Option<IpAddr>)> {
+        self.by_id.values().map(|session| (&session.wish, session.address))
+    }
+
+    /// Sessions that wait for an address since before `then`.
+    pub fn waiting(&self, then: Instant) -> Vec<SessionId> {
+        let waits = |session: &Session| session.address.is_none() && session.since <= then;
+        self.by_id.values().filter(|session| waits(session)).map(|session| session.wish.session).collect()
+    }
+
+    /// Ends a session; false if it has ended.
+    pub fn end(&mut self, session: SessionId, cause: CloseCause) -> bool {
+        let Some(Session { link, address, .. }) = self.by_id.remove(&session) else { return false };
+        if address.is_some() {
+            let leave = if cause == CloseCause::Silent {
+                Leave::Silent
+            } else if cause == CloseCause::Slow {
+                Leave::Slow
+            } else {
+                Leave::Refused
+            };
+            self.metrics.leaves.with_label_values(&[<&str>::from(leave)]).inc();
+        }
+        // It may have ended by itself.
+        let _ = link.end.send(cause);
+        true
+    }
+
+    /// All members that are known, of all brokers.
+    pub fn members(&self) -> impl Iterator<Item = (&TenantId, &Origin, &Arc<Member>)> {
+        self.members.iter().flat_map(|(tenant, members)| {
+            members.values().map(move |KnownMember { origin, member, .. }| (tenant, origin, member))
+        })
+    }
+
+    /// The addresses of members and those that are held.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// How many there are.
+    pub fn counts(&self) -> Counts {
+        let members = self.members.values().map(BTreeMap::len).sum();
+        Counts { tenants: self.members.len(), members, held: self.addresses.len().saturating_sub(members) }
+    }
+
+    /// A damaged database was made anew, and is to have all addresses.
+    pub fn write_all(&self) {
+        for (entry, address) in &self.addresses {
+            self.kept.note(entry.clone(), Some(*address));
+        }
+    }
+
+    /// A registration is sent: what of a snapshot came before it does not count.
+    pub fn forget_partial(&mut self) {
+        self.partial = None;
+    }
+
+    /// Takes in an update; returns what the coordinator is to be told of it.
+    pub fn apply(&mut self, update: Update) -> Vec<Request> {
+        let mut requests = Vec::new();
+        match update {
+            Update::Snapshot => self.partial = Some(Default::default()),
+            Update::Complete => {
+                if let Some((members, addresses)) = self.partial.take() {
+                    self.replace_members(&members, &mut requests);
+                    self.replace_addresses(addresses);
+                }
+            }
+            Update::Joined(tenant, origin, member) => {
+                self.last_order += 1;
+                self.joined(tenant, KnownMember { origin, member, order: self.last_order }, &mut requests);
+            }
+            Update::Left(tenant, address) => self.left(&tenant, address, &mut requests),
+            Update::Address(tenant, key, address) => self.set_address((tenant, key), address),
+            Update::Probe(session) => {
+                let probe = |session: &Session| session.link.queue.try_send(Outgoing::Probe).is_ok();
+                if !self.by_id.get(&session).is_some_and(probe) {
+                    self.drop_slow(vec![session], &mut requests);
+                }
+            }
+            Update::Ended(session, refusal) => drop(self.end(session, refusal.into())),
+        }
+        requests
+    }
+
+    fn joined(&mut self, tenant: TenantId, known: KnownMember, requests: &mut Vec<Request>) {
+        let address = known.member.virtual_ip;
+        if let Some((members, _)) = &mut self.partial {
+            members.entry(tenant).or_default().insert(address, known);
+            return;
+        }
+        let members = self.members.entry(tenant.clone()).or_default();
+        if members.get(&address).is_some_and(|other| other.is_same(&known)) {
+            return;
+        }
+        members.insert(address, known.clone());
+        if known.origin.broker == self.own {
+            self.answer(known.origin.session, &tenant, address, requests);
+        }
+        let slow = self.broadcast(&tenant, address, &Broadcast::announcement(&known.member));
+        self.drop_slow(slow, requests);
+    }
+
+    /// Tells a session that it is a member.
+    fn answer(&mut self, session: SessionId, tenant: &TenantId, own: IpAddr, requests: &mut Vec<Request>) {
+        let Some(found) = self.by_id.get_mut(&session) else { return };
+        if found.address.is_some_and(|address| address != own) {
+            self.end(session, Refusal::Conflict.into());
+            requests.push(Request::Leave(session));
+        } else if found.address.replace(own).is_none() {
+            let peers = self.members.get(tenant).into_iter().flatten().filter(|(address, _)| **address != own);
+            let mut peers: Vec<_> = peers.map(|(_, known)| known).collect();
+            peers.sort_by_key(|known| known.order);
+            let peers = peers.into_iter().map(|known| known.member.clone()).collect();
+            if found.link.queue.try_send(Outgoing::Answer(own, peers)).is_ok() {
+                self.metrics.joins.inc();
+            } else {
+                // Its session has ended.
+                self.by_id.remove(&session);
+                requests.push(Request::Leave(session));
+            }
+        }
+    }
+
+    fn left(&mut self, tenant: &TenantId, address: IpAddr, requests: &mut Vec<Request>) {
+        let members = if let Some((members, _)) = &mut self.partial { members } else { &mut self.members };
+        let Some(of_tenant) = members.get_mut(tenant) else { return };
+        let is_known = of_tenant.remove(&address).is_some();
+        if of_tenant.is_empty() {
+            members.remove(tenant);
+        }
+        if is_known && self.partial.is_none() {
+            let slow = self.broadcast(tenant, address, &Broadcast::removal(address));
+            self.drop_slow(slow, requests);
+        }
+    }
+
+    /// Sends a message to this broker's members of a tenant except one; returns those that have no room for it.
+    fn broadcast(&self, tenant: &TenantId, except: IpAddr, message: &Broadcast) -> Vec<SessionId> {
+        let mut slow = Vec::new();
+        for (address, KnownMember { origin, .. }) in self.members.get(tenant).into_iter().flatten() {
+            if *address == except || origin.broker != self.own {
+                continue;
+            }
+            let Some(Session { link, .. }) = self.by_id.get(&origin.session) else { continue };
+            if link.queue.try_send(Outgoing::Text(message.text(link.form))).is_err() {
+                slow.push(origin.session);
+            }
+        }
+        slow
+    }
+
+    fn drop_slow(&mut self, slow: Vec<SessionId>, requests: &mut Vec<Request>) {
+        for session in slow {
+            self.end(session, CloseCause::Slow);
+            requests.push(Request::Leave(session));
+        }
+    }
+
+    /// What is known becomes what a snapshot has: sessions learn the difference.
+    fn replace_members(&mut self, members: &Members, requests: &mut Vec<Request>) {
+        for (tenant, known) in missing(&self.members, members) {
+            self.left(&tenant, known.member.virtual_ip, requests);
+        }
+        for (tenant, known) in missing(members, &self.members) {
+            self.joined(tenant, known, requests);
+        }
+        let is_member = |Session { wish, address, .. }: &Session| {
+            let known = members.get(&wish.tenant).zip(*address).and_then(|(members, address)| members.get(&address));
+            known.is_some_and(|KnownMember { origin, .. }| origin.broker == self.own && origin.session == wish.session)
+        };
+        let lost = self.by_id.values().filter(|session| session.address.is_some() && !is_member(session));
+        for session in lost.map(|session| session.wish.session).collect::<Vec<_>>() {
+            self.end(session, Refusal::Conflict.into());
+            requests.push(Request::Leave(session));
+        }
+    }
+
+    fn replace_addresses(&mut self, addresses: Addresses) {
+        let gone: Vec<_> = self.addresses.keys().filter(|entry| !addresses.contains_key(*entry)).cloned().collect();
+        for entry in gone {
+            self.set_address(entry, None);
+        }
+        for (entry, address) in addresses {
+            self.set_address(entry, Some(address));
+        }
+    }
+
+    fn set_address(&mut self, entry: TenantKey, address: Option<IpAddr>) {
+        let addresses = match &mut self.partial {
+            Some((_, addresses)) => addresses,
+            None => &mut self.addresses,
+        };
+        let before = match address {
+            Some(address) => addresses.insert(entry.clone(), address),
+            None => addresses.remove(&entry),
+        };
+        if self.partial.is_none() && before != address {
+            self.kept.note(entry, address);
+        }
+    }
+}
+
+impl KnownMember {
+    fn is_same(&self, other: &Self) -> bool {
+        self.origin == other.origin && self.member == other.member
+    }
+}
+
+/// The members of `all` that are not among `there`, in the order of their joins.
+fn missing(all: &Members, there: &Members) -> Vec<(TenantId, KnownMember)> {
+    let mut missing = Vec::new();
+    for (tenant, members) in all {
+        let there = there.get(tenant);
+        let is_there = |address: &IpAddr, known: &KnownMember| {
+            there.and_then(|there| there.get(address)).is_some_and(|same| same.is_same(known))
+        };
+        let of_tenant = members.iter().filter(|(address, known)| !is_there(address, known));
+        missing.extend(of_tenant.map(|(_, known)| (tenant.clone(), known.clone())));
+    }
+    missing.sort_by_key(|(_, known)| known.order);
+    missing
+}
+
+impl Broadcast {
+    fn announcement(member: &Member) -> Self {
+        let [plain, with_endpoints] = [Form::Plain, Form::WithEndpoints].map(|form| announcement(member, form).into());
+        Self { plain, with_endpoints }
+    }
+
+    fn removal(virtual_ip: IpAddr) -> Self {
+        let text = ByteString::from(removal(virtual_ip));
+        Self { plain: text.clone(), with_endpoints: text }
+    }
+
+    fn text(&self, form: Form) -> ByteString {
+        match form {
+            Form::Plain => self.plain.clone(),
+            Form::WithEndpoints => self.with_endpoints.clone(),
+        }
+    }
+}
