@@ -8,6 +8,7 @@
 //! [`crate::fleet`] for states, keys and results of revocations, the access lists for records.
 
 pub mod announcer;
+pub mod election;
 pub mod invalid_messages;
 pub mod line_budget;
 mod metrics;

@@ -48,7 +48,7 @@ use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{Clocks, KeyStore};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, ServedTenants, SnapshotChunk};
+use wgkex_common::wire::message::{Participant, Served, SnapshotChunk};
 use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
@@ -123,6 +123,14 @@ struct Metrics {
     tenants: tenants::Metrics,
 }
 
+/// What hears of other brokers.
+struct SharedServices {
+    leases: LeaseSender,
+    holder: registry::holder::Holder,
+    /// Events for the tenants, and what others are told of them.
+    tenants: (Option<TenantEventSender>, Option<Served>),
+}
+
 /// The ports that the config names, bound.
 struct Listeners {
     plain: TcpListener,
@@ -154,11 +162,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
     let (leases, lease_events) = registry::push::channel();
-    let opened = config
-        .registry
-        .as_ref()
-        .map(|enabled| registry::Registry::open(&config, enabled, leases.clone(), metrics.registry.clone()));
+    let holder = registry::holder::Holder::new(&config);
+    let opened = config.registry.as_ref().map(|enabled| {
+        registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())
+    });
     let (registry, database_end) = opened.transpose()?.unzip();
+    if let Some(registry) = &registry {
+        registry.look(&holder).await;
+    }
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
     let tenant_bus = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone())).unzip();
     let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
@@ -172,7 +183,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
-    broker.start_bus(&mut services, session, keys_session, leases, tenant_bus);
+    broker.start_bus(&mut services, session, keys_session, SharedServices { leases, holder, tenants: tenant_bus });
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
     broker.start_http(&mut services, listeners, watched, front_door)?;
@@ -201,14 +212,8 @@ impl Broker {
     }
 
     /// The two sessions, and what works with what they receive.
-    fn start_bus(
-        &self,
-        services: &mut Services,
-        session: Session,
-        keys_session: Session,
-        leases: LeaseSender,
-        (tenants, served_tenants): (Option<TenantEventSender>, Option<ServedTenants>),
-    ) {
+    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
+        let SharedServices { leases, holder, tenants: (tenants, served_tenants) } = shared;
         let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
             self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
@@ -226,6 +231,7 @@ impl Broker {
             online_log: online_log.clone(),
             invalid: InvalidMessages::default(),
             tenants: tenants.clone(),
+            registry: holder.clone(),
             metrics: metrics.clone(),
         };
         let mut secondary = subscriber::Secondary {
@@ -235,6 +241,7 @@ impl Broker {
             requesters: Requesters::new(name.clone(), sync_requests.clone()),
             leases: registry.is_some().then_some(leases),
             tenants,
+            registry: holder.clone(),
             reporter,
             metrics: metrics.clone(),
         };
@@ -248,7 +255,7 @@ impl Broker {
             in_flight.clone(),
             online_log,
         )
-        .with_tenants(served_tenants);
+        .with_served(served_tenants, holder);
         let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
         services
             .group(STOP_TIMEOUT, None)

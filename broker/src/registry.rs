@@ -5,6 +5,7 @@
 //! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
 //! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
+pub mod holder;
 pub mod login;
 mod metrics;
 pub mod model;
@@ -16,11 +17,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use prometheus::IntGauge;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use wgkex_common::BrokerName;
 use wgkex_common::config::{self, Config, Secret};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
+use crate::registry::holder::Holder;
 use crate::registry::login::{Login, password_of};
 use crate::registry::push::{LeaseEvent, LeaseSender};
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
@@ -30,6 +35,8 @@ pub use self::store::Refusal;
 
 /// Large answers that callers do not share, at the same time.
 const LARGE_ANSWERS: usize = 4;
+/// How long the start waits for the database.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often servers and leases are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -41,6 +48,7 @@ pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES]);
 pub struct Registry {
     database: Database,
     login: Login,
+    holder: Holder,
     /// Whether the config of a client is open to everybody who knows its name.
     is_client_config_open: bool,
     /// Lists of servers' clients as they were sent last.
@@ -61,6 +69,24 @@ pub enum CallError {
     /// For the state of the database.
     #[error(transparent)]
     Database(#[from] DatabaseError),
+    /// Another broker has the registry.
+    #[error("broker {0} has the registry of this bus, and with SQLite only one can have it")]
+    Elsewhere(BrokerName),
+}
+
+/// The registry at one time, for the status.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistryStatus {
+    /// `SQLite` or `PostgreSQL`.
+    pub storage: String,
+    /// Whether the database can be used.
+    pub storage_up: bool,
+    /// The broker that has the registry instead of this one.
+    pub elsewhere: Option<BrokerName>,
+    /// How many servers there are, counted at most 15 s ago.
+    pub servers: u64,
+    /// How many addresses clients lease.
+    pub leases: u64,
 }
 
 impl Registry {
@@ -70,6 +96,7 @@ impl Registry {
         config: &Config,
         registry: &config::Registry,
         leases: LeaseSender,
+        holder: Holder,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
         let login = Login::read(registry)?;
@@ -78,6 +105,7 @@ impl Registry {
             Self {
                 database,
                 login,
+                holder,
                 is_client_config_open: registry.open_client_config,
                 config_cache: ConfigCache::default(),
                 large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
@@ -86,6 +114,14 @@ impl Registry {
             },
             end,
         ))
+    }
+
+    /// Looks whether there are servers, before others are told of the registry.
+    pub async fn look(&self, holder: &Holder) {
+        let counts = timeout(LOOK_TIMEOUT, self.read(store::counts)).await;
+        if matches!(counts, Ok(Ok(Counts { servers: 0, .. }))) {
+            holder.set_empty();
+        }
     }
 
     /// Counts servers and leases from time to time, for the metrics.
@@ -105,10 +141,28 @@ impl Registry {
         self.metrics.storage_up.set((self.database.state() == State::Up).into());
     }
 
+    /// What it is now.
+    #[must_use]
+    pub fn status(&self) -> RegistryStatus {
+        let number = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or_default();
+        RegistryStatus {
+            storage: if self.holder.is_of_one() { "SQLite" } else { "PostgreSQL" }.into(),
+            storage_up: !matches!(self.database.state(), State::Down(_)),
+            elsewhere: self.holder.other(),
+            servers: number(&self.metrics.servers),
+            leases: number(&self.metrics.leases),
+        }
+    }
+
+    fn require_holder(&self) -> Result<(), CallError> {
+        self.holder.other().map_or(Ok(()), |broker| Err(CallError::Elsewhere(broker)))
+    }
+
     async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, CallError> {
+        self.require_holder()?;
         self.database.run(Access::Read, work, |_| {}).await
     }
 
@@ -117,6 +171,7 @@ impl Registry {
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
+        self.require_holder()?;
         let leases = self.leases.clone();
         let publish = move |changes: &Vec<ServerChange>| {
             if !changes.is_empty() {

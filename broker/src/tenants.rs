@@ -1,7 +1,7 @@
 //! Tenants: programs that open a WebSocket at `/tenants/ID` get an address in the tenant's network, and learn which other
 //! members there are. WireGuard itself is the members' affair.
 //!
-//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`election`] says which;
+//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::bus::election`] says which;
 //! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
 //! was decided, here or there, and [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
 //! [`streams`]. All of that is without IO and clock.
@@ -15,7 +15,6 @@
 mod authority;
 mod close;
 mod coordination;
-mod election;
 mod frame;
 mod id;
 mod message;
@@ -30,18 +29,21 @@ mod streams;
 mod table;
 pub mod tokens;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tracing::info;
 use wgkex_common::config::TenantSettings;
-use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config};
 
+use crate::bus::election::{self, Election};
+
 use self::coordination::Coordination;
-use self::election::Election;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
 use self::service::TenantsHandle;
@@ -56,12 +58,21 @@ pub struct FrontDoor {
     handle: TenantsHandle,
     tokens: Option<Arc<Tokens>>,
     metrics: Metrics,
+    strangers: Strangers,
 }
+
+/// Brokers that serve tenants by other rules.
+type Strangers = Arc<Mutex<BTreeSet<BrokerName>>>;
 
 impl FrontDoor {
     /// Whether their addresses are kept on the disk.
     pub fn is_kept(&self) -> bool {
         self.metrics.state_kept.get() != 0
+    }
+
+    /// Brokers that serve tenants by other rules.
+    pub fn strangers(&self) -> Vec<BrokerName> {
+        self.strangers.lock().iter().cloned().collect()
     }
 
     /// How many there are.
@@ -81,7 +92,7 @@ pub struct TenantTasks {
     /// Tells it of other brokers.
     pub events: TenantEventSender,
     /// What this broker tells others that it serves.
-    pub served: ServedTenants,
+    pub served: Served,
 }
 
 /// What brokers send each other, and how they give addresses.
@@ -95,15 +106,16 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     metrics.state_kept.set(i64::from(!store.is_failing()));
     info!(addresses = addresses.len(), "tenants are served");
     let now = Instant::now();
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let since = u64::try_from(since).unwrap_or(u64::MAX);
-    let served = ServedTenants { since, rules: rules(settings) };
+    let since = election::since();
+    let served = Served { since, rules: rules(settings) };
     let own = BrokerName::from(&config.name);
     let sessions = Sessions::new(own.clone(), addresses, buffer.clone(), metrics.clone());
     let election = Election::new(own.clone(), served.clone(), now);
-    let tenants = Coordination::new(own, settings.clone(), sessions, election, since, metrics.clone());
+    let strangers = Strangers::default();
+    let tenants =
+        Coordination::new(own, settings.clone(), sessions, election, since, strangers.clone(), metrics.clone());
     let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
-    let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone() };
+    let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone(), strangers };
     Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
 }
 

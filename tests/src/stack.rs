@@ -93,6 +93,14 @@ impl Plan {
         Self { listen: keys.into(), ..self }
     }
 
+    /// The broker runs on a machine of this name. That needs root.
+    #[must_use]
+    pub fn host_name(mut self, name: &str) -> Self {
+        let hostname = format!("hostname {name} && exec \"$@\"");
+        self.wrapper = ["unshare", "--uts", "sh", "-c", &hostname, "sh"].map(str::to_owned).into();
+        self
+    }
+
     /// With this variable.
     #[must_use]
     pub fn variable(mut self, name: &str, value: &str) -> Self {

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
-use wgkex_common::wire::message::{Hello, ServedTenants};
+use wgkex_common::wire::message::{Hello, Served};
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::online_log::OnlineLog;
@@ -22,6 +22,7 @@ use crate::bus::problem_log::ProblemLog;
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
+use crate::registry::holder::Holder;
 
 /// The shortest time between two hellos: changes of the lists within it make one.
 const HELLO_INTERVAL: Duration = Duration::from_millis(200);
@@ -40,7 +41,8 @@ pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
     has_registry: bool,
-    tenants: Option<ServedTenants>,
+    tenants: Option<Served>,
+    registry: Holder,
     instance: u64,
     bus: MqttHandle,
     keys: MqttHandle,
@@ -95,6 +97,7 @@ impl Announcer {
             domains: config.domains.iter().map(Domain::to_string).collect(),
             has_registry: config.registry.is_some(),
             tenants: None,
+            registry: Holder::default(),
             instance: fastrand::u64(..),
             connections: [bus.connection_state(), keys.connection_state()],
             bus,
@@ -112,9 +115,9 @@ impl Announcer {
         }
     }
 
-    /// It says, too, that this broker serves tenants.
-    pub fn with_tenants(self, tenants: Option<ServedTenants>) -> Self {
-        Self { tenants, ..self }
+    /// It says, too, that this broker serves tenants, and that it has a registry for itself.
+    pub fn with_served(self, tenants: Option<Served>, registry: Holder) -> Self {
+        Self { tenants, registry, ..self }
     }
 
     /// Runs until a session ends.
@@ -197,6 +200,7 @@ impl Announcer {
     }
 
     fn on_due(&mut self, now: Instant) {
+        self.lists_changed();
         if self.hello_due.take_if(|due| *due <= now).is_some() {
             self.publish_hello(Announcement::Retained, now);
         }
@@ -243,8 +247,9 @@ impl Announcer {
     }
 
     fn hello_payload(&self, digest: String) -> Vec<u8> {
-        let tenants = self.tenants.clone();
-        let hello = Hello { records: Some(digest), tenants, ..Hello::broker(self.domains.clone(), self.instance) };
+        let (tenants, registry) = (self.tenants.clone(), self.registry.served());
+        let hello =
+            Hello { records: Some(digest), tenants, registry, ..Hello::broker(self.domains.clone(), self.instance) };
         let hello = if self.has_registry { hello.with_leases() } else { hello };
         serde_json::to_vec(&hello).unwrap_or_default()
     }

@@ -27,6 +27,7 @@ use crate::exchange::handle::InFlightHandle;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
+use crate::registry::holder::Holder;
 use crate::registry::push::{LeaseEvent, LeaseSender};
 use crate::tenants::{TenantEvent, TenantEventSender};
 
@@ -96,6 +97,8 @@ pub struct Primary {
     pub invalid: InvalidMessages,
     /// Which brokers are online; none without tenants.
     pub tenants: Option<TenantEventSender>,
+    /// The same for the registry.
+    pub registry: Holder,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -193,8 +196,12 @@ impl Primary {
 
     /// Applies a state. When a gateway or one of its domains goes offline, or comes online, its outcomes so far are invalid.
     fn on_state(&self, topic: &Topic, publish: &Publish, now: Instant) -> Result<(), Ignored> {
-        if let (Topic::BrokerStatus { broker }, Some(tenants)) = (topic, &self.tenants) {
-            let _ = tenants.try_send(TenantEvent::Status(broker.clone(), &*publish.payload == b"1"));
+        if let Topic::BrokerStatus { broker } = topic {
+            let is_online = &*publish.payload == b"1";
+            self.registry.on_status(broker, is_online);
+            if let Some(tenants) = &self.tenants {
+                let _ = tenants.try_send(TenantEvent::Status(broker.clone(), is_online));
+            }
         }
         let state_of = topic.state_of();
         let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
@@ -236,6 +243,8 @@ pub struct Secondary {
     pub leases: Option<LeaseSender>,
     /// Tenants of other brokers; none without tenants here.
     pub tenants: Option<TenantEventSender>,
+    /// Registries of other brokers.
+    pub registry: Holder,
     /// What is published under this broker's name.
     pub reporter: Reporter,
     /// What is counted.
@@ -268,8 +277,11 @@ impl Secondary {
                     if let SyncEvent::Broker(name, hello) = &event {
                         self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
                         self.requesters.on_broker(name, hello.as_ref());
-                        let served = hello.as_ref().and_then(|hello| hello.tenants.clone());
-                        self.on_tenants(TenantEvent::Hello(name.clone(), served));
+                        let (tenants, registry) = hello
+                            .as_ref()
+                            .map_or((None, None), |hello| (hello.tenants.clone(), hello.registry.clone()));
+                        self.on_tenants(TenantEvent::Hello(name.clone(), tenants));
+                        self.registry.on_hello(name, registry);
                     }
                     let _ = self.sync.try_send(event);
                 }
@@ -377,13 +389,14 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     publish.retain = retained;
     let mut primary = Primary {
         gateways: Arc::new(Mutex::new(Gateways::new(&config))),
-        in_flight: InFlightHandle::new(config.domains, Arc::default()),
+        in_flight: InFlightHandle::new(config.domains.clone(), Arc::default()),
         revocations: PendingRevocations::default(),
         live: live.clone(),
         reporter: reporter.clone(),
         online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
         tenants: None,
+        registry: Holder::new(&config),
         metrics: metrics.clone(),
     };
     primary.on_event(Event::Message(publish.clone()));
@@ -392,7 +405,9 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     let leases = Some(leases);
     let (tenants, _tenant_events) = tokio::sync::mpsc::channel(1);
     let tenants = Some(tenants);
-    let mut secondary = Secondary { live: live.clone(), sync, lists, requesters, leases, tenants, reporter, metrics };
+    let registry = primary.registry.clone();
+    let mut secondary =
+        Secondary { live: live.clone(), sync, lists, requesters, leases, tenants, registry, reporter, metrics };
     secondary.on_event(Event::Message(publish));
     assert!(live.lock().len() <= 10);
 }

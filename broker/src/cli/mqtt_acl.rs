@@ -115,6 +115,7 @@ topic write wireguard-broker/+/status
 topic write wgkex/broker/+/hello
 topic write wgkex/broker/+/questions
 topic write wgkex/broker/+/pages
+topic write wgkex/broker/+/tenants
 topic write wgkex/broker/+/echo
 topic write wgkex/worker/+/pages
 topic write wgkex/worker/+/leases

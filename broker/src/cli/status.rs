@@ -18,6 +18,7 @@ use crate::cli::{complain, print};
 use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
 use crate::mqtt_server::RefusedClient;
+use crate::registry::RegistryStatus;
 use crate::tenants::TenantStatus;
 
 /// The exit code when the broker was reached, and something is wrong.
@@ -155,6 +156,7 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
         refused_clients,
         keys: now,
         tenants,
+        registry,
         pid: _,
     } = &sample.status;
     let state =
@@ -177,7 +179,8 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     let domains: Vec<_> = domains.iter().map(row).collect();
     let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
     let tenants = tenants.as_ref().map(tenants_line).unwrap_or_default();
-    text + &keys(now, rates.as_ref()) + &tenants + &refused(refused_clients, colours)
+    let registry = registry.as_ref().map(registry_line).unwrap_or_default();
+    text + &keys(now, rates.as_ref()) + &tenants + &registry + &refused(refused_clients, colours)
 }
 
 /// The clients that the MQTT server refused last; nothing if there are none.
@@ -199,6 +202,15 @@ fn refused(clients: &[RefusedClient], colours: Colours) -> String {
 
 fn tenants_line(TenantStatus { tenants, members, held, sockets }: &TenantStatus) -> String {
     format!("tenants {tenants}, members {members}, held addresses {held}, WebSockets {sockets}\n")
+}
+
+fn registry_line(RegistryStatus { storage, storage_up, elsewhere, servers, leases }: &RegistryStatus) -> String {
+    let state = match elsewhere {
+        Some(broker) => format!("refused here, broker {} has it", printable(broker.as_str())),
+        None if *storage_up => "up".to_owned(),
+        None => "cannot be used".to_owned(),
+    };
+    format!("registry {} {state}, servers {servers}, leases {leases}\n", printable(storage))
 }
 
 /// What happened between two samples.

@@ -53,6 +53,8 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::ProxyNotTrusted => "trusted_proxies",
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
+        ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable => "registry",
+        ProblemKind::TenantsApart => "tenants",
         ProblemKind::DomainWithoutGateway
         | ProblemKind::SameKey
         | ProblemKind::SameLinkAddress
@@ -76,12 +78,15 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::SameLinkAddress
         | ProblemKind::SameExternalAddress
         | ProblemKind::NameInUse
-        | ProblemKind::DataMissing => Level::Fail,
+        | ProblemKind::DataMissing
+        | ProblemKind::RegistryElsewhere
+        | ProblemKind::RegistryUnavailable => Level::Fail,
         ProblemKind::StateNotKept
         | ProblemKind::ListsNotKept
         | ProblemKind::ProxyNotTrusted
         | ProblemKind::RoutersUnreached
         | ProblemKind::DomainDown
+        | ProblemKind::TenantsApart
         | ProblemKind::GatewayOffline => Level::Warn,
     }
 }
@@ -109,6 +114,9 @@ fn advice(kind: ProblemKind) -> &'static str {
         ProblemKind::RoutersUnreached => {
             "open its UDP port in each firewall on the way, or correct externalName; see `wgkex-worker doctor` there"
         }
+        ProblemKind::RegistryElsewhere => "give both brokers the same PostgreSQL by storage, or disable one registry",
+        ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
+        ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length and grace",
         ProblemKind::DataMissing | ProblemKind::DomainDown => "run `wgkex-worker doctor` there",
         ProblemKind::GatewayOffline => "run `wgkex-worker doctor` there, or take it out of workers",
     }

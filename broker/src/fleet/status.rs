@@ -191,6 +191,12 @@ pub enum ProblemKind {
     DomainDown,
     /// A gateway that the config names is offline.
     GatewayOffline,
+    /// Another broker has the registry, and this one refuses its calls.
+    RegistryElsewhere,
+    /// The database of the registry cannot be used.
+    RegistryUnavailable,
+    /// Another broker serves tenants by other rules.
+    TenantsApart,
 }
 
 impl ProblemKind {

@@ -8,6 +8,7 @@ use prometheus::Histogram;
 use prometheus::core::Metric as _;
 use serde::{Deserialize, Serialize};
 use strum::VariantNames as _;
+use wgkex_common::BrokerName;
 use wgkex_common::access_lists::service::ListSnapshot;
 
 use crate::exchange::Rejection;
@@ -17,6 +18,7 @@ use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind};
 use crate::http::App;
 use crate::http::metrics::APIS;
 use crate::mqtt_server::RefusedClient;
+use crate::registry::{Registry, RegistryStatus};
 use crate::tenants::{FrontDoor, TenantStatus};
 
 /// The path of the status as JSON.
@@ -48,6 +50,9 @@ pub struct Status {
     /// The tenants, if they are served.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenants: Option<TenantStatus>,
+    /// The registry, if it is enabled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registry: Option<RegistryStatus>,
 }
 
 /// How many keys there are, since the start and now.
@@ -171,6 +176,9 @@ impl App {
             not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).chain(addresses).collect();
         problems.extend(self.missed_proxies.problems());
         problems.extend(self.names_in_use(now));
+        let registry = self.registry.as_ref().map(Registry::status);
+        problems.extend(registry.as_ref().and_then(registry_problem));
+        problems.extend(self.tenants.iter().flat_map(FrontDoor::strangers).map(tenants_problem));
         problems.sort();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -183,6 +191,7 @@ impl App {
             refused_clients: self.client_troubles.refused(now),
             keys: self.keys(now),
             tenants: self.tenants.as_ref().map(FrontDoor::status),
+            registry,
         }
     }
 
@@ -225,6 +234,28 @@ impl App {
             confirmation: Durations::of(&self.exchange.metrics.confirmation),
         }
     }
+}
+
+fn registry_problem(status: &RegistryStatus) -> Option<Problem> {
+    let problem = |kind, text| Problem { kind, subject: String::new(), text };
+    if let Some(broker) = &status.elsewhere {
+        let text = format!(
+            "broker {broker} has the registry of this bus, and with SQLite only one can have it: calls of the registry are refused \
+             here"
+        );
+        return Some(problem(ProblemKind::RegistryElsewhere, text));
+    }
+    (!status.storage_up).then(|| {
+        let text = format!("the {} of the registry cannot be used: its calls are refused", status.storage);
+        problem(ProblemKind::RegistryUnavailable, text)
+    })
+}
+
+fn tenants_problem(broker: BrokerName) -> Problem {
+    let text = format!(
+        "broker {broker} has other tenants.pool, tenant_length or grace: members there and members here do not see each other"
+    );
+    Problem { kind: ProblemKind::TenantsApart, subject: broker.to_string(), text }
 }
 
 /// What is wrong with the access lists.

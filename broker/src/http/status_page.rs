@@ -8,6 +8,7 @@ use crate::fleet::status::{GatewayDomain, GatewayStatus, age};
 use crate::http::metrics::APIS;
 use crate::http::status::{KeyStatus, Status};
 use crate::mqtt_server::RefusedClient;
+use crate::registry::RegistryStatus;
 use crate::tenants::TenantStatus;
 
 const STYLE: &str = "body{font:1rem/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}\
@@ -16,8 +17,19 @@ td.n,th.n{text-align:right}.bad{color:#b00020}.good{color:#1b7a32}small{color:#5
 
 /// The whole page.
 pub fn render(status: &Status) -> String {
-    let Status { version, pid: _, uptime_secs, ready, problems, domains: _, gateways, refused_clients, keys, tenants } =
-        status;
+    let Status {
+        version,
+        pid: _,
+        uptime_secs,
+        ready,
+        problems,
+        domains: _,
+        gateways,
+        refused_clients,
+        keys,
+        tenants,
+        registry,
+    } = status;
     let page = html! {
         (DOCTYPE)
         html lang="en" {
@@ -39,6 +51,7 @@ pub fn render(status: &Status) -> String {
             (now(keys))
             @if !refused_clients.is_empty() { (table_of_refused(refused_clients)) }
             @if let Some(tenants) = tenants { (table_of_tenants(tenants)) }
+            @if let Some(registry) = registry { (table_of_registry(registry)) }
         }
     };
     page.into_string()
@@ -167,6 +180,23 @@ fn table_of_tenants(tenants: &TenantStatus) -> Markup {
     html! { h2 { "Tenants" } table { @for (what, count) in rows { tr { td { (what) } td.n { (count) } } } } }
 }
 
+fn table_of_registry(registry: &RegistryStatus) -> Markup {
+    let RegistryStatus { storage, storage_up, elsewhere, servers, leases } = registry;
+    let state = match elsewhere {
+        Some(broker) => format!("refused here: broker {broker} has it"),
+        None if *storage_up => "up".to_owned(),
+        None => "cannot be used".to_owned(),
+    };
+    html! {
+        h2 { "Registry" }
+        table {
+            tr { td { (storage) } td { (state) } }
+            tr { td { "servers" } td.n { (servers) } }
+            tr { td { "addresses that clients lease" } td.n { (leases) } }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +238,13 @@ mod tests {
             refused_clients: vec![refused],
             keys,
             tenants,
+            registry: Some(RegistryStatus {
+                storage: "SQLite".into(),
+                storage_up: true,
+                elsewhere: None,
+                servers: 4,
+                leases: 97,
+            }),
         }
     }
 

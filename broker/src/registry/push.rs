@@ -101,7 +101,7 @@ impl LeasePublisher {
                         info!(%worker, server = key.1, "the worker's server is in the registry now");
                     }
                 }
-                Err(Unregistered::Call(CallError::Database(_))) => {}
+                Err(Unregistered::Call(CallError::Database(_) | CallError::Elsewhere(_))) => {}
                 Err(error) => self.log_refusal(key, &error.to_string()),
             }
         }

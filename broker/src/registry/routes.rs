@@ -297,7 +297,9 @@ impl Rejection {
                 }
                 Refusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
             },
-            Self::Busy | Self::Call(CallError::Database(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy | Self::Call(CallError::Database(_) | CallError::Elsewhere(_)) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         }
     }
 
@@ -316,7 +318,7 @@ impl Rejection {
             | Self::Busy
             | Self::Slow
             | Self::TooLarge
-            | Self::Call(CallError::Database(_)) => None,
+            | Self::Call(CallError::Database(_) | CallError::Elsewhere(_)) => None,
         }
     }
 
@@ -330,6 +332,7 @@ impl Rejection {
             Self::TooLarge => "too_large",
             Self::Field(_) => "field",
             Self::Call(CallError::Refused(refusal)) => refusal.into(),
+            Self::Call(CallError::Elsewhere(_)) => "elsewhere",
             Self::Call(CallError::Database(DatabaseError::Unavailable(_))) => "database_unavailable",
             Self::Call(CallError::Database(DatabaseError::Corrupt(_))) => "database_corrupt",
         }

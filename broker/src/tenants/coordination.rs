@@ -3,16 +3,17 @@
 //! for brokers go out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::mem::take;
+use std::mem::{replace, take};
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 use wgkex_common::BrokerName;
 use wgkex_common::config::TenantSettings;
 
+use crate::bus::election::Election;
+use crate::tenants::Strangers;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;
-use crate::tenants::election::Election;
 use crate::tenants::frame::{Content, Frame, HeldAddress, Origin, Request, SessionId, Update, Wish};
 use crate::tenants::metrics::{Leave, Metrics};
 use crate::tenants::pool::{Counts, Tenants};
@@ -40,8 +41,9 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
-    /// Brokers whose rules are others, as it was logged.
-    strangers: BTreeSet<BrokerName>,
+    strangers: Strangers,
+    /// The coordinator does not answer, and that is logged.
+    is_unheard: bool,
     metrics: Metrics,
 }
 
@@ -99,9 +101,9 @@ impl Coordination {
         sessions: Sessions,
         election: Election,
         epoch: u64,
+        strangers: Strangers,
         metrics: Metrics,
     ) -> Self {
-        let strangers = BTreeSet::new();
         Self {
             own,
             settings,
@@ -111,6 +113,7 @@ impl Coordination {
             last_epoch: epoch,
             frames: Vec::new(),
             strangers,
+            is_unheard: false,
             metrics,
         }
     }
@@ -151,6 +154,7 @@ impl Coordination {
                 if *coordinator == from && stream.epoch() == epoch =>
             {
                 if stream.receive(number, now) {
+                    self.is_unheard = false;
                     self.apply(items);
                 } else {
                     self.register(now);
@@ -172,9 +176,16 @@ impl Coordination {
         if let Role::Coordinator { authority, .. } = &mut self.role {
             authority.tick(now);
             self.settle(now);
-        } else if let Role::Follower { stream, .. } = &self.role
+        } else if let Role::Follower { stream, coordinator, .. } = &self.role
             && now.saturating_duration_since(stream.heard) >= SILENCE_TIMEOUT
         {
+            if !replace(&mut self.is_unheard, true) {
+                warn!(
+                    broker = coordinator.as_str(),
+                    "the broker that gives the addresses of tenants does not answer: may this broker's MQTT user publish on \
+                     wgkex/broker/+/tenants? (wgkex-broker mqtt-acl)"
+                );
+            }
             self.register(now);
         }
         if let Some(then) = now.checked_sub(ANSWER_TIMEOUT) {
@@ -322,7 +333,7 @@ impl Coordination {
     }
 
     fn elect(&mut self, now: Instant) {
-        let Some(coordinator) = self.election.coordinator(now).cloned() else { return };
+        let Some(coordinator) = self.election.first(now).cloned() else { return };
         let is_same = match &self.role {
             Role::Starting => false,
             Role::Coordinator { .. } => coordinator == self.own,
@@ -413,13 +424,14 @@ impl Coordination {
 
     fn warn_of_strangers(&mut self, now: Instant) {
         let strangers: BTreeSet<_> = self.election.strangers(now).cloned().collect();
-        for broker in strangers.difference(&self.strangers) {
+        let mut known = self.strangers.lock();
+        for broker in strangers.difference(&known) {
             warn!(
                 broker = broker.as_str(),
                 "another broker has other tenants.pool, tenant_length or grace: its members and those here do not see each other"
             );
         }
-        self.strangers = strangers;
+        *known = strangers;
     }
 }
 

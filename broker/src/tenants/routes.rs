@@ -40,7 +40,7 @@ pub fn routes(config: &mut ServiceConfig) {
 }
 
 async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, UpgradeError> {
-    let Some(FrontDoor { handle, tokens, metrics }) = app.tenants.clone() else {
+    let Some(FrontDoor { handle, tokens, metrics, .. }) = app.tenants.clone() else {
         return Err(UpgradeError::NoWebSocket);
     };
     let tenant = TenantId::of_path(request.uri().path().strip_prefix(PATH).unwrap_or_default());

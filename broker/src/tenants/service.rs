@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
-use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Topic};
 
 use crate::tenants::close::CloseCause;
@@ -49,7 +49,7 @@ pub enum TenantEvent {
     /// A broker is online, or no longer.
     Status(BrokerName, bool),
     /// What a broker serves.
-    Hello(BrokerName, Option<ServedTenants>),
+    Hello(BrokerName, Option<Served>),
     /// A message to this broker.
     Frame(Frame),
 }

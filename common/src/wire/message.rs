@@ -132,9 +132,9 @@ fn drain(value: &Value) -> Result<Drain, Malformed> {
     drain.filter(is_short).ok_or(Malformed::Field("drain", "a time and a short text"))
 }
 
-fn served_tenants(value: &Value) -> Result<ServedTenants, Malformed> {
-    let served = ServedTenants::deserialize(value).ok().filter(|served| served.rules.len() <= WORD_MAX);
-    served.ok_or(Malformed::Field("tenants", "a time and a short text"))
+fn served(field: &'static str, value: &Value) -> Result<Served, Malformed> {
+    let served = Served::deserialize(value).ok().filter(|served| served.rules.len() <= WORD_MAX);
+    served.ok_or(Malformed::Field(field, "a time and a short text"))
 }
 
 /// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
@@ -161,13 +161,16 @@ pub struct Hello {
     pub drain: Option<Drain>,
     /// The tenants that this broker serves. None if it serves none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tenants: Option<ServedTenants>,
+    pub tenants: Option<Served>,
+    /// The registry that this broker alone can have, as nobody else reaches its database. None if it has none like that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registry: Option<Served>,
 }
 
-/// That a broker serves tenants: those with the same rules do it together.
+/// What brokers with the same rules share, or only one of them can have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServedTenants {
-    /// When it was started, in milliseconds since 1970 by its own clock: the first one gives all addresses.
+pub struct Served {
+    /// When it was started, in milliseconds since 1970 by its own clock: the first one comes before others.
     pub since: u64,
     /// A digest of the settings that have to be the same.
     pub rules: String,
@@ -204,7 +207,8 @@ impl Hello {
             instance: fields.get("instance").map(number).transpose()?,
             records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
             drain: fields.get("drain").map(drain).transpose()?,
-            tenants: fields.get("tenants").map(served_tenants).transpose()?,
+            tenants: fields.get("tenants").map(|value| served("tenants", value)).transpose()?,
+            registry: fields.get("registry").map(|value| served("registry", value)).transpose()?,
         }))
     }
 
@@ -223,7 +227,16 @@ impl Hello {
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
         let version = env!("CARGO_PKG_VERSION").into();
         let capabilities = abilities.iter().map(|&ability| ability.to_owned()).collect();
-        Self { version, capabilities, domains: Some(domains), instance, records: None, drain: None, tenants: None }
+        Self {
+            version,
+            capabilities,
+            domains: Some(domains),
+            instance,
+            records: None,
+            drain: None,
+            tenants: None,
+            registry: None,
+        }
     }
 
     /// Whether the worker may serve the domain with this name.

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::scripted::{Manner, Worker};
-use wgkex_tests::stack::DOMAIN;
+use wgkex_tests::stack::{Bus, DOMAIN, Plan};
 use wgkex_tests::{key, wait_within};
 
 use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
@@ -144,6 +144,50 @@ fn two_brokers_on_one_postgresql_serve_one_registry() {
     let addresses: Vec<_> = peers["peers"].as_array().unwrap().iter().map(|peer| peer["ip_address"].clone()).collect();
     assert_eq!(addresses, (21..121).map(|last| json!(format!("192.168.2.{last}"))).collect::<Vec<_>>());
     assert_eq!(first.everything(), second.everything());
+}
+
+/// Agents take an empty list for the truth, so that a second file would take the peers of all gateways that ask there.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
+    let desk = |name: &str, first: Option<&Desk>| {
+        let mut desk = Desk::prepare(&Store::Sqlite, "");
+        let config = std::mem::take(&mut desk.stack.plan.config);
+        desk.stack.plan = Plan::new(Bus::Mosquitto).config(&config).host_name(name);
+        match first {
+            Some(first) => desk.stack.mqtt = first.stack.mqtt,
+            None => desk.stack.start_mosquitto(),
+        }
+        desk.stack.write_config();
+        desk.stack.start_broker();
+        desk.stack.wait_until_ready();
+        desk
+    };
+    let mut first = desk("b1", None);
+    first.add_server("s1", "192.168.2.0", 24, 20);
+    let mut second = desk("b2", Some(&first));
+    second.stack.broker().wait_for_log("another broker of this bus has a registry");
+    for route in READS.iter().chain(&CHANGES) {
+        let answer = second.post(route, &bodies());
+        assert_eq!((answer.status, answer.header("retry-after").is_some()), (503, true), "{route}");
+        assert!(answer.body.contains("broker b1 has the registry of this bus"), "{route}: {}", answer.body);
+    }
+    let status = second.stack.get("/status.json").json();
+    assert_eq!(status["registry"]["elsewhere"], "b1");
+    assert!(second.stack.get("/").body.contains("broker b1 has the registry of this bus"));
+    assert_eq!(first.stack.get("/status.json").json()["registry"]["elsewhere"], Value::Null);
+    // The first one is away, and comes back.
+    first.restart_by(Signal::SIGKILL);
+    assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
+    assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
+    // The second one was started first this time, and has no servers.
+    assert!(first.stack.stop_broker().success());
+    second.restart_by(Signal::SIGTERM);
+    first.stack.start_broker();
+    first.stack.wait_until_ready();
+    second.stack.broker().wait_for_log("another broker of this bus has a registry");
+    assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
+    assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
 }
 
 #[test]

@@ -75,12 +75,7 @@ impl Drop for Member {
 
 /// Brokers on machines of these names, at one Mosquitto.
 fn brokers<const N: usize>(names: [&str; N]) -> [Stack; N] {
-    let plan = |name: &str| {
-        let mut plan = Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}");
-        let hostname = format!("hostname {name} && exec \"$@\"");
-        plan.wrapper = ["unshare", "--uts", "sh", "-c", &hostname, "sh"].map(str::to_owned).to_vec();
-        plan
-    };
+    let plan = |name: &str| Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}").host_name(name);
     let mut mqtt = None;
     names.map(|name| {
         let mut stack = Stack::prepare(plan(name));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use wgkex_common::PublicKey;
-use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::wire::message::Served;
 
 use super::*;
 use crate::metrics::Registry;
@@ -27,7 +27,7 @@ struct Rig {
 
 struct Broker {
     name: BrokerName,
-    served: ServedTenants,
+    served: Served,
     tenants: Coordination,
     kept: AddressBuffer,
     /// Whether the bus reaches it.
@@ -44,14 +44,15 @@ struct Guest {
 
 fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: Instant) -> Broker {
     let name: BrokerName = format!("b{number}").parse().unwrap();
-    let served = ServedTenants { since: number, rules: "r".into() };
+    let served = Served { since: number, rules: "r".into() };
     let metrics = Metrics::register(&Registry::default()).unwrap();
     let kept = AddressBuffer::default();
     let settings =
         TenantSettings { pool: vec![pool.parse().unwrap()], tenant_length: length, grace: GRACE, tokens_file: None };
     let sessions = Sessions::new(name.clone(), addresses, kept.clone(), metrics.clone());
     let election = Election::new(name.clone(), served.clone(), now);
-    let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, metrics);
+    let tenants =
+        Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Strangers::default(), metrics);
     Broker { name, served, tenants, kept, is_reached: true }
 }
 

@@ -1,11 +1,11 @@
-//! Which of the brokers of one bus is the coordinator, which gives the addresses of all tenants: of those that are online the
-//! one that was started first. Each broker decides that by itself, from their retained messages. It has no IO and no clock.
+//! Which of the brokers of one bus does what only one can do, as to give the addresses of all tenants: of those that are online
+//! the one that was started first. Each broker decides that by itself, from their retained messages. It has no IO and no clock.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use wgkex_common::BrokerName;
-use wgkex_common::wire::message::ServedTenants;
+use wgkex_common::wire::message::Served;
 
 /// How long a broker that was just started waits for the states of others, at most.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
@@ -18,11 +18,17 @@ const BUS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
 
+/// The time by the wall clock, for [`Served::since`] of a broker that starts now.
+pub fn since() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    u64::try_from(since).unwrap_or(u64::MAX)
+}
+
 /// What is known of the brokers.
 #[derive(Debug)]
 pub struct Election {
     own: BrokerName,
-    served: ServedTenants,
+    served: Served,
     others: BTreeMap<BrokerName, Candidate>,
     /// When enough is known.
     decided: Instant,
@@ -34,7 +40,7 @@ struct Candidate {
     is_online: bool,
     serves: bool,
     /// What it serves, or did at last.
-    served: Option<ServedTenants>,
+    served: Option<Served>,
     absent: Option<Instant>,
 }
 
@@ -43,7 +49,7 @@ impl Candidate {
         self.absent = if self.is_online && self.serves { None } else { self.absent.or(Some(now)) };
     }
 
-    fn served(&self, now: Instant) -> Option<&ServedTenants> {
+    fn served(&self, now: Instant) -> Option<&Served> {
         let is_there = self.absent.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
         self.served.as_ref().filter(|_| is_there)
     }
@@ -51,7 +57,7 @@ impl Candidate {
 
 impl Election {
     /// Only the broker of this name is known, which has just started.
-    pub fn new(own: BrokerName, served: ServedTenants, now: Instant) -> Self {
+    pub fn new(own: BrokerName, served: Served, now: Instant) -> Self {
         Self { own, served, others: BTreeMap::new(), decided: now + START_TIMEOUT, bus_lost: Some(now) }
     }
 
@@ -63,8 +69,8 @@ impl Election {
         }
     }
 
-    /// A broker serves tenants, or no longer.
-    pub fn on_hello(&mut self, broker: BrokerName, served: Option<ServedTenants>, now: Instant) {
+    /// What a broker serves, or that it does no longer.
+    pub fn on_hello(&mut self, broker: BrokerName, served: Option<Served>, now: Instant) {
         if broker == self.own {
             self.decided = self.decided.min(now + ECHO_DELAY);
         } else if let Some(candidate) = self.candidate(broker, now) {
@@ -79,8 +85,8 @@ impl Election {
         self.bus_lost = if is_up { None } else { self.bus_lost.or(Some(now)) };
     }
 
-    /// The coordinator; none until enough is known.
-    pub fn coordinator(&self, now: Instant) -> Option<&BrokerName> {
+    /// The one that comes first; none until enough is known.
+    pub fn first(&self, now: Instant) -> Option<&BrokerName> {
         if now < self.decided {
             return None;
         }
@@ -89,18 +95,18 @@ impl Election {
         Some(first.1)
     }
 
-    /// The other brokers that serve the same tenants, and are online.
-    pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServedTenants)> {
+    /// The other brokers that have the same rules, and are online.
+    pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &Served)> {
         let is_reached = self.bus_lost.is_none_or(|lost| now.saturating_duration_since(lost) < BUS_TIMEOUT);
         self.others(now).filter(move |(_, served)| is_reached && served.rules == self.served.rules)
     }
 
-    /// Those that serve tenants by other rules.
+    /// Those that have other rules.
     pub fn strangers(&self, now: Instant) -> impl Iterator<Item = &BrokerName> {
         self.others(now).filter(|(_, served)| served.rules != self.served.rules).map(|(name, _)| name)
     }
 
-    fn others(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServedTenants)> {
+    fn others(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &Served)> {
         self.others.iter().filter_map(move |(name, candidate)| Some((name, candidate.served(now)?)))
     }
 
@@ -122,16 +128,16 @@ mod tests {
         name.parse().unwrap()
     }
 
-    fn served(since: u64, rules: &str) -> ServedTenants {
-        ServedTenants { since, rules: rules.into() }
+    fn served(since: u64, rules: &str) -> Served {
+        Served { since, rules: rules.into() }
     }
 
     #[test]
-    fn the_one_that_was_started_first_is_the_coordinator_as_long_as_it_is_there() {
+    fn the_one_that_was_started_first_is_it_as_long_as_it_is_there() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut election = Election::new(name("b"), served(20, "r"), start);
-        let who = |election: &Election, seconds| election.coordinator(at(seconds)).map(ToString::to_string);
+        let who = |election: &Election, seconds| election.first(at(seconds)).map(ToString::to_string);
         assert_eq!((who(&election, 4), who(&election, 5).as_deref()), (None, Some("b")), "without a bus");
         election.on_bus(true, at(1));
         election.on_hello(name("b"), Some(served(20, "r")), at(1));
