@@ -275,7 +275,7 @@ impl Secondary {
             match SyncEvent::read(topic, &publish.payload) {
                 Ok(event) => {
                     if let SyncEvent::Broker(name, hello) = &event {
-                        self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+                        self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone().map(Box::new)));
                         self.requesters.on_broker(name, hello.as_ref());
                         let (tenants, registry) = hello
                             .as_ref()

@@ -178,7 +178,7 @@ impl App {
         problems.extend(self.names_in_use(now));
         let registry = self.registry.as_ref().map(Registry::status);
         problems.extend(registry.as_ref().and_then(registry_problem));
-        problems.extend(self.tenants.iter().flat_map(FrontDoor::strangers).map(tenants_problem));
+        problems.extend(self.tenants.iter().flat_map(FrontDoor::strangers).map(|broker| tenants_problem(&broker)));
         problems.sort();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -251,7 +251,7 @@ fn registry_problem(status: &RegistryStatus) -> Option<Problem> {
     })
 }
 
-fn tenants_problem(broker: BrokerName) -> Problem {
+fn tenants_problem(broker: &BrokerName) -> Problem {
     let text = format!(
         "broker {broker} has other tenants.pool, tenant_length or grace: members there and members here do not see each other"
     );

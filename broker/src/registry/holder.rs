@@ -1,4 +1,4 @@
-//! Which broker of the bus has the registry. With PostgreSQL all have it; a SQLite file is one broker's, so that a second one
+//! Which broker of the bus has the registry. All have the one in a common database; a SQLite file is one broker's, so that a second one
 //! refuses: agents that ask it would take an empty list for the truth. It refuses until it is started again, also while the
 //! first one is away.
 
@@ -39,7 +39,7 @@ struct Other {
 }
 
 impl Holder {
-    /// Of a broker that has just started. There is nothing to be decided without a registry, or with PostgreSQL.
+    /// Of a broker that has just started. There is nothing to be decided without a registry, or with a common database.
     pub fn new(config: &Config) -> Self {
         if config.registry.is_none() || config.storage.url.is_some() {
             return Self(None);

@@ -185,7 +185,7 @@ impl ListService {
             ListCommand::Event(ListEvent::ServerReachable(is_reachable)) => {
                 self.anti_entropy.set_server_reachable(is_reachable);
             }
-            ListCommand::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_ref()),
+            ListCommand::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_deref()),
             ListCommand::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
             ListCommand::Event(ListEvent::Records(records)) => self.merge(records),
         }

@@ -1,7 +1,11 @@
 //! The forms of calls and of answers.
 
+use std::fs;
+use std::process::Command;
+
 use serde_json::{Value, json};
 use wgkex_tests::http::Response;
+use wgkex_tests::stack::free_address;
 
 use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
 
@@ -34,6 +38,53 @@ fn wa1_each_route_wants_user_and_password_before_it_looks_at_the_body() {
         }
         assert_eq!(desk.everything(), before);
     });
+}
+
+#[test]
+fn wa28_calls_come_over_tls_and_no_password_is_logged() {
+    let mut desk = Desk::prepare(&Store::Sqlite, "");
+    let (https, http, dir) = (free_address(), desk.stack.http, desk.stack.dir().to_owned());
+    let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let [cert, key] = ["cert.pem", "key.pem"].map(|name| dir.join(name).display().to_string());
+    fs::write(&cert, own.cert.pem()).unwrap();
+    fs::write(&key, own.signing_key.serialize_pem()).unwrap();
+    let (ip, port, tls) = (http.ip(), http.port(), https.port());
+    desk.stack.plan.config += &format!(
+        "broker_listen: {{host: {ip}, port: {port}, tls: {{port: {tls}, cert_file: {cert}, key_file: {key}}}}}\nlog_level: DEBUG\n"
+    );
+    desk.stack.write_config();
+    desk.stack.start_broker();
+    desk.stack.wait_until_ready();
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    let call = |version: &str, user: &str| {
+        let url = format!("https://127.0.0.1:{tls}/api/v1/server/exists?server_name=s1");
+        let output = Command::new("curl")
+            .args([
+                "-s",
+                "-m",
+                "10",
+                "--cacert",
+                &cert,
+                version,
+                "-u",
+                user,
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                &url,
+            ])
+            .output();
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    for version in ["--tlsv1.2", "--tlsv1.3"] {
+        assert_eq!(call(version, "admin:s3cret"), "200", "{version}");
+        assert_eq!(call(version, "admin:wr0ng"), "401", "{version}");
+    }
+    assert!(desk.stack.stop_broker().success());
+    let log = desk.stack.broker().log();
+    let (_, login) = LOGIN.rsplit_once(' ').unwrap();
+    assert!(log.contains("DEBUG") && !["s3cret", "wr0ng", login].iter().any(|secret| log.contains(secret)), "{log}");
 }
 
 #[test]

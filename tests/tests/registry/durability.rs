@@ -25,7 +25,7 @@ fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
         desk.add_server("s1", "10.0.0.0", 16, 20);
         let is_over = AtomicBool::new(false);
         let address = desk.stack.http;
-        let acknowledged: BTreeMap<String, u32> = thread::scope(|scope| {
+        let acknowledged: BTreeMap<String, Acknowledged> = thread::scope(|scope| {
             let callers: Vec<_> = (0..4_u32)
                 .map(|caller| {
                     let is_over = &is_over;
@@ -48,32 +48,49 @@ fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
             .collect();
         assert_eq!(keys.len(), peers.len());
         assert_eq!(keys.values().collect::<std::collections::BTreeSet<_>>().len(), peers.len(), "no address twice");
-        for (name, number) in &acknowledged {
-            assert!(keys.contains_key(key(*number).as_str()), "{name} is lost");
+        for (name, Acknowledged { number, address }) in &acknowledged {
+            let kept = keys.get(key(*number).as_str()).unwrap_or_else(|| panic!("{name} is lost"));
+            assert!(address.as_deref().is_none_or(|address| address == *kept), "{name} had {address:?}");
         }
+        let told = acknowledged.values().filter(|client| client.address.is_some()).count();
+        assert!(told > 20, "too few were told their address: {told}");
     });
 }
 
+/// A client whose adding was acknowledged.
+struct Acknowledged {
+    number: u32,
+    /// What was read afterwards, if the broker was there.
+    address: Option<String>,
+}
+
 /// Adds clients over and over, also while nobody listens, and returns those that were acknowledged.
-fn add_until(broker: std::net::SocketAddr, caller: u32, is_over: &AtomicBool) -> BTreeMap<String, u32> {
+fn add_until(broker: std::net::SocketAddr, caller: u32, is_over: &AtomicBool) -> BTreeMap<String, Acknowledged> {
     use wgkex_tests::http::Http;
     let mut acknowledged = BTreeMap::new();
     let mut number = caller * 100_000;
     while !is_over.load(Ordering::SeqCst) {
         number += 1;
         let name = format!("c{number}");
-        let body = client(&name, "s1", number).to_string();
-        let head = format!(
-            "POST /api/v1/client/add HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
-            crate::desk::LOGIN,
-            body.len()
-        );
-        let answered = Http::try_connect(broker).and_then(|mut http| {
-            http.send(&[head.as_bytes(), body.as_bytes()].concat());
-            http.try_response("POST")
-        });
-        match answered {
-            Ok(answer) if answer.status == 201 => drop(acknowledged.insert(name, number)),
+        let call = |route: &str, body: Value| {
+            let body = body.to_string();
+            let head = format!(
+                "POST /api/v1/client/{route} HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
+                crate::desk::LOGIN,
+                body.len()
+            );
+            Http::try_connect(broker).and_then(|mut http| {
+                http.send(&[head.as_bytes(), body.as_bytes()].concat());
+                http.try_response("POST")
+            })
+        };
+        match call("add", client(&name, "s1", number)) {
+            Ok(answer) if answer.status == 201 => {
+                let config = call("config", json!({ "client_name": name, "server_name": "s1" }));
+                let address = config.ok().filter(|answer| answer.status == 200);
+                let address = address.map(|answer| answer.json()["subnet"]["lease"].as_str().unwrap().to_owned());
+                acknowledged.insert(name, Acknowledged { number, address });
+            }
             Ok(_) => {}
             // It is not up again.
             Err(_) => thread::sleep(Duration::from_millis(5)),

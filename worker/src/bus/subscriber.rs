@@ -153,7 +153,7 @@ fn receive(sync: &SyncSender, lists: &service::Handle, leases: &LeaseSender, pub
     let event = SyncEvent::read(topic, &publish.payload)?;
     if let SyncEvent::Broker(name, hello) = &event {
         let _ = leases.try_send(LeaseEvent::Broker(name.clone(), hello.clone()));
-        lists.on_event(ListEvent::Broker(name.clone(), hello.clone()));
+        lists.on_event(ListEvent::Broker(name.clone(), hello.clone().map(Box::new)));
     }
     let _ = sync.try_send(event);
     Ok(())

@@ -54,7 +54,7 @@ pub enum ListEvent {
     /// The program's other session is connected or not, so that this one will be or will not.
     ServerReachable(bool),
     /// What a broker can do; none if it goes.
-    Broker(BrokerName, Option<Hello>),
+    Broker(BrokerName, Option<Box<Hello>>),
     /// Records that somebody made.
     Records(Vec<Record>),
     /// A request for all records.
