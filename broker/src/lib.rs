@@ -31,14 +31,15 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
-use wgkex_common::config::{Https, Secret};
+use wgkex_common::config::{Https, Listen, Secret};
+use wgkex_common::doctor::sockets::taken_by;
 use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
@@ -522,5 +523,8 @@ async fn expire(exchange: Exchange) {
 
 fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
     let bound = if host == "::" { everywhere(port) } else { TcpListener::bind((host, port)) };
-    bound.and_then(prepare).with_context(|| format!("{key} {host}:{port}"))
+    bound.and_then(prepare).map_err(|error| {
+        let owner = taken_by(host, port, &error).map_or_else(String::new, |owner| format!(": {owner}"));
+        anyhow!("{key} {}: {error}{owner}", Listen { host: host.to_owned(), port })
+    })
 }

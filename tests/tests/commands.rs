@@ -78,6 +78,19 @@ fn check_config_names_files_that_cannot_be_read() {
             assert_eq!(check(program, &file, &["--strict"]).0, strict, "{program}: {more}");
         }
     }
+    // What is there is not what it has to be.
+    fs::write(at("text"), "no PEM\n").unwrap();
+    let (text, dir_itself) = (at("text"), dir.path().display().to_string());
+    for (more, said) in [
+        (format!("mqtt: {{broker_url: x, tls: yes, ca_file: {text}}}\n"), "text: has no certificate: PEM is expected"),
+        (format!("broker_listen: {{tls: {}}}\n", files("text")), "text: has no private key: PEM is expected"),
+        (format!("mqtt: {{broker_url: x, tls: yes, ca_file: {dir_itself}}}\n"), ": is a directory: a file is expected"),
+        (format!("key_lists: {{deny_dir: {text}}}\n"), "text: is no directory: a directory is expected"),
+    ] {
+        fs::write(&file, format!("{LEAST}{more}")).unwrap();
+        let (_, found) = check("wgkex-broker", &file, &[]);
+        assert!(found.contains(said), "{more}: {found}");
+    }
     // One that is there, a directory that is, and a credential, which is there while its unit runs.
     fs::write(at("there"), "- x\n").unwrap();
     let credential = "{cert_file: /run/credentials/wgkex-broker.service/c, key_file: /run/credentials/x.service/k}";

@@ -21,6 +21,8 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     let mut findings = config(&facts.config_warnings);
     findings.push(machine::capability(facts.has_net_admin));
     findings.push(machine::wireguard(facts));
+    findings.extend(machine::listener(facts));
+    findings.extend(machine::uplink(facts));
     for domain in &facts.domains {
         findings.extend(interfaces::domain(domain, facts.is_setup_named));
     }

@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use tracing::{error, info};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
+use wgkex_common::doctor::sockets::taken_by;
 use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::{everywhere, prepare};
@@ -76,7 +77,8 @@ pub async fn serve(listen: Listen, state: HttpState) {
             }
             Err(error) if !said => {
                 said = true;
-                error!(worker_listen = %listen, %error, "metrics are not served, this is tried again");
+                let owner = taken_by(&listen.host, listen.port, &error);
+                error!(worker_listen = %listen, %error, owner, "metrics are not served, this is tried again");
             }
             Err(_) => {}
         }

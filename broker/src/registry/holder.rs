@@ -40,6 +40,7 @@ struct Other {
 
 impl Holder {
     /// Of a broker that has just started. There is nothing to be decided without a registry, or with a common database.
+    #[must_use]
     pub fn new(config: &Config) -> Self {
         if config.registry.is_none() || config.storage.url.is_some() {
             return Self(None);
@@ -50,6 +51,7 @@ impl Holder {
     }
 
     /// Whether only one broker can have it.
+    #[must_use]
     pub fn is_of_one(&self) -> bool {
         self.0.is_some()
     }
@@ -62,6 +64,7 @@ impl Holder {
     }
 
     /// What others are told; nothing where this broker refuses.
+    #[must_use]
     pub fn served(&self) -> Option<Served> {
         let state = self.0.as_ref()?.lock();
         state.holder.is_none().then(|| state.served.clone())
@@ -78,6 +81,7 @@ impl Holder {
     }
 
     /// The broker that has the registry instead of this one.
+    #[must_use]
     pub fn other(&self) -> Option<BrokerName> {
         self.0.as_ref()?.lock().holder.clone()
     }

@@ -237,8 +237,12 @@ impl Coordination {
 
     /// The broker stops: its members leave, whose addresses stay on the disk. Returns the last frames.
     pub fn stop(mut self, now: Instant) -> Vec<(BrokerName, Frame)> {
-        for session in self.sessions.all().map(|(wish, _)| wish.session).collect::<Vec<_>>() {
-            self.sessions.end(session, CloseCause::Stopping);
+        let sessions: Vec<_> = self.sessions.all().map(|(wish, _)| wish.session).collect();
+        // None of them learns of the others' leave.
+        for session in &sessions {
+            self.sessions.end(*session, CloseCause::Stopping);
+        }
+        for session in sessions {
             self.request(Request::Leave(session), now);
         }
         self.take_frames(now)

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind, Read as _};
 use std::path::Path;
 
 use super::{Config, Https, MqttListen, Problem};
+use crate::runtime::tls;
 
 /// The keys that name files.
 pub(super) const KEYS: [&str; 14] = [
@@ -53,7 +54,7 @@ impl Config {
     pub fn unreadable_files(&self) -> Vec<UnreadableFile> {
         let unreadable = |(key, needed_by, path): (&'static str, NeededBy, Option<&Path>)| {
             let path = path?;
-            let problem = format!("{}: {}", path.display(), trouble(path)?);
+            let problem = format!("{}: {}", path.display(), trouble(path, Content::of(key))?);
             Some(UnreadableFile { needed_by, problem: self.source.problem(key, problem) })
         };
         self.named_files().into_iter().filter_map(unreadable).collect()
@@ -89,25 +90,61 @@ impl Config {
     }
 }
 
-/// Why it cannot be read; none if it can, or if that shows only while a unit runs.
-fn trouble(path: &Path) -> Option<String> {
-    let error = read(path).err()?;
-    let is_missing = error.kind() == ErrorKind::NotFound;
-    match is_missing {
-        true if path.starts_with(CREDENTIALS) => None,
-        true => Some("does not exist".to_owned()),
-        false => Some(format!("cannot be read: {error}")),
+/// What is expected at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    Certificates,
+    PrivateKey,
+    Text,
+    Directory,
+}
+
+impl Content {
+    /// By the name of the key.
+    fn of(key: &str) -> Self {
+        match key.rsplit('.').next() {
+            Some("cert_file" | "ca_file") => Self::Certificates,
+            Some("key_file") => Self::PrivateKey,
+            Some("deny_dir" | "allow_dir" | "trusted_dir") => Self::Directory,
+            _ => Self::Text,
+        }
+    }
+}
+
+/// Why it cannot be used; none if it can, or if that shows only while a unit runs.
+fn trouble(path: &Path, content: Content) -> Option<String> {
+    match read(path, content) {
+        Ok(()) => match content {
+            Content::Certificates => {
+                tls::certificates("", path).err().map(|_| "has no certificate: PEM is expected".to_owned())
+            }
+            Content::PrivateKey => {
+                tls::private_key("", path).err().map(|_| "has no private key: PEM is expected".to_owned())
+            }
+            Content::Text | Content::Directory => None,
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            (!path.starts_with(CREDENTIALS)).then(|| "does not exist".to_owned())
+        }
+        Err(error) if error.kind() == ErrorKind::IsADirectory => Some("is a directory: a file is expected".to_owned()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {
+            Some("is no directory: a directory is expected".to_owned())
+        }
+        Err(error) => Some(format!("cannot be read: {error}")),
     }
 }
 
 /// Others than files and directories, such as a pipe, could keep the program waiting.
-fn read(path: &Path) -> io::Result<()> {
+fn read(path: &Path, content: Content) -> io::Result<()> {
     let metadata = fs::metadata(path)?;
-    if metadata.is_dir() {
-        fs::read_dir(path).map(drop)
-    } else if metadata.is_file() {
-        File::open(path)?.read(&mut [0]).map(drop)
-    } else {
-        Ok(())
+    match content {
+        Content::Directory => fs::read_dir(path).map(drop),
+        Content::Certificates | Content::PrivateKey | Content::Text if metadata.is_dir() => {
+            Err(ErrorKind::IsADirectory.into())
+        }
+        Content::Certificates | Content::PrivateKey | Content::Text if metadata.is_file() => {
+            File::open(path)?.read(&mut [0]).map(drop)
+        }
+        Content::Certificates | Content::PrivateKey | Content::Text => Ok(()),
     }
 }

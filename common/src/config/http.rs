@@ -1,7 +1,7 @@
 //! Where both programs serve HTTP: `broker_listen`, `worker_listen`, `admin_listen`.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,17 @@ impl fmt::Display for Listen {
 }
 
 impl Listen {
+    /// An address.
+    pub(super) fn of(address: SocketAddr) -> Self {
+        Self { host: address.ip().to_string(), port: address.port() }
+    }
+
+    /// Whether only one of both can listen.
+    fn collides(&self, other: &Self) -> bool {
+        let everywhere = |listen: &Self| listen.host.parse().is_ok_and(|address: IpAddr| address.is_unspecified());
+        self.port == other.port && (self.host == other.host || everywhere(self) || everywhere(other))
+    }
+
     /// Host and port by which a program on this machine reaches it: where it listens on all addresses, the loopback one of
     /// IPv4. That is there also where `::` is given and the machine has no IPv6.
     #[must_use]
@@ -70,6 +81,18 @@ pub(super) struct RawListenTls {
     pub port: Option<Port>,
     pub cert_file: Option<File>,
     pub key_file: Option<File>,
+}
+
+/// Each server needs a place of its own. The port of HTTPS is compared with that of HTTP where it is read.
+pub(super) fn check_places<const N: usize>(places: [(&str, Option<&Listen>); N], diagnostics: &mut Diagnostics) {
+    let places: Vec<_> = places.into_iter().filter_map(|(key, listen)| Some((key, listen?))).collect();
+    for (at, (key, listen)) in places.iter().enumerate() {
+        let collision = places[..at].iter().find(|(other, known)| listen.collides(known) && !key.starts_with(other));
+        if let Some((other, _)) = collision {
+            let complaint = format!("must be another address or port than that of {other}");
+            diagnostics.invalid(&Path::of(key), &Value::from(listen.to_string()), &complaint);
+        }
+    }
 }
 
 impl RawBrokerListen {

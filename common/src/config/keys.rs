@@ -75,10 +75,13 @@ fn normalize_mapping(
         }
     };
     merge(&mut keys);
+    let is_block = |key: &String| known.get(key).is_some_and(Value::is_object);
+    let empty: Vec<String> =
+        keys.iter().filter(|(key, value)| value.is_null() && is_block(key)).map(|(key, _)| key.clone()).collect();
     for (key, mut value) in keys.clone() {
         let Some((step, below)) = known.get_key_value(&key).or_else(|| known.get_key_value(ANY)) else {
             keys.remove(&key);
-            warn_unknown(path, place, &key, diagnostics);
+            warn_unknown(path, place, &key, &empty, diagnostics);
             continue;
         };
         normalize_at(&path.then(&key), &place.then(step), below, &mut value, diagnostics);
@@ -112,8 +115,9 @@ fn merge(keys: &mut Map<String, Value>) {
     }
 }
 
-fn warn_unknown(path: &Path, place: &Path, key: &str, diagnostics: &mut Diagnostics) {
-    let guess = match nearest(path, place, key) {
+/// `empty` are the blocks beside the key that have nothing in them.
+fn warn_unknown(path: &Path, place: &Path, key: &str, empty: &[String], diagnostics: &mut Diagnostics) {
+    let guess = match nearest(path, place, key, empty) {
         None => String::new(),
         Some(Near { path, parent: Some(parent), .. }) if !parent.0.is_empty() => {
             format!(", did you mean {path}? It belongs below {parent}, with spaces before it")
@@ -132,12 +136,15 @@ struct Near {
     /// How many letters differ; a part that is left out counts as one.
     typos: usize,
     is_elsewhere: bool,
+    /// Whether it stands in a block that is there and has nothing in it.
+    is_in_empty: bool,
     /// What it stands in, if it has the same name and only that is missing around the unknown key.
     parent: Option<Path>,
 }
 
-/// The known key that is most like `key`: one of the same mapping, else of the whole file.
-fn nearest(path: &Path, place: &Path, key: &str) -> Option<Near> {
+/// The known key that is most like `key`: one of the same mapping, else of the whole file. Where several blocks have such a key,
+/// the one that is empty.
+fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Near> {
     let candidates = paths().into_iter().filter_map(|known| {
         let (name, parent) = known.0.split_last()?;
         let is_elsewhere = parent != place.0;
@@ -148,9 +155,15 @@ fn nearest(path: &Path, place: &Path, key: &str) -> Option<Near> {
             |steps: &[String]| Path(steps.iter().map(|step| if step == ANY { NAME } else { step }.into()).collect());
         let parent = (typos == 0 && parent.starts_with(&place.0)).then(|| named(parent));
         let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
-        (name != ANY).then_some(Near { path, typos, is_elsewhere, parent })
+        let is_in_empty = is_elsewhere && known.0.get(place.0.len()).is_some_and(|block| empty.contains(block));
+        (name != ANY).then_some(Near { path, typos, is_elsewhere, is_in_empty, parent })
     });
-    candidates.min_by_key(|near| (near.is_elsewhere, near.typos, near.path.0.len()))
+    let mut candidates: Vec<_> = candidates.collect();
+    candidates.sort_by_key(|near| (near.is_elsewhere, near.typos, !near.is_in_empty, near.path.0.len()));
+    let rank = |near: &Near| (near.typos, near.is_in_empty);
+    let is_ambiguous = matches!(&candidates[..], [first, second, ..]
+        if first.is_elsewhere && first.parent.is_some() && second.parent.is_some() && rank(first) == rank(second));
+    candidates.into_iter().next().filter(|_| !is_ambiguous)
 }
 
 /// How many letters make `key` the `known` one; none if too many do. A first or last word that is left out, if that

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
-use super::http::{RawBrokerListen, RawListen};
+use super::http::{Listen, RawBrokerListen, RawListen, check_places};
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
 use super::logging::{LogFormat, log_level};
@@ -110,6 +110,18 @@ impl Raw {
         let workers = domains::workers(&self.workers, diagnostics);
         let mqtt = self.mqtt.check(mqtt_listen.as_ref(), is_listen_set, diagnostics);
         let (broker_listen, https) = self.broker_listen.check(diagnostics);
+        let (worker_listen, admin_listen) = (self.worker_listen.check(9586), self.admin_listen.check(5001));
+        let mqtt_address = mqtt_listen.as_ref().map(|listen| Listen::of(listen.address));
+        check_places(
+            [
+                ("broker_listen", Some(&broker_listen)),
+                ("broker_listen.tls", https.as_ref().map(|https| &https.listen)),
+                ("admin_listen", self.admin_token_hash.as_ref().map(|_| &admin_listen)),
+                ("mqtt_listen", mqtt_address.as_ref()),
+                ("worker_listen", Some(&worker_listen)),
+            ],
+            diagnostics,
+        );
         Config {
             name,
             external_name: external_name.unwrap_or_else(|| host_name.to_owned()),
@@ -119,7 +131,7 @@ impl Raw {
             mqtt_listen,
             https,
             broker_listen,
-            worker_listen: self.worker_listen.check(9586),
+            worker_listen,
             worker_user: self.worker_user.map(|user| user.0).filter(|user| !user.is_empty()),
             confirm: confirm(self.confirm_timeout.as_ref(), self.confirm_budget.as_ref(), diagnostics),
             state_dir: self.state_dir.map_or_else(|| "/var/lib/wgkex".into(), |dir| dir.0.into()),
@@ -131,7 +143,7 @@ impl Raw {
             limits: self.limits.check(),
             key_lists: self.key_lists.check(self.blacklist_file, self.allowlist, whitelist, diagnostics),
             rebalance: self.rebalance.check(),
-            admin_listen: self.admin_listen.check(5001),
+            admin_listen,
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
             storage: registry::storage(self.storage, self.storage_password_file, diagnostics),
             registry: self.registry.check(diagnostics),

@@ -1,9 +1,9 @@
 //! Who has a port, by /proc.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
+use std::{fs, io};
 
 /// Who has a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +40,18 @@ pub fn of_udp(port: u16) -> PortOwner {
 #[must_use]
 pub fn of_listener(address: IpAddr, port: u16) -> PortOwner {
     owner(&["tcp", "tcp6"], |socket| socket.is_listening && socket.port == port && overlap(socket.address, address))
+}
+
+/// Who keeps a server from listening there, if `error` says that somebody does.
+#[must_use]
+pub fn taken_by(host: &str, port: u16, error: &io::Error) -> Option<String> {
+    if error.kind() != io::ErrorKind::AddrInUse {
+        return None;
+    }
+    match of_listener(host.parse().unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port) {
+        PortOwner::Process { pid, name } => Some(format!("taken by process {pid} ({})", name.escape_debug())),
+        PortOwner::Nobody | PortOwner::Kernel => None,
+    }
 }
 
 /// Whether both cannot be listened on with one port. `::` counts for IPv4, too.

@@ -6,6 +6,7 @@ mod join;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::pin::{Pin, pin};
 
 use rumqttc::{AsyncClient, ConnectionError, EventLoop, Outgoing, QoS};
@@ -42,6 +43,8 @@ pub struct Session {
     echo_topic: Option<(Topic, String)>,
     echo: Echo,
     is_connected: bool,
+    /// Why there is no connection, as it was logged since the last one.
+    said: BTreeSet<String>,
     id: String,
     attempt: Attempt,
     is_secondary: bool,
@@ -89,6 +92,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: Echo::default(),
         is_connected: false,
+        said: BTreeSet::new(),
         attempt: Attempt::new(config, &client.id),
         id: client.id,
         is_secondary: client.is_secondary,

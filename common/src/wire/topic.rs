@@ -377,6 +377,7 @@ mod tests {
             (Topic::BrokerHello { broker: broker() }, "wgkex/broker/broker1/hello"),
             (Topic::BrokerRequests { broker: broker() }, "wgkex/broker/broker1/questions"),
             (Topic::BrokerChunks { broker: broker() }, "wgkex/broker/broker1/pages"),
+            (Topic::BrokerTenants { broker: broker() }, "wgkex/broker/broker1/tenants"),
         ]
     }
 

@@ -49,9 +49,10 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
     fs::write(&cert, own.cert.pem()).unwrap();
     fs::write(&key, own.signing_key.serialize_pem()).unwrap();
     let (ip, port, tls) = (http.ip(), http.port(), https.port());
-    desk.stack.plan.config += &format!(
+    let more = format!(
         "broker_listen: {{host: {ip}, port: {port}, tls: {{port: {tls}, cert_file: {cert}, key_file: {key}}}}}\nlog_level: DEBUG\n"
     );
+    desk.stack.plan.config.push_str(&more);
     desk.stack.write_config();
     desk.stack.start_broker();
     desk.stack.wait_until_ready();

@@ -54,6 +54,12 @@ pub fn listens(name: &str) -> bool {
     UnixStream::connect(socket(name)).is_ok()
 }
 
+/// Whether a userspace WireGuard may be behind the interface, which this process has no right to ask.
+#[must_use]
+pub fn is_hidden(name: &str) -> bool {
+    UnixStream::connect(socket(name)).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+}
+
 /// Starts wireguard-go for an interface that does not exist yet; returns when it takes commands. It leaves the
 /// foreground by itself. [`ErrorKind::NotFound`]: there is no such program.
 pub async fn start_userspace(name: &str) -> io::Result<()> {

@@ -5,6 +5,7 @@ mod clock;
 mod managers;
 
 use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs, io};
@@ -13,11 +14,12 @@ use anyhow::Context as _;
 use caps::{CapSet, Capability};
 use clap::Args;
 use tokio::runtime::Builder;
-use wgkex_common::config::Setup;
+use wgkex_common::config::{Listen, Setup};
+use wgkex_common::doctor;
 use wgkex_common::doctor::access::Identity;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
-use wgkex_common::doctor::{self, sockets};
+use wgkex_common::doctor::sockets::{self, PortOwner};
 use wgkex_common::mqtt::trial::{self, Retained};
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
@@ -63,6 +65,8 @@ impl Doctor {
         Ok(Facts {
             config_warnings: config.warnings.clone(),
             is_setup_named: config.is_setup_named,
+            listener: listener(&config.worker_listen),
+            uplink: uplink(),
             has_net_admin: caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false),
             wireguard: WireguardSource {
                 kernel: domains.iter().any(is_kernels) || has_kernel_wireguard(),
@@ -80,6 +84,23 @@ impl Doctor {
     }
 }
 
+fn listener(listen: &Listen) -> (String, PortOwner) {
+    let address = listen.host.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    (listen.to_string(), sockets::of_listener(address, listen.port))
+}
+
+/// The interface of the default route of IPv4, and its MTU; none without one.
+fn uplink() -> Option<(String, u32)> {
+    let routes = fs::read_to_string("/proc/net/route").ok()?;
+    let default = routes.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let default = default.filter(|fields| fields.get(1) == Some(&"00000000"));
+    let first =
+        default.min_by_key(|fields| fields.get(6).and_then(|metric| metric.parse().ok()).unwrap_or(u32::MAX))?;
+    let name = (*first.first()?).to_owned();
+    let mtu = fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse().ok()?;
+    Some((name, mtu))
+}
+
 /// The worker that answers on `worker_listen`.
 fn running(config: &Config) -> Option<RunningWorker> {
     let status = http_client::status(&config.worker_listen).ok()?;
@@ -87,6 +108,7 @@ fn running(config: &Config) -> Option<RunningWorker> {
         name: status.worker,
         process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
         is_connected: status.mqtt.connected,
+        is_name_in_use: status.mqtt.name_in_use,
     })
 }
 
@@ -138,7 +160,8 @@ async fn wireguard_facts(name: &str, link: Link) -> WireguardFacts {
             Err(error) => Err(error.to_string()),
         },
     };
-    WireguardFacts { link: link_facts(name, link), is_userspace, device }
+    let is_hidden = link.kind == LinkKind::Tun && !is_userspace && wireguard::is_hidden(name);
+    WireguardFacts { link: link_facts(name, link), is_userspace, is_hidden, device }
 }
 
 fn link_facts(name: &str, link: Link) -> LinkFacts {

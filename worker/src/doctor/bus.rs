@@ -28,6 +28,12 @@ fn namesake(facts: &Facts, bus: &BusFacts) -> Finding {
             format!("a worker on another machine, or with other interfaces, publishes as {name} in {}", domain.domain);
         return Finding::fail(SUBJECT, found, advice);
     }
+    if facts.running.as_ref().is_some_and(|running| running.is_name_in_use) {
+        let found = format!(
+            "the server ends the connections of the running worker {name} again and again: another program may use its name"
+        );
+        return Finding::fail(SUBJECT, found, advice);
+    }
     let is_here = facts.running.is_some() || matches!(facts.state.holder, Ok(Some(_)));
     let is_here_connected = facts.running.as_ref().is_some_and(|running| running.is_connected);
     match bus.online {

@@ -19,6 +19,10 @@ pub struct Facts {
     pub config_warnings: Vec<Problem>,
     /// Whether the config has a section `setup`.
     pub is_setup_named: bool,
+    /// `worker_listen`, and who listens there.
+    pub listener: (String, PortOwner),
+    /// The interface by which this machine reaches the internet, and its MTU.
+    pub uplink: Option<(String, u32)>,
     /// Whether this process has `CAP_NET_ADMIN`.
     pub has_net_admin: bool,
     /// Where WireGuard can come from.
@@ -102,6 +106,8 @@ pub struct WireguardFacts {
     pub link: LinkFacts,
     /// Whether a userspace WireGuard listens for commands by its name.
     pub is_userspace: bool,
+    /// Whether one may, which only root can ask.
+    pub is_hidden: bool,
     /// The WireGuard device; none if it is no WireGuard interface, or why it does not answer.
     pub device: Result<Option<WireguardDevice>, String>,
 }
@@ -152,6 +158,8 @@ pub struct RunningWorker {
     pub process: Running,
     /// Whether its connection with the MQTT server stands.
     pub is_connected: bool,
+    /// Whether it finds that another program uses its name.
+    pub is_name_in_use: bool,
 }
 
 /// What the MQTT server allows, and what is retained there of this worker.

@@ -57,10 +57,14 @@ fn taken_before_setup(wg: &str, setup: &Setup, owner: &PortOwner) -> Option<Find
 }
 
 fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_named: bool) -> Vec<Finding> {
-    let WireguardFacts { link, is_userspace, device } = facts;
+    let WireguardFacts { link, is_userspace, is_hidden, device } = facts;
     let kind = match &link.kind {
         LinkKind::Wireguard => "the kernel's WireGuard",
         LinkKind::Tun if *is_userspace => "a userspace WireGuard",
+        LinkKind::Tun if *is_hidden => {
+            let found = "it is a TUN device: whether a WireGuard is behind it is not seen without rights";
+            return vec![Finding::warn(wg, found, "run this as root")];
+        }
         kind @ (LinkKind::Tun | LinkKind::Vxlan(_) | LinkKind::Other(_) | LinkKind::Physical) => {
             let found = format!("it is {}, and not a WireGuard interface", described(kind));
             return vec![Finding::fail(

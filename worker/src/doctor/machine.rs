@@ -2,7 +2,12 @@
 
 use wgkex_common::doctor::{Finding, Level, Trouble};
 
-use super::facts::{Facts, Managers, WireguardSource};
+use wgkex_common::doctor::sockets::PortOwner;
+
+use super::facts::{DomainFacts, Facts, Managers, WireguardSource};
+
+/// What WireGuard adds to a packet, with IPv6 below: 40 of IPv6, 8 of UDP, 32 of its own.
+const WIREGUARD_OVERHEAD: u32 = 80;
 
 pub(super) fn capability(has_net_admin: bool) -> Finding {
     let missing = (!has_net_admin).then(|| Trouble {
@@ -25,6 +30,35 @@ pub(super) fn wireguard(facts: &Facts) -> Finding {
             "install a kernel with WireGuard, or `apt-get install wireguard-go`",
         ),
     }
+}
+
+/// Whether the worker can serve its metrics and its state.
+pub(super) fn listener(Facts { listener: (listen, owner), running, .. }: &Facts) -> Option<Finding> {
+    let who = match (owner, running) {
+        (PortOwner::Nobody, _) | (_, Some(_)) => return None,
+        (PortOwner::Process { pid, name }, None) => format!("process {pid} ({})", name.escape_debug()),
+        (PortOwner::Kernel, None) => "a process that is not seen from here".to_owned(),
+    };
+    let found = format!("{listen} is taken by {who}, which is no worker");
+    Some(Finding::fail("worker_listen", found, "end that, or set worker_listen to another port"))
+}
+
+/// Whether packets of the tunnels fit into those of the network below.
+pub(super) fn uplink(facts: &Facts) -> Option<Finding> {
+    let (name, mtu) = facts.uplink.as_ref()?;
+    let wireguard = |domain: &DomainFacts| Some(domain.wireguard.as_ref().ok()?.as_ref()?.link.mtu);
+    let largest = facts.domains.iter().filter_map(wireguard).max()?;
+    let fits = mtu.saturating_sub(WIREGUARD_OVERHEAD);
+    let trouble = (largest > fits).then(|| Trouble {
+        found: format!(
+            "its MTU {mtu} is too small for the {largest} of a tunnel, of which WireGuard makes {}: large packets are fragmented or lost",
+            largest + WIREGUARD_OVERHEAD
+        ),
+        advice: format!(
+            "raise it, or lower those of the tunnels: wg-... to {fits}, vx-... to 70 less, and the same in the firmware of routers"
+        ),
+    });
+    Some(Finding::judge(name, Level::Warn, format!("its MTU {mtu} has room for the {largest} of the tunnels"), trouble))
 }
 
 /// Who else changes the domains' interfaces, and takes away what the worker made.

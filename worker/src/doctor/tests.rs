@@ -37,11 +37,17 @@ fn well() -> Facts {
     };
     let vxlan = VxlanAttributes { id: 99, port: 8472, local: Some(LOCAL.into()), under: Some(1) };
     let device = WireguardDevice { public_key: Some(key(1)), port: 51820 };
-    let wireguard =
-        WireguardFacts { link: link(1, LinkKind::Wireguard, 1420), is_userspace: false, device: Ok(Some(device)) };
+    let wireguard = WireguardFacts {
+        link: link(1, LinkKind::Wireguard, 1420),
+        is_userspace: false,
+        is_hidden: false,
+        device: Ok(Some(device)),
+    };
     Facts {
         config_warnings: Vec::new(),
         is_setup_named: true,
+        listener: ("127.0.0.1:9586".into(), PortOwner::Nobody),
+        uplink: Some(("eth0".into(), 1500)),
         has_net_admin: true,
         wireguard: WireguardSource { kernel: true, userspace: false },
         domains: vec![DomainFacts {
@@ -70,7 +76,7 @@ fn well() -> Facts {
 
 fn running() -> RunningWorker {
     let process = Running { pid: 7, keeps_state: true, lists_damaged: Vec::new() };
-    RunningWorker { name: "gw01".into(), process, is_connected: true }
+    RunningWorker { name: "gw01".into(), process, is_connected: true, is_name_in_use: false }
 }
 
 fn wg(facts: &mut Facts) -> &mut WireguardFacts {
@@ -232,6 +238,12 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
             "ip link del wg-welt",
         ),
         (
+            Level::Warn,
+            |facts| (wg(facts).link.kind, wg(facts).is_hidden) = (LinkKind::Tun, true),
+            "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
+            "run this as root",
+        ),
+        (
             Level::Fail,
             |facts| vx(facts).kind = LinkKind::Physical,
             "a device of no kind, and not a VXLAN",
@@ -300,6 +312,18 @@ fn defaults_of_setup_are_no_demands() {
 fn each_trouble_of_the_machine_is_named_with_what_to_do() {
     each_is_found(&[
         (Level::Fail, |facts| facts.has_net_admin = false, "privileges: CAP_NET_ADMIN is missing", "as root"),
+        (
+            Level::Fail,
+            |facts| facts.listener.1 = PortOwner::Process { pid: 9, name: "exporter".into() },
+            "worker_listen: 127.0.0.1:9586 is taken by process 9 (exporter)",
+            "another port",
+        ),
+        (
+            Level::Warn,
+            |facts| facts.uplink = Some(("eth0".into(), 1400)),
+            "eth0: its MTU 1400 is too small for the 1420 of a tunnel, of which WireGuard makes 1500",
+            "wg-... to 1320",
+        ),
         (Level::Fail, |facts| facts.wireguard.kernel = false, "there is no wireguard-go", "apt-get install"),
         (
             Level::Fail,

@@ -371,6 +371,7 @@ fn when_the_broker_stops_each_session_is_ended_and_addresses_stay_kept() {
     let Broker { tenants, kept, .. } = rig.brokers.remove(0);
     tenants.stop(rig.now);
     assert!([&mut a, &mut b, &mut twin].map(Guest::end).iter().all(|end| *end == Some(CloseCause::Stopping)));
+    assert_eq!((a.received().len(), b.received()), (2, vec!["10.64.0.2: N2".to_owned(), "?".into()]), "and no leave");
     let changes = kept.take();
     assert_eq!(changes.len(), 2);
     assert!(changes.values().all(Option::is_some));

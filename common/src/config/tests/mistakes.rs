@@ -51,6 +51,21 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ("mqtt: {keepalive: 70000}", &["mqtt.keepalive: must be a whole number of seconds from 0 to 65535, not 70000"]),
     ("mqtt: {broker_url: a, tls: on, cert_file: /a}", &["mqtt.key_file: must be set, as mqtt.cert_file is"]),
     ("mqtt: {ca_file: ca.pem}", &["mqtt.ca_file: must be the absolute path of a file, not \"ca.pem\""]),
+    (
+        "mqtt_listen: {users: {gw01: secr3t}}",
+        &[
+            "mqtt_listen.users.gw01: must be a mapping (keys: password_hash, role)",
+            "mqtt_listen.users.gw01.password_hash: must be set, to what \"wgkex-broker hash-password\" prints",
+        ],
+    ),
+    (
+        "broker_listen: 127.0.0.1:1883",
+        &["mqtt_listen: must be another address or port than that of broker_listen, not \"127.0.0.1:1883\""],
+    ),
+    (
+        "{broker_listen: \"[::]:9586\", mqtt: {broker_url: a}}",
+        &["worker_listen: must be another address or port than that of broker_listen, not \"127.0.0.1:9586\""],
+    ),
     ("mqtt: {tls: maybe}", &["mqtt.tls: must be true or false, not \"maybe\""]),
     ("mqtt: {password: 12345}", &["mqtt.password: must be a text (a number needs quotes around it)"]),
     ("mqtt: {password: [secret]}", &["mqtt.password: must be a text (a number needs quotes around it)"]),
@@ -326,6 +341,20 @@ fn odd_but_harmless_settings_are_warnings() {
                 "users: is not a known key and is ignored, did you mean mqtt_listen.users? It belongs below mqtt_listen, with spaces before it",
             ],
         ),
+        // Several blocks have such a key: the one that is empty is meant, or none is named.
+        (
+            "registry:\nenabled: false",
+            &[
+                "enabled: is not a known key and is ignored, did you mean registry.enabled? It belongs below registry, with spaces before it",
+            ],
+        ),
+        (
+            "broker_listen:\nhost: 127.0.0.1",
+            &[
+                "host: is not a known key and is ignored, did you mean broker_listen.host? It belongs below broker_listen, with spaces before it",
+            ],
+        ),
+        ("enabled: true", &["enabled: is not a known key and is ignored"]),
         ("mqtt: {port: 1}", &["mqtt.port: is not a known key and is ignored, did you mean mqtt.broker_port?"]),
         ("external_name: x", &["external_name: is not a known key and is ignored, did you mean externalName?"]),
         (

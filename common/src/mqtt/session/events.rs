@@ -11,6 +11,9 @@ use crate::mqtt::cause::dot_hint;
 use crate::mqtt::reconnect::is_closed;
 use crate::mqtt::{ConnectionState, Event, INFLIGHT};
 
+/// Reasons that are remembered at most, so that each is logged once.
+const SAID_MAX: usize = 16;
+
 impl Session {
     pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
         if matches!(event, rumqttc::Event::Incoming(_)) {
@@ -142,9 +145,15 @@ impl Session {
             hint.as_deref().unwrap_or_default()
         ));
         let before = self.state.send_replace(down.clone());
+        if before == ConnectionState::Up || self.said.len() >= SAID_MAX {
+            self.said.clear();
+        }
         // The name may be in filters of the second alone.
         let is_new = hint.is_some() && self.reconnect.is_closed_early_first();
-        if let (ConnectionState::Down(reason), true) = (&down, down != before && (!self.is_secondary || is_new)) {
+        if let ConnectionState::Down(reason) = &down
+            && (!self.is_secondary || is_new)
+            && self.said.insert(reason.clone())
+        {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         on_event(Event::Down);
