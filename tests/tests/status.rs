@@ -16,7 +16,7 @@ use wgkex_tests::process::binary;
 use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::scripted::{Manner, Worker, data, gateway_key, hello, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, ONE_ADDRESS, Plan, Stack, V2, free_address};
-use wgkex_tests::{key, wait_until};
+use wgkex_tests::{key, wait_until, wait_within};
 
 /// Runs `wgkex-broker` with a stack's config, without a token.
 fn run(stack: &Stack, arguments: &[&str]) -> Output {
@@ -307,6 +307,30 @@ fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
     }
 }
 
+/// The workers say so in their hellos, as the server is not ours.
+#[test]
+fn a_gateway_whose_name_two_workers_use_is_a_problem_of_the_broker() {
+    let worker_listen = [free_address(), free_address()];
+    let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
+    let mut stack = Stack::start(plan(&worker_listen[0]));
+    let mut other = Stack::prepare(plan(&worker_listen[1]));
+    other.mqtt = stack.mqtt;
+    other.write_config();
+    let _first = stack.program("wgkex-worker", &[]);
+    let mut second = other.program("wgkex-worker", &[]);
+    let text = "two programs seem to use its name";
+    stack.wait_for_metric("wgkex_broker_mqtt_name_in_use", 1.0);
+    assert!(names_problem(&stack.get("/status.json").json(), text));
+    assert!(stack.get("/readyz").body.contains(text));
+    let shown = run(&stack, &["gateways"]);
+    assert!(shown.status.code() == Some(3) && printed(&shown).contains(text), "{shown:?}");
+    stack.broker().wait_for_log(text);
+    let _ = second.end_by(Signal::SIGTERM);
+    wait_within(Duration::from_secs(120), "one is left", || {
+        (stack.metric("wgkex_broker_mqtt_name_in_use")? < 0.5).then_some(())
+    });
+}
+
 #[test]
 fn a_refused_domain_is_logged_once_by_its_name_and_nothing_else_of_it() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
@@ -418,7 +442,10 @@ fn where_shows_the_gateways_of_a_key_and_what_the_lists_say() {
     assert!(text.contains("ffx_a: live, established") && text.contains("confirmed by: gw1, last "), "{text}");
     assert!(text.contains("last handshake reported: ") && text.contains(" ago at gw1"), "{text}");
     let text = printed(&operator.run(&stack, &["where", &unknown]));
-    assert_eq!(text, "no router has sent this key here, and no gateway has reported it\n");
+    assert_eq!(
+        text,
+        "no router has sent this key here since it was last forgotten or denied, and no gateway has reported it\n"
+    );
     assert!(operator.run(&stack, &["revoke", &unknown, "--reason", "spam"]).status.code().is_some());
     let text = printed(&operator.run(&stack, &["where", &unknown]));
     assert!(text.contains("on the list deny  by: admin  reason: spam"), "{text}");

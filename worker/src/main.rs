@@ -34,6 +34,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Makes wg-REST and vx-REST for every configured domain, or completes them; repeating it is harmless
+    #[command(after_help = "Exits with 0, or with 1 if something cannot be made; what was made stays.")]
     Setup {
         /// Take the interfaces down instead; the private keys stay
         #[arg(long)]
@@ -66,10 +67,11 @@ enum Command {
         after_help = "After the deadline, peers that connect go in portions of --percent a minute, and so do the others, those that \
                             are silent for longest first. Peers that wgkex did not make, and trusted keys, stay.\n\
                             Kept in state_dir/worker.drain.json. Run it as root or as the worker's user. For originals: \
-                            wgkex-broker drain GATEWAY."
+                            wgkex-broker drain GATEWAY.\n\nExits with 0, also while no worker runs, or with 1 if that cannot be kept."
     )]
     Drain(DrainCommand),
     /// Gives this gateway new routers again
+    #[command(after_help = "Exits with 0, also if it does not drain, or with 1 if that cannot be kept.")]
     Undrain(UndrainCommand),
     #[command(flatten)]
     Documents(Documents),

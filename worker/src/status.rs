@@ -11,8 +11,8 @@ use wgkex_common::cli::style::{Colour, Style};
 use wgkex_common::drain::Drain;
 
 /// What is wrong where another program seems to use the worker's name.
-pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name: the server ends its connections again and again; each \
-     worker needs a host name of its own";
+pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name, or mqtt.username is that of another worker: the server ends \
+     its connections again and again; each worker needs a host name of its own, and a user of that name";
 
 /// The state of a worker at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -93,7 +93,9 @@ impl ProblemLog {
 
 /// Other places log the others.
 fn is_logged_here(kind: ProblemKind) -> bool {
-    matches!(kind, ProblemKind::DomainWithoutGateway | ProblemKind::RoutersUnreached) || kind.is_clash()
+    let is_logged =
+        matches!(kind, ProblemKind::DomainWithoutGateway | ProblemKind::RoutersUnreached | ProblemKind::NameInUse);
+    is_logged || kind.is_clash()
 }
 
 #[cfg(test)]

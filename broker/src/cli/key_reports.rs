@@ -16,7 +16,9 @@ pub fn found(report: &WhereReport) -> String {
     let WhereReport { key: _, domains, lists } = report;
     let mut text = String::new();
     if domains.iter().all(|found| found.state.is_none() && found.in_flight.is_none()) {
-        text.push_str("no router has sent this key here, and no gateway has reported it\n");
+        text.push_str(
+            "no router has sent this key here since it was last forgotten or denied, and no gateway has reported it\n",
+        );
     }
     for domain in domains {
         in_domain(&mut text, domain);
@@ -117,8 +119,10 @@ fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
         let _ = writeln!(text, "{}", printable(&format!("{domain}: {would} {gateway}, as {why}")));
     }
     if *is_new {
-        let _ =
-            writeln!(text, "{domain}: the key is new here, so the limits of new keys count, also that of its address");
+        let _ = writeln!(
+            text,
+            "{domain}: the key is not live here, so the limits of new keys count, also that of its address"
+        );
     }
     let row = |each: &crate::fleet::status::Standing| {
         let is_chosen = gateway.as_ref() == Some(&each.name);
@@ -178,7 +182,8 @@ mod tests {
             on the list deny  by: admin  name: attic  until: 1970-01-01T00:00:00Z  reason: x?\n";
         assert_eq!(found(&serde_json::from_value(report).unwrap()), expected);
         let nothing = json!({ "key": KEY, "domains": [], "lists": [] });
-        let expected = "no router has sent this key here, and no gateway has reported it\n";
+        let expected =
+            "no router has sent this key here since it was last forgotten or denied, and no gateway has reported it\n";
         assert_eq!(found(&serde_json::from_value(nothing).unwrap()), expected);
     }
 
@@ -201,13 +206,13 @@ mod tests {
         });
         let expected = "ff_a: refused with 403 (denied): it is on the list deny by admin\n\
             ff_a: would otherwise get gw1, as it is the furthest below its target: -2.0\n\
-            ff_a: the key is new here, so the limits of new keys count, also that of its address\n\
+            ff_a: the key is not live here, so the limits of new keys count, also that of its address\n\
             GATEWAY  SHARE  CONNECTED  ASSIGNED  TARGET  DISTANCE  NOTE\n\
             gw1      50.0%          3         1     6.0      -2.0  chosen\n\
             gw2      50.0%          3         1     6.0      -2.0  not possible: offline: stopped\n\
             \n\
             now:\n\
-            no router has sent this key here, and no gateway has reported it\n";
+            no router has sent this key here since it was last forgotten or denied, and no gateway has reported it\n";
         assert_eq!(explained(&serde_json::from_value(report).unwrap(), Colours(false)), expected);
     }
 }

@@ -15,7 +15,7 @@ use wgkex_common::Config;
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::cli::{complain, print};
-use crate::fleet::status::{DomainStatus, GatewayStatus, ProblemKind, age, printable};
+use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, PATH, Status};
 use crate::mqtt_server::RefusedClient;
 use crate::registry::RegistryStatus;
@@ -70,7 +70,8 @@ impl GatewaysCommand {
             let text = if self.json {
                 format!("{:#}\n", json["gateways"])
             } else {
-                gateways(&status.gateways, Colours::of_stdout())
+                let colours = Colours::of_stdout();
+                problem_lines(&status.problems, colours) + &gateways(&status.gateways, colours)
             };
             print(&text)?;
             Ok(exit_code(&status))
@@ -163,9 +164,7 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
         if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
     let up = age(*uptime_secs);
     let mut text = format!("wgkex-broker {} on {address}: {state}, up for {up}\n", printable(version));
-    for problem in problems {
-        let _ = writeln!(text, "{}", colours.paint(&format!("! {}", printable(&problem.text)), Tone::Bad));
-    }
+    text += &problem_lines(problems, colours);
     let rates = before.map(|before| Rates::between(before, sample));
     let unserved = |name: &str| {
         let is_so = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
@@ -181,6 +180,12 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     let tenants = tenants.as_ref().map(tenants_line).unwrap_or_default();
     let registry = registry.as_ref().map(registry_line).unwrap_or_default();
     text + &keys(now, rates.as_ref()) + &tenants + &registry + &refused(refused_clients, colours)
+}
+
+/// What is wrong.
+fn problem_lines(problems: &[Problem], colours: Colours) -> String {
+    let line = |problem: &Problem| colours.paint(&format!("! {}", printable(&problem.text)), Tone::Bad) + "\n";
+    problems.iter().map(line).collect()
 }
 
 /// The clients that the MQTT server refused last; nothing if there are none.

@@ -66,10 +66,12 @@ impl Answer {
 }
 
 impl Reached {
-    /// Whether so many routers do not get through that the gateway is the cause.
+    /// Whether so many routers do not get through that the gateway is the cause: at one without any `connected` router, the
+    /// first one.
     #[must_use]
-    pub fn is_suspicious(&self) -> bool {
-        self.unreached >= MIN_UNREACHED && self.unreached >= self.reached
+    pub fn is_suspicious(&self, connected: u64) -> bool {
+        let least = if connected == 0 && self.reached == 0 { 1 } else { MIN_UNREACHED };
+        self.unreached >= least && self.unreached >= self.reached
     }
 }
 
@@ -188,9 +190,17 @@ mod tests {
 
     #[test]
     fn one_router_alone_and_a_minority_make_no_gateway_suspicious() {
-        for (reached, unreached, suspicious) in [(0, 2, false), (0, 3, true), (3, 3, true), (4, 3, false)] {
+        for (connected, reached, unreached, suspicious) in [
+            (1, 0, 2, false),
+            (0, 1, 2, false),
+            (0, 0, 1, true),
+            (0, 0, 0, false),
+            (1, 0, 3, true),
+            (1, 3, 3, true),
+            (1, 4, 3, false),
+        ] {
             let found = Reached { reached, waiting: 50, unreached };
-            assert_eq!(found.is_suspicious(), suspicious, "{found:?}");
+            assert_eq!(found.is_suspicious(connected), suspicious, "{found:?}");
         }
     }
 

@@ -180,6 +180,7 @@ impl App {
         problems.extend(registry.as_ref().and_then(registry_problem));
         problems.extend(self.tenants.iter().flat_map(FrontDoor::strangers).map(|broker| tenants_problem(&broker)));
         problems.sort();
+        problems.dedup();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
@@ -195,7 +196,8 @@ impl App {
         }
     }
 
-    /// The client ids of MQTT that two programs use: those of this broker, and those of clients of its MQTT server.
+    /// The client ids of MQTT that two programs use: those of this broker, those of clients of its MQTT server, and those of gateways
+    /// that say so.
     pub fn names_in_use(&self, now: Instant) -> Vec<Problem> {
         let problem = |subject: String, text| Problem { kind: ProblemKind::NameInUse, subject, text };
         let own = self.name_suspects.iter().any(|suspect| *suspect.borrow()).then(|| {
@@ -207,7 +209,7 @@ impl App {
             let text = format!("two programs use the MQTT client id {id}: each ends the other's connection");
             problem(id, text)
         });
-        own.into_iter().chain(of_clients).collect()
+        own.into_iter().chain(of_clients).chain(self.exchange.gateways().names_in_use()).collect()
     }
 
     fn keys(&self, now: Instant) -> KeyStatus {

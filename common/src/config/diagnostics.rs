@@ -199,7 +199,7 @@ impl Diagnostics {
     /// A value for people; none if it may be a secret, or is long.
     fn show(&self, path: &Path, value: &Value) -> Option<String> {
         // A user of the MQTT server is a mapping with a hash; what stands there instead may be the password.
-        let is_user = matches!(&path.0[..], [section, users, ..] if section == "mqtt_listen" && users == "users");
+        let is_user = matches!(&path.0[..], [section, users] | [section, users, _] if section == "mqtt_listen" && users == "users");
         if is_user || path.0.iter().any(|step| SECRET_KEYS.contains(&step.as_str())) {
             return None;
         }

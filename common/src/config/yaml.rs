@@ -164,12 +164,28 @@ enum Mistake {
     Yaml { line: usize, reason: String },
 }
 
+/// Whether it may be a key without a value that says so.
+fn lacks_colon(line: &str) -> bool {
+    let text = line.split(" #").next().unwrap_or_default().trim();
+    !text.is_empty()
+        && !text.starts_with(['#', '-', '{', '[', ']', '}'])
+        && !text.ends_with(':')
+        && !text.contains(": ")
+}
+
 impl Mistake {
     fn of(error: &ScanError, text: &str) -> Self {
         let line = error.marker().line();
         let indent = |text: &str| text.len() - text.trim_start().len();
         match text.lines().take(line + 1).position(|text| text[..indent(text)].contains('\t')) {
             Some(tab) => Self::Tab(tab + 1),
+            // The scanner notices a key without its colon only where the next one begins.
+            None if error.info().starts_with("simple key") => {
+                let lacks_colon = |(_, text): &(usize, &str)| lacks_colon(text);
+                let before = text.lines().take(line).enumerate().filter(lacks_colon).last();
+                let reason = "a key lacks the colon behind it, or the space behind that".to_owned();
+                Self::Yaml { line: before.map_or(line, |(at, _)| at + 1), reason }
+            }
             None => Self::Yaml { line, reason: error.info().to_owned() },
         }
     }

@@ -159,6 +159,9 @@ pub struct Hello {
     /// That this worker gets no new routers. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain: Option<Drain>,
+    /// That this worker finds another program with its name.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub name_in_use: bool,
     /// The tenants that this broker serves. None if it serves none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenants: Option<Served>,
@@ -207,6 +210,7 @@ impl Hello {
             instance: fields.get("instance").map(number).transpose()?,
             records: said("revocations").then(|| fields.text("revocations", WORD_MAX)).transpose()?,
             drain: fields.get("drain").map(drain).transpose()?,
+            name_in_use: fields.get("name_in_use").is_some_and(|value| *value == Value::Bool(true)),
             tenants: fields.get("tenants").map(|value| served("tenants", value)).transpose()?,
             registry: fields.get("registry").map(|value| served("registry", value)).transpose()?,
         }))
@@ -234,6 +238,7 @@ impl Hello {
             instance,
             records: None,
             drain: None,
+            name_in_use: false,
             tenants: None,
             registry: None,
         }

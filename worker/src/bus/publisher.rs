@@ -27,6 +27,7 @@ pub struct Publisher {
     connection: watch::Receiver<ConnectionState>,
     state: watch::Receiver<DomainStates>,
     drain: watch::Receiver<Option<Drain>>,
+    name_suspects: [watch::Receiver<bool>; 2],
     reports: Reports,
     presence_events: mpsc::Receiver<PresenceEvent>,
     presence: Presence,
@@ -40,8 +41,8 @@ enum Trigger {
     Connection,
     /// A domain is not as it was published.
     State,
-    /// The gateway begins to drain, or no longer does.
-    Drain,
+    /// The gateway begins to drain, or no longer does; or another program seems to use its name, or no longer.
+    Hello,
     /// A batch of keys is done.
     Applied(Applied),
     /// Keys have handshakes.
@@ -83,6 +84,7 @@ impl Publisher {
             external_name: config.external_name.clone(),
             domains: config.domains.clone(),
             connection: bus.connection_state(),
+            name_suspects: [&bus, &confirmations].map(MqttHandle::name_suspect),
             bus,
             confirmations,
             state,
@@ -105,7 +107,7 @@ impl Publisher {
                 }
                 Trigger::Connection => self.presence.disconnected(),
                 Trigger::State => self.publish_changes(),
-                Trigger::Drain => self.publish_drain(),
+                Trigger::Hello => self.hello_changed(),
                 Trigger::Applied(applied) => self.publish_applied(&applied),
                 Trigger::Handshakes(handshakes) => self.publish_handshakes(&handshakes),
                 Trigger::Revoked(revoked) => self.publish_revoked(&revoked),
@@ -118,6 +120,7 @@ impl Publisher {
 
     async fn next(&mut self) -> Trigger {
         let due = self.presence.due();
+        let [first, second] = &mut self.name_suspects;
         tokio::select! {
             biased;
             changed = self.connection.changed() => if changed.is_ok() { Trigger::Connection } else { Trigger::End },
@@ -125,7 +128,9 @@ impl Publisher {
             handshakes = self.reports.handshakes.recv() => handshakes.map_or(Trigger::End, Trigger::Handshakes),
             revoked = self.reports.revoked.recv() => revoked.map_or(Trigger::End, Trigger::Revoked),
             changed = self.state.changed() => if changed.is_ok() { Trigger::State } else { Trigger::End },
-            changed = self.drain.changed() => if changed.is_ok() { Trigger::Drain } else { Trigger::End },
+            changed = self.drain.changed() => if changed.is_ok() { Trigger::Hello } else { Trigger::End },
+            changed = first.changed() => if changed.is_ok() { Trigger::Hello } else { Trigger::End },
+            changed = second.changed() => if changed.is_ok() { Trigger::Hello } else { Trigger::End },
             event = self.presence_events.recv() => event.map_or(Trigger::End, Trigger::Presence),
             () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => Trigger::Due,
         }
@@ -193,11 +198,12 @@ impl Publisher {
 
     fn hello(&self) -> Hello {
         let domains = self.domains.iter().map(ToString::to_string).collect();
-        Hello { drain: self.drain.borrow().clone(), ..Hello::worker(domains) }
+        let name_in_use = self.name_suspects.iter().any(|suspect| *suspect.borrow());
+        Hello { drain: self.drain.borrow().clone(), name_in_use, ..Hello::worker(domains) }
     }
 
     /// Without a connection the hello of the next one has it.
-    fn publish_drain(&mut self) {
+    fn hello_changed(&mut self) {
         if *self.connection.borrow() == ConnectionState::Up {
             self.publish_hello(Announcement::Retained);
         }

@@ -139,8 +139,22 @@ impl Gateways {
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
-        let gateways = self.unreached().chain(self.data_missing()).chain(self.domains_down(now));
+        let gateways =
+            self.unreached().chain(self.names_in_use()).chain(self.data_missing()).chain(self.domains_down(now));
         FleetProblems { found: unserved.chain(gateways).chain(offline).collect(), published: self.published() }
+    }
+
+    /// The gateways whose name another program seems to use, as they say.
+    pub fn names_in_use(&self) -> impl Iterator<Item = Problem> {
+        let is_suspect = |gateway: &Gateway| gateway.hello.as_ref().is_some_and(|hello| hello.name_in_use);
+        self.by_name.iter().filter(move |(_, gateway)| is_suspect(gateway)).map(|(name, _)| Problem {
+            kind: ProblemKind::NameInUse,
+            subject: name.as_str().into(),
+            text: format!(
+                "gateway {}: two programs seem to use its name: the MQTT server ends its connections again and again",
+                name.as_str()
+            ),
+        })
     }
 
     /// The domains that a gateway counts without having published what routers need.
@@ -173,7 +187,9 @@ impl Gateways {
 
     /// The gateways to which routers do not get through.
     fn unreached(&self) -> impl Iterator<Item = Problem> {
-        let suspicious = self.reach.by_gateway().iter().filter(|(_, reached)| reached.is_suspicious());
+        let connected = |name: &WorkerName| self.by_name.get(name).map_or(0, |gateway| gateway.peers().connected);
+        let all = self.reach.by_gateway().iter();
+        let suspicious = all.filter(move |(name, reached)| reached.is_suspicious(connected(name)));
         suspicious.map(|(name, Reached { reached, unreached, .. })| Problem {
             kind: ProblemKind::RoutersUnreached,
             subject: name.as_str().into(),

@@ -63,7 +63,7 @@ const MISTAKES: &[(&str, &[&str])] = &[
         &["mqtt_listen: must be another address or port than that of broker_listen, not \"127.0.0.1:1883\""],
     ),
     (
-        "{broker_listen: \"[::]:9586\", mqtt: {broker_url: a}}",
+        "broker_listen: \"[::]:9586\"\nmqtt: {broker_url: a}",
         &["worker_listen: must be another address or port than that of broker_listen, not \"127.0.0.1:9586\""],
     ),
     ("mqtt: {tls: maybe}", &["mqtt.tls: must be true or false, not \"maybe\""]),
@@ -250,6 +250,11 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ("log_level: INFO\n\0\0\0", &["line 4: must not have a NUL byte, as a file has that was not wholly written"]),
     ("logging_config: &a {a: *a}", &["line 3: must not have an alias for what it stands in itself"]),
     ("mqtt:\n\ttls: yes", &["line 4: must begin with spaces, not with a tab"]),
+    ("mqtt\n\n  broker_url: x", &["line 3: is not YAML: a key lacks the colon behind it, or the space behind that"]),
+    (
+        "log_level:DEBUG\ntenants: {}",
+        &["line 3: is not YAML: a key lacks the colon behind it, or the space behind that"],
+    ),
     ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
     (
         "mqtt: {password: .inf}",
