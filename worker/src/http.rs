@@ -3,7 +3,7 @@
 //! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes
 //! here: each room registers its metrics in the [`Registry`] that is read here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::io;
 use std::net::{TcpListener, ToSocketAddrs as _};
@@ -29,7 +29,7 @@ use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
-use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, ServerStatus, Status};
 
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);
@@ -47,6 +47,8 @@ pub struct HttpState {
     pub name_in_use: IntGauge,
     /// Whether routers can use each domain.
     pub domains: watch::Receiver<DomainStates>,
+    /// The servers of the registry that the gateway is.
+    pub servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
     /// Whether the gateway drains.
     pub drain: watch::Receiver<Option<Drain>>,
     /// What the worker is called.
@@ -165,6 +167,7 @@ impl HttpState {
             drain: self.drain.borrow().clone(),
             peers_drained: self.sum(&metrics.peers.drained),
             domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
+            servers: self.servers.borrow().clone(),
             keys: self.key_totals(),
             batches: BatchTotals {
                 batches: metrics.batch_keys.get_sample_count(),

@@ -2,16 +2,18 @@
 //!
 //! One task, [`LeaseTask::run`](task::LeaseTask::run), which `run` of the worker owns, has a kernel of its own, since the interfaces
 //! of servers are no others'. [`table`] is what is known of a server's leases, [`plan`] the steps to its peers, [`server`] both together with the times; they are pure.
-//! [`file`] keeps them, so that a worker without a broker restores its peers.
+//! [`file`] keeps them, so that a worker without a broker restores its peers; [`preview`] is what one would do that runs.
 //!
 //! Previous stop of a lease: [`crate::bus`], which receives it; next stop: the kernel.
 
 mod file;
 mod metrics;
 mod plan;
+mod preview;
 mod server;
 mod table;
 mod task;
 
 pub use self::metrics::Metrics;
+pub use self::preview::preview;
 pub use self::task::{LeaseEvent, LeaseParts, LeaseSender, LeaseTask, channel};

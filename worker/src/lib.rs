@@ -25,6 +25,7 @@ pub mod status;
 #[cfg(test)]
 mod testing;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +59,7 @@ use crate::leases::{LeaseParts, LeaseSender, LeaseTask};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
+use crate::status::ServerStatus;
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -99,6 +101,8 @@ struct Worker {
     confirmations: MqttHandle,
     /// Whether the gateway drains.
     drain: watch::Receiver<Option<Drain>>,
+    /// How the servers of the registry are that it is.
+    servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
 }
 
 /// Each room's metrics.
@@ -157,7 +161,9 @@ pub async fn run<K: Kernel>(
         let kernel = servers_kernel().context("netlink")?;
         Some(LeaseTask::open(&config, LeaseParts { kernel, bus, events: lease_events, metrics })?)
     };
-    let worker = Worker { drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
+    let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
+    let worker =
+        Worker { servers, drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
 
     let watched = [
         ("the reconciler", task.heartbeat()),
@@ -201,7 +207,7 @@ impl Worker {
         reserved: watch::Sender<Reserved>,
         leases: LeaseSender,
     ) {
-        let Self { config, metrics, lists, reconciler, bus, confirmations, drain } = self;
+        let Self { config, metrics, lists, reconciler, bus, confirmations, drain, servers: _ } = self;
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let resync = drain::sync_again(drain.clone(), sync_sender.clone());
@@ -247,6 +253,7 @@ impl Worker {
             name_suspects: [&self.bus, &self.confirmations].map(MqttHandle::name_suspect),
             name_in_use: self.metrics.bus.name_in_use.clone(),
             domains: self.reconciler.state(),
+            servers: self.servers.clone(),
             drain: self.drain.clone(),
             name: self.config.name.to_string(),
             served: self.config.domains.clone(),

@@ -35,6 +35,9 @@ pub struct Status {
     pub peers_drained: u64,
     /// Each domain that it serves.
     pub domains: BTreeMap<String, DomainStatus>,
+    /// Each server of the registry that it is.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub servers: BTreeMap<String, ServerStatus>,
     /// What became of keys since it started.
     pub keys: KeyTotals,
     /// What it asked the kernel for since it started.
@@ -82,6 +85,19 @@ pub struct DomainStatus {
     pub port: Option<u16>,
     /// Its peers, each in one state.
     pub peers: PeerTotals,
+}
+
+/// A server of the registry at this gateway.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// The name of its WireGuard interface.
+    pub interface: String,
+    /// Whether its interface has the peers of all its leases.
+    pub up: bool,
+    /// Why not; none before it was looked at.
+    pub reason: Option<String>,
+    /// The leases that are known here.
+    pub leases: u64,
 }
 
 /// How many peers are in which state.
@@ -145,6 +161,9 @@ impl Status {
         let domains = domains.map(|(name, domain)| {
             format!("domain {name}: {}", domain.reason.as_deref().unwrap_or("its interfaces are not read yet"))
         });
+        let servers = self.servers.iter().filter(|(_, server)| !server.up).map(|(name, server)| {
+            format!("server {name}: {}", server.reason.as_deref().unwrap_or("its interface is not read yet"))
+        });
         let lists = self
             .lists_damaged
             .iter()
@@ -152,7 +171,7 @@ impl Status {
         let unkept = "a restart would lose them: the disk is full or state_dir cannot be written, the log says why";
         let state = (!self.state_kept).then(|| format!("state: the keys are not kept on disk, {unkept}"));
         let entries = (!self.lists_kept).then(|| format!("state: list entries are not kept on disk, {unkept}"));
-        mqtt.into_iter().chain(in_use).chain(domains).chain(lists).chain(state).chain(entries).collect()
+        mqtt.into_iter().chain(in_use).chain(domains).chain(servers).chain(lists).chain(state).chain(entries).collect()
     }
 
     /// What changed since `before`, `elapsed` ago; none if another process said that.
@@ -193,6 +212,10 @@ impl Status {
         }
         for (name, domain) in &self.domains {
             let _ = writeln!(screen, "{}", domain.line(name, style));
+        }
+        for (name, ServerStatus { interface, up, leases, .. }) in &self.servers {
+            let state = if *up { style.paint(Colour::Good, "up") } else { style.paint(Colour::Bad, "down") };
+            let _ = writeln!(screen, "server {name} {state}: {interface}; leases {leases}");
         }
         let KeyTotals { received, installed, refreshed, restored, failed, dropped } = self.keys;
         let per_second = |rate: Option<f64>| rate.map_or_else(String::new, |rate| format!(", {rate:.1}/s"));
@@ -274,6 +297,11 @@ mod tests {
             drain: None,
             peers_drained: 0,
             domains: [("ffmuc_welt".to_owned(), domain)].into(),
+            servers: [(
+                "s1".to_owned(),
+                ServerStatus { interface: "wg-s1".into(), up: true, reason: None, leases: 97 },
+            )]
+            .into(),
             keys: KeyTotals { received: 20, ..KeyTotals::default() },
             batches: BatchTotals { batches: 4, keys: 20, seconds: 0.1 },
             queue: 5,
@@ -289,7 +317,14 @@ mod tests {
     #[test]
     fn each_thing_that_is_wrong_is_one_line() {
         type Spoil = fn(&mut Status);
-        let table: [(Spoil, &str); 7] = [
+        let table: [(Spoil, &str); 8] = [
+            (
+                |status| {
+                    let server = ServerStatus { reason: Some("it is missing".into()), ..ServerStatus::default() };
+                    status.servers.insert("s1".into(), server);
+                },
+                "server s1: it is missing",
+            ),
             (
                 |status| {
                     status.mqtt = MqttStatus { connected: false, cause: Some("refused".into()), name_in_use: false }

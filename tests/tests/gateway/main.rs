@@ -59,6 +59,7 @@ lanes! {
     start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
     servers: wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages;
+    servers: status_doctor_and_dry_run_show_the_servers;
     servers: a_client_reaches_the_server_by_the_config_that_the_command_prints;
     examples: a_router_comes_into_the_mesh_by_the_examples_alone;
     start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;

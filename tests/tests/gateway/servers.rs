@@ -11,6 +11,8 @@ use wgkex_tests::http::Http;
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until, wait_within};
 
+use crate::looks::worker;
+
 /// How soon the interface has what changed.
 const SOON: Duration = Duration::from_secs(2);
 /// `admin:s3cret`.
@@ -111,6 +113,37 @@ pub fn wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_
         is_alone
             .then(|| assert!(["10.99.0.0/16", "10.77.0.24/32"].iter().all(|net| peers.first().unwrap().contains(net))))
     });
+}
+
+pub fn status_doctor_and_dry_run_show_the_servers(lane: Lane) {
+    let host = Host::new("gw1", lane);
+    let (_broker, mut process) = started(&host, "");
+    (1..4).for_each(|n| add(&host, &format!("c{n}"), n));
+    wait_for_peers(&host, 2 * SOON, &[peer(1, 21), peer(2, 22), peer(3, 23)]);
+    wait_until("the status has it", || {
+        worker(&host, "status").1.contains("server s1 up: s1; leases 3\n").then_some(())
+    });
+    assert!(worker(&host, "doctor").1.contains("ok   server s1: s1 has the peers of all 3 leases"));
+    assert!(worker(&host, "dry-run").1.contains("# server s1: nothing would change\n"));
+    let _ = process.end_by(Signal::SIGKILL);
+    host.run(&format!("wg set s1 peer {} remove", key(2)));
+    let file = host.path("/run/wgkex/state/worker.leases.json");
+    let before = fs::read(&file).unwrap();
+    let (code, script) = worker(&host, "dry-run");
+    let expected =
+        format!("# server s1: 1 changes\nwg set s1 peer {} allowed-ips 10.77.0.22/32  # is missing\n", key(2));
+    assert!(code == 0 && script.contains(&expected), "{script}");
+    assert_eq!((peers(&host).len(), fs::read(&file).unwrap()), (2, before));
+
+    host.run("ip link del s1");
+    let _process = host.start_worker();
+    let (_, shown) = wait_until("the status has what is wrong", || {
+        let status = worker(&host, "status");
+        status.1.contains("server s1 down: s1").then_some(status)
+    });
+    assert!(shown.contains("wrong: server s1: "), "{shown}");
+    let (code, doctor) = worker(&host, "doctor");
+    assert!(code == 3 && doctor.contains("fail server s1: s1: ") && doctor.contains("wgkex-worker setup"), "{doctor}");
 }
 
 pub fn a_client_reaches_the_server_by_the_config_that_the_command_prints(lane: Lane) {

@@ -109,6 +109,7 @@ fn running(config: &Config) -> Option<RunningWorker> {
         process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
         is_connected: status.mqtt.connected,
         is_name_in_use: status.mqtt.name_in_use,
+        servers: status.servers,
     })
 }
 

@@ -22,6 +22,7 @@ use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
 
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
+use crate::leases;
 use crate::profiles::mesh::Mesh;
 use crate::profiles::{Ownership, Profile as _};
 
@@ -38,7 +39,7 @@ pub struct DryRun {
     json: bool,
 }
 
-/// What the worker would do at one domain; or why that is not known.
+/// What the worker would do at one domain or server; or why that is not known.
 type Outcome = Result<Vec<Command>, String>;
 
 /// The tables of every domain, or why they cannot be read.
@@ -90,6 +91,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let config = Config::load(file)?;
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let tables = runtime.block_on(tables(&config));
+    let servers = runtime.block_on(servers(&config));
     // A kernel that does not answer must not keep the process from its end.
     runtime.shutdown_background();
     let tables = tables?;
@@ -102,7 +104,17 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let outcome = |(domain, device): (Domain, Result<Device, String>)| {
         (domain.to_string(), device.map(|device| outcome(&config, &domain, &device, &known)))
     };
-    Ok(tables.into_iter().map(outcome).collect())
+    let servers = servers?.into_iter().map(|(name, outcome)| (format!("server {name}"), outcome));
+    Ok(tables.into_iter().map(outcome).chain(servers).collect())
+}
+
+/// The same for each server of the registry.
+async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
+    if config.servers.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let mut kernel = Netlink::open().context("netlink")?;
+    leases::preview(config, &mut kernel).await.context("the leases")
 }
 
 async fn tables(config: &Config) -> anyhow::Result<Tables> {

@@ -12,6 +12,8 @@ use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
+use crate::status::ServerStatus;
+
 /// Everything that is known.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -160,6 +162,8 @@ pub struct RunningWorker {
     pub is_connected: bool,
     /// Whether it finds that another program uses its name.
     pub is_name_in_use: bool,
+    /// The servers of the registry that it is.
+    pub servers: BTreeMap<String, ServerStatus>,
 }
 
 /// What the MQTT server allows, and what is retained there of this worker.

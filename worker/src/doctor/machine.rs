@@ -4,6 +4,8 @@ use wgkex_common::doctor::{Finding, Level, Trouble};
 
 use wgkex_common::doctor::sockets::PortOwner;
 
+use crate::status::ServerStatus;
+
 use super::facts::{DomainFacts, Facts, Managers, WireguardSource};
 
 /// What WireGuard adds to a packet, with IPv6 below: 40 of IPv6, 8 of UDP, 32 of its own.
@@ -41,6 +43,21 @@ pub(super) fn listener(Facts { listener: (listen, owner), running, .. }: &Facts)
     };
     let found = format!("{listen} is taken by {who}, which is no worker");
     Some(Finding::fail("worker_listen", found, "end that, or set worker_listen to another port"))
+}
+
+/// Whether a server of the registry has the peers of its leases, as the running worker has it.
+pub(super) fn server((name, status): (&String, &ServerStatus)) -> Finding {
+    let ServerStatus { interface, up, reason, leases } = status;
+    let trouble = (!up).then(|| Trouble {
+        found: format!("{interface}: {}", reason.as_deref().unwrap_or("its interface is not read yet")),
+        advice: "`wgkex-worker setup` makes what is missing of the interface; `wgkex-worker dry-run` shows the peers that lack".into(),
+    });
+    Finding::judge(
+        &format!("server {name}"),
+        Level::Fail,
+        format!("{interface} has the peers of all {leases} leases"),
+        trouble,
+    )
 }
 
 /// Whether packets of the tunnels fit into those of the network below.

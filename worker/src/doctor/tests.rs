@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ fn well() -> Facts {
 
 fn running() -> RunningWorker {
     let process = Running { pid: 7, keeps_state: true, lists_damaged: Vec::new() };
-    RunningWorker { name: "gw01".into(), process, is_connected: true, is_name_in_use: false }
+    RunningWorker { name: "gw01".into(), process, is_connected: true, is_name_in_use: false, servers: BTreeMap::new() }
 }
 
 fn wg(facts: &mut Facts) -> &mut WireguardFacts {

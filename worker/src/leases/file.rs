@@ -39,6 +39,11 @@ pub fn load(file: &Path) -> Result<KeptLeases, StorageError> {
     Ok(json_file::load(file, LAYOUT)?.unwrap_or_default())
 }
 
+/// The same, without a change of the file: a corrupt one is an error.
+pub fn read(file: &Path) -> Result<KeptLeases, StorageError> {
+    Ok(json_file::read(file, LAYOUT)?.unwrap_or_default())
+}
+
 /// Writes the file, and returns when it is on the disk.
 pub fn save(file: &Path, kept: &KeptLeases) -> Result<(), StorageError> {
     json_file::save(file, LAYOUT, kept)

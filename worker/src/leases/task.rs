@@ -19,6 +19,7 @@ use super::Metrics;
 use super::file::{self, KeptLeases, KeptServer};
 use super::server::ServerState;
 use crate::plan::{changes, outcomes};
+use crate::status::ServerStatus;
 
 /// Events that wait at most.
 const QUEUE: usize = 4096;
@@ -75,6 +76,7 @@ pub struct LeaseTask<K> {
     /// Those of servers that the config does not name now: they keep what they had.
     others: BTreeMap<String, KeptServer>,
     health: Health,
+    states: watch::Sender<BTreeMap<String, ServerStatus>>,
 }
 
 impl<K: Kernel> LeaseTask<K> {
@@ -87,7 +89,12 @@ impl<K: Kernel> LeaseTask<K> {
             let kept = others.remove(name).unwrap_or_default();
             ServerState::new(name.clone(), server.clone(), kept, now)
         });
-        let servers = servers.collect();
+        let servers: Vec<_> = servers.collect();
+        let state = |server: &ServerState| {
+            let interface = server.interface.name.clone();
+            (server.name.clone(), ServerStatus { interface, ..ServerStatus::default() })
+        };
+        let states = watch::Sender::new(servers.iter().map(state).collect());
         Ok(Self {
             kernel,
             connection: bus.connection_state(),
@@ -102,7 +109,24 @@ impl<K: Kernel> LeaseTask<K> {
             health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
             file,
             others,
+            states,
         })
+    }
+
+    /// How the servers are.
+    pub fn states(&self) -> watch::Receiver<BTreeMap<String, ServerStatus>> {
+        self.states.subscribe()
+    }
+
+    fn set_state(&self, index: usize, reason: Option<&str>) {
+        let ServerState { name, interface, table, .. } = &self.servers[index];
+        let status = ServerStatus {
+            interface: interface.name.clone(),
+            up: reason.is_none(),
+            reason: reason.map(str::to_owned),
+            leases: table.leases().len() as u64,
+        };
+        self.states.send_modify(|states| drop(states.insert(name.clone(), status)));
     }
 
     /// Runs until nobody can tell it anything any more, or the MQTT session has ended.
@@ -249,6 +273,7 @@ impl<K: Kernel> LeaseTask<K> {
     }
 
     fn on_failure(&mut self, index: usize, reason: &str) {
+        self.set_state(index, Some(reason));
         let ServerState { name, interface, is_failing, .. } = &mut self.servers[index];
         self.metrics.up.with_label_values(&[name.as_str()]).set(0);
         if !std::mem::replace(is_failing, true) {
@@ -262,6 +287,7 @@ impl<K: Kernel> LeaseTask<K> {
     }
 
     fn on_success(&mut self, index: usize, steps: usize) {
+        self.set_state(index, None);
         let ServerState { name, table, is_failing, .. } = &mut self.servers[index];
         self.metrics.up.with_label_values(&[name.as_str()]).set(1);
         if std::mem::take(is_failing) || steps > 0 {

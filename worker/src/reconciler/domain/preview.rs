@@ -32,6 +32,8 @@ pub enum Reason {
     Orphaned,
     /// The key is to be here, and is not, or not whole.
     Missing,
+    /// The peer's lease is gone.
+    Unleased,
 }
 
 /// Changes that belong together.
@@ -73,6 +75,7 @@ impl Reason {
             Self::Silent => "forgets its endpoint (forget_idle_after)",
             Self::Orphaned => "has no peer: removed after 30 s",
             Self::Missing => "is missing",
+            Self::Unleased => "has no lease any more",
         }
     }
 }
