@@ -218,7 +218,11 @@ impl Config {
     }
 
     fn of_variables(variables: &BTreeMap<String, String>, machine: Machine<'_>) -> Result<Self, ConfigError> {
-        let diagnostics = Diagnostics::of_variables(&variables::ALIASES);
+        let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES);
+        for (name, meant) in variables::misspelt(variables) {
+            let note = format!("is not a known variable and is ignored, did you mean {meant}?");
+            diagnostics.warn(&diagnostics::Path::of(name), &note);
+        }
         Self::from_tree(Some(variables::tree(variables)), machine, diagnostics)
     }
 

@@ -124,7 +124,7 @@ impl Refused {
             error.kind(),
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
         );
-        let alerts = ["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired"];
+        let alerts = ["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired", "DecryptError"];
         let cause = if error.kind() == io::ErrorKind::PermissionDenied {
             "it does not use TLS: mqtt.tls has to be true in its config".into()
         } else if is_closed {

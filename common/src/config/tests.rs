@@ -508,6 +508,20 @@ fn a_mistake_in_a_variable_names_the_variable() {
 }
 
 #[test]
+fn a_misspelt_variable_is_named() {
+    let set =
+        [("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("WGKEX_DOMAIN", "x_b"), ("MQTT_BROKER", "b")];
+    let others = [("MQTT_PASWORD", "p"), ("MQTT_QUITE_ANOTHER", "1"), ("WGKEX_CONFIG_FILE", "/f"), ("PATH", "/bin")];
+    let config = Config::from_variables(&variables(&[&set[..], &others].concat()), "gw1").unwrap();
+    let expected = [
+        "MQTT_BROKER: is not a known variable and is ignored, did you mean MQTT_BROKER_URL?",
+        "MQTT_PASWORD: is not a known variable and is ignored, did you mean MQTT_PASSWORD?",
+        "WGKEX_DOMAIN: is not a known variable and is ignored, did you mean WGKEX_DOMAINS?",
+    ];
+    assert_eq!(texts(&config.warnings), expected);
+}
+
+#[test]
 fn a_file_counts_alone_and_variables_stand_in_for_none() {
     let set = variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("MQTT_PASSWORD", "hidden")]);
     let choose = |content, set: &_| Config::choose("/f", content, set, Machine { host_name: "gw1", credential: None });

@@ -22,6 +22,9 @@ pub(super) const ALIASES: [(&str, &str); 11] = [
     ("MQTT_TLS", "mqtt.tls"),
 ];
 
+/// With more wrong letters than this a guess would only confuse.
+const TYPO_MAX: usize = 3;
+
 /// All addresses: nobody reaches what listens on a container's loopback.
 const EVERYWHERE: &str = "::";
 
@@ -40,6 +43,19 @@ pub(super) fn tree(variables: &BTreeMap<String, String>) -> Value {
     }
     top.insert("mqtt".into(), mqtt.into());
     top.into()
+}
+
+/// Variables that are like known ones and are none, each with the one that may be meant.
+pub(super) fn misspelt(variables: &BTreeMap<String, String>) -> Vec<(&str, &'static str)> {
+    let is_known = |name: &str| ALIASES.iter().any(|(known, _)| *known == name);
+    let meant = |name: &str| {
+        let known = ALIASES.iter().map(|(known, _)| (strsim::damerau_levenshtein(known, name), *known));
+        let is_near = |(typos, known): &(usize, &str)| *typos <= TYPO_MAX || known.starts_with(&format!("{name}_"));
+        known.filter(is_near).min().map(|(_, known)| known)
+    };
+    let is_ours = |name: &&String| name.starts_with("WGKEX_") || name.starts_with("MQTT_");
+    let unknown = variables.keys().filter(is_ours).filter(|name| !is_known(name));
+    unknown.filter_map(|name| Some((name.as_str(), meant(name)?))).collect()
 }
 
 /// Where to listen: a port alone is that of all addresses.

@@ -30,6 +30,7 @@ pub fn status(listen: &Listen) -> anyhow::Result<Status> {
 
 /// The header `Date` of a server's answer, whatever it answers.
 pub fn date(url: &str) -> anyhow::Result<String> {
+    ensure!(url.starts_with("http://"), "{url}: must begin with http://, as TLS is not spoken here");
     let answer = agent(TIMEOUT).get(url).call().map_err(ureq::Error::into_io).with_context(|| url.to_owned())?;
     let date = answer.headers().get("date").with_context(|| format!("{url}: its answer has no header Date"))?;
     Ok(date.to_str().with_context(|| format!("{url}: its header Date is no text"))?.to_owned())
