@@ -163,13 +163,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
     let (leases, lease_events) = registry::push::channel();
-    let holder = registry::holder::Holder::new(&config);
+    let holder = registry::holder::Holder::open(&config)?;
     let opened = config.registry.as_ref().map(|enabled| {
         registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())
     });
     let (registry, database_end) = opened.transpose()?.unzip();
     if let Some(registry) = &registry {
-        registry.look(&holder).await;
+        registry.look().await;
     }
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
     let tenant_bus = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone())).unzip();

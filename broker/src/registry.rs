@@ -116,11 +116,13 @@ impl Registry {
         ))
     }
 
-    /// Looks whether there are servers, before others are told of the registry.
-    pub async fn look(&self, holder: &Holder) {
-        let counts = timeout(LOOK_TIMEOUT, self.read(store::counts)).await;
-        if matches!(counts, Ok(Ok(Counts { servers: 0, .. }))) {
-            holder.set_empty();
+    /// Looks whether there are servers now, which others are told of.
+    pub async fn look(&self) {
+        if self.holder.is_empty() {
+            let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
+            if matches!(counts, Ok(Ok(Counts { servers: 1.., .. }))) {
+                self.holder.set_filled();
+            }
         }
     }
 
@@ -154,7 +156,8 @@ impl Registry {
         }
     }
 
-    fn require_holder(&self) -> Result<(), CallError> {
+    async fn require_holder(&self) -> Result<(), CallError> {
+        self.holder.settled().await;
         self.holder.other().map_or(Ok(()), |broker| Err(CallError::Elsewhere(broker)))
     }
 
@@ -162,7 +165,7 @@ impl Registry {
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, CallError> {
-        self.require_holder()?;
+        self.require_holder().await?;
         self.database.run(Access::Read, work, |_| {}).await
     }
 
@@ -171,14 +174,16 @@ impl Registry {
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
-        self.require_holder()?;
+        self.require_holder().await?;
         let leases = self.leases.clone();
         let publish = move |changes: &Vec<ServerChange>| {
             if !changes.is_empty() {
                 let _ = leases.try_send(LeaseEvent::Changed(changes.clone()));
             }
         };
-        self.database.run(Access::Write, work, publish).await.map(drop)
+        self.database.run(Access::Write, work, publish).await?;
+        self.look().await;
+        Ok(())
     }
 }
 

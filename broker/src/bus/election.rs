@@ -9,8 +9,6 @@ use wgkex_common::wire::message::Served;
 
 /// How long a broker that was just started waits for the states of others, at most.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
-/// The same after its own state came back, which it does behind those that are retained.
-const ECHO_DELAY: Duration = Duration::from_millis(500);
 /// How long a broker may be away until it is taken for gone: one that connects anew is away for a moment.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the bus may be away until the others are taken for gone.
@@ -30,8 +28,11 @@ pub struct Election {
     own: BrokerName,
     served: Served,
     others: BTreeMap<BrokerName, Candidate>,
-    /// When enough is known.
+    /// When it decides with what it knows then.
     decided: Instant,
+    /// Its own status and hello came back: they do so behind those of others that are retained.
+    is_status_back: bool,
+    is_hello_back: bool,
     bus_lost: Option<Instant>,
 }
 
@@ -42,6 +43,8 @@ struct Candidate {
     /// What it serves, or did at last.
     served: Option<Served>,
     absent: Option<Instant>,
+    /// In this run of it, it said nothing.
+    passed_over: Option<Served>,
 }
 
 impl Candidate {
@@ -51,19 +54,29 @@ impl Candidate {
 
     fn served(&self, now: Instant) -> Option<&Served> {
         let is_there = self.absent.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
-        self.served.as_ref().filter(|_| is_there)
+        self.served.as_ref().filter(|_| is_there && self.passed_over != self.served)
     }
 }
 
 impl Election {
     /// Only the broker of this name is known, which has just started.
     pub fn new(own: BrokerName, served: Served, now: Instant) -> Self {
-        Self { own, served, others: BTreeMap::new(), decided: now + START_TIMEOUT, bus_lost: Some(now) }
+        Self {
+            own,
+            served,
+            others: BTreeMap::new(),
+            decided: now + START_TIMEOUT,
+            is_status_back: false,
+            is_hello_back: false,
+            bus_lost: Some(now),
+        }
     }
 
     /// A broker is online, or no longer.
     pub fn on_status(&mut self, broker: BrokerName, is_online: bool, now: Instant) {
-        if let Some(candidate) = self.candidate(broker, now) {
+        if broker == self.own {
+            self.is_status_back |= is_online;
+        } else if let Some(candidate) = self.candidate(broker, now) {
             candidate.is_online = is_online;
             candidate.changed(now);
         }
@@ -72,7 +85,7 @@ impl Election {
     /// What a broker serves, or that it does no longer.
     pub fn on_hello(&mut self, broker: BrokerName, served: Option<Served>, now: Instant) {
         if broker == self.own {
-            self.decided = self.decided.min(now + ECHO_DELAY);
+            self.is_hello_back |= served.as_ref() == Some(&self.served);
         } else if let Some(candidate) = self.candidate(broker, now) {
             candidate.serves = served.is_some();
             candidate.served = served.or(candidate.served.take());
@@ -87,7 +100,8 @@ impl Election {
 
     /// The one that comes first; none until enough is known.
     pub fn first(&self, now: Instant) -> Option<&BrokerName> {
-        if now < self.decided {
+        let is_known = self.is_status_back && self.is_hello_back;
+        if !is_known && now < self.decided {
             return None;
         }
         let own = (self.served.since, &self.own);
@@ -99,6 +113,18 @@ impl Election {
     pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &Served)> {
         let is_reached = self.bus_lost.is_none_or(|lost| now.saturating_duration_since(lost) < BUS_TIMEOUT);
         self.others(now).filter(move |(_, served)| is_reached && served.rules == self.served.rules)
+    }
+
+    /// Whether others that are there may not be heard, as the bus was lost a moment ago.
+    pub fn is_cut_off(&self, now: Instant) -> bool {
+        self.bus_lost.is_some() && self.peers(now).next().is_some()
+    }
+
+    /// A broker says nothing although it is online: another one comes before it, until it is started again.
+    pub fn pass_over(&mut self, broker: &BrokerName) {
+        if let Some(candidate) = self.others.get_mut(broker) {
+            candidate.passed_over = candidate.served.clone();
+        }
     }
 
     /// Those that have other rules.
@@ -140,8 +166,11 @@ mod tests {
         let who = |election: &Election, seconds| election.first(at(seconds)).map(ToString::to_string);
         assert_eq!((who(&election, 4), who(&election, 5).as_deref()), (None, Some("b")), "without a bus");
         election.on_bus(true, at(1));
+        election.on_hello(name("b"), Some(served(19, "r")), at(1));
+        election.on_status(name("b"), true, at(1));
+        assert_eq!(who(&election, 1), None, "what came is retained from the run before");
         election.on_hello(name("b"), Some(served(20, "r")), at(1));
-        assert_eq!(who(&election, 1), None);
+        assert_eq!(who(&election, 1).as_deref(), Some("b"));
         for (other, since, rules, is_online) in [
             ("a", 30, "r", true),
             ("c", 10, "r", true),

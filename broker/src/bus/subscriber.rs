@@ -281,7 +281,7 @@ impl Secondary {
                             .as_ref()
                             .map_or((None, None), |hello| (hello.tenants.clone(), hello.registry.clone()));
                         self.on_tenants(TenantEvent::Hello(name.clone(), tenants));
-                        self.registry.on_hello(name, registry);
+                        self.registry.on_hello(name, registry, hello.is_none());
                     }
                     let _ = self.sync.try_send(event);
                 }
@@ -389,14 +389,14 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     publish.retain = retained;
     let mut primary = Primary {
         gateways: Arc::new(Mutex::new(Gateways::new(&config))),
-        in_flight: InFlightHandle::new(config.domains.clone(), Arc::default()),
+        in_flight: InFlightHandle::new(config.domains, Arc::default()),
         revocations: PendingRevocations::default(),
         live: live.clone(),
         reporter: reporter.clone(),
         online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
         tenants: None,
-        registry: Holder::new(&config),
+        registry: Holder::default(),
         metrics: metrics.clone(),
     };
     primary.on_event(Event::Message(publish.clone()));

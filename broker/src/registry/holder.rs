@@ -1,12 +1,18 @@
 //! Which broker of the bus has the registry. All have the one in a common database; a SQLite file is one broker's, so that a second one
-//! refuses: agents that ask it would take an empty list for the truth. It refuses until it is started again, also while the
-//! first one is away.
+//! refuses: agents that ask it would take an empty list for the truth. It refuses until the first one has no registry any more,
+//! also while that is away and after a restart: `broker.registry.json` in `state_dir` has that, and since when this broker has
+//! servers, by which the first one is found.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tracing::error;
+use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
+use tracing::{error, info, warn};
+use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config};
 
@@ -18,6 +24,12 @@ const RULES: &str = "sqlite";
 const EMPTY: u64 = 1 << 52;
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
+/// How long calls wait for the states of other brokers after the start, at most.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often they look.
+const START_CHECK: Duration = Duration::from_millis(50);
+/// The version of the file.
+const LAYOUT: u32 = 1;
 
 /// Whether this broker may serve its registry. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -26,8 +38,21 @@ pub struct Holder(Option<Arc<Mutex<State>>>);
 #[derive(Debug)]
 struct State {
     own: BrokerName,
-    served: Served,
+    file: PathBuf,
+    kept: Kept,
+    started: u64,
+    /// Calls do not wait for others any more then.
+    decided: Instant,
+    is_status_back: bool,
+    is_hello_back: bool,
     others: BTreeMap<BrokerName, Other>,
+}
+
+/// What is on disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Kept {
+    /// Since when this broker has servers, in milliseconds since 1970.
+    since: Option<u64>,
     /// The broker that has the registry instead.
     holder: Option<BrokerName>,
 }
@@ -35,19 +60,39 @@ struct State {
 #[derive(Debug, Default)]
 struct Other {
     is_online: bool,
+    /// It said what it serves.
+    is_known: bool,
     served: Option<Served>,
 }
 
 impl Holder {
-    /// Of a broker that has just started. There is nothing to be decided without a registry, or with a common database.
-    #[must_use]
-    pub fn new(config: &Config) -> Self {
+    /// Of a broker that has just started. There is nothing to be decided without a registry, or with a common database. The errors are
+    /// that the file is of a newer version, or cannot be read.
+    pub fn open(config: &Config) -> Result<Self, StorageError> {
         if config.registry.is_none() || config.storage.url.is_some() {
-            return Self(None);
+            return Ok(Self(None));
         }
-        let served = Served { since: election::since(), rules: RULES.into() };
-        let own = BrokerName::from(&config.name);
-        Self(Some(Arc::new(Mutex::new(State { own, served, others: BTreeMap::new(), holder: None }))))
+        let (own, file) = (BrokerName::from(&config.name), config.state_dir.join("broker.registry.json"));
+        let kept: Kept = json_file::load(&file, LAYOUT)?.unwrap_or_default();
+        if let Some(broker) = &kept.holder {
+            error!(
+                broker = broker.as_str(),
+                file = %file.display(),
+                "another broker has the registry, by what is kept: this one refuses its calls until that one has none, or this file is \
+                 removed"
+            );
+        }
+        let state = State {
+            own,
+            file,
+            kept,
+            started: election::since(),
+            decided: Instant::now() + START_TIMEOUT,
+            is_status_back: false,
+            is_hello_back: false,
+            others: BTreeMap::new(),
+        };
+        Ok(Self(Some(Arc::new(Mutex::new(state)))))
     }
 
     /// Whether only one broker can have it.
@@ -56,10 +101,19 @@ impl Holder {
         self.0.is_some()
     }
 
-    /// This broker's registry has no server: one that has some comes first.
-    pub fn set_empty(&self) {
-        if let Some(state) = &self.0 {
-            state.lock().served.since += EMPTY;
+    /// Whether it is not known yet that there are servers.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.as_ref().is_some_and(|state| state.lock().kept.since.is_none())
+    }
+
+    /// There are servers.
+    pub fn set_filled(&self) {
+        if let Some(mut state) = self.0.as_ref().map(|state| state.lock())
+            && state.kept.since.is_none()
+        {
+            state.kept.since = Some(election::since());
+            state.save();
         }
     }
 
@@ -67,29 +121,43 @@ impl Holder {
     #[must_use]
     pub fn served(&self) -> Option<Served> {
         let state = self.0.as_ref()?.lock();
-        state.holder.is_none().then(|| state.served.clone())
+        state.kept.holder.is_none().then(|| state.served())
     }
 
     /// A broker is online, or no longer.
     pub fn on_status(&self, broker: &BrokerName, is_online: bool) {
-        self.change(broker, |other| other.is_online = is_online);
+        self.change(broker, |other| other.is_online = is_online, |state| state.is_status_back |= is_online);
     }
 
-    /// A broker has a registry for itself, or no longer.
-    pub fn on_hello(&self, broker: &BrokerName, served: Option<Served>) {
-        self.change(broker, |other| other.served = served);
+    /// A broker has a registry for itself, or no longer; nothing is known of one that `has_gone`.
+    pub fn on_hello(&self, broker: &BrokerName, served: Option<Served>, has_gone: bool) {
+        let is_own = served.is_some();
+        self.change(
+            broker,
+            |other| (other.served, other.is_known) = (served, !has_gone),
+            |state| state.is_hello_back |= is_own || state.kept.holder.is_some(),
+        );
     }
 
     /// The broker that has the registry instead of this one.
     #[must_use]
     pub fn other(&self) -> Option<BrokerName> {
-        self.0.as_ref()?.lock().holder.clone()
+        self.0.as_ref()?.lock().kept.holder.clone()
     }
 
-    fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut Other)) {
+    /// Returns when the states of other brokers are known, or some time after the start.
+    pub async fn settled(&self) {
+        let is_open = |state: &State| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decided;
+        while self.0.as_ref().is_some_and(|state| is_open(&state.lock())) {
+            sleep(START_CHECK).await;
+        }
+    }
+
+    fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut Other), own: impl FnOnce(&mut State)) {
         let Some(mut state) = self.0.as_ref().map(|state| state.lock()) else { return };
-        let has_room = state.others.len() < BROKERS_MAX || state.others.contains_key(broker);
-        if *broker != state.own && has_room {
+        if *broker == state.own {
+            own(&mut state);
+        } else if state.others.len() < BROKERS_MAX || state.others.contains_key(broker) {
             change(state.others.entry(broker.clone()).or_default());
             state.update();
         }
@@ -97,54 +165,111 @@ impl Holder {
 }
 
 impl State {
+    fn served(&self) -> Served {
+        Served { since: self.kept.since.unwrap_or(EMPTY + self.started), rules: RULES.into() }
+    }
+
     fn update(&mut self) {
-        let own = (self.served.since, &self.own);
-        let comes_first = |(name, other): (&BrokerName, &Other)| {
-            let served = other.served.as_ref().filter(|served| other.is_online && served.rules == RULES)?;
-            ((served.since, name) < own).then(|| name.clone())
-        };
+        let own = (self.served().since, &self.own);
+        let served = |other: &Other| other.served.clone().filter(|served| other.is_online && served.rules == RULES);
+        let comes_first =
+            |(name, other): (&BrokerName, &Other)| ((served(other)?.since, name) < own).then(|| name.clone());
         let first = self.others.iter().find_map(comes_first);
-        if let Some(broker) = first.filter(|_| self.holder.is_none()) {
-            error!(
-                broker = broker.as_str(),
-                "another broker of this bus has a registry, and with SQLite only one can have it: this one refuses its calls \
-                 until it is started again; give both the same PostgreSQL by storage, or disable one of them"
-            );
-            self.holder = Some(broker);
+        match (&self.kept.holder, first) {
+            (None, Some(broker)) => {
+                error!(
+                    broker = broker.as_str(),
+                    "another broker of this bus has a registry, and with SQLite only one can have it: this one refuses its \
+                     calls; give both the same PostgreSQL by storage, or disable one of them"
+                );
+                self.kept.holder = Some(broker);
+                self.save();
+            }
+            (Some(holder), None) => {
+                let has_none = |other: &Other| other.is_online && other.is_known && other.served.is_none();
+                if self.others.get(holder).is_some_and(has_none) {
+                    info!(broker = holder.as_str(), "the other broker has no registry any more: this one has it");
+                    self.kept.holder = None;
+                    self.save();
+                }
+            }
+            (None, None) | (Some(_), Some(_)) => {}
+        }
+    }
+
+    fn save(&self) {
+        if let Err(error) = json_file::save(&self.file, LAYOUT, &self.kept) {
+            warn!(file = %self.file.display(), %error, "which broker has the registry is not kept on disk");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
+    fn holder(dir: &Path, more: &str) -> Holder {
+        let yaml = format!(
+            "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}\nregistry: {{enabled: true, password_file: /p}}\n{more}",
+            dir.display()
+        );
+        Holder::open(&Config::parse("", &yaml, "b").unwrap()).unwrap()
+    }
+
+    fn hear(holder: &Holder, broker: &str, since: Option<u64>) {
+        let broker = broker.parse().unwrap();
+        holder.on_hello(&broker, since.map(|since| Served { since, rules: RULES.into() }), false);
+        holder.on_status(&broker, true);
+    }
+
     #[test]
-    fn the_first_one_with_servers_serves_and_one_that_refuses_does_so_until_its_restart() {
-        let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nregistry: {enabled: true, password_file: /p}\n";
-        let holder = |yaml: &str| Holder::new(&Config::parse("", yaml, "b").unwrap());
-        let (name, other) =
-            (|name: &str| name.parse::<BrokerName>().unwrap(), |since| Served { since, rules: RULES.into() });
-        let (first, refused) = (holder(yaml), holder(yaml));
-        let late = first.served().unwrap().since + 1;
+    fn the_first_one_with_servers_serves_and_one_that_refuses_does_so_until_that_has_none() {
+        let dirs = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let [first, second, shared] = dirs.each_ref().map(tempfile::TempDir::path);
+        let late = election::since() + 1_000_000;
+
+        let filled = holder(first, "");
+        assert!(filled.is_empty() && filled.served().unwrap().since > EMPTY);
+        filled.set_filled();
+        let since = filled.served().unwrap().since;
+        assert!(!filled.is_empty() && since < late);
         for (broker, since) in [("a", late), ("c", EMPTY + 1), ("b", 0)] {
-            first.on_hello(&name(broker), Some(other(since)));
-            first.on_status(&name(broker), true);
+            hear(&filled, broker, Some(since));
         }
-        assert_eq!((first.other(), first.served().is_some()), (None, true));
-        refused.on_hello(&name("a"), Some(other(1)));
+        assert_eq!(filled.other(), None);
+        assert_eq!(holder(first, "").served().unwrap().since, since, "also after a restart");
+
+        let refused = holder(second, "");
+        refused.on_hello(&"a".parse().unwrap(), Some(Served { since: 1, rules: RULES.into() }), false);
         assert_eq!(refused.other(), None, "it is not online");
-        refused.on_status(&name("a"), true);
-        refused.on_status(&name("a"), false);
-        assert_eq!((refused.other(), refused.served()), (Some(name("a")), None));
-        let empty = holder(yaml);
-        empty.set_empty();
-        empty.on_status(&name("z"), true);
-        empty.on_hello(&name("z"), Some(other(late)));
-        assert_eq!(empty.other(), Some(name("z")));
-        let shared = holder(&format!("{yaml}storage: postgres://u@h/d\n"));
-        shared.on_status(&name("a"), true);
-        shared.on_hello(&name("a"), Some(other(0)));
+        hear(&refused, "a", Some(1));
+        refused.on_status(&"a".parse().unwrap(), false);
+        refused.on_hello(&"a".parse().unwrap(), None, true);
+        assert_eq!((refused.other(), refused.served()), (Some("a".parse().unwrap()), None));
+        let refused = holder(second, "");
+        assert!(refused.other().is_some(), "also after a restart");
+        refused.on_hello(&"a".parse().unwrap(), None, true);
+        refused.on_status(&"a".parse().unwrap(), true);
+        assert!(refused.other().is_some(), "nothing is known of it");
+        hear(&refused, "a", None);
+        assert_eq!(refused.other(), None);
+
+        let shared = holder(shared, "storage: postgres://u@h/d\n");
+        hear(&shared, "a", Some(0));
         assert_eq!((shared.other(), shared.served(), shared.is_of_one()), (None, None, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_wait_until_the_states_of_others_are_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = holder(dir.path(), "");
+        let own = "b".parse().unwrap();
+        let waits = tokio::time::timeout(Duration::from_millis(200), open.settled()).await.is_err();
+        open.on_status(&own, true);
+        open.on_hello(&own, open.served(), false);
+        assert!(waits);
+        open.settled().await;
     }
 }

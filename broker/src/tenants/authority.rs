@@ -32,6 +32,8 @@ pub struct Authority {
     /// Brokers that are to register their sessions, with when their members leave otherwise.
     awaited: BTreeMap<BrokerName, Instant>,
     settled: Instant,
+    /// Other brokers may give addresses, and are not heard now.
+    is_paused: bool,
     /// Joins that wait for these.
     early: Vec<RemoteWish>,
     updates: Vec<(Target, Update)>,
@@ -91,6 +93,7 @@ impl Authority {
             last: 0,
             awaited: others.into_iter().map(|broker| (broker, now + REGISTRATION_TIMEOUT)).collect(),
             settled: now + SETTLE_TIMEOUT,
+            is_paused: false,
             early: Vec::new(),
             updates: Vec::new(),
         }
@@ -196,6 +199,12 @@ impl Authority {
         }
     }
 
+    /// Joins wait while other brokers may give addresses without this one.
+    pub fn set_paused(&mut self, is_paused: bool, now: Instant) {
+        self.is_paused = is_paused;
+        self.join_early(now);
+    }
+
     /// Looks for what is over.
     pub fn tick(&mut self, now: Instant) {
         self.tenants.expire(now);
@@ -210,8 +219,12 @@ impl Authority {
         self.join_early(now);
     }
 
+    fn is_settled(&self, now: Instant) -> bool {
+        !self.is_paused && (self.awaited.is_empty() || self.settled <= now)
+    }
+
     fn join_early(&mut self, now: Instant) {
-        if self.awaited.is_empty() || self.settled <= now {
+        if self.is_settled(now) {
             for wish in std::mem::take(&mut self.early) {
                 self.join_now(wish, now);
             }
@@ -219,7 +232,7 @@ impl Authority {
     }
 
     fn join_settled(&mut self, wish: RemoteWish, now: Instant) {
-        if self.awaited.is_empty() || self.settled <= now {
+        if self.is_settled(now) {
             self.join_now(wish, now);
         } else {
             self.early.push(wish);

@@ -55,7 +55,13 @@ enum Role {
     /// It gives the addresses.
     Coordinator { authority: Box<Authority>, followers: BTreeMap<BrokerName, Follower> },
     /// Another broker does.
-    Follower { coordinator: BrokerName, stream: Stream<Request>, registered: Instant },
+    Follower {
+        coordinator: BrokerName,
+        stream: Stream<Request>,
+        registered: Instant,
+        /// Since when it does not answer.
+        unheard: Option<Instant>,
+    },
 }
 
 /// A broker that follows this one.
@@ -150,9 +156,10 @@ impl Coordination {
             (Role::Coordinator { .. }, Content::Requests(items)) => {
                 self.on_requests(from, Numbered { epoch, number, items }, now);
             }
-            (Role::Follower { coordinator, stream, .. }, Content::Updates(items))
+            (Role::Follower { coordinator, stream, unheard, .. }, Content::Updates(items))
                 if *coordinator == from && stream.epoch() == epoch =>
             {
+                *unheard = None;
                 if stream.receive(number, now) {
                     self.is_unheard = false;
                     self.apply(items);
@@ -174,6 +181,7 @@ impl Coordination {
         self.elect(now);
         self.tick_followers(now);
         if let Role::Coordinator { authority, .. } = &mut self.role {
+            authority.set_paused(self.election.is_cut_off(now), now);
             authority.tick(now);
             self.settle(now);
         } else if let Role::Follower { stream, coordinator, .. } = &self.role
@@ -187,6 +195,7 @@ impl Coordination {
                 );
             }
             self.register(now);
+            self.pass_over_silent(now);
         }
         if let Some(then) = now.checked_sub(ANSWER_TIMEOUT) {
             for session in self.sessions.waiting(then) {
@@ -336,7 +345,8 @@ impl Coordination {
         self.settle(now);
     }
 
-    fn elect(&mut self, now: Instant) {
+    /// Takes the role that it has by what is known of the brokers.
+    pub fn elect(&mut self, now: Instant) {
         let Some(coordinator) = self.election.first(now).cloned() else { return };
         let is_same = match &self.role {
             Role::Starting => false,
@@ -352,7 +362,7 @@ impl Coordination {
             self.coordinate(now);
         } else {
             let stream = Stream::new(self.last_epoch, now);
-            self.role = Role::Follower { coordinator, stream, registered: now };
+            self.role = Role::Follower { coordinator, stream, registered: now, unheard: None };
             self.begin_epoch(now);
         }
     }
@@ -390,6 +400,15 @@ impl Coordination {
             && now.saturating_duration_since(*registered) >= REGISTER_INTERVAL
         {
             self.begin_epoch(now);
+        }
+    }
+
+    /// A coordinator that answers no registration is passed over.
+    fn pass_over_silent(&mut self, now: Instant) {
+        if let Role::Follower { coordinator, unheard, .. } = &mut self.role
+            && now.saturating_duration_since(*unheard.get_or_insert(now)) >= SILENCE_TIMEOUT
+        {
+            self.election.pass_over(coordinator);
         }
     }
 

@@ -179,8 +179,14 @@ impl TenantService {
 
     fn on_event(&mut self, event: TenantEvent, now: Instant) {
         match event {
-            TenantEvent::Status(broker, is_online) => self.tenants.election().on_status(broker, is_online, now),
-            TenantEvent::Hello(broker, served) => self.tenants.election().on_hello(broker, served, now),
+            TenantEvent::Status(broker, is_online) => {
+                self.tenants.election().on_status(broker, is_online, now);
+                self.tenants.elect(now);
+            }
+            TenantEvent::Hello(broker, served) => {
+                self.tenants.election().on_hello(broker, served, now);
+                self.tenants.elect(now);
+            }
             TenantEvent::Frame(frame) => self.tenants.on_frame(frame, now),
         }
     }

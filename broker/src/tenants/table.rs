@@ -158,9 +158,10 @@ impl Tenant {
         Some(member)
     }
 
-    /// Holds an address for a key, as before a restart; false if that cannot be.
+    /// Holds an address for a key, as before a restart; false if that cannot be, as for a member.
     pub fn restore(&mut self, key: PublicKey, address: IpAddr, since: Instant) -> bool {
-        let number = self.range.number(address).filter(|_| !self.held.contains_key(&key));
+        let is_there = self.held.contains_key(&key) || self.sessions.contains_key(&key);
+        let number = self.range.number(address).filter(|_| !is_there);
         let Some(number) = number.filter(|number| self.free.take_this(*number)) else { return false };
         self.hold(key, HeldAddress { since, number });
         true

@@ -105,9 +105,10 @@ impl<S> Paced<S> {
         self.place.hold(self.most_input.saturating_sub(FREE) + self.most_unread.saturating_sub(FREE));
     }
 
-    /// The next request comes, if it had to wait for this only.
+    /// The next request comes, if it had to wait for this only. Frames do not wait for what is written: to wake their reader would
+    /// have the connection wake itself for ever.
     fn wake(&self) {
-        if !self.must_wait() {
+        if !self.must_wait() && self.frames.is_none() {
             self.place.flow().wake();
         }
     }

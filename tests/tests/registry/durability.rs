@@ -197,14 +197,22 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     first.restart_by(Signal::SIGKILL);
     assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
     assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
-    // The second one was started first this time, and has no servers.
+    // The second one is started again while the first one and the bus are away, and then first.
     assert!(first.stack.stop_broker().success());
     second.restart_by(Signal::SIGTERM);
+    second.stack.broker().wait_for_log("another broker has the registry, by what is kept");
+    assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
     first.stack.start_broker();
     first.stack.wait_until_ready();
-    second.stack.broker().wait_for_log("another broker of this bus has a registry");
     assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
     assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
+    // The first one gives it up.
+    first.stack.plan.config.clear();
+    first.stack.write_config();
+    assert!(first.stack.stop_broker().success());
+    first.stack.start_broker();
+    second.stack.broker().wait_for_log("this one has it");
+    assert_eq!(second.post("server/add", &server("s9", "192.168.9.0", 24, 20)).status, 201);
 }
 
 #[test]

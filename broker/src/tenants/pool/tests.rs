@@ -61,6 +61,8 @@ fn addresses_are_the_lowest_free_ones_and_are_held_for_their_keys() {
     }
     assert_eq!(rig.join(1, 1).as_deref(), Ok("10.64.16.1"), "another tenant, and the same key");
     assert_eq!(rig.join(0, 2), Err(JoinError::KeyInUse(MemberId(2))));
+    let free = "10.64.0.9".parse().unwrap();
+    assert!(!rig.tenants.restore(&id(0), key(2), free, rig.now), "a member has one address");
     assert!(rig.leave(0, 2) && !rig.leave(0, 2));
     assert_eq!(rig.join(0, 4).as_deref(), Ok("10.64.0.4"), "what is held is not free");
     assert_eq!(rig.join(0, 2).as_deref(), Ok("10.64.0.2"));
