@@ -32,8 +32,15 @@ fn texts(list: &Yaml) -> Vec<&str> {
 fn with_secrets(file: &str, place: &TempDir) -> PathBuf {
     let copy = place.path().join(file);
     fs::write(&copy, read(file).replace("/run/secrets", place.path().to_str().unwrap())).unwrap();
+    let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     for secret in compose()["secrets"].as_hash().unwrap().keys() {
-        fs::write(place.path().join(secret.as_str().unwrap()), "secret\n").unwrap();
+        let name = secret.as_str().unwrap();
+        let content = match name.rsplit('-').next() {
+            Some("ca" | "cert") => own.cert.pem(),
+            Some("key") => own.signing_key.serialize_pem(),
+            _ => "secret\n".to_owned(),
+        };
+        fs::write(place.path().join(name), content).unwrap();
     }
     copy
 }

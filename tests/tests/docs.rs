@@ -168,9 +168,13 @@ fn with_files(text: &str, dir: &Path) -> String {
     let words = text.split(|next: char| next.is_whitespace() || ",{}\"".contains(next));
     let files: BTreeSet<_> =
         words.filter(|word| word.starts_with('/') && Path::new(word).extension().is_some()).collect();
+    let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let pem = own.cert.pem() + &own.signing_key.serialize_pem();
     files.iter().enumerate().fold(text.to_owned(), |text, (number, named)| {
         let file = dir.join(number.to_string());
-        fs::write(&file, "secret\n").unwrap();
+        let is_pem =
+            Path::new(named).extension().is_some_and(|name| ["pem", "crt", "key"].iter().any(|pem| name == *pem));
+        fs::write(&file, if is_pem { &pem } else { "secret\n" }).unwrap();
         text.replace(named, &file.display().to_string())
     })
 }

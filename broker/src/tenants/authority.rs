@@ -158,7 +158,18 @@ impl Authority {
             self.hold(held, now);
         }
         self.snapshot(broker);
+        self.probe_again(broker, now);
         self.join_early(now);
+    }
+
+    /// Probes that a broker may not have received before it registered.
+    fn probe_again(&mut self, broker: &BrokerName, now: Instant) {
+        for (id, probe) in &mut self.probes {
+            if let Some(Seat { origin, .. }) = self.members.get(id).filter(|seat| seat.origin.broker == *broker) {
+                probe.until = now + PROBE_TIMEOUT;
+                self.updates.push((Target::Broker(broker.clone()), Update::Probe(origin.session)));
+            }
+        }
     }
 
     /// A broker is gone, and its members with it.

@@ -12,6 +12,7 @@ use wgkex_common::{BrokerName, PublicKey};
 
 use crate::tenants::close::CloseCause;
 use crate::tenants::id::TenantId;
+use crate::tenants::message::NAME_MAX;
 use crate::tenants::table::{Member, Newcomer};
 
 /// Items of a frame at most.
@@ -41,6 +42,32 @@ pub struct Frame {
     pub number: u64,
     /// What it has.
     pub content: Content,
+}
+
+impl Frame {
+    /// Whether no name in it is longer than a client's may be.
+    #[must_use]
+    pub fn is_bounded(&self) -> bool {
+        let is_short = |client: &Newcomer| client.display_name.len() <= NAME_MAX;
+        match &self.content {
+            Content::Requests(requests) => requests.iter().all(|request| match request {
+                Request::Session(Wish { client, .. }, _) | Request::Join(Wish { client, .. }) => is_short(client),
+                Request::Register | Request::Held(_) | Request::Registered | Request::Leave(_) | Request::Alive(_) => {
+                    true
+                }
+            }),
+            Content::Updates(updates) => updates.iter().all(|update| match update {
+                Update::Joined(_, _, member) => is_short(&member.client),
+                Update::Snapshot
+                | Update::Complete
+                | Update::Left(..)
+                | Update::Address(..)
+                | Update::Probe(_)
+                | Update::Ended(..) => true,
+            }),
+            Content::Unknown => true,
+        }
+    }
 }
 
 /// What a [`Frame`] has. Nothing in it only says that its sender is there.

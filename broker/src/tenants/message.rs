@@ -8,7 +8,7 @@ use wgkex_common::{KeyError, PublicKey};
 use crate::tenants::table::{Member, Newcomer};
 
 /// The most bytes of a name.
-const NAME_MAX: usize = 255;
+pub const NAME_MAX: usize = 255;
 
 /// Why a first message is not a join.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -187,7 +187,9 @@ impl TenantService {
                 self.tenants.election().on_hello(broker, served, now);
                 self.tenants.elect(now);
             }
-            TenantEvent::Frame(frame) => self.tenants.on_frame(frame, now),
+            TenantEvent::Frame(frame) if frame.is_bounded() => self.tenants.on_frame(frame, now),
+            // It is missed, and all is registered again.
+            TenantEvent::Frame(_) => {}
         }
     }
 

@@ -73,8 +73,13 @@ fn each_refused_client_is_logged_once_with_the_reason() {
         assert!(user.is_none_or(|user| line.contains(&format!("user=\"{user}\""))), "{line}");
     }
 
-    // Operators see them without the log, too: neither what strangers do everywhere, nor an address.
-    let refused = stack.get("/status.json").json()["refused_clients"].clone();
+    // Operators see them without the log, too: neither what strangers do everywhere, nor an address. The client may see its end
+    // before it is counted.
+    let refused = wait_until("all are counted", || {
+        let refused = stack.get("/status.json").json()["refused_clients"].clone();
+        let counted: u64 = refused.as_array()?.iter().filter_map(|client| client["count"].as_u64()).sum();
+        (counted >= 12).then_some(refused)
+    });
     assert_eq!(refused.as_array().unwrap().len(), 4, "{refused}");
     for (user, client, reason) in [
         (Some("gw1"), "gw1", "password"),

@@ -295,7 +295,7 @@ async def os12():
 async def os13():
     """A member that does not read is dropped, and holds nobody up."""
     a = await join("t")
-    slow = await join("t", "slow", sock=small_socket())
+    slow = await join("t", "slow", sock=small_socket(), ping_interval=None)
     await a.joined(slow)
     slow.ws.transport.pause_reading()
     times, removed = [], asyncio.Event()

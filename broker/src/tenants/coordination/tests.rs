@@ -488,6 +488,60 @@ fn a_broker_that_is_away_for_a_moment_costs_no_member() {
 }
 
 #[test]
+fn a_probe_reaches_a_member_whose_broker_registers_again() {
+    let mut rig = Rig::of(2);
+    let mut held = rig.enter(1, 3);
+    held.received();
+    let mut twin = rig.join_at(0, "t", 3, Form::Plain, 10);
+    // The frame with the probe is lost, and the next one shows the gap.
+    rig.deliver_some(|| false);
+    assert_eq!(held.received(), Vec::<String>::new());
+    let _other = rig.join_at(0, "u", 9, Form::Plain, 10);
+    rig.now += Duration::from_secs(1);
+    rig.deliver();
+    assert_eq!(held.received(), ["?"]);
+    rig.alive(&held);
+    assert_eq!((twin.end(), held.end()), (Some(CloseCause::KeyInUse), None));
+}
+
+#[test]
+fn a_coordinator_that_says_nothing_is_passed_over() {
+    let mut rig = Rig::of(1);
+    let (silent, served) = ("a".parse::<BrokerName>().unwrap(), Served { since: 0, rules: "r".into() });
+    let election = rig.brokers[0].tenants.election();
+    election.on_bus(true, rig.now);
+    election.on_hello(silent.clone(), Some(served.clone()), rig.now);
+    election.on_status(silent.clone(), true, rig.now);
+    rig.wait(Duration::from_secs(20));
+    assert_eq!(rig.coordinators(), Vec::<usize>::new());
+    rig.wait(Duration::from_secs(20));
+    assert_eq!(rig.coordinators(), [0]);
+    assert_eq!(rig.join(2).received(), ["10.64.0.1: "]);
+    let election = rig.brokers[0].tenants.election();
+    election.on_hello(silent, Some(Served { since: 1, ..served }), rig.now);
+    rig.wait(Duration::from_secs(1));
+    assert_eq!(rig.coordinators(), [0], "one that was started again comes later");
+}
+
+#[test]
+fn joins_wait_while_the_coordinator_is_cut_off_for_a_moment() {
+    let mut rig = Rig::of(2);
+    rig.reach(0, false);
+    rig.tick();
+    let mut guest = rig.join(3);
+    rig.wait(Duration::from_secs(2));
+    assert_eq!(guest.received(), Vec::<String>::new(), "the other one may give addresses soon");
+    rig.reach(0, true);
+    rig.wait(Duration::from_secs(1));
+    assert_eq!(guest.received(), ["10.64.0.1: "]);
+    // For longer: each serves by itself.
+    rig.reach(0, false);
+    rig.wait(Duration::from_secs(11));
+    let (mut first, mut second) = (rig.enter(0, 4), rig.enter(1, 5));
+    assert_eq!((first.received().len(), second.received().len()), (1, 1));
+}
+
+#[test]
 fn a_join_without_a_coordinator_ends_with_a_reason() {
     let mut rig = Rig::of(2);
     rig.brokers[0].is_reached = false;
