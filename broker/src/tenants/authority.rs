@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wgkex_common::BrokerName;
+use wgkex_common::{BrokerName, PublicKey};
 
 use crate::tenants::frame::{HeldAddress, Origin, Refusal, Update, Wish};
 use crate::tenants::id::TenantId;
@@ -61,6 +61,7 @@ pub struct Registration {
 struct Seat {
     tenant: TenantId,
     origin: Origin,
+    key: PublicKey,
 }
 
 #[derive(Debug, Clone)]
@@ -103,7 +104,7 @@ impl Authority {
     pub fn take_over(&mut self, tenant: &TenantId, origin: &Origin, member: &Member, now: Instant) {
         let id = self.next_id();
         if self.tenants.adopt(tenant, id, member.client.clone(), member.virtual_ip, now).is_ok() {
-            self.insert(id, tenant, origin);
+            self.insert(id, tenant, origin, member.client.public_key);
             self.awaited.entry(origin.broker.clone()).or_insert(now + REGISTRATION_TIMEOUT);
         } else {
             self.updates.push((Target::All, Update::Left(tenant.clone(), member.virtual_ip)));
@@ -132,17 +133,12 @@ impl Authority {
         self.awaited.remove(broker);
         let there: BTreeSet<_> =
             sessions.iter().map(|(wish, _)| (wish.session, &wish.tenant, wish.client.public_key)).collect();
-        let keys: BTreeMap<MemberId, _> =
-            self.tenants.members().map(|(_, id, member)| (id, member.client.public_key)).collect();
-        let is_gone = |(id, seat): (&MemberId, &Seat)| {
-            let is_there = keys.get(id).is_some_and(|key| there.contains(&(seat.origin.session, &seat.tenant, *key)));
-            (seat.origin.broker == *broker && !is_there).then_some(*id)
+        let is_gone = |(id, Seat { tenant, origin, key }): (&MemberId, &Seat)| {
+            let is_there = there.contains(&(origin.session, tenant, *key));
+            (origin.broker == *broker && !is_there).then_some(*id)
         };
         let gone: Vec<_> = self.members.iter().filter_map(is_gone).collect();
-        self.early.retain(|early| early.broker != *broker);
-        for probe in self.probes.values_mut() {
-            probe.waiting.retain(|waiting| waiting.broker != *broker);
-        }
+        self.withdraw(|wish| wish.broker == *broker);
         for id in gone {
             self.remove(id, None, now);
         }
@@ -162,6 +158,14 @@ impl Authority {
         self.join_early(now);
     }
 
+    /// These sessions do not wait any more.
+    fn withdraw(&mut self, is_over: impl Fn(&RemoteWish) -> bool) {
+        let waiting = self.probes.values_mut().map(|probe| &mut probe.waiting);
+        for wishes in waiting.chain([&mut self.early]) {
+            wishes.retain(|wish| !is_over(wish));
+        }
+    }
+
     /// Probes that a broker may not have received before it registered.
     fn probe_again(&mut self, broker: &BrokerName, now: Instant) {
         for (id, probe) in &mut self.probes {
@@ -175,10 +179,7 @@ impl Authority {
     /// A broker is gone, and its members with it.
     pub fn broker_gone(&mut self, broker: &BrokerName, now: Instant) {
         self.awaited.remove(broker);
-        self.early.retain(|early| early.broker != *broker);
-        for probe in self.probes.values_mut() {
-            probe.waiting.retain(|waiting| waiting.broker != *broker);
-        }
+        self.withdraw(|wish| wish.broker == *broker);
         let of_broker = |(id, seat): (&MemberId, &Seat)| (seat.origin.broker == *broker).then_some(*id);
         for id in self.members.iter().filter_map(of_broker).collect::<Vec<_>>() {
             self.remove(id, None, now);
@@ -193,10 +194,7 @@ impl Authority {
 
     /// A session is over.
     pub fn leave(&mut self, origin: &Origin, now: Instant) {
-        self.early.retain(|early| early.origin() != *origin);
-        for probe in self.probes.values_mut() {
-            probe.waiting.retain(|waiting| waiting.origin() != *origin);
-        }
+        self.withdraw(|wish| wish.broker == origin.broker && wish.wish.session == origin.session);
         if let Some(id) = self.ids.get(origin) {
             self.remove(*id, None, now);
         }
@@ -273,7 +271,7 @@ impl Authority {
         match joined {
             Ok(member) => {
                 let tenant = wish.wish.tenant;
-                self.insert(id, &tenant, &origin);
+                self.insert(id, &tenant, &origin, member.client.public_key);
                 self.note_changes();
                 self.updates.push((Target::All, Update::Joined(tenant, origin, member)));
             }
@@ -296,7 +294,7 @@ impl Authority {
 
     /// A member leaves. Those that waited for its answer may join.
     fn remove(&mut self, id: MemberId, refusal: Option<Refusal>, now: Instant) {
-        let Some(Seat { tenant, origin }) = self.members.remove(&id) else { return };
+        let Some(Seat { tenant, origin, .. }) = self.members.remove(&id) else { return };
         self.ids.remove(&origin);
         if let Some(refusal) = refusal {
             self.end(&origin, refusal);
@@ -334,8 +332,8 @@ impl Authority {
         self.updates.extend(changes.into_iter().map(|change| (Target::All, address(change))));
     }
 
-    fn insert(&mut self, id: MemberId, tenant: &TenantId, origin: &Origin) {
-        self.members.insert(id, Seat { tenant: tenant.clone(), origin: origin.clone() });
+    fn insert(&mut self, id: MemberId, tenant: &TenantId, origin: &Origin, key: PublicKey) {
+        self.members.insert(id, Seat { tenant: tenant.clone(), origin: origin.clone(), key });
         self.ids.insert(origin.clone(), id);
     }
 
