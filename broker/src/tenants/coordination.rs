@@ -3,7 +3,7 @@
 //! for brokers go out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::mem::{replace, take};
+use std::mem::take;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -42,8 +42,6 @@ pub struct Coordination {
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
     strangers: Strangers,
-    /// The coordinator does not answer, and that is logged.
-    is_unheard: bool,
     metrics: Metrics,
 }
 
@@ -59,7 +57,7 @@ enum Role {
         coordinator: BrokerName,
         stream: Stream<Request>,
         registered: Instant,
-        /// Since when it does not answer.
+        /// Since when it does not answer, which is logged.
         unheard: Option<Instant>,
     },
 }
@@ -119,7 +117,6 @@ impl Coordination {
             last_epoch: epoch,
             frames: Vec::new(),
             strangers,
-            is_unheard: false,
             metrics,
         }
     }
@@ -161,7 +158,6 @@ impl Coordination {
             {
                 *unheard = None;
                 if stream.receive(number, now) {
-                    self.is_unheard = false;
                     self.apply(items);
                 } else {
                     self.register(now);
@@ -184,18 +180,11 @@ impl Coordination {
             authority.set_paused(self.election.is_cut_off(now), now);
             authority.tick(now);
             self.settle(now);
-        } else if let Role::Follower { stream, coordinator, .. } = &self.role
+        } else if let Role::Follower { stream, .. } = &self.role
             && now.saturating_duration_since(stream.heard) >= SILENCE_TIMEOUT
         {
-            if !replace(&mut self.is_unheard, true) {
-                warn!(
-                    broker = coordinator.as_str(),
-                    "the broker that gives the addresses of tenants does not answer: may this broker's MQTT user publish on \
-                     wgkex/broker/+/tenants? (wgkex-broker mqtt-acl)"
-                );
-            }
+            self.on_silence(now);
             self.register(now);
-            self.pass_over_silent(now);
         }
         if let Some(then) = now.checked_sub(ANSWER_TIMEOUT) {
             for session in self.sessions.waiting(then) {
@@ -403,12 +392,22 @@ impl Coordination {
         }
     }
 
-    /// A coordinator that answers no registration is passed over.
-    fn pass_over_silent(&mut self, now: Instant) {
-        if let Role::Follower { coordinator, unheard, .. } = &mut self.role
-            && now.saturating_duration_since(*unheard.get_or_insert(now)) >= SILENCE_TIMEOUT
-        {
-            self.election.pass_over(coordinator);
+    /// A coordinator that does not answer the next registration either is passed over.
+    fn on_silence(&mut self, now: Instant) {
+        let Role::Follower { coordinator, unheard, .. } = &mut self.role else { return };
+        match unheard {
+            None => {
+                *unheard = Some(now);
+                warn!(
+                    broker = coordinator.as_str(),
+                    "the broker that gives the addresses of tenants does not answer: may this broker's MQTT user publish on \
+                     wgkex/broker/+/tenants? (wgkex-broker mqtt-acl)"
+                );
+            }
+            Some(since) if now.saturating_duration_since(*since) >= SILENCE_TIMEOUT => {
+                self.election.pass_over(coordinator);
+            }
+            Some(_) => {}
         }
     }
 
