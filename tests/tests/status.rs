@@ -263,15 +263,23 @@ fn a_client_id_that_two_programs_use_at_the_brokers_server_is_a_problem_and_a_me
     assert!(shown.status.code() == Some(3) && printed(&shown).contains(text), "{shown:?}");
 }
 
-/// The server is not ours, so each of them has only its own connections to see that by.
-#[test]
-fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
+/// Two stacks of one host name at one Mosquitto, each with where its worker listens. The first one's broker runs.
+fn two_of_one_name() -> [(Stack, SocketAddr); 2] {
     let worker_listen = [free_address(), free_address()];
     let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
-    let mut stack = Stack::start(plan(&worker_listen[0]));
+    let stack = Stack::start(plan(&worker_listen[0]));
     let mut other = Stack::prepare(plan(&worker_listen[1]));
     other.mqtt = stack.mqtt;
     other.write_config();
+    let [first, second] = worker_listen;
+    [(stack, first), (other, second)]
+}
+
+/// The server is not ours, so each of them has only its own connections to see that by.
+#[test]
+fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
+    let [(mut stack, first), (mut other, second)] = two_of_one_name();
+    let worker_listen = [first, second];
     other.start_broker();
     let in_use = |server: SocketAddr, metric: &str| {
         wait_until(&format!("{metric} at {server}"), || {
@@ -310,12 +318,7 @@ fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
 /// The workers say so in their hellos, as the server is not ours.
 #[test]
 fn a_gateway_whose_name_two_workers_use_is_a_problem_of_the_broker() {
-    let worker_listen = [free_address(), free_address()];
-    let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
-    let mut stack = Stack::start(plan(&worker_listen[0]));
-    let mut other = Stack::prepare(plan(&worker_listen[1]));
-    other.mqtt = stack.mqtt;
-    other.write_config();
+    let [(mut stack, _), (other, _)] = two_of_one_name();
     let _first = stack.program("wgkex-worker", &[]);
     let mut second = other.program("wgkex-worker", &[]);
     let text = "two programs seem to use its name";
