@@ -4,7 +4,7 @@
 //! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::bus::election`] says which;
 //! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
 //! was decided, here or there, and [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
-//! [`streams`]. All of that is without IO and clock.
+//! [`streams`]. [`hub`] is the gateway by which members reach each other, if there is one. All of that is without IO and clock.
 //!
 //! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind; [`tokens`] reads
 //! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads. [`message`] has the messages,
@@ -16,6 +16,7 @@ mod authority;
 mod close;
 mod coordination;
 mod frame;
+mod hub;
 mod id;
 mod message;
 mod metrics;
@@ -37,13 +38,16 @@ use anyhow::Context as _;
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use tracing::info;
+use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::TenantSettings;
 use wgkex_common::wire::message::Served;
-use wgkex_common::{BrokerName, Config};
+use wgkex_common::{BrokerName, Config, WorkerName};
 
 use crate::bus::election::{self, Election};
 
 use self::coordination::Coordination;
+use self::hub::Hub;
+pub use self::hub::HubTrouble;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
 use self::service::TenantsHandle;
@@ -58,11 +62,17 @@ pub struct FrontDoor {
     handle: TenantsHandle,
     tokens: Option<Arc<Tokens>>,
     metrics: Metrics,
-    strangers: Strangers,
+    troubles: Arc<Mutex<Troubles>>,
 }
 
-/// Brokers that serve tenants by other rules.
-type Strangers = Arc<Mutex<BTreeSet<BrokerName>>>;
+/// What operators should know.
+#[derive(Debug, Clone, Default)]
+pub struct Troubles {
+    /// Brokers that serve tenants by other rules.
+    pub strangers: BTreeSet<BrokerName>,
+    /// The worker that is to be the hub, and why members do not learn of it.
+    pub hub: Option<(WorkerName, HubTrouble)>,
+}
 
 impl FrontDoor {
     /// Whether their addresses are kept on the disk.
@@ -70,9 +80,9 @@ impl FrontDoor {
         self.metrics.state_kept.get() != 0
     }
 
-    /// Brokers that serve tenants by other rules.
-    pub fn strangers(&self) -> Vec<BrokerName> {
-        self.strangers.lock().iter().cloned().collect()
+    /// What operators should know.
+    pub fn troubles(&self) -> Troubles {
+        self.troubles.lock().clone()
     }
 
     /// How many there are.
@@ -109,18 +119,22 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     let since = election::since();
     let served = Served { since, rules: rules(settings) };
     let own = BrokerName::from(&config.name);
-    let sessions = Sessions::new(own.clone(), addresses, buffer.clone(), metrics.clone());
+    let hub = settings.hub.clone().map(|worker| Hub::new(worker, settings.networks.clone()));
+    let hub_trouble = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.trouble()?)));
+    let sessions = Sessions::new(own.clone(), addresses, buffer.clone(), metrics.clone()).with_hub(hub);
     let election = Election::new(own.clone(), served.clone(), now);
-    let strangers = Strangers::default();
+    let troubles = Arc::new(Mutex::new(Troubles { hub: hub_trouble, ..Troubles::default() }));
     let tenants =
-        Coordination::new(own, settings.clone(), sessions, election, since, strangers.clone(), metrics.clone());
+        Coordination::new(own, settings.clone(), sessions, election, since, troubles.clone(), metrics.clone());
     let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
-    let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone(), strangers };
+    let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone(), troubles };
     Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
 }
 
 /// A digest of what brokers have to have in common to serve the same tenants.
-fn rules(TenantSettings { pool, tenant_length, grace, .. }: &TenantSettings) -> String {
-    let digest = Sha256::digest(format!("{PROTOCOL} {pool:?} {tenant_length} {grace:?}"));
+fn rules(TenantSettings { networks, grace, hub, .. }: &TenantSettings) -> String {
+    let TenantNetworks { pool, tenant_length } = networks;
+    let hub = hub.as_ref().map_or_else(String::new, |worker| format!(" {worker:?}"));
+    let digest = Sha256::digest(format!("{PROTOCOL} {pool:?} {tenant_length} {grace:?}{hub}"));
     hex::encode(&digest[..8])
 }

@@ -12,6 +12,7 @@ mod diagnostics;
 mod domains;
 mod files;
 mod http;
+mod hub;
 mod keys;
 mod limits;
 mod lists;
@@ -49,6 +50,7 @@ use self::diagnostics::{Diagnostics, Problems};
 pub use self::domains::GatewayShare;
 pub use self::files::{NeededBy, UnreadableFile};
 pub use self::http::{Https, Listen};
+pub use self::hub::Hub;
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
 pub use self::logging::LogFormat;
@@ -129,6 +131,8 @@ pub struct Config {
     pub registry: Option<Registry>,
     /// The servers of the registry that this gateway is, by name.
     pub servers: BTreeMap<String, Server>,
+    /// The hub of tenants that this gateway is, if it is one.
+    pub hub: Option<Hub>,
     /// What tenants get, if the broker serves any.
     pub tenants: Option<TenantSettings>,
     /// What `wgkex-worker setup` makes for each of `domains`.

@@ -7,7 +7,7 @@ use std::net::Ipv6Addr;
 
 use ipnet::IpNet;
 use serde::Serialize;
-use wgkex_kernel::{Change, Device, Interface, PeerConfig};
+use wgkex_kernel::{Change, Device, Interface, Peer, PeerConfig};
 
 pub use crate::reconciler::preview::{Planned, PreviewParts, Reason, preview};
 
@@ -42,6 +42,10 @@ fn is_so(device: &Device, change: &Change) -> bool {
         }
         Change::SetRoute(network) => device.routes.contains(network),
         Change::AddFdb(address) => device.fdb.contains(address),
+        Change::ReplacePeer(peer) => {
+            let has = |actual: &Peer| actual.allowed_ips.iter().all(|network| peer.allowed_ips.contains(network));
+            is_so(device, &Change::SetPeer(peer.clone())) && device.peers.get(&peer.key).is_some_and(has)
+        }
         Change::RemovePeer(key) => !device.peers.contains_key(key),
         Change::RemoveRoute(network) => !device.routes.contains(network),
         Change::RemoveFdb(address) => !device.fdb.contains(address),
@@ -68,7 +72,8 @@ fn command(interface: &Interface, device: &Device, change: &Change) -> String {
         format!("bridge fdb {verb} 00:00:00:00:00:00 dev {vxlan} dst {address} via {name} self permanent")
     };
     match change {
-        Change::SetPeer(peer) => set_peer(name, device, peer),
+        Change::SetPeer(peer) => set_peer(name, device.peers.get(&peer.key), peer),
+        Change::ReplacePeer(peer) => set_peer(name, None, peer),
         Change::RemovePeer(key) => format!("wg set {name} peer {key} remove"),
         Change::SetRoute(network) => format!("{} route add {network} dev {name} proto static", ip(network)),
         Change::RemoveRoute(network) => format!("{} route del {network} dev {name} proto static", ip(network)),
@@ -77,9 +82,9 @@ fn command(interface: &Interface, device: &Device, change: &Change) -> String {
     }
 }
 
-/// `wg` replaces the allowed-ips of a peer; the worker adds to them.
-fn set_peer(interface: &str, device: &Device, peer: &PeerConfig) -> String {
-    let has = device.peers.get(&peer.key).map(|actual| actual.allowed_ips.iter()).into_iter().flatten();
+/// `wg` replaces the allowed-ips of a peer; the worker adds to those that it `keeps`.
+fn set_peer(interface: &str, keeps: Option<&Peer>, peer: &PeerConfig) -> String {
+    let has = keeps.map(|actual| actual.allowed_ips.iter()).into_iter().flatten();
     let networks: BTreeSet<_> = has.chain(&peer.allowed_ips).map(IpNet::to_string).collect();
     let networks = networks.into_iter().collect::<Vec<_>>().join(",");
     let keepalive = peer.keepalive.map_or_else(String::new, |every| format!(" persistent-keepalive {every}"));
@@ -251,7 +256,7 @@ mod tests {
         let now = now();
         let mut device = device(&[(1, Some(HOUR))], now);
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push("10.0.0.0/8".parse().unwrap());
-        let set = set_peer("wg-welt", &device, &PeerConfig::at(key(1), key(1).link_local()));
+        let set = set_peer("wg-welt", device.peers.get(&key(1)), &PeerConfig::at(key(1), key(1).link_local()));
         assert_eq!(set, format!("wg set wg-welt peer {} allowed-ips 10.0.0.0/8,{}/128", key(1), key(1).link_local()));
     }
 }

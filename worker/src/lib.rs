@@ -154,12 +154,12 @@ pub async fn run<K: Kernel>(
         subscriber::secondary_session(&config),
     )?;
     let (lease_sender, lease_events) = leases::channel();
-    let lease_task = if config.servers.is_empty() {
-        None
-    } else {
+    let lease_task = if leases::is_needed(&config) {
         let (bus, metrics) = (confirmations.clone(), metrics.leases.clone());
         let kernel = servers_kernel().context("netlink")?;
         Some(LeaseTask::open(&config, LeaseParts { kernel, bus, events: lease_events, metrics })?)
+    } else {
+        None
     };
     let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
     let worker =
@@ -283,7 +283,7 @@ impl Metrics {
             bus: bus::Metrics::register(&registry)?,
             lists: lists::register(&registry)?,
             reconciler: reconciler::Metrics::register(&registry, &config.domains)?,
-            leases: leases::Metrics::register(&registry, config.servers.keys().map(String::as_str))?,
+            leases: leases::Metrics::register(&registry, config)?,
             registry,
         })
     }

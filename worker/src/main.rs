@@ -113,8 +113,8 @@ fn execute(job: Job, config: Config) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         match job {
             Job::Serve => serve(config).await,
-            Job::SetUp(backend) => Ok(setup::setup(&config.setup, &config.servers, backend).await?),
-            Job::RemoveInterfaces => Ok(setup::remove(&config.setup, &config.servers).await?),
+            Job::SetUp(backend) => Ok(setup::setup(&config, backend).await?),
+            Job::RemoveInterfaces => Ok(setup::remove(&config).await?),
         }
     });
     // A kernel that does not answer must not keep the process from its end.

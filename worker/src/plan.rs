@@ -36,6 +36,8 @@ pub enum Action {
     Set(Objects),
     /// They are to be gone.
     Remove(Objects),
+    /// The peer is to have its allowed-ips and no others.
+    Replace,
     /// The peer is to be as one that has just come: without endpoint, handshake and counters.
     Renew,
 }
@@ -111,6 +113,7 @@ impl Step {
                 changes.extend(flood(objects).map(Change::RemoveFdb));
                 changes.extend(objects.peer.then_some(Change::RemovePeer(key)));
             }
+            Action::Replace => changes.push(Change::ReplacePeer(self.peer.peer.clone())),
             Action::Renew => changes.extend([Change::RemovePeer(key), Change::SetPeer(self.peer.peer.clone())]),
         }
     }
@@ -121,6 +124,7 @@ impl Step {
                 let routes = if self.peer.routes && objects.routes { self.peer.networks().len() } else { 0 };
                 usize::from(objects.peer) + routes + usize::from(objects.flood && self.peer.flood.is_some())
             }
+            Action::Replace => 1,
             Action::Renew => 2,
         }
     }

@@ -1,13 +1,13 @@
 //! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and deletes them.
 //!
 //! No task: a command of its own, which ends when all is done. It reads the interfaces, [`differences`] finds the steps to
-//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; those of servers are made
-//! in [`server`]. The worker later
+//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; those of servers and of the hub
+//! are made in [`interface`]. The worker later
 //! serves these interfaces; no key comes here but the gateway's own, in its key file.
 
 mod differences;
+mod interface;
 mod link;
-mod server;
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use tracing::info;
-use wgkex_common::config::{Server, Setup};
-use wgkex_common::{Domain, KeyError, PublicKey};
+use wgkex_common::config::{Hub, Server, Setup};
+use wgkex_common::{Config, Domain, KeyError, PublicKey};
 use wgkex_kernel::key_file::{self, KeyFileError};
 use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
-use wgkex_kernel::{Backend, Key, wireguard};
+use wgkex_kernel::{Backend, Key, forwarding, wireguard};
 
 use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
 use self::link::WireguardLink;
@@ -76,17 +76,13 @@ pub enum Error {
     },
 }
 
-/// Makes the interfaces of each domain and server, or completes them. What is there already stays, its peers included; only
+/// Makes the interfaces of each domain and server, and that of the hub, or completes them. What is there already stays, its peers included; only
 /// what differs is set. A new WireGuard interface is the kernel's, or wireguard-go's where the kernel has no WireGuard
 /// or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the domains cannot be set up as the config says.
-pub async fn setup(
-    domains: &BTreeMap<Domain, Setup>,
-    servers: &BTreeMap<String, Server>,
-    backend: Backend,
-) -> Result<(), Error> {
-    let links = open(domains)?;
+pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
+    let links = open(&config.setup)?;
     let mut plans = Vec::new();
-    for (domain, setup) in domains {
+    for (domain, setup) in &config.setup {
         let site = Site { links: &links, domain, backend };
         let (key, steps) = site.plan(setup).await?;
         plans.push((site, key, steps));
@@ -98,25 +94,33 @@ pub async fn setup(
         }
         info!(domain = %site.domain, changes = steps.len(), "domain is set up");
     }
-    for server in servers.values() {
-        server::set_up(WireguardLink { links: &links, name: &server.interface, backend }, server).await?;
+    let link = |name| WireguardLink { links: &links, name, backend };
+    for server in config.servers.values() {
+        interface::set_up_server(link(&server.interface), server).await?;
+    }
+    if let Some(hub) = &config.hub {
+        interface::set_up_hub(link(&hub.interface), hub).await?;
     }
     Ok(())
 }
 
-/// Deletes the interfaces of each domain and server. What is gone already is no error; the key files stay. Nothing is
+/// Deletes the interfaces of each domain and server, and that of the hub. What is gone already is no error; the key files stay. Nothing is
 /// deleted as long as one of the names belongs to an interface of another kind.
-pub async fn remove(domains: &BTreeMap<Domain, Setup>, servers: &BTreeMap<String, Server>) -> Result<(), Error> {
-    let links = open(domains)?;
+pub async fn remove(config: &Config) -> Result<(), Error> {
+    let links = open(&config.setup)?;
     let mut doomed = Vec::new();
-    for domain in domains.keys() {
+    for domain in config.setup.keys() {
         let site = Site { links: &links, domain, backend: Backend::Kernel };
         doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
         doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
     }
-    for Server { interface, .. } in servers.values() {
+    let servers = config.servers.values().map(|Server { interface, .. }| interface);
+    for interface in servers.chain(config.hub.iter().map(|Hub { interface, .. }| interface)) {
         let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
         doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
+    }
+    if let Some(Hub { interface, .. }) = &config.hub {
+        forwarding::disable(&links).await.map_err(|error| refused(interface, "delete its rules", error))?;
     }
     for (interface, backend) in doomed {
         links.delete(&interface).await.map_err(|error| refused(&interface, "delete it", error))?;

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
-use wgkex_common::config::Setup;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::address::tenants::TenantNetworks;
+use wgkex_common::config::{Hub, Setup};
+use wgkex_common::{Config, Domain, PublicKey};
 use wgkex_kernel::Backend;
 use wgkex_worker::setup::{Error, remove, setup};
 
@@ -49,6 +50,7 @@ lanes! {
     netns_no_domain_is_changed_when_one_cannot_be, vm_no_domain_is_changed_when_one_cannot_be: all_or_nothing;
     netns_a_taken_port_is_an_error, vm_a_taken_port_is_an_error: taken_port;
     netns_without_ipv6_the_sysctl_is_named, vm_without_ipv6_the_sysctl_is_named: without_ipv6;
+    netns_a_hub_forwards_by_a_table_of_its_own, vm_a_hub_forwards_by_a_table_of_its_own: makes_hub;
 }
 
 async fn makes(place: &Place) {
@@ -69,6 +71,48 @@ async fn makes(place: &Place) {
         assert!(shown.contains(",UP,") && !shown.contains("NO-CARRIER"), "{shown}");
     }
     assert_eq!(fs::metadata(place.key_file("welt")).unwrap().permissions().mode() & 0o7777, 0o600);
+}
+
+async fn makes_hub(place: &Place) {
+    let rules = || run("ip rule show; ip -6 rule show");
+    run("ip rule add from 192.0.2.0/24 lookup 100 pref 5183");
+    let before = rules();
+    let hub = |pool: &[&str]| Hub {
+        interface: "wg-hub".into(),
+        key_file: place.key_file("hub"),
+        listen_port: 40012,
+        endpoint: None,
+        networks: TenantNetworks {
+            pool: pool.iter().map(|network| network.parse().unwrap()).collect(),
+            tenant_length: 24,
+        },
+    };
+    for pool in [&["10.64.0.0/16"][..], &["10.64.0.0/16"], &["10.65.0.0/16", "192.168.7.0/24"]] {
+        let config = Config { hub: Some(hub(pool)), ..place.config.clone() };
+        setup(&config, place.backend).await.unwrap();
+        let added = rules();
+        for network in pool {
+            let checked = format!("from {network} to {network} iif lo lookup 51830");
+            assert_eq!(added.matches(&checked).count(), 1, "{added}");
+            assert!(run("ip route show table 51830").contains(&format!("{network} dev wg-hub")));
+        }
+        assert_eq!(added.matches("from all iif wg-hub lookup 51830").count(), 1, "{added}");
+        assert_eq!(added.matches("from all iif wg-hub prohibit").count(), 2, "IPv4 and IPv6: {added}");
+        assert_eq!(added.lines().count(), before.lines().count() + 3 + pool.len(), "{added}");
+        let filter = run("tc filter show dev wg-hub ingress");
+        assert_eq!(filter.matches("direct-action").count(), 1, "{filter}");
+        assert_eq!(run("cat /proc/sys/net/ipv4/conf/wg-hub/forwarding"), "1");
+        assert_eq!(run("wg show wg-hub listen-port"), "40012");
+    }
+    remove(&Config { hub: Some(hub(&["10.64.0.0/16"])), ..place.config.clone() }).await.unwrap();
+    assert_eq!((rules(), interfaces()), (before, vec!["lo".to_owned()]));
+    // IPv6 is forwarded by all interfaces or none.
+    let config = Config { hub: Some(hub(&["fd00:64::/48"])), ..place.config.clone() };
+    let refusal = setup(&config, place.backend).await.unwrap_err().to_string();
+    assert!(refusal.contains("net.ipv6.conf.all.forwarding=1"), "{refusal}");
+    run("echo 1 > /proc/sys/net/ipv6/conf/all/forwarding");
+    setup(&config, place.backend).await.unwrap();
+    assert!(run("ip -6 route show table 51830").contains("fd00:64::/48 dev wg-hub"));
 }
 
 async fn repeats(place: &Place) {
@@ -107,14 +151,14 @@ async fn removes(place: &Place) {
     run("ip link add wg-other type vxlan id 1 dstport 1 local ::1");
     place.setup().await.unwrap();
     let key = run("wg show wg-welt public-key");
-    remove(&place.domains, &BTreeMap::new()).await.unwrap();
+    remove(&place.config).await.unwrap();
     assert_eq!(interfaces(), ["lo", "wg-other"]);
     assert_eq!(fs::read_dir("/run/wireguard").unwrap().count(), 0, "a userspace WireGuard is still there");
-    remove(&place.domains, &BTreeMap::new()).await.unwrap();
+    remove(&place.config).await.unwrap();
     place.setup().await.unwrap();
     assert_eq!(run("wg show wg-welt public-key"), key);
     run("ip link del vx-welt");
-    remove(&place.domains, &BTreeMap::new()).await.unwrap();
+    remove(&place.config).await.unwrap();
     assert_eq!(interfaces(), ["lo", "wg-other"]);
 }
 
@@ -141,7 +185,7 @@ async fn leaves_others(place: &Place) {
         run(add);
         let state = || (interfaces(), run(&format!("ip -d addr show {name}")));
         let before = state();
-        for refusal in [place.setup().await.unwrap_err(), remove(&place.domains, &BTreeMap::new()).await.unwrap_err()] {
+        for refusal in [place.setup().await.unwrap_err(), remove(&place.config).await.unwrap_err()] {
             assert!(matches!(&refusal, Error::OtherKind { interface, .. } if interface == name), "{refusal}");
         }
         assert_eq!(state(), before);
@@ -156,7 +200,7 @@ async fn leaves_another_vxlan(place: &Place) {
     assert!(refusal.starts_with("vx-welt has id 98 instead of 99, local address ::1 instead of fe80::"), "{refusal}");
     assert!(refusal.contains("--remove") && !refusal.contains('\n'), "{refusal}");
     assert_eq!(run("ip -d addr show"), before);
-    remove(&place.domains, &BTreeMap::new()).await.unwrap();
+    remove(&place.config).await.unwrap();
     makes(place).await;
 }
 
@@ -247,9 +291,8 @@ fn netns_a_missing_capability_is_named() {
 fn without_capability() {
     let place = Place::new(Backend::Kernel);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let refusals = runtime.block_on(async {
-        [place.setup().await.unwrap_err(), remove(&place.domains, &BTreeMap::new()).await.unwrap_err()]
-    });
+    let refusals =
+        runtime.block_on(async { [place.setup().await.unwrap_err(), remove(&place.config).await.unwrap_err()] });
     for refusal in refusals {
         assert!(refusal.to_string().starts_with("wg-welt: CAP_NET_ADMIN is missing"), "{refusal}");
     }
@@ -293,14 +336,16 @@ fn interfaces() -> Vec<String> {
 
 /// A config and a directory for its keys.
 struct Place {
-    domains: BTreeMap<Domain, Setup>,
+    config: Config,
     backend: Backend,
     keys: TempDir,
 }
 
 impl Place {
     fn new(backend: Backend) -> Self {
-        let mut place = Self { domains: BTreeMap::new(), backend, keys: tempfile::tempdir().unwrap() };
+        let yaml = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]";
+        let config = Config { setup: BTreeMap::new(), ..Config::parse("", yaml, "gw1").unwrap() };
+        let mut place = Self { config, backend, keys: tempfile::tempdir().unwrap() };
         place.add("welt", 40011);
         place
     }
@@ -308,7 +353,7 @@ impl Place {
     fn add(&mut self, name: &str, listen_port: u16) {
         let domain = Domain::new(&format!("ffmuc_{name}"), &["ffmuc_".into()]).unwrap();
         let setup = Setup { key_file: self.key_file(name), listen_port, vxlan_id: 99, vxlan_port: 4789 };
-        self.domains.insert(domain, setup);
+        self.config.setup.insert(domain, setup);
     }
 
     fn key_file(&self, name: &str) -> PathBuf {
@@ -316,7 +361,7 @@ impl Place {
     }
 
     async fn setup(&self) -> Result<(), Error> {
-        setup(&self.domains, &BTreeMap::new(), self.backend).await
+        setup(&self.config, self.backend).await
     }
 }
 

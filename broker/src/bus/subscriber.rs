@@ -15,7 +15,7 @@ use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::ignored::{Ignored, json, key};
-use wgkex_common::wire::lease::AnnouncedServers;
+use wgkex_common::wire::lease::{AnnouncedServers, HUB, LeaseRequest};
 use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
@@ -56,13 +56,14 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
     let requests =
         [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
     let requests = requests.into_iter().chain([Topic::worker_requests()]);
-    let has_registry = config.registry.is_some();
-    let requests = requests.chain(has_registry.then(Topic::lease_requests));
+    let has_hub = config.tenants.as_ref().is_some_and(|tenants| tenants.hub.is_some());
+    let has_leases = config.registry.is_some() || has_hub;
+    let requests = requests.chain(has_leases.then(Topic::lease_requests));
     let of_tenants = config.tenants.as_ref().map(|_| Topic::BrokerTenants { broker: own() }.to_string());
     let requests = requests.chain(of_tenants);
     SessionConfig {
         will: Some(hello(&own(), Vec::new())),
-        qos0_filters: [Topic::broker_hellos()].into_iter().chain(has_registry.then(Topic::worker_servers)).collect(),
+        qos0_filters: [Topic::broker_hellos()].into_iter().chain(has_leases.then(Topic::worker_servers)).collect(),
         echo: Some(Topic::BrokerEcho { broker: own() }),
         qos1_filters: keys.chain(requests).chain([Topic::Revocations.to_string()]).collect(),
         ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
@@ -310,12 +311,21 @@ impl Secondary {
             }
         } else if let Topic::WorkerServers { worker } = topic {
             // Empty if the worker took it back; what it was before stays in the registry.
-            if !publish.payload.is_empty() {
+            if publish.payload.is_empty() {
+                self.on_tenants(TenantEvent::Hub(worker, None));
+            } else {
                 let servers: AnnouncedServers = json(&publish.payload)?;
-                self.on_leases(LeaseEvent::Announced(worker, servers.bounded().ok_or(Ignored::Payload)?));
+                let servers = servers.bounded().ok_or(Ignored::Payload)?;
+                self.on_tenants(TenantEvent::Hub(worker.clone(), servers.hub.clone()));
+                self.on_leases(LeaseEvent::Announced(worker, servers));
             }
         } else if let Topic::LeaseRequests { worker } = topic {
-            self.on_leases(LeaseEvent::Requested(worker, json(&publish.payload)?));
+            let request: LeaseRequest = json(&publish.payload)?;
+            if request.server == HUB {
+                self.on_tenants(TenantEvent::LeaseRequest(worker, request));
+            } else {
+                self.on_leases(LeaseEvent::Requested(worker, request));
+            }
         } else if let Topic::BrokerTenants { .. } = topic {
             self.on_tenants(TenantEvent::Frame(json(&publish.payload)?));
         } else if topic == Topic::Revocations {

@@ -54,7 +54,7 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
         ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable => "registry",
-        ProblemKind::TenantsApart => "tenants",
+        ProblemKind::TenantsApart | ProblemKind::TenantsHub => "tenants",
         ProblemKind::DomainWithoutGateway
         | ProblemKind::SameKey
         | ProblemKind::SameLinkAddress
@@ -87,6 +87,7 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::RoutersUnreached
         | ProblemKind::DomainDown
         | ProblemKind::TenantsApart
+        | ProblemKind::TenantsHub
         | ProblemKind::GatewayOffline => Level::Warn,
     }
 }
@@ -116,7 +117,10 @@ fn advice(kind: ProblemKind) -> &'static str {
         }
         ProblemKind::RegistryElsewhere => "give both brokers the same PostgreSQL by storage, or disable one registry",
         ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
-        ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length and grace",
+        ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length, grace and hub",
+        ProblemKind::TenantsHub => {
+            "give that gateway `hub.interface`, and the same tenants.pool and tenant_length; run `wgkex-worker setup` there"
+        }
         ProblemKind::DataMissing | ProblemKind::DomainDown => "run `wgkex-worker doctor` there",
         ProblemKind::GatewayOffline => "run `wgkex-worker doctor` there, or take it out of workers",
     }

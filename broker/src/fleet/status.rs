@@ -197,6 +197,8 @@ pub enum ProblemKind {
     RegistryUnavailable,
     /// Another broker serves tenants by other rules.
     TenantsApart,
+    /// Members do not learn of the hub of tenants.
+    TenantsHub,
 }
 
 impl ProblemKind {

@@ -8,7 +8,6 @@ use prometheus::Histogram;
 use prometheus::core::Metric as _;
 use serde::{Deserialize, Serialize};
 use strum::VariantNames as _;
-use wgkex_common::BrokerName;
 use wgkex_common::access_lists::service::ListSnapshot;
 
 use crate::exchange::Rejection;
@@ -19,7 +18,7 @@ use crate::http::App;
 use crate::http::metrics::APIS;
 use crate::mqtt_server::RefusedClient;
 use crate::registry::{Registry, RegistryStatus};
-use crate::tenants::{FrontDoor, TenantStatus};
+use crate::tenants::{FrontDoor, HubTrouble, TenantStatus, Troubles};
 
 /// The path of the status as JSON.
 pub const PATH: &str = "/status.json";
@@ -178,7 +177,7 @@ impl App {
         problems.extend(self.names_in_use(now));
         let registry = self.registry.as_ref().map(Registry::status);
         problems.extend(registry.as_ref().and_then(registry_problem));
-        problems.extend(self.tenants.iter().flat_map(FrontDoor::strangers).map(|broker| tenants_problem(&broker)));
+        problems.extend(self.tenants.iter().flat_map(|tenants| tenants_problems(&tenants.troubles())));
         problems.sort();
         problems.dedup();
         Status {
@@ -253,11 +252,24 @@ fn registry_problem(status: &RegistryStatus) -> Option<Problem> {
     })
 }
 
-fn tenants_problem(broker: &BrokerName) -> Problem {
-    let text = format!(
-        "broker {broker} has other tenants.pool, tenant_length or grace: members there and members here do not see each other"
-    );
-    Problem { kind: ProblemKind::TenantsApart, subject: broker.to_string(), text }
+fn tenants_problems(Troubles { strangers, hub }: &Troubles) -> Vec<Problem> {
+    let apart = strangers.iter().map(|broker| {
+        let text = format!(
+            "broker {broker} has other tenants.pool, tenant_length, grace or hub: members there and members here do not see \
+             each other"
+        );
+        Problem { kind: ProblemKind::TenantsApart, subject: broker.to_string(), text }
+    });
+    let hub = hub.iter().map(|(worker, trouble)| {
+        let text = match trouble {
+            HubTrouble::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
+            HubTrouble::OtherNetworks => {
+                format!("the hub of tenants is not used: worker {worker} has other tenants.pool or tenant_length")
+            }
+        };
+        Problem { kind: ProblemKind::TenantsHub, subject: worker.to_string(), text }
+    });
+    apart.chain(hub).collect()
 }
 
 /// What is wrong with the access lists.

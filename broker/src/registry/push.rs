@@ -11,9 +11,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wgkex_common::mqtt::{Message, MqttHandle};
-use wgkex_common::wire::lease::{
-    AnnouncedServer, AnnouncedServers, CHUNK, LeaseChunk, LeaseContent, LeaseMessage, LeaseRequest,
-};
+use wgkex_common::wire::lease::{AnnouncedServer, AnnouncedServers, LeaseContent, LeaseMessage, LeaseRequest};
 use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
@@ -148,17 +146,13 @@ impl LeasePublisher {
 
 /// The messages that have a snapshot.
 fn messages(server: &str, Snapshot { version, leases }: Snapshot) -> Vec<LeaseMessage> {
-    let message = |content| LeaseMessage { server: server.to_owned(), version, content };
-    let Some(leases) = leases else { return vec![message(LeaseContent::Current)] };
-    let last = leases.len().saturating_sub(1) / CHUNK;
-    let mut leases = leases.into_iter();
-    (0..=last)
-        .map(|number| {
-            let leases = leases.by_ref().take(CHUNK).collect();
-            let (number, is_last) = (u32::try_from(number).unwrap_or(u32::MAX), number == last);
-            message(LeaseContent::Chunk(LeaseChunk { number, is_last, leases }))
-        })
-        .collect()
+    match leases {
+        None => vec![LeaseMessage { server: server.to_owned(), version, content: LeaseContent::Current }],
+        Some(leases) => {
+            let leases = leases.into_iter().map(|(key, address)| (key, address.into()));
+            LeaseMessage::snapshot(server, version, leases)
+        }
+    }
 }
 
 fn to_worker(worker: &WorkerName, message: &LeaseMessage) -> Message {

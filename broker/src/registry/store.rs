@@ -285,8 +285,8 @@ pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<
         Some(row) => row.big(0)?,
         None => lease(transaction, &server)?,
     };
-    let mut change =
-        LeaseChange { added: [(new.public_key, address_of(server.network, number)?)].into(), ..LeaseChange::default() };
+    let address = address_of(server.network, number)?.into();
+    let mut change = LeaseChange { added: [(new.public_key, address)].into(), ..LeaseChange::default() };
     if let Some(row) = leased
         && row.text(1)? != key
     {

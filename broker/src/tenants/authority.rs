@@ -228,7 +228,8 @@ impl Authority {
         self.join_early(now);
     }
 
-    fn is_settled(&self, now: Instant) -> bool {
+    /// Whether it knows the sessions of the other brokers, as far as they are there.
+    pub fn is_settled(&self, now: Instant) -> bool {
         !self.is_paused && (self.awaited.is_empty() || self.settled <= now)
     }
 

@@ -4,17 +4,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::take;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tracing::{info, warn};
-use wgkex_common::BrokerName;
 use wgkex_common::config::TenantSettings;
+use wgkex_common::wire::lease::{AnnouncedHub, HUB, LeaseMessage, LeaseRequest};
+use wgkex_common::{BrokerName, WorkerName};
 
 use crate::bus::election::Election;
-use crate::tenants::Strangers;
+use crate::tenants::Troubles;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;
 use crate::tenants::frame::{Content, Frame, HeldAddress, Origin, Request, SessionId, Update, Wish};
+use crate::tenants::hub::Hub;
 use crate::tenants::metrics::{Leave, Metrics};
 use crate::tenants::pool::{Counts, Tenants};
 use crate::tenants::sessions::{SessionLink, Sessions};
@@ -41,7 +45,7 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
-    strangers: Strangers,
+    troubles: Arc<Mutex<Troubles>>,
     metrics: Metrics,
 }
 
@@ -105,7 +109,7 @@ impl Coordination {
         sessions: Sessions,
         election: Election,
         epoch: u64,
-        strangers: Strangers,
+        troubles: Arc<Mutex<Troubles>>,
         metrics: Metrics,
     ) -> Self {
         Self {
@@ -116,7 +120,7 @@ impl Coordination {
             role: Role::Starting,
             last_epoch: epoch,
             frames: Vec::new(),
-            strangers,
+            troubles,
             metrics,
         }
     }
@@ -170,6 +174,36 @@ impl Coordination {
             }
             _ => {}
         }
+    }
+
+    /// What a worker announces of its hub.
+    pub fn on_hub(&mut self, worker: &WorkerName, announced: Option<AnnouncedHub>, now: Instant) {
+        let Some(hub) = self.sessions.hub() else { return };
+        let is_changed = hub.on_announced(worker, announced);
+        self.troubles.lock().hub = hub.trouble().map(|trouble| (hub.worker().clone(), trouble));
+        if is_changed {
+            for request in self.sessions.on_hub_change() {
+                self.request(request, now);
+            }
+        }
+    }
+
+    /// A worker asks for what its hub lacks.
+    pub fn on_lease_request(&mut self, worker: &WorkerName, request: &LeaseRequest) {
+        if request.to == self.own && request.server == HUB {
+            self.sessions.hub().into_iter().for_each(|hub| hub.on_request(worker, request.known));
+        }
+    }
+
+    /// The messages for the worker that is the hub. While others' sessions are not known they wait.
+    pub fn take_hub_messages(&mut self, now: Instant) -> Option<(WorkerName, Vec<LeaseMessage>)> {
+        let is_settled = match &self.role {
+            Role::Coordinator { authority, .. } => authority.is_settled(now),
+            Role::Starting | Role::Follower { .. } => false,
+        };
+        let hub = self.sessions.hub().filter(|_| is_settled)?;
+        let messages = hub.take_messages(now);
+        (!messages.is_empty()).then(|| (hub.worker().clone(), messages))
     }
 
     /// Looks for what is over, and whether this broker's role is another one now.
@@ -350,6 +384,7 @@ impl Coordination {
         if coordinator == self.own {
             self.coordinate(now);
         } else {
+            self.sessions.hub().into_iter().for_each(Hub::follow);
             let stream = Stream::new(self.last_epoch, now);
             self.role = Role::Follower { coordinator, stream, registered: now, unheard: None };
             self.begin_epoch(now);
@@ -358,8 +393,8 @@ impl Coordination {
 
     /// This broker becomes the coordinator, with all that it knows of the one before.
     fn coordinate(&mut self, now: Instant) {
-        let TenantSettings { pool, tenant_length, grace, .. } = &self.settings;
-        let tenants = Tenants::new(pool, *tenant_length, *grace);
+        let TenantSettings { networks, grace, .. } = &self.settings;
+        let tenants = Tenants::new(networks, *grace);
         let others: Vec<_> = self.election.peers(now).map(|(name, _)| name.clone()).collect();
         let mut authority = Box::new(Authority::new(tenants, others, now));
         for (tenant, origin, member) in self.sessions.members() {
@@ -373,6 +408,9 @@ impl Coordination {
         let known = self.sessions.addresses().len();
         self.sessions.forget_partial();
         self.role = Role::Coordinator { authority, followers: BTreeMap::new() };
+        self.last_epoch += 1;
+        let id = self.last_epoch;
+        self.sessions.hub().into_iter().for_each(|hub| hub.lead(id));
         self.settle(now);
         let lost = known.saturating_sub(self.sessions.addresses().len());
         if lost > 0 {
@@ -446,14 +484,14 @@ impl Coordination {
 
     fn warn_of_strangers(&mut self, now: Instant) {
         let strangers: BTreeSet<_> = self.election.strangers(now).cloned().collect();
-        let mut known = self.strangers.lock();
-        for broker in strangers.difference(&known) {
+        let mut troubles = self.troubles.lock();
+        for broker in strangers.difference(&troubles.strangers) {
             warn!(
                 broker = broker.as_str(),
-                "another broker has other tenants.pool, tenant_length or grace: its members and those here do not see each other"
+                "another broker has other tenants.pool, tenant_length, grace or hub: its members and those here do not see each other"
             );
         }
-        *known = strangers;
+        troubles.strangers = strangers;
     }
 }
 

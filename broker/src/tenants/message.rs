@@ -1,7 +1,9 @@
 //! What members and broker send each other: JSON objects without a type, known by their keys.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use wgkex_common::{KeyError, PublicKey};
 
@@ -59,13 +61,13 @@ fn cause(error: &serde_json::Error) -> String {
     }
 }
 
-/// Whether a client gets the endpoints of those that show theirs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
-    /// The original's messages.
-    Plain,
-    /// With `endpoint` in each member's object.
-    WithEndpoints,
+/// What a client gets beside the original's messages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Form {
+    /// `endpoint` in each member's object: the endpoints of those that show theirs.
+    pub endpoints: bool,
+    /// `hub` in the answer, and a message when it changes.
+    pub hub: bool,
 }
 
 #[derive(Serialize)]
@@ -83,10 +85,29 @@ struct ShownEndpoint {
     endpoint: Option<IpAddr>,
 }
 
+/// The hub, as a member configures it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HubPeer {
+    /// Its key.
+    pub public_key: PublicKey,
+    /// Its address or name, and its UDP port.
+    pub endpoint: String,
+    /// The network of the tenant.
+    pub allowed_ips: IpNet,
+}
+
 #[derive(Serialize)]
 struct Answer<'a> {
     virtual_ip: IpAddr,
     peers: Vec<MemberObject<'a>>,
+    #[serde(flatten)]
+    shown: Option<ShownHub<'a>>,
+}
+
+/// It is null while there is none.
+#[derive(Serialize)]
+struct ShownHub<'a> {
+    hub: Option<&'a HubPeer>,
 }
 
 #[derive(Serialize)]
@@ -97,14 +118,31 @@ struct Removal {
 impl<'a> MemberObject<'a> {
     fn new(member: &'a Member, form: Form) -> Self {
         let Newcomer { display_name, public_key, endpoint } = &member.client;
-        let shown = (form == Form::WithEndpoints).then_some(ShownEndpoint { endpoint: *endpoint });
+        let shown = form.endpoints.then_some(ShownEndpoint { endpoint: *endpoint });
         Self { display_name, public_key: *public_key, virtual_ip: member.virtual_ip, shown }
     }
 }
 
-/// The answer to a member's join: its address, and those that were members before.
-pub fn answer<'a>(virtual_ip: IpAddr, peers: impl Iterator<Item = &'a Member>, form: Form) -> String {
-    json(&Answer { virtual_ip, peers: peers.map(|peer| MemberObject::new(peer, form)).collect() })
+/// What a member is told when it has joined.
+#[derive(Debug)]
+pub struct Welcome {
+    /// Its address.
+    pub virtual_ip: IpAddr,
+    /// Those that were members before.
+    pub peers: Vec<Arc<Member>>,
+    /// The hub, if there is one.
+    pub hub: Option<HubPeer>,
+}
+
+/// The answer to a member's join.
+pub fn answer(Welcome { virtual_ip, peers, hub }: &Welcome, form: Form) -> String {
+    let peers = peers.iter().map(|peer| MemberObject::new(peer, form)).collect();
+    json(&Answer { virtual_ip: *virtual_ip, peers, shown: form.hub.then_some(ShownHub { hub: hub.as_ref() }) })
+}
+
+/// Another hub than before, or none.
+pub fn hub_change(hub: Option<&HubPeer>) -> String {
+    json(&ShownHub { hub })
 }
 
 /// A new member, as the others learn of it.
@@ -138,14 +176,31 @@ mod tests {
     fn messages_are_those_of_the_original_and_endpoints_are_added_on_demand() {
         let (shown, hidden) = (member("A", Some("192.0.2.7")), member("A", None));
         let plain = format!(r#"{{"display_name":"A","public_key":"{KEY}","virtual_ip":"10.64.0.1"}}"#);
-        assert_eq!(announcement(&shown, Form::Plain), plain);
+        assert_eq!(announcement(&shown, Form::default()), plain);
         let with = |endpoint: &str| plain.replace('}', &format!(r#","endpoint":{endpoint}}}"#));
-        assert_eq!(announcement(&shown, Form::WithEndpoints), with(r#""192.0.2.7""#));
-        assert_eq!(announcement(&hidden, Form::WithEndpoints), with("null"));
+        assert_eq!(announcement(&shown, Form { endpoints: true, ..Form::default() }), with(r#""192.0.2.7""#));
+        assert_eq!(announcement(&hidden, Form { endpoints: true, ..Form::default() }), with("null"));
         let address = "10.64.0.2".parse().unwrap();
-        assert_eq!(answer(address, [].into_iter(), Form::Plain), r#"{"virtual_ip":"10.64.0.2","peers":[]}"#);
-        let peers = answer(address, [&shown].into_iter(), Form::Plain);
+        let welcome = |peers: &[&Member], hub| {
+            let peers = peers.iter().map(|peer| Arc::new((*peer).clone())).collect();
+            Welcome { virtual_ip: address, peers, hub }
+        };
+        let hub = HubPeer {
+            public_key: KEY.parse().unwrap(),
+            endpoint: "gw1:51830".into(),
+            allowed_ips: "10.64.0.0/20".parse().unwrap(),
+        };
+        let alone = r#"{"virtual_ip":"10.64.0.2","peers":[]}"#;
+        for hub in [None, Some(hub.clone())] {
+            assert_eq!(answer(&welcome(&[], hub), Form::default()), alone);
+        }
+        let peers = answer(&welcome(&[&shown], None), Form::default());
         assert_eq!(peers, format!(r#"{{"virtual_ip":"10.64.0.2","peers":[{plain}]}}"#));
+        let with_hub = Form { hub: true, ..Form::default() };
+        let object = format!(r#""hub":{{"public_key":"{KEY}","endpoint":"gw1:51830","allowed_ips":"10.64.0.0/20"}}"#);
+        assert_eq!(answer(&welcome(&[], None), with_hub), alone.replace('}', r#","hub":null}"#));
+        assert_eq!(answer(&welcome(&[], Some(hub.clone())), with_hub), alone.replace('}', &format!(",{object}}}")));
+        assert_eq!([hub_change(Some(&hub)), hub_change(None)], [format!("{{{object}}}"), r#"{"hub":null}"#.into()]);
         assert_eq!(removal(address), r#"{"removed_peer":"10.64.0.2"}"#);
     }
 

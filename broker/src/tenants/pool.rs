@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use wgkex_common::PublicKey;
+use wgkex_common::address::tenants::TenantNetworks;
 
 use crate::ipam::{Blocks, FreeList};
 use crate::tenants::id::TenantId;
@@ -62,11 +63,9 @@ struct TenantNetwork {
 }
 
 impl Tenants {
-    /// No tenant is there. `pool`: networks that do not overlap, each of which is cut into such of `length`; one that is no
-    /// larger than these is one of them as it is. `grace`: how long an address is held.
-    pub fn new(pool: &[IpNet], length: u8, grace: Duration) -> Self {
-        let parts = pool.iter().filter_map(|part| Blocks::new(*part, length.max(part.prefix_len())));
-        let parts: Vec<_> = parts.collect();
+    /// No tenant is there. `grace`: how long an address is held.
+    pub fn new(networks: &TenantNetworks, grace: Duration) -> Self {
+        let parts: Vec<_> = networks.parts().filter_map(|(part, length)| Blocks::new(part, length)).collect();
         Self {
             free: FreeList::of_blocks(&parts),
             parts,

@@ -61,10 +61,9 @@ async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<
 
 /// Only who asks for endpoints shows its own.
 fn client(request: &HttpRequest, tenant: TenantId, address: impl FnOnce() -> Option<IpAddr>) -> Client {
-    match query(request, "endpoints").as_deref() {
-        Some("1") => Client { tenant, form: Form::WithEndpoints, endpoint: address() },
-        _ => Client { tenant, form: Form::Plain, endpoint: None },
-    }
+    let wants = |name| query(request, name).as_deref() == Some("1");
+    let form = Form { endpoints: wants("endpoints"), hub: wants("hub") };
+    Client { tenant, form, endpoint: form.endpoints.then(address).flatten() }
 }
 
 /// The token of a client, in a header or, for browsers, in the query.

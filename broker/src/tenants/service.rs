@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::wire::lease::{AnnouncedHub, LeaseMessage, LeaseRequest};
 use wgkex_common::wire::message::Served;
-use wgkex_common::{BrokerName, Topic};
+use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::tenants::close::CloseCause;
 use crate::tenants::coordination::Coordination;
@@ -43,7 +44,7 @@ enum Command {
     Alive(SessionId),
 }
 
-/// What other brokers say.
+/// What comes by MQTT.
 #[derive(Debug)]
 pub enum TenantEvent {
     /// A broker is online, or no longer.
@@ -52,6 +53,10 @@ pub enum TenantEvent {
     Hello(BrokerName, Option<Served>),
     /// A message to this broker.
     Frame(Frame),
+    /// What a worker is a hub of.
+    Hub(WorkerName, Option<AnnouncedHub>),
+    /// A worker asks for the addresses of its hub.
+    LeaseRequest(WorkerName, LeaseRequest),
 }
 
 /// Tells the task. What finds no place is lost.
@@ -164,6 +169,9 @@ impl TenantService {
                 }
             }
             publish(&bus, self.tenants.take_frames(Instant::now()));
+            if let Some((worker, messages)) = self.tenants.take_hub_messages(Instant::now()) {
+                publish_to_hub(&bus, &worker, &messages);
+            }
             self.metrics.set(self.tenants.counts());
         }
         publish(&bus, self.tenants.stop(Instant::now()));
@@ -190,6 +198,8 @@ impl TenantService {
             TenantEvent::Frame(frame) if frame.is_bounded() => self.tenants.on_frame(frame, now),
             // It is missed, and all is registered again.
             TenantEvent::Frame(_) => {}
+            TenantEvent::Hub(worker, announced) => self.tenants.on_hub(&worker, announced, now),
+            TenantEvent::LeaseRequest(worker, request) => self.tenants.on_lease_request(&worker, &request),
         }
     }
 
@@ -207,5 +217,13 @@ fn publish(bus: &MqttHandle, frames: Vec<(BrokerName, Frame)>) {
     for (broker, frame) in frames {
         let payload = serde_json::to_vec(&frame).unwrap_or_default();
         let _ = bus.try_publish(Message::transient(Topic::BrokerTenants { broker }, payload));
+    }
+}
+
+/// A message that finds no place is missed by the worker, which asks for all then.
+fn publish_to_hub(bus: &MqttHandle, worker: &WorkerName, messages: &[LeaseMessage]) {
+    for message in messages {
+        let payload = serde_json::to_vec(message).unwrap_or_default();
+        let _ = bus.try_publish(Message::transient(Topic::WorkerLeases { worker: worker.clone() }, payload));
     }
 }

@@ -12,8 +12,9 @@ use wgkex_common::BrokerName;
 
 use crate::tenants::close::CloseCause;
 use crate::tenants::frame::{Origin, Refusal, Request, SessionId, Update, Wish};
+use crate::tenants::hub::Hub;
 use crate::tenants::id::TenantId;
-use crate::tenants::message::{Form, announcement, removal};
+use crate::tenants::message::{Form, Welcome, announcement, hub_change, removal};
 use crate::tenants::metrics::{Leave, Metrics};
 use crate::tenants::pool::Counts;
 use crate::tenants::store::{AddressBuffer, Addresses, TenantKey};
@@ -33,8 +34,8 @@ pub struct SessionLink {
 /// What a session is to send.
 #[derive(Debug)]
 pub enum Outgoing {
-    /// It is a member at this address; these were before.
-    Answer(IpAddr, Vec<Arc<Member>>),
+    /// It is a member.
+    Answer(Welcome),
     /// A message about another member.
     Text(ByteString),
     /// A ping whose answer is to be reported.
@@ -51,6 +52,7 @@ pub struct Sessions {
     /// A snapshot, as far as it came.
     partial: Option<(Members, Addresses)>,
     last_order: u64,
+    hub: Option<Hub>,
     kept: AddressBuffer,
     metrics: Metrics,
 }
@@ -85,7 +87,36 @@ impl Sessions {
     /// Of a broker of this name, whose disk has these addresses.
     pub fn new(own: BrokerName, addresses: Addresses, kept: AddressBuffer, metrics: Metrics) -> Self {
         let (by_id, members) = (BTreeMap::new(), Members::new());
-        Self { own, by_id, members, addresses, partial: None, last_order: 0, kept, metrics }
+        Self { own, by_id, members, addresses, partial: None, last_order: 0, hub: None, kept, metrics }
+    }
+
+    /// With a hub, which is to have all addresses.
+    pub fn with_hub(mut self, hub: Option<Hub>) -> Self {
+        self.hub = hub;
+        for ((_, key), address) in &self.addresses {
+            self.hub.iter_mut().for_each(|hub| hub.on_address(*key, None, Some(*address)));
+        }
+        self
+    }
+
+    /// The hub, if there is to be one.
+    pub fn hub(&mut self) -> Option<&mut Hub> {
+        self.hub.as_mut()
+    }
+
+    /// The hub is another one than before: those learn of it that want to. Returns what the coordinator is to be told.
+    pub fn on_hub_change(&mut self) -> Vec<Request> {
+        let mut slow = Vec::new();
+        for Session { wish, link, address, .. } in self.by_id.values().filter(|session| session.link.form.hub) {
+            let Some(address) = address else { continue };
+            let peer = self.hub.as_ref().and_then(|hub| hub.peer(*address));
+            if link.queue.try_send(Outgoing::Text(hub_change(peer.as_ref()).into())).is_err() {
+                slow.push(wish.session);
+            }
+        }
+        let mut requests = Vec::new();
+        self.drop_slow(slow, &mut requests);
+        requests
     }
 
     /// A session wants to be a member.
@@ -218,7 +249,8 @@ impl Sessions {
             let mut peers: Vec<_> = peers.map(|(_, known)| known).collect();
             peers.sort_by_key(|known| known.order);
             let peers = peers.into_iter().map(|known| known.member.clone()).collect();
-            if found.link.queue.try_send(Outgoing::Answer(own, peers)).is_ok() {
+            let hub = self.hub.as_ref().filter(|_| found.link.form.hub).and_then(|hub| hub.peer(own));
+            if found.link.queue.try_send(Outgoing::Answer(Welcome { virtual_ip: own, peers, hub })).is_ok() {
                 self.metrics.joins.inc();
             } else {
                 // Its session has ended.
@@ -302,6 +334,7 @@ impl Sessions {
             None => addresses.remove(&entry),
         };
         if self.partial.is_none() && before != address {
+            self.hub.iter_mut().for_each(|hub| hub.on_address(entry.1, before, address));
             self.kept.note(entry, address);
         }
     }
@@ -330,7 +363,8 @@ fn missing(all: &Members, there: &Members) -> Vec<(TenantId, KnownMember)> {
 
 impl Broadcast {
     fn announcement(member: &Member) -> Self {
-        let [plain, with_endpoints] = [Form::Plain, Form::WithEndpoints].map(|form| announcement(member, form).into());
+        let form = |endpoints| Form { endpoints, ..Form::default() };
+        let [plain, with_endpoints] = [false, true].map(|endpoints| announcement(member, form(endpoints)).into());
         Self { plain, with_endpoints }
     }
 
@@ -340,9 +374,6 @@ impl Broadcast {
     }
 
     fn text(&self, form: Form) -> ByteString {
-        match form {
-            Form::Plain => self.plain.clone(),
-            Form::WithEndpoints => self.with_endpoints.clone(),
-        }
+        if form.endpoints { self.with_endpoints.clone() } else { self.plain.clone() }
     }
 }

@@ -194,9 +194,9 @@ async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) 
 async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut session: Session, form: Form, joined: impl Fn()) -> End {
     while let Some(outgoing) = queue.recv().await {
         let sent = match outgoing {
-            Outgoing::Answer(virtual_ip, peers) => {
+            Outgoing::Answer(welcome) => {
                 joined();
-                session.text(answer(virtual_ip, peers.iter().map(AsRef::as_ref), form)).await
+                session.text(answer(&welcome, form)).await
             }
             Outgoing::Text(text) => session.text(text).await,
             Outgoing::Probe => session.ping(PROBE).await,

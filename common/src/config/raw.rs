@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
 use super::http::{Listen, RawBrokerListen, RawListen, check_places};
+use super::hub::RawHub;
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
 use super::logging::{LogFormat, log_level};
@@ -76,6 +77,7 @@ pub(super) struct Raw {
     pub storage_password_file: Option<File>,
     pub registry: RawRegistry,
     pub servers: BTreeMap<String, RawServer>,
+    pub hub: RawHub,
     pub tenants: RawTenants,
 }
 
@@ -111,6 +113,9 @@ impl Raw {
         let mqtt = self.mqtt.check(mqtt_listen.as_ref(), is_listen_set, diagnostics);
         let (broker_listen, https) = self.broker_listen.check(diagnostics);
         let (worker_listen, admin_listen) = (self.worker_listen.check(9586), self.admin_listen.check(5001));
+        let (key_dir, tenants) = (self.setup.key_dir(), self.tenants.check(diagnostics));
+        let servers = servers::check(self.servers, &key_dir, diagnostics);
+        let hub = self.hub.check(&tenants.settings.networks, &key_dir, servers.values(), diagnostics);
         let mqtt_address = mqtt_listen.as_ref().map(|listen| Listen::of(listen.address));
         check_places(
             [
@@ -147,8 +152,9 @@ impl Raw {
             admin_token_hash: self.admin_token_hash.map(|hash| Secret::new(hash.0)),
             storage: registry::storage(self.storage, self.storage_password_file, diagnostics),
             registry: self.registry.check(diagnostics),
-            servers: servers::check(self.servers, &self.setup.key_dir(), diagnostics),
-            tenants: self.tenants.check(diagnostics),
+            servers,
+            hub,
+            tenants: tenants.enabled(),
             is_setup_named: self.setup.is_named(),
             setup: self.setup.check(&listed, &domains, diagnostics),
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),

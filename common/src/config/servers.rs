@@ -11,6 +11,9 @@ use super::value::{Host, Net, Port, Text, Whole, port};
 
 /// The longest name of an interface (`IFNAMSIZ` of linux/if.h, less the zero at its end).
 const INTERFACE_MAX: usize = 15;
+/// What a name of an interface must be.
+pub(super) const INTERFACE_COMPLAINT: &str =
+    "must be the name of an interface: 1 to 15 characters, without blanks and \"/\"";
 
 /// A server: a WireGuard interface whose clients lease addresses from the registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,8 +63,7 @@ impl RawServer {
     fn check(self, name: &str, key_dir: &FilePath, path: &Path, diagnostics: &mut Diagnostics) -> Option<Server> {
         let interface = self.interface.map_or_else(|| name.to_owned(), |interface| interface.0);
         if !is_interface(&interface) {
-            let complaint = "must be the name of an interface: 1 to 15 characters, without blanks and \"/\"";
-            diagnostics.error(&path.then("interface"), complaint);
+            diagnostics.error(&path.then("interface"), INTERFACE_COMPLAINT);
         }
         let Some(Net(network)) = self.network else {
             diagnostics.error(&path.then("network"), "is missing: it must be a network such as 192.168.2.0/24");
@@ -82,7 +84,8 @@ impl RawServer {
     }
 }
 
-fn is_interface(name: &str) -> bool {
+/// Whether an interface may have this name.
+pub(super) fn is_interface(name: &str) -> bool {
     (1..=INTERFACE_MAX).contains(&name.len())
         && ![".", ".."].contains(&name)
         && !name.contains(|char: char| char.is_whitespace() || char.is_control() || char == '/' || char == ':')

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::diagnostics::{Diagnostics, Path};
-use super::value::{File, FillTime, Flag, Pool, TenantLength};
+use super::value::{File, FillTime, Flag, Pool, TenantLength, Text};
+use crate::WorkerName;
+use crate::address::tenants::TenantNetworks;
 
 /// The longest prefix of a tenant's network: 14 members by IPv4 or IPv6.
 const LENGTH_MAX: [u8; 2] = [28, 124];
@@ -19,14 +21,27 @@ const LENGTH_MIN: u8 = 8;
 /// What tenants get.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TenantSettings {
-    /// Networks of one family that do not overlap.
-    pub pool: Vec<IpNet>,
-    /// The prefix length of the networks that they are cut into; one that is no larger than these is one of them.
-    pub tenant_length: u8,
+    /// Their networks.
+    pub networks: TenantNetworks,
     /// How long an address is held for a member that left.
     pub grace: Duration,
     /// Where the hashes of tokens stand; without it none are needed.
     pub tokens_file: Option<PathBuf>,
+    /// The worker that is their hub, if there is one.
+    pub hub: Option<WorkerName>,
+}
+
+/// What the config has of tenants.
+pub(super) struct CheckedTenants {
+    pub settings: TenantSettings,
+    is_enabled: bool,
+}
+
+impl CheckedTenants {
+    /// None unless they are enabled.
+    pub fn enabled(self) -> Option<TenantSettings> {
+        self.is_enabled.then_some(self.settings)
+    }
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -37,58 +52,68 @@ pub(super) struct RawTenants {
     pub tenant_length: Option<TenantLength>,
     pub grace: Option<FillTime>,
     pub tokens_file: Option<File>,
+    pub hub: Option<Text>,
 }
 
 impl RawTenants {
-    /// None unless they are enabled.
-    pub fn check(self, diagnostics: &mut Diagnostics) -> Option<TenantSettings> {
-        let pool = self.pool.map_or_else(default_pool, |pool| pool.0);
-        let settings = TenantSettings {
+    /// Their settings, which count for a hub even if this broker serves no tenants.
+    pub fn check(self, diagnostics: &mut Diagnostics) -> CheckedTenants {
+        let networks = TenantNetworks {
+            pool: self.pool.map_or_else(default_pool, |pool| pool.0),
             tenant_length: self.tenant_length.map_or(20, |length| length.0),
+        };
+        let settings = TenantSettings {
+            networks,
             grace: self.grace.map_or(Duration::from_secs(60), |grace| grace.0),
             tokens_file: self.tokens_file.map(|file| file.0.into()),
-            pool,
+            hub: self.hub.and_then(|hub| worker(&hub.0, diagnostics)),
         };
-        settings.check_pool(diagnostics);
-        settings.check_length(diagnostics);
-        self.enabled.is_some_and(|flag| flag.0).then_some(settings)
+        check_pool(&settings.networks, diagnostics);
+        check_length(&settings.networks, diagnostics);
+        CheckedTenants { settings, is_enabled: self.enabled.is_some_and(|flag| flag.0) }
     }
 }
 
-impl TenantSettings {
-    fn check_pool(&self, diagnostics: &mut Diagnostics) {
-        let path = Path::of("tenants.pool");
-        let mut wrong = |network: &IpNet, complaint: &str| {
-            diagnostics.invalid(&path, &Value::from(network.to_string()), complaint);
-        };
-        for (at, network) in self.pool.iter().enumerate() {
-            let overlaps = |other: &&IpNet| other.contains(network) || network.contains(*other);
-            if let Some(other) = self.pool[..at].iter().find(overlaps) {
-                wrong(network, &format!("must be apart from the others, such as {other}"));
-            }
-            if family(network) != family(&self.pool[0]) {
-                wrong(network, "must be of the family of the others, either IPv4 or IPv6");
-            }
+fn check_pool(TenantNetworks { pool, .. }: &TenantNetworks, diagnostics: &mut Diagnostics) {
+    let path = Path::of("tenants.pool");
+    let mut wrong = |network: &IpNet, complaint: &str| {
+        diagnostics.invalid(&path, &Value::from(network.to_string()), complaint);
+    };
+    for (at, network) in pool.iter().enumerate() {
+        let overlaps = |other: &&IpNet| other.contains(network) || network.contains(*other);
+        if let Some(other) = pool[..at].iter().find(overlaps) {
+            wrong(network, &format!("must be apart from the others, such as {other}"));
         }
-        if let Some(public) = self.pool.iter().find(|network| !is_private(network)) {
-            diagnostics
-                .warn(&path, &format!("has {public}, which is not private: members could not reach those who own it"));
+        if family(network) != family(&pool[0]) {
+            wrong(network, "must be of the family of the others, either IPv4 or IPv6");
         }
     }
+    if let Some(public) = pool.iter().find(|network| !is_private(network)) {
+        diagnostics
+            .warn(&path, &format!("has {public}, which is not private: members could not reach those who own it"));
+    }
+}
 
-    fn check_length(&self, diagnostics: &mut Diagnostics) {
-        let Some(first) = self.pool.first() else { return };
-        let max = LENGTH_MAX[family(first)];
-        let path = Path::of("tenants.tenant_length");
-        if !(LENGTH_MIN..=max).contains(&self.tenant_length) {
-            let complaint = format!("must be a number from {LENGTH_MIN} to {max}");
-            diagnostics.invalid(&path, &Value::from(self.tenant_length), &complaint);
-        }
-        if let Some(small) = self.pool.iter().find(|network| network.prefix_len() > max) {
-            let complaint = format!("must be a network with a prefix length of at most {max}");
-            diagnostics.invalid(&Path::of("tenants.pool"), &Value::from(small.to_string()), &complaint);
-        }
+fn check_length(TenantNetworks { pool, tenant_length }: &TenantNetworks, diagnostics: &mut Diagnostics) {
+    let Some(first) = pool.first() else { return };
+    let max = LENGTH_MAX[family(first)];
+    let path = Path::of("tenants.tenant_length");
+    if !(LENGTH_MIN..=max).contains(tenant_length) {
+        let complaint = format!("must be a number from {LENGTH_MIN} to {max}");
+        diagnostics.invalid(&path, &Value::from(*tenant_length), &complaint);
     }
+    if let Some(small) = pool.iter().find(|network| network.prefix_len() > max) {
+        let complaint = format!("must be a network with a prefix length of at most {max}");
+        diagnostics.invalid(&Path::of("tenants.pool"), &Value::from(small.to_string()), &complaint);
+    }
+}
+
+fn worker(name: &str, diagnostics: &mut Diagnostics) -> Option<WorkerName> {
+    let worker = name.parse().ok();
+    if worker.is_none() {
+        diagnostics.error(&Path::of("tenants.hub"), "must be the host name of a worker without \"/\", \"+\" and \"#\"");
+    }
+    worker
 }
 
 fn default_pool() -> Vec<IpNet> {

@@ -1,5 +1,6 @@
 //! The messages by which a broker's registry and the worker that is one of its servers keep the same leases. A revision counts
-//! the changes of one server; who knows revision `n` and gets `n + 1` has missed nothing.
+//! the changes of one server; who knows revision `n` and gets `n + 1` has missed nothing. The addresses of tenants' members come
+//! to the worker that is their hub in the same way, as those of the server [`HUB`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -7,6 +8,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::address::tenants::TenantNetworks;
 use crate::{BrokerName, PublicKey};
 
 /// Leases of a chunk at most.
@@ -15,12 +17,30 @@ pub const CHUNK: usize = 1000;
 pub const SERVERS_MAX: usize = 16;
 /// The longest list of allowed-ips, and the longest endpoint.
 const TEXT_MAX: usize = 4096;
+/// The name that the hub of tenants has among the servers of a worker. The registry has no server with a slash in its name.
+pub const HUB: &str = "tenants/hub";
 
 /// The servers that a worker is, by name; retained.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnnouncedServers {
     /// By name.
     pub servers: BTreeMap<String, AnnouncedServer>,
+    /// The hub of tenants, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hub: Option<AnnouncedHub>,
+}
+
+/// What a worker publishes of its interface for the members of tenants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedHub {
+    /// The key of its interface.
+    pub public_key: PublicKey,
+    /// Where members reach it.
+    pub endpoint_address: String,
+    /// Its UDP port.
+    pub endpoint_port: u16,
+    /// What it forwards within.
+    pub networks: TenantNetworks,
 }
 
 /// What a worker publishes of a server.
@@ -47,7 +67,9 @@ impl AnnouncedServers {
         let is_bounded = |server: &AnnouncedServer| {
             server.endpoint_address.len() <= TEXT_MAX && server.allowed_ips.len() <= TEXT_MAX
         };
-        (self.servers.len() <= SERVERS_MAX && self.servers.values().all(is_bounded)).then_some(self)
+        let is_hub_bounded = |hub: &AnnouncedHub| hub.endpoint_address.len() <= TEXT_MAX;
+        let is_bounded = self.servers.values().all(is_bounded) && self.hub.iter().all(is_hub_bounded);
+        (self.servers.len() <= SERVERS_MAX && is_bounded).then_some(self)
     }
 }
 
@@ -82,6 +104,24 @@ pub struct LeaseMessage {
     pub content: LeaseContent,
 }
 
+impl LeaseMessage {
+    /// The messages that have all leases of a server.
+    pub fn snapshot(
+        server: &str,
+        version: LeaseVersion,
+        mut leases: impl ExactSizeIterator<Item = (PublicKey, LeasedAddresses)>,
+    ) -> Vec<Self> {
+        let last = leases.len().saturating_sub(1) / CHUNK;
+        let chunk = |number| {
+            let leases = leases.by_ref().take(CHUNK).collect();
+            let (number, is_last) = (u32::try_from(number).unwrap_or(u32::MAX), number == last);
+            let content = LeaseContent::Chunk(LeaseChunk { number, is_last, leases });
+            Self { server: server.to_owned(), version, content }
+        };
+        (0..=last).map(chunk).collect()
+    }
+}
+
 /// What a [`LeaseMessage`] has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -104,7 +144,7 @@ pub struct LeaseChange {
     pub removed: BTreeSet<PublicKey>,
     /// Keys that have one now.
     #[serde(default)]
-    pub added: BTreeMap<PublicKey, IpAddr>,
+    pub added: BTreeMap<PublicKey, LeasedAddresses>,
 }
 
 /// A part of all leases of a server.
@@ -115,5 +155,41 @@ pub struct LeaseChunk {
     /// Whether no other follows.
     pub is_last: bool,
     /// The leases.
-    pub leases: BTreeMap<PublicKey, IpAddr>,
+    pub leases: BTreeMap<PublicKey, LeasedAddresses>,
+}
+
+/// The addresses of a key. A client of a server has one; a member of several tenants has one in each of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum LeasedAddresses {
+    /// Just this one.
+    One(IpAddr),
+    /// All of these.
+    Several(Vec<IpAddr>),
+}
+
+impl LeasedAddresses {
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
+        let (one, several) = match self {
+            Self::One(address) => (Some(*address), None),
+            Self::Several(addresses) => (None, Some(addresses)),
+        };
+        one.into_iter().chain(several.into_iter().flatten().copied())
+    }
+}
+
+impl From<IpAddr> for LeasedAddresses {
+    fn from(address: IpAddr) -> Self {
+        Self::One(address)
+    }
+}
+
+impl From<&[IpAddr]> for LeasedAddresses {
+    fn from(addresses: &[IpAddr]) -> Self {
+        match addresses {
+            [address] => Self::One(*address),
+            _ => Self::Several(addresses.into()),
+        }
+    }
 }

@@ -7,6 +7,7 @@ mod address_owners;
 mod bus;
 mod doctor;
 mod examples;
+mod hub;
 mod keys;
 mod links;
 mod looks;
@@ -61,6 +62,8 @@ lanes! {
     servers: wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages;
     servers: status_doctor_and_dry_run_show_the_servers;
     servers: a_client_reaches_the_server_by_the_config_that_the_command_prints;
+    hub: os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenants_do_not;
+    hub: members_learn_of_a_hub_that_changes;
     examples: a_router_comes_into_the_mesh_by_the_examples_alone;
     start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;
     looks: status_shows_what_is_served_and_what_is_wrong;

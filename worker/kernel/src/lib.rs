@@ -1,7 +1,8 @@
 //! What wgkex needs from Linux, and nothing of what it decides.
 //!
 //! [`Kernel`] is the seam to the tables of interfaces that stand: read them, apply changes. [`netlink`] is Linux,
-//! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves.
+//! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves;
+//! [`forwarding`] is what the hub of tenants has beside that.
 //!
 //! Tasks: none; [`netlink`] runs each call on a thread that may block. Owner: the worker's reconciler. A key comes here from the
 //! worker's plan and goes no further; the result of each change goes back to the reconciler.
@@ -19,6 +20,7 @@ use smallvec::SmallVec;
 use wgkex_common::{Domain, PublicKey};
 pub use wireguard_control::{Backend, Key};
 
+pub mod forwarding;
 pub mod key_file;
 pub mod links;
 #[cfg(any(test, feature = "memory"))]
@@ -157,6 +159,8 @@ pub fn host(address: Ipv6Addr) -> IpNet {
 pub enum Change {
     /// The peer exists and has what it is to have; nothing else of it changes.
     SetPeer(PeerConfig),
+    /// The peer exists and has what it is to have, its allowed-ips and no others. Its session stays.
+    ReplacePeer(PeerConfig),
     /// A static route to this network leaves by the interface.
     SetRoute(IpNet),
     /// The flood list has this destination by the interface.

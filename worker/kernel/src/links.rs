@@ -70,6 +70,10 @@ impl Links {
         Ok(Self(handle))
     }
 
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.0
+    }
+
     /// The interface of that name, if there is one.
     pub async fn find(&self, name: &str) -> io::Result<Option<Link>> {
         match self.0.link().get().match_name(name).execute().try_next().await.map_err(plain) {
@@ -132,7 +136,8 @@ impl Links {
         }
     }
 
-    async fn index(&self, name: &str) -> io::Result<u32> {
+    /// Its index.
+    pub(crate) async fn index(&self, name: &str) -> io::Result<u32> {
         let link = self.find(name).await?;
         link.map(|link| link.index).ok_or_else(|| io::Error::other(format!("{name} is missing")))
     }
@@ -207,7 +212,7 @@ fn gives_addresses(spec: &AfSpecUnspec) -> bool {
 }
 
 /// The error number that came over netlink, as the standard library has it.
-fn plain(error: rtnetlink::Error) -> io::Error {
+pub(crate) fn plain(error: rtnetlink::Error) -> io::Error {
     if let rtnetlink::Error::NetlinkError(answer) = error {
         answer.to_io()
     } else {

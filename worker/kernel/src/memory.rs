@@ -272,6 +272,12 @@ impl Tables {
         }
         match &change {
             Change::SetPeer(peer) => self.set_peer(peer),
+            Change::ReplacePeer(peer) => {
+                self.set_peer(peer);
+                if let Some(actual) = self.device.peers.get_mut(&peer.key) {
+                    actual.allowed_ips.retain(|network| peer.allowed_ips.contains(network));
+                }
+            }
             Change::SetRoute(network) => drop(self.device.routes.insert(*network)),
             Change::AddFdb(address) => drop(self.device.fdb.insert(*address)),
             Change::RemovePeer(key) => self.remove_peer(key),

@@ -202,7 +202,7 @@ impl<'a> Interfaces<'a> {
     fn refused(&self, change: &Change, error: Errno) -> KernelError {
         let name = &self.interface.name;
         match change {
-            Change::SetPeer(_) => refused("set peer", name, error),
+            Change::SetPeer(_) | Change::ReplacePeer(_) => refused("set peer", name, error),
             Change::SetRoute(_) => refused("set route", name, error),
             Change::AddFdb(_) => refused("add flood entry", self.interface.flood_list(), error),
             Change::RemovePeer(_) => refused("remove peer", name, error),
@@ -215,6 +215,7 @@ impl<'a> Interfaces<'a> {
 fn peer_change(change: &Change) -> Option<PeerChange<'_>> {
     match change {
         Change::SetPeer(peer) => Some(PeerChange::Set(peer)),
+        Change::ReplacePeer(peer) => Some(PeerChange::Replace(peer)),
         Change::RemovePeer(key) => Some(PeerChange::Remove(*key)),
         Change::SetRoute(_) | Change::AddFdb(_) | Change::RemoveRoute(_) | Change::RemoveFdb(_) => None,
     }

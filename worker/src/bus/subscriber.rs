@@ -45,7 +45,9 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
         qos0_filters: vec![Topic::broker_hellos()],
         qos1_filters: [Topic::WorkerChunks { worker: worker() }, Topic::Revocations]
             .into_iter()
-            .chain((!config.servers.is_empty()).then(|| Topic::WorkerLeases { worker: worker() }))
+            .chain(
+                (!config.servers.is_empty() || config.hub.is_some()).then(|| Topic::WorkerLeases { worker: worker() }),
+            )
             .map(|topic| topic.to_string())
             .collect(),
         echo: Some(Topic::WorkerEcho { worker: worker() }),

@@ -110,7 +110,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
 
 /// The same for each server of the registry.
 async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
-    if config.servers.is_empty() {
+    if config.servers.is_empty() && config.hub.is_none() {
         return Ok(BTreeMap::new());
     }
     let mut kernel = Netlink::open().context("netlink")?;

@@ -1,13 +1,12 @@
 //! The leases on disk: `worker.leases.json` in `state_dir`, written whole before the kernel is changed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use wgkex_common::PublicKey;
 use wgkex_common::storage::{StorageError, json_file};
-use wgkex_common::wire::lease::LeaseVersion;
+use wgkex_common::wire::lease::{LeaseVersion, LeasedAddresses};
 
 /// The version of the file.
 const LAYOUT: u32 = 1;
@@ -22,7 +21,7 @@ pub struct KeptLeases {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptServer {
     pub version: Option<LeaseVersion>,
-    pub leases: BTreeMap<PublicKey, IpAddr>,
+    pub leases: BTreeMap<PublicKey, LeasedAddresses>,
     /// Keys without a lease whose peers were made here and may still be there.
     pub removed: BTreeSet<PublicKey>,
     /// Keys with a lease whose peers somebody else made.

@@ -1,7 +1,10 @@
 //! The metrics of this gateway's servers.
 
 use prometheus::{Error, IntGaugeVec};
+use wgkex_common::Config;
 use wgkex_common::runtime::metrics::Registry;
+
+use super::server::sources;
 
 /// By server.
 #[derive(Debug, Clone)]
@@ -11,8 +14,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers them, with a series for each of these servers.
-    pub fn register<'a>(registry: &Registry, servers: impl Iterator<Item = &'a str>) -> Result<Self, Error> {
+    /// Registers them, with a series for each server of the config.
+    pub fn register(registry: &Registry, config: &Config) -> Result<Self, Error> {
         let metrics = Self {
             leases: registry.gauges(
                 "wgkex_worker_server_leases",
@@ -25,9 +28,9 @@ impl Metrics {
                 &["server"],
             )?,
         };
-        for server in servers {
-            metrics.leases.with_label_values(&[server]).set(0);
-            metrics.up.with_label_values(&[server]).set(0);
+        for (server, _) in sources(config) {
+            metrics.leases.with_label_values(&[server.as_str()]).set(0);
+            metrics.up.with_label_values(&[server.as_str()]).set(0);
         }
         Ok(metrics)
     }

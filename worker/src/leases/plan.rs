@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use wgkex_common::PublicKey;
+use wgkex_common::wire::lease::LeasedAddresses;
 use wgkex_kernel::Device;
 
 use crate::plan::{Action, Objects, Step};
@@ -22,10 +23,10 @@ pub struct LeasePlan {
 /// What is to be so: who leases what, and which peers were made here for a lease.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
-    /// The network of the server.
-    pub network: IpNet,
-    /// Its leases. Those outside of the network are nobody's.
-    pub leases: &'a BTreeMap<PublicKey, IpAddr>,
+    /// The networks of the server. Addresses outside of them are nobody's.
+    pub networks: &'a [IpNet],
+    /// Its leases.
+    pub leases: &'a BTreeMap<PublicKey, LeasedAddresses>,
     /// The keys of peers that were made here.
     pub made: &'a BTreeSet<PublicKey>,
 }
@@ -35,18 +36,21 @@ pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
     let mut plan = LeasePlan::default();
     for key in wanted.made.iter().filter(|key| !wanted.leases.contains_key(key)) {
         if device.peers.contains_key(key) {
-            let networks = device.peers[key].allowed_ips.first().map(IpNet::addr);
-            let peer = lease::desired(*key, networks.unwrap_or_else(|| wanted.network.addr()));
+            let peer = lease::desired(*key, device.peers[key].allowed_ips.iter().map(IpNet::addr));
             plan.steps.push(Step { peer, action: Action::Remove(Objects::ALL) });
         }
     }
-    for (key, address) in wanted.leases.iter().filter(|(_, address)| wanted.network.contains(*address)) {
-        let desired = lease::desired(*key, *address);
+    for (key, addresses) in wanted.leases {
+        let is_own = |address: &IpAddr| wanted.networks.iter().any(|network| network.contains(address));
+        let desired = lease::desired(*key, addresses.iter().filter(is_own));
+        if desired.networks().is_empty() {
+            continue;
+        }
         let is_ours = wanted.made.contains(key);
         match device.peers.get(key).map(|peer| desired.ownership(peer)) {
             Some(Ownership::Ours) => {}
             None | Some(Ownership::Partial) => plan.steps.push(Step::install(desired)),
-            Some(Ownership::Foreign) if is_ours => plan.steps.push(Step::renew(desired)),
+            Some(Ownership::Foreign) if is_ours => plan.steps.push(Step { peer: desired, action: Action::Replace }),
             Some(Ownership::Foreign) => drop(plan.foreign.insert(*key)),
         }
     }
@@ -77,15 +81,28 @@ mod tests {
     }
 
     fn config(n: u32, address: &str) -> PeerConfig {
-        lease::desired(key(n), address.parse().unwrap()).peer
+        lease::desired(key(n), address.split(',').map(|address| address.parse().unwrap())).peer
     }
 
     #[test]
     fn peers_are_made_for_leases_and_only_those_are_removed_again() {
-        let leases =
-            [(1, "10.0.0.2"), (2, "10.0.0.3"), (3, "10.0.0.4"), (4, "10.0.0.5"), (5, "10.0.0.6"), (6, "192.0.2.1")];
-        let leases = leases.map(|(n, address)| (key(n), address.parse().unwrap())).into();
-        let made = [2, 3, 7].map(key).into();
+        let leases = [
+            (1, "10.0.0.2"),
+            (2, "10.0.0.3"),
+            (3, "10.0.0.4"),
+            (4, "10.0.0.5"),
+            (5, "10.0.0.6"),
+            (6, "192.0.2.1"),
+            (10, "10.0.0.10,10.1.0.10,192.0.2.1"),
+            (11, "10.0.0.11"),
+            (12, "10.0.0.12,10.1.0.12"),
+        ];
+        let leases = leases.map(|(n, addresses)| {
+            let addresses: Vec<IpAddr> = addresses.split(',').map(|address| address.parse().unwrap()).collect();
+            (key(n), LeasedAddresses::from(&*addresses))
+        });
+        let leases = leases.into();
+        let made = [2, 3, 7, 10, 11, 12].map(key).into();
         let device = device(&[
             (2, &["10.0.0.3/32"]),
             (3, &["10.0.0.9/32"]),
@@ -93,14 +110,20 @@ mod tests {
             (5, &[]),
             (7, &["10.0.0.7/32"]),
             (8, &["10.0.0.8/32"]),
+            (10, &["10.0.0.10/32"]),
+            (11, &["10.0.0.11/32", "10.1.0.11/32"]),
+            (12, &["10.0.0.12/32", "10.1.0.12/32"]),
         ]);
-        let plan = plan(&device, Wanted { network: "10.0.0.0/24".parse().unwrap(), leases: &leases, made: &made });
+        let networks = ["10.0.0.0/24", "10.1.0.0/24"].map(|network| network.parse().unwrap());
+        let plan = plan(&device, Wanted { networks: &networks, leases: &leases, made: &made });
         let shown: Vec<_> = plan.steps.iter().map(|step| (step.peer.peer.clone(), step.action)).collect();
         let expected = [
             (config(7, "10.0.0.7"), Action::Remove(Objects::ALL)),
             (config(1, "10.0.0.2"), Action::Set(Objects::ALL)),
-            (config(3, "10.0.0.4"), Action::Renew),
+            (config(3, "10.0.0.4"), Action::Replace),
             (config(5, "10.0.0.6"), Action::Set(Objects::ALL)),
+            (config(10, "10.0.0.10,10.1.0.10"), Action::Set(Objects::ALL)),
+            (config(11, "10.0.0.11"), Action::Replace),
         ];
         let mut sorted = expected.to_vec();
         sorted[1..].sort_by_key(|(peer, _)| peer.key);

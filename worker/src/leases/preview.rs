@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use wgkex_common::Config;
 use wgkex_common::storage::StorageError;
-use wgkex_kernel::{Interface, Kernel};
+use wgkex_kernel::Kernel;
 
 use super::file;
-use super::server::ServerState;
+use super::server::{ServerState, sources};
 use crate::dry_run::{Command, Planned, Reason, commands};
 use crate::plan::{Action, changes};
 
@@ -19,10 +19,10 @@ pub async fn preview(
 ) -> Result<BTreeMap<String, Result<Vec<Command>, String>>, StorageError> {
     let mut kept = file::read(&file::path(&config.state_dir))?.servers;
     let mut previews = BTreeMap::new();
-    for (name, server) in &config.servers {
-        let kept = kept.remove(name).unwrap_or_default();
-        let mut state = ServerState::new(name.clone(), server.clone(), kept, Instant::now());
-        let interface = Interface { name: server.interface.clone(), vxlan: None };
+    for (name, source) in sources(config) {
+        let kept = kept.remove(&name).unwrap_or_default();
+        let mut state = ServerState::new(name.clone(), source, kept, Instant::now());
+        let interface = state.interface.clone();
         let device = kernel.read(&interface).await.map_err(|error| error.to_string());
         let commands = device.map(|device| {
             let steps = state.plan(&device).steps;
@@ -32,7 +32,7 @@ pub async fn preview(
             });
             commands(&interface, &device, &planned.collect::<Vec<_>>())
         });
-        previews.insert(name.clone(), commands);
+        previews.insert(name, commands);
     }
     Ok(previews)
 }

@@ -1,16 +1,17 @@
-//! The state of one server: its leases, which of its peers were made here, and when to ask a broker. Pure: what happened comes in
+//! The state of one server, of the registry or the hub of tenants: its leases, which of its peers were made here, and when to ask a broker. Pure: what happened comes in
 //! with the time.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use wgkex_common::PublicKey;
-use wgkex_common::config::Server;
-use wgkex_common::wire::lease::{AnnouncedServer, LeaseMessage};
+use wgkex_common::config::Config;
+use wgkex_common::wire::lease::{HUB, LeaseMessage};
 use wgkex_kernel::{Device, Interface};
 
 use super::file::KeptServer;
 use super::plan::{LeasePlan, Wanted, plan};
+use super::source::{Announced, LeaseSource};
 use super::table::{LeaseTable, Progress};
 
 /// How long a broker may take to answer before another one is asked.
@@ -24,11 +25,11 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(super) struct ServerState {
     pub name: String,
-    pub config: Server,
+    pub source: LeaseSource,
     pub interface: Interface,
     pub table: LeaseTable,
     /// What it is to brokers, once its interface was read.
-    pub announced: Option<AnnouncedServer>,
+    pub announced: Option<Announced>,
     made: BTreeSet<PublicKey>,
     foreign: BTreeSet<PublicKey>,
     /// What is kept of it is not what is on disk.
@@ -39,19 +40,26 @@ pub(super) struct ServerState {
     pub is_failing: bool,
 }
 
+/// The servers of a config, by name, and the hub.
+pub(super) fn sources(config: &Config) -> Vec<(String, LeaseSource)> {
+    let servers = config.servers.iter().map(|(name, server)| (name.clone(), LeaseSource::Registry(server.clone())));
+    servers.chain(config.hub.iter().map(|hub| (HUB.to_owned(), LeaseSource::Tenants(hub.clone())))).collect()
+}
+
 impl ServerState {
-    pub fn new(name: String, config: Server, kept: KeptServer, now: Instant) -> Self {
+    pub fn new(name: String, source: LeaseSource, kept: KeptServer, now: Instant) -> Self {
         let KeptServer { version, leases, removed, foreign } = kept;
         let made = leases.keys().filter(|key| !foreign.contains(key)).chain(&removed).copied().collect();
         Self {
             name,
-            interface: Interface { name: config.interface.clone(), vxlan: None },
-            config,
+            interface: Interface { name: source.interface().to_owned(), vxlan: None },
+            source,
             table: LeaseTable::restored(version, leases),
             announced: None,
             made,
             foreign,
-            is_unsaved: false,
+            // The file says later that there was a server.
+            is_unsaved: true,
             ask_at: now,
             check_at: now,
             is_failing: false,
@@ -129,7 +137,7 @@ impl ServerState {
 
     /// What is to be done about the peers of the interface. Before it is, it has to be on disk.
     pub fn plan(&mut self, device: &Device) -> LeasePlan {
-        let wanted = Wanted { network: self.config.network, leases: self.table.leases(), made: &self.made };
+        let wanted = Wanted { networks: self.source.networks(), leases: self.table.leases(), made: &self.made };
         let plan = plan(device, wanted);
         let made = self.made.len();
         self.made.retain(|key| self.table.leases().contains_key(key) || device.peers.contains_key(key));

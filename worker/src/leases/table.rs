@@ -1,10 +1,9 @@
 //! What is known of the leases of one server: a copy of the broker's, by changes and by chunks of all. Pure.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 
 use wgkex_common::PublicKey;
-use wgkex_common::wire::lease::{LeaseChange, LeaseChunk, LeaseContent, LeaseVersion};
+use wgkex_common::wire::lease::{LeaseChange, LeaseChunk, LeaseContent, LeaseVersion, LeasedAddresses};
 
 /// Changes that are kept until those before them come.
 const EARLY_MAX: usize = 64;
@@ -15,7 +14,7 @@ const LEASES_MAX: usize = 1_000_000;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LeaseTable {
     version: Option<LeaseVersion>,
-    leases: BTreeMap<PublicKey, IpAddr>,
+    leases: BTreeMap<PublicKey, LeasedAddresses>,
     /// Chunks of another version, as far as they came.
     partial: Option<Partial>,
     /// Changes that came before one before them, by revision, all of the same server.
@@ -26,7 +25,7 @@ pub struct LeaseTable {
 struct Partial {
     version: LeaseVersion,
     chunks: u32,
-    leases: BTreeMap<PublicKey, IpAddr>,
+    leases: BTreeMap<PublicKey, LeasedAddresses>,
 }
 
 /// What a message led to.
@@ -44,7 +43,7 @@ pub enum Progress {
 
 impl LeaseTable {
     /// As it was kept.
-    pub fn restored(version: Option<LeaseVersion>, leases: BTreeMap<PublicKey, IpAddr>) -> Self {
+    pub fn restored(version: Option<LeaseVersion>, leases: BTreeMap<PublicKey, LeasedAddresses>) -> Self {
         Self { version, leases, ..Self::default() }
     }
 
@@ -54,7 +53,7 @@ impl LeaseTable {
     }
 
     /// The leases.
-    pub fn leases(&self) -> &BTreeMap<PublicKey, IpAddr> {
+    pub fn leases(&self) -> &BTreeMap<PublicKey, LeasedAddresses> {
         &self.leases
     }
 
@@ -141,7 +140,7 @@ impl LeaseTable {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{IpAddr, Ipv4Addr};
 
     use proptest::prelude::*;
 
@@ -152,8 +151,8 @@ mod tests {
         LeaseVersion { id: 7, revision }
     }
 
-    fn lease(n: u32) -> (PublicKey, IpAddr) {
-        (key(n), Ipv4Addr::from(n).into())
+    fn lease(n: u32) -> (PublicKey, LeasedAddresses) {
+        (key(n), IpAddr::from(Ipv4Addr::from(n)).into())
     }
 
     fn added(n: u32) -> LeaseContent {

@@ -1,6 +1,6 @@
 //! The task of the leases: it asks brokers, keeps what they answer, and brings the peers of the servers' interfaces to that.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,14 +10,15 @@ use tokio::time::sleep_until;
 use tracing::{info, warn};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::storage::{Health, Noun, StorageError};
-use wgkex_common::wire::lease::{AnnouncedServer, AnnouncedServers, LeaseMessage, LeaseRequest};
+use wgkex_common::wire::lease::{AnnouncedServers, LeaseMessage, LeaseRequest};
 use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 use wgkex_kernel::{Device, Kernel};
 
 use super::Metrics;
 use super::file::{self, KeptLeases, KeptServer};
-use super::server::ServerState;
+use super::server::{ServerState, sources};
+use super::source::{Announced, LeaseSource, Offer};
 use crate::plan::{changes, outcomes};
 use crate::status::ServerStatus;
 
@@ -25,6 +26,8 @@ use crate::status::ServerStatus;
 const QUEUE: usize = 4096;
 /// Brokers that are remembered at most.
 const BROKERS_MAX: usize = 1024;
+/// How long the task of a worker without servers sleeps.
+const IDLE: Duration = Duration::from_secs(3600);
 /// Workers that see a broker come up ask it spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 
@@ -39,6 +42,12 @@ pub enum LeaseEvent {
 
 /// Tells the task. Clones share it.
 pub type LeaseSender = mpsc::Sender<LeaseEvent>;
+
+/// Whether the task has something to do: there are servers, or were once, so that brokers have to learn that they are not there.
+#[must_use]
+pub fn is_needed(config: &Config) -> bool {
+    !sources(config).is_empty() || file::path(&config.state_dir).exists()
+}
 
 /// The queue of the task.
 #[must_use]
@@ -68,8 +77,8 @@ pub struct LeaseTask<K> {
     worker: WorkerName,
     external_name: String,
     servers: Vec<ServerState>,
-    /// Brokers with a registry.
-    brokers: BTreeSet<BrokerName>,
+    /// Brokers with a registry, or with tenants.
+    brokers: BTreeMap<BrokerName, Offer>,
     /// The one that was asked last.
     asked: Option<BrokerName>,
     file: PathBuf,
@@ -85,9 +94,9 @@ impl<K: Kernel> LeaseTask<K> {
         let LeaseParts { kernel, bus, events, metrics } = parts;
         let file = file::path(&config.state_dir);
         let (mut others, now) = (file::load(&file)?.servers, Instant::now());
-        let servers = config.servers.iter().map(|(name, server)| {
-            let kept = others.remove(name).unwrap_or_default();
-            ServerState::new(name.clone(), server.clone(), kept, now)
+        let servers = sources(config).into_iter().map(|(name, source)| {
+            let kept = others.remove(&name).unwrap_or_default();
+            ServerState::new(name, source, kept, now)
         });
         let servers: Vec<_> = servers.collect();
         let state = |server: &ServerState| {
@@ -104,7 +113,7 @@ impl<K: Kernel> LeaseTask<K> {
             worker: (&config.name).into(),
             external_name: config.external_name.clone(),
             servers,
-            brokers: BTreeSet::new(),
+            brokers: BTreeMap::new(),
             asked: None,
             health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
             file,
@@ -132,7 +141,8 @@ impl<K: Kernel> LeaseTask<K> {
     /// Runs until nobody can tell it anything any more, or the MQTT session has ended.
     pub async fn run(mut self) {
         loop {
-            let due = self.servers.iter().map(ServerState::due).min().unwrap_or_else(Instant::now);
+            let due = self.servers.iter().map(ServerState::due).min();
+            let due = due.unwrap_or_else(|| Instant::now() + IDLE);
             tokio::select! {
                 biased;
                 changed = self.connection.changed() => match changed {
@@ -161,7 +171,7 @@ impl<K: Kernel> LeaseTask<K> {
         let mut next = Some(first);
         while let Some(event) = next {
             match event {
-                LeaseEvent::Broker(name, hello) => self.on_broker(name, hello.as_ref()),
+                LeaseEvent::Broker(name, hello) => self.on_broker(name, hello.as_ref().map(Offer::from)),
                 LeaseEvent::Leases(message) => self.on_leases(message),
             }
             next = self.events.try_recv().ok();
@@ -169,17 +179,18 @@ impl<K: Kernel> LeaseTask<K> {
     }
 
     /// A broker that comes up may not know the servers, and may have missed a change.
-    fn on_broker(&mut self, name: BrokerName, hello: Option<&Hello>) {
-        if !hello.is_some_and(Hello::has_leases) {
+    fn on_broker(&mut self, name: BrokerName, offer: Option<Offer>) {
+        let is_of_use = |offer: &Offer| self.servers.iter().any(|server| server.source.is_at(*offer));
+        let Some(offer) = offer.filter(is_of_use) else {
             self.brokers.remove(&name);
             return;
+        };
+        let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
+        for server in self.servers.iter_mut().filter(|server| server.source.is_at(offer)) {
+            server.on_broker(delay, now);
         }
         if self.brokers.len() < BROKERS_MAX {
-            self.brokers.insert(name);
-        }
-        let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
-        for server in &mut self.servers {
-            server.on_broker(delay, now);
+            self.brokers.insert(name, offer);
         }
         self.announce();
     }
@@ -201,25 +212,42 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Asks the next broker for what this server lacks.
+    /// Asks the next broker for what this server lacks. Of the brokers with tenants one knows, so all are asked.
     fn ask(&mut self, index: usize) {
-        let after = self.asked.clone();
-        let is_later = |name: &&BrokerName| after.as_ref().is_none_or(|asked| *name > asked);
-        let Some(to) = self.brokers.iter().find(is_later).or_else(|| self.brokers.first()).cloned() else { return };
-        self.asked = Some(to.clone());
         let server = &self.servers[index];
-        let request = LeaseRequest { to, server: server.name.clone(), known: server.table.version() };
-        self.publish(Topic::LeaseRequests { worker: self.worker.clone() }, &request, Message::transient);
+        let has_leases = |(_, offer): &(&BrokerName, &Offer)| server.source.is_at(**offer);
+        let brokers: Vec<_> = self.brokers.iter().filter(has_leases).map(|(name, _)| name).collect();
+        let asked = match &server.source {
+            LeaseSource::Tenants(_) => brokers,
+            LeaseSource::Registry(_) => {
+                let is_later = |name: &&&BrokerName| self.asked.as_ref().is_none_or(|asked| **name > asked);
+                brokers.iter().find(is_later).or_else(|| brokers.first()).copied().into_iter().collect()
+            }
+        };
+        for to in &asked {
+            let request =
+                LeaseRequest { to: (*to).clone(), server: server.name.clone(), known: server.table.version() };
+            self.publish(Topic::LeaseRequests { worker: self.worker.clone() }, &request, Message::transient);
+        }
+        if let Some(last) = asked.last() {
+            self.asked = Some((*last).clone());
+        }
     }
 
     /// Publishes what this worker's servers are, once all of their interfaces were read.
     fn announce(&self) {
         let is_up = *self.connection.borrow() == ConnectionState::Up;
-        let announced = |server: &ServerState| Some((server.name.clone(), server.announced.clone()?));
-        let servers = self.servers.iter().filter_map(announced).collect();
+        let mut all = AnnouncedServers::default();
+        for server in &self.servers {
+            match server.announced.clone() {
+                Some(Announced::Server(announced)) => drop(all.servers.insert(server.name.clone(), announced)),
+                Some(Announced::Hub(announced)) => all.hub = Some(announced),
+                None => {}
+            }
+        }
         if is_up {
             let topic = Topic::WorkerServers { worker: self.worker.clone() };
-            self.publish(topic, &AnnouncedServers { servers }, Message::retained);
+            self.publish(topic, &all, Message::retained);
         }
     }
 
@@ -257,15 +285,7 @@ impl<K: Kernel> LeaseTask<K> {
     /// What brokers are to know of the interface.
     fn on_device(&mut self, index: usize, device: &Device) {
         let server = &mut self.servers[index];
-        let config = &server.config;
-        let announced = device.public_key.filter(|_| device.listen_port != 0).map(|public_key| AnnouncedServer {
-            public_key,
-            network: config.network,
-            reserved: config.reserved,
-            endpoint_address: config.endpoint.clone().unwrap_or_else(|| self.external_name.clone()),
-            endpoint_port: device.listen_port,
-            allowed_ips: config.allowed_ips.clone().unwrap_or_else(|| config.network.to_string()),
-        });
+        let announced = server.source.announced(device, &self.external_name);
         if announced.is_some() && announced != server.announced {
             server.announced = announced;
             self.announce();

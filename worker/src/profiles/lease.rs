@@ -1,5 +1,6 @@
-//! Clients of a server of the registry: a key has the address that it leases, no route of its own, since the server's network has
-//! one, and no entry in a flood list. Nothing but the end of its lease removes its peer.
+//! Clients of a server of the registry, and members of tenants at their hub: a key has the address that it leases, or one in each
+//! tenant; no route of its own, since the network has one, and no entry in a flood list. Nothing but the end of its lease
+//! removes its peer.
 
 use std::net::IpAddr;
 
@@ -9,9 +10,9 @@ use wgkex_kernel::PeerConfig;
 
 use super::{DesiredPeer, Sweep};
 
-/// What a key is to be that leases this address.
+/// What a key is to be that leases these addresses.
 #[must_use]
-pub fn desired(key: PublicKey, address: IpAddr) -> DesiredPeer {
-    let peer = PeerConfig::new(key, [IpNet::from(address)]);
+pub fn desired(key: PublicKey, addresses: impl IntoIterator<Item = IpAddr>) -> DesiredPeer {
+    let peer = PeerConfig::new(key, addresses.into_iter().map(IpNet::from));
     DesiredPeer { peer, routes: false, flood: None, sweep: Sweep::Never }
 }

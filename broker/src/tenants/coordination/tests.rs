@@ -5,18 +5,21 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use wgkex_common::PublicKey;
+use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::wire::message::Served;
 
 use super::*;
 use crate::metrics::Registry;
 use crate::tenants::authority::PROBE_TIMEOUT;
 use crate::tenants::id::TenantId;
-use crate::tenants::message::Form;
+use crate::tenants::message::{Form, Welcome};
 use crate::tenants::sessions::Outgoing;
 use crate::tenants::store::{AddressBuffer, Addresses};
 use crate::tenants::table::{Member, Newcomer};
 
 const GRACE: Duration = Duration::from_secs(60);
+/// The worker that is the hub.
+const HUB_WORKER: &str = "gw1";
 
 /// Brokers on a bus that is moved by hand, and sessions that are only channels.
 struct Rig {
@@ -47,12 +50,12 @@ fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: In
     let served = Served { since: number, rules: "r".into() };
     let metrics = Metrics::register(&Registry::default()).unwrap();
     let kept = AddressBuffer::default();
-    let settings =
-        TenantSettings { pool: vec![pool.parse().unwrap()], tenant_length: length, grace: GRACE, tokens_file: None };
-    let sessions = Sessions::new(name.clone(), addresses, kept.clone(), metrics.clone());
+    let networks = TenantNetworks { pool: vec![pool.parse().unwrap()], tenant_length: length };
+    let hub = Hub::new(HUB_WORKER.parse().unwrap(), networks.clone());
+    let settings = TenantSettings { networks, grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
+    let sessions = Sessions::new(name.clone(), addresses, kept.clone(), metrics.clone()).with_hub(Some(hub));
     let election = Election::new(name.clone(), served.clone(), now);
-    let tenants =
-        Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Strangers::default(), metrics);
+    let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Arc::default(), metrics);
     Broker { name, served, tenants, kept, is_reached: true }
 }
 
@@ -139,7 +142,7 @@ impl Rig {
         let (sender, queue) = mpsc::channel(room);
         let (ended, end) = oneshot::channel();
         let public_key = PublicKey::from_bytes([number; 32]).unwrap();
-        let endpoint = (form == Form::WithEndpoints).then(|| [192, 0, 2, number].into());
+        let endpoint = (form.endpoints).then(|| [192, 0, 2, number].into());
         let client = Newcomer { display_name: format!("N{number}"), public_key, endpoint };
         let link = SessionLink { form, queue: sender, end: ended };
         let wish = Wish { session, tenant: TenantId::new(tenant).unwrap(), client };
@@ -152,12 +155,12 @@ impl Rig {
     }
 
     fn join(&mut self, number: u8) -> Guest {
-        self.join_in("t", number, Form::Plain, 100)
+        self.join_in("t", number, Form::default(), 100)
     }
 
     /// At a broker of several.
     fn enter(&mut self, broker: usize, number: u8) -> Guest {
-        let guest = self.join_at(broker, "t", number, Form::Plain, 100);
+        let guest = self.join_at(broker, "t", number, Form::default(), 100);
         self.deliver();
         guest
     }
@@ -206,7 +209,7 @@ impl Guest {
         let mut received = Vec::new();
         while let Ok(outgoing) = self.queue.try_recv() {
             received.push(match outgoing {
-                Outgoing::Answer(address, peers) => {
+                Outgoing::Answer(Welcome { virtual_ip: address, peers, .. }) => {
                     let names: Vec<_> = peers.iter().map(|peer| peer.client.display_name.as_str()).collect();
                     format!("{address}: {}", names.join(" "))
                 }
@@ -235,7 +238,7 @@ fn shown(text: &str) -> String {
 fn members_learn_of_each_other_once_and_not_of_themselves() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
     let [mut a, mut b, mut c] = [2, 3, 4].map(|number| rig.join(number));
-    let mut other = rig.join_in("T", 2, Form::Plain, 100);
+    let mut other = rig.join_in("T", 2, Form::default(), 100);
     assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "+N4 10.64.0.3"]);
     assert_eq!(b.received(), ["10.64.0.2: N2", "+N4 10.64.0.3"]);
     assert_eq!(c.received(), ["10.64.0.3: N2 N3"]);
@@ -255,8 +258,8 @@ fn members_learn_of_each_other_once_and_not_of_themselves() {
 #[test]
 fn endpoints_are_shown_to_those_who_show_theirs() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
-    let (mut a, mut b) = (rig.join(2), rig.join_in("t", 3, Form::WithEndpoints, 100));
-    let _c = rig.join_in("t", 4, Form::WithEndpoints, 100);
+    let (mut a, mut b) = (rig.join(2), rig.join_in("t", 3, Form { endpoints: true, ..Form::default() }, 100));
+    let _c = rig.join_in("t", 4, Form { endpoints: true, ..Form::default() }, 100);
     assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2", "+N4 10.64.0.3"]);
     assert_eq!(b.received(), ["10.64.0.2: N2", "+N4 10.64.0.3192.0.2.4"]);
 }
@@ -264,7 +267,7 @@ fn endpoints_are_shown_to_those_who_show_theirs() {
 #[test]
 fn a_member_that_does_not_read_is_dropped_and_announced() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
-    let (mut a, mut slow) = (rig.join(2), rig.join_in("t", 3, Form::Plain, 2));
+    let (mut a, mut slow) = (rig.join(2), rig.join_in("t", 3, Form::default(), 2));
     assert_eq!(a.received(), ["10.64.0.1: ", "+N3 10.64.0.2"]);
     let mut others = [rig.join(4), rig.join(5)];
     assert_eq!(slow.end(), Some(CloseCause::Slow));
@@ -274,8 +277,8 @@ fn a_member_that_does_not_read_is_dropped_and_announced() {
     rig.leave(&slow);
     assert!(a.received().is_empty());
 
-    let full: Vec<_> = (10..200).map(|number| rig.join_in("full", number, Form::Plain, 1000)).collect();
-    let mut tight: Vec<_> = (200..250).map(|number| rig.join_in("full", number, Form::Plain, 1)).collect();
+    let full: Vec<_> = (10..200).map(|number| rig.join_in("full", number, Form::default(), 1000)).collect();
+    let mut tight: Vec<_> = (200..250).map(|number| rig.join_in("full", number, Form::default(), 1)).collect();
     assert!(
         tight.iter_mut().all(|guest| guest.end() == Some(CloseCause::Slow)),
         "the last one by the removal of another"
@@ -341,7 +344,7 @@ fn who_is_refused_takes_nothing() {
     assert_eq!(all[13].received().len(), 1);
     for _ in 0..100 {
         assert_eq!(rig.join(99).end(), Some(CloseCause::NoAddress));
-        assert_eq!(rig.join_in("u", 2, Form::Plain, 1).end(), Some(CloseCause::NoNetwork));
+        assert_eq!(rig.join_in("u", 2, Form::default(), 1).end(), Some(CloseCause::NoNetwork));
     }
     assert!(all[13].received().is_empty());
     rig.leave(&all[3]);
@@ -355,7 +358,7 @@ fn a_session_that_is_over_before_its_join_is_none() {
     let mut a = rig.join(2);
     let (sender, queue) = mpsc::channel(1);
     drop(queue);
-    let link = SessionLink { form: Form::Plain, queue: sender, end: oneshot::channel().0 };
+    let link = SessionLink { form: Form::default(), queue: sender, end: oneshot::channel().0 };
     let public_key = PublicKey::from_bytes([9; 32]).unwrap();
     let client = Newcomer { display_name: String::new(), public_key, endpoint: None };
     let wish = Wish { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
@@ -479,7 +482,7 @@ fn a_broker_that_is_away_for_a_moment_costs_no_member() {
         b.received();
         rig.reach(away, false);
         rig.wait(Duration::from_secs(2));
-        let mut late = rig.join_at(1 - away, "t", 4, Form::Plain, 10);
+        let mut late = rig.join_at(1 - away, "t", 4, Form::default(), 10);
         rig.reach(away, true);
         rig.wait(Duration::from_secs(16));
         assert_eq!((a.received(), b.received()), (vec!["+N4 10.64.0.3".to_owned()], vec!["+N4 10.64.0.3".to_owned()]));
@@ -492,11 +495,11 @@ fn a_probe_reaches_a_member_whose_broker_registers_again() {
     let mut rig = Rig::of(2);
     let mut held = rig.enter(1, 3);
     held.received();
-    let mut twin = rig.join_at(0, "t", 3, Form::Plain, 10);
+    let mut twin = rig.join_at(0, "t", 3, Form::default(), 10);
     // The frame with the probe is lost, and the next one shows the gap.
     rig.deliver_some(|| false);
     assert_eq!(held.received(), Vec::<String>::new());
-    let _other = rig.join_at(0, "u", 9, Form::Plain, 10);
+    let _other = rig.join_at(0, "u", 9, Form::default(), 10);
     rig.now += Duration::from_secs(1);
     rig.deliver();
     assert_eq!(held.received(), ["?"]);
@@ -583,7 +586,7 @@ proptest! {
         for step in steps {
             match step {
                 Step::Join { broker, number } if !guests.contains_key(&number) => {
-                    let guest = rig.join_at(broker, "t", number, Form::Plain, 1000);
+                    let guest = rig.join_at(broker, "t", number, Form::default(), 1000);
                     guests.insert(number, (guest, BTreeMap::new()));
                 }
                 Step::Leave(number) => if let Some((guest, _)) = guests.remove(&number) {
@@ -617,7 +620,7 @@ fn check(rig: &mut Rig, guests: &mut BTreeMap<u8, (Guest, BTreeMap<String, Strin
     for (guest, known) in guests.values_mut() {
         while let Ok(outgoing) = guest.queue.try_recv() {
             match outgoing {
-                Outgoing::Answer(own, peers) => {
+                Outgoing::Answer(Welcome { virtual_ip: own, peers, .. }) => {
                     prop_assert!(known.is_empty(), "{own} again");
                     let entry = |peer: &Arc<Member>| (peer.virtual_ip.to_string(), peer.client.display_name.clone());
                     known.extend(peers.iter().map(entry));

@@ -9,7 +9,8 @@ fn net(text: &str) -> IpNet {
 }
 
 fn tenants(pool: &[&str], length: u8, grace: Duration) -> Tenants {
-    Tenants::new(&pool.iter().map(|part| net(part)).collect::<Vec<_>>(), length, grace)
+    let networks = TenantNetworks { pool: pool.iter().map(|part| net(part)).collect(), tenant_length: length };
+    Tenants::new(&networks, grace)
 }
 
 fn id(number: usize) -> TenantId {

@@ -176,7 +176,7 @@ pub(super) fn message(change: &Change, indexes: Indexes) -> Option<(Message, u16
         Change::RemoveRoute(to) => Some((Message::DelRoute(route(to, wireguard)), 0)),
         Change::AddFdb(to) => Some((Message::NewNeighbour(flood_entry(to, wireguard, vxlan)), ADD)),
         Change::RemoveFdb(to) => Some((Message::DelNeighbour(flood_entry(to, wireguard, vxlan)), 0)),
-        Change::SetPeer(_) | Change::RemovePeer(_) => None,
+        Change::SetPeer(_) | Change::ReplacePeer(_) | Change::RemovePeer(_) => None,
     }
 }
 

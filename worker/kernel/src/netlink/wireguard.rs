@@ -50,6 +50,7 @@ pub(super) enum WireGuard {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PeerChange<'a> {
     Set(&'a PeerConfig),
+    Replace(&'a PeerConfig),
     Remove(PublicKey),
 }
 
@@ -122,7 +123,7 @@ impl PeerChange<'_> {
     /// The peer and its networks.
     fn objects(&self) -> usize {
         match self {
-            Self::Set(peer) => 1 + peer.allowed_ips.len(),
+            Self::Set(peer) | Self::Replace(peer) => 1 + peer.allowed_ips.len(),
             Self::Remove(_) => 1,
         }
     }
@@ -163,10 +164,10 @@ fn message(family: u16, cmd: WireguardCmd, attributes: Vec<WireguardAttribute>) 
     message
 }
 
-/// Without the flags that replace: what else the peer has stays.
+/// What else the peer has stays, but for the allowed-ips of one that is replaced.
 fn kernel_peer(change: &PeerChange<'_>) -> WireguardPeer {
     let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
-        PeerChange::Set(peer) => peer,
+        PeerChange::Set(peer) | PeerChange::Replace(peer) => peer,
         PeerChange::Remove(key) => {
             return WireguardPeer(vec![
                 WireguardPeerAttribute::PublicKey(*key.as_bytes()),
@@ -175,6 +176,9 @@ fn kernel_peer(change: &PeerChange<'_>) -> WireguardPeer {
         }
     };
     let mut attributes = vec![WireguardPeerAttribute::PublicKey(*key.as_bytes())];
+    if let PeerChange::Replace(_) = change {
+        attributes.push(WireguardPeerAttribute::Flags(WireguardPeerFlags::ReplaceAllowedIps));
+    }
     attributes.extend(preshared.as_ref().map(|key| WireguardPeerAttribute::PresharedKey(*key.as_bytes())));
     attributes.extend(keepalive.map(|seconds| WireguardPeerAttribute::PersistentKeepalive(seconds.get())));
     attributes.push(WireguardPeerAttribute::AllowedIps(allowed_ips.iter().map(allowed_ip).collect()));
@@ -195,10 +199,13 @@ fn allowed_ip(network: &IpNet) -> WireguardAllowedIp {
 
 fn add_to_update(update: DeviceUpdate, change: &PeerChange<'_>) -> DeviceUpdate {
     let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
-        PeerChange::Set(peer) => peer,
+        PeerChange::Set(peer) | PeerChange::Replace(peer) => peer,
         PeerChange::Remove(key) => return update.remove_peer_by_key(&Key(*key.as_bytes())),
     };
     let mut peer = PeerConfigBuilder::new(&Key(*key.as_bytes()));
+    if let PeerChange::Replace(_) = change {
+        peer = peer.replace_allowed_ips();
+    }
     for network in allowed_ips {
         peer = peer.add_allowed_ip(network.addr(), network.prefix_len());
     }

@@ -153,7 +153,7 @@ fn destination(change: &Change) -> Option<IpNet> {
     match change {
         Change::SetRoute(network) | Change::RemoveRoute(network) => Some(*network),
         Change::AddFdb(address) | Change::RemoveFdb(address) => Some(host(*address)),
-        Change::SetPeer(_) | Change::RemovePeer(_) => None,
+        Change::SetPeer(_) | Change::ReplacePeer(_) | Change::RemovePeer(_) => None,
     }
 }
 

@@ -1,0 +1,207 @@
+//! The hub: the gateway by which members reach each other who cannot do so directly. It has a peer for each address of a
+//! tenant, a member's or held, and forwards within a tenant's network. No IO and no clock.
+//!
+//! Each broker knows it by what its worker announces, and tells it to members that ask for that. The coordinator publishes the
+//! addresses to the worker, as the registry publishes leases to a server.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+use wgkex_common::address::tenants::TenantNetworks;
+use wgkex_common::wire::lease::{
+    AnnouncedHub, CHUNK, HUB, LeaseChange, LeaseContent, LeaseMessage, LeaseVersion, LeasedAddresses,
+};
+use wgkex_common::{PublicKey, WorkerName};
+
+use crate::tenants::message::HubPeer;
+
+/// How often at least the worker learns which version there is: what it missed shows then.
+const SIGN_INTERVAL: Duration = Duration::from_secs(30);
+/// Messages that are sent at once, at most.
+const BURST: usize = 20;
+/// Addresses of one key at most, those that came first: a peer takes no more in one message.
+const ADDRESSES_MAX: usize = 512;
+
+/// The hub of the tenants.
+#[derive(Debug)]
+pub struct Hub {
+    worker: WorkerName,
+    networks: TenantNetworks,
+    announced: Option<AnnouncedHub>,
+    /// All addresses of tenants, in the order in which each key got its own.
+    addresses: BTreeMap<PublicKey, Vec<IpAddr>>,
+    /// Keys whose addresses changed since the last message.
+    changed: BTreeSet<PublicKey>,
+    /// None unless this broker publishes them.
+    version: Option<LeaseVersion>,
+    outgoing: VecDeque<LeaseMessage>,
+    signed: Option<Instant>,
+    trouble: Option<HubTrouble>,
+}
+
+/// Why members do not learn of the hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HubTrouble {
+    /// Its worker announces none.
+    Missing,
+    /// It forwards within other networks than tenants have here.
+    OtherNetworks,
+}
+
+impl Hub {
+    /// The worker of this name is to be it. No address is known.
+    pub fn new(worker: WorkerName, networks: TenantNetworks) -> Self {
+        Self {
+            worker,
+            networks,
+            announced: None,
+            addresses: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            version: None,
+            outgoing: VecDeque::new(),
+            signed: None,
+            trouble: Some(HubTrouble::Missing),
+        }
+    }
+
+    /// The worker that is to be it.
+    pub fn worker(&self) -> &WorkerName {
+        &self.worker
+    }
+
+    /// Why members do not learn of it.
+    pub fn trouble(&self) -> Option<HubTrouble> {
+        self.trouble
+    }
+
+    /// What a worker announces. True if members have to learn of a change.
+    pub fn on_announced(&mut self, worker: &WorkerName, announced: Option<AnnouncedHub>) -> bool {
+        if *worker != self.worker {
+            return false;
+        }
+        // It may be just there.
+        self.signed = None;
+        let trouble = match &announced {
+            None => Some(HubTrouble::Missing),
+            Some(hub) if hub.networks != self.networks => Some(HubTrouble::OtherNetworks),
+            Some(_) => None,
+        };
+        if std::mem::replace(&mut self.trouble, trouble) != trouble {
+            match trouble {
+                None => info!(%worker, "the hub of tenants is there"),
+                Some(HubTrouble::Missing) => {
+                    warn!(%worker, "the hub of tenants is gone: its worker has no `hub` any more")
+                }
+                Some(HubTrouble::OtherNetworks) => warn!(
+                    %worker,
+                    "the hub of tenants is not used: its worker has other tenants.pool or tenant_length"
+                ),
+            }
+        }
+        let announced = announced.filter(|_| trouble.is_none());
+        let is_changed = self.announced != announced;
+        self.announced = announced;
+        is_changed
+    }
+
+    /// How a member with this address configures it.
+    pub fn peer(&self, address: IpAddr) -> Option<HubPeer> {
+        let AnnouncedHub { public_key, endpoint_address, endpoint_port, .. } = self.announced.as_ref()?;
+        let endpoint = match endpoint_address.parse::<Ipv6Addr>() {
+            Ok(address) => format!("[{address}]:{endpoint_port}"),
+            Err(_) => format!("{endpoint_address}:{endpoint_port}"),
+        };
+        Some(HubPeer { public_key: *public_key, endpoint, allowed_ips: self.networks.of(address)? })
+    }
+
+    /// In some tenant, a key has another address than before.
+    pub fn on_address(&mut self, key: PublicKey, before: Option<IpAddr>, address: Option<IpAddr>) {
+        let addresses = self.addresses.entry(key).or_default();
+        addresses.retain(|known| Some(*known) != before);
+        addresses.extend(address);
+        if addresses.is_empty() {
+            self.addresses.remove(&key);
+        }
+        self.changed.insert(key);
+    }
+
+    /// This broker publishes from now on; `id` is another one each time.
+    pub fn lead(&mut self, id: u64) {
+        let id = i64::try_from(id).unwrap_or(i64::MAX);
+        self.version = Some(LeaseVersion { id, revision: 0 });
+        (self.signed, self.outgoing) = (None, VecDeque::new());
+        self.changed.clear();
+    }
+
+    /// Another broker publishes.
+    pub fn follow(&mut self) {
+        self.version = None;
+        self.outgoing.clear();
+        self.changed.clear();
+    }
+
+    /// The worker asks for what it lacks. While it is being sent something it is not answered, and asks again.
+    pub fn on_request(&mut self, worker: &WorkerName, known: Option<LeaseVersion>) {
+        if *worker != self.worker || self.announced.is_none() || !self.outgoing.is_empty() {
+            return;
+        }
+        self.note_changes();
+        let Some(version) = self.version else { return };
+        if known == Some(version) {
+            return self.sign(version);
+        }
+        self.outgoing.clear();
+        let all = self.addresses.iter().map(|(key, addresses)| (*key, leased(addresses)));
+        self.outgoing.extend(LeaseMessage::snapshot(HUB, version, all));
+    }
+
+    /// The messages for the worker that are to be sent now.
+    pub fn take_messages(&mut self, now: Instant) -> Vec<LeaseMessage> {
+        self.note_changes();
+        let Some(version) = self.version.filter(|_| self.announced.is_some()) else {
+            self.outgoing.clear();
+            return Vec::new();
+        };
+        if self.outgoing.is_empty()
+            && self.signed.is_none_or(|then| now.saturating_duration_since(then) >= SIGN_INTERVAL)
+        {
+            self.signed = Some(now);
+            self.sign(version);
+        }
+        self.outgoing.drain(..self.outgoing.len().min(BURST)).collect()
+    }
+
+    fn sign(&mut self, version: LeaseVersion) {
+        self.outgoing.push_back(message(version, LeaseContent::Current));
+    }
+
+    /// Makes messages of the changes since the last time.
+    fn note_changes(&mut self) {
+        let Some(version) = &mut self.version else { return self.changed.clear() };
+        let changed: Vec<_> = std::mem::take(&mut self.changed).into_iter().collect();
+        for keys in changed.chunks(CHUNK) {
+            let mut change = LeaseChange::default();
+            for key in keys {
+                match self.addresses.get(key) {
+                    Some(addresses) => drop(change.added.insert(*key, leased(addresses))),
+                    None => drop(change.removed.insert(*key)),
+                }
+            }
+            version.revision += 1;
+            self.outgoing.push_back(message(*version, LeaseContent::Change(change)));
+        }
+    }
+}
+
+fn leased(addresses: &[IpAddr]) -> LeasedAddresses {
+    LeasedAddresses::from(&addresses[..addresses.len().min(ADDRESSES_MAX)])
+}
+
+fn message(version: LeaseVersion, content: LeaseContent) -> LeaseMessage {
+    LeaseMessage { server: HUB.to_owned(), version, content }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! The hub of tenants that this gateway is: `hub`.
+
+use std::path::{Path as FilePath, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::diagnostics::{Diagnostics, Path};
+use super::servers::{INTERFACE_COMPLAINT, Server, is_interface};
+use super::value::{Host, Port, Text, port};
+use crate::address::tenants::TenantNetworks;
+
+/// A WireGuard interface by which the members of a tenant reach each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hub {
+    /// The WireGuard interface.
+    pub interface: String,
+    /// The file of its private key.
+    pub key_file: PathBuf,
+    /// Its UDP port.
+    pub listen_port: u16,
+    /// Where members reach it; none for `externalName`.
+    pub endpoint: Option<String>,
+    /// What it forwards within.
+    pub networks: TenantNetworks,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default)]
+pub(super) struct RawHub {
+    pub interface: Option<Text>,
+    pub listen_port: Option<Port>,
+    pub endpoint: Option<Host>,
+}
+
+impl RawHub {
+    /// None without the name of an interface. Its key is in `key_dir`.
+    pub fn check<'a>(
+        self,
+        networks: &TenantNetworks,
+        key_dir: &FilePath,
+        mut servers: impl Iterator<Item = &'a Server>,
+        diagnostics: &mut Diagnostics,
+    ) -> Option<Hub> {
+        let path = Path::of("hub.interface");
+        let Some(Text(interface)) = self.interface else {
+            if self.listen_port.is_some() || self.endpoint.is_some() {
+                diagnostics.error(&path, "is missing: it must be the name of the hub's interface, such as wg-hub");
+            }
+            return None;
+        };
+        if !is_interface(&interface) {
+            diagnostics.error(&path, INTERFACE_COMPLAINT);
+        } else if servers.any(|server| server.interface == interface) {
+            diagnostics.error(&path, "must be another one than that of a server");
+        }
+        Some(Hub {
+            key_file: key_dir.join(format!("{interface}.key")),
+            interface,
+            listen_port: port(self.listen_port.as_ref(), 51830),
+            endpoint: self.endpoint.map(|endpoint| endpoint.0),
+            networks: networks.clone(),
+        })
+    }
+}

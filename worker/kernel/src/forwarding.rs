@@ -1,0 +1,182 @@
+//! Forwarding between the peers of one interface, each only within its own tenant's network: what the hub of tenants needs
+//! beside peers.
+//!
+//! A packet that comes in by the interface is dropped by [`filter`] unless a member sends it to one of the same tenant. What
+//! passes is routed by a table of its own, which only such packets look up: so nobody else's packets leave by the interface, and
+//! none of these by another one.
+
+mod filter;
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::net::IpAddr;
+
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::route::{RouteProtocol, RouteScope};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage};
+use netlink_packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{IpVersion, RouteMessageBuilder};
+use wgkex_common::address::tenants::TenantNetworks;
+
+use crate::links::{Links, plain};
+
+/// The routing table of the hub; the default listen port of WireGuard's own tools counts as theirs.
+const TABLE: u32 = 51_830;
+/// The priority of the rules that lead there: before the main table. The next one forbids everything else.
+const PRIORITY: u32 = 5_183;
+/// Whose rules these are (`FRA_PROTOCOL` of linux/fib_rules.h; programs have numbers of their own from 5 on).
+const PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
+/// The priority of the filter among those of the interface.
+const FILTER_PRIORITY: u16 = 1;
+/// `ETH_P_ALL` of linux/if_ether.h.
+const ALL_PACKETS: u16 = 3;
+/// `TCA_BPF_OPS_LEN` of linux/pkt_cls.h.
+const OPS_LEN: u16 = 4;
+/// `TCA_BPF_OPS`.
+const OPS: u16 = 5;
+
+/// Lets the peers of `interface` reach each other within the networks of tenants. Each step may be there already; the filter is
+/// the first one.
+pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
+    let index = links.index(interface).await?;
+    set_filter(links, index, networks).await?;
+    for (network, _) in networks.parts() {
+        set_route(links, index, network).await?;
+    }
+    let wanted = rules(interface, networks);
+    for (version, family) in [(IpVersion::V4, AddressFamily::Inet), (IpVersion::V6, AddressFamily::Inet6)] {
+        let there = own_rules(links, version).await?;
+        for rule in there.iter().filter(|rule| !wanted.iter().any(|wanted| is_same(wanted, rule))) {
+            links.handle().rule().del((*rule).clone()).execute().await.map_err(plain)?;
+        }
+        let missing = |rule: &&RuleMessage| !there.iter().any(|there| is_same(rule, there));
+        for rule in wanted.iter().filter(|rule| rule.header.family == family).filter(missing) {
+            let mut request = links.handle().rule().add();
+            *request.message_mut() = rule.clone();
+            request.execute().await.map_err(plain)?;
+        }
+    }
+    forward(interface, networks)
+}
+
+/// Removes the rules; the filter and the routes go with the interface.
+pub async fn disable(links: &Links) -> io::Result<()> {
+    for version in [IpVersion::V4, IpVersion::V6] {
+        for rule in own_rules(links, version).await? {
+            links.handle().rule().del(rule).execute().await.map_err(plain)?;
+        }
+    }
+    Ok(())
+}
+
+async fn set_filter(links: &Links, index: u32, networks: &TenantNetworks) -> io::Result<()> {
+    let index = i32::try_from(index).map_err(io::Error::other)?;
+    match links.handle().qdisc().add(index).ingress().execute().await.map_err(plain) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let program = filter::program(networks);
+    let length = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let code: Vec<u8> = program.iter().flat_map(|instruction| instruction.bytes()).collect();
+    let options = [
+        TcFilterBpfOption::Other(DefaultNla::new(OPS_LEN, length.to_ne_bytes().into())),
+        TcFilterBpfOption::Other(DefaultNla::new(OPS, code)),
+        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+    ];
+    let mut message = TcMessage::with_index(index);
+    message.header.parent = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
+    message.header.handle = 1.into();
+    message.header.info = TcHandle { major: FILTER_PRIORITY, minor: ALL_PACKETS.to_be() }.into();
+    message.attributes = vec![
+        TcAttribute::Kind(TcFilterBpf::KIND.into()),
+        TcAttribute::Options(options.into_iter().map(TcOption::Bpf).collect()),
+    ];
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewTrafficFilter(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE;
+    let mut answers = links.handle().clone().request(request).map_err(plain)?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::Error(error) = answer.payload
+            && error.code.is_some()
+        {
+            return Err(error.to_io());
+        }
+    }
+    Ok(())
+}
+
+async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> {
+    let route = RouteMessageBuilder::<IpAddr>::new()
+        .destination_prefix(network.addr(), network.prefix_len())
+        .map_err(io::Error::other)?
+        .output_interface(index)
+        .table_id(TABLE)
+        .protocol(RouteProtocol::Static)
+        .scope(RouteScope::Link)
+        .build();
+    links.handle().route().add(route).replace().execute().await.map_err(plain)
+}
+
+/// What comes in by the interface is routed by the table or not at all. What a check of the source address
+/// (`rp_filter`) looks up seems to come from this machine, and finds the same.
+fn rules(interface: &str, networks: &TenantNetworks) -> Vec<RuleMessage> {
+    let family = |network: &IpNet| match network {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    };
+    let Some(of_pool) = networks.pool.first().map(family) else { return Vec::new() };
+    let to_table = RuleAction::ToTable;
+    let mut rules = vec![rule(of_pool, interface, PRIORITY, to_table)];
+    for network in &networks.pool {
+        let mut checked = rule(of_pool, "lo", PRIORITY, to_table);
+        (checked.header.src_len, checked.header.dst_len) = (network.prefix_len(), network.prefix_len());
+        checked.attributes.push(RuleAttribute::Source(network.addr()));
+        checked.attributes.push(RuleAttribute::Destination(network.addr()));
+        rules.push(checked);
+    }
+    let others = [AddressFamily::Inet, AddressFamily::Inet6];
+    rules.extend(others.map(|family| rule(family, interface, PRIORITY + 1, RuleAction::Prohibit)));
+    rules
+}
+
+fn rule(family: AddressFamily, interface: &str, priority: u32, action: RuleAction) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header = RuleHeader { family, action, ..RuleHeader::default() };
+    rule.attributes = vec![
+        RuleAttribute::Iifname(interface.into()),
+        RuleAttribute::Priority(priority),
+        RuleAttribute::Protocol(PROTOCOL),
+    ];
+    if action == RuleAction::ToTable {
+        rule.attributes.push(RuleAttribute::Table(TABLE));
+    }
+    rule
+}
+
+/// The kernel shows more attributes than were set.
+fn is_same(wanted: &RuleMessage, there: &RuleMessage) -> bool {
+    let key = |RuleHeader { family, src_len, dst_len, action, .. }: &RuleHeader| (*family, *src_len, *dst_len, *action);
+    key(&wanted.header) == key(&there.header)
+        && wanted.attributes.iter().all(|attribute| there.attributes.contains(attribute))
+}
+
+async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMessage>> {
+    let is_own = |rule: &RuleMessage| rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL));
+    let rules = links.handle().rule().get(version).execute().map(|rule| rule.map_err(plain));
+    Ok(rules.try_collect::<Vec<_>>().await?.into_iter().filter(is_own).collect())
+}
+
+/// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide.
+fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
+    if networks.pool.iter().all(|network| matches!(network, IpNet::V4(_))) {
+        return fs::write(format!("/proc/sys/net/ipv4/conf/{interface}/forwarding"), "1");
+    }
+    match fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding")?.trim() {
+        "0" => Err(io::Error::other("IPv6 is not forwarded: set net.ipv6.conf.all.forwarding=1")),
+        _ => Ok(()),
+    }
+}

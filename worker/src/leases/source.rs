@@ -1,0 +1,88 @@
+//! Where the leases of an interface come from: the registry, whose server it is, or the tenants, whose hub it is.
+
+use ipnet::IpNet;
+use wgkex_common::config::{Hub, Server};
+use wgkex_common::wire::lease::{AnnouncedHub, AnnouncedServer};
+use wgkex_common::wire::message::Hello;
+use wgkex_kernel::Device;
+
+/// Whose addresses the peers of an interface have.
+#[derive(Debug, Clone)]
+pub enum LeaseSource {
+    /// Those of a server's clients.
+    Registry(Server),
+    /// Those of tenants' members.
+    Tenants(Hub),
+}
+
+/// Which leases a broker has.
+#[derive(Debug, Clone, Copy)]
+pub struct Offer {
+    registry: bool,
+    tenants: bool,
+}
+
+impl From<&Hello> for Offer {
+    fn from(hello: &Hello) -> Self {
+        Self { registry: hello.has_leases(), tenants: hello.tenants.is_some() }
+    }
+}
+
+/// What a worker publishes of the interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Announced {
+    /// A server of the registry.
+    Server(AnnouncedServer),
+    /// The hub of tenants.
+    Hub(AnnouncedHub),
+}
+
+impl LeaseSource {
+    /// The name of the interface.
+    pub fn interface(&self) -> &str {
+        match self {
+            Self::Registry(server) => &server.interface,
+            Self::Tenants(hub) => &hub.interface,
+        }
+    }
+
+    /// The networks that leases may be in.
+    pub fn networks(&self) -> &[IpNet] {
+        match self {
+            Self::Registry(server) => std::slice::from_ref(&server.network),
+            Self::Tenants(hub) => &hub.networks.pool,
+        }
+    }
+
+    /// Whether a broker has such leases.
+    pub fn is_at(&self, broker: Offer) -> bool {
+        match self {
+            Self::Registry(_) => broker.registry,
+            Self::Tenants(_) => broker.tenants,
+        }
+    }
+
+    /// What brokers are to know of the interface, which has to have a key and a port.
+    pub fn announced(&self, device: &Device, external_name: &str) -> Option<Announced> {
+        let public_key = device.public_key.filter(|_| device.listen_port != 0)?;
+        let endpoint = |own: &Option<String>| own.clone().unwrap_or_else(|| external_name.to_owned());
+        Some(match self {
+            Self::Registry(Server { network, reserved, endpoint: own, allowed_ips, .. }) => {
+                Announced::Server(AnnouncedServer {
+                    public_key,
+                    network: *network,
+                    reserved: *reserved,
+                    endpoint_address: endpoint(own),
+                    endpoint_port: device.listen_port,
+                    allowed_ips: allowed_ips.clone().unwrap_or_else(|| network.to_string()),
+                })
+            }
+            Self::Tenants(Hub { endpoint: own, networks, .. }) => Announced::Hub(AnnouncedHub {
+                public_key,
+                endpoint_address: endpoint(own),
+                endpoint_port: device.listen_port,
+                networks: networks.clone(),
+            }),
+        })
+    }
+}

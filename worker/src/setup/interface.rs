@@ -1,0 +1,76 @@
+//! The interface of a server of the registry, or of the hub of tenants: a WireGuard interface with a key and a port, and an
+//! address or forwarding between its peers. What is there stays, its peers included; only what differs is set.
+
+use std::io::ErrorKind;
+use std::path::Path;
+
+use ipnet::IpNet;
+use tracing::info;
+use wgkex_common::address::first_of;
+use wgkex_common::config::{Hub, Server};
+use wgkex_kernel::{Key, forwarding, key_file, wireguard};
+
+use super::link::WireguardLink;
+use super::{Error, refused};
+
+/// What an interface is to have.
+struct Wanted<'a> {
+    key_file: &'a Path,
+    listen_port: u16,
+    /// With the length of its network.
+    address: Option<IpNet>,
+}
+
+/// Makes the interface of a server, or completes it.
+pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> Result<(), Error> {
+    let Server { key_file, listen_port, network, .. } = server;
+    let address = IpNet::new(first_of(*network), network.prefix_len()).ok();
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address }).await?;
+    info!(interface = link.name, "the interface of the server is set up");
+    Ok(())
+}
+
+/// Makes the interface of the hub, or completes it.
+pub(super) async fn set_up_hub(link: WireguardLink<'_>, hub: &Hub) -> Result<(), Error> {
+    let Hub { key_file, listen_port, networks, .. } = hub;
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None }).await?;
+    let enabled = forwarding::enable(link.links, link.name, networks).await;
+    enabled.map_err(|error| refused(link.name, "forward within tenants", error))?;
+    info!(interface = link.name, "the interface of the hub is set up");
+    Ok(())
+}
+
+async fn set_up(link: WireguardLink<'_>, wanted: Wanted<'_>) -> Result<(), Error> {
+    let WireguardLink { links, name, .. } = link;
+    let changed = |change| info!(interface = name, change, "interface changed");
+    if link.find().await?.is_none() {
+        link.add().await?;
+        changed("created");
+    }
+    let backend = link.backend().await?;
+    let device = wireguard::get(name, backend).await.map_err(|error| refused(name, "read it", error))?;
+    let current = device.private_key.filter(|key| *key != Key::zero());
+    let key = key_file::load_or_make(wanted.key_file, current.as_ref())
+        .map_err(|error| Error::KeyFile(name.to_owned(), error))?;
+    if current.as_ref() != Some(&key) {
+        wireguard::set_key(name, backend, key).await.map_err(|error| refused(name, "set its key", error))?;
+        changed("its key is set");
+    }
+    if device.listen_port != Some(wanted.listen_port) {
+        let set = wireguard::set_port(name, backend, wanted.listen_port).await;
+        set.map_err(|error| refused(name, "set its port", error))?;
+        changed("its port is set");
+    }
+    if let Some(address) = wanted.address {
+        match links.add_address(name, address.addr(), address.prefix_len()).await {
+            Ok(()) => changed("its address is set"),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(refused(name, "set its address", error)),
+        }
+    }
+    if link.find().await?.is_some_and(|(found, _)| !found.up) {
+        links.up(name).await.map_err(|error| refused(name, "set it up", error))?;
+        changed("set up");
+    }
+    Ok(())
+}
