@@ -90,7 +90,7 @@ const IDLE_CHECK: Duration = Duration::from_secs(1);
 /// What a changed config means to a broker that runs.
 const KEY_USE: KeyUse = KeyUse {
     live: &["workers", "rebalance"],
-    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName", "servers"],
+    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName", "servers", "hub"],
 };
 
 /// What several services use.

@@ -76,7 +76,6 @@ const KEY_USE: KeyUse = KeyUse {
         "broker_listen",
         "trusted_proxies",
         "rebalance",
-        "tenants",
         "limits",
         "live_keys",
         "confirm_timeout",

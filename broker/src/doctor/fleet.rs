@@ -119,7 +119,7 @@ fn advice(kind: ProblemKind) -> &'static str {
         ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
         ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length, grace and hub",
         ProblemKind::TenantsHub => {
-            "give that gateway `hub.interface`, and the same tenants.pool and tenant_length; run `wgkex-worker setup` there"
+            "set hub.enabled at that gateway, and the same tenants.pool and tenant_length; run `wgkex-worker setup` there"
         }
         ProblemKind::DataMissing | ProblemKind::DomainDown => "run `wgkex-worker doctor` there",
         ProblemKind::GatewayOffline => "run `wgkex-worker doctor` there, or take it out of workers",

@@ -89,15 +89,12 @@ impl Hub {
             Some(_) => None,
         };
         if std::mem::replace(&mut self.trouble, trouble) != trouble {
+            let missing = "the hub of tenants is gone: its worker has none any more";
+            let other = "the hub of tenants is not used: its worker has other tenants.pool or tenant_length";
             match trouble {
                 None => info!(%worker, "the hub of tenants is there"),
-                Some(HubTrouble::Missing) => {
-                    warn!(%worker, "the hub of tenants is gone: its worker has no `hub` any more")
-                }
-                Some(HubTrouble::OtherNetworks) => warn!(
-                    %worker,
-                    "the hub of tenants is not used: its worker has other tenants.pool or tenant_length"
-                ),
+                Some(HubTrouble::Missing) => warn!(%worker, "{missing}"),
+                Some(HubTrouble::OtherNetworks) => warn!(%worker, "{other}"),
             }
         }
         let announced = announced.filter(|_| trouble.is_none());

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::diagnostics::{Diagnostics, Path};
 use super::servers::{INTERFACE_COMPLAINT, Server, is_interface};
-use super::value::{Host, Port, Text, port};
+use super::value::{Flag, Host, Port, Text, port};
 use crate::address::tenants::TenantNetworks;
 
 /// A WireGuard interface by which the members of a tenant reach each other.
@@ -27,13 +27,14 @@ pub struct Hub {
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
 pub(super) struct RawHub {
+    pub enabled: Option<Flag>,
     pub interface: Option<Text>,
     pub listen_port: Option<Port>,
     pub endpoint: Option<Host>,
 }
 
 impl RawHub {
-    /// None without the name of an interface. Its key is in `key_dir`.
+    /// None unless it is enabled. Its key is in `key_dir`.
     pub fn check<'a>(
         self,
         networks: &TenantNetworks,
@@ -42,23 +43,19 @@ impl RawHub {
         diagnostics: &mut Diagnostics,
     ) -> Option<Hub> {
         let path = Path::of("hub.interface");
-        let Some(Text(interface)) = self.interface else {
-            if self.listen_port.is_some() || self.endpoint.is_some() {
-                diagnostics.error(&path, "is missing: it must be the name of the hub's interface, such as wg-hub");
-            }
-            return None;
-        };
+        let interface = self.interface.map_or_else(|| "wg-hub".to_owned(), |interface| interface.0);
         if !is_interface(&interface) {
             diagnostics.error(&path, INTERFACE_COMPLAINT);
         } else if servers.any(|server| server.interface == interface) {
             diagnostics.error(&path, "must be another one than that of a server");
         }
-        Some(Hub {
+        let hub = Hub {
             key_file: key_dir.join(format!("{interface}.key")),
             interface,
             listen_port: port(self.listen_port.as_ref(), 51830),
             endpoint: self.endpoint.map(|endpoint| endpoint.0),
             networks: networks.clone(),
-        })
+        };
+        self.enabled.is_some_and(|flag| flag.0).then_some(hub)
     }
 }

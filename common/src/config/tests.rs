@@ -204,6 +204,7 @@ fn missing_keys_have_their_defaults() {
         storage: Storage::default(),
         registry: None,
         servers: BTreeMap::new(),
+        hub: None,
         tenants: None,
         is_setup_named: false,
         setup: config.setup.clone(),
@@ -728,5 +729,21 @@ fn a_server_needs_a_network_and_an_interface() {
     ] {
         let error = with(yaml).unwrap_err().to_string();
         assert!(error.contains(key), "{yaml}: {error}");
+    }
+}
+
+#[test]
+fn a_hub_has_the_networks_of_the_tenants_whether_they_are_served_here_or_not() {
+    for (enabled, pool, expected) in [(true, "", "10.64.0.0/10"), (false, ", pool: 10.0.0.0/16", "10.0.0.0/16")] {
+        let yaml = format!(
+            "{LEAST}tenants: {{enabled: {enabled}{pool}, tenant_length: 24, hub: gw1}}\n\
+             hub: {{enabled: true, endpoint: hub.example}}\nsetup: {{key_dir: /keys}}\n"
+        );
+        let config = parse(&yaml).unwrap();
+        let hub = config.hub.unwrap();
+        assert_eq!((hub.networks.pool, hub.networks.tenant_length), (vec![expected.parse().unwrap()], 24));
+        assert_eq!((hub.listen_port, hub.endpoint.as_deref()), (51830, Some("hub.example")));
+        assert_eq!(hub.key_file, Path::new("/keys/wg-hub.key"));
+        assert_eq!(config.tenants.map(|tenants| tenants.hub.unwrap().to_string()), enabled.then(|| "gw1".into()));
     }
 }

@@ -119,7 +119,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     // A strict check of sources is no hindrance, and the gateway forwards nothing else for anybody.
     gateway.run("echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter && ip addr add 192.0.2.1/32 dev lo");
     gateway.configure(&format!(
-        "tenants: {{enabled: true, grace: {GRACE}, hub: gw1}}\nhub: {{interface: wg-hub, endpoint: {broker_address}}}\n"
+        "tenants: {{enabled: true, grace: {GRACE}, hub: gw1}}\nhub: {{enabled: true, endpoint: {broker_address}}}\n"
     ));
     gateway.setup();
     let (mut broker, mut worker_process) = (gateway.start_broker(), gateway.start_worker());
@@ -221,8 +221,8 @@ pub fn members_learn_of_a_hub_that_changes(lane: Lane) {
     let announcement = json!({ "display_name": "B", "public_key": second, "virtual_ip": "10.64.0.2" });
     assert_eq!(asks.message().unwrap(), announcement);
     for (config, endpoint) in [
-        ("hub: {interface: wg-hub, endpoint: hub.example}", Some("hub.example:51830")),
-        ("hub: {interface: wg-hub, endpoint: '2001:db8::7', listen_port: 51831}", Some("[2001:db8::7]:51831")),
+        ("hub: {enabled: true, endpoint: hub.example}", Some("hub.example:51830")),
+        ("hub: {enabled: true, endpoint: '2001:db8::7', listen_port: 51831}", Some("[2001:db8::7]:51831")),
         ("", None),
     ] {
         assert!(worker_process.end_by(Signal::SIGTERM).success());

@@ -29,13 +29,13 @@ use crate::links::{Links, plain};
 const TABLE: u32 = 51_830;
 /// The priority of the rules that lead there: before the main table. The next one forbids everything else.
 const PRIORITY: u32 = 5_183;
-/// Whose rules these are (`FRA_PROTOCOL` of linux/fib_rules.h; programs have numbers of their own from 5 on).
+/// Whose rules these are (`FRA_PROTOCOL` of `linux/fib_rules.h`; programs have numbers of their own from 5 on).
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
 /// The priority of the filter among those of the interface.
 const FILTER_PRIORITY: u16 = 1;
-/// `ETH_P_ALL` of linux/if_ether.h.
+/// `ETH_P_ALL` of `linux/if_ether.h`.
 const ALL_PACKETS: u16 = 3;
-/// `TCA_BPF_OPS_LEN` of linux/pkt_cls.h.
+/// `TCA_BPF_OPS_LEN` of `linux/pkt_cls.h`.
 const OPS_LEN: u16 = 4;
 /// `TCA_BPF_OPS`.
 const OPS: u16 = 5;

@@ -116,7 +116,9 @@ fn a_key_has_its_addresses_of_all_tenants_and_loses_only_one_of_them() {
 fn a_key_in_very_many_tenants_has_the_first_addresses() {
     let mut hub = hub();
     let addresses: Vec<_> = (0..=255).flat_map(|a| (0..4).map(move |b| IpAddr::from([10, 64, b, a]))).collect();
-    addresses.iter().for_each(|address| hub.on_address(key(1), None, Some(*address)));
+    for address in &addresses {
+        hub.on_address(key(1), None, Some(*address));
+    }
     hub.on_request(&worker(), None);
     let mut copy = Copy::default();
     copy.apply(hub.take_messages(Instant::now()));

@@ -25,6 +25,15 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "tenants: {tenant_length: /20}",
         &["tenants.tenant_length: must be a number from 8 to 28 (IPv6: 124), not \"/20\""],
     ),
+    ("tenants: {hub: gw/1}", &["tenants.hub: must be the host name of a worker without \"/\", \"+\" and \"#\""]),
+    (
+        "hub: {interface: wg hub}",
+        &["hub.interface: must be the name of an interface: 1 to 15 characters, without blanks and \"/\""],
+    ),
+    (
+        "hub: {interface: s1}\nservers: {s1: {network: 10.0.0.0/24}}",
+        &["hub.interface: must be another one than that of a server"],
+    ),
     ("tenants: {grace: -1}", &["tenants.grace: must be a number of seconds from 0 (off) to 1000000, not -1"]),
     ("mqtt: {broker_port: abc}", &["mqtt.broker_port: must be a number from 1 to 65535, not \"abc\""]),
     ("mqtt: {broker_port: 0}", &["mqtt.broker_port: must be a number from 1 to 65535, not 0"]),

@@ -1,11 +1,11 @@
-//! The program by which the kernel drops what does not stay within a tenant: classic BPF (linux/bpf_common.h), whose result is
-//! an action of linux/pkt_cls.h. No IO.
+//! The program by which the kernel drops what does not stay within a tenant: classic BPF (`linux/bpf_common.h`), whose result is
+//! an action of `linux/pkt_cls.h`. No IO.
 
 use std::net::IpAddr;
 
 use wgkex_common::address::tenants::TenantNetworks;
 
-/// An instruction, as `struct sock_filter` of linux/filter.h has it.
+/// An instruction, as `struct sock_filter` of `linux/filter.h` has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Instruction {
     code: u16,
@@ -32,9 +32,9 @@ const SHIFT_RIGHT: u16 = 0x74;
 const IF_EQUAL: u16 = 0x15;
 /// `BPF_RET`.
 const RETURN: u16 = 0x06;
-/// `SKF_NET_OFF` of linux/filter.h: from the header of the network layer on.
+/// `SKF_NET_OFF` of `linux/filter.h`: from the header of the network layer on.
 const NETWORK_HEADER: u32 = 0xfff0_0000;
-/// `TC_ACT_OK` of linux/pkt_cls.h.
+/// `TC_ACT_OK` of `linux/pkt_cls.h`.
 const PASS: u32 = 0;
 /// `TC_ACT_SHOT`.
 const DROP: u32 = 2;
@@ -47,8 +47,11 @@ impl Instruction {
     /// As the kernel reads it.
     pub(super) fn bytes(self) -> [u8; 8] {
         let Self { code, then, otherwise, value } = self;
-        let ([a, b], [c, d, e, f]) = (code.to_ne_bytes(), value.to_ne_bytes());
-        [a, b, then, otherwise, c, d, e, f]
+        let mut bytes = [0; 8];
+        bytes[..2].copy_from_slice(&code.to_ne_bytes());
+        bytes[2..4].copy_from_slice(&[then, otherwise]);
+        bytes[4..].copy_from_slice(&value.to_ne_bytes());
+        bytes
     }
 }
 
