@@ -15,7 +15,18 @@ use wgkex_tests::process::{binary, hash};
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
 /// Commands that are run in another form: by which file, and the text in it that does so.
-const OTHERWISE: [(&str, &str, &str); 10] = [
+const OTHERWISE: [(&str, &str, &str); 13] = [
+    (
+        "wgkex-node lease --registry https://broker.example.org --password-file /etc/wgkex/registry.password s1 s2",
+        "tests/tests/gateway/servers.rs",
+        "{} lease --registry http://{address}:5000 --password-file /run/password",
+    ),
+    ("wg-quick up s1", "tests/tests/gateway/servers.rs", "wg-quick up {file}"),
+    (
+        "wg set wg0 peer HUB_KEY endpoint HUB_ENDPOINT allowed-ips HUB_ALLOWED_IPS persistent-keepalive 25",
+        "tests/tests/gateway/hub.rs",
+        "peer {key} endpoint {endpoint} allowed-ips {networks} persistent-keepalive",
+    ),
     ("systemctl restart wgkex-broker", "tests/packages", "inside systemctl restart wgkex-broker"),
     (
         "python3 -m websockets ws://127.0.0.1:5000/tenants/3daf1997-d6eb-41ba-898f-ebc275da1f98",

@@ -21,16 +21,20 @@ const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
 /// A gateway whose broker has a registry, with the server `s1`, and both programs.
 fn started(host: &Host, more: &str) -> (Process, Process) {
     fs::write(host.path("/run/registry.password"), "s3cret\n").unwrap();
-    host.configure(&format!(
-        "registry: {{enabled: true, password_file: /run/registry.password}}\n\
-         servers: {{s1: {{network: 10.77.0.0/24, reserved: 20, listen_port: 52820{more}}}}}\n"
-    ));
+    configure(host, more);
     host.setup();
     let programs = (host.start_broker(), host.start_worker());
     wait_until("the server is in the registry", || {
         (call(host, "server/exists", &json!({ "server_name": "s1" })) == Some(200)).then_some(())
     });
     programs
+}
+
+fn configure(host: &Host, more: &str) {
+    host.configure(&format!(
+        "registry: {{enabled: true, password_file: /run/registry.password}}\n\
+         servers: {{s1: {{network: 10.77.0.0/24, reserved: 20, listen_port: 52820{more}}}}}\n"
+    ));
 }
 
 /// The status of a call of the registry.
@@ -160,11 +164,62 @@ pub fn a_client_reaches_the_server_by_the_config_that_the_command_prints(lane: L
     let config =
         gateway.run(&format!("{broker} client show c1 --server s1 --wg-quick --private-key-file /run/private"));
     fs::write(client.path("/run/c1.conf"), config + "\n").unwrap();
+    wg_quick_up(&client, lane, "/run/c1.conf");
+}
+
+/// The tunnel of a file is up, and reaches the server.
+fn wg_quick_up(client: &Host, lane: Lane, file: &str) {
     let userspace = if lane == Lane::Userspace { "WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go " } else { "" };
     client.run(&format!(
-        "mount --make-rprivate / && {userspace}wg-quick up /run/c1.conf >/run/up 2>&1 || {{ cat /run/up; exit 1; }}"
+        "mount --make-rprivate / && {userspace}wg-quick up {file} >/run/up 2>&1 || {{ cat /run/up; exit 1; }}"
     ));
     wait_until("the client reaches the server", || {
         client.try_run("ping -c 1 -W 1 10.77.0.1").status.success().then_some(())
     });
+}
+
+pub fn wa26_a_node_leases_its_address_and_its_file_follows_the_registry(lane: Lane) {
+    let (gateway, client) = (Host::new("gw1", lane), Host::new("c1", lane));
+    let (address, _) = gateway.connect(&client, 1);
+    let (_broker, mut worker) = started(&gateway, &format!(", endpoint: {address}"));
+    fs::write(client.path("/run/password"), "s3cret\n").unwrap();
+    let command = |servers: &str| {
+        format!(
+            "{} lease --registry http://{address}:5000 --password-file /run/password --key-dir /run/keys --config-dir \
+             /run/tunnels {servers}",
+            binary("wgkex-node").display()
+        )
+    };
+    assert_eq!(client.run(&command("s1")), "s1: /run/tunnels/s1.conf written");
+    let files = "/run/keys/s1.key /run/tunnels/s1.conf";
+    assert_eq!(client.run(&format!("stat -c %a {files}")), "600\n600");
+    wg_quick_up(&client, lane, "/run/tunnels/s1.conf");
+    // The second time, nothing changes, here or there.
+    let state = || {
+        (client.run(&format!("stat -c '%i %y' {files}")), client.run("wg show s1 latest-handshakes"), peers(&gateway))
+    };
+    let before = state();
+    assert_eq!(client.run(&command("s1")), "s1: /run/tunnels/s1.conf unchanged");
+    assert_eq!(state(), before);
+    // What cannot be done is named, and the rest is done; somebody else's file stays.
+    fs::write(client.path("/run/tunnels/s2.conf"), "[Interface]\n").unwrap();
+    let output = client.try_run(&command("s2 s9 s1"));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), &*output.stdout), (Some(1), b"s1: /run/tunnels/s1.conf unchanged\n".as_slice()));
+    assert!(said.contains("error: s2: /run/tunnels/s2.conf was not written by wgkex-node"), "{said}");
+    assert!(said.contains("error: s9: ") && said.contains("404: ") && !said.contains("s3cret"), "{said}");
+    // Another endpoint at the registry is another one in the file.
+    assert!(worker.end_by(Signal::SIGTERM).success());
+    configure(&gateway, ", endpoint: gw.example");
+    let _worker = gateway.start_worker();
+    wait_until("the registry has the endpoint", || {
+        (client.run(&command("s1")) == "s1: /run/tunnels/s1.conf changed").then_some(())
+    });
+    assert!(client.run("cat /run/tunnels/s1.conf").ends_with("Endpoint = gw.example:52820"));
+    client.run("wg-quick strip /run/tunnels/s1.conf");
+    // So is another key.
+    client.run("rm /run/keys/s1.key");
+    assert_eq!(client.run(&command("s1")), "s1: /run/tunnels/s1.conf changed");
+    let public = client.run("wg pubkey < /run/keys/s1.key");
+    wait_for_peers(&gateway, 2 * SOON, &[format!("{public}\t10.77.0.21/32")]);
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 use wgkex_tests::http::Response;
+use wgkex_tests::process::binary;
 use wgkex_tests::stack::free_address;
 
 use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
@@ -82,6 +83,30 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
         assert_eq!(call(version, "admin:s3cret"), "200", "{version}");
         assert_eq!(call(version, "admin:wr0ng"), "401", "{version}");
     }
+    // So do the calls of a node, if it is shown who signed the certificate.
+    fs::write(dir.join("password"), "s3cret\n").unwrap();
+    let node = |more: &[&str]| {
+        let mut command = Command::new(binary("wgkex-node"));
+        command.current_dir(&dir).args([
+            "lease",
+            "--password-file",
+            "password",
+            "--key-dir",
+            "keys",
+            "--config-dir",
+            ".",
+        ]);
+        let output =
+            command.args(["--registry", &format!("https://127.0.0.1:{tls}/")]).args(more).arg("s1").output().unwrap();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    let (is_done, said) = node(&["--name", "c1"]);
+    assert!(!is_done && said.contains("certificate") && !said.contains("s3cret"), "{said}");
+    assert_eq!(node(&["--name", "c1", "--ca-file", &cert]), (true, "s1: ./s1.conf written\n".into()));
+    assert_eq!(desk.get("client/list_all", &json!({})).json()["c1"].as_object().unwrap().len(), 1);
     assert!(desk.stack.stop_broker().success());
     let log = desk.stack.broker().log();
     let (_, login) = LOGIN.rsplit_once(' ').unwrap();

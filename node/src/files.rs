@@ -1,0 +1,110 @@
+//! The files for `wg-quick`: written whole and for root alone, and only if they are not somebody else's.
+
+use std::fmt;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// The first line of each file.
+pub const MARK: &str = "# Written by wgkex-node, which overwrites what is changed here.\n";
+
+/// What became of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// There was none.
+    New,
+    /// It had something else.
+    Changed,
+    /// It has what it is to have.
+    Unchanged,
+}
+
+/// Why a file is not written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// Somebody else's.
+    #[error("{0} was not written by wgkex-node: move it away, or name another directory by --config-dir")]
+    Foreign(PathBuf),
+    /// It could not be read or written.
+    #[error("{0}: {1}")]
+    Io(PathBuf, io::Error),
+}
+
+/// An error if the file is there and somebody else's.
+pub fn check_ours(file: &Path) -> Result<(), FileError> {
+    match content(file)? {
+        Some(content) if !content.starts_with(MARK.as_bytes()) => Err(FileError::Foreign(file.into())),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Writes the file if it has something else, and its directory if that is missing.
+pub fn write(file: &Path, text: &str) -> Result<Written, FileError> {
+    check_ours(file)?;
+    let written = match content(file)? {
+        Some(content) if content == text.as_bytes() => return Ok(Written::Unchanged),
+        Some(_) => Written::Changed,
+        None => Written::New,
+    };
+    replace(file, text).map_err(|error| FileError::Io(file.into(), error))?;
+    Ok(written)
+}
+
+fn content(file: &Path) -> Result<Option<Vec<u8>>, FileError> {
+    match fs::read(file) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(FileError::Io(file.into(), error)),
+    }
+}
+
+/// Nobody sees a part of it, and nobody but its owner sees any of it.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    if let Some(directory) = file.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    }
+    let mut next = file.as_os_str().to_owned();
+    next.push(".new");
+    match fs::remove_file(&next) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let mut new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&next)?;
+    new.write_all(text.as_bytes())?;
+    new.sync_all()?;
+    fs::rename(&next, file)
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::New => "written",
+            Self::Changed => "changed",
+            Self::Unchanged => "unchanged",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_for_its_owner_and_only_if_it_differs_and_never_over_somebody_elses() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("wireguard/s1.conf");
+        let text = |body: &str| format!("{MARK}{body}");
+        for (body, expected) in [("a", Written::New), ("a", Written::Unchanged), ("b", Written::Changed)] {
+            assert_eq!(write(&file, &text(body)).unwrap(), expected, "{body}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), text(body));
+            assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+        fs::write(&file, "[Interface]\n").unwrap();
+        let refusal = write(&file, &text("c")).unwrap_err().to_string();
+        assert!(refusal.contains("was not written by wgkex-node"), "{refusal}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "[Interface]\n");
+    }
+}

@@ -1,0 +1,126 @@
+//! The calls of a broker's registry.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::{Value, json};
+use ureq::Agent;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use wgkex_common::PublicKey;
+use wgkex_common::runtime::tls;
+
+use crate::tunnel::ClientConfig;
+
+/// How long a call may take.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// The longest answer: a config with a list of allowed-ips.
+const ANSWER_MAX: u64 = 64 * 1024;
+
+/// The `Authorization` header of each call.
+pub struct Login(String);
+
+/// The registry of a broker.
+pub struct Registry {
+    url: String,
+    login: Login,
+    agent: Agent,
+}
+
+/// Why a call led to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The file with the password.
+    #[error("{0}: {1}")]
+    Password(PathBuf, std::io::Error),
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+    /// No broker is called like that.
+    #[error("--registry must begin with https:// or http://")]
+    Url,
+    /// No answer.
+    #[error("{url}: {error}")]
+    Connection {
+        /// The call.
+        url: String,
+        /// What went wrong.
+        error: ureq::Error,
+    },
+    /// Another answer than was asked for.
+    #[error("{url}: {status}{message}")]
+    Refused {
+        /// The call.
+        url: String,
+        /// The status.
+        status: u16,
+        /// What the broker says of it.
+        message: String,
+    },
+}
+
+impl Login {
+    /// Of a user whose password is in a file.
+    pub fn read(user: &str, password_file: &Path) -> Result<Self, CallError> {
+        let password =
+            fs::read_to_string(password_file).map_err(|error| CallError::Password(password_file.into(), error))?;
+        let password = password.strip_suffix('\n').unwrap_or(&password);
+        let password = password.strip_suffix('\r').unwrap_or(password);
+        Ok(Self(format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))))
+    }
+}
+
+impl Registry {
+    /// At a broker. Its certificate is signed by one of `ca_file`, or of the system.
+    pub fn new(url: &str, login: Login, ca_file: Option<&Path>) -> Result<Self, CallError> {
+        let url = url.trim_end_matches('/').to_owned();
+        let is_https = url.starts_with("https://");
+        if !is_https && !url.starts_with("http://") {
+            return Err(CallError::Url);
+        }
+        let mut config = Agent::config_builder().max_redirects(0).http_status_as_error(false);
+        config = config.timeout_global(Some(TIMEOUT));
+        if is_https {
+            let certificates = match ca_file {
+                Some(file) => tls::certificates("--ca-file", file)?,
+                None => rustls_native_certs::load_native_certs().certs,
+            };
+            let roots = certificates.iter().map(|certificate| Certificate::from_der(certificate).to_owned());
+            let tls = TlsConfig::builder().root_certs(RootCerts::Specific(std::sync::Arc::new(roots.collect())));
+            config = config.tls_config(tls.unversioned_rustls_crypto_provider(tls::provider()).build());
+        }
+        Ok(Self { url, login, agent: config.build().into() })
+    }
+
+    /// Leases an address of a server for this key, or keeps the one that the client has; returns what reaches the server.
+    pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, CallError> {
+        let peering = json!({ "client_name": client, "server_name": server });
+        let mut add = peering.clone();
+        add["public_key"] = json!(key);
+        self.call("client/add", &add, 201)?;
+        let (url, answer) = self.call("client/config", &peering, 200)?;
+        let refused = |error: serde_json::Error| CallError::Refused { url, status: 200, message: format!(": {error}") };
+        serde_json::from_str(&answer).map_err(refused)
+    }
+
+    fn call(&self, route: &str, fields: &Value, expected: u16) -> Result<(String, String), CallError> {
+        let url = format!("{}/api/v1/{route}", self.url);
+        let request = self.agent.post(&url).header("Authorization", &self.login.0);
+        let request = request.header("Content-Type", "application/json");
+        let failed = |error| CallError::Connection { url: url.clone(), error };
+        let mut response = request.send(fields.to_string()).map_err(failed)?;
+        let body = response.body_mut().with_config().limit(ANSWER_MAX).read_to_string().map_err(failed)?;
+        let status = response.status().as_u16();
+        if status != expected {
+            let error = serde_json::from_str::<Value>(&body).unwrap_or_default();
+            let message = error["error"]["message"].as_str().map_or_else(String::new, |message| {
+                // It goes to a terminal.
+                format!(": {}", message.chars().filter(|char| !char.is_control()).collect::<String>())
+            });
+            return Err(CallError::Refused { url, status, message });
+        }
+        Ok((url, body))
+    }
+}
