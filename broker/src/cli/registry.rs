@@ -1,5 +1,6 @@
 //! The commands `server` and `client`: calls of the registry on this machine's broker, with user and password of the config.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -196,7 +197,7 @@ impl ClientCommand {
             }
             Self::List { json } => {
                 let clients = client.call("client/list_all", &json!({}))?;
-                Ok(if json { format!("{clients:#}\n") } else { clients_table(&clients) })
+                if json { Ok(format!("{clients:#}\n")) } else { client.clients_table(&clients) }
             }
             Self::Show(show) => show.text(client),
             Self::Delete { name, server: None } => {
@@ -273,6 +274,22 @@ impl RegistryClient {
         self.call("client/config", &json!({ "client_name": client, "server_name": server }))
     }
 
+    /// Which addresses there are is asked of each server.
+    fn clients_table(&self, clients: &Value) -> anyhow::Result<String> {
+        let servers: BTreeSet<_> = peerings(clients).map(|(_, peering)| text_of(&peering["server"])).collect();
+        let addresses = servers.into_iter().map(|server| Ok((server, self.addresses(server)?)));
+        Ok(clients_table(clients, &addresses.collect::<anyhow::Result<_>>()?))
+    }
+
+    /// The addresses of a server's clients, by key.
+    fn addresses(&self, server: &str) -> anyhow::Result<BTreeMap<String, String>> {
+        let config = self.call("server/config", &json!({ "server_name": server }))?;
+        let peers = config["peers"].as_array().into_iter().flatten();
+        Ok(peers
+            .map(|peer| (text_of(&peer["public_key"]).to_owned(), text_of(&peer["ip_address"]).to_owned()))
+            .collect())
+    }
+
     fn show_server(&self, name: &str, is_json: bool) -> anyhow::Result<String> {
         let fields = json!({ "server_name": name });
         let own = self.call("server/wireguard_ip", &fields)?;
@@ -306,15 +323,22 @@ fn servers_table(servers: &Value) -> String {
     table(["SERVER", "ENDPOINT", "KEY"], &rows, Colours::of_stdout())
 }
 
-fn clients_table(clients: &Value) -> String {
-    let peerings = |(name, peerings): (&String, &Value)| {
-        let row = |peering: &Value| {
-            [Cell::text(name), Cell::text(text_of(&peering["server"])), Cell::text(text_of(&peering["public_key"]))]
-        };
-        peerings.as_object().into_iter().flatten().map(|(_, peering)| row(peering)).collect::<Vec<_>>()
+/// The clients with each of their peerings.
+fn peerings(clients: &Value) -> impl Iterator<Item = (&str, &Value)> {
+    clients.as_object().into_iter().flatten().flat_map(|(name, peerings)| {
+        peerings.as_object().into_iter().flatten().map(move |(_, peering)| (name.as_str(), peering))
+    })
+}
+
+/// With the addresses by server and key.
+fn clients_table(clients: &Value, addresses: &BTreeMap<&str, BTreeMap<String, String>>) -> String {
+    let row = |(name, peering): (&str, &Value)| {
+        let [server, key] = ["server", "public_key"].map(|field| text_of(&peering[field]));
+        let address = addresses.get(server).and_then(|of_server| of_server.get(key));
+        [name, server, address.map_or("-", String::as_str), key].map(Cell::text)
     };
-    let rows: Vec<_> = clients.as_object().into_iter().flatten().flat_map(peerings).collect();
-    table(["CLIENT", "SERVER", "KEY"], &rows, Colours::of_stdout())
+    let rows: Vec<_> = peerings(clients).map(row).collect();
+    table(["CLIENT", "SERVER", "ADDRESS", "KEY"], &rows, Colours::of_stdout())
 }
 
 /// The file that `wg-quick` reads (wg-quick(8)).
@@ -362,6 +386,10 @@ mod tests {
         let servers = json!({ "s1": { "endpoint_address": "gw", "endpoint_port": 1, "public_key": "K=" } });
         assert_eq!(servers_table(&servers), "SERVER  ENDPOINT  KEY\ns1      gw:1      K=\n");
         let clients = json!({ "c1": { "1": { "public_key": "K=", "server": "s1" } }, "c2": {} });
-        assert_eq!(clients_table(&clients), "CLIENT  SERVER  KEY\nc1      s1      K=\n");
+        let addresses = [("s1", [("K=".to_owned(), "10.0.0.2".to_owned())].into())].into();
+        let shown = |address| format!("CLIENT  SERVER  ADDRESS   KEY\nc1      s1      {address}  K=\n");
+        assert_eq!(clients_table(&clients, &addresses), shown("10.0.0.2"));
+        let gone = clients_table(&clients, &BTreeMap::new());
+        assert_eq!(gone, "CLIENT  SERVER  ADDRESS  KEY\nc1      s1      -        K=\n");
     }
 }

@@ -38,7 +38,8 @@ fn servers_and_clients_are_managed_by_commands() {
     let listed: Value = serde_json::from_str(&run(&desk, &["server", "list", "--json"]).unwrap()).unwrap();
     assert_eq!(listed, desk.get("server/list_all", &json!({})).json());
     let table = run(&desk, &["client", "list"]).unwrap();
-    assert!(table.starts_with("CLIENT  SERVER  KEY\nc1      s1      "), "{table}");
+    let row = format!("c1      s1      192.168.2.21  {client_key}\n");
+    assert_eq!(table, format!("CLIENT  SERVER  ADDRESS       KEY\n{row}"));
     let shown = run(&desk, &["server", "show", "s1"]).unwrap();
     assert!(
         shown.contains("address   192.168.2.1\nendpoint  gw.example.org:5128\n") && shown.contains(&client_key),
