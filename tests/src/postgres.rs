@@ -113,6 +113,11 @@ impl Postgres {
         let _ = self.process().end_by(Signal::SIGQUIT);
     }
 
+    /// Runs a statement in a database.
+    pub fn run(&self, database: &str, sql: &str) {
+        psql(self.address, self.dir.path(), database, sql).expect("a statement");
+    }
+
     /// A new database.
     #[must_use]
     pub fn database(&self, name: &str) -> Database {

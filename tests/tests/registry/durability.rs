@@ -245,3 +245,40 @@ fn a_damaged_database_is_left_alone() {
     let line = desk.stack.broker().wait_for_log("the database cannot be used");
     assert!(line.contains("registry.sqlite") && line.contains("WARN"), "{line}");
 }
+
+#[test]
+fn tables_of_another_version_in_postgresql_are_left_alone() {
+    let server_of_tables = Postgres::start();
+    let mut desk = Desk::start(&Store::Postgres(server_of_tables.database("registry")), "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.leased("c1", "s1", 1);
+    let before = desk.everything();
+    for (change, undo, cause) in [
+        (
+            "UPDATE wgkex_layout SET version = version + 1",
+            "UPDATE wgkex_layout SET version = version - 1",
+            "newer than those",
+        ),
+        // Tables of nobody's version are in the way of the first migration, which changes nothing then.
+        (
+            "ALTER TABLE wgkex_layout RENAME TO layout_away",
+            "ALTER TABLE layout_away RENAME TO wgkex_layout",
+            "already exists",
+        ),
+    ] {
+        assert!(desk.stack.stop_broker().success());
+        server_of_tables.run("registry", change);
+        desk.stack.start_broker();
+        desk.stack.wait_until_ready();
+        for route in READS.iter().chain(&CHANGES) {
+            assert_eq!(desk.post(route, &bodies()).status, 503, "{change}: {route}");
+        }
+        let line = desk.stack.broker().wait_for_log("the database cannot be used");
+        assert!(line.contains(cause), "{line}");
+        server_of_tables.run("registry", undo);
+        wait_within(RETURN, "the registry is back", || {
+            (desk.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
+        });
+        assert_eq!(desk.everything(), before, "{change}");
+    }
+}
