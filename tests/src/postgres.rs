@@ -62,17 +62,7 @@ impl Postgres {
         let dir = tempfile::Builder::new().prefix("wgkex-postgres-").tempdir().expect("a directory");
         let user = User::from_name(USER).expect("users").expect("PostgreSQL is missing: apt-get install postgresql");
         chown(dir.path(), Some(user.uid), Some(user.gid)).expect("the directory's owner");
-        let password = dir.path().join("password");
-        fs::write(&password, PASSWORD).expect("a password");
-        let data = dir.path().join("data");
-        let made = as_user(&program("initdb"))
-            .args(["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "-U", USER])
-            .arg(format!("--pwfile={}", password.display()))
-            .arg("-D")
-            .arg(&data)
-            .output()
-            .expect("initdb runs");
-        assert!(made.status.success(), "{made:?}");
+        make_data(dir.path());
         let mut server = Self { address: free_address(), dir, process: None };
         server.start_again();
         server
@@ -123,6 +113,37 @@ impl Postgres {
     pub fn database(&self, name: &str) -> Database {
         create_database(self.address, self.dir.path(), name)
     }
+}
+
+/// Makes the files of a server. That takes seconds, so they are copied where a test has made some before.
+fn make_data(dir: &Path) {
+    let (data, initdb) = (dir.join("data"), program("initdb"));
+    let this = std::env::current_exe().expect("the path of this program");
+    let version =
+        initdb.ancestors().nth(2).and_then(Path::file_name).expect("a version").to_string_lossy().into_owned();
+    let known = this.with_file_name(format!("postgres-{version}.data"));
+    if copy(&known, &data) {
+        return;
+    }
+    let password = dir.join("password");
+    fs::write(&password, PASSWORD).expect("a password");
+    let made = as_user(&initdb)
+        .args(["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "-U", USER])
+        .arg(format!("--pwfile={}", password.display()))
+        .arg("-D")
+        .arg(&data)
+        .output()
+        .expect("initdb runs");
+    assert!(made.status.success(), "{made:?}");
+    let new = known.with_extension(std::process::id().to_string());
+    // Another test may have made it meanwhile.
+    if !copy(&data, &new) || fs::rename(&new, &known).is_err() {
+        let _ = fs::remove_dir_all(&new);
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> bool {
+    from.exists() && Command::new("cp").arg("-a").args([from, to]).status().expect("cp runs").success()
 }
 
 /// The processes that a process has started (proc(5), `/proc/PID/stat`).
