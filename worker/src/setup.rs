@@ -98,8 +98,12 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     for server in config.servers.values() {
         interface::set_up_server(link(&server.interface), server).await?;
     }
-    if let Some(hub) = &config.hub {
-        interface::set_up_hub(link(&hub.interface), hub).await?;
+    match &config.hub {
+        Some(hub) => interface::set_up_hub(link(&hub.interface), hub).await?,
+        // There may have been one.
+        None => {
+            forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?
+        }
     }
     Ok(())
 }
@@ -119,9 +123,7 @@ pub async fn remove(config: &Config) -> Result<(), Error> {
         let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
         doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
     }
-    if let Some(Hub { interface, .. }) = &config.hub {
-        forwarding::disable(&links).await.map_err(|error| refused(interface, "delete its rules", error))?;
-    }
+    forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?;
     for (interface, backend) in doomed {
         links.delete(&interface).await.map_err(|error| refused(&interface, "delete it", error))?;
         if backend == Some(Backend::Userspace) {

@@ -160,10 +160,28 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
         assert!(!member.reaches(address), "{} reaches {address}", member.address);
     }
     a.wait_until_it_reaches(&b.address);
+    // What somebody takes away is there again soon: the interface changes, so that the worker looks.
+    let look_again = || gateway.run("ip link add other type veth peer name another && ip link del other");
+    for damage in [
+        "ip rule del pref 5183 iif wg-hub",
+        "ip route flush table 51830",
+        "tc qdisc del dev wg-hub ingress && ip rule del pref 5184 iif wg-hub",
+    ] {
+        gateway.run(damage);
+        look_again();
+        a.wait_until_it_reaches(&b.address);
+        wait_until("the filter is there", || {
+            gateway.run("tc filter show dev wg-hub ingress").contains("direct-action").then_some(())
+        });
+        assert!(!other.reaches(&a.address), "after {damage}");
+    }
+    // That is not for want of a way: without a filter there is one.
+    let _ = worker_process.end_by(Signal::SIGKILL);
     gateway.run("tc filter del dev wg-hub ingress");
     other.wait_until_it_reaches(&a.address);
     gateway.setup();
     assert!(!other.reaches(&a.address) && a.reaches(&b.address), "the filter is there again");
+    worker_process = gateway.start_worker();
 
     // Neither a broker's nor a worker's end is noticed in the tunnels, and a worker without a broker knows its peers.
     let before = peers(&gateway);

@@ -40,8 +40,8 @@ const OPS_LEN: u16 = 4;
 /// `TCA_BPF_OPS`.
 const OPS: u16 = 5;
 
-/// Lets the peers of `interface` reach each other within the networks of tenants. Each step may be there already; the filter is
-/// the first one.
+/// Lets the peers of `interface` reach each other within the networks of tenants, by a filter, routes and rules, of which each
+/// may be there already. The filter is the first one. Rules of another pool or interface go.
 pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
     let index = links.index(interface).await?;
     set_filter(links, index, networks).await?;
@@ -170,13 +170,17 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
     Ok(rules.try_collect::<Vec<_>>().await?.into_iter().filter(is_own).collect())
 }
 
-/// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide.
+/// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide. Not every process that may
+/// do the rest may set it.
 fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    if networks.pool.iter().all(|network| matches!(network, IpNet::V4(_))) {
-        return fs::write(format!("/proc/sys/net/ipv4/conf/{interface}/forwarding"), "1");
+    let is_ipv4 = networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)));
+    let [file, key] = match is_ipv4 {
+        true => ["/proc/sys/net/ipv4/conf/", "net.ipv4.conf."].map(|start| format!("{start}{interface}")),
+        false => ["/proc/sys/net/ipv6/conf/all", "net.ipv6.conf.all"].map(str::to_owned),
+    };
+    let file = format!("{file}/forwarding");
+    if fs::read_to_string(&file)?.trim() != "0" || (is_ipv4 && fs::write(file, "1").is_ok()) {
+        return Ok(());
     }
-    match fs::read_to_string("/proc/sys/net/ipv6/conf/all/forwarding")?.trim() {
-        "0" => Err(io::Error::other("IPv6 is not forwarded: set net.ipv6.conf.all.forwarding=1")),
-        _ => Ok(()),
-    }
+    Err(io::Error::other(format!("the kernel does not forward for it: set {key}.forwarding=1")))
 }

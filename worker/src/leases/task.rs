@@ -1,6 +1,7 @@
 //! The task of the leases: it asks brokers, keeps what they answer, and brings the peers of the servers' interfaces to that.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,8 @@ use wgkex_common::storage::{Health, Noun, StorageError};
 use wgkex_common::wire::lease::{AnnouncedServers, LeaseMessage, LeaseRequest};
 use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Config, Topic, WorkerName};
-use wgkex_kernel::{Device, Kernel};
+use wgkex_kernel::links::Links;
+use wgkex_kernel::{Device, Kernel, forwarding};
 
 use super::Metrics;
 use super::file::{self, KeptLeases, KeptServer};
@@ -265,15 +267,17 @@ impl<K: Kernel> LeaseTask<K> {
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
         self.on_device(index, &device);
+        let forwarding = forward(&self.servers[index]).await;
         let server = &mut self.servers[index];
         let plan = server.plan(&device);
         let leases = i64::try_from(server.table.leases().len()).unwrap_or(i64::MAX);
         self.metrics.leases.with_label_values(&[server.name.as_str()]).set(leases);
         self.save().await;
         let results = self.kernel.apply(&interface, changes(&plan.steps)).await;
+        let forwarding = forwarding.map_err(|error| format!("members do not reach each other by it: {error}"));
         let failed = outcomes(&plan.steps, results).into_iter().find_map(|(_, outcome)| outcome.err());
-        match failed {
-            Some(error) => self.on_failure(index, &error.to_string()),
+        match forwarding.err().or_else(|| failed.map(|error| error.to_string())) {
+            Some(reason) => self.on_failure(index, &reason),
             None if plan.foreign.is_empty() => self.on_success(index, plan.steps.len()),
             None => {
                 let reason = format!("peers that are not of leases have {} of its keys", plan.foreign.len());
@@ -337,4 +341,10 @@ impl<K: Kernel> LeaseTask<K> {
             Err(error) => self.health.failed(&error),
         }
     }
+}
+
+/// What lets members at a hub reach each other is there again if somebody took it away.
+async fn forward(server: &ServerState) -> io::Result<()> {
+    let LeaseSource::Tenants(hub) = &server.source else { return Ok(()) };
+    forwarding::enable(&Links::open()?, &hub.interface, &hub.networks).await
 }
