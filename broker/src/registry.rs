@@ -13,16 +13,18 @@ pub mod push;
 pub mod routes;
 pub mod store;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
-use wgkex_common::BrokerName;
 use wgkex_common::config::{self, Config, Secret};
+use wgkex_common::{BrokerName, WorkerName};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
 use crate::registry::holder::Holder;
@@ -57,8 +59,12 @@ pub struct Registry {
     large_answers: Arc<Semaphore>,
     /// What changed at workers' servers goes there.
     leases: LeaseSender,
+    refused: RefusedServers,
     metrics: Metrics,
 }
+
+/// Servers of workers that are not taken into the registry, by worker and name, with the reason.
+type RefusedServers = Arc<Mutex<BTreeMap<(WorkerName, String), String>>>;
 
 /// Why a call was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -110,6 +116,7 @@ impl Registry {
                 config_cache: ConfigCache::default(),
                 large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
                 leases,
+                refused: RefusedServers::default(),
                 metrics,
             },
             end,
@@ -154,6 +161,12 @@ impl Registry {
             servers: number(&self.metrics.servers),
             leases: number(&self.metrics.leases),
         }
+    }
+
+    /// Servers of workers that are not taken into the registry, with the reason.
+    #[must_use]
+    pub fn refused(&self) -> BTreeMap<(WorkerName, String), String> {
+        self.refused.lock().clone()
     }
 
     async fn require_holder(&self) -> Result<(), CallError> {

@@ -13,6 +13,7 @@ mod domains;
 mod files;
 mod http;
 mod hub;
+mod interfaces;
 mod keys;
 mod limits;
 mod lists;

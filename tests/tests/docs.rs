@@ -15,7 +15,12 @@ use wgkex_tests::process::{binary, hash};
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
 /// Commands that are run in another form: by which file, and the text in it that does so.
-const OTHERWISE: [(&str, &str, &str); 13] = [
+const OTHERWISE: [(&str, &str, &str); 14] = [
+    (
+        "ip addr add VIRTUAL_IP/32 dev wg0 && ip route add HUB_ALLOWED_IPS dev wg0",
+        "tests/tests/gateway/hub.rs",
+        "ip addr add {}/32 dev wg-t && ip link set wg-t up && ip route add {networks} dev wg-t",
+    ),
     (
         "wgkex-node lease --registry https://broker.example.org --password-file /etc/wgkex/registry.password s1 s2",
         "tests/tests/gateway/servers.rs",

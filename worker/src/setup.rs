@@ -102,7 +102,7 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
         Some(hub) => interface::set_up_hub(link(&hub.interface), hub).await?,
         // There may have been one.
         None => {
-            forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?
+            forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?;
         }
     }
     Ok(())

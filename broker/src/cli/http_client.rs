@@ -111,7 +111,9 @@ impl BrokerClient {
         match answer.status().as_u16() {
             200 | 201 => Ok(value),
             404 if value["error"]["message"] == "there is nothing here" => {
-                bail!("the broker on {address} ({key}) does not know this call: it is of another version")
+                bail!(
+                    "the broker on {address} ({key}) does not know this call: it is of another version, or what it is for was enabled after its start: restart it"
+                )
             }
             _ => bail!("{}", value["error"]["message"].as_str().unwrap_or("the broker refuses")),
         }
@@ -160,7 +162,8 @@ mod tests {
         assert_eq!(call(refused, false), Err("no.".into()));
         let older =
             "HTTP/1.1 404 Not Found\r\nContent-Length: 45\r\n\r\n{\"error\":{\"message\":\"there is nothing here\"}}";
-        let other = "the broker on HERE (admin_listen) does not know this call: it is of another version";
+        let other = "the broker on HERE (admin_listen) does not know this call: it is of another version, \
+                     or what it is for was enabled after its start: restart it";
         assert_eq!(call(older, false), Err(other.into()));
         let nobody = "no broker answers on HERE (admin_listen): is it running, and was it started with this config and its \
                       admin_token_hash?: ";

@@ -53,7 +53,7 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::ProxyNotTrusted => "trusted_proxies",
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
-        ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable => "registry",
+        ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable | ProblemKind::ServerRefused => "registry",
         ProblemKind::TenantsApart | ProblemKind::TenantsHub => "tenants",
         ProblemKind::DomainWithoutGateway
         | ProblemKind::SameKey
@@ -86,6 +86,7 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::ProxyNotTrusted
         | ProblemKind::RoutersUnreached
         | ProblemKind::DomainDown
+        | ProblemKind::ServerRefused
         | ProblemKind::TenantsApart
         | ProblemKind::TenantsHub
         | ProblemKind::GatewayOffline => Level::Warn,
@@ -116,6 +117,9 @@ fn advice(kind: ProblemKind) -> &'static str {
             "open its UDP port in each firewall on the way, or correct externalName; see `wgkex-worker doctor` there"
         }
         ProblemKind::RegistryElsewhere => "give both brokers the same PostgreSQL by storage, or disable one registry",
+        ProblemKind::ServerRefused => {
+            "give it a name and a network of its own in `servers` there, or delete the other one: `wgkex-broker server delete NAME`"
+        }
         ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
         ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length, grace and hub",
         ProblemKind::TenantsHub => {

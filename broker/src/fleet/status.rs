@@ -195,6 +195,8 @@ pub enum ProblemKind {
     RegistryElsewhere,
     /// The database of the registry cannot be used.
     RegistryUnavailable,
+    /// A worker is a server that the registry does not take.
+    ServerRefused,
     /// Another broker serves tenants by other rules.
     TenantsApart,
     /// Members do not learn of the hub of tenants.

@@ -8,6 +8,7 @@ use prometheus::Histogram;
 use prometheus::core::Metric as _;
 use serde::{Deserialize, Serialize};
 use strum::VariantNames as _;
+use wgkex_common::WorkerName;
 use wgkex_common::access_lists::service::ListSnapshot;
 
 use crate::exchange::Rejection;
@@ -177,6 +178,8 @@ impl App {
         problems.extend(self.names_in_use(now));
         let registry = self.registry.as_ref().map(Registry::status);
         problems.extend(registry.as_ref().and_then(registry_problem));
+        let refused = self.registry.iter().flat_map(Registry::refused);
+        problems.extend(refused.map(|((worker, server), reason)| refused_server(&worker, &server, &reason)));
         problems.extend(self.tenants.iter().flat_map(|tenants| tenants_problems(&tenants.troubles())));
         problems.sort();
         problems.dedup();
@@ -250,6 +253,11 @@ fn registry_problem(status: &RegistryStatus) -> Option<Problem> {
         let text = format!("the {} of the registry cannot be used: its calls are refused", status.storage);
         problem(ProblemKind::RegistryUnavailable, text)
     })
+}
+
+fn refused_server(worker: &WorkerName, server: &str, reason: &str) -> Problem {
+    let text = format!("server {server} of worker {worker} is not taken into the registry: {reason}");
+    Problem { kind: ProblemKind::ServerRefused, subject: worker.to_string(), text }
 }
 
 fn tenants_problems(Troubles { strangers, hub }: &Troubles) -> Vec<Problem> {

@@ -5,8 +5,6 @@
 //! order of the commits; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. What finds the queue full is dropped: the
 //! worker notices the gap and asks.
 
-use std::collections::BTreeMap;
-
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -52,8 +50,6 @@ pub struct LeasePublisher {
     bus: MqttHandle,
     broker: BrokerName,
     events: LeaseReceiver,
-    /// Why servers of workers are not in the registry, as it was logged.
-    refused: BTreeMap<(WorkerName, String), String>,
 }
 
 /// Why a worker's server is not taken.
@@ -69,7 +65,7 @@ impl LeasePublisher {
     /// With nothing published yet.
     #[must_use]
     pub fn new(registry: Registry, bus: MqttHandle, broker: BrokerName, events: LeaseReceiver) -> Self {
-        Self { registry, bus, broker, events, refused: BTreeMap::new() }
+        Self { registry, bus, broker, events }
     }
 
     /// Publishes until nobody can tell it anything any more.
@@ -89,13 +85,15 @@ impl LeasePublisher {
         }
     }
 
-    async fn register(&mut self, worker: &WorkerName, announced: AnnouncedServers) {
+    async fn register(&self, worker: &WorkerName, announced: AnnouncedServers) {
+        let is_there = |of: &WorkerName, name: &String| of != worker || announced.servers.contains_key(name);
+        self.registry.refused.lock().retain(|(of, name), _| is_there(of, name));
         for (name, announced) in announced.servers {
             let registered = self.register_one(worker, &name, &announced).await;
             let key = (worker.clone(), name);
             match registered {
                 Ok(()) => {
-                    if self.refused.remove(&key).is_some() {
+                    if self.registry.refused.lock().remove(&key).is_some() {
                         info!(%worker, server = key.1, "the worker's server is in the registry now");
                     }
                 }
@@ -119,13 +117,14 @@ impl LeasePublisher {
         Ok(self.registry.change(register).await?)
     }
 
-    fn log_refusal(&mut self, key: (WorkerName, String), reason: &str) {
-        if self.refused.get(&key).is_some_and(|known| known == reason) || self.refused.len() >= REFUSALS_MAX {
+    fn log_refusal(&self, key: (WorkerName, String), reason: &str) {
+        let mut refused = self.registry.refused.lock();
+        if refused.get(&key).is_some_and(|known| known == reason) || refused.len() >= REFUSALS_MAX {
             return;
         }
         let (worker, server) = (&key.0, &key.1);
         warn!(%worker, server, reason, "the worker's server is not taken into the registry");
-        self.refused.insert(key, reason.to_owned());
+        refused.insert(key, reason.to_owned());
     }
 
     /// Sends what a worker lacks. Without an answer it asks again.

@@ -66,7 +66,9 @@ const ROUTES: [(&str, Operation); 11] = [
 /// Why a call is answered with an error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum Rejection {
-    #[error("user and password are needed: Authorization: Basic")]
+    #[error(
+        "user and password are missing or wrong (Authorization: Basic); the broker has read the password at its start"
+    )]
     Unauthorized,
     #[error("{0}")]
     Body(&'static str),

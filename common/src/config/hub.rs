@@ -5,7 +5,7 @@ use std::path::{Path as FilePath, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::diagnostics::{Diagnostics, Path};
-use super::servers::{INTERFACE_COMPLAINT, Server, is_interface};
+use super::servers::{INTERFACE_COMPLAINT, is_interface};
 use super::value::{Flag, Host, Port, Text, port};
 use crate::address::tenants::TenantNetworks;
 
@@ -35,19 +35,11 @@ pub(super) struct RawHub {
 
 impl RawHub {
     /// None unless it is enabled. Its key is in `key_dir`.
-    pub fn check<'a>(
-        self,
-        networks: &TenantNetworks,
-        key_dir: &FilePath,
-        mut servers: impl Iterator<Item = &'a Server>,
-        diagnostics: &mut Diagnostics,
-    ) -> Option<Hub> {
+    pub fn check(self, networks: &TenantNetworks, key_dir: &FilePath, diagnostics: &mut Diagnostics) -> Option<Hub> {
         let path = Path::of("hub.interface");
         let interface = self.interface.map_or_else(|| "wg-hub".to_owned(), |interface| interface.0);
         if !is_interface(&interface) {
             diagnostics.error(&path, INTERFACE_COMPLAINT);
-        } else if servers.any(|server| server.interface == interface) {
-            diagnostics.error(&path, "must be another one than that of a server");
         }
         let hub = Hub {
             key_file: key_dir.join(format!("{interface}.key")),

@@ -11,6 +11,7 @@ use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
 use super::http::{Listen, RawBrokerListen, RawListen, check_places};
 use super::hub::RawHub;
+use super::interfaces::Interfaces;
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
 use super::logging::{LogFormat, log_level};
@@ -115,7 +116,9 @@ impl Raw {
         let (worker_listen, admin_listen) = (self.worker_listen.check(9586), self.admin_listen.check(5001));
         let (key_dir, tenants) = (self.setup.key_dir(), self.tenants.check(diagnostics));
         let servers = servers::check(self.servers, &key_dir, diagnostics);
-        let hub = self.hub.check(&tenants.settings.networks, &key_dir, servers.values(), diagnostics);
+        let hub = self.hub.check(&tenants.settings.networks, &key_dir, diagnostics);
+        let (is_setup_named, setup) = (self.setup.is_named(), self.setup.check(&listed, &domains, diagnostics));
+        Interfaces { domains: &setup, servers: &servers, hub: hub.as_ref() }.check(diagnostics);
         let mqtt_address = mqtt_listen.as_ref().map(|listen| Listen::of(listen.address));
         check_places(
             [
@@ -155,8 +158,8 @@ impl Raw {
             servers,
             hub,
             tenants: tenants.enabled(),
-            is_setup_named: self.setup.is_named(),
-            setup: self.setup.check(&listed, &domains, diagnostics),
+            is_setup_named,
+            setup,
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
             log_format: self.log_format.map_or_else(LogFormat::default, |format| format.0),
             source: Source::default(),

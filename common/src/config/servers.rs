@@ -5,6 +5,7 @@ use std::path::{Path as FilePath, PathBuf};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::diagnostics::{Diagnostics, Path};
 use super::value::{Host, Net, Port, Text, Whole, port};
@@ -72,10 +73,14 @@ impl RawServer {
         if network.prefix_len() + 2 > network.max_prefix_len() || network.prefix_len() == 0 {
             diagnostics.error(&path.then("network"), "must have room for addresses: at most /30, or /126 for IPv6");
         }
+        if network != network.trunc() {
+            let complaint = format!("must have no bits behind its length, as {}", network.trunc());
+            diagnostics.invalid(&path.then("network"), &Value::from(network.to_string()), &complaint);
+        }
         Some(Server {
             key_file: key_dir.join(format!("{interface}.key")),
             interface,
-            listen_port: port(self.listen_port.as_ref(), 51820),
+            listen_port: port(self.listen_port.as_ref(), 51840),
             network: network.trunc(),
             reserved: self.reserved.map_or(0, |reserved| reserved.0),
             endpoint: self.endpoint.map(|endpoint| endpoint.0),

@@ -84,6 +84,9 @@ fn check_pool(TenantNetworks { pool, .. }: &TenantNetworks, diagnostics: &mut Di
         if let Some(other) = pool[..at].iter().find(overlaps) {
             wrong(network, &format!("must be apart from the others, such as {other}"));
         }
+        if *network != network.trunc() {
+            wrong(network, &format!("must have no bits behind its length, as {}", network.trunc()));
+        }
         if family(network) != family(&pool[0]) {
             wrong(network, "must be of the family of the others, either IPv4 or IPv6");
         }

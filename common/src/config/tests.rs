@@ -700,13 +700,13 @@ fn the_registry_needs_a_password_file_and_its_database_no_password() {
 fn a_server_needs_a_network_and_an_interface() {
     let with = |yaml: &str| parse(&format!("{LEAST}servers: {{{yaml}}}"));
     let config = with(
-        "s1: {network: 192.168.2.0/24}, long-name-of-server: {interface: wg1, network: \"fd00::/64\", reserved: 20}",
+        "s1: {network: 192.168.2.0/24}, long-name-of-server: {interface: wg1, listen_port: 51841, network: \"fd00::/64\", reserved: 20}",
     );
     let servers = config.unwrap().servers;
     let expected = Server {
         interface: "s1".into(),
         key_file: "/etc/wgkex/s1.key".into(),
-        listen_port: 51820,
+        listen_port: 51840,
         network: "192.168.2.0/24".parse().unwrap(),
         reserved: 0,
         endpoint: None,

@@ -112,7 +112,7 @@ value_type!(
             Value::Array(items) => items.iter().map(text).collect::<Option<Vec<_>>>()?,
             Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => vec![text(value)?],
         };
-        let networks = networks.iter().map(|network| network.parse::<IpNet>().ok().map(|network| network.trunc()));
+        let networks = networks.iter().map(|network| network.parse::<IpNet>().ok());
         networks.collect::<Option<Vec<_>>>().filter(|networks| !networks.is_empty())
     },
     "must be a network such as 10.64.0.0/10, or a list of them"

@@ -65,7 +65,9 @@ fn advice(program: Program, fault: Fault) -> &'static str {
         }
         Fault::NoTls => "set mqtt.tls to true if the server has TLS on this port, or mqtt.broker_port to one without",
         Fault::Busy => "correct mqtt.username and mqtt.password, then wait a minute; the broker's log names the cause",
-        Fault::Server => "start the MQTT server, or correct mqtt.broker_url and mqtt.broker_port",
+        Fault::Server => {
+            "start the MQTT server, which is in wgkex-broker if there is no mqtt.broker_url; or correct that and mqtt.broker_port"
+        }
     }
 }
 

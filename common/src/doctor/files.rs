@@ -90,7 +90,7 @@ impl ListFacts {
 pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) -> Vec<Finding> {
     let StateFacts { dir, user, access, .. } = facts;
     let (dir, word) = (dir.display(), program.word());
-    let make = format!("`install -d -m 700 -o {user} {dir}`, or name another state_dir");
+    let make = format!("`install -d -m 700 -o {user} {dir}` and `chown -R {user} {dir}`, or name another state_dir");
     let is_kept = running.is_some_and(|running| running.keeps_state);
     let kept = match access {
         _ if is_kept => Finding::ok("state", format!("the running {word} writes to {dir}")),

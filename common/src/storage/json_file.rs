@@ -45,8 +45,9 @@ pub fn read<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, S
     let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
     match read {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        read => read?,
-    };
+        Err(error) => return Err(StorageError::Unavailable(format!("{} cannot be read: {error}", file.display()))),
+        Ok(_) => {}
+    }
     if let Ok(LayoutVersion { layout }) = serde_json::from_slice(&json)
         && !layout.is_null()
         && layout.as_u64().is_none_or(|layout| layout > known.into())

@@ -62,6 +62,7 @@ lanes! {
     servers: wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages;
     servers: status_doctor_and_dry_run_show_the_servers;
     servers: wa26_a_node_leases_its_address_and_its_file_follows_the_registry;
+    servers: a_server_that_the_registry_does_not_take_is_named;
     servers: a_client_reaches_the_server_by_the_config_that_the_command_prints;
     hub: os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenants_do_not;
     hub: members_learn_of_a_hub_that_changes;

@@ -223,3 +223,32 @@ pub fn wa26_a_node_leases_its_address_and_its_file_follows_the_registry(lane: La
     let public = client.run("wg pubkey < /run/keys/s1.key");
     wait_for_peers(&gateway, 2 * SOON, &[format!("{public}\t10.77.0.21/32")]);
 }
+
+pub fn a_server_that_the_registry_does_not_take_is_named(lane: Lane) {
+    let host = Host::new("gw1", lane);
+    fs::write(host.path("/run/registry.password"), "s3cret\n").unwrap();
+    host.configure("registry: {enabled: true, password_file: /run/registry.password}\n");
+    host.setup();
+    let mut broker = host.start_broker();
+    wait_until("the broker is ready", || (host.get(5000, "/readyz")?.status == 200).then_some(()));
+    let fields = json!({
+        "server_name": "s1", "network_address": "10.78.0.0", "network_mask": 24, "public_key": key(1),
+        "endpoint_address": "gw9.example", "endpoint_port": 1, "n_reserved_ips": 0, "allowed_ips": "10.78.0.0/24",
+    });
+    assert_eq!(call(&host, "server/add", &fields), Some(201));
+    assert!(broker.end_by(Signal::SIGTERM).success());
+    configure(&host, "");
+    host.setup();
+    let (_broker, _worker) = (host.start_broker(), host.start_worker());
+    let problem = "server s1 of worker gw1 is not taken into the registry: there is a server of this name already";
+    wait_until("the page has it", || host.get(5000, "/")?.body.contains(problem).then_some(()));
+    let doctor = host.try_run(&format!("{} --config /run/wgkex.yaml doctor", binary("wgkex-broker").display()));
+    let said = String::from_utf8(doctor.stdout).unwrap();
+    assert!(said.contains(&format!("warn registry: {problem}")) && said.contains("server delete NAME"), "{said}");
+    // It is no problem any more when the other one is gone.
+    assert_eq!(call(&host, "server/delete", &json!({ "server_name": "s1" })), Some(200));
+    host.run("ip link set s1 down && ip link set s1 up");
+    wait_within(Duration::from_secs(120), "the registry takes it", || {
+        (!host.get(5000, "/")?.body.contains("is not taken")).then_some(())
+    });
+}

@@ -174,13 +174,11 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
 /// do the rest may set it.
 fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
     let is_ipv4 = networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)));
-    let [file, key] = match is_ipv4 {
-        true => ["/proc/sys/net/ipv4/conf/", "net.ipv4.conf."].map(|start| format!("{start}{interface}")),
-        false => ["/proc/sys/net/ipv6/conf/all", "net.ipv6.conf.all"].map(str::to_owned),
-    };
-    let file = format!("{file}/forwarding");
+    let conf = if is_ipv4 { format!("ipv4/conf/{interface}") } else { "ipv6/conf/all".to_owned() };
+    let file = format!("/proc/sys/net/{conf}/forwarding");
     if fs::read_to_string(&file)?.trim() != "0" || (is_ipv4 && fs::write(file, "1").is_ok()) {
         return Ok(());
     }
-    Err(io::Error::other(format!("the kernel does not forward for it: set {key}.forwarding=1")))
+    let key = conf.replace('/', ".");
+    Err(io::Error::other(format!("the kernel does not forward for it: set net.{key}.forwarding=1")))
 }

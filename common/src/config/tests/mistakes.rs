@@ -31,8 +31,27 @@ const MISTAKES: &[(&str, &[&str])] = &[
         &["hub.interface: must be the name of an interface: 1 to 15 characters, without blanks and \"/\""],
     ),
     (
-        "hub: {interface: s1}\nservers: {s1: {network: 10.0.0.0/24}}",
-        &["hub.interface: must be another one than that of a server"],
+        "hub: {enabled: true, interface: s1, listen_port: 51840}\nservers: {s1: {network: 10.0.0.0/24}}",
+        &[
+            "hub.interface: must be another interface than s1, which is that of server s1",
+            "hub.listen_port: must be another port than 51840, which is that of server s1",
+        ],
+    ),
+    (
+        "servers: {a: {network: 10.0.0.0/8, listen_port: 51820}, b: {network: 10.1.0.0/16, interface: a}}",
+        &[
+            "servers.a.listen_port: must be another port than 51820, which is that of ffmuc_welt",
+            "servers.b.interface: must be another interface than a, which is that of server a",
+            "servers.b.network: must be apart from that of server a",
+        ],
+    ),
+    (
+        "servers: {a: {network: 10.0.0.1/8}}",
+        &["servers.a.network: must have no bits behind its length, as 10.0.0.0/8, not \"10.0.0.1/8\""],
+    ),
+    (
+        "tenants: {pool: 10.64.0.0/9}",
+        &["tenants.pool: must have no bits behind its length, as 10.0.0.0/9, not \"10.64.0.0/9\""],
     ),
     ("tenants: {grace: -1}", &["tenants.grace: must be a number of seconds from 0 (off) to 1000000, not -1"]),
     ("mqtt: {broker_port: abc}", &["mqtt.broker_port: must be a number from 1 to 65535, not \"abc\""]),

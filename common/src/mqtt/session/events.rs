@@ -1,5 +1,6 @@
 //! What a session does about each event of rumqttc: it is connected, it has received something, it has lost the connection.
 
+use std::io;
 use std::mem::take;
 
 use rumqttc::{ConnectionError, Incoming, MqttState, Outgoing, Publish, SubAck};
@@ -137,7 +138,11 @@ impl Session {
         }
         let is_dot_suspect = self.reconnect.is_closed_early() && !self.attempt.lacks_tls(accepted);
         let hint = self.dotted.as_ref().filter(|_| is_dot_suspect).map(|name| dot_hint(name));
-        let in_use = if *self.name_suspect.borrow() { "; another program may use this client id" } else { "" };
+        // Where nobody listens, no program with the same name is the cause.
+        let is_answered =
+            !matches!(error, ConnectionError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused);
+        let is_in_use = is_answered && *self.name_suspect.borrow();
+        let in_use = if is_in_use { "; another program may use this client id" } else { "" };
         let down = ConnectionState::Down(format!(
             "{}: {}{}{in_use}",
             self.server,
