@@ -33,7 +33,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Makes wg-REST and vx-REST for every configured domain, or completes them; repeating it is harmless
+    /// Makes wg-REST and vx-REST for every configured domain, and the interfaces of servers and of the hub, or completes them; repeating it is harmless
     #[command(after_help = "Exits with 0, or with 1 if something cannot be made; what was made stays.")]
     Setup {
         /// Take the interfaces down instead; the private keys stay

@@ -14,6 +14,7 @@ use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 
 use caps::{CapSet, Capability};
+use ipnet::IpNet;
 use nix::errno::Errno;
 use tracing::info;
 use wgkex_common::config::{Hub, Server, Setup};
@@ -58,6 +59,12 @@ pub enum Error {
     /// The control socket belongs to an interface of another network namespace.
     #[error("{0}: a userspace WireGuard of this name runs in another network namespace (it listens at {1})")]
     Elsewhere(String, PathBuf),
+    /// Members could not be told from what is there.
+    #[error(
+        "tenants.pool: this machine has a route to {0}, and what it sends there would go to the hub: choose another pool, at the \
+         brokers too"
+    )]
+    Pool(IpNet),
     /// The key file could not be used.
     #[error("{0}: {1}")]
     KeyFile(String, KeyFileError),
@@ -98,12 +105,16 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     for server in config.servers.values() {
         interface::set_up_server(link(&server.interface), server).await?;
     }
+    // There may have been another hub.
+    for interface in forwarding::interfaces(&links).await.map_err(|error| refused("ip rule", "read them", error))? {
+        if config.hub.as_ref().is_none_or(|hub| hub.interface != interface) {
+            delete(&links, &interface).await?;
+            disable_hub(&links, Some(&interface)).await?;
+        }
+    }
     match &config.hub {
         Some(hub) => interface::set_up_hub(link(&hub.interface), hub).await?,
-        // There may have been one.
-        None => {
-            forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?;
-        }
+        None => disable_hub(&links, None).await?,
     }
     Ok(())
 }
@@ -123,15 +134,33 @@ pub async fn remove(config: &Config) -> Result<(), Error> {
         let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
         doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
     }
-    forwarding::disable(&links).await.map_err(|error| refused("ip rule", "delete those of a hub", error))?;
     for (interface, backend) in doomed {
-        links.delete(&interface).await.map_err(|error| refused(&interface, "delete it", error))?;
-        if backend == Some(Backend::Userspace) {
-            wireguard::ended(&interface).await.map_err(|error| refused(&interface, "end wireguard-go", error))?;
-        }
-        info!(interface, "interface deleted");
+        delete_link(&links, &interface, backend).await?;
     }
+    disable_hub(&links, None).await
+}
+
+/// Deletes a WireGuard interface, if it is there.
+async fn delete(links: &Links, interface: &str) -> Result<(), Error> {
+    let link = WireguardLink { links, name: interface, backend: Backend::Kernel };
+    match link.find().await? {
+        Some((_, backend)) => delete_link(links, interface, Some(backend)).await,
+        None => Ok(()),
+    }
+}
+
+async fn delete_link(links: &Links, interface: &str, backend: Option<Backend>) -> Result<(), Error> {
+    links.delete(interface).await.map_err(|error| refused(interface, "delete it", error))?;
+    if backend == Some(Backend::Userspace) {
+        wireguard::ended(interface).await.map_err(|error| refused(interface, "end wireguard-go", error))?;
+    }
+    info!(interface, "interface deleted");
     Ok(())
+}
+
+/// Its interface is gone: packets of members would go anywhere without its rules.
+async fn disable_hub(links: &Links, interface: Option<&str>) -> Result<(), Error> {
+    forwarding::disable(links, interface).await.map_err(|error| refused("ip rule", "delete those of a hub", error))
 }
 
 fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {

@@ -92,8 +92,8 @@ async fn makes_hub(place: &Place) {
         setup(&config, place.backend).await.unwrap();
         let added = rules();
         for network in pool {
-            let checked = format!("from {network} to {network} iif lo lookup 51830");
-            assert_eq!(added.matches(&checked).count(), 1, "{added}");
+            let own = format!("from all to {network} iif lo lookup 51830");
+            assert_eq!(added.matches(&own).count(), 1, "{added}");
             assert!(run("ip route show table 51830").contains(&format!("{network} dev wg-hub")));
         }
         assert_eq!(added.matches("from all iif wg-hub lookup 51830").count(), 1, "{added}");
@@ -104,8 +104,26 @@ async fn makes_hub(place: &Place) {
         assert_eq!(run("cat /proc/sys/net/ipv4/conf/wg-hub/forwarding"), "1");
         assert_eq!(run("wg show wg-hub listen-port"), "40012");
     }
-    remove(&Config { hub: Some(hub(&["10.64.0.0/16"])), ..place.config.clone() }).await.unwrap();
+    // It is taken down by what takes all down, by a setup without it, and by one with another interface.
+    let config = |interface: &str| {
+        let hub = Hub { interface: interface.into(), ..hub(&["10.64.0.0/16"]) };
+        Config { hub: Some(hub), ..place.config.clone() }
+    };
+    setup(&config("wg-other"), place.backend).await.unwrap();
+    assert!(rules().contains("iif wg-other") && !rules().contains("wg-hub"), "{}", rules());
+    assert!(!interfaces().contains(&"wg-hub".to_owned()));
+    setup(&place.config, place.backend).await.unwrap();
+    assert!(rules() == before && !interfaces().contains(&"wg-other".to_owned()), "{}", rules());
+    setup(&config("wg-hub"), place.backend).await.unwrap();
+    remove(&config("wg-hub")).await.unwrap();
     assert_eq!((rules(), interfaces()), (before, vec!["lo".to_owned()]));
+    // The machine's own packets would go to the hub.
+    run(
+        "ip link add v type veth peer name w && ip addr add 10.64.9.1/24 dev v && ip link set v up && ip link set w up",
+    );
+    let refusal = setup(&config("wg-hub"), place.backend).await.unwrap_err().to_string();
+    assert!(refusal.contains("tenants.pool: this machine has a route to 10.64.9."), "{refusal}");
+    run("ip link del v");
     // IPv6 is forwarded by all interfaces or none.
     let config = Config { hub: Some(hub(&["fd00:64::/48"])), ..place.config.clone() };
     let refusal = setup(&config, place.backend).await.unwrap_err().to_string();

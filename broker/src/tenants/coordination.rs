@@ -30,6 +30,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long no frame may come from a broker that is there.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the hub is not told of changes after the bus is there again.
+const HUB_PAUSE: Duration = Duration::from_secs(5);
 /// How often sessions are registered at most.
 const REGISTER_INTERVAL: Duration = Duration::from_secs(1);
 /// Sessions and addresses that a broker registers at most.
@@ -45,6 +47,8 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
+    /// Until when the hub is not told of changes: other brokers may not have registered again.
+    hub_pause: Option<Instant>,
     troubles: Arc<Mutex<Troubles>>,
     metrics: Metrics,
 }
@@ -120,6 +124,7 @@ impl Coordination {
             role: Role::Starting,
             last_epoch: epoch,
             frames: Vec::new(),
+            hub_pause: None,
             troubles,
             metrics,
         }
@@ -195,13 +200,22 @@ impl Coordination {
         }
     }
 
+    /// Whether the bus is there.
+    pub fn on_bus(&mut self, is_up: bool, now: Instant) {
+        self.election.on_bus(is_up, now);
+        if !is_up {
+            self.hub_pause = Some(now + HUB_PAUSE);
+        }
+    }
+
     /// The messages for the worker that is the hub. While others' sessions are not known they wait.
     pub fn take_hub_messages(&mut self, now: Instant) -> Option<(WorkerName, Vec<LeaseMessage>)> {
         let is_settled = match &self.role {
             Role::Coordinator { authority, .. } => authority.is_settled(now),
             Role::Starting | Role::Follower { .. } => false,
         };
-        let hub = self.sessions.hub().filter(|_| is_settled)?;
+        let is_paused = self.hub_pause.is_some_and(|until| now < until);
+        let hub = self.sessions.hub().filter(|_| is_settled && !is_paused)?;
         let messages = hub.take_messages(now);
         (!messages.is_empty()).then(|| (hub.worker().clone(), messages))
     }

@@ -18,7 +18,7 @@ use wgkex_common::{PublicKey, WorkerName};
 use crate::tenants::message::HubPeer;
 
 /// How often at least the worker learns which version there is: what it missed shows then.
-const SIGN_INTERVAL: Duration = Duration::from_secs(30);
+const SIGN_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that are sent at once, at most.
 const BURST: usize = 20;
 /// Addresses of one key at most, those that came first: a peer takes no more in one message.
@@ -116,12 +116,17 @@ impl Hub {
     /// In some tenant, a key has another address than before.
     pub fn on_address(&mut self, key: PublicKey, before: Option<IpAddr>, address: Option<IpAddr>) {
         let addresses = self.addresses.entry(key).or_default();
-        addresses.retain(|known| Some(*known) != before);
+        // The same one may be that of another tenant already, as when networks change hands.
+        if let Some(at) = addresses.iter().position(|known| Some(*known) == before) {
+            addresses.remove(at);
+        }
         addresses.extend(address);
         if addresses.is_empty() {
             self.addresses.remove(&key);
         }
-        self.changed.insert(key);
+        if self.version.is_some() {
+            self.changed.insert(key);
+        }
     }
 
     /// This broker publishes from now on; `id` is another one each time.
@@ -177,13 +182,15 @@ impl Hub {
     /// Makes messages of the changes since the last time.
     fn note_changes(&mut self) {
         let Some(version) = &mut self.version else { return self.changed.clear() };
-        let changed: Vec<_> = std::mem::take(&mut self.changed).into_iter().collect();
-        for keys in changed.chunks(CHUNK) {
-            let mut change = LeaseChange::default();
-            for key in keys {
-                match self.addresses.get(key) {
-                    Some(addresses) => drop(change.added.insert(*key, leased(addresses))),
-                    None => drop(change.removed.insert(*key)),
+        let mut changed = std::mem::take(&mut self.changed).into_iter().peekable();
+        while changed.peek().is_some() {
+            let (mut change, mut size) = (LeaseChange::default(), 0);
+            while let Some(key) = changed.next_if(|_| size < CHUNK) {
+                let leased = self.addresses.get(&key).map(|addresses| leased(addresses));
+                size += leased.as_ref().map_or(1, |leased| leased.iter().count());
+                match leased {
+                    Some(leased) => drop(change.added.insert(key, leased)),
+                    None => drop(change.removed.insert(key)),
                 }
             }
             version.revision += 1;

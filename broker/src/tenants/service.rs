@@ -204,7 +204,7 @@ impl TenantService {
     }
 
     fn tick(&mut self, is_bus_up: bool, now: Instant) {
-        self.tenants.election().on_bus(is_bus_up, now);
+        self.tenants.on_bus(is_bus_up, now);
         self.tenants.tick(now);
         if self.kept.needs_full_write() {
             self.tenants.write_all();

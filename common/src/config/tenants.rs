@@ -15,6 +15,8 @@ use crate::address::tenants::TenantNetworks;
 
 /// The longest prefix of a tenant's network: 14 members by IPv4 or IPv6.
 const LENGTH_MAX: [u8; 2] = [28, 124];
+/// Networks of the pool at most: the program that keeps tenants apart at a hub has room for them.
+const POOL_MAX: usize = 64;
 /// The shortest one.
 const LENGTH_MIN: u8 = 8;
 
@@ -76,6 +78,9 @@ impl RawTenants {
 
 fn check_pool(TenantNetworks { pool, .. }: &TenantNetworks, diagnostics: &mut Diagnostics) {
     let path = Path::of("tenants.pool");
+    if pool.len() > POOL_MAX {
+        diagnostics.error(&path, &format!("must be {POOL_MAX} networks at most"));
+    }
     let mut wrong = |network: &IpNet, complaint: &str| {
         diagnostics.invalid(&path, &Value::from(network.to_string()), complaint);
     };

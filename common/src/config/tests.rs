@@ -747,3 +747,11 @@ fn a_hub_has_the_networks_of_the_tenants_whether_they_are_served_here_or_not() {
         assert_eq!(config.tenants.map(|tenants| tenants.hub.unwrap().to_string()), enabled.then(|| "gw1".into()));
     }
 }
+
+#[test]
+fn a_pool_has_a_bounded_number_of_networks() {
+    let pool = |count: usize| (0..count).map(|n| format!("10.0.{n}.0/24")).collect::<Vec<_>>().join(", ");
+    let with = |count| parse(&format!("{LEAST}tenants: {{pool: [{}]}}", pool(count)));
+    assert!(with(64).is_ok());
+    assert!(with(65).unwrap_err().to_string().contains("tenants.pool: must be 64 networks at most"));
+}

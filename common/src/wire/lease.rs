@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::tenants::TenantNetworks;
 use crate::{BrokerName, PublicKey};
 
-/// Leases of a chunk at most.
+/// A chunk takes no more keys when it has so many addresses.
 pub const CHUNK: usize = 1000;
 /// Servers of one worker at most.
 pub const SERVERS_MAX: usize = 16;
@@ -109,16 +109,23 @@ impl LeaseMessage {
     pub fn snapshot(
         server: &str,
         version: LeaseVersion,
-        mut leases: impl ExactSizeIterator<Item = (PublicKey, LeasedAddresses)>,
+        leases: impl Iterator<Item = (PublicKey, LeasedAddresses)>,
     ) -> Vec<Self> {
-        let last = leases.len().saturating_sub(1) / CHUNK;
-        let chunk = |number| {
-            let leases = leases.by_ref().take(CHUNK).collect();
-            let (number, is_last) = (u32::try_from(number).unwrap_or(u32::MAX), number == last);
-            let content = LeaseContent::Chunk(LeaseChunk { number, is_last, leases });
-            Self { server: server.to_owned(), version, content }
-        };
-        (0..=last).map(chunk).collect()
+        let (mut leases, mut messages) = (leases.peekable(), Vec::new());
+        for number in 0.. {
+            let (mut chunk, mut size) = (BTreeMap::new(), 0);
+            while let Some((key, addresses)) = leases.next_if(|_| size < CHUNK) {
+                size += addresses.iter().count();
+                chunk.insert(key, addresses);
+            }
+            let is_last = leases.peek().is_none();
+            let content = LeaseContent::Chunk(LeaseChunk { number, is_last, leases: chunk });
+            messages.push(Self { server: server.to_owned(), version, content });
+            if is_last {
+                break;
+            }
+        }
+        messages
     }
 }
 

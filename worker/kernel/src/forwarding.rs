@@ -2,19 +2,20 @@
 //! beside peers.
 //!
 //! A packet that comes in by the interface is dropped by [`filter`] unless a member sends it to one of the same tenant. What
-//! passes is routed by a table of its own, which only such packets look up: so nobody else's packets leave by the interface, and
-//! none of these by another one.
+//! passes is routed by a table of its own, which only such packets look up, and this machine's own to the pool: so nobody else's
+//! packets leave by the interface, and none of these by another one.
 
 mod filter;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::route::{RouteProtocol, RouteScope};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleHeader, RuleMessage};
 use netlink_packet_route::tc::{
     TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
@@ -31,6 +32,11 @@ const TABLE: u32 = 51_830;
 const PRIORITY: u32 = 5_183;
 /// Whose rules these are (`FRA_PROTOCOL` of `linux/fib_rules.h`; programs have numbers of their own from 5 on).
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
+/// The interface by which this machine's own packets seem to come in.
+const LOOPBACK: &str = "lo";
+/// Both families.
+const FAMILIES: [(IpVersion, AddressFamily); 2] =
+    [(IpVersion::V4, AddressFamily::Inet), (IpVersion::V6, AddressFamily::Inet6)];
 /// The priority of the filter among those of the interface.
 const FILTER_PRIORITY: u16 = 1;
 /// `ETH_P_ALL` of `linux/if_ether.h`.
@@ -40,19 +46,16 @@ const OPS_LEN: u16 = 4;
 /// `TCA_BPF_OPS`.
 const OPS: u16 = 5;
 
-/// Lets the peers of `interface` reach each other within the networks of tenants, by a filter, routes and rules, of which each
-/// may be there already. The filter is the first one. Rules of another pool or interface go.
-pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    let index = links.index(interface).await?;
-    set_filter(links, index, networks).await?;
-    for (network, _) in networks.parts() {
-        set_route(links, index, network).await?;
-    }
+/// Before an interface is set up: what keeps tenants apart is there. Each step may be there already; rules of another pool go.
+pub async fn prepare(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
+    set_filter(links, links.index(interface).await?, networks).await?;
     let wanted = rules(interface, networks);
-    for (version, family) in [(IpVersion::V4, AddressFamily::Inet), (IpVersion::V6, AddressFamily::Inet6)] {
+    for (version, family) in FAMILIES {
         let there = own_rules(links, version).await?;
-        for rule in there.iter().filter(|rule| !wanted.iter().any(|wanted| is_same(wanted, rule))) {
-            links.handle().rule().del((*rule).clone()).execute().await.map_err(plain)?;
+        // Those of another interface keep it from forwarding by the main table.
+        let is_known = |rule: &RuleMessage| iif(rule).is_some_and(|iif| iif == interface || iif == LOOPBACK);
+        for rule in there.iter().filter(|rule| is_known(rule) && !wanted.iter().any(|wanted| is_same(wanted, rule))) {
+            links.handle().rule().del(rule.clone()).execute().await.map_err(plain)?;
         }
         let missing = |rule: &&RuleMessage| !there.iter().any(|there| is_same(rule, there));
         for rule in wanted.iter().filter(|rule| rule.header.family == family).filter(missing) {
@@ -61,13 +64,74 @@ pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -
             request.execute().await.map_err(plain)?;
         }
     }
+    Ok(())
+}
+
+/// Lets the peers of an interface that is set up reach each other within the networks of tenants. Each step may be there already.
+pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
+    prepare(links, interface, networks).await?;
+    let index = links.index(interface).await?;
+    for (network, _) in networks.parts() {
+        set_route(links, index, network).await?;
+    }
     forward(interface, networks)
 }
 
-/// Removes the rules; the filter and the routes go with the interface.
-pub async fn disable(links: &Links) -> io::Result<()> {
+/// The interfaces that have rules of a hub.
+pub async fn interfaces(links: &Links) -> io::Result<BTreeSet<String>> {
+    let mut interfaces = BTreeSet::new();
+    for (version, _) in FAMILIES {
+        let rules = own_rules(links, version).await?;
+        interfaces.extend(rules.iter().filter_map(iif).filter(|iif| *iif != LOOPBACK).map(str::to_owned));
+    }
+    Ok(interfaces)
+}
+
+/// A network of the pool that this machine reaches by another interface: its own packets there would go to the hub. None if the
+/// pool is nobody else's.
+pub async fn conflict(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<Option<IpNet>> {
+    let own = links.find(interface).await?.map(|link| link.index);
+    let overlaps = |other: &IpNet| networks.pool.iter().any(|pool| pool.contains(other) || other.contains(pool));
     for version in [IpVersion::V4, IpVersion::V6] {
-        for rule in own_rules(links, version).await? {
+        let query = match version {
+            IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        };
+        let mut routes = links.handle().route().get(query).execute();
+        while let Some(route) = routes.try_next().await.map_err(plain)? {
+            let (destination, index) = destination(&route);
+            let is_others = index.is_some() && index != own;
+            // The default route is no network of this machine's.
+            if let Some(network) =
+                destination.filter(|network| is_others && network.prefix_len() > 0 && overlaps(network))
+            {
+                return Ok(Some(network));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn destination(route: &RouteMessage) -> (Option<IpNet>, Option<u32>) {
+    let (mut address, mut index) = (None, None);
+    for attribute in &route.attributes {
+        if let RouteAttribute::Destination(RouteAddress::Inet(to)) = attribute {
+            address = Some(IpAddr::from(*to));
+        } else if let RouteAttribute::Destination(RouteAddress::Inet6(to)) = attribute {
+            address = Some(IpAddr::from(*to));
+        } else if let RouteAttribute::Oif(oif) = attribute {
+            index = Some(*oif);
+        }
+    }
+    let length = route.header.destination_prefix_length;
+    (address.and_then(|address| IpNet::new(address, length).ok()), index)
+}
+
+/// Removes the rules of an interface, or all; the filter and the routes go with the interface, which is to be gone before.
+pub async fn disable(links: &Links, interface: Option<&str>) -> io::Result<()> {
+    let is_doomed = |rule: &RuleMessage| interface.is_none_or(|interface| iif(rule) == Some(interface));
+    for (version, _) in FAMILIES {
+        for rule in own_rules(links, version).await?.into_iter().filter(is_doomed) {
             links.handle().rule().del(rule).execute().await.map_err(plain)?;
         }
     }
@@ -121,8 +185,8 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
     links.handle().route().add(route).replace().execute().await.map_err(plain)
 }
 
-/// What comes in by the interface is routed by the table or not at all. What a check of the source address
-/// (`rp_filter`) looks up seems to come from this machine, and finds the same.
+/// What comes in by the interface is routed by the table or not at all. So is what this machine sends to the pool: errors (ICMP), which
+/// must not leave by another way with a part of a member's packet; and what a check of the source address (`rp_filter`) looks up.
 fn rules(interface: &str, networks: &TenantNetworks) -> Vec<RuleMessage> {
     let family = |network: &IpNet| match network {
         IpNet::V4(_) => AddressFamily::Inet,
@@ -132,11 +196,10 @@ fn rules(interface: &str, networks: &TenantNetworks) -> Vec<RuleMessage> {
     let to_table = RuleAction::ToTable;
     let mut rules = vec![rule(of_pool, interface, PRIORITY, to_table)];
     for network in &networks.pool {
-        let mut checked = rule(of_pool, "lo", PRIORITY, to_table);
-        (checked.header.src_len, checked.header.dst_len) = (network.prefix_len(), network.prefix_len());
-        checked.attributes.push(RuleAttribute::Source(network.addr()));
-        checked.attributes.push(RuleAttribute::Destination(network.addr()));
-        rules.push(checked);
+        let mut own = rule(of_pool, LOOPBACK, PRIORITY, to_table);
+        own.header.dst_len = network.prefix_len();
+        own.attributes.push(RuleAttribute::Destination(network.addr()));
+        rules.push(own);
     }
     let others = [AddressFamily::Inet, AddressFamily::Inet6];
     rules.extend(others.map(|family| rule(family, interface, PRIORITY + 1, RuleAction::Prohibit)));
@@ -164,6 +227,12 @@ fn is_same(wanted: &RuleMessage, there: &RuleMessage) -> bool {
         && wanted.attributes.iter().all(|attribute| there.attributes.contains(attribute))
 }
 
+fn iif(rule: &RuleMessage) -> Option<&str> {
+    rule.attributes
+        .iter()
+        .find_map(|attribute| if let RuleAttribute::Iifname(name) = attribute { Some(name.as_str()) } else { None })
+}
+
 async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMessage>> {
     let is_own = |rule: &RuleMessage| rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL));
     let rules = links.handle().rule().get(version).execute().map(|rule| rule.map_err(plain));
@@ -171,12 +240,17 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
 }
 
 /// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide. Not every process that may
-/// do the rest may set it.
+/// do the rest sees that.
 fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
     let is_ipv4 = networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)));
     let conf = if is_ipv4 { format!("ipv4/conf/{interface}") } else { "ipv6/conf/all".to_owned() };
     let file = format!("/proc/sys/net/{conf}/forwarding");
-    if fs::read_to_string(&file)?.trim() != "0" || (is_ipv4 && fs::write(file, "1").is_ok()) {
+    let is_on = match fs::read_to_string(&file) {
+        Ok(content) => content.trim() != "0",
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if is_on || (is_ipv4 && fs::write(file, "1").is_ok()) {
         return Ok(());
     }
     let key = conf.replace('/', ".");

@@ -43,7 +43,8 @@ pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
     for (key, addresses) in wanted.leases {
         let is_own = |address: &IpAddr| wanted.networks.iter().any(|network| network.contains(address));
         let desired = lease::desired(*key, addresses.iter().filter(is_own));
-        if desired.networks().is_empty() {
+        // WireGuard takes no peer with the key of the interface.
+        if desired.networks().is_empty() || device.public_key == Some(*key) {
             continue;
         }
         let is_ours = wanted.made.contains(key);

@@ -20,6 +20,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const FULL_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long a missing change may be under way.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the coordinator of tenants may not be heard before another one counts: it says every 10 s which version there is.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How often the peers are compared with the leases.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -32,6 +34,8 @@ pub(super) struct ServerState {
     pub announced: Option<Announced>,
     made: BTreeSet<PublicKey>,
     foreign: BTreeSet<PublicKey>,
+    /// When the coordinator whose version it has was heard last.
+    heard: Option<Instant>,
     /// What is kept of it is not what is on disk.
     is_unsaved: bool,
     ask_at: Instant,
@@ -58,6 +62,7 @@ impl ServerState {
             announced: None,
             made,
             foreign,
+            heard: None,
             // The file says later that there was a server.
             is_unsaved: true,
             ask_at: now,
@@ -90,6 +95,10 @@ impl ServerState {
     /// A broker's message.
     pub fn on_message(&mut self, message: LeaseMessage, now: Instant) {
         let before = self.table.version();
+        if self.is_of_a_rival(&message, now) {
+            return;
+        }
+        let message_id = message.version.id;
         let progress = self.table.apply(message.version, message.content);
         match progress {
             Progress::Changed | Progress::Current => self.ask_at = now + FULL_INTERVAL,
@@ -100,6 +109,16 @@ impl ServerState {
             self.check_at = now;
         }
         self.is_unsaved |= self.table.version() != before;
+        if self.table.version().is_some_and(|known| known.id == message_id) {
+            self.heard = Some(now);
+        }
+    }
+
+    /// Brokers that do not agree may both publish to a hub: the one that it follows counts as long as it is heard.
+    fn is_of_a_rival(&self, message: &LeaseMessage, now: Instant) -> bool {
+        let is_other = self.table.version().is_some_and(|known| known.id != message.version.id);
+        let is_heard = self.heard.is_some_and(|heard| now.saturating_duration_since(heard) < SILENCE_TIMEOUT);
+        matches!(self.source, LeaseSource::Tenants(_)) && is_other && is_heard
     }
 
     /// There is a broker that was not asked yet: it is, a moment later, as all of a fleet do.

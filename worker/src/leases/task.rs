@@ -231,7 +231,7 @@ impl<K: Kernel> LeaseTask<K> {
                 LeaseRequest { to: (*to).clone(), server: server.name.clone(), known: server.table.version() };
             self.publish(Topic::LeaseRequests { worker: self.worker.clone() }, &request, Message::transient);
         }
-        if let Some(last) = asked.last() {
+        if let (LeaseSource::Registry(_), Some(last)) = (&server.source, asked.last()) {
             self.asked = Some((*last).clone());
         }
     }
@@ -266,18 +266,20 @@ impl<K: Kernel> LeaseTask<K> {
             Ok(device) => device,
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
+        // Nobody learns of a hub, and nobody is added to it, as long as it does not keep tenants apart.
+        if let Err(error) = forward(&self.servers[index]).await {
+            return self.on_failure(index, &format!("members do not reach each other by it: {error}"));
+        }
         self.on_device(index, &device);
-        let forwarding = forward(&self.servers[index]).await;
         let server = &mut self.servers[index];
         let plan = server.plan(&device);
         let leases = i64::try_from(server.table.leases().len()).unwrap_or(i64::MAX);
         self.metrics.leases.with_label_values(&[server.name.as_str()]).set(leases);
         self.save().await;
         let results = self.kernel.apply(&interface, changes(&plan.steps)).await;
-        let forwarding = forwarding.map_err(|error| format!("members do not reach each other by it: {error}"));
         let failed = outcomes(&plan.steps, results).into_iter().find_map(|(_, outcome)| outcome.err());
-        match forwarding.err().or_else(|| failed.map(|error| error.to_string())) {
-            Some(reason) => self.on_failure(index, &reason),
+        match failed {
+            Some(error) => self.on_failure(index, &error.to_string()),
             None if plan.foreign.is_empty() => self.on_success(index, plan.steps.len()),
             None => {
                 let reason = format!("peers that are not of leases have {} of its keys", plan.foreign.len());

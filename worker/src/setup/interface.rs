@@ -7,6 +7,7 @@ use std::path::Path;
 use ipnet::IpNet;
 use tracing::info;
 use wgkex_common::address::first_of;
+use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::{Hub, Server};
 use wgkex_kernel::{Key, forwarding, key_file, wireguard};
 
@@ -19,13 +20,15 @@ struct Wanted<'a> {
     listen_port: u16,
     /// With the length of its network.
     address: Option<IpNet>,
+    /// What its peers are to reach each other within, before it is set up.
+    tenants: Option<&'a TenantNetworks>,
 }
 
 /// Makes the interface of a server, or completes it.
 pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> Result<(), Error> {
     let Server { key_file, listen_port, network, .. } = server;
     let address = IpNet::new(first_of(*network), network.prefix_len()).ok();
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address }).await?;
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address, tenants: None }).await?;
     info!(interface = link.name, "the interface of the server is set up");
     Ok(())
 }
@@ -33,7 +36,11 @@ pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> R
 /// Makes the interface of the hub, or completes it.
 pub(super) async fn set_up_hub(link: WireguardLink<'_>, hub: &Hub) -> Result<(), Error> {
     let Hub { key_file, listen_port, networks, .. } = hub;
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None }).await?;
+    let conflict = forwarding::conflict(link.links, link.name, networks).await;
+    if let Some(network) = conflict.map_err(|error| refused(link.name, "look at the routes", error))? {
+        return Err(Error::Pool(network));
+    }
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None, tenants: Some(networks) }).await?;
     let enabled = forwarding::enable(link.links, link.name, networks).await;
     enabled.map_err(|error| refused(link.name, "forward within tenants", error))?;
     info!(interface = link.name, "the interface of the hub is set up");
@@ -67,6 +74,10 @@ async fn set_up(link: WireguardLink<'_>, wanted: Wanted<'_>) -> Result<(), Error
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(refused(name, "set its address", error)),
         }
+    }
+    if let Some(networks) = wanted.tenants {
+        let prepared = forwarding::prepare(links, name, networks).await;
+        prepared.map_err(|error| refused(name, "keep tenants apart", error))?;
     }
     if link.find().await?.is_some_and(|(found, _)| !found.up) {
         links.up(name).await.map_err(|error| refused(name, "set it up", error))?;

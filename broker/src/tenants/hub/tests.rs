@@ -108,7 +108,12 @@ fn a_key_has_its_addresses_of_all_tenants_and_loses_only_one_of_them() {
     expect(&mut hub, Some(&[2, 3]));
     hub.on_address(key(1), Some(address(2)), None);
     expect(&mut hub, Some(&[3]));
+    // Networks change hands: one tenant has the address before the other has lost it.
+    hub.on_address(key(1), None, Some(address(3)));
+    hub.on_address(key(1), Some(address(3)), Some(address(4)));
+    expect(&mut hub, Some(&[3, 4]));
     hub.on_address(key(1), Some(address(3)), None);
+    hub.on_address(key(1), Some(address(4)), None);
     expect(&mut hub, None);
 }
 
@@ -126,7 +131,39 @@ fn a_key_in_very_many_tenants_has_the_first_addresses() {
 }
 
 #[test]
-fn a_worker_that_missed_something_notices_it_within_half_a_minute() {
+fn messages_are_bounded_by_their_addresses() {
+    let mut hub = hub();
+    let addresses = |n: u8| (0..=255).map(move |last| IpAddr::from([10, 64, n, last]));
+    for n in 0..5 {
+        addresses(n).chain(addresses(n + 100)).for_each(|address| hub.on_address(key(n), None, Some(address)));
+    }
+    let sizes = |messages: Vec<LeaseMessage>| -> Vec<_> {
+        let size = |leases: &BTreeMap<PublicKey, LeasedAddresses>| leases.values().map(|all| all.iter().count()).sum();
+        let sizes = messages.iter().map(|message| match &message.content {
+            LeaseContent::Change(change) => size(&change.added),
+            LeaseContent::Chunk(chunk) => size(&chunk.leases),
+            LeaseContent::Current | LeaseContent::Deleted => 0_usize,
+        });
+        sizes.collect()
+    };
+    assert_eq!(sizes(hub.take_messages(Instant::now())), [1024, 1024, 512]);
+    hub.on_request(&worker(), None);
+    assert_eq!(sizes(hub.take_messages(Instant::now())), [1024, 1024, 512]);
+}
+
+#[test]
+fn a_broker_that_does_not_publish_keeps_no_changes() {
+    let mut hub = hub();
+    hub.follow();
+    for n in 0..100 {
+        hub.on_address(key(n), None, Some(address(n)));
+        hub.on_address(key(n), Some(address(n)), None);
+    }
+    assert!(hub.changed.is_empty() && hub.addresses.is_empty() && hub.outgoing.is_empty());
+}
+
+#[test]
+fn a_worker_that_missed_something_notices_it_within_seconds() {
     let start = Instant::now();
     let (mut hub, mut copy) = (hub(), Copy::default());
     copy.apply(hub.take_messages(start));

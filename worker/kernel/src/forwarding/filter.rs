@@ -190,6 +190,14 @@ mod tests {
         }
     }
 
+    /// The kernel takes 4096 instructions (`BPF_MAXINSNS` of `linux/bpf_common.h`), and the config 64 networks.
+    #[test]
+    fn the_program_fits_for_the_largest_pool() {
+        let pool: Vec<_> = (0..64).map(|n| format!("fd00:{n}::/127")).collect();
+        let pool: Vec<_> = pool.iter().map(String::as_str).collect();
+        assert!(program(&networks(&pool, 124)).len() <= 4096);
+    }
+
     proptest! {
         #[test]
         fn the_program_agrees_with_the_networks_of_tenants(
