@@ -26,7 +26,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     for domain in &facts.domains {
         findings.extend(interfaces::domain(domain, facts.is_setup_named));
     }
-    findings.extend(facts.running.iter().flat_map(|running| running.servers.iter().map(machine::server)));
+    findings.extend(facts.servers.iter().map(|server| machine::server(server, facts.running.as_ref())));
     findings.extend(machine::managers(&facts.managers));
     findings.push(clock::clock(Program::Worker, &facts.clock));
     let running = facts.running.as_ref().map(|worker| &worker.process);

@@ -173,6 +173,12 @@ fn lacks_colon(line: &str) -> bool {
         && !text.contains(": ")
 }
 
+/// Whether the scanner stumbles over a line that begins in another column than those around it.
+fn is_of_indentation(info: &str) -> bool {
+    let of_block = info.starts_with("while parsing a block") && info.contains("did not find expected");
+    of_block || info.starts_with("mapping values are not allowed")
+}
+
 impl Mistake {
     fn of(error: &ScanError, text: &str) -> Self {
         let line = error.marker().line();
@@ -185,6 +191,17 @@ impl Mistake {
                 let before = text.lines().take(line).enumerate().filter(lacks_colon).last();
                 let reason = "a key lacks the colon behind it, or the space behind that".to_owned();
                 Self::Yaml { line: before.map_or(line, |(at, _)| at + 1), reason }
+            }
+            None if is_of_indentation(error.info()) => {
+                let column = |text: Option<&str>| text.map_or(0, indent) + 1;
+                let before = text.lines().take(line.saturating_sub(1)).filter(|text| !text.trim().is_empty()).last();
+                let reason = format!(
+                    "this line begins in column {}, and the one before in column {}: the keys of one block begin in the same \
+                     column, and those below a key further right",
+                    column(text.lines().nth(line.saturating_sub(1))),
+                    column(before)
+                );
+                Self::Yaml { line, reason }
             }
             None => Self::Yaml { line, reason: error.info().to_owned() },
         }

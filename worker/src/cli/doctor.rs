@@ -21,6 +21,7 @@ use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::{self, PortOwner};
 use wgkex_common::mqtt::trial::{self, Retained};
+use wgkex_common::wire::lease::HUB;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
 use wgkex_kernel::links::{Link, LinkKind, Links};
@@ -30,7 +31,8 @@ use self::managers::Machine;
 use super::http_client;
 use crate::bus::subscriber;
 use crate::doctor::facts::{
-    BusFacts, DomainFacts, Facts, LinkFacts, Received, RunningWorker, WireguardDevice, WireguardFacts, WireguardSource,
+    BusFacts, DomainFacts, Facts, LinkFacts, Received, RunningWorker, ServerFacts, WireguardDevice, WireguardFacts,
+    WireguardSource,
 };
 use crate::doctor::findings;
 
@@ -55,10 +57,10 @@ impl Doctor {
 
     fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
         let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
-        let (domains, mqtt) = runtime.block_on(async { (domains(config).await, mqtt(config).await) });
+        let (interfaces, mqtt) = runtime.block_on(async { (interfaces(config).await, mqtt(config).await) });
         // A kernel that does not answer must not keep the process from its end.
         runtime.shutdown_background();
-        let domains = domains.context("netlink")?;
+        let (domains, servers) = interfaces.context("netlink")?;
         let interfaces = config.domains.iter().flat_map(|domain| [domain.wireguard(), domain.vxlan()]);
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
         let user = Identity::named(config.worker_user.as_deref());
@@ -74,6 +76,7 @@ impl Doctor {
             },
             managers: Machine::this().managers(&interfaces.collect::<Vec<_>>()),
             domains,
+            servers,
             clock: clock::facts(self.broker_url.as_deref()),
             worker: config.name.to_string(),
             running: running(config),
@@ -113,23 +116,34 @@ fn running(config: &Config) -> Option<RunningWorker> {
     })
 }
 
-async fn domains(config: &Config) -> io::Result<Vec<DomainFacts>> {
+async fn interfaces(config: &Config) -> io::Result<(Vec<DomainFacts>, Vec<ServerFacts>)> {
     let links = Links::open()?;
-    let mut domains = Vec::new();
+    let (mut domains, mut servers) = (Vec::new(), Vec::new());
     for (domain, setup) in &config.setup {
         domains.push(self::domain(&links, domain, setup).await);
     }
-    Ok(domains)
+    let hub = config.hub.iter().map(|hub| (HUB, &hub.interface, hub.listen_port));
+    let of_registry = config.servers.iter().map(|(name, server)| (&**name, &server.interface, server.listen_port));
+    for (name, interface, listen_port) in of_registry.chain(hub) {
+        let wireguard = wireguard_of(&links, interface).await;
+        servers.push(ServerFacts { name: name.to_owned(), interface: interface.clone(), listen_port, wireguard });
+    }
+    Ok((domains, servers))
+}
+
+/// The WireGuard interface of this name, if it is there.
+async fn wireguard_of(links: &Links, name: &str) -> Result<Option<WireguardFacts>, String> {
+    match links.find(name).await {
+        Ok(Some(link)) => Ok(Some(wireguard_facts(name, link).await)),
+        Ok(None) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 async fn domain(links: &Links, domain: &Domain, setup: &Setup) -> DomainFacts {
     let (wg, vx) = (domain.wireguard(), domain.vxlan());
     let vxlan = links.find(&vx).await.map_err(|error| error.to_string());
-    let wireguard = match links.find(&wg).await {
-        Ok(Some(link)) => Ok(Some(wireguard_facts(&wg, link).await)),
-        Ok(None) => Ok(None),
-        Err(error) => Err(error.to_string()),
-    };
+    let wireguard = wireguard_of(links, &wg).await;
     let device = wireguard.as_ref().ok().and_then(|facts| facts.as_ref()?.device.as_ref().ok()?.as_ref());
     let port = device.map(|device| device.port).filter(|port| *port != 0).unwrap_or(setup.listen_port);
     DomainFacts {

@@ -31,6 +31,8 @@ pub struct Facts {
     pub wireguard: WireguardSource,
     /// Each domain.
     pub domains: Vec<DomainFacts>,
+    /// Each server of the registry that the config has, and the hub.
+    pub servers: Vec<ServerFacts>,
     /// Other programs that may manage the interfaces.
     pub managers: Managers,
     /// The clock.
@@ -54,6 +56,19 @@ pub struct WireguardSource {
     pub kernel: bool,
     /// There is a program `wireguard-go`.
     pub userspace: bool,
+}
+
+/// A server of the registry that this gateway is, or the hub of tenants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerFacts {
+    /// Its name.
+    pub name: String,
+    /// Its interface.
+    pub interface: String,
+    /// The UDP port that the config has.
+    pub listen_port: u16,
+    /// The interface, if it is there; or why that cannot be told.
+    pub wireguard: Result<Option<WireguardFacts>, String>,
 }
 
 /// A domain's interfaces.

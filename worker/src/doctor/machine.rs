@@ -6,7 +6,9 @@ use wgkex_common::doctor::sockets::PortOwner;
 
 use crate::status::ServerStatus;
 
-use super::facts::{DomainFacts, Facts, Managers, WireguardSource};
+use super::facts::{
+    DomainFacts, Facts, Managers, RunningWorker, ServerFacts, WireguardDevice, WireguardFacts, WireguardSource,
+};
 
 /// What WireGuard adds to a packet, with IPv6 below: 40 of IPv6, 8 of UDP, 32 of its own.
 const WIREGUARD_OVERHEAD: u32 = 80;
@@ -45,19 +47,46 @@ pub(super) fn listener(Facts { listener: (listen, owner), running, .. }: &Facts)
     Some(Finding::fail("worker_listen", found, "end that, or set worker_listen to another port"))
 }
 
-/// Whether a server of the registry has the peers of its leases, as the running worker has it.
-pub(super) fn server((name, status): (&String, &ServerStatus)) -> Finding {
-    let ServerStatus { interface, up, reason, leases } = status;
+/// Whether a server of the registry has its interface, and the peers of its leases, as the running worker has it.
+pub(super) fn server(facts: &ServerFacts, running: Option<&RunningWorker>) -> Finding {
+    let ServerFacts { name, interface, listen_port, wireguard } = facts;
+    let subject = format!("server {name}");
+    let wrong = match wireguard {
+        Err(error) => Some(error.clone()),
+        Ok(None) => Some("it is missing".into()),
+        Ok(Some(WireguardFacts { link, .. })) if !link.up => Some("it is down".into()),
+        Ok(Some(WireguardFacts { device, .. })) => {
+            device.as_ref().map_or_else(|error| Some(error.clone()), |device| other_port(device.as_ref(), *listen_port))
+        }
+    };
+    if let Some(wrong) = wrong {
+        return Finding::fail(
+            &subject,
+            format!("{interface}: {wrong}"),
+            "`wgkex-worker setup` makes it, or completes it",
+        );
+    }
+    match running.map(|running| running.servers.get(name)) {
+        None => Finding::ok(&subject, format!("{interface} is up, on UDP port {listen_port}")),
+        Some(None) => {
+            let found = "the running worker does not know it: its config was another one when it started";
+            Finding::warn(&subject, found, "restart the worker")
+        }
+        Some(Some(status)) => running_server(&subject, status),
+    }
+}
+
+fn other_port(device: Option<&WireguardDevice>, wanted: u16) -> Option<String> {
+    let port = device.map(|device| device.port).filter(|port| *port != wanted)?;
+    Some(format!("it listens on UDP port {port}, and {wanted} is in the config"))
+}
+
+fn running_server(subject: &str, ServerStatus { interface, up, reason, leases }: &ServerStatus) -> Finding {
     let trouble = (!up).then(|| Trouble {
         found: format!("{interface}: {}", reason.as_deref().unwrap_or("its interface is not read yet")),
         advice: "`wgkex-worker setup` makes what is missing of the interface; `wgkex-worker dry-run` shows the peers that lack".into(),
     });
-    Finding::judge(
-        &format!("server {name}"),
-        Level::Fail,
-        format!("{interface} has the peers of all {leases} leases"),
-        trouble,
-    )
+    Finding::judge(subject, Level::Fail, format!("{interface} has the peers of all {leases} leases"), trouble)
 }
 
 /// Whether packets of the tunnels fit into those of the network below.

@@ -18,6 +18,7 @@ use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::*;
 use super::*;
+use crate::status::ServerStatus;
 use crate::testing::{domain, key};
 
 type Spoil = fn(&mut Facts);
@@ -62,6 +63,7 @@ fn well() -> Facts {
         clock: ClockFacts { server: None, is_synchronised: Some(true) },
         worker: "gw01".into(),
         running: None,
+        servers: Vec::new(),
         state: StateFacts { dir: "/state".into(), user: "root".into(), access: Access::Granted, holder: Ok(None) },
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
         mqtt: MqttFacts {
@@ -526,4 +528,40 @@ fn the_report_has_a_line_for_each_and_no_key() {
     assert!(text.ends_with(&format!("checks: {}, warnings: 0, failures: 1\n", findings.len())), "{text}");
     let own: PublicKey = key(1);
     assert!(!text.contains(&own.to_string()));
+}
+
+#[test]
+fn servers_are_compared_with_the_config_and_the_running_worker() {
+    let found = |spoil: fn(&mut WireguardFacts) -> bool, running: Option<&RunningWorker>| {
+        let mut facts = well();
+        let mut wireguard = wg(&mut facts).clone();
+        let wireguard = spoil(&mut wireguard).then_some(wireguard);
+        let server =
+            ServerFacts { name: "s1".into(), interface: "wg-s1".into(), listen_port: 51820, wireguard: Ok(wireguard) };
+        let Finding { level, subject, found, .. } = machine::server(&server, running);
+        assert_eq!(subject, "server s1");
+        (level, found)
+    };
+    let there = |_: &mut WireguardFacts| true;
+    assert_eq!(found(there, None), (Level::Ok, "wg-s1 is up, on UDP port 51820".into()));
+    assert_eq!(found(|_| false, None), (Level::Fail, "wg-s1: it is missing".into()));
+    let down = |wireguard: &mut WireguardFacts| {
+        wireguard.link.up = false;
+        true
+    };
+    assert_eq!(found(down, None), (Level::Fail, "wg-s1: it is down".into()));
+    let moved = |wireguard: &mut WireguardFacts| {
+        wireguard.device = Ok(Some(WireguardDevice { public_key: None, port: 4444 }));
+        true
+    };
+    let expected = "wg-s1: it listens on UDP port 4444, and 51820 is in the config";
+    assert_eq!(found(moved, None), (Level::Fail, expected.into()));
+    let mut worker = running();
+    let (level, text) = found(there, Some(&worker));
+    assert!(level == Level::Warn && text.starts_with("the running worker does not know it"), "{text}");
+    let status = ServerStatus { interface: "wg-s1".into(), up: true, reason: None, leases: 7 };
+    worker.servers.insert("s1".into(), status.clone());
+    assert_eq!(found(there, Some(&worker)), (Level::Ok, "wg-s1 has the peers of all 7 leases".into()));
+    worker.servers.insert("s1".into(), ServerStatus { up: false, reason: Some("it is odd".into()), ..status });
+    assert_eq!(found(there, Some(&worker)), (Level::Fail, "wg-s1: it is odd".into()));
 }

@@ -283,6 +283,27 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "log_level:DEBUG\ntenants: {}",
         &["line 3: is not YAML: a key lacks the colon behind it, or the space behind that"],
     ),
+    (
+        "mqtt_listen:\n  host: \"::\"\n   port: 1883",
+        &[
+            "line 5: is not YAML: this line begins in column 4, and the one before in column 3: the keys of one block begin \
+             in the same column, and those below a key further right",
+        ],
+    ),
+    (
+        "mqtt_listen:\n  host: \"::\"\n port: 1883",
+        &[
+            "line 5: is not YAML: this line begins in column 2, and the one before in column 3: the keys of one block begin \
+             in the same column, and those below a key further right",
+        ],
+    ),
+    (
+        "setup:\n  listen_port: 1\n    vxlan_id: 99",
+        &[
+            "line 5: is not YAML: this line begins in column 5, and the one before in column 3: the keys of one block begin \
+             in the same column, and those below a key further right",
+        ],
+    ),
     ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
     (
         "mqtt: {password: .inf}",
