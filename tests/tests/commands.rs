@@ -32,6 +32,7 @@ fn check_config_names_each_problem_with_its_line_and_how_bad_it_is() {
         ("trusted_proxy: [192.0.2.1]\n", 0, 1, &[":3: trusted_proxy: ", "did you mean trusted_proxies?"]),
         ("mqtt_listen:\nusers: {}\n", 0, 1, &[":4: users: ", "It belongs below mqtt_listen, with spaces before it"]),
         ("mqtt:\n  broker_port: abc\nbroker_listn: x\n", 2, 2, &[":4: mqtt.broker_port: ", ":5: broker_listn: "]),
+        ("mqtt_listen:\n  port: 1\n   host: x\n", 2, 2, &[":5: is not YAML: ", "this line begins in column 4"]),
         ("mqtt: [\n", 2, 2, &["is not YAML"]),
     ];
     for program in PROGRAMS {

@@ -167,3 +167,50 @@ impl ServerState {
         plan
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use wgkex_common::address::tenants::TenantNetworks;
+    use wgkex_common::config::Hub;
+    use wgkex_common::wire::lease::{HUB, LeaseChunk, LeaseContent, LeaseVersion};
+
+    use super::*;
+    use crate::testing::key;
+
+    fn hub(now: Instant) -> ServerState {
+        let networks = TenantNetworks { pool: vec!["10.64.0.0/10".parse().unwrap()], tenant_length: 20 };
+        let hub =
+            Hub { interface: "wg-hub".into(), key_file: "/k".into(), listen_port: 51830, endpoint: None, networks };
+        ServerState::new(HUB.into(), LeaseSource::Tenants(hub), KeptServer::default(), now)
+    }
+
+    fn all(id: i64, n: u32) -> LeaseMessage {
+        let address: IpAddr = "10.64.0.1".parse().unwrap();
+        let chunk = LeaseChunk { number: 0, is_last: true, leases: [(key(n), address.into())].into() };
+        LeaseMessage {
+            server: HUB.into(),
+            version: LeaseVersion { id, revision: 0 },
+            content: LeaseContent::Chunk(chunk),
+        }
+    }
+
+    /// Each of them would remove the other's peers, again and again.
+    #[test]
+    fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_is_heard() {
+        let start = Instant::now();
+        let mut state = hub(start);
+        state.on_message(all(1, 1), start);
+        for seconds in [1, 10, 14] {
+            state.on_message(all(2, 2), start + Duration::from_secs(seconds));
+            assert!(state.table.leases().contains_key(&key(1)), "{seconds}");
+        }
+        let current = LeaseMessage { content: LeaseContent::Current, ..all(1, 1) };
+        state.on_message(current, start + Duration::from_secs(14));
+        state.on_message(all(2, 2), start + Duration::from_secs(20));
+        assert!(state.table.leases().contains_key(&key(1)), "it was heard");
+        state.on_message(all(2, 2), start + Duration::from_secs(30));
+        assert_eq!(state.table.leases().keys().copied().collect::<Vec<_>>(), [key(2)]);
+    }
+}
