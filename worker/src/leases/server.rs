@@ -22,6 +22,8 @@ const FULL_INTERVAL: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long the coordinator of tenants may not be heard before another one counts: it says every 10 s which version there is.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often at most what forwards by the interface is looked at, so that each check after a quiet time does.
+const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the peers are compared with the leases.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -40,6 +42,8 @@ pub(super) struct ServerState {
     is_unsaved: bool,
     ask_at: Instant,
     check_at: Instant,
+    /// When to look at what forwards by the interface, at the earliest: not with each lease that changes.
+    look_at: Instant,
     /// The peers could not be brought to what they are to be, and that is logged.
     pub is_failing: bool,
 }
@@ -67,6 +71,7 @@ impl ServerState {
             is_unsaved: true,
             ask_at: now,
             check_at: now,
+            look_at: now,
             is_failing: false,
         }
     }
@@ -137,7 +142,7 @@ impl ServerState {
 
     /// The interface may have changed.
     pub fn expedite(&mut self, now: Instant) {
-        self.check_at = now;
+        (self.check_at, self.look_at) = (now, now);
     }
 
     /// Whether the peers are to be compared now; then the next time is a while later.
@@ -147,6 +152,16 @@ impl ServerState {
             self.check_at = now + CHECK_INTERVAL;
         }
         is_due
+    }
+
+    /// Whether what forwards by the interface is to be looked at.
+    pub fn is_look_due(&self, now: Instant) -> bool {
+        self.look_at <= now
+    }
+
+    /// What forwards by the interface is all there.
+    pub fn on_looked(&mut self, now: Instant) {
+        self.look_at = now + LOOK_INTERVAL;
     }
 
     /// When something is due.

@@ -267,8 +267,12 @@ impl<K: Kernel> LeaseTask<K> {
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
         // Nobody learns of a hub, and nobody is added to it, as long as it does not keep tenants apart.
-        if let Err(error) = forward(&self.servers[index]).await {
-            return self.on_failure(index, &format!("members do not reach each other by it: {error}"));
+        let now = Instant::now();
+        if self.servers[index].is_look_due(now) {
+            if let Err(error) = forward(&self.servers[index]).await {
+                return self.on_failure(index, &format!("members do not reach each other by it: {error}"));
+            }
+            self.servers[index].on_looked(now);
         }
         self.on_device(index, &device);
         let server = &mut self.servers[index];
