@@ -1,6 +1,5 @@
 //! The calls of a broker's registry.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use serde_json::{Value, json};
 use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use wgkex_common::PublicKey;
+use wgkex_common::config::password_in;
 use wgkex_common::runtime::tls;
 
 use crate::tunnel::ClientConfig;
@@ -34,7 +34,7 @@ pub struct Registry {
 pub enum CallError {
     /// The file with the password.
     #[error("{0}: {1}")]
-    Password(PathBuf, std::io::Error),
+    Password(PathBuf, String),
     /// The certificates.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
@@ -65,9 +65,7 @@ impl Login {
     /// Of a user whose password is in a file.
     pub fn read(user: &str, password_file: &Path) -> Result<Self, CallError> {
         let password =
-            fs::read_to_string(password_file).map_err(|error| CallError::Password(password_file.into(), error))?;
-        let password = password.strip_suffix('\n').unwrap_or(&password);
-        let password = password.strip_suffix('\r').unwrap_or(password);
+            password_in(password_file).map_err(|problem| CallError::Password(password_file.into(), problem))?;
         Ok(Self(format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))))
     }
 }

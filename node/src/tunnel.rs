@@ -8,6 +8,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use serde::Deserialize;
 use wgkex_common::PublicKey;
+use wgkex_common::config::Listen;
 
 use crate::files::MARK;
 
@@ -120,12 +121,10 @@ impl Tunnel {
 }
 
 fn endpoint(host: &str, port: u16) -> Option<String> {
-    if let Ok(address) = host.parse::<Ipv6Addr>() {
-        return Some(format!("[{address}]:{port}"));
-    }
     let is_allowed = |char: char| char.is_ascii_alphanumeric() || "-._".contains(char);
-    let is_host = (1..=HOST_MAX).contains(&host.len()) && host.chars().all(is_allowed);
-    (is_host && port != 0).then(|| format!("{host}:{port}"))
+    let is_name = (1..=HOST_MAX).contains(&host.len()) && host.chars().all(is_allowed);
+    let is_host = is_name || host.parse::<Ipv6Addr>().is_ok();
+    (is_host && port != 0).then(|| Listen { host: host.to_owned(), port }.to_string())
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@
 //! addresses to the worker, as the registry publishes leases to a server.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 use wgkex_common::address::tenants::TenantNetworks;
+use wgkex_common::config::Listen;
 use wgkex_common::wire::lease::{
     AnnouncedHub, CHUNK, HUB, LeaseChange, LeaseContent, LeaseMessage, LeaseVersion, LeasedAddresses,
 };
@@ -106,10 +107,7 @@ impl Hub {
     /// How a member with this address configures it.
     pub fn peer(&self, address: IpAddr) -> Option<HubPeer> {
         let AnnouncedHub { public_key, endpoint_address, endpoint_port, .. } = self.announced.as_ref()?;
-        let endpoint = match endpoint_address.parse::<Ipv6Addr>() {
-            Ok(address) => format!("[{address}]:{endpoint_port}"),
-            Err(_) => format!("{endpoint_address}:{endpoint_port}"),
-        };
+        let endpoint = Listen { host: endpoint_address.clone(), port: *endpoint_port }.to_string();
         Some(HubPeer { public_key: *public_key, endpoint, allowed_ips: self.networks.of(address)? })
     }
 

@@ -26,7 +26,7 @@ use wgkex_common::address::tenants::TenantNetworks;
 
 use crate::links::{Links, plain};
 
-/// The routing table of the hub; the default listen port of WireGuard's own tools counts as theirs.
+/// The routing table of the hub; `wg-quick` uses 51820 and those after it.
 const TABLE: u32 = 51_830;
 /// The priority of the rules that lead there: before the main table. The next one forbids everything else.
 const PRIORITY: u32 = 5_183;
@@ -92,24 +92,27 @@ pub async fn interfaces(links: &Links) -> io::Result<BTreeSet<String>> {
 pub async fn conflict(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<Option<IpNet>> {
     let own = links.find(interface).await?.map(|link| link.index);
     let overlaps = |other: &IpNet| networks.pool.iter().any(|pool| pool.contains(other) || other.contains(pool));
-    for version in [IpVersion::V4, IpVersion::V6] {
-        let query = match version {
-            IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-            IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-        };
-        let mut routes = links.handle().route().get(query).execute();
-        while let Some(route) = routes.try_next().await.map_err(plain)? {
-            let (destination, index) = destination(&route);
-            let is_others = index.is_some() && index != own;
-            // The default route is no network of this machine's.
-            if let Some(network) =
-                destination.filter(|network| is_others && network.prefix_len() > 0 && overlaps(network))
-            {
-                return Ok(Some(network));
-            }
+    let query = if is_ipv4(networks) {
+        RouteMessageBuilder::<Ipv4Addr>::new().build()
+    } else {
+        RouteMessageBuilder::<Ipv6Addr>::new().build()
+    };
+    let mut routes = links.handle().route().get(query).execute();
+    while let Some(route) = routes.try_next().await.map_err(plain)? {
+        let (destination, index) = destination(&route);
+        let is_others = index.is_some() && index != own;
+        // The default route is no network of this machine's.
+        if let Some(network) = destination.filter(|network| is_others && network.prefix_len() > 0 && overlaps(network))
+        {
+            return Ok(Some(network));
         }
     }
     Ok(None)
+}
+
+/// The pool is of one family.
+fn is_ipv4(networks: &TenantNetworks) -> bool {
+    networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)))
 }
 
 fn destination(route: &RouteMessage) -> (Option<IpNet>, Option<u32>) {
@@ -188,11 +191,7 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
 /// What comes in by the interface is routed by the table or not at all. So is what this machine sends to the pool: errors (ICMP), which
 /// must not leave by another way with a part of a member's packet; and what a check of the source address (`rp_filter`) looks up.
 fn rules(interface: &str, networks: &TenantNetworks) -> Vec<RuleMessage> {
-    let family = |network: &IpNet| match network {
-        IpNet::V4(_) => AddressFamily::Inet,
-        IpNet::V6(_) => AddressFamily::Inet6,
-    };
-    let Some(of_pool) = networks.pool.first().map(family) else { return Vec::new() };
+    let of_pool = if is_ipv4(networks) { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let to_table = RuleAction::ToTable;
     let mut rules = vec![rule(of_pool, interface, PRIORITY, to_table)];
     for network in &networks.pool {
@@ -242,7 +241,7 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
 /// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide. Not every process that may
 /// do the rest sees that.
 fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    let is_ipv4 = networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)));
+    let is_ipv4 = is_ipv4(networks);
     let conf = if is_ipv4 { format!("ipv4/conf/{interface}") } else { "ipv6/conf/all".to_owned() };
     let file = format!("/proc/sys/net/{conf}/forwarding");
     let is_on = match fs::read_to_string(&file) {
