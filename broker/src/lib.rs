@@ -37,6 +37,7 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
+use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{Handle, ListService, ListUpdate};
 use wgkex_common::config::{Https, Listen, Secret};
 use wgkex_common::doctor::sockets::taken_by;
@@ -47,7 +48,8 @@ use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
-use wgkex_common::storage::key_store::{Clocks, KeyStore};
+use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
+use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, Served, SnapshotChunk};
 use wgkex_common::{BrokerName, Config, Domain};
@@ -64,14 +66,14 @@ use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::KeyPublisher;
 use crate::exchange::rate_limit::RateLimits;
-use crate::fleet::drains::DrainStore;
+use crate::fleet::drains::{self, DrainStore};
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
-use crate::mqtt_server::{ClientTroubles, MqttServer};
+use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
 use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
@@ -147,6 +149,7 @@ struct Listeners {
 /// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let metrics = Metrics::register().context("metrics")?;
+    versions::check(&config.state_dir, &state_files(&config))?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
     // Before the ports: of a second broker on the same machine, the state names the process of the first.
     let (live, store) = live_keys(&config, &lists)?;
@@ -195,6 +198,21 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
     Ok(services.run_until("broker", stop).await?)
+}
+
+/// What a broker with this config keeps in `state_dir`.
+fn state_files(config: &Config) -> Vec<StateFile> {
+    let registry = config.registry.is_some() && config.storage.url.is_none();
+    let files = [
+        (true, key_store::BROKER_FILE),
+        (true, records_file::BROKER_FILE),
+        (true, drains::FILE),
+        (config.mqtt_listen.is_some(), retained_store::FILE),
+        (registry, registry::FILE),
+        (registry, registry::holder::FILE),
+        (config.tenants.is_some(), tenants::FILE),
+    ];
+    files.into_iter().filter(|(is_used, _)| *is_used).map(|(_, file)| file).collect()
 }
 
 impl Broker {
@@ -465,7 +483,7 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
 fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
     let (store, buffer, remembered) =
-        KeyStore::open(&config.state_dir, "broker", &config.domains, ttl, Clocks::read())?;
+        KeyStore::open(&config.state_dir, key_store::BROKER_FILE, &config.domains, ttl, Clocks::read())?;
     let mut live = LiveKeys::new(config, remembered, buffer, Instant::now());
     info!(keys = live.len(), "live keys");
     live.apply(lists.admission());

@@ -34,7 +34,7 @@ mod quota;
 mod refusal_log;
 mod refused_clients;
 mod retained;
-mod retained_store;
+pub(crate) mod retained_store;
 mod session;
 mod subscriptions;
 mod takeovers;

@@ -24,6 +24,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{sleep, timeout};
 use wgkex_common::config::{self, Config, Secret};
+use wgkex_common::storage::schema::Schema;
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::{BrokerName, WorkerName};
 
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
@@ -44,6 +46,9 @@ const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The tables.
 pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES]);
+
+/// The file in `state_dir`, where the tables are in no PostgreSQL.
+pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrations: MIGRATIONS.0 });
 
 /// What the routes share. Clones share it.
 #[derive(Clone)]
@@ -203,7 +208,7 @@ impl Registry {
 /// Where the tables are.
 fn location(config: &Config) -> anyhow::Result<Location> {
     let Some(url) = &config.storage.url else {
-        return Ok(Location::File(config.state_dir.join("registry.sqlite")));
+        return Ok(Location::File(FILE.path(&config.state_dir)));
     };
     let server = url.parse().with_context(|| "storage: must be postgres://USER@HOST:PORT/DATABASE")?;
     let password = config.storage.password_file.as_deref();

@@ -51,6 +51,7 @@ pub use self::hub::HubTrouble;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
 use self::service::TenantsHandle;
+pub use self::store::FILE;
 pub use self::service::{TenantEvent, TenantEventSender, TenantService};
 use self::sessions::Sessions;
 use self::store::AddressStore;

@@ -12,7 +12,7 @@ pub mod metrics;
 pub mod parse;
 mod policy;
 pub mod records;
-mod records_file;
+pub mod records_file;
 pub mod service;
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -11,10 +11,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::access_lists::parse;
+use crate::storage::versions::StateFile;
 use crate::storage::{StorageError, json_file};
 
 /// The version of the worker's file.
 const LAYOUT: u32 = 1;
+
+/// The worker's file in `state_dir`.
+pub const WORKER_FILE: StateFile = StateFile::json("worker.drain.json", LAYOUT);
 /// The portion of a minute, unless the operator names another.
 const PERCENT: u8 = 10;
 
@@ -182,7 +186,7 @@ struct Kept {
 /// The worker's file in `state_dir`.
 #[must_use]
 pub fn worker_file(state_dir: &Path) -> PathBuf {
-    state_dir.join("worker.drain.json")
+    WORKER_FILE.path(state_dir)
 }
 
 /// The drain in the worker's file; none if there is no file, or one without a drain.

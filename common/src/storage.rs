@@ -8,7 +8,8 @@
 //! Tasks: one for each database, owned by the program's list of services. Previous stop of a key: the broker's `fleet`, the
 //! worker's `reconciler`; both get back at the start what was written.
 //!
-//! For all of them: a file of an older version is migrated, one of a newer version stops the start and stays as it is, one
+//! For all of them: a file of an older version is migrated, one of a newer version stops the start, before another is
+//! migrated ([`versions`]), and stays as it is, one
 //! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged
 //! once. A database that another process has stops the start, too ([`process_lock`]).
 
@@ -18,6 +19,7 @@ pub mod process_lock;
 pub mod schema;
 pub mod sqlite;
 pub mod state_file;
+pub mod versions;
 pub mod write_behind;
 
 use std::fmt;

@@ -11,6 +11,10 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::Builder;
+use wgkex_common::Config;
+use wgkex_kernel::memory::MemoryKernel;
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::Http;
@@ -211,38 +215,70 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
 }
 
-/// On the code before it the file was taken for damaged: it got another name, and all keys were forgotten.
+/// On the code before it the file was taken for damaged: it got another name, and all keys were forgotten. Later, files that
+/// were opened before it were migrated.
 #[test]
-fn a_newer_layout_stops_the_start_and_nothing_is_touched() {
-    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
+    let secrets = TempDir::new().unwrap();
+    let password = secrets.path().join("password");
+    fs::write(&password, "secret").unwrap();
+    let both = format!("tenants: {{enabled: true}}\nregistry: {{enabled: true, password_file: {}}}", password.display());
+    let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&both));
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);
     assert_eq!(status(&stack, 1), 200);
     // It puts everything into one file as it ends.
     assert!(stack.stop_broker().success());
-    for name in ["mqtt-retained.sqlite", "broker.sqlite"] {
-        let file = stack.state_dir().join(name);
-        let ours = fs::read(&file).unwrap();
-        let mut newer = ours.clone();
-        // The number of the layout, in the header of every SQLite file.
-        newer[60..64].copy_from_slice(&99_u32.to_be_bytes());
-        fs::write(&file, &newer).unwrap();
-        let state = stack.state_dir();
-        let of_file = || {
-            let all = content(&state).into_iter();
-            all.filter(|(path, _)| path.to_string_lossy().contains(name)).collect::<BTreeMap<_, _>>()
-        };
-        let before = of_file();
+    let state = stack.state_dir();
+    let databases = ["mqtt-retained.sqlite", "broker.sqlite", "registry.sqlite", "tenants.sqlite"];
+    for name in databases.into_iter().chain(["broker.lists.json", "broker.drain.json", "broker.registry.json"]) {
+        let file = state.join(name);
+        let ours = fs::read(&file).ok();
+        fs::write(&file, newer(name, ours.as_deref())).unwrap();
+        let before = content(&state);
         stack.start_broker();
         assert_eq!(stack.broker().wait().code(), Some(1), "{}", stack.broker().log());
         let line = stack.broker().wait_for_log("number 99");
         assert!(line.contains("ERROR") && line.contains(name) && line.contains("newer"), "{line}");
-        assert_eq!(of_file(), before, "{name}");
-        fs::write(&file, ours).unwrap();
+        assert!(content(&state) == before, "{name}: {:?}", content(&state).keys());
+        match ours {
+            Some(ours) => fs::write(&file, ours).unwrap(),
+            None => fs::remove_file(&file).unwrap(),
+        }
     }
     stack.start_broker();
     stack.wait_until_ready();
     assert_eq!(stack.metric("wgkex_broker_live_keys{domain=\"ffx_a\",state=\"unproven\"}"), Some(1.0));
+}
+
+/// A file of version 99.
+fn newer(name: &str, ours: Option<&[u8]>) -> Vec<u8> {
+    if name.ends_with(".json") {
+        return br#"{"layout":99}"#.to_vec();
+    }
+    let mut newer = ours.expect("the broker made the database").to_vec();
+    // The number of the layout, in the header of every SQLite file.
+    newer[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    newer
+}
+
+#[test]
+fn a_newer_layout_stops_the_start_of_a_worker() {
+    let database = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("data/state-510c797/broker.sqlite")).unwrap();
+    for name in ["worker.lists.json", "worker.drain.json", "worker.leases.json", "worker.sqlite"] {
+        let dir = TempDir::new().unwrap();
+        let yaml = format!("domains: [{DOMAIN}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\n", dir.path().display());
+        let config = Config::parse("test", &yaml, "gw1").unwrap();
+        let kernel = MemoryKernel::with(&config.domains.iter().cloned().collect::<Vec<_>>());
+        let file = dir.path().join(name);
+        fs::write(&file, newer(name, Some(&database))).unwrap();
+        let before = content(dir.path());
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let run = wgkex_worker::run(config, kernel.clone(), move || Ok(kernel), std::future::pending());
+        let error = format!("{:#}", runtime.block_on(run).unwrap_err());
+        assert!(error.contains(name) && error.contains("number 99, newer"), "{error}");
+        assert!(content(dir.path()) == before, "{name}");
+    }
 }
 
 /// `data/state-510c797` is what the broker of that commit left when it was killed: two live keys, a revoked one, a retained

@@ -15,6 +15,7 @@ mod source;
 mod table;
 mod task;
 
+pub use self::file::FILE;
 pub use self::metrics::Metrics;
 pub use self::preview::preview;
 pub use self::task::{LeaseEvent, LeaseParts, LeaseSender, LeaseTask, channel, is_needed};

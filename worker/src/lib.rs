@@ -35,6 +35,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
+use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::drain::Drain;
@@ -44,7 +45,8 @@ use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
-use wgkex_common::storage::key_store::{Clocks, KeyStore};
+use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
+use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
 use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
@@ -113,6 +115,10 @@ struct Metrics {
     leases: leases::Metrics,
 }
 
+/// What a worker keeps in `state_dir`.
+const STATE_FILES: [StateFile; 4] =
+    [key_store::WORKER_FILE, records_file::WORKER_FILE, wgkex_common::drain::WORKER_FILE, leases::FILE];
+
 /// Serves the configured domains with `kernel`, and servers with what `servers_kernel` opens, until `stop` returns, then publishes
 /// that it goes. The error names a task that ended by itself, or the reason why the worker cannot start.
 ///
@@ -125,9 +131,10 @@ pub async fn run<K: Kernel>(
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let metrics = Metrics::register(&config).context("metrics")?;
+    versions::check(&config.state_dir, &STATE_FILES)?;
     let (list_service, lists) = ListService::open(&config, Participant::Worker((&config.name).into()))?;
     let (store, buffer, remembered) =
-        KeyStore::open(&config.state_dir, "worker", &config.domains, None, Clocks::read())?;
+        KeyStore::open(&config.state_dir, key_store::WORKER_FILE, &config.domains, None, Clocks::read())?;
     info!(keys = remembered.len(), "keys remembered");
     let reserved = watch::Sender::new(Reserved::new(config.protected_keys.clone(), config.domains.clone()));
     let watch_drain = DrainWatch::open(&config.state_dir, metrics.bus.draining.clone());

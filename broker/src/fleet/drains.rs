@@ -17,6 +17,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use wgkex_common::access_lists::unix;
 use wgkex_common::drain::Drain;
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::{Config, WorkerName};
 
@@ -24,6 +25,9 @@ use crate::fleet::gateways::Gateways;
 
 /// The version of the file.
 const LAYOUT: u32 = 1;
+
+/// The file in `state_dir`.
+pub const FILE: StateFile = StateFile::json("broker.drain.json", LAYOUT);
 /// How often to look for drains that are over.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// So many at most: more than any fleet has gateways.
@@ -96,7 +100,7 @@ impl DrainStore {
     /// Reads the file into `gateways`. One of a newer version is an error; one that is damaged is set aside, and one that
     /// cannot be read counts as none.
     pub fn open(config: &Config, gateways: Arc<Mutex<Gateways>>) -> Result<Self, StorageError> {
-        let file = config.state_dir.join("broker.drain.json");
+        let file = FILE.path(&config.state_dir);
         match json_file::load::<Drains>(&file, LAYOUT) {
             Ok(drains) => gateways.lock().set_drains(drains.unwrap_or_default()),
             Err(error @ StorageError::UnknownVersion(_)) => return Err(error),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rumqttc::{QoS, qos};
 use rusqlite::{Connection, Row, Transaction, params};
 use wgkex_common::storage::schema::Schema;
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::write_behind::{Clocks, Table, WriteBehind};
 use wgkex_common::storage::{Noun, StorageError};
 
@@ -27,6 +28,9 @@ const CREATE_TABLES: &str = "
 /// The user whose share of the space a message takes.
 const ADD_USER: &str = "ALTER TABLE messages ADD COLUMN user TEXT";
 
+/// The file in `state_dir`.
+pub const FILE: StateFile = StateFile::sqlite("mqtt-retained.sqlite", RetainedTable::SCHEMA);
+
 /// The file, and what writes it.
 pub struct File(WriteBehind<RetainedTable>);
 
@@ -40,8 +44,7 @@ impl File {
     /// Opens the file in `dir`, and gives what was kept. A corrupt one is set aside; one that cannot be written is read all
     /// the same, and tried again later. The only error is that it has a version which is not known here.
     pub fn open(dir: &Path) -> Result<(Self, Retained), StorageError> {
-        let file = dir.join("mqtt-retained.sqlite");
-        let (store, retained) = WriteBehind::with_table(file, RetainedTable::default(), Clocks::read())?;
+        let (store, retained) = WriteBehind::with_table(FILE.path(dir), RetainedTable::default(), Clocks::read())?;
         Ok((Self(store), retained))
     }
 

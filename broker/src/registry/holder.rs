@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use tracing::{error, info, warn};
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config};
@@ -30,6 +31,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(5);
 const START_CHECK: Duration = Duration::from_millis(50);
 /// The version of the file.
 const LAYOUT: u32 = 1;
+
+/// The file in `state_dir`.
+pub const FILE: StateFile = StateFile::json("broker.registry.json", LAYOUT);
 
 /// Whether this broker may serve its registry. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -72,7 +76,7 @@ impl Holder {
         if config.registry.is_none() || config.storage.url.is_some() {
             return Ok(Self(None));
         }
-        let (own, file) = (BrokerName::from(&config.name), config.state_dir.join("broker.registry.json"));
+        let (own, file) = (BrokerName::from(&config.name), FILE.path(&config.state_dir));
         let kept: Kept = json_file::load(&file, LAYOUT)?.unwrap_or_default();
         if let Some(broker) = &kept.holder {
             error!(

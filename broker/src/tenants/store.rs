@@ -9,6 +9,7 @@ use std::path::Path;
 use rusqlite::{Connection, Row, Transaction, params};
 use wgkex_common::PublicKey;
 use wgkex_common::storage::schema::Schema;
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::write_behind::{ChangeBuffer, Clocks, Table, WriteBehind};
 use wgkex_common::storage::{Noun, StorageError};
 
@@ -36,12 +37,15 @@ pub type AddressStore = WriteBehind<AddressTable>;
 #[derive(Debug)]
 pub struct AddressTable(AddressBuffer);
 
+/// The file in `state_dir`.
+pub const FILE: StateFile = StateFile::sqlite("tenants.sqlite", AddressTable::SCHEMA);
+
 /// Opens `tenants.sqlite` in `dir`, making what is missing, and gives what it has. A corrupt file is set aside. The only errors
 /// are that the file has a version which is not known here, and that another process has it.
 pub fn open(dir: &Path) -> Result<(AddressStore, AddressBuffer, Addresses), StorageError> {
     let buffer = AddressBuffer::default();
     let table = AddressTable(buffer.clone());
-    let (store, addresses) = WriteBehind::with_table(dir.join("tenants.sqlite"), table, Clocks::read())?;
+    let (store, addresses) = WriteBehind::with_table(FILE.path(dir), table, Clocks::read())?;
     Ok((store, buffer, addresses))
 }
 

@@ -13,12 +13,18 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tracing::warn;
 
 use crate::access_lists::records::{Record, Records};
+use crate::storage::versions::StateFile;
 use crate::storage::{Health, Noun, StorageError, json_file};
 
 /// How long to wait before what failed is tried again.
 const WRITE_RETRY: Duration = Duration::from_secs(5);
 /// The version of the file.
 const LAYOUT: u32 = 1;
+
+/// A broker's file in `state_dir`.
+pub const BROKER_FILE: StateFile = StateFile::json("broker.lists.json", LAYOUT);
+/// A worker's.
+pub const WORKER_FILE: StateFile = StateFile::json("worker.lists.json", LAYOUT);
 const NOUN: Noun = Noun { name: "list entries", pronoun: "them" };
 
 /// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is

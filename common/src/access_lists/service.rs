@@ -65,8 +65,9 @@ pub struct ListService {
 impl ListService {
     /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
     pub fn open(config: &Config, own: Participant) -> Result<(Self, Handle), StorageError> {
-        let program = if matches!(own, Participant::Broker(_)) { "broker" } else { "worker" };
-        let file = config.state_dir.join(format!("{program}.lists.json"));
+        let is_broker = matches!(own, Participant::Broker(_));
+        let file = if is_broker { records_file::BROKER_FILE } else { records_file::WORKER_FILE };
+        let file = file.path(&config.state_dir);
         let now = unix(SystemTime::now());
         let mut files = Files::new(&config.key_lists);
         files.read(true);
@@ -322,7 +323,7 @@ pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
     let mut files = Files::new(&config.key_lists);
     files.read(true);
     let now = unix(SystemTime::now());
-    let records = Records::restored(records_file::peek(&config.state_dir.join("worker.lists.json"))?, now);
+    let records = Records::restored(records_file::peek(&records_file::WORKER_FILE.path(&config.state_dir))?, now);
     Ok(Arc::unwrap_or_clone(take_snapshot(&files, &records, true, now).admission))
 }
 

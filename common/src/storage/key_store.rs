@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use crate::storage::schema::Schema;
+use crate::storage::versions::StateFile;
 use crate::storage::write_behind::{ChangeBuffer, Table, WriteBehind};
 use crate::storage::{Noun, StorageError, sqlite};
 use crate::{Domain, KeyId, PublicKey};
@@ -34,6 +35,11 @@ const CREATE_TABLES: &str = "
     CREATE TABLE clock (running INTEGER NOT NULL, wall INTEGER NOT NULL);
     INSERT INTO clock VALUES (0, 0);
 ";
+
+/// A broker's file in `state_dir`.
+pub const BROKER_FILE: StateFile = StateFile::sqlite("broker.sqlite", KeyTable::SCHEMA);
+/// A worker's.
+pub const WORKER_FILE: StateFile = StateFile::sqlite("worker.sqlite", KeyTable::SCHEMA);
 
 /// What is remembered of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,28 +98,26 @@ struct Clock {
 }
 
 impl KeyStore {
-    /// Opens `NAME.sqlite` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older
-    /// than `ttl`. A corrupt file is set aside; one that cannot be written is read all the same, and tried again later.
+    /// Opens `file` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older than `ttl`. A corrupt file is set aside; one that cannot be written is read all the same, and tried again later.
     /// The only errors are that the file has a version which is not known here, and that another process has it.
     pub fn open(
         dir: &Path,
-        name: &str,
+        file: StateFile,
         domains: &BTreeSet<Domain>,
         ttl: Option<Duration>,
         now: Clocks,
     ) -> Result<(Self, WriteBuffer, Keys), StorageError> {
         let buffer = WriteBuffer::default();
         let table = KeyTable::new(buffer.clone(), domains.clone(), ttl, now);
-        let (store, keys) = Self::with_table(dir.join(format!("{name}.sqlite")), table, now)?;
+        let (store, keys) = Self::with_table(file.path(dir), table, now)?;
         let store = if store.is_failing() { store } else { store.flush(now) };
         Ok((store, buffer, keys))
     }
 }
 
-/// The keys of `domains` in `NAME.sqlite` in `dir`, whichever process has it; none if there is no such file. Nothing of it is
-/// changed.
-pub fn read_copy(dir: &Path, name: &str, domains: &BTreeSet<Domain>, now: Clocks) -> Result<Keys, StorageError> {
-    let Some((_dir, connection)) = sqlite::open_copy(&dir.join(format!("{name}.sqlite")), KeyTable::SCHEMA)? else {
+/// The keys of `domains` in `file` in `dir`, whichever process has it; none if there is no such file. Nothing of it is changed.
+pub fn read_copy(dir: &Path, file: StateFile, domains: &BTreeSet<Domain>, now: Clocks) -> Result<Keys, StorageError> {
+    let Some((_dir, connection)) = sqlite::open_copy(&file.path(dir), KeyTable::SCHEMA)? else {
         return Ok(Keys::new());
     };
     KeyTable::new(WriteBuffer::default(), domains.clone(), None, now).load(&connection, now)

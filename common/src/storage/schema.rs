@@ -22,8 +22,8 @@ impl Schema {
         i64::try_from(self.migrations.len()).unwrap_or(i64::MAX)
     }
 
-    /// The version of a whole database at `file`, 0 if it is empty. Nothing is written.
-    pub(super) fn found(&self, connection: &Connection, file: &Path) -> Result<i64, StorageError> {
+    /// The version of the database at `file`, 0 if it is empty, which must be one that is known.
+    pub(super) fn known(&self, connection: &Connection, file: &Path) -> Result<i64, StorageError> {
         let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
         if (found, tables) == (0, 0) {
@@ -31,6 +31,15 @@ impl Schema {
         }
         if !(1..=self.version()).contains(&found) {
             return Err(StorageError::unknown_version(file, found, found > self.version(), self.version()));
+        }
+        Ok(found)
+    }
+
+    /// The same, of a database that must be whole. Nothing is written.
+    pub(super) fn found(&self, connection: &Connection, file: &Path) -> Result<i64, StorageError> {
+        let found = self.known(connection, file)?;
+        if found == 0 {
+            return Ok(0);
         }
         let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if verdict == "ok" { Ok(found) } else { Err(StorageError::Corrupt(verdict)) }

@@ -47,16 +47,26 @@ pub fn open(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
 /// written.
 pub fn open_to_read(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
     let file = state_file::place(file)?;
-    // SQLite would wait for the other end of a pipe.
-    state_file::open(&file, OpenOptions::new().read(true))?;
-    let uri = format!("file:{}?immutable=1", file.display());
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NOFOLLOW;
-    let connection = Connection::open_with_flags(uri, flags)?;
+    let connection = open_immutable(&file)?;
     if schema.found(&connection, &file)? == schema.version() {
         Ok(connection)
     } else {
         Err(StorageError::Unavailable("its layout is an old one, and cannot be brought to today's".into()))
     }
+}
+
+/// Checks that the version of `file` is a known one, without its last changes.
+pub(crate) fn check_version(file: &Path, schema: Schema) -> Result<(), StorageError> {
+    schema.known(&open_immutable(file)?, file).map(drop)
+}
+
+/// Opens `file` as it is, without what SQLite has beside it. Nothing is written.
+fn open_immutable(file: &Path) -> Result<Connection, StorageError> {
+    // SQLite would wait for the other end of a pipe.
+    state_file::open(file, OpenOptions::new().read(true))?;
+    let uri = format!("file:{}?immutable=1", file.display());
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    Ok(Connection::open_with_flags(uri, flags)?)
 }
 
 /// Copies `file`, which another process may have, and opens the copy; none if there is no such file. The process is not

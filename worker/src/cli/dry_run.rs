@@ -130,10 +130,10 @@ async fn tables(config: &Config) -> anyhow::Result<Tables> {
 /// What the state file has. A running worker writes it up to a second after the kernel: what the tables had before that is
 /// waited for, as it would be taken for peers that nobody knows.
 fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
-    let (file, until) = (config.state_dir.join("worker.sqlite"), Instant::now() + STATE_PATIENCE);
+    let (file, until) = (key_store::WORKER_FILE.path(&config.state_dir), Instant::now() + STATE_PATIENCE);
     loop {
         let now = Clocks::read();
-        let keys = key_store::read_copy(&config.state_dir, "worker", &config.domains, now).context("the state file")?;
+        let keys = key_store::read_copy(&config.state_dir, key_store::WORKER_FILE, &config.domains, now).context("the state file")?;
         let is_running = || matches!(Holder::of(&file), Ok(Some(_)));
         if knows_new_peers(&keys, tables) || Instant::now() >= until || !is_running() {
             return Ok(keys);

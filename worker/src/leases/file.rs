@@ -5,11 +5,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use wgkex_common::PublicKey;
+use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::lease::{LeaseVersion, LeasedAddresses};
 
 /// The version of the file.
 const LAYOUT: u32 = 1;
+
+/// The file in `state_dir`.
+pub const FILE: StateFile = StateFile::json("worker.leases.json", LAYOUT);
 
 /// What is kept of all servers, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +34,7 @@ pub struct KeptServer {
 
 /// The file in `state_dir`.
 pub fn path(state_dir: &Path) -> PathBuf {
-    state_dir.join("worker.leases.json")
+    FILE.path(state_dir)
 }
 
 /// What is in the file; nothing if there is none. A corrupt one is set aside.

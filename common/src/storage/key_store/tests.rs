@@ -8,6 +8,7 @@ use super::*;
 use crate::storage::sqlite;
 use crate::storage::write_behind::MAX_CHANGES;
 
+const FILE: StateFile = StateFile::sqlite("test.sqlite", KeyTable::SCHEMA);
 const HOUR: Duration = Duration::from_secs(3600);
 const DAY: Duration = Duration::from_secs(86_400);
 const TTL: Option<Duration> = Some(DAY);
@@ -29,7 +30,7 @@ fn key(n: u8) -> PublicKey {
 }
 
 fn open(dir: &TempDir, now: Clocks) -> (KeyStore, WriteBuffer, Keys) {
-    KeyStore::open(dir.path(), "test", &domains(), TTL, now).unwrap()
+    KeyStore::open(dir.path(), FILE, &domains(), TTL, now).unwrap()
 }
 
 fn later(now: Clocks, by: Duration) -> Clocks {
@@ -79,7 +80,7 @@ fn a_key_of_an_unserved_domain_stays_stored() {
     buffer.put(&domain("ff_b"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     let only_a = [domain("ff_a")].into();
-    assert!(KeyStore::open(dir.path(), "test", &only_a, TTL, now).unwrap().2.is_empty());
+    assert!(KeyStore::open(dir.path(), FILE, &only_a, TTL, now).unwrap().2.is_empty());
     assert_eq!(ages(&open(&dir, now).2, now), [aged("ff_b1", 0)]);
 }
 
@@ -172,7 +173,7 @@ fn another_layout_is_no_damage() {
         run(change);
         let content = || (fs::read(&file).unwrap(), fs::read_dir(&dir).unwrap().count());
         let before = content();
-        let failure = KeyStore::open(dir.path(), "test", &domains(), TTL, now).map(drop).unwrap_err();
+        let failure = KeyStore::open(dir.path(), FILE, &domains(), TTL, now).map(drop).unwrap_err();
         assert!(matches!(&failure, StorageError::UnknownVersion(text) if text.contains("test.sqlite")), "{failure:?}");
         assert!(matches!(sqlite::open_to_read(&file, KeyTable::SCHEMA), Err(StorageError::UnknownVersion(_))));
         assert_eq!(content(), before, "{change}");
@@ -197,15 +198,15 @@ fn failed_writes_are_kept_and_tried_again() {
     drop(reader);
     let store = store.flush(now);
     assert!(!store.is_failing());
-    let second = KeyStore::open(dir.path(), "test", &domains(), TTL, now).map(drop);
+    let second = KeyStore::open(dir.path(), FILE, &domains(), TTL, now).map(drop);
     assert!(matches!(second, Err(StorageError::InUse(_))), "{second:?}");
     drop(store);
     assert!(open(&dir, now).2[&id("ff_a", 1)].established);
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
-    assert!(KeyStore::open(dir.path(), "taken", &domains(), TTL, now).unwrap().0.is_failing());
-    assert!(KeyStore::open(&dir.path().join("file"), "test", &domains(), TTL, now).unwrap().0.is_failing());
+    assert!(KeyStore::open(dir.path(), StateFile::sqlite("taken.sqlite", KeyTable::SCHEMA), &domains(), TTL, now).unwrap().0.is_failing());
+    assert!(KeyStore::open(&dir.path().join("file"), FILE, &domains(), TTL, now).unwrap().0.is_failing());
 }
 
 #[test]
@@ -317,17 +318,17 @@ fn keys_of_the_first_release_are_taken_over() {
 #[test]
 fn a_file_in_use_is_read_with_its_last_changes_and_stays_as_it_is() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
-    assert!(read_copy(dir.path(), "test", &domains(), now).unwrap().is_empty());
+    assert!(read_copy(dir.path(), FILE, &domains(), now).unwrap().is_empty());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     let (store, buffer, _) = open(&dir, now);
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     let store = store.flush(now);
     let bytes = || ["test.sqlite", "test.sqlite-wal"].map(|name| fs::read(dir.path().join(name)).unwrap());
     let before = bytes();
-    assert_eq!(read_copy(dir.path(), "test", &domains(), now).unwrap().keys().collect::<Vec<_>>(), [&id("ff_a", 1)]);
+    assert_eq!(read_copy(dir.path(), FILE, &domains(), now).unwrap().keys().collect::<Vec<_>>(), [&id("ff_a", 1)]);
     assert!(bytes() == before);
     buffer.put(&domain("ff_a"), key(2), kept(now.monotonic));
     let store = store.flush(now);
     assert!(!store.is_failing());
-    assert_eq!(read_copy(dir.path(), "test", &domains(), now).unwrap().len(), 2);
+    assert_eq!(read_copy(dir.path(), FILE, &domains(), now).unwrap().len(), 2);
 }
