@@ -492,9 +492,11 @@ impl Gateways {
     }
 
     /// A router's request was answered with `worker`; `is_connected` if that is the gateway that last reported handshakes of
-    /// the router.
+    /// the router. Originals report none, so whether routers reach them is not known.
     pub fn on_given(&mut self, worker: &WorkerName, id: &KeyId, is_connected: bool, now: Instant) {
-        self.reach.on_given(worker, &id.domain, id.key, is_connected, now);
+        if self.by_name.get(worker).is_some_and(Gateway::confirms) {
+            self.reach.on_given(worker, &id.domain, id.key, is_connected, now);
+        }
     }
 
     /// `worker` reported a handshake of a router.

@@ -14,6 +14,7 @@ mod looks;
 mod own_server;
 mod peers;
 mod privacy;
+mod reach;
 mod servers;
 mod several_gateways;
 mod start_and_stop;

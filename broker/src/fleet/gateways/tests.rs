@@ -857,6 +857,9 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     let mut gateways = gateways(&[]);
     gateways.is_synced = true;
     gateways.arrive("gw1", 0);
+    gateways.data("original", "ff_a");
+    gateways.live("wireguard-metrics/ff_a/original/connected_peers", "0");
+    gateways.live("wireguard-worker/original/status", "1");
     let id = |n: u8| KeyId { domain: domain("ff_a"), key: PublicKey::from_bytes([n; 32]).unwrap() };
     let begun = Instant::now();
     let unreached = |gateways: &Gateways| {
@@ -867,10 +870,13 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     for minute in 0..=5 {
         assert_eq!(unreached(&gateways).0, Vec::<String>::new(), "{minute} min");
         for n in 10..15 {
-            gateways.on_given(&name("gw1"), &id(n), false, begun + Duration::from_secs(minute * 60));
+            for gateway in ["gw1", "original"] {
+                gateways.on_given(&name(gateway), &id(n), false, begun + Duration::from_secs(minute * 60));
+            }
         }
     }
     let (problems, reach) = unreached(&gateways);
+    assert_eq!(problems.len(), 1, "originals report no handshakes: {problems:?}");
     assert!(
         problems[0].starts_with("gateway gw1: 5 of 5 routers that were given it have no handshake"),
         "{problems:?}"
