@@ -1,6 +1,7 @@
 //! Why a router's request is rejected: one list for the answer, the metrics and the status page.
 
 use strum::{IntoStaticStr, VariantNames};
+use wgkex_common::RejectReason;
 
 use crate::exchange::rate_limit::{Limit, Limited};
 
@@ -67,6 +68,24 @@ impl Rejection {
     #[must_use]
     pub fn reason(self) -> &'static str {
         self.into()
+    }
+}
+
+/// The answer to a router whose key all gateways reject for this reason.
+impl From<&RejectReason> for Rejection {
+    fn from(reason: &RejectReason) -> Self {
+        match reason {
+            RejectReason::OwnKey | RejectReason::Reserved => Self::Reserved,
+            RejectReason::AddressTaken => Self::AddressTaken,
+            RejectReason::Denied => Self::Denied,
+            RejectReason::Full => Self::Full,
+            RejectReason::Removed
+            | RejectReason::Altered
+            | RejectReason::Interface
+            | RejectReason::Interrupted
+            | RejectReason::Kernel
+            | RejectReason::Other(_) => Self::NotConfirmed,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
-use wgkex_common::{Domain, KeyId, RejectReason, WorkerName};
+use wgkex_common::{Domain, KeyId, WorkerName};
 
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
@@ -406,15 +406,43 @@ impl Confirmations {
 
     /// Why no gateway has the key: the reason of all that can confirm it, if it is the same.
     fn rejection(&self, online: &Online) -> Rejection {
-        let is_rejected_by_all = self.is_rejected_by_all(online);
-        let reasons = || online.confirming.iter().filter_map(|worker| self.rejected.get(worker));
-        let all = |reason: &RejectReason| is_rejected_by_all && reasons().all(|other| other == reason);
-        match () {
-            () if all(&RejectReason::AddressTaken) => Rejection::AddressTaken,
-            () if all(&RejectReason::Reserved) => Rejection::Reserved,
-            () if all(&RejectReason::Denied) => Rejection::Denied,
-            () if all(&RejectReason::Full) => Rejection::Full,
-            () => Rejection::NotConfirmed,
+        let mut rejections =
+            online.confirming.iter().map(|worker| self.rejected.get(worker).map_or(Rejection::NotConfirmed, Rejection::from));
+        let first = rejections.next().unwrap_or(Rejection::NotConfirmed);
+        if rejections.all(|rejection| rejection == first) { first } else { Rejection::NotConfirmed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use wgkex_common::RejectReason;
+
+    use super::*;
+
+    /// What a router gets whose key two gateways reject, or do not answer.
+    fn rejection(first: Option<RejectReason>, second: Option<RejectReason>) -> Rejection {
+        let (names, reasons) = (["gw1", "gw2"].map(|name| name.parse().unwrap()), [first, second]);
+        let rejected = names.iter().cloned().zip(reasons).filter_map(|(name, reason)| Some((name, reason?))).collect();
+        let online = Online { confirming: BTreeSet::from(names), legacy: BTreeSet::new() };
+        Confirmations { installed: BTreeSet::new(), rejected }.rejection(&online)
+    }
+
+    #[test]
+    fn a_reason_that_all_gateways_have_is_the_routers_answer() {
+        use RejectReason::{AddressTaken, Denied, Full, Interface, Kernel, Other, OwnKey, Reserved};
+        for (first, second, expected) in [
+            (AddressTaken, AddressTaken, Rejection::AddressTaken),
+            (OwnKey, Reserved, Rejection::Reserved),
+            (Denied, Denied, Rejection::Denied),
+            (Full, Full, Rejection::Full),
+            (Full, Denied, Rejection::NotConfirmed),
+            (Kernel, Interface, Rejection::NotConfirmed),
+            (Other("new".into()), Other("new".into()), Rejection::NotConfirmed),
+        ] {
+            assert_eq!(rejection(Some(first), Some(second)), expected);
         }
+        assert_eq!(rejection(Some(Full), None), Rejection::NotConfirmed);
     }
 }
