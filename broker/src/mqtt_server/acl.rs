@@ -126,6 +126,8 @@ fn topics(worker: &WorkerName, is_so: impl Fn(&Topic) -> bool) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn worker() -> Access {
@@ -138,10 +140,10 @@ mod tests {
 
     /// Every topic there is, of the worker `worker` and the broker b1; whether the worker gw1 and a broker may publish on it,
     /// and whether they may subscribe to it.
-    fn table(worker: &str) -> Vec<(Topic, [bool; 4])> {
+    fn table(worker: &str) -> [(Topic, [bool; 4]); 21] {
         let (own, name) = (worker == "gw1", || worker.parse().unwrap());
         let (domain, broker) = (|| "ffx_a".to_owned(), || "b1".parse().unwrap());
-        vec![
+        [
             (Topic::Key { domain: domain() }, [false, true, true, true]),
             (Topic::ConnectedPeers { domain: domain(), worker: name() }, [own, false, own, true]),
             (Topic::WorkerStatus { worker: name() }, [own, false, true, true]),
@@ -157,7 +159,20 @@ mod tests {
             (Topic::BrokerHello { broker: broker() }, [false, true, true, true]),
             (Topic::BrokerRequests { broker: broker() }, [true, true, false, true]),
             (Topic::BrokerChunks { broker: broker() }, [false, true, false, true]),
+            (Topic::Revoked { worker: name() }, [own, false, false, true]),
+            (Topic::WorkerServers { worker: name() }, [own, false, own, true]),
+            (Topic::LeaseRequests { worker: name() }, [own, false, false, true]),
+            (Topic::WorkerLeases { worker: name() }, [own, true, own, true]),
+            (Topic::BrokerTenants { broker: broker() }, [false, true, false, true]),
+            (Topic::Revocations, [false, true, true, true]),
         ]
+    }
+
+    #[test]
+    fn the_table_has_each_topic() {
+        let table: BTreeSet<_> = table("gw1").into_iter().map(|(topic, _)| topic).collect();
+        let each = Topic::each("ffx_a", &"gw1".parse().unwrap(), &"b1".parse().unwrap());
+        assert_eq!(table, BTreeSet::from(each));
     }
 
     #[test]
