@@ -7,7 +7,8 @@
 //! [`doctor`] decides what is wrong with a broker.
 //! [`mqtt_server`] is the MQTT server for all of that, unless the config names another one.
 //!
-//! [`tenants`] are a front door of their own: no key of theirs comes to a gateway.
+//! [`registry`] and [`tenants`] are front doors of their own: their keys come to gateways only as leases, of servers and of the
+//! hub ([`registry::push`]).
 //!
 //! Tasks: [`run`] starts and supervises all of them, as a list of named services.
 
