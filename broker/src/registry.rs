@@ -15,7 +15,7 @@ pub mod store;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use parking_lot::Mutex;
@@ -190,7 +190,7 @@ impl Registry {
     /// Changes something, and has what changed at workers' servers published.
     async fn change(
         &self,
-        work: impl FnOnce(&mut Transaction<'_>) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
+        work: impl FnOnce(&mut Transaction<'_>, SystemTime) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
         self.require_holder().await?;
         let leases = self.leases.clone();
@@ -199,6 +199,7 @@ impl Registry {
                 let _ = leases.try_send(LeaseEvent::Changed(changes.clone()));
             }
         };
+        let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
         self.database.run(Access::Write, work, publish).await?;
         self.look().await;
         Ok(())

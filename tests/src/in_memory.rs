@@ -1,5 +1,6 @@
 //! A real worker in this process, on a kernel in memory.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
@@ -8,7 +9,7 @@ use tokio::runtime;
 use tokio::sync::oneshot;
 use wgkex_common::{Config, PublicKey};
 use wgkex_kernel::memory::MemoryKernel;
-use wgkex_kernel::{Change, PeerConfig};
+use wgkex_kernel::{Change, Interface, PeerConfig};
 
 use crate::stack::{Stack, free_address};
 
@@ -32,10 +33,20 @@ impl InMemory {
     /// The same with more in `mqtt`, as keys of a YAML mapping that begin with a comma.
     #[must_use]
     pub fn start_as(stack: &Stack, name: &str, mqtt: &str) -> Self {
+        Self::start_with(stack, name, mqtt, "")
+    }
+
+    /// The same as a server of the registry, with its interface; what it is, as a YAML mapping.
+    #[must_use]
+    pub fn start_server(stack: &Stack, name: &str, server: &str, settings: &str) -> Self {
+        Self::start_with(stack, name, "", &format!("servers: {{{server}: {settings}}}\n"))
+    }
+
+    fn start_with(stack: &Stack, name: &str, mqtt: &str, more: &str) -> Self {
         let http = free_address();
         let yaml = format!(
             "domains: [{}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\
-             mqtt: {{broker_url: {}, broker_port: {}{mqtt}}}\n",
+             mqtt: {{broker_url: {}, broker_port: {}{mqtt}}}\n{more}",
             stack.plan.domains.join(", "),
             stack.dir().join(name).display(),
             http,
@@ -44,6 +55,9 @@ impl InMemory {
         );
         let config = Config::parse("test", &yaml, name).expect("a config");
         let kernel = MemoryKernel::with(&config.domains.iter().cloned().collect::<Vec<_>>());
+        for server in config.servers.values() {
+            kernel.add(Interface { name: server.interface.clone(), vxlan: None });
+        }
         let (stop, stopped) = oneshot::channel::<()>();
         let worker = kernel.clone();
         let thread = thread::spawn(move || {
@@ -58,6 +72,13 @@ impl InMemory {
             ));
         });
         Self { kernel, http, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// The keys of the peers of a server's interface.
+    #[must_use]
+    pub fn peers(&self, interface: &str) -> BTreeSet<String> {
+        let device = self.kernel.device(Interface { name: interface.into(), vxlan: None });
+        device.into_iter().flat_map(|device| device.peers.into_keys()).map(|key| key.to_string()).collect()
     }
 
     /// Whether these changes set the peer of this key.

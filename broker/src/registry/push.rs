@@ -9,7 +9,9 @@ use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wgkex_common::mqtt::{Message, MqttHandle};
-use wgkex_common::wire::lease::{AnnouncedServer, AnnouncedServers, LeaseContent, LeaseMessage, LeaseRequest};
+use wgkex_common::wire::lease::{
+    AnnouncedServer, AnnouncedServers, LeaseContent, LeaseMessage, LeaseRequest, LeaseVersion,
+};
 use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
@@ -110,7 +112,7 @@ impl LeasePublisher {
         announced: &AnnouncedServer,
     ) -> Result<(), Unregistered> {
         let (new, worker) = (new_server(name, announced)?, worker.clone());
-        let register = move |tables: &mut Transaction<'_>| {
+        let register = move |tables: &mut Transaction<'_>, _| {
             store::register(tables, &new, store::new_id(), &worker)?;
             Ok(Vec::new())
         };
@@ -132,14 +134,31 @@ impl LeasePublisher {
         if to != self.broker {
             return;
         }
-        let (asked, name) = (worker.clone(), server.clone());
-        let read = self.registry.read(move |tables| store::snapshot(tables, &asked, &name, known)).await;
-        let Ok(Some(snapshot)) = read else { return };
+        let Ok(Some(snapshot)) = self.snapshot(worker, &server, known).await else { return };
         for message in messages(&server, snapshot) {
             if self.bus.publish(to_worker(worker, &message)).await.is_err() {
                 return;
             }
         }
+    }
+
+    /// What the registry has for a worker that knows this version. One from before a copy was restored is outrun first.
+    async fn snapshot(
+        &self,
+        worker: &WorkerName,
+        server: &str,
+        known: Option<LeaseVersion>,
+    ) -> Result<Option<Snapshot>, CallError> {
+        let read = || {
+            let (worker, server) = (worker.clone(), server.to_owned());
+            self.registry.read(move |tables| store::snapshot(tables, &worker, &server, known))
+        };
+        let found = read().await?;
+        let is_lost = |known: &LeaseVersion| found.as_ref().is_some_and(|found| found.version.is_before(known));
+        let Some(known) = known.filter(is_lost) else { return Ok(found) };
+        let asked = worker.clone();
+        self.registry.change(move |tables, now| store::outrun(tables, &asked, known, now).map(|()| Vec::new())).await?;
+        read().await
     }
 }
 
@@ -178,7 +197,6 @@ fn new_server(name: &str, announced: &AnnouncedServer) -> Result<NewServer, Inva
 #[cfg(test)]
 mod tests {
     use wgkex_common::PublicKey;
-    use wgkex_common::wire::lease::LeaseVersion;
 
     use super::*;
 

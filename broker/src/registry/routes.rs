@@ -176,25 +176,27 @@ impl Registry {
             }
             Operation::AddServer => {
                 let new = fields.new_server()?;
-                let added = self
-                    .change(move |tables| store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new()));
-                empty(StatusCode::CREATED, added).await
+                let add = move |tables: &mut Transaction<'_>, _| {
+                    store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new())
+                };
+                empty(StatusCode::CREATED, self.change(add)).await
             }
             Operation::AddClient => {
                 let new = fields.new_client()?;
-                empty(StatusCode::CREATED, self.change(move |tables| store::add_client(tables, &new))).await
+                empty(StatusCode::CREATED, self.change(move |tables, now| store::add_client(tables, &new, now))).await
             }
             Operation::DeleteClient => {
                 let name = fields.client_name()?;
-                empty(StatusCode::OK, self.change(move |tables| store::delete_client(tables, &name))).await
+                empty(StatusCode::OK, self.change(move |tables, now| store::delete_client(tables, &name, now))).await
             }
             Operation::DeleteServer => {
                 let name = fields.server_name()?;
-                empty(StatusCode::OK, self.change(move |tables| store::delete_server(tables, &name))).await
+                empty(StatusCode::OK, self.change(move |tables, _| store::delete_server(tables, &name))).await
             }
             Operation::RemovePeer => {
                 let (client, server) = (fields.client_name()?, fields.server_name()?);
-                empty(StatusCode::OK, self.change(move |tables| store::remove_peer(tables, &client, &server))).await
+                empty(StatusCode::OK, self.change(move |tables, now| store::remove_peer(tables, &client, &server, now)))
+                    .await
             }
         }
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -21,8 +22,8 @@ use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, lease
 
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte
 /// for the IP version, so that the order of bytes is theirs. `next_free` is a server's lowest free number, or one beyond its
-/// addresses. A server's `id` is random, so that one which was deleted and added again has another. `worker` is the one that
-/// registered it, empty if it was added by a call.
+/// addresses. A server's `id` is random, so that one which was deleted and added again has another. Its `revision` is when its
+/// clients changed last ([`revision_after`]). `worker` is the one that registered it, empty if it was added by a call.
 pub(super) const CREATE_TABLES: &str = "
     CREATE TABLE servers (
         id INTEGER PRIMARY KEY,
@@ -273,7 +274,11 @@ pub fn register(
 }
 
 /// Adds a client to a server, or gives it another key. It keeps the address that it has there.
-pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<Vec<ServerChange>, CallError> {
+pub fn add_client(
+    transaction: &mut Transaction<'_>,
+    new: &NewClient,
+    now: SystemTime,
+) -> Result<Vec<ServerChange>, CallError> {
     let server = server(transaction, &new.server)?;
     let (name, key) = (new.name.as_str(), new.public_key.to_string());
     require_free_key(transaction, &key, Holder::Client(name))?;
@@ -298,7 +303,7 @@ pub fn add_client(transaction: &mut Transaction<'_>, new: &NewClient) -> Result<
         "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
         &[server.id.into(), name.into(), key.as_str().into(), number.into()],
     )?;
-    touch(transaction, server.id, change)
+    touch(transaction, server.id, change, now)
 }
 
 /// Who may have a key already.
@@ -364,7 +369,7 @@ pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Re
     let found =
         transaction.first("SELECT id, worker, revision FROM servers WHERE name = ?1", &[name.as_str().into()])?;
     let Some(row) = found else { return Ok(Vec::new()) };
-    let version = LeaseVersion { id: row.integer(0)?, revision: row.integer(2)? + 1 };
+    let version = LeaseVersion { id: row.integer(0)?, revision: row.integer(2)? };
     transaction.execute("DELETE FROM peerings WHERE server = ?1", &[version.id.into()])?;
     transaction.execute("DELETE FROM servers WHERE id = ?1", &[version.id.into()])?;
     let message = LeaseMessage { server: name.to_string(), version, content: LeaseContent::Deleted };
@@ -372,12 +377,16 @@ pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Re
 }
 
 /// Removes a client from all servers.
-pub fn delete_client(transaction: &mut Transaction<'_>, name: &ClientName) -> Result<Vec<ServerChange>, CallError> {
+pub fn delete_client(
+    transaction: &mut Transaction<'_>,
+    name: &ClientName,
+    now: SystemTime,
+) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
         "SELECT id, server, number, public_key FROM peerings WHERE client = ?1 ORDER BY server",
         &[name.as_str().into()],
     )?;
-    free(transaction, &leased)
+    free(transaction, &leased, now)
 }
 
 /// Removes a client from one server.
@@ -385,17 +394,18 @@ pub fn remove_peer(
     transaction: &mut Transaction<'_>,
     client: &ClientName,
     server: &ServerName,
+    now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
         "SELECT peerings.id, server, number, peerings.public_key FROM peerings JOIN servers ON servers.id = server
          WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
-    free(transaction, &leased)
+    free(transaction, &leased, now)
 }
 
 /// Removes peerings, rows of an id, a server, a number and a key.
-fn free(transaction: &mut Transaction<'_>, peerings: &[Row]) -> Result<Vec<ServerChange>, CallError> {
+fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) -> Result<Vec<ServerChange>, CallError> {
     let mut changes = Vec::new();
     for peering in peerings {
         let (id, server, number) = (peering.integer(0)?, peering.integer(1)?, peering.big(2)?);
@@ -405,19 +415,47 @@ fn free(transaction: &mut Transaction<'_>, peerings: &[Row]) -> Result<Vec<Serve
             &[server.into(), number.into()],
         )?;
         let change = LeaseChange { removed: [peering.parsed(3)?].into(), ..LeaseChange::default() };
-        changes.append(&mut touch(transaction, server, change)?);
+        changes.append(&mut touch(transaction, server, change, now)?);
     }
     Ok(changes)
 }
 
 /// The clients of a server are not what they were: this is what changed.
-fn touch(transaction: &mut Transaction<'_>, id: i64, change: LeaseChange) -> Result<Vec<ServerChange>, CallError> {
-    transaction.execute("UPDATE servers SET revision = revision + 1 WHERE id = ?1", &[id.into()])?;
+fn touch(
+    transaction: &mut Transaction<'_>,
+    id: i64,
+    change: LeaseChange,
+    now: SystemTime,
+) -> Result<Vec<ServerChange>, CallError> {
     let row = transaction.first("SELECT name, worker, revision FROM servers WHERE id = ?1", &[id.into()])?;
     let row = row.ok_or(Refusal::UnknownServer)?;
-    let version = LeaseVersion { id, revision: row.integer(2)? };
-    let message = LeaseMessage { server: row.text(0)?.to_owned(), version, content: LeaseContent::Change(change) };
-    change_for(row.text(1)?, message)
+    let after = row.integer(2)?;
+    let version = LeaseVersion { id, revision: revision_after(after, now) };
+    let values = [id.into(), version.revision.into()];
+    transaction.execute("UPDATE servers SET revision = ?2 WHERE id = ?1", &values)?;
+    let content = LeaseContent::Change(LeaseChange { after, ..change });
+    change_for(row.text(1)?, LeaseMessage { server: row.text(0)?.to_owned(), version, content })
+}
+
+/// The revision that follows one: the time in microseconds, as long as that is higher. Where the last changes are lost, because a
+/// copy of the database was restored or its server lost them, those that come instead do not get the revisions of these.
+fn revision_after(revision: i64, now: SystemTime) -> i64 {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+    i64::try_from(now).unwrap_or(i64::MAX).max(revision.saturating_add(1))
+}
+
+/// Gives a worker's server a later revision than the worker knows, which has heard of changes that are lost.
+pub fn outrun(
+    transaction: &mut Transaction<'_>,
+    worker: &WorkerName,
+    known: LeaseVersion,
+    now: SystemTime,
+) -> Result<(), CallError> {
+    transaction.execute(
+        "UPDATE servers SET revision = ?3 WHERE id = ?1 AND worker = ?2 AND revision < ?3",
+        &[known.id.into(), worker.as_str().into(), revision_after(known.revision, now).into()],
+    )?;
+    Ok(())
 }
 
 /// What the worker of this name is to know; nothing if it is none.

@@ -182,7 +182,7 @@ impl Hub {
         let Some(version) = &mut self.version else { return self.changed.clear() };
         let mut changed = std::mem::take(&mut self.changed).into_iter().peekable();
         while changed.peek().is_some() {
-            let (mut change, mut size) = (LeaseChange::default(), 0);
+            let (mut change, mut size) = (LeaseChange { after: version.revision, ..LeaseChange::default() }, 0);
             while let Some(key) = changed.next_if(|_| size < CHUNK) {
                 let leased = self.addresses.get(&key).map(|addresses| leased(addresses));
                 size += leased.as_ref().map_or(1, |leased| leased.iter().count());

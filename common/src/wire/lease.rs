@@ -1,6 +1,6 @@
-//! The messages by which a broker's registry and the worker that is one of its servers keep the same leases. A revision counts
-//! the changes of one server; who knows revision `n` and gets `n + 1` has missed nothing. The addresses of tenants' members come
-//! to the worker that is their hub in the same way, as those of the server [`HUB`].
+//! The messages by which a broker's registry and the worker that is one of its servers keep the same leases. A revision names
+//! the state of one server after a change; who knows revision `n` and gets the change after `n` has missed nothing. The addresses
+//! of tenants' members come to the worker that is their hub in the same way, as those of the server [`HUB`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -78,8 +78,16 @@ impl AnnouncedServers {
 pub struct LeaseVersion {
     /// Another number means another server, of the same name perhaps.
     pub id: i64,
-    /// How many changes there were.
+    /// Higher with each change, and never again that of another state, also where a copy of the database was restored.
     pub revision: i64,
+}
+
+impl LeaseVersion {
+    /// Whether it is an earlier state of the same server.
+    #[must_use]
+    pub fn is_before(&self, other: &Self) -> bool {
+        self.id == other.id && self.revision < other.revision
+    }
 }
 
 /// A worker asks a broker for the leases of a server.
@@ -133,7 +141,7 @@ impl LeaseMessage {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LeaseContent {
-    /// The change from the revision before.
+    /// A change.
     Change(LeaseChange),
     /// A part of all leases.
     Chunk(LeaseChunk),
@@ -146,6 +154,8 @@ pub enum LeaseContent {
 /// What one change did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseChange {
+    /// The revision that it changes.
+    pub after: i64,
     /// Keys that have no lease any more.
     #[serde(default)]
     pub removed: BTreeSet<PublicKey>,

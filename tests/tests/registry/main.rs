@@ -8,4 +8,5 @@ mod commands;
 mod desk;
 mod durability;
 mod leases;
+mod push;
 mod validation;

@@ -17,8 +17,8 @@ pub struct LeaseTable {
     leases: BTreeMap<PublicKey, LeasedAddresses>,
     /// Chunks of another version, as far as they came.
     partial: Option<Partial>,
-    /// Changes that came before one before them, by revision, all of the same server.
-    early: BTreeMap<i64, (i64, LeaseChange)>,
+    /// Changes that came before one before them, by the revision that they change.
+    early: BTreeMap<i64, (LeaseVersion, LeaseChange)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,15 +78,15 @@ impl LeaseTable {
 
     fn on_change(&mut self, version: LeaseVersion, change: LeaseChange) -> Progress {
         match self.version {
-            Some(known) if known.id == version.id && version.revision <= known.revision => Progress::Current,
-            Some(known) if known.id == version.id && version.revision == known.revision + 1 => {
+            Some(known) if known == version || version.is_before(&known) => Progress::Current,
+            Some(known) if known.id == version.id && change.after == known.revision => {
                 self.change(version, change);
                 self.take_early();
                 Progress::Changed
             }
             Some(_) | None => {
                 if self.early.len() < EARLY_MAX {
-                    self.early.insert(version.revision, (version.id, change));
+                    self.early.insert(change.after, (version, change));
                 }
                 Progress::Behind
             }
@@ -94,7 +94,7 @@ impl LeaseTable {
     }
 
     fn on_chunk(&mut self, version: LeaseVersion, chunk: LeaseChunk) -> Progress {
-        if self.version.is_some_and(|known| known.id == version.id && known.revision >= version.revision) {
+        if self.version.is_some_and(|known| known == version || version.is_before(&known)) {
             self.partial = None;
             return if chunk.is_last { Progress::Current } else { Progress::Partial };
         }
@@ -130,9 +130,8 @@ impl LeaseTable {
     /// Makes the changes that came early and are next now, and forgets those that are done.
     fn take_early(&mut self) {
         while let Some(known) = self.version {
-            self.early.retain(|revision, (id, _)| *id == known.id && *revision > known.revision);
-            let next = LeaseVersion { revision: known.revision + 1, ..known };
-            let Some((_, change)) = self.early.remove(&next.revision) else { return };
+            self.early.retain(|_, (version, _)| known.is_before(version));
+            let Some((next, change)) = self.early.remove(&known.revision) else { return };
             self.change(next, change);
         }
     }
@@ -155,12 +154,12 @@ mod tests {
         (key(n), IpAddr::from(Ipv4Addr::from(n)).into())
     }
 
-    fn added(n: u32) -> LeaseContent {
-        LeaseContent::Change(LeaseChange { added: [lease(n)].into(), ..LeaseChange::default() })
+    fn added(after: i64, n: u32) -> LeaseContent {
+        LeaseContent::Change(LeaseChange { after, added: [lease(n)].into(), ..LeaseChange::default() })
     }
 
-    fn removed(n: u32) -> LeaseContent {
-        LeaseContent::Change(LeaseChange { removed: [key(n)].into(), ..LeaseChange::default() })
+    fn removed(after: i64, n: u32) -> LeaseContent {
+        LeaseContent::Change(LeaseChange { after, removed: [key(n)].into(), ..LeaseChange::default() })
     }
 
     fn chunk(number: u32, is_last: bool, leases: &[u32]) -> LeaseContent {
@@ -175,17 +174,19 @@ mod tests {
     fn changes_follow_one_another_and_a_gap_is_noticed() {
         let mut table = LeaseTable::default();
         for (revision, content, progress, leases) in [
-            (3, added(9), Progress::Behind, vec![]),
-            (2, chunk(0, false, &[1]), Progress::Partial, vec![]),
-            (2, chunk(1, true, &[2]), Progress::Changed, vec![1, 2, 9]),
-            (3, added(9), Progress::Current, vec![1, 2, 9]),
-            (4, removed(1), Progress::Changed, vec![2, 9]),
-            (6, added(6), Progress::Behind, vec![2, 9]),
-            (4, LeaseContent::Current, Progress::Current, vec![2, 9]),
-            (6, LeaseContent::Current, Progress::Behind, vec![2, 9]),
-            (3, chunk(0, true, &[1]), Progress::Current, vec![2, 9]),
-            (5, removed(9), Progress::Changed, vec![2, 6]),
-            (8, chunk(1, true, &[1]), Progress::Behind, vec![2, 6]),
+            (35, added(20, 9), Progress::Behind, vec![]),
+            (20, chunk(0, false, &[1]), Progress::Partial, vec![]),
+            (20, chunk(1, true, &[2]), Progress::Changed, vec![1, 2, 9]),
+            (35, added(20, 9), Progress::Current, vec![1, 2, 9]),
+            (41, removed(35, 1), Progress::Changed, vec![2, 9]),
+            (60, added(50, 6), Progress::Behind, vec![2, 9]),
+            (41, LeaseContent::Current, Progress::Current, vec![2, 9]),
+            (60, LeaseContent::Current, Progress::Behind, vec![2, 9]),
+            (35, chunk(0, true, &[1]), Progress::Current, vec![2, 9]),
+            (50, removed(41, 9), Progress::Changed, vec![2, 6]),
+            (80, chunk(1, true, &[1]), Progress::Behind, vec![2, 6]),
+            (81, added(20, 7), Progress::Behind, vec![2, 6]),
+            (82, chunk(0, true, &[1]), Progress::Changed, vec![1]),
         ] {
             assert_eq!(table.apply(version(revision), content.clone()), progress, "{revision} {content:?}");
             assert_eq!(numbers(&table), leases, "{revision} {content:?}");
@@ -197,7 +198,7 @@ mod tests {
         let mut table = LeaseTable::restored(Some(version(5)), [lease(1)].into());
         let other = LeaseVersion { id: 8, revision: 0 };
         assert_eq!(table.apply(other, LeaseContent::Deleted), Progress::Current, "none of this one");
-        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(2)), Progress::Behind);
+        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(0, 2)), Progress::Behind);
         assert_eq!(table.apply(other, chunk(0, true, &[])), Progress::Changed);
         assert_eq!(numbers(&table), [2]);
         assert_eq!(table.apply(LeaseVersion { revision: 2, ..other }, LeaseContent::Deleted), Progress::Changed);
@@ -228,7 +229,8 @@ mod tests {
             let (mut held, mut revision) = (None, 0);
             for (n, way) in steps {
                 revision += 1;
-                let content = if broker.leases().contains_key(&key(n)) { removed(n) } else { added(n) };
+                let change = if broker.leases().contains_key(&key(n)) { removed } else { added };
+                let content = change(revision - 1, n);
                 broker.apply(version(revision), content.clone());
                 let mut sent = match way {
                     Way::Arrives => vec![(revision, content)],

@@ -46,9 +46,8 @@ impl Copy {
         for LeaseMessage { server, version, content } in messages {
             assert_eq!(server, HUB);
             match content {
-                LeaseContent::Change(LeaseChange { removed, added }) => {
-                    let next = self.version.map(|known| LeaseVersion { revision: known.revision + 1, ..known });
-                    if next != Some(version) {
+                LeaseContent::Change(LeaseChange { after, removed, added }) => {
+                    if self.version != Some(LeaseVersion { revision: after, ..version }) {
                         self.is_behind = true;
                         continue;
                     }

@@ -1,0 +1,103 @@
+//! Gateways that are servers get what changed at a broker, whatever became of its database or of theirs.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+use wgkex_tests::in_memory::InMemory;
+use wgkex_tests::{key, wait_until};
+
+use crate::desk::{Desk, LOGIN, Store};
+
+/// The server of the gateway.
+const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
+/// The tables on disk, and what SQLite keeps beside them.
+const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
+
+fn wait_for_server(desk: &Desk, name: &str) {
+    wait_until("the server is in the registry", || {
+        (desk.post("server/exists", &json!({ "server_name": name })).status == 200).then_some(())
+    });
+}
+
+fn wait_for_peers(gateway: &InMemory, numbers: impl IntoIterator<Item = u32>) {
+    let expected: BTreeSet<_> = numbers.into_iter().map(key).collect();
+    wait_until("the gateway has the peers of its leases", || (gateway.peers("s1") == expected).then_some(()));
+}
+
+fn add(desk: &Desk, server: &str, numbers: impl IntoIterator<Item = u32>) {
+    for n in numbers {
+        assert_eq!(desk.add_client(&format!("{server}-{n}"), server, n), 201, "{n}");
+    }
+}
+
+fn delete(desk: &Desk, server: &str, n: u32) {
+    assert_eq!(desk.post("client/delete/", &json!({ "client_name": format!("{server}-{n}") })).status, 200);
+}
+
+/// Puts the files of the tables in the place of those in another directory.
+fn copy(from: &Path, to: &Path) {
+    for file in FILES {
+        let _ = fs::remove_file(to.join(file));
+        if from.join(file).exists() {
+            fs::copy(from.join(file), to.join(file)).unwrap();
+        }
+    }
+}
+
+/// The ETag of a server's clients.
+fn tag(desk: &Desk, server: &str) -> String {
+    let path = format!("/api/v1/server/config?server_name={server}");
+    desk.stack.connect().request("HEAD", &path, &[LOGIN], b"").header("etag").unwrap().to_owned()
+}
+
+/// Runs `change` without the broker's process.
+fn while_stopped(desk: &mut Desk, change: impl FnOnce()) {
+    assert!(desk.stack.stop_broker().success());
+    change();
+    desk.stack.start_broker();
+    desk.stack.wait_until_ready();
+}
+
+/// Failed before: revisions counted changes, so that those after the copy had the numbers of those that were lost, which
+/// the gateway took for old ones.
+#[test]
+fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice() {
+    let mut desk = Desk::start(&Store::Sqlite, "");
+    let (state, backup) = (desk.stack.state_dir(), desk.stack.dir().join("backup"));
+    fs::create_dir(&backup).unwrap();
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    desk.add_server("s2", "192.168.2.0", 24, 20);
+    add(&desk, "s1", 1..4);
+    wait_for_peers(&gateway, 1..4);
+    while_stopped(&mut desk, || copy(&state, &backup));
+
+    add(&desk, "s1", 4..9);
+    delete(&desk, "s1", 1);
+    wait_for_peers(&gateway, 2..9);
+    let lost: BTreeSet<_> = (101..106)
+        .map(|n| {
+            add(&desk, "s2", [n]);
+            tag(&desk, "s2")
+        })
+        .collect();
+    while_stopped(&mut desk, || copy(&backup, &state));
+    wait_for_peers(&gateway, 1..4);
+    for n in 111..116 {
+        add(&desk, "s2", [n]);
+        assert!(!lost.contains(&tag(&desk, "s2")), "an agent would keep the lost clients");
+    }
+    add(&desk, "s1", 11..14);
+    wait_for_peers(&gateway, (1..4).chain(11..14));
+    delete(&desk, "s1", 2);
+    wait_for_peers(&gateway, [1, 3, 11, 12, 13]);
+
+    // The gateway is away meanwhile, and there are as many changes as were lost.
+    drop(gateway);
+    while_stopped(&mut desk, || copy(&backup, &state));
+    add(&desk, "s1", 21..25);
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_peers(&gateway, (1..4).chain(21..25));
+}
