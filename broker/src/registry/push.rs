@@ -16,7 +16,7 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
 use crate::registry::model::{Fields, InvalidField, NewServer};
-use crate::registry::store::{self, ServerChange, Snapshot};
+use crate::registry::store::{self, Found, ServerChange, Snapshot};
 use crate::registry::{CallError, Registry};
 
 /// Events that wait at most.
@@ -134,8 +134,8 @@ impl LeasePublisher {
         if to != self.broker {
             return;
         }
-        let Ok(Some(snapshot)) = self.snapshot(worker, &server, known).await else { return };
-        for message in messages(&server, snapshot) {
+        let Ok(found) = self.find(worker, &server, known).await else { return };
+        for message in messages(&server, found) {
             if self.bus.publish(to_worker(worker, &message)).await.is_err() {
                 return;
             }
@@ -143,30 +143,28 @@ impl LeasePublisher {
     }
 
     /// What the registry has for a worker that knows this version. One from before a copy was restored is outrun first.
-    async fn snapshot(
-        &self,
-        worker: &WorkerName,
-        server: &str,
-        known: Option<LeaseVersion>,
-    ) -> Result<Option<Snapshot>, CallError> {
+    async fn find(&self, worker: &WorkerName, server: &str, known: Option<LeaseVersion>) -> Result<Found, CallError> {
         let read = || {
             let (worker, server) = (worker.clone(), server.to_owned());
             self.registry.read(move |tables| store::snapshot(tables, &worker, &server, known))
         };
         let found = read().await?;
-        let is_lost = |known: &LeaseVersion| found.as_ref().is_some_and(|found| found.version.is_before(known));
-        let Some(known) = known.filter(is_lost) else { return Ok(found) };
+        let Found::Server(Snapshot { version, .. }) = &found else { return Ok(found) };
+        let Some(known) = known.filter(|known| version.is_before(known)) else { return Ok(found) };
         let asked = worker.clone();
         self.registry.change(move |tables, now| store::outrun(tables, &asked, known, now).map(|()| Vec::new())).await?;
         read().await
     }
 }
 
-/// The messages that have a snapshot.
-fn messages(server: &str, Snapshot { version, leases }: Snapshot) -> Vec<LeaseMessage> {
-    match leases {
-        None => vec![LeaseMessage { server: server.to_owned(), version, content: LeaseContent::Current }],
-        Some(leases) => {
+/// The messages that have what was found.
+fn messages(server: &str, found: Found) -> Vec<LeaseMessage> {
+    let message = |version, content| vec![LeaseMessage { server: server.to_owned(), version, content }];
+    match found {
+        Found::Nothing => Vec::new(),
+        Found::Deleted(version) => message(version, LeaseContent::Deleted),
+        Found::Server(Snapshot { version, leases: None }) => message(version, LeaseContent::Current),
+        Found::Server(Snapshot { version, leases: Some(leases) }) => {
             let leases = leases.into_iter().map(|(key, address)| (key, address.into()));
             LeaseMessage::snapshot(server, version, leases)
         }
@@ -210,7 +208,7 @@ mod tests {
                 PublicKey::from_bytes(bytes).unwrap()
             };
             let leases = (0..leases).map(|n| (key(n), std::net::Ipv4Addr::from(n).into())).collect();
-            let messages = messages("s1", Snapshot { version, leases: Some(leases) });
+            let messages = messages("s1", Found::Server(Snapshot { version, leases: Some(leases) }));
             let chunks: Vec<_> = messages
                 .iter()
                 .zip(0..)
@@ -223,7 +221,7 @@ mod tests {
                 .collect();
             assert_eq!(chunks, expected);
         }
-        let current = messages("s1", Snapshot { version, leases: None });
+        let current = messages("s1", Found::Server(Snapshot { version, leases: None }));
         assert_eq!(current, [LeaseMessage { server: "s1".into(), version, content: LeaseContent::Current }]);
     }
 }

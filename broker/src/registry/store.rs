@@ -176,6 +176,17 @@ pub fn json_of<T: Serialize>(value: &T) -> Result<Bytes, CallError> {
     Ok(json.into())
 }
 
+/// What a worker asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// The leases of its server.
+    Server(Snapshot),
+    /// The server whose version it has was deleted.
+    Deleted(LeaseVersion),
+    /// It has no server of this name.
+    Nothing,
+}
+
 /// All leases of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
@@ -467,26 +478,33 @@ fn change_for(worker: &str, message: LeaseMessage) -> Result<Vec<ServerChange>, 
     Ok(vec![ServerChange { worker, message }])
 }
 
-/// All leases of a worker's server, unless it has the version `known`. None if there is no such server of this worker.
+/// All leases of a worker's server, unless it has the version `known`.
 pub fn snapshot(
     transaction: &mut Transaction<'_>,
     worker: &WorkerName,
     server: &str,
     known: Option<LeaseVersion>,
-) -> Result<Option<Snapshot>, CallError> {
+) -> Result<Found, CallError> {
     let row = transaction.first(
         "SELECT id, revision, network FROM servers WHERE name = ?1 AND worker = ?2",
         &[server.into(), worker.as_str().into()],
     )?;
-    let Some(row) = row else { return Ok(None) };
+    let Some(row) = row else { return without_server(transaction, known) };
     let (version, network) = (LeaseVersion { id: row.integer(0)?, revision: row.integer(1)? }, row.parsed::<IpNet>(2)?);
     if known == Some(version) {
-        return Ok(Some(Snapshot { version, leases: None }));
+        return Ok(Found::Server(Snapshot { version, leases: None }));
     }
     let peers = transaction.query("SELECT public_key, number FROM peerings WHERE server = ?1", &[version.id.into()])?;
     let lease = |row: &Row| Ok((row.parsed(0)?, leased(network, row, 1)?));
     let leases = peers.iter().map(lease).collect::<Result<_, CallError>>()?;
-    Ok(Some(Snapshot { version, leases: Some(leases) }))
+    Ok(Found::Server(Snapshot { version, leases: Some(leases) }))
+}
+
+/// What a worker without a server is told. The one that it knows may be another worker's now, as after a change of its name.
+fn without_server(transaction: &mut Transaction<'_>, known: Option<LeaseVersion>) -> Result<Found, CallError> {
+    let Some(known) = known else { return Ok(Found::Nothing) };
+    let found = transaction.first("SELECT id FROM servers WHERE id = ?1", &[known.id.into()])?;
+    Ok(if found.is_some() { Found::Nothing } else { Found::Deleted(known) })
 }
 
 /// All servers by name.

@@ -6,9 +6,10 @@ use std::path::Path;
 
 use serde_json::json;
 use wgkex_tests::in_memory::InMemory;
+use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::{key, wait_until};
 
-use crate::desk::{Desk, LOGIN, Store};
+use crate::desk::{Desk, LOGIN, Store, with_each_store};
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
@@ -100,4 +101,60 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     add(&desk, "s1", 21..25);
     let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
     wait_for_peers(&gateway, (1..4).chain(21..25));
+}
+
+/// Says which server a worker is, as one does that has started.
+fn announce(desk: &Desk, worker: &str, name: &str, number: u32) -> Probe {
+    let server = json!({
+        "public_key": key(number), "network": "10.77.0.0/24", "reserved": 20, "endpoint_address": "gw.example",
+        "endpoint_port": 52820, "allowed_ips": "10.77.0.0/24",
+    });
+    let servers = json!({ "servers": { name: server } }).to_string();
+    let topic = format!("wgkex/worker/{worker}/servers");
+    desk.stack.probe(Role::new(worker, &[]).greeting(vec![said(topic, servers, 1, true)]))
+}
+
+/// Failed before: a request for the leases of such a server had no answer.
+#[test]
+fn a_gateway_whose_server_was_deleted_and_given_away_while_it_was_away_loses_its_peers() {
+    with_each_store(|desk| {
+        let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+        wait_for_server(desk, "s1");
+        add(desk, "s1", 1..4);
+        wait_for_peers(&gateway, 1..4);
+        drop(gateway);
+        assert_eq!(desk.post("server/delete/", &json!({ "server_name": "s1" })).status, 200);
+        let _other = announce(desk, "gw2", "s1", 900);
+        wait_for_server(desk, "s1");
+        add(desk, "s1", [9]);
+        let witness = desk.stack.probe(Role::new("witness", &["wgkex/worker/gw1/leases"]));
+        let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+        assert!(witness.next_on("wgkex/worker/gw1/leases").text().contains("\"content\":\"deleted\""));
+        wait_for_peers(&gateway, []);
+        wait_until("it keeps none on disk", || {
+            let kept = fs::read_to_string(desk.stack.dir().join("gw1/worker.leases.json")).ok()?;
+            kept.contains("\"version\":null").then_some(())
+        });
+    });
+}
+
+/// Its clients are still in the registry, as those of the worker that it was.
+#[test]
+fn a_gateway_that_has_another_name_keeps_its_peers() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", 1..4);
+    wait_for_peers(&gateway, 1..4);
+    drop(gateway);
+    let state = |name: &str| desk.stack.dir().join(name);
+    fs::rename(state("gw1"), state("gw9")).unwrap();
+    let witness = desk.stack.probe(Role::new("witness", &["wgkex/worker/gw9/lease-requests"]));
+    let gateway = InMemory::start_server(&desk.stack, "gw9", "s1", SERVER);
+    wait_for_peers(&gateway, 1..4);
+    for _ in 0..2 {
+        // The second one shows that the first had no answer.
+        witness.next_on("wgkex/worker/gw9/lease-requests");
+    }
+    wait_for_peers(&gateway, 1..4);
 }
