@@ -12,6 +12,7 @@ use nix::unistd::{Pid, User, chown};
 use tempfile::TempDir;
 
 use crate::process::Process;
+use crate::proxy::{Manner, Proxy};
 use crate::stack::free_address;
 use crate::wait_until;
 
@@ -32,6 +33,18 @@ pub struct Postgres {
 pub struct Database {
     /// The `storage` of the broker's config.
     pub url: String,
+}
+
+impl Database {
+    /// The same database by a line of this manner, which stays as long as the second value does.
+    #[must_use]
+    pub fn behind(&self, manner: Manner) -> (Self, Proxy) {
+        let (scheme_and_user, place) = self.url.split_once('@').expect("a user");
+        let (address, name) = place.split_once('/').expect("a name");
+        let listen = free_address();
+        let proxy = Proxy::start(listen, vec![address.parse().expect("an address")], manner);
+        (Self { url: format!("{scheme_and_user}@{listen}/{name}") }, proxy)
+    }
 }
 
 /// A database of its own on a server that all tests of this process share.

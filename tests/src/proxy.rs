@@ -1,5 +1,5 @@
-//! A line between a program and the MQTT server: slow, one that loses messages without a trace, or one that leads to the
-//! first of several servers that takes connections, as a name with several addresses does.
+//! A line between a program and a server: slow, one that loses messages without a trace, one that alters what is said, or one
+//! that leads to the first of several servers that takes connections, as a name with several addresses does.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -28,6 +28,8 @@ pub enum Manner {
     },
     /// One of so many keys does not arrive, and the server is told that it did.
     Dropping(u32),
+    /// The server hears the second text, of the same length, in the place of the first one.
+    Altering(&'static str, &'static str),
 }
 
 /// The line. It takes no new connections when it is dropped, and those that stand end with their clients.
@@ -98,6 +100,11 @@ fn connect(client: TcpStream, servers: &[SocketAddr], shared: &Arc<Shared>) -> i
                 thread::spawn(move || slowly(from, to, delay, rate));
             }
         }
+        Manner::Altering(said, heard) => {
+            let (from_client, to_server) = (client.try_clone()?, server.try_clone()?);
+            thread::spawn(move || alter(from_client, to_server, said, heard));
+            thread::spawn(move || copy(server, client));
+        }
         Manner::Dropping(every) => {
             let to_server = Arc::new(Mutex::new(server.try_clone()?));
             let (from_client, acknowledging) = (client.try_clone()?, to_server.clone());
@@ -115,6 +122,24 @@ fn connect(client: TcpStream, servers: &[SocketAddr], shared: &Arc<Shared>) -> i
 
 fn copy(mut from: TcpStream, mut to: TcpStream) {
     let _ = io::copy(&mut from, &mut to);
+    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+}
+
+/// What is altered must come in one piece, as the statement of a database does.
+fn alter(mut from: TcpStream, mut to: TcpStream, said: &str, heard: &str) {
+    assert_eq!(said.len(), heard.len(), "the same length");
+    let mut piece = [0; 64 * PIECE];
+    while let Ok(length @ 1..) = from.read(&mut piece) {
+        let piece = &mut piece[..length];
+        for at in 0..length {
+            if piece[at..].starts_with(said.as_bytes()) {
+                piece[at..at + said.len()].copy_from_slice(heard.as_bytes());
+            }
+        }
+        if to.write_all(piece).is_err() {
+            break;
+        }
+    }
     let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }
 

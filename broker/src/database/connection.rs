@@ -87,6 +87,13 @@ impl Connection {
         }
     }
 
+    fn commit(&mut self) -> Result<(), DatabaseError> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.command("COMMIT"),
+            Self::Postgres(postgres) => postgres.commit(),
+        }
+    }
+
     fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
         match self {
             Self::Sqlite(sqlite) => sqlite.command(sql),
@@ -131,7 +138,7 @@ impl<'a> Transaction<'a> {
     }
 
     pub(super) fn commit(self) -> Result<(), DatabaseError> {
-        self.connection.command("COMMIT")
+        self.connection.commit()
     }
 
     /// Does `work`; if it fails, what it did is taken back, and what was done before it stays.

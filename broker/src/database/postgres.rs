@@ -80,6 +80,12 @@ impl Postgres {
         }
     }
 
+    /// Of a transaction in which a statement has failed, `COMMIT` would be a rollback without an error: nothing else runs in it,
+    /// so that the query before is one.
+    pub fn commit(&mut self) -> Result<(), DatabaseError> {
+        self.command("SELECT 1; COMMIT")
+    }
+
     pub fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
         let answer = self.runtime.block_on(within(STATEMENT, self.client.batch_execute(sql)));
         self.noted(answer)

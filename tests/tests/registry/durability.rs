@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::postgres::{self, Postgres};
+use wgkex_tests::proxy;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan};
 use wgkex_tests::{key, wait_within};
@@ -155,10 +156,49 @@ fn bodies() -> Value {
     fields
 }
 
+/// Failed before: PostgreSQL ends such a transaction with a rollback when it is told to commit, and reports no error.
+#[test]
+fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_both() {
+    let altering = proxy::Manner::Altering("ROLLBACK TO SAVEPOINT job", "ROLLBACK TO SAVEPOINT jox");
+    let (database, _proxy) = postgres::database().behind(altering);
+    let desk = Desk::start(&Store::Postgres(database), "");
+    desk.add_server("s1", "10.0.0.0", 16, 20);
+    let mut acknowledged = Vec::new();
+    let mut first = 0;
+    wait_within(LOADED, "calls share a transaction with one that breaks it", || {
+        let statuses: Vec<_> = thread::scope(|scope| {
+            let desk = &desk;
+            let add = |n: u32| scope.spawn(move || (n, desk.add_client(&format!("c{n}"), "s1", n)));
+            let refused = |n: u32| scope.spawn(move || (n, desk.add_client(&format!("c{n}"), "none", n)));
+            let calls: Vec<_> = (first..first + 16).map(|n| if n % 2 == 0 { add(n) } else { refused(n) }).collect();
+            calls.into_iter().map(|call| call.join().unwrap()).collect()
+        });
+        first += 16;
+        let (even, _): (Vec<_>, Vec<_>) = statuses.into_iter().partition(|(n, _)| n % 2 == 0);
+        acknowledged.extend(even.iter().filter(|(_, status)| *status == 201).map(|(n, _)| *n));
+        even.iter().any(|(_, status)| *status != 201).then_some(())
+    });
+    let clients = desk.get("client/list_all", &json!({})).json();
+    let lost: Vec<_> = acknowledged.into_iter().filter(|n| clients[format!("c{n}")].is_null()).collect();
+    assert_eq!(lost, Vec::<u32>::new());
+}
+
 #[test]
 fn two_brokers_on_one_postgresql_serve_one_registry() {
-    let store = Store::Postgres(postgres::database());
-    let (first, second) = (Desk::start(&store, ""), Desk::start(&store, ""));
+    two_brokers_serve_one_registry(&Store::Postgres(postgres::database()));
+}
+
+/// Failed before: of two that write, one saw what there was before it waited for the other.
+#[test]
+fn two_brokers_serve_one_registry_whatever_isolation_is_the_databases_default() {
+    let server_of_tables = Postgres::start();
+    let store = Store::Postgres(server_of_tables.database("registry"));
+    server_of_tables.run("registry", "ALTER DATABASE registry SET default_transaction_isolation = 'repeatable read'");
+    two_brokers_serve_one_registry(&store);
+}
+
+fn two_brokers_serve_one_registry(store: &Store) {
+    let (first, second) = (Desk::start(store, ""), Desk::start(store, ""));
     first.add_server("s1", "192.168.2.0", 24, 20);
     thread::scope(|scope| {
         for (desk, begin) in [(&first, 0), (&second, 50)] {
