@@ -19,6 +19,8 @@ const CONNECT: Duration = Duration::from_secs(3);
 const STATEMENT: Duration = Duration::from_secs(5);
 /// Takes the advisory lock of whoever writes (`wgkex` as a number), in a row with a value.
 const WRITERS: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
+/// Whatever the server's default is: who has waited for [`WRITERS`] must see what the one before wrote.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const CREATE_LAYOUT: &str = "CREATE TABLE IF NOT EXISTS wgkex_layout (version BIGINT NOT NULL)";
 const HAS_LAYOUT: &str = "SELECT count(*) FROM information_schema.tables
     WHERE table_name = 'wgkex_layout' AND table_schema = ANY (current_schemas(false))";
@@ -73,7 +75,7 @@ impl Postgres {
     }
 
     pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
-        self.command("BEGIN")?;
+        self.command(BEGIN)?;
         match access {
             Access::Read => Ok(()),
             Access::Write => self.query(WRITERS, &[]).map(drop),
@@ -127,7 +129,7 @@ impl Postgres {
         if self.layout(known)? == known {
             return Ok(());
         }
-        self.command("BEGIN")?;
+        self.command(BEGIN)?;
         self.command(WRITERS)?;
         self.command(CREATE_LAYOUT)?;
         let found = self.layout(known)?;
