@@ -284,7 +284,8 @@ pub fn register(
     Ok(())
 }
 
-/// Adds a client to a server, or gives it another key. It keeps the address that it has there.
+/// Adds a client to a server, or gives it another key. It keeps the address that it has there. With the same key it has but
+/// another id then, which no gateway is told.
 pub fn add_client(
     transaction: &mut Transaction<'_>,
     new: &NewClient,
@@ -301,19 +302,19 @@ pub fn add_client(
         Some(row) => row.big(0)?,
         None => lease(transaction, &server)?,
     };
-    let address = address_of(server.network, number)?.into();
-    let mut change = LeaseChange { added: [(new.public_key, address)].into(), ..LeaseChange::default() };
-    if let Some(row) = leased
-        && row.text(1)? != key
-    {
-        change.removed.insert(row.parsed(1)?);
-    }
     transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
         "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
         &[server.id.into(), name.into(), key.as_str().into(), number.into()],
     )?;
+    let before: Option<PublicKey> = leased.map(|row| row.parsed(1)).transpose()?;
+    if before == Some(new.public_key) {
+        return Ok(Vec::new());
+    }
+    let address = address_of(server.network, number)?.into();
+    let added = [(new.public_key, address)].into();
+    let change = LeaseChange { added, removed: before.into_iter().collect(), ..LeaseChange::default() };
     touch(transaction, server.id, change, now)
 }
 

@@ -278,7 +278,10 @@ fn an_unchanged_config_is_not_sent_again() {
             desk.stack.connect().request("HEAD", "/api/v1/server/config/?server_name=s1", &headers, b"")
         };
         let tag = |answer: &Response| answer.header("etag").unwrap().to_owned();
+        desk.add_client("c0", "s1", 10);
         let mut last = tag(&ask(None));
+        desk.add_client("c0", "s1", 10);
+        assert_eq!(ask(Some(&last)).status, 304, "a client that comes again as it was");
         let changes = [
             ("client/add/", client("c1", "s1", 1)),
             ("client/add/", client("c1", "s1", 2)),
