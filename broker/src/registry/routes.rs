@@ -31,6 +31,8 @@ const BODY_MAX: usize = 64 << 10;
 const PART: usize = 16 << 10;
 /// How long a caller waits for others to have read their large answers.
 const LARGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a caller waits in all, once its body is there: for other brokers, for others' answers, and for the database.
+const CALL_TIMEOUT: Duration = Duration::from_secs(9);
 
 /// What a route does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,13 +155,22 @@ impl Registry {
     ) -> Result<HttpResponse, Rejection> {
         let body = body::read(body, BODY_MAX).await?;
         let fields = fields(&body, if operation.is_read() { request.query_string() } else { "" })?;
+        in_time(self.perform(operation, request, &fields)).await
+    }
+
+    async fn perform(
+        &self,
+        operation: Operation,
+        request: &HttpRequest,
+        fields: &Fields,
+    ) -> Result<HttpResponse, Rejection> {
         match operation {
             Operation::ListClients => {
                 let place = self.large_place().await?;
                 Ok(json_answer(self.read_json(store::list_clients).await?, Some(place)))
             }
             Operation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
-            Operation::ServerConfig => self.server_config(&fields, request).await,
+            Operation::ServerConfig => self.server_config(fields, request).await,
             Operation::ServerAddress => {
                 let name = fields.server_name()?;
                 let address = self.read(move |tables| store::wireguard_ip(tables, &name)).await?;
@@ -239,6 +250,12 @@ impl Registry {
         let place = timeout(LARGE_TIMEOUT, self.large_answers.clone().acquire_owned()).await;
         place.ok().and_then(Result::ok).ok_or(Rejection::Busy)
     }
+}
+
+/// What a call comes to before callers give up, whatever it waits for.
+async fn in_time<T>(call: impl Future<Output = Result<T, Rejection>>) -> Result<T, Rejection> {
+    let late = |_| DatabaseError::Unavailable("the call takes too long".into());
+    timeout(CALL_TIMEOUT, call).await.map_err(|elapsed| CallError::from(late(elapsed)))?
 }
 
 /// An answer that is handed on in parts, so that what is not sent is held once for all who read it.
@@ -374,5 +391,26 @@ impl From<InvalidField> for Rejection {
 impl From<CallError> for Rejection {
     fn from(error: CallError) -> Self {
         Self::Call(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_waits_for_several_things_has_one_deadline() {
+        let begun = Instant::now();
+        let waits_for_a_place_and_for_the_database = async {
+            sleep(Duration::from_secs(4)).await;
+            pending::<Result<(), Rejection>>().await
+        };
+        let rejection = in_time(waits_for_a_place_and_for_the_database).await.unwrap_err();
+        assert_eq!(rejection.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(begun.elapsed() < Duration::from_secs(10));
     }
 }
