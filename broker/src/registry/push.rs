@@ -5,8 +5,12 @@
 //! order of the commits; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. What finds the queue full is dropped: the
 //! worker notices the gap and asks.
 
+use std::collections::VecDeque;
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::wire::lease::{
@@ -23,6 +27,12 @@ use crate::registry::{CallError, Registry};
 const QUEUE: usize = 4096;
 /// Refusals that are remembered at most, so that each is logged once.
 const REFUSALS_MAX: usize = 1024;
+/// Workers at most whose servers are remembered until the database takes them.
+const WAITING_MAX: usize = 1024;
+/// How long after a database did not take a worker's servers it is asked again.
+const PAUSE: Duration = Duration::from_secs(5);
+/// How long other events may wait for the database then.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the task is told.
 #[derive(Debug, Clone)]
@@ -52,6 +62,15 @@ pub struct LeasePublisher {
     bus: MqttHandle,
     broker: BrokerName,
     events: LeaseReceiver,
+    waiting: Waiting,
+}
+
+/// The servers of workers that the database did not take, because it was away.
+#[derive(Debug, Default)]
+struct Waiting {
+    announced: VecDeque<(WorkerName, AnnouncedServers)>,
+    /// When it is asked again.
+    due: Option<Instant>,
 }
 
 /// Why a worker's server is not taken.
@@ -67,18 +86,40 @@ impl LeasePublisher {
     /// With nothing published yet.
     #[must_use]
     pub fn new(registry: Registry, bus: MqttHandle, broker: BrokerName, events: LeaseReceiver) -> Self {
-        Self { registry, bus, broker, events }
+        Self { registry, bus, broker, events, waiting: Waiting::default() }
     }
 
     /// Publishes until nobody can tell it anything any more.
     pub async fn run(mut self) {
-        while let Some(event) = self.events.recv().await {
-            match event {
-                LeaseEvent::Changed(changes) => self.publish_changes(changes),
-                LeaseEvent::Announced(worker, announced) => self.register(&worker, announced).await,
-                LeaseEvent::Requested(worker, request) => self.answer(&worker, request).await,
+        loop {
+            let due = self.waiting.due;
+            tokio::select! {
+                biased;
+                event = self.events.recv() => match event {
+                    Some(event) => self.on_event(event).await,
+                    None => return,
+                },
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.retry().await,
             }
         }
+    }
+
+    async fn on_event(&mut self, event: LeaseEvent) {
+        match event {
+            LeaseEvent::Changed(changes) => self.publish_changes(changes),
+            LeaseEvent::Announced(worker, announced) => {
+                let is_taken = self.register(&worker, &announced).await;
+                self.waiting.note(worker, announced, is_taken, Instant::now());
+            }
+            LeaseEvent::Requested(worker, request) => self.answer(&worker, request).await,
+        }
+    }
+
+    /// Registers the servers of one worker that waits. The next one's turn is at once, if the database takes these.
+    async fn retry(&mut self) {
+        let Some((worker, announced)) = self.waiting.announced.pop_front() else { return };
+        let is_taken = timeout(PATIENCE, self.register(&worker, &announced)).await == Ok(true);
+        self.waiting.note(worker, announced, is_taken, Instant::now());
     }
 
     fn publish_changes(&self, changes: Vec<ServerChange>) {
@@ -87,22 +128,24 @@ impl LeasePublisher {
         }
     }
 
-    async fn register(&self, worker: &WorkerName, announced: AnnouncedServers) {
+    /// Whether the database took them, or refused them for what is in it.
+    async fn register(&self, worker: &WorkerName, announced: &AnnouncedServers) -> bool {
         let is_there = |of: &WorkerName, name: &String| of != worker || announced.servers.contains_key(name);
         self.registry.refused.lock().retain(|(of, name), _| is_there(of, name));
-        for (name, announced) in announced.servers {
-            let registered = self.register_one(worker, &name, &announced).await;
-            let key = (worker.clone(), name);
+        for (name, announced) in &announced.servers {
+            let registered = self.register_one(worker, name, announced).await;
+            let key = (worker.clone(), name.clone());
             match registered {
                 Ok(()) => {
                     if self.registry.refused.lock().remove(&key).is_some() {
                         info!(%worker, server = key.1, "the worker's server is in the registry now");
                     }
                 }
-                Err(Unregistered::Call(CallError::Database(_) | CallError::Elsewhere(_))) => {}
+                Err(Unregistered::Call(CallError::Database(_) | CallError::Elsewhere(_))) => return false,
                 Err(error) => self.log_refusal(key, &error.to_string()),
             }
         }
+        true
     }
 
     async fn register_one(
@@ -157,6 +200,18 @@ impl LeasePublisher {
     }
 }
 
+impl Waiting {
+    /// What became of a worker's servers.
+    fn note(&mut self, worker: WorkerName, announced: AnnouncedServers, is_taken: bool, now: Instant) {
+        self.announced.retain(|(waiting, _)| *waiting != worker);
+        if !is_taken && self.announced.len() < WAITING_MAX {
+            self.announced.push_back((worker, announced));
+        }
+        let due = if is_taken { now } else { self.due.filter(|due| *due > now).unwrap_or(now + PAUSE) };
+        self.due = (!self.announced.is_empty()).then_some(due);
+    }
+}
+
 /// The messages that have what was found.
 fn messages(server: &str, found: Found) -> Vec<LeaseMessage> {
     let message = |version, content| vec![LeaseMessage { server: server.to_owned(), version, content }];
@@ -197,6 +252,27 @@ mod tests {
     use wgkex_common::PublicKey;
 
     use super::*;
+
+    #[test]
+    fn servers_wait_until_the_database_takes_those_of_a_worker_and_then_have_their_turn() {
+        let now = Instant::now();
+        let (mut waiting, none) = (Waiting::default(), AnnouncedServers::default);
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let name = |name: &str| name.parse::<WorkerName>().unwrap();
+        for (worker, seconds, is_taken, names, due) in [
+            ("a", 0, true, vec![], None),
+            ("a", 0, false, vec!["a"], Some(5)),
+            ("b", 1, false, vec!["a", "b"], Some(5)),
+            ("a", 5, false, vec!["b", "a"], Some(10)),
+            ("c", 7, true, vec!["b", "a"], Some(7)),
+            ("b", 7, true, vec!["a"], Some(7)),
+            ("a", 8, true, vec![], None),
+        ] {
+            waiting.note(name(worker), none(), is_taken, at(seconds));
+            let found: Vec<_> = waiting.announced.iter().map(|(worker, _)| worker.as_str()).collect();
+            assert_eq!((found, waiting.due), (names, due.map(at)), "{worker} {seconds}");
+        }
+    }
 
     #[test]
     fn a_snapshot_comes_in_chunks_of_which_one_is_the_last() {

@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::json;
 use wgkex_tests::in_memory::InMemory;
+use wgkex_tests::postgres::Postgres;
 use wgkex_tests::probe::{Probe, Role, said};
-use wgkex_tests::{key, wait_until};
+use wgkex_tests::{key, wait_until, wait_within};
 
 use crate::desk::{Desk, LOGIN, Store, with_each_store};
 
@@ -104,10 +106,10 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
 }
 
 /// Says which server a worker is, as one does that has started.
-fn announce(desk: &Desk, worker: &str, name: &str, number: u32) -> Probe {
+fn announce(desk: &Desk, worker: &str, name: &str, number: u32, network: &str) -> Probe {
     let server = json!({
-        "public_key": key(number), "network": "10.77.0.0/24", "reserved": 20, "endpoint_address": "gw.example",
-        "endpoint_port": 52820, "allowed_ips": "10.77.0.0/24",
+        "public_key": key(number), "network": network, "reserved": 20, "endpoint_address": "gw.example",
+        "endpoint_port": 52820, "allowed_ips": network,
     });
     let servers = json!({ "servers": { name: server } }).to_string();
     let topic = format!("wgkex/worker/{worker}/servers");
@@ -124,7 +126,7 @@ fn a_gateway_whose_server_was_deleted_and_given_away_while_it_was_away_loses_its
         wait_for_peers(&gateway, 1..4);
         drop(gateway);
         assert_eq!(desk.post("server/delete/", &json!({ "server_name": "s1" })).status, 200);
-        let _other = announce(desk, "gw2", "s1", 900);
+        let _other = announce(desk, "gw2", "s1", 900, "10.77.0.0/24");
         wait_for_server(desk, "s1");
         add(desk, "s1", [9]);
         let witness = desk.stack.probe(Role::new("witness", &["wgkex/worker/gw1/leases"]));
@@ -157,4 +159,23 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
+}
+
+/// Failed before: it was in the registry when the broker said again what it is, a minute later.
+#[test]
+fn a_server_that_is_announced_while_the_database_is_away_is_in_the_registry_soon_after_its_return() {
+    let mut server_of_tables = Postgres::start();
+    let desk = Desk::start(&Store::Postgres(server_of_tables.database("registry")), "");
+    desk.add_server("s2", "192.168.2.0", 24, 20);
+    server_of_tables.kill();
+    let _workers = [("gw1", "s1", 900, "10.77.0.0/24"), ("gw3", "s3", 901, "10.78.0.0/24")]
+        .map(|(worker, name, number, network)| announce(&desk, worker, name, number, network));
+    for _ in 0..3 {
+        assert_eq!(desk.post("server/exists", &json!({ "server_name": "s2" })).status, 503);
+    }
+    server_of_tables.start_again();
+    wait_within(Duration::from_secs(20), "the servers are in the registry", || {
+        let servers = desk.get("server/list_all", &json!({}));
+        (servers.status == 200 && servers.json().as_object().unwrap().len() == 3).then_some(())
+    });
 }
