@@ -26,8 +26,9 @@ pub use self::row::{Row, Value};
 const QUEUE: usize = 1024;
 /// Jobs that are committed together at most.
 const BATCH: usize = 128;
-/// How long they may take together; those that are left then are refused.
-const BATCH_TIME: Duration = Duration::from_secs(4);
+/// How long they may take together; those that are left then are the first of the next ones. Other brokers wait for a lock
+/// meanwhile, and give up after 3 s.
+const BATCH_TIME: Duration = Duration::from_secs(2);
 /// How long a caller waits for its job.
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -168,25 +169,36 @@ impl Worker {
     /// Runs jobs until nobody can send any more. Those that only read wait for no other broker's changes.
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         let mut jobs = Vec::with_capacity(BATCH);
-        while queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
+        while !jobs.is_empty() || queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
+            while jobs.len() < BATCH
+                && let Ok(job) = queue.try_recv()
+            {
+                jobs.push(job);
+            }
             let (reads, writes): (Vec<_>, Vec<_>) = jobs.drain(..).partition(|job| job.access == Access::Read);
             for (access, mut batch) in [(Access::Read, reads), (Access::Write, writes)] {
-                if !batch.is_empty() {
-                    let outcome = self.run_batch(access, &mut batch);
-                    self.report(access, outcome);
+                if batch.is_empty() {
+                    continue;
                 }
-                // Those that were not run are dropped here; their callers notice.
+                let outcome = self.run_batch(access, &mut batch);
+                if outcome.is_ok() {
+                    jobs.append(&mut batch);
+                }
+                self.report(access, outcome);
+                // Without a database the others are dropped here; their callers notice.
             }
         }
     }
 
-    /// Runs jobs in one transaction. If that cannot begin, or the connection is lost, the others stay.
+    /// Runs jobs in one transaction, at least one. If that cannot begin, the connection is lost, or they take too long, the others
+    /// stay.
     fn run_batch(&mut self, access: Access, jobs: &mut Vec<Job>) -> Result<(), DatabaseError> {
         let (mut connection, until) = (self.begun(access)?, Instant::now() + BATCH_TIME);
         let mut transaction = Transaction::of(&mut connection);
         let mut finishes = Vec::<Finish>::new();
         for job in std::mem::take(jobs) {
-            if transaction.is_lost() || Instant::now() > until {
+            let is_late = !finishes.is_empty() && Instant::now() > until;
+            if transaction.is_lost() || is_late {
                 jobs.push(job);
             } else {
                 finishes.push((job.run)(&mut transaction));

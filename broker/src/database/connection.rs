@@ -49,6 +49,8 @@ pub(super) enum Connection {
 /// What a job can do. What is read was committed, or written by jobs before it in the same transaction.
 pub struct Transaction<'a> {
     connection: &'a mut Connection,
+    /// There is one of the job before.
+    has_savepoint: bool,
 }
 
 impl Connector {
@@ -105,7 +107,7 @@ impl Connection {
 impl<'a> Transaction<'a> {
     /// The one that `connection` has begun.
     pub(super) fn of(connection: &'a mut Connection) -> Self {
-        Self { connection }
+        Self { connection, has_savepoint: false }
     }
 
     /// The rows of a query; `?1`, `?2` and so on in it stand for the values, and no other question mark is in it.
@@ -146,12 +148,17 @@ impl<'a> Transaction<'a> {
         &mut self,
         work: impl FnOnce(&mut Self) -> Result<T, E>,
     ) -> Result<T, E> {
-        self.connection.command("SAVEPOINT job")?;
+        // The last one is released with the next: a server may be far away, and each command is a wait.
+        let has_savepoint = std::mem::replace(&mut self.has_savepoint, true);
+        self.connection.command(if has_savepoint {
+            "RELEASE SAVEPOINT job; SAVEPOINT job"
+        } else {
+            "SAVEPOINT job"
+        })?;
         let result = work(self);
         if result.is_err() {
             self.connection.command("ROLLBACK TO SAVEPOINT job")?;
         }
-        self.connection.command("RELEASE SAVEPOINT job")?;
         result
     }
 }

@@ -199,10 +199,27 @@ pub struct Snapshot {
 /// What is needed of a server to hand out its addresses.
 struct Server {
     id: i64,
+    name: String,
     network: IpNet,
     reserved: u64,
     next_free: u128,
+    revision: i64,
     worker: String,
+}
+
+impl Server {
+    /// A row that has it from a column on.
+    fn of_row(row: &Row, at: usize) -> Result<Self, DatabaseError> {
+        Ok(Self {
+            id: row.integer(at)?,
+            name: row.text(at + 1)?.to_owned(),
+            network: row.parsed(at + 2)?,
+            reserved: u64::try_from(row.big(at + 3)?).unwrap_or(u64::MAX),
+            next_free: row.big(at + 4)?,
+            revision: row.integer(at + 5)?,
+            worker: row.text(at + 6)?.to_owned(),
+        })
+    }
 }
 
 /// How many servers and leases there are.
@@ -299,10 +316,13 @@ pub fn add_client(
         &[server.id.into(), name.into()],
     )?;
     let number = match &leased {
-        Some(row) => row.big(0)?,
+        Some(row) => {
+            let values = [server.id.into(), name.into()];
+            transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &values)?;
+            row.big(0)?
+        }
         None => lease(transaction, &server)?,
     };
-    transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &[server.id.into(), name.into()])?;
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
         "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
@@ -315,7 +335,7 @@ pub fn add_client(
     let address = address_of(server.network, number)?.into();
     let added = [(new.public_key, address)].into();
     let change = LeaseChange { added, removed: before.into_iter().collect(), ..LeaseChange::default() };
-    touch(transaction, server.id, change, now)
+    touch(transaction, &server, change, now)
 }
 
 /// Who may have a key already.
@@ -336,16 +356,12 @@ fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: Holder
         Holder::Server(id) => (id, ""),
         Holder::Client(name) => (0, name),
     };
-    let others: [(&'static str, Value); 2] = [
-        ("SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2", server.into()),
-        ("SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?2", client.into()),
-    ];
-    for (sql, except) in others {
-        if transaction.first(sql, &[key.into(), except])?.is_some() {
-            return Err(Refusal::KeyTaken.into());
-        }
-    }
-    Ok(())
+    let others = transaction.first(
+        "SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2
+         UNION ALL SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?3",
+        &[key.into(), server.into(), client.into()],
+    )?;
+    if others.is_some() { Err(Refusal::KeyTaken.into()) } else { Ok(()) }
 }
 
 /// The lowest free number of a server, which is no longer free then.
@@ -395,7 +411,9 @@ pub fn delete_client(
     now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
-        "SELECT id, server, number, public_key FROM peerings WHERE client = ?1 ORDER BY server",
+        "SELECT peerings.id, number, peerings.public_key,
+            servers.id, name, network, reserved, next_free, revision, worker
+         FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 ORDER BY server",
         &[name.as_str().into()],
     )?;
     free(transaction, &leased, now)
@@ -409,25 +427,26 @@ pub fn remove_peer(
     now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
-        "SELECT peerings.id, server, number, peerings.public_key FROM peerings JOIN servers ON servers.id = server
-         WHERE client = ?1 AND name = ?2",
+        "SELECT peerings.id, number, peerings.public_key,
+            servers.id, name, network, reserved, next_free, revision, worker
+         FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
     free(transaction, &leased, now)
 }
 
-/// Removes peerings, rows of an id, a server, a number and a key.
+/// Removes peerings, rows of an id, a number, a key, and a server, each of another one.
 fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) -> Result<Vec<ServerChange>, CallError> {
     let mut changes = Vec::new();
     for peering in peerings {
-        let (id, server, number) = (peering.integer(0)?, peering.integer(1)?, peering.big(2)?);
+        let (id, number, server) = (peering.integer(0)?, peering.big(1)?, Server::of_row(peering, 3)?);
         transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
-        transaction.execute(
-            "UPDATE servers SET next_free = ?2 WHERE id = ?1 AND next_free > ?2",
-            &[server.into(), number.into()],
-        )?;
-        let change = LeaseChange { removed: [peering.parsed(3)?].into(), ..LeaseChange::default() };
-        changes.append(&mut touch(transaction, server, change, now)?);
+        if number < server.next_free {
+            let values = [server.id.into(), number.into()];
+            transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &values)?;
+        }
+        let change = LeaseChange { removed: [peering.parsed(2)?].into(), ..LeaseChange::default() };
+        changes.append(&mut touch(transaction, &server, change, now)?);
     }
     Ok(changes)
 }
@@ -435,18 +454,16 @@ fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) ->
 /// The clients of a server are not what they were: this is what changed.
 fn touch(
     transaction: &mut Transaction<'_>,
-    id: i64,
+    server: &Server,
     change: LeaseChange,
     now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
-    let row = transaction.first("SELECT name, worker, revision FROM servers WHERE id = ?1", &[id.into()])?;
-    let row = row.ok_or(Refusal::UnknownServer)?;
-    let after = row.integer(2)?;
-    let version = LeaseVersion { id, revision: revision_after(after, now) };
-    let values = [id.into(), version.revision.into()];
+    let Server { id, name, revision: after, worker, .. } = server;
+    let version = LeaseVersion { id: *id, revision: revision_after(*after, now) };
+    let values = [version.id.into(), version.revision.into()];
     transaction.execute("UPDATE servers SET revision = ?2 WHERE id = ?1", &values)?;
-    let content = LeaseContent::Change(LeaseChange { after, ..change });
-    change_for(row.text(1)?, LeaseMessage { server: row.text(0)?.to_owned(), version, content })
+    let content = LeaseContent::Change(LeaseChange { after: *after, ..change });
+    change_for(worker, LeaseMessage { server: name.clone(), version, content })
 }
 
 /// The revision that follows one: the time in microseconds, as long as that is higher. Where the last changes are lost, because a
@@ -586,13 +603,10 @@ pub fn client_config(
 
 fn server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Server, CallError> {
     let row = transaction.first(
-        "SELECT id, network, reserved, next_free, worker FROM servers WHERE name = ?1",
+        "SELECT id, name, network, reserved, next_free, revision, worker FROM servers WHERE name = ?1",
         &[name.as_str().into()],
     )?;
-    let row = row.ok_or(Refusal::UnknownServer)?;
-    let reserved = u64::try_from(row.big(2)?).unwrap_or(u64::MAX);
-    let (id, network, next_free) = (row.integer(0)?, row.parsed(1)?, row.big(3)?);
-    Ok(Server { id, network, reserved, next_free, worker: row.text(4)?.to_owned() })
+    Ok(Server::of_row(&row.ok_or(Refusal::UnknownServer)?, 0)?)
 }
 
 /// A row that begins with a server's endpoint and key.

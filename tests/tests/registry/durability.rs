@@ -183,6 +183,22 @@ fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_bo
     assert_eq!(lost, Vec::<u32>::new());
 }
 
+/// Failed before: what a transaction had not done after 4 s was answered with 503.
+#[test]
+fn many_callers_are_served_by_a_database_that_is_far_away() {
+    let line = proxy::Manner::Slow { delay: Duration::from_millis(12), rate: u32::MAX };
+    let (database, _proxy) = postgres::database().behind(line);
+    let desk = Desk::start(&Store::Postgres(database), "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    let begun = Instant::now();
+    let statuses: Vec<_> = thread::scope(|scope| {
+        let desk = &desk;
+        let calls: Vec<_> = (0..20).map(|n| scope.spawn(move || desk.add_client(&format!("c{n}"), "s1", n))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    assert_eq!(statuses, [201; 20], "after {:?}", begun.elapsed());
+}
+
 #[test]
 fn two_brokers_on_one_postgresql_serve_one_registry() {
     two_brokers_serve_one_registry(&Store::Postgres(postgres::database()));
