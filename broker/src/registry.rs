@@ -45,7 +45,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The tables.
-pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES]);
+pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES, store::ADD_RETURNED_NUMBERS]);
 
 /// The file in `state_dir`, where the tables are in no PostgreSQL.
 pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrations: MIGRATIONS.0 });

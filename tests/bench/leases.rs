@@ -20,6 +20,8 @@ use crate::table::{Report, mebibytes, milliseconds, ratio};
 const CALLERS: u32 = 16;
 /// Leases by which a rate is measured.
 const PART: u32 = 5_000;
+/// Clients that leave and come again.
+const CHURN: u32 = 500;
 /// Routers that ask, one after the other.
 const ROUTERS: u32 = 500;
 /// `admin:s3cret`.
@@ -38,6 +40,7 @@ pub fn measure(report: Report, leases: u32) {
         .against(format!("with none there: {}", rate(few)), ratio(many, few))
         .wanted("<= 1.50", ratio(many, few) <= 1.5)
         .print();
+    churn(report, http, many);
     poll(report, http, leases + PART);
     report.line("memory of the broker with them", mebibytes(memory(stack.broker().pid())[0])).print();
     routers(report, &stack, leases + PART);
@@ -91,6 +94,22 @@ fn add(server: SocketAddr, numbers: std::ops::Range<u32>) -> Duration {
         }
     });
     begun.elapsed()
+}
+
+/// How fast the clients with the lowest addresses leave, and others get these. A new client needed `added` for as many.
+fn churn(report: Report, server: SocketAddr, added: Duration) {
+    let mut http = Http::connect(server);
+    let begun = Instant::now();
+    for number in 0..CHURN {
+        let deleted = call(&mut http, "client/delete", &json!({ "client_name": format!("c{number}") }).to_string());
+        assert_eq!(deleted.status, 200, "{deleted:?}");
+        lease(&mut http, number);
+    }
+    let (each, of_many) = (begun.elapsed() / CHURN, added * CALLERS / PART);
+    report
+        .line("the lowest address is given back, and leased again, by one caller", milliseconds(each))
+        .against(format!("a new client, by one of {CALLERS}: {}", milliseconds(of_many)), ratio(each, of_many))
+        .print();
 }
 
 /// What a gateway's poll takes: the whole list, and that it has not changed.

@@ -21,8 +21,8 @@ use crate::registry::CallError;
 use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases};
 
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte
-/// for the IP version, so that the order of bytes is theirs. `next_free` is a server's lowest free number, or one beyond its
-/// addresses. A server's `id` is random, so that one which was deleted and added again has another. Its `revision` is when its
+/// for the IP version, so that the order of bytes is theirs. `next_free` is a server's lowest free number that is not in
+/// [`ADD_RETURNED_NUMBERS`], or one beyond its addresses. A server's `id` is random, so that one which was deleted and added again has another. Its `revision` is when its
 /// clients changed last ([`revision_after`]). `worker` is the one that registered it, empty if it was added by a call.
 pub(super) const CREATE_TABLES: &str = "
     CREATE TABLE servers (
@@ -54,6 +54,15 @@ pub(super) const CREATE_TABLES: &str = "
     CREATE INDEX peerings_of_key ON peerings (public_key);
     CREATE TABLE last_peering (id INTEGER NOT NULL);
     INSERT INTO last_peering VALUES (0);
+";
+
+/// Free numbers of a server that are below its `next_free`, so that a network with many leases is not searched for them.
+pub(super) const ADD_RETURNED_NUMBERS: &str = "
+    CREATE TABLE returned_numbers (
+        server INTEGER NOT NULL REFERENCES servers (id),
+        number BLOB NOT NULL,
+        PRIMARY KEY (server, number)
+    );
 ";
 
 /// Taken addresses that are read at once, to find a free one.
@@ -196,15 +205,21 @@ pub struct Snapshot {
     pub leases: Option<BTreeMap<PublicKey, IpAddr>>,
 }
 
-/// What is needed of a server to hand out its addresses.
+/// A server whose clients change.
 struct Server {
     id: i64,
     name: String,
-    network: IpNet,
-    reserved: u64,
     next_free: u128,
     revision: i64,
     worker: String,
+}
+
+/// A server with what it hands out.
+struct Lessor {
+    server: Server,
+    network: IpNet,
+    reserved: u64,
+    lowest_free: u128,
 }
 
 impl Server {
@@ -213,11 +228,9 @@ impl Server {
         Ok(Self {
             id: row.integer(at)?,
             name: row.text(at + 1)?.to_owned(),
-            network: row.parsed(at + 2)?,
-            reserved: u64::try_from(row.big(at + 3)?).unwrap_or(u64::MAX),
-            next_free: row.big(at + 4)?,
-            revision: row.integer(at + 5)?,
-            worker: row.text(at + 6)?.to_owned(),
+            next_free: row.big(at + 2)?,
+            revision: row.integer(at + 3)?,
+            worker: row.text(at + 4)?.to_owned(),
         })
     }
 }
@@ -276,18 +289,18 @@ pub fn register(
     worker: &WorkerName,
 ) -> Result<(), CallError> {
     let name = new.name.as_str();
-    let found = match server(transaction, &new.name) {
+    let found = match lessor(transaction, &new.name) {
         Err(CallError::Refused(Refusal::UnknownServer)) => return add_server(transaction, new, id, Some(worker)),
         found => found?,
     };
-    if found.worker != worker.as_str() {
+    if found.server.worker != worker.as_str() {
         return Err(Refusal::NameTaken.into());
     }
     if (found.network, found.reserved) != (new.network, new.reserved) {
         return Err(Refusal::NetworkChanged.into());
     }
     let key = new.public_key.to_string();
-    require_free_key(transaction, &key, Holder::Server(found.id))?;
+    require_free_key(transaction, &key, Holder::Server(found.server.id))?;
     transaction.execute(
         "UPDATE servers SET public_key = ?2, endpoint_address = ?3, endpoint_port = ?4, allowed_ips = ?5 WHERE name = ?1",
         &[
@@ -308,7 +321,8 @@ pub fn add_client(
     new: &NewClient,
     now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
-    let server = server(transaction, &new.server)?;
+    let lessor = lessor(transaction, &new.server)?;
+    let server = &lessor.server;
     let (name, key) = (new.name.as_str(), new.public_key.to_string());
     require_free_key(transaction, &key, Holder::Client(name))?;
     let leased = transaction.first(
@@ -321,7 +335,7 @@ pub fn add_client(
             transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &values)?;
             row.big(0)?
         }
-        None => lease(transaction, &server)?,
+        None => lease(transaction, &lessor)?,
     };
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
@@ -332,10 +346,10 @@ pub fn add_client(
     if before == Some(new.public_key) {
         return Ok(Vec::new());
     }
-    let address = address_of(server.network, number)?.into();
+    let address = address_of(lessor.network, number)?.into();
     let added = [(new.public_key, address)].into();
     let change = LeaseChange { added, removed: before.into_iter().collect(), ..LeaseChange::default() };
-    touch(transaction, &server, change, now)
+    touch(transaction, server, change, now)
 }
 
 /// Who may have a key already.
@@ -365,10 +379,16 @@ fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: Holder
 }
 
 /// The lowest free number of a server, which is no longer free then.
-fn lease(transaction: &mut Transaction<'_>, server: &Server) -> Result<u128, CallError> {
-    let (range, free) = (leases(server.network, server.reserved), server.next_free);
+fn lease(transaction: &mut Transaction<'_>, lessor: &Lessor) -> Result<u128, CallError> {
+    let Lessor { server, network, reserved, lowest_free: free } = lessor;
+    let (range, free) = (leases(*network, *reserved), *free);
     if !range.contains(free) {
         return Err(Refusal::Exhausted.into());
+    }
+    if free < server.next_free {
+        let values = [server.id.into(), free.into()];
+        transaction.execute("DELETE FROM returned_numbers WHERE server = ?1 AND number = ?2", &values)?;
+        return Ok(free);
     }
     let next = next_free(transaction, server.id, free + 1)?;
     transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), next.into()])?;
@@ -399,6 +419,7 @@ pub fn delete_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Re
     let Some(row) = found else { return Ok(Vec::new()) };
     let version = LeaseVersion { id: row.integer(0)?, revision: row.integer(2)? };
     transaction.execute("DELETE FROM peerings WHERE server = ?1", &[version.id.into()])?;
+    transaction.execute("DELETE FROM returned_numbers WHERE server = ?1", &[version.id.into()])?;
     transaction.execute("DELETE FROM servers WHERE id = ?1", &[version.id.into()])?;
     let message = LeaseMessage { server: name.to_string(), version, content: LeaseContent::Deleted };
     change_for(row.text(1)?, message)
@@ -412,7 +433,7 @@ pub fn delete_client(
 ) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
         "SELECT peerings.id, number, peerings.public_key,
-            servers.id, name, network, reserved, next_free, revision, worker
+            servers.id, name, next_free, revision, worker
          FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 ORDER BY server",
         &[name.as_str().into()],
     )?;
@@ -428,7 +449,7 @@ pub fn remove_peer(
 ) -> Result<Vec<ServerChange>, CallError> {
     let leased = transaction.query(
         "SELECT peerings.id, number, peerings.public_key,
-            servers.id, name, network, reserved, next_free, revision, worker
+            servers.id, name, next_free, revision, worker
          FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
@@ -443,7 +464,7 @@ fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) ->
         transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
         if number < server.next_free {
             let values = [server.id.into(), number.into()];
-            transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &values)?;
+            transaction.execute("INSERT INTO returned_numbers VALUES (?1, ?2)", &values)?;
         }
         let change = LeaseChange { removed: [peering.parsed(2)?].into(), ..LeaseChange::default() };
         changes.append(&mut touch(transaction, &server, change, now)?);
@@ -550,12 +571,12 @@ pub fn list_clients(
 
 /// Whether there is a server of this name.
 pub fn require_server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<(), CallError> {
-    server(transaction, name).map(drop)
+    lessor(transaction, name).map(drop)
 }
 
 /// The own address of a server.
 pub fn wireguard_ip(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<IpAddr, CallError> {
-    Ok(first_of(server(transaction, name)?.network))
+    Ok(first_of(lessor(transaction, name)?.network))
 }
 
 /// The clients of a server in the order of their addresses, unless the caller has one of the versions that `is_known` names.
@@ -601,12 +622,20 @@ pub fn client_config(
     Ok(ClientConfig { server: shown_server(&row)?, subnet })
 }
 
-fn server(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Server, CallError> {
+fn lessor(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Lessor, CallError> {
     let row = transaction.first(
-        "SELECT id, name, network, reserved, next_free, revision, worker FROM servers WHERE name = ?1",
+        "SELECT id, name, next_free, revision, worker, network, reserved, COALESCE(
+            (SELECT number FROM returned_numbers WHERE server = servers.id ORDER BY number LIMIT 1), next_free)
+         FROM servers WHERE name = ?1",
         &[name.as_str().into()],
     )?;
-    Ok(Server::of_row(&row.ok_or(Refusal::UnknownServer)?, 0)?)
+    let row = row.ok_or(Refusal::UnknownServer)?;
+    Ok(Lessor {
+        server: Server::of_row(&row, 0)?,
+        network: row.parsed(5)?,
+        reserved: u64::try_from(row.big(6)?).unwrap_or(u64::MAX),
+        lowest_free: row.big(7)?,
+    })
 }
 
 /// A row that begins with a server's endpoint and key.
@@ -644,4 +673,77 @@ fn bounds(network: IpNet) -> [Value; 2] {
 #[must_use]
 pub fn new_id() -> i64 {
     fastrand::i64(1..)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::{Duration, Instant};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::database::{Access, Database, Location};
+    use crate::registry::MIGRATIONS;
+    use crate::registry::model::Fields;
+
+    fn key(n: u32) -> PublicKey {
+        let mut bytes = [0x42; 32];
+        bytes[..4].copy_from_slice(&n.to_be_bytes());
+        PublicKey::from_bytes(bytes).unwrap()
+    }
+
+    fn fields(value: serde_json::Value) -> Fields {
+        let serde_json::Value::Object(fields) = value else { panic!("{value}") };
+        Fields(fields)
+    }
+
+    fn add(transaction: &mut Transaction<'_>, n: u32) -> Result<IpAddr, CallError> {
+        let new = json!({ "client_name": format!("c{n}"), "server_name": "s1", "public_key": key(n) });
+        let new = fields(new).new_client().unwrap();
+        add_client(transaction, &new, SystemTime::now())?;
+        Ok(client_config(transaction, &new.name, &new.server)?.subnet.lease)
+    }
+
+    async fn run<T: Send + 'static>(
+        database: &Database,
+        work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
+    ) -> T {
+        database.run(Access::Write, work, |_| {}).await.unwrap()
+    }
+
+    /// How long it takes that the client with the lowest of so many addresses leaves, and two others come.
+    async fn churn(clients: u32) -> Duration {
+        let dir = tempfile::tempdir().unwrap();
+        let (database, _end) = Database::start(Location::File(dir.path().join("f")), MIGRATIONS).unwrap();
+        let server = fields(json!({
+            "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
+            "endpoint_address": "gw", "endpoint_port": 1, "n_reserved_ips": 0, "allowed_ips": "10.0.0.0/8",
+        }));
+        let server = server.new_server().unwrap();
+        run(&database, move |tables| add_server(tables, &server, 7, None)).await;
+        for first in (0..clients).step_by(500) {
+            run(&database, move |tables| (first..first + 500).try_for_each(|n| add(tables, n).map(drop))).await;
+        }
+        run(&database, move |tables| {
+            let begun = Instant::now();
+            let address = |number: u32| IpAddr::from(Ipv4Addr::from((10 << 24) + number));
+            for n in 0..20 {
+                let lowest = if n == 0 { 0 } else { clients + 2 * n };
+                delete_client(tables, &format!("c{lowest}").parse().unwrap(), SystemTime::now())?;
+                let next = clients + 2 * n + 2;
+                let leased = [add(tables, next)?, add(tables, next + 1)?];
+                assert_eq!(leased, [address(2), address(clients + 2 + n)]);
+            }
+            Ok(begun.elapsed())
+        })
+        .await
+    }
+
+    /// Failed before: all clients were read to find the next free address.
+    #[tokio::test]
+    async fn an_address_costs_the_same_with_many_clients() {
+        let (few, many) = (churn(500).await, churn(10_000).await);
+        assert!(many < 5 * few, "{many:?} with many, {few:?} with few");
+    }
 }

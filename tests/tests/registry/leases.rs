@@ -1,6 +1,6 @@
 //! Which address a client gets, and what frees it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::thread;
 
 use serde_json::json;
@@ -39,6 +39,32 @@ fn wa6_wa8_leases_begin_behind_the_reserved_addresses_and_the_lowest_free_one_is
         assert_eq!(desk.post("client/delete/", &json!({ "client_name": "c2" })).status, 200);
         assert_eq!(desk.leased("c4", "s1", 4), "192.168.2.22");
         assert_eq!(desk.leased("c5", "s1", 5), "192.168.2.24");
+    });
+}
+
+/// Clients come and go in no order; a plain set says which address each one gets.
+#[test]
+fn the_lowest_free_address_is_leased_whoever_left_before() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "10.0.0.0", 27, 5);
+        let mut connection = desk.connect();
+        let mut leased = BTreeMap::new();
+        let mut state: u32 = 1;
+        for round in 0..150 {
+            state = state.wrapping_mul(1_103_515_245).wrapping_add(12_345);
+            let n = (state >> 16) % 30;
+            let name = format!("c{n}");
+            if leased.remove(&n).is_some() {
+                assert_eq!(connection.post("client/delete/", &json!({ "client_name": name })).status, 200);
+                continue;
+            }
+            let free = (6..31).find(|last| !leased.values().any(|taken| taken == last));
+            let added = connection.post("client/add/", &client(&name, "s1", n)).status;
+            assert_eq!(added, if free.is_some() { 201 } else { 503 }, "{round}");
+            leased.extend(free.map(|last| (n, last)));
+            let expected = free.map(|last| format!("10.0.0.{last}"));
+            assert_eq!(desk.lease(&name, "s1"), expected, "{round}");
+        }
     });
 }
 
