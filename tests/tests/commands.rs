@@ -65,6 +65,7 @@ fn check_config_names_files_that_cannot_be_read() {
         (format!("broker_listen:\n  tls: {}\n", files("none")), one, ":4: broker_listen.tls.cert_file: "),
         (format!("mqtt_listen:\n  tls: {}\n", files("none")), one, ":4: mqtt_listen.tls.key_file: "),
         (format!("mqtt:\n  broker_url: x\n  tls: yes\n  ca_file: {}\n", at("none")), both, ":6: mqtt.ca_file: "),
+        (format!("tenants:\n  enabled: yes\n  tokens_file: {}\n", at("none")), one, ":5: tenants.tokens_file: "),
         (format!("blacklist_file: {}\n", at("none")), none, ":3: blacklist_file: "),
         (format!("allowlist: {{enabled: yes, file: {}}}\n", at("none")), none, ":3: allowlist.file: "),
         (format!("key_lists:\n  trusted_dir: {}\n", at("none")), none, ":4: key_lists.trusted_dir: "),

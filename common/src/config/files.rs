@@ -9,7 +9,7 @@ use super::{Config, Https, MqttListen, Problem};
 use crate::runtime::tls;
 
 /// The keys that name files.
-pub(super) const KEYS: [&str; 14] = [
+pub(super) const KEYS: [&str; 15] = [
     "broker_listen.tls.cert_file",
     "broker_listen.tls.key_file",
     "mqtt_listen.tls.cert_file",
@@ -24,6 +24,7 @@ pub(super) const KEYS: [&str; 14] = [
     "key_lists.trusted_dir",
     "registry.password_file",
     "storage_password_file",
+    "tenants.tokens_file",
 ];
 /// Where a unit has its credentials, only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
@@ -70,7 +71,9 @@ impl Config {
         let database = self.registry.as_ref().map(|_| &self.storage).filter(|storage| storage.url.is_some());
         let (lists, allow) = (&self.key_lists, self.key_lists.allow.as_ref());
         let [certificate, key, server_certificate, server_key, ca_file, own_certificate, own_key, rest @ ..] = KEYS;
-        let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir, registry_password, storage_password] = rest;
+        let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir, rest @ ..] = rest;
+        let [registry_password, storage_password, tokens] = rest;
+        let tokens_file = self.tenants.as_ref().and_then(|tenants| tenants.tokens_file.as_deref());
         [
             (certificate, NeededBy::Broker, https.map(|[certificate, _]| certificate)),
             (key, NeededBy::Broker, https.map(|[_, key]| key)),
@@ -86,6 +89,7 @@ impl Config {
             (trusted_dir, NeededBy::None, lists.trusted_dir.as_deref()),
             (registry_password, NeededBy::Broker, self.registry.as_ref().map(|registry| &*registry.password_file)),
             (storage_password, NeededBy::Broker, database.and_then(|storage| storage.password_file.as_deref())),
+            (tokens, NeededBy::Broker, tokens_file),
         ]
     }
 }
