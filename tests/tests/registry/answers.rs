@@ -235,7 +235,19 @@ fn a_method_that_does_not_fit_changes_nothing() {
 fn a_body_that_is_no_object_is_refused() {
     let desk = Desk::start(&Store::Sqlite, "");
     let deep = [b"[".repeat(60_000), b"]".repeat(5)].concat();
-    let bodies: [&[u8]; 8] = [b"{", b"null", b"[]", b"1", b"\"x\"", b"{\"server_name\": \"\xff\"}", b"{} {}", &deep];
+    let (open, close) = ("[".repeat(10_000), "]".repeat(10_000));
+    let valid_and_deep = format!("{{\"server_name\":\"s1\",\"client_name\":\"c1\",\"a\":{open}{close}}}");
+    let bodies: [&[u8]; 9] = [
+        b"{",
+        b"null",
+        b"[]",
+        b"1",
+        b"\"x\"",
+        b"{\"server_name\": \"\xff\"}",
+        b"{} {}",
+        &deep,
+        valid_and_deep.as_bytes(),
+    ];
     for route in READS.iter().chain(&CHANGES) {
         for body in bodies {
             let answer = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[LOGIN], body);

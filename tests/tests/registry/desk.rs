@@ -62,6 +62,21 @@ impl Desk {
         Self { stack }
     }
 
+    /// A broker of this name that is ready, on the bus of the first one; with a bus of its own if it is that. Needs root.
+    pub fn on_bus(store: &Store, name: &str, first: Option<&Self>) -> Self {
+        let mut desk = Self::prepare(store, "");
+        let config = std::mem::take(&mut desk.stack.plan.config);
+        desk.stack.plan = Plan::new(Bus::Mosquitto).config(&config).host_name(name);
+        match first {
+            Some(first) => desk.stack.mqtt = first.stack.mqtt,
+            None => desk.stack.start_mosquitto(),
+        }
+        desk.stack.write_config();
+        desk.stack.start_broker();
+        desk.stack.wait_until_ready();
+        desk
+    }
+
     pub fn restart_by(&mut self, signal: nix::sys::signal::Signal) {
         let _ = self.stack.broker().end_by(signal);
         self.stack.start_broker();

@@ -1,16 +1,18 @@
 //! What was acknowledged is there after a kill, and a database that is away harms nothing else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use wgkex_tests::http::{Http, Response};
 use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::proxy;
 use wgkex_tests::scripted::{Manner, Worker};
-use wgkex_tests::stack::{Bus, DOMAIN, Plan};
+use wgkex_tests::stack::DOMAIN;
 use wgkex_tests::{key, wait_within};
 
 use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
@@ -54,7 +56,7 @@ fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
             .map(|peer| (peer["public_key"].as_str().unwrap(), peer["ip_address"].as_str().unwrap()))
             .collect();
         assert_eq!(keys.len(), peers.len());
-        assert_eq!(keys.values().collect::<std::collections::BTreeSet<_>>().len(), peers.len(), "no address twice");
+        assert_eq!(keys.values().collect::<BTreeSet<_>>().len(), peers.len(), "no address twice");
         for (name, Acknowledged { number, address }) in &acknowledged {
             let kept = keys.get(key(*number).as_str()).unwrap_or_else(|| panic!("{name} is lost"));
             assert!(address.as_deref().is_none_or(|address| address == *kept), "{name} had {address:?}");
@@ -72,33 +74,20 @@ struct Acknowledged {
 /// Adds clients over and over, also while nobody listens, and returns those that were acknowledged; counts in `told`
 /// those whose address was read.
 fn add_until(
-    broker: std::net::SocketAddr,
+    broker: SocketAddr,
     caller: u32,
     told: &AtomicUsize,
     is_over: &AtomicBool,
 ) -> BTreeMap<String, Acknowledged> {
-    use wgkex_tests::http::Http;
     let mut acknowledged = BTreeMap::new();
     let mut number = caller * 100_000;
     let begun = Instant::now();
     while !is_over.load(Ordering::SeqCst) && begun.elapsed() < 4 * LOADED {
         number += 1;
         let name = format!("c{number}");
-        let call = |route: &str, body: Value| {
-            let body = body.to_string();
-            let head = format!(
-                "POST /api/v1/client/{route} HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
-                crate::desk::LOGIN,
-                body.len()
-            );
-            Http::try_connect(broker).and_then(|mut http| {
-                http.send(&[head.as_bytes(), body.as_bytes()].concat());
-                http.try_response("POST")
-            })
-        };
-        match call("add", client(&name, "s1", number)) {
+        match post(broker, "add", &client(&name, "s1", number)) {
             Ok(answer) if answer.status == 201 => {
-                let config = call("config", json!({ "client_name": name, "server_name": "s1" }));
+                let config = post(broker, "config", &json!({ "client_name": name, "server_name": "s1" }));
                 let address = config.ok().filter(|answer| answer.status == 200);
                 let address = address.map(|answer| answer.json()["subnet"]["lease"].as_str().unwrap().to_owned());
                 told.fetch_add(usize::from(address.is_some()), Ordering::SeqCst);
@@ -110,6 +99,86 @@ fn add_until(
         }
     }
     acknowledged
+}
+
+#[test]
+fn wa23_a_kill_loses_no_delete_and_no_new_key() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "10.0.0.0", 16, 20);
+        let (is_over, done, broker) = (AtomicBool::new(false), AtomicUsize::new(0), desk.stack.http);
+        let clients: BTreeMap<String, BTreeSet<Option<u32>>> = thread::scope(|scope| {
+            let callers: Vec<_> = (0..4_u32)
+                .map(|caller| {
+                    let (done, is_over) = (&done, &is_over);
+                    scope.spawn(move || change_until(broker, caller, done, is_over))
+                })
+                .collect();
+            for kills in 0..3 {
+                wait_within(LOADED, "clients change", || {
+                    (done.load(Ordering::SeqCst) >= (kills + 1) * 4 * BEFORE_A_KILL).then_some(())
+                });
+                desk.restart_by(Signal::SIGKILL);
+            }
+            is_over.store(true, Ordering::SeqCst);
+            callers.into_iter().flat_map(|caller| caller.join().unwrap()).collect()
+        });
+        let found = desk.get("client/list_all", &json!({})).json();
+        for (name, possible) in clients {
+            let key_of = |peerings: &Value| peerings.as_object()?.values().next().map(|one| one["public_key"].clone());
+            let kept = key_of(&found[&name]);
+            let possible: Vec<_> = possible.into_iter().map(|number| number.map(|number| json!(key(number)))).collect();
+            assert!(possible.contains(&kept), "{name}: {kept:?}, and not one of {possible:?}");
+        }
+    });
+}
+
+/// Adds clients, gives them another key, deletes them, and adds half of them again, also while nobody listens. Returns by which
+/// key each may be there, none if it may be gone: what was acknowledged, and all that was tried after that.
+fn change_until(
+    broker: SocketAddr,
+    caller: u32,
+    done: &AtomicUsize,
+    is_over: &AtomicBool,
+) -> BTreeMap<String, BTreeSet<Option<u32>>> {
+    let mut clients = BTreeMap::new();
+    let begun = Instant::now();
+    for number in caller * 100_000.. {
+        if is_over.load(Ordering::SeqCst) || begun.elapsed() > 4 * LOADED {
+            break;
+        }
+        let (client_number, step) = (number / 4, number % 4);
+        let name = format!("c{client_number}");
+        let possible = clients.entry(name.clone()).or_insert_with(|| BTreeSet::from([None]));
+        let (answer, expected) = match step {
+            2 => (post(broker, "delete", &json!({ "client_name": name })), None),
+            3 if client_number % 2 == 1 => continue,
+            _ => (post(broker, "add", &client(&name, "s1", number)), Some(number)),
+        };
+        match answer {
+            Ok(answer) if answer.status < 300 => {
+                *possible = BTreeSet::from([expected]);
+                done.fetch_add(1, Ordering::SeqCst);
+            }
+            _ => {
+                possible.insert(expected);
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+    clients
+}
+
+/// A call about a client, while the broker may not be there.
+fn post(broker: SocketAddr, route: &str, body: &Value) -> std::io::Result<Response> {
+    let body = body.to_string();
+    let head = format!(
+        "POST /api/v1/client/{route} HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
+        crate::desk::LOGIN,
+        body.len()
+    );
+    let mut http = Http::try_connect(broker)?;
+    http.send(&[head.as_bytes(), body.as_bytes()].concat());
+    http.try_response("POST")
 }
 
 #[test]
@@ -235,22 +304,9 @@ fn two_brokers_serve_one_registry(store: &Store) {
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
-    let desk = |name: &str, first: Option<&Desk>| {
-        let mut desk = Desk::prepare(&Store::Sqlite, "");
-        let config = std::mem::take(&mut desk.stack.plan.config);
-        desk.stack.plan = Plan::new(Bus::Mosquitto).config(&config).host_name(name);
-        match first {
-            Some(first) => desk.stack.mqtt = first.stack.mqtt,
-            None => desk.stack.start_mosquitto(),
-        }
-        desk.stack.write_config();
-        desk.stack.start_broker();
-        desk.stack.wait_until_ready();
-        desk
-    };
-    let mut first = desk("b1", None);
+    let mut first = Desk::on_bus(&Store::Sqlite, "b1", None);
     first.add_server("s1", "192.168.2.0", 24, 20);
-    let mut second = desk("b2", Some(&first));
+    let mut second = Desk::on_bus(&Store::Sqlite, "b2", Some(&first));
     second.stack.broker().wait_for_log("another broker of this bus has a registry");
     for route in READS.iter().chain(&CHANGES) {
         let answer = second.post(route, &bodies());

@@ -3,18 +3,21 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use wgkex_tests::in_memory::InMemory;
-use wgkex_tests::postgres::Postgres;
+use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::{key, wait_until, wait_within};
 
-use crate::desk::{Desk, LOGIN, Store, with_each_store};
+use crate::desk::{Desk, LOGIN, Store, server, with_each_store};
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
+/// How soon a gateway has what changed.
+const SOON: Duration = Duration::from_secs(2);
 /// The tables on disk, and what SQLite keeps beside them.
 const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
 
@@ -103,6 +106,67 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     add(&desk, "s1", 21..25);
     let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
     wait_for_peers(&gateway, (1..4).chain(21..25));
+}
+
+/// Each call is answered by one of two brokers, which know of one another only by the database and the bus.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn two_brokers_on_one_postgresql_and_one_bus_are_one_registry_and_each_pushes() {
+    let store = Store::Postgres(postgres::database());
+    let first = Desk::on_bus(&store, "b1", None);
+    let second = Desk::on_bus(&store, "b2", Some(&first));
+    let desks = [&first, &second];
+    let gateway = InMemory::start_server(&first.stack, "gw1", "s1", SERVER);
+    wait_for_server(&second, "s1");
+    wait_until("the gateway has all leases of its server", || {
+        let kept = fs::read_to_string(first.stack.dir().join("gw1/worker.leases.json")).ok()?;
+        kept.contains("\"revision\"").then_some(())
+    });
+
+    // Equal calls at both come to one thing.
+    let mut added = at_once(&desks, |desk| desk.post("server/add", &server("s2", "192.168.2.0", 24, 20)).status);
+    added.sort_unstable();
+    assert_eq!(added, [vec![201], vec![409; 19]].concat());
+    assert_eq!(at_once(&desks, |desk| desk.add_client("same", "s2", 1000)), [201; 20]);
+    let leases = first.get("server/config", &json!({ "server_name": "s2" })).json();
+    assert_eq!(leases["peers"].as_array().unwrap().len(), 1, "{leases}");
+
+    // Whoever answers has told the gateway.
+    for (n, desk) in (0..20).zip(desks.into_iter().cycle()) {
+        add(desk, "s1", [n]);
+        wait_within(SOON, "the gateway has the client", || gateway.peers("s1").contains(&key(n)).then_some(()));
+    }
+    for (n, desk) in (0..20).zip(desks.into_iter().rev().cycle()) {
+        delete(desk, "s1", n);
+        let is_there = || gateway.peers("s1").contains(&key(n));
+        wait_within(SOON, "the gateway has it no more", || (!is_there()).then_some(()));
+    }
+
+    // One deletes what the other adds.
+    for round in 0..20 {
+        let numbers = 2000 + 4 * round..2004 + 4 * round;
+        thread::scope(|scope| {
+            scope.spawn(|| add(&first, "s1", numbers.clone()));
+            scope.spawn(|| numbers.clone().for_each(|n| delete(&second, "s1", n)));
+        });
+    }
+    let leases = first.get("server/config", &json!({ "server_name": "s1" })).json();
+    assert_eq!(leases, second.get("server/config", &json!({ "server_name": "s1" })).json());
+    let keys: BTreeSet<_> = leases["peers"].as_array().unwrap().iter().map(|peer| text(&peer["public_key"])).collect();
+    wait_within(2 * SOON, "the gateway has what the registry has", || (gateway.peers("s1") == keys).then_some(()));
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+/// What ten callers at each broker get at the same time.
+fn at_once(desks: &[&Desk; 2], call: impl Fn(&Desk) -> u16 + Sync) -> Vec<u16> {
+    thread::scope(|scope| {
+        let call = &call;
+        let calls: Vec<_> = (0..20).map(|n| scope.spawn(move || call(desks[n % 2]))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    })
 }
 
 /// Says which server a worker is, as one does that has started.
