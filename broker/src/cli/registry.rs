@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -145,10 +146,10 @@ impl ServerCommand {
     fn text(self, client: &RegistryClient) -> anyhow::Result<String> {
         match self {
             Self::Add(new) => {
-                let name = new.name.clone();
+                let (name, note) = (new.name.clone(), new.note());
                 client.call("server/add", &new.fields())?;
                 let own = client.call("server/wireguard_ip", &json!({ "server_name": name }))?;
-                Ok(format!("server {name} is added, its own address is {}\n", text_of(&own["server_wg_ip"])))
+                Ok(format!("server {name} is added, its own address is {}\n{note}", text_of(&own["server_wg_ip"])))
             }
             Self::List { json } => {
                 let servers = client.call("server/list_all", &json!({}))?;
@@ -165,6 +166,12 @@ impl ServerCommand {
 }
 
 impl ServerArgs {
+    /// What is to be known of such a server.
+    fn note(&self) -> &'static str {
+        let is_ipv4 = matches!(self.network, IpNet::V4(_)) && self.endpoint.parse::<Ipv6Addr>().is_err();
+        if is_ipv4 { "" } else { "note: agents of wireguard_api cannot use it, they know IPv4 alone\n" }
+    }
+
     fn fields(self) -> Value {
         let Self { name, key, network, reserved, endpoint, port, allowed_ips } = self;
         json!({

@@ -67,6 +67,14 @@ fn servers_and_clients_are_managed_by_commands() {
     run(&desk, &["client", "delete", "c1", "--server", "s1"]).unwrap();
     assert_eq!(desk.lease("c1", "s1"), None);
     run(&desk, &["server", "delete", "s1"]).unwrap();
+    let note = "note: agents of wireguard_api cannot use it, they know IPv4 alone\n";
+    for (network, endpoint, own) in
+        [("fd00::/64", "gw.example.org", "fd00::1"), ("192.168.3.0/24", "2001:db8::1", "192.168.3.1")]
+    {
+        let add = ["server", "add", "s6", "--key", &server_key, "--network", network, "--endpoint", endpoint];
+        assert_eq!(run(&desk, &add).unwrap(), format!("server s6 is added, its own address is {own}\n{note}"));
+        run(&desk, &["server", "delete", "s6"]).unwrap();
+    }
     assert!(run(&desk, &["server", "delete", "s1"]).unwrap_err().contains("no server of this name"));
 }
 

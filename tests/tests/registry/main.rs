@@ -8,5 +8,6 @@ mod commands;
 mod desk;
 mod durability;
 mod leases;
+mod old_agent;
 mod push;
 mod validation;
