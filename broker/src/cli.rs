@@ -5,6 +5,7 @@
 pub mod admin_client;
 pub mod doctor;
 mod http_client;
+mod import;
 mod key_reports;
 pub mod mqtt_acl;
 pub mod registry;

@@ -19,6 +19,7 @@ use wgkex_common::Config;
 use wgkex_common::config::Listen;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::import::ImportArgs;
 use crate::cli::print_or_complain;
 use crate::cli::table::{Cell, Colours, table};
 use crate::registry::login::password;
@@ -96,6 +97,8 @@ pub enum ClientCommand {
         #[arg(long)]
         key: String,
     },
+    /// Adds the clients of another registry, such as a `wireguard_api` broker, with the addresses that they have there
+    Import(ImportArgs),
     /// Shows all clients
     List {
         /// As JSON
@@ -202,6 +205,7 @@ impl ClientCommand {
                 let config = client.client_config(&name, &server)?;
                 Ok(format!("client {name} has the address {} at {server}\n", text_of(&config["subnet"]["lease"])))
             }
+            Self::Import(origin) => client.import(&origin.open()?.clients()?),
             Self::List { json } => {
                 let clients = client.call("client/list_all", &json!({}))?;
                 if json { Ok(format!("{clients:#}\n")) } else { client.clients_table(&clients) }
@@ -290,11 +294,25 @@ impl RegistryClient {
 
     /// The addresses of a server's clients, by key.
     fn addresses(&self, server: &str) -> anyhow::Result<BTreeMap<String, String>> {
-        let config = self.call("server/config", &json!({ "server_name": server }))?;
-        let peers = config["peers"].as_array().into_iter().flatten();
-        Ok(peers
-            .map(|peer| (text_of(&peer["public_key"]).to_owned(), text_of(&peer["ip_address"]).to_owned()))
-            .collect())
+        Ok(addresses_by_key(&self.call("server/config", &json!({ "server_name": server }))?))
+    }
+
+    /// Adds clients, and names those that cannot be.
+    fn import(&self, clients: &[Value]) -> anyhow::Result<String> {
+        let add = |client: &Value| {
+            let error = self.call("client/add", client).err()?;
+            let [name, server, lease] = ["client_name", "server_name", "lease"].map(|field| text_of(&client[field]));
+            Some(format!("{name} with {lease} at {server}: {error}"))
+        };
+        let refused: Vec<_> = clients.iter().filter_map(add).collect();
+        ensure!(
+            refused.is_empty(),
+            "{} of {} clients are not added:\n{}",
+            refused.len(),
+            clients.len(),
+            refused.join("\n")
+        );
+        Ok(format!("{} clients have the addresses that they have there\n", clients.len()))
     }
 
     fn show_server(&self, name: &str, is_json: bool) -> anyhow::Result<String> {
@@ -318,6 +336,12 @@ impl RegistryClient {
     }
 }
 
+/// The addresses in what `server/config` answers, by key.
+pub(super) fn addresses_by_key(config: &Value) -> BTreeMap<String, String> {
+    let peers = config["peers"].as_array().into_iter().flatten();
+    peers.map(|peer| (text_of(&peer["public_key"]).to_owned(), text_of(&peer["ip_address"]).to_owned())).collect()
+}
+
 fn peer_row(peer: &Value) -> [Cell; 2] {
     ["ip_address", "public_key"].map(|field| Cell::text(text_of(&peer[field])))
 }
@@ -331,7 +355,7 @@ fn servers_table(servers: &Value) -> String {
 }
 
 /// The clients with each of their peerings.
-fn peerings(clients: &Value) -> impl Iterator<Item = (&str, &Value)> {
+pub(super) fn peerings(clients: &Value) -> impl Iterator<Item = (&str, &Value)> {
     clients.as_object().into_iter().flatten().flat_map(|(name, peerings)| {
         peerings.as_object().into_iter().flatten().map(move |(_, peering)| (name.as_str(), peering))
     })
@@ -366,7 +390,7 @@ fn endpoint(server: &Value) -> String {
     Listen { host: text_of(&server["endpoint_address"]).to_owned(), port }.to_string()
 }
 
-fn text_of(value: &Value) -> &str {
+pub(super) fn text_of(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 

@@ -149,12 +149,8 @@ impl<'a> Transaction<'a> {
         work: impl FnOnce(&mut Self) -> Result<T, E>,
     ) -> Result<T, E> {
         // The last one is released with the next: a server may be far away, and each command is a wait.
-        let has_savepoint = std::mem::replace(&mut self.has_savepoint, true);
-        self.connection.command(if has_savepoint {
-            "RELEASE SAVEPOINT job; SAVEPOINT job"
-        } else {
-            "SAVEPOINT job"
-        })?;
+        let release = if std::mem::replace(&mut self.has_savepoint, true) { "RELEASE SAVEPOINT job; " } else { "" };
+        self.connection.command(&format!("{release}SAVEPOINT job"))?;
         let result = work(self);
         if result.is_err() {
             self.connection.command("ROLLBACK TO SAVEPOINT job")?;

@@ -71,6 +71,8 @@ pub struct NewClient {
     pub server: ServerName,
     /// Its key.
     pub public_key: PublicKey,
+    /// The address that it is to have; the lowest free one if it names none.
+    pub lease: Option<IpAddr>,
 }
 
 impl ServerName {
@@ -151,7 +153,20 @@ impl Fields {
 
     /// A client, its key first, as the original checks it.
     pub fn new_client(&self) -> Result<NewClient, InvalidField> {
-        Ok(NewClient { public_key: self.public_key()?, name: self.client_name()?, server: self.server_name()? })
+        Ok(NewClient {
+            public_key: self.public_key()?,
+            name: self.client_name()?,
+            server: self.server_name()?,
+            lease: self.lease()?,
+        })
+    }
+
+    fn lease(&self) -> Result<Option<IpAddr>, InvalidField> {
+        if !self.0.contains_key("lease") {
+            return Ok(None);
+        }
+        let address = self.text("lease")?.parse();
+        address.map(Some).map_err(|_| invalid("lease", "must be an IPv4 or IPv6 address"))
     }
 
     /// A server.

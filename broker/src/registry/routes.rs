@@ -313,9 +313,12 @@ impl Rejection {
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Call(CallError::Refused(refusal)) => match refusal {
                 Refusal::UnknownServer | Refusal::UnknownPeering => StatusCode::NOT_FOUND,
-                Refusal::NameTaken | Refusal::KeyTaken | Refusal::NetworkTaken | Refusal::NetworkChanged => {
-                    StatusCode::CONFLICT
-                }
+                Refusal::NoLease => StatusCode::BAD_REQUEST,
+                Refusal::NameTaken
+                | Refusal::KeyTaken
+                | Refusal::NetworkTaken
+                | Refusal::NetworkChanged
+                | Refusal::LeaseTaken => StatusCode::CONFLICT,
                 Refusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
             },
             Self::Busy | Self::Call(CallError::Database(_) | CallError::Elsewhere(_)) => {
@@ -332,6 +335,7 @@ impl Rejection {
                 Refusal::UnknownServer | Refusal::NameTaken | Refusal::Exhausted => Some("server_name"),
                 Refusal::UnknownPeering => Some("client_name"),
                 Refusal::KeyTaken => Some("public_key"),
+                Refusal::NoLease | Refusal::LeaseTaken => Some("lease"),
                 Refusal::NetworkTaken | Refusal::NetworkChanged => Some("network_address"),
             },
             Self::Unauthorized

@@ -90,6 +90,12 @@ pub enum Refusal {
     /// A server's network has some of these addresses.
     #[error("the network overlaps with that of another server")]
     NetworkTaken,
+    /// The address that a client is to have is none that clients of the server get.
+    #[error("clients of this server get no such address")]
+    NoLease,
+    /// The address that a client is to have is not free, or the client has another one.
+    #[error("another client has this address, or this client has another one")]
+    LeaseTaken,
     /// The server has no address left.
     #[error("the server has no free address")]
     Exhausted,
@@ -335,8 +341,15 @@ pub fn add_client(
             transaction.execute("DELETE FROM peerings WHERE server = ?1 AND client = ?2", &values)?;
             row.big(0)?
         }
-        None => lease(transaction, &lessor)?,
+        None => match new.lease {
+            Some(address) => lease_this(transaction, &lessor, address)?,
+            None => lease(transaction, &lessor)?,
+        },
     };
+    let address = address_of(lessor.network, number)?;
+    if new.lease.is_some_and(|wanted| wanted != address) {
+        return Err(Refusal::LeaseTaken.into());
+    }
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
         "INSERT INTO peerings SELECT id, ?1, ?2, ?3, ?4 FROM last_peering",
@@ -346,8 +359,7 @@ pub fn add_client(
     if before == Some(new.public_key) {
         return Ok(Vec::new());
     }
-    let address = address_of(lessor.network, number)?.into();
-    let added = [(new.public_key, address)].into();
+    let added = [(new.public_key, address.into())].into();
     let change = LeaseChange { added, removed: before.into_iter().collect(), ..LeaseChange::default() };
     touch(transaction, server, change, now)
 }
@@ -380,19 +392,32 @@ fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: Holder
 
 /// The lowest free number of a server, which is no longer free then.
 fn lease(transaction: &mut Transaction<'_>, lessor: &Lessor) -> Result<u128, CallError> {
-    let Lessor { server, network, reserved, lowest_free: free } = lessor;
-    let (range, free) = (leases(*network, *reserved), *free);
+    let (range, free) = (leases(lessor.network, lessor.reserved), lessor.lowest_free);
     if !range.contains(free) {
         return Err(Refusal::Exhausted.into());
     }
-    if free < server.next_free {
-        let values = [server.id.into(), free.into()];
+    take(transaction, &lessor.server, free)
+}
+
+/// The number of an address of a server, which is no longer free then.
+fn lease_this(transaction: &mut Transaction<'_>, lessor: &Lessor, address: IpAddr) -> Result<u128, CallError> {
+    let Lessor { server, network, reserved, .. } = lessor;
+    let number = leases(*network, *reserved).number(address).ok_or(Refusal::NoLease)?;
+    let values = [server.id.into(), number.into()];
+    let holder = transaction.first("SELECT id FROM peerings WHERE server = ?1 AND number = ?2", &values)?;
+    if holder.is_some() { Err(Refusal::LeaseTaken.into()) } else { take(transaction, server, number) }
+}
+
+/// A number that was free is not any more.
+fn take(transaction: &mut Transaction<'_>, server: &Server, number: u128) -> Result<u128, CallError> {
+    if number < server.next_free {
+        let values = [server.id.into(), number.into()];
         transaction.execute("DELETE FROM returned_numbers WHERE server = ?1 AND number = ?2", &values)?;
-        return Ok(free);
+    } else if number == server.next_free {
+        let next = next_free(transaction, server.id, number + 1)?;
+        transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), next.into()])?;
     }
-    let next = next_free(transaction, server.id, free + 1)?;
-    transaction.execute("UPDATE servers SET next_free = ?2 WHERE id = ?1", &[server.id.into(), next.into()])?;
-    Ok(free)
+    Ok(number)
 }
 
 /// The lowest number from `from` on that no client of a server has.

@@ -79,6 +79,41 @@ fn servers_and_clients_are_managed_by_commands() {
 }
 
 #[test]
+fn clients_of_another_registry_are_imported_with_their_addresses() {
+    let [origin, desk] = [(); 2].map(|()| Desk::start(&Store::Sqlite, ""));
+    for desk in [&origin, &desk] {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        desk.add_server("s2", "192.168.3.0", 24, 20);
+    }
+    for (name, server, number) in [("c1", "s1", 1), ("c2", "s1", 2), ("c3", "s1", 3), ("c2", "s2", 2), ("c3", "s2", 3)]
+    {
+        origin.leased(name, server, number);
+    }
+    origin.post("client/delete/", &json!({ "client_name": "c2" }));
+    let password = origin.stack.dir().join("password").display().to_string();
+    let url = format!("http://{}", origin.stack.http);
+    let import = ["client", "import", &url, "--password-file", &password];
+    let config = |desk: &Desk, server: &str| desk.get("server/config", &json!({ "server_name": server })).json();
+    for _ in 0..2 {
+        assert_eq!(run(&desk, &import).unwrap(), "3 clients have the addresses that they have there\n");
+        for server in ["s1", "s2"] {
+            assert_eq!(config(&desk, server), config(&origin, server));
+            assert_eq!(desk.lease("c3", server), origin.lease("c3", server));
+        }
+    }
+    // What cannot be added is named.
+    desk.leased("c9", "s1", 9);
+    origin.leased("c4", "s1", 4);
+    let refused = run(&desk, &import).unwrap_err();
+    let named = "1 of 4 clients are not added:\nc4 with 192.168.2.22 at s1: another client has this address";
+    assert!(refused.contains(named), "{refused}");
+    std::fs::write(origin.stack.dir().join("wrong"), "wr0ng\n").unwrap();
+    let wrong = origin.stack.dir().join("wrong").display().to_string();
+    let refused = run(&desk, &["client", "import", &url, "--password-file", &wrong]).unwrap_err();
+    assert!(refused.contains("are user and password right?"), "{refused}");
+}
+
+#[test]
 fn a_command_names_what_is_missing() {
     let mut desk = Desk::prepare(&Store::Sqlite, "");
     assert!(run(&desk, &["client", "list"]).unwrap_err().contains("no broker answers"));

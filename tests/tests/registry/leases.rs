@@ -6,7 +6,7 @@ use std::thread;
 use serde_json::json;
 use wgkex_tests::key;
 
-use crate::desk::{Desk, client, server, with_each_store};
+use crate::desk::{Desk, client, server, with, with_each_store};
 
 /// The addresses of a server's clients, in order, and their keys.
 fn peers(desk: &Desk, server: &str) -> Vec<(String, String)> {
@@ -39,6 +39,37 @@ fn wa6_wa8_leases_begin_behind_the_reserved_addresses_and_the_lowest_free_one_is
         assert_eq!(desk.post("client/delete/", &json!({ "client_name": "c2" })).status, 200);
         assert_eq!(desk.leased("c4", "s1", 4), "192.168.2.22");
         assert_eq!(desk.leased("c5", "s1", 5), "192.168.2.24");
+    });
+}
+
+/// As one that comes from another registry.
+#[test]
+fn a_client_can_name_the_address_that_it_is_to_have() {
+    with_each_store(|desk| {
+        desk.add_server("s1", "192.168.2.0", 24, 20);
+        let add = |name: &str, number: u32, lease: &str| {
+            let fields = with(&client(name, "s1", number), "lease", json!(lease));
+            let answer = desk.post("client/add/", &fields);
+            (answer.status, (answer.status > 299).then(|| answer.json()["error"]["field"].as_str().unwrap().to_owned()))
+        };
+        let refused = |status: u16| (status, Some("lease".to_owned()));
+        for (name, number, last) in [("c1", 1, 23), ("c2", 2, 21), ("c3", 3, 25), ("c1", 1, 23), ("c1", 11, 23)] {
+            assert_eq!(add(name, number, &format!("192.168.2.{last}")), (201, None), "{name} {last}");
+            assert_eq!(desk.lease(name, "s1"), Some(format!("192.168.2.{last}")));
+        }
+        let before = desk.everything();
+        assert_eq!(add("c4", 4, "192.168.2.23"), refused(409), "it is another client's");
+        assert_eq!(add("c1", 11, "192.168.2.24"), refused(409), "the client has another one");
+        for wrong in ["192.168.2.20", "192.168.2.255", "192.168.3.30", "fd00::30", "x"] {
+            assert_eq!(add("c4", 4, wrong), refused(400), "{wrong}");
+        }
+        assert_eq!(desk.everything(), before);
+        // Others get what is between.
+        let leased: Vec<_> = (5..8).map(|n| desk.leased(&format!("c{n}"), "s1", n)).collect();
+        assert_eq!(leased, ["192.168.2.22", "192.168.2.24", "192.168.2.26"]);
+        desk.post("client/delete/", &json!({ "client_name": "c1" }));
+        assert_eq!(add("c8", 8, "192.168.2.23"), (201, None), "it was given back");
+        assert_eq!(desk.leased("c9", "s1", 9), "192.168.2.27");
     });
 }
 
