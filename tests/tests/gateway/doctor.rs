@@ -184,22 +184,30 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
 }
 
-/// The routers' VXLAN packets come by the tunnels, and the kernel drops them without a trace.
+/// The routers' VXLAN packets come by the tunnels. The kernel drops those of another id without a trace, and answers those to
+/// another port with errors, as troubleshooting.md says.
 pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
     let single = Single::new(lane, "");
     let host = &single.host;
     let (router, key) = router(host, lane);
     let (own, remote) = (link_local(&key), link_local(&host.run("wg show wg-a public-key")));
-    let send_by = |id: u32| {
+    let send_by = |id: u32, port: u16| {
         router.run(&format!(
             "ip link del vx-r 2>/dev/null
-             ip link add vx-r type vxlan id {id} dstport 8472 local {own} remote {remote} dev wg-router &&
+             ip link add vx-r type vxlan id {id} dstport {port} local {own} remote {remote} dev wg-router &&
              ip addr add fe80::2/64 dev vx-r nodad && ip link set vx-r up && ping -q -i 0.01 -c 150 -W 1 ff02::1%vx-r || true"
         ));
     };
-    send_by(7);
-    names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
-    send_by(99);
+    let errors = || host.run("awk '$1 == \"Icmp6OutDestUnreachs\" { print $2 }' /proc/net/snmp6");
+    let is_named = || names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
+    let before = errors();
+    send_by(7, 8472);
+    is_named();
+    assert_eq!(errors(), before, "another id");
+    send_by(99, 4789);
+    is_named();
+    assert_ne!(errors(), before, "another port");
+    send_by(99, 8472);
     let (_, said) = doctor(host);
     assert!(!said.contains("never received anything"), "{said}");
 }
