@@ -27,22 +27,29 @@ impl InMemory {
     /// Starts the worker `name` on the bus of `stack`, for all its domains.
     #[must_use]
     pub fn start(stack: &Stack, name: &str) -> Self {
-        Self::start_as(stack, name, "")
+        Self::start_by(stack, name, "", "")
+    }
+
+    /// The same with these lines of YAML, too.
+    #[must_use]
+    pub fn start_with(stack: &Stack, name: &str, config: &str) -> Self {
+        Self::start_by(stack, name, "", config)
     }
 
     /// The same with more in `mqtt`, as keys of a YAML mapping that begin with a comma.
     #[must_use]
     pub fn start_as(stack: &Stack, name: &str, mqtt: &str) -> Self {
-        Self::start_with(stack, name, mqtt, "")
+        Self::start_by(stack, name, mqtt, "")
     }
 
     /// The same as a server of the registry, with its interface; what it is, as a YAML mapping.
     #[must_use]
     pub fn start_server(stack: &Stack, name: &str, server: &str, settings: &str) -> Self {
-        Self::start_with(stack, name, "", &format!("servers: {{{server}: {settings}}}\n"))
+        Self::start_by(stack, name, "", &format!("servers: {{{server}: {settings}}}
+"))
     }
 
-    fn start_with(stack: &Stack, name: &str, mqtt: &str, more: &str) -> Self {
+    fn start_by(stack: &Stack, name: &str, mqtt: &str, more: &str) -> Self {
         let http = free_address();
         let yaml = format!(
             "domains: [{}]\ndomain_prefixes: [ffx_]\nstate_dir: {}\nworker_listen: \"{}\"\n\

@@ -246,34 +246,3 @@ fn collect(dir: &Path, name: &str, text: &mut String) {
         }
     }
 }
-
-/// The documented metrics are the only ones that the alerts name, and each link between the documents leads to a file.
-#[test]
-fn documents_and_examples_agree() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let read = |name: &str| fs::read_to_string(root.join(name)).unwrap();
-    let (metrics, alerts) = (read("deploy/docs/metrics.md"), read("deploy/examples/prometheus-alerts.yaml"));
-    let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
-    let named: Vec<&str> = alerts.split(|c| !is_name(c)).filter(|word| word.starts_with("wgkex_")).collect();
-    assert!(named.len() > 10, "{named:?}");
-    for name in named {
-        assert!(metrics.contains(&format!("`{name}`")), "{name} is no metric");
-    }
-    for document in [
-        "README.md",
-        "metrics.md",
-        "wire.md",
-        "lists.md",
-        "security.md",
-        "internals.md",
-        "sizing.md",
-        "troubleshooting.md",
-    ] {
-        let name = if document == "README.md" { document.to_owned() } else { format!("deploy/docs/{document}") };
-        let (text, dir) = (read(&name), root.join(&name).parent().unwrap().to_owned());
-        for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
-            let file = link.split('#').next().unwrap_or_default();
-            assert!(link.starts_with("http") || file.is_empty() || dir.join(file).exists(), "{name}: {link}");
-        }
-    }
-}

@@ -1,5 +1,5 @@
 //! Every command in a block of the documents is run by a test, and every config there is a valid one. Commands that are new
-//! in a document are missing here, or in the scripts that run the documents.
+//! in a document are missing here, or in the scripts that run the documents. Metrics, files and links are those that there are.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -8,7 +8,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use wgkex_tests::admin::Operator;
+use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::process::{binary, hash};
+use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{http::Http, key, wait_until};
+use yaml_rust2::{Yaml, YamlLoader};
 
 /// What runs blocks of documents as they stand there: `run_block DOCUMENT "SECTION" NUMBER`, and for drop-ins of units
 /// `extend_unit UNIT DOCUMENT "SECTION" NUMBER`.
@@ -35,8 +40,8 @@ const OTHERWISE: [(&str, &str, &str); 14] = [
     ("systemctl restart wgkex-broker", "tests/packages", "inside systemctl restart wgkex-broker"),
     (
         "python3 -m websockets ws://127.0.0.1:5000/tenants/3daf1997-d6eb-41ba-898f-ebc275da1f98",
-        "tests/tests/tenants/with_websockets.py",
-        "websockets.connect(",
+        "tests/tests/tenants/main.rs",
+        "[\"-m\", \"websockets\", &url]",
     ),
     ("deploy/demo", "tests/tests/docs.rs", "\"-c\", \"deploy/demo --once\""),
     ("tests/run", ".ci/run", "tests/run"),
@@ -193,6 +198,183 @@ fn with_files(text: &str, dir: &Path) -> String {
         fs::write(&file, if is_pem { &pem } else { "secret\n" }).unwrap();
         text.replace(named, &file.display().to_string())
     })
+}
+
+/// What links and pictures in a document name.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    [("](", ')'), ("src=\"", '"'), ("srcset=\"", '"')].into_iter().flat_map(|(open, close)| {
+        text.split(open).skip(1).filter_map(move |rest| rest.split_once(close)).map(|(link, _)| link)
+    })
+}
+
+/// The anchors of a document's headings, as GitHub makes them.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let mut is_open = false;
+    let headings = text.lines().filter(|line| {
+        is_open ^= line.starts_with("```");
+        !is_open && line.starts_with('#')
+    });
+    let anchor = |heading: &str| {
+        let words = heading.trim_start_matches('#').trim().to_lowercase().replace(' ', "-");
+        words.chars().filter(|char| char.is_alphanumeric() || "-_".contains(*char)).collect()
+    };
+    headings.map(anchor).collect()
+}
+
+#[test]
+fn every_link_in_the_documents_leads_somewhere() {
+    for document in documents() {
+        let text = read(&document);
+        for link in links(&text).filter(|link| !link.starts_with("http")) {
+            let (file, anchor) = link.split_once('#').map_or((link, None), |(file, anchor)| (file, Some(anchor)));
+            let dir = Path::new(&document).parent().unwrap();
+            let file = if file.is_empty() { document.clone() } else { dir.join(file).display().to_string() };
+            assert!(root().join(&file).exists(), "{document}: {link}");
+            if let Some(anchor) = anchor {
+                assert!(anchors(&read(&file)).contains(anchor), "{document}: {link}");
+            }
+        }
+    }
+}
+
+/// The names in backquotes of the first column of a table's rows.
+fn first_column(text: &str) -> BTreeSet<String> {
+    let cells = text.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+    cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+}
+
+/// A section of a document.
+fn section(document: &str, heading: &str) -> String {
+    let text = read(document);
+    let (_, section) = text.split_once(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("{document}: {heading}"));
+    section.split("\n## ").next().unwrap_or_default().to_owned()
+}
+
+/// A broker with everything that it can serve, and a worker that is a server and the hub.
+fn all_enabled() -> (Stack, InMemory) {
+    let (operator, admin) = Operator::new();
+    let password = tempfile::NamedTempFile::new().unwrap();
+    fs::write(&password, "secret\n").unwrap();
+    let registry = format!("registry: {{enabled: true, password_file: {}}}", password.path().display());
+    let plan = Plan::new(Bus::Embedded).config(&admin).config(&registry).config("tenants: {enabled: true, hub: gw1}");
+    let stack = Stack::start(plan);
+    let worker = InMemory::start_with(
+        &stack,
+        "gw1",
+        "servers: {s1: {network: 192.168.2.0/24}}\ntenants: {enabled: true, hub: gw1}\nhub: {enabled: true}\n",
+    );
+    // What has no series before it has happened, happens.
+    assert_eq!(stack.get("/api/v1/server/list_all").status, 401);
+    wait_until("a router has its gateway", || (stack.v2(DOMAIN, &key(1)).status == 200).then_some(()));
+    for command in [&["trust", &key(9)][..], &["drain", "gw1"]] {
+        let output = operator.run(&stack, command);
+        assert!(output.status.success(), "{output:?}");
+    }
+    (stack, worker)
+}
+
+#[test]
+fn every_metric_is_documented_and_every_documented_one_is_there() {
+    let (stack, worker) = all_enabled();
+    let families = |metrics: &str| -> BTreeSet<String> {
+        let lines = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        lines.map(str::to_owned).collect()
+    };
+    for (part, http) in [("Broker", stack.http), ("Worker", worker.http)] {
+        let documented = first_column(&section("deploy/docs/metrics.md", part));
+        let found = families(&Http::connect(http).get("/metrics").body);
+        let differing: Vec<_> = found.symmetric_difference(&documented).collect();
+        assert!(differing.is_empty(), "{part}: in metrics.md or in /metrics alone: {differing:?}");
+    }
+}
+
+/// Each file of `state_dir`, by its name in the code and as the programs make it, has a row in upgrade.md, and nothing else has.
+#[test]
+fn every_file_of_the_state_is_in_the_document_of_upgrades() {
+    let documented = first_column(&section("deploy/docs/upgrade.md", "Back to the version before"));
+    let mut in_code = BTreeSet::new();
+    for dir in ["broker/src", "common/src", "worker/src"] {
+        for source in sources(&root().join(dir)) {
+            let code = source.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+            for ending in [".sqlite\"", ".json\""] {
+                let names = code.match_indices(ending).filter_map(|(at, _)| {
+                    let name = code[..at].rsplit('"').next()?;
+                    (!name.contains('/')).then(|| format!("{name}{}", ending.trim_end_matches('"')))
+                });
+                in_code.extend(names);
+            }
+        }
+    }
+    let of_each = |name: &String| {
+        let program = ["{name}", "{program}"].into_iter().find(|program| name.contains(program));
+        let programs =
+            ["broker", "worker"].map(|own| program.map_or(name.clone(), |program| name.replace(program, own)));
+        programs.into_iter()
+    };
+    assert_eq!(in_code.iter().flat_map(of_each).collect::<BTreeSet<_>>(), documented);
+
+    let (stack, worker) = all_enabled();
+    drop(worker);
+    for dir in [stack.state_dir(), stack.dir().join("gw1")] {
+        for entry in fs::read_dir(dir).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let file = ["-wal", "-shm", ".lock"].iter().fold(&*name, |name, part| name.trim_end_matches(part));
+            assert!(documented.contains(file), "{name} is not in upgrade.md");
+        }
+    }
+}
+
+/// The texts of the source files below a directory, without those of tests.
+fn sources(dir: &Path) -> Vec<String> {
+    let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let text = |path: PathBuf| {
+        if path.is_dir() {
+            return sources(&path);
+        }
+        let is_test = path.file_name().is_some_and(|name| name == "tests.rs");
+        if is_test { Vec::new() } else { vec![fs::read_to_string(&path).unwrap()] }
+    };
+    paths.flat_map(text).collect()
+}
+
+/// Of a text with braces, brackets, parentheses and quotes, whether each is closed, and in order.
+fn is_balanced(expression: &str) -> bool {
+    let (mut open, mut is_quoted) = (Vec::new(), false);
+    for char in expression.chars() {
+        match char {
+            '"' => is_quoted = !is_quoted,
+            _ if is_quoted => {}
+            '(' => open.push(')'),
+            '[' => open.push(']'),
+            '{' => open.push('}'),
+            ')' | ']' | '}' if open.pop() != Some(char) => return false,
+            _ => {}
+        }
+    }
+    open.is_empty() && !is_quoted
+}
+
+#[test]
+fn the_alerts_are_whole_rules_about_documented_metrics() {
+    let metrics = first_column(&read("deploy/docs/metrics.md"));
+    let alerts = YamlLoader::load_from_str(&read("deploy/examples/prometheus-alerts.yaml")).unwrap().remove(0);
+    let rules: Vec<&Yaml> =
+        alerts["groups"].as_vec().unwrap().iter().flat_map(|group| group["rules"].as_vec().unwrap()).collect();
+    assert!(rules.len() >= 10, "{rules:?}");
+    for rule in rules {
+        let text = |value: &Yaml| value.as_str().unwrap_or_else(|| panic!("{rule:?}")).to_owned();
+        let [name, expression, duration] = ["alert", "expr", "for"].map(|key| text(&rule[key]));
+        assert_eq!(rule.as_hash().unwrap().len(), 5, "{name}");
+        assert!(duration.trim_end_matches('m').parse::<u32>().is_ok(), "{name}: {duration}");
+        assert!(["critical", "warning"].contains(&&*text(&rule["labels"]["severity"])), "{name}");
+        let summary = text(&rule["annotations"]["summary"]);
+        assert_eq!(summary.matches("{{").count(), summary.matches("}}").count(), "{name}: {summary}");
+        assert!(is_balanced(&expression), "{name}: {expression}");
+        let words = expression.split(|char: char| !char.is_ascii_lowercase() && char != '_');
+        for metric in words.filter(|word| word.starts_with("wgkex_")) {
+            assert!(metrics.contains(metric), "{name}: {metric} is no metric");
+        }
+    }
 }
 
 #[test]

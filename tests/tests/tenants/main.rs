@@ -69,6 +69,15 @@ impl Script {
         assert_eq!(found.trim_end(), line, "{} (apt-get install python3-websockets)", self.scenario);
     }
 
+    /// Waits for this text among what it prints for a terminal.
+    fn wait_until_it_shows(&mut self, text: &str) {
+        let mut shown = String::new();
+        while !shown.contains(text) {
+            let read = self.output.read_line(&mut shown).unwrap();
+            assert!(read > 0, "{}: {text} is not in {shown}", self.scenario);
+        }
+    }
+
     fn go_on(&mut self) {
         writeln!(self.input, "on").unwrap();
     }
@@ -91,6 +100,24 @@ impl Drop for Script {
 /// What the script does in a scenario against a broker with these settings.
 fn scenario(name: &str, settings: &str) {
     Script::start(&stack_with(settings), name, &[]).finish();
+}
+
+/// As the README says.
+#[test]
+fn a_member_by_hand_joins_and_learns_of_another() {
+    let stack = stack_with("");
+    let url = format!("ws://{}/tenants/3daf1997-d6eb-41ba-898f-ebc275da1f98", stack.http);
+    let mut member = Script::run("by hand", Command::new(PYTHON).args(["-m", "websockets", &url]));
+    writeln!(member.input, r#"{{"display_name": "laptop", "public_key": "{}"}}"#, key(1)).unwrap();
+    member.wait_until_it_shows(r#"{"virtual_ip":"10.64.0.1","peers":[]}"#);
+    let mut phone = WebSocket::open(stack.http, "/tenants/3daf1997-d6eb-41ba-898f-ebc275da1f98").unwrap();
+    phone.text(&format!(r#"{{"display_name": "phone", "public_key": "{}"}}"#, key(2))).unwrap();
+    member.wait_until_it_shows(&format!(
+        r#"{{"display_name":"phone","public_key":"{}","virtual_ip":"10.64.0.2"}}"#,
+        key(2)
+    ));
+    drop(phone);
+    member.wait_until_it_shows(r#"{"removed_peer":"10.64.0.2"}"#);
 }
 
 #[test]
