@@ -1,5 +1,5 @@
 //! The files for containers, as far as they can be checked without an engine: they name files that are there, the configs in
-//! them are valid, and Mosquitto takes its own.
+//! them are valid, Mosquitto takes its own, and the health checks of the images tell programs that serve from those that do not.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
@@ -8,7 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use tempfile::TempDir;
+use wgkex_common::Config;
+use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::process::{Process, binary};
+use wgkex_tests::stack::{Bus, Plan, Stack, free_address};
+use wgkex_tests::wait_until;
 use yaml_rust2::{Yaml, YamlLoader};
 
 fn dir() -> PathBuf {
@@ -47,6 +51,39 @@ fn with_secrets(file: &str, place: &TempDir) -> PathBuf {
 
 fn run(program: &str, config: &Path, arguments: &[&str]) -> Output {
     Command::new(binary(program)).arg("--config").arg(config).args(arguments).output().unwrap()
+}
+
+/// The instructions of an image, after those of the one that it is made from.
+fn instructions<'a>(images: &'a str, image: &str) -> Vec<&'a str> {
+    let (before, own) = images.split_once(&format!(" AS {image}\n")).unwrap_or_else(|| panic!("no image {image}"));
+    let own: Vec<_> = own.lines().take_while(|line| !line.starts_with("FROM ")).collect();
+    let from = before.rsplit(' ').next().unwrap();
+    if images.contains(&format!(" AS {from}\n")) { [instructions(images, from), own].concat() } else { own }
+}
+
+#[test]
+fn images_run_without_root_and_their_health_checks_ask_the_programs() {
+    let (images, stack) = (read("Containerfile"), Stack::start(Plan::new(Bus::Embedded)));
+    let worker = InMemory::start(&stack, "gw1");
+    let defaults = Config::parse("", "domains: [ffx_a]\ndomain_prefixes: [ffx_]", "gw1").unwrap();
+    for (image, listens, default) in
+        [("broker", stack.http, defaults.broker_listen.port), ("worker", worker.http, defaults.worker_listen.port)]
+    {
+        let lines = instructions(&images, image);
+        assert_eq!(lines.iter().rfind(|line| line.starts_with("USER ")), Some(&"USER wgkex"), "{image}");
+        assert!(lines.contains(&&*format!("ENTRYPOINT [\"wgkex-{image}\"]")), "{image}");
+        let check = lines.iter().find_map(|line| line.strip_prefix("HEALTHCHECK ")?.split_once(" CMD ")).unwrap().1;
+        let words: Vec<String> = serde_json::from_str(check).unwrap();
+        let script = words.last().unwrap();
+        let asked = format!("/127.0.0.1/{default} ");
+        assert!(script.contains(&asked), "{image}: {check}");
+        let is_well = |port: u16| {
+            let script = script.replace(&asked, &format!("/127.0.0.1/{port} "));
+            Command::new(&words[0]).args(&words[1..words.len() - 1]).arg(script).output().unwrap().status.success()
+        };
+        wait_until(&format!("the {image} is well"), || is_well(listens.port()).then_some(()));
+        assert!(!is_well(free_address().port()), "{image}");
+    }
 }
 
 #[test]
@@ -97,7 +134,7 @@ fn mosquitto_takes_its_config_and_the_access_list_is_the_brokers() {
     fs::write(place.path().join("mqtt-certificate"), certificate.cert.pem()).unwrap();
     fs::write(place.path().join("mqtt-key"), certificate.signing_key.serialize_pem()).unwrap();
     fs::write(place.path().join("mqtt-passwords"), "").unwrap();
-    let port = wgkex_tests::stack::free_address().port();
+    let port = free_address().port();
     let text = fs::read_to_string(&config).unwrap();
     let text = text.replace("listener 8883", &format!("user root\nlog_dest stderr\nlistener {port} 127.0.0.1"));
     let text = text.replace("/mosquitto/config/acl", dir().join("acl").to_str().unwrap());
