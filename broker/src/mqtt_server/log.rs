@@ -1,6 +1,6 @@
 //! The log that carries every published message to every connection: the only place that knows rumqttd.
 //!
-//! rumqttd's router does three things here: it keeps the last 8 MiB of messages in order, wakes each reader when there
+//! rumqttd's router does three things here: it keeps the last 16 MiB of messages in order, wakes each reader when there
 //! is more, and drops the oldest however slow a reader is. Everything else is ours, around it: the listener, TLS and login
 //! ([`super::handshake`]), the protocol with clients ([`super::session`], [`super::connection`]), topic filters
 //! ([`super::subscriptions`]), access rules ([`super::acl`]), retained messages and wills ([`super::retained`]), and quotas
