@@ -8,6 +8,7 @@
 mod differences;
 mod interface;
 mod link;
+mod made_keys;
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
@@ -19,7 +20,7 @@ use nix::errno::Errno;
 use tracing::info;
 use wgkex_common::config::{Hub, Server, Setup};
 use wgkex_common::{Config, Domain, KeyError, PublicKey};
-use wgkex_kernel::key_file::{self, KeyFileError};
+use wgkex_kernel::key_file::KeyFileError;
 use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, forwarding, wireguard};
 
@@ -183,7 +184,7 @@ impl Site<'_> {
     async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<SetupStep>), Error> {
         let (actual, current) = self.find().await?;
         let interface = self.domain.wireguard();
-        let key = key_file::load_or_make(&setup.key_file, current.as_ref())
+        let key = made_keys::load_or_make(&setup.key_file, current.as_ref())
             .map_err(|error| Error::KeyFile(interface.clone(), error))?;
         let desired = Desired {
             public_key: PublicKey::from_bytes(key.get_public().0).map_err(|error| Error::Key(interface, error))?,

@@ -24,7 +24,7 @@ pub(crate) fn place(file: &Path) -> io::Result<PathBuf> {
 }
 
 /// Opens a regular file with `options`, for its owner alone if it is made, and not through a link.
-pub(crate) fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
+pub fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
     // A pipe would keep the program waiting for its other end.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let opened = options.mode(0o600).custom_flags(flags.bits()).open(file).map_err(|error| {

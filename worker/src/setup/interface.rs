@@ -9,10 +9,10 @@ use tracing::info;
 use wgkex_common::address::first_of;
 use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::{Hub, Server};
-use wgkex_kernel::{Key, forwarding, key_file, wireguard};
+use wgkex_kernel::{Key, forwarding, wireguard};
 
 use super::link::WireguardLink;
-use super::{Error, refused};
+use super::{Error, made_keys, refused};
 
 /// What an interface is to have.
 struct Wanted<'a> {
@@ -57,7 +57,7 @@ async fn set_up(link: WireguardLink<'_>, wanted: Wanted<'_>) -> Result<(), Error
     let backend = link.backend().await?;
     let device = wireguard::get(name, backend).await.map_err(|error| refused(name, "read it", error))?;
     let current = device.private_key.filter(|key| *key != Key::zero());
-    let key = key_file::load_or_make(wanted.key_file, current.as_ref())
+    let key = made_keys::load_or_make(wanted.key_file, current.as_ref())
         .map_err(|error| Error::KeyFile(name.to_owned(), error))?;
     if current.as_ref() != Some(&key) {
         wireguard::set_key(name, backend, key).await.map_err(|error| refused(name, "set its key", error))?;
