@@ -2,12 +2,13 @@
 //!
 //! Each program gathers facts, in its room `cli`, and decides about them without IO, in its room `doctor`. Here are the
 //! checks that both make: [`files`], [`bus`], [`clock`], [`config`]; and what gathers facts for them: [`access`],
-//! [`sockets`].
+//! [`identity`], [`sockets`].
 
 pub mod access;
 pub mod bus;
 pub mod clock;
 pub mod files;
+pub mod identity;
 pub mod sockets;
 
 use std::fmt::Write as _;
@@ -91,7 +92,7 @@ impl Program {
     fn user(self) -> &'static str {
         match self {
             Self::Broker => "User= of its unit; --user NAME checks for another one",
-            Self::Worker => "User= of its unit, or worker_user",
+            Self::Worker => "User= of its unit, or worker_user; --user NAME checks for another one",
         }
     }
 }

@@ -42,6 +42,16 @@ impl Said {
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.payload).into_owned()
     }
+
+    /// A hello without when it was sent, which is its last member; any other message as it is.
+    #[must_use]
+    pub fn undated(self) -> Self {
+        let text = self.text();
+        match text.rsplit_once(r#","time":"#) {
+            Some((rest, _)) if self.topic.ends_with("/hello") => Self { payload: format!("{rest}}}").into(), ..self },
+            _ => self,
+        }
+    }
 }
 
 impl fmt::Debug for Said {

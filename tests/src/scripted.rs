@@ -154,6 +154,13 @@ pub fn hello(worker: &str) -> Said {
     said(format!("wgkex/worker/{worker}/hello"), r#"{"version":"0.1.0","can":["confirm"]}"#, 1, true)
 }
 
+/// The same, sent at this time, in seconds of Unix time.
+#[must_use]
+pub fn hello_sent(worker: &str, time: u64) -> Said {
+    let payload = format!(r#"{{"version":"0.1.0","can":["confirm"],"time":{time}}}"#);
+    Said { payload: payload.into(), ..hello(worker) }
+}
+
 /// A worker's confirmation of a key.
 #[must_use]
 pub fn applied(worker: &str, domain: &str, key: &str) -> Said {

@@ -6,6 +6,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::unistd::{Uid, User};
 use rcgen::{CertificateParams, KeyPair, date_time_ymd};
@@ -13,7 +14,7 @@ use serde_json::Value;
 use wgkex_tests::http::ask;
 use wgkex_tests::key;
 use wgkex_tests::process::{binary, hash};
-use wgkex_tests::scripted::{Manner, Worker, peers_of, status};
+use wgkex_tests::scripted::{Manner, Worker, data, hello_sent, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
 use wgkex_tests::wait_until;
 
@@ -221,6 +222,32 @@ fn a_gateway_that_counts_a_domain_without_data_is_named() {
     probe.say_all([wgkex_tests::scripted::hello("gw1"), peers_of("gw1", DOMAIN, "0"), status("gw1", "1")]);
     stack.wait_for_gateways(1);
     names(&stack, "fail fleet: gateway gw1, domain ffx_a: it has published no data", "`wgkex-worker doctor`");
+}
+
+/// Nobody knows how old a retained hello is.
+#[test]
+fn a_gateway_whose_clock_is_off_is_named_by_its_live_hellos() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    stack.start_mosquitto();
+    let worker = stack.probe(wgkex_tests::probe::Role::new("gw1", &[]));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    worker.say_all([
+        hello_sent("gw1", now - 86_400),
+        data("gw1", DOMAIN),
+        peers_of("gw1", DOMAIN, "0"),
+        status("gw1", "1"),
+    ]);
+    stack.start_broker();
+    stack.wait_for_gateways(1);
+    passes(&stack, &[]);
+    worker.say_all([hello_sent("gw1", now + 3_600), hello_sent("gw1", now + 3_660)]);
+    let named = "gateway gw1: its clock is 3";
+    wait_until("it is named", || doctor(&stack, &[]).text.contains(named).then_some(()));
+    names(&stack, &format!("warn clock: {named}"), "synchronise both machines: `timedatectl set-ntp true`");
+    assert!(stack.get("/").body.contains(named) && stack.broker().wait_for_log(named).contains("WARN"));
+    worker.say(hello_sent("gw1", now + 30));
+    stack.broker().wait_for_log("over: gateway gw1: its clock is");
+    passes(&stack, &[]);
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl Scene {
             heard = self.all_heard();
             (heard.len() >= first + number).then_some(())
         });
-        heard.drain(first..first + number).collect()
+        heard.drain(first..first + number).map(Said::undated).collect()
     }
 
     fn data(&self, rest: &str, port: u16) -> Said {

@@ -5,6 +5,7 @@
 //! [`publisher`] has another, which owns what was published on this connection. `run` of the worker owns all three.
 //! Previous stop of a key: a broker; next stop: [`crate::reconciler`].
 
+pub mod broker_clocks;
 mod metrics;
 pub mod publisher;
 pub mod subscriber;

@@ -11,7 +11,7 @@ mod machine;
 #[cfg(test)]
 mod tests;
 
-use wgkex_common::doctor::{Finding, Program, clock, config, files};
+use wgkex_common::doctor::{Finding, Level, Program, clock, config, files, worst};
 
 use self::facts::Facts;
 
@@ -22,9 +22,11 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings.push(machine::capability(facts.has_net_admin));
     findings.push(machine::wireguard(facts));
     findings.extend(machine::listener(facts));
-    findings.extend(machine::uplink(facts));
+    findings.extend(facts.uplinks.iter().filter_map(|uplink| machine::uplink(uplink, &facts.domains)));
     for domain in &facts.domains {
-        findings.extend(interfaces::domain(domain, facts.is_setup_named));
+        let found = interfaces::domain(domain, facts.is_setup_named);
+        let down = machine::domain_down(domain, facts.running.as_ref()).filter(|_| worst(&found) < Level::Fail);
+        findings.extend(found.into_iter().chain(down));
     }
     findings.extend(facts.servers.iter().map(|server| machine::server(server, facts.running.as_ref())));
     findings.extend(machine::managers(&facts.managers));

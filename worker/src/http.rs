@@ -28,6 +28,7 @@ use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::{Domain, RejectReason};
 
+use crate::bus::broker_clocks::ClocksOff;
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
 use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, ServerStatus, Status};
 
@@ -51,6 +52,8 @@ pub struct HttpState {
     pub servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
     /// Whether the gateway drains.
     pub drain: watch::Receiver<Option<Drain>>,
+    /// The brokers whose clock is not this gateway's.
+    pub clocks_off: watch::Receiver<ClocksOff>,
     /// What the worker is called.
     pub name: String,
     /// The domains that it serves.
@@ -168,6 +171,7 @@ impl HttpState {
             peers_drained: self.sum(&metrics.peers.drained),
             domains: self.served.iter().map(|domain| (domain.to_string(), self.domain_status(domain))).collect(),
             servers: self.servers.borrow().clone(),
+            clocks_off: self.clocks_off.borrow().clone(),
             keys: self.key_totals(),
             batches: BatchTotals {
                 batches: metrics.batch_keys.get_sample_count(),

@@ -52,6 +52,7 @@ use wgkex_common::wire::message::{Participant, SnapshotChunk};
 use wgkex_common::{Config, Domain, Reserved};
 use wgkex_kernel::Kernel;
 
+use crate::bus::broker_clocks::{BrokerClocks, ClocksOff};
 use crate::bus::publisher::{self, Publisher};
 use crate::bus::subscriber;
 #[cfg(fuzzing)]
@@ -102,6 +103,8 @@ struct Worker {
     confirmations: MqttHandle,
     /// Whether the gateway drains.
     drain: watch::Receiver<Option<Drain>>,
+    /// The brokers whose clock is not this gateway's.
+    clocks_off: watch::Receiver<ClocksOff>,
     /// How the servers of the registry are that it is.
     servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
 }
@@ -168,8 +171,9 @@ pub async fn run<K: Kernel>(
         None
     };
     let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
-    let worker =
-        Worker { servers, drain: watch_drain.receiver(), config, metrics, lists, reconciler, bus, confirmations };
+    let clocks = BrokerClocks::default();
+    let (drain, clocks_off) = (watch_drain.receiver(), clocks.off());
+    let worker = Worker { servers, drain, clocks_off, config, metrics, lists, reconciler, bus, confirmations };
 
     let watched = [
         ("the reconciler", task.heartbeat()),
@@ -182,7 +186,7 @@ pub async fn run<K: Kernel>(
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
     // Before the publisher, which ends when this does, and has to say that the worker goes.
     services.background().spawn("the drain", |_| watch_drain.run());
-    worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender);
+    worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender, clocks);
     if let Some(task) = lease_task {
         services.background().spawn("the leases", |_| task.run());
     }
@@ -212,8 +216,9 @@ impl Worker {
         reports: Reports,
         reserved: watch::Sender<Reserved>,
         leases: LeaseSender,
+        clocks: BrokerClocks,
     ) {
-        let Self { config, metrics, lists, reconciler, bus, confirmations, drain, servers: _ } = self;
+        let Self { config, metrics, lists, reconciler, bus, confirmations, drain, .. } = self;
         let own = Participant::Worker((&config.name).into());
         let (sync_sender, sync_events) = sync::channel();
         let resync = drain::sync_again(drain.clone(), sync_sender.clone());
@@ -232,8 +237,14 @@ impl Worker {
         let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
         let on_event =
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
-        let on_confirming_event =
-            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), leases, metrics.bus.clone());
+        let on_confirming_event = subscriber::on_secondary_event(
+            reconciler.clone(),
+            sync_sender,
+            lists.clone(),
+            leases,
+            clocks,
+            metrics.bus.clone(),
+        );
         let (learning, greeted) = (reconciler.clone(), reconciler.clone());
         let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
         services
@@ -261,6 +272,7 @@ impl Worker {
             domains: self.reconciler.state(),
             servers: self.servers.clone(),
             drain: self.drain.clone(),
+            clocks_off: self.clocks_off.clone(),
             name: self.config.name.to_string(),
             served: self.config.domains.clone(),
             started: Instant::now(),

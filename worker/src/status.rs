@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use wgkex_common::cli::style::{Colour, Style};
 use wgkex_common::drain::Drain;
+use wgkex_common::peer_clock::Difference;
 
 /// What is wrong where another program seems to use the worker's name.
 pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name, or mqtt.username is that of another worker: the server ends \
@@ -38,6 +39,9 @@ pub struct Status {
     /// Each server of the registry that it is.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub servers: BTreeMap<String, ServerStatus>,
+    /// The brokers whose clock is not this gateway's, by name, and how far it is away.
+    #[serde(default)]
+    pub clocks_off: BTreeMap<String, Difference>,
     /// What became of keys since it started.
     pub keys: KeyTotals,
     /// What it asked the kernel for since it started.
@@ -171,7 +175,11 @@ impl Status {
         let unkept = "a restart would lose them: the disk is full or state_dir cannot be written, the log says why";
         let state = (!self.state_kept).then(|| format!("state: the keys are not kept on disk, {unkept}"));
         let entries = (!self.lists_kept).then(|| format!("state: list entries are not kept on disk, {unkept}"));
-        mqtt.into_iter().chain(in_use).chain(domains).chain(servers).chain(lists).chain(state).chain(entries).collect()
+        let clocks = self.clocks_off.iter().map(|(broker, difference)| {
+            format!("clock: that of broker {broker} is {difference} this gateway's: synchronise both machines (NTP)")
+        });
+        let of_bus = mqtt.into_iter().chain(in_use).chain(clocks);
+        of_bus.chain(domains).chain(servers).chain(lists).chain(state).chain(entries).collect()
     }
 
     /// What changed since `before`, `elapsed` ago; none if another process said that.
@@ -302,6 +310,7 @@ mod tests {
                 ServerStatus { interface: "wg-s1".into(), up: true, reason: None, leases: 97 },
             )]
             .into(),
+            clocks_off: BTreeMap::new(),
             keys: KeyTotals { received: 20, ..KeyTotals::default() },
             batches: BatchTotals { batches: 4, keys: 20, seconds: 0.1 },
             queue: 5,
@@ -317,7 +326,11 @@ mod tests {
     #[test]
     fn each_thing_that_is_wrong_is_one_line() {
         type Spoil = fn(&mut Status);
-        let table: [(Spoil, &str); 8] = [
+        let table: [(Spoil, &str); 9] = [
+            (
+                |status| status.clocks_off.extend([("b1".to_owned(), Difference::Behind(3_600))]),
+                "clock: that of broker b1 is 3600 s behind this gateway's",
+            ),
             (
                 |status| {
                     let server = ServerStatus { reason: Some("it is missing".into()), ..ServerStatus::default() };

@@ -5,13 +5,14 @@
 //! The previous stop of its events is [`subscriber`](super::subscriber), the next one of its messages the MQTT server.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
 use wgkex_common::access_lists::service::ListSnapshot;
+use wgkex_common::access_lists::unix;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
 use wgkex_common::wire::message::{Hello, Served};
@@ -62,7 +63,7 @@ pub struct Announcer {
 
 struct PublishedHello {
     at: Instant,
-    payload: Vec<u8>,
+    hello: Hello,
 }
 
 /// What gives the announcer something to do.
@@ -175,7 +176,7 @@ impl Announcer {
 
     fn lists_changed(&mut self) {
         let digest = self.lists.borrow_and_update().digest.clone();
-        let last = self.last_hello.as_ref().filter(|last| last.payload != self.hello_payload(digest));
+        let last = self.last_hello.as_ref().filter(|last| last.hello != self.hello(digest));
         if let Some(PublishedHello { at, .. }) = last
             && *self.connections[1].borrow() == ConnectionState::Up
         {
@@ -189,10 +190,12 @@ impl Announcer {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
             PresenceEvent::Own(topic, payload) => {
-                let is_hello = matches!(topic, Topic::BrokerHello { .. });
-                let expected =
-                    if is_hello { self.last_hello.as_ref().map(|last| &last.payload[..]) } else { Some(&b"1"[..]) };
-                if expected.is_some_and(|expected| expected != payload) {
+                let is_own = if let Topic::BrokerHello { .. } = topic {
+                    self.last_hello.as_ref().is_none_or(|last| last.hello.is_in(&payload))
+                } else {
+                    payload == b"1"
+                };
+                if !is_own {
                     self.presence.contradicted(now);
                 }
             }
@@ -241,16 +244,16 @@ impl Announcer {
 
     fn publish_hello(&mut self, announcement: Announcement, now: Instant) {
         let digest = self.lists.borrow().digest.clone();
-        let payload = self.hello_payload(digest);
-        let _ = self.keys.try_publish(announcement.of(hello(&self.broker, payload.clone())));
-        self.last_hello = Some(PublishedHello { at: now, payload });
+        let said = self.hello(digest);
+        let payload = said.payload(unix(SystemTime::now()));
+        let _ = self.keys.try_publish(announcement.of(hello(&self.broker, payload)));
+        self.last_hello = Some(PublishedHello { at: now, hello: said });
     }
 
-    fn hello_payload(&self, digest: String) -> Vec<u8> {
+    fn hello(&self, digest: String) -> Hello {
         let (tenants, registry) = (self.tenants.clone(), self.registry.served());
         let hello =
             Hello { records: Some(digest), tenants, registry, ..Hello::broker(self.domains.clone(), self.instance) };
-        let hello = if self.has_registry { hello.with_leases() } else { hello };
-        serde_json::to_vec(&hello).unwrap_or_default()
+        if self.has_registry { hello.with_leases() } else { hello }
     }
 }

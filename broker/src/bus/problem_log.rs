@@ -93,8 +93,13 @@ impl ProblemLog {
 
 /// Other places log the others.
 fn is_logged_here(kind: ProblemKind) -> bool {
-    let is_logged =
-        matches!(kind, ProblemKind::DomainWithoutGateway | ProblemKind::RoutersUnreached | ProblemKind::NameInUse);
+    let is_logged = matches!(
+        kind,
+        ProblemKind::DomainWithoutGateway
+            | ProblemKind::RoutersUnreached
+            | ProblemKind::NameInUse
+            | ProblemKind::ClockOff
+    );
     is_logged || kind.is_clash()
 }
 

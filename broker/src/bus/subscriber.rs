@@ -6,17 +6,20 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use parking_lot::Mutex;
 use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
+use wgkex_common::access_lists::unix;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::ignored::{Ignored, json, key};
 use wgkex_common::wire::lease::{AnnouncedServers, HUB, LeaseRequest};
-use wgkex_common::wire::message::{Applied, Handshakes, Participant, RecordsRequest, Request, Requester, Revoked};
+use wgkex_common::wire::message::{
+    Applied, Handshakes, Hello, Participant, RecordsRequest, Request, Requester, Revoked,
+};
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
@@ -210,6 +213,12 @@ impl Primary {
         let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
         let was_online = is_online(&gateways);
         gateways.apply(topic, &publish.payload, publish.retain, now).map_err(|_| Ignored::Payload)?;
+        if let Topic::WorkerHello { worker } = topic
+            && !publish.retain
+            && let Some(sent) = Hello::sent(&publish.payload)
+        {
+            gateways.on_time(worker, sent, unix(SystemTime::now()));
+        }
         let online = is_online(&gateways);
         let invalidated = if let Topic::ConnectedPeers { domain, worker } = topic {
             let is_down = gateways.is_served(domain) && !gateways.has_online(worker, domain);

@@ -1,8 +1,6 @@
 //! `doctor`: gathers what the checks need. It asks the running broker, the file system, the kernel and the MQTT server, and
 //! changes none of them.
 
-mod identity;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{TcpListener, ToSocketAddrs as _};
@@ -18,7 +16,8 @@ use wgkex_common::doctor::access::{Access, Identity, Need, Unknown, find};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
 use wgkex_common::doctor::files::{ListFacts, StateFacts};
-use wgkex_common::doctor::{self, sockets};
+use wgkex_common::doctor::identity::{self, Sources};
+use wgkex_common::doctor::{self, Program, sockets};
 use wgkex_common::mqtt::trial::{self, Retained};
 use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 
@@ -61,7 +60,8 @@ impl Doctor {
         let running = ask(&BrokerClient::for_anybody(config, TIMEOUT)).map(|sample| sample.status);
         let running = running.map_err(|error| format!("{error:#}"));
         let pid = running.as_ref().ok().and_then(broker_process);
-        let user = identity::find(self.user.as_deref(), pid);
+        let sources = Sources { named: self.user.as_deref(), pid, config: None };
+        let user = identity::find(Program::Broker, sources);
         Ok(Facts {
             config_warnings: config.warnings.clone(),
             ports: ports(config),
@@ -73,7 +73,7 @@ impl Doctor {
             lists: ListFacts::of(&config.key_lists, user.as_ref()),
             tokens: config.tenants.as_ref().and_then(|tenants| tenants.tokens_file.as_deref()).map(tokens::count),
             files: pid.and_then(files),
-            clock: ClockFacts { server: None, is_synchronised: is_synchronised() },
+            clock: ClockFacts { is_synchronised: is_synchronised(), ..ClockFacts::default() },
             running,
         })
     }

@@ -53,6 +53,7 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::ProxyNotTrusted => "trusted_proxies",
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
+        ProblemKind::ClockOff => "clock",
         ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable | ProblemKind::ServerRefused => "registry",
         ProblemKind::TenantsApart | ProblemKind::TenantsHub => "tenants",
         ProblemKind::DomainWithoutGateway
@@ -85,6 +86,7 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::ListsNotKept
         | ProblemKind::ProxyNotTrusted
         | ProblemKind::RoutersUnreached
+        | ProblemKind::ClockOff
         | ProblemKind::DomainDown
         | ProblemKind::ServerRefused
         | ProblemKind::TenantsApart
@@ -125,6 +127,7 @@ fn advice(kind: ProblemKind) -> &'static str {
         ProblemKind::TenantsHub => {
             "set hub.enabled at that gateway, and the same tenants.pool and tenant_length; run `wgkex-worker setup` there"
         }
+        ProblemKind::ClockOff => "synchronise both machines: `timedatectl set-ntp true`, or chrony",
         ProblemKind::DataMissing | ProblemKind::DomainDown => "run `wgkex-worker doctor` there",
         ProblemKind::GatewayOffline => "run `wgkex-worker doctor` there, or take it out of workers",
     }

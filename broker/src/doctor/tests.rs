@@ -47,7 +47,7 @@ fn stopped() -> Facts {
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
         tokens: Some(Ok(3)),
         files: None,
-        clock: ClockFacts { server: None, is_synchronised: Some(true) },
+        clock: ClockFacts { is_synchronised: Some(true), ..ClockFacts::default() },
     }
 }
 

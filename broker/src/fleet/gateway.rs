@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use wgkex_common::Domain;
 use wgkex_common::drain::Drain;
+use wgkex_common::peer_clock::PeerClock;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
 use crate::fleet::selection::DrainPhase;
@@ -40,6 +41,8 @@ pub(super) struct Gateway {
     /// When it last published a count or a confirmation, since its status was last offline.
     last_service: Option<Instant>,
     pub hello: Option<Hello>,
+    /// Its clock, by its hellos.
+    pub clock: PeerClock,
     /// A hello that was neither repeated nor followed by confirmations. It counts again if the worker confirms a key.
     expired_hello: Option<Hello>,
     /// When it last published a hello or a confirmation.
@@ -112,6 +115,7 @@ pub(super) struct Memory {
     offline: Option<Offline>,
     came_back: Option<Instant>,
     program: Program,
+    clock: PeerClock,
 }
 
 /// The program of a gateway.
@@ -217,13 +221,13 @@ impl Gateway {
     }
 
     /// A gateway of which this is remembered.
-    pub fn remembered(Memory { offline, came_back, program }: Memory) -> Self {
-        Self { offline, came_back, program, ..Self::default() }
+    pub fn remembered(Memory { offline, came_back, program, clock }: Memory) -> Self {
+        Self { offline, came_back, program, clock, ..Self::default() }
     }
 
     /// What to remember of it.
     pub fn memory(self) -> Memory {
-        Memory { offline: self.offline, came_back: self.came_back, program: self.program }
+        Memory { offline: self.offline, came_back: self.came_back, program: self.program, clock: self.clock }
     }
 
     /// The version of its program, also while it is offline; [`ORIGINAL`] for an original, none where it is not known.

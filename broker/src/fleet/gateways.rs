@@ -332,6 +332,13 @@ impl Gateways {
         Ok(())
     }
 
+    /// A hello that `worker` sent at this time, by its clock, has come `now`, in seconds of Unix time.
+    pub fn on_time(&mut self, worker: &WorkerName, sent: u64, now: u64) {
+        if let Some(gateway) = self.by_name.get_mut(worker) {
+            gateway.clock.on_hello(sent, now);
+        }
+    }
+
     fn gateway(&mut self, name: &WorkerName) -> Result<&mut Gateway, InvalidPayload> {
         if self.by_name.len() >= NAMES_MAX && !self.by_name.contains_key(name) {
             return Err(InvalidPayload("worker's name"));

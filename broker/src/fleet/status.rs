@@ -185,6 +185,8 @@ pub enum ProblemKind {
     ProxyNotTrusted,
     /// Routers that were given a gateway have no handshake there.
     RoutersUnreached,
+    /// The clocks of a gateway and this broker differ.
+    ClockOff,
     /// A gateway is online and counts the peers of a domain, and no router can be given it, as its data is missing.
     DataMissing,
     /// A gateway is online, and the interface of a domain is missing there.
@@ -213,8 +215,10 @@ impl ProblemKind {
     /// Whether it is known only while the retained states are.
     #[must_use]
     pub fn needs_states(self) -> bool {
-        let of_gateways =
-            matches!(self, Self::DomainWithoutGateway | Self::DataMissing | Self::DomainDown | Self::GatewayOffline);
+        let of_gateways = matches!(
+            self,
+            Self::DomainWithoutGateway | Self::DataMissing | Self::DomainDown | Self::GatewayOffline | Self::ClockOff
+        );
         self.is_clash() || of_gateways
     }
 }

@@ -1,10 +1,12 @@
 //! Whether the clock is right: by it list entries and certificates are judged.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{Finding, Program};
+use super::{Finding, Level, Program};
+use crate::peer_clock::Difference;
 
 /// A clock that is off by more than this needs a look.
 const ODD: Duration = Duration::from_secs(5);
@@ -17,6 +19,8 @@ const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony
 /// The clock.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClockFacts {
+    /// The brokers whose clock is another, as the running worker hears them, by name.
+    pub brokers: BTreeMap<String, Difference>,
     /// How far it is from that of the HTTP server that was named; or why that is not known.
     pub server: Option<Result<Duration, String>>,
     /// Whether it is synchronised, by the system's own report; none without one.
@@ -42,6 +46,11 @@ pub fn is_synchronised() -> Option<bool> {
 /// The report, as text.
 #[must_use]
 pub fn clock(program: Program, facts: &ClockFacts) -> Finding {
+    if let Some((broker, difference)) = facts.brokers.iter().max_by_key(|(_, difference)| difference.seconds()) {
+        let level = if difference.seconds() >= WRONG.as_secs() { Level::Fail } else { Level::Warn };
+        let found = format!("that of broker {broker} is {difference} this machine's: one of the two is wrong");
+        return Finding { level, ..Finding::warn(SUBJECT, found, format!("on both machines: {SYNCHRONISE}")) };
+    }
     let away = |off: &Duration| format!("it is {} s away from that of the HTTP server", off.as_secs());
     match (&facts.server, facts.is_synchronised) {
         (Some(Ok(off)), _) if *off >= WRONG => Finding::fail(SUBJECT, away(off), SYNCHRONISE),

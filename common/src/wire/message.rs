@@ -170,6 +170,15 @@ pub struct Hello {
     pub registry: Option<Served>,
 }
 
+/// A hello as it goes over the bus.
+#[derive(Serialize)]
+struct SentHello<'a> {
+    #[serde(flatten)]
+    hello: &'a Hello,
+    /// When it is sent, in seconds of Unix time by the clock of its program.
+    time: u64,
+}
+
 /// What brokers with the same rules share, or only one of them can have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
@@ -214,6 +223,24 @@ impl Hello {
             tenants: fields.get("tenants").map(|value| served("tenants", value)).transpose()?,
             registry: fields.get("registry").map(|value| served("registry", value)).transpose()?,
         }))
+    }
+
+    /// The payload, sent at this time.
+    #[must_use]
+    pub fn payload(&self, time: u64) -> Vec<u8> {
+        serde_json::to_vec(&SentHello { hello: self, time }).unwrap_or_default()
+    }
+
+    /// When this payload was sent, in seconds of Unix time by the clock of its program. None if it does not say so.
+    #[must_use]
+    pub fn sent(payload: &[u8]) -> Option<u64> {
+        Fields::parse(payload).ok()??.get("time")?.as_u64()
+    }
+
+    /// Whether this payload is of this hello, whenever it was sent.
+    #[must_use]
+    pub fn is_in(&self, payload: &[u8]) -> bool {
+        Self::sent(payload).is_some_and(|time| self.payload(time) == payload)
     }
 
     /// The hello of this worker, for the domains with these names.
@@ -499,6 +526,22 @@ mod tests {
         ] {
             assert_eq!(with(from, to), said, "{to:.40}");
         }
+    }
+
+    #[test]
+    fn a_hello_says_when_it_was_sent_and_is_the_same_at_any_time() {
+        let hello = Hello::broker(vec!["d".into()], 7);
+        let payload = hello.payload(1_796_018_400);
+        assert!(payload.ends_with(b",\"time\":1796018400}"), "{payload:?}");
+        assert_eq!(Hello::parse(&payload), Ok(Some(hello.clone())));
+        assert_eq!(Hello::sent(&payload), Some(1_796_018_400));
+        let older = serde_json::to_vec(&hello).unwrap();
+        assert_eq!(
+            [Hello::sent(&older), Hello::sent(b""), Hello::sent(b"[]"), Hello::sent(br#"{"time":-1}"#)],
+            [None; 4]
+        );
+        assert!(hello.is_in(&payload) && hello.is_in(&hello.payload(1)));
+        assert!(!hello.is_in(&older) && !hello.is_in(&Hello::broker(Vec::new(), 7).payload(1)));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! What stands on the bus, and what living programs are: whoever makes them differ, they are the same again within a minute.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use wgkex_tests::http::Http;
 use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::probe::{Probe, Role, Said, said};
 use wgkex_tests::scripted::{applied, data, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
-use wgkex_tests::{host_name, key, wait_within};
+use wgkex_tests::{host_name, key, wait_until, wait_within};
 
 use super::{SHORT, on_both};
 
@@ -33,11 +34,11 @@ fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
     begun.elapsed()
 }
 
-/// What is retained on `topic`, as a newcomer finds it.
+/// What is retained on `topic`, as a newcomer finds it, whenever it was sent.
 fn retained(stack: &Stack, topic: &str) -> Option<Said> {
     let newcomer = stack.probe(Role::new("newcomer", &[topic]));
     newcomer.say(said("test/end", "", 1, false));
-    newcomer.received().into_iter().find(|said| said.retain)
+    newcomer.received().into_iter().find(|said| said.retain).map(Said::undated)
 }
 
 fn empty(said: Said) -> Said {
@@ -278,6 +279,27 @@ fn states_are_published_again_for_a_program_that_starts_where_the_server_retains
             live(&newcomer, &topic);
         }
     }
+}
+
+/// By brokers' hellos, and so that the gateway's operator sees it.
+#[test]
+fn a_worker_names_a_broker_whose_clock_is_off() {
+    let stack = Stack::start(Plan::new(Bus::Mosquitto));
+    let worker = InMemory::start(&stack, "gw1");
+    stack.wait_for_gateways(1);
+    let broker = stack.probe(Role::new("b9", &[]));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    for sent in [now - 3_600, now - 3_540] {
+        let hello = format!(r#"{{"version":"9","can":[],"time":{sent}}}"#);
+        broker.say(said("wgkex/broker/b9/hello", hello, 1, true));
+    }
+    wait_until("it is named", || {
+        let status = Http::connect(worker.http).get("/status.json").json();
+        let problem = status["problems"][0].as_str()?;
+        problem
+            .starts_with("clock: that of broker b9 is 3")
+            .then(|| assert!(problem.contains("s behind this gateway's")))
+    });
 }
 
 /// Failed before: its confirmation counted for nothing, and nobody published its key.

@@ -37,19 +37,19 @@ pub fn a_gateway_on_which_all_is_well_passes_with_and_without_its_worker(lane: L
     let before = (host.tables("a"), host.wireguard("wg-a"));
     let losses = || process.log().matches("MQTT not connected").count();
     let lost = losses();
-    passes(&host);
+    passes(&host, "");
     assert_eq!(losses(), lost, "it kept its connections: {}", process.log());
     assert_eq!(host.metric(9586, "wgkex_worker_mqtt_connected").as_deref(), Some("1"));
     assert!(process.end_by(Signal::SIGTERM).success());
-    // No unit is installed here, so root is to start the next one.
-    host.run("chown -R root: /run/wgkex/state");
-    passes(&host);
+    // No unit is installed here that names the user of the next one.
+    passes(&host, &format!("--user {}", host.run("stat -c %U /run/wgkex/state")));
     assert_eq!((host.tables("a"), host.wireguard("wg-a")), before);
 }
 
 /// Only the machine's own clock may be a matter of doubt.
-fn passes(host: &Host) {
-    let (code, said) = worker(host, "doctor --broker-url http://127.0.0.1:5000");
+fn passes(host: &Host, options: &str) {
+    let command = format!("doctor --broker-url http://127.0.0.1:5000 {options}");
+    let (code, said) = worker(host, &command);
     let troubles: Vec<_> =
         said.lines().filter(|line| !line.starts_with("ok ") && !line.starts_with("checks: ")).collect();
     assert!(troubles.iter().all(|line| line.starts_with("warn clock: it is not synchronised")), "{said}");
@@ -63,7 +63,7 @@ fn passes(host: &Host) {
     ] {
         assert!(said.contains(line), "{line} is not in {said}");
     }
-    let (_, json) = worker(host, "doctor --json --broker-url http://127.0.0.1:5000");
+    let (_, json) = worker(host, &format!("{command} --json"));
     let json: Value = serde_json::from_str(&json).unwrap();
     assert!(json["worst"] != "fail" && json["findings"].as_array().is_some_and(|found| found.len() > 20), "{json}");
 }
@@ -161,6 +161,13 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     host.run("chmod 700 /run/wgkex/state");
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
 
+    // Root judges for the user of the unit, unless another one is named.
+    let unit = "/run/systemd/system/wgkex-worker.service";
+    host.run(&format!("mkdir -p /run/systemd/system && printf '[Service]\\nUser=nobody\\n' >{unit}"));
+    names(&host, "fail state: nobody cannot write to /run/wgkex/state", "install -d -m 700 -o nobody");
+    assert!(worker(&host, "doctor --user root").0 < 3, "{}", worker(&host, "doctor --user root").1);
+    host.run(&format!("rm {unit}"));
+
     for (hours, trouble) in [(2, "fail clock: it is 7"), (-2, "fail clock: it is 7"), (0, "warn clock: it is ")] {
         let port = dated(&host, hours);
         let (code, said) = worker(&host, &format!("doctor --broker-url http://127.0.0.1:{port}"));
@@ -182,6 +189,26 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     let wants = "/run/systemd/system/multi-user.target.wants";
     host.run(&format!("mkdir -p {wants} && touch {wants}/wg-quick@wg-b.service"));
     names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
+}
+
+/// Root reaches the control socket of a userspace WireGuard, and the worker's user does not. The kernel's is everybody's with
+/// the privilege.
+pub fn a_domain_that_the_workers_user_cannot_use_is_named(lane: Lane) {
+    let host = Host::new("gateway", lane);
+    host.setup();
+    host.configure("worker_user: nobody\n");
+    host.run("install -d -o nobody /run/wgkex/state");
+    let _broker = host.start_broker();
+    let _worker = host.start_worker_as_root();
+    let trouble = "fail test_a: the running worker cannot use it: ";
+    match lane {
+        Lane::Userspace => wait_until("it is named", || doctor(&host).1.contains(trouble).then_some(())),
+        Lane::Kernel => {
+            serves(&host);
+            assert!(!doctor(&host).1.contains(trouble), "{}", doctor(&host).1);
+        }
+    }
+    assert!(doctor(&host).1.contains("ok   state: the running worker writes to "), "{}", doctor(&host).1);
 }
 
 /// The routers' VXLAN packets come by the tunnels. The kernel drops those of another id without a trace, and answers those to

@@ -74,6 +74,7 @@ lanes! {
     doctor: a_gateway_on_which_all_is_well_passes_with_and_without_its_worker;
     doctor: each_fault_of_interfaces_is_named;
     doctor: each_fault_of_files_clock_and_other_managers_is_named;
+    doctor: a_domain_that_the_workers_user_cannot_use_is_named;
     doctor: a_vxlan_whose_routers_have_another_id_is_named;
     doctor: each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named;
     links: interfaces_may_be_missing_and_come_and_go;

@@ -4,10 +4,11 @@
 //! reports what became of it; next stop: a broker.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
+use wgkex_common::access_lists::unix;
 use wgkex_common::drain::Drain;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
@@ -174,20 +175,26 @@ impl Publisher {
                 self.presence.status(party, online, retained, now, fastrand::f64());
             }
             PresenceEvent::Own(topic, payload) => {
-                if self.expected(&topic).is_some_and(|expected| expected != payload) {
+                if !self.is_own(&topic, &payload) {
                     self.presence.contradicted(now);
                 }
             }
         }
     }
 
-    /// What is retained on a topic of this worker's state, if it has published anything there on this connection.
+    /// Whether this is what this worker published on the topic, if it has published anything there on this connection.
+    fn is_own(&self, topic: &Topic, payload: &[u8]) -> bool {
+        if let Topic::WorkerHello { .. } = topic {
+            self.hello().is_in(payload)
+        } else {
+            self.expected(topic).is_none_or(|expected| expected == payload)
+        }
+    }
+
     fn expected(&self, topic: &Topic) -> Option<Vec<u8>> {
         let published =
             |domain: &str| self.published.iter().find(|(name, _)| name.name() == domain).map(|(_, state)| state);
-        if let Topic::WorkerHello { .. } = topic {
-            serde_json::to_vec(&self.hello()).ok()
-        } else if let Topic::WorkerData { domain, .. } = topic {
+        if let Topic::WorkerData { domain, .. } = topic {
             serde_json::to_vec(&self.data(published(domain)?)?).ok()
         } else if let Topic::ConnectedPeers { domain, .. } = topic {
             Some(connected(published(domain)?).to_string().into_bytes())
@@ -210,12 +217,17 @@ impl Publisher {
     }
 
     fn publish_hello(&self, announcement: Announcement) {
-        self.publish_json(Topic::WorkerHello { worker: self.worker.clone() }, &self.hello(), announcement);
+        let payload = self.hello().payload(unix(SystemTime::now()));
+        let topic = Topic::WorkerHello { worker: self.worker.clone() };
+        self.publish(announcement.of(Message::retained(topic, payload)));
     }
 
     fn publish_data(&self, domain: &Domain, data: &WorkerData, announcement: Announcement) {
         let topic = Topic::WorkerData { worker: self.worker.clone(), domain: domain.name().into() };
-        self.publish_json(topic, data, announcement);
+        match serde_json::to_vec(data) {
+            Ok(payload) => self.publish(announcement.of(Message::retained(topic, payload))),
+            Err(_) => self.metrics.publish_failures.inc(),
+        }
     }
 
     /// Publishes the domains that are not as they were published. Without a connection nothing is, and all is later.
@@ -293,13 +305,6 @@ impl Publisher {
         self.publish(hello);
         // An error means that the session has ended, and then its last will is published.
         let _ = self.bus.publish(gone).await;
-    }
-
-    fn publish_json<T: serde::Serialize>(&self, topic: Topic, payload: &T, announcement: Announcement) {
-        match serde_json::to_vec(payload) {
-            Ok(payload) => self.publish(announcement.of(Message::retained(topic, payload))),
-            Err(_) => self.metrics.publish_failures.inc(),
-        }
     }
 
     fn publish(&self, message: Message) {

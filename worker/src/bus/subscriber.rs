@@ -16,6 +16,7 @@ use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, KeyId, Reserved, Topic, WorkerName};
 
 use crate::bus::Metrics;
+use crate::bus::broker_clocks::BrokerClocks;
 use crate::leases::{LeaseEvent, LeaseSender};
 use crate::reconciler::ReconcilerHandle;
 
@@ -104,12 +105,13 @@ fn reserve(
 }
 
 /// Hands what brokers publish of themselves, and the live keys that they send, to the sync client by `sync`; the former, and
-/// the records that they share, to `lists`; the former, and leases, to `leases`.
+/// the records that they share, to `lists`; the former, and leases, to `leases`; and when they published it, to `clocks`.
 pub fn on_secondary_event(
     handle: ReconcilerHandle,
     sync: SyncSender,
     lists: service::Handle,
     leases: LeaseSender,
+    mut clocks: BrokerClocks,
     metrics: Metrics,
 ) -> impl FnMut(Event) {
     move |event| match event {
@@ -117,9 +119,13 @@ pub fn on_secondary_event(
             handle.reconnected();
             lists.on_event(ListEvent::Up);
         }
-        Event::Down => lists.on_event(ListEvent::Down),
+        Event::Down => {
+            lists.on_event(ListEvent::Down);
+            clocks.on_down();
+        }
         // What finds no place is asked for again.
         Event::Message(publish) => {
+            clocks.on_message(&publish);
             if let Err(reason) = receive(&sync, &lists, &leases, &publish) {
                 ignore(&metrics, &publish, reason);
             }

@@ -3,8 +3,9 @@
 
 mod clock;
 mod managers;
+mod uplinks;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,11 +16,11 @@ use caps::{CapSet, Capability};
 use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::{Listen, Setup};
-use wgkex_common::doctor;
-use wgkex_common::doctor::access::Identity;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::identity::{self, Sources};
 use wgkex_common::doctor::sockets::{self, PortOwner};
+use wgkex_common::doctor::{self, Program};
 use wgkex_common::mqtt::trial::{self, Retained};
 use wgkex_common::wire::lease::HUB;
 use wgkex_common::wire::message::WorkerData;
@@ -27,7 +28,7 @@ use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
 use wgkex_kernel::links::{Link, LinkKind, Links};
 use wgkex_kernel::{Backend, Key, wireguard};
 
-use self::managers::Machine;
+use self::managers::{Interface, Machine};
 use super::http_client;
 use crate::bus::subscriber;
 use crate::doctor::facts::{
@@ -35,6 +36,7 @@ use crate::doctor::facts::{
     WireguardSource,
 };
 use crate::doctor::findings;
+use crate::status::DomainStatus;
 
 /// The command `doctor`.
 #[derive(Debug, Clone, Args)]
@@ -42,6 +44,9 @@ pub struct Doctor {
     /// Compares the clock with that of this HTTP server, such as `http://HOST:5000` of the broker
     #[arg(long, value_name = "URL")]
     broker_url: Option<String>,
+    /// Check files for this user instead of the one as whom the worker runs, or its config or unit starts it
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
     /// Print the findings as JSON
     #[arg(long)]
     json: bool,
@@ -61,25 +66,27 @@ impl Doctor {
         // A kernel that does not answer must not keep the process from its end.
         runtime.shutdown_background();
         let (domains, servers) = interfaces.context("netlink")?;
-        let interfaces = config.domains.iter().flat_map(|domain| [domain.wireguard(), domain.vxlan()]);
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
-        let user = Identity::named(config.worker_user.as_deref());
+        let running = running(config);
+        let pid = running.as_ref().and_then(worker_process);
+        let sources = Sources { named: self.user.as_deref(), pid, config: config.worker_user.as_deref() };
+        let user = identity::find(Program::Worker, sources);
         Ok(Facts {
             config_warnings: config.warnings.clone(),
             is_setup_named: config.is_setup_named,
             listener: listener(&config.worker_listen),
-            uplink: uplink(),
+            uplinks: uplinks::find(),
             has_net_admin: caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false),
             wireguard: WireguardSource {
                 kernel: domains.iter().any(is_kernels) || has_kernel_wireguard(),
                 userspace: is_program("wireguard-go"),
             },
-            managers: Machine::this().managers(&interfaces.collect::<Vec<_>>()),
+            managers: Machine::this().managers(&managed(config)),
             domains,
             servers,
-            clock: clock::facts(self.broker_url.as_deref()),
+            clock: clock::facts(self.broker_url.as_deref(), running.as_ref()),
             worker: config.name.to_string(),
-            running: running(config),
+            running,
             state: StateFacts::of(&config.state_dir, "worker.sqlite", user.as_ref()),
             lists: ListFacts::of(&config.key_lists, user.as_ref()),
             mqtt,
@@ -92,16 +99,15 @@ fn listener(listen: &Listen) -> (String, PortOwner) {
     (listen.to_string(), sockets::of_listener(address, listen.port))
 }
 
-/// The interface of the default route of IPv4, and its MTU; none without one.
-fn uplink() -> Option<(String, u32)> {
-    let routes = fs::read_to_string("/proc/net/route").ok()?;
-    let default = routes.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let default = default.filter(|fields| fields.get(1) == Some(&"00000000"));
-    let first =
-        default.min_by_key(|fields| fields.get(6).and_then(|metric| metric.parse().ok()).unwrap_or(u32::MAX))?;
-    let name = (*first.first()?).to_owned();
-    let mtu = fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse().ok()?;
-    Some((name, mtu))
+/// The interfaces that nothing else may manage.
+fn managed(config: &Config) -> Vec<Interface> {
+    let of_domains = config
+        .domains
+        .iter()
+        .flat_map(|domain| [Interface::Wireguard(domain.wireguard()), Interface::Vxlan(domain.vxlan())]);
+    let servers = config.servers.values().map(|server| &server.interface);
+    let others = servers.chain(config.hub.iter().map(|hub| &hub.interface));
+    of_domains.chain(others.cloned().map(Interface::Wireguard)).collect()
 }
 
 /// The worker that answers on `worker_listen`.
@@ -112,8 +118,24 @@ fn running(config: &Config) -> Option<RunningWorker> {
         process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
         is_connected: status.mqtt.connected,
         is_name_in_use: status.mqtt.name_in_use,
+        domains_down: down(status.domains),
+        clocks_off: status.clocks_off,
         servers: status.servers,
     })
+}
+
+/// Why routers cannot use each of the domains that is down; one that was not looked at yet is none.
+fn down(domains: BTreeMap<String, DomainStatus>) -> BTreeMap<String, String> {
+    domains
+        .into_iter()
+        .filter(|(_, domain)| !domain.up)
+        .filter_map(|(name, domain)| Some((name, domain.reason?)))
+        .collect()
+}
+
+/// The process of the worker that answers, if it has the same number here as it has itself.
+fn worker_process(running: &RunningWorker) -> Option<u32> {
+    Some(running.process.pid).filter(|pid| sockets::name(*pid) == "wgkex-worker")
 }
 
 async fn interfaces(config: &Config) -> io::Result<(Vec<DomainFacts>, Vec<ServerFacts>)> {

@@ -9,6 +9,7 @@ use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::peer_clock::Difference;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
@@ -23,8 +24,8 @@ pub struct Facts {
     pub is_setup_named: bool,
     /// `worker_listen`, and who listens there.
     pub listener: (String, PortOwner),
-    /// The interface by which this machine reaches the internet, and its MTU.
-    pub uplink: Option<(String, u32)>,
+    /// The interfaces by which this machine reaches the internet.
+    pub uplinks: BTreeSet<Uplink>,
     /// Whether this process has `CAP_NET_ADMIN`.
     pub has_net_admin: bool,
     /// Where WireGuard can come from.
@@ -47,6 +48,15 @@ pub struct Facts {
     pub lists: Vec<ListFacts>,
     /// The MQTT server, and what it allows.
     pub mqtt: MqttFacts<BusFacts>,
+}
+
+/// The interface of a default route, of IPv4 or IPv6.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Uplink {
+    /// Its name.
+    pub name: String,
+    /// The largest packet that it takes.
+    pub mtu: u32,
 }
 
 /// Where WireGuard can come from.
@@ -138,7 +148,7 @@ pub struct WireguardDevice {
     pub port: u16,
 }
 
-/// Other programs that may manage the domains' interfaces.
+/// Other programs that may manage the interfaces of domains, servers and the hub.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Managers {
     /// Whether systemd-networkd runs.
@@ -177,6 +187,10 @@ pub struct RunningWorker {
     pub is_connected: bool,
     /// Whether it finds that another program uses its name.
     pub is_name_in_use: bool,
+    /// Why routers cannot use a domain there, by the domain's name.
+    pub domains_down: BTreeMap<String, String>,
+    /// The brokers whose clock is not its own, by name.
+    pub clocks_off: BTreeMap<String, Difference>,
     /// The servers of the registry that it is.
     pub servers: BTreeMap<String, ServerStatus>,
 }

@@ -1,5 +1,7 @@
 //! Checks of a domain's interfaces.
 
+use std::net::Ipv6Addr;
+
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Finding, Level, Trouble};
@@ -145,8 +147,15 @@ fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
 }
 
 fn address(wg: &str, link: &LinkFacts) -> Finding {
-    let none = link.addresses.is_empty().then(|| Trouble::new("it has no IPv6 address", SETUP));
-    Finding::judge(wg, Level::Fail, "it has a link address", none)
+    if link.addresses.is_empty() {
+        return Finding::fail(wg, "it has no IPv6 address", SETUP);
+    }
+    let is_global = !link.addresses.iter().any(Ipv6Addr::is_unicast_link_local);
+    let global = is_global.then(|| {
+        let found = "its addresses are all global: routers expect a gateway at a link-local one (fe80::/10)";
+        Trouble::new(found, SETUP)
+    });
+    Finding::judge(wg, Level::Warn, "it has a link address", global)
 }
 
 fn rp_filter(name: &str, link: &LinkFacts) -> Option<Finding> {

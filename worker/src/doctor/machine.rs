@@ -7,7 +7,7 @@ use wgkex_common::doctor::sockets::PortOwner;
 use crate::status::ServerStatus;
 
 use super::facts::{
-    DomainFacts, Facts, Managers, RunningWorker, ServerFacts, WireguardDevice, WireguardFacts, WireguardSource,
+    DomainFacts, Facts, Managers, RunningWorker, ServerFacts, Uplink, WireguardDevice, WireguardFacts, WireguardSource,
 };
 
 /// What WireGuard adds to a packet, with IPv6 below: 40 of IPv6, 8 of UDP, 32 of its own.
@@ -45,6 +45,18 @@ pub(super) fn listener(Facts { listener: (listen, owner), running, .. }: &Facts)
     };
     let found = format!("{listen} is taken by {who}, which is no worker");
     Some(Finding::fail("worker_listen", found, "end that, or set worker_listen to another port"))
+}
+
+/// What the running worker lacks at a domain whose interfaces are well as far as is seen from here: its user may not do
+/// all that the user of the doctor may.
+pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>) -> Option<Finding> {
+    let name = domain.domain.name();
+    let reason = running?.domains_down.get(name)?;
+    Some(Finding::fail(
+        name,
+        format!("the running worker cannot use it: {reason}"),
+        "its log says why; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the worker's user",
+    ))
 }
 
 /// Whether a server of the registry has its interface, and the peers of its leases, as the running worker has it.
@@ -90,10 +102,9 @@ fn running_server(subject: &str, ServerStatus { interface, up, reason, leases }:
 }
 
 /// Whether packets of the tunnels fit into those of the network below.
-pub(super) fn uplink(facts: &Facts) -> Option<Finding> {
-    let (name, mtu) = facts.uplink.as_ref()?;
+pub(super) fn uplink(Uplink { name, mtu }: &Uplink, domains: &[DomainFacts]) -> Option<Finding> {
     let wireguard = |domain: &DomainFacts| Some(domain.wireguard.as_ref().ok()?.as_ref()?.link.mtu);
-    let largest = facts.domains.iter().filter_map(wireguard).max()?;
+    let largest = domains.iter().filter_map(wireguard).max()?;
     let fits = mtu.saturating_sub(WIREGUARD_OVERHEAD);
     let trouble = (largest > fits).then(|| Trouble {
         found: format!(
@@ -107,7 +118,7 @@ pub(super) fn uplink(facts: &Facts) -> Option<Finding> {
     Some(Finding::judge(name, Level::Warn, format!("its MTU {mtu} has room for the {largest} of the tunnels"), trouble))
 }
 
-/// Who else changes the domains' interfaces, and takes away what the worker made.
+/// Who else changes the interfaces of domains, servers and the hub, and takes away what the worker made.
 pub(super) fn managers(managers: &Managers) -> Vec<Finding> {
     let mut findings = networkd(managers);
     for quick in &managers.wg_quick {

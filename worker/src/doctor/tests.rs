@@ -13,6 +13,7 @@ use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Level, report, worst};
 use wgkex_common::mqtt::Fault;
 use wgkex_common::mqtt::trial::{Echo, Failure};
+use wgkex_common::peer_clock::Difference;
 use wgkex_common::storage::process_lock::Holder;
 use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
@@ -24,6 +25,7 @@ use crate::testing::{domain, key};
 type Spoil = fn(&mut Facts);
 
 const LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 2, 2, 2, 2);
+const GLOBAL: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
 /// A gateway on which all is well, without a worker.
 fn well() -> Facts {
@@ -49,7 +51,7 @@ fn well() -> Facts {
         config_warnings: Vec::new(),
         is_setup_named: true,
         listener: ("127.0.0.1:9586".into(), PortOwner::Nobody),
-        uplink: Some(("eth0".into(), 1500)),
+        uplinks: [Uplink { name: "eth0".into(), mtu: 1500 }].into(),
         has_net_admin: true,
         wireguard: WireguardSource { kernel: true, userspace: false },
         domains: vec![DomainFacts {
@@ -60,7 +62,7 @@ fn well() -> Facts {
             port_owner: PortOwner::Kernel,
         }],
         managers: Managers { networkd_keeps_foreign: true, ..Managers::default() },
-        clock: ClockFacts { server: None, is_synchronised: Some(true) },
+        clock: ClockFacts { is_synchronised: Some(true), ..ClockFacts::default() },
         worker: "gw01".into(),
         running: None,
         servers: Vec::new(),
@@ -79,7 +81,15 @@ fn well() -> Facts {
 
 fn running() -> RunningWorker {
     let process = Running { pid: 7, keeps_state: true, lists_damaged: Vec::new() };
-    RunningWorker { name: "gw01".into(), process, is_connected: true, is_name_in_use: false, servers: BTreeMap::new() }
+    RunningWorker {
+        name: "gw01".into(),
+        process,
+        is_connected: true,
+        is_name_in_use: false,
+        domains_down: BTreeMap::new(),
+        clocks_off: BTreeMap::new(),
+        servers: BTreeMap::new(),
+    }
 }
 
 fn wg(facts: &mut Facts) -> &mut WireguardFacts {
@@ -171,6 +181,15 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
             |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
             "its UDP port is 40011, and 51820 in the config",
             "routers are told 40011",
+        ),
+        (
+            Level::Warn,
+            |facts| {
+                wg(facts).link.addresses = [GLOBAL].into();
+                attributes(facts).local = Some(GLOBAL.into());
+            },
+            "wg-welt: its addresses are all global",
+            "wgkex-worker setup",
         ),
         (
             Level::Fail,
@@ -275,6 +294,21 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
 }
 
 #[test]
+fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_say_why() {
+    let mut facts = well();
+    facts.running =
+        Some(RunningWorker { domains_down: [("ffmuc_welt".to_owned(), "denied".to_owned())].into(), ..running() });
+    bus(&mut facts).online = Some(true);
+    let failures = |facts: &Facts| {
+        let findings = findings(facts).into_iter().filter(|finding| finding.level == Level::Fail);
+        findings.map(|finding| finding.found).collect::<Vec<_>>()
+    };
+    assert_eq!(failures(&facts), ["the running worker cannot use it: denied"]);
+    facts.domains[0].vxlan = Ok(None);
+    assert_eq!(failures(&facts), ["it is missing"]);
+}
+
+#[test]
 fn a_missing_wireguard_interface_is_told_together_with_who_has_its_port() {
     let mut facts = well();
     facts.domains[0].wireguard = Ok(None);
@@ -323,8 +357,8 @@ fn each_trouble_of_the_machine_is_named_with_what_to_do() {
         ),
         (
             Level::Warn,
-            |facts| facts.uplink = Some(("eth0".into(), 1400)),
-            "eth0: its MTU 1400 is too small for the 1420 of a tunnel, of which WireGuard makes 1500",
+            |facts| facts.uplinks.extend([Uplink { name: "eth1".into(), mtu: 1400 }]),
+            "eth1: its MTU 1400 is too small for the 1420 of a tunnel, of which WireGuard makes 1500",
             "wg-... to 1320",
         ),
         (Level::Fail, |facts| facts.wireguard.kernel = false, "there is no wireguard-go", "apt-get install"),
@@ -394,8 +428,23 @@ fn the_clock_is_compared_where_it_can_be() {
         (server(3600), Some(true), Level::Fail),
         (Some(Err("refused".into())), Some(true), Level::Warn),
     ] {
-        let facts = Facts { clock: ClockFacts { server, is_synchronised }, ..well() };
+        let facts = Facts { clock: ClockFacts { server, is_synchronised, ..ClockFacts::default() }, ..well() };
         assert_eq!(worst(&findings(&facts)), level, "{:?}", facts.clock);
+    }
+}
+
+#[test]
+fn a_broker_whose_clock_the_running_worker_finds_off_is_named() {
+    for (difference, level, found) in [
+        (Difference::Behind(3_599), Level::Warn, "that of broker b1 is 3599 s behind this machine's"),
+        (Difference::Ahead(3_600), Level::Fail, "that of broker b1 is 3600 s ahead of this machine's"),
+    ] {
+        let brokers = [("b1".to_owned(), difference), ("b2".to_owned(), Difference::Ahead(61))].into();
+        let facts = Facts { clock: ClockFacts { brokers, ..well().clock }, ..well() };
+        let findings = findings(&facts);
+        let clock = findings.iter().find(|finding| finding.subject == "clock").unwrap();
+        assert!(clock.level == level && clock.found.starts_with(found), "{clock:?}");
+        assert!(clock.advice.as_ref().unwrap().contains("timedatectl set-ntp true"), "{clock:?}");
     }
 }
 

@@ -139,8 +139,9 @@ impl Gateways {
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());
             Some(Problem { kind: ProblemKind::GatewayOffline, subject: name.as_str().into(), text })
         });
-        let gateways =
-            self.unreached().chain(self.names_in_use()).chain(self.data_missing()).chain(self.domains_down(now));
+        let clocks = self.clocks_off();
+        let gateways = self.unreached().chain(self.names_in_use()).chain(self.data_missing());
+        let gateways = gateways.chain(self.domains_down(now)).chain(clocks);
         FleetProblems { found: unserved.chain(gateways).chain(offline).collect(), published: self.published() }
     }
 
@@ -182,6 +183,16 @@ impl Gateways {
                 let text = format!("gateway {}, domain {}: {note}", name.as_str(), domain.domain);
                 Problem { kind: ProblemKind::DomainDown, subject, text }
             })
+        })
+    }
+
+    /// The gateways whose clock is not this broker's.
+    fn clocks_off(&self) -> impl Iterator<Item = Problem> {
+        let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
+        online.filter_map(|(name, gateway)| {
+            let (name, difference) = (name.as_str(), gateway.clock.difference()?);
+            let text = format!("gateway {name}: its clock is {difference} this broker's: one of the two is wrong");
+            Some(Problem { kind: ProblemKind::ClockOff, subject: name.into(), text })
         })
     }
 

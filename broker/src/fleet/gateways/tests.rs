@@ -981,6 +981,29 @@ fn a_gateway_that_comes_back_to_peers_elsewhere_is_filled_slowly() {
 }
 
 #[test]
+fn a_gateway_whose_clock_is_off_is_a_problem_while_it_is_online_and_after_the_bus_was_lost() {
+    let mut gateways = gateways(&[]);
+    let clocks = |gateways: &mut Gateways| {
+        gateways.is_synced = true;
+        let problems = gateways.problems(Instant::now()).all().into_iter();
+        let clocks = problems.filter(|problem| problem.kind == ProblemKind::ClockOff);
+        clocks.map(|problem| format!("{}: {}", problem.subject, problem.text)).collect::<Vec<_>>()
+    };
+    gateways.arrive("a", 0);
+    gateways.on_time(&name("a"), 4_600, 1_000);
+    assert_eq!(clocks(&mut gateways), [""; 0], "one hello may have come late");
+    gateways.on_time(&name("a"), 4_660, 1_060);
+    gateways.on_time(&name("none"), 4_660, 1_060);
+    let expected = ["a: gateway a: its clock is 3600 s ahead of this broker's: one of the two is wrong"];
+    assert_eq!(clocks(&mut gateways), expected);
+    gateways.on_disconnect(Instant::now());
+    gateways.arrive("a", 0);
+    assert_eq!(clocks(&mut gateways), expected);
+    gateways.live("wireguard-worker/a/status", "0");
+    assert_eq!(clocks(&mut gateways), [""; 0]);
+}
+
+#[test]
 fn a_fleet_without_peers_starts_as_a_whole() {
     let mut gateways = gateways(&[]);
     gateways.found("wireguard-worker/a/status", "1");

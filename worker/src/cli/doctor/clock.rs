@@ -1,4 +1,4 @@
-//! How right the clock is, by an HTTP server and by the system.
+//! How right the clock is, by brokers, by an HTTP server and by the system.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,9 +6,11 @@ use actix_web::http::header::HttpDate;
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
 
 use crate::cli::http_client;
+use crate::doctor::facts::RunningWorker;
 
-pub(super) fn facts(server: Option<&str>) -> ClockFacts {
+pub(super) fn facts(server: Option<&str>, running: Option<&RunningWorker>) -> ClockFacts {
     ClockFacts {
+        brokers: running.map(|worker| worker.clocks_off.clone()).unwrap_or_default(),
         server: server.map(|url| off(url).map_err(|error| format!("{error:#}"))),
         is_synchronised: is_synchronised(),
     }

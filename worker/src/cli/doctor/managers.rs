@@ -10,6 +10,13 @@ use wgkex_common::doctor::sockets;
 /// Where configs are, the most important place last.
 const PLACES: [&str; 3] = ["usr/lib", "run", "etc"];
 
+/// An interface that the worker takes for its own, by its name.
+#[derive(Debug, Clone)]
+pub(super) enum Interface {
+    Wireguard(String),
+    Vxlan(String),
+}
+
 /// A machine's files and processes.
 pub(super) struct Machine {
     root: PathBuf,
@@ -24,6 +31,22 @@ struct Assignment<'a> {
     value: &'a str,
 }
 
+impl Interface {
+    fn name(&self) -> &str {
+        match self {
+            Self::Wireguard(name) | Self::Vxlan(name) => name,
+        }
+    }
+
+    /// What systemd.network(5) calls its kind.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Wireguard(_) => "wireguard",
+            Self::Vxlan(_) => "vxlan",
+        }
+    }
+}
+
 impl Machine {
     pub(super) fn this() -> Self {
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
@@ -33,18 +56,20 @@ impl Machine {
     }
 
     /// What may manage `interfaces`.
-    pub(super) fn managers(&self, interfaces: &[String]) -> Managers {
-        let networkd_files = interfaces.iter().filter_map(|name| Some((name.clone(), self.networkd_file(name)?)));
+    pub(super) fn managers(&self, interfaces: &[Interface]) -> Managers {
+        let file = |interface: &Interface| Some((interface.name().to_owned(), self.networkd_file(interface)?));
+        let networkd_files = interfaces.iter().filter_map(file);
+        let names = interfaces.iter().map(Interface::name);
         let unmanaged = self.unmanaged();
-        let is_managed = |name: &&String| !unmanaged.iter().any(|pattern| matches(pattern, name));
+        let is_managed = |name: &&str| !unmanaged.iter().any(|pattern| matches(pattern, name));
         Managers {
             // The kernel cuts a name after 15 characters.
             networkd_runs: self.processes.contains("systemd-network"),
             networkd_keeps_foreign: self.keeps_foreign(),
             networkd_files: networkd_files.collect(),
-            wg_quick: interfaces.iter().filter_map(|name| self.wg_quick(name)).collect(),
+            wg_quick: interfaces.iter().filter_map(|interface| self.wg_quick(interface)).collect(),
             network_manager_runs: self.processes.contains("NetworkManager"),
-            network_manager_manages: interfaces.iter().filter(is_managed).cloned().collect(),
+            network_manager_manages: names.filter(is_managed).map(str::to_owned).collect(),
         }
     }
 
@@ -66,7 +91,7 @@ impl Machine {
     }
 
     /// The first .network file that matches the interface, unless that makes it unmanaged.
-    fn networkd_file(&self, interface: &str) -> Option<PathBuf> {
+    fn networkd_file(&self, interface: &Interface) -> Option<PathBuf> {
         let files = self.files("systemd/network", "network").into_iter();
         let mut texts = files.filter_map(|file| Some((fs::read_to_string(&file).ok()?, file)));
         let (text, file) = texts.find(|(text, _)| is_match(text, interface))?;
@@ -76,10 +101,8 @@ impl Machine {
         (!is_unmanaged).then_some(file)
     }
 
-    fn wg_quick(&self, interface: &str) -> Option<WgQuick> {
-        if !interface.starts_with("wg-") {
-            return None;
-        }
+    fn wg_quick(&self, interface: &Interface) -> Option<WgQuick> {
+        let Interface::Wireguard(interface) = interface else { return None };
         let units = ["etc", "run"].map(|place| {
             self.root.join(format!("{place}/systemd/system/multi-user.target.wants/wg-quick@{interface}.service"))
         });
@@ -87,7 +110,7 @@ impl Machine {
         let unit = units.into_iter().find(|unit| unit.symlink_metadata().is_ok());
         let is_enabled = unit.is_some();
         let file = unit.or_else(|| config.exists().then_some(config))?;
-        Some(WgQuick { interface: interface.to_owned(), file, is_enabled })
+        Some(WgQuick { interface: interface.clone(), file, is_enabled })
     }
 
     /// The interfaces that `NetworkManager` is configured to leave alone, as patterns of names.
@@ -130,13 +153,12 @@ fn assignments(text: &str) -> impl Iterator<Item = Assignment<'_>> {
 }
 
 /// Whether a .network file is for this interface: by its name or kind, and by nothing that only others have.
-fn is_match(text: &str, interface: &str) -> bool {
-    let kind = if interface.starts_with("wg-") { "wireguard" } else { "vxlan" };
+fn is_match(text: &str, interface: &Interface) -> bool {
     let mut conditions = assignments(text).filter(|one| one.section == "Match" && !one.value.is_empty()).peekable();
     conditions.peek().is_some()
         && conditions.all(|Assignment { key, value, .. }| match key {
-            "Name" | "OriginalName" => is_one(value, interface),
-            "Kind" | "Type" => is_one(value, kind),
+            "Name" | "OriginalName" => is_one(value, interface.name()),
+            "Kind" | "Type" => is_one(value, interface.kind()),
             _ => false,
         })
 }
@@ -179,7 +201,7 @@ mod tests {
         }
         let processes = processes.iter().map(ToString::to_string).collect();
         let machine = Machine { root: dir.path().into(), processes };
-        let managers = machine.managers(&["wg-welt".to_owned(), "vx-welt".to_owned()]);
+        let managers = machine.managers(&[Interface::Wireguard("wg-welt".into()), Interface::Vxlan("vx-welt".into())]);
         (dir, managers)
     }
 
@@ -211,6 +233,18 @@ mod tests {
         );
         assert!(managers.networkd_runs && !managers.network_manager_runs);
         assert_eq!(managers.networkd_files["wg-welt"], file(&dir, "run/systemd/network/30-b.network"));
+    }
+
+    /// A server of the registry, whose interface has any name.
+    #[test]
+    fn an_interface_is_known_by_its_kind_whatever_its_name() {
+        let (dir, _) = machine(
+            &[],
+            &[("etc/wireguard/s1.conf", ""), ("etc/systemd/network/20-a.network", "[Match]\nName=*\nKind=wireguard\n")],
+        );
+        let machine = Machine { root: dir.path().into(), processes: BTreeSet::new() };
+        let managers = machine.managers(&[Interface::Wireguard("s1".into())]);
+        assert_eq!((managers.wg_quick[0].interface.as_str(), managers.networkd_files.len()), ("s1", 1));
     }
 
     #[test]

@@ -1,0 +1,109 @@
+//! As whom a program serves: by its process, by the config, or by its unit.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use super::Program;
+use super::access::{Identity, Unknown};
+use nix::unistd::Uid;
+
+/// Where units are, the first counts.
+const UNITS: [&str; 4] = ["etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system"];
+
+/// What names the user of a program.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sources<'a> {
+    /// The command line.
+    pub named: Option<&'a str>,
+    /// The process that answers.
+    pub pid: Option<u32>,
+    /// The config: the program becomes this user, without further groups.
+    pub config: Option<&'a str>,
+}
+
+/// The user who is named; else that of the process; else the config's; else, for root, who would not start it as itself, that
+/// of its unit; else who runs this.
+pub fn find(program: Program, sources: Sources<'_>) -> Result<Identity, Unknown> {
+    find_in(Path::new("/"), program, sources)
+}
+
+fn find_in(root: &Path, program: Program, Sources { named, pid, config }: Sources<'_>) -> Result<Identity, Unknown> {
+    if let Some(name) = named {
+        return Identity::of_account(name);
+    }
+    if let Some(process) = pid.and_then(|pid| fs::metadata(format!("/proc/{pid}")).ok()) {
+        return Ok(Identity::of_process(process.uid()));
+    }
+    match unit_user(root, &format!("wgkex-{}.service", program.word())) {
+        Some(name) if config.is_none() && Uid::effective().is_root() => Identity::of_account(&name),
+        Some(_) | None => Identity::named(config),
+    }
+}
+
+/// The user whom this unit names, with what is added to it.
+fn unit_user(root: &Path, name: &str) -> Option<String> {
+    let dirs = UNITS.map(|dir| root.join(dir));
+    let unit = dirs.iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())?;
+    let mut added: Vec<PathBuf> = dirs
+        .iter()
+        .filter_map(|dir| fs::read_dir(dir.join(format!("{name}.d"))).ok())
+        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "conf"))
+        .collect();
+    added.sort_by(|one, other| one.file_name().cmp(&other.file_name()));
+    let texts = added.iter().filter_map(|path| fs::read_to_string(path).ok());
+    [unit].into_iter().chain(texts).filter_map(|text| user_in(&text)).next_back().filter(|user| !user.is_empty())
+}
+
+/// The last `User=` of a unit; an empty one takes back those before.
+fn user_in(unit: &str) -> Option<String> {
+    unit.lines().filter_map(|line| line.trim().strip_prefix("User=")).next_back().map(|user| user.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(root: &Path, file: &str, text: &str) {
+        let path = root.join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn the_last_user_counts_that_a_unit_or_an_addition_names() {
+        let root = tempfile::tempdir().unwrap();
+        let user = || unit_user(root.path(), "wgkex-broker.service");
+        let write = |file: &str, text: &str| write(root.path(), file, text);
+        assert_eq!(user(), None);
+        write("usr/lib/systemd/system/wgkex-broker.service", "[Service]\nUser=wgkex\nGroup=other\n");
+        assert_eq!(user().as_deref(), Some("wgkex"));
+        write("etc/systemd/system/wgkex-broker.service.d/20-user.conf", "[Service]\n User=broker\n");
+        write("run/systemd/system/wgkex-broker.service.d/10-user.conf", "[Service]\nUser=early\n");
+        write("etc/systemd/system/wgkex-broker.service.d/30-user.txt", "User=ignored\n");
+        assert_eq!(user().as_deref(), Some("broker"));
+        write("etc/systemd/system/wgkex-broker.service.d/90.conf", "[Service]\nUser=\n");
+        assert_eq!(user(), None);
+    }
+
+    #[test]
+    fn each_program_has_its_unit_and_what_is_nearer_to_it_counts_more() {
+        let root = tempfile::tempdir().unwrap();
+        write(root.path(), "usr/lib/systemd/system/wgkex-worker.service", "[Service]\nUser=no_such_unit_user\n");
+        let name = |program, sources| match find_in(root.path(), program, sources) {
+            Ok(identity) => identity.name,
+            Err(unknown) => unknown.name,
+        };
+        let own = Identity::named(None).unwrap().name;
+        let by_unit = if Uid::effective().is_root() { "no_such_unit_user" } else { &own };
+        let sources = Sources::default();
+        assert_eq!(name(Program::Worker, sources), by_unit);
+        assert_eq!(name(Program::Broker, sources), own);
+        let sources = Sources { config: Some("no_such_config_user"), ..sources };
+        assert_eq!(name(Program::Worker, sources), "no_such_config_user");
+        let sources = Sources { pid: Some(std::process::id()), ..sources };
+        assert_eq!(name(Program::Worker, sources), own);
+        assert_eq!(name(Program::Worker, Sources { named: Some("no_such_user"), ..sources }), "no_such_user");
+    }
+}
