@@ -18,6 +18,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
+/// How a command ends that makes something out of the config or of nothing.
+pub const MAKE_ENDS: &str = "Exits with 0, or with 1 if it cannot be made.";
+
 /// Prints what a command has to say.
 pub fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout();

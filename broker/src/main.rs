@@ -12,10 +12,10 @@ use wgkex_broker::cli::mqtt_acl::MqttAcl;
 use wgkex_broker::cli::registry::{ClientCommand, ServerCommand};
 use wgkex_broker::cli::status::{GatewaysCommand, StatusCommand};
 use wgkex_broker::cli::tenant_token::TenantToken;
-use wgkex_broker::cli::{admin_client, print, print_or_complain};
+use wgkex_broker::cli::{MAKE_ENDS, admin_client, print, print_or_complain};
 use wgkex_broker::mqtt_server::password;
 use wgkex_common::Config;
-use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
+use wgkex_common::cli::{self, CheckConfig, ConfigFile, Documents};
 use wgkex_common::doctor::Program;
 use wgkex_common::runtime::process;
 
@@ -23,7 +23,9 @@ const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them 
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
                           the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status, \
                           gateways and doctor ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
-                          where, explain, drain and undrain on admin_listen, with the token.";
+                          where, explain, drain and undrain on admin_listen, with the token. Exits with 0 when it is stopped, with 1 \
+                          if it cannot serve; each command says in its own help how it ends. Exits with 64 if it is called wrongly. Colours are for \
+                          terminals; NO_COLOR=1 takes them away.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
@@ -49,9 +51,10 @@ enum Command {
                             wgkex-broker-NAME-doctor."
     )]
     Doctor(Doctor),
-    /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
+    /// Checks the config and names each problem with its line
     CheckConfig(CheckConfig),
     /// Asks for a password, or reads it from the first line of stdin, and prints its hash, as the config has it
+    #[command(after_help = MAKE_ENDS)]
     HashPassword,
     /// Makes a token by which clients may join a tenant, and prints it with its line for the file of tokens
     TenantToken(TenantToken),
@@ -70,8 +73,10 @@ enum Command {
 
 fn main() -> ExitCode {
     process::abort_on_panic();
-    let Args { file, command } = Args::parse();
-    let file = file.path();
+    cli::run(|Args { file, command }| execute(file.path(), command))
+}
+
+fn execute(file: Option<&Path>, command: Option<Command>) -> ExitCode {
     match command {
         None => with_config(file, serve),
         Some(Command::Keys(command)) => command.run(file),

@@ -1,4 +1,4 @@
-//! What the command lines of both programs have in common.
+//! What the command lines of all programs have in common.
 //!
 //! No task. `main` of each program parses it.
 
@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Command, Subcommand};
+use clap::{Args, Command, Parser, Subcommand};
 use clap_complete::Shell;
 use serde_json::json;
 
@@ -20,6 +20,24 @@ use crate::doctor::Program;
 const ONLY_WARNINGS: u8 = 1;
 /// The exit code of `check-config` where the program would not start.
 const MISTAKES: u8 = 2;
+
+/// The exit code of a program that is called wrongly, as `EX_USAGE` of sysexits.h: none of what a command found.
+const USAGE: u8 = 64;
+
+/// Runs a program with what its command line says, and returns how the process ends.
+#[must_use]
+pub fn run<A: Parser>(program: impl FnOnce(A) -> ExitCode) -> ExitCode {
+    A::try_parse().map_or_else(|error| refused(&error), program)
+}
+
+/// Prints what is wrong with a command line, or the help or version that it asks for.
+fn refused(error: &clap::Error) -> ExitCode {
+    match error.print() {
+        Err(_) => ExitCode::FAILURE,
+        Ok(()) if error.use_stderr() => USAGE.into(),
+        Ok(()) => ExitCode::SUCCESS,
+    }
+}
 
 /// Which file is read.
 #[derive(Debug, Args)]
@@ -39,6 +57,9 @@ impl ConfigFile {
 
 /// The command `check-config`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "Exits with 0 if it is valid, with 1 if there are only warnings and --strict is given, with 2 if the program would not start."
+)]
 pub struct CheckConfig {
     /// Exit with 1 where there are warnings
     #[arg(long)]
@@ -78,12 +99,13 @@ impl CheckConfig {
 #[derive(Debug, Subcommand)]
 pub enum Documents {
     /// Prints the completions for a shell
+    #[command(after_help = "Exits with 0, or with 1 if they cannot be written.")]
     Completions {
         /// The shell
         shell: Shell,
     },
     /// Writes the manual pages, one for each command
-    #[command(hide = true)]
+    #[command(hide = true, after_help = "Exits with 0, or with 1 if they cannot be written.")]
     ManPages {
         /// The directory in which they are written
         dir: PathBuf,

@@ -3,17 +3,18 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use wgkex_common::cli;
 use wgkex_node::command::Command;
 
 const ABOUT: &str = "Leases addresses from the registry of a wgkex broker, and writes the files for the tunnels";
 
 #[derive(Parser)]
-#[command(version, about = ABOUT)]
+#[command(version, about = ABOUT, after_help = "Exits with 64 if it is called wrongly.")]
 struct Args {
     #[command(subcommand)]
     command: Command,
 }
 
 fn main() -> ExitCode {
-    Args::parse().command.run()
+    cli::run(|Args { command }| command.run())
 }

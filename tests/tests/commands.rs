@@ -157,6 +157,53 @@ fn the_commands_that_look_at_a_program_say_how_they_end() {
     }
 }
 
+/// The commands that the help of `program` with these words names, with those words before them.
+fn commands(program: &str, words: &[String]) -> Vec<Vec<String>> {
+    let help = help(program, words);
+    let listed =
+        help.split_once("\nCommands:\n").map_or("", |(_, rest)| rest.split_once("\n\n").map_or(rest, |(list, _)| list));
+    // What a command is for goes on in lines that begin further to the right.
+    let first = |line: &str| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')).map(str::to_owned);
+    let names = listed.lines().filter_map(first).filter_map(|line| line.split_whitespace().next().map(str::to_owned));
+    let of_name = |name: String| {
+        let words = [words, &[name]].concat();
+        let below = commands(program, &words);
+        if below.is_empty() { vec![words] } else { below }
+    };
+    names.filter(|name| name != "help").flat_map(of_name).collect()
+}
+
+fn help(program: &str, words: &[String]) -> String {
+    let words: Vec<_> = words.iter().map(String::as_str).chain(["--help"]).collect();
+    let output = run(program, &words);
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn every_command_says_how_it_ends_and_is_in_the_table_of_exit_codes() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).unwrap();
+    let (_, table) = readme.split_once("### Exit codes").unwrap();
+    let (table, _) = table.split_once("\n### ").unwrap();
+    for (program, number) in [("wgkex-broker", 26), ("wgkex-worker", 8), ("wgkex-node", 1)] {
+        assert!(help(program, &[]).contains("Exits with 64 if it is called wrongly"), "{program}");
+        let commands = commands(program, &[]);
+        assert!(commands.len() >= number, "{commands:?}");
+        for words in commands {
+            let help = help(program, &words);
+            let ends = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(ends.contains("Exits with 0") && ends.contains("with 1"), "{program} {words:?}: {help}");
+            assert!(table.contains(&format!("`{}", words[0])), "{program} {words:?} is not in {table}");
+            let words: Vec<_> = words.iter().map(String::as_str).chain(["--resaon"]).collect();
+            let wrong = run(program, &words);
+            assert_eq!(wrong.status.code(), Some(64), "{program} {words:?}: {wrong:?}");
+            assert!(wrong.stdout.is_empty() && !wrong.stderr.is_empty(), "{program} {words:?}: {wrong:?}");
+        }
+        assert_eq!(run(program, &["--version"]).status.code(), Some(0));
+    }
+    assert_eq!(run("wgkex-node", &[]).status.code(), Some(64), "a command is needed");
+}
+
 #[test]
 fn a_config_that_is_not_valid_is_the_doctors_first_finding() {
     let dir = TempDir::new().unwrap();

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant, SystemTime};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use wgkex_common::{Domain, PublicKey};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::Http;
@@ -25,6 +25,10 @@ fn worker(stack: &Stack, name: &str, arguments: &[&str]) -> Output {
     std::fs::write(&file, yaml).unwrap();
     let mut command = Command::new(binary("wgkex-worker"));
     command.args(arguments).env("WGKEX_CONFIG_FILE", file).output().unwrap()
+}
+
+fn as_json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 fn wait_for_draining(stack: &Stack, gateway: &str, value: f64) {
@@ -63,8 +67,11 @@ fn a_worker_drains_by_its_command_also_after_a_restart_until_it_is_told_otherwis
     stack.wait_for_gateways(2);
     wait_for_draining(&stack, "gw1", 1.0);
     assert_eq!(given(&stack, 20), "gw2.example", "also after a restart");
-    assert!(worker(&stack, "gw1", &["undrain"]).status.success());
+    let undrained = worker(&stack, "gw1", &["undrain", "--json"]);
+    assert!(undrained.status.success() && as_json(&undrained) == json!({ "drain": null }), "{undrained:?}");
     wait_for_draining(&stack, "gw1", 0.0);
+    let drained = as_json(&worker(&stack, "gw1", &["drain", "--json", "--reason", "disk", "--deadline", "30m"]));
+    assert_eq!((&drained["drain"]["reason"], &drained["drain"]["deadline"]["percent"]), (&json!("disk"), &json!(10)));
     let wrong = worker(&stack, "gw1", &["drain", "--for", "soon"]);
     assert!(!wrong.status.success() && printed(&wrong).contains("error: for: is not a duration"), "{wrong:?}");
 }
@@ -93,6 +100,14 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
         explained.contains("last resort: draining by this broker") && explained.contains("new disk"),
         "{explained}"
     );
+
+    for (command, known) in [("drain", true), ("undrain", true)] {
+        let answer = as_json(&operator.run(&stack, &[command, "gw1", "--json"]));
+        assert_eq!(
+            [&answer["gateway"], &answer["done"], &answer["known"]],
+            [&json!("gw1"), &json!(true), &json!(known)]
+        );
+    }
 
     // Now the other one: its routers stay, and it gets no others.
     assert_eq!(printed(&operator.run(&stack, &["undrain", "gw1"])), "gw1: not drained by this broker any more\n");

@@ -136,6 +136,13 @@ fn only_listed_keys_come_where_there_is_an_allow_list_and_deny_beats_it() {
     let (stack, _worker, operator) = scene(&config);
     let all = || [1, 2, 3, 4].map(|n| statuses(&stack, &key(n)));
     assert_eq!(all(), [[200; 2], [403; 2], [403; 2], [403; 2]]);
+    for (command, list) in [("allow", "allow"), ("trust", "trusted")] {
+        for options in [&["--json"][..], &["--json", "--remove"]] {
+            let done = operator.run(&stack, &[&[command, &key(5)], options].concat());
+            let answer: Value = serde_json::from_slice(&done.stdout).unwrap();
+            assert_eq!([&answer["list"], &answer["done"]], [&json!(list), &json!(true)], "{command} {options:?}");
+        }
+    }
     let allowed = operator.run(&stack, &["allow", &key(4), "--domain", DOMAIN, "--name", "attic"]);
     assert!(allowed.status.success(), "{}", printed(&allowed));
     assert_eq!(all(), [[200; 2], [403; 2], [403; 2], [200; 2]]);
@@ -191,6 +198,12 @@ fn a_revocation_that_is_done_everywhere_is_success_and_is_lifted_by_its_end_or_b
     let revoked = operator.run(&stack, &["revoke", &key(1)]);
     assert!(revoked.status.success(), "{}", printed(&revoked));
     assert_eq!(printed(&revoked), "revoked\ngw1: removed\n");
+    let answer = |arguments: &[&str]| -> Value {
+        serde_json::from_slice(&operator.run(&stack, &[arguments, &["--json"]].concat()).stdout).unwrap()
+    };
+    assert_eq!(answer(&["unrevoke", &key(1)])["still_by"], json!([]));
+    let revoked = answer(&["revoke", &key(1)]);
+    assert_eq!([&revoked["gateways"], &revoked["done"]], [&json!({ "gw1": "removed" }), &json!(true)]);
     assert_eq!(statuses(&stack, &key(1)), [403, 403]);
     let lifted = operator.run(&stack, &["unrevoke", &key(1)]);
     assert!(lifted.status.success(), "{}", printed(&lifted));
@@ -247,6 +260,10 @@ fn a_revocation_without_disk_or_mqtt_takes_effect_here_and_is_reported_as_partia
     stack.wait_until_ready();
     let revoked = operator.run(&stack, &["revoke", &key(1)]);
     assert!(revoked.status.code() == Some(2) && printed(&revoked).contains("the disk"), "{}", printed(&revoked));
+    for arguments in [&["trust", &key(1)][..], &["unrevoke", &key(3)], &["drain", "gw1"], &["undrain", "gw1"]] {
+        let partly = operator.run(&stack, arguments);
+        assert_eq!(partly.status.code(), Some(2), "{arguments:?}: {}", printed(&partly));
+    }
     assert_eq!(statuses(&stack, &key(1)), [403, 403]);
     stack.wait_for_metric("wgkex_broker_lists_kept", 0.0);
     fs::remove_file(stack.state_dir()).unwrap();

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -27,6 +27,35 @@ fn command(stack: &Stack, arguments: &[&str]) -> Command {
     let mut command = Command::new(binary("wgkex-broker"));
     command.args(arguments).env("WGKEX_CONFIG_FILE", stack.config_file()).env_remove("WGKEX_ADMIN_TOKEN");
     command
+}
+
+/// What the program shows on a terminal, standard error included.
+fn on_terminal(stack: &Stack, arguments: &str, no_color: &str) -> String {
+    let program = format!("{} {arguments}", binary("wgkex-broker").display());
+    let mut terminal = Command::new("script");
+    terminal.args(["-qec", &program, "/dev/null"]).stdin(Stdio::null());
+    terminal.env("WGKEX_CONFIG_FILE", stack.config_file()).env("NO_COLOR", no_color);
+    String::from_utf8(terminal.output().expect("script, of bsdutils").stdout).expect("UTF-8")
+}
+
+#[test]
+fn commands_and_the_log_have_colours_on_a_terminal_unless_no_color_is_set() {
+    let stack = Stack::start(Plan::new(Bus::Embedded));
+    // The last one does not start beside the other, and logs that.
+    for (arguments, shown) in [("status", "no gateway"), ("doctor", "fail"), ("", " process ")] {
+        let (coloured, plain) = (on_terminal(&stack, arguments, ""), on_terminal(&stack, arguments, "1"));
+        assert!(coloured.contains(shown) && plain.contains(shown), "{coloured} {plain}");
+        assert!(coloured.contains('\x1b') && !plain.contains('\x1b'), "{arguments}: {coloured:?} {plain:?}");
+        let mut piped = command(&stack, &arguments.split_whitespace().collect::<Vec<_>>());
+        assert!(!printed(&piped.output().unwrap()).contains('\x1b'), "{arguments}: nobody looks");
+    }
+}
+
+#[test]
+fn the_log_names_the_brokers_own_mqtt_server_and_not_the_port_by_which_it_reaches_that() {
+    let mut stack = Stack::start(Plan::new(Bus::Embedded));
+    let line = stack.broker().wait_for_log("MQTT connected");
+    assert!(line.contains(r#"server="the broker's own""#) && !line.contains("127.0.0.1"), "{line}");
 }
 
 fn kinds(status: &Value) -> Vec<&str> {
@@ -110,7 +139,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
             format!("error: no broker answers on {address} (broker_listen): is it running, and with this config?");
         assert!(error.starts_with(&expected) && error.contains("refused"), "{error}");
     }
-    assert_eq!(run(&stack, &["status", "--nonsense"]).status.code(), Some(2), "as clap has it");
+    assert_eq!(run(&stack, &["status", "--nonsense"]).status.code(), Some(64));
 }
 
 #[test]

@@ -2,13 +2,14 @@
 
 mod privileges;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Builder;
 use wgkex_common::Config;
-use wgkex_common::cli::{CheckConfig, ConfigFile, Documents};
+use wgkex_common::cli::{self, CheckConfig, ConfigFile, Documents};
 use wgkex_common::doctor::Program;
 use wgkex_common::runtime::process;
 use wgkex_kernel::Backend;
@@ -20,7 +21,9 @@ use wgkex_worker::cli::status::StatusCommand;
 use wgkex_worker::setup;
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
-const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege.";
+const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege. \
+                          Exits with 0 when it is stopped, with 1 if it cannot serve; each command says in its own help how it ends. Exits \
+                          with 64 if it is called wrongly. Colours are for terminals; NO_COLOR=1 takes them away.";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_help = AFTER_HELP)]
@@ -43,7 +46,7 @@ enum Command {
         #[arg(long, conflicts_with = "remove")]
         userspace: bool,
     },
-    /// Checks the config and names each problem with its line; exits with 0, with 1 for warnings if --strict, with 2 for errors
+    /// Checks the config and names each problem with its line
     CheckConfig(CheckConfig),
     /// Shows the state of the running worker on one screen: domains, peers, what is wrong
     #[command(
@@ -79,20 +82,22 @@ enum Command {
 
 fn main() -> ExitCode {
     process::abort_on_panic();
-    let Args { file, command } = Args::parse();
-    let run =
-        |job| process::config(file.path()).map_or(ExitCode::FAILURE, |config| process::exit(execute(job, config)));
+    cli::run(|Args { file, command }| run(file.path(), command))
+}
+
+fn run(file: Option<&Path>, command: Option<Command>) -> ExitCode {
+    let run = |job| process::config(file).map_or(ExitCode::FAILURE, |config| process::exit(execute(job, config)));
     match command {
         None => run(Job::Serve),
         Some(Command::Setup { remove: true, .. }) => run(Job::RemoveInterfaces),
         Some(Command::Setup { userspace: true, .. }) => run(Job::SetUp(Backend::Userspace)),
         Some(Command::Setup { .. }) => run(Job::SetUp(Backend::Kernel)),
-        Some(Command::CheckConfig(check)) => check.run(file.path(), Program::Worker),
-        Some(Command::Status(status)) => status.run(file.path()),
-        Some(Command::Doctor(doctor)) => doctor.run(file.path()),
-        Some(Command::DryRun(dry_run)) => dry_run.run(file.path()),
-        Some(Command::Drain(drain)) => drain.run(file.path()),
-        Some(Command::Undrain(undrain)) => undrain.run(file.path()),
+        Some(Command::CheckConfig(check)) => check.run(file, Program::Worker),
+        Some(Command::Status(status)) => status.run(file),
+        Some(Command::Doctor(doctor)) => doctor.run(file),
+        Some(Command::DryRun(dry_run)) => dry_run.run(file),
+        Some(Command::Drain(drain)) => drain.run(file),
+        Some(Command::Undrain(undrain)) => undrain.run(file),
         Some(Command::Documents(documents)) => documents.run(Args::command()),
     }
 }

@@ -14,18 +14,24 @@ use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::access_lists::parse;
 
-use crate::cli::complain;
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::key_reports;
 use crate::cli::table::Colours;
+use crate::cli::{MAKE_ENDS, complain};
 use crate::fleet::revocation;
 use crate::fleet::status::printable;
 use crate::http::admin::{NO_DEADLINE, token_hash};
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
-/// How a command ends that makes one call.
-const CALL_ENDS: &str = "Exits with 0, or with 1 if the broker cannot be reached or refuses the call.";
+/// How a command ends that asks.
+const LOOK_ENDS: &str = "Exits with 0, or with 1 if the broker cannot be reached or refuses the call.";
+/// How a command ends that changes a list.
+const CHANGE_ENDS: &str = "Exits with 0 if it is done, with 2 if it counts here but MQTT or the disk did not take it, with 1 if the broker \
+                           cannot be reached or refuses the call.";
+/// How a command ends about a drain, which goes nowhere else.
+const DRAIN_ENDS: &str = "Exits with 0 if it is done, with 2 if it counts but the disk did not take it, with 1 if the broker cannot be \
+                          reached or refuses the call.";
 /// The exit code when it was done, but not everywhere.
 const NOT_EVERYWHERE: u8 = 2;
 
@@ -41,21 +47,21 @@ pub enum AdminCommand {
         /// The key.
         #[command(flatten)]
         about: KeyArgs,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Lets a key come again that was revoked
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = CHANGE_ENDS)]
     Unrevoke {
         /// The WireGuard public key
         key: String,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Allows a key where only listed keys may come (allowlist.enabled)
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = CHANGE_ENDS)]
     Allow {
         /// The key.
         #[command(flatten)]
@@ -66,12 +72,12 @@ pub enum AdminCommand {
         /// Take it off the list instead
         #[arg(long)]
         remove: bool,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Keeps the peer of a key from being swept, however long it is silent
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = CHANGE_ENDS)]
     Trust {
         /// The key.
         #[command(flatten)]
@@ -79,12 +85,12 @@ pub enum AdminCommand {
         /// Take it off the list instead
         #[arg(long)]
         remove: bool,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Shows which keys are denied, allowed and trusted, and why
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = LOOK_ENDS)]
     List {
         /// Only this list; revoked: what admin calls denied
         #[arg(long)]
@@ -103,7 +109,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Shows where a key is: its domains, which gateways have it, its last handshake, and the lists that have it
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = LOOK_ENDS)]
     Where {
         /// The WireGuard public key
         key: String,
@@ -115,7 +121,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Explains which gateway a router with this key would get and why, or why it would be refused; changes nothing
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = LOOK_ENDS)]
     Explain {
         /// The WireGuard public key
         key: String,
@@ -130,7 +136,7 @@ pub enum AdminCommand {
         call: ConnectionArgs,
     },
     /// Gives a gateway no new routers, also an original; those there stay. At this broker: with several, run it at each
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = DRAIN_ENDS)]
     Drain {
         /// The gateway's host name
         gateway: String,
@@ -143,20 +149,21 @@ pub enum AdminCommand {
         /// Not at a broker, which cannot remove peers from a gateway: wgkex-worker drain has it
         #[arg(long, value_name = "DURATION")]
         deadline: Option<String>,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Gives a gateway new routers again that was drained at this broker
-    #[command(after_help = CALL_ENDS)]
+    #[command(after_help = DRAIN_ENDS)]
     Undrain {
         /// The gateway's host name
         gateway: String,
-        /// The connection to the broker.
+        /// How the call is made and shown.
         #[command(flatten)]
-        call: ConnectionArgs,
+        change: ChangeArgs,
     },
     /// Makes a token for admin calls, and the line of the config that lets it in
+    #[command(after_help = MAKE_ENDS)]
     AdminToken,
 }
 
@@ -182,6 +189,17 @@ pub struct ConnectionArgs {
     /// The file with the token; else it is in the variable `WGKEX_ADMIN_TOKEN`
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+}
+
+/// How a call that changes something is made and shown.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// Print what it came to as JSON, with the result at each gateway where there is one
+    #[arg(long)]
+    json: bool,
+    /// The connection to the broker.
+    #[command(flatten)]
+    call: ConnectionArgs,
 }
 
 /// The lists there are.
@@ -218,17 +236,25 @@ impl AdminCommand {
         match self {
             Self::AdminToken => admin_token(),
             Self::Drain { deadline: Some(_), .. } => bail!("deadline: {NO_DEADLINE}"),
-            Self::Drain { gateway, reason, lasts, deadline: None, call } => {
-                call.drain(file, "/v1/drain", &json!({ "gateway": gateway, "reason": reason, "for": lasts }))
+            Self::Drain { gateway, reason, lasts, deadline: None, change } => {
+                let body = json!({ "gateway": gateway, "reason": reason, "for": lasts });
+                change.make(file, Call::post("/v1/drain", &body), |answer| drained(answer, true))
             }
-            Self::Undrain { gateway, call } => call.drain(file, "/v1/undrain", &json!({ "gateway": gateway })),
-            Self::Revoke { about, call } => call.change(file, "POST", "/v1/revoke", &about.fields(None)),
-            Self::Unrevoke { key, call } => call.change(file, "POST", "/v1/unrevoke", &json!({ "key": key })),
-            Self::Allow { about, domain, remove, call } => {
-                call.change(file, method(remove), "/v1/lists/allow", &about.fields(domain.as_deref()))
+            Self::Undrain { gateway, change } => {
+                let body = json!({ "gateway": gateway });
+                change.make(file, Call::post("/v1/undrain", &body), |answer| drained(answer, false))
             }
-            Self::Trust { about, remove, call } => {
-                call.change(file, method(remove), "/v1/lists/trusted", &about.fields(None))
+            Self::Revoke { about, change } => change.make(file, Call::post("/v1/revoke", &about.fields(None)), outcome),
+            Self::Unrevoke { key, change } => {
+                change.make(file, Call::post("/v1/unrevoke", &json!({ "key": key })), outcome)
+            }
+            Self::Allow { about, domain, remove, change } => {
+                let fields = about.fields(domain.as_deref());
+                change.make(file, Call { method: method(remove), ..Call::post("/v1/lists/allow", &fields) }, outcome)
+            }
+            Self::Trust { about, remove, change } => {
+                let fields = about.fields(None);
+                change.make(file, Call { method: method(remove), ..Call::post("/v1/lists/trusted", &fields) }, outcome)
             }
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
@@ -262,28 +288,24 @@ impl KeyArgs {
     }
 }
 
-impl ConnectionArgs {
-    fn change(
+impl ChangeArgs {
+    /// Makes the call, and shows what it came to as `text` has it, or as JSON.
+    fn make(
         &self,
         file: Option<&Path>,
-        method: &str,
-        path: &str,
-        body: &Value,
+        call: Call<'_>,
+        text: impl FnOnce(&Value) -> String,
     ) -> anyhow::Result<(String, ExitCode)> {
-        let answer = self.make(file, Call { method, path, body: Some(body) })?;
+        let answer = self.call.make(file, call)?;
         if let Some(warning) = answer["warning"].as_str() {
             let _ = writeln!(io::stderr(), "warning: {warning}");
         }
         let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
-        Ok((outcome(&answer), code))
+        Ok((if self.json { format!("{answer:#}\n") } else { text(&answer) }, code))
     }
+}
 
-    fn drain(&self, file: Option<&Path>, path: &str, body: &Value) -> anyhow::Result<(String, ExitCode)> {
-        let answer = self.make(file, Call { method: "POST", path, body: Some(body) })?;
-        let code = if answer["done"] == true { ExitCode::SUCCESS } else { NOT_EVERYWHERE.into() };
-        Ok((drained(&answer, path == "/v1/drain"), code))
-    }
-
+impl ConnectionArgs {
     /// Asks the broker on this machine.
     fn make(&self, file: Option<&Path>, call: Call<'_>) -> anyhow::Result<Value> {
         let config = Config::load(file)?;

@@ -44,6 +44,12 @@ impl<'a> Call<'a> {
     pub fn get(path: &'a str) -> Self {
         Self { method: "GET", path, body: None }
     }
+
+    /// Sends `body` to `path`.
+    #[must_use]
+    pub fn post(path: &'a str, body: &'a Value) -> Self {
+        Self { method: "POST", path, body: Some(body) }
+    }
 }
 
 impl BrokerClient {

@@ -9,10 +9,12 @@ use wgkex_common::Config;
 use wgkex_common::config::Role;
 use wgkex_common::wire::name::BrokerName;
 
+use crate::cli::MAKE_ENDS;
 use crate::mqtt_server::acl::{Operation, filters};
 
 /// For which server and which users.
 #[derive(Debug, Args)]
+#[command(after_help = MAKE_ENDS)]
 pub struct MqttAcl {
     /// For which server
     #[arg(long, value_enum, default_value_t = Format::Mosquitto)]

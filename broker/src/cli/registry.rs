@@ -35,14 +35,17 @@ const NO_PRIVATE_KEY: &str = "PRIVATE_KEY_OF_THE_CLIENT";
 #[command(after_help = ENDS)]
 pub enum ServerCommand {
     /// Adds a server, whose clients lease addresses of its network
+    #[command(after_help = ENDS)]
     Add(ServerArgs),
     /// Shows all servers
+    #[command(after_help = ENDS)]
     List {
         /// As JSON
         #[arg(long)]
         json: bool,
     },
     /// Shows a server, its own address and its clients
+    #[command(after_help = ENDS)]
     Show {
         /// The server's name
         name: String,
@@ -51,6 +54,7 @@ pub enum ServerCommand {
         json: bool,
     },
     /// Removes a server with all its leases
+    #[command(after_help = ENDS)]
     Delete {
         /// The server's name
         name: String,
@@ -87,6 +91,7 @@ pub struct ServerArgs {
 #[command(after_help = ENDS)]
 pub enum ClientCommand {
     /// Gives a client an address at a server, or another key there
+    #[command(after_help = ENDS)]
     Add {
         /// The client's name
         name: String,
@@ -100,14 +105,17 @@ pub enum ClientCommand {
     /// Adds the clients of another registry, such as a `wireguard_api` broker, with the addresses that they have there
     Import(ImportArgs),
     /// Shows all clients
+    #[command(after_help = ENDS)]
     List {
         /// As JSON
         #[arg(long)]
         json: bool,
     },
     /// Shows what a client has to know to reach a server
+    #[command(after_help = ENDS)]
     Show(ShowClient),
     /// Removes a client from all servers
+    #[command(after_help = ENDS)]
     Delete {
         /// The client's name
         name: String,
@@ -278,7 +286,7 @@ impl RegistryClient {
     }
 
     fn call(&self, route: &str, fields: &Value) -> anyhow::Result<Value> {
-        self.0.send(Call { method: "POST", path: &format!("/api/v1/{route}"), body: Some(fields) })
+        self.0.send(Call::post(&format!("/api/v1/{route}"), fields))
     }
 
     fn client_config(&self, client: &str, server: &str) -> anyhow::Result<Value> {

@@ -29,8 +29,8 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// The exit codes, for the help.
-pub const EXIT_CODES: &str = "Exit codes: 0 all is well, 1 the broker cannot be reached, 3 something is wrong: it is not ready, a domain \
-     has no gateway, a gateway that the config names is offline, an interface is missing or its data is, a list cannot be read, state \
+pub const EXIT_CODES: &str = "Exits with 0 if all is well, with 1 if the broker cannot be reached, with 3 if something is wrong: it is not ready, a domain \
+     has no gateway, a gateway that the config names is offline, an interface is missing or its data is, a clock is off, a list cannot be read, state \
      is not kept, two programs use one MQTT client id, a proxy is not in trusted_proxies, the registry cannot be used, is another \
      broker's or refuses a gateway's server, tenants of another broker have other rules, their hub is missing, routers do not reach \
      a gateway, or two gateways publish the same. Needs no token: it shows what the page / on broker_listen shows.";

@@ -1,8 +1,9 @@
 //! Text for people: aligned columns, and colour where a terminal shows it.
 
-use std::env;
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal as _};
+use std::io;
+
+use wgkex_common::cli::style::has_colour;
 
 use crate::fleet::status::printable;
 
@@ -30,11 +31,10 @@ pub struct Cell {
 }
 
 impl Colours {
-    /// Those of standard output: none where that is no terminal, or `NO_COLOR` is set.
+    /// Those of standard output.
     #[must_use]
     pub fn of_stdout() -> Self {
-        let is_refused = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Self(io::stdout().is_terminal() && !is_refused)
+        Self(has_colour(&io::stdout()))
     }
 
     /// The text in the colour of its tone.

@@ -2,12 +2,14 @@
 
 use clap::Args;
 
+use crate::cli::MAKE_ENDS;
 use crate::cli::admin_client::random_token;
 use crate::tenants::TenantId;
 use crate::tenants::tokens::hash;
 
 /// The command `tenant-token`.
 #[derive(Debug, Args)]
+#[command(after_help = MAKE_ENDS)]
 pub struct TenantToken {
     /// The tenant's id, as it is without percent-encoding
     tenant: String,

@@ -1,7 +1,7 @@
-//! Colours of what commands print.
+//! Colours of what commands and logs print.
 
 use std::env;
-use std::io::{self, IsTerminal as _};
+use std::io::{self, IsTerminal};
 
 /// How a text is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,12 +23,19 @@ pub enum Colour {
     Bad,
 }
 
+/// Whether what goes there has colours: only where a person looks, who has not asked for none by `NO_COLOR`
+/// (no-color.org).
+#[must_use]
+pub fn has_colour(output: &impl IsTerminal) -> bool {
+    let is_unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    output.is_terminal() && !is_unwanted
+}
+
 impl Style {
-    /// Colours only where a person looks, who has not asked for none.
+    /// That of standard output.
     #[must_use]
     pub fn of_stdout() -> Self {
-        let is_unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        if io::stdout().is_terminal() && !is_unwanted { Self::Coloured } else { Self::Plain }
+        if has_colour(&io::stdout()) { Self::Coloured } else { Self::Plain }
     }
 
     /// The text in this colour.

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::File;
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::OnceLock;
@@ -13,6 +13,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
+use crate::cli::style::has_colour;
 use crate::config::LogFormat;
 
 /// The filter in effect, by which [`set_level`] replaces it; not set where `RUST_LOG` counts.
@@ -30,7 +31,7 @@ pub fn init(level: Level, format: LogFormat) {
     let (filter, handle) = reload::Layer::new(parsed.unwrap_or_else(|| EnvFilter::new(directives(level))));
     let is_journal = is_journal();
     let output = Output { writer: io::stderr, has_priority: is_journal };
-    let lines = lines(format, output, io::stderr().is_terminal(), !is_journal);
+    let lines = lines(format, output, has_colour(&io::stderr()), !is_journal);
     let first = tracing_subscriber::registry().with(filter).with(lines).try_init();
     if first.is_ok() && !is_overridden {
         let _ = FILTER.set(handle);

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use anyhow::Context as _;
 use clap::Args;
+use serde_json::json;
 use wgkex_common::Config;
 use wgkex_common::access_lists::unix;
 use wgkex_common::drain::{self, Drain, DrainRequest};
@@ -27,11 +28,18 @@ pub struct DrainCommand {
     /// How many percent of the peers that are there at the deadline go in a minute, at most: 1 to 100; 10 if left out
     #[arg(long, value_name = "NUMBER", requires = "deadline")]
     percent: Option<u8>,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// The command `undrain`.
 #[derive(Debug, Clone, Args)]
-pub struct UndrainCommand {}
+pub struct UndrainCommand {
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 impl DrainCommand {
     /// Writes the file of the drain, and returns how the process ends: 0, or 1 if that cannot be done.
@@ -46,7 +54,7 @@ impl DrainCommand {
         };
         finish(Drain::begin(request, now).map_err(Into::into).and_then(|drain| {
             save(file, Some(drain.clone()))?;
-            Ok(format!("draining {drain}\n"))
+            Ok(if self.json { as_json(Some(&drain)) } else { format!("draining {drain}\n") })
         }))
     }
 }
@@ -55,7 +63,8 @@ impl UndrainCommand {
     /// Writes that there is no drain, and returns how the process ends: 0, or 1 if that cannot be done.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {
-        finish(save(file, None).map(|()| "not draining\n".into()))
+        let text = if self.json { as_json(None) } else { "not draining\n".into() };
+        finish(save(file, None).map(|()| text))
     }
 }
 
@@ -63,6 +72,11 @@ fn save(file: Option<&Path>, drain: Option<Drain>) -> anyhow::Result<()> {
     let config = Config::load(file)?;
     let file = drain::worker_file(&config.state_dir);
     drain::save(&file, drain).with_context(|| file.display().to_string())
+}
+
+/// As `/status.json` has it.
+fn as_json(drain: Option<&Drain>) -> String {
+    format!("{:#}\n", json!({ "drain": drain }))
 }
 
 fn finish(done: anyhow::Result<String>) -> ExitCode {
