@@ -11,6 +11,7 @@ pub mod announcer;
 pub mod election;
 pub mod invalid_messages;
 pub mod line_budget;
+pub mod logged_once;
 mod metrics;
 pub mod online_log;
 mod problem_log;

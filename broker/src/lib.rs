@@ -57,6 +57,7 @@ use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::invalid_messages::InvalidMessages;
+use crate::bus::logged_once::LoggedOnce;
 use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
@@ -429,6 +430,7 @@ fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics
         live,
         limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
         warned_domains: Arc::default(),
+        denied: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
         lists: lists.snapshot(),
         confirm: config.confirm,
         metrics,

@@ -20,7 +20,7 @@ use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::Http;
 use wgkex_tests::probe::{Role, said};
 use wgkex_tests::process::binary;
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::scripted::{self, Manner, Worker, hello, peers_of};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::{host_name, key, wait_until};
 
@@ -450,6 +450,45 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
     assert!(line.contains("wgkex.yaml:"), "{line}");
     stack.broker().wait_for_log("was not reloaded");
     assert_eq!(chosen(&stack, 3), "gw2.example", "a config with errors changes nothing");
+}
+
+/// The gateways have peers of their own before the broker looks, so that none of them is new to it.
+#[test]
+fn sighup_applies_how_fast_gateways_are_filled_and_the_drains_in_the_file() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    stack.start_mosquitto();
+    let gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 500));
+    stack.start_broker();
+    stack.wait_for_gateways(2);
+    gateways[1].probe.say(scripted::status("gw2", "0"));
+    stack.wait_for_gateways(1);
+    gateways[1].probe.say_all([hello("gw2"), peers_of("gw2", DOMAIN, "1"), scripted::status("gw2", "1")]);
+    stack.wait_for_gateways(2);
+    let chosen = |stack: &Stack, n| {
+        let answer = stack.v2(DOMAIN, &key(n)).json();
+        answer["Endpoint"]["Address"].as_str().unwrap_or_default().to_owned()
+    };
+    assert_eq!(chosen(&stack, 1), "gw1.example", "the other one came back, and is filled slowly");
+    stack.plan.config = "rebalance: {over: 0}".to_owned();
+    stack.write_config();
+    stack.broker().signal(Signal::SIGHUP);
+    let line = stack.broker().wait_for_log("config reloaded");
+    assert!(line.contains("rebalance.over"), "{line}");
+    assert_eq!(chosen(&stack, 2), "gw2.example");
+
+    let drains = |stack: &mut Stack, gateways: &str| {
+        let file = stack.state_dir().join("broker.drain.json");
+        fs::write(file, format!(r#"{{"layout":1,"gateways":{gateways}}}"#)).unwrap();
+        stack.broker().signal(Signal::SIGHUP);
+    };
+    drains(&mut stack, r#"{"gw2":{"since":1796018400,"reason":"new disk"}}"#);
+    let line = stack.broker().wait_for_log("draining, by the file");
+    assert!(line.contains("gw2") && line.contains("new disk"), "{line}");
+    assert_eq!(chosen(&stack, 3), "gw1.example");
+    drains(&mut stack, "{}");
+    let line = stack.broker().wait_for_log("no longer draining, by the file");
+    assert!(line.contains("gw2"), "{line}");
+    assert_eq!(chosen(&stack, 4), "gw2.example");
 }
 
 #[test]

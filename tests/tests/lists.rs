@@ -61,7 +61,7 @@ fn a_denied_key_gets_403_without_the_reason_and_reaches_no_gateway() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("deny.yaml");
     fs::write(&file, format!("{}: {{reason: SPAM, name: ATTIC}}\n", key(1))).unwrap();
-    let (stack, _worker, _) = scene(&format!("blacklist_file: {}", file.display()));
+    let (mut stack, _worker, _) = scene(&format!("blacklist_file: {}", file.display()));
     let witness = stack.witness();
     for answer in [stack.v1(DOMAIN, &key(1)), stack.v2(DOMAIN, &key(1))] {
         let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
@@ -72,6 +72,10 @@ fn a_denied_key_gets_403_without_the_reason_and_reaches_no_gateway() {
     witness.next_on(&key_topic(DOMAIN));
     assert!(!witness.received().iter().any(|said| said.text().contains(&key(1))), "{:?}", witness.received());
     assert_eq!(stack.metric(r#"wgkex_broker_keys_refused_total{api="v2",reason="denied"}"#), Some(1.0));
+    let log = stack.broker().log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("key refused")).collect();
+    assert!(lines.len() == 1 && lines[0].contains(r#"reason="denied""#) && lines[0].contains(DOMAIN), "once: {log}");
+    assert!(lines[0].contains(&key(1)[..8]) && !log.contains(&key(1)) && !log.contains("SPAM"), "{log}");
 }
 
 #[test]
@@ -419,7 +423,10 @@ fn a_mistake_in_a_call_is_named_and_changes_nothing() {
 fn admin_calls_are_logged_at_every_level_without_a_key() {
     let (mut stack, _worker, operator) = scene("log_level: ERROR");
     let bearer = ["Authorization: Bearer x"];
-    assert_eq!(Http::connect(operator.address).request("GET", "/v1/keys", &bearer, b"").status, 401);
+    let wrong = Http::connect(operator.address).request("GET", "/v1/keys", &bearer, b"");
+    assert!(wrong.status == 401 && wrong.body.contains("the token is wrong: admin_token_hash"), "{wrong:?}");
+    let none = Http::connect(operator.address).request("GET", "/v1/keys", &[], b"");
+    assert!(none.status == 401 && none.body.contains("a token is needed"), "{none:?}");
     let body = json!({ "key": key(1), "reason": "SECRET-REASON" });
     assert_eq!(operator.call("POST", "/v1/revoke", &body).status, 200);
     assert_eq!(operator.call("POST", "/v1/unrevoke", &json!({ "key": &key(1)[1..] })).status, 400);
@@ -428,11 +435,13 @@ fn admin_calls_are_logged_at_every_level_without_a_key() {
     stack.broker().wait_for_log("call=\"list\"");
     let log = stack.broker().log();
     let audit: Vec<_> = log.lines().filter(|line| line.contains("wgkex_audit")).collect();
-    assert_eq!(audit.len(), 5, "{log}");
-    for (line, outcome) in audit.iter().zip(["unauthorized", "not done everywhere", "key: not a", "done", "ok"]) {
+    assert_eq!(audit.len(), 6, "{log}");
+    for (line, outcome) in
+        audit.iter().zip(["unauthorized", "unauthorized", "not done everywhere", "key: not a", "done", "ok"])
+    {
         assert!(line.contains(outcome), "{outcome}: {line}");
     }
-    assert!(audit[1].contains(&key(1)[..8]) && audit[1].contains("deny"), "{}", audit[1]);
+    assert!(audit[2].contains(&key(1)[..8]) && audit[2].contains("deny"), "{}", audit[2]);
     for hidden in [&key(1)[..], "SECRET-REASON", &operator.token] {
         assert!(!log.contains(hidden), "{log}");
     }

@@ -15,6 +15,7 @@ use wgkex_common::config::Confirm;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Domain, KeyId, WorkerName};
 
+use crate::bus::logged_once::LoggedOnce;
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
@@ -60,6 +61,8 @@ pub struct Exchange {
     pub limits: Arc<RateLimits>,
     /// The domains that were logged as having no gateway that ever published its state.
     pub warned_domains: Arc<Mutex<BTreeSet<Domain>>>,
+    /// The keys that were logged as denied.
+    pub denied: Arc<Mutex<LoggedOnce<KeyId>>>,
     /// Which keys the access lists admit.
     pub lists: watch::Receiver<ListSnapshot>,
     /// How long an answer may wait.
@@ -82,7 +85,7 @@ impl Exchange {
     /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
     /// a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
     pub async fn exchange_v1(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
-        self.ready(id)?;
+        self.enter(id)?;
         let status = self.status(id, client)?;
         if status.is_too_frequent && self.cached(id).is_some() {
             // The gateways may have gone offline since that answer.
@@ -95,7 +98,7 @@ impl Exchange {
 
     /// Version 2: returns the gateway that the router is to use. If it is one that confirms, the key is in its kernel.
     pub async fn exchange_v2(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<WorkerData, Rejection> {
-        self.ready(id)?;
+        self.enter(id)?;
         let status = self.status(id, client)?;
         if status.is_too_frequent
             && let Some(Answer { worker: Some(worker), .. }) = self.cached(id)
@@ -293,6 +296,16 @@ impl Exchange {
             confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.rejection(&online)))
         });
         selection.await.unwrap_or(Err(Rejection::NotConfirmed))
+    }
+
+    /// The same for a request. A key that is denied has one line in the log, as its router asks again for ever.
+    fn enter(&self, id: &KeyId) -> Result<(), Rejection> {
+        self.ready(id).inspect_err(|rejection| {
+            let is_denied = matches!(rejection, Rejection::Denied);
+            if is_denied && self.denied.lock().is_due(id.clone(), Instant::now().into_std()) {
+                warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
+            }
+        })
     }
 
     /// Rejects a key that the access lists deny, and every key until the retained states are complete.

@@ -39,6 +39,15 @@ pub struct Drains {
     gateways: BTreeMap<WorkerName, Drain>,
 }
 
+/// What becomes of a gateway when the file is read again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DrainChange<'a> {
+    /// It drains, or in another way than before.
+    Begun(&'a WorkerName, &'a Drain),
+    /// It no longer drains.
+    Ended(&'a WorkerName),
+}
+
 /// There are too many drains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{DRAINS_MAX} gateways drain already")]
@@ -76,6 +85,13 @@ impl Drains {
         self.gateways.remove(worker).is_some()
     }
 
+    /// What becomes another drain, or none, when these are replaced by `next`.
+    fn changes<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = DrainChange<'a>> {
+        let begun = next.gateways.iter().filter(|(worker, drain)| self.get(worker) != Some(drain));
+        let ended = self.workers().filter(|worker| next.get(worker).is_none());
+        begun.map(|(worker, drain)| DrainChange::Begun(worker, drain)).chain(ended.map(DrainChange::Ended))
+    }
+
     /// Ends the drains that are over, and returns whose.
     pub fn expire(&mut self, now: u64) -> Vec<WorkerName> {
         let over: Vec<_> =
@@ -84,6 +100,19 @@ impl Drains {
             self.gateways.remove(worker);
         }
         over
+    }
+}
+
+impl DrainChange<'_> {
+    fn log(self) {
+        match self {
+            Self::Begun(worker, drain) => {
+                info!(worker = worker.as_str(), %drain, "draining, by the file: the gateway gets no new routers");
+            }
+            Self::Ended(worker) => {
+                info!(worker = worker.as_str(), "no longer draining, by the file: the gateway gets new routers");
+            }
+        }
     }
 }
 
@@ -146,7 +175,10 @@ impl DrainStore {
     async fn reload(&self) {
         let file = self.file.clone();
         match spawn_blocking(move || json_file::read::<Drains>(&file, LAYOUT)).await {
-            Ok(Ok(Some(drains))) => self.gateways.lock().replace_drains(drains, Instant::now()),
+            Ok(Ok(Some(drains))) => {
+                let before = self.gateways.lock().replace_drains(drains.clone(), Instant::now());
+                before.changes(&drains).for_each(DrainChange::log);
+            }
             Ok(Ok(None)) => {}
             Ok(Err(error)) => {
                 warn!(file = %self.file.display(), %error, "drains cannot be read, they stay as they are");
@@ -203,6 +235,22 @@ mod tests {
         assert_eq!(drains.insert(name(1), drain(Some(20))), Ok(()), "in place of another");
         assert_eq!((drains.expire(9), drains.expire(10)), (Vec::new(), vec![name(0)]));
         assert!(drains.get(&name(1)).is_some() && drains.remove(&name(1)) && !drains.remove(&name(1)));
+    }
+
+    #[test]
+    fn what_a_file_changes_is_known() {
+        let drain = |reason: &str| Drain { since: 7, until: None, reason: Some(reason.into()), deadline: None };
+        let drains = |all: &[(&str, &str)]| Drains {
+            gateways: all.iter().map(|(worker, reason)| (worker.parse().unwrap(), drain(reason))).collect(),
+        };
+        let before = drains(&[("gone", "a"), ("other", "a"), ("same", "a")]);
+        let after = drains(&[("new", "b"), ("other", "b"), ("same", "a")]);
+        let name = |name: &str| name.parse::<WorkerName>().unwrap();
+        let (gone, new, other, drain) = (name("gone"), name("new"), name("other"), drain("b"));
+        assert_eq!(
+            before.changes(&after).collect::<Vec<_>>(),
+            [DrainChange::Begun(&new, &drain), DrainChange::Begun(&other, &drain), DrainChange::Ended(&gone)]
+        );
     }
 
     #[tokio::test]

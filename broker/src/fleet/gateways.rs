@@ -449,12 +449,13 @@ impl Gateways {
         self.drains = drains;
     }
 
-    /// Goes on with these drains.
-    pub fn replace_drains(&mut self, drains: Drains, now: Instant) {
+    /// Goes on with these drains, and returns those before.
+    pub fn replace_drains(&mut self, drains: Drains, now: Instant) -> Drains {
         let before = std::mem::replace(&mut self.drains, drains);
         for worker in before.workers().filter(|worker| self.drains.get(worker).is_none()).cloned().collect::<Vec<_>>() {
             self.on_undrained(&worker, now);
         }
+        before
     }
 
     /// Drains a gateway, or no longer does. Says whether it did before.

@@ -1,15 +1,12 @@
 //! The domains of refused requests, in the log: each name once, so that an operator sees which one routers ask for that is
 //! not in the config. Anyone may send any name, so the lines are few and short. No IO, no clock.
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use wgkex_common::PublicKey;
 
-use crate::bus::line_budget::LineBudget;
+use crate::bus::logged_once::LoggedOnce;
 
-/// The most names that are remembered.
-const MAX_NAMES: usize = 1024;
 /// The longest name that is shown whole, in characters.
 const MAX_SHOWN: usize = 32;
 /// What is shown of a longer one, and of a key.
@@ -17,27 +14,18 @@ const PREFIX: usize = 8;
 
 /// The names that were logged.
 #[derive(Debug)]
-pub struct RefusedDomains {
-    logged: BTreeSet<String>,
-    budget: LineBudget,
-}
+pub struct RefusedDomains(LoggedOnce<String>);
 
 impl RefusedDomains {
     /// None yet.
     pub fn new(now: Instant) -> Self {
-        Self { logged: BTreeSet::new(), budget: LineBudget::new(now) }
+        Self(LoggedOnce::new(now))
     }
 
     /// A request for a domain with this name was refused. The text of the name for the log, if it is to be there.
     pub fn on_refused(&mut self, name: &str, now: Instant) -> Option<String> {
         let shown = shown(name);
-        self.budget.renew(now);
-        if self.logged.len() >= MAX_NAMES || self.logged.contains(&shown) || self.budget.is_spent() {
-            return None;
-        }
-        self.budget.spend();
-        self.logged.insert(shown.clone());
-        Some(shown)
+        self.0.is_due(shown.clone(), now).then_some(shown)
     }
 }
 
@@ -51,25 +39,17 @@ fn shown(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
-    fn each_name_is_logged_once_and_there_are_few() {
+    fn each_name_is_logged_once_as_it_is_shown() {
         let now = Instant::now();
         let mut refused = RefusedDomains::new(now);
         assert_eq!(refused.on_refused("ffmuc_gone", now).as_deref(), Some("ffmuc_gone"));
-        let later = now + Duration::from_secs(100);
-        assert_eq!(refused.on_refused("ffmuc_gone", later), None);
-        let lines = |refused: &mut RefusedDomains, at: Instant| {
-            let seconds = (at - now).as_secs();
-            (0..100_u32).filter(|n| refused.on_refused(&format!("{n}-{seconds}"), at).is_some()).count()
-        };
-        assert_eq!(lines(&mut refused, later), 10);
-        let minutes = (1..500).map(|minute| later + Duration::from_secs(60) * minute);
-        let all: usize = minutes.map(|at| lines(&mut refused, at)).sum();
-        assert!(all <= MAX_NAMES && refused.logged.len() == MAX_NAMES, "{all}");
+        assert_eq!(refused.on_refused("ffmuc_gone", now), None);
+        let long = |end: &str| "x".repeat(40) + end;
+        assert_eq!(refused.on_refused(&long("1"), now).as_deref(), Some("xxxxxxxx..."));
+        assert_eq!(refused.on_refused(&long("2"), now), None, "it would be the same line");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, link_local};
-use wgkex_tests::probe::{Probe, Role};
+use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until};
 
@@ -198,6 +198,21 @@ fn fill(host: &Host, keys: u32) {
     file("routes", &|_, address| format!("route add {address}/128 dev wg-a proto static\n"));
     file("fdb", &|_, address| format!("fdb append 00:00:00:00:00:00 dst {address} via wg-a dev vx-a\n"));
     host.run("wg addconf wg-a /run/peers && ip -6 -batch /run/routes && bridge -batch /run/fdb");
+}
+
+pub fn sighup_applies_the_log_level_of_a_worker(lane: Lane) {
+    let Single { broker: _broker, worker, host } = Single::new(lane, "");
+    let stranger = probe(&host, Role::new("stranger", &[]));
+    let nonsense = || stranger.say(said("wireguard/test_a/all", "no key", 1, false));
+    nonsense();
+    assert_eq!(host.post(2, &key(0)).status, 200);
+    assert!(!worker.log().contains("DEBUG"), "{}", worker.log());
+    host.configure("log_level: DEBUG\n");
+    worker.signal(Signal::SIGHUP);
+    let line = worker.wait_for_log("config reloaded");
+    assert!(line.contains("log_level"), "{line}");
+    nonsense();
+    worker.wait_for_log("DEBUG wgkex_worker");
 }
 
 /// Two would undo each other's work.
