@@ -238,6 +238,7 @@ fn a_gateway_whose_clock_is_off_is_named_by_its_live_hellos() {
         status("gw1", "1"),
     ]);
     stack.start_broker();
+    stack.wait_until_ready();
     stack.wait_for_gateways(1);
     passes(&stack, &[]);
     worker.say_all([hello_sent("gw1", now + 3_600), hello_sent("gw1", now + 3_660)]);

@@ -459,6 +459,7 @@ fn sighup_applies_how_fast_gateways_are_filled_and_the_drains_in_the_file() {
     stack.start_mosquitto();
     let gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 500));
     stack.start_broker();
+    stack.wait_until_ready();
     stack.wait_for_gateways(2);
     gateways[1].probe.say(scripted::status("gw2", "0"));
     stack.wait_for_gateways(1);
