@@ -177,7 +177,7 @@ fn help(program: &str, words: &[String]) -> String {
     let words: Vec<_> = words.iter().map(String::as_str).chain(["--help"]).collect();
     let output = run(program, &words);
     assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap()
+    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
 #[test]

@@ -173,7 +173,7 @@ pub async fn run<K: Kernel>(
     let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
     let clocks = BrokerClocks::default();
     let (drain, clocks_off) = (watch_drain.receiver(), clocks.off());
-    let worker = Worker { servers, drain, clocks_off, config, metrics, lists, reconciler, bus, confirmations };
+    let worker = Worker { config, metrics, lists, reconciler, bus, confirmations, drain, clocks_off, servers };
 
     let watched = [
         ("the reconciler", task.heartbeat()),

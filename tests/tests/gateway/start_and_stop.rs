@@ -209,8 +209,8 @@ pub fn sighup_applies_the_log_level_of_a_worker(lane: Lane) {
     assert!(!worker.log().contains("DEBUG"), "{}", worker.log());
     host.configure("log_level: DEBUG\n");
     worker.signal(Signal::SIGHUP);
-    let line = worker.wait_for_log("config reloaded");
-    assert!(line.contains("log_level"), "{line}");
+    let reloaded = worker.wait_for_log("config reloaded");
+    assert!(reloaded.contains("log_level"), "{reloaded}");
     nonsense();
     worker.wait_for_log("DEBUG wgkex_worker");
 }
