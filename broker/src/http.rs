@@ -112,8 +112,8 @@ pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain:
 fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     let (app, registry) = (Data::new(app.clone()), app.registry.clone());
     move |config| {
-        if let Some(registry) = registry {
-            registry::routes::routes(&registry, config);
+        if let Some(registry) = &registry {
+            registry::routes::routes(registry, config);
         }
         if app.tenants.is_some() {
             config.configure(tenants::routes::routes);
@@ -125,8 +125,11 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
             .service(readable(status::PATH, status_json))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
-            .service(readable("/metrics", scrape))
-            .default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
+            .service(readable("/metrics", scrape));
+        if registry.is_some() {
+            config.configure(registry::routes::unknown_paths);
+        }
+        config.default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
 }
 

@@ -50,6 +50,9 @@ enum Operation {
     RemovePeer,
 }
 
+/// What the paths of all routes begin with.
+const PREFIX: &str = "/api/v1";
+
 /// The routes, without the slash at the end.
 const ROUTES: [(&str, Operation); 11] = [
     ("/api/v1/client/list_all", Operation::ListClients),
@@ -103,6 +106,12 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
             config.service(resource);
         }
     }
+}
+
+/// Refuses the other paths below the routes' own as the routes do. It comes behind all that is served there.
+pub fn unknown_paths(config: &mut ServiceConfig) {
+    let refuse = || async { error(StatusCode::NOT_FOUND, "there is no such route", None) };
+    config.service(web::scope(PREFIX).default_service(web::to(refuse)));
 }
 
 /// An error as all routes have it.

@@ -314,3 +314,19 @@ fn an_unchanged_config_is_not_sent_again() {
         assert_eq!(ask(Some(&last)).status, 200, "another server of the same name");
     });
 }
+
+/// Other paths have the form of the registry's errors where there is one, and the key exchange there is as before.
+#[test]
+fn an_unknown_path_below_the_routes_is_refused_as_the_routes_do() {
+    let desk = Desk::start(&Store::Sqlite, "");
+    for path in ["/api/v1", "/api/v1/", "/api/v1/server", "/api/v1/server/nothing", "/api/v1/client/list_all/more"] {
+        for method in ["GET", "POST", "PUT"] {
+            let answer = desk.stack.connect().request(method, path, &[], b"");
+            assert_error(&answer, 404, None);
+            assert!(answer.json()["error"].as_object().is_some_and(|error| error.contains_key("field")), "{answer:?}");
+        }
+    }
+    assert_eq!(desk.stack.get("/api/v1/wg/key/exchange").status, 405);
+    let other = desk.stack.get("/api/v2/nothing");
+    assert_eq!((other.status, other.json()["error"].get("field")), (404, None));
+}
