@@ -1,6 +1,7 @@
 //! A WebSocket client, as little of it as tests and benchmarks need (RFC 6455); what it sends is masked with zeros.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::mem::take;
 use std::net::{SocketAddr, TcpStream};
 
 use serde_json::{Value, json};
@@ -11,6 +12,8 @@ use crate::DEADLINE;
 #[derive(Debug)]
 pub struct WebSocket {
     stream: BufReader<TcpStream>,
+    /// The fragments of a text, as far as they came.
+    text: Vec<u8>,
 }
 
 /// What a server sends.
@@ -46,7 +49,11 @@ impl WebSocket {
         while stream.read_line(&mut line)? > 2 {
             line.clear();
         }
-        if status.starts_with("HTTP/1.1 101") { Ok(Self { stream }) } else { Err(io::Error::other(status)) }
+        if status.starts_with("HTTP/1.1 101") {
+            Ok(Self { stream, text: Vec::new() })
+        } else {
+            Err(io::Error::other(status))
+        }
     }
 
     /// Sends a text.
@@ -73,18 +80,26 @@ impl WebSocket {
         self.stream.get_mut().write_all(&frame)
     }
 
-    /// The next frame. A ping is answered.
+    /// The next text, whole, or control frame. A ping is answered.
     pub fn receive(&mut self) -> io::Result<Frame> {
-        let mut head = [0; 2];
-        self.stream.read_exact(&mut head)?;
-        let length = match head[1] {
+        loop {
+            if let Some(frame) = self.receive_frame()? {
+                return Ok(frame);
+            }
+        }
+    }
+
+    /// None for a fragment that is not the last.
+    fn receive_frame(&mut self) -> io::Result<Option<Frame>> {
+        let [first, length] = self.read()?;
+        let length = match length {
             126 => u16::from_be_bytes(self.read()?).into(),
             127 => u64::from_be_bytes(self.read()?),
             short => short.into(),
         };
         let mut payload = vec![0; usize::try_from(length).map_err(io::Error::other)?];
         self.stream.read_exact(&mut payload)?;
-        Ok(match head[0] & 0x0f {
+        Ok(Some(match first & 0x0f {
             8 => {
                 let code = payload.first_chunk().copied().map_or(0, u16::from_be_bytes);
                 Frame::Close(code, String::from_utf8_lossy(payload.get(2..).unwrap_or_default()).into())
@@ -94,8 +109,14 @@ impl WebSocket {
                 Frame::Control
             }
             10 => Frame::Control,
-            _ => Frame::Text(String::from_utf8(payload).map_err(io::Error::other)?),
-        })
+            _ => {
+                self.text.extend(payload);
+                if first & 0x80 == 0 {
+                    return Ok(None);
+                }
+                Frame::Text(String::from_utf8(take(&mut self.text)).map_err(io::Error::other)?)
+            }
+        }))
     }
 
     /// The next text, as JSON; the error names code and reason if the server closes.

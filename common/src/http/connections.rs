@@ -218,6 +218,17 @@ impl UpgradedConnection {
         poll_fn(|cx| self.flow.poll_too_large(cx)).await;
     }
 
+    /// How many bytes were sent since the upgrade: handed to the kernel, or to TLS.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.flow.sent()
+    }
+
+    /// Returns when so many were.
+    pub async fn has_sent(&self, bytes: u64) {
+        poll_fn(|cx| self.flow.poll_sent(bytes, cx)).await;
+    }
+
     /// Ends it at once, without what the client has not received.
     pub fn abort(&self) {
         if let Some(socket) = self.connections.table().remove(self.id) {

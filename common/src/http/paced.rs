@@ -191,6 +191,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
             Poll::Pending => buf.len(),
         };
         this.most_unread = if this.unread == 0 { 0 } else { this.most_unread.max(buf.len()) };
+        if let Poll::Ready(Ok(length)) = &written
+            && this.place.flow().is_upgraded()
+        {
+            this.place.flow().add_sent(*length);
+        }
         this.count();
         this.wake();
         written
@@ -255,7 +260,8 @@ impl UpgradeHeader {
 
 #[cfg(test)]
 mod tests {
-    use std::task::Waker;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
 
     use proptest::prelude::*;
     use tokio::io::{DuplexStream, duplex};
@@ -344,6 +350,39 @@ mod tests {
         assert!(!is_too_large() && write(&mut client, large).is_some());
         assert_eq!(read(&mut server, 8192), None);
         assert!(is_too_large());
+    }
+
+    #[test]
+    fn after_an_upgrade_who_waits_for_what_is_sent_is_woken_by_it() {
+        let (mut server, mut client) = paced(256);
+        assert_eq!(write(&mut server, b"HTTP/1.1 101\r\n"), Some(14));
+        let flow = server.flow();
+        flow.upgrade();
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(woken.clone());
+        let is_sent = |bytes| flow.poll_sent(bytes, &Context::from_waker(&waker)).is_ready();
+        assert!(is_sent(0) && !is_sent(243));
+        assert_eq!((write(&mut server, &[0; 242]), woken.count()), (Some(242), 0));
+        assert_eq!((write(&mut server, &[0; 9]), flow.sent()), (None, 242));
+        assert!(read(&mut client, 256).is_some());
+        assert_eq!((write(&mut server, &[0; 9]), woken.count()), (Some(9), 1));
+        assert!(is_sent(243));
+        assert_eq!((write(&mut server, &[0; 9]), woken.count()), (Some(9), 1), "nobody waits");
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Woken {
+        fn count(&self) -> usize {
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Seen to fail with a count of what is not taken yet: 120 clients of a large page held twice what they may.

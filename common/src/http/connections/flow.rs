@@ -23,9 +23,16 @@ pub struct Flow {
     id: OnceLock<u64>,
     /// What became of it after its upgrade, as one of the constants below.
     upgrade: AtomicU8,
-    /// The task that waits until the client has sent too much.
+    /// Bytes that were sent since the upgrade.
+    sent: AtomicU64,
+    /// How many of them the session waits for.
+    awaited: AtomicU64,
+    /// The task that waits until the client has sent too much, or was sent so many bytes.
     session: AtomicWaker,
 }
+
+/// In place of bytes: nobody waits for them.
+const NONE: u64 = u64::MAX;
 
 /// It is HTTP's.
 const HTTP: u8 = 0;
@@ -45,8 +52,10 @@ pub struct ActiveRequest {
 impl Flow {
     pub fn new(began: Instant) -> Arc<Self> {
         let (idle, held) = (AtomicU64::new(since(began)), AtomicUsize::new(0));
-        let (id, upgrade, session) = (OnceLock::new(), AtomicU8::new(HTTP), AtomicWaker::new());
-        Arc::new(Self { began, idle, held, next: AtomicWaker::new(), id, upgrade, session })
+        let (id, upgrade) = (OnceLock::new(), AtomicU8::new(HTTP));
+        let (sent, awaited) = (AtomicU64::new(0), AtomicU64::new(NONE));
+        let [next, session] = [AtomicWaker::new(), AtomicWaker::new()];
+        Arc::new(Self { began, idle, held, next, id, upgrade, sent, awaited, session })
     }
 
     /// A request is being served.
@@ -115,6 +124,27 @@ impl Flow {
     pub fn poll_too_large(&self, cx: &Context<'_>) -> Poll<()> {
         self.session.register(cx.waker());
         if self.upgrade.load(Ordering::Relaxed) == TOO_LARGE { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// After an upgrade: so many bytes more were sent.
+    pub fn add_sent(&self, bytes: usize) {
+        let sent = self.sent.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        if sent >= self.awaited.load(Ordering::Relaxed) {
+            self.session.wake();
+        }
+    }
+
+    /// Bytes that were sent since the upgrade.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Ready when so many bytes were sent since the upgrade. It is the task of [`Self::poll_too_large`] that waits.
+    pub fn poll_sent(&self, bytes: u64, cx: &Context<'_>) -> Poll<()> {
+        self.session.register(cx.waker());
+        let is_sent = self.sent() >= bytes;
+        self.awaited.store(if is_sent { NONE } else { bytes }, Ordering::Relaxed);
+        if is_sent { Poll::Ready(()) } else { Poll::Pending }
     }
 
     pub fn is_busy(&self) -> bool {
