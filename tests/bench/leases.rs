@@ -1,5 +1,5 @@
 //! Row `leases`: how many clients a second get an address from the registry while many have one, beside how many got one while there
-//! were few; what a gateway's poll costs; and whether a router waits longer meanwhile.
+//! were few; what a gateway's poll costs; and whether a router waits longer meanwhile, and while members of tenants join.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -15,6 +15,7 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 
 use crate::measure::{median, memory, percentile};
 use crate::table::{Report, mebibytes, milliseconds, ratio};
+use crate::tenants::keep_joining;
 
 /// Callers at the same time.
 const CALLERS: u32 = 16;
@@ -51,7 +52,8 @@ fn start() -> (Stack, Worker) {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
     let file = stack.dir().join("password");
     fs::write(&file, "s3cret").unwrap();
-    stack.plan.config = format!("registry: {{enabled: true, password_file: {}}}", file.display());
+    let registry = format!("registry: {{enabled: true, password_file: {}}}", file.display());
+    stack.plan.config = format!("{registry}\ntenants: {{enabled: true}}");
     stack.write_config();
     stack.start_broker();
     stack.wait_until_ready();
@@ -136,7 +138,7 @@ fn poll(report: Report, server: SocketAddr, leases: u32) {
         .print();
 }
 
-/// How long routers wait while clients are added as fast as that goes.
+/// How long routers wait while clients are added as fast as that goes, and while members of tenants join.
 fn routers(report: Report, stack: &Stack, first: u32) {
     let quiet = ask(stack, 1 << 30);
     let (is_over, next) = (AtomicBool::new(false), AtomicU32::new(first));
@@ -153,11 +155,22 @@ fn routers(report: Report, stack: &Stack, first: u32) {
         is_over.store(true, Ordering::Relaxed);
         busy
     });
+    let is_over = AtomicBool::new(false);
+    let beside_joins = thread::scope(|scope| {
+        scope.spawn(|| keep_joining(stack.http, &is_over));
+        let times = ask(stack, 3 << 30);
+        is_over.store(true, Ordering::Relaxed);
+        times
+    });
     let shown = |times: &[Duration; 2]| times.map(milliseconds).join(", ");
-    report
-        .line(format!("a router's POST while {CALLERS} callers add clients: p50, p99"), shown(&busy))
-        .against(format!("without them: {}", shown(&quiet)), ratio(busy[0], quiet[0]))
-        .print();
+    for (what, times) in
+        [(format!("{CALLERS} callers add clients"), busy), ("members of tenants join".into(), beside_joins)]
+    {
+        report
+            .line(format!("a router's POST while {what}: p50, p99"), shown(&times))
+            .against(format!("without them: {}", shown(&quiet)), ratio(times[0], quiet[0]))
+            .print();
+    }
 }
 
 fn ask(stack: &Stack, first: u32) -> [Duration; 2] {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, QoS, SubscribeFilter};
+use rumqttc::{AsyncClient, EventLoop, Incoming, LastWill, MqttOptions, NetworkOptions, QoS, SubscribeFilter};
 use tokio::runtime;
 use tokio::sync::oneshot;
 
@@ -166,7 +166,10 @@ impl Probe {
     /// Connects, and returns when all filters are subscribed and the server has the greeting.
     #[must_use]
     pub fn connect(server: SocketAddr, role: Role) -> Self {
-        let (client, eventloop) = AsyncClient::new(role.options(server), 100_000);
+        let (client, mut eventloop) = AsyncClient::new(role.options(server), 100_000);
+        let mut network = NetworkOptions::new();
+        network.set_tcp_nodelay(true);
+        eventloop.set_network_options(network);
         let shared = Arc::new(Shared::default());
         let (stop, stopped) = oneshot::channel();
         let id = role.id.clone();
