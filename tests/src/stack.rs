@@ -55,6 +55,8 @@ pub struct Plan {
     pub listen: String,
     /// More lines of Mosquitto's config.
     pub mosquitto: String,
+    /// More of `mqtt`, where the server is not the broker: keys of a YAML mapping, each behind a comma; nothing if empty.
+    pub mqtt: String,
 }
 
 impl Plan {
@@ -70,6 +72,7 @@ impl Plan {
             credentials: None,
             listen: String::new(),
             mosquitto: String::new(),
+            mqtt: String::new(),
         }
     }
 
@@ -199,15 +202,15 @@ impl Stack {
     }
 
     fn bus_config(&self) -> String {
-        let (ip, port) = (self.mqtt.ip(), self.mqtt.port());
+        let (ip, port, more) = (self.mqtt.ip(), self.mqtt.port(), &self.plan.mqtt);
         match (self.plan.bus, &self.plan.credentials) {
             (Bus::Embedded, _) if !self.plan.listen.is_empty() => {
                 format!("mqtt_listen: {{host: \"{ip}\", port: {port}, {}}}", self.plan.listen)
             }
             (Bus::Embedded, _) => format!("mqtt_listen: \"{ip}:{port}\""),
-            (_, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}}}"),
+            (_, None) => format!("mqtt: {{broker_url: \"{ip}\", broker_port: {port}{more}}}"),
             (_, Some((user, password))) => format!(
-                "mqtt: {{broker_url: \"{ip}\", broker_port: {port}, username: \"{user}\", password: \"{password}\"}}"
+                "mqtt: {{broker_url: \"{ip}\", broker_port: {port}, username: \"{user}\", password: \"{password}\"{more}}}"
             ),
         }
     }

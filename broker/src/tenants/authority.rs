@@ -31,6 +31,8 @@ pub struct Authority {
     last: u64,
     /// Brokers that are to register their sessions, with when their members leave otherwise.
     awaited: BTreeMap<BrokerName, Instant>,
+    /// Those of them that are there: joins wait for these, until `settled`.
+    settling: BTreeSet<BrokerName>,
     settled: Instant,
     /// Other brokers may give addresses, and are not heard now.
     is_paused: bool,
@@ -85,14 +87,15 @@ impl RemoteWish {
 
 impl Authority {
     /// Nobody is a member of these tenants. `others` are the brokers that are to register themselves.
-    pub fn new(tenants: Tenants, others: impl IntoIterator<Item = BrokerName>, now: Instant) -> Self {
+    pub fn new(tenants: Tenants, others: BTreeSet<BrokerName>, now: Instant) -> Self {
         Self {
             tenants,
             members: BTreeMap::new(),
             ids: BTreeMap::new(),
             probes: BTreeMap::new(),
             last: 0,
-            awaited: others.into_iter().map(|broker| (broker, now + REGISTRATION_TIMEOUT)).collect(),
+            awaited: others.iter().map(|broker| (broker.clone(), now + REGISTRATION_TIMEOUT)).collect(),
+            settling: others,
             settled: now + SETTLE_TIMEOUT,
             is_paused: false,
             early: Vec::new(),
@@ -127,10 +130,18 @@ impl Authority {
         std::mem::take(&mut self.updates)
     }
 
+    /// A broker's registration is under way: its members stay meanwhile.
+    pub fn expect(&mut self, broker: &BrokerName, now: Instant) {
+        if let Some(until) = self.awaited.get_mut(broker) {
+            *until = now + REGISTRATION_TIMEOUT;
+        }
+    }
+
     /// A broker registers its sessions: those that were there stay, and others of it leave.
     pub fn register(&mut self, broker: &BrokerName, registration: Registration, now: Instant) {
         let Registration { sessions, held } = registration;
         self.awaited.remove(broker);
+        self.settling.remove(broker);
         let there: BTreeSet<_> =
             sessions.iter().map(|(wish, _)| (wish.session, &wish.tenant, wish.client.public_key)).collect();
         let is_gone = |(id, Seat { tenant, origin, key }): (&MemberId, &Seat)| {
@@ -179,6 +190,7 @@ impl Authority {
     /// A broker is gone, and its members with it.
     pub fn broker_gone(&mut self, broker: &BrokerName, now: Instant) {
         self.awaited.remove(broker);
+        self.settling.remove(broker);
         self.withdraw(|wish| wish.broker == *broker);
         let of_broker = |(id, seat): (&MemberId, &Seat)| (seat.origin.broker == *broker).then_some(*id);
         for id in self.members.iter().filter_map(of_broker).collect::<Vec<_>>() {
@@ -230,7 +242,7 @@ impl Authority {
 
     /// Whether it knows the sessions of the other brokers, as far as they are there.
     pub fn is_settled(&self, now: Instant) -> bool {
-        !self.is_paused && (self.awaited.is_empty() || self.settled <= now)
+        !self.is_paused && (self.settling.is_empty() || self.settled <= now)
     }
 
     fn join_early(&mut self, now: Instant) {

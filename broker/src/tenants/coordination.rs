@@ -24,12 +24,15 @@ use crate::tenants::pool::{Counts, Tenants};
 use crate::tenants::sessions::{SessionLink, Sessions};
 use crate::tenants::streams::{Numbered, Stream};
 
-/// How long a session may wait for an address.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a session may wait for an address while nobody gives any: what is left of 5 s is for the close frame.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long it may wait otherwise: members with its key may be asked first whether they are alive.
+const DECISION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a broker's members stay while it is not there.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long no frame may come from a broker that is there.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long no frame may come from a broker that is there. The members of a coordinator that stands still leave after twice this and
+/// the time for registrations: within 40 s.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the hub is not told of changes after the bus is there again.
 const HUB_PAUSE: Duration = Duration::from_secs(5);
 /// How often sessions are registered at most.
@@ -234,13 +237,27 @@ impl Coordination {
             self.on_silence(now);
             self.register(now);
         }
-        if let Some(then) = now.checked_sub(ANSWER_TIMEOUT) {
-            for session in self.sessions.waiting(then) {
-                self.sessions.end(session, CloseCause::NoCoordinator);
-                self.request(Request::Leave(session), now);
-            }
-        }
+        self.refuse_waiting(now);
         self.warn_of_strangers(now);
+    }
+
+    /// Sessions that wait for too long are told to come again.
+    fn refuse_waiting(&mut self, now: Instant) {
+        let timeout = if self.is_decided(now) { DECISION_TIMEOUT } else { ANSWER_TIMEOUT };
+        let Some(then) = now.checked_sub(timeout) else { return };
+        for session in self.sessions.waiting(then) {
+            self.sessions.end(session, CloseCause::NoCoordinator);
+            self.request(Request::Leave(session), now);
+        }
+    }
+
+    /// Whether there is a coordinator that gives addresses now.
+    fn is_decided(&self, now: Instant) -> bool {
+        match &self.role {
+            Role::Starting => false,
+            Role::Coordinator { authority, .. } => authority.is_settled(now),
+            Role::Follower { stream, .. } => stream.is_heard(now),
+        }
     }
 
     /// How many tenants, members and addresses there are, at all brokers.
@@ -374,10 +391,11 @@ impl Coordination {
                 (FollowerState::Registered | FollowerState::Current, request) => decide(authority, &from, request, now),
             }
         }
-        if let FollowerState::Registering(Registration { sessions, held }) = &follower.state
-            && sessions.len() + held.len() > REGISTERED_MAX
-        {
-            followers.remove(&from);
+        if let FollowerState::Registering(Registration { sessions, held }) = &follower.state {
+            authority.expect(&from, now);
+            if sessions.len() + held.len() > REGISTERED_MAX {
+                followers.remove(&from);
+            }
         }
         self.settle(now);
     }
@@ -409,7 +427,7 @@ impl Coordination {
     fn coordinate(&mut self, now: Instant) {
         let TenantSettings { networks, grace, .. } = &self.settings;
         let tenants = Tenants::new(networks, *grace);
-        let others: Vec<_> = self.election.peers(now).map(|(name, _)| name.clone()).collect();
+        let others = self.election.peers(now).map(|(name, _)| name.clone()).collect();
         let mut authority = Box::new(Authority::new(tenants, others, now));
         for (tenant, origin, member) in self.sessions.members() {
             authority.take_over(tenant, origin, member, now);

@@ -1,15 +1,19 @@
 //! Members of one tenant at different brokers of one bus.
 
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use wgkex_tests::key;
+use wgkex_common::storage::sqlite;
+use wgkex_tests::probe::{Role, Said};
 use wgkex_tests::stack::{Bus, Plan, Stack};
-use wgkex_tests::websocket::WebSocket;
+use wgkex_tests::websocket::{Frame, WebSocket};
+use wgkex_tests::{key, wait_until};
+
+use crate::SCHEMA;
 
 /// How long the death of a broker may stay unnoticed (issue: 40 s).
 const DEATH: Duration = Duration::from_secs(40);
@@ -75,20 +79,29 @@ impl Drop for Member {
 
 /// Brokers on machines of these names, at one Mosquitto.
 fn brokers<const N: usize>(names: [&str; N]) -> [Stack; N] {
-    let plan = |name: &str| Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}").host_name(name);
+    brokers_by(&Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}"), names)
+}
+
+fn brokers_by<const N: usize>(plan: &Plan, names: [&str; N]) -> [Stack; N] {
     let mut mqtt = None;
     names.map(|name| {
-        let mut stack = Stack::prepare(plan(name));
-        match mqtt {
-            None => stack.start_mosquitto(),
-            Some(mqtt) => stack.mqtt = mqtt,
-        }
+        let stack = broker_by(plan.clone(), name, mqtt);
         mqtt = Some(stack.mqtt);
-        stack.write_config();
-        stack.start_broker();
-        stack.wait_until_ready();
         stack
     })
+}
+
+/// A broker on a machine of this name, at a Mosquitto that is there, or at a new one.
+fn broker_by(plan: Plan, name: &str, mqtt: Option<SocketAddr>) -> Stack {
+    let mut stack = Stack::prepare(plan.host_name(name));
+    match mqtt {
+        None => stack.start_mosquitto(),
+        Some(mqtt) => stack.mqtt = mqtt,
+    }
+    stack.write_config();
+    stack.start_broker();
+    stack.wait_until_ready();
+    stack
 }
 
 fn is_coordinator(stack: &Stack, is_one: bool) {
@@ -167,6 +180,97 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     assert!(first.stop_broker().success());
     b.hears_leave(&sixth.address);
     assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());
+}
+
+/// They stand still, their connections stay, and no last will tells of them.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_then() {
+    let plan = Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}");
+    let plan = Plan { mqtt: ", keepalive: 0".into(), ..plan };
+    let [mut first, second, mut third] = brokers_by(&plan, ["b1", "b2", "b3"]);
+    is_coordinator(&first, true);
+    let (a, b, c) = (Member::join(&first, 1), Member::join(&second, 2), Member::join(&third, 3));
+    a.hears_of(2, &b.address);
+    a.hears_of(3, &c.address);
+    b.hears_of(3, &c.address);
+
+    third.broker().signal(Signal::SIGSTOP);
+    let stopped = Instant::now();
+    a.hears_leave(&c.address);
+    b.hears_leave(&c.address);
+    assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
+
+    first.broker().signal(Signal::SIGSTOP);
+    let stopped = Instant::now();
+    let refused = Member::try_join(&second, 4).err().unwrap_or_default();
+    assert!(refused.starts_with("1013 "), "{refused}");
+    // Half of what a join may take whose key another member has.
+    assert!(stopped.elapsed() < Duration::from_secs(8), "{:?}", stopped.elapsed());
+    b.hears_leave(&a.address);
+    assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
+    let back = Member::join(&second, 1);
+    assert_eq!((back.address.as_str(), &back.peers), (a.address.as_str(), &vec!["N2".to_owned()]));
+}
+
+/// Each of them would go to the broker that gives the addresses, by the session that has routers' keys.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn what_a_member_sends_unasked_goes_to_no_other_broker() {
+    let [first, second] = brokers(["b1", "b2"]);
+    is_coordinator(&first, true);
+    is_coordinator(&second, false);
+    let witness = first.probe(Role::new("witness", &["wgkex/broker/+/tenants"]));
+    let mut member = WebSocket::open(second.http, "/tenants/t").unwrap();
+    member.join("N1", &key(1)).unwrap();
+    for _ in 0..500 {
+        for (first, payload) in [(0x8a, "probe"), (0x8a, ""), (0x81, "probe"), (0x82, "probe")] {
+            member.send(first, payload.as_bytes()).unwrap();
+        }
+    }
+    // It is behind all of them.
+    member.send(0x89, b"x").unwrap();
+    while member.receive().unwrap() != Frame::Control {}
+    drop(member);
+    let is_request = |kind: &str, text: &str| text.contains(&format!(r#"{{"{kind}":"#));
+    witness.next("its leave", |said| is_request("leave", &said.text()));
+    let frames: Vec<_> = witness.received().iter().map(Said::text).filter(|text| !text.contains("[]")).collect();
+    assert!(frames.iter().any(|text| is_request("join", text)), "{frames:?}");
+    assert!(!frames.iter().any(|text| is_request("alive", text)), "{frames:?}");
+}
+
+/// A long grace time leaves many addresses behind, which a broker tells another one when they meet.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves() {
+    const HELD: u32 = 100_000;
+    const FILL: &str = "
+        WITH RECURSIVE all_numbers(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM all_numbers WHERE n < 99999),
+            numbers(tenant, host, n) AS (SELECT n / 4000, n % 4000 + 1, n FROM all_numbers)
+        INSERT INTO addresses SELECT 'held ' || tenant, CAST(printf('%032d', n) AS BLOB),
+            printf('10.%d.%d.%d', 64 + tenant / 16, tenant % 16 * 16 + host / 256, host % 256) FROM numbers";
+    let plan = || Plan::new(Bus::Mosquitto).config("tenants: {enabled: true, grace: 86400}");
+    let mut first = broker_by(plan(), "b1", None);
+    assert!(first.stop_broker().success());
+    let file = first.state_dir().join("tenants.sqlite");
+    let filled = sqlite::open(&file, SCHEMA).unwrap().execute(FILL, []).unwrap();
+    assert_eq!(filled, HELD as usize);
+    first.start_broker();
+    first.wait_until_ready();
+    is_coordinator(&first, true);
+    let [second, third] = ["b2", "b3"].map(|name| broker_by(plan(), name, Some(first.mqtt)));
+    // A join ends after 10 s, and comes behind all that a broker is told when it starts.
+    let (b, c) = (Member::join(&second, 2), Member::join(&third, 3));
+    b.hears_of(3, &c.address);
+    for stack in [&second, &third] {
+        stack.wait_for_metric("wgkex_broker_tenants_held_addresses", f64::from(HELD));
+    }
+    let _ = first.broker().end_by(Signal::SIGKILL);
+    is_coordinator(&second, true);
+    let d = wait_until("the third has registered", || Member::try_join(&third, 4).ok());
+    b.hears_of(4, &d.address);
+    c.hears_of(4, &d.address);
+    assert_eq!(d.peers, ["N2", "N3"]);
 }
 
 /// Members that join and leave at three brokers at the same time know the truth in the end.
