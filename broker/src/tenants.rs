@@ -3,16 +3,17 @@
 //!
 //! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::bus::election`] says which;
 //! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
-//! was decided, here or there, and [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
+//! was decided, here or there, and [`clients`] whose they are; [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
 //! [`streams`]. [`hub`] is the gateway by which members reach each other, if there is one. All of that is without IO and clock.
 //!
 //! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind; [`tokens`] reads
-//! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads. [`message`] has the messages,
-//! [`close`] the reasons for which a WebSocket is closed.
+//! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads, whose [`outlet`] waits for what its
+//! client has not read. [`message`] has the messages, [`close`] the reasons for which a WebSocket is closed.
 //!
 //! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`routes`]. Next stop: the other brokers, by MQTT.
 
 mod authority;
+mod clients;
 mod close;
 mod coordination;
 mod frame;
@@ -20,6 +21,7 @@ mod hub;
 mod id;
 mod message;
 mod metrics;
+mod outlet;
 mod pool;
 pub mod routes;
 mod service;
@@ -45,6 +47,7 @@ use wgkex_common::{BrokerName, Config, WorkerName};
 
 use crate::bus::election::{self, Election};
 
+use self::clients::Clients;
 use self::coordination::Coordination;
 use self::hub::Hub;
 pub use self::hub::HubTrouble;
@@ -122,7 +125,8 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     let own = BrokerName::from(&config.name);
     let hub = settings.hub.clone().map(|worker| Hub::new(worker, settings.networks.clone()));
     let hub_trouble = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.trouble()?)));
-    let sessions = Sessions::new(own.clone(), addresses, buffer.clone(), metrics.clone()).with_hub(hub);
+    let clients = Clients::new(settings.networks.count());
+    let sessions = Sessions::new(own.clone(), clients, addresses, buffer.clone(), metrics.clone()).with_hub(hub);
     let election = Election::new(own.clone(), served.clone(), now);
     let troubles = Arc::new(Mutex::new(Troubles { hub: hub_trouble, ..Troubles::default() }));
     let tenants =

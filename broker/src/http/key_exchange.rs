@@ -101,7 +101,7 @@ impl App {
     }
 
     /// The client whose request it is.
-    fn client(&self, request: &HttpRequest) -> Client {
+    pub fn client(&self, request: &HttpRequest) -> Client {
         client_of_request(peer(request), &self.trusted, self.client_address(request))
     }
 

@@ -34,11 +34,14 @@ pub enum CloseCause {
     /// All networks are taken.
     #[error("all networks are taken by other tenants")]
     NoNetwork,
+    /// Its client has members in too many other tenants.
+    #[error("this client address has members in as many other tenants as one may")]
+    TooManyTenants,
     /// Another member got its address while brokers did not reach each other.
     #[error("another member has this address now: join again")]
     Conflict,
     /// No broker gives addresses.
-    #[error("no broker gives addresses now")]
+    #[error("no broker gives addresses now: join again")]
     NoCoordinator,
     /// A message is too large.
     #[error("a message has at most {MESSAGE_MAX} bytes")]
@@ -68,9 +71,10 @@ impl CloseCause {
         let code = match self {
             Self::Slow | Self::Silent => return None,
             Self::Binary | Self::Join(JoinMessageError::Malformed(_)) => CloseCode::Unsupported,
-            Self::JoinTimeout | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_)) | Self::KeyInUse => {
-                CloseCode::Policy
-            }
+            Self::JoinTimeout
+            | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_))
+            | Self::KeyInUse
+            | Self::TooManyTenants => CloseCode::Policy,
             Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::NoCoordinator => CloseCode::Again,
             Self::TooLarge => CloseCode::Size,
             Self::Protocol(_) => CloseCode::Protocol,

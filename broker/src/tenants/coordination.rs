@@ -140,8 +140,7 @@ impl Coordination {
 
     /// A session wants to be a member.
     pub fn join(&mut self, wish: Wish, link: SessionLink, now: Instant) {
-        if !link.queue.is_closed() {
-            self.sessions.insert(wish.clone(), link, now);
+        if !link.queue.is_closed() && self.sessions.insert(wish.clone(), link, now) {
             self.request(Request::Join(wish), now);
         }
     }

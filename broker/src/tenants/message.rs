@@ -1,16 +1,22 @@
 //! What members and broker send each other: JSON objects without a type, known by their keys.
 
+use std::fmt;
+use std::iter::{from_fn, once, repeat};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use wgkex_common::{KeyError, PublicKey};
 
 use crate::tenants::table::{Member, Newcomer};
 
 /// The most bytes of a name.
 pub const NAME_MAX: usize = 255;
+/// The bytes from which on a part of an answer has no further member.
+const PART: usize = 4 << 10;
 
 /// Why a first message is not a join.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,10 +32,36 @@ pub enum JoinMessageError {
     Key(KeyError),
 }
 
-#[derive(Deserialize)]
+/// The members of the object that count. Of several with one name that is the last, as for the original.
+#[derive(Default)]
 struct JoinMessage {
-    display_name: String,
-    public_key: String,
+    display_name: Option<Value>,
+    public_key: Option<Value>,
+}
+
+impl<'de> Deserialize<'de> for JoinMessage {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Self::default())
+    }
+}
+
+impl<'de> Visitor<'de> for JoinMessage {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut members: A) -> Result<Self, A::Error> {
+        while let Some(name) = members.next_key::<String>()? {
+            match name.as_str() {
+                "display_name" => self.display_name = Some(members.next_value()?),
+                "public_key" => self.public_key = Some(members.next_value()?),
+                _ => drop(members.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(self)
+    }
 }
 
 /// The client in its first message. Further members of the object do not count.
@@ -39,7 +71,9 @@ pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<Newcomer, Join
     }
     let message: serde_json::Result<JoinMessage> = serde_json::from_str(text);
     let JoinMessage { display_name, public_key } =
-        message.map_err(|error| JoinMessageError::Malformed(cause(&error)))?;
+        message.map_err(|error| JoinMessageError::Malformed(place(&error)))?;
+    let display_name = required_text("display_name", display_name)?;
+    let public_key = required_text("public_key", public_key)?;
     if display_name.len() > NAME_MAX {
         return Err(JoinMessageError::LongName);
     }
@@ -47,18 +81,17 @@ pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<Newcomer, Join
     Ok(Newcomer { display_name, public_key, endpoint })
 }
 
-/// What is wrong, without what the client sent.
-fn cause(error: &serde_json::Error) -> String {
-    let (line, column) = (error.line(), error.column());
-    let text = error.to_string();
-    let is_field = ["missing field", "duplicate field"].iter().any(|cause| text.starts_with(cause));
-    match error.classify() {
-        serde_json::error::Category::Data if is_field => text.split(" at line ").next().unwrap_or_default().to_owned(),
-        serde_json::error::Category::Data => format!("a value of another type ends at column {column} of line {line}"),
-        serde_json::error::Category::Io | serde_json::error::Category::Syntax | serde_json::error::Category::Eof => {
-            format!("no JSON at column {column} of line {line}")
-        }
+fn required_text(name: &str, value: Option<Value>) -> Result<String, JoinMessageError> {
+    match value {
+        Some(Value::String(text)) => Ok(text),
+        Some(_) => Err(JoinMessageError::Malformed(format!("{name} has another type"))),
+        None => Err(JoinMessageError::Malformed(format!("{name} is missing"))),
     }
+}
+
+/// Where it is wrong, without what the client sent.
+fn place(error: &serde_json::Error) -> String {
+    format!("no JSON at column {} of line {}", error.column(), error.line())
 }
 
 /// What a client gets beside the original's messages.
@@ -96,14 +129,6 @@ pub struct HubPeer {
     pub allowed_ips: IpNet,
 }
 
-#[derive(Serialize)]
-struct Answer<'a> {
-    virtual_ip: IpAddr,
-    peers: Vec<MemberObject<'a>>,
-    #[serde(flatten)]
-    shown: Option<ShownHub<'a>>,
-}
-
 /// It is null while there is none.
 #[derive(Serialize)]
 struct ShownHub<'a> {
@@ -134,10 +159,22 @@ pub struct Welcome {
     pub hub: Option<HubPeer>,
 }
 
-/// The answer to a member's join.
-pub fn answer(Welcome { virtual_ip, peers, hub }: &Welcome, form: Form) -> String {
-    let peers = peers.iter().map(|peer| MemberObject::new(peer, form)).collect();
-    json(&Answer { virtual_ip: *virtual_ip, peers, shown: form.hub.then_some(ShownHub { hub: hub.as_ref() }) })
+/// The answer to a member's join, in parts of a few KiB: as a whole that of a large tenant has half a megabyte.
+pub fn answer(Welcome { virtual_ip, peers, hub }: &Welcome, form: Form) -> impl Iterator<Item = String> {
+    let comma = once("").chain(repeat(","));
+    let peers = comma.zip(peers).map(move |(comma, peer)| format!("{comma}{}", announcement(peer, form)));
+    let hub = if form.hub { format!(r#","hub":{}"#, json(hub)) } else { String::new() };
+    let mut pieces =
+        once(format!(r#"{{"virtual_ip":"{virtual_ip}","peers":["#)).chain(peers).chain(once(format!("]{hub}}}")));
+    from_fn(move || {
+        let mut part = pieces.next()?;
+        while part.len() < PART
+            && let Some(piece) = pieces.next()
+        {
+            part += &piece;
+        }
+        Some(part)
+    })
 }
 
 /// Another hub than before, or none.
@@ -191,6 +228,7 @@ mod tests {
             allowed_ips: "10.64.0.0/20".parse().unwrap(),
         };
         let alone = r#"{"virtual_ip":"10.64.0.2","peers":[]}"#;
+        let answer = |welcome: &Welcome, form| answer(welcome, form).collect::<String>();
         for hub in [None, Some(hub.clone())] {
             assert_eq!(answer(&welcome(&[], hub), Form::default()), alone);
         }
@@ -205,8 +243,34 @@ mod tests {
     }
 
     #[test]
+    fn the_answer_of_a_large_tenant_comes_in_parts_of_bounded_size() {
+        let peer = Arc::new(member(&"\u{1}".repeat(NAME_MAX), None));
+        let welcome = |peers| {
+            let virtual_ip = "10.64.0.1".parse().unwrap();
+            Welcome { virtual_ip, peers: vec![peer.clone(); peers], hub: None }
+        };
+        for peers in [0, 1, 2, 3, 4, 100] {
+            let parts: Vec<_> = answer(&welcome(peers), Form::default()).collect();
+            let whole: Value = serde_json::from_str(&parts.concat()).unwrap();
+            assert_eq!(whole["peers"].as_array().map(Vec::len), Some(peers));
+            assert!(parts.iter().all(|part| !part.is_empty() && part.len() < PART + 2048), "{parts:?}");
+            let (last, before) = parts.split_last().unwrap();
+            assert!(before.iter().all(|part| part.len() >= PART) && (peers < 4 || !before.is_empty()), "{last}");
+        }
+    }
+
+    #[test]
+    fn of_two_members_of_one_name_the_last_counts() {
+        let text = format!(
+            r#"{{"display_name":7,"public_key":"{KEY}","display_name":"A","public_key":"x","public_key":"{KEY}"}}"#
+        );
+        assert_eq!(parse_join(&text, None).unwrap(), member("A", None).client);
+    }
+
+    #[test]
     fn white_space_and_further_members_are_accepted_and_names_are_echoed_as_given() {
-        let text = format!(" {{\"x\": [1], \"public_key\" :\n\"{KEY}\", \"display_name\": \" \\u00e4\\\"\\n\" }} ");
+        let deep = "[".repeat(1000) + &"]".repeat(1000);
+        let text = format!(" {{\"x\": {deep}, \"public_key\" :\n\"{KEY}\", \"display_name\": \" \\u00e4\\\"\\n\" }} ");
         assert_eq!(parse_join(&text, None).unwrap().display_name, " \u{e4}\"\n");
         for name in ["", "%_'", &"\u{e4}".repeat(127)] {
             assert_eq!(member(name, None).client.display_name, name);
@@ -235,7 +299,7 @@ mod tests {
             assert!(error.contains("JSON object") && !error.contains("secret"), "{text}: {error}");
             assert!(error.len() <= 123, "a close frame has room for it: {error}");
         }
-        assert!(parsed("{}").ends_with("missing field `display_name`"));
+        assert!(parsed("{}").ends_with("display_name is missing"));
         let null = format!(r#"{{"display_name":null,"public_key":"{KEY}"}}"#);
         let number = format!(r#"{{"display_name":7,"public_key":"{KEY}"}}"#);
         for text in [null, number, r#"{"display_name":"A","public_key":7}"#.into()] {

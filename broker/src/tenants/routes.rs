@@ -1,7 +1,5 @@
 //! Requests for a WebSocket, up to the upgrade: whose tenant, whether the client may, whether there is room.
 
-use std::net::IpAddr;
-
 use actix_web::http::StatusCode;
 use actix_web::http::header::{AUTHORIZATION, HeaderValue, UPGRADE, WWW_AUTHENTICATE};
 use actix_web::web::{self, Data, Payload, ServiceConfig};
@@ -13,7 +11,7 @@ use crate::http::{App, error};
 use crate::tenants::FrontDoor;
 use crate::tenants::id::{IdError, TenantId};
 use crate::tenants::message::Form;
-use crate::tenants::socket::{Client, Socket};
+use crate::tenants::socket::{Opening, Socket};
 use crate::tenants::tokens::TokenError;
 
 /// What the path of a WebSocket begins with; the tenant's id follows.
@@ -53,17 +51,18 @@ async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<
     }
     let (response, session, messages) = actix_ws::handle(&request, body).map_err(UpgradeError::Handshake)?;
     let connection = app.connections.upgrade(&request).ok_or(UpgradeError::Full)?;
-    let client = client(&request, tenant, || app.client_address(&request));
+    let opening = opening(&request, tenant, &app);
     let messages = messages.aggregate_continuations();
-    actix_web::rt::spawn(Socket { session, messages, connection, client, tenants: handle, metrics }.run());
+    actix_web::rt::spawn(Socket { session, messages, connection, opening, tenants: handle, metrics }.run());
     Ok(response)
 }
 
 /// Only who asks for endpoints shows its own.
-fn client(request: &HttpRequest, tenant: TenantId, address: impl FnOnce() -> Option<IpAddr>) -> Client {
+fn opening(request: &HttpRequest, tenant: TenantId, app: &App) -> Opening {
     let wants = |name| query(request, name).as_deref() == Some("1");
     let form = Form { endpoints: wants("endpoints"), hub: wants("hub") };
-    Client { tenant, form, endpoint: form.endpoints.then(address).flatten() }
+    let endpoint = if form.endpoints { app.client_address(request) } else { None };
+    Opening { client: app.client(request), tenant, form, endpoint }
 }
 
 /// The token of a client, in a header or, for browsers, in the query.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Fuse, FusedFuture as _};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
@@ -16,10 +18,9 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 use crate::tenants::close::CloseCause;
 use crate::tenants::coordination::Coordination;
 use crate::tenants::frame::{Frame, SessionId, Wish};
-use crate::tenants::id::TenantId;
-use crate::tenants::message::Form;
 use crate::tenants::metrics::{Leave, Metrics};
 use crate::tenants::sessions::{Outgoing, SessionLink};
+use crate::tenants::socket::Opening;
 use crate::tenants::store::AddressBuffer;
 use crate::tenants::table::Newcomer;
 
@@ -99,12 +100,13 @@ pub struct TenantService {
 
 impl TenantsHandle {
     /// Asks for a place among the members of a tenant. The answer comes by the queue, or the reason against it by the end.
-    pub async fn join(&self, tenant: TenantId, client: Newcomer, form: Form) -> Result<Membership, CloseCause> {
+    pub async fn join(&self, opening: &Opening, newcomer: Newcomer) -> Result<Membership, CloseCause> {
         let session = SessionId(self.last.fetch_add(1, Ordering::Relaxed));
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
         let (ended, end) = oneshot::channel();
-        let link = SessionLink { form, queue: sender, end: ended };
-        let command = Command::Join(Wish { session, tenant, client }, link);
+        let Opening { client, tenant, form, .. } = opening;
+        let link = SessionLink { client: *client, form: *form, queue: sender, end: ended };
+        let command = Command::Join(Wish { session, tenant: tenant.clone(), client: newcomer }, link);
         self.commands.send(command).await.map_err(|_| CloseCause::Stopping)?;
         Ok(Membership { seat: Seat { session, commands: self.commands.clone() }, queue, end })
     }
@@ -147,6 +149,7 @@ impl TenantService {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let connection = bus.connection_state();
+        let mut under_way = Fuse::terminated();
         loop {
             tokio::select! {
                 biased;
@@ -155,6 +158,7 @@ impl TenantService {
                     let is_up = *connection.borrow() == ConnectionState::Up;
                     self.tick(is_up, Instant::now());
                 }
+                () = &mut under_way => {}
                 Some(event) = self.events.recv() => self.on_event(event, Instant::now()),
                 Some(command) = self.commands.recv() => self.on_command(command, Instant::now()),
             }
@@ -168,13 +172,18 @@ impl TenantService {
                     break;
                 }
             }
-            publish(&bus, self.tenants.take_frames(Instant::now()));
+            // What waits goes on when the server has the frames before: no router's key comes behind more of them.
+            if under_way.is_terminated() {
+                under_way = publish(&bus, self.tenants.take_frames(Instant::now()));
+            }
             if let Some((worker, messages)) = self.tenants.take_hub_messages(Instant::now()) {
                 publish_to_hub(&bus, &worker, &messages);
             }
             self.metrics.set(self.tenants.counts());
         }
-        publish(&bus, self.tenants.stop(Instant::now()));
+        for frame in self.tenants.stop(Instant::now()) {
+            let _ = bus.try_publish(message(frame));
+        }
     }
 
     fn on_command(&mut self, command: Command, now: Instant) {
@@ -212,12 +221,21 @@ impl TenantService {
     }
 }
 
-/// A frame that finds no place is missed by the other broker, and all is registered again.
-fn publish(bus: &MqttHandle, frames: Vec<(BrokerName, Frame)>) {
-    for (broker, frame) in frames {
-        let payload = serde_json::to_vec(&frame).unwrap_or_default();
-        let _ = bus.try_publish(Message::transient(Topic::BrokerTenants { broker }, payload));
+/// Publishes frames; what is returned ends when the server has all of them. One that finds no place is missed by the other broker,
+/// and all is registered again.
+fn publish(bus: &MqttHandle, mut frames: Vec<(BrokerName, Frame)>) -> Fuse<BoxFuture<'static, ()>> {
+    let Some(last) = frames.pop() else { return Fuse::terminated() };
+    for frame in frames {
+        let _ = bus.try_publish(message(frame));
     }
+    let (bus, last) = (bus.clone(), message(last));
+    // It is lost with the session.
+    async move { bus.publish(last).await.unwrap_or_default() }.boxed().fuse()
+}
+
+fn message((broker, frame): (BrokerName, Frame)) -> Message {
+    let payload = serde_json::to_vec(&frame).unwrap_or_default();
+    Message::transient(Topic::BrokerTenants { broker }, payload)
 }
 
 /// A message that finds no place is missed by the worker, which asks for all then.

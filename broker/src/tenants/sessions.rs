@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytestring::ByteString;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use wgkex_common::BrokerName;
 
+use crate::client_ip::Client;
+use crate::tenants::clients::Clients;
 use crate::tenants::close::CloseCause;
 use crate::tenants::frame::{Origin, Refusal, Request, SessionId, Update, Wish};
 use crate::tenants::hub::Hub;
@@ -23,6 +26,8 @@ use crate::tenants::table::Member;
 /// How a session is reached.
 #[derive(Debug)]
 pub struct SessionLink {
+    /// Whose it is.
+    pub client: Client,
     /// The form of the messages that it gets.
     pub form: Form,
     /// What it is to send.
@@ -31,11 +36,18 @@ pub struct SessionLink {
     pub end: oneshot::Sender<CloseCause>,
 }
 
+impl SessionLink {
+    /// Whether there is room for what the session is to send. One that has ended is about to leave, and not slow.
+    fn takes(&self, outgoing: Outgoing) -> bool {
+        !matches!(self.queue.try_send(outgoing), Err(TrySendError::Full(_)))
+    }
+}
+
 /// What a session is to send.
 #[derive(Debug)]
 pub enum Outgoing {
     /// It is a member.
-    Answer(Welcome),
+    Answer(Box<Welcome>),
     /// A message about another member.
     Text(ByteString),
     /// A ping whose answer is to be reported.
@@ -47,6 +59,7 @@ pub enum Outgoing {
 pub struct Sessions {
     own: BrokerName,
     by_id: BTreeMap<SessionId, Session>,
+    clients: Clients,
     members: Members,
     addresses: Addresses,
     /// A snapshot, as far as it came.
@@ -84,10 +97,10 @@ struct Broadcast {
 }
 
 impl Sessions {
-    /// Of a broker of this name, whose disk has these addresses.
-    pub fn new(own: BrokerName, addresses: Addresses, kept: AddressBuffer, metrics: Metrics) -> Self {
+    /// Of a broker of this name without clients, whose disk has these addresses.
+    pub fn new(own: BrokerName, clients: Clients, addresses: Addresses, kept: AddressBuffer, metrics: Metrics) -> Self {
         let (by_id, members) = (BTreeMap::new(), Members::new());
-        Self { own, by_id, members, addresses, partial: None, last_order: 0, hub: None, kept, metrics }
+        Self { own, by_id, clients, members, addresses, partial: None, last_order: 0, hub: None, kept, metrics }
     }
 
     /// With a hub, which is to have all addresses.
@@ -110,7 +123,7 @@ impl Sessions {
         for Session { wish, link, address, .. } in self.by_id.values().filter(|session| session.link.form.hub) {
             let Some(address) = address else { continue };
             let peer = self.hub.as_ref().and_then(|hub| hub.peer(*address));
-            if link.queue.try_send(Outgoing::Text(hub_change(peer.as_ref()).into())).is_err() {
+            if !link.takes(Outgoing::Text(hub_change(peer.as_ref()).into())) {
                 slow.push(wish.session);
             }
         }
@@ -119,14 +132,27 @@ impl Sessions {
         requests
     }
 
-    /// A session wants to be a member.
-    pub fn insert(&mut self, wish: Wish, link: SessionLink, now: Instant) {
+    /// A session wants to be a member. False if its client may not have it: it has ended then.
+    pub fn insert(&mut self, wish: Wish, link: SessionLink, now: Instant) -> bool {
+        if !self.clients.may_join(link.client, &wish.tenant) {
+            // It may have ended by itself.
+            let _ = link.end.send(CloseCause::TooManyTenants);
+            return false;
+        }
+        self.clients.add(link.client, wish.tenant.clone());
         self.by_id.insert(wish.session, Session { wish, link, since: now, address: None });
+        true
+    }
+
+    fn take(&mut self, session: SessionId) -> Option<Session> {
+        let taken = self.by_id.remove(&session)?;
+        self.clients.remove(taken.link.client, &taken.wish.tenant);
+        Some(taken)
     }
 
     /// A session is over. False if that is known.
     pub fn remove(&mut self, session: SessionId, leave: Leave) -> bool {
-        let removed = self.by_id.remove(&session);
+        let removed = self.take(session);
         if removed.as_ref().is_some_and(|session| session.address.is_some()) {
             self.metrics.leaves.with_label_values(&[<&str>::from(leave)]).inc();
         }
@@ -146,7 +172,7 @@ impl Sessions {
 
     /// Ends a session; false if it has ended.
     pub fn end(&mut self, session: SessionId, cause: CloseCause) -> bool {
-        let Some(Session { link, address, .. }) = self.by_id.remove(&session) else { return false };
+        let Some(Session { link, address, .. }) = self.take(session) else { return false };
         if address.is_some() {
             let leave = if cause == CloseCause::Silent {
                 Leave::Silent
@@ -210,7 +236,7 @@ impl Sessions {
             Update::Left(tenant, address) => self.left(&tenant, address, &mut requests),
             Update::Address(tenant, key, address) => self.set_address((tenant, key), address),
             Update::Probe(session) => {
-                let probe = |session: &Session| session.link.queue.try_send(Outgoing::Probe).is_ok();
+                let probe = |session: &Session| session.link.takes(Outgoing::Probe);
                 if !self.by_id.get(&session).is_some_and(probe) {
                     self.drop_slow(vec![session], &mut requests);
                 }
@@ -250,11 +276,12 @@ impl Sessions {
             peers.sort_by_key(|known| known.order);
             let peers = peers.into_iter().map(|known| known.member.clone()).collect();
             let hub = self.hub.as_ref().filter(|_| found.link.form.hub).and_then(|hub| hub.peer(own));
-            if found.link.queue.try_send(Outgoing::Answer(Welcome { virtual_ip: own, peers, hub })).is_ok() {
+            let welcome = Box::new(Welcome { virtual_ip: own, peers, hub });
+            if found.link.queue.try_send(Outgoing::Answer(welcome)).is_ok() {
                 self.metrics.joins.inc();
             } else {
                 // Its session has ended.
-                self.by_id.remove(&session);
+                self.take(session);
                 requests.push(Request::Leave(session));
             }
         }
@@ -281,7 +308,7 @@ impl Sessions {
                 continue;
             }
             let Some(Session { link, .. }) = self.by_id.get(&origin.session) else { continue };
-            if link.queue.try_send(Outgoing::Text(message.text(link.form))).is_err() {
+            if !link.takes(Outgoing::Text(message.text(link.form))) {
                 slow.push(origin.session);
             }
         }

@@ -13,10 +13,12 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use wgkex_common::http::connections::UpgradedConnection;
 
+use crate::client_ip::Client;
 use crate::tenants::close::{CloseCause, JOIN_TIMEOUT};
 use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, answer, parse_join};
 use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::outlet::Outlet;
 use crate::tenants::service::{Membership, Seat, TenantsHandle};
 use crate::tenants::sessions::Outgoing;
 
@@ -24,12 +26,12 @@ use crate::tenants::sessions::Outgoing;
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// How long there may be no room for a close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The payload of pings whose answer is reported.
-const PROBE: &[u8] = b"probe";
 
 /// What the request for the WebSocket said.
 #[derive(Debug)]
-pub struct Client {
+pub struct Opening {
+    /// Whose it is.
+    pub client: Client,
     /// The tenant that the client wants to join.
     pub tenant: TenantId,
     /// The form of the messages that it gets.
@@ -46,8 +48,8 @@ pub struct Socket {
     pub messages: AggregatedMessageStream,
     /// The connection below.
     pub connection: UpgradedConnection,
-    /// Who opened it.
-    pub client: Client,
+    /// How it was opened.
+    pub opening: Opening,
     /// What it is to be a member of.
     pub tenants: TenantsHandle,
     /// What is counted.
@@ -69,6 +71,13 @@ enum End {
 struct Pulse {
     /// Something came since the last ping.
     is_heard: Cell<bool>,
+    probe: Probe,
+}
+
+/// The ping whose answer is to be reported, until it came. Other pongs are not: each goes to all brokers' coordinator.
+#[derive(Default)]
+struct Probe {
+    payload: Cell<Option<[u8; 8]>>,
 }
 
 impl Socket {
@@ -87,24 +96,25 @@ impl Socket {
     }
 
     async fn join(&mut self) -> Result<Membership, End> {
-        let Self { session, messages, connection, client: Client { tenant, form, endpoint }, tenants, .. } = self;
+        let Self { session, messages, connection, opening, tenants, .. } = self;
         let text = tokio::select! {
             text = first_text(messages, session) => text?,
             () = connection.too_large() => return Err(End::Broker(CloseCause::TooLarge)),
             () = sleep(JOIN_TIMEOUT) => return Err(End::Broker(CloseCause::JoinTimeout)),
             () = tenants.stopped() => return Err(End::Broker(CloseCause::Stopping)),
         };
-        let client = parse_join(&text, *endpoint).map_err(|error| End::Broker(CloseCause::Join(error)))?;
-        tenants.join(tenant.clone(), client, *form).await.map_err(End::Broker)
+        let newcomer = parse_join(&text, opening.endpoint).map_err(|error| End::Broker(CloseCause::Join(error)))?;
+        tenants.join(opening, newcomer).await.map_err(End::Broker)
     }
 
     async fn be_member(&mut self, membership: Membership) -> End {
         let Membership { seat, mut queue, mut end } = membership;
         let (pulse, is_answered) = (Pulse::default(), Cell::new(false));
+        let outlet = Outlet::new(self.session.clone(), &self.connection);
         let ended = tokio::select! {
             cause = &mut end => End::Broker(cause.unwrap_or(CloseCause::Stopping)),
             ended = read(&mut self.messages, self.session.clone(), &pulse, &seat) => ended,
-            ended = write(&mut queue, self.session.clone(), self.client.form, || {
+            ended = write(&mut queue, outlet, self.opening.form, &pulse.probe, || {
                 is_answered.set(true);
                 self.connection.settle();
             }) => ended,
@@ -141,6 +151,24 @@ impl Socket {
     }
 }
 
+impl Probe {
+    /// What the next one has, of a number that the member does not know.
+    fn begin(&self, number: u64) -> [u8; 8] {
+        let payload = number.to_be_bytes();
+        self.payload.set(Some(payload));
+        payload
+    }
+
+    /// Whether this is its answer, and the first one.
+    fn is_answered_by(&self, pong: &[u8]) -> bool {
+        let is_answer = self.payload.get().is_some_and(|payload| payload == pong);
+        if is_answer {
+            self.payload.set(None);
+        }
+        is_answer
+    }
+}
+
 impl End {
     fn leave(&self) -> Leave {
         match self {
@@ -167,7 +195,7 @@ async fn read(messages: &mut AggregatedMessageStream, mut session: Session, puls
     loop {
         match receive(messages, &mut session).await {
             Err(end) => return end,
-            Ok(AggregatedMessage::Pong(payload)) if payload == PROBE => seat.alive().await,
+            Ok(AggregatedMessage::Pong(pong)) if pulse.probe.is_answered_by(&pong) => seat.alive().await,
             Ok(_) => {}
         }
         pulse.is_heard.set(true);
@@ -191,15 +219,21 @@ async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) 
 }
 
 /// Sends what the tenants' task has for the member. `joined` is called with the answer.
-async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut session: Session, form: Form, joined: impl Fn()) -> End {
+async fn write(
+    queue: &mut mpsc::Receiver<Outgoing>,
+    mut outlet: Outlet<'_>,
+    form: Form,
+    probe: &Probe,
+    joined: impl Fn(),
+) -> End {
     while let Some(outgoing) = queue.recv().await {
         let sent = match outgoing {
             Outgoing::Answer(welcome) => {
                 joined();
-                session.text(answer(&welcome, form)).await
+                outlet.text_in_parts(answer(&welcome, form)).await
             }
-            Outgoing::Text(text) => session.text(text).await,
-            Outgoing::Probe => session.ping(PROBE).await,
+            Outgoing::Text(text) => outlet.text(text).await,
+            Outgoing::Probe => outlet.ping(&probe.begin(fastrand::u64(..))).await,
         };
         if sent.is_err() {
             return End::Lost;
@@ -219,5 +253,23 @@ async fn watch(mut session: Session, pulse: &Pulse) -> End {
         if !is_sent || !pulse.is_heard.get() {
             return End::Broker(CloseCause::Silent);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_pong_with_the_payload_of_a_probe_is_its_answer() {
+        let probe = Probe::default();
+        assert!([&b""[..], b"probe", &[0; 8]].iter().all(|pong| !probe.is_answered_by(pong)), "none was sent");
+        let payload = probe.begin(7);
+        assert_eq!(
+            [&b""[..], b"probe", &payload, &payload].map(|pong| probe.is_answered_by(pong)),
+            [false, false, true, false]
+        );
+        let (before, last) = (probe.begin(8), probe.begin(9));
+        assert_eq!([before, last].map(|pong| probe.is_answered_by(&pong)), [false, true]);
     }
 }

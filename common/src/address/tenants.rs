@@ -20,6 +20,12 @@ impl TenantNetworks {
         self.pool.iter().map(|network| (*network, self.tenant_length.max(network.prefix_len())))
     }
 
+    /// How many tenants there may be.
+    #[must_use]
+    pub fn count(&self) -> u128 {
+        self.parts().map(|(network, length)| 1_u128 << (length - network.prefix_len())).sum()
+    }
+
     /// The network of the tenant that has this address.
     #[must_use]
     pub fn of(&self, address: IpAddr) -> Option<IpNet> {
@@ -38,6 +44,7 @@ mod tests {
             pool: ["10.64.0.0/10", "192.168.1.0/24"].map(|network| network.parse().unwrap()).into(),
             tenant_length: 20,
         };
+        assert_eq!(networks.count(), 1025);
         for (address, expected) in [
             ("10.64.0.1", Some("10.64.0.0/20")),
             ("10.127.255.254", Some("10.127.240.0/20")),

@@ -97,6 +97,16 @@ impl Drop for Script {
     }
 }
 
+/// Waits until so many addresses are on the disk.
+fn wait_until_kept(stack: &Stack, addresses: i64) {
+    let file = stack.state_dir().join("tenants.sqlite");
+    wait_until("the addresses are on the disk", || {
+        let (_dir, copy) = sqlite::open_copy(&file, SCHEMA).ok()??;
+        let rows = copy.query_row("SELECT count(*) FROM addresses", [], |row| row.get::<_, i64>(0)).ok()?;
+        (rows == addresses).then_some(())
+    });
+}
+
 /// What the script does in a scenario against a broker with these settings.
 fn scenario(name: &str, settings: &str) {
     Script::start(&stack_with(settings), name, &[]).finish();
@@ -223,18 +233,52 @@ fn os11_of_members_that_join_at_once_each_learns_of_each_other_once() {
 
 #[test]
 fn os12_what_members_put_together_during_churn_is_the_truth() {
-    Script::start(&stack_with(", grace: 0.05"), "os12", &["6"]).finish();
+    Script::start(&stack_with(", grace: 0.05"), "os12", &["1000"]).finish();
 }
 
 #[test]
 fn os13_a_member_that_does_not_read_is_dropped_and_announced() {
     let stack = stack_with("");
     Script::start(&stack, "os13", &[]).finish();
-    let left = |reason: &str| {
-        stack.metric(&format!("wgkex_broker_tenants_leaves_total{{reason=\"{reason}\"}}")).unwrap_or_default()
-    };
-    let reasons = ["slow", "silent", "refused", "closed"].map(|reason| (reason, left(reason)));
-    assert!((left("slow") + left("silent") - 1.0).abs() < f64::EPSILON, "{reasons:?}");
+    for (reason, members) in [("slow", 1.0), ("silent", 0.0), ("refused", 0.0)] {
+        stack.wait_for_metric(&format!("wgkex_broker_tenants_leaves_total{{reason=\"{reason}\"}}"), members);
+    }
+}
+
+/// The answers together are far more than what all connections may hold, and nobody reads its own before all have joined.
+#[test]
+fn members_of_a_large_tenant_that_come_at_once_all_get_in_and_hold_little() {
+    const MEMBERS: u32 = 300;
+    // Each character takes six of JSON, so that an answer is as large as that of 4,000 members with short names.
+    let name = "\u{1}".repeat(255);
+    let mut stack = stack_with("");
+    let (http, pid) = (stack.http, stack.broker().pid());
+    let open = |_| WebSocket::open(http, "/tenants/t").unwrap();
+    let mut members: Vec<_> = (0..MEMBERS).map(open).collect();
+    let before = memory(pid);
+    for (n, member) in (0..).zip(&mut members) {
+        member.text(&serde_json::json!({ "display_name": name, "public_key": key(n) }).to_string()).unwrap();
+    }
+    stack.wait_for_metric("wgkex_broker_tenants_joins_total", f64::from(MEMBERS));
+    let held = memory(pid).saturating_sub(before);
+    assert!(held < MEMBERS * 100, "{held} KiB more, of answers with up to 480 KiB each");
+    let mut largest = 0;
+    for (n, member) in members.iter_mut().enumerate() {
+        let answer = member.message().unwrap_or_else(|error| panic!("{n}: {error}"));
+        let peers = answer["peers"].as_array().unwrap().iter();
+        let mut known: Vec<_> = peers.map(|peer| peer["public_key"].as_str().unwrap().to_owned()).collect();
+        largest = largest.max(known.len());
+        while known.len() + 1 < MEMBERS as usize {
+            known.push(member.message().unwrap()["public_key"].as_str().unwrap().to_owned());
+        }
+        known.sort();
+        known.dedup();
+        assert_eq!(known.len() + 1, MEMBERS as usize);
+    }
+    assert_eq!(largest + 1, MEMBERS as usize);
+    for reason in ["closed", "slow", "silent", "refused"] {
+        stack.wait_for_metric(&format!("wgkex_broker_tenants_leaves_total{{reason=\"{reason}\"}}"), 0.0);
+    }
 }
 
 #[test]
@@ -320,12 +364,7 @@ fn os20_members_have_their_addresses_after_a_restart() {
     let mut stack = stack_with("");
     let mut script = Script::start(&stack, "os20", &[]);
     script.wait_for("joined");
-    let file = stack.state_dir().join("tenants.sqlite");
-    wait_until("the addresses are on the disk", || {
-        let (_dir, copy) = sqlite::open_copy(&file, SCHEMA).ok()??;
-        let rows = copy.query_row("SELECT count(*) FROM addresses", [], |row| row.get::<_, i64>(0)).ok()?;
-        (rows == 7).then_some(())
-    });
+    wait_until_kept(&stack, 7);
     assert!(!stack.broker().end_by(Signal::SIGKILL).success());
     stack.start_broker();
     stack.wait_until_ready();
@@ -358,6 +397,28 @@ fn endpoints_are_shown_on_demand_only() {
     scenario("endpoints", "");
     let stack = Stack::start(plan("").config("trusted_proxies: [127.0.0.1]"));
     Script::start(&stack, "endpoints", &["203.0.113.7"]).finish();
+}
+
+/// Also behind a proxy, which brings many clients.
+#[test]
+fn one_client_does_not_take_the_networks_of_all_tenants() {
+    let plan = Plan::new(Bus::Embedded).config("trusted_proxies: [127.0.0.1]");
+    let stack = Stack::start(plan.config("tenants: {enabled: true, pool: 10.64.0.0/20, tenant_length: 25}"));
+    Script::start(&stack, "one_client", &[]).finish();
+    stack.wait_for_metric("wgkex_broker_tenants_refused_total{reason=\"too_many_tenants\"}", 2.0);
+}
+
+#[test]
+fn tenants_of_ipv6_are_as_those_of_ipv4_also_after_a_restart() {
+    let mut stack = stack_with(", pool: \"fd00::/48\", tenant_length: 64");
+    let mut script = Script::start(&stack, "ipv6", &[]);
+    script.wait_for("joined");
+    wait_until_kept(&stack, 4);
+    assert!(!stack.broker().end_by(Signal::SIGKILL).success());
+    stack.start_broker();
+    stack.wait_until_ready();
+    script.go_on();
+    script.finish();
 }
 
 #[test]

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import ssl
+import statistics
 import struct
 import sys
 import time
@@ -60,6 +61,22 @@ async def join(tenant, name="A", own=None, **more):
     own = own or key()
     await ws.send(json.dumps({"display_name": name, "public_key": own}))
     return Member(ws, name, own, await receive(ws))
+
+
+async def joins(tenant, count):
+    """How long each of so many joins took, one after the other, whose members leave at once."""
+    times = []
+    for _ in range(count):
+        begun = time.monotonic()
+        member = await join(tenant)
+        times.append(time.monotonic() - begun)
+        await member.ws.close()
+    return times
+
+
+def as_fast(times, before):
+    """Whether joins took no longer than before, as far as a machine that is busy with other things can tell."""
+    return statistics.median(times) < 10 * statistics.median(before)
 
 
 async def refusal(ws, codes, limit=LIMIT):
@@ -125,12 +142,18 @@ async def os6():
     for leave in (lambda ws: ws.close(), abort, finish):
         b = await join("t", "B")
         await a.joined(b)
-        left = time.monotonic()
         await leave(b.ws)
-        await a.removed(b.address)
-        # Far from what a lost connection takes.
-        assert time.monotonic() - left < 5
-    # Once: the next is another one's.
+        # Others join meanwhile, a few at most: no ping and no timeout was needed.
+        others = asyncio.ensure_future(joins("t", 50))
+        messages = [await a.next()]
+        while messages[-1] != {"removed_peer": b.address}:
+            messages.append(await a.next())
+        assert len(messages) < 50, len(messages)
+        await others
+        # Once, for each that joined.
+        while sum("removed_peer" in message for message in messages) < 51:
+            messages.append(await a.next())
+        assert len(messages) == 101 and messages.count({"removed_peer": b.address}) == 1
     await a.joined(await join("t"))
 
 
@@ -215,16 +238,13 @@ async def os9():
 
 async def os10():
     """Silent clients disturb nobody, and are closed."""
+    before = await joins("t", 25) + await joins("u", 25)
     silent = [await connect(tenant) for tenant in ["t"] * 20 + ["u"] * 20]
     opened = time.monotonic()
-    times = []
-    for n in range(50):
-        begun = time.monotonic()
-        member = await join("tu"[n % 2])
-        times.append(time.monotonic() - begun)
-        await member.ws.close()
+    times = await joins("t", 25) + await joins("u", 25)
+    assert as_fast(times, before), (times, before)
     # None waited until the silent ones were closed.
-    assert max(times) < 5, times
+    assert all(ws.open for ws in silent)
     reasons = await asyncio.gather(*(refusal(ws, [1008]) for ws in silent))
     assert all("10 s" in reason for reason in reasons), reasons
     assert 9 < time.monotonic() - opened
@@ -249,10 +269,10 @@ async def os11():
 
 
 async def os12():
-    """What each member has put together of what it received is the truth, after random joins and leaves."""
+    """What each member has put together of what it received is the truth, after random joins and leaves. ARGUMENTS: how many joins."""
     import random
 
-    truth, until = {}, time.monotonic() + float(ARGUMENTS[0])
+    truth, left = {}, int(ARGUMENTS[0])
     keys = [key() for _ in range(12)]
 
     async def follow(member, known, done):
@@ -271,13 +291,15 @@ async def os12():
                 known[message["virtual_ip"]] = message["public_key"]
 
     async def churn(own):
+        nonlocal left
         while True:
             member = await join("t", own=own)
+            left -= 1
             known = {peer["virtual_ip"]: peer["public_key"] for peer in member.peers}
             assert len(known) == len(member.peers)
             done = asyncio.Event()
             following = asyncio.ensure_future(follow(member, known, done))
-            if time.monotonic() > until:
+            if left <= 0:
                 truth[member.address] = own
                 return following
             await asyncio.sleep(random.random() * 0.1)
@@ -293,28 +315,42 @@ async def os12():
 
 
 async def os13():
-    """A member that does not read is dropped, and holds nobody up."""
+    """A member that does not read is dropped when so much waits for it, and holds nobody up."""
     a = await join("t")
+    before = await joins("t", 50)
+    for _ in range(100):
+        await a.next()
     slow = await join("t", "slow", sock=small_socket(), ping_interval=None)
     await a.joined(slow)
     slow.ws.transport.pause_reading()
-    times, removed = [], asyncio.Event()
+    times, heard, removed = [], 0, asyncio.Event()
 
     async def watch():
-        while await a.next(60) != {"removed_peer": slow.address}:
-            pass
+        nonlocal heard
+        while await a.next() != {"removed_peer": slow.address}:
+            heard += 1
         removed.set()
 
-    watching = asyncio.ensure_future(watch())
-    begun = time.monotonic()
-    while not removed.is_set():
-        assert time.monotonic() - begun < 60
-        started = time.monotonic()
-        member = await join("t", "n" * 255)
-        times.append(time.monotonic() - started)
-        await member.ws.close()
-    await watching
-    assert max(times) < 5, sorted(times)[-10:]
+    async def churn():
+        while not removed.is_set():
+            started = time.monotonic()
+            member = await join("t", "n" * 255)
+            times.append(time.monotonic() - started)
+            await member.ws.close()
+
+    async def beat():
+        # It is alive, so that it is dropped for nothing but what it does not read.
+        while not removed.is_set():
+            await slow.ws.pong()
+            await asyncio.sleep(1)
+
+    beating, churning = asyncio.ensure_future(beat()), [asyncio.ensure_future(churn()) for _ in range(4)]
+    await watch()
+    await asyncio.gather(*churning)
+    # The queue, and what the kernel and the connection have of messages of 100 bytes at least.
+    assert 4096 < heard < 4096 + 4000, heard
+    assert as_fast(times, before), (statistics.median(times), statistics.median(before))
+    beating.cancel()
 
 
 def small_socket():
@@ -500,6 +536,48 @@ async def endpoints():
     assert c.peers == [{**a.object, "endpoint": None}, {**b.object, "endpoint": shown}], c.peers
     await a.joined(c)
     assert await b.next() == {**c.object, "endpoint": shown}
+
+
+async def one_client():
+    """A client has members in so many tenants at most, of 32; another one still gets a network."""
+    client = lambda address: {"extra_headers": {"X-Forwarded-For": address}}
+    members = [await join(f"t{n}", **client("203.0.113.7")) for n in range(16)]
+    for address in ["203.0.113.7", "198.51.100.1, 203.0.113.7"]:
+        async with connect("t16", **client(address)) as ws:
+            await ws.send(json.dumps({"display_name": "B", "public_key": key()}))
+            assert "tenants" in await refusal(ws, [1008])
+    # It is not banned.
+    members.append(await join("t0", **client("203.0.113.7")))
+    members.append(await join("t16", **client("203.0.113.8")))
+    await members[3].ws.close()
+    members.append(await join("t17", **client("203.0.113.7")))
+
+
+async def ipv6():
+    """Addresses of IPv6, from the lowest on, held for those that left, also after a restart."""
+    a, b = await join("t", "A"), await join("t", "B")
+    c = await join("u", "C")
+    assert [member.address for member in (a, b, c)] == ["fd00::1", "fd00::2", "fd00:0:0:1::1"]
+    assert b.peers == [a.object]
+    await a.joined(b)
+    await b.ws.close()
+    await a.removed("fd00::2")
+    d = await join("t", "D")
+    assert d.address == "fd00::3", "the address of B is held"
+    await d.ws.close()
+    await a.joined(d)
+    await a.removed("fd00::3")
+    again = await join("t", "B", own=b.key)
+    assert again.address == "fd00::2"
+    await a.joined(again)
+    print("joined", flush=True)
+    input()
+    for member in (a, again, c):
+        await member.ws.wait_closed()
+    stranger = await join("t", "stranger")
+    assert stranger.address == "fd00::4", stranger.address
+    for member, tenant in ((c, "u"), (again, "t"), (a, "t"), (d, "t")):
+        assert (await join(tenant, member.name, own=member.key)).address == member.address
 
 
 async def stop():

@@ -11,8 +11,10 @@ use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::wire::message::Served;
 
 use super::*;
+use crate::client_ip::Client;
 use crate::metrics::Registry;
 use crate::tenants::authority::PROBE_TIMEOUT;
+use crate::tenants::clients::Clients;
 use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, Welcome};
 use crate::tenants::sessions::Outgoing;
@@ -28,6 +30,8 @@ struct Rig {
     brokers: Vec<Broker>,
     now: Instant,
     last: u64,
+    /// Whose sessions the next ones are.
+    client: Client,
 }
 
 struct Broker {
@@ -54,8 +58,10 @@ fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: In
     let kept = AddressBuffer::default();
     let networks = TenantNetworks { pool: vec![pool.parse().unwrap()], tenant_length: length };
     let hub = Hub::new(HUB_WORKER.parse().unwrap(), networks.clone());
-    let settings = TenantSettings { networks, grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
-    let sessions = Sessions::new(name.clone(), addresses, kept.clone(), metrics.clone()).with_hub(Some(hub));
+    let settings =
+        TenantSettings { networks: networks.clone(), grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
+    let clients = Clients::new(networks.count());
+    let sessions = Sessions::new(name.clone(), clients, addresses, kept.clone(), metrics.clone()).with_hub(Some(hub));
     let election = Election::new(name.clone(), served.clone(), now);
     let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Arc::default(), metrics);
     Broker { name, served, tenants, kept, is_reached: true }
@@ -65,9 +71,13 @@ impl Rig {
     /// One broker, which is the coordinator.
     fn new(pool: &str, length: u8) -> Self {
         let now = Instant::now();
-        let mut rig = Self { brokers: vec![new_broker(0, pool, length, Addresses::new(), now)], now, last: 0 };
+        let mut rig = Self::with(new_broker(0, pool, length, Addresses::new(), now), now);
         rig.wait(Duration::from_secs(5));
         rig
+    }
+
+    fn with(broker: Broker, now: Instant) -> Self {
+        Self { brokers: vec![broker], now, last: 0, client: Client::Local }
     }
 
     /// Several brokers on one bus, of which the first is the coordinator.
@@ -146,7 +156,7 @@ impl Rig {
         let public_key = PublicKey::from_bytes([number; 32]).unwrap();
         let endpoint = (form.endpoints).then(|| [192, 0, 2, number].into());
         let client = Newcomer { display_name: format!("N{number}"), public_key, endpoint };
-        let link = SessionLink { form, queue: sender, end: ended };
+        let link = SessionLink { client: self.client, form, queue: sender, end: ended };
         let wish = Wish { session, tenant: TenantId::new(tenant).unwrap(), client };
         self.brokers[broker].tenants.join(wish, link, self.now);
         Guest { broker, session, queue, end }
@@ -211,7 +221,8 @@ impl Guest {
         let mut received = Vec::new();
         while let Ok(outgoing) = self.queue.try_recv() {
             received.push(match outgoing {
-                Outgoing::Answer(Welcome { virtual_ip: address, peers, .. }) => {
+                Outgoing::Answer(welcome) => {
+                    let Welcome { virtual_ip: address, peers, .. } = *welcome;
                     let names: Vec<_> = peers.iter().map(|peer| peer.client.display_name.as_str()).collect();
                     format!("{address}: {}", names.join(" "))
                 }
@@ -289,6 +300,19 @@ fn a_member_that_does_not_read_is_dropped_and_announced() {
 }
 
 #[test]
+fn a_member_that_has_closed_is_not_taken_for_a_slow_one() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    let (mut a, mut b) = (rig.join(2), rig.join(3));
+    a.received();
+    b.queue.close();
+    let _c = rig.join(4);
+    assert_eq!((a.received(), b.end()), (vec!["+N4 10.64.0.3".to_owned()], None));
+    assert_eq!(rig.brokers[0].tenants.metrics.leaves.with_label_values(&["slow"]).get(), 0);
+    rig.leave(&b);
+    assert_eq!(a.received(), ["-10.64.0.2"]);
+}
+
+#[test]
 fn a_key_that_a_living_member_has_is_refused_and_nobody_learns_of_it() {
     for brokers in [1, 2] {
         let mut rig = Rig::of(brokers);
@@ -355,12 +379,39 @@ fn who_is_refused_takes_nothing() {
 }
 
 #[test]
+fn a_client_that_has_sessions_in_too_many_tenants_gets_no_further_one() {
+    let mut rig = Rig::new("10.0.0.0/20", 28);
+    rig.client = Client::from(IpAddr::from([192, 0, 2, 1]));
+    // The one in tenant 1 has no room for more than its answer.
+    let join = |rig: &mut Rig, tenant: usize| {
+        rig.join_in(&tenant.to_string(), 2, Form::default(), if tenant == 1 { 1 } else { 10 })
+    };
+    let mut all: Vec<_> = (0..32).map(|tenant| join(&mut rig, tenant)).collect();
+    assert_eq!(all[31].received().len(), 1);
+    for tenant in 32..200 {
+        assert_eq!(join(&mut rig, tenant).end(), Some(CloseCause::TooManyTenants));
+    }
+    assert_eq!(rig.join_in("7", 3, Form::default(), 10).received().len(), 1, "it is in this one");
+    rig.client = Client::from(IpAddr::from([192, 0, 2, 2]));
+    assert_eq!(join(&mut rig, 32).received().len(), 1);
+    rig.client = Client::from(IpAddr::from([192, 0, 2, 1]));
+    rig.leave(&all[0]);
+    assert_eq!(join(&mut rig, 33).received().len(), 1);
+    // One that was dropped does not count any more either.
+    rig.client = Client::Local;
+    assert_eq!((rig.join_in("1", 4, Form::default(), 1).received().len(), all[1].end()), (1, Some(CloseCause::Slow)));
+    rig.client = Client::from(IpAddr::from([192, 0, 2, 1]));
+    assert_eq!(join(&mut rig, 34).received().len(), 1);
+    assert_eq!(join(&mut rig, 35).end(), Some(CloseCause::TooManyTenants));
+}
+
+#[test]
 fn a_session_that_is_over_before_its_join_is_none() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
     let mut a = rig.join(2);
     let (sender, queue) = mpsc::channel(1);
     drop(queue);
-    let link = SessionLink { form: Form::default(), queue: sender, end: oneshot::channel().0 };
+    let link = SessionLink { client: Client::Local, form: Form::default(), queue: sender, end: oneshot::channel().0 };
     let public_key = PublicKey::from_bytes([9; 32]).unwrap();
     let client = Newcomer { display_name: String::new(), public_key, endpoint: None };
     let wish = Wish { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
@@ -404,10 +455,11 @@ fn addresses_of_the_disk_are_held_and_those_that_do_not_fit_are_given_up() {
         )
     };
     let addresses = [entry(2, "10.64.0.7"), entry(3, "192.0.2.1"), entry(4, "10.64.0.0")].into();
-    let mut rig = Rig { brokers: vec![new_broker(0, "10.64.0.0/10", 20, addresses, now)], now, last: 0 };
+    let mut rig = Rig::with(new_broker(0, "10.64.0.0/10", 20, addresses, now), now);
+    rig.wait(Duration::from_secs(2));
     let mut early = rig.join(2);
     assert_eq!(early.received(), Vec::<String>::new(), "it is not known yet who gives addresses");
-    rig.wait(Duration::from_secs(5));
+    rig.wait(Duration::from_secs(3));
     assert_eq!(early.received(), ["10.64.0.7: "]);
     assert_eq!(rig.join(3).received(), ["10.64.0.1: N2"]);
     let changes = rig.brokers[0].kept.take();
@@ -551,10 +603,67 @@ fn a_join_without_a_coordinator_ends_with_a_reason() {
     let mut rig = Rig::of(2);
     rig.brokers[0].is_reached = false;
     let mut guest = rig.enter(1, 2);
-    rig.wait(Duration::from_secs(9));
+    rig.wait(Duration::from_secs(3));
     assert_eq!(guest.end(), None);
     rig.wait(Duration::from_secs(1));
     assert_eq!(guest.end(), Some(CloseCause::NoCoordinator));
+}
+
+#[test]
+fn while_the_coordinator_is_replaced_a_join_ends_in_time_or_gets_an_address() {
+    let mut rig = Rig::of(3);
+    let (_a, _b) = (rig.enter(0, 2), rig.enter(1, 3));
+    rig.kill(0);
+    let mut joining: Vec<_> = Vec::new();
+    for number in 10..24 {
+        joining.push((rig.now, rig.join_at(2, "t", number, Form::default(), 100)));
+        rig.wait(Duration::from_secs(1));
+        let (now, mut outcomes) = (rig.now, Vec::new());
+        joining.retain_mut(|(since, guest)| {
+            let (received, end) = (guest.received(), guest.end());
+            outcomes.extend(end.clone());
+            assert!(!received.is_empty() || end.is_some() || now - *since < Duration::from_secs(5));
+            received.is_empty() && end.is_none()
+        });
+        assert!(outcomes.iter().all(|end| *end == CloseCause::NoCoordinator), "{outcomes:?}");
+    }
+    assert!(joining.is_empty(), "the next one gives addresses");
+    assert_eq!(rig.enter(2, 30).end(), None);
+}
+
+#[test]
+fn a_join_waits_for_a_member_that_is_asked_however_many_ask() {
+    let mut rig = Rig::of(2);
+    let _silent = rig.enter(0, 3);
+    let mut twin = rig.enter(1, 3);
+    rig.wait(PROBE_TIMEOUT);
+    assert_eq!((twin.received(), twin.end()), (vec!["10.64.0.1: ".to_owned()], None));
+}
+
+#[test]
+fn a_broker_whose_registration_is_long_keeps_its_members() {
+    let mut rig = Rig::of(3);
+    let (mut watcher, member) = (rig.enter(1, 2), rig.enter(2, 3));
+    assert_eq!(watcher.received(), ["10.64.0.1: ", "+N3 10.64.0.2"]);
+    rig.kill(0);
+    // Its registration comes from here, a frame a second.
+    rig.brokers[member.broker].is_reached = false;
+    rig.wait(Duration::from_secs(5));
+    let held = |number: u8| HeldAddress {
+        tenant: TenantId::new("u").unwrap(),
+        key: PublicKey::from_bytes([number; 32]).unwrap(),
+        address: [10, 64, 16, number].into(),
+    };
+    for number in 0..15 {
+        let requests = vec![if number == 0 { Request::Register } else { Request::Held(held(number + 1)) }];
+        let (from, number) = (rig.brokers[member.broker].name.clone(), number.into());
+        let frame = Frame { from, epoch: 99_999, number, content: Content::Requests(requests) };
+        rig.brokers[1].tenants.on_frame(frame, rig.now);
+        rig.wait(Duration::from_secs(1));
+    }
+    assert_eq!(watcher.received(), Vec::<String>::new());
+    rig.wait(SILENCE_TIMEOUT);
+    assert_eq!(watcher.received(), ["-10.64.0.2"], "it does not end");
 }
 
 #[derive(Debug, Clone)]
@@ -622,7 +731,8 @@ fn check(rig: &mut Rig, guests: &mut BTreeMap<u8, (Guest, BTreeMap<String, Strin
     for (guest, known) in guests.values_mut() {
         while let Ok(outgoing) = guest.queue.try_recv() {
             match outgoing {
-                Outgoing::Answer(Welcome { virtual_ip: own, peers, .. }) => {
+                Outgoing::Answer(welcome) => {
+                    let Welcome { virtual_ip: own, peers, .. } = *welcome;
                     prop_assert!(known.is_empty(), "{own} again");
                     let entry = |peer: &Arc<Member>| (peer.virtual_ip.to_string(), peer.client.display_name.clone());
                     known.extend(peers.iter().map(entry));

@@ -93,7 +93,7 @@ fn members_that_ask_for_the_hub_learn_of_it_and_of_changes() {
         let mut texts = Vec::new();
         while let Ok(outgoing) = guest.queue.try_recv() {
             texts.push(match outgoing {
-                Outgoing::Answer(Welcome { hub, .. }) => format!("{:?}", hub.map(|hub| hub.endpoint)),
+                Outgoing::Answer(welcome) => format!("{:?}", welcome.hub.map(|hub| hub.endpoint)),
                 Outgoing::Text(text) if text.contains("hub") => text.to_string(),
                 Outgoing::Text(_) | Outgoing::Probe => continue,
             });

@@ -1,0 +1,59 @@
+//! What is said to a member, no faster than its connection takes it: what it has not read waits in its queue, where members share
+//! the texts, and hardly any of it in the HTTP server, where each connection has a copy.
+
+use actix_ws::{Closed, Item, Session};
+use bytestring::ByteString;
+use wgkex_common::http::connections::UpgradedConnection;
+
+/// Bytes that may be under way when more are said. With the longest part of an answer they are no more than what each connection
+/// may hold.
+const UNDER_WAY_MAX: u64 = 2 << 10;
+
+/// The way to a member. Pings and what ends the session go beside it.
+pub struct Outlet<'a> {
+    session: Session,
+    connection: &'a UpgradedConnection,
+    /// What the connection has sent when all that was said is out.
+    said: u64,
+}
+
+impl<'a> Outlet<'a> {
+    pub fn new(session: Session, connection: &'a UpgradedConnection) -> Self {
+        Self { session, connection, said: 0 }
+    }
+
+    pub async fn ping(&mut self, payload: &[u8]) -> Result<(), Closed> {
+        self.session.ping(payload).await
+    }
+
+    pub async fn text(&mut self, text: ByteString) -> Result<(), Closed> {
+        self.wait_for_room(text.len()).await;
+        self.session.text(text).await
+    }
+
+    /// A text whose parts are made when there is room; several are a frame each (RFC 6455 section 5.4).
+    pub async fn text_in_parts(&mut self, parts: impl Iterator<Item = String>) -> Result<(), Closed> {
+        let mut parts = parts.peekable();
+        let Some(first) = parts.next() else { return Ok(()) };
+        if parts.peek().is_none() {
+            return self.text(first.into()).await;
+        }
+        self.frame(first.len(), Item::FirstText(first.into())).await?;
+        while let Some(part) = parts.next() {
+            let (length, part) = (part.len(), part.into());
+            let item = if parts.peek().is_some() { Item::Continue(part) } else { Item::Last(part) };
+            self.frame(length, item).await?;
+        }
+        Ok(())
+    }
+
+    async fn frame(&mut self, length: usize, item: Item) -> Result<(), Closed> {
+        self.wait_for_room(length).await;
+        self.session.continuation(item).await
+    }
+
+    async fn wait_for_room(&mut self, length: usize) {
+        self.connection.has_sent(self.said.saturating_sub(UNDER_WAY_MAX)).await;
+        self.said = self.said.max(self.connection.sent()) + length as u64;
+    }
+}
