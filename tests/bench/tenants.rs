@@ -24,8 +24,9 @@ const EACH: u32 = 10;
 const RATE: u32 = 200;
 /// Clients that join at the same time, where it is to go as fast as it can.
 const AT_ONCE: u32 = 64;
-/// Members of the large tenant that leave and join again all the time.
+/// Members of the large tenant that leave and join again all the time, and how long they stay.
 const BUSY: u32 = 4;
+const STAY: Duration = Duration::from_millis(500);
 /// What is wanted of a join.
 const JOIN: Duration = Duration::from_millis(100);
 /// What a member may take of the broker's memory, in KiB.
@@ -51,7 +52,7 @@ fn at_a_rate(report: Report, members: u32) {
     let (mut stack, runtime) = stack();
     let (server, pid) = (stack.http, stack.broker().pid());
     let [empty, _] = memory(pid);
-    let (mut times, open) = runtime.block_on(join_all(server, members));
+    let (mut times, open) = runtime.block_on(join_all(server, "rate", members));
     let [full, peak] = memory(pid);
     drop(open);
     let there = stack.metric("wgkex_broker_tenants_members").unwrap_or_default();
@@ -89,10 +90,10 @@ fn beside_a_large_one(report: Report, members: u32) {
     let filled = began.elapsed();
     assert_eq!(joined.len(), members as usize, "all join the large tenant");
     let [quiet, busy] = runtime.block_on(async {
-        let (quiet, _open) = join_all(server, members / 4).await;
+        let (quiet, _open) = join_all(server, "quiet", members / 4).await;
         let is_over = Arc::new(AtomicBool::new(false));
         let busy: Vec<_> = (0..BUSY).map(|n| tokio::spawn(come_and_go(server, members + n, is_over.clone()))).collect();
-        let (times, _open) = join_all(server, members / 4).await;
+        let (times, _open) = join_all(server, "busy", members / 4).await;
         is_over.store(true, Ordering::Relaxed);
         for busy in busy {
             busy.await.unwrap().unwrap();
@@ -102,7 +103,7 @@ fn beside_a_large_one(report: Report, members: u32) {
     let [quiet, busy] = [quiet, busy].map(|mut times| percentiles(&mut times));
     let shown = |times: [Duration; 2]| times.map(milliseconds).join(", ");
     report.line(format!("a tenant of {members} members, {AT_ONCE} at once"), milliseconds(filled)).print();
-    let what = format!("joins of others, {RATE}/s, while members of it leave and join: p50, p99");
+    let what = format!("joins of others, {RATE}/s, while {BUSY} members of it leave and join: p50, p99");
     let line = report.line(what, shown(busy)).against(format!("without: {}", shown(quiet)), ratio(busy[0], quiet[0]));
     line.wanted(format!("p99 < {}", milliseconds(JOIN)), busy[1] < JOIN).print();
 }
@@ -111,15 +112,17 @@ fn percentiles(times: &mut [Duration]) -> [Duration; 2] {
     [50, 99].map(|share| percentile(times, share))
 }
 
-/// How long each join took, from its message to its answer; and the connections of those that do not read.
-async fn join_all(server: SocketAddr, members: u32) -> (Vec<Duration>, Vec<Connection>) {
+/// How long each join took, from its message to its answer; and the connections of those that do not read. The names of their
+/// tenants begin with `prefix`.
+async fn join_all(server: SocketAddr, prefix: &'static str, members: u32) -> (Vec<Duration>, Vec<Connection>) {
     let mut joins = JoinSet::new();
     let mut ticks = interval(Duration::from_secs(1) / RATE);
     // Spread, so that the first of each tenant, which does not read, is there for all others.
     let tenants = (members / EACH).max(1);
     for n in 0..members {
         ticks.tick().await;
-        joins.spawn(async move { Ok::<_, io::Error>((n, join(server, &format!("{}", n % tenants), n).await?)) });
+        joins
+            .spawn(async move { Ok::<_, io::Error>((n, join(server, &format!("{prefix}{}", n % tenants), n).await?)) });
     }
     let (mut times, mut unread) = (Vec::new(), Vec::new());
     for (n, (time, connection)) in joins.join_all().await.into_iter().filter_map(Result::ok) {
@@ -164,7 +167,9 @@ async fn fill(
 
 async fn come_and_go(server: SocketAddr, n: u32, is_over: Arc<AtomicBool>) -> io::Result<()> {
     while !is_over.load(Ordering::Relaxed) {
-        drop(join(server, "large", n).await?);
+        let member = join(server, "large", n).await?;
+        sleep(STAY).await;
+        drop(member);
     }
     Ok(())
 }
