@@ -54,10 +54,10 @@ pub use self::hub::HubTrouble;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
 use self::service::TenantsHandle;
-pub use self::store::FILE;
 pub use self::service::{TenantEvent, TenantEventSender, TenantService};
 use self::sessions::Sessions;
 use self::store::AddressStore;
+pub use self::store::FILE;
 use self::tokens::Tokens;
 
 /// What the HTTP server needs of tenants. Clones share it.

@@ -45,8 +45,15 @@ impl InMemory {
     /// The same as a server of the registry, with its interface; what it is, as a YAML mapping.
     #[must_use]
     pub fn start_server(stack: &Stack, name: &str, server: &str, settings: &str) -> Self {
-        Self::start_by(stack, name, "", &format!("servers: {{{server}: {settings}}}
-"))
+        Self::start_by(
+            stack,
+            name,
+            "",
+            &format!(
+                "servers: {{{server}: {settings}}}
+"
+            ),
+        )
     }
 
     fn start_by(stack: &Stack, name: &str, mqtt: &str, more: &str) -> Self {

@@ -222,7 +222,8 @@ fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
     let secrets = TempDir::new().unwrap();
     let password = secrets.path().join("password");
     fs::write(&password, "secret").unwrap();
-    let both = format!("tenants: {{enabled: true}}\nregistry: {{enabled: true, password_file: {}}}", password.display());
+    let both =
+        format!("tenants: {{enabled: true}}\nregistry: {{enabled: true, password_file: {}}}", password.display());
     let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&both));
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);

@@ -109,7 +109,8 @@ fn a_worker_whose_kernel_does_not_answer_does_not_feed_the_watchdog() {
 /// The process that is `wg-a` on this host.
 fn wireguard_of(host: &Host) -> Pid {
     let network = host.inside(|| fs::read_link("/proc/thread-self/ns/net").unwrap());
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let processes =
+        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
     let mut found = processes.filter(|process: &i32| {
         fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| line.starts_with(b"wireguard-go\0wg-a\0"))
             && fs::read_link(format!("/proc/{process}/ns/net")).is_ok_and(|own| own == network)

@@ -419,8 +419,10 @@ impl Confirmations {
 
     /// Why no gateway has the key: the reason of all that can confirm it, if it is the same.
     fn rejection(&self, online: &Online) -> Rejection {
-        let mut rejections =
-            online.confirming.iter().map(|worker| self.rejected.get(worker).map_or(Rejection::NotConfirmed, Rejection::from));
+        let mut rejections = online
+            .confirming
+            .iter()
+            .map(|worker| self.rejected.get(worker).map_or(Rejection::NotConfirmed, Rejection::from));
         let first = rejections.next().unwrap_or(Rejection::NotConfirmed);
         if rejections.all(|rejection| rejection == first) { first } else { Rejection::NotConfirmed }
     }

@@ -133,7 +133,8 @@ fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
     let (file, until) = (key_store::WORKER_FILE.path(&config.state_dir), Instant::now() + STATE_PATIENCE);
     loop {
         let now = Clocks::read();
-        let keys = key_store::read_copy(&config.state_dir, key_store::WORKER_FILE, &config.domains, now).context("the state file")?;
+        let keys = key_store::read_copy(&config.state_dir, key_store::WORKER_FILE, &config.domains, now)
+            .context("the state file")?;
         let is_running = || matches!(Holder::of(&file), Ok(Some(_)));
         if knows_new_peers(&keys, tables) || Instant::now() >= until || !is_running() {
             return Ok(keys);

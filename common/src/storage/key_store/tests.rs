@@ -205,7 +205,12 @@ fn failed_writes_are_kept_and_tried_again() {
 
     fs::create_dir(dir.path().join("taken.sqlite")).unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
-    assert!(KeyStore::open(dir.path(), StateFile::sqlite("taken.sqlite", KeyTable::SCHEMA), &domains(), TTL, now).unwrap().0.is_failing());
+    assert!(
+        KeyStore::open(dir.path(), StateFile::sqlite("taken.sqlite", KeyTable::SCHEMA), &domains(), TTL, now)
+            .unwrap()
+            .0
+            .is_failing()
+    );
     assert!(KeyStore::open(&dir.path().join("file"), FILE, &domains(), TTL, now).unwrap().0.is_failing());
 }
 
