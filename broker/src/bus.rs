@@ -8,10 +8,7 @@
 //! [`crate::fleet`] for states, keys and results of revocations, the access lists for records.
 
 pub mod announcer;
-pub mod election;
 pub mod invalid_messages;
-pub mod line_budget;
-pub mod logged_once;
 mod metrics;
 pub mod online_log;
 mod problem_log;
@@ -21,3 +18,6 @@ pub mod sync_queue;
 pub mod sync_server;
 
 pub use self::metrics::Metrics;
+
+/// The most gateways whose log lines are counted: more than any fleet has.
+const MAX_LOGGED_GATEWAYS: usize = 4096;

@@ -1,14 +1,17 @@
 //! What the broker knows of the fleet: the gateways on the bus, the live keys that brokers remember for them, and the
 //! revocations that wait for results.
 //!
-//! Tasks: one, which ends [`drains`] at their time. Owners: [`gateways`] and [`live_keys`] are each behind one lock, which the other rooms hold for one question;
+//! Tasks: one, which ends drains at their time ([`drain_store`]). Owners: [`gateways`] and [`live_keys`] are each behind one lock,
+//! which the other rooms hold for one question;
 //! [`revocation`] has its own.
 //!
 //! Previous stops: [`bus`](crate::bus), with the messages of workers and brokers, and [`exchange`](crate::exchange), with a
 //! router's key. Next stops: `exchange` again, which answers the router, and the sync clients of gateways and other brokers.
 
 mod clashes;
+pub mod drain_store;
 pub mod drains;
+pub mod election;
 mod gateway;
 pub mod gateways;
 pub mod key_places;

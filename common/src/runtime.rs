@@ -4,7 +4,9 @@
 //! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
 
 pub mod heartbeat;
+pub mod line_budget;
 pub mod log;
+pub mod logged_once;
 pub mod metrics;
 pub mod process;
 pub mod reload;

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use tracing::warn;
+use wgkex_common::runtime::line_budget::LineBudget;
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::wire::topic::{Direction, Owner};
 use wgkex_common::{Topic, WorkerName};
 
-use crate::bus::line_budget::{LineBudget, MAX_LOGGED_GATEWAYS};
+use crate::bus::MAX_LOGGED_GATEWAYS;
 
 /// The most topics of a gateway that are remembered.
 const MAX_TOPICS: usize = 64;

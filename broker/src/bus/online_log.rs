@@ -7,8 +7,9 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use tracing::{info, warn};
 use wgkex_common::WorkerName;
+use wgkex_common::runtime::line_budget::LineBudget;
 
-use crate::bus::line_budget::{LineBudget, MAX_LOGGED_GATEWAYS};
+use crate::bus::MAX_LOGGED_GATEWAYS;
 use crate::fleet::status::Offline;
 
 /// Logs whether gateways are online; what changes beyond the [`LineBudget`] once, when its period is over. Clones share

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
+use wgkex_common::runtime::line_budget::LineBudget;
 
-use crate::bus::line_budget::LineBudget;
 use crate::fleet::status::{Problem, ProblemKind};
 
 /// How long a problem lasts before it is logged: after a start the states of gateways arrive within seconds, and one that restarts

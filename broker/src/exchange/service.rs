@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use tracing::warn;
 use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::config::Confirm;
+use wgkex_common::runtime::logged_once::LoggedOnce;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Domain, KeyId, WorkerName};
 
-use crate::bus::logged_once::LoggedOnce;
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
@@ -61,8 +61,8 @@ pub struct Exchange {
     pub limits: Arc<RateLimits>,
     /// The domains that were logged as having no gateway that ever published its state.
     pub warned_domains: Arc<Mutex<BTreeSet<Domain>>>,
-    /// The keys that were logged as denied.
-    pub denied: Arc<Mutex<LoggedOnce<KeyId>>>,
+    /// The keys that were logged as refused, with the reason.
+    pub refused: Arc<Mutex<LoggedOnce<(KeyId, &'static str)>>>,
     /// Which keys the access lists admit.
     pub lists: watch::Receiver<ListSnapshot>,
     /// How long an answer may wait.
@@ -124,11 +124,7 @@ impl Exchange {
     /// What is known of the key, if a request for it is admitted now.
     fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KeyStatus, Rejection> {
         let established = self.admit(id, || self.limits.check(&id.key, client, id.domain.name()));
-        let established = established.inspect_err(|rejection| {
-            if matches!(rejection, Rejection::Reserved | Rejection::AddressTaken) {
-                warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
-            }
-        })?;
+        let established = established.inspect_err(|rejection| self.log_refused(id, *rejection))?;
         let is_too_frequent = established.is_some() && self.limits.check_key(&id.key, id.domain.name()).is_err();
         Ok(KeyStatus { is_established: established == Some(true), is_too_frequent })
     }
@@ -298,14 +294,18 @@ impl Exchange {
         selection.await.unwrap_or(Err(Rejection::NotConfirmed))
     }
 
-    /// The same for a request. A key that is denied has one line in the log, as its router asks again for ever.
+    /// The same for a request.
     fn enter(&self, id: &KeyId) -> Result<(), Rejection> {
-        self.ready(id).inspect_err(|rejection| {
-            let is_denied = matches!(rejection, Rejection::Denied);
-            if is_denied && self.denied.lock().is_due(id.clone(), Instant::now().into_std()) {
-                warn!(domain = %id.domain, key = ?id.key, reason = rejection.reason(), "key refused");
-            }
-        })
+        self.ready(id).inspect_err(|rejection| self.log_refused(id, *rejection))
+    }
+
+    /// Logs once that a key is refused for what it is: its router asks again for ever.
+    fn log_refused(&self, id: &KeyId, rejection: Rejection) {
+        let is_of_key = matches!(rejection, Rejection::Denied | Rejection::Reserved | Rejection::AddressTaken);
+        let reason = rejection.reason();
+        if is_of_key && self.refused.lock().is_due((id.clone(), reason), Instant::now().into_std()) {
+            warn!(domain = %id.domain, key = ?id.key, reason, "key refused");
+        }
     }
 
     /// Rejects a key that the access lists deny, and every key until the retained states are complete.

@@ -1,35 +1,13 @@
-//! The gateways that this broker's operator drains, in `state_dir/broker.drain.json`.
-//!
-//! [`Drains`] is the content, part of [`Gateways`]; [`DrainStore`] writes it: at once for an admin call, which waits for it,
-//! and by one task when a drain ends by itself. That task reads it again on SIGHUP.
+//! The gateways that this broker's operator drains: part of [`Gateways`](super::gateways), which
+//! [`drain_store`](super::drain_store) writes to the disk. No IO, no clock.
 
 use std::collections::BTreeMap;
-use std::future::pending;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::task::spawn_blocking;
-use tokio::time::sleep;
-use tracing::{info, warn};
-use wgkex_common::access_lists::unix;
+use tracing::info;
+use wgkex_common::WorkerName;
 use wgkex_common::drain::Drain;
-use wgkex_common::storage::versions::StateFile;
-use wgkex_common::storage::{StorageError, json_file};
-use wgkex_common::{Config, WorkerName};
 
-use crate::fleet::gateways::Gateways;
-
-/// The version of the file.
-const LAYOUT: u32 = 1;
-
-/// The file in `state_dir`.
-pub const FILE: StateFile = StateFile::json("broker.drain.json", LAYOUT);
-/// How often to look for drains that are over.
-const INTERVAL: Duration = Duration::from_secs(1);
 /// So many at most: more than any fleet has gateways.
 const DRAINS_MAX: usize = 4096;
 
@@ -41,7 +19,7 @@ pub struct Drains {
 
 /// What becomes of a gateway when the file is read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum DrainChange<'a> {
+pub(super) enum DrainChange<'a> {
     /// It drains, or in another way than before.
     Begun(&'a WorkerName, &'a Drain),
     /// It no longer drains.
@@ -86,7 +64,7 @@ impl Drains {
     }
 
     /// What becomes another drain, or none, when these are replaced by `next`.
-    fn changes<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = DrainChange<'a>> {
+    pub(super) fn changes<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = DrainChange<'a>> {
         let begun = next.gateways.iter().filter(|(worker, drain)| self.get(worker) != Some(drain));
         let ended = self.workers().filter(|worker| next.get(worker).is_none());
         begun.map(|(worker, drain)| DrainChange::Begun(worker, drain)).chain(ended.map(DrainChange::Ended))
@@ -104,7 +82,7 @@ impl Drains {
 }
 
 impl DrainChange<'_> {
-    fn log(self) {
+    pub fn log(self) {
         match self {
             Self::Begun(worker, drain) => {
                 info!(worker = worker.as_str(), %drain, "draining, by the file: the gateway gets no new routers");
@@ -114,109 +92,6 @@ impl DrainChange<'_> {
             }
         }
     }
-}
-
-/// Keeps the drains on disk. Clones share it.
-#[derive(Debug, Clone)]
-pub struct DrainStore {
-    file: PathBuf,
-    gateways: Arc<Mutex<Gateways>>,
-    /// Held while the drains are changed and written, or read again, so that the last change is what stays.
-    writing: Arc<tokio::sync::Mutex<()>>,
-}
-
-impl DrainStore {
-    /// Reads the file into `gateways`. One of a newer version is an error; one that is damaged is set aside, and one that
-    /// cannot be read counts as none.
-    pub fn open(config: &Config, gateways: Arc<Mutex<Gateways>>) -> Result<Self, StorageError> {
-        let file = FILE.path(&config.state_dir);
-        match json_file::load::<Drains>(&file, LAYOUT) {
-            Ok(drains) => gateways.lock().set_drains(drains.unwrap_or_default()),
-            Err(error @ StorageError::UnknownVersion(_)) => return Err(error),
-            Err(error) => {
-                warn!(file = %file.display(), %error, "drains cannot be read, no gateway is drained by this broker");
-            }
-        }
-        gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
-        Ok(Self { file, gateways, writing: Arc::default() })
-    }
-
-    /// Drains a gateway, or no longer does. Says whether the disk has taken it.
-    pub async fn set(&self, worker: &WorkerName, drain: Option<Drain>) -> Result<DrainOutcome, TooManyDrains> {
-        let _writing = self.writing.lock().await;
-        let was_on = self.gateways.lock().set_drain(worker, drain, Instant::now())?;
-        Ok(DrainOutcome { was_on, is_kept: self.save().await })
-    }
-
-    /// Ends each drain at its time, and reads the file again on SIGHUP.
-    pub async fn run(self) {
-        let mut hangup = signal(SignalKind::hangup()).ok();
-        loop {
-            let is_hangup = tokio::select! {
-                () = sleep(INTERVAL) => false,
-                () = received(hangup.as_mut()) => true,
-            };
-            let _writing = self.writing.lock().await;
-            if is_hangup {
-                self.reload().await;
-            }
-            let over = self.gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
-            if over.is_empty() {
-                continue;
-            }
-            for worker in &over {
-                info!(worker = worker.as_str(), "drain is over: the gateway gets new routers");
-            }
-            self.save().await;
-        }
-    }
-
-    /// A file that is missing or cannot be read changes nothing.
-    async fn reload(&self) {
-        let file = self.file.clone();
-        match spawn_blocking(move || json_file::read::<Drains>(&file, LAYOUT)).await {
-            Ok(Ok(Some(drains))) => {
-                let before = self.gateways.lock().replace_drains(drains.clone(), Instant::now());
-                before.changes(&drains).for_each(DrainChange::log);
-            }
-            Ok(Ok(None)) => {}
-            Ok(Err(error)) => {
-                warn!(file = %self.file.display(), %error, "drains cannot be read, they stay as they are");
-            }
-            Err(error) => warn!(%error, "drains cannot be read, they stay as they are"),
-        }
-    }
-
-    async fn save(&self) -> bool {
-        let (file, drains) = (self.file.clone(), self.gateways.lock().drains().clone());
-        let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
-        let failure = match saved {
-            Ok(Ok(())) => return true,
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
-        warn!(file = %self.file.display(), failure, "drains cannot be kept, a restart would lose them");
-        false
-    }
-}
-
-async fn received(signal: Option<&mut Signal>) {
-    let is_over = match signal {
-        Some(signal) => signal.recv().await.is_none(),
-        None => true,
-    };
-    if is_over {
-        pending::<()>().await;
-    }
-}
-
-/// What became of a change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DrainOutcome {
-    /// The gateway drained before.
-    pub was_on: bool,
-    /// It is on the disk.
-    pub is_kept: bool,
 }
 
 #[cfg(test)]
@@ -251,34 +126,5 @@ mod tests {
             before.changes(&after).collect::<Vec<_>>(),
             [DrainChange::Begun(&new, &drain), DrainChange::Begun(&other, &drain), DrainChange::Ended(&gone)]
         );
-    }
-
-    #[tokio::test]
-    async fn drains_survive_a_restart_and_a_newer_file_stops_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
-        let config = Config::parse("", &yaml, "b").unwrap();
-        let open = || DrainStore::open(&config, Arc::new(Mutex::new(Gateways::new(&config))));
-        let (store, worker) = (open().unwrap(), "gw1".parse().unwrap());
-        let drain = Drain { since: 7, until: None, reason: Some("r".into()), deadline: None };
-        let outcome = store.set(&worker, Some(drain.clone())).await.unwrap();
-        assert_eq!(outcome, DrainOutcome { was_on: false, is_kept: true });
-        let again = open().unwrap();
-        assert_eq!(again.gateways.lock().drains().get(&worker), Some(&drain));
-        assert!(again.set(&worker, None).await.unwrap().was_on);
-        std::fs::write(store.file.clone(), r#"{"layout":1,"gateways":{"gw2":{"since":9}}}"#).unwrap();
-        again.reload().await;
-        let is_drained = |name: &str| again.gateways.lock().drains().get(&name.parse().unwrap()).is_some();
-        assert_eq!([is_drained("gw1"), is_drained("gw2")], [false, true], "read again");
-        std::fs::write(store.file.clone(), "{").unwrap();
-        again.reload().await;
-        assert!(is_drained("gw2"), "a damaged file changes nothing");
-        let over = Drain { until: Some(8), ..drain };
-        let _ = again.set(&worker, Some(over)).await.unwrap();
-        assert_eq!(open().unwrap().gateways.lock().drains().get(&worker), None, "it ended meanwhile");
-        let file = dir.path().join("broker.drain.json");
-        assert!(std::fs::read_to_string(&file).unwrap().starts_with(r#"{"layout":1,"gateways":{"gw1""#));
-        std::fs::write(&file, r#"{"layout":2}"#).unwrap();
-        assert!(open().is_err());
     }
 }

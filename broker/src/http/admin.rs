@@ -28,7 +28,7 @@ use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 
 use crate::exchange::Exchange;
-use crate::fleet::drains::{DrainOutcome, DrainStore};
+use crate::fleet::drain_store::{DrainOutcome, DrainStore};
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
 use crate::http::body::{self, Unread};
 use crate::http::error;

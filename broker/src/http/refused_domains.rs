@@ -4,8 +4,7 @@
 use std::time::Instant;
 
 use wgkex_common::PublicKey;
-
-use crate::bus::logged_once::LoggedOnce;
+use wgkex_common::runtime::logged_once::LoggedOnce;
 
 /// The longest name that is shown whole, in characters.
 const MAX_SHOWN: usize = 32;

@@ -17,7 +17,7 @@ use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config};
 
-use crate::bus::election;
+use crate::fleet::election;
 
 /// What all brokers with a SQLite file have in common.
 const RULES: &str = "sqlite";

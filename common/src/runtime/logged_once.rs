@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use crate::bus::line_budget::LineBudget;
+use crate::runtime::line_budget::LineBudget;
 
 /// The most things that are remembered; others have no line.
 const MAX_THINGS: usize = 1024;
@@ -17,6 +17,7 @@ pub struct LoggedOnce<T> {
 
 impl<T: Ord> LoggedOnce<T> {
     /// Nothing yet.
+    #[must_use]
     pub fn new(now: Instant) -> Self {
         Self { logged: BTreeSet::new(), budget: LineBudget::new(now) }
     }

@@ -1,14 +1,12 @@
-//! How many log lines there are about one gateway in a minute, and for how many gateways that is remembered. No IO.
+//! How many log lines there are about one thing that others cause, such as a gateway, in a minute. No IO, no clock.
 
 use std::time::{Duration, Instant};
 
-/// The most lines about one gateway in each period.
+/// The most lines about one thing in each period.
 const MAX_LINES: u32 = 10;
 const PERIOD_OF_LINES: Duration = Duration::from_secs(60);
-/// The most gateways that are remembered: more than any fleet has.
-pub const MAX_LOGGED_GATEWAYS: usize = 4096;
 
-/// The lines about one gateway in this period.
+/// The lines about one thing in this period.
 #[derive(Debug)]
 pub struct LineBudget {
     since: Instant,
@@ -17,11 +15,13 @@ pub struct LineBudget {
 
 impl LineBudget {
     /// No line yet in a period that begins now.
+    #[must_use]
     pub fn new(now: Instant) -> Self {
         Self { since: now, lines: 0 }
     }
 
     /// Whether the period is over.
+    #[must_use]
     pub fn is_over(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.since) >= PERIOD_OF_LINES
     }
@@ -34,6 +34,7 @@ impl LineBudget {
     }
 
     /// Whether there may be no further line in this period.
+    #[must_use]
     pub fn is_spent(&self) -> bool {
         self.lines >= MAX_LINES
     }
