@@ -382,7 +382,7 @@ fn who_is_refused_takes_nothing() {
 
 #[test]
 fn a_client_that_has_sessions_in_too_many_tenants_gets_no_further_one() {
-    let mut rig = Rig::new("10.0.0.0/20", 28);
+    let mut rig = Rig::new("10.0.0.0/22", 28);
     rig.client = Client::from(IpAddr::from([192, 0, 2, 1]));
     // The one in tenant 1 has no room for more than its answer.
     let join = |rig: &mut Rig, tenant: usize| {
