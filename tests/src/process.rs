@@ -104,6 +104,9 @@ impl Process {
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.pid.try_into().expect("a process id"));
         kill(pid, signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
+        if signal == Signal::SIGSTOP {
+            wait_until(&format!("{} stands still", self.name), || stands_still(pid).then_some(()));
+        }
     }
 
     /// Waits for its end.
@@ -164,4 +167,14 @@ impl Process {
     fn print_log(&self) {
         eprintln!("---- log of {} ----\n{}", self.name, self.log());
     }
+}
+
+/// Whether no thread of the process runs: on a busy machine they do for a while after the signal.
+fn stands_still(process: Pid) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return true };
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The name before the state may have blanks and parentheses.
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z']))
+    })
 }

@@ -103,6 +103,7 @@ pub enum ClientCommand {
         key: String,
     },
     /// Adds the clients of another registry, such as a `wireguard_api` broker, with the addresses that they have there
+    #[command(after_help = ENDS)]
     Import(ImportArgs),
     /// Shows all clients
     #[command(after_help = ENDS)]

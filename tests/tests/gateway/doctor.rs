@@ -225,7 +225,8 @@ pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
              ip addr add fe80::2/64 dev vx-r nodad && ip link set vx-r up && ping -q -i 0.01 -c 150 -W 1 ff02::1%vx-r || true"
         ));
     };
-    let errors = || host.run("awk '$1 == \"Icmp6OutDestUnreachs\" { print $2 }' /proc/net/snmp6");
+    // Those that come back to the router: the gateway has others of its own.
+    let errors = || router.run("awk '$1 == \"Icmp6InDestUnreachs\" { print $2 }' /proc/net/snmp6");
     let is_named = || names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
     let before = errors();
     send_by(7, 8472);
