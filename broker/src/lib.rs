@@ -36,7 +36,6 @@ use anyhow::{Context as _, anyhow};
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::access_lists::records_file;
@@ -47,7 +46,6 @@ use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
-use wgkex_common::runtime::logged_once::LoggedOnce;
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
@@ -59,6 +57,7 @@ use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::invalid_messages::InvalidMessages;
+use crate::bus::logged_once::LoggedOnce;
 use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
@@ -69,7 +68,7 @@ use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::KeyPublisher;
 use crate::exchange::rate_limit::RateLimits;
-use crate::fleet::drain_store::{self, DrainStore};
+use crate::fleet::drains::{self, DrainStore};
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
@@ -129,12 +128,12 @@ struct Metrics {
     tenants: tenants::Metrics,
 }
 
-/// What receives other brokers' messages, and what they are told of it.
+/// What hears of other brokers.
 struct SharedServices {
     leases: LeaseSender,
     holder: registry::holder::Holder,
-    tenant_events: Option<TenantEventSender>,
-    served_tenants: Option<watch::Receiver<Served>>,
+    /// Events for the tenants, and what others are told of them.
+    tenants: (Option<TenantEventSender>, Option<Served>),
 }
 
 /// The ports that the config names, bound.
@@ -178,8 +177,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         registry.look().await;
     }
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
-    let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
-    let (tenant_events, served_tenants) = of_tenants.unzip();
+    let tenant_bus = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone())).unzip();
     let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
@@ -191,8 +189,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
-    let shared = SharedServices { leases, holder, tenant_events, served_tenants };
-    broker.start_bus(&mut services, session, keys_session, shared);
+    broker.start_bus(&mut services, session, keys_session, SharedServices { leases, holder, tenants: tenant_bus });
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
     broker.start_http(&mut services, listeners, watched, front_door)?;
@@ -211,7 +208,7 @@ fn state_files(config: &Config) -> Vec<StateFile> {
     let files = [
         (true, key_store::BROKER_FILE),
         (true, records_file::BROKER_FILE),
-        (true, drain_store::FILE),
+        (true, drains::FILE),
         (config.mqtt_listen.is_some(), retained_store::FILE),
         (registry, registry::FILE),
         (registry, registry::holder::FILE),
@@ -237,7 +234,7 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
-        let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
+        let SharedServices { leases, holder, tenants: (tenants, served_tenants) } = shared;
         let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
             self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
@@ -433,7 +430,7 @@ fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics
         live,
         limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
         warned_domains: Arc::default(),
-        refused: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
+        denied: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
         lists: lists.snapshot(),
         confirm: config.confirm,
         metrics,

@@ -13,7 +13,7 @@ use wgkex_common::config::TenantSettings;
 use wgkex_common::wire::lease::{AnnouncedHub, HUB, LeaseMessage, LeaseRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::fleet::election::Election;
+use crate::bus::election::Election;
 use crate::tenants::Troubles;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;
@@ -50,8 +50,6 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
-    /// When it last looked for what is over.
-    ticked: Option<Instant>,
     /// Until when the hub is not told of changes: other brokers may not have registered again.
     hub_pause: Option<Instant>,
     troubles: Arc<Mutex<Troubles>>,
@@ -129,7 +127,6 @@ impl Coordination {
             role: Role::Starting,
             last_epoch: epoch,
             frames: Vec::new(),
-            ticked: None,
             hub_pause: None,
             troubles,
             metrics,
@@ -227,10 +224,6 @@ impl Coordination {
 
     /// Looks for what is over, and whether this broker's role is another one now.
     pub fn tick(&mut self, now: Instant) {
-        let before = self.ticked.replace(now);
-        if before.is_some_and(|before| now.saturating_duration_since(before) >= SILENCE_TIMEOUT) {
-            self.election.fall_behind(now);
-        }
         self.elect(now);
         self.tick_followers(now);
         if let Role::Coordinator { authority, .. } = &mut self.role {
