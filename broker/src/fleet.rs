@@ -9,9 +9,9 @@
 //! router's key. Next stops: `exchange` again, which answers the router, and the sync clients of gateways and other brokers.
 
 mod clashes;
-pub mod drain_store;
+pub(crate) mod drain_store;
 pub mod drains;
-pub mod election;
+pub(crate) mod election;
 mod gateway;
 pub mod gateways;
 pub mod key_places;

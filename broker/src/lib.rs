@@ -46,6 +46,7 @@ use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::runtime::logged_once::LoggedOnce;
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
@@ -57,7 +58,6 @@ use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
 use crate::bus::invalid_messages::InvalidMessages;
-use crate::bus::logged_once::LoggedOnce;
 use crate::bus::online_log::OnlineLog;
 use crate::bus::requesters::Requesters;
 #[cfg(fuzzing)]
@@ -68,7 +68,7 @@ use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::KeyPublisher;
 use crate::exchange::rate_limit::RateLimits;
-use crate::fleet::drains::{self, DrainStore};
+use crate::fleet::drain_store::{self, DrainStore};
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
@@ -208,7 +208,7 @@ fn state_files(config: &Config) -> Vec<StateFile> {
     let files = [
         (true, key_store::BROKER_FILE),
         (true, records_file::BROKER_FILE),
-        (true, drains::FILE),
+        (true, drain_store::FILE),
         (config.mqtt_listen.is_some(), retained_store::FILE),
         (registry, registry::FILE),
         (registry, registry::holder::FILE),
@@ -430,7 +430,7 @@ fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics
         live,
         limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
         warned_domains: Arc::default(),
-        denied: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
+        refused: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
         lists: lists.snapshot(),
         confirm: config.confirm,
         metrics,

@@ -47,7 +47,7 @@ const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 /// The tables.
 pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES, store::ADD_RETURNED_NUMBERS]);
 
-/// The file in `state_dir`, where the tables are in no PostgreSQL.
+/// The file in `state_dir`, where the tables are in no `PostgreSQL`.
 pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrations: MIGRATIONS.0 });
 
 /// What the routes share. Clones share it.

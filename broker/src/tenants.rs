@@ -45,7 +45,7 @@ use wgkex_common::config::TenantSettings;
 use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config, WorkerName};
 
-use crate::bus::election::{self, Election};
+use crate::fleet::election::{self, Election};
 
 use self::clients::Clients;
 use self::coordination::Coordination;

@@ -128,7 +128,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream) {
 /// What is altered must come in one piece, as the statement of a database does.
 fn alter(mut from: TcpStream, mut to: TcpStream, said: &str, heard: &str) {
     assert_eq!(said.len(), heard.len(), "the same length");
-    let mut piece = [0; 64 * PIECE];
+    let mut piece = vec![0; 64 * PIECE];
     while let Ok(length @ 1..) = from.read(&mut piece) {
         let piece = &mut piece[..length];
         for at in 0..length {

@@ -254,7 +254,7 @@ fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
 
 /// A file of version 99.
 fn newer(name: &str, ours: Option<&[u8]>) -> Vec<u8> {
-    if name.ends_with(".json") {
+    if Path::new(name).extension().is_some_and(|extension| extension == "json") {
         return br#"{"layout":99}"#.to_vec();
     }
     let mut newer = ours.expect("the broker made the database").to_vec();

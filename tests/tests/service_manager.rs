@@ -2,17 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
-use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use wgkex_tests::DEADLINE;
-use wgkex_tests::gateway::{Host, Lane};
-use wgkex_tests::process::binary;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
 /// The service manager's end.
@@ -82,38 +77,4 @@ fn a_broker_without_its_mqtt_server_feeds_the_watchdog_and_one_that_stands_still
     while manager.socket.recv(&mut [0; 4096]).is_ok() {}
     assert!(stack.broker().is_running());
     stack.broker().signal(Signal::SIGKILL);
-}
-
-/// wireguard-go takes the place of a kernel that hangs.
-#[test]
-#[ignore = "needs root: tests/run netns"]
-fn a_worker_whose_kernel_does_not_answer_does_not_feed_the_watchdog() {
-    let manager = Manager::new();
-    let host = Host::new("gateway", Lane::Userspace);
-    host.setup();
-    let socket = format!("NOTIFY_SOCKET={}", manager.dir.path().join("notify").display());
-    let worker = binary("wgkex-worker");
-    let arguments = [&socket, "WATCHDOG_USEC=5000000", worker.to_str().unwrap()];
-    let _worker = host.start("worker", Path::new("env"), &arguments, &[]);
-    manager.until("WATCHDOG=1");
-    let stopped = wireguard_of(&host);
-    kill(stopped, Signal::SIGSTOP).unwrap();
-    manager.until("STATUS=no progress: the reconciler");
-    manager.socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-    assert!(manager.socket.recv(&mut [0; 4096]).is_err(), "the watchdog is fed");
-    manager.socket.set_read_timeout(Some(DEADLINE)).unwrap();
-    kill(stopped, Signal::SIGCONT).unwrap();
-    manager.until("WATCHDOG=1");
-}
-
-/// The process that is `wg-a` on this host.
-fn wireguard_of(host: &Host) -> Pid {
-    let network = host.inside(|| fs::read_link("/proc/thread-self/ns/net").unwrap());
-    let processes =
-        fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    let mut found = processes.filter(|process: &i32| {
-        fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| line.starts_with(b"wireguard-go\0wg-a\0"))
-            && fs::read_link(format!("/proc/{process}/ns/net")).is_ok_and(|own| own == network)
-    });
-    Pid::from_raw(found.next().expect("a wireguard-go"))
 }

@@ -120,22 +120,11 @@ impl Election {
         self.bus_lost.is_some() && self.peers(now).next().is_some()
     }
 
-    /// A broker says nothing although it is online: another one comes before it, until it is started again, or falls behind.
+    /// A broker says nothing although it is online: another one comes before it, until it is started again.
     pub fn pass_over(&mut self, broker: &BrokerName) {
         if let Some(candidate) = self.others.get_mut(broker) {
             candidate.passed_over = candidate.served.clone();
         }
-    }
-
-    /// This broker stood still, and others may have passed it over: it comes behind all of them from now on.
-    pub fn fall_behind(&mut self, now: Instant) {
-        let last = self.peers(now).map(|(_, served)| served.since).max();
-        self.served.since = last.map_or(self.served.since, |last| self.served.since.max(last.saturating_add(1)));
-    }
-
-    /// What this broker serves.
-    pub fn served(&self) -> &Served {
-        &self.served
     }
 
     /// Those that have other rules.

@@ -13,7 +13,7 @@ use wgkex_common::config::TenantSettings;
 use wgkex_common::wire::lease::{AnnouncedHub, HUB, LeaseMessage, LeaseRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::bus::election::Election;
+use crate::fleet::election::Election;
 use crate::tenants::Troubles;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;

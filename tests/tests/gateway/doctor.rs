@@ -240,11 +240,11 @@ pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
     assert!(!said.contains("never received anything"), "{said}");
 }
 
-/// A server on the host whose clock is off by so many hours, or by ten seconds; returns its port.
+/// A server on the host whose clock is off by so many hours, or by a hundred seconds; returns its port.
 fn dated(host: &Host, hours: i64) -> u16 {
     let listener = host.inside(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     let port = listener.local_addr().unwrap().port();
-    let seconds = if hours == 0 { 10 } else { 3600 * hours };
+    let seconds = if hours == 0 { 100 } else { 3600 * hours };
     let date = host.run(&format!("date -u -d '{seconds} seconds' '+%a, %d %b %Y %H:%M:%S GMT'"));
     thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();

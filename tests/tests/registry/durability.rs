@@ -225,7 +225,7 @@ fn bodies() -> Value {
     fields
 }
 
-/// Failed before: PostgreSQL ends such a transaction with a rollback when it is told to commit, and reports no error.
+/// Failed before: `PostgreSQL` ends such a transaction with a rollback when it is told to commit, and reports no error.
 #[test]
 fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_both() {
     let altering = proxy::Manner::Altering("ROLLBACK TO SAVEPOINT job", "ROLLBACK TO SAVEPOINT jox");
@@ -255,7 +255,7 @@ fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_bo
 /// Failed before: what a transaction had not done after 4 s was answered with 503.
 #[test]
 fn many_callers_are_served_by_a_database_that_is_far_away() {
-    let line = proxy::Manner::Slow { delay: Duration::from_millis(12), rate: u32::MAX };
+    let line = proxy::Manner::Slow { delay: Duration::from_millis(8), rate: u32::MAX };
     let (database, _proxy) = postgres::database().behind(line);
     let desk = Desk::start(&Store::Postgres(database), "");
     desk.add_server("s1", "192.168.2.0", 24, 20);

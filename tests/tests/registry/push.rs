@@ -52,7 +52,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// The ETag of a server's clients.
+/// What names the state of a server's clients.
 fn tag(desk: &Desk, server: &str) -> String {
     let path = format!("/api/v1/server/config?server_name={server}");
     desk.stack.connect().request("HEAD", &path, &[LOGIN], b"").header("etag").unwrap().to_owned()
