@@ -3,6 +3,7 @@
 //!
 //! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
 
+pub mod hangups;
 pub mod heartbeat;
 pub mod line_budget;
 pub mod log;

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use prometheus::IntGauge;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
 use wgkex_common::access_lists::unix;
 use wgkex_common::drain::{self, Drain};
+use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::StorageError;
 use wgkex_common::sync::{SyncEvent, SyncSender};
 
@@ -47,11 +47,11 @@ impl DrainWatch {
 
     /// Looks again every second, and on SIGHUP.
     pub async fn run(mut self) {
-        let mut hangup = signal(SignalKind::hangup()).ok();
+        let mut hangups = Hangups::listen();
         loop {
             tokio::select! {
                 () = sleep(INTERVAL) => {}
-                () = received(hangup.as_mut()) => {}
+                () = hangups.next() => {}
             }
             let file = self.file.clone();
             if let Ok(read) = spawn_blocking(move || drain::read(&file)).await {
@@ -105,16 +105,6 @@ pub async fn sync_again(mut drain: watch::Receiver<Option<Drain>>, sync: SyncSen
         if drain.changed().await.is_err() {
             pending::<()>().await;
         }
-    }
-}
-
-async fn received(signal: Option<&mut Signal>) {
-    let closed = match signal {
-        Some(signal) => signal.recv().await.is_none(),
-        None => true,
-    };
-    if closed {
-        pending::<()>().await;
     }
 }
 

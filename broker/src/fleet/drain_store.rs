@@ -1,18 +1,17 @@
 //! The drains on disk: `broker.drain.json` in `state_dir`, written at once for an admin call, which waits for it, and by one
 //! task when a drain ends by itself. That task reads it again on SIGHUP.
 
-use std::future::pending;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
 use wgkex_common::access_lists::unix;
 use wgkex_common::drain::Drain;
+use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::{Config, WorkerName};
@@ -61,11 +60,11 @@ impl DrainStore {
 
     /// Ends each drain at its time, and reads the file again on SIGHUP.
     pub async fn run(self) {
-        let mut hangup = signal(SignalKind::hangup()).ok();
+        let mut hangups = Hangups::listen();
         loop {
             let is_hangup = tokio::select! {
                 () = sleep(INTERVAL) => false,
-                () = received(hangup.as_mut()) => true,
+                () = hangups.next() => true,
             };
             let _writing = self.writing.lock().await;
             if is_hangup {
@@ -108,16 +107,6 @@ impl DrainStore {
         };
         warn!(file = %self.file.display(), failure, "drains cannot be kept, a restart would lose them");
         false
-    }
-}
-
-async fn received(signal: Option<&mut Signal>) {
-    let is_over = match signal {
-        Some(signal) => signal.recv().await.is_none(),
-        None => true,
-    };
-    if is_over {
-        pending::<()>().await;
     }
 }
 

@@ -9,7 +9,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
@@ -23,6 +22,7 @@ use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused
 use crate::access_lists::records_file::{self, RecordsWriter, Written};
 use crate::access_lists::{Admission, Entry, List, unix};
 use crate::mqtt::{Message, MqttHandle};
+use crate::runtime::hangups::Hangups;
 use crate::runtime::service_manager;
 use crate::storage::StorageError;
 use crate::wire::message::{Participant, RecordsRequest};
@@ -104,7 +104,7 @@ impl ListService {
         stop: impl Future<Output = ()>,
     ) {
         let mut stop = pin!(stop);
-        let mut hangup = signal(SignalKind::hangup()).ok();
+        let mut hangups = Hangups::listen();
         let mut reading: Option<JoinHandle<Files>> = None;
         let mut read_at = Instant::now() + self.pause();
         let (mut gate, mut is_hurried, mut is_reloading) = (self.gate.subscribe(), false, false);
@@ -132,7 +132,7 @@ impl ListService {
                     }
                 }
                 written = self.writer.done() => self.written(written),
-                () = hung_up(&mut hangup) => is_hurried = true,
+                () = hangups.next() => is_hurried = true,
                 _ = gate.changed() => {}
                 () = sleep(poll) => {}
                 () = &mut stop => break,
@@ -339,16 +339,6 @@ fn take_snapshot(files: &Files, records: &Records, is_kept: bool, now: u64) -> L
 async fn done(reading: &mut Option<JoinHandle<Files>>) -> Option<Files> {
     match reading {
         Some(task) => task.await.ok(),
-        None => pending().await,
-    }
-}
-
-async fn hung_up(signal: &mut Option<tokio::signal::unix::Signal>) {
-    match signal {
-        Some(signal) => {
-            // It never ends.
-            let _ = signal.recv().await;
-        }
         None => pending().await,
     }
 }

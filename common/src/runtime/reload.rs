@@ -2,14 +2,12 @@
 //!
 //! One task, of each program.
 
-use std::future::pending;
-
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 
 use crate::Config;
 use crate::config::{ConfigError, Source};
+use crate::runtime::hangups::Hangups;
 use crate::runtime::log;
 
 /// The keys that every program applies while it runs.
@@ -27,9 +25,9 @@ pub struct KeyUse {
 /// Reads the config again on each SIGHUP: applies its log level, and `apply` the values of the live keys. Logs which keys
 /// changed, and which of them take effect after a restart. A config with errors changes nothing.
 pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Config)) {
-    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return pending().await };
-    let mut last = config.source.clone();
-    while hangup.recv().await.is_some() {
+    let (mut hangups, mut last) = (Hangups::listen(), config.source.clone());
+    loop {
+        hangups.next().await;
         let started = config.clone();
         match spawn_blocking(move || started.reload()).await {
             Ok(Ok(new)) => {
