@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::metrics::set;
 use crate::mqtt_server::client_troubles::ClientTroubles;
-use crate::mqtt_server::log::{Log, LogReader, LogWriter};
+use crate::mqtt_server::log::{Log, LogPosition, LogReader, LogWriter};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
@@ -103,6 +103,11 @@ impl MessageBroker {
     /// The retained messages of `filter` behind the topic `after`, see [`Retained::find`].
     pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> Found {
         self.shared.lock().retained.find(filter, after, most)
+    }
+
+    /// The position of the log behind all that was published.
+    pub fn log_end(&self) -> LogPosition {
+        self.log.end()
     }
 
     /// A reader of what is published from now on, for this broker itself or a client.

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{BufMut as _, BytesMut};
 use rumqttc::{Packet, mqttbytes};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::task::yield_now;
@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::mqtt_server::broker::{ClientSlot, MessageBroker};
 use crate::mqtt_server::handshake::Stream;
-use crate::mqtt_server::log::{Lagged, LogReader};
+use crate::mqtt_server::log::{Lagged, LogMessage, LogReader};
 use crate::mqtt_server::message::Message;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence, Slowed};
@@ -61,7 +61,7 @@ enum ConnectionEvent {
     /// Its pause is over.
     Resumed,
     /// A message was published that the client may have subscribed to.
-    Published(Result<Bytes, Lagged>),
+    Published(Result<LogMessage, Lagged>),
     /// So many bytes were read.
     Read(io::Result<usize>),
     /// Some bytes were written.
@@ -242,7 +242,7 @@ impl ClientConnection {
                 self.last_read = Instant::now();
             }
             ConnectionEvent::Published(Ok(message)) => {
-                if let Some(message) = Message::decode(&message) {
+                if let Some(message) = Message::decode(&message.bytes) {
                     self.session.deliver(message, &mut self.output);
                 }
             }
@@ -325,7 +325,7 @@ impl ClientConnection {
                         self.shrink();
                     }
                     let cost = Cost { work: self.session.work(&packet), bytes: bytes as u64 };
-                    let actions = self.session.take(packet, &mut self.output);
+                    let actions = self.session.take(packet, self.broker.log_end(), &mut self.output);
                     for action in actions.map_err(|violation| End::Lost(violation.0))? {
                         self.execute(action, slot)?;
                     }
@@ -425,10 +425,13 @@ async fn until(moment: Option<Instant>) {
     }
 }
 
-async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Result<Bytes, Lagged> {
+async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Result<LogMessage, Lagged> {
     match log_reader {
         Some(log_reader) => {
-            log_reader.next(|message| session.wants(Message::topic_of(message).unwrap_or_default())).await
+            fn topic(message: &LogMessage) -> &str {
+                Message::topic_of(&message.bytes).unwrap_or_default()
+            }
+            log_reader.next(|message| session.wants(topic(message), message.at)).await
         }
         None => std::future::pending().await,
     }

@@ -41,6 +41,19 @@ const FRAME: usize = 4 + TOPIC.len();
 /// How long to wait for a place in the router's queue.
 const QUEUE_RETRY: Duration = Duration::from_millis(1);
 
+/// A position in the log, in bytes since the server started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LogPosition(u64);
+
+/// A message of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogMessage {
+    /// Where it begins.
+    pub at: LogPosition,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
 type Dial = dyn Fn(&str) -> anyhow::Result<(LinkTx, LinkRx)> + Send + Sync;
 
 /// The router, on a thread of its own that ends with the process.
@@ -95,6 +108,11 @@ impl Log {
         let progress = ProgressOfAll::default();
         let writer = LogWriter { end: 0, link, _replies: replies, progress: progress.clone() };
         Ok((Self { dial, names: Mutex::default(), progress }, writer))
+    }
+
+    /// The position behind all that was published.
+    pub fn end(&self) -> LogPosition {
+        LogPosition(self.progress.clients.end())
     }
 
     /// How many bytes the last reader has not read yet, see [`Progress::lag`].
@@ -199,7 +217,7 @@ pub struct Lagged;
 
 impl LogReader {
     /// The next message that `is_wanted`. Dropping the future loses nothing.
-    pub async fn next(&mut self, is_wanted: impl Fn(&Bytes) -> bool) -> Result<Bytes, Lagged> {
+    pub async fn next(&mut self, is_wanted: impl Fn(&LogMessage) -> bool) -> Result<LogMessage, Lagged> {
         loop {
             match self.incoming.next().await {
                 Ok(Some(Notification::Forward(forward))) => {
@@ -235,15 +253,23 @@ impl LogReader {
     }
 
     /// A message without its position, which has to be the next.
-    fn follow(&mut self, mut placed: Bytes) -> Result<Bytes, Lagged> {
-        let bytes = placed.len();
-        let message = placed.split_off(POSITION.min(bytes));
+    fn follow(&mut self, mut placed: Bytes) -> Result<LogMessage, Lagged> {
+        let size = placed.len();
+        let bytes = placed.split_off(POSITION.min(size));
         let position = placed[..].try_into().map(u64::from_be_bytes).map_err(|_| Lagged)?;
         let follows = self.next.is_none_or(|next| position == next);
-        let next = behind(position, bytes);
+        let next = behind(position, size);
         self.next = Some(next);
         self.position.advance(next);
-        if follows { Ok(message) } else { Err(Lagged) }
+        if follows { Ok(LogMessage { at: LogPosition(position), bytes }) } else { Err(Lagged) }
+    }
+}
+
+#[cfg(test)]
+impl LogPosition {
+    /// A position for tests.
+    pub(super) const fn new(bytes: u64) -> Self {
+        Self(bytes)
     }
 }
 
@@ -340,8 +366,8 @@ mod tests {
             let mut reader = log.subscribe(false).unwrap();
             let marker = [b"marker".as_slice(), &round.to_be_bytes()].concat();
             writer.lock().publish(&marker);
-            let found = timeout(Duration::from_secs(30), reader.next(|message| message[..] == marker)).await;
-            assert_eq!(found.expect("nothing is missed").unwrap(), marker, "round {round}");
+            let found = timeout(Duration::from_secs(30), reader.next(|message| message.bytes[..] == marker)).await;
+            assert_eq!(found.expect("nothing is missed").unwrap().bytes, marker, "round {round}");
             others.join().unwrap();
             log.close(reader).await;
         }
@@ -357,7 +383,7 @@ mod tests {
                 writer.publish(&n.to_be_bytes());
             }
             for n in 0..1000u16 {
-                assert_eq!(reader.next(|_| true).await.unwrap(), &n.to_be_bytes()[..]);
+                assert_eq!(reader.next(|_| true).await.unwrap().bytes, &n.to_be_bytes()[..]);
             }
             log.close(reader).await;
         }

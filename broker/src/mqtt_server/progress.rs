@@ -35,7 +35,12 @@ impl Default for Progress {
 impl Progress {
     /// Everything up to this position was published.
     pub fn publish(&self, end: u64) {
-        self.end.store(end, Ordering::Relaxed);
+        self.end.store(end, Ordering::Release);
+    }
+
+    /// The position up to which everything was published.
+    pub fn end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
     }
 
     /// How many bytes the last reader has not read yet, to a step. Readers that are left out do not count.
@@ -44,7 +49,7 @@ impl Progress {
     }
 
     fn unread(&self, position: u64) -> u64 {
-        self.end.load(Ordering::Relaxed).saturating_sub(position)
+        self.end().saturating_sub(position)
     }
 
     fn move_reader(&self, from: Option<u64>, to: Option<u64>) {
@@ -78,7 +83,7 @@ impl ReaderPosition {
     /// A reader that has read everything.
     pub fn at_end(progress: &Arc<Progress>) -> Self {
         let progress = progress.clone();
-        let position = progress.end.load(Ordering::Relaxed);
+        let position = progress.end();
         let mut reader = Self { progress, step: None, position };
         reader.move_to(Some(position / STEP));
         reader

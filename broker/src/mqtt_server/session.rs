@@ -12,9 +12,10 @@ use rumqttc::{
 
 use crate::mqtt_server::acl::{Access, Operation};
 use crate::mqtt_server::filter::{is_filter, is_topic};
+use crate::mqtt_server::log::LogPosition;
 use crate::mqtt_server::message::{Message, lower};
 use crate::mqtt_server::quota::PACKET;
-use crate::mqtt_server::subscriptions::{ClientSubscriptions, MAX_LEVELS};
+use crate::mqtt_server::subscriptions::{ClientSubscriptions, MAX_LEVELS, Subscription};
 
 /// The most messages in flight to a client; the next one waits for an acknowledgement. A second's worth of small ones at
 /// 50 ms round-trip time.
@@ -104,8 +105,13 @@ impl ClientSession {
         if is_due { 0 } else { PACKET * (1 + topics as u64) }
     }
 
-    /// Takes a packet, and answers it at the end of `output`.
-    pub fn take(&mut self, packet: Packet, output: &mut BytesMut) -> Result<Vec<SessionAction>, Violation> {
+    /// Takes a packet, and answers it at the end of `output`. A subscription has what is published behind `log_end`.
+    pub fn take(
+        &mut self,
+        packet: Packet,
+        log_end: LogPosition,
+        output: &mut BytesMut,
+    ) -> Result<Vec<SessionAction>, Violation> {
         match packet {
             Packet::Publish(publish) => self.publish(publish, output),
             Packet::PubRel(PubRel { pkid }) => {
@@ -119,7 +125,7 @@ impl ClientSession {
             }
             Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > MAX_FILTERS => Err(TOO_MANY),
             Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > MAX_FILTERS => Err(TOO_MANY),
-            Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, output)),
+            Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, log_end, output)),
             Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
                 for topic in &topics {
                     self.subscriptions.remove(topic);
@@ -165,7 +171,7 @@ impl ClientSession {
         Ok(is_new.then(|| SessionAction::Publish(publish.into())).into_iter().collect())
     }
 
-    fn subscribe(&mut self, subscribe: Subscribe, output: &mut BytesMut) -> Vec<SessionAction> {
+    fn subscribe(&mut self, subscribe: Subscribe, since: LogPosition, output: &mut BytesMut) -> Vec<SessionAction> {
         let mut actions = vec![SessionAction::Subscribe];
         let mut codes = Vec::with_capacity(subscribe.filters.len());
         let mut granted = Vec::new();
@@ -177,7 +183,7 @@ impl ClientSession {
                 actions.push(self.deny(Operation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);
             } else if is_sound && has_place {
-                self.subscriptions.insert(&path, qos);
+                self.subscriptions.insert(&path, Subscription { qos, since });
                 granted.push(path);
                 codes.push(SubscribeReasonCode::Success(qos));
             } else {
@@ -209,9 +215,10 @@ impl ClientSession {
         SessionAction::Deny { operation, topic, is_first: !std::mem::replace(&mut self.was_denied, true) }
     }
 
-    /// Whether it subscribed to a filter that has `topic`.
-    pub fn wants(&self, topic: &str) -> bool {
-        self.subscriptions.granted(topic).is_some()
+    /// Whether it had subscribed to a filter that has `topic` when a message was published there, at a position of the log.
+    /// The router may forward that later than it takes a subscription.
+    pub fn wants(&self, topic: &str, at: LogPosition) -> bool {
+        self.subscriptions.granted(topic).is_some_and(|subscription| subscription.since <= at)
     }
 
     /// How many messages may be sent to it now.
@@ -236,7 +243,7 @@ impl ClientSession {
     /// Sends it a message, with the lower quality of service of publisher and subscription, if it has subscribed to it.
     pub fn deliver(&mut self, message: Message, output: &mut BytesMut) {
         let Some(granted) = self.subscriptions.granted(&message.topic) else { return };
-        let qos = lower(granted, message.qos);
+        let qos = lower(granted.qos, message.qos);
         let pkid = if qos == QoS::AtMostOnce { 0 } else { self.next_identifier() };
         let Message { topic, payload, retain, .. } = message;
         put(&Packet::Publish(Publish { dup: false, qos, retain, topic, pkid, payload }), output);

@@ -3,10 +3,21 @@
 
 use rumqttc::QoS;
 
+use crate::mqtt_server::log::LogPosition;
+
 /// The most levels of a filter.
 pub const MAX_LEVELS: usize = 64;
 
-/// A client's filters, each with the quality of service that was granted.
+/// What was granted to a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subscription {
+    /// The quality of service.
+    pub qos: QoS,
+    /// It has the messages that are published from this position on.
+    pub since: LogPosition,
+}
+
+/// A client's filters, each with what was granted.
 #[derive(Debug, Default)]
 pub struct ClientSubscriptions {
     root: Node,
@@ -16,7 +27,7 @@ pub struct ClientSubscriptions {
 #[derive(Debug, Default)]
 struct Node {
     /// The filter that ends here.
-    granted: Option<QoS>,
+    granted: Option<Subscription>,
     /// The next levels, in order.
     below: Vec<(Box<str>, Node)>,
 }
@@ -33,10 +44,11 @@ impl ClientSubscriptions {
         end.is_some_and(|node| node.granted.is_some())
     }
 
-    /// Adds a filter, or grants it another quality.
-    pub fn insert(&mut self, filter: &str, qos: QoS) {
+    /// Adds a filter, or grants it another quality; then no message in between is missed.
+    pub fn insert(&mut self, filter: &str, subscription: Subscription) {
         let node = filter.split('/').fold(&mut self.root, Node::at_or_new);
-        self.len += usize::from(node.granted.replace(qos).is_none());
+        let since = node.granted.map_or(subscription.since, |before| before.since.min(subscription.since));
+        self.len += usize::from(node.granted.replace(Subscription { since, ..subscription }).is_none());
     }
 
     /// Takes a filter away, if it is there.
@@ -44,8 +56,8 @@ impl ClientSubscriptions {
         self.len -= usize::from(self.root.remove(filter.split('/')));
     }
 
-    /// The highest quality of all filters that have `topic`; none if none has it.
-    pub fn granted(&self, topic: &str) -> Option<QoS> {
+    /// The highest quality of all filters that have `topic`, since the first of them; none if none has it.
+    pub fn granted(&self, topic: &str) -> Option<Subscription> {
         // A wildcard at the beginning has no topic that begins with `$`.
         self.root.granted(topic.split('/'), !topic.starts_with('$'))
     }
@@ -80,21 +92,24 @@ impl Node {
         was_there
     }
 
-    fn granted<'a>(&self, mut levels: impl Iterator<Item = &'a str> + Clone, wildcards: bool) -> Option<QoS> {
+    fn granted<'a>(&self, mut levels: impl Iterator<Item = &'a str> + Clone, wildcards: bool) -> Option<Subscription> {
         let all = if wildcards { self.at("#").and_then(|node| node.granted) } else { None };
         let Some(level) = levels.next() else {
             // `a/#` has `a`, too.
-            return highest(self.granted, all);
+            return both(self.granted, all);
         };
         let any = if wildcards { self.at("+").and_then(|node| node.granted(levels.clone(), true)) } else { None };
         let this = self.at(level).and_then(|node| node.granted(levels, true));
-        highest(all, highest(any, this))
+        both(all, both(any, this))
     }
 }
 
-fn highest(one: Option<QoS>, other: Option<QoS>) -> Option<QoS> {
+fn both(one: Option<Subscription>, other: Option<Subscription>) -> Option<Subscription> {
     match (one, other) {
-        (Some(one), Some(other)) if other > one => Some(other),
+        (Some(one), Some(other)) => Some(Subscription {
+            qos: if other.qos > one.qos { other.qos } else { one.qos },
+            since: one.since.min(other.since),
+        }),
         (one, other) => one.or(other),
     }
 }
@@ -108,19 +123,22 @@ mod tests {
     use super::*;
     use crate::mqtt_server::filter::{is_filter, matches};
 
+    const SUBSCRIPTION: Subscription = Subscription { qos: QoS::AtMostOnce, since: LogPosition::new(0) };
+
     proptest! {
         #[test]
         fn a_topic_has_the_highest_quality_of_the_matching_filters(
-            steps in prop::collection::vec(("[ab+$](/[ab+]?){0,3}(/#)?|#", 0..2u8, any::<bool>()), 0..20),
+            steps in prop::collection::vec(("[ab+$](/[ab+]?){0,3}(/#)?|#", 0..2u8, 0..9u64, any::<bool>()), 0..20),
             topics in prop::collection::vec("[ab$](/[ab]?){0,4}", 1..10),
         ) {
             let (mut tree, mut list) = (ClientSubscriptions::default(), BTreeMap::new());
-            for (filter, level, comes) in steps {
+            for (filter, level, since, comes) in steps {
                 prop_assume!(is_filter(&filter));
-                let qos = rumqttc::qos(level).unwrap();
+                let (qos, since) = (rumqttc::qos(level).unwrap(), LogPosition::new(since));
                 if comes {
-                    tree.insert(&filter, qos);
-                    list.insert(filter, qos);
+                    tree.insert(&filter, Subscription { qos, since });
+                    let (to_qos, earliest) = list.entry(filter).or_insert((qos, since));
+                    (*to_qos, *earliest) = (qos, since.min(*earliest));
                 } else {
                     tree.remove(&filter);
                     list.remove(&filter);
@@ -129,8 +147,10 @@ mod tests {
             }
             prop_assert!(list.keys().all(|filter| tree.contains(filter)) && !tree.contains("a/x"));
             for topic in topics {
-                let fitting = list.iter().filter(|(filter, _)| matches(filter, &topic)).map(|(_, qos)| *qos);
-                let expected = fitting.reduce(|one, other| if other > one { other } else { one });
+                let fitting = || list.iter().filter(|(filter, _)| matches(filter, &topic)).map(|(_, granted)| *granted);
+                let since = fitting().map(|(_, since)| since).min();
+                let qos = if fitting().any(|(qos, _)| qos == QoS::AtLeastOnce) { QoS::AtLeastOnce } else { QoS::AtMostOnce };
+                let expected = since.map(|since| Subscription { qos, since });
                 prop_assert_eq!(tree.granted(&topic), expected, "{} in {:?}", topic, list);
             }
         }
@@ -141,7 +161,7 @@ mod tests {
         let mut tree = ClientSubscriptions::default();
         let filters = ["a/b/c/d", "a/b", "a/+/#", "#"];
         for filter in filters {
-            tree.insert(filter, QoS::AtMostOnce);
+            tree.insert(filter, SUBSCRIPTION);
         }
         for filter in filters {
             tree.remove(filter);
@@ -154,7 +174,7 @@ mod tests {
     #[test]
     fn a_thousand_filters_are_not_all_looked_at() {
         let mut tree = ClientSubscriptions::default();
-        (0..1_000).for_each(|n| tree.insert(&format!("wireguard/+/{n}"), QoS::AtMostOnce));
+        (0..1_000).for_each(|n| tree.insert(&format!("wireguard/+/{n}"), SUBSCRIPTION));
         let begun = std::time::Instant::now();
         for n in 0..300_000 {
             assert_eq!(tree.granted("wireguard/ffx_a/all"), None, "{n}");

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use nix::sys::signal::Signal;
-use rumqttc::{ConnectReturnCode, Packet, Publish, QoS};
+use rumqttc::{ConnectReturnCode, Packet, Publish, QoS, Unsubscribe};
 use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
 use wgkex_tests::scripted::{Manner, Worker, endpoint, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, Stack};
@@ -43,6 +43,25 @@ fn ten_thousand_messages_reach_each_subscription_at_each_qos() {
     assert_eq!(found(&mut finder, "kept/77", QoS::AtMostOnce).len(), 1);
     stack.wait_until_ready();
     assert!(stack.metric("wgkex_broker_mqtt_retained").is_some_and(|kept| kept >= 10_000.0));
+}
+
+/// The router forwards messages after they were acknowledged, also to a subscription that came after that.
+#[test]
+fn a_subscription_has_what_was_published_before_it_as_retained_only() {
+    let stack = stack();
+    let (mut subscriber, mut publisher) = pair(stack.mqtt, "other");
+    for round in 0..500 {
+        let last = format!("{round}: last");
+        for payload in ["first", &last] {
+            publisher.publish("before/x", payload, 1, true);
+            assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
+        }
+        let heard = found(&mut subscriber, "before/+", QoS::AtLeastOnce);
+        let heard: Vec<_> = heard.iter().map(|message| (&message.payload[..], message.retain)).collect();
+        assert_eq!(heard, [(last.as_bytes(), true)]);
+        subscriber.send(&Packet::Unsubscribe(Unsubscribe { pkid: 5, topics: vec!["before/+".into()] }));
+        assert!(matches!(subscriber.read(), Some(Packet::UnsubAck(_))));
+    }
 }
 
 #[test]

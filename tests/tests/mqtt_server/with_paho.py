@@ -87,10 +87,12 @@ def main():
     hearer.subscribe(("will/+", 1))
     Client("polite", will="will/polite").leave()
     Client("mortal", will="will/mortal").die()
-    assert hearer.hear() == ("will/mortal", "gone", 1, False)
+    heard = hearer.hear()
+    assert heard == ("will/mortal", "gone", 1, False), heard
     again = Client("again")
     again.subscribe(("will/+", 0))
-    assert again.hear() == ("will/mortal", "gone", 0, True)
+    heard = again.hear()
+    assert heard == ("will/mortal", "gone", 0, True), heard
 
     first = Client("twice", will="will/first")
     Client("twice")

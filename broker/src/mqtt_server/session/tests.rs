@@ -26,7 +26,7 @@ fn message(topic: &str, qos: QoS) -> Message {
 /// What the session does, and what it answers.
 fn take(session: &mut ClientSession, packet: Packet) -> (Vec<SessionAction>, Vec<Packet>) {
     let mut output = BytesMut::new();
-    let actions = session.take(packet, &mut output).unwrap();
+    let actions = session.take(packet, LogPosition::default(), &mut output).unwrap();
     (actions, packets(output))
 }
 
@@ -70,7 +70,22 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
     assert_eq!(actions, [SessionAction::Subscribe, forbidden]);
     let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
-    assert!(session.wants("wireguard/a/all") && !session.wants("wireguard-worker/gw1/status"));
+    let now = LogPosition::default();
+    assert!(session.wants("wireguard/a/all", now) && !session.wants("wireguard-worker/gw1/status", now));
+}
+
+#[test]
+fn a_subscription_has_what_is_published_after_it_and_misses_nothing_when_it_is_renewed() {
+    let (mut session, at) = (session(), LogPosition::new);
+    for (filter, since) in [("a/+", 10), ("a/#", 20), ("a/+", 30)] {
+        session.take(subscribe(&[(filter, QoS::AtMostOnce)]), at(since), &mut BytesMut::new()).unwrap();
+    }
+    for (topic, position, is_wanted) in [("a/b", 9, false), ("a/b", 10, true), ("a", 19, false), ("a", 20, true)] {
+        assert_eq!(session.wants(topic, at(position)), is_wanted, "{topic} at {position}");
+    }
+    let unsubscribe = Packet::Unsubscribe(Unsubscribe { pkid: 1, topics: vec!["a/+".into()] });
+    session.take(unsubscribe, at(40), &mut BytesMut::new()).unwrap();
+    assert!(!session.wants("a/b", at(19)) && session.wants("a/b", at(20)));
 }
 
 #[test]
@@ -90,7 +105,7 @@ fn a_forbidden_publish_is_acknowledged_and_dropped() {
 fn a_violation_of_the_protocol_ends_the_connection() {
     let connect = Packet::Connect(rumqttc::Connect::new("x"));
     for packet in [publish("a/+", QoS::AtMostOnce, 0), publish("", QoS::AtMostOnce, 0), connect, Packet::PingResp] {
-        assert!(session().take(packet.clone(), &mut BytesMut::new()).is_err(), "{packet:?}");
+        assert!(session().take(packet.clone(), LogPosition::default(), &mut BytesMut::new()).is_err(), "{packet:?}");
     }
 }
 
@@ -173,10 +188,10 @@ fn a_packet_names_only_so_many_topics() {
     let topics: Vec<_> = (0..=MAX_FILTERS).map(|n| n.to_string()).collect();
     let filters = topics.iter().map(|topic| SubscribeFilter::new(topic.clone(), QoS::AtMostOnce));
     let many = Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) });
-    assert!(session().take(many, &mut BytesMut::new()).is_err());
+    assert!(session().take(many, LogPosition::default(), &mut BytesMut::new()).is_err());
     let unsubscribe = |count| Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: topics[..count].to_vec() });
-    assert!(session().take(unsubscribe(MAX_FILTERS + 1), &mut BytesMut::new()).is_err());
-    assert!(session().take(unsubscribe(MAX_FILTERS), &mut BytesMut::new()).is_ok());
+    assert!(session().take(unsubscribe(MAX_FILTERS + 1), LogPosition::default(), &mut BytesMut::new()).is_err());
+    assert!(session().take(unsubscribe(MAX_FILTERS), LogPosition::default(), &mut BytesMut::new()).is_ok());
 }
 
 #[test]
@@ -203,7 +218,7 @@ proptest! {
         framed.extend_from_slice(&bytes);
         for mut input in [framed, BytesMut::from(&bytes[..])] {
             while let Ok(packet) = Packet::read(&mut input, 1 << 20) {
-                let _ = session.take(packet, &mut BytesMut::new());
+                let _ = session.take(packet, LogPosition::default(), &mut BytesMut::new());
             }
         }
     }
