@@ -66,13 +66,18 @@ impl Http {
     /// The same, and the error if there is no answer.
     pub fn try_post(&mut self, path: &str, body: &str) -> std::io::Result<Response> {
         let head = format!("POST {path} HTTP/1.1\r\nHost: broker\r\nContent-Length: {}\r\n\r\n", body.len());
-        self.stream.get_mut().write_all([head.as_bytes(), body.as_bytes()].concat().as_slice())?;
+        self.try_send(&[head.as_bytes(), body.as_bytes()].concat())?;
         self.try_response("POST")
     }
 
     /// Sends bytes as they are.
     pub fn send(&mut self, bytes: &[u8]) {
-        self.stream.get_mut().write_all(bytes).expect("send a request");
+        self.try_send(bytes).expect("send a request");
+    }
+
+    /// The same, and the error if the connection has ended.
+    pub fn try_send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.get_mut().write_all(bytes)
     }
 
     /// Reads the answer to a request of `method`.

@@ -177,7 +177,7 @@ fn post(broker: SocketAddr, route: &str, body: &Value) -> std::io::Result<Respon
         body.len()
     );
     let mut http = Http::try_connect(broker)?;
-    http.send(&[head.as_bytes(), body.as_bytes()].concat());
+    http.try_send(&[head.as_bytes(), body.as_bytes()].concat())?;
     http.try_response("POST")
 }
 
