@@ -36,6 +36,7 @@ use anyhow::{Context as _, anyhow};
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::access_lists::records_file;
@@ -128,12 +129,12 @@ struct Metrics {
     tenants: tenants::Metrics,
 }
 
-/// What hears of other brokers.
+/// What receives other brokers' messages, and what they are told of it.
 struct SharedServices {
     leases: LeaseSender,
     holder: registry::holder::Holder,
-    /// Events for the tenants, and what others are told of them.
-    tenants: (Option<TenantEventSender>, Option<Served>),
+    tenant_events: Option<TenantEventSender>,
+    served_tenants: Option<watch::Receiver<Served>>,
 }
 
 /// The ports that the config names, bound.
@@ -177,7 +178,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
         registry.look().await;
     }
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
-    let tenant_bus = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone())).unzip();
+    let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
+    let (tenant_events, served_tenants) = of_tenants.unzip();
     let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
@@ -189,7 +191,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
-    broker.start_bus(&mut services, session, keys_session, SharedServices { leases, holder, tenants: tenant_bus });
+    let shared = SharedServices { leases, holder, tenant_events, served_tenants };
+    broker.start_bus(&mut services, session, keys_session, shared);
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
     broker.start_http(&mut services, listeners, watched, front_door)?;
@@ -234,7 +237,7 @@ impl Broker {
 
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
-        let SharedServices { leases, holder, tenants: (tenants, served_tenants) } = shared;
+        let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
         let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
             self;
         let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);

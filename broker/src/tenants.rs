@@ -39,6 +39,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 use tracing::info;
 use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::TenantSettings;
@@ -106,7 +107,7 @@ pub struct TenantTasks {
     /// Tells it of other brokers.
     pub events: TenantEventSender,
     /// What this broker tells others that it serves.
-    pub served: Served,
+    pub served: watch::Receiver<Served>,
 }
 
 /// What brokers send each other, and how they give addresses.
@@ -127,11 +128,12 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     let hub_trouble = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.trouble()?)));
     let clients = Clients::new(settings.networks.count());
     let sessions = Sessions::new(own.clone(), clients, addresses, buffer.clone(), metrics.clone()).with_hub(hub);
-    let election = Election::new(own.clone(), served.clone(), now);
+    let election = Election::new(own.clone(), served, now);
     let troubles = Arc::new(Mutex::new(Troubles { hub: hub_trouble, ..Troubles::default() }));
     let tenants =
         Coordination::new(own, settings.clone(), sessions, election, since, troubles.clone(), metrics.clone());
     let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
+    let served = service.served();
     let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone(), troubles };
     Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
 }

@@ -4,6 +4,7 @@
 //!
 //! The previous stop of its events is [`subscriber`](super::subscriber), the next one of its messages the MQTT server.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -42,7 +43,7 @@ pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
     has_registry: bool,
-    tenants: Option<Served>,
+    tenants: Option<watch::Receiver<Served>>,
     registry: Holder,
     instance: u64,
     bus: MqttHandle,
@@ -74,6 +75,8 @@ enum AnnouncerEvent {
     Keys,
     /// The access lists changed.
     Lists,
+    /// What this broker serves for tenants changed.
+    Tenants,
     /// A message is about which programs are there.
     Presence(PresenceEvent),
     /// Something is due.
@@ -117,7 +120,7 @@ impl Announcer {
     }
 
     /// It says, too, that this broker serves tenants, and that it has a registry for itself.
-    pub fn with_served(self, tenants: Option<Served>, registry: Holder) -> Self {
+    pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: Holder) -> Self {
         Self { tenants, registry, ..self }
     }
 
@@ -131,6 +134,7 @@ impl Announcer {
                 AnnouncerEvent::Bus => self.bus_changed(),
                 AnnouncerEvent::Keys => self.keys_changed(),
                 AnnouncerEvent::Lists => self.lists_changed(),
+                AnnouncerEvent::Tenants => self.keys_changed(),
                 AnnouncerEvent::Presence(event) => self.on_presence(event, Instant::now()),
                 AnnouncerEvent::Due => self.on_due(Instant::now()),
                 AnnouncerEvent::End => return,
@@ -145,6 +149,7 @@ impl Announcer {
             changed = bus.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Bus),
             changed = keys.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Keys),
             changed = self.lists.changed() => changed.map_or(AnnouncerEvent::End, |()| AnnouncerEvent::Lists),
+            () = changed(self.tenants.as_mut()) => AnnouncerEvent::Tenants,
             event = self.presence_events.recv() => event.map_or(AnnouncerEvent::End, AnnouncerEvent::Presence),
             () = sleep_until(due.into()) => AnnouncerEvent::Due,
         }
@@ -251,9 +256,21 @@ impl Announcer {
     }
 
     fn hello(&self, digest: String) -> Hello {
-        let (tenants, registry) = (self.tenants.clone(), self.registry.served());
+        let tenants = self.tenants.as_ref().map(|tenants| tenants.borrow().clone());
+        let registry = self.registry.served();
         let hello =
             Hello { records: Some(digest), tenants, registry, ..Hello::broker(self.domains.clone(), self.instance) };
         if self.has_registry { hello.with_leases() } else { hello }
+    }
+}
+
+/// Returns when there is a new value; never if there is none, or will be none.
+async fn changed(value: Option<&mut watch::Receiver<Served>>) {
+    let is_over = match value {
+        Some(value) => value.changed().await.is_err(),
+        None => true,
+    };
+    if is_over {
+        pending::<()>().await;
     }
 }

@@ -120,6 +120,18 @@ impl Election {
         self.bus_lost.is_some() && self.peers(now).next().is_some()
     }
 
+    /// What this broker tells others that it serves.
+    pub fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// This broker stood still for so long that others may have passed it over: it comes behind them from now on, as if it
+    /// was started again.
+    pub fn come_last(&mut self) {
+        let others = self.others.values().filter_map(|candidate| Some(candidate.served.as_ref()?.since));
+        self.served.since = others.fold(self.served.since, u64::max).saturating_add(1);
+    }
+
     /// A broker says nothing although it is online: another one comes before it, until it is started again.
     pub fn pass_over(&mut self, broker: &BrokerName) {
         if let Some(candidate) = self.others.get_mut(broker) {
@@ -195,5 +207,12 @@ mod tests {
         assert_eq!((who(&election, 22).as_deref(), who(&election, 23).as_deref()), (Some("c"), Some("b")));
         election.on_bus(true, at(24));
         assert_eq!(who(&election, 24).as_deref(), Some("c"));
+        election.pass_over(&name("c"));
+        election.on_hello(name("f"), Some(served(20, "r")), at(24));
+        assert_eq!(who(&election, 25).as_deref(), Some("b"));
+        election.come_last();
+        assert_eq!((who(&election, 25).as_deref(), election.served().since), (Some("f"), 31), "behind a, which has 30");
+        election.on_hello(name("c"), Some(served(11, "r")), at(25));
+        assert_eq!(who(&election, 25).as_deref(), Some("c"), "one that was started again is not passed over");
     }
 }

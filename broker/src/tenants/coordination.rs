@@ -50,6 +50,8 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
+    /// When it last looked for what is over.
+    ticked: Option<Instant>,
     /// Until when the hub is not told of changes: other brokers may not have registered again.
     hub_pause: Option<Instant>,
     troubles: Arc<Mutex<Troubles>>,
@@ -127,6 +129,7 @@ impl Coordination {
             role: Role::Starting,
             last_epoch: epoch,
             frames: Vec::new(),
+            ticked: None,
             hub_pause: None,
             troubles,
             metrics,
@@ -224,6 +227,10 @@ impl Coordination {
 
     /// Looks for what is over, and whether this broker's role is another one now.
     pub fn tick(&mut self, now: Instant) {
+        let before = self.ticked.replace(now);
+        if before.is_some_and(|before| now.saturating_duration_since(before) >= SILENCE_TIMEOUT) {
+            self.election.come_last();
+        }
         self.elect(now);
         self.tick_followers(now);
         if let Role::Coordinator { authority, .. } = &mut self.role {

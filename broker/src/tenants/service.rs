@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Fuse, FusedFuture as _};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::wire::lease::{AnnouncedHub, LeaseMessage, LeaseRequest};
@@ -94,6 +94,7 @@ pub struct TenantService {
     tenants: Coordination,
     kept: AddressBuffer,
     metrics: Metrics,
+    served: watch::Sender<Served>,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Receiver<TenantEvent>,
 }
@@ -133,14 +134,20 @@ impl Seat {
 impl TenantService {
     /// The task, and the ways to it.
     pub fn new(
-        tenants: Coordination,
+        mut tenants: Coordination,
         kept: AddressBuffer,
         metrics: Metrics,
     ) -> (Self, TenantsHandle, TenantEventSender) {
+        let served = watch::Sender::new(tenants.election().served().clone());
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
         let (event_sender, events) = mpsc::channel(EVENTS_MAX);
         let handle = TenantsHandle { commands: sender, last: Arc::default() };
-        (Self { tenants, kept, metrics, commands, events }, handle, event_sender)
+        (Self { tenants, kept, metrics, served, commands, events }, handle, event_sender)
+    }
+
+    /// What this broker tells others that it serves.
+    pub fn served(&self) -> watch::Receiver<Served> {
+        self.served.subscribe()
     }
 
     /// Serves sessions until `stop` returns, and then ends them. Frames for other brokers go to `bus`.
@@ -215,6 +222,10 @@ impl TenantService {
     fn tick(&mut self, is_bus_up: bool, now: Instant) {
         self.tenants.on_bus(is_bus_up, now);
         self.tenants.tick(now);
+        let served = self.tenants.election().served();
+        if *served != *self.served.borrow() {
+            self.served.send_replace(served.clone());
+        }
         if self.kept.needs_full_write() {
             self.tenants.write_all();
         }

@@ -211,6 +211,14 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
     let back = Member::join(&second, 1);
     assert_eq!((back.address.as_str(), &back.peers), (a.address.as_str(), &vec!["N2".to_owned()]));
+    b.hears_of(1, &back.address);
+
+    // It goes on, and follows the one that took its place.
+    first.broker().signal(Signal::SIGCONT);
+    is_coordinator(&first, false);
+    let new = Member::join(&first, 5);
+    b.hears_of(5, &new.address);
+    back.hears_of(5, &new.address);
 }
 
 /// Each of them would go to the broker that gives the addresses, by the session that has routers' keys.

@@ -36,7 +36,6 @@ struct Rig {
 
 struct Broker {
     name: BrokerName,
-    served: Served,
     tenants: Coordination,
     kept: AddressBuffer,
     /// Whether the bus reaches it.
@@ -62,9 +61,9 @@ fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: In
         TenantSettings { networks: networks.clone(), grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
     let clients = Clients::new(networks.count());
     let sessions = Sessions::new(name.clone(), clients, addresses, kept.clone(), metrics.clone()).with_hub(Some(hub));
-    let election = Election::new(name.clone(), served.clone(), now);
+    let election = Election::new(name.clone(), served, now);
     let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Arc::default(), metrics);
-    Broker { name, served, tenants, kept, is_reached: true }
+    Broker { name, tenants, kept, is_reached: true }
 }
 
 impl Rig {
@@ -93,8 +92,11 @@ impl Rig {
 
     /// All that the bus reaches know of each other.
     fn introduce(&mut self) {
-        let known: Vec<_> =
-            self.brokers.iter().map(|broker| (broker.name.clone(), broker.served.clone(), broker.is_reached)).collect();
+        let known = self
+            .brokers
+            .iter_mut()
+            .map(|broker| (broker.name.clone(), broker.tenants.election().served().clone(), broker.is_reached));
+        let known: Vec<_> = known.collect();
         let now = self.now;
         for broker in &mut self.brokers {
             let own_is_reached = broker.is_reached;
@@ -578,6 +580,31 @@ fn a_coordinator_that_says_nothing_is_passed_over() {
     election.on_hello(silent, Some(Served { since: 1, ..served }), rig.now);
     rig.wait(Duration::from_secs(1));
     assert_eq!(rig.coordinators(), [0], "one that was started again comes later");
+}
+
+#[test]
+fn a_coordinator_that_stood_still_follows_the_one_that_took_its_place() {
+    let mut rig = Rig::of(3);
+    let (mut a, mut b) = (rig.enter(0, 2), rig.enter(1, 3));
+    // The bus takes it for there.
+    rig.brokers[0].is_reached = false;
+    for _ in 0..45 {
+        rig.now += Duration::from_secs(1);
+        let now = rig.now;
+        rig.brokers[1..].iter_mut().for_each(|broker| broker.tenants.tick(now));
+        rig.deliver();
+    }
+    assert_eq!(rig.coordinators(), [0, 1]);
+    assert_eq!(b.received(), ["10.64.0.2: N2", "-10.64.0.1"]);
+    rig.brokers[0].is_reached = true;
+    rig.tick();
+    rig.introduce();
+    rig.wait(Duration::from_secs(5));
+    assert_eq!(rig.coordinators(), [1]);
+    let mut c = rig.enter(2, 4);
+    assert_eq!((c.received(), rig.members()), (vec!["10.64.0.3: N3 N2".to_owned()], 3));
+    assert_eq!((a.end(), b.end()), (None, None));
+    assert_eq!(a.received().last().map(String::as_str), Some("+N4 10.64.0.3"));
 }
 
 #[test]
