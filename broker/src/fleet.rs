@@ -1,9 +1,8 @@
 //! What the broker knows of the fleet: the gateways on the bus, the live keys that brokers remember for them, and the
 //! revocations that wait for results.
 //!
-//! Tasks: one, which ends drains at their time ([`drain_store`]). Owners: [`gateways`] and [`live_keys`] are each behind one lock,
-//! which the other rooms hold for one question;
-//! [`revocation`] has its own.
+//! Tasks: one, which ends drains at their time ([`drain_store`]). Owners: [`gateways`] and [`live_keys`] are each behind one lock
+//! of the shared [`Fleet`], which the other rooms hold for one question; [`revocation`] has its own.
 //!
 //! Previous stops: [`bus`](crate::bus), with the messages of workers and brokers, and [`exchange`](crate::exchange), with a
 //! router's key. Next stops: `exchange` again, which answers the router, and the sync clients of gateways and other brokers.
@@ -14,6 +13,7 @@ pub mod drains;
 pub(crate) mod election;
 mod gateway;
 pub mod gateways;
+mod handle;
 pub mod key_places;
 pub mod live_keys;
 mod metrics;
@@ -23,4 +23,5 @@ pub mod selection;
 pub mod status;
 mod unrequested;
 
+pub use self::handle::{Choice, Fleet, KeyConflict};
 pub use self::metrics::Metrics;

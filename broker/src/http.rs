@@ -39,8 +39,8 @@ use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::tls::rustls::ServerConfig;
 
 use crate::exchange::Exchange;
-use crate::fleet;
 use crate::fleet::status::ProblemKind;
+use crate::fleet::{self, Fleet};
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
 use crate::mqtt_server::ClientTroubles;
@@ -61,6 +61,8 @@ pub struct App {
     pub domains: BTreeSet<Domain>,
     /// The exchange of keys.
     pub exchange: Exchange,
+    /// The gateways and the live keys.
+    pub fleet: Fleet,
     /// The states of the two MQTT sessions.
     pub links: [watch::Receiver<ConnectionState>; 2],
     /// Whether another program may use the client ids of these sessions.
@@ -141,7 +143,7 @@ impl App {
                 return Some(format!("MQTT is not connected: {reason}"));
             }
         }
-        let is_synced = self.exchange.gateways().is_synced();
+        let is_synced = self.fleet.gateways().is_synced();
         (!is_synced).then(|| "the retained states are not received yet".into())
     }
 }
@@ -166,7 +168,7 @@ async fn healthz(_: Data<App>) -> HttpResponse {
 async fn readyz(app: Data<App>) -> HttpResponse {
     let (status, mut lines) = match app.unready() {
         None => {
-            let unserved = app.exchange.gateways().unserved();
+            let unserved = app.fleet.gateways().unserved();
             let lists = status::list_problems(&app.exchange.lists.borrow());
             let unread = lists.into_iter().filter(|problem| problem.kind == ProblemKind::AllowListUnread);
             let lines = unserved.iter().map(ToString::to_string).chain(unread.map(|problem| problem.text));
@@ -184,12 +186,12 @@ async fn scrape(app: Data<App>) -> HttpResponse {
         registry.set_metrics();
     }
     let (gateways, domains) = {
-        let gateways = app.exchange.gateways();
+        let gateways = app.fleet.gateways();
         (gateways.statuses(Instant::now()), gateways.domain_statuses())
     };
     app.fleet_metrics.set_gateways(&gateways);
     app.fleet_metrics.set_domains(&domains);
-    app.fleet_metrics.set_live(app.exchange.live().counts());
+    app.fleet_metrics.set_live(app.fleet.live().counts());
     set(&app.metrics.connections, app.connections.open());
     app.metrics.name_in_use.set(i64::from(!app.names_in_use(Instant::now()).is_empty()));
     match app.all_metrics.text() {

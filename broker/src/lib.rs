@@ -69,6 +69,7 @@ use crate::exchange::Exchange;
 use crate::exchange::handle::InFlightHandle;
 use crate::exchange::publisher::KeyPublisher;
 use crate::exchange::rate_limit::RateLimits;
+use crate::fleet::Fleet;
 use crate::fleet::drain_store::{self, DrainStore};
 use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
@@ -101,6 +102,7 @@ const KEY_USE: KeyUse = KeyUse {
 /// What several services use.
 struct Broker {
     config: Config,
+    fleet: Fleet,
     exchange: Exchange,
     lists: Handle,
     revocations: PendingRevocations,
@@ -155,7 +157,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     versions::check(&config.state_dir, &state_files(&config))?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
     // Before the ports: of a second broker on the same machine, the state names the process of the first.
-    let (live, store) = live_keys(&config, &lists)?;
+    let (fleet, store) = fleet(&config, &lists)?;
     metrics.fleet.state_kept.set(i64::from(!store.is_failing()));
     let listeners = Listeners::bind(&config)?;
     let embedded = config.mqtt_listen.as_ref();
@@ -164,8 +166,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let server = embedded.as_ref().map_or_else(|| config.mqtt.clone(), |embedded| embedded.access(&config.mqtt));
     let [(bus, session), (keys, keys_session)] =
         wgkex_common::mqtt::open_pair(&server, subscriber::session(&config), subscriber::secondary_session(&config))?;
-    let exchange = exchange(&config, live, &lists, metrics.exchange.clone());
-    let drains = DrainStore::open(&config, exchange.gateways.clone())?;
+    let exchange = exchange(&config, fleet.clone(), &lists, metrics.exchange.clone());
+    let drains = DrainStore::open(&config, fleet.clone())?;
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
     let (leases, lease_events) = registry::push::channel();
@@ -180,7 +182,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
     let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
     let (tenant_events, served_tenants) = of_tenants.unzip();
-    let broker = Broker { config, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
+    let broker =
+        Broker { config, fleet, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -229,7 +232,7 @@ impl Broker {
             .spawn("the access lists", |stop| {
                 list_service.run(
                     self.keys.clone(),
-                    apply_lists(self.exchange.clone(), self.metrics.fleet.clone()),
+                    apply_lists(self.fleet.clone(), self.exchange.clone(), self.metrics.fleet.clone()),
                     stop,
                 )
             });
@@ -238,19 +241,29 @@ impl Broker {
     /// The two sessions, and what works with what they receive.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
         let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
-        let Self { config, exchange, lists, revocations, drains, client_troubles: _, bus, keys, registry, metrics } =
-            self;
-        let (Exchange { gateways, in_flight, live, .. }, metrics) = (exchange, &metrics.bus);
+        let Self {
+            config,
+            fleet,
+            exchange,
+            lists,
+            revocations,
+            drains,
+            client_troubles: _,
+            bus,
+            keys,
+            registry,
+            metrics,
+        } = self;
+        let (Exchange { in_flight, .. }, metrics) = (exchange, &metrics.bus);
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
         let own = Participant::Broker(name.clone());
         let (reporter, presence_events) = Reporter::new(own.clone());
         let (sync_sender, sync_events) = sync::channel();
         let sync_requests = SyncQueue::default();
         let mut primary = subscriber::Primary {
-            gateways: gateways.clone(),
+            fleet: fleet.clone(),
             in_flight: in_flight.clone(),
             revocations: revocations.clone(),
-            live: live.clone(),
             reporter: reporter.clone(),
             online_log: online_log.clone(),
             invalid: InvalidMessages::default(),
@@ -259,7 +272,7 @@ impl Broker {
             metrics: metrics.clone(),
         };
         let mut secondary = subscriber::Secondary {
-            live: live.clone(),
+            fleet: fleet.clone(),
             sync: sync_sender,
             lists: lists.clone(),
             requesters: Requesters::new(name.clone(), sync_requests.clone()),
@@ -275,7 +288,7 @@ impl Broker {
             handles.clone(),
             presence_events,
             lists.snapshot(),
-            gateways.clone(),
+            fleet.clone(),
             in_flight.clone(),
             online_log,
         )
@@ -287,16 +300,16 @@ impl Broker {
             .spawn("the MQTT session for keys", |stop| keys_session.run(move |event| secondary.on_event(event), stop));
         services
             .background()
-            .spawn("the sync server", |_| sync_server::run(keys.clone(), live.clone(), sync_requests, metrics.clone()))
-            .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, on_chunk(live.clone()), || {}))
+            .spawn("the sync server", |_| sync_server::run(keys.clone(), fleet.clone(), sync_requests, metrics.clone()))
+            .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, on_chunk(fleet.clone()), || {}))
             .spawn("the publisher of keys", |_| {
-                KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
+                KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), fleet: fleet.clone() }.run()
             })
-            .spawn("the expiry", |_| expire(exchange.clone()))
+            .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone()))
             .spawn("the drains", |_| drains.clone().run())
             .spawn("the config", |_| {
-                let gateways = gateways.clone();
-                reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().reconfigure(config))
+                let fleet = fleet.clone();
+                reload::on_hangup(config.clone(), KEY_USE, move |config| fleet.gateways().reconfigure(config))
             });
         services
             .group(2 * FAREWELL_TIMEOUT, None)
@@ -338,12 +351,13 @@ impl Broker {
             info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
         }
         let links = [&self.bus, &self.keys].map(MqttHandle::connection_state);
-        let (domains, exchange) = (domains.clone(), self.exchange.clone());
+        let (domains, fleet, exchange) = (domains.clone(), self.fleet.clone(), self.exchange.clone());
         let started = Instant::now();
         let refused_domains = Arc::new(Mutex::new(RefusedDomains::new(started)));
         let app = App {
             domains,
             exchange,
+            fleet,
             links,
             name_suspects: [&self.bus, &self.keys].map(MqttHandle::name_suspect),
             client_troubles: self.client_troubles.clone(),
@@ -392,6 +406,7 @@ impl Broker {
         Admin {
             lists: self.lists.clone(),
             exchange: self.exchange.clone(),
+            fleet: self.fleet.clone(),
             revocations: self.revocations.clone(),
             drains: self.drains.clone(),
             bus: self.keys.clone(),
@@ -426,11 +441,10 @@ impl Listeners {
     }
 }
 
-fn exchange(config: &Config, live: Arc<Mutex<LiveKeys>>, lists: &Handle, metrics: exchange::Metrics) -> Exchange {
+fn exchange(config: &Config, fleet: Fleet, lists: &Handle, metrics: exchange::Metrics) -> Exchange {
     Exchange {
-        gateways: Arc::new(Mutex::new(Gateways::new(config))),
+        fleet,
         in_flight: InFlightHandle::new(config.domains.clone(), lists.admission()),
-        live,
         limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
         warned_domains: Arc::default(),
         refused: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
@@ -485,21 +499,22 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
     Ok((listener, Certificate::open("broker_listen.tls", https.cert_file, https.key_file)?))
 }
 
-/// The live keys as they were when this broker ended, as far as `lists` admit them, and what writes them to disk.
-fn live_keys(config: &Config, lists: &Handle) -> anyhow::Result<(Arc<Mutex<LiveKeys>>, KeyStore)> {
+/// No gateway, and the live keys as they were when this broker ended, as far as `lists` admit them; and what writes these to
+/// disk.
+fn fleet(config: &Config, lists: &Handle) -> anyhow::Result<(Fleet, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
     let (store, buffer, remembered) =
         KeyStore::open(&config.state_dir, key_store::BROKER_FILE, &config.domains, ttl, Clocks::read())?;
     let mut live = LiveKeys::new(config, remembered, buffer, Instant::now());
     info!(keys = live.len(), "live keys");
     live.apply(lists.admission());
-    Ok((Arc::new(Mutex::new(live)), store))
+    Ok((Fleet::new(Gateways::new(config), live), store))
 }
 
 /// Merges the snapshots of other brokers into the live keys.
-fn on_chunk(live: Arc<Mutex<LiveKeys>>) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
+fn on_chunk(fleet: Fleet) -> impl FnMut(Domain, SnapshotChunk) -> std::future::Ready<()> {
     move |_, chunk| {
-        live.lock().on_chunk(&chunk, Instant::now());
+        fleet.live().on_chunk(&chunk, Instant::now());
         std::future::ready(())
     }
 }
@@ -524,21 +539,21 @@ fn connections(
 }
 
 /// Applies changed access lists to the keys in flight and to the live keys.
-fn apply_lists(exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
+fn apply_lists(fleet: Fleet, exchange: Exchange, metrics: fleet::Metrics) -> impl FnMut(ListUpdate<'_>) {
     move |update| {
         metrics.lists.set(&update);
         exchange.in_flight.apply(update.admission.clone());
-        exchange.live().apply(update.admission.clone());
+        fleet.live().apply(update.admission.clone());
     }
 }
 
-async fn expire(exchange: Exchange) {
+async fn expire(fleet: Fleet, exchange: Exchange) {
     loop {
         sleep(EXPIRY_INTERVAL).await;
-        exchange.gateways().tick(Instant::now());
+        fleet.gateways().tick(Instant::now());
         exchange.limits.evict_idle();
         exchange.in_flight.expire();
-        let expired = exchange.live().expire(Instant::now());
+        let expired = fleet.live().expire(Instant::now());
         if expired > 0 {
             info!(expired, "live keys are forgotten");
         }

@@ -5,10 +5,8 @@
 //! The previous stop of its events is [`subscriber`](super::subscriber), the next one of its messages the MQTT server.
 
 use std::future::pending;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
@@ -23,7 +21,7 @@ use crate::bus::online_log::OnlineLog;
 use crate::bus::problem_log::ProblemLog;
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
-use crate::fleet::gateways::Gateways;
+use crate::fleet::Fleet;
 use crate::registry::holder::Holder;
 
 /// The shortest time between two hellos: changes of the lists within it make one.
@@ -51,7 +49,7 @@ pub struct Announcer {
     connections: [watch::Receiver<ConnectionState>; 2],
     presence_events: mpsc::Receiver<PresenceEvent>,
     lists: watch::Receiver<ListSnapshot>,
-    gateways: Arc<Mutex<Gateways>>,
+    fleet: Fleet,
     in_flight: InFlightHandle,
     online_log: OnlineLog,
     problem_log: ProblemLog,
@@ -92,7 +90,7 @@ impl Announcer {
         [bus, keys]: [MqttHandle; 2],
         presence_events: mpsc::Receiver<PresenceEvent>,
         lists: watch::Receiver<ListSnapshot>,
-        gateways: Arc<Mutex<Gateways>>,
+        fleet: Fleet,
         in_flight: InFlightHandle,
         online_log: OnlineLog,
     ) -> Self {
@@ -108,7 +106,7 @@ impl Announcer {
             keys,
             presence_events,
             lists,
-            gateways,
+            fleet,
             in_flight,
             online_log,
             problem_log: ProblemLog::new(Instant::now()),
@@ -156,7 +154,7 @@ impl Announcer {
     }
 
     fn due(&self) -> Instant {
-        let is_syncing = self.status_published.is_some() && !self.gateways.lock().is_synced();
+        let is_syncing = self.status_published.is_some() && !self.fleet.gateways().is_synced();
         let check = Instant::now() + if is_syncing { SYNC_CHECK } else { LIVENESS_CHECK };
         self.presence.due().into_iter().chain(self.hello_due).fold(check, Instant::min)
     }
@@ -216,7 +214,7 @@ impl Announcer {
             self.publish_hello(announcement, now);
             self.publish_status(announcement);
         }
-        let mut gateways = self.gateways.lock();
+        let mut gateways = self.fleet.gateways();
         let timeout = if gateways.has_ever_echoed() { REPEATED_ECHO_TIMEOUT } else { ECHO_TIMEOUT };
         let is_late =
             self.status_published.is_some_and(|published| now.saturating_duration_since(published) >= timeout);
@@ -234,7 +232,7 @@ impl Announcer {
         drop(gateways);
         self.problem_log.update(problems.all(), is_synced, now);
         for worker in expired {
-            if let Some(offline) = self.gateways.lock().offline(&worker, now) {
+            if let Some(offline) = self.fleet.gateways().offline(&worker, now) {
                 self.online_log.on_expired(&worker, offline);
             }
             self.in_flight.lock().invalidate(&worker, None);

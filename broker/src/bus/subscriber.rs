@@ -5,10 +5,8 @@
 //! [`sync_server`](super::sync_server). What the broker publishes of itself is for [`announcer`](super::announcer).
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use parking_lot::Mutex;
 use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
 use wgkex_common::access_lists::unix;
@@ -27,8 +25,8 @@ use crate::bus::metrics::Metrics;
 use crate::bus::online_log::{LoggedState, OnlineLog};
 use crate::bus::requesters::Requesters;
 use crate::exchange::handle::InFlightHandle;
+use crate::fleet::Fleet;
 use crate::fleet::gateways::Gateways;
-use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::registry::holder::Holder;
 use crate::registry::push::{LeaseEvent, LeaseSender};
@@ -85,14 +83,12 @@ pub fn status(broker: &BrokerName, status: &str) -> Message {
 
 /// Where the messages of the first session go.
 pub struct Primary {
-    /// States of workers and brokers.
-    pub gateways: Arc<Mutex<Gateways>>,
+    /// States of workers and brokers, and handshakes of keys.
+    pub fleet: Fleet,
     /// Outcomes of keys.
     pub in_flight: InFlightHandle,
     /// Outcomes of denied keys.
     pub revocations: PendingRevocations,
-    /// Handshakes of keys.
-    pub live: Arc<Mutex<LiveKeys>>,
     /// Which programs are on the bus.
     pub reporter: Reporter,
     /// What the log has of gateways that come online and go offline.
@@ -114,7 +110,7 @@ impl Primary {
             Event::Up => self.metrics.connected.set(1),
             Event::Down => {
                 self.metrics.connected.set(0);
-                self.gateways.lock().on_disconnect(Instant::now());
+                self.fleet.gateways().on_disconnect(Instant::now());
                 self.in_flight.lock().invalidate_late();
             }
             Event::Message(publish) => {
@@ -133,13 +129,13 @@ impl Primary {
         let now = Instant::now();
         if let Topic::Revoked { worker } = topic {
             let revoked: Revoked = json(&publish.payload)?;
-            if self.gateways.lock().is_online(worker) {
+            if self.fleet.gateways().is_online(worker) {
                 self.revocations.on_revoked(worker, revoked);
             }
         } else if let Topic::Applied { worker } = topic {
             let applied: Applied = json(&publish.payload)?;
             check_size(applied.installed.len() + applied.failed.len())?;
-            let can_confirm = self.gateways.lock().can_confirm(worker, &applied.domain);
+            let can_confirm = self.fleet.gateways().can_confirm(worker, &applied.domain);
             self.on_confirmation(worker, now);
             if can_confirm {
                 self.on_outcomes(worker, &applied, now);
@@ -159,7 +155,7 @@ impl Primary {
 
     /// A worker that reports outcomes or handshakes is alive; true if it is one that does.
     fn on_confirmation(&self, worker: &WorkerName, now: Instant) -> bool {
-        let mut gateways = self.gateways.lock();
+        let mut gateways = self.fleet.gateways();
         let was_online = gateways.is_online(worker);
         let confirms = gateways.on_confirmation(worker, now);
         if confirms && !was_online {
@@ -171,7 +167,7 @@ impl Primary {
     /// What operators are shown of the keys.
     fn on_outcomes(&self, worker: &WorkerName, Applied { domain, installed, failed }: &Applied, now: Instant) {
         let outcomes = installed.iter().map(|key| (key, true)).chain(failed.keys().map(|key| (key, false)));
-        let mut live = self.live.lock();
+        let mut live = self.fleet.live();
         for (key, is_installed) in outcomes {
             live.on_outcome(worker, domain, key, is_installed, now);
         }
@@ -179,20 +175,20 @@ impl Primary {
 
     /// No gateway's report makes a key that it claims as its own a router's.
     fn on_handshakes(&self, worker: &WorkerName, handshakes: &Handshakes) {
-        let gateways = self.gateways.lock();
+        let gateways = self.fleet.gateways();
         if !gateways.can_report(worker, &handshakes.domain) {
             return;
         }
         let not_routers: BTreeSet<_> = handshakes.keys.iter().filter(|key| !gateways.may_report(worker, key)).collect();
         drop(gateways);
-        let (now, mut live) = (Instant::now(), self.live.lock());
+        let (now, mut live) = (Instant::now(), self.fleet.live());
         let is_routers = |key: &&PublicKey| !not_routers.contains(key) || live.is_routers(key);
         let keys: Vec<PublicKey> = handshakes.keys.iter().filter(is_routers).copied().collect();
         for key in &keys {
             live.on_handshake(worker, &handshakes.domain, *key, now);
         }
         drop(live);
-        let mut gateways = self.gateways.lock();
+        let mut gateways = self.fleet.gateways();
         for key in keys {
             gateways.on_handshake(worker, &handshakes.domain, key);
         }
@@ -209,7 +205,7 @@ impl Primary {
         }
         let state_of = topic.state_of();
         let worker = if let Some(Participant::Worker(worker)) = &state_of { Some(worker) } else { None };
-        let mut gateways = self.gateways.lock();
+        let mut gateways = self.fleet.gateways();
         let is_online = |gateways: &Gateways| worker.is_some_and(|worker| gateways.is_online(worker));
         let was_online = is_online(&gateways);
         gateways.apply(topic, &publish.payload, publish.retain, now).map_err(|_| Ignored::Payload)?;
@@ -242,7 +238,7 @@ impl Primary {
 /// Where the messages of the second session go.
 pub struct Secondary {
     /// Keys that routers sent to other brokers.
-    pub live: Arc<Mutex<LiveKeys>>,
+    pub fleet: Fleet,
     /// Hellos and snapshot chunks of other brokers.
     pub sync: SyncSender,
     /// Entries of the access lists, and requests for them.
@@ -280,7 +276,7 @@ impl Secondary {
     /// An event or request that finds its queue full is dropped: the other program sends it again.
     fn receive(&mut self, topic: Topic, publish: &Publish) -> Result<(), Ignored> {
         if let Topic::Key { domain } = topic {
-            self.live.lock().on_request(&domain, key(&publish.payload)?, Instant::now());
+            self.fleet.live().on_request(&domain, key(&publish.payload)?, Instant::now());
         } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
             match SyncEvent::read(topic, &publish.payload) {
                 Ok(event) => {
@@ -390,6 +386,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::sync;
 
     use crate::bus::sync_queue::SyncQueue;
+    use crate::fleet::live_keys::LiveKeys;
     use crate::registry::push;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
@@ -401,16 +398,15 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     let own = BrokerName::from(&config.name);
     let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
     let live = LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now());
-    let live = Arc::new(Mutex::new(live));
+    let fleet = Fleet::new(Gateways::new(&config), live);
     let (reporter, _presence_events) = Reporter::new(Participant::Broker(own.clone()));
     let (sync, _sync_events) = sync::channel();
     let mut publish = Publish::new(topic, QoS::AtMostOnce, payload);
     publish.retain = retained;
     let mut primary = Primary {
-        gateways: Arc::new(Mutex::new(Gateways::new(&config))),
-        in_flight: InFlightHandle::new(config.domains, Arc::default()),
+        fleet: fleet.clone(),
+        in_flight: InFlightHandle::new(config.domains, std::sync::Arc::default()),
         revocations: PendingRevocations::default(),
-        live: live.clone(),
         reporter: reporter.clone(),
         online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
@@ -426,9 +422,9 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     let tenants = Some(tenants);
     let registry = primary.registry.clone();
     let mut secondary =
-        Secondary { live: live.clone(), sync, lists, requesters, leases, tenants, registry, reporter, metrics };
+        Secondary { fleet: fleet.clone(), sync, lists, requesters, leases, tenants, registry, reporter, metrics };
     secondary.on_event(Event::Message(publish));
-    assert!(live.lock().len() <= 10);
+    assert!(fleet.live().len() <= 10);
 }
 
 #[cfg(test)]

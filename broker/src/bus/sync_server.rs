@@ -3,22 +3,20 @@
 //! The previous stop of a request is [`requesters`](super::requesters), the next one of its chunk the client that requested
 //! it.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use wgkex_common::mqtt::{Message, MqttHandle, PublishError};
 
 use crate::bus::metrics::Metrics;
 use crate::bus::sync_queue::SyncQueue;
-use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::Fleet;
 
 /// Answers one request after the other, until the session ends: so never more than one chunk is queued before new keys.
-pub async fn run(bus: MqttHandle, live: Arc<Mutex<LiveKeys>>, requests: SyncQueue, metrics: Metrics) {
+pub async fn run(bus: MqttHandle, fleet: Fleet, requests: SyncQueue, metrics: Metrics) {
     loop {
         let (requester, request) = requests.next().await;
         let begun = Instant::now();
-        let chunk = live.lock().chunk(&request, begun);
+        let chunk = fleet.live().chunk(&request, begun);
         let took = begun.elapsed();
         metrics.keys_given.inc_by(chunk.keys.len() as u64);
         let payload = serde_json::to_vec(&chunk).unwrap_or_default();

@@ -1,18 +1,15 @@
 //! One task that publishes the queued keys, established ones first, and adds each to the live keys once the MQTT server has
 //! acknowledged it. It takes them from [`in_flight`](super::in_flight); the outcomes come back by [`crate::bus`].
 
-use std::sync::Arc;
-
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use parking_lot::Mutex;
 use tokio::time::Instant;
 use wgkex_common::Topic;
 use wgkex_common::mqtt::{Message, MqttHandle};
 
 use super::handle::InFlightHandle;
 use super::in_flight::Publication;
-use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::Fleet;
 
 /// The task's state.
 pub struct KeyPublisher {
@@ -20,8 +17,8 @@ pub struct KeyPublisher {
     pub in_flight: InFlightHandle,
     /// The session that publishes them.
     pub bus: MqttHandle,
-    /// The keys that are remembered.
-    pub live: Arc<Mutex<LiveKeys>>,
+    /// Remembers the keys that are acknowledged.
+    pub fleet: Fleet,
 }
 
 impl KeyPublisher {
@@ -47,7 +44,7 @@ impl KeyPublisher {
         let is_acknowledged = self.is_acknowledged(&publication).await;
         if is_acknowledged {
             let key = &publication.key;
-            self.live.lock().on_request(key.domain.name(), key.key, Instant::now().into_std());
+            self.fleet.live().on_request(key.domain.name(), key.key, Instant::now().into_std());
         }
         self.in_flight.lock().settle(&publication, is_acknowledged);
     }
@@ -74,6 +71,7 @@ impl KeyPublisher {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use tokio::time::sleep;
@@ -83,6 +81,8 @@ mod tests {
 
     use super::*;
     use crate::bus::subscriber;
+    use crate::fleet::gateways::Gateways;
+    use crate::fleet::live_keys::LiveKeys;
 
     fn key(n: u8) -> PublicKey {
         PublicKey::from_bytes([0x42 + n; 32]).unwrap()
@@ -97,7 +97,7 @@ mod tests {
         let (domains, now) = (config.domains.clone(), Instant::now().into_std());
         let live = LiveKeys::new(&config, BTreeMap::new(), WriteBuffer::default(), now);
         let keys = InFlightHandle::new(domains.clone(), Arc::default());
-        let publisher = KeyPublisher { in_flight: keys.clone(), bus, live: Arc::new(Mutex::new(live)) };
+        let publisher = KeyPublisher { in_flight: keys.clone(), bus, fleet: Fleet::new(Gateways::new(&config), live) };
         tokio::spawn(publisher.run());
         let domain = domains.first().unwrap();
         let id = |n| KeyId { domain: domain.clone(), key: key(n) };

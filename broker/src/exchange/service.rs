@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::warn;
@@ -21,10 +21,10 @@ use crate::exchange::handle::{InFlightHandle, PendingRequest};
 use crate::exchange::in_flight::{Answer, Confirmations};
 use crate::exchange::rate_limit::{Limited, RateLimits};
 use crate::exchange::{Metrics, Rejection};
-use crate::fleet::gateways::{Gateways, Online, Router};
-use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::gateways::Online;
 use crate::fleet::selection::Selection;
 use crate::fleet::status::Standing;
+use crate::fleet::{Choice, Fleet, KeyConflict};
 
 /// What this broker knows of a key when a request for it begins.
 #[derive(Debug, Clone, Copy)]
@@ -51,12 +51,10 @@ pub struct Outlook {
 /// Answers routers. Clones share everything.
 #[derive(Clone)]
 pub struct Exchange {
-    /// The gateways, and which of them is next.
-    pub gateways: Arc<Mutex<Gateways>>,
+    /// The gateways, and the keys that brokers remember.
+    pub fleet: Fleet,
     /// The keys in flight.
     pub in_flight: InFlightHandle,
-    /// The keys that brokers remember.
-    pub live: Arc<Mutex<LiveKeys>>,
     /// How often keys may be requested that are not known.
     pub limits: Arc<RateLimits>,
     /// The domains that were logged as having no gateway that ever published its state.
@@ -72,16 +70,6 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// The gateways, locked: for one question only.
-    pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
-        self.gateways.lock()
-    }
-
-    /// The live keys, locked: for one question only.
-    pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
-        self.live.lock()
-    }
-
     /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
     /// a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
     pub async fn exchange_v1(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
@@ -89,7 +77,7 @@ impl Exchange {
         let status = self.status(id, client)?;
         if status.is_too_frequent && self.cached(id).is_some() {
             // The gateways may have gone offline since that answer.
-            return if self.gateways().are_offline(&id.domain) { Err(Rejection::NoGateway) } else { Ok(()) };
+            return if self.fleet.gateways().are_offline(&id.domain) { Err(Rejection::NoGateway) } else { Ok(()) };
         }
         self.uncached_v1(id, status).await?;
         self.cache(id, status, None);
@@ -102,23 +90,14 @@ impl Exchange {
         let status = self.status(id, client)?;
         if status.is_too_frequent
             && let Some(Answer { worker: Some(worker), .. }) = self.cached(id)
-            && let Some(selection) = self.gateways().select(router(id, None), |name, _| *name == worker)
+            && let Some(selection) = self.fleet.select_again(id, &worker, now())
         {
             return Ok(selection.data);
         }
         let selection = self.uncached_v2(id, status).await?;
-        let now = Instant::now().into_std();
-        let is_connected = self.on_given(id, &selection.worker, now);
-        self.gateways().on_given(&selection.worker, id, is_connected, now);
+        self.fleet.on_given(id, &selection.worker, now());
         self.cache(id, status, Some(selection.worker));
         Ok(selection.data)
-    }
-
-    /// Remembers that the router is sent to `worker`; true if that is the gateway that last reported handshakes of it.
-    fn on_given(&self, id: &KeyId, worker: &WorkerName, now: std::time::Instant) -> bool {
-        let mut live = self.live();
-        live.on_given(id, worker, now);
-        live.last_with_handshakes(id) == Some(worker)
     }
 
     /// What is known of the key, if a request for it is admitted now.
@@ -131,22 +110,14 @@ impl Exchange {
 
     /// Whether the key has had a handshake, if it is known and its request is admitted. `limit` is asked for an unknown key.
     fn admit(&self, id: &KeyId, limit: impl FnOnce() -> Result<(), Limited>) -> Result<Option<bool>, Rejection> {
-        let established = self.live().is_established(&id.domain, &id.key);
+        let established = self.fleet.is_established(id);
         if established.is_none() {
             limit()?;
         }
-        self.owner_rejection(id).map_or(Ok(established), Err)
-    }
-
-    /// Why no router may have the key: a gateway has it, or another key has its address.
-    fn owner_rejection(&self, id: &KeyId) -> Option<Rejection> {
-        let is_routers = self.live().has_handshake(&id.key);
-        if self.gateways().is_reserved(&id.key, is_routers) {
-            Some(Rejection::Reserved)
-        } else if self.live().is_taken(id.domain.name(), id.key, Instant::now().into_std()) {
-            Some(Rejection::AddressTaken)
-        } else {
-            None
+        match self.fleet.conflict(id, now()) {
+            None => Ok(established),
+            Some(KeyConflict::Reserved) => Err(Rejection::Reserved),
+            Some(KeyConflict::AddressTaken) => Err(Rejection::AddressTaken),
         }
     }
 
@@ -154,25 +125,21 @@ impl Exchange {
     /// published or logged.
     #[must_use]
     pub fn outlook(&self, id: &KeyId) -> Outlook {
-        let now = Instant::now().into_std();
         let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.look(&id.key, id.domain.name())));
-        let late = self.in_flight.lock().late(id, now);
-        let home = self.home(id);
-        let (gateways, router) = (self.gateways(), router(id, home.as_ref()));
-        let by_confirmation = gateways.select(router, has_confirmed(&late)).map(|selection| selection.worker);
-        let best = || gateways.select(router, |_, _| true).map(|selection| selection.worker);
-        let (is_late, gateway) = (by_confirmation.is_some(), by_confirmation.or_else(best));
+        let late = self.in_flight.lock().late(id, now());
+        let Choice { preferred, best, standings } = self.fleet.choice(id, has_confirmed(&late), now());
+        let (is_late, gateway) = (preferred.is_some(), preferred.or(best));
         let rejection = admitted.err().or(gateway.is_none().then_some(Rejection::NoGateway));
-        Outlook { rejection, gateway, is_late, standings: gateways.standings(router) }
+        Outlook { rejection, gateway, is_late, standings }
     }
 
     fn cached(&self, id: &KeyId) -> Option<Answer> {
-        self.in_flight.lock().cached(id, Instant::now().into_std()).cloned()
+        self.in_flight.lock().cached(id, now()).cloned()
     }
 
     fn cache(&self, id: &KeyId, status: KeyStatus, worker: Option<WorkerName>) {
         if status.is_too_frequent {
-            self.in_flight.lock().cache(id, worker, Instant::now().into_std());
+            self.in_flight.lock().cache(id, worker, now());
         }
     }
 
@@ -183,7 +150,7 @@ impl Exchange {
             return Ok(());
         }
         let (published, request) = self.publish(id, status, deadlines).await?;
-        let Some(online) = self.online(&id.domain) else {
+        let Some(online) = self.fleet.online(&id.domain) else {
             return Err(ended(request, status, Rejection::NotConfirmed));
         };
         if online.is_empty() {
@@ -195,7 +162,7 @@ impl Exchange {
         // An original that is online has the key by now as well and confirms nothing: the router may use that one.
         let until = if online.legacy.is_empty() { deadlines.budget } else { deadlines.timeout };
         let is_installed = request.find(until, |confirmations| {
-            let is_rejected = || confirmations.is_rejected_by_all(&self.gateways().online(&id.domain));
+            let is_rejected = || confirmations.is_rejected_by_all(&self.fleet.gateways().online(&id.domain));
             if confirmations.installed.is_empty() { is_rejected().then_some(false) } else { Some(true) }
         });
         if is_installed.await == Some(true) {
@@ -205,21 +172,14 @@ impl Exchange {
         if !online.legacy.is_empty() {
             return Ok(());
         }
-        let rejection = request.confirmations().rejection(&self.gateways().online(&id.domain));
+        let rejection = request.confirmations().rejection(&self.fleet.gateways().online(&id.domain));
         Err(ended(request, status, rejection))
-    }
-
-    /// The gateways of a domain that are online. None while the retained states are incomplete, as after a reconnect: a gateway of
-    /// ours whose hello is still to come would count as an original, of which no confirmation is waited for.
-    fn online(&self, domain: &Domain) -> Option<Online> {
-        let gateways = self.gateways();
-        gateways.is_synced().then(|| gateways.online(domain))
     }
 
     /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish nothing of themselves: where
     /// no gateway ever did, there may be some of these.
     fn unserved(&self, id: &KeyId) -> Result<(), Rejection> {
-        if self.gateways().is_known(&id.domain) {
+        if self.fleet.gateways().is_known(&id.domain) {
             return Err(Rejection::NoGateway);
         }
         if self.warned_domains.lock().insert(id.domain.clone()) {
@@ -233,12 +193,12 @@ impl Exchange {
         let deadlines = Deadlines::now(self.confirm);
         let late = self.late_confirmations(id);
         if !late.is_empty()
-            && let Some(selection) = self.select(id, has_confirmed(&late))
+            && let Some(selection) = self.fleet.select(id, has_confirmed(&late), now())
         {
             self.publish_again(id, status);
             return Ok(selection);
         }
-        let first = self.select(id, |_, _| true).ok_or(Rejection::NoGateway)?;
+        let first = self.fleet.select(id, |_, _| true, now()).ok_or(Rejection::NoGateway)?;
         let (published, request) = self.publish(id, status, deadlines).await?;
         let selection = if !first.confirms || self.await_gateway(&first, &request, deadlines).await {
             Ok(first)
@@ -257,7 +217,7 @@ impl Exchange {
 
     /// The gateways that confirmed the key after the previous request for it timed out; used instead of waiting again.
     fn late_confirmations(&self, id: &KeyId) -> BTreeSet<WorkerName> {
-        self.in_flight.lock().take_late(id, Instant::now().into_std())
+        self.in_flight.lock().take_late(id, now())
     }
 
     /// Whether the best gateway confirms the key within its time.
@@ -269,7 +229,7 @@ impl Exchange {
         let outcome = outcome.await;
         if outcome.is_none() {
             self.metrics.confirmations_missed.inc();
-            if self.gateways().on_timeout(&first.worker, Instant::now().into_std()) {
+            if self.fleet.gateways().on_timeout(&first.worker, now()) {
                 warn!(worker = first.worker.as_str(), "gateway did not confirm in time");
             }
         }
@@ -285,16 +245,16 @@ impl Exchange {
     ) -> Result<Selection, Rejection> {
         let selection = request.find(deadlines.budget, |confirmations| {
             let has_key = |worker: &WorkerName, confirms: bool| !confirms || confirmations.installed.contains(worker);
-            if let Some(next) = self.select(id, has_key) {
+            if let Some(next) = self.fleet.select(id, has_key, now()) {
                 return Some(Ok(next));
             }
-            let online = self.gateways().online(&id.domain);
+            let online = self.fleet.gateways().online(&id.domain);
             confirmations.is_rejected_by_all(&online).then(|| Err(confirmations.rejection(&online)))
         });
         selection.await.unwrap_or(Err(Rejection::NotConfirmed))
     }
 
-    /// The same for a request.
+    /// The same as [`Self::ready`]; a rejection is logged.
     fn enter(&self, id: &KeyId) -> Result<(), Rejection> {
         self.ready(id).inspect_err(|rejection| self.log_refused(id, *rejection))
     }
@@ -303,7 +263,7 @@ impl Exchange {
     fn log_refused(&self, id: &KeyId, rejection: Rejection) {
         let is_of_key = matches!(rejection, Rejection::Denied | Rejection::Reserved | Rejection::AddressTaken);
         let reason = rejection.reason();
-        if is_of_key && self.refused.lock().is_due((id.clone(), reason), Instant::now().into_std()) {
+        if is_of_key && self.refused.lock().is_due((id.clone(), reason), now()) {
             warn!(domain = %id.domain, key = ?id.key, reason, "key refused");
         }
     }
@@ -313,31 +273,11 @@ impl Exchange {
         if self.lists.borrow().admission.denies(id.domain.name(), &id.key) {
             return Err(Rejection::Denied);
         }
-        if self.gateways().is_synced() { Ok(()) } else { Err(Rejection::NotReady) }
+        if self.fleet.gateways().is_synced() { Ok(()) } else { Err(Rejection::NotReady) }
     }
 
     fn can_confirm(&self, id: &KeyId, worker: &WorkerName) -> bool {
-        self.gateways().can_confirm(worker, id.domain.name())
-    }
-
-    /// The gateway where the router is connected; it only counts while some gateway drains.
-    fn home(&self, id: &KeyId) -> Option<WorkerName> {
-        let is_any_draining = self.gateways().is_any_draining();
-        is_any_draining.then(|| self.live().home(id, Instant::now().into_std()).cloned()).flatten()
-    }
-
-    /// The best gateway of those that are `eligible`, none while the retained states are incomplete. The router counts as its
-    /// peer from here on, so that requests at the same time spread; if the request fails, the gateway's own next count
-    /// corrects that.
-    fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
-        let home = self.home(id);
-        let mut gateways = self.gateways();
-        if !gateways.is_synced() {
-            return None;
-        }
-        let selection = gateways.select(router(id, home.as_ref()), eligible)?;
-        gateways.on_assigned(&selection.worker, &id.domain);
-        Some(selection)
+        self.fleet.gateways().can_confirm(worker, id.domain.name())
     }
 
     /// Publishes the key. Returns the start time and the request, which receives every outcome from before the publish on.
@@ -355,7 +295,7 @@ impl Exchange {
             self.in_flight.lock().timed_out(id, status.is_established, begun.into_std());
             return Err(Rejection::NotPublished);
         };
-        let is_published = (request.is_joined() && self.gateways().all_confirm(&id.domain))
+        let is_published = (request.is_joined() && self.fleet.gateways().all_confirm(&id.domain))
             || request.is_published(deadlines.budget).await;
         if is_published {
             return Ok((begun, request));
@@ -374,9 +314,9 @@ impl Exchange {
     }
 }
 
-/// The router of a key that asks now.
-fn router<'a>(id: &'a KeyId, home: Option<&'a WorkerName>) -> Router<'a> {
-    Router { domain: &id.domain, home, now: Instant::now().into_std() }
+/// The time for what has no clock of its own.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 /// The gateways that confirm keys and have confirmed this one late.

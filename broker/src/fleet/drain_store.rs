@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
@@ -16,8 +15,8 @@ use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::{Config, WorkerName};
 
+use crate::fleet::Fleet;
 use crate::fleet::drains::{DrainChange, Drains, TooManyDrains};
-use crate::fleet::gateways::Gateways;
 
 /// The version of the file.
 const LAYOUT: u32 = 1;
@@ -27,34 +26,34 @@ pub const FILE: StateFile = StateFile::json("broker.drain.json", LAYOUT);
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Keeps the drains on disk. Clones share it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct DrainStore {
     file: PathBuf,
-    gateways: Arc<Mutex<Gateways>>,
+    fleet: Fleet,
     /// Held while the drains are changed and written, or read again, so that the last change is what stays.
     writing: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl DrainStore {
-    /// Reads the file into `gateways`. One of a newer version is an error; one that is damaged is set aside, and one that
+    /// Reads the file into `fleet`. One of a newer version is an error; one that is damaged is set aside, and one that
     /// cannot be read counts as none.
-    pub fn open(config: &Config, gateways: Arc<Mutex<Gateways>>) -> Result<Self, StorageError> {
+    pub fn open(config: &Config, fleet: Fleet) -> Result<Self, StorageError> {
         let file = FILE.path(&config.state_dir);
         match json_file::load::<Drains>(&file, LAYOUT) {
-            Ok(drains) => gateways.lock().set_drains(drains.unwrap_or_default()),
+            Ok(drains) => fleet.gateways().set_drains(drains.unwrap_or_default()),
             Err(error @ StorageError::UnknownVersion(_)) => return Err(error),
             Err(error) => {
                 warn!(file = %file.display(), %error, "drains cannot be read, no gateway is drained by this broker");
             }
         }
-        gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
-        Ok(Self { file, gateways, writing: Arc::default() })
+        fleet.gateways().expire_drains(unix(SystemTime::now()), Instant::now());
+        Ok(Self { file, fleet, writing: Arc::default() })
     }
 
     /// Drains a gateway, or no longer does. Says whether the disk has taken it.
     pub async fn set(&self, worker: &WorkerName, drain: Option<Drain>) -> Result<DrainOutcome, TooManyDrains> {
         let _writing = self.writing.lock().await;
-        let was_on = self.gateways.lock().set_drain(worker, drain, Instant::now())?;
+        let was_on = self.fleet.gateways().set_drain(worker, drain, Instant::now())?;
         Ok(DrainOutcome { was_on, is_kept: self.save().await })
     }
 
@@ -70,7 +69,7 @@ impl DrainStore {
             if is_hangup {
                 self.reload().await;
             }
-            let over = self.gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
+            let over = self.fleet.gateways().expire_drains(unix(SystemTime::now()), Instant::now());
             if over.is_empty() {
                 continue;
             }
@@ -86,7 +85,7 @@ impl DrainStore {
         let file = self.file.clone();
         match spawn_blocking(move || json_file::read::<Drains>(&file, LAYOUT)).await {
             Ok(Ok(Some(drains))) => {
-                let before = self.gateways.lock().replace_drains(drains.clone(), Instant::now());
+                let before = self.fleet.gateways().replace_drains(drains.clone(), Instant::now());
                 before.changes(&drains).for_each(DrainChange::log);
             }
             Ok(Ok(None)) => {}
@@ -98,7 +97,7 @@ impl DrainStore {
     }
 
     async fn save(&self) -> bool {
-        let (file, drains) = (self.file.clone(), self.gateways.lock().drains().clone());
+        let (file, drains) = (self.file.clone(), self.fleet.gateways().drains().clone());
         let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
         let failure = match saved {
             Ok(Ok(())) => return true,
@@ -121,31 +120,41 @@ pub struct DrainOutcome {
 
 #[cfg(test)]
 mod tests {
+    use wgkex_common::storage::key_store::{Keys, WriteBuffer};
+
     use super::*;
+    use crate::fleet::gateways::Gateways;
+    use crate::fleet::live_keys::LiveKeys;
 
     #[tokio::test]
     async fn drains_survive_a_restart_and_a_newer_file_stops_it() {
         let dir = tempfile::tempdir().unwrap();
         let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
         let config = Config::parse("", &yaml, "b").unwrap();
-        let open = || DrainStore::open(&config, Arc::new(Mutex::new(Gateways::new(&config))));
+        let fleet = || {
+            Fleet::new(
+                Gateways::new(&config),
+                LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now()),
+            )
+        };
+        let open = || DrainStore::open(&config, fleet());
         let (store, worker) = (open().unwrap(), "gw1".parse().unwrap());
         let drain = Drain { since: 7, until: None, reason: Some("r".into()), deadline: None };
         let outcome = store.set(&worker, Some(drain.clone())).await.unwrap();
         assert_eq!(outcome, DrainOutcome { was_on: false, is_kept: true });
         let again = open().unwrap();
-        assert_eq!(again.gateways.lock().drains().get(&worker), Some(&drain));
+        assert_eq!(again.fleet.gateways().drains().get(&worker), Some(&drain));
         assert!(again.set(&worker, None).await.unwrap().was_on);
         std::fs::write(store.file.clone(), r#"{"layout":1,"gateways":{"gw2":{"since":9}}}"#).unwrap();
         again.reload().await;
-        let is_drained = |name: &str| again.gateways.lock().drains().get(&name.parse().unwrap()).is_some();
+        let is_drained = |name: &str| again.fleet.gateways().drains().get(&name.parse().unwrap()).is_some();
         assert_eq!([is_drained("gw1"), is_drained("gw2")], [false, true], "read again");
         std::fs::write(store.file.clone(), "{").unwrap();
         again.reload().await;
         assert!(is_drained("gw2"), "a damaged file changes nothing");
         let over = Drain { until: Some(8), ..drain };
         let _ = again.set(&worker, Some(over)).await.unwrap();
-        assert_eq!(open().unwrap().gateways.lock().drains().get(&worker), None, "it ended meanwhile");
+        assert_eq!(open().unwrap().fleet.gateways().drains().get(&worker), None, "it ended meanwhile");
         let file = dir.path().join("broker.drain.json");
         assert!(std::fs::read_to_string(&file).unwrap().starts_with(r#"{"layout":1,"gateways":{"gw1""#));
         std::fs::write(&file, r#"{"layout":2}"#).unwrap();

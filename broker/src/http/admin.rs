@@ -28,6 +28,7 @@ use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 
 use crate::exchange::Exchange;
+use crate::fleet::Fleet;
 use crate::fleet::drain_store::{DrainOutcome, DrainStore};
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
 use crate::http::body::{self, Unread};
@@ -62,8 +63,10 @@ const NO_ALLOW_LIST: &str =
 pub struct Admin {
     /// The lists.
     pub lists: Handle,
-    /// The gateways that a change has to reach, and what requests would come to.
+    /// What requests would come to.
     pub exchange: Exchange,
+    /// The gateways that a change has to reach.
+    pub fleet: Fleet,
     /// The changes that wait for their results.
     pub revocations: PendingRevocations,
     /// The gateways that get no new routers.
@@ -266,11 +269,11 @@ impl Admin {
                 return error(status, &message);
             }
         };
-        let (worker, is_known) = (gateway.as_str(), self.exchange.gateways().is_heard_of(&gateway));
+        let (worker, is_known) = (gateway.as_str(), self.fleet.gateways().is_heard_of(&gateway));
         match self.drains.set(&gateway, on.then_some(drain)).await {
             Ok(DrainOutcome { was_on, is_kept }) => {
                 info!(target: AUDIT, call, worker, outcome = if is_kept { "done" } else { "not kept" }, "admin call");
-                let until = self.exchange.gateways().drains().get(&gateway).and_then(|drain| drain.until);
+                let until = self.fleet.gateways().drains().get(&gateway).and_then(|drain| drain.until);
                 HttpResponse::Ok().json(json!({
                     "gateway": worker, "until": until, "was_on": was_on, "known": is_known, "kept": is_kept, "done": is_kept,
                 }))
@@ -316,7 +319,7 @@ impl Admin {
         let pending = (on && list == List::Deny).then(|| self.revocations.begin(key, record.at));
         let is_kept = timeout(DISK_TIMEOUT, kept).await.is_ok_and(|kept| kept.is_ok());
         let (reachability, is_synced) = {
-            let gateways = self.exchange.gateways();
+            let gateways = self.fleet.gateways();
             (gateways.reachability(), gateways.is_synced())
         };
         let payload = serde_json::to_vec(&[&record]).unwrap_or_default();

@@ -154,7 +154,7 @@ pub struct Refused {
 pub fn find(exchange: &Exchange, domains: &BTreeSet<Domain>, key: PublicKey, listed: Vec<ListedEntry>) -> WhereReport {
     let now = Instant::now();
     let traces: BTreeMap<_, _> =
-        exchange.live().trace(&key, now).into_iter().map(|trace| (trace.domain.clone(), trace)).collect();
+        exchange.fleet.live().trace(&key, now).into_iter().map(|trace| (trace.domain.clone(), trace)).collect();
     let lists: Vec<_> = listed.into_iter().filter(|entry| entry.entry.key == key).map(ListedKey::from).collect();
     let admission = exchange.lists.borrow().admission.clone();
     let is_listed_in =
@@ -182,7 +182,7 @@ pub fn explain(exchange: &Exchange, domains: &BTreeSet<Domain>, now: WhereReport
     let key = now.key;
     let explained = |domain: &Domain| {
         let id = KeyId { domain: domain.clone(), key };
-        let (outlook, is_new) = (exchange.outlook(&id), exchange.live().is_established(domain, &key).is_none());
+        let (outlook, is_new) = (exchange.outlook(&id), exchange.fleet.is_established(&id).is_none());
         ExplainedDomain::new(domain, outlook, is_new, &now, exchange)
     };
     ExplainReport { key, domains: domains.iter().map(explained).collect(), now }
@@ -199,7 +199,7 @@ impl KeyInDomain {
         let secs = |duration: Option<Duration>| duration.map(|duration| duration.as_secs());
         let NamedPlaces { confirmed, confirmed_ago, handshakes } =
             trace.map(|trace| trace.places.clone()).unwrap_or_default();
-        let gateways = exchange.gateways();
+        let gateways = exchange.fleet.gateways();
         let confirmed_by = confirmed.iter().map(|worker| Confirming {
             gateway: worker.as_str().into(),
             online: gateways.has_online(worker, domain.name()),
@@ -281,7 +281,7 @@ fn detail(rejection: Rejection, domain: &Domain, now: &WhereReport, exchange: &E
             format!("it is on the list deny by {}", by.join(", "))
         };
     }
-    let is_listed = || exchange.gateways().is_reserved(&now.key, true);
+    let is_listed = || exchange.fleet.gateways().is_reserved(&now.key, true);
     match rejection {
         Rejection::Reserved if is_listed() => {
             "protected_keys or key_whitelist of the config has it, or its address".into()

@@ -151,7 +151,7 @@ impl App {
     pub fn status(&self, now: Instant) -> Status {
         let unready = self.unready();
         let (domains, gateways, fleet) = {
-            let gateways = self.exchange.gateways();
+            let gateways = self.fleet.gateways();
             (gateways.domain_statuses(), gateways.shown(now), gateways.problems(now))
         };
         let lists = list_problems(&self.exchange.lists.borrow());
@@ -211,7 +211,7 @@ impl App {
             let text = format!("two programs use the MQTT client id {id}: each ends the other's connection");
             problem(id, text)
         });
-        own.into_iter().chain(of_clients).chain(self.exchange.gateways().names_in_use()).collect()
+        own.into_iter().chain(of_clients).chain(self.fleet.gateways().names_in_use()).collect()
     }
 
     fn keys(&self, now: Instant) -> KeyStatus {
@@ -221,7 +221,7 @@ impl App {
             Rejection::VARIANTS.iter().map(|reason| ((*reason).to_owned(), count(reason))).collect()
         };
         let Load { queued, unacknowledged, waiting, oldest } = self.exchange.in_flight.lock().load(now);
-        let live = self.exchange.live().counts().fold(LiveKeyCounts::default(), |sum, (_, each)| LiveKeyCounts {
+        let live = self.fleet.live().counts().fold(LiveKeyCounts::default(), |sum, (_, each)| LiveKeyCounts {
             established: sum.established + each.established,
             unestablished: sum.unestablished + each.unestablished,
             ..sum

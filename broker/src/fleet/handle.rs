@@ -1,0 +1,125 @@
+//! The shared handle to the fleet: its two locks, and what has to be asked of both.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::{Mutex, MutexGuard};
+use wgkex_common::{Domain, KeyId, WorkerName};
+
+use crate::fleet::gateways::{Gateways, Online, Router};
+use crate::fleet::live_keys::LiveKeys;
+use crate::fleet::selection::Selection;
+use crate::fleet::status::Standing;
+
+/// The gateways and the live keys. Clones share them.
+#[derive(Clone)]
+pub struct Fleet {
+    gateways: Arc<Mutex<Gateways>>,
+    live: Arc<Mutex<LiveKeys>>,
+}
+
+/// Why no router may have a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyConflict {
+    /// It is a gateway's, or derives a gateway's address.
+    Reserved,
+    /// Another key has the address that it derives.
+    AddressTaken,
+}
+
+/// Which gateway a router would be given.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The best one that is preferred.
+    pub preferred: Option<WorkerName>,
+    /// The best one of all.
+    pub best: Option<WorkerName>,
+    /// Each gateway in the choice, or why it is not.
+    pub standings: Vec<Standing>,
+}
+
+impl Fleet {
+    /// Of these gateways and live keys.
+    pub fn new(gateways: Gateways, live: LiveKeys) -> Self {
+        Self { gateways: Arc::new(Mutex::new(gateways)), live: Arc::new(Mutex::new(live)) }
+    }
+
+    /// The gateways, locked: for one question only.
+    pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
+        self.gateways.lock()
+    }
+
+    /// The live keys, locked: for one question only.
+    pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
+        self.live.lock()
+    }
+
+    /// Whether the key has had a handshake at some gateway; none if it is not known.
+    pub fn is_established(&self, id: &KeyId) -> Option<bool> {
+        self.live().is_established(&id.domain, &id.key)
+    }
+
+    /// Why no router may have the key.
+    pub fn conflict(&self, id: &KeyId, now: Instant) -> Option<KeyConflict> {
+        let is_routers = self.live().has_handshake(&id.key);
+        if self.gateways().is_reserved(&id.key, is_routers) {
+            Some(KeyConflict::Reserved)
+        } else {
+            self.live().is_taken(id.domain.name(), id.key, now).then_some(KeyConflict::AddressTaken)
+        }
+    }
+
+    /// The gateways of a domain that are online. None while the retained states are incomplete, as after a reconnect: a
+    /// gateway of ours whose hello is still to come would count as an original, of which no confirmation is waited for.
+    pub fn online(&self, domain: &Domain) -> Option<Online> {
+        let gateways = self.gateways();
+        gateways.is_synced().then(|| gateways.online(domain))
+    }
+
+    /// The best gateway of those that are `eligible`, none while the retained states are incomplete. The router counts as its
+    /// peer from here on, so that requests at the same time spread; if the request fails, the gateway's own next count
+    /// corrects that.
+    pub fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool, now: Instant) -> Option<Selection> {
+        let home = self.home(id, now);
+        let mut gateways = self.gateways();
+        if !gateways.is_synced() {
+            return None;
+        }
+        let selection = gateways.select(Router { domain: &id.domain, home: home.as_ref(), now }, eligible)?;
+        gateways.on_assigned(&selection.worker, &id.domain);
+        Some(selection)
+    }
+
+    /// The gateway that the router was given a moment ago, if it still can be.
+    pub fn select_again(&self, id: &KeyId, worker: &WorkerName, now: Instant) -> Option<Selection> {
+        self.gateways().select(Router { domain: &id.domain, home: None, now }, |name, _| name == worker)
+    }
+
+    /// What [`Self::select`] would choose; nothing is counted.
+    pub fn choice(&self, id: &KeyId, prefers: impl Fn(&WorkerName, bool) -> bool, now: Instant) -> Choice {
+        let home = self.home(id, now);
+        let (gateways, router) = (self.gateways(), Router { domain: &id.domain, home: home.as_ref(), now });
+        let worker = |selection: Selection| selection.worker;
+        Choice {
+            preferred: gateways.select(router, prefers).map(worker),
+            best: gateways.select(router, |_, _| true).map(worker),
+            standings: gateways.standings(router),
+        }
+    }
+
+    /// The router is told to use `worker`.
+    pub fn on_given(&self, id: &KeyId, worker: &WorkerName, now: Instant) {
+        let is_connected = {
+            let mut live = self.live();
+            live.on_given(id, worker, now);
+            live.last_with_handshakes(id) == Some(worker)
+        };
+        self.gateways().on_given(worker, id, is_connected, now);
+    }
+
+    /// The gateway where the router is connected; it only counts while some gateway drains.
+    fn home(&self, id: &KeyId, now: Instant) -> Option<WorkerName> {
+        let is_any_draining = self.gateways().is_any_draining();
+        is_any_draining.then(|| self.live().home(id, now).cloned()).flatten()
+    }
+}
