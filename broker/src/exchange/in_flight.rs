@@ -130,7 +130,7 @@ pub struct InFlight {
 #[derive(Debug, Default)]
 struct PublishQueue {
     /// Those to publish, the first one first.
-    queue: VecDeque<KeyId>,
+    keys: VecDeque<KeyId>,
     /// How many are published and not acknowledged.
     sent: usize,
 }
@@ -249,7 +249,7 @@ impl InFlight {
             self.promote(key, is_established);
             return Some(Place { publication: number, is_joined: true });
         }
-        let queue = &mut self.queue(is_established).queue;
+        let queue = &mut self.queue(is_established).keys;
         if queue.len() >= MAX_QUEUED {
             return None;
         }
@@ -263,8 +263,8 @@ impl InFlight {
     /// Moves a queued key that became established to the queue of those, if there is room.
     fn promote(&mut self, key: &KeyId, is_established: bool) {
         let Self {
-            unestablished: PublishQueue { queue: unestablished, .. },
-            established: PublishQueue { queue: established, .. },
+            unestablished: PublishQueue { keys: unestablished, .. },
+            established: PublishQueue { keys: established, .. },
             ..
         } = self;
         let queued = self.keys.get_mut(key).and_then(|flight| flight.queued.as_mut());
@@ -283,9 +283,9 @@ impl InFlight {
             if self.established.sent + self.unestablished.sent >= MAX_SENT {
                 return None;
             }
-            let key = match self.established.queue.pop_front() {
+            let key = match self.established.keys.pop_front() {
                 Some(key) => key,
-                None if self.unestablished.sent < MAX_UNESTABLISHED_SENT => self.unestablished.queue.pop_front()?,
+                None if self.unestablished.sent < MAX_UNESTABLISHED_SENT => self.unestablished.keys.pop_front()?,
                 None => return None,
             };
             let Some(flight) = self.keys.get_mut(&key) else { continue };
@@ -445,13 +445,13 @@ impl InFlight {
     /// How much is in flight.
     #[must_use]
     pub fn load(&self, now: Instant) -> Load {
-        let lanes = [&self.established, &self.unestablished];
+        let queues = [&self.established, &self.unestablished];
         // A key that became established is behind younger ones; that of a request counts by the request.
-        let fronts = lanes.into_iter().filter_map(|lane| self.keys.get(lane.queue.front()?)?.queued.as_ref());
+        let fronts = queues.into_iter().filter_map(|queue| self.keys.get(queue.keys.front()?)?.queued.as_ref());
         let oldest = fronts.map(|queued| queued.since).chain(self.begun.values().next().copied()).min();
         Load {
-            queued: lanes.iter().map(|lane| lane.queue.len()).sum(),
-            unacknowledged: lanes.iter().map(|lane| lane.sent).sum(),
+            queued: queues.iter().map(|queue| queue.keys.len()).sum(),
+            unacknowledged: queues.iter().map(|queue| queue.sent).sum(),
             waiting: self.begun.len(),
             oldest: oldest.map(|since| now.saturating_duration_since(since)),
         }
@@ -529,8 +529,8 @@ impl InFlight {
 
     fn give_up_queued(&mut self, now: Instant) {
         let Self { keys, admission, established, unestablished, .. } = self;
-        for lane in [established, unestablished] {
-            lane.queue.retain(|key| {
+        for queue in [established, unestablished] {
+            queue.keys.retain(|key| {
                 let Some(flight) = keys.get_mut(key) else { return false };
                 let denied = admission.denies(key.domain.name(), &key.key);
                 let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, MAX_WAIT, now));

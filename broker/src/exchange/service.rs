@@ -28,7 +28,7 @@ use crate::fleet::{Choice, Fleet, KeyConflict};
 
 /// What this broker knows of a key when a request for it begins.
 #[derive(Debug, Clone, Copy)]
-struct KeyStatus {
+struct KnownKey {
     /// It has had a handshake at some gateway.
     is_established: bool,
     /// It is known, and is requested more often than a router needs.
@@ -101,11 +101,11 @@ impl Exchange {
     }
 
     /// What is known of the key, if a request for it is admitted now.
-    fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KeyStatus, Rejection> {
+    fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KnownKey, Rejection> {
         let established = self.admit(id, || self.limits.check(&id.key, client, id.domain.name()));
         let established = established.inspect_err(|rejection| self.log_refused(id, *rejection))?;
         let is_too_frequent = established.is_some() && self.limits.check_key(&id.key, id.domain.name()).is_err();
-        Ok(KeyStatus { is_established: established == Some(true), is_too_frequent })
+        Ok(KnownKey { is_established: established == Some(true), is_too_frequent })
     }
 
     /// Whether the key has had a handshake, if it is known and its request is admitted. `limit` is asked for an unknown key.
@@ -137,13 +137,13 @@ impl Exchange {
         self.in_flight.lock().cached(id, now()).cloned()
     }
 
-    fn cache(&self, id: &KeyId, status: KeyStatus, worker: Option<WorkerName>) {
+    fn cache(&self, id: &KeyId, status: KnownKey, worker: Option<WorkerName>) {
         if status.is_too_frequent {
             self.in_flight.lock().cache(id, worker, now());
         }
     }
 
-    async fn uncached_v1(&self, id: &KeyId, status: KeyStatus) -> Result<(), Rejection> {
+    async fn uncached_v1(&self, id: &KeyId, status: KnownKey) -> Result<(), Rejection> {
         let deadlines = Deadlines::now(self.confirm);
         if self.late_confirmations(id).iter().any(|worker| self.can_confirm(id, worker)) {
             self.publish_again(id, status);
@@ -189,7 +189,7 @@ impl Exchange {
         Ok(())
     }
 
-    async fn uncached_v2(&self, id: &KeyId, status: KeyStatus) -> Result<Selection, Rejection> {
+    async fn uncached_v2(&self, id: &KeyId, status: KnownKey) -> Result<Selection, Rejection> {
         let deadlines = Deadlines::now(self.confirm);
         let late = self.late_confirmations(id);
         if !late.is_empty()
@@ -286,7 +286,7 @@ impl Exchange {
     async fn publish(
         &self,
         id: &KeyId,
-        status: KeyStatus,
+        status: KnownKey,
         deadlines: Deadlines,
     ) -> Result<(Instant, PendingRequest), Rejection> {
         let begun = Instant::now();
@@ -305,7 +305,7 @@ impl Exchange {
     }
 
     /// Publishes a confirmed key again for the other gateways; best effort.
-    fn publish_again(&self, id: &KeyId, status: KeyStatus) {
+    fn publish_again(&self, id: &KeyId, status: KnownKey) {
         self.in_flight.publish(id, status.is_established);
     }
 
@@ -326,7 +326,7 @@ fn has_confirmed(late: &BTreeSet<WorkerName>) -> impl Fn(&WorkerName, bool) -> b
 
 /// Ends a request with its rejection. After a timeout, confirmations that are received later are kept for the router's next
 /// request.
-fn ended(request: PendingRequest, status: KeyStatus, rejection: Rejection) -> Rejection {
+fn ended(request: PendingRequest, status: KnownKey, rejection: Rejection) -> Rejection {
     if matches!(rejection, Rejection::NotPublished | Rejection::NotConfirmed) {
         request.timed_out(status.is_established);
     }

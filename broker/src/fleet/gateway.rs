@@ -30,7 +30,7 @@ pub(super) struct Gateway {
     /// Whether it is taken to be alive: [`Gateway::alive_until`] is not over.
     pub online: bool,
     /// Since when it is offline, if it is known to be.
-    offline: Option<Offline>,
+    offline: Option<OfflineSince>,
     /// When it last came online, or stopped draining; none if it was online before this broker looked.
     pub came_back: Option<Instant>,
     /// What it was when it was last online.
@@ -95,7 +95,7 @@ impl Sum for Peers {
 
 /// Since when a gateway is offline, and by which sign.
 #[derive(Debug, Clone, Copy)]
-struct Offline {
+struct OfflineSince {
     /// None if it was so when this broker connected.
     since: Option<Instant>,
     sign: OfflineSign,
@@ -112,7 +112,7 @@ enum OfflineSign {
 /// What is remembered of a gateway while the connection to the MQTT server is lost.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
-    offline: Option<Offline>,
+    offline: Option<OfflineSince>,
     came_back: Option<Instant>,
     program: Program,
     clock: PeerClock,
@@ -246,11 +246,13 @@ impl Gateway {
         match self.offline {
             _ if self.online => None,
             None => Some(OfflineReason::NeverOnline),
-            Some(Offline { sign: OfflineSign::Silence(silence), .. }) => Some(OfflineReason::Silent(silence.as_secs())),
-            Some(Offline { sign: OfflineSign::Status, since }) if self.has_stopped(since) => {
+            Some(OfflineSince { sign: OfflineSign::Silence(silence), .. }) => {
+                Some(OfflineReason::Silent(silence.as_secs()))
+            }
+            Some(OfflineSince { sign: OfflineSign::Status, since }) if self.has_stopped(since) => {
                 Some(OfflineReason::Stopped)
             }
-            Some(Offline { sign: OfflineSign::Status, .. }) => Some(OfflineReason::ConnectionLost),
+            Some(OfflineSince { sign: OfflineSign::Status, .. }) => Some(OfflineReason::ConnectionLost),
         }
     }
 
@@ -280,7 +282,7 @@ impl Gateway {
             self.came_back = self.came_back.filter(|_| !is_return).or(is_return.then_some(now));
             self.on_online();
         } else {
-            self.offline.get_or_insert(Offline { since, sign });
+            self.offline.get_or_insert(OfflineSince { since, sign });
         }
     }
 
@@ -334,7 +336,7 @@ impl Gateway {
             }
             self.on_online();
         } else if was_online {
-            self.offline = Some(Offline { since: Some(now), sign: OfflineSign::Status });
+            self.offline = Some(OfflineSince { since: Some(now), sign: OfflineSign::Status });
         }
     }
 

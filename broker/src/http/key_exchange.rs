@@ -59,18 +59,18 @@ impl Guard for HasBody {
 }
 
 async fn v1(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
-    let result = async { app.exchange.exchange_v1(&ask(&app, body).await?, || app.client(&request)).await };
+    let result = async { app.exchange.exchange_v1(&read(&app, body).await?, || app.client(&request)).await };
     let result = app.counted("v1", result.await);
     result.map(|()| HttpResponse::Ok().json(serde_json::json!({ "Message": "OK" })))
 }
 
 async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, Rejection> {
-    let result = async { app.exchange.exchange_v2(&ask(&app, body).await?, || app.client(&request)).await };
+    let result = async { app.exchange.exchange_v2(&read(&app, body).await?, || app.client(&request)).await };
     let gateway = app.counted("v2", result.await)?;
     Ok(HttpResponse::Ok().json(EndpointReply::from(gateway)))
 }
 
-async fn ask(app: &App, body: Payload) -> Result<KeyId, Rejection> {
+async fn read(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     let body = body::read(body, BODY_MAX).await?;
     let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
     let asked = request::parse(text.as_bytes(), &app.domains);

@@ -23,7 +23,7 @@ pub struct RefusalLog {
 
 #[derive(Debug, Default)]
 struct Lines {
-    logged: BTreeMap<Client, Instant>,
+    logged: BTreeMap<RefusedClient, Instant>,
     since: Option<Instant>,
     count: u32,
     unlogged: u64,
@@ -31,7 +31,7 @@ struct Lines {
 
 /// A client that is refused, and why.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Client {
+struct RefusedClient {
     refusal: Refusal,
     user: Option<String>,
     id: Option<String>,
@@ -48,8 +48,12 @@ impl RefusalLog {
 impl Lines {
     fn line(&mut self, refused: &Refused, now: Instant) -> Option<u64> {
         let Refused { refusal, user, client_id, cause, .. } = refused;
-        let client =
-            Client { refusal: *refusal, user: user.clone(), id: client_id.clone(), cause: cause.clone().into_owned() };
+        let client = RefusedClient {
+            refusal: *refusal,
+            user: user.clone(),
+            id: client_id.clone(),
+            cause: cause.clone().into_owned(),
+        };
         if self.since.is_none_or(|since| now.saturating_duration_since(since) >= PERIOD) {
             self.logged.retain(|_, logged| now.saturating_duration_since(*logged) < REPEAT);
             (self.since, self.count) = (Some(now), 0);

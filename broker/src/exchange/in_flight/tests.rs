@@ -211,9 +211,9 @@ fn a_queue_has_so_many_places_and_no_key_takes_two() {
     }
     assert!(table.request(&id(0, MAX_QUEUED), false, now).is_none());
     assert!(table.request(&id(0, MAX_QUEUED), true, now).is_some(), "the established have their own");
-    assert_eq!((table.unestablished.queue.len(), table.established.queue.len()), (MAX_QUEUED, 1));
+    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (MAX_QUEUED, 1));
     assert!(table.request(&id(0, 7), true, now).unwrap().is_joined, "one that shook hands meanwhile changes over");
-    assert_eq!((table.unestablished.queue.len(), table.established.queue.len()), (MAX_QUEUED - 1, 2));
+    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (MAX_QUEUED - 1, 2));
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn a_key_that_waits_too_long_or_is_denied_is_given_up() {
     let admission = Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0);
     table.apply(Arc::new(admission), nearly);
     assert_eq!(table.is_published(&denied, other.publication), Some(false));
-    assert_eq!((table.unestablished.queue.len(), table.established.queue.len()), (1, 0));
+    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (1, 0));
     drop(table.request(&denied, true, nearly));
     assert_eq!(send(&mut table, nearly).len(), 1, "nor is it published later");
     let sent = Publication { key: denied, number: 0, is_established: true, since: nearly };
@@ -311,7 +311,9 @@ fn recount(table: &InFlight) {
     assert_eq!(table.waiting.len(), count(&|flight| !flight.requests.is_empty()));
     let waits = |key: &usize| table.keys.get(&id(key % 2, *key)).is_some_and(|flight| !flight.requests.is_empty());
     assert_eq!((0..6).filter(waits).map(|n| id(n % 2, n)).collect::<HashSet<_>>(), table.waiting);
-    for (PublishQueue { queue, .. }, is_established) in [(&table.unestablished, false), (&table.established, true)] {
+    for (PublishQueue { keys: queue, .. }, is_established) in
+        [(&table.unestablished, false), (&table.established, true)]
+    {
         let queued: HashSet<_> = queue.iter().collect();
         assert_eq!(queued.len(), queue.len(), "no key is queued twice");
         let is_queued =
