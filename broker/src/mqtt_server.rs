@@ -225,14 +225,16 @@ impl Context {
         Ok((runtime, own_runtime, accept_loops))
     }
 
-    /// Works until it is stopped, or a listener fails.
+    /// Works until it is stopped, a listener fails, or the log ends.
     async fn run(self, mut accept_loops: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
+        let broker = self.broker.clone();
         let close = async {
             let [public, own] = &mut accept_loops;
             tokio::select! {
                 () = stop.cancelled() => {}
                 _ = public => {}
                 _ = own => {}
+                () = broker.log_ended() => error!("the router of the MQTT server ended"),
             }
             accept_loops.iter().for_each(JoinHandle::abort);
         };
@@ -345,21 +347,37 @@ mod tests {
     use super::*;
     use crate::metrics::Registry;
 
+    /// Starts a server that accepts clients by `public`.
+    fn start(
+        dir: &Path,
+        public: TcpListener,
+    ) -> (Arc<MessageBroker>, anyhow::Result<(CancellationToken, oneshot::Receiver<()>)>) {
+        let metrics = Metrics::register(&Registry::default()).unwrap();
+        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
+        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
+        public.set_nonblocking(true).unwrap();
+        let server = Context { broker: broker.clone(), refusals: Arc::default(), metrics };
+        let own = bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        (broker, server.start((public, endpoint()), (own, endpoint()), File::open(dir).unwrap().0))
+    }
+
     /// Such a server would start and let nobody in.
     #[test]
     fn a_listener_that_cannot_be_served_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("no socket")).unwrap();
-        let metrics = Metrics::register(&Registry::default()).unwrap();
-        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
-        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
-        let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
-        public.set_nonblocking(true).unwrap();
-        let started = Context { broker, refusals: Arc::default(), metrics }.start(
-            (public, endpoint()),
-            (own, endpoint()),
-            File::open(dir.path()).unwrap().0,
-        );
+        let (_broker, started) = start(dir.path(), OwnedFd::from(file).into());
         assert!(started.err().is_some_and(|error| error.to_string().contains("mqtt_listen")));
+    }
+
+    /// It would accept clients and deliver nothing.
+    #[tokio::test]
+    async fn the_server_ends_with_its_router() {
+        let dir = tempfile::tempdir().unwrap();
+        let (broker, started) = start(dir.path(), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
+        let (_stop, mut ended) = started.unwrap();
+        assert!(timeout(Duration::from_millis(100), &mut ended).await.is_err(), "it serves");
+        broker.break_log().await;
+        timeout(Duration::from_secs(10), ended).await.expect("it ends").unwrap();
     }
 }
