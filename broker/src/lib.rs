@@ -184,7 +184,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
+        let certificate = embedded.certificate();
         services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+        if let Some(certificate) = certificate {
+            services.background().spawn("the certificate of the MQTT server", |_| certificate.watch());
+        }
     }
     broker.start_storage(&mut services, store, list_service);
     let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];

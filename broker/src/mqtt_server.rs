@@ -96,6 +96,7 @@ pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
     troubles: ClientTroubles,
+    certificate: Option<Arc<Certificate>>,
     over: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
@@ -108,7 +109,8 @@ impl MqttServer {
         let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
         let address = own.local_addr().context("mqtt_listen")?;
         let (own_users, credentials) = Users::own()?;
-        let tls = config.tls.clone().map(acceptor).transpose()?;
+        let certificate = config.tls.clone().map(certificate).transpose()?;
+        let tls = certificate.as_ref().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
         let endpoint = Endpoint { users: Users::new(config)?, tls, room };
         let own_endpoint = Endpoint { users: own_users, tls: None, room: room + MAX_OWN };
@@ -120,7 +122,7 @@ impl MqttServer {
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, troubles, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, troubles, certificate, over, ended: Some(ended) })
     }
 
     /// Returns when it ends, which it should not do of itself.
@@ -144,6 +146,12 @@ impl MqttServer {
         self.troubles.clone()
     }
 
+    /// The certificate of its TLS, which is to be watched.
+    #[must_use]
+    pub fn certificate(&self) -> Option<Arc<Certificate>> {
+        self.certificate.clone()
+    }
+
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
     /// clients reconnect to the next server, and the wills of those that do not are due then.
     pub async fn stop(self) {
@@ -156,12 +164,13 @@ impl MqttServer {
     }
 }
 
-/// Accepts TLS with the certificate of these files, which are watched from now on.
-fn acceptor((cert_file, key_file): (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
-    let certificate = Certificate::open("mqtt_listen.tls", cert_file, key_file)?;
-    let acceptor = TlsAcceptor::from(Arc::new(certificate.server()?));
-    tokio::spawn(certificate.watch());
-    Ok(acceptor)
+fn certificate((cert_file, key_file): (PathBuf, PathBuf)) -> Result<Arc<Certificate>, TlsError> {
+    Certificate::open("mqtt_listen.tls", cert_file, key_file)
+}
+
+/// Accepts TLS with this certificate.
+fn acceptor(certificate: &Arc<Certificate>) -> Result<TlsAcceptor, TlsError> {
+    Ok(Arc::new(certificate.server()?).into())
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
