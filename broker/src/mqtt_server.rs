@@ -203,9 +203,9 @@ impl Context {
         let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             match self.open(public, own) {
-                Ok((runtime, own_runtime, accept_loops)) => {
+                Ok((runtime, own_runtime, endpoints)) => {
                     let _ = starts.send(Ok(()));
-                    runtime.block_on(self.run(accept_loops, file, stop));
+                    runtime.block_on(self.run(endpoints, file, stop));
                     runtime.shutdown_background();
                     own_runtime.shutdown_background();
                 }
@@ -228,26 +228,34 @@ impl Context {
         let open = |runtime: &Runtime, (listener, endpoint)| {
             let _entered = runtime.enter();
             let listener = tokio::net::TcpListener::from_std(listener).context("mqtt_listen: nothing can be accepted");
-            anyhow::Ok(runtime.spawn(self.clone().accept_loop(listener?, Arc::new(endpoint))))
+            anyhow::Ok(runtime.spawn(self.clone().run_endpoint(listener?, Arc::new(endpoint))))
         };
-        let accept_loops = [open(&runtime, public)?, open(&own_runtime, own)?];
-        Ok((runtime, own_runtime, accept_loops))
+        let endpoints = [open(&runtime, public)?, open(&own_runtime, own)?];
+        Ok((runtime, own_runtime, endpoints))
     }
 
-    /// Works until it is stopped, a listener fails, or the log ends.
-    async fn run(self, mut accept_loops: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
+    /// Works until it is stopped, an endpoint fails, or the log ends.
+    async fn run(self, mut endpoints: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
         let broker = self.broker.clone();
         let close = async {
-            let [public, own] = &mut accept_loops;
+            let [public, own] = &mut endpoints;
             tokio::select! {
                 () = stop.cancelled() => {}
                 _ = public => {}
                 _ = own => {}
                 () = broker.log_ended() => error!("the router of the MQTT server ended"),
             }
-            accept_loops.iter().for_each(JoinHandle::abort);
+            endpoints.iter().for_each(JoinHandle::abort);
         };
         file.run(self.broker, close).await;
+    }
+
+    /// Accepts connections until the listener fails, or passwords are verified no longer.
+    async fn run_endpoint(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) {
+        tokio::select! {
+            () = self.accept_loop(listener, endpoint.clone()) => {}
+            () = endpoint.users.thread_ended() => error!("the thread that verifies passwords ended"),
+        }
     }
 
     /// Accepts connections until the listener fails; they end with the runtime.
