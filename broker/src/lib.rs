@@ -297,11 +297,13 @@ impl Broker {
                 KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), live: live.clone() }.run()
             })
             .spawn("the expiry", |_| expire(exchange.clone()))
-            .spawn("the drains", |_| drains.clone().run())
             .spawn("the config", |_| {
                 let gateways = gateways.clone();
                 reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().reconfigure(config))
             });
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
+            .spawn("the drains", |stop| drains.clone().run(stop));
         services
             .group(2 * FAREWELL_TIMEOUT, None)
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));

@@ -188,7 +188,9 @@ pub async fn run<K: Kernel>(
     services.background().spawn("the drain", |_| watch_drain.run());
     worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender, clocks);
     if let Some(task) = lease_task {
-        services.background().spawn("the leases", |_| task.run());
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
+            .spawn("the leases", |stop| task.run(stop));
     }
     worker.start_http(&mut services, watched);
     let Config { name, domains, .. } = &worker.config;

@@ -13,6 +13,7 @@ use wgkex_common::access_lists::unix;
 use wgkex_common::drain::Drain;
 use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::versions::StateFile;
+use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::{Config, WorkerName};
 
@@ -33,6 +34,7 @@ pub struct DrainStore {
     gateways: Arc<Mutex<Gateways>>,
     /// Held while the drains are changed and written, or read again, so that the last change is what stays.
     writing: Arc<tokio::sync::Mutex<()>>,
+    writes: Writes,
 }
 
 impl DrainStore {
@@ -48,7 +50,7 @@ impl DrainStore {
             }
         }
         gateways.lock().expire_drains(unix(SystemTime::now()), Instant::now());
-        Ok(Self { file, gateways, writing: Arc::default() })
+        Ok(Self { file, gateways, writing: Arc::default(), writes: Writes::default() })
     }
 
     /// Drains a gateway, or no longer does. Says whether the disk has taken it.
@@ -58,8 +60,17 @@ impl DrainStore {
         Ok(DrainOutcome { was_on, is_kept: self.save().await })
     }
 
-    /// Ends each drain at its time, and reads the file again on SIGHUP.
-    pub async fn run(self) {
+    /// Ends each drain at its time, and reads the file again on SIGHUP, until `stop` returns; then until the last write has
+    /// ended, also that of an admin call.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        tokio::select! {
+            () = stop => {}
+            () = self.follow() => {}
+        }
+        self.writes.finished().await;
+    }
+
+    async fn follow(&self) {
         let mut hangups = Hangups::listen();
         loop {
             let is_hangup = tokio::select! {
@@ -99,7 +110,7 @@ impl DrainStore {
 
     async fn save(&self) -> bool {
         let (file, drains) = (self.file.clone(), self.gateways.lock().drains().clone());
-        let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
+        let saved = self.writes.run(move || json_file::save(&file, LAYOUT, drains)).await;
         let failure = match saved {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => error.to_string(),
@@ -121,7 +132,28 @@ pub struct DrainOutcome {
 
 #[cfg(test)]
 mod tests {
+    use std::future::ready;
+    use std::pin::pin;
+    use std::sync::mpsc::channel;
+
+    use tokio::time::timeout;
+
     use super::*;
+
+    #[tokio::test]
+    async fn it_stops_when_the_last_write_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
+        let config = Config::parse("", &yaml, "b").unwrap();
+        let store = DrainStore::open(&config, Arc::new(Mutex::new(Gateways::new(&config)))).unwrap();
+        let ((end, ended), writes) = (channel::<()>(), store.writes.clone());
+        let mut call = pin!(writes.run(move || ended.recv()));
+        assert!(timeout(Duration::from_millis(10), &mut call).await.is_err(), "it is written");
+        let mut stopping = pin!(store.run(ready(())));
+        assert!(timeout(Duration::from_millis(100), &mut stopping).await.is_err(), "it waits");
+        end.send(()).unwrap();
+        timeout(Duration::from_secs(10), stopping).await.expect("it stops");
+    }
 
     #[tokio::test]
     async fn drains_survive_a_restart_and_a_newer_file_stops_it() {
