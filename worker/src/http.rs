@@ -216,7 +216,7 @@ impl HttpState {
 
     fn key_totals(&self) -> KeyTotals {
         let metrics = &self.reconciler;
-        let failed = |reason: &RejectReason| {
+        let failed = |reason: RejectReason| {
             let of = |domain: &Domain| metrics.keys_failed.with_label_values(&[domain.name(), reason.as_ref()]).get();
             self.served.iter().map(of).sum::<u64>()
         };
@@ -225,7 +225,7 @@ impl HttpState {
             installed: self.sum(&metrics.keys_installed),
             refreshed: self.sum(&metrics.keys_refreshed),
             restored: self.sum(&metrics.keys_restored),
-            failed: reconciler::FAILURES.iter().map(failed).sum(),
+            failed: RejectReason::of_requested_keys().map(failed).sum(),
             dropped: reconciler::DROPPED
                 .iter()
                 .map(|place| metrics.keys_dropped.with_label_values(&[place]).get())
