@@ -319,11 +319,7 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         self.reports.revoked(denied.into_iter().map(|(key, at)| {
-            let outcome = match outcomes.remove(&key) {
-                None => RevokeOutcome::Absent,
-                Some(Ok(())) => RevokeOutcome::Removed,
-                Some(Err(reason)) => RevokeOutcome::Failed(reason),
-            };
+            let outcome = outcomes.remove(&key).map_or(RevokeOutcome::Absent, RevokeOutcome::from);
             RevokedKey { at, key, outcome }
         }));
     }
