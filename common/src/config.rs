@@ -212,7 +212,7 @@ impl Config {
     }
 
     fn of_file(source: &str, yaml: &str, machine: Machine<'_>) -> Result<Self, ConfigError> {
-        let mut diagnostics = Diagnostics::of_file(source, yaml);
+        let mut diagnostics = Diagnostics::of_file(source, yaml, keys::names());
         let tree = yaml::parse(yaml, &mut diagnostics);
         Self::from_tree(tree, machine, diagnostics)
     }
@@ -223,7 +223,7 @@ impl Config {
     }
 
     fn of_variables(variables: &BTreeMap<String, String>, machine: Machine<'_>) -> Result<Self, ConfigError> {
-        let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES);
+        let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES, keys::names());
         for (name, meant) in variables::misspelt(variables) {
             let note = format!("is not a known variable and is ignored, did you mean {meant}?");
             diagnostics.warn(&diagnostics::Path::of(name), &note);
