@@ -3,7 +3,7 @@
 //! about what is wrong.
 //!
 //! Each section is one file, which has its keys as they may stand in the file (`Raw...`), what they mean, and the defaults;
-//! the types of single values are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
+//! the types of values that are no section's own are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
 //!
 //! No task; `main` of each program owns the config.
 
