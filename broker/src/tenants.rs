@@ -21,6 +21,7 @@ mod hub;
 mod id;
 mod message;
 mod metrics;
+mod opening;
 mod outlet;
 mod pool;
 pub mod routes;
