@@ -19,9 +19,10 @@ use wgkex_common::wire::lease::{
 use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
+use crate::registry::Registry;
+use crate::registry::call_error::CallError;
 use crate::registry::model::{Fields, InvalidField, NewServer};
 use crate::registry::store::{self, Found, ServerChange, Snapshot};
-use crate::registry::{CallError, Registry};
 
 /// Events that wait at most.
 const QUEUE: usize = 4096;
