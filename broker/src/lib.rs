@@ -77,7 +77,8 @@ use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
-use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
+use crate::registry::lease_events::{LeaseReceiver, LeaseSender};
+use crate::registry::push::LeasePublisher;
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
@@ -168,7 +169,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
-    let (leases, lease_events) = registry::push::channel();
+    let (leases, lease_events) = registry::lease_events::channel();
     let holder = registry::holder::Holder::open(&config)?;
     let opened = config.registry.as_ref().map(|enabled| {
         registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())

@@ -7,6 +7,7 @@
 
 mod call_error;
 pub mod holder;
+pub mod lease_events;
 pub mod login;
 mod metrics;
 pub mod model;
@@ -31,8 +32,8 @@ use wgkex_common::{BrokerName, WorkerName};
 
 use crate::database::{Access, Database, Location, Migrations, State, Transaction};
 use crate::registry::holder::Holder;
+use crate::registry::lease_events::{LeaseEvent, LeaseSender};
 use crate::registry::login::{Login, password_of};
-use crate::registry::push::{LeaseEvent, LeaseSender};
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
 pub use self::call_error::{CallError, Refusal};

@@ -31,7 +31,7 @@ use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::registry::holder::Holder;
-use crate::registry::push::{LeaseEvent, LeaseSender};
+use crate::registry::lease_events::{LeaseEvent, LeaseSender};
 use crate::tenants::{TenantEvent, TenantEventSender};
 
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
@@ -390,7 +390,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::sync;
 
     use crate::bus::sync_queue::SyncQueue;
-    use crate::registry::push;
+    use crate::registry::lease_events;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
@@ -420,7 +420,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     };
     primary.on_event(Event::Message(publish.clone()));
     let requesters = Requesters::new(own, SyncQueue::default());
-    let (leases, _lease_events) = push::channel();
+    let (leases, _lease_events) = lease_events::channel();
     let leases = Some(leases);
     let (tenants, _tenant_events) = tokio::sync::mpsc::channel(1);
     let tenants = Some(tenants);
