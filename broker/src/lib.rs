@@ -54,7 +54,8 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, Served, SnapshotChunk};
+use wgkex_common::wire::message::{Served, SnapshotChunk};
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;

@@ -17,7 +17,8 @@ use tracing::{debug, info};
 
 use crate::mqtt::{ConnectionState, Message, MqttHandle};
 use crate::wire::ignored::{Ignored, json};
-use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
+use crate::wire::message::{Hello, SnapshotChunk, SyncRequest};
+use crate::wire::name::Participant;
 use crate::wire::topic::Direction;
 use crate::{BrokerName, Domain, PublicKey, Topic};
 

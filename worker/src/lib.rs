@@ -48,7 +48,8 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, SnapshotChunk};
+use wgkex_common::wire::message::SnapshotChunk;
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{Config, Domain, Reserved};
 use wgkex_kernel::Kernel;
 

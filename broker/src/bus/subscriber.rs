@@ -17,9 +17,8 @@ use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::wire::ignored::{Ignored, json, key};
 use wgkex_common::wire::lease::{AnnouncedServers, HUB, LeaseRequest};
-use wgkex_common::wire::message::{
-    Applied, Handshakes, Hello, Participant, RecordsRequest, Request, Requester, Revoked,
-};
+use wgkex_common::wire::message::{Applied, Handshakes, Hello, RecordsRequest, Request, Requester, Revoked};
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;

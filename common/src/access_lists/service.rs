@@ -25,7 +25,8 @@ use crate::mqtt::{Message, MqttHandle};
 use crate::runtime::hangups::Hangups;
 use crate::runtime::service_manager;
 use crate::storage::StorageError;
-use crate::wire::message::{Participant, RecordsRequest};
+use crate::wire::message::RecordsRequest;
+use crate::wire::name::Participant;
 use crate::{Config, Topic};
 
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.

@@ -174,7 +174,7 @@ pub fn receive_anything(topic: &str, payload: &[u8]) {
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let Ok(config) = Config::parse("", yaml, "w") else { return };
     let opened =
-        service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker((&config.name).into()));
+        service::ListService::open(&config, wgkex_common::wire::name::Participant::Worker((&config.name).into()));
     let Ok((_keeper, lists)) = opened else { return };
     let (sync, _events) = wgkex_common::sync::channel();
     let (leases, _lease_events) = crate::leases::channel();
