@@ -15,8 +15,6 @@ pub mod records;
 pub mod records_file;
 pub mod service;
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use serde::{Deserialize, Serialize};
 
 pub use self::policy::{Admission, AllowList, Verdict};
@@ -82,10 +80,4 @@ impl Entry {
     pub fn counts(&self, now: u64) -> bool {
         self.until.is_none_or(|until| now < until)
     }
-}
-
-/// Seconds of Unix time.
-#[must_use]
-pub fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::access_lists::parse;
 use crate::storage::versions::StateFile;
 use crate::storage::{StorageError, json_file};
+use crate::time_text;
 
 /// The version of the worker's file.
 const LAYOUT: u32 = 1;
@@ -98,7 +98,7 @@ impl Drain {
     /// One that begins `now`. The error names the field and what is allowed.
     pub fn begin(request: DrainRequest<'_>, now: u64) -> Result<Self, InvalidDrain> {
         let DrainRequest { reason, lasts, deadline, percent } = request;
-        let reason = reason.map(|reason| parse::text("reason", reason)).transpose().map_err(InvalidDrain)?;
+        let reason = reason.map(|reason| time_text::text("reason", reason)).transpose().map_err(InvalidDrain)?;
         let until = lasts.map(|text| after("for", text, now)).transpose()?;
         let percent = percent.map(Percent::try_from).transpose()?;
         let deadline = match deadline {
@@ -141,7 +141,7 @@ impl Drain {
 
 /// The time so long after `now`.
 fn after(field: &str, duration: &str, now: u64) -> Result<u64, InvalidDrain> {
-    let seconds = parse::duration(duration).ok_or_else(|| {
+    let seconds = time_text::duration(duration).ok_or_else(|| {
         InvalidDrain(format!("{field}: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed"))
     })?;
     Ok(now.saturating_add(seconds))
@@ -151,9 +151,9 @@ fn after(field: &str, duration: &str, now: u64) -> Result<u64, InvalidDrain> {
 /// kernel update`. The reason may be a stranger's text.
 impl fmt::Display for Drain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "since {}", parse::utc(self.since))?;
+        write!(f, "since {}", time_text::utc(self.since))?;
         if let Some(until) = self.until {
-            write!(f, ", until {}", parse::utc(until))?;
+            write!(f, ", until {}", time_text::utc(until))?;
         }
         if let Some(deadline) = self.deadline {
             write!(f, ", {deadline}")?;
@@ -167,7 +167,7 @@ impl fmt::Display for Drain {
 
 impl fmt::Display for Deadline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (at, Percent(percent)) = (parse::utc(self.at), self.percent);
+        let (at, Percent(percent)) = (time_text::utc(self.at), self.percent);
         if self.is_over {
             write!(f, "peers are being removed since {at}, {percent} % a minute")
         } else {
