@@ -106,8 +106,8 @@ mod tests {
     use std::time::{Duration, Instant, SystemTime};
 
     use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
-    use wgkex_common::drain::Deadline;
     use wgkex_common::storage::key_store::KeyRecord;
+    use wgkex_common::wire::drain::Deadline;
     use wgkex_common::{PublicKey, Reserved};
     use wgkex_kernel::{Indexes, Peer, host};
 

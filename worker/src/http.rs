@@ -20,12 +20,12 @@ use tracing::{error, info};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
 use wgkex_common::doctor::sockets::taken_by;
-use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::bus::broker_clocks::ClocksOff;

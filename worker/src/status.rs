@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use wgkex_common::cli::style::{Colour, Style};
-use wgkex_common::drain::Drain;
 use wgkex_common::peer_clock::Difference;
+use wgkex_common::wire::drain::Drain;
 
 /// What is wrong where another program seems to use the worker's name.
 pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name, or mqtt.username is that of another worker: the server ends \

@@ -9,12 +9,12 @@ use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
-use wgkex_common::drain::Drain;
 use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Config, WorkerName};
 
 use crate::fleet::drains::{DrainChange, Drains, TooManyDrains};

@@ -20,12 +20,13 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
 use wgkex_common::access_lists::{Entry, List};
 use wgkex_common::config::Secret;
-use wgkex_common::drain::{Drain, DrainRequest};
+use wgkex_common::drain::DrainRequest;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
 use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::time_text::{self, unix};
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 
 use crate::exchange::Exchange;

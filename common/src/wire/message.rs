@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::drain::Drain;
+use crate::wire::drain::Drain;
 use crate::wire::name::Participant;
 use crate::wire::revoke_outcome::RevokeOutcome;
 use crate::{BrokerName, PublicKey, RejectReason};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::drain::Deadline;
 use wgkex_common::storage::key_store::KeyRecord;
+use wgkex_common::wire::drain::Deadline;
 use wgkex_common::{Domain, PublicKey, Reserved};
 use wgkex_kernel::{Change, Device, host};
 
