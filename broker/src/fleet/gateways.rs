@@ -356,7 +356,7 @@ impl Gateways {
         retained: bool,
         now: Instant,
     ) -> Result<(), InvalidPayload> {
-        self.reserved.update(worker, domain.name(), Some(&data));
+        self.reserved.update(worker, domain.name(), Some((&data).into()));
         self.gateway(worker)?.apply_data(domain.clone(), data, retained, now);
         self.remember(worker, [domain]);
         Ok(())

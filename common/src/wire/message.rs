@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::address::reserved::GatewayPeer;
 use crate::wire::drain::Drain;
 use crate::wire::name::Participant;
 use crate::wire::revoke_outcome::RevokeOutcome;
@@ -64,6 +65,12 @@ impl WorkerData {
             public_key: fields.key("PublicKey")?,
             link_address: fields.address("LinkAddress")?,
         }))
+    }
+}
+
+impl From<&WorkerData> for GatewayPeer {
+    fn from(data: &WorkerData) -> Self {
+        Self { key: data.public_key, address: data.link_address.parse().ok() }
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use tokio::sync::watch;
 use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
+use wgkex_common::address::reserved::GatewayPeer;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
@@ -100,7 +101,7 @@ fn reserve(
     payload: &[u8],
 ) -> Result<(), Ignored> {
     let data = WorkerData::parse(payload).map_err(|_| Ignored::Payload)?;
-    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
+    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref().map(GatewayPeer::from)));
     Ok(())
 }
 
