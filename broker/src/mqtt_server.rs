@@ -62,7 +62,7 @@ use tracing::{debug, error, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttAddress, MqttListen};
 use wgkex_common::http::listener::{is_listening, prepare};
 use wgkex_common::runtime::services::Ended;
-use wgkex_common::runtime::tls::TlsError;
+use wgkex_common::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{ClientConnection, End};

@@ -43,7 +43,7 @@ pub use self::frames::MESSAGE_MAX;
 
 use self::connections::{ActiveRequest, Connections, Flow, IDLE};
 use self::paced::Paced;
-use crate::runtime::tls::rustls::ServerConfig;
+use crate::tls::rustls::ServerConfig;
 
 /// How long the head of a first request may take.
 const HEAD: Duration = Duration::from_secs(5);

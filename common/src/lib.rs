@@ -2,7 +2,7 @@
 //! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
 //! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
 //! a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. [`config`], [`http`] and [`runtime`] are under all of that, and
-//! [`time_text`]; [`cli`] and [`doctor`] have what the commands of both have in common.
+//! [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have what the commands of both have in common.
 
 pub mod access_lists;
 pub mod address;
@@ -20,6 +20,7 @@ pub mod runtime;
 pub mod storage;
 pub mod sync;
 pub mod time_text;
+pub mod tls;
 pub mod wire;
 
 pub use address::reserved::Reserved;

@@ -32,7 +32,7 @@ use crate::Topic;
 
 pub use self::cause::Fault;
 pub use self::session::{Session, open, open_pair};
-pub use crate::runtime::tls::TlsError;
+pub use crate::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
 /// Publishes under way at once; what rumqttc and rumqttd allow too.

@@ -1,4 +1,4 @@
-//! What both programs do around their work: start and end, supervise their tasks, log, count, read certificates,
+//! What both programs do around their work: start and end, supervise their tasks, log, count,
 //! report their state to the service manager.
 //!
 //! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
@@ -13,4 +13,3 @@ pub mod process;
 pub mod reload;
 pub mod service_manager;
 pub mod services;
-pub mod tls;
