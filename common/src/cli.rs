@@ -2,8 +2,6 @@
 //!
 //! No task. `main` of each program parses it.
 
-pub mod style;
-
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -20,8 +20,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::Config;
-use crate::cli::style::{Colour, Style};
 use crate::config::{ConfigError, Problem};
+use crate::style::{Colour, Style};
 
 /// The exit code where there are warnings only.
 const WARNINGS: u8 = 1;

@@ -2,7 +2,7 @@
 //! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
 //! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
 //! a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. [`config`], [`http`] and [`runtime`] are under all of that, and
-//! [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have what the commands of both have in common.
+//! [`style`], [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have what the commands of both have in common.
 
 pub mod access_lists;
 pub mod address;
@@ -18,6 +18,7 @@ pub mod mqtt;
 pub mod peer_clock;
 pub mod runtime;
 pub mod storage;
+pub mod style;
 pub mod sync;
 pub mod time_text;
 pub mod tls;

@@ -7,8 +7,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use wgkex_common::cli::style::{Colour, Style};
 use wgkex_common::peer_clock::Difference;
+use wgkex_common::style::{Colour, Style};
 use wgkex_common::wire::drain::Drain;
 
 /// What is wrong where another program seems to use the worker's name.
