@@ -37,7 +37,6 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
-use wgkex_common::config::{Cleanup, Peers};
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
@@ -146,7 +145,7 @@ pub async fn run<K: Kernel>(
         kernel,
         domains: config.domains.clone(),
         profile: Arc::new(Mesh),
-        policy: policy(&config),
+        policy: Policy::from(&config),
         buffer,
         remembered,
         reserved: reserved.subscribe(),
@@ -329,14 +328,6 @@ async fn tick(reserved: watch::Sender<Reserved>) {
         sleep(TICK).await;
         reserved.send_modify(Reserved::tick);
     }
-}
-
-fn policy(config: &Config) -> Policy {
-    let Cleanup { interval, stale, grace } = config.cleanup;
-    let Peers { max: peers, unproven: unestablished } = config.peers;
-    let report = wgkex_common::address::claim::handshake_report_interval(config.live_keys.ttl, stale);
-    let forget = config.forget_idle_after;
-    Policy { stale, grace, interval, report, unestablished, forget, peers, ..Policy::default() }
 }
 
 /// Passes the live keys of a chunk to the reconciler, which installs those that are missing.

@@ -25,6 +25,7 @@ use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
 use crate::leases;
+use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::profiles::{Ownership, Profile as _};
 
@@ -163,7 +164,7 @@ fn outcome(config: &Config, domain: &Domain, device: &Device, known: &Known) -> 
     let parts = PreviewParts {
         domain,
         profile: Arc::new(Mesh),
-        policy: crate::policy(config),
+        policy: Policy::from(config),
         remembered: of_domain.map(|(id, record)| (id.key, *record)).collect::<BTreeMap<PublicKey, _>>(),
         admission: known.admission.clone(),
         deadline: known.deadline,
