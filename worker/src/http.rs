@@ -29,8 +29,9 @@ use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::bus::broker_clocks::ClocksOff;
+use crate::leases::ServerStatus;
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
-use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, ServerStatus, Status};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
 
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);

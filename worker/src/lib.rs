@@ -58,11 +58,10 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
 use crate::drain::DrainWatch;
-use crate::leases::{LeaseParts, LeaseSender, LeaseTask};
+use crate::leases::{LeaseParts, LeaseSender, LeaseTask, ServerStatus};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
-use crate::status::ServerStatus;
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);

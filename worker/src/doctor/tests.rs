@@ -19,7 +19,7 @@ use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::*;
 use super::*;
-use crate::status::ServerStatus;
+use crate::leases::ServerStatus;
 use crate::testing::{domain, key};
 
 type Spoil = fn(&mut Facts);

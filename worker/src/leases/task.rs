@@ -20,9 +20,9 @@ use wgkex_kernel::{Device, Kernel, forwarding};
 use super::Metrics;
 use super::file::{self, KeptLeases, KeptServer};
 use super::server::{ServerState, sources};
+use super::server_status::ServerStatus;
 use super::source::{Announced, LeaseSource, Offer};
 use crate::plan::{changes, outcomes};
-use crate::status::ServerStatus;
 
 /// Events that wait at most.
 const QUEUE: usize = 4096;
