@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use serde::Serialize;
 use wgkex_kernel::{Change, Device, Interface, Peer, PeerConfig};
 
-pub use crate::reconciler::preview::{Planned, PreviewParts, Reason, preview};
+use crate::plan::{Planned, Reason};
+pub use crate::reconciler::preview::{PreviewParts, preview};
 
 /// A command that would do what the worker would, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

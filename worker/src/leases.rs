@@ -18,6 +18,6 @@ mod task;
 
 pub use self::file::FILE;
 pub use self::metrics::Metrics;
-pub use self::preview::preview;
+pub use self::preview::{ServerPreview, preview};
 pub use self::server_status::ServerStatus;
 pub use self::task::{LeaseEvent, LeaseParts, LeaseSender, LeaseTask, channel, is_needed};

@@ -24,7 +24,7 @@ use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
 
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
-use crate::leases;
+use crate::leases::{self, ServerPreview};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::profiles::{Ownership, Profile as _};
@@ -117,7 +117,9 @@ async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
         return Ok(BTreeMap::new());
     }
     let mut kernel = Netlink::open().context("netlink")?;
-    leases::preview(config, &mut kernel).await.context("the leases")
+    let previews = leases::preview(config, &mut kernel).await.context("the leases")?;
+    let outcome = |preview: ServerPreview| commands(&preview.interface, &preview.device, &preview.planned);
+    Ok(previews.into_iter().map(|(name, preview)| (name, preview.map(outcome))).collect())
 }
 
 async fn tables(config: &Config) -> anyhow::Result<Tables> {
