@@ -364,5 +364,6 @@ impl<K: Kernel> LeaseTask<K> {
 /// What lets members at a hub reach each other is there again if somebody took it away.
 async fn forward(server: &ServerState) -> io::Result<()> {
     let LeaseSource::Tenants(hub) = &server.source else { return Ok(()) };
-    forwarding::enable(&Links::open()?, &hub.interface, &hub.networks).await
+    let pool: Vec<_> = hub.networks.parts().collect();
+    forwarding::enable(&Links::open()?, &hub.interface, &pool).await
 }
