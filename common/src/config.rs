@@ -5,7 +5,8 @@
 //! Each section is one file, which has its keys as they may stand in the file (`Raw...`), what they mean, and the defaults;
 //! the types of values that are no section's own are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
 //!
-//! No task; `main` of each program owns the config.
+//! No task; `main` of each program owns the config. Previous stop: the file, or the variables of a container; next stop: `run` of
+//! the program, which gives each room its section.
 
 mod certificate;
 mod diagnostics;

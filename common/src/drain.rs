@@ -3,7 +3,10 @@
 //!
 //! A worker keeps its own drain in a file that `wgkex-worker drain` writes, and publishes it in its
 //! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator asked for, which have no deadline. No
-//! clock: `now` is passed in.
+//! clock, no task: `now` is passed in.
+//!
+//! Previous stops: the command `drain` of the worker, and the admin call of the broker. Next stops: the worker's `drain`, which
+//! reads the file, and the broker's `fleet`.
 
 use std::path::{Path, PathBuf};
 

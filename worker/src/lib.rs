@@ -6,7 +6,8 @@
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
 //! reconciler, the drain, the two MQTT sessions, the sync client, the keys after a drain, the tick of reserved keys, the
-//! publisher, the metrics server and what the service manager is told.
+//! config, which is read again on SIGHUP, the publisher, the [`leases`] where this gateway is a server or a hub, the HTTP
+//! server (`worker_listen`) and what the service manager is told.
 
 mod bus;
 pub mod cli;

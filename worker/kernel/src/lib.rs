@@ -5,7 +5,7 @@
 //! [`forwarding`] is what the hub of tenants has beside that.
 //!
 //! Tasks: none; [`netlink`] runs each call on a thread that may block. Owners: the worker's reconciler has one kernel, for the
-//! domains, and its leases have another, for servers and the hub; `setup` and the doctor use it while they run. A key comes here
+//! domains, and its leases have another, for servers and the hub; `setup`, `dry-run` and the doctor have theirs while they run. A key comes here
 //! from the worker's plan and goes no further; the result of each change goes back to the owner.
 
 use std::collections::{BTreeMap, BTreeSet};
