@@ -18,7 +18,7 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 pub use nix::errno::Errno;
 use smallvec::SmallVec;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::PublicKey;
 pub use wireguard_control::{Backend, Key};
 
 pub mod forwarding;
@@ -45,13 +45,6 @@ impl Interface {
     /// The interface whose flood list it is; its own name where there is none.
     fn flood_list(&self) -> &str {
         self.vxlan.as_ref().unwrap_or(&self.name)
-    }
-}
-
-/// `wg-REST` of a domain, which carries `vx-REST`.
-impl From<&Domain> for Interface {
-    fn from(domain: &Domain) -> Self {
-        Self { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
     }
 }
 

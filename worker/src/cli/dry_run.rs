@@ -20,13 +20,13 @@ use wgkex_common::time_text::unix;
 use wgkex_common::wire::drain::Deadline;
 use wgkex_common::{Config, Domain, KeyId, PublicKey, Reserved};
 use wgkex_kernel::netlink::Netlink;
-use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
+use wgkex_kernel::{Device, Kernel as _, Peer};
 
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
 use crate::leases::{self, ServerPreview};
 use crate::peers::Policy;
-use crate::profiles::mesh::Mesh;
+use crate::profiles::mesh::{self, Mesh};
 use crate::profiles::{Ownership, Profile as _};
 
 /// How long a running worker may take to write what it did: a second, and more where the machine is busy.
@@ -126,7 +126,7 @@ async fn tables(config: &Config) -> anyhow::Result<Tables> {
     let mut kernel = Netlink::open().context("netlink")?;
     let mut tables = Tables::new();
     for domain in &config.domains {
-        let device = kernel.read(&Interface::from(domain)).await.map_err(|error| error.to_string());
+        let device = kernel.read(&mesh::interface(domain)).await.map_err(|error| error.to_string());
         tables.insert(domain.clone(), device);
     }
     Ok(tables)
@@ -161,7 +161,7 @@ fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
 }
 
 fn outcome(config: &Config, domain: &Domain, device: &Device, known: &Known) -> Vec<Command> {
-    let interface = Interface::from(domain);
+    let interface = mesh::interface(domain);
     let of_domain = known.remembered.iter().filter(|(id, _)| id.domain == *domain);
     let parts = PreviewParts {
         domain,
