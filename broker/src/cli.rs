@@ -9,6 +9,7 @@ mod import;
 mod key_reports;
 pub mod mqtt_acl;
 pub mod registry;
+mod registry_json;
 pub mod status;
 mod table;
 pub mod tenant_token;

@@ -36,7 +36,7 @@ pub use wgkex_common::http::Server;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Settings, readable, refusal};
 use wgkex_common::mqtt::ConnectionState;
-use wgkex_common::runtime::tls::rustls::ServerConfig;
+use wgkex_common::tls::rustls::ServerConfig;
 
 use crate::exchange::Exchange;
 use crate::fleet::status::ProblemKind;

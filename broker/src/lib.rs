@@ -54,7 +54,8 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, Served, SnapshotChunk};
+use wgkex_common::wire::message::{Served, SnapshotChunk};
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, Domain};
 
 use crate::bus::announcer::Announcer;
@@ -78,7 +79,8 @@ use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
-use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
+use crate::registry::lease_events::{LeaseReceiver, LeaseSender};
+use crate::registry::push::LeasePublisher;
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
@@ -170,7 +172,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let drains = DrainStore::open(&config, fleet.clone())?;
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
-    let (leases, lease_events) = registry::push::channel();
+    let (leases, lease_events) = registry::lease_events::channel();
     let holder = registry::holder::Holder::open(&config)?;
     let opened = config.registry.as_ref().map(|enabled| {
         registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())
@@ -187,7 +189,11 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
+        let certificate = embedded.certificate();
         services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+        if let Some(certificate) = certificate {
+            services.background().spawn("the certificate of the MQTT server", |_| certificate.watch());
+        }
     }
     broker.start_storage(&mut services, store, list_service);
     let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];
@@ -306,11 +312,13 @@ impl Broker {
                 KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), fleet: fleet.clone() }.run()
             })
             .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone()))
-            .spawn("the drains", |_| drains.clone().run())
             .spawn("the config", |_| {
                 let fleet = fleet.clone();
                 reload::on_hangup(config.clone(), KEY_USE, move |config| fleet.gateways().reconfigure(config))
             });
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
+            .spawn("the drains", |stop| drains.clone().run(stop));
         services
             .group(2 * FAREWELL_TIMEOUT, None)
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));

@@ -62,7 +62,7 @@ use tracing::{debug, error, info, warn};
 use wgkex_common::config::{Credentials, Mqtt, MqttAddress, MqttListen};
 use wgkex_common::http::listener::{is_listening, prepare};
 use wgkex_common::runtime::services::Ended;
-use wgkex_common::runtime::tls::TlsError;
+use wgkex_common::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
 use self::connection::{ClientConnection, End};
@@ -96,6 +96,7 @@ pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
     troubles: ClientTroubles,
+    certificate: Option<Arc<Certificate>>,
     over: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
@@ -108,7 +109,8 @@ impl MqttServer {
         let own = bind((Ipv4Addr::LOCALHOST, 0).into())?;
         let address = own.local_addr().context("mqtt_listen")?;
         let (own_users, credentials) = Users::own()?;
-        let tls = config.tls.clone().map(acceptor).transpose()?;
+        let certificate = config.tls.clone().map(certificate).transpose()?;
+        let tls = certificate.as_ref().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
         let endpoint = Endpoint { users: Users::new(config)?, tls, room };
         let own_endpoint = Endpoint { users: own_users, tls: None, room: room + MAX_OWN };
@@ -120,7 +122,7 @@ impl MqttServer {
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, troubles, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, troubles, certificate, over, ended: Some(ended) })
     }
 
     /// Returns when it ends, which it should not do of itself.
@@ -144,6 +146,12 @@ impl MqttServer {
         self.troubles.clone()
     }
 
+    /// The certificate of its TLS, which is to be watched.
+    #[must_use]
+    pub fn certificate(&self) -> Option<Arc<Certificate>> {
+        self.certificate.clone()
+    }
+
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
     /// clients reconnect to the next server, and the wills of those that do not are due then.
     pub async fn stop(self) {
@@ -156,12 +164,13 @@ impl MqttServer {
     }
 }
 
-/// Accepts TLS with the certificate of these files, which are watched from now on.
-fn acceptor((cert_file, key_file): (PathBuf, PathBuf)) -> Result<TlsAcceptor, TlsError> {
-    let certificate = Certificate::open("mqtt_listen.tls", cert_file, key_file)?;
-    let acceptor = TlsAcceptor::from(Arc::new(certificate.server()?));
-    tokio::spawn(certificate.watch());
-    Ok(acceptor)
+fn certificate((cert_file, key_file): (PathBuf, PathBuf)) -> Result<Arc<Certificate>, TlsError> {
+    Certificate::open("mqtt_listen.tls", cert_file, key_file)
+}
+
+/// Accepts TLS with this certificate.
+fn acceptor(certificate: &Arc<Certificate>) -> Result<TlsAcceptor, TlsError> {
+    Ok(Arc::new(certificate.server()?).into())
 }
 
 fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -194,9 +203,9 @@ impl Context {
         let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             match self.open(public, own) {
-                Ok((runtime, own_runtime, accept_loops)) => {
+                Ok((runtime, own_runtime, endpoints)) => {
                     let _ = starts.send(Ok(()));
-                    runtime.block_on(self.run(accept_loops, file, stop));
+                    runtime.block_on(self.run(endpoints, file, stop));
                     runtime.shutdown_background();
                     own_runtime.shutdown_background();
                 }
@@ -219,24 +228,34 @@ impl Context {
         let open = |runtime: &Runtime, (listener, endpoint)| {
             let _entered = runtime.enter();
             let listener = tokio::net::TcpListener::from_std(listener).context("mqtt_listen: nothing can be accepted");
-            anyhow::Ok(runtime.spawn(self.clone().accept_loop(listener?, Arc::new(endpoint))))
+            anyhow::Ok(runtime.spawn(self.clone().run_endpoint(listener?, Arc::new(endpoint))))
         };
-        let accept_loops = [open(&runtime, public)?, open(&own_runtime, own)?];
-        Ok((runtime, own_runtime, accept_loops))
+        let endpoints = [open(&runtime, public)?, open(&own_runtime, own)?];
+        Ok((runtime, own_runtime, endpoints))
     }
 
-    /// Works until it is stopped, or a listener fails.
-    async fn run(self, mut accept_loops: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
+    /// Works until it is stopped, an endpoint fails, or the log ends.
+    async fn run(self, mut endpoints: [JoinHandle<()>; 2], file: File, stop: CancellationToken) {
+        let broker = self.broker.clone();
         let close = async {
-            let [public, own] = &mut accept_loops;
+            let [public, own] = &mut endpoints;
             tokio::select! {
                 () = stop.cancelled() => {}
                 _ = public => {}
                 _ = own => {}
+                () = broker.log_ended() => error!("the router of the MQTT server ended"),
             }
-            accept_loops.iter().for_each(JoinHandle::abort);
+            endpoints.iter().for_each(JoinHandle::abort);
         };
         file.run(self.broker, close).await;
+    }
+
+    /// Accepts connections until the listener fails, or passwords are verified no longer.
+    async fn run_endpoint(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) {
+        tokio::select! {
+            () = self.accept_loop(listener, endpoint.clone()) => {}
+            () = endpoint.users.thread_ended() => error!("the thread that verifies passwords ended"),
+        }
     }
 
     /// Accepts connections until the listener fails; they end with the runtime.
@@ -345,21 +364,37 @@ mod tests {
     use super::*;
     use crate::metrics::Registry;
 
+    /// Starts a server that accepts clients by `public`.
+    fn start(
+        dir: &Path,
+        public: TcpListener,
+    ) -> (Arc<MessageBroker>, anyhow::Result<(CancellationToken, oneshot::Receiver<()>)>) {
+        let metrics = Metrics::register(&Registry::default()).unwrap();
+        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
+        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
+        public.set_nonblocking(true).unwrap();
+        let server = Context { broker: broker.clone(), refusals: Arc::default(), metrics };
+        let own = bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        (broker, server.start((public, endpoint()), (own, endpoint()), File::open(dir).unwrap().0))
+    }
+
     /// Such a server would start and let nobody in.
     #[test]
     fn a_listener_that_cannot_be_served_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let file = std::fs::File::create(dir.path().join("no socket")).unwrap();
-        let metrics = Metrics::register(&Registry::default()).unwrap();
-        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
-        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
-        let (public, own) = (TcpListener::from(OwnedFd::from(file)), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
-        public.set_nonblocking(true).unwrap();
-        let started = Context { broker, refusals: Arc::default(), metrics }.start(
-            (public, endpoint()),
-            (own, endpoint()),
-            File::open(dir.path()).unwrap().0,
-        );
+        let (_broker, started) = start(dir.path(), OwnedFd::from(file).into());
         assert!(started.err().is_some_and(|error| error.to_string().contains("mqtt_listen")));
+    }
+
+    /// It would accept clients and deliver nothing.
+    #[tokio::test]
+    async fn the_server_ends_with_its_router() {
+        let dir = tempfile::tempdir().unwrap();
+        let (broker, started) = start(dir.path(), bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap());
+        let (_stop, mut ended) = started.unwrap();
+        assert!(timeout(Duration::from_millis(100), &mut ended).await.is_err(), "it serves");
+        broker.break_log().await;
+        timeout(Duration::from_secs(10), ended).await.expect("it ends").unwrap();
     }
 }

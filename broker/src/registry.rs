@@ -5,7 +5,9 @@
 //! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
 //! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
+mod call_error;
 pub mod holder;
+pub mod lease_events;
 pub mod login;
 mod metrics;
 pub mod model;
@@ -28,14 +30,14 @@ use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::versions::StateFile;
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
+use crate::database::{Access, Database, Location, Migrations, State, Transaction};
 use crate::registry::holder::Holder;
+use crate::registry::lease_events::{LeaseEvent, LeaseSender};
 use crate::registry::login::{Login, password_of};
-use crate::registry::push::{LeaseEvent, LeaseSender};
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
+pub use self::call_error::{CallError, Refusal};
 pub use self::metrics::Metrics;
-pub use self::store::Refusal;
 
 /// Large answers that callers do not share, at the same time.
 const LARGE_ANSWERS: usize = 4;
@@ -70,20 +72,6 @@ pub struct Registry {
 
 /// Servers of workers that are not taken into the registry, by worker and name, with the reason.
 type RefusedServers = Arc<Mutex<BTreeMap<(WorkerName, String), String>>>;
-
-/// Why a call was not done.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CallError {
-    /// For what is in the registry.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// For the state of the database.
-    #[error(transparent)]
-    Database(#[from] DatabaseError),
-    /// Another broker has the registry.
-    #[error("broker {0} has the registry of this bus, and with SQLite only one can have it")]
-    Elsewhere(BrokerName),
-}
 
 /// The registry at one time, for the status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

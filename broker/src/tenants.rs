@@ -1,7 +1,7 @@
 //! Tenants: programs that open a WebSocket at `/tenants/ID` get an address in the tenant's network, and learn which other
 //! members there are. WireGuard itself is the members' affair.
 //!
-//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::bus::election`] says which;
+//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::fleet::election`] says which;
 //! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
 //! was decided, here or there, and [`clients`] whose they are; [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
 //! [`streams`]. [`hub`] is the gateway by which members reach each other, if there is one. All of that is without IO and clock.
@@ -21,6 +21,7 @@ mod hub;
 mod id;
 mod message;
 mod metrics;
+mod opening;
 mod outlet;
 mod pool;
 pub mod routes;
@@ -31,8 +32,8 @@ mod store;
 mod streams;
 mod table;
 pub mod tokens;
+mod troubles;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -44,7 +45,7 @@ use tracing::info;
 use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::TenantSettings;
 use wgkex_common::wire::message::Served;
-use wgkex_common::{BrokerName, Config, WorkerName};
+use wgkex_common::{BrokerName, Config};
 
 use crate::fleet::election::{self, Election};
 
@@ -60,6 +61,7 @@ use self::sessions::Sessions;
 use self::store::AddressStore;
 pub use self::store::FILE;
 use self::tokens::Tokens;
+pub use self::troubles::Troubles;
 
 /// What the HTTP server needs of tenants. Clones share it.
 #[derive(Debug, Clone)]
@@ -68,15 +70,6 @@ pub struct FrontDoor {
     tokens: Option<Arc<Tokens>>,
     metrics: Metrics,
     troubles: Arc<Mutex<Troubles>>,
-}
-
-/// What operators should know.
-#[derive(Debug, Clone, Default)]
-pub struct Troubles {
-    /// Brokers that serve tenants by other rules.
-    pub strangers: BTreeSet<BrokerName>,
-    /// The worker that is to be the hub, and why members do not learn of it.
-    pub hub: Option<(WorkerName, HubTrouble)>,
 }
 
 impl FrontDoor {

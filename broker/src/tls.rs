@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use parking_lot::RwLock;
 use tracing::{info, warn};
-use wgkex_common::runtime::tls::rustls::client::verify_server_cert_signed_by_trust_anchor;
-use wgkex_common::runtime::tls::rustls::pki_types::{CertificateDer, UnixTime};
-use wgkex_common::runtime::tls::rustls::server::ParsedCertificate;
-use wgkex_common::runtime::tls::rustls::server::{ClientHello, ResolvesServerCert};
-use wgkex_common::runtime::tls::rustls::sign::CertifiedKey;
-use wgkex_common::runtime::tls::rustls::{self, CertificateError, RootCertStore, ServerConfig};
-use wgkex_common::runtime::tls::{TlsError, certificates, private_key, provider};
+use wgkex_common::tls::rustls::client::verify_server_cert_signed_by_trust_anchor;
+use wgkex_common::tls::rustls::pki_types::{CertificateDer, UnixTime};
+use wgkex_common::tls::rustls::server::ParsedCertificate;
+use wgkex_common::tls::rustls::server::{ClientHello, ResolvesServerCert};
+use wgkex_common::tls::rustls::sign::CertifiedKey;
+use wgkex_common::tls::rustls::{self, CertificateError, RootCertStore, ServerConfig};
+use wgkex_common::tls::{TlsError, certificates, private_key, provider};
 
 use crate::file_watcher::{self, FileVersion, file_version};
 

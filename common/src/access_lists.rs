@@ -3,8 +3,10 @@
 //! write to disk (`records_file.rs`); what they come to for a key is in `policy.rs`.
 //!
 //! Tasks: one, [`service`], owns all of that; it reads files and writes records on threads that may wait for the disk.
-//! Everything else has its handle, and the [`Admission`] that it makes of the entries: the broker's `exchange` before it
-//! publishes a key, the worker's `reconciler` before it installs one.
+//! Everything else has its handle, and the [`Admission`] that it makes of the entries.
+//!
+//! Previous stops of an entry: a file, the broker's `http` (admin calls), or the `bus` room, which receives the records of others.
+//! Next stops: the broker's `exchange` before it publishes a key, the worker's `reconciler` before it installs one.
 
 mod anti_entropy;
 pub mod files;
@@ -14,8 +16,6 @@ mod policy;
 pub mod records;
 pub mod records_file;
 pub mod service;
-
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -82,10 +82,4 @@ impl Entry {
     pub fn counts(&self, now: u64) -> bool {
         self.until.is_none_or(|until| now < until)
     }
-}
-
-/// Seconds of Unix time.
-#[must_use]
-pub fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

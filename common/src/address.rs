@@ -1,7 +1,10 @@
 //! Which key has an address: several keys can derive the same one. No IO, no clock, no task.
 //!
-//! [`reserved`] has the keys and addresses of gateways, which no router may have; [`claim`] decides between two routers. The
-//! broker asks both before it publishes a key, the worker before it installs one. [`tenants`] says which networks tenants have.
+//! [`reserved`] has the keys and addresses of gateways, which no router may have; [`claim`] decides between two routers.
+//! [`tenants`] says which networks tenants have.
+//!
+//! Previous stop of what a gateway reserves: the `bus` room, which receives it. Next stops: the broker's `exchange`, which asks
+//! before it publishes a key, and the worker's `peers` before it admits one.
 
 pub mod claim;
 pub mod reserved;

@@ -1,8 +1,7 @@
 //! What the command lines of all programs have in common.
 //!
-//! No task. `main` of each program parses it.
-
-pub mod style;
+//! No task. Previous stop: `main` of each program, which parses the command line; next stop: the program's `cli` room, or its
+//! `run`.
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};

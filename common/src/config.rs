@@ -3,9 +3,10 @@
 //! about what is wrong.
 //!
 //! Each section is one file, which has its keys as they may stand in the file (`Raw...`), what they mean, and the defaults;
-//! the types of single values are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
+//! the types of values that are no section's own are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
 //!
-//! No task; `main` of each program owns the config.
+//! No task; `main` of each program owns the config. Previous stop: the file, or the variables of a container; next stop: `run` of
+//! the program, which gives each room its section.
 
 mod certificate;
 mod diagnostics;
@@ -212,7 +213,7 @@ impl Config {
     }
 
     fn of_file(source: &str, yaml: &str, machine: Machine<'_>) -> Result<Self, ConfigError> {
-        let mut diagnostics = Diagnostics::of_file(source, yaml);
+        let mut diagnostics = Diagnostics::of_file(source, yaml, keys::names());
         let tree = yaml::parse(yaml, &mut diagnostics);
         Self::from_tree(tree, machine, diagnostics)
     }
@@ -223,7 +224,7 @@ impl Config {
     }
 
     fn of_variables(variables: &BTreeMap<String, String>, machine: Machine<'_>) -> Result<Self, ConfigError> {
-        let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES);
+        let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES, keys::names());
         for (name, meant) in variables::misspelt(variables) {
             let note = format!("is not a known variable and is ignored, did you mean {meant}?");
             diagnostics.warn(&diagnostics::Path::of(name), &note);

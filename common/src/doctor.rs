@@ -3,6 +3,8 @@
 //! Each program gathers facts, in its room `cli`, and decides about them without IO, in its room `doctor`. Here are the
 //! checks that both make: [`files`], [`bus`], [`clock`], [`config`]; and what gathers facts for them: [`access`],
 //! [`identity`], [`sockets`].
+//!
+//! No task. Previous stop: the command `doctor` in the program's `cli` room; next stop: the terminal.
 
 pub mod access;
 pub mod bus;
@@ -20,8 +22,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::Config;
-use crate::cli::style::{Colour, Style};
 use crate::config::{ConfigError, Problem};
+use crate::style::{Colour, Style};
 
 /// The exit code where there are warnings only.
 const WARNINGS: u8 = 1;

@@ -1,80 +1,26 @@
-//! Drains: a gateway that drains gets no new routers, and keeps those that it has; past a deadline its worker removes their
-//! peers, a portion each minute.
+//! Where a [`Drain`] comes from: a gateway that drains gets no new routers, and keeps those that it has; past a deadline its
+//! worker removes their peers, a portion each minute.
 //!
 //! A worker keeps its own drain in a file that `wgkex-worker drain` writes, and publishes it in its
 //! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator asked for, which have no deadline. No
-//! clock: `now` is passed in.
+//! clock, no task: `now` is passed in.
+//!
+//! Previous stops: the command `drain` of the worker, and the admin call of the broker. Next stops: the worker's `drain`, which
+//! reads the file, and the broker's `fleet`.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::access_lists::parse;
 use crate::storage::versions::StateFile;
 use crate::storage::{StorageError, json_file};
+use crate::time_text;
+use crate::wire::drain::{Deadline, Drain, InvalidPercent, Percent};
 
 /// The version of the worker's file.
 const LAYOUT: u32 = 1;
-
 /// The worker's file in `state_dir`.
 pub const WORKER_FILE: StateFile = StateFile::json("worker.drain.json", LAYOUT);
-/// The portion of a minute, unless the operator names another.
-const PERCENT: u8 = 10;
-
-/// That a gateway gets no new routers. Times are seconds of Unix time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Drain {
-    /// Since when.
-    pub since: u64,
-    /// When it ends by itself.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub until: Option<u64>,
-    /// Why; shown to operators only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// From when on the gateway's worker removes its peers; never if there is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deadline: Option<Deadline>,
-}
-
-/// When the worker of a gateway that drains begins to remove its peers, and how fast it does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Deadline {
-    /// When, in seconds of Unix time.
-    pub at: u64,
-    /// How many of the peers that are there at the deadline go in a minute, at most.
-    pub percent: Percent,
-    /// It is over by the clock of the gateway, which publishes that. Never so in a file.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub is_over: bool,
-}
-
-/// A part, from 1 to 100 hundredths.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u8", into = "u8")]
-pub struct Percent(u8);
-
-impl TryFrom<u8> for Percent {
-    type Error = InvalidDrain;
-
-    fn try_from(percent: u8) -> Result<Self, InvalidDrain> {
-        let invalid = || InvalidDrain("percent: is not a portion for each minute, 1 to 100 is allowed".into());
-        if (1..=100).contains(&percent) { Ok(Self(percent)) } else { Err(invalid()) }
-    }
-}
-
-impl From<Percent> for u8 {
-    fn from(Percent(percent): Percent) -> Self {
-        percent
-    }
-}
-
-impl Default for Percent {
-    fn default() -> Self {
-        Self(PERCENT)
-    }
-}
 
 /// What a command or a call asks for. Durations are such as `30m` or `12h`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -94,11 +40,17 @@ pub struct DrainRequest<'a> {
 #[error("{0}")]
 pub struct InvalidDrain(String);
 
+impl From<InvalidPercent> for InvalidDrain {
+    fn from(error: InvalidPercent) -> Self {
+        Self(error.to_string())
+    }
+}
+
 impl Drain {
     /// One that begins `now`. The error names the field and what is allowed.
     pub fn begin(request: DrainRequest<'_>, now: u64) -> Result<Self, InvalidDrain> {
         let DrainRequest { reason, lasts, deadline, percent } = request;
-        let reason = reason.map(|reason| parse::text("reason", reason)).transpose().map_err(InvalidDrain)?;
+        let reason = reason.map(|reason| time_text::text("reason", reason)).transpose().map_err(InvalidDrain)?;
         let until = lasts.map(|text| after("for", text, now)).transpose()?;
         let percent = percent.map(Percent::try_from).transpose()?;
         let deadline = match deadline {
@@ -118,62 +70,14 @@ impl Drain {
         }
         Ok(Self { since: now, until, reason, deadline })
     }
-
-    /// Whether it has ended by itself.
-    #[must_use]
-    pub fn is_over(&self, now: u64) -> bool {
-        self.until.is_some_and(|until| until <= now)
-    }
-
-    /// The same as it is `now` by the clock of its gateway, which decides whether the deadline is over.
-    #[must_use]
-    pub fn at(self, now: u64) -> Self {
-        let deadline = self.deadline.map(|deadline| Deadline { is_over: deadline.at <= now, ..deadline });
-        Self { deadline, ..self }
-    }
-
-    /// The deadline, if it is over.
-    #[must_use]
-    pub fn passed_deadline(&self) -> Option<Deadline> {
-        self.deadline.filter(|deadline| deadline.is_over)
-    }
 }
 
 /// The time so long after `now`.
 fn after(field: &str, duration: &str, now: u64) -> Result<u64, InvalidDrain> {
-    let seconds = parse::duration(duration).ok_or_else(|| {
+    let seconds = time_text::duration(duration).ok_or_else(|| {
         InvalidDrain(format!("{field}: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed"))
     })?;
     Ok(now.saturating_add(seconds))
-}
-
-/// As `since 2026-11-30T06:00:00Z, until 2026-11-30T08:00:00Z, peers are removed from 2026-11-30T07:00:00Z on, 10 % a minute:
-/// kernel update`. The reason may be a stranger's text.
-impl fmt::Display for Drain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "since {}", parse::utc(self.since))?;
-        if let Some(until) = self.until {
-            write!(f, ", until {}", parse::utc(until))?;
-        }
-        if let Some(deadline) = self.deadline {
-            write!(f, ", {deadline}")?;
-        }
-        match &self.reason {
-            Some(reason) => write!(f, ": {}", reason.replace(char::is_control, "?")),
-            None => Ok(()),
-        }
-    }
-}
-
-impl fmt::Display for Deadline {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (at, Percent(percent)) = (parse::utc(self.at), self.percent);
-        if self.is_over {
-            write!(f, "peers are being removed since {at}, {percent} % a minute")
-        } else {
-            write!(f, "peers are removed from {at} on, {percent} % a minute")
-        }
-    }
 }
 
 /// The content of the worker's file.
@@ -227,7 +131,10 @@ mod tests {
         );
         assert_eq!(drain.clone().at(59).passed_deadline(), None);
         let over = drain.clone().at(60);
-        assert_eq!(over.passed_deadline(), Some(Deadline { at: 60, percent: Percent(10), is_over: true }));
+        assert_eq!(
+            over.passed_deadline(),
+            Some(Deadline { at: 60, percent: Percent::try_from(10).unwrap(), is_over: true })
+        );
         assert!(over.to_string().ends_with(", peers are being removed since 1970-01-01T00:01:00Z, 10 % a minute"));
         assert_eq!(over.at(59), drain, "a clock that is set back");
     }
@@ -260,7 +167,7 @@ mod tests {
         save(&file, Some(drain.clone())).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), r#"{"layout":1,"drain":{"since":7}}"#);
         assert_eq!(read(&file).unwrap(), Some(drain.clone()));
-        let deadline = Some(Deadline { at: 9, percent: Percent(25), is_over: false });
+        let deadline = Some(Deadline { at: 9, percent: Percent::try_from(25).unwrap(), is_over: false });
         save(&file, Some(Drain { deadline, ..drain })).unwrap();
         let text = r#"{"layout":1,"drain":{"since":7,"deadline":{"at":9,"percent":25}}}"#;
         assert_eq!(std::fs::read_to_string(&file).unwrap(), text);

@@ -4,8 +4,8 @@
 //! the commands that ask a running program. A connection that
 //! is upgraded to a WebSocket takes no place of the others; [`frames`] bounds what its client sends.
 //!
-//! Owners: each server has its table of connections. Previous stop of a request: a client; next stop: the `http` room of the
-//! program, which has the routes.
+//! Tasks: each server has its own, owned by the program's list of services. Owners: each server has its table of connections.
+//! Previous stop of a request: a client; next stop: the `http` room of the program, which has the routes.
 
 pub mod client;
 pub mod connections;
@@ -43,7 +43,7 @@ pub use self::frames::MESSAGE_MAX;
 
 use self::connections::{ActiveRequest, Connections, Flow, IDLE};
 use self::paced::Paced;
-use crate::runtime::tls::rustls::ServerConfig;
+use crate::tls::rustls::ServerConfig;
 
 /// How long the head of a first request may take.
 const HEAD: Duration = Duration::from_secs(5);

@@ -1,8 +1,8 @@
 //! What broker and worker share. [`PublicKey`] and [`Domain`] are at the face; each room has a part of the way of a key:
 //! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
 //! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
-//! a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. [`config`], [`http`] and [`runtime`] are under all of that; [`cli`]
-//! and [`doctor`] have what the commands of both have in common.
+//! a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. [`config`], [`http`] and [`runtime`] are under all of that, and
+//! [`style`], [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have what the commands of both have in common.
 
 pub mod access_lists;
 pub mod address;
@@ -18,7 +18,10 @@ pub mod mqtt;
 pub mod peer_clock;
 pub mod runtime;
 pub mod storage;
+pub mod style;
 pub mod sync;
+pub mod time_text;
+pub mod tls;
 pub mod wire;
 
 pub use address::reserved::Reserved;

@@ -4,6 +4,8 @@
 //! Tasks: each connection of a program has one [`Session`]; publishers reach it by its [`MqttHandle`]. What it receives it
 //! passes to a function of the program (`bus` of the broker and of the worker), which must not block.
 //!
+//! Previous stop of a message that goes out: the `bus` room, which makes it of [`crate::wire`]; next stop: the MQTT server.
+//!
 //! rumqttc forgets what was not acknowledged when the server has lost the session, and deadlocks when its own client is
 //! awaited where it is polled. So the session keeps what it publishes in an [`outbox`] until the server has acknowledged
 //! it, and never awaits anything but `poll` and its commands. [`subscriptions`] knows which filters are granted, [`echo`]
@@ -32,7 +34,7 @@ use crate::Topic;
 
 pub use self::cause::Fault;
 pub use self::session::{Session, open, open_pair};
-pub use crate::runtime::tls::TlsError;
+pub use crate::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
 /// Publishes under way at once; what rumqttc and rumqttd allow too.

@@ -2,6 +2,8 @@
 //!
 //! A retained hello is old, so only those count that come when they are published. One that was on its way for long makes a
 //! clock seem to be behind: two have to say the same.
+//!
+//! No task. Previous stop: the `bus` room, which receives hellos; next stop: the status of the program.
 
 use std::fmt;
 

@@ -1,7 +1,8 @@
-//! What both programs do around their work: start and end, supervise their tasks, log, count, read certificates,
-//! report their state to the service manager.
+//! What both programs do around their work: start and end, supervise their tasks, log, count, report their state to the
+//! service manager.
 //!
-//! [`services`] owns every task of a program; `run` of the broker and of the worker fills it.
+//! Tasks: [`services`] owns every task of a program; `run` of the broker and of the worker fills it. Two of them are here:
+//! [`reload`] and [`service_manager`]. Previous stop: `main` of a program; next stops: the log, Prometheus, systemd.
 
 pub mod hangups;
 pub mod heartbeat;
@@ -13,4 +14,3 @@ pub mod process;
 pub mod reload;
 pub mod service_manager;
 pub mod services;
-pub mod tls;

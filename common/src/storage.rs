@@ -3,7 +3,8 @@
 //! [`key_store`] has the live keys of a program; the retained messages of the embedded MQTT server have their table in the
 //! broker. Both are databases: [`schema`] brings them to today's version by numbered migrations, [`sqlite`] opens them,
 //! [`write_behind`] has the one task for each that writes what changed in memory. The records of the access lists are a
-//! [`json_file`], which their service writes at once, because an admin call waits for it.
+//! [`json_file`], which their service writes at once, because an admin call waits for it. [`writes`] are those of files that
+//! several tasks write.
 //!
 //! Tasks: one for each database, owned by the program's list of services. Previous stop of a key: the broker's `fleet`, the
 //! worker's `reconciler`; both get back at the start what was written.
@@ -21,6 +22,7 @@ pub mod sqlite;
 pub mod state_file;
 pub mod versions;
 pub mod write_behind;
+pub mod writes;
 
 use std::fmt;
 use std::io;

@@ -4,8 +4,8 @@
 //! Nothing relies on the MQTT server having delivered everything: each client requests every 10 seconds what changed since
 //! its last round; after a fault, and in a quiet fleet, it is the same request.
 //!
-//! Tasks: one, [`run`], owns the [`SyncClient`] of a program. The `bus` room passes it what brokers publish; the live keys of
-//! a chunk go to the broker's `fleet`, or to the worker's `reconciler`.
+//! Tasks: one, [`run`], owns the [`SyncClient`] of a program. Previous stop of a live key: the `bus` room, which passes on what
+//! brokers publish; next stop: the broker's `fleet`, or the worker's `reconciler`.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -17,7 +17,8 @@ use tracing::{debug, info};
 
 use crate::mqtt::{ConnectionState, Message, MqttHandle};
 use crate::wire::ignored::{Ignored, json};
-use crate::wire::message::{Hello, Participant, SnapshotChunk, SyncRequest};
+use crate::wire::message::{Hello, SnapshotChunk, SyncRequest};
+use crate::wire::name::Participant;
 use crate::wire::topic::Direction;
 use crate::{BrokerName, Domain, PublicKey, Topic};
 

@@ -3,6 +3,7 @@
 //! The previous stop is the `bus` room of the program that publishes, the next one [`crate::mqtt`], which carries it to the
 //! `bus` room of the program that subscribes.
 
+pub mod drain;
 pub mod ignored;
 pub mod lease;
 pub mod message;

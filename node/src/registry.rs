@@ -10,7 +10,7 @@ use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use wgkex_common::PublicKey;
 use wgkex_common::config::password_in;
-use wgkex_common::runtime::tls;
+use wgkex_common::tls;
 
 use crate::tunnel::ClientConfig;
 

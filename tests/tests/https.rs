@@ -11,13 +11,11 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wgkex_common::runtime::tls::provider;
-use wgkex_common::runtime::tls::rustls::pki_types::pem::PemObject as _;
-use wgkex_common::runtime::tls::rustls::pki_types::{CertificateDer, ServerName};
-use wgkex_common::runtime::tls::rustls::version::{TLS12, TLS13};
-use wgkex_common::runtime::tls::rustls::{
-    ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion,
-};
+use wgkex_common::tls::provider;
+use wgkex_common::tls::rustls::pki_types::pem::PemObject as _;
+use wgkex_common::tls::rustls::pki_types::{CertificateDer, ServerName};
+use wgkex_common::tls::rustls::version::{TLS12, TLS13};
+use wgkex_common::tls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
 use wgkex_tests::http::ask;
 use wgkex_tests::process::memory;
 use wgkex_tests::scripted::{Manner, Worker};

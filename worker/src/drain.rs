@@ -13,11 +13,12 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
-use wgkex_common::access_lists::unix;
-use wgkex_common::drain::{self, Drain};
+use wgkex_common::drain;
 use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::StorageError;
 use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Drain;
 
 /// The time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);

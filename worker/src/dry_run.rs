@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use serde::Serialize;
 use wgkex_kernel::{Change, Device, Interface, Peer, PeerConfig};
 
-pub use crate::reconciler::preview::{Planned, PreviewParts, Reason, preview};
+use crate::plan::{Planned, Reason};
+pub use crate::reconciler::preview::{PreviewParts, preview};
 
 /// A command that would do what the worker would, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -106,8 +107,8 @@ mod tests {
     use std::time::{Duration, Instant, SystemTime};
 
     use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
-    use wgkex_common::drain::Deadline;
     use wgkex_common::storage::key_store::KeyRecord;
+    use wgkex_common::wire::drain::Deadline;
     use wgkex_common::{PublicKey, Reserved};
     use wgkex_kernel::{Indexes, Peer, host};
 

@@ -20,17 +20,18 @@ use tracing::{error, info};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::config::Listen;
 use wgkex_common::doctor::sockets::taken_by;
-use wgkex_common::drain::Drain;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::http::{Server, Settings, readable};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::bus::broker_clocks::ClocksOff;
+use crate::leases::ServerStatus;
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
-use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, ServerStatus, Status};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
 
 /// How long to wait for a port that is taken.
 const BIND_RETRY: Duration = Duration::from_secs(10);
@@ -216,7 +217,7 @@ impl HttpState {
 
     fn key_totals(&self) -> KeyTotals {
         let metrics = &self.reconciler;
-        let failed = |reason: &RejectReason| {
+        let failed = |reason: RejectReason| {
             let of = |domain: &Domain| metrics.keys_failed.with_label_values(&[domain.name(), reason.as_ref()]).get();
             self.served.iter().map(of).sum::<u64>()
         };
@@ -225,7 +226,7 @@ impl HttpState {
             installed: self.sum(&metrics.keys_installed),
             refreshed: self.sum(&metrics.keys_refreshed),
             restored: self.sum(&metrics.keys_restored),
-            failed: reconciler::FAILURES.iter().map(failed).sum(),
+            failed: RejectReason::of_requested_keys().map(failed).sum(),
             dropped: reconciler::DROPPED
                 .iter()
                 .map(|place| metrics.keys_dropped.with_label_values(&[place]).get())

@@ -11,11 +11,13 @@ mod metrics;
 mod plan;
 mod preview;
 mod server;
+mod server_status;
 mod source;
 mod table;
 mod task;
 
 pub use self::file::FILE;
 pub use self::metrics::Metrics;
-pub use self::preview::preview;
+pub use self::preview::{ServerPreview, preview};
+pub use self::server_status::ServerStatus;
 pub use self::task::{LeaseEvent, LeaseParts, LeaseSender, LeaseTask, channel, is_needed};

@@ -6,7 +6,8 @@
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
 //! reconciler, the drain, the two MQTT sessions, the sync client, the keys after a drain, the tick of reserved keys, the
-//! publisher, the metrics server and what the service manager is told.
+//! config, which is read again on SIGHUP, the publisher, the [`leases`] where this gateway is a server or a hub, the HTTP
+//! server (`worker_listen`) and what the service manager is told.
 
 mod bus;
 pub mod cli;
@@ -37,8 +38,6 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
-use wgkex_common::config::{Cleanup, Peers};
-use wgkex_common::drain::Drain;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
@@ -48,7 +47,9 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient};
-use wgkex_common::wire::message::{Participant, SnapshotChunk};
+use wgkex_common::wire::drain::Drain;
+use wgkex_common::wire::message::SnapshotChunk;
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{Config, Domain, Reserved};
 use wgkex_kernel::Kernel;
 
@@ -58,11 +59,10 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
 use crate::drain::DrainWatch;
-use crate::leases::{LeaseParts, LeaseSender, LeaseTask};
+use crate::leases::{LeaseParts, LeaseSender, LeaseTask, ServerStatus};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
-use crate::status::ServerStatus;
 
 /// How long the server may take to acknowledge that this worker goes.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -145,7 +145,7 @@ pub async fn run<K: Kernel>(
         kernel,
         domains: config.domains.clone(),
         profile: Arc::new(Mesh),
-        policy: policy(&config),
+        policy: Policy::from(&config),
         buffer,
         remembered,
         reserved: reserved.subscribe(),
@@ -188,7 +188,9 @@ pub async fn run<K: Kernel>(
     services.background().spawn("the drain", |_| watch_drain.run());
     worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender, clocks);
     if let Some(task) = lease_task {
-        services.background().spawn("the leases", |_| task.run());
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
+            .spawn("the leases", |stop| task.run(stop));
     }
     worker.start_http(&mut services, watched);
     let Config { name, domains, .. } = &worker.config;
@@ -326,14 +328,6 @@ async fn tick(reserved: watch::Sender<Reserved>) {
         sleep(TICK).await;
         reserved.send_modify(Reserved::tick);
     }
-}
-
-fn policy(config: &Config) -> Policy {
-    let Cleanup { interval, stale, grace } = config.cleanup;
-    let Peers { max: peers, unproven: unestablished } = config.peers;
-    let report = wgkex_common::address::claim::handshake_report_interval(config.live_keys.ttl, stale);
-    let forget = config.forget_idle_after;
-    Policy { stale, grace, interval, report, unestablished, forget, peers, ..Policy::default() }
 }
 
 /// Passes the live keys of a chunk to the reconciler, which installs those that are missing.

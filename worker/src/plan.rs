@@ -1,11 +1,13 @@
 //! The changes of an interface's tables, from what they are and what is desired: no IO, no clock, no log.
 //!
 //! A [`Step`] is what to do about one key, and [`changes`] are its parts in the order in which the kernel makes them.
-//! Which steps there are is found in [`repair`], for peers that are not whole, and in [`removal`].
+//! Which steps there are is found in [`repair`], for peers that are not whole, and in [`removal`]; [`Planned`] has the changes of
+//! a step with their reason.
 //!
 //! No task, no state. Previous stop of a key: [`crate::peers`], which admits it; next stop: [`wgkex_kernel`], which makes
 //! the changes.
 
+mod planned;
 mod removal;
 mod repair;
 mod sorted_cursor;
@@ -15,6 +17,7 @@ mod tests;
 use wgkex_common::PublicKey;
 use wgkex_kernel::{Change, KernelError, Outcomes};
 
+pub use self::planned::{Planned, Reason};
 pub use self::removal::{orphans, remove, remove_denied, remove_orphans};
 pub use self::repair::repair;
 pub use self::sorted_cursor::SortedCursor;

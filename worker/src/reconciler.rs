@@ -27,7 +27,7 @@ use wgkex_common::wire::message::Age;
 
 pub use self::domain::preview;
 pub use self::handle::{ReconcilerHandle, Waiting};
-pub use self::metrics::{DROPPED, FAILURES, Metrics};
+pub use self::metrics::{DROPPED, Metrics};
 pub use self::reports::{DomainState, DomainStates, Reports};
 pub use self::task::{Reconciler, ReconcilerParts};
 use crate::peers::Clocks;

@@ -7,9 +7,11 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use wgkex_common::cli::style::{Colour, Style};
-use wgkex_common::drain::Drain;
 use wgkex_common::peer_clock::Difference;
+use wgkex_common::style::{Colour, Style};
+use wgkex_common::wire::drain::Drain;
+
+use crate::leases::ServerStatus;
 
 /// What is wrong where another program seems to use the worker's name.
 pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name, or mqtt.username is that of another worker: the server ends \
@@ -89,19 +91,6 @@ pub struct DomainStatus {
     pub port: Option<u16>,
     /// Its peers, each in one state.
     pub peers: PeerTotals,
-}
-
-/// A server of the registry at this gateway.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServerStatus {
-    /// The name of its WireGuard interface.
-    pub interface: String,
-    /// Whether its interface has the peers of all its leases.
-    pub up: bool,
-    /// Why not; none before it was looked at.
-    pub reason: Option<String>,
-    /// The leases that are known here.
-    pub leases: u64,
 }
 
 /// How many peers are in which state.

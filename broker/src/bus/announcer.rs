@@ -11,9 +11,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
 use wgkex_common::access_lists::service::ListSnapshot;
-use wgkex_common::access_lists::unix;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
+use wgkex_common::time_text::unix;
 use wgkex_common::wire::message::{Hello, Served};
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 

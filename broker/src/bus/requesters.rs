@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use wgkex_common::wire::ignored::Ignored;
-use wgkex_common::wire::message::{Hello, Participant, Requester, SyncRequest};
+use wgkex_common::wire::message::{Hello, Requester, SyncRequest};
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, WorkerName};
 
 use crate::bus::sync_queue::SyncQueue;

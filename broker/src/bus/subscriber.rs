@@ -9,15 +9,14 @@ use std::time::{Instant, SystemTime};
 
 use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
-use wgkex_common::access_lists::unix;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
+use wgkex_common::time_text::unix;
 use wgkex_common::wire::ignored::{Ignored, json, key};
 use wgkex_common::wire::lease::{AnnouncedServers, HUB, LeaseRequest};
-use wgkex_common::wire::message::{
-    Applied, Handshakes, Hello, Participant, RecordsRequest, Request, Requester, Revoked,
-};
+use wgkex_common::wire::message::{Applied, Handshakes, Hello, RecordsRequest, Request, Requester, Revoked};
+use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, PublicKey, Topic, WorkerName};
 
 use crate::bus::invalid_messages::InvalidMessages;
@@ -29,7 +28,7 @@ use crate::fleet::Fleet;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::revocation::PendingRevocations;
 use crate::registry::holder::Holder;
-use crate::registry::push::{LeaseEvent, LeaseSender};
+use crate::registry::lease_events::{LeaseEvent, LeaseSender};
 use crate::tenants::{TenantEvent, TenantEventSender};
 
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
@@ -387,7 +386,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
 
     use crate::bus::sync_queue::SyncQueue;
     use crate::fleet::live_keys::LiveKeys;
-    use crate::registry::push;
+    use crate::registry::lease_events;
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
@@ -416,7 +415,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     };
     primary.on_event(Event::Message(publish.clone()));
     let requesters = Requesters::new(own, SyncQueue::default());
-    let (leases, _lease_events) = push::channel();
+    let (leases, _lease_events) = lease_events::channel();
     let leases = Some(leases);
     let (tenants, _tenant_events) = tokio::sync::mpsc::channel(1);
     let tenants = Some(tenants);

@@ -136,7 +136,7 @@ impl SyncQueue {
 
 #[cfg(test)]
 mod tests {
-    use wgkex_common::wire::message::Participant;
+    use wgkex_common::wire::name::Participant;
 
     use super::*;
 

@@ -12,7 +12,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde_json::{Value, json};
 use wgkex_common::Config;
-use wgkex_common::access_lists::parse;
+use wgkex_common::time_text::utc;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::key_reports;
@@ -369,7 +369,7 @@ fn outcome(answer: &Value) -> String {
         let _ = write!(lines, ", in {domain}");
     }
     if let Some(until) = answer["until"].as_u64().filter(|_| on) {
-        let _ = write!(lines, ", until {}", parse::utc(until));
+        let _ = write!(lines, ", until {}", utc(until));
     }
     lines.push_str(match (on, is("was_on")) {
         (true, true) => " (it was before)\n",
@@ -400,7 +400,7 @@ fn drained(answer: &Value, on: bool) -> String {
         if on { "draining" } else { "not drained by this broker any more" }
     );
     if let Some(until) = answer["until"].as_u64().filter(|_| on) {
-        let _ = write!(lines, ", until {}", parse::utc(until));
+        let _ = write!(lines, ", until {}", utc(until));
     }
     lines.push_str(match (on, is("was_on")) {
         (true, true) => " (it was before)\n",
@@ -430,7 +430,7 @@ fn table(answer: &Value) -> String {
     for entry in answer["keys"].as_array().into_iter().flatten() {
         let text = |field: &str| entry[field].as_str();
         let _ = write!(lines, "{:7} {}", text("list").unwrap_or_default(), text("key").unwrap_or_default());
-        let until = entry["until"].as_u64().map(parse::utc);
+        let until = entry["until"].as_u64().map(utc);
         let fields = [
             ("name", text("name").map(str::to_owned)),
             ("domain", text("domain").map(str::to_owned)),

@@ -13,7 +13,7 @@ use wgkex_common::config::password_in;
 use wgkex_common::http::client::agent;
 
 use crate::cli::http_client::TIMEOUT;
-use crate::cli::registry::{addresses_by_key, peerings, text_of};
+use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 
 /// The largest answer, in bytes.
 const ANSWER_MAX: u64 = 64 << 20;

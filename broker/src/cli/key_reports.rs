@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use wgkex_common::access_lists::parse;
+use wgkex_common::time_text::utc;
 
 use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::fleet::live_keys::KeyState;
@@ -93,7 +93,7 @@ fn on_list(ListedKey { list, source, domain, name, reason, until }: &ListedKey) 
         ("by", Some(source.clone())),
         ("domain", domain.clone()),
         ("name", name.clone()),
-        ("until", until.map(parse::utc)),
+        ("until", until.map(utc)),
         ("reason", reason.clone()),
     ];
     let fields = fields.into_iter().filter_map(|(field, value)| Some(format!("  {field}: {}", value?)));

@@ -21,6 +21,7 @@ use wgkex_common::config::Listen;
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
 use crate::cli::import::ImportArgs;
 use crate::cli::print_or_complain;
+use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 use crate::cli::table::{Cell, Colours, table};
 use crate::registry::login::password;
 
@@ -345,12 +346,6 @@ impl RegistryClient {
     }
 }
 
-/// The addresses in what `server/config` answers, by key.
-pub(super) fn addresses_by_key(config: &Value) -> BTreeMap<String, String> {
-    let peers = config["peers"].as_array().into_iter().flatten();
-    peers.map(|peer| (text_of(&peer["public_key"]).to_owned(), text_of(&peer["ip_address"]).to_owned())).collect()
-}
-
 fn peer_row(peer: &Value) -> [Cell; 2] {
     ["ip_address", "public_key"].map(|field| Cell::text(text_of(&peer[field])))
 }
@@ -361,13 +356,6 @@ fn servers_table(servers: &Value) -> String {
     };
     let rows: Vec<_> = servers.as_object().into_iter().flatten().map(row).collect();
     table(["SERVER", "ENDPOINT", "KEY"], &rows, Colours::of_stdout())
-}
-
-/// The clients with each of their peerings.
-pub(super) fn peerings(clients: &Value) -> impl Iterator<Item = (&str, &Value)> {
-    clients.as_object().into_iter().flatten().flat_map(|(name, peerings)| {
-        peerings.as_object().into_iter().flatten().map(move |(_, peering)| (name.as_str(), peering))
-    })
 }
 
 /// With the addresses by server and key.
@@ -397,10 +385,6 @@ fn wg_quick(config: &Value, private_key: &str) -> String {
 fn endpoint(server: &Value) -> String {
     let port = server["endpoint_port"].as_u64().and_then(|port| u16::try_from(port).ok()).unwrap_or_default();
     Listen { host: text_of(&server["endpoint_address"]).to_owned(), port }.to_string()
-}
-
-pub(super) fn text_of(value: &Value) -> &str {
-    value.as_str().unwrap_or_default()
 }
 
 #[cfg(test)]

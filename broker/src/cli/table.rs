@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
-use wgkex_common::cli::style::has_colour;
+use wgkex_common::style::has_colour;
 
 use crate::fleet::status::printable;
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use wgkex_common::config::Secret;
 
 use super::postgres::Postgres;
+use super::row::{Row, Value};
 use super::sqlite::Sqlite;
-use super::{Access, DatabaseError, Migrations, Row, Value};
+use super::types::{Access, DatabaseError, Migrations};
 
 /// The least time between two attempts to open the database.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -11,7 +11,8 @@ use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Config, NoTls, Statement};
 use wgkex_common::config::Secret;
 
-use super::{Access, DatabaseError, Migrations, Row, Value};
+use super::row::{Row, Value};
+use super::types::{Access, DatabaseError, Migrations};
 
 /// How long the server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(3);

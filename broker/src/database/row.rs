@@ -1,6 +1,6 @@
 //! Values and rows, as both servers have them.
 
-use super::DatabaseError;
+use super::types::DatabaseError;
 
 /// A value of a column, or of a parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,8 @@ use wgkex_common::storage::StorageError;
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 
-use super::{Access, DatabaseError, Migrations, Row, Value};
+use super::row::{Row, Value};
+use super::types::{Access, DatabaseError, Migrations};
 
 /// The pages that are kept in memory, in KiB.
 const CACHE: i64 = 8 << 10;

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tracing::{info, warn};
-use wgkex_common::access_lists::unix;
-use wgkex_common::drain::Drain;
 use wgkex_common::runtime::hangups::Hangups;
 use wgkex_common::storage::versions::StateFile;
+use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{StorageError, json_file};
+use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Config, WorkerName};
 
 use crate::fleet::Fleet;
@@ -32,6 +33,7 @@ pub struct DrainStore {
     fleet: Fleet,
     /// Held while the drains are changed and written, or read again, so that the last change is what stays.
     writing: Arc<tokio::sync::Mutex<()>>,
+    writes: Writes,
 }
 
 impl DrainStore {
@@ -47,7 +49,7 @@ impl DrainStore {
             }
         }
         fleet.gateways().expire_drains(unix(SystemTime::now()), Instant::now());
-        Ok(Self { file, fleet, writing: Arc::default() })
+        Ok(Self { file, fleet, writing: Arc::default(), writes: Writes::default() })
     }
 
     /// Drains a gateway, or no longer does. Says whether the disk has taken it.
@@ -57,8 +59,17 @@ impl DrainStore {
         Ok(DrainOutcome { was_on, is_kept: self.save().await })
     }
 
-    /// Ends each drain at its time, and reads the file again on SIGHUP.
-    pub async fn run(self) {
+    /// Ends each drain at its time, and reads the file again on SIGHUP, until `stop` returns; then until the last write has
+    /// ended, also that of an admin call.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        tokio::select! {
+            () = stop => {}
+            () = self.follow() => {}
+        }
+        self.writes.finished().await;
+    }
+
+    async fn follow(&self) {
         let mut hangups = Hangups::listen();
         loop {
             let is_hangup = tokio::select! {
@@ -98,7 +109,7 @@ impl DrainStore {
 
     async fn save(&self) -> bool {
         let (file, drains) = (self.file.clone(), self.fleet.gateways().drains().clone());
-        let saved = spawn_blocking(move || json_file::save(&file, LAYOUT, drains)).await;
+        let saved = self.writes.run(move || json_file::save(&file, LAYOUT, drains)).await;
         let failure = match saved {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => error.to_string(),
@@ -120,24 +131,43 @@ pub struct DrainOutcome {
 
 #[cfg(test)]
 mod tests {
+    use std::future::ready;
+    use std::pin::pin;
+    use std::sync::mpsc::channel;
+
+    use tokio::time::timeout;
     use wgkex_common::storage::key_store::{Keys, WriteBuffer};
 
     use super::*;
     use crate::fleet::gateways::Gateways;
     use crate::fleet::live_keys::LiveKeys;
 
+    fn fleet(config: &Config) -> Fleet {
+        let live = LiveKeys::new(config, Keys::new(), WriteBuffer::default(), Instant::now());
+        Fleet::new(Gateways::new(config), live)
+    }
+
+    #[tokio::test]
+    async fn it_stops_when_the_last_write_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
+        let config = Config::parse("", &yaml, "b").unwrap();
+        let store = DrainStore::open(&config, fleet(&config)).unwrap();
+        let ((end, ended), writes) = (channel::<()>(), store.writes.clone());
+        let mut call = pin!(writes.run(move || ended.recv()));
+        assert!(timeout(Duration::from_millis(10), &mut call).await.is_err(), "it is written");
+        let mut stopping = pin!(store.run(ready(())));
+        assert!(timeout(Duration::from_millis(100), &mut stopping).await.is_err(), "it waits");
+        end.send(()).unwrap();
+        timeout(Duration::from_secs(10), stopping).await.expect("it stops");
+    }
+
     #[tokio::test]
     async fn drains_survive_a_restart_and_a_newer_file_stops_it() {
         let dir = tempfile::tempdir().unwrap();
         let yaml = format!("domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}", dir.path().display());
         let config = Config::parse("", &yaml, "b").unwrap();
-        let fleet = || {
-            Fleet::new(
-                Gateways::new(&config),
-                LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now()),
-            )
-        };
-        let open = || DrainStore::open(&config, fleet());
+        let open = || DrainStore::open(&config, fleet(&config));
         let (store, worker) = (open().unwrap(), "gw1".parse().unwrap());
         let drain = Drain { since: 7, until: None, reason: Some("r".into()), deadline: None };
         let outcome = store.set(&worker, Some(drain.clone())).await.unwrap();

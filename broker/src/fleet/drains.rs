@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 use wgkex_common::WorkerName;
-use wgkex_common::drain::Drain;
+use wgkex_common::wire::drain::Drain;
 
 /// So many at most: more than any fleet has gateways.
 const DRAINS_MAX: usize = 4096;

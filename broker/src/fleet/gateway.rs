@@ -6,8 +6,8 @@ use std::iter::Sum;
 use std::time::{Duration, Instant};
 
 use wgkex_common::Domain;
-use wgkex_common::drain::Drain;
 use wgkex_common::peer_clock::PeerClock;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 
 use crate::fleet::selection::DrainPhase;

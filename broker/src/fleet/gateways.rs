@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use wgkex_common::drain::Drain;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic, WorkerName};
 
@@ -356,7 +356,7 @@ impl Gateways {
         retained: bool,
         now: Instant,
     ) -> Result<(), InvalidPayload> {
-        self.reserved.update(worker, domain.name(), Some(&data));
+        self.reserved.update(worker, domain.name(), Some((&data).into()));
         self.gateway(worker)?.apply_data(domain.clone(), data, retained, now);
         self.remember(worker, [domain]);
         Ok(())

@@ -175,7 +175,7 @@ mod tests {
         let metrics = Metrics::register(&registry).unwrap();
         let domain =
             |connected| GatewayDomain { domain: "ff_a".into(), state: DomainState::Up, connected, assigned: 2 };
-        let drain = wgkex_common::drain::Drain { since: 7, until: None, reason: None, deadline: None };
+        let drain = wgkex_common::wire::drain::Drain { since: 7, until: None, reason: None, deadline: None };
         let draining = Draining { by: DrainSource::Broker, drain };
         let gateway = |name: &str, online, connected| GatewayStatus {
             name: name.into(),

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use wgkex_common::drain::Drain;
+use wgkex_common::wire::drain::Drain;
 
 use crate::fleet::reach::Reached;
 

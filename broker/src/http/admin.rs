@@ -18,13 +18,15 @@ use subtle::ConstantTimeEq as _;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 use wgkex_common::access_lists::service::{BY_CALL, Changed, Handle, ListedEntry};
-use wgkex_common::access_lists::{Entry, List, parse, unix};
+use wgkex_common::access_lists::{Entry, List};
 use wgkex_common::config::Secret;
-use wgkex_common::drain::{Drain, DrainRequest};
+use wgkex_common::drain::DrainRequest;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::{Server, Settings, readable, resource};
 use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
+use wgkex_common::time_text::{self, unix};
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, PublicKey, Topic, WorkerName};
 
 use crate::exchange::Exchange;
@@ -410,12 +412,12 @@ fn entry(list: List, fields: &Map<String, Value>, domains: &BTreeSet<Domain>, no
         Some(Value::String(text)) => Ok(Some(text.as_str())),
         Some(_) => Err(bad_request(format!("{field}: a text is expected"))),
     };
-    let line = |field| text(field)?.map(|text| parse::text(field, text)).transpose().map_err(bad_request);
+    let line = |field| text(field)?.map(|text| time_text::text(field, text)).transpose().map_err(bad_request);
     let key = text("key")?.ok_or_else(|| bad_request("key: is missing, a WireGuard public key is expected"))?;
     let key = key.parse().map_err(|error| bad_request(format!("key: {error}")))?;
     let lasts = match text("for")? {
         None => None,
-        Some(text) => Some(parse::duration(text).ok_or_else(|| {
+        Some(text) => Some(time_text::duration(text).ok_or_else(|| {
             bad_request("for: is not a duration, one as 30m, 12h or 7d of at most ten years is allowed")
         })?),
     };

@@ -201,7 +201,7 @@ fn table_of_registry(registry: &RegistryStatus) -> Markup {
 mod tests {
     use super::*;
     use crate::fleet::reach::Reached;
-    use wgkex_common::drain::Drain;
+    use wgkex_common::wire::drain::Drain;
 
     use crate::fleet::status::{DomainState, DrainSource, Draining, Offline, OfflineReason, Problem, ProblemKind};
     use crate::http::status::Durations;

@@ -115,6 +115,11 @@ impl MessageBroker {
         self.log.subscribe(is_own)
     }
 
+    /// Returns when the log has ended, without which nothing is delivered.
+    pub async fn log_ended(&self) {
+        self.log.ended().await;
+    }
+
     /// Gives `client` a slot, if fewer than `room` are taken. If it has one already, that connection is asked to end, and
     /// awaited; if its user has all slots of its account, the connection of that user that has been silent for longest.
     pub async fn register(&self, client: &str, account: &Account, room: usize) -> Option<ClientSlot> {
@@ -202,6 +207,14 @@ impl MessageBroker {
     /// The file was lost: everything is to be written.
     pub fn require_full_write(&self) {
         self.shared.lock().retained.require_full_write();
+    }
+}
+
+#[cfg(test)]
+impl MessageBroker {
+    /// Ends the log.
+    pub(super) async fn break_log(&self) {
+        self.log.break_router().await;
     }
 }
 

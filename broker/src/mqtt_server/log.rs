@@ -62,6 +62,8 @@ pub struct Log {
     dial: Box<Dial>,
     /// The names of links that ended: the router remembers each name for ever.
     names: Mutex<ReaderNames>,
+    /// The writer's link, in which nothing arrives. It ends with the router.
+    replies: tokio::sync::Mutex<LinkRx>,
     progress: ProgressOfAll,
 }
 
@@ -83,7 +85,6 @@ pub struct LogWriter {
     /// The position behind all that was published.
     end: u64,
     link: LinkTx,
-    _replies: LinkRx,
     progress: ProgressOfAll,
 }
 
@@ -106,8 +107,14 @@ impl Log {
         let (mut link, replies) = dial("writer")?;
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
         let progress = ProgressOfAll::default();
-        let writer = LogWriter { end: 0, link, _replies: replies, progress: progress.clone() };
-        Ok((Self { dial, names: Mutex::default(), progress }, writer))
+        let writer = LogWriter { end: 0, link, progress: progress.clone() };
+        Ok((Self { dial, names: Mutex::default(), replies: replies.into(), progress }, writer))
+    }
+
+    /// Returns when the router has ended, which nobody asks it to do.
+    pub async fn ended(&self) {
+        let mut replies = self.replies.lock().await;
+        while replies.next().await.is_ok() {}
     }
 
     /// The position behind all that was published.
@@ -183,7 +190,7 @@ impl LogWriter {
         placed.put_u64(self.end);
         placed.put_slice(message);
         self.end = behind(self.end, placed.len());
-        // Without a router there is no process either.
+        // It fails only when the router has ended, and the server ends then, too: see [`Log::ended`].
         let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), placed.freeze());
         self.progress.clients.publish(self.end);
         self.progress.own.publish(self.end);
@@ -232,6 +239,7 @@ impl LogReader {
                     yield_now().await;
                 }
                 Ok(_) => {}
+                // The router has ended: the server is about to end.
                 Err(_) => std::future::pending().await,
             }
         }
@@ -262,6 +270,18 @@ impl LogReader {
         self.next = Some(next);
         self.position.advance(next);
         if follows { Ok(LogMessage { at: LogPosition(position), bytes }) } else { Err(Lagged) }
+    }
+}
+
+#[cfg(test)]
+impl Log {
+    /// Makes the router panic: it does so at a request from a link that it has removed.
+    pub(super) async fn break_router(&self) {
+        let mut reader = self.subscribe(false).unwrap();
+        let disconnect = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
+        reader.link.send(Packet::Disconnect(disconnect, None)).await.unwrap();
+        while reader.incoming.next().await.is_ok() {}
+        reader.link.shadow(BARRIER).unwrap();
     }
 }
 

@@ -12,6 +12,7 @@ use ring::hmac::{self, HMAC_SHA256};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use rumqttc::Login;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
 use crate::client_ip::Client;
@@ -43,6 +44,8 @@ pub struct Users {
     passwords: Arc<Passwords>,
     /// Wakes the thread that verifies passwords; it ends when this is dropped.
     wake: SyncSender<()>,
+    /// Cancelled by the end of that thread.
+    thread_end: CancellationToken,
 }
 
 /// What is known of passwords, and those that are to be verified: by one thread, one after the other. Each takes a core
@@ -142,10 +145,19 @@ impl Users {
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new()).map_err(|_| anyhow!("{NO_RANDOM}"))?;
         let passwords = Arc::new(Passwords { queue: Mutex::default(), guesses: Mutex::default(), tags });
         let (wake, woken) = sync_channel(1);
-        let verifying = passwords.clone();
-        let thread = thread::Builder::new().name("mqtt-passwords".into());
-        thread.spawn(move || verifying.verify_all(&woken)).context("the thread for passwords does not start")?;
-        Ok(Self { known: BTreeMap::new(), anyone: Account::of_anyone(), passwords, wake })
+        let (verifying, thread_end) = (passwords.clone(), CancellationToken::new());
+        let (thread, end) = (thread::Builder::new().name("mqtt-passwords".into()), thread_end.clone().drop_guard());
+        let verify = move || {
+            verifying.verify_all(&woken);
+            drop(end);
+        };
+        thread.spawn(verify).context("the thread for passwords does not start")?;
+        Ok(Self { known: BTreeMap::new(), anyone: Account::of_anyone(), passwords, wake, thread_end })
+    }
+
+    /// Returns when the thread that verifies passwords has ended, without which no other password is ever right.
+    pub async fn thread_ended(&self) {
+        self.thread_end.cancelled().await;
     }
 
     /// This broker itself, and how it logs in: with a password that never leaves the process.
@@ -340,6 +352,13 @@ mod tests {
             thread::sleep(Duration::from_millis(1));
         }
         users
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_thread_is_noticed() {
+        let users = users();
+        assert!(timeout(Duration::from_millis(100), users.thread_ended()).await.is_err());
+        timeout(Duration::from_secs(10), asleep(users).thread_ended()).await.expect("it has ended");
     }
 
     #[tokio::test]

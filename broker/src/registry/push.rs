@@ -9,7 +9,6 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 use wgkex_common::mqtt::{Message, MqttHandle};
@@ -19,12 +18,12 @@ use wgkex_common::wire::lease::{
 use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
+use crate::registry::Registry;
+use crate::registry::call_error::CallError;
+use crate::registry::lease_events::{LeaseEvent, LeaseReceiver};
 use crate::registry::model::{Fields, InvalidField, NewServer};
 use crate::registry::store::{self, Found, ServerChange, Snapshot};
-use crate::registry::{CallError, Registry};
 
-/// Events that wait at most.
-const QUEUE: usize = 4096;
 /// Refusals that are remembered at most, so that each is logged once.
 const REFUSALS_MAX: usize = 1024;
 /// Workers at most whose servers are remembered until the database takes them.
@@ -33,28 +32,6 @@ const WAITING_MAX: usize = 1024;
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long other events may wait for the database then.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// What the task is told.
-#[derive(Debug, Clone)]
-pub enum LeaseEvent {
-    /// Leases of workers' servers changed.
-    Changed(Vec<ServerChange>),
-    /// The servers that a worker is.
-    Announced(WorkerName, AnnouncedServers),
-    /// A worker asks for leases.
-    Requested(WorkerName, LeaseRequest),
-}
-
-/// Tells the task. Clones share it.
-pub type LeaseSender = mpsc::Sender<LeaseEvent>;
-/// What the task receives.
-pub type LeaseReceiver = mpsc::Receiver<LeaseEvent>;
-
-/// The queue of the task.
-#[must_use]
-pub fn channel() -> (LeaseSender, LeaseReceiver) {
-    mpsc::channel(QUEUE)
-}
 
 /// Publishes leases.
 pub struct LeasePublisher {

@@ -10,14 +10,13 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 use serde::Serialize;
-use strum::IntoStaticStr;
 use wgkex_common::address::first_of;
 use wgkex_common::wire::lease::{LeaseChange, LeaseContent, LeaseMessage, LeaseVersion};
 use wgkex_common::{PublicKey, WorkerName};
 
 use crate::database::{DatabaseError, Row, Transaction, Value};
 use crate::ipam;
-use crate::registry::CallError;
+use crate::registry::call_error::{CallError, Refusal};
 use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases};
 
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte
@@ -67,39 +66,6 @@ pub(super) const ADD_RETURNED_NUMBERS: &str = "
 
 /// Taken addresses that are read at once, to find a free one.
 const PAGE: i64 = 256;
-
-/// Why a call is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
-#[strum(serialize_all = "snake_case")]
-pub enum Refusal {
-    /// There is no such server.
-    #[error("there is no server of this name")]
-    UnknownServer,
-    /// The client has no address at this server.
-    #[error("this client has no lease at this server")]
-    UnknownPeering,
-    /// There is a server of this name.
-    #[error("there is a server of this name already")]
-    NameTaken,
-    /// Another client, or a server, has this key.
-    #[error("another client or a server has this key")]
-    KeyTaken,
-    /// A worker announces another network than the one that its clients have leases of.
-    #[error("the server has another network, or other reserved addresses: delete it first")]
-    NetworkChanged,
-    /// A server's network has some of these addresses.
-    #[error("the network overlaps with that of another server")]
-    NetworkTaken,
-    /// The address that a client is to have is none that clients of the server get.
-    #[error("clients of this server get no such address")]
-    NoLease,
-    /// The address that a client is to have is not free, or the client has another one.
-    #[error("another client has this address, or this client has another one")]
-    LeaseTaken,
-    /// The server has no address left.
-    #[error("the server has no free address")]
-    Exhausted,
-}
 
 /// What a call changed at a server that is a worker of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,6 @@ use wgkex_common::wire::lease::{AnnouncedHub, HUB, LeaseMessage, LeaseRequest};
 use wgkex_common::{BrokerName, WorkerName};
 
 use crate::fleet::election::Election;
-use crate::tenants::Troubles;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;
 use crate::tenants::frame::{Content, Frame, HeldAddress, Origin, Request, SessionId, Update, Wish};
@@ -23,6 +22,7 @@ use crate::tenants::metrics::{Leave, Metrics};
 use crate::tenants::pool::{Counts, Tenants};
 use crate::tenants::sessions::{SessionLink, Sessions};
 use crate::tenants::streams::{Numbered, Stream};
+use crate::tenants::troubles::Troubles;
 
 /// How long a session may wait for an address while nobody gives any: what is left of 5 s is for the close frame.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);

@@ -11,7 +11,8 @@ use crate::http::{App, error};
 use crate::tenants::FrontDoor;
 use crate::tenants::id::{IdError, TenantId};
 use crate::tenants::message::Form;
-use crate::tenants::socket::{Opening, Socket};
+use crate::tenants::opening::Opening;
+use crate::tenants::socket::Socket;
 use crate::tenants::tokens::TokenError;
 
 /// What the path of a WebSocket begins with; the tenant's id follows.

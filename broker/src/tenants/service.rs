@@ -19,8 +19,8 @@ use crate::tenants::close::CloseCause;
 use crate::tenants::coordination::Coordination;
 use crate::tenants::frame::{Frame, SessionId, Wish};
 use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::opening::Opening;
 use crate::tenants::sessions::{Outgoing, SessionLink};
-use crate::tenants::socket::Opening;
 use crate::tenants::store::AddressBuffer;
 use crate::tenants::table::Newcomer;
 

@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::future::pending;
 use std::io;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use actix_ws::{AggregatedMessage, AggregatedMessageStream, CloseReason, ProtocolError, Session};
@@ -13,11 +12,10 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use wgkex_common::http::connections::UpgradedConnection;
 
-use crate::client_ip::Client;
 use crate::tenants::close::{CloseCause, JOIN_TIMEOUT};
-use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, answer, parse_join};
 use crate::tenants::metrics::{Leave, Metrics};
+use crate::tenants::opening::Opening;
 use crate::tenants::outlet::Outlet;
 use crate::tenants::service::{Membership, Seat, TenantsHandle};
 use crate::tenants::sessions::Outgoing;
@@ -26,19 +24,6 @@ use crate::tenants::sessions::Outgoing;
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// How long there may be no room for a close frame.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// What the request for the WebSocket said.
-#[derive(Debug)]
-pub struct Opening {
-    /// Whose it is.
-    pub client: Client,
-    /// The tenant that the client wants to join.
-    pub tenant: TenantId,
-    /// The form of the messages that it gets.
-    pub form: Form,
-    /// Its address, if it is to be shown.
-    pub endpoint: Option<IpAddr>,
-}
 
 /// A WebSocket that was just opened.
 pub struct Socket {

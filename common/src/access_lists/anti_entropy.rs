@@ -214,7 +214,7 @@ pub(super) struct TimedOut;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::message::Participant;
+    use crate::wire::name::Participant;
 
     const MS: Duration = Duration::from_millis(1);
 

@@ -2,23 +2,19 @@
 //! no more of a key than logs may.
 
 use serde_json::{Map, Value};
-use time::format_description::well_known::Rfc3339;
 use time::{Date, Month, Time, UtcDateTime};
 
 use crate::PublicKey;
 use crate::access_lists::{Entry, List};
 use crate::config::{self, Tree};
+use crate::time_text;
 
 /// A longer text is no list of keys: this one has 100,000.
 const SIZE_MAX: usize = 16 << 20;
-/// The longest name or reason, in bytes.
-pub const TEXT_MAX: usize = 200;
 /// What is longer than this, in bytes, may be a key.
 const NAME_MAX: usize = 30;
 /// The year 2001 in Unix time: fewer seconds were meant as something else, such as a year.
 const UNTIL_MIN: u64 = 1_000_000_000;
-/// Ten years, in seconds: what lasts longer is for good.
-const FOR_MAX: u64 = 10 * 366 * 86_400;
 
 /// What a text lists.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -112,7 +108,7 @@ fn key(text: &str) -> Result<PublicKey, String> {
 fn described(entry: Entry, about: &Value) -> Result<Entry, String> {
     match about {
         Value::Null => Ok(entry),
-        Value::String(reason) => Ok(Entry { reason: Some(self::text("reason", reason)?), ..entry }),
+        Value::String(reason) => Ok(Entry { reason: Some(time_text::text("reason", reason)?), ..entry }),
         Value::Object(fields) => fields.iter().try_fold(entry, |entry, (field, value)| with(entry, field, value)),
         Value::Bool(_) | Value::Number(_) | Value::Array(_) => {
             Err("is neither a reason nor a mapping, {reason, name, until} is allowed".into())
@@ -124,24 +120,14 @@ fn with(entry: Entry, field: &str, value: &Value) -> Result<Entry, String> {
     let text = || value.as_str().ok_or(format!("{field}: is not a text, one is allowed"));
     match field {
         _ if value.is_null() => Ok(entry),
-        "reason" => Ok(Entry { reason: Some(self::text("reason", text()?)?), ..entry }),
-        "name" => Ok(Entry { name: Some(self::text("name", text()?)?), ..entry }),
+        "reason" => Ok(Entry { reason: Some(time_text::text("reason", text()?)?), ..entry }),
+        "name" => Ok(Entry { name: Some(time_text::text("name", text()?)?), ..entry }),
         "until" => until(value).map(|until| Entry { until: Some(until), ..entry }).ok_or_else(|| {
             "until: is not a time, one as 2030-12-31 or 2030-12-31T23:59:59Z (UTC), or seconds of Unix time, is allowed"
                 .into()
         }),
         _ => Err("has a field that is not known, reason, name and until are allowed".into()),
     }
-}
-
-/// A name or reason that fits into one line of a list.
-pub fn text(field: &str, text: &str) -> Result<String, String> {
-    if text.len() > TEXT_MAX || text.chars().any(char::is_control) {
-        return Err(format!(
-            "{field}: is too long or has more than one line, {TEXT_MAX} bytes in one line are allowed"
-        ));
-    }
-    Ok(text.to_owned())
 }
 
 /// A time in seconds of Unix time: the number itself, a day (its beginning in UTC), or a day and a time in UTC.
@@ -163,37 +149,12 @@ fn until(value: &Value) -> Option<u64> {
     u64::try_from(UtcDateTime::new(day, time).unix_timestamp()).ok()
 }
 
-/// A time in seconds of Unix time as `2030-12-31T23:59:59Z`; the end of the year 9999 for what is later.
-#[must_use]
-pub fn utc(seconds: u64) -> String {
-    let last = UtcDateTime::new(Date::MAX, Time::MAX);
-    let time = i64::try_from(seconds).ok().and_then(|seconds| UtcDateTime::from_unix_timestamp(seconds).ok());
-    let time = time.unwrap_or(last).truncate_to_second();
-    time.format(&Rfc3339).unwrap_or_default()
-}
-
-/// The seconds that a text such as `90s`, `30m`, `12h`, `7d` or `2w` says; none if it is none, or not from 1 second to
-/// ten years.
-#[must_use]
-pub fn duration(text: &str) -> Option<u64> {
-    let unit = text.chars().last()?;
-    let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3_600,
-        'd' => 86_400,
-        'w' => 7 * 86_400,
-        _ => return None,
-    };
-    number.checked_mul(seconds).filter(|seconds| (1..=FOR_MAX).contains(seconds))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::time_text::utc;
 
     const A: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
     const B: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
@@ -347,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn times_and_durations_are_read_or_refused() {
+    fn times_are_read_or_refused() {
         for (text, seconds) in [
             ("1970-01-01", 0),
             ("2000-02-29", 951_782_400),
@@ -372,24 +333,12 @@ mod tests {
         ] {
             assert_eq!(until(&text.into()), None, "{text}");
         }
-        assert_eq!([utc(0), utc(u64::MAX)], ["1970-01-01T00:00:00Z", "9999-12-31T23:59:59Z"]);
-        for (text, seconds) in [("90s", 90), ("30m", 1_800), ("12h", 43_200), ("7d", 604_800), ("2w", 1_209_600)] {
-            assert_eq!(duration(text), Some(seconds));
-        }
-        for text in ["", "7", "d", "-1d", "0d", "1.5h", "1y", "7 d", "99999999999999999999d", "600w"] {
-            assert_eq!(duration(text), None, "{text}");
-        }
     }
 
     proptest! {
         #[test]
         fn a_time_is_read_as_it_is_written(seconds in 0..253_402_300_800_u64) {
             prop_assert_eq!(until(&utc(seconds).into()), Some(seconds));
-        }
-
-        #[test]
-        fn any_time_can_be_written(seconds: u64) {
-            prop_assert_eq!(utc(seconds).len(), "2030-12-31T23:59:59Z".len());
         }
 
         #[test]

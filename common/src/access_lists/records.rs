@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::access_lists::parse::TEXT_MAX;
 use crate::access_lists::{Entry, List};
+use crate::time_text::TEXT_MAX;
 use crate::{PublicKey, is_topic_level};
 
 /// An operator allows or trusts no more keys when there are so many.

@@ -20,12 +20,14 @@ use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
 use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused};
 use crate::access_lists::records_file::{self, RecordsWriter, Written};
-use crate::access_lists::{Admission, Entry, List, unix};
+use crate::access_lists::{Admission, Entry, List};
 use crate::mqtt::{Message, MqttHandle};
 use crate::runtime::hangups::Hangups;
 use crate::runtime::service_manager;
 use crate::storage::StorageError;
-use crate::wire::message::{Participant, RecordsRequest};
+use crate::time_text::unix;
+use crate::wire::message::RecordsRequest;
+use crate::wire::name::Participant;
 use crate::{Config, Topic};
 
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.

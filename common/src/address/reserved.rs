@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
-use crate::wire::message::WorkerData;
 use crate::{Domain, PublicKey, WorkerName, is_derived};
 
 /// Gateways at most, a domain of each counting by itself; more are no real fleet.
@@ -29,6 +28,15 @@ pub struct Reserved {
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
     ticks: u64,
+}
+
+/// What a gateway publishes of its interface in a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GatewayPeer {
+    /// Its key.
+    pub key: PublicKey,
+    /// Its link address; none if that is no address.
+    pub address: Option<Ipv6Addr>,
 }
 
 /// A worker in a domain, as they stand in the topic.
@@ -104,16 +112,16 @@ impl Reserved {
         Self { listed, listed_addresses, domains, ..Self::default() }
     }
 
-    /// The data that a worker publishes for a domain; none if it cleared them.
-    pub fn update(&mut self, worker: &WorkerName, domain: &str, data: Option<&WorkerData>) {
+    /// What a worker publishes for a domain; none if it cleared that.
+    pub fn update(&mut self, worker: &WorkerName, domain: &str, peer: Option<GatewayPeer>) {
         let gateway = GatewayDomain { worker: worker.clone(), domain: domain.to_owned() };
         let is_known = self.gateways.contains_key(&gateway);
-        let may_be_new = data.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
+        let may_be_new = peer.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
             let tick = self.ticks;
             self.change(gateway, |published| {
-                published.key.update(data.map(|data| data.public_key), tick);
-                published.address.update(data.and_then(own_address), tick);
+                published.key.update(peer.map(|peer| peer.key), tick);
+                published.address.update(peer.and_then(own_address), tick);
             });
         }
     }
@@ -191,8 +199,8 @@ fn release<T: Ord>(counted: &mut BTreeMap<T, usize>, one: &T) {
 
 /// The link address that a gateway publishes, unless a key derives it: its own does for itself, and no gateway takes a
 /// router's.
-fn own_address(data: &WorkerData) -> Option<Ipv6Addr> {
-    data.link_address.parse().ok().filter(|address| !is_derived(*address))
+fn own_address(peer: GatewayPeer) -> Option<Ipv6Addr> {
+    peer.address.filter(|address| !is_derived(*address))
 }
 
 #[cfg(test)]
@@ -209,8 +217,8 @@ mod tests {
         name.parse().unwrap()
     }
 
-    fn data(public_key: PublicKey, link_address: &str) -> WorkerData {
-        WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: link_address.into() }
+    fn peer(key: PublicKey, address: &str) -> GatewayPeer {
+        GatewayPeer { key, address: address.parse().ok() }
     }
 
     fn reserved(listed: &[u8]) -> Reserved {
@@ -227,17 +235,17 @@ mod tests {
         let mut reserved = reserved(&[9]);
         let routers = key(3).link_local();
         assert!(reserved.is_reserved(&key(9)) && reserved.lists(&key(9)) && !reserved.is_reserved(&key(1)));
-        reserved.update(&worker("gw"), "ff_a", Some(&data(key(1), &routers.to_string())));
+        reserved.update(&worker("gw"), "ff_a", Some(peer(key(1), &routers.to_string())));
         assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()) && !reserved.lists(&key(1)));
         assert!(!reserved.is_reserved(&key(3)), "no gateway takes a router's address");
         // An interface that is made has its key first, and then its address.
-        reserved.update(&worker("gw"), "ff_a", Some(&data(key(1), "fe80::1")));
+        reserved.update(&worker("gw"), "ff_a", Some(peer(key(1), "fe80::1")));
         assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
         pass(&mut reserved, STABLE_TICKS);
-        reserved.update(&worker("gw"), "ff_a", Some(&data(key(2), "no address")));
+        reserved.update(&worker("gw"), "ff_a", Some(peer(key(2), "no address")));
         assert!(reserved.is_reserved(&key(2)) && !reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(3)));
         assert!(!reserved.has_address(&"fe80::1".parse().unwrap()));
-        reserved.update(&worker("gw"), "ff_b", Some(&data(key(1), "fe80::1")));
+        reserved.update(&worker("gw"), "ff_b", Some(peer(key(1), "fe80::1")));
         reserved.update(&worker("gw"), "ff_a", None);
         assert!(reserved.is_reserved(&key(1)) && !reserved.is_reserved(&key(2)) && reserved.is_reserved(&key(9)));
     }
@@ -245,7 +253,7 @@ mod tests {
     #[test]
     fn a_key_is_reserved_by_the_worker_that_claims_it_or_its_address() {
         let mut reserved = reserved(&[9]);
-        reserved.update(&worker("gw"), "ff_b", Some(&data(key(1), "fe80::1")));
+        reserved.update(&worker("gw"), "ff_b", Some(peer(key(1), "fe80::1")));
         assert!(reserved.is_reserved_by(&worker("gw"), &key(1)));
         assert!(!reserved.is_reserved_by(&worker("gw"), &key(2)) && !reserved.is_reserved_by(&worker("gw"), &key(9)));
         assert!(!reserved.is_reserved_by(&worker("other"), &key(1)));
@@ -258,7 +266,7 @@ mod tests {
     fn gateways_of_domains_that_are_not_served_reserve_nothing() {
         let mut reserved = reserved(&[]);
         for n in 10..200 {
-            reserved.update(&worker("gw"), &n.to_string(), Some(&data(key(n), "fe80::1")));
+            reserved.update(&worker("gw"), &n.to_string(), Some(peer(key(n), "fe80::1")));
             assert!(!reserved.is_reserved(&key(n)));
         }
         assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
@@ -269,12 +277,12 @@ mod tests {
     fn changing_worker_data_reserves_nothing_until_it_is_stable() {
         let mut reserved = reserved(&[]);
         for n in 10..60 {
-            reserved.update(&worker("gw"), "ff_a", Some(&data(key(n), &format!("fe80::{n}"))));
+            reserved.update(&worker("gw"), "ff_a", Some(peer(key(n), &format!("fe80::{n}"))));
             assert_eq!(reserved.is_reserved(&key(n)), n == 10, "the first word counts, {n}");
             reserved.update(&worker("gw"), "ff_a", None);
             pass(&mut reserved, STABLE_TICKS - 1);
         }
-        reserved.update(&worker("gw"), "ff_a", Some(&data(key(7), "fe80::7")));
+        reserved.update(&worker("gw"), "ff_a", Some(peer(key(7), "fe80::7")));
         assert!(!reserved.is_reserved(&key(7)));
         pass(&mut reserved, STABLE_TICKS);
         assert!(reserved.is_reserved(&key(7)) && reserved.has_address(&"fe80::7".parse().unwrap()));
@@ -288,9 +296,9 @@ mod tests {
             let gateway = GatewayDomain { worker: worker(&number.to_string()), domain: "ff_a".into() };
             reserved.gateways.insert(gateway, Published::default());
         }
-        reserved.update(&worker("one more"), "ff_a", Some(&data(key(2), "fe80::1")));
+        reserved.update(&worker("one more"), "ff_a", Some(peer(key(2), "fe80::1")));
         assert!(!reserved.is_reserved(&key(2)));
-        reserved.update(&worker("1"), "ff_a", Some(&data(key(2), "fe80::1")));
+        reserved.update(&worker("1"), "ff_a", Some(peer(key(2), "fe80::1")));
         assert!(reserved.is_reserved(&key(2)));
     }
 
@@ -301,8 +309,8 @@ mod tests {
         ) {
             let mut reserved = reserved(&[]);
             for (name, domain, published, ticks) in words {
-                let data = published.map(|(n, address)| data(key(n), &format!("fe80::{address}")));
-                reserved.update(&worker(&name.to_string()), ["ff_a", "ff_b"][usize::from(domain)], data.as_ref());
+                let peer = published.map(|(n, address)| peer(key(n), &format!("fe80::{address}")));
+                reserved.update(&worker(&name.to_string()), ["ff_a", "ff_b"][usize::from(domain)], peer);
                 pass(&mut reserved, ticks);
                 let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
                 for published in reserved.gateways.values() {

@@ -7,7 +7,6 @@ use std::fmt::{self, Write as _};
 use serde_json::Value;
 use serde_path_to_error::Segment;
 
-use super::keys;
 use super::problem::Problem;
 
 /// Keys whose values are nobody's business.
@@ -108,9 +107,9 @@ pub(super) struct Problems {
 }
 
 impl Diagnostics {
-    /// For a file.
-    pub fn of_file(name: &str, yaml: &str) -> Self {
-        let empty = Self::of_variables(&[]);
+    /// For a file; `known` has the names of all keys.
+    pub fn of_file(name: &str, yaml: &str, known: BTreeSet<String>) -> Self {
+        let empty = Self::of_variables(&[], known);
         let known = &empty.known;
         let behind_keys = |line| SECRET_KEYS.iter().flat_map(move |key| after_key(line, key, known));
         let secrets = yaml.lines().flat_map(behind_keys).collect();
@@ -118,12 +117,12 @@ impl Diagnostics {
     }
 
     /// For variables; `aliases` has the path that each variable stands for.
-    pub fn of_variables(aliases: &'static [(&'static str, &'static str)]) -> Self {
+    pub fn of_variables(aliases: &'static [(&'static str, &'static str)], known: BTreeSet<String>) -> Self {
         Self {
             file: None,
             lines: BTreeMap::new(),
             aliases,
-            known: keys::paths().into_iter().flat_map(|path| path.0).collect(),
+            known,
             secrets: Vec::new(),
             errors: Vec::new(),
             warnings: Vec::new(),

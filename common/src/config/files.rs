@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, Read as _};
 use std::path::Path;
 
 use super::{Config, Https, MqttListen, Problem};
-use crate::runtime::tls;
+use crate::tls;
 
 /// The keys that name files.
 pub(super) const KEYS: [&str; 15] = [

@@ -1,6 +1,8 @@
 //! Which keys there are: the tree of a file is brought into the shape of [`Raw::every_key`], and what does not fit is
 //! reported.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use super::diagnostics::{Diagnostics, Path};
@@ -23,6 +25,11 @@ pub(super) fn paths() -> Vec<Path> {
     let mut found = Vec::new();
     walk(&Path::default(), &Raw::every_key(), &mut found);
     found
+}
+
+/// The names of all keys.
+pub(super) fn names() -> BTreeSet<String> {
+    paths().into_iter().flat_map(|path| path.0).collect()
 }
 
 /// Makes `tree` a tree in which mappings stand where mappings have to and lists where lists; unknown keys go, with a

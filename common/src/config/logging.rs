@@ -4,7 +4,7 @@ use serde_json::Value;
 use tracing::Level;
 
 use super::diagnostics::{Diagnostics, Path};
-use super::value::LogLevel;
+use super::value::{LogLevel, text, value_type};
 
 /// The form of a line of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,6 +15,16 @@ pub enum LogFormat {
     /// A JSON object.
     Json,
 }
+
+value_type!(
+    Format(LogFormat),
+    |value: &Value| match text(value)?.as_str() {
+        "text" => Some(LogFormat::Text),
+        "json" => Some(LogFormat::Json),
+        _ => None,
+    },
+    "must be text or json"
+);
 
 /// `log_level`, else what the original's logging had.
 pub(super) fn log_level(own: Option<LogLevel>, logging_config: Option<&Value>, diagnostics: &mut Diagnostics) -> Level {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::certificate::pair;
 use super::diagnostics::{Diagnostics, Path};
-use super::value::{Connections, File, Host, PasswordHash, Port, Secret, UserRole, port};
+use super::value::{Connections, File, Host, PasswordHash, Port, Secret, port, text, value_type};
 use crate::is_topic_level;
 
 /// Where the embedded MQTT server listens unless told otherwise.
@@ -45,6 +45,8 @@ pub enum Role {
     /// Any broker.
     Broker,
 }
+
+value_type!(UserRole(Role), role, "must be worker or broker");
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default)]
@@ -124,5 +126,13 @@ impl RawMqttUser {
         };
         let role = self.role.map_or(Role::Worker, |UserRole(role)| role);
         Some((name, MqttUser { password_hash: Secret::new(hash.0), role }))
+    }
+}
+
+fn role(value: &Value) -> Option<Role> {
+    match text(value)?.as_str() {
+        "worker" => Some(Role::Worker),
+        "broker" => Some(Role::Broker),
+        _ => None,
     }
 }

@@ -14,7 +14,7 @@ use super::hub::RawHub;
 use super::interfaces::Interfaces;
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
-use super::logging::{LogFormat, log_level};
+use super::logging::{Format, LogFormat, log_level};
 use super::mqtt::RawMqtt;
 use super::mqtt_listen::{RawMqttListen, RawMqttUser};
 use super::original::{Netbox, Parker};
@@ -24,9 +24,7 @@ use super::registry::{self, RawRegistry};
 use super::servers::{self, RawServer};
 use super::setup::{RawSetup, RawSetupDomain};
 use super::tenants::RawTenants;
-use super::value::{
-    DatabaseUrl, Directory, File, Format, Hash, Key, LogLevel, Net, PublicHost, Seconds, Secret, Share, Text,
-};
+use super::value::{DatabaseUrl, Directory, File, Hash, Key, LogLevel, Net, PublicHost, Seconds, Secret, Share, Text};
 use super::{Config, Source};
 use crate::{HostName, PublicKey};
 

@@ -590,7 +590,7 @@ fn the_example_documents_every_key_with_its_default() {
     assert!(std::mem::take(&mut config.is_setup_named));
     assert_eq!(config, least);
 
-    let mut tree = yaml::parse(&everything, &mut Diagnostics::of_file("", "")).unwrap();
+    let mut tree = yaml::parse(&everything, &mut Diagnostics::of_file("", "", keys::names())).unwrap();
     for path in keys::paths() {
         let named = |step: &String| match (step.as_str(), path.0[0].as_str()) {
             (raw::ANY, "workers" | "mqtt_listen") => "gw01.example.org".to_owned(),

@@ -6,13 +6,9 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 use tracing::Level;
 
-use super::LogFormat;
-use super::mqtt_listen::Role;
 use crate::PublicKey;
 
 /// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
@@ -22,20 +18,21 @@ macro_rules! value_type {
         $(#[$doc])*
         pub(super) struct $name(pub(super) $inner);
 
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let value = Value::deserialize(deserializer)?;
-                $read(&value).map(Self).ok_or_else(|| D::Error::custom($complaint))
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let value = <serde_json::Value as serde::Deserialize>::deserialize(deserializer)?;
+                $read(&value).map(Self).ok_or_else(|| serde::de::Error::custom($complaint))
             }
         }
 
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_unit()
             }
         }
     };
 }
+pub(super) use value_type;
 
 value_type!(Text(String), text, "must be a text (a number needs quotes around it)");
 value_type!(
@@ -130,7 +127,6 @@ value_type!(
     |value: &Value| text(value).filter(|text| is_whole_hash(text)),
     "must be what \"wgkex-broker hash-password\" prints, all of it"
 );
-value_type!(UserRole(Role), role, "must be worker or broker");
 value_type!(
     /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
@@ -157,15 +153,6 @@ value_type!(
     "must be a number from 0 to 1000000000"
 );
 value_type!(LogLevel(Level), level, "must be DEBUG, INFO, WARNING, ERROR or CRITICAL");
-value_type!(
-    Format(LogFormat),
-    |value: &Value| match text(value)?.as_str() {
-        "text" => Some(LogFormat::Text),
-        "json" => Some(LogFormat::Json),
-        _ => None,
-    },
-    "must be text or json"
-);
 value_type!(
     Ipam(()),
     |value: &Value| text(value).filter(|name| ["json", "netbox"].contains(&name.as_str())).map(drop),
@@ -234,7 +221,8 @@ pub(super) fn seconds(seconds: Option<&Seconds>, default: u64) -> Duration {
     seconds.map_or(Duration::from_secs(default), |seconds| seconds.0)
 }
 
-fn text(value: &Value) -> Option<String> {
+/// A text as it is written.
+pub(super) fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
@@ -288,14 +276,6 @@ fn scalar(value: &Value) -> Option<String> {
         Value::Number(number) => Some(number.to_string()),
         Value::String(text) => Some(text.trim().replace('_', "")),
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
-    }
-}
-
-fn role(value: &Value) -> Option<Role> {
-    match text(value)?.as_str() {
-        "worker" => Some(Role::Worker),
-        "broker" => Some(Role::Broker),
-        _ => None,
     }
 }
 

@@ -8,7 +8,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::{INFLIGHT, Message, SessionConfig};
 use crate::config::{Mqtt, MqttAddress, Tls};
-use crate::runtime::tls::{TlsError, certificates, private_key, provider};
+use crate::tls::{TlsError, certificates, private_key, provider};
 
 /// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
 /// stranger into a loop of reconnects.

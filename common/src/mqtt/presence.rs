@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::Topic;
 use crate::mqtt::{Message, Publish};
-use crate::wire::message::Participant;
+use crate::wire::name::Participant;
 
 /// How often the states are published again whatever happens.
 const REPUBLISH_INTERVAL: Duration = Duration::from_secs(60);

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore};
 
-use crate::runtime::tls::provider;
+use crate::tls::provider;
 
 /// How long the server may take.
 const ANSWER: Duration = Duration::from_secs(3);

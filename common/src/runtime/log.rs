@@ -13,8 +13,8 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-use crate::cli::style::has_colour;
 use crate::config::LogFormat;
+use crate::style::has_colour;
 
 /// The filter in effect, by which [`set_level`] replaces it; not set where `RUST_LOG` counts.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();

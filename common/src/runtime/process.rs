@@ -1,24 +1,42 @@
 //! What both programs do at their beginning and at their end.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::panic::{self, PanicHookInfo};
 use std::path::Path;
 use std::process::{self, ExitCode};
-use std::{io, panic};
+use std::{io, thread};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, error, warn};
 
 use crate::Config;
 use crate::config::LogFormat;
-use crate::runtime::log;
+use crate::runtime::{log, services};
 
-/// Ends the whole process when a thread or task panics, after the message is printed, whatever the build profile says
-/// of panics: the locks have no poison, and no task goes on with what a panic left half done.
+/// Ends the whole process when a thread or task panics, after the message is logged, or printed where nothing is logged yet,
+/// whatever the build profile says of panics: the locks have no poison, and no task goes on with what a panic left half done.
 pub fn abort_on_panic() {
     let print = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
-        print(info);
+        if tracing::enabled!(Level::ERROR) {
+            log_panic(info);
+        } else {
+            print(info);
+        }
         process::abort();
     }));
+}
+
+/// The name is that of the service, or of the thread for what is none.
+fn log_panic(info: &PanicHookInfo<'_>) {
+    let thread = thread::current();
+    let task = services::running().or(thread.name());
+    let place = info.location().map(ToString::to_string);
+    let payload = info.payload();
+    let message = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref().map(String::as_str));
+    let backtrace = Backtrace::capture();
+    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
+    error!(task, place, backtrace, "panicked: {}", message.unwrap_or("no message"));
 }
 
 /// Reads the config, in `file` if one is named, and starts logging at its level. Errors in it are logged, and then there is
@@ -61,5 +79,46 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
             error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::Command;
+
+    use super::*;
+    use crate::runtime::services::Services;
+
+    /// Set where this program is to panic.
+    const PANICS: &str = "WGKEX_TEST_PANICS";
+
+    /// It was printed as text in the middle of JSON lines, and nobody could tell which task it was.
+    #[test]
+    fn a_panic_is_logged_with_the_name_of_its_task_and_ends_the_process() {
+        if std::env::var_os(PANICS).is_some() {
+            log::init(Level::INFO, LogFormat::Json);
+            abort_on_panic();
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            let _ = runtime.block_on(async {
+                let mut services = Services::default();
+                services.spawn("the test", |_| async { panic!("of a test") });
+                services.run_until("it", pending()).await
+            });
+        }
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args([
+            "runtime::process::tests::a_panic_is_logged_with_the_name_of_its_task_and_ends_the_process",
+            "--exact",
+        ]);
+        let output = again.arg("--nocapture").env(PANICS, "1").env_remove("RUST_LOG").output().unwrap();
+        assert_eq!(output.status.signal(), Some(nix::sys::signal::Signal::SIGABRT as i32), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        let lines: Vec<serde_json::Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let [line] = lines.as_slice() else { panic!("{said}") };
+        assert_eq!((&line["level"], &line["task"]), (&"ERROR".into(), &"the test".into()), "{said}");
+        assert_eq!(line["message"], "panicked: of a test");
+        assert!(line["place"].as_str().is_some_and(|place| place.contains("process.rs")), "{said}");
     }
 }

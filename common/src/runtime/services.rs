@@ -12,6 +12,11 @@ use tracing::{error, info};
 
 use super::service_manager;
 
+tokio::task_local! {
+    /// The name of the task that runs.
+    static TASK: &'static str;
+}
+
 /// Tasks that run. Those that are left when this is dropped are aborted.
 #[derive(Debug, Default)]
 pub struct Services {
@@ -32,6 +37,12 @@ struct Group {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0} ended unexpectedly")]
 pub struct Ended(pub &'static str);
+
+/// The name of the service that runs here; none in tasks that it started, and outside of services.
+#[must_use]
+pub fn running() -> Option<&'static str> {
+    TASK.try_with(|name| *name).ok()
+}
 
 impl Services {
     /// Begins a group, which is stopped before those that were begun earlier. Its tasks then have `limit` to end; those
@@ -57,10 +68,10 @@ impl Services {
         }
         if let Some(group) = self.groups.last_mut() {
             let task = task(group.stop.clone().cancelled_owned());
-            let handle = self.tasks.spawn(async move {
+            let handle = self.tasks.spawn(TASK.scope(name, async move {
                 task.await;
                 name
-            });
+            }));
             group.running.insert(name, handle);
         }
         self

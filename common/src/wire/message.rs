@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::drain::Drain;
+use crate::address::reserved::GatewayPeer;
+use crate::wire::drain::Drain;
+use crate::wire::name::Participant;
 use crate::wire::revoke_outcome::RevokeOutcome;
-use crate::{BrokerName, PublicKey, RejectReason, Topic, WorkerName};
+use crate::{BrokerName, PublicKey, RejectReason};
 
 /// The longest payload of a hello or of worker data.
 const STATE_MAX: usize = 64 << 10;
@@ -63,6 +65,12 @@ impl WorkerData {
             public_key: fields.key("PublicKey")?,
             link_address: fields.address("LinkAddress")?,
         }))
+    }
+}
+
+impl From<&WorkerData> for GatewayPeer {
+    fn from(data: &WorkerData) -> Self {
+        Self { key: data.public_key, address: data.link_address.parse().ok() }
     }
 }
 
@@ -354,46 +362,6 @@ pub struct Revoked {
     pub at: u64,
     /// The outcome of each key.
     pub keys: BTreeMap<PublicKey, RevokeOutcome>,
-}
-
-/// One of those that share the keys.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Participant {
-    /// The worker of this name.
-    Worker(WorkerName),
-    /// The broker of this name.
-    Broker(BrokerName),
-}
-
-impl Participant {
-    /// Its name.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        match self {
-            Self::Worker(name) => name.as_str(),
-            Self::Broker(name) => name.as_str(),
-        }
-    }
-
-    /// The topic for its requests to `broker`, on which no other program can send them in its name: only a worker itself
-    /// may publish on its requests, and only brokers on the chunks of brokers.
-    #[must_use]
-    pub fn requests(&self, broker: &BrokerName) -> Topic {
-        match self {
-            Self::Worker(worker) => Topic::WorkerRequests { worker: worker.clone() },
-            Self::Broker(_) => Topic::BrokerChunks { broker: broker.clone() },
-        }
-    }
-
-    /// The topic on which it receives the answers to its requests.
-    #[must_use]
-    pub fn chunks(&self) -> Topic {
-        match self {
-            Self::Worker(worker) => Topic::WorkerChunks { worker: worker.clone() },
-            Self::Broker(broker) => Topic::BrokerChunks { broker: broker.clone() },
-        }
-    }
 }
 
 /// The program that sent a request to a broker, as far as the topic shows it.

@@ -103,6 +103,27 @@ impl From<&HostName> for BrokerName {
     }
 }
 
+/// One of those that share the keys.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Participant {
+    /// The worker of this name.
+    Worker(WorkerName),
+    /// The broker of this name.
+    Broker(BrokerName),
+}
+
+impl Participant {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Worker(name) => name.as_str(),
+            Self::Broker(name) => name.as_str(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

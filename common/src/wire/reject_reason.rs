@@ -1,13 +1,13 @@
 //! Why a worker did not install a key, or removed it: one enum from the worker's plan over MQTT to the broker's answer.
 
 use serde::{Deserialize, Serialize};
-use strum::{AsRefStr, Display, EnumString};
+use strum::{AsRefStr, Display, EnumIter, EnumString, IntoEnumIterator as _};
 
 /// The longest reason of another program's version that is kept, in characters.
 const OTHER_MAX: usize = 64;
 
 /// Why a key is not, or no longer, in a worker's kernel. Its text is the wire's, the metrics' and the log's.
-#[derive(Debug, Clone, PartialEq, Eq, AsRefStr, Display, EnumString, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, AsRefStr, Display, EnumIter, EnumString, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum RejectReason {
     /// It is the key of the gateway's own interface.
@@ -43,6 +43,23 @@ pub enum RejectReason {
     /// A reason that this version does not know, cut to 64 characters.
     #[strum(default, transparent)]
     Other(Box<str>),
+}
+
+impl RejectReason {
+    /// Why a key that was requested is not in the kernel: the reasons that workers count.
+    pub fn of_requested_keys() -> impl Iterator<Item = Self> {
+        Self::iter().filter(|reason| match reason {
+            Self::OwnKey
+            | Self::Reserved
+            | Self::AddressTaken
+            | Self::Full
+            | Self::Denied
+            | Self::Interface
+            | Self::Interrupted
+            | Self::Kernel => true,
+            Self::Removed | Self::Altered | Self::Other(_) => false,
+        })
+    }
 }
 
 impl From<String> for RejectReason {

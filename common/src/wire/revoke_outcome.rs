@@ -15,8 +15,18 @@ pub enum RevokeOutcome {
     Removed,
     /// There was nothing of it.
     Absent,
-    /// Something of it is still there, for this reason.
+    /// Something of it is still there, for this reason, which is not [`RejectReason::Removed`].
     Failed(RejectReason),
+}
+
+impl From<Result<(), RejectReason>> for RevokeOutcome {
+    /// A key that was removed before is removed.
+    fn from(result: Result<(), RejectReason>) -> Self {
+        match result {
+            Ok(()) | Err(RejectReason::Removed) => Self::Removed,
+            Err(reason) => Self::Failed(reason),
+        }
+    }
 }
 
 impl From<String> for RevokeOutcome {
@@ -41,7 +51,19 @@ impl From<RevokeOutcome> for String {
 
 #[cfg(test)]
 mod tests {
+    use strum::IntoEnumIterator as _;
+
     use super::*;
+
+    #[test]
+    fn every_failure_but_removed_is_read_as_the_same_failure() {
+        for reason in RejectReason::iter() {
+            let outcome = RevokeOutcome::from(Err(reason.clone()));
+            let is_success = outcome == RevokeOutcome::Removed;
+            assert_eq!(is_success, reason == RejectReason::Removed, "{reason:?}");
+            assert_eq!(RevokeOutcome::from(String::from(outcome.clone())), outcome);
+        }
+    }
 
     #[test]
     fn each_outcome_has_its_text_on_the_wire() {

@@ -1,7 +1,7 @@
-//! Forwarding between the peers of one interface, each only within its own tenant's network: what the hub of tenants needs
-//! beside peers.
+//! Forwarding between the peers of one interface, each only within its own group: what the hub of tenants needs beside
+//! peers. A pool is networks of one family, each with the prefix length of the groups that it is cut into.
 //!
-//! A packet that comes in by the interface is dropped by [`filter`] unless a member sends it to one of the same tenant. What
+//! A packet that comes in by the interface is dropped by [`filter`] unless a peer sends it to one of the same group. What
 //! passes is routed by a table of its own, which only such packets look up, and this machine's own to the pool: so nobody else's
 //! packets leave by the interface, and none of these by another one.
 
@@ -22,7 +22,6 @@ use netlink_packet_route::tc::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{IpVersion, RouteMessageBuilder};
-use wgkex_common::address::tenants::TenantNetworks;
 
 use crate::links::{Links, plain};
 
@@ -46,10 +45,10 @@ const OPS_LEN: u16 = 4;
 /// `TCA_BPF_OPS`.
 const OPS: u16 = 5;
 
-/// Before an interface is set up: what keeps tenants apart is there. Each step may be there already; rules of another pool go.
-pub async fn prepare(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    set_filter(links, links.index(interface).await?, networks).await?;
-    let wanted = rules(interface, networks);
+/// Before an interface is set up: what keeps groups apart is there. Each step may be there already; rules of another pool go.
+pub async fn prepare(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
+    set_filter(links, links.index(interface).await?, pool).await?;
+    let wanted = rules(interface, pool);
     for (version, family) in FAMILIES {
         let there = own_rules(links, version).await?;
         // Those of another interface keep it from forwarding by the main table.
@@ -67,14 +66,14 @@ pub async fn prepare(links: &Links, interface: &str, networks: &TenantNetworks) 
     Ok(())
 }
 
-/// Lets the peers of an interface that is set up reach each other within the networks of tenants. Each step may be there already.
-pub async fn enable(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    prepare(links, interface, networks).await?;
+/// Lets the peers of an interface that is set up reach each other within their groups. Each step may be there already.
+pub async fn enable(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
+    prepare(links, interface, pool).await?;
     let index = links.index(interface).await?;
-    for (network, _) in networks.parts() {
-        set_route(links, index, network).await?;
+    for (network, _) in pool {
+        set_route(links, index, *network).await?;
     }
-    forward(interface, networks)
+    forward(interface, pool)
 }
 
 /// The interfaces that have rules of a hub.
@@ -89,10 +88,10 @@ pub async fn interfaces(links: &Links) -> io::Result<BTreeSet<String>> {
 
 /// A network of the pool that this machine reaches by another interface: its own packets there would go to the hub. None if the
 /// pool is nobody else's.
-pub async fn conflict(links: &Links, interface: &str, networks: &TenantNetworks) -> io::Result<Option<IpNet>> {
+pub async fn conflict(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<Option<IpNet>> {
     let own = links.find(interface).await?.map(|link| link.index);
-    let overlaps = |other: &IpNet| networks.pool.iter().any(|pool| pool.contains(other) || other.contains(pool));
-    let query = if is_ipv4(networks) {
+    let overlaps = |other: &IpNet| pool.iter().any(|(network, _)| network.contains(other) || other.contains(network));
+    let query = if is_ipv4(pool) {
         RouteMessageBuilder::<Ipv4Addr>::new().build()
     } else {
         RouteMessageBuilder::<Ipv6Addr>::new().build()
@@ -111,8 +110,8 @@ pub async fn conflict(links: &Links, interface: &str, networks: &TenantNetworks)
 }
 
 /// The pool is of one family.
-fn is_ipv4(networks: &TenantNetworks) -> bool {
-    networks.pool.iter().all(|network| matches!(network, IpNet::V4(_)))
+fn is_ipv4(pool: &[(IpNet, u8)]) -> bool {
+    pool.iter().all(|(network, _)| matches!(network, IpNet::V4(_)))
 }
 
 fn destination(route: &RouteMessage) -> (Option<IpNet>, Option<u32>) {
@@ -141,13 +140,13 @@ pub async fn disable(links: &Links, interface: Option<&str>) -> io::Result<()> {
     Ok(())
 }
 
-async fn set_filter(links: &Links, index: u32, networks: &TenantNetworks) -> io::Result<()> {
+async fn set_filter(links: &Links, index: u32, pool: &[(IpNet, u8)]) -> io::Result<()> {
     let index = i32::try_from(index).map_err(io::Error::other)?;
     match links.handle().qdisc().add(index).ingress().execute().await.map_err(plain) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    let program = filter::program(networks);
+    let program = filter::program(pool);
     let length = u16::try_from(program.len()).map_err(io::Error::other)?;
     let code: Vec<u8> = program.iter().flat_map(|instruction| instruction.bytes()).collect();
     let options = [
@@ -189,12 +188,12 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
 }
 
 /// What comes in by the interface is routed by the table or not at all. So is what this machine sends to the pool: errors (ICMP), which
-/// must not leave by another way with a part of a member's packet; and what a check of the source address (`rp_filter`) looks up.
-fn rules(interface: &str, networks: &TenantNetworks) -> Vec<RuleMessage> {
-    let of_pool = if is_ipv4(networks) { AddressFamily::Inet } else { AddressFamily::Inet6 };
+/// must not leave by another way with a part of a peer's packet; and what a check of the source address (`rp_filter`) looks up.
+fn rules(interface: &str, pool: &[(IpNet, u8)]) -> Vec<RuleMessage> {
+    let of_pool = if is_ipv4(pool) { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let to_table = RuleAction::ToTable;
     let mut rules = vec![rule(of_pool, interface, PRIORITY, to_table)];
-    for network in &networks.pool {
+    for (network, _) in pool {
         let mut own = rule(of_pool, LOOPBACK, PRIORITY, to_table);
         own.header.dst_len = network.prefix_len();
         own.attributes.push(RuleAttribute::Destination(network.addr()));
@@ -240,8 +239,8 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
 
 /// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide. Not every process that may
 /// do the rest sees that.
-fn forward(interface: &str, networks: &TenantNetworks) -> io::Result<()> {
-    let is_ipv4 = is_ipv4(networks);
+fn forward(interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
+    let is_ipv4 = is_ipv4(pool);
     let conf = if is_ipv4 { format!("ipv4/conf/{interface}") } else { "ipv6/conf/all".to_owned() };
     let file = format!("/proc/sys/net/{conf}/forwarding");
     let is_on = match fs::read_to_string(&file) {

@@ -4,8 +4,9 @@
 //! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves;
 //! [`forwarding`] is what the hub of tenants has beside that.
 //!
-//! Tasks: none; [`netlink`] runs each call on a thread that may block. Owner: the worker's reconciler. A key comes here from the
-//! worker's plan and goes no further; the result of each change goes back to the reconciler.
+//! Tasks: none; [`netlink`] runs each call on a thread that may block. Owners: the worker's reconciler has one kernel, for the
+//! domains, and its leases have another, for servers and the hub; `setup`, `dry-run` and the doctor have theirs while they run. A key comes here
+//! from the worker's plan and goes no further; the result of each change goes back to the owner.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -17,7 +18,7 @@ use std::time::SystemTime;
 use ipnet::IpNet;
 pub use nix::errno::Errno;
 use smallvec::SmallVec;
-use wgkex_common::{Domain, PublicKey};
+use wgkex_common::PublicKey;
 pub use wireguard_control::{Backend, Key};
 
 pub mod forwarding;
@@ -44,13 +45,6 @@ impl Interface {
     /// The interface whose flood list it is; its own name where there is none.
     fn flood_list(&self) -> &str {
         self.vxlan.as_ref().unwrap_or(&self.name)
-    }
-}
-
-/// `wg-REST` of a domain, which carries `vx-REST`.
-impl From<&Domain> for Interface {
-    fn from(domain: &Domain) -> Self {
-        Self { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use ipnet::IpNet;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
-use wgkex_common::PublicKey;
+use wgkex_common::{Domain, PublicKey};
 
 use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outcomes, Peer, PeerConfig, failed};
 
@@ -55,6 +55,13 @@ enum LinkState {
     Up,
     Down,
     Missing,
+}
+
+/// Tests name interfaces by their domains: `wg-REST` carries `vx-REST`.
+impl From<&Domain> for Interface {
+    fn from(domain: &Domain) -> Self {
+        Self { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
+    }
 }
 
 impl MemoryKernel {
@@ -325,8 +332,6 @@ fn owners(peers: &BTreeMap<PublicKey, Peer>) -> HashMap<IpNet, PublicKey> {
 
 #[cfg(test)]
 mod tests {
-    use wgkex_common::Domain;
-
     use super::*;
 
     fn start() -> (MemoryKernel, MemoryKernel, Interface, [PublicKey; 2]) {

@@ -5,9 +5,9 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tracing::{info, warn};
-use wgkex_common::access_lists::unix;
 use wgkex_common::mqtt::Publish;
 use wgkex_common::peer_clock::{Difference, PeerClock};
+use wgkex_common::time_text::unix;
 use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Topic};
 

@@ -8,10 +8,10 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
-use wgkex_common::access_lists::unix;
-use wgkex_common::drain::Drain;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Drain;
 use wgkex_common::wire::message::{Applied, Handshakes, Hello, Revoked, WorkerData};
 use wgkex_common::{Config, Domain, Topic, WorkerName};
 

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use tokio::sync::watch;
 use tracing::debug;
 use wgkex_common::access_lists::service::{self, ListEvent};
+use wgkex_common::address::reserved::GatewayPeer;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{Event, Message, Publish, SessionConfig};
 use wgkex_common::sync::{SyncEvent, SyncSender};
@@ -100,7 +101,7 @@ fn reserve(
     payload: &[u8],
 ) -> Result<(), Ignored> {
     let data = WorkerData::parse(payload).map_err(|_| Ignored::Payload)?;
-    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref()));
+    reserved.send_modify(|reserved| reserved.update(worker, domain, data.as_ref().map(GatewayPeer::from)));
     Ok(())
 }
 
@@ -174,7 +175,7 @@ pub fn receive_anything(topic: &str, payload: &[u8]) {
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";
     let Ok(config) = Config::parse("", yaml, "w") else { return };
     let opened =
-        service::ListService::open(&config, wgkex_common::wire::message::Participant::Worker((&config.name).into()));
+        service::ListService::open(&config, wgkex_common::wire::name::Participant::Worker((&config.name).into()));
     let Ok((_keeper, lists)) = opened else { return };
     let (sync, _events) = wgkex_common::sync::channel();
     let (leases, _lease_events) = crate::leases::channel();

@@ -8,8 +8,9 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 use wgkex_common::Config;
-use wgkex_common::access_lists::unix;
-use wgkex_common::drain::{self, Drain, DrainRequest};
+use wgkex_common::drain::{self, DrainRequest};
+use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Drain;
 
 use super::{complain, print};
 

@@ -11,19 +11,22 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 use tokio::runtime::Builder;
+use wgkex_common::access_lists::Admission;
 use wgkex_common::access_lists::service::admission_on_disk;
-use wgkex_common::access_lists::{Admission, unix};
-use wgkex_common::drain::{self, Deadline};
+use wgkex_common::drain;
 use wgkex_common::storage::key_store::{self, Clocks, Keys};
 use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::time_text::unix;
+use wgkex_common::wire::drain::Deadline;
 use wgkex_common::{Config, Domain, KeyId, PublicKey, Reserved};
 use wgkex_kernel::netlink::Netlink;
-use wgkex_kernel::{Device, Interface, Kernel as _, Peer};
+use wgkex_kernel::{Device, Kernel as _, Peer};
 
 use super::{complain, print};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
-use crate::leases;
-use crate::profiles::mesh::Mesh;
+use crate::leases::{self, ServerPreview};
+use crate::peers::Policy;
+use crate::profiles::mesh::{self, Mesh};
 use crate::profiles::{Ownership, Profile as _};
 
 /// How long a running worker may take to write what it did: a second, and more where the machine is busy.
@@ -114,14 +117,16 @@ async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
         return Ok(BTreeMap::new());
     }
     let mut kernel = Netlink::open().context("netlink")?;
-    leases::preview(config, &mut kernel).await.context("the leases")
+    let previews = leases::preview(config, &mut kernel).await.context("the leases")?;
+    let outcome = |preview: ServerPreview| commands(&preview.interface, &preview.device, &preview.planned);
+    Ok(previews.into_iter().map(|(name, preview)| (name, preview.map(outcome))).collect())
 }
 
 async fn tables(config: &Config) -> anyhow::Result<Tables> {
     let mut kernel = Netlink::open().context("netlink")?;
     let mut tables = Tables::new();
     for domain in &config.domains {
-        let device = kernel.read(&Interface::from(domain)).await.map_err(|error| error.to_string());
+        let device = kernel.read(&mesh::interface(domain)).await.map_err(|error| error.to_string());
         tables.insert(domain.clone(), device);
     }
     Ok(tables)
@@ -156,12 +161,12 @@ fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
 }
 
 fn outcome(config: &Config, domain: &Domain, device: &Device, known: &Known) -> Vec<Command> {
-    let interface = Interface::from(domain);
+    let interface = mesh::interface(domain);
     let of_domain = known.remembered.iter().filter(|(id, _)| id.domain == *domain);
     let parts = PreviewParts {
         domain,
         profile: Arc::new(Mesh),
-        policy: crate::policy(config),
+        policy: Policy::from(config),
         remembered: of_domain.map(|(id, record)| (id.key, *record)).collect::<BTreeMap<PublicKey, _>>(),
         admission: known.admission.clone(),
         deadline: known.deadline,

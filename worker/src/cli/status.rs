@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use wgkex_common::Config;
-use wgkex_common::cli::style::Style;
 use wgkex_common::config::Listen;
+use wgkex_common::style::Style;
 
 use super::{WRONG, complain, http_client, print};
 use crate::status::Status;

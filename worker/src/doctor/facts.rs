@@ -13,7 +13,7 @@ use wgkex_common::peer_clock::Difference;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
-use crate::status::ServerStatus;
+use crate::leases::ServerStatus;
 
 /// Everything that is known.
 #[derive(Debug, Clone)]

@@ -4,7 +4,7 @@ use wgkex_common::doctor::{Finding, Level, Trouble};
 
 use wgkex_common::doctor::sockets::PortOwner;
 
-use crate::status::ServerStatus;
+use crate::leases::ServerStatus;
 
 use super::facts::{
     DomainFacts, Facts, Managers, RunningWorker, ServerFacts, Uplink, WireguardDevice, WireguardFacts, WireguardSource,

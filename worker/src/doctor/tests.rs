@@ -3,7 +3,6 @@ use std::net::Ipv6Addr;
 use std::time::Duration;
 
 use wgkex_common::PublicKey;
-use wgkex_common::cli::style::Style;
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::access::Access;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
@@ -15,11 +14,12 @@ use wgkex_common::mqtt::Fault;
 use wgkex_common::mqtt::trial::{Echo, Failure};
 use wgkex_common::peer_clock::Difference;
 use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::style::Style;
 use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::*;
 use super::*;
-use crate::status::ServerStatus;
+use crate::leases::ServerStatus;
 use crate::testing::{domain, key};
 
 type Spoil = fn(&mut Facts);

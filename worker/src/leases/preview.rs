@@ -5,18 +5,28 @@ use std::time::Instant;
 
 use wgkex_common::Config;
 use wgkex_common::storage::StorageError;
-use wgkex_kernel::Kernel;
+use wgkex_kernel::{Device, Interface, Kernel};
 
 use super::file;
 use super::server::{ServerState, sources};
-use crate::dry_run::{Command, Planned, Reason, commands};
-use crate::plan::{Action, changes};
+use crate::plan::{Action, Planned, Reason};
 
-/// The commands for each server, by name; or why its interface cannot be read.
+/// What a worker would do about a server.
+#[derive(Debug)]
+pub struct ServerPreview {
+    /// Its interface.
+    pub interface: Interface,
+    /// What that is now.
+    pub device: Device,
+    /// What would change.
+    pub planned: Vec<Planned>,
+}
+
+/// That of each server, by name; or why its interface cannot be read.
 pub async fn preview(
     config: &Config,
     kernel: &mut impl Kernel,
-) -> Result<BTreeMap<String, Result<Vec<Command>, String>>, StorageError> {
+) -> Result<BTreeMap<String, Result<ServerPreview, String>>, StorageError> {
     let mut kept = file::read(&file::path(&config.state_dir))?.servers;
     let mut previews = BTreeMap::new();
     for (name, source) in sources(config) {
@@ -24,15 +34,13 @@ pub async fn preview(
         let mut state = ServerState::new(name.clone(), source, kept, Instant::now());
         let interface = state.interface.clone();
         let device = kernel.read(&interface).await.map_err(|error| error.to_string());
-        let commands = device.map(|device| {
+        let preview = device.map(|device| {
+            let reason = |action| if matches!(action, Action::Remove(_)) { Reason::Unleased } else { Reason::Missing };
             let steps = state.plan(&device).steps;
-            let planned = steps.into_iter().map(|step| {
-                let reason = if matches!(step.action, Action::Remove(_)) { Reason::Unleased } else { Reason::Missing };
-                Planned { reason, changes: changes(&[step]) }
-            });
-            commands(&interface, &device, &planned.collect::<Vec<_>>())
+            let planned = steps.iter().map(|step| Planned::of(reason(step.action), step)).collect();
+            ServerPreview { interface, device, planned }
         });
-        previews.insert(name, commands);
+        previews.insert(name, preview);
     }
     Ok(previews)
 }

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::sleep_until;
 use tracing::{info, warn};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{Health, Noun, StorageError};
 use wgkex_common::wire::lease::{AnnouncedServers, LeaseMessage, LeaseRequest};
 use wgkex_common::wire::message::Hello;
@@ -20,9 +20,9 @@ use wgkex_kernel::{Device, Kernel, forwarding};
 use super::Metrics;
 use super::file::{self, KeptLeases, KeptServer};
 use super::server::{ServerState, sources};
+use super::server_status::ServerStatus;
 use super::source::{Announced, LeaseSource, Offer};
 use crate::plan::{changes, outcomes};
-use crate::status::ServerStatus;
 
 /// Events that wait at most.
 const QUEUE: usize = 4096;
@@ -84,6 +84,7 @@ pub struct LeaseTask<K> {
     /// The one that was asked last.
     asked: Option<BrokerName>,
     file: PathBuf,
+    writes: Writes,
     /// Those of servers that the config does not name now: they keep what they had.
     others: BTreeMap<String, KeptServer>,
     health: Health,
@@ -119,6 +120,7 @@ impl<K: Kernel> LeaseTask<K> {
             asked: None,
             health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
             file,
+            writes: Writes::default(),
             others,
             states,
         })
@@ -140,8 +142,18 @@ impl<K: Kernel> LeaseTask<K> {
         self.states.send_modify(|states| drop(states.insert(name.clone(), status)));
     }
 
-    /// Runs until nobody can tell it anything any more, or the MQTT session has ended.
-    pub async fn run(mut self) {
+    /// Runs until `stop` returns, nobody can tell it anything any more, or the MQTT session has ended; then until the last
+    /// write has ended.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+        tokio::select! {
+            biased;
+            () = stop => {}
+            () = self.follow() => {}
+        }
+        self.writes.finished().await;
+    }
+
+    async fn follow(&mut self) {
         loop {
             let due = self.servers.iter().map(ServerState::due).min();
             let due = due.unwrap_or_else(|| Instant::now() + IDLE);
@@ -338,7 +350,7 @@ impl<K: Kernel> LeaseTask<K> {
         let servers = self.servers.iter().map(|server| (server.name.clone(), server.kept()));
         let servers = servers.chain(self.others.clone()).collect();
         let file = self.file.clone();
-        match spawn_blocking(move || file::save(&file, &KeptLeases { servers })).await {
+        match self.writes.run(move || file::save(&file, &KeptLeases { servers })).await {
             Ok(Ok(())) => {
                 self.servers.iter_mut().for_each(ServerState::saved);
                 self.health.succeeded();
@@ -352,5 +364,6 @@ impl<K: Kernel> LeaseTask<K> {
 /// What lets members at a hub reach each other is there again if somebody took it away.
 async fn forward(server: &ServerState) -> io::Result<()> {
     let LeaseSource::Tenants(hub) = &server.source else { return Ok(()) };
-    forwarding::enable(&Links::open()?, &hub.interface, &hub.networks).await
+    let pool: Vec<_> = hub.networks.parts().collect();
+    forwarding::enable(&Links::open()?, &hub.interface, &pool).await
 }

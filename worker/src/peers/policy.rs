@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use wgkex_common::Config;
+use wgkex_common::address::claim::handshake_report_interval;
+use wgkex_common::config::{Cleanup, Peers};
+
 /// When peers are stale, and how often that is looked for (contract sections 4 and 7).
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
@@ -49,6 +53,16 @@ impl Default for Policy {
             unestablished: 30_000,
             peers: 100_000,
         }
+    }
+}
+
+impl From<&Config> for Policy {
+    fn from(config: &Config) -> Self {
+        let Cleanup { interval, stale, grace } = config.cleanup;
+        let Peers { max: peers, unproven: unestablished } = config.peers;
+        let report = handshake_report_interval(config.live_keys.ttl, stale);
+        let forget = config.forget_idle_after;
+        Self { stale, grace, interval, report, unestablished, forget, peers, ..Self::default() }
     }
 }
 

@@ -3,7 +3,8 @@ use std::time::{Duration, SystemTime};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use wgkex_common::RejectReason;
-use wgkex_common::wire::message::{Age, WorkerData};
+use wgkex_common::address::reserved::GatewayPeer;
+use wgkex_common::wire::message::Age;
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Interface, Kernel as _, host};
 
@@ -400,12 +401,11 @@ fn a_key_that_shakes_hands_elsewhere_keeps_its_address_here() {
 #[test]
 fn reserved_keys_are_refused_and_their_peers_never_swept_or_altered() {
     let (first, second) = collision();
-    let gateway =
-        |public_key| WorkerData { external_address: "gw".into(), port: 1, public_key, link_address: "fe80::1".into() };
+    let gateway = |key| GatewayPeer { key, address: "fe80::1".parse().ok() };
     let mut world = World::with(&[first, key(2)]);
     world.reserved = Reserved::new([key(2)].into(), [domain()].into());
-    world.reserved.update(&"gw".parse().unwrap(), domain().name(), Some(&gateway(first)));
-    world.reserved.update(&"gw2".parse().unwrap(), domain().name(), Some(&gateway(key(3))));
+    world.reserved.update(&"gw".parse().unwrap(), domain().name(), Some(gateway(first)));
+    world.reserved.update(&"gw2".parse().unwrap(), domain().name(), Some(gateway(key(3))));
     world.memory.alter(&domain(), |device| {
         device.routes.clear();
         device.fdb.insert(key(3).link_local());
@@ -433,9 +433,8 @@ fn an_established_key_cannot_be_reserved_by_worker_data() {
     world.come(&[first]);
     world.learn(&[(first, Age { age_secs: 0, has_handshake: true })]);
     for (worker, claimed) in [("gw", first), ("gw2", second)] {
-        let data =
-            WorkerData { external_address: "gw".into(), port: 1, public_key: claimed, link_address: "fe80::1".into() };
-        world.reserved.update(&worker.parse().unwrap(), domain().name(), Some(&data));
+        let peer = GatewayPeer { key: claimed, address: "fe80::1".parse().ok() };
+        world.reserved.update(&worker.parse().unwrap(), domain().name(), Some(peer));
         world.read();
         assert!(world.reserved.is_reserved(&first));
         assert_eq!(world.come(&[first]), []);

@@ -11,6 +11,12 @@ use super::{DesiredPeer, Profile, Sweep};
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mesh;
 
+/// `wg-REST` of a domain, which carries `vx-REST`.
+#[must_use]
+pub fn interface(domain: &Domain) -> Interface {
+    Interface { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
+}
+
 /// What a key of a router is to be.
 #[must_use]
 pub fn desired(key: PublicKey) -> DesiredPeer {
@@ -20,7 +26,7 @@ pub fn desired(key: PublicKey) -> DesiredPeer {
 
 impl Profile for Mesh {
     fn interface(&self, domain: &Domain) -> Interface {
-        Interface::from(domain)
+        interface(domain)
     }
 
     fn desired(&self, key: &PublicKey) -> Option<DesiredPeer> {

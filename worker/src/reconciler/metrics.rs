@@ -8,18 +8,6 @@ use wgkex_common::{Domain, RejectReason};
 
 use crate::peers;
 
-/// Why a key is not in the kernel; also the reason in its confirmation.
-pub const FAILURES: [RejectReason; 8] = [
-    RejectReason::OwnKey,
-    RejectReason::Reserved,
-    RejectReason::AddressTaken,
-    RejectReason::Full,
-    RejectReason::Denied,
-    RejectReason::Interface,
-    RejectReason::Interrupted,
-    RejectReason::Kernel,
-];
-
 /// The place that was full when a key was dropped.
 pub const DROPPED: [&str; 2] = ["queue", "waiting"];
 
@@ -108,7 +96,7 @@ impl Metrics {
         };
         for domain in names() {
             metrics.domain_up.with_label_values(&[domain]);
-            for reason in FAILURES {
+            for reason in RejectReason::of_requested_keys() {
                 metrics.keys_failed.with_label_values(&[domain, reason.as_ref()]);
             }
         }
@@ -133,7 +121,9 @@ mod tests {
                 r#"wgkex_worker_keys_refreshed_total{domain="ffmuc_welt"} 0"#,
                 r#"wgkex_worker_keys_restored_total{domain="ffmuc_welt"} 0"#,
                 r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="own key"} 0"#,
+                r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="reserved"} 0"#,
                 r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="address taken"} 0"#,
+                r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="full"} 0"#,
                 r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="denied"} 0"#,
                 r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="interface"} 0"#,
                 r#"wgkex_worker_keys_failed_total{domain="ffmuc_welt",reason="interrupted"} 0"#,

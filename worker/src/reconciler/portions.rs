@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use wgkex_common::drain::Percent;
+use wgkex_common::wire::drain::Percent;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

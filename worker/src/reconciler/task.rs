@@ -10,9 +10,9 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use wgkex_common::drain::{Deadline, Drain};
 use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::storage::key_store::{Keys, WriteBuffer};
+use wgkex_common::wire::drain::{Deadline, Drain};
 use wgkex_common::wire::revoke_outcome::RevokeOutcome;
 use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, Reserved};
 use wgkex_kernel::Kernel;
@@ -319,11 +319,7 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         self.reports.revoked(denied.into_iter().map(|(key, at)| {
-            let outcome = match outcomes.remove(&key) {
-                None => RevokeOutcome::Absent,
-                Some(Ok(())) => RevokeOutcome::Removed,
-                Some(Err(reason)) => RevokeOutcome::Failed(reason),
-            };
+            let outcome = outcomes.remove(&key).map_or(RevokeOutcome::Absent, RevokeOutcome::from);
             RevokedKey { at, key, outcome }
         }));
     }

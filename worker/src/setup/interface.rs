@@ -7,7 +7,6 @@ use std::path::Path;
 use ipnet::IpNet;
 use tracing::info;
 use wgkex_common::address::first_of;
-use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::{Hub, Server};
 use wgkex_kernel::{Key, forwarding, wireguard};
 
@@ -21,14 +20,14 @@ struct Wanted<'a> {
     /// With the length of its network.
     address: Option<IpNet>,
     /// What its peers are to reach each other within, before it is set up.
-    tenants: Option<&'a TenantNetworks>,
+    pool: Option<&'a [(IpNet, u8)]>,
 }
 
 /// Makes the interface of a server, or completes it.
 pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> Result<(), Error> {
     let Server { key_file, listen_port, network, .. } = server;
     let address = IpNet::new(first_of(*network), network.prefix_len()).ok();
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address, tenants: None }).await?;
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address, pool: None }).await?;
     info!(interface = link.name, "the interface of the server is set up");
     Ok(())
 }
@@ -36,12 +35,13 @@ pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> R
 /// Makes the interface of the hub, or completes it.
 pub(super) async fn set_up_hub(link: WireguardLink<'_>, hub: &Hub) -> Result<(), Error> {
     let Hub { key_file, listen_port, networks, .. } = hub;
-    let conflict = forwarding::conflict(link.links, link.name, networks).await;
+    let pool: Vec<_> = networks.parts().collect();
+    let conflict = forwarding::conflict(link.links, link.name, &pool).await;
     if let Some(network) = conflict.map_err(|error| refused(link.name, "look at the routes", error))? {
         return Err(Error::Pool(network));
     }
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None, tenants: Some(networks) }).await?;
-    let enabled = forwarding::enable(link.links, link.name, networks).await;
+    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None, pool: Some(&pool) }).await?;
+    let enabled = forwarding::enable(link.links, link.name, &pool).await;
     enabled.map_err(|error| refused(link.name, "forward within tenants", error))?;
     info!(interface = link.name, "the interface of the hub is set up");
     Ok(())
@@ -75,8 +75,8 @@ async fn set_up(link: WireguardLink<'_>, wanted: Wanted<'_>) -> Result<(), Error
             Err(error) => return Err(refused(name, "set its address", error)),
         }
     }
-    if let Some(networks) = wanted.tenants {
-        let prepared = forwarding::prepare(links, name, networks).await;
+    if let Some(pool) = wanted.pool {
+        let prepared = forwarding::prepare(links, name, pool).await;
         prepared.map_err(|error| refused(name, "keep tenants apart", error))?;
     }
     if link.find().await?.is_some_and(|(found, _)| !found.up) {

@@ -1,6 +1,6 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
-use wgkex_common::wire::message::Participant;
+use wgkex_common::wire::name::Participant;
 
 use super::*;
 

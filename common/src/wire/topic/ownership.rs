@@ -1,8 +1,7 @@
 //! Which program a topic belongs to, and which way its messages go: the access rules of the MQTT server follow from that.
 
 use super::Topic;
-use crate::wire::message::Participant;
-use crate::wire::name::{BrokerName, WorkerName};
+use crate::wire::name::{BrokerName, Participant, WorkerName};
 
 /// Whose name is in a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +116,27 @@ impl Topic {
             Owner::Worker(worker) => Some(Participant::Worker(worker.clone())),
             Owner::Broker(broker) => Some(Participant::Broker(broker.clone())),
             Owner::Domain(_) | Owner::Nobody => None,
+        }
+    }
+}
+
+impl Participant {
+    /// The topic for its requests to `broker`, on which no other program can send them in its name: only a worker itself
+    /// may publish on its requests, and only brokers on the chunks of brokers.
+    #[must_use]
+    pub fn requests(&self, broker: &BrokerName) -> Topic {
+        match self {
+            Self::Worker(worker) => Topic::WorkerRequests { worker: worker.clone() },
+            Self::Broker(_) => Topic::BrokerChunks { broker: broker.clone() },
+        }
+    }
+
+    /// The topic on which it receives the answers to its requests.
+    #[must_use]
+    pub fn chunks(&self) -> Topic {
+        match self {
+            Self::Worker(worker) => Topic::WorkerChunks { worker: worker.clone() },
+            Self::Broker(broker) => Topic::BrokerChunks { broker: broker.clone() },
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The program by which the kernel drops what does not stay within a tenant: classic BPF (`linux/bpf_common.h`), whose result is
+//! The program by which the kernel drops what does not stay within a group of peers: classic BPF (`linux/bpf_common.h`), whose result is
 //! an action of `linux/pkt_cls.h`. No IO.
 
 use std::net::IpAddr;
 
-use wgkex_common::address::tenants::TenantNetworks;
+use ipnet::IpNet;
 
 /// An instruction, as `struct sock_filter` of `linux/filter.h` has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,11 +65,10 @@ struct Family {
 const IPV4: Family = Family { version: 4, source: 12, destination: 16 };
 const IPV6: Family = Family { version: 6, source: 8, destination: 24 };
 
-/// Passes packets whose source and destination are of the same tenant.
-pub(super) fn program(networks: &TenantNetworks) -> Vec<Instruction> {
-    networks
-        .parts()
-        .flat_map(|(network, length)| part(network.addr(), network.prefix_len(), length))
+/// Passes packets whose source and destination are of the same group.
+pub(super) fn program(pool: &[(IpNet, u8)]) -> Vec<Instruction> {
+    pool.iter()
+        .flat_map(|(network, length)| part(network.addr(), network.prefix_len(), *length))
         .chain([Instruction::new(RETURN, DROP)])
         .collect()
 }
@@ -127,8 +126,8 @@ fn masks(length: u8) -> impl Iterator<Item = u32> {
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
 
-    use ipnet::IpNet;
     use proptest::prelude::*;
+    use wgkex_common::address::tenants::TenantNetworks;
 
     use super::*;
 
@@ -165,6 +164,10 @@ mod tests {
         TenantNetworks { pool: pool.iter().map(|network| network.parse().unwrap()).collect(), tenant_length }
     }
 
+    fn program_of(networks: &TenantNetworks) -> Vec<Instruction> {
+        program(&networks.parts().collect::<Vec<_>>())
+    }
+
     #[test]
     fn packets_stay_within_their_tenant() {
         let four = networks(&["10.64.0.0/10", "192.168.1.0/24", "192.168.2.0/24"], 20);
@@ -186,7 +189,7 @@ mod tests {
             (&six, "10.64.0.1", "10.64.0.2", DROP),
         ] {
             let packet = packet(from.parse().unwrap(), to.parse().unwrap());
-            assert_eq!(run(&program(networks), &packet), expected, "{from} {to}");
+            assert_eq!(run(&program_of(networks), &packet), expected, "{from} {to}");
         }
     }
 
@@ -195,7 +198,7 @@ mod tests {
     fn the_program_fits_for_the_largest_pool() {
         let pool: Vec<_> = (0..64).map(|n| format!("fd00:{n}::/127")).collect();
         let pool: Vec<_> = pool.iter().map(String::as_str).collect();
-        assert!(program(&networks(&pool, 124)).len() <= 4096);
+        assert!(program_of(&networks(&pool, 124)).len() <= 4096);
     }
 
     proptest! {
@@ -213,7 +216,7 @@ mod tests {
             let (from, to) = if near { (bits ^ (from >> 24), bits ^ (to >> 20)) } else { (from, to) };
             let (from, to) = (address(from), address(to));
             let is_within = networks.of(from).is_some_and(|network| network.contains(&to));
-            prop_assert_eq!(run(&program(&networks), &packet(from, to)) == PASS, is_within);
+            prop_assert_eq!(run(&program_of(&networks), &packet(from, to)) == PASS, is_within);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use wgkex_common::PublicKey;
-use wgkex_common::drain::Deadline;
+use wgkex_common::wire::drain::Deadline;
 use wgkex_kernel::Device;
 
 use super::{DomainReconciler, KeyOutcomes, SLICE};

@@ -5,45 +5,15 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use wgkex_common::access_lists::Admission;
-use wgkex_common::drain::Deadline;
 use wgkex_common::storage::key_store::KeyRecord;
+use wgkex_common::wire::drain::Deadline;
 use wgkex_common::{Domain, PublicKey, Reserved};
 use wgkex_kernel::{Change, Device, host};
 
 use super::{DomainReconciler, KeyOutcomes};
 use crate::peers::{Clocks, ORPHANED, Policy};
-use crate::plan::{self, Step};
+use crate::plan::{self, Planned, Reason, Step};
 use crate::profiles::Profile;
-
-/// Why something of the tables would change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Reason {
-    /// A list excludes the key.
-    Denied,
-    /// The peer is stale: it goes at the next sweep.
-    Stale,
-    /// The deadline of a drain is over: the peer is in the next portion.
-    Drained,
-    /// The peer makes room for others, or its address is another key's.
-    InTheWay,
-    /// The peer is silent for so long that its endpoint is forgotten.
-    Silent,
-    /// The route or flood entry has no peer.
-    Orphaned,
-    /// The key is to be here, and is not, or not whole.
-    Missing,
-    /// The peer's lease is gone.
-    Unleased,
-}
-
-/// Changes that belong together.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Planned {
-    /// Why.
-    pub reason: Reason,
-    /// What, in this order.
-    pub changes: Vec<Change>,
-}
 
 /// What decides about the changes, the tables apart.
 pub struct PreviewParts<'a> {
@@ -61,23 +31,6 @@ pub struct PreviewParts<'a> {
     pub deadline: Option<Deadline>,
     /// What is left alone.
     pub reserved: &'a Reserved,
-}
-
-impl Reason {
-    /// In a few words.
-    #[must_use]
-    pub fn text(self) -> &'static str {
-        match self {
-            Self::Denied => "a list excludes the key",
-            Self::Stale => "stale: removed by the next sweep, unless it shakes hands before",
-            Self::Drained => "in the next portion of the drain, whose deadline is over",
-            Self::InTheWay => "makes room, or its address is another key's",
-            Self::Silent => "forgets its endpoint (forget_idle_after)",
-            Self::Orphaned => "has no peer: removed after 30 s",
-            Self::Missing => "is missing",
-            Self::Unleased => "has no lease any more",
-        }
-    }
 }
 
 /// What a worker would change in these tables now, in its order. A key that arrived within the grace is not stale; that of
@@ -127,12 +80,6 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
     planned.extend(orphaned.into_iter().map(|change| Planned { reason: Reason::Orphaned, changes: vec![change] }));
     planned.extend(missing.iter().map(|step| Planned::of(Reason::Missing, step)));
     planned
-}
-
-impl Planned {
-    fn of(reason: Reason, step: &Step) -> Self {
-        Self { reason, changes: plan::changes(std::slice::from_ref(step)) }
-    }
 }
 
 impl DomainReconciler {

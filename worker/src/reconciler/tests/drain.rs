@@ -1,6 +1,7 @@
 //! A drain past its deadline.
 
-use wgkex_common::drain::{Drain, DrainRequest};
+use wgkex_common::drain::DrainRequest;
+use wgkex_common::wire::drain::Drain;
 
 use super::*;
 

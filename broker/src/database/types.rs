@@ -1,0 +1,27 @@
+//! What both servers have in common: the tables, the ways to use them, and the errors.
+
+/// The tables of all rooms, as numbered migrations for both servers. `BLOB` and `INTEGER` stand for the types that `PostgreSQL`
+/// calls `BYTEA` and `BIGINT`. What a release had stays for ever; a change is a new one at the end.
+#[derive(Debug, Clone, Copy)]
+pub struct Migrations(pub &'static [&'static str]);
+
+/// Why a job was not done. Nothing of it is in the database, unless the connection was lost during the commit, or the caller had
+/// waited for as long as it does.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DatabaseError {
+    /// The server is away, the disk is full, too many jobs wait. The job may be tried again.
+    #[error("the database is not available: {0}")]
+    Unavailable(String),
+    /// What is in the database is not what this program writes.
+    #[error("the database has a value that cannot be: {0}")]
+    Corrupt(String),
+}
+
+/// Whether a job changes anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It reads.
+    Read,
+    /// It may write. No other job that may write, of any broker, runs at the same time.
+    Write,
+}

@@ -1,0 +1,16 @@
+//! How the servers are that this gateway is: from [`task`](super::task) to the status and the doctor.
+
+use serde::{Deserialize, Serialize};
+
+/// A server of the registry at this gateway.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// The name of its WireGuard interface.
+    pub interface: String,
+    /// Whether its interface has the peers of all its leases.
+    pub up: bool,
+    /// Why not; none before it was looked at.
+    pub reason: Option<String>,
+    /// The leases that are known here.
+    pub leases: u64,
+}
