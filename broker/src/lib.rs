@@ -207,13 +207,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
 /// What a broker with this config keeps in `state_dir`.
 fn state_files(config: &Config) -> Vec<StateFile> {
-    let registry = config.registry.is_some() && config.storage.url.is_none();
+    let registry = config.registry.is_some();
     let files = [
         (true, key_store::BROKER_FILE),
         (true, records_file::BROKER_FILE),
         (true, drain_store::FILE),
         (config.mqtt_listen.is_some(), retained_store::FILE),
-        (registry, registry::FILE),
+        (registry && config.storage.url.is_none(), registry::FILE),
         (registry, registry::holder::FILE),
         (config.tenants.is_some(), tenants::FILE),
     ];

@@ -94,6 +94,9 @@ pub struct RegistryStatus {
     pub storage_up: bool,
     /// The broker that has the registry instead of this one.
     pub elsewhere: Option<BrokerName>,
+    /// The file by which there were servers, if the database has no tables now.
+    #[serde(default)]
+    pub emptied: Option<String>,
     /// How many servers there are, counted at most 15 s ago.
     pub servers: u64,
     /// How many addresses clients lease.
@@ -111,7 +114,7 @@ impl Registry {
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
         let login = Login::read(registry)?;
-        let (database, end) = Database::start(location(config)?, MIGRATIONS)?;
+        let (database, end) = Database::start(location(config)?, MIGRATIONS, holder.mark())?;
         Ok((
             Self {
                 database,
@@ -128,21 +131,25 @@ impl Registry {
         ))
     }
 
-    /// Looks whether there are servers now, which others are told of.
+    /// Looks whether there are servers now. Others are told of that, and tables that are gone later are missed by it.
     pub async fn look(&self) {
-        if self.holder.is_empty() {
-            let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
-            if matches!(counts, Ok(Ok(Counts { servers: 1.., .. }))) {
-                self.holder.set_filled();
-            }
+        let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
+        if let Ok(Ok(counts)) = counts {
+            self.on_counts(counts).await;
+        }
+    }
+
+    async fn on_counts(&self, counts: Counts) {
+        if counts.servers > 0 && self.holder.is_empty() {
+            self.holder.set_filled().await;
         }
     }
 
     /// Counts servers and leases from time to time, for the metrics.
     pub async fn count(self) {
         loop {
-            let counts = self.read(store::counts).await;
-            if let Ok(Counts { servers, leases }) = counts {
+            if let Ok(counts @ Counts { servers, leases }) = self.read(store::counts).await {
+                self.on_counts(counts).await;
                 self.metrics.servers.set(i64::try_from(servers).unwrap_or(i64::MAX));
                 self.metrics.leases.set(i64::try_from(leases).unwrap_or(i64::MAX));
             }
@@ -163,6 +170,7 @@ impl Registry {
             storage: if self.holder.is_of_one() { "SQLite" } else { "PostgreSQL" }.into(),
             storage_up: !matches!(self.database.state(), State::Down(_)),
             elsewhere: self.holder.other(),
+            emptied: self.holder.mark().contradicted().map(|file| file.display().to_string()),
             servers: number(&self.metrics.servers),
             leases: number(&self.metrics.leases),
         }
@@ -201,7 +209,9 @@ impl Registry {
         };
         let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
         self.database.run(Access::Write, work, publish).await?;
-        self.look().await;
+        if self.holder.is_empty() {
+            self.look().await;
+        }
         Ok(())
     }
 }

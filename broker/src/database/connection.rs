@@ -8,7 +8,7 @@ use wgkex_common::config::Secret;
 
 use super::postgres::Postgres;
 use super::sqlite::Sqlite;
-use super::{Access, DatabaseError, Migrations, Row, Value};
+use super::{Access, DatabaseError, FilledMark, Migrations, Row, Value};
 
 /// The least time between two attempts to open the database.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -38,6 +38,7 @@ impl fmt::Display for Location {
 pub(super) struct Connector {
     location: Location,
     migrations: Migrations,
+    mark: FilledMark,
     failed: Option<(Instant, DatabaseError)>,
 }
 
@@ -54,8 +55,8 @@ pub struct Transaction<'a> {
 }
 
 impl Connector {
-    pub fn new(location: Location, migrations: Migrations) -> Self {
-        Self { location, migrations, failed: None }
+    pub fn new(location: Location, migrations: Migrations, mark: FilledMark) -> Self {
+        Self { location, migrations, mark, failed: None }
     }
 
     pub fn location(&self) -> &Location {
@@ -70,9 +71,9 @@ impl Connector {
             return Err(error.clone());
         }
         let connected = match &self.location {
-            Location::File(file) => Sqlite::open(file, self.migrations).map(Connection::Sqlite),
+            Location::File(file) => Sqlite::open(file, self.migrations, &self.mark).map(Connection::Sqlite),
             Location::Server(server, password) => {
-                let connected = Postgres::connect(server, password.as_ref(), self.migrations);
+                let connected = Postgres::connect(server, password.as_ref(), self.migrations, &self.mark);
                 connected.map(|connected| Connection::Postgres(Box::new(connected)))
             }
         };

@@ -11,7 +11,7 @@ use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Config, NoTls, Statement};
 use wgkex_common::config::Secret;
 
-use super::{Access, DatabaseError, Migrations, Row, Value};
+use super::{Access, DatabaseError, FilledMark, Migrations, Row, Value};
 
 /// How long the server may take to accept a connection.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -40,7 +40,12 @@ pub(super) struct Postgres {
 
 impl Postgres {
     /// Connects, and brings the tables to today's layout.
-    pub fn connect(server: &Config, password: Option<&Secret>, migrations: Migrations) -> Result<Self, DatabaseError> {
+    pub fn connect(
+        server: &Config,
+        password: Option<&Secret>,
+        migrations: Migrations,
+        mark: &FilledMark,
+    ) -> Result<Self, DatabaseError> {
         let unavailable = |error: std::io::Error| DatabaseError::Unavailable(error.to_string());
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
         let mut server = server.clone();
@@ -56,7 +61,7 @@ impl Postgres {
         let mut postgres = Self { client, statements: HashMap::new(), runtime, is_silent: false };
         postgres.command(LIMITS)?;
         postgres.check_encoding()?;
-        postgres.migrate(migrations)?;
+        postgres.migrate(migrations, mark)?;
         Ok(postgres)
     }
 
@@ -124,9 +129,11 @@ impl Postgres {
 
     /// Runs the migrations that the tables lack, all in one transaction. Another broker may want to at the same time. Where the
     /// tables are today's, nothing is needed but to read them.
-    fn migrate(&mut self, migrations: Migrations) -> Result<(), DatabaseError> {
+    fn migrate(&mut self, migrations: Migrations, mark: &FilledMark) -> Result<(), DatabaseError> {
         let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
-        if self.layout(known)? == known {
+        let found = self.layout(known)?;
+        mark.check(found)?;
+        if found == known {
             return Ok(());
         }
         self.command(BEGIN)?;

@@ -367,7 +367,9 @@ impl Rejection {
             Self::Field(_) => "field",
             Self::Call(CallError::Refused(refusal)) => refusal.into(),
             Self::Call(CallError::Elsewhere(_)) => "elsewhere",
-            Self::Call(CallError::Database(DatabaseError::Unavailable(_))) => "database_unavailable",
+            Self::Call(CallError::Database(DatabaseError::Unavailable(_) | DatabaseError::Emptied(_))) => {
+                "database_unavailable"
+            }
             Self::Call(CallError::Database(DatabaseError::Corrupt(_))) => "database_corrupt",
         }
     }

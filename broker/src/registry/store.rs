@@ -708,7 +708,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::database::{Access, Database, Location};
+    use crate::database::{Access, Database, FilledMark, Location};
     use crate::registry::MIGRATIONS;
     use crate::registry::model::Fields;
 
@@ -740,7 +740,8 @@ mod tests {
     /// How long it takes that the client with the lowest of so many addresses leaves, and two others come.
     async fn churn(clients: u32) -> Duration {
         let dir = tempfile::tempdir().unwrap();
-        let (database, _end) = Database::start(Location::File(dir.path().join("f")), MIGRATIONS).unwrap();
+        let (database, _end) =
+            Database::start(Location::File(dir.path().join("f")), MIGRATIONS, FilledMark::default()).unwrap();
         let server = fields(json!({
             "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
             "endpoint_address": "gw", "endpoint_port": 1, "n_reserved_ips": 0, "allowed_ips": "10.0.0.0/8",

@@ -12,7 +12,7 @@ use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::{key, wait_until, wait_within};
 
-use crate::desk::{Desk, LOGIN, Store, server, with_each_store};
+use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, server, with_each_store};
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
@@ -106,6 +106,86 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     add(&desk, "s1", 21..25);
     let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
     wait_for_peers(&gateway, (1..4).chain(21..25));
+}
+
+/// All calls are refused, and that is said where operators look.
+fn assert_emptied(desk: &mut Desk) {
+    let fields = with_client(server("s1", "10.77.0.0", 24, 20));
+    for route in READS.iter().chain(&CHANGES) {
+        assert_eq!(desk.post(route, &fields).status, 503, "{route}");
+    }
+    let line = desk.stack.broker().wait_for_log("the database is empty");
+    assert!(
+        line.contains("ERROR") && line.contains("state/broker.registry.json while this broker is stopped"),
+        "{line}"
+    );
+    let problem = "has no tables, but had servers before: its calls are refused";
+    assert!(desk.stack.get("/").body.contains(problem));
+    let doctor = desk.stack.program("wgkex-broker", &["doctor"]);
+    let line = doctor.wait_for_log(problem);
+    assert!(line.contains("fail registry: ") && line.contains("broker.registry.json"), "{line}");
+}
+
+/// Fields that fit every route.
+fn with_client(mut fields: Value) -> Value {
+    fields["client_name"] = json!("c1");
+    fields
+}
+
+/// Failed before: they were made anew, and the gateway lost all peers within a second.
+#[test]
+fn gateways_keep_their_peers_where_the_tables_are_gone_until_an_operator_confirms_that() {
+    let mut desk = Desk::start(&Store::Sqlite, "");
+    let (state, backup) = (desk.stack.state_dir(), desk.stack.dir().join("backup"));
+    let remove = |dir: &Path| FILES.map(|file| drop(fs::remove_file(dir.join(file))));
+    fs::create_dir(&backup).unwrap();
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", 1..4);
+    wait_for_peers(&gateway, 1..4);
+    while_stopped(&mut desk, || copy(&state, &backup));
+    for is_there in [false, true] {
+        while_stopped(&mut desk, || {
+            remove(&state);
+            if is_there {
+                fs::write(state.join(FILES[0]), "").unwrap();
+            }
+        });
+        assert_emptied(&mut desk);
+        // It asks within a second, and its servers are announced again.
+        thread::sleep(2 * SOON);
+        assert_eq!(gateway.peers("s1"), (1..4).map(key).collect());
+    }
+    while_stopped(&mut desk, || copy(&backup, &state));
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", [4]);
+    wait_for_peers(&gateway, 1..5);
+
+    while_stopped(&mut desk, || {
+        remove(&state);
+        fs::remove_file(state.join("broker.registry.json")).unwrap();
+    });
+    wait_for_server(&desk, "s1");
+    wait_for_peers(&gateway, []);
+}
+
+#[test]
+fn an_empty_postgresql_database_is_not_taken_for_the_one_that_had_servers() {
+    let [first, other] = [postgres::database(), postgres::database()];
+    let mut desk = Desk::start(&Store::Postgres(first.clone()), "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.leased("c1", "s1", 1);
+    let before = desk.everything();
+    for (database, is_empty) in [(&other, true), (&first, false)] {
+        let config = desk.stack.plan.config.replace(&first.url, &database.url).replace(&other.url, &database.url);
+        desk.stack.plan.config = config;
+        desk.stack.write_config();
+        while_stopped(&mut desk, || {});
+        if is_empty {
+            assert_emptied(&mut desk);
+        }
+    }
+    assert_eq!(desk.everything(), before);
 }
 
 /// Each call is answered by one of two brokers, which know of one another only by the database and the bus.
