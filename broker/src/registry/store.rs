@@ -85,7 +85,7 @@ pub enum Refusal {
     #[error("another client or a server has this key")]
     KeyTaken,
     /// A worker announces another network than the one that its clients have leases of.
-    #[error("the server has another network, or other reserved addresses: delete it first")]
+    #[error("the server's clients have leases of another network, or with other reserved addresses: delete it first")]
     NetworkChanged,
     /// A server's network has some of these addresses.
     #[error("the network overlaps with that of another server")]
@@ -287,7 +287,7 @@ pub fn add_server(
     Ok(())
 }
 
-/// Adds the server that a worker is, or takes over its key and endpoint. A network that is in use cannot be changed.
+/// Adds the server that a worker is, or takes over its key and endpoint. A network of which clients have leases cannot be changed.
 pub fn register(
     transaction: &mut Transaction<'_>,
     new: &NewServer,
@@ -303,7 +303,13 @@ pub fn register(
         return Err(Refusal::NameTaken.into());
     }
     if (found.network, found.reserved) != (new.network, new.reserved) {
-        return Err(Refusal::NetworkChanged.into());
+        let values = [found.server.id.into()];
+        if transaction.first("SELECT id FROM peerings WHERE server = ?1 LIMIT 1", &values)?.is_some() {
+            return Err(Refusal::NetworkChanged.into());
+        }
+        // The worker has no lease of the old one to be told of.
+        delete_server(transaction, &new.name)?;
+        return add_server(transaction, new, id, Some(worker));
     }
     let key = new.public_key.to_string();
     require_free_key(transaction, &key, Holder::Server(found.server.id))?;

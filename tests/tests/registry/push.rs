@@ -39,7 +39,11 @@ fn add(desk: &Desk, server: &str, numbers: impl IntoIterator<Item = u32>) {
 }
 
 fn delete(desk: &Desk, server: &str, n: u32) {
-    assert_eq!(desk.post("client/delete/", &json!({ "client_name": format!("{server}-{n}") })).status, 200);
+    delete_client(desk, &format!("{server}-{n}"));
+}
+
+fn delete_client(desk: &Desk, name: &str) {
+    assert_eq!(desk.post("client/delete/", &json!({ "client_name": name })).status, 200);
 }
 
 /// Puts the files of the tables in the place of those in another directory.
@@ -303,6 +307,31 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
+}
+
+/// Failed before: it was to be deleted first, although no client would lose anything.
+#[test]
+fn a_server_has_another_network_as_long_as_no_client_has_a_lease() {
+    with_each_store(|desk| {
+        let own = |desk: &Desk| desk.get("server/wireguard_ip", &json!({ "server_name": "s1" })).json();
+        let wait_for = |desk: &Desk, address: &str| {
+            wait_until("the server has the network", || (own(desk)["server_wg_ip"] == address).then_some(()));
+        };
+        for (network, address) in [("10.77.0.0/24", "10.77.0.1"), ("10.78.0.0/16", "10.78.0.1")] {
+            let _worker = announce(desk, "gw1", "s1", 900, network);
+            wait_for(desk, address);
+        }
+        assert_eq!(desk.leased("c1", "s1", 1), "10.78.0.21");
+        let _worker = announce(desk, "gw1", "s1", 900, "10.79.0.0/24");
+        let problem = "server s1 of worker gw1 is not taken into the registry: the server's clients have leases";
+        wait_until("the page has it", || desk.stack.get("/").body.contains(problem).then_some(()));
+        assert_eq!(own(desk)["server_wg_ip"], "10.78.0.1");
+        assert_eq!(desk.lease("c1", "s1").as_deref(), Some("10.78.0.21"));
+        // It takes the new one as soon as the client has left.
+        delete_client(desk, "c1");
+        let _worker = announce(desk, "gw1", "s1", 900, "10.79.0.0/24");
+        wait_for(desk, "10.79.0.1");
+    });
 }
 
 /// Failed before: it was in the registry when the broker said again what it is, a minute later.
