@@ -77,7 +77,7 @@ use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
-use crate::registry::push::{LeasePublisher, LeaseReceiver, LeaseSender};
+use crate::registry::push::{self, LeasePublisher, LeaseReceiver, LeaseSender};
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
@@ -168,11 +168,12 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let drains = DrainStore::open(&config, exchange.gateways.clone())?;
     let revocations = PendingRevocations::default();
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
-    let (leases, lease_events) = registry::push::channel();
+    let (leases, lease_events) = push::channel();
     let holder = registry::holder::Holder::open(&config)?;
-    let opened = config.registry.as_ref().map(|enabled| {
-        registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())
-    });
+    let opened = config
+        .registry
+        .as_ref()
+        .map(|enabled| registry::Registry::open(&config, enabled, holder.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
     if let Some(registry) = &registry {
         registry.look().await;
@@ -384,6 +385,9 @@ impl Broker {
             services
                 .background()
                 .spawn("the publisher of leases", |_| publisher.run())
+                .spawn("the publisher of changed leases", |_| {
+                    push::publish_changes(registry.pending(), self.keys.clone())
+                })
                 .spawn("the counts of the registry", |_| registry.clone().count());
         }
     }

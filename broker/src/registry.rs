@@ -1,7 +1,7 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: [`push`], which brings leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
+//! Tasks: those of [`push`], which bring leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
 //! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
 //! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
@@ -9,6 +9,7 @@ pub mod holder;
 pub mod login;
 mod metrics;
 pub mod model;
+pub mod pending;
 pub mod push;
 pub mod routes;
 pub mod store;
@@ -31,7 +32,7 @@ use wgkex_common::{BrokerName, WorkerName};
 use crate::database::{Access, Database, DatabaseError, Location, Migrations, State, Transaction};
 use crate::registry::holder::Holder;
 use crate::registry::login::{Login, password_of};
-use crate::registry::push::{LeaseEvent, LeaseSender};
+use crate::registry::pending::PendingLeases;
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
 pub use self::metrics::Metrics;
@@ -63,7 +64,7 @@ pub struct Registry {
     /// Places for large answers that callers do not share.
     large_answers: Arc<Semaphore>,
     /// What changed at workers' servers goes there.
-    leases: LeaseSender,
+    pending: PendingLeases,
     refused: RefusedServers,
     metrics: Metrics,
 }
@@ -109,7 +110,6 @@ impl Registry {
     pub fn open(
         config: &Config,
         registry: &config::Registry,
-        leases: LeaseSender,
         holder: Holder,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
@@ -123,12 +123,18 @@ impl Registry {
                 is_client_config_open: registry.open_client_config,
                 config_cache: ConfigCache::default(),
                 large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
-                leases,
+                pending: PendingLeases::default(),
                 refused: RefusedServers::default(),
                 metrics,
             },
             end,
         ))
+    }
+
+    /// What changed and is to be published.
+    #[must_use]
+    pub fn pending(&self) -> PendingLeases {
+        self.pending.clone()
     }
 
     /// Looks whether there are servers now. Others are told of that, and tables that are gone later are missed by it.
@@ -201,12 +207,8 @@ impl Registry {
         work: impl FnOnce(&mut Transaction<'_>, SystemTime) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
         self.require_holder().await?;
-        let leases = self.leases.clone();
-        let publish = move |changes: &Vec<ServerChange>| {
-            if !changes.is_empty() {
-                let _ = leases.try_send(LeaseEvent::Changed(changes.clone()));
-            }
-        };
+        let pending = self.pending.clone();
+        let publish = move |changes: &Vec<ServerChange>| pending.add(changes);
         let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
         self.database.run(Access::Write, work, publish).await?;
         if self.holder.is_empty() {

@@ -1,13 +1,14 @@
 //! Leases reach the gateways that are servers: each change at once, and all of them when a worker asks. Workers add their servers
 //! to the registry themselves.
 //!
-//! One task, [`LeasePublisher::run`], which `run` of the broker owns. Previous stop of a change: the thread of the database, in the
-//! order of the commits; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. What finds the queue full is dropped: the
-//! worker notices the gap and asks.
+//! Two tasks, which `run` of the broker owns: [`publish_changes`] and [`LeasePublisher::run`]. Previous stop of a change:
+//! [`super::pending`]; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. A request that finds the queue full is dropped:
+//! the worker asks again.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -20,7 +21,8 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::database::Transaction;
 use crate::registry::model::{Fields, InvalidField, NewServer};
-use crate::registry::store::{self, Found, ServerChange, Snapshot};
+use crate::registry::pending::PendingLeases;
+use crate::registry::store::{self, Found, Snapshot};
 use crate::registry::{CallError, Registry};
 
 /// Events that wait at most.
@@ -37,8 +39,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What the task is told.
 #[derive(Debug, Clone)]
 pub enum LeaseEvent {
-    /// Leases of workers' servers changed.
-    Changed(Vec<ServerChange>),
     /// The servers that a worker is.
     Announced(WorkerName, AnnouncedServers),
     /// A worker asks for leases.
@@ -56,7 +56,18 @@ pub fn channel() -> (LeaseSender, LeaseReceiver) {
     mpsc::channel(QUEUE)
 }
 
-/// Publishes leases.
+/// Publishes what changed, for ever. What waits goes on when the server has the messages before.
+pub async fn publish_changes(pending: PendingLeases, bus: MqttHandle) {
+    loop {
+        let messages = pending.next().await;
+        // Of so few, each is queued before the next one is.
+        let published = join_all(messages.iter().map(|(worker, message)| bus.publish(to_worker(worker, message))));
+        // What is lost with the session is asked for on the next one.
+        drop(published.await);
+    }
+}
+
+/// Answers workers, and registers their servers.
 pub struct LeasePublisher {
     registry: Registry,
     bus: MqttHandle,
@@ -106,7 +117,6 @@ impl LeasePublisher {
 
     async fn on_event(&mut self, event: LeaseEvent) {
         match event {
-            LeaseEvent::Changed(changes) => self.publish_changes(changes),
             LeaseEvent::Announced(worker, announced) => {
                 let is_taken = self.register(&worker, &announced).await;
                 self.waiting.note(worker, announced, is_taken, Instant::now());
@@ -120,12 +130,6 @@ impl LeasePublisher {
         let Some((worker, announced)) = self.waiting.announced.pop_front() else { return };
         let is_taken = timeout(PATIENCE, self.register(&worker, &announced)).await == Ok(true);
         self.waiting.note(worker, announced, is_taken, Instant::now());
-    }
-
-    fn publish_changes(&self, changes: Vec<ServerChange>) {
-        for ServerChange { worker, message } in changes {
-            let _ = self.bus.try_publish(to_worker(&worker, &message));
-        }
     }
 
     /// Whether the database took them, or refused them for what is in it.

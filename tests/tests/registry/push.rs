@@ -6,18 +6,21 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::{key, wait_until, wait_within};
 
-use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, server, with_each_store};
+use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
 /// How soon a gateway has what changed.
 const SOON: Duration = Duration::from_secs(2);
+/// More clients than the broker's session and its queue hold messages.
+const MANY: u32 = 1500;
 /// The tables on disk, and what SQLite keeps beside them.
 const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
 
@@ -307,6 +310,31 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
+}
+
+/// Failed before: what found the queue of the broker's session full was lost, and the gateway learned that a minute later.
+#[test]
+fn what_changes_while_the_bus_stands_still_reaches_gateways_when_it_goes_on() {
+    let mut desk = Desk::on_mosquitto(&Store::Sqlite);
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", "{network: 10.76.0.0/16, listen_port: 52820}");
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", [0]);
+    wait_for_peers(&gateway, [0]);
+    desk.stack.mosquitto().signal(Signal::SIGSTOP);
+    thread::scope(|scope| {
+        for caller in 0..8 {
+            let desk = &desk;
+            scope.spawn(move || {
+                let mut connection = desk.connect();
+                for n in (1..MANY).filter(|n| n % 8 == caller) {
+                    assert_eq!(connection.post("client/add/", &client(&format!("s1-{n}"), "s1", n)).status, 201);
+                }
+            });
+        }
+    });
+    desk.stack.mosquitto().signal(Signal::SIGCONT);
+    let expected: BTreeSet<_> = (0..MANY).map(key).collect();
+    wait_within(Duration::from_secs(20), "the gateway has all", || (gateway.peers("s1") == expected).then_some(()));
 }
 
 /// Failed before: it was to be deleted first, although no client would lose anything.
