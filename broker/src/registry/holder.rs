@@ -132,6 +132,12 @@ impl Holder {
         let _ = shared.save().await;
     }
 
+    /// Whether workers get an answer here: there is a registry, which no other broker has instead, and whose tables are not gone.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.0.is_some() && self.other().is_none() && self.mark().contradicted().is_none()
+    }
+
     /// The mark that the database has servers.
     #[must_use]
     pub fn mark(&self) -> FilledMark {
@@ -322,6 +328,7 @@ mod tests {
         refused.on_status(&"a".parse().unwrap(), false);
         refused.on_hello(&"a".parse().unwrap(), None, true);
         assert_eq!((refused.other(), refused.served()), (Some("a".parse().unwrap()), None));
+        assert!(filled.is_serving() && !refused.is_serving() && !Holder::default().is_serving());
         wait_until_kept(second, |kept| kept.holder.is_some()).await;
         let refused = holder(second, "");
         assert!(refused.other().is_some(), "also after a restart");
