@@ -190,8 +190,8 @@ impl Registry {
                 empty(StatusCode::OK, self.read(move |tables| store::require_server(tables, &name))).await
             }
             Operation::ClientConfig => {
-                let (client, server) = (fields.client_name()?, fields.server_name()?);
-                let read = self.read_json(move |tables| store::client_config(tables, &client, &server));
+                let (client, server, key) = (fields.client_name()?, fields.server_name()?, fields.known_key()?);
+                let read = self.read_json(move |tables| store::client_config(tables, &client, &server, key));
                 Ok(json_answer(read.await?, None))
             }
             Operation::AddServer => {

@@ -76,7 +76,7 @@ pub enum Refusal {
     #[error("there is no server of this name")]
     UnknownServer,
     /// The client has no address at this server.
-    #[error("this client has no lease at this server")]
+    #[error("this client has no lease at this server, or another key there")]
     UnknownPeering,
     /// There is a server of this name.
     #[error("there is a server of this name already")]
@@ -637,18 +637,22 @@ pub fn server_config(
     Ok(ServerConfig { version, json: Some(json) })
 }
 
-/// What a client has to know to reach a server.
+/// What a client has to know to reach a server, if it has this key where one is given.
 pub fn client_config(
     transaction: &mut Transaction<'_>,
     client: &ClientName,
     server: &ServerName,
+    key: Option<PublicKey>,
 ) -> Result<ClientConfig, CallError> {
     let row = transaction.first(
-        "SELECT endpoint_address, endpoint_port, servers.public_key, network, allowed_ips, number
+        "SELECT endpoint_address, endpoint_port, servers.public_key, network, allowed_ips, number, peerings.public_key
          FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
     let row = row.ok_or(Refusal::UnknownPeering)?;
+    if key.is_some() && key != Some(row.parsed(6)?) {
+        return Err(Refusal::UnknownPeering.into());
+    }
     let subnet = ShownLease { allowed_ips: row.text(4)?.to_owned(), lease: leased(row.parsed::<IpNet>(3)?, &row, 5)? };
     Ok(ClientConfig { server: shown_server(&row)?, subnet })
 }
@@ -733,7 +737,7 @@ mod tests {
         let new = json!({ "client_name": format!("c{n}"), "server_name": "s1", "public_key": key(n) });
         let new = fields(new).new_client().unwrap();
         add_client(transaction, &new, SystemTime::now())?;
-        Ok(client_config(transaction, &new.name, &new.server)?.subnet.lease)
+        Ok(client_config(transaction, &new.name, &new.server, None)?.subnet.lease)
     }
 
     async fn run<T: Send + 'static>(
