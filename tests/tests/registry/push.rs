@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -19,8 +20,8 @@ use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
 /// How soon a gateway has what changed.
 const SOON: Duration = Duration::from_secs(2);
-/// More clients than the broker's session and its queue hold messages.
-const MANY: u32 = 1500;
+/// More clients than the queues of a broker hold messages.
+const MANY: u32 = 6000;
 /// The tables on disk, and what SQLite keeps beside them.
 const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
 
@@ -128,6 +129,9 @@ fn assert_emptied(desk: &mut Desk) {
     );
     let problem = "has no tables, but had servers before: its calls are refused";
     assert!(desk.stack.get("/").body.contains(problem));
+    let witness = desk.stack.probe(Role::new("witness", &["wgkex/broker/+/hello"]));
+    witness
+        .next("a hello that offers no leases", |said| !said.payload.is_empty() && !said.text().contains("\"leases\""));
     let doctor = desk.stack.program("wgkex-broker", &["doctor"]);
     let line = doctor.wait_for_log(problem);
     assert!(line.contains("fail registry: ") && line.contains("broker.registry.json"), "{line}");
@@ -310,6 +314,45 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
+}
+
+/// The gateway's worker goes on all the time. What is deleted while it does not hear of it is gone afterwards.
+#[test]
+fn wa25_a_gateway_keeps_its_peers_without_mqtt_broker_or_database_and_is_right_after_that() {
+    let mut server_of_tables = Postgres::start();
+    let store = Store::Postgres(server_of_tables.database("registry"));
+    let mut desk = Desk::on_mosquitto(&store);
+    // On a bus that the gateway does not hear.
+    let other = Desk::start(&store, "");
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", 1..6);
+    wait_for_peers(&gateway, 1..6);
+    let stays = |numbers: Range<u32>| {
+        thread::sleep(SOON);
+        assert_eq!(gateway.peers("s1"), numbers.map(key).collect());
+    };
+
+    let _ = desk.stack.mosquitto().end_by(Signal::SIGKILL);
+    delete(&desk, "s1", 1);
+    stays(1..6);
+    desk.stack.start_mosquitto();
+    wait_for_peers(&gateway, 2..6);
+
+    let _ = desk.stack.broker().end_by(Signal::SIGKILL);
+    delete(&other, "s1", 2);
+    stays(2..6);
+    desk.stack.start_broker();
+    desk.stack.wait_until_ready();
+    wait_for_peers(&gateway, 3..6);
+
+    server_of_tables.kill();
+    let last = json!({ "client_name": "s1-3" });
+    assert_eq!(desk.post("client/delete/", &last).status, 503);
+    stays(3..6);
+    server_of_tables.start_again();
+    wait_until("the client is deleted", || (desk.post("client/delete/", &last).status == 200).then_some(()));
+    wait_for_peers(&gateway, 4..6);
 }
 
 /// Failed before: what found the queue of the broker's session full was lost, and the gateway learned that a minute later.
