@@ -132,9 +132,8 @@ impl Postgres {
     fn migrate(&mut self, migrations: Migrations, mark: &FilledMark) -> Result<(), DatabaseError> {
         let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
         let found = self.layout(known)?;
-        mark.check(found)?;
         if found == known {
-            return Ok(());
+            return mark.check(found);
         }
         self.command(BEGIN)?;
         self.command(WRITERS)?;
@@ -143,6 +142,8 @@ impl Postgres {
         for migration in migrations.0.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
             self.command(&migration.replace("BLOB", "BYTEA").replace("INTEGER", "BIGINT"))?;
         }
+        // Only now: tables without a version would have been in the way, and be named. Nothing is committed where this is an error.
+        mark.check(found)?;
         if found < known {
             self.command("DELETE FROM wgkex_layout")?;
             self.execute("INSERT INTO wgkex_layout VALUES (?1)", &[known.into()])?;
