@@ -6,6 +6,7 @@
 //! Callers: the rooms with tables, by [`Database::run`].
 
 mod connection;
+mod filled_mark;
 mod postgres;
 mod row;
 mod sqlite;
@@ -17,10 +18,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use self::connection::{Connection, Connector};
 pub use self::connection::{Location, Transaction};
+pub use self::filled_mark::FilledMark;
 pub use self::row::{Row, Value};
 pub use self::types::{Access, DatabaseError, Migrations};
 
@@ -64,13 +66,17 @@ type Finish = Box<dyn FnOnce(Result<(), DatabaseError>)>;
 
 impl Database {
     /// Starts the thread. It opens the database at its first job and again after each failure, so that a server which is away
-    /// keeps nobody from starting. The receiver ends with the thread.
-    pub fn start(location: Location, migrations: Migrations) -> io::Result<(Self, oneshot::Receiver<()>)> {
+    /// keeps nobody from starting. One that `mark` says has lost its tables is not used. The receiver ends with the thread.
+    pub fn start(
+        location: Location,
+        migrations: Migrations,
+        mark: FilledMark,
+    ) -> io::Result<(Self, oneshot::Receiver<()>)> {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let (publish, state) = watch::channel(State::Starting);
         let (ended, end) = oneshot::channel();
         thread::Builder::new().name("database".into()).spawn(move || {
-            let connector = Connector::new(location, migrations);
+            let connector = Connector::new(location, migrations, mark);
             Worker { connector, connection: None, state: publish, is_write_failing: false }.run(queue);
             drop(ended);
         })?;
@@ -207,6 +213,7 @@ impl Worker {
             self.is_write_failing = outcome.is_err();
         }
         let database = self.connector.location();
+        let is_emptied = matches!(outcome, Err(DatabaseError::Emptied(_)));
         let next = match outcome {
             Ok(()) if self.is_write_failing => return,
             Ok(()) => State::Up,
@@ -214,6 +221,9 @@ impl Worker {
         };
         let before = self.state.send_replace(next.clone());
         match (before, next) {
+            (before, State::Down(reason)) if is_emptied && before != State::Down(reason.clone()) => {
+                error!(%database, reason, "the database is empty, calls that need it are answered 503");
+            }
             (State::Down(_), State::Up) => info!(%database, "the database is back"),
             (State::Starting, State::Up) => info!(%database, "the database is open"),
             (State::Starting | State::Up, State::Down(reason)) => {
@@ -234,7 +244,7 @@ mod tests {
     const NEWER: Migrations = Migrations(&[TABLE.0[0], "CREATE TABLE u (a INTEGER)"]);
 
     fn open(file: &Path, migrations: Migrations) -> Database {
-        Database::start(Location::File(file.to_owned()), migrations).unwrap().0
+        Database::start(Location::File(file.to_owned()), migrations, FilledMark::default()).unwrap().0
     }
 
     fn insert(transaction: &mut Transaction<'_>, number: i64) -> Result<(), DatabaseError> {
@@ -290,6 +300,42 @@ mod tests {
         assert!(error.contains("newer than those up to 1"), "{error}");
         let newer = open(&file, NEWER);
         assert_eq!(rows(&newer).await.unwrap().len(), 1);
+    }
+
+    /// Failed before: it was made anew, and was empty.
+    #[tokio::test]
+    async fn a_database_that_had_rows_and_lost_its_tables_is_refused_until_it_is_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, copy, mark_file] = ["f", "copy", "mark"].map(|name| dir.path().join(name));
+        let start = |is_set| {
+            let mark = FilledMark::new(mark_file.clone(), is_set);
+            (Database::start(Location::File(file.clone()), TABLE, mark.clone()).unwrap(), mark)
+        };
+        let ((database, end), mark) = start(false);
+        database.run(Access::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
+        assert_eq!(mark.contradicted(), None);
+        drop(database);
+        end.await.unwrap_err();
+        std::fs::rename(&file, &copy).unwrap();
+        for is_there in [false, true] {
+            if is_there {
+                std::fs::write(&file, "").unwrap();
+            }
+            let ((database, end), mark) = start(true);
+            let refused = rows(&database).await.unwrap_err().to_string();
+            assert!(refused.contains("remove") && refused.contains("mark while this broker is stopped"), "{refused}");
+            assert_eq!(mark.contradicted(), Some(&*mark_file));
+            drop(database);
+            end.await.unwrap_err();
+            assert_eq!(std::fs::metadata(&file).unwrap().len(), 0, "nothing is made of it");
+        }
+        let ((database, _end), mark) = start(true);
+        rows(&database).await.unwrap_err();
+        std::fs::rename(&copy, &file).unwrap();
+        while rows(&database).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!((rows(&database).await.unwrap().len(), mark.contradicted()), (1, None));
     }
 
     /// The answer of a call may come before the state.

@@ -80,7 +80,7 @@ use crate::http::{App, MissedProxies, RefusedDomains};
 use crate::metrics::Registry;
 use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
 use crate::registry::lease_events::{LeaseReceiver, LeaseSender};
-use crate::registry::push::LeasePublisher;
+use crate::registry::push::{self, LeasePublisher};
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
@@ -174,9 +174,10 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
     let (leases, lease_events) = registry::lease_events::channel();
     let holder = registry::holder::Holder::open(&config)?;
-    let opened = config.registry.as_ref().map(|enabled| {
-        registry::Registry::open(&config, enabled, leases.clone(), holder.clone(), metrics.registry.clone())
-    });
+    let opened = config
+        .registry
+        .as_ref()
+        .map(|enabled| registry::Registry::open(&config, enabled, holder.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
     if let Some(registry) = &registry {
         registry.look().await;
@@ -216,13 +217,13 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
 /// What a broker with this config keeps in `state_dir`.
 fn state_files(config: &Config) -> Vec<StateFile> {
-    let registry = config.registry.is_some() && config.storage.url.is_none();
+    let registry = config.registry.is_some();
     let files = [
         (true, key_store::BROKER_FILE),
         (true, records_file::BROKER_FILE),
         (true, drain_store::FILE),
         (config.mqtt_listen.is_some(), retained_store::FILE),
-        (registry, registry::FILE),
+        (registry && config.storage.url.is_none(), registry::FILE),
         (registry, registry::holder::FILE),
         (config.tenants.is_some(), tenants::FILE),
     ];
@@ -406,6 +407,9 @@ impl Broker {
             services
                 .background()
                 .spawn("the publisher of leases", |_| publisher.run())
+                .spawn("the publisher of changed leases", |_| {
+                    push::publish_changes(registry.pending(), self.keys.clone())
+                })
                 .spawn("the counts of the registry", |_| registry.clone().count());
         }
     }

@@ -1,7 +1,7 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: [`push`], which brings leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
+//! Tasks: those of [`push`], which bring leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
 //! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
 //! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
@@ -11,6 +11,7 @@ pub mod lease_events;
 pub mod login;
 mod metrics;
 pub mod model;
+pub mod pending;
 pub mod push;
 pub mod routes;
 pub mod store;
@@ -32,8 +33,8 @@ use wgkex_common::{BrokerName, WorkerName};
 
 use crate::database::{Access, Database, Location, Migrations, State, Transaction};
 use crate::registry::holder::Holder;
-use crate::registry::lease_events::{LeaseEvent, LeaseSender};
 use crate::registry::login::{Login, password_of};
+use crate::registry::pending::PendingLeases;
 use crate::registry::store::{ConfigCache, Counts, ServerChange};
 
 pub use self::call_error::{CallError, Refusal};
@@ -65,7 +66,7 @@ pub struct Registry {
     /// Places for large answers that callers do not share.
     large_answers: Arc<Semaphore>,
     /// What changed at workers' servers goes there.
-    leases: LeaseSender,
+    pending: PendingLeases,
     refused: RefusedServers,
     metrics: Metrics,
 }
@@ -82,6 +83,9 @@ pub struct RegistryStatus {
     pub storage_up: bool,
     /// The broker that has the registry instead of this one.
     pub elsewhere: Option<BrokerName>,
+    /// The file by which there were servers, if the database has no tables now.
+    #[serde(default)]
+    pub emptied: Option<String>,
     /// How many servers there are, counted at most 15 s ago.
     pub servers: u64,
     /// How many addresses clients lease.
@@ -94,12 +98,11 @@ impl Registry {
     pub fn open(
         config: &Config,
         registry: &config::Registry,
-        leases: LeaseSender,
         holder: Holder,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
         let login = Login::read(registry)?;
-        let (database, end) = Database::start(location(config)?, MIGRATIONS)?;
+        let (database, end) = Database::start(location(config)?, MIGRATIONS, holder.mark())?;
         Ok((
             Self {
                 database,
@@ -108,7 +111,7 @@ impl Registry {
                 is_client_config_open: registry.open_client_config,
                 config_cache: ConfigCache::default(),
                 large_answers: Arc::new(Semaphore::new(LARGE_ANSWERS)),
-                leases,
+                pending: PendingLeases::default(),
                 refused: RefusedServers::default(),
                 metrics,
             },
@@ -116,21 +119,31 @@ impl Registry {
         ))
     }
 
-    /// Looks whether there are servers now, which others are told of.
+    /// What changed and is to be published.
+    #[must_use]
+    pub fn pending(&self) -> PendingLeases {
+        self.pending.clone()
+    }
+
+    /// Looks whether there are servers now. Others are told of that, and tables that are gone later are missed by it.
     pub async fn look(&self) {
-        if self.holder.is_empty() {
-            let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
-            if matches!(counts, Ok(Ok(Counts { servers: 1.., .. }))) {
-                self.holder.set_filled();
-            }
+        let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
+        if let Ok(Ok(counts)) = counts {
+            self.on_counts(counts).await;
+        }
+    }
+
+    async fn on_counts(&self, counts: Counts) {
+        if counts.servers > 0 && self.holder.is_empty() {
+            self.holder.set_filled().await;
         }
     }
 
     /// Counts servers and leases from time to time, for the metrics.
     pub async fn count(self) {
         loop {
-            let counts = self.read(store::counts).await;
-            if let Ok(Counts { servers, leases }) = counts {
+            if let Ok(counts @ Counts { servers, leases }) = self.read(store::counts).await {
+                self.on_counts(counts).await;
                 self.metrics.servers.set(i64::try_from(servers).unwrap_or(i64::MAX));
                 self.metrics.leases.set(i64::try_from(leases).unwrap_or(i64::MAX));
             }
@@ -151,6 +164,7 @@ impl Registry {
             storage: if self.holder.is_of_one() { "SQLite" } else { "PostgreSQL" }.into(),
             storage_up: !matches!(self.database.state(), State::Down(_)),
             elsewhere: self.holder.other(),
+            emptied: self.holder.mark().contradicted().map(|file| file.display().to_string()),
             servers: number(&self.metrics.servers),
             leases: number(&self.metrics.leases),
         }
@@ -181,15 +195,13 @@ impl Registry {
         work: impl FnOnce(&mut Transaction<'_>, SystemTime) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
         self.require_holder().await?;
-        let leases = self.leases.clone();
-        let publish = move |changes: &Vec<ServerChange>| {
-            if !changes.is_empty() {
-                let _ = leases.try_send(LeaseEvent::Changed(changes.clone()));
-            }
-        };
+        let pending = self.pending.clone();
+        let publish = move |changes: &Vec<ServerChange>| pending.add(changes);
         let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
         self.database.run(Access::Write, work, publish).await?;
-        self.look().await;
+        if self.holder.is_empty() {
+            self.look().await;
+        }
         Ok(())
     }
 }

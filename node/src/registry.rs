@@ -94,11 +94,15 @@ impl Registry {
 
     /// Leases an address of a server for this key, or keeps the one that the client has; returns what reaches the server.
     pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, CallError> {
-        let peering = json!({ "client_name": client, "server_name": server });
-        let mut add = peering.clone();
-        add["public_key"] = json!(key);
-        self.call("client/add", &add, 201)?;
-        let (url, answer) = self.call("client/config", &peering, 200)?;
+        let new = json!({ "client_name": client, "server_name": server, "public_key": key });
+        let known = json!({ "client_name": client, "server_name": server, "with_public_key": key });
+        let (url, answer) = match self.call("client/config", &known, 200) {
+            Err(CallError::Refused { status: 404, .. }) => {
+                self.call("client/add", &new, 201)?;
+                self.call("client/config", &known, 200)?
+            }
+            found => found?,
+        };
         let refused = |error: serde_json::Error| CallError::Refused { url, status: 200, message: format!(": {error}") };
         serde_json::from_str(&answer).map_err(refused)
     }

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use wgkex_tests::http::{Http, Response};
-use wgkex_tests::key;
+use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
+use wgkex_tests::{key, wait_until};
 
 use crate::measure::{median, memory, percentile};
 use crate::table::{Report, mebibytes, milliseconds, ratio};
@@ -30,7 +31,7 @@ const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
 
 /// Measures with so many leases.
 pub fn measure(report: Report, leases: u32) {
-    let (mut stack, _worker) = start();
+    let (mut stack, _worker, server) = start();
     let http = stack.http;
     let few = add(http, 0..PART.min(leases));
     add(http, PART.min(leases)..leases);
@@ -44,11 +45,14 @@ pub fn measure(report: Report, leases: u32) {
     churn(report, http, many);
     poll(report, http, leases + PART);
     report.line("memory of the broker with them", mebibytes(memory(stack.broker().pid())[0])).print();
+    let told = server.received().len();
     routers(report, &stack, leases + PART);
+    assert!(server.received().len() > told, "the gateway is told of clients meanwhile");
     let _ = stack.stop_broker();
 }
 
-fn start() -> (Stack, Worker) {
+/// A broker, a gateway for routers, and one that is the server `s1` and so is told of all its clients.
+fn start() -> (Stack, Worker, Probe) {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
     let file = stack.dir().join("password");
     fs::write(&file, "s3cret").unwrap();
@@ -60,12 +64,16 @@ fn start() -> (Stack, Worker) {
     let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);
     let server = json!({
-        "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
-        "endpoint_address": "192.0.2.1", "endpoint_port": 51820, "n_reserved_ips": 20, "allowed_ips": "10.0.0.0/8",
+        "public_key": key(u32::MAX), "network": "10.0.0.0/8", "reserved": 20, "endpoint_address": "192.0.2.1",
+        "endpoint_port": 51820, "allowed_ips": "10.0.0.0/8",
     });
-    let added = call(&mut stack.connect(), "server/add", &server.to_string());
-    assert_eq!(added.status, 201, "{added:?}");
-    (stack, worker)
+    let announced = said("wgkex/worker/gw2/servers", json!({ "servers": { "s1": server } }).to_string(), 1, true);
+    let server = stack.probe(Role::new("gw2", &["wgkex/worker/gw2/leases"]).greeting(vec![announced]));
+    wait_until("the server is in the registry", || {
+        let exists = call(&mut stack.connect(), "server/exists", r#"{"server_name":"s1"}"#);
+        (exists.status == 200).then_some(())
+    });
+    (stack, worker, server)
 }
 
 fn call(http: &mut Http, route: &str, body: &str) -> Response {

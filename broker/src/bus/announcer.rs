@@ -40,7 +40,6 @@ const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
-    has_registry: bool,
     tenants: Option<watch::Receiver<Served>>,
     registry: Holder,
     instance: u64,
@@ -97,7 +96,6 @@ impl Announcer {
         Self {
             broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
-            has_registry: config.registry.is_some(),
             tenants: None,
             registry: Holder::default(),
             instance: fastrand::u64(..),
@@ -117,7 +115,7 @@ impl Announcer {
         }
     }
 
-    /// It says, too, that this broker serves tenants, and that it has a registry for itself.
+    /// It says, too, that this broker serves tenants, and that it has a registry, for itself perhaps.
     pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: Holder) -> Self {
         Self { tenants, registry, ..self }
     }
@@ -258,7 +256,7 @@ impl Announcer {
         let registry = self.registry.served();
         let hello =
             Hello { records: Some(digest), tenants, registry, ..Hello::broker(self.domains.clone(), self.instance) };
-        if self.has_registry { hello.with_leases() } else { hello }
+        if self.registry.is_serving() { hello.with_leases() } else { hello }
     }
 }
 

@@ -29,6 +29,9 @@ pub struct ImportArgs {
     /// The file with the password there
     #[arg(long, value_name = "FILE")]
     password_file: PathBuf,
+    /// Removes the clients that the other broker does not have, from the servers that both have
+    #[arg(long)]
+    pub(super) prune: bool,
 }
 
 /// The other broker.
@@ -38,10 +41,31 @@ pub struct Origin {
     agent: Agent,
 }
 
+/// What the other broker has.
+pub struct OriginClients {
+    /// The fields of `client/add` for each client with an address, which it is to have here, too.
+    pub new: Vec<Value>,
+    /// The names of its servers.
+    servers: BTreeSet<String>,
+    /// The name of each client with that of its server, with an address or without one.
+    peerings: BTreeSet<(String, String)>,
+}
+
+impl OriginClients {
+    /// Those of the clients here that are not there, with the name of the server, which is there.
+    pub fn missing<'a>(&self, clients: &'a Value) -> Vec<(&'a str, &'a str)> {
+        let here = peerings(clients).map(|(name, peering)| (name, text_of(&peering["server"])));
+        let is_missing = |(name, server): &(&str, &str)| {
+            self.servers.contains(*server) && !self.peerings.contains(&((*name).to_owned(), (*server).to_owned()))
+        };
+        here.filter(is_missing).collect()
+    }
+}
+
 impl ImportArgs {
     /// The broker that they name.
     pub fn open(self) -> anyhow::Result<Origin> {
-        let Self { url, user, password_file } = self;
+        let Self { url, user, password_file, prune: _ } = self;
         ensure!(url.starts_with("http://"), "{url} must begin with http://: that broker has no HTTPS of its own");
         let password = password_in(&password_file);
         let password = password.map_err(anyhow::Error::msg).with_context(|| password_file.display().to_string())?;
@@ -51,8 +75,9 @@ impl ImportArgs {
 }
 
 impl Origin {
-    /// The fields of `client/add` for each of its clients, with the address that it has there.
-    pub fn clients(&self) -> anyhow::Result<Vec<Value>> {
+    /// Its clients.
+    pub fn clients(&self) -> anyhow::Result<OriginClients> {
+        let of_all = self.get("server/list_all", &json!({}))?;
         let clients = self.get("client/list_all", &json!({}))?;
         let servers: BTreeSet<_> = peerings(&clients).map(|(_, peering)| text_of(&peering["server"])).collect();
         let addresses = servers.into_iter().map(|server| {
@@ -60,7 +85,12 @@ impl Origin {
             Ok((server, addresses_by_key(&config)))
         });
         let addresses: BTreeMap<_, _> = addresses.collect::<anyhow::Result<_>>()?;
-        Ok(peerings(&clients).filter_map(|(name, peering)| new_client(name, peering, &addresses)).collect())
+        let peering = |(name, peering): (&str, &Value)| (name.to_owned(), text_of(&peering["server"]).to_owned());
+        Ok(OriginClients {
+            new: peerings(&clients).filter_map(|(name, peering)| new_client(name, peering, &addresses)).collect(),
+            servers: of_all.as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect(),
+            peerings: peerings(&clients).map(peering).collect(),
+        })
     }
 
     /// It wants JSON in the body of a GET, and says what is wrong by the status alone.

@@ -19,7 +19,7 @@ use wgkex_common::Config;
 use wgkex_common::config::Listen;
 
 use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
-use crate::cli::import::ImportArgs;
+use crate::cli::import::{ImportArgs, OriginClients};
 use crate::cli::print_or_complain;
 use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 use crate::cli::table::{Cell, Colours, table};
@@ -215,7 +215,10 @@ impl ClientCommand {
                 let config = client.client_config(&name, &server)?;
                 Ok(format!("client {name} has the address {} at {server}\n", text_of(&config["subnet"]["lease"])))
             }
-            Self::Import(origin) => client.import(&origin.open()?.clients()?),
+            Self::Import(origin) => {
+                let prunes = origin.prune;
+                client.import(&origin.open()?.clients()?, prunes)
+            }
             Self::List { json } => {
                 let clients = client.call("client/list_all", &json!({}))?;
                 if json { Ok(format!("{clients:#}\n")) } else { client.clients_table(&clients) }
@@ -307,8 +310,24 @@ impl RegistryClient {
         Ok(addresses_by_key(&self.call("server/config", &json!({ "server_name": server }))?))
     }
 
-    /// Adds clients, and names those that cannot be.
-    fn import(&self, clients: &[Value]) -> anyhow::Result<String> {
+    /// Adds clients, and names those that cannot be. Those that are not there are removed before that, as others may have their
+    /// addresses there, or are named.
+    fn import(&self, origin: &OriginClients, prunes: bool) -> anyhow::Result<String> {
+        let here = self.call("client/list_all", &json!({}))?;
+        let missing = origin.missing(&here);
+        if prunes {
+            for (name, server) in &missing {
+                self.call("server/remove_peer", &json!({ "client_name": name, "server_name": server }))?;
+            }
+        }
+        let missing = missing_text(&missing, prunes);
+        match self.add_all(&origin.new) {
+            Ok(added) => Ok(added + &missing),
+            Err(error) => bail!("{error}\n{}", missing.trim_end()),
+        }
+    }
+
+    fn add_all(&self, clients: &[Value]) -> anyhow::Result<String> {
         let add = |client: &Value| {
             let error = self.call("client/add", client).err()?;
             let [name, server, lease] = ["client_name", "server_name", "lease"].map(|field| text_of(&client[field]));
@@ -344,6 +363,17 @@ impl RegistryClient {
             table(["ADDRESS", "CLIENT'S KEY"], &peers, Colours::of_stdout()),
         ))
     }
+}
+
+/// What became of the clients that the other broker does not have.
+fn missing_text(missing: &[(&str, &str)], are_removed: bool) -> String {
+    let (count, names) = (missing.len(), missing.iter().map(|(name, server)| format!("{name} at {server}\n")));
+    let what = match (count, are_removed) {
+        (0, _) => return String::new(),
+        (_, true) => format!("{count} clients are not there, and are removed here:\n"),
+        (_, false) => format!("{count} clients are not there, and stay here; --prune removes them:\n"),
+    };
+    what + &names.collect::<String>()
 }
 
 fn peer_row(peer: &Value) -> [Cell; 2] {

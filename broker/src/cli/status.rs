@@ -211,10 +211,12 @@ fn tenants_line(TenantStatus { tenants, members, held, sockets }: &TenantStatus)
     format!("tenants {tenants}, members {members}, held addresses {held}, WebSockets {sockets}\n")
 }
 
-fn registry_line(RegistryStatus { storage, storage_up, elsewhere, servers, leases }: &RegistryStatus) -> String {
+fn registry_line(status: &RegistryStatus) -> String {
+    let RegistryStatus { storage, storage_up, elsewhere, emptied, servers, leases } = status;
     let state = match elsewhere {
         Some(broker) => format!("refused here, broker {} has it", printable(broker.as_str())),
         None if *storage_up => "up".to_owned(),
+        None if emptied.is_some() => "empty, but had servers before".to_owned(),
         None => "cannot be used".to_owned(),
     };
     format!("registry {} {state}, servers {servers}, leases {leases}\n", printable(storage))

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use wgkex_common::config::Secret;
 
+use super::filled_mark::FilledMark;
 use super::postgres::Postgres;
 use super::row::{Row, Value};
 use super::sqlite::Sqlite;
@@ -39,6 +40,7 @@ impl fmt::Display for Location {
 pub(super) struct Connector {
     location: Location,
     migrations: Migrations,
+    mark: FilledMark,
     failed: Option<(Instant, DatabaseError)>,
 }
 
@@ -55,8 +57,8 @@ pub struct Transaction<'a> {
 }
 
 impl Connector {
-    pub fn new(location: Location, migrations: Migrations) -> Self {
-        Self { location, migrations, failed: None }
+    pub fn new(location: Location, migrations: Migrations, mark: FilledMark) -> Self {
+        Self { location, migrations, mark, failed: None }
     }
 
     pub fn location(&self) -> &Location {
@@ -71,9 +73,9 @@ impl Connector {
             return Err(error.clone());
         }
         let connected = match &self.location {
-            Location::File(file) => Sqlite::open(file, self.migrations).map(Connection::Sqlite),
+            Location::File(file) => Sqlite::open(file, self.migrations, &self.mark).map(Connection::Sqlite),
             Location::Server(server, password) => {
-                let connected = Postgres::connect(server, password.as_ref(), self.migrations);
+                let connected = Postgres::connect(server, password.as_ref(), self.migrations, &self.mark);
                 connected.map(|connected| Connection::Postgres(Box::new(connected)))
             }
         };

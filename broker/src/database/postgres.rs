@@ -11,6 +11,7 @@ use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Config, NoTls, Statement};
 use wgkex_common::config::Secret;
 
+use super::filled_mark::FilledMark;
 use super::row::{Row, Value};
 use super::types::{Access, DatabaseError, Migrations};
 
@@ -41,7 +42,12 @@ pub(super) struct Postgres {
 
 impl Postgres {
     /// Connects, and brings the tables to today's layout.
-    pub fn connect(server: &Config, password: Option<&Secret>, migrations: Migrations) -> Result<Self, DatabaseError> {
+    pub fn connect(
+        server: &Config,
+        password: Option<&Secret>,
+        migrations: Migrations,
+        mark: &FilledMark,
+    ) -> Result<Self, DatabaseError> {
         let unavailable = |error: std::io::Error| DatabaseError::Unavailable(error.to_string());
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
         let mut server = server.clone();
@@ -57,7 +63,7 @@ impl Postgres {
         let mut postgres = Self { client, statements: HashMap::new(), runtime, is_silent: false };
         postgres.command(LIMITS)?;
         postgres.check_encoding()?;
-        postgres.migrate(migrations)?;
+        postgres.migrate(migrations, mark)?;
         Ok(postgres)
     }
 
@@ -125,10 +131,11 @@ impl Postgres {
 
     /// Runs the migrations that the tables lack, all in one transaction. Another broker may want to at the same time. Where the
     /// tables are today's, nothing is needed but to read them.
-    fn migrate(&mut self, migrations: Migrations) -> Result<(), DatabaseError> {
+    fn migrate(&mut self, migrations: Migrations, mark: &FilledMark) -> Result<(), DatabaseError> {
         let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
-        if self.layout(known)? == known {
-            return Ok(());
+        let found = self.layout(known)?;
+        if found == known {
+            return mark.check(found);
         }
         self.command(BEGIN)?;
         self.command(WRITERS)?;
@@ -137,6 +144,8 @@ impl Postgres {
         for migration in migrations.0.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
             self.command(&migration.replace("BLOB", "BYTEA").replace("INTEGER", "BIGINT"))?;
         }
+        // Only now: tables without a version would have been in the way, and be named. Nothing is committed where this is an error.
+        mark.check(found)?;
         if found < known {
             self.command("DELETE FROM wgkex_layout")?;
             self.execute("INSERT INTO wgkex_layout VALUES (?1)", &[known.into()])?;

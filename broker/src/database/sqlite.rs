@@ -8,6 +8,7 @@ use wgkex_common::storage::StorageError;
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 
+use super::filled_mark::FilledMark;
 use super::row::{Row, Value};
 use super::types::{Access, DatabaseError, Migrations};
 
@@ -17,8 +18,8 @@ const CACHE: i64 = 8 << 10;
 pub(super) struct Sqlite(rusqlite::Connection);
 
 impl Sqlite {
-    pub fn open(file: &Path, migrations: Migrations) -> Result<Self, DatabaseError> {
-        let connection = sqlite::open(file, Schema { migrations: migrations.0 })?;
+    pub fn open(file: &Path, migrations: Migrations, mark: &FilledMark) -> Result<Self, DatabaseError> {
+        let connection = sqlite::open_if(file, Schema { migrations: migrations.0 }, |found| mark.check(found))?;
         connection.pragma_update(None, "cache_size", -CACHE)?;
         connection.set_prepared_statement_cache_capacity(64);
         Ok(Self(connection))

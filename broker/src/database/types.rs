@@ -1,5 +1,7 @@
 //! What both servers have in common: the tables, the ways to use them, and the errors.
 
+use std::path::PathBuf;
+
 /// The tables of all rooms, as numbered migrations for both servers. `BLOB` and `INTEGER` stand for the types that `PostgreSQL`
 /// calls `BYTEA` and `BIGINT`. What a release had stays for ever; a change is a new one at the end.
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +17,12 @@ pub enum DatabaseError {
     /// What is in the database is not what this program writes.
     #[error("the database has a value that cannot be: {0}")]
     Corrupt(String),
+    /// It has no tables, and had rows by this file.
+    #[error(
+        "it has no tables, but had servers before: restore it, or, if it is to be empty, remove {} while this broker is stopped",
+        .0.display()
+    )]
+    Emptied(PathBuf),
 }
 
 /// Whether a job changes anything.

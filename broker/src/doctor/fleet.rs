@@ -54,7 +54,10 @@ fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
         ProblemKind::ClockOff => "clock",
-        ProblemKind::RegistryElsewhere | ProblemKind::RegistryUnavailable | ProblemKind::ServerRefused => "registry",
+        ProblemKind::RegistryElsewhere
+        | ProblemKind::RegistryUnavailable
+        | ProblemKind::RegistryEmptied
+        | ProblemKind::ServerRefused => "registry",
         ProblemKind::TenantsApart | ProblemKind::TenantsHub => "tenants",
         ProblemKind::DomainWithoutGateway
         | ProblemKind::SameKey
@@ -81,7 +84,8 @@ fn level(kind: ProblemKind) -> Level {
         | ProblemKind::NameInUse
         | ProblemKind::DataMissing
         | ProblemKind::RegistryElsewhere
-        | ProblemKind::RegistryUnavailable => Level::Fail,
+        | ProblemKind::RegistryUnavailable
+        | ProblemKind::RegistryEmptied => Level::Fail,
         ProblemKind::StateNotKept
         | ProblemKind::ListsNotKept
         | ProblemKind::ProxyNotTrusted
@@ -123,6 +127,9 @@ fn advice(kind: ProblemKind) -> &'static str {
             "give it a name and a network of its own in `servers` there, or delete the other one: `wgkex-broker server delete NAME`"
         }
         ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
+        ProblemKind::RegistryEmptied => {
+            "see whether storage names the right database; what becomes of gateways is in docs/registry.md, \"An empty database\""
+        }
         ProblemKind::TenantsApart => "give all brokers the same tenants.pool, tenant_length, grace and hub",
         ProblemKind::TenantsHub => {
             "set hub.enabled at that gateway, and the same tenants.pool and tenant_length; run `wgkex-worker setup` there"

@@ -197,6 +197,8 @@ pub enum ProblemKind {
     RegistryElsewhere,
     /// The database of the registry cannot be used.
     RegistryUnavailable,
+    /// The database of the registry is empty, and had servers before.
+    RegistryEmptied,
     /// A worker is a server that the registry does not take.
     ServerRefused,
     /// Another broker serves tenants by other rules.

@@ -249,6 +249,14 @@ fn registry_problem(status: &RegistryStatus) -> Option<Problem> {
         );
         return Some(problem(ProblemKind::RegistryElsewhere, text));
     }
+    if let Some(mark) = &status.emptied {
+        let text = format!(
+            "the {} of the registry has no tables, but had servers before: its calls are refused, and gateways keep their peers; \
+             restore it, or, if it is to be empty, remove {mark} while this broker is stopped",
+            status.storage
+        );
+        return Some(problem(ProblemKind::RegistryEmptied, text));
+    }
     (!status.storage_up).then(|| {
         let text = format!("the {} of the registry cannot be used: its calls are refused", status.storage);
         problem(ProblemKind::RegistryUnavailable, text)

@@ -181,10 +181,11 @@ fn table_of_tenants(tenants: &TenantStatus) -> Markup {
 }
 
 fn table_of_registry(registry: &RegistryStatus) -> Markup {
-    let RegistryStatus { storage, storage_up, elsewhere, servers, leases } = registry;
+    let RegistryStatus { storage, storage_up, elsewhere, emptied, servers, leases } = registry;
     let state = match elsewhere {
         Some(broker) => format!("refused here: broker {broker} has it"),
         None if *storage_up => "up".to_owned(),
+        None if emptied.is_some() => "empty, but had servers before".to_owned(),
         None => "cannot be used".to_owned(),
     };
     html! {
@@ -242,6 +243,7 @@ mod tests {
                 storage: "SQLite".into(),
                 storage_up: true,
                 elsewhere: None,
+                emptied: None,
                 servers: 4,
                 leases: 97,
             }),

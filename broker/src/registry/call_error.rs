@@ -27,7 +27,7 @@ pub enum Refusal {
     #[error("there is no server of this name")]
     UnknownServer,
     /// The client has no address at this server.
-    #[error("this client has no lease at this server")]
+    #[error("this client has no lease at this server, or another key there")]
     UnknownPeering,
     /// There is a server of this name.
     #[error("there is a server of this name already")]
@@ -36,7 +36,7 @@ pub enum Refusal {
     #[error("another client or a server has this key")]
     KeyTaken,
     /// A worker announces another network than the one that its clients have leases of.
-    #[error("the server has another network, or other reserved addresses: delete it first")]
+    #[error("the server's clients have leases of another network, or with other reserved addresses: delete it first")]
     NetworkChanged,
     /// A server's network has some of these addresses.
     #[error("the network overlaps with that of another server")]

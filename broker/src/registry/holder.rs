@@ -1,7 +1,8 @@
 //! Which broker of the bus has the registry. All have the one in a common database; a SQLite file is one broker's, so that a second one
 //! refuses: agents that ask it would take an empty list for the truth. It refuses until the first one has no registry any more,
 //! also while that is away and after a restart: `broker.registry.json` in `state_dir` has that, and since when this broker has
-//! servers, by which the first one is found.
+//! servers, by which the first one is found. With either database, that is the mark by which one that has lost its tables is not
+//! taken for a new one.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 use tracing::{error, info, warn};
 use wgkex_common::storage::versions::StateFile;
@@ -17,6 +19,7 @@ use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::message::Served;
 use wgkex_common::{BrokerName, Config};
 
+use crate::database::FilledMark;
 use crate::fleet::election;
 
 /// What all brokers with a SQLite file have in common.
@@ -37,12 +40,22 @@ pub const FILE: StateFile = StateFile::json("broker.registry.json", LAYOUT);
 
 /// Whether this broker may serve its registry. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Holder(Option<Arc<Mutex<State>>>);
+pub struct Holder(Option<Arc<Shared>>);
+
+#[derive(Debug)]
+struct Shared {
+    /// The tables are in a file, so that only one broker can have them.
+    is_of_one: bool,
+    own: BrokerName,
+    file: PathBuf,
+    mark: FilledMark,
+    state: Mutex<State>,
+    /// Locked by who writes the file.
+    writer: Mutex<()>,
+}
 
 #[derive(Debug)]
 struct State {
-    own: BrokerName,
-    file: PathBuf,
     kept: Kept,
     started: u64,
     /// Calls do not wait for others any more then.
@@ -70,15 +83,15 @@ struct Other {
 }
 
 impl Holder {
-    /// Of a broker that has just started. There is nothing to be decided without a registry, or with a common database. The errors are
-    /// that the file is of a newer version, or cannot be read.
+    /// Of a broker that has just started. There is nothing to be decided without a registry. The errors are that the file is of a
+    /// newer version, or cannot be read.
     pub fn open(config: &Config) -> Result<Self, StorageError> {
-        if config.registry.is_none() || config.storage.url.is_some() {
+        if config.registry.is_none() {
             return Ok(Self(None));
         }
-        let (own, file) = (BrokerName::from(&config.name), FILE.path(&config.state_dir));
+        let (is_of_one, file) = (config.storage.url.is_none(), FILE.path(&config.state_dir));
         let kept: Kept = json_file::load(&file, LAYOUT)?.unwrap_or_default();
-        if let Some(broker) = &kept.holder {
+        if let Some(broker) = kept.holder.as_ref().filter(|_| is_of_one) {
             error!(
                 broker = broker.as_str(),
                 file = %file.display(),
@@ -86,9 +99,8 @@ impl Holder {
                  removed"
             );
         }
+        let mark = FilledMark::new(file.clone(), kept.since.is_some());
         let state = State {
-            own,
-            file,
             kept,
             started: election::since(),
             decided: Instant::now() + START_TIMEOUT,
@@ -96,35 +108,46 @@ impl Holder {
             is_hello_back: false,
             others: BTreeMap::new(),
         };
-        Ok(Self(Some(Arc::new(Mutex::new(state)))))
+        let (own, state) = (BrokerName::from(&config.name), Mutex::new(state));
+        Ok(Self(Some(Arc::new(Shared { is_of_one, own, file, mark, state, writer: Mutex::default() }))))
     }
 
     /// Whether only one broker can have it.
     #[must_use]
     pub fn is_of_one(&self) -> bool {
-        self.0.is_some()
+        self.of_one().is_some()
     }
 
     /// Whether it is not known yet that there are servers.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.as_ref().is_some_and(|state| state.lock().kept.since.is_none())
+        self.0.as_ref().is_some_and(|shared| shared.state.lock().kept.since.is_none())
     }
 
-    /// There are servers.
-    pub fn set_filled(&self) {
-        if let Some(mut state) = self.0.as_ref().map(|state| state.lock())
-            && state.kept.since.is_none()
-        {
-            state.kept.since = Some(election::since());
-            state.save();
-        }
+    /// There are servers. Returns when that is on the disk.
+    pub async fn set_filled(&self) {
+        let Some(shared) = &self.0 else { return };
+        shared.state.lock().kept.since.get_or_insert_with(election::since);
+        shared.mark.set();
+        let _ = shared.save().await;
+    }
+
+    /// Whether workers get an answer here: there is a registry, which no other broker has instead, and whose tables are not gone.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.0.is_some() && self.other().is_none() && self.mark().contradicted().is_none()
+    }
+
+    /// The mark that the database has servers.
+    #[must_use]
+    pub fn mark(&self) -> FilledMark {
+        self.0.as_ref().map(|shared| shared.mark.clone()).unwrap_or_default()
     }
 
     /// What others are told; nothing where this broker refuses.
     #[must_use]
     pub fn served(&self) -> Option<Served> {
-        let state = self.0.as_ref()?.lock();
+        let state = self.of_one()?.state.lock();
         state.kept.holder.is_none().then(|| state.served())
     }
 
@@ -146,25 +169,48 @@ impl Holder {
     /// The broker that has the registry instead of this one.
     #[must_use]
     pub fn other(&self) -> Option<BrokerName> {
-        self.0.as_ref()?.lock().kept.holder.clone()
+        self.of_one()?.state.lock().kept.holder.clone()
     }
 
     /// Returns when the states of other brokers are known, or some time after the start.
     pub async fn settled(&self) {
         let is_open = |state: &State| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decided;
-        while self.0.as_ref().is_some_and(|state| is_open(&state.lock())) {
+        while self.of_one().is_some_and(|shared| is_open(&shared.state.lock())) {
             sleep(START_CHECK).await;
         }
     }
 
+    fn of_one(&self) -> Option<&Arc<Shared>> {
+        self.0.as_ref().filter(|shared| shared.is_of_one)
+    }
+
+    /// Takes in what was heard of a broker. The caller must not wait for the disk.
     fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut Other), own: impl FnOnce(&mut State)) {
-        let Some(mut state) = self.0.as_ref().map(|state| state.lock()) else { return };
-        if *broker == state.own {
+        let Some(shared) = self.of_one() else { return };
+        let mut state = shared.state.lock();
+        if *broker == shared.own {
             own(&mut state);
         } else if state.others.len() < BROKERS_MAX || state.others.contains_key(broker) {
             change(state.others.entry(broker.clone()).or_default());
-            state.update();
+            if state.update(&shared.own) {
+                drop(state);
+                drop(shared.save());
+            }
         }
+    }
+}
+
+impl Shared {
+    /// Has what is kept written, on another thread. Whoever writes last writes what is newest.
+    fn save(self: &Arc<Self>) -> JoinHandle<()> {
+        let shared = Arc::clone(self);
+        spawn_blocking(move || {
+            let _writer = shared.writer.lock();
+            let kept = shared.state.lock().kept.clone();
+            if let Err(error) = json_file::save(&shared.file, LAYOUT, &kept) {
+                warn!(file = %shared.file.display(), %error, "which broker has the registry is not kept on disk");
+            }
+        })
     }
 }
 
@@ -173,8 +219,9 @@ impl State {
         Served { since: self.kept.since.unwrap_or(EMPTY + self.started), rules: RULES.into() }
     }
 
-    fn update(&mut self) {
-        let own = (self.served().since, &self.own);
+    /// Decides again which broker has the registry, and returns whether that is another one now.
+    fn update(&mut self, own: &BrokerName) -> bool {
+        let own = (self.served().since, own);
         let served = |other: &Other| other.served.clone().filter(|served| other.is_online && served.rules == RULES);
         let comes_first =
             |(name, other): (&BrokerName, &Other)| ((served(other)?.since, name) < own).then(|| name.clone());
@@ -187,23 +234,18 @@ impl State {
                      calls; give both the same PostgreSQL by storage, or disable one of them"
                 );
                 self.kept.holder = Some(broker);
-                self.save();
+                true
             }
             (Some(holder), None) => {
                 let has_none = |other: &Other| other.is_online && other.is_known && other.served.is_none();
-                if self.others.get(holder).is_some_and(has_none) {
+                let is_free = self.others.get(holder).is_some_and(has_none);
+                if is_free {
                     info!(broker = holder.as_str(), "the other broker has no registry any more: this one has it");
                     self.kept.holder = None;
-                    self.save();
                 }
+                is_free
             }
-            (None, None) | (Some(_), Some(_)) => {}
-        }
-    }
-
-    fn save(&self) {
-        if let Err(error) = json_file::save(&self.file, LAYOUT, &self.kept) {
-            warn!(file = %self.file.display(), %error, "which broker has the registry is not kept on disk");
+            (None, None) | (Some(_), Some(_)) => false,
         }
     }
 }
@@ -228,15 +270,49 @@ mod tests {
         holder.on_status(&broker, true);
     }
 
-    #[test]
-    fn the_first_one_with_servers_serves_and_one_that_refuses_does_so_until_that_has_none() {
+    fn kept(dir: &Path) -> Option<Kept> {
+        json_file::read(&FILE.path(dir), LAYOUT).unwrap()
+    }
+
+    /// Another thread writes it.
+    async fn wait_until_kept(dir: &Path, is_it: impl Fn(&Kept) -> bool) {
+        while !kept(dir).is_some_and(|kept| is_it(&kept)) {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Failed before: it was written where the MQTT session waited for it.
+    #[tokio::test]
+    async fn who_hears_of_another_broker_does_not_wait_for_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = holder(dir.path(), "");
+        let disk = refused.0.as_ref().unwrap().writer.lock();
+        hear(&refused, "a", Some(1));
+        assert_eq!((refused.other(), kept(dir.path())), (Some("a".parse().unwrap()), None));
+        drop(disk);
+        wait_until_kept(dir.path(), |kept| kept.holder.is_some()).await;
+    }
+
+    #[tokio::test]
+    async fn with_either_database_it_is_kept_that_there_were_servers() {
+        for storage in ["", "storage: postgres://u@h/d\n"] {
+            let dir = tempfile::tempdir().unwrap();
+            let filled = holder(dir.path(), storage);
+            assert!(filled.is_empty());
+            filled.set_filled().await;
+            assert!(!filled.is_empty() && !holder(dir.path(), storage).is_empty(), "{storage}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_one_with_servers_serves_and_one_that_refuses_does_so_until_that_has_none() {
         let dirs = [(); 3].map(|()| tempfile::tempdir().unwrap());
         let [first, second, shared] = dirs.each_ref().map(tempfile::TempDir::path);
         let late = election::since() + 1_000_000;
 
         let filled = holder(first, "");
         assert!(filled.is_empty() && filled.served().unwrap().since > EMPTY);
-        filled.set_filled();
+        filled.set_filled().await;
         let since = filled.served().unwrap().since;
         assert!(!filled.is_empty() && since < late);
         for (broker, since) in [("a", late), ("c", EMPTY + 1), ("b", 0)] {
@@ -252,6 +328,8 @@ mod tests {
         refused.on_status(&"a".parse().unwrap(), false);
         refused.on_hello(&"a".parse().unwrap(), None, true);
         assert_eq!((refused.other(), refused.served()), (Some("a".parse().unwrap()), None));
+        assert!(filled.is_serving() && !refused.is_serving() && !Holder::default().is_serving());
+        wait_until_kept(second, |kept| kept.holder.is_some()).await;
         let refused = holder(second, "");
         assert!(refused.other().is_some(), "also after a restart");
         refused.on_hello(&"a".parse().unwrap(), None, true);

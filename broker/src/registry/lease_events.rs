@@ -4,16 +4,12 @@ use tokio::sync::mpsc;
 use wgkex_common::WorkerName;
 use wgkex_common::wire::lease::{AnnouncedServers, LeaseRequest};
 
-use crate::registry::store::ServerChange;
-
 /// Events that wait at most.
 const QUEUE: usize = 4096;
 
 /// What the task is told.
 #[derive(Debug, Clone)]
 pub enum LeaseEvent {
-    /// Leases of workers' servers changed.
-    Changed(Vec<ServerChange>),
     /// The servers that a worker is.
     Announced(WorkerName, AnnouncedServers),
     /// A worker asks for leases.

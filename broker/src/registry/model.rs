@@ -154,7 +154,7 @@ impl Fields {
     /// A client, its key first, as the original checks it.
     pub fn new_client(&self) -> Result<NewClient, InvalidField> {
         Ok(NewClient {
-            public_key: self.public_key()?,
+            public_key: self.public_key("public_key")?,
             name: self.client_name()?,
             server: self.server_name()?,
             lease: self.lease()?,
@@ -174,7 +174,7 @@ impl Fields {
         let network = self.network()?;
         Ok(NewServer {
             name: self.server_name()?,
-            public_key: self.public_key()?,
+            public_key: self.public_key("public_key")?,
             network,
             reserved: self.reserved(network)?,
             endpoint: self.endpoint()?,
@@ -201,9 +201,15 @@ impl Fields {
         self.whole("n_reserved_ips", 0, most, "must be a whole number from 0 to the number of addresses less 2")
     }
 
-    fn public_key(&self) -> Result<PublicKey, InvalidField> {
+    /// The key that a client is to have already; none if any will do.
+    pub fn known_key(&self) -> Result<Option<PublicKey>, InvalidField> {
+        let field = "with_public_key";
+        if self.0.contains_key(field) { self.public_key(field).map(Some) } else { Ok(None) }
+    }
+
+    fn public_key(&self, field: &'static str) -> Result<PublicKey, InvalidField> {
         let problem = "must be a WireGuard public key: 44 characters of canonical base64, not a point of small order";
-        self.text("public_key")?.parse().map_err(|_| invalid("public_key", problem))
+        self.text(field)?.parse().map_err(|_| invalid(field, problem))
     }
 
     fn endpoint(&self) -> Result<Endpoint, InvalidField> {

@@ -1,13 +1,14 @@
 //! Leases reach the gateways that are servers: each change at once, and all of them when a worker asks. Workers add their servers
 //! to the registry themselves.
 //!
-//! One task, [`LeasePublisher::run`], which `run` of the broker owns. Previous stop of a change: the thread of the database, in the
-//! order of the commits; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. What finds the queue full is dropped: the
-//! worker notices the gap and asks.
+//! Two tasks, which `run` of the broker owns: [`publish_changes`] and [`LeasePublisher::run`]. Previous stop of a change:
+//! [`super::pending`]; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. A request that finds the queue full is dropped:
+//! the worker asks again.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
@@ -22,7 +23,8 @@ use crate::registry::Registry;
 use crate::registry::call_error::CallError;
 use crate::registry::lease_events::{LeaseEvent, LeaseReceiver};
 use crate::registry::model::{Fields, InvalidField, NewServer};
-use crate::registry::store::{self, Found, ServerChange, Snapshot};
+use crate::registry::pending::PendingLeases;
+use crate::registry::store::{self, Found, Snapshot};
 
 /// Refusals that are remembered at most, so that each is logged once.
 const REFUSALS_MAX: usize = 1024;
@@ -33,7 +35,18 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// How long other events may wait for the database then.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Publishes leases.
+/// Publishes what changed, for ever. What waits goes on when the server has the messages before.
+pub async fn publish_changes(pending: PendingLeases, bus: MqttHandle) {
+    loop {
+        let messages = pending.next().await;
+        // Of so few, each is queued before the next one is.
+        let published = join_all(messages.iter().map(|(worker, message)| bus.publish(to_worker(worker, message))));
+        // What is lost with the session is asked for on the next one.
+        drop(published.await);
+    }
+}
+
+/// Answers workers, and registers their servers.
 pub struct LeasePublisher {
     registry: Registry,
     bus: MqttHandle,
@@ -83,7 +96,6 @@ impl LeasePublisher {
 
     async fn on_event(&mut self, event: LeaseEvent) {
         match event {
-            LeaseEvent::Changed(changes) => self.publish_changes(changes),
             LeaseEvent::Announced(worker, announced) => {
                 let is_taken = self.register(&worker, &announced).await;
                 self.waiting.note(worker, announced, is_taken, Instant::now());
@@ -97,12 +109,6 @@ impl LeasePublisher {
         let Some((worker, announced)) = self.waiting.announced.pop_front() else { return };
         let is_taken = timeout(PATIENCE, self.register(&worker, &announced)).await == Ok(true);
         self.waiting.note(worker, announced, is_taken, Instant::now());
-    }
-
-    fn publish_changes(&self, changes: Vec<ServerChange>) {
-        for ServerChange { worker, message } in changes {
-            let _ = self.bus.try_publish(to_worker(&worker, &message));
-        }
     }
 
     /// Whether the database took them, or refused them for what is in it.

@@ -190,8 +190,8 @@ impl Registry {
                 empty(StatusCode::OK, self.read(move |tables| store::require_server(tables, &name))).await
             }
             Operation::ClientConfig => {
-                let (client, server) = (fields.client_name()?, fields.server_name()?);
-                let read = self.read_json(move |tables| store::client_config(tables, &client, &server));
+                let (client, server, key) = (fields.client_name()?, fields.server_name()?, fields.known_key()?);
+                let read = self.read_json(move |tables| store::client_config(tables, &client, &server, key));
                 Ok(json_answer(read.await?, None))
             }
             Operation::AddServer => {
@@ -367,7 +367,9 @@ impl Rejection {
             Self::Field(_) => "field",
             Self::Call(CallError::Refused(refusal)) => refusal.into(),
             Self::Call(CallError::Elsewhere(_)) => "elsewhere",
-            Self::Call(CallError::Database(DatabaseError::Unavailable(_))) => "database_unavailable",
+            Self::Call(CallError::Database(DatabaseError::Unavailable(_) | DatabaseError::Emptied(_))) => {
+                "database_unavailable"
+            }
             Self::Call(CallError::Database(DatabaseError::Corrupt(_))) => "database_corrupt",
         }
     }

@@ -253,7 +253,7 @@ pub fn add_server(
     Ok(())
 }
 
-/// Adds the server that a worker is, or takes over its key and endpoint. A network that is in use cannot be changed.
+/// Adds the server that a worker is, or takes over its key and endpoint. A network of which clients have leases cannot be changed.
 pub fn register(
     transaction: &mut Transaction<'_>,
     new: &NewServer,
@@ -269,7 +269,13 @@ pub fn register(
         return Err(Refusal::NameTaken.into());
     }
     if (found.network, found.reserved) != (new.network, new.reserved) {
-        return Err(Refusal::NetworkChanged.into());
+        let values = [found.server.id.into()];
+        if transaction.first("SELECT id FROM peerings WHERE server = ?1 LIMIT 1", &values)?.is_some() {
+            return Err(Refusal::NetworkChanged.into());
+        }
+        // The worker has no lease of the old one to be told of.
+        delete_server(transaction, &new.name)?;
+        return add_server(transaction, new, id, Some(worker));
     }
     let key = new.public_key.to_string();
     require_free_key(transaction, &key, Holder::Server(found.server.id))?;
@@ -597,18 +603,22 @@ pub fn server_config(
     Ok(ServerConfig { version, json: Some(json) })
 }
 
-/// What a client has to know to reach a server.
+/// What a client has to know to reach a server, if it has this key where one is given.
 pub fn client_config(
     transaction: &mut Transaction<'_>,
     client: &ClientName,
     server: &ServerName,
+    key: Option<PublicKey>,
 ) -> Result<ClientConfig, CallError> {
     let row = transaction.first(
-        "SELECT endpoint_address, endpoint_port, servers.public_key, network, allowed_ips, number
+        "SELECT endpoint_address, endpoint_port, servers.public_key, network, allowed_ips, number, peerings.public_key
          FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
     let row = row.ok_or(Refusal::UnknownPeering)?;
+    if key.is_some() && key != Some(row.parsed(6)?) {
+        return Err(Refusal::UnknownPeering.into());
+    }
     let subnet = ShownLease { allowed_ips: row.text(4)?.to_owned(), lease: leased(row.parsed::<IpNet>(3)?, &row, 5)? };
     Ok(ClientConfig { server: shown_server(&row)?, subnet })
 }
@@ -674,7 +684,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::database::{Access, Database, Location};
+    use crate::database::{Access, Database, FilledMark, Location};
     use crate::registry::MIGRATIONS;
     use crate::registry::model::Fields;
 
@@ -693,7 +703,7 @@ mod tests {
         let new = json!({ "client_name": format!("c{n}"), "server_name": "s1", "public_key": key(n) });
         let new = fields(new).new_client().unwrap();
         add_client(transaction, &new, SystemTime::now())?;
-        Ok(client_config(transaction, &new.name, &new.server)?.subnet.lease)
+        Ok(client_config(transaction, &new.name, &new.server, None)?.subnet.lease)
     }
 
     async fn run<T: Send + 'static>(
@@ -706,7 +716,8 @@ mod tests {
     /// How long it takes that the client with the lowest of so many addresses leaves, and two others come.
     async fn churn(clients: u32) -> Duration {
         let dir = tempfile::tempdir().unwrap();
-        let (database, _end) = Database::start(Location::File(dir.path().join("f")), MIGRATIONS).unwrap();
+        let (database, _end) =
+            Database::start(Location::File(dir.path().join("f")), MIGRATIONS, FilledMark::default()).unwrap();
         let server = fields(json!({
             "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
             "endpoint_address": "gw", "endpoint_port": 1, "n_reserved_ips": 0, "allowed_ips": "10.0.0.0/8",

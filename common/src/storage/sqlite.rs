@@ -21,14 +21,34 @@ const COPY_PAUSE: Duration = Duration::from_millis(50);
 /// Opens `file` for this process alone, making what is missing, and migrates it to today's version. What it reports as
 /// written is on the disk even if the power fails.
 pub fn open(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
-    let file = state_file::place(file)?;
+    open_if(file, schema, |_| Ok(()))
+}
+
+/// The same if `admit` has nothing against the version that is found, 0 for a file without tables. Else nothing is written.
+pub fn open_if<E: From<StorageError>>(
+    file: &Path,
+    schema: Schema,
+    admit: impl FnOnce(i64) -> Result<(), E>,
+) -> Result<Connection, E> {
+    let file = state_file::place(file).map_err(StorageError::from)?;
+    let (connection, found) = lock(&file, schema)?;
+    admit(found)?;
+    Ok(migrate(connection, found, &file, schema)?)
+}
+
+/// Opens `file` for this process alone, and finds its version.
+fn lock(file: &Path, schema: Schema) -> Result<(Connection, i64), StorageError> {
     // SQLite would make it readable for everybody.
-    state_file::open(&file, OpenOptions::new().append(true).create(true))?;
-    let mut connection = Connection::open_with_flags(&file, OpenFlags::default() | OpenFlags::SQLITE_OPEN_NOFOLLOW)?;
+    state_file::open(file, OpenOptions::new().append(true).create(true))?;
+    let connection = Connection::open_with_flags(file, OpenFlags::default() | OpenFlags::SQLITE_OPEN_NOFOLLOW)?;
     connection.busy_timeout(Duration::from_secs(1))?;
     connection.execute_batch("PRAGMA locking_mode = EXCLUSIVE")?;
     // Before anything else is done to it.
-    let found = schema.found(&connection, &file)?;
+    let found = schema.found(&connection, file)?;
+    Ok((connection, found))
+}
+
+fn migrate(mut connection: Connection, found: i64, file: &Path, schema: Schema) -> Result<Connection, StorageError> {
     connection.execute_batch(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
          PRAGMA journal_size_limit = 4194304; PRAGMA cache_size = -512;",

@@ -164,6 +164,15 @@ pub struct LeaseChange {
     pub added: BTreeMap<PublicKey, LeasedAddresses>,
 }
 
+impl LeaseChange {
+    /// Adds what the next change does.
+    pub fn extend(&mut self, next: Self) {
+        self.added.retain(|key, _| !next.removed.contains(key));
+        self.removed.extend(next.removed);
+        self.added.extend(next.added);
+    }
+}
+
 /// A part of all leases of a server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseChunk {

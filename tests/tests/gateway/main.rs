@@ -60,7 +60,8 @@ lanes! {
     start_and_stop: cap_net_admin_is_enough_and_its_absence_is_named;
     start_and_stop: a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker;
     start_and_stop: a_worker_that_root_starts_gives_up_every_other_privilege_and_none_serves_setuid;
-    servers: wa24_wa25_a_gateway_has_the_clients_of_its_server_and_keeps_them_through_outages;
+    servers: wa24_a_client_is_a_peer_within_two_seconds_and_another_ones_handshake_and_counters_stay;
+    servers: wa25_a_gateway_keeps_the_clients_of_its_server_through_outages_and_is_right_after_them;
     servers: status_doctor_and_dry_run_show_the_servers;
     servers: wa26_a_node_leases_its_address_and_its_file_follows_the_registry;
     servers: a_server_that_the_registry_does_not_take_is_named;

@@ -1,14 +1,17 @@
 //! The forms of calls and of answers.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 
 use serde_json::{Value, json};
 use wgkex_tests::http::Response;
+use wgkex_tests::key;
 use wgkex_tests::process::binary;
 use wgkex_tests::stack::free_address;
 
-use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
+use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with, with_each_store};
 
 /// Refuses with JSON that has a text, and the field if there is one.
 fn assert_error(answer: &Response, status: u16, field: Option<&str>) {
@@ -26,12 +29,13 @@ fn wa1_each_route_wants_user_and_password_before_it_looks_at_the_body() {
         let before = desk.everything();
         let body = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
         let wrong = ["", "Basic", "Basic !!!", "Basic YWRtaW46czNjcmV1", "Bearer YWRtaW46czNjcmV0", "Basic czNjcmV0"];
-        for route in READS.iter().chain(&CHANGES) {
+        let by_post = READS.iter().chain(&CHANGES).map(|route| ("POST", route));
+        for (method, route) in READS.iter().map(|route| ("GET", route)).chain(by_post) {
             for value in wrong {
                 let header = format!("Authorization: {value}");
                 let headers: &[&str] = if value.is_empty() { &[] } else { &[&header] };
                 for body in [body.as_bytes(), b"no json"] {
-                    let answer = desk.stack.connect().request("POST", &format!("/api/v1/{route}"), headers, body);
+                    let answer = desk.stack.connect().request(method, &format!("/api/v1/{route}"), headers, body);
                     assert_error(&answer, 401, None);
                     assert_eq!(answer.header("www-authenticate"), Some("Basic realm=\"Login Required\""));
                 }
@@ -79,6 +83,7 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
             .output();
         String::from_utf8(output.unwrap().stdout).unwrap()
     };
+    assert_eq!([2, 3].map(|minor| answer_to_hello(https, minor)), [ALERT, HANDSHAKE], "TLS 1.1 is refused, 1.2 is not");
     for version in ["--tlsv1.2", "--tlsv1.3"] {
         assert_eq!(call(version, "admin:s3cret"), "200", "{version}");
         assert_eq!(call(version, "admin:wr0ng"), "401", "{version}");
@@ -111,6 +116,31 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
     let log = desk.stack.broker().log();
     let (_, login) = LOGIN.rsplit_once(' ').unwrap();
     assert!(log.contains("DEBUG") && !["s3cret", "wr0ng", login].iter().any(|secret| log.contains(secret)), "{log}");
+}
+
+/// Types of TLS records (RFC 5246 section 6.2.1).
+const ALERT: u8 = 21;
+const HANDSHAKE: u8 = 22;
+
+/// The type of the first record that a server sends to who offers TLS 1.1 (`minor` 2) or 1.2 (3), with what suits either.
+fn answer_to_hello(server: SocketAddr, minor: u8) -> u8 {
+    let extensions = [
+        [0, 10, 0, 4, 0, 2, 0, 23].as_slice(), // the group secp256r1
+        &[0, 11, 0, 2, 1, 0],                  // uncompressed points
+        &[0, 13, 0, 4, 0, 2, 4, 3],            // ECDSA with SHA-256
+    ]
+    .concat();
+    // ECDHE_ECDSA with AES_128: GCM of TLS 1.2, and CBC of TLS 1.1.
+    let suites = [0, 4, 0xc0, 0x2b, 0xc0, 0x09];
+    let length = u8::try_from(extensions.len()).unwrap();
+    let body = [&[3, minor], [7; 32].as_slice(), &[0], &suites, &[1, 0, 0, length], &extensions].concat();
+    let hello = [&[1, 0, 0, u8::try_from(body.len()).unwrap()], body.as_slice()].concat();
+    let record = [&[HANDSHAKE, 3, 1, 0, u8::try_from(hello.len()).unwrap()], hello.as_slice()].concat();
+    let mut stream = TcpStream::connect(server).unwrap();
+    stream.write_all(&record).unwrap();
+    let mut first = [0];
+    stream.read_exact(&mut first).unwrap();
+    first[0]
 }
 
 #[test]
@@ -172,6 +202,11 @@ fn wa7_a_client_gets_its_config() {
         {
             assert_error(&desk.get("client/config/", &other), 404, Some("client_name"));
         }
+        // A client can ask whether it has its key there.
+        let with_key = |key: Value| desk.get("client/config/", &with(&names, "with_public_key", key));
+        assert_eq!(with_key(json!(key(1))).json(), expected);
+        assert_error(&with_key(json!(key(2))), 404, Some("client_name"));
+        assert_error(&with_key(json!("x")), 400, Some("with_public_key"));
     });
 }
 
@@ -207,6 +242,28 @@ fn wa20_reads_answer_alike_to_each_form_of_a_call() {
                 );
                 assert_eq!(http.response("GET").body, expected.body, "{path} in chunks");
             }
+        }
+    });
+}
+
+#[test]
+fn wa20_each_route_is_there_with_and_without_a_slash_at_its_end() {
+    with_each_store(|desk| {
+        for slash in ["", "/"] {
+            let call = |route: &str, fields: &Value| desk.post(&format!("{route}{slash}"), fields).status;
+            assert_eq!(call("server/add", &server("s1", "192.168.2.0", 24, 20)), 201, "{slash}");
+            assert_eq!(call("client/add", &client("c1", "s1", 1)), 201, "{slash}");
+            assert_eq!(call("client/add", &client("c2", "s1", 2)), 201, "{slash}");
+            let names = json!({ "server_name": "s1", "client_name": "c1" });
+            for route in READS {
+                assert_eq!(call(route, &names), 200, "{route}{slash}");
+            }
+            assert_eq!(call("server/remove_peer", &names), 200, "{slash}");
+            assert_eq!(desk.lease("c1", "s1"), None, "{slash}");
+            assert_eq!(call("client/delete", &json!({ "client_name": "c2" })), 200, "{slash}");
+            assert_eq!(desk.lease("c2", "s1"), None, "{slash}");
+            assert_eq!(call("server/delete", &names), 200, "{slash}");
+            assert_eq!(desk.everything(), json!({ "clients": {}, "servers": {} }), "{slash}");
         }
     });
 }

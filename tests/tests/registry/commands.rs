@@ -101,12 +101,22 @@ fn clients_of_another_registry_are_imported_with_their_addresses() {
             assert_eq!(desk.lease("c3", server), origin.lease("c3", server));
         }
     }
-    // What cannot be added is named.
+    // What cannot be added is named, and what is not there can be removed.
+    desk.add_server("s3", "192.168.4.0", 24, 20);
+    desk.leased("c9", "s3", 9);
     desk.leased("c9", "s1", 9);
+    let named = "3 clients have the addresses that they have there\n1 clients are not there, and stay here; --prune removes them:\n";
+    assert_eq!(run(&desk, &import).unwrap(), format!("{named}c9 at s1\n"));
     origin.leased("c4", "s1", 4);
     let refused = run(&desk, &import).unwrap_err();
     let named = "1 of 4 clients are not added:\nc4 with 192.168.2.22 at s1: another client has this address";
     assert!(refused.contains(named), "{refused}");
+    let prune = [&import[..], &["--prune"]].concat();
+    let named = "4 clients have the addresses that they have there\n1 clients are not there, and are removed here:\n";
+    assert_eq!(run(&desk, &prune).unwrap(), format!("{named}c9 at s1\n"));
+    assert_eq!(config(&desk, "s1"), config(&origin, "s1"));
+    assert!(desk.lease("c9", "s3").is_some(), "that server is not there");
+    assert_eq!(run(&desk, &prune).unwrap(), "4 clients have the addresses that they have there\n");
     std::fs::write(origin.stack.dir().join("wrong"), "wr0ng\n").unwrap();
     let wrong = origin.stack.dir().join("wrong").display().to_string();
     let refused = run(&desk, &["client", "import", &url, "--password-file", &wrong]).unwrap_err();

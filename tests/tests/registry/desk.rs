@@ -62,6 +62,17 @@ impl Desk {
         Self { stack }
     }
 
+    /// A broker that is ready, whose bus is another program.
+    pub fn on_mosquitto(store: &Store) -> Self {
+        let mut desk = Self::prepare(store, "");
+        desk.stack.plan.bus = Bus::Mosquitto;
+        desk.stack.start_mosquitto();
+        desk.stack.write_config();
+        desk.stack.start_broker();
+        desk.stack.wait_until_ready();
+        desk
+    }
+
     /// A broker of this name that is ready, on the bus of the first one; with a bus of its own if it is that. Needs root.
     pub fn on_bus(store: &Store, name: &str, first: Option<&Self>) -> Self {
         let mut desk = Self::prepare(store, "");

@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::http::{Http, Response};
 use wgkex_tests::postgres::{self, Postgres};
+use wgkex_tests::probe::Role;
 use wgkex_tests::proxy;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::DOMAIN;
@@ -317,6 +318,14 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     assert_eq!(status["registry"]["elsewhere"], "b1");
     assert!(second.stack.get("/").body.contains("broker b1 has the registry of this bus"));
     assert_eq!(first.stack.get("/status.json").json()["registry"]["elsewhere"], Value::Null);
+    // Workers do not ask it.
+    let witness = first.stack.probe(Role::new("witness", &["wgkex/broker/+/hello"]));
+    let offers = |broker: &str, is_offered: bool| {
+        let topic = format!("wgkex/broker/{broker}/hello");
+        witness.next("a hello", |said| said.topic == topic && said.text().contains("\"leases\"") == is_offered);
+    };
+    offers("b1", true);
+    offers("b2", false);
     // The first one is away, and comes back.
     first.restart_by(Signal::SIGKILL);
     assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
@@ -336,6 +345,7 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     assert!(first.stack.stop_broker().success());
     first.stack.start_broker();
     second.stack.broker().wait_for_log("this one has it");
+    offers("b2", true);
     assert_eq!(second.post("server/add", &server("s9", "192.168.9.0", 24, 20)).status, 201);
 }
 

@@ -1,6 +1,7 @@
 //! Which address a client gets, and what frees it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Barrier;
 use std::thread;
 
 use serde_json::json;
@@ -178,9 +179,12 @@ fn wa13_wa14_wa15_one_client_at_several_servers() {
         for _ in 0..2 {
             let removed = desk.post("server/remove_peer/", &from_s1);
             assert_eq!((removed.status, removed.body.as_str()), (200, ""));
-            assert_eq!(peerings(desk, "c1").len(), 1);
+            assert_eq!(peerings(desk, "c1").into_iter().map(|(_, server)| server).collect::<Vec<_>>(), ["s2"]);
         }
+        desk.post("server/remove_peer/", &json!({ "client_name": "c1", "server_name": "s2" }));
+        assert_eq!(desk.get("client/list_all", &json!({})).json(), json!({}), "it goes with its last peering");
         desk.add_client("c1", "s1", 1);
+        desk.add_client("c1", "s2", 1);
         for _ in 0..2 {
             let deleted = desk.post("client/delete/", &json!({ "client_name": "c1" }));
             assert_eq!((deleted.status, deleted.body.as_str()), (200, ""));
@@ -213,18 +217,19 @@ fn wa21_many_at_once_get_different_addresses() {
     with_each_store(|desk| {
         desk.add_server("s1", "192.168.2.0", 24, 20);
         let desk = &*desk;
+        let all_connected = Barrier::new(100);
         thread::scope(|scope| {
-            for caller in 0..20 {
+            for number in 0..100 {
+                let all_connected = &all_connected;
                 scope.spawn(move || {
                     let mut connection = desk.connect();
-                    for n in 0..5 {
-                        let number = caller * 5 + n;
-                        let added = connection.post("client/add/", &client(&format!("c{number}"), "s1", number));
-                        assert_eq!(added.status, 201, "{added:?}");
-                    }
+                    all_connected.wait();
+                    let added = connection.post("client/add/", &client(&format!("c{number}"), "s1", number));
+                    assert_eq!(added.status, 201, "{added:?}");
                 });
             }
         });
+        assert_eq!(peers(desk, "s1").into_iter().map(|(_, key)| key).collect::<BTreeSet<_>>().len(), 100);
         let addresses: Vec<_> = peers(desk, "s1").into_iter().map(|(address, _)| address).collect();
         assert_eq!(addresses, (21..121).map(|last| format!("192.168.2.{last}")).collect::<Vec<_>>());
     });

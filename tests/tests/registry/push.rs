@@ -2,22 +2,26 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::probe::{Probe, Role, said};
 use wgkex_tests::{key, wait_until, wait_within};
 
-use crate::desk::{Desk, LOGIN, Store, server, with_each_store};
+use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_store};
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
 /// How soon a gateway has what changed.
 const SOON: Duration = Duration::from_secs(2);
+/// More clients than the broker's session and its queue hold messages.
+const MANY: u32 = 2000;
 /// The tables on disk, and what SQLite keeps beside them.
 const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
 
@@ -39,7 +43,11 @@ fn add(desk: &Desk, server: &str, numbers: impl IntoIterator<Item = u32>) {
 }
 
 fn delete(desk: &Desk, server: &str, n: u32) {
-    assert_eq!(desk.post("client/delete/", &json!({ "client_name": format!("{server}-{n}") })).status, 200);
+    delete_client(desk, &format!("{server}-{n}"));
+}
+
+fn delete_client(desk: &Desk, name: &str) {
+    assert_eq!(desk.post("client/delete/", &json!({ "client_name": name })).status, 200);
 }
 
 /// Puts the files of the tables in the place of those in another directory.
@@ -106,6 +114,89 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     add(&desk, "s1", 21..25);
     let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
     wait_for_peers(&gateway, (1..4).chain(21..25));
+}
+
+/// All calls are refused, and that is said where operators look.
+fn assert_emptied(desk: &mut Desk) {
+    let fields = with_client(server("s1", "10.77.0.0", 24, 20));
+    for route in READS.iter().chain(&CHANGES) {
+        assert_eq!(desk.post(route, &fields).status, 503, "{route}");
+    }
+    let line = desk.stack.broker().wait_for_log("the database is empty");
+    assert!(
+        line.contains("ERROR") && line.contains("state/broker.registry.json while this broker is stopped"),
+        "{line}"
+    );
+    let problem = "has no tables, but had servers before: its calls are refused";
+    assert!(desk.stack.get("/").body.contains(problem));
+    let witness = desk.stack.probe(Role::new("witness", &["wgkex/broker/+/hello"]));
+    witness
+        .next("a hello that offers no leases", |said| !said.payload.is_empty() && !said.text().contains("\"leases\""));
+    let doctor = desk.stack.program("wgkex-broker", &["doctor"]);
+    let line = doctor.wait_for_log(problem);
+    assert!(line.contains("fail registry: ") && line.contains("broker.registry.json"), "{line}");
+}
+
+/// Fields that fit every route.
+fn with_client(mut fields: Value) -> Value {
+    fields["client_name"] = json!("c1");
+    fields
+}
+
+/// Failed before: they were made anew, and the gateway lost all peers within a second.
+#[test]
+fn gateways_keep_their_peers_where_the_tables_are_gone_until_an_operator_confirms_that() {
+    let mut desk = Desk::start(&Store::Sqlite, "");
+    let (state, backup) = (desk.stack.state_dir(), desk.stack.dir().join("backup"));
+    let remove = |dir: &Path| FILES.map(|file| drop(fs::remove_file(dir.join(file))));
+    fs::create_dir(&backup).unwrap();
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", 1..4);
+    wait_for_peers(&gateway, 1..4);
+    while_stopped(&mut desk, || copy(&state, &backup));
+    for is_there in [false, true] {
+        while_stopped(&mut desk, || {
+            remove(&state);
+            if is_there {
+                fs::write(state.join(FILES[0]), "").unwrap();
+            }
+        });
+        assert_emptied(&mut desk);
+        // It asks within a second, and its servers are announced again.
+        thread::sleep(2 * SOON);
+        assert_eq!(gateway.peers("s1"), (1..4).map(key).collect());
+    }
+    while_stopped(&mut desk, || copy(&backup, &state));
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", [4]);
+    wait_for_peers(&gateway, 1..5);
+
+    while_stopped(&mut desk, || {
+        remove(&state);
+        fs::remove_file(state.join("broker.registry.json")).unwrap();
+    });
+    wait_for_server(&desk, "s1");
+    wait_for_peers(&gateway, []);
+}
+
+#[test]
+fn an_empty_postgresql_database_is_not_taken_for_the_one_that_had_servers() {
+    let [first, other] = [postgres::database(), postgres::database()];
+    let mut desk = Desk::start(&Store::Postgres(first.clone()), "");
+    desk.add_server("s1", "192.168.2.0", 24, 20);
+    desk.leased("c1", "s1", 1);
+    let before = desk.everything();
+    for (database, is_empty) in [(&other, true), (&first, false)] {
+        let config = desk.stack.plan.config.replace(&first.url, &database.url).replace(&other.url, &database.url);
+        desk.stack.plan.config = config;
+        desk.stack.write_config();
+        while_stopped(&mut desk, || {});
+        if is_empty {
+            assert_emptied(&mut desk);
+        }
+    }
+    assert_eq!(desk.everything(), before);
 }
 
 /// Each call is answered by one of two brokers, which know of one another only by the database and the bus.
@@ -223,6 +314,97 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
+}
+
+/// The gateway's worker goes on all the time. What is deleted while it does not hear of it is gone afterwards.
+#[test]
+fn wa25_a_gateway_keeps_its_peers_without_mqtt_broker_or_database_and_is_right_after_that() {
+    let mut server_of_tables = Postgres::start();
+    let store = Store::Postgres(server_of_tables.database("registry"));
+    let mut desk = Desk::on_mosquitto(&store);
+    // On a bus that the gateway does not hear.
+    let other = Desk::start(&store, "");
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", 1..6);
+    wait_for_peers(&gateway, 1..6);
+    let stays = |numbers: Range<u32>| {
+        thread::sleep(SOON);
+        assert_eq!(gateway.peers("s1"), numbers.map(key).collect());
+    };
+
+    let _ = desk.stack.mosquitto().end_by(Signal::SIGKILL);
+    delete(&desk, "s1", 1);
+    stays(1..6);
+    desk.stack.start_mosquitto();
+    wait_for_peers(&gateway, 2..6);
+
+    let _ = desk.stack.broker().end_by(Signal::SIGKILL);
+    delete(&other, "s1", 2);
+    stays(2..6);
+    desk.stack.start_broker();
+    desk.stack.wait_until_ready();
+    wait_for_peers(&gateway, 3..6);
+
+    server_of_tables.kill();
+    let last = json!({ "client_name": "s1-3" });
+    assert_eq!(desk.post("client/delete/", &last).status, 503);
+    stays(3..6);
+    server_of_tables.start_again();
+    wait_until("the client is deleted", || (desk.post("client/delete/", &last).status == 200).then_some(()));
+    wait_for_peers(&gateway, 4..6);
+}
+
+/// Failed before: what found the queue of the broker's session full was lost, and the gateway learned that a minute later.
+#[test]
+fn what_changes_while_the_bus_stands_still_reaches_gateways_when_it_goes_on() {
+    let mut desk = Desk::on_mosquitto(&Store::Sqlite);
+    let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", "{network: 10.76.0.0/16, listen_port: 52820}");
+    wait_for_server(&desk, "s1");
+    add(&desk, "s1", [0]);
+    wait_for_peers(&gateway, [0]);
+    // The gateway has asked for all leases, and does not ask again.
+    thread::sleep(2 * SOON);
+    desk.stack.mosquitto().signal(Signal::SIGSTOP);
+    thread::scope(|scope| {
+        for caller in 0..8 {
+            let desk = &desk;
+            scope.spawn(move || {
+                let mut connection = desk.connect();
+                for n in (1..MANY).filter(|n| n % 8 == caller) {
+                    assert_eq!(connection.post("client/add/", &client(&format!("s1-{n}"), "s1", n)).status, 201);
+                }
+            });
+        }
+    });
+    desk.stack.mosquitto().signal(Signal::SIGCONT);
+    let expected: BTreeSet<_> = (0..MANY).map(key).collect();
+    wait_within(Duration::from_secs(20), "the gateway has all", || (gateway.peers("s1") == expected).then_some(()));
+}
+
+/// Failed before: it was to be deleted first, although no client would lose anything.
+#[test]
+fn a_server_has_another_network_as_long_as_no_client_has_a_lease() {
+    with_each_store(|desk| {
+        let own = |desk: &Desk| desk.get("server/wireguard_ip", &json!({ "server_name": "s1" })).json();
+        let wait_for = |desk: &Desk, address: &str| {
+            wait_until("the server has the network", || (own(desk)["server_wg_ip"] == address).then_some(()));
+        };
+        for (network, address) in [("10.77.0.0/24", "10.77.0.1"), ("10.78.0.0/16", "10.78.0.1")] {
+            let _worker = announce(desk, "gw1", "s1", 900, network);
+            wait_for(desk, address);
+        }
+        assert_eq!(desk.leased("c1", "s1", 1), "10.78.0.21");
+        let _worker = announce(desk, "gw1", "s1", 900, "10.79.0.0/24");
+        let problem = "server s1 of worker gw1 is not taken into the registry: the server's clients have leases";
+        wait_until("the page has it", || desk.stack.get("/").body.contains(problem).then_some(()));
+        assert_eq!(own(desk)["server_wg_ip"], "10.78.0.1");
+        assert_eq!(desk.lease("c1", "s1").as_deref(), Some("10.78.0.21"));
+        // It takes the new one as soon as the client has left.
+        delete_client(desk, "c1");
+        let _worker = announce(desk, "gw1", "s1", 900, "10.79.0.0/24");
+        wait_for(desk, "10.79.0.1");
+    });
 }
 
 /// Failed before: it was in the registry when the broker said again what it is, a minute later.

@@ -126,9 +126,9 @@ impl ServerState {
         matches!(self.source, LeaseSource::Tenants(_)) && is_other && is_heard
     }
 
-    /// There is a broker that was not asked yet: it is, a moment later, as all of a fleet do.
-    pub fn on_broker(&mut self, delay: Duration, now: Instant) {
-        self.ask_at = self.ask_at.min(now + delay);
+    /// A broker is asked at this time at the latest.
+    pub fn ask_by(&mut self, time: Instant) {
+        self.ask_at = self.ask_at.min(time);
     }
 
     /// Whether a broker is to be asked now; then the next one is when it has not answered.

@@ -18,8 +18,10 @@ pub enum LeaseSource {
 /// Which leases a broker has.
 #[derive(Debug, Clone, Copy)]
 pub struct Offer {
-    registry: bool,
-    tenants: bool,
+    /// Those of a registry.
+    pub(super) registry: bool,
+    /// Those of tenants.
+    pub(super) tenants: bool,
 }
 
 impl From<&Hello> for Offer {

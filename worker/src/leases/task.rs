@@ -18,6 +18,7 @@ use wgkex_kernel::links::Links;
 use wgkex_kernel::{Device, Kernel, forwarding};
 
 use super::Metrics;
+use super::brokers::Brokers;
 use super::file::{self, KeptLeases, KeptServer};
 use super::server::{ServerState, sources};
 use super::server_status::ServerStatus;
@@ -26,11 +27,9 @@ use crate::plan::{changes, outcomes};
 
 /// Events that wait at most.
 const QUEUE: usize = 4096;
-/// Brokers that are remembered at most.
-const BROKERS_MAX: usize = 1024;
 /// How long the task of a worker without servers sleeps.
 const IDLE: Duration = Duration::from_secs(3600);
-/// Workers that see a broker come up ask it spread over this time.
+/// Workers that see a broker come up, or go away, ask spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 
 /// What the task is told.
@@ -79,10 +78,8 @@ pub struct LeaseTask<K> {
     worker: WorkerName,
     external_name: String,
     servers: Vec<ServerState>,
-    /// Brokers with a registry, or with tenants.
-    brokers: BTreeMap<BrokerName, Offer>,
-    /// The one that was asked last.
-    asked: Option<BrokerName>,
+    /// Those with a registry, or with tenants.
+    brokers: Brokers,
     file: PathBuf,
     writes: Writes,
     /// Those of servers that the config does not name now: they keep what they had.
@@ -116,8 +113,7 @@ impl<K: Kernel> LeaseTask<K> {
             worker: (&config.name).into(),
             external_name: config.external_name.clone(),
             servers,
-            brokers: BTreeMap::new(),
-            asked: None,
+            brokers: Brokers::default(),
             health: Health::new(file.clone(), Noun { name: "leases", pronoun: "them" }),
             file,
             writes: Writes::default(),
@@ -196,17 +192,22 @@ impl<K: Kernel> LeaseTask<K> {
     fn on_broker(&mut self, name: BrokerName, offer: Option<Offer>) {
         let is_of_use = |offer: &Offer| self.servers.iter().any(|server| server.source.is_at(*offer));
         let Some(offer) = offer.filter(is_of_use) else {
-            self.brokers.remove(&name);
+            if let Some(offer) = self.brokers.went(&name) {
+                self.ask_soon(offer);
+            }
             return;
         };
+        self.ask_soon(offer);
+        self.brokers.came(name, offer);
+        self.announce();
+    }
+
+    /// A broker is asked for these leases, a moment later, as all of a fleet do.
+    fn ask_soon(&mut self, offer: Offer) {
         let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
         for server in self.servers.iter_mut().filter(|server| server.source.is_at(offer)) {
-            server.on_broker(delay, now);
+            server.ask_by(now + delay);
         }
-        if self.brokers.len() < BROKERS_MAX {
-            self.brokers.insert(name, offer);
-        }
-        self.announce();
     }
 
     fn on_leases(&mut self, message: LeaseMessage) {
@@ -226,25 +227,12 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Asks the next broker for what this server lacks. Of the brokers with tenants one knows, so all are asked.
+    /// Asks for what this server lacks.
     fn ask(&mut self, index: usize) {
         let server = &self.servers[index];
-        let has_leases = |(_, offer): &(&BrokerName, &Offer)| server.source.is_at(**offer);
-        let brokers: Vec<_> = self.brokers.iter().filter(has_leases).map(|(name, _)| name).collect();
-        let asked = match &server.source {
-            LeaseSource::Tenants(_) => brokers,
-            LeaseSource::Registry(_) => {
-                let is_later = |name: &&&BrokerName| self.asked.as_ref().is_none_or(|asked| **name > asked);
-                brokers.iter().find(is_later).or_else(|| brokers.first()).copied().into_iter().collect()
-            }
-        };
-        for to in &asked {
-            let request =
-                LeaseRequest { to: (*to).clone(), server: server.name.clone(), known: server.table.version() };
+        for to in self.brokers.next(&server.source) {
+            let request = LeaseRequest { to, server: server.name.clone(), known: server.table.version() };
             self.publish(Topic::LeaseRequests { worker: self.worker.clone() }, &request, Message::transient);
-        }
-        if let (LeaseSource::Registry(_), Some(last)) = (&server.source, asked.last()) {
-            self.asked = Some((*last).clone());
         }
     }
 

@@ -1,0 +1,98 @@
+//! The brokers that have leases, and whom of them to ask next. Pure.
+
+use std::collections::BTreeMap;
+
+use wgkex_common::BrokerName;
+
+use super::source::{LeaseSource, Offer};
+
+/// Brokers that are remembered at most.
+const BROKERS_MAX: usize = 1024;
+
+/// The brokers that have leases of this worker's servers.
+#[derive(Debug, Default)]
+pub(super) struct Brokers {
+    offers: BTreeMap<BrokerName, Offer>,
+    /// The one that was asked for leases of the registry last.
+    asked: Option<BrokerName>,
+}
+
+impl Brokers {
+    /// A broker has such leases.
+    pub fn came(&mut self, name: BrokerName, offer: Offer) {
+        if self.offers.len() < BROKERS_MAX {
+            self.offers.insert(name, offer);
+        }
+    }
+
+    /// A broker has no leases any more, or is away: it may not have answered, or not have told of its last change. Returns what
+    /// another one is to be asked for.
+    pub fn went(&mut self, name: &BrokerName) -> Option<Offer> {
+        let gone = self.offers.remove(name)?;
+        let is_elsewhere = self.offers.values().any(|offer| offer.registry);
+        (gone.registry && is_elsewhere).then_some(Offer { registry: true, tenants: false })
+    }
+
+    /// Whom to ask for the leases of a source: the next one. Of the brokers with tenants one knows, so all are asked.
+    pub fn next(&mut self, source: &LeaseSource) -> Vec<BrokerName> {
+        let brokers: Vec<_> =
+            self.offers.iter().filter(|(_, offer)| source.is_at(**offer)).map(|(name, _)| name.clone()).collect();
+        if let LeaseSource::Tenants(_) = source {
+            return brokers;
+        }
+        let is_later = |name: &&BrokerName| self.asked.as_ref().is_none_or(|asked| *name > asked);
+        let next = brokers.iter().find(is_later).or_else(|| brokers.first()).cloned();
+        if next.is_some() {
+            self.asked.clone_from(&next);
+        }
+        next.into_iter().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wgkex_common::config::Config;
+
+    use super::*;
+    use crate::leases::server::sources;
+
+    const REGISTRY: Offer = Offer { registry: true, tenants: false };
+    const TENANTS: Offer = Offer { registry: false, tenants: true };
+
+    fn name(name: &str) -> BrokerName {
+        name.parse().unwrap()
+    }
+
+    fn server() -> LeaseSource {
+        let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nservers: {s1: {network: 10.77.0.0/24, listen_port: 1}}";
+        sources(&Config::parse("", yaml, "gw1").unwrap()).remove(0).1
+    }
+
+    #[test]
+    fn each_broker_with_a_registry_has_its_turn() {
+        let (mut brokers, server) = (Brokers::default(), server());
+        assert!(brokers.next(&server).is_empty());
+        for (broker, offer) in [("a", REGISTRY), ("b", TENANTS), ("c", REGISTRY)] {
+            brokers.came(name(broker), offer);
+        }
+        let asked: Vec<_> = (0..3).flat_map(|_| brokers.next(&server)).collect();
+        assert_eq!(asked, ["a", "c", "a"].map(name));
+    }
+
+    /// Failed before: none was asked until the hour was over, or until the time for the answer was.
+    #[test]
+    fn another_broker_is_asked_where_one_goes_away() {
+        let mut brokers = Brokers::default();
+        for (broker, offer) in [("a", REGISTRY), ("b", TENANTS), ("c", REGISTRY)] {
+            brokers.came(name(broker), offer);
+        }
+        let server = server();
+        assert_eq!(brokers.next(&server), [name("a")]);
+        let to_ask = brokers.went(&name("a")).unwrap();
+        assert!(server.is_at(to_ask));
+        assert_eq!(brokers.next(&server), [name("c")]);
+        assert!(brokers.went(&name("a")).is_none(), "it was away already");
+        assert!(brokers.went(&name("b")).is_none(), "it had none of a registry");
+        assert!(brokers.went(&name("c")).is_none(), "there is no other one");
+    }
+}
