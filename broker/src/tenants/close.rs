@@ -22,6 +22,9 @@ pub enum CloseCause {
     /// The first message is not a text.
     #[error("the first message has to be a text")]
     Binary,
+    /// A text is not UTF-8.
+    #[error("a text has to be UTF-8")]
+    NotUtf8,
     /// The first message is not a join.
     #[error("{0}")]
     Join(JoinMessageError),
@@ -40,9 +43,9 @@ pub enum CloseCause {
     /// Another member got its address while brokers did not reach each other.
     #[error("another member has this address now: join again")]
     Conflict,
-    /// No broker gives addresses.
-    #[error("no broker gives addresses now: join again")]
-    NoCoordinator,
+    /// It has neither an address nor a refusal: no broker gives addresses, or members with its key were asked one after the other.
+    #[error("no address was given in time: join again")]
+    Late,
     /// A message is too large.
     #[error("a message has at most {MESSAGE_MAX} bytes")]
     TooLarge,
@@ -70,12 +73,12 @@ impl CloseCause {
     pub fn reason(&self) -> Option<CloseReason> {
         let code = match self {
             Self::Slow | Self::Silent => return None,
-            Self::Binary | Self::Join(JoinMessageError::Malformed(_)) => CloseCode::Unsupported,
+            Self::Binary | Self::NotUtf8 | Self::Join(JoinMessageError::Malformed(_)) => CloseCode::Unsupported,
             Self::JoinTimeout
             | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_))
             | Self::KeyInUse
             | Self::TooManyTenants => CloseCode::Policy,
-            Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::NoCoordinator => CloseCode::Again,
+            Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::Late => CloseCode::Again,
             Self::TooLarge => CloseCode::Size,
             Self::Protocol(_) => CloseCode::Protocol,
             Self::Stopping => CloseCode::Away,

@@ -158,6 +158,12 @@ impl Tenant {
         Some(member)
     }
 
+    /// A member leaves, and a client with its key has its address at once; none if it is none.
+    pub fn hand_over(&mut self, session: MemberId, next: MemberId, client: Newcomer) -> Option<Arc<Member>> {
+        let Member { virtual_ip, .. } = *self.members.remove(&session)?;
+        Some(self.insert(next, Member { virtual_ip, client }, None).member)
+    }
+
     /// Holds an address for a key, as before a restart; false if that cannot be, as for a member.
     pub fn restore(&mut self, key: PublicKey, address: IpAddr, since: Instant) -> bool {
         let is_there = self.held.contains_key(&key) || self.sessions.contains_key(&key);
@@ -179,6 +185,14 @@ impl Tenant {
             expired.push(key);
         }
         expired
+    }
+
+    /// Frees the address that is held for the longest time, and returns for which key; none if none is held.
+    pub fn give_up_oldest(&mut self) -> Option<PublicKey> {
+        let (_, key) = self.oldest.first().copied()?;
+        let number = self.unhold(key)?;
+        self.free.give_back(number);
+        Some(key)
     }
 
     /// The keys for which addresses are held.

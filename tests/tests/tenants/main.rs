@@ -5,12 +5,15 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::Shutdown;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBuf;
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 use wgkex_tests::http::Http;
@@ -231,6 +234,7 @@ fn os11_of_members_that_join_at_once_each_learns_of_each_other_once() {
     scenario("os11", "");
 }
 
+/// As many joins as in five minutes with three a second, and as many leaves.
 #[test]
 fn os12_what_members_put_together_during_churn_is_the_truth() {
     Script::start(&stack_with(", grace: 0.05"), "os12", &["1000"]).finish();
@@ -294,6 +298,38 @@ fn os15_what_a_member_sends_further_is_ignored() {
 #[test]
 fn os16_a_key_has_one_member_the_one_that_is_alive() {
     scenario("os16", "");
+}
+
+/// On a slow line: the ping comes before what waits, or the answer would come too late.
+#[test]
+fn os16_a_member_that_is_alive_keeps_its_place_however_much_waits_for_it() {
+    const WAITING: u32 = 1_300;
+    let stack = stack_with("");
+    let mut slow = WebSocket::open(stack.http, "/tenants/t").unwrap();
+    setsockopt(slow.stream(), RcvBuf, &(16 << 10)).unwrap();
+    slow.join("slow", &key(0)).unwrap();
+    // Announced with 1.6 KB.
+    let name = "\u{1}".repeat(255);
+    for n in 1..=WAITING {
+        WebSocket::open(stack.http, "/tenants/t").unwrap().join(&name, &key(n)).unwrap();
+        // It is alive all the time.
+        slow.send(0x8a, b"").unwrap();
+    }
+    let line = slow.stream().try_clone().unwrap();
+    let reader = thread::spawn(move || {
+        let mut read = 0;
+        while slow.receive().is_ok() {
+            read += 1;
+            thread::sleep(Duration::from_millis(5));
+        }
+        read
+    });
+    let twin = WebSocket::open(stack.http, "/tenants/t").unwrap().join("twin", &key(0));
+    let error = twin.unwrap_err().to_string();
+    assert_eq!(error, "1008 a member has this public_key and is connected");
+    line.shutdown(Shutdown::Both).unwrap();
+    assert!(reader.join().unwrap() < WAITING, "nothing waited any more");
+    stack.wait_for_metric("wgkex_broker_tenants_leaves_total{reason=\"silent\"}", 0.0);
 }
 
 #[test]
