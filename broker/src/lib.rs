@@ -93,10 +93,22 @@ const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 const IDLE_CHECK: Duration = Duration::from_secs(1);
 
 /// What a changed config means to a broker that runs.
-const KEY_USE: KeyUse = KeyUse {
-    live: &["workers", "rebalance"],
-    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName", "servers", "hub"],
-};
+fn key_use() -> KeyUse {
+    KeyUse {
+        live: vec!["workers", "rebalance"],
+        unused: vec![
+            "worker_listen",
+            "worker_user",
+            "peers",
+            "forget_idle_after",
+            "setup",
+            "externalName",
+            "servers",
+            "hub",
+        ],
+        of_commands: Vec::new(),
+    }
+}
 
 /// What several services use.
 struct Broker {
@@ -296,7 +308,7 @@ impl Broker {
             .spawn("the drains", |_| drains.clone().run())
             .spawn("the config", |_| {
                 let gateways = gateways.clone();
-                reload::on_hangup(config.clone(), KEY_USE, move |config| gateways.lock().reconfigure(config))
+                reload::on_hangup(config.clone(), key_use(), move |config| gateways.lock().reconfigure(config))
             });
         services
             .group(2 * FAREWELL_TIMEOUT, None)
