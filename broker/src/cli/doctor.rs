@@ -137,14 +137,13 @@ fn certificate(
         Access::Denied(reason) => Some(format!("{name} cannot read {}: {reason}", path.display())),
         Access::Granted | Access::Creatable | Access::OnlyFor(_) | Access::OnlyWhileRunning | Access::Unseen(_) => None,
     });
-    let is_credential = accesses.iter().any(|(_, access)| *access == Access::OnlyWhileRunning);
-    let validity = if is_credential { Ok(None) } else { tls::validity(section, file, key_file).map(Some) };
-    CertificateFacts {
-        section,
-        file: PathBuf::from(file),
-        denied,
-        validity: validity.map_err(|error| error.to_string()),
-    }
+    let credential = accesses.iter().find(|(_, access)| *access == Access::OnlyWhileRunning);
+    let validity = match credential {
+        Some(_) => Ok(None),
+        None => tls::validity(section, file, key_file).map(Some).map_err(|error| error.to_string()),
+    };
+    let file = credential.map_or(file, |(path, _)| path);
+    CertificateFacts { section, file: PathBuf::from(file), denied, validity }
 }
 
 /// The files without which it does not start, certificates and their keys apart.

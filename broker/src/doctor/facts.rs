@@ -59,7 +59,7 @@ pub struct PortFacts {
 pub struct CertificateFacts {
     /// The section of the config that names its files.
     pub section: &'static str,
-    /// The file of the certificate.
+    /// The file of the certificate; or that of it and its key which is not there while the unit does not run.
     pub file: PathBuf,
     /// Why the broker's user cannot read it or its key.
     pub denied: Option<String>,
