@@ -31,6 +31,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     let mut findings = config(&facts.config_warnings);
     findings.extend(fleet::broker(facts));
     findings.extend(facts.ports.iter().map(|port| listeners::port(port, status)));
+    findings.extend(files::needed(Program::Broker, &facts.state.user, &facts.needed));
     findings.extend(facts.certificates.iter().map(listeners::certificate));
     findings.extend(facts.embedded.iter().map(listeners::embedded));
     findings.extend(facts.mqtt.iter().flat_map(mqtt));

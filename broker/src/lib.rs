@@ -96,10 +96,22 @@ const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 const IDLE_CHECK: Duration = Duration::from_secs(1);
 
 /// What a changed config means to a broker that runs.
-const KEY_USE: KeyUse = KeyUse {
-    live: &["workers", "rebalance"],
-    unused: &["worker_listen", "worker_user", "peers", "forget_idle_after", "setup", "externalName", "servers", "hub"],
-};
+fn key_use() -> KeyUse {
+    KeyUse {
+        live: vec!["workers", "rebalance"],
+        unused: vec![
+            "worker_listen",
+            "worker_user",
+            "peers",
+            "forget_idle_after",
+            "setup",
+            "externalName",
+            "servers",
+            "hub",
+        ],
+        of_commands: Vec::new(),
+    }
+}
 
 /// What several services use.
 struct Broker {
@@ -315,7 +327,7 @@ impl Broker {
             .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone()))
             .spawn("the config", |_| {
                 let fleet = fleet.clone();
-                reload::on_hangup(config.clone(), KEY_USE, move |config| fleet.gateways().reconfigure(config))
+                reload::on_hangup(config.clone(), key_use(), move |config| fleet.gateways().reconfigure(config))
             });
         services
             .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))

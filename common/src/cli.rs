@@ -12,8 +12,10 @@ use clap_complete::Shell;
 use serde_json::json;
 
 use crate::Config;
-use crate::config::{NeededBy, Problem, UnreadableFile};
-use crate::doctor::Program;
+use crate::config::{Problem, UnreadableFile};
+use crate::doctor::access::Identity;
+use crate::doctor::identity::{self, Sources};
+use crate::doctor::{self, Program};
 
 /// The exit code of `check-config` where only `--strict` finds fault.
 const ONLY_WARNINGS: u8 = 1;
@@ -136,14 +138,19 @@ impl Documents {
     }
 }
 
-/// The files without which `program` does not start, and the others, that cannot be read.
+/// The files without which `program` does not start, and the others, that cannot be read: by who runs this, or by another
+/// user as whom the program serves.
 fn unreadable_files(config: &Config, program: Program) -> (Vec<Problem>, Vec<Problem>) {
-    let is_needed = |file: &UnreadableFile| match file.needed_by {
-        NeededBy::Broker => program == Program::Broker,
-        NeededBy::Both => true,
-        NeededBy::None => false,
-    };
-    let (needed, others): (Vec<_>, Vec<_>) = config.unreadable_files().into_iter().partition(is_needed);
+    let mut files = config.unreadable_files();
+    let worker_user = config.worker_user.as_deref().filter(|_| program == Program::Worker);
+    let user = identity::find(program, Sources { config: worker_user, ..Sources::default() });
+    // A user who is not known is the doctor's business.
+    if let Some(user) = user.ok().filter(Identity::is_another) {
+        let known: Vec<_> = files.iter().map(|file| file.problem.key.clone()).collect();
+        let denied = doctor::files::denied(config, program, &user).into_iter();
+        files.extend(denied.filter(|file| !known.contains(&file.problem.key)));
+    }
+    let (needed, others): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| program.needs(file.needed_by));
     let problems = |files: Vec<UnreadableFile>| files.into_iter().map(|file| file.problem).collect();
     (problems(needed), problems(others))
 }

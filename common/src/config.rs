@@ -50,7 +50,7 @@ pub use tracing::Level;
 
 use self::diagnostics::{Diagnostics, Problems};
 pub use self::domains::GatewayShare;
-pub use self::files::{NeededBy, UnreadableFile};
+pub use self::files::{CONFIG_FILE, FileToRead, NeededBy, PASSWORD_FILE, UnreadableFile};
 pub use self::http::{Https, Listen};
 pub use self::hub::Hub;
 pub use self::limits::{Limits, Quota};

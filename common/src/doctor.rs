@@ -7,6 +7,7 @@
 //! No task. Previous stop: the command `doctor` in the program's `cli` room; next stop: the terminal.
 
 pub mod access;
+mod acl;
 pub mod bus;
 pub mod clock;
 pub mod files;
@@ -22,7 +23,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::Config;
-use crate::config::{ConfigError, Problem};
+use crate::config::{ConfigError, NeededBy, Problem};
 use crate::style::{Colour, Style};
 
 /// The exit code where there are warnings only.
@@ -74,6 +75,16 @@ pub enum Program {
 }
 
 impl Program {
+    /// Whether it does not start without a file that is needed by these.
+    #[must_use]
+    pub fn needs(self, needed_by: NeededBy) -> bool {
+        match needed_by {
+            NeededBy::Broker => self == Self::Broker,
+            NeededBy::Both => true,
+            NeededBy::None => false,
+        }
+    }
+
     /// What the program is called in a sentence.
     fn word(self) -> &'static str {
         match self {
@@ -183,9 +194,15 @@ pub fn run(
 
 /// What is wrong with a config by which nothing else can be checked.
 fn invalid_config(error: &ConfigError) -> Vec<Finding> {
-    let advice = "correct it: wgkex.yaml.example describes every key";
-    let mut findings: Vec<_> =
-        error.mistakes.iter().map(|mistake| Finding::fail("config", mistake.to_string(), advice)).collect();
+    let finding = |mistake: &Problem| {
+        let advice = if mistake.is_denied() {
+            "run the doctor as root, or as the user of the program"
+        } else {
+            "correct it: wgkex.yaml.example describes every key"
+        };
+        Finding::fail("config", mistake.to_string(), advice)
+    };
+    let mut findings: Vec<_> = error.mistakes.iter().map(finding).collect();
     findings.extend(warnings(&error.warnings));
     findings
 }
@@ -233,6 +250,17 @@ fn conclude(findings: &[Finding], is_json: bool) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_config_that_may_not_be_read_is_no_mistake_in_it() {
+        let problem = |problem: &str| {
+            let mistakes = vec![Problem { file: None, line: None, key: None, problem: problem.into() }];
+            invalid_config(&ConfigError { mistakes, warnings: Vec::new() }).remove(0).advice.unwrap()
+        };
+        assert!(problem("cannot be read: Permission denied (os error 13)").contains("as root"));
+        assert!(problem("/f: cannot be read: Permission denied (os error 13)").contains("as root"));
+        assert!(problem("must be a mapping").contains("correct it"));
+    }
 
     #[test]
     fn checks_that_cannot_be_made_end_like_a_failure() {

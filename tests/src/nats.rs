@@ -72,24 +72,38 @@ impl Node {
     fn start(dir: &Path, n: usize, routes: &[SocketAddr]) -> Self {
         let (mqtt, dir) = (free_address(), dir.join(format!("nats{n}")));
         std::fs::create_dir_all(&dir).expect("a directory");
-        let others: Vec<_> = routes.iter().map(|route| format!("\"nats://{route}\"")).collect();
-        let cluster = if others.len() > 1 {
-            format!("cluster {{name: test, listen: \"{}\", routes: [{}]}}\n", routes[n], others.join(", "))
-        } else {
-            String::new()
-        };
-        let text = format!(
-            "server_name: n{n}\nlisten: \"{}\"\njetstream {{store_dir: \"{}\"}}\n\
-             mqtt {{listen: \"{mqtt}\", stream_replicas: {}}}\n{cluster}",
-            free_address(),
-            dir.display(),
-            routes.len(),
-        );
         let config = dir.join("nats.conf");
-        std::fs::write(&config, text).expect("write its config");
+        std::fs::write(&config, example(n, mqtt, &dir, routes)).expect("write its config");
         let process = start(n, &config);
         Self { mqtt, config, process }
     }
+}
+
+/// deploy/examples/nats.conf for one of the nodes that reach each other by `routes`.
+fn example(n: usize, mqtt: SocketAddr, dir: &Path, routes: &[SocketAddr]) -> String {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/nats.conf");
+    let mut text = std::fs::read_to_string(file).expect("the example");
+    if routes.len() == 1 {
+        text.truncate(text.find("\ncluster {").expect("a section for clusters"));
+    }
+    let others = ["nats://nats1.example.org:6222", "nats://nats2.example.org:6222", "nats://nats3.example.org:6222"];
+    let places = [
+        ("server_name: n1".to_owned(), format!("server_name: n{n}")),
+        ("127.0.0.1:4222".to_owned(), free_address().to_string()),
+        ("/var/lib/nats".to_owned(), dir.display().to_string()),
+        ("0.0.0.0:1883".to_owned(), mqtt.to_string()),
+        ("0.0.0.0:6222".to_owned(), routes[n].to_string()),
+        ("stream_replicas: 3".to_owned(), format!("stream_replicas: {}", routes.len())),
+        (
+            others.join("\", \""),
+            routes.iter().map(|route| format!("nats://{route}")).collect::<Vec<_>>().join("\", \""),
+        ),
+    ];
+    for (place, here) in places {
+        assert!(text.contains(&place) || routes.len() == 1, "nats.conf has no {place}");
+        text = text.replace(&place, &here);
+    }
+    text
 }
 
 fn start(node: usize, config: &Path) -> Process {

@@ -107,6 +107,26 @@ fn check_config_names_files_that_cannot_be_read() {
     }
 }
 
+/// A unit does not start it again: RestartPreventExitStatus=78.
+#[test]
+fn a_service_whose_config_cannot_be_used_ends_with_an_exit_code_of_its_own() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("wgkex.yaml");
+    fs::write(&file, format!("{LEAST}log_level: loud\n")).unwrap();
+    for program in PROGRAMS {
+        for config in [&file, &dir.path().join("none.yaml")] {
+            let output = run(program, &["--config", config.to_str().unwrap()]);
+            assert_eq!(output.status.code(), Some(78), "{program}: {output:?}");
+        }
+        assert!(help(program, &[]).contains("with 78 if its config cannot be used"), "{program}");
+        let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../deploy/systemd/{program}.service"));
+        let unit = fs::read_to_string(unit).unwrap();
+        assert!(unit.contains("\nRestartPreventExitStatus=78\n"), "{unit}");
+        let check = unit.find(&format!("\nExecReload=+/usr/bin/{program} check-config\n"));
+        assert!(check.is_some_and(|check| unit[check..].contains("\nExecReload=/bin/sh -c 'kill -HUP $MAINPID'\n")));
+    }
+}
+
 #[test]
 fn the_example_is_valid() {
     let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../wgkex.yaml.example");

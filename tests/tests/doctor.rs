@@ -189,6 +189,19 @@ fn certificates_that_have_ended_or_end_soon_are_named() {
     names(&stack, &format!("fail mqtt_listen.tls: mqtt_listen.tls.key_file {dir}/key.pem: "), "its own key");
 }
 
+/// The service manager puts them there when it starts the unit.
+#[test]
+fn a_certificate_that_is_a_credential_of_the_unit_is_not_checked_while_that_does_not_run() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
+    issue(&stack, None);
+    let key = "/run/credentials/no-such-unit.service/tls-key";
+    stack.plan.listen = format!("tls: {{cert_file: {}/cert.pem, key_file: {key}}}", stack.dir().display());
+    stack.write_config();
+    let text = passes(&stack, &["warn broker: none runs here"]);
+    let line = format!("ok   mqtt_listen.tls: {key} is there only while the unit runs: it is not checked\n");
+    assert!(text.contains(&line), "{text}");
+}
+
 #[test]
 fn a_port_that_is_taken_is_named_with_who_has_it() {
     let stack = Stack::prepare(Plan::new(Bus::Embedded));

@@ -1,13 +1,14 @@
 //! `doctor`: what is wrong with a gateway, and what to do about it. No IO: [`crate::cli::doctor`] gathers [`Facts`], and
 //! [`findings`] decides about them.
 //!
-//! Each room of checks is a file: [`interfaces`], [`machine`], [`bus`]; what the broker's doctor checks, too, is in
+//! Each room of checks is a file: [`process`], [`interfaces`], [`machine`], [`bus`]; what the broker's doctor checks, too, is in
 //! [`wgkex_common::doctor`].
 
 mod bus;
 pub mod facts;
 mod interfaces;
 mod machine;
+mod process;
 #[cfg(test)]
 mod tests;
 
@@ -19,13 +20,13 @@ use self::facts::Facts;
 #[must_use]
 pub fn findings(facts: &Facts) -> Vec<Finding> {
     let mut findings = config(&facts.config_warnings);
+    findings.extend(process::runs(facts));
     findings.push(machine::capability(facts.has_net_admin));
     findings.push(machine::wireguard(facts));
-    findings.extend(machine::listener(facts));
     findings.extend(facts.uplinks.iter().filter_map(|uplink| machine::uplink(uplink, &facts.domains)));
     for domain in &facts.domains {
         let found = interfaces::domain(domain, facts.is_setup_named);
-        let down = machine::domain_down(domain, facts.running.as_ref()).filter(|_| worst(&found) < Level::Fail);
+        let down = process::domain_down(domain, facts.running.as_ref()).filter(|_| worst(&found) < Level::Fail);
         findings.extend(found.into_iter().chain(down));
     }
     findings.extend(facts.servers.iter().map(|server| machine::server(server, facts.running.as_ref())));
@@ -33,6 +34,8 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings.push(clock::clock(Program::Worker, &facts.clock));
     let running = facts.running.as_ref().map(|worker| &worker.process);
     findings.extend(files::state(Program::Worker, &facts.state, running));
+    findings.extend(facts.running.as_ref().and_then(process::kept));
+    findings.extend(files::needed(Program::Worker, &facts.state.user, &facts.needed));
     findings.extend(files::lists(Program::Worker, &facts.state.user, &facts.lists, running));
     findings.extend(bus::mqtt(facts));
     findings

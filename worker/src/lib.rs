@@ -38,6 +38,7 @@ use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
+use wgkex_common::config::MqttAddress;
 use wgkex_common::mqtt::presence::Reporter;
 use wgkex_common::mqtt::{MqttHandle, Session};
 use wgkex_common::runtime::metrics::Registry;
@@ -71,10 +72,9 @@ const TICK: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a changed config means to a worker that runs.
-const KEY_USE: KeyUse = KeyUse {
-    live: &[],
-    unused: &[
+/// What a changed config means to a worker that was started with `config`.
+fn key_use(config: &Config) -> KeyUse {
+    let of_brokers = [
         "workers",
         "broker_listen",
         "trusted_proxies",
@@ -88,8 +88,25 @@ const KEY_USE: KeyUse = KeyUse {
         "storage",
         "storage_password_file",
         "registry",
-    ],
-};
+    ];
+    // Without another server, the worker connects to that of the broker on its machine.
+    let mqtt_listen = match config.mqtt.server {
+        MqttAddress::External { .. } => vec!["mqtt_listen"],
+        MqttAddress::Embedded(_) | MqttAddress::Own(_) => {
+            vec!["mqtt_listen.tls", "mqtt_listen.users", "mqtt_listen.max_connections"]
+        }
+    };
+    // The hub forwards within the networks of tenants.
+    let tenants = match config.hub {
+        None => vec!["tenants"],
+        Some(_) => vec!["tenants.enabled", "tenants.hub", "tenants.grace", "tenants.tokens_file"],
+    };
+    KeyUse {
+        live: Vec::new(),
+        unused: [of_brokers.to_vec(), mqtt_listen, tenants].concat(),
+        of_commands: vec![("setup", "wgkex-worker setup")],
+    }
+}
 
 /// What several services use.
 struct Worker {
@@ -260,7 +277,7 @@ impl Worker {
             })
             .spawn("the keys after a drain", |_| resync)
             .spawn("the reserved keys", |_| tick(ticking))
-            .spawn("the config", |_| reload::on_hangup(config.clone(), KEY_USE, |_| {}));
+            .spawn("the config", |_| reload::on_hangup(config.clone(), key_use(config), |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 
@@ -333,4 +350,23 @@ async fn tick(reserved: watch::Sender<Reserved>) {
 /// Passes the live keys of a chunk to the reconciler, which installs those that are missing.
 async fn learn(reconciler: ReconcilerHandle, domain: Domain, chunk: SnapshotChunk) {
     reconciler.learn(domain, chunk.keys).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unused(more: &str) -> Vec<&'static str> {
+        let yaml = format!("domains: [x_a]\ndomain_prefixes: [x_]\n{more}");
+        key_use(&Config::parse("f", &yaml, "gw1").unwrap()).unused
+    }
+
+    #[test]
+    fn keys_of_brokers_in_a_shared_file_need_no_restart_of_the_worker() {
+        let own = unused("");
+        assert!(own.contains(&"mqtt_listen.users") && !own.contains(&"mqtt_listen"), "{own:?}");
+        assert!(own.contains(&"tenants") && unused("mqtt: {broker_url: h}").contains(&"mqtt_listen"));
+        let hub = unused("hub: {enabled: true}");
+        assert!(hub.contains(&"tenants.tokens_file") && !hub.contains(&"tenants"), "{hub:?}");
+    }
 }

@@ -15,7 +15,7 @@ use wgkex_common::config::{Https, Listen, MqttAddress, MqttListen, Role};
 use wgkex_common::doctor::access::{Access, Identity, Need, Unknown, find};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
-use wgkex_common::doctor::files::{ListFacts, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::identity::{self, Sources};
 use wgkex_common::doctor::{self, Program, sockets};
 use wgkex_common::mqtt::trial::{self, Retained};
@@ -71,6 +71,7 @@ impl Doctor {
             mqtt,
             state: StateFacts::of(&config.state_dir, "broker.sqlite", user.as_ref()),
             lists: ListFacts::of(&config.key_lists, user.as_ref()),
+            needed: needed(config, user.as_ref()),
             tokens: config.tenants.as_ref().and_then(|tenants| tenants.tokens_file.as_deref()).map(tokens::count),
             files: pid.and_then(files),
             clock: ClockFacts { is_synchronised: is_synchronised(), ..ClockFacts::default() },
@@ -131,12 +132,26 @@ fn certificate(
     user: Result<&Identity, &Unknown>,
 ) -> CertificateFacts {
     let name = user.map_or_else(|unknown| &unknown.name, |user| &user.name);
-    let denied = [file, key_file].into_iter().find_map(|path| match find(path, user, Need::Read) {
+    let accesses = [file, key_file].map(|path| (path, find(path, user, Need::Read)));
+    let denied = accesses.iter().find_map(|(path, access)| match access {
         Access::Denied(reason) => Some(format!("{name} cannot read {}: {reason}", path.display())),
-        Access::Granted | Access::Creatable | Access::OnlyFor(_) => None,
+        Access::Granted | Access::Creatable | Access::OnlyFor(_) | Access::OnlyWhileRunning | Access::Unseen(_) => None,
     });
-    let validity = tls::validity(section, file, key_file).map_err(|error| error.to_string());
+    let credential = accesses.iter().find(|(_, access)| *access == Access::OnlyWhileRunning);
+    let validity = match credential {
+        Some(_) => Ok(None),
+        None => tls::validity(section, file, key_file).map(Some).map_err(|error| error.to_string()),
+    };
+    let file = credential.map_or(file, |(path, _)| path);
     CertificateFacts { section, file: PathBuf::from(file), denied, validity }
+}
+
+/// The files without which it does not start, certificates and their keys apart.
+fn needed(config: &Config, user: Result<&Identity, &Unknown>) -> Vec<FileFacts> {
+    let is_of_certificate = |key: &str| key.ends_with(".cert_file") || key.ends_with(".key_file");
+    let mut files = FileFacts::of(config, Program::Broker, user);
+    files.retain(|file| !is_of_certificate(file.key));
+    files
 }
 
 fn embedded(MqttListen { address, users, .. }: &MqttListen) -> EmbeddedFacts {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use wgkex_common::config::Problem;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
-use wgkex_common::doctor::files::{ListFacts, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 
 use crate::http::status::Status;
@@ -33,6 +33,8 @@ pub struct Facts {
     pub state: StateFacts,
     /// The files and directories of the access lists, by their keys in the config.
     pub lists: Vec<ListFacts>,
+    /// The other files without which it does not start.
+    pub needed: Vec<FileFacts>,
     /// How many tokens of tenants there are, or why their file cannot be used; none if the config names none.
     pub tokens: Option<Result<usize, String>>,
     /// How many files the running broker may open, if that is known.
@@ -57,12 +59,12 @@ pub struct PortFacts {
 pub struct CertificateFacts {
     /// The section of the config that names its files.
     pub section: &'static str,
-    /// The file of the certificate.
+    /// The file of the certificate; or that of it and its key which is not there while the unit does not run.
     pub file: PathBuf,
     /// Why the broker's user cannot read it or its key.
     pub denied: Option<String>,
-    /// For how long it counts; or why it cannot be used.
-    pub validity: Result<Validity, String>,
+    /// For how long it counts, if it is there while the unit does not run; or why it cannot be used.
+    pub validity: Result<Option<Validity>, String>,
 }
 
 /// The MQTT server inside the broker.

@@ -5,6 +5,7 @@ use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Finding, Level};
 
 use super::facts::Facts;
+use super::listeners::{RESTART, is_broker};
 use crate::fleet::status::{Problem, ProblemKind, age, printable};
 use crate::http::status::Status;
 
@@ -42,8 +43,11 @@ fn does_not_answer(facts: &Facts, error: &str) -> Finding {
         let found = "none runs here: what only a running one knows is not checked";
         return Finding::warn(BROKER, found, "`systemctl start wgkex-broker`; its log says why it ended");
     }
-    let advice =
-        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below who has the port";
+    let advice = if listen.is_some_and(|port| matches!(&port.owner, Ok(owner) if is_broker(owner))) {
+        RESTART
+    } else {
+        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below who has the port"
+    };
     Finding::fail(BROKER, printable(error), advice)
 }
 

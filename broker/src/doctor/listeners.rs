@@ -12,9 +12,16 @@ use crate::tls::Validity;
 
 /// What the broker's process is called.
 const PROGRAM: &str = "wgkex-broker";
+/// What helps a broker that does not answer.
+pub(super) const RESTART: &str = "look at its log (`journalctl -u wgkex-broker`), and `systemctl restart wgkex-broker`";
 const DAY: Duration = Duration::from_secs(86_400);
 /// A certificate that ends sooner should have been renewed.
 const SOON: Duration = Duration::from_secs(30 * 86_400);
+
+/// Whether it is a process of the broker, whether or not it answers.
+pub(super) fn is_broker(owner: &PortOwner) -> bool {
+    matches!(owner, PortOwner::Process { name, .. } if name == PROGRAM)
+}
 
 /// Whether the broker has the port, or can have it.
 pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option<&Status>) -> Finding {
@@ -30,8 +37,11 @@ pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option
             format!("the running broker does not listen on {listen}"),
             "restart it: it was started with another config",
         ),
+        (Ok(owner @ PortOwner::Process { pid, .. }), None) if is_broker(owner) => {
+            Finding::warn(key, format!("process {pid} ({PROGRAM}) has {listen}, and does not answer"), RESTART)
+        }
         // It may have another number in its container.
-        (Ok(PortOwner::Process { pid, name }), Some(status)) if *pid == status.pid || name == PROGRAM => {
+        (Ok(owner @ PortOwner::Process { pid, .. }), Some(status)) if *pid == status.pid || is_broker(owner) => {
             Finding::ok(key, format!("the running broker listens on {listen}"))
         }
         (Ok(PortOwner::Process { pid, name }), _) => {
@@ -59,16 +69,19 @@ pub(super) fn certificate(facts: &CertificateFacts) -> Finding {
             error.clone(),
             format!("name a certificate and its own key as PEM in {section}.cert_file and .key_file"),
         ),
-        (None, Ok(Validity::NotYet)) => {
+        (None, Ok(None)) => {
+            Finding::ok(section, format!("{file} is there only while the unit runs: it is not checked"))
+        }
+        (None, Ok(Some(Validity::NotYet))) => {
             Finding::fail(section, format!("{file} is not valid yet"), "see whether the clock is right, or renew it")
         }
-        (None, Ok(Validity::Expired(ago))) => {
+        (None, Ok(Some(Validity::Expired(ago)))) => {
             Finding::fail(section, format!("{file} has expired, {} days ago", days(ago)), renew)
         }
-        (None, Ok(Validity::Left(left))) if *left < SOON => {
+        (None, Ok(Some(Validity::Left(left)))) if *left < SOON => {
             Finding::warn(section, format!("{file} expires in {} days", days(left)), renew)
         }
-        (None, Ok(Validity::Left(left))) => {
+        (None, Ok(Some(Validity::Left(left)))) => {
             Finding::ok(section, format!("{file} has its key, and expires in {} days", days(left)))
         }
     }

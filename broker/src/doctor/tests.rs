@@ -4,7 +4,7 @@ use serde_json::json;
 use wgkex_common::doctor::access::Access;
 use wgkex_common::doctor::bus::Rights;
 use wgkex_common::doctor::clock::ClockFacts;
-use wgkex_common::doctor::files::{ListFacts, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Level, worst};
 use wgkex_common::mqtt::Fault;
@@ -31,7 +31,7 @@ fn stopped() -> Facts {
             section: "broker_listen.tls",
             file: "/c.pem".into(),
             denied: None,
-            validity: Ok(Validity::Left(30 * DAY)),
+            validity: Ok(Some(Validity::Left(30 * DAY))),
         }],
         workers: ["gw1".to_owned()].into(),
         embedded: None,
@@ -45,6 +45,7 @@ fn stopped() -> Facts {
         }),
         state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: Access::Granted, holder: Ok(None) },
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
+        needed: vec![FileFacts { key: "registry.password_file", path: "/r".into(), access: Access::Granted }],
         tokens: Some(Ok(3)),
         files: None,
         clock: ClockFacts { is_synchronised: Some(true), ..ClockFacts::default() },
@@ -215,19 +216,36 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             (Level::Fail, |facts| facts.ports[1].owner = Err("no such".into()), "nobody can listen on", "\"::\""),
             (
                 Level::Warn,
-                |facts| facts.certificates[0].validity = Ok(Validity::Left(Duration::from_secs(30 * 86_400 - 1))),
+                |facts| facts.certificates[0].validity = Ok(Some(Validity::Left(Duration::from_secs(30 * 86_400 - 1)))),
                 "broker_listen.tls: /c.pem expires in 29 days",
                 "renew it",
             ),
             (
                 Level::Fail,
-                |facts| facts.certificates[0].validity = Ok(Validity::Expired(2 * DAY)),
+                |facts| facts.certificates[0].validity = Ok(Some(Validity::Expired(2 * DAY))),
                 "broker_listen.tls: /c.pem has expired, 2 days ago",
                 "renew it",
             ),
-            (Level::Fail, |facts| facts.certificates[0].validity = Ok(Validity::NotYet), "not valid yet", "clock"),
+            (
+                Level::Fail,
+                |facts| facts.certificates[0].validity = Ok(Some(Validity::NotYet)),
+                "not valid yet",
+                "clock",
+            ),
             (Level::Fail, |facts| facts.certificates[0].validity = Err("no PEM".into()), "no PEM", "cert_file"),
             (Level::Fail, |facts| facts.certificates[0].denied = Some("mode 600".into()), "mode 600", "chmod"),
+            (
+                Level::Fail,
+                |facts| facts.needed[0].access = Access::Denied("mode 600".into()),
+                "registry.password_file: wgkex cannot read /r: mode 600",
+                "chmod",
+            ),
+            (
+                Level::Warn,
+                |facts| facts.needed[0].access = Access::Unseen("denied".into()),
+                "/r cannot be looked at: denied",
+                "as root",
+            ),
             (Level::Fail, |facts| facts.tokens = Some(Err("line 3".into())), "tenants.tokens_file: line 3", "mend it"),
             (Level::Warn, |facts| facts.tokens = Some(Ok(0)), "tenants.tokens_file: has no token", "tenant-token"),
         ],
@@ -263,6 +281,33 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
     let findings = findings(&other);
     let broker = findings.iter().find(|finding| finding.subject == "broker").unwrap();
     assert!(broker.level == Level::Fail && broker.found == "no broker answers", "{broker:?}");
+}
+
+#[test]
+fn a_credential_of_a_unit_that_does_not_run_is_no_failure() {
+    let mut facts = well();
+    facts.certificates[0].validity = Ok(None);
+    facts.needed[0].access = Access::OnlyWhileRunning;
+    let findings = findings(&facts);
+    let unchecked = findings.iter().filter(|finding| finding.found.ends_with("it is not checked")).count();
+    assert!(worst(&findings) == Level::Ok && unchecked == 2, "{findings:?}");
+}
+
+/// The doctor gives it five seconds.
+#[test]
+fn a_broker_that_does_not_answer_is_to_be_restarted_and_its_ports_not_to_be_changed() {
+    let facts = Facts { running: Err("broker_listen [::]:5000: timeout".into()), ..well() };
+    let troubles: Vec<_> = findings(&facts)
+        .into_iter()
+        .filter(|finding| finding.level != Level::Ok && finding.subject != "state")
+        .collect();
+    assert_eq!(troubles.len(), 3, "{troubles:?}");
+    for trouble in &troubles {
+        let advice = trouble.advice.as_deref().unwrap();
+        assert!(advice.contains("log") && advice.contains("systemctl restart wgkex-broker"), "{trouble:?}");
+        assert!(!advice.contains("another port"), "{trouble:?}");
+    }
+    assert_eq!(troubles[1].found, "process 7 (wgkex-broker) has [::]:5000, and does not answer");
 }
 
 /// In a container it has another number.

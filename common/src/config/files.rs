@@ -3,9 +3,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{Config, Https, MqttListen, Problem};
+use super::{Config, FILE, Https, MqttListen, Problem};
 use crate::tls;
 
 /// The keys that name files.
@@ -26,6 +26,10 @@ pub(super) const KEYS: [&str; 15] = [
     "storage_password_file",
     "tenants.tokens_file",
 ];
+/// What the config's own file is called among the files to read.
+pub const CONFIG_FILE: &str = "config";
+/// The key that names the file of the password of the MQTT server.
+pub const PASSWORD_FILE: &str = "mqtt.password_file";
 /// Where a unit has its credentials, only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
 
@@ -40,6 +44,17 @@ pub enum NeededBy {
     None,
 }
 
+/// A file or directory that a program reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileToRead {
+    /// The key of the config that names it, or [`CONFIG_FILE`].
+    pub key: &'static str,
+    /// Which program does not start without it.
+    pub needed_by: NeededBy,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
 /// A file or directory that the config names and that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnreadableFile {
@@ -47,6 +62,14 @@ pub struct UnreadableFile {
     pub needed_by: NeededBy,
     /// What is wrong with it, at its key.
     pub problem: Problem,
+}
+
+impl FileToRead {
+    /// Whether it is a directory.
+    #[must_use]
+    pub fn is_directory(&self) -> bool {
+        Content::of(self.key) == Content::Directory
+    }
 }
 
 impl Config {
@@ -59,6 +82,26 @@ impl Config {
             Some(UnreadableFile { needed_by, problem: self.source.problem(key, problem) })
         };
         self.named_files().into_iter().filter_map(unreadable).collect()
+    }
+
+    /// The config itself where the programs look for it, the password's file, and all that the config names.
+    #[must_use]
+    pub fn files_to_read(&self) -> Vec<FileToRead> {
+        let own = self.source.file_name().filter(|file| *file == FILE).map(Path::new);
+        let password = self.source.text("/mqtt/password_file").map(Path::new);
+        let first = [(CONFIG_FILE, NeededBy::Both, own), (PASSWORD_FILE, NeededBy::Both, password)];
+        let named = first.into_iter().chain(self.named_files());
+        let file = |(key, needed_by, path): (&'static str, NeededBy, Option<&Path>)| {
+            Some(FileToRead { key, needed_by, path: path?.to_owned() })
+        };
+        named.filter_map(file).collect()
+    }
+
+    /// What is wrong with such a file.
+    #[must_use]
+    pub fn problem_of(&self, FileToRead { key, needed_by, path }: &FileToRead, problem: &str) -> UnreadableFile {
+        let problem = self.source.problem(key, format!("{}: {problem}", path.display()));
+        UnreadableFile { needed_by: *needed_by, problem }
     }
 
     fn named_files(&self) -> [(&'static str, NeededBy, Option<&Path>); KEYS.len()] {

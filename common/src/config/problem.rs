@@ -1,6 +1,6 @@
 //! What is wrong or odd with a config, by file, line and key.
 
-use std::fmt;
+use std::{fmt, io};
 
 use serde::Serialize;
 
@@ -21,6 +21,12 @@ impl Problem {
     /// About no file and no key.
     pub(super) fn other(problem: String) -> Self {
         Self { file: None, line: None, key: None, problem }
+    }
+
+    /// Whether it is only that who reads this may not.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        self.problem.contains(&format!("cannot be read: {}", io::Error::from(nix::errno::Errno::EACCES)))
     }
 }
 

@@ -31,6 +31,16 @@ impl Source {
         Problem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
     }
 
+    /// The name of the file; none if it was no file.
+    pub(super) fn file_name(&self) -> Option<&str> {
+        self.places.file.as_deref()
+    }
+
+    /// The text at this place (RFC 6901), if there is one.
+    pub(super) fn text(&self, pointer: &str) -> Option<&str> {
+        self.values.pointer(pointer)?.as_str()
+    }
+
     pub(super) fn in_file(self, file: &Path) -> Self {
         Self { file: Some(file.to_owned()), ..self }
     }

@@ -153,15 +153,23 @@ enum Mistake {
     #[error("must not have an alias for what it stands in itself")]
     Circle(usize),
     #[error("must have one document only (no second line \"---\")")]
-    Documents,
+    Documents(usize),
     #[error("must not have a value that is no number and no text, such as .inf or .nan; quotes make it a text")]
-    Number,
+    Number(usize),
     #[error("must have a text as each key, and has a list, a mapping or nothing")]
-    Key,
+    Key(usize),
     #[error("must begin with spaces, not with a tab")]
     Tab(usize),
     #[error("is not YAML: {reason}")]
     Yaml { line: usize, reason: String },
+}
+
+/// What the scanner says where the value of a key stands and it expects none.
+const NO_VALUES: &str = "mapping values are not allowed";
+
+/// What a line begins with.
+fn indent(line: &str) -> &str {
+    &line[..line.len() - line.trim_start().len()]
 }
 
 /// Whether it may be a key without a value that says so.
@@ -173,48 +181,72 @@ fn lacks_colon(line: &str) -> bool {
         && !text.contains(": ")
 }
 
+/// Whether a line has a key, and a value without quotes in which a colon stands as behind a key.
+fn has_colon_in_value(line: &str) -> bool {
+    let Some((_, value)) = line.split(" #").next().and_then(|text| text.split_once(": ")) else { return false };
+    let value = value.trim();
+    !value.starts_with(['"', '\'', '{', '[']) && (value.contains(": ") || value.ends_with(':'))
+}
+
 /// Whether the scanner stumbles over a line that begins in another column than those around it.
 fn is_of_indentation(info: &str) -> bool {
     let of_block = info.starts_with("while parsing a block") && info.contains("did not find expected");
-    of_block || info.starts_with("mapping values are not allowed")
+    of_block || info.starts_with(NO_VALUES)
+}
+
+/// The line to look at, and what is wrong there, where the scanner stumbles with `info`.
+fn cause(line: usize, info: &str, text: &str) -> (usize, String) {
+    let at = |line: usize| text.lines().nth(line - 1).unwrap_or_default();
+    if info.starts_with("simple key") {
+        // The scanner notices a key without its colon only where the next one begins.
+        let lacks_colon = |(_, text): &(usize, &str)| lacks_colon(text);
+        let before = text.lines().take(line).enumerate().filter(lacks_colon).last();
+        let reason = "a key lacks the colon behind it, or the space behind that".to_owned();
+        (before.map_or(line, |(at, _)| at + 1), reason)
+    } else if info.starts_with(NO_VALUES) && has_colon_in_value(at(line)) {
+        (line, "a value with a colon at its end, or before a space, needs quotes around it".to_owned())
+    } else if is_of_indentation(info) {
+        let before = text.lines().take(line - 1).filter(|text| !text.trim().is_empty()).last();
+        let column = |text: &str| indent(text).len() + 1;
+        let reason = format!(
+            "this line begins in column {}, and the one before in column {}: the keys of one block begin in the same \
+                 column, and those below a key further right",
+            column(at(line)),
+            column(before.unwrap_or_default())
+        );
+        (line, reason)
+    } else {
+        (line, info.to_owned())
+    }
 }
 
 impl Mistake {
     fn of(error: &ScanError, text: &str) -> Self {
-        let line = error.marker().line();
-        let indent = |text: &str| text.len() - text.trim_start().len();
-        match text.lines().take(line + 1).position(|text| text[..indent(text)].contains('\t')) {
-            Some(tab) => Self::Tab(tab + 1),
-            // The scanner notices a key without its colon only where the next one begins.
-            None if error.info().starts_with("simple key") => {
-                let lacks_colon = |(_, text): &(usize, &str)| lacks_colon(text);
-                let before = text.lines().take(line).enumerate().filter(lacks_colon).last();
-                let reason = "a key lacks the colon behind it, or the space behind that".to_owned();
-                Self::Yaml { line: before.map_or(line, |(at, _)| at + 1), reason }
-            }
-            None if is_of_indentation(error.info()) => {
-                let column = |text: Option<&str>| text.map_or(0, indent) + 1;
-                let before = text.lines().take(line.saturating_sub(1)).filter(|text| !text.trim().is_empty()).last();
-                let reason = format!(
-                    "this line begins in column {}, and the one before in column {}: the keys of one block begin in the same \
-                     column, and those below a key further right",
-                    column(text.lines().nth(line.saturating_sub(1))),
-                    column(before)
-                );
-                Self::Yaml { line, reason }
-            }
-            None => Self::Yaml { line, reason: error.info().to_owned() },
+        // The end of a text is behind its last line.
+        let (line, info) = (error.marker().line().clamp(1, text.lines().count().max(1)), error.info());
+        let at = |line: usize| text.lines().nth(line - 1).unwrap_or_default();
+        // A text that goes on in the line with the tab is where the scanner stands.
+        let mut tabs = text.lines().enumerate().skip(line - 1).filter(|(_, text)| indent(text).contains('\t'));
+        if indent(at(line)).contains('\t') || info.contains("tab") {
+            return Self::Tab(tabs.next().map_or(line, |(at, _)| at + 1));
         }
+        let (line, reason) = cause(line, info, text);
+        Self::Yaml { line, reason }
     }
 
     /// Where it is; none if that is no single line.
     fn line(&self) -> Option<usize> {
         match self {
-            Self::Nul(line) | Self::Deep(line) | Self::Copies(line, _) | Self::Circle(line) | Self::Tab(line) => {
-                Some(*line)
-            }
-            Self::Yaml { line, .. } => Some(*line),
-            Self::Long(..) | Self::Empty | Self::NoMapping | Self::Documents | Self::Number | Self::Key => None,
+            Self::Nul(line)
+            | Self::Deep(line)
+            | Self::Copies(line, _)
+            | Self::Circle(line)
+            | Self::Documents(line)
+            | Self::Number(line)
+            | Self::Key(line)
+            | Self::Tab(line)
+            | Self::Yaml { line, .. } => Some(*line),
+            Self::Long(..) | Self::Empty | Self::NoMapping => None,
         }
     }
 
@@ -296,7 +328,7 @@ impl<'a> Reader<'a> {
             let line = mark.line();
             match event {
                 Event::StreamEnd => return Ok(Document { top: self.top, findings: self.findings }),
-                Event::DocumentStart if documents > 0 => return Err(Mistake::Documents),
+                Event::DocumentStart if documents > 0 => return Err(Mistake::Documents(line)),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
                 Event::SequenceStart(anchor, _) => self.begin(anchor, Items::List(Vec::new()), line)?,
@@ -333,7 +365,7 @@ impl<'a> Reader<'a> {
             Yaml::Boolean(flag) => ValueKind::Boolean(flag),
             // As it is written.
             Yaml::Real(text) if wants_key => ValueKind::String(text),
-            Yaml::Real(text) => ValueKind::Float(text.parse().map_err(|_| Mistake::Number)?),
+            Yaml::Real(text) => ValueKind::Float(text.parse().map_err(|_| Mistake::Number(line))?),
             Yaml::Null | Yaml::BadValue | Yaml::Array(_) | Yaml::Hash(_) | Yaml::Alias(_) => ValueKind::Nil,
         };
         let length = if let ValueKind::String(text) = &value { text.len() } else { 0 };
@@ -372,7 +404,7 @@ impl<'a> Reader<'a> {
         open.height = open.height.max(height + 1);
         match &mut open.content {
             Items::List(items) => items.push(config::Value::new(None, value)),
-            Items::Mapping(_, key @ None) => *key = Some((name(value)?, line)),
+            Items::Mapping(_, key @ None) => *key = Some((name(value, line)?, line)),
             Items::Mapping(keys, key) => {
                 let (name, line) = key.take().unwrap_or_default();
                 if keys.insert(name.clone(), config::Value::new(None, value)).is_some() {
@@ -427,8 +459,8 @@ fn scalar(text: String, style: TScalarStyle, tag: Option<Tag>) -> Yaml {
     }
 }
 
-/// A key as a text.
-fn name(key: ValueKind) -> Result<String, Mistake> {
+/// A key as a text, in this line.
+fn name(key: ValueKind, line: usize) -> Result<String, Mistake> {
     match key {
         ValueKind::String(text) => Ok(text),
         ValueKind::I64(number) => Ok(number.to_string()),
@@ -437,7 +469,7 @@ fn name(key: ValueKind) -> Result<String, Mistake> {
         ValueKind::I128(number) => Ok(number.to_string()),
         ValueKind::U64(number) => Ok(number.to_string()),
         ValueKind::U128(number) => Ok(number.to_string()),
-        ValueKind::Nil | ValueKind::Array(_) | ValueKind::Table(_) => Err(Mistake::Key),
+        ValueKind::Nil | ValueKind::Array(_) | ValueKind::Table(_) => Err(Mistake::Key(line)),
     }
 }
 

@@ -1,4 +1,5 @@
-//! What a program's user may do with files. It has no capability that lets it pass over modes, not even as root.
+//! What a program's user may do with files. Only a process that runs is known to have a capability to pass over modes: a user
+//! has none, not even root.
 
 use std::ffi::CString;
 use std::fs::{self, Metadata};
@@ -6,8 +7,14 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+use super::acl::{Acl, Owner};
 use nix::sys::statvfs::{FsFlags, statvfs};
-use nix::unistd::{Gid, Uid, User, getgrouplist, getgroups};
+use nix::unistd::{Gid, Group, Uid, User, getgrouplist, getgroups};
+
+/// Where a unit has its credentials, only while it runs.
+const CREDENTIALS: &str = "/run/credentials/";
+/// The capability to pass over modes (capabilities(7)), as a bit.
+const DAC_OVERRIDE: u64 = 1 << 1;
 
 /// What a user may do with a file or directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +27,10 @@ pub enum Access {
     OnlyFor(String),
     /// Not that, for this reason.
     Denied(String),
+    /// That shows only while the unit runs: it is a credential.
+    OnlyWhileRunning,
+    /// That is not seen by who runs this, for this reason.
+    Unseen(String),
 }
 
 /// What is to be done with a file.
@@ -42,6 +53,8 @@ pub struct Identity {
     groups: Vec<u32>,
     /// The config or the command line names it.
     is_named: bool,
+    /// It has the capability to pass over modes.
+    passes_modes: bool,
 }
 
 /// A user is named whom this system does not know.
@@ -59,33 +72,72 @@ impl Identity {
         if found.uid == Uid::effective() {
             return Ok(Self { is_named: true, ..Self::own() });
         }
-        Ok(Self { name: name.to_owned(), uid: found.uid.as_raw(), groups: vec![found.gid.as_raw()], is_named: true })
+        Ok(Self {
+            name: name.to_owned(),
+            uid: found.uid.as_raw(),
+            groups: vec![found.gid.as_raw()],
+            is_named: true,
+            passes_modes: false,
+        })
     }
 
     /// The user of this name, with all groups that the service manager gives to a unit of this user.
     pub fn of_account(name: &str) -> Result<Self, Unknown> {
+        Self::of_unit(name, None, &[])
+    }
+
+    /// The user of this name, with all groups that the service manager gives to a unit with this `Group=` and these
+    /// `SupplementaryGroups=`.
+    pub fn of_unit(name: &str, group: Option<&str>, supplementary: &[String]) -> Result<Self, Unknown> {
         let identity = Self::named(Some(name))?;
-        let listed = CString::new(name).ok().and_then(|name| {
-            let gid = identity.groups.last().copied()?;
-            getgrouplist(&name, Gid::from_raw(gid)).ok()
-        });
-        let groups = listed.into_iter().flatten().map(Gid::as_raw).chain(identity.groups.iter().copied()).collect();
+        let Some(primary) = group.and_then(group_id).or(identity.groups.last().copied()) else { return Ok(identity) };
+        let listed = CString::new(name).ok().and_then(|name| getgrouplist(&name, Gid::from_raw(primary)).ok());
+        let groups = listed.into_iter().flatten().map(Gid::as_raw).chain([primary]);
+        let groups = groups.chain(supplementary.iter().filter_map(|group| group_id(group))).collect();
         Ok(Self { groups, ..identity })
     }
 
-    /// The user with this number.
+    /// That of a process: its user, its group and those beside it, as the kernel has them.
     #[must_use]
-    pub fn of_process(uid: u32) -> Self {
-        let name = user_name(uid);
-        let nameless = Self { name: name.clone(), uid, groups: Vec::new(), is_named: true };
-        Self::of_account(&name).unwrap_or(nameless)
+    pub fn of_process(pid: u32) -> Option<Self> {
+        Self::in_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+    }
+
+    /// That in the text of `/proc/PID/status` (proc_pid_status(5)): the last of four numbers is for files.
+    pub(super) fn in_status(status: &str) -> Option<Self> {
+        let numbers = |key: &str| -> Option<Vec<u32>> {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().map(|number| number.parse().ok()).collect()
+        };
+        let (uid, gid) = (*numbers("Uid:")?.last()?, *numbers("Gid:")?.last()?);
+        let groups = numbers("Groups:")?.into_iter().chain([gid]).collect();
+        let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        let capabilities = capabilities.and_then(|line| u64::from_str_radix(line.trim(), 16).ok()).unwrap_or(0);
+        let passes_modes = capabilities & DAC_OVERRIDE != 0;
+        Some(Self { name: user_name(uid), uid, groups, is_named: true, passes_modes })
+    }
+
+    /// Whether it is another user than the one who runs this.
+    #[must_use]
+    pub fn is_another(&self) -> bool {
+        self.uid != Uid::effective().as_raw()
     }
 
     fn own() -> Self {
         let uid = Uid::effective();
         let others = getgroups().unwrap_or_default();
         let groups = others.into_iter().chain([Gid::effective()]).map(Gid::as_raw).collect();
-        Self { name: user_name(uid.as_raw()), uid: uid.as_raw(), groups, is_named: false }
+        Self { name: user_name(uid.as_raw()), uid: uid.as_raw(), groups, is_named: false, passes_modes: false }
+    }
+
+    /// Whether the file's list, or else its mode, gives it these of the bits 4 (read), 2 (write), 1 (enter).
+    fn is_given(&self, path: &Path, metadata: &Metadata, bits: u32) -> bool {
+        let owner = Owner { user: metadata.uid(), group: metadata.gid() };
+        let is_given = || match Acl::of(path) {
+            Some(list) => list.gives(self.uid, &self.groups, owner, bits),
+            None => self.may(modes(metadata), bits),
+        };
+        self.passes_modes || is_given()
     }
 
     /// Whether the mode gives it these of the bits 4 (read), 2 (write), 1 (enter).
@@ -106,6 +158,12 @@ fn user_name(uid: u32) -> String {
     known.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
+/// A group by its name or number.
+fn group_id(group: &str) -> Option<u32> {
+    let named = Group::from_name(group).ok().flatten().map(|group| group.gid.as_raw());
+    named.or_else(|| group.parse().ok())
+}
+
 /// Whether `user` may do that with `path`.
 #[must_use]
 pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Access {
@@ -115,14 +173,20 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Acces
             return Access::Denied(format!("there is no user {name} on this system"));
         }
     };
+    if path.starts_with(CREDENTIALS) && !path.exists() {
+        return Access::OnlyWhileRunning;
+    }
     for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
         let Ok(metadata) = fs::metadata(dir) else { continue };
-        if !user.may(modes(&metadata), 1) {
+        if !user.is_given(dir, &metadata, 1) {
             return Access::Denied(format!("it may not enter {}", dir.display()));
         }
     }
     let metadata = match fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return missing(path, user, need),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied && user.is_another() => {
+            return Access::Unseen(error.to_string());
+        }
         Err(error) => return Access::Denied(error.to_string()),
         Ok(metadata) => metadata,
     };
@@ -135,8 +199,8 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Acces
     if need == Need::Write && is_read_only(path) {
         return Access::Denied("the file system is read-only".into());
     }
-    let modes @ (owner, _, mode) = modes(&metadata);
-    if user.may(modes, bits) {
+    let (owner, _, mode) = modes(&metadata);
+    if user.is_given(path, &metadata, bits) {
         return Access::Granted;
     }
     if !user.is_named && owner != user.uid && mode >> 6 & bits == bits {
@@ -149,7 +213,7 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Acces
 fn missing(path: &Path, user: &Identity, need: Need) -> Access {
     let above = path.ancestors().skip(1).find_map(|dir| Some((dir, fs::metadata(dir).ok()?)));
     match above {
-        Some((dir, metadata)) if need == Need::Write && (!user.may(modes(&metadata), 3) || is_read_only(dir)) => {
+        Some((dir, metadata)) if need == Need::Write && (!user.is_given(dir, &metadata, 3) || is_read_only(dir)) => {
             Access::Denied(format!("it is missing, and may not be made in {}", dir.display()))
         }
         _ => Access::Creatable,
@@ -171,7 +235,7 @@ mod tests {
     use super::*;
 
     fn user(uid: u32, groups: &[u32]) -> Identity {
-        Identity { name: "wgkex".into(), uid, groups: groups.into(), is_named: true }
+        Identity { name: "wgkex".into(), uid, groups: groups.into(), is_named: true, passes_modes: false }
     }
 
     #[test]
@@ -187,6 +251,49 @@ mod tests {
         ] {
             assert_eq!(user.may(mode, bits), may, "{user:?} {mode:?} {bits}");
         }
+    }
+
+    #[test]
+    fn a_process_has_the_groups_that_the_kernel_says_and_not_those_of_its_account() {
+        let status = "Name:\twgkex-broker\nUid:\t1\t1\t1\t4001\nGid:\t2\t2\t2\t4002\nFDSize:\t64\nGroups:\t7 4007 \n";
+        let found = Identity::in_status(status).unwrap();
+        assert_eq!((found.name.as_str(), found.uid, &found.groups[..]), ("4001", 4001, &[7, 4007, 4002][..]));
+        assert!(found.is_another());
+        assert_eq!(Identity::in_status("Name:\tx\n"), None);
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let may =
+            |status: &str| find(dir.path(), Ok(&Identity::in_status(status).unwrap()), Need::Write) == Access::Granted;
+        assert!(!may(status) && may(&format!("{status}CapEff:\t0000000000000002\n")), "with CAP_DAC_OVERRIDE");
+        let own = Identity::of_process(std::process::id()).unwrap();
+        assert!(!own.is_another() && own.name == Identity::own().name);
+    }
+
+    #[test]
+    fn a_unit_has_its_groups_beside_those_of_its_account() {
+        let name = Identity::own().name;
+        let unit = Identity::of_unit(&name, Some("4711"), &["4712".into(), "no such group".into()]).unwrap();
+        assert!([4711, 4712].iter().all(|group| unit.groups.contains(group)), "{unit:?}");
+    }
+
+    #[test]
+    fn a_list_of_the_file_counts_more_than_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let file = dir.path().join("key.pem");
+        fs::write(&file, "x").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        let other = user(4711, &[4711]);
+        assert!(matches!(find(&file, Ok(&other), Need::Read), Access::Denied(_)));
+        crate::doctor::acl::tests::let_read(&file, 4711);
+        assert_eq!(find(&file, Ok(&other), Need::Read), Access::Granted);
+        assert!(matches!(find(&file, Ok(&user(4712, &[4711])), Need::Read), Access::Denied(_)));
+    }
+
+    #[test]
+    fn a_credential_of_a_unit_that_does_not_run_is_not_judged() {
+        let credential = Path::new("/run/credentials/no-such-unit.service/key.pem");
+        assert_eq!(find(credential, Ok(&user(1, &[1])), Need::Read), Access::OnlyWhileRunning);
     }
 
     #[test]

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::access::{Access, Identity, Need, Unknown, find};
 use super::{Finding, Level, Program, Trouble};
+use crate::Config;
 use crate::access_lists::files::Files;
-use crate::config::KeyLists;
+use crate::config::{CONFIG_FILE, FileToRead, KeyLists, PASSWORD_FILE, UnreadableFile};
 use crate::storage::process_lock::Holder;
 
 /// The program that answers on this machine.
@@ -43,6 +44,52 @@ pub struct ListFacts {
     pub access: Access,
     /// What is wrong with its content, with the line; none if nothing is, or if it was not read.
     pub damage: Option<String>,
+}
+
+/// A file without which a program does not start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileFacts {
+    /// The key of the config that names it, or `config` for the config itself.
+    pub key: &'static str,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether the program may read it.
+    pub access: Access,
+}
+
+impl FileFacts {
+    /// Those of all files without which `program` does not start, for a user who is known.
+    #[must_use]
+    pub fn of(config: &Config, program: Program, user: Result<&Identity, &Unknown>) -> Vec<Self> {
+        let Ok(user) = user else { return Vec::new() };
+        let files = read_as_user(config, program).into_iter().filter(|file| program.needs(file.needed_by));
+        files
+            .map(|FileToRead { key, path, .. }| Self { key, access: find(&path, Ok(user), Need::Read), path })
+            .collect()
+    }
+}
+
+/// The files that the program reads as its user. A worker with `worker_user` reads the first ones before it becomes that.
+fn read_as_user(config: &Config, program: Program) -> Vec<FileToRead> {
+    let becomes_another = program == Program::Worker && config.worker_user.is_some();
+    let mut files = config.files_to_read();
+    files.retain(|file| !becomes_another || ![CONFIG_FILE, PASSWORD_FILE].contains(&file.key));
+    files
+}
+
+/// The files and directories that the program's user, who is another one than the caller, may not read.
+#[must_use]
+pub fn denied(config: &Config, program: Program, user: &Identity) -> Vec<UnreadableFile> {
+    let denied = |file: FileToRead| {
+        let need = if file.is_directory() { Need::List } else { Need::Read };
+        let Access::Denied(reason) = find(&file.path, Ok(user), need) else { return None };
+        let name = &user.name;
+        Some(
+            config
+                .problem_of(&file, &format!("{name}, as whom the {} serves, cannot read it: {reason}", program.word())),
+        )
+    };
+    read_as_user(config, program).into_iter().filter_map(denied).collect()
 }
 
 impl StateFacts {
@@ -102,6 +149,8 @@ pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) ->
             format!("start the {word} as {other} ({}), or {make}", program.user()),
         ),
         Access::Denied(reason) => Finding::fail("state", format!("{user} cannot write to {dir}: {reason}"), make),
+        Access::OnlyWhileRunning => unchecked("state", facts.dir.as_path()),
+        Access::Unseen(reason) => unseen("state", facts.dir.as_path(), reason),
     };
     [kept].into_iter().chain(holder(program, facts, running)).collect()
 }
@@ -162,11 +211,22 @@ fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
     Finding::judge(key, Level::Fail, format!("the running {word} has read {path}"), damaged)
 }
 
+/// Whether the files can be read without which the program does not start.
+#[must_use]
+pub fn needed(program: Program, user: &str, files: &[FileFacts]) -> Vec<Finding> {
+    files.iter().map(|FileFacts { key, path, access }| readable(program, key, path, access, user)).collect()
+}
+
 fn unread_list(program: Program, ListFacts { key, path, access, damage }: &ListFacts, user: &str) -> Finding {
-    let (path, advice) = (path.display(), format!("let {user} read it (chmod, chown)"));
-    if let Some(damage) = damage {
-        return Finding::fail(key, format!("{path}: {damage}"), "correct it");
+    match damage {
+        Some(damage) => Finding::fail(key, format!("{}: {damage}", path.display()), "correct it"),
+        None => readable(program, key, path, access, user),
     }
+}
+
+/// Whether the program's user may read what the config names by `key`.
+fn readable(program: Program, key: &str, file: &Path, access: &Access, user: &str) -> Finding {
+    let (path, advice) = (file.display(), format!("let {user} read it (chmod, chown)"));
     match access {
         Access::Granted => Finding::ok(key, format!("{user} may read {path}")),
         Access::Creatable => {
@@ -177,5 +237,85 @@ fn unread_list(program: Program, ListFacts { key, path, access, damage }: &ListF
             Finding::warn(key, format!("{path} is readable for {other} and not for {user}"), advice)
         }
         Access::Denied(reason) => Finding::fail(key, format!("{user} cannot read {path}: {reason}"), advice),
+        Access::OnlyWhileRunning => unchecked(key, file),
+        Access::Unseen(reason) => unseen(key, file, reason),
+    }
+}
+
+fn unchecked(key: &str, file: &Path) -> Finding {
+    Finding::ok(key, format!("{} is there only while the unit runs: it is not checked", file.display()))
+}
+
+fn unseen(key: &str, file: &Path, reason: &str) -> Finding {
+    Finding::warn(key, format!("{} cannot be looked at: {reason}", file.display()), "run the doctor as root")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::config::NeededBy;
+
+    /// A config that names a file of its own user alone, and a list.
+    fn config(dir: &Path, more: &str) -> Config {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+        for name in ["ca.pem", "secret", "list"] {
+            fs::write(dir.join(name), "x\n").unwrap();
+            fs::set_permissions(dir.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let dir = dir.display();
+        let yaml = format!(
+            "domains: [x_a]\ndomain_prefixes: [x_]\nblacklist_file: {dir}/list\nmqtt:\n  broker_url: h\n  tls: true\n  \
+             ca_file: {dir}/ca.pem\n  username: u\n  password_file: {dir}/secret\n{more}"
+        );
+        Config::parse("/etc/wgkex.yaml", &yaml, "gw1").unwrap()
+    }
+
+    fn stranger() -> Identity {
+        Identity::in_status("Uid:\t4711\nGid:\t4711\nGroups:\t\n").unwrap()
+    }
+
+    #[test]
+    fn each_file_that_the_programs_user_may_not_read_is_named_with_its_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path(), "");
+        let facts = FileFacts::of(&config, Program::Broker, Ok(&stranger()));
+        let keys: Vec<_> = facts.iter().map(|file| file.key).collect();
+        assert_eq!(keys, [CONFIG_FILE, PASSWORD_FILE, "mqtt.ca_file"]);
+        let findings = needed(Program::Broker, "4711", &facts[1..]);
+        for (finding, file) in findings.iter().zip(["secret", "ca.pem"]) {
+            assert_eq!(finding.level, Level::Fail, "{finding:?}");
+            let begin = format!("4711 cannot read {}: ", dir.path().join(file).display());
+            assert!(finding.found.starts_with(&begin), "{finding:?}");
+        }
+        let denied = denied(&config, Program::Broker, &stranger());
+        let found: Vec<_> = denied.iter().map(|file| (file.needed_by, file.problem.to_string())).collect();
+        let text = |line: usize, key: &str, file: &str| {
+            let path = dir.path().join(file);
+            format!(
+                "/etc/wgkex.yaml:{line}: {key}: {}: 4711, as whom the broker serves, cannot read it: ",
+                path.display()
+            )
+        };
+        let expected =
+            [(NeededBy::Both, text(7, "mqtt.ca_file", "ca.pem")), (NeededBy::None, text(3, "blacklist_file", "list"))];
+        for (needed_by, begin) in expected {
+            let is_it = |(found, text): &&(NeededBy, String)| *found == needed_by && text.starts_with(&begin);
+            assert!(found.iter().any(|found| is_it(&found)), "{begin} is not in {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_worker_that_becomes_another_user_reads_its_config_and_password_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path(), "worker_user: nobody\n");
+        let keys = |program| {
+            let facts = FileFacts::of(&config, program, Ok(&stranger()));
+            facts.into_iter().map(|file| file.key).collect::<Vec<_>>()
+        };
+        assert_eq!(keys(Program::Worker), ["mqtt.ca_file"]);
+        assert_eq!(keys(Program::Broker), [CONFIG_FILE, PASSWORD_FILE, "mqtt.ca_file"]);
     }
 }

@@ -1,7 +1,6 @@
 //! As whom a program serves: by its process, by the config, or by its unit.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::Program;
@@ -32,17 +31,37 @@ fn find_in(root: &Path, program: Program, Sources { named, pid, config }: Source
     if let Some(name) = named {
         return Identity::of_account(name);
     }
-    if let Some(process) = pid.and_then(|pid| fs::metadata(format!("/proc/{pid}")).ok()) {
-        return Ok(Identity::of_process(process.uid()));
+    if let Some(process) = pid.and_then(Identity::of_process) {
+        return Ok(process);
     }
-    match unit_user(root, &format!("wgkex-{}.service", program.word())) {
-        Some(name) if config.is_none() && Uid::effective().is_root() => Identity::of_account(&name),
+    match UnitUser::of(root, &format!("wgkex-{}.service", program.word())) {
+        Some(unit) if config.is_none() && Uid::effective().is_root() => unit.identity(),
         Some(_) | None => Identity::named(config),
     }
 }
 
-/// The user whom this unit names, with what is added to it.
-fn unit_user(root: &Path, name: &str) -> Option<String> {
+/// The user and the groups of a unit.
+#[derive(Debug, PartialEq, Eq)]
+struct UnitUser {
+    name: String,
+    group: Option<String>,
+    supplementary: Vec<String>,
+}
+
+impl UnitUser {
+    /// Those of a unit that names a user, with what is added to it.
+    fn of(root: &Path, name: &str) -> Option<Self> {
+        let texts = unit_texts(root, name)?;
+        Some(Self { name: last(&texts, "User=")?, group: last(&texts, "Group="), supplementary: groups(&texts) })
+    }
+
+    fn identity(&self) -> Result<Identity, Unknown> {
+        Identity::of_unit(&self.name, self.group.as_deref(), &self.supplementary)
+    }
+}
+
+/// The text of a unit, and those that are added to it.
+fn unit_texts(root: &Path, name: &str) -> Option<Vec<String>> {
     let dirs = UNITS.map(|dir| root.join(dir));
     let unit = dirs.iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())?;
     let mut added: Vec<PathBuf> = dirs
@@ -53,12 +72,29 @@ fn unit_user(root: &Path, name: &str) -> Option<String> {
         .collect();
     added.sort_by(|one, other| one.file_name().cmp(&other.file_name()));
     let texts = added.iter().filter_map(|path| fs::read_to_string(path).ok());
-    [unit].into_iter().chain(texts).filter_map(|text| user_in(&text)).next_back().filter(|user| !user.is_empty())
+    Some([unit].into_iter().chain(texts).collect())
 }
 
-/// The last `User=` of a unit; an empty one takes back those before.
-fn user_in(unit: &str) -> Option<String> {
-    unit.lines().filter_map(|line| line.trim().strip_prefix("User=")).next_back().map(|user| user.trim().to_owned())
+/// The values of a key, such as `User=`, in their order.
+fn values<'a>(texts: &'a [String], key: &'a str) -> impl Iterator<Item = &'a str> {
+    texts.iter().flat_map(|text| text.lines()).filter_map(move |line| line.trim().strip_prefix(key).map(str::trim))
+}
+
+/// The last value of a key; an empty one takes back those before.
+fn last(texts: &[String], key: &str) -> Option<String> {
+    values(texts, key).last().filter(|value| !value.is_empty()).map(str::to_owned)
+}
+
+/// All `SupplementaryGroups=`; an empty one takes back those before.
+fn groups(texts: &[String]) -> Vec<String> {
+    let mut groups = Vec::new();
+    for value in values(texts, "SupplementaryGroups=") {
+        if value.is_empty() {
+            groups.clear();
+        }
+        groups.extend(value.split_whitespace().map(str::to_owned));
+    }
+    groups
 }
 
 #[cfg(test)]
@@ -72,9 +108,10 @@ mod tests {
     }
 
     #[test]
-    fn the_last_user_counts_that_a_unit_or_an_addition_names() {
+    fn the_last_user_and_group_count_that_a_unit_or_an_addition_names() {
         let root = tempfile::tempdir().unwrap();
-        let user = || unit_user(root.path(), "wgkex-broker.service");
+        let unit = || UnitUser::of(root.path(), "wgkex-broker.service");
+        let user = || unit().map(|unit| unit.name);
         let write = |file: &str, text: &str| write(root.path(), file, text);
         assert_eq!(user(), None);
         write("usr/lib/systemd/system/wgkex-broker.service", "[Service]\nUser=wgkex\nGroup=other\n");
@@ -83,6 +120,13 @@ mod tests {
         write("run/systemd/system/wgkex-broker.service.d/10-user.conf", "[Service]\nUser=early\n");
         write("etc/systemd/system/wgkex-broker.service.d/30-user.txt", "User=ignored\n");
         assert_eq!(user().as_deref(), Some("broker"));
+        write("etc/systemd/system/wgkex-broker.service.d/40.conf", "[Service]\nSupplementaryGroups=ssl-cert a\n");
+        write(
+            "etc/systemd/system/wgkex-broker.service.d/50.conf",
+            "[Service]\nSupplementaryGroups=\nSupplementaryGroups=b\n",
+        );
+        let expected = UnitUser { name: "broker".into(), group: Some("other".into()), supplementary: vec!["b".into()] };
+        assert_eq!(unit(), Some(expected));
         write("etc/systemd/system/wgkex-broker.service.d/90.conf", "[Service]\nUser=\n");
         assert_eq!(user(), None);
     }

@@ -39,6 +39,15 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     error!(task, place, backtrace, "panicked: {}", message.unwrap_or("no message"));
 }
 
+/// The exit code of a service whose config cannot be used, as `EX_CONFIG` of sysexits.h: its unit does not start it again.
+const CONFIG: u8 = 78;
+
+/// Serves by the config, in `file` if one is named, and returns how the process ends.
+#[must_use]
+pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
+    config(file).map_or(CONFIG.into(), |config| exit(serve(config)))
+}
+
 /// Reads the config, in `file` if one is named, and starts logging at its level. Errors in it are logged, and then there is
 /// none.
 #[must_use]

@@ -2,6 +2,8 @@
 //!
 //! One task, of each program.
 
+use std::collections::BTreeMap;
+
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 
@@ -13,17 +15,19 @@ use crate::runtime::log;
 /// The keys that every program applies while it runs.
 const LOG_LEVEL: [&str; 2] = ["log_level", "logging_config"];
 
-/// What a program does with keys, and with those below them, when they change while it runs.
-#[derive(Debug, Clone, Copy)]
+/// What a program does with keys, and with those below them, when they change while it runs; all others need a restart.
+#[derive(Debug, Clone, Default)]
 pub struct KeyUse {
     /// They are applied at once.
-    pub live: &'static [&'static str],
+    pub live: Vec<&'static str>,
     /// They mean nothing to this program.
-    pub unused: &'static [&'static str],
+    pub unused: Vec<&'static str>,
+    /// They mean something only to a command, each with that.
+    pub of_commands: Vec<(&'static str, &'static str)>,
 }
 
 /// Reads the config again on each SIGHUP: applies its log level, and `apply` the values of the live keys. Logs which keys
-/// changed, and which of them take effect after a restart. A config with errors changes nothing.
+/// changed, and which of them take effect after a restart, or when a command is run. A config with errors changes nothing.
 pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Config)) {
     let (mut hangups, mut last) = (Hangups::listen(), config.source.clone());
     loop {
@@ -34,7 +38,7 @@ pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Conf
                 for problem in &new.warnings {
                     warn!("{problem}");
                 }
-                let changes = Changes::between(&config.source, &last, &new.source, keys);
+                let changes = Changes::between(&config.source, &last, &new.source, &keys);
                 log::set_level(new.log_level);
                 apply(&new);
                 changes.log();
@@ -61,26 +65,40 @@ struct Changes {
     applied: Vec<String>,
     /// Since the start, and they take effect after a restart.
     need_restart: Vec<String>,
+    /// Since the config was last read, and they take effect when this command is run.
+    need_command: BTreeMap<&'static str, Vec<String>>,
 }
 
 impl Changes {
-    fn between(started: &Source, last: &Source, new: &Source, KeyUse { live, unused }: KeyUse) -> Self {
-        let is_in = |key: &str, roots: &[&str]| {
-            roots.iter().any(|root| key.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
-        };
+    fn between(started: &Source, last: &Source, new: &Source, keys: &KeyUse) -> Self {
+        let KeyUse { live, unused, of_commands } = keys;
+        let is_below =
+            |key: &str, root: &str| key.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let is_in = |key: &str, roots: &[&str]| roots.iter().any(|root| is_below(key, root));
         let is_live = |key: &String| is_in(key, live) || is_in(key, &LOG_LEVEL);
-        let needs_restart = |key: &String| !is_live(key) && !is_in(key, unused);
+        let command = |key: &str| of_commands.iter().find(|(root, _)| is_below(key, root)).map(|(_, command)| *command);
+        let needs_restart = |key: &String| !is_live(key) && !is_in(key, unused) && command(key).is_none();
+        let mut need_command: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for key in last.changes(new) {
+            if let Some(command) = command(&key) {
+                need_command.entry(command).or_default().push(key);
+            }
+        }
         Self {
             applied: last.changes(new).into_iter().filter(is_live).collect(),
             need_restart: started.changes(new).into_iter().filter(needs_restart).collect(),
+            need_command,
         }
     }
 
     fn log(&self) {
-        let Self { applied, need_restart } = self;
+        let Self { applied, need_restart, need_command } = self;
         info!(changed = applied.join(", "), "config reloaded");
         if !need_restart.is_empty() {
             warn!(keys = need_restart.join(", "), "changed keys take effect after a restart");
+        }
+        for (command, keys) in need_command {
+            warn!(keys = keys.join(", "), command, "changed keys take effect when this command is run");
         }
     }
 }
@@ -96,9 +114,11 @@ mod tests {
             Config::parse("f", &yaml, "gw").unwrap().source
         };
         let changes = |started, last, new| {
-            let keys = KeyUse { live: &["workers"], unused: &["setup"] };
-            let changes = Changes::between(&source(started), &source(last), &source(new), keys);
-            (changes.applied.join(" "), changes.need_restart.join(" "))
+            let keys = KeyUse { live: vec!["workers"], unused: vec!["hub"], of_commands: vec![("setup", "w setup")] };
+            let changes = Changes::between(&source(started), &source(last), &source(new), &keys);
+            let of_setup = changes.need_command.get("w setup").into_iter().flatten().cloned();
+            let need_restart: Vec<_> = changes.need_restart.into_iter().chain(of_setup.map(|key| key + "!")).collect();
+            (changes.applied.join(" "), need_restart.join(" "))
         };
         let of = |applied: &str, need_restart: &str| (applied.to_owned(), need_restart.to_owned());
         let weights = "workers: {gw: {weight: 2}}\n";
@@ -111,6 +131,10 @@ mod tests {
             "as long as it does not count"
         );
         assert_eq!(changes("", "peers: {max: 3}", ""), of("", ""));
+        assert_eq!(changes("", "", "hub: {listen_port: 7}"), of("", ""));
+        let setup = "setup: {listen_port: 7}";
+        assert_eq!(changes("", "", setup), of("", "setup.listen_port!"));
+        assert_eq!(changes("", setup, setup), of("", ""), "the command was named when it changed");
         assert_eq!(
             changes("", "", "worker_user: nobody"),
             of("", "worker_user"),

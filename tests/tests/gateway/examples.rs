@@ -147,12 +147,15 @@ pub fn a_router_comes_into_the_mesh_by_the_examples_alone(lane: Lane) {
         router.run("ip address add fe80::2/64 dev vx-mesh nodad && ping -c 1 -w 20 fe80::1%vx-mesh");
     }
     assert_eq!(post(&router, &tls, 2), "200", "HTTPS by nginx");
+    let slashes = format!("{plain}/");
+    assert_eq!(post(&router, &slashes, 6), "200", "two slashes by nginx");
     assert_eq!(status_of(&router, &format!("{plain}/metrics")), "404");
 
     front.end_by(nix::sys::signal::Signal::SIGTERM);
     let _front = haproxy(&broker);
     wait_until("HAProxy serves", || (post(&router, &plain, 3) == "200").then_some(()));
     assert_eq!(post(&router, &tls, 4), "200", "HTTPS by HAProxy");
+    assert_eq!(post(&router, &slashes, 7), "200", "two slashes by HAProxy");
     assert_eq!(status_of(&router, &format!("{plain}/metrics")), "403");
     assert!(!serving.log().contains("trusted_proxies"), "the proxies are named: {}", serving.log());
 
@@ -174,5 +177,5 @@ pub fn a_router_comes_into_the_mesh_by_the_examples_alone(lane: Lane) {
     let _serving = broker.start_broker();
     wait_until("routers are served by Mosquitto", || (post(&router, &plain, 5) == "200").then_some(()));
     let peers = gateway.run("wg show wg-welt peers");
-    assert!((1..=5).all(|number| peers.contains(&key(number))), "{peers}");
+    assert!((1..=7).all(|number| peers.contains(&key(number))), "{peers}");
 }

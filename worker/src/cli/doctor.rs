@@ -5,7 +5,7 @@ mod clock;
 mod managers;
 mod uplinks;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,7 +17,7 @@ use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::{Listen, Setup};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
-use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::identity::{self, Sources};
 use wgkex_common::doctor::sockets::{self, PortOwner};
 use wgkex_common::doctor::{self, Program};
@@ -36,7 +36,6 @@ use crate::doctor::facts::{
     WireguardSource,
 };
 use crate::doctor::findings;
-use crate::status::DomainStatus;
 
 /// The command `doctor`.
 #[derive(Debug, Clone, Args)]
@@ -89,6 +88,7 @@ impl Doctor {
             running,
             state: StateFacts::of(&config.state_dir, "worker.sqlite", user.as_ref()),
             lists: ListFacts::of(&config.key_lists, user.as_ref()),
+            needed: FileFacts::of(config, Program::Worker, user.as_ref()),
             mqtt,
         })
     }
@@ -112,25 +112,7 @@ fn managed(config: &Config) -> Vec<Interface> {
 
 /// The worker that answers on `worker_listen`.
 fn running(config: &Config) -> Option<RunningWorker> {
-    let status = http_client::status(&config.worker_listen).ok()?;
-    Some(RunningWorker {
-        name: status.worker,
-        process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
-        is_connected: status.mqtt.connected,
-        is_name_in_use: status.mqtt.name_in_use,
-        domains_down: down(status.domains),
-        clocks_off: status.clocks_off,
-        servers: status.servers,
-    })
-}
-
-/// Why routers cannot use each of the domains that is down; one that was not looked at yet is none.
-fn down(domains: BTreeMap<String, DomainStatus>) -> BTreeMap<String, String> {
-    domains
-        .into_iter()
-        .filter(|(_, domain)| !domain.up)
-        .filter_map(|(name, domain)| Some((name, domain.reason?)))
-        .collect()
+    http_client::status(&config.worker_listen).ok().map(RunningWorker::from)
 }
 
 /// The process of the worker that answers, if it has the same number here as it has itself.

@@ -4,6 +4,7 @@ use wgkex_common::doctor::bus::{SUBJECT, no_connection, rights};
 use wgkex_common::doctor::{Finding, Program};
 
 use super::facts::{BusFacts, DomainFacts, Facts};
+use super::process;
 
 pub(super) fn mqtt(facts: &Facts) -> Vec<Finding> {
     let server = &facts.mqtt.server;
@@ -11,6 +12,7 @@ pub(super) fn mqtt(facts: &Facts) -> Vec<Finding> {
         Err(failure) => vec![no_connection(Program::Worker, server, failure)],
         Ok(bus) => {
             let mut findings = rights(Program::Worker, server, &bus.rights);
+            findings.extend(facts.running.as_ref().and_then(process::mqtt));
             findings.push(namesake(facts, bus));
             findings
         }
@@ -35,7 +37,7 @@ fn namesake(facts: &Facts, bus: &BusFacts) -> Finding {
         return Finding::fail(SUBJECT, found, advice);
     }
     let is_here = facts.running.is_some() || matches!(facts.state.holder, Ok(Some(_)));
-    let is_here_connected = facts.running.as_ref().is_some_and(|running| running.is_connected);
+    let is_here_connected = facts.running.as_ref().is_some_and(|running| running.mqtt_cause.is_none());
     match bus.online {
         Some(true) if !is_here => {
             let found = format!("a worker {name} is online, and none runs here");

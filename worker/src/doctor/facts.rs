@@ -7,13 +7,14 @@ use std::path::PathBuf;
 use wgkex_common::config::{Problem, Setup};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
-use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::peer_clock::Difference;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
 use crate::leases::ServerStatus;
+use crate::status::Status;
 
 /// Everything that is known.
 #[derive(Debug, Clone)]
@@ -46,6 +47,8 @@ pub struct Facts {
     pub state: StateFacts,
     /// The files and directories of the access lists, by their keys in the config.
     pub lists: Vec<ListFacts>,
+    /// The files without which it does not start.
+    pub needed: Vec<FileFacts>,
     /// The MQTT server, and what it allows.
     pub mqtt: MqttFacts<BusFacts>,
 }
@@ -57,6 +60,8 @@ pub struct Uplink {
     pub name: String,
     /// The largest packet that it takes.
     pub mtu: u32,
+    /// Whether it is that of a default route of IPv6.
+    pub has_ipv6: bool,
 }
 
 /// Where WireGuard can come from.
@@ -156,13 +161,22 @@ pub struct Managers {
     /// Whether it leaves alone routes and rules that it did not make.
     pub networkd_keeps_foreign: bool,
     /// Its file for each interface that has one.
-    pub networkd_files: BTreeMap<String, PathBuf>,
+    pub networkd_files: BTreeMap<String, NetworkFile>,
     /// What of wg-quick there is for an interface.
     pub wg_quick: Vec<WgQuick>,
     /// Whether `NetworkManager` runs.
     pub network_manager_runs: bool,
     /// The interfaces that it manages.
     pub network_manager_manages: BTreeSet<String>,
+}
+
+/// A .network file of systemd-networkd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Whether it says that routes stay which systemd-networkd did not make.
+    pub keeps_configuration: bool,
 }
 
 /// What of wg-quick there is for an interface.
@@ -183,16 +197,34 @@ pub struct RunningWorker {
     pub name: String,
     /// Its process, and the state of its files as it reports them.
     pub process: Running,
-    /// Whether its connection with the MQTT server stands.
-    pub is_connected: bool,
+    /// Why its connection with the MQTT server does not stand; none if it does.
+    pub mqtt_cause: Option<String>,
     /// Whether it finds that another program uses its name.
     pub is_name_in_use: bool,
-    /// Why routers cannot use a domain there, by the domain's name.
-    pub domains_down: BTreeMap<String, String>,
+    /// Whether it can write list entries of admin calls.
+    pub keeps_lists: bool,
+    /// Why routers cannot use a domain there, by the domain's name; without a reason it was not looked at yet.
+    pub domains_down: BTreeMap<String, Option<String>>,
     /// The brokers whose clock is not its own, by name.
     pub clocks_off: BTreeMap<String, Difference>,
     /// The servers of the registry that it is.
     pub servers: BTreeMap<String, ServerStatus>,
+}
+
+impl From<Status> for RunningWorker {
+    fn from(status: Status) -> Self {
+        let down = status.domains.into_iter().filter(|(_, domain)| !domain.up);
+        Self {
+            name: status.worker,
+            process: Running { pid: status.pid, keeps_state: status.state_kept, lists_damaged: status.lists_damaged },
+            mqtt_cause: (!status.mqtt.connected).then(|| status.mqtt.cause.unwrap_or_else(|| "no connection".into())),
+            is_name_in_use: status.mqtt.name_in_use,
+            keeps_lists: status.lists_kept,
+            domains_down: down.map(|(name, domain)| (name, domain.reason)).collect(),
+            clocks_off: status.clocks_off,
+            servers: status.servers,
+        }
+    }
 }
 
 /// What the MQTT server allows, and what is retained there of this worker.

@@ -2,16 +2,16 @@
 
 use wgkex_common::doctor::{Finding, Level, Trouble};
 
-use wgkex_common::doctor::sockets::PortOwner;
-
 use crate::leases::ServerStatus;
 
 use super::facts::{
-    DomainFacts, Facts, Managers, RunningWorker, ServerFacts, Uplink, WireguardDevice, WireguardFacts, WireguardSource,
+    DomainFacts, Facts, Managers, NetworkFile, RunningWorker, ServerFacts, Uplink, WireguardDevice, WireguardFacts,
+    WireguardSource,
 };
 
-/// What WireGuard adds to a packet, with IPv6 below: 40 of IPv6, 8 of UDP, 32 of its own.
-const WIREGUARD_OVERHEAD: u32 = 80;
+/// What WireGuard adds to a packet: the header below, 8 of UDP, 32 of its own.
+const OVER_IPV6: u32 = 40 + 8 + 32;
+const OVER_IPV4: u32 = 20 + 8 + 32;
 
 pub(super) fn capability(has_net_admin: bool) -> Finding {
     let missing = (!has_net_admin).then(|| Trouble {
@@ -34,29 +34,6 @@ pub(super) fn wireguard(facts: &Facts) -> Finding {
             "install a kernel with WireGuard, or `apt-get install wireguard-go`",
         ),
     }
-}
-
-/// Whether the worker can serve its metrics and its state.
-pub(super) fn listener(Facts { listener: (listen, owner), running, .. }: &Facts) -> Option<Finding> {
-    let who = match (owner, running) {
-        (PortOwner::Nobody, _) | (_, Some(_)) => return None,
-        (PortOwner::Process { pid, name }, None) => format!("process {pid} ({})", name.escape_debug()),
-        (PortOwner::Kernel, None) => "a process that is not seen from here".to_owned(),
-    };
-    let found = format!("{listen} is taken by {who}, which is no worker");
-    Some(Finding::fail("worker_listen", found, "end that, or set worker_listen to another port"))
-}
-
-/// What the running worker lacks at a domain whose interfaces are well as far as is seen from here: its user may not do
-/// all that the user of the doctor may.
-pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>) -> Option<Finding> {
-    let name = domain.domain.name();
-    let reason = running?.domains_down.get(name)?;
-    Some(Finding::fail(
-        name,
-        format!("the running worker cannot use it: {reason}"),
-        "its log says why; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the worker's user",
-    ))
 }
 
 /// Whether a server of the registry has its interface, and the peers of its leases, as the running worker has it.
@@ -102,14 +79,16 @@ fn running_server(subject: &str, ServerStatus { interface, up, reason, leases }:
 }
 
 /// Whether packets of the tunnels fit into those of the network below.
-pub(super) fn uplink(Uplink { name, mtu }: &Uplink, domains: &[DomainFacts]) -> Option<Finding> {
+pub(super) fn uplink(uplink: &Uplink, domains: &[DomainFacts]) -> Option<Finding> {
+    let Uplink { name, mtu, has_ipv6 } = uplink;
+    let overhead = if *has_ipv6 { OVER_IPV6 } else { OVER_IPV4 };
     let wireguard = |domain: &DomainFacts| Some(domain.wireguard.as_ref().ok()?.as_ref()?.link.mtu);
     let largest = domains.iter().filter_map(wireguard).max()?;
-    let fits = mtu.saturating_sub(WIREGUARD_OVERHEAD);
+    let fits = mtu.saturating_sub(overhead);
     let trouble = (largest > fits).then(|| Trouble {
         found: format!(
             "its MTU {mtu} is too small for the {largest} of a tunnel, of which WireGuard makes {}: large packets are fragmented or lost",
-            largest + WIREGUARD_OVERHEAD
+            largest + overhead
         ),
         advice: format!(
             "raise it, or lower those of the tunnels: wg-... to {fits}, vx-... to 70 less, and the same in the firmware of routers"
@@ -148,19 +127,23 @@ pub(super) fn managers(managers: &Managers) -> Vec<Finding> {
 
 fn networkd(managers: &Managers) -> Vec<Finding> {
     let level = if managers.networkd_runs { Level::Fail } else { Level::Warn };
+    let keep =
+        "ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no in [Network] of /etc/systemd/networkd.conf";
     let mut findings = Vec::new();
-    for (interface, file) in &managers.networkd_files {
-        let found =
-            format!("systemd-networkd manages it, too, by {}, and removes routes of the worker", file.display());
-        let advice = "narrow its [Match], or set Unmanaged=yes in its [Link]";
-        findings.push(Finding { level, ..Finding::warn(interface, found, advice) });
+    for (interface, NetworkFile { path, keeps_configuration }) in &managers.networkd_files {
+        let path = path.display();
+        findings.push(if managers.networkd_keeps_foreign || *keeps_configuration {
+            Finding::ok(interface, format!("systemd-networkd has {path} for it, and keeps routes of the worker"))
+        } else {
+            let found = format!("systemd-networkd manages it, too, by {path}, and removes routes of the worker");
+            let advice =
+                format!("{keep}; or KeepConfiguration=yes in [Network] of {path}, or Unmanaged=yes in its [Link]");
+            Finding { level, ..Finding::warn(interface, found, advice) }
+        });
     }
     if managers.networkd_runs && !managers.networkd_keeps_foreign {
-        findings.push(Finding::warn(
-            "managers",
-            "systemd-networkd runs, and removes routes and rules that it did not make when it starts",
-            "ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no in [Network] of /etc/systemd/networkd.conf",
-        ));
+        let found = "systemd-networkd runs, and removes routes and rules that it did not make when it starts";
+        findings.push(Finding::warn("managers", found, keep));
     }
     findings
 }

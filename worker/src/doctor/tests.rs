@@ -2,12 +2,13 @@ use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 use std::time::Duration;
 
+use serde_json::json;
 use wgkex_common::PublicKey;
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::access::Access;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
-use wgkex_common::doctor::files::{ListFacts, Running, StateFacts};
+use wgkex_common::doctor::files::{FileFacts, ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Level, report, worst};
 use wgkex_common::mqtt::Fault;
@@ -20,6 +21,7 @@ use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 use super::facts::*;
 use super::*;
 use crate::leases::ServerStatus;
+use crate::status::Status;
 use crate::testing::{domain, key};
 
 type Spoil = fn(&mut Facts);
@@ -27,8 +29,19 @@ type Spoil = fn(&mut Facts);
 const LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 2, 2, 2, 2);
 const GLOBAL: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
-/// A gateway on which all is well, without a worker.
+/// A gateway on which all is well, with its worker.
 fn well() -> Facts {
+    let mut facts = stopped();
+    facts.running = Some(running());
+    facts.listener.1 = PortOwner::Process { pid: 7, name: "wgkex-worker".into() };
+    facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+    bus(&mut facts).online = Some(true);
+    bus(&mut facts).published_keys = [("ffmuc_welt".to_owned(), key(1))].into();
+    facts
+}
+
+/// The same, and its worker does not run.
+fn stopped() -> Facts {
     let link = |index, kind, mtu| LinkFacts {
         index,
         kind,
@@ -51,7 +64,7 @@ fn well() -> Facts {
         config_warnings: Vec::new(),
         is_setup_named: true,
         listener: ("127.0.0.1:9586".into(), PortOwner::Nobody),
-        uplinks: [Uplink { name: "eth0".into(), mtu: 1500 }].into(),
+        uplinks: [Uplink { name: "eth0".into(), mtu: 1500, has_ipv6: true }].into(),
         has_net_admin: true,
         wireguard: WireguardSource { kernel: true, userspace: false },
         domains: vec![DomainFacts {
@@ -68,6 +81,7 @@ fn well() -> Facts {
         servers: Vec::new(),
         state: StateFacts { dir: "/state".into(), user: "root".into(), access: Access::Granted, holder: Ok(None) },
         lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
+        needed: vec![FileFacts { key: "mqtt.ca_file", path: "/ca".into(), access: Access::Granted }],
         mqtt: MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
@@ -84,8 +98,9 @@ fn running() -> RunningWorker {
     RunningWorker {
         name: "gw01".into(),
         process,
-        is_connected: true,
+        mqtt_cause: None,
         is_name_in_use: false,
+        keeps_lists: true,
         domains_down: BTreeMap::new(),
         clocks_off: BTreeMap::new(),
         servers: BTreeMap::new(),
@@ -117,13 +132,18 @@ fn no_mqtt(facts: &mut Facts, fault: Fault) {
     facts.mqtt.outcome = Err(Failure { fault, cause: "the cause".into() });
 }
 
-/// Each spoiled thing makes one finding, at this level, with these words of what was found and what to do.
-fn each_is_found(table: &[(Level, Spoil, &str, &str)]) {
+/// What is not as it should be.
+fn troubles(facts: &Facts) -> Vec<Finding> {
+    findings(facts).into_iter().filter(|finding| finding.level != Level::Ok).collect()
+}
+
+/// Each spoiled thing makes one more finding, at this level, with these words of what was found and what to do.
+fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
+    let before = troubles(&begin());
     for (level, spoil, found, advice) in table {
-        let mut facts = well();
+        let mut facts = begin();
         spoil(&mut facts);
-        let findings = findings(&facts);
-        let troubles: Vec<_> = findings.iter().filter(|finding| finding.level != Level::Ok).collect();
+        let troubles: Vec<_> = troubles(&facts).into_iter().filter(|trouble| !before.contains(trouble)).collect();
         assert_eq!(troubles.len(), 1, "{found}: {troubles:?}");
         let line = format!("{}: {}", troubles[0].subject, troubles[0].found);
         assert_eq!(troubles[0].level, *level, "{line}");
@@ -134,156 +154,251 @@ fn each_is_found(table: &[(Level, Spoil, &str, &str)]) {
 }
 
 #[test]
-fn a_gateway_on_which_all_is_well_has_only_ok_lines() {
-    for running in [None, Some(running())] {
-        let mut facts = well();
-        if running.is_some() {
-            facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
-            bus(&mut facts).online = Some(true);
-            bus(&mut facts).published_keys = [("ffmuc_welt".to_owned(), key(1))].into();
+fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_not_run_says_so() {
+    let all = findings(&well());
+    assert!(worst(&all) == Level::Ok && all.len() > 15, "{all:?}");
+    let troubles = troubles(&stopped());
+    assert!(troubles.len() == 1 && troubles[0].level == Level::Warn, "{troubles:?}");
+    assert!(troubles[0].found.starts_with("no worker runs here"), "{troubles:?}");
+    assert!(troubles[0].advice.as_ref().is_some_and(|advice| advice.contains("systemctl start wgkex-worker")));
+}
+
+/// What `wgkex-worker status` calls wrong.
+#[test]
+fn each_problem_of_the_running_workers_status_is_a_finding() {
+    type SpoilStatus = fn(&mut Status);
+    let status = || -> Status {
+        serde_json::from_value(json!({
+            "version": "1", "worker": "gw01", "pid": 7, "uptime_seconds": 9,
+            "mqtt": { "connected": true, "cause": null },
+            "domains": { "ffmuc_welt": {
+                "wireguard": "wg-welt", "vxlan": "vx-welt", "up": true, "reason": null, "port": 51820,
+                "peers": { "connected": 0, "idle": 0, "never_connected": 0, "stale": 0 },
+            } },
+            "keys": { "received": 0, "installed": 0, "refreshed": 0, "restored": 0, "failed": 0, "dropped": 0 },
+            "batches": { "batches": 0, "keys": 0, "seconds": 0.0 },
+            "queue": 0, "pending": 0, "oldest_pending_seconds": null, "state_kept": true, "lists_kept": true,
+            "lists_damaged": [], "problems": [],
+        }))
+        .unwrap()
+    };
+    let table: [(SpoilStatus, Level, &str); 9] = [
+        (|_| {}, Level::Ok, ""),
+        (
+            |status| (status.mqtt.connected, status.mqtt.cause) = (false, Some("refused".into())),
+            Level::Fail,
+            "MQTT: the running worker is not connected: refused",
+        ),
+        (|status| status.mqtt.name_in_use = true, Level::Fail, "MQTT: the server ends the connections of the running"),
+        (
+            |status| status.domains.values_mut().for_each(|domain| domain.up = false),
+            Level::Warn,
+            "ffmuc_welt: the running worker has not read its interfaces yet",
+        ),
+        (
+            |status| {
+                let domain = status.domains.get_mut("ffmuc_welt").unwrap();
+                (domain.up, domain.reason) = (false, Some("denied".into()));
+            },
+            Level::Fail,
+            "ffmuc_welt: the running worker cannot use it: denied",
+        ),
+        (|status| status.state_kept = false, Level::Warn, "state: the running worker cannot keep keys on the disk"),
+        (|status| status.lists_kept = false, Level::Warn, "state: the running worker cannot keep list entries"),
+        (
+            |status| status.lists_damaged = vec!["blacklist_file".into()],
+            Level::Fail,
+            "blacklist_file: the running worker cannot read /list",
+        ),
+        (
+            |status| status.clocks_off = [("b1".to_owned(), Difference::Ahead(61))].into(),
+            Level::Warn,
+            "clock: that of broker b1 is 61 s ahead",
+        ),
+    ];
+    for (spoil, level, found) in table {
+        let mut status = status();
+        spoil(&mut status);
+        assert_eq!(status.find_problems().is_empty(), level == Level::Ok, "{found}");
+        let running = RunningWorker::from(status);
+        let clock = ClockFacts { brokers: running.clocks_off.clone(), ..well().clock };
+        let troubles = troubles(&Facts { running: Some(running), clock, ..well() });
+        assert_eq!(troubles.len(), usize::from(level != Level::Ok), "{found}: {troubles:?}");
+        for trouble in troubles {
+            let line = format!("{}: {}", trouble.subject, trouble.found);
+            assert!(trouble.level == level && line.starts_with(found), "{found}: {trouble:?}");
         }
-        facts.running = running;
-        let findings = findings(&facts);
-        assert!(worst(&findings) == Level::Ok && findings.len() > 15, "{findings:?}");
     }
+}
+
+/// The doctor gives it five seconds.
+#[test]
+fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_changed() {
+    let hung = || {
+        let mut facts = stopped();
+        facts.listener.1 = process("wgkex-worker");
+        facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+        facts
+    };
+    let troubles: Vec<_> = troubles(&hung()).into_iter().filter(|trouble| trouble.subject != "state").collect();
+    assert!(troubles.len() == 1 && troubles[0].level == Level::Fail, "{troubles:?}");
+    assert_eq!(troubles[0].found, "process 7 (wgkex-worker) has 127.0.0.1:9586, and does not answer there");
+    let advice = troubles[0].advice.as_deref().unwrap();
+    assert!(advice.contains("log") && advice.contains("systemctl restart wgkex-worker"), "{advice}");
 }
 
 #[test]
 fn each_trouble_of_interfaces_is_named_with_what_to_do() {
-    each_is_found(&[
-        (Level::Fail, |facts| facts.domains[0].vxlan = Ok(None), "vx-welt: it is missing", "wgkex-worker setup"),
-        (Level::Fail, |facts| wg(facts).link.up = false, "wg-welt: it is down", "ip link set wg-welt up"),
-        (Level::Fail, |facts| vx(facts).up = false, "vx-welt: it is down", "ip link set vx-welt up"),
-        (Level::Fail, |facts| wg(facts).device = Err("no".into()), "wg-welt: WireGuard does not answer: no", "as root"),
-        (
-            Level::Fail,
-            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: None, port: 51820 })),
-            "wg-welt: it has no private key",
-            "setup",
-        ),
-        (
-            Level::Fail,
-            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 })),
-            "wg-welt: it has no UDP port",
-            "setup",
-        ),
-        (
-            Level::Fail,
-            |facts| {
-                wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
-                facts.domains[0].port_owner = process("openvpn");
-            },
-            "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
-            "wg set wg-welt listen-port 51820",
-        ),
-        (
-            Level::Warn,
-            |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
-            "its UDP port is 40011, and 51820 in the config",
-            "routers are told 40011",
-        ),
-        (
-            Level::Warn,
-            |facts| {
-                wg(facts).link.addresses = [GLOBAL].into();
-                attributes(facts).local = Some(GLOBAL.into());
-            },
-            "wg-welt: its addresses are all global",
-            "wgkex-worker setup",
-        ),
-        (
-            Level::Fail,
-            |facts| facts.domains[0].port_owner = process("openvpn"),
-            "its UDP port 51820 is taken by process 7 (openvpn)",
-            "end that",
-        ),
-        (
-            Level::Fail,
-            |facts| facts.domains[0].port_owner = PortOwner::Nobody,
-            "nobody listens on its UDP port 51820",
-            "wg set wg-welt listen-port 51820",
-        ),
-    ]);
+    each_is_found(
+        well,
+        &[
+            (Level::Fail, |facts| facts.domains[0].vxlan = Ok(None), "vx-welt: it is missing", "wgkex-worker setup"),
+            (Level::Fail, |facts| wg(facts).link.up = false, "wg-welt: it is down", "ip link set wg-welt up"),
+            (Level::Fail, |facts| vx(facts).up = false, "vx-welt: it is down", "ip link set vx-welt up"),
+            (
+                Level::Fail,
+                |facts| wg(facts).device = Err("no".into()),
+                "wg-welt: WireGuard does not answer: no",
+                "as root",
+            ),
+            (
+                Level::Fail,
+                |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: None, port: 51820 })),
+                "wg-welt: it has no private key",
+                "setup",
+            ),
+            (
+                Level::Fail,
+                |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 })),
+                "wg-welt: it has no UDP port",
+                "setup",
+            ),
+            (
+                Level::Fail,
+                |facts| {
+                    wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
+                    facts.domains[0].port_owner = process("openvpn");
+                },
+                "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
+                "wg set wg-welt listen-port 51820",
+            ),
+            (
+                Level::Warn,
+                |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
+                "its UDP port is 40011, and 51820 in the config",
+                "routers are told 40011",
+            ),
+            (
+                Level::Warn,
+                |facts| {
+                    wg(facts).link.addresses = [GLOBAL].into();
+                    attributes(facts).local = Some(GLOBAL.into());
+                },
+                "wg-welt: its addresses are all global",
+                "wgkex-worker setup",
+            ),
+            (
+                Level::Fail,
+                |facts| facts.domains[0].port_owner = process("openvpn"),
+                "its UDP port 51820 is taken by process 7 (openvpn)",
+                "end that",
+            ),
+            (
+                Level::Fail,
+                |facts| facts.domains[0].port_owner = PortOwner::Nobody,
+                "nobody listens on its UDP port 51820",
+                "wg set wg-welt listen-port 51820",
+            ),
+        ],
+    );
 }
 
 #[test]
 fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
-    each_is_found(&[
-        (
-            Level::Fail,
-            |facts| attributes(facts).id = 7,
-            "vx-welt: its VXLAN id is 7, and 99 in the config",
-            "setup.vxlan_id",
-        ),
-        (
-            Level::Fail,
-            |facts| attributes(facts).port = 1,
-            "its VXLAN port is 1, and 8472 in the config",
-            "setup.vxlan_port",
-        ),
-        (
-            Level::Fail,
-            |facts| attributes(facts).local = None,
-            "vx-welt: it has no local address",
-            "ip link del vx-welt",
-        ),
-        (
-            Level::Fail,
-            |facts| attributes(facts).local = Some(Ipv6Addr::LOCALHOST.into()),
-            "its local address ::1 is not one of wg-welt",
-            "ip link del vx-welt",
-        ),
-        (Level::Fail, |facts| attributes(facts).under = Some(9), "the device under it is not wg-welt", "ip link del"),
-        (
-            Level::Fail,
-            |facts| vx(facts).mtu = 1400,
-            "vx-welt: its MTU 1400 is too large",
-            "ip link set vx-welt mtu 1350",
-        ),
-        (
-            Level::Fail,
-            |facts| vx(facts).mtu = 1279,
-            "vx-welt: its MTU 1279 is too small",
-            "ip link set vx-welt mtu 1350",
-        ),
-        (Level::Fail, |facts| wg(facts).link.mtu = 1349, "the MTU 1349 of wg-welt is too small", "at least 1350"),
-        (
-            Level::Fail,
-            |facts| wg(facts).link.kind = LinkKind::Other("dummy".into()),
-            "wg-welt: it is of kind dummy, and not a WireGuard interface",
-            "ip link del wg-welt",
-        ),
-        (
-            Level::Fail,
-            |facts| wg(facts).link.kind = LinkKind::Tun,
-            "it is a TUN device without a WireGuard behind it",
-            "ip link del wg-welt",
-        ),
-        (
-            Level::Warn,
-            |facts| (wg(facts).link.kind, wg(facts).is_hidden) = (LinkKind::Tun, true),
-            "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
-            "run this as root",
-        ),
-        (
-            Level::Fail,
-            |facts| vx(facts).kind = LinkKind::Physical,
-            "a device of no kind, and not a VXLAN",
-            "ip link del",
-        ),
-        (
-            Level::Warn,
-            |facts| vx(facts).received.packets = 0,
-            "vx-welt: it has never received anything, although 1000 packets came by wg-welt",
-            "setup.vxlan_id",
-        ),
-        (
-            Level::Warn,
-            |facts| vx(facts).has_ipv4 = true,
-            "vx-welt: it has an IPv4 address, and rp_filter is strict",
-            "to 2",
-        ),
-    ]);
+    each_is_found(
+        well,
+        &[
+            (
+                Level::Fail,
+                |facts| attributes(facts).id = 7,
+                "vx-welt: its VXLAN id is 7, and 99 in the config",
+                "setup.vxlan_id",
+            ),
+            (
+                Level::Fail,
+                |facts| attributes(facts).port = 1,
+                "its VXLAN port is 1, and 8472 in the config",
+                "setup.vxlan_port",
+            ),
+            (
+                Level::Fail,
+                |facts| attributes(facts).local = None,
+                "vx-welt: it has no local address",
+                "ip link del vx-welt",
+            ),
+            (
+                Level::Fail,
+                |facts| attributes(facts).local = Some(Ipv6Addr::LOCALHOST.into()),
+                "its local address ::1 is not one of wg-welt",
+                "ip link del vx-welt",
+            ),
+            (
+                Level::Fail,
+                |facts| attributes(facts).under = Some(9),
+                "the device under it is not wg-welt",
+                "ip link del",
+            ),
+            (
+                Level::Fail,
+                |facts| vx(facts).mtu = 1400,
+                "vx-welt: its MTU 1400 is too large",
+                "ip link set vx-welt mtu 1350",
+            ),
+            (
+                Level::Fail,
+                |facts| vx(facts).mtu = 1279,
+                "vx-welt: its MTU 1279 is too small",
+                "ip link set vx-welt mtu 1350",
+            ),
+            (Level::Fail, |facts| wg(facts).link.mtu = 1349, "the MTU 1349 of wg-welt is too small", "at least 1350"),
+            (
+                Level::Fail,
+                |facts| wg(facts).link.kind = LinkKind::Other("dummy".into()),
+                "wg-welt: it is of kind dummy, and not a WireGuard interface",
+                "ip link del wg-welt",
+            ),
+            (
+                Level::Fail,
+                |facts| wg(facts).link.kind = LinkKind::Tun,
+                "it is a TUN device without a WireGuard behind it",
+                "ip link del wg-welt",
+            ),
+            (
+                Level::Warn,
+                |facts| (wg(facts).link.kind, wg(facts).is_hidden) = (LinkKind::Tun, true),
+                "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
+                "run this as root",
+            ),
+            (
+                Level::Fail,
+                |facts| vx(facts).kind = LinkKind::Physical,
+                "a device of no kind, and not a VXLAN",
+                "ip link del",
+            ),
+            (
+                Level::Warn,
+                |facts| vx(facts).received.packets = 0,
+                "vx-welt: it has never received anything, although 1000 packets came by wg-welt",
+                "setup.vxlan_id",
+            ),
+            (
+                Level::Warn,
+                |facts| vx(facts).has_ipv4 = true,
+                "vx-welt: it has an IPv4 address, and rp_filter is strict",
+                "to 2",
+            ),
+        ],
+    );
     let mut quiet = well();
     (vx(&mut quiet).received, wg(&mut quiet).link.received) =
         (Received::default(), Received { packets: 9, own_ipv6: 9 });
@@ -296,9 +411,8 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
 #[test]
 fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_say_why() {
     let mut facts = well();
-    facts.running =
-        Some(RunningWorker { domains_down: [("ffmuc_welt".to_owned(), "denied".to_owned())].into(), ..running() });
-    bus(&mut facts).online = Some(true);
+    let down = [("ffmuc_welt".to_owned(), Some("denied".to_owned()))].into();
+    facts.running = Some(RunningWorker { domains_down: down, ..running() });
     let failures = |facts: &Facts| {
         let findings = findings(facts).into_iter().filter(|finding| finding.level == Level::Fail);
         findings.map(|finding| finding.found).collect::<Vec<_>>()
@@ -347,70 +461,92 @@ fn defaults_of_setup_are_no_demands() {
 
 #[test]
 fn each_trouble_of_the_machine_is_named_with_what_to_do() {
-    each_is_found(&[
-        (Level::Fail, |facts| facts.has_net_admin = false, "privileges: CAP_NET_ADMIN is missing", "as root"),
-        (
-            Level::Fail,
-            |facts| facts.listener.1 = PortOwner::Process { pid: 9, name: "exporter".into() },
-            "worker_listen: 127.0.0.1:9586 is taken by process 9 (exporter)",
-            "another port",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.uplinks.extend([Uplink { name: "eth1".into(), mtu: 1400 }]),
-            "eth1: its MTU 1400 is too small for the 1420 of a tunnel, of which WireGuard makes 1500",
-            "wg-... to 1320",
-        ),
-        (Level::Fail, |facts| facts.wireguard.kernel = false, "there is no wireguard-go", "apt-get install"),
-        (
-            Level::Fail,
-            |facts| {
-                facts.managers.networkd_runs = true;
-                facts.managers.networkd_files = [("wg-welt".to_owned(), "/etc/a.network".into())].into();
-            },
-            "wg-welt: systemd-networkd manages it, too, by /etc/a.network",
-            "Unmanaged=yes",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.managers.networkd_files = [("wg-welt".to_owned(), "/etc/a.network".into())].into(),
-            "systemd-networkd manages it",
-            "[Match]",
-        ),
-        (
-            Level::Warn,
-            |facts| (facts.managers.networkd_runs, facts.managers.networkd_keeps_foreign) = (true, false),
-            "managers: systemd-networkd runs, and removes routes",
-            "ManageForeignRoutes=no",
-        ),
-        (
-            Level::Fail,
-            |facts| {
-                facts.managers.wg_quick =
-                    vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: true }];
-            },
-            "wg-welt: wg-quick manages it, too (/f)",
-            "systemctl disable --now wg-quick@wg-welt",
-        ),
-        (
-            Level::Warn,
-            |facts| {
-                facts.managers.wg_quick =
-                    vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: false }];
-            },
-            "there is a config of wg-quick for it (/f)",
-            "move it away",
-        ),
-        (
-            Level::Warn,
-            |facts| {
-                facts.managers.network_manager_runs = true;
-                facts.managers.network_manager_manages = ["vx-welt".to_owned()].into();
-            },
-            "vx-welt: NetworkManager runs",
-            "unmanaged-devices",
-        ),
-    ]);
+    each_is_found(
+        well,
+        &[
+            (Level::Fail, |facts| facts.has_net_admin = false, "privileges: CAP_NET_ADMIN is missing", "as root"),
+            (
+                Level::Warn,
+                |facts| facts.uplinks.extend([Uplink { name: "eth1".into(), mtu: 1400, has_ipv6: true }]),
+                "eth1: its MTU 1400 is too small for the 1420 of a tunnel, of which WireGuard makes 1500",
+                "wg-... to 1320",
+            ),
+            (
+                Level::Warn,
+                |facts| facts.uplinks.extend([Uplink { name: "eth1".into(), mtu: 1479, has_ipv6: false }]),
+                "eth1: its MTU 1479 is too small for the 1420 of a tunnel, of which WireGuard makes 1480",
+                "wg-... to 1419",
+            ),
+            (Level::Fail, |facts| facts.wireguard.kernel = false, "there is no wireguard-go", "apt-get install"),
+            (
+                Level::Warn,
+                |facts| network_file(facts, false),
+                "wg-welt: systemd-networkd manages it, too, by /etc/a.network",
+                "ManageForeignRoutes=no and ManageForeignRoutingPolicyRules=no in [Network] of /etc/systemd/networkd.conf; or KeepC",
+            ),
+            (
+                Level::Warn,
+                |facts| (facts.managers.networkd_runs, facts.managers.networkd_keeps_foreign) = (true, false),
+                "managers: systemd-networkd runs, and removes routes",
+                "ManageForeignRoutes=no",
+            ),
+            (
+                Level::Fail,
+                |facts| {
+                    facts.managers.wg_quick =
+                        vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: true }];
+                },
+                "wg-welt: wg-quick manages it, too (/f)",
+                "systemctl disable --now wg-quick@wg-welt",
+            ),
+            (
+                Level::Warn,
+                |facts| {
+                    facts.managers.wg_quick =
+                        vec![WgQuick { interface: "wg-welt".into(), file: "/f".into(), is_enabled: false }];
+                },
+                "there is a config of wg-quick for it (/f)",
+                "move it away",
+            ),
+            (
+                Level::Warn,
+                |facts| {
+                    facts.managers.network_manager_runs = true;
+                    facts.managers.network_manager_manages = ["vx-welt".to_owned()].into();
+                },
+                "vx-welt: NetworkManager runs",
+                "unmanaged-devices",
+            ),
+        ],
+    );
+}
+
+fn network_file(facts: &mut Facts, keeps_configuration: bool) {
+    facts.managers.networkd_keeps_foreign = false;
+    let file = NetworkFile { path: "/etc/a.network".into(), keeps_configuration };
+    facts.managers.networkd_files = [("wg-welt".to_owned(), file)].into();
+}
+
+#[test]
+fn a_network_file_fails_while_networkd_runs_unless_that_keeps_routes_of_others() {
+    let level = |spoil: Spoil| {
+        let mut facts = well();
+        network_file(&mut facts, false);
+        facts.managers.networkd_runs = true;
+        spoil(&mut facts);
+        let findings = findings(&facts);
+        findings.iter().find(|finding| finding.found.contains("/etc/a.network")).unwrap().level
+    };
+    assert_eq!(level(|_| {}), Level::Fail);
+    assert_eq!(level(|facts| network_file(facts, true)), Level::Ok);
+    assert_eq!(level(|facts| facts.managers.networkd_keeps_foreign = true), Level::Ok);
+}
+
+#[test]
+fn an_uplink_without_ipv6_needs_less_room() {
+    let mut facts = well();
+    facts.uplinks = [Uplink { name: "eth1".into(), mtu: 1480, has_ipv6: false }].into();
+    assert_eq!(worst(&findings(&facts)), Level::Ok);
 }
 
 #[test]
@@ -452,8 +588,6 @@ fn a_broker_whose_clock_the_running_worker_finds_off_is_named() {
 #[test]
 fn what_the_running_worker_reads_and_writes_it_may() {
     let mut facts = well();
-    facts.running = Some(running());
-    bus(&mut facts).online = Some(true);
     facts.state.access = Access::Denied("mode 700".into());
     facts.lists[0].access = Access::Denied("mode 600".into());
     assert_eq!(worst(&findings(&facts)), Level::Ok);
@@ -461,109 +595,134 @@ fn what_the_running_worker_reads_and_writes_it_may() {
 
 #[test]
 fn each_trouble_of_files_is_named_with_what_to_do() {
-    each_is_found(&[
-        (
-            Level::Fail,
-            |facts| facts.state.access = Access::Denied("it is read-only".into()),
-            "state: root cannot write to /state: it is read-only",
-            "install -d -m 700 -o root /state",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.state.access = Access::OnlyFor("wgkex".into()),
-            "/state is writable for wgkex and not for root",
-            "start the worker as wgkex",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: Some("wgkex-worker".into()) })),
-            "process 8 (wgkex-worker) has the state file, and no worker answers",
-            "log",
-        ),
-        (
-            Level::Fail,
-            |facts| {
-                facts.running = Some(running());
-                bus(facts).online = Some(true);
-                facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None }));
-            },
-            "two workers on one machine",
-            "end one",
-        ),
-        (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
-        (
-            Level::Fail,
-            |facts| facts.lists[0].access = Access::Creatable,
-            "blacklist_file: /list is missing",
-            "write it",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.lists[0].access = Access::OnlyFor("wgkex".into()),
-            "/list is readable for wgkex and not for root",
-            "start the worker as wgkex",
-        ),
-        (
-            Level::Fail,
-            |facts| facts.lists[0].access = Access::Denied("mode 600".into()),
-            "root cannot read /list: mode 600",
-            "chmod",
-        ),
-        (
-            Level::Fail,
-            |facts| {
-                let mut running = running();
-                running.process.lists_damaged = vec!["blacklist_file".into()];
-                facts.running = Some(running);
-                bus(facts).online = Some(true);
-            },
-            "the running worker cannot read /list, or it is damaged",
-            "log",
-        ),
-    ]);
+    each_is_found(
+        stopped,
+        &[
+            (
+                Level::Fail,
+                |facts| facts.listener.1 = PortOwner::Process { pid: 9, name: "exporter".into() },
+                "worker_listen: 127.0.0.1:9586 is taken by process 9 (exporter), which does not answer as a worker",
+                "another port",
+            ),
+            (
+                Level::Fail,
+                |facts| facts.state.access = Access::Denied("it is read-only".into()),
+                "state: root cannot write to /state: it is read-only",
+                "install -d -m 700 -o root /state",
+            ),
+            (
+                Level::Warn,
+                |facts| facts.state.access = Access::OnlyFor("wgkex".into()),
+                "/state is writable for wgkex and not for root",
+                "start the worker as wgkex",
+            ),
+            (
+                Level::Warn,
+                |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: Some("wgkex-worker".into()) })),
+                "process 8 (wgkex-worker) has the state file, and no worker answers",
+                "log",
+            ),
+            (
+                Level::Fail,
+                |facts| {
+                    *facts = well();
+                    facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None }));
+                },
+                "two workers on one machine",
+                "end one",
+            ),
+            (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
+            (
+                Level::Fail,
+                |facts| facts.lists[0].access = Access::Creatable,
+                "blacklist_file: /list is missing",
+                "write it",
+            ),
+            (
+                Level::Warn,
+                |facts| facts.lists[0].access = Access::OnlyFor("wgkex".into()),
+                "/list is readable for wgkex and not for root",
+                "start the worker as wgkex",
+            ),
+            (
+                Level::Fail,
+                |facts| facts.lists[0].access = Access::Denied("mode 600".into()),
+                "root cannot read /list: mode 600",
+                "chmod",
+            ),
+            (
+                Level::Fail,
+                |facts| facts.needed[0].access = Access::Denied("mode 600".into()),
+                "mqtt.ca_file: root cannot read /ca: mode 600",
+                "chmod",
+            ),
+            (
+                Level::Fail,
+                |facts| {
+                    *facts = well();
+                    let mut running = running();
+                    running.process.lists_damaged = vec!["blacklist_file".into()];
+                    facts.running = Some(running);
+                },
+                "the running worker cannot read /list, or it is damaged",
+                "log",
+            ),
+        ],
+    );
 }
 
 #[test]
 fn each_trouble_of_mqtt_is_named_with_what_to_do() {
-    each_is_found(&[
-        (Level::Fail, |facts| no_mqtt(facts, Fault::Password), "MQTT: mqtt:1883: the cause", "mqtt.password"),
-        (Level::Fail, |facts| no_mqtt(facts, Fault::ClientId), "the cause", "host name"),
-        (Level::Fail, |facts| no_mqtt(facts, Fault::Tls), "the cause", "mqtt.ca_file"),
-        (Level::Fail, |facts| no_mqtt(facts, Fault::NoTls), "the cause", "mqtt.tls to true"),
-        (Level::Fail, |facts| no_mqtt(facts, Fault::Busy), "the cause", "mqtt.password"),
-        (Level::Fail, |facts| no_mqtt(facts, Fault::Server), "the cause", "start the MQTT server"),
-        (
-            Level::Fail,
-            |facts| bus(facts).rights.refused = vec!["wireguard/x/+".into()],
-            "subscribe to wireguard/x/+",
-            "mqtt-acl",
-        ),
-        (Level::Warn, |facts| bus(facts).rights.refused_optional = vec!["a/b".into()], "subscribe to a/b", "mqtt-acl"),
-        (Level::Warn, |facts| bus(facts).rights.echo = Echo::Lost, "does not come back", "mqtt-acl"),
-        (Level::Warn, |facts| bus(facts).rights.echo = Echo::Closed, "ends the connection", "mqtt-acl"),
-        (
+    each_is_found(
+        well,
+        &[
+            (Level::Fail, |facts| no_mqtt(facts, Fault::Password), "MQTT: mqtt:1883: the cause", "mqtt.password"),
+            (Level::Fail, |facts| no_mqtt(facts, Fault::ClientId), "the cause", "host name"),
+            (Level::Fail, |facts| no_mqtt(facts, Fault::Tls), "the cause", "mqtt.ca_file"),
+            (Level::Fail, |facts| no_mqtt(facts, Fault::NoTls), "the cause", "mqtt.tls to true"),
+            (Level::Fail, |facts| no_mqtt(facts, Fault::Busy), "the cause", "mqtt.password"),
+            (Level::Fail, |facts| no_mqtt(facts, Fault::Server), "the cause", "start the MQTT server"),
+            (
+                Level::Fail,
+                |facts| bus(facts).rights.refused = vec!["wireguard/x/+".into()],
+                "subscribe to wireguard/x/+",
+                "mqtt-acl",
+            ),
+            (
+                Level::Warn,
+                |facts| bus(facts).rights.refused_optional = vec!["a/b".into()],
+                "subscribe to a/b",
+                "mqtt-acl",
+            ),
+            (Level::Warn, |facts| bus(facts).rights.echo = Echo::Lost, "does not come back", "mqtt-acl"),
+            (Level::Warn, |facts| bus(facts).rights.echo = Echo::Closed, "ends the connection", "mqtt-acl"),
+            (
+                Level::Fail,
+                |facts| bus(facts).published_keys = [("ffmuc_welt".to_owned(), key(2))].into(),
+                "publishes as gw01 in ffmuc_welt",
+                "host name",
+            ),
+            (
+                Level::Warn,
+                |facts| bus(facts).online = Some(false),
+                "nothing is retained that shows worker gw01 online",
+                "again",
+            ),
+        ],
+    );
+}
+
+#[test]
+fn a_worker_of_this_name_that_is_online_elsewhere_is_named() {
+    each_is_found(
+        stopped,
+        &[(
             Level::Fail,
             |facts| bus(facts).online = Some(true),
             "a worker gw01 is online, and none runs here",
             "host name",
-        ),
-        (
-            Level::Fail,
-            |facts| {
-                facts.running = Some(running());
-                bus(facts).online = Some(true);
-                bus(facts).published_keys = [("ffmuc_welt".to_owned(), key(2))].into();
-            },
-            "publishes as gw01 in ffmuc_welt",
-            "host name",
-        ),
-        (
-            Level::Warn,
-            |facts| facts.running = Some(running()),
-            "nothing is retained that shows worker gw01 online",
-            "again",
-        ),
-    ]);
+        )],
+    );
 }
 
 #[test]

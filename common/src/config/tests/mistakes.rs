@@ -278,6 +278,23 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ("log_level: INFO\n\0\0\0", &["line 4: must not have a NUL byte, as a file has that was not wholly written"]),
     ("logging_config: &a {a: *a}", &["line 3: must not have an alias for what it stands in itself"]),
     ("mqtt:\n\ttls: yes", &["line 4: must begin with spaces, not with a tab"]),
+    ("setup:\n  key_dir: /a\n\tlisten_port: 1\nlog_level: INFO", &["line 5: must begin with spaces, not with a tab"]),
+    (
+        "logging_config:\n  text: |\n    x\n\n    \ty\nmqtt: {tls: yes",
+        &["line 8: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"],
+    ),
+    (
+        "#\tan old line\n\t# and one more\nlog_level:DEBUG\ntenants: {}",
+        &["line 5: is not YAML: a key lacks the colon behind it, or the space behind that"],
+    ),
+    (
+        "mqtt:\n  username: x\n  password: ab: cd",
+        &["line 5: is not YAML: a value with a colon at its end, or before a space, needs quotes around it"],
+    ),
+    (
+        "mqtt:\n  password: abcd: # of gw1",
+        &["line 4: is not YAML: a value with a colon at its end, or before a space, needs quotes around it"],
+    ),
     ("mqtt\n\n  broker_url: x", &["line 3: is not YAML: a key lacks the colon behind it, or the space behind that"]),
     (
         "log_level:DEBUG\ntenants: {}",
@@ -304,13 +321,13 @@ const MISTAKES: &[(&str, &[&str])] = &[
              in the same column, and those below a key further right",
         ],
     ),
-    ("mqtt: {tls: yes", &["line 4: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
+    ("mqtt: {tls: yes", &["line 3: is not YAML: while parsing a flow mapping, did not find expected ',' or '}'"]),
     (
         "mqtt: {password: .inf}",
-        &["must not have a value that is no number and no text, such as .inf or .nan; quotes make it a text"],
+        &["line 3: must not have a value that is no number and no text, such as .inf or .nan; quotes make it a text"],
     ),
-    ("? [a, b]\n: c", &["must have a text as each key, and has a list, a mapping or nothing"]),
-    ("---\nmqtt: ~", &["must have one document only (no second line \"---\")"]),
+    ("? [a, b]\n: c", &["line 3: must have a text as each key, and has a list, a mapping or nothing"]),
+    ("---\nmqtt: ~", &["line 3: must have one document only (no second line \"---\")"]),
 ];
 
 #[test]

@@ -4,11 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::doctor::facts::{Managers, WgQuick};
+use crate::doctor::facts::{Managers, NetworkFile, WgQuick};
 use wgkex_common::doctor::sockets;
 
 /// Where configs are, the most important place last.
 const PLACES: [&str; 3] = ["usr/lib", "run", "etc"];
+
+/// What turns a setting of systemd's on.
+const YES: [&str; 4] = ["yes", "true", "on", "1"];
 
 /// An interface that the worker takes for its own, by its name.
 #[derive(Debug, Clone)]
@@ -91,14 +94,18 @@ impl Machine {
     }
 
     /// The first .network file that matches the interface, unless that makes it unmanaged.
-    fn networkd_file(&self, interface: &Interface) -> Option<PathBuf> {
+    fn networkd_file(&self, interface: &Interface) -> Option<NetworkFile> {
         let files = self.files("systemd/network", "network").into_iter();
         let mut texts = files.filter_map(|file| Some((fs::read_to_string(&file).ok()?, file)));
-        let (text, file) = texts.find(|(text, _)| is_match(text, interface))?;
-        let is_unmanaged = assignments(&text).any(|Assignment { section, key, value }| {
-            (section, key) == ("Link", "Unmanaged") && ["yes", "true", "on", "1"].contains(&value)
-        });
-        (!is_unmanaged).then_some(file)
+        let (text, path) = texts.find(|(text, _)| is_match(text, interface))?;
+        let last = |section: &str, key: &str| {
+            assignments(&text).filter(|one| (one.section, one.key) == (section, key)).last().map(|one| one.value)
+        };
+        let is_unmanaged = last("Link", "Unmanaged").is_some_and(|value| YES.contains(&value));
+        // systemd.network(5): the others of its values are for the routes of DHCP.
+        let keeps = |value: &str| value == "static" || YES.contains(&value);
+        let keeps_configuration = last("Network", "KeepConfiguration").is_some_and(keeps);
+        (!is_unmanaged).then_some(NetworkFile { path, keeps_configuration })
     }
 
     fn wg_quick(&self, interface: &Interface) -> Option<WgQuick> {
@@ -219,9 +226,9 @@ mod tests {
             ("# [Match]\n#Name=*\n[Network]\nDHCP=yes\n", vec![]),
         ] {
             let (dir, managers) = machine(&[], &[("etc/systemd/network/20-a.network", text)]);
-            let expected =
-                interfaces.iter().map(|name| ((*name).to_owned(), file(&dir, "etc/systemd/network/20-a.network")));
-            assert_eq!(managers.networkd_files, expected.collect(), "{text}");
+            let path = file(&dir, "etc/systemd/network/20-a.network");
+            let found: Vec<_> = managers.networkd_files.iter().map(|(name, file)| (&**name, &file.path)).collect();
+            assert_eq!(found, interfaces.iter().map(|name| (*name, &path)).collect::<Vec<_>>(), "{text}");
         }
         let (dir, managers) = machine(
             &["systemd-network"],
@@ -232,7 +239,22 @@ mod tests {
             ],
         );
         assert!(managers.networkd_runs && !managers.network_manager_runs);
-        assert_eq!(managers.networkd_files["wg-welt"], file(&dir, "run/systemd/network/30-b.network"));
+        assert_eq!(managers.networkd_files["wg-welt"].path, file(&dir, "run/systemd/network/30-b.network"));
+    }
+
+    #[test]
+    fn a_network_file_may_say_that_routes_of_others_stay() {
+        for (text, keeps) in [
+            ("[Network]\nKeepConfiguration=yes\n", true),
+            ("[Network]\nKeepConfiguration=static\n", true),
+            ("[Network]\nKeepConfiguration=dhcp\n", false),
+            ("[Network]\nKeepConfiguration=yes\nKeepConfiguration=no\n", false),
+            ("[Link]\nKeepConfiguration=yes\n", false),
+        ] {
+            let text = format!("[Match]\nName=wg-*\n{text}");
+            let (_dir, managers) = machine(&[], &[("etc/systemd/network/20-a.network", &text)]);
+            assert_eq!(managers.networkd_files["wg-welt"].keeps_configuration, keeps, "{text}");
+        }
     }
 
     /// A server of the registry, whose interface has any name.

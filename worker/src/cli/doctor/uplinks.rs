@@ -7,13 +7,14 @@ use crate::doctor::facts::Uplink;
 
 pub(super) fn find() -> BTreeSet<Uplink> {
     let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
-    let names = [ipv4(&read("route")), ipv6(&read("ipv6_route"))];
-    names.into_iter().flatten().filter_map(uplink).collect()
+    let (ipv4, ipv6) = (ipv4(&read("route")), ipv6(&read("ipv6_route")));
+    let names: BTreeSet<String> = [ipv4, ipv6.clone()].into_iter().flatten().collect();
+    names.into_iter().filter_map(|name| uplink(name, ipv6.as_deref())).collect()
 }
 
-fn uplink(name: String) -> Option<Uplink> {
+fn uplink(name: String, ipv6: Option<&str>) -> Option<Uplink> {
     let mtu = fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse().ok()?;
-    Some(Uplink { name, mtu })
+    Some(Uplink { has_ipv6: ipv6 == Some(name.as_str()), name, mtu })
 }
 
 /// That of the best default route in the table `/proc/net/route`: interface, destination, ..., metric as the seventh field.

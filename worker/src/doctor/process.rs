@@ -1,0 +1,72 @@
+//! The worker's process on this machine: whether there is one, and what it says of itself that is wrong.
+
+use wgkex_common::doctor::bus::SUBJECT;
+use wgkex_common::doctor::sockets::PortOwner;
+use wgkex_common::doctor::{Finding, Level, Trouble};
+
+use super::facts::{DomainFacts, Facts, RunningWorker};
+
+const WORKER: &str = "worker";
+/// What the worker's process is called.
+const PROGRAM: &str = "wgkex-worker";
+const LISTEN: &str = "worker_listen";
+
+/// Whether a worker runs and answers; none if somebody else has its state file, which the check of that says.
+pub(super) fn runs(Facts { listener: (listen, owner), running, state, .. }: &Facts) -> Option<Finding> {
+    if running.is_some() {
+        return Some(Finding::ok(WORKER, format!("one runs here, and answers on {listen}")));
+    }
+    let who = match owner {
+        PortOwner::Nobody if matches!(state.holder, Ok(Some(_))) => return None,
+        PortOwner::Nobody => {
+            let found = "no worker runs here: what only a running one knows is not checked";
+            return Some(Finding::warn(WORKER, found, "`systemctl start wgkex-worker`; its log says why it ended"));
+        }
+        PortOwner::Process { pid, name } if name == PROGRAM => {
+            let found = format!("process {pid} ({PROGRAM}) has {listen}, and does not answer there");
+            let advice = "look at its log (`journalctl -u wgkex-worker`), and `systemctl restart wgkex-worker`";
+            return Some(Finding::fail(WORKER, found, advice));
+        }
+        PortOwner::Process { pid, name } => format!("process {pid} ({})", name.escape_debug()),
+        PortOwner::Kernel => "a process that is not seen from here".to_owned(),
+    };
+    let found = format!("{listen} is taken by {who}, which does not answer as a worker");
+    Some(Finding::fail(LISTEN, found, "end that, or set worker_listen to another port; if it is a worker, restart it"))
+}
+
+/// Its connection with the MQTT server, which the doctor's own one does not show.
+pub(super) fn mqtt(running: &RunningWorker) -> Option<Finding> {
+    let cause = running.mqtt_cause.as_ref()?;
+    let found = format!("the running worker is not connected: {cause}");
+    Some(Finding::fail(SUBJECT, found, "restart it if the config was changed since it started; else its log says why"))
+}
+
+/// What it cannot keep on the disk, whoever may write there.
+pub(super) fn kept(RunningWorker { process, keeps_lists, .. }: &RunningWorker) -> Option<Finding> {
+    let lost = match (process.keeps_state, keeps_lists) {
+        (true, true) => return None,
+        (false, true) => "keys",
+        (true, false) => "list entries of admin calls",
+        (false, false) => "keys and list entries of admin calls",
+    };
+    let found = format!("the running worker cannot keep {lost} on the disk: a restart would lose them");
+    Some(Finding::warn("state", found, "see whether the disk is full or read-only; its log says why"))
+}
+
+/// What it lacks at a domain whose interfaces are well as far as is seen from here: its user may not do all that the user of
+/// the doctor may.
+pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>) -> Option<Finding> {
+    let name = domain.domain.name();
+    let (level, trouble) = match running?.domains_down.get(name)? {
+        None => {
+            let found = "the running worker has not read its interfaces yet";
+            (Level::Warn, Trouble::new(found, "look again in a moment, then at its log"))
+        }
+        Some(reason) => {
+            let advice = "its log says why; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the \
+                          worker's user";
+            (Level::Fail, Trouble::new(format!("the running worker cannot use it: {reason}"), advice))
+        }
+    };
+    Some(Finding::judge(name, level, "", Some(trouble)))
+}
