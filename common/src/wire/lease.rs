@@ -167,7 +167,9 @@ pub struct LeaseChange {
 impl LeaseChange {
     /// Adds what the next change does.
     pub fn extend(&mut self, next: Self) {
-        self.added.retain(|key, _| !next.removed.contains(key));
+        for key in &next.removed {
+            self.added.remove(key);
+        }
         self.removed.extend(next.removed);
         self.added.extend(next.added);
     }
