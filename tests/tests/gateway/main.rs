@@ -70,7 +70,7 @@ lanes! {
     hub: members_learn_of_a_hub_that_changes;
     examples: a_router_comes_into_the_mesh_by_the_examples_alone;
     start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;
-    start_and_stop: sighup_applies_the_log_level_of_a_worker;
+    start_and_stop: sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs;
     looks: status_shows_what_is_served_and_what_is_wrong;
     looks: dry_run_shows_what_the_worker_would_change_and_changes_nothing;
     doctor: a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so;

@@ -200,7 +200,7 @@ fn fill(host: &Host, keys: u32) {
     host.run("wg addconf wg-a /run/peers && ip -6 -batch /run/routes && bridge -batch /run/fdb");
 }
 
-pub fn sighup_applies_the_log_level_of_a_worker(lane: Lane) {
+pub fn sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs(lane: Lane) {
     let Single { broker: _broker, worker, host } = Single::new(lane, "");
     let stranger = probe(&host, Role::new("stranger", &[]));
     let nonsense = || stranger.say(said("wireguard/test_a/all", "no key", 1, false));
@@ -213,6 +213,14 @@ pub fn sighup_applies_the_log_level_of_a_worker(lane: Lane) {
     assert!(reloaded.contains("log_level"), "{reloaded}");
     nonsense();
     worker.wait_for_log("DEBUG wgkex_worker");
+    // The interfaces are made by a command, and the rest is the broker's.
+    host.configure(
+        "setup: {key_dir: /run/wgkex, vxlan_id: 98}\nmqtt_listen: {max_connections: 99}\ntenants: {grace: 5}\n",
+    );
+    worker.signal(Signal::SIGHUP);
+    let line = worker.wait_for_log("take effect when this command is run");
+    assert!(line.contains("keys=\"setup.vxlan_id\" command=\"wgkex-worker setup\""), "{line}");
+    assert!(!worker.log().contains("take effect after a restart"), "{}", worker.log());
 }
 
 /// Two would undo each other's work.
