@@ -107,7 +107,7 @@ fn check_config_names_files_that_cannot_be_read() {
     }
 }
 
-/// A unit does not start it again: RestartPreventExitStatus=78.
+/// A unit does not start it again: `RestartPreventExitStatus=78`.
 #[test]
 fn a_service_whose_config_cannot_be_used_ends_with_an_exit_code_of_its_own() {
     let dir = TempDir::new().unwrap();

@@ -210,7 +210,7 @@ fn cause(line: usize, info: &str, text: &str) -> (usize, String) {
         let column = |text: &str| indent(text).len() + 1;
         let reason = format!(
             "this line begins in column {}, and the one before in column {}: the keys of one block begin in the same \
-                 column, and those below a key further right",
+             column, and those below a key further right",
             column(at(line)),
             column(before.unwrap_or_default())
         );

@@ -103,14 +103,14 @@ impl Identity {
         Self::in_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
     }
 
-    /// That in the text of `/proc/PID/status` (proc_pid_status(5)): the last of four numbers is for files.
+    /// That in the text of `/proc/PID/status` (`proc_pid_status(5)`): the last of four numbers is for files.
     pub(super) fn in_status(status: &str) -> Option<Self> {
         let numbers = |key: &str| -> Option<Vec<u32>> {
             let line = status.lines().find_map(|line| line.strip_prefix(key))?;
             line.split_whitespace().map(|number| number.parse().ok()).collect()
         };
-        let (uid, gid) = (*numbers("Uid:")?.last()?, *numbers("Gid:")?.last()?);
-        let groups = numbers("Groups:")?.into_iter().chain([gid]).collect();
+        let (uid, group) = (*numbers("Uid:")?.last()?, *numbers("Gid:")?.last()?);
+        let groups = numbers("Groups:")?.into_iter().chain([group]).collect();
         let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
         let capabilities = capabilities.and_then(|line| u64::from_str_radix(line.trim(), 16).ok()).unwrap_or(0);
         let passes_modes = capabilities & DAC_OVERRIDE != 0;

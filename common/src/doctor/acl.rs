@@ -1,4 +1,4 @@
-//! POSIX access control lists, as the kernel keeps them with a file (acl(5), linux/posix_acl_xattr.h).
+//! POSIX access control lists, as the kernel keeps them with a file (acl(5), `linux/posix_acl_xattr.h`).
 
 use std::path::Path;
 
