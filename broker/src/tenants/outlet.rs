@@ -22,10 +22,6 @@ impl<'a> Outlet<'a> {
         Self { session, connection, said: 0 }
     }
 
-    pub async fn ping(&mut self, payload: &[u8]) -> Result<(), Closed> {
-        self.session.ping(payload).await
-    }
-
     pub async fn text(&mut self, text: ByteString) -> Result<(), Closed> {
         self.wait_for_room(text.len()).await;
         self.session.text(text).await

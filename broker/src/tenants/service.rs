@@ -77,6 +77,8 @@ pub struct Membership {
     pub seat: Seat,
     /// What the session is to send.
     pub queue: mpsc::Receiver<Outgoing>,
+    /// When it is to ask the member whether it is alive.
+    pub probes: mpsc::Receiver<()>,
     /// Why it is to end.
     pub end: oneshot::Receiver<CloseCause>,
 }
@@ -104,12 +106,13 @@ impl TenantsHandle {
     pub async fn join(&self, opening: &Opening, newcomer: Newcomer) -> Result<Membership, CloseCause> {
         let session = SessionId(self.last.fetch_add(1, Ordering::Relaxed));
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
+        let (probe_sender, probes) = mpsc::channel(1);
         let (ended, end) = oneshot::channel();
         let Opening { client, tenant, form, .. } = opening;
-        let link = SessionLink { client: *client, form: *form, queue: sender, end: ended };
+        let link = SessionLink { client: *client, form: *form, queue: sender, probes: probe_sender, end: ended };
         let command = Command::Join(Wish { session, tenant: tenant.clone(), client: newcomer }, link);
         self.commands.send(command).await.map_err(|_| CloseCause::Stopping)?;
-        Ok(Membership { seat: Seat { session, commands: self.commands.clone() }, queue, end })
+        Ok(Membership { seat: Seat { session, commands: self.commands.clone() }, queue, probes, end })
     }
 
     /// Returns when the broker stops.

@@ -32,6 +32,8 @@ pub struct SessionLink {
     pub form: Form,
     /// What it is to send.
     pub queue: mpsc::Sender<Outgoing>,
+    /// Has room for one probe: a ping whose answer is to be reported. It does not wait for what is in the queue.
+    pub probes: mpsc::Sender<()>,
     /// Why it is to end.
     pub end: oneshot::Sender<CloseCause>,
 }
@@ -40,6 +42,12 @@ impl SessionLink {
     /// Whether there is room for what the session is to send. One that has ended is about to leave, and not slow.
     fn takes(&self, outgoing: Outgoing) -> bool {
         !matches!(self.queue.try_send(outgoing), Err(TrySendError::Full(_)))
+    }
+
+    /// Asks the member whether it is alive.
+    fn probe(&self) {
+        // Where there is no room, it is asked already.
+        let _ = self.probes.try_send(());
     }
 }
 
@@ -50,8 +58,6 @@ pub enum Outgoing {
     Answer(Box<Welcome>),
     /// A message about another member.
     Text(ByteString),
-    /// A ping whose answer is to be reported.
-    Probe,
 }
 
 /// The sessions, and all members that are known.
@@ -235,12 +241,10 @@ impl Sessions {
             }
             Update::Left(tenant, address) => self.left(&tenant, address, &mut requests),
             Update::Address(tenant, key, address) => self.set_address((tenant, key), address),
-            Update::Probe(session) => {
-                let probe = |session: &Session| session.link.takes(Outgoing::Probe);
-                if !self.by_id.get(&session).is_some_and(probe) {
-                    self.drop_slow(vec![session], &mut requests);
-                }
-            }
+            Update::Probe(session) => match self.by_id.get(&session) {
+                Some(Session { link, .. }) => link.probe(),
+                None => requests.push(Request::Leave(session)),
+            },
             Update::Ended(session, refusal) => drop(self.end(session, refusal.into())),
         }
         requests

@@ -108,17 +108,18 @@ impl Socket {
     }
 
     async fn be_member(&mut self, membership: Membership) -> End {
-        let Membership { seat, mut queue, mut end } = membership;
+        let Membership { seat, mut queue, mut probes, mut end } = membership;
         let (pulse, is_answered) = (Pulse::default(), Cell::new(false));
         let outlet = Outlet::new(self.session.clone(), &self.connection);
         let ended = tokio::select! {
             cause = &mut end => End::Broker(cause.unwrap_or(CloseCause::Stopping)),
             ended = read(&mut self.messages, self.session.clone(), &pulse, &seat) => ended,
-            ended = write(&mut queue, outlet, self.opening.form, &pulse.probe, || {
+            ended = write(&mut queue, outlet, self.opening.form, || {
                 is_answered.set(true);
                 self.connection.settle();
             }) => ended,
             ended = watch(self.session.clone(), &pulse) => ended,
+            ended = send_probes(&mut probes, self.session.clone(), &pulse.probe) => ended,
             () = self.connection.too_large() => End::Broker(CloseCause::TooLarge),
         };
         if !is_answered.get() {
@@ -219,13 +220,7 @@ async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) 
 }
 
 /// Sends what the tenants' task has for the member. `joined` is called with the answer.
-async fn write(
-    queue: &mut mpsc::Receiver<Outgoing>,
-    mut outlet: Outlet<'_>,
-    form: Form,
-    probe: &Probe,
-    joined: impl Fn(),
-) -> End {
+async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, form: Form, joined: impl Fn()) -> End {
     while let Some(outgoing) = queue.recv().await {
         let sent = match outgoing {
             Outgoing::Answer(welcome) => {
@@ -233,13 +228,23 @@ async fn write(
                 outlet.text_in_parts(answer(&welcome, form)).await
             }
             Outgoing::Text(text) => outlet.text(text).await,
-            Outgoing::Probe => outlet.ping(&probe.begin(fastrand::u64(..))).await,
         };
         if sent.is_err() {
             return End::Lost;
         }
     }
     // Why, says the other end.
+    pending().await
+}
+
+/// Pings the member when the tenants' task wants to know whether it is alive. What waits in the queue comes later: on a slow line
+/// that takes longer than the member has for its answer.
+async fn send_probes(probes: &mut mpsc::Receiver<()>, mut session: Session, probe: &Probe) -> End {
+    while probes.recv().await.is_some() {
+        if session.ping(&probe.begin(fastrand::u64(..))).await.is_err() {
+            return End::Lost;
+        }
+    }
     pending().await
 }
 

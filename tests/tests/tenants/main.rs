@@ -5,12 +5,16 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
+use nix::sys::socket::sockopt::{RcvBuf, TcpMaxSeg};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket};
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 use wgkex_tests::http::Http;
@@ -18,7 +22,7 @@ use wgkex_tests::process::{binary, memory};
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::websocket::{Frame, WebSocket};
-use wgkex_tests::{key, wait_until};
+use wgkex_tests::{DEADLINE, key, wait_until};
 
 mod brokers;
 
@@ -294,6 +298,47 @@ fn os15_what_a_member_sends_further_is_ignored() {
 #[test]
 fn os16_a_key_has_one_member_the_one_that_is_alive() {
     scenario("os16", "");
+}
+
+/// The ping comes before what waits: on a slow line the answer would come too late otherwise.
+#[test]
+fn os16_a_member_that_is_alive_keeps_its_place_however_much_waits_for_it() {
+    const WAITING: u32 = 1_300;
+    let stack = stack_with("");
+    let mut slow = WebSocket::begin(narrow_connection(stack.http), "/tenants/t").unwrap();
+    slow.join("slow", &key(0)).unwrap();
+    // Announced with 1.6 KB.
+    let name = "\u{1}".repeat(255);
+    for n in 1..=WAITING {
+        WebSocket::open(stack.http, "/tenants/t").unwrap().join(&name, &key(n)).unwrap();
+        // It is alive all the time.
+        slow.send(0x8a, b"").unwrap();
+    }
+    let mut twin = WebSocket::open(stack.http, "/tenants/t").unwrap();
+    twin.text(&serde_json::json!({ "display_name": "twin", "public_key": key(0) }).to_string()).unwrap();
+    // The answer to what comes after its join shows that the member is asked.
+    twin.send(0x89, b"x").unwrap();
+    assert_eq!(twin.receive().unwrap(), Frame::Control);
+    WebSocket::open(stack.http, "/tenants/u").unwrap().join("A", &key(0)).unwrap();
+    // A third of all that waits, and more than its connection holds.
+    for _ in 0..WAITING * 2 / 3 {
+        slow.receive().unwrap();
+    }
+    let error = twin.message().unwrap_err().to_string();
+    assert_eq!(error, "1008 a member has this public_key and is connected");
+    stack.wait_for_metric("wgkex_broker_tenants_leaves_total{reason=\"silent\"}", 0.0);
+}
+
+/// A connection that takes little that is not read, in segments as on a line: with those of the loopback, which are larger than its
+/// buffer, TCP waits for seconds.
+fn narrow_connection(server: SocketAddr) -> TcpStream {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    setsockopt(&socket, RcvBuf, &(16 << 10)).unwrap();
+    setsockopt(&socket, TcpMaxSeg, &1400).unwrap();
+    connect(socket.as_raw_fd(), &SockaddrStorage::from(server)).unwrap();
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream
 }
 
 #[test]

@@ -47,6 +47,7 @@ struct Guest {
     broker: usize,
     session: SessionId,
     queue: mpsc::Receiver<Outgoing>,
+    probes: mpsc::Receiver<()>,
     end: oneshot::Receiver<CloseCause>,
 }
 
@@ -154,14 +155,15 @@ impl Rig {
         self.last += 1;
         let session = SessionId(self.last);
         let (sender, queue) = mpsc::channel(room);
+        let (probe_sender, probes) = mpsc::channel(1);
         let (ended, end) = oneshot::channel();
         let public_key = PublicKey::from_bytes([number; 32]).unwrap();
         let endpoint = (form.endpoints).then(|| [192, 0, 2, number].into());
         let client = Newcomer { display_name: format!("N{number}"), public_key, endpoint };
-        let link = SessionLink { client: self.client, form, queue: sender, end: ended };
+        let link = SessionLink { client: self.client, form, queue: sender, probes: probe_sender, end: ended };
         let wish = Wish { session, tenant: TenantId::new(tenant).unwrap(), client };
         self.brokers[broker].tenants.join(wish, link, self.now);
-        Guest { broker, session, queue, end }
+        Guest { broker, session, queue, probes, end }
     }
 
     fn join_in(&mut self, tenant: &str, number: u8, form: Form, room: usize) -> Guest {
@@ -218,7 +220,7 @@ impl Rig {
 }
 
 impl Guest {
-    /// What came since the last time: `ADDRESS: NAMES` for an answer, `+NAME ADDRESS`, `-ADDRESS`, `?` for a probe.
+    /// What came since the last time: `ADDRESS: NAMES` for an answer, `+NAME ADDRESS`, `-ADDRESS`; in the end `?` for a probe.
     fn received(&mut self) -> Vec<String> {
         let mut received = Vec::new();
         while let Ok(outgoing) = self.queue.try_recv() {
@@ -229,8 +231,10 @@ impl Guest {
                     format!("{address}: {}", names.join(" "))
                 }
                 Outgoing::Text(text) => shown(&text),
-                Outgoing::Probe => "?".into(),
             });
+        }
+        if self.probes.try_recv().is_ok() {
+            received.push("?".into());
         }
         received
     }
@@ -337,6 +341,17 @@ fn a_key_that_a_living_member_has_is_refused_and_nobody_learns_of_it() {
 }
 
 #[test]
+fn a_member_is_asked_whether_it_is_alive_though_its_queue_is_full() {
+    let mut rig = Rig::new("10.64.0.0/10", 20);
+    // There is room for its answer.
+    let mut full = rig.join_in("t", 3, Form::default(), 1);
+    let mut twin = rig.join(3);
+    assert_eq!((full.end(), full.received()), (None, vec!["10.64.0.1: ".to_owned(), "?".into()]));
+    rig.alive(&full);
+    assert_eq!((twin.end(), rig.members()), (Some(CloseCause::KeyInUse), 1));
+}
+
+#[test]
 fn a_member_that_does_not_answer_gives_its_address_to_one_of_those_with_its_key() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
     let (mut a, mut silent) = (rig.join(2), rig.join(3));
@@ -413,7 +428,8 @@ fn a_session_that_is_over_before_its_join_is_none() {
     let mut a = rig.join(2);
     let (sender, queue) = mpsc::channel(1);
     drop(queue);
-    let link = SessionLink { client: Client::Local, form: Form::default(), queue: sender, end: oneshot::channel().0 };
+    let (probes, end) = (mpsc::channel(1).0, oneshot::channel().0);
+    let link = SessionLink { client: Client::Local, form: Form::default(), queue: sender, probes, end };
     let public_key = PublicKey::from_bytes([9; 32]).unwrap();
     let client = Newcomer { display_name: String::new(), public_key, endpoint: None };
     let wish = Wish { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
@@ -776,8 +792,10 @@ fn check(rig: &mut Rig, guests: &mut BTreeMap<u8, (Guest, BTreeMap<String, Strin
                         prop_assert!(known.insert(address.into(), name.into()).is_none(), "{message} again");
                     }
                 }
-                Outgoing::Probe => rig.brokers[guest.broker].tenants.alive(guest.session, rig.now),
             }
+        }
+        if guest.probes.try_recv().is_ok() {
+            rig.brokers[guest.broker].tenants.alive(guest.session, rig.now);
         }
     }
     guests.retain(|_, (guest, _)| guest.end().is_none());

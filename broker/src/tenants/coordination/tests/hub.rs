@@ -95,7 +95,7 @@ fn members_that_ask_for_the_hub_learn_of_it_and_of_changes() {
             texts.push(match outgoing {
                 Outgoing::Answer(welcome) => format!("{:?}", welcome.hub.map(|hub| hub.endpoint)),
                 Outgoing::Text(text) if text.contains("hub") => text.to_string(),
-                Outgoing::Text(_) | Outgoing::Probe => continue,
+                Outgoing::Text(_) => continue,
             });
         }
         texts
