@@ -1,7 +1,8 @@
 //! All tenants, and the pool of networks that they have. It has no IO and no clock.
 //!
 //! A tenant has a network from its first member's join until its last member has left and no address of it is held. Where
-//! no network is free, the tenant without members gives up its own that has been without for the longest time.
+//! no network is free, the tenant without members gives up its own that has been without for the longest time. Where too many
+//! addresses are held, the tenant with most of them gives up the one that it has held for the longest time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -16,7 +17,7 @@ use crate::ipam::{Blocks, FreeList};
 use crate::tenants::id::TenantId;
 use crate::tenants::table::{JoinError, Joined, Member, MemberId, Newcomer, Tenant};
 
-/// Addresses that are held at most; more are free at once when their members leave.
+/// Addresses that are held at most.
 const HELD_MAX: usize = 100_000;
 
 /// All tenants.
@@ -25,7 +26,10 @@ pub struct Tenants {
     parts: Vec<Blocks>,
     free: FreeList,
     grace: Duration,
+    held_max: usize,
     by_id: BTreeMap<TenantId, TenantNetwork>,
+    /// Those that hold addresses, with how many.
+    holding: BTreeSet<(usize, TenantId)>,
     /// Those without members, with when the last one left.
     empty: BTreeSet<(Instant, TenantId)>,
     counts: Counts,
@@ -70,7 +74,9 @@ impl Tenants {
             free: FreeList::of_blocks(&parts),
             parts,
             grace,
+            held_max: HELD_MAX,
             by_id: BTreeMap::new(),
+            holding: BTreeSet::new(),
             empty: BTreeSet::new(),
             counts: Counts::default(),
             changes: Vec::new(),
@@ -141,12 +147,14 @@ impl Tenants {
         let tenant = self.by_id.get_mut(id).ok_or(JoinError::NoNetwork)?;
         let held = tenant.table.held();
         let joined = join(&mut tenant.table);
-        self.counts.held -= held - tenant.table.held();
-        let Joined { member, dispossessed } = joined?;
-        self.counts.members += 1;
-        if let Some(since) = tenant.empty.take() {
+        if joined.is_ok()
+            && let Some(since) = tenant.empty.take()
+        {
             self.empty.remove(&(since, id.clone()));
         }
+        self.count_held(id, held);
+        let Joined { member, dispossessed } = joined?;
+        self.counts.members += 1;
         if let Some(key) = dispossessed {
             self.note(id, key, None);
         }
@@ -156,8 +164,9 @@ impl Tenants {
 
     /// A member leaves; none if it is none.
     pub fn leave(&mut self, id: &TenantId, session: MemberId, now: Instant) -> Option<Arc<Member>> {
-        let is_held = !self.grace.is_zero() && self.counts.held < HELD_MAX;
+        let is_held = !self.grace.is_zero();
         let tenant = self.by_id.get_mut(id)?;
+        let held = tenant.table.held();
         let member = tenant.table.leave(session, is_held.then_some(now))?;
         let is_empty = tenant.table.is_empty();
         if is_empty {
@@ -166,7 +175,8 @@ impl Tenants {
         }
         self.counts.members -= 1;
         if is_held {
-            self.counts.held += 1;
+            self.count_held(id, held);
+            self.give_up_held();
         } else {
             self.note(id, member.client.public_key, None);
             self.close_if_unused(id);
@@ -174,15 +184,40 @@ impl Tenants {
         Some(member)
     }
 
+    /// Gives up held addresses while there are too many. A tenant with few keeps them, whatever others do.
+    fn give_up_held(&mut self) {
+        while self.counts.held > self.held_max
+            && let Some((held, id)) = self.holding.last().cloned()
+        {
+            let key = self.by_id.get_mut(&id).and_then(|tenant| tenant.table.give_up_oldest());
+            self.count_held(&id, held);
+            if let Some(key) = key {
+                self.note(&id, key, None);
+            }
+            self.close_if_unused(&id);
+        }
+    }
+
+    /// A tenant may hold another number of addresses than before.
+    fn count_held(&mut self, id: &TenantId, before: usize) {
+        let held = self.by_id.get(id).map_or(0, |tenant| tenant.table.held());
+        self.holding.remove(&(before, id.clone()));
+        if held > 0 {
+            self.holding.insert((held, id.clone()));
+        }
+        self.counts.held = self.counts.held - before + held;
+    }
+
     /// Frees the addresses that were held for the grace time, and the networks that nobody has any more.
     pub fn expire(&mut self, now: Instant) {
         let grace = self.grace;
         let expired = self.by_id.iter_mut().filter_map(|(id, tenant)| {
+            let held = tenant.table.held();
             let keys = tenant.table.expire(grace, now);
-            (!keys.is_empty()).then(|| (id.clone(), keys))
+            (!keys.is_empty()).then(|| (id.clone(), held, keys))
         });
-        for (id, keys) in expired.collect::<Vec<_>>() {
-            self.counts.held -= keys.len();
+        for (id, held, keys) in expired.collect::<Vec<_>>() {
+            self.count_held(&id, held);
             for key in keys {
                 self.note(&id, key, None);
             }
@@ -192,15 +227,18 @@ impl Tenants {
 
     /// Holds an address for a key, as before a restart; false if that cannot be.
     pub fn restore(&mut self, id: &TenantId, key: PublicKey, address: IpAddr, now: Instant) -> bool {
-        let Some(number) = self.network_of(address).filter(|_| self.counts.held < HELD_MAX) else { return false };
+        let Some(number) = self.network_of(address) else { return false };
         if !self.by_id.contains_key(id) {
             if !self.free.take_this(number) {
                 return false;
             }
             self.open(id, number, now);
         }
-        let is_restored = self.by_id.get_mut(id).is_some_and(|tenant| tenant.table.restore(key, address, now));
-        self.counts.held += usize::from(is_restored);
+        let Some(tenant) = self.by_id.get_mut(id) else { return false };
+        let held = tenant.table.held();
+        let is_restored = tenant.table.restore(key, address, now);
+        self.count_held(id, held);
+        self.give_up_held();
         self.close_if_unused(id);
         is_restored
     }
@@ -245,7 +283,7 @@ impl Tenants {
         if let Some(since) = empty {
             self.empty.remove(&(since, id.clone()));
         }
-        self.counts.held -= table.held();
+        self.count_held(id, table.held());
         for key in table.held_keys() {
             self.note(id, key, None);
         }

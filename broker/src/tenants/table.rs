@@ -181,6 +181,14 @@ impl Tenant {
         expired
     }
 
+    /// Frees the address that is held for the longest time, and returns for which key; none if none is held.
+    pub fn give_up_oldest(&mut self) -> Option<PublicKey> {
+        let (_, key) = self.oldest.first().copied()?;
+        let number = self.unhold(key)?;
+        self.free.give_back(number);
+        Some(key)
+    }
+
     /// The keys for which addresses are held.
     pub fn held_keys(&self) -> impl Iterator<Item = PublicKey> {
         self.oldest.iter().map(|(_, key)| *key)

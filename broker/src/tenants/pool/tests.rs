@@ -106,6 +106,36 @@ fn a_full_network_gives_away_the_address_that_is_held_for_the_longest_time() {
 }
 
 #[test]
+fn where_too_many_addresses_are_held_the_tenant_with_most_gives_up_its_oldest() {
+    let mut rig = Rig::new(&["10.64.0.0/10"], 20, GRACE);
+    rig.tenants.held_max = 4;
+    let come_and_go = |rig: &mut Rig, tenant, number| {
+        rig.join(tenant, number).unwrap();
+        assert!(rig.leave(tenant, number));
+        rig.wait(Duration::from_secs(1));
+    };
+    // Tenant 0 comes and goes without end, tenant 1 has one address.
+    (1..4).for_each(|number| come_and_go(&mut rig, 0, number));
+    come_and_go(&mut rig, 1, 1);
+    (4..9).for_each(|number| come_and_go(&mut rig, 0, number));
+    come_and_go(&mut rig, 1, 2);
+    assert_eq!(rig.tenants.counts(), Counts { tenants: 2, members: 0, held: 4 });
+    let mut kept = BTreeSet::new();
+    for Change { tenant, key, address } in rig.tenants.take_changes() {
+        match address {
+            Some(_) => drop(kept.insert((tenant, key))),
+            None => drop(kept.remove(&(tenant, key))),
+        }
+    }
+    assert_eq!(kept, [(0, 7), (0, 8), (1, 1), (1, 2)].map(|(tenant, number)| (id(tenant), key(number))).into());
+    let free = "10.64.32.9".parse().unwrap();
+    assert!(rig.tenants.restore(&id(2), key(1), free, rig.now), "it has fewer than others");
+    assert_eq!(rig.tenants.counts().held, 4);
+    rig.wait(GRACE);
+    assert_eq!((rig.tenants.counts(), rig.tenants.holding.len()), (Counts::default(), 0));
+}
+
+#[test]
 fn without_grace_an_address_is_free_at_once() {
     let mut rig = Rig::new(&["192.0.2.0/28"], 28, Duration::ZERO);
     assert_eq!(rig.join(0, 1).as_deref(), Ok("192.0.2.1"));
