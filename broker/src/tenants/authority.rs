@@ -305,20 +305,33 @@ impl Authority {
         self.probes.insert(holder, Probe { until: now + PROBE_TIMEOUT, waiting: vec![wish] });
     }
 
-    /// A member leaves. Those that waited for its answer may join.
+    /// A member leaves. The first of those that waited for its answer has its address.
     fn remove(&mut self, id: MemberId, refusal: Option<Refusal>, now: Instant) {
         let Some(Seat { tenant, origin, .. }) = self.members.remove(&id) else { return };
         self.ids.remove(&origin);
         if let Some(refusal) = refusal {
             self.end(&origin, refusal);
         }
-        if let Some(member) = self.tenants.leave(&tenant, id, now) {
+        let mut waiting = self.probes.remove(&id).into_iter().flat_map(|probe| probe.waiting);
+        if let Some(first) = waiting.next() {
+            self.hand_over(id, tenant, first);
+        } else if let Some(member) = self.tenants.leave(&tenant, id, now) {
             self.note_changes();
             self.updates.push((Target::All, Update::Left(tenant, member.virtual_ip)));
         }
-        for waiting in self.probes.remove(&id).into_iter().flat_map(|probe| probe.waiting) {
+        for waiting in waiting {
             self.join_now(waiting, now);
         }
+    }
+
+    /// A member leaves, and a session that has its key, too, takes its place. The address is not free in between.
+    fn hand_over(&mut self, id: MemberId, tenant: TenantId, wish: RemoteWish) {
+        let (next, origin) = (self.next_id(), wish.origin());
+        let Some(member) = self.tenants.hand_over(&tenant, id, next, wish.wish.client) else { return };
+        self.insert(next, &tenant, &origin, member.client.public_key);
+        self.note_changes();
+        self.updates.push((Target::All, Update::Left(tenant.clone(), member.virtual_ip)));
+        self.updates.push((Target::All, Update::Joined(tenant, origin, member)));
     }
 
     fn end(&mut self, origin: &Origin, refusal: Refusal) {

@@ -184,6 +184,17 @@ impl Tenants {
         Some(member)
     }
 
+    /// A member leaves, and a client with its key has its address at once; none if it is none.
+    pub fn hand_over(
+        &mut self,
+        id: &TenantId,
+        session: MemberId,
+        next: MemberId,
+        client: Newcomer,
+    ) -> Option<Arc<Member>> {
+        self.by_id.get_mut(id)?.table.hand_over(session, next, client)
+    }
+
     /// Gives up held addresses while there are too many. A tenant with few keeps them, whatever others do.
     fn give_up_held(&mut self) {
         while self.counts.held > self.held_max

@@ -158,6 +158,12 @@ impl Tenant {
         Some(member)
     }
 
+    /// A member leaves, and a client with its key has its address at once; none if it is none.
+    pub fn hand_over(&mut self, session: MemberId, next: MemberId, client: Newcomer) -> Option<Arc<Member>> {
+        let Member { virtual_ip, .. } = *self.members.remove(&session)?;
+        Some(self.insert(next, Member { virtual_ip, client }, None).member)
+    }
+
     /// Holds an address for a key, as before a restart; false if that cannot be, as for a member.
     pub fn restore(&mut self, key: PublicKey, address: IpAddr, since: Instant) -> bool {
         let is_there = self.held.contains_key(&key) || self.sessions.contains_key(&key);

@@ -370,6 +370,27 @@ fn a_member_that_does_not_answer_gives_its_address_to_one_of_those_with_its_key(
 }
 
 #[test]
+fn who_takes_the_place_of_a_member_has_its_address_also_where_none_is_held() {
+    let now = Instant::now();
+    let mut broker = new_broker(0, "10.64.0.0/10", 20, Addresses::new(), now);
+    broker.tenants.settings.grace = Duration::ZERO;
+    let mut rig = Rig::with(broker, now);
+    rig.wait(Duration::from_secs(5));
+    let (a, mut b, mut silent) = (rig.join(2), rig.join(3), rig.join(4));
+    rig.leave(&a);
+    assert_eq!(b.received().last().map(String::as_str), Some("-10.64.0.1"), "a lower one is free");
+    let mut twin = rig.join(4);
+    rig.wait(PROBE_TIMEOUT);
+    assert_eq!(silent.end(), Some(CloseCause::Silent));
+    assert_eq!(b.received(), ["-10.64.0.3", "+N4 10.64.0.3"]);
+    assert_eq!(twin.received(), ["10.64.0.3: N3"]);
+    let mut next = rig.join(4);
+    rig.leave(&twin);
+    assert_eq!((next.received(), rig.members()), (vec!["10.64.0.3: N3".to_owned()], 2));
+    assert_eq!(rig.brokers[0].tenants.sessions.addresses().len(), 2);
+}
+
+#[test]
 fn a_member_that_leaves_while_it_is_asked_makes_room_at_once() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
     let (mut a, b) = (rig.join(2), rig.join(3));
