@@ -13,8 +13,9 @@ use crate::tenants::id::TenantId;
 use crate::tenants::pool::{Change, Counts, Tenants};
 use crate::tenants::table::{JoinError, Member, MemberId};
 
-/// How long a member has to show that it is alive, when another session joins with its key.
-pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a member has to show that it is alive, when another session joins with its key. That one is refused or has its place
+/// within 5 s.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long another broker's members stay without that broker's registration, after this one became the coordinator.
 const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long joins wait for such registrations: a member that another broker has keeps its address then.

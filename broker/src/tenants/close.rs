@@ -40,9 +40,9 @@ pub enum CloseCause {
     /// Another member got its address while brokers did not reach each other.
     #[error("another member has this address now: join again")]
     Conflict,
-    /// No broker gives addresses.
-    #[error("no broker gives addresses now: join again")]
-    NoCoordinator,
+    /// It has neither an address nor a refusal: no broker gives addresses, or members with its key were asked one after the other.
+    #[error("no address was given in time: join again")]
+    Late,
     /// A message is too large.
     #[error("a message has at most {MESSAGE_MAX} bytes")]
     TooLarge,
@@ -75,7 +75,7 @@ impl CloseCause {
             | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_))
             | Self::KeyInUse
             | Self::TooManyTenants => CloseCode::Policy,
-            Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::NoCoordinator => CloseCode::Again,
+            Self::NoAddress | Self::NoNetwork | Self::Conflict | Self::Late => CloseCode::Again,
             Self::TooLarge => CloseCode::Size,
             Self::Protocol(_) => CloseCode::Protocol,
             Self::Stopping => CloseCode::Away,

@@ -24,10 +24,9 @@ use crate::tenants::pool::{Counts, Tenants};
 use crate::tenants::sessions::{SessionLink, Sessions};
 use crate::tenants::streams::{Numbered, Stream};
 
-/// How long a session may wait for an address while nobody gives any: what is left of 5 s is for the close frame.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long it may wait otherwise: members with its key may be asked first whether they are alive.
-const DECISION_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a session may wait for an address: for longer than a member with its key is asked whether it is alive. What is left of
+/// 5 s is for the close frame.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
 /// How long a broker's members stay while it is not there.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long no frame may come from a broker that is there. The members of a coordinator that stands still leave after twice this and
@@ -249,20 +248,10 @@ impl Coordination {
 
     /// Sessions that wait for too long are told to come again.
     fn refuse_waiting(&mut self, now: Instant) {
-        let timeout = if self.is_decided(now) { DECISION_TIMEOUT } else { ANSWER_TIMEOUT };
-        let Some(then) = now.checked_sub(timeout) else { return };
+        let Some(then) = now.checked_sub(ANSWER_TIMEOUT) else { return };
         for session in self.sessions.waiting(then) {
-            self.sessions.end(session, CloseCause::NoCoordinator);
+            self.sessions.end(session, CloseCause::Late);
             self.request(Request::Leave(session), now);
-        }
-    }
-
-    /// Whether there is a coordinator that gives addresses now.
-    fn is_decided(&self, now: Instant) -> bool {
-        match &self.role {
-            Role::Starting => false,
-            Role::Coordinator { authority, .. } => authority.is_settled(now),
-            Role::Follower { stream, .. } => stream.is_heard(now),
         }
     }
 

@@ -7,8 +7,6 @@ use crate::tenants::frame::FRAME_MAX;
 
 /// How often at least a frame is sent, with nothing in it if need be.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// How long after its last frame a broker is taken to be there.
-const PRESENCE: Duration = Duration::from_secs(3);
 /// Frames that are sent at once, at most: a router's key may come behind them.
 const FRAMES_MAX: usize = 20;
 
@@ -63,11 +61,6 @@ impl<T> Stream<T> {
         is_next
     }
 
-    /// Whether frames of this epoch come.
-    pub fn is_heard(&self, now: Instant) -> bool {
-        self.received > 0 && now.saturating_duration_since(self.heard) < PRESENCE
-    }
-
     /// The frames that are to be sent now.
     pub fn take_frames(&mut self, now: Instant) -> Vec<Numbered<T>> {
         let is_silent = self.sent_at.is_none_or(|sent| now.saturating_duration_since(sent) >= HEARTBEAT);
@@ -101,13 +94,5 @@ mod tests {
         assert_eq!(sizes(stream.take_frames(now + HEARTBEAT)), [(7, 4, 1)]);
         let accepted = [1, 0, 0, 2, 1].map(|number| stream.receive(number, now));
         assert_eq!(accepted, [false, true, false, false, true]);
-    }
-
-    #[test]
-    fn a_broker_is_heard_for_longer_than_it_may_be_silent() {
-        let now = Instant::now();
-        let mut stream = Stream::<u32>::new(7, now);
-        assert!(!stream.is_heard(now), "the epoch has begun, and nothing came");
-        assert!(stream.receive(0, now) && stream.is_heard(now + HEARTBEAT) && !stream.is_heard(now + PRESENCE));
     }
 }

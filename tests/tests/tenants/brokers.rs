@@ -205,7 +205,7 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     let stopped = Instant::now();
     let refused = Member::try_join(&second, 4).err().unwrap_or_default();
     assert!(refused.starts_with("1013 "), "{refused}");
-    // Half of what a join may take whose key another member has.
+    // 5 s, and what a busy machine takes.
     assert!(stopped.elapsed() < Duration::from_secs(8), "{:?}", stopped.elapsed());
     b.hears_leave(&a.address);
     assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
@@ -267,8 +267,9 @@ fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves()
     first.wait_until_ready();
     is_coordinator(&first, true);
     let [second, third] = ["b2", "b3"].map(|name| broker_by(plan(), name, Some(first.mqtt)));
-    // A join ends after 10 s, and comes behind all that a broker is told when it starts.
-    let (b, c) = (Member::join(&second, 2), Member::join(&third, 3));
+    // A join comes behind all that a broker is told when it starts, and ends after 5 s.
+    let join = |stack, number| wait_until("it is a member", || Member::try_join(stack, number).ok());
+    let (b, c) = (join(&second, 2), join(&third, 3));
     b.hears_of(3, &c.address);
     for stack in [&second, &third] {
         stack.wait_for_metric("wgkex_broker_tenants_held_addresses", f64::from(HELD));

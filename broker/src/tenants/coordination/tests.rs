@@ -667,10 +667,33 @@ fn a_join_without_a_coordinator_ends_with_a_reason() {
     let mut rig = Rig::of(2);
     rig.brokers[0].is_reached = false;
     let mut guest = rig.enter(1, 2);
-    rig.wait(Duration::from_secs(3));
+    rig.wait(Duration::from_secs(4));
     assert_eq!(guest.end(), None);
     rig.wait(Duration::from_secs(1));
-    assert_eq!(guest.end(), Some(CloseCause::NoCoordinator));
+    assert_eq!(guest.end(), Some(CloseCause::Late));
+}
+
+#[test]
+fn whoever_comes_third_with_a_key_is_refused_in_time() {
+    for second_is_alive in [true, false] {
+        for third_broker in [0, 1] {
+            let mut rig = Rig::of(2);
+            let mut silent = rig.enter(0, 3);
+            let mut second = rig.enter(1, 3);
+            rig.wait(Duration::from_secs(2));
+            let mut third = rig.enter(third_broker, 3);
+            rig.wait(Duration::from_secs(2));
+            assert_eq!(silent.end(), Some(CloseCause::Silent));
+            assert_eq!((second.received(), third.end()), (vec!["10.64.0.1: ".to_owned(), "?".into()], None));
+            if second_is_alive {
+                rig.alive(&second);
+            } else {
+                rig.wait(Duration::from_secs(3));
+            }
+            let expected = if second_is_alive { CloseCause::KeyInUse } else { CloseCause::Late };
+            assert_eq!((third.end(), third.received()), (Some(expected), vec![]));
+        }
+    }
 }
 
 #[test]
@@ -689,7 +712,7 @@ fn while_the_coordinator_is_replaced_a_join_ends_in_time_or_gets_an_address() {
             assert!(!received.is_empty() || end.is_some() || now - *since < Duration::from_secs(5));
             received.is_empty() && end.is_none()
         });
-        assert!(outcomes.iter().all(|end| *end == CloseCause::NoCoordinator), "{outcomes:?}");
+        assert!(outcomes.iter().all(|end| *end == CloseCause::Late), "{outcomes:?}");
     }
     assert!(joining.is_empty(), "the next one gives addresses");
     assert_eq!(rig.enter(2, 30).end(), None);
