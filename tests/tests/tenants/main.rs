@@ -235,6 +235,7 @@ fn os11_of_members_that_join_at_once_each_learns_of_each_other_once() {
     scenario("os11", "");
 }
 
+/// As many joins as in five minutes with three a second, and as many leaves.
 #[test]
 fn os12_what_members_put_together_during_churn_is_the_truth() {
     Script::start(&stack_with(", grace: 0.05"), "os12", &["1000"]).finish();

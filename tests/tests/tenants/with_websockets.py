@@ -6,10 +6,10 @@ Ends with 0 if all is as it should be. "print" and "input" keep step with the te
 import asyncio
 import base64
 import json
+import math
 import os
 import socket
 import ssl
-import statistics
 import struct
 import sys
 import time
@@ -65,20 +65,31 @@ async def join(tenant, name="A", own=None, **more):
     return Member(ws, name, own, await receive(ws))
 
 
-async def joins(tenant, count):
-    """How long each of so many joins took, one after the other, whose members leave at once."""
-    times = []
-    for _ in range(count):
+class Times:
+    """How long joins took, and meanwhile a ping of each new member, which its connection alone answers."""
+
+    def __init__(self):
+        self.joins, self.pings = [], []
+
+    async def come_and_go(self, tenant, name="A"):
         begun = time.monotonic()
-        member = await join(tenant)
-        times.append(time.monotonic() - begun)
+        member = await join(tenant, name)
+        joined = time.monotonic()
+        await (await member.ws.ping())
+        self.joins.append(joined - begun)
+        self.pings.append(time.monotonic() - joined)
         await member.ws.close()
-    return times
+
+    def assert_short(self):
+        """Joins take 100 ms at most, beside what a machine that is busy takes for anything; and 1 s at most, but for one of a hundred."""
+        joins, pings = quantile(self.joins, 0.9), quantile(self.pings, 0.9)
+        assert joins < 0.1 + 10 * pings, (joins, pings)
+        assert quantile(self.joins, 0.99) < 1, sorted(self.joins)[-5:]
 
 
-def as_fast(times, before):
-    """Whether joins took no longer than before, as far as a machine that is busy with other things can tell."""
-    return statistics.median(times) < 10 * statistics.median(before)
+def quantile(times, share):
+    """The time that this share of all does not exceed."""
+    return sorted(times)[math.ceil(share * len(times)) - 1]
 
 
 async def refusal(ws, codes, limit=LIMIT):
@@ -142,20 +153,17 @@ async def os5():
 async def os6():
     a = await join("t")
     for leave in (lambda ws: ws.close(), abort, finish):
-        b = await join("t", "B")
-        await a.joined(b)
-        await leave(b.ws)
-        # Others join meanwhile, a few at most: no ping and no timeout was needed.
-        others = asyncio.ensure_future(joins("t", 50))
-        messages = [await a.next()]
-        while messages[-1] != {"removed_peer": b.address}:
-            messages.append(await a.next())
-        assert len(messages) < 50, len(messages)
-        await others
-        # Once, for each that joined.
-        while sum("removed_peer" in message for message in messages) < 51:
-            messages.append(await a.next())
-        assert len(messages) == 101 and messages.count({"removed_peer": b.address}) == 1
+        times = []
+        for _ in range(5):
+            b = await join("t", "B")
+            await a.joined(b)
+            begun = time.monotonic()
+            await leave(b.ws)
+            # Once: the next that A gets is the next join.
+            await a.removed(b.address)
+            times.append(time.monotonic() - begun)
+        # Within 1 s, but for one while the machine is busy; no ping was needed, which takes 10 s at least.
+        assert quantile(times, 0.8) < 1 and max(times) < 9, times
     await a.joined(await join("t"))
 
 
@@ -240,16 +248,22 @@ async def os9():
 
 async def os10():
     """Silent clients disturb nobody, and are closed."""
-    before = await joins("t", 25) + await joins("u", 25)
-    silent = [await connect(tenant) for tenant in ["t"] * 20 + ["u"] * 20]
-    opened = time.monotonic()
-    times = await joins("t", 25) + await joins("u", 25)
-    assert as_fast(times, before), (times, before)
-    # None waited until the silent ones were closed.
-    assert all(ws.open for ws in silent)
-    reasons = await asyncio.gather(*(refusal(ws, [1008]) for ws in silent))
-    assert all("10 s" in reason for reason in reasons), reasons
-    assert 9 < time.monotonic() - opened
+
+    async def lifetime(ws, opened):
+        assert "10 s" in await refusal(ws, [1008], 40)
+        return time.monotonic() - opened
+
+    silent = []
+    for tenant in ["t", "u"] * 20:
+        ws = await connect(tenant)
+        silent.append(asyncio.ensure_future(lifetime(ws, time.monotonic())))
+    times = Times()
+    for tenant in ["t", "u"] * 50:
+        await times.come_and_go(tenant)
+    times.assert_short()
+    # 10 s for the join, 5 s for the close, and what a busy machine takes.
+    lifetimes = await asyncio.gather(*silent)
+    assert 9 < min(lifetimes) and max(lifetimes) < 20, lifetimes
 
 
 async def os11():
@@ -319,13 +333,10 @@ async def os12():
 async def os13():
     """A member that does not read is dropped when so much waits for it, and holds nobody up."""
     a = await join("t")
-    before = await joins("t", 50)
-    for _ in range(100):
-        await a.next()
     slow = await join("t", "slow", sock=small_socket(), ping_interval=None)
     await a.joined(slow)
     slow.ws.transport.pause_reading()
-    times, heard, removed = [], 0, asyncio.Event()
+    times, heard, removed = Times(), 0, asyncio.Event()
 
     async def watch():
         nonlocal heard
@@ -335,10 +346,7 @@ async def os13():
 
     async def churn():
         while not removed.is_set():
-            started = time.monotonic()
-            member = await join("t", "n" * 255)
-            times.append(time.monotonic() - started)
-            await member.ws.close()
+            await times.come_and_go("t", "n" * 255)
 
     async def beat():
         # It is alive, so that it is dropped for nothing but what it does not read.
@@ -351,7 +359,7 @@ async def os13():
     await asyncio.gather(*churning)
     # The queue, and what the kernel and the connection have of messages of 100 bytes at least.
     assert 4096 < heard < 4096 + 4000, heard
-    assert as_fast(times, before), (statistics.median(times), statistics.median(before))
+    times.assert_short()
     beating.cancel()
 
 
