@@ -22,6 +22,9 @@ pub enum CloseCause {
     /// The first message is not a text.
     #[error("the first message has to be a text")]
     Binary,
+    /// A text is not UTF-8.
+    #[error("a text has to be UTF-8")]
+    NotUtf8,
     /// The first message is not a join.
     #[error("{0}")]
     Join(JoinMessageError),
@@ -70,7 +73,7 @@ impl CloseCause {
     pub fn reason(&self) -> Option<CloseReason> {
         let code = match self {
             Self::Slow | Self::Silent => return None,
-            Self::Binary | Self::Join(JoinMessageError::Malformed(_)) => CloseCode::Unsupported,
+            Self::Binary | Self::NotUtf8 | Self::Join(JoinMessageError::Malformed(_)) => CloseCode::Unsupported,
             Self::JoinTimeout
             | Self::Join(JoinMessageError::LongName | JoinMessageError::Key(_))
             | Self::KeyInUse

@@ -237,6 +237,12 @@ async def os9():
         async with connect("another") as ws:
             await ws.send("x")
             await refusal(ws, [1003])
+    # Not UTF-8, whole and in fragments.
+    for frames in ([(True, 1, b"\xff")], [(False, 1, b"{"), (True, 0, b"\xff")]):
+        async with connect("t") as ws:
+            for frame in frames:
+                await ws.write_frame(*frame)
+            assert "UTF-8" in await refusal(ws, [1003])
     # Nobody was told, no address and no network is lost. A name of 255 bytes is echoed as it is.
     name = "\u00e4\u0000\"\\ %" + "n" * 248
     assert len(name.encode()) == 255
