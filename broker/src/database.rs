@@ -95,7 +95,7 @@ impl Database {
         let (ended, end) = oneshot::channel();
         thread::Builder::new().name("database".into()).spawn(move || {
             let connector = Connector::new(location, migrations);
-            Worker { connector, connection: None, state: publish, is_write_failing: false }.run(queue);
+            Worker { connector, connection: None, state: publish, is_away: false, is_write_failing: false }.run(queue);
             drop(ended);
         })?;
         Ok((Self { jobs, state }, end))
@@ -161,7 +161,9 @@ struct Worker {
     connector: Connector,
     connection: Option<Connection>,
     state: watch::Sender<State>,
-    /// The last job that may write could not.
+    /// The last attempt to connect failed.
+    is_away: bool,
+    /// The last job that may write could not, though the database was there.
     is_write_failing: bool,
 }
 
@@ -219,16 +221,18 @@ impl Worker {
         {
             return Ok(connection);
         }
-        let mut connection = self.connector.connect()?;
+        let connected = self.connector.connect();
+        self.is_away = connected.is_err();
+        let mut connection = connected?;
         connection.begin(access)?;
         Ok(connection)
     }
 
     /// Publishes whether the database can be used, and logs each change of that. After a write that failed only one that does
-    /// not means that it can.
+    /// not means that it can, unless the database was away for reads, too.
     fn report(&mut self, access: Access, outcome: Result<(), DatabaseError>) {
         if access == Access::Write {
-            self.is_write_failing = outcome.is_err();
+            self.is_write_failing = outcome.is_err() && (self.is_write_failing || !self.is_away);
         }
         let database = self.connector.location();
         let next = match outcome {

@@ -152,7 +152,12 @@ impl Registry {
 
     /// Brings the gauge of the database up to date.
     pub fn set_metrics(&self) {
-        self.metrics.storage_up.set((self.database.state() == State::Up).into());
+        self.metrics.storage_up.set(self.is_storage_up().into());
+    }
+
+    /// A database that was not tried yet, as at a broker that does not have the registry, counts as one that can be used.
+    fn is_storage_up(&self) -> bool {
+        !matches!(self.database.state(), State::Down(_))
     }
 
     /// What it is now.
@@ -161,7 +166,7 @@ impl Registry {
         let number = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or_default();
         RegistryStatus {
             storage: if self.holder.is_of_one() { "SQLite" } else { "PostgreSQL" }.into(),
-            storage_up: !matches!(self.database.state(), State::Down(_)),
+            storage_up: self.is_storage_up(),
             elsewhere: self.holder.other(),
             servers: number(&self.metrics.servers),
             leases: number(&self.metrics.leases),

@@ -355,6 +355,10 @@ fn the_alerts_are_whole_rules_about_documented_metrics() {
     let rules: Vec<&Yaml> =
         alerts["groups"].as_vec().unwrap().iter().flat_map(|group| group["rules"].as_vec().unwrap()).collect();
     assert!(rules.len() >= 10, "{rules:?}");
+    for metric in metrics.iter().filter(|metric| metric.ends_with("_up")) {
+        let is_down = format!("{metric} == 0");
+        assert!(rules.iter().any(|rule| rule["expr"].as_str() == Some(&is_down)), "no rule for {metric}");
+    }
     for rule in rules {
         let text = |value: &Yaml| value.as_str().unwrap_or_else(|| panic!("{rule:?}")).to_owned();
         let [name, expression, duration] = ["alert", "expr", "for"].map(|key| text(&rule[key]));

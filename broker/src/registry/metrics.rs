@@ -16,18 +16,33 @@ pub struct Metrics {
 impl Metrics {
     /// Registers them.
     pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let storage_up = registry.gauge(
+            "wgkex_broker_registry_storage_up",
+            "0 if the database of the registry cannot be used, 1 otherwise, also without a registry",
+        )?;
+        storage_up.set(1);
         Ok(Self {
             servers: registry.gauge("wgkex_broker_registry_servers", "Servers in the registry")?,
             leases: registry.gauge("wgkex_broker_registry_leases", "Addresses that clients lease in the registry")?,
-            storage_up: registry.gauge(
-                "wgkex_broker_registry_storage_up",
-                "1 if the database of the registry can be used, 0 if not, or without a registry",
-            )?,
+            storage_up,
             refused: registry.counters(
                 "wgkex_broker_registry_refused_total",
                 "Calls of the registry that were refused, by reason",
                 &["reason"],
             )?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::assert_has;
+
+    #[test]
+    fn without_a_registry_no_storage_is_down() {
+        let registry = Registry::default();
+        Metrics::register(&registry).unwrap();
+        assert_has(&registry, &["wgkex_broker_registry_storage_up 1"]);
     }
 }

@@ -17,6 +17,8 @@ use wgkex_tests::{key, wait_within};
 
 use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
 
+/// What is alerted on.
+const STORAGE_UP: &str = "wgkex_broker_registry_storage_up";
 /// How many clients are acknowledged and told their address before each kill, so that it hits a registry under load.
 const BEFORE_A_KILL: usize = 10;
 /// How long that may take, on a busy machine too.
@@ -205,6 +207,7 @@ fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_not
             let unauthorized = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[], b"{}");
             assert_eq!(unauthorized.status, 401);
         }
+        desk.stack.wait_for_metric(STORAGE_UP, 0.0);
         assert_eq!(desk.stack.v2(DOMAIN, &key(77)).status, 200, "routers do not need it");
         if is_frozen {
             server_of_tables.freeze(false);
@@ -215,6 +218,7 @@ fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_not
             (desk.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
         });
         assert_eq!(desk.everything(), before);
+        desk.stack.wait_for_metric(STORAGE_UP, 1.0);
     }
 }
 
@@ -315,6 +319,7 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     }
     let status = second.stack.get("/status.json").json();
     assert_eq!(status["registry"]["elsewhere"], "b1");
+    assert_eq!(second.stack.metric(STORAGE_UP), Some(1.0), "it is not needed");
     assert!(second.stack.get("/").body.contains("broker b1 has the registry of this bus"));
     assert_eq!(first.stack.get("/status.json").json()["registry"]["elsewhere"], Value::Null);
     // The first one is away, and comes back.
