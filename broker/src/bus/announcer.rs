@@ -128,9 +128,8 @@ impl Announcer {
         loop {
             match self.next().await {
                 AnnouncerEvent::Bus => self.bus_changed(),
-                AnnouncerEvent::Keys => self.keys_changed(),
+                AnnouncerEvent::Keys | AnnouncerEvent::Tenants => self.keys_changed(),
                 AnnouncerEvent::Lists => self.lists_changed(),
-                AnnouncerEvent::Tenants => self.keys_changed(),
                 AnnouncerEvent::Presence(event) => self.on_presence(event, Instant::now()),
                 AnnouncerEvent::Due => self.on_due(Instant::now()),
                 AnnouncerEvent::End => return,

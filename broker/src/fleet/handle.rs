@@ -40,6 +40,7 @@ pub struct Choice {
 
 impl Fleet {
     /// Of these gateways and live keys.
+    #[must_use]
     pub fn new(gateways: Gateways, live: LiveKeys) -> Self {
         Self { gateways: Arc::new(Mutex::new(gateways)), live: Arc::new(Mutex::new(live)) }
     }
@@ -55,11 +56,13 @@ impl Fleet {
     }
 
     /// Whether the key has had a handshake at some gateway; none if it is not known.
+    #[must_use]
     pub fn is_established(&self, id: &KeyId) -> Option<bool> {
         self.live().is_established(&id.domain, &id.key)
     }
 
     /// Why no router may have the key.
+    #[must_use]
     pub fn conflict(&self, id: &KeyId, now: Instant) -> Option<KeyConflict> {
         let is_routers = self.live().has_handshake(&id.key);
         if self.gateways().is_reserved(&id.key, is_routers) {
@@ -71,6 +74,7 @@ impl Fleet {
 
     /// The gateways of a domain that are online. None while the retained states are incomplete, as after a reconnect: a
     /// gateway of ours whose hello is still to come would count as an original, of which no confirmation is waited for.
+    #[must_use]
     pub fn online(&self, domain: &Domain) -> Option<Online> {
         let gateways = self.gateways();
         gateways.is_synced().then(|| gateways.online(domain))
@@ -91,6 +95,7 @@ impl Fleet {
     }
 
     /// The gateway that the router was given a moment ago, if it still can be.
+    #[must_use]
     pub fn select_again(&self, id: &KeyId, worker: &WorkerName, now: Instant) -> Option<Selection> {
         self.gateways().select(Router { domain: &id.domain, home: None, now }, |name, _| name == worker)
     }

@@ -191,11 +191,10 @@ async fn read(messages: &mut AggregatedMessageStream, mut session: Session, puls
 /// The next message; pings are answered.
 async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<AggregatedMessage, End> {
     match messages.recv().await {
-        None => Err(End::Lost),
         Some(Err(ProtocolError::Io(error))) if error.kind() == io::ErrorKind::InvalidData => {
             Err(End::Broker(CloseCause::NotUtf8))
         }
-        Some(Err(ProtocolError::Io(_))) => Err(End::Lost),
+        None | Some(Err(ProtocolError::Io(_))) => Err(End::Lost),
         Some(Err(error)) => Err(End::Broker(CloseCause::Protocol(error.to_string()))),
         Some(Ok(AggregatedMessage::Close(reason))) => Err(End::Client(reason)),
         Some(Ok(message)) => {

@@ -39,7 +39,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_write_is_waited_for_whose_task_was_aborted() {
-        let (writes, (begin, begun), (end, ended)) = (Writes::default(), channel(), channel::<()>());
+        let (writes, (begin, has_begun), (end, ended)) = (Writes::default(), channel(), channel::<()>());
         let task = tokio::spawn({
             let writes = writes.clone();
             async move {
@@ -50,7 +50,7 @@ mod tests {
                 writes.run(write).await
             }
         });
-        tokio::task::spawn_blocking(move || begun.recv()).await.unwrap().unwrap();
+        tokio::task::spawn_blocking(move || has_begun.recv()).await.unwrap().unwrap();
         task.abort();
         assert!(timeout(Duration::from_millis(100), writes.finished()).await.is_err());
         end.send(()).unwrap();

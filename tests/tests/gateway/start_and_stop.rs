@@ -218,8 +218,8 @@ pub fn sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs(la
         "setup: {key_dir: /run/wgkex, vxlan_id: 98}\nmqtt_listen: {max_connections: 99}\ntenants: {grace: 5}\n",
     );
     worker.signal(Signal::SIGHUP);
-    let line = worker.wait_for_log("take effect when this command is run");
-    assert!(line.contains("keys=\"setup.vxlan_id\" command=\"wgkex-worker setup\""), "{line}");
+    let named = worker.wait_for_log("take effect when this command is run");
+    assert!(named.contains("keys=\"setup.vxlan_id\" command=\"wgkex-worker setup\""), "{named}");
     assert!(!worker.log().contains("take effect after a restart"), "{}", worker.log());
 }
 
