@@ -205,6 +205,8 @@ impl Worker {
         }
         let connected = self.connector.connect();
         self.is_away = connected.is_err();
+        // Where nothing can be done, no write says anything.
+        self.is_write_failing &= connected.is_ok();
         let mut connection = connected?;
         connection.begin(access)?;
         Ok(connection)

@@ -1,5 +1,6 @@
-//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health, metrics, and
-//! the WebSockets of [`crate::tenants`]), on a plain and on a TLS port, and that of admin calls ([`admin`]), on a port of its own.
+//! The broker's HTTP servers: that of routers ([`key_exchange`], with the pages for operators: status, health and
+//! metrics, the calls of the registry ([`registry`]), and the WebSockets of tenants ([`tenants`])), on a plain and on a TLS
+//! port, and that of admin calls ([`admin`]), on a port of its own.
 //!
 //! Tasks: none of their own; each server has actix's worker threads, and every handler runs on one of them. Owners:
 //! `wgkex_common::http::connections` has the open connections, [`App`] what the handlers share. Previous stop of a key:
@@ -7,14 +8,16 @@
 //! [`crate::bus`] and [`crate::fleet`], whose gateways confirm it.
 
 pub mod admin;
-pub(crate) mod body;
+mod body;
 mod key_exchange;
 pub mod key_reports;
 mod metrics;
 mod missed_proxies;
 mod refused_domains;
+pub(crate) mod registry;
 pub mod status;
 mod status_page;
+pub(crate) mod tenants;
 
 use std::collections::BTreeSet;
 use std::iter::once;
@@ -44,8 +47,8 @@ use crate::fleet::{self, Fleet};
 use crate::http::key_exchange::{V1, V2};
 use crate::metrics::{Registry, set};
 use crate::mqtt_server::ClientTroubles;
-use crate::registry;
-use crate::tenants::{self, FrontDoor};
+use crate::registry::Registry as ServerRegistry;
+use crate::tenants::FrontDoor;
 
 pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
@@ -82,7 +85,7 @@ pub struct App {
     /// All metrics.
     pub all_metrics: Registry,
     /// The registry of servers and clients, if it is enabled.
-    pub registry: Option<registry::Registry>,
+    pub registry: Option<ServerRegistry>,
     /// The domains of refused requests that were logged.
     pub refused_domains: Arc<Mutex<RefusedDomains>>,
     /// Where clients join tenants, if the config enables that.
@@ -115,10 +118,10 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
     let (app, registry) = (Data::new(app.clone()), app.registry.clone());
     move |config| {
         if let Some(registry) = &registry {
-            registry::routes::routes(registry, config);
+            registry::routes(registry, config);
         }
         if app.tenants.is_some() {
-            config.configure(tenants::routes::routes);
+            config.configure(tenants::routes);
         }
         config
             .app_data(app)
@@ -129,7 +132,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
             .service(readable("/readyz", readyz))
             .service(readable("/metrics", scrape));
         if registry.is_some() {
-            config.configure(registry::routes::unknown_paths);
+            config.configure(registry::unknown_paths);
         }
         config.default_service(web::to(|| async { error(StatusCode::NOT_FOUND, "there is nothing here") }));
     }
@@ -201,14 +204,14 @@ async fn scrape(app: Data<App>) -> HttpResponse {
 }
 
 /// A refusal as routers and operators get it.
-pub(crate) fn error(status: StatusCode, message: &str) -> HttpResponse {
+fn error(status: StatusCode, message: &str) -> HttpResponse {
     let mut response = refusal(status, message);
     retry_later(&mut response);
     response
 }
 
 /// A 503 has the time after which to try again.
-pub(crate) fn retry_later(response: &mut HttpResponse) {
+fn retry_later(response: &mut HttpResponse) {
     if response.status() == StatusCode::SERVICE_UNAVAILABLE {
         response.headers_mut().insert(RETRY_AFTER, RETRY_SECONDS.into());
     }
@@ -219,6 +222,6 @@ fn route(request: &ServiceRequest) -> &'static str {
     let path = request.path();
     let found = [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"].into_iter().find(|route| *route == path);
     // The tenant's id, which follows, is a secret.
-    let of_tenants = || path.starts_with(tenants::routes::PATH).then_some(tenants::routes::PATH);
-    found.or_else(|| registry::routes::label(path)).or_else(of_tenants).unwrap_or("other")
+    let of_tenants = || path.starts_with(tenants::PATH).then_some(tenants::PATH);
+    found.or_else(|| registry::label(path)).or_else(of_tenants).unwrap_or("other")
 }

@@ -23,7 +23,7 @@ const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them 
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
                           the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status, \
                           gateways and doctor ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
-                          where, explain, drain and undrain on admin_listen, with the token. Exits with 0 when it is stopped, with 78 if its config cannot be used, with 1 \
+                          where, explain, drain and undrain on admin_listen, with the token. Exits with 0 when it is stopped, with 78 if its config has mistakes, with 1 \
                           if it cannot serve; each command says in its own help how it ends. Exits with 64 if it is called wrongly. Colours are for \
                           terminals; NO_COLOR=1 takes them away.";
 

@@ -2,7 +2,7 @@
 //! REST interface.
 //!
 //! Tasks: those of [`push`], which bring leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
-//! tables. Previous stop of a request: the HTTP server's routes ([`routes`]), which read it into checked values ([`model`]).
+//! tables. Previous stop of a request: the HTTP server's routes ([`http::registry`](crate::http::registry)), which read it into checked values ([`model`]).
 //! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
 
 mod call_error;
@@ -13,7 +13,6 @@ mod metrics;
 pub mod model;
 pub mod pending;
 pub mod push;
-pub mod routes;
 pub mod store;
 
 use std::collections::BTreeMap;
@@ -57,18 +56,18 @@ pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrat
 #[derive(Clone)]
 pub struct Registry {
     database: Database,
-    login: Login,
+    pub(crate) login: Login,
     holder: Holder,
     /// Whether the config of a client is open to everybody who knows its name.
-    is_client_config_open: bool,
+    pub(crate) is_client_config_open: bool,
     /// Lists of servers' clients as they were sent last.
-    config_cache: ConfigCache,
+    pub(crate) config_cache: ConfigCache,
     /// Places for large answers that callers do not share.
-    large_answers: Arc<Semaphore>,
+    pub(crate) large_answers: Arc<Semaphore>,
     /// What changed at workers' servers goes there.
     pending: PendingLeases,
     refused: RefusedServers,
-    metrics: Metrics,
+    pub(crate) metrics: Metrics,
 }
 
 /// Servers of workers that are not taken into the registry, by worker and name, with the reason.
@@ -134,7 +133,7 @@ impl Registry {
     }
 
     async fn on_counts(&self, counts: Counts) {
-        if counts.servers > 0 && self.holder.is_empty() {
+        if counts.servers > 0 && !self.holder.is_filled() {
             self.holder.set_filled().await;
         }
     }
@@ -156,9 +155,10 @@ impl Registry {
         self.metrics.storage_up.set(self.is_storage_up().into());
     }
 
-    /// A database that was not tried yet, as at a broker that does not have the registry, counts as one that can be used.
+    /// A database that was not tried yet, or that is not used, as at a broker that does not have the registry, counts as one that
+    /// can be used.
     fn is_storage_up(&self) -> bool {
-        !matches!(self.database.state(), State::Down(_))
+        self.holder.other().is_some() || !matches!(self.database.state(), State::Down(_))
     }
 
     /// What it is now.
@@ -186,7 +186,7 @@ impl Registry {
         self.holder.other().map_or(Ok(()), |broker| Err(CallError::Elsewhere(broker)))
     }
 
-    async fn read<T: Send + 'static>(
+    pub(crate) async fn read<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, CallError> {
@@ -195,7 +195,7 @@ impl Registry {
     }
 
     /// Changes something, and has what changed at workers' servers published.
-    async fn change(
+    pub(crate) async fn change(
         &self,
         work: impl FnOnce(&mut Transaction<'_>, SystemTime) -> Result<Vec<ServerChange>, CallError> + Send + 'static,
     ) -> Result<(), CallError> {
@@ -204,7 +204,7 @@ impl Registry {
         let publish = move |changes: &Vec<ServerChange>| pending.add(changes);
         let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
         self.database.run(Access::Write, work, publish).await?;
-        if self.holder.is_empty() {
+        if !self.holder.is_filled() {
             self.look().await;
         }
         Ok(())

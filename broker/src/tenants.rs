@@ -10,7 +10,7 @@
 //! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads, whose [`outlet`] waits for what its
 //! client has not read. [`message`] has the messages, [`close`] the reasons for which a WebSocket is closed.
 //!
-//! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`routes`]. Next stop: the other brokers, by MQTT.
+//! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`http::tenants`](crate::http::tenants). Next stop: the other brokers, by MQTT.
 
 mod authority;
 mod clients;
@@ -18,16 +18,15 @@ mod close;
 mod coordination;
 mod frame;
 mod hub;
-mod id;
-mod message;
+pub(crate) mod id;
+pub(crate) mod message;
 mod metrics;
-mod opening;
+pub(crate) mod opening;
 mod outlet;
 mod pool;
-pub mod routes;
 mod service;
 mod sessions;
-mod socket;
+pub(crate) mod socket;
 mod store;
 mod streams;
 mod table;
@@ -66,9 +65,9 @@ pub use self::troubles::Troubles;
 /// What the HTTP server needs of tenants. Clones share it.
 #[derive(Debug, Clone)]
 pub struct FrontDoor {
-    handle: TenantsHandle,
-    tokens: Option<Arc<Tokens>>,
-    metrics: Metrics,
+    pub(crate) handle: TenantsHandle,
+    pub(crate) tokens: Option<Arc<Tokens>>,
+    pub(crate) metrics: Metrics,
     troubles: Arc<Mutex<Troubles>>,
 }
 

@@ -60,6 +60,7 @@ pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls, password_in};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
 pub use self::problem::Problem;
+use self::problem::{ABSENT, UNREAD};
 use self::raw::Raw;
 pub use self::rebalance::Rebalance;
 pub use self::registry::{Registry, Storage};
@@ -198,8 +199,8 @@ impl Config {
         let machine = Machine { host_name: &host_name, credential: credential.as_deref() };
         if let Some(file) = file {
             let name = file.to_string_lossy();
-            let yaml = fs::read_to_string(file)
-                .map_err(|error| ConfigError::of_file(&name, format!("cannot be read: {error}")))?;
+            let yaml =
+                fs::read_to_string(file).map_err(|error| ConfigError::of_file(&name, format!("{UNREAD}: {error}")))?;
             let config = Self::of_file(&name, &yaml, machine)?;
             return Ok(Self { source: config.source.in_file(file), ..config });
         }
@@ -257,11 +258,12 @@ impl Config {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::of_file(
                 file,
-                "does not exist; write it (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
-                 WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
-                    .to_owned(),
+                format!(
+                    "{ABSENT} (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
+                     WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
+                ),
             )),
-            Err(error) => Err(ConfigError::of_file(file, format!("cannot be read: {error}"))),
+            Err(error) => Err(ConfigError::of_file(file, format!("{UNREAD}: {error}"))),
         }
     }
 

@@ -196,7 +196,7 @@ pub fn run(
 fn invalid_config(error: &ConfigError) -> Vec<Finding> {
     let finding = |mistake: &Problem| {
         let advice = if mistake.is_denied() {
-            "run the doctor as root, or as the user of the program"
+            "run the doctor as root, or as the user of the program; if it is that user, let it read the file (chown, chmod)"
         } else {
             "correct it: wgkex.yaml.example describes every key"
         };

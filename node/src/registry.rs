@@ -96,13 +96,18 @@ impl Registry {
     pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, CallError> {
         let new = json!({ "client_name": client, "server_name": server, "public_key": key });
         let known = json!({ "client_name": client, "server_name": server, "with_public_key": key });
-        let (url, answer) = match self.call("client/config", &known, 200) {
-            Err(CallError::Refused { status: 404, .. }) => {
-                self.call("client/add", &new, 201)?;
-                self.call("client/config", &known, 200)?
-            }
-            found => found?,
-        };
+        match self.config(&known) {
+            Ok(config) if config.is_of(key) => return Ok(config),
+            // A broker that does not know the field does not say whose key it is.
+            Ok(_) | Err(CallError::Refused { status: 404, .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.call("client/add", &new, 201)?;
+        self.config(&known)
+    }
+
+    fn config(&self, known: &Value) -> Result<ClientConfig, CallError> {
+        let (url, answer) = self.call("client/config", known, 200)?;
         let refused = |error: serde_json::Error| CallError::Refused { url, status: 200, message: format!(": {error}") };
         serde_json::from_str(&answer).map_err(refused)
     }

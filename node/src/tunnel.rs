@@ -53,6 +53,15 @@ impl FromStr for InterfaceName {
 pub struct ClientConfig {
     server: ServerPart,
     subnet: SubnetPart,
+    /// The client's key, if the broker was asked for one with this key.
+    public_key: Option<PublicKey>,
+}
+
+impl ClientConfig {
+    /// Whether the broker says that the client has this key.
+    pub fn is_of(&self, key: &PublicKey) -> bool {
+        self.public_key.as_ref() == Some(key)
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -93,7 +102,7 @@ pub enum TunnelError {
 
 impl Tunnel {
     /// Of an answer.
-    pub fn new(ClientConfig { server, subnet }: ClientConfig) -> Result<Self, TunnelError> {
+    pub fn new(ClientConfig { server, subnet, .. }: ClientConfig) -> Result<Self, TunnelError> {
         let ServerPart { endpoint_address, endpoint_port, public_key } = server;
         let networks = subnet.allowed_ips.split(',').map(|network| {
             let network = network.trim();

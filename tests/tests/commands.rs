@@ -113,12 +113,15 @@ fn a_service_whose_config_cannot_be_used_ends_with_an_exit_code_of_its_own() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("wgkex.yaml");
     fs::write(&file, format!("{LEAST}log_level: loud\n")).unwrap();
+    let unread = dir.path().join("unread.yaml");
+    fs::write(&unread, format!("{LEAST}mqtt: {{username: u, password_file: {}/p}}\n", dir.path().display())).unwrap();
     for program in PROGRAMS {
-        for config in [&file, &dir.path().join("none.yaml")] {
+        // What is not there yet may be a moment later.
+        for (config, code) in [(&file, 78), (&unread, 1), (&dir.path().join("none.yaml"), 1)] {
             let output = run(program, &["--config", config.to_str().unwrap()]);
-            assert_eq!(output.status.code(), Some(78), "{program}: {output:?}");
+            assert_eq!(output.status.code(), Some(code), "{program}: {output:?}");
         }
-        assert!(help(program, &[]).contains("with 78 if its config cannot be used"), "{program}");
+        assert!(help(program, &[]).contains("with 78 if its config has mistakes"), "{program}");
         let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../deploy/systemd/{program}.service"));
         let unit = fs::read_to_string(unit).unwrap();
         assert!(unit.contains("\nRestartPreventExitStatus=78\n"), "{unit}");

@@ -517,9 +517,15 @@ fn explain_names_the_gateway_that_a_request_gets_and_changes_nothing() {
     stack.wait_for_gateways(2);
     let path = |n| format!("/v1/explain?key={}", encoded(&key(n)));
     let explained = |n| asked(&operator, &path(n))["domains"][0].clone();
+    // Since when gateway 3 is offline is another second soon.
+    let without_time = |mut explained: Value| {
+        let unfit = &mut explained["standings"][2]["unfit"];
+        *unfit = unfit.as_str().and_then(|unfit| unfit.split(", offline for").next()).into();
+        explained
+    };
     let first = explained(1);
     for _ in 0..50 {
-        assert_eq!(explained(1), first, "asking is no request");
+        assert_eq!(without_time(explained(1)), without_time(first.clone()), "asking is no request");
     }
     assert_eq!(
         (&first["gateway"], &first["refused"], &first["is_new"]),

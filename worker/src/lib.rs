@@ -80,7 +80,7 @@ fn key_use(config: &Config) -> KeyUse {
         "trusted_proxies",
         "rebalance",
         "limits",
-        "live_keys",
+        "live_keys.max",
         "confirm_timeout",
         "confirm_budget",
         "admin_listen",
@@ -365,6 +365,10 @@ mod tests {
     fn keys_of_brokers_in_a_shared_file_need_no_restart_of_the_worker() {
         let own = unused("");
         assert!(own.contains(&"mqtt_listen.users") && !own.contains(&"mqtt_listen"), "{own:?}");
+        assert!(
+            own.contains(&"live_keys.max") && !own.contains(&"live_keys"),
+            "it reports handshakes by the ttl: {own:?}"
+        );
         assert!(own.contains(&"tenants") && unused("mqtt: {broker_url: h}").contains(&"mqtt_listen"));
         let hub = unused("hub: {enabled: true}");
         assert!(hub.contains(&"tenants.tokens_file") && !hub.contains(&"tenants"), "{hub:?}");

@@ -1,4 +1,4 @@
-//! Why a call of the registry is not done: from the [`store`](super::store) to the answer of the [`routes`](super::routes).
+//! Why a call of the registry is not done: from the [`store`](super::store) to the answer of the routes.
 
 use strum::IntoStaticStr;
 use wgkex_common::BrokerName;

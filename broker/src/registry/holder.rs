@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ struct Shared {
     state: Mutex<State>,
     /// Locked by who writes the file.
     writer: Mutex<()>,
+    /// The disk did not take it.
+    is_unsaved: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -109,7 +112,15 @@ impl Holder {
             others: BTreeMap::new(),
         };
         let (own, state) = (BrokerName::from(&config.name), Mutex::new(state));
-        Ok(Self(Some(Arc::new(Shared { is_of_one, own, file, mark, state, writer: Mutex::default() }))))
+        Ok(Self(Some(Arc::new(Shared {
+            is_of_one,
+            own,
+            file,
+            mark,
+            state,
+            writer: Mutex::default(),
+            is_unsaved: AtomicBool::default(),
+        }))))
     }
 
     /// Whether only one broker can have it.
@@ -118,10 +129,11 @@ impl Holder {
         self.of_one().is_some()
     }
 
-    /// Whether it is not known yet that there are servers.
+    /// Whether it is known, and on the disk, that there are servers.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.as_ref().is_some_and(|shared| shared.state.lock().kept.since.is_none())
+    pub fn is_filled(&self) -> bool {
+        let is_kept = |shared: &Arc<Shared>| !shared.is_unsaved.load(Ordering::Relaxed);
+        self.0.as_ref().is_none_or(|shared| is_kept(shared) && shared.state.lock().kept.since.is_some())
     }
 
     /// There are servers. Returns when that is on the disk.
@@ -207,8 +219,14 @@ impl Shared {
         spawn_blocking(move || {
             let _writer = shared.writer.lock();
             let kept = shared.state.lock().kept.clone();
-            if let Err(error) = json_file::save(&shared.file, LAYOUT, &kept) {
-                warn!(file = %shared.file.display(), %error, "which broker has the registry is not kept on disk");
+            let saved = json_file::save(&shared.file, LAYOUT, &kept);
+            let was_unsaved = shared.is_unsaved.swap(saved.is_err(), Ordering::Relaxed);
+            if let (Err(error), false) = (saved, was_unsaved) {
+                warn!(
+                    file = %shared.file.display(),
+                    %error,
+                    "which broker has the registry, and that there are servers, is not kept on disk"
+                );
             }
         })
     }
@@ -298,9 +316,9 @@ mod tests {
         for storage in ["", "storage: postgres://u@h/d\n"] {
             let dir = tempfile::tempdir().unwrap();
             let filled = holder(dir.path(), storage);
-            assert!(filled.is_empty());
+            assert!(!filled.is_filled());
             filled.set_filled().await;
-            assert!(!filled.is_empty() && !holder(dir.path(), storage).is_empty(), "{storage}");
+            assert!(filled.is_filled() && holder(dir.path(), storage).is_filled(), "{storage}");
         }
     }
 
@@ -311,10 +329,10 @@ mod tests {
         let late = election::since() + 1_000_000;
 
         let filled = holder(first, "");
-        assert!(filled.is_empty() && filled.served().unwrap().since > EMPTY);
+        assert!(!filled.is_filled() && filled.served().unwrap().since > EMPTY);
         filled.set_filled().await;
         let since = filled.served().unwrap().since;
-        assert!(!filled.is_empty() && since < late);
+        assert!(filled.is_filled() && since < late);
         for (broker, since) in [("a", late), ("c", EMPTY + 1), ("b", 0)] {
             hear(&filled, broker, Some(since));
         }

@@ -10,7 +10,7 @@ pub struct Metrics {
     pub(super) servers: IntGauge,
     pub(super) leases: IntGauge,
     pub(super) storage_up: IntGauge,
-    pub(super) refused: IntCounterVec,
+    pub(crate) refused: IntCounterVec,
 }
 
 impl Metrics {

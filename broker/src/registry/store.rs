@@ -112,6 +112,9 @@ pub struct ShownPeer {
 pub struct ClientConfig {
     server: ShownServer,
     subnet: ShownLease,
+    /// Its key, for a caller that asked whether it has that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    public_key: Option<PublicKey>,
 }
 
 /// A client's part of a network.
@@ -620,7 +623,7 @@ pub fn client_config(
         return Err(Refusal::UnknownPeering.into());
     }
     let subnet = ShownLease { allowed_ips: row.text(4)?.to_owned(), lease: leased(row.parsed::<IpNet>(3)?, &row, 5)? };
-    Ok(ClientConfig { server: shown_server(&row)?, subnet })
+    Ok(ClientConfig { server: shown_server(&row)?, subnet, public_key: key })
 }
 
 fn lessor(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Lessor, CallError> {

@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
-use super::{Config, FILE, Https, MqttListen, Problem};
+use super::problem::UNREAD;
+use super::{Config, Https, MqttListen, Problem};
 use crate::tls;
 
 /// The keys that name files.
@@ -84,10 +85,10 @@ impl Config {
         self.named_files().into_iter().filter_map(unreadable).collect()
     }
 
-    /// The config itself where the programs look for it, the password's file, and all that the config names.
+    /// The config itself if it is that which a unit has, the password's file, and all that the config names.
     #[must_use]
     pub fn files_to_read(&self) -> Vec<FileToRead> {
-        let own = self.source.file_name().filter(|file| *file == FILE).map(Path::new);
+        let own = self.source.chosen_file();
         let password = self.source.text("/mqtt/password_file").map(Path::new);
         let first = [(CONFIG_FILE, NeededBy::Both, own), (PASSWORD_FILE, NeededBy::Both, password)];
         let named = first.into_iter().chain(self.named_files());
@@ -177,7 +178,7 @@ fn trouble(path: &Path, content: Content) -> Option<String> {
         Err(error) if error.kind() == ErrorKind::NotADirectory => {
             Some("is no directory: a directory is expected".to_owned())
         }
-        Err(error) => Some(format!("cannot be read: {error}")),
+        Err(error) => Some(format!("{UNREAD}: {error}")),
     }
 }
 

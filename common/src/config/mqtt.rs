@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::certificate::pair;
 use super::diagnostics::{Diagnostics, Path};
 use super::mqtt_listen::{self, MqttListen};
+use super::problem::{NO_PASSWORD, UNREAD};
 use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, is_placeholder, port};
 
 /// Longer ones are no passwords.
@@ -171,7 +172,7 @@ fn credentials(
 
 /// The password in a file: its only line. The error does not name the file.
 pub fn password_in(file: &FilePath) -> Result<String, String> {
-    let unreadable = |error: io::Error| format!("cannot be read: {error}");
+    let unreadable = |error: io::Error| format!("{UNREAD}: {error}");
     let metadata = fs::metadata(file).map_err(unreadable)?;
     // Others, such as a pipe, could keep the program waiting.
     if !metadata.is_file() || metadata.len() > PASSWORD_FILE_MAX {
@@ -181,7 +182,7 @@ pub fn password_in(file: &FilePath) -> Result<String, String> {
     let password = text.strip_suffix('\n').unwrap_or(&text);
     let password = password.strip_suffix('\r').unwrap_or(password);
     if password.is_empty() || password.contains(['\n', '\r']) {
-        return Err("must have one line, the password".to_owned());
+        return Err(NO_PASSWORD.to_owned());
     }
     Ok(password.to_owned())
 }

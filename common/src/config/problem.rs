@@ -4,6 +4,13 @@ use std::{fmt, io};
 
 use serde::Serialize;
 
+/// What the text of a problem has where a file cannot be read; the error follows.
+pub(super) const UNREAD: &str = "cannot be read";
+/// The same where there is no config.
+pub(super) const ABSENT: &str = "does not exist; write it";
+/// The same where the file of a password has none.
+pub(super) const NO_PASSWORD: &str = "must have one line, the password";
+
 /// One thing that is wrong or odd with a config. It shows no secret, and its text is one line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
@@ -26,7 +33,13 @@ impl Problem {
     /// Whether it is only that who reads this may not.
     #[must_use]
     pub fn is_denied(&self) -> bool {
-        self.problem.contains(&format!("cannot be read: {}", io::Error::from(nix::errno::Errno::EACCES)))
+        self.problem.contains(&format!("{UNREAD}: {}", io::Error::from(nix::errno::Errno::EACCES)))
+    }
+
+    /// Whether it may go without a change of the config: a file that another program mounts, writes or opens later.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        [UNREAD, ABSENT, NO_PASSWORD].iter().any(|text| self.problem.contains(text))
     }
 }
 

@@ -31,9 +31,9 @@ impl Source {
         Problem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
     }
 
-    /// The name of the file; none if it was no file.
-    pub(super) fn file_name(&self) -> Option<&str> {
-        self.places.file.as_deref()
+    /// The file; none if it was no file, or one that the command line names.
+    pub(super) fn chosen_file(&self) -> Option<&Path> {
+        self.places.file.as_deref().filter(|_| self.file.is_none()).map(Path::new)
     }
 
     /// The text at this place (RFC 6901), if there is one.

@@ -1,5 +1,7 @@
 //! As whom a program serves: by its process, by the config, or by its unit.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -64,14 +66,15 @@ impl UnitUser {
 fn unit_texts(root: &Path, name: &str) -> Option<Vec<String>> {
     let dirs = UNITS.map(|dir| root.join(dir));
     let unit = dirs.iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())?;
-    let mut added: Vec<PathBuf> = dirs
+    // Of those of one name that of the first directory counts.
+    let added: BTreeMap<OsString, PathBuf> = dirs
         .iter()
+        .rev()
         .filter_map(|dir| fs::read_dir(dir.join(format!("{name}.d"))).ok())
-        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "conf"))
+        .flat_map(|entries| entries.flatten().map(|entry| (entry.file_name(), entry.path())))
+        .filter(|(_, path)| path.extension().is_some_and(|extension| extension == "conf"))
         .collect();
-    added.sort_by(|one, other| one.file_name().cmp(&other.file_name()));
-    let texts = added.iter().filter_map(|path| fs::read_to_string(path).ok());
+    let texts = added.values().filter_map(|path| fs::read_to_string(path).ok());
     Some([unit].into_iter().chain(texts).collect())
 }
 

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, error, warn};
 
 use crate::Config;
-use crate::config::LogFormat;
+use crate::config::{ConfigError, LogFormat, Problem};
 use crate::runtime::{log, services};
 
 /// Ends the whole process when a thread or task panics, after the message is logged, or printed where nothing is logged yet,
@@ -39,32 +39,34 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     error!(task, place, backtrace, "panicked: {}", message.unwrap_or("no message"));
 }
 
-/// The exit code of a service whose config cannot be used, as `EX_CONFIG` of sysexits.h: its unit does not start it again.
+/// The exit code of a service whose config has mistakes, as `EX_CONFIG` of sysexits.h: its unit does not start it again.
 const CONFIG: u8 = 78;
 
 /// Serves by the config, in `file` if one is named, and returns how the process ends.
 #[must_use]
 pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
-    config(file).map_or(CONFIG.into(), |config| exit(serve(config)))
+    match load(file) {
+        Ok(config) => exit(serve(config)),
+        Err(wrong) if wrong.mistakes.iter().any(Problem::may_pass) => ExitCode::FAILURE,
+        Err(_) => CONFIG.into(),
+    }
 }
 
 /// Reads the config, in `file` if one is named, and starts logging at its level. Errors in it are logged, and then there is
 /// none.
 #[must_use]
 pub fn config(file: Option<&Path>) -> Option<Config> {
-    match Config::load(file) {
-        Ok(config) => {
-            log::init(config.log_level, config.log_format);
-            config.warnings.iter().for_each(|problem| warn!("{problem}"));
-            Some(config)
-        }
-        Err(wrong) => {
-            log::init(Level::INFO, LogFormat::Text);
-            wrong.warnings.iter().for_each(|problem| warn!("{problem}"));
-            wrong.mistakes.iter().for_each(|problem| error!("{problem}"));
-            None
-        }
-    }
+    load(file).ok()
+}
+
+fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
+    let loaded = Config::load(file);
+    let (level, format) =
+        loaded.as_ref().map_or((Level::INFO, LogFormat::Text), |config| (config.log_level, config.log_format));
+    log::init(level, format);
+    let warnings = loaded.as_ref().map_or_else(|wrong| &wrong.warnings, |config| &config.warnings);
+    warnings.iter().for_each(|problem| warn!("{problem}"));
+    loaded.inspect_err(|wrong| wrong.mistakes.iter().for_each(|problem| error!("{problem}")))
 }
 
 /// Returns when the process is asked to end, by SIGTERM or SIGINT. Within a tokio runtime.

@@ -204,7 +204,7 @@ fn wa7_a_client_gets_its_config() {
         }
         // A client can ask whether it has its key there.
         let with_key = |key: Value| desk.get("client/config/", &with(&names, "with_public_key", key));
-        assert_eq!(with_key(json!(key(1))).json(), expected);
+        assert_eq!(with_key(json!(key(1))).json(), with(&expected, "public_key", json!(key(1))));
         assert_error(&with_key(json!(key(2))), 404, Some("client_name"));
         assert_error(&with_key(json!("x")), 400, Some("with_public_key"));
     });

@@ -218,11 +218,11 @@ fn wa21_many_at_once_get_different_addresses() {
         desk.add_server("s1", "192.168.2.0", 24, 20);
         let desk = &*desk;
         let all_connected = Barrier::new(100);
+        let connections: Vec<_> = (0..100).map(|number| (number, desk.connect())).collect();
         thread::scope(|scope| {
-            for number in 0..100 {
+            for (number, mut connection) in connections {
                 let all_connected = &all_connected;
                 scope.spawn(move || {
-                    let mut connection = desk.connect();
                     all_connected.wait();
                     let added = connection.post("client/add/", &client(&format!("c{number}"), "s1", number));
                     assert_eq!(added.status, 201, "{added:?}");
