@@ -478,7 +478,7 @@ fn exchange(config: &Config, fleet: Fleet, lists: &Handle, metrics: exchange::Me
     }
 }
 
-/// Runs a listener until `stop` returns and its requests are answered, or until it fails; why, the log says.
+/// Runs a listener until `stop` returns and its requests are answered, or until it fails, which is logged with the reason.
 async fn serve(listener: &'static str, server: http::Server, stop: impl Future<Output = ()>) {
     if let Err(error) = server.run(stop).await {
         error!(listener, %error, "listener failed");

@@ -109,7 +109,7 @@ impl Validity {
     }
 }
 
-/// Rustls says when a certificate ends to whom it counts no more, before it looks who signed it.
+/// Rustls checks the end of a certificate before its signer, and names the end in its error.
 fn validity_of(certificate: &CertificateDer<'_>, now: UnixTime) -> Result<Validity, rustls::Error> {
     let parsed = ParsedCertificate::try_from(certificate)?;
     let algorithms = provider().signature_verification_algorithms.all;

@@ -1,4 +1,4 @@
-//! What is said to a member, no faster than its connection takes it: what it has not read waits in its queue, where members share
+//! The messages to a member, no faster than its connection takes them: what it has not read waits in its queue, where members share
 //! the texts, and hardly any of it in the HTTP server, where each connection has a copy.
 
 use actix_ws::{Closed, Item, Session};

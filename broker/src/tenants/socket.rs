@@ -220,7 +220,7 @@ async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, for
             return End::Lost;
         }
     }
-    // Why, says the other end.
+    // The other end names the reason.
     pending().await
 }
 

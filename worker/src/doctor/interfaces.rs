@@ -134,7 +134,7 @@ fn listen_again(wg: &str, port: u16) -> String {
     format!("`wg set {wg} listen-port {port}`")
 }
 
-/// So a userspace WireGuard says it whose port is another's.
+/// A userspace WireGuard reports port 0 where another program has its port.
 fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
     match owner {
         PortOwner::Process { pid, name } => {

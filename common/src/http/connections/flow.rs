@@ -40,7 +40,7 @@ const HTTP: u8 = 0;
 const UPGRADED: u8 = 1;
 /// And its client has sent a message that is too large.
 const TOO_LARGE: u8 = 2;
-/// All is said: it ends when its client has said the same.
+/// The last answer is sent: the connection ends when its client has closed its side.
 const ENDING: u8 = 3;
 
 /// A request that is being served, until this is dropped.
@@ -98,7 +98,7 @@ impl Flow {
         self.idle.store(BUSY, Ordering::Relaxed);
     }
 
-    /// All is said.
+    /// The last answer is sent.
     pub fn end(&self) {
         if self.upgrade.swap(ENDING, Ordering::Relaxed) != ENDING {
             self.idle.store(since(self.began), Ordering::Relaxed);

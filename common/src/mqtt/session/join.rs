@@ -33,7 +33,7 @@ impl Session {
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return };
-                    // The first session, which has it from the guest, says it from now on.
+                    // From now on the first session, which has it from the guest, publishes it.
                     set(&name_suspect, false);
                     match &event {
                         Event::Up => drop(state.send_replace(ConnectionState::Up)),
