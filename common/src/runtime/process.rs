@@ -65,7 +65,9 @@ fn load(file: Option<&Path>) -> Result<Config, ConfigError> {
         loaded.as_ref().map_or((Level::INFO, LogFormat::Text), |config| (config.log_level, config.log_format));
     log::init(level, format);
     let warnings = loaded.as_ref().map_or_else(|wrong| &wrong.warnings, |config| &config.warnings);
-    warnings.iter().for_each(|problem| warn!("{problem}"));
+    for problem in warnings {
+        warn!("{problem}");
+    }
     loaded.inspect_err(|wrong| wrong.mistakes.iter().for_each(|problem| error!("{problem}")))
 }
 
