@@ -216,7 +216,7 @@ impl Worker {
     /// not means that it can, unless the database was away for reads, too.
     fn report(&mut self, access: Access, outcome: Result<(), DatabaseError>) {
         if access == Access::Write {
-            self.is_write_failing = outcome.is_err() && (self.is_write_failing || !self.is_away);
+            self.is_write_failing = outcome.is_err() && !self.is_away;
         }
         let database = self.connector.location();
         let is_emptied = matches!(outcome, Err(DatabaseError::Emptied(_)));

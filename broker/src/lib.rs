@@ -26,6 +26,8 @@ mod metrics;
 pub mod mqtt_server;
 pub mod registry;
 mod tenants;
+#[cfg(test)]
+mod testing;
 mod tls;
 
 use std::net::TcpListener;

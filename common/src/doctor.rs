@@ -10,6 +10,7 @@ pub mod access;
 mod acl;
 pub mod bus;
 pub mod clock;
+pub mod config_files;
 pub mod files;
 pub mod identity;
 pub mod sockets;

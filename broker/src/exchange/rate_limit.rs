@@ -226,14 +226,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::testing::key;
 
     const SECOND: Duration = Duration::from_secs(1);
-
-    fn key(n: u32) -> PublicKey {
-        let mut bytes = [0x42; 32];
-        bytes[..4].copy_from_slice(&n.to_be_bytes());
-        PublicKey::from_bytes(bytes).unwrap()
-    }
 
     fn client(n: u32) -> Client {
         IpAddr::V6(Ipv6Addr::from_bits((0x2001_0db8 << 96) | (u128::from(n) << 72))).into()

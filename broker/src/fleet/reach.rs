@@ -131,12 +131,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn key(n: u32) -> PublicKey {
-        let mut bytes = [7; 32];
-        bytes[..4].copy_from_slice(&n.to_be_bytes());
-        PublicKey::from_bytes(bytes).unwrap()
-    }
+    use crate::testing::key;
 
     fn at(begun: Instant, minutes: u64) -> Instant {
         begun + Duration::from_secs(minutes * 60)

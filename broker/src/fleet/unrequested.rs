@@ -118,14 +118,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::testing::key;
 
     const LIMIT: Duration = Duration::from_secs(10);
-
-    fn key(n: u32) -> PublicKey {
-        let mut bytes = [0x42; 32];
-        bytes[..4].copy_from_slice(&n.to_be_bytes());
-        PublicKey::from_bytes(bytes).unwrap()
-    }
 
     fn worker(name: &str) -> WorkerName {
         name.parse().unwrap()

@@ -120,16 +120,10 @@ fn merge(waiting: &mut VecDeque<LeaseMessage>, message: LeaseMessage) {
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
-    use wgkex_common::PublicKey;
     use wgkex_common::wire::lease::{LeaseChange, LeaseVersion};
 
     use super::*;
-
-    fn key(n: u32) -> PublicKey {
-        let mut bytes = [0x42; 32];
-        bytes[..4].copy_from_slice(&n.to_be_bytes());
-        PublicKey::from_bytes(bytes).unwrap()
-    }
+    use crate::testing::key;
 
     fn message(id: i64, revision: i64, content: LeaseContent) -> LeaseMessage {
         LeaseMessage { server: "s1".into(), version: LeaseVersion { id, revision }, content }

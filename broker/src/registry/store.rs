@@ -690,12 +690,7 @@ mod tests {
     use crate::database::{Access, Database, FilledMark, Location};
     use crate::registry::MIGRATIONS;
     use crate::registry::model::Fields;
-
-    fn key(n: u32) -> PublicKey {
-        let mut bytes = [0x42; 32];
-        bytes[..4].copy_from_slice(&n.to_be_bytes());
-        PublicKey::from_bytes(bytes).unwrap()
-    }
+    use crate::testing::key;
 
     fn fields(value: serde_json::Value) -> Fields {
         let serde_json::Value::Object(fields) = value else { panic!("{value}") };

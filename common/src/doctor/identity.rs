@@ -1,12 +1,11 @@
 //! As whom a program serves: by its process, by the config, or by its unit.
 
-use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::Program;
 use super::access::{Identity, Unknown};
+use super::config_files::{assignments, files};
 use nix::unistd::Uid;
 
 /// Where units are, the first counts.
@@ -54,7 +53,7 @@ impl UnitUser {
     /// Those of a unit that names a user, with what is added to it.
     fn of(root: &Path, name: &str) -> Option<Self> {
         let texts = unit_texts(root, name)?;
-        Some(Self { name: last(&texts, "User=")?, group: last(&texts, "Group="), supplementary: groups(&texts) })
+        Some(Self { name: last(&texts, "User")?, group: last(&texts, "Group"), supplementary: groups(&texts) })
     }
 
     fn identity(&self) -> Result<Identity, Unknown> {
@@ -66,21 +65,14 @@ impl UnitUser {
 fn unit_texts(root: &Path, name: &str) -> Option<Vec<String>> {
     let dirs = UNITS.map(|dir| root.join(dir));
     let unit = dirs.iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())?;
-    // Of those of one name that of the first directory counts.
-    let added: BTreeMap<OsString, PathBuf> = dirs
-        .iter()
-        .rev()
-        .filter_map(|dir| fs::read_dir(dir.join(format!("{name}.d"))).ok())
-        .flat_map(|entries| entries.flatten().map(|entry| (entry.file_name(), entry.path())))
-        .filter(|(_, path)| path.extension().is_some_and(|extension| extension == "conf"))
-        .collect();
-    let texts = added.values().filter_map(|path| fs::read_to_string(path).ok());
+    let added = files(dirs.iter().rev().map(|dir| dir.join(format!("{name}.d"))), "conf");
+    let texts = added.iter().filter_map(|path| fs::read_to_string(path).ok());
     Some([unit].into_iter().chain(texts).collect())
 }
 
-/// The values of a key, such as `User=`, in their order.
+/// The values of a key, such as `User`, in their order.
 fn values<'a>(texts: &'a [String], key: &'a str) -> impl Iterator<Item = &'a str> {
-    texts.iter().flat_map(|text| text.lines()).filter_map(move |line| line.trim().strip_prefix(key).map(str::trim))
+    texts.iter().flat_map(|text| assignments(text)).filter(move |one| one.key == key).map(|one| one.value)
 }
 
 /// The last value of a key; an empty one takes back those before.
@@ -91,7 +83,7 @@ fn last(texts: &[String], key: &str) -> Option<String> {
 /// All `SupplementaryGroups=`; an empty one takes back those before.
 fn groups(texts: &[String]) -> Vec<String> {
     let mut groups = Vec::new();
-    for value in values(texts, "SupplementaryGroups=") {
+    for value in values(texts, "SupplementaryGroups") {
         if value.is_empty() {
             groups.clear();
         }

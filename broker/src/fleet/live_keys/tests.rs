@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use wgkex_common::wire::name::Participant;
 
 use super::*;
+use crate::testing::key;
 
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -13,12 +14,6 @@ const CLEANUP: Cleanup =
 
 fn domain() -> Domain {
     Domain::new("ff_a", &["ff_".into()]).unwrap()
-}
-
-fn key(n: u32) -> PublicKey {
-    let mut bytes = [0x42; 32];
-    bytes[..4].copy_from_slice(&n.to_be_bytes());
-    PublicKey::from_bytes(bytes).unwrap()
 }
 
 fn id(n: u32) -> KeyId {

@@ -1,10 +1,11 @@
 //! Which other programs may manage the interfaces, by their configs and by what runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::doctor::facts::{Managers, NetworkFile, WgQuick};
+use wgkex_common::doctor::config_files::{self, Assignment, assignments};
 use wgkex_common::doctor::sockets;
 
 /// Where configs are, the most important place last.
@@ -25,13 +26,6 @@ pub(super) struct Machine {
     root: PathBuf,
     /// The names of the processes in this network namespace.
     processes: BTreeSet<String>,
-}
-
-/// An assignment of a config file: its section, key and value.
-struct Assignment<'a> {
-    section: &'a str,
-    key: &'a str,
-    value: &'a str,
 }
 
 impl Interface {
@@ -135,28 +129,8 @@ impl Machine {
 
     /// The files of this kind, by name; of several with one name that in the most important place.
     fn files(&self, dir: &str, extension: &str) -> Vec<PathBuf> {
-        let mut files = BTreeMap::new();
-        for place in PLACES {
-            let entries = fs::read_dir(self.root.join(place).join(dir)).into_iter().flatten().flatten();
-            let of_kind =
-                entries.filter(|entry| Path::new(&entry.file_name()).extension().is_some_and(|is| is == extension));
-            files.extend(of_kind.map(|entry| (entry.file_name(), entry.path())));
-        }
-        files.into_values().collect()
+        config_files::files(PLACES.map(|place| self.root.join(place).join(dir)), extension)
     }
-}
-
-/// The assignments of a file in the format of systemd's.
-fn assignments(text: &str) -> impl Iterator<Item = Assignment<'_>> {
-    let mut section = "";
-    text.lines().filter_map(move |line| {
-        let line = line.trim();
-        if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-            section = name;
-        }
-        let (key, value) = line.split_once('=').filter(|_| !line.starts_with(['#', ';']))?;
-        Some(Assignment { section, key: key.trim(), value: value.trim().trim_matches('"') })
-    })
 }
 
 /// Whether a .network file is for this interface: by its name or kind, and by nothing that only others have.
