@@ -205,9 +205,10 @@ fn help(program: &str, words: &[String]) -> String {
 
 #[test]
 fn every_command_says_how_it_ends_and_is_in_the_table_of_exit_codes() {
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).unwrap();
-    let (_, table) = readme.split_once("### Exit codes").unwrap();
-    let (table, _) = table.split_once("\n### ").unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let text = fs::read_to_string(root.join("deploy/docs/commands.md")).unwrap();
+    let (_, table) = text.split_once("## Exit codes").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
     for (program, number) in [("wgkex-broker", 26), ("wgkex-worker", 8), ("wgkex-node", 1)] {
         assert!(help(program, &[]).contains("Exits with 64 if it is called wrongly"), "{program}");
         let commands = commands(program, &[]);

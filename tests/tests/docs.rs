@@ -20,7 +20,7 @@ use yaml_rust2::{Yaml, YamlLoader};
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
 /// Commands that are run in another form: by which file, and the text in it that does so.
-const OTHERWISE: [(&str, &str, &str); 14] = [
+const OTHERWISE: [(&str, &str, &str); 11] = [
     (
         "ip addr add VIRTUAL_IP/32 dev wg0 && ip route add HUB_ALLOWED_IPS dev wg0",
         "tests/tests/gateway/hub.rs",
@@ -46,17 +46,6 @@ const OTHERWISE: [(&str, &str, &str); 14] = [
     ("deploy/demo", "tests/tests/docs.rs", "\"-c\", \"deploy/demo --once\""),
     ("tests/run", ".ci/run", "tests/run"),
     ("wgkex-broker mqtt-acl > /etc/mosquitto/acl", "tests/tests/gateway/examples.rs", "{} mqtt-acl"),
-    (
-        "wgkex-broker server add s1 --network 192.168.2.0/24 --endpoint gw01.example.org --key KEY",
-        "tests/tests/registry/commands.rs",
-        "\"add\",\n        \"s1\"",
-    ),
-    (
-        "wgkex-broker client add laptop --server s1 --key KEY",
-        "tests/tests/registry/commands.rs",
-        "[\"client\", \"add\", \"c1\", \"--server\", \"s1\", \"--key\"",
-    ),
-    ("wgkex-broker client show laptop --server s1 --wg-quick", "tests/tests/registry/commands.rs", "[\"--wg-quick\""),
     // It asks for a password.
     (
         "mosquitto_passwd -c /etc/mosquitto/passwords wgkex-broker",
